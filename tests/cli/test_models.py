@@ -51,6 +51,23 @@ def test_list_names_bases_and_custom_models(
     assert line.rstrip().endswith(custom["created"][:16].replace("T", " "))
 
 
+def test_whose_the_figures_are_is_listed(own_home: Path) -> None:
+    path = own_home / "models" / "custom" / "tiny-llama" / "colours" / "luthier.json"
+    record = json.loads(path.read_text())
+    record["metrics"]["refit"] = {"rows": 24, "held_out": 4, "steps": 9}
+    path.write_text(json.dumps(record))
+    (custom,) = Answer("models", "list", "--json").good().json()["custom"]
+    assert custom["refit_rows"] == 24 and "unchanged" not in custom
+    assert "before the refit" in " ".join(Answer("models", "list").good().out.split())
+    record["metrics"] |= {
+        "refit": None,
+        "verdict": record["metrics"]["verdict"] | {"unchanged": True},
+    }
+    path.write_text(json.dumps(record))
+    text = " ".join(Answer("models", "list").good().out.split())
+    assert "nothing learned" in text and "before the refit" not in text
+
+
 def test_a_model_that_is_withheld_is_listed_so(own_home: Path) -> None:
     record = own_home / "models" / "custom" / "tiny-llama" / "colours" / "luthier.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"withheld": "it forgot"}))

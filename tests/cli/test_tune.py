@@ -18,6 +18,7 @@ from stored_files import files_in
 
 from luthier.cli.tune import print_comparison, print_result
 from luthier.engine.runs import Result, Run
+from luthier.engine.verdict import Refit
 from luthier.evaluation.baselines import Baseline, Comparison
 from luthier.files import read_json, sha256_of
 from luthier.models.manifest import MANIFEST
@@ -58,6 +59,26 @@ def test_the_verdict_is_printed_with_advice_in_the_words_of_the_command_line(
     )
     print_result(replace(result, verdict=verdict))
     assert "  worse [x]\n  Try --set training.patience=3\n" in capsys.readouterr().out
+
+
+def test_the_first_lines_say_what_is_stored_and_whose_the_figures_are(
+    tuned: tuple[Path, dict[str, Any], str, str], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = TypeAdapter(Result).validate_python(tuned[1])
+    assert result.verdict is not None
+    print_result(result)
+    first, second = capsys.readouterr().out.split("\n")[1:3]
+    assert first == f"{MODEL} is stored and verified" and second.startswith("  60 steps, ")
+    refit = Refit(rows=24, held_out=4, steps=10)
+    undone = replace(result.verdict, unchanged=True, stopped_early=True, kept_step=0)
+    print_result(replace(result, verdict=undone, refit=refit))
+    first, second = capsys.readouterr().out.split("\n")[1:3]
+    assert first == (
+        f"{MODEL} is stored and verified, but nothing was learned: its weights are those from before "
+        "training"
+    )
+    assert second.startswith("  60 steps (stopped early), ")
+    assert f"validation loss {result.verdict.kept['loss']:.4f} before the refit on all 24" in second
 
 
 def test_tune_without_json_tells_choices_and_next_steps(
@@ -323,5 +344,8 @@ def test_no_word_where_the_model_wins_and_nothing_without_baselines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert len(comparison_lines(replace(FOUND, tuned=0.9), capsys)) == 5
+    print_comparison(FOUND, is_refit=True)  # what is stored was not measured
+    out = capsys.readouterr().out
+    assert "the training before the refit" in out and "this model" not in out
     assert not comparison_lines(replace(FOUND, tuned=None), capsys)
     assert not comparison_lines(None, capsys)

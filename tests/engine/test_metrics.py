@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from xml.etree import ElementTree
 
@@ -192,6 +193,29 @@ def test_a_loss_that_says_nothing_is_not_kept() -> None:
     assert [is_hollow(line, first) for line in (alike, fallen, better)] == [True, True, False]
     assert best_measurement([first, alike, fallen], "loss") is first
     assert best_measurement([first, better, fallen, alike], "loss") is better
+
+
+@pytest.mark.parametrize(
+    ("rises", "repeats", "kept"),
+    [
+        ((0.4, -0.1, 0.3, -0.2), 1, 1),  # 0.10 ± 0.15 above the loss before training
+        ((0.1, 0.1, 0.2, 0.12), 1, 0),  # as much, of each row
+        ((0.4, -0.1, 0.3, -0.2), 10, 0),  # of many rows the lowest loss decides
+    ],
+)
+def test_a_rise_of_few_losses_by_chance_does_not_undo_a_run(
+    rises: tuple[float, ...], repeats: int, kept: int
+) -> None:
+    count = len(rises) * repeats
+    courses = ([0.7] * count, [0.7 + rise for rise in rises * repeats], [1.2] * count)
+    first, line, higher = [
+        {"loss": fmean(parts), "rows": {"loss": {"parts": parts, "is_share": False}}}
+        for parts in courses
+    ]
+    assert best_measurement([first, line], "loss") is (first, line)[kept]
+    assert best_measurement([first, line, higher], "loss") is (first, line)[kept]
+    # Once one was higher by more than chance, what only may be as low is no reason to go on.
+    assert best_measurement([first, higher, line], "loss") is first
 
 
 def test_what_is_noted_of_rows_is_read_where_it_is_asked_for(metrics: MetricsFile) -> None:

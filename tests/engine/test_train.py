@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from luthier.cli.app import app
 from luthier.cli.models import lineage, remove_model
 from luthier.engine import train
 from luthier.engine.runs import Result
-from luthier.errors import Diverged, RecipeError, UnknownModel
+from luthier.errors import DataError, Diverged, RecipeError, RunConflict, UnknownModel
 from luthier.files import verify
 from luthier.objectives import Objective
 from luthier.recipe import Recipe
@@ -179,10 +180,25 @@ def test_a_loss_that_is_no_number_ends_the_run(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
     training = {"learning_rate": 1e30, "max_steps": 20, "warmup_ratio": 0.0}
-    with pytest.raises(Diverged, match="Lower the learning rate") as caught:
-        train.train(recipe(training, adaptation="full"))
+    asked = recipe(training, adaptation="full", name="steep")
+    with pytest.raises(Diverged) as caught:
+        train.train(asked)
     assert caught.value.exit_code == 1
     assert not [name for name in files_in(luthier_home) if name.startswith("models")]
+    words = str(caught.value)
+    assert re.search(
+        r"step \d+.* Lower the learning rate: it was 1e\+30 at its highest, and \S+ is what this run "
+        "would take by itself",
+        words,
+    )
+    # Nothing is gained by going on, and rows that no run learns from are said before the name.
+    with pytest.raises(RunConflict, match="going on would end as it did: ") as taken:
+        train.train(asked)
+    assert words.rstrip(".") in str(taken.value) and "--resume" not in str(taken.value)
+    with pytest.raises(DataError, match="objective dpo learns from"):
+        train.train(recipe(training, objective="dpo", name="steep"))
+    with pytest.raises(Diverged, match=re.escape(words)):
+        train.train(asked, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def test_a_run_that_got_worse_says_plainly_what_is_stored() -> None:
     assert text.endswith(
         "The weights from before training are stored: this model answers as it did before"
     )
+    assert judged((2.0, 2.2, 2.6)).unchanged and not judged((2.0, 1.5, 2.5)).unchanged
     late = judged((2.0, 1.5, 2.5)).text
     assert late.startswith("overfitted since step 20: ")
     assert "1.5000 at step 20, whose weights are stored" in late
@@ -157,6 +158,8 @@ def test_early_stopping_is_said() -> None:
     assert verdict.stopped_early
     assert verdict.text.endswith("1.5000 at step 40, where training stopped early")
     assert not judged((2.0, 1.0, 1.5)).stopped_early
+    untrained = judged((1.0, 1.5, 2.0), steps=100).text
+    assert "never better in 40 steps, 2.0000 where training stopped early" in untrained
 
 
 def test_without_validation_rows_nothing_is_claimed() -> None:
@@ -344,6 +347,25 @@ def test_few_held_out_rows_are_said_to_be_few() -> None:
     assert "data.validation=FILE" in few.advice
     enough = judge_run(lines, "loss", Training(), 2, rows=50)
     assert "rough" not in enough.text and not enough.advice
+
+
+def test_a_loss_that_rose_by_chance_on_few_rows_does_not_undo_the_run() -> None:
+    """Four pairs of which two are better and two worse tell nothing of the run."""
+
+    def measured(step: int, parts: Sequence[float]) -> dict[str, Any]:
+        rows = {"loss": {"parts": parts, "is_share": False}}
+        return held(step, sum(parts) / len(parts), loss_error=0.1, rows=rows)
+
+    train = [{"event": "train", "step": n, "loss": 0.7 - 0.01 * n} for n in range(1, 37)]
+    lines = [*train, measured(0, [0.69] * 4), measured(36, [1.1, 0.6, 1.0, 0.5])]
+    found = judge_run(lines, "loss", Training(), 36, rows=4)
+    assert (found.kept_step, found.unchanged) == (36, False)
+    assert found.text.startswith("not told from before training by so few held-out rows: ")
+    assert (
+        "(the 0.6900 of step 0 may be chance, and of losses of few rows that are alike"
+        in found.text
+    )
+    assert found.advice == "Give more rows to measure on: `data.validation=FILE`"
 
 
 def test_a_head_that_started_from_regression_is_compared_with_it() -> None:

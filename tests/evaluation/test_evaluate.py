@@ -16,6 +16,7 @@ from luthier.evaluation.evaluate import (
     check,
     check_shapes,
     choose_turns,
+    default_graders,
     grade,
     load_graded,
     questions,
@@ -163,6 +164,30 @@ class Length(Grader):
 
     def score(self, answer: Answer) -> float:
         return len(answer.reply) / 10
+
+
+def test_long_replies_are_not_graded_by_the_letter() -> None:
+    def rows(words: int) -> list[Row]:
+        return [
+            PromptCompletion(
+                "t", n, prompt=f"q {n}", completion=" ".join(f"w{n}" for _ in range(words))
+            )
+            for n in range(1, 11)
+        ]
+
+    notes: list[str] = []
+    assert [*default_graders(rows(12), notes.append)] == ["exact"] and not notes
+    chosen = default_graders(rows(13), notes.append)
+    assert [*chosen] == ["rouge_l"] and "have 13 words in the median" in notes[0]
+    half = [f"{row.expected_reply()} {row.expected_reply()} x" for row in rows(13)]
+    assert 0.6 < grade(rows(13), half, chosen).scores["rouge_l"] < 0.7
+    # What was asked for grades, and says where it cannot tell anything.
+    exact: dict[str, Grader] = {"exact": Exact()}
+    (remark,) = grade(rows(13), half, exact).remarks
+    assert remark.startswith("exact cannot tell such replies apart") and "rouge_l" in remark
+    (remark,) = grade(rows(3), half, exact).remarks
+    assert remark.startswith("no reply scores above 0 by exact: read some of them")
+    assert not grade(rows(13), [row.expected_reply() or "" for row in rows(13)], exact).remarks
 
 
 def test_a_grader_of_one_s_own_grades() -> None:

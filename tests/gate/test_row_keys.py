@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.data.shapes import LabelledText, TextPair
-from luthier.gate.row_keys import RelatedRows, group_related
+from luthier.gate.row_keys import RelatedRows, group_related, match_questions
 from luthier.types import Row
 
 LONG = "please tell me when the parcel that I ordered at the end of last week will be delivered"
@@ -39,3 +39,10 @@ def test_pairs_with_one_partner_are_one_group() -> None:
         for line, (anchor, positive) in enumerate(zip(anchors, positives, strict=True), 1)
     ]
     assert group_related(pairs).tolist() == [0, 1, 2, 0]
+
+
+def test_rows_that_ask_the_same_are_matched_and_the_rest_is_not_read() -> None:
+    asked = rows("What is it?", "who was it", "what is  it", "")
+    train = iter(rows("when was it", "what is it", "What is it", "who was it", "never read"))
+    assert match_questions(asked, train) == {0: "f:2", 1: "f:4", 2: "f:2"}
+    assert [row.line for row in train] == [5]

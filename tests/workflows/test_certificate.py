@@ -235,9 +235,27 @@ def test_scores_of_rows_that_were_learned_or_repeat_are_remarked(home: Path) -> 
     learned = luthier.evaluate(ID, home / "rows.jsonl", max_tokens=2)
     assert "was trained on these rows" in learned.remarks[0]
     assert not any("trained on" in r for r in luthier.evaluate(ID, home / "test.jsonl").remarks)
+    # Some of its rows, beside another one; what was held out taught it nothing.
+    record = find(ID).manifest.data
+    assert record is not None
+    ((source, apart),) = record.held_out.items()
+    lines = Path(source).read_text().splitlines(keepends=True)
+    some = home / "some.jsonl"
+    some.write_text("".join(lines[:10]) + (home / "test.jsonl").read_text().splitlines()[0] + "\n")
+    place = next(line for line in range(1, 11) if line not in apart)
+    remark, *_ = luthier.evaluate(ID, some, max_tokens=2).remarks
+    assert remark.startswith(
+        f"{10 - sum(line <= 10 for line in apart)} of 11 rows ask what training rows ask (such as "
+        f"{some}:{place}, which asks what {source}:{place} asks), so "
+    )
+    Path(source).write_text("".join(lines) + lines[0])
+    try:  # which is no longer what was learned
+        assert "training rows" not in " ".join(luthier.evaluate(ID, some, max_tokens=2).remarks)
+    finally:
+        Path(source).write_text("".join(lines))
     twice = home / "twice.jsonl"
     twice.write_text((home / "test.jsonl").read_text() * 2)
-    (remark,) = luthier.evaluate(ID, twice, max_tokens=2).remarks
+    remark, *_ = luthier.evaluate(ID, twice, max_tokens=2).remarks
     assert (
         remark.startswith("6 of 12 rows repeat others") and "those of 12 different rows" in remark
     )

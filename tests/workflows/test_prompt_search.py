@@ -119,6 +119,23 @@ def test_a_search_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1.0 <= time.monotonic() - began < 3 and found.score == 0
 
 
+def test_without_a_score_nothing_is_searched_unless_it_is_asked_for() -> None:
+    asked = 0
+
+    def wrong(numbers: Sequence[int], way: Way) -> list[tuple[str, float]]:
+        nonlocal asked
+        asked += len(numbers)
+        return [("no", 0.0)] * len(numbers)
+
+    with pytest.raises(
+        RecipeError, match=r"none of .* scores above 0, so nothing tells one prompt"
+    ):
+        search_prompt(wrong, lambda text, seed: "x", TRAIN, 30, needs_score=True)
+    first = asked
+    search_prompt(wrong, lambda text, seed: "x", TRAIN, 1, most_answers=2 * first)
+    assert asked > 2 * first
+
+
 def test_few_rows_are_refused() -> None:
     with pytest.raises(RecipeError, match="24 different training rows and more, and these are 1"):
         search_prompt(Model(), lambda text, seed: "", TRAIN[:1] * 40, 1.0)

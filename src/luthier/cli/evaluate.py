@@ -79,7 +79,7 @@ def evaluate(
     from luthier.sdk.evaluation import evaluate as run
     from luthier.serving.evaluation import long_rows_summary
 
-    graders = parse_grader_options(grader or ["exact"], set_ or ())
+    graders = parse_grader_options(grader or ["exact"], set_ or ()) if grader or set_ else None
     check_output(output, data)
     check_output(html, data)
     with show_progress(0, "evaluate") as done:

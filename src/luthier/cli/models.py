@@ -116,7 +116,10 @@ def _print_custom(custom: Sequence[dict[str, Any]]) -> None:
         if "damaged" in model:
             table.add_row(model["id"], "[red]damaged[/red]", "", "", "")
             continue
-        measured = validation_result(model.get("measure", ""), model.get("validation", {}))
+        kept = model.get("validation", {})
+        measured = validation_result(model.get("measure", ""), kept, model.get("refit_rows", 0))
+        if model.get("unchanged"):
+            measured += ", nothing learned"
         names = (model["objective"], model["adaptation"])
         created = model["created"][:16].replace("T", " ")
         if model.get("withheld"):
@@ -171,12 +174,17 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
         return record | {"adaptation": f"imported {manifest.saved}", "source": manifest.source}
     if manifest.recipe is None or manifest.metrics is None:
         return {"id": model.id, "damaged": "its record lacks the recipe or the metrics of its run"}
+    verdict = manifest.metrics.get("verdict") or {}
+    if refit := manifest.metrics.get("refit"):
+        record["refit_rows"] = refit["rows"]
+    if verdict.get("unchanged"):
+        record["unchanged"] = True
     return record | {
         "adaptation": manifest.recipe["adaptation"]["method"],
         "validation_loss": manifest.metrics["validation_loss"],
         # The package that brought the objective may be gone.
         "measure": OBJECTIVES[method].measure if method in OBJECTIVES else "",
-        "validation": (manifest.metrics.get("verdict") or {}).get("kept", {}),
+        "validation": verdict.get("kept", {}),
     }
 
 

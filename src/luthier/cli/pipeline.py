@@ -62,10 +62,10 @@ def _cells(outcome: StageOutcome) -> list[str]:
     if "steps" not in details:
         return []
     measure = objective_of(find(outcome.model_id)).measure
-    verdict = details.get("verdict") or {}
+    verdict, refit = details.get("verdict") or {}, details.get("refit") or {}
     return [
         f"{details['steps']:,}",
-        validation_result(measure, verdict.get("kept", {})),
+        validation_result(measure, verdict.get("kept", {}), refit.get("rows", 0)),
         f"{details['seconds']:.0f} s",
         verdict.get("outcome", "").replace("_", " "),
     ]

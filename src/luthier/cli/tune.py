@@ -124,14 +124,20 @@ def print_result(result: Result) -> None:
     curve = "reward" if objective.measure == "reward" else "loss"
     held = ""
     if result.verdict is not None:
-        held = validation_result(objective.measure, result.verdict.kept)
+        refit_rows = 0 if result.refit is None else result.refit.rows
+        held = validation_result(objective.measure, result.verdict.kept, refit_rows)
     out = new_console(highlight=False, soft_wrap=True)
     withheld = stored.manifest.withheld
     state = "[bold red]withheld[/bold red]" if withheld else "verified"
+    if result.verdict is not None and result.verdict.unchanged:
+        state += ", but [bold red]nothing was learned[/bold red]: "
+        state += "its weights are those from before training"
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and {state}")
     if withheld:
         out.print(f"  {withheld}", markup=False)
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
+    if result.verdict is not None and result.verdict.stopped_early:
+        steps += " (stopped early)"
     read = f"{result.rows_seen:,} {PLURAL[chat.reads]}"
     if chat.reads == "text":
         read = f"{result.tokens:,} tokens"
@@ -145,7 +151,7 @@ def print_result(result: Result) -> None:
         f"({result.trained_weights / result.weights:.2%}) were trained, stored in "
         f"{result.saved_bytes / 1e6:,.2f} MB"
     )
-    print_comparison(result.comparison)
+    print_comparison(result.comparison, is_refit=result.refit is not None)
     print_verdict(result)
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
     if (Path(result.run_dir) / GRIDS).is_dir():
@@ -171,25 +177,33 @@ def print_result(result: Result) -> None:
     out.print(f"  use it      luthier {use}")
 
 
-def validation_result(measure: str, kept: Mapping[str, float]) -> str:
-    """What the stored weights measured on the validation rows, for people; empty for nothing."""
+def validation_result(measure: str, kept: Mapping[str, float], refit_rows: int = 0) -> str:
+    """What the kept weights measured on the validation rows, for people; empty for nothing.
+
+    ``refit_rows`` is how many the stored ones learned from, where they are others, of a refit.
+    """
     from luthier.engine.metrics import SCORES, SHARES
 
     if measure not in kept:
         return ""
     style = ".1%" if measure in SHARES else ".4f"
-    return f"{SCORES.get(measure, measure)} {kept[measure]:{style}}"
+    before = f" before the refit on all {refit_rows:,} rows" if refit_rows else ""
+    return f"{SCORES.get(measure, measure)} {kept[measure]:{style}}{before}"
 
 
-def print_comparison(found: Comparison | None) -> None:
-    """The model beside simple baselines: a line for each, the best first, and what to make of it."""
+def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:
+    """The model beside simple baselines: a line for each, the best first, and what to make of it.
+
+    ``is_refit`` says that what was measured is not what is stored.
+    """
     if found is None or found.tuned is None:
         return
     from luthier.evaluation.baselines import render
 
     out = new_console(highlight=False)
     out.print(f"  on {found.rows:,} held-out rows, beside simple baselines:")
-    lines = [("this model", found.tuned, 0.0)]
+    name = "the training before the refit" if is_refit else "this model"
+    lines = [(name, found.tuned, 0.0)]
     lines += [(each.name, each.score, each.seconds) for each in found.baselines]
     gains = {each.name: found.gain(each) for each in found.baselines}
     for name, score, seconds in sorted(lines, key=lambda line: gains.get(line[0], 0.0)):

@@ -97,7 +97,7 @@ def prepare(
     the rows that would be held out to measure on are learned from, those for a test still are not.
     ``on_row`` is given how many rows of how many the gate has looked at.
     """
-    checker = _checker(objective)
+    checker = checker_for(objective)
     reader = RowReader(
         spec.train,
         spec.columns,
@@ -233,24 +233,31 @@ FIRST_ROWS = 100
 """Rows of a source that are looked at before anything heavy is imported."""
 
 
-def check_sources(spec: DataSpec, objective: Objective | None) -> None:
+def check_sources(
+    spec: DataSpec, objective: Objective | None, chat: ChatFormat | None = None
+) -> None:
     """Refuse sources whose first rows are wrong already, long before :func:`prepare` reads them.
 
-    It takes no more than reading them, where that needs torch, the model and the machine.
+    It takes no more than reading them, where that needs torch, the model and the machine. With
+    ``chat``, the base model's, rows are refused, too, that ``objective`` does not learn from.
 
     Raises:
-        DataError: with every problem of the source.
+        DataError: with every problem of the source; of rows that are not learned from, the first ones.
     """
-    checker = _checker(objective)
+    checker = checker_for(objective)
+    first: list[Sequence[Row]] = []
     for source in (spec.train, spec.validation, *(each.train for each in spec.mix)):
         if not source:
+            first.append(())
             continue
         group_column = spec.group_column if source == spec.train else None
         reader = RowReader(source, spec.columns, checker, whole=False, group_column=group_column)
-        for _ in islice(reader, FIRST_ROWS):
-            pass
+        first.append([*islice(reader, FIRST_ROWS)])
         if reader.problems:
             RowReader(source, spec.columns, checker, group_column=group_column).read_all()
+    if objective is not None and chat is not None:
+        rows, held, *further = first
+        check_shapes(rows, held, concatenate(further), objective, chat)
 
 
 def _split(
@@ -410,6 +417,6 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
         )
 
 
-def _checker(objective: Objective | None) -> type[Checker]:
+def checker_for(objective: Objective | None) -> type[Checker]:
     """What reads rows: those that the network answers itself are read for what they ask."""
     return PromptChecker if objective and "prompt_only" in objective.shapes else Checker

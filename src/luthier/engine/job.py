@@ -103,6 +103,8 @@ class TrainingJob:
     """Step after which the run ends, where its schedule is longer; else 0."""
     steps_before: int = 0
     """Steps of the training before, of a refit."""
+    usual_rate: float = 0.0
+    """Learning rate that is chosen for such a run where none is given."""
 
     @property
     def rows(self) -> int:
@@ -412,6 +414,8 @@ def resolve_job(
         scratch_rate=scratch_rate(model) or defaults.SCRATCH_RATE,
     )
     recipe = recipe.model_copy(update={"objective": data.objective})
+    open_rate = recipe.training.model_copy(update={"learning_rate": None})
+    usual, _ = defaults.choose(recipe.model_copy(update={"training": open_rate}), facts)
     recipe, choices = defaults.choose(recipe, facts)
     beside = sum(
         weight_bytes(sketch(o.network_folder, store.objective_of(o).head()), size)
@@ -468,6 +472,7 @@ def resolve_job(
         expected_memory=expected,
         new_head=new,
         refit_steps=refit_steps,
+        usual_rate=usual.training.learning_rate or 0.0,
     )
 
 

@@ -98,6 +98,8 @@ class Loop:
     """Steps of all trainings of the run; 0 where this is the only one."""
     processes: ProcessGroup = ALONE
     """Those that share the work of each step. Each has a loop, and takes every decision alike."""
+    usual_rate: float = 0.0
+    """Learning rate that would be chosen for it; 0 where that is not known."""
 
     def __post_init__(self) -> None:
         """Set up what is derived: optimizer, row order, progress."""
@@ -211,6 +213,8 @@ class Loop:
                 # The first process, whose clock decides, cannot put shards together alone.
                 if self.processes.first(due) if self.network.is_sharded else due:
                     self.checkpoint()
+        if self.progress.step < self.until:
+            self.reporter.note(self._why_it_stopped())
         self._use_best()
         return self.progress
 
@@ -269,7 +273,10 @@ class Loop:
             loss, further = self._backward(objective, turn or (), number)
             number += 1
             metrics |= further
-            norm = self.optimizer.step(rate)
+            try:
+                norm = self.optimizer.step(rate)
+            except Diverged as error:
+                raise Diverged(f"{error} in step {self._run_step + 1}. {self._cure}") from error
         self.processes.send_first(self._buffers)
         seconds = time.monotonic() - started
         counted = [batch.tree.examples for batch in batches if not batch.is_filler]
@@ -357,10 +364,7 @@ class Loop:
         further = means.of_all(self.processes).values()
         mean = further.pop("loss")
         if not math.isfinite(mean):
-            raise Diverged(
-                f"the loss of step {self.progress.step + 1} is {mean}. Lower the learning rate "
-                f"(it was {self.rate:g} at its highest)."
-            )
+            raise Diverged(f"the loss of step {self._run_step + 1} is {mean}. {self._cure}")
         return mean, further
 
     @torch.no_grad()
@@ -392,9 +396,20 @@ class Loop:
                 "step: look for targets that are out of all proportion among them, or compute with "
                 "more digits by `training.precision=float32`"
             )
+        what = "what is measured on the validation rows is no finite number"
+        return f"{what} after step {step}. {self._cure}"
+
+    @property
+    def _cure(self) -> str:
+        """What to change where numbers are no longer finite."""
+        if self.rate > self.usual_rate > 0:
+            return (
+                f"Lower the learning rate: it was {self.rate:g} at its highest, and "
+                f"{self.usual_rate:.2g} is what this run would take by itself."
+            )
         return (
-            f"what is measured on the validation rows is no finite number after step {step}. Lower the "
-            f"learning rate (it was {self.rate:g} at its highest)."
+            f"Lower the learning rate (it was {self.rate:g} at its highest), or look for rows with "
+            "extreme content."
         )
 
     def _advise(self) -> None:
@@ -449,6 +464,20 @@ class Loop:
         enough = len(self.validation) >= ROWS_FOR_PERFECT and measure in SCORES
         enough = enough and not self.augmentation
         return self.progress.worse >= patience or (perfect and enough)
+
+    def _why_it_stopped(self) -> str:
+        """What people are to know of a run that ended before its last step."""
+        patience, best = self.training.patience, self.progress.best_step or 0
+        what = "measurement was" if patience == 1 else f"{patience} measurements were"
+        why = "no better than before training"
+        if self.progress.worse < patience:
+            why = "all right, so there is nothing to gain"
+        elif best:
+            why = f"no better than that of step {best + self.steps_before}"
+        return (
+            f"stopped early, after step {self._run_step} of {self.steps_before + self.until}: the last "
+            f"{what} {why}. `training.patience=0` trains to the end"
+        )
 
     def _use_best(self) -> None:
         if self.best and self.progress.best_step != self.progress.step:

@@ -26,6 +26,13 @@ SHARES = SCORES.keys() - {"cosine", "absolute_error"}
 """Those that are shares of what is right or wrong, and read best as percent."""
 DISTANCES: Mapping[str, str] = {"frechet_distance": "Fréchet distance"}
 """Metrics of which less is better that people read beside the loss, and what they are called."""
+FEW_ROWS = 30
+"""Held-out rows, of which each is noted, below which what is measured of them is rough."""
+STUDENT_T = (
+    12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14,
+    2.13, 2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05,
+)  # fmt: skip
+"""Standard errors within which 95 % of the means of 2, 3, … rows lie (Student 1908)."""
 HOLLOW = 0.95
 """Share of the loss of a model that tells no row from another, above which a loss says nothing."""
 _REWARDS: Mapping[str, str] = {
@@ -66,6 +73,9 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
     kept: a few hundred rows measure to a point or two, and the end of the schedule, where the rate is
     low, gives more than that. Nothing is kept that is not better than the weights before training. Of
     losses, and of scores where the best one is 0 or 1, the lowest loss decides, if it is not hollow.
+    Of the losses of few rows those count as low that chance may have put above the lowest, that before
+    training among them, until one is higher than that: a few rows are no ground to undo what the
+    training rows taught, where they do not tell it apart.
     """
 
     def order(line: Mapping[str, Any]) -> tuple[float, float]:
@@ -73,10 +83,15 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
 
     measure = deciding_measure(lines, measure)
     best = chosen = lines[0]
+    is_alike = True
     for line in lines[1:]:
         if measure == "loss" and is_hollow(line, lines[0]):
             continue
         best = min(best, line, key=order)
+        if measure == "loss":
+            alike = line is best or (is_alike and _may_be_alike(best, line))
+            chosen, is_alike = (line, True) if alike else (chosen, False)
+            continue
         is_share = measure in SCORES and 0 < best[measure] < 1
         error = best.get(f"{measure}_error", 0.0) if is_share else 0.0
         alike = error > 0 and cost_of(line, measure) <= cost_of(best, measure) + error
@@ -85,18 +100,29 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
     return chosen
 
 
+def _may_be_alike(best: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
+    """Whether of two losses of the same few rows the second is no higher than by chance."""
+    few = 1 < _rows_noted(line, "loss") < FEW_ROWS
+    return few and bool(line["loss"] <= best["loss"] + chance_between(best, line, "loss"))
+
+
+def _rows_noted(line: Mapping[str, Any], measure: str) -> int:
+    return len(line.get("rows", {}).get(measure, {}).get("parts", ()))
+
+
 def chance_between(one: Mapping[str, Any], other: Mapping[str, Any], measure: str) -> float:
     """How far two measurements may be apart by chance; 0 for means over many tokens.
 
     Where single rows are noted, by those that differ.
     """
-    noted = [
-        RowScores.read(rows[measure])
-        for line in (one, other)
-        if measure in (rows := line.get("rows", {}))
-    ]
-    if len(noted) == 2:
-        return CHANCE * noted[0].difference_error(noted[1])
+    count = _rows_noted(one, measure)
+    if count and count == _rows_noted(other, measure):
+        first, second = (RowScores.read(line["rows"][measure]) for line in (one, other))
+        chance = CHANCE * first.difference_error(second)
+        if measure == "loss" and 1 < count < FEW_ROWS:
+            # Of few rows the spread itself is known badly, and seen too small.
+            chance *= STUDENT_T[count - 2] / CHANCE * math.sqrt(count / (count - 1))
+        return chance
     error = f"{measure}_error"
     return CHANCE * math.hypot(*(line.get(error, 0.0) for line in (one, other)))
 

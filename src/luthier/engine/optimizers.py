@@ -140,10 +140,7 @@ class MasterAdamW:
         """Clip, move the masters, copy them to the network; returns the gradient norm."""
         norm = self._norm()
         if not torch.isfinite(norm):
-            raise Diverged(
-                "a gradient is no longer finite. Lower the learning rate, or look for rows with "
-                "extreme content; the last checkpoint is from before this step."
-            )
+            raise Diverged("a gradient is no longer finite")
         if self._max_norm and norm > self._max_norm:
             for name, gradient in self._sums.items():
                 self.masters[name].grad = gradient

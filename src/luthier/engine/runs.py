@@ -45,6 +45,8 @@ from luthier.store.model_folders import (
 )
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
+_FAILURE = "failure.json"
+"""Why a run ended that would end so again."""
 _LOCK, _LAUNCH = ".lock", "launch.json"
 """Which launch of several processes works on the run, where one does that has an id."""
 SAMPLES = "samples.jsonl"
@@ -126,6 +128,7 @@ class Run:
             return None
         asked = self.folder / _REQUEST
         same_request(read_json(asked), request, self.model_id, asked.stat().st_mtime)
+        (self.folder / _FAILURE).unlink(missing_ok=True)
         self._record_launch(launch)
         return Result.parse(read_json(self.folder / _RESULT)) if self.has_ended() else None
 
@@ -155,9 +158,14 @@ class Run:
         if (self.folder / _REQUEST).is_file():
             run = "a finished run" if stored else "an unfinished run"
             advice = "Choose" if stored else "Go on with it by --resume, choose"
+            why = ""
+            if not stored and (self.folder / _FAILURE).is_file():
+                reason = read_json(self.folder / _FAILURE).rstrip(".")
+                run, advice = "a run", "Choose"
+                why = f", and going on would end as it did: {reason}"
             raise RunConflict(
-                f"there is {run} {self.model_id} already. {advice} another --name, or remove it with "
-                f"`luthier models remove {self.model_id}`"
+                f"there is {run} {self.model_id} already{why}. {advice} another --name, or remove it "
+                f"with `luthier models remove {self.model_id}`"
             )
         if stored:
             raise RunConflict(f"there is a model {self.model_id} already; choose another --name")
@@ -187,6 +195,10 @@ class Run:
             with disk_errors(self.folder), new_data_file(self.folder / TEST) as target:
                 for file, each in test.items():
                     copy_lines(file, each, target)
+
+    def record_failure(self, reason: str) -> None:
+        """Record why the run ended, where going on would end the same way."""
+        write_json(self.folder / _FAILURE, reason)
 
     def finish(self, result: Result) -> None:
         """Record the result; only now is the run done. Its checkpoints are no longer needed."""

@@ -19,6 +19,7 @@ from luthier.encryption.memory import hold_temporary_files
 from luthier.engine.actuals import Clock, record_actual
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.comparison import describe_quicker, fit_baselines, measure_tuned
+from luthier.engine.dataset import check_sources
 from luthier.engine.job import (
     TrainingJob,
     add_reference_logps,
@@ -52,7 +53,14 @@ from luthier.engine.runs import (
 )
 from luthier.engine.sample_grids import SampleGrids
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
-from luthier.errors import CorruptFile, RecipeError, RefusedInput, RowRefused
+from luthier.errors import (
+    CorruptFile,
+    Diverged,
+    RecipeError,
+    RefusedInput,
+    RowRefused,
+    RunConflict,
+)
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import folder_size, need_disk
 from luthier.gate.checks.base_language import UNTRAINED
@@ -132,7 +140,7 @@ def _train_first(
     with run.lock(ORPHAN_SECONDS if has_agent() else 0.0):
         try:
             if not resume:
-                run.check_free()  # before the rows are read, which can take minutes
+                _check_free(run, recipe, base)  # before the rows are read, which can take minutes
             elif run.request_value("luthier") is None:
                 reporter.note(f"no run {run.model_id} was interrupted, so it begins now")
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
@@ -147,6 +155,15 @@ def _train_first(
             run.drop_if_empty()
             raise
         return train_first(None if done else job, run, done, resume, reporter, clock, group)
+
+
+def _check_free(run: Run, recipe: Recipe, base: store.StoredModel) -> None:
+    """Refuse a name that is taken; but first rows that no name would help."""
+    try:
+        run.check_free()
+    except RunConflict:
+        check_sources(recipe.data, recipe.objective, store.chat_format(base))
+        raise
 
 
 def train_first(
@@ -186,6 +203,9 @@ def train_first(
         return result
     except RefusedInput:
         run.drop_if_untrained()
+        raise
+    except Diverged as error:
+        run.record_failure(str(error))
         raise
 
 
@@ -725,4 +745,5 @@ class Trainer:
             steps_before=self.job.steps_before,
             all_steps=self.job.all_steps,
             processes=self.group,
+            usual_rate=self.job.usual_rate,
         )

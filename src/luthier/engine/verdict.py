@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from luthier.engine.metrics import (
+    FEW_ROWS,
     SCORES,
     best_measurement,
     chance_between,
@@ -51,8 +52,8 @@ LEARNED = 0.1
 their labels: a new head that only learns how often each label comes gains less."""
 SMALL_BATCH = 16
 """Rows of a step below which a larger one is worth a try where nothing was learned."""
-FEW_ROWS, FEW_LOSSES = 30, 10
-"""Held-out rows below which a score of them is rough; a loss is a mean over many tokens."""
+FEW_LOSSES = 10
+"""Held-out rows below which a loss of them is rough that is a mean over tokens, of which are many."""
 _HEADLINES: Mapping[Outcome, str] = {
     "learned": "learned",
     "still_improving": "learned, and still improving at the end",
@@ -124,6 +125,8 @@ class RunVerdict:
     learned: bool = True
     """Whether it is better than the weights it began with, and than to answer every row alike; where it
     is not, nothing is refitted. Results of older runs do not say it."""
+    unchanged: bool = False
+    """Whether the stored weights are those from before training, so that it answers as its base."""
 
 
 def judge_run(
@@ -184,6 +187,8 @@ def judge_run(
     if few and outcome == "hardly_learned" and course.gain > 0:
         # What to change is not known where nothing is known to be wrong.
         headline, advice = "better, on too few held-out rows to be sure", ""
+    elif few and outcome == "hardly_learned" and kept > 0:
+        headline, advice = "not told from before training by so few held-out rows", ""
     if fitted_head and outcome in ("hardly_learned", "worse"):
         headline = "not measurably better than the logistic regression that it started from"
         advice = "More rows, above all of the labels that it confuses, are likely to help most"
@@ -227,7 +232,8 @@ def judge_run(
         why = "it answers every row alike as far as can be told" if alike else "nothing was learned"
         text += f". It was not trained once more on all rows: {why}"
     first, best, last = (_values(x, measure) for x in (course.first, course.kept, course.last))
-    return RunVerdict(outcome, text, advice, kept, early, first, best, last, learned)
+    unchanged = kept == 0 and not fitted_head
+    return RunVerdict(outcome, text, advice, kept, early, first, best, last, learned, unchanged)
 
 
 class _Course:
@@ -282,15 +288,17 @@ class _Course:
                 why += f"{self.last['chance_loss']:.3f}"
             elif hollow:
                 why += "fewer rows are right"
+            end = "where training stopped early" if early else "at the end"
             return (
-                f"{text} and never better in {last_step} steps, {self._scores(self.last)} at the end"
+                f"{text} and never better in {last_step} steps, {self._scores(self.last)} {end}"
                 f"{why}. {self.start.stored}"
             )
         text += f", {self._scores(self.kept)} at step {kept}"
         best = min(self.held, key=self._cost)
-        if self.measure in SCORES and self._cost(best) < self._cost(self.kept):
+        if self._cost(best) < self._cost(self.kept):  # of losses, those of few rows
+            alike = "scores" if self.measure in SCORES else "losses of few rows"
             text += (
-                f" (the {best[self.measure]:.4f} of step {best['step']} may be chance, and of scores "
+                f" (the {best[self.measure]:.4f} of step {best['step']} may be chance, and of {alike} "
                 "that are alike the last one is taken)"
             )
         if kept == last_step:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.rows import load_prompts, load_rows
@@ -14,7 +15,16 @@ from luthier.data.sources import Source
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.breakdown import Calibration, LabelCounts, Slice, worst_rows
 from luthier.evaluation.significance import LESS_IS_BETTER, Interval, RowScores, Score, values
-from luthier.graders import Answer, Grader, OnError, ToolCalls, check_rows, grade_answers
+from luthier.graders import (
+    Answer,
+    Exact,
+    Grader,
+    OnError,
+    Similarity,
+    ToolCalls,
+    check_rows,
+    grade_answers,
+)
 from luthier.types import Message, Row
 
 if TYPE_CHECKING:
@@ -29,6 +39,8 @@ FEW_REPLIES = 10
 """Below which it says little that all are the same."""
 SHOWN = 100
 """Characters of a reply in a sentence."""
+LONG_REPLY = 12
+"""Words beyond which nobody writes the expected reply to the letter, who does not know it by heart."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +228,24 @@ def choose_turns(rows: Sequence[Row], turns: TurnChoice) -> list[Row]:
     return chosen
 
 
+def median_words(replies: Iterable[str | None]) -> float:
+    """Of the replies that are expected; 0 where none is."""
+    return median([len(reply.split()) for reply in replies if reply] or [0])
+
+
+def default_graders(rows: Sequence[Row], note: Callable[[str], None]) -> dict[str, Grader]:
+    """How replies to ``rows`` are graded where nobody says; ``note`` hears why, if not by ``exact``."""
+    words = median_words(row.expected_reply() for row in rows)
+    if words <= LONG_REPLY:
+        return {"exact": Exact()}
+    note(
+        "replies are graded by rouge_l, the words in common with the expected reply in their order: "
+        f"the expected replies have {words:.0f} words in the median, too many to be met to the letter. "
+        "Name a grader to have it otherwise"
+    )
+    return {"rouge_l": Similarity(measure="rouge_l")}
+
+
 def check(rows: Sequence[Row], graders: Mapping[str, Grader]) -> None:
     """Refuse rows and graders that do not go together, before a model is loaded.
 
@@ -269,6 +299,20 @@ def grade(
     if len(replies) >= FEW_REPLIES and len({*replies}) == 1 < len(expected):
         shown = replies[0] if len(replies[0]) <= SHOWN else f"{replies[0][:SHOWN]} …"
         remarks.append(f"all {len(replies):,} replies are the same: {shown!r}")
+    words = median_words(answer.expected for answer in answers)
+    for name, grader in graders.items():
+        none = len(replies) >= FEW_REPLIES and scores[name].value == 0
+        if none and type(grader) is Exact and words > LONG_REPLY:
+            remarks.append(
+                f"{name} cannot tell such replies apart: it wants the expected one to the letter, of "
+                f"{words:.0f} words in the median. Grader `similarity` with `measure=rouge_l` says how "
+                "much they have in common"
+            )
+        elif none and grader.is_share:
+            remarks.append(
+                f"no reply scores above 0 by {name}: read some of them, and choose another grader "
+                "where they are right in other words"
+            )
     return Evaluation(
         scores, list(rows), problems, remarks=remarks, records=records, is_graded=True
     )

@@ -80,6 +80,25 @@ def repeated_rows(rows: Sequence[Row]) -> list[int]:
     return found
 
 
+def match_questions(rows: Sequence[Row], train: Iterable[Row]) -> dict[int, str]:
+    """Numbers of the ``rows`` that ask what a row of ``train`` asks, each with the first one's place.
+
+    ``train`` is read once, up to the last match; a row without text asks nothing.
+    """
+    numbers: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        if question := normalize(question_of(row)):
+            numbers.setdefault(question, []).append(number)
+    found = dict[int, str]()
+    if numbers:
+        for row in train:
+            for number in numbers.pop(normalize(question_of(row)), ()):
+                found[number] = f"{row.file}:{row.line}"
+            if not numbers:
+                break
+    return dict(sorted(found.items()))
+
+
 STRETCH = 50
 """Lines of a time series that stay together: windows next to each other have nearly all in common."""
 

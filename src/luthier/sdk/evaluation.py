@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: str | Model | StoredModel,
     data: str | Path,
-    graders: Sequence[Spec] | Mapping[str, Spec] = ("exact",),
+    graders: Sequence[Spec] | Mapping[str, Spec] | None = None,
     max_tokens: int = 128,
     on_error: OnError = "fail",
     note: Callable[[str], None] = lambda text: None,
@@ -53,7 +53,8 @@ def evaluate(
         data: rows of prompt and reply, of judged answers, of raw text, or with what a model that reads
             says.
         graders: methods by name, tables of ``method`` and fields, or :class:`luthier.graders.Grader`
-            objects; a mapping gives them names of your own.
+            objects; a mapping gives them names of your own. When not given ``exact``, or ``rouge_l``
+            where the expected replies have more than a dozen words in the median.
         max_tokens: of a reply at most.
         on_error: what becomes of a reply that a grader cannot grade: ``fail``, or score ``zero``.
         note: hears what a judge will cost and whether it is one.
@@ -75,7 +76,7 @@ def evaluate(
     """
     from luthier.data.shapes import JudgedAnswers, MultipleChoice, RawText, of_shape
     from luthier.evaluation.breakdown import slice_scores
-    from luthier.evaluation.evaluate import check, check_shapes, load_graded
+    from luthier.evaluation.evaluate import check, check_shapes, default_graders, load_graded
     from luthier.graders import parse_graders
     from luthier.objectives.capabilities import SupportsPrediction
     from luthier.serving.evaluation import (
@@ -92,7 +93,7 @@ def evaluate(
     from luthier.store.models import objective_of
     from luthier.store.reports import check_attachable
 
-    chosen = parse_graders(graders)
+    chosen = {} if graders is None else parse_graders(graders)
     rows = load_graded(data, columns, chosen.values(), turns)
     total = len(rows)
     stored = stored_model(model)
@@ -125,6 +126,8 @@ def evaluate(
     elif choices := of_shape(MultipleChoice, rows):
         found = multiple_choice(stored, choices, done, long_rows)
     else:
+        if graders is None:
+            chosen = default_graders(rows, note)
         check(rows, chosen)
         writer = model if isinstance(model, Model) else Model(stored)
         chosen = open_graders(chosen, total, note)
@@ -253,7 +256,8 @@ def compare(
         train: where examples come from, and what simple baselines learn; the training rows of the first
             of ``tuned`` when not given, where they are still there.
         documents: sources of texts that answers should be true to.
-        graders: of replies, as of :func:`evaluate`; the first decides. ``exact`` when not given.
+        graders: of replies, as of :func:`evaluate`; the first decides. When not given,
+            what :func:`evaluate` takes.
         max_tokens: of a reply at most.
         prices: a price table, as of ``luthier estimate``; the one of the store when not given.
         note: hears what is done.

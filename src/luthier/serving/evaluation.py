@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 
 BUDGET = 2048
 """Tokens computed at once."""
+MOST_COMPARED_BYTES = 64_000_000
+"""Of a training file, that is read to find evaluated rows in it: some seconds."""
 AT_ONCE = 32
 """Replies that are asked for before they are written down; a kill costs so many at most."""
 
@@ -160,24 +162,78 @@ def row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> l
     from luthier.gate.row_keys import repeated_rows
 
     remarks = []
-    if stored.manifest.data is not None and Path(data).is_file():
-        named = (stored.manifest.recipe or {}).get("data", {})
-        held_out = set[str]()
-        # Of pre-training there may be several.
-        for each in (named.get("validation"), named.get("test")):
-            held_out.update([each] if isinstance(each, str) else each or ())
-        files = stored.manifest.data.sha256.items()
-        if sha256_of(Path(data)) in {digest for path, digest in files if path not in held_out}:
-            remarks.append(
-                f"{stored.id} was trained on these rows, so what is measured is what it "
-                "remembers, and nothing of rows that it has not seen"
-            )
+    learned = _training_files(stored)
+    if learned and Path(data).is_file() and sha256_of(Path(data)) in learned.values():
+        remarks.append(
+            f"{stored.id} was trained on these rows, so what is measured is what it "
+            "remembers, and nothing of rows that it has not seen"
+        )
+    elif seen := _rows_learned(stored, learned, rows):
+        number, place = next(iter(seen.items()))
+        example = f"{rows[number].file}:{rows[number].line}, which asks what {place} asks"
+        remarks.append(
+            f"{len(seen):,} of {len(rows):,} rows ask what training rows ask (such as {example}), so "
+            f"what is measured on them is what {stored.id} remembers. Evaluate it on rows that it has "
+            "not seen; `luthier split` keeps some apart"
+        )
     if repeats := repeated_rows(rows):
         remarks.append(
             f"{len(repeats):,} of {len(rows):,} rows repeat others word for word and say nothing "
             f"new: the intervals are those of {len(rows):,} different rows, and too narrow for these"
         )
     return remarks
+
+
+def _training_files(stored: StoredModel) -> dict[str, str]:
+    """Hash of each file that a model learned from, by path."""
+    if stored.manifest.data is None:
+        return {}
+    named = (stored.manifest.recipe or {}).get("data", {})
+    held_out = set[str]()
+    # Of pre-training there may be several.
+    for each in (named.get("validation"), named.get("test")):
+        held_out.update([each] if isinstance(each, str) else each or ())
+    return {p: digest for p, digest in stored.manifest.data.sha256.items() if p not in held_out}
+
+
+def _rows_learned(
+    stored: StoredModel, learned: Mapping[str, str], rows: Sequence[Row]
+) -> dict[int, str]:
+    """Numbers of the ``rows`` that ask what a row asks that the model learned from, and its place.
+
+    ``learned`` are the hashes of its files. One that is gone, changed or large is not looked at, nor
+    are its lines that were held out.
+    """
+    from luthier.data.rows import RowReader
+    from luthier.engine.dataset import checker_for
+    from luthier.engine.runs import HELD_OUT
+    from luthier.files import read_json, sha256_of
+    from luthier.gate.row_keys import match_questions, question_of
+    from luthier.store.model_folders import working_folders
+    from luthier.store.models import objective_of
+
+    if not any(map(question_of, rows)):
+        return {}
+    held_out = [stored.manifest.data.held_out] if stored.manifest.data else []
+    for folder in working_folders(stored.id)[:1]:
+        if (folder / HELD_OUT).is_file():  # has the lines of a test, too
+            held_out += read_json(folder / HELD_OUT).values()
+    columns = (stored.manifest.recipe or {}).get("data", {}).get("columns")
+    checker = checker_for(objective_of(stored))
+
+    def rows_of(path: str) -> Iterator[Row]:
+        left_out = {line for files in held_out for line in files.get(path, ())}
+        reader = RowReader(path, columns, checker)
+        return (row for row in reader if row.line not in left_out)
+
+    usable = [
+        path
+        for path, digest in learned.items()
+        if Path(path).is_file()
+        and Path(path).stat().st_size <= MOST_COMPARED_BYTES
+        and sha256_of(Path(path)) == digest
+    ]
+    return match_questions(rows, chain.from_iterable(map(rows_of, usable)))
 
 
 def slice_keys(rows: Sequence[Row], by: str) -> list[str]:

@@ -32,7 +32,7 @@ from luthier.evaluation.baselines import (
     fit_and_score,
     is_comparable,
 )
-from luthier.evaluation.evaluate import grade
+from luthier.evaluation.evaluate import default_graders, grade
 from luthier.evaluation.significance import (
     Difference,
     RowScores,
@@ -41,8 +41,7 @@ from luthier.evaluation.significance import (
 )
 from luthier.files import folder_size
 from luthier.gate.checks.leakage import TOO_MANY
-from luthier.gate.near_duplicates import normalize
-from luthier.gate.row_keys import question_of, repeated_rows
+from luthier.gate.row_keys import match_questions, repeated_rows
 from luthier.graders import Exact
 from luthier.graders.base import Answer, Embedder
 from luthier.graders.ruler import judge_pairs
@@ -349,9 +348,12 @@ def compare(
     for what, named in (("the documents", documents), ("the graders", graders)):
         if named and not asked:
             remarks.append(f"{what} were not used: none of these models writes")
-    if graders is None:
+    if graders is None and labelled:
         # A base model that was not tuned writes labels with capitals and stops.
-        graders = {"exact": Exact(ignore_case=labelled, ignore_punctuation=labelled)}
+        graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
+    elif graders is None:
+        graders = default_graders(rows, note if asked else lambda text: None)
+    was_asked = bool(search_seconds)
     if search_seconds is None:
         search_seconds = min(MOST_SEARCH_SECONDS, max(map(_training_seconds, tuned)))
         if search_seconds and known and next(iter(graders.values())).judgements:
@@ -370,7 +372,7 @@ def compare(
     run = _Contest(opened, max_tokens, note, on_progress, total, embed)
     search: Callable[[Generator], SearchedPrompt] | None = None
     if searches:
-        search = partial(run.search, train, known, search_seconds, reflector)
+        search = partial(run.search, train, known, search_seconds, reflector, was_asked)
     if len(readers) + len(writers) + base_writes < 2 and not train:
         raise RecipeError(
             "there is nothing to compare: give a base model that writes, training rows for "
@@ -457,8 +459,7 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
     Raises:
         DataError: with each of them, where they are a tenth.
     """
-    known = {normalize(question_of(row)) for row in train} - {""}
-    leaked = [row for row in rows if normalize(question_of(row)) in known]
+    leaked = [rows[number] for number in match_questions(rows, train)]
     if leaked and len(leaked) >= TOO_MANY * len(rows):
         fix = "Compare on rows that are not among the training rows; `luthier split` keeps some apart."
         message = "the row asks what a training row asks, so what is measured on it is memory."
@@ -603,9 +604,13 @@ class _Contest:
         known: Sequence[Question],
         seconds: float,
         reflector: ModelSpec | None,
+        was_asked: bool,
         generator: Generator,
     ) -> SearchedPrompt:
-        """A prompt for the training rows, searched with a model that is in memory."""
+        """A prompt for the training rows, searched with a model that is in memory.
+
+        Unless it ``was_asked`` for, one that would have no score to go by is refused.
+        """
         sampling = Sampling(max_tokens=self.max_tokens)
         deciding = dict([next(iter(self.graders.items()))])
 
@@ -630,7 +635,9 @@ class _Contest:
             "took where it is not given, and 0 that none is searched"
         )
         reflect = reflection(generator, reflector, self.note)
-        return search_prompt(answer, reflect, known, seconds, embed=self.embed)
+        return search_prompt(
+            answer, reflect, known, seconds, embed=self.embed, needs_score=not was_asked
+        )
 
     def copy_nearest(
         self, rows: Sequence[Row], questions: Sequence[Question], known: Sequence[Question]

@@ -122,6 +122,7 @@ def search_prompt(
     most_answers: int = 1_000_000,
     seed: int = 0,
     embed: Embedder | None = None,
+    needs_score: bool = False,
 ) -> SearchedPrompt:
     """Search for ``seconds``, or until everything that is measured is right.
 
@@ -133,9 +134,10 @@ def search_prompt(
         most_answers: of the model, beside it.
         seed: of all draws.
         embed: by which nearest examples are found, beside their words.
+        needs_score: refuse to search where no reply scores above 0 by any of the first prompts.
 
     Raises:
-        RecipeError: for fewer than 24 different training rows.
+        RecipeError: for fewer than 24 different training rows, and for the lack of a score.
     """
     began = time.monotonic()
     search = _Search(answer, reflect, questions, random.Random(seed), embed)
@@ -152,6 +154,12 @@ def search_prompt(
         for place, start in enumerate(search.starts())
     ]
     first, _, start = max(scored, key=lambda found: (found[0], -found[1]))
+    if needs_score and first <= 0:
+        raise RecipeError(
+            f"none of {search.answers:,} replies to training rows scores above 0, so nothing tells one "
+            "prompt from another. Read some, and choose another grader where they are right in other "
+            "words; search_seconds searches all the same"
+        )
 
     def is_over(gepa_state: GEPAState[Any, Any]) -> bool:
         best = max(gepa_state.program_full_scores_val_set, default=0.0)
