@@ -86,9 +86,9 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
 
     def __iter__(self) -> Iterator[str]:
         yield from self.built_in
-        for plugin in self.plugins():
-            if not plugin.problem:
-                yield plugin.name
+        for name in self._points:
+            if name not in self.built_in and not isinstance(self._load(name), Plugin):
+                yield name
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

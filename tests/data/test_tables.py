@@ -188,7 +188,7 @@ def test_a_header_that_is_missing_is_said(tmp_path: Path) -> None:
     assert caught.value.problems[0].rule == "row.unknown_shape"
     assert '"How are you?", "Fine"' in caught.value.problems[0].message
     fix = caught.value.problems[0].fix
-    assert fix.startswith("The file seems to have no header line: put one")
+    assert fix.startswith("If the first line is a row already, put a header line before it")
     assert "`prompt,completion`" in fix
 
 

@@ -360,7 +360,9 @@ def test_a_loss_that_rose_by_chance_on_few_rows_does_not_undo_the_run() -> None:
     lines = [*train, measured(0, [0.69] * 4), measured(36, [1.1, 0.6, 1.0, 0.5])]
     found = judge_run(lines, "loss", Training(), 36, rows=4)
     assert (found.kept_step, found.unchanged) == (36, False)
-    assert found.text.startswith("not told from before training by so few held-out rows: ")
+    assert found.text.startswith(
+        "so few held-out rows do not tell it from the model before training: "
+    )
     assert (
         "(the 0.6900 of step 0 may be chance, and of losses of few rows that are alike"
         in found.text

@@ -390,6 +390,27 @@ def test_rows_of_an_adapter_are_one_matrix_where_that_costs_least(
     assert computed == dict(enumerate(rows))
 
 
+def test_the_same_adapters_in_passes_of_other_sizes(tiny_llama: Callable[..., Any]) -> None:
+    """What one pass looked up is not taken for another that is filled up otherwise."""
+    network = as_network(tiny_llama().eval(), CPU, torch.float32)
+    shared = row_adapters.SharedBase(network, (4, 8, 64))
+    adapters = [shared.adapter_of(network.with_adapter(drawn(LoRA(rank=4), s))) for s in range(2)]
+    for adapter in adapters:
+        shared.add(adapter)
+        shared.enter(adapter)
+    name = next(iter(adapters[0].layers))
+    width = adapters[0].layers[name].base_layer.weight.shape[1]
+    rows = [*adapters[:1] * 3, *adapters[1:] * 2]
+    x_RI = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    updates = []
+    for size in (8, 64, 64, 8):
+        shared.model_of(rows, size)
+        update_RO = shared.running.update((name, False), x_RI[:size])
+        assert update_RO is not None and len(update_RO) == size
+        updates.append(update_RO[: len(rows)])
+    assert all(torch.equal(each, updates[0]) for each in updates)
+
+
 def test_the_backend_of_an_adapted_network_gives_the_same_texts(
     family_folder: Callable[[str], Path],
 ) -> None:

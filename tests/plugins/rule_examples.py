@@ -153,7 +153,7 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
         [{"where is my card": "when does it come", "arrival": "arrival"}],
         1,
         '"arrival"',
-        "The file seems to have no header line",
+        "If the first line is a row already, put a header line before it",
     ),
     ("row.unknown_shape", [{f"k{n}": 1 for n in range(12)}], 1, '"k9" and 2 more', "shapes"),
     ("row.ambiguous", [PAIR | CHAT], 1, '"prompt", "completion", "messages"', "one shape"),

@@ -40,7 +40,7 @@ def test_what_is_to_be_done_at_the_end_may_fail_and_says_so() -> None:
         stream.close()
 
 
-def test_the_work_ends_before_its_model_is_given_back_and_its_tokens_are_counted() -> None:
+def test_what_is_done_at_the_end_is_done_in_the_order_it_was_asked_for() -> None:
     stream, done = Stream(SimpleQueue(), prompt_tokens=3, n=1), list[str]()
     for act in ("cancel", "release", "count"):
         stream.at_end(partial(done.append, act))

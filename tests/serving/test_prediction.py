@@ -182,7 +182,7 @@ def test_words_get_tags(
         "  the fox  is here"  # of a text the offsets are its own, whatever stands between words
     )
     printed = command("predict", model_id, spaced)
-    assert printed.splitlines()[-1] == 'thing: "fox  is" (characters 6 to 13)'
+    assert printed.splitlines()[-1] == 'thing: "fox  is" [6:13]'
     (answer,) = command("predict", model_id, spaced, "--json")["answers"]
     assert answer == luthier.load(model_id).predict(spaced) and len(answer["tags"]) == 4
     (named,) = answer["entities"]

@@ -16,7 +16,7 @@ from luthier.store import removal
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, now
-from luthier.store.model_folders import custom_folder
+from luthier.store.model_folders import custom_folder, remove_side_files, working_folders
 from luthier.store.models import custom_models
 from luthier.store.removal import remove_files, remove_unneeded
 from luthier.store.schema import upgrade
@@ -74,6 +74,20 @@ def test_what_was_trained_here_goes_though_the_model_is_on_another_machine() -> 
     assert run("elsewhere").is_dir()
     remove_files(model_id)
     assert not run("elsewhere").exists()
+
+
+@pytest.mark.parametrize("model_id", ["", ".", "..", "tiny:..", ":", "/tmp", "org/tiny", "~"])
+def test_what_is_no_id_of_a_model_made_here_has_no_files(model_id: str) -> None:
+    stored("other", "tiny")
+    journal = luthier_home() / "evaluations" / "tiny" / "other" / "a.jsonl"
+    new = luthier_home() / "pretraining" / "new" / "request.json"
+    for path in (journal, new):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    remove_side_files(model_id)
+    remove_side_files("tiny")  # the base of another one
+    assert run("other").is_dir() and journal.is_file() and new.is_file()
+    assert working_folders(model_id) == []
 
 
 def test_a_parent_that_nobody_removed_stays() -> None:

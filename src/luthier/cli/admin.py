@@ -26,7 +26,6 @@ from luthier.cli.service import (
     OnlyAccount,
     ServiceDatabase,
     audited_write,
-    has_database,
     open_database,
     print_outcome,
     print_records,
@@ -158,7 +157,7 @@ def back_up(
     """Back up database and store while the service runs, and compare every row with its file."""
     from luthier.files import luthier_home
     from luthier.store import backup as backups
-    from luthier.store.database import DATABASE_FILE
+    from luthier.store.database import DATABASE_FILE, is_database_here
     from luthier.store.sealing import KEY_FILE
     from luthier.store.shared import shared_store
 
@@ -168,7 +167,7 @@ def back_up(
             "up the database by pg_dump, and the shared store by its own means, such as a bucket's "
             "versions"
         )
-    if not has_database(database):
+    if not is_database_here(database):
         raise RefusedInput(
             f"there is no {DATABASE_FILE} in {luthier_home()}; give the database of the service by "
             "--database"

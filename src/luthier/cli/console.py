@@ -36,7 +36,7 @@ UNBROKEN = 10_000
 
 
 class _Group(TyperGroup):
-    """Commands of which a name that stands elsewhere is not just unknown."""
+    """Suggests the command of the top level where one of that name is missing below."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, everywhere = args[0], ctx.find_root().command

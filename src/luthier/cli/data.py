@@ -172,7 +172,8 @@ def clean(
     merge_labels: Annotated[
         bool,
         typer.Option(
-            "--merge-labels", help="Write labels that differ in case or blanks in one way."
+            "--merge-labels",
+            help="Write labels that differ in case, blanks or marks alone in one way.",
         ),
     ] = False,
     redact: Annotated[

@@ -235,7 +235,7 @@ def _read_schema(path: Path) -> Any:
         raise RecipeError(f"{path} is no JSON: {error}") from error
 
 
-CHAT_COMMANDS = "An empty line starts anew, /exit or Ctrl-D ends."
+CHAT_HELP = "An empty line starts anew, /exit or Ctrl-D ends."
 
 
 def chat(
@@ -255,7 +255,7 @@ def chat(
         stored = check_active(find(model, is_able=Generator.is_able))
         generator = Generator.open(stored, speculation)
     several = generator.chat.template == "chat"
-    print_text(f"{model} is ready. {CHAT_COMMANDS}")
+    print_text(f"{model} is ready. {CHAT_HELP}")
     history: list[Message] = []
     while True:
         try:
@@ -266,7 +266,7 @@ def chat(
         if text.strip() in ("/exit", "/quit", "/bye"):  # as chats of other software end
             return
         if re.fullmatch(r"/[\w?]*", text.strip()):
-            print_text(f"{text.strip()} is no command. {CHAT_COMMANDS}")
+            print_text(f"{text.strip()} is no command. {CHAT_HELP}")
             continue
         if not text.strip():
             history = []

@@ -21,7 +21,7 @@ from luthier.cli.console import (
     print_text,
 )
 from luthier.cli.options import Json
-from luthier.cli.service import ServiceDatabase, has_database, open_database, service_names
+from luthier.cli.service import ServiceDatabase, open_database, service_names
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 
 if TYPE_CHECKING:
@@ -65,7 +65,11 @@ def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
         for model in custom_models()
     ]
     unfinished = [
-        {"id": run.model_id, "begun": run.begun().isoformat(timespec="seconds")}
+        {
+            "id": run.model_id,
+            "started_at": run.started_at().isoformat(timespec="seconds"),
+            "failure": run.failure(),
+        }
         for run in unfinished_runs()
     ]
     if json_:
@@ -96,12 +100,16 @@ def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
     else:
         out.print("\nNo custom models yet: luthier tune DATA makes one.")
     if unfinished:
-        table = new_table("interrupted run", "begun")
+        table = new_table("unfinished run", "started at", "state")
         for each in unfinished:
-            table.add_row(each["id"], each["begun"][:16].replace("T", " "))
+            state = "diverged" if each["failure"] else "interrupted"
+            table.add_row(each["id"], each["started_at"][:16].replace("T", " "), state)
         out.print()
         print_table(table)
-        out.print("\nThe command that began one goes on with it by --resume.")
+        out.print(
+            "\nThe command that began an interrupted one goes on with it by --resume; "
+            "`luthier models remove ID` drops one."
+        )
 
 
 def _print_custom(custom: Sequence[dict[str, Any]]) -> None:
@@ -240,10 +248,16 @@ def _check_run_ended(model: str) -> None:
     if run.is_worked_on():
         raise UnknownModel(f"there is no model {model} yet: a process is working on its run now")
     if run.is_unfinished():
+        ended = f"its run of {run.started_at():%Y-%m-%d %H:%M} UTC"
+        drops = f"`luthier models remove {model}` drops it"
+        if reason := run.failure():
+            raise UnknownModel(
+                f"there is no model {model}: {ended} diverged, and going on would end the same way "
+                f"({reason}). {drops}"
+            )
         raise UnknownModel(
-            f"there is no model {model} yet: its run of {run.begun():%Y-%m-%d %H:%M} UTC was "
-            "interrupted. The command that began it goes on with it by --resume; `luthier models "
-            f"remove {model}` drops it"
+            f"there is no model {model} yet: {ended} was interrupted. The command that began it goes "
+            f"on with it by --resume; {drops}"
         )
 
 
@@ -607,9 +621,10 @@ def _print_gguf(written: Export, quantization: str | None) -> None:
 
 def _check_no_account(model: str, database: str | None) -> None:
     """Refuse a model of the service, which would go on naming it."""
+    from luthier.store.database import is_database_here
     from luthier.store.removal import owner_of
 
-    if not has_database(database):
+    if not is_database_here(database):
         return
     with open_database(database) as service:
         account = owner_of(service, model)

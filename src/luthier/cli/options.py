@@ -75,9 +75,7 @@ Documents = Annotated[
     typer.Option(help="Texts that answers should be true to; again for more."),
 ]
 Html = Annotated[Path | None, typer.Option(help="Write it as one HTML page.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is written where it is there already.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted.")]
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes of this machine that share the rows of each step.")

@@ -177,8 +177,7 @@ def _render(answer: dict[str, Any], threshold: float | None) -> str:
     """One answer for a person: the likeliest labels, the rating, or entities and where they stand."""
     if "tags" in answer:
         found = [
-            f"{e['label']}: {json.dumps(e['text'], ensure_ascii=False)} "
-            f"(characters {e['start']} to {e['end']})\n"
+            f"{e['label']}: {json.dumps(e['text'], ensure_ascii=False)} [{e['start']}:{e['end']}]\n"
             for e in answer["entities"]
         ]
         return "".join(found) or "(no entities)\n"

@@ -47,9 +47,9 @@ def samples(
     from luthier.engine.metrics import MetricsFile
     from luthier.engine.runs import METRICS, SAMPLES
     from luthier.files import luthier_home
-    from luthier.store.model_folders import id_of, split_id, working_folders
+    from luthier.store.model_folders import id_of, working_folders
 
-    folder = working_folders(run)[0] if split_id(run)[1] else Path(run)
+    folder = next(iter(working_folders(run) if ":" in run else ()), Path(run))
     if not folder.is_dir():
         from luthier.store.models import suggest_models
 

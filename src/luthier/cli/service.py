@@ -53,20 +53,12 @@ def open_database(url: str | None) -> Iterator[Database]:
         database.close()
 
 
-def has_database(url: str | None) -> bool:
-    """Whether a database is named, or one is in the store already."""
-    from luthier.files import luthier_home
-    from luthier.store.database import DATABASE_FILE
-
-    return url is not None or (luthier_home() / DATABASE_FILE).is_file()
-
-
 def service_names(url: str | None) -> dict[str, dict[str, str]]:
     """``account`` and ``name`` of each model of the service, by its id in the store.
 
     Nothing is made or upgraded: where no database is there that this version reads, there are none.
     """
-    if find_spec("sqlalchemy") is None or not has_database(url):  # of the extra `server`
+    if find_spec("sqlalchemy") is None:  # of the extra `server`
         return {}
     from sqlalchemy import select
     from sqlalchemy.exc import SQLAlchemyError

@@ -7,6 +7,7 @@ whole, with every problem.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -318,12 +319,11 @@ class Checker(FieldChecker):
         renamed = rename_fix(record, ("messages",)) or rename_fix(record, ("prompt", "completion"))
         if fix := (
             _media_columns_fix(record)
-            or _header_fix(record)
             or _inner_rows_fix(record)
             or _letter_case_fix(record)
             or (not renamed and _text_columns_fix(record))
         ):
-            self.report("row.unknown_shape", message, fix)
+            self.report("row.unknown_shape", message, _header_fix(record) + fix)
             return
         renamed = renamed or rename_fix(record, ("text",))
         fix = (
@@ -331,7 +331,8 @@ class Checker(FieldChecker):
             "classify, `data.columns.prompt=COLUMN` and `data.columns.completion=COLUMN` to write."
         )
         fix = f"{renamed} Or {fix}" if renamed else f"{fix[:1].upper()}{fix[1:]}"
-        self.report("row.unknown_shape", message, f"{fix} The shapes are {_ALL_SHAPES}.")
+        header = _header_fix(record)
+        self.report("row.unknown_shape", message, f"{header}{fix} The shapes are {_ALL_SHAPES}.")
 
 
 def _media_columns_fix(record: Record) -> str:
@@ -351,15 +352,15 @@ def _media_columns_fix(record: Record) -> str:
 
 
 def _header_fix(record: Record) -> str:
-    """What to say where the names of the columns are a row of data themselves; else empty."""
+    """What to say where the names of the columns may be a row of data themselves; else empty."""
     if any(name.strip().lower() in KEYS for name in record) or not any(
         len(name.split()) > _NAME_WORDS or name.endswith(("?", "!")) or record[name] == name
         for name in record
     ):
         return ""
     return (
-        "The file seems to have no header line: put one with the names of the columns first, such as "
-        "`text,label` or `prompt,completion`."
+        "If the first line is a row already, put a header line before it, such as `text,label` or "
+        "`prompt,completion`. "
     )
 
 
@@ -409,7 +410,7 @@ def _text_columns_fix(record: Record) -> str:
 
 def _mapping(names: Columns) -> str:
     """The settings that call the columns so."""
-    return " ".join(f"`data.columns.{ours}={theirs}`" for ours, theirs in names.items())
+    return " ".join(f"`data.columns.{ours}={shlex.quote(name)}`" for ours, name in names.items())
 
 
 class PromptChecker(Checker):

@@ -17,7 +17,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.loader import MixedSet
 from luthier.data.media import PLURAL
 from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader, load_rows
-from luthier.data.shapes import SHAPES, Labelled, MediaRow, describe_shapes
+from luthier.data.shapes import SHAPES, MediaRow, describe_shapes
 from luthier.data.splitting import split_rows, strata_of
 from luthier.data.spool import concatenate, select, spool
 from luthier.engine.defaults import Choice, validation_share
@@ -29,7 +29,7 @@ from luthier.gate.inspect import inspect_job
 from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.models.manifest import LossMask
-from luthier.objectives import OBJECTIVES, Classification, Objective
+from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.by_shape import objective_for
 from luthier.objectives.capabilities import (
@@ -136,16 +136,13 @@ def prepare(
         rows = select(rows, part_N)
     held_out = {"validation": _lines(chosen), "test": _lines(tested)}
     held = held if spec.validation else chosen
-    several = getattr(objective, "multi_label", None)
+    learned = concatenate([rows, *further])
+    own = objective.fitted_choices(learned)
+    choices += [(f"objective.{name}", value, reason) for name, value, reason in own]
     try:
-        objective = objective.fit(concatenate([rows, *further]), chat)
+        objective = objective.fit(learned, chat)
     except RowRefused as bad:
         raise DataError([bad.at(str(spec.train), 0)]) from bad
-    if isinstance(objective, Classification) and objective.multi_label and several is None:
-        count = sum(isinstance(row, Labelled) and not row.has_one_label for row in rows)
-        reason = f"not one label, but several or none: {count:,} of {len(rows):,} rows"
-        reason = reason if count else "each row has an array of labels"
-        choices.append(("objective.multi_label", True, reason))
     encoder = RowEncoder(objective, chat)
     encode = partial(encoder.encode_all, context=context, long_rows=spec.long_rows)
     sets, validation = [encode(each) for each in (rows, *further)], encode(held)

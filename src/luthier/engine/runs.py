@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from luthier.printable import list_some
 from luthier.recipe import NAME_PATTERN
 from luthier.setting_names import dotted_items
 from luthier.store.model_folders import (
-    JOB,
+    JOB_PREFIX,
     base_folder,
     custom_folder,
     short_name,
@@ -138,7 +139,13 @@ class Run:
 
     def is_unfinished(self) -> bool:
         """Whether it began and has not ended, whether a process works on it or not."""
-        return (self.folder / _REQUEST).is_file() and not self.has_ended()
+        # Its model may lie on another machine by now.
+        return (self.folder / _REQUEST).is_file() and not (self.folder / _RESULT).is_file()
+
+    def failure(self) -> str:
+        """Why it ended, where going on would end the same way; else empty."""
+        path = self.folder / _FAILURE
+        return str(read_json(path)).rstrip(".") if path.is_file() else ""
 
     def is_worked_on(self) -> bool:
         """Whether a process works on it now."""
@@ -148,7 +155,7 @@ class Run:
         except FileNotFoundError:
             return False
 
-    def begun(self) -> datetime:
+    def started_at(self) -> datetime:
         """When it began, UTC; of one that is unfinished."""
         return datetime.fromtimestamp((self.folder / _REQUEST).stat().st_mtime, UTC)
 
@@ -159,8 +166,7 @@ class Run:
             run = "a finished run" if stored else "an unfinished run"
             advice = "Choose" if stored else "Go on with it by --resume, choose"
             why = ""
-            if not stored and (self.folder / _FAILURE).is_file():
-                reason = read_json(self.folder / _FAILURE).rstrip(".")
+            if not stored and (reason := self.failure()):
                 run, advice = "a run", "Choose"
                 why = f", and going on would end as it did: {reason}"
             raise RunConflict(
@@ -258,7 +264,7 @@ def run_of(model_id: str) -> Run:
 
 
 def unfinished_runs() -> list[Run]:
-    """Runs that were interrupted and that ``--resume`` goes on with, the oldest first.
+    """Runs that were interrupted, or diverged (:meth:`Run.failure`), the oldest first.
 
     Left out are those that a process works on, and those of jobs, which the service itself resumes.
     """
@@ -269,12 +275,12 @@ def unfinished_runs() -> list[Run]:
         *(Run(folder.parent.name, folder.name) for folder in tunings),
         *(BaseRun(folder.name) for folder in pretrainings),
     ]
-    found = [
-        run
-        for run in runs
-        if not run.name.startswith(JOB) and run.is_unfinished() and not run.is_worked_on()
-    ]
-    return sorted(found, key=Run.begun)
+    found: list[tuple[datetime, Run]] = []
+    for run in runs:
+        with suppress(FileNotFoundError):  # removed meanwhile
+            if not run.name.startswith(JOB_PREFIX) and run.is_unfinished():
+                found += [] if run.is_worked_on() else [(run.started_at(), run)]
+    return [run for _, run in sorted(found, key=itemgetter(0))]
 
 
 def automatic_name(

@@ -188,7 +188,7 @@ def judge_run(
         # What to change is not known where nothing is known to be wrong.
         headline, advice = "better, on too few held-out rows to be sure", ""
     elif few and outcome == "hardly_learned" and kept > 0:
-        headline, advice = "not told from before training by so few held-out rows", ""
+        headline, advice = "so few held-out rows do not tell it from the model before training", ""
     if fitted_head and outcome in ("hardly_learned", "worse"):
         headline = "not measurably better than the logistic regression that it started from"
         advice = "More rows, above all of the labels that it confuses, are likely to help most"
@@ -294,7 +294,10 @@ class _Course:
                 f"{why}. {self.start.stored}"
             )
         text += f", {self._scores(self.kept)} at step {kept}"
-        best = min(self.held, key=self._cost)
+        sound = [
+            line for line in self.held if self.measure != "loss" or not is_hollow(line, self.first)
+        ]
+        best = min(sound, key=self._cost)
         if self._cost(best) < self._cost(self.kept):  # of losses, those of few rows
             alike = "scores" if self.measure in SCORES else "losses of few rows"
             text += (

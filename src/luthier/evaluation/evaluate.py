@@ -229,8 +229,9 @@ def choose_turns(rows: Sequence[Row], turns: TurnChoice) -> list[Row]:
 
 
 def median_words(replies: Iterable[str | None]) -> float:
-    """Of the replies that are expected; 0 where none is."""
-    return median([len(reply.split()) for reply in replies if reply] or [0])
+    """Of the replies that are expected; 0 where none is. Where scripts have no blanks, 12 characters
+    count as a word."""
+    return median([max(len(reply.split()), len(reply) // 12) for reply in replies if reply] or [0])
 
 
 def default_graders(rows: Sequence[Row], note: Callable[[str], None]) -> dict[str, Grader]:

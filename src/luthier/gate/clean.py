@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -125,7 +126,9 @@ def clean(
     key = pseudonym_key(plan)
     labels: Mapping[str, str] = {}
     if plan.merge_labels:
-        labels = spellings(Counter(n for row in RowReader(source, columns) for n in labels_of(row)))
+        # Of all splits, as `inspect` counts them: each is cleaned by itself, and all in one way.
+        rows = chain(RowReader(source, columns), *map(RowReader, held.values()))
+        labels = spellings(Counter(name for row in rows for name in {*labels_of(row)}))
     context = EditContext(plan, _load_context(plan, on_stage), key, labels)
     work = _Cleaning(source, columns, context, on_progress)
     summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run)

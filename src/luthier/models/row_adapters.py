@@ -288,6 +288,8 @@ class _Pass:
 
     adapters: tuple[Adapter, ...] = ()
     """Of the rows, without those that fill the pass up but where all are of one adapter."""
+    size: int = 0
+    """Rows, with those that fill it up."""
     parts: list[_Part] = field(default_factory=list)
     places: list[dict[int, int]] = field(default_factory=list)
     """For each part, where it has the rows of the pass."""
@@ -451,13 +453,13 @@ class SharedBase:
             adapters = [adapters[0]] * size
         if not any(adapter.layers for adapter in adapters):
             return self.network.model
-        if self.running.adapters == (own := tuple(adapters)):
+        if (self.running.adapters, self.running.size) == (own := tuple(adapters), size):
             return self.mixed
         rows: dict[Hashable, dict[Adapter, list[int]]] = {}
         for row, adapter in enumerate(adapters):
             if adapter.layers:
                 rows.setdefault(adapter.shapes, {}).setdefault(adapter, []).append(row)
-        self.running = _Pass(own)
+        self.running = _Pass(own, size)
         for shapes, part in rows.items():
             self._divide(self._stacks[shapes], part)
         return self.mixed

@@ -159,6 +159,10 @@ class Objective(StrictModel):
         """
         return self
 
+    def fitted_choices(self, rows: Sequence[Row]) -> list[tuple[str, Any, str]]:
+        """What :meth:`fit` chooses by ``rows`` and changes the task: the field, its value and why."""
+        return []
+
     def format(self, chat: ChatFormat) -> ChatFormat:
         """The format rows are encoded with and the custom model is served with."""
         return chat

@@ -177,6 +177,14 @@ class Classification(Objective):
             update["class_weights"] = self._fit_class_weights(found, seen, multi)
         return self.model_copy(update=update)
 
+    def fitted_choices(self, rows: Sequence[Row]) -> list[tuple[str, Any, str]]:
+        """Several labels a row, where the rows say so."""
+        if self.multi_label is not None or not learns_several(rows):
+            return []
+        count = sum(isinstance(row, Labelled) and not row.has_one_label for row in rows)
+        reason = f"not one label, but several or none: {count:,} of {len(rows):,} rows"
+        return [("multi_label", True, reason if count else "each row has an array of labels")]
+
     def _fit_class_weights(
         self, labels: Sequence[str], seen: Mapping[str, int], multi: bool
     ) -> dict[str, float]:
@@ -339,8 +347,9 @@ def learns_several(rows: Sequence[Row]) -> bool:
     An array of one label among single ones is a way to write it, no other task.
     """
     labelled = [row for row in rows if isinstance(row, Labelled)]
-    return not all(row.has_one_label for row in labelled) or not any(
-        isinstance(row.label, str) for row in labelled
+    return bool(labelled) and (
+        not all(row.has_one_label for row in labelled)
+        or not any(isinstance(row.label, str) for row in labelled)
     )
 
 

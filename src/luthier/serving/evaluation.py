@@ -13,6 +13,7 @@ Rows longer than the context are refused, left out, or cut; what training does w
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -201,8 +202,8 @@ def _rows_learned(
 ) -> dict[int, str]:
     """Numbers of the ``rows`` that ask what a row asks that the model learned from, and its place.
 
-    ``learned`` are the hashes of its files. One that is gone, changed or large is not looked at, nor
-    are its lines that were held out.
+    ``learned`` are the hashes of its files. One that is gone or changed is not looked at, nor what goes
+    beyond :data:`MOST_COMPARED_BYTES` in all, nor lines that were held out.
     """
     from luthier.data.rows import RowReader
     from luthier.engine.dataset import checker_for
@@ -212,7 +213,7 @@ def _rows_learned(
     from luthier.store.model_folders import working_folders
     from luthier.store.models import objective_of
 
-    if not any(map(question_of, rows)):
+    if not learned or not any(map(question_of, rows)):
         return {}
     held_out = [stored.manifest.data.held_out] if stored.manifest.data else []
     for folder in working_folders(stored.id)[:1]:
@@ -226,14 +227,13 @@ def _rows_learned(
         reader = RowReader(path, columns, checker)
         return (row for row in reader if row.line not in left_out)
 
-    usable = [
-        path
-        for path, digest in learned.items()
-        if Path(path).is_file()
-        and Path(path).stat().st_size <= MOST_COMPARED_BYTES
-        and sha256_of(Path(path)) == digest
-    ]
-    return match_questions(rows, chain.from_iterable(map(rows_of, usable)))
+    usable, left = list[str](), MOST_COMPARED_BYTES
+    for path in filter(os.path.isfile, learned):
+        if (size := os.path.getsize(path)) <= left:
+            left -= size
+            usable.append(path)
+    same = (path for path in usable if sha256_of(Path(path)) == learned[path])
+    return match_questions(rows, chain.from_iterable(map(rows_of, same)))
 
 
 def slice_keys(rows: Sequence[Row], by: str) -> list[str]:

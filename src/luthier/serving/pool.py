@@ -77,11 +77,13 @@ class _Entry:
     last_used: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def close(self) -> None:
-        """End its work, as far as it was loaded."""
-        if self.model is not None:
-            self.model.close()
-        if self.reader is not None and self.reader is not self.model:
-            self.reader.close()
+        """End its work, as far as it was loaded; once, whoever asks for it."""
+        model, reader = self.model, self.reader
+        self.model = self.reader = None
+        if model is not None:
+            model.close()
+        if reader is not None and reader is not model:
+            reader.close()
 
 
 @dataclass(frozen=True)
@@ -664,7 +666,7 @@ def _decoder(entry: _Entry) -> Decoder | None:
 def _writer(entry: _Entry) -> Decoder:
     decoder = _decoder(entry)
     if decoder is None:
-        text = f"This model {entry.model.purpose} and writes no text.{entry.model.asked_by}"
+        text = f"This model {entry.model.purpose} and writes no text.{entry.model.request_hint}"
         raise InferenceRefused(text, "model")
     return decoder
 

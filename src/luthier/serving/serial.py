@@ -158,7 +158,7 @@ class SerialModel:
         return " and ".join(does)
 
     @property
-    def asked_by(self) -> str:
+    def request_hint(self) -> str:
         """How clients have it read something, as a sentence; empty where they cannot."""
         if self._predictor is None:
             return ""
@@ -184,7 +184,7 @@ class SerialModel:
         """
         predictor = self._reader()
         if predictor.objective.task != "embedding":
-            text = f"This model gives labels and no embeddings.{self.asked_by}"
+            text = f"This model gives labels and no embeddings.{self.request_hint}"
             raise InferenceRefused(text, "model")
         limit, vocabulary = self._text_limit(), int(self._network.model.config.vocab_size)
         examples: list[Example] = []

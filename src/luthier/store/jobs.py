@@ -21,7 +21,7 @@ from luthier.store import custom_models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import Base, Plain, QuotingText, count_rows, now, page_of
-from luthier.store.model_folders import JOB
+from luthier.store.model_folders import JOB_PREFIX
 from luthier.store.queue import QueuedWork, hold
 from luthier.store.queue import renew as renew_lease
 from luthier.store.usage import Usage, add_usage
@@ -226,12 +226,12 @@ class Job(QueuedWork, Base):
 
 def run_name(job_id: str) -> str:
     """Name of the run and of the model of a job: no tenant's names ever meet in the store."""
-    return f"{JOB}{job_id}"
+    return f"{JOB_PREFIX}{job_id}"
 
 
 def job_of_run(name: str) -> str:
     """Id of the job that has the run of this name; where none has, the name."""
-    return name.removeprefix(JOB)
+    return name.removeprefix(JOB_PREFIX)
 
 
 class JobEvent(Base):

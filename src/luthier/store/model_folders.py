@@ -20,7 +20,7 @@ from pathlib import Path
 from luthier.files import luthier_home
 from luthier.models.manifest import MANIFEST
 
-JOB = "job-"
+JOB_PREFIX = "job-"
 """What the name of a model begins with that a job of the service made; the rest is the job's id."""
 
 
@@ -64,11 +64,13 @@ def custom_folders(file: str) -> list[Path]:
 def working_folders(model_id: str) -> list[Path]:
     """What a model was trained in: its run first, and a teacher's answers where there may be any.
 
-    Of a model from elsewhere, whose id is a path or a hub's, there is nothing.
+    Of a model from elsewhere, whose id is a path or a hub's, there is nothing, nor of what is no id.
     """
     base, name = split_id(model_id)
+    if not re.fullmatch(r"\w[\w.-]*", name or base):
+        return []
     if not name:
-        return [] if "/" in base else [luthier_home() / "pretraining" / base]
+        return [luthier_home() / "pretraining" / base]
     return [luthier_home() / kind / short_name(base) / name for kind in ("runs", "distillations")]
 
 
@@ -82,9 +84,12 @@ def remove_side_files(model_id: str) -> None:
     """Delete what this machine keeps of a model outside its own folder: its run, a teacher's answers,
     journals of evaluations, and the GGUF files that were made of its weights."""
     derived = gguf_folder(model_id, "[0-9a-f]" * 64, "*")
-    found = [*working_folders(model_id), journals_folder(model_id)]
-    for folder in (*found, *derived.parent.glob(derived.name)):
+    made_here = working_folders(model_id)
+    for folder in (*made_here, *derived.parent.glob(derived.name)):
         shutil.rmtree(folder, ignore_errors=True)
+    # Beside those of a base model are the folders of the custom models on it.
+    for journal in journals_folder(model_id).glob("*.jsonl") if made_here else ():
+        journal.unlink(missing_ok=True)
 
 
 def gguf_folder(model_id: str, digest: str, kind: str) -> Path:

@@ -39,7 +39,7 @@ from luthier.models.outside import check_lone_weights
 from luthier.models.pipelines import is_pipeline
 from luthier.plugins import Component, PluginTable
 from luthier.store.model_folders import (
-    JOB,
+    JOB_PREFIX,
     base_folder,
     custom_folder,
     custom_folders,
@@ -623,8 +623,10 @@ def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = No
     if not known:
         others = _ids_of_able(is_able, custom_only=True)
         message = f"there is no custom model {model_id!r}. {suggest_models(model_id, others)}"
-        if any(split_id(other)[1].startswith(JOB) for other in others):
-            message += f" `luthier models list` shows what the service calls those named {JOB}…."
+        if any(split_id(other)[1].startswith(JOB_PREFIX) for other in others):
+            message += (
+                f" `luthier models list` shows what the service calls those named {JOB_PREFIX}…."
+            )
         raise UnknownModel(message)
     manifest = _read_record(folder, model_id)
     note_use(manifest.id)

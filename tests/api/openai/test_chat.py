@@ -374,7 +374,7 @@ def test_a_prompt_beyond_the_context(client: openai.OpenAI) -> None:
     ("guided_choice", ["yes"], "unknown_parameter"),
     ("functions", [{"name": "f"}], "unsupported_parameter"),
     ("function_call", {"name": "f"}, "unsupported_parameter"),
-    ("modalities", ["audio", "text"], "unsupported_parameter"),
+    ("audio", {"voice": "alloy"}, "unsupported_parameter"),
     ("web_search_options", {}, "unsupported_parameter"),
 ])  # fmt: skip
 def test_members_that_would_be_lost_are_refused(
@@ -383,13 +383,15 @@ def test_members_that_would_be_lost_are_refused(
     with pytest.raises(openai.BadRequestError, match=r"Unknown parameter| here") as refused:
         chat(client, extra_body={member: value})
     assert (refused.value.param, refused.value.code) == (member, code)
+    with pytest.raises(openai.BadRequestError, match="Supported values are: 'text'"):
+        chat(client, modalities=["audio", "text"])
 
 
 def test_members_that_change_nothing_here_are_taken(client: openai.OpenAI) -> None:
     plain = chat(client).choices[0].message.content
     extra: dict[str, Any] = {
         "user": "u", "store": False, "metadata": {"a": "b"}, "service_tier": "auto",
-        "parallel_tool_calls": True, "modalities": ["text"], "audio": None,
+        "parallel_tool_calls": True, "modalities": ["text"], "audio": None, "function_call": "auto",
         "prediction": {"type": "content", "content": "x"}, "prompt_cache_key": "k",
     }  # fmt: skip
     assert chat(client, **extra).choices[0].message.content == plain
@@ -402,7 +404,7 @@ def test_members_that_change_nothing_here_are_taken(client: openai.OpenAI) -> No
 
 
 def test_a_checkpoint_is_no_model(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="the model that it made is asked"):
+    with pytest.raises(openai.NotFoundError, match="ask the model of the job"):
         chat(client, model="ft:tiny:org-1:a:b:ckpt-step-24")
 
 

@@ -59,9 +59,9 @@ def test_of_raw_text_the_characters_count_and_of_labels_the_rows_of_each() -> No
     assert messages([LabelledText("f", 1, text="a", label="b")] * 2) == []
 
 
-def test_texts_of_several_files_are_said_of_their_folder() -> None:
+def test_texts_of_several_files_are_said_to_be_of_all_of_them() -> None:
     texts = [RawText(f"d/{name}.txt", 1, "x" * 30) for name in ("a", "b/c")]
     report = inspect_rows({"train": texts}, [Amount()])
     (found,) = report.findings.examples["rows.few"]
-    assert str(found.place) == "d"
+    assert str(found.place) == "d/a.txt" and "texts of 2 files" in found.message
     assert found.message.startswith("the texts of 2 files have 60 characters in all; ")

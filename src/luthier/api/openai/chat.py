@@ -168,7 +168,6 @@ class ChatRequest(SamplingFields):
     unsupported: ClassVar[Mapping[str, str]] = {
         "functions": "Functions are given as 'tools' here",
         "function_call": "A function is chosen by 'tool_choice' here, and given as one of the 'tools'",
-        "modalities": "Models here answer by text",
         "audio": "Models here answer by text",
         "web_search_options": "Models here search nothing: give what they are to know as messages",
     }
@@ -181,6 +180,7 @@ class ChatRequest(SamplingFields):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[ToolSpec], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    modalities: list[Literal["text"]] | None = None
     chat_template_kwargs: TemplateSettings | None = None
     """Of vLLM and others: names that the model's template reads, such as ``enable_thinking``."""
 

@@ -10,14 +10,14 @@ from pydantic import Field
 
 from luthier.api.http.messages import Caller
 from luthier.api.openai.generation import GenerationResource, refusals, split_inputs
-from luthier.api.openai.protocol import RequestBody, invalid
+from luthier.api.openai.protocol import StrictBody, invalid
 from luthier.serving.inference import MOST_TOKENS
 from luthier.types import FloatArray
 
 MOST_INPUTS = 2048
 
 
-class EmbeddingRequest(RequestBody):
+class EmbeddingRequest(StrictBody):
     """The body."""
 
     without_effect = frozenset({"user"})

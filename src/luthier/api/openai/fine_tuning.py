@@ -23,7 +23,7 @@ from luthier.api.openai.graders import grader_fields
 from luthier.api.openai.protocol import (
     CHECKPOINT,
     Metadata,
-    RequestBody,
+    StrictBody,
     absent,
     body,
     invalid,
@@ -68,7 +68,7 @@ _AT_ONCE = 1000
 """Events that are read at once."""
 
 
-class Hyperparameters(RequestBody):
+class Hyperparameters(StrictBody):
     """Those that every method has."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = "auto"
@@ -99,26 +99,26 @@ class ReinforcementHyperparameters(Hyperparameters):
     """Shown again, without effect: no model here reasons by levels."""
 
 
-class Supervised(RequestBody):
+class Supervised(StrictBody):
     """Answers that are to be learned."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-class Dpo(RequestBody):
+class Dpo(StrictBody):
     """Answers that are preferred to others."""
 
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
-class ReinforcementMethod(RequestBody):
+class ReinforcementMethod(StrictBody):
     """Answers of the model's own, with rewards."""
 
     grader: dict[str, Any]
     hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
 
 
-class Method(RequestBody):
+class Method(StrictBody):
     """What is learned from the rows."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
@@ -127,7 +127,7 @@ class Method(RequestBody):
     reinforcement: ReinforcementMethod | None = None
 
 
-class CreateJob(RequestBody):
+class CreateJob(StrictBody):
     """The body of a new job."""
 
     unsupported: ClassVar[Mapping[str, str]] = {

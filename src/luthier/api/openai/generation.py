@@ -19,7 +19,7 @@ from luthier.api.openai.models import Catalogue
 from luthier.api.openai.protocol import (
     Access,
     Body,
-    RequestBody,
+    StrictBody,
     body,
     error_of,
     invalid,
@@ -73,7 +73,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class SamplingFields(RequestBody):
+class SamplingFields(StrictBody):
     """Members that chat and text completions share, OpenAI's and some of vLLM's."""
 
     without_effect = frozenset({"user"})

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from luthier.api.http.messages import Caller, Response
 from luthier.api.openai.generation import GenerationResource, refusals
-from luthier.api.openai.protocol import RequestBody, invalid
+from luthier.api.openai.protocol import StrictBody, invalid
 from luthier.serving.inference import ImageRequest, InferenceRefused
 
 MOST_IMAGES = 10
@@ -19,7 +19,7 @@ _MEMBERS = {"label": "prompt", "count": "n"}
 """What clients call the parts of a request."""
 
 
-class ImageGenerationRequest(RequestBody):
+class ImageGenerationRequest(StrictBody):
     """The body."""
 
     without_effect = frozenset({"moderation", "output_compression", "partial_images", "user"})

@@ -117,7 +117,7 @@ def model_not_found(model: str) -> Fault:
     """No model answers to this name: 404."""
     text = f"The model `{model}` does not exist or you do not have access to it."
     if CHECKPOINT in model:
-        text += " Checkpoints are where a job was measured: the model that it made is asked."
+        text += " A checkpoint is a step at which its job was measured: ask the model of the job."
     return Fault("ResourceNotFound", text, parameter="model", reason="model_not_found")
 
 
@@ -127,7 +127,11 @@ class Body(CheckedBody):
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class RequestBody(Body):
+_NOTHING: tuple[Any, ...] = (None, False, "", [], "none", "auto")
+"""Values of unsupported members that ask for nothing."""
+
+
+class StrictBody(Body):
     """A body of which unknown members are refused, as OpenAI does: a misspelt one would change nothing,
     and nobody would see it."""
 
@@ -143,7 +147,7 @@ class RequestBody(Body):
         if not isinstance(given, dict):
             return given
         for name, text in cls.unsupported.items():
-            if name in given and given[name] not in (None, False, [], ["text"]):
+            if name in given and given[name] not in _NOTHING:
                 raise invalid(f"{text}.", name, "unsupported_parameter")
         unused = cls.without_effect.union(cls.unsupported)
         return {name: value for name, value in given.items() if name not in unused}

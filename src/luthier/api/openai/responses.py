@@ -36,7 +36,7 @@ from luthier.api.openai.generation import (
     check_only_form,
     refusals,
 )
-from luthier.api.openai.protocol import Body, Metadata, RequestBody, error_of, invalid, missing
+from luthier.api.openai.protocol import Body, Metadata, StrictBody, error_of, invalid, missing
 from luthier.api.structured_outputs import StructuredOutputs
 from luthier.models.sampling import Constraint
 from luthier.serving.inference import (
@@ -102,7 +102,7 @@ class TextOptions(Body):
     format: OutputFormat | None = None
 
 
-class ResponseRequest(RequestBody):
+class ResponseRequest(StrictBody):
     """The body of a response."""
 
     without_effect = frozenset(

@@ -5,7 +5,6 @@ Of labels and tags the rows of each class count (``balance``), of raw text the c
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import ClassVar, Self
 
@@ -62,7 +61,7 @@ class Amount(Check):
         if len(self._rows) != 1 or (self.fitted and self._rows.total() == 1):
             return
         (shape, count), one = next(iter(self._rows.items())), len(self._files) == 1
-        place = Place(next(iter(self._files)) if one else os.path.commonpath(self._files), 0)
+        place = Place(next(iter(self._files)), 0)
         enough = SHAPES[shape].enough
         if shape == "text" and self._characters < ENOUGH_CHARACTERS:
             what = "the text has" if one else f"the texts of {len(self._files):,} files have"

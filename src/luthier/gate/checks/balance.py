@@ -243,8 +243,8 @@ class Balance(Check):
 
 
 SpellingKey = tuple[str, ...]
-_SIGN = re.compile(r"(?<!\w)-(?=\d)|#")
-"""Punctuation that makes another label: -1 is not 1, and C# is not C."""
+_SIGN = re.compile(r"(?<!\w)-(?=\d)|[#%*&]")
+"""Punctuation that makes another label: -1 is not 1, C# is not C, and 10% is not 10."""
 
 
 @lru_cache(4096)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,13 @@ from typing import Any
 
 from luthier.api.http.messages import Fault
 from luthier.api.openai.eval_runs import DataSource, criteria_of
-from luthier.api.openai.fine_tuning import CreateJob, settings_of
+from luthier.api.openai.fine_tuning import (
+    CreateJob,
+    DpoHyperparameters,
+    Hyperparameters,
+    ReinforcementHyperparameters,
+    settings_of,
+)
 from luthier.api.openai.graders import grader_fields
 from luthier.api.openai.protocol import validate
 from luthier.data.shapes import PromptOnly
@@ -33,8 +39,11 @@ from luthier.sdk.imports.files import MOST_BYTES, Import, Refused, file_name, re
 MOST_OBJECTS = 1_000_000
 _KINDS = ("file", "fine_tuning.job", "eval", "eval.run", "eval.run.output_item")
 _LISTS = ("list", "page")
-_OF_OPENAI = ("n_epochs", "batch_size", "learning_rate_multiplier")
-"""Hyperparameters that a job shows as they came to be, for a model that is not here."""
+_HYPERPARAMETERS = (
+    DpoHyperparameters.model_fields.keys() | ReinforcementHyperparameters.model_fields.keys()
+) - Hyperparameters.model_fields.keys()
+"""Those that mean the same here; the others a job shows as they came to be for a model that is not
+here."""
 _PLACE = re.compile(r"\{\{\s*item\b")
 _PYTHON = (
     '\n\n_grade = grade\n\n\ndef grade(sample, item):\n    return _grade(sample, item["item"])\n'
@@ -341,14 +350,17 @@ def _known_source(given: Mapping[str, Any]) -> bool:
 
 
 def _without_their_choices(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of a job without what was chosen for a model of OpenAI's, and that."""
+    """The fields of a job without what was chosen for a model of OpenAI's, and that: what their service
+    knows and this one does not, too."""
     dropped: dict[str, Any] = {}
 
-    def clean(given: Mapping[str, Any]) -> dict[str, Any]:
+    def clean(
+        given: Mapping[str, Any], taken: Collection[str] = _HYPERPARAMETERS
+    ) -> dict[str, Any]:
         dropped.update(
-            {n: v for n, v in given.items() if n in _OF_OPENAI and v not in (None, "auto")}
+            {n: v for n, v in given.items() if n not in taken and v not in (None, "auto")}
         )
-        return {n: v for n, v in given.items() if n not in _OF_OPENAI and v is not None}
+        return {n: v for n, v in given.items() if n in taken and v is not None}
 
     chosen = {name: value for name, value in fields.items() if name != "hyperparameters"}
     clean(fields.get("hyperparameters") or {})
@@ -356,7 +368,7 @@ def _without_their_choices(fields: Mapping[str, Any]) -> tuple[dict[str, Any], d
     if isinstance(method, Mapping) and isinstance(
         arm := method.get(str(method.get("type"))), Mapping
     ):
-        kept = {n: v for n, v in arm.items() if v is not None}
+        kept = clean(arm, ("grader", "hyperparameters"))
         kept["hyperparameters"] = clean(arm.get("hyperparameters") or {})
         chosen["method"] = {"type": method["type"], method["type"]: kept}
     return chosen, dropped
