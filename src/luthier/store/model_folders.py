@@ -84,12 +84,16 @@ def remove_side_files(model_id: str) -> None:
     """Delete what this machine keeps of a model outside its own folder: its run, a teacher's answers,
     journals of evaluations, and the GGUF files that were made of its weights."""
     derived = gguf_folder(model_id, "[0-9a-f]" * 64, "*")
-    made_here = working_folders(model_id)
+    made_here, journals = working_folders(model_id), journals_folder(model_id)
     for folder in (*made_here, *derived.parent.glob(derived.name)):
         shutil.rmtree(folder, ignore_errors=True)
-    # Beside those of a base model are the folders of the custom models on it.
-    for journal in journals_folder(model_id).glob("*.jsonl") if made_here else ():
-        journal.unlink(missing_ok=True)
+    if not made_here:
+        return
+    if split_id(model_id)[1]:
+        shutil.rmtree(journals, ignore_errors=True)
+    else:  # beside those of a base model are the folders of the custom models on it
+        for journal in journals.glob("*.jsonl"):
+            journal.unlink(missing_ok=True)
 
 
 def gguf_folder(model_id: str, digest: str, kind: str) -> Path:
