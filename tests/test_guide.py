@@ -112,9 +112,10 @@ def make_files(folder: Path) -> None:
     for name, source in (("corpus.txt", "docs/results.md"), ("handbook.txt", "README.md")):
         shutil.copy(ROOT / source, folder / name)
     shutil.copytree(ROOT / "recipes", folder / "recipes")
-    for name in ("README.md", "CHANGELOG.md", "docs"):
+    for name in ("README.md", "CHANGELOG.md"):  # copies: a page writes its model card to README.md
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("docs", "src"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / "src").symlink_to(ROOT / "src")
 
 
 def make_media(folder: Path) -> None:
