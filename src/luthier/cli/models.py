@@ -26,6 +26,7 @@ from luthier.errors import CorruptFile, RecipeError, UnknownModel
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
+    from luthier.engine.runs import Run
     from luthier.models.manifest import ExportRecord
     from luthier.serving.export import OnProgress, Phase
     from luthier.store.models import StoredModel
@@ -235,16 +236,24 @@ def show_model(
         print_text(f"all that its record says: luthier models show {stored.id} --full")
 
 
-def _check_run_ended(model: str) -> None:
-    """Refuse the id of a model whose run began, and has not made it yet."""
+def _run_of(model: str) -> Run | None:
+    """The run that makes a model of this id; ``None`` where nothing made here is called so.
+
+    An empty name, `..` or a path would be the folder of what is beside the models, too.
+    """
     from luthier.engine.runs import run_of
+    from luthier.models.catalog import CATALOG
     from luthier.recipe import NAME_PATTERN
     from luthier.store.model_folders import split_id
 
-    base, name = split_id(model)
-    if not NAME_PATTERN.fullmatch(name or base):
+    name = split_id(model)[1] if ":" in model else model
+    return run_of(model) if model not in CATALOG and NAME_PATTERN.fullmatch(name) else None
+
+
+def _check_run_ended(model: str) -> None:
+    """Refuse the id of a model whose run began, and has not made it yet."""
+    if (run := _run_of(model)) is None:
         return
-    run = run_of(model)
     if run.is_worked_on():
         raise UnknownModel(f"there is no model {model} yet: a process is working on its run now")
     if run.is_unfinished():
@@ -638,23 +647,12 @@ def _check_no_account(model: str, database: str | None) -> None:
 @models_app.command("remove")
 def remove_model(model: str, database: ServiceDatabase = None, json_: Json = False) -> None:
     """Delete a custom model, or a base model made here, and its run."""
-    from luthier.engine.runs import run_of
     from luthier.models.catalog import CATALOG
-    from luthier.recipe import NAME_PATTERN
-    from luthier.store.model_folders import (
-        base_folder,
-        remove_side_files,
-        split_id,
-        working_folders,
-    )
+    from luthier.store.model_folders import base_folder, remove_side_files, working_folders
     from luthier.store.models import custom_models, pretrained_models, suggest_models
 
     has_service = find_spec("sqlalchemy") is not None  # of the extra `server`
-    base, name = split_id(model)
-    made_here = ":" not in model and model not in CATALOG
-    # An empty name, `..` or a path would take what is beside the models, too.
-    known = (made_here or name) and NAME_PATTERN.fullmatch(name or base)
-    run = run_of(model) if known else None
+    is_base, run = ":" not in model, _run_of(model)
     if run is not None:
         model = run.model_id  # as it was stored, however the base was written
     if run is None or not any(
@@ -671,11 +669,11 @@ def remove_model(model: str, database: ServiceDatabase = None, json_: Json = Fal
             raise RecipeError(f"{refusal} {fix}".rstrip())
         made = [each.id for each in (*custom_models(), *pretrained_models())]
         raise RecipeError(f"{refusal} {suggest_models(model, made)}")
-    children = [m.id for m in custom_models() if model in (m.manifest.parent, made_here and m.root)]
+    children = [m.id for m in custom_models() if model in (m.manifest.parent, is_base and m.root)]
     if children:
         raise RecipeError(f"{', '.join(children)} was made from {model}; remove it first")
     stored = [m for m in (*custom_models(), *pretrained_models()) if m.id == model]
-    parents = [m.manifest.parent for m in stored if name]
+    parents = [m.manifest.parent for m in stored if not is_base]
     with run.lock():
         if has_service:
             _check_no_account(model, database)

@@ -279,6 +279,18 @@ class Labelled(Shape):
         return {"label": self.label if isinstance(self.label, str) else list(self.label)}
 
 
+def takes_several_labels(rows: int, arrays: int, unlike_one: int) -> bool:
+    """Whether labelled rows say that a row may have several labels: one does not have one, or all are
+    arrays. An array of one label among single ones is a way to write it, no other task.
+
+    Args:
+        rows: all of them.
+        arrays: those whose labels are an array.
+        unlike_one: those of them that do not have one label.
+    """
+    return unlike_one > 0 or 0 < rows == arrays
+
+
 @dataclass(frozen=True, slots=True)
 class LabelledText(TextRow, Labelled):
     """A text and its class; several where it may have more than one, also none at all."""

@@ -72,8 +72,8 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
     A score within a standard error of the best one is as good as that, and then the later weights are
     kept: a few hundred rows measure to a point or two, and the end of the schedule, where the rate is
     low, gives more than that. Nothing is kept that is worse than the weights before training by more
-    than chance. Of
-    losses, and of scores where the best one is 0 or 1, the lowest loss decides, if it is not hollow.
+    than chance. Of losses, and of scores where the best one is 0 or 1, the lowest loss decides, if it
+    is not hollow.
     Of the losses of few rows those count as low that chance may have put above the lowest, that before
     training among them, until one is higher than that: a few rows are no ground to undo what the
     training rows taught, where they do not tell it apart.

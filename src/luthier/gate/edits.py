@@ -145,13 +145,13 @@ class MergeLabels(Edit):
 
     @classmethod
     def of(cls, context: EditContext) -> Self:
-        """As all labels of the source say."""
+        """As the labels of all splits say."""
         return cls(context.labels)
 
     def apply(self, draft: RowDraft) -> tuple[list[RowDraft], str]:
         """Rename the labels of the row; an array names each once."""
-        row, renamed = draft.row, [*dict.fromkeys(each for each in labels_of(draft.row)
-                                                  if each in self.labels)]  # fmt: skip
+        row = draft.row
+        renamed = [name for name in dict.fromkeys(labels_of(row)) if name in self.labels]
         if not renamed:
             return [draft], ""
         words = [f"{quote(name)} to {quote(self.labels[name])}" for name in renamed]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from luthier.data.shapes import Labelled
+from luthier.data.shapes import Labelled, takes_several_labels
 from luthier.errors import RecipeError, RowRefused
 from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
@@ -342,15 +342,11 @@ class Classification(Objective):
 
 
 def learns_several(rows: Sequence[Row]) -> bool:
-    """Whether rows say that a row may have several labels: one does not have one, or all are arrays.
-
-    An array of one label among single ones is a way to write it, no other task.
-    """
+    """Whether labelled rows say that a row may have several labels."""
     labelled = [row for row in rows if isinstance(row, Labelled)]
-    return bool(labelled) and (
-        not all(row.has_one_label for row in labelled)
-        or not any(isinstance(row.label, str) for row in labelled)
-    )
+    arrays = [row for row in labelled if not isinstance(row.label, str)]
+    unlike_one = sum(not row.has_one_label for row in arrays)
+    return takes_several_labels(len(labelled), len(arrays), unlike_one)
 
 
 @cache

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 from luthier.data.parsing import quote
-from luthier.data.shapes import Labelled, TaggedWords
+from luthier.data.shapes import Labelled, TaggedWords, takes_several_labels
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule
@@ -188,8 +188,8 @@ class Balance(Check):
     @property
     def _takes_several(self) -> bool:
         """Whether the training rows say that a row may have several labels, as objectives judge it."""
-        rows = self._rows["train"]
-        return bool(self._several.get("train", ((),))[0]) or (0 < rows == self._arrays["train"])
+        numbers, _ = self._several.get("train", ((), ()))
+        return takes_several_labels(self._rows["train"], self._arrays["train"], len(numbers))
 
     def _find_several(self, places: Places, findings: Findings) -> None:
         """Rows of several labels among such of one."""

@@ -23,12 +23,11 @@ from pydantic import Field, ValidationError
 from luthier import __version__
 from luthier.engine.actuals import ACTUAL
 from luthier.engine.metrics import MetricsFile
-from luthier.engine.runs import METRICS, BaseRun, Run
+from luthier.engine.runs import METRICS, run_of
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import read_json, sha256_of, write_bytes
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record, created_now
 from luthier.printable import finite_or_none
-from luthier.store.model_folders import split_id
 from luthier.store.models import StoredModel, ancestors, content_hash, find, lock_record
 from luthier.store.reports import ModelReport, reports_of
 from luthier.validation import describe_constraint
@@ -167,8 +166,7 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
     """
     check_recorded(model)
     manifest = model.manifest
-    base, name = split_id(model.id)
-    run = Run(base, name) if name else BaseRun(model.id)
+    run = run_of(model.id)
     actual = read_json(run.folder / ACTUAL) if (run.folder / ACTUAL).is_file() else {}
     seconds = actual.get("seconds") or (manifest.metrics or {}).get("seconds")
     machine = actual.get("machine")
