@@ -158,7 +158,9 @@ def test_an_adapter_that_has_no_effect_beside_its_base_is_refused(
 ) -> None:
     """Merged it answers as it was trained; the steps that serving takes leave it out."""
     monkeypatch.setattr(
-        row_adapters.SharedBase, "model_of", lambda shared, adapters, size: shared.network.model
+        row_adapters.SharedBase,
+        "model_of_step",
+        lambda shared, adapters, size: shared.network.model,
     )
     with pytest.raises(
         LuthierError, match=r"greedily beside its base .*; the first other token is in row \d at"

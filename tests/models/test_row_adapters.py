@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 PROMPTS = [np.arange(5, 5 + size) % 250 + 3 for size in (1, 7, 31, 33, 64)]
 KINDS: list[Any] = [
     LoRA(rank=4),
-    LoRA(rank=8, rslora=True),
+    LoRA(rank=1, rslora=True),
     LoRA(rank=4, targets=("down_proj",), alpha=7.0),
     LoRA(rank=4, dora=True),
     Adapters(reduction_factor=4),
@@ -141,17 +141,17 @@ def test_answers_of_one_adapter_have_the_same_bits_however_many(
     assert all(equal(own, alone) for own in together[:rows])
 
 
-def test_where_products_of_several_give_other_bits_each_adapter_runs_apart(
+def test_where_sizes_of_matrices_give_other_bits_prompts_are_read_apart(
     family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_joins", "_divides", "_adds_inside"):
+    for name in ("_sizes_agree", "_divides", "_adds_inside"):
         monkeypatch.setattr(row_adapters, name, lambda *given: False)
     network = base_network(family_folder("llama"))
     base = FlatBackend(network, 512, exact=True)
     backends = [
         base.with_adapter(network.with_adapter(drawn(LoRA(rank=4), s)), 512) for s in (1, 2)
     ]
-    assert all(not stack.bits.joins for stack in base._shared._stacks.values())
+    assert not any(base._shared.mixes_prompts(each._adapter) for each in backends)  # type: ignore[attr-defined]
     assert [each.reusable(300) for each in backends] == [256, 256]  # type: ignore[attr-defined]
     rows: list[Backend] = [base, *backends, backends[0]]
     together = write(rows, PROMPTS[:4], 4)
@@ -168,7 +168,7 @@ def test_shapes_are_tried_once_though_their_adapters_go(
         tried.append(adapter)
         return True
 
-    monkeypatch.setattr(row_adapters, "_joins", trial)
+    monkeypatch.setattr(row_adapters, "_sizes_agree", trial)
     monkeypatch.setattr(row_adapters, "KNOWN_SHAPES", 2)
     network = base_network(family_folder("llama"))
     shared = row_adapters.SharedBase(network, (4, 8))
@@ -250,7 +250,7 @@ def test_prompts_of_several_adapters_have_the_bits_of_each_alone(
 @pytest.fixture
 def mixing(family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> FlatBackend:
     """A backend whose trials say that rows of all adapters run together."""
-    for name in ("_joins", "_adds_to_prompts"):
+    for name in ("_sizes_agree", "_adds_to_prompts"):
         monkeypatch.setattr(row_adapters, name, lambda *given: True)
     return FlatBackend(base_network(family_folder("llama")), 512)
 
@@ -352,42 +352,31 @@ def test_an_adapter_that_comes_and_goes_beside_others_copies_nothing(
     assert resized[-1] == 0
 
 
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        # Adapters and how many places, for each product.
-        ([0] * 8, [(range(1), 8)]),
-        ([0] * 3, [(range(1), 4)]),
-        ([0, 1, 2, 3], [(range(4), 16)]),
-        ([2, 0, 2, 1], [(range(3), 12)]),
-        ([0] * 61 + [1, 2, 3], [(range(1), 64), (range(1, 4), 12)]),
-        ([0] * 30 + [1], [(range(2), 64)]),
-        ([1] * 30 + [3] * 20, [(range(1, 4), 96)]),
-        ([1] * 90 + [3] * 20, [(range(1, 2), 92), (range(3, 4), 20)]),
-    ],
-)
-def test_rows_of_an_adapter_are_one_matrix_where_that_costs_least(
-    rows: list[int], expected: list[tuple[range, int]], tiny_llama: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(row_adapters, "_joins", lambda *given: True)
-    network = as_network(tiny_llama().eval(), CPU, torch.float32)
-    shared = row_adapters.SharedBase(network, (4, 8))
-    adapters = [shared.adapter_of(network.with_adapter(drawn(LoRA(rank=4), s))) for s in range(4)]
-    for adapter in adapters:
-        shared.add(adapter)
-    for adapter in adapters[: 2 if rows[-1] == 1 and len(rows) > 8 else 4]:
-        shared.enter(adapter)
-    shared.model_of([adapters[index] for index in rows], len(rows))
-    parts = shared.running.parts
-    assert [(part.slots, len(part.row_Q)) for part in parts] == expected
-    assert [part.in_order for part in parts] == [len({*rows}) == 1 and len(rows) >= 4] * len(parts)
-    computed = {}
-    for part, places in zip(parts, shared.running.places, strict=True):
-        per = len(part.row_Q) // len(part.slots)
-        assert part.row_Q[[*places.values()]].tolist() == [*places]
-        computed |= {row: part.slots[place // per] for row, place in places.items()}
-    assert computed == dict(enumerate(rows))
+@pytest.mark.parametrize("parts", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_row_is_multiplied_by_its_own_matrix(
+    parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in parts, as accelerators sum; with rows behind that nobody reads."""
+    monkeypatch.setattr(row_adapters, "_sum_parts", lambda *given: parts)
+    generator = torch.Generator().manual_seed(0)
+    stack_PIO = torch.randn(5, 64, 24, generator=generator).to(dtype)
+    x_RI = torch.randn(9, 64, generator=generator).to(dtype)
+    slots = [3, 0, 3, 4, 1, 3]
+
+    def product(rows: list[int], size: int) -> torch.Tensor:
+        own = row_adapters.Slots([slots[row] for row in rows], size, CPU)
+        x = torch.cat([x_RI[rows], x_RI[len(rows) : size]])
+        return row_adapters.RowWeight(stack_PIO, own).product(x)
+
+    together = product([*range(6)], 9)
+    assert together.shape == (9, 24) and together.dtype == dtype
+    expected = torch.einsum("ri,rio->ro", x_RI[:6].double(), stack_PIO[slots].double())
+    rounding = 16 * torch.finfo(dtype).eps * (1 if parts == 1 else 4)
+    assert torch.allclose(together[:6].double(), expected, atol=rounding, rtol=rounding)
+    assert all(torch.equal(product([row], 4)[0], together[row]) for row in range(6))
+    backwards = product([5, 4, 3, 2, 1, 0], 6)
+    assert torch.equal(backwards.flip(0), together[:6])
 
 
 def test_the_same_adapters_in_passes_of_other_sizes(tiny_llama: Callable[..., Any]) -> None:
@@ -404,8 +393,8 @@ def test_the_same_adapters_in_passes_of_other_sizes(tiny_llama: Callable[..., An
     x_RI = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
     updates = []
     for size in (8, 64, 64, 8):
-        shared.model_of(rows, size)
-        update_RO = shared.running.update((name, False), x_RI[:size])
+        mixed = shared.model_of_step(rows, size)
+        update_RO = mixed.get_submodule(name)._update((name, False), x_RI[:size])
         assert update_RO is not None and len(update_RO) == size
         updates.append(update_RO[: len(rows)])
     assert all(torch.equal(each, updates[0]) for each in updates)

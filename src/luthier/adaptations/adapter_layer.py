@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.models.row_adapters import LayerWrapper, RowUpdate
+from luthier.models.row_adapters import LayerWrapper, RowUpdate, Weight
 
 
 class _ResidualBottleneck(LayerWrapper):
@@ -50,9 +50,9 @@ class Bottleneck(_ResidualBottleneck):
     def row_updates(self) -> Sequence[RowUpdate]:
         """The bottleneck of what the projection gives (see :mod:`luthier.models.row_adapters`)."""
         down, up = self.adapter_down, self.adapter_up
-        weights = down.weight.t(), down.bias[None], up.weight.t(), up.bias[None]
+        weights = down.weight.t(), down.bias, up.weight.t(), up.bias
         kind = Bottleneck, type(self.activation)
-        return [RowUpdate(partial(_bottlenecks, self.activation), weights, kind, reads_output=True)]
+        return [RowUpdate(partial(_bottleneck, self.activation), weights, kind, reads_output=True)]
 
 
 class ConvBottleneck(_ResidualBottleneck):
@@ -79,14 +79,14 @@ def bottleneck_after(
     return kind(base, outputs, max(1, round(outputs / reduction_factor)), activation)
 
 
-def _bottlenecks(
+def _bottleneck(
     activation: nn.Module,
-    y_PMH: Tensor,
-    down_PHw: Tensor,
-    down_P1w: Tensor,
-    up_PwH: Tensor,
-    up_P1H: Tensor,
+    y_RH: Tensor,
+    down_Hw: Weight,
+    down_w: Weight,
+    up_wH: Weight,
+    up_H: Weight,
 ) -> Tensor:
-    """What ``P`` bottlenecks add to ``M`` outputs each, ``[P, M, hidden]``."""
-    narrow = activation(torch.baddbmm(down_P1w, y_PMH, down_PHw))
-    return torch.baddbmm(up_P1H, narrow, up_PwH)
+    """What it adds to outputs, ``[R, hidden]``."""
+    narrow = activation(down_Hw.product(y_RH) + down_w.at_rows())
+    return up_wH.product(narrow) + up_H.at_rows()

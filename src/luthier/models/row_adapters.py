@@ -1,14 +1,15 @@
 """Adapters that share one base network: the rows of a pass have one each, and run together.
 
-The product with a frozen weight is computed once for all rows. What an adapter adds to its rows comes
-from weights of its own, which lie stacked with those of other adapters of the same shapes: one batched
-product serves them all. The rows of a pass are the next tokens of sequences (a step), or tokens of
-prompts.
+The product with a frozen weight is computed once for all rows, and what their adapters add to it is
+added to each. A row's bits do not depend on its neighbours:
 
-A row's bits do not depend on its neighbours: products are taken together, rows of one adapter read its
-weights once, and updates are added inside the frozen product, only where that was seen to change none.
-Else a prompt is read alone, through a network that holds the adapter's layers and shares all others
-with the base, as are those that begin with a soft prompt or a prefix.
+- The rows of a step are the next tokens of sequences. Each is multiplied by the weights of its own
+  adapter, which lie stacked with those of other adapters of the same shapes, as a weighted sum of their
+  rows (:class:`RowWeight`): no row is part of another one's sum.
+- The rows of a prompt are one matrix, with the adapter's own weights. Prompts of several adapters are
+  read in one pass where sizes of matrices were seen to change no bits; else each alone, through a
+  network that holds the adapter's layers and shares all others with the base, as are those that begin
+  with a soft prompt or a prefix.
 """
 
 from __future__ import annotations
@@ -34,20 +35,91 @@ if TYPE_CHECKING:
 
 PREFILL_ROWS = range(2 * CHUNK_STEP, CHUNK + 1, 2 * CHUNK_STEP)
 """Numbers of rows that a pass may have that reads prompts."""
-ROW_STEP = 4
-"""Rows of each adapter in a product are filled up to a multiple of this: others, 1 before all, are
-summed in other orders."""
-TRIED_ROWS = (*range(ROW_STEP, 64, ROW_STEP), *range(64, CHUNK + 1, CHUNK_STEP))
-"""Numbers of rows that are tried as one matrix; prompts have multiples of ``CHUNK_STEP``."""
-TRIED_ADAPTERS = (1, 2, 7)
-"""Numbers of adapters that are tried in one product, and for few rows :data:`MANY_ADAPTERS`."""
-MANY_ADAPTERS = 33
-UNJOINED_ROWS = 64
-"""Rows of one adapter in each product, filled up, where other numbers have other bits."""
+PROMPT_ROWS = range(CHUNK_STEP, CHUNK + 1, CHUNK_STEP)
+"""Numbers of rows that one adapter may have of them."""
 KNOWN_SHAPES = 16
 """Of adapters, of which is known how their rows may be computed."""
-PRODUCT_COST, ROW_COST = 12.0, 0.06
-"""What another product costs, and another row in one, where reading an adapter's weights costs 1."""
+SUM_PARTS = 32
+"""Parts that a sum is taken in on accelerators, where a long one would wait for each of its numbers."""
+
+
+class Weight:
+    """One of an adapter's weights, for rows of that adapter alone."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        """``[O]`` or ``[I, O]``."""
+
+    def product(self, x_MI: Tensor) -> Tensor:
+        """``[M, O]`` of a matrix."""
+        return torch.mm(x_MI, self.values)
+
+    def at_rows(self) -> Tensor:
+        """What a vector is for each row, in a shape that ``[M, O]`` goes with."""
+        return self.values
+
+
+class Slots:
+    """Which adapter of a stack each of ``R`` rows has; nobody reads what rows behind them get."""
+
+    def __init__(self, slots: Sequence[int], rows: int, device: torch.device) -> None:
+        """``rows`` counts those behind, too."""
+        self._slot_R = torch.tensor(slots, dtype=torch.int32, device=device)
+        self.rows = rows
+        self._bags: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def bags(self, size: int, parts: int) -> tuple[Tensor, Tensor]:
+        """Rows of ``[P * size, O]`` that each of ``rows * parts`` sums is of, and where each begins.
+
+        Those behind are empty, and take no time.
+        """
+        if (size, parts) not in self._bags:
+            like: Any = {"dtype": torch.int32, "device": self._slot_R.device}
+            row_RI = self._slot_R[:, None] * size + torch.arange(size, **like)
+            first = torch.arange(self.rows * parts, **like) * (size // parts)
+            self._bags[size, parts] = row_RI.flatten(), first.clamp_(max=row_RI.numel())
+        return self._bags[size, parts]
+
+    @cached_property
+    def filled(self) -> Tensor:
+        """``[rows]``; that of the first one for those behind."""
+        behind = self.rows - len(self._slot_R)
+        return torch.cat([self._slot_R, self._slot_R[:1].expand(behind)])
+
+
+class RowWeight(Weight):
+    """One weight of each adapter in a stack, for rows that have one adapter each."""
+
+    def __init__(self, stack_P: Tensor, slots: Slots) -> None:
+        """``stack_P`` is ``[P, O]`` or ``[P, I, O]``."""
+        super().__init__(stack_P)
+        self._slots = slots
+        if stack_P.dim() == 3:
+            _, size, outputs = stack_P.shape
+            self._parts = _sum_parts(stack_P.device, size)
+            self._table = stack_P.view(-1, outputs)
+            self._row, self._first = slots.bags(size, self._parts)
+
+    def product(self, x_MI: Tensor) -> Tensor:
+        """Each row times its own matrix, ``[M, O]``, summed in float32.
+
+        It is the sum of the matrix's rows with ``x`` as their weights, which PyTorch has a kernel for
+        that reads no row of another adapter, and sums in the same order whatever the other rows are.
+        """
+        x = x_MI.reshape(-1)[: len(self._row)]
+        if x.dtype != self._table.dtype:
+            x = x.to(self._table.dtype)
+        y = torch.embedding_bag(self._table, self._row, self._first, per_sample_weights=x)[0]
+        parts = self._parts
+        while parts > 1:  # of each row, the sums of its halves, and so on
+            parts //= 2
+            y_MKO = y.view(len(x_MI), 2, parts, -1)
+            y = (y_MKO[:, 0] + y_MKO[:, 1]).flatten(0, 1)
+        return y if y.dtype == x_MI.dtype else y.to(x_MI.dtype)
+
+    def at_rows(self) -> Tensor:
+        """The vector of each row's adapter, ``[R, O]``."""
+        return self.values.index_select(0, self._slots.filled)
 
 
 @dataclass(frozen=True)
@@ -55,10 +127,10 @@ class RowUpdate:
     """What an adapter adds to a row at a frozen layer."""
 
     compute: Callable[..., Tensor]
-    """``compute(x_PMI, *weights)`` is added to ``M`` rows of each of ``P`` layers, ``[P, M, O]``,
-    with the weights of all of them stacked in the first dimension. It holds no weights itself."""
+    """``compute(x_RI, *weights)`` is added to ``R`` rows, ``[R, O]``. The weights come as
+    :class:`Weight` or as :class:`RowWeight`; it holds none itself."""
     weights: tuple[Tensor, ...]
-    """The adapter's own; the first is ``[I, ...]``."""
+    """The adapter's own; matrices are ``[in, out]``, and the first weight is ``[I, ...]``."""
     kind: Hashable
     """What updates that are stacked have in common, beside the shapes of their weights."""
     reads_output: bool = False
@@ -121,12 +193,7 @@ class Adapter:
     slot: int = -1
     """Its place in a stack, while it has sequences."""
     bits: RowBits | None = None
-    """How its rows may be computed; ``None`` without layers."""
-
-    @property
-    def slots(self) -> range:
-        """Its place as a part of the stack."""
-        return range(self.slot, self.slot + 1)
+    """How its prompts may be read; ``None`` without layers."""
 
     @staticmethod
     def base(network: Network) -> Adapter:
@@ -168,21 +235,18 @@ class Adapter:
 
 @dataclass(frozen=True)
 class RowBits:
-    """What changes no row's bits, for adapters of the same shapes; tried with numbers at random."""
+    """What changes no bits of prompts, for adapters of the same shapes; tried with drawn numbers."""
 
-    joins: bool
-    """Whether rows of one run as one matrix, and the matrices of several in one product."""
     mixes_prompts: bool
-    """Whether tokens of prompts may be such rows, as many as a pass has that reads them."""
+    """Whether they may be read beside those of other adapters."""
     divides: bool
     """Whether a prompt has the same bits however it is divided, in the network that reads it."""
 
     @staticmethod
     def of(adapter: Adapter, adds_inside: Callable[[Any], bool]) -> RowBits:
         """Try it; ``adds_inside`` says of which layers it is known for the rows of steps."""
-        joins = _joins(adapter)
-        prompts = joins and _adds_to_prompts(adapter, adds_inside)
-        return RowBits(joins, prompts, prompts or _divides(adapter))
+        mixes = _sizes_agree(adapter) and _adds_to_prompts(adapter, adds_inside)
+        return RowBits(mixes, mixes or _divides(adapter))
 
 
 class AdapterStack:
@@ -192,13 +256,12 @@ class AdapterStack:
     average none takes more than twice what its own weights take.
     """
 
-    def __init__(self, like: Adapter, bits: RowBits) -> None:
+    def __init__(self, like: Adapter) -> None:
         self.adapters: list[Adapter] = []
         self.loaded = 0
         """Adapters of these shapes that are in memory, with sequences or without."""
         self.weights: dict[Site, tuple[Tensor, ...]] = {}
         self.computes = {site: update.compute for site, update in like.updates()}
-        self.bits = bits
         self._capacity = 0
 
     def add(self, adapter: Adapter) -> None:
@@ -248,92 +311,56 @@ Update = Callable[[Tensor], Tensor]
 """What is added at a site, ``[R, O]``, to what the layer there gives for the rows ``[R, I]``."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a pass that have adapters of one stack: ``M`` for each of ``P`` weights of a stack."""
+class Pass(Protocol):
+    """What the layers of the mixed network have to know of a pass."""
 
-    stack: AdapterStack
-    row_Q: Tensor
-    """The row of the pass at each of the ``Q = P * M`` places; any where there is none."""
-    count: int
-    """``P``."""
-    slots: range
-    """The adapters: one for each of ``P``, or one that all are of."""
-    in_order: bool = False
-    """Whether all rows of the pass, in their order, are those of one matrix."""
-
-    def update_at(self, site: Site) -> Update:
-        """What the adapters add there, ``[P * M, O]``; ``[R, O]`` where all are ``in_order``."""
-        compute = self.stack.computes[site]
-        weights = [
-            weight[self.slots.start : self.slots.stop].expand(self.count, *weight.shape[1:])
-            for weight in self.stack.weights[site]
-        ]
-        if self.in_order:
-            return lambda x_RI: compute(x_RI[None], *weights)[0]
-
-        def update(x_RI: Tensor) -> Tensor:
-            x_PMI = x_RI.index_select(0, self.row_Q).view(self.count, -1, x_RI.shape[-1])
-            return compute(x_PMI, *weights).flatten(0, 1)
-
-        return update
+    def parts_at(self, site: Site) -> Sequence[tuple[Tensor | slice | None, Update]]:
+        """Rows of the pass (``None`` for all) and what is added to them; no row stands in two parts."""
 
 
 @dataclass(eq=False)
-class _Pass:
-    """The pass that is running: what the layers of the mixed network have to know of it.
+class _Step:
+    """A step: each row has an adapter of some stack, or none.
 
     The next one has the same rows, most often; what is looked up at a layer is looked up once for both.
     """
 
     adapters: tuple[Adapter, ...] = ()
-    """Of the rows, without those that fill the pass up but where all are of one adapter."""
     size: int = 0
     """Rows, with those that fill it up."""
-    parts: list[_Part] = field(default_factory=list)
-    places: list[dict[int, int]] = field(default_factory=list)
-    """For each part, where it has the rows of the pass."""
-    _updates: dict[Site, Update | None] = field(default_factory=dict)
-    _places_R: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    stacks: list[tuple[AdapterStack, Tensor | None, Slots]] = field(default_factory=list)
+    """With the rows that have adapters of it."""
+    _parts: dict[Site, list[tuple[Tensor | slice | None, Update]]] = field(default_factory=dict)
 
-    def update(self, site: Site, x_RI: Tensor) -> Tensor | None:
-        """What is added at ``site``, ``[R, O]``, to what the layer gives for or as ``x_RI``."""
-        if site not in self._updates:
-            self._updates[site] = self._update_at(site, x_RI)
-        update = self._updates[site]
-        return None if update is None else update(x_RI)
+    def parts_at(self, site: Site) -> Sequence[tuple[Tensor | slice | None, Update]]:
+        if site not in self._parts:
+            self._parts[site] = [
+                (row_Q, _update(stack.computes[site], weights))
+                for stack, row_Q, slots in self.stacks
+                if site in stack.computes
+                for weights in [[RowWeight(each, slots) for each in stack.weights[site]]]
+            ]
+        return self._parts[site]
 
-    def _update_at(self, site: Site, x_RI: Tensor) -> Update | None:
-        present = tuple(
-            index for index, part in enumerate(self.parts) if site in part.stack.computes
-        )
-        if not present:
-            return None
-        updates = [self.parts[index].update_at(site) for index in present]
-        if self.parts[present[0]].in_order:
-            return updates[0]
-        if present not in self._places_R:
-            self._places_R[present] = self._places_of(present, len(x_RI)).to(x_RI.device)
-        place_R = self._places_R[present]
-        others = sum(len(self.places[index]) for index in present) < len(self.adapters)
 
-        def update(x_RI: Tensor) -> Tensor:
-            made = [each(x_RI) for each in updates]
-            if others:  # rows without an adapter here get the zeros behind all others
-                made.append(made[0].new_zeros(1, made[0].shape[-1]))
-            whole = made[0] if len(made) == 1 else torch.cat(made)
-            return whole.index_select(0, place_R)
+@dataclass(eq=False)
+class _Prompts:
+    """A pass that reads prompts: adapters have some of its rows each, and the bare base the others."""
 
-        return update
+    slices: Sequence[tuple[AdapterStack, int, slice | None]]
+    """Rows of the adapter in this slot of a stack."""
 
-    def _places_of(self, present: tuple[int, ...], rows: int) -> Tensor:
-        first, found = 0, dict[int, int]()
-        for index in present:
-            found |= {row: first + place for row, place in self.places[index].items()}
-            first += len(self.parts[index].row_Q)
-        # Rows that fill a pass up stand behind the others, and may have any update.
-        nowhere = first if len(found) < len(self.adapters) else 0
-        return torch.tensor([found.get(row, nowhere) for row in range(rows)])
+    def parts_at(self, site: Site) -> Sequence[tuple[Tensor | slice | None, Update]]:
+        return [
+            (rows, _update(stack.computes[site], weights))
+            for stack, slot, rows in self.slices
+            if site in stack.computes
+            for weights in [[Weight(each[slot]) for each in stack.weights[site]]]
+        ]
+
+
+def _update(compute: Callable[..., Tensor], weights: Sequence[Any]) -> Update:
+    return lambda x_RI: compute(x_RI, *weights)
 
 
 class StackedLayer(LayerWrapper):
@@ -346,16 +373,27 @@ class StackedLayer(LayerWrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[1, R, in]`` to ``[1, R, out]``."""
-        running = self._shared.running
-        update_RO = running.update(self._reads, x[0])
+        update_RO = self._update(self._reads, x[0])
         if update_RO is None:
             y: Tensor = self.base_layer(x)
         elif self._adds_inside:
             y = linear_plus(self.base_layer, x[0], update_RO)[None]
         else:
             y = self.base_layer(x) + update_RO
-        update_RO = running.update(self._gives, y[0])
+        update_RO = self._update(self._gives, y[0])
         return y if update_RO is None else y + update_RO
+
+    def _update(self, site: Site, x_RI: Tensor) -> Tensor | None:
+        """What is added at ``site``, ``[R, O]``, to what the layer gives for or as ``x_RI``."""
+        update_RO: Tensor | None = None
+        for rows, update in self._shared.running.parts_at(site):
+            if rows is None:
+                return update(x_RI)
+            part = update(x_RI[rows])
+            if update_RO is None:  # rows without an adapter here get zeros
+                update_RO = part.new_zeros(len(x_RI), part.shape[-1])
+            update_RO[rows] = part
+        return update_RO
 
 
 class SharedBase:
@@ -364,7 +402,7 @@ class SharedBase:
     def __init__(self, network: Network, sizes: Sequence[int]) -> None:
         """Steps are of ``sizes`` rows."""
         self.network, self.sizes = network, sizes
-        self.running = _Pass()
+        self.running: Pass = _Step()
         self.mixed: Any = None
         """The base with a layer for rows of several adapters wherever one of them has its own."""
         self._stacks: dict[Hashable, AdapterStack] = {}
@@ -383,8 +421,7 @@ class SharedBase:
         """
         adapter = Adapter.of(network, self.network)
         if adapter.layers:
-            stack = self._stacks.get(adapter.shapes)
-            known = self._bits.get(adapter.shapes) if stack is None else stack.bits
+            known = self._bits.get(adapter.shapes)
             adapter.bits = known or RowBits.of(adapter, self.adds_inside)
         return adapter
 
@@ -410,7 +447,7 @@ class SharedBase:
             self._bits[adapter.shapes] = adapter.bits
             if len(self._bits) > KNOWN_SHAPES:
                 del self._bits[next(iter(self._bits))]
-            self._stacks[adapter.shapes] = AdapterStack(adapter, adapter.bits)
+            self._stacks[adapter.shapes] = AdapterStack(adapter)
         self._stacks[adapter.shapes].loaded += 1
 
     def remove(self, adapter: Adapter) -> None:
@@ -423,7 +460,7 @@ class SharedBase:
         """So many sequences of it begin."""
         if adapter.layers and not adapter.sequences:
             self._stacks[adapter.shapes].add(adapter)
-            self.running = _Pass()
+            self.running = _Step()
         adapter.sequences += sequences
 
     def leave(self, adapter: Adapter) -> None:
@@ -434,7 +471,7 @@ class SharedBase:
             self._drop_unused(adapter)
 
     def _drop_unused(self, adapter: Adapter) -> None:
-        self.running = _Pass()  # the last one may have had rows of it, or of adapters that moved
+        self.running = _Step()  # the last one may have had rows of it, or of adapters that moved
         stack = self._stacks[adapter.shapes]
         if not (stack.loaded or stack.adapters):
             del self._stacks[adapter.shapes]
@@ -447,67 +484,50 @@ class SharedBase:
             return adapter.model is self.network.model
         return adapter.bits.mixes_prompts
 
-    def model_of(self, adapters: Sequence[Adapter], size: int) -> Any:
+    def model_of_step(self, adapters: Sequence[Adapter], size: int) -> Any:
         """The network that runs ``size`` rows, of which the first have these adapters."""
-        if len({*adapters}) == 1:
-            adapters = [adapters[0]] * size
         if not any(adapter.layers for adapter in adapters):
             return self.network.model
-        if (self.running.adapters, self.running.size) == (own := tuple(adapters), size):
+        running, own = self.running, tuple(adapters)
+        if isinstance(running, _Step) and (running.adapters, running.size) == (own, size):
             return self.mixed
-        rows: dict[Hashable, dict[Adapter, list[int]]] = {}
-        for row, adapter in enumerate(adapters):
+        step = _Step(own, size)
+        by_stack: dict[Hashable, list[int]] = {}
+        for row, adapter in enumerate(own):
             if adapter.layers:
-                rows.setdefault(adapter.shapes, {}).setdefault(adapter, []).append(row)
-        self.running = _Pass(own, size)
-        for shapes, part in rows.items():
-            self._divide(self._stacks[shapes], part)
+                by_stack.setdefault(adapter.shapes, []).append(row)
+        device = self.network.device
+        for shapes, rows in by_stack.items():
+            whole = len(rows) == len(
+                own
+            )  # all rows in their order, and those that fill it up behind
+            row_Q = None if whole else torch.tensor(rows, device=device)
+            slots = Slots([own[row].slot for row in rows], size if whole else len(rows), device)
+            step.stacks.append((self._stacks[shapes], row_Q, slots))
+        self.running = step
         return self.mixed
 
-    def _divide(self, stack: AdapterStack, rows: dict[Adapter, list[int]]) -> None:
-        """The parts that rows of the adapters of one stack are computed in."""
-        if stack.bits.joins:
-            self._divide_joined(stack, rows)
-            return
-        for adapter, own in rows.items():
-            for first in range(0, len(own), UNJOINED_ROWS):
-                self._append(
-                    stack, [_fill(own[first : first + UNJOINED_ROWS], UNJOINED_ROWS)], adapter.slots
-                )
+    def model_of_prompts(self, parts: Sequence[tuple[Adapter, slice]]) -> Any:
+        """The network that reads prompts of these adapters, one behind the other in one pass.
 
-    def _divide_joined(self, stack: AdapterStack, rows: dict[Adapter, list[int]]) -> None:
-        """One product of a part of the stack for adapters of few rows, one more for each other one."""
+        Where all are of one adapter, the rows that fill the pass up are, too.
+        """
+        if not any(adapter.layers for adapter, _ in parts):
+            return self.network.model
+        alone = len({adapter for adapter, _ in parts}) == 1
+        self.running = _Prompts(
+            [
+                (self._stacks[adapter.shapes], adapter.slot, None if alone else rows)
+                for adapter, rows in (parts[:1] if alone else parts)
+                if adapter.layers
+            ]
+        )
+        return self.mixed
 
-        def slots_of(most: int) -> range:
-            """From the first to the last adapter of so many rows at most."""
-            slots = [adapter.slot for adapter, own in rows.items() if len(own) <= most]
-            return range(min(slots), max(slots) + 1) if slots else range(0)
 
-        def cost(most: int) -> float:
-            apart = sum(len(own) > most for own in rows.values())
-            each = 1 + _round_up(most) * ROW_COST
-            together = PRODUCT_COST + len(slots_of(most)) * each if apart < len(rows) else 0.0
-            return apart * (PRODUCT_COST + 1) + together
-
-        most = min({0, *map(len, rows.values())}, key=cost)
-        slots, count = slots_of(most), _round_up(most)
-        row_PM = [[-1] * count for _ in slots]
-        for adapter, own in rows.items():
-            if len(own) > most:
-                self._append(stack, [_fill(own, _round_up(len(own)))], adapter.slots)
-            else:
-                row_PM[adapter.slot - slots.start] = _fill(own, count)
-        if row_PM:
-            self._append(stack, row_PM, slots)
-
-    def _append(self, stack: AdapterStack, row_PM: list[list[int]], slots: range) -> None:
-        """Rows of the adapters in ``slots``, one after the other, or all of the one there."""
-        rows = [row for part in row_PM for row in part]
-        self.running.places.append({row: place for place, row in enumerate(rows) if row >= 0})
-        row_Q = torch.tensor(rows).clamp(min=0).to(self.network.device)
-        whole = stack.bits.joins and len(row_PM) == 1
-        in_order = whole and rows == [*range(len(self.running.adapters))]
-        self.running.parts.append(_Part(stack, row_Q, len(row_PM), slots, in_order))
+def _sum_parts(device: torch.device, size: int) -> int:
+    """How many parts a sum of ``size`` numbers is taken in."""
+    return SUM_PARTS if device.type != "cpu" and size % SUM_PARTS == 0 else 1
 
 
 def _kind_of(layer: Any) -> Hashable:
@@ -515,17 +535,8 @@ def _kind_of(layer: Any) -> Hashable:
     return type(layer), layer.weight.shape, layer.bias is None, packed_weight(layer) is not None
 
 
-def _round_up(count: int) -> int:
-    return -(-count // ROW_STEP) * ROW_STEP
-
-
-def _fill(rows: list[int], count: int) -> list[int]:
-    """At least ``count`` rows; those that fill up are the first one again."""
-    return rows + rows[:1] * (count - len(rows))
-
-
 def _trial_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[Tensor]]]:
-    """Each kind of update of ``adapter``, with rows ``[M, I]`` and stacks of weights to try it with.
+    """Each kind of update of ``adapter``, with rows ``[M, I]`` and weights to try it with.
 
     Their sums cancel: of three parts the first is large and the second its opposite, so that another
     order of summing shows. Rounded to 16 bits it hardly ever does with ordinary numbers.
@@ -547,18 +558,18 @@ def _trial_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[T
         first, second = _thirds(x_MI.shape[1])
         x_MI[:, first] *= large
         x_MI[:, second] = -x_MI[:, first]
-        stacks = [random_like(weight, MANY_ADAPTERS, *weight.shape) for weight in update.weights]
-        for number, stack in enumerate(stacks):
-            if stack.dim() < 3:
+        weights = [random_like(weight, *weight.shape) for weight in update.weights]
+        for number, weight in enumerate(weights):
+            if weight.dim() < 2:
                 continue
             # Equal columns give the next product equal numbers, which its rows bring to nothing.
-            column, equal = _thirds(stack.shape[2])
-            stack[:, :, equal] = stack[:, :, column]
-            first, second = _thirds(stack.shape[1])
+            column, equal = _thirds(weight.shape[1])
+            weight[:, equal] = weight[:, column]
+            first, second = _thirds(weight.shape[0])
             if number:
-                stack[:, first] *= large
-            stack[:, second] = -stack[:, first] if number else stack[:, first]
-        yield update, x_MI, stacks
+                weight[first] *= large
+            weight[second] = -weight[first] if number else weight[first]
+        yield update, x_MI, weights
 
 
 def _thirds(size: int) -> tuple[slice, slice]:
@@ -568,21 +579,15 @@ def _thirds(size: int) -> tuple[slice, slice]:
 
 
 @torch.no_grad()
-def _joins(adapter: Adapter) -> bool:
-    """Whether a row has the same bits in a matrix of any number of rows of its adapter.
-
-    Beside those of other adapters in one product, too.
-    """
-    for update, x_MI, stacks in _trial_updates(adapter):
-        expected_MO = update.compute(x_MI[None], *(stack[:1] for stack in stacks))[0]
-        for count in TRIED_ROWS:
-            for others in (
-                TRIED_ADAPTERS if count > 2 * ROW_STEP else (*TRIED_ADAPTERS, MANY_ADAPTERS)
-            ):
-                x_PMI = x_MI[:count].repeat(others, 1, 1)
-                y_PMO = update.compute(x_PMI, *(stack[:others] for stack in stacks))
-                if not torch.equal(y_PMO[0], expected_MO[:count]):
-                    return False
+def _sizes_agree(adapter: Adapter) -> bool:
+    """Whether a row has the same bits in a matrix of any number of rows that a prompt may have."""
+    for update, x_MI, weights in _trial_updates(adapter):
+        given = [Weight(each) for each in weights]
+        whole_MO = update.compute(x_MI, *given)
+        if not all(
+            torch.equal(update.compute(x_MI[:n], *given), whole_MO[:n]) for n in PROMPT_ROWS
+        ):
+            return False
     return True
 
 

@@ -348,9 +348,12 @@ class FlatBackend:
         ids, positions = torch.from_numpy(ids_N), torch.from_numpy(position_N)
         model = prompts[0][2].model
         if self._shared.mixes_prompts(prompts[0][2]):
-            rows = zip(chunks, prompts, strict=True)
-            adapters = [each for chunk, (*_, each) in rows for _ in range(chunk.size)]
-            model = self._shared.model_of(adapters, size)
+            model = self._shared.model_of_prompts(
+                [
+                    (adapter, slice(chunk.first, chunk.first + chunk.size))
+                    for chunk, (*_, adapter) in zip(chunks, prompts, strict=True)
+                ]
+            )
         return self._run(model, ids, positions, attention), chunks
 
     def _logits_of(self, hidden_RH: Sequence[Tensor]) -> Tensor:
@@ -512,7 +515,7 @@ class FlatBackend:
         fill = [0] * (size - len(rows))
         positions = [self._first + rows[i][0].length + rows[i][1] for i in order]
         hidden_NH = self._run(
-            self._shared.model_of([adapters[i] for i in order], size),
+            self._shared.model_of_step([adapters[i] for i in order], size),
             torch.tensor([*(tokens[i] for i in order), *fill]),
             torch.tensor([*positions, *fill]),
             StepAttention([rows[i] for i in order], self.network.device, self.network.dtype),
