@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from luthier import files
 from luthier.errors import CorruptFile, DiskFull, DoesNotFit, LuthierError
 from luthier.files import (
+    cached_sha256_of,
     disk_errors,
     hashes_of,
     lock,
@@ -421,3 +423,30 @@ def test_a_disk_that_is_full_as_an_array_is_written_is_told_as_full(tmp_path: Pa
     """NumPy has no number of the system's error there."""
     with pytest.raises(DiskFull), disk_errors(tmp_path):
         raise OSError("Not enough free space to write 56623104 bytes after offset 1785440")
+
+
+def test_a_file_that_two_threads_ask_for_is_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"numbers")
+    began, goes_on, hashed = threading.Event(), threading.Event(), list[Path]()
+
+    def slowly(path: Path) -> str:
+        hashed.append(path)
+        began.set()
+        assert goes_on.wait(60)
+        return "digest"
+
+    monkeypatch.setattr(files, "sha256_of", slowly)
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(cached_sha256_of(path))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    assert began.wait(60)
+    goes_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert found == ["digest"] * 2 and hashed == [path]

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -70,12 +71,16 @@ def file_version(status: os.stat_result) -> tuple[int, ...]:
 
 def cached_sha256_of(path: Path) -> str:
     """As :func:`sha256_of` of a file, computed once for each of its versions by this process."""
-    return _sha256_of_version(path, file_version(path.stat()))
+    with _hashing.setdefault(path, threading.Lock()):  # who comes second waits for the first one's
+        return _sha256_of_version(path, file_version(path.stat()))
 
 
 @lru_cache(maxsize=1024)
 def _sha256_of_version(path: Path, version: tuple[int, ...]) -> str:
     return sha256_of(path)
+
+
+_hashing: dict[Path, threading.Lock] = {}
 
 
 def hashes_of(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -464,3 +465,22 @@ def test_the_room_of_a_stored_model_is_read_and_its_network_not_drawn(
     write_json(folder / MANIFEST, record | {"files": {}})
     with pytest.raises(AssertionError, match="drawn"):
         store.room_of(find("read"))
+
+
+def test_files_are_hashed_ahead_and_what_is_wrong_is_said_by_who_loads(
+    luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(BASE)
+    write_json(base / MANIFEST, {"id": BASE, "kind": "causal_lm", "files": {"weights": "another"}})
+    (base / "weights").write_bytes(b"numbers")
+    make_custom(BASE, "mine", BASE, "adapter")
+    hashed: list[Path] = []
+    monkeypatch.setattr(store, "cached_sha256_of", lambda path: hashed.append(path) or "hash")
+    for model_id in (f"{BASE}:mine", BASE, f"{BASE}:none", "no-model", "../x:y"):
+        store.read_ahead(model_id)
+    for thread in threading.enumerate():
+        if thread.name == "read ahead":
+            thread.join(60)
+    assert hashed == [base / "weights"] * 2
+    with pytest.raises(CorruptFile, match="not what was stored"):
+        store.check_whole(find(BASE))

@@ -38,18 +38,19 @@ def embed(
     json_: Json = False,
 ) -> None:
     """Write the embedding of each row of a file, or of each image or sound of a folder."""
-    from luthier.cli.batch_inference import BatchInference
-    from luthier.data.rows import load_inputs
-    from luthier.recipe import parse_columns
-    from luthier.serving.embeddings import (
-        EMBEDDING,
-        check_embeds,
-        embedding_format,
-        embedding_writer,
-        random_weights_note,
-    )
-    from luthier.store.models import check_active, find, objective_of
-    from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
+    with heavy_imports(model):
+        from luthier.cli.batch_inference import BatchInference
+        from luthier.data.rows import load_inputs
+        from luthier.recipe import parse_columns
+        from luthier.serving.embeddings import (
+            EMBEDDING,
+            check_embeds,
+            embedding_format,
+            embedding_writer,
+            random_weights_note,
+        )
+        from luthier.store.models import check_active, find, objective_of
+        from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
 
     form = embedding_format(output)
     batch = BatchInference.of_options(data, output, processes, ray_address, ray_gpus)

@@ -82,18 +82,19 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer one prompt, streaming, or a file of prompts."""
-    from luthier.cli.batch_inference import BatchInference
-    from luthier.data.writers import write_packed
-    from luthier.models.sampling import Sampling
-    from luthier.serving.generation import Generator
-    from luthier.store.models import check_active, find
-    from luthier.workflows.inference_tasks import (
-        REASONING,
-        GenerateTask,
-        conversation,
-        reasoning_of,
-        reply_lines,
-    )
+    with heavy_imports(model):
+        from luthier.cli.batch_inference import BatchInference
+        from luthier.data.writers import write_packed
+        from luthier.models.sampling import Sampling
+        from luthier.serving.generation import Generator
+        from luthier.store.models import check_active, find
+        from luthier.workflows.inference_tasks import (
+            REASONING,
+            GenerateTask,
+            conversation,
+            reasoning_of,
+            reply_lines,
+        )
 
     if (prompt is None) == (input_ is None):
         raise RecipeError("give one prompt, or --input FILE with many")
@@ -245,13 +246,13 @@ def chat(
     speculation: Speculation = "ngram",
 ) -> None:
     """Talk to a model. An empty line starts anew, /exit or Ctrl-D ends."""
-    from luthier.models.sampling import Sampling
-    from luthier.serving.generation import Generator
-    from luthier.store.models import check_active, find
-    from luthier.types import Message
+    with heavy_imports(model):
+        from luthier.models.sampling import Sampling
+        from luthier.serving.generation import Generator
+        from luthier.store.models import check_active, find
+        from luthier.types import Message
 
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
-    with heavy_imports():
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
         stored = check_active(find(model, is_able=Generator.is_able))
         generator = Generator.open(stored, speculation)
     several = generator.chat.template == "chat"

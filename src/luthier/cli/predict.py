@@ -68,13 +68,14 @@ def predict(
     json_: Json = False,
 ) -> None:
     """Label, rate, tag, embed or transcribe one row, or a file of rows, which keep all their fields."""
-    from luthier.cli.batch_inference import BatchInference
-    from luthier.data.rows import PREDICTED, input_row, load_inputs
-    from luthier.data.writers import json_records, write_packed
-    from luthier.recipe import parse_columns
-    from luthier.serving.prediction import Predictor
-    from luthier.store.models import check_active, find
-    from luthier.workflows.inference_tasks import PredictTask, anomaly_counts, prediction_lines
+    with heavy_imports(model):
+        from luthier.cli.batch_inference import BatchInference
+        from luthier.data.rows import PREDICTED, input_row, load_inputs
+        from luthier.data.writers import json_records, write_packed
+        from luthier.recipe import parse_columns
+        from luthier.serving.prediction import Predictor
+        from luthier.store.models import check_active, find
+        from luthier.workflows.inference_tasks import PredictTask, anomaly_counts, prediction_lines
 
     if (text is None) == (input_ is None):
         raise RecipeError("give one text, or --input FILE with many")

@@ -194,13 +194,13 @@ def open_model(
     merged. ``base`` is its parent, where that is open. With ``exact`` each sequence has the same bits
     whatever steps beside it, where the backend can.
     """
-    from luthier.engine.machine import open_network
-    from luthier.models.description import check_folder
-    from luthier.serving.derived_gguf import gguf_of, gguf_type
-    from luthier.store.models import room_of
-
     entry = chosen_backend()
     if entry.open_file is not None:
+        from luthier.engine.machine import open_network
+        from luthier.models.description import check_folder
+        from luthier.serving.derived_gguf import gguf_of, gguf_type
+        from luthier.store.models import room_of
+
         kind = gguf_type()
         try:
             vocabulary = int(check_folder(stored.network_folder)["vocab_size"])

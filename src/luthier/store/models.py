@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -366,6 +367,23 @@ def load(
         adaptation_of(model).merge(network)
     on_merged(model)
     return network
+
+
+def read_ahead(model_id: str) -> None:
+    """Have another thread hash the files of a model that is here, which loading it will ask for.
+
+    It says nothing of what is wrong with them: who loads the model does.
+    """
+
+    def read() -> None:
+        with suppress(LuthierError, OSError, ValueError):
+            model: StoredModel | None = find_here(model_id)
+            while model is not None:
+                check_whole(model)
+                model = model.parent
+
+    if ":" in model_id or (model_id in CATALOG and is_base_here(model_id)):
+        threading.Thread(target=read, name="read ahead", daemon=True).start()
 
 
 _PICTURES = frozenset({".png", ".svg"})
