@@ -38,9 +38,9 @@ ROWS = 1024
 """Rows of a batch at most."""
 CHARACTERS = 1 << 20
 """Characters of a batch, about: long rows come in smaller batches."""
-LARGE, LARGE_MEDIA = 8_000_000, 200_000_000
+LARGE, LARGE_MEDIA = 2_500_000, 200_000_000
 """Bytes of sources, and of those that hold nothing but images or sounds, beyond which other processes
-pay for their start of one to two seconds: 14 MB of images are looked at in two."""
+pay for their start of one to two seconds: 2 MB of text are measured in that, and 14 MB of images."""
 MEDIA_ROWS = 32
 """Images or sounds of a batch at most: to decode them takes the time."""
 KEY = 16
