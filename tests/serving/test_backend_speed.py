@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 
+from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.backends import BACKENDS
-from luthier.serving.backend_speed import BackendSpeed, BackendSpeeds, backend_speeds
-from luthier.store.models import find
+from luthier.models.torch_backend import FlatBackend
+from luthier.recipe import Recipe
+from luthier.serving.backend_speed import (
+    STEPS,
+    TURNS,
+    BackendSpeed,
+    BackendSpeeds,
+    backend_speeds,
+)
+from luthier.serving.opened_model import open_model
+from luthier.store.models import find, shares_base
 
 
 def speeds(*others: BackendSpeed, shares_base: bool = False) -> BackendSpeeds:
@@ -72,3 +82,45 @@ def test_a_model_that_llama_cpp_cannot_run_is_torch_s_and_the_reason_is_said(
 def test_numbers_of_streams_have_bounds(tiny_model_folder: Path, streams: list[int]) -> None:
     with pytest.raises(RecipeError, match="from 1 to 64"):
         backend_speeds(find(str(tiny_model_folder)), streams, ["f32"])
+
+
+def test_no_turn_repeats_tokens_that_could_be_guessed(
+    tiny_model_folder: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[int, ...]] = []
+    step = FlatBackend.step
+
+    def recorded(backend: FlatBackend, states: Any, tokens: Any) -> Any:
+        written.append(tuple(tokens))
+        return step(backend, states, tokens)
+
+    monkeypatch.setattr(FlatBackend, "step", recorded)
+    backend_speeds(find(str(tiny_model_folder)), [4], [])
+    assert len(written) == len({*written}) == TURNS * STEPS
+
+
+def test_an_adapter_is_measured_merged_too(
+    tiny_model_folder: Path, in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And answers merged where the environment says so."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "say", "completion": "fox"}\n' * 4)
+    fields = {
+        "base": str(tiny_model_folder),
+        "name": "mine",
+        "data": {"train": str(tmp_path / "rows.jsonl"), "validation_share": 0},
+        "adaptation": {"method": "lora", "rank": 4},
+        "training": {"max_steps": 1},
+    }
+    stored = find(train(Recipe.parse(fields)).model_id)
+    found = backend_speeds(stored, [2], [])
+    assert [each.weights for each in found.speeds] == ["float32", "float32, merged"]
+    assert [each.setting for each in found.speeds] == ["", "LUTHIER_ADAPTERS=merged"]
+    assert "each is a model of its own" in found.advice()[-1]
+    assert shares_base(stored)
+    monkeypatch.setenv("LUTHIER_ADAPTERS", "merged")
+    assert not shares_base(stored)
+    assert isinstance(open_model(stored).backend, FlatBackend)
+    assert len(backend_speeds(stored, [2], []).speeds) == 1
+    monkeypatch.setenv("LUTHIER_ADAPTERS", "joined")
+    with pytest.raises(RecipeError, match="'joined', and may be beside or merged"):
+        shares_base(stored)

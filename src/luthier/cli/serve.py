@@ -162,7 +162,7 @@ def serve(
         from luthier.api.settings import Settings
         from luthier.encryption import keys
         from luthier.limits import parse_limits
-        from luthier.models.backends import chosen_backend
+        from luthier.models.backends import chosen_backend, merges_adapters
         from luthier.serving.memory import bound_kernels
         from luthier.serving.prompts import tokenize_in_own_thread
         from luthier.store.removal import count_without_account
@@ -176,7 +176,8 @@ def serve(
         os.umask(0o077)
         ports = server.Ports(host, port, tls_cert, tls_key, tls_port)
         ports.check()
-        backend = chosen_backend()  # what is not there is refused now, not at the first request
+        # What is not there is refused now, and not at the first request.
+        backend, merged = chosen_backend(), merges_adapters()
         # Nothing is less than NaN either, and would let nobody in.
         if requests_per_second is not None and not 0 <= requests_per_second < math.inf:
             raise RefusedInput(
@@ -216,6 +217,7 @@ def serve(
                 region,
                 service.issued,
                 backend.id,
+                merged,
                 count_without_account(service.database),
             )
 
@@ -271,12 +273,18 @@ def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, 
 
 
 def _print_addresses(
-    addresses: list[str], region: str, issued: IssuedKeys | None, backend: str, unregistered: int
+    addresses: list[str],
+    region: str,
+    issued: IssuedKeys | None,
+    backend: str,
+    merged: bool,
+    unregistered: int,
 ) -> None:
-    """Where it listens, what answers where that is not torch, how models of the command line come in,
-    and the first keys, told once."""
+    """Where it listens, what answers where that was chosen, how models of the command line come in, and
+    the first keys, told once."""
     out = new_console(highlight=False, soft_wrap=True)
     by = "" if backend == "torch" else f", answers written by {backend}"
+    by += ", adapters merged" if merged and backend == "torch" else ""
     out.print(f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}{by}")
     if unregistered:
         what, verb = ("1 model", "is") if unregistered == 1 else (f"{unregistered:,} models", "are")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from luthier.types import IntArray
 
 SETTING = "LUTHIER_BACKEND"
+ADAPTERS_SETTING = "LUTHIER_ADAPTERS"
 LLAMA_CPP, LLAMA_CPP_VERSION = "xllamacpp", "2026.10.11549"
 """The wheel whose library :mod:`luthier.models.llama_cpp` knows."""
 
@@ -294,6 +295,20 @@ def chosen_backend() -> BackendEntry:
         raise RecipeError(f"{SETTING} is {name!r}, and there are {', '.join(BACKENDS)}")
     BACKENDS[name].check()
     return BACKENDS[name]
+
+
+def merges_adapters() -> bool:
+    """Whether ``LUTHIER_ADAPTERS`` has adapters merged to answer, each a network of its own.
+
+    Otherwise they stand beside their base, and share its network and its batches.
+
+    Raises:
+        RecipeError: for another value than ``merged`` or ``beside``.
+    """
+    value = os.environ.get(ADAPTERS_SETTING) or "beside"
+    if value not in ("beside", "merged"):
+        raise RecipeError(f"{ADAPTERS_SETTING} is {value!r}, and may be beside or merged")
+    return value == "merged"
 
 
 def backend_of(network: Network, context: int, exact: bool = False) -> Backend:

@@ -1,7 +1,8 @@
 """Which backend writes a model fastest on this machine, for how many streams: measured, and said.
 
 Torch is as it serves: its weights are packed, each sequence has the bits that it has alone, and an
-adapter stands beside its base. llama.cpp runs the GGUF file that it would serve, adapters merged.
+adapter stands beside its base, or is merged where the environment says so. llama.cpp runs the GGUF file
+that it would serve, adapters merged.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.errors import RecipeError, RefusedInput
-from luthier.models.backends import BACKENDS, SETTING
+from luthier.models.backends import ADAPTERS_SETTING, BACKENDS, SETTING
 from luthier.serving.derived_gguf import TYPE_SETTING, gguf_of, parity_of
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ class BackendSpeed:
     """Of all streams together, by their number."""
     nats: float | None = None
     """How far its next tokens are from torch's in the mean."""
+    merged: bool = False
+    """Whether it is torch with the adapter merged, which otherwise stands beside its base."""
 
     @property
     def setting(self) -> str:
-        """The environment that chooses it; empty for torch, which answers without."""
+        """The environment that chooses it; empty for torch as it answers without."""
         if self.backend == "torch":
-            return ""
+            return f"{ADAPTERS_SETTING}=merged" if self.merged else ""
         return f"{SETTING}={self.backend} {TYPE_SETTING}={self.weights}"
 
 
@@ -85,8 +88,8 @@ class BackendSpeeds:
             lines.append(text)
         if self.shares_base and len(self.speeds) > 1:
             lines.append(
-                "Beside other adapters on its base leave torch, which writes all of them in one batch; "
-                "llama.cpp loads each as a model of its own."
+                "Beside other adapters on its base set nothing: torch writes all of them in one batch. "
+                "Merged, and by llama.cpp, each is a model of its own."
             )
         return [*lines, *self.refusals]
 
@@ -127,25 +130,37 @@ def backend_speeds(
     Raises:
         RecipeError: for a model that writes no text, or numbers of streams that cannot be measured.
     """
-    from luthier.engine.machine import choose_machine, machine_name
+    from luthier.engine.machine import choose_machine, machine_name, open_network
     from luthier.models.description import check_folder
+    from luthier.models.torch_backend import torch_backend
     from luthier.serving.opened_model import open_by_torch
-    from luthier.store.models import check_writes, room_of, shares_base
+    from luthier.store.models import adaptation_of, check_writes, room_of, shares_base
 
     check_writes(stored, "so there are no tokens a second to measure")
     if not streams or min(streams) < 1 or max(streams) > 64:
         raise RecipeError("streams are from 1 to 64: fewer do not write, and more take turns")
     entry = BACKENDS["llama.cpp"]
     refusals: list[str] = []
-    speeds: list[BackendSpeed] = []
     vocabulary = int(check_folder(stored.network_folder)["vocab_size"])
     with ExitStack() as opened:
         note(f"Loading {stored.id} …")
         own = open_by_torch(stored, exact=True)
         opened.callback(own.close)
-        backends: list[tuple[str, str, float | None, Backend]] = [
-            ("torch", str(own.network.dtype).removeprefix("torch."), None, own.backend)
+        dtype = str(own.network.dtype).removeprefix("torch.")
+        backends: list[tuple[BackendSpeed, Backend]] = [
+            (BackendSpeed("torch", dtype, {}), own.backend)
         ]
+        shares = shares_base(stored)
+        if shares and adaptation_of(stored).mergeable:
+            network = open_network(stored)
+            opened.callback(network.close)
+            merged = torch_backend(network, network.context, exact=True)
+            opened.callback(merged.close)
+            parity = stored.manifest.parity
+            nats = parity.next_tokens.mean_kl if parity and parity.next_tokens else None
+            backends.append(
+                (BackendSpeed("torch", f"{dtype}, merged", {}, nats, merged=True), merged)
+            )
         for kind in types:
             try:
                 entry.check()
@@ -158,29 +173,29 @@ def backend_speeds(
                     refusals.append(reason)
                 continue
             opened.callback(backend.close)
-            backends.append((entry.id, kind, parity_of(file).mean_kl, backend))
-        measured: list[dict[int, float]] = [{} for _ in backends]
+            backends.append((BackendSpeed(entry.id, kind, {}, parity_of(file).mean_kl), backend))
+        speeds = [speed for speed, _ in backends]
         for count in sorted(set(streams)):
             note(f"Writing {count} stream{'s' * (count != 1)} …")
             found = _tokens_per_second([each[-1] for each in backends], count, vocabulary)
-            for speed, best in zip(measured, found, strict=True):
-                speed[count] = best
-            pairs = zip(backends, found, strict=True)
-            texts = (f"{name} {weights} {best:.0f}" for (name, weights, _, _), best in pairs)
+            for speed, best in zip(speeds, found, strict=True):
+                speed.tokens_per_second[count] = best
+            texts = (
+                f"{speed.backend} {speed.weights} {best:.0f}"
+                for speed, best in zip(speeds, found, strict=True)
+            )
             note(f"  {', '.join(texts)} tokens a second")
-        for (name, weights, nats, _), speed in zip(backends, measured, strict=True):
-            speeds.append(BackendSpeed(name, weights, speed, nats))
     chosen = choose_machine()
     machine = f"{machine_name(chosen.device)}; {chosen.reason}"
-    return BackendSpeeds(stored.id, machine, speeds, refusals, shares_base(stored))
+    return BackendSpeeds(stored.id, machine, speeds, refusals, shares)
 
 
 def _tokens_per_second(backends: Sequence[Backend], streams: int, vocabulary: int) -> list[float]:
     """Of each backend, the best of a few turns that alternate: a machine is seldom quiet."""
     rng = np.random.default_rng(0)
     ids_T: IntArray = rng.integers(0, vocabulary, PROMPT_TOKENS)
-    # Tokens at random: what a model writes for itself may repeat its prompt, and be guessed.
-    tokens: list[list[int]] = rng.integers(0, vocabulary, (STEPS, streams)).tolist()
+    # Tokens at random, others in each turn: what repeats is guessed, and its rows are not computed.
+    turns: list[list[list[int]]] = rng.integers(0, vocabulary, (TURNS, STEPS, streams)).tolist()
     best = [0.0] * len(backends)
     with ExitStack() as begun:
         states: list[list[Any]] = []
@@ -192,7 +207,7 @@ def _tokens_per_second(backends: Sequence[Backend], streams: int, vocabulary: in
             for row in rows:
                 begun.callback(backend.free, row)
             states.append(rows)
-        for _ in range(TURNS):
+        for tokens in turns:
             for place, (backend, rows) in enumerate(zip(backends, states, strict=True)):
                 backend.step(rows, tokens[0])  # brings the weights into their order
                 began = time.perf_counter()

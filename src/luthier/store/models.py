@@ -432,9 +432,9 @@ def attach_adapter(network: nn.Module, model: StoredModel) -> None:
 def shares_base(model: StoredModel) -> bool:
     """Whether ``model`` is written as an adapter beside its parent's network, and not merged into it.
 
-    Through every face alike: merging rounds, and one seed is to give one text everywhere.
+    Through every face of an environment alike: merging rounds, and one seed is to give one text.
     """
-    from luthier.models.backends import chosen_backend
+    from luthier.models.backends import chosen_backend, merges_adapters
     from luthier.models.description import described_network
 
     parent = below = model.parent
@@ -449,6 +449,7 @@ def shares_base(model: StoredModel) -> bool:
         and writes(parent)
         and not parent.manifest.withheld
         and chosen_backend().batches_adapters
+        and not merges_adapters()
         and described_network(parent.network_folder).flat
     )
 
