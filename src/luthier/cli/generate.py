@@ -15,6 +15,7 @@ import typer
 from luthier.cli.console import (
     check_output,
     heavy_imports,
+    note,
     print_json,
     print_text,
     print_written,
@@ -247,6 +248,7 @@ def chat(
 ) -> None:
     """Talk to a model. An empty line starts anew, /exit or Ctrl-D ends."""
     with heavy_imports(model):
+        from luthier.models.backends import chosen_backend
         from luthier.models.sampling import Sampling
         from luthier.serving.generation import Generator
         from luthier.store.models import check_active, find
@@ -257,6 +259,11 @@ def chat(
         generator = Generator.open(stored, speculation)
     several = generator.chat.template == "chat"
     print_text(f"{model} is ready. {CHAT_HELP}")
+    if generator.backend.device.type == "cpu" and chosen_backend().id == "torch":
+        note(
+            "torch writes. Without a GPU llama.cpp may write one answer several times as fast: "
+            f"`luthier backends {model}` measures both here and says what to set."
+        )
     history: list[Message] = []
     while True:
         try:
