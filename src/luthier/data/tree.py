@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 
 from luthier.types import Example, FloatArray, IntArray
 
+READING_BUDGET = 2048
+"""Tokens computed at once where nothing is learned; in steps that learn there is less room for them."""
+
 
 @dataclass(frozen=True)
 class TokenTree:

@@ -21,6 +21,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from luthier.data.tree import READING_BUDGET
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.processes import SHUTDOWN_SECONDS, check_room
 from luthier.engine.runs import METRICS, Run
@@ -61,9 +62,6 @@ from luthier.store.shared import shared_folders, shared_store
 from luthier.store.shared_identity import check_present
 from luthier.store.shared_models import share_model
 from luthier.workflows.pipeline import KINDS
-
-VALIDATION_TOKENS = 2048
-"""Computed at once, where validators are measured one by one."""
 
 _log = logging.getLogger(__name__)
 
@@ -344,5 +342,5 @@ def _validation_losses(
     for number in range(len(data.validators)):
         rows = DataSpec.model_validate({**fields, "train": data.validator(number)})
         examples = prepare(rows, objective, chat, models.room_of(model), 0).train
-        losses.append(objective.validation_metrics(network, examples, VALIDATION_TOKENS)["loss"])
+        losses.append(objective.validation_metrics(network, examples, READING_BUDGET)["loss"])
     return [finite_or_none(loss) for loss in losses]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from luthier import __version__
 from luthier.data.shapes import RawText
+from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.parity import REFERENCE_PROMPTS
 from luthier.files import hashes_of, write_bytes
@@ -38,7 +39,6 @@ from luthier.models.modalities import is_dual_encoder, media_inputs
 from luthier.models.save import save_format
 from luthier.objectives.regression import Regression
 from luthier.objectives.reward_model import RewardModel
-from luthier.serving.evaluation import BUDGET
 from luthier.serving.export import (
     OnProgress,
     ignore_progress,
@@ -340,7 +340,7 @@ def _read_texts(
         else:
             yield from network.row_scores(batch).float().numpy()
 
-    answers = network.read_rows(examples, BUDGET, read)
+    answers = network.read_rows(examples, READING_BUDGET, read)
     rows = zip(examples, answers, strict=True)
     return [_Row(example.ids_T, answer) for example, answer in rows]
 
