@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.tree import build_tree, split_to_budget
+from luthier.data.tree import build_tree, round_up, split_to_budget
 from luthier.models.attention import AttentionPlan
 from luthier.models.backends import common_length
 from luthier.models.forward_backend import ForwardBackend
@@ -338,7 +338,7 @@ class FlatBackend:
         for span, ids_T, adapter in prompts:
             first = chunks[-1].first + chunks[-1].size if chunks else 0
             chunks.append(Chunk.of(span, first, len(ids_T), adapter.before))
-        size = -(-(chunks[-1].first + chunks[-1].size) // (2 * CHUNK_STEP)) * 2 * CHUNK_STEP
+        size = round_up(chunks[-1].first + chunks[-1].size, 2 * CHUNK_STEP)
         ids_N, position_N = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         for chunk, (_, ids_T, _) in zip(chunks, prompts, strict=True):
             ids_N[chunk.first : chunk.first + chunk.count] = ids_T[: chunk.count]
