@@ -382,6 +382,26 @@ def lock(path: Path, wait: bool = False, create: bool = True) -> Iterator[bool]:
             os.close(handle)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file ``path``.
+
+    The kernel tells it only to who asks for the lock. It is asked for a shared one, given back at once:
+    any number of processes can look together, and who tries :func:`lock` in that instant without
+    waiting finds it held, so has to try again where somebody may look.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def _is_open_at(handle: int, path: Path) -> bool:
     """Whether the open file is the one at ``path``, and was not replaced."""
     try:

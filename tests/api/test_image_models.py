@@ -498,14 +498,16 @@ def test_bedrock_s_face_names_what_a_model_cannot(server: Server) -> None:
 
 
 def test_a_model_of_images_writes_no_text_and_embeds_none(server: Server) -> None:
-    for model in ("gan", "cnn"):
-        with pytest.raises(openai.BadRequestError, match="writes no text"):
+    route = r"Ask it by POST /api/v1/models/NAME/predictions\."
+    for model, hint in (("gan", ""), ("cnn", " " + route)):
+        refusal = rf"writes no text\.{hint}(?! Ask)"
+        with pytest.raises(openai.BadRequestError, match=refusal):
             server.openai.chat.completions.create(
                 model=model, messages=[{"role": "user", "content": "x"}]
             )
         with pytest.raises(openai.BadRequestError):
             server.openai.embeddings.create(model=model, input="x")
-        with pytest.raises(ClientError, match="writes no text"):
+        with pytest.raises(ClientError, match=refusal):
             server.invoke(model, prompt="x")
 
 

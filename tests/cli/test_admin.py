@@ -38,11 +38,11 @@ def ann(database: Database) -> str:
 
 def test_accounts_and_quotas(database: Database) -> None:
     admin("accounts", "create", OTHER, "--name", "other")
-    admin("accounts", "quota", OTHER, "--jobs-in-flight", "2", "--requests-per-second", "0.5")
+    admin("accounts", "quota", OTHER, "jobs_in_flight=2", "requests_per_second=0.5")
     (listed,) = admin("accounts", "list")["accounts"]
     assert (listed["id"], listed["name"], listed["quotas"]["jobs_in_flight"]) == (OTHER, "other", 2)
     assert admin("accounts", "quota", OTHER)["quotas"]["requests_per_second"] == 0.5
-    assert admin("accounts", "quota", OTHER, "--reset", "--deployments", "3")["quotas"] == {
+    assert admin("accounts", "quota", OTHER, "--reset", "deployments=3")["quotas"] == {
         "deployments": 3
     }
     admin("accounts", "disable", OTHER)
@@ -155,7 +155,7 @@ def details_of(action: str) -> dict[str, Any]:
 
 
 def test_the_log_says_what_was_changed(database: Database, ann: str, tmp_path: Path) -> None:
-    admin("accounts", "quota", FIRST, "objects=7", "files=", "--requests-per-second", "0.5")
+    admin("accounts", "quota", FIRST, "objects=7", "files=", "requests_per_second=0.5")
     quotas = {"objects": "7", "files": "default", "requests_per_second": "0.5"}
     assert details_of("quotas.set") == quotas
     access = admin("keys", "create", ann, "--kind", "access")
@@ -183,7 +183,7 @@ def test_the_log_says_what_was_changed(database: Database, ann: str, tmp_path: P
 
 
 def test_limits_of_accounts_say_whose_they_are(database: Database, ann: str) -> None:
-    admin("accounts", "quota", FIRST, "objects=7", "--requests-per-second", "0.5")
+    admin("accounts", "quota", FIRST, "objects=7", "requests_per_second=0.5")
     shown = {row["quota"]: row for row in admin("accounts", "usage", FIRST)["usage"]}
     assert (shown["objects"]["most"], shown["objects"]["from"]) == (7, "account")
     assert shown["stored_bytes"]["from"] == "built-in default"
@@ -209,7 +209,7 @@ def test_verifying_the_log(database: Database, ann: str) -> None:
 
 
 def test_tables_for_people(database: Database, ann: str) -> None:
-    admin("accounts", "quota", FIRST, "--deployments", "3")
+    admin("accounts", "quota", FIRST, "deployments=3")
     assert "sk-" in run(admin_app, "keys", "create", ann)
     assert f"{FIRST}  first" in run(admin_app, "accounts", "list")
     assert "deployments=3" in run(admin_app, "accounts", "list")

@@ -1,14 +1,16 @@
-"""What a run that goes on must be asked for again."""
+"""What a run that goes on must be asked for again, and who works on it."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
+from luthier.engine import runs
 from luthier.engine.dataset import NAMED_MEDIA
-from luthier.engine.runs import same_request
+from luthier.engine.runs import Run, same_request
 from luthier.errors import RunConflict
 
 
@@ -30,3 +32,26 @@ def test_changed_images_are_named(tmp_path: Path, named: bool) -> None:
     assert "begin anew, under another name" in message and "first command" not in message
     with pytest.raises(RunConflict, match=r"base was b and is c now.*Repeat the first command"):
         same_request(old, {**new, "recipe": {"base": "c"}}, "b:shapes")
+
+
+def test_who_looks_whether_a_run_is_worked_on_is_not_taken_for_a_worker(
+    luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run("tiny-llama", "x")
+    assert not run.is_worked_on() and not run.folder.exists()
+    with run.lock():
+        assert run.is_worked_on()
+        with pytest.raises(RunConflict, match="another process is working on tiny-llama:x now"):
+            run.lock().__enter__()
+    look = os.open(run.folder / ".lock", os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)  # as a process does that looks at this moment
+    assert not run.is_worked_on()
+    tries: list[float] = []
+
+    def end_look(seconds: float) -> None:
+        tries.append(seconds)
+        os.close(look)
+
+    monkeypatch.setattr(runs.time, "sleep", end_look)
+    with run.lock():
+        assert run.is_worked_on() and len(tries) == 1

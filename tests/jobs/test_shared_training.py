@@ -220,7 +220,7 @@ def test_several_processes_are_asked_to_stop_once_while_they_write_a_checkpoint(
     job = queue.job(queue.submit(time_limit=1))
     signals: list[int] = []
     clock = [1_000.0]
-    monkeypatch.setattr(training.os, "kill", lambda pid, number: signals.append(number))
+    monkeypatch.setattr(os, "kill", lambda pid, number: signals.append(number))
     monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
     job.state = "Stopping"
     for again, wanted in ((training.AGAIN, 2), (training.SHUTDOWN_SECONDS, 1)):

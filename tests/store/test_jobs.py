@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import LeaseLost, WrongState
+from luthier.store import queue
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.database import Database, new_id, now
 from luthier.store.jobs import (
@@ -25,7 +26,6 @@ from luthier.store.jobs import (
     JobFilter,
     events,
     get,
-    in_flight,
     list_jobs,
     move,
     pause,
@@ -139,7 +139,7 @@ def test_a_job_is_found_by_its_account_only(database: Database) -> None:
             found = get(session, ACCOUNT, identifier)
             assert found is not None and found.id == mine.id
         assert get(session, ACCOUNT, theirs.id) is None
-        assert in_flight(session, OTHER) == 1
+        assert queue.in_flight(session, Job, OTHER) == 1
 
 
 def test_a_name_that_is_another_job_s_id_hides_nothing(database: Database) -> None:

@@ -327,10 +327,6 @@ def set_quotas(
     ] = False,
     database: ServiceDatabase = None,
     json_: Json = False,
-    jobs_in_flight: Annotated[int | None, typer.Option(help="The same by option.")] = None,
-    custom_models: Annotated[int | None, typer.Option(help="The same by option.")] = None,
-    deployments: Annotated[int | None, typer.Option(help="The same by option.")] = None,
-    requests_per_second: Annotated[float | None, typer.Option(help="The same by option.")] = None,
 ) -> None:
     """Set what an account may have at most; show it, where nothing is set."""
     from luthier.store import accounts
@@ -344,13 +340,6 @@ def set_quotas(
                 values[name] = int(text)
         except ValueError:
             raise RefusedInput(f"{setting!r}: write NAME=VALUE, with a number") from None
-    options = {
-        "jobs_in_flight": jobs_in_flight,
-        "custom_models": custom_models,
-        "deployments": deployments,
-        RATE: requests_per_second,
-    }
-    values |= {name: value for name, value in options.items() if value is not None}
     if values:
         # As text: the chain of the log is over whole numbers and no fractions.
         details = {name: "default" if each is None else str(each) for name, each in values.items()}

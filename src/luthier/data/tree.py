@@ -20,12 +20,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.types import Example, FloatArray, IntArray
+
+READING_BUDGET = 2048
+"""Tokens computed at once where nothing is learned; in steps that learn there is less room for them."""
+
+Count = TypeVar("Count", int, IntArray)
+
+
+def round_up(count: Count, step: int) -> Count:
+    """The smallest multiple of ``step`` that is not below ``count``."""
+    return -(-count // step) * step
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ def split_to_budget(
     shared_R = _shared_prefixes(rows, share and not whole_rows)
     parts = _fill(rows, tokens_R, shared_R, budget)
     if processes > 1:
-        wanted = math.ceil(len(parts) / processes) * processes
+        wanted = round_up(len(parts), processes)
         # The smallest size that makes so many: then the last is not much smaller than the others.
         size = bisect_left(
             range(budget), True, key=lambda s: len(_fill(rows, tokens_R, shared_R, s)) <= wanted

@@ -14,6 +14,7 @@ from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import RowOrder
 from luthier.data.media import PLURAL, SINGULAR
+from luthier.data.tree import READING_BUDGET
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset, prepare
 from luthier.engine.machine import Machine, available_memory
@@ -545,7 +546,7 @@ def add_reference_logps(job: TrainingJob, network: Network, reporter: Reporter) 
         return job
     network.model.eval()
     reporter.stage("Asking the reference model")
-    budget = max(training.micro_batch_tokens or 1, 2048)
+    budget = max(training.micro_batch_tokens or 1, READING_BUDGET)
     held = objective.with_reference_logps(network, data.validation, budget)
     train = objective.with_reference_logps(network, data.train, budget) if again else data.train
     return replace(job, data=replace(data, train=train, validation=held))

@@ -25,6 +25,7 @@ from luthier.evaluation.baselines import Comparison
 from luthier.files import (
     copy_lines,
     disk_errors,
+    is_locked,
     lock,
     luthier_home,
     names_below,
@@ -59,6 +60,8 @@ HELD_OUT, TEST = "held_out.json", "test.jsonl"
 """Lines of the training file that were not learned from; the lines kept for a test, as they are."""
 ACTIVATIONS, PRECOMPUTED = "activations.bin", "precomputed"
 """What was computed ahead for the rows: by the frozen layers, by the objective."""
+LOOK_SECONDS = 0.1
+"""Between two tries of a lock that is held: longer than anybody looks at it (:func:`is_locked`)."""
 REFIT = "refit"
 """The folder of training once more, on all rows, while that goes on."""
 START, TOKENS = "start", "tokens"
@@ -150,11 +153,7 @@ class Run:
 
     def is_worked_on(self) -> bool:
         """Whether a process works on it now."""
-        try:
-            with lock(self.folder / _LOCK, create=False) as free:
-                return not free
-        except FileNotFoundError:
-            return False
+        return is_locked(self.folder / _LOCK)
 
     def started_at(self) -> datetime:
         """When it began, UTC; of one that is unfinished."""
@@ -324,9 +323,10 @@ def lock_folder(folder: Path, what: str, wait_seconds: float = 0.0) -> Iterator[
     """Keep a second process from working on ``what``, which has ``folder``.
 
     Raises:
-        RunConflict: where one does so for longer than ``wait_seconds``.
+        RunConflict: where one does so for longer than ``wait_seconds``; after a second try at least.
     """
-    deadline = time.monotonic() + wait_seconds
+    # Who only looks whether somebody works on it has the lock for an instant: one try would not do.
+    deadline = time.monotonic() + max(wait_seconds, LOOK_SECONDS)
     while True:
         with lock(folder / _LOCK) as free:
             if free:
@@ -334,7 +334,7 @@ def lock_folder(folder: Path, what: str, wait_seconds: float = 0.0) -> Iterator[
                 return
         if time.monotonic() >= deadline:
             raise RunConflict(f"another process is working on {what} now")
-        time.sleep(0.1)
+        time.sleep(LOOK_SECONDS)
 
 
 def is_resumed(path: Path, request: Mapping[str, Any], what: str, resume: bool) -> bool:

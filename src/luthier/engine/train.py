@@ -15,6 +15,7 @@ import torch
 
 from luthier.data.media import PLURAL
 from luthier.data.spool import concatenate
+from luthier.data.tree import READING_BUDGET
 from luthier.encryption.memory import hold_temporary_files
 from luthier.engine.actuals import Clock, record_actual
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
@@ -682,7 +683,7 @@ class Trainer:
     @property
     def _reading_budget(self) -> int:
         """Tokens read at once where nothing is learned."""
-        return max(self.recipe.training.micro_batch_tokens or 1, 2048)
+        return max(self.recipe.training.micro_batch_tokens or 1, READING_BUDGET)
 
     def _cache_frozen_layers(self, network: Network) -> int:
         """Where the bottom is frozen and rows come more than once, compute it ahead for all rows.

@@ -13,7 +13,8 @@ from luthier.engine.machine import total_memory
 SHARE = 0.9
 """Part of the machine's memory that workers may take together."""
 TOKENS = 2048
-"""Tokens of a micro-batch that is reckoned with; what is not free makes the engine take fewer."""
+"""Tokens of a micro-batch that is reckoned with; what is not free makes the engine take fewer. It is of
+steps that learn, and has nothing to do with what is read at once where nothing is learned."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,9 +40,9 @@ from luthier.errors import (
 )
 from luthier.files import hashes_of, luthier_home
 from luthier.jobs.folders import ExportFolders
-from luthier.jobs.worker import AGAIN, BEAT, RENEWAL, Heartbeat, Worker, waits_for_room
+from luthier.jobs.worker import BEAT, RENEWAL, Heartbeat, Worker, waits_for_room
 from luthier.models.manifest import created_now
-from luthier.store import exports, storage
+from luthier.store import exports, queue, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import now
 from luthier.store.exports import ExportedFile, ExportProgress, ExportResult, ModelExport
@@ -96,7 +94,7 @@ class ExportWorker(Worker[ModelExport, Locations]):
     def work(self, row: ModelExport) -> int:
         """Write it, or take back what was written of one that is stopped; the exit status."""
         self.progress = ProgressEstimate()
-        self._stopping, self._asked = row.state == STOPPING, -AGAIN
+        self._stopping = row.state == STOPPING
         self._renewed = time.monotonic()
         self.heartbeat = Heartbeat(self.beat, BEAT)
         self.heartbeat.start()
@@ -113,16 +111,15 @@ class ExportWorker(Worker[ModelExport, Locations]):
         """Renew the lease, write the progress, and stop the main thread where that is wanted."""
         progress = self.progress.current()
         with self.database.read() as session:
-            row = exports.read_leased(session, self.row_id, self.lease)
+            row = queue.read_leased(session, ModelExport, self.row_id, self.lease)
             state, written = row.state, row.progress
         if progress != written or time.monotonic() - self._renewed > RENEWAL:
             with self.database.write() as session:
                 state = exports.renew(session, self.row_id, self.lease, progress).state
             self._renewed = time.monotonic()
         self._stopping = state == STOPPING
-        if self._stopping and not self.ending and time.monotonic() - self._asked > AGAIN:
-            self._asked = time.monotonic()
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self._stopping and not self.ending:
+            self.heartbeat.ask_to_stop()
 
     def _export(self, row: ModelExport) -> int:
         try:
@@ -228,7 +225,7 @@ class ExportWorker(Worker[ModelExport, Locations]):
     def _remove(self, row: ModelExport, failure: str | None = None) -> None:
         """End without files: those that were written are taken back first."""
         with self.database.read() as session:
-            addresses = exports.read_leased(session, self.row_id, self.lease).written
+            addresses = queue.read_leased(session, ModelExport, self.row_id, self.lease).written
         self.retry(lambda: self.locations.remove(row.account, addresses))
         self._end(lambda s: exports.fail(s, self.row_id, self.lease, failure))
 

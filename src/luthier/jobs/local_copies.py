@@ -157,7 +157,7 @@ class LocalCopies:
     def _rows(self) -> ModelRows:
         with self.database.read() as session:
             stored = {each for each in session.scalars(select(CustomModel.stored_id)) if each}
-            jobs = {*session.scalars(select(Job.id).where(Job.state.not_in(ENDED)))}
+            jobs = {*session.scalars(select(Job.id).where(Job.unfinished()))}
             imported = {*session.scalars(select(ModelImport.id))}
         names = {*jobs, *map(run_name, jobs), *map(stored_name, imported)}
         return ModelRows(frozenset(stored), frozenset(names))
@@ -264,8 +264,8 @@ class LocalCopies:
         """Ids of models in memory and of those that unfinished jobs and exports name, with those
         below them."""
         with self.database.read() as session:
-            recipes = [*session.scalars(select(Job.recipe).where(Job.state.not_in(ENDED)))]
-            exported = select(ModelExport.stored_id).where(ModelExport.state.not_in(ENDED))
+            recipes = [*session.scalars(select(Job.recipe).where(Job.unfinished()))]
+            exported = select(ModelExport.stored_id).where(ModelExport.unfinished())
             read = [*session.scalars(exported)]
         of_jobs = (name for recipe in recipes for name in models_in(recipe))
         named = {*self._in_memory(), *read, *of_jobs}

@@ -40,9 +40,10 @@ from luthier.store.foundation import (
     kind_of,
     writes,
 )
-from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record, run_name
+from luthier.store.imports import ModelImport
+from luthier.store.jobs import GOING_ON, QUEUED, Job, record, run_name
 from luthier.store.models import StoredModel, check_active, is_recorded
-from luthier.store.queue import next_turn
+from luthier.store.queue import in_flight, next_turn
 from luthier.store.removal import is_removed
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def submit(
     _check_free(session, Job, submission.account, submission.job_name)
     _check_free(session, CustomModel, submission.account, submission.model_name)
     storage.check_count(
-        in_flight(session, submission.account), limits, "jobs_in_flight",
+        in_flight(session, Job, submission.account), limits, "jobs_in_flight",
         "customization jobs that have not ended", "Wait for some of them, or stop them.",
     )  # fmt: skip
     _check_model_quota(session, submission.account, limits)
@@ -213,7 +214,7 @@ def submit_import(
     _check_free(session, CustomModel, account, name)
     _check_model_quota(session, account, limits)
     storage.check_count(
-        imports.count_imports(session, account), limits, "imports_in_flight",
+        in_flight(session, ModelImport, account), limits, "imports_in_flight",
         "models that are being taken from outside",
         "Wait until some of them are no longer Creating.",
     )  # fmt: skip
@@ -346,7 +347,7 @@ def submit_export(
     _stored_id(model)
     lock_by_name(session, f"submit {model.account}")
     storage.check_count(
-        exports.in_flight(session, model.account), limits or AccountQuotas(), "exports_in_flight",
+        in_flight(session, ModelExport, model.account), limits or AccountQuotas(), "exports_in_flight",
         "exports that have not ended", "Wait for some of them, or stop them.",
     )  # fmt: skip
     return exports.create_export(session, model, arn, output, format, merged, quantization)

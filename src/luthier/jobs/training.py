@@ -12,8 +12,6 @@ Where a server gives its jobs several processes, the worker starts them for the 
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,12 +21,12 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from luthier.data.tree import READING_BUDGET
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.processes import SHUTDOWN_SECONDS, check_room
 from luthier.engine.runs import METRICS, Run
 from luthier.errors import (
     Interrupted,
-    LeaseLost,
     LuthierError,
     QuotaExceeded,
     RecipeError,
@@ -55,7 +53,7 @@ from luthier.jobs.worker import (
 from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
 from luthier.serving.journal import asking_for
-from luthier.store import jobs, models, storage
+from luthier.store import jobs, models, queue, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job, JobResult, run_name
@@ -64,9 +62,6 @@ from luthier.store.shared import shared_folders, shared_store
 from luthier.store.shared_identity import check_present
 from luthier.store.shared_models import share_model
 from luthier.workflows.pipeline import KINDS
-
-VALIDATION_TOKENS = 2048
-"""Computed at once, where validators are measured one by one."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,15 +77,13 @@ class JobHeartbeat(Heartbeat):
         reporter: JobReporter,
         ask_again_seconds: float = AGAIN,
     ) -> None:
-        super().__init__(self.beat, BEAT)
-        self.ask_again_seconds = ask_again_seconds
+        super().__init__(self.beat, BEAT, ask_again_seconds)
         self.database, self.reporter = database, reporter
         self.job_id, self.lease = job.id, lease
         self.limit, self.before = job.time_limit, job.worked
         self.started = self._renewed = time.monotonic()
         self.reason: str | None = None
         """Why the work is interrupted: ``stop``, ``pause`` or ``time``; ``None`` while it is not."""
-        self._asked = 0.0
 
     @property
     def seconds_worked(self) -> float:
@@ -103,7 +96,7 @@ class JobHeartbeat(Heartbeat):
         try:
             if pending or time.monotonic() - self._renewed > RENEWAL:
                 with self.database.write() as session:
-                    job: Job | None = jobs.renew(
+                    job = jobs.renew(
                         session,
                         self.job_id,
                         self.lease,
@@ -113,14 +106,11 @@ class JobHeartbeat(Heartbeat):
                     session.add_all(pending.events)
                 self._renewed = time.monotonic()
             else:
-                query = select(Job).where(Job.id == self.job_id, Job.lease == self.lease)
                 with self.database.read() as session:
-                    job = session.scalars(query).first()
+                    job = queue.read_leased(session, Job, self.job_id, self.lease)
         except Exception:
             self.reporter.give_back(pending)
             raise
-        if job is None:
-            raise LeaseLost(f"the lease of job {self.job_id} is lost")
         self._obey(job)
         with suppress(OSError):  # a log that cannot be cut is no reason to let go of the job
             JobFolders(self.job_id).trim_log()
@@ -134,9 +124,7 @@ class JobHeartbeat(Heartbeat):
         if wanted is None:
             return
         self.reason = wanted
-        if time.monotonic() - self._asked > self.ask_again_seconds:
-            self._asked = time.monotonic()
-            os.kill(os.getpid(), signal.SIGTERM)
+        self.ask_to_stop()
 
 
 class TrainingWorker(Worker[Job, JobLocations]):
@@ -354,5 +342,5 @@ def _validation_losses(
     for number in range(len(data.validators)):
         rows = DataSpec.model_validate({**fields, "train": data.validator(number)})
         examples = prepare(rows, objective, chat, models.room_of(model), 0).train
-        losses.append(objective.validation_metrics(network, examples, VALIDATION_TOKENS)["loss"])
+        losses.append(objective.validation_metrics(network, examples, READING_BUDGET)["loss"])
     return [finite_or_none(loss) for loss in losses]

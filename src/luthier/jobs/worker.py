@@ -8,6 +8,7 @@ It may be killed anywhere: the next worker goes on. SIGTERM makes it give its wo
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -62,10 +63,16 @@ _log = logging.getLogger(__name__)
 class Heartbeat(threading.Thread):
     """Keeps the lease of a worker, in a thread; when it is lost, the process ends where it stands."""
 
-    def __init__(self, beat: Callable[[], None], seconds: float = RENEWAL) -> None:
+    def __init__(
+        self,
+        beat: Callable[[], None],
+        seconds: float = RENEWAL,
+        ask_again_seconds: float = AGAIN,
+    ) -> None:
         """``beat`` renews the lease, or sees that it is still held, each so many ``seconds``."""
         super().__init__(name="heartbeat", daemon=True)
         self._beat, self._seconds = beat, seconds
+        self._ask_again_seconds, self._asked = ask_again_seconds, -math.inf
         self._finished = threading.Event()
 
     def run(self) -> None:
@@ -84,6 +91,12 @@ class Heartbeat(threading.Thread):
                     os._exit(LOST)
             else:
                 heard = time.monotonic()
+
+    def ask_to_stop(self) -> None:
+        """Interrupt the main thread; where it was asked a moment ago, it is left in peace."""
+        if time.monotonic() - self._asked > self._ask_again_seconds:
+            self._asked = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def finish(self) -> None:
         """Stop beating, before the transaction that gives the lease back: it would look lost."""

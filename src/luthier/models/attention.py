@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.tree import TokenTree
+from luthier.data.tree import TokenTree, round_up
 from luthier.errors import RecipeError
 from luthier.types import IntArray
 
@@ -121,7 +121,7 @@ def plan_attention(
             keys_K = np.concatenate([tree.path(start)[:-1], np.arange(start, stop)])
         else:
             keys_K = np.arange(first_N[start], tree.subtree_end_N[first_N[stop - 1]])
-        size = -(-(before + len(keys_K)) // KEY_STEP) * KEY_STEP
+        size = round_up(before + len(keys_K), KEY_STEP)
         shapes.setdefault((stop - start, size), []).append((start, keys_K))
     groups = tuple(
         _group(tree, *shape, tiles, dtype, first_N, before) for shape, tiles in shapes.items()

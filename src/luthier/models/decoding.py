@@ -27,6 +27,7 @@ from torch import Tensor
 from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.backends import Speculates, backend_of, read_prompts, reply_room
+from luthier.models.forward_backend import ForwardBackend
 from luthier.models.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -439,8 +440,6 @@ def seed_of(sampling: Sampling) -> int:
 def _backend(network: Network, context: int, encoded_RSH: Tensor | None) -> Backend:
     if encoded_RSH is None:
         return backend_of(network, context)
-    from luthier.models.torch_backend import ForwardBackend
-
     return ForwardBackend(network, context, encoded_RSH)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.data.tree import round_up
+
 STEP = 64
 """Lengths of banks are multiples of this: few sizes, few kernels."""
 CHUNK = 256
@@ -38,8 +40,7 @@ def keys_for(tokens: int) -> int:
     products in blocks: so a prompt has the same bits wherever its chunks begin and end. Up to ``CHUNK``
     the sums are of one block.
     """
-    step = STEP if tokens <= CHUNK else CHUNK
-    return -(-tokens // step) * step
+    return round_up(tokens, STEP if tokens <= CHUNK else CHUNK)
 
 
 Pair = tuple[Tensor, Tensor]
@@ -209,7 +210,7 @@ class Chunk:
     @property
     def size(self) -> int:
         """Rows that it takes."""
-        return -(-self.count // CHUNK_STEP) * CHUNK_STEP
+        return round_up(self.count, CHUNK_STEP)
 
     @property
     def end(self) -> int:

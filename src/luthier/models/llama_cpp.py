@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.data.tree import round_up
 from luthier.errors import RecipeError
 from luthier.models.backends import (
     LLAMA_CPP,
@@ -409,7 +410,7 @@ class LlamaCppBackend:
             raise self._failure("cannot copy a sequence of")
 
     def _new_context(self, cells: int) -> tuple[int, int]:
-        cells = -(-cells // _CELL_STEP) * _CELL_STEP
+        cells = round_up(cells, _CELL_STEP)
         params = self._library.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = cells, CHUNK, CHUNK
         params.n_seq_max = params.n_outputs_max = SEQUENCES + 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from luthier.data.tree import TokenTree
+from luthier.data.tree import TokenTree, round_up
 from luthier.types import IntArray
 
 LENGTH_STEP = 16
@@ -95,7 +95,7 @@ def plan_rows(tree: TokenTree, both_ways: bool = False, before: int = 0) -> RowA
     """
     length_R = tree.depth_N[tree.leaf_R] + 1
     start_R = tree.leaf_R + 1 - length_R
-    size_R = -(-length_R // LENGTH_STEP) * LENGTH_STEP
+    size_R = round_up(length_R, LENGTH_STEP)
     groups = tuple(
         _group(start_R[size_R == size], length_R[size_R == size], int(size), both_ways, before)
         for size in np.unique(size_R)

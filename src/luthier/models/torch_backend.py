@@ -13,7 +13,8 @@ The rows that fill up a step of few sequences check guesses of what these write 
 (:mod:`luthier.models.speculation`): a token that was guessed right costs no step of its own. Where a
 draft model guesses (:mod:`luthier.models.draft_model`), there are as many such rows as pay.
 
-Networks that have no flat layout run by their own forward and cache.
+Networks that have no flat layout run by their own forward and cache
+(:mod:`luthier.models.forward_backend`).
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.tree import build_tree, split_to_budget
-from luthier.models import heads
+from luthier.data.tree import build_tree, round_up, split_to_budget
 from luthier.models.attention import AttentionPlan
 from luthier.models.backends import common_length
+from luthier.models.forward_backend import ForwardBackend
 from luthier.models.kv_cache import (
     CHUNK,
     CHUNK_STEP,
@@ -52,9 +53,8 @@ from luthier.models.kv_cache import (
 from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
 from luthier.models.llama_forward import LlamaForward
-from luthier.models.modalities import head_size, key_heads, text_config
+from luthier.models.modalities import head_size, key_heads
 from luthier.models.packing import packed_linears, packed_weight
-from luthier.models.prefix import prefix_cache
 from luthier.models.row_adapters import Adapter, SharedBase
 from luthier.models.speculation import PromptLookup, Speculation
 from luthier.types import Example
@@ -338,7 +338,7 @@ class FlatBackend:
         for span, ids_T, adapter in prompts:
             first = chunks[-1].first + chunks[-1].size if chunks else 0
             chunks.append(Chunk.of(span, first, len(ids_T), adapter.before))
-        size = -(-(chunks[-1].first + chunks[-1].size) // (2 * CHUNK_STEP)) * 2 * CHUNK_STEP
+        size = round_up(chunks[-1].first + chunks[-1].size, 2 * CHUNK_STEP)
         ids_N, position_N = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         for chunk, (_, ids_T, _) in zip(chunks, prompts, strict=True):
             ids_N[chunk.first : chunk.first + chunk.count] = ids_T[: chunk.count]
@@ -744,154 +744,3 @@ class AdaptedBackend:
             self._base.close()
         else:
             self._base.remove_adapter(self._adapter)
-
-
-class _ForwardSequence:
-    """A sequence of :class:`ForwardBackend`, a row of its group once it is read."""
-
-    def __init__(self, ids_T: IntArray) -> None:
-        self.ids_T, self.unread = ids_T, len(ids_T)
-        self.group: _Group | None = None
-
-
-class _Group:
-    """Sequences that were read together: one batch of the network's own cache."""
-
-    def __init__(self, cache: Any, rows: Sequence[_ForwardSequence]) -> None:
-        self.cache = cache
-        self.encoded_RSH: Tensor | None = None
-        """What an encoder made of the prompts."""
-        self.mask_RS: Tensor | None = None
-        self._hold(rows)
-
-    def select(self, places: Sequence[int], rows: Sequence[_ForwardSequence]) -> None:
-        """Go on with ``rows``, whose caches are those at ``places`` now."""
-        if self.encoded_RSH is not None:
-            index_R = torch.tensor(places, device=self.encoded_RSH.device)
-            self.cache.reorder_cache(index_R)
-            self.encoded_RSH = self.encoded_RSH[index_R]
-            self.mask_RS = None if self.mask_RS is None else self.mask_RS[index_R]
-        else:
-            self.cache = self.cache.select(torch.tensor(places))
-        self._hold(rows)
-
-    def _hold(self, rows: Sequence[_ForwardSequence]) -> None:
-        self.rows = list(rows)
-        for row in rows:
-            row.group, row.unread = self, 0
-
-
-class ForwardBackend:
-    """Networks that need their own forward and cache.
-
-    Each sequence runs by itself; those whose prompts are read together step together, where the cache
-    can be parted again (an encoder-decoder's, and those of networks of ours).
-    """
-
-    rows, sequences = 1, sys.maxsize
-
-    def __init__(self, network: Network, context: int, encoded_RSH: Tensor | None = None) -> None:
-        """``encoded_RSH`` are prompts that the encoder has read: one is then the number of its row."""
-        self.network, self.context, self.device = network, context, network.device
-        self._encoded_RSH = encoded_RSH
-        model = network.model
-        self._beside = heads.decoder_of(model) is not None
-        config = text_config(model.config)
-        layers = int(getattr(config, "num_hidden_layers", 1))
-        numbers = 2 * layers * int(config.hidden_size) * (2 if self._beside else 1)
-        self._bytes = numbers * network.dtype.itemsize
-
-    def bytes_of(self, tokens: int) -> int:
-        """Memory that a sequence of ``tokens`` takes, by the size of the network's states."""
-        return tokens * self._bytes
-
-    def open(self, ids_T: IntArray) -> State:
-        """A sequence with nothing read."""
-        return _ForwardSequence(ids_T)
-
-    def prefill(self, states: Sequence[Any]) -> list[Tensor | None]:
-        """Read the whole prompts, one after the other."""
-        return [self._read([state])[0] for state in states]
-
-    def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
-        """Read them as one rectangle, where the cache can be parted again."""
-        rows = [_ForwardSequence(prompt_T) for prompt_T in prompts]
-        if not (self._beside or getattr(self.network.model.base_model, "selects_rows", False)):
-            logits_UV = torch.stack([self._read([row])[0] for row in rows])
-            states = [own for row in rows for own in self.fork(row, copies)]
-            return states, logits_UV.repeat_interleave(copies, 0)
-        group = _Group(None, rows)
-        logits_UV = self._read(rows, group)
-        places = [place for place in range(len(rows)) for _ in range(copies)]
-        group.select(places, [_ForwardSequence(prompts[place]) for place in places])
-        return [*group.rows], logits_UV.repeat_interleave(copies, 0)
-
-    def fork(self, state: Any, copies: int) -> list[State]:
-        """The prompt is read again for each further copy: not all of these caches can be copied."""
-        made: list[State] = [state]
-        for _ in range(copies - 1):
-            again = self.open(state.ids_T)
-            self.prefill([again])
-            made.append(again)
-        return made
-
-    @torch.no_grad()
-    def step(self, states: Sequence[Any], tokens: Sequence[int]) -> Tensor:
-        """One group after the other; rows of a group that take no step here are let go of."""
-        logits: dict[int, Tensor] = {}
-        for group in dict.fromkeys(state.group for state in states):
-            places = [place for place, state in enumerate(states) if state.group is group]
-            rows = [states[place] for place in places]
-            if rows != group.rows:
-                group.select([group.rows.index(row) for row in rows], rows)
-            ids_R1 = torch.tensor([[tokens[place]] for place in places])
-            logits.update(zip(places, self._forward(group, ids_R1), strict=True))
-        return torch.stack([logits[place] for place in range(len(states))])
-
-    def free(self, state: Any) -> None:
-        """Forget its cache; what it is in a group goes with the next step of the others."""
-        state.group = None
-
-    def close(self) -> None:
-        """Nothing is kept here."""
-
-    @torch.no_grad()
-    def _read(self, rows: list[_ForwardSequence], group: _Group | None = None) -> Tensor:
-        """Logits ``[R, V]`` behind the prompts of ``rows``, which are a group from now on."""
-        model, device = self.network.model, self.network.device
-        group = group or _Group(None, rows)
-        group.cache = prefix_cache(model, rows=len(rows))
-        # Beside a decoder a prompt is filled up at its end, else before its first token.
-        width = max(len(row.ids_T) for row in rows)
-        ids_RT = np.full((len(rows), width), heads.filling_id(model), dtype=np.int64)
-        mask_RT = np.zeros_like(ids_RT)
-        for index, row in enumerate(rows):
-            size = len(row.ids_T)
-            place = slice(0, size) if self._beside else slice(width - size, width)
-            ids_RT[index, place], mask_RT[index, place] = row.ids_T, 1
-        ids, mask = torch.from_numpy(ids_RT), torch.from_numpy(mask_RT).to(device)
-        if not self._beside:
-            return self._forward(group, ids, mask if len(rows) > 1 else None)
-        if self._encoded_RSH is None:
-            encoder = model.base_model.get_encoder()
-            encoded = encoder(input_ids=ids.to(device), attention_mask=mask)
-            group.encoded_RSH, group.mask_RS = encoded.last_hidden_state, mask
-        else:
-            group.encoded_RSH = self._encoded_RSH[ids[:, 0].to(device)]
-        return self._forward(group, torch.full((len(rows), 1), heads.decoder_start(model)))
-
-    def _forward(self, group: _Group, ids_RT: Tensor, mask_RT: Tensor | None = None) -> Tensor:
-        backbone: Any = self.network.model.base_model
-        further: dict[str, Any] = {} if mask_RT is None else {"attention_mask": mask_RT}
-        if group.encoded_RSH is not None:
-            backbone = heads.decoder_of(self.network.model)
-            further["encoder_hidden_states"] = group.encoded_RSH
-            further["encoder_attention_mask"] = group.mask_RS
-        out = backbone(
-            input_ids=ids_RT.to(self.network.device),
-            past_key_values=group.cache,
-            use_cache=True,
-            **further,
-        )
-        group.cache = out.past_key_values
-        return self.network.logits(out.last_hidden_state[:, -1])

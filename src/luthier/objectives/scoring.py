@@ -19,6 +19,7 @@ from luthier.chat_models.base import (
     writer_of,
 )
 from luthier.data.shapes import Conversation, RawText
+from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Scorer
 from luthier.graders.base import Embedder
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
     from luthier.models.heads import Task
     from luthier.models.network import Network
     from luthier.types import IntArray
-
-READ_AT_ONCE = 2048
-"""Tokens that a reward model reads at once."""
-
 
 Remember = Callable[[Writer, ModelSpec, SamplingSpec], Writer]
 
@@ -167,7 +164,7 @@ def embeddings(network: Network, texts: Sequence[str]) -> NDArray[np.float32]:
     ]
     network.model.eval()
     with torch.no_grad():
-        found_NH = read_embeddings(network, encoder, examples, READ_AT_ONCE)
+        found_NH = read_embeddings(network, encoder, examples, READING_BUDGET)
     return np.asarray(found_NH.cpu().numpy(), dtype=np.float32)
 
 
@@ -189,6 +186,6 @@ def rewards(network: Network, answers: Sequence[Answer]) -> list[float]:
     with torch.no_grad():
         return network.read_rows(
             examples,
-            READ_AT_ONCE,
+            READING_BUDGET,
             lambda batch: network.row_scores(batch).float()[:, 0].tolist(),
         )

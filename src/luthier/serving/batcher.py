@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from luthier.cancellation import KillHandle, cancellable
+from luthier.data.tree import READING_BUDGET
 from luthier.limits import ModelLimits
 from luthier.serving.inference import InferenceFailed, InferenceRefused
 from luthier.serving.memory import CacheBudget
@@ -169,13 +170,12 @@ class RowBatcher:
     ) -> None:
         """What a pass keeps between layers is taken from ``memory``."""
         from luthier.models.layouts import MOST_IMAGES
-        from luthier.serving.evaluation import BUDGET
 
         network = predictor.network
         self._predictor, self._scheduler, self._memory = predictor, scheduler, memory
         self._media = network.layout.reads_media
         on_cpu = network.device.type == "cpu"
-        self._most = MOST_IMAGES if self._media else EXACT_TOKENS if on_cpu else BUDGET
+        self._most = MOST_IMAGES if self._media else EXACT_TOKENS if on_cpu else READING_BUDGET
         self._row_bytes = 0 if self._media else _bytes_per_token(network)
         self._fewest = 1 if self._media else FEWEST_TOKENS
         self._size = self._fewest

@@ -26,6 +26,7 @@ import numpy as np
 from luthier.chat_models.base import Done, Reply
 from luthier.data.read import read_records
 from luthier.data.shapes import MultipleChoice, ThumbedReply, of_shape
+from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.breakdown import length_keys
 from luthier.evaluation.choices import (
@@ -61,8 +62,6 @@ if TYPE_CHECKING:
     from luthier.serving.inference import Chat
     from luthier.store.models import StoredModel
 
-BUDGET = 2048
-"""Tokens computed at once."""
 MOST_COMPARED_BYTES = 64_000_000
 """Of a training file, that is read to find evaluated rows in it: some seconds."""
 AT_ONCE = 32
@@ -529,7 +528,7 @@ def choice_likelihoods(
         )
 
     with torch.no_grad():
-        found = iter(network.read_rows([*chain(*choices)], BUDGET, read))
+        found = iter(network.read_rows([*chain(*choices)], READING_BUDGET, read))
     return [[next(found) for _ in of_row] for of_row in choices]
 
 
@@ -540,7 +539,7 @@ def text_logps(network: Network, texts: Sequence[Example]) -> list[float]:
     from luthier.objectives.references import with_reference_logps
 
     with torch.no_grad():
-        found = with_reference_logps(network, texts, BUDGET)
+        found = with_reference_logps(network, texts, READING_BUDGET)
     return [float(each.reference or 0.0) for each in found]
 
 

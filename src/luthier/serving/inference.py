@@ -42,6 +42,10 @@ class TooLong(InferenceRefused):
     """The prompt leaves no room in the model's context."""
 
 
+class PredictionsOnly(InferenceRefused):
+    """A model that gives predictions was asked for something else; how to ask it the API adds."""
+
+
 class InferenceFailed(LuthierError):
     """A request that could not be answered. ``code`` is Bedrock's word for why:
     ``Throttling``, ``ModelNotReady``, ``ModelError``, ``ModelTimeout``, ``ServiceUnavailable``.

@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from luthier import __version__
 from luthier.data.shapes import RawText
+from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.parity import REFERENCE_PROMPTS
 from luthier.files import hashes_of, write_bytes
@@ -38,7 +40,6 @@ from luthier.models.modalities import is_dual_encoder, media_inputs
 from luthier.models.save import save_format
 from luthier.objectives.regression import Regression
 from luthier.objectives.reward_model import RewardModel
-from luthier.serving.evaluation import BUDGET
 from luthier.serving.export import (
     OnProgress,
     ignore_progress,
@@ -137,14 +138,23 @@ class _MediaEmbedding(_Graph):
         return torch.nn.functional.normalize(read_states(self.model, inputs[0]), dim=-1)
 
 
+Read = Callable[["Network", "TreeBatch"], Iterable["FloatArray"]]
+"""Luthier's own answers to the rows of a micro-batch, in their order."""
+
+
 @dataclass(frozen=True)
 class OnnxAnswer:
-    """What comes out of a file."""
+    """What comes out of a file: all that follows from the objective."""
 
     name: str
     axes: tuple[str, ...]
     meaning: str
     """In words, for ``onnx.json``."""
+    graph: Callable[[Any, Sequence[str]], _Graph]
+    """The network from the inputs of these names to the answer."""
+    read: Read
+    shown: str
+    """The lines of :data:`_ANSWER_LINES` that show it."""
     details: dict[str, Any] = field(default_factory=dict)
     """Further members of ``onnx.json``."""
     unit: float | None = None
@@ -153,47 +163,61 @@ class OnnxAnswer:
 
 def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) -> OnnxAnswer:
     """What models of ``objective`` answer."""
+
+    def predict(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
+        for each in objective.predict(network, batch):  # type: ignore[attr-defined]
+            (value,) = each.values()
+            yield np.asarray(value, dtype=np.float32)
+
     if objective.task == "embedding":
+        axes = "batch", "hidden"
         details: dict[str, Any] = {"normalized": True}
         if network.layout.reads_media:
-            return OnnxAnswer(MEDIA, ("batch", "hidden"), "the embedding of a row", details)
+            meaning = "the embedding of a row"
+            return OnnxAnswer(MEDIA, axes, meaning, _MediaEmbedding, predict, "embedding", details)
         pooling = getattr(objective, "pooling", "auto")
         if pooling == "auto":
             pooling = "mean" if network.both_ways else "last"
         threshold = getattr(objective, "threshold", None)
         details |= {"pooling": pooling, "similarity_threshold": threshold}
         meaning = f"the {pooling} of the states of a text's tokens, brought to length 1"
-        return OnnxAnswer(SENTENCE, ("batch", "hidden"), meaning, details)
+        graph = partial(_TextEmbedding, pooling=pooling)
+        return OnnxAnswer(SENTENCE, axes, meaning, graph, predict, "embedding", details)
     if isinstance(objective, Regression):
-        meaning = "the rating, in the scale of the training data"
-        return OnnxAnswer("rating", ("batch",), meaning, unit=objective.scale)
+        scale, center = objective.scale or 1.0, objective.center or 0.0
+        return OnnxAnswer(
+            "rating", ("batch",), "the rating, in the scale of the training data",
+            partial(_Number, scale=scale, center=center), predict, "number", unit=objective.scale,
+        )  # fmt: skip
     if isinstance(objective, RewardModel):
-        return OnnxAnswer("reward", ("batch",), "how much an answer is liked, larger is better")
+        return OnnxAnswer(
+            "reward", ("batch",), "how much an answer is liked, larger is better",
+            partial(_Number, scale=1.0, center=0.0), predict, "number",
+        )  # fmt: skip
     classes: dict[str, Any] = {"labels": [*labels]}
     if objective.task == "token_classification":
         return OnnxAnswer(
             "logits", ("batch", "tokens", "tags"),
-            "scores of the tags of each token; the tag of a word is that of its first token", classes,
+            "scores of the tags of each token; the tag of a word is that of its first token",
+            _Logits, _token_scores, "tags", classes,
         )  # fmt: skip
     several = bool(getattr(objective, "multi_label", False))
     function = "sigmoid gives the probability of each" if several else "softmax gives probabilities"
     return OnnxAnswer(
         "logits", ("batch", "classes"), f"scores of the classes; {function}",
+        _Logits, _row_scores, "labels" if several else "label",
         {**classes, "multi_label": several},
     )  # fmt: skip
 
 
-def _graph_of(answer: OnnxAnswer, objective: Objective, model: Any, names: Sequence[str]) -> _Graph:
-    """The network from its inputs to the ``answer``."""
-    if answer.name == SENTENCE:
-        return _TextEmbedding(model, names, answer.details["pooling"])
-    if answer.name == MEDIA:
-        return _MediaEmbedding(model, names)
-    if isinstance(objective, Regression):
-        return _Number(model, names, objective.scale or 1.0, objective.center or 0.0)
-    if isinstance(objective, RewardModel):
-        return _Number(model, names, 1.0, 0.0)
-    return _Logits(model, names)
+def _token_scores(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
+    scores_MC = network.token_scores(batch, torch.from_numpy(batch.tree.node_M)).float()
+    for part_TC in scores_MC.split([len(example) for example in batch.tree.examples]):
+        yield part_TC.numpy()
+
+
+def _row_scores(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
+    yield from network.row_scores(batch).float().numpy()
 
 
 _TASKS = ("sequence_classification", "token_classification", "embedding")
@@ -257,13 +281,15 @@ def export_onnx(
         )
     labels = list(objective.head().labels)
     answer = _answer_of(objective, network, labels)
-    rows: list[_Row] = [] if chat.media else _read_texts(network, objective, chat, stored)
+    rows: list[_Row] = []
+    if chat.media is None:
+        rows = _read_texts(network, objective, chat, stored, answer.read)
     del network  # its modules are not those that transformers traces
     model: Any = load_merged(stored, torch.float32, _CPU, ignore_progress)
     model.eval()
     with new_export_folder(target, stored) as fresh:
         inputs = _traced_inputs(model, chat)
-        graph = _graph_of(answer, objective, model, [*inputs]).eval()
+        graph = answer.graph(model, [*inputs]).eval()
         on_progress("trace", 0, 1)
         _trace(graph, inputs, answer, fresh / ONNX_FILE, stored.id)
         on_progress("trace", 1, 1)
@@ -288,7 +314,7 @@ def export_onnx(
         }
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         write_bytes(fresh / ONNX_CONFIG, text.encode())
-        write_bytes(fresh / README, _readme(stored.id, answer, objective, chat).encode())
+        write_bytes(fresh / README, _readme(stored.id, answer, chat).encode())
         return ExportRecord(
             format="onnx",
             created=created_now(),
@@ -309,7 +335,7 @@ class _Row:
 
 
 def _read_texts(
-    network: Network, objective: Objective, chat: ChatFormat, stored: StoredModel
+    network: Network, objective: Objective, chat: ChatFormat, stored: StoredModel, read: Read
 ) -> list[_Row]:
     """What luthier answers to :data:`TEXTS`, on the layout that it serves with."""
     room = room_of(stored)
@@ -326,21 +352,7 @@ def _read_texts(
             f"{stored.id} reads none of the texts that it would be compared on: its tokenizer has no "
             "tokens for them"
         )
-
-    def read(batch: TreeBatch) -> Iterator[FloatArray]:
-        if objective.task == "token_classification":
-            scores_MC = network.token_scores(batch, torch.from_numpy(batch.tree.node_M)).float()
-            yield from (
-                part.numpy() for part in scores_MC.split([len(e) for e in batch.tree.examples])
-            )
-        elif objective.task == "embedding" or isinstance(objective, Regression | RewardModel):
-            for each in objective.predict(network, batch):  # type: ignore[attr-defined]
-                (value,) = each.values()
-                yield np.asarray(value, dtype=np.float32)
-        else:
-            yield from network.row_scores(batch).float().numpy()
-
-    answers = network.read_rows(examples, BUDGET, read)
+    answers = network.read_rows(examples, READING_BUDGET, partial(read, network))
     rows = zip(examples, answers, strict=True)
     return [_Row(example.ids_T, answer) for example, answer in rows]
 
@@ -451,10 +463,9 @@ inputs = {{
 }}
 """
 _ANSWER_LINES = {
-    SENTENCE: "print((answer @ answer.T).round(3))  # cosines of the texts",
-    "rating": "print(answer)",
-    "reward": "print(answer)",
-    "logits": """\
+    "embedding": "print((answer @ answer.T).round(3))  # cosines of the texts",
+    "number": "print(answer)",
+    "label": """\
 labels = config["labels"]
 for scores in answer:
     print(labels[scores.argmax()])""",
@@ -470,10 +481,9 @@ for number, scores in enumerate(answer):
 }
 
 
-def _readme(name: str, answer: OnnxAnswer, objective: Objective, chat: ChatFormat) -> str:
+def _readme(name: str, answer: OnnxAnswer, chat: ChatFormat) -> str:
     """What is in the folder, and lines that read with it."""
-    tags = objective.task == "token_classification"
-    several = bool(answer.details.get("multi_label"))
+    tags = answer.shown == "tags"
     lines = [
         f"# {name}",
         "",
@@ -483,7 +493,7 @@ def _readme(name: str, answer: OnnxAnswer, objective: Objective, chat: ChatForma
     if chat.media is not None:
         lines += ["", "Images and sounds are read as `preprocessor_config.json` says."]
         return "\n".join(lines) + "\n"
-    if isinstance(objective, RewardModel) and chat.template == "chat":
+    if answer.name == "reward" and chat.template == "chat":
         lines.append("Conversations are written by the chat template of the tokenizer first.")
     texts = '[["Anna", "lives", "here"], ["Yes"]]' if tags else '["One text.", "Another one"]'
     encoded = "texts, is_pretokenized=True" if tags else "texts"
@@ -495,6 +505,6 @@ def _readme(name: str, answer: OnnxAnswer, objective: Objective, chat: ChatForma
         _TEXT_LINES.format(texts=encoded).rstrip(),
         f'session = onnxruntime.InferenceSession(str(folder / "{ONNX_FILE}"))',
         "(answer,) = session.run(None, inputs)",
-        _ANSWER_LINES["tags" if tags else "labels" if several else answer.name],
+        _ANSWER_LINES[answer.shown],
     ]  # fmt: skip
     return "\n".join([*lines, "", "```python", *code, "```"]) + "\n"

@@ -666,8 +666,7 @@ def _decoder(entry: _Entry) -> Decoder | None:
 def _writer(entry: _Entry) -> Decoder:
     decoder = _decoder(entry)
     if decoder is None:
-        text = f"This model {entry.model.purpose} and writes no text.{entry.model.request_hint}"
-        raise InferenceRefused(text, "model")
+        raise entry.model.refusal(f"This model {entry.model.purpose} and writes no text.")
     return decoder
 
 

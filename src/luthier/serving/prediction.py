@@ -21,12 +21,13 @@ from luthier.data.shapes import (
     TextPair,
     of_shape,
 )
+from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
 from luthier.evaluation.significance import RowScores
 from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling, SupportsThreshold
-from luthier.serving.evaluation import BUDGET, FittingRows, LongRows, fit_rows
+from luthier.serving.evaluation import FittingRows, LongRows, fit_rows
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -386,7 +387,7 @@ class Predictor:
             return found
 
         with torch.inference_mode():
-            return self.network.read_rows(examples, BUDGET, predict, side_by_side)
+            return self.network.read_rows(examples, READING_BUDGET, predict, side_by_side)
 
     def encode(self, row: Row, index: int) -> Example:
         """``row`` as it is read, whatever it says itself; ``index`` becomes ``Example.row``.

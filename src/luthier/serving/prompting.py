@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from luthier.data.shapes import LabelledText
+from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import Retriever
 from luthier.evaluation.significance import RowScores
 from luthier.graders.base import Embedder
-from luthier.serving.evaluation import BUDGET
 from luthier.types import Example, Message, Row
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class Prompting:
         pairs = self._prompt_answer_pairs(questions, context)
         examples = [self._encode(*pair, index) for index, pair in enumerate(pairs)]
         began = time.perf_counter()
-        loss = mean_nll(self.network, examples, BUDGET)
+        loss = mean_nll(self.network, examples, READING_BUDGET)
         seconds = (time.perf_counter() - began) / len(examples)
         learned = [int(np.count_nonzero(example.weight_T)) for example in examples]
         read = sum(map(len, examples)) - sum(learned)

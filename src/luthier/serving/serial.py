@@ -34,7 +34,12 @@ from luthier.objectives.capabilities import (
     SupportsSampling,
 )
 from luthier.serving.batcher import ReadRequest, RowBatcher, RowFailed, Work
-from luthier.serving.inference import ImageRequest, InferenceFailed, InferenceRefused
+from luthier.serving.inference import (
+    ImageRequest,
+    InferenceFailed,
+    InferenceRefused,
+    PredictionsOnly,
+)
 from luthier.serving.memory import RETRY_SECONDS, CacheBudget
 from luthier.serving.prompts import PromptLimit
 from luthier.serving.scheduler import Cancelled, FairScheduler, current_client
@@ -157,14 +162,13 @@ class SerialModel:
             does.append("makes images")
         return " and ".join(does)
 
-    @property
-    def request_hint(self) -> str:
-        """How clients have it read something, as a sentence; empty where they cannot."""
+    def refusal(self, text: str) -> InferenceRefused:
+        """``text`` says what it does not do; where it reads, the answer says what to ask it for."""
         if self._predictor is None:
-            return ""
+            return InferenceRefused(text, "model")
         if self._predictor.objective.task == "embedding":
-            return " Ask it for embeddings."
-        return " Ask it by POST /api/v1/models/NAME/predictions."
+            return InferenceRefused(f"{text} Ask it for embeddings.", "model")
+        return PredictionsOnly(text, "model")
 
     @property
     def makes_images(self) -> bool:
@@ -184,8 +188,7 @@ class SerialModel:
         """
         predictor = self._reader()
         if predictor.objective.task != "embedding":
-            text = f"This model gives labels and no embeddings.{self.request_hint}"
-            raise InferenceRefused(text, "model")
+            raise self.refusal("This model gives labels and no embeddings.")
         limit, vocabulary = self._text_limit(), int(self._network.model.config.vocab_size)
         examples: list[Example] = []
         for each in given:

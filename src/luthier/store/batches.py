@@ -88,7 +88,7 @@ def create(
     batch = Batch(
         id="batch_" + random_id(24, SMALL),
         account=account,
-        turn=next_turn(session, Batch, account, Batch.status.not_in(ENDED)),
+        turn=next_turn(session, Batch, account),
         caller=caller,
         endpoint=endpoint,
         window=window,

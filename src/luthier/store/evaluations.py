@@ -183,7 +183,7 @@ def create_run(
     run = EvaluationRun(
         id=run_id,
         account=account,
-        turn=next_turn(session, EvaluationRun, account, EvaluationRun.status.not_in(ENDED)),
+        turn=next_turn(session, EvaluationRun, account),
         caller=caller,
         face=face,
         application=application,

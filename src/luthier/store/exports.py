@@ -13,9 +13,9 @@ from typing import Any, NotRequired, TypedDict
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.errors import LeaseLost, WrongState
+from luthier.errors import WrongState
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base, Plain, QuotingText, count_rows, new_id, now, page_of
+from luthier.store.database import Base, Plain, QuotingText, new_id, now, page_of
 from luthier.store.jobs import COMPLETED, ENDED, FAILED, QUEUED, RUNNING, STOPPED, STOPPING
 from luthier.store.queue import QueuedWork, hold, log_file, next_turn
 from luthier.store.queue import renew as renew_lease
@@ -98,6 +98,11 @@ class ModelExport(QueuedWork, Base):
     ended: Mapped[datetime | None]
 
     @classmethod
+    def unfinished(cls) -> ColumnElement[bool]:
+        """See :meth:`luthier.store.queue.TakesTurns.unfinished`."""
+        return cls.state.not_in(ENDED)
+
+    @classmethod
     def ready(cls) -> tuple[ColumnElement[bool], ...]:
         """Queued, or with files to be taken back before it ends."""
         return (cls.state.in_((QUEUED, STOPPING)),)
@@ -157,12 +162,11 @@ def create_export(
 ) -> ModelExport:
     """Have ``model``, which is ``Active`` and has this ``arn``, written below ``output``."""
     assert model.stored_id is not None
-    unfinished = ModelExport.state.not_in(ENDED)
     moment = now()
     made = ModelExport(
         id=new_id(),
         account=model.account,
-        turn=next_turn(session, ModelExport, model.account, unfinished),
+        turn=next_turn(session, ModelExport, model.account),
         since=moment,
         created=moment,
         model=arn,
@@ -181,22 +185,9 @@ def create_export(
     return made
 
 
-def in_flight(session: Session, account: str) -> int:
-    """How many exports of an account have not ended."""
-    return count_rows(session, ModelExport.account == account, ModelExport.state.not_in(ENDED))
-
-
-def is_unfinished(session: Session, export_id: str) -> bool:
-    """Whether there is anything to do for an export."""
-    found = select(ModelExport.seq).where(
-        ModelExport.id == export_id, ModelExport.state.not_in(ENDED)
-    )
-    return session.scalar(found) is not None
-
-
 def is_exported(session: Session, arn: str) -> bool:
     """Whether an export that has not ended reads the model of this ARN."""
-    found = select(ModelExport.seq).where(ModelExport.model == arn, ModelExport.state.not_in(ENDED))
+    found = select(ModelExport.seq).where(ModelExport.model == arn, ModelExport.unfinished())
     return session.scalar(found.limit(1)) is not None
 
 
@@ -243,19 +234,6 @@ def stop(session: Session, export: ModelExport) -> ModelExport:
     export.state = STOPPING
     session.flush()
     return export
-
-
-def read_leased(session: Session, export_id: str, lease: str) -> ModelExport:
-    """The export as it stands now.
-
-    Raises:
-        LeaseLost: where ``lease`` does not hold it.
-    """
-    query = select(ModelExport).where(ModelExport.id == export_id, ModelExport.lease == lease)
-    found = session.scalars(query).first()
-    if found is None:
-        raise LeaseLost(f"the lease of {ModelExport.noun} {export_id} is lost")
-    return found
 
 
 def renew(

@@ -88,19 +88,9 @@ def create_import(session: Session, model: CustomModel, source: str) -> ModelImp
     return made
 
 
-def count_imports(session: Session, account: str) -> int:
-    """How many imports of an account have not ended."""
-    return count_rows(session, ModelImport.account == account)
-
-
 def count_imported_models(session: Session, account: str) -> int:
     """How many models from outside an account has, those among them that are not there yet."""
     return count_rows(session, CustomModel.account == account, CustomModel.foundation == IMPORTED)
-
-
-def is_unfinished(session: Session, model_id: str) -> bool:
-    """Whether there is anything to do for a model."""
-    return session.get(ModelImport, model_id) is not None
 
 
 def complete(

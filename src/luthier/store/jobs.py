@@ -20,7 +20,7 @@ from luthier.limits import AccountQuotas
 from luthier.store import custom_models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
-from luthier.store.database import Base, Plain, QuotingText, count_rows, now, page_of
+from luthier.store.database import Base, Plain, QuotingText, now, page_of
 from luthier.store.model_folders import JOB_PREFIX
 from luthier.store.queue import QueuedWork, hold
 from luthier.store.queue import renew as renew_lease
@@ -161,6 +161,11 @@ class Job(QueuedWork, Base):
         group, field = name.split(".")
         given = (self.recipe.get(group) or {}).get(field)
         return self.details.get("chosen", {}).get(name, given)
+
+    @classmethod
+    def unfinished(cls) -> ColumnElement[bool]:
+        """See :meth:`luthier.store.queue.TakesTurns.unfinished`."""
+        return cls.state.not_in(ENDED)
 
     @classmethod
     def ready(cls) -> tuple[ColumnElement[bool], ...]:
@@ -455,11 +460,6 @@ def list_jobs(
     """At most ``limit`` jobs, the newest first, those before the one whose ``seq`` is ``position``."""
     query = select(Job).where(Job.account == account, *wanted.conditions())
     return page_of(session, query, Job.seq, limit=limit, position=position)
-
-
-def in_flight(session: Session, account: str) -> int:
-    """How many jobs of an account have not ended."""
-    return count_rows(session, Job.account == account, Job.state.not_in(ENDED))
 
 
 def events(

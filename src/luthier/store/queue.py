@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, and_, func, or_, select
+from sqlalchemy import BigInteger, ColumnElement, and_, func, or_, select, true
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
@@ -58,6 +58,11 @@ class TakesTurns(Leased):
     turn: Mapped[int] = mapped_column(default=0)
     """Lower ones are first, of one priority; those of an account have turns one after the other."""
 
+    @classmethod
+    def unfinished(cls) -> ColumnElement[bool]:
+        """What holds of rows whose work has not ended; all of them, where its end deletes a row."""
+        return true()
+
 
 class BackgroundWork(TakesTurns):
     """Columns of work that servers do themselves, in the background, as their models answer for it."""
@@ -74,6 +79,11 @@ class BackgroundWork(TakesTurns):
     created: Mapped[datetime]
     expires: Mapped[datetime]
     """When the work is given up, however much of it is done."""
+
+    @classmethod
+    def unfinished(cls) -> ColumnElement[bool]:
+        """See :meth:`TakesTurns.unfinished`."""
+        return cls.status.not_in(cls.ended)
 
 
 class QueuedWork(TakesTurns):
@@ -248,24 +258,29 @@ def next_turn(
 
     So an account that asks for one thing waits for one of each other account at most, however many
     those asked for before (start-time fair queueing, Goyal, Vin and Cheng 1996, with equal shares).
-    ``going_on`` says what has not ended, and does not rest.
+    ``going_on`` is what holds of work that takes part, where that is not all that has not ended.
     """
+    going_on = going_on or (kind.unfinished(),)
     lowest = select(func.min(kind.turn)).where(*going_on)
     last = select(func.max(kind.turn)).where(kind.account == account, *going_on)
     own, others = session.scalar(last), session.scalar(lowest)
     return int(others or 0) if own is None else int(own) + 1
 
 
-def in_flight(session: Session, kind: type[BackgroundWork], account: str) -> int:
-    """How many rows of an account have not ended."""
-    return count_rows(session, kind.account == account, kind.status.not_in(kind.ended))
+def in_flight(session: Session, kind: type[TakesTurns], account: str) -> int:
+    """How much work of an account has not ended."""
+    return count_rows(session, kind.account == account, kind.unfinished())
+
+
+def is_unfinished(session: Session, kind: type[TakesTurns], row_id: str) -> bool:
+    """Whether there is anything to do for the row of this id, if there is one."""
+    found = select(kind.seq).where(kind.id == row_id, kind.unfinished())
+    return session.scalar(found) is not None
 
 
 def leases(session: Session, kind: type[BackgroundWork]) -> list[tuple[str, datetime | None]]:
     """Ids of the rows that servers work on, each with what its lease says of its end."""
-    query = select(kind.id, kind.lease_ends).where(
-        kind.status.not_in(kind.ended), kind.lease.is_not(None)
-    )
+    query = select(kind.id, kind.lease_ends).where(kind.unfinished(), kind.lease.is_not(None))
     return [(row_id, ends) for row_id, ends in session.execute(query)]
 
 
@@ -282,7 +297,7 @@ def claim_next(
     """
     lost = [and_(kind.id == row_id, kind.lease_ends == ends) for row_id, ends in silent]
     free = or_(kind.lease.is_(None), *lost)
-    waiting = select(kind).where(kind.status.not_in(kind.ended), free)
+    waiting = select(kind).where(kind.unfinished(), free)
     first = waiting.order_by(kind.turn, kind.seq).limit(1)
     row: Background | None = session.scalar(first.with_for_update(skip_locked=True))
     if row is not None:
@@ -299,7 +314,7 @@ def give_way(session: Session, kind: type[Background], row_id: str, lease: str) 
     row = hold(session, kind, row_id, lease)
     firsts = (
         select(func.min(kind.turn).label("turn"))
-        .where(kind.status.not_in(kind.ended), kind.lease.is_(None), kind.account != row.account)
+        .where(kind.unfinished(), kind.lease.is_(None), kind.account != row.account)
         .group_by(kind.account)
         .subquery()
     )
@@ -315,17 +330,30 @@ def leased_rows(session: Session, kind: type[Row]) -> list[Row]:
     return list(session.scalars(select(kind).where(kind.lease.is_not(None)).order_by(kind.seq)))
 
 
-def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
-    """The row, kept as it is until the transaction ends.
+def read_leased(
+    session: Session, kind: type[Row], row_id: str, lease: str, *, lock: bool = False
+) -> Row:
+    """The row as it stands now; ``lock`` keeps it so until the transaction ends.
 
     Raises:
         LeaseLost: where ``lease`` does not hold it.
     """
-    query = select(kind).where(kind.id == row_id, kind.lease == lease).with_for_update()
-    row = session.scalars(query.execution_options(populate_existing=True)).first()
+    query = select(kind).where(kind.id == row_id, kind.lease == lease)
+    if lock:
+        query = query.with_for_update().execution_options(populate_existing=True)
+    row = session.scalars(query).first()
     if row is None:
         raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
     return row
+
+
+def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
+    """The row, kept as it is until the transaction ends.
+
+    Raises:
+        LeaseLost: as :func:`read_leased`.
+    """
+    return read_leased(session, kind, row_id, lease, lock=True)
 
 
 def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:

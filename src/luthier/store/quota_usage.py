@@ -8,13 +8,16 @@ from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session
 
 from luthier.files import folder_size
-from luthier.store import exports, imports, jobs, queue
+from luthier.store import imports, queue
 from luthier.store.accounts import Account
 from luthier.store.batches import Batch
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, count_rows
 from luthier.store.endpoints import DEPLOYMENT, PROVISIONED, Endpoint
 from luthier.store.evaluations import Eval, EvaluationRun
+from luthier.store.exports import ModelExport
+from luthier.store.imports import ModelImport
+from luthier.store.jobs import Job
 from luthier.store.model_folders import folder_of
 from luthier.store.objects import UPLOADS, Bucket, ObjectPiece, StoredObject, Upload
 from luthier.store.storage import COUNTED, Storage, lock, stored_by
@@ -27,11 +30,11 @@ def quota_usage(session: Session, account: str) -> dict[str, int]:
     endpoints = dict(session.execute(kinds.group_by(Endpoint.kind)).all())
     return {
         **stored_by(session, account),
-        "jobs_in_flight": jobs.in_flight(session, account),
+        "jobs_in_flight": queue.in_flight(session, Job, account),
         "custom_models": count_rows(session, CustomModel.account == account),
         "imported_models": imports.count_imported_models(session, account),
-        "imports_in_flight": imports.count_imports(session, account),
-        "exports_in_flight": exports.in_flight(session, account),
+        "imports_in_flight": queue.in_flight(session, ModelImport, account),
+        "exports_in_flight": queue.in_flight(session, ModelExport, account),
         "batches_in_flight": queue.in_flight(session, Batch, account),
         "evaluations_in_flight": queue.in_flight(session, EvaluationRun, account),
         "deployments": endpoints.get(DEPLOYMENT, 0),

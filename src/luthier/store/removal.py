@@ -23,7 +23,7 @@ from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
 from luthier.store.imports import files_name
-from luthier.store.jobs import ENDED, Job, job_of_run, run_name
+from luthier.store.jobs import Job, job_of_run, run_name
 from luthier.store.model_folders import (
     custom_folders,
     folder_of,
@@ -76,7 +76,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     if kind is not None:
         raise ModelInUse(f"The model {model.name} has provisioned throughput. Delete that first.")
     started = select(Job.seq).where(
-        Job.account == model.account, Job.base_model == arn, Job.state.not_in(ENDED)
+        Job.account == model.account, Job.base_model == arn, Job.unfinished()
     )
     if session.scalar(started.limit(1)) is not None:
         raise ModelInUse(f"A job that has not ended starts from the model {model.name}.")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.data.shapes import Conversation, LabelledText, TaggedWords, of_shape
+from luthier.data.tree import READING_BUDGET
 from luthier.engine.machine import begin_peak_memory, peak_memory
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.evaluation.baselines import (
@@ -46,7 +47,7 @@ from luthier.graders import Exact
 from luthier.graders.base import Answer, Embedder
 from luthier.graders.ruler import judge_pairs
 from luthier.models.sampling import Sampling
-from luthier.serving.evaluation import BUDGET, measure, open_graders
+from luthier.serving.evaluation import measure, open_graders
 from luthier.serving.prediction import Predictor
 from luthier.serving.prompting import (
     NearestExamples,
@@ -709,7 +710,7 @@ class _Contest:
                 f"{cut:,} rows are longer than the context of {base.id}: no baseline reads them with it"
             )
             return fit_and_score(known.rows, rows, None, time.monotonic() + BASELINE_SECONDS)
-        return fit_baselines(network, encoder, known, asked, BUDGET, BASELINE_SECONDS)
+        return fit_baselines(network, encoder, known, asked, READING_BUDGET, BASELINE_SECONDS)
 
 
 def _deciding(graded: Evaluation) -> RowScores:

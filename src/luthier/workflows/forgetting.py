@@ -35,6 +35,7 @@ from luthier.data.read import read_records
 from luthier.data.rows import load_rows
 from luthier.data.shapes import MultipleChoice, of_shape
 from luthier.data.sources import files_of
+from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.canaries import ALTERNATIVES, LEVEL, Canary, Exposure, known_by_heart
 from luthier.evaluation.choices import choice_scores
@@ -47,7 +48,6 @@ from luthier.evaluation.significance import (
     perplexity_of,
 )
 from luthier.serving.evaluation import (
-    BUDGET,
     choice_likelihoods,
     fit_choices,
 )
@@ -464,7 +464,7 @@ def _states(network: Network, rows: Sequence[Example]) -> _States:
     states: list[Tensor] = []
     targets: list[Tensor] = []
     with torch.no_grad():
-        for batch in network.batches(rows, BUDGET):
+        for batch in network.batches(rows, READING_BUDGET):
             hidden_SH = network.before_vocabulary(network.hidden(batch)[batch.source_S])
             place_M, edge_M = batch.learned_edges
             rows_of.append(batch.tree.row_R[place_M.cpu().numpy()])
@@ -557,7 +557,7 @@ def _exposure(network: Network, chat: ChatFormat, canary: Canary, tried: int) ->
         rows.append(Example(ids_T, weight_T, place, source_T=source_T))
     logp_R = np.zeros(len(rows))
     with torch.no_grad():
-        for batch in network.batches(rows, BUDGET):
+        for batch in network.batches(rows, READING_BUDGET):
             logp_R[batch.tree.row_R] = row_sums(batch, token_logps(network, batch)).cpu().numpy()
     rank = 1 + int((logp_R[1:] >= logp_R[0]).sum())
     return Exposure(canary, rank, len(rows))

@@ -31,7 +31,7 @@ from luthier.api.bedrock.converse import (
 )
 from luthier.api.bedrock.eventstream import event
 from luthier.api.bedrock.shapes import body_members, operation_models
-from luthier.api.http.messages import Fault
+from luthier.api.http.messages import PREDICTIONS, Fault
 from luthier.serving.inference import (
     MOST_PENALTY,
     MOST_TOKENS,
@@ -300,9 +300,7 @@ def form_of(
         except Fault as fault:
             raise malformed_input(fault.message) from fault
     if "inputImage" in body:
-        raise malformed_input(
-            "[inputImage] is not taken here; POST /api/v1/models/NAME/predictions embeds images"
-        )
+        raise malformed_input(f"[inputImage] is not taken here; {PREDICTIONS} embeds images")
     raise malformed_input("required key [prompt], [messages], [inputText] or [taskType] not found")
 
 

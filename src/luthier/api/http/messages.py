@@ -37,7 +37,7 @@ from luthier.errors import (
 )
 from luthier.graders.json_schema import depth_of
 from luthier.limits import ServerLimits
-from luthier.serving.inference import InferenceFailed, InferenceRefused
+from luthier.serving.inference import InferenceFailed, InferenceRefused, PredictionsOnly
 from luthier.setting_names import SettingName, with_setting_names
 from luthier.store.sessions import ASSUMED, TemporarySession
 from luthier.store.text import check_storable, decode_storable
@@ -46,6 +46,8 @@ JSON_DEPTH = 200
 """Levels of objects and lists in a body."""
 MOST_KEYS = 1_000
 """Of an object whose fields are known."""
+PREDICTIONS = "POST /api/v1/models/NAME/predictions"
+"""How models that read are asked, of every face."""
 _FORM = "application/x-www-form-urlencoded"
 Scope = MutableMapping[str, Any]
 """What an ASGI server says of a request."""
@@ -309,13 +311,19 @@ class Fault(LuthierError):
         return Fault(self.code, text, parameter=parameter, **{**self.details, "refused": False})
 
 
+def refusal_text(refused: InferenceRefused) -> str:
+    """Why a model cannot be asked so, and how it can be, where that is by an operation of ours."""
+    hint = f" Ask it by {PREDICTIONS}." if isinstance(refused, PredictionsOnly) else ""
+    return f"{refused}{hint}"
+
+
 @contextmanager
 def inference_faults() -> Iterator[None]:
     """What the engine refuses or fails at, as faults."""
     try:
         yield
     except InferenceRefused as refused:
-        raise Fault("Validation", str(refused), parameter=refused.parameter) from refused
+        raise Fault("Validation", refusal_text(refused), parameter=refused.parameter) from refused
     except UnknownModel as refused:
         raise Fault("ResourceNotFound", "The model is no longer there.") from refused
     except InferenceFailed as failed:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from luthier.api.http.messages import Caller, Fault, Request, Response, parse_digits
+from luthier.api.http.messages import Caller, Fault, Request, Response, parse_digits, refusal_text
 from luthier.api.http.routing import Operation
 from luthier.api.http.streams import GeneratedPieces
 from luthier.api.identifiers import Invocable
@@ -305,7 +305,7 @@ def refusals(model: str, member: str = "messages", structured: bool = False) -> 
             parameter = member
         elif parameter in ("schema", "regex", "grammar"):
             parameter = STRUCTURED if structured else _CONSTRAINT.get(member, parameter)
-        raise invalid(str(refused), parameter, "invalid_value") from refused
+        raise invalid(refusal_text(refused), parameter, "invalid_value") from refused
     except UnknownModel as refused:
         raise model_not_found(model) from refused
     except InferenceFailed as failed:

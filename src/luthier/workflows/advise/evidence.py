@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.shapes import Labelled
+from luthier.data.tree import READING_BUDGET
 from luthier.errors import LuthierError
 from luthier.evaluation.significance import RowScores
 from luthier.files import TEMPORARY
@@ -257,14 +258,15 @@ class _Labels:
         """The baselines that go with such rows; their seconds are for each row that was read."""
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.evaluation.baselines import ComparedRows
-        from luthier.serving.evaluation import BUDGET
 
         objective, context = self.job.data.objective, _context(self.job)
         # A label that no training row has is a wrong answer here, not a refusal.
         asked = [row.bare() for row in self.held]
         held = ComparedRows(self.held, encode_cut(objective, asked, self.job.chat, context))
         train = self.job.data.compared[0]
-        fitted = fit_baselines(self.network, objective, train, held, BUDGET, BASELINE_SECONDS)
+        fitted = fit_baselines(
+            self.network, objective, train, held, READING_BUDGET, BASELINE_SECONDS
+        )
         if fitted is None:
             self.left_out.append("simple baselines: there are none for such rows")
             return []
