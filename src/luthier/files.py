@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+from weakref import WeakValueDictionary
 
 from luthier.errors import (
     CorruptFile,
@@ -80,7 +81,7 @@ def _sha256_of_version(path: Path, version: tuple[int, ...]) -> str:
     return sha256_of(path)
 
 
-_hashing: dict[Path, threading.Lock] = {}
+_hashing: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()
 
 
 def hashes_of(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
