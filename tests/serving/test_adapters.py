@@ -196,11 +196,24 @@ def test_an_adapter_on_one_that_shares_its_base_has_a_network_of_its_own(
     assert text_of(pool, above) == text_of_generator(above)
 
 
+@pytest.mark.parametrize(
+    ("family", "inside", "below"),
+    [
+        ("Bert", {"method": "lora"}, {"method": "lora", "targets": ("query", "value")}),
+        ("Phi", {"method": "bitfit"}, {"method": "lora"}),
+    ],
+)
 def test_what_changes_the_output_head_does_not_share_its_base(
-    home: Path, tmp_path: Path, pool: ModelPool, family_tokenizer: Callable[[str], Any]
+    family: str,
+    inside: dict[str, Any],
+    below: dict[str, Any],
+    home: Path,
+    tmp_path: Path,
+    pool: ModelPool,
+    family_tokenizer: Callable[[str], Any],
 ) -> None:
-    """Logits of all rows are made by the base's head; what stands in it is merged."""
-    from transformers import BertConfig, BertLMHeadModel
+    """Logits of all rows are made by the base's head: BERT has a linear layer in it, Phi a bias."""
+    import transformers
 
     tokenizer = family_tokenizer("bert")
     fields = {
@@ -209,14 +222,46 @@ def test_what_changes_the_output_head_does_not_share_its_base(
         "initializer_range": 0.15, "is_decoder": True, "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id,
     }  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**fields)
     torch.manual_seed(0)
-    BertLMHeadModel(BertConfig(**fields)).save_pretrained(tmp_path / "bert")
-    tokenizer.save_pretrained(tmp_path / "bert")
-    for targets, shares in (("all-linear", False), (("query", "value"), True)):
-        adaptation = {"method": "lora", "rank": 4, "targets": targets}
-        tuned = tune(home, str(tmp_path / "bert"), f"head-{shares}".lower(), adaptation)
-        assert shares_base(find(tuned)) == shares
+    folder = tmp_path / family.lower()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, adaptation in {"inside": inside, "below": below}.items():
+        tuned = tune(home, str(folder), name, adaptation)
+        assert shares_base(find(tuned)) == (name == "below")
         assert text_of(pool, tuned) == text_of_generator(tuned)
+
+
+def test_biases_stand_beside_their_base_and_leave_its_own(
+    home: Path, family_folder: Callable[[str], Path], pool: ModelPool
+) -> None:
+    folder = str(family_folder("gpt2"))
+    methods = {"bias": "bitfit", "other-bias": "bitfit", "thin": "lora"}
+    tuned = [tune(home, folder, name, {"method": each}) for name, each in methods.items()]
+    (base,) = {parent.id for name in tuned if (parent := find(name).parent) is not None}
+    before = text_of(pool, base)
+    network = pool._entries[base].model.network.model
+    weights = {name: weight.clone() for name, weight in network.named_parameters()}
+    room = pool.weight_bytes()
+    alone = {name: text_of(pool, name) for name in tuned}
+    assert len({before, *alone.values()}) == 4
+    assert all(each.base == base for each in pool.loaded_models() if each.id != base)
+    assert alone == {name: text_of_generator(name) for name in tuned}
+    with ThreadPoolExecutor(8) as clients:
+        rows = [base, *tuned] * 2
+        together = list(clients.map(lambda name: text_of(pool, name), rows))
+    assert together == [{**alone, base: before}[name] for name in rows]
+    pool.forget(tuned[2])
+    files = sum((find(name).folder / ADAPTER).stat().st_size for name in tuned[:2])
+    assert room < pool.weight_bytes() <= room + 2 * files
+    assert all(torch.equal(weights[name], now) for name, now in network.named_parameters())
+    assert not any("base_layer" in name for name in weights)
+    for name, weight in read_adapter(find(tuned[0]).folder).items():
+        own = pool._entries[tuned[0]].model.network.model
+        name = name.removeprefix("base_model.model.")
+        assert torch.equal(own.get_parameter(name), weight)
+        assert not torch.equal(weights[name], weight)
 
 
 def test_an_adapter_stands_beside_its_base_as_it_was_trained() -> None:

@@ -650,8 +650,10 @@ def _random_rows(layer: Any, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _adds_inside(layer: nn.Module, sizes: Sequence[int]) -> bool:
+def _adds_inside(layer: Any, sizes: Sequence[int]) -> bool:
     """Whether an update can be added inside the product: no row's bits depend on it, or on others."""
+    if layer.weight.dim() != 2:  # a norm, which is no product
+        return False
     x_RI = _random_rows(layer, sizes[-1])
     y_RO: Tensor = layer(x_RI)
     if not torch.equal(linear_plus(layer, x_RI, torch.zeros_like(y_RO)), y_RO):

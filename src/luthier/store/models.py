@@ -417,8 +417,10 @@ def changed_files(
 _RESTORE = "restore it from a backup, or remove the model and make or fetch it again"
 
 
-def attach_adapter(network: nn.Module, model: StoredModel) -> None:
+def attach_adapter(network: nn.Module, model: StoredModel, shared: bool = False) -> None:
     """Put the adapter that ``model`` is into the network of its parent.
+
+    ``shared`` where others use that network's layers, too, which do not change then.
 
     Raises:
         CorruptFile: where a file is missing, is not the one that was stored, or is for another network.
@@ -426,7 +428,7 @@ def attach_adapter(network: nn.Module, model: StoredModel) -> None:
     from luthier.models.save import load_adapter
 
     check_whole(model)
-    load_adapter(network, adaptation_of(model), model.folder)
+    load_adapter(network, adaptation_of(model), model.folder, shared)
 
 
 def shares_base(model: StoredModel) -> bool:
