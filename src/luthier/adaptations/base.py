@@ -69,7 +69,7 @@ class Adaptation(StrictModel):
     head_only: ClassVar[bool] = False
     """Whether nothing below the head trains, so that what it reads can be computed once."""
     rounds_beside_base: ClassVar[bool] = False
-    """Whether beside its base it rounds outputs once more, which merging leaves as they were trained."""
+    """Whether beside its base it rounds outputs once more; merged they are as in training."""
     stores_network: ClassVar[bool] = False
     """Whether a custom model is the whole network; otherwise it is what trains, as an adapter."""
 
