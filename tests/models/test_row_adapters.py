@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from luthier.adaptations import Adapters, LoRA, Prefix, Prompt
+from luthier.adaptations import Adapters, BitFit, LoRA, Prefix, Prompt
 from luthier.errors import RecipeError
 from luthier.models import row_adapters
 from luthier.models.backends import Backend, backend_of
@@ -32,6 +32,7 @@ KINDS: list[Any] = [
     Adapters(reduction_factor=4),
     Prompt(virtual_tokens=3),
     Prefix(virtual_tokens=5),
+    BitFit(),
 ]
 
 
@@ -45,12 +46,32 @@ def base_network(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return as_network(load_model(folder, dtype, CPU).eval(), CPU, dtype)
 
 
-def drawn(adaptation: Any, seed: int) -> Callable[[Any], None]:
+@pytest.fixture
+def folder_of(
+    family_folder: Callable[[str], Path], tiny_llama: Callable[..., Any], tmp_path: Path
+) -> Callable[[str], Path]:
+    """``family_folder``, which has no Llama with biases (``biased``)."""
+
+    def folder(family: str) -> Path:
+        if family != "biased":
+            return family_folder(family)
+        if not (tmp_path / family).exists():
+            model = tiny_llama(attention_bias=True, mlp_bias=True)
+            for name, weight in model.named_parameters():
+                if name.endswith(".bias"):
+                    torch.nn.init.normal_(weight, std=0.3)
+            model.save_pretrained(tmp_path / family)
+        return tmp_path / family
+
+    return folder
+
+
+def drawn(adaptation: Any, seed: int, shared: bool = True) -> Callable[[Any], None]:
     """Attaches ``adaptation`` with weights far from where it starts."""
 
     def attach(model: Any) -> None:
         torch.manual_seed(seed)
-        adaptation.attach(model)
+        adaptation.attach(model, shared)
         for weight in model.parameters():
             if weight.requires_grad:
                 weight += 0.3 * torch.randn(weight.shape)
@@ -83,18 +104,20 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "biased", "gpt2"])
 def test_each_row_has_the_bits_that_it_has_alone(
-    family: str, family_folder: Callable[[str], Path]
+    family: str, folder_of: Callable[[str], Path]
 ) -> None:
     """Adapters of all kinds, several of some, more than one row of some, and the bare base."""
-    network = base_network(family_folder(family))
+    network = base_network(folder_of(family))
     base = FlatBackend(network, 512, exact=True)
-    kinds = [kind for kind in KINDS if family == "llama" or kind.method != "adapters"]
+    assert (base._llama is None) == (family == "gpt2")
+    unable = {"llama": "bitfit", "gpt2": "adapters"}.get(family)
+    kinds = [kind for kind in KINDS if kind.method != unable]
     if family == "gpt2":
         kinds[2] = LoRA(rank=4, targets=("c_proj",), alpha=7.0)
     backends: list[Backend] = [base]
-    for seed, kind in enumerate([*kinds, *kinds[:2]]):
+    for seed, kind in enumerate([*kinds, *kinds[:2], kinds[-1]]):
         backends.append(base.with_adapter(network.with_adapter(drawn(kind, seed)), 512))
     rows = [*backends, backends[1], backends[1], backends[0], backends[4]]
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(rows))]
@@ -102,9 +125,7 @@ def test_each_row_has_the_bits_that_it_has_alone(
     for backend, prompt, own in zip(rows, prompts, together, strict=True):
         assert equal(write([backend], [prompt], 6)[0], own), backend
     # Nothing of the adapters has gone into the base ...
-    bare = write(
-        [FlatBackend(base_network(family_folder(family)), 512, exact=True)], PROMPTS[:1], 6
-    )
+    bare = write([FlatBackend(base_network(folder_of(family)), 512, exact=True)], PROMPTS[:1], 6)
     assert equal(bare[0], together[0])
     # ... each answers as its own weights say, and lets go of its place.
     first = [own[0] for own, prompt in zip(together, prompts, strict=True) if prompt is PROMPTS[0]]
@@ -114,15 +135,19 @@ def test_each_row_has_the_bits_that_it_has_alone(
     assert not base._shared._stacks
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.method)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*(("llama", kind) for kind in KINDS[:-1]), ("biased", KINDS[-1]), ("gpt2", KINDS[-1])],
+    ids=lambda value: getattr(value, "method", value),
+)
 def test_what_is_written_beside_the_base_is_what_the_adapted_network_says(
-    kind: Any, family_folder: Callable[[str], Path]
+    family: str, kind: Any, folder_of: Callable[[str], Path]
 ) -> None:
     """The network with the adapter in place, as it is trained, and whose weights nothing rounds."""
-    network = base_network(family_folder("llama"))
+    network = base_network(folder_of(family))
     adapted = network.with_adapter(drawn(kind, 1))
-    alone = base_network(family_folder("llama"))
-    drawn(kind, 1)(alone.model)
+    alone = base_network(folder_of(family))
+    drawn(kind, 1, shared=False)(alone.model)
     expected = write([FlatBackend(alone, 512)], PROMPTS[1:2], 8)[0]
     backend = FlatBackend(network, 512, exact=True).with_adapter(adapted, 512)
     for one, other in zip(write([backend], PROMPTS[1:2], 8)[0], expected, strict=True):
@@ -226,14 +251,20 @@ def read_together(backends: list[Backend], prompts: list[Any]) -> list[torch.Ten
 
 @pytest.mark.parametrize(
     "kinds",
-    [[LoRA(rank=8)] * 2, [LoRA(rank=8, alpha=7.0), LoRA(rank=4, dora=True)], [Adapters()] * 2],
-    ids=["lora", "two shapes", "adapters"],
+    [
+        [LoRA(rank=8)] * 2,
+        [LoRA(rank=8, alpha=7.0), LoRA(rank=4, dora=True)],
+        [Adapters()] * 2,
+        [BitFit(), LoRA(rank=8)],
+    ],
+    ids=["lora", "two shapes", "adapters", "biases"],
 )
 def test_prompts_of_several_adapters_have_the_bits_of_each_alone(
     kinds: list[Any], tiny_llama: Callable[..., Any]
 ) -> None:
     """Beside those of the base, and in parts beside others than before."""
-    network = as_network(tiny_llama(hidden_size=256).bfloat16().eval(), CPU, torch.bfloat16)
+    model = tiny_llama(hidden_size=256, attention_bias=True)
+    network = as_network(model.bfloat16().eval(), CPU, torch.bfloat16)
     base = FlatBackend(network, 512, exact=True)
     one, other = (
         base.with_adapter(network.with_adapter(drawn(each, s)), 512) for s, each in enumerate(kinds)
@@ -479,11 +510,11 @@ def tensor_bytes(*owners: Any) -> dict[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[4]], ids=lambda kind: kind.method)
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[4], KINDS[-1]], ids=lambda kind: kind.method)
 def test_an_adapter_takes_twice_its_file_at_most_however_many_write(
-    kind: Any, family_folder: Callable[[str], Path], tmp_path: Path
+    kind: Any, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    network = base_network(family_folder("llama"))
+    network = base_network(folder_of("biased"))
     base = FlatBackend(network, 512, exact=True)
     backends = [base.with_adapter(network.with_adapter(drawn(kind, n)), 512) for n in range(29)]
     frozen = tensor_bytes(network.model)

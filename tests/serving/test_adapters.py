@@ -7,7 +7,7 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,26 +46,31 @@ NAMES = [f"{BASE}:{name}" for name in METHODS]
 SHARING = NAMES[:-1]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
-    """A store with a model of each method, tuned in float32."""
-    home = tmp_path_factory.mktemp("home")
+def tune(home: Path, base: str, name: str, adaptation: dict[str, Any], seed: int = 0) -> str:
+    """The id of a model tuned in float32."""
     data = home / "rows.jsonl"
     words = ("fox", "dog", "cat")
+    rows = [{"prompt": f"say {w}", "completion": (w + name) * 2} for w in words]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    fields = {
+        "base": base, "name": name, "data": {"train": str(data), "validation_share": 0},
+        "adaptation": adaptation,
+        "training": {
+            "max_steps": 6, "learning_rate": 0.05, "precision": "float32", "threads": 1,
+            "seed": seed,
+        },
+    }  # fmt: skip
+    return train(Recipe.parse(fields)).model_id
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """A store with a model of each method."""
+    home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(home))
         for number, (name, adaptation) in enumerate(METHODS.items()):
-            rows = [{"prompt": f"say {w}", "completion": (w + name) * 2} for w in words]
-            data.write_text("\n".join(map(json.dumps, rows)))
-            fields = {
-                "base": str(tiny_model_folder), "name": name,
-                "data": {"train": str(data), "validation_share": 0}, "adaptation": adaptation,
-                "training": {
-                    "max_steps": 6, "learning_rate": 0.05, "precision": "float32", "threads": 1,
-                    "seed": number,
-                },
-            }  # fmt: skip
-            train(Recipe.parse(fields))
+            tune(home, str(tiny_model_folder), name, adaptation, number)
     return home
 
 
@@ -95,6 +100,13 @@ def asked(text: str = "say fox", **fields: Any) -> GenerationRequest:
 
 def text_of(pool: ModelPool, model: str, **fields: Any) -> str:
     return pool.submit(model, asked(**fields)).whole()[0].text
+
+
+def text_of_generator(model: str) -> str:
+    """The same without a server."""
+    sampling = Sampling(temperature=0, max_tokens=16, logit_bias={1: -100.0})
+    reply: str = Generator.open(find(model)).replies(["say fox"], sampling)[0]
+    return reply.rstrip("\ufffd")
 
 
 def test_adapters_answer_together_as_each_does_alone(pool: ModelPool, base: str) -> None:
@@ -173,6 +185,83 @@ def test_one_seed_gives_one_text_through_all_faces(pool: ModelPool) -> None:
 
 def test_who_shares_a_base() -> None:
     assert [shares_base(find(name)) for name in NAMES] == [name in SHARING for name in NAMES]
+
+
+def test_an_adapter_on_one_that_shares_its_base_has_a_network_of_its_own(
+    pool: ModelPool, home: Path
+) -> None:
+    text_of(pool, NAMES[0])
+    above = tune(home, NAMES[0], "above", {"method": "lora", "rank": 2})
+    assert not shares_base(find(above))
+    assert text_of(pool, above) == text_of_generator(above)
+
+
+@pytest.mark.parametrize(
+    ("family", "inside", "below"),
+    [
+        ("Bert", {"method": "lora"}, {"method": "lora", "targets": ("query", "value")}),
+        ("Phi", {"method": "bitfit"}, {"method": "lora"}),
+    ],
+)
+def test_what_changes_the_output_head_does_not_share_its_base(
+    family: str,
+    inside: dict[str, Any],
+    below: dict[str, Any],
+    home: Path,
+    tmp_path: Path,
+    pool: ModelPool,
+    family_tokenizer: Callable[[str], Any],
+) -> None:
+    """Logits of all rows are made by the base's head: BERT has a linear layer in it, Phi a bias."""
+    import transformers
+
+    tokenizer = family_tokenizer("bert")
+    fields = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128,
+        "initializer_range": 0.15, "is_decoder": True, "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id,
+    }  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**fields)
+    torch.manual_seed(0)
+    folder = tmp_path / family.lower()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, adaptation in {"inside": inside, "below": below}.items():
+        tuned = tune(home, str(folder), name, adaptation)
+        assert shares_base(find(tuned)) == (name == "below")
+        assert text_of(pool, tuned) == text_of_generator(tuned)
+
+
+def test_biases_stand_beside_their_base_and_leave_its_own(
+    home: Path, family_folder: Callable[[str], Path], pool: ModelPool
+) -> None:
+    folder = str(family_folder("gpt2"))
+    methods = {"bias": "bitfit", "other-bias": "bitfit", "thin": "lora"}
+    tuned = [tune(home, folder, name, {"method": each}) for name, each in methods.items()]
+    (base,) = {parent.id for name in tuned if (parent := find(name).parent) is not None}
+    before = text_of(pool, base)
+    network = pool._entries[base].model.network.model
+    weights = {name: weight.clone() for name, weight in network.named_parameters()}
+    room = pool.weight_bytes()
+    alone = {name: text_of(pool, name) for name in tuned}
+    assert len({before, *alone.values()}) == 4
+    assert all(each.base == base for each in pool.loaded_models() if each.id != base)
+    assert alone == {name: text_of_generator(name) for name in tuned}
+    with ThreadPoolExecutor(8) as clients:
+        rows = [base, *tuned] * 2
+        together = list(clients.map(lambda name: text_of(pool, name), rows))
+    assert together == [{**alone, base: before}[name] for name in rows]
+    pool.forget(tuned[2])
+    files = sum((find(name).folder / ADAPTER).stat().st_size for name in tuned[:2])
+    assert room < pool.weight_bytes() <= room + 2 * files
+    assert all(torch.equal(weights[name], now) for name, now in network.named_parameters())
+    assert not any("base_layer" in name for name in weights)
+    for name, weight in read_adapter(find(tuned[0]).folder).items():
+        own = pool._entries[tuned[0]].model.network.model
+        name = name.removeprefix("base_model.model.")
+        assert torch.equal(own.get_parameter(name), weight)
+        assert not torch.equal(weights[name], weight)
 
 
 def test_an_adapter_stands_beside_its_base_as_it_was_trained() -> None:

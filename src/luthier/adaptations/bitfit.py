@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from luthier.adaptations.base import Adaptation
 from luthier.errors import RecipeError
 from luthier.models.heads import head_weights
+from luthier.models.layers import replace_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,23 +18,26 @@ class BitFit(Adaptation):
 
     method: Literal["bitfit"] = "bitfit"
 
+    rounds_beside_base: ClassVar[bool] = True
+
+    @property
+    def shares_base(self) -> bool:
+        """Another bias is something that is added to each row."""
+        return True
+
     def adapt(self, model: nn.Module) -> None:
         """Freeze everything but the biases of linear layers and norms."""
         model.requires_grad_(False)
-        new = head_weights(model)
-        biases = [
-            weight
-            for name, weight in model.named_parameters()
-            if name.rpartition(".")[2] == "bias" and name not in new
-        ]
-        if not biases:
-            kind = getattr(getattr(model, "config", None), "model_type", "this type")
-            raise RecipeError(
-                f"bitfit trains biases, and networks of type {kind} have none. Use lora, which adds "
-                "about as few weights."
-            )
-        for bias in biases:
-            bias.requires_grad_(True)
+        for name in _biases(model):
+            model.get_parameter(name).requires_grad_(True)
+
+    def adapt_shared(self, model: nn.Module) -> None:
+        """Give each layer that has a bias one of this network alone, under the same name."""
+        from luthier.adaptations.bias_layer import BiasLayer
+
+        layers = [name.removesuffix(".bias") for name in _biases(model)]
+        model.requires_grad_(False)
+        replace_modules(model, layers, BiasLayer)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Above the paper's search range of 1e-4 to 1e-3, which is for a network 12 times as large.
@@ -42,3 +46,20 @@ class BitFit(Adaptation):
         (docs/log/defaults.md).
         """
         return 3e-3, "biases alone: above the paper's 1e-3, where small networks stay behind"
+
+
+def _biases(model: nn.Module) -> list[str]:
+    """Names of the biases below the head."""
+    new = head_weights(model)
+    names = [
+        name
+        for name, _ in model.named_parameters()
+        if name.rpartition(".")[2] == "bias" and name not in new
+    ]
+    if not names:
+        kind = getattr(getattr(model, "config", None), "model_type", "this type")
+        raise RecipeError(
+            f"bitfit trains biases, and networks of type {kind} have none. Use lora, which adds "
+            "about as few weights."
+        )
+    return names

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError
 from luthier.models.heads import frozen_parts, head_modules, is_inside, usual_targets
-from luthier.models.layers import layer_names
+from luthier.models.layers import layer_names, linear_kinds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,9 +37,7 @@ def linear_targets(
     """
     from torch import nn
 
-    # Where transformers was not imported no layer is its transposed one.
-    loaded = sys.modules.get("transformers.pytorch_utils")
-    linear = (nn.Linear,) if loaded is None else (nn.Linear, loaded.Conv1D)
+    linear = linear_kinds()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     others = (*head_modules(model), *frozen_parts(model))
 

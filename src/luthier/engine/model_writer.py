@@ -274,14 +274,20 @@ class ModelWriter:
             below = as_network(
                 store.load(parent, dtype, device, head, savable=False), device, dtype
             )
-            network = below.with_adapter(lambda model: store.attach_adapter(model, stored))
+            network = below.with_adapter(
+                lambda model: store.attach_adapter(model, stored, shared=True)
+            )
             with _open_backend(network) as backend:
                 beside = compare_greedy(trained.greedy, backend)
             parity = parity.model_copy(update={"greedy_beside_base": beside})
             network.close()
             below.close()
         chat = self.job.chat
-        check_parity(parity, (lambda token: chat.decode([token])) if chat.has_tokenizer else None)
+        check_parity(
+            parity,
+            (lambda token: chat.decode([token])) if chat.has_tokenizer else None,
+            self.job.recipe.adaptation.rounds_beside_base,
+        )
         if store.chat_format(stored).stop_ids != chat.stop_ids:
             raise LuthierError(
                 "the saved tokenizer has other stop tokens than the one trained with"

@@ -305,14 +305,19 @@ def greedy_prompts(examples: Sequence[Example], count: int, room: int) -> list[I
     return [*found.values()]
 
 
-def check_parity(parity: Parity, text_of: Callable[[int], str] | None = None) -> None:
+def check_parity(
+    parity: Parity,
+    text_of: Callable[[int], str] | None = None,
+    rounds_beside_base: bool = False,
+) -> None:
     """Refuse a model that does not answer as the trained network does.
 
-    ``text_of`` gives the text of a token for the message.
+    ``text_of`` gives the text of a token for the message. ``rounds_beside_base`` is what the adaptation
+    says of that.
     """
     allowed = ROUNDED if parity.rounded else SAME
     most = ROUNDED_KL if parity.rounded else SAME_KL
-    stepped = STEPPED_KL if parity.rounded else SAME_KL
+    stepped = STEPPED_KL if parity.rounded and not rounds_beside_base else most
     compared = [
         (where, found, limit)
         for where, found, limit in (

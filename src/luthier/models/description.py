@@ -72,6 +72,8 @@ class DescribedNetwork:
     """Numbers of its weights; of an encoder of texts or a classifier without the head."""
     flat: bool
     """Whether many of its sequences can be written side by side (:mod:`luthier.models.layouts`)."""
+    base_only: tuple[str, ...]
+    """See :func:`luthier.models.row_adapters.base_only_parts`."""
 
 
 def described_network(folder: Path, memory: bool | None = None) -> DescribedNetwork:
@@ -129,9 +131,10 @@ def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwo
     check_layers(fields)
     if (llama := LlamaConfig.of(fields)) is not None:
         check_sizes(llama.numbers, 0, check_weights(folder))
-        return DescribedNetwork("causal_lm", llama.numbers, flat=True)
+        return DescribedNetwork("causal_lm", llama.numbers, flat=True, base_only=("lm_head",))
     from luthier.models.layouts import is_flat
     from luthier.models.load import configuration, draw, for_head
+    from luthier.models.row_adapters import base_only_parts
 
     import_transformers()
     if is_pipeline(folder):
@@ -156,7 +159,8 @@ def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwo
     if not fields.get("quantization_config"):  # its files hold several numbers in one
         tables = sum(table.nbytes for table in network.buffers())
         check_sizes(numbers, tables, sum(map(check_weights, network_folders(folder))))
-    return DescribedNetwork(task, numbers, is_flat(network))
+    flat = is_flat(network)
+    return DescribedNetwork(task, numbers, flat, base_only_parts(network) if flat else ())
 
 
 _IMPORTING = threading.Lock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,15 @@ def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def modules_of(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
     """Names of all modules of a class, or of one of several."""
     return [name for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def linear_kinds() -> tuple[type[nn.Module], ...]:
+    """Classes of layers that are one matrix, and maybe a bias."""
+    from torch import nn
+
+    # Where transformers was not imported no layer is its transposed one.
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return (nn.Linear,) if loaded is None else (nn.Linear, loaded.Conv1D)
 
 
 def replace_modules(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from luthier.errors import RecipeError
 from luthier.models.heads import prompt_ids
 from luthier.models.kv_cache import CHUNK, CHUNK_STEP
-from luthier.models.layers import replace_modules, share_layers
+from luthier.models.layers import linear_kinds, replace_modules, share_layers
 from luthier.models.packing import linear_plus, packed_weight
 from luthier.models.prefix import prefix_tokens
 
@@ -151,6 +151,22 @@ class LayerWrapper(nn.Module):
         """The frozen weight as the layer keeps it: networks ask for its type before they call a layer
         (T5, vision transformers), and an output head may be tied to it."""
         return self.base_layer.weight
+
+
+def base_only_parts(model: Any) -> tuple[str, ...]:
+    """Modules and weights of a network that are the base's for all rows, whatever their adapters.
+
+    What stands above the backbone makes logits of all rows together. A bias is another one for a row
+    where a layer adds it to its output, as linear layers and norms do.
+    """
+    head = [name for name, child in model.named_children() if child is not model.base_model]
+    adding = (*linear_kinds(), nn.LayerNorm)
+    biases = [
+        f"{name}.bias"
+        for name, module in model.named_modules()
+        if module._parameters.get("bias") is not None and not isinstance(module, adding)
+    ]
+    return *head, *biases
 
 
 @runtime_checkable
@@ -638,8 +654,10 @@ def _random_rows(layer: Any, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _adds_inside(layer: nn.Module, sizes: Sequence[int]) -> bool:
+def _adds_inside(layer: Any, sizes: Sequence[int]) -> bool:
     """Whether an update can be added inside the product: no row's bits depend on it, or on others."""
+    if layer.weight.dim() != 2:  # a norm, which is no product
+        return False
     x_RI = _random_rows(layer, sizes[-1])
     y_RO: Tensor = layer(x_RI)
     if not torch.equal(linear_plus(layer, x_RI, torch.zeros_like(y_RO)), y_RO):

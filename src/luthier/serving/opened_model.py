@@ -229,5 +229,5 @@ def open_by_torch(
         parent = base.network
     else:
         parent = open_network(stored.parent, objective_of(stored).head())
-    network = parent.with_adapter(lambda model: attach_adapter(model, stored))
+    network = parent.with_adapter(lambda model: attach_adapter(model, stored, shared=True))
     return OpenedModel.of(network, exact, base)

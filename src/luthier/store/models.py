@@ -417,8 +417,10 @@ def changed_files(
 _RESTORE = "restore it from a backup, or remove the model and make or fetch it again"
 
 
-def attach_adapter(network: nn.Module, model: StoredModel) -> None:
+def attach_adapter(network: nn.Module, model: StoredModel, shared: bool = False) -> None:
     """Put the adapter that ``model`` is into the network of its parent.
+
+    ``shared`` where others use that network's layers, too, which do not change then.
 
     Raises:
         CorruptFile: where a file is missing, is not the one that was stored, or is for another network.
@@ -426,7 +428,7 @@ def attach_adapter(network: nn.Module, model: StoredModel) -> None:
     from luthier.models.save import load_adapter
 
     check_whole(model)
-    load_adapter(network, adaptation_of(model), model.folder)
+    load_adapter(network, adaptation_of(model), model.folder, shared)
 
 
 def shares_base(model: StoredModel) -> bool:
@@ -442,16 +444,30 @@ def shares_base(model: StoredModel) -> bool:
         if not adaptation_of(below).mergeable:  # its layers would be under those of the adapter
             return False
         below = below.parent
-    return (
-        parent is not None
-        and bool(adaptation_of(model).shares_base)
-        and writes(model)
-        and writes(parent)
-        and not parent.manifest.withheld
-        and chosen_backend().batches_adapters
-        and not merges_adapters()
-        and described_network(parent.network_folder).flat
-    )
+    if (
+        parent is None
+        or not adaptation_of(model).shares_base
+        or not (writes(model) and writes(parent))
+        or parent.manifest.withheld
+        or not chosen_backend().batches_adapters
+        or merges_adapters()
+        or shares_base(parent)  # it has no network of its own that could be shared
+    ):
+        return False
+    network = described_network(parent.network_folder)
+    return network.flat and not _changes(model, network.base_only)
+
+
+def _changes(model: StoredModel, parts: Sequence[str]) -> bool:
+    """Whether the adapter that ``model`` is has weights in one of these modules and weights."""
+    from luthier.encryption.tensors import tensor_headers
+    from luthier.models.heads import is_inside
+    from luthier.models.save import ADAPTER
+
+    stored_parts = [*map(adaptation_of(model).stored_name, parts)]
+    with suppress(LuthierError):  # whoever loads the file says what is wrong with it
+        return any(is_inside(name, stored_parts) for name in tensor_headers(model.folder / ADAPTER))
+    return False
 
 
 def content_hash(model: StoredModel) -> str:
