@@ -154,6 +154,7 @@ def test_a_pinned_adapter_keeps_its_base_and_counts_it_once(base: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("freezing")
 def test_no_garbage_is_collected_while_an_adapter_is_loaded(
     pool: ModelPool, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
