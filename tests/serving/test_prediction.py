@@ -386,9 +386,10 @@ def test_a_classifier_goes_on_from_a_custom_model(
     tuned: Callable[..., tuple[str, Path]], tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     text = write(tmp_path / "text.jsonl", [{"text": row["text"]} for row in LABELLED])
-    first = luthier.tune(text, base=str(family_folder("bert")), name="read", training__epochs=1)
+    short: dict[str, Any] = {"training__max_steps": 2}
+    first = luthier.tune(text, base=str(family_folder("bert")), name="read", **short)
     result = luthier.tune(
-        write(tmp_path / "rows.jsonl", LABELLED), base=first.model_id, name="label"
+        write(tmp_path / "rows.jsonl", LABELLED), base=first.model_id, name="label", **short
     )
     assert "label" in luthier.load(result.model_id).predict(["the fox is here"])[0]
 
