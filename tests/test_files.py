@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -430,22 +431,27 @@ def test_a_file_that_two_threads_ask_for_is_hashed_once(
 ) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"numbers")
-    began, goes_on, hashed = threading.Event(), threading.Event(), list[Path]()
+    goes_on, asked, hashed = threading.Event(), threading.Barrier(3), list[Path]()
 
     def slowly(path: Path) -> str:
         hashed.append(path)
-        began.set()
         assert goes_on.wait(60)
         return "digest"
 
     monkeypatch.setattr(files, "sha256_of", slowly)
     found: list[str] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(cached_sha256_of(path))) for _ in range(2)
-    ]
+
+    def ask() -> None:
+        asked.wait(60)
+        found.append(cached_sha256_of(path))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
-    assert began.wait(60)
+    asked.wait(60)
+    while not hashed:
+        time.sleep(0.001)
+    time.sleep(0.2)  # so long for the other one to come to it, too
     goes_on.set()
     for thread in threads:
         thread.join(60)

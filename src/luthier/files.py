@@ -72,7 +72,9 @@ def file_version(status: os.stat_result) -> tuple[int, ...]:
 
 def cached_sha256_of(path: Path) -> str:
     """As :func:`sha256_of` of a file, computed once for each of its versions by this process."""
-    with _hashing.setdefault(path, threading.Lock()):  # who comes second waits for the first one's
+    with _hash_locks.setdefault(
+        path, threading.Lock()
+    ):  # who comes second waits for the first one's
         return _sha256_of_version(path, file_version(path.stat()))
 
 
@@ -81,7 +83,7 @@ def _sha256_of_version(path: Path, version: tuple[int, ...]) -> str:
     return sha256_of(path)
 
 
-_hashing: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()
+_hash_locks: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()
 
 
 def hashes_of(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:

@@ -156,7 +156,11 @@ def test_what_is_stored_must_be_what_was_trained(
 def test_an_adapter_that_has_no_effect_beside_its_base_is_refused(
     recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Merged it answers as it was trained; the steps that serving takes leave it out."""
+    """Merged it answers as it was trained; the steps that serving takes leave it out.
+
+    Also where it is trained in an environment that merges: others may serve it beside its base.
+    """
+    monkeypatch.setenv("LUTHIER_ADAPTERS", "merged")
     monkeypatch.setattr(
         row_adapters.SharedBase,
         "model_of_step",

@@ -36,7 +36,7 @@ def backends(
     for each in found.speeds:
         speeds = [f"{each.tokens_per_second[count]:.0f}" for count in counts]
         nats = "" if each.nats is None else f"{each.nats:.1g}"
-        table.add_row(each.backend, each.weights, *speeds, nats)
+        table.add_row(each.backend, each.shown_weights, *speeds, nats)
     print_text(f"{found.model} on {found.machine}; tokens a second of all streams together")
     print_table(table)
     for line in found.advice():

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,7 @@ from luthier.cli.options import (
     RayGpus,
     Speculation,
 )
-from luthier.errors import DataError, Problem, RecipeError, data_errors
+from luthier.errors import DataError, Problem, RecipeError, RefusedInput, data_errors
 from luthier.files import read_text
 from luthier.printable import printable_json
 
@@ -250,6 +251,7 @@ def chat(
     with heavy_imports(model):
         from luthier.models.backends import chosen_backend
         from luthier.models.sampling import Sampling
+        from luthier.serving.derived_gguf import check_derivable
         from luthier.serving.generation import Generator
         from luthier.store.models import check_active, find
         from luthier.types import Message
@@ -260,10 +262,12 @@ def chat(
     several = generator.chat.template == "chat"
     print_text(f"{model} is ready. {CHAT_HELP}")
     if generator.backend.device.type == "cpu" and chosen_backend().id == "torch":
-        note(
-            "torch writes. Without a GPU llama.cpp may write one answer several times as fast: "
-            f"`luthier backends {model}` measures both here and says what to set."
-        )
+        with suppress(RefusedInput):
+            check_derivable(stored)
+            note(
+                "torch writes. Without a GPU llama.cpp may write one answer several times as fast: "
+                f"`luthier backends {model}` measures both here and says what to set."
+            )
     history: list[Message] = []
     while True:
         try:

@@ -270,7 +270,7 @@ class ModelWriter:
             greedy_skipped=trained.greedy_skipped,
         )
         network.close()
-        if parent and trained.greedy is not None and store.shares_base(stored):
+        if parent and trained.greedy is not None and store.can_share_base(stored):
             below = as_network(
                 store.load(parent, dtype, device, head, savable=False), device, dtype
             )

@@ -15,6 +15,7 @@ added to each. A row's bits do not depend on its neighbours:
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -38,7 +39,7 @@ PREFILL_ROWS = range(2 * CHUNK_STEP, CHUNK + 1, 2 * CHUNK_STEP)
 PROMPT_ROWS = range(CHUNK_STEP, CHUNK + 1, CHUNK_STEP)
 """Numbers of rows that one adapter may have of them."""
 KNOWN_SHAPES = 16
-"""Of adapters, of which is known how their rows may be computed."""
+"""Of adapters, of which is known how their prompts may be read, beside those in memory."""
 SUM_PARTS = 32
 """Parts that a sum is taken in on accelerators, where a long one would wait for each of its numbers."""
 
@@ -101,7 +102,7 @@ class RowWeight(Weight):
             self._row, self._first = slots.bags(size, self._parts)
 
     def product(self, x_MI: Tensor) -> Tensor:
-        """Each row times its own matrix, ``[M, O]``, summed in float32.
+        """Each row times its own matrix, ``[M, O]``, summed in float32 where it is one sum.
 
         It is the sum of the matrix's rows with ``x`` as their weights, which PyTorch has a kernel for
         that reads no row of another adapter, and sums in the same order whatever the other rows are.
@@ -111,6 +112,7 @@ class RowWeight(Weight):
             x = x.to(self._table.dtype)
         y = torch.embedding_bag(self._table, self._row, self._first, per_sample_weights=x)[0]
         parts = self._parts
+        y = y.float() if parts > 1 else y  # parts were rounded, their sums are not once more
         while parts > 1:  # of each row, the sums of its halves, and so on
             parts //= 2
             y_MKO = y.view(len(x_MI), 2, parts, -1)
@@ -207,10 +209,10 @@ class Adapter:
     draft: DraftModel | None = None
     """What else guesses for them."""
     loaded: bool = False
-    """Whether it was taken in, and not let go of."""
+    """Whether it was taken in with its layers, and not let go of."""
     slot: int = -1
     """Its place in a stack, once it has had sequences."""
-    bits: RowBits | None = None
+    bits: PromptBits | None = None
     """How its prompts may be read; ``None`` without layers."""
 
     @staticmethod
@@ -252,7 +254,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class RowBits:
+class PromptBits:
     """What changes no bits of prompts, for adapters of the same shapes; tried with drawn numbers."""
 
     mixes_prompts: bool
@@ -261,18 +263,18 @@ class RowBits:
     """Whether a prompt has the same bits however it is divided, in the network that reads it."""
 
     @staticmethod
-    def of(adapter: Adapter, adds_inside: Callable[[Any], bool]) -> RowBits:
+    def of(adapter: Adapter, adds_inside: Callable[[Any], bool]) -> PromptBits:
         """Try it; ``adds_inside`` says of which layers it is known for the rows of steps."""
         mixes = _sizes_agree(adapter) and _adds_to_prompts(adapter, adds_inside)
-        return RowBits(mixes, mixes or _divides(adapter))
+        return PromptBits(mixes, mixes or _divides(adapter))
 
 
 class AdapterStack:
     """Adapters of the same shapes that have had sequences: their weights, stacked layer by layer.
 
-    A stack has never more places than there are such adapters in memory: on average none takes more
-    than twice what its own weights take. They stay when their sequences end, as most are asked again,
-    and to copy them takes ten milliseconds.
+    They stay when their sequences end, as most are asked again, and a copy takes ten milliseconds. A
+    stack has places for the adapters in memory, and an eighth more, or one, for those that come for
+    others: on average one takes a little more than twice what its own weights take at most.
     """
 
     def __init__(self, like: Adapter) -> None:
@@ -282,20 +284,26 @@ class AdapterStack:
         self.weights: dict[Site, tuple[Tensor, ...]] = {}
         self.computes = {site: update.compute for site, update in like.updates()}
         self._capacity = 0
+        """Places that each of the tensors has, or fewer."""
 
     # Threads in this mode and others change a stack, and what is made in it only changes in it.
     @torch.inference_mode()
     def add(self, adapter: Adapter) -> None:
-        """Copy its weights behind those of the others."""
-        adapter.slot = len(self.adapters)
-        self.adapters.append(adapter)
-        if adapter.slot == self._capacity:
+        """Copy its weights behind those of the others; where there is no memory, all stays as it is."""
+        slot, updates = len(self.adapters), [*adapter.updates()]
+        if not self.weights:
+            self.weights = {
+                site: tuple(weight.new_empty(0, *weight.shape) for weight in update.weights)
+                for site, update in updates
+            }
+        if slot == self._capacity:
             # Twice, so that adapters that come one after the other are not copied each time.
-            grown = min(2 * self._capacity, self.loaded)
-            self._resize(max(adapter.slot + 1, grown), adapter)
-        for site, update in adapter.updates():
+            self._resize(max(slot + 1, min(2 * self._capacity, self.loaded)))
+        for site, update in updates:
             for mine, weight in zip(self.weights[site], update.weights, strict=True):
-                mine[adapter.slot].copy_(weight)
+                mine[slot].copy_(weight)
+        self.adapters.append(adapter)
+        adapter.slot = slot
 
     @torch.inference_mode()
     def remove(self, adapter: Adapter) -> None:
@@ -308,16 +316,21 @@ class AdapterStack:
                         weight[adapter.slot].copy_(weight[last.slot])
                 self.adapters[adapter.slot], last.slot = last, adapter.slot
             adapter.slot = -1
-        most = max(len(self.adapters), self.loaded)
-        if most < self._capacity:
-            self._resize(most, adapter)
+        needed = max(len(self.adapters), self.loaded)
+        if self._capacity > needed + max(1, needed // 8):
+            with suppress(MemoryError, RuntimeError):  # a smaller copy has no room beside: later
+                self._resize(needed)
 
-    def _resize(self, capacity: int, like: Adapter) -> None:
-        kept = min(self._capacity, capacity)
-        for site, update in like.updates():
-            old = self.weights.pop(site, ())
-            new = tuple(weight.new_empty(capacity, *weight.shape) for weight in update.weights)
-            for mine, theirs in zip(new, old, strict=False):
+    def update_at(self, site: Site, weight_of: Callable[[Tensor], Weight]) -> Update:
+        """What is added there, with the weights that ``weight_of`` makes of those of the stack."""
+        compute, weights = self.computes[site], [*map(weight_of, self.weights[site])]
+        return lambda x_RI: compute(x_RI, *weights)
+
+    def _resize(self, capacity: int) -> None:
+        kept = self._capacity = min(self._capacity, capacity)
+        for site, old in self.weights.items():  # one after the other: there is little memory beside
+            new = tuple(weight.new_empty(capacity, *weight.shape[1:]) for weight in old)
+            for mine, theirs in zip(new, old, strict=True):
                 mine[:kept] = theirs[:kept]
             self.weights[site] = new
         self._capacity = capacity
@@ -351,10 +364,9 @@ class _Step:
     def parts_at(self, site: Site) -> Sequence[tuple[Tensor | slice | None, Update]]:
         if site not in self._parts:
             self._parts[site] = [
-                (row_Q, _update(stack.computes[site], weights))
+                (row_Q, stack.update_at(site, partial(RowWeight, slots=slots)))
                 for stack, row_Q, slots in self.stacks
                 if site in stack.computes
-                for weights in [[RowWeight(each, slots) for each in stack.weights[site]]]
             ]
         return self._parts[site]
 
@@ -368,15 +380,10 @@ class _Prompts:
 
     def parts_at(self, site: Site) -> Sequence[tuple[Tensor | slice | None, Update]]:
         return [
-            (rows, _update(stack.computes[site], weights))
+            (rows, stack.update_at(site, lambda stack_P, slot=slot: Weight(stack_P[slot])))  # type: ignore[misc]
             for stack, slot, rows in self.slices
             if site in stack.computes
-            for weights in [[Weight(each[slot]) for each in stack.weights[site]]]
         ]
-
-
-def _update(compute: Callable[..., Tensor], weights: Sequence[Any]) -> Update:
-    return lambda x_RI: compute(x_RI, *weights)
 
 
 class StackedLayer(LayerWrapper):
@@ -389,17 +396,17 @@ class StackedLayer(LayerWrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[1, R, in]`` to ``[1, R, out]``."""
-        update_RO = self._update(self._reads, x[0])
+        update_RO = self._sum_at(self._reads, x[0])
         if update_RO is None:
             y: Tensor = self.base_layer(x)
         elif self._adds_inside:
             y = linear_plus(self.base_layer, x[0], update_RO)[None]
         else:
             y = self.base_layer(x) + update_RO
-        update_RO = self._update(self._gives, y[0])
+        update_RO = self._sum_at(self._gives, y[0])
         return y if update_RO is None else y + update_RO
 
-    def _update(self, site: Site, x_RI: Tensor) -> Tensor | None:
+    def _sum_at(self, site: Site, x_RI: Tensor) -> Tensor | None:
         """What is added at ``site``, ``[R, O]``, to what the layer gives for or as ``x_RI``."""
         update_RO: Tensor | None = None
         for rows, update in self._shared.running.parts_at(site):
@@ -422,12 +429,12 @@ class SharedBase:
         self.mixed: Any = None
         """The base with a layer for rows of several adapters wherever one of them has its own."""
         self._stacks: dict[Hashable, AdapterStack] = {}
-        self._bits: dict[Hashable, RowBits] = {}
-        """Of shapes that came last."""
+        self._bits: dict[Hashable, PromptBits] = {}
+        """Of shapes that are in memory, and of others that came last."""
         self._adds_inside: dict[Hashable, bool] = {}
 
     def adapter_of(self, network: Network) -> Adapter:
-        """What makes ``network`` another one than the base, and how its rows may be computed.
+        """What makes ``network`` another one than the base, and how its prompts may be read.
 
         It is not taken in yet: to try it takes longer than to load an adapter, and others are answered
         meanwhile.
@@ -438,7 +445,7 @@ class SharedBase:
         adapter = Adapter.of(network, self.network)
         if adapter.layers:
             known = self._bits.get(adapter.shapes)
-            adapter.bits = known or RowBits.of(adapter, self.adds_inside)
+            adapter.bits = known or PromptBits.of(adapter, self.adds_inside)
         return adapter
 
     def adds_inside(self, layer: nn.Module) -> bool:
@@ -459,16 +466,18 @@ class SharedBase:
                 stacked = partial(StackedLayer, name=name, shared=self)
                 replace_modules(self.mixed, [name], stacked)
         if adapter.shapes not in self._stacks:
-            self._bits.pop(adapter.shapes, None)
-            self._bits[adapter.shapes] = adapter.bits
-            if len(self._bits) > KNOWN_SHAPES:
-                del self._bits[next(iter(self._bits))]
             self._stacks[adapter.shapes] = AdapterStack(adapter)
+        self._bits.pop(adapter.shapes, None)
+        self._bits[adapter.shapes] = adapter.bits
+        idle = [shapes for shapes in self._bits if shapes not in self._stacks]
+        for shapes in idle[: max(0, len(self._bits) - KNOWN_SHAPES)]:
+            del self._bits[shapes]
         self._stacks[adapter.shapes].loaded += 1
         adapter.loaded = True
 
     def remove(self, adapter: Adapter) -> None:
         """Let go of what was taken in, as soon as its last sequence has ended."""
+        self.running = _Step()  # the last one may know it
         if adapter.loaded and adapter.shapes in self._stacks:  # else the base was closed before
             self._stacks[adapter.shapes].loaded -= 1
             adapter.loaded = False
@@ -477,8 +486,8 @@ class SharedBase:
     def enter(self, adapter: Adapter, sequences: int = 1) -> None:
         """So many sequences of it begin."""
         if adapter.layers and adapter.slot < 0:
+            self.running = _Step()  # the last one has tensors that the stack may replace
             self._stacks[adapter.shapes].add(adapter)
-            self.running = _Step()
         adapter.sequences += sequences
 
     def leave(self, adapter: Adapter) -> None:
@@ -488,16 +497,16 @@ class SharedBase:
             self._drop_unused(adapter)
 
     def _drop_unused(self, adapter: Adapter) -> None:
-        if adapter.loaded or adapter.sequences:
+        stack = self._stacks.get(adapter.shapes)
+        if adapter.loaded or adapter.sequences or stack is None:
             return
         self.running = _Step()  # the last one may have had rows of it, or of adapters that moved
-        stack = self._stacks[adapter.shapes]
         stack.remove(adapter)
         if not (stack.loaded or stack.adapters):
             del self._stacks[adapter.shapes]
 
     def mixes_prompts(self, adapter: Adapter) -> bool:
-        """Whether tokens of its prompts may be rows beside those of others (:meth:`model_of`)."""
+        """Whether its prompts may be read beside those of others (:meth:`model_of_prompts`)."""
         if adapter.before or adapter.soft:
             return False  # of these the adapter's own network knows alone
         if adapter.bits is None:
@@ -518,9 +527,8 @@ class SharedBase:
                 by_stack.setdefault(adapter.shapes, []).append(row)
         device = self.network.device
         for shapes, rows in by_stack.items():
-            whole = len(rows) == len(
-                own
-            )  # all rows in their order, and those that fill it up behind
+            # All rows in their order, and those that fill the step up behind them.
+            whole = len(rows) == len(own)
             row_Q = None if whole else torch.tensor(rows, device=device)
             slots = Slots([own[row].slot for row in rows], size if whole else len(rows), device)
             step.stacks.append((self._stacks[shapes], row_Q, slots))

@@ -53,6 +53,11 @@ class BackendSpeed:
             return f"{ADAPTERS_SETTING}=merged" if self.merged else ""
         return f"{SETTING}={self.backend} {TYPE_SETTING}={self.weights}"
 
+    @property
+    def shown_weights(self) -> str:
+        """Their type, and whether an adapter is in them."""
+        return f"{self.weights}, merged" if self.merged else self.weights
+
 
 @dataclass(frozen=True)
 class BackendSpeeds:
@@ -102,6 +107,7 @@ class BackendSpeeds:
                 {
                     "backend": each.backend,
                     "weights": each.weights,
+                    "merged": each.merged,
                     "tokens_per_second": {
                         str(streams): round(speed, 1)
                         for streams, speed in each.tokens_per_second.items()
@@ -130,11 +136,10 @@ def backend_speeds(
     Raises:
         RecipeError: for a model that writes no text, or numbers of streams that cannot be measured.
     """
-    from luthier.engine.machine import choose_machine, machine_name, open_network
+    from luthier.engine.machine import choose_machine, machine_name
     from luthier.models.description import check_folder
-    from luthier.models.torch_backend import torch_backend
     from luthier.serving.opened_model import open_by_torch
-    from luthier.store.models import adaptation_of, check_writes, room_of, shares_base
+    from luthier.store.models import adaptation_of, can_share_base, check_writes, room_of
 
     check_writes(stored, "so there are no tokens a second to measure")
     if not streams or min(streams) < 1 or max(streams) > 64:
@@ -144,23 +149,19 @@ def backend_speeds(
     vocabulary = int(check_folder(stored.network_folder)["vocab_size"])
     with ExitStack() as opened:
         note(f"Loading {stored.id} …")
-        own = open_by_torch(stored, exact=True)
+        shares = can_share_base(stored)
+        own = open_by_torch(stored, exact=True, beside=shares)
         opened.callback(own.close)
         dtype = str(own.network.dtype).removeprefix("torch.")
         backends: list[tuple[BackendSpeed, Backend]] = [
             (BackendSpeed("torch", dtype, {}), own.backend)
         ]
-        shares = shares_base(stored)
         if shares and adaptation_of(stored).mergeable:
-            network = open_network(stored)
-            opened.callback(network.close)
-            merged = torch_backend(network, network.context, exact=True)
+            merged = open_by_torch(stored, exact=True, beside=False)
             opened.callback(merged.close)
             parity = stored.manifest.parity
             nats = parity.next_tokens.mean_kl if parity and parity.next_tokens else None
-            backends.append(
-                (BackendSpeed("torch", f"{dtype}, merged", {}, nats, merged=True), merged)
-            )
+            backends.append((BackendSpeed("torch", dtype, {}, nats, merged=True), merged.backend))
         for kind in types:
             try:
                 entry.check()
@@ -181,7 +182,7 @@ def backend_speeds(
             for speed, best in zip(speeds, found, strict=True):
                 speed.tokens_per_second[count] = best
             texts = (
-                f"{speed.backend} {speed.weights} {best:.0f}"
+                f"{speed.backend} {speed.shown_weights} {best:.0f}"
                 for speed, best in zip(speeds, found, strict=True)
             )
             note(f"  {', '.join(texts)} tokens a second")

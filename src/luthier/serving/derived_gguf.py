@@ -71,11 +71,11 @@ def gguf_type() -> Quantization:
         raise RecipeError(f"{TYPE_SETTING}: {error}") from error
 
 
-def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Path:
-    """The file of ``stored``, written and compared where it is not there yet.
+def check_derivable(stored: StoredModel) -> None:
+    """Refuse a model that has no file.
 
     Raises:
-        RecipeError: where the model has none, or its file does not answer as the model does.
+        RecipeError: with the reason.
     """
     from luthier.models.description import check_folder
     from luthier.models.gguf import check_writable
@@ -84,6 +84,15 @@ def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Pat
     check_mergeable(stored, "a GGUF file holds nothing else")
     if keyring() is not None or any(is_sealed(path) for path in _weights(stored)):
         raise RecipeError("its weights are encrypted, and a GGUF file lies on the disk as it is")
+
+
+def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Path:
+    """The file of ``stored``, written and compared where it is not there yet.
+
+    Raises:
+        RecipeError: where the model has none, or its file does not answer as the model does.
+    """
+    check_derivable(stored)
     folder = gguf_folder(stored.id, content_hash(stored), kind)
     with lock(folder.parent / f".{folder.name}.lock", wait=True):
         record = _read(folder)

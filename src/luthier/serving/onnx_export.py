@@ -153,7 +153,7 @@ class OnnxAnswer:
     graph: Callable[[Any, Sequence[str]], _Graph]
     """The network from the inputs of these names to the answer."""
     read: Read
-    shown: str
+    example: str
     """The lines of :data:`_ANSWER_LINES` that show it."""
     details: dict[str, Any] = field(default_factory=dict)
     """Further members of ``onnx.json``."""
@@ -483,7 +483,7 @@ for number, scores in enumerate(answer):
 
 def _readme(name: str, answer: OnnxAnswer, chat: ChatFormat) -> str:
     """What is in the folder, and lines that read with it."""
-    tags = answer.shown == "tags"
+    tags = answer.example == "tags"
     lines = [
         f"# {name}",
         "",
@@ -505,6 +505,6 @@ def _readme(name: str, answer: OnnxAnswer, chat: ChatFormat) -> str:
         _TEXT_LINES.format(texts=encoded).rstrip(),
         f'session = onnxruntime.InferenceSession(str(folder / "{ONNX_FILE}"))',
         "(answer,) = session.run(None, inputs)",
-        _ANSWER_LINES[answer.shown],
+        _ANSWER_LINES[answer.example],
     ]  # fmt: skip
     return "\n".join([*lines, "", "```python", *code, "```"]) + "\n"

@@ -216,13 +216,19 @@ def open_model(
 
 
 def open_by_torch(
-    stored: StoredModel, exact: bool = False, base: OpenedModel | None = None
+    stored: StoredModel,
+    exact: bool = False,
+    base: OpenedModel | None = None,
+    beside: bool | None = None,
 ) -> OpenedModel:
-    """As :func:`open_model`, whatever backend runs files."""
+    """As :func:`open_model`, whatever backend runs files.
+
+    ``beside`` says whether an adapter stands beside its base; what the environment says, if not given.
+    """
     from luthier.engine.machine import open_network
     from luthier.store.models import attach_adapter, objective_of, shares_base
 
-    if not shares_base(stored):
+    if not (shares_base(stored) if beside is None else beside):
         return OpenedModel.of(open_network(stored), exact)
     assert stored.parent is not None
     if base is not None:

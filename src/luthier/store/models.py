@@ -370,19 +370,21 @@ def load(
 
 
 def read_ahead(model_id: str) -> None:
-    """Have another thread hash the files of a model that is here, which loading it will ask for.
+    """Have another thread hash the files of a model that are here, which loading it will ask for.
 
-    It says nothing of what is wrong with them: who loads the model does.
+    It fetches nothing, and says nothing of what is wrong with them: who loads the model does.
     """
 
     def read() -> None:
+        below: str | None = model_id
         with suppress(LuthierError, OSError, ValueError):
-            model: StoredModel | None = find_here(model_id)
-            while model is not None:
-                check_whole(model)
-                model = model.parent
+            while below is not None:
+                folder = folder_of(below) or base_folder(below)
+                manifest = _read_record(folder, below)
+                check_whole(StoredModel(below, folder, manifest))
+                below = manifest.parent if manifest.saved == "adapter" else None
 
-    if ":" in model_id or (model_id in CATALOG and is_base_here(model_id)):
+    if ":" in model_id or model_id in CATALOG:
         threading.Thread(target=read, name="read ahead", daemon=True).start()
 
 
@@ -437,6 +439,12 @@ def shares_base(model: StoredModel) -> bool:
     Through every face of an environment alike: merging rounds, and one seed is to give one text.
     """
     from luthier.models.backends import chosen_backend, merges_adapters
+
+    return not merges_adapters() and chosen_backend().batches_adapters and can_share_base(model)
+
+
+def can_share_base(model: StoredModel) -> bool:
+    """Whether ``model`` can be written beside its parent's network, where the environment says so."""
     from luthier.models.description import described_network
 
     parent = below = model.parent
@@ -449,9 +457,7 @@ def shares_base(model: StoredModel) -> bool:
         or not adaptation_of(model).shares_base
         or not (writes(model) and writes(parent))
         or parent.manifest.withheld
-        or not chosen_backend().batches_adapters
-        or merges_adapters()
-        or shares_base(parent)  # it has no network of its own that could be shared
+        or can_share_base(parent)  # it has no network of its own that could be shared
     ):
         return False
     network = described_network(parent.network_folder)

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, and_, func, or_, select, true
+from sqlalchemy import BigInteger, ColumnElement, Select, and_, func, or_, select, true
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
@@ -330,21 +330,13 @@ def leased_rows(session: Session, kind: type[Row]) -> list[Row]:
     return list(session.scalars(select(kind).where(kind.lease.is_not(None)).order_by(kind.seq)))
 
 
-def read_leased(
-    session: Session, kind: type[Row], row_id: str, lease: str, *, lock: bool = False
-) -> Row:
-    """The row as it stands now; ``lock`` keeps it so until the transaction ends.
+def read_leased(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
+    """The row as it stands now.
 
     Raises:
         LeaseLost: where ``lease`` does not hold it.
     """
-    query = select(kind).where(kind.id == row_id, kind.lease == lease)
-    if lock:
-        query = query.with_for_update().execution_options(populate_existing=True)
-    row = session.scalars(query).first()
-    if row is None:
-        raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
-    return row
+    return _leased(session, kind, row_id, lease, select(kind))
 
 
 def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
@@ -353,7 +345,15 @@ def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
     Raises:
         LeaseLost: as :func:`read_leased`.
     """
-    return read_leased(session, kind, row_id, lease, lock=True)
+    locking = select(kind).with_for_update().execution_options(populate_existing=True)
+    return _leased(session, kind, row_id, lease, locking)
+
+
+def _leased(session: Session, kind: type[Row], row_id: str, lease: str, query: Select[Row]) -> Row:
+    row = session.scalars(query.where(kind.id == row_id, kind.lease == lease)).first()
+    if row is None:
+        raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
+    return row
 
 
 def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
