@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from shutil import make_archive
 from typing import Any
@@ -85,6 +86,42 @@ def test_this_process_measures_while_others_do_and_batches_stay_in_order(
     assert [batch for batch, _ in pool.measure(parts[4])] == parts[:4]
     submitted[-1].set_result([check.measure(parts[4])])
     assert [batch for batch, _ in pool.wait()] == parts[4:]
+
+
+@pytest.mark.parametrize("where", ["waiting", "submitting"])
+def test_a_process_that_is_killed_loses_nothing(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """This one measures what was with it, and all that comes then."""
+    started: list[Any] = []
+
+    class Executor:
+        def __init__(self, *_: Any) -> None:
+            started.append(self)
+
+        def submit(self, measure: Any, batch: RowBatch) -> Future[list[Any]]:
+            future: Future[list[Any]] = Future()
+            if where == "waiting":
+                future.set_exception(BrokenProcessPool("killed"))
+            elif batch.rows[0].line > 1:
+                raise BrokenProcessPool("killed")
+            return future
+
+        def shutdown(self, wait: bool) -> None:
+            assert not wait
+            for _, future in pool._waiting:
+                future.cancel()
+
+    monkeypatch.setattr("luthier.gate.scan.ProcessPoolExecutor", Executor)
+    check = Lengths()
+    pool = scan.BatchPool([check], processes=2)
+    parts = [RowBatch("train", "f", [RawText("f", n, text="a b" * n)]) for n in range(1, 6)]
+    found = [each for batch in parts for each in pool.measure(batch)]
+    found += pool.wait()
+    assert [batch for batch, _ in found] == parts
+    for batch, (measured,) in found:
+        assert pickle.dumps(measured) == pickle.dumps(check.measure(batch))
+    assert len(started) == 1 and [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_small_sources_start_no_process(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,28 @@ def test_each_row_has_the_bits_that_it_has_alone(
     assert not base._shared._stacks
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_keeps_its_bits_beside_adapters_where_only_its_first_biases_are_zero(
+    dtype: torch.dtype, tiny_gpt2: Callable[..., Any]
+) -> None:
+    """What the first layer of a shape shows does not hold for one that has biases."""
+    model = tiny_gpt2(n_embd=64, n_layer=2)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias") and ".h.0." not in name:
+            weight += 0.2 * torch.randn(weight.shape, generator=generator)
+    network = as_network(model.to(dtype).eval(), CPU, dtype)
+    base = FlatBackend(network, 512, exact=True)
+    alone = write([base], PROMPTS[1:2], 6)[0]
+    backends = [
+        base.with_adapter(network.with_adapter(drawn(kind, 1)), 512)
+        for kind in (LoRA(rank=4), BitFit())
+    ]
+    together = write([base, *backends], PROMPTS[1:2] * 3, 6)
+    assert equal(together[0], alone)
+    assert not any(equal(other, alone) for other in together[1:])
+
+
 @pytest.mark.parametrize(
     ("family", "kind"),
     [*(("llama", kind) for kind in KINDS[:-1]), ("biased", KINDS[-1]), ("gpt2", KINDS[-1])],

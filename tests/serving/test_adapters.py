@@ -19,6 +19,7 @@ from luthier.encryption.tensors import save_tensors
 from luthier.engine.train import train
 from luthier.errors import CorruptFile, QuotaExceeded, WrongState
 from luthier.limits import ModelLimits
+from luthier.models import save as model_files
 from luthier.models.manifest import MANIFEST
 from luthier.models.row_adapters import StackedLayer
 from luthier.models.sampling import Sampling
@@ -28,7 +29,7 @@ from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator
 from luthier.serving.inference import Chat, GenerationRequest, InferenceFailed, TokenChunk
 from luthier.serving.pool import ModelPool
-from luthier.store.models import find, load, shares_base
+from luthier.store.models import attach_adapter, find, load, shares_base
 from luthier.types import Message
 
 BASE = "tiny-llama"
@@ -320,6 +321,41 @@ def test_a_deleted_adapter_ends_its_answers_and_others_go_on(pool: ModelPool, ba
     pool.forget(base)
     assert pool.loaded_ids() == []
     assert text_of(pool, NAMES[1], max_tokens=60) == alone
+
+
+def test_a_pool_that_closes_while_answers_are_written_gives_all_back(
+    base: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = ModelPool(1 << 30, cache=1 << 28)
+    streams = [pool.submit(name, asked(max_tokens=300)) for name in (base, NAMES[0], base)]
+    for stream in streams:
+        next(stream)
+    pool.close()
+    for stream in streams:
+        with pytest.raises(InferenceFailed, match="unloaded"):
+            stream.whole()
+    assert not caplog.records
+
+
+def test_an_adapter_that_is_altered_while_it_is_read_is_refused(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash was right just before."""
+    stored = find(NAMES[0])
+    file, real = stored.folder / ADAPTER, model_files.load_adapter
+    content = file.read_bytes()
+
+    def alter(*given: Any) -> None:
+        file.write_bytes(content[:-1] + b"x")
+        real(*given)
+
+    monkeypatch.setattr(model_files, "load_adapter", alter)
+    network = load(find(base), torch.float32, torch.device("cpu"))
+    try:
+        with pytest.raises(CorruptFile, match="were changed while they were read"):
+            attach_adapter(network, stored)
+    finally:
+        file.write_bytes(content)
 
 
 @pytest.mark.slow

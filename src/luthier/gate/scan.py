@@ -7,13 +7,15 @@ that a report does not depend on how many measure.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import pickle
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.context import BaseContext
@@ -33,6 +35,8 @@ from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Findings, Place, SeverityChoice, rule_of
 from luthier.gate.texts import excerpt_of
 from luthier.types import Row
+
+_log = logging.getLogger("luthier.gate")
 
 ROWS = 1024
 """Rows of a batch at most."""
@@ -302,9 +306,13 @@ class BatchPool:
             checks = pickle.dumps(self.checks)  # They have begun by now.
             self._pool = ProcessPoolExecutor(self.others, _context(), _set_checks, (checks,))
         measuring = sum(not future.done() for _, future in self._waiting)
+        future: Future[list[Any]] | None = None
         if self._pool is not None and measuring < AHEAD * self.others:
-            future = self._pool.submit(_measure, batch)
-        else:
+            try:
+                future = self._pool.submit(_measure, batch)
+            except BrokenProcessPool:
+                self._go_on_alone()
+        if future is None:
             future = Future()
             future.set_result([check.measure(batch) for check in self.checks])
         self._waiting.append((batch, future))
@@ -321,7 +329,19 @@ class BatchPool:
 
     def _next(self) -> MeasuredBatch:
         batch, future = self._waiting.popleft()
-        return batch, future.result()
+        try:
+            return batch, future.result()
+        except (BrokenProcessPool, CancelledError):  # all that was with the others is lost
+            self._go_on_alone()
+            return batch, [check.measure(batch) for check in self.checks]
+
+    def _go_on_alone(self) -> None:
+        """Without the other processes, of which one was killed, for want of memory mostly."""
+        if self._pool is not None:
+            _log.warning("a process that measured rows was killed; this one goes on alone")
+            self._pool.shutdown(wait=False)  # to wait for processes that are gone may have no end
+            self._pool = None
+        self.others = 0
 
 
 def start_measuring() -> None:

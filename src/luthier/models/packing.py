@@ -169,13 +169,14 @@ class PackedGroup:
 
 
 def linear_plus(layer: Any, x_NI: Tensor, update_NO: Tensor) -> Tensor:
-    """What a linear layer, or GPT-2's ``Conv1D``, makes of ``x``, with ``update`` added inside."""
+    """What a linear layer without a bias makes of ``x``, with ``update`` added inside.
+
+    A ``Conv1D`` of GPT-2 is one whose weight is ``[in, out]``.
+    """
     if (packed := packed_weight(layer)) is not None:
-        y = packed.plus(x_NI, update_NO)
-    else:
-        weight_IO = layer.weight.t() if isinstance(layer, nn.Linear) else layer.weight
-        y = torch.addmm(update_NO, x_NI, weight_IO)
-    return y if layer.bias is None else y + layer.bias
+        return packed.plus(x_NI, update_NO)
+    weight_IO = layer.weight.t() if isinstance(layer, nn.Linear) else layer.weight
+    return torch.addmm(update_NO, x_NI, weight_IO)
 
 
 def _reorder(weight: Tensor) -> Tensor:

@@ -664,7 +664,9 @@ def _random_rows(layer: Any, count: int) -> Tensor:
 @torch.no_grad()
 def _adds_inside(layer: Any, sizes: Sequence[int]) -> bool:
     """Whether an update can be added inside the product: no row's bits depend on it, or on others."""
-    if layer.weight.dim() != 2:  # a norm, which is no product
+    # A norm is no product. A bias is added where the sum of the product is rounded, or after it, where
+    # an update has its place: zeros would pass here, and be tried for layers that have others.
+    if layer.weight.dim() != 2 or layer.bias is not None:
         return False
     x_RI = _random_rows(layer, sizes[-1])
     y_RO: Tensor = layer(x_RI)

@@ -454,27 +454,27 @@ class Decoder:
     # What follows runs in the decoder's own thread.
 
     def _run(self) -> None:
-        try:
-            self._decode()
-        finally:
-            # However it ends: nobody waits for an answer, or for a client that is not at work.
-            self._end()
-            if self._prefixes is not None:
-                self._prefixes.forget(self)
-            self._opened.close()
+        with torch.inference_mode():  # also what its sequences have kept is given back in it
+            try:
+                self._decode()
+            finally:
+                # However it ends: nobody waits for an answer, or for a client that is not at work.
+                self._end()
+                if self._prefixes is not None:
+                    self._prefixes.forget(self)
+                self._opened.close()
 
     def _decode(self) -> None:
-        with torch.inference_mode():
-            while self._next():
-                try:
-                    self._sweep()
-                    self._read()
-                    if not self._write() and self._at_work() and not self._runnable():
-                        # It is the turn of others, at another model, or of those who read.
-                        self._scheduler.wait(RETRY_SECONDS)
-                except Exception as error:
-                    _log.exception("decoding failed")
-                    self._fail(error)
+        while self._next():
+            try:
+                self._sweep()
+                self._read()
+                if not self._write() and self._at_work() and not self._runnable():
+                    # It is the turn of others, at another model, or of those who read.
+                    self._scheduler.wait(RETRY_SECONDS)
+            except Exception as error:
+                _log.exception("decoding failed")
+                self._fail(error)
 
     def _next(self) -> bool:
         """Wait for work and let in what there is room for; whether there will be any more."""

@@ -429,8 +429,17 @@ def attach_adapter(network: nn.Module, model: StoredModel, shared: bool = False)
     """
     from luthier.models.save import load_adapter
 
+    def versions() -> list[tuple[int, ...]]:
+        paths = [model.folder / name for name in model.manifest.files]
+        return [file_version(path.stat()) for path in paths if path.is_file()]
+
+    before = versions()
     check_whole(model)
     load_adapter(network, adaptation_of(model), model.folder, shared)
+    if versions() != before:
+        raise CorruptFile(
+            f"files of {model.folder} were changed while they were read; load it again"
+        )
 
 
 def shares_base(model: StoredModel) -> bool:
