@@ -319,8 +319,9 @@ def test_prompts_that_leave_no_room_for_a_reply_are_named_or_left_out(
 ) -> None:
     long = {"prompt": "colour of " * 600, "completion": "blue"}
     held = jsonl(tmp_path / "held.jsonl", ROWS[0], long, ROWS[1], long)
-    message = Answer("evaluate", MODEL, str(held)).refused()
-    assert f"{held}:2: [row.too_long]" in message and "(also line 4)" in message
+    for arguments in (["generate", MODEL, "--input", str(held)], ["evaluate", MODEL, str(held)]):
+        message = Answer(*arguments).refused()
+        assert f"{held}:2: [row.too_long]" in message and "(also line 4)" in message
     assert "--long-rows drop, or lower max_tokens" in message
     answer = Answer("evaluate", MODEL, str(held), "--long-rows", "drop", "--json").good()
     report = answer.json()

@@ -47,6 +47,14 @@ def test_a_backend_that_is_not_there_is_refused_at_the_start(
     assert "LUTHIER_BACKEND is 'warp', and there" in refused()
 
 
+@pytest.mark.parametrize("option", ["--port", "--tls-port"])
+@pytest.mark.parametrize("port", ["-1", "80000"])
+def test_a_port_that_is_none_is_refused(option: str, port: str) -> None:
+    """The system would listen on its remainder by 65,536."""
+    answer = CliRunner().invoke(app, ["serve", option, port])
+    assert answer.exit_code == 2 and "0<=x<=65535" in answer.output
+
+
 def test_graders_are_named_and_checked(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
     good.write_text('method = "exact"\n')

@@ -417,3 +417,10 @@ def test_a_refit_stores_other_weights_than_those_that_were_measured() -> None:
         "from a second one of 27 steps, which learned from all 200 rows and was not measured"
     )
     assert (found.outcome, found.kept_step, found.kept) == ("overfitted", 20, {"loss": 1.0})
+
+
+def test_a_rate_that_ruins_the_model_in_a_few_steps_is_called_too_high() -> None:
+    verdict = judged((2.75, 30.36), train=[2.378, 30.1, 30.3], steps=3, rate=100.0)
+    assert verdict.outcome == "worse" and verdict.advice.startswith("The rate is too high")
+    few = judged((2.0, 2.1), train=[2.0, 1.9, 2.0], steps=3)
+    assert "3 steps are too few to tell why" in few.advice

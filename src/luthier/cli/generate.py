@@ -93,7 +93,7 @@ def generate(
         from luthier.workflows.inference_tasks import (
             REASONING,
             GenerateTask,
-            conversation,
+            fitting_prompts,
             reasoning_of,
             reply_lines,
         )
@@ -151,7 +151,8 @@ def generate(
         return
     started = time.monotonic()
     with show_progress(len(rows), "generate") as done:
-        prompts = [conversation(row.content) for row in rows]
+        with data_errors(GenerateTask.outcome):
+            prompts = fitting_prompts(rows, generator, sampling)
         answers = generator.answers(prompts, sampling, done=done)
     text = reply_lines(records, answers)
     if output is not None:

@@ -30,11 +30,14 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; loopback alone by default.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(help="Port of all faces; 0 for a free one.")] = 8080,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of all faces; 0 for a free one.")
+    ] = 8080,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
     tls_port: Annotated[
-        int | None, typer.Option(help="Further port for TLS; else TLS is spoken on --port.")
+        int | None,
+        typer.Option(min=0, max=65535, help="Further port for TLS; else TLS is spoken on --port."),
     ] = None,
     region: Annotated[str, typer.Option(help="Region that ARNs name.")] = "us-east-1",
     account: Annotated[str, typer.Option(help="Account of the root user made first.")] = (

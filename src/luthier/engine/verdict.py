@@ -339,15 +339,17 @@ class _Course:
                 "The later steps only learned the training rows by heart: more rows help, or fewer "
                 "passes, or fewer weights"
             )
+        if self._risen(self.train):
+            return f"The rate is too high: try {lower}, or let `luthier search` find one"
         if len(self.train) < FEWEST_STEPS:
             return f"{len(self.train)} steps are too few to tell why: {self._twice(training)}"
-        if self._training_moved() < 0 and not self._risen(self.train):
+        if self._training_moved() < 0:
             return (
                 "The training loss fell, so the rows were learned, and what they teach does not help "
                 "with the validation rows: check that both are of one kind, or give more rows"
             )
         harmed = any(self._above_start(line) for line in self.held)
-        if harmed or self._risen(self.held) or self._risen(self.train):
+        if harmed or self._risen(self.held):
             return f"The rate is too high: try {lower}, or let `luthier search` find one"
         if training.max_steps is not None and self.kept is self.last:
             return f"It was best at the last step, so more steps may help: {self._twice(training)}"

@@ -30,7 +30,7 @@ from luthier.types import Message, Row
 
 if TYPE_CHECKING:
     from luthier.models.speculation import Speculation
-    from luthier.serving.generation import GeneratedReply, Prompt
+    from luthier.serving.generation import GeneratedReply, Generator, Prompt
     from luthier.serving.prediction import Predictor
     from luthier.store.models import StoredModel
 
@@ -240,21 +240,32 @@ class GenerateTask(InferenceTask):
         generator = Generator.open(stored, self.speculation)
 
         def answer(rows: Sequence[InputRow], done: OnDone) -> ShardAnswer:
-            prompts = [conversation(row.content) for row in rows]
-            problems = list[Problem]()
-            for row, prompt in zip(rows, prompts, strict=True):
-                if refusal := generator.refusal(prompt, self.sampling):
-                    message = f"{refusal[:1].upper()}{refusal[1:]}"
-                    fix = "Shorten it, or ask for fewer tokens of a reply."
-                    problems.append(Problem(row.file, row.line, "row.too_long", message, fix))
-            if problems:
-                raise DataError(problems)
+            prompts = fitting_prompts(rows, generator, self.sampling)
             before = generator.speculation
             answers = generator.answers(prompts, self.sampling, done=done)
             counts = draft_counts(generator.speculation - before) if generator.draft_model else {}
             return ShardAnswer(reply_lines(self.records(rows), answers).encode(), counts)
 
         return answer
+
+
+def fitting_prompts(
+    rows: Sequence[InputRow], generator: Generator, sampling: Sampling
+) -> list[Prompt]:
+    """What the rows ask.
+
+    Raises:
+        DataError: with those that leave too little room for a reply.
+    """
+    prompts = [conversation(row.content) for row in rows]
+    problems = list[Problem]()
+    for row, prompt in zip(rows, prompts, strict=True):
+        if refusal := generator.refusal(prompt, sampling):
+            fix = "Shorten it, or ask for fewer tokens of a reply."
+            problems.append(Problem(row.file, row.line, "row.too_long", refusal, fix))
+    if problems:
+        raise DataError(problems)
+    return prompts
 
 
 TASKS: Mapping[str, type[InferenceTask]] = {
@@ -342,7 +353,8 @@ def read_prompts(source: Path, problems: list[Problem]) -> Iterator[InputRow]:
                     line,
                     "prompt.missing",
                     "the row has neither a text under `prompt` nor a list of `messages`.",
-                    'Write {"prompt": "…"} on each line.',
+                    'Write {"prompt": "…"} on each line, or have rows of another form written so: '
+                    "luthier convert SOURCE prompts.jsonl.",
                 )
             )
             continue
