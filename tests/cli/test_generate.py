@@ -218,7 +218,7 @@ def test_chat_in_a_process_of_its_own_ends_with_its_input(home: Path) -> None:
     out, err = process.communicate("colour of grass?\n", timeout=120)
     assert process.returncode == 0, err
     assert "green" in out
-    assert err == ""
+    assert err.startswith("torch writes.") and err.count("\n") == 1
 
 
 @pytest.fixture
