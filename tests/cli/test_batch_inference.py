@@ -103,7 +103,7 @@ def test_generate(home: Path, tmp_path: Path) -> None:
     source.write_text(source.read_text() + json.dumps({"prompt": "long " * 3000}) + "\n")
     output = tmp_path / "b.jsonl"
     refused = Answer(*command, "--output", str(output), "--processes", "1").refused()
-    assert f"{source}:72: [row.too_long] The prompt has" in refused
+    assert f"{source}:72: [row.too_long] the prompt has" in refused
     assert "the answers to 64 rows are kept" in refused
 
 

@@ -518,9 +518,10 @@ def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[st
 @pytest.mark.slow
 def test_a_model_that_is_deleted_is_let_go_of(pool: ModelPool, folders: list[str]) -> None:
     stream = pool.submit(folders[0], REQUEST)
-    entry = pool._entries[folders[0]]
+    model = pool._entries[folders[0]].model
+    assert model is not None
     pool.forget(folders[0])
     pool.forget("never loaded")
     assert pool.loaded_ids() == []
     assert stream.whole()[0].tokens == 4
-    assert not entry.model._thread.is_alive()
+    assert not model._thread.is_alive()
