@@ -72,9 +72,8 @@ def file_version(status: os.stat_result) -> tuple[int, ...]:
 
 def cached_sha256_of(path: Path) -> str:
     """As :func:`sha256_of` of a file, computed once for each of its versions by this process."""
-    with _hash_locks.setdefault(
-        path, threading.Lock()
-    ):  # who comes second waits for the first one's
+    # Who comes second waits for the hash of who came first.
+    with _hash_locks.setdefault(path, threading.Lock()):
         return _sha256_of_version(path, file_version(path.stat()))
 
 

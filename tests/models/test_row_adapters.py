@@ -176,15 +176,20 @@ def test_what_is_written_beside_the_base_is_what_the_adapted_network_says(
         assert torch.allclose(one, other, atol=1e-4)
 
 
+def with_two(network: Any, rank: int) -> tuple[FlatBackend, Any, Any]:
+    """A backend of ``network``, and those of two LoRA on it."""
+    base = FlatBackend(network, 512, exact=True)
+    one, other = (
+        base.with_adapter(network.with_adapter(drawn(LoRA(rank=rank), s)), 512) for s in (1, 2)
+    )
+    return base, one, other
+
+
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_answers_of_one_adapter_have_the_same_bits_however_many(
     rows: int, family_folder: Callable[[str], Path]
 ) -> None:
-    network = base_network(family_folder("llama"))
-    base = FlatBackend(network, 512, exact=True)
-    one, other = (
-        base.with_adapter(network.with_adapter(drawn(LoRA(rank=4), s)), 512) for s in (1, 2)
-    )
+    _, one, other = with_two(base_network(family_folder("llama")), rank=4)
     alone = write([one], PROMPTS[1:2], 4)[0]
     together = write([*[one] * rows, other], [*[PROMPTS[1]] * rows, PROMPTS[2]], 4)
     assert all(equal(own, alone) for own in together[:rows])
@@ -428,15 +433,9 @@ def test_an_adapter_that_finds_no_memory_leaves_all_others_as_they_were(
 ) -> None:
     """And has its own weights when it comes again."""
     network = base_network(family_folder("llama"))
-    base = FlatBackend(network, 512, exact=True)
-    one, other = (
-        base.with_adapter(network.with_adapter(drawn(LoRA(rank=2), s)), 512) for s in (1, 2)
-    )
+    *_, other = with_two(network, rank=2)
     alone = write([other], PROMPTS[1:2], 3)[0]
-    base = FlatBackend(network, 512, exact=True)
-    one, other = (
-        base.with_adapter(network.with_adapter(drawn(LoRA(rank=2), s)), 512) for s in (1, 2)
-    )
+    base, one, other = with_two(network, rank=2)
     first = write([one], PROMPTS[1:2], 3)[0]
     real, calls = getattr(torch.Tensor, fails), iter(range(1000))
 

@@ -321,6 +321,7 @@ class _Course:
     def advice(self, outcome: Outcome, training: Training) -> str:
         """What to change in a further run."""
         lower = _rate(training, 1 / 4)
+        too_high = f"The rate is too high: try {lower}, or let `luthier search` find one"
         if outcome == "learned":
             return ""
         if outcome == "still_improving":
@@ -340,7 +341,7 @@ class _Course:
                 "passes, or fewer weights"
             )
         if self._risen(self.train):
-            return f"The rate is too high: try {lower}, or let `luthier search` find one"
+            return too_high
         if len(self.train) < FEWEST_STEPS:
             return f"{len(self.train)} steps are too few to tell why: {self._twice(training)}"
         if self._training_moved() < 0:
@@ -350,7 +351,7 @@ class _Course:
             )
         harmed = any(self._above_start(line) for line in self.held)
         if harmed or self._risen(self.held):
-            return f"The rate is too high: try {lower}, or let `luthier search` find one"
+            return too_high
         if training.max_steps is not None and self.kept is self.last:
             return f"It was best at the last step, so more steps may help: {self._twice(training)}"
         return (

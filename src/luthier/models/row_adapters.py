@@ -82,7 +82,7 @@ class Slots:
         return self._bags[size, parts]
 
     @cached_property
-    def filled(self) -> Tensor:
+    def slot_of_rows(self) -> Tensor:
         """``[rows]``; that of the first one for those behind."""
         behind = self.rows - len(self._slot_R)
         return torch.cat([self._slot_R, self._slot_R[:1].expand(behind)])
@@ -121,7 +121,7 @@ class RowWeight(Weight):
 
     def at_rows(self) -> Tensor:
         """The vector of each row's adapter, ``[R, O]``."""
-        return self.values.index_select(0, self._slots.filled)
+        return self.values.index_select(0, self._slots.slot_of_rows)
 
 
 @dataclass(frozen=True)
@@ -412,10 +412,15 @@ class StackedLayer(LayerWrapper):
         for rows, update in self._shared.running.parts_at(site):
             if rows is None:
                 return update(x_RI)
-            part = update(x_RI[rows])
+            # Rows by their numbers are picked so: indexing takes three times as long.
+            few = x_RI[rows] if isinstance(rows, slice) else x_RI.index_select(0, rows)
+            part = update(few)
             if update_RO is None:  # rows without an adapter here get zeros
                 update_RO = part.new_zeros(len(x_RI), part.shape[-1])
-            update_RO[rows] = part
+            if isinstance(rows, slice):
+                update_RO[rows] = part
+            else:
+                update_RO.index_copy_(0, rows, part)
         return update_RO
 
 

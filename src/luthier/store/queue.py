@@ -336,7 +336,7 @@ def read_leased(session: Session, kind: type[Row], row_id: str, lease: str) -> R
     Raises:
         LeaseLost: where ``lease`` does not hold it.
     """
-    return _leased(session, kind, row_id, lease, select(kind))
+    return _read_row(session, kind, row_id, lease, select(kind))
 
 
 def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
@@ -346,10 +346,12 @@ def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
         LeaseLost: as :func:`read_leased`.
     """
     locking = select(kind).with_for_update().execution_options(populate_existing=True)
-    return _leased(session, kind, row_id, lease, locking)
+    return _read_row(session, kind, row_id, lease, locking)
 
 
-def _leased(session: Session, kind: type[Row], row_id: str, lease: str, query: Select[Row]) -> Row:
+def _read_row(
+    session: Session, kind: type[Row], row_id: str, lease: str, query: Select[Row]
+) -> Row:
     row = session.scalars(query.where(kind.id == row_id, kind.lease == lease)).first()
     if row is None:
         raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
