@@ -170,6 +170,38 @@ def test_attention_is_the_masked_softmax(heads: tuple[int, int]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("small_group", [0, 1 << 30])
+def test_short_tiles_are_taken_where_they_save_scores_and_small_groups_are_computed_together(
+    small_group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SMALL_GROUP", small_group)
+    tree = pad_tree(build_tree(make_rows([(12, [20, 40, 60, 33, 5])])), 32)
+    plan = plan_attention(tree, CPU, torch.float32)
+    assert {group.queries for group in plan.groups} == {attention.SHORT_TILE}
+    assert len(plan.groups) == (1 if small_group else 3)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, len(tree), 8, dtype=torch.float32)
+    scores = (query @ key.mT).masked_fill(~ancestors(tree), float("-inf"))
+    found = _TreeAttention.apply(query, key, value, plan, 1.0)
+    torch.testing.assert_close(found, (scores.softmax(-1) @ value).transpose(0, 1))
+    whole = plan_attention(build_tree(make_rows([(0, [512])])), CPU, torch.float32)
+    assert {group.queries for group in whole.groups} == {attention.TILE}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_shared_key_are_summed_in_float32(dtype: torch.dtype) -> None:
+    tree = build_tree(make_rows([(1, [30] * 40)]))
+    plan = plan_attention(tree, CPU, dtype)
+    value = torch.zeros(1, len(tree), 4, dtype=dtype, requires_grad=True)
+    nothing = torch.zeros(1, len(tree), 4, dtype=dtype)
+    _TreeAttention.apply(nothing, nothing, value, plan, 1.0).sum().backward()
+    # Each query looks at all that it sees alike, so the root gets one share of every node.
+    expected = (1 / torch.from_numpy(tree.depth_N + 1)).sum()
+    assert value.grad is not None
+    root = value.grad[0, 0]
+    torch.testing.assert_close(root, expected.to(dtype).expand(4), rtol=2**-8, atol=0)
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_gradients_of_attention_are_its_slopes() -> None:
     tree = small_tree()

@@ -15,7 +15,8 @@ On a GPU the same ancestor relation is FlexAttention's block mask.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -29,10 +30,14 @@ from luthier.types import IntArray
 
 NAME = "luthier_tree"
 TILE, SHORT_TILE = 64, 32
-"""Queries in a tile, and where no row is longer than ``TILE``: long enough for full matmul speed,
-short enough that what is computed and masked out beside the diagonal stays small."""
+"""Queries in a tile, and where so many less scores are computed that the smaller products, which
+are slower, pay: long enough for matmul speed, short enough that little is masked out."""
+SHORT_SHARE = 0.9
+"""Share of the scores at which short tiles pay."""
 KEY_STEP = 64
-"""Keys of a tile are rounded up to a multiple of this."""
+"""Keys of a tile are rounded up to a multiple of this, few keys to one of its half."""
+SMALL_GROUP = 1 << 13
+"""Scores, of one head, that cost no more than the calls of one more group."""
 
 
 class Attends(Protocol):
@@ -62,6 +67,63 @@ class TileGroup:
     """0 where the query sees the key, -inf elsewhere; added to the scores."""
 
 
+Part = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TileRows:
+    """The rows of ``D`` numbers that tiles are made of: ``M`` of queries and ``L`` of keys in all.
+
+    Places are those in ``[N, heads, D]``, as the projections give them. Grouped query heads are
+    stacked as more queries, so a tile is ``Hk`` products of ``G * Q`` queries and ``K`` keys.
+    """
+
+    tiles: tuple[tuple[TileGroup, Part, Part], ...]
+    """Groups, with what cuts their queries ``[B * Hk, G * Q, D]`` and keys ``[B * Hk, K, D]`` out."""
+    query_M: Tensor
+    """Place of each query."""
+    place_M: Tensor
+    """Which query is at each place."""
+    key_L: Tensor
+    """Place of each key."""
+    copies_L: Tensor
+    """Which keys are at a place, one place after the other, without those that only fill up."""
+    offset_N: Tensor
+    """Where the keys of each place begin in ``copies_L``, and its end."""
+
+
+def _place_rows(groups: tuple[TileGroup, ...], heads: int, key_heads: int) -> TileRows:
+    query, key, real, tiles = [], [], [], []
+    queries_before = keys_before = 0
+    for group in groups:
+        node_BQ = np.array(group.start_B)[:, None] + np.arange(group.queries)
+        query.append((node_BQ[:, None] * heads + np.arange(heads)[:, None]).ravel())
+        key_BHK = group.key_BK.numpy()[:, None] * key_heads + np.arange(key_heads)[:, None]
+        key.append(key_BHK.ravel())
+        seen_BK = (group.mask_BQK == 0).any(1).numpy()
+        real.append(np.broadcast_to(seen_BK[:, None], key_BHK.shape).ravel())
+        batches = len(group.start_B) * key_heads
+        tiles.append(
+            (
+                group,
+                _part(queries_before, batches, heads // key_heads * group.queries),
+                _part(keys_before, batches, key_BHK.shape[-1]),
+            )
+        )
+        queries_before, keys_before = queries_before + query[-1].size, keys_before + key[-1].size
+    key_L, real_L = np.concatenate(key), np.flatnonzero(np.concatenate(real))
+    copies_L = real_L[np.argsort(key_L[real_L], kind="stable")]
+    offset_N = np.searchsorted(key_L[copies_L], np.arange(key_L.max() + 2))
+    query_M = np.concatenate(query)
+    parts = (query_M, np.argsort(query_M), key_L, copies_L, offset_N)
+    return TileRows(tuple(tiles), *map(torch.from_numpy, parts))
+
+
+def _part(start: int, batches: int, size: int) -> Part:
+    stop = start + batches * size
+    return lambda rows_MD: rows_MD[start:stop].view(batches, size, -1)
+
+
 @dataclass(frozen=True)
 class AttentionPlan:
     """What a layer needs to attend over one tree; made once, used by every layer."""
@@ -73,6 +135,14 @@ class AttentionPlan:
     """Keys and values of a layer's own that stand before the tree's, and that every node sees."""
     block_mask: Any = None
     """FlexAttention's mask, on a GPU."""
+    _rows: dict[tuple[int, int], TileRows] = field(default_factory=dict, compare=False)
+
+    def rows(self, heads: int, key_heads: int) -> TileRows:
+        """Where queries and keys of the tiles lie for a layer with so many heads."""
+        shape = heads, key_heads
+        if shape not in self._rows:
+            self._rows[shape] = _place_rows(self.groups, *shape)
+        return self._rows[shape]
 
     def with_prefix(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[1, Hk, N, D]`` behind the layer's own, ``[1, Hk, before + N, D]``."""
@@ -113,20 +183,51 @@ def plan_attention(
         seen = tree.subtree_end_N if first_N is None else first_N
         mask = _flex_mask(torch.from_numpy(seen).to(device), both_ways, before)
         return AttentionPlan((), longest, before, mask)
-    shapes: dict[tuple[int, int], list[tuple[int, IntArray]]] = {}
-    tile = TILE if longest - before > TILE else SHORT_TILE
-    for start in range(0, len(tree), tile):
-        stop = min(start + tile, len(tree))
-        if first_N is None:
-            keys_K = np.concatenate([tree.path(start)[:-1], np.arange(start, stop)])
-        else:
-            keys_K = np.arange(first_N[start], tree.subtree_end_N[first_N[stop - 1]])
-        size = round_up(before + len(keys_K), KEY_STEP)
-        shapes.setdefault((stop - start, size), []).append((start, keys_K))
+    short, long = (_cut(tree, tile, first_N, before) for tile in (SHORT_TILE, TILE))
+    tiles = short if _scores(short) <= SHORT_SHARE * _scores(long) else long
     groups = tuple(
-        _group(tree, *shape, tiles, dtype, first_N, before) for shape, tiles in shapes.items()
+        _group(tree, *shape, starts, dtype, first_N, before)
+        for shape, starts in _merge_small(tiles).items()
     )
     return AttentionPlan(groups, longest, before)
+
+
+Tiles = dict[tuple[int, int], list[int]]
+"""First nodes of the tiles, by their queries and their keys, rounded up."""
+
+
+def _cut(tree: TokenTree, tile: int, first_N: IntArray | None, before: int) -> Tiles:
+    start_B = np.arange(0, len(tree), tile)
+    stop_B = np.minimum(start_B + tile, len(tree))
+    if first_N is None:
+        keys_B = tree.depth_N[start_B] + stop_B - start_B
+    else:
+        keys_B = tree.subtree_end_N[first_N[stop_B - 1]] - first_N[start_B]
+    keys_B = keys_B + before
+    few_B = keys_B <= 2 * KEY_STEP
+    size_B = np.where(few_B, round_up(keys_B, KEY_STEP // 2), round_up(keys_B, KEY_STEP))
+    tiles: Tiles = {}
+    for start, queries, size in zip(start_B, stop_B - start_B, size_B, strict=True):
+        tiles.setdefault((int(queries), int(size)), []).append(int(start))
+    return tiles
+
+
+def _scores(tiles: Tiles) -> int:
+    return sum(queries * keys * len(starts) for (queries, keys), starts in tiles.items())
+
+
+def _merge_small(tiles: Tiles) -> Tiles:
+    """Groups that save few scores, computed with those of the next number of keys."""
+    merged: Tiles = {}
+    for (queries, keys), starts in sorted(tiles.items(), reverse=True):
+        # From many keys to few: the last group of as many queries is the next one.
+        larger = min((shape for shape in merged if shape[0] == queries), default=None)
+        saved = 0 if larger is None else (larger[1] - keys) * queries * len(starts)
+        if larger is not None and saved <= SMALL_GROUP:
+            merged[larger] += starts
+        else:
+            merged[queries, keys] = starts
+    return merged
 
 
 def _row_starts(tree: TokenTree) -> IntArray:
@@ -138,14 +239,19 @@ def _group(
     tree: TokenTree,
     queries: int,
     size: int,
-    tiles: list[tuple[int, IntArray]],
+    starts: list[int],
     dtype: torch.dtype,
     first_N: IntArray | None,
     before: int,
 ) -> TileGroup:
-    key_BK = np.zeros((len(tiles), size), dtype=np.int64)
-    sees_BQK = np.zeros((len(tiles), queries, size), dtype=bool)
-    for tile, (start, keys_K) in enumerate(tiles):
+    key_BK = np.zeros((len(starts), size), dtype=np.int64)
+    sees_BQK = np.zeros((len(starts), queries, size), dtype=bool)
+    for tile, start in enumerate(starts):
+        stop = start + queries
+        if first_N is None:
+            keys_K = np.concatenate([tree.path(start)[:-1], np.arange(start, stop)])
+        else:
+            keys_K = np.arange(first_N[start], tree.subtree_end_N[first_N[stop - 1]])
         end = before + len(keys_K)
         key_BK[tile, :end] = np.concatenate([np.arange(before), before + keys_K])
         query_Q = np.arange(start, start + queries)[:, None]
@@ -157,15 +263,15 @@ def _group(
         sees_BQK[tile, :, before:end] = seen_QK
     mask_BQK = torch.zeros(sees_BQK.shape, dtype=dtype)
     mask_BQK.masked_fill_(~torch.from_numpy(sees_BQK), float("-inf"))
-    starts = tuple(start for start, _ in tiles)
-    return TileGroup(starts, queries, torch.from_numpy(key_BK), mask_BQK)
+    return TileGroup(tuple(starts), queries, torch.from_numpy(key_BK), mask_BQK)
 
 
 class _TreeAttention(torch.autograd.Function):
     """Exact attention tile by tile. Shapes: q ``[Hq, N, D]``, k and v ``[Hk, before + N, D]``.
 
-    Probabilities are computed again in the backward pass: keeping them is 1-2 % faster and takes
-    350 MB for four sequences of 512 tokens in SmolLM2-135M.
+    Rows of ``D`` numbers are picked for all tiles at once, and put back so. Probabilities are computed
+    again in the backward pass: keeping them is 1-2 % faster and takes 350 MB for four sequences of 512
+    tokens in SmolLM2-135M.
     """
 
     @staticmethod
@@ -173,65 +279,63 @@ class _TreeAttention(torch.autograd.Function):
         ctx: Any, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, plan: AttentionPlan, scale: float
     ) -> Tensor:
         heads, size, _ = q_HND.shape
-        out_NHD = q_HND.new_empty(size, heads, v_HND.shape[-1])
-        for group in plan.groups:
-            q_b, k_b, v_b = _queries(q_HND, group, len(k_HND)), *_keys(k_HND, v_HND, group)
-            p_b = _probabilities(q_b, k_b, group, scale)
-            _spread(out_NHD.transpose(0, 1), group, torch.bmm(p_b, v_b))
+        rows = plan.rows(heads, len(k_HND))
+        q_MD, k_LD, v_LD = _pick(q_HND, rows.query_M), *_pick_keys(k_HND, v_HND, rows)
+        out_MD = q_HND.new_empty(len(q_MD), v_HND.shape[-1])
+        for group, queries, keys in rows.tiles:
+            p_b = _probabilities(queries(q_MD), keys(k_LD), group, scale)
+            torch.bmm(p_b, keys(v_LD), out=queries(out_MD))
         ctx.save_for_backward(q_HND, k_HND, v_HND)
-        ctx.plan, ctx.scale = plan, scale
-        return out_NHD
+        ctx.rows, ctx.scale = rows, scale
+        return out_MD.index_select(0, rows.place_M).view(size, heads, -1)
 
     @staticmethod
     def backward(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q_HND, k_HND, v_HND = ctx.saved_tensors
-        dq_HND = torch.empty_like(q_HND)
-        # Many tiles add to the keys of a shared prefix: sum in float32, round once.
-        dk_HND = torch.zeros(k_HND.shape, dtype=torch.float32)
-        dv_HND = torch.zeros(v_HND.shape, dtype=torch.float32)
-        for group in ctx.plan.groups:
-            q_b, k_b, v_b = _queries(q_HND, group, len(k_HND)), *_keys(k_HND, v_HND, group)
-            g_b = _queries(grad_NHD.transpose(0, 1), group, len(k_HND))
+        rows: TileRows = ctx.rows
+        q_MD, k_LD, v_LD = _pick(q_HND, rows.query_M), *_pick_keys(k_HND, v_HND, rows)
+        g_MD = _pick(grad_NHD.transpose(0, 1), rows.query_M)
+        dq_MD, dk_LD, dv_LD = torch.empty_like(q_MD), torch.empty_like(k_LD), torch.empty_like(v_LD)
+        for group, queries, keys in rows.tiles:
+            q_b, k_b, g_b = queries(q_MD), keys(k_LD), queries(g_MD)
             p_b = _probabilities(q_b, k_b, group, ctx.scale)
-            ds_b = torch._softmax_backward_data(torch.bmm(g_b, v_b.mT), p_b, -1, p_b.dtype)
-            ds_b.mul_(ctx.scale)
-            _spread(dq_HND, group, torch.bmm(ds_b, k_b))
-            _accumulate(dk_HND, group, torch.bmm(ds_b.mT, q_b))
-            _accumulate(dv_HND, group, torch.bmm(p_b.mT, g_b))
-        return dq_HND, dk_HND.to(k_HND.dtype), dv_HND.to(v_HND.dtype), None, None
+            dp_b = torch.bmm(g_b, keys(v_LD).mT)
+            ds_b = torch._softmax_backward_data(dp_b, p_b, -1, p_b.dtype)
+            queries(dq_MD).baddbmm_(ds_b, k_b, beta=0, alpha=ctx.scale)
+            keys(dk_LD).baddbmm_(ds_b.mT, q_b, beta=0, alpha=ctx.scale)
+            torch.bmm(p_b.mT, g_b, out=keys(dv_LD))
+        dq_HND = (
+            dq_MD.index_select(0, rows.place_M).view(q_HND.transpose(0, 1).shape).transpose(0, 1)
+        )
+        dk_HND, dv_HND = (_sum_copies(part_LD, rows, len(k_HND)) for part_LD in (dk_LD, dv_LD))
+        return dq_HND, dk_HND, dv_HND, None, None
 
 
-def _queries(x_HND: Tensor, group: TileGroup, key_heads: int) -> Tensor:
-    """Queries of all tiles as ``[B * Hk, G * Q, D]``, where G query heads share a key head."""
-    tiles = [x_HND[:, start : start + group.queries] for start in group.start_B]
-    return torch.stack(tiles).view(len(tiles) * key_heads, -1, x_HND.shape[-1])
+def _sum_copies(part_LD: Tensor, rows: TileRows, key_heads: int) -> Tensor:
+    """What the tiles add to each key, ``[Hk, N, D]``: summed in float32 and rounded once.
+
+    Every tile adds to the keys of a shared prefix.
+    """
+    sum_ND: Tensor = torch.embedding_bag(
+        part_LD, rows.copies_L, rows.offset_N, False, 0, False, None, True
+    )[0]
+    return sum_ND.view(-1, key_heads, part_LD.shape[-1]).transpose(0, 1)
 
 
-def _keys(k_HND: Tensor, v_HND: Tensor, group: TileGroup) -> tuple[Tensor, Tensor]:
-    """Keys and values of all tiles as ``[B * Hk, K, D]``."""
-    k_HBKD, v_HBKD = k_HND[:, group.key_BK], v_HND[:, group.key_BK]
-    return k_HBKD.transpose(0, 1).flatten(0, 1), v_HBKD.transpose(0, 1).flatten(0, 1)
+def _pick(x_HND: Tensor, row_M: Tensor) -> Tensor:
+    """Rows of ``D`` numbers, by their places in ``[N, H, D]``."""
+    return x_HND.transpose(0, 1).reshape(-1, x_HND.shape[-1]).index_select(0, row_M)
+
+
+def _pick_keys(k_HND: Tensor, v_HND: Tensor, rows: TileRows) -> tuple[Tensor, Tensor]:
+    return _pick(k_HND, rows.key_L), _pick(v_HND, rows.key_L)
 
 
 def _probabilities(q_b: Tensor, k_b: Tensor, group: TileGroup, scale: float) -> Tensor:
-    scores = torch.bmm(q_b, k_b.mT).mul_(scale)
     tiles, queries, keys = group.mask_BQK.shape
-    scores.view(tiles, -1, queries, keys).add_(group.mask_BQK[:, None])
-    return torch.softmax(scores, -1)
-
-
-def _spread(out_HND: Tensor, group: TileGroup, part: Tensor) -> None:
-    """Put ``[B * Hk, G * Q, D]`` back where its queries came from."""
-    part_BHQD = part.view(len(group.start_B), out_HND.shape[0], group.queries, -1)
-    for tile, start in enumerate(group.start_B):
-        out_HND[:, start : start + group.queries] = part_BHQD[tile]
-
-
-def _accumulate(sum_HND: Tensor, group: TileGroup, part: Tensor) -> None:
-    """Add ``[B * Hk, K, D]`` at the keys it belongs to; masked keys carry exact zeros."""
-    part_BHKD = part.view(len(group.start_B), sum_HND.shape[0], *part.shape[1:])
-    for tile, key_K in enumerate(group.key_BK):
-        sum_HND.index_add_(1, key_K, part_BHKD[tile].float())
+    scores = q_b.new_empty(len(q_b), q_b.shape[1], keys)
+    scores.view(tiles, -1, queries, keys).copy_(group.mask_BQK[:, None])
+    return torch.softmax(scores.baddbmm_(q_b, k_b.mT, alpha=scale), -1)
 
 
 def _flex_mask(seen_N: Tensor, both_ways: bool, before: int = 0) -> Any:
