@@ -248,16 +248,20 @@ def test_every_query_sees_the_prefix_in_tiles_and_in_the_gpu_mask(
     size = len(tree)
     dense = torch.zeros(size, 3 + size, dtype=torch.bool)
     for group in plan_attention(tree, CPU, torch.float32, both_ways, before=3).groups:
-        for start, key_K, mask_QK in zip(group.start_B, group.key_BK, group.mask_BQK, strict=True):
-            for query in range(group.queries):
-                dense[start + query, key_K[mask_QK[query] == 0]] = True
+        for query_Q, key_K, mask_QK in zip(
+            group.query_BQ, group.key_BK, group.mask_BQK, strict=True
+        ):
+            for query, mask_K in zip(query_Q, mask_QK, strict=True):
+                dense[query, key_K[mask_K == 0]] = True
     plain = torch.zeros(size, size, dtype=torch.bool)
     for group in plan_attention(tree, CPU, torch.float32, both_ways).groups:
-        for start, key_K, mask_QK in zip(group.start_B, group.key_BK, group.mask_BQK, strict=True):
-            for query in range(group.queries):
-                plain[start + query, key_K[mask_QK[query] == 0]] = True
+        for query_Q, key_K, mask_QK in zip(
+            group.query_BQ, group.key_BK, group.mask_BQK, strict=True
+        ):
+            for query, mask_K in zip(query_Q, mask_QK, strict=True):
+                plain[query, key_K[mask_K == 0]] = True
     assert dense[:, :3].all() and torch.equal(dense[:, 3:], plain)
     depth, end = tree.depth_N, tree.subtree_end_N
     seen = torch.from_numpy(np.arange(size) - depth if both_ways else end)
-    block = _flex_mask(seen, both_ways, before=3)
+    block = _flex_mask(seen, torch.arange(size), both_ways, before=3)
     assert torch.equal(create_mask(block.mask_mod, 1, 1, size, 3 + size, "cpu")[0, 0], dense)

@@ -165,7 +165,7 @@ def test_attention_is_the_masked_softmax(heads: tuple[int, int]) -> None:
     weights = scores.masked_fill(~ancestors(tree), float("-inf")).softmax(-1)
     expected = torch.einsum("hqk,hkd->qhd", weights, value.repeat_interleave(group, 0))
     plan = plan_attention(tree, CPU, torch.float64)
-    assert sum(len(part.start_B) for part in plan.groups) == 4
+    assert sum(len(part.query_BQ) for part in plan.groups) == 4
     found = _TreeAttention.apply(query, key, value, plan, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -177,7 +177,7 @@ def test_short_tiles_are_taken_where_they_save_scores_and_small_groups_are_compu
     monkeypatch.setattr(attention, "SMALL_GROUP", small_group)
     tree = pad_tree(build_tree(make_rows([(12, [20, 40, 60, 33, 5])])), 32)
     plan = plan_attention(tree, CPU, torch.float32)
-    assert {group.queries for group in plan.groups} == {attention.SHORT_TILE}
+    assert {group.query_BQ.shape[1] for group in plan.groups} == {attention.SHORT_TILE}
     assert len(plan.groups) == (1 if small_group else 3)
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, len(tree), 8, dtype=torch.float32)
@@ -185,7 +185,7 @@ def test_short_tiles_are_taken_where_they_save_scores_and_small_groups_are_compu
     found = _TreeAttention.apply(query, key, value, plan, 1.0)
     torch.testing.assert_close(found, (scores.softmax(-1) @ value).transpose(0, 1))
     whole = plan_attention(build_tree(make_rows([(0, [512])])), CPU, torch.float32)
-    assert {group.queries for group in whole.groups} == {attention.TILE}
+    assert {group.query_BQ.shape[1] for group in whole.groups} == {attention.TILE}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -327,7 +327,9 @@ def test_the_gpu_mask_is_the_ancestor_relation(shape: str) -> None:
     from torch.nn.attention.flex_attention import create_mask
 
     tree = pad_tree(build_tree(make_rows(SHAPES[shape])), 32)
-    block_mask = _flex_mask(torch.from_numpy(tree.subtree_end_N), both_ways=False)
+    block_mask = _flex_mask(
+        torch.from_numpy(tree.subtree_end_N), torch.arange(len(tree)), both_ways=False
+    )
     dense = create_mask(block_mask.mask_mod, None, None, len(tree), len(tree), device="cpu")
     assert torch.equal(dense[0, 0], ancestors(tree))
     blocks = block_mask.to_dense()[0, 0].bool()

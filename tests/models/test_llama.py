@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 import luthier
 from luthier.adaptations import ADAPTATIONS
+from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.models.description import check_folder, described_network
 from luthier.models.heads import prompt_ids
 from luthier.models.kv_cache import CHUNK
+from luthier.models.layouts import Flat, Layout
 from luthier.models.llama import LlamaConfig, LlamaForCausalLM, load_llama, sketch_llama
 from luthier.models.load import as_network, load_model
 from luthier.models.save import load_adapter, save_adapter
@@ -129,8 +131,13 @@ def test_adapters_find_their_places(
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_learned_has_the_bits_of_transformers(
-    method: str, dtype: torch.dtype, write_llama: Callable[..., Path]
+    method: str,
+    dtype: torch.dtype,
+    write_llama: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Of fewer nodes the last layer's sums are in another order.
+    monkeypatch.setattr(Flat, "run_nodes", Layout.run_nodes)
     folder = write_llama(tie_word_embeddings=True)
     adaptation = ADAPTATIONS[method].model_validate({"method": method})
     tokens = np.random.default_rng(1).integers(3, 300, (4, 60))
@@ -160,6 +167,42 @@ def test_what_is_learned_has_the_bits_of_transformers(
         assert (
             gradient is not None and gradient.count_nonzero() and torch.equal(gradient, ours[name])
         )
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "full"])
+def test_the_last_layer_of_a_few_nodes_is_that_of_all(
+    method: str, write_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adaptation = ADAPTATIONS[method].model_validate({"method": method})
+    tokens = np.random.default_rng(1).integers(3, 300, (6, 60))
+    tokens[:, :20] = tokens[0, :20]  # a prefix that the rows share
+    weight_T = np.where(np.arange(60) < 56, 0, 1).astype(np.float32)
+    rows = [Example(row, weight_T, place) for place, row in enumerate(tokens)]
+    model = load_model(write_llama(), torch.float32, CPU, savable=False)
+    torch.manual_seed(2)
+    adaptation.attach(model)
+    adapted = [each for each in model.parameters() if each.requires_grad]
+    for weight in adapted:
+        weight.data += 0.05 * torch.randn(weight.shape)
+    network = as_network(model, CPU, torch.float32)
+    batch = network.batch(build_tree(rows))
+    looking: list[int] = []
+    network.model.base_model.layers[-1].self_attn.q_proj.register_forward_pre_hook(
+        lambda _module, given: looking.append(given[0].shape[-2])
+    )
+
+    def learn() -> list[torch.Tensor]:
+        loss = weighted_nll(network, batch) + network.row_states(batch, "last").square().sum()
+        return [loss, *torch.autograd.grad(loss, adapted)]
+
+    few = learn()
+    nodes = torch.tensor([[70, 3], [3, 250]])  # in any order and shape
+    states = network.hidden(batch, nodes)
+    assert looking == [32, 32, 32]
+    monkeypatch.setattr(Flat, "run_nodes", Layout.run_nodes)
+    for mine, whole in zip(few, learn(), strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+    torch.testing.assert_close(states, network.hidden(batch, nodes), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

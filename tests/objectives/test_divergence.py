@@ -118,7 +118,7 @@ def head(positions: int, vocabulary: int, trained: bool) -> tuple[Any, Any, Tens
     torch.manual_seed(4)
     hidden = torch.randn(positions, 6).requires_grad_()
     network = SimpleNamespace(
-        hidden=lambda batch: hidden,
+        hidden=lambda batch, node_S: hidden[node_S],
         before_vocabulary=lambda states: states,
         head_VH=torch.randn(vocabulary, 6, requires_grad=trained),
         head_bias_V=torch.randn(vocabulary, requires_grad=trained),

@@ -28,8 +28,8 @@ class Head:
 
     head_bias_V: Tensor | None = None
 
-    def hidden(self, batch: Any) -> Tensor:
-        return self.hidden_NH
+    def hidden(self, batch: Any, node_S: Tensor) -> Tensor:
+        return self.hidden_NH[node_S]
 
     def before_vocabulary(self, hidden_SH: Tensor) -> Tensor:
         return hidden_SH

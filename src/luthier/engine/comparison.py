@@ -123,7 +123,7 @@ def base_states(
         first_M = np.concatenate([each.weight_T for each in batch.tree.examples]) > 0
         nodes_K = torch.from_numpy(batch.tree.node_M[first_M]).to(network.device)
         counts = [int(np.count_nonzero(each.weight_T)) for each in batch.tree.examples]
-        return list(network.hidden(batch)[nodes_K].split(counts))
+        return list(network.hidden(batch, nodes_K).split(counts))
 
     done = 0
 

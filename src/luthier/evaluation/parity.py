@@ -164,7 +164,7 @@ def learned_logps(
                 break
             if len(batch.child_E):  # of prompts alone nothing is learned
                 place_S = batch.source_S.unique()[:left]
-                logits_SV = network.logits(network.hidden(batch)[place_S]).float()
+                logits_SV = network.logits(network.hidden(batch, place_S)).float()
                 parts.append(torch.log_softmax(logits_SV, -1).cpu())
                 places += [batch.tree.place_of(node) for node in place_S.tolist()]
                 left -= len(place_S)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -51,16 +51,26 @@ class Attends(Protocol):
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """Query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]`` to ``[1, N, Hq, D]``."""
+        """Query ``[1, Hq, S, D]``, key and value ``[1, Hk, N, D]`` to ``[1, S, Hq, D]``.
+
+        All nodes look, ``S = N``, but for :class:`Queries`.
+        """
         ...
+
+
+class Queries(NamedTuple):
+    """Nodes that look alone, as those of the last layer whose states are read."""
+
+    node_S: Tensor
+    attention: Attends
 
 
 @dataclass(frozen=True)
 class TileGroup:
     """Tiles of equal size: ``B`` tiles of ``Q`` queries that attend to ``K`` keys each."""
 
-    start_B: tuple[int, ...]
-    queries: int
+    query_BQ: IntArray
+    """Place of each query among those that look."""
     key_BK: Tensor
     """Flat index of each key; entries that only fill up are masked."""
     mask_BQK: Tensor
@@ -92,28 +102,27 @@ class TileRows:
     """Where the keys of each place begin in ``copies_L``, and its end."""
 
 
-def _place_rows(groups: tuple[TileGroup, ...], heads: int, key_heads: int) -> TileRows:
+def _place_rows(groups: tuple[TileGroup, ...], keys: int, heads: int, key_heads: int) -> TileRows:
     query, key, real, tiles = [], [], [], []
     queries_before = keys_before = 0
     for group in groups:
-        node_BQ = np.array(group.start_B)[:, None] + np.arange(group.queries)
-        query.append((node_BQ[:, None] * heads + np.arange(heads)[:, None]).ravel())
+        query.append((group.query_BQ[:, None] * heads + np.arange(heads)[:, None]).ravel())
         key_BHK = group.key_BK.numpy()[:, None] * key_heads + np.arange(key_heads)[:, None]
         key.append(key_BHK.ravel())
         seen_BK = (group.mask_BQK == 0).any(1).numpy()
         real.append(np.broadcast_to(seen_BK[:, None], key_BHK.shape).ravel())
-        batches = len(group.start_B) * key_heads
+        batches = len(group.query_BQ) * key_heads
         tiles.append(
             (
                 group,
-                _part(queries_before, batches, heads // key_heads * group.queries),
+                _part(queries_before, batches, heads // key_heads * group.query_BQ.shape[1]),
                 _part(keys_before, batches, key_BHK.shape[-1]),
             )
         )
         queries_before, keys_before = queries_before + query[-1].size, keys_before + key[-1].size
     key_L, real_L = np.concatenate(key), np.flatnonzero(np.concatenate(real))
     copies_L = real_L[np.argsort(key_L[real_L], kind="stable")]
-    offset_N = np.searchsorted(key_L[copies_L], np.arange(key_L.max() + 2))
+    offset_N = np.searchsorted(key_L[copies_L], np.arange(keys * key_heads + 1))
     query_M = np.concatenate(query)
     parts = (query_M, np.argsort(query_M), key_L, copies_L, offset_N)
     return TileRows(tuple(tiles), *map(torch.from_numpy, parts))
@@ -133,6 +142,8 @@ class AttentionPlan:
     """Length of the longest path, for networks whose attention has a window."""
     before: int = 0
     """Keys and values of a layer's own that stand before the tree's, and that every node sees."""
+    keys: int = 0
+    """Keys in all, with those."""
     block_mask: Any = None
     """FlexAttention's mask, on a GPU."""
     _rows: dict[tuple[int, int], TileRows] = field(default_factory=dict, compare=False)
@@ -141,7 +152,7 @@ class AttentionPlan:
         """Where queries and keys of the tiles lie for a layer with so many heads."""
         shape = heads, key_heads
         if shape not in self._rows:
-            self._rows[shape] = _place_rows(self.groups, *shape)
+            self._rows[shape] = _place_rows(self.groups, self.keys, *shape)
         return self._rows[shape]
 
     def with_prefix(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,8 +172,8 @@ class AttentionPlan:
         """The same, with the prefix in front already."""
         if self.block_mask is not None:
             return _flex(query, key, value, self, scale)
-        out_NHD: Tensor = _TreeAttention.apply(query[0], key[0], value[0], self, scale)  # type: ignore[no-untyped-call]
-        return out_NHD[None]
+        out_SHD: Tensor = _TreeAttention.apply(query[0], key[0], value[0], self, scale)  # type: ignore[no-untyped-call]
+        return out_SHD[None]
 
 
 def plan_attention(
@@ -171,62 +182,70 @@ def plan_attention(
     dtype: torch.dtype,
     both_ways: bool = False,
     before: int = 0,
+    node_S: IntArray | None = None,
 ) -> AttentionPlan:
     """Cut ``tree`` into tiles, or build the block mask where the device is a GPU.
 
     ``both_ways`` is for a forest of chains: each node sees the whole of its row. ``before`` keys of a
-    prefix stand before those of the tree.
+    prefix stand before those of the tree. Where ``node_S`` are given, in order, they alone look; one
+    may be there twice.
     """
     longest = before + int(tree.depth_N.max()) + 1
+    keys = before + len(tree)
     first_N = _row_starts(tree) if both_ways else None
+    if node_S is None:
+        node_S = np.arange(len(tree))
     if device.type != "cpu":
-        seen = tree.subtree_end_N if first_N is None else first_N
-        mask = _flex_mask(torch.from_numpy(seen).to(device), both_ways, before)
-        return AttentionPlan((), longest, before, mask)
-    short, long = (_cut(tree, tile, first_N, before) for tile in (SHORT_TILE, TILE))
+        seen_N = tree.subtree_end_N if first_N is None else first_N
+        seen, nodes = (torch.from_numpy(each).to(device) for each in (seen_N, node_S))
+        mask = _flex_mask(seen, nodes, both_ways, before)
+        return AttentionPlan((), longest, before, keys, mask)
+    short, long = (_cut(tree, node_S, tile, first_N, before) for tile in (SHORT_TILE, TILE))
     tiles = short if _scores(short) <= SHORT_SHARE * _scores(long) else long
     groups = tuple(
-        _group(tree, *shape, starts, dtype, first_N, before)
-        for shape, starts in _merge_small(tiles).items()
+        _group(tree, node_S, np.stack(query_BQ), size, dtype, first_N, before)
+        for (_, size), query_BQ in _merge_small(tiles).items()
     )
-    return AttentionPlan(groups, longest, before)
+    return AttentionPlan(groups, longest, before, keys)
 
 
-Tiles = dict[tuple[int, int], list[int]]
-"""First nodes of the tiles, by their queries and their keys, rounded up."""
+Tiles = dict[tuple[int, int], list[IntArray]]
+"""Queries of the tiles, by their number and that of their keys, rounded up."""
 
 
-def _cut(tree: TokenTree, tile: int, first_N: IntArray | None, before: int) -> Tiles:
-    start_B = np.arange(0, len(tree), tile)
-    stop_B = np.minimum(start_B + tile, len(tree))
+def _cut(
+    tree: TokenTree, node_S: IntArray, tile: int, first_N: IntArray | None, before: int
+) -> Tiles:
+    start_B = np.arange(0, len(node_S), tile)
+    stop_B = np.minimum(start_B + tile, len(node_S))
+    node_B, last_B = node_S[start_B], node_S[stop_B - 1]
     if first_N is None:
-        keys_B = tree.depth_N[start_B] + stop_B - start_B
+        keys_B = tree.depth_N[node_B] + last_B + 1 - node_B
     else:
-        keys_B = tree.subtree_end_N[first_N[stop_B - 1]] - first_N[start_B]
+        keys_B = tree.subtree_end_N[first_N[last_B]] - first_N[node_B]
     keys_B = keys_B + before
     few_B = keys_B <= 2 * KEY_STEP
     size_B = np.where(few_B, round_up(keys_B, KEY_STEP // 2), round_up(keys_B, KEY_STEP))
     tiles: Tiles = {}
-    for start, queries, size in zip(start_B, stop_B - start_B, size_B, strict=True):
-        tiles.setdefault((int(queries), int(size)), []).append(int(start))
+    for start, stop, size in zip(start_B, stop_B, size_B, strict=True):
+        tiles.setdefault((int(stop - start), int(size)), []).append(np.arange(start, stop))
     return tiles
 
 
 def _scores(tiles: Tiles) -> int:
-    return sum(queries * keys * len(starts) for (queries, keys), starts in tiles.items())
+    return sum(queries * keys * len(parts) for (queries, keys), parts in tiles.items())
 
 
 def _merge_small(tiles: Tiles) -> Tiles:
     """Groups that save few scores, computed with those of the next number of keys."""
     merged: Tiles = {}
-    for (queries, keys), starts in sorted(tiles.items(), reverse=True):
-        # From many keys to few: the last group of as many queries is the next one.
+    for queries, keys in sorted(tiles, reverse=True):  # the group before has the next more keys
+        parts = tiles[queries, keys]
         larger = min((shape for shape in merged if shape[0] == queries), default=None)
-        saved = 0 if larger is None else (larger[1] - keys) * queries * len(starts)
-        if larger is not None and saved <= SMALL_GROUP:
-            merged[larger] += starts
+        if larger and (larger[1] - keys) * queries * len(parts) <= SMALL_GROUP:
+            merged[larger] += parts
         else:
-            merged[queries, keys] = starts
+            merged[queries, keys] = parts
     return merged
 
 
@@ -237,37 +256,37 @@ def _row_starts(tree: TokenTree) -> IntArray:
 
 def _group(
     tree: TokenTree,
-    queries: int,
+    node_S: IntArray,
+    query_BQ: IntArray,
     size: int,
-    starts: list[int],
     dtype: torch.dtype,
     first_N: IntArray | None,
     before: int,
 ) -> TileGroup:
-    key_BK = np.zeros((len(starts), size), dtype=np.int64)
-    sees_BQK = np.zeros((len(starts), queries, size), dtype=bool)
-    for tile, start in enumerate(starts):
-        stop = start + queries
+    key_BK = np.zeros((len(query_BQ), size), dtype=np.int64)
+    sees_BQK = np.zeros((*query_BQ.shape, size), dtype=bool)
+    for tile, node_Q in enumerate(node_S[query_BQ]):
+        start, last = node_Q[0], node_Q[-1]
         if first_N is None:
-            keys_K = np.concatenate([tree.path(start)[:-1], np.arange(start, stop)])
+            keys_K = np.concatenate([tree.path(start)[:-1], np.arange(start, last + 1)])
         else:
-            keys_K = np.arange(first_N[start], tree.subtree_end_N[first_N[stop - 1]])
+            keys_K = np.arange(first_N[start], tree.subtree_end_N[first_N[last]])
         end = before + len(keys_K)
         key_BK[tile, :end] = np.concatenate([np.arange(before), before + keys_K])
-        query_Q = np.arange(start, start + queries)[:, None]
         if first_N is None:
-            seen_QK = (keys_K <= query_Q) & (query_Q < tree.subtree_end_N[keys_K])
+            inside_QK = node_Q[:, None] < tree.subtree_end_N[keys_K]
+            seen_QK = (keys_K <= node_Q[:, None]) & inside_QK
         else:
-            seen_QK = first_N[keys_K] == first_N[query_Q]
+            seen_QK = first_N[keys_K] == first_N[node_Q, None]
         sees_BQK[tile, :, :before] = True
         sees_BQK[tile, :, before:end] = seen_QK
     mask_BQK = torch.zeros(sees_BQK.shape, dtype=dtype)
     mask_BQK.masked_fill_(~torch.from_numpy(sees_BQK), float("-inf"))
-    return TileGroup(tuple(starts), queries, torch.from_numpy(key_BK), mask_BQK)
+    return TileGroup(query_BQ, torch.from_numpy(key_BK), mask_BQK)
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Exact attention tile by tile. Shapes: q ``[Hq, N, D]``, k and v ``[Hk, before + N, D]``.
+    """Exact attention tile by tile. Shapes: q ``[Hq, S, D]``, k and v ``[Hk, before + N, D]``.
 
     Rows of ``D`` numbers are picked for all tiles at once, and put back so. Probabilities are computed
     again in the backward pass: keeping them is 1-2 % faster and takes 350 MB for four sequences of 512
@@ -276,25 +295,25 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, plan: AttentionPlan, scale: float
+        ctx: Any, q_HSD: Tensor, k_HND: Tensor, v_HND: Tensor, plan: AttentionPlan, scale: float
     ) -> Tensor:
-        heads, size, _ = q_HND.shape
+        heads, size, _ = q_HSD.shape
         rows = plan.rows(heads, len(k_HND))
-        q_MD, k_LD, v_LD = _pick(q_HND, rows.query_M), *_pick_keys(k_HND, v_HND, rows)
-        out_MD = q_HND.new_empty(len(q_MD), v_HND.shape[-1])
+        q_MD, k_LD, v_LD = _pick(q_HSD, rows.query_M), *_pick_keys(k_HND, v_HND, rows)
+        out_MD = q_HSD.new_empty(len(q_MD), v_HND.shape[-1])
         for group, queries, keys in rows.tiles:
             p_b = _probabilities(queries(q_MD), keys(k_LD), group, scale)
             torch.bmm(p_b, keys(v_LD), out=queries(out_MD))
-        ctx.save_for_backward(q_HND, k_HND, v_HND)
+        ctx.save_for_backward(q_HSD, k_HND, v_HND)
         ctx.rows, ctx.scale = rows, scale
         return out_MD.index_select(0, rows.place_M).view(size, heads, -1)
 
     @staticmethod
-    def backward(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q_HND, k_HND, v_HND = ctx.saved_tensors
+    def backward(ctx: Any, grad_SHD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q_HSD, k_HND, v_HND = ctx.saved_tensors
         rows: TileRows = ctx.rows
-        q_MD, k_LD, v_LD = _pick(q_HND, rows.query_M), *_pick_keys(k_HND, v_HND, rows)
-        g_MD = _pick(grad_NHD.transpose(0, 1), rows.query_M)
+        q_MD, k_LD, v_LD = _pick(q_HSD, rows.query_M), *_pick_keys(k_HND, v_HND, rows)
+        g_MD = _pick(grad_SHD.transpose(0, 1), rows.query_M)
         dq_MD, dk_LD, dv_LD = torch.empty_like(q_MD), torch.empty_like(k_LD), torch.empty_like(v_LD)
         for group, queries, keys in rows.tiles:
             q_b, k_b, g_b = queries(q_MD), keys(k_LD), queries(g_MD)
@@ -304,11 +323,9 @@ class _TreeAttention(torch.autograd.Function):
             queries(dq_MD).baddbmm_(ds_b, k_b, beta=0, alpha=ctx.scale)
             keys(dk_LD).baddbmm_(ds_b.mT, q_b, beta=0, alpha=ctx.scale)
             torch.bmm(p_b.mT, g_b, out=keys(dv_LD))
-        dq_HND = (
-            dq_MD.index_select(0, rows.place_M).view(q_HND.transpose(0, 1).shape).transpose(0, 1)
-        )
+        dq_SHD = dq_MD.index_select(0, rows.place_M).view(q_HSD.transpose(0, 1).shape)
         dk_HND, dv_HND = (_sum_copies(part_LD, rows, len(k_HND)) for part_LD in (dk_LD, dv_LD))
-        return dq_HND, dk_HND, dv_HND, None, None
+        return dq_SHD.transpose(0, 1), dk_HND, dv_HND, None, None
 
 
 def _sum_copies(part_LD: Tensor, rows: TileRows, key_heads: int) -> Tensor:
@@ -338,23 +355,23 @@ def _probabilities(q_b: Tensor, k_b: Tensor, group: TileGroup, scale: float) -> 
     return torch.softmax(scores.baddbmm_(q_b, k_b.mT, alpha=scale), -1)
 
 
-def _flex_mask(seen_N: Tensor, both_ways: bool, before: int = 0) -> Any:
-    """``seen_N`` is the end of each node's subtree, or the start of its row."""
+def _flex_mask(seen_N: Tensor, node_S: Tensor, both_ways: bool, before: int = 0) -> Any:
+    """``seen_N`` is the end of each node's subtree, or the start of its row; ``node_S`` look."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def ancestor(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < seen_N[key])
+        return (key <= node_S[query]) & (node_S[query] < seen_N[key])
 
     def same_row(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return seen_N[key] == seen_N[query]
+        return seen_N[key] == seen_N[node_S[query]]
 
     def behind_prefix(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key < before) | tree_mask(_b, _h, query, (key - before).clamp(min=0))
 
-    size = len(seen_N)
     tree_mask = same_row if both_ways else ancestor
     mask = behind_prefix if before else tree_mask
-    return create_block_mask(mask, None, None, size, before + size, device=seen_N.device)
+    keys = before + len(seen_N)
+    return create_block_mask(mask, None, None, len(node_S), keys, device=seen_N.device)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:

@@ -20,8 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.data.tree import round_up
 from luthier.models import heads
-from luthier.models.attention import NAME, Attends, AttentionPlan, plan_attention, register
+from luthier.models.attention import (
+    NAME,
+    Attends,
+    AttentionPlan,
+    Queries,
+    plan_attention,
+    register,
+)
 from luthier.models.bottom import new_activations
 from luthier.models.modalities import (
     is_dual_encoder,
@@ -77,6 +85,12 @@ class Layout:
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """Last hidden states ``[N, H]`` of the nodes of ``batch``."""
         raise NotImplementedError
+
+    def run_nodes(
+        self, backbone: Any, batch: TreeBatch, node_S: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The states of ``node_S`` alone, ``[S, H]``."""
+        return self.run(backbone, batch)[node_S]
 
     @property
     def side_by_side(self) -> Layout:
@@ -148,13 +162,32 @@ class Flat(Layout):
         """One forward pass over the flat sequence."""
         return self.run_with(backbone, batch, batch.plan)
 
-    def run_with(self, backbone: Any, batch: TreeBatch, attention: Attends) -> Tensor:
+    def run_nodes(
+        self, backbone: Any, batch: TreeBatch, node_S: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """In a network that can, only these go through all of the last layer."""
+        node_U, place_S = np.unique(node_S.cpu().numpy(), return_inverse=True)
+        size, plan = round_up(len(node_U), SIZE_STEP), batch.plan
+        can = reads_tree(backbone) and isinstance(plan, AttentionPlan)
+        if not can or 2 * size > len(batch.ids_N):
+            return super().run_nodes(backbone, batch, node_S, dtype)
+        node_U = np.pad(node_U, (0, size - len(node_U)), mode="edge")
+        device = node_S.device
+        attention = plan_attention(batch.tree, device, dtype, before=plan.before, node_S=node_U)
+        last = Queries(torch.from_numpy(node_U).to(device), attention)
+        state_UH = self.run_with(backbone, batch, plan, last=last)
+        return state_UH[torch.from_numpy(place_S.reshape(node_S.shape)).to(device)]
+
+    def run_with(
+        self, backbone: Any, batch: TreeBatch, attention: Attends, **queries: Queries
+    ) -> Tensor:
         """The same with another ``attention`` in the place of the batch's plan."""
         output = backbone(
             input_ids=batch.ids_N[None],
             position_ids=batch.depth_N[None] + self.first_position + batch.plan.before,
             tree=attention,
             use_cache=False,
+            **queries,
         )
         hidden_NH: Tensor = output.last_hidden_state[0]
         return hidden_NH

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.encryption.tensors import load_tensors, tensor_headers
-from luthier.models.attention import Attends
+from luthier.models.attention import Attends, Queries
 from luthier.models.fused import RMSNorm, SwiGLU
 from luthier.models.llama_config import LlamaConfig, RopeParameters
 from luthier.models.outside import loaded_files
@@ -47,22 +47,32 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(width, keys, bias=bias)
         self.o_proj = nn.Linear(queries, width, bias=bias)
 
-    def forward(self, x_1NH: Tensor, cos: Tensor, sin: Tensor, tree: Attends) -> Tensor:
-        """``cos`` and ``sin`` are ``[1, 1, N, D]``; ``tree`` decides who sees whom."""
-        shape = (*x_1NH.shape[:-1], -1, self.head_dim)
+    def forward(
+        self, x_1NH: Tensor, cos: Tensor, sin: Tensor, tree: Attends, node_S: Tensor | None
+    ) -> Tensor:
+        """``cos`` and ``sin`` are ``[1, 1, N, D]``; ``tree`` decides who sees whom.
+
+        Only ``node_S`` look, where they are given.
+        """
+        x_1SH, cos_S, sin_S = (_pick(each, node_S) for each in (x_1NH, cos, sin))
         query, key, value = (
-            project(x_1NH).view(shape).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project, x in ((self.q_proj, x_1SH), (self.k_proj, x_1NH), (self.v_proj, x_1NH))
         )
-        query, key = (each * cos + _rotate_half(each) * sin for each in (query, key))
-        seen_1NhD = tree.attend(self, query, key, value, self.scaling)
-        attended: Tensor = self.o_proj(seen_1NhD.reshape(*x_1NH.shape[:-1], -1).contiguous())
+        query, key = _rotate(query, cos_S, sin_S), _rotate(key, cos, sin)
+        seen_1ShD = tree.attend(self, query, key, value, self.scaling)
+        attended: Tensor = self.o_proj(seen_1ShD.flatten(2).contiguous())
         return attended
 
 
-def _rotate_half(x: Tensor) -> Tensor:
+def _pick(x: Tensor, node_S: Tensor | None) -> Tensor:
+    """``x [..., N, H]`` at some nodes."""
+    return x if node_S is None else x.index_select(-2, node_S)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 class LlamaLayer(nn.Module):
@@ -80,10 +90,18 @@ class LlamaLayer(nn.Module):
         self.input_layernorm = _norm(config)
         self.post_attention_layernorm = _norm(config)
 
-    def forward(self, x_1NH: Tensor, cos: Tensor, sin: Tensor, tree: Attends) -> Tensor:
-        """The next states ``[1, N, H]``."""
-        x_1NH = x_1NH + self.self_attn(self.input_layernorm(x_1NH), cos, sin, tree)
-        states: Tensor = x_1NH + self.mlp(self.post_attention_layernorm(x_1NH))
+    def forward(
+        self,
+        x_1NH: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        tree: Attends,
+        node_S: Tensor | None = None,
+    ) -> Tensor:
+        """The next states ``[1, N, H]``, or those of ``node_S`` alone."""
+        attended_1SH = self.self_attn(self.input_layernorm(x_1NH), cos, sin, tree, node_S)
+        x_1SH = _pick(x_1NH, node_S) + attended_1SH
+        states: Tensor = x_1SH + self.mlp(self.post_attention_layernorm(x_1SH))
         return states
 
 
@@ -130,6 +148,9 @@ class RotaryEmbedding(nn.Module):
 class LlamaModel(nn.Module):
     """The network below its output head."""
 
+    reads_tree = True
+    """Its attention asks a tree who sees whom, and nothing of transformers'."""
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
@@ -142,14 +163,21 @@ class LlamaModel(nn.Module):
         self.rotary_emb = RotaryEmbedding(config)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, tree: Attends, **_: Any
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        tree: Attends,
+        last: Queries | None = None,
+        **_: Any,
     ) -> LlamaOutput:
-        """States of the tokens ``[1, N]``."""
+        """States of the tokens ``[1, N]``, or of some that alone look in the ``last`` layer."""
         x_1NH = self.embed_tokens(input_ids)
         cos, sin = (each[:, None] for each in self.rotary_emb(x_1NH, position_ids=position_ids))
-        for layer in self.layers:
+        *below, top = self.layers
+        for layer in below:
             x_1NH = layer(x_1NH, cos, sin, tree)
-        return LlamaOutput(self.norm(x_1NH))
+        node_S, tree = (None, tree) if last is None else last
+        return LlamaOutput(self.norm(top(x_1NH, cos, sin, tree, node_S)))
 
 
 class LlamaForCausalLM(nn.Module):
@@ -157,7 +185,6 @@ class LlamaForCausalLM(nn.Module):
 
     base_model_prefix = "model"
     reads_tree = True
-    """Its attention asks a tree who sees whom, and nothing of transformers'."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

@@ -467,5 +467,5 @@ class _Probe:
         if task == "token_classification":
             return network.token_scores(batch, nodes)
         if task == "embedding":
-            return network.hidden(batch)[nodes]
-        return network.logits(network.hidden(batch)[nodes])
+            return network.hidden(batch, nodes)
+        return network.logits(network.hidden(batch, nodes))

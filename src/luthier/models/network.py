@@ -8,7 +8,7 @@ or a ``[B, T, V]`` tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -182,12 +182,16 @@ class Network:
         """Numbers in a hidden state, ``H``."""
         return heads.width_of(self.model)
 
-    def hidden(self, batch: TreeBatch) -> Tensor:
-        """Last hidden states ``[N, H]``, one for each node of the tree."""
-        if self.bottom is None or not batch.as_given:
-            return self.layout.run(self._backbone, batch)
-        with self.bottom.instead(batch):
-            return self.layout.run(self._backbone, batch)
+    def hidden(self, batch: TreeBatch, node_S: Tensor | None = None) -> Tensor:
+        """Last hidden states ``[N, H]``, one for each node of the tree, or ``[S, H]`` of ``node_S``.
+
+        Of few nodes alone, a layout may leave out what only the others need.
+        """
+        bottom = self.bottom if batch.as_given else None
+        with nullcontext() if bottom is None else bottom.instead(batch):
+            if node_S is None:
+                return self.layout.run(self._backbone, batch)
+            return self.layout.run_nodes(self._backbone, batch, node_S, self.dtype)
 
     @property
     def head_VH(self) -> Tensor:
@@ -201,11 +205,12 @@ class Network:
         ``hidden_NH`` are the hidden states, where they were computed already.
         """
         tree = batch.tree
-        if hidden_NH is None:
-            hidden_NH = self.hidden(batch)
         if pooling != "mean":
             nodes = tree.root_R if pooling == "first" else tree.leaf_R
-            return hidden_NH[torch.from_numpy(nodes).to(self.device)]
+            node_R = torch.from_numpy(nodes).to(self.device)
+            return self.hidden(batch, node_R) if hidden_NH is None else hidden_NH[node_R]
+        if hidden_NH is None:
+            hidden_NH = self.hidden(batch)
         lengths = np.array([len(example) for example in tree.examples])
         row_M = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(self.device)
         states_MH = hidden_NH[torch.from_numpy(tree.node_M).to(self.device)].float()
@@ -220,7 +225,7 @@ class Network:
 
     def token_scores(self, batch: TreeBatch, nodes: Tensor) -> Tensor:
         """What the head of a token classifier says of the nodes ``[K]``: ``[K, C]``."""
-        return heads.token_scores(self.model, self.hidden(batch)[nodes])
+        return heads.token_scores(self.model, self.hidden(batch, nodes))
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, ``[S, V]``. For a few positions only."""

@@ -101,13 +101,13 @@ class _Chunked(torch.autograd.Function):
         return dhidden, dhead, dbias, None, None, None
 
 
-def _learned_states(network: Network, batch: TreeBatch, hidden_NH: Tensor | None = None) -> Tensor:
+def _learned_states(network: Network, batch: TreeBatch, hidden_SH: Tensor | None = None) -> Tensor:
     """States ``[S, H]`` as the head takes them; several predictions of one stand behind each other.
 
-    ``hidden_NH`` are the network's states, where known.
+    ``hidden_SH`` are the network's states of ``batch.source_S``, where known.
     """
-    hidden_NH = network.hidden(batch) if hidden_NH is None else hidden_NH
-    return network.before_vocabulary(hidden_NH[batch.source_S]).flatten(0, -2)
+    hidden_SH = network.hidden(batch, batch.source_S) if hidden_SH is None else hidden_SH
+    return network.before_vocabulary(hidden_SH).flatten(0, -2)
 
 
 def chunked_loss(
@@ -244,15 +244,16 @@ def token_logps(
     network: Network,
     batch: TreeBatch,
     temperature: float = 1.0,
-    hidden_NH: Tensor | None = None,
+    hidden_SH: Tensor | None = None,
 ) -> Tensor:
     """Log-probability of every learned token, ``[M]`` in float32, one row after the other.
 
     Tokens are those with a weight, in the order of ``batch.learned_edges``; weights do not enter.
-    Logits are divided by ``temperature`` first. ``hidden_NH`` are the network's states, where known.
+    Logits are divided by ``temperature`` first. ``hidden_SH`` are the network's states of
+    ``batch.source_S``, where known.
     """
     logp_E: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
-        _learned_states(network, batch, hidden_NH),
+        _learned_states(network, batch, hidden_SH),
         network.head_VH,
         network.head_bias_V,
         batch.edge_source_E,

@@ -117,9 +117,9 @@ class PPO(Reinforcement):
         from luthier.objectives.logprobs import token_logps
 
         policy: PolicyBatch = batch.extra
-        hidden_NH = network.hidden(batch)
-        policy.old_M = token_logps(network, batch, self.temperature, hidden_NH)
-        policy.value_M = _values(network, batch, hidden_NH)
+        hidden_SH = network.hidden(batch, batch.source_S)
+        policy.old_M = token_logps(network, batch, self.temperature, hidden_SH)
+        policy.value_M = _values(network, batch, hidden_SH)
         if self.kl_coef:
             with network.at_start():
                 policy.reference_M = token_logps(network, batch, self.temperature)
@@ -180,14 +180,14 @@ class PPO(Reinforcement):
         from luthier.objectives.logprobs import token_logps
 
         policy: PolicyBatch = batch.extra
-        hidden_NH = network.hidden(batch)
-        ratio_M = policy.compare(token_logps(network, batch, self.temperature, hidden_NH))
+        hidden_SH = network.hidden(batch, batch.source_S)
+        ratio_M = policy.compare(token_logps(network, batch, self.temperature, hidden_SH))
         advantage_M = policy.advantage_M
         clipped_M = ratio_M.clamp(1 - self.cliprange, 1 + self.cliprange) * advantage_M
         policy_M = -(ratio_M * advantage_M).minimum(clipped_M)
         policy.note("clipped", (clipped_M < ratio_M * advantage_M).float())
         value_M, old_M, back_M = (
-            _values(network, batch, hidden_NH),
+            _values(network, batch, hidden_SH),
             _filled_in(policy.value_M),
             _filled_in(policy.return_M),
         )
@@ -218,9 +218,9 @@ def whiten(value_M: Tensor, processes: ProcessGroup, shift: bool = True) -> Tens
     return white_M if shift else white_M + mean
 
 
-def _values(network: Network, batch: TreeBatch, hidden_NH: Tensor) -> Tensor:
+def _values(network: Network, batch: TreeBatch, hidden_SH: Tensor) -> Tensor:
     """The value ``[M]`` of the state that each learned token is predicted from."""
-    value_S: Tensor = getattr(network.model, HEAD)(hidden_NH[batch.source_S].float())[:, 0]
+    value_S: Tensor = getattr(network.model, HEAD)(hidden_SH.float())[:, 0]
     return value_S[batch.edge_source_E][batch.learned_edges[1]]
 
 

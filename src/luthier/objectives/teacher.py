@@ -52,7 +52,7 @@ def whole_distribution(
     """
     with teacher.whole_work():  # it may be the network that learns
         (seen,) = teacher.batches(batch.tree.examples if rows is None else rows, sys.maxsize)
-    states_SH = teacher.before_vocabulary(teacher.hidden(seen)[seen.source_S])
+    states_SH = teacher.before_vocabulary(teacher.hidden(seen, seen.source_S))
     place_S = torch.zeros_like(batch.source_S)
     place_S[batch.edge_source_E[batch.learned_edges[1]]] = seen.edge_source_E[seen.learned_edges[1]]
     states_SH = states_SH[place_S]
@@ -122,7 +122,7 @@ class TopK:
         need_disk(self._folder, self.bytes, "keeping what the teacher says of the rows")
         ids_MK, logp_MB = self._open("w+")
         for batch in teacher.batches(list({_key(row): row for row in rows}.values()), budget):
-            states_SH = teacher.before_vocabulary(teacher.hidden(batch)[batch.source_S])
+            states_SH = teacher.before_vocabulary(teacher.hidden(batch, batch.source_S))
             parts = []
             for chunk_CH in states_SH.split(CHUNK):
                 logits_CV = scores(chunk_CH, teacher.head_VH, teacher.head_bias_V, temperature)

@@ -465,7 +465,7 @@ def _states(network: Network, rows: Sequence[Example]) -> _States:
     targets: list[Tensor] = []
     with torch.no_grad():
         for batch in network.batches(rows, READING_BUDGET):
-            hidden_SH = network.before_vocabulary(network.hidden(batch)[batch.source_S])
+            hidden_SH = network.before_vocabulary(network.hidden(batch, batch.source_S))
             place_M, edge_M = batch.learned_edges
             rows_of.append(batch.tree.row_R[place_M.cpu().numpy()])
             states.append(hidden_SH.flatten(0, -2)[batch.edge_source_E[edge_M]])

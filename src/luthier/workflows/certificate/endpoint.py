@@ -369,7 +369,7 @@ def _token_scores(
     found = {}
     with torch.no_grad():
         for batch in network.batches(examples, BUDGET):
-            logits_SV = network.logits(network.hidden(batch)[batch.source_S]).float()
+            logits_SV = network.logits(network.hidden(batch, batch.source_S)).float()
             logp_SV = logits_SV.log_softmax(-1)
             logp_E = logp_SV[batch.edge_source_E, batch.target_E]
             gap_E = logp_SV.amax(-1)[batch.edge_source_E] - logp_E
