@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from luthier.models.fused import RMSNorm, SwiGLU, fuse
+from luthier.models.fused import Dropout, RMSNorm, SwiGLU, fuse
 
 
 def outcome(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -147,3 +147,41 @@ def test_fuse_measures_before_it_replaces() -> None:
     model = nn.Sequential(OnePlusRMSNorm(), LlamaRMSNorm(8))
     assert fuse(model) == 1
     assert isinstance(model[0], OnePlusRMSNorm) and isinstance(model[1], RMSNorm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dropout_drops_its_share_and_keeps_the_mean(share: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(333, 301, dtype=dtype, requires_grad=True)
+    parent = fuse_one(nn.Dropout(share))
+    y = parent(x)
+    assert isinstance(parent, Dropout) and y.dtype == dtype
+    kept = y.detach() != 0
+    assert float(kept.float().mean()) == pytest.approx(1 - share, abs=0.004)
+    assert float(y.detach()[kept].float().mean()) == pytest.approx(1 / (1 - share), rel=0.004)
+    # Neighbours are dropped apart from each other.
+    both = (kept[:, 1:] & kept[:, :-1]).float().mean()
+    assert float(both) == pytest.approx((1 - share) ** 2, abs=0.01)
+    y.backward(torch.ones_like(y) * 3)
+    assert x.grad is not None and torch.equal(x.grad, (y * 3).detach())
+    torch.manual_seed(0)
+    assert torch.equal(parent(x), y) and not torch.equal(parent(x), y)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.3])
+def test_dropout_does_nothing_outside_of_training(share: float) -> None:
+    x = torch.randn(5, 7)
+    dropout = fuse_one(nn.Dropout(share))
+    assert torch.equal(dropout.eval()(x), x)
+    dropout.p = 0.0  # as a run sets it
+    assert torch.equal(dropout.train()(x), x)
+    dropout.p = 1.0
+    assert not dropout(x).any()
+
+
+def fuse_one(module: nn.Module) -> Any:
+    """What :func:`fuse` puts in the place of ``module``."""
+    parent = nn.Sequential(module)
+    fuse(parent)
+    return parent[0]

@@ -169,7 +169,7 @@ class Flat(Layout):
         node_U, place_S = np.unique(node_S.cpu().numpy(), return_inverse=True)
         size, plan = round_up(len(node_U), SIZE_STEP), batch.plan
         can = reads_tree(backbone) and isinstance(plan, AttentionPlan)
-        if not can or 2 * size > len(batch.ids_N):
+        if not (can and 0 < 2 * size <= len(batch.ids_N)):
             return super().run_nodes(backbone, batch, node_S, dtype)
         node_U = np.pad(node_U, (0, size - len(node_U)), mode="edge")
         device = node_S.device
