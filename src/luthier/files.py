@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Protocol
 from weakref import WeakValueDictionary
 
@@ -43,6 +44,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG
 )  # fmt: skip
+
+_NO_PLACE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EOPNOTSUPP)
+"""Of something new, these say that it cannot be there: below /proc, or by too long a name."""
 
 
 def luthier_home() -> Path:
@@ -169,8 +173,9 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
             yield file
         return
     with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        name, handle = _new_temporary(path, mode)
+        with _creation_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            name, handle = _new_temporary(path, mode)
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
@@ -298,9 +303,10 @@ def temporary_folder(path: Path, private: bool = False) -> Iterator[Path]:
 
     What killed processes left there goes before. ``private`` is as in :func:`new_folder`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_unlocked(path)
-    folder, handle = _make_locked(path, 0o700 if private else 0o777)
+    with _creation_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_unlocked(path)
+        folder, handle = _make_locked(path, 0o700 if private else 0o777)
     try:
         yield folder
     finally:
@@ -472,6 +478,53 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if number in _UNWRITABLE:
             raise LuthierError(f"{folder} cannot be written: {os.strerror(number)}") from error
         raise
+
+
+@contextmanager
+def _creation_errors(folder: Path) -> Iterator[None]:
+    """Turn the refusal of a file system to make anything in ``folder`` into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        reason = os.strerror(error.errno)
+        raise LuthierError(f"nothing can be made in {folder}: {reason}") from error
+
+
+def check_creatable(path: Path) -> None:
+    """Refuse a path where no file or folder can be made, before the work is done that is to lie there.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    try:
+        # Some file systems, such as /proc, give the right to write and then make nothing.
+        there = path.resolve()
+        is_there = there.exists()
+        parent = nearest_existing(there.parent)
+        if is_there and not there.is_file() and not there.is_dir():
+            parent = there  # a device or a pipe, which is written to
+        elif not parent.is_dir():
+            raise RecipeError(f"{path} cannot be written: {parent} is not a folder")
+        if not os.access(there if is_there else parent, os.W_OK):
+            read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+            why = (
+                "its disk takes no writes (it is read-only)"
+                if read_only
+                else "you have no right to"
+            )
+            raise RecipeError(f"{path} cannot be written: {why}")
+        if parent is not there:
+            with TemporaryFile(prefix=TEMPORARY, dir=parent):
+                pass
+    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
+        number = getattr(error, "errno", None) or errno.ELOOP
+        if number in _FULL:
+            return  # said when it is written
+        raise RecipeError(
+            f"{path} cannot be written: nothing can be made there ({os.strerror(number)})"
+        ) from error
 
 
 def waits_for_disk(error: BaseException) -> bool:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from luthier.errors import DataError, LuthierError, ProcessLost, RecipeError, RefusedInput
-from luthier.files import nearest_existing, sweep_file, write_bytes
+from luthier.errors import DataError, LuthierError, ProcessLost, RefusedInput
+from luthier.files import sweep_file, write_bytes
 from luthier.models.process_group import ProcessGroup
 from luthier.printable import finite_or_none, one_line, printable, printable_json
 
@@ -271,11 +271,4 @@ def check_output(target: Path | None, *sources: str | Path | None, overwrite: bo
     from luthier.data.writers import check_target
 
     check_target(target, [], [each for each in sources if each is not None], overwrite)
-    parent = nearest_existing(target.absolute().parent)
-    if not parent.is_dir():
-        raise RecipeError(f"{target} cannot be written: {parent} is not a folder")
-    if not os.access(target if target.exists() else parent, os.W_OK):
-        read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
-        why = "its disk takes no writes (it is read-only)" if read_only else "you have no right to"
-        raise RecipeError(f"{target} cannot be written: {why}")
     sweep_file(target)
