@@ -44,6 +44,20 @@ class _Group(TyperGroup):
             ctx.fail(f"No such command {name!r}. Did you mean `luthier {name}`?")
         return super().resolve_command(ctx, args)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The commands with the first sentence of each, over as many lines as it takes.
+
+        Click's own cuts it at the width that is left of 80 columns.
+        """
+        named = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [
+            (name, command.get_short_help_str(UNBROKEN))
+            for name, command in named
+            if command is not None and not command.hidden
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
 
 class CommandGroup(typer.Typer):
     """Commands whose errors are a message, or with ``--json`` an object, and an exit code."""
