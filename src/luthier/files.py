@@ -54,6 +54,26 @@ def luthier_home() -> Path:
     return Path(os.environ.get("LUTHIER_HOME") or Path.home() / ".luthier").expanduser().absolute()
 
 
+def explain_unreadable_home() -> str:
+    """Why nothing is found in the store, as a sentence; empty where it can be read.
+
+    The default folder is made by the first command that writes: that it is missing says nothing.
+    """
+    home, is_named = luthier_home(), bool(os.environ.get("LUTHIER_HOME"))
+    if not os.path.lexists(home):
+        why = "does not exist" if is_named else ""
+    elif not home.is_dir():
+        why = "is no folder"
+    elif not os.access(home, os.R_OK | os.X_OK):
+        why = "cannot be read: you have no right to"
+    else:
+        why = ""
+    if not why:
+        return ""
+    origin = "the environment variable LUTHIER_HOME names it" if is_named else "it is the default"
+    return f"The store {home} {why} ({origin})."
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; of a folder, of the names and hashes in it."""
     digest = hashlib.sha256()
@@ -399,7 +419,7 @@ def is_locked(path: Path) -> bool:
     """
     try:
         handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)

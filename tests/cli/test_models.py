@@ -51,6 +51,44 @@ def test_list_names_bases_and_custom_models(
     assert line.rstrip().endswith(custom["created"][:16].replace("T", " "))
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("none", "does not exist"),
+        ("file", "is no folder"),
+        ("closed", "cannot be read: you have no right to"),
+    ],
+)
+def test_a_store_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
+) -> None:
+    named = tmp_path / "store"
+    if kind == "file":
+        named.write_text("")
+    elif kind == "closed":
+        named.mkdir()
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: path != named and access(path, mode))
+    monkeypatch.setenv("LUTHIER_HOME", str(named))
+    sentence = f"The store {named} {why} (the environment variable LUTHIER_HOME names it)."
+    listed = Answer("models", "list").good()
+    assert listed.err == f"{sentence}\n"
+    assert Answer("models", "list", "--json").good().json()["custom"] == []
+    for command in ("show", "remove"):
+        assert sentence in Answer("models", command, "x:y").refused()
+    assert sentence in Answer("generate", "x:y", "hi").refused()
+
+
+def test_a_default_store_that_is_not_there_yet_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LUTHIER_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    listed = Answer("models", "list").good()
+    assert "No custom models yet" in listed.out and listed.err == ""
+    assert "There are none that can be used so" in Answer("models", "show", "x:y").refused()
+
+
 def test_whose_the_figures_are_is_listed(own_home: Path) -> None:
     path = own_home / "models" / "custom" / "tiny-llama" / "colours" / "luthier.json"
     record = json.loads(path.read_text())

@@ -16,6 +16,7 @@ from luthier.cli.console import (
     heavy_imports,
     new_console,
     new_table,
+    note,
     print_json,
     print_table,
     print_text,
@@ -41,6 +42,7 @@ def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
     """List base models and custom models, and runs that were interrupted."""
     from luthier.data.media import PLURAL
     from luthier.engine.runs import unfinished_runs
+    from luthier.files import explain_unreadable_home
     from luthier.models.catalog import CATALOG
     from luthier.store.model_folders import is_base_here
     from luthier.store.models import custom_models, pretrained_models
@@ -73,6 +75,8 @@ def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
         }
         for run in unfinished_runs()
     ]
+    if unreadable := explain_unreadable_home():
+        note(unreadable)
     if json_:
         print_json({"base": bases, "custom": custom, "unfinished": unfinished})
         return
