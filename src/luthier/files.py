@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Protocol
 from weakref import WeakValueDictionary
 
@@ -44,10 +45,33 @@ _UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG
 )  # fmt: skip
 
+_NO_PLACE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EOPNOTSUPP)
+"""Of something new, these say that it cannot be there: below /proc, or by too long a name."""
+
 
 def luthier_home() -> Path:
     """Folder of the store: ``LUTHIER_HOME``, or ``~/.luthier``."""
     return Path(os.environ.get("LUTHIER_HOME") or Path.home() / ".luthier").expanduser().absolute()
+
+
+def explain_unreadable_home() -> str:
+    """Why nothing is found in the store, as a sentence; empty where it can be read.
+
+    The default folder is made by the first command that writes: that it is missing says nothing.
+    """
+    home, is_named = luthier_home(), bool(os.environ.get("LUTHIER_HOME"))
+    if not os.path.lexists(home):
+        why = "does not exist" if is_named else ""
+    elif not home.is_dir():
+        why = "is no folder"
+    elif not os.access(home, os.R_OK | os.X_OK):
+        why = "cannot be read: you have no right to"
+    else:
+        why = ""
+    if not why:
+        return ""
+    origin = "the environment variable LUTHIER_HOME names it" if is_named else "it is the default"
+    return f"The store {home} {why} ({origin})."
 
 
 def sha256_of(path: Path) -> str:
@@ -169,8 +193,9 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
             yield file
         return
     with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        name, handle = _new_temporary(path, mode)
+        with _creation_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            name, handle = _new_temporary(path, mode)
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
@@ -298,9 +323,10 @@ def temporary_folder(path: Path, private: bool = False) -> Iterator[Path]:
 
     What killed processes left there goes before. ``private`` is as in :func:`new_folder`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_unlocked(path)
-    folder, handle = _make_locked(path, 0o700 if private else 0o777)
+    with _creation_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_unlocked(path)
+        folder, handle = _make_locked(path, 0o700 if private else 0o777)
     try:
         yield folder
     finally:
@@ -393,7 +419,7 @@ def is_locked(path: Path) -> bool:
     """
     try:
         handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -472,6 +498,53 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if number in _UNWRITABLE:
             raise LuthierError(f"{folder} cannot be written: {os.strerror(number)}") from error
         raise
+
+
+@contextmanager
+def _creation_errors(folder: Path) -> Iterator[None]:
+    """Turn the refusal of a file system to make anything in ``folder`` into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        reason = os.strerror(error.errno)
+        raise LuthierError(f"nothing can be made in {folder}: {reason}") from error
+
+
+def check_creatable(path: Path) -> None:
+    """Refuse a path where no file or folder can be made, before the work is done that is to lie there.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    try:
+        # Some file systems, such as /proc, give the right to write and then make nothing.
+        there = path.resolve()
+        is_there = there.exists()
+        parent = nearest_existing(there.parent)
+        if is_there and not there.is_file() and not there.is_dir():
+            parent = there  # a device or a pipe, which is written to
+        elif not parent.is_dir():
+            raise RecipeError(f"{path} cannot be written: {parent} is not a folder")
+        if not os.access(there if is_there else parent, os.W_OK):
+            read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+            why = (
+                "its disk takes no writes (it is read-only)"
+                if read_only
+                else "you have no right to"
+            )
+            raise RecipeError(f"{path} cannot be written: {why}")
+        if parent is not there:
+            with TemporaryFile(prefix=TEMPORARY, dir=parent):
+                pass
+    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
+        number = getattr(error, "errno", None) or errno.ELOOP
+        if number in _FULL:
+            return  # said when it is written
+        raise RecipeError(
+            f"{path} cannot be written: nothing can be made there ({os.strerror(number)})"
+        ) from error
 
 
 def waits_for_disk(error: BaseException) -> bool:

@@ -21,6 +21,19 @@ def test_version_and_help() -> None:
         assert f"\n  {command} " in text
 
 
+@pytest.mark.parametrize("group", [[], ["models"], ["admin", "models"]])
+def test_what_commands_do_is_said_whole(group: list[str]) -> None:
+    text = Answer(*group, "--help").good().out
+    assert "..." not in text.partition("Commands:")[2]
+    assert all(len(line) <= 80 for line in text.splitlines())
+    if not group:
+        about = (
+            "Run several tunings as one, each from a model of an earlier one; done stages are not"
+        )
+        assert about in " ".join(text.split())
+        assert "\n  worker " not in text  # hidden
+
+
 @pytest.mark.parametrize("command", [[], ["models"]])
 def test_no_command_shows_the_commands(command: list[str]) -> None:
     answer = Answer(*command)

@@ -22,9 +22,12 @@ from luthier.cli import console, progress
 from luthier.cli.audit import audit_app
 from luthier.cli.console import print_rows
 from luthier.engine.metrics import MetricsFile
+from luthier.engine.report_file import ReportFile, ReportReader
 from luthier.errors import RefusedInput
+from luthier.jobs.job_reporter import JobReporter
 from luthier.store.audit import Event, append
 from luthier.store.database import Database
+from luthier.store.jobs import Job
 
 HOSTILE = "key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\r\u2066\U000e0041"
 VISIBLE = r"key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\x0d\u2066" + r"\U000e0041"
@@ -146,6 +149,21 @@ def test_without_a_terminal_a_run_is_a_line_now_and_then(
     places = [number for number, count in enumerate(counts, 1) if count]
     assert places == [1, 3, *range(13, 100, 10), 100]
     assert max(counts) == 1
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_who_asked_to_resume_alone_is_told_that_nothing_was_interrupted(
+    resume: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pipelines and jobs go on with what has begun, and their user asked for nothing."""
+    file = ReportFile(tmp_path / "reports.jsonl")
+    file.nothing_to_resume("base:x")
+    ReportReader(file.path).hand_on(progress.LiveReporter(resume))
+    note = "  no run base:x was interrupted, so it begins now\n"
+    assert capsys.readouterr().err == (note if resume else "")
+    job = Job(id="j", details={})
+    ReportReader(file.path).hand_on(JobReporter(job, str))
+    assert "interrupted" not in str(job.details)
 
 
 def test_a_line_of_progress_has_the_time_left_and_both_losses(

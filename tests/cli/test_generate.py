@@ -127,14 +127,47 @@ def test_generate_takes_messages(home: Path, tmp_path: Path) -> None:
     assert rows[1]["prompt"] == [{"role": "user", "content": "colour of grass?"}]
 
 
+def test_generate_reads_what_tune_reads(home: Path, tmp_path: Path) -> None:
+    def answers(source: str | Path, *options: str) -> list[dict[str, Any]]:
+        lines = Answer("generate", MODEL, "--input", str(source), *options).good().out.splitlines()
+        return [json.loads(line) for line in lines]
+
+    table = tmp_path / "a.csv"
+    table.write_text("q,reply,id\ncolour of sky?,red,7\ncolour of coal?,,7\n")
+    mapped = answers(table, "--map", "prompt=q", "--map", "completion=reply")
+    assert mapped == [
+        {
+            "prompt": "colour of sky?", "completion": "blue", "expected": "red",
+            "q": "colour of sky?", "reply": "red", "id": "7",
+        },
+        {
+            "prompt": "colour of coal?", "completion": "black",
+            "q": "colour of coal?", "reply": "", "id": "7",
+        },
+    ]  # fmt: skip
+    refusal = Answer("generate", MODEL, "--input", str(table)).refused()
+    assert "a.csv:2: [prompt.shape]" in refusal and "--map prompt=COLUMN" in refusal
+    assert "nothing was answered" in refusal
+    texts = tmp_path / "a.txt"
+    texts.write_text("colour of sky?\n\ncolour of grass?\n")
+    assert [row["completion"] for row in answers(texts)] == ["blue", "green"]
+    alpaca = {"instruction": "colour of sky?", "input": "", "output": "red", "n": 1}
+    share = {"conversations": [{"from": "human", "value": "colour of coal?"}]}
+    jsonl(tmp_path / "forms.jsonl", alpaca, share, {"prompt": "colour of sky?", "expected": 3})
+    first, second, third = answers(tmp_path / "form*.jsonl")
+    assert first == {"prompt": "colour of sky?", "completion": "blue", "expected": "red", **alpaca}
+    assert (second["completion"], "expected" in second) == ("black", False)
+    assert (third["completion"], third["expected"]) == ("blue", 3)
+
+
 @pytest.mark.parametrize(
     ("row", "rule"),
     [
-        ({"question": "x"}, "prompt.missing"),
-        ({"prompt": "  "}, "prompt.missing"),
-        ({"messages": []}, "prompt.missing"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "prompt.missing"),
-        ({"messages": [{"role": "user"}]}, "prompt.missing"),
+        ({"question": "x"}, "prompt.shape"),
+        ({"prompt": "  "}, "field.empty"),
+        ({"messages": []}, "messages.empty"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "prompt.unasked"),
+        ({"messages": [{"role": "user"}]}, "field.missing"),
         ("{", "json.invalid"),
     ],
 )
@@ -157,6 +190,7 @@ def test_generate_refuses_rows_that_ask_nothing(
         ([MODEL, " "], "the prompt is empty"),
         ([MODEL, "hi", "--input", "x.jsonl"], "give one prompt, or --input"),
         ([MODEL, "hi", "--output", "x.jsonl"], "--output goes with --input"),
+        ([MODEL, "hi", "--map", "prompt=q"], "--map goes with --input"),
         ([MODEL, "hi", "--temperature", "-1"], "temperature"),
         ([MODEL, "hi", "--top-p", "1.1"], "top-p"),
         ([MODEL, "hi", "--max-tokens", "0"], "max-tokens"),

@@ -51,6 +51,44 @@ def test_list_names_bases_and_custom_models(
     assert line.rstrip().endswith(custom["created"][:16].replace("T", " "))
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("none", "does not exist"),
+        ("file", "is no folder"),
+        ("closed", "cannot be read: you have no right to"),
+    ],
+)
+def test_a_store_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
+) -> None:
+    named = tmp_path / "store"
+    if kind == "file":
+        named.write_text("")
+    elif kind == "closed":
+        named.mkdir()
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: path != named and access(path, mode))
+    monkeypatch.setenv("LUTHIER_HOME", str(named))
+    sentence = f"The store {named} {why} (the environment variable LUTHIER_HOME names it)."
+    listed = Answer("models", "list").good()
+    assert listed.err == f"{sentence}\n"
+    assert Answer("models", "list", "--json").good().json()["custom"] == []
+    for command in ("show", "remove"):
+        assert sentence in Answer("models", command, "x:y").refused()
+    assert sentence in Answer("generate", "x:y", "hi").refused()
+
+
+def test_a_default_store_that_is_not_there_yet_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LUTHIER_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    listed = Answer("models", "list").good()
+    assert "No custom models yet" in listed.out and listed.err == ""
+    assert "There are none that can be used so" in Answer("models", "show", "x:y").refused()
+
+
 def test_whose_the_figures_are_is_listed(own_home: Path) -> None:
     path = own_home / "models" / "custom" / "tiny-llama" / "colours" / "luthier.json"
     record = json.loads(path.read_text())
@@ -383,8 +421,10 @@ def test_models_are_removed_where_the_service_is_not_installed(
 def test_remove_takes_nothing_else(own_home: Path, model_id: str) -> None:
     before = files_in(own_home)
     refused = Answer("models", "remove", model_id).refused()
-    assert "is no model that was made here" in refused
-    assert (f"There are: {MODEL}" in refused) == (model_id not in CATALOG)
+    if model_id in CATALOG:
+        assert f"{model_id} is not here, so there is nothing to remove" in refused
+    else:
+        assert "is no model that was made here" in refused and f"There are: {MODEL}" in refused
     assert files_in(own_home) == before
 
 
@@ -393,9 +433,27 @@ def test_an_unknown_id_is_refused_with_the_nearest(own_home: Path) -> None:
         asked = Answer("models", command, "tiny-llama:colour").refused()
         assert f"Did you mean {MODEL}?" in asked
     assert f"Did you mean {MODEL}?" in Answer("samples", "tiny-llama:colour").refused()
+
+
+def test_a_fetched_base_is_removed_where_nothing_stands_on_it(own_home: Path) -> None:
     folder = own_home / "models" / "base" / "smollm2-135m-instruct"
-    folder.mkdir(parents=True)
-    assert f"delete {folder}" in Answer("models", "remove", folder.name).refused()
+    write_json(folder / MANIFEST, {})
+    derived = gguf_folder(folder.name, "0" * 64, "f32")
+    write_json(derived / "parity.json", {})
+    record = own_home / "models" / "custom" / "tiny-llama" / "colours" / MANIFEST
+    child = f"{folder.name}:mine"
+    write_json(
+        own_home / "models" / "custom" / folder.name / "mine" / MANIFEST,
+        read_json(record) | {"id": child, "parent": folder.name},
+    )
+    refused = Answer("models", "remove", folder.name).refused()
+    assert f"{child} was made from {folder.name}; remove it first" in refused
+    assert "--force" in refused and "fetched again" in refused and folder.is_dir()
+    answer = Answer("models", "remove", folder.name, "--force").good()
+    assert answer.out == f"{folder.name} is gone\n"
+    assert not folder.exists() and not derived.exists()
+    assert (own_home / "models" / "custom" / folder.name / "mine" / MANIFEST).is_file()
+    assert "there is nothing to remove" in Answer("models", "remove", folder.name).refused()
 
 
 def test_an_adapter_that_peft_lacks_is_exported_with_a_word_about_it(

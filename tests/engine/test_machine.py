@@ -22,6 +22,27 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_reason_of_a_precision_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, threads: int, native: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(machine, "_cpu_has_bfloat16", lambda: native)
+    reason = machine.choose_machine("auto", threads).reason
+    assert (
+        reason
+        == {
+            (1, True): "1 CPU thread, which multiplies bfloat16 natively",
+            (2, True): "2 CPU threads, which multiply bfloat16 natively",
+            (1, False): "1 CPU thread, which has no native bfloat16",
+            (2, False): "2 CPU threads, which have no native bfloat16",
+        }[threads, native]
+    )
+
+
 def test_without_a_limit_it_is_the_machines(group: Path) -> None:
     assert total_memory() == psutil.virtual_memory().total
     (group / "memory.max").write_text("max\n")

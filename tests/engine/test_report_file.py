@@ -36,6 +36,7 @@ def test_each_call_is_a_line_without_single_rows(tmp_path: Path) -> None:
     file = ReportFile(tmp_path / "reports.jsonl")
     file.stage("Training")
     file.note("a note")
+    file.nothing_to_resume("base:x")
     file.settings([("training.epochs", 3, "few rows")])
     file.progress(1, 2, "rows")
     file.metrics({"step": 1, "rows": {"accuracy": "…"}}, 8)
@@ -44,6 +45,7 @@ def test_each_call_is_a_line_without_single_rows(tmp_path: Path) -> None:
     assert lines == [
         ["stage", ["Training"]],
         ["note", ["a note"]],
+        ["nothing_to_resume", ["base:x"]],
         ["settings", [[["training.epochs", 3, "few rows"]]]],
         ["progress", [1, 2, "rows"]],
         ["metrics", [{"step": 1}, 8]],

@@ -176,6 +176,25 @@ def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
     assert again == result
 
 
+def test_a_run_that_never_began_has_nothing_to_resume(
+    recipe: Callable[..., Recipe], luthier_home: Path
+) -> None:
+    class Reported(Notes):
+        resumed: list[str]
+
+        def nothing_to_resume(self, model_id: str) -> None:
+            self.resumed.append(model_id)
+
+    reported = Reported()
+    reported.resumed = []
+    made = train.train(recipe({"max_steps": 1, "refit": False}), resume=True, reporter=reported)
+    assert reported.resumed == [made.model_id]
+    assert not any("interrupted" in text for text in reported.notes)
+    reported.resumed = []
+    train.train(recipe({"max_steps": 1, "refit": False}), resume=True, reporter=reported)
+    assert reported.resumed == []
+
+
 def test_a_loss_that_is_no_number_ends_the_run(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:

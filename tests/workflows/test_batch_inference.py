@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 from upper_task import KILL, LOG, SHARD_ROWS, STOP, STOPPED, WAIT, UpperTask, run
 
+from luthier.data.shapes import PromptOnly
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, LuthierError, RecipeError, RunConflict
 from luthier.files import lock
@@ -375,8 +376,12 @@ def test_processes_are_as_many_as_memory_and_shards_have_room_for() -> None:
 
 def test_fields_beside_prompts_are_made_json_before_anything_is_written() -> None:
     task = GenerateTask(model="x", source="rows.parquet", sampling=Sampling())
-    rows = [InputRow("rows.parquet", 1, {"when": date(2026, 11, 26)}, "Hi")]
+    rows = [
+        InputRow(
+            "rows.parquet", 1, {"when": date(2026, 11, 26)}, PromptOnly("rows.parquet", 1, "Hi")
+        )
+    ]
     assert task.records(rows) == [{"prompt": "Hi", "when": "2026-11-26"}]
-    bad = [InputRow("rows.parquet", 2, {"x": float("nan")}, "Hi")]
+    bad = [InputRow("rows.parquet", 2, {"x": float("nan")}, PromptOnly("rows.parquet", 2, "Hi"))]
     with pytest.raises(DataError, match=r"rows\.parquet:2"):
         task.records(bad)

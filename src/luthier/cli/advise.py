@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, print_json
+from luthier.cli.console import check_output, heavy_imports, new_console, print_json
 from luthier.cli.options import (
     Adaptation,
     Base,
@@ -57,6 +57,7 @@ def advise(
     from luthier.workflows.advise.facts import Wishes
 
     recipe = read_recipe(data, options, set_)
+    check_output(recipe_file)
     command = tuning_command(data, options, set_ or ())
     wishes = Wishes(goal, max_minutes, max_seconds, max_megabytes)
     with heavy_imports():

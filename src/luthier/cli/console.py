@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from luthier.errors import DataError, LuthierError, ProcessLost, RecipeError, RefusedInput
-from luthier.files import nearest_existing, sweep_file, write_bytes
+from luthier.errors import DataError, LuthierError, ProcessLost, RefusedInput
+from luthier.files import sweep_file, write_bytes
 from luthier.models.process_group import ProcessGroup
 from luthier.printable import finite_or_none, one_line, printable, printable_json
 
@@ -43,6 +43,20 @@ class _Group(TyperGroup):
         if self.get_command(ctx, name) is None and everywhere.get_command(ctx, name) is not None:
             ctx.fail(f"No such command {name!r}. Did you mean `luthier {name}`?")
         return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The commands with the first sentence of each, over as many lines as it takes.
+
+        Click's own cuts it at the width that is left of 80 columns.
+        """
+        named = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [
+            (name, command.get_short_help_str(UNBROKEN))
+            for name, command in named
+            if command is not None and not command.hidden
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 class CommandGroup(typer.Typer):
@@ -271,11 +285,4 @@ def check_output(target: Path | None, *sources: str | Path | None, overwrite: bo
     from luthier.data.writers import check_target
 
     check_target(target, [], [each for each in sources if each is not None], overwrite)
-    parent = nearest_existing(target.absolute().parent)
-    if not parent.is_dir():
-        raise RecipeError(f"{target} cannot be written: {parent} is not a folder")
-    if not os.access(target if target.exists() else parent, os.W_OK):
-        read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
-        why = "its disk takes no writes (it is read-only)" if read_only else "you have no right to"
-        raise RecipeError(f"{target} cannot be written: {why}")
     sweep_file(target)

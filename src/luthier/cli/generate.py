@@ -24,6 +24,7 @@ from luthier.cli.console import (
     stream_text,
 )
 from luthier.cli.options import (
+    Columns,
     InferenceProcesses,
     Json,
     Overwrite,
@@ -55,7 +56,11 @@ def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
     input_: Annotated[
-        Path | None, typer.Option("--input", help="JSONL of prompts or messages to answer.")
+        str | None,
+        typer.Option(
+            "--input",
+            help="Many: a file of prompts or messages in any form of rows (of .txt each line is one).",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -63,6 +68,7 @@ def generate(
             help="JSONL of the same rows, each with its `completion`; its own is `expected`."
         ),
     ] = None,
+    columns: Columns = None,
     max_tokens: ReplyTokens = None,
     temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
@@ -88,6 +94,7 @@ def generate(
         from luthier.cli.batch_inference import BatchInference
         from luthier.data.writers import write_packed
         from luthier.models.sampling import Sampling
+        from luthier.recipe import parse_columns
         from luthier.serving.generation import Generator
         from luthier.store.models import check_active, find
         from luthier.workflows.inference_tasks import (
@@ -102,8 +109,8 @@ def generate(
         raise RecipeError("give one prompt, or --input FILE with many")
     if prompt is not None and not prompt.strip():
         raise RecipeError("the prompt is empty")
-    if output is not None and input_ is None:
-        raise RecipeError("--output goes with --input")
+    if input_ is None and (output is not None or columns):
+        raise RecipeError(f"--{'map' if output is None else 'output'} goes with --input")
     sampling = Sampling(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -114,7 +121,13 @@ def generate(
         grammar=None if grammar is None else read_text(grammar),
     )
     check_output(output, input_, overwrite=overwrite)
-    task = GenerateTask(model=model, source=str(input_), sampling=sampling, speculation=speculation)
+    task = GenerateTask(
+        model=model,
+        source=str(input_),
+        columns=parse_columns(columns),
+        sampling=sampling,
+        speculation=speculation,
+    )
     batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:
         stored = check_active(find(model, is_able=Generator.is_able))
@@ -129,11 +142,11 @@ def generate(
     rows: list[InputRow] = []
     records: list[Record] = []
     if input_ is not None:
-        problems: list[Problem] = []
-        rows = [*task.rows(problems)]
-        if problems:
-            raise DataError(problems, GenerateTask.outcome)
         with data_errors(GenerateTask.outcome):  # before anything is written
+            problems: list[Problem] = []
+            rows = [*task.rows(problems)]
+            if problems:
+                raise DataError(problems)
             records = task.records(rows)
     with heavy_imports():
         from luthier.cli.progress import show_progress

@@ -16,6 +16,7 @@ from luthier.cli.console import (
     heavy_imports,
     new_console,
     new_table,
+    note,
     print_json,
     print_table,
     print_text,
@@ -41,6 +42,7 @@ def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
     """List base models and custom models, and runs that were interrupted."""
     from luthier.data.media import PLURAL
     from luthier.engine.runs import unfinished_runs
+    from luthier.files import explain_unreadable_home
     from luthier.models.catalog import CATALOG
     from luthier.store.model_folders import is_base_here
     from luthier.store.models import custom_models, pretrained_models
@@ -73,6 +75,8 @@ def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
         }
         for run in unfinished_runs()
     ]
+    if unreadable := explain_unreadable_home():
+        note(unreadable)
     if json_:
         print_json({"base": bases, "custom": custom, "unfinished": unfinished})
         return
@@ -645,40 +649,53 @@ def _check_no_account(model: str, database: str | None) -> None:
 
 
 @models_app.command("remove")
-def remove_model(model: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Delete a custom model, or a base model made here, and its run."""
+def remove_model(
+    model: str,
+    database: ServiceDatabase = None,
+    json_: Json = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Remove it although custom models were made from it.")
+    ] = False,
+) -> None:
+    """Delete a custom model, or a base model that was made here or fetched, and its run."""
     from luthier.models.catalog import CATALOG
     from luthier.store.model_folders import base_folder, remove_side_files, working_folders
     from luthier.store.models import custom_models, pretrained_models, suggest_models
 
     has_service = find_spec("sqlalchemy") is not None  # of the extra `server`
     is_base, run = ":" not in model, _run_of(model)
+    fetched = base_folder(model) if model in CATALOG else None
     if run is not None:
         model = run.model_id  # as it was stored, however the base was written
-    if run is None or not any(
-        each.exists() for each in (run.model_folder, *working_folders(model))
+    if fetched is not None and not fetched.is_dir():
+        raise RecipeError(f"{model} is not here, so there is nothing to remove")
+    if fetched is None and (
+        run is None
+        or not any(each.exists() for each in (run.model_folder, *working_folders(model)))
     ):
-        refusal = f"{model!r} is no model that was made here, and no run."
-        if model in CATALOG:
-            folder = base_folder(model)
-            fix = (
-                f"It can be fetched again; to free its space, delete {folder}."
-                if folder.is_dir()
-                else ""
-            )
-            raise RecipeError(f"{refusal} {fix}".rstrip())
         made = [each.id for each in (*custom_models(), *pretrained_models())]
-        raise RecipeError(f"{refusal} {suggest_models(model, made)}")
+        raise RecipeError(
+            f"{model!r} is no model that was made here or fetched, and no run. "
+            f"{suggest_models(model, made)}"
+        )
     children = [m.id for m in custom_models() if model in (m.manifest.parent, is_base and m.root)]
-    if children:
-        raise RecipeError(f"{', '.join(children)} was made from {model}; remove it first")
+    if children and not force:
+        again = " (it is fetched again when one of them is used)" if fetched is not None else ""
+        raise RecipeError(
+            f"{', '.join(children)} was made from {model}; remove it first, or take {model} away all "
+            f"the same by --force{again}"
+        )
     stored = [m for m in (*custom_models(), *pretrained_models()) if m.id == model]
     parents = [m.manifest.parent for m in stored if not is_base]
-    with run.lock():
-        if has_service:
-            _check_no_account(model, database)
+    if fetched is not None:
         remove_side_files(model)
-        shutil.rmtree(run.model_folder, ignore_errors=True)
+        shutil.rmtree(fetched)
+    elif run is not None:
+        with run.lock():
+            if has_service:
+                _check_no_account(model, database)
+            remove_side_files(model)
+            shutil.rmtree(run.model_folder, ignore_errors=True)
     if has_service:
         from luthier.store.removal import remove_unneeded
 

@@ -68,7 +68,9 @@ class ProgressLines:
 class LiveReporter(Reporter):
     """Shows a run: on a terminal a bar with loss, speed, memory and time left, elsewhere lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, resume: bool = False) -> None:
+        """``resume``: whether the user asked for ``--resume``."""
+        self.resume = resume
         self.console = new_console(stderr=True)
         self.draws = can_draw()
         self._lines: ProgressLines | None = None
@@ -96,6 +98,11 @@ class LiveReporter(Reporter):
     def note(self, text: str) -> None:
         """Print a line worth knowing."""
         self._print(f"  {with_setting_names(text, option)}")
+
+    def nothing_to_resume(self, model_id: str) -> None:
+        """Say so to who asked for it; a pipeline or a job goes on with what has begun unasked."""
+        if self.resume:
+            self.note(f"no run {model_id} was interrupted, so it begins now")
 
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Print each setting that was chosen, and why."""

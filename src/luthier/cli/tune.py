@@ -102,7 +102,7 @@ def tune(
 
     if train_beside_first(lambda: run(recipe, resume, processes=processes)):
         return
-    with LiveReporter() as reporter:
+    with LiveReporter(resume) as reporter:
         result = run(recipe, resume, reporter, processes)
     if json_:
         withheld = find(result.model_id).manifest.withheld

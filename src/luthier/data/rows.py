@@ -67,6 +67,7 @@ _TEXT_NAMES = (
 _NAME_WORDS = 4
 """Words that the name of a column has at most; what has more is a text."""
 _ASKED = (PromptCompletion, PromptOnly, Conversation)
+_REPLY_KEYS = ("completion", "expected", "reference_answer")
 _VALUES_TELL = frozenset(("label", "thumb", "rating", "score"))
 """Keys whose values tell whether an answer was judged."""
 _MOST_KNOWN = 100
@@ -425,8 +426,9 @@ class PromptChecker(Checker):
         record = own
         if "prompt" not in record and "messages" not in record:
             fix = rename_fix(record, ("prompt",)) or 'Write {"prompt": "..."} on each line.'
+            fix += " Or say which column asks: `data.columns.prompt=COLUMN`."
             message = (
-                f"The row has neither a prompt nor messages: its keys are {list_keys(record)}."
+                f"The row has neither a prompt nor messages: its keys are {list_keys(self.given)}."
             )
             self.report("prompt.shape", message, fix)
             return None
@@ -464,6 +466,24 @@ class PromptChecker(Checker):
             fix = "Add the user's message, or remove the row."
             self.report("prompt.unasked", "The messages hold no turn of the user to answer.", fix)
         return Conversation(self.file, self.line, messages, expected, tools=tools)
+
+
+class PromptInputChecker(PromptChecker):
+    """Checks rows for what models that write are asked, each row by itself.
+
+    Rows may ask by prompts and by messages; ids and all other keys may be anything.
+    """
+
+    def own_record(self, record: Record) -> Record | None:
+        """The record in our own keys, without id, and without a reply that is no text."""
+        self.first = self.form = None  # what the rows before it were does not matter
+        own = self._from_form(record)
+        return own and {
+            key: value
+            for key, value in own.items()
+            if key != "id"
+            and (key not in _REPLY_KEYS or (isinstance(value, str) and value.strip()))
+        }
 
 
 def input_row(given: str, file: str, line: int = 1) -> Row:
@@ -765,6 +785,17 @@ def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
     if problems:
         raise DataError(problems)
     return rows
+
+
+def stream_prompts(
+    source: Source, problems: list[Problem], columns: Columns | None = None
+) -> Iterator[tuple[Record, Row]]:
+    """Each record of a source, and what it asks a model that writes, one after the other.
+
+    As of :func:`load_prompts`, but rows may ask in different ways, and ids may repeat. Records are as
+    in the file; what is wrong is appended to ``problems``.
+    """
+    return _stream_lines(source, problems, PromptInputChecker, columns, "prompt", PromptOnly)
 
 
 def load_inputs(

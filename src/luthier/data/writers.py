@@ -18,7 +18,7 @@ from luthier.data.shapes import SHAPES
 from luthier.data.sources import Source, files_of
 from luthier.data.tables import JSON_COLUMNS, NUMBER, NUMBER_COLUMNS, OPTIONAL_COLUMNS
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.files import new_file
+from luthier.files import check_creatable, new_file
 
 _BATCH_ROWS = 1000
 
@@ -44,6 +44,7 @@ def check_target(
     Raises:
         RecipeError: saying what to name instead.
     """
+    check_creatable(target)
     if target.is_dir():
         raise RecipeError(f"{target} is a folder; name a file")
     for source in sources:

@@ -60,14 +60,18 @@ def choose_machine(precision: Precision = "auto", threads: int | None = None) ->
         if group.size > 1:
             device = torch.device("cuda", group.local_rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
-        name = torch.cuda.get_device_name(device)
+        name, several = torch.cuda.get_device_name(device), False
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        device, name = torch.device("cpu"), f"{count} CPU thread{'s' * (count != 1)}"
+        device, several = torch.device("cpu"), count != 1
+        name = f"{count} CPU thread{'s' * several}"
         native = _cpu_has_bfloat16()
     if precision == "auto":
         dtype = torch.bfloat16 if native else torch.float32
-        why = "multiplies bfloat16 natively" if native else "has no native bfloat16"
+        if native:
+            why = f"{'multiply' if several else 'multiplies'} bfloat16 natively"
+        else:
+            why = f"{'have' if several else 'has'} no native bfloat16"
         return Machine(device, dtype, count, f"{name}, which {why}")
     if precision not in ("bfloat16", "float32"):
         raise RecipeError(f"unknown precision {precision!r}; use auto, bfloat16 or float32")

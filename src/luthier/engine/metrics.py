@@ -168,6 +168,9 @@ class Reporter:
     def note(self, text: str) -> None:
         """Something worth knowing that is not an error."""
 
+    def nothing_to_resume(self, model_id: str) -> None:
+        """The run of this model was to go on, if it had begun; it had not, so it begins now."""
+
     def progress(self, done: int, total: int, what: str) -> None:
         """``done`` of ``total`` things called ``what`` are finished, in work that is no training."""
 

@@ -39,6 +39,10 @@ class ReportFile(Reporter):
         """See :class:`Reporter`."""
         self._append("note", text)
 
+    def nothing_to_resume(self, model_id: str) -> None:
+        """See :class:`Reporter`."""
+        self._append("nothing_to_resume", model_id)
+
     def progress(self, done: int, total: int, what: str) -> None:
         """See :class:`Reporter`."""
         self._append("progress", done, total, what)

@@ -143,7 +143,7 @@ def _train_first(
             if not resume:
                 _check_free(run, recipe, base)  # before the rows are read, which can take minutes
             elif run.request_value("luthier") is None:
-                reporter.note(f"no run {run.model_id} was interrupted, so it begins now")
+                reporter.nothing_to_resume(run.model_id)
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
             budget = run.request_value("micro_batch_tokens") if resume else None
             with clock.part("data"):

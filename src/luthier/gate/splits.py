@@ -15,7 +15,7 @@ from luthier.data.read import find_container
 from luthier.data.rows import stream_rows
 from luthier.data.splitting import Strata, split_rows
 from luthier.errors import DataError, Problem, RecipeError, RunConflict, data_errors
-from luthier.files import copy_lines, new_folder, sha256_of, write_json
+from luthier.files import check_creatable, copy_lines, new_folder, sha256_of, write_json
 from luthier.gate.row_keys import BATCH, RelatedRows
 from luthier.types import IntArray
 
@@ -37,6 +37,7 @@ def split_file(
         RunConflict: ``output`` exists. DataError: with every row that cannot be read.
         RecipeError: another format than JSON Lines, or shares that leave nothing to train on.
     """
+    check_creatable(output)
     if output.exists():
         raise RunConflict(f"{output} exists already; name a new folder with --output")
     problems: list[Problem] = []

@@ -22,6 +22,7 @@ from luthier.encryption.files import copy_plain, open_folder
 from luthier.engine import machine as machines
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import (
+    check_creatable,
     folder_size,
     hashes_of,
     names_below,
@@ -199,9 +200,11 @@ def new_target(target: Path) -> Path:
     A link stays one, and the folder is made where it leads.
 
     Raises:
+        RecipeError: where no folder can be made.
         RunConflict: for anything else that is there.
     """
     target = target.expanduser().absolute()
+    check_creatable(target)
     target = target.resolve() if target.is_symlink() else target
     if target.is_mount():
         raise RunConflict(f"{target} is where a disk is mounted; name a folder inside it")

@@ -35,6 +35,7 @@ from luthier.encryption.keys import STORE as ENCRYPTION
 from luthier.encryption.keys import Keyring, keys_in
 from luthier.errors import CorruptFile, LuthierError, RefusedInput, RunConflict
 from luthier.files import (
+    check_creatable,
     folder_size,
     hashes_of,
     lock,
@@ -103,6 +104,7 @@ def backup(
         CorruptFile: where a file of a row is missing or changed in the store; there is no backup then.
         LuthierError: where the database cannot be copied.
     """
+    check_creatable(target)
     if target.exists():
         raise RunConflict(f"{target} is there already; a backup makes a new folder")
     if home.resolve() in (target.resolve(), *target.resolve().parents):

@@ -80,9 +80,9 @@ def unfinished_ids(session: Session) -> list[str]:
     return list(session.scalars(select(Endpoint.id).where(waits).order_by(Endpoint.seq)))
 
 
-def kind_that_uses(session: Session, model: str) -> str | None:
-    """Kind of an endpoint that answers with the ARN ``model``, or is about to; deployments first."""
+def endpoint_that_uses(session: Session, model: str) -> Endpoint | None:
+    """An endpoint that answers with the ARN ``model``, or is about to; deployments first."""
     about_to = and_(Endpoint.next_model == model, Endpoint.update_status == UPDATING)
-    found = select(Endpoint.kind).where(or_(Endpoint.model == model, about_to))
-    kind: str | None = session.scalar(found.order_by(Endpoint.kind).limit(1))
-    return kind
+    found = select(Endpoint).where(or_(Endpoint.model == model, about_to))
+    endpoint: Endpoint | None = session.scalar(found.order_by(Endpoint.kind, Endpoint.seq).limit(1))
+    return endpoint

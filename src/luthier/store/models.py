@@ -25,6 +25,7 @@ from luthier.errors import (
 )
 from luthier.files import (
     cached_sha256_of,
+    explain_unreadable_home,
     file_version,
     hashes_of,
     lock,
@@ -225,6 +226,8 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
     """
     import difflib
 
+    if unreadable := explain_unreadable_home():
+        return unreadable
     if not known:
         return "There are none that can be used so."
     asked = model_id.lower().replace("/", ":")

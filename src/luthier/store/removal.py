@@ -21,7 +21,7 @@ from luthier.store import exports, shared_models, storage, tags
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
-from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
+from luthier.store.endpoints import DEPLOYMENT, endpoint_that_uses
 from luthier.store.imports import files_name
 from luthier.store.jobs import Job, job_of_run, run_name
 from luthier.store.model_folders import (
@@ -70,11 +70,17 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     if model.status == CREATING:
         text = f"The model {model.name} is Creating. Wait until it is Active or Failed."
         raise ModelInUse(text)
-    kind = kind_that_uses(session, arn)
-    if kind == DEPLOYMENT:
-        raise ModelInUse(f"The model {model.name} is deployed. Delete its deployments first.")
-    if kind is not None:
-        raise ModelInUse(f"The model {model.name} has provisioned throughput. Delete that first.")
+    endpoint = endpoint_that_uses(session, arn)
+    if endpoint is not None and endpoint.kind == DEPLOYMENT:
+        raise ModelInUse(
+            f"The model {model.name} is deployed as {endpoint.name}. Delete that deployment first, by "
+            f"DeleteCustomModelDeployment (customModelDeploymentIdentifier {endpoint.name})."
+        )
+    if endpoint is not None:
+        raise ModelInUse(
+            f"The model {model.name} has the provisioned throughput {endpoint.name}. Delete that "
+            f"first, by DeleteProvisionedModelThroughput (provisionedModelId {endpoint.name})."
+        )
     started = select(Job.seq).where(
         Job.account == model.account, Job.base_model == arn, Job.unfinished()
     )

@@ -13,20 +13,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import numpy as np
 
 from luthier.data.parsing import Record
-from luthier.data.read import read_records
-from luthier.data.rows import PREDICTED, stream_inputs
+from luthier.data.rows import PREDICTED, stream_inputs, stream_prompts
+from luthier.data.shapes import Conversation, PromptOnly
 from luthier.data.writers import json_records, pack
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.models.sampling import Sampling
 from luthier.models.speculation import NGRAM, OFF
 from luthier.serving.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
+from luthier.serving.inference import Chat
 from luthier.serving.prediction import BLOCK_PROMPTS, BLOCK_ROWS
-from luthier.types import Message, Row
+from luthier.types import Row
 
 if TYPE_CHECKING:
     from luthier.models.speculation import Speculation
@@ -49,7 +50,7 @@ class InputRow:
     record: Record
     """The fields that are written beside the answer."""
     content: Any
-    """A row as the model reads it, or the prompt."""
+    """The row as the model reads it."""
 
 
 @dataclass(frozen=True)
@@ -217,12 +218,12 @@ class GenerateTask(InferenceTask):
 
     def rows(self, problems: list[Problem]) -> Iterator[InputRow]:
         """See :class:`InferenceTask`."""
-        return read_prompts(Path(self.source), problems)
+        for record, row in stream_prompts(self.source, problems, self.columns):
+            yield InputRow(row.file, row.line, record, row)
 
     def records(self, rows: Sequence[InputRow]) -> list[Record]:
-        """See :class:`InferenceTask`; the prompt is one of the fields."""
-        beside = json_records([(row.record, row) for row in rows])
-        return [{"prompt": row.content, **record} for row, record in zip(rows, beside, strict=True)]
+        """See :class:`InferenceTask`; the prompt is one of the fields, a reply it had ``expected``."""
+        return json_records([(_record_beside(row), row) for row in rows])
 
     def needed_models(self) -> list[StoredModel]:
         """See :class:`InferenceTask`; a draft model is one of them."""
@@ -249,6 +250,27 @@ class GenerateTask(InferenceTask):
         return answer
 
 
+def _record_beside(row: InputRow) -> Record:
+    """The fields of a row that stand beside its completion, and what it asks as ``prompt``."""
+    asked: PromptOnly | Conversation = row.content
+    if isinstance(asked, PromptOnly):
+        prompt: Any = asked.prompt
+    else:
+        prompt = [turn.to_dict() for turn in asked.messages]
+    reply = row.record.get("completion") if asked.expected is None else asked.expected
+    own = {
+        key: value
+        for key, value in row.record.items()
+        if key not in ("prompt", "messages", "completion")
+    }
+    return {"prompt": prompt, **({} if reply is None else {"expected": reply}), **own}
+
+
+def _prompt_of(asked: PromptOnly | Conversation) -> Prompt:
+    """What a row asks, as a model reads it."""
+    return asked.prompt if isinstance(asked, PromptOnly) else Chat(asked.messages, asked.tools)
+
+
 def fitting_prompts(
     rows: Sequence[InputRow], generator: Generator, sampling: Sampling
 ) -> list[Prompt]:
@@ -257,7 +279,7 @@ def fitting_prompts(
     Raises:
         DataError: with those that leave too little room for a reply.
     """
-    prompts = [conversation(row.content) for row in rows]
+    prompts = [_prompt_of(row.content) for row in rows]
     problems = list[Problem]()
     for row, prompt in zip(rows, prompts, strict=True):
         if refusal := generator.refusal(prompt, sampling):
@@ -322,61 +344,6 @@ def draft_counts(found: Speculation) -> dict[str, int]:
         "draft_accepted": found.draft_accepted,
         "draft_skipped": found.draft_skipped,
     }
-
-
-def conversation(prompt: str | Sequence[Mapping[str, Any]]) -> Prompt:
-    """A prompt of :func:`read_prompts` as a model reads it."""
-    return prompt if isinstance(prompt, str) else [Message(**turn) for turn in prompt]
-
-
-def read_prompts(source: Path, problems: list[Problem]) -> Iterator[InputRow]:
-    """Prompts of a JSONL file, texts under ``prompt`` or lists of messages, and their other fields.
-
-    A reply that a row has already is its ``expected`` one. What is wrong goes to ``problems``.
-    """
-    any_row = False
-    for line, record in read_records(source, problems):
-        any_row = True
-        prompt, messages = record.pop("prompt", None), record.get("messages")
-        reply = record.pop("completion", None)
-        if isinstance(prompt, str) and prompt.strip():
-            pass
-        elif _are_turns(messages):
-            del record["messages"]
-            while messages[-1]["role"] == "assistant":
-                reply, messages = messages[-1]["content"], messages[:-1]
-            prompt = [{k: turn[k] for k in ("role", "content")} for turn in messages]
-        else:
-            problems.append(
-                Problem(
-                    str(source),
-                    line,
-                    "prompt.missing",
-                    "the row has neither a text under `prompt` nor a list of `messages`.",
-                    'Write {"prompt": "…"} on each line, or have rows of another form written so: '
-                    "luthier convert SOURCE prompts.jsonl.",
-                )
-            )
-            continue
-        beside = record if reply is None else {"expected": reply, **record}
-        yield InputRow(str(source), line, beside, prompt)
-    if not any_row and not problems:
-        rule, message, fix = "file.empty", "the file has no rows.", "Give at least one prompt."
-        problems.append(Problem(str(source), 0, rule, message, fix))
-
-
-def _are_turns(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether these are turns, one of them at least not the assistant's."""
-    return (
-        isinstance(messages, list)
-        and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in messages
-        )
-        and any(turn["role"] != "assistant" for turn in messages)
-    )
 
 
 def _open_predictor(model: str) -> Predictor:

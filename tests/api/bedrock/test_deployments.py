@@ -138,9 +138,10 @@ def test_an_update_serves_the_old_model_until_the_new_one_is_ready(
     assert view["updateDetails"] == {"modelArn": second, "updateStatus": "Updating"}
     assert asked(service, deployed).model == first
     for model_arn in (first, second):
-        assert (
-            refused(bedrock.delete_custom_model, modelIdentifier=model_arn) == "ConflictException"
-        )
+        with pytest.raises(bedrock.exceptions.ConflictException) as caught:
+            bedrock.delete_custom_model(modelIdentifier=model_arn)
+        call = "DeleteCustomModelDeployment (customModelDeploymentIdentifier d)"
+        assert "is deployed as d." in str(caught.value) and call in str(caught.value)
     service.preparation.free.set()
     eventually(lambda: deployment(bedrock, deployed)["modelArn"] == second)
     assert deployment(bedrock, deployed)["updateDetails"]["updateStatus"] == "UpdateCompleted"
@@ -311,7 +312,9 @@ def test_provisioned_throughput(
     assert view["commitmentDuration"] == "OneMonth" and view["commitmentExpirationTime"]
     found = asked(service, made)
     assert found.model == arn
-    assert refused(bedrock.delete_custom_model, modelIdentifier=arn) == "ConflictException"
+    with pytest.raises(bedrock.exceptions.ConflictException) as caught:
+        bedrock.delete_custom_model(modelIdentifier=arn)
+    assert "DeleteProvisionedModelThroughput (provisionedModelId p-1)" in str(caught.value)
     missing = refused(bob.get_provisioned_model_throughput, provisionedModelId=made)
     assert missing == "ResourceNotFoundException"
     assert not_asked(service, made, BOB)[0] == "ResourceNotFound"

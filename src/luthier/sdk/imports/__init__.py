@@ -62,8 +62,9 @@ def import_openai(export: str | Path, folder: str | Path, *, judge: str | None =
 
 @contextmanager
 def _new_import(source: Path, folder: Path) -> Iterator[Import]:
-    from luthier.files import new_folder
+    from luthier.files import check_creatable, new_folder
 
+    check_creatable(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecipeError(f"{folder} holds something already; name a new folder")
     with new_folder(folder) as target:

@@ -1,0 +1,114 @@
+"""Paths that nothing can be written to are refused before the work, by every command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import MODEL, ROWS, Answer, jsonl
+
+from luthier.errors import LuthierError, RecipeError
+from luthier.files import check_creatable, new_file, new_folder
+
+COMMANDS = {
+    "inspect": ["inspect", "rows.jsonl", "--html", "TARGET"],
+    "convert": ["convert", "rows.jsonl", "TARGET", "--format", "jsonl"],
+    "clean": ["clean", "rows.jsonl", "TARGET", "--normalize"],
+    "split": ["split", "rows.jsonl", "--output", "TARGET"],
+    "canaries": ["canaries", "rows.jsonl", "TARGET"],
+    "launch": ["launch", "rows.jsonl", "--on", "slurm", "--output", "TARGET"],
+    "advise": ["advise", "rows.jsonl", "--recipe", "TARGET"],
+    "generate": ["generate", MODEL, "--input", "rows.jsonl", "--output", "TARGET"],
+    "evaluate": ["evaluate", MODEL, "rows.jsonl", "--output", "TARGET"],
+    "certificate": ["certificate", MODEL, "--output", "TARGET"],
+    "export": ["models", "export", MODEL, "TARGET"],
+    "import": ["import", "promptfoo", "promptfoo.json", "--output", "TARGET"],
+}
+TARGETS = (
+    "/proc/x/y.jsonl",
+    "/proc/y.jsonl",
+    "rows.jsonl/y.jsonl",
+    f"{'n' * 300}.jsonl",
+    "full.jsonl",
+)
+FOLDERS = ("split", "export", "import")
+"""Commands that write a folder, which takes the place of an empty one at most."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "rows.jsonl", *ROWS)
+    (tmp_path / "promptfoo.json").write_text("{}")
+    (tmp_path / "full.jsonl").mkdir()
+    (tmp_path / "full.jsonl" / "file").write_text("mine")
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_path_that_cannot_be_is_refused(
+    home: Path, folder: Path, command: str, target: str
+) -> None:
+    refusal = Answer(
+        *(target if each == "TARGET" else each for each in COMMANDS[command])
+    ).refused()
+    if target == "full.jsonl":
+        wanted = ("exists already", "holds something already")
+        assert any(each in refusal for each in wanted if command in FOLDERS) or (
+            "is a folder; name a file" in refusal and command not in FOLDERS
+        )
+    else:
+        assert f"{target} cannot be written: " in refusal
+    assert {path.name for path in folder.iterdir()} == {
+        "rows.jsonl",
+        "promptfoo.json",
+        "full.jsonl",
+    }
+    assert (folder / "full.jsonl" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_without_the_right_to_write_is_refused(
+    home: Path, folder: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+
+    def no_right(path: str | Path, mode: int) -> bool:
+        return Path(path) != folder / "full.jsonl" and access(path, mode)
+
+    monkeypatch.setattr(os, "access", no_right)
+    target = "full.jsonl/new.jsonl"
+    refusal = Answer(
+        *(target if each == "TARGET" else each for each in COMMANDS[command])
+    ).refused()
+    assert f"{target} cannot be written: you have no right to" in refusal
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize("path", ["/proc/x/y", "/proc/y"])
+def test_what_was_not_asked_before_has_an_error_that_says_so(path: str) -> None:
+    for make in (new_file, new_folder):
+        refused = pytest.raises(LuthierError, match=r"nothing can be made in /proc.*: No such file")
+        with refused, make(Path(path)):
+            raise AssertionError("nothing can be filled there")
+    with pytest.raises(RecipeError, match="nothing can be made there"):
+        check_creatable(Path(path))
+
+
+def test_a_missing_file_that_is_read_meanwhile_stays_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_file(tmp_path / "new"):
+        (tmp_path / "none").read_bytes()
+
+
+def test_a_path_can_be_new_there_or_a_device(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for path in (tmp_path / "a" / "b", tmp_path, tmp_path / "link", Path("/dev/null")):
+        check_creatable(path)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(RecipeError, match="cannot be written"):
+        check_creatable(tmp_path / "circle")
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "circle"}
