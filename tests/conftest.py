@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,33 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_drawn_once() -> Iterator[None]:
+    """Curves of runs in this process are drawn once for each set of metrics, and copied from then on.
+
+    To draw them is a quarter of a short run. What they show is tested in test_metrics.py; commands and
+    workers, which are processes of their own, draw theirs.
+    """
+    from luthier.engine import model_writer
+    from luthier.files import write_bytes
+
+    draw, drawn = model_writer.draw_curves, dict[frozenset[str], dict[str, bytes]]()
+
+    def draw_or_copy(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:
+        metrics = frozenset(name for line in lines for name in line)
+        if metrics not in drawn:
+            names = draw(lines, folder, title)
+            drawn[metrics] = {name: (folder / name).read_bytes() for name in names}
+            return names
+        for name, picture in drawn[metrics].items():
+            write_bytes(folder / name, picture)
+        return [*drawn[metrics]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_writer, "draw_curves", draw_or_copy)
+        yield
 
 
 @pytest.fixture
