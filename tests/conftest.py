@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,36 @@ CORPUS = (
 VOCABULARY = 320
 
 
+LONGEST = {
+    "api/test_aws_cli.py",
+    "api/test_exports.py",
+    "api/test_full_disk.py",
+    "api/test_imports.py",
+    "api/test_service.py",
+    "api/test_shutdown.py",
+    "api/test_time_limits.py",
+    "engine/test_process_faults.py",
+    "jobs/test_shared_training.py",
+    "serving/test_onnx_export.py",
+    "test_processes.py",
+}
+"""Files of few tests that take more than 10 s each."""
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give a slow test an hour; the others have what pyproject.toml says."""
+    """Give a slow test an hour, the others what pyproject.toml says; begin with the longest files.
+
+    Left to itself xdist begins with the files of most tests, and would end with one worker alone in a
+    test that takes most of a minute.
+    """
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests, folder = Counter(item.path for item in items), Path(__file__).parent
+        longest = {folder / name for name in LONGEST}
+        items.sort(key=lambda item: (item.path not in longest, -tests[item.path]))
 
 
 _FREEZE, _UNFREEZE = gc.freeze, gc.unfreeze
@@ -116,6 +141,33 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_drawn_once() -> Iterator[None]:
+    """Curves of runs in this process are drawn once for each set of metrics, and copied from then on.
+
+    To draw them is a quarter of a short run. What they show is tested in test_metrics.py; commands and
+    workers, which are processes of their own, draw theirs.
+    """
+    from luthier.engine import model_writer
+    from luthier.files import write_bytes
+
+    draw, drawn = model_writer.draw_curves, dict[frozenset[str], dict[str, bytes]]()
+
+    def draw_or_copy(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:
+        metrics = frozenset(name for line in lines for name in line)
+        if metrics not in drawn:
+            names = draw(lines, folder, title)
+            drawn[metrics] = {name: (folder / name).read_bytes() for name in names}
+            return names
+        for name, picture in drawn[metrics].items():
+            write_bytes(folder / name, picture)
+        return [*drawn[metrics]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_writer, "draw_curves", draw_or_copy)
+        yield
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shared_training import train_each
 
 from luthier.adaptations import ADAPTATIONS
+from luthier.models.process_group import ALONE
 from luthier.objectives import OBJECTIVES
 from test_pairs import FAMILIES, IMAGES, refused
 
@@ -75,7 +77,10 @@ def losses_of(
 def train_all(
     size: int, wanted: list[tuple[str, dict[str, Any], str]], folder: Path, sharded: bool = False
 ) -> dict[str, Any]:
-    """What so many processes measure of each objective, adaptation and network of ``wanted``."""
+    """What so many processes measure of each objective, adaptation and network of ``wanted``.
+
+    A single one is this process, which has imported all that it takes.
+    """
     named = [
         (
             f"{method} {' '.join(f'{key}={value}' for key, value in how.items())}",
@@ -85,6 +90,8 @@ def train_all(
         )
         for method, how, family in wanted
     ]
+    if size == 1:
+        return train_each(named, ALONE)
     (folder / "request.json").write_text(json.dumps(named))
     output = folder / f"{size}.json"
     command = [str(SCRIPT), str(folder / "request.json"), str(output), *["sharded"] * sharded]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 import threading
 import time
 import urllib.request
 import wave
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -361,8 +363,11 @@ def test_bedrock_s_negative_text_is_the_negative_prompt() -> None:
 def bomb(width: int, height: int) -> bytes:
     """A small file that says to be a huge image."""
     stream = io.BytesIO()
-    Image.new("1", (width, height)).save(stream, format="PNG")
-    return stream.getvalue()
+    Image.new("1", (1, 1)).save(stream, format="PNG")
+    small = stream.getvalue()
+    # Behind 8 bytes of signature and 4 of length: the sizes, five bytes of format, a checksum.
+    header = b"IHDR" + struct.pack(">2I", width, height) + small[24:29]
+    return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
 
 
 def silence(samples: int) -> bytes:

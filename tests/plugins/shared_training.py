@@ -103,15 +103,23 @@ def check_gathering(model: torch.nn.Module, group: ProcessGroup) -> None:
     assert parts
 
 
+def train_each(
+    request: list[tuple[str, str, dict[str, Any], str]], group: ProcessGroup, sharded: bool = False
+) -> dict[str, list[Any]]:
+    """All that the request asks for, one after the other: name, objective, adaptation, network."""
+    lines = {}
+    for name, method, how, folder in request:
+        with TemporaryDirectory() as own:
+            lines[name] = train(method, how, Path(folder), Path(own), group, sharded)
+    return lines
+
+
 def main(request: Path, output: Path, sharded: bool) -> None:
-    """All that the request asks for, one after the other."""
+    """One process of a group, whose first writes what was measured."""
     torch.set_num_threads(1)
     group = ProcessGroup.of_environment()
     group.connect()
-    lines = {}
-    for name, method, how, folder in json.loads(request.read_text()):
-        with TemporaryDirectory() as own:
-            lines[name] = train(method, how, Path(folder), Path(own), group, sharded)
+    lines = train_each(json.loads(request.read_text()), group, sharded)
     if group.rank == 0:
         output.write_text(json.dumps(lines))
 

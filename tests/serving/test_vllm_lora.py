@@ -52,6 +52,8 @@ ADAPTATIONS: dict[str, Any] = {
     "elsewhere": {"method": "lora", "rank": 2},
     "wide": {"method": "lora", "rank": 16},
 }
+LOADED_BY_VLLM = {"elsewhere", "wide"}
+"""Those that vLLM alone is asked for, where there is one."""
 BASES = {"stacked": "tiny:lora", "elsewhere": "other"}
 """Of those that are not on ``tiny``."""
 VLLM = os.environ.get("LUTHIER_TEST_VLLM")
@@ -76,6 +78,8 @@ def trained(
             manifest = {"id": base, "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
             write_json(base_folder(base) / MANIFEST, manifest)
         for name, adaptation in ADAPTATIONS.items():
+            if VLLM is None and name in LOADED_BY_VLLM:
+                continue
             training = {"max_steps": 2, "precision": "float32", "threads": 1, "learning_rate": 0.1}
             fields = {
                 "base": BASES.get(name, "tiny"), "name": name, "adaptation": adaptation,

@@ -16,17 +16,17 @@ from luthier.api.bedrock.shapes import ShapeChecker, matches, operation_models
 from luthier.api.http.messages import Fault
 
 
-def texts(shape: Shape | None, above: tuple[str, ...] = ()) -> Iterator[StringShape]:
-    """All shapes of texts below one; a filter may hold filters."""
-    if shape is not None and shape.name in above:
+def texts(shape: Shape | None, visited: set[str]) -> Iterator[StringShape]:
+    """All shapes of texts below one, each once; a filter may hold filters."""
+    if shape is None or shape.name in visited:
         return
+    visited.add(shape.name)
     if isinstance(shape, StructureShape):
         for member in shape.members.values():
-            yield from texts(member, (*above, shape.name))
-    elif shape is not None and shape.type_name in ("list", "map"):
-        inner = (*above, shape.name)
-        yield from texts(shape.member if shape.type_name == "list" else shape.value, inner)
-        yield from texts(None if shape.type_name == "list" else shape.key, inner)
+            yield from texts(member, visited)
+    elif shape.type_name in ("list", "map"):
+        yield from texts(shape.member if shape.type_name == "list" else shape.value, visited)
+        yield from texts(None if shape.type_name == "list" else shape.key, visited)
     elif isinstance(shape, StringShape):
         yield shape
 
@@ -34,7 +34,7 @@ def texts(shape: Shape | None, above: tuple[str, ...] = ()) -> Iterator[StringSh
 PATTERNS = {
     shape.name: shape
     for name in (*CONTROL, "Converse", "InvokeModel", "CountTokens")
-    for shape in texts(operation_models()[name].input_shape)
+    for shape in texts(operation_models()[name].input_shape, set())
     if "pattern" in shape.metadata
 }
 
