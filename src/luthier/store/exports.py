@@ -15,7 +15,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import WrongState
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base, Plain, QuotingText, new_id, now, page_of
+from luthier.store.database import Base, Plain, QuotingText, find_row, new_id, now, page_of
 from luthier.store.jobs import COMPLETED, ENDED, FAILED, QUEUED, RUNNING, STOPPED, STOPPING
 from luthier.store.queue import QueuedWork, hold, log_file, next_turn
 from luthier.store.queue import renew as renew_lease
@@ -196,9 +196,7 @@ def get(
 ) -> ModelExport | None:
     """The account's export of this id; ``lock`` keeps it as it is until the transaction ends."""
     found = select(ModelExport).where(ModelExport.account == account, ModelExport.id == export_id)
-    if lock:
-        found = found.with_for_update().execution_options(populate_existing=True)
-    return session.scalars(found).first()
+    return find_row(session, found, lock=lock)
 
 
 def list_exports(

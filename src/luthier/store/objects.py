@@ -25,7 +25,7 @@ from luthier.errors import CorruptFile, ObjectRefused
 from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
-from luthier.store.database import Base, Database, now
+from luthier.store.database import Base, Database, find_row, now
 from luthier.store.object_files import UNNAMED_SECONDS, FileWriter, ObjectFiles, Room, WrittenFile
 from luthier.store.shared_identity import check_identity
 from luthier.store.storage import FreedStorage
@@ -147,7 +147,7 @@ def get_bucket(session: Session, account: str, name: str, *, lock: bool = False)
         ObjectRefused: ``NoSuchBucket``.
     """
     query = select(Bucket).where(Bucket.account == account, Bucket.name == name)
-    bucket = session.scalar(query.with_for_update() if lock else query)
+    bucket = find_row(session, query, lock=lock)
     if bucket is None:
         raise ObjectRefused("NoSuchBucket", "The specified bucket does not exist")
     return bucket

@@ -16,12 +16,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, Select, and_, func, or_, select, true
+from sqlalchemy import BigInteger, ColumnElement, and_, func, or_, select, true
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
 from luthier.files import luthier_home
-from luthier.store.database import count_rows, lock_by_name, now
+from luthier.store.database import count_rows, find_row, lock_by_name, now
 
 LEASE = timedelta(seconds=30)
 """How long a worker is believed alive after it was last heard from."""
@@ -336,7 +336,7 @@ def read_leased(session: Session, kind: type[Row], row_id: str, lease: str) -> R
     Raises:
         LeaseLost: where ``lease`` does not hold it.
     """
-    return _read_row(session, kind, row_id, lease, select(kind))
+    return _read_row(session, kind, row_id, lease)
 
 
 def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
@@ -345,14 +345,14 @@ def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
     Raises:
         LeaseLost: as :func:`read_leased`.
     """
-    locking = select(kind).with_for_update().execution_options(populate_existing=True)
-    return _read_row(session, kind, row_id, lease, locking)
+    return _read_row(session, kind, row_id, lease, lock=True)
 
 
 def _read_row(
-    session: Session, kind: type[Row], row_id: str, lease: str, query: Select[Row]
+    session: Session, kind: type[Row], row_id: str, lease: str, *, lock: bool = False
 ) -> Row:
-    row = session.scalars(query.where(kind.id == row_id, kind.lease == lease)).first()
+    held = select(kind).where(kind.id == row_id, kind.lease == lease)
+    row = find_row(session, held, lock=lock)
     if row is None:
         raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
     return row
