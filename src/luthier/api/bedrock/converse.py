@@ -357,7 +357,7 @@ def named_events(paths: Sequence[str], stream: Stream) -> Iterator[tuple[str, di
 
 def _call_events(call: ToolCall, index: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "contentBlockStart", {"start": {"toolUse": _use(call)}, "contentBlockIndex": index}
-    text = json.dumps(dict(call.arguments), ensure_ascii=False)
+    text = call.arguments_json
     for first in range(0, len(text), _FRAGMENT):
         delta = {"toolUse": {"input": text[first : first + _FRAGMENT]}}
         yield "contentBlockDelta", {"delta": delta, "contentBlockIndex": index}
