@@ -19,7 +19,7 @@ import secrets
 import shutil
 import threading
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -234,9 +234,19 @@ def copy_lines(source: Path, lines: Sequence[int], target: Sink) -> None:
                 target.write(line if line.endswith(b"\n") else line + b"\n")
 
 
+def json_text(value: Any) -> str:
+    """What a file of JSON for people and programs holds."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """What a file of JSON Lines holds."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, json_text(value).encode())
 
 
 def read_json(path: Path) -> Any:

@@ -11,7 +11,6 @@ it serves them, and by ONNX Runtime, each alone and several at once.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from luthier.data.shapes import RawText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.parity import REFERENCE_PROMPTS
-from luthier.files import hashes_of, write_bytes
+from luthier.files import hashes_of, write_bytes, write_json
 from luthier.models.heads import filling_id
 from luthier.models.layouts import read_states
 from luthier.models.load import as_network
@@ -312,8 +311,7 @@ def export_onnx(
             "pad_token_id": None if chat.media else filling_id(model),
             **answer.details,
         }
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        write_bytes(fresh / ONNX_CONFIG, text.encode())
+        write_json(fresh / ONNX_CONFIG, config)
         write_bytes(fresh / README, _readme(stored.id, answer, chat).encode())
         return ExportRecord(
             format="onnx",
