@@ -291,7 +291,8 @@ def new_folder(path: Path, private: bool = False, replace: bool = True) -> Itera
         for entry in sorted(temporary.rglob("*")):
             if entry.is_file():
                 os.chmod(entry, mode)  # some libraries write files that only the owner may read
-                _sync_file(entry)
+                with entry.open("rb") as file:
+                    os.fsync(file.fileno())
             elif private:
                 entry.chmod(0o700)
         _sync_folder(temporary)
@@ -505,11 +506,6 @@ def _system_error(error: Exception) -> int | None:
         return errno.ENOSPC if full else error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found and type(error).__name__ == "SafetensorError" else None
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
