@@ -425,7 +425,7 @@ def _largest_error(
     else:
         fill = filling_id(graph.model)
         for part in (*([row] for row in rows), rows[:2], rows):
-            batches.append((_padded(part, fill), [row.answer for row in part]))
+            batches.append((_pad(part, fill), [row.answer for row in part]))
     largest, worst = 1e-6, 0.0
     for number, (inputs, wanted) in enumerate(batches, 1):
         (found,) = session.run(None, {name: each.numpy() for name, each in inputs.items()})
@@ -440,7 +440,7 @@ def _largest_error(
     return worst / (answer.unit or largest)
 
 
-def _padded(rows: Sequence[_Row], fill: int) -> dict[str, Tensor]:
+def _pad(rows: Sequence[_Row], fill: int) -> dict[str, Tensor]:
     """Texts as a rectangle that is filled up at its end."""
     shape = len(rows), max(len(row.ids_T) for row in rows)
     ids_RT, mask_RT = torch.full(shape, fill), torch.zeros(shape, dtype=torch.int64)

@@ -98,8 +98,8 @@ class ModelExport(QueuedWork, Base):
     ended: Mapped[datetime | None]
 
     @classmethod
-    def unfinished(cls) -> ColumnElement[bool]:
-        """See :meth:`luthier.store.queue.TakesTurns.unfinished`."""
+    def is_unfinished(cls) -> ColumnElement[bool]:
+        """See :meth:`luthier.store.queue.TakesTurns.is_unfinished`."""
         return cls.state.not_in(ENDED)
 
     @classmethod
@@ -187,7 +187,7 @@ def create_export(
 
 def is_exported(session: Session, arn: str) -> bool:
     """Whether an export that has not ended reads the model of this ARN."""
-    found = select(ModelExport.seq).where(ModelExport.model == arn, ModelExport.unfinished())
+    found = select(ModelExport.seq).where(ModelExport.model == arn, ModelExport.is_unfinished())
     return session.scalar(found.limit(1)) is not None
 
 

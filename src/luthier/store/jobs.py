@@ -163,8 +163,8 @@ class Job(QueuedWork, Base):
         return self.details.get("chosen", {}).get(name, given)
 
     @classmethod
-    def unfinished(cls) -> ColumnElement[bool]:
-        """See :meth:`luthier.store.queue.TakesTurns.unfinished`."""
+    def is_unfinished(cls) -> ColumnElement[bool]:
+        """See :meth:`luthier.store.queue.TakesTurns.is_unfinished`."""
         return cls.state.not_in(ENDED)
 
     @classmethod

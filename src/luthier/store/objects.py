@@ -545,12 +545,12 @@ class Objects:
     def drop_deleted_copies(self, older_than: float = UNNAMED_SECONDS) -> int:
         """Remove from this machine the files of what was deleted on another; how many there were."""
 
-        def named(start: str, ids: Set[str]) -> set[str]:
+        def find_named(start: str, ids: Set[str]) -> set[str]:
             query = select(ObjectPiece.id).where(ObjectPiece.id.in_(ids))
             with self.database.read() as session:
                 return set(session.scalars(query))
 
-        return self.files.sweep_here(named, older_than)
+        return self.files.sweep_here(find_named, older_than)
 
     def _files_of_rows(self, start: str) -> set[str]:
         with self.database.read() as session:

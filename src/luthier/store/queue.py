@@ -59,7 +59,7 @@ class TakesTurns(Leased):
     """Lower ones are first, of one priority; those of an account have turns one after the other."""
 
     @classmethod
-    def unfinished(cls) -> ColumnElement[bool]:
+    def is_unfinished(cls) -> ColumnElement[bool]:
         """What holds of rows whose work has not ended; all of them, where its end deletes a row."""
         return true()
 
@@ -81,8 +81,8 @@ class BackgroundWork(TakesTurns):
     """When the work is given up, however much of it is done."""
 
     @classmethod
-    def unfinished(cls) -> ColumnElement[bool]:
-        """See :meth:`TakesTurns.unfinished`."""
+    def is_unfinished(cls) -> ColumnElement[bool]:
+        """See :meth:`TakesTurns.is_unfinished`."""
         return cls.status.not_in(cls.ended)
 
 
@@ -260,7 +260,7 @@ def next_turn(
     those asked for before (start-time fair queueing, Goyal, Vin and Cheng 1996, with equal shares).
     ``going_on`` is what holds of work that takes part, where that is not all that has not ended.
     """
-    going_on = going_on or (kind.unfinished(),)
+    going_on = going_on or (kind.is_unfinished(),)
     lowest = select(func.min(kind.turn)).where(*going_on)
     last = select(func.max(kind.turn)).where(kind.account == account, *going_on)
     own, others = session.scalar(last), session.scalar(lowest)
@@ -269,18 +269,18 @@ def next_turn(
 
 def in_flight(session: Session, kind: type[TakesTurns], account: str) -> int:
     """How much work of an account has not ended."""
-    return count_rows(session, kind.account == account, kind.unfinished())
+    return count_rows(session, kind.account == account, kind.is_unfinished())
 
 
-def is_unfinished(session: Session, kind: type[TakesTurns], row_id: str) -> bool:
+def has_unfinished(session: Session, kind: type[TakesTurns], row_id: str) -> bool:
     """Whether there is anything to do for the row of this id, if there is one."""
-    found = select(kind.seq).where(kind.id == row_id, kind.unfinished())
+    found = select(kind.seq).where(kind.id == row_id, kind.is_unfinished())
     return session.scalar(found) is not None
 
 
 def leases(session: Session, kind: type[BackgroundWork]) -> list[tuple[str, datetime | None]]:
     """Ids of the rows that servers work on, each with what its lease says of its end."""
-    query = select(kind.id, kind.lease_ends).where(kind.unfinished(), kind.lease.is_not(None))
+    query = select(kind.id, kind.lease_ends).where(kind.is_unfinished(), kind.lease.is_not(None))
     return [(row_id, ends) for row_id, ends in session.execute(query)]
 
 
@@ -297,7 +297,7 @@ def claim_next(
     """
     lost = [and_(kind.id == row_id, kind.lease_ends == ends) for row_id, ends in silent]
     free = or_(kind.lease.is_(None), *lost)
-    waiting = select(kind).where(kind.unfinished(), free)
+    waiting = select(kind).where(kind.is_unfinished(), free)
     first = waiting.order_by(kind.turn, kind.seq).limit(1)
     row: Background | None = session.scalar(first.with_for_update(skip_locked=True))
     if row is not None:
@@ -314,7 +314,7 @@ def give_way(session: Session, kind: type[Background], row_id: str, lease: str) 
     row = hold(session, kind, row_id, lease)
     firsts = (
         select(func.min(kind.turn).label("turn"))
-        .where(kind.unfinished(), kind.lease.is_(None), kind.account != row.account)
+        .where(kind.is_unfinished(), kind.lease.is_(None), kind.account != row.account)
         .group_by(kind.account)
         .subquery()
     )

@@ -76,7 +76,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     if kind is not None:
         raise ModelInUse(f"The model {model.name} has provisioned throughput. Delete that first.")
     started = select(Job.seq).where(
-        Job.account == model.account, Job.base_model == arn, Job.unfinished()
+        Job.account == model.account, Job.base_model == arn, Job.is_unfinished()
     )
     if session.scalar(started.limit(1)) is not None:
         raise ModelInUse(f"A job that has not ended starts from the model {model.name}.")
