@@ -299,17 +299,21 @@ def message_of(answer: GenerationResult) -> dict[str, Any]:
     return {"role": "assistant", "content": content or [{"text": ""}]}
 
 
+def whole_members(stream: Stream, answer: GenerationResult) -> dict[str, Any]:
+    """What Converse says of an answer that is whole, and InvokeModel in its form."""
+    return {
+        "output": {"message": message_of(answer)},
+        "stopReason": STOP_REASONS[answer.reason],
+        "usage": usage(stream.prompt_tokens, answer.tokens),
+    }
+
+
 def answer_of(
     members: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
 ) -> dict[str, Any]:
     """The answer of Converse, once it is whole; ``latency()`` gives milliseconds."""
     (answer,) = stream.whole()
-    found = {
-        "output": {"message": message_of(answer)},
-        "stopReason": STOP_REASONS[answer.reason],
-        "usage": usage(stream.prompt_tokens, answer.tokens),
-        "metrics": {"latencyMs": latency()},
-    }
+    found = {**whole_members(stream, answer), "metrics": {"latencyMs": latency()}}
     fields = _additional_fields(
         members.get("additionalModelResponseFieldPaths", ()), stream, answer
     )
