@@ -330,13 +330,19 @@ def leased_rows(session: Session, kind: type[Row]) -> list[Row]:
     return list(session.scalars(select(kind).where(kind.lease.is_not(None)).order_by(kind.seq)))
 
 
-def read_leased(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
-    """The row as it stands now.
+def read_leased(
+    session: Session, kind: type[Row], row_id: str, lease: str, *, lock: bool = False
+) -> Row:
+    """The row as it stands now; with ``lock`` it stays so until the transaction ends.
 
     Raises:
         LeaseLost: where ``lease`` does not hold it.
     """
-    return _read_row(session, kind, row_id, lease)
+    held = select(kind).where(kind.id == row_id, kind.lease == lease)
+    row = find_row(session, held, lock=lock)
+    if row is None:
+        raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
+    return row
 
 
 def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
@@ -345,17 +351,7 @@ def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
     Raises:
         LeaseLost: as :func:`read_leased`.
     """
-    return _read_row(session, kind, row_id, lease, lock=True)
-
-
-def _read_row(
-    session: Session, kind: type[Row], row_id: str, lease: str, *, lock: bool = False
-) -> Row:
-    held = select(kind).where(kind.id == row_id, kind.lease == lease)
-    row = find_row(session, held, lock=lock)
-    if row is None:
-        raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
-    return row
+    return read_leased(session, kind, row_id, lease, lock=True)
 
 
 def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
