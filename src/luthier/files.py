@@ -19,7 +19,7 @@ import secrets
 import shutil
 import threading
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -259,9 +259,19 @@ def copy_lines(source: Path, lines: Sequence[int], target: Sink) -> None:
                 target.write(line if line.endswith(b"\n") else line + b"\n")
 
 
+def json_text(value: Any) -> str:
+    """What a file of JSON for people and programs holds."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
+    """What a file of JSON Lines holds."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, json_text(value).encode())
 
 
 def read_json(path: Path) -> Any:
@@ -306,7 +316,8 @@ def new_folder(path: Path, private: bool = False, replace: bool = True) -> Itera
         for entry in sorted(temporary.rglob("*")):
             if entry.is_file():
                 os.chmod(entry, mode)  # some libraries write files that only the owner may read
-                _sync_file(entry)
+                with entry.open("rb") as file:
+                    os.fsync(file.fileno())
             elif private:
                 entry.chmod(0o700)
         _sync_folder(temporary)
@@ -568,11 +579,6 @@ def _system_error(error: Exception) -> int | None:
         return errno.ENOSPC if full else error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found and type(error).__name__ == "SafetensorError" else None
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

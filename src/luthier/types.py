@@ -71,9 +71,14 @@ class ToolCall:
     arguments: Mapping[str, Any] = field(hash=False)
 
     @property
+    def arguments_json(self) -> str:
+        """The arguments as OpenAI's form has them."""
+        return json.dumps(dict(self.arguments), ensure_ascii=False)
+
+    @property
     def text(self) -> str:
         """The call as one text, for people and for comparing."""
-        return f"{self.name} {json.dumps(dict(self.arguments), ensure_ascii=False)}"
+        return f"{self.name} {self.arguments_json}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +147,7 @@ class Message:
                 {
                     "id": call.id,
                     "type": "function",
-                    "function": {
-                        "name": call.name,
-                        "arguments": json.dumps(dict(call.arguments), ensure_ascii=False),
-                    },
+                    "function": {"name": call.name, "arguments": call.arguments_json},
                 }
                 for call in self.calls
             ]

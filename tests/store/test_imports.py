@@ -72,7 +72,7 @@ def test_how_an_import_ends(database: Database) -> None:
     assert done.details["request"] == {"roleArn": "r"} and done.bottom == "luthier.imported-x"
     assert (failed.status, len(str(failed.failure))) == (FAILED, 2048)
     with database.read() as session:
-        assert not any(queue.is_unfinished(session, ModelImport, m.id) for m in (done, failed))
+        assert not any(queue.has_unfinished(session, ModelImport, m.id) for m in (done, failed))
         assert queue.leased_rows(session, ModelImport) == []
 
 
@@ -138,7 +138,7 @@ def test_a_model_that_kills_its_processes_fails(database: Database) -> None:
         assert found and found.id == model(database, "first").id
         with database.write() as session:
             queue.expire(session, ModelImport, found.id, str(found.lease), "by signal 9")
-            again = queue.is_unfinished(session, ModelImport, found.id)
+            again = queue.has_unfinished(session, ModelImport, found.id)
         assert again is (number + 1 < imports.MOST_CRASHES)
     failed = model(database, "first")
     assert failed.status == FAILED and "signal 9" in str(failed.failure)

@@ -58,11 +58,8 @@ class Adapters(Adaptation):
     """What bends the bottleneck."""
 
     mergeable: ClassVar[bool] = False
-
-    @property
-    def shares_base(self) -> bool:
-        """Bottlenecks change each row by itself."""
-        return True
+    shares_base: ClassVar[bool] = True
+    """Bottlenecks change each row by itself."""
 
     def bind_network(self, model: nn.Module) -> Self:
         """With the placement that the blocks of the network ask for."""

@@ -72,21 +72,16 @@ class Adaptation(StrictModel):
     """Whether beside its base it rounds outputs once more; merged they are as in training."""
     stores_network: ClassVar[bool] = False
     """Whether a custom model is the whole network; otherwise it is what trains, as an adapter."""
+    shares_base: ClassVar[bool] = False
+    """Whether models of it can share one base network in memory, and be written in one batch.
+
+    Then what it attaches leaves each module of the base as it is, and acts on a row either while its
+    prompt is read (a soft prompt, a prefix) or as a :class:`~luthier.models.row_adapters.RowLayer`."""
 
     @property
     def added_tokens(self) -> int:
         """Tokens that every row grows by, out of the model's context."""
         return 0
-
-    @property
-    def shares_base(self) -> bool:
-        """Whether models of it can share one base network in memory, and be written in one batch.
-
-        Then what it attaches leaves each module of the base as it is, and acts on a row either while
-        its prompt is read (a soft prompt, a prefix) or as a
-        :class:`~luthier.models.row_adapters.RowLayer`.
-        """
-        return False
 
     def bind_network(self, model: nn.Module) -> Self:
         """This adaptation with what was left open and follows from the network as it is before."""
@@ -168,13 +163,10 @@ class VirtualTokens(Adaptation):
 
     takes_media: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
+    shares_base: ClassVar[bool] = True
+    """They are read with the prompt, and what is written does not meet them."""
 
     @property
     def added_tokens(self) -> int:
         """Positions that they take of the context."""
         return self.virtual_tokens
-
-    @property
-    def shares_base(self) -> bool:
-        """They are read with the prompt, and what is written does not meet them."""
-        return True

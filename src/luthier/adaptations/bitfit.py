@@ -19,11 +19,8 @@ class BitFit(Adaptation):
     method: Literal["bitfit"] = "bitfit"
 
     rounds_beside_base: ClassVar[bool] = True
-
-    @property
-    def shares_base(self) -> bool:
-        """Another bias is something that is added to each row."""
-        return True
+    shares_base: ClassVar[bool] = True
+    """Another bias is something that is added to each row."""
 
     def adapt(self, model: nn.Module) -> None:
         """Freeze everything but the biases of linear layers and norms."""

@@ -14,7 +14,7 @@ direction (Liu et al. 2024, arXiv:2402.09353).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -46,6 +46,9 @@ class LoRA(Adaptation):
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Numbers of the blocks to adapt, 0 the lowest; all if not given. What is below is read once."""
 
+    shares_base: ClassVar[bool] = True
+    """Branches change each row by itself, and so do DoRA's quotients."""
+
     def adapt(self, model: nn.Module) -> None:
         """Wrap the chosen layers; freeze everything else."""
         from torch import nn
@@ -69,11 +72,6 @@ class LoRA(Adaptation):
     def scale(self) -> float:
         """What the update is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    @property
-    def shares_base(self) -> bool:
-        """Branches change each row by itself, and so do DoRA's quotients."""
-        return True
 
     def merge(self, model: nn.Module) -> None:
         """Add ``(alpha / r) B A`` to each weight and take the wrappers away. Always the same bits."""

@@ -177,9 +177,11 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             return False
         return state is not None and not self._closed.is_set()
 
-    def holds(self, row: Work | None) -> bool:
-        """Whether this server still works on ``row``, which was read with a lock."""
-        return row is not None and row.lease == self._token
+    def lock_held(self, session: Session, row: Work) -> Work | None:
+        """``row`` until the transaction ends; ``None`` where this server no longer works on it."""
+        with suppress(LeaseLost):
+            return queue.hold(session, self.kind, row.id, self._token)
+        return None
 
     def caller_of(self, row: Work) -> Caller:
         """Who asked for ``row``, with the rights of this moment.

@@ -192,8 +192,8 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         if run.status == store.QUEUED:
             total = task.count_rows()
             with self.database.write() as session:
-                held = store.get_run(session, run.account, run.id, lock=True)
-                if held is not None and self.holds(held) and held.status == store.QUEUED:
+                held = self.lock_held(session, run)
+                if held is not None and held.status == store.QUEUED:
                     held.total, held.status = total, store.IN_PROGRESS
                     held.source_hash = source_hash
         elif run.source_hash != source_hash:
@@ -258,6 +258,6 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         self, run: EvaluationRun, status: str, code: str | None = None, message: str | None = None
     ) -> None:
         with self.database.write() as session:
-            held = store.get_run(session, run.account, run.id, lock=True)
-            if held is not None and self.holds(held) and held.status not in store.ENDED:
+            held = self.lock_held(session, run)
+            if held is not None and held.status not in store.ENDED:
                 store.end(held, status, code, message)

@@ -16,7 +16,7 @@ from luthier.api.bedrock.shapes import matches, operation_models
 from luthier.api.http.messages import Fault
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
-from luthier.store.database import Database
+from luthier.store.database import Database, find_row
 from luthier.store.endpoints import CREATING, DEPLOYMENT, FAILED, PROVISIONED, Endpoint
 from luthier.store.evaluations import EvaluationRun, get_run
 from luthier.store.foundation import FoundationModel, foundation_model
@@ -125,9 +125,7 @@ def _find(
         query = _where_named(query, columns, identifier)
     if table is Endpoint:
         query = query.where(Endpoint.kind == kind)
-    if lock:
-        query = query.with_for_update().execution_options(populate_existing=True)
-    found = session.scalars(query).first()
+    found = find_row(session, query, lock=lock)
     # The foundation model that an ARN names has to be right, too.
     return None if found and arn and str(arn) != arn_of(arns, found) else found
 

@@ -55,6 +55,14 @@ def quote(text: str) -> str:
     return f'"{repr(clipped)[1:-1]}"'
 
 
+def text_length(value: object) -> int:
+    """Letters of all texts in a value, however deep."""
+    if isinstance(value, str):
+        return len(value)
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(text_length, inside))
+
+
 def read_line(stream: BinaryIO, fix: str) -> bytes:
     """The next line with its end; empty at the end of ``stream``.
 

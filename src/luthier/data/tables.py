@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from luthier.data import parsing
 from luthier.data.containers import empty_refusal, needs
-from luthier.data.parsing import Record, Unreadable, decode, loads, quote
+from luthier.data.parsing import Record, Unreadable, decode, loads, quote, text_length
 from luthier.data.shapes import SHAPES
 from luthier.errors import Problem
 
@@ -176,7 +176,7 @@ def read_parquet(
                 number += 1
                 if record is None:
                     continue
-                unpacked += _text_length(record)
+                unpacked += text_length(record)
                 if unpacked > most:
                     raise _unpacks(f"The texts of the file take more than {most:,} letters")
                 yield number, _present(record)
@@ -216,14 +216,6 @@ def _batch_rows(table: Any, most: int) -> int:
             f"The lists of the file have {values:,} values, which take more than {most:,} bytes"
         )
     return max(1, min(_BATCH_ROWS, most // longest))
-
-
-def _text_length(value: object) -> int:
-    """Letters of all texts in a value, however deep."""
-    if isinstance(value, str):
-        return len(value)
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_text_length, inside))
 
 
 def _unpacks(what: str) -> Unreadable:

@@ -226,13 +226,7 @@ class NetworkGrader(Grader):
 
     needs_expected = False
     watched = False
-
-    @property
-    def is_share(self) -> bool:
-        """Rewards have no bounds, and a cosine may be negative."""
-        return False
-
-    @property
-    def prefers_batches(self) -> bool:
-        """All texts of a batch are read at once."""
-        return True
+    is_share: ClassVar[bool] = False
+    """Rewards have no bounds, and a cosine may be negative."""
+    prefers_batches: ClassVar[bool] = True
+    """All texts of a batch are read at once."""

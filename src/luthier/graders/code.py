@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -37,6 +37,9 @@ class Code(Grader):
     memory_mb: int = Field(default=512, ge=64, le=1_048_576)
     """Memory of all its processes together, and address space of each, in MiB."""
 
+    prefers_batches: ClassVar[bool] = True
+    """As many sandboxes at once as there are cores."""
+
     @field_validator("allow_code")
     @classmethod
     def _check_allowed(cls, value: bool) -> bool:
@@ -45,11 +48,6 @@ class Code(Grader):
                 "this grader runs code that a model wrote; set allow_code=true to agree to that"
             )
         return value
-
-    @property
-    def prefers_batches(self) -> bool:
-        """As many sandboxes at once as there are cores."""
-        return True
 
     def check(self) -> None:
         """Refuse machines that cannot isolate the code, unless that was waived."""

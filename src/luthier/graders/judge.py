@@ -47,6 +47,8 @@ class LanguageModelGrader(ModelSpec, Grader):
         "Try again when it answers; a run that began goes on when it is resumed"
     )
     needs_expected = False
+    prefers_batches: ClassVar[bool] = True
+    """All answers of a batch are asked for at once."""
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
@@ -55,11 +57,6 @@ class LanguageModelGrader(ModelSpec, Grader):
                 f"{self.url} needs the name of its model: model = ..., or model = {self.url}#NAME"
             )
         return self
-
-    @property
-    def prefers_batches(self) -> bool:
-        """All answers of a batch are asked for at once."""
-        return True
 
     @property
     def has_time_limit(self) -> bool:

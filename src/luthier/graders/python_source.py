@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -88,16 +88,9 @@ class SandboxedFunction(Grader):
     """Base of graders that call a function of a source, in a sandbox; it may give any number."""
 
     needs_expected = False
-
-    @property
-    def is_share(self) -> bool:
-        """The function may give any number."""
-        return False
-
-    @property
-    def prefers_batches(self) -> bool:
-        """As many sandboxes at once as there are cores."""
-        return True
+    is_share: ClassVar[bool] = False
+    prefers_batches: ClassVar[bool] = True
+    """As many sandboxes at once as there are cores."""
 
     @property
     @abstractmethod

@@ -10,7 +10,6 @@ stopped is taken back; elsewhere it stays. ``export.json`` is there only when al
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import threading
@@ -38,7 +37,7 @@ from luthier.errors import (
     UnknownModel,
     WrongState,
 )
-from luthier.files import hashes_of, luthier_home
+from luthier.files import hashes_of, json_text, luthier_home
 from luthier.jobs.folders import ExportFolders
 from luthier.jobs.worker import BEAT, RENEWAL, Heartbeat, Worker, waits_for_room
 from luthier.models.manifest import created_now
@@ -216,7 +215,7 @@ class ExportWorker(Worker[ModelExport, Locations]):
             "created": created_now(),
             **{key: value for key, value in result.items() if key != "address"},
         }
-        content = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+        content = json_text(index).encode()
         self.retry(
             lambda: self.locations.write(row.account, row.output, f"{below}/{INDEX}", content)
         )

@@ -25,7 +25,7 @@ from luthier.store.database import Database
 from luthier.store.exports import ModelExport
 from luthier.store.imports import ModelImport
 from luthier.store.jobs import ENDED, QUEUED, Job
-from luthier.store.queue import QueuedWork, is_unfinished
+from luthier.store.queue import QueuedWork, has_unfinished
 
 ESTIMATES = 20
 """New jobs that are estimated at one look: those that are started next come first."""
@@ -111,7 +111,7 @@ def _prepare_imports(database: Database) -> None:
     """Remove what processes left that died as their imports ended."""
     for model_id, folders in _left_behind(imports.files_name, ImportFolders):
         with database.read() as session:
-            if is_unfinished(session, ModelImport, model_id):
+            if has_unfinished(session, ModelImport, model_id):
                 continue
             made = select(CustomModel.id).filter_by(id=model_id, status=ACTIVE)
             has_model = session.scalar(made) is not None
@@ -128,7 +128,7 @@ def _prepare_exports(database: Database) -> None:
     """Remove what processes left that died as their exports ended."""
     for export_id, folders in _left_behind(exports.files_name, ExportFolders):
         with database.read() as session:
-            if is_unfinished(session, ModelExport, export_id):
+            if has_unfinished(session, ModelExport, export_id):
                 continue
         folders.drop_working_files()
         folders.log.unlink(missing_ok=True)

@@ -157,7 +157,7 @@ class LocalCopies:
     def _rows(self) -> ModelRows:
         with self.database.read() as session:
             stored = {each for each in session.scalars(select(CustomModel.stored_id)) if each}
-            jobs = {*session.scalars(select(Job.id).where(Job.unfinished()))}
+            jobs = {*session.scalars(select(Job.id).where(Job.is_unfinished()))}
             imported = {*session.scalars(select(ModelImport.id))}
         names = {*jobs, *map(run_name, jobs), *map(stored_name, imported)}
         return ModelRows(frozenset(stored), frozenset(names))
@@ -239,7 +239,7 @@ class LocalCopies:
 
     def trim(self) -> int:
         """Drop the least recently used copies beyond the limit; how many bytes."""
-        needed = self._needed()
+        needed = self._find_needed()
         found, held = [*self._objects()], 0
         for stored_id, folder, used in copies():
             try:
@@ -260,12 +260,12 @@ class LocalCopies:
             _log.info("%d bytes of copies of the shared store were dropped", dropped)
         return dropped
 
-    def _needed(self) -> set[str]:
+    def _find_needed(self) -> set[str]:
         """Ids of models in memory and of those that unfinished jobs and exports name, with those
         below them."""
         with self.database.read() as session:
-            recipes = [*session.scalars(select(Job.recipe).where(Job.unfinished()))]
-            exported = select(ModelExport.stored_id).where(ModelExport.unfinished())
+            recipes = [*session.scalars(select(Job.recipe).where(Job.is_unfinished()))]
+            exported = select(ModelExport.stored_id).where(ModelExport.is_unfinished())
             read = [*session.scalars(exported)]
         of_jobs = (name for recipe in recipes for name in models_in(recipe))
         named = {*self._in_memory(), *read, *of_jobs}

@@ -218,10 +218,7 @@ def submit_import(
         "models that are being taken from outside",
         "Wait until some of them are no longer Creating.",
     )  # fmt: skip
-    storage.check_count(
-        imports.count_imported_models(session, account), limits, "imported_models",
-        "models from outside", "Delete some of them.",
-    )  # fmt: skip
+    _check_imported_quota(session, account, limits)
     model = CustomModel(
         id=new_id(),
         account=account,
@@ -293,10 +290,7 @@ def register_model(
     _check_model_quota(session, account, limits)
     model_id, base = new_id(), _base_of(session, account, stored)
     if base is None:
-        storage.check_count(
-            imports.count_imported_models(session, account), limits, "imported_models",
-            "models from outside", "Delete some of them.",
-        )  # fmt: skip
+        _check_imported_quota(session, account, limits)
     model = CustomModel(
         id=model_id,
         account=account,
@@ -447,6 +441,13 @@ def _check_model_quota(session: Session, account: str, limits: AccountQuotas) ->
     )  # fmt: skip
     # What it makes counts as stored: who has no room left would learn so hours later.
     storage.check(session, account, limits, stored_bytes=1)
+
+
+def _check_imported_quota(session: Session, account: str, limits: AccountQuotas) -> None:
+    storage.check_count(
+        imports.count_imported_models(session, account), limits, "imported_models",
+        "models from outside", "Delete some of them.",
+    )  # fmt: skip
 
 
 def _flush(session: Session, kind: str) -> None:

@@ -145,11 +145,8 @@ class Diffusion(Generative):
         scratch_steps=4_000,
         bases={"image": "small-unet"},
     )
-
-    @property
-    def min_steps(self) -> int:
-        """Each step says little, of one amount of noise for each row."""
-        return 1_000
+    min_steps: ClassVar[int] = 1_000
+    """Each step says little, of one amount of noise for each row."""
 
     @property
     def sample_labels(self) -> tuple[str, ...]:

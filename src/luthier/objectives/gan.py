@@ -95,11 +95,8 @@ class GAN(Generative):
         max_epochs=100,
         bases={"image": "small-dcgan"},
     )
-
-    @property
-    def min_steps(self) -> int:
-        """Two players that start from random numbers take long."""
-        return 3_000
+    min_steps: ClassVar[int] = 3_000
+    """Two players that start from random numbers take long."""
 
     @property
     def sample_labels(self) -> tuple[str, ...]:

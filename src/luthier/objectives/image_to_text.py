@@ -65,11 +65,8 @@ class ImageToText(Objective):
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
         min_epochs=3, max_epochs=20, bases={"image": "small-ocr"}
     )
-
-    @property
-    def min_steps(self) -> int:
-        """Where to look has to be learned before any letter is."""
-        return 3_000
+    min_steps: ClassVar[int] = 3_000
+    """Where to look has to be learned before any letter is."""
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks that write nothing."""

@@ -33,10 +33,10 @@ class Verdict:
     refused: bool = False
 
 
-def sample_evenly(examples: Sequence[Example], count: int = PROMPTS) -> list[Example]:
-    """``count`` rows, evenly from first to last."""
-    every = max(1, len(examples) // count)
-    return list(examples[::every][:count])
+def sample_evenly(examples: Sequence[Example]) -> list[Example]:
+    """:data:`PROMPTS` rows, evenly from first to last."""
+    every = max(1, len(examples) // PROMPTS)
+    return list(examples[::every][:PROMPTS])
 
 
 def precheck(score_PG: FloatArray, is_share: bool) -> Verdict:
@@ -60,12 +60,12 @@ def precheck(score_PG: FloatArray, is_share: bool) -> Verdict:
     return Verdict(f"{text}; for {differ} of the prompts the rewards differ")
 
 
-def extremes(order: Sequence[int], count: int = SAMPLES_PER_STEP) -> list[int]:
-    """The first and the last of ``order``, ``count`` in all."""
-    if len(order) <= count:
+def extremes(order: Sequence[int]) -> list[int]:
+    """The first and the last of ``order``, :data:`SAMPLES_PER_STEP` in all."""
+    if len(order) <= SAMPLES_PER_STEP:
         return list(order)
-    half = count // 2
-    return [*order[: count - half], *order[len(order) - half :]]
+    half = SAMPLES_PER_STEP // 2
+    return [*order[: SAMPLES_PER_STEP - half], *order[len(order) - half :]]
 
 
 def advice(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -75,11 +75,8 @@ class VAE(Generative):
         max_epochs=20,
         bases={"image": "small-vae", "window": "small-window-vae"},
     )
-
-    @property
-    def min_steps(self) -> int:
-        """All weights start from random numbers."""
-        return 1_000
+    min_steps: ClassVar[int] = 1_000
+    """All weights start from random numbers."""
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The images, or windows of time series, alone."""

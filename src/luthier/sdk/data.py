@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,14 +210,13 @@ def plant_canaries(
     from luthier.errors import RecipeError
     from luthier.evaluation.canaries import plant_canaries as plant
     from luthier.evaluation.canaries import write_canaries
-    from luthier.files import write_bytes
+    from luthier.files import json_lines, write_bytes
 
     path = Path(target)
     beside = path.with_name(f"{path.name}.canaries.json")
     if taken := [each for each in (path, beside) if each.exists()]:
         raise RecipeError(f"{taken[0]} is there already; name another file")
     records, canaries = plant(load_rows(source, columns), repeats, count, seed)
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_bytes(path, "".join(lines).encode())
+    write_bytes(path, json_lines(records).encode())
     write_canaries(canaries, beside)
     return canaries

@@ -25,6 +25,7 @@ from luthier.serving.memory import CacheBudget
 from luthier.serving.scheduler import Cancelled, FairScheduler, WaitingRequests, current_client
 
 if TYPE_CHECKING:
+    from luthier.models.network import Network
     from luthier.serving.prediction import Predictor
     from luthier.types import Example
 
@@ -309,7 +310,7 @@ class RowBatcher:
         return PassRow(request, example, cost, cost * self._row_bytes)
 
 
-def _bytes_per_token(network: Any) -> int:
+def _bytes_per_token(network: Network) -> int:
     """About what a layer keeps of a token until it is done: states, queries, keys, values, and the
     widened state twice."""
     config = network.model.config

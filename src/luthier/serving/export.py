@@ -190,7 +190,7 @@ def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
 
 def _lora_of(stored: StoredModel) -> Adaptation:
     """The adaptation of ``stored``, of a quantized base the LoRA on it."""
-    adaptation: Adaptation = adaptation_of(stored)
+    adaptation = adaptation_of(stored)
     return adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
 
 

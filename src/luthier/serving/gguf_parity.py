@@ -69,7 +69,7 @@ class Continuation:
 class LlamaCpp:
     """One GGUF file in llama.cpp."""
 
-    def __init__(self, file: Path, adapter: Path | None = None, context: int = CONTEXT) -> None:
+    def __init__(self, file: Path, adapter: Path | None = None) -> None:
         """``adapter`` is the file of a LoRA adapter that is put on the network in ``file``.
 
         Raises:
@@ -83,7 +83,7 @@ class LlamaCpp:
             info = xllamacpp.CommonAdapterLoraInfo()
             info.path, info.scale = str(adapter), 1.0
             params.lora_adapters = [info]
-        params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = CONTEXT, 1, 0
         params.cpuparams.n_threads = torch.get_num_threads()
         params.warmup, params.verbosity = False, -1
         self._key = secrets.token_hex()

@@ -34,6 +34,8 @@ def bound_kernels() -> None:
 
 LARGE_BLOCK = 4 << 20
 """Bytes of a block that the system gives alone, and has back as soon as it is freed."""
+GROWTH = 32 << 20
+"""Bytes by which a load has grown the process."""
 ROUNDS = 10
 """How often freed memory is given back after a load has grown the process."""
 
@@ -75,9 +77,9 @@ class FreedMemory:
     For the GNU C library: others have no such call, and nothing is done there.
     """
 
-    def __init__(self, seconds: float = 1.0, growth: int = 32 << 20) -> None:
-        """Look every ``seconds``, and act where there are ``growth`` bytes more than before."""
-        self.seconds, self.growth = seconds, growth
+    def __init__(self, seconds: float = 1.0) -> None:
+        """Look every ``seconds``, and act where there are ``GROWTH`` bytes more than before."""
+        self.seconds = seconds
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -99,7 +101,7 @@ class FreedMemory:
         least, rounds = resident_bytes(), 0
         while not self._closed.wait(self.seconds):
             now = resident_bytes()
-            if now > least + self.growth:
+            if now > least + GROWTH:
                 rounds = ROUNDS
             if not rounds:
                 least = min(least, now)

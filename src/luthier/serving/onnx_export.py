@@ -11,7 +11,6 @@ it serves them, and by ONNX Runtime, each alone and several at once.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from luthier.data.shapes import RawText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.parity import REFERENCE_PROMPTS
-from luthier.files import hashes_of, write_bytes
+from luthier.files import hashes_of, write_bytes, write_json
 from luthier.models.heads import filling_id
 from luthier.models.layouts import read_states
 from luthier.models.load import as_network
@@ -312,8 +311,7 @@ def export_onnx(
             "pad_token_id": None if chat.media else filling_id(model),
             **answer.details,
         }
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        write_bytes(fresh / ONNX_CONFIG, text.encode())
+        write_json(fresh / ONNX_CONFIG, config)
         write_bytes(fresh / README, _readme(stored.id, answer, chat).encode())
         return ExportRecord(
             format="onnx",
@@ -427,7 +425,7 @@ def _largest_error(
     else:
         fill = filling_id(graph.model)
         for part in (*([row] for row in rows), rows[:2], rows):
-            batches.append((_padded(part, fill), [row.answer for row in part]))
+            batches.append((_pad(part, fill), [row.answer for row in part]))
     largest, worst = 1e-6, 0.0
     for number, (inputs, wanted) in enumerate(batches, 1):
         (found,) = session.run(None, {name: each.numpy() for name, each in inputs.items()})
@@ -442,7 +440,7 @@ def _largest_error(
     return worst / (answer.unit or largest)
 
 
-def _padded(rows: Sequence[_Row], fill: int) -> dict[str, Tensor]:
+def _pad(rows: Sequence[_Row], fill: int) -> dict[str, Tensor]:
     """Texts as a rectangle that is filled up at its end."""
     shape = len(rows), max(len(row.ids_T) for row in rows)
     ids_RT, mask_RT = torch.full(shape, fill), torch.zeros(shape, dtype=torch.int64)

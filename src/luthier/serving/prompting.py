@@ -127,7 +127,6 @@ def ways_to_ask(
     train: Sequence[Question],
     documents: Sequence[str],
     embed: Embedder | None = None,
-    seed: int = 0,
 ) -> list[Way]:
     """As it is, with examples of ``train``, the nearest of them, and passages of ``documents``.
 
@@ -138,7 +137,7 @@ def ways_to_ask(
     if embed is not None:
         searches = {" by words": None, " by words and meaning": embed}
     if train:
-        shown = few_shot(train, EXAMPLES, seed)
+        shown = few_shot(train, EXAMPLES, 0)
         ways.append(
             Way("prompt engineering", f"{len(shown)} examples", [shown] * len(questions), True)
         )

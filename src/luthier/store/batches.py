@@ -14,7 +14,7 @@ from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.encryption.files import open_json, seal_json
-from luthier.store.database import Base, now, page_of
+from luthier.store.database import Base, find_row, now, page_of
 from luthier.store.ids import SMALL, random_id
 from luthier.store.queue import BackgroundWork, next_turn
 
@@ -113,7 +113,7 @@ def create(
 def get(session: Session, account: str, batch_id: str, *, lock: bool = False) -> Batch | None:
     """The account's batch."""
     found = select(Batch).where(Batch.account == account, Batch.id == batch_id)
-    return session.scalar(found.with_for_update() if lock else found)
+    return find_row(session, found, lock=lock)
 
 
 def list_batches(session: Session, account: str, limit: int, position: int | None) -> list[Batch]:

@@ -303,6 +303,14 @@ def count_rows(session: Session, *conditions: ColumnElement[bool]) -> int:
     return session.scalar(select(func.count()).where(*conditions)) or 0
 
 
+def find_row(session: Session, query: Select[Row], *, lock: bool = False) -> Row | None:
+    """The first row of ``query``; with ``lock`` as it is now, until the transaction ends."""
+    if lock:
+        # What the session has read of it before may have changed since.
+        query = query.with_for_update().execution_options(populate_existing=True)
+    return session.scalars(query).first()
+
+
 def page_of(
     session: Session,
     query: Select[Row],

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from luthier.encryption.files import open_json, seal_json
 from luthier.limits import AccountQuotas
 from luthier.store import storage
-from luthier.store.database import Base, QuotingText, now, page_of
+from luthier.store.database import Base, QuotingText, find_row, now, page_of
 from luthier.store.ids import SMALL, random_id
 from luthier.store.queue import BackgroundWork, next_turn
 
@@ -206,7 +206,7 @@ def create_run(
 def get_eval(session: Session, account: str, eval_id: str, *, lock: bool = False) -> Eval | None:
     """The account's eval."""
     found = select(Eval).where(Eval.account == account, Eval.id == eval_id)
-    return session.scalar(found.with_for_update() if lock else found)
+    return find_row(session, found, lock=lock)
 
 
 def get_run(
@@ -216,7 +216,7 @@ def get_run(
     found = select(EvaluationRun).where(
         EvaluationRun.account == account, EvaluationRun.id == run_id
     )
-    return session.scalar(found.with_for_update() if lock else found)
+    return find_row(session, found, lock=lock)
 
 
 def done_rows(session: Session, run_id: str) -> set[int]:

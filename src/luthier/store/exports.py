@@ -15,7 +15,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import WrongState
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base, Plain, QuotingText, new_id, now, page_of
+from luthier.store.database import Base, Plain, QuotingText, find_row, new_id, now, page_of
 from luthier.store.jobs import COMPLETED, ENDED, FAILED, QUEUED, RUNNING, STOPPED, STOPPING
 from luthier.store.queue import QueuedWork, hold, log_file, next_turn
 from luthier.store.queue import renew as renew_lease
@@ -98,8 +98,8 @@ class ModelExport(QueuedWork, Base):
     ended: Mapped[datetime | None]
 
     @classmethod
-    def unfinished(cls) -> ColumnElement[bool]:
-        """See :meth:`luthier.store.queue.TakesTurns.unfinished`."""
+    def is_unfinished(cls) -> ColumnElement[bool]:
+        """See :meth:`luthier.store.queue.TakesTurns.is_unfinished`."""
         return cls.state.not_in(ENDED)
 
     @classmethod
@@ -187,7 +187,7 @@ def create_export(
 
 def is_exported(session: Session, arn: str) -> bool:
     """Whether an export that has not ended reads the model of this ARN."""
-    found = select(ModelExport.seq).where(ModelExport.model == arn, ModelExport.unfinished())
+    found = select(ModelExport.seq).where(ModelExport.model == arn, ModelExport.is_unfinished())
     return session.scalar(found.limit(1)) is not None
 
 
@@ -196,9 +196,7 @@ def get(
 ) -> ModelExport | None:
     """The account's export of this id; ``lock`` keeps it as it is until the transaction ends."""
     found = select(ModelExport).where(ModelExport.account == account, ModelExport.id == export_id)
-    if lock:
-        found = found.with_for_update().execution_options(populate_existing=True)
-    return session.scalars(found).first()
+    return find_row(session, found, lock=lock)
 
 
 def list_exports(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -71,7 +70,7 @@ def foundation_models() -> list[FoundationModel]:
 
     Models of the hub join once they were pulled: no request sets a server to fetching them.
     """
-    return [*_catalog_models(), *_pretrained_here()]
+    return [*filter(_is_offered, _catalog_entries(tuple(CATALOG))), *_pretrained_here()]
 
 
 def foundation_model(identifier: str) -> FoundationModel | None:
@@ -108,10 +107,6 @@ def kind_of(model: AnyModel) -> str:
 def writes(model: AnyModel) -> bool:
     """Whether ``model`` writes text; an encoder reads it only."""
     return kind_of(model) == "causal_lm"
-
-
-def _catalog_models() -> Iterator[FoundationModel]:
-    return filter(_is_offered, _catalog_entries(tuple(CATALOG)))
 
 
 def _is_offered(model: FoundationModel) -> bool:

@@ -20,7 +20,7 @@ from luthier.limits import AccountQuotas
 from luthier.store import custom_models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
-from luthier.store.database import Base, Plain, QuotingText, now, page_of
+from luthier.store.database import Base, Plain, QuotingText, find_row, now, page_of
 from luthier.store.model_folders import JOB_PREFIX
 from luthier.store.queue import QueuedWork, hold
 from luthier.store.queue import renew as renew_lease
@@ -163,8 +163,8 @@ class Job(QueuedWork, Base):
         return self.details.get("chosen", {}).get(name, given)
 
     @classmethod
-    def unfinished(cls) -> ColumnElement[bool]:
-        """See :meth:`luthier.store.queue.TakesTurns.unfinished`."""
+    def is_unfinished(cls) -> ColumnElement[bool]:
+        """See :meth:`luthier.store.queue.TakesTurns.is_unfinished`."""
         return cls.state.not_in(ENDED)
 
     @classmethod
@@ -305,9 +305,7 @@ def get(session: Session, account: str, identifier: str, *, lock: bool = False) 
     found = found.where((Job.id == identifier) | (Job.name == identifier))
     # A name may look like another job's id: ids come first.
     found = found.order_by((Job.id == identifier).desc()).limit(1)
-    if lock:
-        found = found.with_for_update().execution_options(populate_existing=True)
-    return session.scalars(found).first()
+    return find_row(session, found, lock=lock)
 
 
 def stop(session: Session, job: Job) -> Job:

@@ -559,7 +559,7 @@ def tokenizer_origin(model: StoredModel) -> dict[str, Any]:
     return {"tokenizer_from": model.tokenizer_from} if model.tokenizer_from else {}
 
 
-def adaptation_of(model: StoredModel) -> Any:
+def adaptation_of(model: StoredModel) -> Adaptation:
     """The adaptation a custom model was trained with."""
     from luthier.adaptations import ADAPTATIONS
 

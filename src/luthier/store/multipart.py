@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import ObjectRefused
 from luthier.store import storage
-from luthier.store.database import new_id, now
+from luthier.store.database import find_row, new_id, now
 from luthier.store.object_files import WrittenFile
 from luthier.store.objects import (
     Bucket,
@@ -204,7 +204,7 @@ def _upload(
     query = select(Upload).where(
         Upload.id == upload_id, Upload.bucket_seq == seq, Upload.key == key
     )
-    found = session.scalar(query.with_for_update() if lock else query)
+    found = find_row(session, query, lock=lock)
     if found is None:
         text = (
             "The specified upload does not exist. The upload ID may be invalid, or the upload may "

@@ -25,7 +25,7 @@ from luthier.errors import CorruptFile, ObjectRefused
 from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
-from luthier.store.database import Base, Database, now
+from luthier.store.database import Base, Database, find_row, now
 from luthier.store.object_files import UNNAMED_SECONDS, FileWriter, ObjectFiles, Room, WrittenFile
 from luthier.store.shared_identity import check_identity
 from luthier.store.storage import FreedStorage
@@ -147,7 +147,7 @@ def get_bucket(session: Session, account: str, name: str, *, lock: bool = False)
         ObjectRefused: ``NoSuchBucket``.
     """
     query = select(Bucket).where(Bucket.account == account, Bucket.name == name)
-    bucket = session.scalar(query.with_for_update() if lock else query)
+    bucket = find_row(session, query, lock=lock)
     if bucket is None:
         raise ObjectRefused("NoSuchBucket", "The specified bucket does not exist")
     return bucket
@@ -545,12 +545,12 @@ class Objects:
     def drop_deleted_copies(self, older_than: float = UNNAMED_SECONDS) -> int:
         """Remove from this machine the files of what was deleted on another; how many there were."""
 
-        def named(start: str, ids: Set[str]) -> set[str]:
+        def find_named(start: str, ids: Set[str]) -> set[str]:
             query = select(ObjectPiece.id).where(ObjectPiece.id.in_(ids))
             with self.database.read() as session:
                 return set(session.scalars(query))
 
-        return self.files.sweep_here(named, older_than)
+        return self.files.sweep_here(find_named, older_than)
 
     def _files_of_rows(self, start: str) -> set[str]:
         with self.database.read() as session:

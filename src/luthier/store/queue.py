@@ -16,12 +16,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, Select, and_, func, or_, select, true
+from sqlalchemy import BigInteger, ColumnElement, and_, func, or_, select, true
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
 from luthier.files import luthier_home
-from luthier.store.database import count_rows, lock_by_name, now
+from luthier.store.database import count_rows, find_row, lock_by_name, now
 
 LEASE = timedelta(seconds=30)
 """How long a worker is believed alive after it was last heard from."""
@@ -59,7 +59,7 @@ class TakesTurns(Leased):
     """Lower ones are first, of one priority; those of an account have turns one after the other."""
 
     @classmethod
-    def unfinished(cls) -> ColumnElement[bool]:
+    def is_unfinished(cls) -> ColumnElement[bool]:
         """What holds of rows whose work has not ended; all of them, where its end deletes a row."""
         return true()
 
@@ -81,8 +81,8 @@ class BackgroundWork(TakesTurns):
     """When the work is given up, however much of it is done."""
 
     @classmethod
-    def unfinished(cls) -> ColumnElement[bool]:
-        """See :meth:`TakesTurns.unfinished`."""
+    def is_unfinished(cls) -> ColumnElement[bool]:
+        """See :meth:`TakesTurns.is_unfinished`."""
         return cls.status.not_in(cls.ended)
 
 
@@ -260,7 +260,7 @@ def next_turn(
     those asked for before (start-time fair queueing, Goyal, Vin and Cheng 1996, with equal shares).
     ``going_on`` is what holds of work that takes part, where that is not all that has not ended.
     """
-    going_on = going_on or (kind.unfinished(),)
+    going_on = going_on or (kind.is_unfinished(),)
     lowest = select(func.min(kind.turn)).where(*going_on)
     last = select(func.max(kind.turn)).where(kind.account == account, *going_on)
     own, others = session.scalar(last), session.scalar(lowest)
@@ -269,18 +269,18 @@ def next_turn(
 
 def in_flight(session: Session, kind: type[TakesTurns], account: str) -> int:
     """How much work of an account has not ended."""
-    return count_rows(session, kind.account == account, kind.unfinished())
+    return count_rows(session, kind.account == account, kind.is_unfinished())
 
 
-def is_unfinished(session: Session, kind: type[TakesTurns], row_id: str) -> bool:
+def has_unfinished(session: Session, kind: type[TakesTurns], row_id: str) -> bool:
     """Whether there is anything to do for the row of this id, if there is one."""
-    found = select(kind.seq).where(kind.id == row_id, kind.unfinished())
+    found = select(kind.seq).where(kind.id == row_id, kind.is_unfinished())
     return session.scalar(found) is not None
 
 
 def leases(session: Session, kind: type[BackgroundWork]) -> list[tuple[str, datetime | None]]:
     """Ids of the rows that servers work on, each with what its lease says of its end."""
-    query = select(kind.id, kind.lease_ends).where(kind.unfinished(), kind.lease.is_not(None))
+    query = select(kind.id, kind.lease_ends).where(kind.is_unfinished(), kind.lease.is_not(None))
     return [(row_id, ends) for row_id, ends in session.execute(query)]
 
 
@@ -297,7 +297,7 @@ def claim_next(
     """
     lost = [and_(kind.id == row_id, kind.lease_ends == ends) for row_id, ends in silent]
     free = or_(kind.lease.is_(None), *lost)
-    waiting = select(kind).where(kind.unfinished(), free)
+    waiting = select(kind).where(kind.is_unfinished(), free)
     first = waiting.order_by(kind.turn, kind.seq).limit(1)
     row: Background | None = session.scalar(first.with_for_update(skip_locked=True))
     if row is not None:
@@ -314,7 +314,7 @@ def give_way(session: Session, kind: type[Background], row_id: str, lease: str) 
     row = hold(session, kind, row_id, lease)
     firsts = (
         select(func.min(kind.turn).label("turn"))
-        .where(kind.unfinished(), kind.lease.is_(None), kind.account != row.account)
+        .where(kind.is_unfinished(), kind.lease.is_(None), kind.account != row.account)
         .group_by(kind.account)
         .subquery()
     )
@@ -330,13 +330,19 @@ def leased_rows(session: Session, kind: type[Row]) -> list[Row]:
     return list(session.scalars(select(kind).where(kind.lease.is_not(None)).order_by(kind.seq)))
 
 
-def read_leased(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
-    """The row as it stands now.
+def read_leased(
+    session: Session, kind: type[Row], row_id: str, lease: str, *, lock: bool = False
+) -> Row:
+    """The row as it stands now; with ``lock`` it stays so until the transaction ends.
 
     Raises:
         LeaseLost: where ``lease`` does not hold it.
     """
-    return _read_row(session, kind, row_id, lease, select(kind))
+    held = select(kind).where(kind.id == row_id, kind.lease == lease)
+    row = find_row(session, held, lock=lock)
+    if row is None:
+        raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
+    return row
 
 
 def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
@@ -345,17 +351,7 @@ def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
     Raises:
         LeaseLost: as :func:`read_leased`.
     """
-    locking = select(kind).with_for_update().execution_options(populate_existing=True)
-    return _read_row(session, kind, row_id, lease, locking)
-
-
-def _read_row(
-    session: Session, kind: type[Row], row_id: str, lease: str, query: Select[Row]
-) -> Row:
-    row = session.scalars(query.where(kind.id == row_id, kind.lease == lease)).first()
-    if row is None:
-        raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
-    return row
+    return read_leased(session, kind, row_id, lease, lock=True)
 
 
 def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:

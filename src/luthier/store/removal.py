@@ -82,7 +82,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
             f"first, by DeleteProvisionedModelThroughput (provisionedModelId {endpoint.name})."
         )
     started = select(Job.seq).where(
-        Job.account == model.account, Job.base_model == arn, Job.unfinished()
+        Job.account == model.account, Job.base_model == arn, Job.is_unfinished()
     )
     if session.scalar(started.limit(1)) is not None:
         raise ModelInUse(f"A job that has not ended starts from the model {model.name}.")

@@ -7,7 +7,6 @@ certificate can show it. A report's name holds the hash of its bytes: reports ar
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from luthier import __version__
 from luthier.errors import CorruptFile, RecipeError
-from luthier.files import luthier_home, read_json, sha256_of, write_bytes
+from luthier.files import json_text, luthier_home, read_json, sha256_of, write_bytes
 from luthier.models.manifest import REPORTS, Record, created_now
 from luthier.printable import finite_or_none
 from luthier.store.models import StoredModel
@@ -86,8 +85,7 @@ def write_report(
         data=dict(data),
         result=finite_or_none(dict(result)),
     )
-    text = json.dumps(report.model_dump(), indent=2, ensure_ascii=False) + "\n"
-    content = text.encode("utf-8", "replace")
+    content = json_text(report.model_dump()).encode("utf-8", "replace")
     path = model.folder / REPORTS / f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}.json"
     write_bytes(path, content)
     return path

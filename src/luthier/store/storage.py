@@ -15,7 +15,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import QuotaExceeded
 from luthier.limits import AccountQuotas
-from luthier.store.database import Base, dialect_insert
+from luthier.store.database import Base, dialect_insert, find_row
 
 COUNTED = {
     "stored_bytes": "bytes",
@@ -141,15 +141,13 @@ def quota_exceeded(name: str, quota: int, used: int) -> QuotaExceeded:
 
 def lock(session: Session, account: str) -> Storage:
     """The row of an account, made where it is not there yet, locked until the transaction ends."""
-    query = select(Storage).where(Storage.account == account).with_for_update()
-    # What was read in this transaction before it was locked may be old.
-    query = query.execution_options(populate_existing=True)
-    found: Storage | None = session.scalar(query)
+    query = select(Storage).where(Storage.account == account)
+    found = find_row(session, query, lock=True)
     if found is None:
         fresh = dialect_insert(session, Storage).values(
             account=account, **dict.fromkeys(COUNTED, 0)
         )
         session.execute(fresh.on_conflict_do_nothing())
-        found = session.scalar(query)
+        found = find_row(session, query, lock=True)
     assert found is not None
     return found

@@ -31,6 +31,7 @@ from typing import BinaryIO
 import luthier
 from luthier.cancellation import on_stdin_end
 from luthier.data.media import Media
+from luthier.data.parsing import text_length
 from luthier.data.shapes import MediaRow
 from luthier.engine.metrics import Reporter
 from luthier.engine.processes import PROCESS_BYTES, check_room
@@ -300,7 +301,7 @@ def _cut(task: InferenceTask, problems: list[Problem]) -> Iterator[list[InputRow
     """The rows of ``task`` in shards: of as many rows as it wants, or fewer that are long."""
     shard, size = list[InputRow](), 0
     for row in task.rows(problems):
-        long = _characters([row.record, row.content])
+        long = text_length([row.record, row.content])
         if shard and (len(shard) == task.shard_rows or size + long > SHARD_BYTES):
             yield shard
             shard, size = [], 0
@@ -308,14 +309,6 @@ def _cut(task: InferenceTask, problems: list[Problem]) -> Iterator[list[InputRow
         size += long
     if shard:
         yield shard
-
-
-def _characters(value: object) -> int:
-    """Those of all texts in plain values."""
-    if isinstance(value, str):
-        return len(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_characters, parts))
 
 
 def _digest(task: InferenceTask, rows: Sequence[InputRow]) -> str:

@@ -7,7 +7,6 @@ process writes of it.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from luthier.data.rows import PREDICTED, stream_inputs, stream_prompts
 from luthier.data.shapes import Conversation, PromptOnly
 from luthier.data.writers import json_records, pack
 from luthier.errors import DataError, Problem, RecipeError
+from luthier.files import json_lines
 from luthier.models.sampling import Sampling
 from luthier.models.speculation import NGRAM, OFF
 from luthier.serving.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
@@ -309,8 +309,7 @@ def parse_task(plain: Mapping[str, Any]) -> InferenceTask:
 def prediction_lines(records: Sequence[Record], answers: Sequence[dict[str, Any]]) -> str:
     """JSON Lines of rows with what was predicted of each."""
     pairs = zip(records, answers, strict=True)
-    lines = ({**record, PREDICTED: answer} for record, answer in pairs)
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return json_lines({**record, PREDICTED: answer} for record, answer in pairs)
 
 
 def anomaly_counts(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -325,11 +324,10 @@ def anomaly_counts(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def reply_lines(records: Sequence[Record], answers: Sequence[GeneratedReply]) -> str:
     """JSON Lines of prompts with the reply to each, and what the model thought before."""
-    lines = (
+    return json_lines(
         {"prompt": record["prompt"], "completion": answer.text, **record, **reasoning_of(answer)}
         for record, answer in zip(records, answers, strict=True)
     )
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def reasoning_of(answer: GeneratedReply) -> dict[str, str]:

@@ -120,7 +120,6 @@ def search_prompt(
     questions: Sequence[Question],
     seconds: float,
     most_answers: int = 1_000_000,
-    seed: int = 0,
     embed: Embedder | None = None,
     needs_score: bool = False,
 ) -> SearchedPrompt:
@@ -132,7 +131,6 @@ def search_prompt(
         questions: the training rows.
         seconds: from now on; what is begun is finished.
         most_answers: of the model, beside it.
-        seed: of all draws.
         embed: by which nearest examples are found, beside their words.
         needs_score: refuse to search where no reply scores above 0 by any of the first prompts.
 
@@ -140,7 +138,7 @@ def search_prompt(
         RecipeError: for fewer than 24 different training rows, and for the lack of a score.
     """
     began = time.monotonic()
-    search = _Search(answer, reflect, questions, random.Random(seed), embed)
+    search = _Search(answer, reflect, questions, random.Random(0), embed)
     # As many rows to measure on as leave time for some fifteen prompts.
     probe = search.measured[: MEASURED_ROWS[0]]
     search.ask(probe, search.starts()[0])
@@ -167,7 +165,7 @@ def search_prompt(
 
     found: GEPAResult[str, int] = optimize(
         seed_candidate=start, trainset=search.reflected, valset=search.measured, adapter=search,
-        stop_callbacks=is_over, logger=_Silent(), skip_perfect_score=False, seed=seed,
+        stop_callbacks=is_over, logger=_Silent(), skip_perfect_score=False, seed=0,
         reflection_minibatch_size=min(MINIBATCH, len(search.reflected), max(1, count // 2)),
         track_best_outputs=False,
     )  # fmt: skip

@@ -253,7 +253,7 @@ def measure_quantization(
             losses[kind],
             base_losses.get(kind),
             file_size(network, kind),
-            _speed(network, chat, kind),
+            _measure_speed(network, chat, kind),
         )
         for kind in (WHOLE, *kinds)
     ]
@@ -301,7 +301,7 @@ def _encode(rows: Sequence[Row], chat: ChatFormat, context: int) -> Sequence[Exa
     return [text for each in fitting.examples for text in each]
 
 
-def _speed(network: Any, chat: ChatFormat, kind: Quantization) -> float | None:
+def _measure_speed(network: Any, chat: ChatFormat, kind: Quantization) -> float | None:
     """Tokens a second of llama.cpp from a file of this type: the best of three."""
     if llama_cpp_library() is None:
         return None

@@ -16,7 +16,7 @@ from luthier.serving.inference import InferenceFailed
 from luthier.serving.pool import ModelPool
 from luthier.serving.served_parity import NotAsTrained, check_served
 from luthier.store import models
-from luthier.store.database import Database
+from luthier.store.database import Database, find_row
 from luthier.store.endpoints import Endpoint, unfinished_ids
 
 Prepare = Callable[[str], None]
@@ -96,13 +96,13 @@ class Activation:
         query = select(Endpoint).filter_by(id=endpoint_id)
         try:
             with self.database.read() as session:
-                endpoint = session.scalars(query).one_or_none()
+                endpoint = find_row(session, query)
             model = endpoint.pending_model if endpoint else None
             if model is None:
                 return
             failure = self._prepare(model)
             with self.database.write() as session:
-                endpoint = session.scalars(query.with_for_update()).one_or_none()
+                endpoint = find_row(session, query, lock=True)
                 if endpoint is not None:
                     endpoint.finish_update(model, failure)
         except Exception:

@@ -299,17 +299,21 @@ def message_of(answer: GenerationResult) -> dict[str, Any]:
     return {"role": "assistant", "content": content or [{"text": ""}]}
 
 
+def whole_members(stream: Stream, answer: GenerationResult) -> dict[str, Any]:
+    """What Converse says of an answer that is whole, and InvokeModel in its form."""
+    return {
+        "output": {"message": message_of(answer)},
+        "stopReason": STOP_REASONS[answer.reason],
+        "usage": usage(stream.prompt_tokens, answer.tokens),
+    }
+
+
 def answer_of(
     members: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
 ) -> dict[str, Any]:
     """The answer of Converse, once it is whole; ``latency()`` gives milliseconds."""
     (answer,) = stream.whole()
-    found = {
-        "output": {"message": message_of(answer)},
-        "stopReason": STOP_REASONS[answer.reason],
-        "usage": usage(stream.prompt_tokens, answer.tokens),
-        "metrics": {"latencyMs": latency()},
-    }
+    found = {**whole_members(stream, answer), "metrics": {"latencyMs": latency()}}
     fields = _additional_fields(
         members.get("additionalModelResponseFieldPaths", ()), stream, answer
     )
@@ -357,7 +361,7 @@ def named_events(paths: Sequence[str], stream: Stream) -> Iterator[tuple[str, di
 
 def _call_events(call: ToolCall, index: int) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "contentBlockStart", {"start": {"toolUse": _use(call)}, "contentBlockIndex": index}
-    text = json.dumps(dict(call.arguments), ensure_ascii=False)
+    text = call.arguments_json
     for first in range(0, len(text), _FRAGMENT):
         delta = {"toolUse": {"input": text[first : first + _FRAGMENT]}}
         yield "contentBlockDelta", {"delta": delta, "contentBlockIndex": index}

@@ -20,14 +20,12 @@ from pydantic import Field
 
 from luthier.api.bedrock.bodies import NativeBody, malformed_input, parsed_native
 from luthier.api.bedrock.converse import (
-    STOP_REASONS,
     TEMPERATURE,
     TOP_P,
     chat_of,
-    message_of,
     named_events,
     native_stop_reason,
-    usage,
+    whole_members,
 )
 from luthier.api.bedrock.eventstream import event
 from luthier.api.bedrock.shapes import body_members, operation_models
@@ -161,12 +159,7 @@ class MessagesForm:
     def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
         """As Converse has it."""
         (answer,) = stream.whole()
-        found = {
-            "output": {"message": message_of(answer)},
-            "stopReason": STOP_REASONS[answer.reason],
-            "usage": usage(stream.prompt_tokens, answer.tokens),
-        }
-        return found, answer.tokens
+        return whole_members(stream, answer), answer.tokens
 
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
         """Events as ConverseStream has them, each under its name."""

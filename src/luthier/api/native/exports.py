@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from luthier.api.http.messages import Fault, Request
-from luthier.api.native.operations import Context, Input, NativeOperation, View
+from luthier.api.http.messages import Request
+from luthier.api.native.operations import Context, Input, NativeOperation, View, not_found
 from luthier.jobs.submit import submit_export
 from luthier.store import exports
 from luthier.store.custom_models import CustomModel
@@ -106,7 +106,7 @@ class _Exports:
         with context.database.write() as session:
             model = session.get(CustomModel, asked.seq, with_for_update=True)
             if model is None:  # deleted meanwhile
-                raise Fault("ResourceNotFound", f"There is no model {request.params['model']!r}.")
+                raise not_found("model", request.params["model"])
             made = submit_export(
                 session,
                 model,
@@ -151,7 +151,7 @@ class _Exports:
 
 def _existing(request: Request, found: ModelExport | None) -> ModelExport:
     if found is None:
-        raise Fault("ResourceNotFound", f"There is no export {request.params['export']!r}.")
+        raise not_found("export", request.params["export"])
     return found
 
 

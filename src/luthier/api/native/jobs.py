@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import Field
+from sqlalchemy.orm import Session
 
-from luthier.api.http.messages import Fault, Request, Response, parse_digits
-from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
+from luthier.api.http.messages import Request, Response, parse_digits
+from luthier.api.native.operations import (
+    Context,
+    Input,
+    NativeOperation,
+    View,
+    not_found,
+    setting_name,
+)
 from luthier.graders import parse_graders
 from luthier.jobs.submit import Submission, check_client_grader, submit
 from luthier.setting_names import with_setting_names
@@ -196,7 +204,9 @@ class _Jobs:
     def get(self, request: Request) -> JobView:
         return _view(self._job(request, "GetJob"))
 
-    def transition_handler(self, name: str, act: Any) -> Any:
+    def transition_handler(
+        self, name: str, act: Callable[[Session, Job], Job]
+    ) -> Callable[[Request], JobView]:
         """The handler that does ``act`` to a job."""
 
         def run(request: Request) -> JobView:
@@ -250,7 +260,7 @@ class _Jobs:
         path = f"model-customization-job/{job.foundation}/{job.id}" if job else shown
         self.context.allow(request, action, path, shown)
         if job is None:
-            raise Fault("ResourceNotFound", f"There is no job {request.params['job']!r}.")
+            raise not_found("job", request.params["job"])
         return job
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from luthier.api.http.messages import Fault, Request, inference_faults
 from luthier.api.identifiers import find_foundation
-from luthier.api.native.operations import Context, NativeOperation, View
+from luthier.api.native.operations import Context, NativeOperation, View, not_found
 from luthier.serving.pool import LoadedModel, ModelPool
 from luthier.store.custom_models import CustomModel
 
@@ -158,7 +158,7 @@ class _LoadedModels:
         with self.context.database.read() as session:
             model = self.context.asked_model(request, session, action, active=True)
         if model.stored_id is None:
-            raise Fault("ResourceNotFound", f"There is no model {name!r}.")
+            raise not_found("model", name)
         return model, model.stored_id
 
     def _write_pinned(self, model: CustomModel, pinned: bool) -> CustomModel:
@@ -169,7 +169,7 @@ class _LoadedModels:
                 found.pinned = pinned
         if found is None:  # deleted meanwhile, by another server perhaps
             self.pool.forget(model.stored_id or "")
-            raise Fault("ResourceNotFound", f"There is no model {model.name!r}.")
+            raise not_found("model", model.name)
         return found
 
     def _current_view(self, model: CustomModel, stored_id: str) -> LoadedModelView:

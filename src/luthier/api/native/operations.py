@@ -359,7 +359,7 @@ class Context:
         path = f"custom-model/{model.foundation}/{model.id}" if model else shown
         self.allow(request, action, path, shown)
         if model is None:
-            raise _no_model(name)
+            raise not_found("model", name)
         return model
 
     def invoked_model(self, request: Request, action: str) -> Invocable:
@@ -370,7 +370,7 @@ class Context:
         path = shown if found is None else found.arn.rpartition(":")[2]
         self.allow(request, action, path, shown)
         if found is None:
-            raise _no_model(name)
+            raise not_found("model", name)
         return found
 
     def custom(
@@ -379,9 +379,10 @@ class Context:
         """The account's custom model of this name, id, ``ft:`` id or ARN."""
         model = find_model(session, self.arns, account, identifier)
         if model is None or (active and model.status != ACTIVE):
-            raise _no_model(identifier)
+            raise not_found("model", identifier)
         return model
 
 
-def _no_model(name: str) -> Fault:
-    return Fault("ResourceNotFound", f"There is no model {name!r}.")
+def not_found(noun: str, name: str) -> Fault:
+    """Nothing of this account is called so."""
+    return Fault("ResourceNotFound", f"There is no {noun} {name!r}.")

@@ -104,7 +104,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                 self._fail(batch, errors)
                 return
             with self.database.write() as session:
-                held = store.get(session, batch.account, batch.id, lock=True)
+                held = self.lock_held(session, batch)
                 if held is not None and held.status == store.VALIDATING:
                     held.total = total
                     store.enter(held, store.IN_PROGRESS)
@@ -204,8 +204,8 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
     def _finish(self, batch: Batch) -> None:
         """Write the files, then say so: whoever reads ``completed`` can read them."""
         with self.database.write() as session:
-            held = store.get(session, batch.account, batch.id, lock=True)
-            if held is None or not self.holds(held):
+            held = self.lock_held(session, batch)
+            if held is None:
                 return
             counts = store.counts(session, held)
             missing = held.total > sum(counts)
@@ -235,8 +235,8 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                     raise
                 files[column] = file_id
         with self.database.write() as session:
-            held = store.get(session, batch.account, batch.id, lock=True)
-            if held is not None and self.holds(held):
+            held = self.lock_held(session, batch)
+            if held is not None:
                 for column, file_id in files.items():
                     setattr(held, column, file_id)
                 store.end(session, held, end)
@@ -255,8 +255,8 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
 
     def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
         with self.database.write() as session:
-            held = store.get(session, batch.account, batch.id, lock=True)
-            if held is not None and self.holds(held) and held.status not in store.ENDED:
+            held = self.lock_held(session, batch)
+            if held is not None and held.status not in store.ENDED:
                 held.errors = errors[:MOST_ERRORS]
                 store.end(session, held, store.FAILED)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -384,8 +383,7 @@ def _logprobs(scores: Sequence[Score], reasoning: Sequence[Score] = ()) -> dict[
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
-    arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
-    function = {"name": call.name, "arguments": arguments}
+    function = {"name": call.name, "arguments": call.arguments_json}
     return {"id": call_id(call), "type": "function", "function": function}
 
 

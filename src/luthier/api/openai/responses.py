@@ -463,7 +463,7 @@ class _Response:
         )
 
     def _add_call(self, call: ToolCall) -> Iterator[JsonObject]:
-        arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
+        arguments = call.arguments_json
         item: JsonObject = {"type": "function_call", "id": f"fc_{secrets.token_hex(24)}"}
         item |= {"call_id": call_id(call), "name": call.name}
         self._items.append({**item, "arguments": arguments, "status": "completed"})

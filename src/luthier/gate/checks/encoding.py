@@ -130,7 +130,8 @@ class Encoding(SpotCheck):
         spots: list[Spot] = []
         if _may_hold_control(joined):
             spots += joined.spots(CONTROL, _find(CONTROL, _CONTROL, joined.text))
-        spots += joined.spots(MARKUP, _markup(joined.text))
+        marked = ((*match.span(), match[0][:24]) for match in _MARKUP.finditer(joined.text))
+        spots += joined.spots(MARKUP, marked)
         forms: Counter[str] = Counter()
         if not joined.text.isascii():
             other = joined.only(lambda text: not text.isascii())
@@ -202,11 +203,6 @@ def describe_characters(rule: Rule, found: str) -> str:
     character = found[0]
     name = unicodedata.name(character, "control character" if rule is CONTROL else "")
     return f"U+{ord(character):04X}{f' ({name.lower()})' if name else ''}"
-
-
-def _markup(text: str) -> Iterator[tuple[int, int, str]]:
-    for match in _MARKUP.finditer(text):
-        yield *match.span(), match[0][:24]
 
 
 def _first_difference(content: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from luthier.evaluation.baselines import LINEAR_PROBE, NAIVE_BAYES
 from luthier.evaluation.significance import CHANCE, differ
 from luthier.models.catalog import WORD_READER
+from luthier.serving.prompting import Technique
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts
 
@@ -242,7 +243,7 @@ def _slow(facts: AdviceFacts) -> bool:
     return bool(limit and tuned and tuned.seconds > limit)
 
 
-def _best_measured(facts: AdviceFacts, *techniques: Any) -> str:
+def _best_measured(facts: AdviceFacts, *techniques: Technique) -> str:
     best = facts.evidence and facts.evidence.best(*techniques)
     return f"{best.result} ({best.name})" if best else ""
 

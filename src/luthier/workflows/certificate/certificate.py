@@ -12,7 +12,6 @@ them, which :func:`luthier.store.models.content_hash` does not read.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from luthier.engine.actuals import ACTUAL
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, run_of
 from luthier.errors import CorruptFile, RecipeError
-from luthier.files import read_json, sha256_of, write_bytes
+from luthier.files import json_text, read_json, sha256_of, write_bytes
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record, created_now
 from luthier.printable import finite_or_none
 from luthier.store.models import StoredModel, ancestors, content_hash, find, lock_record
@@ -126,7 +125,7 @@ class Certificate(Record):
         """The bytes of its file, as a text: the same for equal certificates."""
         plain = finite_or_none(self.model_dump(mode="json"))
         plain["record"] = finite_or_none(self.record.plain())
-        return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+        return json_text(plain)
 
     def view(self, form: Format) -> str:
         """It in the form of others; see :mod:`luthier.workflows.certificate.formats`."""

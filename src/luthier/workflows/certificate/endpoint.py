@@ -405,7 +405,7 @@ def _judge(fits: Sequence[CandidateFit], replies: int) -> tuple[Finding, str]:
         )
     as_good = [
         each for each in fits
-        if each is not best and each.matches and not _told_apart(best, each)
+        if each is not best and each.matches and not _differ(best, each)
     ]  # fmt: skip
     if best is not own and own not in as_good:
         what = {
@@ -422,7 +422,7 @@ def _judge(fits: Sequence[CandidateFit], replies: int) -> tuple[Finding, str]:
     return "served", f"The endpoint serves {own.name}: it would have chosen {share} itself."
 
 
-def _told_apart(one: CandidateFit, other: CandidateFit) -> bool:
+def _differ(one: CandidateFit, other: CandidateFit) -> bool:
     """Whether two candidates explain the replies differently, by more than chance."""
     if one.logprob_error is not None and other.logprob_error is not None:
         return differences(one.logprob_error, {"": other.logprob_error})[""].significant

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from luthier import __version__
 from luthier.errors import RecipeError
+from luthier.files import json_text
 from luthier.models.catalog import CATALOG
 from luthier.models.manifest import MANIFEST
 from luthier.objectives import OBJECTIVES
@@ -37,15 +38,11 @@ def render(certificate: Certificate, form: Format) -> str:
     views: dict[Format, Callable[[Certificate], str]] = {
         "json": Certificate.text,
         "model-card": model_card,
-        "cyclonedx": lambda each: _json(cyclonedx(each)),
+        "cyclonedx": lambda each: json_text(cyclonedx(each)),
         "in-toto": lambda each: "".join(json.dumps(s) + "\n" for s in statements(each)),
-        "croissant": lambda each: _json(croissant(each)),
+        "croissant": lambda each: json_text(croissant(each)),
     }
     return views[form](certificate)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 class _Score(NamedTuple):

@@ -16,7 +16,6 @@ training is an ordinary run of `tune`, with its own checkpoints.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -33,7 +32,7 @@ from luthier.encryption.memory import remove, working
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, is_resumed, lock_folder
 from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
-from luthier.files import luthier_home, sha256_of, write_bytes, write_json
+from luthier.files import json_lines, luthier_home, sha256_of, write_bytes, write_json
 from luthier.graders import Grader
 from luthier.objectives import OBJECTIVES
 from luthier.serving.journal import (
@@ -286,8 +285,7 @@ class _Responses:
         return train_in_processes(recipe, self.processes, resume, self.reporter, further)
 
     def _write(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_bytes(self.working / name, text.encode())
+        write_bytes(self.working / name, json_lines(lines).encode())
         if self.working != self.folder:
             # The one in memory is what training reads.
             seal(self.working / name, self.folder / name)
