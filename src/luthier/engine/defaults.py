@@ -32,6 +32,8 @@ SMALLEST_BUDGET = 512
 """Distinct tokens that reach full matmul speed on the machines measured."""
 USUAL_BUDGET = 1024
 """Distinct tokens beside which the small operations of a pass, the same in each, take little time."""
+MEASURING = 0.1
+"""Share of the time of the steps that measuring held-out rows should not go beyond."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,22 @@ class DataFacts:
     def mix_factor(self) -> float:
         """Rows of all sets for each row of the main one."""
         return 1 + sum(each.drawn for each in self.mixed) / self.rows
+
+
+def _evaluate_every(steps: int, held_out: int, batch: int) -> tuple[int, str]:
+    """Steps between measurements of ``held_out`` rows: eight in a run, four where they are many.
+
+    To measure a row takes a third of learning from it, a forward pass of three passes.
+    """
+    affordable = MEASURING * steps * 3 * batch / held_out
+    count = min(8, max(4, round(affordable)))
+    every = max(1, round(steps / count))
+    if every == 1:
+        return every, "a measurement after each step"
+    reason = f"about {count} measurements in {steps} steps"
+    if count < 8:
+        reason += f", as one of {held_out:,} rows takes as long as {held_out / 3 / batch:.1f} steps"
+    return every, reason
 
 
 def validation_share(rows: int) -> tuple[float, str]:
@@ -129,9 +147,8 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
             choices.append((f"training.{field}", value, reason))
     steps = steps_of(recipe.model_copy(update={"training": training}), facts.rows, facts.mixed)
     if facts.validation_rows:
-        every = max(1, round(steps / 8))
-        reason = f"about eight measurements in {steps} steps"
-        fill("evaluate_every", every, reason if every > 1 else "a measurement after each step")
+        every, reason = _evaluate_every(steps, facts.validation_rows, training.batch_size or 1)
+        fill("evaluate_every", every, reason)
     rows = facts.rows + facts.held_out
     if (
         facts.held_out

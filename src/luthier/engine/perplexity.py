@@ -51,14 +51,14 @@ def find_unfamiliar_text(
     letters = sum(sum(map(str.isalpha, text)) for text in texts)
     if letters < max(LEAST_CHARACTERS, LEAST_LETTERS * sum(map(len, texts))):
         return None
+    # English of a style of its own is what tuning teaches: no other base is the answer.
+    if detect_languages([" ".join(texts)]) == ["en"]:
+        return None
     longest = max(map(len, chosen))  # what is known to fit the network
     rows, english = (
         bits_per_character(network, chat, each, longest) for each in (texts, [ENGLISH])
     )
     if rows < UNFAMILIAR * max(english, LEAST):
-        return None
-    # English of a style of its own is what tuning teaches: no other base is the answer.
-    if detect_languages([" ".join(texts)]) == ["en"]:
         return None
     return (
         f"before training, the base model needs {rows:.1f} bits for a character of the rows and "
