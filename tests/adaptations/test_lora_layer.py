@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from luthier.adaptations.lora_layer import LoRALinear, _LowRankLinear
+from luthier.adaptations.lora_layer import DoRALinear, LoRALinear, _LowRankLinears
+from luthier.models.layers import read_together
 from luthier.models.rounding import Rounding
 
 
@@ -49,12 +50,58 @@ def test_the_layer_and_its_gradients_are_those_of_the_formula(bias: bool) -> Non
         tensor.requires_grad_()
 
     def layer(x: Tensor, a: Tensor, b: Tensor) -> Any:
-        frozen = SimpleNamespace(weight_OI=weight)
-        return _LowRankLinear.apply(x, frozen, added, a, b, 0.7)
+        frozen = SimpleNamespace(weight_OI=weight, scale=0.7)
+        return _LowRankLinears.apply(x, [frozen], [added], a, b)[0]
 
     expected = x @ (weight + 0.7 * b @ a).t() + (0 if added is None else added)
     torch.testing.assert_close(layer(x, a, b), expected, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(layer, (x, a, b))
+
+
+def test_layers_that_read_the_same_are_learned_together_as_apart() -> None:
+    torch.manual_seed(0)
+    layers = [
+        LoRALinear(nn.Linear(6, out, bias=bias).double(), rank, scale, dropout=0.0)
+        for out, bias, rank, scale in ((5, True, 2, 0.7), (3, False, 4, 2.0), (8, True, 1, 1.5))
+    ]
+    weights = [weight for each in layers for weight in (each.lora_A.weight, each.lora_B.weight)]
+    for weight in weights:
+        nn.init.normal_(weight)
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    apart, together = [each(x) for each in layers], read_together(layers, x)
+    assert LoRALinear.read_together(layers, x) is not None
+    for mine, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+    factors = [torch.randn_like(each) for each in apart]
+
+    def gradients(outputs: list[Tensor]) -> tuple[Tensor, ...]:
+        total = sum((y * f).sum() for y, f in zip(outputs, factors, strict=True))
+        return torch.autograd.grad(total, [x, *weights])
+
+    for mine, expected in zip(gradients(together), gradients(apart), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("other", ["dropout", "dora", "plain", "hook"])
+def test_layers_that_do_more_are_read_one_by_one(other: str) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [LoRALinear(nn.Linear(6, 5), 2, 1.0, dropout=0.0) for _ in range(2)]
+    called: list[Any] = []
+    if other == "hook":
+        layers[1].register_forward_hook(lambda *_: called.append(1))
+    else:
+        layers[1] = {
+            "dropout": LoRALinear(nn.Linear(6, 5), 2, 1.0, dropout=0.5),
+            "dora": DoRALinear(nn.Linear(6, 5), 2, 1.0, dropout=0.0),
+            "plain": nn.Linear(6, 5),
+        }[other]
+    x = torch.randn(3, 6)
+    assert LoRALinear.read_together(layers, x) is None
+    torch.manual_seed(1)
+    expected = [layer(x) for layer in layers]
+    torch.manual_seed(1)
+    assert all(map(torch.equal, read_together(layers, x), expected))
+    assert len(called) == (2 if other == "hook" else 0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-6])

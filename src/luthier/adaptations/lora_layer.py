@@ -30,6 +30,15 @@ class FrozenWeight(Protocol):
         ...
 
 
+class LowRankLayer(FrozenWeight, Protocol):
+    """A frozen layer with a branch beside it."""
+
+    @property
+    def scale(self) -> float:
+        """What the branch is multiplied by."""
+        ...
+
+
 class _FrozenProduct(torch.autograd.Function):
     """``x W^T``, added to ``onto [N, out]`` where that is given, rounded once.
 
@@ -54,37 +63,70 @@ def frozen_product(x: Tensor, layer: FrozenWeight, onto: Tensor | None = None) -
     return y
 
 
-class _LowRankLinear(torch.autograd.Function):
-    """``x W^T + b + s (x A^T) B^T``, ``W`` frozen; ``x [N, in]``, ``A [r, in]``, ``B [out, r]``."""
+class _LowRankLinears(torch.autograd.Function):
+    """``x W^T + b + s (x A^T) B^T`` of layers that read the same ``x [N, in]``; ``W`` and ``b`` frozen.
+
+    ``A [r, in]`` of each layer, then ``B [out, r]`` of each. All ``x A^T`` are one product, and so are
+    their gradients: skinny products take as long for three layers as for one.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        layer: FrozenWeight,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
-    ) -> Tensor:
-        z = torch.mm(x, a.t())
-        y = torch.mm(z * scale, b.t()).addmm_(x, layer.weight_OI.t())
-        if bias is not None:
-            y += bias
-        ctx.save_for_backward(x, z, a, b)
-        ctx.layer, ctx.scale = layer, scale
-        return y
+        layers: Sequence[LowRankLayer],
+        biases: Sequence[Tensor | None],
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        a_ZI, b_each = _joined(weights[: len(layers)]), weights[len(layers) :]
+        z_NZ = torch.mm(x, a_ZI.t())
+        y_each = []
+        for layer, bias, b, z in zip(layers, biases, b_each, _parts(z_NZ, b_each), strict=True):
+            y = torch.mm(z * layer.scale, b.t()).addmm_(x, layer.weight_OI.t())
+            if bias is not None:
+                y += bias
+            y_each.append(y)
+        ctx.save_for_backward(x, z_NZ, *weights)
+        ctx.layers = layers
+        return tuple(y_each)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        x, z, a, b = ctx.saved_tensors
-        dz = torch.mm(grad, b).mul_(ctx.scale)
-        db = torch.mm(grad.t(), z).mul_(ctx.scale)
-        da = torch.mm(dz.t(), x)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, z_NZ, *weights = ctx.saved_tensors
+        layers: Sequence[LowRankLayer] = ctx.layers
+        a_ZI, b_each = _joined(weights[: len(layers)]), weights[len(layers) :]
+        dz_NZ = torch.empty_like(z_NZ)
+        db_each = []
+        for layer, b, grad, z, dz in zip(
+            layers, b_each, grads, _parts(z_NZ, b_each), _parts(dz_NZ, b_each), strict=True
+        ):
+            torch.mm(grad, b, out=dz).mul_(layer.scale)
+            db_each.append(torch.mm(grad.t(), z).mul_(layer.scale))
+        da_each = torch.mm(dz_NZ.t(), x).split([b.shape[1] for b in b_each])
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(dz, a).addmm_(grad, ctx.layer.weight_OI)
-        return dx, None, None, da, db, None
+            dx = torch.mm(dz_NZ, a_ZI)
+            for layer, grad in zip(layers, grads, strict=True):
+                dx.addmm_(grad, layer.weight_OI)
+        return dx, None, None, *da_each, *db_each
+
+
+def _joined(a_each: Sequence[Tensor]) -> Tensor:
+    return a_each[0] if len(a_each) == 1 else torch.cat([*a_each])
+
+
+def _parts(z_NZ: Tensor, b_each: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns of each layer."""
+    parts: Sequence[Tensor] = torch.split(z_NZ, [b.shape[1] for b in b_each], 1)
+    return parts
+
+
+def _low_rank_products(
+    x_NI: Tensor, layers: Sequence[LoRALinear], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    weights = [layer.lora_A.weight for layer in layers] + [layer.lora_B.weight for layer in layers]
+    y_each: tuple[Tensor, ...] = _LowRankLinears.apply(x_NI, layers, biases, *weights)  # type: ignore[no-untyped-call]
+    return y_each
 
 
 class LoRALinear(LayerWrapper):
@@ -117,6 +159,21 @@ class LoRALinear(LayerWrapper):
         y = self._product(x.reshape(-1, x.shape[-1]), self.base_layer.bias)
         return y.view(*x.shape[:-1], -1)
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether its product is the one of :class:`_LowRankLinears`."""
+        drops = self.training and self.dropout.p > 0
+        return packed_weight(self.base_layer) is None and not drops and not self._forward_hooks
+
+    @classmethod
+    def read_together(cls, layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
+        """See :func:`luthier.models.layers.read_together`."""
+        if not all(type(layer) is LoRALinear and layer._is_plain for layer in layers):
+            return None
+        biases = [layer.base_layer.bias for layer in layers]
+        y_each = _low_rank_products(x.reshape(-1, x.shape[-1]), layers, biases)
+        return [y.view(*x.shape[:-1], -1) for y in y_each]
+
     def _product(self, flat: Tensor, bias: Tensor | None) -> Tensor:
         """``[N, in]`` to ``[N, out]``, the update first (see the top of this file)."""
         a, b = self.lora_A.weight, self.lora_B.weight
@@ -124,8 +181,8 @@ class LoRALinear(LayerWrapper):
             y = packed.with_branch(flat, a, b, self.scale)
             return y if bias is None else y + bias
         if not (self.training and self.dropout.p > 0):
-            own: Tensor = _LowRankLinear.apply(flat, self, bias, a, b, self.scale)  # type: ignore[no-untyped-call]
-            return own
+            (y,) = _low_rank_products(flat, [self], [bias])
+            return y
         z = nn.functional.linear(self.dropout(flat), a) * self.scale
         y = frozen_product(flat, self, torch.mm(z, b.t()))
         return y if bias is None else y + bias

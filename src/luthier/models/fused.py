@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.models.layers import read_together
+
 
 def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
     """What :class:`RMSNorm` computes, without what its gradient needs."""
@@ -40,13 +42,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight_H, rstd = ctx.saved_tensors
-        normed = x.float().mul(rstd)
-        scaled = grad.float().mul(weight_H)
+        wide = x.float()
+        scaled = grad.float() * weight_H
         dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = (grad * normed).flatten(0, -2).sum(0).to(weight_H.dtype)
-        mean = (scaled * normed).mean(-1, keepdim=True)
-        dx = scaled.sub_(normed.mul_(mean)).mul_(rstd)
+            dweight = (grad * wide.mul(rstd)).flatten(0, -2).sum(0).to(weight_H.dtype)
+        # r g - r^3 x (g . x) / H, where g is the gradient times the weight
+        along = torch.linalg.vecdot(scaled, wide)[..., None].mul_(rstd.pow(3)).div_(x.shape[-1])
+        dx = scaled.mul_(rstd).addcmul_(wide, along, value=-1)
         return dx.to(x.dtype), dweight, None
 
 
@@ -88,7 +91,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` of shape ``[..., H]`` to the same shape."""
-        inner = _SwiGLU.apply(self.gate_proj(x), self.up_proj(x))  # type: ignore[no-untyped-call]
+        inner = _SwiGLU.apply(*read_together([self.gate_proj, self.up_proj], x))  # type: ignore[no-untyped-call]
         down: Tensor = self.down_proj(inner)
         return down
 

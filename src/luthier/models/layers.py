@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -33,6 +33,16 @@ def linear_kinds() -> tuple[type[nn.Module], ...]:
     # Where transformers was not imported no layer is its transposed one.
     loaded = sys.modules.get("transformers.pytorch_utils")
     return (nn.Linear,) if loaded is None else (nn.Linear, loaded.Conv1D)
+
+
+def read_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """What linear layers that read the same ``x [..., in]`` make of it, ``[..., out]`` each.
+
+    A kind of layers may have a way of its own, in fewer products.
+    """
+    together = getattr(type(layers[0]), "read_together", None)
+    outputs: list[Tensor] | None = None if together is None else together(layers, x)
+    return [layer(x) for layer in layers] if outputs is None else outputs
 
 
 def replace_modules(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from luthier.encryption.tensors import load_tensors, tensor_headers
 from luthier.models.attention import Attends, Queries
 from luthier.models.fused import RMSNorm, SwiGLU
+from luthier.models.layers import read_together
 from luthier.models.llama_config import LlamaConfig, RopeParameters
 from luthier.models.outside import loaded_files
 
@@ -50,16 +51,20 @@ class LlamaAttention(nn.Module):
     def forward(
         self, x_1NH: Tensor, cos: Tensor, sin: Tensor, tree: Attends, node_S: Tensor | None
     ) -> Tensor:
-        """``cos`` and ``sin`` are ``[1, 1, N, D]``; ``tree`` decides who sees whom.
+        """``cos`` and :func:`signed` ``sin`` are ``[1, 1, N, D]``; ``tree`` decides who sees whom.
 
         Only ``node_S`` look, where they are given.
         """
-        x_1SH, cos_S, sin_S = (_pick(each, node_S) for each in (x_1NH, cos, sin))
+        if node_S is None:
+            projected = read_together([self.q_proj, self.k_proj, self.v_proj], x_1NH)
+        else:
+            projected = [self.q_proj(_pick(x_1NH, node_S))]
+            projected += read_together([self.k_proj, self.v_proj], x_1NH)
         query, key, value = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project, x in ((self.q_proj, x_1SH), (self.k_proj, x_1NH), (self.v_proj, x_1NH))
+            each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projected
         )
-        query, key = _rotate(query, cos_S, sin_S), _rotate(key, cos, sin)
+        query = _rotate(query, _pick(cos, node_S), _pick(sin, node_S))
+        key = _rotate(key, cos, sin)
         seen_1ShD = tree.attend(self, query, key, value, self.scaling)
         attended: Tensor = self.o_proj(seen_1ShD.flatten(2).contiguous())
         return attended
@@ -70,9 +75,29 @@ def _pick(x: Tensor, node_S: Tensor | None) -> Tensor:
     return x if node_S is None else x.index_select(-2, node_S)
 
 
+class _Rotation(torch.autograd.Function):
+    """``x [..., N, D]`` turned by positions; the first half of ``sin`` has the sign of its partner."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return (grad * cos).add_((grad * sin).roll(grad.shape[-1] // 2, -1)), None, None
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+    turned: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return turned
+
+
+def signed(sin: Tensor) -> Tensor:
+    """``sin [..., D]`` as :class:`_Rotation` takes it, "rotate half" without a negation of its own."""
+    half = sin.shape[-1] // 2
+    return torch.cat([-sin[..., :half], sin[..., half:]], -1)
 
 
 class LlamaLayer(nn.Module):
@@ -173,6 +198,7 @@ class LlamaModel(nn.Module):
         """States of the tokens ``[1, N]``, or of some that alone look in the ``last`` layer."""
         x_1NH = self.embed_tokens(input_ids)
         cos, sin = (each[:, None] for each in self.rotary_emb(x_1NH, position_ids=position_ids))
+        sin = signed(sin)
         *below, top = self.layers
         for layer in below:
             x_1NH = layer(x_1NH, cos, sin, tree)

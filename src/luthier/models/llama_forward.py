@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.models.fused import RMSNorm, SwiGLU, rms_norm
+from luthier.models.llama import signed
 from luthier.models.packing import GROUPED_ROWS, PackedGroup
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ class LlamaForward:
         x = backbone.embed_tokens(ids_N[None])
         cos, sin = backbone.rotary_emb(x, position_ids=position_N[None])
         half = cos.shape[-1] // 2
-        # The halves that are exchanged carry the sign of "rotate half".
-        cos, sin = cos[:, :, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, :, None]
+        cos, sin = cos[:, :, None], signed(sin)[:, :, None]
         turned = self._heads + self._key_heads
         count, size = len(ids_N), cos.shape[-1]
         for layer in backbone.layers:
