@@ -169,6 +169,19 @@ def keep_freed_memory(up_to: int = 1 << 30) -> None:
         set_malloc_threshold(up_to)
 
 
+KERNELS = 200
+"""Matrix kernels that oneDNN keeps, of 1,024 by itself: each takes up to a megabyte, and each length of
+a micro-batch has some sixty of its own (docs/log/engine.md)."""
+
+
+def limit_kernels() -> None:
+    """Have oneDNN keep :data:`KERNELS` matrix kernels, unless the user's environment says how many.
+
+    It reads that when it makes its first one in this process.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+
+
 def set_malloc_threshold(size: int) -> bool:
     """Have glibc take larger blocks than ``size`` bytes from the system, and keep no more freed ones.
 

@@ -36,6 +36,7 @@ from luthier.engine.machine import (
     available_memory,
     choose_machine,
     keep_freed_memory,
+    limit_kernels,
     return_freed_memory,
 )
 from luthier.engine.metrics import MetricsFile, Reporter
@@ -111,6 +112,7 @@ def train(
         keep_freed_memory(SHARDED_MALLOC_THRESHOLD)
     else:
         keep_freed_memory()
+    limit_kernels()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     with group.shared_errors():
         if group.rank:
@@ -264,6 +266,7 @@ def rehearse(
     """
     reporter = reporter or Reporter()
     keep_freed_memory()
+    limit_kernels()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
     run = Run(base.root, folder.name, rehearsal=folder)

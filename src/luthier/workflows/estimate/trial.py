@@ -26,6 +26,7 @@ from luthier.engine.machine import (
     choose_machine,
     forget_peak_memory,
     keep_freed_memory,
+    limit_kernels,
     machine_name,
     peak_memory,
 )
@@ -219,6 +220,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     """
     forget_peak_memory()
     keep_freed_memory()
+    limit_kernels()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
