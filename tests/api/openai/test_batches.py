@@ -101,7 +101,6 @@ def test_successes_and_failures_have_a_file_each(client: openai.OpenAI, service:
     assert client.files.retrieve(batch.output_file_id).purpose == "batch_output"
 
 
-@pytest.mark.slow
 def test_other_endpoints(client: openai.OpenAI, service: Any, tiny_encoder: str) -> None:
     service.face.start()
     for url, body, kind in (

@@ -254,7 +254,9 @@ class GenerationResource(Generic[Asked]):
 
     def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a body that came another way; never a stream."""
-        return self.whole(caller, validate({**given, "stream": False}, self.body))
+        if "stream" in self.body.model_fields:
+            given = {**given, "stream": False}
+        return self.whole(caller, validate(given, self.body))
 
     def whole(self, caller: Caller, asked: Asked) -> dict[str, Any]:
         """The whole answer."""
