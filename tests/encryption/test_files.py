@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from written_rows import row_of
 
+from luthier.data.shapes import Labelled
 from luthier.encryption import memory
 from luthier.encryption.files import (
     is_sealed,
@@ -25,7 +27,9 @@ from luthier.encryption.files import (
 )
 from luthier.encryption.keys import Keyring
 from luthier.encryption.tensors import load_tensors, save_tensors, tensor_headers
+from luthier.engine.runs import LABEL_ISSUES, Run
 from luthier.errors import CorruptFile, RefusedInput
+from luthier.evaluation.label_issues import LabelIssue
 from luthier.files import new_file
 
 
@@ -155,3 +159,23 @@ def test_files_from_before_are_read_as_they_are(
     assert read_data(luthier_home / "rows") == b"old rows"
     assert torch.equal(load_tensors(luthier_home / "w.safetensors")["a"], torch.ones(2))
     assert tensor_headers(luthier_home / "w.safetensors") == {"a": ("F32", [2])}
+
+
+def test_rows_with_label_issues_are_encrypted_and_private_data_in_them_masked(
+    ring: Keyring,
+) -> None:
+    run = Run("tiny", "x")
+    run.folder.mkdir(parents=True)
+    row = row_of("rows.jsonl", 7, text="Write to anna.meier@posteo.de at once", label="spam")
+    assert isinstance(row, Labelled)
+    run.write_label_issues([LabelIssue(row, "ham", 0.98765)])
+    path = run.folder / LABEL_ISSUES
+    assert is_sealed(path) and b"Write" not in path.read_bytes()
+    found = json.loads(read_data(path))
+    assert found.pop("text").startswith("Write to ")
+    assert found == {
+        "file": "rows.jsonl", "line": 7, "label": "spam", "likely_label": "ham", "probability": 0.9877,
+    }  # fmt: skip
+    assert b"anna.meier@posteo.de" not in read_data(path)
+    run.write_label_issues([])  # of a run that goes on and finds none
+    assert not path.exists()

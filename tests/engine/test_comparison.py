@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from pydantic import TypeAdapter
 from short_runs import manifest_of, write_rows
 
-from luthier.engine.runs import Result
+from luthier.cli.tune import print_label_issues
+from luthier.engine.runs import LABEL_ISSUES, Result
 from luthier.engine.train import train
 from luthier.files import read_json
 from luthier.recipe import Recipe
@@ -109,3 +111,92 @@ def test_a_result_of_a_run_without_a_comparison_is_read(tuned: Callable[..., Res
     stored = read_json(Path(result.run_dir) / "result.json")
     del stored["comparison"]
     assert TypeAdapter(Result).validate_python(stored) == result
+
+
+MISLABELLED = (17, 60, 181)
+
+
+@pytest.fixture
+def mislabelled(labelled: Path) -> list[dict[str, str]]:
+    """240 rows of two topics that an untrained network tells apart, three of them of the other one."""
+    words = {"animal": "fox fox fox fox fox", "thing": "card card card card card"}
+    rows = [
+        {"text": f"{words[label]} {number % 40}", "label": label}
+        for number, label in enumerate(("animal", "thing") * 120)
+    ]
+    for line in MISLABELLED:
+        rows[line - 1]["label"] = "thing" if rows[line - 1]["label"] == "animal" else "animal"
+    write_rows(labelled, rows)
+    return rows
+
+
+def issues_of(result: Result) -> list[dict[str, Any]]:
+    text = (Path(result.run_dir) / LABEL_ISSUES).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_rows_whose_label_is_probably_wrong_are_named(
+    tuned: Callable[..., Result],
+    labelled: Path,
+    mislabelled: list[dict[str, str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = tuned("wrong", refit=False)
+    issues = issues_of(result)
+    assert sorted(each["line"] for each in issues) == [*MISLABELLED]
+    for each in issues:
+        row = mislabelled[each["line"] - 1]
+        assert (each["file"], each["label"], each["text"]) == (
+            str(labelled), row["label"], row["text"],
+        )  # fmt: skip
+        assert {each["label"], each["likely_label"]} == {"animal", "thing"}
+    assert result.label_issues is not None
+    assert (result.label_issues.issues, result.label_issues.rows) == (3, 240)
+    # The model says how many there are, and nothing of the rows.
+    assert manifest_of(result)["metrics"]["label_issues"] == {"issues": 3, "rows": 240}
+    assert (
+        TypeAdapter(Result).validate_python(read_json(Path(result.run_dir) / "result.json"))
+        == result
+    )
+    capsys.readouterr()
+    print_label_issues(result)
+    out = capsys.readouterr().out
+    assert "3 rows have labels that are probably wrong, of 240 looked at:" in out
+    for line in MISLABELLED:
+        row = mislabelled[line - 1]
+        other = "thing" if row["label"] == "animal" else "animal"
+        assert f'labelled.jsonl:{line}  "{row["label"]}" looks like "{other}": {row["text"]}' in out
+    assert str(Path(result.run_dir) / LABEL_ISSUES) in out
+
+
+def test_looking_for_them_changes_nothing_of_the_run(
+    tuned: Callable[..., Result], mislabelled: list[dict[str, str]]
+) -> None:
+    looked, alone = tuned("looked", refit=False), tuned("alone", refit=False, baseline_seconds=0)
+    assert alone.label_issues is None
+    assert not (Path(alone.run_dir) / LABEL_ISSUES).exists()
+    weights = [manifest_of(result)["trained_weights_sha256"] for result in (looked, alone)]
+    assert weights[0] == weights[1]
+
+
+def test_nothing_is_named_where_labels_are_right_or_rows_are_few(
+    tuned: Callable[..., Result],
+    labelled: Path,
+    mislabelled: list[dict[str, str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for line in MISLABELLED:
+        mislabelled[line - 1]["label"] = mislabelled[line]["label"]
+        mislabelled[line - 1]["text"] = mislabelled[line]["text"]
+    write_rows(labelled, mislabelled)
+    right = tuned("right", refit=False, max_steps=1)
+    assert right.label_issues is not None
+    assert (right.label_issues.issues, right.label_issues.rows) == (0, 240)
+    assert not (Path(right.run_dir) / LABEL_ISSUES).exists()
+    write_rows(labelled, mislabelled[:180])
+    few = tuned("fewer", refit=False, max_steps=1)
+    assert few.comparison is not None and few.label_issues is None
+    capsys.readouterr()
+    for result in (right, few):
+        print_label_issues(result)
+    assert not capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -152,6 +153,7 @@ def print_result(result: Result) -> None:
         f"{result.saved_bytes / 1e6:,.2f} MB"
     )
     print_comparison(result.comparison, is_refit=result.refit is not None)
+    print_label_issues(result)
     print_verdict(result)
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
     if (Path(result.run_dir) / GRIDS).is_dir():
@@ -214,6 +216,35 @@ def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:
         out.print(f"    not measured for want of time: {name}", markup=False)
     if found.verdict:
         out.print(f"  {found.verdict}", style="bold yellow", markup=False, soft_wrap=True)
+
+
+MOST_SHOWN = 5
+"""Rows with a label issue that are shown."""
+
+
+def print_label_issues(result: Result) -> None:
+    """How many labels are probably wrong, the surest of them, and where all are listed."""
+    from luthier.encryption.files import read_data
+    from luthier.engine.runs import LABEL_ISSUES
+    from luthier.printable import one_line
+
+    path = Path(result.run_dir) / LABEL_ISSUES
+    if result.label_issues is None or not result.label_issues.issues or not path.is_file():
+        return
+    count, rows = result.label_issues.issues, result.label_issues.rows
+    what = "1 row has a label" if count == 1 else f"{count:,} rows have labels"
+    verb = "is" if count == 1 else "are"
+    out = new_console(highlight=False, markup=False, soft_wrap=True)
+    shown = ":" if count <= MOST_SHOWN else f"; the {MOST_SHOWN} surest:"
+    out.print(
+        f"  {what} that {verb} probably wrong, of {rows:,} looked at{shown}", style="bold yellow"
+    )
+    for line in read_data(path).decode().split("\n")[: min(count, MOST_SHOWN)]:
+        each = json.loads(line)
+        text = f'{Path(each["file"]).name}:{each["line"]}  "{each["label"]}" looks like '
+        text += f'"{each["likely_label"]}": {each["text"]}'
+        out.print(f"    {one_line(text)}")
+    out.print(f"  {'label issue ' if count == 1 else 'label issues'} {path}")
 
 
 _STYLES = {

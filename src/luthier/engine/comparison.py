@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.shapes import TaggedWords, TextPair, of_shape
+from luthier.data.shapes import Labelled, TaggedWords, TextPair, of_shape
 from luthier.evaluation.baselines import (
     ComparedRows,
     Comparison,
@@ -19,6 +20,7 @@ from luthier.evaluation.baselines import (
     States,
     fit_and_score,
 )
+from luthier.evaluation.label_issues import find_label_issues
 from luthier.evaluation.labels import row_scores
 from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
 from luthier.models.network import Network, TreeBatch
@@ -78,6 +80,7 @@ def fit_baselines(
     budget: int,
     seconds: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    label_issues: bool = False,
 ) -> FittedBaselines | None:
     """What the baselines are worth that go with such rows; ``None`` where there are none.
 
@@ -90,13 +93,22 @@ def fit_baselines(
         seconds: after which no further baseline is begun; the states of the network have most of
             them, and where these end only the rows that were read by then are learned from.
         on_progress: given how many rows of how many were read.
+        label_issues: whether rows of both are to be named whose label is probably wrong, where there
+            is time left.
     """
     if not train or not held or not seconds:
         return None
     until = time.monotonic() + seconds
     encoder = objective if isinstance(objective, Contrastive) else Contrastive()
     states = base_states(network, encoder, train, held, budget, seconds * READING, on_progress)
-    return fit_and_score(train.rows, held.rows, states, until)
+    fitted = fit_and_score(train.rows, held.rows, states, until)
+    if not label_issues or fitted is None or states is None or time.monotonic() > until:
+        return fitted
+    if not isinstance(held.rows[0], Labelled):
+        return fitted
+    both_NH = torch.cat([states.train_NH, states.held_QH])
+    found = find_label_issues([*train.rows[: states.rows], *held.rows], both_NH)
+    return replace(fitted, label_issues=found)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from luthier.engine.runs import Result, Run
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import LuthierError
 from luthier.evaluation.baselines import Comparison
+from luthier.evaluation.label_issues import LabelIssueCounts
 from luthier.evaluation.parity import (
     GREEDY_TOKENS,
     GreedyText,
@@ -99,6 +100,8 @@ class ModelWriter:
     verdict: RunVerdict
     comparison: Comparison | None = None
     """The model beside simple baselines."""
+    label_issues: LabelIssueCounts | None = None
+    """How many labels are probably wrong."""
     refit: Refit | None = None
     """The second training that made the weights, where there was one."""
 
@@ -186,6 +189,7 @@ class ModelWriter:
             rows_seen=progress.rows,
             verdict=self.verdict,
             comparison=self.comparison,
+            label_issues=self.label_issues,
             refit=self.refit,
         )
 

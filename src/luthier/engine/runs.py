@@ -22,10 +22,12 @@ from luthier.engine.dataset import NAMED_MEDIA
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import RunConflict
 from luthier.evaluation.baselines import Comparison
+from luthier.evaluation.label_issues import LabelIssue, LabelIssueCounts
 from luthier.files import (
     copy_lines,
     disk_errors,
     is_locked,
+    json_lines,
     lock,
     luthier_home,
     names_below,
@@ -33,6 +35,7 @@ from luthier.files import (
     sweep,
     write_json,
 )
+from luthier.gate.texts import excerpt_of
 from luthier.models.manifest import MANIFEST
 from luthier.printable import list_some
 from luthier.recipe import NAME_PATTERN
@@ -56,6 +59,8 @@ SAMPLES = "samples.jsonl"
 """Texts that the network wrote in training, with what they were worth."""
 GRIDS = "grids"
 """Folder of pictures of what a model made as training went (:mod:`luthier.engine.sample_grids`)."""
+LABEL_ISSUES = "label_issues.jsonl"
+"""Rows whose label is probably wrong, where some were found."""
 HELD_OUT, TEST = "held_out.json", "test.jsonl"
 """Lines of the training file that were not learned from; the lines kept for a test, as they are."""
 ACTIVATIONS, PRECOMPUTED = "activations.bin", "precomputed"
@@ -99,6 +104,9 @@ class Result:
     """Whether it learned; results of older runs have none."""
     comparison: Comparison | None = None
     """The model beside simple baselines on the validation rows, where some go with such rows."""
+    label_issues: LabelIssueCounts | None = None
+    """How many labels are probably wrong, where they were looked at; :data:`LABEL_ISSUES` of the run
+    lists the rows."""
     refit: Refit | None = None
     """The second training, on all rows, where it made the stored weights. Steps, tokens and seconds
     are those of both trainings, what was measured is of the first."""
@@ -201,6 +209,25 @@ class Run:
             with disk_errors(self.folder), new_data_file(self.folder / TEST) as target:
                 for file, each in test.items():
                     copy_lines(file, each, target)
+
+    def write_label_issues(self, issues: Sequence[LabelIssue]) -> None:
+        """Record which rows have a label that is probably wrong, and how they begin (masked)."""
+        if not issues:
+            (self.folder / LABEL_ISSUES).unlink(missing_ok=True)
+            return
+        records = [
+            {
+                "file": each.row.file,
+                "line": each.row.line,
+                "label": each.row.labels[0],
+                "likely_label": each.likely_label,
+                "probability": round(each.probability, 4),
+                "text": excerpt_of(each.row),
+            }
+            for each in issues
+        ]
+        with disk_errors(self.folder), new_data_file(self.folder / LABEL_ISSUES) as target:
+            target.write(json_lines(records).encode())
 
     def record_failure(self, reason: str) -> None:
         """Record why the run ended, where going on would end the same way."""

@@ -364,6 +364,7 @@ class Trainer:
         verdict = self._judge(lines, refit)
         if copied := self._describe_copies(network):
             verdict = replace(verdict, text=f"{verdict.text}. {copied}")
+        issues = self.baselines.label_issues if self.baselines is not None else None
         writer = ModelWriter(
             final,
             self.run_folder,
@@ -373,6 +374,7 @@ class Trainer:
             self.weights,
             verdict,
             self.comparison,
+            issues.counts if issues is not None else None,
             refit,
         )
         with self.clock.part("store"):
@@ -666,8 +668,10 @@ class Trainer:
 
             budget, objective = self._reading_budget, self.job.data.objective
             self.baselines = fit_baselines(
-                network, objective, train, held, budget, seconds, on_progress
+                network, objective, train, held, budget, seconds, on_progress, label_issues=True
             )
+            found = self.baselines.label_issues if self.baselines is not None else None
+            self.run_folder.write_label_issues(found.issues if found is not None else ())
         return_freed_memory()
 
     def _name_quicker(self) -> None:

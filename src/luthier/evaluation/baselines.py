@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.shapes import History, Labelled, RatedText, TaggedWords, TextPair, of_shape
+from luthier.evaluation.label_issues import LabelIssues
 from luthier.evaluation.labels import scores
 from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic, fit_ridge
 from luthier.evaluation.retrieval import (
@@ -147,6 +148,8 @@ class FittedBaselines:
     comparison: Comparison
     row_scores: list[RowScores]
     """Of each baseline."""
+    label_issues: LabelIssues | None = None
+    """Rows whose label is probably wrong, where they were looked for and there were enough to say."""
 
     @property
     def best_informative(self) -> Baseline | None:

@@ -198,6 +198,12 @@ class TrainingWorker(Worker[Job, JobLocations]):
             reporter.note(f"{verdict['text']}. {verdict['advice']}".strip())
         if (comparison := run.get("comparison")) and comparison["verdict"]:
             reporter.note(comparison["verdict"])
+        if (found := run.get("label_issues")) and found["issues"]:
+            what = "row has a label" if found["issues"] == 1 else "rows have labels"
+            verb = "is" if found["issues"] == 1 else "are"
+            reporter.note(
+                f"{found['issues']:,} {what} that {verb} probably wrong, of {found['rows']:,} looked at"
+            )
         reporter.part("training", "Completed")
         model = find(run["model_id"])
         self._withheld = model.manifest.withheld

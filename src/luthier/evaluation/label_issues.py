@@ -1,0 +1,158 @@
+"""Label issues: rows whose label is probably wrong, by what a frozen network makes of all rows.
+
+Two methods have to agree on the same other label. *Confident learning* (Northcutt, Jiang and Chuang
+2021, arXiv:1911.00068) takes out-of-sample probabilities, here of a logistic regression on each half of
+the rows for the other half: a row is an issue where its own label is less likely than it mostly is for
+rows of that label, and another one at least as likely as it mostly is for rows of that one. And of the
+*nearest other rows* by cosine none has the row's own label. Alone, either names too many rows that are
+right (``docs/log/data.md``). A label that the regression itself does not find again in half of its rows
+is neither doubted nor proposed; where it finds the labels of less than half of all, nothing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.shapes import Labelled, of_shape
+from luthier.evaluation.linear import fit_logistic
+from luthier.evaluation.retrieval import nearest
+from luthier.types import Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEAST_ROWS = 200
+"""Rows below which nothing is said: of 100, two of five that were named were right."""
+NEIGHBOURS = 10
+"""Nearest other rows; a label with no more rows than that is left alone."""
+LEAST_RECALL = 0.5
+"""Share of its rows in which the regression has to find a label, and share of all rows."""
+LARGEST_TABLE = 20_000_000
+"""Probabilities that are held at most; nothing is said of more rows and labels than that."""
+
+
+@dataclass(frozen=True)
+class LabelIssue:
+    """A row whose label is probably wrong."""
+
+    row: Labelled
+    likely_label: str
+    """The label that it looks like."""
+    probability: float
+    """Of that one, by the regression that did not see the row."""
+
+
+@dataclass(frozen=True)
+class LabelIssueCounts:
+    """What looking for label issues came to, without the rows."""
+
+    issues: int
+    rows: int
+    """Rows that were looked at, of those learned from and those measured on."""
+
+
+@dataclass(frozen=True)
+class LabelIssues:
+    """The label issues of some rows."""
+
+    issues: Sequence[LabelIssue]
+    """The surest first."""
+    rows: int
+    """Rows that were looked at."""
+
+    @property
+    def counts(self) -> LabelIssueCounts:
+        """How many there are."""
+        return LabelIssueCounts(len(self.issues), self.rows)
+
+
+def find_label_issues(rows: Sequence[Row], states_NH: Tensor) -> LabelIssues | None:
+    """The label issues among ``rows``, of which ``states_NH`` are the states.
+
+    ``None`` where there are too few rows to say, or they are not of one label each.
+    """
+    labelled = of_shape(Labelled, rows)
+    if len(rows) < LEAST_ROWS or not labelled or not all(row.has_one_label for row in labelled):
+        return None
+    names, class_N = np.unique([row.labels[0] for row in labelled], return_inverse=True)
+    if len(names) < 2 or len(labelled) * len(names) > LARGEST_TABLE:
+        return None
+    found = likely_classes(states_NH, class_N, len(names))
+    issues = [LabelIssue(labelled[n], str(names[other]), chance) for n, other, chance in found]
+    return LabelIssues(issues, len(labelled))
+
+
+def likely_classes(
+    states_NH: Tensor, class_N: NDArray[np.int64], classes: int
+) -> list[tuple[int, int, float]]:
+    """Rows that are probably of another class, that class, and its probability; the surest first.
+
+    Sure is by the margin of its probability over that of the row's own class.
+    """
+    rows_N = np.arange(len(class_N))
+    chance_NC = out_of_sample(states_NH, class_N, classes)
+    own_N, count_C = chance_NC[rows_N, class_N], np.bincount(class_N, minlength=classes)
+    # How likely its own class mostly is for a row of it: what counts as likely for that class.
+    threshold_C = np.bincount(class_N, own_N, classes) / np.maximum(count_C, 1)
+    likely_NC = np.where(chance_NC >= threshold_C, chance_NC, -1.0)
+    other_N = likely_NC.argmax(1)
+    right_N = chance_NC.argmax(1) == class_N
+    recall_C = np.bincount(class_N, right_N, classes) / np.maximum(count_C, 1)
+    known_C = (recall_C >= LEAST_RECALL) & (count_C > NEIGHBOURS)
+    known_C &= right_N.mean() >= LEAST_RECALL
+    votes_NC = neighbour_votes(states_NH, class_N, classes)
+    is_issue_N = (
+        (likely_NC.max(1) > 0)
+        & (other_N != class_N)
+        & (own_N < threshold_C[class_N])
+        & (votes_NC[rows_N, class_N] == 0)
+        & (votes_NC.argmax(1) == other_N)
+        & known_C[class_N]
+        & known_C[other_N]
+    )
+    sure_N = chance_NC[rows_N, other_N] - own_N
+    order = sorted(np.flatnonzero(is_issue_N).tolist(), key=lambda place: -sure_N[place])
+    return [(n, int(other_N[n]), float(chance_NC[n, other_N[n]])) for n in order]
+
+
+def out_of_sample(
+    states_NH: Tensor, class_N: NDArray[np.int64], classes: int
+) -> NDArray[np.float64]:
+    """Probabilities ``[N, C]`` of each half of the rows, by logistic regression on the other half.
+
+    Every class is halved; two halves cost about one fit of all rows, where five folds cost four and
+    name no more.
+    """
+    import torch
+
+    half_N = np.empty(len(class_N), np.int64)
+    half_N[np.argsort(class_N, kind="stable")] = np.arange(len(class_N)) % 2
+    chance_NC = np.empty((len(class_N), classes))
+    target_N = torch.from_numpy(class_N)
+    for half in (0, 1):
+        held_N = torch.from_numpy(half_N == half)
+        model = fit_logistic(states_NH[~held_N], target_N[~held_N], classes)
+        chance_NC[held_N.numpy()] = model.scores(states_NH[held_N]).double().softmax(-1).numpy()
+    return chance_NC
+
+
+def neighbour_votes(
+    states_NH: Tensor, class_N: NDArray[np.int64], classes: int
+) -> NDArray[np.int64]:
+    """How many of the nearest other rows are of each class, ``[N, C]``, by the cosine of states."""
+    from torch.nn.functional import normalize
+
+    unit_NH = normalize(states_NH, dim=-1).numpy()
+    place_NK, _ = nearest(unit_NH, unit_NH, NEIGHBOURS + 1)
+    itself_NK = place_NK == np.arange(len(class_N))[:, None]
+    # Where more copies than are looked at come before the row, the last of them is left out instead.
+    itself_NK[~itself_NK.any(1), -1] = True
+    near_NK = place_NK[~itself_NK].reshape(len(class_N), -1)
+    votes_NC = np.zeros((len(class_N), classes), np.int64)
+    np.add.at(votes_NC, (np.arange(len(class_N))[:, None], class_N[near_NK]), 1)
+    return votes_NC
