@@ -226,10 +226,9 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
     """
     import difflib
 
-    if unreadable := explain_unreadable_home():
-        return unreadable
+    unreadable = explain_unreadable_home()
     if not known:
-        return "There are none that can be used so."
+        return unreadable or "There are none that can be used so."
     asked = model_id.lower().replace("/", ":")
     holding = [each for each in known if len(asked) > 1 and asked in each.lower()]
     close = difflib.get_close_matches(asked, known, NEAREST, cutoff=0.5)
@@ -238,7 +237,9 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
         alike = difflib.get_close_matches(asked, filter(None, names), NEAREST, cutoff=0.7)
         close = [*(known[names.index(name)] for name in alike), *close]
     near = list(dict.fromkeys([*holding, *close]))[:NEAREST]
-    meant = f"Did you mean {' or '.join(near)}? " if near else ""
+    meant = f"{unreadable} " if unreadable else ""
+    if near:
+        meant += f"Did you mean {' or '.join(near)}? "
     if len(known) <= FEW:
         return f"{meant}There are: {', '.join(known)}."
     return f"{meant}`luthier models list` shows all {len(known)}."
