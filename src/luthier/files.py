@@ -187,11 +187,11 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     Who may read it follows from ``mode`` and the umask, as for any new file. A link stays one, and its
     target is replaced. What is no file, a device or a pipe, is written to.
     """
-    path = path.resolve() if path.is_symlink() else path
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if _is_device(path):
         with disk_errors(path.parent), path.open("wb") as file:
             yield file
         return
+    path = path.resolve() if path.is_symlink() else path
     with disk_errors(path.parent):
         with _creation_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,6 +206,11 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
             name.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def _is_device(path: Path) -> bool:
+    """Whether ``path`` is none of both, such as a pipe; a link to one (/dev/stdout) leads nowhere."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _new_temporary(path: Path, mode: int) -> tuple[Path, int]:
@@ -531,12 +536,14 @@ def check_creatable(path: Path) -> None:
     """
     try:
         # Some file systems, such as /proc, give the right to write and then make nothing.
+        if _is_device(path):
+            if not os.access(path, os.W_OK):
+                raise RecipeError(f"{path} cannot be written: you have no right to")
+            return
         there = path.resolve()
         is_there = there.exists()
         parent = nearest_existing(there.parent)
-        if is_there and not there.is_file() and not there.is_dir():
-            parent = there  # a device or a pipe, which is written to
-        elif not parent.is_dir():
+        if not parent.is_dir():
             raise RecipeError(f"{path} cannot be written: {parent} is not a folder")
         if not os.access(there if is_there else parent, os.W_OK):
             read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
@@ -546,9 +553,8 @@ def check_creatable(path: Path) -> None:
                 else "you have no right to"
             )
             raise RecipeError(f"{path} cannot be written: {why}")
-        if parent is not there:
-            with TemporaryFile(prefix=TEMPORARY, dir=parent):
-                pass
+        with TemporaryFile(prefix=TEMPORARY, dir=parent):
+            pass
     except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
         number = getattr(error, "errno", None) or errno.ELOOP
         if number in _FULL:

@@ -79,13 +79,13 @@ def test_defaults_follow_from_the_number_of_rows(
     assert chosen["training.learning_rate"] == recipe.training.learning_rate == 5e-4
     assert count == steps
     if rows >= 10:
-        measurements = 4 if rows == 10_000 else 8  # of 1,000 rows, 21 steps long each
+        measurements = 6 if rows == 10_000 else 8  # of 1,000 rows, 21 steps long each
         assert chosen["training.evaluate_every"] == round(steps / measurements)
     else:
         assert "training.evaluate_every" not in chosen
 
 
-@pytest.mark.parametrize(("held_out", "every"), [(8, 2), (16, 3), (24, 4), (1000, 4)])
+@pytest.mark.parametrize(("held_out", "every"), [(8, 2), (10, 2), (16, 3), (1000, 3)])
 def test_held_out_rows_are_measured_as_often_as_a_tenth_of_the_time_allows(
     held_out: int, every: int
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,18 +20,6 @@ GIB = 1 << 30
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(machine, "GROUP", tmp_path)
     return tmp_path
-
-
-def test_matrix_kernels_are_limited_unless_the_environment_says_how_many(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    monkeypatch.setenv(name, "7")
-    machine.limit_kernels()
-    assert os.environ[name] == "7"
-    monkeypatch.delenv(name)
-    machine.limit_kernels()
-    assert os.environ[name] == str(machine.KERNELS)
 
 
 @pytest.mark.parametrize("native", [True, False])

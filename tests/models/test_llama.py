@@ -19,6 +19,7 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.adaptations.lora_layer import LoRALinear
 from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
+from luthier.models.bottom import Bottom
 from luthier.models.description import check_folder, described_network
 from luthier.models.heads import prompt_ids
 from luthier.models.kv_cache import CHUNK
@@ -169,6 +170,20 @@ def test_what_is_learned_has_the_bits_of_transformers(
         assert (
             gradient is not None and gradient.count_nonzero() and torch.equal(gradient, ours[name])
         )
+
+
+def test_a_few_nodes_of_a_network_whose_layers_were_all_computed_ahead(
+    write_llama: Callable[..., Path],
+) -> None:
+    tokens = np.random.default_rng(1).integers(3, 300, (6, 60))
+    weight_T = np.where(np.arange(60) < 56, 0, 1).astype(np.float32)
+    rows = [Example(row, weight_T, place) for place, row in enumerate(tokens)]
+    model = load_model(write_llama(), torch.float32, CPU, savable=False)
+    network = as_network(model.requires_grad_(False), CPU, torch.float32)
+    batch = network.batch(build_tree(rows))
+    expected = network.hidden(batch, batch.source_S)
+    network.bottom = Bottom.of(network, 3, rows, 1024, None)
+    torch.testing.assert_close(network.hidden(batch, batch.source_S), expected)
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
+from luthier.engine.machine import KERNEL_CACHES, limit_kernels
 from luthier.jobs.processes import worker_environment
-from luthier.serving.memory import KERNEL_CACHES, bound_kernels
 
 SIZES = """
 import psutil
-from luthier.serving.memory import bound_kernels
-bound_kernels()
+from luthier.engine.machine import limit_kernels
+limit_kernels()
 import torch
 used = []
 with torch.inference_mode():
@@ -45,7 +45,7 @@ def test_limits_hold_for_the_server_alone(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, "1")  # so that it is put back
         monkeypatch.delenv(name)
     monkeypatch.setenv(KERNEL_CACHES[1], "77")
-    bound_kernels()
+    limit_kernels()
     assert os.environ[KERNEL_CACHES[0]] == "128"
     passed_on = worker_environment()
     assert KERNEL_CACHES[0] not in passed_on and passed_on[KERNEL_CACHES[1]] == "77"

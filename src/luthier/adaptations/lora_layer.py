@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from luthier.models.fused import Dropout
 from luthier.models.packing import packed_weight
 from luthier.models.rounding import Rounding
 from luthier.models.row_adapters import LayerWrapper, RowUpdate, Weight
@@ -91,6 +93,7 @@ class _LowRankLinears(torch.autograd.Function):
         return tuple(y_each)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, z_NZ, *weights = ctx.saved_tensors
         layers: Sequence[LowRankLayer] = ctx.layers
@@ -140,7 +143,7 @@ class LoRALinear(LayerWrapper):
         self.lora_A = nn.Linear(inputs, rank, bias=False, **like)
         self.lora_B = nn.Linear(rank, outputs, bias=False, **like)
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         # Drawn in float32, as PEFT does, so that a seed gives the same start in every precision.
         start = torch.empty(rank, inputs)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5))
@@ -163,7 +166,13 @@ class LoRALinear(LayerWrapper):
     def _is_plain(self) -> bool:
         """Whether its product is the one of :class:`_LowRankLinears`."""
         drops = self.training and self.dropout.p > 0
-        return packed_weight(self.base_layer) is None and not drops and not self._forward_hooks
+        hooks = (
+            self._forward_pre_hooks,
+            self._forward_hooks,
+            self._backward_pre_hooks,
+            self._backward_hooks,
+        )
+        return packed_weight(self.base_layer) is None and not drops and not any(hooks)
 
     @classmethod
     def read_together(cls, layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
@@ -230,7 +239,7 @@ class LoRAConv2d(LayerWrapper):
         self.lora_A = type(base)(base.in_channels, rank, kernel, bias=False, **places, **like)
         self.lora_B = nn.Conv2d(rank, base.out_channels, 1, bias=False, **like)
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         start = torch.empty(self.lora_A.weight.shape)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5))
         with torch.no_grad():

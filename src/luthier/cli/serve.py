@@ -164,13 +164,13 @@ def serve(
         from luthier.api.service import Service
         from luthier.api.settings import Settings
         from luthier.encryption import keys
+        from luthier.engine.machine import limit_kernels
         from luthier.limits import parse_limits
         from luthier.models.backends import chosen_backend, merges_adapters
-        from luthier.serving.memory import bound_kernels
         from luthier.serving.prompts import tokenize_in_own_thread
         from luthier.store.removal import count_without_account
 
-        bound_kernels()
+        limit_kernels()
         tokenize_in_own_thread()
         # Threads that compute in Python let go of the interpreter five times as often as by default:
         # the one that answers all connections waits for it.

@@ -464,7 +464,10 @@ class PromptChecker(Checker):
             expected = self.text(record, "expected")
         if not messages or messages[-1].role not in ("user", "tool"):
             fix = "Add the user's message, or remove the row."
-            self.report("prompt.unasked", "The messages hold no turn of the user to answer.", fix)
+            text = "The messages hold no turn of the user to answer."
+            if any(turn.role == "user" for turn in messages):
+                text = "Without a reply at their end, the messages do not end with the user's."
+            self.report("prompt.unasked", text, fix)
         return Conversation(self.file, self.line, messages, expected, tools=tools)
 
 

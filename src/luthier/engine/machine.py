@@ -169,17 +169,21 @@ def keep_freed_memory(up_to: int = 1 << 30) -> None:
         set_malloc_threshold(up_to)
 
 
-KERNELS = 200
-"""Matrix kernels that oneDNN keeps, of 1,024 by itself: each takes up to a megabyte, and each length of
-a micro-batch has some sixty of its own (docs/log/engine.md)."""
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Variables of oneDNN, and of PyTorch above it, which it reads when it is loaded."""
+KERNELS, TRAINING_KERNELS = 128, 200
+"""Matrix kernels that each of the two keeps, of 1,024 by itself, where something is asked and where it
+learns. One takes half a megabyte or more; a step needs some dozens, and each length of a micro-batch
+has some sixty of its own (docs/log/engine.md)."""
 
 
-def limit_kernels() -> None:
-    """Have oneDNN keep :data:`KERNELS` matrix kernels, unless the user's environment says how many.
+def limit_kernels(count: int = KERNELS) -> None:
+    """Keep memory flat where products come in ever new sizes; numbers in the environment stay.
 
-    It reads that when it makes its first one in this process.
+    oneDNN reads its own when it makes its first kernel, PyTorch when it is loaded.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(count))
 
 
 def set_malloc_threshold(size: int) -> bool:

@@ -32,6 +32,7 @@ from luthier.engine.job import (
 from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.machine import (
     SHARDED_MALLOC_THRESHOLD,
+    TRAINING_KERNELS,
     Machine,
     available_memory,
     choose_machine,
@@ -112,7 +113,7 @@ def train(
         keep_freed_memory(SHARDED_MALLOC_THRESHOLD)
     else:
         keep_freed_memory()
-    limit_kernels()
+    limit_kernels(TRAINING_KERNELS)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     with group.shared_errors():
         if group.rank:
@@ -266,7 +267,7 @@ def rehearse(
     """
     reporter = reporter or Reporter()
     keep_freed_memory()
-    limit_kernels()
+    limit_kernels(TRAINING_KERNELS)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
     run = Run(base.root, folder.name, rehearsal=folder)

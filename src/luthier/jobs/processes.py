@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from luthier.encryption import keys
-from luthier.serving.memory import KERNEL_CACHES, KERNELS
+from luthier.engine.machine import KERNEL_CACHES, KERNELS
 from luthier.serving.prompts import OWN_THREAD
 from luthier.store.database import Database
 

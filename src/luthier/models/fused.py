@@ -1,11 +1,12 @@
-"""Exact replacements for modules whose plain form wastes memory traffic.
+"""Replacements for modules whose plain form wastes memory traffic, or time.
 
 ``RMSNorm`` as transformers writes it makes eight passes and keeps two float32 copies of its input
 for the backward pass; here it keeps the input and one number a token. The SwiGLU product keeps its
 two inputs and not the activation between them. Both compute in float32 and round once, so results
 are those of the original to rounding; :func:`fuse` checks that on random numbers before it
 replaces anything, so a look-alike with other mathematics (Gemma adds 1 to the weight) stays as it is.
-``Dropout`` draws 16 bits for a number on a CPU, where torch draws 32 by a slower kernel.
+``Dropout`` cannot be compared so: it draws 16 bits for a number on a CPU, where torch draws 32 by a
+slower kernel.
 """
 
 from __future__ import annotations
@@ -127,12 +128,12 @@ class Dropout(nn.Dropout):
 
 
 def fuse(model: nn.Module) -> int:
-    """Replace in place what can be replaced exactly; return how many modules were."""
+    """Replace in place what computes the same, which is counted, and each dropout, which is not."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Dropout:
-                setattr(parent, name, Dropout(child.p).train(child.training))
+                setattr(parent, name, Dropout(child.p, child.inplace).train(child.training))
                 continue
             fused = _fuse(child)
             if fused is not None and _same(child, fused):

@@ -173,7 +173,7 @@ class Flat(Layout):
             return super().run_nodes(backbone, batch, node_S, dtype)
         node_U = np.pad(node_U, (0, size - len(node_U)), mode="edge")
         device = node_S.device
-        attention = plan_attention(batch.tree, device, dtype, before=plan.before, node_S=node_U)
+        attention = plan_attention(batch.tree, device, dtype, self.both_ways, plan.before, node_U)
         last = Queries(torch.from_numpy(node_U).to(device), attention)
         state_UH = self.run_with(backbone, batch, plan, last=last)
         return state_UH[torch.from_numpy(place_S.reshape(node_S.shape)).to(device)]

@@ -203,7 +203,7 @@ class LlamaModel(nn.Module):
         for layer in below:
             x_1NH = layer(x_1NH, cos, sin, tree)
         node_S, tree = (None, tree) if last is None else last
-        return LlamaOutput(self.norm(top(x_1NH, cos, sin, tree, node_S)))
+        return LlamaOutput(self.norm(top(x_1NH, cos, sin, tree, node_S=node_S)))
 
 
 class LlamaForCausalLM(nn.Module):

@@ -16,22 +16,6 @@ from pathlib import Path
 from luthier.engine.machine import return_freed_memory, set_malloc_threshold
 from luthier.serving.scheduler import discount
 
-KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Variables that oneDNN, and PyTorch above it, read when torch is loaded."""
-KERNELS = 128
-"""Kernels that each of the two caches keeps."""
-
-
-def bound_kernels() -> None:
-    """Keep memory flat where products come in ever new sizes; to be called before torch is loaded.
-
-    oneDNN makes a kernel for each number of sequences and each length, and keeps 1,024 of them: half a
-    megabyte each. A step needs some dozens. Numbers that the user has set stay.
-    """
-    for name in KERNEL_CACHES:
-        os.environ.setdefault(name, str(KERNELS))
-
-
 LARGE_BLOCK = 4 << 20
 """Bytes of a block that the system gives alone, and has back as soon as it is freed."""
 GROWTH = 32 << 20

@@ -253,16 +253,14 @@ class GenerateTask(InferenceTask):
 def _record_beside(row: InputRow) -> Record:
     """The fields of a row that stand beside its completion, and what it asks as ``prompt``."""
     asked: PromptOnly | Conversation = row.content
+    taken = {"prompt", "completion"}
     if isinstance(asked, PromptOnly):
         prompt: Any = asked.prompt
     else:
         prompt = [turn.to_dict() for turn in asked.messages]
+        taken.add("messages")
     reply = row.record.get("completion") if asked.expected is None else asked.expected
-    own = {
-        key: value
-        for key, value in row.record.items()
-        if key not in ("prompt", "messages", "completion")
-    }
+    own = {key: value for key, value in row.record.items() if key not in taken}
     return {"prompt": prompt, **({} if reply is None else {"expected": reply}), **own}
 
 

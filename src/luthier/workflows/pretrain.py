@@ -36,7 +36,13 @@ from luthier.data.tokens import TokenFile, TokenWriter, id_type
 from luthier.engine.actuals import Clock
 from luthier.engine.dataset import Dataset
 from luthier.engine.job import TrainingJob, resolve_job
-from luthier.engine.machine import Machine, choose_machine, keep_freed_memory, limit_kernels
+from luthier.engine.machine import (
+    TRAINING_KERNELS,
+    Machine,
+    choose_machine,
+    keep_freed_memory,
+    limit_kernels,
+)
 from luthier.engine.metrics import Reporter
 from luthier.engine.processes import (
     ORPHAN_SECONDS,
@@ -113,7 +119,7 @@ def _train(recipe: PretrainRecipe, resume: bool, reporter: Reporter) -> Result:
     """:func:`pretrain` in one process, which a launcher may have started with others."""
     group = ProcessGroup.of_environment()
     keep_freed_memory()
-    limit_kernels()
+    limit_kernels(TRAINING_KERNELS)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     run = _run_of(recipe, reporter)
     with group.shared_errors():

@@ -23,6 +23,7 @@ from luthier.engine.actuals import Clock, estimates_folder, request_key
 from luthier.engine.job import TrainingJob, prepare_job, with_base
 from luthier.engine.loop import Loop
 from luthier.engine.machine import (
+    TRAINING_KERNELS,
     choose_machine,
     forget_peak_memory,
     keep_freed_memory,
@@ -220,7 +221,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     """
     forget_peak_memory()
     keep_freed_memory()
-    limit_kernels()
+    limit_kernels(TRAINING_KERNELS)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
