@@ -19,6 +19,7 @@ from stored_files import files_in
 from luthier.chat_models.base import Reply
 from luthier.cli.models import print_readers
 from luthier.cli.service import open_database
+from luthier.engine.runs import Run
 from luthier.files import read_json, sha256_of, write_json
 from luthier.models.catalog import CATALOG, PackageSource
 from luthier.models.manifest import MANIFEST
@@ -454,6 +455,22 @@ def test_a_fetched_base_is_removed_where_nothing_stands_on_it(own_home: Path) ->
     assert not folder.exists() and not derived.exists()
     assert (own_home / "models" / "custom" / folder.name / "mine" / MANIFEST).is_file()
     assert "there is nothing to remove" in Answer("models", "remove", folder.name).refused()
+
+
+def test_a_base_that_a_run_learns_from_is_kept(own_home: Path) -> None:
+    folder = own_home / "models" / "base" / "smollm2-135m-instruct"
+    write_json(folder / MANIFEST, {})
+    run = Run(folder.name, "mine")
+    write_json(run.folder / "request.json", {})
+    with run.lock():
+        for more in ([], ["--force"]):
+            refused = Answer("models", "remove", folder.name, *more).refused()
+            assert f"{run.model_id} learns from {folder.name} now" in refused
+    refused = Answer("models", "remove", folder.name).refused()
+    assert f"{run.model_id} has begun from {folder.name} and not ended" in refused
+    assert folder.is_dir()
+    Answer("models", "remove", folder.name, "--force").good()
+    assert not folder.exists()
 
 
 def test_an_adapter_that_peft_lacks_is_exported_with_a_word_about_it(

@@ -658,7 +658,8 @@ def remove_model(
     ] = False,
 ) -> None:
     """Delete a custom model, or a base model that was made here or fetched, and its run."""
-    from luthier.models.catalog import CATALOG
+    from luthier.engine.runs import runs_from
+    from luthier.models.catalog import CATALOG, fetching_lock
     from luthier.store.model_folders import base_folder, remove_side_files, working_folders
     from luthier.store.models import custom_models, pretrained_models, suggest_models
 
@@ -685,11 +686,20 @@ def remove_model(
             f"{', '.join(children)} was made from {model}; remove it first, or take {model} away all "
             f"the same by --force{again}"
         )
+    running = runs_from(model) if is_base else []
+    if now := [each.model_id for each in running if each.is_worked_on()]:
+        raise RecipeError(f"{', '.join(now)} learns from {model} now; wait for its end, or stop it")
+    if running and not force:
+        raise RecipeError(
+            f"{', '.join(each.model_id for each in running)} has begun from {model} and not ended; go "
+            f"on with it or remove it first, or take {model} away all the same by --force"
+        )
     stored = [m for m in (*custom_models(), *pretrained_models()) if m.id == model]
     parents = [m.manifest.parent for m in stored if not is_base]
     if fetched is not None:
-        remove_side_files(model)
-        shutil.rmtree(fetched)
+        with fetching_lock(fetched):
+            remove_side_files(model)
+            shutil.rmtree(fetched)
     elif run is not None:
         with run.lock():
             if has_service:

@@ -310,6 +310,13 @@ def unfinished_runs() -> list[Run]:
     return [run for _, run in sorted(found, key=itemgetter(0))]
 
 
+def runs_from(base: str) -> list[Run]:
+    """Runs that began from a base model and have not ended, worked on or interrupted, of jobs too."""
+    folders = (path.parent for path in (luthier_home() / "runs" / base).glob(f"*/{_REQUEST}"))
+    runs = (Run(base, folder.name) for folder in sorted(folders))
+    return [run for run in runs if run.is_unfinished()]
+
+
 def automatic_name(
     base: str, data: Source, resume: bool, parent: Path | None = None, launch: str = ""
 ) -> str:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -591,10 +592,15 @@ def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
     """
     need_disk(target, entry.disk_bytes, f"fetching {entry.id}")
     again = (target / MANIFEST).is_file()
-    with lock(target.parent / f".{target.name}.lock", wait=True):
+    with fetching_lock(target):
         sweep(target.parent, target.name)
         if again or not (target / MANIFEST).is_file():
             _fetch(entry, target, say)
+
+
+def fetching_lock(target: Path) -> AbstractContextManager[Any]:
+    """Held while the folder ``target`` of a base model is made or removed; others wait for it."""
+    return lock(target.parent / f".{target.name}.lock", wait=True)
 
 
 def _fetch(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
