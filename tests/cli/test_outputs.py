@@ -112,3 +112,13 @@ def test_a_path_can_be_new_there_or_a_device(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be written"):
         check_creatable(tmp_path / "circle")
     assert {path.name for path in tmp_path.iterdir()} == {"link", "circle"}
+
+
+@pytest.mark.parametrize("command", ["predict", "generate"])
+def test_a_table_is_not_what_is_written(command: str, luthier_home: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "text": "a"}\n')
+    target = tmp_path / "answers.CSV"
+    refused = Answer(command, "tiny", "--input", str(rows), "--output", str(target)).refused()
+    assert "would hold JSON Lines" in refused and "answers.jsonl" in refused
+    assert not target.exists()

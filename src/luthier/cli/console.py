@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from luthier.errors import DataError, LuthierError, ProcessLost, RefusedInput
+from luthier.errors import DataError, LuthierError, ProcessLost, RecipeError, RefusedInput
 from luthier.files import sweep_file, write_bytes
 from luthier.models.process_group import ProcessGroup
 from luthier.printable import finite_or_none, one_line, printable, printable_json
@@ -272,6 +272,18 @@ def write_page(target: Path, page: str) -> None:
     """Write a page of HTML, and say where."""
     write_bytes(target, page.encode())
     note(f"page: {target}")
+
+
+_OTHER_FORMS = {".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx", ".txt"}
+
+
+def check_json_lines(target: Path | None) -> None:
+    """Refuse a name that promises another form than the JSON Lines that are written."""
+    if target is not None and (kind := target.suffix.lower()) in _OTHER_FORMS:
+        raise RecipeError(
+            f"{target} would hold JSON Lines, which {kind} does not say: call it "
+            f"{target.with_suffix('.jsonl').name}"
+        )
 
 
 def check_output(target: Path | None, *sources: str | Path | None, overwrite: bool = True) -> None:

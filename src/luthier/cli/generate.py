@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.console import (
+    check_json_lines,
     check_output,
     heavy_imports,
     note,
@@ -120,6 +121,7 @@ def generate(
         regex=regex,
         grammar=None if grammar is None else read_text(grammar),
     )
+    check_json_lines(output)
     check_output(output, input_, overwrite=overwrite)
     task = GenerateTask(
         model=model,

@@ -682,9 +682,10 @@ def remove_model(
     children = [m.id for m in custom_models() if model in (m.manifest.parent, is_base and m.root)]
     if children and not force:
         again = " (it is fetched again when one of them is used)" if fetched is not None else ""
+        was, them = ("was", "it") if len(children) == 1 else ("were", "them")
         raise RecipeError(
-            f"{', '.join(children)} was made from {model}; remove it first, or take {model} away all "
-            f"the same by --force{again}"
+            f"{', '.join(children)} {was} made from {model}; remove {them} first, or take {model} away "
+            f"all the same by --force{again}"
         )
     running = runs_from(model) if is_base else []
     if now := [each.model_id for each in running if each.is_worked_on()]:

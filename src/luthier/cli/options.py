@@ -47,7 +47,10 @@ LongRows = Annotated[
 ]
 Mix = Annotated[
     list[str] | None,
-    typer.Option(help="Further rows: FILE=RATIO, so many for each row of the main file."),
+    typer.Option(
+        metavar="FILE=RATIO",
+        help="Further rows, so many for each row of the main file.",
+    ),
 ]
 Base = Annotated[str | None, typer.Option(help="Model to start from.")]
 Objective = Annotated[str | None, typer.Option(help=_OBJECTIVES)]
@@ -66,13 +69,15 @@ Speculation = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. adaptation.rank=8."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any field of the recipe, e.g. adaptation.rank=8."
+    ),
 ]
 Name = Annotated[str | None, typer.Option(help="Name of the custom model.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.")]
 Documents = Annotated[
     list[str] | None,
-    typer.Option(help="Texts that answers should be true to; again for more."),
+    typer.Option(metavar="FILE", help="Texts that answers should be true to; again for more."),
 ]
 Html = Annotated[Path | None, typer.Option(help="Write it as one HTML page.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
@@ -103,7 +108,8 @@ Prices = Annotated[
 Graders = Annotated[
     list[str] | None,
     typer.Option(
-        help="A grader's name, such as exact, or a TOML file; again for more. The first decides."
+        metavar="NAME",
+        help="A grader's name, such as exact, or a TOML file; again for more. The first decides.",
     ),
 ]
 GraderSettings = Annotated[

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.console import (
+    check_json_lines,
     check_output,
     heavy_imports,
     note,
@@ -87,6 +88,7 @@ def predict(
         raise RecipeError(
             f"{text} is a file or folder of rows: give it as --input {shlex.quote(text)}"
         )
+    check_json_lines(output)
     check_output(output, input_, overwrite=overwrite)
     batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:

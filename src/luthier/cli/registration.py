@@ -109,5 +109,5 @@ def register(
         if stored.kind == "causal_lm":
             note(f"  OpenAI's clients ask {name}; Bedrock's deploy the ARN first")
         else:
-            note(f"  clients ask /api/v1/models/{name}/predictions, or for its embeddings")
+            note(f"  clients ask /api/v1/models/{name}/predictions")
         note("  it is the account's now: its files go when a client deletes it")

@@ -237,4 +237,4 @@ def _epochs(objective: Objective, rows: int, batch: int, from_scratch: bool) -> 
     each = f"{per_epoch} step{'s' * (per_epoch != 1)} in a pass"
     if per_epoch * most < least:
         return float(epochs), f"{each}: {most} passes; more of the same rows teach little"
-    return float(epochs), f"{each}: {epochs} passes make about {least} steps"
+    return float(epochs), f"{each}: {epochs} passes make {epochs * per_epoch} steps"
