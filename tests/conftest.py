@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from forked_commands import forker
 
 pytest_plugins = ["openai_endpoint", "postgres", "principals_of", "ray_cluster"]
 
@@ -100,8 +101,13 @@ _STDERR = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Note where the terminal is, before a test's output is captured."""
+    """Note where the terminal is, before a test's output is captured.
+
+    Where there are to be workers, what they have commands forked from begins to import.
+    """
     config.stash[_STDERR] = os.dup(sys.__stderr__.fileno())
+    if getattr(config.option, "tx", None):
+        forker()
 
 
 def _exit_later(item: pytest.Item) -> None:

@@ -111,7 +111,9 @@ class Neighbour:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
-    made = Served(home_with_tiny(tmp_path_factory.mktemp("served"), tiny_model_folder))
+    made = Served(
+        home_with_tiny(tmp_path_factory.mktemp("served"), tiny_model_folder), forked=False
+    )
     processors = sorted(os.sched_getaffinity(0))
     half = len(processors) // 2
     os.sched_setaffinity(0, processors[half:])  # which the server, and all it starts, takes over

@@ -36,7 +36,9 @@ def bomb(word: str, what: str) -> str:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
-    made = Served(home_with_tiny(tmp_path_factory.mktemp("hostile"), tiny_model_folder))
+    made = Served(
+        home_with_tiny(tmp_path_factory.mktemp("hostile"), tiny_model_folder), forked=False
+    )
     made.start()
     made.client("s3").create_bucket(Bucket=BUCKET)
     yield made

@@ -34,7 +34,7 @@ MEGABYTE = 1_000_000
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
     home = home_with_tiny(tmp_path_factory.mktemp("served") / "home", tiny_model_folder)
-    made = Served(home)
+    made = Served(home, forked=False)
     made.start("--no-workers", "--limit", "grading_text_characters=2000000",
                "--limit", "grading_seconds=5")  # fmt: skip
     assert chat(made, {"type": "json_object"})[0] == 200

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,12 +147,7 @@ def test_the_command_line_has_it_too(server: Served, imported: str) -> None:
     name = f"imported:model-{imported.rpartition('/')[2]}"
 
     def luthier(*arguments: str) -> Any:
-        done = subprocess.run(
-            [sys.executable, "-m", "luthier", *arguments, "--json"], check=False, text=True,
-            env={**os.environ, "LUTHIER_HOME": str(server.home)}, capture_output=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(server.command(*arguments, "--json").stdout)
 
     listed = {each["id"]: each for each in luthier("models", "list")["custom"]}
     assert listed[name]["adaptation"] == "imported network" and "damaged" not in listed[name]

@@ -58,7 +58,7 @@ BEDROCK: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
-    made = Served(home_with_tiny(tmp_path_factory.mktemp("long"), tiny_model_folder))
+    made = Served(home_with_tiny(tmp_path_factory.mktemp("long"), tiny_model_folder), forked=False)
     made.start("--no-workers", "--limit", "wrong_bodies_per_minute=1000")
     for account in KEYS:
         assert said(made, account) == 200

@@ -6,8 +6,6 @@ import contextlib
 import http.client
 import json
 import shutil
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ import openai
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from forked_commands import run
 from served import served
 
 from luthier.api.service import Service
@@ -70,11 +69,8 @@ class Server:
             return str(answer.read().decode())
 
     def luthier(self, *arguments: str) -> str:
-        command = [sys.executable, "-m", "luthier", "admin", *arguments]
-        done = subprocess.run(
-            [*command, "--database", self.service.database.url], check=False,
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+        database = ("--database", self.service.database.url)
+        done = run("admin", *arguments, *database, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

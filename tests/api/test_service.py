@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,9 @@ from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny, until
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
-    made = Served(home_with_tiny(tmp_path_factory.mktemp("service"), tiny_model_folder))
+    made = Served(
+        home_with_tiny(tmp_path_factory.mktemp("service"), tiny_model_folder), forked=False
+    )
     made.start()
     yield made
     made.end()
@@ -200,15 +199,8 @@ def test_data_are_deleted_with_what_learned_from_them(server: Served, job: dict[
 def test_the_log_and_the_audit_hold_no_secret_and_the_chain_holds(
     server: Served, job: dict[str, Any]
 ) -> None:
-    environment = {**os.environ, "LUTHIER_HOME": str(server.home)}
-
     def luthier(*arguments: str) -> Any:
-        done = subprocess.run(
-            [sys.executable, "-m", "luthier", *arguments, "--json"], env=environment,
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(server.command(*arguments, "--json").stdout)
 
     assert luthier("audit", "verify")["entries"] > 3
     entries = json.dumps(luthier("audit", "list"))

@@ -71,7 +71,7 @@ def server(
         with service.database.write() as session:
             session.add(model)
     service.close()
-    made = Served(home)
+    made = Served(home, forked=False)
     made.start("--no-workers")
     yield made
     made.end()

@@ -28,7 +28,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     write_json(home / "bootstrap.json", {"principals": list(KEYS.values())})
     monkeypatch.setenv("LUTHIER_HOME", str(home))
     monkeypatch.setenv(keys.ENVIRONMENT, base64.b64encode(secrets.token_bytes(32)).decode())
-    made = Served(home)
+    made = Served(home, forked=False)
     made.start("--no-workers")
     yield made
     made.end()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import start
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
@@ -39,16 +39,8 @@ def arguments(rows: Path, base: Path, *further: str) -> list[str]:
     ]  # fmt: skip
 
 
-def start(home: Path, words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "luthier", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "LUTHIER_HOME": str(home), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 def result_of(home: Path, words: list[str]) -> dict[str, Any]:
-    process = start(home, words)
+    process = start(home, *words)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     return dict(json.loads(out))
@@ -84,7 +76,7 @@ def test_killed_and_resumed_it_makes_the_same_trials(
     whole: tuple[Path, dict[str, Any]], rows: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     words = arguments(rows, tiny_model_folder, "--json")
-    process = start(tmp_path, words)
+    process = start(tmp_path, *words)
     third = tmp_path / "searches" / "x" / "trials" / "003" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (third.is_file() and third.read_text().count("\n") >= 3):

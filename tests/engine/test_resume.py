@@ -2,8 +2,7 @@
 
 Runs are processes of their own and die by a real SIGKILL: sent from here when ``metrics.jsonl`` has
 so many lines, or by the process to itself at a named point in the code. One pair of runs is
-``python -m luthier``; the others are forked from a process that has imported everything and has
-computed nothing with it, which saves the seconds of importing torch for each.
+``python -m luthier``; the others are forked (``forked_commands``).
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_commands import forker
 
 from luthier.files import write_json
 from luthier.jobs.admission import Capacity
@@ -38,21 +38,6 @@ def database(database_url: str) -> Iterator[Database]:
     Base.metadata.create_all(made.engine)
     yield made
     made.close()
-
-
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """The command of workers that begin at once."""
-    path = tmp_path_factory.mktemp("forks") / "socket"
-    log = path.with_name("log").open("wb")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(FORKS), str(path)], stdout=log, stderr=log, env=environment
-    )
-    yield [sys.executable, "-S", "-E", str(FORKS), str(path)]
-    process.kill()
-    process.wait()
-    log.close()
 
 
 @pytest.fixture
@@ -164,9 +149,10 @@ class Queue:
 
 
 @pytest.fixture
-def queue(database: Database, tmp_path: Path, tiny_base: str, forks: list[str]) -> Iterator[Queue]:
-    """An empty queue; what still works in it when the test ends is killed."""
-    made = Queue(database, tmp_path / "data", forks)
+def queue(database: Database, tmp_path: Path, tiny_base: str) -> Iterator[Queue]:
+    """An empty queue, whose workers begin at once; what still works when the test ends is killed."""
+    command = [sys.executable, "-S", "-E", str(FORKS), forker()]
+    made = Queue(database, tmp_path / "data", command)
     yield made
     for scheduler in made.schedulers:
         scheduler.stop()

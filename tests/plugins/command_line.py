@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from forked_commands import Command
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
@@ -25,10 +25,9 @@ def jsonl(path: Path, *rows: Any) -> Path:
     return path
 
 
-def start(home: Path, *arguments: str, **keywords: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "luthier", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def start(home: Path, *arguments: str, **keywords: Any) -> Command:
+    return Command(
+        *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, **ENVIRONMENT, "LUTHIER_HOME": str(home)}, **keywords,
     )  # fmt: skip
 

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from forked_commands import Command
 
 STEPS = 32
 VALIDATIONS = 9  # one before the first step, then every fourth step
@@ -21,42 +21,6 @@ TIMING = ("seconds", "tokens_per_second", "memory_bytes")
 PICTURES = ("loss.svg", "loss.png")  # a drawing names its date
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
-FORKER = """
-import json, os, pathlib, sys, tempfile, traceback
-import luthier.engine.train, luthier.models.load, luthier.store.models
-import matplotlib.pyplot, peft, transformers.models.llama.modeling_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from luthier.cli.app import main
-from luthier.engine.metrics import draw_curves
-with tempfile.TemporaryDirectory() as folder:  # loads fonts
-    draw_curves([{"event": "train", "step": 1, "loss": 1.0}], pathlib.Path(folder), "x")
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    if "wait" in job:
-        status = os.waitpid(job["wait"], 0)[1]
-        print(os.waitstatus_to_exitcode(status), flush=True)
-        continue
-    pid = os.fork()
-    if pid:
-        print(pid, flush=True)
-        continue
-    code = 70
-    try:
-        for number, path in ((1, job["stdout"]), (2, job["stderr"])):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)
-        os.environ["LUTHIER_HOME"] = job["home"]
-        sys.argv = ["luthier", *job["arguments"]]
-        exec(job["before"])
-        main()
-        code = 0
-    except SystemExit as error:
-        code = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)
-"""
 OFTEN = """
 from luthier.engine import checkpoints, model_writer, train
 from luthier.engine.metrics import MetricsFile
@@ -127,18 +91,17 @@ runs.Run.drop_working_files = die
 class Job:
     """One process that tunes."""
 
-    forker: Forker
-    pid: int
+    process: Command
     home: Path
     stdout: Path
     stderr: Path
 
     def wait(self) -> int:
-        return int(self.forker.ask({"wait": self.pid}))
+        return self.process.wait()
 
     def send(self, number: signal.Signals) -> int:
         """Signal the process and return how it ended."""
-        os.kill(self.pid, number)
+        self.process.send_signal(number)
         return self.wait()
 
     def result(self) -> dict[str, Any]:
@@ -153,40 +116,19 @@ class Job:
 
 
 class Forker:
-    """The process that all runs are forked from."""
+    """Starts runs that print into files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.jobs = 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKER],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **ENVIRONMENT}, start_new_session=True,
-        )  # fmt: skip
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.process.stdout
-        return self.process.stdout.readline().strip()
-
-    def ask(self, job: dict[str, Any]) -> str:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return self._line()
 
     def start(self, home: Path, arguments: list[str], before: str = "") -> Job:
         self.jobs += 1
         stdout, stderr = (self.folder / f"{self.jobs}.{name}" for name in ("out", "err"))
-        job = {"home": str(home), "arguments": arguments, "before": before}
-        pid = int(self.ask({**job, "stdout": str(stdout), "stderr": str(stderr)}))
-        return Job(self, pid, home, stdout, stderr)
-
-    def close(self) -> None:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait(10)
+        environment = {**os.environ, **ENVIRONMENT, "LUTHIER_HOME": str(home)}
+        with stdout.open("w") as out, stderr.open("w") as err:
+            process = Command(*arguments, before=before, stdout=out, stderr=err, env=environment)
+        return Job(process, home, stdout, stderr)
 
 
 @dataclass(frozen=True)

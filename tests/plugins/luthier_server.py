@@ -17,6 +17,7 @@ from urllib.error import HTTPError
 
 import boto3
 from botocore.config import Config
+from forked_commands import Command, forked_workers, run
 
 from luthier.files import write_json
 from luthier.models.manifest import MANIFEST
@@ -44,8 +45,10 @@ ONE, OTHER = KEYS
 class Served:
     """A server, and clients of an account."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, forked: bool = True) -> None:
         self.home = home
+        self.forked = forked
+        """Begins with everything imported, as its workers do; memory counts what it shares, then."""
         self.options: list[str] = []
         """Of ``luthier serve``."""
         self.own: dict[str, str] = {}
@@ -62,11 +65,15 @@ class Served:
             **variables,
         }
         environment.pop("LUTHIER_DATABASE", None)
-        command = [sys.executable, "-m", "luthier", "serve", "--port", "0", *self.options, *options]
+        command = ["serve", "--port", "0", *self.options, *options]
         with (self.home / "server.log").open("a") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, text=True, stdout=subprocess.PIPE, stderr=log
-            )
+            streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log}
+            if self.forked:
+                before = forked_workers()
+                self.process = Command(*command, before=before, env=environment, **streams)
+            else:
+                whole = [sys.executable, "-m", "luthier", *command]
+                self.process = subprocess.Popen(whole, env=environment, text=True, **streams)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert "http://" in line, (self.home / "server.log").read_text()
@@ -89,10 +96,11 @@ class Served:
     ) -> subprocess.CompletedProcess[str]:
         """``luthier`` on the server's store, under another encryption key if one is given."""
         given = {} if key is None else {"LUTHIER_ENCRYPTION_KEY": key}
-        done = subprocess.run(
-            [sys.executable, "-m", "luthier", *arguments], check=False, capture_output=True, text=True,
-            env={**os.environ, "LUTHIER_HOME": str(self.home), **self.own, **given}, timeout=60,
-        )  # fmt: skip
+        done = run(
+            *arguments,
+            env={**os.environ, "LUTHIER_HOME": str(self.home), **self.own, **given},
+            timeout=60,
+        )
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import start
 
 import luthier
 from luthier.engine.metrics import Reporter
@@ -290,8 +290,8 @@ def test_a_local_teacher(
     found = {line["prompt"]: (line["answer"], line["rule"]) for line in insights}
     generator, sampling = Generator.open(find(folder)), Sampling(max_tokens=5, temperature=1.0)
     longest_first = [*PROMPTS[10:], *PROMPTS[:10]]
-    for start in (0, 5, 10):
-        batch = longest_first[start : start + 5]
+    for first in (0, 5, 10):
+        batch = longest_first[first : first + 5]
         for prompt, answer in zip(batch, generator.answers(batch, sampling), strict=True):
             assert answer.finished or found[prompt] == (answer.text.strip(), "answer.cut")
             assert not answer.finished or found[prompt][1] != "answer.cut"
@@ -326,14 +326,6 @@ def test_a_teacher_that_does_not_write_is_refused(prompts: Path, family_folder: 
         )
 
 
-def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "luthier", *arguments, "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LUTHIER_HOME": str(home)},
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_after_kill_9_nothing_is_asked_twice(
     prompts: Path, endpoint: Any, tiny_model_folder: Path, luthier_home: Path
@@ -347,7 +339,7 @@ def test_after_kill_9_nothing_is_asked_twice(
         "--student", str(tiny_model_folder), "--name", "s", "--set", "teacher.concurrency=2",
         "--set", "training.max_steps=2", "--set", "training.threads=1",
     ]  # fmt: skip
-    process = start(luthier_home, *command)
+    process = start(luthier_home, *command, "--json")
     journals = luthier_home / "teachers"
     deadline = time.monotonic() + 60
     while sum(path.read_bytes().count(b"\n") for path in journals.glob("*.jsonl")) < 4:
@@ -362,7 +354,7 @@ def test_after_kill_9_nothing_is_asked_twice(
     before = dict(endpoint.asked)
     with journal.open("ab") as file:
         file.write(b'{"key": "torn')  # as a kill in the middle of a write leaves it
-    process = start(luthier_home, *command, "--resume")
+    process = start(luthier_home, *command, "--resume", "--json")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     for prompt in kept:

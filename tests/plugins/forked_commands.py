@@ -1,0 +1,288 @@
+"""Processes that begin with everything imported: commands of ``luthier`` and workers of jobs.
+
+Importing torch, transformers and the service takes 3 to 5 s of processor time. One process does it
+for all test workers, computes nothing, and forks for each command: what it forks has signals,
+environment, standard streams, memory and an exit code of its own, and runs ``luthier`` as
+``python -m luthier`` does. A test starts ``sys.executable`` instead where it is of the start itself,
+of what is imported and when, of resident memory (a fork counts the pages that it shares), or of
+variables that libraries read as they are imported (those of Hugging Face and of OpenMP).
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import gc
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+HEAVY = (
+    "luthier.api.service", "luthier.api.http.server", "luthier.api.http.metrics",
+    "luthier.cli.app", "luthier.engine.train", "luthier.jobs.folders", "luthier.jobs.training",
+    "luthier.serving.generation", "luthier.workflows.distil", "matplotlib.pyplot", "peft",
+    "transformers.models.llama.modeling_llama",
+)  # fmt: skip
+LUTHIER = "import runpy\nrunpy.run_module('luthier', run_name='__main__', alter_sys=True)\n"
+LARGEST_MESSAGE = 1 << 17
+"""Bytes: a job with its environment and its code."""
+MOST_FILES = 16
+
+
+class Command(subprocess.Popen[str]):
+    """``python -m luthier ARGUMENTS``, forked; ``before`` is code that it runs first.
+
+    Of the options of ``Popen`` it takes the streams, ``pass_fds``, ``env``, ``cwd`` and
+    ``start_new_session``.
+    """
+
+    def __init__(self, *arguments: str, before: str = "", **options: Any) -> None:
+        self._before = before
+        super().__init__(["luthier", *arguments], text=True, **options)
+
+    def _execute_child(self, arguments: list[str], *settings: Any) -> None:
+        """Where ``Popen`` would fork by itself."""
+        executable, preexec_fn, _, pass_fds, folder, environment = settings[:6]
+        assert not (executable or preexec_fn)
+        pipes, start_new_session = settings[9:15], settings[20]
+        given = enumerate((pipes[0], pipes[3], pipes[5]))
+        files = {number: number if own == -1 else own for number, own in given}
+        try:
+            self._fork = ask(
+                forker(),
+                f"{self._before}\n{LUTHIER}",
+                arguments,
+                files | {number: number for number in pass_fds},
+                os.environ if environment is None else environment,
+                os.fspath(folder or "."),
+                start_new_session,
+            )
+        finally:
+            self._close_pipe_fds(*pipes)
+        self._child_created = True
+        self.pid = int(self._fork.recv(16))
+
+    def _internal_poll(self, *_: Any, **__: Any) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self._wait(0)
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        with self._waitpid_lock:
+            if self.returncode is None:
+                if not select.select([self._fork], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired(self.args, timeout or 0)
+                self.returncode = int(self._fork.recv(16))
+                self._fork.close()
+        return self.returncode
+
+
+def run(*arguments: str, timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A command to its end, and what it printed; ``TimeoutExpired`` after so many seconds."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Command(*arguments, **pipes, **options) as command:
+        try:
+            printed = command.communicate(timeout=timeout)
+        except BaseException:
+            command.kill()
+            raise
+    return subprocess.CompletedProcess(command.args, command.returncode, *printed)
+
+
+def ask(
+    path: str,
+    code: str,
+    arguments: Sequence[str],
+    files: Mapping[int, int],
+    environment: Mapping[str, str] = os.environ,
+    folder: str = ".",
+    start_new_session: bool = True,
+) -> socket.socket:
+    """Have a process forked that runs ``code``: from the socket come its number, and how it ended.
+
+    ``files`` are those that it has open, by its own numbers for them. It is killed with the socket.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    deadline = time.monotonic() + 250
+    while connection.connect_ex(path):  # it still imports
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job = {
+        "code": code,
+        "arguments": [*arguments],
+        "files": [*files],
+        "environment": dict(environment),
+        "folder": os.path.abspath(folder),
+        "start_new_session": start_new_session,
+    }
+    message = json.dumps(job).encode()
+    assert len(message) <= LARGEST_MESSAGE
+    socket.send_fds(connection, [message], [*files.values()])
+    return connection
+
+
+def stand_for(path: str, code: str, arguments: Sequence[str]) -> NoReturn:
+    """Have a worker forked, as the process that a scheduler started, and end as it does."""
+    files = [0, 1, 2]
+    if keys := os.environ.get("LUTHIER_ENCRYPTION_KEYS_FD"):
+        files.append(int(keys))
+    connection = ask(path, code, arguments, dict(zip(files, files, strict=True)))
+    connection.recv(16)  # its number
+    ended = int(connection.recv(16) or 70)
+    if ended < 0:
+        signal.signal(-ended, signal.SIG_DFL) if -ended != signal.SIGKILL else None
+        os.kill(os.getpid(), -ended)
+    sys.exit(ended)
+
+
+def forked_workers() -> str:
+    """What a server is to run before it starts, so that its workers are forked, too."""
+    command = [sys.executable, "-S", "-E", __file__, forker(), "worker"]
+    return (
+        "from luthier.jobs.scheduler import Scheduler\n"
+        f"Scheduler.__init__.__kwdefaults__['command'] = {command!r}\n"
+    )
+
+
+@cache
+def forker() -> str:
+    """The socket of the process that all are forked from, which ends with this one.
+
+    With several test workers it is that of the process that started them.
+    """
+    if path := os.environ.get("LUTHIER_TEST_FORKER"):
+        return path
+    folder = tempfile.TemporaryDirectory()
+    path = os.environ["LUTHIER_TEST_FORKER"] = f"{folder.name}/socket"
+    process = subprocess.Popen(
+        [sys.executable, __file__, path], stdin=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+    def end() -> None:
+        process.communicate()
+        folder.cleanup()
+
+    atexit.register(end)
+    return path
+
+
+def main(path: str) -> None:
+    """Import everything, then fork for who asks."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in HEAVY:
+        importlib.import_module(name)
+    from luthier.engine.metrics import draw_curves
+
+    with tempfile.TemporaryDirectory() as folder:  # loads fonts
+        draw_curves([{"event": "train", "step": 1, "loss": 1.0}], Path(folder), "x")
+    gc.collect()
+    gc.freeze()  # no pass of the collector in a fork copies these pages
+    if job := _fork_for_all(path):
+        _run(job["code"])
+
+
+def _fork_for_all(path: str) -> dict[str, Any] | None:
+    """The job in each process that is forked, nothing in that which forks, once its input ends."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind(path)
+    listening.listen(64)
+    woken, waking = socket.socketpair()
+    waking.setblocking(False)
+    signal.set_wakeup_fd(waking.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    forks: dict[int, socket.socket] = {}
+    while True:
+        watched = {each: pid for pid, each in forks.items() if each.fileno() != -1}
+        ready = select.select([0, listening, woken, *watched], [], [])[0]
+        if 0 in ready:
+            break
+        if woken in ready:
+            woken.recv(4096)
+        while forks and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            with forks.pop(ended[0]) as connection, suppress(OSError):
+                connection.send(str(os.waitstatus_to_exitcode(ended[1])).encode())
+        for connection in watched.keys() & {*ready}:
+            if watched[connection] in forks:  # who asked for it is gone
+                os.kill(watched[connection], signal.SIGKILL)
+                connection.close()
+        if listening not in ready:
+            continue
+        connection, _ = listening.accept()
+        message, files, _, _ = socket.recv_fds(connection, LARGEST_MESSAGE, MOST_FILES)
+        if pid := os.fork():
+            forks[pid] = connection
+            with suppress(OSError):
+                connection.send(str(pid).encode())
+            for file in files:
+                os.close(file)
+            continue
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for each in (listening, woken, waking, connection, *forks.values()):
+            each.close()
+        job: dict[str, Any] = json.loads(message)
+        _become(job, files)
+        return job
+    for pid in forks:
+        os.kill(pid, signal.SIGKILL)
+    return None
+
+
+def _become(job: dict[str, Any], files: list[int]) -> None:
+    """Take over what a process has from who started it."""
+    if job["start_new_session"]:
+        os.setsid()
+    moved = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 100) for file in files]
+    for file in files:
+        os.close(file)
+    for number, file in zip(job["files"], moved, strict=True):
+        os.dup2(file, number)
+        os.close(file)
+    for each in (sys.stdout, sys.stderr):
+        each.reconfigure(line_buffering=each is sys.stderr or each.isatty())  # type: ignore[union-attr]
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    os.chdir(job["folder"])
+    sys.path[0] = job["folder"]
+    sys.argv = job["arguments"]
+
+
+def _run(code: str) -> None:
+    """Run it, and end without taking the interpreter apart, which would copy all that is shared."""
+    try:
+        exec(code, {})
+    except SystemExit as error:
+        status = 0 if error.code is None else error.code
+        if not isinstance(status, int):
+            raise
+    else:
+        status = 0
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        sys.exit(status)  # the interpreter has its own words, and code, for this
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    if sys.argv[2:]:
+        stand_for(sys.argv[1], LUTHIER, ["luthier", *sys.argv[2:]])
+    main(sys.argv[1])
