@@ -104,11 +104,11 @@ def side(name: str, model: str, embeds: bool, place: str) -> None:
 
 
 def pool_side(model: str, embeds: bool) -> Callable[[str], object]:
-    from luthier.serving.memory import bound_kernels
+    from luthier.engine.machine import limit_kernels
     from luthier.serving.pool import ModelPool
     from luthier.serving.prompts import tokenize_in_own_thread
 
-    bound_kernels()
+    limit_kernels()
     tokenize_in_own_thread()
     pool = ModelPool()
     if embeds:

@@ -39,12 +39,12 @@ from urllib.request import Request, urlopen
 import torch
 
 from children import table
-from luthier.engine.machine import choose_machine, release_workers
+from luthier.engine.machine import choose_machine, limit_kernels, release_workers
 from luthier.models.load import load_model
 from luthier.models.speculation import Speculation
 from luthier.sdk.export import export
 from luthier.serving.inference import Chat, GenerationRequest, TokenChunk
-from luthier.serving.memory import bound_kernels, resident_bytes
+from luthier.serving.memory import resident_bytes
 from luthier.serving.pool import LoadedModel, ModelPool
 from luthier.store.models import StoredModel, chat_format, find
 from luthier.types import Message
@@ -309,7 +309,7 @@ def main() -> None:
     parser.add_argument("--gguf", default="q8_0", help="type of llama.cpp's weights; '' without it")
     parser.add_argument("--only-prefix", action="store_true")
     options = parser.parse_args()
-    bound_kernels()
+    limit_kernels()
     if options.speculation:
         counts = options.streams or [1, 8]
         speculations(options.speculation, options.base, counts, options.tokens, options.rounds)

@@ -119,7 +119,7 @@ def test_the_layer_and_its_gradients_are_those_of_autograd_on_the_dequantized_we
     again = [t.detach().clone().requires_grad_() for t in (x, *branch(layer))]
     torch.manual_seed(3)
     weight_OI = layer.base_layer.weight_OI.detach()
-    dropped = F.dropout(again[0].view(-1, 96), dropout).view(2, 9, 96)
+    dropped = layer.dropout(again[0].view(-1, 96)).view(2, 9, 96)
     expected = F.linear(again[0], weight_OI, layer.base_layer.bias)
     expected = expected + 0.7 * dropped @ again[1].t() @ again[2].t()
     expected.backward(grad)

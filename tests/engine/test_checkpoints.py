@@ -104,7 +104,7 @@ def fails(*_: Any, **__: Any) -> None:
         (checkpoints, "save_tensors"),
         (checkpoints, "sha256_of"),
         (checkpoints, "write_json"),
-        (files, "_sync_file"),
+        (files, "_sync_folder"),
     ],
 )
 @pytest.mark.parametrize("cleaned", [True, False])

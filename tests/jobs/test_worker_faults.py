@@ -20,7 +20,7 @@ sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 FLAKY = """
-from __main__ import Folders
+from worker_forks import Folders
 from luthier.errors import LuthierError
 calls = 0
 def flaky(method):
@@ -80,7 +80,7 @@ def test_a_disk_that_takes_no_more_under_a_run_costs_no_job(
 
 ENDING = """
 import pathlib, time
-from __main__ import Folders
+from worker_forks import Folders
 write, flag = Folders.write, pathlib.Path({flag!r})
 def ending(self, *arguments):
     if not flag.exists():

@@ -43,8 +43,9 @@ def folder(tmp_path: Path) -> Path:
 def tuned(family_folder: Callable[[str], Path], luthier_home: Path) -> Callable[..., str]:
     """Ids of models that learned by contrast for two steps."""
 
-    def tune(data: Path, family: str, name: str = "x") -> str:
+    def tune(data: Path, family: str, name: str = "x", seed: int = 0) -> str:
         fields: dict[str, Any] = {"training__max_steps": 2, "data__validation_share": 0}
+        fields["training__seed"] = seed
         return luthier.tune(
             data, base=str(family_folder(family)), name=name, objective="contrastive",
             training__learning_rate=1e-3, adaptation="full", **fields,
@@ -101,7 +102,9 @@ def test_an_index_belongs_to_one_model_with_its_weights(
     tuned: Callable[..., str], folder: Path, tmp_path: Path
 ) -> None:
     index = tmp_path / "index"
-    models = [luthier.load(tuned(folder, "small_cnn", name)) for name in "ab"]
+    models = [
+        luthier.load(tuned(folder, "small_cnn", name, seed)) for seed, name in enumerate("ab")
+    ]
     query = str(folder / "left" / "0.png")
     models[0].nearest(query, folder, index=index)
     with pytest.raises(RecipeError, match="holds embeddings of small_cnn:a as it was then"):

@@ -349,10 +349,11 @@ def _pick_keys(k_HND: Tensor, v_HND: Tensor, rows: TileRows) -> tuple[Tensor, Te
 
 
 def _probabilities(q_b: Tensor, k_b: Tensor, group: TileGroup, scale: float) -> Tensor:
+    """Rounded where the decoder rounds (:mod:`luthier.models.kv_cache`): before the scale."""
+    scores = torch.bmm(q_b, k_b.mT).mul_(scale)
     tiles, queries, keys = group.mask_BQK.shape
-    scores = q_b.new_empty(len(q_b), q_b.shape[1], keys)
-    scores.view(tiles, -1, queries, keys).copy_(group.mask_BQK[:, None])
-    return torch.softmax(scores.baddbmm_(q_b, k_b.mT, alpha=scale), -1)
+    scores.view(tiles, -1, queries, keys).add_(group.mask_BQK[:, None])
+    return torch.softmax(scores, -1)
 
 
 def _flex_mask(seen_N: Tensor, node_S: Tensor, both_ways: bool, before: int = 0) -> Any:

@@ -369,7 +369,8 @@ def _token_scores(
     found = {}
     with torch.no_grad():
         for batch in network.batches(examples, BUDGET):
-            logits_SV = network.logits(network.hidden(batch, batch.source_S)).float()
+            # Of all nodes, as a server reads them: of few alone sums are in another order.
+            logits_SV = network.logits(network.hidden(batch)[batch.source_S]).float()
             logp_SV = logits_SV.log_softmax(-1)
             logp_E = logp_SV[batch.edge_source_E, batch.target_E]
             gap_E = logp_SV.amax(-1)[batch.edge_source_E] - logp_E
