@@ -163,16 +163,20 @@ class LoRALinear(LayerWrapper):
         return y.view(*x.shape[:-1], -1)
 
     @property
+    def _drops(self) -> bool:
+        """Whether the branch reads other numbers than the frozen layer."""
+        return self.training and self.dropout.p > 0
+
+    @property
     def _is_plain(self) -> bool:
         """Whether its product is the one of :class:`_LowRankLinears`."""
-        drops = self.training and self.dropout.p > 0
         hooks = (
             self._forward_pre_hooks,
             self._forward_hooks,
             self._backward_pre_hooks,
             self._backward_hooks,
         )
-        return packed_weight(self.base_layer) is None and not drops and not any(hooks)
+        return packed_weight(self.base_layer) is None and not self._drops and not any(hooks)
 
     @classmethod
     def read_together(cls, layers: Sequence[Any], x: Tensor) -> list[Tensor] | None:
@@ -189,7 +193,7 @@ class LoRALinear(LayerWrapper):
         if (packed := packed_weight(self.base_layer)) is not None:  # decoding, without gradients
             y = packed.with_branch(flat, a, b, self.scale)
             return y if bias is None else y + bias
-        if not (self.training and self.dropout.p > 0):
+        if not self._drops:
             (y,) = _low_rank_products(flat, [self], [bias])
             return y
         z = nn.functional.linear(self.dropout(flat), a) * self.scale
