@@ -202,11 +202,24 @@ def test_the_first_is_due_after_ten_steps_or_three_quarters_of_a_minute(
     tmp_path: Path, clock: Clock
 ) -> None:
     kept = Checkpoints(tmp_path)
-    assert [step for step in range(1, 13) if kept.due(step)] == [10, 11, 12]
+    assert [step for step in range(1, 13) if kept.due(step, 0)] == [10, 11, 12]
     clock.now += 44
-    assert not kept.due(1)
+    assert not kept.due(1, 0)
     clock.now += 1
-    assert kept.due(1)
+    assert kept.due(1, 0)
+
+
+def test_a_large_one_waits_until_it_takes_a_tenth_of_the_time(tmp_path: Path, clock: Clock) -> None:
+    kept, seconds = Checkpoints(tmp_path), 3
+    size = int(seconds * checkpoints.FIRST_BYTES_PER_SECOND)
+    clock.now += 29
+    assert not kept.due(10, size)
+    clock.now += 2
+    assert kept.due(10, size) and not kept.due(9, size)
+    clock.now += 14
+    assert kept.due(9, size)
+    clock.now += 1  # what takes longer than all of it waits no longer
+    assert kept.due(10, 1000 * size)
 
 
 @pytest.mark.parametrize(("cost", "wait"), [(0.01, 10), (0.2, 10), (1.0, 50), (3.0, 150)])
@@ -223,9 +236,9 @@ def test_later_ones_take_at_most_a_fiftieth_of_the_time(
     kept = Checkpoints(tmp_path)
     write(kept, 10)
     clock.now += wait - 0.5
-    assert not kept.due(11) and not kept.due(10_000)
+    assert not kept.due(11, 0) and not kept.due(10_000, 0)
     clock.now += 1
-    assert kept.due(11)
+    assert kept.due(11, 0)
 
 
 def test_a_fingerprint_is_of_names_and_bits() -> None:

@@ -24,8 +24,12 @@ from luthier.files import TEMPORARY, new_folder, read_json, sha256_of, sweep, wr
 
 RETAINED = 2
 FIRST_STEP = 10
-"""The first checkpoint is written no later than after this step, or after ``FIRST_SECONDS``."""
+"""Steps before the first checkpoint, which is written after :data:`FIRST_SECONDS` at the latest."""
 FIRST_SECONDS = 45.0
+FIRST_SHARE = 0.1
+"""Part of the time until then that writing it may take, at :data:`FIRST_BYTES_PER_SECOND`."""
+FIRST_BYTES_PER_SECOND = 400e6
+"""As long as none was written; 1.6 GB took 3.9 s, hashed twice and read back (docs/log/engine.md)."""
 SHARE_OF_TIME = 0.02
 """Later ones are spaced so that writing them takes at most this share of the time."""
 
@@ -67,11 +71,12 @@ class Checkpoints:
         self._cost: float | None = None
         sweep(folder)
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint should be written after ``step``."""
+    def due(self, step: int, size: int) -> bool:
+        """Whether a checkpoint of ``size`` bytes should be written after ``step``."""
         since = time.monotonic() - self._last
         if self._cost is None:
-            return step >= FIRST_STEP or since >= FIRST_SECONDS
+            seconds = min(FIRST_SECONDS, size / FIRST_BYTES_PER_SECOND / FIRST_SHARE)
+            return since >= (seconds if step >= FIRST_STEP else FIRST_SECONDS)
         return since >= max(10.0, self._cost / SHARE_OF_TIME)
 
     def write(self, progress: TrainingProgress, tensors: Mapping[str, Tensor]) -> Path:

@@ -209,7 +209,7 @@ class Loop:
                         f"stopped after step {self._run_step} of {self.all_steps}; "
                         "the same command with --resume goes on"
                     )
-                due = self.checkpoints.due(self.progress.step)
+                due = self.checkpoints.due(self.progress.step, self.optimizer.bytes)
                 # The first process, whose clock decides, cannot put shards together alone.
                 if self.processes.first(due) if self.network.is_sharded else due:
                     self.checkpoint()

@@ -200,6 +200,11 @@ class MasterAdamW:
             norm = torch.tensor(math.hypot(float(norm), math.sqrt(self._processes.sum(own**2))))
         return norm
 
+    @property
+    def bytes(self) -> int:
+        """Of the masters and their two moments, as far as this process has them."""
+        return 3 * sum(master.nbytes for master in self.masters.values())
+
     def state(self) -> dict[str, Tensor]:
         """All tensors that an exact resume needs, by name.
 

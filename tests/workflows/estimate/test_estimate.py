@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from luthier.cli import estimate as estimate_command
 from luthier.cli.app import app
 from luthier.engine.actuals import ACTUAL, PARTS, estimates_folder
-from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.checkpoints import FIRST_BYTES_PER_SECOND, Checkpoints
 from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
 from luthier.errors import DataError
@@ -235,17 +235,17 @@ def test_measurements_are_counted_as_the_loop_makes_them() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(5, 5), (30, 100), (100, 4), (1000, 310)])
-@pytest.mark.parametrize("cost", [0.05, 1.0])
+@pytest.mark.parametrize("cost", [0.05, 1.0, 6.0])
 def test_checkpoints_are_counted_by_the_rules_of_the_engine(
     seconds: float, steps: int, cost: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     monkeypatch.setattr("luthier.engine.checkpoints.time.monotonic", lambda: now)
     kept = Checkpoints(tmp_path)
-    written = 0
+    written, size = 0, int(cost * FIRST_BYTES_PER_SECOND)
     for step in range(1, steps + 1):
         now += seconds / steps
-        if kept.due(step):
+        if kept.due(step, size):
             written += 1
             kept._cost, kept._last = cost, now
     assert abs(_checkpoints(seconds, steps, cost) - written) <= 1 + 0.05 * written

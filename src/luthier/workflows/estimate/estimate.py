@@ -309,7 +309,10 @@ def _checkpoints(seconds: float, steps: int, cost: float) -> int:
     if not each:
         return 0
     # One can be due only when a step is done.
-    first = min(checkpoints.FIRST_STEP, math.ceil(checkpoints.FIRST_SECONDS / each))
+    latest = math.ceil(checkpoints.FIRST_SECONDS / each)
+    first = min(
+        latest, max(checkpoints.FIRST_STEP, math.ceil(cost / checkpoints.FIRST_SHARE / each))
+    )
     apart = math.ceil(max(10.0, cost / checkpoints.SHARE_OF_TIME) / each)
     return 1 + (steps - first) // apart if steps >= first else 0
 
