@@ -150,12 +150,15 @@ def test_an_endpoint_without_log_probabilities_and_one_that_is_down(
     store: Path, luthier_home: Path, endpoint: Any
 ) -> None:
     shutil.copytree(store, luthier_home)
-    answers = dict(zip(WORDS, COLOURS, strict=True))
-    endpoint.answer = lambda prompt: f"It is {answers[prompt.split()[-1].rstrip('?')]}."
+    # What the model writes, which some processors do not train to all of the colours.
+    model = luthier.load(ID)
+    for prompt in (f"What is the colour of {word}?" for word in WORDS):
+        endpoint.answers[prompt] = model.generate(prompt, max_tokens=32)
     found = luthier.verify(ID, endpoint=endpoint.url).endpoint
     assert found is not None and found.finding == "served", found
     assert {each["logprob_difference"] for each in found.candidates} == {None}
     assert {body["temperature"] for body in endpoint.bodies} == {0.0}
+    endpoint.answers.clear()
     endpoint.answer = lambda prompt: "blue " * 20_000  # of what was asked at most 32 tokens
     with pytest.raises(LuthierError, match="longer than its context"):
         luthier.verify(ID, endpoint=endpoint.url)
