@@ -19,11 +19,17 @@ def processes(server: Served) -> list[psutil.Process]:
 
 
 def resident(server: Served, *, children: bool = True) -> int:
-    """Bytes that they hold now, or the server's own process alone."""
-    total = 0
-    for each in processes(server) if children else processes(server)[:1]:
+    """Bytes that they hold now, or the server's own process alone.
+
+    A child that runs no program of its own yet shares all its memory with its parent.
+    """
+    own, *others = processes(server)
+    total = int(own.memory_info().rss)
+    command = own.cmdline()
+    for each in others if children else ():
         with suppress(psutil.NoSuchProcess):
-            total += int(each.memory_info().rss)
+            if each.cmdline() != command:
+                total += int(each.memory_info().rss)
     return total
 
 
