@@ -309,6 +309,10 @@ def test_an_interrupted_run_is_listed_and_shown(
     (listed,) = Answer("models", "list", "--json").good().json()["unfinished"]
     assert listed["id"] == run.model_id
     assert run.model_id in Answer("models", "list").good().out
+    for asked in (run.model_id, "x", f"{run.model_id}2"):
+        refusal = Answer("generate", asked, "Hi").refused()
+        assert f"The run {run.model_id} has not ended" in refusal
+        assert "luthier tune … --resume" in refusal and "job-1 " not in refusal
     Answer("models", "remove", run.model_id).good()
     assert run.model_id not in Answer("models", "list").good().out
     assert "there is no custom model" in Answer("models", "show", run.model_id).refused()
