@@ -26,6 +26,7 @@ from luthier.evaluation.label_issues import LabelIssue, LabelIssueCounts
 from luthier.files import (
     copy_lines,
     disk_errors,
+    folder_size,
     is_locked,
     json_lines,
     lock,
@@ -69,6 +70,8 @@ ACTIVATIONS, PRECOMPUTED = "activations.bin", "precomputed"
 """What was computed ahead for the rows: by the frozen layers, by the objective."""
 LOOK_SECONDS = 0.1
 """Between two tries of a lock that is held: longer than anybody looks at it (:func:`is_locked`)."""
+CHECKPOINTS = "checkpoints"
+"""The folder of those that a run goes on from."""
 REFIT = "refit"
 """The folder of training once more, on all rows, while that goes on."""
 START, TOKENS = "start", "tokens"
@@ -242,7 +245,7 @@ class Run:
 
     def drop_working_files(self) -> None:
         """Free the disk of what only a resume would need."""
-        for name in ("checkpoints", PRECOMPUTED, REFIT, START, TOKENS):
+        for name in (CHECKPOINTS, PRECOMPUTED, REFIT, START, TOKENS):
             remove(self.folder / name)
         for folder in (self.folder, working(self.folder)):
             (folder / ACTIVATIONS).unlink(missing_ok=True)
@@ -266,6 +269,10 @@ class Run:
         """Forget a run that was refused before it began."""
         if not (self.folder / RUN_REQUEST).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def checkpoint_bytes(self) -> int:
+        """What the checkpoints of this run take of the disk, those of its refit among them."""
+        return sum(folder_size(each / CHECKPOINTS) for each in (self.folder, self.folder / REFIT))
 
     def has_metrics(self) -> bool:
         """Whether it measured or trained anything yet."""
