@@ -77,7 +77,7 @@ def test_the_first_lines_say_what_is_stored_and_whose_the_figures_are(
         f"{MODEL} is stored and verified, but nothing was learned: its weights are those from before "
         "training"
     )
-    assert second.startswith("  60 steps (stopped early), ")
+    assert second.startswith("  60 steps (stopped early), 10 of them of the refit on all rows, ")
     assert f"validation loss {result.verdict.kept['loss']:.4f} before the refit on all 24" in second
 
 

@@ -624,6 +624,12 @@ class Trainer:
             f"{self.trained:,} of {self.weights:,} weights train ({self.trained / self.weights:.2%}); "
             f"the model will be stored in {size / 1e6:,.2f} MB"
         )
+        if refit_steps := self.job.refit_steps:
+            note(
+                f"{self.job.all_steps:,} steps in all: {self.job.steps:,} that are measured on the "
+                f"held-out rows, then up to {refit_steps:,} that train once more on all rows "
+                "(`training.refit`)"
+            )
         if is_sharded:
             shard_layers(network, self.group, machine.device)
             return_freed_memory()
