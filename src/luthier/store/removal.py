@@ -19,9 +19,10 @@ from luthier.files import write_bytes
 from luthier.models.manifest import MANIFEST
 from luthier.store import exports, shared_models, storage, tags
 from luthier.store.arns import Arns
-from luthier.store.custom_models import CREATING, CustomModel
+from luthier.store.custom_models import CREATING, RESERVED, CustomModel
 from luthier.store.database import Database
-from luthier.store.endpoints import DEPLOYMENT, endpoint_that_uses
+from luthier.store.endpoints import DEPLOYMENT, Endpoint, endpoint_that_uses
+from luthier.store.foundation import FoundationModel
 from luthier.store.imports import files_name
 from luthier.store.jobs import Job, job_of_run, run_name
 from luthier.store.model_folders import (
@@ -92,6 +93,23 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     session.delete(model)
     session.flush()
     storage.release(session, model.account, stored_bytes=model.stored_bytes or 0)
+
+
+def users_of_base(database: Database, base: FoundationModel) -> list[str]:
+    """What accounts have that stands on ``base``: models, jobs that have not ended, endpoints."""
+    models = select(CustomModel).where(CustomModel.root == base.id, CustomModel.status != RESERVED)
+    jobs = select(Job).where(Job.foundation == base.id, Job.is_unfinished())
+    endpoints = select(Endpoint).where(Endpoint.foundation == base.id)
+    with database.read() as session:
+        return [
+            f"{what} {each.name} of account {each.account}"
+            for what, query in (
+                ("the custom model", models.order_by(CustomModel.seq)),
+                ("the job", jobs.order_by(Job.seq)),
+                ("the endpoint", endpoints.order_by(Endpoint.seq)),
+            )
+            for each in session.scalars(query)
+        ]
 
 
 @contextmanager
