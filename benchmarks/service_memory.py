@@ -178,7 +178,6 @@ def faces(text: str) -> list[Request]:
         (f"{MODEL_PATH}/invoke", {"prompt": text}),
         (f"{MODEL_PATH}/count-tokens", {"input": {"converse": {"messages": turns}}}),
         embedding(text),
-        ("/v1/embeddings", {"model": MODEL, "input": text}),
     ]
 
 
@@ -219,7 +218,7 @@ SCENARIOS: dict[str, Callable[[int], Awaitable[list[tuple[int, float, bytes]]]]]
         port,
         [
             ("/v1/completions", {"model": MODEL, "prompt": [7] * 8_000_000, "echo": True}),
-            ("/v1/embeddings", {"model": MODEL, "input": [7] * 8_000_000}),
+            ("/v1/embeddings", {"model": READER, "input": [7] * 8_000_000}),
         ],
     ),
     "4 million wrong items": lambda port: send(port, [embedding([1.5] * 4_000_000)] * 2),

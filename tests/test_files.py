@@ -372,6 +372,21 @@ def test_disk_errors_say_what_happened(
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_store_that_is_a_file_is_named_with_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
+    named = (
+        r"home/runs cannot be written: Not a directory\. The store .*home is no folder \(.*LUTHIER_"
+    )
+    with pytest.raises(LuthierError, match=named), disk_errors(tmp_path / "home" / "runs"):
+        (tmp_path / "home" / "runs").mkdir(parents=True)
+    with pytest.raises(LuthierError) as elsewhere, disk_errors(tmp_path / "home-2"):
+        raise NotADirectoryError(errno.ENOTDIR, "x")
+    assert "LUTHIER_HOME" not in str(elsewhere.value)
+
+
 def test_a_full_disk_is_known_by_what_safetensors_makes_of_it(tmp_path: Path) -> None:
     """``save_file`` on a full tmpfs raised this; it is no OSError."""
     from safetensors import SafetensorError

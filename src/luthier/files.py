@@ -512,7 +512,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if number == errno.EROFS:
             raise ReadOnlyDisk(f"{folder} cannot be written: {os.strerror(number)}") from error
         if number in _UNWRITABLE:
-            raise LuthierError(f"{folder} cannot be written: {os.strerror(number)}") from error
+            why = f"{folder} cannot be written: {os.strerror(number)}"
+            home = explain_unreadable_home() if folder.is_relative_to(luthier_home()) else ""
+            raise LuthierError(f"{why}. {home}" if home else why) from error
         raise
 
 

@@ -18,13 +18,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import attacks
 import pytest
-from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny
+from luthier_server import BASE, ENCODER, KEYS, ONE, OTHER, Served, add_base, home_with_tiny
 from resident_memory import Growth
 
 pytestmark = pytest.mark.slow
@@ -110,10 +110,14 @@ class Neighbour:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
-    made = Served(
-        home_with_tiny(tmp_path_factory.mktemp("served"), tiny_model_folder), forked=False
-    )
+def server(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    family_folder: Callable[[str], Path],
+) -> Iterator[Served]:
+    home = home_with_tiny(tmp_path_factory.mktemp("served"), tiny_model_folder)
+    add_base(home, "encoder", "encoder", family_folder("bert"))
+    made = Served(home, forked=False)
     processors = sorted(os.sched_getaffinity(0))
     half = len(processors) // 2
     os.sched_setaffinity(0, processors[half:])  # which the server, and all it starts, takes over
@@ -123,6 +127,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
         messages = [{"role": "user", "content": "Hello"}]
         asked = {"model": BASE, "messages": messages, "max_tokens": 2}
         assert made.ask("POST", "/v1/chat/completions", asked, account)[0] == 200
+    embed = {"model": ENCODER, "input": "a"}
+    assert made.ask("POST", "/v1/embeddings", embed)[0] == 200
     yield made
     made.end()
     os.sched_setaffinity(0, processors)
@@ -137,7 +143,7 @@ def test_an_attack_costs_the_neighbours_little(server: Served, name: str) -> Non
     listing = _slowest(neighbour.listings)
     assert not neighbour.failures
     memory = Growth(server)
-    keys = json.dumps({**KEYS[ONE], "model": BASE, "policies": None})
+    keys = json.dumps({**KEYS[ONE], "model": BASE, "encoder": ENCODER, "policies": None})
     command = [sys.executable, attacks.__file__, name, str(neighbour.port), keys]
     with memory, neighbour:
         attack = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -7,8 +7,7 @@ seeds, and ``LUTHIER_TEST_SEED`` begins at another one.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from urllib.parse import urlsplit
 
 import pytest
 from broken_requests import ACCOUNT, ROWS
+from luthier_server import add_base
 from served import served
 from wire_fuzz import Answered, Case, Keys, cases_of, drawn, send, wrong
 
 from luthier.api.service import Service
 from luthier.api.settings import Settings
-from luthier.files import write_json
 from luthier.limits import ServerLimits
-from luthier.models.manifest import MANIFEST
 
 FACES = ("bedrock", "openai", "native", "s3")
 SHORT, LONG = 120, int(os.environ.get("LUTHIER_TEST_EXAMPLES", "4000"))
@@ -67,6 +65,7 @@ def started(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_model_folder: Path,
+    family_folder: Callable[[str], Path],
 ) -> Iterator[tuple[Running, Path]]:
     home = tmp_path_factory.mktemp("fuzz")
     address = None
@@ -75,10 +74,8 @@ def started(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(home))
         patch.delenv("LUTHIER_DATABASE", raising=False)
-        base = home / "models" / "base" / "tiny"
-        shutil.copytree(tiny_model_folder, base)
-        about = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
-        write_json(base / MANIFEST, about)
+        add_base(home, "tiny", "causal_lm", tiny_model_folder)
+        add_base(home, "encoder", "encoder", family_folder("bert"))
         # Refused requests of one address are slowed down, and here are hundreds of them.
         limits = ServerLimits(requests_per_second_per_address=100_000)
         service = Service(Settings(database=address, file_roots=(home / "files",), limits=limits))

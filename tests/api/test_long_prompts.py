@@ -6,12 +6,12 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny
+from luthier_server import BASE, ENCODER, KEYS, ONE, OTHER, Served, add_base, home_with_tiny
 from resident_memory import Growth, resident
 
 pytestmark = pytest.mark.slow
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.slow
 DIGITS = "0123456789" * 1_200_000
 TURNS = [{"role": "user", "content": [{"text": DIGITS}]}]
 CHAT = [{"role": "user", "content": DIGITS}]
-MODEL = f"/model/{BASE}"
 WORDS = "Input is too long for requested model. Its context is"
 GROWTH, LEFT = 400 << 20, 100 << 20
 
@@ -35,7 +34,8 @@ OPENAI: dict[str, tuple[str, dict[str, Any], str]] = {
     "completions": ("/v1/completions", {"prompt": DIGITS}, "prompt"),
     "ids": ("/v1/completions", {"prompt": [7] * 400_000, "echo": True}, "prompt"),
     "responses": ("/v1/responses", {"input": DIGITS}, "input"),
-    "embeddings": ("/v1/embeddings", {"input": ["a", DIGITS]}, "input"),
+    "embeddings": ("/v1/embeddings", {"model": ENCODER, "input": ["a", DIGITS]},
+                   "input"),
     "messages": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}] * 10_000},
                  "messages"),
     "tools": ("/v1/chat/completions", {
@@ -57,11 +57,18 @@ BEDROCK: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
-    made = Served(home_with_tiny(tmp_path_factory.mktemp("long"), tiny_model_folder), forked=False)
+def server(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    family_folder: Callable[[str], Path],
+) -> Iterator[Served]:
+    home = home_with_tiny(tmp_path_factory.mktemp("long"), tiny_model_folder)
+    add_base(home, "encoder", "encoder", family_folder("bert"))
+    made = Served(home, forked=False)
     made.start("--no-workers", "--limit", "wrong_bodies_per_minute=1000")
     for account in KEYS:
         assert said(made, account) == 200
+    assert made.ask("POST", "/v1/embeddings", {"model": ENCODER, "input": "a"})[0] == 200
     yield made
     made.end()
 
@@ -108,7 +115,8 @@ def test_every_operation_refuses_them_in_its_own_words(server: Served) -> None:
             assert error["message"].startswith(WORDS) and error["param"] == member, name
         for name, (operation, body) in BEDROCK.items():
             began = time.monotonic()
-            status, answer = server.ask("POST", f"{MODEL}/{operation}", body)
+            model = ENCODER if "inputText" in body else BASE
+            status, answer = server.ask("POST", f"/model/{model}/{operation}", body)
             slowest[name] = time.monotonic() - began
             assert status == 400 and answer["message"].startswith(WORDS), name
     # 13 to 70 s each before; most of this is the client's own work, beside others'.
@@ -150,5 +158,5 @@ def test_texts_up_to_the_context_are_answered(server: Served) -> None:
     status, body = server.ask("POST", "/v1/completions", {"model": BASE, "prompt": text})
     assert status == 200 and body["usage"]["prompt_tokens"] <= 1024
     counted = {"input": {"invokeModel": of_invoke({"prompt": text})["input"]["invokeModel"]}}
-    status, count = server.ask("POST", f"{MODEL}/count-tokens", counted)
+    status, count = server.ask("POST", f"/model/{BASE}/count-tokens", counted)
     assert (status, count["inputTokens"]) == (200, body["usage"]["prompt_tokens"])

@@ -8,8 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,12 @@ from broken_requests import (
 )
 from hypothesis import HealthCheck, given, settings
 from jsonschema import Draft202012Validator
+from luthier_server import add_base
 from served import served
 
 from luthier.api.service import Service
 from luthier.api.settings import Settings
-from luthier.files import write_json
 from luthier.limits import ServerLimits
-from luthier.models.manifest import MANIFEST
 
 EXAMPLES = int(os.environ.get("LUTHIER_TEST_EXAMPLES", "150"))
 
@@ -66,15 +64,15 @@ class Running:
 
 @pytest.fixture(scope="module")
 def started(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    family_folder: Callable[[str], Path],
 ) -> Iterator[tuple[Running, Path]]:
     home = tmp_path_factory.mktemp("malformed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(home))
-        base = home / "models" / "base" / "tiny"
-        shutil.copytree(tiny_model_folder, base)
-        about = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
-        write_json(base / MANIFEST, about)
+        add_base(home, "tiny", "causal_lm", tiny_model_folder)
+        add_base(home, "encoder", "encoder", family_folder("bert"))
         # Refused requests of one address are slowed down, and here are hundreds of them.
         limits = ServerLimits(requests_per_second_per_address=100_000)
         service = Service(Settings(file_roots=(home / "files",), limits=limits))

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from luthier_server import BASE, KEYS, ONE, Served, home_with_tiny
+from luthier_server import BASE, ENCODER, KEYS, ONE, Served, add_base, home_with_tiny
 from resident_memory import resident
 
 from luthier.api.service import Service
@@ -45,10 +45,14 @@ GROWTH = 16 * MIB
 
 @pytest.fixture
 def server(
-    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    family_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Served]:
-    """With a base and adapters on it."""
+    """With a base and adapters on it, and an encoder."""
     home = home_with_tiny(tmp_path / "served", tiny_model_folder)
+    add_base(home, "encoder", "encoder", family_folder("bert"))
     rows = home / "rows.jsonl"
     rows.write_text('{"prompt": "say fox", "completion": "fox fox"}\n' * 3)
     monkeypatch.setenv("LUTHIER_HOME", str(home))
@@ -137,7 +141,7 @@ class Clients:
 
     def embed(self, source: str, turn: int) -> None:
         texts = [f"The quick brown fox {turn % NUMBERS} {number}" for number in range(1 + turn % 8)]
-        self.ask(source, "/v1/embeddings", {"model": BASE, "input": texts})
+        self.ask(source, "/v1/embeddings", {"model": ENCODER, "input": texts})
 
     def change_adapters(self, source: str, turn: int) -> None:
         one = f"/api/v1/models/adapter-{turn % ADAPTERS}"

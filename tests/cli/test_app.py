@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,25 @@ def test_what_commands_do_is_said_whole(group: list[str]) -> None:
         )
         assert about in " ".join(text.split())
         assert "\n  worker " not in text  # hidden
+
+
+@pytest.mark.parametrize("columns", [60, 80, 132])
+def test_help_is_as_wide_as_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in (["search"], ["serve"], ["models", "export"]):
+        out, _ = start(tmp_path, *command, "--help").communicate(timeout=120)
+        lines = out.splitlines()
+        assert columns - 25 < max(map(len, lines)) <= columns
+
+
+def test_values_are_shown_by_their_types_and_bounds_behind_the_help() -> None:
+    text = Answer("search", "--help").good().out
+    assert re.search(r"--trials <int> .*x>=1\]", text, re.DOTALL)
+    assert "--space <str> " in text and "--long-rows <error|drop|truncate>" in text
+    text = Answer("serve", "--help").good().out
+    assert "--file-root <path> " in text and " range>" not in text and "list[" not in text
 
 
 @pytest.mark.parametrize("command", [[], ["models"]])

@@ -127,6 +127,18 @@ def test_generate_takes_messages(home: Path, tmp_path: Path) -> None:
     assert rows[1]["prompt"] == [{"role": "user", "content": "colour of grass?"}]
 
 
+@pytest.mark.parametrize("expected", [None, "", {}, []])
+def test_a_reply_is_kept_where_nothing_is_expected(
+    home: Path, tmp_path: Path, expected: Any
+) -> None:
+    row = {"prompt": "colour of coal?", "expected": expected}
+    source = jsonl(tmp_path / "in.jsonl", row | {"completion": "red"}, row)
+    lines = Answer("generate", MODEL, "--input", str(source)).good().out.splitlines()
+    replied, plain = map(json.loads, lines)
+    assert replied == {"prompt": "colour of coal?", "completion": "black", "expected": "red"}
+    assert plain == row | {"completion": "black"}
+
+
 def test_generate_reads_what_tune_reads(home: Path, tmp_path: Path) -> None:
     def answers(source: str | Path, *options: str) -> list[dict[str, Any]]:
         lines = Answer("generate", MODEL, "--input", str(source), *options).good().out.splitlines()

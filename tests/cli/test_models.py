@@ -24,8 +24,9 @@ from luthier.files import read_json, sha256_of, write_json
 from luthier.models.catalog import CATALOG, PackageSource
 from luthier.models.manifest import MANIFEST
 from luthier.serving.journal import evaluation_journal
-from luthier.store.custom_models import CustomModel
+from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import now
+from luthier.store.endpoints import PROVISIONED, Endpoint
 from luthier.store.model_folders import gguf_folder
 from luthier.store.models import find
 from luthier.workflows.export import Export
@@ -455,6 +456,38 @@ def test_a_fetched_base_is_removed_where_nothing_stands_on_it(own_home: Path) ->
     assert not folder.exists() and not derived.exists()
     assert (own_home / "models" / "custom" / folder.name / "mine" / MANIFEST).is_file()
     assert "there is nothing to remove" in Answer("models", "remove", folder.name).refused()
+
+
+def test_a_base_that_accounts_of_the_service_use_is_kept(own_home: Path) -> None:
+    folder = own_home / "models" / "base" / "smollm2-135m-instruct"
+    write_json(folder / MANIFEST, {})
+    foundation, ended = (
+        f"huggingfacetb.{folder.name}",
+        "arn:aws:bedrock:us-east-1::foundation-model/",
+    )
+    with open_database(None) as service, service.write() as session:
+        session.add(
+            Endpoint(
+                id="abcdefghijkl", account="111111111111", kind=PROVISIONED, name="always", units=1,
+                foundation=foundation, model=ended + foundation, created=now(), modified=now(),
+            )
+        )  # fmt: skip
+    refused = Answer("models", "remove", folder.name).refused()
+    assert f"accounts of the service use {folder.name}: the endpoint always of account 1" in refused
+    assert "--force" in refused and folder.is_dir()
+    with open_database(None) as service, service.write() as session:
+        session.delete(session.query(Endpoint).one())
+        session.add(
+            CustomModel(
+                id="abcdefghijkl", account="111111111111", name="theirs", foundation=foundation,
+                root=foundation, base_model=ended + foundation, stored_id=f"{folder.name}:job-x",
+                status=ACTIVE, created=now(),
+            )
+        )  # fmt: skip
+    refused = Answer("models", "remove", folder.name).refused()
+    assert "the custom model theirs of account 111111111111" in refused
+    Answer("models", "remove", folder.name, "--force").good()
+    assert not folder.exists()
 
 
 def test_a_base_that_a_run_learns_from_is_kept(own_home: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from served import served
 
 from luthier.api.service import Service
 from luthier.api.settings import Settings
-from luthier.cli.service import FIRST
+from luthier.cli.service import FIRST, open_database
+from luthier.store.custom_models import ACTIVE, CustomModel
+from luthier.store.database import now
 from luthier.store.removal import count_without_account
 from luthier.store.storage import stored_by
 
@@ -72,6 +75,32 @@ def test_clients_ask_a_model_of_the_command_line(
             (listed,) = Answer("models", "list", "--json").good().json()["custom"]
             assert listed["service"] == {"account": FIRST, "name": "colours"}
             assert "colours of account 000000000000" in Answer("models", "list").good().out
+            # It goes back to the command line, but not under the feet of a client.
+            deployed = bedrock.create_custom_model_deployment(
+                modelDeploymentName="answers", modelArn=made["arn"]
+            )["customModelDeploymentArn"]
+            unregister = ("models", "unregister", MODEL)
+            assert "is deployed as answers" in refused(*unregister)
+            other = ("--region", "eu-west-1")
+            assert "name the region us-east-1: give" in refused(*unregister, *other)
+            assert ask() == "black"
+            named = {"customModelDeploymentIdentifier": deployed}
+            until = time.monotonic() + 60
+            while bedrock.get_custom_model_deployment(**named)["status"] == "Creating":
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            bedrock.delete_custom_model_deployment(**named)
+            back = admin(*unregister)
+            assert back == {"account": FIRST, "name": "colours", "model": MODEL}
+            with pytest.raises(openai.NotFoundError):
+                ask()
+            assert (own_home / "models/custom/tiny-llama/colours/luthier.json").is_file()
+            assert count_without_account(service.database) == 1
+            with service.database.read() as session:
+                assert stored_by(session, FIRST)["stored_bytes"] == 0
+            assert f"no account has {MODEL}" in refused(*unregister)
+            admin("models", "register", MODEL)
+            assert ask() == "black"
             # What its account deletes is gone, and no longer counts.
             bedrock.delete_custom_model(modelIdentifier="colours")
             assert not (own_home / "models/custom/tiny-llama/colours").exists()
@@ -79,7 +108,27 @@ def test_clients_ask_a_model_of_the_command_line(
                 assert stored_by(session, FIRST)["stored_bytes"] == 0
     finally:
         service.close()
+    assert "luthier:admin.models.unregister" in Answer("audit", "list", "--json").good().out
     assert "luthier:admin.models.register" in Answer("audit", "list", "--json").good().out
+
+
+@pytest.mark.parametrize(
+    "fields", [{"job_id": "abc"}, {"stored_id": "imported:model-abcdefghijkl"}]
+)
+def test_what_the_service_made_is_not_taken_from_its_account(
+    luthier_home: Path, fields: dict[str, str]
+) -> None:
+    admin("accounts", "create", FIRST)
+    own = {
+        "id": "abcdefghijkl", "account": FIRST, "name": "x", "foundation": "luthier.x",
+        "root": "luthier.x", "base_model": "", "stored_id": "x:y", "status": ACTIVE, "created": now(),
+    }  # fmt: skip
+    with open_database(None) as service, service.write() as session:
+        session.add(CustomModel(**own | fields))
+    stored_id = fields.get("stored_id", "x:y")
+    refusal = refused("models", "unregister", stored_id)
+    assert "was never one of the command line" in refusal
+    assert admin("models", "list")["models"]
 
 
 def test_what_cannot_be_registered(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from command_line import MODEL, ROWS, Answer, jsonl, memorise, start
 from pydantic import TypeAdapter
 from stored_files import files_in
 
-from luthier.cli.tune import print_comparison, print_result
+from luthier.cli.tune import loss_figures, print_comparison, print_result, validation_result
 from luthier.engine.runs import Result, Run
 from luthier.engine.verdict import Refit
 from luthier.evaluation.baselines import Baseline, Comparison
@@ -77,8 +77,24 @@ def test_the_first_lines_say_what_is_stored_and_whose_the_figures_are(
         f"{MODEL} is stored and verified, but nothing was learned: its weights are those from before "
         "training"
     )
-    assert second.startswith("  60 steps (stopped early), ")
+    assert second.startswith("  60 steps (stopped early), 10 of them of the refit on all rows, ")
     assert f"validation loss {result.verdict.kept['loss']:.4f} before the refit on all 24" in second
+
+
+def test_the_figures_of_one_line_are_of_the_same_weights(
+    tuned: tuple[Path, dict[str, Any], str, str], home: Path
+) -> None:
+    result = TypeAdapter(Result).validate_python(tuned[1])
+    assert result.verdict is not None and result.verdict.kept_step == result.steps
+    trained = f"training loss {result.train_loss:.4f}"
+    assert loss_figures(result, "loss 0.5000") == f"{trained}, validation loss 0.5000"
+    regression = replace(result, verdict=replace(result.verdict, kept_step=0))
+    kept = {"accuracy": 0.75, "loss": 0.6}
+    held = validation_result("accuracy", kept, beside_loss=True)
+    assert loss_figures(regression, held) == "validation accuracy 75.0%, loss 0.6000"
+    assert loss_figures(replace(result, refit=Refit(24, 4, 10)), held) == f"validation {held}"
+    unmeasured = replace(result.verdict, kept={}, kept_step=result.steps)
+    assert loss_figures(replace(result, verdict=unmeasured), "") == trained
 
 
 def test_tune_without_json_tells_choices_and_next_steps(
@@ -293,6 +309,10 @@ def test_an_interrupted_run_is_listed_and_shown(
     (listed,) = Answer("models", "list", "--json").good().json()["unfinished"]
     assert listed["id"] == run.model_id
     assert run.model_id in Answer("models", "list").good().out
+    for asked in (run.model_id, "x", f"{run.model_id}2"):
+        refusal = Answer("generate", asked, "Hi").refused()
+        assert f"The run {run.model_id} has not ended" in refusal
+        assert "luthier tune … --resume" in refusal and "job-1 " not in refusal
     Answer("models", "remove", run.model_id).good()
     assert run.model_id not in Answer("models", "list").good().out
     assert "there is no custom model" in Answer("models", "show", run.model_id).refused()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_messages_in_a_cell(tmp_path: Path) -> None:
         (b"a,b\n1,2\n1,2,3\n1,2\n", 3, "table.cells", "3 cells, and the header 2"),
         (b"a,b\n1,2\n1\n1,2\n", 3, "table.cells", "1 cells"),
         (b'a,b\n1,2\n"x"y,2\n1,2\n', 3, "table.invalid", "expected after"),
-        (b"a,b\n1,2\nx\rz,2\n1,2\n", 3, "table.invalid", "new-line"),
+        (b"a,b\n1,2\nx\rz,2\n1,2\n", 3, "table.invalid", "(CR)"),
         (b"a,b\n1,2\n\xff,2\n1,2\n", 3, "encoding.utf8", "Byte 1 of the line"),
         (b'messages,b\n1,2\n"[{",2\n1,2\n', 3, "json.invalid", 'Column "messages"'),
         (b'messages,b\n1,2\n"[NaN]",2\n1,2\n', 3, "json.not_finite", "NaN"),
@@ -152,6 +153,7 @@ def test_a_bad_row_between_good_ones(
         (b"a,,\n1,2,3\n", 1, "table.header", "empty names"),
         (b"%s,b\n1,2\n" % (b"x" * 300), 1, "table.header", "longer"),
         (b'a,"b\n1,2\n', 1, "table.invalid", "header is no CSV"),
+        (b"a,b\r1,2\r3,4\r", 1, "table.invalid", "(CR) without a line feed (LF)"),
         (b"a,b\n", 0, "file.empty", "a header and no rows"),
         (b"a,b\n\xff,2\n", 2, "encoding.utf8", "Byte 1 of the line"),
         (b"", 0, "file.empty", "no rows"),
@@ -165,6 +167,20 @@ def test_a_file_that_is_no_table(
     assert records == []
     assert [(p.line, p.rule) for p in problems] == [(line, rule)]
     assert said in problems[0].message
+
+
+def test_lone_carriage_returns_are_converted_by_the_command_that_is_named(tmp_path: Path) -> None:
+    _, problems = read_csv(tmp_path, b"a,b\n1,2\r3,4\n")
+    assert (problems[0].line, problems[0].rule) == (2, "table.invalid")
+    assert "universal-newline" not in problems[0].message
+    command = problems[0].fix.split("LF: ")[1].split(";")[0]
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    old.write_bytes(b"a,b\r1,2\r3,4\r")
+    subprocess.run(
+        command.replace("OLD", str(old)).replace("NEW", str(new)), shell=True, check=True
+    )
+    records, problems = read_csv(tmp_path, new.read_bytes())
+    assert [number for number, _ in records] == [2, 3] and not problems
 
 
 def test_a_quote_that_is_never_closed_does_not_swallow_the_memory(

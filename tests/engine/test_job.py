@@ -12,6 +12,8 @@ from short_runs import Notes, manifest_of, pairs, write_rows
 from stored_files import files_in
 
 from luthier.engine import job, train
+from luthier.engine.machine import choose_machine
+from luthier.engine.runs import CHECKPOINTS, REFIT, Run
 from luthier.errors import (
     DataError,
     DiskFull,
@@ -48,6 +50,38 @@ def test_too_little_disk_is_refused(
     usage = type("Usage", (), {"free": 20_000_000, "total": 21_000_000})
     monkeypatch.setattr("luthier.files.shutil.disk_usage", lambda path: usage)
     refused(recipe(), DoesNotFit, "this run needs 2[0-9] MB on the disk", luthier_home)
+
+
+def test_checkpoints_of_a_refit_need_room_and_those_that_are_there_need_none(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(job, "need_disk", lambda folder, size, what: needed.append(size))
+    base = find(recipe().base)
+
+    def bytes_needed(stored: int = 0, **training: Any) -> int:
+        asked = recipe(training)
+        data = asked.data.model_copy(update={"validation_share": 0.5})
+        asked = asked.model_copy(update={"data": data})
+        machine = choose_machine("float32", 1)
+        job.prepare_job(asked, base, machine, Notes(), stored_bytes=stored)
+        return needed[-1]
+
+    once, twice = bytes_needed(refit=False), bytes_needed(refit=True)
+    # Five checkpoints instead of three, and not the other way round: the rest is small here.
+    assert twice - once == pytest.approx((once - 20_000_000) * 2 / 3, rel=0.2)
+    assert bytes_needed(stored=once - 1_000, refit=False) == 1_000
+    assert bytes_needed(stored=2 * once, refit=False) == 0
+
+
+def test_checkpoints_of_a_run_and_of_its_refit_are_counted(luthier_home: Path) -> None:
+    run = Run("base", "x")
+    assert run.checkpoint_bytes() == 0
+    for folder in (run.folder, run.folder / REFIT):
+        (folder / CHECKPOINTS / "step-1").mkdir(parents=True)
+        (folder / CHECKPOINTS / "step-1" / "tensors.safetensors").write_bytes(b"x" * 10)
+        (folder / "other.safetensors").write_bytes(b"x")
+    assert run.checkpoint_bytes() == 20
 
 
 @pytest.mark.slow

@@ -83,6 +83,10 @@ def test_the_stored_weights_are_those_of_a_run_on_all_rows(recipe: Callable[...,
     shown = [(line["event"], line["step"]) for line in notes.lines]
     assert shown == [(line["event"], line["step"]) for line in metrics_of(result)]
     assert (result.steps, result.rows) == (2 * STEPS, 20)
+    assert (
+        f"{2 * STEPS} steps in all: {STEPS} that are measured on the held-out rows, then up to {STEPS} "
+        "that train once more on all rows (`training.refit`)"
+    ) in notes.notes
     # The scores are those of the first training, and the words say so.
     assert result.verdict.kept == measured.verdict.kept
     assert result.validation_loss == measured.validation_loss

@@ -286,7 +286,7 @@ def long_chats(attacker: Attacker) -> None:
 
 def many_embeddings(attacker: Attacker) -> None:
     """Requests for the vectors of 500 texts each."""
-    body = json.dumps({"model": attacker.keys["model"], "input": ["word " * 100] * 500}).encode()
+    body = json.dumps({"model": attacker.keys["encoder"], "input": ["word " * 100] * 500}).encode()
     attacker.together(lambda: attacker.post("/v1/embeddings", body), 12, 12)
 
 

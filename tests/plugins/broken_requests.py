@@ -44,7 +44,8 @@ OPENAI: list[tuple[str, str, Any]] = [
     ("POST", "/v1/chat/completions", STRUCTURED),
     ("POST", "/v1/completions", {"model": MODEL, "prompt": ["Hello"], "max_tokens": 2, "echo": True,
                                  "logprobs": 1, "stop": "x", "suffix": None, "best_of": 1}),
-    ("POST", "/v1/embeddings", {"model": MODEL, "input": ["a", "b"], "encoding_format": "float"}),
+    ("POST", "/v1/embeddings",
+     {"model": "luthier.encoder", "input": ["a", "b"], "encoding_format": "float"}),
     ("POST", "/v1/fine_tuning/jobs", TUNING),
     ("POST", "/v1/fine_tuning/jobs", {**TUNING, "method": {
         "type": "reinforcement", "reinforcement": {"grader": GRADER, "hyperparameters": {}}}}),

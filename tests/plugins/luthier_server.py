@@ -23,6 +23,8 @@ from luthier.files import write_json
 from luthier.models.manifest import MANIFEST
 
 BASE = "luthier.tiny"
+ENCODER = "luthier.encoder"
+"""A base that gives embeddings, where a test adds it."""
 KEYS = {
     account: {
         "account": account,
@@ -138,9 +140,14 @@ def until(wanted: Callable[[], Any], seconds: float = 120) -> Any:
 
 def home_with_tiny(home: Path, model_folder: Path) -> Path:
     """A store in ``home`` with the base model ``tiny`` and the principals of :data:`KEYS`."""
-    base = home / "models" / "base" / "tiny"
-    shutil.copytree(model_folder, base)
-    manifest = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
-    write_json(base / MANIFEST, manifest)
+    add_base(home, "tiny", "causal_lm", model_folder)
     write_json(home / "bootstrap.json", {"principals": list(KEYS.values())})
     return home
+
+
+def add_base(home: Path, name: str, kind: str, model_folder: Path) -> None:
+    """A base model of the store in ``home``."""
+    base = home / "models" / "base" / name
+    shutil.copytree(model_folder, base)
+    manifest = {"id": name, "kind": kind, "created": "2026-01-01T00:00:00+00:00"}
+    write_json(base / MANIFEST, manifest)

@@ -23,6 +23,7 @@ from luthier.recipe import Recipe
 from luthier.serving import derived_gguf, gguf_parity, opened_model
 from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator
+from luthier.serving.inference import InferenceRefused
 from luthier.serving.memory import CacheBudget
 from luthier.serving.pool import ModelPool
 from luthier.store.model_folders import gguf_folder, remove_side_files
@@ -226,16 +227,17 @@ def test_a_network_in_memory_is_sampled_by_torch(tiny_model_folder: Path) -> Non
     assert len(first.ids_T)
 
 
-def test_embeddings_load_the_network_when_they_are_asked(tiny_model_folder: Path) -> None:
+def test_the_network_is_loaded_when_it_is_asked_for(tiny_model_folder: Path) -> None:
     pool = ModelPool(1 << 30, 1 << 28)
     try:
         request = asked("Hi", max_tokens=4)
         assert pool.submit(str(tiny_model_folder), request).whole()[0].tokens
         entry = pool._entries[str(tiny_model_folder)]
         assert entry.model._opened._network is None
-        (vector,) = pool.embed(str(tiny_model_folder), ["say fox"])
-        assert entry.model._opened._network is not None
-        assert abs(sum(x * x for x in vector.vector) - 1) < 1e-3
+        with pytest.raises(InferenceRefused, match="gives no embeddings"):
+            pool.embed(str(tiny_model_folder), ["say fox"])
+        assert entry.model._opened._network is None
+        assert entry.model._opened.network is entry.model._opened._network is not None
         assert pool.submit(str(tiny_model_folder), request).whole()[0].tokens
     finally:
         pool.close()

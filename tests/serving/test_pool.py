@@ -34,6 +34,11 @@ def folders(tmp_path: Path, tiny_model_folder: Path) -> list[str]:
 
 
 @pytest.fixture
+def encoder(family_folder: Callable[[str], Path]) -> str:
+    return str(family_folder("bert"))
+
+
+@pytest.fixture
 def pool(folders: list[str]) -> Iterator[ModelPool]:
     """With room for two of them."""
     size = sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors"))
@@ -312,10 +317,10 @@ def test_a_model_that_is_fetched_or_closed_holds_no_other_back(
     assert set(pool.loaded_ids()) == set(folders[1:])
 
 
-def test_texts_are_read_while_another_model_is_loaded(pool: ModelPool, folders: list[str]) -> None:
-    expected = pool.embed(folders[0], ["fox"])
+def test_texts_are_read_while_another_model_is_loaded(pool: ModelPool, encoder: str) -> None:
+    expected = pool.embed(encoder, ["fox"])
     with ThreadPoolExecutor(1) as threads, pool._loading:
-        assert threads.submit(pool.embed, folders[0], ["fox"]).result(10) == expected
+        assert threads.submit(pool.embed, encoder, ["fox"]).result(10) == expected
 
 
 def test_a_model_that_fails_half_loaded_is_closed(
@@ -382,40 +387,40 @@ def test_embeddings_do_not_depend_on_their_batch(
     large.close()
 
 
-def test_who_waits_too_long_to_be_read_is_told_that_the_model_is_busy(folders: list[str]) -> None:
+def test_who_waits_too_long_to_be_read_is_told_that_the_model_is_busy(encoder: str) -> None:
     pool = ModelPool(1 << 30, cache=1 << 28, limits=ModelLimits(queue_seconds=0.2))
-    expected = pool.embed(folders[0], ["fox"])
-    reader = pool._entries[folders[0]].reader
+    expected = pool.embed(encoder, ["fox"])
+    reader = pool._entries[encoder].model
     done: list[Any] = []
 
     def wait() -> None:
         with working_for("", background=True):
-            done.append(pool.embed(folders[0], ["fox"]))
+            done.append(pool.embed(encoder, ["fox"]))
 
     patient = threading.Thread(target=wait)
     with pool._scheduler.work("bob", reader):
         patient.start()
         with pytest.raises(InferenceFailed, match="busy") as refused:
-            pool.embed(folders[0], ["fox"])
+            pool.embed(encoder, ["fox"])
         assert refused.value.code == "Throttling" and not done
     patient.join(20)
-    assert done == [expected] == [pool.embed(folders[0], ["fox"])]
+    assert done == [expected] == [pool.embed(encoder, ["fox"])]
     pool.close()
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**63], [10**30], [320, 10**6]])
 def test_ids_that_are_no_tokens_have_no_embedding(
-    pool: ModelPool, folders: list[str], ids: list[int]
+    pool: ModelPool, encoder: str, ids: list[int]
 ) -> None:
     with pytest.raises(InferenceRefused, match="no tokens"):
-        pool.embed(folders[0], [ids])
+        pool.embed(encoder, [ids])
 
 
 def test_who_hung_up_has_nothing_more_embedded(
-    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+    pool: ModelPool, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool.embed(folders[0], ["Hi"])
-    reader = pool._entries[folders[0]].reader
+    pool.embed(encoder, ["Hi"])
+    reader = pool._entries[encoder].model
     works: list[Any] = []
     done: list[int] = []
     honest = reader._predictor.read
@@ -430,15 +435,15 @@ def test_who_hung_up_has_nothing_more_embedded(
     monkeypatch.setattr(reader._batcher, "_size", 1)
     monkeypatch.setattr(reader._batcher, "_most", 1)
     with cancelled_by(works.append), pytest.raises(InferenceFailed, match="unloaded"):
-        pool.embed(folders[0], ["Hi"] * 50)
+        pool.embed(encoder, ["Hi"] * 50)
     assert len(done) == 3
 
 
 def test_texts_of_one_client_do_not_keep_another_one_waiting(
-    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+    pool: ModelPool, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool.embed(folders[0], ["Hi"])
-    reader = pool._entries[folders[0]].reader
+    pool.embed(encoder, ["Hi"])
+    reader = pool._entries[encoder].model
     order: list[int] = []
     begun, honest = threading.Event(), reader._predictor.read
     texts = {"few": "a", "many": "a fox, and another fox"}
@@ -455,7 +460,7 @@ def test_texts_of_one_client_do_not_keep_another_one_waiting(
 
     def embed(client: str) -> None:
         with working_for(client):
-            pool.embed(folders[0], [texts[client]] * (40 if client == "many" else 3))
+            pool.embed(encoder, [texts[client]] * (40 if client == "many" else 3))
 
     with ThreadPoolExecutor(8) as clients:
         many = [clients.submit(embed, "many") for _ in range(6)]
@@ -466,32 +471,34 @@ def test_texts_of_one_client_do_not_keep_another_one_waiting(
             done.result()
 
 
-def test_a_model_that_writes_gives_the_mean_of_its_states(
-    pool: ModelPool, folders: list[str], tiny_model_folder: Path
-) -> None:
+def test_an_encoder_gives_the_mean_of_its_states(pool: ModelPool, encoder: str) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     texts = ["a card", "my new card has not arrived", "fox"]
-    writing = pool.submit(folders[0], GenerationRequest("The quick", max_tokens=20, temperature=0))
-    found = pool.embed(folders[0], texts)
-    assert (
-        writing.whole()[0].text
-        == pool.submit(folders[0], GenerationRequest("The quick", max_tokens=20, temperature=0))
-        .whole()[0]
-        .text
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    network = AutoModel.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
+    found = pool.embed(encoder, texts)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    network = AutoModel.from_pretrained(encoder, dtype=torch.float32).eval()
     for text, given in zip(texts, found, strict=True):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
             mean_H = network(input_ids=ids).last_hidden_state[0].mean(0).numpy()
         assert given.tokens == ids.shape[1]
         assert np.allclose(given.vector, mean_H / np.linalg.norm(mean_H), atol=1e-5)
-        assert pool.embed(folders[0], [text]) == [given]
-    assert pool.embed(folders[0], [[5, 6, 7]])[0].vector
+        assert pool.embed(encoder, [text]) == [given]
+    assert pool.embed(encoder, [[5, 6, 7]])[0].vector
     with pytest.raises(TooLong):
-        pool.embed(folders[0], ["fox " * 2000])
+        pool.embed(encoder, ["fox " * 2000])
+
+
+def test_a_model_that_writes_gives_no_embeddings(pool: ModelPool, folders: list[str]) -> None:
+    request = GenerationRequest("The quick", max_tokens=20, temperature=0)
+    writing = pool.submit(folders[0], request)
+    with pytest.raises(
+        InferenceRefused, match="gives no embeddings: ask a model that does"
+    ) as refused:
+        pool.embed(folders[0], ["fox"])
+    assert refused.value.parameter == "model"
+    assert writing.whole()[0].text == pool.submit(folders[0], request).whole()[0].text
 
 
 def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from luthier.errors import DataError, LuthierError, ProcessLost, RecipeError, RefusedInput
 from luthier.files import sweep_file, write_bytes
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 UNBROKEN = 10_000
 """Columns of what is no terminal."""
+_RANGE_OR_LIST = re.compile(r"^<(?:list\[(.*)\]|(.*) range)>$")
+"""How typer shows the type of a number with bounds, and of an option that may be repeated."""
 
 
 class _Group(TyperGroup):
@@ -59,17 +62,35 @@ class _Group(TyperGroup):
             formatter.write_dl(rows)
 
 
+class _Command(TyperCommand):
+    """Shows an option's value by its type alone: its range stands behind the help, and what may be
+    repeated is given one at a time."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        parameters: list[Any] = list(self.params)
+        for each in parameters:
+            if hasattr(each, "display_type"):  # older versions of typer leave the type to click
+                text = _RANGE_OR_LIST.sub(r"<\1\2>", each.display_type(ctx))
+                shown = text.replace("Path", "path")
+                each.display_type = lambda ctx, shown=shown: shown
+        super().format_options(ctx, formatter)
+
+
 class CommandGroup(typer.Typer):
     """Commands whose errors are a message, or with ``--json`` an object, and an exit code."""
 
     def __init__(self, help: str, extra: str = "", **settings: Any) -> None:
         """``extra`` is the extra of the package that has the libraries these commands need."""
-        super().__init__(help=help, no_args_is_help=True, cls=_Group, **settings)
+        # Commands below have the width of the first; click's own is 80 columns at most.
+        width = {"max_content_width": UNBROKEN}
+        super().__init__(
+            help=help, no_args_is_help=True, cls=_Group, context_settings=width, **settings
+        )
         self.extra = extra
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
         """As of typer; the parameter ``json_`` of a command says whether a program reads."""
-        register = super().command(name, **settings)
+        register = super().command(name, cls=_Command, **settings)
 
         def add(function: Callable[..., None]) -> Callable[..., None]:
             @wraps(function)

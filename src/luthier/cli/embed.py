@@ -47,6 +47,7 @@ def embed(
             check_embeds,
             embedding_format,
             embedding_writer,
+            gives_embeddings,
             random_weights_note,
         )
         from luthier.store.models import check_active, find, objective_of
@@ -57,7 +58,7 @@ def embed(
     check_output(output, data, overwrite=overwrite)
     with data_errors("nothing was embedded"):
         rows = [] if batch is not None else load_inputs(data, parse_columns(columns), EMBEDDING)
-        stored = check_active(find(model, is_able=lambda made: made.task == "embedding"))
+        stored = check_active(find(model, is_able=gives_embeddings))
         check_embeds(stored, objective_of(stored))
         if text := random_weights_note(stored):
             note(text)

@@ -648,13 +648,36 @@ def _check_no_account(model: str, database: str | None) -> None:
         )
 
 
+def _check_no_user(base: str, database: str | None) -> None:
+    """Refuse a base model that accounts of the service use."""
+    from luthier.printable import list_some
+    from luthier.store.database import is_database_here
+    from luthier.store.foundation import foundation_model
+    from luthier.store.removal import users_of_base
+
+    known = foundation_model(base)
+    if known is None or not is_database_here(database):
+        return
+    with open_database(database) as service:
+        users = users_of_base(service, known)
+    if users:
+        raise RecipeError(
+            f"accounts of the service use {base}: {list_some(users, 3)}. Delete these there first, or "
+            f"take {base} away all the same by --force"
+        )
+
+
 @models_app.command("remove")
 def remove_model(
     model: str,
     database: ServiceDatabase = None,
     json_: Json = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Remove it although custom models were made from it.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Remove it although custom models, runs or accounts of the service use it.",
+        ),
     ] = False,
 ) -> None:
     """Delete a custom model, or a base model that was made here or fetched, and its run."""
@@ -695,6 +718,8 @@ def remove_model(
             f"{', '.join(each.model_id for each in running)} has begun from {model} and not ended; go "
             f"on with it or remove it first, or take {model} away all the same by --force"
         )
+    if is_base and has_service and not force:
+        _check_no_user(model, database)
     stored = [m for m in (*custom_models(), *pretrained_models()) if m.id == model]
     parents = [m.manifest.parent for m in stored if not is_base]
     if fetched is not None:

@@ -66,11 +66,11 @@ def nearest(
     rows = [row for _, row in records]
     with heavy_imports():
         from luthier.cli.progress import show_progress
-        from luthier.serving.embeddings import random_weights_note
+        from luthier.serving.embeddings import gives_embeddings, random_weights_note
         from luthier.serving.nearest import find_nearest
         from luthier.serving.prediction import Predictor
 
-        stored = check_active(find(model, is_able=lambda made: made.task == "embedding"))
+        stored = check_active(find(model, is_able=gives_embeddings))
         predictor = Predictor.open(stored)
     if text := random_weights_note(stored):
         note(text)

@@ -95,18 +95,18 @@ def pretrain(
 
 
 def _print(result: Result, perplexity: float | None) -> None:
-    from luthier.cli.tune import print_verdict
+    from luthier.cli.tune import loss_figures, print_verdict
 
     out = new_console(highlight=False, soft_wrap=True)
     held = ""
     if perplexity is not None:
-        held = f", validation {result.validation_loss:.4f} (perplexity {perplexity:.1f})"
+        held = f"loss {result.validation_loss:.4f} (perplexity {perplexity:.1f})"
     kind = "an adapter" if ":" in result.model_id else "a base model here"
     out.print(f"\n[bold green]{result.model_id}[/bold green] is {kind}, stored and verified")
     speed = result.tokens / max(result.seconds, 1e-9)
     out.print(
         f"  {result.steps:,} steps, {result.tokens:,} tokens in {result.seconds:.0f} s "
-        f"({speed:,.0f} a second); loss {result.train_loss:.4f}{held}; "
+        f"({speed:,.0f} a second); {loss_figures(result, held)}; "
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
     print_verdict(result)

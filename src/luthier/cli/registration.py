@@ -1,4 +1,5 @@
-"""``luthier admin models``: custom models of accounts, and how those of the command line join them."""
+"""``luthier admin models``: custom models of accounts, and how those of the command line join and leave
+them."""
 
 from __future__ import annotations
 
@@ -111,3 +112,40 @@ def register(
         else:
             note(f"  clients ask /api/v1/models/{name}/predictions")
         note("  it is the account's now: its files go when a client deletes it")
+
+
+@service_models_app.command("unregister")
+def unregister(
+    model: Annotated[
+        str, typer.Argument(help="Id of a registered model, as models list shows it.")
+    ],
+    region: Region = "us-east-1",
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Take a model of the command line back from its account; refused while it is deployed or used.
+
+    Its files stay, and what was made from it. Its clients no longer find it, and its name is free.
+    """
+    from sqlalchemy import select
+
+    from luthier.store import removal
+    from luthier.store.arns import Arns
+    from luthier.store.custom_models import CustomModel
+
+    registered = select(CustomModel).where(CustomModel.stored_id == model)
+    with open_database(database) as service, service.read() as session:
+        found = session.scalar(registered)
+    if found is None:
+        raise RecipeError(
+            f"no account has {model}: `luthier admin models list` shows what accounts have"
+        )
+    with audited_write(
+        database, "models.unregister", found.account, found.name, {"model": model}
+    ) as session:
+        locked = session.scalar(registered.with_for_update())
+        if locked is not None:
+            removal.unregister(session, locked, Arns(region))
+    print_outcome(json_, account=found.account, name=found.name, model=model)
+    if not json_:
+        note("  it is the command line's again: `luthier models remove` deletes it")

@@ -126,7 +126,9 @@ def print_result(result: Result) -> None:
     held = ""
     if result.verdict is not None:
         refit_rows = 0 if result.refit is None else result.refit.rows
-        held = validation_result(objective.measure, result.verdict.kept, refit_rows)
+        held = validation_result(
+            objective.measure, result.verdict.kept, refit_rows, beside_loss=True
+        )
     out = new_console(highlight=False, soft_wrap=True)
     withheld = stored.manifest.withheld
     state = "[bold red]withheld[/bold red]" if withheld else "verified"
@@ -139,12 +141,14 @@ def print_result(result: Result) -> None:
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     if result.verdict is not None and result.verdict.stopped_early:
         steps += " (stopped early)"
+    if result.refit is not None:
+        steps += f", {result.refit.steps:,} of them of the refit on all rows"
     read = f"{result.rows_seen:,} {PLURAL[chat.reads]}"
     if chat.reads == "text":
         read = f"{result.tokens:,} tokens"
     out.print(
         f"  {steps}, {read} in {result.seconds:.0f} s; "
-        f"loss {result.train_loss:.4f}{f', validation {held}' if held else ''}; "
+        f"{loss_figures(result, held)}; "
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
     out.print(
@@ -179,10 +183,26 @@ def print_result(result: Result) -> None:
     out.print(f"  use it      luthier {use}")
 
 
-def validation_result(measure: str, kept: Mapping[str, float], refit_rows: int = 0) -> str:
+def loss_figures(result: Result, held: str) -> str:
+    """What ``result`` measured, all of it with the same weights.
+
+    ``held`` is what the kept weights measured on the validation rows, if anything. The training loss is
+    that of the last step: where other weights were kept, such as those of the regression that the head
+    started from, it says nothing of them.
+    """
+    verdict = result.verdict
+    is_last = verdict is None or (result.refit is None and verdict.kept_step == result.steps)
+    figures = [f"training loss {result.train_loss:.4f}"] if is_last or not held else []
+    return ", ".join(figures + ([f"validation {held}"] if held else []))
+
+
+def validation_result(
+    measure: str, kept: Mapping[str, float], refit_rows: int = 0, beside_loss: bool = False
+) -> str:
     """What the kept weights measured on the validation rows, for people; empty for nothing.
 
-    ``refit_rows`` is how many the stored ones learned from, where they are others, of a refit.
+    ``refit_rows`` is how many the stored ones learned from, where they are others, of a refit. With
+    ``beside_loss`` the loss of the same weights is named, too.
     """
     from luthier.engine.metrics import SCORES, SHARES
 
@@ -190,7 +210,10 @@ def validation_result(measure: str, kept: Mapping[str, float], refit_rows: int =
         return ""
     style = ".1%" if measure in SHARES else ".4f"
     before = f" before the refit on all {refit_rows:,} rows" if refit_rows else ""
-    return f"{SCORES.get(measure, measure)} {kept[measure]:{style}}{before}"
+    loss = (
+        f", loss {kept['loss']:.4f}" if beside_loss and measure != "loss" and "loss" in kept else ""
+    )
+    return f"{SCORES.get(measure, measure)} {kept[measure]:{style}}{loss}{before}"
 
 
 def print_comparison(found: Comparison | None, is_refit: bool = False) -> None:

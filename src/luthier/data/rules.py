@@ -26,7 +26,8 @@ RULES: Mapping[str, str] = {
     "json.too_deep": "Arrays or objects are nested too deeply to be read.",
     "table.header": "The first row of a table does not name each column once.",
     "table.cells": "A row of a table has more cells than its header, or fewer.",
-    "table.invalid": "A row of a table is no CSV: a quote is not closed, or stands wrong.",
+    "table.invalid": "A row of a table is no CSV: a quote is not closed or stands wrong, or a line "
+    "ends with CR alone.",
     "column.missing": "A column that a setting names is not there, or is empty in a row.",
     "row.unknown_shape": "A row has the keys of none of the shapes and forms.",
     "row.ambiguous": "A row has keys of more than one shape or form.",

@@ -147,7 +147,18 @@ def _json_cell(name: str, text: str) -> object:
 
 
 def _not_csv(error: csv.Error, begun: bool) -> Unreadable:
-    message = f"The {'row' if begun else 'header'} is no CSV: {error}."
+    what = "row" if begun else "header"
+    if "new-line character" in str(error):
+        message = (
+            f"The {what} holds a carriage return (CR) without a line feed (LF) behind it, outside of "
+            "quotes: old programs end lines so."
+        )
+        fix = (
+            "Write line ends as LF: tr '\\r' '\\n' < OLD > NEW; or put a cell with a CR in double "
+            "quotes."
+        )
+        return Unreadable("table.invalid", message, fix)
+    message = f"The {what} is no CSV: {error}."
     fix = 'Close each quote; inside of quotes, write " as "".'
     return Unreadable("table.invalid", message, fix)
 

@@ -212,11 +212,13 @@ def prepare_job(
     began_with: int | None = None,
     refit: bool = False,
     processes: int = 1,
+    stored_bytes: int = 0,
 ) -> TrainingJob:
     """The job of ``recipe``: the data checked against the model, then the rest.
 
-    ``began_with`` is the token budget of the run that is resumed. With ``refit`` nothing is held out
-    to measure on. ``processes`` train it together.
+    ``began_with`` is the token budget of the run that is resumed, and ``stored_bytes`` are what its
+    checkpoints take of the disk. With ``refit`` nothing is held out to measure on. ``processes`` train
+    it together.
     """
     reporter.stage("Checking the data")
     config = check_folder(base.network_folder)
@@ -269,7 +271,9 @@ def prepare_job(
             "from, so what is measured on them is too good. Give rows that it has not seen as "
             "`data.validation=FILE`, or hold out those that it held out, by its `training.seed`"
         )
-    job = resolve_job(recipe, base, chat, data, machine, reporter, began_with, processes)
+    job = resolve_job(
+        recipe, base, chat, data, machine, reporter, began_with, processes, stored_bytes
+    )
     job = replace(job, asked=asked)
     origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
     origin |= store.tokenizer_origin(base)
@@ -325,18 +329,25 @@ def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) ->
 
 
 def prepare_refit(
-    job: TrainingJob, kept_step: int, steps_before: int, processes: int = 1
+    job: TrainingJob,
+    kept_step: int,
+    steps_before: int,
+    processes: int = 1,
+    stored_bytes: int = 0,
 ) -> TrainingJob:
     """The job of training once more, on the rows that ``job`` held out, too.
 
     It has the settings of ``job`` and its schedule in passes, and ends after as many passes as
-    ``kept_step`` of ``job``. ``steps_before`` is how many steps that took in all.
+    ``kept_step`` of ``job``. ``steps_before`` is how many steps that took in all; its own checkpoints,
+    where it is resumed, take ``stored_bytes``.
     """
     training = job.recipe.training
     settings = training.model_copy(update={"refit": False})
     asked = job.asked.model_copy(update={"training": settings})
     budget = training.micro_batch_tokens
-    whole = prepare_job(asked, job.base, job.machine, Reporter(), budget, True, processes)
+    whole = prepare_job(
+        asked, job.base, job.machine, Reporter(), budget, True, processes, stored_bytes
+    )
     recipe = job.recipe.model_copy(update={"objective": whole.recipe.objective})
     return replace(
         whole,
@@ -368,10 +379,12 @@ def resolve_job(
     reporter: Reporter,
     began_with: int | None,
     processes: int = 1,
+    stored_bytes: int = 0,
 ) -> TrainingJob:
     """Decide what is left open, and check everything else before the weights are touched.
 
-    ``began_with`` is the token budget of the run that is resumed.
+    ``began_with`` is the token budget of the run that is resumed, and ``stored_bytes`` are what its
+    checkpoints take of the disk.
     """
     asked = recipe
     size = machine.dtype.itemsize
@@ -448,7 +461,8 @@ def resolve_job(
         config, data.objective, recipe.adaptation, size, beside, tokens, data.longest, reads, shards
     )
     check_memory(needed, estimate, available)
-    need_disk(base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")
+    whole = disk_needed(model, size, recipe.adaptation, bool(recipe.training.refit))
+    need_disk(base_folder("x"), max(0, whole - stored_bytes), "this run")
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.settings([("precision", number, machine.reason), *data.choices, *choices])
     steps = defaults.steps_of(recipe, data.main, data.mixed)

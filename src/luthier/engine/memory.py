@@ -203,13 +203,22 @@ def preparation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = N
     return MAPS_HELD * largest * at_once * bytes_per_number
 
 
-def disk_needed(model: Any, bytes_per_number: int, adaptation: Adaptation) -> int:
-    """Bytes of two checkpoints and the custom model, with a tenth to spare."""
+def disk_needed(
+    model: Any, bytes_per_number: int, adaptation: Adaptation, refit: bool = False
+) -> int:
+    """Bytes of the checkpoints that are there at once and the custom model, with a tenth to spare.
+
+    A training keeps some while it writes the next one, and they stay until the run ends: with a
+    ``refit`` those of two trainings.
+    """
+    from luthier.engine.checkpoints import RETAINED
+
     trained = trained_numbers(model)
     total = sum(w.numel() for w in model.parameters())
     saved = total if adaptation.stores_network else trained
     checkpoint = trained * (12 + bytes_per_number)
-    return int(1.1 * (3 * checkpoint + saved * bytes_per_number)) + 20_000_000
+    checkpoints = (2 if refit else 1) * RETAINED + 1
+    return int(1.1 * (checkpoints * checkpoint + saved * bytes_per_number)) + 20_000_000
 
 
 @dataclass(frozen=True)

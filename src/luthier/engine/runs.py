@@ -26,6 +26,7 @@ from luthier.evaluation.label_issues import LabelIssue, LabelIssueCounts
 from luthier.files import (
     copy_lines,
     disk_errors,
+    folder_size,
     is_locked,
     json_lines,
     lock,
@@ -41,15 +42,17 @@ from luthier.printable import list_some
 from luthier.recipe import NAME_PATTERN
 from luthier.setting_names import dotted_items
 from luthier.store.model_folders import (
-    JOB_PREFIX,
+    RUN_REQUEST,
+    RUN_RESULT,
     base_folder,
     custom_folder,
     short_name,
     split_id,
+    unfinished_run_ids,
     working_folders,
 )
 
-_REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"
 """Why a run ended that would end so again."""
 _LOCK = ".lock"
@@ -67,6 +70,8 @@ ACTIVATIONS, PRECOMPUTED = "activations.bin", "precomputed"
 """What was computed ahead for the rows: by the frozen layers, by the objective."""
 LOOK_SECONDS = 0.1
 """Between two tries of a lock that is held: longer than anybody looks at it (:func:`is_locked`)."""
+CHECKPOINTS = "checkpoints"
+"""The folder of those that a run goes on from."""
 REFIT = "refit"
 """The folder of training once more, on all rows, while that goes on."""
 START, TOKENS = "start", "tokens"
@@ -133,26 +138,26 @@ class Run:
         for in the same words; where there is none, the run simply starts. ``launch`` is the id of the
         launch whose processes work on it from now on.
         """
-        begun = (self.folder / _REQUEST).is_file()
+        begun = (self.folder / RUN_REQUEST).is_file()
         if not (begun and resume):
             self.check_free()
             self._record_launch(launch)
-            write_json(self.folder / _REQUEST, dict(request))
+            write_json(self.folder / RUN_REQUEST, dict(request))
             return None
-        asked = self.folder / _REQUEST
+        asked = self.folder / RUN_REQUEST
         same_request(read_json(asked), request, self.model_id, asked.stat().st_mtime)
         (self.folder / _FAILURE).unlink(missing_ok=True)
         self._record_launch(launch)
-        return Result.parse(read_json(self.folder / _RESULT)) if self.has_ended() else None
+        return Result.parse(read_json(self.folder / RUN_RESULT)) if self.has_ended() else None
 
     def has_ended(self) -> bool:
         """Whether it has a result, and its model is there."""
-        return (self.model_folder / MANIFEST).is_file() and (self.folder / _RESULT).is_file()
+        return (self.model_folder / MANIFEST).is_file() and (self.folder / RUN_RESULT).is_file()
 
     def is_unfinished(self) -> bool:
         """Whether it began and has not ended, whether a process works on it or not."""
         # Its model may lie on another machine by now.
-        return (self.folder / _REQUEST).is_file() and not (self.folder / _RESULT).is_file()
+        return (self.folder / RUN_REQUEST).is_file() and not (self.folder / RUN_RESULT).is_file()
 
     def failure(self) -> str:
         """Why it ended, where going on would end the same way; else empty."""
@@ -165,12 +170,12 @@ class Run:
 
     def started_at(self) -> datetime:
         """When it began, UTC; of one that is unfinished."""
-        return datetime.fromtimestamp((self.folder / _REQUEST).stat().st_mtime, UTC)
+        return datetime.fromtimestamp((self.folder / RUN_REQUEST).stat().st_mtime, UTC)
 
     def check_free(self) -> None:
         """Raise :class:`RunConflict` where a model or a run has the name already."""
         stored = (self.model_folder / MANIFEST).is_file()
-        if (self.folder / _REQUEST).is_file():
+        if (self.folder / RUN_REQUEST).is_file():
             run = "a finished run" if stored else "an unfinished run"
             advice = "Choose" if stored else "Go on with it by --resume, choose"
             why = ""
@@ -195,7 +200,7 @@ class Run:
 
     def request_value(self, field: str) -> Any:
         """A field of the request this run began with; ``None`` where it has not begun."""
-        path = self.folder / _REQUEST
+        path = self.folder / RUN_REQUEST
         return read_json(path).get(field) if path.is_file() else None
 
     def hold_out(self, lines: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
@@ -235,12 +240,12 @@ class Run:
 
     def finish(self, result: Result) -> None:
         """Record the result; only now is the run done. Its checkpoints are no longer needed."""
-        write_json(self.folder / _RESULT, asdict(result))
+        write_json(self.folder / RUN_RESULT, asdict(result))
         self.drop_working_files()
 
     def drop_working_files(self) -> None:
         """Free the disk of what only a resume would need."""
-        for name in ("checkpoints", PRECOMPUTED, REFIT, START, TOKENS):
+        for name in (CHECKPOINTS, PRECOMPUTED, REFIT, START, TOKENS):
             remove(self.folder / name)
         for folder in (self.folder, working(self.folder)):
             (folder / ACTIVATIONS).unlink(missing_ok=True)
@@ -262,8 +267,12 @@ class Run:
 
     def drop_if_empty(self) -> None:
         """Forget a run that was refused before it began."""
-        if not (self.folder / _REQUEST).exists():
+        if not (self.folder / RUN_REQUEST).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def checkpoint_bytes(self) -> int:
+        """What the checkpoints of this run take of the disk, those of its refit among them."""
+        return sum(folder_size(each / CHECKPOINTS) for each in (self.folder, self.folder / REFIT))
 
     def has_metrics(self) -> bool:
         """Whether it measured or trained anything yet."""
@@ -295,24 +304,16 @@ def unfinished_runs() -> list[Run]:
 
     Left out are those that a process works on, and those of jobs, which the service itself resumes.
     """
-    home = luthier_home()
-    tunings = (path.parent for path in (home / "runs").glob(f"*/*/{_REQUEST}"))
-    pretrainings = (path.parent for path in (home / "pretraining").glob(f"*/{_REQUEST}"))
-    runs = [
-        *(Run(folder.parent.name, folder.name) for folder in tunings),
-        *(BaseRun(folder.name) for folder in pretrainings),
-    ]
     found: list[tuple[datetime, Run]] = []
-    for run in runs:
+    for run in map(run_of, unfinished_run_ids()):
         with suppress(FileNotFoundError):  # removed meanwhile
-            if not run.name.startswith(JOB_PREFIX) and run.is_unfinished():
-                found += [] if run.is_worked_on() else [(run.started_at(), run)]
+            found += [] if run.is_worked_on() else [(run.started_at(), run)]
     return [run for _, run in sorted(found, key=itemgetter(0))]
 
 
 def runs_from(base: str) -> list[Run]:
     """Runs that began from a base model and have not ended, worked on or interrupted, of jobs too."""
-    folders = (path.parent for path in (luthier_home() / "runs" / base).glob(f"*/{_REQUEST}"))
+    folders = (path.parent for path in (luthier_home() / "runs" / base).glob(f"*/{RUN_REQUEST}"))
     runs = (Run(base, folder.name) for folder in sorted(folders))
     return [run for run in runs if run.is_unfinished()]
 

@@ -46,6 +46,7 @@ from luthier.engine.perplexity import find_unfamiliar_text
 from luthier.engine.processes import ORPHAN_SECONDS, has_agent, launch_id, started_again
 from luthier.engine.runs import (
     ACTIVATIONS,
+    CHECKPOINTS,
     METRICS,
     PRECOMPUTED,
     REFIT,
@@ -150,7 +151,15 @@ def _train_first(
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
             budget = run.request_value("micro_batch_tokens") if resume else None
             with clock.part("data"):
-                job = prepare_job(recipe, base, machine, reporter, budget, processes=group.size)
+                job = prepare_job(
+                    recipe,
+                    base,
+                    machine,
+                    reporter,
+                    budget,
+                    processes=group.size,
+                    stored_bytes=run.checkpoint_bytes(),
+                )
             job = replace(job, origin={**job.origin, **(lineage or {})})
             done = run.begin(job.request(), resume, launch)
             if done is None:
@@ -273,7 +282,9 @@ def rehearse(
     run = Run(base.root, folder.name, rehearsal=folder)
     training = recipe.training.model_copy(update={"refit": False})  # nothing would measure it
     recipe = recipe.model_copy(update={"training": training})
-    job = prepare_job(recipe, base, machine, reporter, run.request_value("micro_batch_tokens"))
+    budget = run.request_value("micro_batch_tokens")
+    stored_bytes = run.checkpoint_bytes()
+    job = prepare_job(recipe, base, machine, reporter, budget, stored_bytes=stored_bytes)
     if measured and not job.data.validation:
         raise RecipeError(
             "trials are compared on validation rows, and there are none; give --validation FILE, or "
@@ -448,12 +459,19 @@ class Trainer:
         Its folder has checkpoints of its own, so that a run that is killed in it goes on there. What
         it notes joins the metrics of the run.
         """
+        refit_folder = self.run_folder.folder / REFIT
+        run = Run(self.job.base.root, self.run_folder.name, rehearsal=refit_folder)
         with self.clock.part("data"):
-            job = prepare_refit(self.job, measured.best_step or 0, measured.step, self.group.size)
+            job = prepare_refit(
+                self.job,
+                measured.best_step or 0,
+                measured.step,
+                self.group.size,
+                run.checkpoint_bytes(),
+            )
         self.reporter.stage(
             f"Training once more, on all {job.data.counts['rows']:,} rows, for {job.until:,} steps"
         )
-        run = Run(job.base.root, self.run_folder.name, rehearsal=self.run_folder.folder / REFIT)
         resume = bool(self.group.first(run.has_metrics()))
         run.begin(job.request(), resume=True)
         first_folder = self.first_folder / REFIT
@@ -509,7 +527,7 @@ class Trainer:
             self._compare(network)
             if not resume:
                 self._name_quicker()
-        checkpoints = Checkpoints(self.first_folder / "checkpoints", self.reporter.checkpoint)
+        checkpoints = Checkpoints(self.first_folder / CHECKPOINTS, self.reporter.checkpoint)
         found = checkpoints.latest() if resume else None
         # What is calibrated comes with a checkpoint, but the starting weights do not.
         if found is None or self.job.data.objective.uses_reference:
@@ -606,6 +624,12 @@ class Trainer:
             f"{self.trained:,} of {self.weights:,} weights train ({self.trained / self.weights:.2%}); "
             f"the model will be stored in {size / 1e6:,.2f} MB"
         )
+        if refit_steps := self.job.refit_steps:
+            note(
+                f"{self.job.all_steps:,} steps in all: {self.job.steps:,} that are measured on the "
+                f"held-out rows, then up to {refit_steps:,} that train once more on all rows "
+                "(`training.refit`)"
+            )
         if is_sharded:
             shard_layers(network, self.group, machine.device)
             return_freed_memory()

@@ -129,7 +129,8 @@ class Check(ABC):
           in ``share`` is shown in percent.
         - ``{"bars": [{"from", "to", "count"}, ...]}`` is a histogram; numbers beside ``bars``
           (``p50``, ``max``) are its quantiles. :meth:`Histogram.plain` gives just this.
-        - ``{"counts": {name: number}}`` is a bar for each name, the largest first.
+        - ``{"counts": {name: number}}`` is a bar for each name, the largest first; a text under
+          ``of`` beside it says what the shares are of, where that is not all there is.
         - ``{"splits": {split: summary}}`` is the same for each split, side by side.
         - A list of mappings with the same keys is a table; of ``{"file", "line"}``, places.
         - Any other mapping is a group of the above.

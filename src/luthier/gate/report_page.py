@@ -219,7 +219,8 @@ def _summary(value: Mapping[str, Any], title: str) -> Iterator[SummaryPart]:
         yield "histogram", draw_histogram(rest["bars"], marks, title, "")
         return
     if isinstance(rest.get("counts"), Mapping):
-        yield from _counts(rest.pop("counts"), title)
+        of = rest.pop("of", "")
+        yield from _counts(rest.pop("counts"), f"{title}, of {of}" if of else title)
     splits = rest.pop("splits", None)
     plain = {key: each for key, each in rest.items() if not isinstance(each, Mapping | list)}
     if plain:
@@ -259,7 +260,12 @@ def _counts(counts: Mapping[str, Any], title: str) -> Iterator[SummaryPart]:
          f"{max(count / most * 100, 0.5) if count > 0 else 0:.2f}"]
         for name, count in ordered
     ]  # fmt: skip
-    columns = {f"{len(ordered):,} in all": "text", "rows": "number", "share": "number", "": "bar"}
+    columns = {
+        f"{len(ordered):,} kind{'s' * (len(ordered) != 1)}": "text",
+        "rows": "number",
+        "share": "number",
+        "": "bar",
+    }
     yield "table", Table.of(title, columns, rows[:COUNTS])
     if rows[COUNTS:]:
         yield "folded", Table.of(f"{title}, the rest", columns, rows[COUNTS:])

@@ -188,8 +188,8 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
         console.print(line.append(f"  {', '.join(numbers)}"), soft_wrap=True)
         return
     if isinstance(value.get("counts"), Mapping):
-        _counts(value["counts"], console, indent, name)
-        value = {key: each for key, each in value.items() if key != "counts"}
+        _counts(value["counts"], console, indent, name, value.get("of", ""))
+        value = {key: each for key, each in value.items() if key not in ("counts", "of")}
         name, title = "", ""
     if isinstance(value.get("splits"), Mapping):
         value = {**value, **value["splits"]}
@@ -201,11 +201,15 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
         _summary(each, console, indent, str(key))
 
 
-def _counts(counts: Mapping[str, Any], console: Console, indent: int, name: str) -> None:
+def _counts(
+    counts: Mapping[str, Any], console: Console, indent: int, name: str, of: str = ""
+) -> None:
     ordered = sorted(counts.items(), key=lambda pair: -pair[1])
     total, most = sum(counts.values()) or 1, max(counts.values(), default=1) or 1
     if name:
-        console.print(Text(f"{' ' * indent}{printable(name)}: {len(ordered):,}", "dim"))
+        kinds = "1 kind" if len(ordered) == 1 else f"{len(ordered):,} kinds"
+        title = f"{printable(name)}: {kinds}" + (f", of {of}" if of else "")
+        console.print(Text(f"{' ' * indent}{title}", "dim"), soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(max_width=36, no_wrap=True, overflow="ellipsis")
     table.add_column(justify="right", no_wrap=True)

@@ -63,7 +63,6 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.data.reasoning import ReasoningFormat
-    from luthier.models.network import Network
     from luthier.serving.constraints import GrammarTrials, Matcher
     from luthier.serving.opened_model import OpenedModel
     from luthier.store.models import StoredModel
@@ -301,11 +300,6 @@ class Decoder:
             made = Decoder(opened, chat, memory, trials, limits, scheduler, prefixes, base, latency)
             opening.pop_all()
         return made
-
-    @property
-    def network(self) -> Network:
-        """The network in torch, to read with beside what is written; weights do not change."""
-        return self._opened.network
 
     @property
     def draft_model(self) -> str | None:

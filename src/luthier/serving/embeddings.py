@@ -31,6 +31,11 @@ _GROUP_ROWS = 10_000
 """Of Parquet, which holds the vectors of so many rows in one piece."""
 
 
+def gives_embeddings(objective: Objective) -> bool:
+    """Whether a model of ``objective`` gives embeddings; of one that writes, its states are none."""
+    return objective.task == "embedding"
+
+
 def check_embeds(stored: StoredModel, objective: Objective) -> None:
     """Refuse a model without embeddings.
 
@@ -39,10 +44,10 @@ def check_embeds(stored: StoredModel, objective: Objective) -> None:
     """
     from luthier.store.models import find, objective_of
 
-    if objective.task == "embedding":
+    if gives_embeddings(objective):
         return
     base = stored.root
-    embeds = base != stored.id and objective_of(find(base)).task == "embedding"
+    embeds = base != stored.id and gives_embeddings(objective_of(find(base)))
     named = f"the base model it was made from, {base}" if embeds else "a model that does"
     raise RecipeError(f"{stored.id} gives no embeddings; name {named}")
 

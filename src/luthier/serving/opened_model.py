@@ -1,7 +1,7 @@
 """A stored model that is open to write: the backend that was chosen, and what stands before prompts.
 
 A backend that runs files (llama.cpp) gets the model's own (:mod:`luthier.serving.derived_gguf`), and
-its network is not loaded in torch until something asks for it, such as embeddings. A model that it
+its network is not loaded in torch until something asks for it, such as a draft model. A model that it
 cannot run is run by torch, and the log says why, once.
 """
 

@@ -65,9 +65,6 @@ class _Entry:
     bytes: int
     ready: threading.Event = field(default_factory=threading.Event)
     model: Any = None
-    reader: Any = None
-    """The :class:`SerialModel` over its network; what does not write is one itself, and of what writes
-    it is opened when a text is first to be read."""
     base: _Entry | None = None
     """The entry of the model whose network it shares, which it uses as long as it has a place."""
     error: Exception | None = None
@@ -78,12 +75,9 @@ class _Entry:
 
     def close(self) -> None:
         """End its work, as far as it was loaded; once, whoever asks for it."""
-        model, reader = self.model, self.reader
-        self.model = self.reader = None
+        model, self.model = self.model, None
         if model is not None:
             model.close()
-        if reader is not None and reader is not model:
-            reader.close()
 
 
 @dataclass(frozen=True)
@@ -207,18 +201,19 @@ class ModelPool:
     def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
         """Vectors of texts, or of texts as tokens.
 
-        That of a model that writes is the mean of its last hidden states, with length 1. Texts of all
-        who ask at once are read together; on a CPU each has the bits that it has alone, where the
-        network takes the flat layout and its products are linear layers.
+        Texts of all who ask at once are read together; on a CPU each has the bits that it has alone,
+        where the network takes the flat layout and its products are linear layers.
 
         Raises:
             UnknownModel, InferenceRefused, InferenceFailed: as :meth:`submit`.
         """
         with self._borrow(model_id) as entry:
-            reader = self._reader(entry)
-            examples = reader.texts(texts)
+            encoder = _serial(
+                entry, "gives no embeddings: ask a model that does, such as an encoder"
+            )
+            examples = encoder.texts(texts)
             prompt_tokenized()
-            found = reader.embed(examples, self._work(math.inf))
+            found = encoder.embed(examples, self._work(math.inf))
         count_tokens(model_id, sum(each.tokens for each in found))
         return found
 
@@ -570,7 +565,6 @@ class ModelPool:
                     entry.model = SerialModel.open(
                         stored, self.limits, self._scheduler, self.memory
                     )
-                    entry.reader = entry.model
             if entry.base is None:
                 # A full collection looks at the 300,000 objects of libraries and base, for 0.2 s.
                 gc.collect()
@@ -594,18 +588,6 @@ class ModelPool:
         else:
             entry.loaded = datetime.now(UTC)
         entry.ready.set()
-
-    def _reader(self, entry: _Entry) -> SerialModel:
-        """What reads with the network of a model that is in memory."""
-        if entry.reader is None:  # else nobody waits for the loading of another model
-            with self._loading:  # where a backend runs a file, the network is loaded only now
-                if entry.reader is None:
-                    try:
-                        entry.reader = SerialModel.of(entry.model, self._scheduler)
-                    except LuthierError as error:
-                        raise _failure(error) from error
-        reader: SerialModel = entry.reader
-        return reader
 
     def _release(self, entry: _Entry) -> None:
         with self._lock:
@@ -670,10 +652,10 @@ def _writer(entry: _Entry) -> Decoder:
     return decoder
 
 
-def _serial(entry: _Entry) -> SerialModel:
+def _serial(entry: _Entry, lack: str = "gives no labels, and makes no images") -> SerialModel:
+    """What does one thing at a time; of what writes the refusal says its ``lack``."""
     if not isinstance(entry.model, SerialModel):
-        text = "This model writes text: it gives no labels, and makes no images."
-        raise InferenceRefused(text, "model")
+        raise InferenceRefused(f"This model writes text: it {lack}.", "model")
     return entry.model
 
 

@@ -34,6 +34,7 @@ from luthier.objectives.capabilities import (
     SupportsSampling,
 )
 from luthier.serving.batcher import ReadRequest, RowBatcher, RowFailed, Work
+from luthier.serving.embeddings import gives_embeddings
 from luthier.serving.inference import (
     ImageRequest,
     InferenceFailed,
@@ -46,7 +47,6 @@ from luthier.serving.scheduler import Cancelled, FairScheduler, current_client
 
 if TYPE_CHECKING:
     from luthier.models.network import Network
-    from luthier.serving.decoder import Decoder
     from luthier.serving.images import ImageGenerator, Reconstruction, SampledImage
     from luthier.serving.prediction import Predictor
     from luthier.store.models import StoredModel
@@ -87,12 +87,10 @@ class SerialModel:
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
         memory: CacheBudget | None = None,
-        packs: bool = True,
     ) -> None:
         """``predictor`` reads, ``generator`` makes images; both have the same network.
 
-        What passes keep is taken from ``memory``. ``packs``: the network's weights are brought into the
-        order of the kernels, which nobody else has done.
+        What passes keep is taken from ``memory``.
         """
         opened = predictor or generator
         assert opened is not None
@@ -112,10 +110,9 @@ class SerialModel:
         if predictor is not None:
             memory = memory or CacheBudget(sys.maxsize)
             self._batcher = RowBatcher(predictor, self._limits, self._scheduler, memory)
-            if packs:
-                from luthier.models.packing import packed_linears
+            from luthier.models.packing import packed_linears
 
-                self._open.enter_context(packed_linears(self._network.model, 0))
+            self._open.enter_context(packed_linears(self._network.model, 0))
 
     @staticmethod
     def open(
@@ -142,16 +139,6 @@ class SerialModel:
             )
         return SerialModel(predictor, generator, limits, scheduler, memory)
 
-    @staticmethod
-    def of(writer: Decoder, scheduler: FairScheduler) -> SerialModel:
-        """The mean over the network of a model that writes, in the same memory."""
-        from luthier.objectives.contrastive import Contrastive
-        from luthier.serving.prediction import Predictor
-
-        mean = Contrastive(pooling="mean")
-        predictor = Predictor(writer.network, mean, writer.chat, writer.context)
-        return SerialModel(predictor, None, writer.limits, scheduler, writer.memory, packs=False)
-
     @property
     def purpose(self) -> str:
         """What it does, behind "This model"."""
@@ -166,7 +153,7 @@ class SerialModel:
         """``text`` says what it does not do; where it reads, the answer says what to ask it for."""
         if self._predictor is None:
             return InferenceRefused(text, "model")
-        if self._predictor.objective.task == "embedding":
+        if gives_embeddings(self._predictor.objective):
             return InferenceRefused(f"{text} Ask it for embeddings.", "model")
         return PredictionsOnly(text, "model")
 
@@ -187,7 +174,7 @@ class SerialModel:
             InferenceRefused: for a text without tokens, or with more than the model reads.
         """
         predictor = self._reader()
-        if predictor.objective.task != "embedding":
+        if not gives_embeddings(predictor.objective):
             raise self.refusal("This model gives labels and no embeddings.")
         limit, vocabulary = self._text_limit(), int(self._network.model.config.vocab_size)
         examples: list[Example] = []

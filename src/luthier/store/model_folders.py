@@ -23,6 +23,9 @@ from luthier.models.manifest import MANIFEST
 JOB_PREFIX = "job-"
 """What the name of a model begins with that a job of the service made; the rest is the job's id."""
 
+RUN_REQUEST, RUN_RESULT = "request.json", "result.json"
+"""Of a run's folder: what was asked for, and what came of it, which one that has not ended lacks."""
+
 
 def split_id(model_id: str) -> tuple[str, str]:
     """Base and name of a custom model by its id; of a base model the id, and no name."""
@@ -72,6 +75,22 @@ def working_folders(model_id: str) -> list[Path]:
     if not name:
         return [luthier_home() / "pretraining" / base]
     return [luthier_home() / kind / short_name(base) / name for kind in ("runs", "distillations")]
+
+
+def unfinished_run_ids() -> list[str]:
+    """Ids of the models whose runs began and have not ended, worked on or not; jobs' are left out."""
+    home = luthier_home()
+    tunings = (path.parent for path in (home / "runs").glob(f"*/*/{RUN_REQUEST}"))
+    pretrainings = (path.parent for path in (home / "pretraining").glob(f"*/{RUN_REQUEST}"))
+    runs = [
+        *((id_of(folder), folder) for folder in tunings),
+        *((folder.name, folder) for folder in pretrainings),
+    ]
+    return sorted(
+        run_id
+        for run_id, folder in runs
+        if not folder.name.startswith(JOB_PREFIX) and not (folder / RUN_RESULT).is_file()
+    )
 
 
 def journals_folder(model_id: str) -> Path:

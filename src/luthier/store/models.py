@@ -50,6 +50,7 @@ from luthier.store.model_folders import (
     is_base_here,
     short_name,
     split_id,
+    unfinished_run_ids,
 )
 from luthier.store.shared_models import fetch_model, note_use, refresh_model
 
@@ -135,7 +136,8 @@ def find(
         say(f"Looking up {model_id} on the hub")
         return StoredModel(model_id, download_from_hub(model_id)[0], Manifest(id=model_id))
     raise UnknownModel(
-        f"there is no model {model_id!r}. {suggest_models(model_id, _ids_of_able(is_able))} A local "
+        f"there is no model {model_id!r}. {_suggest_runs(model_id)}"
+        f"{suggest_models(model_id, _ids_of_able(is_able))} A local "
         "Hugging Face directory or a hub id (organisation/name) works too."
     )
 
@@ -224,11 +226,33 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
 
     ``known`` are the ids that could have been given.
     """
-    import difflib
-
     unreadable = explain_unreadable_home()
     if not known:
         return unreadable or "There are none that can be used so."
+    meant = f"{unreadable} " if unreadable else ""
+    if near := _near_ids(model_id, known):
+        meant += f"Did you mean {' or '.join(near)}? "
+    if len(known) <= FEW:
+        return f"{meant}There are: {', '.join(known)}."
+    return f"{meant}`luthier models list` shows all {len(known)}."
+
+
+def _suggest_runs(model_id: str) -> str:
+    """Runs that have not ended and whose model may be meant, and how to go on; empty for none."""
+    near = _near_ids(model_id, unfinished_run_ids())
+    if not near:
+        return ""
+    which = f"The run {near[0]} has" if len(near) == 1 else f"The runs {' and '.join(near)} have"
+    return (
+        f"{which} not ended, and a model is stored at the end: an interrupted run goes on by the "
+        "command that began it, with --resume (luthier tune … --resume). "
+    )
+
+
+def _near_ids(model_id: str, known: Sequence[str]) -> list[str]:
+    """Those of ``known`` that are most like ``model_id``, the likest first."""
+    import difflib
+
     asked = model_id.lower().replace("/", ":")
     holding = [each for each in known if len(asked) > 1 and asked in each.lower()]
     close = difflib.get_close_matches(asked, known, NEAREST, cutoff=0.5)
@@ -236,13 +260,7 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
         names = [split_id(each)[1] for each in known]
         alike = difflib.get_close_matches(asked, filter(None, names), NEAREST, cutoff=0.7)
         close = [*(known[names.index(name)] for name in alike), *close]
-    near = list(dict.fromkeys([*holding, *close]))[:NEAREST]
-    meant = f"{unreadable} " if unreadable else ""
-    if near:
-        meant += f"Did you mean {' or '.join(near)}? "
-    if len(known) <= FEW:
-        return f"{meant}There are: {', '.join(known)}."
-    return f"{meant}`luthier models list` shows all {len(known)}."
+    return list(dict.fromkeys([*holding, *close]))[:NEAREST]
 
 
 def pretrained_models() -> list[StoredModel]:
@@ -676,7 +694,10 @@ def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = No
         known = fetch_model(f"{short_name(base)}:{name}", folder)
     if not known:
         others = _ids_of_able(is_able, custom_only=True)
-        message = f"there is no custom model {model_id!r}. {suggest_models(model_id, others)}"
+        message = (
+            f"there is no custom model {model_id!r}. {_suggest_runs(model_id)}"
+            f"{suggest_models(model_id, others)}"
+        )
         if any(split_id(other)[1].startswith(JOB_PREFIX) for other in others):
             message += (
                 f" `luthier models list` shows what the service calls those named {JOB_PREFIX}…."

@@ -14,15 +14,16 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.errors import CorruptFile, WrongState
+from luthier.errors import CorruptFile, RecipeError, WrongState
 from luthier.files import write_bytes
 from luthier.models.manifest import MANIFEST
 from luthier.store import exports, shared_models, storage, tags
-from luthier.store.arns import Arns
-from luthier.store.custom_models import CREATING, CustomModel
+from luthier.store.arns import Arn, Arns
+from luthier.store.custom_models import CREATING, RESERVED, CustomModel
 from luthier.store.database import Database
-from luthier.store.endpoints import DEPLOYMENT, endpoint_that_uses
-from luthier.store.imports import files_name
+from luthier.store.endpoints import DEPLOYMENT, Endpoint, endpoint_that_uses
+from luthier.store.foundation import FoundationModel
+from luthier.store.imports import files_name, stored_name
 from luthier.store.jobs import Job, job_of_run, run_name
 from luthier.store.model_folders import (
     custom_folders,
@@ -92,6 +93,55 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     session.delete(model)
     session.flush()
     storage.release(session, model.account, stored_bytes=model.stored_bytes or 0)
+
+
+def unregister(session: Session, model: CustomModel, arns: Arns) -> None:
+    """Take ``model``, which the command line made, from its account; its files stay as they were.
+
+    ``model`` was read with a lock. Its name is free then, and it no longer counts in quotas.
+
+    Raises:
+        WrongState: for a model that the service made or took in: its files are the account's alone.
+            :class:`ModelInUse`: see :func:`remove`.
+        RecipeError: where ``arns`` are of another region than the one that its server names.
+    """
+    own = model.job_id is not None or split_id(model.stored_id or "")[1] in (
+        "",
+        stored_name(model.id),
+    )
+    if own:
+        raise WrongState(
+            f"{model.name} was made by a job of account {model.account}, or brought in from outside, "
+            "and was never one of the command line. Its clients delete it; `luthier models export` "
+            "writes a copy"
+        )
+    arn, path = model.arn(arns), f":{model.account}:custom-model/{model.foundation}/{model.id}"
+    # By ARNs of another region nothing would be found that uses it.
+    for column in (Endpoint.model, Endpoint.next_model, Job.base_model):
+        named = session.scalar(select(column).where(column.endswith(path), column != arn).limit(1))
+        if named is not None and (found := Arn.parse(named)) is not None:
+            raise RecipeError(
+                f"the server's ARNs of {model.name} name the region {found.region}: give `--region "
+                f"{found.region}`"
+            )
+    remove(session, model, arn)
+
+
+def users_of_base(database: Database, base: FoundationModel) -> list[str]:
+    """What accounts have that stands on ``base``: models, jobs that have not ended, endpoints."""
+    models = select(CustomModel).where(CustomModel.root == base.id, CustomModel.status != RESERVED)
+    jobs = select(Job).where(Job.foundation == base.id, Job.is_unfinished())
+    endpoints = select(Endpoint).where(Endpoint.foundation == base.id)
+    with database.read() as session:
+        return [
+            f"{what} {each.name} of account {each.account}"
+            for what, query in (
+                ("the custom model", models.order_by(CustomModel.seq)),
+                ("the job", jobs.order_by(Job.seq)),
+                ("the endpoint", endpoints.order_by(Endpoint.seq)),
+            )
+            for each in session.scalars(query)
+        ]
 
 
 @contextmanager

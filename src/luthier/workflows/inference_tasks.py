@@ -261,6 +261,9 @@ def _record_beside(row: InputRow) -> Record:
         taken.add("messages")
     reply = row.record.get("completion") if asked.expected is None else asked.expected
     own = {key: value for key, value in row.record.items() if key not in taken}
+    # Where nothing is expected, as in a null of a table's column, the row's own reply is what is.
+    if reply is not None and own.get("expected") in (None, "", [], {}):
+        own.pop("expected", None)
     return {"prompt": prompt, **({} if reply is None else {"expected": reply}), **own}
 
 

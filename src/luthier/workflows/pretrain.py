@@ -237,6 +237,7 @@ def _job(
         reporter,
         settled.get("micro_batch_tokens"),
         group.size,
+        run.checkpoint_bytes(),
     )
     if group.rank == 0:
         # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.

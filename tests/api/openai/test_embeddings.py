@@ -59,6 +59,12 @@ def test_requests_that_are_refused(client: openai.OpenAI) -> None:
         assert refused.value.param == param, changes
 
 
+def test_a_model_that_writes_gives_none(client: openai.OpenAI, tiny_base: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="gives no embeddings: ask a model") as refused:
+        embed(client, model=tiny_base)
+    assert refused.value.param == "model"
+
+
 def test_an_unknown_model(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         embed(client, model="text-embedding-3-small")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from io import StringIO
+
+from rich.console import Console
+
 from luthier.data.shapes import PromptCompletion, RawText
 from luthier.gate.checks.language import ALL_UNTIL, Language, _is_sampled
 from luthier.gate.report import Report
+from luthier.gate.report_text import print_report
 from luthier.gate.scan import inspect_rows
 from luthier.types import Row
 
@@ -31,6 +36,21 @@ def test_strays() -> None:
     assert "'fr'; most rows are in 'en'" in report.findings.examples["language.other"][0].message
     counts = report.summaries["language"]["splits"]["train"]["target"]["counts"]
     assert counts == {"en": 200, "vi": 2, "fr": 1}
+
+
+def test_shares_name_the_rows_that_they_are_of() -> None:
+    report = gate(*texts(EN, 6), RawText("f", 7, text="xq 7"), RawText("f", 8, text="zz 8"))
+    (part,) = report.summaries["language"]["splits"]["train"].values()
+    told = sum(part["counts"].values())
+    assert told < 8
+    assert part["of"] == f"the {told} of 8 rows whose language could be told"
+    console = Console(file=StringIO(), width=100)
+    print_report(report, console)
+    kinds = "1 kind" if len(part["counts"]) == 1 else f"{len(part['counts'])} kinds"
+    assert f": {kinds}, of {part['of']}\n" in console.file.getvalue()
+    assert f"of {part['of']}" in report.html()
+    (whole,) = gate(*texts(EN, 6)).summaries["language"]["splits"]["train"].values()
+    assert whole == {"counts": {"en": 6}, "of": ""}
 
 
 def test_two_languages_on_purpose_are_a_note() -> None:

@@ -183,7 +183,11 @@ class Language(Check):
         return {
             "splits": {
                 split: {
-                    part: {"counts": dict(counts.most_common(12))} for part, counts in parts.items()
+                    part: {
+                        "counts": dict(counts.most_common(12)),
+                        "of": self._subset(split, counts),
+                    }
+                    for part, counts in parts.items()
                 }
                 for split, parts in self._shares().items()
             },
@@ -192,6 +196,16 @@ class Language(Check):
             if self._identified != self._seen
             else {"sampled": False}
         )
+
+    def _subset(self, split: str, counts: Counter[str]) -> str:
+        """The rows that ``counts`` are of, where they are not all of ``split``."""
+        if counts.total() == self._seen[split]:
+            return ""
+        looked_at = self._identified[split]
+        drawn = (
+            "" if looked_at == self._seen[split] else f" looked at, out of {self._seen[split]:,},"
+        )
+        return f"the {counts.total():,} of {looked_at:,} rows{drawn} whose language could be told"
 
 
 def _texts(row: Row) -> tuple[str, str]:
