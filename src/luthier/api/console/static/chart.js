@@ -34,9 +34,14 @@ export function lineChart({ title, x, y }) {
       return;
     }
     const scales = scalesOf(shown);
-    replace(drawing, draw(shown, scales, { title, x, y }, (at) => point(shown, scales, at, value, x)));
-    replace(legend, shown.map((each) =>
-      h("span", { class: `series-${each.index}` }, h("i", { class: "swatch" }), each.name)));
+    replace(
+      drawing,
+      draw(shown, scales, { title, x, y }, (at) => point(shown, scales, at, value, x)),
+    );
+    replace(
+      legend,
+      shown.map((each) => h("span", { class: `series-${each.index}` }, h("i", { class: "swatch" }), each.name)),
+    );
     words.textContent = shown.map((each) => inWords(each, x)).join(" ");
   };
   update([]);
@@ -59,7 +64,8 @@ function thin(points) {
 
 function scalesOf(series) {
   const all = series.flatMap((each) => each.points);
-  const range = (axis) => all.reduce(([low, high], p) => [Math.min(low, p[axis]), Math.max(high, p[axis])], [Infinity, -Infinity]);
+  const range = (axis) =>
+    all.reduce(([low, high], p) => [Math.min(low, p[axis]), Math.max(high, p[axis])], [Infinity, -Infinity]);
   const [left, right] = widen(range(0), 0);
   const [low, high] = widen(range(1), 0.06);
   return {
@@ -83,7 +89,8 @@ function ticks(low, high, most) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
   const found = [];
-  for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-9; at += step) found.push(Number(at.toPrecision(12)));
+  for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-9; at += step)
+    found.push(Number(at.toPrecision(12)));
   return found;
 }
 
@@ -99,7 +106,13 @@ function draw(series, scales, labels, onPoint) {
     ticks(scales.left, scales.right, 7)
       .filter((at) => at >= scales.left)
       .map((at) => svg("text", { x: scales.x(at), y: HEIGHT - EDGE.bottom + 16, "text-anchor": "middle" }, number(at))),
-    svg("line", { class: "axis", x1: EDGE.left, x2: WIDTH - EDGE.right, y1: HEIGHT - EDGE.bottom, y2: HEIGHT - EDGE.bottom }),
+    svg("line", {
+      class: "axis",
+      x1: EDGE.left,
+      x2: WIDTH - EDGE.right,
+      y1: HEIGHT - EDGE.bottom,
+      y2: HEIGHT - EDGE.bottom,
+    }),
     svg("text", { class: "label", x: WIDTH - EDGE.right, y: HEIGHT - 3, "text-anchor": "end" }, labels.x),
     svg("text", { class: "label", x: EDGE.left + 6, y: EDGE.top + 8 }, labels.y),
     series.map((each) => [
@@ -108,7 +121,9 @@ function draw(series, scales, labels, onPoint) {
         points: each.points.map(([a, b]) => `${scales.x(a).toFixed(1)},${scales.y(b).toFixed(1)}`).join(" "),
       }),
       each.marks || each.points.length === 1
-        ? each.points.map(([a, b]) => svg("circle", { class: `mark series-${each.index}`, cx: scales.x(a), cy: scales.y(b), r: 3 }))
+        ? each.points.map(([a, b]) =>
+            svg("circle", { class: `mark series-${each.index}`, cx: scales.x(a), cy: scales.y(b), r: 3 }),
+          )
         : null,
     ]),
     cursor,
@@ -126,9 +141,12 @@ function draw(series, scales, labels, onPoint) {
 
 /** Tell the values nearest to a place; gives the place of the nearest of them. */
 function point(series, scales, at, value, label) {
-  const nearest = (points) => points.reduce((best, p) => (Math.abs(scales.x(p[0]) - at) < Math.abs(scales.x(best[0]) - at) ? p : best));
+  const nearest = (points) =>
+    points.reduce((best, p) => (Math.abs(scales.x(p[0]) - at) < Math.abs(scales.x(best[0]) - at) ? p : best));
   const found = series.map((each) => [each.name, nearest(each.points)]);
-  const place = found.map(([, p]) => p[0]).reduce((best, p) => (Math.abs(scales.x(p) - at) < Math.abs(scales.x(best) - at) ? p : best));
+  const place = found
+    .map(([, p]) => p[0])
+    .reduce((best, p) => (Math.abs(scales.x(p) - at) < Math.abs(scales.x(best) - at) ? p : best));
   const shown = found.filter(([, p]) => p[0] === place).map(([name, p]) => `${name} ${number(p[1], 4)}`);
   value.textContent = `${label} ${number(place)}: ${shown.join(", ")}`;
   return scales.x(place);

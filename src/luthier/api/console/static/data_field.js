@@ -14,12 +14,29 @@ const EARLIER = 100;
  */
 export function dataField({ id, label, help, signal, onChange }) {
   const state = { address: null, name: "", sending: null };
-  const input = h("input", { type: "file", id: `${id}-file`, accept: ".jsonl,.json,.csv,.tsv,.txt,.md,.parquet,.gz,.zst", "aria-describedby": `${id}-help` });
+  const input = h("input", {
+    type: "file",
+    id: `${id}-file`,
+    accept: ".jsonl,.json,.csv,.tsv,.txt,.md,.parquet,.gz,.zst",
+    "aria-describedby": `${id}-help`,
+  });
   const earlier = h("select", { id: `${id}-earlier` }, h("option", { value: "" }, "Uploaded earlier …"));
-  const address = h("input", { type: "text", id: `${id}-address`, placeholder: "s3://bucket/key", spellcheck: "false", autocomplete: "off" });
+  const address = h("input", {
+    type: "text",
+    id: `${id}-address`,
+    placeholder: "s3://bucket/key",
+    spellcheck: "false",
+    autocomplete: "off",
+  });
   const status = h("p", { class: "help", role: "status" });
   const problem = h("p", { class: "problem", id: `${id}-problem`, hidden: true });
-  const drop = h("div", { class: "drop" }, h("p", { class: "soft" }, "Choose a file, or drop one here."), input, status);
+  const drop = h(
+    "div",
+    { class: "drop" },
+    h("p", { class: "soft" }, "Choose a file, or drop one here."),
+    input,
+    status,
+  );
 
   const choose = (value, name, said) => {
     state.address = value;
@@ -99,7 +116,11 @@ export function dataField({ id, label, help, signal, onChange }) {
     state.sending?.abort();
     earlier.value = "";
     const value = address.value.trim();
-    choose(value || null, value.replace(/\/+$/, "").split("/").pop(), value ? "The rows at this address are used." : "");
+    choose(
+      value || null,
+      value.replace(/\/+$/, "").split("/").pop(),
+      value ? "The rows at this address are used." : "",
+    );
   });
   fillEarlier(earlier, signal);
 
@@ -109,9 +130,17 @@ export function dataField({ id, label, help, signal, onChange }) {
       { class: "data-field", role: "group", "aria-labelledby": `${id}-label` },
       h("label", { for: `${id}-file`, id: `${id}-label` }, label),
       drop,
-      h("div", { class: "fields others" },
-        h("div", null, h("label", { for: `${id}-earlier`, class: "visually-hidden" }, `${label}: uploaded earlier`), earlier),
-        h("div", null, h("label", { for: `${id}-address`, class: "visually-hidden" }, `${label}: address`), address)),
+      h(
+        "div",
+        { class: "fields others" },
+        h(
+          "div",
+          null,
+          h("label", { for: `${id}-earlier`, class: "visually-hidden" }, `${label}: uploaded earlier`),
+          earlier,
+        ),
+        h("div", null, h("label", { for: `${id}-address`, class: "visually-hidden" }, `${label}: address`), address),
+      ),
       problem,
       h("p", { class: "help", id: `${id}-help` }, help),
     ),

@@ -26,7 +26,10 @@ export function estimateView(estimate) {
   const range = (figure, format) =>
     !figure
       ? null
-      : [format(figure.value), figure.low === figure.high ? null : h("small", null, `${format(figure.low)} to ${format(figure.high)}`)];
+      : [
+          format(figure.value),
+          figure.low === figure.high ? null : h("small", null, `${format(figure.low)} to ${format(figure.high)}`),
+        ];
   const cost = estimate.cost ?? estimate.energy;
   const parts = Object.entries(estimate.parts ?? {}).filter(([, figure]) => figure.high > 0);
   return h(
@@ -43,13 +46,31 @@ export function estimateView(estimate) {
       ["Rows", number(estimate.rows)],
       ["Tokens", range(estimate.tokens, (value) => number(Math.round(value)))],
     ]),
-    h("p", { class: "soft" }, `${words(estimate.objective)} of ${estimate.base} by ${words(estimate.adaptation).toLowerCase()}, on ${estimate.machine}. `,
-      "The figures are of a few real steps on these rows; other work on the machine makes it slower."),
-    h("details", null, h("summary", null, "Where the time goes"),
+    h(
+      "p",
+      { class: "soft" },
+      `${words(estimate.objective)} of ${estimate.base} by ${words(estimate.adaptation).toLowerCase()}, on ${estimate.machine}. `,
+      "The figures are of a few real steps on these rows; other work on the machine makes it slower.",
+    ),
+    h(
+      "details",
+      null,
+      h("summary", null, "Where the time goes"),
       table({
         caption: "Parts of the time",
-        columns: ["Part", { name: "Time", kind: "number" }, { name: "At least", kind: "number" }, { name: "At most", kind: "number" }],
-        rows: parts.map(([name, figure]) => [PARTS[name] ?? words(name), duration(figure.value), duration(figure.low), duration(figure.high)]),
-      })),
+        columns: [
+          "Part",
+          { name: "Time", kind: "number" },
+          { name: "At least", kind: "number" },
+          { name: "At most", kind: "number" },
+        ],
+        rows: parts.map(([name, figure]) => [
+          PARTS[name] ?? words(name),
+          duration(figure.value),
+          duration(figure.low),
+          duration(figure.high),
+        ]),
+      }),
+    ),
   );
 }

@@ -62,7 +62,8 @@ export function age(moment) {
   if (!date) return "–";
   const seconds = (Date.now() - date.getTime()) / 1000;
   if (seconds < 10) return "just now";
-  const [size, unit] = seconds < 60 ? [1, "s"] : seconds < 3600 ? [60, "min"] : seconds < 86400 ? [3600, "h"] : [86400, "d"];
+  const [size, unit] =
+    seconds < 60 ? [1, "s"] : seconds < 3600 ? [60, "min"] : seconds < 86400 ? [3600, "h"] : [86400, "d"];
   return `${Math.floor(seconds / size)} ${unit} ago`;
 }
 

@@ -24,7 +24,8 @@ const TAIL = 240;
 export function inspectionView(verdict, report) {
   const splits = report.summaries?.learning?.splits ?? {};
   const rules = [...report.rules].sort((a, b) => ORDER.indexOf(a.severity) - ORDER.indexOf(b.severity));
-  const count = (name) => report.rules.filter((rule) => rule.severity === name).reduce((sum, rule) => sum + rule.count, 0);
+  const count = (name) =>
+    report.rules.filter((rule) => rule.severity === name).reduce((sum, rule) => sum + rule.count, 0);
   return h(
     "section",
     { class: "inspection" },
@@ -42,7 +43,15 @@ export function inspectionView(verdict, report) {
     rules.map(ruleView),
     Object.entries(splits).map(([split, found]) => rowsView(split, found.shown ?? [])),
     Object.keys(report.left_out ?? {}).length
-      ? h("p", { class: "soft" }, "Not looked at: ", Object.entries(report.left_out).map(([name, why]) => `${name} (${why})`).join(", "), ".")
+      ? h(
+          "p",
+          { class: "soft" },
+          "Not looked at: ",
+          Object.entries(report.left_out)
+            .map(([name, why]) => `${name} (${why})`)
+            .join(", "),
+          ".",
+        )
       : null,
   );
 }
@@ -52,20 +61,45 @@ function ruleView(rule) {
   return h(
     "details",
     { class: "rule", open: rule.severity === "error" },
-    h("summary", null, h("span", { class: `chip ${rule.severity}` }, words(rule.severity)), " ", rule.about, " ",
-      h("span", { class: "soft" }, `${times} · `, h("code", null, rule.rule))),
-    h("div", { class: "inside" },
+    h(
+      "summary",
+      null,
+      h("span", { class: `chip ${rule.severity}` }, words(rule.severity)),
+      " ",
+      rule.about,
+      " ",
+      h("span", { class: "soft" }, `${times} · `, h("code", null, rule.rule)),
+    ),
+    h(
+      "div",
+      { class: "inside" },
       h("p", null, h("strong", null, "Why: "), rule.why),
       h("p", null, h("strong", null, "Fix: "), rule.fix),
-      h("ul", { class: "places" }, rule.places.map((place) =>
-        h("li", null, h("code", null, placeOf(place)), " ", withNames(place.message ?? ""),
-          place.excerpt ? h("pre", { class: "row" }, place.excerpt) : null))),
-      rule.places.length < rule.count ? h("p", { class: "soft" }, `${number(rule.places.length)} of ${number(rule.count)} are shown.`) : null),
+      h(
+        "ul",
+        { class: "places" },
+        rule.places.map((place) =>
+          h(
+            "li",
+            null,
+            h("code", null, placeOf(place)),
+            " ",
+            withNames(place.message ?? ""),
+            place.excerpt ? h("pre", { class: "row" }, place.excerpt) : null,
+          ),
+        ),
+      ),
+      rule.places.length < rule.count
+        ? h("p", { class: "soft" }, `${number(rule.places.length)} of ${number(rule.count)} are shown.`)
+        : null,
+    ),
   );
 }
 
 function placeOf({ file, line }) {
-  const name = withNames(file ?? "").split("/").pop();
+  const name = withNames(file ?? "")
+    .split("/")
+    .pop();
   return line ? `${name}:${line}` : name;
 }
 
@@ -76,21 +110,37 @@ function rowsView(split, rows) {
     null,
     h("h3", null, split === "train" ? "Rows as the model reads them" : `Rows of ${split}`),
     h("p", { class: "soft" }, "What is marked is learned; the rest is read."),
-    rows.slice(0, MOST_ROWS).map((row) =>
-      h("figure", { class: "example" },
-        h("figcaption", { class: "soft" }, placeOf(row), row.taught ? [" · learned: ", h("mark", null, String(row.taught))] : null),
-        h("pre", { class: "row" }, tokensView(row.tokens ?? [], row.learned ?? [])))),
+    rows
+      .slice(0, MOST_ROWS)
+      .map((row) =>
+        h(
+          "figure",
+          { class: "example" },
+          h(
+            "figcaption",
+            { class: "soft" },
+            placeOf(row),
+            row.taught ? [" · learned: ", h("mark", null, String(row.taught))] : null,
+          ),
+          h("pre", { class: "row" }, tokensView(row.tokens ?? [], row.learned ?? [])),
+        ),
+      ),
   );
 }
 
 /** Tokens, with those that are learned marked, in as few pieces as there are changes. */
 function tokensView(tokens, learned) {
   const cut = tokens.length > HEAD + TAIL;
-  const parts = cut ? [[0, HEAD], [tokens.length - TAIL, tokens.length]] : [[0, tokens.length]];
+  const parts = cut
+    ? [
+        [0, HEAD],
+        [tokens.length - TAIL, tokens.length],
+      ]
+    : [[0, tokens.length]];
   const found = [];
   parts.forEach(([from, to], index) => {
     if (index) found.push(h("em", null, ` … ${number(tokens.length - HEAD - TAIL)} tokens … `));
-    for (let at = from; at < to; ) {
+    for (let at = from; at < to;) {
       let end = at;
       while (end < to && learned[end] === learned[at]) end += 1;
       const text = tokens.slice(at, end).join("");

@@ -46,7 +46,13 @@ export async function render(root, params, signal) {
     place.state,
     place.result,
     h("section", null, h("h2", null, "Course"), loss.element, measure.element),
-    h("section", null, h("h2", null, "Settings"), place.settings, h("details", null, h("summary", null, "The whole recipe"), recipe)),
+    h(
+      "section",
+      null,
+      h("h2", null, "Settings"),
+      place.settings,
+      h("details", null, h("summary", null, "The whole recipe"), recipe),
+    ),
     h("section", null, h("h2", null, "Parts"), place.parts),
     h("section", null, h("h2", null, "Messages"), messages),
   );
@@ -104,7 +110,11 @@ export async function render(root, params, signal) {
       course.add(event.data);
       if (event.data.total_steps && event.data.train_loss !== undefined && job.state === "Running") {
         const known = job.details.progress ?? {};
-        job.details.progress = { ...known, step: Math.max(event.data.step, known.step ?? 0), steps: event.data.total_steps };
+        job.details.progress = {
+          ...known,
+          step: Math.max(event.data.step, known.step ?? 0),
+          steps: event.data.total_steps,
+        };
         drawState(place, job);
       }
       drawing ??= setTimeout(drawCourse, DRAW_MILLISECONDS);
@@ -133,7 +143,8 @@ export async function render(root, params, signal) {
         if (hasEnded(job.state)) return;
       } catch (error) {
         if (signal.aborted) return;
-        if (error.name !== "AbortError") replace(place.problem, errorBox(error, null), note("The page tries again by itself."));
+        if (error.name !== "AbortError")
+          replace(place.problem, errorBox(error, null), note("The page tries again by itself."));
         if (error.status === 401 || error.status === 403 || error.status === 404) return;
       } finally {
         document.removeEventListener("visibilitychange", release);
@@ -212,10 +223,19 @@ function drawHead(root, job, act) {
   replace(
     root,
     h("p", { class: "soft" }, h("a", { href: link("jobs") }, "Jobs"), " /"),
-    h("div", { class: "heading" }, h("h1", null, job.name), stateChip(job.state), h("div", { class: "actions" }, buttons)),
+    h(
+      "div",
+      { class: "heading" },
+      h("h1", null, job.name),
+      stateChip(job.state),
+      h("div", { class: "actions" }, buttons),
+    ),
     facts([
       ["Base model", h("a", { href: link("models", job.base) }, shortName(job.base))],
-      ["Model", job.state === "Completed" ? h("a", { href: link("models", job.model_name) }, job.model_name) : job.model_name],
+      [
+        "Model",
+        job.state === "Completed" ? h("a", { href: link("models", job.model_name) }, job.model_name) : job.model_name,
+      ],
       ["Kind", words(job.customization_type)],
       ["Data", (job.details.sources ?? []).map((each) => h("div", null, withNames(each)))],
       ["Created", time(job.created)],
@@ -244,8 +264,15 @@ function drawState(place, job) {
 
 function drawResult(root, job) {
   if (job.state === "Failed") {
-    replace(root, h("div", { class: "box error", role: "alert" }, h("p", null, h("strong", null, "The job has failed.")),
-      h("p", { class: "failure" }, withNames(job.failure ?? "No reason is known."))));
+    replace(
+      root,
+      h(
+        "div",
+        { class: "box error", role: "alert" },
+        h("p", null, h("strong", null, "The job has failed.")),
+        h("p", { class: "failure" }, withNames(job.failure ?? "No reason is known.")),
+      ),
+    );
     return;
   }
   if (job.state !== "Completed") {
@@ -267,9 +294,12 @@ function drawResult(root, job) {
       ["Training loss at the end", number(result.train_loss, 4)],
       ["Validation loss", losses || null],
     ]),
-    h("div", { class: "actions" },
+    h(
+      "div",
+      { class: "actions" },
       h("a", { class: "button primary", href: link("models", job.model_name) }, "Open the model"),
-      h("a", { class: "button", href: link("playground", job.model_name) }, "Try it")),
+      h("a", { class: "button", href: link("playground", job.model_name) }, "Try it"),
+    ),
   );
 }
 
@@ -303,7 +333,12 @@ function drawParts(root, job) {
       columns: ["Part", "State", { name: "Began", kind: "nowrap" }, { name: "Took", kind: "number" }],
       rows: Object.entries(PARTS)
         .filter(([name]) => known[name])
-        .map(([name, label]) => [label, words(known[name].status.replace(/([a-z])([A-Z])/g, "$1 $2")), time(known[name].created), took(known[name])]),
+        .map(([name, label]) => [
+          label,
+          words(known[name].status.replace(/([a-z])([A-Z])/g, "$1 $2")),
+          time(known[name].created),
+          took(known[name]),
+        ]),
       empty: "No worker has begun yet.",
     }),
   );

@@ -36,9 +36,7 @@ export function progressOf(job) {
   return h(
     "div",
     { class: "progress" },
-    hasEnded(job.state)
-      ? null
-      : h("progress", { max: progress.steps || 1, value: progress.step, "aria-label": label }),
+    hasEnded(job.state) ? null : h("progress", { max: progress.steps || 1, value: progress.step, "aria-label": label }),
     h("small", { class: "soft" }, label, left ? `, ${left}` : null),
   );
 }

@@ -39,8 +39,13 @@ export async function render(root, params, signal) {
       "div",
       { class: "heading" },
       h("h1", null, "Jobs"),
-      h("div", { class: "actions" }, h("label", { for: "state", class: "visually-hidden" }, "State"), filter,
-        h("a", { class: "button primary", href: link("new") }, "New job")),
+      h(
+        "div",
+        { class: "actions" },
+        h("label", { for: "state", class: "visually-hidden" }, "State"),
+        filter,
+        h("a", { class: "button primary", href: link("new") }, "New job"),
+      ),
     ),
     problem,
     list,
@@ -72,7 +77,11 @@ export async function render(root, params, signal) {
       window.scrollTo(0, 0);
       announce(before.length ? "Older jobs" : "The newest jobs");
     } catch (error) {
-      if (error.name !== "AbortError") replace(problem, errorBox(error, () => turn(to)));
+      if (error.name !== "AbortError")
+        replace(
+          problem,
+          errorBox(error, () => turn(to)),
+        );
     }
   };
   older.addEventListener("click", () => {
@@ -111,7 +120,15 @@ function draw(list, jobs, wanted) {
     list,
     table({
       caption: "Jobs, the newest first",
-      columns: ["Name", "State", "Base model", "Model", "Kind", { name: "Progress", kind: "wide" }, { name: "Created", kind: "nowrap" }],
+      columns: [
+        "Name",
+        "State",
+        "Base model",
+        "Model",
+        "Kind",
+        { name: "Progress", kind: "wide" },
+        { name: "Created", kind: "nowrap" },
+      ],
       rows: jobs.map((job) => [
         h("a", { href: link("jobs", job.name) }, job.name),
         stateChip(job.state),

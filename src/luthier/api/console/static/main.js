@@ -82,7 +82,9 @@ function isRefusal(error) {
 }
 
 function refusal(error) {
-  return isRefusal(error) ? "The server does not take this key. Check that it is whole, and of this server." : messageOf(error);
+  return isRefusal(error)
+    ? "The server does not take this key. Check that it is whole, and of this server."
+    : messageOf(error);
 }
 
 /** Try a key, and use it where it opens an account. */

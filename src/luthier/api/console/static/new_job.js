@@ -50,26 +50,62 @@ class JobForm {
     this.named = false;
     const changed = () => this.changed();
     this.training = dataField({
-      id: "training", label: "Training rows", signal, onChange: changed,
+      id: "training",
+      label: "Training rows",
+      signal,
+      onChange: changed,
       help: "JSON Lines, CSV, Parquet or text. A key that ends with a slash stands for all files below it.",
     });
     this.validation = dataField({
-      id: "validation", label: "Validation rows (if you have some)", signal, onChange: changed,
+      id: "validation",
+      label: "Validation rows (if you have some)",
+      signal,
+      onChange: changed,
       help: "Rows that are never learned: the model is measured on them.",
     });
     const usable = models.filter((each) => each.status.toLowerCase() === "active");
     const start = params.query.get("base");
     this.base = modelSelect("base", usable, start);
     this.teacher = modelSelect("teacher", usable, null);
-    this.kind = h("select", { id: "customization_type" }, KINDS.map(([value, label]) => h("option", { value }, label)));
+    this.kind = h(
+      "select",
+      { id: "customization_type" },
+      KINDS.map(([value, label]) => h("option", { value }, label)),
+    );
     this.grader = h("textarea", { id: "grader", rows: "4", spellcheck: "false", class: "code" }, GRADER);
-    this.settings = SETTINGS.map(([name, label, kind]) => [name, label, h("input", { id: name, placeholder: "chosen for you", ...kind })]);
-    this.adaptation = h("select", { id: "adaptation.method" }, ADAPTATIONS.map(([value, label]) => h("option", { value }, label)));
+    this.settings = SETTINGS.map(([name, label, kind]) => [
+      name,
+      label,
+      h("input", { id: name, placeholder: "chosen for you", ...kind }),
+    ]);
+    this.adaptation = h(
+      "select",
+      { id: "adaptation.method" },
+      ADAPTATIONS.map(([value, label]) => h("option", { value }, label)),
+    );
     this.further = h("textarea", {
-      id: "settings", rows: "4", spellcheck: "false", class: "code", placeholder: '{"training": {"seed": 1}}',
+      id: "settings",
+      rows: "4",
+      spellcheck: "false",
+      class: "code",
+      placeholder: '{"training": {"seed": 1}}',
     });
-    this.name = h("input", { id: "name", type: "text", required: true, maxlength: LONGEST_NAME, autocomplete: "off", spellcheck: "false" });
-    this.modelName = h("input", { id: "model_name", type: "text", required: true, maxlength: LONGEST_NAME, autocomplete: "off", spellcheck: "false" });
+    this.name = h("input", {
+      id: "name",
+      type: "text",
+      required: true,
+      maxlength: LONGEST_NAME,
+      autocomplete: "off",
+      spellcheck: "false",
+    });
+    this.modelName = h("input", {
+      id: "model_name",
+      type: "text",
+      required: true,
+      maxlength: LONGEST_NAME,
+      autocomplete: "off",
+      spellcheck: "false",
+    });
     this.buttons = {
       inspect: h("button", { type: "button", onclick: () => this.inspect() }, "Inspect the data"),
       estimate: h("button", { type: "button", onclick: () => this.estimate() }, "Estimate"),
@@ -86,23 +122,75 @@ class JobForm {
 
   draw() {
     const row = (field, label, help) =>
-      h("div", null, h("label", { for: field.id }, label), field, help ? h("p", { class: "help" }, help) : null,
-        h("p", { class: "problem", id: `problem-${field.id}`, hidden: true }));
+      h(
+        "div",
+        null,
+        h("label", { for: field.id }, label),
+        field,
+        help ? h("p", { class: "help" }, help) : null,
+        h("p", { class: "problem", id: `problem-${field.id}`, hidden: true }),
+      );
     this.teacherRow = row(this.teacher, "Teacher", "The model whose answers are learned.");
     this.graderRow = row(this.grader, "Grader", "How an answer is scored, as JSON.");
     return h(
       "form",
       { class: "new-job", onsubmit: (event) => this.start(event) },
-      h("fieldset", null, h("legend", null, "Data"), h("div", { class: "fields" }, this.training.element, this.validation.element)),
-      h("fieldset", null, h("legend", null, "Model"),
-        h("div", { class: "fields" }, row(this.base, "Base model"), row(this.kind, "What is learned"), this.teacherRow, this.graderRow)),
-      h("fieldset", null, h("legend", null, "Settings"),
-        h("p", { class: "soft" }, "Leave them empty, and they are chosen from the data and the model. The job says what was chosen, and why."),
-        h("div", { class: "fields" }, this.settings.map(([, label, field]) => row(field, label)), row(this.adaptation, "Adaptation")),
-        h("details", { class: "further" }, h("summary", null, "Further settings"),
-          row(this.further, "Settings of a recipe, as JSON", "By group, as in a recipe. They go before the fields above where both name one."))),
-      h("fieldset", null, h("legend", null, "Names"),
-        h("div", { class: "fields" }, row(this.name, "Job", "No other job of the account has it."), row(this.modelName, "Model", "Letters, digits, - and _."))),
+      h(
+        "fieldset",
+        null,
+        h("legend", null, "Data"),
+        h("div", { class: "fields" }, this.training.element, this.validation.element),
+      ),
+      h(
+        "fieldset",
+        null,
+        h("legend", null, "Model"),
+        h(
+          "div",
+          { class: "fields" },
+          row(this.base, "Base model"),
+          row(this.kind, "What is learned"),
+          this.teacherRow,
+          this.graderRow,
+        ),
+      ),
+      h(
+        "fieldset",
+        null,
+        h("legend", null, "Settings"),
+        h(
+          "p",
+          { class: "soft" },
+          "Leave them empty, and they are chosen from the data and the model. The job says what was chosen, and why.",
+        ),
+        h(
+          "div",
+          { class: "fields" },
+          this.settings.map(([, label, field]) => row(field, label)),
+          row(this.adaptation, "Adaptation"),
+        ),
+        h(
+          "details",
+          { class: "further" },
+          h("summary", null, "Further settings"),
+          row(
+            this.further,
+            "Settings of a recipe, as JSON",
+            "By group, as in a recipe. They go before the fields above where both name one.",
+          ),
+        ),
+      ),
+      h(
+        "fieldset",
+        null,
+        h("legend", null, "Names"),
+        h(
+          "div",
+          { class: "fields" },
+          row(this.name, "Job", "No other job of the account has it."),
+          row(this.modelName, "Model", "Letters, digits, - and _."),
+        ),
+      ),
       this.problem,
       h("div", { class: "actions submit" }, this.buttons.inspect, this.buttons.estimate, this.buttons.start),
       this.outcome,
@@ -169,7 +257,12 @@ class JobForm {
   async start(event) {
     event.preventDefault();
     await this.ask("The job is being started", async (signal) => {
-      const body = { ...this.common(), training: [this.training.address()], name: this.name.value.trim(), model_name: this.modelName.value.trim() };
+      const body = {
+        ...this.common(),
+        training: [this.training.address()],
+        name: this.name.value.trim(),
+        model_name: this.modelName.value.trim(),
+      };
       if (this.kind.value === "DISTILLATION") body.teacher = this.teacher.value;
       const job = await call("POST", "/api/v1/jobs", { body, signal });
       go("jobs", job.name);
@@ -188,8 +281,17 @@ class JobForm {
     const began = Date.now();
     const clock = h("span");
     const tick = setInterval(() => (clock.textContent = `${Math.round((Date.now() - began) / 1000)} s`), 1000);
-    replace(this.outcome, h("p", { class: "box note", role: "status" }, `${text} … `, clock, " ",
-      h("button", { type: "button", class: "quiet", onclick: leave }, "Cancel")));
+    replace(
+      this.outcome,
+      h(
+        "p",
+        { class: "box note", role: "status" },
+        `${text} … `,
+        clock,
+        " ",
+        h("button", { type: "button", class: "quiet", onclick: leave }, "Cancel"),
+      ),
+    );
     try {
       const view = await work(working.signal);
       replace(this.outcome, view);
@@ -225,9 +327,12 @@ class JobForm {
       field.closest("details")?.setAttribute("open", "");
       field.focus();
     }
-    replace(this.problem, error instanceof InputProblem
-      ? h("div", { class: "box error", role: "alert" }, h("p", null, error.message))
-      : errorBox(error));
+    replace(
+      this.problem,
+      error instanceof InputProblem
+        ? h("div", { class: "box error", role: "alert" }, h("p", null, error.message))
+        : errorBox(error),
+    );
     this.problem.scrollIntoView({ block: "nearest" });
   }
 
@@ -256,7 +361,8 @@ function parseObject(text, parameter) {
   } catch (error) {
     throw new InputProblem(`This is no JSON: ${error.message}.`, parameter);
   }
-  if (typeof found !== "object" || found === null || Array.isArray(found)) throw new InputProblem("Write a JSON object: { … }.", parameter);
+  if (typeof found !== "object" || found === null || Array.isArray(found))
+    throw new InputProblem("Write a JSON object: { … }.", parameter);
   return found;
 }
 
@@ -264,7 +370,11 @@ function modelSelect(id, models, chosen) {
   const group = (label, kind) => {
     const found = models.filter((each) => each.kind === kind);
     return found.length
-      ? h("optgroup", { label }, found.map((each) => h("option", { value: kind === "custom" ? each.arn : each.id }, each.name)))
+      ? h(
+          "optgroup",
+          { label },
+          found.map((each) => h("option", { value: kind === "custom" ? each.arn : each.id }, each.name)),
+        )
       : null;
   };
   const select = h("select", { id }, group("Base models", "foundation"), group("Your models", "custom"));
@@ -279,6 +389,10 @@ function proposeName(file, base) {
   const two = (value) => String(value).padStart(2, "0");
   const moment = `${two(now.getMonth() + 1)}${two(now.getDate())}-${two(now.getHours())}${two(now.getMinutes())}${two(now.getSeconds())}`;
   const stem = (file.split(".")[0] || base.selectedOptions[0]?.textContent || "model")
-    .normalize("NFKD").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-+|-+$/g, "").slice(0, 40).replace(/-+$/, "");
+    .normalize("NFKD")
+    .replace(/[^A-Za-z0-9]+/g, "-")
+    .replace(/^-+|-+$/g, "")
+    .slice(0, 40)
+    .replace(/-+$/, "");
   return `${stem || "model"}-${moment}`;
 }

@@ -69,7 +69,11 @@ export async function show(root) {
   } catch (error) {
     if (leaving.signal.aborted || error?.name === "AbortError") return;
     if (!(error instanceof Error && error.name === "ApiError")) console.error(error);
-    replace(page, h("h1", null, title), errorBox(error, () => show(root)));
+    replace(
+      page,
+      h("h1", null, title),
+      errorBox(error, () => show(root)),
+    );
   }
 }
 

@@ -22,10 +22,30 @@ export function table({ caption, showCaption = false, columns, rows, empty = "Th
       "table",
       null,
       h("caption", { class: showCaption ? null : "visually-hidden" }, caption),
-      h("thead", null, h("tr", null, columns.map((column, index) =>
-        h("th", { scope: "col", class: kinds[index] }, column.name ?? column)))),
-      h("tbody", null, rows.map((row) => h("tr", null, row.map((cell, index) =>
-        index === 0 ? h("th", { scope: "row", class: kinds[index] }, cell) : h("td", { class: kinds[index] }, cell))))),
+      h(
+        "thead",
+        null,
+        h(
+          "tr",
+          null,
+          columns.map((column, index) => h("th", { scope: "col", class: kinds[index] }, column.name ?? column)),
+        ),
+      ),
+      h(
+        "tbody",
+        null,
+        rows.map((row) =>
+          h(
+            "tr",
+            null,
+            row.map((cell, index) =>
+              index === 0
+                ? h("th", { scope: "row", class: kinds[index] }, cell)
+                : h("td", { class: kinds[index] }, cell),
+            ),
+          ),
+        ),
+      ),
     ),
   );
 }
@@ -37,5 +57,9 @@ export function table({ caption, showCaption = false, columns, rows, empty = "Th
  */
 export function facts(pairs) {
   const known = pairs.filter((pair) => pair && pair[1] !== null && pair[1] !== undefined && pair[1] !== "");
-  return h("dl", { class: "facts" }, known.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))));
+  return h(
+    "dl",
+    { class: "facts" },
+    known.map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))),
+  );
 }
