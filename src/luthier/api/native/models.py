@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -11,8 +12,25 @@ from sqlalchemy import select
 from luthier.api.http.messages import Fault, Request
 from luthier.api.identifiers import find_foundation
 from luthier.api.native.operations import Context, NativeOperation, View
+from luthier.errors import LuthierError
+from luthier.serving.abilities import Ability, Reads, abilities_of, abilities_of_base
 from luthier.store.custom_models import RESERVED, CustomModel
-from luthier.store.foundation import FoundationModel, foundation_models
+from luthier.store.foundation import FoundationModel, foundation_models, kind_of
+
+
+class AbilitiesView(View):
+    """What a model can be asked for."""
+
+    method: str
+    """The objective it was trained with; of a foundation model that by which it answers."""
+    does: list[Ability]
+    """``write`` answers chats; ``predict`` and ``embed`` answer ``predictions``; ``make_images`` and
+    ``reconstruct`` are operations of their own. Empty where it is only a start for training."""
+    reads: list[Reads]
+    labels: list[str]
+    """Classes that new images can be asked for."""
+    reads_prompts: bool
+    """Whether it makes images of what a text says."""
 
 
 class ModelView(View):
@@ -34,6 +52,11 @@ class ModelView(View):
     failure: str | None = None
     """Why a model from outside was not taken."""
     created: datetime | None = None
+    base_kind: str
+    """What the base model at the bottom is made for: ``causal_lm`` writes, an ``encoder`` reads texts,
+    and so on."""
+    abilities: AbilitiesView | None = None
+    """In the answer about one model; none in lists, and where its files or its package are not here."""
 
 
 class ModelsView(View):
@@ -101,8 +124,10 @@ class _Models:
         if isinstance(found, FoundationModel):
             arn = self.context.arns.foundation_model(found.id)
             self.context.authorize(request.caller, "luthier:GetModel", arn)
-            return self._foundation(found)
-        return self._custom(found)
+            view = self._foundation(found)
+        else:
+            view = self._custom(found)
+        return view.model_copy(update={"abilities": _abilities(found)})
 
     def delete(self, request: Request) -> DeletedModelView:
         with self.context.database.read() as session:
@@ -142,6 +167,7 @@ class _Models:
             kind="foundation",
             status="ACTIVE",
             created=model.created,
+            base_kind=model.kind,
         )
 
     def _custom(self, model: CustomModel) -> ModelView:
@@ -158,4 +184,20 @@ class _Models:
             source=source,
             failure=model.failure,
             created=model.created,
+            base_kind=kind_of(model),
         )
+
+
+def _abilities(model: FoundationModel | CustomModel) -> AbilitiesView | None:
+    from luthier.store.models import find
+
+    try:
+        if isinstance(model, FoundationModel):
+            found = abilities_of_base(model.base)
+        elif model.stored_id is not None:
+            found = abilities_of(find(model.stored_id))
+        else:
+            return None
+    except (LuthierError, OSError):
+        return None  # its files are on another server, damaged, or of a package that is gone
+    return AbilitiesView(**asdict(found))
