@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import select
 
-from luthier.api.http.messages import Fault, Request
+from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.identifiers import find_foundation
 from luthier.api.native.operations import Context, NativeOperation, View
 from luthier.errors import LuthierError
@@ -100,6 +100,10 @@ def operations(context: Context) -> list[NativeOperation]:
             "getCertificate", "GET", f"{one}/certificate", models.certificate,
             "What is certified of a custom model, and its lineage.", CertificateView,
         ),
+        NativeOperation(
+            "downloadCertificate", "GET", f"{one}/certificate.json", models.certificate_file,
+            "The bytes of a custom model's certificate.json, as `luthier verify` reads them.",
+        ),
     ]  # fmt: skip
 
 
@@ -136,16 +140,9 @@ class _Models:
         return DeletedModelView(model=model.arn(self.context.arns))
 
     def certificate(self, request: Request) -> CertificateView:
-        from luthier.store.models import find
-        from luthier.workflows.certificate.certificate import read_certificate
-
         lineage: list[str] = []
         with self.context.database.read() as session:
-            model = self.context.asked_model(request, session, "GetModel")
-            if model.stored_id is None:
-                text = f"The model {model.name} is {model.status} and has no certificate."
-                raise Fault("Conflict", text)
-            stored, below = model.stored_id, model
+            model = below = self.context.asked_model(request, session, "GetModel")
             lineage.append(below.arn(self.context.arns))
             # A whole network from outside has nothing below it.
             while below.base_model:
@@ -156,8 +153,18 @@ class _Models:
                     below = self.context.custom(session, request.account, lineage[-1])
                 except Fault:
                     break  # deleted since; its ARN is all that is left of it here
-        certificate = json.loads(read_certificate(find(stored)).text())
+        certificate = json.loads(_certificate_text(model))
         return CertificateView(model=lineage[0], certificate=certificate, lineage=lineage)
+
+    def certificate_file(self, request: Request) -> Response:
+        with self.context.database.read() as session:
+            model = self.context.asked_model(request, session, "GetModel")
+        # Its hash is of these bytes: JavaScript, which reads 32.0 and writes 32, would change them.
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Disposition": 'attachment; filename="certificate.json"',
+        }
+        return Response(200, _certificate_text(model).encode("utf-8", "replace"), headers)
 
     def _foundation(self, model: FoundationModel) -> ModelView:
         return ModelView(
@@ -186,6 +193,15 @@ class _Models:
             created=model.created,
             base_kind=kind_of(model),
         )
+
+
+def _certificate_text(model: CustomModel) -> str:
+    from luthier.store.models import find
+    from luthier.workflows.certificate.certificate import read_certificate
+
+    if model.stored_id is None:
+        raise Fault("Conflict", f"The model {model.name} is {model.status} and has no certificate.")
+    return read_certificate(find(model.stored_id)).text()
 
 
 def _abilities(model: FoundationModel | CustomModel) -> AbilitiesView | None:
