@@ -53,6 +53,7 @@ from luthier.jobs.worker import (
 from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
 from luthier.serving.journal import asking_for
+from luthier.setting_names import without_commands
 from luthier.store import jobs, models, queue, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
@@ -223,6 +224,10 @@ class TrainingWorker(Worker[Job, JobLocations]):
             train_loss=run["train_loss"],
             validation_losses=_validation_losses(model, job, data, run["validation_loss"]),
         )
+        if verdict:
+            result["verdict"] = without_commands(
+                reporter.rename(f"{verdict['text']}. {verdict['advice']}".strip())
+            )
         if job.output is not None:
             address = job.output
             for name, content in outputs.files(

@@ -135,11 +135,12 @@ function wait(milliseconds, signal) {
 }
 
 function match(hash) {
-  const given = hash.replace(/^#\//, "").split("?")[0].split("/");
+  const [path, query] = hash.replace(/^#\//, "").split("?");
+  const given = path.split("/");
   for (const [pattern, title, load] of ROUTES) {
     const wanted = pattern.split("/");
     if (wanted.length !== given.length) continue;
-    const params = {};
+    const params = { query: new URLSearchParams(query ?? "") };
     const fits = wanted.every((part, index) => {
       if (!part.startsWith(":")) return part === given[index];
       params[part.slice(1)] = decode(given[index]);
