@@ -116,8 +116,8 @@ function baselines(comparison) {
   if (!comparison?.baselines?.length) return null;
   const measure = comparison.measure ?? "score";
   const rows = [["this model", comparison.tuned, null, null], ...comparison.baselines.map((each) => [each.name, each.score, each.error, each.seconds])];
-  // The best first: of a loss that would be the smallest, but baselines are compared by scores.
-  rows.sort((a, b) => (b[1] ?? -Infinity) - (a[1] ?? -Infinity));
+  // The best first, where more is better for sure; errors stay in the order of the comparison.
+  if (SHARES.test(measure)) rows.sort((a, b) => (b[1] ?? -Infinity) - (a[1] ?? -Infinity));
   return [
     table({
       caption: `Beside simple baselines: ${words(measure).toLowerCase()} on the same ${number(comparison.rows)} rows`,

@@ -32,6 +32,7 @@ export async function render(root, params, signal) {
       h("span", { class: "chip" }, model.kind === "custom" ? "custom model" : "base model"),
       h("div", { class: "actions" },
         model.abilities?.does.length ? h("a", { class: "button primary", href: link("playground", model.id) }, "Try it") : null,
+        active || model.kind !== "custom" ? h("a", { class: "button", href: `${link("new")}?base=${encodeURIComponent(model.id)}` }, "Train from it") : null,
         active ? certificateDownload(model, signal) : null)),
     model.failure ? h("p", { class: "box error" }, model.failure) : null,
     facts([
@@ -43,8 +44,8 @@ export async function render(root, params, signal) {
       ["Method", model.abilities?.method],
       ["Made for", model.kind === "custom" ? null : (MADE_FOR[model.base_kind] ?? model.base_kind)],
       ["Answers", abilityText(model.abilities)],
-      ["ARN", h("code", null, model.arn)],
     ]),
+    h("p", { class: "soft" }, "ARN ", h("code", null, model.arn)),
     memory?.element,
     certified?.error ? errorBox(certified.error) : null,
     certificate ? certificateSections(certified, models) : null,
@@ -152,7 +153,7 @@ function memoryText(state) {
 function callingSection(model, storedId) {
   const found = snippets({ origin: window.location.origin, model, storedId });
   if (!found.length || !(model.kind !== "custom" || model.status === "Active")) return null;
-  return h("section", null, h("h2", null, "Call it"), found.map(({ name, about, code }) => {
+  return h("section", null, h("h2", null, "Call it"), found.map(({ name, about, code }, index) => {
     const copy = h("button", { type: "button", class: "quiet", "aria-label": `Copy: ${name}` }, "Copy");
     copy.addEventListener("click", async () => {
       try {
@@ -165,7 +166,7 @@ function callingSection(model, storedId) {
       announce(copy.textContent);
       setTimeout(() => { copy.textContent = "Copy"; }, 3000);
     });
-    return h("details", { class: "rule" }, h("summary", null, name),
+    return h("details", { class: "rule", open: index === 0 }, h("summary", null, name),
       h("div", { class: "inside" }, about ? h("p", { class: "soft" }, about) : null,
         h("pre", { class: "row", tabindex: "0" }, h("code", null, code)), copy));
   }));
