@@ -122,7 +122,7 @@ function memoryControls(model, path, loaded, signal) {
   };
   const draw = (state) => {
     shown = JSON.stringify(state);
-    words.textContent = memoryText(state);
+    words.textContent = loaded === null && !state ? "This key may not see which models are in memory." : memoryText(state);
     replace(
       actions,
       state?.loaded ? null : h("button", { type: "button", onclick: act("load", "It is being loaded…") }, "Load"),
@@ -133,7 +133,6 @@ function memoryControls(model, path, loaded, signal) {
     );
   };
   draw(loaded?.[model.id]);
-  if (loaded === null) words.textContent = "This key may not see which models are in memory.";
   const update = (state) => {
     if (!busy && JSON.stringify(state) !== shown && !actions.contains(document.activeElement)) draw(state);
   };

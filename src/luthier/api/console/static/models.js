@@ -13,7 +13,15 @@ const STATUS = { Active: "good", ACTIVE: "good", Creating: "note", Failed: "erro
 
 /** Draw the page. */
 export async function render(root, params, signal) {
-  const [found, loaded] = await Promise.all([call("GET", "/api/v1/models", { signal }), loadedModels(signal)]);
+  let found;
+  try {
+    found = await call("GET", "/api/v1/models", { signal });
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 403)) throw error;
+    await renderNames(root, error, signal);
+    return;
+  }
+  const loaded = await loadedModels(signal);
   let state = { models: found.models, loaded };
   const filter = h("input", {
     type: "search",
@@ -59,6 +67,19 @@ export async function render(root, params, signal) {
       replace(problem, errorBox(error));
     }
   }
+}
+
+/** What a key that may only ask models sees: their names, as the OpenAI face lists them. */
+async function renderNames(root, refused, signal) {
+  const { data } = await call("GET", "/v1/models", { signal }).catch((error) => {
+    throw error instanceof ApiError && error.status === 403 ? refused : error;
+  });
+  replace(
+    root,
+    h("h1", null, "Models"),
+    h("p", { class: "soft" }, "This key may ask models, and not read about them."),
+    h("ul", null, data.map((each) => h("li", null, h("a", { href: link("playground", each.id) }, h("bdi", null, each.id))))),
+  );
 }
 
 /**
