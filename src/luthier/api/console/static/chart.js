@@ -3,8 +3,10 @@
 import { h, replace, svg } from "./dom.js";
 import { number } from "./format.js";
 
-const WIDTH = 720;
+/** Pixels; the width is that of the place where the chart stands. */
 const HEIGHT = 260;
+const USUAL_WIDTH = 720;
+const LEAST_WIDTH = 280;
 const EDGE = { left: 56, right: 14, top: 12, bottom: 34 };
 /** Points of a line that are drawn at most: more than there are pixels show nothing. */
 const MOST_POINTS = 600;
@@ -22,18 +24,23 @@ export function lineChart({ title, x, y }) {
   const value = h("p", { class: "soft chart-value" }, "\u00a0");
   const element = h("figure", { class: "chart" }, h("figcaption", null, title), legend, drawing, value, words);
   let shown = [];
+  let width = USUAL_WIDTH;
 
   const update = (series) => {
     shown = series
       .map((each, index) => ({ ...each, index, points: thin(each.points.filter((p) => p.every(Number.isFinite))) }))
       .filter((each) => each.points.length);
+    redraw();
+  };
+
+  const redraw = () => {
     if (!shown.length) {
       replace(drawing, h("p", { class: "soft" }, "There are no values yet."));
       replace(legend);
       words.textContent = "";
       return;
     }
-    const scales = scalesOf(shown);
+    const scales = scalesOf(shown, width);
     replace(
       drawing,
       draw(shown, scales, { title, x, y }, (at) => point(shown, scales, at, value, x)),
@@ -45,6 +52,13 @@ export function lineChart({ title, x, y }) {
     words.textContent = shown.map((each) => inWords(each, x)).join(" ");
   };
   update([]);
+  // Text keeps its size, on a phone as on a wide screen.
+  new ResizeObserver(() => {
+    const room = Math.max(LEAST_WIDTH, Math.round(drawing.clientWidth) || USUAL_WIDTH);
+    if (room === width) return;
+    width = room;
+    redraw();
+  }).observe(drawing);
   return { element, update };
 }
 
@@ -62,18 +76,19 @@ function thin(points) {
   return found;
 }
 
-function scalesOf(series) {
+function scalesOf(series, width) {
   const all = series.flatMap((each) => each.points);
   const range = (axis) =>
     all.reduce(([low, high], p) => [Math.min(low, p[axis]), Math.max(high, p[axis])], [Infinity, -Infinity]);
   const [left, right] = widen(range(0), 0);
   const [low, high] = widen(range(1), 0.06);
   return {
+    width,
     left,
     right,
     low,
     high,
-    x: (value) => EDGE.left + ((value - left) / (right - left)) * (WIDTH - EDGE.left - EDGE.right),
+    x: (value) => EDGE.left + ((value - left) / (right - left)) * (width - EDGE.left - EDGE.right),
     y: (value) => HEIGHT - EDGE.bottom - ((value - low) / (high - low)) * (HEIGHT - EDGE.top - EDGE.bottom),
   };
 }
@@ -98,22 +113,26 @@ function draw(series, scales, labels, onPoint) {
   const cursor = svg("line", { class: "cursor", y1: EDGE.top, y2: HEIGHT - EDGE.bottom, visibility: "hidden" });
   const picture = svg(
     "svg",
-    { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${labels.title}: ${labels.y} by ${labels.x}` },
+    {
+      viewBox: `0 0 ${scales.width} ${HEIGHT}`,
+      role: "img",
+      "aria-label": `${labels.title}: ${labels.y} by ${labels.x}`,
+    },
     ticks(scales.low, scales.high, 5).map((at) => [
-      svg("line", { class: "grid", x1: EDGE.left, x2: WIDTH - EDGE.right, y1: scales.y(at), y2: scales.y(at) }),
+      svg("line", { class: "grid", x1: EDGE.left, x2: scales.width - EDGE.right, y1: scales.y(at), y2: scales.y(at) }),
       svg("text", { x: EDGE.left - 8, y: scales.y(at) + 4, "text-anchor": "end" }, number(at)),
     ]),
-    ticks(scales.left, scales.right, 7)
+    ticks(scales.left, scales.right, Math.max(3, scales.width / 100))
       .filter((at) => at >= scales.left)
       .map((at) => svg("text", { x: scales.x(at), y: HEIGHT - EDGE.bottom + 16, "text-anchor": "middle" }, number(at))),
     svg("line", {
       class: "axis",
       x1: EDGE.left,
-      x2: WIDTH - EDGE.right,
+      x2: scales.width - EDGE.right,
       y1: HEIGHT - EDGE.bottom,
       y2: HEIGHT - EDGE.bottom,
     }),
-    svg("text", { class: "label", x: WIDTH - EDGE.right, y: HEIGHT - 3, "text-anchor": "end" }, labels.x),
+    svg("text", { class: "label", x: scales.width - EDGE.right, y: HEIGHT - 3, "text-anchor": "end" }, labels.x),
     svg("text", { class: "label", x: EDGE.left + 6, y: EDGE.top + 8 }, labels.y),
     series.map((each) => [
       svg("polyline", {
@@ -130,7 +149,7 @@ function draw(series, scales, labels, onPoint) {
   );
   picture.addEventListener("pointermove", (event) => {
     const box = picture.getBoundingClientRect();
-    const at = onPoint(((event.clientX - box.left) / box.width) * WIDTH);
+    const at = onPoint(((event.clientX - box.left) / box.width) * scales.width);
     cursor.setAttribute("x1", at);
     cursor.setAttribute("x2", at);
     cursor.setAttribute("visibility", "visible");

@@ -4,8 +4,8 @@ import { call, events } from "./api.js";
 import { lineChart } from "./chart.js";
 import { announce, h, replace } from "./dom.js";
 import { learnNames, withNames } from "./files.js";
-import { dateOf, duration, number, shortName, time, words } from "./format.js";
-import { hasEnded, progressOf, stateChip, timeTaken } from "./job_states.js";
+import { dateOf, duration, number, time, words } from "./format.js";
+import { customizationOf, hasEnded, modelNames, progressOf, stateChip, timeTaken } from "./job_states.js";
 import { errorBox, link, pause } from "./router.js";
 import { facts, table } from "./table.js";
 
@@ -28,7 +28,7 @@ const ACTIONS = {
 export async function render(root, params, signal) {
   const path = `/api/v1/jobs/${encodeURIComponent(params.name)}`;
   let job = await call("GET", path, { signal });
-  await learnNames(job.details.sources ?? [], signal);
+  const [nameOf] = await Promise.all([modelNames(signal), learnNames(job.details.sources ?? [], signal)]);
   document.title = `${job.name} – luthier`;
 
   const place = {};
@@ -78,7 +78,7 @@ export async function render(root, params, signal) {
     if (now === drawn) return;
     // Buttons and links that somebody may be at are made anew only where something has changed.
     drawn = now;
-    drawHead(place.head, job, act);
+    drawHead(place.head, job, nameOf, act);
     drawResult(place.result, job);
     drawSettings(place.settings, job);
     drawParts(place.parts, job);
@@ -211,7 +211,7 @@ class Course {
   }
 }
 
-function drawHead(root, job, act) {
+function drawHead(root, job, nameOf, act) {
   const buttons = Object.entries(ACTIONS)
     .filter(([, action]) => action.states.includes(job.state))
     .map(([name, action]) => {
@@ -231,12 +231,12 @@ function drawHead(root, job, act) {
       h("div", { class: "actions" }, buttons),
     ),
     facts([
-      ["Base model", h("a", { href: link("models", job.base) }, shortName(job.base))],
+      ["Base model", h("a", { href: link("models", job.base) }, nameOf(job.base))],
       [
         "Model",
         job.state === "Completed" ? h("a", { href: link("models", job.model_name) }, job.model_name) : job.model_name,
       ],
-      ["Kind", words(job.customization_type)],
+      ["Kind", customizationOf(job)],
       ["Data", (job.details.sources ?? []).map((each) => h("div", null, withNames(each)))],
       ["Created", time(job.created)],
       ["Ended", job.ended ? time(job.ended) : null],
@@ -335,7 +335,7 @@ function drawParts(root, job) {
         .filter(([name]) => known[name])
         .map(([name, label]) => [
           label,
-          words(known[name].status.replace(/([a-z])([A-Z])/g, "$1 $2")),
+          known[name].status === "Completed" ? "Completed" : hasEnded(job.state) ? "Not finished" : "In progress",
           time(known[name].created),
           took(known[name]),
         ]),

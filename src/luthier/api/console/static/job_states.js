@@ -1,11 +1,43 @@
 // States of jobs, and what is shown of how far they are.
 
+import { call } from "./api.js";
 import { h } from "./dom.js";
-import { dateOf, duration, number } from "./format.js";
+import { dateOf, duration, number, shortName } from "./format.js";
 
 export const STATES = ["Queued", "Running", "Paused", "Stopping", "Completed", "Failed", "Stopped"];
 const ENDED = new Set(["Completed", "Failed", "Stopped"]);
 const KINDS = { Running: "note", Completed: "good", Failed: "error", Paused: "warning", Stopping: "warning" };
+
+const CUSTOMIZATIONS = {
+  FINE_TUNING: "Fine-tuning",
+  CONTINUED_PRE_TRAINING: "Continued pre-training",
+  DISTILLATION: "Distillation",
+  REINFORCEMENT_FINE_TUNING: "Reinforcement fine-tuning",
+};
+
+/**
+ * @param {Object} job
+ * @returns {string} what the job makes of its rows
+ */
+export function customizationOf(job) {
+  return CUSTOMIZATIONS[job.customization_type] ?? job.customization_type;
+}
+
+/**
+ * The names of models by their ARNs, which is how jobs name what they start from.
+ * @param {AbortSignal} signal
+ * @returns {Promise<function(string): string>}
+ */
+export async function modelNames(signal) {
+  const names = new Map();
+  try {
+    for (const each of (await call("GET", "/api/v1/models", { signal })).models) names.set(each.arn, each.name);
+  } catch (error) {
+    // Who may not list models reads the ends of their ARNs.
+    if (error.name === "AbortError" || error.status === 401) throw error;
+  }
+  return (arn) => names.get(arn) ?? shortName(arn);
+}
 
 /**
  * @param {string} state

@@ -2,8 +2,8 @@
 
 import { call } from "./api.js";
 import { announce, h, replace } from "./dom.js";
-import { age, shortName, time, words } from "./format.js";
-import { STATES, hasEnded, progressOf, stateChip } from "./job_states.js";
+import { age, time } from "./format.js";
+import { STATES, customizationOf, hasEnded, modelNames, progressOf, stateChip } from "./job_states.js";
 import { errorBox, go, link, pause } from "./router.js";
 import { table } from "./table.js";
 
@@ -64,7 +64,7 @@ export async function render(root, params, signal) {
     newer.hidden = before.length === 0;
     const now = JSON.stringify(found);
     // Ages change even where nothing else does; a table that is drawn anew keeps the focus.
-    if (now !== shown || found.jobs.length) draw(list, found.jobs, wanted);
+    if (now !== shown || found.jobs.length) draw(list, found.jobs, wanted, nameOf);
     shown = now;
     list.removeAttribute("aria-busy");
     return found.jobs;
@@ -90,6 +90,7 @@ export async function render(root, params, signal) {
   });
   newer.addEventListener("click", () => turn(before.pop() ?? null));
 
+  const nameOf = await modelNames(signal);
   let jobs = await load();
   // The page stands; what follows keeps it up to date until it is left.
   keepUpToDate();
@@ -107,7 +108,7 @@ export async function render(root, params, signal) {
   }
 }
 
-function draw(list, jobs, wanted) {
+function draw(list, jobs, wanted, nameOf) {
   const focused = list.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
   const scrolled = list.querySelector(".scroll")?.scrollLeft ?? 0;
   const empty = wanted
@@ -132,9 +133,9 @@ function draw(list, jobs, wanted) {
       rows: jobs.map((job) => [
         h("a", { href: link("jobs", job.name) }, job.name),
         stateChip(job.state),
-        shortName(job.base),
+        nameOf(job.base),
         job.state === "Completed" ? h("a", { href: link("models", job.model_name) }, job.model_name) : job.model_name,
-        words(job.customization_type),
+        customizationOf(job),
         progressOf(job) ?? h("span", { class: "soft" }, "–"),
         h("time", { datetime: job.created, title: time(job.created) }, age(job.created)),
       ]),
