@@ -91,7 +91,12 @@ export async function* chat(path, body, { signal } = {}) {
   const response = await request("POST", path, { body: sent, signal, accept: "text/event-stream" });
   for await (const event of read(response)) {
     if (event.data === "[DONE]") return;
-    const chunk = JSON.parse(event.data);
+    let chunk;
+    try {
+      chunk = JSON.parse(event.data);
+    } catch {
+      throw new ApiError(response.status, "Unreadable", "What came in the middle of the answer cannot be read. Try again.");
+    }
     if (chunk.error) throw errorOf(response.status, chunk);
     yield chunk;
   }

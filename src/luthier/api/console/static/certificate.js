@@ -151,7 +151,9 @@ function gate(report) {
   const rules = report.rules ?? [];
   return [
     h("p", null, "The rows: ", h("span", { class: `chip ${GATES[report.verdict] ?? ""}` }, words(report.verdict)), " ",
-      h("span", { class: "soft" }, `${(report.checks ?? []).length} checks: ${(report.checks ?? []).map((each) => each.replaceAll("_", " ")).join(", ")}.`)),
+      report.checks?.length
+        ? h("span", { class: "soft" }, `${report.checks.length} checks: ${report.checks.map((each) => each.replaceAll("_", " ")).join(", ")}.`)
+        : null),
     rules.length
       ? table({
           caption: "What the data gate found",

@@ -146,7 +146,7 @@ function memoryText(state) {
   const shared = state.base ? ", beside the base whose network it shares" : "";
   const stays = state.pinned ? " It is pinned: it stays, whoever needs room." : " It goes when others need the room.";
   const busy = state.requests ? ` It answers ${state.requests} request${state.requests === 1 ? "" : "s"} now.` : "";
-  return `In memory since ${age(state.loaded_at)}, ${bytes(state.memory_bytes)}${shared}.${stays}${busy}`;
+  return `Loaded ${age(state.loaded_at)}, ${bytes(state.memory_bytes)}${shared}.${stays}${busy}`;
 }
 
 function callingSection(model, storedId) {

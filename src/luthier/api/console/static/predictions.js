@@ -80,7 +80,12 @@ export function asking(root, fields, verb, signal, ask) {
 export async function base64Of(file, noun) {
   if (!file) throw new RangeError(`Choose an ${noun} first.`.replace("an sound", "a sound"));
   if (file.size > LARGEST_FILE) throw new RangeError(`The ${noun} is larger than ${LARGEST_FILE / 1e6} MB. Choose a smaller one.`);
-  const bytes = new Uint8Array(await file.arrayBuffer());
+  let bytes;
+  try {
+    bytes = new Uint8Array(await file.arrayBuffer());
+  } catch {
+    throw new RangeError(`The ${noun} cannot be read: the file was moved or changed. Choose it again.`);
+  }
   let text = "";
   // Arguments of a call are limited.
   for (let at = 0; at < bytes.length; at += 0x8000) text += String.fromCharCode(...bytes.subarray(at, at + 0x8000));

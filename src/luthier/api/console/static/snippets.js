@@ -39,7 +39,7 @@ export function pythonString(text) {
 
 function writing(origin, model) {
   const turns = '[{"role": "user", "content": "Hello"}]';
-  const body = `{"model": ${JSON.stringify(model.id)}, "messages": ${turns}, "max_tokens": 200}`;
+  const body = `{"model": ${JSON.stringify(model.id)}, "messages": ${turns}, "max_tokens": 200, "temperature": 0}`;
   return [
     {
       name: "openai client",
@@ -52,6 +52,7 @@ function writing(origin, model) {
         `    model=${pythonString(model.id)},`,
         `    messages=${turns},`,
         "    max_tokens=200,",
+        "    temperature=0,",
         ")",
         "print(answer.choices[0].message.content)",
       ].join("\n"),
@@ -84,7 +85,7 @@ function boto3(origin, model) {
     "answer = runtime.converse(",
     `    modelId=${target},`,
     '    messages=[{"role": "user", "content": [{"text": "Hello"}]}],',
-    '    inferenceConfig={"maxTokens": 200},',
+    '    inferenceConfig={"maxTokens": 200, "temperature": 0},',
     ")",
     'print(answer["output"]["message"]["content"][0]["text"])',
   ];
@@ -171,9 +172,9 @@ function uploading(origin, model, operation, kind, ending, more = []) {
 function commandOf(does, reads, storedId) {
   const id = shellWord(storedId);
   if (does.includes("write")) return `luthier generate ${id} "Hello"\nluthier chat ${id}`;
-  if (does.includes("embed")) return `luthier embed ${id} rows.jsonl`;
+  if (does.includes("embed")) return `luthier embed ${id} rows.jsonl --output vectors.npy`;
   if (does.includes("predict") && reads[0] === "text") return `luthier predict ${id} "What is asked about"`;
-  if (does.includes("make_images")) return `luthier sample ${id}`;
+  if (does.includes("make_images")) return `luthier sample ${id} --output images`;
   if (does.includes("predict")) return `luthier predict ${id} FILE`;
   return null;
 }
