@@ -104,8 +104,8 @@ class Browser:
 
     def until_text(self, text: str, selector: str = "body", seconds: float = 60.0) -> None:
         """Wait until an element shows a text."""
-        expression = "[...document.querySelectorAll(arguments[1])].some((each) => each.innerText.includes(arguments[0]))"
-        self.until(expression, seconds, text, selector)
+        shown = "[...document.querySelectorAll(arguments[1])].map((each) => each.innerText)"
+        self.until(f"{shown}.some((each) => each.includes(arguments[0]))", seconds, text, selector)
 
     def resize(self, width: int, height: int) -> None:
         """Give the page this many CSS pixels, narrower than windows can be, too."""

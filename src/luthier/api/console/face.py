@@ -3,8 +3,8 @@
 They are read once, at the start, into a table by name; no path of a request ever reaches the disk. What
 the pages show they ask of ``/api/v1`` and ``/v1`` with the key of their user.
 
-Its path is no bucket of S3, where the name is reserved; and a request that is signed, or shows any other
-authorization, is left to the other faces.
+Its path is no bucket of S3, where the name is reserved; and a request that is signed, or shows any
+other authorization, is left to the other faces.
 """
 
 from __future__ import annotations

@@ -27,9 +27,11 @@ export function lineChart({ title, x, y }) {
   let width = USUAL_WIDTH;
 
   const update = (series) => {
-    shown = series
-      .map((each, index) => ({ ...each, index, points: thin(each.points.filter((p) => p.every(Number.isFinite))) }))
+    const known = series
+      .map((each, index) => ({ ...each, index, points: each.points.filter((p) => p.every(Number.isFinite)) }))
       .filter((each) => each.points.length);
+    words.textContent = known.map((each) => inWords(each, x)).join(" ");
+    shown = known.map((each) => ({ ...each, points: thin(each.points) }));
     redraw();
   };
 
@@ -37,7 +39,6 @@ export function lineChart({ title, x, y }) {
     if (!shown.length) {
       replace(drawing, h("p", { class: "soft" }, "There are no values yet."));
       replace(legend);
-      words.textContent = "";
       return;
     }
     const scales = scalesOf(shown, width);
@@ -49,7 +50,6 @@ export function lineChart({ title, x, y }) {
       legend,
       shown.map((each) => h("span", { class: `series-${each.index}` }, h("i", { class: "swatch" }), each.name)),
     );
-    words.textContent = shown.map((each) => inWords(each, x)).join(" ");
   };
   update([]);
   // Text keeps its size, on a phone as on a wide screen.
@@ -69,8 +69,8 @@ function thin(points) {
   const found = [];
   for (let start = 0; start < points.length; start += size) {
     const part = points.slice(start, start + size);
-    const mean = (axis) => part.reduce((sum, each) => sum + each[axis], 0) / part.length;
-    found.push([mean(0), mean(1)]);
+    const mean = part.reduce((sum, each) => sum + each[1], 0) / part.length;
+    found.push([part[Math.floor(part.length / 2)][0], mean]);
   }
   found[found.length - 1] = points[points.length - 1];
   return found;

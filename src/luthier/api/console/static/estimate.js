@@ -49,7 +49,7 @@ export function estimateView(estimate) {
     h(
       "p",
       { class: "soft" },
-      `${words(estimate.objective)} of ${estimate.base} by ${words(estimate.adaptation).toLowerCase()}, on ${estimate.machine}. `,
+      `Objective ${estimate.objective}, adaptation ${estimate.adaptation}, on ${estimate.machine}. `,
       "The figures are of a few real steps on these rows; other work on the machine makes it slower.",
     ),
     h(

@@ -86,8 +86,10 @@ export async function render(root, params, signal) {
   }
 
   let drawing = null;
+  let drawTime = 0;
   function drawCourse() {
     drawing = null;
+    const began = performance.now();
     loss.update(course.losses());
     const scores = course.scores();
     measure.element.hidden = !scores.length;
@@ -95,6 +97,7 @@ export async function render(root, params, signal) {
       measure.element.querySelector("figcaption").textContent = words(course.measure);
       measure.update(scores);
     }
+    drawTime = performance.now() - began;
   }
 
   const refresh = async () => {
@@ -117,7 +120,8 @@ export async function render(root, params, signal) {
         };
         drawState(place, job);
       }
-      drawing ??= setTimeout(drawCourse, DRAW_MILLISECONDS);
+      // A long course takes a while to draw: most of the time is left to what comes in.
+      drawing ??= setTimeout(drawCourse, Math.max(DRAW_MILLISECONDS, 5 * drawTime));
       return;
     }
     await learnNames([event.data.message ?? ""], signal);
