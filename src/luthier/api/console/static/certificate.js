@@ -311,7 +311,7 @@ function energy(compute) {
       ["Energy", typeof compute.kilowatt_hours === "number" ? `${number(1000 * compute.kilowatt_hours)} Wh` : null],
       ["Power", compute.watts ? h("span", null, `${number(compute.watts)} W`, compute.watts_assumed ? h("small", null, "assumed, not measured") : null) : null],
       ["Time", compute.seconds ? duration(compute.seconds) : null],
-      ["Of its base's training", typeof compute.ratio === "number" ? percent(compute.ratio) : null],
+      ["Of its base's training", typeof compute.ratio === "number" ? (compute.ratio < 0.001 ? "under 0.1 %" : percent(compute.ratio)) : null],
     ]),
     compute.counted_as ? h("p", { class: "soft" }, `Counted as ${compute.counted_as}.`) : null,
   ];
