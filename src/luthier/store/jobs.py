@@ -82,7 +82,7 @@ class JobResult(TypedDict):
     """Of the last step."""
     validation_losses: list[float | None]
     """One for each validator, in their order; null where it is no finite number."""
-    verdict: NotRequired[str]
+    verdicts: NotRequired[list[str]]
     """What the evaluation says of the model, and what to do about it."""
 
 

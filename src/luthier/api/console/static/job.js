@@ -284,13 +284,15 @@ function drawResult(root, job) {
     return;
   }
   const result = job.result ?? {};
+  const verdicts = (result.verdicts ?? []).map(sentence);
   const losses = (result.validation_losses ?? []).map((each) => number(each, 4)).join(", ");
   replace(
     root,
     h(
       "div",
-      { class: "box good" },
-      h("p", null, h("strong", null, "The model is trained. "), result.verdict ? withNames(result.verdict) : null),
+      { class: `box ${verdicts.length ? "note" : "good"}` },
+      h("p", null, h("strong", null, "The model is trained.")),
+      verdicts.map((text) => h("p", null, text)),
     ),
     facts([
       ["Steps", number(result.steps)],
@@ -365,6 +367,12 @@ function addMessage(list, { kind, data }) {
   while (list.children.length > MOST_MESSAGES) list.firstChild.remove();
   // Who reads further up is left there.
   if (atEnd) list.scrollTop = list.scrollHeight;
+}
+
+/** A message of the server as a sentence that stands by itself. */
+function sentence(message) {
+  const text = withNames(message).trim();
+  return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 }
 
 function note(text) {
