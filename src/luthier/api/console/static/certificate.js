@@ -24,7 +24,7 @@ const SHARES = /(^|_)(accuracy|f1|precision|recall|auc|share|rate)($|_)/;
 /**
  * All that a certificate says.
  * @param {Object} view as `GET /api/v1/models/ID/certificate` answers
- * @param {Array<Object>} models those of the account, to name the lineage
+ * @param {Array<Object>} models those of the account, to name the lineage; none where the key may not list them
  * @returns {Array<HTMLElement>}
  */
 export function certificateSections({ certificate, lineage }, models) {
@@ -212,7 +212,7 @@ function chain(certificate, lineage, models) {
   const named = ({ arn, model }) =>
     model
       ? h("a", { href: link("models", model.id) }, h("bdi", null, model.name))
-      : h("span", null, h("bdi", null, shortName(arn)), h("span", { class: "soft" }, " (deleted since)"));
+      : h("span", null, h("bdi", null, shortName(arn)), models.length ? h("span", { class: "soft" }, " (deleted since)") : null);
   return [
     h("ol", { class: "lineage" }, steps.map((step) =>
       h("li", null, named(step), step.relative ? relativeFacts(step.relative) : null))),
