@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import browser
 from served import served
 
 from luthier.api.service import Service
@@ -28,7 +29,9 @@ from luthier.store.models import find
 from luthier.workflows.certificate.certificate import read_certificate
 
 ACCOUNT = "000000000000"
+HOSTILE = '<img src=x onerror="window.hit=1">\''
 ROWS = [{"text": f"fox {n}", "label": ("cat", "dog")[n % 2]} for n in range(12)]
+Get = Callable[[str], tuple[int, bytes]]
 TRAINING = {"max_steps": 1, "batch_size": 4, "precision": "float32", "threads": 1}
 
 
@@ -70,29 +73,36 @@ def home(
 
 
 @pytest.fixture
-def get(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[str], tuple[int, bytes]]]:
-    """``get(path)``: status and bytes of what the server answers to the root user."""
+def url(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("LUTHIER_HOME", str(home))
-    key = json.loads((home / "keys.json").read_text())["api_key"]
     service = Service(Settings(work=False))
     with served(service.application) as url:
-
-        def ask(path: str) -> tuple[int, bytes]:
-            headers = {"Authorization": f"Bearer {key}"}
-            request = urllib.request.Request(f"{url}/api/v1/{path}", None, headers)
-            try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return answer.status, answer.read()
-            except urllib.error.HTTPError as refused:
-                return refused.code, refused.read()
-
-        yield ask
+        yield url
     service.close()
 
 
-def test_a_model_says_what_it_can_be_asked_for(get: Callable[[str], tuple[int, bytes]]) -> None:
+@pytest.fixture
+def root_key(home: Path) -> str:
+    return str(json.loads((home / "keys.json").read_text())["api_key"])
+
+
+@pytest.fixture
+def get(url: str, root_key: str) -> Get:
+    """``get(path)``: status and bytes of what the server answers to the root user."""
+
+    def ask(path: str) -> tuple[int, bytes]:
+        headers = {"Authorization": f"Bearer {root_key}"}
+        request = urllib.request.Request(f"{url}/api/v1/{path}", None, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as refused:
+            return refused.code, refused.read()
+
+    return ask
+
+
+def test_a_model_says_what_it_can_be_asked_for(get: Get) -> None:
     def abilities(name: str) -> Any:
         return json.loads(get(f"models/{name}")[1]).get("abilities")
 
@@ -112,9 +122,7 @@ def test_a_model_says_what_it_can_be_asked_for(get: Callable[[str], tuple[int, b
     assert {each["name"]: each["base_kind"] for each in listed}["small-unet"] == "denoising"
 
 
-def test_the_bytes_of_a_certificate_are_those_that_are_certified(
-    get: Callable[[str], tuple[int, bytes]], home: Path
-) -> None:
+def test_the_bytes_of_a_certificate_are_those_that_are_certified(get: Get, home: Path) -> None:
     stored = json.loads((home / "stored.json").read_text())
     status, raw = get("models/writer/certificate.json")
     certificate = read_certificate(find(stored["writer"]))
@@ -156,6 +164,51 @@ def test_what_models_of_other_tools_do(
 ) -> None:
     found = abilities_of(find(str(family_folder(family))))
     assert (found.does, found.reads) == (does, reads)
+
+
+def test_a_model_in_a_browser(url: str, root_key: str, tmp_path: Path) -> None:
+    with browser(tmp_path) as page:
+        page.open(f"{url}/console/#key={root_key}")
+        page.until_text("Sign out", "#account")
+
+        def show(place: str, text: str, selector: str = "main") -> None:
+            page.script("location.hash = arguments[0]", f"#/{place}")
+            page.until_text(text, selector)
+
+        show("models", "labeller")
+        page.fill("#filter", "writ")
+        page.until("!document.querySelector('main').textContent.includes('labeller')")
+
+        show("models/writer", "Did it learn?")
+        said = page.text("main")
+        assert "This model, SHA-256" in said and "Trained on 3 rows" in said
+        snippet = "return document.querySelector('details.rule pre').textContent"
+        assert f"{url}/v1" in page.script(snippet)
+
+        show("playground/writer", "Ask side by side")
+        page.fill("#message", f"say fox {HOSTILE}")
+        page.click(".ask .primary")
+        page.until_text("first token after", ".turn.model")
+        assert HOSTILE in page.text(".turn.user")
+        page.script("document.querySelector('main details').open = true")
+        page.fill("#temperature", "9")
+        page.fill("#message", "again")
+        page.click(".ask .primary")
+        page.until_text("Expected a value <= 2", ".turn.model:last-child [role=alert]")
+        assert page.script("return document.querySelector('#message').value") == "again"
+
+        show("playground/labeller", "Text", "#try label")
+        page.click(".ask .primary")
+        page.until_text("Write a text first.", "[role=alert]")
+        page.fill("#input", HOSTILE)
+        page.click(".ask .primary")
+        page.until_text("Label:")
+        assert sorted(page.texts(".bars .name")) == ["cat", "dog"]
+
+        show("playground/coming", "is creating and cannot be asked")
+        show("models/nobody", "There is no model 'nobody'.", "[role=alert]")
+        show("usage", "Custom models")
+        assert page.script("return window.hit ?? null") is None
 
 
 def test_the_logic_of_the_modules(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ const SHARES = /(^|_)(accuracy|f1|precision|recall|auc|share|rate)($|_)/;
 /**
  * All that a certificate says.
  * @param {Object} view as `GET /api/v1/models/ID/certificate` answers
- * @param {Array<Object>} models those of the account, to name the lineage
+ * @param {Array<Object>} models those of the account, to name the lineage; none where the key may not list them
  * @returns {Array<HTMLElement>}
  */
 export function certificateSections({ certificate, lineage }, models) {
@@ -212,7 +212,7 @@ function chain(certificate, lineage, models) {
   const named = ({ arn, model }) =>
     model
       ? h("a", { href: link("models", model.id) }, h("bdi", null, model.name))
-      : h("span", null, h("bdi", null, shortName(arn)), h("span", { class: "soft" }, " (deleted since)"));
+      : h("span", null, h("bdi", null, shortName(arn)), models.length ? h("span", { class: "soft" }, " (deleted since)") : null);
   return [
     h("ol", { class: "lineage" }, steps.map((step) =>
       h("li", null, named(step), step.relative ? relativeFacts(step.relative) : null))),
@@ -311,7 +311,7 @@ function energy(compute) {
       ["Energy", typeof compute.kilowatt_hours === "number" ? `${number(1000 * compute.kilowatt_hours)} Wh` : null],
       ["Power", compute.watts ? h("span", null, `${number(compute.watts)} W`, compute.watts_assumed ? h("small", null, "assumed, not measured") : null) : null],
       ["Time", compute.seconds ? duration(compute.seconds) : null],
-      ["Of its base's training", typeof compute.ratio === "number" ? percent(compute.ratio) : null],
+      ["Of its base's training", typeof compute.ratio === "number" ? (compute.ratio < 0.001 ? "under 0.1 %" : percent(compute.ratio)) : null],
     ]),
     compute.counted_as ? h("p", { class: "soft" }, `Counted as ${compute.counted_as}.`) : null,
   ];

@@ -3,7 +3,7 @@
 import { ApiError, call } from "./api.js";
 import { h, replace } from "./dom.js";
 import { statusChip } from "./models.js";
-import { link } from "./router.js";
+import { errorBox, link } from "./router.js";
 
 const TABS = {
   write: ["Chat", () => import("./chat.js"), "render"],
@@ -26,7 +26,10 @@ export async function render(root, params, signal) {
     return;
   }
   const place = h("div", { id: "try" });
-  const tabs = does.map((each) => h("button", { type: "button", "aria-pressed": "false", onclick: () => choose(each) }, TABS[each][0]));
+  const tabs = does.map((each) => h("button", { type: "button", "aria-pressed": "false", onclick: () => choose(each).catch(fail) }, TABS[each][0]));
+  const fail = (error) => {
+    if (error.name !== "AbortError") replace(place, errorBox(error));
+  };
   let leave = null;
   const choose = async (chosen) => {
     // What the form before still waits for ends with it.

@@ -78,14 +78,14 @@ function bars(quotas) {
     const full = share >= 1 ? "full" : share >= NEARLY ? "nearly full" : null;
     return [
       words(name),
-      h("progress", { max: 1, value: Math.min(1, share), class: full ? "full" : null, "aria-label": `${words(name)}: ${percent(share)} of the quota` }),
       [show(used), full ? [" ", h("span", { class: `chip ${share >= 1 ? "error" : "warning"}` }, full)] : null],
       show(quota),
+      h("progress", { max: 1, value: Math.min(1, share), class: full ? "full" : null, "aria-label": `${words(name)}: ${percent(share)} of the quota` }),
     ];
   });
   return table({
     caption: "What there is, beside what there may be",
-    columns: ["", "", { name: "Used", kind: "number" }, { name: "Quota", kind: "number" }],
+    columns: ["", { name: "Used", kind: "number" }, { name: "Quota", kind: "number" }, ""],
     rows,
   });
 }
