@@ -140,30 +140,37 @@ def test_a_server_that_stops_while_a_job_is_watched(
     tmp_path: Path, tiny_model_folder: Path, rows: Path
 ) -> None:
     server = Served(home_with_tiny(tmp_path / "home", tiny_model_folder))
-    server.start("--no-workers")
-    # It stays in the queue, and its stream open.
+    with browser(tmp_path / "browser") as page:
+        server.start("--no-workers")
+        try:
+            watch_until_it_stops(server, page, rows)
+        finally:
+            server.kill()
+
+
+def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
+    # Without workers it stays in the queue, and its stream open.
     job = {"name": "waits", "model_name": "waits", "base": BASE, "training": [put(server, rows)]}
     assert server.ask("POST", "/api/v1/jobs", job)[0] == 201
-    with browser(tmp_path / "browser") as page:
-        page.open(f"{server.url}/console/#key={KEY}")
-        page.until_text("Sign out", "#account")
-        page.open(f"{server.url}/console/#/jobs/waits")
-        page.until_text("The job was created.", ".messages")
-        # A narrow screen scrolls down alone.
-        page.resize(360, 740)
-        assert page.script("return document.documentElement.scrollWidth <= innerWidth")
-        page.click("button.danger")
-        assert "Stop the job waits?" in page.accept_dialog()
-        page.until_text("Stopped", ".chip")
-        assert server.ask("GET", "/api/v1/jobs/waits")[1]["state"] == "Stopped"
+    page.open(f"{server.url}/console/#key={KEY}")
+    page.until_text("Sign out", "#account")
+    page.open(f"{server.url}/console/#/jobs/waits")
+    page.until_text("The job was created.", ".messages")
+    # A narrow screen scrolls down alone.
+    page.resize(360, 740)
+    assert page.script("return document.documentElement.scrollWidth <= innerWidth")
+    page.click("button.danger")
+    assert "Stop the job waits?" in page.accept_dialog()
+    page.until_text("Stopped", ".chip")
+    assert server.ask("GET", "/api/v1/jobs/waits")[1]["state"] == "Stopped"
 
-        again = {**job, "name": "waits-2", "model_name": "waits-2"}
-        assert server.ask("POST", "/api/v1/jobs", again)[0] == 201
-        page.open(f"{server.url}/console/#/jobs/waits-2")
-        page.until_text("The job was created.", ".messages")
-        server.kill()
-        page.until_text("tries again by itself")
-        assert page.script("return sessionStorage.getItem('luthier.key')") == KEY
+    again = {**job, "name": "waits-2", "model_name": "waits-2"}
+    assert server.ask("POST", "/api/v1/jobs", again)[0] == 201
+    page.open(f"{server.url}/console/#/jobs/waits-2")
+    page.until_text("The job was created.", ".messages")
+    server.kill()
+    page.until_text("tries again by itself")
+    assert page.script("return sessionStorage.getItem('luthier.key')") == KEY
 
 
 def put(server: Served, path: Path) -> str:
