@@ -37,4 +37,8 @@ def test_settings_of_each_stage_stay() -> None:
     reporter.settings([("training.epochs", 3, "few rows"), ("precision", "float32", "the CPU")])
     reporter.settings([("objective.threshold", 1.5, "set by 40 rows")])
     chosen = {"training.epochs": 3, "precision": "float32", "objective.threshold": 1.5}
-    assert reporter.take().details["chosen"] == chosen
+    details = reporter.take().details
+    assert details["chosen"] == chosen
+    assert details["reasons"] == {
+        "training.epochs": "few rows", "precision": "the CPU", "objective.threshold": "set by 40 rows",
+    }  # fmt: skip

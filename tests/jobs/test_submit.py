@@ -17,6 +17,7 @@ from luthier.store import queue as leased_work
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import new_id, now
+from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job, get, move
 from luthier.workflows.pipeline import KINDS
 
@@ -223,3 +224,15 @@ def test_who_comes_late_comes_in_where_the_others_are(queue: Any) -> None:
     for number in range(2):
         put(queue, f"theirs-{number}", account=OTHER)
     assert taken(queue) == ["theirs-0", "mine-2", "theirs-1", "mine-3"]
+
+
+def test_all_of_a_base_of_random_weights_learns_unless_something_else_is_asked_for(
+    queue: Any,
+) -> None:
+    made = foundation_model("luthier.fasttext")
+    assert made is not None
+    assert put(queue, "one", base=made).recipe["adaptation"] == {"method": "full"}
+    asked_for = {"adaptation": {"method": "feature_extraction"}}
+    job = put(queue, "two", base=made, settings=asked_for)
+    assert job.recipe["adaptation"]["method"] == "feature_extraction"
+    assert put(queue, "three").recipe["adaptation"]["method"] == "lora"

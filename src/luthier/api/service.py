@@ -24,6 +24,7 @@ from luthier.api.bedrock.evaluations import FACE as EVALUATION_JOB
 from luthier.api.bedrock.evaluations import job_task
 from luthier.api.bedrock.face import BedrockFace
 from luthier.api.bedrock.runtime import runtime_handlers
+from luthier.api.console.face import Console
 from luthier.api.http.application import Application
 from luthier.api.http.connections import Connections
 from luthier.api.http.limits import RateLimits
@@ -171,6 +172,7 @@ class Service:
             self.missing,
             settings.limits,
             self.connections.pace,
+            Console(),
         )
         if settings.cors_origins:
             from luthier.api.http.cors import AllowedOrigins

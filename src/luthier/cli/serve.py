@@ -285,10 +285,16 @@ def _print_addresses(
 ) -> None:
     """Where it listens, what answers where that was chosen, how models of the command line come in, and
     the first keys, told once."""
+    from luthier.api.console.face import ROOT
+
     out = new_console(highlight=False, soft_wrap=True)
     by = "" if backend == "torch" else f", answers written by {backend}"
     by += ", adapters merged" if merged and backend == "torch" else ""
-    out.print(f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}{by}")
+    # In one piece: who reads one line alone and closes the pipe is still served.
+    out.print(
+        f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}{by}\n"
+        f"The console, for a browser and an API key: {addresses[0]}{ROOT}"
+    )
     if unregistered:
         what, verb = ("1 model", "is") if unregistered == 1 else (f"{unregistered:,} models", "are")
         out.print(

@@ -87,7 +87,13 @@ class JobReporter(Reporter):
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Settings that were left open are part of what the job shows; its data are fine."""
         chosen = {name: _plain(value) for name, value, _ in defaults}
-        self._detail(chosen={**self.details.get("chosen", {}), **chosen})
+        reasons = {
+            name: without_commands(self.rename(reason)) for name, _, reason in defaults if reason
+        }
+        self._detail(
+            chosen={**self.details.get("chosen", {}), **chosen},
+            reasons={**self.details.get("reasons", {}), **reasons},
+        )
         self.part("validation", "Completed")
         self.part("data_processing", "Completed")
         self.part("training", "InProgress")

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from luthier.errors import NameInUse, RecipeError, WrongState
 from luthier.files import folder_size
 from luthier.limits import AccountQuotas
+from luthier.models.catalog import CATALOG, RandomSource
 from luthier.models.kinds import sole_objective
 from luthier.models.manifest import MANIFEST
 from luthier.objectives.capabilities import other_models
@@ -38,6 +39,7 @@ from luthier.store.foundation import (
     FoundationModel,
     foundation_model,
     kind_of,
+    root_of,
     writes,
 )
 from luthier.store.imports import ModelImport
@@ -393,6 +395,11 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     # Fine-tuning goes by its rows: what is preferred is learned by DPO.
     if objective:
         fields["objective"] = objective
+    root = root_of(submission.base)
+    entry = CATALOG.get(root.base) if root is not None else None
+    if entry is not None and isinstance(entry.source, RandomSource):
+        # As the engine chooses where a recipe names none: of random weights all have to learn.
+        fields.setdefault("adaptation", {"method": "full"})
     recipe = parse(DistilRecipe if kind == DISTILLATION else Recipe, fields)
     if kind != DISTILLATION and recipe.objective is not None and other_models(recipe.objective):
         raise RecipeError(f"objective {recipe.objective.method} needs DISTILLATION and a teacher")

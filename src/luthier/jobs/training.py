@@ -53,6 +53,7 @@ from luthier.jobs.worker import (
 from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
 from luthier.serving.journal import asking_for
+from luthier.setting_names import without_commands
 from luthier.store import jobs, models, queue, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
@@ -194,10 +195,13 @@ class TrainingWorker(Worker[Job, JobLocations]):
         with asking_for(job.account, run_name(job.id)):
             run = kind.run(recipe, reporter, self._count_processes(reporter))
         reporter.catch_up(metrics.read(), int(run["steps"]))
+        verdicts = []
         if verdict := run["verdict"]:
-            reporter.note(f"{verdict['text']}. {verdict['advice']}".strip())
+            verdicts.append(f"{verdict['text']}. {verdict['advice']}".strip())
         if (comparison := run.get("comparison")) and comparison["verdict"]:
-            reporter.note(comparison["verdict"])
+            verdicts.append(comparison["verdict"])
+        for text in verdicts:
+            reporter.note(text)
         if (found := run.get("label_issues")) and found["issues"]:
             what = "row has a label" if found["issues"] == 1 else "rows have labels"
             verb = "is" if found["issues"] == 1 else "are"
@@ -223,6 +227,8 @@ class TrainingWorker(Worker[Job, JobLocations]):
             train_loss=run["train_loss"],
             validation_losses=_validation_losses(model, job, data, run["validation_loss"]),
         )
+        if verdicts:
+            result["verdicts"] = [without_commands(reporter.rename(text)) for text in verdicts]
         if job.output is not None:
             address = job.output
             for name, content in outputs.files(

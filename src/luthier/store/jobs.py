@@ -82,6 +82,8 @@ class JobResult(TypedDict):
     """Of the last step."""
     validation_losses: list[float | None]
     """One for each validator, in their order; null where it is no finite number."""
+    verdicts: NotRequired[list[str]]
+    """What the evaluation says of the model, and what to do about it."""
 
 
 class JobDetails(TypedDict, total=False):
@@ -91,6 +93,8 @@ class JobDetails(TypedDict, total=False):
     """Addresses of the training files, in their order."""
     chosen: dict[str, Any]
     """Settings that the request left open, by their names."""
+    reasons: dict[str, str]
+    """Why they were chosen so, by the same names."""
     parts: dict[str, JobPart]
     """``validation``, ``data_processing`` and ``training``."""
     progress: JobProgress

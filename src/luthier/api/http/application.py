@@ -20,6 +20,7 @@ from sqlalchemy.exc import OperationalError
 
 from luthier.api.audit import FAILURES, AuditTrail
 from luthier.api.authentication import Authenticator
+from luthier.api.console.face import Console
 from luthier.api.http.connections import client_key
 from luthier.api.http.limits import (
     REFUSALS,
@@ -137,6 +138,7 @@ class Application:
         ready: Callable[[], str | None],
         limits: ServerLimits | None = None,
         pace: RequestPace | None = None,
+        console: Console | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -149,10 +151,12 @@ class Application:
             ready: says what is missing for the service to do its work.
             limits: of the server.
             pace: that of the addresses, whose connections it concerns as well.
+            console: files for browsers, which everybody may read.
         """
         self.limits = limits = limits or ServerLimits()
         self.faces, self.authenticator, self.admit = tuple(faces), authenticator, admit
         self.metrics, self.trail, self.ready = metrics, trail, ready
+        self._console = console
         long_requests = limits.model_requests + limits.grading_requests
         self._run = Threads(long_requests + SHORT_REQUESTS, "request")
         self._wait = Threads(limits.streams + SHORT_REQUESTS, "stream")
@@ -187,6 +191,9 @@ class Application:
                         await asyncio.sleep(delay)
                     if head.path in OPEN_PATHS:
                         response = await self._run(self._status, head.path)
+                    elif self._console is not None and self._console.serves(head, service):
+                        record.face = self._console.name
+                        response = self._console.respond(head)
                     else:
                         record.face = face.name
                         response = await self._respond_or_refuse(exchange)

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
 
-from luthier.api.http.messages import Fault, Request
+from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.identifiers import find_foundation
 from luthier.api.native.operations import Context, NativeOperation, View
+from luthier.errors import LuthierError
+from luthier.serving.abilities import Ability, Reads, abilities_of, abilities_of_base
 from luthier.store.custom_models import RESERVED, CustomModel
-from luthier.store.foundation import FoundationModel, foundation_models
+from luthier.store.foundation import FoundationModel, foundation_models, kind_of
+
+
+class AbilitiesView(View):
+    """What a model can be asked for."""
+
+    method: str
+    """The objective it was trained with; of a foundation model that by which it answers."""
+    does: list[Ability]
+    """``write`` answers chats; ``predict`` and ``embed`` answer ``predictions``; ``make_images`` and
+    ``reconstruct`` are operations of their own. Empty where it is only a start for training."""
+    reads: list[Reads]
+    labels: list[str]
+    """Classes that new images can be asked for."""
+    reads_prompts: bool
+    """Whether it makes images of what a text says."""
 
 
 class ModelView(View):
@@ -34,6 +52,11 @@ class ModelView(View):
     failure: str | None = None
     """Why a model from outside was not taken."""
     created: datetime | None = None
+    base_kind: str
+    """What the base model at the bottom is made for: ``causal_lm`` writes, an ``encoder`` reads texts,
+    and so on."""
+    abilities: AbilitiesView | None = None
+    """In the answer about one model; none in lists, and where its files or its package are not here."""
 
 
 class ModelsView(View):
@@ -77,6 +100,10 @@ def operations(context: Context) -> list[NativeOperation]:
             "getCertificate", "GET", f"{one}/certificate", models.certificate,
             "What is certified of a custom model, and its lineage.", CertificateView,
         ),
+        NativeOperation(
+            "downloadCertificate", "GET", f"{one}/certificate.json", models.certificate_file,
+            "The bytes of a custom model's certificate.json, as `luthier verify` reads them.",
+        ),
     ]  # fmt: skip
 
 
@@ -101,8 +128,10 @@ class _Models:
         if isinstance(found, FoundationModel):
             arn = self.context.arns.foundation_model(found.id)
             self.context.authorize(request.caller, "luthier:GetModel", arn)
-            return self._foundation(found)
-        return self._custom(found)
+            view = self._foundation(found)
+        else:
+            view = self._custom(found)
+        return view.model_copy(update={"abilities": _abilities(found)})
 
     def delete(self, request: Request) -> DeletedModelView:
         with self.context.database.read() as session:
@@ -111,16 +140,9 @@ class _Models:
         return DeletedModelView(model=model.arn(self.context.arns))
 
     def certificate(self, request: Request) -> CertificateView:
-        from luthier.store.models import find
-        from luthier.workflows.certificate.certificate import read_certificate
-
         lineage: list[str] = []
         with self.context.database.read() as session:
-            model = self.context.asked_model(request, session, "GetModel")
-            if model.stored_id is None:
-                text = f"The model {model.name} is {model.status} and has no certificate."
-                raise Fault("Conflict", text)
-            stored, below = model.stored_id, model
+            model = below = self.context.asked_model(request, session, "GetModel")
             lineage.append(below.arn(self.context.arns))
             # A whole network from outside has nothing below it.
             while below.base_model:
@@ -131,8 +153,18 @@ class _Models:
                     below = self.context.custom(session, request.account, lineage[-1])
                 except Fault:
                     break  # deleted since; its ARN is all that is left of it here
-        certificate = json.loads(read_certificate(find(stored)).text())
+        certificate = json.loads(_certificate_text(model))
         return CertificateView(model=lineage[0], certificate=certificate, lineage=lineage)
+
+    def certificate_file(self, request: Request) -> Response:
+        with self.context.database.read() as session:
+            model = self.context.asked_model(request, session, "GetModel")
+        # Its hash is of these bytes: JavaScript, which reads 32.0 and writes 32, would change them.
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Disposition": 'attachment; filename="certificate.json"',
+        }
+        return Response(200, _certificate_text(model).encode("utf-8", "replace"), headers)
 
     def _foundation(self, model: FoundationModel) -> ModelView:
         return ModelView(
@@ -142,6 +174,7 @@ class _Models:
             kind="foundation",
             status="ACTIVE",
             created=model.created,
+            base_kind=model.kind,
         )
 
     def _custom(self, model: CustomModel) -> ModelView:
@@ -158,4 +191,29 @@ class _Models:
             source=source,
             failure=model.failure,
             created=model.created,
+            base_kind=kind_of(model),
         )
+
+
+def _certificate_text(model: CustomModel) -> str:
+    from luthier.store.models import find
+    from luthier.workflows.certificate.certificate import read_certificate
+
+    if model.stored_id is None:
+        raise Fault("Conflict", f"The model {model.name} is {model.status} and has no certificate.")
+    return read_certificate(find(model.stored_id)).text()
+
+
+def _abilities(model: FoundationModel | CustomModel) -> AbilitiesView | None:
+    from luthier.store.models import find
+
+    try:
+        if isinstance(model, FoundationModel):
+            found = abilities_of_base(model.base)
+        elif model.stored_id is not None:
+            found = abilities_of(find(model.stored_id))
+        else:
+            return None
+    except (LuthierError, OSError):
+        return None  # its files are on another server, damaged, or of a package that is gone
+    return AbilitiesView(**asdict(found))

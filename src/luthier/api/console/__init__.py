@@ -1,0 +1,1 @@
+"""The web console: static files for a browser, which asks the native face for everything it shows."""

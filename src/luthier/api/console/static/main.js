@@ -1,0 +1,147 @@
+// The start of the console: signs its user in, and shows the page that the address names.
+
+import { call, key, messageOf, signIn, signOut } from "./api.js";
+import { h, replace } from "./dom.js";
+import { errorBox, show, stop } from "./router.js";
+
+const root = document.getElementById("main");
+const navigation = document.getElementById("navigation");
+const account = document.getElementById("account");
+let signingIn = false;
+
+/** A key in the fragment of the address, which is taken out of it at once: it stands in no history. */
+function takeKeyFromAddress() {
+  const found = /^#key=(.+)$/.exec(window.location.hash);
+  if (!found) return null;
+  history.replaceState(null, "", `${window.location.pathname}#/jobs`);
+  try {
+    return decodeURIComponent(found[1]).trim();
+  } catch {
+    return found[1].trim();
+  }
+}
+
+function showSignIn(message = "") {
+  stop();
+  signingIn = true;
+  document.title = "Sign in – luthier";
+  navigation.hidden = true;
+  replace(account);
+  const field = h("input", {
+    type: "password",
+    id: "key",
+    name: "key",
+    autocomplete: "off",
+    spellcheck: "false",
+    required: true,
+    "aria-describedby": "key-help",
+  });
+  const problem = h("p", { class: "box error", role: "alert", hidden: !message }, message);
+  const button = h("button", { type: "submit", class: "primary" }, "Sign in");
+  const submit = async (event) => {
+    event.preventDefault();
+    button.disabled = true;
+    try {
+      await enter(field.value);
+    } catch (error) {
+      problem.textContent = refusal(error);
+      problem.hidden = false;
+      field.focus();
+    } finally {
+      button.disabled = false;
+    }
+  };
+  replace(
+    root,
+    h(
+      "form",
+      { class: "sign-in", onsubmit: submit },
+      h("h1", null, "Sign in"),
+      problem,
+      h("label", { for: "key" }, "API key"),
+      field,
+      h(
+        "p",
+        { id: "key-help", class: "soft" },
+        "The key that ",
+        h("code", null, "luthier serve"),
+        " printed as ",
+        h("code", null, "OPENAI_API_KEY"),
+        ", or one that ",
+        h("code", null, "luthier admin"),
+        " made. It stays in this tab, and is forgotten when you close it.",
+      ),
+      button,
+    ),
+  );
+  field.focus();
+}
+
+function isRefusal(error) {
+  return error.status === 401 || error.status === 403;
+}
+
+function refusal(error) {
+  return isRefusal(error)
+    ? "The server does not take this key. Check that it is whole, and of this server."
+    : messageOf(error);
+}
+
+/** Try a key, and use it where it opens an account. */
+async function enter(value) {
+  const before = key();
+  signingIn = true;
+  signIn(value);
+  let who;
+  try {
+    who = await call("GET", "/api/v1/whoami");
+  } catch (error) {
+    // A server that is away says nothing of a key that was good before.
+    if (isRefusal(error) || before !== key()) signOut();
+    throw error;
+  }
+  signingIn = false;
+  welcome(who);
+}
+
+function welcome(who) {
+  navigation.hidden = false;
+  replace(
+    account,
+    h("span", { class: "soft", title: who.arn }, `${who.account} · ${who.user}`),
+    h("button", { type: "button", class: "quiet", onclick: () => signOut() }, "Sign out"),
+  );
+  show(root);
+}
+
+async function start() {
+  const given = takeKeyFromAddress();
+  // A link of somebody else must not let a person work in another account unnoticed.
+  const other = given && key() && given !== key();
+  const value = other && !window.confirm("This link has another API key. Sign in with it?") ? key() : given || key();
+  if (!value) {
+    showSignIn();
+    return;
+  }
+  try {
+    await enter(value);
+  } catch (error) {
+    if (key()) replace(root, h("h1", null, "luthier"), errorBox(error, start));
+    else showSignIn(refusal(error));
+  }
+}
+
+document.querySelector(".skip").addEventListener("click", (event) => {
+  // The fragment of the address names the page.
+  event.preventDefault();
+  root.focus();
+});
+
+window.addEventListener("hashchange", () => {
+  if (window.location.hash.startsWith("#key=")) start();
+  else if (key() && !signingIn) show(root);
+});
+window.addEventListener("luthier:signed-out", (event) => {
+  if (!signingIn) showSignIn(event.detail);
+});
+start();

@@ -1,0 +1,175 @@
+// All models: the account's own, then the base models that jobs start from.
+
+import { ApiError, call } from "./api.js";
+import { h, replace } from "./dom.js";
+import { age, bytes, shortName, time } from "./format.js";
+import { errorBox, link, pause } from "./router.js";
+import { table } from "./table.js";
+
+const SECONDS = 15;
+/** Rows of a table: an account may have ten thousand models. */
+const MOST_ROWS = 200;
+const STATUS = { Active: "good", ACTIVE: "good", Creating: "note", Failed: "error" };
+
+/** Draw the page. */
+export async function render(root, params, signal) {
+  let found;
+  try {
+    found = await call("GET", "/api/v1/models", { signal });
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 403)) throw error;
+    await renderNames(root, error, signal);
+    return;
+  }
+  const loaded = await loadedModels(signal);
+  let state = { models: found.models, loaded };
+  const filter = h("input", {
+    type: "search",
+    id: "filter",
+    placeholder: "name, id, base or status",
+    autocomplete: "off",
+    oninput: () => draw(),
+  });
+  const problem = h("div");
+  const lists = h("div");
+  replace(
+    root,
+    h("div", { class: "heading" }, h("h1", null, "Models"), h("div", { class: "actions" }, h("a", { class: "button primary", href: "#/new" }, "New job"))),
+    h("div", { class: "narrow" }, h("label", { for: "filter" }, "Filter"), filter),
+    problem,
+    lists,
+  );
+  const draw = () => {
+    const wanted = filter.value.trim().toLowerCase();
+    const kept = state.models.filter((model) => textOf(model).includes(wanted));
+    const custom = kept.filter((model) => model.kind === "custom").reverse();
+    const base = kept.filter((model) => model.kind !== "custom");
+    const none = wanted ? "No model has this in its name, id, base or status." : null;
+    replace(
+      lists,
+      h("h2", null, "Custom models"),
+      customTable(custom, state, none),
+      h("h2", null, "Base models"),
+      baseTable(base, none),
+    );
+  };
+  draw();
+  while (await pause(SECONDS, signal)) {
+    try {
+      const [next, memory] = await Promise.all([call("GET", "/api/v1/models", { signal }), loadedModels(signal)]);
+      const changed = JSON.stringify([next.models, memory]) !== JSON.stringify([state.models, state.loaded]);
+      state = { models: next.models, loaded: memory };
+      replace(problem);
+      // A table that is drawn anew takes the focus from who walks through its links.
+      if (changed && !lists.contains(document.activeElement)) draw();
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      replace(problem, errorBox(error));
+    }
+  }
+}
+
+/** What a key that may only ask models sees: their names, as the OpenAI face lists them. */
+async function renderNames(root, refused, signal) {
+  const { data } = await call("GET", "/v1/models", { signal }).catch((error) => {
+    throw error instanceof ApiError && error.status === 403 ? refused : error;
+  });
+  replace(
+    root,
+    h("h1", null, "Models"),
+    h("p", { class: "soft" }, "This key may ask models, and not read about them."),
+    h("ul", null, data.map((each) => h("li", null, h("a", { href: link("playground", each.id) }, h("bdi", null, each.id))))),
+  );
+}
+
+/**
+ * The account's models in memory, by id.
+ * @param {AbortSignal} signal
+ * @returns {Promise<?Object>} `null` where the key may not list them
+ */
+export async function loadedModels(signal) {
+  try {
+    const { models } = await call("GET", "/api/v1/loaded-models", { signal });
+    return Object.fromEntries(models.map((each) => [each.id, each]));
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 403) return null;
+    throw error;
+  }
+}
+
+/** Where a model stands, as a coloured word. */
+export function statusChip(status) {
+  const shown = status === "ACTIVE" ? "Active" : status;
+  return h("span", { class: `chip ${STATUS[status] ?? ""}` }, shown);
+}
+
+/** The end of an ARN as people know it, with a link to its model. */
+export function baseLink(arn, models = []) {
+  if (!arn) return "–";
+  const id = shortName(arn);
+  const known = models.find((each) => each.arn === arn);
+  return h("a", { href: link("models", id) }, h("bdi", null, known?.name ?? id));
+}
+
+function textOf(model) {
+  return [model.name, model.id, model.status, model.base ?? "", model.job ?? "", model.base_kind].join(" ").toLowerCase();
+}
+
+function customTable(models, { models: all, loaded }, none) {
+  const rows = models.slice(0, MOST_ROWS).map((model) => [
+    h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
+    statusChip(model.status),
+    baseLink(model.base, all),
+    model.job ? h("a", { href: link("jobs", model.job) }, model.job) : model.source ? "from outside" : "–",
+    h("span", { title: time(model.created) }, age(model.created)),
+    loaded === null ? "–" : memoryOf(loaded[model.id]),
+    model.status === "Active"
+      ? h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try")
+      : null,
+  ]);
+  return [
+    table({
+      caption: "Custom models, the newest first",
+      columns: ["Name", "Status", "Base", "Made by", { name: "Age", kind: "nowrap" }, { name: "In memory", kind: "nowrap" }, ""],
+      rows,
+      empty: none ?? ["This account has no custom models yet. ", h("a", { href: "#/new" }, "Train one"), "."],
+    }),
+    models.length > MOST_ROWS
+      ? h("p", { class: "soft" }, `The newest ${MOST_ROWS} of ${models.length} are shown. Filter to find others.`)
+      : null,
+  ];
+}
+
+function baseTable(models, none) {
+  return table({
+    caption: "Base models",
+    columns: ["Name", "Id", "Made for", ""],
+    rows: models.slice(0, MOST_ROWS).map((model) => [
+      h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
+      h("code", null, model.id),
+      MADE_FOR[model.base_kind] ?? model.base_kind,
+      h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try"),
+    ]),
+    empty: none ?? "The server offers no base models.",
+  });
+}
+
+/** Kinds of base models (luthier/models/kinds.py) in words. */
+export const MADE_FOR = {
+  causal_lm: "writing text",
+  masked_lm: "reading texts (masked language model)",
+  encoder: "reading texts",
+  image_encoder: "reading images",
+  audio_encoder: "reading sounds",
+  image_text_encoder: "comparing images and texts",
+  autoencoding: "compressing, and finding what is unusual",
+  adversarial: "making images",
+  denoising: "making images",
+  image_to_text: "writing about images",
+};
+
+function memoryOf(loaded) {
+  if (!loaded?.loaded) return loaded?.pinned ? "pinned, not loaded yet" : "no";
+  const answers = loaded.requests ? `, answers ${loaded.requests}` : "";
+  return `${bytes(loaded.memory_bytes)}${loaded.pinned ? ", pinned" : ""}${answers}`;
+}

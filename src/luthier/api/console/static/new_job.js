@@ -1,0 +1,398 @@
+// A new job: data, base model and settings; a look at the data and an estimate before it starts.
+
+import { call } from "./api.js";
+import { dataField } from "./data_field.js";
+import { announce, h, replace } from "./dom.js";
+import { estimateView } from "./estimate.js";
+import { inspectionView } from "./inspection.js";
+import { errorBox, go } from "./router.js";
+
+const KINDS = [
+  ["FINE_TUNING", "Fine-tuning: what is learned goes by the shape of the rows"],
+  ["CONTINUED_PRE_TRAINING", "Continued pre-training: to go on writing texts"],
+  ["DISTILLATION", "Distillation: to answer as a teacher model does"],
+  ["REINFORCEMENT_FINE_TUNING", "Reinforcement fine-tuning: to score well with a grader"],
+];
+/** Settings that are asked for by name: the field of the recipe, its label, how it is written. */
+const SETTINGS = [
+  ["training.epochs", "Passes over the data", { type: "number", min: "0", step: "any" }],
+  ["training.batch_size", "Rows in a batch", { type: "number", min: "1", step: "1" }],
+  ["training.learning_rate", "Learning rate", { type: "number", min: "0", step: "any" }],
+  ["adaptation.rank", "Rank (of LoRA and QLoRA)", { type: "number", min: "1", step: "1" }],
+];
+const ADAPTATIONS = [
+  ["", "Chosen for the base model"],
+  ["lora", "LoRA: small matrices beside the weights"],
+  ["qlora", "QLoRA: LoRA on a base of 4 bits"],
+  ["full", "All weights"],
+  ["freeze", "The last layers"],
+  ["feature_extraction", "A new head alone"],
+  ["bitfit", "BitFit: biases alone"],
+  ["adapters", "Adapters: small layers between"],
+  ["prompt", "Prompt tuning"],
+  ["prefix", "Prefix tuning"],
+  ["sparse", "Some weights, chosen by their gradients"],
+];
+const GRADER = '{"method": "exact"}';
+const LONGEST_NAME = 63;
+
+/** Draw the form. */
+export async function render(root, params, signal) {
+  const models = (await call("GET", "/api/v1/models", { signal })).models;
+  const form = new JobForm(models, params, signal);
+  replace(root, h("h1", null, "New job"), form.element);
+}
+
+class JobForm {
+  constructor(models, params, signal) {
+    this.signal = signal;
+    this.working = null;
+    this.named = false;
+    const changed = () => this.changed();
+    this.training = dataField({
+      id: "training",
+      label: "Training rows",
+      signal,
+      onChange: changed,
+      help: "JSON Lines, CSV, Parquet or text. A key that ends with a slash stands for all files below it.",
+    });
+    this.validation = dataField({
+      id: "validation",
+      label: "Validation rows (if you have some)",
+      signal,
+      onChange: changed,
+      help: "Rows that are never learned: the model is measured on them.",
+    });
+    const usable = models.filter((each) => each.status.toLowerCase() === "active");
+    const start = params.query.get("base");
+    this.base = modelSelect("base", usable, start);
+    this.teacher = modelSelect("teacher", usable, null);
+    this.kind = h(
+      "select",
+      { id: "customization_type" },
+      KINDS.map(([value, label]) => h("option", { value }, label)),
+    );
+    this.grader = h("textarea", { id: "grader", rows: "4", spellcheck: "false", class: "code" }, GRADER);
+    this.settings = SETTINGS.map(([name, label, kind]) => [
+      name,
+      label,
+      h("input", { id: name, placeholder: "chosen for you", ...kind }),
+    ]);
+    this.adaptation = h(
+      "select",
+      { id: "adaptation.method" },
+      ADAPTATIONS.map(([value, label]) => h("option", { value }, label)),
+    );
+    this.further = h("textarea", {
+      id: "settings",
+      rows: "4",
+      spellcheck: "false",
+      class: "code",
+      placeholder: '{"training": {"seed": 1}}',
+    });
+    this.name = h("input", {
+      id: "name",
+      type: "text",
+      required: true,
+      maxlength: LONGEST_NAME,
+      autocomplete: "off",
+      spellcheck: "false",
+    });
+    this.modelName = h("input", {
+      id: "model_name",
+      type: "text",
+      required: true,
+      maxlength: LONGEST_NAME,
+      autocomplete: "off",
+      spellcheck: "false",
+    });
+    this.buttons = {
+      inspect: h("button", { type: "button", onclick: () => this.inspect() }, "Inspect the data"),
+      estimate: h("button", { type: "button", onclick: () => this.estimate() }, "Estimate"),
+      start: h("button", { type: "submit", class: "primary" }, "Start"),
+    };
+    this.outcome = h("div", { class: "outcome", tabindex: "-1" });
+    this.problem = h("div");
+    this.element = this.draw();
+    for (const each of [this.name, this.modelName]) each.addEventListener("input", () => (this.named = true));
+    this.kind.addEventListener("change", changed);
+    this.base.addEventListener("change", changed);
+    this.changed();
+  }
+
+  draw() {
+    const row = (field, label, help) =>
+      h(
+        "div",
+        null,
+        h("label", { for: field.id }, label),
+        field,
+        help ? h("p", { class: "help" }, help) : null,
+        h("p", { class: "problem", id: `problem-${field.id}`, hidden: true }),
+      );
+    this.teacherRow = row(this.teacher, "Teacher", "The model whose answers are learned.");
+    this.graderRow = row(this.grader, "Grader", "How an answer is scored, as JSON.");
+    return h(
+      "form",
+      { class: "new-job", onsubmit: (event) => this.start(event) },
+      h(
+        "fieldset",
+        null,
+        h("legend", null, "Data"),
+        h("div", { class: "fields" }, this.training.element, this.validation.element),
+      ),
+      h(
+        "fieldset",
+        null,
+        h("legend", null, "Model"),
+        h(
+          "div",
+          { class: "fields" },
+          row(this.base, "Base model"),
+          row(this.kind, "What is learned"),
+          this.teacherRow,
+          this.graderRow,
+        ),
+      ),
+      h(
+        "fieldset",
+        null,
+        h("legend", null, "Settings"),
+        h(
+          "p",
+          { class: "soft" },
+          "Leave them empty, and they are chosen from the data and the model. The job says what was chosen, and why.",
+        ),
+        h(
+          "div",
+          { class: "fields" },
+          this.settings.map(([, label, field]) => row(field, label)),
+          row(this.adaptation, "Adaptation"),
+        ),
+        h(
+          "details",
+          { class: "further" },
+          h("summary", null, "Further settings"),
+          row(
+            this.further,
+            "Settings of a recipe, as JSON",
+            "By group, as in a recipe. They go before the fields above where both name one.",
+          ),
+        ),
+      ),
+      h(
+        "fieldset",
+        null,
+        h("legend", null, "Names"),
+        h(
+          "div",
+          { class: "fields" },
+          row(this.name, "Job", "No other job of the account has it."),
+          row(this.modelName, "Model", "Letters, digits, - and _."),
+        ),
+      ),
+      this.problem,
+      h("div", { class: "actions submit" }, this.buttons.inspect, this.buttons.estimate, this.buttons.start),
+      this.outcome,
+    );
+  }
+
+  changed() {
+    this.teacherRow.hidden = this.kind.value !== "DISTILLATION";
+    this.graderRow.hidden = this.kind.value !== "REINFORCEMENT_FINE_TUNING";
+    const ready = this.training.address() !== null && !this.training.busy() && !this.validation.busy() && !this.working;
+    for (const button of Object.values(this.buttons)) button.disabled = !ready;
+    // How much a distillation takes depends on what its teacher writes.
+    if (this.kind.value === "DISTILLATION") this.buttons.estimate.disabled = true;
+    if (!this.named) this.name.value = this.modelName.value = proposeName(this.training.name(), this.base);
+  }
+
+  /** What both a job and an estimate are asked with; raises what a person has to mend. */
+  common() {
+    const body = {
+      base: this.base.value,
+      customization_type: this.kind.value,
+      validation: this.validation.address() ? [this.validation.address()] : [],
+      settings: this.readSettings(),
+    };
+    if (this.kind.value === "REINFORCEMENT_FINE_TUNING") body.grader = parseObject(this.grader.value, "grader");
+    return body;
+  }
+
+  readSettings() {
+    const found = {};
+    const set = (name, value) => {
+      const [group, field] = name.split(".");
+      (found[group] ??= {})[field] = value;
+    };
+    for (const [name, , field] of this.settings) {
+      if (field.validity.badInput) throw new InputProblem("Write a number.", name);
+      if (field.value !== "") set(name, Number(field.value));
+    }
+    if (this.adaptation.value) set("adaptation.method", this.adaptation.value);
+    if (this.further.value.trim()) {
+      for (const [group, fields] of Object.entries(parseObject(this.further.value, "settings"))) {
+        found[group] = typeof fields === "object" && fields !== null ? { ...found[group], ...fields } : fields;
+      }
+    }
+    return found;
+  }
+
+  inspect() {
+    return this.ask("The data are being inspected", async (signal) => {
+      const body = { training: this.training.address(), base: this.base.value };
+      if (this.validation.address()) body.validation = this.validation.address();
+      const { verdict, report } = await call("POST", "/api/v1/inspections", { body, signal });
+      return inspectionView(verdict, report);
+    });
+  }
+
+  estimate() {
+    return this.ask("A few real steps are being tried", async (signal) => {
+      const body = { ...this.common(), training: this.training.address() };
+      return estimateView((await call("POST", "/api/v1/estimates", { body, signal })).estimate);
+    });
+  }
+
+  async start(event) {
+    event.preventDefault();
+    await this.ask("The job is being started", async (signal) => {
+      const body = {
+        ...this.common(),
+        training: [this.training.address()],
+        name: this.name.value.trim(),
+        model_name: this.modelName.value.trim(),
+      };
+      if (this.kind.value === "DISTILLATION") body.teacher = this.teacher.value;
+      const job = await call("POST", "/api/v1/jobs", { body, signal });
+      go("jobs", job.name);
+      return null;
+    });
+  }
+
+  /** Do something that takes a while, one at a time; it can be cancelled. */
+  async ask(text, work) {
+    const working = new AbortController();
+    const leave = () => working.abort();
+    this.signal.addEventListener("abort", leave);
+    this.working = working;
+    this.changed();
+    this.clearProblems();
+    const began = Date.now();
+    const clock = h("span");
+    const tick = setInterval(() => (clock.textContent = `${Math.round((Date.now() - began) / 1000)} s`), 1000);
+    replace(
+      this.outcome,
+      h(
+        "p",
+        { class: "box note", role: "status" },
+        `${text} … `,
+        clock,
+        " ",
+        h("button", { type: "button", class: "quiet", onclick: leave }, "Cancel"),
+      ),
+    );
+    try {
+      const view = await work(working.signal);
+      replace(this.outcome, view);
+      if (view) {
+        this.outcome.focus({ preventScroll: true });
+        this.outcome.scrollIntoView({ block: "nearest" });
+      }
+    } catch (error) {
+      replace(this.outcome);
+      if (error.name !== "AbortError") this.refuse(error);
+      else announce("Cancelled.");
+    } finally {
+      clearInterval(tick);
+      this.signal.removeEventListener("abort", leave);
+      this.working = null;
+      this.changed();
+    }
+  }
+
+  /** Show a refusal where the field is that it is about, if one is. */
+  refuse(error) {
+    const about = (error.parameter ?? "").replace(/^settings\./, "");
+    const whole = about.split(".")[0];
+    if (whole === "training" && !document.getElementById(`problem-${about}`)) this.training.refuse(error.message);
+    else if (whole === "validation") this.validation.refuse(error.message);
+    const place = [about, whole].map((id) => document.getElementById(`problem-${id}`)).find((each) => each);
+    if (place) {
+      const field = document.getElementById(place.id.replace("problem-", ""));
+      place.textContent = error.message;
+      place.hidden = false;
+      field.setAttribute("aria-invalid", "true");
+      field.setAttribute("aria-describedby", place.id);
+      field.closest("details")?.setAttribute("open", "");
+      field.focus();
+    }
+    replace(
+      this.problem,
+      error instanceof InputProblem
+        ? h("div", { class: "box error", role: "alert" }, h("p", null, error.message))
+        : errorBox(error),
+    );
+    this.problem.scrollIntoView({ block: "nearest" });
+  }
+
+  clearProblems() {
+    replace(this.problem);
+    for (const each of this.element.querySelectorAll(".problem")) each.hidden = true;
+    for (const each of this.element.querySelectorAll("[aria-invalid]")) {
+      each.removeAttribute("aria-invalid");
+      each.removeAttribute("aria-describedby");
+    }
+  }
+}
+
+/** What a person wrote and no request could be made of. */
+class InputProblem extends Error {
+  constructor(message, parameter) {
+    super(message);
+    this.parameter = parameter;
+  }
+}
+
+function parseObject(text, parameter) {
+  let found;
+  try {
+    found = JSON.parse(text);
+  } catch (error) {
+    throw new InputProblem(`This is no JSON: ${error.message}.`, parameter);
+  }
+  if (typeof found !== "object" || found === null || Array.isArray(found))
+    throw new InputProblem("Write a JSON object: { … }.", parameter);
+  return found;
+}
+
+function modelSelect(id, models, chosen) {
+  const group = (label, kind) => {
+    const found = models.filter((each) => each.kind === kind);
+    return found.length
+      ? h(
+          "optgroup",
+          { label },
+          found.map((each) => h("option", { value: kind === "custom" ? each.arn : each.id }, each.name)),
+        )
+      : null;
+  };
+  const select = h("select", { id }, group("Base models", "foundation"), group("Your models", "custom"));
+  const found = models.find((each) => chosen && [each.id, each.name, each.arn].includes(chosen));
+  if (found) select.value = found.kind === "custom" ? found.arn : found.id;
+  return select;
+}
+
+/** A name for a job and its model: of the file, the base and the time, so that it is free. */
+function proposeName(file, base) {
+  const now = new Date();
+  const two = (value) => String(value).padStart(2, "0");
+  const moment = `${two(now.getMonth() + 1)}${two(now.getDate())}-${two(now.getHours())}${two(now.getMinutes())}${two(now.getSeconds())}`;
+  const stem = (file.split(".")[0] || base.selectedOptions[0]?.textContent || "model")
+    .normalize("NFKD")
+    .replace(/[^A-Za-z0-9]+/g, "-")
+    .replace(/^-+|-+$/g, "")
+    .slice(0, 40)
+    .replace(/-+$/, "");
+  return `${stem || "model"}-${moment}`;
+}

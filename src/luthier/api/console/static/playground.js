@@ -1,0 +1,73 @@
+// Trying a model: which form is shown follows from what the server says that the model does.
+
+import { ApiError, call } from "./api.js";
+import { h, replace } from "./dom.js";
+import { statusChip } from "./models.js";
+import { errorBox, link } from "./router.js";
+
+const TABS = {
+  write: ["Chat", () => import("./chat.js"), "render"],
+  predict: ["Ask it", () => import("./predictions.js"), "renderPrediction"],
+  embed: ["Compare", () => import("./predictions.js"), "renderSimilarity"],
+  make_images: ["Make images", () => import("./images.js"), "renderSamples"],
+  reconstruct: ["Give images back", () => import("./images.js"), "renderReconstruction"],
+};
+
+/** Draw the page. */
+export async function render(root, params, signal) {
+  const model = await readModel(params.id, signal);
+  const does = (model.abilities?.does ?? []).filter((each) => each in TABS);
+  const heading = h("div", { class: "heading" },
+    h("h1", null, h("bdi", null, model.name)),
+    model.unread ? null : model.kind === "custom" ? statusChip(model.status) : h("span", { class: "chip" }, "base model"),
+    model.unread ? null : h("div", { class: "actions" }, h("a", { class: "button", href: link("models", model.id) }, "About this model")));
+  if (!does.length) {
+    replace(root, heading, h("p", { class: "box note" }, reasonFor(model)));
+    return;
+  }
+  const place = h("div", { id: "try" });
+  const tabs = does.map((each) => h("button", { type: "button", "aria-pressed": "false", onclick: () => choose(each).catch(fail) }, TABS[each][0]));
+  const fail = (error) => {
+    if (error.name !== "AbortError") replace(place, errorBox(error));
+  };
+  let leave = null;
+  const choose = async (chosen) => {
+    // What the form before still waits for ends with it.
+    leave?.abort();
+    const own = new AbortController();
+    leave = own;
+    signal.addEventListener("abort", () => own.abort(), { once: true, signal: own.signal });
+    tabs.forEach((button, index) => button.setAttribute("aria-pressed", String(does[index] === chosen)));
+    const [, load, name] = TABS[chosen];
+    const module = await load();
+    if (own.signal.aborted) return;
+    const page = h("div");
+    replace(place, page);
+    await module[name](page, model, own.signal);
+  };
+  replace(root, heading,
+    model.unread ? h("p", { class: "soft" }, "This key may not read what the model does. Choose what to ask it for.") : null,
+    does.length > 1 ? h("div", { class: "actions tabs", role: "group", "aria-label": "What to try" }, tabs) : null, place);
+  await choose(does[0]);
+}
+
+/** The model; a key that may ask it and not read about it gets every form that takes a text. */
+async function readModel(id, signal) {
+  try {
+    return await call("GET", `/api/v1/models/${encodeURIComponent(id)}`, { signal });
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 403)) throw error;
+    const abilities = { does: ["write", "predict", "embed", "make_images"], reads: ["text"], labels: [], reads_prompts: true };
+    return { id, name: id, kind: "custom", status: "Active", abilities, unread: true };
+  }
+}
+
+function reasonFor(model) {
+  if (model.kind === "custom" && model.status !== "Active") {
+    return `The model is ${model.status.toLowerCase()} and cannot be asked${model.failure ? `: ${model.failure}` : "."}`;
+  }
+  if (!model.abilities) {
+    return "What this model answers cannot be told: its files are not on this server, or the package that trained it is not installed.";
+  }
+  return `A model of the method ${model.abilities.method} answers nothing by itself. Train it further, for labels, tags or embeddings.`;
+}

@@ -1,0 +1,113 @@
+// Logic of the console's modules that needs no browser; tests/api/console/test_pages.py runs it by `node --test`.
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+const folder = process.env.CONSOLE_MODULES;
+const { StreamedAnswer, cosine, likeliest, spansOf, turnsOf } = await import(`${folder}/answers.js`);
+const { pythonString, shellWord, snippets } = await import(`${folder}/snippets.js`);
+const { age, bytes, duration, number, percent, shortName } = await import(`${folder}/format.js`);
+
+const joined = (spans) => spans.map((each) => each.text).join("");
+
+test("tags are cut at code points, and nothing of the text is lost", () => {
+  const text = "The 😀 polyposis coli <img src=x onerror=alert(1)> שלום";
+  const start = Array.from(text).indexOf("p");
+  const spans = spansOf(text, [{ label: "Disease", start, end: start + 14 }]);
+  assert.deepEqual(spans.find((each) => each.label), { text: "polyposis coli", label: "Disease" });
+  assert.equal(joined(spans), text);
+});
+
+test("entities that overlap, lie outside or are no numbers leave the text whole", () => {
+  const wrong = [
+    { label: "A", start: 0, end: 3 }, { label: "B", start: 2, end: 5 }, { label: "C", start: 4, end: 400 },
+    { label: "D", start: -3, end: 1 }, { label: "E", start: 4, end: 4 }, { label: "F", start: NaN, end: 5 }, { label: "G" },
+  ];
+  const spans = spansOf("abcdef", wrong);
+  assert.deepEqual(spans, [{ text: "abc", label: "A" }, { text: "def", label: null }]);
+  assert.deepEqual(spansOf("", []), []);
+});
+
+test("scores are shown from the likeliest, and those left out are counted", () => {
+  const scores = Object.fromEntries(Array.from({ length: 77 }, (_, n) => [`label ${n}`, n / 100]));
+  const { shown, further } = likeliest(scores, 5);
+  assert.deepEqual(shown.map(([name]) => name), ["label 76", "label 75", "label 74", "label 73", "label 72"]);
+  assert.equal(further, 72);
+  assert.deepEqual(likeliest({ a: null, b: "x", c: 1 }).shown, [["c", 1]]);
+});
+
+test("the chunks of a stream become one answer with its counts and times", () => {
+  const answer = new StreamedAnswer(1000);
+  const chunk = (delta, more = {}) => ({ choices: [{ index: 0, delta, finish_reason: null, ...more }], usage: null });
+  assert.deepEqual(answer.add(chunk({ role: "assistant", content: "" }), 1200), { text: "", reasoning: "" });
+  assert.equal(answer.firstTokenSeconds, null);
+  answer.add(chunk({ reasoning_content: "hm" }), 1500);
+  answer.add(chunk({ content: "Hel" }), 2000);
+  assert.deepEqual(answer.add(chunk({ content: "lo 😀" }), 2500), { text: "lo 😀", reasoning: "" });
+  answer.add({ choices: [{ index: 1, delta: { content: "of another answer" } }] }, 2600);
+  answer.add(chunk({}, { finish_reason: "length" }), 2700);
+  answer.add({ choices: [], usage: { prompt_tokens: 9, completion_tokens: 5 } }, 2800);
+  assert.equal(answer.text, "Hello 😀");
+  assert.equal(answer.reasoning, "hm");
+  assert.equal(answer.finish, "length");
+  assert.equal(answer.firstTokenSeconds, 0.5);
+  assert.equal(answer.tokensPerSecond, 4);
+});
+
+test("calls of tools are put together, and chunks of other forms change nothing", () => {
+  const answer = new StreamedAnswer(0);
+  const call = (part) => answer.add({ choices: [{ delta: { tool_calls: [part] } }] }, 10);
+  call({ index: 0, function: { name: "weather", arguments: '{"city"' } });
+  call({ index: 0, function: { arguments: ': "Hue"}' } });
+  assert.deepEqual(answer.tools, [{ name: "weather", given: '{"city": "Hue"}' }]);
+  for (const odd of [null, undefined, {}, { choices: null }, { choices: [{}] }, { choices: [{ delta: { content: 5 } }] }]) answer.add(odd, 20);
+  assert.equal(answer.text, "");
+});
+
+test("empty instructions are not sent", () => {
+  const history = [{ role: "user", content: "a" }, { role: "assistant", content: "b" }];
+  assert.deepEqual(turnsOf(history, "  ", "c").map((each) => each.role), ["user", "assistant", "user"]);
+  assert.deepEqual(turnsOf([], "Be brief.", "c")[0], { role: "system", content: "Be brief." });
+});
+
+test("cosines", () => {
+  assert.equal(cosine([1, 0], [1, 0]), 1);
+  assert.equal(cosine([1, 0], [0, 2]), 0);
+  assert.equal(cosine([1, 2], [-1, -2]).toFixed(6), "-1.000000");
+  assert.ok(Number.isNaN(cosine([0, 0], [1, 1])) && Number.isNaN(cosine([1], [1, 2])));
+});
+
+test("what is pasted into a shell or Python stays one text", () => {
+  assert.equal(shellWord("it's $HOME `x`"), "'it'\\''s $HOME `x`'");
+  assert.equal(shellWord("base:name"), "base:name");
+  assert.equal(pythonString('a"b\n'), '"a\\"b\\n"');
+});
+
+test("each model is called with its own id and this server's address", () => {
+  const origin = "https://luthier.example:8443";
+  const arn = "arn:aws:bedrock:eu-west-1:000000000000:custom-model/x.y/abc123def456";
+  const model = (abilities) => ({ id: "abc123def456", name: "support", arn, kind: "custom", abilities });
+  const of = (abilities) => snippets({ origin, model: model(abilities), storedId: "base:support" });
+  const writer = of({ does: ["write"], reads: ["text"] });
+  assert.deepEqual(writer.map((each) => each.name), ["openai client", "curl", "boto3", "Command line"]);
+  assert.ok(writer.slice(0, 3).every((each) => each.code.includes(origin)));
+  assert.ok(writer[2].code.includes("eu-west-1") && writer[2].code.includes(arn));
+  const sounds = of({ does: ["predict"], reads: ["audio"] });
+  assert.ok(sounds[0].code.includes("audio/wav") && sounds[0].code.includes("/api/v1/models/abc123def456/predictions"));
+  assert.deepEqual(of({ does: [], reads: ["text"] }), []);
+  assert.deepEqual(snippets({ origin, model: model(null), storedId: "base:support" }), []);
+});
+
+test("numbers, sizes and times in words", () => {
+  assert.equal(number(1234567), "1,234,567");
+  assert.equal(number(0.00012345), "1.23e-4");
+  assert.equal(number(1234.5), "1,235");
+  assert.equal(number(NaN), "–");
+  assert.equal(bytes(999), "999 bytes");
+  assert.equal(bytes(1_342_710), "1.34 MB");
+  assert.equal(duration(125), "2 min 5 s");
+  assert.equal(duration(null), "–");
+  assert.equal(percent(0.045), "4.5 %");
+  assert.equal(shortName("arn:aws:bedrock:us-east-1::foundation-model/x.y"), "x.y");
+  assert.equal(age("no date"), "–");
+});

@@ -1,0 +1,181 @@
+"""The console in a real browser, against a real server and a real job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, browser
+from luthier_server import BASE, KEYS, ONE, OTHER, Served, home_with_tiny, until
+
+HOSTILE = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>\''
+KEY = KEYS[ONE]["api_key"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
+    made = Served(home_with_tiny(tmp_path_factory.mktemp("console"), tiny_model_folder))
+    made.start()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def page(tmp_path: Path, server: Served) -> Iterator[Browser]:
+    with browser(tmp_path) as made:
+        made.open(f"{server.url}/")
+        made.resize(1280, 900)
+        yield made
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows <b>1.jsonl"
+    lines = [
+        {"prompt": f"Say {number}, {HOSTILE}", "completion": f"It is {number} {HOSTILE}"}
+        for number in range(24)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def sign_in(page: Browser, key: str = KEY) -> None:
+    page.until_text("Sign in", "h1")
+    page.fill("#key", key)
+    page.click(".sign-in button")
+    page.until_text("Sign out", "#account")
+
+
+def check_quiet(page: Browser) -> None:
+    """Nothing hostile ran, and the browser had nothing to complain of."""
+    assert page.script("return window.hit ?? null") is None
+    assert [line for line in page.log() if line.startswith("SEVERE")] == []
+
+
+@pytest.mark.slow
+def test_from_a_file_to_a_model(server: Served, page: Browser, rows: Path) -> None:
+    assert page.script("return location.pathname") == "/console/"
+    sign_in(page)
+    assert page.text("#account").startswith(ONE)
+    page.until_text("There are no jobs yet", "main")
+    page.click('#navigation a[href="#/new"]')
+    page.until("document.querySelector('#base option') !== null")
+    page.write("#training-file", str(rows))
+    page.until_text("is uploaded", ".drop")
+    assert "rows <b>1.jsonl" in page.text(".drop")
+    page.choose("#base", BASE)
+    page.fill('[id="training.epochs"]', "4")
+    page.fill('[id="training.batch_size"]', "4")
+    page.fill('[id="training.learning_rate"]', "0.001")
+
+    page.click(".submit button:first-child")
+    page.until_text("Rows as the model reads them", ".inspection")
+    assert HOSTILE in page.text(".inspection")
+    assert page.texts(".inspection mark")
+
+    page.fill("#name", "first")
+    page.fill("#model_name", "made")
+    page.click(".submit .primary")
+    page.until("location.hash === '#/jobs/first'")
+    page.until("document.querySelector('polyline.series-0') !== null", 120)
+    page.until_text("Completed", ".chip", 120)
+    page.until_text("The model is trained.")
+    assert "from" in page.text("figure.chart .visually-hidden")
+    settings = page.text("main table")
+    assert "precision" in settings and "rows <b>1.jsonl" in page.text("main")
+    assert not page.texts("main .error[role=alert]")
+
+    page.click('a.primary[href="#/models/made"]')
+    page.until_text("made", "h1")
+    assert "tiny" in page.text("main")
+    page.click('#navigation a[href="#/jobs"]')
+    page.until_text("Completed", "tbody")
+    page.choose("#state", "Failed")
+    page.until_text("No job is failed")
+    check_quiet(page)
+
+
+def test_a_refusal_stands_at_the_field_that_it_is_about(
+    server: Served, page: Browser, rows: Path
+) -> None:
+    sign_in(page)
+    page.click('#navigation a[href="#/new"]')
+    page.until("document.querySelector('#base option') !== null")
+    page.write("#training-file", str(rows))
+    page.until_text("is uploaded", ".drop")
+    page.choose("#base", BASE)
+    page.fill("#name", HOSTILE)
+    page.click(".submit .primary")
+    page.until("document.querySelector('#name').getAttribute('aria-invalid') === 'true'")
+    assert page.text("#problem-name")
+    assert page.script("return window.hit ?? null") is None
+
+
+def test_a_key_that_ends_and_an_address_with_a_key(server: Served, page: Browser) -> None:
+    page.open(f"{server.url}/console/#key={KEY}")
+    page.script("location.reload()")
+    page.until_text("Sign out", "#account")
+    assert KEY not in page.script("return location.href")
+    page.script("sessionStorage.setItem('luthier.key', 'sk-gone')")
+    page.click('#navigation a[href="#/models"]')
+    page.until_text("takes it no longer", "[role=alert]")
+    assert page.script("return sessionStorage.getItem('luthier.key')") is None
+    page.fill("#key", "wrong")
+    page.click(".sign-in button")
+    page.until_text("does not take this key", "[role=alert]")
+    sign_in(page)
+
+    # Somebody else's link does not take a person to another account unasked.
+    page.script("location.hash = arguments[0]", f"#key={KEYS[OTHER]['api_key']}")
+    assert "another API key" in page.accept_dialog()
+    page.until_text(OTHER, "#account")
+    assert "key=" not in page.script("return location.href")
+    page.click("#account button")
+    page.until_text("Sign in", "h1")
+
+
+def test_a_server_that_stops_while_a_job_is_watched(
+    tmp_path: Path, tiny_model_folder: Path, rows: Path
+) -> None:
+    server = Served(home_with_tiny(tmp_path / "home", tiny_model_folder))
+    with browser(tmp_path / "browser") as page:
+        server.start("--no-workers")
+        try:
+            watch_until_it_stops(server, page, rows)
+        finally:
+            server.kill()
+
+
+def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
+    # Without workers it stays in the queue, and its stream open.
+    job = {"name": "waits", "model_name": "waits", "base": BASE, "training": [put(server, rows)]}
+    assert server.ask("POST", "/api/v1/jobs", job)[0] == 201
+    page.open(f"{server.url}/console/#key={KEY}")
+    page.until_text("Sign out", "#account")
+    page.open(f"{server.url}/console/#/jobs/waits")
+    page.until_text("The job was created.", ".messages")
+    # A narrow screen scrolls down alone.
+    page.resize(360, 740)
+    assert page.script("return document.documentElement.scrollWidth <= innerWidth")
+    page.click("button.danger")
+    assert "Stop the job waits?" in page.accept_dialog()
+    page.until_text("Stopped", ".chip")
+    assert server.ask("GET", "/api/v1/jobs/waits")[1]["state"] == "Stopped"
+
+    again = {**job, "name": "waits-2", "model_name": "waits-2"}
+    assert server.ask("POST", "/api/v1/jobs", again)[0] == 201
+    page.open(f"{server.url}/console/#/jobs/waits-2")
+    page.until_text("The job was created.", ".messages")
+    server.kill()
+    page.until_text("tries again by itself")
+    assert page.script("return sessionStorage.getItem('luthier.key')") == KEY
+
+
+def put(server: Served, path: Path) -> str:
+    """The address of a file that is put into a bucket."""
+    s3 = server.client("s3")
+    s3.create_bucket(Bucket="data")
+    until(lambda: s3.upload_file(str(path), "data", "rows.jsonl") is None)
+    return "s3://data/rows.jsonl"
