@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from luthier.data.rows import load_rows
-from luthier.data.shapes import MultipleChoice, of_shape
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.choices import MultipleChoice
 from luthier.engine.machine import open_network
 from luthier.serving.evaluation import choice_likelihoods, fit_choices
 from luthier.store.models import chat_format, find, room_of

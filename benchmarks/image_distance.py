@@ -16,7 +16,7 @@ import numpy as np
 
 from luthier.data.processors import ImageProcessor
 from luthier.data.rows import load_inputs
-from luthier.data.shapes import MediaRow
+from luthier.data.shapes.media import MediaRow
 from luthier.engine.machine import choose_machine
 from luthier.evaluation.frechet import frechet_distance
 from luthier.models.load import as_network

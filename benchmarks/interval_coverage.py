@@ -15,7 +15,7 @@ from math import erf
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import LabelledText, RatedText
+from luthier.data.shapes.texts import LabelledText, RatedText
 from luthier.evaluation.labels import scores
 from luthier.evaluation.preferences import Likelihood, thumb_scores
 from luthier.evaluation.significance import RowScores, Score

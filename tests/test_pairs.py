@@ -20,24 +20,17 @@ from safetensors.torch import load_file
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.media import Media
-from luthier.data.shapes import (
-    SHAPES,
-    BareImage,
-    CaptionedImage,
-    Conversation,
+from luthier.data.shapes import SHAPES
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
+from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledAudio, LabelledImage
+from luthier.data.shapes.preferences import Preference, RankedReplies, ThumbedReply
+from luthier.data.shapes.texts import (
     History,
-    LabelledAudio,
-    LabelledImage,
     LabelledText,
-    Preference,
-    PromptCompletion,
-    PromptOnly,
-    RankedReplies,
     RatedText,
     RawText,
     TaggedWords,
     TextPair,
-    ThumbedReply,
 )
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop, row_gradients

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from luthier.cli.demo import _measure, _print
-from luthier.data.shapes import PromptCompletion
+from luthier.data.shapes.conversations import PromptCompletion
 from luthier.evaluation.evaluate import Evaluation
 from luthier.evaluation.significance import RowScores
 

@@ -17,7 +17,7 @@ from luthier.data.chat import TEMPLATE_PARAMETERS, ChatFormat, EncodedReply, Tem
 from luthier.data.media import PLURAL
 from luthier.data.processors import AudioProcessor, ImageProcessor
 from luthier.data.rows import load_rows
-from luthier.data.shapes import InputKind
+from luthier.data.shapes.base import InputKind
 from luthier.errors import RecipeError, RowRefused
 from luthier.types import Message
 

@@ -15,7 +15,7 @@ from luthier.data.convert import FORMATS, Conversion, convert, format_of
 from luthier.data.forms import TARGETS
 from luthier.data.rows import load_rows
 from luthier.data.rules import CONVERT_RULES as RULES
-from luthier.data.shapes import Conversation, PromptCompletion
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.errors import MOST_PROBLEMS, DataError, Problem, RecipeError
 from luthier.types import Row
 

@@ -13,7 +13,8 @@ from written_rows import row_of
 from luthier.data.forms import FORMS, forms_of
 from luthier.data.rows import Columns, Recognition, RowReader, load_inputs, load_prompts, load_rows
 from luthier.data.rules import RULES
-from luthier.data.shapes import BareImage, Conversation, PromptCompletion
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.media import BareImage
 from luthier.errors import DataError, Problem
 from luthier.types import Message, Row
 

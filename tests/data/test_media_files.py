@@ -17,14 +17,8 @@ from luthier.data import media_files
 from luthier.data.media import Media
 from luthier.data.media_files import MOST_MEMBERS
 from luthier.data.rows import input_row, load_rows
-from luthier.data.shapes import (
-    BareAudio,
-    BareImage,
-    LabelledAudio,
-    LabelledImage,
-    MediaRow,
-    RawText,
-)
+from luthier.data.shapes.media import BareAudio, BareImage, LabelledAudio, LabelledImage, MediaRow
+from luthier.data.shapes.texts import RawText
 from luthier.data.sources import files_of, hash_of
 from luthier.errors import DataError
 from luthier.types import Row

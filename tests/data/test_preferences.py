@@ -10,9 +10,9 @@ import pytest
 
 from luthier.data.rows import load_rows
 from luthier.data.rules import PREFERENCE_RULES as RULES
-from luthier.data.shapes import (
+from luthier.data.shapes.conversations import PromptCompletion
+from luthier.data.shapes.preferences import (
     Preference,
-    PromptCompletion,
     RankedReplies,
     RatedReply,
     ThumbedReply,

@@ -11,7 +11,8 @@ import pytest
 
 from luthier.data.rows import load_inputs, load_prompts, load_rows
 from luthier.data.rules import PROMPT_RULES as RULES
-from luthier.data.shapes import PromptCompletion, PromptOnly, RawText, TaggedWords
+from luthier.data.shapes.conversations import PromptCompletion, PromptOnly
+from luthier.data.shapes.texts import RawText, TaggedWords
 from luthier.errors import DataError
 from luthier.types import Message
 

@@ -18,7 +18,8 @@ from written_rows import CHAT, PAIR, TEXT, chat, problems_of, row_of, write
 from luthier.data.pictures import encode_png
 from luthier.data.rows import RowReader, load_documents, load_rows
 from luthier.data.rules import RULES
-from luthier.data.shapes import Conversation, PromptCompletion, RawText
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.texts import RawText
 from luthier.errors import DataError
 from luthier.types import Message, Row
 

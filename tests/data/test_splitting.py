@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data.shapes import LabelledText, PromptCompletion, RawText
+from luthier.data.shapes.conversations import PromptCompletion
+from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.data.splitting import split_rows, strata_of
 from luthier.errors import RecipeError
 

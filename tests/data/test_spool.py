@@ -14,7 +14,8 @@ import pytest
 from luthier.data import spool as module
 from luthier.data.media import Media
 from luthier.data.processors import ImageProcessor, MediaInput
-from luthier.data.shapes import BareImage, RawText
+from luthier.data.shapes.media import BareImage
+from luthier.data.shapes.texts import RawText
 from luthier.data.spool import concatenate, select, spool
 from luthier.errors import DiskFull
 from luthier.types import Example

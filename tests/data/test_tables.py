@@ -17,7 +17,7 @@ from luthier.data import parsing, tables
 from luthier.data.read import read_records
 from luthier.data.rows import load_rows
 from luthier.data.rules import RULES
-from luthier.data.shapes import Conversation
+from luthier.data.shapes.conversations import Conversation
 from luthier.errors import DataError, Problem
 from luthier.types import Message
 

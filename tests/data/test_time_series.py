@@ -16,7 +16,9 @@ from luthier.data.processors import (
     save_processor,
 )
 from luthier.data.rows import RowReader, load_inputs, load_rows
-from luthier.data.shapes import BareWindow, RawText, Shape
+from luthier.data.shapes.base import Shape
+from luthier.data.shapes.media import BareWindow
+from luthier.data.shapes.texts import RawText
 from luthier.errors import DataError
 from luthier.gate.row_keys import STRETCH, group_related
 

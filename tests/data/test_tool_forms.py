@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.data.rows import load_rows
-from luthier.data.shapes import Conversation
+from luthier.data.shapes.conversations import Conversation
 from luthier.data.tool_forms import read_tools, unify_turns
 from luthier.errors import DataError, RowRefused
 from luthier.types import Row, Tool, ToolCall

@@ -11,7 +11,7 @@ import pytest
 import torch
 from written_rows import row_of
 
-from luthier.data.shapes import Labelled
+from luthier.data.shapes.base import Labelled
 from luthier.encryption import memory
 from luthier.encryption.files import (
     is_sealed,

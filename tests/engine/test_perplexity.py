@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import RawText
+from luthier.data.shapes.texts import RawText
 from luthier.engine.perplexity import UNFAMILIAR, bits_per_character, find_unfamiliar_text
 from luthier.gate.checks.base_language import ENGLISH
 from luthier.models.load import as_network

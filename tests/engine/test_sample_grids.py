@@ -16,7 +16,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.media import Media
 from luthier.data.pictures import GAP
 from luthier.data.processors import ImageProcessor
-from luthier.data.shapes import CaptionedImage
+from luthier.data.shapes.media import CaptionedImage
 from luthier.engine.runs import GRIDS, METRICS
 from luthier.engine.sample_grids import IMAGES, SampleGrids
 from luthier.engine.train import train

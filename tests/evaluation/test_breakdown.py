@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from luthier.data.shapes import LabelledText
+from luthier.data.shapes.texts import LabelledText
 from luthier.evaluation import breakdown
 from luthier.evaluation.breakdown import (
     OTHERS,

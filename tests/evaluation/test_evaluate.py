@@ -10,7 +10,8 @@ import pytest
 
 import luthier
 from luthier.data.rows import load_rows
-from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly, RawText
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
+from luthier.data.shapes.texts import RawText
 from luthier.errors import DataError, GradingFailed, RecipeError, UnknownModel
 from luthier.evaluation.evaluate import (
     check,

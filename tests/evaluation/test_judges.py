@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
-from luthier.data.shapes import Preference, PromptCompletion
+from luthier.data.shapes.conversations import PromptCompletion
+from luthier.data.shapes.preferences import Preference
 from luthier.errors import DataError, LuthierError, RecipeError
 from luthier.evaluation.judges import check_pairs, measure_agreement
 from luthier.graders import Exact, Ruler

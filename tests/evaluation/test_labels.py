@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from luthier.data.shapes import LabelledText, RatedText, RawText, TaggedWords
+from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords
 from luthier.errors import DataError
 from luthier.evaluation.labels import entities, label_remarks, scores
 from luthier.evaluation.significance import values

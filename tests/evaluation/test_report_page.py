@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from luthier.data.shapes import LabelledText, RatedText
+from luthier.data.shapes.texts import LabelledText, RatedText
 from luthier.evaluation.breakdown import Calibration, slice_scores
 from luthier.evaluation.evaluate import Evaluation
 from luthier.evaluation.labels import scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from luthier.data.media import Media
-from luthier.data.shapes import CaptionedImage
+from luthier.data.shapes.media import CaptionedImage
 from luthier.evaluation.significance import values
 from luthier.evaluation.transcription import (
     character_errors,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from written_rows import row_of
 
 import luthier
-from luthier.data.shapes import Conversation
+from luthier.data.shapes.conversations import Conversation
 from luthier.errors import DataError, RecipeError
 from luthier.gate.clean import changes_path
 from luthier.gate.edits import Redactor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.data.shapes import LabelledText, TextPair
+from luthier.data.shapes.texts import LabelledText, TextPair
 from luthier.gate.row_keys import RelatedRows, group_related, match_questions
 from luthier.types import Row
 

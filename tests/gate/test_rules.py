@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.data.shapes import LabelledText
+from luthier.data.shapes.texts import LabelledText
 from luthier.gate.check import Check
 from luthier.gate.checks.contradictions import Contradictions
 from luthier.gate.checks.duplicates import Duplicates

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import luthier
-from luthier.data.shapes import RawText
+from luthier.data.shapes.texts import RawText
 from luthier.gate import scan
 from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.checks import CHECKS, checks_for

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import luthier
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import RecipeError
 from luthier.graders import Answer, EmbeddingSimilarity, Mix, Multi, grade_answers
 from luthier.serving.evaluation import open_graders

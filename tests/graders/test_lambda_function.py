@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import GradingFailed
 from luthier.graders import Answer, LambdaFunction, grade_answers
 from luthier.types import Message

@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from luthier.chat_models.base import Failure
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import GradingFailed, RecipeError, RowRefused
 from luthier.graders import (
     Answer,

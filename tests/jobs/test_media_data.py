@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from luthier.data.rows import load_rows
-from luthier.data.shapes import CaptionedImage, LabelledImage
+from luthier.data.shapes.media import CaptionedImage, LabelledImage
 from luthier.errors import DataError, LocationRefused
 from luthier.gate.report import list_places
 from luthier.gate.rules import Place

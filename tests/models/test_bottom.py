@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from luthier.adaptations import FeatureExtraction, Freeze, Full, LoRA
-from luthier.data.shapes import LabelledText
+from luthier.data.shapes.texts import LabelledText
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network

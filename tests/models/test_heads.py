@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from luthier.data.shapes import LabelledText, RatedText, RawText, TaggedWords
+from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, head_modules, head_weights
 from luthier.models.load import as_network, load_model, sketch

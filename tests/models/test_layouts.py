@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from luthier.adaptations import ADAPTATIONS
-from luthier.data.shapes import PromptCompletion
+from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.tree import build_tree
 from luthier.models.layers import layer_names, layer_positions
 from luthier.models.layouts import _rectangle

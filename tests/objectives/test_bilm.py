@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import RawText
+from luthier.data.shapes.texts import RawText
 from luthier.errors import RecipeError
 from luthier.models.build import build_speller
 from luthier.models.load import as_network, load_model

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import RawText
+from luthier.data.shapes.texts import RawText
 from luthier.data.tree import build_tree
 from luthier.models.load import as_network
 from luthier.objectives import CausalLM

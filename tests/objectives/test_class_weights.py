@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import luthier
 from luthier.data.augmentation import Augmentation
-from luthier.data.shapes import LabelledText
+from luthier.data.shapes.texts import LabelledText
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.metrics import MetricsFile, Reporter

@@ -16,7 +16,8 @@ import torch
 import luthier
 from luthier.data.augmentation import Augmentation
 from luthier.data.media import Media
-from luthier.data.shapes import BareImage, LabelledImage, TextPair
+from luthier.data.shapes.media import BareImage, LabelledImage
+from luthier.data.shapes.texts import TextPair
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import partner_ranks
 from luthier.models.load import as_network, load_model

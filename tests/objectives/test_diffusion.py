@@ -12,7 +12,7 @@ import torch
 
 from luthier.data.media import Media
 from luthier.data.processors import ImageProcessor, save_processor
-from luthier.data.shapes import BareImage, CaptionedImage, LabelledImage
+from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledImage
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network

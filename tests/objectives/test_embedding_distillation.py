@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import luthier
-from luthier.data.shapes import RawText
+from luthier.data.shapes.texts import RawText
 from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_model

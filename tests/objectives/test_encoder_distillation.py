@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import luthier
-from luthier.data.shapes import LabelledText, RawText
+from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.engine.train import Result, train
 from luthier.errors import DataError, RecipeError
 from luthier.models.load import as_network, load_model

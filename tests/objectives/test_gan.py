@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from luthier.data.media import Media
-from luthier.data.shapes import BareImage, LabelledImage
+from luthier.data.shapes.media import BareImage, LabelledImage
 from luthier.errors import RowRefused
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from luthier.data.media import Media
-from luthier.data.shapes import CaptionedImage, LabelledImage
+from luthier.data.shapes.media import CaptionedImage, LabelledImage
 from luthier.engine.runs import METRICS
 from luthier.engine.train import train
 from luthier.errors import RecipeError

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from luthier.data.reasoning import DecodedReply
-from luthier.data.shapes import PromptCompletion
+from luthier.data.shapes.conversations import PromptCompletion
 from luthier.models.decoding import Completion
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network

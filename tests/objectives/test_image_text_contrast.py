@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPProcessor
 import luthier
 from luthier.cli.tune import print_result
 from luthier.data.media import Media
-from luthier.data.shapes import CaptionedImage
+from luthier.data.shapes.media import CaptionedImage
 from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network

@@ -13,7 +13,7 @@ from transformers import VisionEncoderDecoderModel
 
 from luthier.data.chat import ChatFormat
 from luthier.data.media import Media
-from luthier.data.shapes import BareImage, CaptionedImage
+from luthier.data.shapes.media import BareImage, CaptionedImage
 from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network

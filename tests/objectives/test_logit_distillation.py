@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from luthier.adaptations import Prompt
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import Conversation, PromptCompletion
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
 from luthier.errors import RecipeError

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from luthier.cli.app import app
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import Conversation, PromptCompletion
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.engine.train import train
 from luthier.models.load import as_network
 from luthier.models.network import Network

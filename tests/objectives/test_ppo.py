@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from luthier.data.reasoning import DecodedReply
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.graders import Regex
 from luthier.models.decoding import Completion
 from luthier.models.load import as_network, load_model

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import Preference, RankedReplies
+from luthier.data.shapes.preferences import Preference, RankedReplies
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format

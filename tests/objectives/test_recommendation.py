@@ -12,7 +12,7 @@ import pytest
 
 import luthier
 from luthier.data.rows import load_rows
-from luthier.data.shapes import History, TextPair
+from luthier.data.shapes.texts import History, TextPair
 from luthier.engine.train import train
 from luthier.gate.row_keys import group_related
 from luthier.recipe import Recipe

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import Conversation, PromptCompletion
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.engine.train import train
 from luthier.models.load import as_network
 from luthier.models.network import Network

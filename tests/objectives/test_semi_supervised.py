@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import normalize
 
 import luthier
-from luthier.data.shapes import LabelledText, RawText
+from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.errors import DataError, RecipeError
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from luthier.adaptations import Full
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import Conversation, PromptCompletion
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.tree import build_tree
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.shapes import LabelledText, RawText, TaggedWords
+from luthier.data.shapes.texts import LabelledText, RawText, TaggedWords
 from luthier.models.heads import Head, head_weights
 from luthier.models.load import load_model
 from luthier.models.tokenizer import load_chat_format

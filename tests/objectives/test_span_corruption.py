@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.shapes import RawText
+from luthier.data.shapes.texts import RawText
 from luthier.errors import RecipeError
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import SpanCorruption

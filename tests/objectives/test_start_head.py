@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import luthier
-from luthier.data.shapes import LabelledText, RawText
+from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.evaluation.significance import RowScores
 from luthier.models.heads import score_layer
 from luthier.models.load import as_network, load_model

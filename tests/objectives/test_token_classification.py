@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.shapes import TaggedWords
+from luthier.data.shapes.texts import TaggedWords
 from luthier.errors import RowRefused
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import TokenClassification

@@ -16,7 +16,7 @@ from torch.distributions import Normal, kl_divergence
 import luthier
 from luthier.data.chat import ChatFormat
 from luthier.data.media import Media
-from luthier.data.shapes import BareImage, BareWindow, LabelledImage
+from luthier.data.shapes.media import BareImage, BareWindow, LabelledImage
 from luthier.models.layouts import MediaLayout
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from luthier.data.rows import load_rows
-from luthier.data.shapes import SHAPES, History
+from luthier.data.shapes import SHAPES
+from luthier.data.shapes.texts import History
 from luthier.errors import DataError, Problem
 from luthier.types import Row
 

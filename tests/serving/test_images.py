@@ -16,7 +16,7 @@ from PIL import Image
 
 from luthier.data.media import Media
 from luthier.data.pictures import encode_png, grid
-from luthier.data.shapes import BareImage
+from luthier.data.shapes.media import BareImage
 from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.objectives.capabilities import DenoisingSettings

@@ -14,7 +14,8 @@ import pytest
 
 from luthier.data.media import Media
 from luthier.data.processors import read_processor
-from luthier.data.shapes import BareImage, RawText
+from luthier.data.shapes.media import BareImage
+from luthier.data.shapes.texts import RawText
 from luthier.engine.train import train
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import hashes_of, read_json

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import Conversation, LabelledText, RawText
+from luthier.data.shapes.conversations import Conversation
+from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.errors import RecipeError
 from luthier.models import decoding
 from luthier.models.decoding import Completion

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from luthier.cancellation import Cancellable, cancelled_by
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.graders import (
     Answer,
     Multi,

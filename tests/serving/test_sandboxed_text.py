@@ -19,7 +19,8 @@ from tokenizers import AddedToken
 
 from luthier.data.chat import ChatFormat
 from luthier.data.reasoning import DecodedReply
-from luthier.data.shapes import PromptCompletion, TaggedWords
+from luthier.data.shapes.conversations import PromptCompletion
+from luthier.data.shapes.texts import TaggedWords
 from luthier.errors import RecipeError
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.reward_model import RewardModel

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 from upper_task import KILL, LOG, SHARD_ROWS, STOP, STOPPED, WAIT, UpperTask, run
 
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, LuthierError, RecipeError, RunConflict
 from luthier.files import lock

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.cli.compare import show
-from luthier.data.shapes import Conversation, LabelledText, PromptCompletion
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.texts import LabelledText
 from luthier.errors import DataError, RecipeError
 from luthier.evaluation.significance import RowScores, differences
 from luthier.graders import Exact

@@ -111,7 +111,7 @@ def _id_and_label(record: Record) -> dict[str, Any]:
 def _write_sheet(rows: Sequence[Row], processor: ImageProcessor, output: Path) -> None:
     """The query, then its neighbours, as the model reads them."""
     from luthier.data.pictures import encode_png, grid
-    from luthier.data.shapes import MediaRow
+    from luthier.data.shapes.media import MediaRow
     from luthier.files import write_bytes
 
     images = [processor.resize(row.media) for row in rows if isinstance(row, MediaRow)]

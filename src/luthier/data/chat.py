@@ -37,7 +37,8 @@ from luthier.data.reasoning import (
     reasoning_after,
     split_reply,
 )
-from luthier.data.shapes import InputKind, MediaRow
+from luthier.data.shapes.base import InputKind
+from luthier.data.shapes.media import MediaRow
 from luthier.data.tools import (
     describe_tool,
     in_words,

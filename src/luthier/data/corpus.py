@@ -14,7 +14,7 @@ from pathlib import Path
 
 from luthier.data.read import last_cut
 from luthier.data.rows import stream_rows
-from luthier.data.shapes import RawText
+from luthier.data.shapes.texts import RawText
 from luthier.data.sources import files_of
 from luthier.errors import BoundedProblems, Problem
 

@@ -19,15 +19,11 @@ from dataclasses import dataclass
 from luthier.data.fields import ROLE_RENAMES, Names, Turns
 from luthier.data.media import media_kind
 from luthier.data.parsing import Record
-from luthier.data.shapes import (
-    CAPTION_KEYS,
-    SHAPES,
-    Conversation,
-    JudgedAnswers,
-    Preference,
-    PromptCompletion,
-    RawText,
-)
+from luthier.data.shapes import SHAPES
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.media import CAPTION_KEYS
+from luthier.data.shapes.preferences import JudgedAnswers, Preference
+from luthier.data.shapes.texts import RawText
 from luthier.errors import RowRefused
 from luthier.types import Row
 

@@ -18,23 +18,18 @@ from luthier.data.forms import KEYS, Form, extra_keys, forms_of
 from luthier.data.media import PLURAL, Media, media_kind
 from luthier.data.parsing import Record, quote
 from luthier.data.read import find_container, read_records, source_size
-from luthier.data.shapes import (
-    BARE_MEDIA,
+from luthier.data.shapes import SHAPES
+from luthier.data.shapes.base import Shape
+from luthier.data.shapes.choices import MultipleChoice
+from luthier.data.shapes.conversations import (
     LONGEST_CLASS,
-    SHAPES,
-    BareImage,
-    CaptionedImage,
     Conversation,
-    JudgedAnswers,
-    MultipleChoice,
-    Preference,
     PromptCompletion,
     PromptOnly,
-    RawText,
-    Shape,
-    TaggedWords,
-    TextPair,
 )
+from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage
+from luthier.data.shapes.preferences import JudgedAnswers, Preference
+from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of
 from luthier.data.spool import spool
 from luthier.errors import DataError, Problem, RowRefused

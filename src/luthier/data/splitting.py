@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from luthier.data.shapes import PromptCompletion
+from luthier.data.shapes.conversations import PromptCompletion
 from luthier.errors import RecipeError
 from luthier.types import IntArray, Row
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.shapes import Labelled, TaggedWords, TextPair, of_shape
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.texts import TaggedWords, TextPair
 from luthier.evaluation.baselines import (
     ComparedRows,
     Comparison,

@@ -17,7 +17,8 @@ from luthier.data.chat import ChatFormat
 from luthier.data.loader import MixedSet
 from luthier.data.media import PLURAL
 from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader, load_rows
-from luthier.data.shapes import SHAPES, MediaRow, describe_shapes
+from luthier.data.shapes import SHAPES, describe_shapes
+from luthier.data.shapes.media import MediaRow
 from luthier.data.splitting import split_rows, strata_of
 from luthier.data.spool import concatenate, select, spool
 from luthier.engine.defaults import Choice, validation_share

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from luthier.data.shapes import RawText
+from luthier.data.shapes.texts import RawText
 from luthier.gate.checks.base_language import ENGLISH
 from luthier.gate.language_identification import detect_languages
 from luthier.objectives.causal_lm import CausalLM

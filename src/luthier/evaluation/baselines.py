@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import History, Labelled, RatedText, TaggedWords, TextPair, of_shape
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.texts import History, RatedText, TaggedWords, TextPair
 from luthier.evaluation.label_issues import LabelIssues
 from luthier.evaluation.labels import scores
 from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic, fit_ridge

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luthier.data.parsing import Record
-from luthier.data.shapes import Conversation, PromptCompletion, RawText, Shape, describe_shapes
+from luthier.data.shapes import describe_shapes
+from luthier.data.shapes.base import Shape
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.texts import RawText
 from luthier.errors import CorruptFile, RecipeError
 from luthier.evaluation.significance import significant_of
 from luthier.files import read_json, write_bytes

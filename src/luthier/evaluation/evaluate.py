@@ -10,7 +10,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.rows import load_prompts, load_rows
-from luthier.data.shapes import Conversation, describe_shapes
+from luthier.data.shapes import describe_shapes
+from luthier.data.shapes.conversations import Conversation
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.breakdown import Calibration, LabelCounts, Slice, worst_rows

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.data.shapes import JudgedAnswers
+from luthier.data.shapes.preferences import JudgedAnswers
 from luthier.errors import DataError, Problem
 from luthier.evaluation.significance import CHANCE, RowScores
 from luthier.graders.base import Answer

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import Labelled, of_shape
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.base import Labelled
 from luthier.evaluation.linear import fit_logistic
 from luthier.evaluation.retrieval import nearest
 from luthier.types import Row

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import Labelled, RatedText, TaggedWords, of_shape
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.texts import RatedText, TaggedWords
 from luthier.errors import DataError, Problem
 from luthier.evaluation.significance import RowScores, Score, Statistic
 from luthier.printable import one_line

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from luthier.data.shapes import CaptionedImage
+from luthier.data.shapes.media import CaptionedImage
 from luthier.evaluation.significance import RowScores
 
 Pair = tuple[str, str]

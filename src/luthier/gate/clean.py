@@ -25,7 +25,8 @@ from luthier.data.convert import format_of
 from luthier.data.forms import TARGETS, Form, extra_keys
 from luthier.data.parsing import Record
 from luthier.data.rows import Checker, Columns, RowReader
-from luthier.data.shapes import Labelled, TaggedWords
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.texts import TaggedWords
 from luthier.data.sources import Source
 from luthier.data.writers import ColumnNames, Writer, check_columns, check_target, writer_of
 from luthier.errors import (

@@ -15,7 +15,9 @@ from typing import Any
 from luthier.data.chat import ChatFormat
 from luthier.data.media import PLURAL, MediaKind
 from luthier.data.rows import Columns, RowReader
-from luthier.data.shapes import SHAPES, LabelledText, MediaRow, describe_shapes
+from luthier.data.shapes import SHAPES, describe_shapes
+from luthier.data.shapes.media import MediaRow
+from luthier.data.shapes.texts import LabelledText
 from luthier.data.sources import Source
 from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split

@@ -13,14 +13,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import (
-    BareWindow,
-    History,
-    JudgedAnswers,
-    JudgedReply,
-    TaggedWords,
-    TextPair,
-)
+from luthier.data.shapes.media import BareWindow
+from luthier.data.shapes.preferences import JudgedAnswers, JudgedReply
+from luthier.data.shapes.texts import History, TaggedWords, TextPair
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.near_duplicates import (
     Groups,

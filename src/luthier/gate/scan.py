@@ -27,7 +27,8 @@ import numpy as np
 from luthier.data.containers import PACKED
 from luthier.data.read import source_size
 from luthier.data.rows import Columns, RowReader
-from luthier.data.shapes import MediaRow, describe_shapes
+from luthier.data.shapes import describe_shapes
+from luthier.data.shapes.media import MediaRow
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
 from luthier.gate.check import Check, Places, RowBatch, Split

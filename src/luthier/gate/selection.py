@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from luthier.data.shapes import Labelled, ThumbedReply
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.preferences import ThumbedReply
 from luthier.errors import RecipeError
 from luthier.gate.check import Check, CheckContext, Split
 from luthier.gate.checks import CHECKS, checks_for

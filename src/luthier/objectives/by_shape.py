@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import MediaRow, MultipleChoice, describe_shapes
+from luthier.data.shapes import describe_shapes
+from luthier.data.shapes.choices import MultipleChoice
+from luthier.data.shapes.media import MediaRow
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base

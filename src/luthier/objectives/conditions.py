@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from luthier.data.shapes import CaptionedImage, LabelledImage
+from luthier.data.shapes.media import CaptionedImage, LabelledImage
 from luthier.errors import RowRefused
 from luthier.types import IntArray, Row
 

@@ -34,7 +34,10 @@ import numpy as np
 from pydantic import Field
 
 from luthier.data.augmentation import Augmentation
-from luthier.data.shapes import CaptionedImage, Labelled, MediaRow, RawText, TextPair, of_shape
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.media import CaptionedImage, MediaRow
+from luthier.data.shapes.texts import RawText, TextPair
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import number_keys
 from luthier.evaluation.thresholds import are_apart, draw_threshold

@@ -34,7 +34,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from luthier.data.processors import ImageProcessor
-from luthier.data.shapes import CaptionedImage, LabelledImage
+from luthier.data.shapes.media import CaptionedImage, LabelledImage
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Head, Task
 from luthier.models.modalities import input_shape

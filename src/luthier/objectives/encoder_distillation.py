@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.data.shapes import LabelledText
+from luthier.data.shapes.texts import LabelledText
 from luthier.errors import RecipeError, RowRefused
 from luthier.objectives.base import Objective
 from luthier.objectives.classification import NO_LABEL, Classification

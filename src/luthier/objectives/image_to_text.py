@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.data.shapes import SHAPES, CaptionedImage, MediaRow
+from luthier.data.shapes import SHAPES
+from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.errors import RecipeError
 from luthier.evaluation.transcription import character_errors, word_errors
 from luthier.files import read_json

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier.data.shapes import MOST_ANSWERS, JudgedAnswers
+from luthier.data.shapes.preferences import MOST_ANSWERS, JudgedAnswers
 from luthier.objectives.pairs import Judged, check_different, encode_answer
 from luthier.objectives.references import ReferenceObjective
 from luthier.types import Example, Loss, Row

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import Preference, pair_answers
+from luthier.data.shapes.preferences import Preference, pair_answers
 from luthier.errors import RowRefused
 from luthier.objectives.base import TrainingDefaults, WritesReplies, check_writes, cut_end
 from luthier.types import Example, FloatArray, Message, Row

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from luthier.data.shapes import RatedText
+from luthier.data.shapes.texts import RatedText
 from luthier.errors import RowRefused
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective, cut_text

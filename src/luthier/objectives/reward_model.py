@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.data.shapes import Preference, pair_answers
+from luthier.data.shapes.preferences import Preference, pair_answers
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective, cut_text
 from luthier.objectives.pairs import Sides, check_different, sides_of

@@ -18,7 +18,8 @@ from luthier.chat_models.base import (
     Writer,
     writer_of,
 )
-from luthier.data.shapes import Conversation, RawText
+from luthier.data.shapes.conversations import Conversation
+from luthier.data.shapes.texts import RawText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Scorer

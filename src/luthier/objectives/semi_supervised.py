@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.data.shapes import LabelledText
+from luthier.data.shapes.texts import LabelledText
 from luthier.errors import RecipeError
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.classification import NO_LABEL, Classification

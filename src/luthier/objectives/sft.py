@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from luthier.data.shapes import JudgedAnswers
+from luthier.data.shapes.preferences import JudgedAnswers
 from luthier.objectives.base import WritesReplies
 from luthier.types import Example, Loss, Row
 

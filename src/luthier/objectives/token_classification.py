@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import model_validator
 
-from luthier.data.shapes import TaggedWords
+from luthier.data.shapes.texts import TaggedWords
 from luthier.errors import RowRefused
 from luthier.evaluation.labels import entities, tag_scores
 from luthier.models.heads import Head, Task

@@ -27,7 +27,7 @@ from pydantic import Field
 
 from luthier.data.chat import ChatFormat
 from luthier.data.processors import ImageProcessor
-from luthier.data.shapes import BareWindow
+from luthier.data.shapes.media import BareWindow
 from luthier.data.spool import spool
 from luthier.evaluation.thresholds import draw_threshold
 from luthier.models.heads import Task

@@ -74,7 +74,10 @@ def evaluate(
         RefusedInput: before anything is written, for rows or graders that cannot work.
         GradingFailed: with ``fail``, naming the row.
     """
-    from luthier.data.shapes import JudgedAnswers, MultipleChoice, RawText, of_shape
+    from luthier.data.shapes import of_shape
+    from luthier.data.shapes.choices import MultipleChoice
+    from luthier.data.shapes.preferences import JudgedAnswers
+    from luthier.data.shapes.texts import RawText
     from luthier.evaluation.breakdown import slice_scores
     from luthier.evaluation.evaluate import check, check_shapes, default_graders, load_graded
     from luthier.graders import parse_graders
@@ -384,7 +387,9 @@ def forgetting(
 
 def _row_input(row: Row) -> dict[str, Any]:
     """What a row gives a model that reads, ready for JSON."""
-    from luthier.data.shapes import MediaRow, PromptCompletion, TaggedWords
+    from luthier.data.shapes.conversations import PromptCompletion
+    from luthier.data.shapes.media import MediaRow
+    from luthier.data.shapes.texts import TaggedWords
 
     if isinstance(row, PromptCompletion):
         return row.record()
@@ -397,7 +402,9 @@ def _row_input(row: Row) -> dict[str, Any]:
 
 def _expected_answer(row: Row) -> Any:
     """What a row says that the model should have answered."""
-    from luthier.data.shapes import CaptionedImage, Labelled, RatedText, TaggedWords, TextPair
+    from luthier.data.shapes.base import Labelled
+    from luthier.data.shapes.media import CaptionedImage
+    from luthier.data.shapes.texts import RatedText, TaggedWords, TextPair
 
     match row:
         case CaptionedImage():

@@ -207,7 +207,7 @@ class Model:
         if isinstance(texts, str | Mapping):
             return self.predict([texts], top=top, columns=columns)[0]
         from luthier.data.rows import PREDICTED, InputChecker, input_row
-        from luthier.data.shapes import TaggedWords
+        from luthier.data.shapes.texts import TaggedWords
         from luthier.serving.images import ImageGenerator
         from luthier.serving.prediction import Predictor
 
@@ -254,7 +254,7 @@ class Model:
             return self.rewards([prompts], [completions])[0]
         if isinstance(prompts, str) or isinstance(completions, str):
             raise RecipeError("give one prompt and one completion, or as many of each")
-        from luthier.data.shapes import PromptCompletion
+        from luthier.data.shapes.conversations import PromptCompletion
         from luthier.objectives import RewardModel
         from luthier.serving.prediction import Predictor
 

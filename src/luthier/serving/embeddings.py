@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from luthier.data.containers import JSON_LINES, unpacked_name
 from luthier.data.parsing import Record
-from luthier.data.shapes import CaptionedImage, TextPair
+from luthier.data.shapes.media import CaptionedImage
+from luthier.data.shapes.texts import TextPair
 from luthier.data.writers import arrow_columns, json_records, pack, to_json
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import new_file

@@ -25,7 +25,9 @@ import numpy as np
 
 from luthier.chat_models.base import Done, Reply
 from luthier.data.read import read_records
-from luthier.data.shapes import MultipleChoice, ThumbedReply, of_shape
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.choices import MultipleChoice
+from luthier.data.shapes.preferences import ThumbedReply
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.breakdown import length_keys

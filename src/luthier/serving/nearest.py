@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import MediaRow
+from luthier.data.shapes.media import MediaRow
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import write_bytes
 from luthier.serving.embeddings import check_embeds

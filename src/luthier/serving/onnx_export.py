@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from luthier import __version__
-from luthier.data.shapes import RawText
+from luthier.data.shapes.texts import RawText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.parity import REFERENCE_PROMPTS

@@ -10,17 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from luthier.data.shapes import (
-    CaptionedImage,
-    History,
-    JudgedAnswers,
-    Labelled,
-    MediaRow,
-    RawText,
-    TaggedWords,
-    TextPair,
-    of_shape,
-)
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.media import CaptionedImage, MediaRow
+from luthier.data.shapes.preferences import JudgedAnswers
+from luthier.data.shapes.texts import History, RawText, TaggedWords, TextPair
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.breakdown import Calibration

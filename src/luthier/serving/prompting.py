@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from luthier.data.shapes import LabelledText
+from luthier.data.shapes.texts import LabelledText
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import Retriever

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.serving.memory import allocated_bytes
 from luthier.serving.sandboxed_process_child import be_killed_first, limit_memory, serve
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from luthier.data.chat import NoTokenizer
 from luthier.data.media import PLURAL, Media
-from luthier.data.shapes import BARE_MEDIA, RawText
+from luthier.data.shapes.media import BARE_MEDIA
+from luthier.data.shapes.texts import RawText
 from luthier.engine.machine import release_workers
 from luthier.errors import RecipeError, RowRefused
 from luthier.limits import ModelLimits

@@ -32,7 +32,7 @@ import luthier
 from luthier.cancellation import on_stdin_end
 from luthier.data.media import Media
 from luthier.data.parsing import text_length
-from luthier.data.shapes import MediaRow
+from luthier.data.shapes.media import MediaRow
 from luthier.engine.metrics import Reporter
 from luthier.engine.processes import PROCESS_BYTES, check_room
 from luthier.engine.report_file import ReportFile

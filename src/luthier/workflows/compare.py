@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.data.shapes import Conversation, LabelledText, TaggedWords, of_shape
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.conversations import Conversation
+from luthier.data.shapes.texts import LabelledText, TaggedWords
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.machine import begin_peak_memory, peak_memory
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput

@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 from luthier.data.read import read_records
 from luthier.data.rows import load_rows
-from luthier.data.shapes import MultipleChoice, of_shape
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.choices import MultipleChoice
 from luthier.data.sources import files_of
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError

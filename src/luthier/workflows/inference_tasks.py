@@ -18,7 +18,7 @@ import numpy as np
 
 from luthier.data.parsing import Record
 from luthier.data.rows import PREDICTED, stream_inputs, stream_prompts
-from luthier.data.shapes import Conversation, PromptOnly
+from luthier.data.shapes.conversations import Conversation, PromptOnly
 from luthier.data.writers import json_records, pack
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.files import json_lines

@@ -313,7 +313,7 @@ def _copied_data(recipe: Recipe) -> dict[str, str]:
 def _names_media(recipe: Recipe, source: str) -> bool:
     """Whether the first rows of a file name images or sounds that lie beside it."""
     from luthier.data.rows import RowReader
-    from luthier.data.shapes import MediaRow
+    from luthier.data.shapes.media import MediaRow
     from luthier.engine.dataset import FIRST_ROWS
 
     data = [recipe.data.train, recipe.data.validation, *(each.train for each in recipe.data.mix)]

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from luthier.data.shapes import (
-    SHAPES,
-    Conversation,
-    LabelledText,
-    Preference,
-    PromptCompletion,
-    PromptOnly,
-    RatedText,
-    RawText,
-    TextPair,
-    ThumbedReply,
-)
+from luthier.data.shapes import SHAPES
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
+from luthier.data.shapes.preferences import Preference, ThumbedReply
+from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TextPair
 from luthier.gate.checks.amount import ENOUGH_CHARACTERS, FEW, Amount
 from luthier.gate.scan import inspect_rows
 from luthier.types import Message, Row

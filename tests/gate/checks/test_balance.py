@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.data.shapes import LabelledText, RawText, TaggedWords
+from luthier.data.shapes.texts import LabelledText, RawText, TaggedWords
 from luthier.gate.checks.balance import Balance
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import LabelledText, PromptCompletion, RawText
+from luthier.data.shapes.conversations import PromptCompletion
+from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.gate.checks.base_language import (
     ENGLISH,
     SAMPLES,

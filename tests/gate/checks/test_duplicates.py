@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from luthier.data.rows import Checker
-from luthier.data.shapes import Conversation
+from luthier.data.shapes.conversations import Conversation
 from luthier.gate.check import RowBatch
 from luthier.gate.checks import duplicates
 from luthier.gate.checks.duplicates import Duplicates

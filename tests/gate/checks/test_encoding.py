@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.data.shapes import RawText
+from luthier.data.shapes.texts import RawText
 from luthier.gate.checks.encoding import Encoding
 from luthier.gate.rules import Findings
 from luthier.gate.scan import inspect_rows

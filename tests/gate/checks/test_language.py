@@ -6,7 +6,8 @@ from io import StringIO
 
 from rich.console import Console
 
-from luthier.data.shapes import PromptCompletion, RawText
+from luthier.data.shapes.conversations import PromptCompletion
+from luthier.data.shapes.texts import RawText
 from luthier.gate.checks.language import ALL_UNTIL, Language, _is_sampled
 from luthier.gate.report import Report
 from luthier.gate.report_text import print_report

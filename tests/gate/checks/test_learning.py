@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import PromptCompletion, PromptOnly, RawText
+from luthier.data.shapes.conversations import PromptCompletion, PromptOnly
+from luthier.data.shapes.texts import RawText
 from luthier.engine.dataset import prepare
 from luthier.gate.check import RowBatch
 from luthier.gate.checks import learning

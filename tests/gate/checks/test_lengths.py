@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from luthier.data.shapes import Conversation, LabelledText, PromptCompletion, RawText
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.gate.checks.lengths import Lengths
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import PromptCompletion
+from luthier.data.shapes.conversations import PromptCompletion
 from luthier.gate.check import RowBatch
 from luthier.gate.checks.markers import Markers, special_tokens
 from luthier.gate.report import Report

@@ -15,7 +15,7 @@ from PIL import Image
 from luthier.data.chat import ChatFormat
 from luthier.data.media import Media
 from luthier.data.processors import AudioProcessor, FeatureExtractor, ImageProcessor
-from luthier.data.shapes import CaptionedImage, LabelledAudio, LabelledImage
+from luthier.data.shapes.media import CaptionedImage, LabelledAudio, LabelledImage
 from luthier.gate.check import CheckContext
 from luthier.gate.checks import checks_for
 from luthier.gate.checks.duplicates import Duplicates
@@ -177,7 +177,7 @@ def test_the_command_to_train_reads_sounds_at_their_rate() -> None:
 
 
 def test_rows_of_texts_are_passed_over() -> None:
-    from luthier.data.shapes import LabelledText
+    from luthier.data.shapes.texts import LabelledText
 
     report = check(LabelledText("t", 1, "words", "a"))
     assert not report.findings.counts and not report.summaries["media"]["splits"]

@@ -9,7 +9,8 @@ import string
 
 import pytest
 
-from luthier.data.shapes import Conversation, PromptCompletion, RawText
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.texts import RawText
 from luthier.gate.check import RowBatch
 from luthier.gate.checks import privacy
 from luthier.gate.checks.privacy import Privacy

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from luthier.chat_models.base import Failure, Reply
-from luthier.data.shapes import Conversation, PromptOnly
+from luthier.data.shapes.conversations import Conversation, PromptOnly
 from luthier.errors import DataError
 from luthier.graders import Answer, Grader
 from luthier.types import Message, Row

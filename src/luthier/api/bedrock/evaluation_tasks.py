@@ -30,7 +30,7 @@ from luthier.api.http.messages import Caller, Fault, inference_faults
 from luthier.api.http.routing import Authorize
 from luthier.api.identifiers import ModelIds
 from luthier.chat_models.base import SamplingSpec
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.encryption.files import pieces_of
 from luthier.errors import LocationRefused
 from luthier.evaluation.robustness import perturbations, word_error_rate

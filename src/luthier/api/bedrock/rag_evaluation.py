@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from luthier.api.bedrock.evaluation_tasks import DataSet, JobParts, JobTask
 from luthier.api.http.messages import Caller, CheckedBody, Fault
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.graders import Answer
 from luthier.graders.rubrics import BEDROCK_RAG_METRICS, BEDROCK_RETRIEVAL_METRICS
 from luthier.store.evaluations import EvaluationRun

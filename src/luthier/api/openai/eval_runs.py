@@ -16,7 +16,7 @@ from luthier.api.openai.chat import ChatRequest
 from luthier.api.openai.generation import STRUCTURED, Judge
 from luthier.api.openai.graders import graded_once, grader_fields, text_content
 from luthier.api.openai.protocol import Body, error_of, invalid, missing, validate
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import RefusedInput, RowRefused
 from luthier.files import numbered_lines
 from luthier.graders import (

@@ -15,7 +15,7 @@ from luthier.api.http.routing import Operation
 from luthier.api.openai.generation import Judge
 from luthier.api.openai.protocol import Access, Body, body, invalid
 from luthier.chat_models.base import CachedWriter, Failure, ModelSpec, SamplingSpec, Writer
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import LuthierError, RecipeError
 from luthier.graders import (
     Answer,

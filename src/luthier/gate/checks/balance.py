@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 from luthier.data.parsing import quote
-from luthier.data.shapes import Labelled, TaggedWords, takes_several_labels
+from luthier.data.shapes.base import Labelled, takes_several_labels
+from luthier.data.shapes.texts import TaggedWords
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.data.shapes import JudgedAnswers, Labelled, MediaRow
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.media import MediaRow
+from luthier.data.shapes.preferences import JudgedAnswers
 from luthier.gate.check import BatchLines, Check, Places, RowBatch, group_finding
 from luthier.gate.checks.balance import spelling_key
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition

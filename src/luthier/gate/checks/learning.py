@@ -21,16 +21,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import (
-    Labelled,
-    LabelledText,
-    RatedReply,
-    RatedText,
-    RawText,
-    TaggedWords,
-    TextRow,
-    ThumbedReply,
-)
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.preferences import RatedReply, ThumbedReply
+from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords, TextRow
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.check import BatchLines, CheckContext, Places, RowBatch
 from luthier.gate.encode import RowEncoder, refuse_single

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.data.shapes import TextPair
+from luthier.data.shapes.texts import TextPair
 from luthier.gate.check import BatchLines, Places, RowBatch
 from luthier.gate.columns import ColumnStore
 from luthier.gate.histogram import Histogram

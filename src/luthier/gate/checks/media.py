@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from luthier.data.media import read_metadata
 from luthier.data.processors import AudioProcessor, FeatureExtractor, Processor
-from luthier.data.shapes import MediaRow
+from luthier.data.shapes.media import MediaRow
 from luthier.errors import RowRefused
 from luthier.gate.check import BatchLines, CheckContext, RowBatch
 from luthier.gate.rules import Finding, Findings, Place, Rule

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import BareWindow
+from luthier.data.shapes.media import BareWindow
 from luthier.gate.check import BatchLines, Check, Places, RowBatch
 from luthier.gate.rules import Finding, Findings, Place, Rule
 

@@ -31,7 +31,7 @@ from luthier.api.openai.fine_tuning import (
 )
 from luthier.api.openai.graders import grader_fields
 from luthier.api.openai.protocol import validate
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import RecipeError, RowRefused
 from luthier.graders import Answer
 from luthier.sdk.imports.files import MOST_BYTES, Import, Refused, file_name, read_text

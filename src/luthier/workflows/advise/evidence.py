@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.shapes import Labelled
+from luthier.data.shapes.base import Labelled
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import LuthierError
 from luthier.evaluation.significance import RowScores

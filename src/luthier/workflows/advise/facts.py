@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from luthier.data.rows import RowReader
-from luthier.data.shapes import Labelled, MediaRow
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.media import MediaRow
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError, RefusedInput
 from luthier.objectives.capabilities import SupportsPrediction

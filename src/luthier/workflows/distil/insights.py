@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.chat_models.base import Failure, Reply
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import GradingFailed
 from luthier.graders import Answer, Grader, check_rows, grade_answers
 from luthier.types import Row

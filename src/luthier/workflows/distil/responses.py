@@ -25,7 +25,7 @@ from typing import Any
 from luthier import __version__
 from luthier.chat_models.base import ChatModel, Done, Failure, Reply, SamplingSpec
 from luthier.data.rows import load_prompts
-from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.sources import hash_of
 from luthier.encryption.files import seal
 from luthier.encryption.memory import remove, working

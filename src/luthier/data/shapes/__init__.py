@@ -1,0 +1,74 @@
+"""The shapes of rows: of each its keys, its checks, its texts, what it teaches and how it is written.
+
+A shape is a class with the fields it needs. :data:`SHAPES` is the table, by the names that objectives
+give in ``shapes``. To add one, write a class and put it into the table: reading, writing, tables,
+splits, the gate and the graders ask the class (:class:`luthier.types.Row` says what).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar, cast
+
+from luthier.data.shapes.base import Shape
+from luthier.data.shapes.choices import MultipleChoice
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
+from luthier.data.shapes.media import (
+    BareAudio,
+    BareImage,
+    BareWindow,
+    CaptionedImage,
+    LabelledAudio,
+    LabelledImage,
+)
+from luthier.data.shapes.preferences import Preference, RankedReplies, RatedReply, ThumbedReply
+from luthier.data.shapes.texts import (
+    History,
+    LabelledText,
+    RatedText,
+    RawText,
+    TaggedWords,
+    TextPair,
+)
+from luthier.types import Row
+
+SHAPES: Mapping[str, type[Shape]] = {
+    kind.shape: kind
+    for kind in (
+        PromptCompletion,
+        Conversation,
+        RawText,
+        LabelledText,
+        LabelledImage,
+        LabelledAudio,
+        CaptionedImage,
+        BareImage,
+        BareAudio,
+        BareWindow,
+        RatedText,
+        TaggedWords,
+        TextPair,
+        History,
+        MultipleChoice,
+        PromptOnly,
+        Preference,
+        RankedReplies,
+        ThumbedReply,  # before the rating, which is then a remark beside it
+        RatedReply,
+    )
+}
+"""Every shape by its name."""
+
+
+def describe_shapes(shapes: Iterable[str]) -> str:
+    """Shapes in words."""
+    *others, last = (SHAPES[shape].words for shape in sorted(shapes))
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+Kind = TypeVar("Kind", bound=Row)
+
+
+def of_shape(kind: type[Kind], rows: Sequence[Row]) -> Sequence[Kind] | None:
+    """``rows``, where all of them are of one shape."""
+    return cast(Sequence[Kind], rows) if all(isinstance(row, kind) for row in rows) else None

@@ -1,0 +1,105 @@
+"""The shape of a text with what may follow it, of which one is right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from luthier.data.fields import FieldChecker
+from luthier.data.parsing import Record, json_kind
+from luthier.data.shapes.base import Shape
+from luthier.errors import RowRefused
+from luthier.types import Part
+
+MOST_CHOICES = 100
+"""Choices of a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class MultipleChoice(Shape):
+    """A text and what may follow it, one of which is right; for measuring, nothing is learned from it.
+
+    With one choice it is a cloze: that, and nothing else, is what should follow. The texts before may
+    differ instead, one for each choice, as in WinoGrande (Sakaguchi et al. 2020).
+    """
+
+    shape: ClassVar[str] = "choices"
+    title: ClassVar[str] = '{"prompt", "choices", "answer"}'
+    words: ClassVar[str] = "prompts with choices"
+    keys: ClassVar[tuple[str, ...]] = ("choices",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "choices", "answer")),)
+    json_keys: ClassVar[frozenset[str]] = frozenset(("choices",))
+    number_keys: ClassVar[frozenset[str]] = frozenset(("answer",))
+    parts: ClassVar[Mapping[str, Part]] = {"prompts": "input", "choices": "other"}
+
+    prompts: tuple[str, ...]
+    """One for all choices, or one for each."""
+    choices: tuple[str, ...]
+    answer: int
+    """Place of the right one, from 0."""
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """Choices with the right one, or one choice alone; others stand beside what a grader reads."""
+        tells = "answer" in record or isinstance(record.get("choices"), str)
+        other = {"completion", "expected", "messages", "rejected"} & record.keys()
+        return "prompt" in record and "choices" in record and tells and not other
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """Texts that are not blank, and the place of the right one."""
+        prompts, choices = _one_or_more(record, "prompt"), _one_or_more(record, "choices")
+        answer = record.get("answer", 0 if len(choices) == 1 else None)
+        if isinstance(answer, float) and answer.is_integer():
+            answer = int(answer)  # cells of a table
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            raise RowRefused(
+                "choices.answer",
+                f'"answer" must be the place of the right choice, from 0 to {len(choices) - 1}.',
+                "Count from 0: the first choice is 0.",
+            )
+        if len(choices) > MOST_CHOICES or len(prompts) not in (1, len(choices)):
+            raise RowRefused(
+                "choices.length",
+                f"The row has {len(prompts):,} prompts and {len(choices):,} choices.",
+                f"Give one prompt, or one for each choice, and at most {MOST_CHOICES} choices.",
+            )
+        return cls(fields.file, fields.line, prompts, choices, answer)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each choice behind its prompt."""
+        prompts = self.prompts if len(self.prompts) > 1 else self.prompts * len(self.choices)
+        return list(zip(prompts, self.choices, strict=True))
+
+    def inputs(self) -> tuple[str, ...]:
+        """The prompt, or each of several."""
+        return self.prompts
+
+    def targets(self) -> tuple[str, ...]:
+        """The right choice."""
+        return (self.choices[self.answer],)
+
+    def plain_text(self) -> str:
+        """The prompts."""
+        return "\n".join(self.prompts)
+
+    def record(self) -> Record:
+        """Prompt or prompts, choices, and the place of the right one."""
+        prompt = self.prompts[0] if len(self.prompts) == 1 else list(self.prompts)
+        return {"prompt": prompt, "choices": list(self.choices), "answer": self.answer}
+
+
+def _one_or_more(record: Record, key: str) -> tuple[str, ...]:
+    """A text, or an array of texts, none of them blank."""
+    value = record[key]
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts):
+        return tuple(texts)
+    found = json_kind(value) if not isinstance(value, str | list) else "blank, empty or mixed"
+    raise RowRefused(
+        "choices.type",
+        f'"{key}" must be a text or an array of texts, but is {found}.',
+        'Write {"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}.',
+    )

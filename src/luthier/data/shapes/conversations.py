@@ -1,0 +1,161 @@
+"""Shapes of prompts, replies and conversations: what a network that writes learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from luthier.data.fields import FieldChecker, Turns, check_calls
+from luthier.data.parsing import Record
+from luthier.data.shapes.base import ENOUGH_ANSWERS, ENOUGH_HINTS, Shape
+from luthier.data.tools import describe_tool
+from luthier.types import Message, Part, Tool
+
+LONGEST_CLASS = 64
+"""Characters of a completion that may be the name of a class."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCompletion(Shape):
+    """A prompt and the reply to learn."""
+
+    shape: ClassVar[str] = "prompt"
+    title: ClassVar[str] = '{"prompt", "completion"}'
+    words: ClassVar[str] = "prompt and completion"
+    enough: ClassVar[int] = ENOUGH_ANSWERS
+    keys: ClassVar[tuple[str, ...]] = ("prompt", "completion")
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "completion")),)
+    parts: ClassVar[Mapping[str, Part]] = {"prompt": "input", "completion": "target"}
+
+    prompt: str
+    completion: str
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """Both texts, neither blank."""
+        prompt = fields.text(record, "prompt")
+        completion = fields.text(record, "completion", target=True)
+        if prompt is None or completion is None:
+            return None
+        return cls(fields.file, fields.line, prompt, completion)
+
+    def inputs(self) -> tuple[str, ...]:
+        """The prompt."""
+        return (self.prompt,)
+
+    def targets(self) -> tuple[str, ...]:
+        """The completion."""
+        return (self.completion,)
+
+    def turns(self) -> Turns:
+        """One of the user, one of the assistant."""
+        return (Message("user", self.prompt), Message("assistant", self.completion))
+
+    def classes(self) -> tuple[str, ...]:
+        """The completion, where it is short enough to be the name of a class."""
+        return (self.completion,) if len(self.completion) <= LONGEST_CLASS else ()
+
+    def record(self) -> Record:
+        """Both texts."""
+        return {"prompt": self.prompt, "completion": self.completion}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation(Shape):
+    """Turns of a conversation; those of the assistant are learned."""
+
+    shape: ClassVar[str] = "messages"
+    title: ClassVar[str] = '{"messages"}'
+    words: ClassVar[str] = "messages"
+    enough: ClassVar[int] = ENOUGH_ANSWERS
+    keys: ClassVar[tuple[str, ...]] = ("messages",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("messages",)),)
+    further_keys: ClassVar[frozenset[str]] = frozenset(("tools", "toolConfig", "prompt", "input"))
+    json_keys: ClassVar[frozenset[str]] = frozenset(("messages", "tools"))
+    parts: ClassVar[Mapping[str, Part]] = {"messages": "target", "expected": "other"}
+
+    messages: Turns
+    expected: str | None = None
+    """Answer that a reply to what is only asked is graded by; it is never learned."""
+    members: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    tools: tuple[Tool, ...] = field(default=(), kw_only=True)
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """Turns in their order, the assistant's at the end, and the tools that it may call."""
+        messages, tools = fields.messages(record["messages"]), fields.tools(record)
+        if messages is None:
+            return None
+        check_calls(messages, tools)
+        return cls(fields.file, fields.line, messages, tools=tools)
+
+    def inputs(self) -> tuple[str, ...]:
+        """The turns before the last of the assistant, with who speaks."""
+        return tuple(f"{turn.role}: {turn.whole_text}" for turn in self.prompt_turns())
+
+    def targets(self) -> tuple[str, ...]:
+        """The last turn, where it is the assistant's."""
+        last = self.messages[-1]
+        return (last.whole_text,) if last.role == "assistant" else ()
+
+    def turns(self) -> Turns:
+        """All turns."""
+        return self.messages
+
+    def expected_reply(self) -> str | None:
+        """What is expected, or else the last turn of the assistant."""
+        last = self.messages[-1]
+        return self.expected or (last.reply_text if last.role == "assistant" else None)
+
+    def record(self) -> Record:
+        """Who says what, and the tools."""
+        record: Record = {"messages": [turn.to_dict() for turn in self.messages]}
+        if self.tools:
+            record["tools"] = [describe_tool(tool) for tool in self.tools]
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOnly(Shape):
+    """What is asked, without a reply to learn."""
+
+    shape: ClassVar[str] = "prompt_only"
+    title: ClassVar[str] = '{"prompt"}'
+    words: ClassVar[str] = "a prompt without a reply"
+    enough: ClassVar[int] = ENOUGH_HINTS
+    keys: ClassVar[tuple[str, ...]] = ("prompt",)
+    further_keys: ClassVar[frozenset[str]] = frozenset(("expected",))
+    beside: ClassVar[frozenset[str]] = frozenset(("expected",))
+    parts: ClassVar[Mapping[str, Part]] = {"prompt": "input", "expected": "other"}
+
+    prompt: str
+    expected: str | None = None
+    """Answer that a reply is graded by; it is never learned."""
+    members: Mapping[str, Any] | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """What is asked, and the answer expected where the row tells it."""
+        expected = fields.text(record, "expected") if "expected" in record else None
+        prompt = fields.text(record, "prompt")
+        if prompt is None or (expected is None and "expected" in record):
+            return None
+        return cls(fields.file, fields.line, prompt, expected)
+
+    def inputs(self) -> tuple[str, ...]:
+        """The prompt."""
+        return (self.prompt,)
+
+    def turns(self) -> Turns:
+        """What the user asks."""
+        return (Message("user", self.prompt),)
+
+    def expected_reply(self) -> str | None:
+        """What is expected."""
+        return self.expected
+
+    def record(self) -> Record:
+        """The prompt, and what is expected."""
+        expected = {} if self.expected is None else {"expected": self.expected}
+        return {"prompt": self.prompt, **expected}

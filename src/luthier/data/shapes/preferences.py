@@ -1,0 +1,505 @@
+"""Shapes of what people prefer, and the pairs that are made of judged answers.
+
+What people prefer has several spellings. ``{"prompt", "chosen", "rejected"}``, where the prompt is a
+text or a list of messages and each answer a text, a message or a list of messages; the same without
+a prompt, where both are whole conversations with a common beginning; OpenAI's form ``{"input":
+{"messages"}, "preferred_output", "non_preferred_output"}``; ``{"prompt", "completion"}`` with a
+``rating`` (or ``score``), or with ``label: true`` or ``false`` (or ``thumb: "up"`` or ``"down"``). A
+rejected answer may be empty: not to stop at once is a lesson. An empty chosen one is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import ClassVar, Self
+
+from luthier.data.fields import (
+    FieldChecker,
+    Turns,
+    check_not_blank,
+    check_turn_order,
+    read_prompt,
+    read_turns,
+)
+from luthier.data.parsing import Record, json_kind, quote
+from luthier.data.shapes.base import ENOUGH_HINTS, Shape
+from luthier.data.shapes.conversations import Conversation
+from luthier.data.spool import spool
+from luthier.errors import DataError, Problem, RowRefused
+from luthier.types import Part, Row, Text
+
+MOST_ANSWERS = 64
+"""Ranked answers of a row; listwise DPO computes them in one micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedAnswers(Shape):
+    """Base of the shapes in which people judged answers to a prompt."""
+
+    enough: ClassVar[int] = ENOUGH_HINTS
+
+    messages: Turns
+    """The prompt."""
+
+    def answers(self) -> tuple[Turns, ...]:
+        """Every answer, the best first."""
+        raise NotImplementedError
+
+    def judgement(self) -> tuple[str, ...]:
+        """What people said of the answers, in texts: where it differs, rows teach something else."""
+        return tuple(turn.whole_text for turn in self.answers()[0])
+
+    def inputs(self) -> tuple[str, ...]:
+        """All turns of the prompt, with who speaks."""
+        return tuple(f"{turn.role}: {turn.whole_text}" for turn in self.messages)
+
+    def targets(self) -> tuple[str, ...]:
+        """The best answer, and the others marked as such."""
+        best, *others = self.answers()
+        rejected = (f"not: {turn.whole_text}" for answer in others for turn in answer)
+        # The last word stands where single answers have their judgement: near-duplicates were counted
+        # with it.
+        return (*(turn.whole_text for turn in best), *rejected, "None")
+
+    def turns(self) -> Turns:
+        """The prompt with the best answer."""
+        return (*self.messages, *self.answers()[0])
+
+    def sides(self) -> list[Row]:
+        """The prompt with each answer."""
+        return [
+            Conversation(self.file, self.line, (*self.messages, *answer))
+            for answer in self.answers()
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Preference(JudgedAnswers):
+    """Two answers to a prompt, of which people chose one."""
+
+    shape: ClassVar[str] = "preference"
+    title: ClassVar[str] = '{"prompt", "chosen", "rejected"}'
+    openai_title: ClassVar[str] = '{"input", "preferred_output", "non_preferred_output"}'
+    openai_keys: ClassVar[tuple[str, ...]] = ("input", "preferred_output", "non_preferred_output")
+    words: ClassVar[str] = "chosen and rejected answers"
+    keys: ClassVar[tuple[str, ...]] = ("chosen", "rejected", *openai_keys[1:])
+    complete: ClassVar[tuple[frozenset[str], ...]] = tuple(frozenset((key,)) for key in keys)
+    further_keys: ClassVar[frozenset[str]] = frozenset(
+        ("messages", "prompt", "completion", "input")
+    )
+    object_keys: ClassVar[frozenset[str]] = frozenset(
+        ("prompt", "chosen", "rejected", *openai_keys)
+    )
+    parts: ClassVar[Mapping[str, Part]] = {
+        "messages": "input",
+        "chosen": "target",
+        "rejected": "other",
+    }
+
+    chosen: Turns
+    rejected: Turns
+
+    @classmethod
+    def title_of(cls, record: Record) -> str:
+        """Ours, or OpenAI's."""
+        ours = "chosen" in record or "rejected" in record
+        return cls.title if ours else cls.openai_title
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """Two different answers to one prompt, which may be told by what both have in common."""
+        if cls.title_of(record) == cls.title:
+            if missing := [key for key in ("chosen", "rejected") if key not in record]:
+                raise RowRefused(
+                    "preference.missing",
+                    f'"{missing[0]}" is missing: a preference is one answer beside another.',
+                    f'Add "{missing[0]}", or rename the other to "completion".',
+                )
+            prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
+        else:
+            prompt, chosen, rejected = _openai_sides(record, cls.openai_keys)
+        sides = (
+            read_turns(chosen, "chosen", "assistant"),
+            read_turns(rejected, "rejected", "assistant"),
+        )
+        whole = [side[0].role != "assistant" for side in sides]
+        given = None if prompt is None else read_prompt(prompt)
+        if any(whole) or given is None:
+            common = _common_beginning(*sides)
+            if not common or not all(whole):
+                raise RowRefused(
+                    "preference.no_beginning",
+                    "there is no prompt, and chosen and rejected have no common beginning.",
+                    "Add the prompt, or begin both conversations with the same messages.",
+                )
+            if given is not None and given not in (
+                common[: len(given)],
+                common[1 : len(given) + 1],
+            ):
+                raise RowRefused(
+                    "preference.no_beginning",
+                    "the prompt is not what both conversations begin with.",
+                    "Remove the prompt, or give only the answers as chosen and rejected.",
+                )
+            given, sides = common, (sides[0][len(common) :], sides[1][len(common) :])
+        if _strip(sides[0]) == _strip(sides[1]):
+            raise RowRefused(
+                "preference.equal",
+                "chosen and rejected are the same, so there is nothing to prefer.",
+                "Remove the row, or mend one of the two.",
+            )
+        for side in sides:
+            check_turn_order((*given, *side))
+        check_not_blank((*given, *sides[0], *sides[1][:-1]))
+        return cls(fields.file, fields.line, given, *sides)
+
+    def answers(self) -> tuple[Turns, ...]:
+        """The chosen one, then the rejected one."""
+        return (self.chosen, self.rejected)
+
+    def record(self) -> Record:
+        """The prompt and both answers, each a text where that says all."""
+        return {
+            "prompt": _short(self.messages, "user"),
+            "chosen": _short(self.chosen, "assistant"),
+            "rejected": _short(self.rejected, "assistant"),
+        }
+
+
+def _openai_sides(record: Record, keys: Sequence[str]) -> tuple[object, object, object]:
+    """Prompt, chosen and rejected answer in OpenAI's form."""
+    if missing := [key for key in keys if key not in record]:
+        raise RowRefused(
+            "preference.missing", f'"{missing[0]}" is missing.', f'Add "{missing[0]}".'
+        )
+    given, chosen, rejected = (record[key] for key in keys)
+    if not isinstance(given, dict) or "messages" not in given:
+        raise RowRefused(
+            "preference.type",
+            f'"input" must be an object with "messages", but is {json_kind(given)}.',
+            'Write "input": {"messages": [{"role": "user", "content": "..."}]}.',
+        )
+    return given["messages"], chosen, rejected
+
+
+def _common_beginning(one: Turns, other: Turns) -> Turns:
+    """Messages that both begin with, up to the last before a turn of the assistant in both."""
+    count = 0
+    while count < min(len(one), len(other)) - 1 and one[count] == other[count]:
+        count += 1
+    while count and not (one[count].role == other[count].role == "assistant"):
+        count -= 1
+    return one[:count]
+
+
+def _strip(turns: Turns) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content.strip()) for turn in turns]
+
+
+def _short(turns: Turns, role: str) -> object:
+    """Turns as people write them: one of ``role`` is its text."""
+    return turns[0].content if [t.role for t in turns] == [role] else [t.to_dict() for t in turns]
+
+
+@dataclass(frozen=True, slots=True)
+class RankedReplies(JudgedAnswers):
+    """Answers to a prompt in the order in which people like them, the best first."""
+
+    shape: ClassVar[str] = "ranking"
+    title: ClassVar[str] = '{"prompt", "ranked"}'
+    words: ClassVar[str] = "ranked answers"
+    keys: ClassVar[tuple[str, ...]] = ("ranked",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "ranked")),)
+    json_keys: ClassVar[frozenset[str]] = frozenset(("ranked",))
+    object_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "ranked"))
+    parts: ClassVar[Mapping[str, Part]] = {"messages": "input"}
+
+    ranked: tuple[Turns, ...]
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """Two or more different answers; all but the best may be empty."""
+        ranked = record["ranked"]
+        if "prompt" not in record:
+            raise RowRefused("preference.missing", '"prompt" is missing.', 'Add "prompt".')
+        if not isinstance(ranked, list) or len(ranked) < 2:
+            what = (
+                "holds one answer or none"
+                if isinstance(ranked, list)
+                else f"is {json_kind(ranked)}"
+            )
+            raise RowRefused(
+                "preference.type",
+                f'"ranked" must be an array of two answers at least, but {what}.',
+                'Write "ranked": ["the best", "...", "the worst"].',
+            )
+        prompt = read_prompt(record["prompt"])
+        if len(ranked) > MOST_ANSWERS:
+            raise RowRefused(
+                "preference.type",
+                f"the row has {len(ranked)} answers, and {MOST_ANSWERS} can be compared at once.",
+                "Leave some of them out.",
+            )
+        answers = tuple(read_turns(each, "ranked", "assistant") for each in ranked)
+        if len({tuple(_strip(answer)) for answer in answers}) < len(answers):
+            raise RowRefused(
+                "preference.equal",
+                "two of the ranked answers are the same, so there is nothing to prefer.",
+                "Remove one of the two.",
+            )
+        for answer in answers:
+            check_turn_order((*prompt, *answer))
+        best, *others = answers
+        check_not_blank((*prompt, *best, *(turn for other in others for turn in other[:-1])))
+        return cls(fields.file, fields.line, prompt, answers)
+
+    def texts(self) -> Iterator[Text]:
+        """The turns of the prompt, and of each answer from the best to the worst."""
+        yield from JudgedAnswers.texts(self)
+        for place, answer in enumerate(self.ranked, 1):
+            part: Part = "target" if place == 1 else "other"
+            for number, turn in enumerate(answer, 1):
+                yield from turn.texts(f"ranked[{place}][{number}]", part)
+
+    def edit_texts(self, change: Callable[[str, str], str]) -> Self:
+        """The row with each text as ``change(field, text)`` gives it."""
+        answers = tuple(
+            tuple(
+                turn.edit_texts(f"ranked[{place}][{number}]", change)
+                for number, turn in enumerate(answer, 1)
+            )
+            for place, answer in enumerate(self.ranked, 1)
+        )
+        return replace(JudgedAnswers.edit_texts(self, change), ranked=answers)
+
+    def answers(self) -> tuple[Turns, ...]:
+        """All, the best first."""
+        return self.ranked
+
+    def judgement(self) -> tuple[str, ...]:
+        """The answers in their order."""
+        return tuple(turn.whole_text for answer in self.ranked for turn in answer)
+
+    def record(self) -> Record:
+        """The prompt and the answers, each a text where that says all."""
+        return {
+            "prompt": _short(self.messages, "user"),
+            "ranked": [_short(answer, "assistant") for answer in self.ranked],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedReply(JudgedAnswers):
+    """Base of the shapes in which people judged a single answer."""
+
+    keys: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[Mapping[str, Part]] = {"messages": "input", "reply": "target"}
+
+    reply: Turns
+
+    @property
+    def worth(self) -> float:
+        """More for a better answer."""
+        raise NotImplementedError
+
+    @staticmethod
+    def read_reply(record: Record, may_be_empty: bool = False) -> tuple[Turns, Turns]:
+        """Prompt and answer of a record; the last turn may be ``may_be_empty``."""
+        prompt = read_prompt(record["prompt"])
+        reply = read_turns(record["completion"], "completion", "assistant")
+        check_turn_order((*prompt, *reply))
+        check_not_blank((*prompt, *(reply[:-1] if may_be_empty else reply)))
+        return prompt, reply
+
+    def answers(self) -> tuple[Turns, ...]:
+        """The only one."""
+        return (self.reply,)
+
+    def targets(self) -> tuple[str, ...]:
+        """The answer and what was said of it."""
+        return (*(turn.whole_text for turn in self.reply), *self.judgement())
+
+    def record(self) -> Record:
+        """Prompt and answer, each a text where that says all."""
+        return {
+            "prompt": _short(self.messages, "user"),
+            "completion": _short(self.reply, "assistant"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RatedReply(JudgedReply):
+    """An answer to a prompt with a rating."""
+
+    shape: ClassVar[str] = "rated"
+    title: ClassVar[str] = '{"prompt", "completion", "rating"}'
+    words: ClassVar[str] = "answers with a rating"
+    further_keys: ClassVar[frozenset[str]] = frozenset(
+        ("messages", "prompt", "input", "completion", "rating", "score")
+    )
+    beside: ClassVar[frozenset[str]] = frozenset(("rating", "score"))
+
+    rating: float
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """By a number; as text or empty it is a remark beside the row, and no judgement of it."""
+        return "prompt" in record and "completion" in record and _number_in(record) is not None
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """An answer that is not empty."""
+        prompt, reply = cls.read_reply(record)
+        rating = _number_in(record)
+        assert rating is not None
+        return cls(fields.file, fields.line, prompt, reply, rating)
+
+    @property
+    def worth(self) -> float:
+        """The rating."""
+        return self.rating
+
+    def judgement(self) -> tuple[str, ...]:
+        """The rating."""
+        return (repr(self.rating),)
+
+    def record(self) -> Record:
+        """Prompt, answer and rating."""
+        return {**JudgedReply.record(self), "rating": self.rating}
+
+
+def _number_in(record: Record) -> float | None:
+    for key in ("rating", "score"):
+        value = record.get(key)
+        # By exact type: True is an int in Python.
+        if type(value) is int or type(value) is float:
+            return float(value)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ThumbedReply(JudgedReply):
+    """An answer to a prompt with a thumb up or down."""
+
+    shape: ClassVar[str] = "thumb"
+    title: ClassVar[str] = '{"prompt", "completion", "label": true}'
+    words: ClassVar[str] = "answers with a thumb"
+    further_keys: ClassVar[frozenset[str]] = frozenset(
+        ("messages", "prompt", "input", "completion", "label", "thumb")
+    )
+    beside: ClassVar[frozenset[str]] = frozenset(("label", "thumb"))
+
+    desirable: bool
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """By a thumb, or a label that is true or false."""
+        if "prompt" not in record or "completion" not in record:
+            return False
+        return "thumb" in record or isinstance(record.get("label"), bool)
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """An answer of nothing may be disliked, as a rejected one may be empty."""
+        value = record.get("thumb", record.get("label"))
+        thumbs = {"up": True, "down": False}
+        thumb = thumbs.get(value) if isinstance(value, str) else value
+        if not isinstance(thumb, bool):
+            cls.read_reply(record, may_be_empty=True)  # its faults are named first
+            given = quote(value) if isinstance(value, str) else json_kind(value)
+            raise RowRefused(
+                "thumb.type",
+                f"the thumb is {given}, which is neither up nor down.",
+                'Write "label": true or false, or "thumb": "up" or "down".',
+            )
+        prompt, reply = cls.read_reply(record, may_be_empty=not thumb)
+        return cls(fields.file, fields.line, prompt, reply, thumb)
+
+    @property
+    def worth(self) -> float:
+        """1 for a thumb up, 0 for one down."""
+        return float(self.desirable)
+
+    def judgement(self) -> tuple[str, ...]:
+        """The thumb."""
+        return (repr(self.desirable),)
+
+    def classes(self) -> tuple[str, ...]:
+        """The thumb."""
+        return (str(self.desirable),)
+
+    def record(self) -> Record:
+        """Prompt, answer and thumb."""
+        return {**JudgedReply.record(self), "label": self.desirable}
+
+
+def pair_answers(rows: Sequence[Row]) -> Sequence[Preference]:
+    """Judged answers as pairs; rows that are pairs stay as they are, ranked ones become all of theirs.
+
+    Every two answers to one prompt with different ratings are a pair (Ouyang et al. 2022, section
+    3.5); a thumb is a rating of 1 or 0. Pairs stand at the place of the better answer.
+
+    Raises:
+        DataError: for answers that nothing can be compared with.
+    """
+    groups: dict[Turns, list[JudgedReply]] = {}
+    for row in rows:
+        if isinstance(row, JudgedReply):
+            groups.setdefault(row.messages, []).append(row)
+    problems = [found for group in groups.values() if (found := _incomparable(group))]
+    if problems:
+        raise DataError(problems)
+    pairs = spool(_pairs(rows, groups))
+    problems = [
+        Problem(
+            pair.file,
+            pair.line,
+            "preference.equal",
+            "the same answer to the same prompt has another judgement in another row.",
+            "Keep one of the two rows.",
+        )
+        for pair in pairs
+        if pair.chosen == pair.rejected
+    ]
+    if problems:
+        raise DataError(problems)
+    return pairs
+
+
+def _pairs(
+    rows: Iterable[Row], groups: Mapping[Turns, Sequence[JudgedReply]]
+) -> Iterator[Preference]:
+    """A pair of each better answer with each worse one; ``groups`` are single answers by prompt."""
+    for row in rows:
+        if not isinstance(row, JudgedAnswers):
+            continue
+        sides = list(combinations(row.answers(), 2))
+        if isinstance(row, JudgedReply):
+            group = groups[row.messages]
+            sides = [(row.reply, other.reply) for other in group if other.worth < row.worth]
+        for better, worse in sides:
+            yield Preference(row.file, row.line, row.messages, better, worse)
+
+
+def _incomparable(group: Sequence[JudgedReply]) -> Problem | None:
+    first = group[0]
+    if any(other.worth != first.worth for other in group):
+        return None
+    if len(group) == 1:
+        return Problem(
+            first.file,
+            first.line,
+            "rating.single",
+            "this is the only answer to its prompt, so there is nothing to compare it with.",
+            "Add another answer with another rating, remove the row, learn from thumbs one by one "
+            "with objective kto, or from every answer alike with objective sft.",
+        )
+    return Problem(
+        first.file,
+        first.line,
+        "rating.tied",
+        f"all {len(group)} answers to this prompt have the same rating ({first.worth:g}).",
+        "Rate one of them differently, or remove the rows.",
+    )

@@ -1,0 +1,259 @@
+"""Shapes that say something of a text: nothing, a class, a rating, tags, another text, a next item."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from luthier.data.fields import FieldChecker, read_label, read_rating, read_tagged
+from luthier.data.parsing import Record, json_kind
+from luthier.data.shapes.base import ENOUGH_ANSWERS, ENOUGH_HINTS, MEDIA_KEYS, Labelled, Shape
+from luthier.errors import RowRefused
+from luthier.types import Part, Row
+
+
+@dataclass(frozen=True, slots=True)
+class TextRow(Shape):
+    """Base of the shapes that say something of a text."""
+
+    text: str
+
+    def inputs(self) -> tuple[str, ...]:
+        """The text."""
+        return (self.text,)
+
+    def plain_text(self) -> str:
+        """The text."""
+        return self.text
+
+    def bare(self) -> RawText:
+        """The text alone."""
+        return RawText(self.file, self.line, self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class RawText(TextRow):
+    """A text to learn as it is."""
+
+    shape: ClassVar[str] = "text"
+    title: ClassVar[str] = '{"text"}'
+    words: ClassVar[str] = "raw text"
+    keys: ClassVar[tuple[str, ...]] = ("text",)
+    parts: ClassVar[Mapping[str, Part]] = {"text": "target"}
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """A text that is not blank."""
+        text = fields.text(record, "text", target=True)
+        return None if text is None else cls(fields.file, fields.line, text)
+
+    def record(self) -> Record:
+        """The text."""
+        return {"text": self.text}
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText(TextRow, Labelled):
+    """A text and its class; several where it may have more than one, also none at all."""
+
+    shape: ClassVar[str] = "label"
+    title: ClassVar[str] = '{"text", "label"}'
+    words: ClassVar[str] = "text with labels"
+    keys: ClassVar[tuple[str, ...]] = ("label",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "label")),)
+    beside: ClassVar[frozenset[str]] = frozenset(("label",))
+    parts: ClassVar[Mapping[str, Part]] = {"text": "input"}
+
+    label: str | tuple[str, ...]
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """A label, and no image or sound that it would be of."""
+        return "label" in record and not any(kind in record for kind in MEDIA_KEYS)
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """A text, and a label or an array of them."""
+        text = fields.text(record, "text")
+        label = read_label(record["label"])
+        return None if text is None else cls(fields.file, fields.line, text, label)
+
+    def record(self) -> Record:
+        """Text and label, or array of labels."""
+        return {"text": self.text, **self.label_record()}
+
+
+@dataclass(frozen=True, slots=True)
+class RatedText(TextRow):
+    """A text and a number that belongs to it."""
+
+    shape: ClassVar[str] = "rating"
+    title: ClassVar[str] = '{"text", "rating"}'
+    words: ClassVar[str] = "text with ratings"
+    enough: ClassVar[int] = ENOUGH_ANSWERS
+    keys: ClassVar[tuple[str, ...]] = ("rating",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "rating")),)
+    further_keys: ClassVar[frozenset[str]] = frozenset(("score",))
+    beside: ClassVar[frozenset[str]] = frozenset(("rating", "score"))
+    number_keys: ClassVar[frozenset[str]] = frozenset(("rating", "score"))
+    parts: ClassVar[Mapping[str, Part]] = {"text": "input"}
+    annotated: ClassVar[bool] = True
+    reader_text: ClassVar[str] = "ratings"
+
+    rating: float
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """A text and a finite number."""
+        text = fields.text(record, "text")
+        rating = read_rating(record["rating"])
+        return None if text is None else cls(fields.file, fields.line, text, rating)
+
+    def targets(self) -> tuple[str, ...]:
+        """The number."""
+        return (repr(self.rating),)
+
+    def record(self) -> Record:
+        """Text and number."""
+        return {"text": self.text, "rating": self.rating}
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedWords(Shape):
+    """Words of a sentence, each with a tag."""
+
+    shape: ClassVar[str] = "tags"
+    title: ClassVar[str] = '{"tokens", "tags"}'
+    words: ClassVar[str] = "tokens with tags"
+    keys: ClassVar[tuple[str, ...]] = ("tokens",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("tokens", "tags")),)
+    json_keys: ClassVar[frozenset[str]] = frozenset(("tokens", "tags"))
+    parts: ClassVar[Mapping[str, Part]] = {"tokens": "input"}
+    annotated: ClassVar[bool] = True
+    reader_text: ClassVar[str] = "tags"
+
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...] | None
+    """In the BIO scheme; ``None`` where they are to be found."""
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """As many words as tags."""
+        tokens, tags = read_tagged(record.get("tokens"), record.get("tags"))
+        return cls(fields.file, fields.line, tokens, tags)
+
+    def inputs(self) -> tuple[str, ...]:
+        """The words."""
+        return self.tokens
+
+    def targets(self) -> tuple[str, ...]:
+        """The tags."""
+        return self.tags or ()
+
+    def plain_text(self) -> str:
+        """The words with spaces between."""
+        return " ".join(self.tokens)
+
+    def bare(self) -> TaggedWords:
+        """The words without their tags."""
+        return replace(self, tags=None)
+
+    def record(self) -> Record:
+        """Words and tags."""
+        return {"tokens": list(self.tokens), "tags": list(self.tags or ())}
+
+
+@dataclass(frozen=True, slots=True)
+class TextPair(TextRow):
+    """Two texts that belong together."""
+
+    shape: ClassVar[str] = "pair"
+    title: ClassVar[str] = '{"anchor", "positive"}'
+    words: ClassVar[str] = "pairs of anchor and positive"
+    enough: ClassVar[int] = ENOUGH_HINTS
+    keys: ClassVar[tuple[str, ...]] = ("anchor", "positive")
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("anchor", "positive")),)
+    further_keys: ClassVar[frozenset[str]] = frozenset(("text",))
+    parts: ClassVar[Mapping[str, Part]] = {"text": "input", "positive": "target"}
+    reader_text: ClassVar[str] = "partners"
+
+    positive: str
+    """Partner of ``text``."""
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """Both texts, neither blank."""
+        anchor, positive = fields.text(record, "anchor"), fields.text(record, "positive")
+        if anchor is None or positive is None:
+            return None
+        return cls(fields.file, fields.line, anchor, positive)
+
+    def targets(self) -> tuple[str, ...]:
+        """The partner."""
+        return (self.positive,)
+
+    def sides(self) -> list[Row]:
+        """Each text alone."""
+        return [RawText(self.file, self.line, text) for text in (self.text, self.positive)]
+
+    def record(self) -> Record:
+        """Both texts."""
+        return {"anchor": self.text, "positive": self.positive}
+
+
+MOST_ITEMS = 1_000
+"""Items of a history."""
+
+
+@dataclass(frozen=True, slots=True)
+class History(TextPair):
+    """Items that somebody chose, the latest last, and the item that came next.
+
+    As a pair it is the items, a line for each, beside the next one. The latest stands first there: a
+    text that is too long loses its end.
+    """
+
+    shape: ClassVar[str] = "history"
+    title: ClassVar[str] = '{"history", "item"}'
+    words: ClassVar[str] = "histories with the next item"
+    keys: ClassVar[tuple[str, ...]] = ("history",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("history", "item")),)
+    further_keys: ClassVar[frozenset[str]] = frozenset()
+    reader_text: ClassVar[str] = "items"
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """Both keys: conversations have histories, too."""
+        return "history" in record and "item" in record
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """Items of one line each, at least one before the next."""
+        items, item = record["history"], fields.text(record, "item")
+        if not isinstance(items, list) or not 1 <= len(items) <= MOST_ITEMS:
+            count = f"has {len(items):,}" if isinstance(items, list) else f"is {json_kind(items)}"
+            raise RowRefused(
+                "history.type",
+                f'"history" must be an array of 1 to {MOST_ITEMS:,} items, but {count}.',
+                'Write "history": ["an item", "a later one"].',
+            )
+        if item is None:
+            return None
+        for each in (*items, item):
+            if not isinstance(each, str) or not each.strip() or len(each.splitlines()) > 1:
+                raise RowRefused(
+                    "history.item",
+                    "an item is not a text of one line, by which it is known.",
+                    "Write each item as one line, the same in every row.",
+                )
+        return cls(fields.file, fields.line, "\n".join(reversed(items)), item)
+
+    @property
+    def items(self) -> list[str]:
+        """What was chosen before, the latest first."""
+        return self.text.split("\n")
+
+    def record(self) -> Record:
+        """The items in their order, and the next one."""
+        return {"history": self.items[::-1], "item": self.positive}
