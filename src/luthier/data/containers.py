@@ -164,7 +164,7 @@ def _unmarked_utf16(data: bytes) -> str:
     """
     even, odd = data[::2], data[1::2]
     for encoding, high, low in (("UTF-16LE", odd, even), ("UTF-16BE", even, odd)):
-        if b"\0" in low or high.count(0) * _ASCII_SHARE < len(high):
+        if not low or b"\0" in low or high.count(0) * _ASCII_SHARE < len(high):
             continue
         # The data may end between the halves of a character.
         text = data[: len(data) // 2 * 2].decode(encoding, errors="replace")
