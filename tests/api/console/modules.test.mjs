@@ -14,24 +14,38 @@ test("tags are cut at code points, and nothing of the text is lost", () => {
   const text = "The 😀 polyposis coli <img src=x onerror=alert(1)> שלום";
   const start = Array.from(text).indexOf("p");
   const spans = spansOf(text, [{ label: "Disease", start, end: start + 14 }]);
-  assert.deepEqual(spans.find((each) => each.label), { text: "polyposis coli", label: "Disease" });
+  assert.deepEqual(
+    spans.find((each) => each.label),
+    { text: "polyposis coli", label: "Disease" },
+  );
   assert.equal(joined(spans), text);
 });
 
 test("entities that overlap, lie outside or are no numbers leave the text whole", () => {
   const wrong = [
-    { label: "A", start: 0, end: 3 }, { label: "B", start: 2, end: 5 }, { label: "C", start: 4, end: 400 },
-    { label: "D", start: -3, end: 1 }, { label: "E", start: 4, end: 4 }, { label: "F", start: NaN, end: 5 }, { label: "G" },
+    { label: "A", start: 0, end: 3 },
+    { label: "B", start: 2, end: 5 },
+    { label: "C", start: 4, end: 400 },
+    { label: "D", start: -3, end: 1 },
+    { label: "E", start: 4, end: 4 },
+    { label: "F", start: NaN, end: 5 },
+    { label: "G" },
   ];
   const spans = spansOf("abcdef", wrong);
-  assert.deepEqual(spans, [{ text: "abc", label: "A" }, { text: "def", label: null }]);
+  assert.deepEqual(spans, [
+    { text: "abc", label: "A" },
+    { text: "def", label: null },
+  ]);
   assert.deepEqual(spansOf("", []), []);
 });
 
 test("scores are shown from the likeliest, and those left out are counted", () => {
   const scores = Object.fromEntries(Array.from({ length: 77 }, (_, n) => [`label ${n}`, n / 100]));
   const { shown, further } = likeliest(scores, 5);
-  assert.deepEqual(shown.map(([name]) => name), ["label 76", "label 75", "label 74", "label 73", "label 72"]);
+  assert.deepEqual(
+    shown.map(([name]) => name),
+    ["label 76", "label 75", "label 74", "label 73", "label 72"],
+  );
   assert.equal(further, 72);
   assert.deepEqual(likeliest({ a: null, b: "x", c: 1 }).shown, [["c", 1]]);
 });
@@ -60,13 +74,27 @@ test("calls of tools are put together, and chunks of other forms change nothing"
   call({ index: 0, function: { name: "weather", arguments: '{"city"' } });
   call({ index: 0, function: { arguments: ': "Hue"}' } });
   assert.deepEqual(answer.tools, [{ name: "weather", given: '{"city": "Hue"}' }]);
-  for (const odd of [null, undefined, {}, { choices: null }, { choices: [{}] }, { choices: [{ delta: { content: 5 } }] }]) answer.add(odd, 20);
+  for (const odd of [
+    null,
+    undefined,
+    {},
+    { choices: null },
+    { choices: [{}] },
+    { choices: [{ delta: { content: 5 } }] },
+  ])
+    answer.add(odd, 20);
   assert.equal(answer.text, "");
 });
 
 test("empty instructions are not sent", () => {
-  const history = [{ role: "user", content: "a" }, { role: "assistant", content: "b" }];
-  assert.deepEqual(turnsOf(history, "  ", "c").map((each) => each.role), ["user", "assistant", "user"]);
+  const history = [
+    { role: "user", content: "a" },
+    { role: "assistant", content: "b" },
+  ];
+  assert.deepEqual(
+    turnsOf(history, "  ", "c").map((each) => each.role),
+    ["user", "assistant", "user"],
+  );
   assert.deepEqual(turnsOf([], "Be brief.", "c")[0], { role: "system", content: "Be brief." });
 });
 
@@ -89,7 +117,10 @@ test("each model is called with its own id and this server's address", () => {
   const model = (abilities) => ({ id: "abc123def456", name: "support", arn, kind: "custom", abilities });
   const of = (abilities) => snippets({ origin, model: model(abilities), storedId: "base:support" });
   const writer = of({ does: ["write"], reads: ["text"] });
-  assert.deepEqual(writer.map((each) => each.name), ["openai client", "curl", "boto3", "Command line"]);
+  assert.deepEqual(
+    writer.map((each) => each.name),
+    ["openai client", "curl", "boto3", "Command line"],
+  );
   assert.ok(writer.slice(0, 3).every((each) => each.code.includes(origin)));
   assert.ok(writer[2].code.includes("eu-west-1") && writer[2].code.includes(arn));
   const sounds = of({ does: ["predict"], reads: ["audio"] });

@@ -31,12 +31,38 @@ export function certificateSections({ certificate, lineage }, models) {
   const record = certificate.record ?? {};
   const metrics = record.metrics ?? {};
   return [
-    section("Did it learn?", verdict(record, metrics), scores(metrics), baselines(metrics.comparison), curves(certificate)),
-    section("What was checked", gate(record.data_report), labelIssues(metrics.label_issues), parity(record.parity), reports(certificate.reports)),
+    section(
+      "Did it learn?",
+      verdict(record, metrics),
+      scores(metrics),
+      baselines(metrics.comparison),
+      curves(certificate),
+    ),
+    section(
+      "What was checked",
+      gate(record.data_report),
+      labelIssues(metrics.label_issues),
+      parity(record.parity),
+      imported(record.checks),
+      reports(certificate.reports),
+    ),
     section("Where it comes from", chain(certificate, lineage, models), dataFiles(record)),
-    section("How it was made", made(record, certificate), settings(record.recipe), forecast(certificate.forecast), energy(certificate.compute)),
+    section(
+      "How it was made",
+      made(record, certificate),
+      settings(record.recipe),
+      forecast(certificate.forecast),
+      energy(certificate.compute),
+    ),
     certificate.missing?.length
-      ? section("Not known", h("ul", null, certificate.missing.map((each) => h("li", null, each))))
+      ? section(
+          "Not known",
+          h(
+            "ul",
+            null,
+            certificate.missing.map((each) => h("li", null, each)),
+          ),
+        )
       : null,
   ];
 }
@@ -103,7 +129,11 @@ function scores(metrics) {
   return table({
     caption: "Held-out rows, before and after",
     showCaption: true,
-    columns: ["Measure", { name: "Before training", kind: "number" }, { name: `Kept (step ${number(step)})`, kind: "number" }],
+    columns: [
+      "Measure",
+      { name: "Before training", kind: "number" },
+      { name: `Kept (step ${number(step)})`, kind: "number" },
+    ],
     rows: names.map((name) => [
       words(name),
       typeof before?.[name] === "number" ? measureText(name, before[name]) : "–",
@@ -115,21 +145,28 @@ function scores(metrics) {
 function baselines(comparison) {
   if (!comparison?.baselines?.length) return null;
   const measure = comparison.measure ?? "score";
-  const rows = [["this model", comparison.tuned, null, null], ...comparison.baselines.map((each) => [each.name, each.score, each.error, each.seconds])];
+  const rows = [
+    ["this model", comparison.tuned, null, null],
+    ...comparison.baselines.map((each) => [each.name, each.score, each.error, each.seconds]),
+  ];
   // The best first, where more is better for sure; errors stay in the order of the comparison.
   if (SHARES.test(measure)) rows.sort((a, b) => (b[1] ?? -Infinity) - (a[1] ?? -Infinity));
   return [
     table({
       caption: `Beside simple baselines: ${words(measure).toLowerCase()} on the same ${number(comparison.rows)} rows`,
       showCaption: true,
-      columns: ["", { name: words(measure), kind: "number" }, { name: "Fitted in", kind: "number" }],
+      columns: ["Model", { name: words(measure), kind: "number" }, { name: "Fitted in", kind: "number" }],
       rows: rows.map(([name, score, error, seconds]) => [
         name === "this model" ? h("strong", null, name) : name,
-        typeof score === "number" ? `${measureText(measure, score)}${error ? ` ± ${measureText(measure, error)}` : ""}` : "–",
+        typeof score === "number"
+          ? `${measureText(measure, score)}${error ? ` ± ${measureText(measure, error)}` : ""}`
+          : "–",
         seconds === null ? "–" : duration(seconds),
       ]),
     }),
-    comparison.verdict ? h("p", null, `${comparison.verdict.charAt(0).toUpperCase()}${comparison.verdict.slice(1)}.`) : null,
+    comparison.verdict
+      ? h("p", null, `${comparison.verdict.charAt(0).toUpperCase()}${comparison.verdict.slice(1)}.`)
+      : null,
     comparison.left_out?.length ? h("p", { class: "soft" }, `Left out: ${comparison.left_out.join("; ")}.`) : null,
   ];
 }
@@ -150,10 +187,20 @@ function gate(report) {
   if (!report) return null;
   const rules = report.rules ?? [];
   return [
-    h("p", null, "The rows: ", h("span", { class: `chip ${GATES[report.verdict] ?? ""}` }, words(report.verdict)), " ",
+    h(
+      "p",
+      null,
+      "The rows: ",
+      h("span", { class: `chip ${GATES[report.verdict] ?? ""}` }, words(report.verdict)),
+      " ",
       report.checks?.length
-        ? h("span", { class: "soft" }, `${report.checks.length} checks: ${report.checks.map((each) => each.replaceAll("_", " ")).join(", ")}.`)
-        : null),
+        ? h(
+            "span",
+            { class: "soft" },
+            `${report.checks.length} checks: ${report.checks.map((each) => each.replaceAll("_", " ")).join(", ")}.`,
+          )
+        : null,
+    ),
     rules.length
       ? table({
           caption: "What the data gate found",
@@ -173,7 +220,12 @@ function labelIssues(found) {
   if (!found) return null;
   const { issues, rows } = found;
   if (!issues) return h("p", null, `No label of ${number(rows)} rows looks wrong.`);
-  return h("p", null, `${number(issues)} of ${number(rows)} labels look wrong: look at them again before you train on these rows once more.`);
+  return h(
+    "p",
+    null,
+    `${number(issues)} of ${number(rows)} labels look wrong. `,
+    "Look at them again before you train on these rows once more.",
+  );
 }
 
 function parity(found) {
@@ -181,11 +233,43 @@ function parity(found) {
   const difference = Math.abs(found.trained - found.reloaded);
   const next = found.next_tokens;
   return [
-    h("p", null, `Read back from disk it answers as it was trained: loss ${number(found.trained, 4)} and ${number(found.reloaded, 4)} on ${number(found.rows)} rows`,
-      ` (${number(difference, 2)} apart${found.rounded ? ", its merged weights are rounded" : ""}).`),
-    next ? h("p", null, `The likeliest next token is the same at ${percent(next.agreement)} of ${number(next.tokens)} places.`) : null,
-    found.greedy ? h("p", null, `In what it writes greedily, at ${percent(found.greedy.agreement)} of ${number(found.greedy.tokens)} places.`) : null,
+    h(
+      "p",
+      null,
+      `Trained and read back from disk, its loss is ${number(found.trained, 4)} and ${number(found.reloaded, 4)} `,
+      `on ${number(found.rows)} rows`,
+      ` (${number(difference, 2)} apart${found.rounded ? ", its merged weights are rounded" : ""}).`,
+    ),
+    next
+      ? h(
+          "p",
+          null,
+          `The likeliest next token is the same at ${percent(next.agreement)} of ${number(next.tokens)} places.`,
+        )
+      : null,
+    found.greedy
+      ? h(
+          "p",
+          null,
+          `In what it writes greedily, at ${percent(found.greedy.agreement)} of ${number(found.greedy.tokens)} places.`,
+        )
+      : null,
   ];
+}
+
+/** What a model from outside was tried with before it was taken. */
+function imported(checks) {
+  const rows = Object.entries(checks ?? {});
+  if (!rows.length) return null;
+  return table({
+    caption: "Checked when it was imported",
+    showCaption: true,
+    columns: ["What", "Outcome"],
+    rows: rows.map(([name, value]) => [
+      words(name),
+      shorten(typeof value === "string" ? value : JSON.stringify(value)),
+    ]),
+  });
 }
 
 function reports(kept) {
@@ -194,7 +278,11 @@ function reports(kept) {
     caption: "Reports kept with it",
     showCaption: true,
     columns: ["File", "What", "Made"],
-    rows: kept.map((each) => [h("code", null, each.file), words(each.report?.kind ?? "report"), time(each.report?.created)]),
+    rows: kept.map((each) => [
+      h("code", null, each.file),
+      words(each.report?.kind ?? "report"),
+      time(each.report?.created),
+    ]),
   });
 }
 
@@ -212,15 +300,37 @@ function chain(certificate, lineage, models) {
   const named = ({ arn, model }) =>
     model
       ? h("a", { href: link("models", model.id) }, h("bdi", null, model.name))
-      : h("span", null, h("bdi", null, shortName(arn)), models.length ? h("span", { class: "soft" }, " (deleted since)") : null);
+      : h(
+          "span",
+          null,
+          h("bdi", null, shortName(arn)),
+          models.length ? h("span", { class: "soft" }, " (deleted since)") : null,
+        );
   return [
-    h("ol", { class: "lineage" }, steps.map((step) =>
-      h("li", null, named(step), step.relative ? relativeFacts(step.relative) : null))),
+    h(
+      "ol",
+      { class: "lineage" },
+      steps.map((step) => h("li", null, named(step), step.relative ? relativeFacts(step.relative) : null)),
+    ),
     parents.length > lineage.length - 1
-      ? h("p", { class: "soft" }, `Below: ${parents.slice(lineage.length - 1).map((each) => each.id).join(", ")}.`)
+      ? h(
+          "p",
+          { class: "soft" },
+          `Below: ${parents
+            .slice(lineage.length - 1)
+            .map((each) => each.id)
+            .join(", ")}.`,
+        )
       : null,
     helpers.length
-      ? [h("h3", null, "What helped"), h("ul", null, helpers.map((each) => h("li", null, each.id, relativeFacts(each))))]
+      ? [
+          h("h3", null, "What helped"),
+          h(
+            "ul",
+            null,
+            helpers.map((each) => h("li", null, each.id, relativeFacts(each))),
+          ),
+        ]
       : null,
   ];
 }
@@ -230,7 +340,9 @@ function relativeFacts(relative) {
     words(relative.part ?? ""),
     relative.source ? [", from ", h("code", null, relative.source)] : null,
     relative.licence ? `, licence ${relative.licence}` : null,
-    relative.content_sha256 ? [", SHA-256 ", h("code", { title: relative.content_sha256 }, relative.content_sha256.slice(0, 16), "…")] : null,
+    relative.content_sha256
+      ? [", SHA-256 ", h("code", { title: relative.content_sha256 }, relative.content_sha256.slice(0, 16), "…")]
+      : null,
   ]);
 }
 
@@ -241,8 +353,13 @@ function dataFiles(record) {
   const held_out = held ? `, measured on ${number(held)} others` : "";
   return [
     h("h3", null, "Data"),
-    h("p", null, `Trained on ${number(rows)} rows (${number(tokens)} tokens)${held_out}.`,
-      dropped ? ` ${number(dropped)} too long rows were left out.` : null, truncated ? ` ${number(truncated)} were cut.` : null),
+    h(
+      "p",
+      null,
+      `Trained on ${number(rows)} rows (${number(tokens)} tokens)${held_out}.`,
+      dropped ? ` ${number(dropped)} too long rows were left out.` : null,
+      truncated ? ` ${number(truncated)} were cut.` : null,
+    ),
     table({
       caption: "Hashes of the files of the data",
       columns: ["File", { name: "SHA-256", kind: "code" }],
@@ -258,7 +375,10 @@ function made(record, certificate) {
     ["Adaptation", record.recipe?.adaptation?.method],
     ["Steps", metrics.steps === undefined ? null : number(metrics.steps)],
     ["Tokens read", metrics.tokens === undefined ? null : number(metrics.tokens)],
-    ["Weights trained", metrics.trained_weights === undefined ? null : `${number(metrics.trained_weights)} of ${number(metrics.weights)}`],
+    [
+      "Weights trained",
+      metrics.trained_weights === undefined ? null : `${number(metrics.trained_weights)} of ${number(metrics.weights)}`,
+    ],
     ["Training took", metrics.seconds === undefined ? null : duration(metrics.seconds)],
     ["Peak memory", metrics.peak_memory_bytes === undefined ? null : bytes(metrics.peak_memory_bytes)],
     ["Precision", record.precision],
@@ -272,13 +392,22 @@ function settings(recipe) {
   const rows = Object.entries(recipe).flatMap(([group, fields]) =>
     fields && typeof fields === "object" && !Array.isArray(fields)
       ? Object.entries(fields).map(([name, value]) => [`${group}.${name}`, value])
-      : [[group, fields]]);
+      : [[group, fields]],
+  );
   const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-  return h("details", null, h("summary", null, "All settings"), table({
-    caption: "Settings",
-    columns: ["Setting", "Value"],
-    rows: rows.map(([name, value]) => [h("code", null, name), shorten(name.startsWith("data.") && typeof value === "string" ? shortName(value) : shown(value))]),
-  }));
+  return h(
+    "details",
+    null,
+    h("summary", null, "All settings"),
+    table({
+      caption: "Settings",
+      columns: ["Setting", "Value"],
+      rows: rows.map(([name, value]) => [
+        h("code", null, name),
+        shorten(name.startsWith("data.") && typeof value === "string" ? shortName(value) : shown(value)),
+      ]),
+    }),
+  );
 }
 
 function forecast(found) {
@@ -292,11 +421,18 @@ function forecast(found) {
   return table({
     caption: "Estimate, and what it took",
     showCaption: true,
-    columns: ["", { name: "Estimated", kind: "number" }, { name: "Between", kind: "number" }, { name: "Took", kind: "number" }],
+    columns: [
+      "What",
+      { name: "Estimated", kind: "number" },
+      { name: "Between", kind: "number" },
+      { name: "Took", kind: "number" },
+    ],
     rows: asked.map((each) => [
       words(each.quantity.replace(/_bytes$/, "")),
       amount(each.quantity, each.estimate),
-      each.low === null || each.low === undefined ? "–" : `${amount(each.quantity, each.low)} to ${amount(each.quantity, each.high)}`,
+      each.low === null || each.low === undefined
+        ? "–"
+        : `${amount(each.quantity, each.low)} to ${amount(each.quantity, each.high)}`,
       amount(each.quantity, each.actual),
     ]),
   });
@@ -309,9 +445,22 @@ function energy(compute) {
     facts([
       ["Operations", compute.flops ? `${compute.flops.toExponential(2)} FLOPs` : null],
       ["Energy", typeof compute.kilowatt_hours === "number" ? `${number(1000 * compute.kilowatt_hours)} Wh` : null],
-      ["Power", compute.watts ? h("span", null, `${number(compute.watts)} W`, compute.watts_assumed ? h("small", null, "assumed, not measured") : null) : null],
+      [
+        "Power",
+        compute.watts
+          ? h(
+              "span",
+              null,
+              `${number(compute.watts)} W`,
+              compute.watts_assumed ? h("small", null, "assumed, not measured") : null,
+            )
+          : null,
+      ],
       ["Time", compute.seconds ? duration(compute.seconds) : null],
-      ["Of its base's training", typeof compute.ratio === "number" ? (compute.ratio < 0.001 ? "under 0.1 %" : percent(compute.ratio)) : null],
+      [
+        "Of its base's training",
+        typeof compute.ratio === "number" ? (compute.ratio < 0.001 ? "under 0.1 %" : percent(compute.ratio)) : null,
+      ],
     ]),
     compute.counted_as ? h("p", { class: "soft" }, `Counted as ${compute.counted_as}.`) : null,
   ];

@@ -13,7 +13,13 @@ export async function render(root, model, signal) {
   let stop = null;
 
   const columns = h("div", { class: "sides" }, main.element);
-  const message = h("textarea", { id: "message", rows: "3", placeholder: "Write a message", dir: "auto", "aria-describedby": "message-help" });
+  const message = h("textarea", {
+    id: "message",
+    rows: "3",
+    placeholder: "Write a message",
+    dir: "auto",
+    "aria-describedby": "message-help",
+  });
   const send = h("button", { type: "submit", class: "primary" }, "Send");
   const halt = h("button", { type: "button", hidden: true, onclick: () => stop?.abort() }, "Stop");
   const clear = h("button", { type: "button", onclick: () => restart() }, "Start anew");
@@ -21,9 +27,18 @@ export async function render(root, model, signal) {
   const temperature = h("input", { id: "temperature", type: "number", min: "0", max: "2", step: "0.1", value: "0" });
   const most = h("input", { id: "most-tokens", type: "number", min: "1", max: "100000", step: "1", value: "256" });
   const seed = h("input", { id: "seed", type: "number", min: "0", step: "1", placeholder: "drawn" });
-  const picker = h("select", { id: "beside", onchange: () => setBeside(picker.value) },
+  const picker = h(
+    "select",
+    { id: "beside", onchange: () => setBeside(picker.value) },
     h("option", { value: "" }, "no other model"),
-    others.map((each) => h("option", { value: each.id }, `${each.name}${each.arn === model.base ? " (its base)" : each.kind === "custom" ? "" : " (base model)"}`)));
+    others.map((each) =>
+      h(
+        "option",
+        { value: each.id },
+        `${each.name}${each.arn === model.base ? " (its base)" : each.kind === "custom" ? "" : " (base model)"}`,
+      ),
+    ),
+  );
 
   const setBeside = (id) => {
     const other = others.find((each) => each.id === id);
@@ -77,17 +92,51 @@ export async function render(root, model, signal) {
   });
   replace(
     root,
-    h("details", { class: "rule" }, h("summary", null, "Settings"), h("div", { class: "inside" },
-      h("div", { class: "fields" },
-        h("div", null, h("label", { for: "temperature" }, "Temperature"), temperature, h("p", { class: "help" }, "0 takes the likeliest token each time; 1 draws as the model has learned.")),
-        h("div", null, h("label", { for: "most-tokens" }, "Tokens at most"), most),
-        h("div", null, h("label", { for: "seed" }, "Seed"), seed, h("p", { class: "help" }, "The same one gives the same answer."))),
-      h("div", null, h("label", { for: "system" }, "System prompt"), system))),
+    h(
+      "details",
+      { class: "rule" },
+      h("summary", null, "Settings"),
+      h(
+        "div",
+        { class: "inside" },
+        h(
+          "div",
+          { class: "fields" },
+          h(
+            "div",
+            null,
+            h("label", { for: "temperature" }, "Temperature"),
+            temperature,
+            h("p", { class: "help" }, "0 takes the likeliest token each time; 1 draws as the model has learned."),
+          ),
+          h("div", null, h("label", { for: "most-tokens" }, "Tokens at most"), most),
+          h(
+            "div",
+            null,
+            h("label", { for: "seed" }, "Seed"),
+            seed,
+            h("p", { class: "help" }, "The same one gives the same answer."),
+          ),
+        ),
+        h("div", null, h("label", { for: "system" }, "System prompt"), system),
+      ),
+    ),
     h("div", { class: "narrow" }, h("label", { for: "beside" }, "Ask side by side"), picker),
     columns,
-    h("form", { class: "ask", onsubmit: submit },
-      h("label", { for: "message", class: "visually-hidden" }, "Message"), message,
-      h("div", { class: "actions" }, send, halt, clear, h("span", { id: "message-help", class: "help" }, "Enter sends, Shift and Enter start a line."))),
+    h(
+      "form",
+      { class: "ask", onsubmit: submit },
+      h("label", { for: "message", class: "visually-hidden" }, "Message"),
+      message,
+      h(
+        "div",
+        { class: "actions" },
+        send,
+        halt,
+        clear,
+        h("span", { id: "message-help", class: "help" }, "Enter sends, Shift and Enter start a line."),
+      ),
+    ),
   );
   message.focus();
 }
@@ -95,9 +144,15 @@ export async function render(root, model, signal) {
 async function otherWriters(model, signal) {
   try {
     const { models } = await call("GET", "/api/v1/models", { signal });
-    const found = models.filter((each) => each.id !== model.id && each.base_kind === "causal_lm" && /^active$/i.test(each.status));
+    const found = models.filter(
+      (each) => each.id !== model.id && each.base_kind === "causal_lm" && /^active$/i.test(each.status),
+    );
     // What it was trained from is what most people compare it with.
-    return found.sort((a, b) => Number(b.arn === model.base) - Number(a.arn === model.base) || Number(b.kind === "custom") - Number(a.kind === "custom"));
+    return found.sort(
+      (a, b) =>
+        Number(b.arn === model.base) - Number(a.arn === model.base) ||
+        Number(b.kind === "custom") - Number(a.kind === "custom"),
+    );
   } catch (error) {
     if (error.name === "AbortError") throw error;
     return [];
@@ -107,22 +162,36 @@ async function otherWriters(model, signal) {
 /** One model's part of the page, with the turns that it has heard. */
 function side(model) {
   const log = h("div", { class: "turns" });
-  const element = h("section", { class: "side", "aria-label": `Chat with ${model.name}` }, h("h2", null, h("bdi", null, model.name)), log);
+  const element = h(
+    "section",
+    { class: "side", "aria-label": `Chat with ${model.name}` },
+    h("h2", null, h("bdi", null, model.name)),
+    log,
+  );
   const history = [];
 
   const ask = async (text, system, settings, signal) => {
     const answer = new StreamedAnswer(performance.now());
     const shown = turn(answer);
-    log.append(h("div", { class: "turn user", dir: "auto" }, h("p", { class: "who" }, "You"), h("p", { class: "said" }, text)), shown.element);
+    log.append(
+      h("div", { class: "turn user", dir: "auto" }, h("p", { class: "who" }, "You"), h("p", { class: "said" }, text)),
+      shown.element,
+    );
     shown.element.scrollIntoView({ block: "nearest" });
-    const body = { model: model.id, messages: turnsOf(history, system, text), stream_options: { include_usage: true }, ...settings };
+    const body = {
+      model: model.id,
+      messages: turnsOf(history, system, text),
+      stream_options: { include_usage: true },
+      ...settings,
+    };
     let problem = null;
     try {
       for await (const chunk of chat("/v1/chat/completions", body, { signal })) {
         shown.add(answer.add(chunk, performance.now()));
       }
       // A server that is killed in the middle may close the connection as if all was said.
-      if (!answer.finish) problem = "The server ended the answer before it was complete. Check that it runs, then ask again.";
+      if (!answer.finish)
+        problem = "The server ended the answer before it was complete. Check that it runs, then ask again.";
     } catch (error) {
       problem = error.name === "AbortError" ? "Stopped." : messageOf(error);
     }
@@ -142,11 +211,25 @@ function side(model) {
 function turn(answer) {
   const said = document.createTextNode("");
   const thought = document.createTextNode("");
-  const reasoning = h("details", { class: "reasoning", hidden: true }, h("summary", null, "Reasoning"), h("p", { class: "said", dir: "auto" }, thought));
+  const reasoning = h(
+    "details",
+    { class: "reasoning", hidden: true },
+    h("summary", null, "Reasoning"),
+    h("p", { class: "said", dir: "auto" }, thought),
+  );
   const waiting = h("p", { class: "soft" }, "…");
   const about = h("p", { class: "help" });
   const tools = h("div");
-  const element = h("div", { class: "turn model", "aria-busy": "true" }, h("p", { class: "who" }, "Model"), reasoning, waiting, h("p", { class: "said", dir: "auto" }, said), tools, about);
+  const element = h(
+    "div",
+    { class: "turn model", "aria-busy": "true" },
+    h("p", { class: "who" }, "Model"),
+    reasoning,
+    waiting,
+    h("p", { class: "said", dir: "auto" }, said),
+    tools,
+    about,
+  );
   let [text, reason] = ["", ""];
   let frame = 0;
 
@@ -173,14 +256,27 @@ function turn(answer) {
     flush();
     waiting.remove();
     element.removeAttribute("aria-busy");
-    if (!answer.text && !answer.tools.length && !problem) replace(tools, h("p", { class: "soft" }, "The answer is empty."));
+    if (!answer.text && !answer.tools.length && !problem)
+      replace(tools, h("p", { class: "soft" }, "The answer is empty."));
     if (answer.tools.length) {
-      replace(tools, answer.tools.filter(Boolean).map((each) =>
-        h("p", null, "Calls ", h("code", null, each.name), h("pre", { class: "row" }, each.given))));
+      replace(
+        tools,
+        answer.tools
+          .filter(Boolean)
+          .map((each) => h("p", null, "Calls ", h("code", null, each.name), h("pre", { class: "row" }, each.given))),
+      );
     }
     replace(about, measures(answer));
-    if (ENDINGS[answer.finish] && answer.finish !== "tool_calls") about.append(`${about.textContent ? "; " : ""}${ENDINGS[answer.finish]}`);
-    if (problem) element.append(h("p", { class: problem === "Stopped." ? "soft" : "box error", role: problem === "Stopped." ? null : "alert" }, problem));
+    if (ENDINGS[answer.finish] && answer.finish !== "tool_calls")
+      about.append(`${about.textContent ? "; " : ""}${ENDINGS[answer.finish]}`);
+    if (problem)
+      element.append(
+        h(
+          "p",
+          { class: problem === "Stopped." ? "soft" : "box error", role: problem === "Stopped." ? null : "alert" },
+          problem,
+        ),
+      );
   };
   return { element, add, end };
 }
@@ -192,5 +288,7 @@ function measures(answer) {
     read === undefined ? null : `${number(read)} tokens read${cached}, ${number(written)} written`,
     answer.firstTokenSeconds === null ? null : `first token after ${duration(answer.firstTokenSeconds)}`,
     answer.tokensPerSecond === null ? null : `${number(answer.tokensPerSecond)} tokens a second`,
-  ].filter(Boolean).join(" · ");
+  ]
+    .filter(Boolean)
+    .join(" · ");
 }

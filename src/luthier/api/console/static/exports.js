@@ -3,6 +3,7 @@
 import { call } from "./api.js";
 import { h, replace } from "./dom.js";
 import { age, bytes, number, percent, time } from "./format.js";
+import { hiddenName } from "./models.js";
 import { errorBox, pause } from "./router.js";
 import { table } from "./table.js";
 
@@ -38,7 +39,14 @@ export function exportsSection(model, signal) {
         if (own.every((each) => ENDED.has(each.state))) break;
       } while (await pause(SECONDS, signal));
     } catch (error) {
-      if (error.name !== "AbortError") replace(problem, errorBox(error, () => { replace(problem); follow(); }));
+      if (error.name !== "AbortError")
+        replace(
+          problem,
+          errorBox(error, () => {
+            replace(problem);
+            follow();
+          }),
+        );
     } finally {
       following = false;
     }
@@ -59,20 +67,35 @@ export function exportsSection(model, signal) {
 function exportsTable(found, stop) {
   return table({
     caption: "Exports of this model, the newest first",
-    columns: ["Format", "State", "To", "Age", ""],
+    columns: ["Format", "State", "To", "Age", hiddenName("Stop")],
     rows: found.map((each) => [
       formText(each),
-      [h("span", { class: `chip ${STATES[each.state] ?? "note"}` }, each.state), progressOf(each), each.failure ? h("p", { class: "error" }, each.failure) : null, comparedText(each.result)],
+      [
+        h("span", { class: `chip ${STATES[each.state] ?? "note"}` }, each.state),
+        progressOf(each),
+        each.failure ? h("p", { class: "error" }, each.failure) : null,
+        comparedText(each.result),
+      ],
       addressOf(each),
       h("span", { title: time(each.created) }, age(each.created)),
-      ENDED.has(each.state) ? null : h("button", { type: "button", "aria-label": `Stop the export as ${each.format}`, onclick: () => stop(each.id) }, "Stop"),
+      ENDED.has(each.state)
+        ? null
+        : h(
+            "button",
+            { type: "button", "aria-label": `Stop the export as ${each.format}`, onclick: () => stop(each.id) },
+            "Stop",
+          ),
     ]),
     empty: "It was not exported yet.",
   });
 }
 
 function formText(each) {
-  const more = [each.quantization, each.merged === true ? "merged" : null, each.merged === false ? "adapter alone" : null];
+  const more = [
+    each.quantization,
+    each.merged === true ? "merged" : null,
+    each.merged === false ? "adapter alone" : null,
+  ];
   return [each.format, ...more.filter(Boolean)].join(", ");
 }
 
@@ -82,7 +105,9 @@ function progressOf(each) {
   return [
     " ",
     h("span", { class: "soft" }, phase),
-    total ? h("progress", { max: total, value: done ?? 0, "aria-label": `${phase}: ${percent((done ?? 0) / total)}` }) : null,
+    total
+      ? h("progress", { max: total, value: done ?? 0, "aria-label": `${phase}: ${percent((done ?? 0) / total)}` })
+      : null,
   ];
 }
 
@@ -98,20 +123,44 @@ function addressOf(each) {
   const size = files.reduce((sum, file) => sum + (file?.bytes ?? 0), 0);
   return [
     h("code", null, each.result?.address ?? each.output),
-    files.length ? h("small", { class: "soft block" }, `${number(files.length)} files${size ? `, ${bytes(size)}` : ""}`) : null,
+    files.length
+      ? h("small", { class: "soft block" }, `${number(files.length)} files${size ? `, ${bytes(size)}` : ""}`)
+      : null,
   ];
 }
 
 function exportForm(model, signal, follow) {
   const problem = h("div");
-  const format = h("select", { id: "export-format", onchange: () => offer() }, FORMATS.map(([value, text]) => h("option", { value }, text)));
-  const type = h("select", { id: "export-type" }, h("option", { value: "" }, "as it is stored"), TYPES.map((each) => h("option", { value: each }, each)));
+  const format = h(
+    "select",
+    { id: "export-format", onchange: () => offer() },
+    FORMATS.map(([value, text]) => h("option", { value }, text)),
+  );
+  const type = h(
+    "select",
+    { id: "export-type" },
+    h("option", { value: "" }, "as it is stored"),
+    TYPES.map((each) => h("option", { value: each }, each)),
+  );
   const types = h("div", null, h("label", { for: "export-type" }, "Type of the weights"), type);
-  const merged = h("select", { id: "export-merged" },
-    h("option", { value: "" }, "as the format wants it"), h("option", { value: "true" }, "folded into the base"), h("option", { value: "false" }, "the adapter alone"));
-  const output = h("input", { id: "export-output", required: true, placeholder: "s3://bucket/prefix/", autocomplete: "off", spellcheck: "false" });
+  const merged = h(
+    "select",
+    { id: "export-merged" },
+    h("option", { value: "" }, "as the format wants it"),
+    h("option", { value: "true" }, "folded into the base"),
+    h("option", { value: "false" }, "the adapter alone"),
+  );
+  const output = h("input", {
+    id: "export-output",
+    required: true,
+    placeholder: "s3://bucket/prefix/",
+    autocomplete: "off",
+    spellcheck: "false",
+  });
   const button = h("button", { type: "submit" }, "Export");
-  const offer = () => { types.hidden = format.value !== "gguf"; };
+  const offer = () => {
+    types.hidden = format.value !== "gguf";
+  };
   offer();
   const start = async (event) => {
     event.preventDefault();
@@ -129,14 +178,33 @@ function exportForm(model, signal, follow) {
       button.disabled = false;
     }
   };
-  return h("details", null, h("summary", null, "Export for other software"),
-    h("form", { onsubmit: start },
-      h("div", { class: "fields" },
-        h("div", null, h("label", { for: "export-output" }, "Write below"), output,
-          h("p", { class: "help" }, "An address in the object store of this server, s3://bucket/prefix/. A folder is made there.")),
+  return h(
+    "details",
+    null,
+    h("summary", null, "Export for other software"),
+    h(
+      "form",
+      { onsubmit: start },
+      h(
+        "div",
+        { class: "fields" },
+        h(
+          "div",
+          null,
+          h("label", { for: "export-output" }, "Write below"),
+          output,
+          h(
+            "p",
+            { class: "help" },
+            "An address in the object store of this server, s3://bucket/prefix/. A folder is made there.",
+          ),
+        ),
         h("div", null, h("label", { for: "export-format" }, "Format"), format),
         types,
-        h("div", null, h("label", { for: "export-merged" }, "An adapter is"), merged)),
+        h("div", null, h("label", { for: "export-merged" }, "An adapter is"), merged),
+      ),
       problem,
-      h("div", { class: "actions" }, button)));
+      h("div", { class: "actions" }, button),
+    ),
+  );
 }

@@ -26,14 +26,24 @@ export async function render(root, params, signal) {
   const memory = active ? memoryControls(model, path, loaded, signal) : null;
   replace(
     root,
-    h("div", { class: "heading" },
+    h(
+      "div",
+      { class: "heading" },
       h("h1", null, h("bdi", null, model.name)),
       statusChip(model.status),
       h("span", { class: "chip" }, model.kind === "custom" ? "custom model" : "base model"),
-      h("div", { class: "actions" },
-        model.abilities?.does.length ? h("a", { class: "button primary", href: link("playground", model.id) }, "Try it") : null,
-        active || model.kind !== "custom" ? h("a", { class: "button", href: `${link("new")}?base=${encodeURIComponent(model.id)}` }, "Train from it") : null,
-        active ? certificateDownload(model, signal) : null)),
+      h(
+        "div",
+        { class: "actions" },
+        model.abilities?.does.length
+          ? h("a", { class: "button primary", href: link("playground", model.id) }, "Try it")
+          : null,
+        active || model.kind !== "custom"
+          ? h("a", { class: "button", href: `${link("new")}?base=${encodeURIComponent(model.id)}` }, "Train from it")
+          : null,
+        active ? certificateDownload(model, signal) : null,
+      ),
+    ),
     model.failure ? h("p", { class: "box error" }, model.failure) : null,
     facts([
       ["Id", h("code", null, model.id)],
@@ -122,11 +132,14 @@ function memoryControls(model, path, loaded, signal) {
   };
   const draw = (state) => {
     shown = JSON.stringify(state);
-    words.textContent = loaded === null && !state ? "This key may not see which models are in memory." : memoryText(state);
+    words.textContent =
+      loaded === null && !state ? "This key may not see which models are in memory." : memoryText(state);
     replace(
       actions,
       state?.loaded ? null : h("button", { type: "button", onclick: act("load", "It is being loaded…") }, "Load"),
-      state?.loaded && !state.pinned ? h("button", { type: "button", onclick: act("unload", "It is being unloaded…") }, "Unload") : null,
+      state?.loaded && !state.pinned
+        ? h("button", { type: "button", onclick: act("unload", "It is being unloaded…") }, "Unload")
+        : null,
       state?.pinned
         ? h("button", { type: "button", onclick: act("unpin", "It is being unpinned…") }, "Unpin")
         : h("button", { type: "button", onclick: act("pin", "It is being loaded and pinned…") }, "Pin"),
@@ -141,7 +154,9 @@ function memoryControls(model, path, loaded, signal) {
 
 function memoryText(state) {
   if (!state?.loaded) {
-    return state?.pinned ? "Pinned, and not in memory yet." : "Not in memory: the first answer waits until it is loaded.";
+    return state?.pinned
+      ? "Pinned, and not in memory yet."
+      : "Not in memory: the first answer waits until it is loaded.";
   }
   const shared = state.base ? ", beside the base whose network it shares" : "";
   const stays = state.pinned ? " It is pinned: it stays, whoever needs room." : " It goes when others need the room.";
@@ -152,30 +167,48 @@ function memoryText(state) {
 function callingSection(model, storedId) {
   const found = snippets({ origin: window.location.origin, model, storedId });
   if (!found.length || !(model.kind !== "custom" || model.status === "Active")) return null;
-  return h("section", null, h("h2", null, "Call it"), found.map(({ name, about, code }, index) => {
-    const copy = h("button", { type: "button", class: "quiet", "aria-label": `Copy: ${name}` }, "Copy");
-    copy.addEventListener("click", async () => {
-      try {
-        await navigator.clipboard.writeText(code);
-        copy.textContent = "Copied";
-      } catch {
-        // Browsers give the clipboard to pages of https and of this machine alone.
-        copy.textContent = "Select it and copy";
-      }
-      announce(copy.textContent);
-      setTimeout(() => { copy.textContent = "Copy"; }, 3000);
-    });
-    return h("details", { class: "rule", open: index === 0 }, h("summary", null, name),
-      h("div", { class: "inside" }, about ? h("p", { class: "soft" }, about) : null,
-        h("pre", { class: "row", tabindex: "0" }, h("code", null, code)), copy));
-  }));
+  return h(
+    "section",
+    null,
+    h("h2", null, "Call it"),
+    found.map(({ name, about, code }, index) => {
+      const copy = h("button", { type: "button", class: "quiet", "aria-label": `Copy: ${name}` }, "Copy");
+      copy.addEventListener("click", async () => {
+        try {
+          await navigator.clipboard.writeText(code);
+          copy.textContent = "Copied";
+        } catch {
+          // Browsers give the clipboard to pages of https and of this machine alone.
+          copy.textContent = "Select it and copy";
+        }
+        announce(copy.textContent);
+        setTimeout(() => {
+          copy.textContent = "Copy";
+        }, 3000);
+      });
+      return h(
+        "details",
+        { class: "rule", open: index === 0 },
+        h("summary", null, name),
+        h(
+          "div",
+          { class: "inside" },
+          about ? h("p", { class: "soft" }, about) : null,
+          h("pre", { class: "row", tabindex: "0" }, h("code", null, code)),
+          copy,
+        ),
+      );
+    }),
+  );
 }
 
 function deletion(model, path, signal) {
   const typed = h("input", { id: "typed-name", autocomplete: "off", spellcheck: "false", oninput: () => check() });
   const button = h("button", { type: "submit", class: "danger", disabled: true }, "Delete for good");
   const problem = h("div");
-  const check = () => { button.disabled = typed.value.trim() !== model.name; };
+  const check = () => {
+    button.disabled = typed.value.trim() !== model.name;
+  };
   const remove = async (event) => {
     event.preventDefault();
     check();
@@ -191,10 +224,29 @@ function deletion(model, path, signal) {
       check();
     }
   };
-  return h("section", null, h("h2", null, "Delete"),
-    h("details", null, h("summary", null, "Delete this model"),
-      h("form", { class: "narrow", onsubmit: remove },
+  return h(
+    "section",
+    null,
+    h("h2", null, "Delete"),
+    h(
+      "details",
+      null,
+      h("summary", null, "Delete this model"),
+      h(
+        "form",
+        { class: "narrow", onsubmit: remove },
         h("p", null, "Its files are removed and cannot be had back. The job that made it stays."),
-        h("label", { for: "typed-name" }, "Type its name, ", h("bdi", null, h("code", null, model.name)), ", to confirm"),
-        typed, problem, h("div", { class: "actions" }, button))));
+        h(
+          "label",
+          { for: "typed-name" },
+          "Type its name, ",
+          h("bdi", null, h("code", null, model.name)),
+          ", to confirm",
+        ),
+        typed,
+        problem,
+        h("div", { class: "actions" }, button),
+      ),
+    ),
+  );
 }

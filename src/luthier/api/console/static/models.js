@@ -34,7 +34,12 @@ export async function render(root, params, signal) {
   const lists = h("div");
   replace(
     root,
-    h("div", { class: "heading" }, h("h1", null, "Models"), h("div", { class: "actions" }, h("a", { class: "button primary", href: "#/new" }, "New job"))),
+    h(
+      "div",
+      { class: "heading" },
+      h("h1", null, "Models"),
+      h("div", { class: "actions" }, h("a", { class: "button primary", href: "#/new" }, "New job")),
+    ),
     h("div", { class: "narrow" }, h("label", { for: "filter" }, "Filter"), filter),
     problem,
     lists,
@@ -78,7 +83,11 @@ async function renderNames(root, refused, signal) {
     root,
     h("h1", null, "Models"),
     h("p", { class: "soft" }, "This key may ask models, and not read about them."),
-    h("ul", null, data.map((each) => h("li", null, h("a", { href: link("playground", each.id) }, h("bdi", null, each.id))))),
+    h(
+      "ul",
+      null,
+      data.map((each) => h("li", null, h("a", { href: link("playground", each.id) }, h("bdi", null, each.id)))),
+    ),
   );
 }
 
@@ -112,25 +121,42 @@ export function baseLink(arn, models = []) {
 }
 
 function textOf(model) {
-  return [model.name, model.id, model.status, model.base ?? "", model.job ?? "", model.base_kind].join(" ").toLowerCase();
+  return [model.name, model.id, model.status, model.base ?? "", model.job ?? "", model.base_kind]
+    .join(" ")
+    .toLowerCase();
+}
+
+/** The heading of a column that needs none for who sees it. */
+export function hiddenName(text) {
+  return { name: h("span", { class: "visually-hidden" }, text) };
 }
 
 function customTable(models, { models: all, loaded }, none) {
-  const rows = models.slice(0, MOST_ROWS).map((model) => [
-    h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
-    statusChip(model.status),
-    baseLink(model.base, all),
-    model.job ? h("a", { href: link("jobs", model.job) }, model.job) : model.source ? "from outside" : "–",
-    h("span", { title: time(model.created) }, age(model.created)),
-    loaded === null ? "–" : memoryOf(loaded[model.id]),
-    model.status === "Active"
-      ? h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try")
-      : null,
-  ]);
+  const rows = models
+    .slice(0, MOST_ROWS)
+    .map((model) => [
+      h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
+      statusChip(model.status),
+      baseLink(model.base, all),
+      model.job ? h("a", { href: link("jobs", model.job) }, model.job) : model.source ? "from outside" : "–",
+      h("span", { title: time(model.created) }, age(model.created)),
+      loaded === null ? "–" : memoryOf(loaded[model.id]),
+      model.status === "Active"
+        ? h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try")
+        : null,
+    ]);
   return [
     table({
       caption: "Custom models, the newest first",
-      columns: ["Name", "Status", "Base", "Made by", { name: "Age", kind: "nowrap" }, { name: "In memory", kind: "nowrap" }, ""],
+      columns: [
+        "Name",
+        "Status",
+        "Base",
+        "Made by",
+        { name: "Age", kind: "nowrap" },
+        { name: "In memory", kind: "nowrap" },
+        hiddenName("Try it"),
+      ],
       rows,
       empty: none ?? ["This account has no custom models yet. ", h("a", { href: "#/new" }, "Train one"), "."],
     }),
@@ -143,13 +169,15 @@ function customTable(models, { models: all, loaded }, none) {
 function baseTable(models, none) {
   return table({
     caption: "Base models",
-    columns: ["Name", "Id", "Made for", ""],
-    rows: models.slice(0, MOST_ROWS).map((model) => [
-      h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
-      h("code", null, model.id),
-      MADE_FOR[model.base_kind] ?? model.base_kind,
-      h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try"),
-    ]),
+    columns: ["Name", "Id", "Made for", hiddenName("Try it")],
+    rows: models
+      .slice(0, MOST_ROWS)
+      .map((model) => [
+        h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
+        h("code", null, model.id),
+        MADE_FOR[model.base_kind] ?? model.base_kind,
+        h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try"),
+      ]),
     empty: none ?? "The server offers no base models.",
   });
 }

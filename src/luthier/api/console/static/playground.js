@@ -17,16 +17,27 @@ const TABS = {
 export async function render(root, params, signal) {
   const model = await readModel(params.id, signal);
   const does = (model.abilities?.does ?? []).filter((each) => each in TABS);
-  const heading = h("div", { class: "heading" },
+  const heading = h(
+    "div",
+    { class: "heading" },
     h("h1", null, h("bdi", null, model.name)),
-    model.unread ? null : model.kind === "custom" ? statusChip(model.status) : h("span", { class: "chip" }, "base model"),
-    model.unread ? null : h("div", { class: "actions" }, h("a", { class: "button", href: link("models", model.id) }, "About this model")));
+    model.unread
+      ? null
+      : model.kind === "custom"
+        ? statusChip(model.status)
+        : h("span", { class: "chip" }, "base model"),
+    model.unread
+      ? null
+      : h("div", { class: "actions" }, h("a", { class: "button", href: link("models", model.id) }, "About this model")),
+  );
   if (!does.length) {
     replace(root, heading, h("p", { class: "box note" }, reasonFor(model)));
     return;
   }
   const place = h("div", { id: "try" });
-  const tabs = does.map((each) => h("button", { type: "button", "aria-pressed": "false", onclick: () => choose(each).catch(fail) }, TABS[each][0]));
+  const tabs = does.map((each) =>
+    h("button", { type: "button", "aria-pressed": "false", onclick: () => choose(each).catch(fail) }, TABS[each][0]),
+  );
   const fail = (error) => {
     if (error.name !== "AbortError") replace(place, errorBox(error));
   };
@@ -45,9 +56,15 @@ export async function render(root, params, signal) {
     replace(place, page);
     await module[name](page, model, own.signal);
   };
-  replace(root, heading,
-    model.unread ? h("p", { class: "soft" }, "This key may not read what the model does. Choose what to ask it for.") : null,
-    does.length > 1 ? h("div", { class: "actions tabs", role: "group", "aria-label": "What to try" }, tabs) : null, place);
+  replace(
+    root,
+    heading,
+    model.unread
+      ? h("p", { class: "soft" }, "This key may not read what the model does. Choose what to ask it for.")
+      : null,
+    does.length > 1 ? h("div", { class: "actions tabs", role: "group", "aria-label": "What to try" }, tabs) : null,
+    place,
+  );
   await choose(does[0]);
 }
 
@@ -57,17 +74,27 @@ async function readModel(id, signal) {
     return await call("GET", `/api/v1/models/${encodeURIComponent(id)}`, { signal });
   } catch (error) {
     if (!(error instanceof ApiError && error.status === 403)) throw error;
-    const abilities = { does: ["write", "predict", "embed", "make_images"], reads: ["text"], labels: [], reads_prompts: true };
+    const abilities = {
+      does: ["write", "predict", "embed", "make_images"],
+      reads: ["text"],
+      labels: [],
+      reads_prompts: true,
+    };
     return { id, name: id, kind: "custom", status: "Active", abilities, unread: true };
   }
 }
 
 function reasonFor(model) {
   if (model.kind === "custom" && model.status !== "Active") {
-    return `The model is ${model.status.toLowerCase()} and cannot be asked${model.failure ? `: ${model.failure}` : "."}`;
+    const why = model.failure ? `: ${model.failure}` : ".";
+    return `The model is ${model.status.toLowerCase()} and cannot be asked${why}`;
   }
   if (!model.abilities) {
-    return "What this model answers cannot be told: its files are not on this server, or the package that trained it is not installed.";
+    return (
+      "What this model answers cannot be told: its files are not on this server, or the package that trained it " +
+      "is not installed."
+    );
   }
-  return `A model of the method ${model.abilities.method} answers nothing by itself. Train it further, for labels, tags or embeddings.`;
+  const { method } = model.abilities;
+  return `A model of the method ${method} answers nothing by itself. Train it further, for labels, tags or embeddings.`;
 }

@@ -17,7 +17,10 @@ export function snippets({ origin, model, storedId }) {
     found.push({
       name: "curl: images after the way through the network",
       about: "",
-      code: uploading(origin, model, "reconstructions", "image", "png", ["-H 'Accept: image/png'", "--output back.png"]),
+      code: uploading(origin, model, "reconstructions", "image", "png", [
+        "-H 'Accept: image/png'",
+        "--output back.png",
+      ]),
     });
   }
   const command = storedId ? commandOf(does, reads, storedId) : null;

@@ -3,6 +3,7 @@
 import { call } from "./api.js";
 import { h, replace, svg } from "./dom.js";
 import { bytes, duration, number, percent, words } from "./format.js";
+import { hiddenName } from "./models.js";
 import { errorBox, pause } from "./router.js";
 import { table } from "./table.js";
 
@@ -30,9 +31,18 @@ export async function render(root, params, signal) {
   const quotas = h("div");
   const days = h("div");
   const today = new Date();
-  const from = h("input", { id: "from", type: "date", value: dayText(new Date(today.getTime() - 29 * 86_400_000)), onchange: () => readDays() });
+  const from = h("input", {
+    id: "from",
+    type: "date",
+    value: dayText(new Date(today.getTime() - 29 * 86_400_000)),
+    onchange: () => readDays(),
+  });
   const to = h("input", { id: "to", type: "date", value: dayText(today), onchange: () => readDays() });
-  const measure = h("select", { id: "measure", onchange: () => drawDays() }, Object.entries(MEASURES).map(([name, [text]]) => h("option", { value: name }, text)));
+  const measure = h(
+    "select",
+    { id: "measure", onchange: () => drawDays() },
+    Object.entries(MEASURES).map(([name, [text]]) => h("option", { value: name }, text)),
+  );
   let found = [];
 
   const drawDays = () => replace(days, chart(found, measure.value, from.value, to.value), daysTable(found));
@@ -58,10 +68,13 @@ export async function render(root, params, signal) {
     h("h2", null, "Beside the quotas"),
     quotas,
     h("h2", null, "By day and model"),
-    h("div", { class: "fields" },
+    h(
+      "div",
+      { class: "fields" },
       h("div", null, h("label", { for: "measure" }, "Show"), measure),
       h("div", null, h("label", { for: "from" }, "From"), from),
-      h("div", null, h("label", { for: "to" }, "To"), to)),
+      h("div", null, h("label", { for: "to" }, "To"), to),
+    ),
     days,
   );
   await readDays();
@@ -80,12 +93,22 @@ function bars(quotas) {
       words(name),
       [show(used), full ? [" ", h("span", { class: `chip ${share >= 1 ? "error" : "warning"}` }, full)] : null],
       show(quota),
-      h("progress", { max: 1, value: Math.min(1, share), class: full ? "full" : null, "aria-label": `${words(name)}: ${percent(share)} of the quota` }),
+      h("progress", {
+        max: 1,
+        value: Math.min(1, share),
+        class: full ? "full" : null,
+        "aria-label": `${words(name)}: ${percent(share)} of the quota`,
+      }),
     ];
   });
   return table({
     caption: "What there is, beside what there may be",
-    columns: ["", { name: "Used", kind: "number" }, { name: "Quota", kind: "number" }, ""],
+    columns: [
+      hiddenName("What"),
+      { name: "Used", kind: "number" },
+      { name: "Quota", kind: "number" },
+      hiddenName("Share of the quota"),
+    ],
     rows,
   });
 }
@@ -96,11 +119,16 @@ function chart(days, measure, first, last) {
   const dates = datesBetween(first, last);
   const totals = new Map();
   for (const each of days) totals.set(each.model, (totals.get(each.model) ?? 0) + value(each));
-  const ranked = [...totals].filter(([, sum]) => sum > 0).sort((a, b) => b[1] - a[1]).map(([model]) => model);
-  if (!ranked.length || !dates.length) return h("p", { class: "empty soft" }, "Nothing of this was used on these days.");
+  const ranked = [...totals]
+    .filter(([, sum]) => sum > 0)
+    .sort((a, b) => b[1] - a[1])
+    .map(([model]) => model);
+  if (!ranked.length || !dates.length)
+    return h("p", { class: "empty soft" }, "Nothing of this was used on these days.");
   const place = new Map(ranked.map((model, index) => [model, Math.min(index, COLOURED)]));
   const names = ranked.slice(0, COLOURED).map(nameOf);
-  if (ranked.length > COLOURED) names.push(ranked.length === COLOURED + 1 ? nameOf(ranked[COLOURED]) : `${ranked.length - COLOURED} others`);
+  if (ranked.length > COLOURED)
+    names.push(ranked.length === COLOURED + 1 ? nameOf(ranked[COLOURED]) : `${ranked.length - COLOURED} others`);
   const byDay = new Map(dates.map((day) => [day, Array(names.length).fill(0)]));
   for (const each of days) {
     const group = place.get(each.model);
@@ -118,22 +146,64 @@ function chart(days, measure, first, last) {
     let at = floor;
     const parts = byDay.get(day).map((amount, group) => {
       at -= height(amount);
-      return amount ? svg("rect", { class: `bar series-${group}`, x: left + step * 0.1, width: step * 0.8, y: at, height: height(amount) }) : null;
+      return amount
+        ? svg("rect", {
+            class: `bar series-${group}`,
+            x: left + step * 0.1,
+            width: step * 0.8,
+            y: at,
+            height: height(amount),
+          })
+        : null;
     });
-    const words = `${day}: ${show(sums[index])}${byDay.get(day).map((amount, group) => (amount ? `, ${names[group]} ${show(amount)}` : "")).join("")}`;
+    const words = `${day}: ${show(sums[index])}${byDay
+      .get(day)
+      .map((amount, group) => (amount ? `, ${names[group]} ${show(amount)}` : ""))
+      .join("")}`;
     const area = svg("rect", { class: "area", x: left, width: step, y: EDGE.top, height: floor - EDGE.top });
-    area.addEventListener("pointerenter", () => { said.textContent = words; });
-    return [parts, area, index % every === 0 ? svg("text", { x: left + step / 2, y: HEIGHT - 8, "text-anchor": "middle" }, day.slice(5)) : null];
+    area.addEventListener("pointerenter", () => {
+      said.textContent = words;
+    });
+    return [
+      parts,
+      area,
+      index % every === 0
+        ? svg("text", { x: left + step / 2, y: HEIGHT - 8, "text-anchor": "middle" }, day.slice(5))
+        : null,
+    ];
   });
-  return h("figure", { class: "chart" }, h("figcaption", null, `${title} by day`),
-    h("div", { class: "legend" }, names.map((name, index) => h("span", { class: `series-${index}` }, h("i", { class: "swatch" }), h("bdi", null, name)))),
-    svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title} by day and model; the table below says the same.` },
+  return h(
+    "figure",
+    { class: "chart" },
+    h("figcaption", null, `${title} by day`),
+    h(
+      "div",
+      { class: "legend" },
+      names.map((name, index) =>
+        h("span", { class: `series-${index}` }, h("i", { class: "swatch" }), h("bdi", null, name)),
+      ),
+    ),
+    svg(
+      "svg",
+      {
+        viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+        role: "img",
+        "aria-label": `${title} by day and model; the table below says the same.`,
+      },
       [0, 0.5, 1].map((share) => [
-        svg("line", { class: "grid", x1: EDGE.left, x2: WIDTH - EDGE.right, y1: floor - height(top * share), y2: floor - height(top * share) }),
+        svg("line", {
+          class: "grid",
+          x1: EDGE.left,
+          x2: WIDTH - EDGE.right,
+          y1: floor - height(top * share),
+          y2: floor - height(top * share),
+        }),
         svg("text", { x: EDGE.left - 6, y: floor - height(top * share) + 4, "text-anchor": "end" }, show(top * share)),
       ]),
-      columns),
-    said);
+      columns,
+    ),
+    said,
+  );
 }
 
 function daysTable(days) {
@@ -141,14 +211,36 @@ function daysTable(days) {
   return [
     table({
       caption: "What was used, by day and model",
-      columns: ["Day", "Model", ...["Requests", "Tokens read", "Written", "Training", "In", "Out", "Stored"].map((name) => ({ name, kind: "number" }))],
-      rows: shown.slice(0, MOST_ROWS).map((each) => [
-        h("span", { class: "nowrap" }, each.day), h("bdi", null, nameOf(each.model)), number(each.requests), number(each.prompt_tokens), number(each.generated_tokens),
-        each.training_seconds ? duration(each.training_seconds) : "–", bytes(each.bytes_in), bytes(each.bytes_out), each.stored_bytes ? bytes(each.stored_bytes) : "–",
-      ]),
+      columns: [
+        "Day",
+        "Model",
+        ...["Requests", "Tokens read", "Written", "Training", "In", "Out", "Stored"].map((name) => ({
+          name,
+          kind: "number",
+        })),
+      ],
+      rows: shown
+        .slice(0, MOST_ROWS)
+        .map((each) => [
+          h("span", { class: "nowrap" }, each.day),
+          h("bdi", null, nameOf(each.model)),
+          number(each.requests),
+          number(each.prompt_tokens),
+          number(each.generated_tokens),
+          each.training_seconds ? duration(each.training_seconds) : "–",
+          bytes(each.bytes_in),
+          bytes(each.bytes_out),
+          each.stored_bytes ? bytes(each.stored_bytes) : "–",
+        ]),
       empty: "Nothing was used on these days.",
     }),
-    shown.length > MOST_ROWS ? h("p", { class: "soft" }, `The latest ${MOST_ROWS} of ${number(shown.length)} rows are shown. Choose fewer days for the others.`) : null,
+    shown.length > MOST_ROWS
+      ? h(
+          "p",
+          { class: "soft" },
+          `The latest ${MOST_ROWS} of ${number(shown.length)} rows are shown. Choose fewer days for the others.`,
+        )
+      : null,
     h("p", { class: "help" }, "Days are those of UTC. Counts of the last minute may be missing."),
   ];
 }
