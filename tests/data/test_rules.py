@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 from rule_examples import EXAMPLES, WHOLE_FILE
@@ -61,7 +63,10 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         media_files,
         parsing,
         s3,
-        shapes,
+        *(
+            import_module(each.name)
+            for each in iter_modules(shapes.__path__, f"{shapes.__name__}.")
+        ),
         sources,
         tables,
         time_series,

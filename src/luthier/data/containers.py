@@ -164,11 +164,12 @@ def _unmarked_utf16(data: bytes) -> str:
     """
     even, odd = data[::2], data[1::2]
     for encoding, high, low in (("UTF-16LE", odd, even), ("UTF-16BE", even, odd)):
-        if not low or b"\0" in low or high.count(0) * _ASCII_SHARE < len(high):
+        if b"\0" in low or high.count(0) * _ASCII_SHARE < len(high):
             continue
         # The data may end between the halves of a character.
         text = data[: len(data) // 2 * 2].decode(encoding, errors="replace")
-        if "\ufffd" not in text[:-1] and not re.search(r"[\x00-\x08\x0e-\x1a]", text):
+        is_text = "\ufffd" not in text[:-1] and text.strip() != ""
+        if is_text and not re.search(r"[\x00-\x08\x0e-\x1a]", text):
             return encoding
     return ""
 
