@@ -316,3 +316,5 @@ def _print_addresses(
     }
     for name, value in lines.items():
         out.print(f"export {name}={value}", markup=False)
+    link = f"{addresses[0]}{ROOT}#key={issued.api_key}"
+    out.print(f"\nTo look at it in a browser, signed in: {link}", markup=False)
