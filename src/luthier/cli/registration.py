@@ -144,8 +144,9 @@ def unregister(
         database, "models.unregister", found.account, found.name, {"model": model}
     ) as session:
         locked = session.scalar(registered.with_for_update())
-        if locked is not None:
-            removal.unregister(session, locked, Arns(region))
+        if locked is None:
+            raise RecipeError(f"account {found.account} has deleted {found.name} meanwhile")
+        removal.unregister(session, locked, Arns(region))
     print_outcome(json_, account=found.account, name=found.name, model=model)
     if not json_:
         note("  it is the command line's again: `luthier models remove` deletes it")

@@ -285,15 +285,21 @@ def _print_addresses(
 ) -> None:
     """Where it listens, what answers where that was chosen, how models of the command line come in, and
     the first keys, told once."""
+    from rich.text import Text
+
     from luthier.api.console.face import ROOT
 
     out = new_console(highlight=False, soft_wrap=True)
     by = "" if backend == "torch" else f", answers written by {backend}"
     by += ", adapters merged" if merged and backend == "torch" else ""
     # In one piece: who reads one line alone and closes the pipe is still served.
+    # As text: an address of IPv6 stands in brackets, which markup would take for its own.
     out.print(
-        f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}{by}\n"
-        f"The console, for a browser and an API key: {addresses[0]}{ROOT}"
+        Text.assemble(
+            ("luthier serves", "bold green"),
+            f" {' and '.join(addresses)}{by}\n",
+            f"The console, for a browser and an API key: {addresses[0]}{ROOT}",
+        )
     )
     if unregistered:
         what, verb = ("1 model", "is") if unregistered == 1 else (f"{unregistered:,} models", "are")
@@ -316,5 +322,3 @@ def _print_addresses(
     }
     for name, value in lines.items():
         out.print(f"export {name}={value}", markup=False)
-    link = f"{addresses[0]}{ROOT}#key={issued.api_key}"
-    out.print(f"\nTo look at it in a browser, signed in: {link}", markup=False)

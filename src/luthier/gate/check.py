@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -130,12 +131,20 @@ class Check(ABC):
         - ``{"bars": [{"from", "to", "count"}, ...]}`` is a histogram; numbers beside ``bars``
           (``p50``, ``max``) are its quantiles. :meth:`Histogram.plain` gives just this.
         - ``{"counts": {name: number}}`` is a bar for each name, the largest first; a text under
-          ``of`` beside it says what the shares are of, where that is not all there is.
+          ``of`` beside it says what the shares are of, where that is not all there is, and ``kinds``
+          and ``total`` how many names and how many of all there are where some are left out
+          (:func:`most_common`).
         - ``{"splits": {split: summary}}`` is the same for each split, side by side.
         - A list of mappings with the same keys is a table; of ``{"file", "line"}``, places.
         - Any other mapping is a group of the above.
         """
         return {}
+
+
+def most_common(counts: Counter[str], most: int) -> dict[str, Any]:
+    """The ``most`` frequent names of a summary, beside what all of them come to."""
+    found: dict[str, Any] = {"counts": dict(counts.most_common(most))}
+    return found if len(counts) <= most else found | {"kinds": len(counts), "total": counts.total()}
 
 
 class Places:

@@ -219,8 +219,9 @@ def _summary(value: Mapping[str, Any], title: str) -> Iterator[SummaryPart]:
         yield "histogram", draw_histogram(rest["bars"], marks, title, "")
         return
     if isinstance(rest.get("counts"), Mapping):
-        of = rest.pop("of", "")
-        yield from _counts(rest.pop("counts"), f"{title}, of {of}" if of else title)
+        counts, of = rest.pop("counts"), rest.pop("of", "")
+        kinds, total = rest.pop("kinds", len(counts)), rest.pop("total", sum(counts.values()))
+        yield from _counts(counts, kinds, total, f"{title}, of {of}" if of else title)
     splits = rest.pop("splits", None)
     plain = {key: each for key, each in rest.items() if not isinstance(each, Mapping | list)}
     if plain:
@@ -252,23 +253,24 @@ def _kind(value: Any) -> str:
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else "text"
 
 
-def _counts(counts: Mapping[str, Any], title: str) -> Iterator[SummaryPart]:
+def _counts(counts: Mapping[str, Any], kinds: int, total: int, title: str) -> Iterator[SummaryPart]:
     ordered = sorted(counts.items(), key=lambda pair: -pair[1])
-    total, most = sum(counts.values()) or 1, max(counts.values(), default=1) or 1
+    most = max(counts.values(), default=1) or 1
     rows = [
-        [name, f"{count:,}", f"{count / total:.1%}",
+        [name, f"{count:,}", f"{count / (total or 1):.1%}",
          f"{max(count / most * 100, 0.5) if count > 0 else 0:.2f}"]
         for name, count in ordered
     ]  # fmt: skip
     columns = {
-        f"{len(ordered):,} kind{'s' * (len(ordered) != 1)}": "text",
+        f"{kinds:,} kind{'s' * (kinds != 1)}": "text",
         "rows": "number",
         "share": "number",
         "": "bar",
     }
-    yield "table", Table.of(title, columns, rows[:COUNTS])
+    further = kinds - len(rows)
+    yield "table", Table.of(title, columns, rows[:COUNTS], 0 if rows[COUNTS:] else further)
     if rows[COUNTS:]:
-        yield "folded", Table.of(f"{title}, the rest", columns, rows[COUNTS:])
+        yield "folded", Table.of(f"{title}, the rest", columns, rows[COUNTS:], further)
 
 
 def _list(items: list[Any], key: str) -> SummaryPart:

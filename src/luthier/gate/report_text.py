@@ -188,8 +188,9 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
         console.print(line.append(f"  {', '.join(numbers)}"), soft_wrap=True)
         return
     if isinstance(value.get("counts"), Mapping):
-        _counts(value["counts"], console, indent, name, value.get("of", ""))
-        value = {key: each for key, each in value.items() if key not in ("counts", "of")}
+        _counts(value, console, indent, name)
+        drawn = ("counts", "of", "kinds", "total")
+        value = {key: each for key, each in value.items() if key not in drawn}
         name, title = "", ""
     if isinstance(value.get("splits"), Mapping):
         value = {**value, **value["splits"]}
@@ -201,13 +202,13 @@ def _summary(value: Any, console: Console, indent: int, title: str = "") -> None
         _summary(each, console, indent, str(key))
 
 
-def _counts(
-    counts: Mapping[str, Any], console: Console, indent: int, name: str, of: str = ""
-) -> None:
+def _counts(value: Mapping[str, Any], console: Console, indent: int, name: str) -> None:
+    counts, of = value["counts"], value.get("of", "")
     ordered = sorted(counts.items(), key=lambda pair: -pair[1])
-    total, most = sum(counts.values()) or 1, max(counts.values(), default=1) or 1
+    number, most = value.get("kinds", len(ordered)), max(counts.values(), default=1) or 1
+    total = value.get("total", sum(counts.values())) or 1
     if name:
-        kinds = "1 kind" if len(ordered) == 1 else f"{len(ordered):,} kinds"
+        kinds = "1 kind" if number == 1 else f"{number:,} kinds"
         title = f"{printable(name)}: {kinds}" + (f", of {of}" if of else "")
         console.print(Text(f"{' ' * indent}{title}", "dim"), soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -221,6 +222,8 @@ def _counts(
             table.add_row(Text(f"… {len(ordered) - NAMED:,} more", "dim"))
         bar = "█" * max(round(20 * count / most), 1 if count else 0)
         table.add_row(Text(printable(str(label))), f"{count:,}", f"{count / total:.1%}", bar)
+    if number > len(ordered):
+        table.add_row(Text(f"… {number - len(ordered):,} more", "dim"))
     console.print(Padding(table, (0, 0, 0, indent + 2)))
 
 

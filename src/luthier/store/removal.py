@@ -117,7 +117,7 @@ def unregister(session: Session, model: CustomModel, arns: Arns) -> None:
         )
     arn, path = model.arn(arns), f":{model.account}:custom-model/{model.foundation}/{model.id}"
     # By ARNs of another region nothing would be found that uses it.
-    for column in (Endpoint.model, Endpoint.next_model, Job.base_model):
+    for column in (Endpoint.model, Endpoint.next_model, Job.base_model, exports.ModelExport.model):
         named = session.scalar(select(column).where(column.endswith(path), column != arn).limit(1))
         if named is not None and (found := Arn.parse(named)) is not None:
             raise RecipeError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from io import StringIO
 
 from rich.console import Console
 
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.data.shapes.texts import RawText
+from luthier.gate.check import most_common
 from luthier.gate.checks.language import ALL_UNTIL, Language, _is_sampled
 from luthier.gate.report import Report
 from luthier.gate.report_text import print_report
@@ -52,6 +54,19 @@ def test_shares_name_the_rows_that_they_are_of() -> None:
     assert f"of {part['of']}" in report.html()
     (whole,) = gate(*texts(EN, 6)).summaries["language"]["splits"]["train"].values()
     assert whole == {"counts": {"en": 6}, "of": ""}
+
+
+def test_shares_are_of_all_where_only_the_most_frequent_are_listed() -> None:
+    counts = Counter({f"l{n}": 30 - n for n in range(20)})
+    report = gate(*texts(EN, 6))
+    report.summaries["anything"] = {"languages": most_common(counts, 12)}
+    console = Console(file=StringIO(), width=100)
+    print_report(report, console)
+    text, page = console.file.getvalue(), report.html()
+    assert "languages: 20 kinds" in text and f"{30 / counts.total():.1%}" in text
+    assert "… 8 more" in text
+    assert "20 kinds" in page and "and 8 more" in page and f"{30 / counts.total():.1%}" in page
+    assert most_common(counts, 20) == {"counts": dict(counts)}
 
 
 def test_two_languages_on_purpose_are_a_note() -> None:

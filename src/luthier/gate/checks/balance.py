@@ -226,6 +226,7 @@ class Balance(Check):
         for counts in self.counts.values():
             names.update(counts)
         chosen = [name for name, _ in names.most_common(SHOWN)]
+        further = len(names) > SHOWN
         return {
             "labels": len(names),
             "kind": (
@@ -237,7 +238,10 @@ class Balance(Check):
             ),
             "rows": dict(self._rows),
             "splits": {
-                split: {"counts": {name: counts[name] for name in chosen if name in counts}}
+                split: {
+                    "counts": {name: counts[name] for name in chosen if name in counts},
+                    **({"kinds": len(counts), "total": counts.total()} if further else {}),
+                }
                 for split, counts in self.counts.items()
             },
         }

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.gate.check import BatchLines, Check, Places, RowBatch
+from luthier.gate.check import BatchLines, Check, Places, RowBatch, most_common
 from luthier.gate.language_identification import detect_languages
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.types import IntArray, Row
@@ -184,7 +184,7 @@ class Language(Check):
             "splits": {
                 split: {
                     part: {
-                        "counts": dict(counts.most_common(12)),
+                        **most_common(counts, 12),
                         "of": self._subset(split, counts),
                     }
                     for part, counts in parts.items()

@@ -19,7 +19,7 @@ from luthier.data.media import read_metadata
 from luthier.data.processors import AudioProcessor, FeatureExtractor, Processor
 from luthier.data.shapes.media import MediaRow
 from luthier.errors import RowRefused
-from luthier.gate.check import BatchLines, CheckContext, RowBatch
+from luthier.gate.check import BatchLines, CheckContext, RowBatch, most_common
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.gate.texts import Spot, SpotCheck
 
@@ -273,10 +273,7 @@ class MediaFiles(SpotCheck):
 
     def summary(self) -> Mapping[str, Any]:
         """How large images are, or how sounds are sampled; ``highest_rate`` is one to read them at."""
-        splits = {
-            split: {"sizes": {"counts": dict(counts.most_common(10))}}
-            for split, counts in self.sizes.items()
-        }
+        splits = {split: {"sizes": most_common(counts, 10)} for split, counts in self.sizes.items()}
         if 0 < self.highest_rate < self._free_rate:
             return {"splits": splits, "highest_rate": self.highest_rate}
         return {"splits": splits}
