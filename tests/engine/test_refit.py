@@ -196,7 +196,7 @@ class BreakingReporter(Reporter):
 def test_a_run_that_is_broken_in_either_training_goes_on_to_the_same_bits(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, luthier_home: Path, step: int
 ) -> None:
-    monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 2 == 0)
+    monkeypatch.setattr(Checkpoints, "due", lambda self, step, size: step % 2 == 0)
     monkeypatch.setattr(embedding_rows, "MIN_NUMBERS", 1)  # small tables, too, by their rows
     whole = train(recipe("whole"))
     with pytest.raises(Broken):

@@ -159,7 +159,7 @@ def test_the_best_weights_and_the_patience_survive_a_kill(
     assert one.result["steps"] == best + 7
     home = tmp_path / "two"
     every_step = "from luthier.engine import checkpoints\n"
-    every_step += "checkpoints.Checkpoints.due = lambda self, step: True\n"
+    every_step += "checkpoints.Checkpoints.due = lambda self, step, size: True\n"
     job = forker.start(home, arguments, every_step + SLOWLY.replace("0.01", "0.05"))
     wait_for_lines(home, 1 + 2 * (best + 4))
     job.send(signal.SIGKILL)

@@ -184,7 +184,7 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
         more = {"augmentation": {"mixup_alpha": 0.4}}
     if objective == "semi_supervised":
         more = {"mix": [{"train": rows_for("", tmp_path / "texts.jsonl"), "weight": 2}]}
-    monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 3 == 0)
+    monkeypatch.setattr(Checkpoints, "due", lambda self, step, size: step % 3 == 0)
     monkeypatch.setattr(embedding_rows, "MIN_NUMBERS", 1)  # small tables, too, by their rows
 
     def recipe(name: str) -> Recipe:

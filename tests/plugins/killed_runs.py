@@ -24,7 +24,7 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 OFTEN = """
 from luthier.engine import checkpoints, model_writer, train
 from luthier.engine.metrics import MetricsFile
-checkpoints.Checkpoints.due = lambda self, step: step % 5 == 0
+checkpoints.Checkpoints.due = lambda self, step, size: step % 5 == 0
 """
 SLOWLY = """
 import time

@@ -304,7 +304,7 @@ def test_what_was_cut_short_ends_at_the_same_bits(
 
     with monkeypatch.context() as patch:
         if stage == "step":
-            patch.setattr(Checkpoints, "due", lambda self, step: step == 3)
+            patch.setattr(Checkpoints, "due", lambda self, step, size: step == 3)
             patch.setattr(model_writer.ModelWriter, "write", die)
         else:
             patch.setattr(engine, stage, die)
@@ -337,7 +337,7 @@ if where == "tokens":
         die()
     pretrain.TokenWriter.close = half
 elif where == "training":
-    checkpoints.Checkpoints.due = lambda self, step: step == 3
+    checkpoints.Checkpoints.due = lambda self, step, size: step == 3
     model_writer.ModelWriter.write = die
 pretrain.pretrain(PretrainRecipe.parse(fields), resume=where != "tokens")
 """

@@ -203,7 +203,7 @@ def test_a_broken_search_goes_on_as_if_it_had_not_been(
     whole = search(recipe("whole"), 6, [RATES, RANKS])
     for name, lines in (("plain", without_checkpoint), ("often", from_checkpoint)):
         if name == "often":
-            monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 3 == 0)
+            monkeypatch.setattr(Checkpoints, "due", lambda self, step, size: step % 3 == 0)
         with pytest.raises(Broken):
             search(recipe(name), 6, [RATES, RANKS], reporter=BreakingReporter(lines))
         if name == "often":
@@ -225,7 +225,7 @@ def test_a_broken_search_goes_on_as_if_it_had_not_been(
 def test_a_search_broken_while_the_best_is_trained_goes_on_with_that(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 3 == 0)
+    monkeypatch.setattr(Checkpoints, "due", lambda self, step, size: step % 3 == 0)
     whole = search(recipe("whole"), 2, [RATES])
     with pytest.raises(Broken):
         search(recipe("broken"), 2, [RATES], reporter=BreakingReporter(17 * 2 + 10))
