@@ -36,6 +36,11 @@ SHARE_OF_TIME = 0.02
 log = logging.getLogger(__name__)
 
 
+def first_seconds(cost: float) -> float:
+    """Seconds that a run waits with its first checkpoint, which takes ``cost`` seconds."""
+    return min(FIRST_SECONDS, cost / FIRST_SHARE)
+
+
 @dataclass
 class TrainingProgress:
     """Where a run stands: everything but tensors that an exact resume needs."""
@@ -75,7 +80,7 @@ class Checkpoints:
         """Whether a checkpoint of ``size`` bytes should be written after ``step``."""
         since = time.monotonic() - self._last
         if self._cost is None:
-            seconds = min(FIRST_SECONDS, size / FIRST_BYTES_PER_SECOND / FIRST_SHARE)
+            seconds = first_seconds(size / FIRST_BYTES_PER_SECOND)
             return since >= (seconds if step >= FIRST_STEP else FIRST_SECONDS)
         return since >= max(10.0, self._cost / SHARE_OF_TIME)
 

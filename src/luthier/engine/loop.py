@@ -209,7 +209,8 @@ class Loop:
                         f"stopped after step {self._run_step} of {self.all_steps}; "
                         "the same command with --resume goes on"
                     )
-                due = self.checkpoints.due(self.progress.step, self.optimizer.bytes)
+                shards = self.processes.size if self.network.is_sharded else 1
+                due = self.checkpoints.due(self.progress.step, shards * self.optimizer.bytes)
                 # The first process, whose clock decides, cannot put shards together alone.
                 if self.processes.first(due) if self.network.is_sharded else due:
                     self.checkpoint()

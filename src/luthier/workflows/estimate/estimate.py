@@ -304,15 +304,13 @@ def _baselines(measured: Measurement) -> PredictionInterval:
 
 
 def _checkpoints(seconds: float, steps: int, cost: float) -> int:
-    """How many are written in ``seconds`` of steps, by the rules of the engine."""
+    """How many are written in ``seconds`` of steps, by the rules of the engine for the cost of one."""
     each = seconds / max(1, steps)
     if not each:
         return 0
     # One can be due only when a step is done.
-    latest = math.ceil(checkpoints.FIRST_SECONDS / each)
-    first = min(
-        latest, max(checkpoints.FIRST_STEP, math.ceil(cost / checkpoints.FIRST_SHARE / each))
-    )
+    latest, wait = checkpoints.FIRST_SECONDS, checkpoints.first_seconds(cost)
+    first = min(math.ceil(latest / each), max(checkpoints.FIRST_STEP, math.ceil(wait / each)))
     apart = math.ceil(max(10.0, cost / checkpoints.SHARE_OF_TIME) / each)
     return 1 + (steps - first) // apart if steps >= first else 0
 
