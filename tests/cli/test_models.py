@@ -79,6 +79,17 @@ def test_a_store_that_cannot_be_read_is_named(
     for command in ("show", "remove"):
         assert sentence in Answer("models", command, "x:y").refused()
     assert sentence in Answer("generate", "x:y", "hi").refused()
+    if kind == "file":
+        assert sentence in Answer("admin", "models", "list").refused(1)
+
+
+def test_a_run_that_somebody_copied_is_no_interrupted_one(luthier_home: Path) -> None:
+    for name in ("good", "good (copy)"):
+        folder = luthier_home / "runs" / "fasttext" / name
+        folder.mkdir(parents=True)
+        (folder / "request.json").write_text("{}")
+    listed = Answer("models", "list").good().out
+    assert "fasttext:good" in listed and "(copy)" not in listed
 
 
 def test_a_default_store_that_is_not_there_yet_is_no_trouble(
@@ -397,7 +408,10 @@ def test_a_model_of_the_service_is_removed_there(own_home: Path) -> None:
     with open_database(None) as database, database.write() as session:
         session.add(row)
     refused = Answer("models", "remove", MODEL).refused()
-    assert f"{MODEL} belongs to account 000000000000 of the service. Delete it there" in refused
+    assert (
+        f"{MODEL} belongs to account 000000000000 of the service. One that was registered comes back"
+        in refused
+    )
     with open_database(None) as database, database.write() as session:
         session.delete(session.get_one(CustomModel, 1))
     Answer("models", "remove", MODEL).good()

@@ -83,6 +83,7 @@ def test_clients_ask_a_model_of_the_command_line(
             )["customModelDeploymentArn"]
             unregister = ("models", "unregister", MODEL)
             assert "is deployed as answers" in refused(*unregister)
+            assert f"name it by its id: {MODEL}" in refused("models", "unregister", "colours")
             other = ("--region", "eu-west-1")
             assert "name the region us-east-1: give" in refused(*unregister, *other)
             assert ask() == "black"
@@ -100,7 +101,8 @@ def test_clients_ask_a_model_of_the_command_line(
             assert count_without_account(service.database) == 1
             with service.database.read() as session:
                 assert stored_by(session, FIRST)["stored_bytes"] == 0
-            assert f"no account has {MODEL}" in refused(*unregister)
+            missing = f"no account has a model with the id {MODEL}"
+            assert missing in refused(*unregister)
             admin("models", "register", MODEL)
             assert ask() == "black"
             # What its account deletes is gone, and no longer counts.

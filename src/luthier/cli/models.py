@@ -643,8 +643,9 @@ def _check_no_account(model: str, database: str | None) -> None:
         account = owner_of(service, model)
     if account is not None:
         raise RecipeError(
-            f"{model} belongs to account {account} of the service. Delete it there, by Bedrock's "
-            "DeleteCustomModel or OpenAI's models.delete, so that its record goes, too."
+            f"{model} belongs to account {account} of the service. One that was registered comes back "
+            f"by `luthier admin models unregister {model}`; others are deleted there, by Bedrock's "
+            "DeleteCustomModel or OpenAI's models.delete, so that the record goes, too."
         )
 
 

@@ -136,10 +136,15 @@ def unregister(
     registered = select(CustomModel).where(CustomModel.stored_id == model)
     with open_database(database) as service, service.read() as session:
         found = session.scalar(registered)
+        called_so = select(CustomModel.stored_id).where(CustomModel.name == model)
+        ids = [each for each in session.scalars(called_so) if each]
     if found is None:
-        raise RecipeError(
-            f"no account has {model}: `luthier admin models list` shows what accounts have"
+        known = (
+            f"name it by its id: {' or '.join(ids[:3])}"
+            if ids
+            else ("`luthier admin models list` shows what accounts have")
         )
+        raise RecipeError(f"no account has a model with the id {model}: {known}")
     with audited_write(
         database, "models.unregister", found.account, found.name, {"model": model}
     ) as session:

@@ -43,7 +43,7 @@ from sqlalchemy.types import TypeDecorator
 
 from luthier.encryption.files import open_text, seal_text
 from luthier.errors import LuthierError, RefusedInput
-from luthier.files import luthier_home
+from luthier.files import disk_errors, luthier_home
 from luthier.store.ids import SMALL, random_id
 from luthier.store.text import dump_storable, storable
 
@@ -276,7 +276,9 @@ def _engine(url: str) -> Engine:
             f"{parsed.render_as_string()} is no database luthier knows; use sqlite:///FILE or "
             "postgresql://USER@HOST/NAME"
         )
-    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(parsed.database).parent
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     _keep_private(Path(parsed.database))
     engine = create_engine(
         parsed, json_serializer=dump_storable, connect_args={"timeout": BUSY_SECONDS}

@@ -89,7 +89,9 @@ def unfinished_run_ids() -> list[str]:
     return sorted(
         run_id
         for run_id, folder in runs
-        if not folder.name.startswith(JOB_PREFIX) and not (folder / RUN_RESULT).is_file()
+        if not folder.name.startswith(JOB_PREFIX)
+        and not (folder / RUN_RESULT).is_file()
+        and working_folders(run_id)  # a folder that somebody copied is called what no model is
     )
 
 
