@@ -7,6 +7,7 @@ const folder = process.env.CONSOLE_MODULES;
 const { StreamedAnswer, cosine, likeliest, spansOf, turnsOf } = await import(`${folder}/answers.js`);
 const { pythonString, shellWord, snippets } = await import(`${folder}/snippets.js`);
 const { age, bytes, duration, number, percent, shortName } = await import(`${folder}/format.js`);
+const { ticks, widen } = await import(`${folder}/chart.js`);
 
 const joined = (spans) => spans.map((each) => each.text).join("");
 
@@ -141,4 +142,17 @@ test("numbers, sizes and times in words", () => {
   assert.equal(percent(0.045), "4.5 %");
   assert.equal(shortName("arn:aws:bedrock:us-east-1::foundation-model/x.y"), "x.y");
   assert.equal(age("no date"), "–");
+});
+
+test("axes have few round places, also where all values are the same but for rounding", () => {
+  assert.deepEqual(ticks(0, 10, 5), [0, 2, 4, 6, 8, 10]);
+  assert.deepEqual(ticks(-0.3, 0.3, 5), [-0.2, 0, 0.2]);
+  assert.deepEqual(ticks(1, 1, 5), []);
+  const [low, high] = [0.6931471805599453, 0.6931471805599454];
+  assert.ok(ticks(low, high, 5).length <= 6);
+  const wide = widen([low, high], 0.06);
+  assert.ok(wide[0] < 0.4 && wide[1] > 1);
+  assert.ok(ticks(...wide, 5).length >= 3);
+  assert.deepEqual(widen([0, 0], 0), [-0.5, 0.5]);
+  assert.deepEqual(widen([-100, 0], 0.1), [-110, 10]);
 });
