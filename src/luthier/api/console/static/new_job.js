@@ -5,14 +5,9 @@ import { dataField } from "./data_field.js";
 import { announce, h, replace } from "./dom.js";
 import { estimateView } from "./estimate.js";
 import { inspectionView } from "./inspection.js";
+import { CUSTOMIZATIONS } from "./job_states.js";
 import { errorBox, go } from "./router.js";
 
-const KINDS = [
-  ["FINE_TUNING", "Fine-tuning: what is learned goes by the shape of the rows"],
-  ["CONTINUED_PRE_TRAINING", "Continued pre-training: to go on writing texts"],
-  ["DISTILLATION", "Distillation: to answer as a teacher model does"],
-  ["REINFORCEMENT_FINE_TUNING", "Reinforcement fine-tuning: to score well with a grader"],
-];
 /** Settings that are asked for by name: the field of the recipe, its label, how it is written. */
 const SETTINGS = [
   ["training.epochs", "Passes over the data", { type: "number", min: "0", step: "any" }],
@@ -70,7 +65,7 @@ class JobForm {
     this.kind = h(
       "select",
       { id: "customization_type" },
-      KINDS.map(([value, label]) => h("option", { value }, label)),
+      Object.entries(CUSTOMIZATIONS).map(([value, { name, about }]) => h("option", { value }, `${name}: ${about}`)),
     );
     this.grader = h("textarea", { id: "grader", rows: "4", spellcheck: "false", class: "code" }, GRADER);
     this.settings = SETTINGS.map(([name, label, kind]) => [
