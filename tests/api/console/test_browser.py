@@ -14,6 +14,20 @@ HOSTILE = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>\''
 KEY = KEYS[ONE]["api_key"]
 
 
+FAILING = """
+window.asked = [];
+window.failing = arguments[0];
+const real = window.fetch;
+window.fetch = async (url, options) => {
+  const { pathname } = new URL(url);
+  window.asked.push(pathname);
+  if (pathname !== window.failing) return real(url, options);
+  return Response.json({ error: { message: "not today" } }, { status: 500 });
+};
+"""
+"""From now on, one path fails."""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
     made = Served(home_with_tiny(tmp_path_factory.mktemp("console"), tiny_model_folder))
@@ -113,11 +127,16 @@ def test_a_refusal_stands_at_the_field_that_it_is_about(
     assert page.script("return window.hit ?? null") is None
 
 
-def test_a_key_that_ends_and_an_address_with_a_key(server: Served, page: Browser) -> None:
+def test_a_key_that_ends_and_keys_that_cannot_be_sent(server: Served, page: Browser) -> None:
+    # No address signs anybody in: the history of the browser would keep the key.
     page.open(f"{server.url}/console/#key={KEY}")
     page.script("location.reload()")
-    page.until_text("Sign out", "#account")
-    assert KEY not in page.script("return location.href")
+    page.until_text("Sign in", "h1")
+    page.fill("#key", f"{KEY}…")
+    page.click(".sign-in button")
+    page.until_text("a character “…” in this key", "[role=alert]")
+    sign_in(page)
+    assert page.script("return location.hash") == "#/jobs"
     page.script("sessionStorage.setItem('luthier.key', 'sk-gone')")
     page.click('#navigation a[href="#/models"]')
     page.until_text("takes it no longer", "[role=alert]")
@@ -125,13 +144,8 @@ def test_a_key_that_ends_and_an_address_with_a_key(server: Served, page: Browser
     page.fill("#key", "wrong")
     page.click(".sign-in button")
     page.until_text("does not take this key", "[role=alert]")
-    sign_in(page)
-
-    # Somebody else's link does not take a person to another account unasked.
-    page.script("location.hash = arguments[0]", f"#key={KEYS[OTHER]['api_key']}")
-    assert "another API key" in page.accept_dialog()
-    page.until_text(OTHER, "#account")
-    assert "key=" not in page.script("return location.href")
+    sign_in(page, KEYS[OTHER]["api_key"])
+    assert page.text("#account").startswith(OTHER)
     page.click("#account button")
     page.until_text("Sign in", "h1")
 
@@ -152,10 +166,37 @@ def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
     # Without workers it stays in the queue, and its stream open.
     job = {"name": "waits", "model_name": "waits", "base": BASE, "training": [put(server, rows)]}
     assert server.ask("POST", "/api/v1/jobs", job)[0] == 201
-    page.open(f"{server.url}/console/#key={KEY}")
-    page.until_text("Sign out", "#account")
+    page.open(f"{server.url}/console/")
+    sign_in(page)
     page.open(f"{server.url}/console/#/jobs/waits")
     page.until_text("The job was created.", ".messages")
+    # A refusal stays, and so does the button that is to be tried again, while the page is polled.
+    page.script(FAILING, "/api/v1/jobs/waits/pause")
+    page.script("document.querySelector('main .actions button').focus()")
+    page.click("main .actions button:first-child")
+    page.until_text("not today", ".box.error")
+    polled = page.script("return window.asked.length")
+    page.until(f"window.asked.length > {polled + 1}")
+    assert page.text(".box.error").startswith("not today")
+    focused = "return [document.activeElement.textContent, document.activeElement.disabled]"
+    assert page.script(focused) == ["Pause", False]
+    page.script("window.failing = ''")
+
+    page.script("location.hash = '#/jobs'")
+    page.until_text("Queued", "tbody")
+    page.script("document.querySelector('.scroll').focus()")
+    assert server.ask("POST", "/api/v1/jobs/waits/pause")[0] == 200
+    page.until_text("Paused", "tbody")
+    assert page.script("return document.activeElement.className") == "scroll"
+    page.script("document.querySelector('#state').focus()")
+    page.choose("#state", "Failed")
+    page.until_text("No job is failed")
+    assert page.script("return document.activeElement.id") == "state"
+    assert page.script("return location.hash") == "#/jobs?state=Failed"
+    page.script("history.back()")
+    page.until_text("Paused", "tbody")
+    page.script("location.hash = '#/jobs/waits'")
+    page.until_text("Paused", ".chip")
     # A narrow screen scrolls down alone.
     page.resize(360, 740)
     assert page.script("return document.documentElement.scrollWidth <= innerWidth")
