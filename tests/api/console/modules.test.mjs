@@ -139,10 +139,15 @@ test("numbers, sizes and times in words", () => {
   assert.equal(bytes(1_342_710), "1.34 MB");
   assert.equal(duration(125), "2 min 5 s");
   assert.equal(duration(null), "–");
-  assert.deepEqual(
-    [7199, 7140, 3600, 86399, 172799, 172800, 90000].map(duration),
-    ["2 h", "1 h 59 min", "1 h", "1 d", "2 d", "2 d", "1 d 1 h"],
-  );
+  assert.deepEqual([7199, 7140, 3600, 86399, 172799, 172800, 90000].map(duration), [
+    "2 h",
+    "1 h 59 min",
+    "1 h",
+    "1 d",
+    "2 d",
+    "2 d",
+    "1 d 1 h",
+  ]);
   assert.deepEqual([999.6, 999_499, 999_999, 999_999_999, 0].map(bytes), ["1 kB", "999 kB", "1 MB", "1 GB", "0 bytes"]);
   assert.equal(percent(0.045), "4.5 %");
   assert.equal(shortName("arn:aws:bedrock:us-east-1::foundation-model/x.y"), "x.y");

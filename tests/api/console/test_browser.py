@@ -17,15 +17,44 @@ KEY = KEYS[ONE]["api_key"]
 FAILING = """
 window.asked = [];
 window.failing = arguments[0];
+const how = arguments[1] ?? {};
 const real = window.fetch;
 window.fetch = async (url, options) => {
   const { pathname } = new URL(url);
   window.asked.push(pathname);
   if (pathname !== window.failing) return real(url, options);
-  return Response.json({ error: { message: "not today" } }, { status: 500 });
+  const left = () => new DOMException("", "AbortError");
+  if (how.hangs)
+    return new Promise((_, no) => options.signal.addEventListener("abort", () => no(left())));
+  return Response.json({ error: { message: "not today" } }, { status: how.status ?? 500 });
 };
 """
-"""From now on, one path fails."""
+"""From now on, one path fails, with a status or as it never answers."""
+SLOW = {
+    "uploads": """
+XMLHttpRequest.prototype.send = function () {};
+XMLHttpRequest.prototype.abort = function () {
+  setTimeout(() => this.onabort(), 100);
+  setTimeout(() => (window.aborted = true), 200);
+};
+""",
+    "answers": """
+window.sent = [];
+const real = window.fetch;
+window.fetch = (url, options) => {
+  if (!String(url).endsWith("/v1/chat/completions")) return real(url, options);
+  window.sent.push(JSON.parse(options.body).messages.map((each) => each.content));
+  const piece = { choices: [{ index: 0, delta: { content: "half" } }] };
+  const chunk = `data: ${JSON.stringify(piece)}\\n\\n`;
+  const start = (stream) => {
+    stream.enqueue(new TextEncoder().encode(chunk));
+    options.signal.addEventListener("abort", () => stream.error(new DOMException("", "AbortError")));
+  };
+  return Promise.resolve(new Response(new ReadableStream({ start })));
+};
+""",
+}
+"""From now on, these begin and do not end, unless they are stopped."""
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +154,44 @@ def test_a_refusal_stands_at_the_field_that_it_is_about(
     page.until("document.querySelector('#name').getAttribute('aria-invalid') === 'true'")
     assert page.text("#problem-name")
     assert page.script("return window.hit ?? null") is None
+
+
+def test_what_was_stopped_does_not_come_back(server: Served, page: Browser, rows: Path) -> None:
+    sign_in(page)
+    page.script(SLOW["uploads"])
+    page.script("location.hash = '#/new'")
+    page.until("document.querySelector('#base option') !== null")
+    page.write("#training-file", str(rows))
+    page.until_text("Uploading rows", ".drop")
+    page.fill("#training-address", "s3://data/rows.jsonl")
+    page.script("document.querySelector('#training-address').blur()")
+    page.until("window.aborted")
+    assert "The rows at this address are used." in page.text(".drop")
+    assert page.script("return !document.querySelector('.submit .primary').disabled")
+
+    # Whether the server had made the job when it was no longer listened to is not known.
+    page.script(FAILING, "/api/v1/jobs", {"hangs": True})
+    page.click(".submit .primary")
+    page.until_text("The job is being started", ".outcome")
+    page.click(".outcome button")
+    page.until_text("may have been created all the same", ".outcome")
+    page.script(FAILING, "/api/v1/models", {"status": 403})
+    page.script("location.hash = '#/new?base=luthier.tiny'")
+    page.until("document.querySelector('input#base')?.value === 'luthier.tiny'")
+    page.until("document.querySelector('#name').value.startsWith('luthier-tiny-')")
+    page.script("window.failing = ''")
+
+    page.script(SLOW["answers"])
+    page.script("location.hash = arguments[0]", f"#/playground/{BASE}")
+    page.until_text("Start anew")
+    for question in ("first", "second"):
+        page.fill("#message", question)
+        page.click(".ask .primary")
+        page.until_text("half", ".turn.model .said")
+        page.script("[...document.querySelectorAll('.ask button')].at(-1).click()")
+        page.until("document.querySelectorAll('.turn').length === 0")
+    assert page.script("return window.sent") == [["first"], ["second"]]
+    check_quiet(page)
 
 
 def test_a_key_that_ends_and_keys_that_cannot_be_sent(server: Served, page: Browser) -> None:

@@ -106,7 +106,11 @@ export async function* chat(path, body, { signal } = {}) {
     try {
       chunk = JSON.parse(event.data);
     } catch {
-      throw new ApiError(response.status, "Unreadable", "What came in the middle of the answer cannot be read. Try again.");
+      throw new ApiError(
+        response.status,
+        "Unreadable",
+        "What came in the middle of the answer cannot be read. Try again.",
+      );
     }
     if (chunk.error) throw errorOf(response.status, chunk);
     yield chunk;

@@ -101,7 +101,8 @@ function scalesOf(series, width) {
  */
 export function widen([low, high], share) {
   // A range of a few units in the last place is rounding, and no place on it could be told from the next.
-  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) return [low - (Math.abs(low) || 1) * 0.5, high + (Math.abs(high) || 1) * 0.5];
+  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high)))
+    return [low - (Math.abs(low) || 1) * 0.5, high + (Math.abs(high) || 1) * 0.5];
   const more = (high - low) * share;
   return [low - more, high + more];
 }

@@ -273,8 +273,7 @@ function turn(answer) {
       );
     }
     replace(about, measures(answer));
-    if (ENDINGS[answer.finish])
-      about.append(`${about.textContent ? "; " : ""}${ENDINGS[answer.finish]}`);
+    if (ENDINGS[answer.finish]) about.append(`${about.textContent ? "; " : ""}${ENDINGS[answer.finish]}`);
     if (problem)
       element.append(
         h(

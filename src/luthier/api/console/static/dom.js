@@ -45,7 +45,8 @@ export function replace(root, ...children) {
  * @returns {HTMLElement} root
  */
 export function replaceKeepingFocus(root, ...children) {
-  const focused = root !== document.activeElement && root.contains(document.activeElement) ? document.activeElement : null;
+  const focused =
+    root !== document.activeElement && root.contains(document.activeElement) ? document.activeElement : null;
   const alike = (mark) => [...root.querySelectorAll(focused.tagName)].filter((each) => markOf(each) === mark);
   const mark = focused && markOf(focused);
   const place = focused && alike(mark).indexOf(focused);

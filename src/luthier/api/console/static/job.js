@@ -72,7 +72,8 @@ export async function render(root, params, signal) {
     } finally {
       button.disabled = false;
       // A button that is disabled or gone has let the keyboard fall to the start of the page.
-      if (!signal.aborted && document.activeElement === document.body) focusOn(button.isConnected ? button : place.head);
+      if (!signal.aborted && document.activeElement === document.body)
+        focusOn(button.isConnected ? button : place.head);
     }
   };
 

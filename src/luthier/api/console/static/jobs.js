@@ -90,7 +90,9 @@ export async function render(root, params, signal) {
       // At either end, the button that led there is gone.
       if (pressed === older && older.hidden) newer.focus();
       if (pressed === newer && newer.hidden) older.focus();
-      announce(to.before.length ? "Older jobs" : to.state ? `Jobs that are ${to.state.toLowerCase()}` : "The newest jobs");
+      announce(
+        to.before.length ? "Older jobs" : to.state ? `Jobs that are ${to.state.toLowerCase()}` : "The newest jobs",
+      );
     } catch (error) {
       if (error.name === "AbortError" || to !== going) return;
       going = place;

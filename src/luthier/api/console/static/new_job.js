@@ -260,23 +260,27 @@ class JobForm {
 
   async start(event) {
     event.preventDefault();
-    await this.ask("The job is being started", async (signal) => {
-      const body = {
-        ...this.common(),
-        training: [this.training.address()],
-        name: this.name.value.trim(),
-        model_name: this.modelName.value.trim(),
-      };
-      if (this.kind.value === "DISTILLATION") body.teacher = this.teacher.value.trim();
-      const job = await call("POST", "/api/v1/jobs", { body, signal });
-      go("jobs", job.name);
-      return null;
-    }, () => [
-      // The server may have made it before it heard of that.
-      "You cancelled. The job may have been created all the same: look at ",
-      h("a", { href: link("jobs") }, "the jobs"),
-      ".",
-    ]);
+    await this.ask(
+      "The job is being started",
+      async (signal) => {
+        const body = {
+          ...this.common(),
+          training: [this.training.address()],
+          name: this.name.value.trim(),
+          model_name: this.modelName.value.trim(),
+        };
+        if (this.kind.value === "DISTILLATION") body.teacher = this.teacher.value.trim();
+        const job = await call("POST", "/api/v1/jobs", { body, signal });
+        go("jobs", job.name);
+        return null;
+      },
+      () => [
+        // The server may have made it before it heard of that.
+        "You cancelled. The job may have been created all the same: look at ",
+        h("a", { href: link("jobs") }, "the jobs"),
+        ".",
+      ],
+    );
   }
 
   /** Do something that takes a while, one at a time; it can be cancelled, of which `cancelled` says what it means. */
