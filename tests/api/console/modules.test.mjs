@@ -7,6 +7,7 @@ const folder = process.env.CONSOLE_MODULES;
 const { StreamedAnswer, cosine, likeliest, spansOf, turnsOf } = await import(`${folder}/answers.js`);
 const { pythonString, shellWord, snippets } = await import(`${folder}/snippets.js`);
 const { age, bytes, duration, number, percent, shortName } = await import(`${folder}/format.js`);
+const { ticks, widen } = await import(`${folder}/chart.js`);
 
 const joined = (spans) => spans.map((each) => each.text).join("");
 
@@ -138,7 +139,91 @@ test("numbers, sizes and times in words", () => {
   assert.equal(bytes(1_342_710), "1.34 MB");
   assert.equal(duration(125), "2 min 5 s");
   assert.equal(duration(null), "–");
+  assert.deepEqual([7199, 7140, 3600, 86399, 172799, 172800, 90000].map(duration), [
+    "2 h",
+    "1 h 59 min",
+    "1 h",
+    "1 d",
+    "2 d",
+    "2 d",
+    "1 d 1 h",
+  ]);
+  assert.deepEqual([999.6, 999_499, 999_999, 999_999_999, 0].map(bytes), ["1 kB", "999 kB", "1 MB", "1 GB", "0 bytes"]);
   assert.equal(percent(0.045), "4.5 %");
   assert.equal(shortName("arn:aws:bedrock:us-east-1::foundation-model/x.y"), "x.y");
   assert.equal(age("no date"), "–");
+});
+
+test("axes have few round places, also where all values are the same but for rounding", () => {
+  assert.deepEqual(ticks(0, 10, 5), [0, 2, 4, 6, 8, 10]);
+  assert.deepEqual(ticks(-0.3, 0.3, 5), [-0.2, 0, 0.2]);
+  assert.deepEqual(ticks(1, 1, 5), []);
+  const [low, high] = [0.6931471805599453, 0.6931471805599454];
+  assert.ok(ticks(low, high, 5).length <= 6);
+  const wide = widen([low, high], 0.06);
+  assert.ok(wide[0] < 0.4 && wide[1] > 1);
+  assert.ok(ticks(...wide, 5).length >= 3);
+  assert.deepEqual(widen([0, 0], 0), [-0.5, 0.5]);
+  assert.deepEqual(widen([-100, 0], 0.1), [-110, 10]);
+});
+
+test("what is refused stands at the field that it is about", async () => {
+  const { fieldOf } = await import(`${folder}/new_job.js`);
+  assert.equal(fieldOf("settings.training.seed"), "settings");
+  assert.equal(fieldOf("settings.training.epochs"), "training.epochs");
+  assert.equal(fieldOf("settings.adaptation.method"), "adaptation.method");
+  assert.equal(fieldOf("settings.training"), "settings");
+  assert.equal(fieldOf("settings"), "settings");
+  assert.equal(fieldOf("training"), "training");
+  assert.equal(fieldOf("validation[0]"), "validation");
+  assert.equal(fieldOf("model_name"), "model_name");
+  assert.equal(fieldOf(null), "");
+});
+
+test("names are made of letters without their accents", async () => {
+  const { stemOf } = await import(`${folder}/new_job.js`);
+  assert.equal(stemOf("Müller & Søn"), "Muller-S-n");
+  assert.equal(stemOf("été"), "ete");
+  assert.equal(stemOf("שלום"), "");
+});
+
+test("a key that no header can carry is told before it is sent", async () => {
+  const { problemOfKey } = await import(`${folder}/api.js`);
+  assert.equal(problemOfKey(" sk-0aZ_~ \n"), null);
+  assert.match(problemOfKey("sk-abc…"), /“…”/);
+  assert.match(problemOfKey("‘sk-abc’"), /“‘”/);
+  assert.match(problemOfKey("sk-\u200babc"), /not shown/);
+});
+
+test("names of files are asked for again after a failure, and forgotten with the key", async () => {
+  const tab = new EventTarget();
+  const asked = [];
+  let answer = new Response("{}", { status: 500 });
+  globalThis.window = Object.assign(tab, { location: { origin: "http://luthier.example" } });
+  globalThis.addEventListener = tab.addEventListener.bind(tab);
+  Object.defineProperty(globalThis, "sessionStorage", { value: { getItem: () => "sk-1" }, configurable: true });
+  const fetched = globalThis.fetch;
+  globalThis.fetch = async (url) => {
+    asked.push(String(url));
+    return answer;
+  };
+  try {
+    const { addressOf, learnNames, withNames } = await import(`${folder}/files.js?alone`);
+    const text = `rows of ${addressOf("file-1")}`;
+    await learnNames([text]);
+    assert.equal(withNames(text), text);
+    answer = Response.json({ id: "file-1", filename: "a.csv" });
+    await learnNames([text]);
+    await learnNames([text]);
+    assert.equal(withNames(text), "rows of a.csv");
+    assert.equal(asked.length, 2);
+    tab.dispatchEvent(new Event("luthier:signed-out"));
+    assert.equal(withNames(text), text);
+    answer = Response.json({}, { status: 404 });
+    await learnNames([text]);
+    await learnNames([text]);
+    assert.equal(asked.length, 3);
+  } finally {
+    globalThis.fetch = fetched;
+  }
 });

@@ -14,6 +14,49 @@ HOSTILE = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>\''
 KEY = KEYS[ONE]["api_key"]
 
 
+FAILING = """
+window.asked = [];
+window.failing = arguments[0];
+const how = arguments[1] ?? {};
+const real = window.fetch;
+window.fetch = async (url, options) => {
+  const { pathname } = new URL(url);
+  window.asked.push(pathname);
+  if (pathname !== window.failing) return real(url, options);
+  const left = () => new DOMException("", "AbortError");
+  if (how.hangs)
+    return new Promise((_, no) => options.signal.addEventListener("abort", () => no(left())));
+  return Response.json({ error: { message: "not today" } }, { status: how.status ?? 500 });
+};
+"""
+"""From now on, one path fails, with a status or as it never answers."""
+SLOW = {
+    "uploads": """
+XMLHttpRequest.prototype.send = function () {};
+XMLHttpRequest.prototype.abort = function () {
+  setTimeout(() => this.onabort(), 100);
+  setTimeout(() => (window.aborted = true), 200);
+};
+""",
+    "answers": """
+window.sent = [];
+const real = window.fetch;
+window.fetch = (url, options) => {
+  if (!String(url).endsWith("/v1/chat/completions")) return real(url, options);
+  window.sent.push(JSON.parse(options.body).messages.map((each) => each.content));
+  const piece = { choices: [{ index: 0, delta: { content: "half" } }] };
+  const chunk = `data: ${JSON.stringify(piece)}\\n\\n`;
+  const start = (stream) => {
+    stream.enqueue(new TextEncoder().encode(chunk));
+    options.signal.addEventListener("abort", () => stream.error(new DOMException("", "AbortError")));
+  };
+  return Promise.resolve(new Response(new ReadableStream({ start })));
+};
+""",
+}
+"""From now on, these begin and do not end, unless they are stopped."""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
     made = Served(home_with_tiny(tmp_path_factory.mktemp("console"), tiny_model_folder))
@@ -113,11 +156,54 @@ def test_a_refusal_stands_at_the_field_that_it_is_about(
     assert page.script("return window.hit ?? null") is None
 
 
-def test_a_key_that_ends_and_an_address_with_a_key(server: Served, page: Browser) -> None:
+def test_what_was_stopped_does_not_come_back(server: Served, page: Browser, rows: Path) -> None:
+    sign_in(page)
+    page.script(SLOW["uploads"])
+    page.script("location.hash = '#/new'")
+    page.until("document.querySelector('#base option') !== null")
+    page.write("#training-file", str(rows))
+    page.until_text("Uploading rows", ".drop")
+    page.fill("#training-address", "s3://data/rows.jsonl")
+    page.script("document.querySelector('#training-address').blur()")
+    page.until("window.aborted")
+    assert "The rows at this address are used." in page.text(".drop")
+    assert page.script("return !document.querySelector('.submit .primary').disabled")
+
+    # Whether the server had made the job when it was no longer listened to is not known.
+    page.script(FAILING, "/api/v1/jobs", {"hangs": True})
+    page.click(".submit .primary")
+    page.until_text("The job is being started", ".outcome")
+    page.click(".outcome button")
+    page.until_text("may have been created all the same", ".outcome")
+    page.script(FAILING, "/api/v1/models", {"status": 403})
+    page.script("location.hash = '#/new?base=luthier.tiny'")
+    page.until("document.querySelector('input#base')?.value === 'luthier.tiny'")
+    page.until("document.querySelector('#name').value.startsWith('luthier-tiny-')")
+    page.script("window.failing = ''")
+
+    page.script(SLOW["answers"])
+    page.script("location.hash = arguments[0]", f"#/playground/{BASE}")
+    page.until_text("Start anew")
+    for question in ("first", "second"):
+        page.fill("#message", question)
+        page.click(".ask .primary")
+        page.until_text("half", ".turn.model .said")
+        page.script("[...document.querySelectorAll('.ask button')].at(-1).click()")
+        page.until("document.querySelectorAll('.turn').length === 0")
+    assert page.script("return window.sent") == [["first"], ["second"]]
+    check_quiet(page)
+
+
+def test_a_key_that_ends_and_keys_that_cannot_be_sent(server: Served, page: Browser) -> None:
+    # No address signs anybody in: the history of the browser would keep the key.
     page.open(f"{server.url}/console/#key={KEY}")
     page.script("location.reload()")
-    page.until_text("Sign out", "#account")
-    assert KEY not in page.script("return location.href")
+    page.until_text("Sign in", "h1")
+    page.fill("#key", f"{KEY}…")
+    page.click(".sign-in button")
+    page.until_text("a character “…” in this key", "[role=alert]")
+    sign_in(page)
+    assert page.script("return location.hash") == "#/jobs"
     page.script("sessionStorage.setItem('luthier.key', 'sk-gone')")
     page.click('#navigation a[href="#/models"]')
     page.until_text("takes it no longer", "[role=alert]")
@@ -125,13 +211,8 @@ def test_a_key_that_ends_and_an_address_with_a_key(server: Served, page: Browser
     page.fill("#key", "wrong")
     page.click(".sign-in button")
     page.until_text("does not take this key", "[role=alert]")
-    sign_in(page)
-
-    # Somebody else's link does not take a person to another account unasked.
-    page.script("location.hash = arguments[0]", f"#key={KEYS[OTHER]['api_key']}")
-    assert "another API key" in page.accept_dialog()
-    page.until_text(OTHER, "#account")
-    assert "key=" not in page.script("return location.href")
+    sign_in(page, KEYS[OTHER]["api_key"])
+    assert page.text("#account").startswith(OTHER)
     page.click("#account button")
     page.until_text("Sign in", "h1")
 
@@ -152,10 +233,37 @@ def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
     # Without workers it stays in the queue, and its stream open.
     job = {"name": "waits", "model_name": "waits", "base": BASE, "training": [put(server, rows)]}
     assert server.ask("POST", "/api/v1/jobs", job)[0] == 201
-    page.open(f"{server.url}/console/#key={KEY}")
-    page.until_text("Sign out", "#account")
+    page.open(f"{server.url}/console/")
+    sign_in(page)
     page.open(f"{server.url}/console/#/jobs/waits")
     page.until_text("The job was created.", ".messages")
+    # A refusal stays, and so does the button that is to be tried again, while the page is polled.
+    page.script(FAILING, "/api/v1/jobs/waits/pause")
+    page.script("document.querySelector('main .actions button').focus()")
+    page.click("main .actions button:first-child")
+    page.until_text("not today", ".box.error")
+    polled = page.script("return window.asked.length")
+    page.until(f"window.asked.length > {polled + 1}")
+    assert page.text(".box.error").startswith("not today")
+    focused = "return [document.activeElement.textContent, document.activeElement.disabled]"
+    assert page.script(focused) == ["Pause", False]
+    page.script("window.failing = ''")
+
+    page.script("location.hash = '#/jobs'")
+    page.until_text("Queued", "tbody")
+    page.script("document.querySelector('.scroll').focus()")
+    assert server.ask("POST", "/api/v1/jobs/waits/pause")[0] == 200
+    page.until_text("Paused", "tbody")
+    assert page.script("return document.activeElement.className") == "scroll"
+    page.script("document.querySelector('#state').focus()")
+    page.choose("#state", "Failed")
+    page.until_text("No job is failed")
+    assert page.script("return document.activeElement.id") == "state"
+    assert page.script("return location.hash") == "#/jobs?state=Failed"
+    page.script("history.back()")
+    page.until_text("Paused", "tbody")
+    page.script("location.hash = '#/jobs/waits'")
+    page.until_text("Paused", ".chip")
     # A narrow screen scrolls down alone.
     page.resize(360, 740)
     assert page.script("return document.documentElement.scrollWidth <= innerWidth")

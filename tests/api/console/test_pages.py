@@ -168,7 +168,10 @@ def test_what_models_of_other_tools_do(
 
 def test_a_model_in_a_browser(url: str, root_key: str, tmp_path: Path) -> None:
     with browser(tmp_path) as page:
-        page.open(f"{url}/console/#key={root_key}")
+        page.open(f"{url}/console/")
+        page.until_text("Sign in", "h1")
+        page.fill("#key", root_key)
+        page.click(".sign-in button")
         page.until_text("Sign out", "#account")
 
         def show(place: str, text: str, selector: str = "main") -> None:

@@ -113,7 +113,6 @@ export class StreamedAnswer {
 export const ENDINGS = {
   length: "cut at the most tokens that were asked for, or at the end of the model's context",
   content_filter: "held back by a filter",
-  tool_calls: "the model calls a tool",
 };
 
 /**

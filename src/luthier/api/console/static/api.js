@@ -26,7 +26,18 @@ export function key() {
  */
 export function signIn(value) {
   sessionStorage.setItem(KEY, value.trim());
-  window.dispatchEvent(new CustomEvent("luthier:signed-in"));
+}
+
+/**
+ * What no key can have, as no header can: what else was copied with it, or what a program made of its letters.
+ * @param {string} value
+ * @returns {?string} what is wrong with it; null where it can be tried
+ */
+export function problemOfKey(value) {
+  const odd = /[^\x20-\x7e]/u.exec(value.trim())?.[0];
+  if (odd === undefined) return null;
+  const shown = /[\p{L}\p{N}\p{P}\p{S}]/u.test(odd) ? ` “${odd}”` : " that is not shown";
+  return `There is a character${shown} in this key, which no key has. Copy it again, whole, from where it was printed.`;
 }
 
 /**
@@ -95,7 +106,11 @@ export async function* chat(path, body, { signal } = {}) {
     try {
       chunk = JSON.parse(event.data);
     } catch {
-      throw new ApiError(response.status, "Unreadable", "What came in the middle of the answer cannot be read. Try again.");
+      throw new ApiError(
+        response.status,
+        "Unreadable",
+        "What came in the middle of the answer cannot be read. Try again.",
+      );
     }
     if (chunk.error) throw errorOf(response.status, chunk);
     yield chunk;

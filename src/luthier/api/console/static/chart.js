@@ -93,20 +93,38 @@ function scalesOf(series, width) {
   };
 }
 
-function widen([low, high], share) {
-  if (low === high) return [low - (Math.abs(low) || 1) * 0.5, high + (Math.abs(high) || 1) * 0.5];
+/**
+ * A range with room at its ends.
+ * @param {[number, number]} range
+ * @param {number} share of the range that is added at each end
+ * @returns {[number, number]}
+ */
+export function widen([low, high], share) {
+  // A range of a few units in the last place is rounding, and no place on it could be told from the next.
+  if (high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high)))
+    return [low - (Math.abs(low) || 1) * 0.5, high + (Math.abs(high) || 1) * 0.5];
   const more = (high - low) * share;
   return [low - more, high + more];
 }
 
-function ticks(low, high, most) {
+/**
+ * Round places on an axis.
+ * @param {number} low
+ * @param {number} high
+ * @param {number} most about so many
+ * @returns {Array<number>}
+ */
+export function ticks(low, high, most) {
   const rough = (high - low) / most;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
-  const found = [];
-  for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-9; at += step)
-    found.push(Number(at.toPrecision(12)));
-  return found;
+  if (!step) return [];
+  const start = Math.ceil(low / step);
+  // Counted, not summed: where a step is less than the last place of `low`, a sum would stay where it is for ever.
+  const count = Math.min(Math.floor((high - low) / step + 1e-9), Math.ceil(most)) + 1;
+  return Array.from({ length: count }, (_, index) => Number(((start + index) * step).toPrecision(12))).filter(
+    (at) => at <= high + step * 1e-9,
+  );
 }
 
 function draw(series, scales, labels, onPoint) {

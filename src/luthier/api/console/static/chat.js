@@ -11,6 +11,8 @@ export async function render(root, model, signal) {
   const main = side(model);
   let beside = null;
   let stop = null;
+  /** Settled once the answers that are under way have ended. */
+  let running = Promise.resolve();
 
   const columns = h("div", { class: "sides" }, main.element);
   const message = h("textarea", {
@@ -46,10 +48,12 @@ export async function render(root, model, signal) {
     replace(columns, main.element, beside?.element);
     columns.classList.toggle("two", Boolean(beside));
     // Both have to have heard the same for their answers to be compared.
-    if (beside && main.history.length) restart();
+    if (beside && (stop || main.history.length)) restart();
   };
-  const restart = () => {
+  const restart = async () => {
     stop?.abort();
+    // What is stopped still writes down the turn that it has begun.
+    await running;
     main.clear();
     beside?.clear();
     message.focus();
@@ -73,7 +77,9 @@ export async function render(root, model, signal) {
     message.value = "";
     try {
       const sides = [main, beside].filter(Boolean);
-      const ends = await Promise.all(sides.map((each) => each.ask(text, system.value, settings, own.signal)));
+      const answers = Promise.all(sides.map((each) => each.ask(text, system.value, settings, own.signal)));
+      running = answers.catch(() => {});
+      const ends = await answers;
       announce(ends.every(Boolean) ? "The answer is complete." : "There is no complete answer.");
       // A message that nobody answered is not lost to who wrote it.
       if (!ends.some(Boolean) && !own.signal.aborted && !message.value) message.value = text;
@@ -267,8 +273,7 @@ function turn(answer) {
       );
     }
     replace(about, measures(answer));
-    if (ENDINGS[answer.finish] && answer.finish !== "tool_calls")
-      about.append(`${about.textContent ? "; " : ""}${ENDINGS[answer.finish]}`);
+    if (ENDINGS[answer.finish]) about.append(`${about.textContent ? "; " : ""}${ENDINGS[answer.finish]}`);
     if (problem)
       element.append(
         h(

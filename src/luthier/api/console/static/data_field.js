@@ -10,7 +10,7 @@ const EARLIER = 100;
 /**
  * @param {{id: string, label: string, help: string, signal: AbortSignal, onChange: function()}} options
  * @returns {{element: HTMLElement, address: function(): ?string, busy: function(): boolean, name: function(): string,
- *   refuse: function(string), add: function(Object)}} `address` is null where nothing was chosen
+ *   refuse: function(string)}} `address` is null where nothing was chosen
  */
 export function dataField({ id, label, help, signal, onChange }) {
   const state = { address: null, name: "", sending: null };
@@ -44,6 +44,13 @@ export function dataField({ id, label, help, signal, onChange }) {
     replace(status, said);
     problem.hidden = true;
     onChange();
+  };
+
+  /** Give up an upload for something else that was chosen; what it still says is not listened to. */
+  const giveUp = () => {
+    state.sending?.abort();
+    state.sending = null;
+    input.value = "";
   };
 
   async function send(file) {
@@ -106,14 +113,14 @@ export function dataField({ id, label, help, signal, onChange }) {
     else if (files.length) send(files[0]);
   });
   earlier.addEventListener("change", () => {
-    state.sending?.abort();
+    giveUp();
     address.value = "";
     const name = earlier.selectedOptions[0].textContent;
     if (earlier.value) choose(addressOf(earlier.value), name, `${name} is used.`);
     else choose(null, "", "");
   });
   address.addEventListener("change", () => {
-    state.sending?.abort();
+    giveUp();
     earlier.value = "";
     const value = address.value.trim();
     choose(

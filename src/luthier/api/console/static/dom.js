@@ -38,6 +38,38 @@ export function replace(root, ...children) {
 }
 
 /**
+ * As {@link replace}, for what is drawn again and again: who is at something within `root` stays at it, and what was
+ * scrolled sideways stays scrolled.
+ * @param {HTMLElement} root
+ * @param {...*} children
+ * @returns {HTMLElement} root
+ */
+export function replaceKeepingFocus(root, ...children) {
+  const focused =
+    root !== document.activeElement && root.contains(document.activeElement) ? document.activeElement : null;
+  const alike = (mark) => [...root.querySelectorAll(focused.tagName)].filter((each) => markOf(each) === mark);
+  const mark = focused && markOf(focused);
+  const place = focused && alike(mark).indexOf(focused);
+  const scrolled = [...root.querySelectorAll(".scroll")].map((each) => each.scrollLeft);
+  replace(root, ...children);
+  root.querySelectorAll(".scroll").forEach((each, index) => (each.scrollLeft = scrolled[index] ?? 0));
+  if (focused) {
+    const found = alike(mark);
+    const next = found[Math.min(place, found.length - 1)] ?? root;
+    // Where it is gone, the keyboard goes on from the part of the page that it was in.
+    if (next === root) root.tabIndex = -1;
+    next.focus({ preventScroll: true });
+  }
+  return root;
+}
+
+/** By what an element is known again once it was drawn anew. */
+function markOf(element) {
+  const named = ["id", "href", "aria-label"].map((name) => element.getAttribute(name));
+  return JSON.stringify([...named, /^(A|BUTTON|SUMMARY)$/.test(element.tagName) ? element.textContent : null]);
+}
+
+/**
  * Say something to people who hear the page.
  * @param {string} text
  */

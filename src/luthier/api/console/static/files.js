@@ -4,6 +4,8 @@ import { call } from "./api.js";
 
 const ADDRESS = /s3:\/\/luthier-files\/(file-[A-Za-z0-9]+)/g;
 const names = new Map();
+// Another account may be used next in this tab.
+globalThis.addEventListener?.("luthier:signed-out", () => names.clear());
 
 /**
  * @param {string} id of an uploaded file
@@ -35,8 +37,8 @@ export async function learnNames(texts, signal) {
         remember(await call("GET", `/v1/files/${encodeURIComponent(id)}`, { signal }));
       } catch (error) {
         if (error.name === "AbortError") throw error;
-        // A file that is gone, or that this key may not see, keeps its address.
-        names.set(id, null);
+        // A file that is gone, or that this key may not see, keeps its address; after other failures it is asked again.
+        if (error.status === 403 || error.status === 404) names.set(id, null);
       }
     }),
   );

@@ -22,7 +22,9 @@ export function number(value, digits = 3) {
 export function bytes(value) {
   if (typeof value !== "number" || !Number.isFinite(value)) return "–";
   let unit = 0;
-  while (Math.abs(value) >= 1000 && unit < UNITS.length - 1) {
+  // Rounded as it is shown: 999,999 bytes are 1 MB, not 1,000 kB.
+  const rounded = () => Math.abs(unit ? Number(value.toPrecision(3)) : Math.round(value));
+  while (rounded() >= 1000 && unit < UNITS.length - 1) {
     value /= 1000;
     unit += 1;
   }
@@ -40,8 +42,11 @@ export function duration(seconds) {
   const whole = Math.round(seconds);
   if (whole < 60) return `${whole} s`;
   if (whole < 3600) return pair(Math.floor(whole / 60), "min", whole % 60, "s");
-  if (whole < 86400) return pair(Math.floor(whole / 3600), "h", Math.round((whole % 3600) / 60), "min");
-  return pair(Math.floor(whole / 86400), "d", Math.round((whole % 86400) / 3600), "h");
+  // Rounded to the smaller unit before it is split: there is no 60th minute of an hour.
+  const minutes = Math.round(whole / 60);
+  if (minutes < 1440) return pair(Math.floor(minutes / 60), "h", minutes % 60, "min");
+  const hours = Math.round(whole / 3600);
+  return pair(Math.floor(hours / 24), "d", hours % 24, "h");
 }
 
 /**

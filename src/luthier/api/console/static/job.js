@@ -2,7 +2,7 @@
 
 import { call, events } from "./api.js";
 import { lineChart } from "./chart.js";
-import { announce, h, replace } from "./dom.js";
+import { announce, h, replace, replaceKeepingFocus } from "./dom.js";
 import { learnNames, withNames } from "./files.js";
 import { dateOf, duration, number, time, words } from "./format.js";
 import { customizationOf, hasEnded, modelNames, progressOf, stateChip, timeTaken } from "./job_states.js";
@@ -32,7 +32,8 @@ export async function render(root, params, signal) {
   document.title = `${job.name} – luthier`;
 
   const place = {};
-  for (const name of ["head", "problem", "state", "result", "settings", "parts"]) place[name] = h("div");
+  // What an action was refused for stays until something changes; what polling failed at, until it works again.
+  for (const name of ["head", "refusal", "problem", "state", "result", "settings", "parts"]) place[name] = h("div");
   const messages = h("ol", { class: "messages", tabindex: "0", "aria-label": "Messages" });
   const loss = lineChart({ title: "Loss", x: "step", y: "loss" });
   const measure = lineChart({ title: "Quality", x: "step", y: "" });
@@ -42,6 +43,7 @@ export async function render(root, params, signal) {
   replace(
     root,
     place.head,
+    place.refusal,
     place.problem,
     place.state,
     place.result,
@@ -63,17 +65,22 @@ export async function render(root, params, signal) {
     button.disabled = true;
     try {
       job = await call("POST", `${path}/${name}`, { signal });
-      replace(place.problem);
+      replace(place.refusal);
+      drawJob();
     } catch (error) {
-      if (error.name === "AbortError") return;
-      replace(place.problem, errorBox(error));
+      if (error.name !== "AbortError") replace(place.refusal, errorBox(error));
+    } finally {
+      button.disabled = false;
+      // A button that is disabled or gone has let the keyboard fall to the start of the page.
+      if (!signal.aborted && document.activeElement === document.body)
+        focusOn(button.isConnected ? button : place.head);
     }
-    drawJob();
   };
 
   let drawn = "";
   function drawJob() {
-    const now = JSON.stringify(job);
+    // How far it is changes all the time, and is drawn by itself.
+    const now = JSON.stringify({ ...job, details: { ...job.details, progress: null } });
     drawState(place, job);
     if (now === drawn) return;
     // Buttons and links that somebody may be at are made anew only where something has changed.
@@ -103,7 +110,10 @@ export async function render(root, params, signal) {
   const refresh = async () => {
     const state = job.state;
     job = await call("GET", path, { signal });
-    if (job.state !== state) announce(`The job ${job.name} is ${job.state.toLowerCase()}.`);
+    if (job.state !== state) {
+      announce(`The job ${job.name} is ${job.state.toLowerCase()}.`);
+      replace(place.refusal);
+    }
     drawJob();
   };
 
@@ -223,8 +233,7 @@ function drawHead(root, job, nameOf, act) {
       button.addEventListener("click", () => act(name, button));
       return button;
     });
-  const focused = root.contains(document.activeElement) ? document.activeElement.textContent : null;
-  replace(
+  replaceKeepingFocus(
     root,
     h("p", { class: "soft" }, h("a", { href: link("jobs") }, "Jobs"), " /"),
     h(
@@ -248,7 +257,6 @@ function drawHead(root, job, nameOf, act) {
       ["Priority", job.priority ? number(job.priority) : null],
     ]),
   );
-  if (focused) for (const each of root.querySelectorAll("button")) if (each.textContent === focused) each.focus();
 }
 
 function drawState(place, job) {
@@ -286,7 +294,7 @@ function drawResult(root, job) {
   const result = job.result ?? {};
   const verdicts = (result.verdicts ?? []).map(sentence);
   const losses = (result.validation_losses ?? []).map((each) => number(each, 4)).join(", ");
-  replace(
+  replaceKeepingFocus(
     root,
     h(
       "div",
@@ -312,7 +320,7 @@ function drawResult(root, job) {
 function drawSettings(root, job) {
   const { chosen = {}, reasons = {} } = job.details;
   const shown = (value) => (typeof value === "number" ? number(value, 4) : String(value));
-  replace(
+  replaceKeepingFocus(
     root,
     table({
       caption: "Settings that were chosen for these rows",
@@ -332,7 +340,7 @@ function drawParts(root, job) {
     const [from, to] = [dateOf(part.created), dateOf(part.modified)];
     return part.status === "Completed" && from && to ? duration((to - from) / 1000) : "–";
   };
-  replace(
+  replaceKeepingFocus(
     root,
     table({
       caption: "Parts of the work",
@@ -373,6 +381,11 @@ function addMessage(list, { kind, data }) {
 function sentence(message) {
   const text = withNames(message).trim();
   return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
+}
+
+function focusOn(element) {
+  if (element.tagName !== "BUTTON") element.tabIndex = -1;
+  element.focus({ preventScroll: true });
 }
 
 function note(text) {

@@ -5,14 +5,16 @@ import { h } from "./dom.js";
 import { dateOf, duration, number, shortName } from "./format.js";
 
 export const STATES = ["Queued", "Running", "Paused", "Stopping", "Completed", "Failed", "Stopped"];
-const ENDED = new Set(["Completed", "Failed", "Stopped"]);
+/** States in which a job or an export changes no more. */
+export const ENDED = new Set(["Completed", "Failed", "Stopped"]);
 const KINDS = { Running: "note", Completed: "good", Failed: "error", Paused: "warning", Stopping: "warning" };
 
-const CUSTOMIZATIONS = {
-  FINE_TUNING: "Fine-tuning",
-  CONTINUED_PRE_TRAINING: "Continued pre-training",
-  DISTILLATION: "Distillation",
-  REINFORCEMENT_FINE_TUNING: "Reinforcement fine-tuning",
+/** What a job can make of its rows: its name, and when it is what is wanted. */
+export const CUSTOMIZATIONS = {
+  FINE_TUNING: { name: "Fine-tuning", about: "what is learned goes by the shape of the rows" },
+  CONTINUED_PRE_TRAINING: { name: "Continued pre-training", about: "to go on writing texts" },
+  DISTILLATION: { name: "Distillation", about: "to answer as a teacher model does" },
+  REINFORCEMENT_FINE_TUNING: { name: "Reinforcement fine-tuning", about: "to score well with a grader" },
 };
 
 /**
@@ -20,7 +22,7 @@ const CUSTOMIZATIONS = {
  * @returns {string} what the job makes of its rows
  */
 export function customizationOf(job) {
-  return CUSTOMIZATIONS[job.customization_type] ?? job.customization_type;
+  return CUSTOMIZATIONS[job.customization_type]?.name ?? job.customization_type;
 }
 
 /**

@@ -1,7 +1,7 @@
 // The jobs of the account, the newest first.
 
 import { call } from "./api.js";
-import { announce, h, replace } from "./dom.js";
+import { announce, h, replace, replaceKeepingFocus } from "./dom.js";
 import { age, time } from "./format.js";
 import { STATES, customizationOf, hasEnded, modelNames, progressOf, stateChip } from "./job_states.js";
 import { errorBox, go, link, pause } from "./router.js";
@@ -14,23 +14,28 @@ const CALM_SECONDS = 20;
 /** Draw the list, and keep it up to date. */
 export async function render(root, params, signal) {
   const wanted = STATES.includes(params.query.get("state")) ? params.query.get("state") : null;
-  // Positions of the pages before this one, to go back to.
-  const before = [];
-  let position = null;
+  // What is shown: jobs of a state from a position on, and the positions of the pages before it, to go back to.
+  let place = { state: wanted, position: null, before: [] };
+  // What was asked for last, which is shown once it has come.
+  let going = place;
   const filter = h(
     "select",
     {
       id: "state",
       value: wanted ?? "",
       onchange: () => {
-        window.location.hash = filter.value ? `${link("jobs")}?state=${filter.value}` : link("jobs");
+        // Only the list is drawn anew: who is at the filter stays there.
+        history.pushState(null, "", filter.value ? `${link("jobs")}?state=${filter.value}` : link("jobs"));
+        turn({ state: filter.value || null, position: null, before: [] });
       },
     },
     h("option", { value: "" }, "All states"),
     STATES.map((state) => h("option", { value: state }, state)),
   );
   const list = h("div", { "aria-busy": "true" }, h("p", { class: "soft" }, "Loading …"));
+  // What polling failed at goes when it works again; that a page could not be turned, when one is.
   const problem = h("div");
+  const refusal = h("div");
   const older = h("button", { type: "button", hidden: true }, "Older");
   const newer = h("button", { type: "button", hidden: true }, "Newer");
   replace(
@@ -47,6 +52,7 @@ export async function render(root, params, signal) {
         h("a", { class: "button primary", href: link("new") }, "New job"),
       ),
     ),
+    refusal,
     problem,
     list,
     h("div", { class: "actions pages" }, newer, older),
@@ -54,51 +60,63 @@ export async function render(root, params, signal) {
 
   let shown = "";
   let following = null;
-  const load = async () => {
-    const query = { limit: PAGE, state: wanted, position };
-    const at = position;
-    const found = await call("GET", "/api/v1/jobs", { query, signal });
-    if (at !== position) return found.jobs;
+  let jobs = [];
+  const naming = modelNames(signal);
+  const load = async (to) => {
+    const query = { limit: PAGE, state: to.state, position: to.position };
+    const [found, nameOf] = await Promise.all([call("GET", "/api/v1/jobs", { query, signal }), naming]);
+    // Somebody has turned to another page meanwhile.
+    if (to !== going) return;
+    place = to;
+    jobs = found.jobs;
     following = found.next ?? null;
     older.hidden = following === null;
-    newer.hidden = before.length === 0;
-    const now = JSON.stringify(found);
-    // Ages change even where nothing else does; a table that is drawn anew keeps the focus.
-    if (now !== shown || found.jobs.length) draw(list, found.jobs, wanted, nameOf);
+    newer.hidden = place.before.length === 0;
+    const now = JSON.stringify([to.state, found]);
+    // What has not changed is left alone but for its ages, with what somebody has marked in it.
+    if (now !== shown) draw(list, jobs, place.state, nameOf);
+    else for (const each of list.querySelectorAll("time")) each.textContent = age(each.getAttribute("datetime"));
     shown = now;
     list.removeAttribute("aria-busy");
-    return found.jobs;
   };
   const turn = async (to) => {
-    position = to;
+    const pressed = document.activeElement;
+    going = to;
     try {
-      await load();
-      replace(problem);
+      await load(to);
+      if (to !== going) return;
+      replace(refusal);
       window.scrollTo(0, 0);
-      announce(before.length ? "Older jobs" : "The newest jobs");
+      // At either end, the button that led there is gone.
+      if (pressed === older && older.hidden) newer.focus();
+      if (pressed === newer && newer.hidden) older.focus();
+      announce(
+        to.before.length ? "Older jobs" : to.state ? `Jobs that are ${to.state.toLowerCase()}` : "The newest jobs",
+      );
     } catch (error) {
-      if (error.name !== "AbortError")
-        replace(
-          problem,
-          errorBox(error, () => turn(to)),
-        );
+      if (error.name === "AbortError" || to !== going) return;
+      going = place;
+      replace(
+        refusal,
+        errorBox(error, () => turn(to)),
+      );
     }
   };
-  older.addEventListener("click", () => {
-    before.push(position);
-    turn(following);
-  });
-  newer.addEventListener("click", () => turn(before.pop() ?? null));
+  older.addEventListener("click", () =>
+    turn({ ...place, position: following, before: [...place.before, place.position] }),
+  );
+  newer.addEventListener("click", () =>
+    turn({ ...place, position: place.before.at(-1) ?? null, before: place.before.slice(0, -1) }),
+  );
 
-  const nameOf = await modelNames(signal);
-  let jobs = await load();
+  await load(going);
   // The page stands; what follows keeps it up to date until it is left.
   keepUpToDate();
 
   async function keepUpToDate() {
     while (await pause(jobs.every((job) => hasEnded(job.state)) ? CALM_SECONDS : BUSY_SECONDS, signal)) {
       try {
-        jobs = await load();
+        await load(going);
         replace(problem);
       } catch (error) {
         if (error.name === "AbortError") return;
@@ -109,15 +127,13 @@ export async function render(root, params, signal) {
 }
 
 function draw(list, jobs, wanted, nameOf) {
-  const focused = list.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
-  const scrolled = list.querySelector(".scroll")?.scrollLeft ?? 0;
   const empty = wanted
     ? `No job is ${wanted.toLowerCase()}.`
     : [
         "There are no jobs yet. ",
         h("button", { type: "button", class: "quiet", onclick: () => go("new") }, "Train the first model"),
       ];
-  replace(
+  replaceKeepingFocus(
     list,
     table({
       caption: "Jobs, the newest first",
@@ -142,9 +158,4 @@ function draw(list, jobs, wanted, nameOf) {
       empty,
     }),
   );
-  const scroll = list.querySelector(".scroll");
-  if (scroll) scroll.scrollLeft = scrolled;
-  if (focused) {
-    for (const each of list.querySelectorAll("a")) if (each.getAttribute("href") === focused) each.focus();
-  }
 }

@@ -1,25 +1,13 @@
 // The start of the console: signs its user in, and shows the page that the address names.
 
-import { call, key, messageOf, signIn, signOut } from "./api.js";
+import { call, key, messageOf, problemOfKey, signIn, signOut } from "./api.js";
 import { h, replace } from "./dom.js";
-import { errorBox, show, stop } from "./router.js";
+import { errorBox, link, show, stop } from "./router.js";
 
 const root = document.getElementById("main");
 const navigation = document.getElementById("navigation");
 const account = document.getElementById("account");
 let signingIn = false;
-
-/** A key in the fragment of the address, which is taken out of it at once: it stands in no history. */
-function takeKeyFromAddress() {
-  const found = /^#key=(.+)$/.exec(window.location.hash);
-  if (!found) return null;
-  history.replaceState(null, "", `${window.location.pathname}#/jobs`);
-  try {
-    return decodeURIComponent(found[1]).trim();
-  } catch {
-    return found[1].trim();
-  }
-}
 
 function showSignIn(message = "") {
   stop();
@@ -42,14 +30,15 @@ function showSignIn(message = "") {
     event.preventDefault();
     button.disabled = true;
     try {
-      await enter(field.value);
+      const wrong = problemOfKey(field.value);
+      problem.textContent = wrong ?? "";
+      if (!wrong) await enter(field.value);
     } catch (error) {
       problem.textContent = refusal(error);
-      problem.hidden = false;
-      field.focus();
-    } finally {
-      button.disabled = false;
     }
+    problem.hidden = !problem.textContent;
+    button.disabled = false;
+    if (!problem.hidden && field.isConnected) field.focus();
   };
   replace(
     root,
@@ -96,8 +85,9 @@ async function enter(value) {
   try {
     who = await call("GET", "/api/v1/whoami");
   } catch (error) {
-    // A server that is away says nothing of a key that was good before.
-    if (isRefusal(error) || before !== key()) signOut();
+    // A server that is away says nothing of the key that was good before, which is kept.
+    if (isRefusal(error) || before === null) signOut();
+    else signIn(before);
     throw error;
   }
   signingIn = false;
@@ -111,20 +101,18 @@ function welcome(who) {
     h("span", { class: "soft", title: who.arn }, `${who.account} · ${who.user}`),
     h("button", { type: "button", class: "quiet", onclick: () => signOut() }, "Sign out"),
   );
+  // Only `#/` names a page; what else an address ends with would leave the form standing here.
+  if (!window.location.hash.startsWith("#/")) history.replaceState(null, "", link("jobs"));
   show(root);
 }
 
 async function start() {
-  const given = takeKeyFromAddress();
-  // A link of somebody else must not let a person work in another account unnoticed.
-  const other = given && key() && given !== key();
-  const value = other && !window.confirm("This link has another API key. Sign in with it?") ? key() : given || key();
-  if (!value) {
+  if (!key()) {
     showSignIn();
     return;
   }
   try {
-    await enter(value);
+    await enter(key());
   } catch (error) {
     if (key()) replace(root, h("h1", null, "luthier"), errorBox(error, start));
     else showSignIn(refusal(error));
@@ -138,8 +126,7 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 });
 
 window.addEventListener("hashchange", () => {
-  if (window.location.hash.startsWith("#key=")) start();
-  else if (key() && !signingIn) show(root);
+  if (key() && !signingIn) show(root);
 });
 window.addEventListener("luthier:signed-out", (event) => {
   if (!signingIn) showSignIn(event.detail);

@@ -5,14 +5,9 @@ import { dataField } from "./data_field.js";
 import { announce, h, replace } from "./dom.js";
 import { estimateView } from "./estimate.js";
 import { inspectionView } from "./inspection.js";
-import { errorBox, go } from "./router.js";
+import { CUSTOMIZATIONS } from "./job_states.js";
+import { errorBox, go, link } from "./router.js";
 
-const KINDS = [
-  ["FINE_TUNING", "Fine-tuning: what is learned goes by the shape of the rows"],
-  ["CONTINUED_PRE_TRAINING", "Continued pre-training: to go on writing texts"],
-  ["DISTILLATION", "Distillation: to answer as a teacher model does"],
-  ["REINFORCEMENT_FINE_TUNING", "Reinforcement fine-tuning: to score well with a grader"],
-];
 /** Settings that are asked for by name: the field of the recipe, its label, how it is written. */
 const SETTINGS = [
   ["training.epochs", "Passes over the data", { type: "number", min: "0", step: "any" }],
@@ -38,9 +33,18 @@ const LONGEST_NAME = 63;
 
 /** Draw the form. */
 export async function render(root, params, signal) {
-  const models = (await call("GET", "/api/v1/models", { signal })).models;
-  const form = new JobForm(models, params, signal);
+  const form = new JobForm(await modelsOf(signal), params, signal);
   replace(root, h("h1", null, "New job"), form.element);
+}
+
+/** All models; null for who may not list them, and names one by its id. */
+async function modelsOf(signal) {
+  try {
+    return (await call("GET", "/api/v1/models", { signal })).models;
+  } catch (error) {
+    if (error.status !== 403) throw error;
+    return null;
+  }
 }
 
 class JobForm {
@@ -63,14 +67,14 @@ class JobForm {
       onChange: changed,
       help: "Rows that are never learned: the model is measured on them.",
     });
-    const usable = models.filter((each) => each.status.toLowerCase() === "active");
+    const usable = models?.filter((each) => each.status.toLowerCase() === "active");
     const start = params.query.get("base");
-    this.base = modelSelect("base", usable, start);
-    this.teacher = modelSelect("teacher", usable, null);
+    this.base = modelField("base", usable, start);
+    this.teacher = modelField("teacher", usable, null);
     this.kind = h(
       "select",
       { id: "customization_type" },
-      KINDS.map(([value, label]) => h("option", { value }, label)),
+      Object.entries(CUSTOMIZATIONS).map(([value, { name, about }]) => h("option", { value }, `${name}: ${about}`)),
     );
     this.grader = h("textarea", { id: "grader", rows: "4", spellcheck: "false", class: "code" }, GRADER);
     this.settings = SETTINGS.map(([name, label, kind]) => [
@@ -204,13 +208,13 @@ class JobForm {
     for (const button of Object.values(this.buttons)) button.disabled = !ready;
     // How much a distillation takes depends on what its teacher writes.
     if (this.kind.value === "DISTILLATION") this.buttons.estimate.disabled = true;
-    if (!this.named) this.name.value = this.modelName.value = proposeName(this.training.name(), this.base);
+    if (!this.named) this.name.value = this.modelName.value = proposeName(this.training.name(), nameOf(this.base));
   }
 
   /** What both a job and an estimate are asked with; raises what a person has to mend. */
   common() {
     const body = {
-      base: this.base.value,
+      base: this.base.value.trim(),
       customization_type: this.kind.value,
       validation: this.validation.address() ? [this.validation.address()] : [],
       settings: this.readSettings(),
@@ -226,7 +230,7 @@ class JobForm {
       (found[group] ??= {})[field] = value;
     };
     for (const [name, , field] of this.settings) {
-      if (field.validity.badInput) throw new InputProblem("Write a number.", name);
+      if (field.validity.badInput) throw new InputProblem("Write a number.", `settings.${name}`);
       if (field.value !== "") set(name, Number(field.value));
     }
     if (this.adaptation.value) set("adaptation.method", this.adaptation.value);
@@ -240,7 +244,7 @@ class JobForm {
 
   inspect() {
     return this.ask("The data are being inspected", async (signal) => {
-      const body = { training: this.training.address(), base: this.base.value };
+      const body = { training: this.training.address(), base: this.base.value.trim() };
       if (this.validation.address()) body.validation = this.validation.address();
       const { verdict, report } = await call("POST", "/api/v1/inspections", { body, signal });
       return inspectionView(verdict, report);
@@ -256,22 +260,31 @@ class JobForm {
 
   async start(event) {
     event.preventDefault();
-    await this.ask("The job is being started", async (signal) => {
-      const body = {
-        ...this.common(),
-        training: [this.training.address()],
-        name: this.name.value.trim(),
-        model_name: this.modelName.value.trim(),
-      };
-      if (this.kind.value === "DISTILLATION") body.teacher = this.teacher.value;
-      const job = await call("POST", "/api/v1/jobs", { body, signal });
-      go("jobs", job.name);
-      return null;
-    });
+    await this.ask(
+      "The job is being started",
+      async (signal) => {
+        const body = {
+          ...this.common(),
+          training: [this.training.address()],
+          name: this.name.value.trim(),
+          model_name: this.modelName.value.trim(),
+        };
+        if (this.kind.value === "DISTILLATION") body.teacher = this.teacher.value.trim();
+        const job = await call("POST", "/api/v1/jobs", { body, signal });
+        go("jobs", job.name);
+        return null;
+      },
+      () => [
+        // The server may have made it before it heard of that.
+        "You cancelled. The job may have been created all the same: look at ",
+        h("a", { href: link("jobs") }, "the jobs"),
+        ".",
+      ],
+    );
   }
 
-  /** Do something that takes a while, one at a time; it can be cancelled. */
-  async ask(text, work) {
+  /** Do something that takes a while, one at a time; it can be cancelled, of which `cancelled` says what it means. */
+  async ask(text, work, cancelled = () => "Cancelled.") {
     const working = new AbortController();
     const leave = () => working.abort();
     this.signal.addEventListener("abort", leave);
@@ -302,7 +315,11 @@ class JobForm {
     } catch (error) {
       replace(this.outcome);
       if (error.name !== "AbortError") this.refuse(error);
-      else announce("Cancelled.");
+      else if (!this.signal.aborted) {
+        const said = h("p", { class: "soft" }, cancelled());
+        replace(this.outcome, said);
+        announce(said.textContent);
+      }
     } finally {
       clearInterval(tick);
       this.signal.removeEventListener("abort", leave);
@@ -313,12 +330,11 @@ class JobForm {
 
   /** Show a refusal where the field is that it is about, if one is. */
   refuse(error) {
-    const about = (error.parameter ?? "").replace(/^settings\./, "");
-    const whole = about.split(".")[0];
-    if (whole === "training" && !document.getElementById(`problem-${about}`)) this.training.refuse(error.message);
-    else if (whole === "validation") this.validation.refuse(error.message);
-    const place = [about, whole].map((id) => document.getElementById(`problem-${id}`)).find((each) => each);
-    if (place) {
+    const about = fieldOf(error.parameter);
+    const place = document.getElementById(`problem-${about}`);
+    if (about === "training") this.training.refuse(error.message);
+    else if (about === "validation") this.validation.refuse(error.message);
+    else if (place) {
       const field = document.getElementById(place.id.replace("problem-", ""));
       place.textContent = error.message;
       place.hidden = false;
@@ -346,6 +362,18 @@ class JobForm {
   }
 }
 
+/**
+ * The field of the form that a request's parameter is of.
+ * @param {?string} parameter such as `training`, the rows, or `settings.training.seed`, of the group `training`
+ * @returns {string} id of a field, where the form has it
+ */
+export function fieldOf(parameter) {
+  const [first, ...rest] = (parameter ?? "").split(/[.[]/);
+  if (first !== "settings") return first;
+  const setting = rest.join(".");
+  return [...SETTINGS.map(([name]) => name), "adaptation.method"].includes(setting) ? setting : "settings";
+}
+
 /** What a person wrote and no request could be made of. */
 class InputProblem extends Error {
   constructor(message, parameter) {
@@ -366,7 +394,11 @@ function parseObject(text, parameter) {
   return found;
 }
 
-function modelSelect(id, models, chosen) {
+function modelField(id, models, chosen) {
+  if (!models) {
+    const help = "Your key may not list models: name one by its id or ARN.";
+    return h("input", { id, type: "text", value: chosen ?? "", placeholder: help, title: help, spellcheck: "false" });
+  }
   const group = (label, kind) => {
     const found = models.filter((each) => each.kind === kind);
     return found.length
@@ -383,16 +415,29 @@ function modelSelect(id, models, chosen) {
   return select;
 }
 
+function nameOf(field) {
+  return field.selectedOptions ? (field.selectedOptions[0]?.textContent ?? "") : field.value;
+}
+
 /** A name for a job and its model: of the file, the base and the time, so that it is free. */
 function proposeName(file, base) {
   const now = new Date();
   const two = (value) => String(value).padStart(2, "0");
   const moment = `${two(now.getMonth() + 1)}${two(now.getDate())}-${two(now.getHours())}${two(now.getMinutes())}${two(now.getSeconds())}`;
-  const stem = (file.split(".")[0] || base.selectedOptions[0]?.textContent || "model")
+  return `${stemOf(file.split(".")[0] || base) || "model"}-${moment}`;
+}
+
+/**
+ * A text as names of jobs may be written.
+ * @param {string} text
+ * @returns {string} empty where nothing of it can stand in one
+ */
+export function stemOf(text) {
+  return text
     .normalize("NFKD")
+    .replace(/\p{M}+/gu, "")
     .replace(/[^A-Za-z0-9]+/g, "-")
     .replace(/^-+|-+$/g, "")
     .slice(0, 40)
     .replace(/-+$/, "");
-  return `${stem || "model"}-${moment}`;
 }
