@@ -41,8 +41,8 @@ class Inspection(Input):
     """Address of rows to learn from."""
     validation: str | None = None
     """Address of held-out rows."""
-    base: str = "smollm2-135m-instruct"
-    """Model that the rows are encoded for."""
+    base: str | None = None
+    """Model that the rows are encoded for; where none is named they decide, and ``report.base`` says so."""
     objective: str | None = None
     """What is to be learned; the rows decide where it is not given."""
 
@@ -103,11 +103,11 @@ class _Reports:
 
     def inspect(self, request: Request, body: Inspection) -> ReportView:
         self.context.allow(request, "InspectData", "*")
-        base = self._model(request, body.base)
+        base = None if body.base is None else self._model(request, body.base)
         with self._folder() as folder:
-            media = base_reads_media(base)
+            media = base is None or base_reads_media(base)
             rows = self._fetch(request, body.training, folder / "training", media)
-            command = ["inspect", str(rows), "--base", base]
+            command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
             addresses = {str(rows): body.training}
             if body.validation is not None:
                 held = self._fetch(request, body.validation, folder / "validation", media)

@@ -38,6 +38,7 @@ export function inspectionView(verdict, report) {
       ["Errors", number(count("error"))],
       ["Warnings", number(count("warning"))],
       ["Taken for", report.forms?.train],
+      ["Read for", report.base ? withNames(report.base) : null],
     ]),
     rules.length ? h("h3", null, "What was found") : null,
     rules.map(ruleView),
@@ -73,8 +74,8 @@ function ruleView(rule) {
     h(
       "div",
       { class: "inside" },
-      h("p", null, h("strong", null, "Why: "), rule.why),
-      h("p", null, h("strong", null, "Fix: "), rule.fix),
+      rule.why ? h("p", null, h("strong", null, "Why: "), rule.why) : null,
+      rule.fix ? h("p", null, h("strong", null, "Fix: "), rule.fix) : null,
       h(
         "ul",
         { class: "places" },
@@ -85,6 +86,8 @@ function ruleView(rule) {
             h("code", null, placeOf(place)),
             " ",
             withNames(place.message ?? ""),
+            // Of some rules each place has a fix of its own.
+            place.fix && place.fix !== rule.fix ? [" ", h("strong", null, "Fix: "), withNames(place.fix)] : null,
             place.excerpt ? h("pre", { class: "row" }, place.excerpt) : null,
           ),
         ),

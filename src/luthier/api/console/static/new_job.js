@@ -10,6 +10,7 @@ import { errorBox, go, link } from "./router.js";
 
 /** Settings that are asked for by name: the field of the recipe, its label, how it is written. */
 const SETTINGS = [
+  ["data.validation_share", "Share held out to measure on", { type: "number", min: "0", max: "0.9", step: "any" }],
   ["training.epochs", "Passes over the data", { type: "number", min: "0", step: "any" }],
   ["training.batch_size", "Rows in a batch", { type: "number", min: "1", step: "1" }],
   ["training.learning_rate", "Learning rate", { type: "number", min: "0", step: "any" }],
@@ -28,6 +29,9 @@ const ADAPTATIONS = [
   ["prefix", "Prefix tuning"],
   ["sparse", "Some weights, chosen by their gradients"],
 ];
+/** As the command line does, where no validation rows are given. */
+const HELD_OUT = "0.1";
+const CHOSEN_BASE = "Chosen from the rows";
 const GRADER = '{"method": "exact"}';
 const LONGEST_NAME = 63;
 
@@ -52,7 +56,7 @@ class JobForm {
     this.signal = signal;
     this.working = null;
     this.named = false;
-    const changed = () => this.changed();
+    const changed = () => this.forget();
     this.training = dataField({
       id: "training",
       label: "Training rows",
@@ -69,7 +73,7 @@ class JobForm {
     });
     const usable = models?.filter((each) => each.status.toLowerCase() === "active");
     const start = params.query.get("base");
-    this.base = modelField("base", usable, start);
+    this.base = modelField("base", usable, start, CHOSEN_BASE);
     this.teacher = modelField("teacher", usable, null);
     this.kind = h(
       "select",
@@ -82,6 +86,8 @@ class JobForm {
       label,
       h("input", { id: name, placeholder: "chosen for you", ...kind }),
     ]);
+    this.heldOut = this.settings[0][2];
+    this.heldOut.value = HELD_OUT;
     this.adaptation = h(
       "select",
       { id: "adaptation.method" },
@@ -119,8 +125,8 @@ class JobForm {
     this.problem = h("div");
     this.element = this.draw();
     for (const each of [this.name, this.modelName]) each.addEventListener("input", () => (this.named = true));
-    this.kind.addEventListener("change", changed);
-    this.base.addEventListener("change", changed);
+    // What was found is of the settings before.
+    for (const each of [this.kind, this.base]) each.addEventListener("change", () => this.forget());
     this.changed();
   }
 
@@ -201,23 +207,54 @@ class JobForm {
     );
   }
 
+  forget() {
+    if (!this.working) replace(this.outcome);
+    this.changed();
+  }
+
   changed() {
+    this.heldOut.closest("div").hidden = this.validation.address() !== null;
     this.teacherRow.hidden = this.kind.value !== "DISTILLATION";
     this.graderRow.hidden = this.kind.value !== "REINFORCEMENT_FINE_TUNING";
     const ready = this.training.address() !== null && !this.training.busy() && !this.validation.busy() && !this.working;
     for (const button of Object.values(this.buttons)) button.disabled = !ready;
-    // How much a distillation takes depends on what its teacher writes.
-    if (this.kind.value === "DISTILLATION") this.buttons.estimate.disabled = true;
+    const unknown = this.kind.value === "DISTILLATION";
+    if (unknown) this.buttons.estimate.disabled = true;
+    this.buttons.estimate.title = unknown ? "How long a distillation takes depends on what its teacher writes." : "";
     if (!this.named) this.name.value = this.modelName.value = proposeName(this.training.name(), nameOf(this.base));
   }
 
+  /** Have the rows decide on the base model where nobody did; raises what keeps them from being learned. */
+  async chooseBase(signal) {
+    if (this.base.value.trim()) return;
+    const { verdict, report } = await call("POST", "/api/v1/inspections", { body: this.inspected(), signal });
+    if (verdict === "refused") throw new RefusedData(inspectionView(verdict, report));
+    this.setBase(report.base);
+  }
+
+  setBase(name) {
+    const options = [...(this.base.options ?? [])];
+    this.base.value = options.find((each) => each.textContent === name)?.value ?? (options.length ? "" : name);
+    if (!this.base.value) throw new InputProblem(`Choose a base model: there is no ${name} here.`, "base");
+    this.changed();
+  }
+
+  inspected() {
+    const body = { training: this.training.address() };
+    if (this.base.value.trim()) body.base = this.base.value.trim();
+    if (this.validation.address()) body.validation = this.validation.address();
+    return body;
+  }
+
   /** What both a job and an estimate are asked with; raises what a person has to mend. */
-  common() {
+  async common(signal) {
+    const settings = this.readSettings();
+    await this.chooseBase(signal);
     const body = {
       base: this.base.value.trim(),
       customization_type: this.kind.value,
       validation: this.validation.address() ? [this.validation.address()] : [],
-      settings: this.readSettings(),
+      settings,
     };
     if (this.kind.value === "REINFORCEMENT_FINE_TUNING") body.grader = parseObject(this.grader.value, "grader");
     return body;
@@ -231,11 +268,12 @@ class JobForm {
     };
     for (const [name, , field] of this.settings) {
       if (field.validity.badInput) throw new InputProblem("Write a number.", `settings.${name}`);
+      if (field === this.heldOut && this.validation.address()) continue;
       if (field.value !== "") set(name, Number(field.value));
     }
     if (this.adaptation.value) set("adaptation.method", this.adaptation.value);
     if (this.further.value.trim()) {
-      for (const [group, fields] of Object.entries(parseObject(this.further.value, "settings"))) {
+      for (const [group, fields] of Object.entries(byGroup(parseObject(this.further.value, "settings")))) {
         found[group] = typeof fields === "object" && fields !== null ? { ...found[group], ...fields } : fields;
       }
     }
@@ -244,16 +282,14 @@ class JobForm {
 
   inspect() {
     return this.ask("The data are being inspected", async (signal) => {
-      const body = { training: this.training.address(), base: this.base.value.trim() };
-      if (this.validation.address()) body.validation = this.validation.address();
-      const { verdict, report } = await call("POST", "/api/v1/inspections", { body, signal });
+      const { verdict, report } = await call("POST", "/api/v1/inspections", { body: this.inspected(), signal });
       return inspectionView(verdict, report);
     });
   }
 
   estimate() {
     return this.ask("A few real steps are being tried", async (signal) => {
-      const body = { ...this.common(), training: this.training.address() };
+      const body = { ...(await this.common(signal)), training: this.training.address() };
       return estimateView((await call("POST", "/api/v1/estimates", { body, signal })).estimate);
     });
   }
@@ -264,7 +300,7 @@ class JobForm {
       "The job is being started",
       async (signal) => {
         const body = {
-          ...this.common(),
+          ...(await this.common(signal)),
           training: [this.training.address()],
           name: this.name.value.trim(),
           model_name: this.modelName.value.trim(),
@@ -313,7 +349,7 @@ class JobForm {
         this.outcome.scrollIntoView({ block: "nearest" });
       }
     } catch (error) {
-      replace(this.outcome);
+      replace(this.outcome, error instanceof RefusedData ? error.view : null);
       if (error.name !== "AbortError") this.refuse(error);
       else if (!this.signal.aborted) {
         const said = h("p", { class: "soft" }, cancelled());
@@ -345,7 +381,7 @@ class JobForm {
     }
     replace(
       this.problem,
-      error instanceof InputProblem
+      error instanceof InputProblem || error instanceof RefusedData
         ? h("div", { class: "box error", role: "alert" }, h("p", null, error.message))
         : errorBox(error),
     );
@@ -382,6 +418,30 @@ class InputProblem extends Error {
   }
 }
 
+/** Rows that no model can learn from, with what was found in them. */
+class RefusedData extends Error {
+  constructor(view) {
+    super("The rows cannot be learned from as they are.");
+    this.parameter = "training";
+    this.view = view;
+  }
+}
+
+/**
+ * Settings by group, of which some may be written as `--set` takes them.
+ * @param {Object} settings such as `{"training.seed": 1}` or `{"training": {"seed": 1}}`
+ * @returns {Object}
+ */
+export function byGroup(settings) {
+  const found = {};
+  for (const [name, value] of Object.entries(settings)) {
+    const [group, ...field] = name.split(".");
+    if (field.length) found[group] = { ...found[group], [field.join(".")]: value };
+    else found[group] = typeof value === "object" && value !== null ? { ...found[group], ...value } : value;
+  }
+  return found;
+}
+
 function parseObject(text, parameter) {
   let found;
   try {
@@ -394,7 +454,7 @@ function parseObject(text, parameter) {
   return found;
 }
 
-function modelField(id, models, chosen) {
+function modelField(id, models, chosen, none = null) {
   if (!models) {
     const help = "Your key may not list models: name one by its id or ARN.";
     return h("input", { id, type: "text", value: chosen ?? "", placeholder: help, title: help, spellcheck: "false" });
@@ -409,13 +469,15 @@ function modelField(id, models, chosen) {
         )
       : null;
   };
-  const select = h("select", { id }, group("Base models", "foundation"), group("Your models", "custom"));
+  const open = none === null ? null : h("option", { value: "" }, none);
+  const select = h("select", { id }, open, group("Base models", "foundation"), group("Your models", "custom"));
   const found = models.find((each) => chosen && [each.id, each.name, each.arn].includes(chosen));
   if (found) select.value = found.kind === "custom" ? found.arn : found.id;
   return select;
 }
 
 function nameOf(field) {
+  if (!field.value) return "";
   return field.selectedOptions ? (field.selectedOptions[0]?.textContent ?? "") : field.value;
 }
 
