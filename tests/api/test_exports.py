@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -83,6 +84,9 @@ def test_a_merged_model_comes_into_the_bucket_and_is_listed(server: Served) -> N
     assert result["address"] == f"s3://bucket/out/model-export-{made}"
     listed = server.ask("GET", "/api/v1/exports?state=Completed&limit=1")[1]
     assert [each["id"] for each in listed["exports"]] == [made]
+    own = server.ask("GET", f"/api/v1/exports?model={quote(done['model'])}")[1]["exports"]
+    assert [each["id"] for each in own] == [made]
+    assert server.ask("GET", "/api/v1/exports?model=arn:of:another")[1] == {"exports": []}
     assert server.ask("POST", f"/api/v1/exports/{made}/stop")[0] == 409
 
 

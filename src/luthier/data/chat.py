@@ -124,6 +124,14 @@ class NoTokenizer:
     encode = __call__
 
 
+def inputs_read(kind: InputKind, has_tokenizer: bool, has_decoder: bool) -> tuple[InputKind, ...]:
+    """What a network that is made for inputs of ``kind`` reads, with ``kind`` first.
+
+    A CLIP reads images and texts; what has a decoder of its own behind its images only writes texts.
+    """
+    return (kind, "text") if kind != "text" and has_tokenizer and not has_decoder else (kind,)
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How prompts and replies become tokens for one model.
@@ -157,9 +165,7 @@ class ChatFormat:
         Raises:
             RowRefused: saying what it reads.
         """
-        able = [self.reads]
-        if self.has_tokenizer and self.start_id is None and self.media is not None:
-            able.append("text")  # a CLIP reads both
+        able = inputs_read(self.reads, self.has_tokenizer, self.start_id is not None)
         if kind not in able:
             base = " and ".join(PLURAL[each] for each in able)
             raise RowRefused(

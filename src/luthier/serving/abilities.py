@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from luthier.data.chat import inputs_read
 from luthier.data.processors import read_processor
+from luthier.errors import LuthierError, UnknownModel
+from luthier.files import luthier_home
 from luthier.models.catalog import CATALOG, CatalogEntry
 from luthier.models.kinds import KINDS
 from luthier.objectives.capabilities import (
@@ -14,9 +20,13 @@ from luthier.objectives.capabilities import (
     SupportsReconstruction,
     SupportsSampling,
 )
+from luthier.serving.embeddings import gives_embeddings
+from luthier.store.custom_models import CustomModel
+from luthier.store.foundation import AnyModel, kind_of
 from luthier.store.model_folders import is_base_here
 
 if TYPE_CHECKING:
+    from luthier.objectives import Objective
     from luthier.store.models import StoredModel
 
 Ability = Literal["write", "predict", "embed", "make_images", "reconstruct"]
@@ -60,13 +70,53 @@ def abilities_of(stored: StoredModel) -> Abilities:
     return _abilities(stored, _input_of(stored))
 
 
+def writes(model: AnyModel) -> bool:
+    """Whether it answers chats: told quickly for each of thousands of models, and nothing is fetched.
+
+    It goes by the model's record; of one whose files are not on this machine, by what its base is
+    made for. What is damaged, or of a package that is not installed, writes nothing.
+    """
+    if isinstance(model, CustomModel) and model.stored_id is not None:
+        try:
+            return _stored_writes(luthier_home(), model.stored_id, model.created)
+        except UnknownModel:
+            pass  # on another server
+        except (LuthierError, OSError):
+            return False
+    return _kind_writes(kind_of(model))
+
+
+@lru_cache(maxsize=1 << 14)
+def _stored_writes(home: Path, stored_id: str, created: datetime) -> bool:
+    """Of a model in the store ``home``; ``created`` tells it from an earlier one of its id."""
+    from luthier.store.models import find_here, objective_of
+
+    stored = find_here(stored_id)
+    return _writes(stored, objective_of(stored))
+
+
+@lru_cache
+def _kind_writes(kind: str) -> bool:
+    """Of a base model of the catalogue's ``kind``."""
+    from luthier.objectives import OBJECTIVES
+
+    objective = OBJECTIVES[KINDS[kind].objective].model_validate({})
+    return objective.task == "causal_lm" and not isinstance(objective, SupportsPrediction)
+
+
+def _writes(stored: StoredModel, objective: Objective) -> bool:
+    from luthier.store import models
+
+    return not isinstance(objective, SupportsPrediction) and models.writes(stored)
+
+
 def _abilities(stored: StoredModel, reads: tuple[Reads, ...]) -> Abilities:
-    from luthier.store.models import objective_of, writes
+    from luthier.store.models import objective_of
 
     objective, does = objective_of(stored), list[Ability]()
     if isinstance(objective, SupportsPrediction):
-        does.append("embed" if objective.task == "embedding" else "predict")
-    elif writes(stored):
+        does.append("embed" if gives_embeddings(objective) else "predict")
+    elif _writes(stored, objective):
         does.append("write")
     labels: tuple[str, ...] = ()
     prompts = False
@@ -83,13 +133,13 @@ def _input_of(stored: StoredModel) -> tuple[Reads, ...]:
     processor = read_processor(stored.folder)
     if processor is None:
         return ("text",)
-    # As ChatFormat.check_reads has it, without loading a tokenizer: a CLIP reads both, and what has a
-    # decoder behind its images only writes texts.
-    tokenizer = any(stored.folder.glob("tokenizer*.json"))
     form = stored.manifest.format
-    beside = form is not None and form.start_id is not None
-    both = tokenizer and not beside and stored.manifest.kind != "image_to_text"
-    return (processor.kind, "text") if both else (processor.kind,)
+    has_decoder = form is not None and form.start_id is not None
+    return inputs_read(
+        processor.kind,
+        any(stored.folder.glob("tokenizer*.json")),
+        has_decoder or stored.manifest.kind == "image_to_text",
+    )
 
 
 def _described_input(entry: CatalogEntry) -> tuple[Reads, ...]:

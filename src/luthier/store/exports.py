@@ -204,13 +204,19 @@ def list_exports(
     account: str,
     states: Sequence[str] = (),
     *,
+    model: str | None = None,
     limit: int,
     position: int | None = None,
 ) -> list[ModelExport]:
-    """At most ``limit`` exports, the newest first: those before the one whose ``seq`` is given."""
+    """At most ``limit`` exports, the newest first: those before the one whose ``seq`` is given.
+
+    With ``model``, an ARN, those of one custom model.
+    """
     query = select(ModelExport).where(ModelExport.account == account)
     if states:
         query = query.where(ModelExport.state.in_(states))
+    if model is not None:
+        query = query.where(ModelExport.model == model)
     return page_of(session, query, ModelExport.seq, limit=limit, position=position)
 
 

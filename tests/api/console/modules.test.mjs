@@ -5,6 +5,8 @@ import { test } from "node:test";
 
 const folder = process.env.CONSOLE_MODULES;
 const { StreamedAnswer, cosine, likeliest, spansOf, turnsOf } = await import(`${folder}/answers.js`);
+const { roundsBetween, writes } = await import(`${folder}/models.js`);
+const { datesBetween } = await import(`${folder}/usage.js`);
 const { pythonString, shellWord, snippets } = await import(`${folder}/snippets.js`);
 const { age, bytes, duration, number, percent, shortName } = await import(`${folder}/format.js`);
 const { ticks, widen } = await import(`${folder}/chart.js`);
@@ -128,6 +130,19 @@ test("each model is called with its own id and this server's address", () => {
   assert.ok(sounds[0].code.includes("audio/wav") && sounds[0].code.includes("/api/v1/models/abc123def456/predictions"));
   assert.deepEqual(of({ does: [], reads: ["text"] }), []);
   assert.deepEqual(snippets({ origin, model: model(null), storedId: "base:support" }), []);
+});
+
+test("of too many days the newest are kept", () => {
+  assert.deepEqual(datesBetween("2024-02-28", "2024-03-01", 9), ["2024-02-28", "2024-02-29", "2024-03-01"]);
+  const days = datesBetween("2000-01-01", "2026-01-01", 400);
+  assert.deepEqual([days.length, days[0], days.at(-1)], [400, "2024-11-28", "2026-01-01"]);
+  assert.deepEqual(datesBetween("2026-01-02", "2026-01-01", 9), []);
+  assert.deepEqual(datesBetween("", "2026-01-01", 9), []);
+});
+
+test("long lists of models are asked for less often, and only who writes chats", () => {
+  assert.deepEqual([0, 200, 201, 1000, 10_000].map(roundsBetween), [1, 1, 2, 5, 20]);
+  assert.deepEqual([{ writes: true }, { writes: false }, { base_kind: "causal_lm" }].map(writes), [true, false, false]);
 });
 
 test("numbers, sizes and times in words", () => {

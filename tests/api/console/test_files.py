@@ -5,18 +5,26 @@ from __future__ import annotations
 import http.client
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from luthier_server import KEYS, ONE, Served, home_with_tiny
 
 import luthier
+from luthier.adaptations import ADAPTATIONS
 from luthier.api.console.face import HEADERS, ROOT, Console, read_files
 from luthier.api.http.messages import RequestHead
+from luthier.api.native.jobs import CustomizationType, State
+from luthier.api.openai.files import PURPOSES
+from luthier.models.gguf import Quantization
+from luthier.models.kinds import KINDS
+from luthier.serving.abilities import Ability
+from luthier.workflows.export import Format
 
 PACKAGE = Path(luthier.__file__).parent
 STATIC = PACKAGE / "api" / "console" / "static"
@@ -61,11 +69,17 @@ def test_every_file_is_sent_to_everybody_with_strict_headers(server: Served) -> 
 
 
 def test_policy_lets_nothing_in_from_elsewhere() -> None:
-    policy = dict(part.split(" ", 1) for part in HEADERS["Content-Security-Policy"].split("; "))
-    assert policy["default-src"] == "'none'"
-    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
-    assert policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
-    assert "unsafe" not in HEADERS["Content-Security-Policy"]
+    policy = {
+        name: {*sources}
+        for name, *sources in map(str.split, HEADERS["Content-Security-Policy"].split(";"))
+    }
+    nothing = {"'none'"}
+    assert policy["default-src"] == nothing
+    for name, sources in policy.items():
+        own = {"'self'", "blob:", "data:"} if name in ("img-src", "media-src") else {"'self'"}
+        assert sources == nothing or sources <= own, name
+    # What is not there of these is allowed, whatever the default says.
+    assert all(policy[name] == nothing for name in ("base-uri", "form-action", "frame-ancestors"))
 
 
 def test_what_a_browser_has_is_not_sent_again(server: Served) -> None:
@@ -214,6 +228,43 @@ def test_modules_name_what_others_export() -> None:
         for names, module in re.findall(r'import \{([^}]*)\} from "\./([\w.]+)"', text):
             wanted = {each.split(" as ")[0].strip() for each in names.split(",") if each.strip()}
             assert wanted <= exported[module], (name, module, wanted - exported[module])
+
+
+def names_in(module: str, constant: str) -> list[str]:
+    """What a constant lists: texts, the first text of each list, or the keys of an object."""
+    text = (STATIC / module).read_text("utf-8")
+    found = re.search(
+        rf"^(?:export )?const {constant} = (?=[\[{{])(.*?)[\]}}]\)?;$", text, re.M | re.S
+    )
+    assert found, (module, constant)
+    if found[1].startswith("{"):
+        return re.findall(r"^  (\w+):", found[1], re.M)
+    return re.findall(r'^  \["(\w*)"', found[1], re.M) or re.findall(r'"(\w+)"', found[1])
+
+
+@pytest.mark.parametrize(
+    ("module", "constant", "names"),
+    [
+        ("exports.js", "FORMATS", get_args(Format)),
+        ("exports.js", "TYPES", get_args(Quantization)),
+        ("new_job.js", "KINDS", get_args(CustomizationType)),
+        ("new_job.js", "ADAPTATIONS", ("", *ADAPTATIONS)),
+        ("job_states.js", "STATES", get_args(State)),
+        ("job_states.js", "CUSTOMIZATIONS", get_args(CustomizationType)),
+        ("models.js", "MADE_FOR", KINDS),
+        ("playground.js", "TABS", get_args(Ability)),
+    ],
+)
+def test_lists_of_modules_are_those_of_the_server(
+    module: str, constant: str, names: Iterable[str]
+) -> None:
+    assert sorted(names_in(module, constant)) == sorted(names)
+
+
+def test_files_are_sent_for_a_purpose_that_the_server_knows() -> None:
+    texts = [(STATIC / name).read_text("utf-8") for name in MODULES]
+    given = re.findall(r'purpose(?: =|:) "([^"]+)"', "".join(texts))
+    assert given and {*given} <= {*PURPOSES}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".js", ".html"))])

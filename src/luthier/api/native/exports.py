@@ -69,6 +69,8 @@ class ExportsPage(Input):
     """Which exports are wanted."""
 
     state: State | None = None
+    model: str | None = Field(default=None, max_length=2048)
+    """ARN of the custom model whose exports are wanted, also of one that was deleted since."""
     limit: int = Field(default=100, ge=1, le=1000)
     position: int | None = Field(default=None, ge=0, le=2**62)
     """``next`` of the page before."""
@@ -126,7 +128,12 @@ class _Exports:
         states = (page.state,) if page.state else ()
         with self.context.database.read() as session:
             found = exports.list_exports(
-                session, request.account, states, limit=page.limit + 1, position=page.position
+                session,
+                request.account,
+                states,
+                model=page.model,
+                limit=page.limit + 1,
+                position=page.position,
             )
         following = found[page.limit - 1].seq if len(found) > page.limit else None
         return ExportsView(exports=[_view(each) for each in found[: page.limit]], next=following)

@@ -12,8 +12,10 @@ from sqlalchemy import select
 from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.identifiers import find_foundation
 from luthier.api.native.operations import Context, NativeOperation, View
+from luthier.engine.metrics import SHARES
 from luthier.errors import LuthierError
-from luthier.serving.abilities import Ability, Reads, abilities_of, abilities_of_base
+from luthier.evaluation.significance import LESS_IS_BETTER
+from luthier.serving.abilities import Ability, Reads, abilities_of, abilities_of_base, writes
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.foundation import FoundationModel, foundation_models, kind_of
 
@@ -55,6 +57,8 @@ class ModelView(View):
     base_kind: str
     """What the base model at the bottom is made for: ``causal_lm`` writes, an ``encoder`` reads texts,
     and so on."""
+    writes: bool
+    """Whether it answers chats; what its base is made for where its files are on another server."""
     abilities: AbilitiesView | None = None
     """In the answer about one model; none in lists, and where its files or its package are not here."""
 
@@ -80,6 +84,10 @@ class CertificateView(View):
     """As ``certificate.json`` holds it: record, lineage, curves, operations, energy, reports."""
     lineage: list[str]
     """ARNs from this model down to the foundation model."""
+    shares: list[str]
+    """Measures whose values are shares, which read best as percent."""
+    errors: list[str]
+    """Measures of which less is better."""
 
 
 def operations(context: Context) -> list[NativeOperation]:
@@ -154,7 +162,13 @@ class _Models:
                 except Fault:
                     break  # deleted since; its ARN is all that is left of it here
         certificate = json.loads(_certificate_text(model))
-        return CertificateView(model=lineage[0], certificate=certificate, lineage=lineage)
+        return CertificateView(
+            model=lineage[0],
+            certificate=certificate,
+            lineage=lineage,
+            shares=sorted(SHARES),
+            errors=sorted(LESS_IS_BETTER),
+        )
 
     def certificate_file(self, request: Request) -> Response:
         with self.context.database.read() as session:
@@ -175,6 +189,7 @@ class _Models:
             status="ACTIVE",
             created=model.created,
             base_kind=model.kind,
+            writes=writes(model),
         )
 
     def _custom(self, model: CustomModel) -> ModelView:
@@ -192,6 +207,7 @@ class _Models:
             failure=model.failure,
             created=model.created,
             base_kind=kind_of(model),
+            writes=writes(model),
         )
 
 

@@ -65,6 +65,9 @@ class DaysView(View):
     """A report by day and model; counts of the last minute may be missing."""
 
     account: str
+    first: date
+    """The days that were looked at, both with what was used on them."""
+    last: date
     days: list[DayView]
 
 
@@ -103,4 +106,5 @@ class _Usage:
         first = asked.first or last - timedelta(days=DAYS)
         with self.context.database.read() as session:
             found = report(session, first, last, request.account)
-        return DaysView(account=request.account, days=[DayView(**each) for each in found])
+        days = [DayView(**each) for each in found]
+        return DaysView(account=request.account, first=first, last=last, days=days)

@@ -18,8 +18,6 @@ const OUTCOMES = {
   unmeasured: "note",
 };
 const GATES = { passed: "good", warnings: "warning", refused: "error" };
-/** Measures whose values are shares. */
-const SHARES = /(^|_)(accuracy|f1|precision|recall|auc|share|rate)($|_)/;
 
 /**
  * All that a certificate says.
@@ -27,15 +25,15 @@ const SHARES = /(^|_)(accuracy|f1|precision|recall|auc|share|rate)($|_)/;
  * @param {Array<Object>} models those of the account, to name the lineage; none where the key may not list them
  * @returns {Array<HTMLElement>}
  */
-export function certificateSections({ certificate, lineage }, models) {
+export function certificateSections({ certificate, lineage, shares, errors }, models) {
   const record = certificate.record ?? {};
   const metrics = record.metrics ?? {};
   return [
     section(
       "Did it learn?",
       verdict(record, metrics),
-      scores(metrics),
-      baselines(metrics.comparison),
+      scores(metrics, new Set(shares)),
+      baselines(metrics.comparison, new Set(errors)),
       curves(certificate),
     ),
     section(
@@ -89,14 +87,9 @@ export function certificateDownload(model, signal) {
   return h("span", null, h("button", { type: "button", onclick: save }, "Download certificate.json"), " ", problem);
 }
 
-/**
- * A value of a measure as people read it.
- * @param {string} name of the measure
- * @param {number} value
- * @returns {string}
- */
-export function measureText(name, value) {
-  return SHARES.test(name) ? percent(value) : number(value, 4);
+/** A value of a measure: shares have one decimal, as on the command line, so that 99.96 % is not all. */
+function measureText(value, isShare) {
+  return isShare ? `${(100 * value).toFixed(1)} %` : number(value, 4);
 }
 
 function section(title, ...content) {
@@ -122,7 +115,7 @@ function verdict(record, metrics) {
   ];
 }
 
-function scores(metrics) {
+function scores(metrics, shares) {
   const { before = {}, kept = {}, kept_step: step } = metrics.verdict ?? {};
   const names = Object.keys(kept ?? {}).filter((name) => typeof kept[name] === "number");
   if (!names.length) return null;
@@ -136,21 +129,23 @@ function scores(metrics) {
     ],
     rows: names.map((name) => [
       words(name),
-      typeof before?.[name] === "number" ? measureText(name, before[name]) : "–",
-      measureText(name, kept[name]),
+      typeof before?.[name] === "number" ? measureText(before[name], shares.has(name)) : "–",
+      measureText(kept[name], shares.has(name)),
     ]),
   });
 }
 
-function baselines(comparison) {
+function baselines(comparison, errors) {
   if (!comparison?.baselines?.length) return null;
   const measure = comparison.measure ?? "score";
   const rows = [
     ["this model", comparison.tuned, null, null],
     ...comparison.baselines.map((each) => [each.name, each.score, each.error, each.seconds]),
   ];
-  // The best first, where more is better for sure; errors stay in the order of the comparison.
-  if (SHARES.test(measure)) rows.sort((a, b) => (b[1] ?? -Infinity) - (a[1] ?? -Infinity));
+  // What is compared is a share, or else an error. The best stands first, and what has no score last.
+  const isError = errors.has(measure);
+  const cost = ([, score]) => (typeof score === "number" ? (isError ? score : -score) : Infinity);
+  rows.sort((a, b) => (cost(a) === cost(b) ? 0 : cost(a) - cost(b)));
   return [
     table({
       caption: `Beside simple baselines: ${words(measure).toLowerCase()} on the same ${number(comparison.rows)} rows`,
@@ -159,7 +154,7 @@ function baselines(comparison) {
       rows: rows.map(([name, score, error, seconds]) => [
         name === "this model" ? h("strong", null, name) : name,
         typeof score === "number"
-          ? `${measureText(measure, score)}${error ? ` ± ${measureText(measure, error)}` : ""}`
+          ? `${measureText(score, !isError)}${error ? ` ± ${measureText(error, !isError)}` : ""}`
           : "–",
         seconds === null ? "–" : duration(seconds),
       ]),
@@ -244,14 +239,14 @@ function parity(found) {
       ? h(
           "p",
           null,
-          `The likeliest next token is the same at ${percent(next.agreement)} of ${number(next.tokens)} places.`,
+          `The likeliest next token is the same at ${measureText(next.agreement, true)} of ${number(next.tokens)} places.`,
         )
       : null,
     found.greedy
       ? h(
           "p",
           null,
-          `In what it writes greedily, at ${percent(found.greedy.agreement)} of ${number(found.greedy.tokens)} places.`,
+          `In what it writes greedily, at ${measureText(found.greedy.agreement, true)} of ${number(found.greedy.tokens)} places.`,
         )
       : null,
   ];

@@ -4,6 +4,7 @@ import { call, chat, messageOf } from "./api.js";
 import { ENDINGS, StreamedAnswer, turnsOf } from "./answers.js";
 import { announce, h, replace } from "./dom.js";
 import { duration, number } from "./format.js";
+import { writes } from "./models.js";
 
 /** Draw the chat with `model`. */
 export async function render(root, model, signal) {
@@ -150,9 +151,7 @@ export async function render(root, model, signal) {
 async function otherWriters(model, signal) {
   try {
     const { models } = await call("GET", "/api/v1/models", { signal });
-    const found = models.filter(
-      (each) => each.id !== model.id && each.base_kind === "causal_lm" && /^active$/i.test(each.status),
-    );
+    const found = models.filter((each) => each.id !== model.id && writes(each) && /^active$/i.test(each.status));
     // What it was trained from is what most people compare it with.
     return found.sort(
       (a, b) =>

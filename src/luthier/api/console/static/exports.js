@@ -3,9 +3,9 @@
 import { call } from "./api.js";
 import { h, replace } from "./dom.js";
 import { age, bytes, number, percent, time } from "./format.js";
-import { hiddenName } from "./models.js";
+import { hasEnded } from "./job_states.js";
 import { errorBox, pause } from "./router.js";
-import { table } from "./table.js";
+import { hiddenName, table } from "./table.js";
 
 const FORMATS = [
   ["safetensors", "safetensors: transformers, PEFT, diffusers"],
@@ -14,7 +14,6 @@ const FORMATS = [
 ];
 const TYPES = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"];
 const STATES = { Completed: "good", Failed: "error", Stopped: "warning" };
-const ENDED = new Set(["Completed", "Failed", "Stopped"]);
 const SECONDS = 4;
 
 /**
@@ -27,17 +26,20 @@ export function exportsSection(model, signal) {
   const list = h("div");
   const problem = h("div");
   let following = false;
+  let again = false;
 
   const follow = async () => {
+    // An answer that is under way may be older than what there is now.
+    again = true;
     if (following) return;
     following = true;
     try {
       do {
-        const { exports } = await call("GET", "/api/v1/exports", { signal });
-        const own = exports.filter((each) => each.model === model.arn);
-        if (!list.contains(document.activeElement)) replace(list, exportsTable(own, stop));
-        if (own.every((each) => ENDED.has(each.state))) break;
-      } while (await pause(SECONDS, signal));
+        again = false;
+        const { exports } = await call("GET", "/api/v1/exports", { query: { model: model.arn }, signal });
+        draw(list, exportsTable(exports, stop));
+        if (!again && exports.every((each) => hasEnded(each.state))) break;
+      } while (again || (await pause(SECONDS, signal)));
     } catch (error) {
       if (error.name !== "AbortError")
         replace(
@@ -54,7 +56,6 @@ export function exportsSection(model, signal) {
   const stop = async (id) => {
     try {
       await call("POST", `/api/v1/exports/${encodeURIComponent(id)}/stop`, { signal });
-      document.activeElement?.blur();
     } catch (error) {
       if (error.name !== "AbortError") replace(problem, errorBox(error));
     }
@@ -62,6 +63,19 @@ export function exportsSection(model, signal) {
   };
   follow();
   return h("section", null, h("h2", null, "Exports"), problem, list, exportForm(model, signal, follow));
+}
+
+/** Draw the table anew; the focus stays at the button of its export, or in the table where that has none now. */
+function draw(list, made) {
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  const scrolled = list.querySelector(".scroll")?.scrollLeft ?? 0;
+  const id = focused?.getAttribute("data-export");
+  replace(list, made);
+  const scroll = list.querySelector(".scroll");
+  if (scroll) scroll.scrollLeft = scrolled;
+  if (!focused) return;
+  const same = [...list.querySelectorAll("[data-export]")].find((each) => each.getAttribute("data-export") === id);
+  (same ?? scroll)?.focus({ preventScroll: true });
 }
 
 function exportsTable(found, stop) {
@@ -78,11 +92,16 @@ function exportsTable(found, stop) {
       ],
       addressOf(each),
       h("span", { title: time(each.created) }, age(each.created)),
-      ENDED.has(each.state)
+      hasEnded(each.state)
         ? null
         : h(
             "button",
-            { type: "button", "aria-label": `Stop the export as ${each.format}`, onclick: () => stop(each.id) },
+            {
+              type: "button",
+              "data-export": each.id,
+              "aria-label": `Stop the export as ${each.format}`,
+              onclick: () => stop(each.id),
+            },
             "Stop",
           ),
     ]),
@@ -101,7 +120,7 @@ function formText(each) {
 
 function progressOf(each) {
   const { phase, done, total } = each.progress ?? {};
-  if (!phase || ENDED.has(each.state)) return null;
+  if (!phase || hasEnded(each.state)) return null;
   return [
     " ",
     h("span", { class: "soft" }, phase),

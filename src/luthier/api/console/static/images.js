@@ -1,9 +1,9 @@
 // Models that make images, and those that give images back.
 
 import { call } from "./api.js";
+import { asking, base64Of } from "./asking.js";
 import { h } from "./dom.js";
 import { number } from "./format.js";
-import { asking, base64Of } from "./predictions.js";
 
 /** Draw the form of a model that makes images. */
 export async function renderSamples(root, model, signal) {

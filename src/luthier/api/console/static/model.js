@@ -63,15 +63,19 @@ export async function render(root, params, signal) {
     active ? exportsSection(model, signal) : null,
     model.kind === "custom" ? deletion(model, path, signal) : null,
   );
-  if (!memory || loaded === null) return;
-  while (await pause(SECONDS, signal)) {
-    const now = await loadedModels(signal).catch(() => undefined);
-    if (now) memory.update(now[model.id]);
+  // The page stands; what is in memory is kept up to date until it is left.
+  if (memory && loaded !== null) keepUpToDate();
+
+  async function keepUpToDate() {
+    while (await pause(SECONDS, signal)) {
+      const now = await loadedModels(signal).catch(() => undefined);
+      if (now) memory.update(now[model.id]);
+    }
   }
 }
 
 /** What it does, in words. */
-export function abilityText(abilities) {
+function abilityText(abilities) {
   if (!abilities) return null;
   const texts = {
     write: "writes text",

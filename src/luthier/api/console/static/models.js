@@ -4,9 +4,13 @@ import { ApiError, call } from "./api.js";
 import { h, replace } from "./dom.js";
 import { age, bytes, shortName, time } from "./format.js";
 import { errorBox, link, pause } from "./router.js";
-import { table } from "./table.js";
+import { hiddenName, table } from "./table.js";
 
 const SECONDS = 15;
+/** How many models a list may have to be asked for again each time; one twice as long is asked for half as often. */
+const EACH_TIME = 200;
+/** Rounds between two questions for the longest lists: they wait five minutes. */
+const MOST_ROUNDS = 20;
 /** Rows of a table: an account may have ten thousand models. */
 const MOST_ROWS = 200;
 const STATUS = { Active: "good", ACTIVE: "good", Creating: "note", Failed: "error" };
@@ -23,6 +27,7 @@ export async function render(root, params, signal) {
   }
   const loaded = await loadedModels(signal);
   let state = { models: found.models, loaded };
+  let shown = JSON.stringify(state);
   const filter = h("input", {
     type: "search",
     id: "filter",
@@ -59,19 +64,48 @@ export async function render(root, params, signal) {
     );
   };
   draw();
-  while (await pause(SECONDS, signal)) {
-    try {
-      const [next, memory] = await Promise.all([call("GET", "/api/v1/models", { signal }), loadedModels(signal)]);
-      const changed = JSON.stringify([next.models, memory]) !== JSON.stringify([state.models, state.loaded]);
-      state = { models: next.models, loaded: memory };
-      replace(problem);
-      // A table that is drawn anew takes the focus from who walks through its links.
-      if (changed && !lists.contains(document.activeElement)) draw();
-    } catch (error) {
-      if (error.name === "AbortError") return;
-      replace(problem, errorBox(error));
+  // The page stands; what follows keeps it up to date until it is left.
+  keepUpToDate();
+
+  async function keepUpToDate() {
+    for (let round = 1; await pause(SECONDS, signal); round += 1) {
+      try {
+        const due = round % roundsBetween(state.models.length) === 0;
+        const [models, memory] = await Promise.all([
+          due ? call("GET", "/api/v1/models", { signal }).then((next) => next.models) : state.models,
+          loadedModels(signal),
+        ]);
+        replace(problem);
+        state = { models, loaded: memory };
+        // A table that is drawn anew takes the focus from who walks through its links: it waits for them.
+        if (lists.contains(document.activeElement)) continue;
+        const now = JSON.stringify(state);
+        if (now !== shown) draw();
+        shown = now;
+      } catch (error) {
+        if (error.name === "AbortError") return;
+        replace(problem, errorBox(error));
+      }
     }
   }
+}
+
+/**
+ * After how many rounds a list is asked for again: thousands of models are a long answer.
+ * @param {number} models
+ * @returns {number}
+ */
+export function roundsBetween(models) {
+  return Math.min(MOST_ROUNDS, Math.max(1, Math.ceil(models / EACH_TIME)));
+}
+
+/**
+ * Whether a model of the list answers chats: a classifier that was tuned on a network that writes does not.
+ * @param {Object} model
+ * @returns {boolean}
+ */
+export function writes(model) {
+  return model.writes === true;
 }
 
 /** What a key that may only ask models sees: their names, as the OpenAI face lists them. */
@@ -126,11 +160,6 @@ function textOf(model) {
     .toLowerCase();
 }
 
-/** The heading of a column that needs none for who sees it. */
-export function hiddenName(text) {
-  return { name: h("span", { class: "visually-hidden" }, text) };
-}
-
 function customTable(models, { models: all, loaded }, none) {
   const rows = models
     .slice(0, MOST_ROWS)
@@ -160,26 +189,33 @@ function customTable(models, { models: all, loaded }, none) {
       rows,
       empty: none ?? ["This account has no custom models yet. ", h("a", { href: "#/new" }, "Train one"), "."],
     }),
-    models.length > MOST_ROWS
-      ? h("p", { class: "soft" }, `The newest ${MOST_ROWS} of ${models.length} are shown. Filter to find others.`)
-      : null,
+    cutText(models, "newest"),
   ];
 }
 
 function baseTable(models, none) {
-  return table({
-    caption: "Base models",
-    columns: ["Name", "Id", "Made for", hiddenName("Try it")],
-    rows: models
-      .slice(0, MOST_ROWS)
-      .map((model) => [
-        h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
-        h("code", null, model.id),
-        MADE_FOR[model.base_kind] ?? model.base_kind,
-        h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try"),
-      ]),
-    empty: none ?? "The server offers no base models.",
-  });
+  return [
+    table({
+      caption: "Base models",
+      columns: ["Name", "Id", "Made for", hiddenName("Try it")],
+      rows: models
+        .slice(0, MOST_ROWS)
+        .map((model) => [
+          h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
+          h("code", null, model.id),
+          MADE_FOR[model.base_kind] ?? model.base_kind,
+          h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try"),
+        ]),
+      empty: none ?? "The server offers no base models.",
+    }),
+    cutText(models, "first"),
+  ];
+}
+
+function cutText(models, which) {
+  return models.length > MOST_ROWS
+    ? h("p", { class: "soft" }, `The ${which} ${MOST_ROWS} of ${models.length} are shown. Filter to find others.`)
+    : null;
 }
 
 /** Kinds of base models (luthier/models/kinds.py) in words. */

@@ -2,21 +2,18 @@
 
 import { call } from "./api.js";
 import { cosine, likeliest, spansOf } from "./answers.js";
-import { announce, h, replace } from "./dom.js";
+import { asking, base64Of } from "./asking.js";
+import { announce, h } from "./dom.js";
 import { number, percent } from "./format.js";
-import { hiddenName } from "./models.js";
-import { errorBox } from "./router.js";
-import { table } from "./table.js";
+import { hiddenName, table } from "./table.js";
 
 const ACCEPT = { image: "image/*", audio: "audio/*" };
 const NOUN = { text: "text", image: "image", audio: "sound", window: "values" };
-/** Bytes of a file that are sent: base64 is a third longer, and the server refuses larger bodies. */
-const LARGEST_FILE = 18_000_000;
 const COLOURS = 6;
 
 /** Draw the form of a model that answers with labels, tags, numbers or texts. */
 export async function renderPrediction(root, model, signal) {
-  const input = inputOf(model.abilities.reads, "input");
+  const input = inputOf(model.abilities.reads, "input", signal);
   asking(root, input.element, "Ask", signal, async () => {
     const asked = await input.read();
     const [answer] = await predict(model, [asked], signal);
@@ -27,8 +24,8 @@ export async function renderPrediction(root, model, signal) {
 /** Draw the form of a model that gives embeddings: how alike inputs are. */
 export async function renderSimilarity(root, model, signal) {
   if (!model.abilities.reads.includes("text")) {
-    const first = inputOf(model.abilities.reads, "first", "First");
-    const second = inputOf(model.abilities.reads, "second", "Second");
+    const first = inputOf(model.abilities.reads, "first", signal, "First");
+    const second = inputOf(model.abilities.reads, "second", signal, "Second");
     asking(root, [first.element, second.element], "Compare", signal, async () => {
       const asked = [await first.read(), await second.read()];
       return similarity(await predict(model, asked, signal), ["First", "Second"]);
@@ -66,58 +63,6 @@ export async function renderSimilarity(root, model, signal) {
   });
 }
 
-/**
- * A form with one button, and the answer or the error below.
- * @param {Element} root
- * @param {*} fields
- * @param {string} verb of the button
- * @param {AbortSignal} signal
- * @param {function(): Promise<*>} ask gives what is shown; a RangeError is told as it is
- */
-export function asking(root, fields, verb, signal, ask) {
-  const result = h("div", { "aria-live": "polite" });
-  const button = h("button", { type: "submit", class: "primary" }, verb);
-  const submit = async (event) => {
-    event.preventDefault();
-    button.disabled = true;
-    replace(result, h("p", { class: "soft" }, "The model works…"));
-    try {
-      replace(result, await ask());
-    } catch (error) {
-      if (error.name === "AbortError") return;
-      replace(
-        result,
-        error instanceof RangeError ? h("p", { class: "box error", role: "alert" }, error.message) : errorBox(error),
-      );
-    } finally {
-      button.disabled = false;
-    }
-  };
-  replace(root, h("form", { class: "ask", onsubmit: submit }, fields, h("div", { class: "actions" }, button)), result);
-}
-
-/**
- * A file as base64.
- * @param {?File} file
- * @param {string} noun what it should be
- * @returns {Promise<string>}
- */
-export async function base64Of(file, noun) {
-  if (!file) throw new RangeError(`Choose an ${noun} first.`.replace("an sound", "a sound"));
-  if (file.size > LARGEST_FILE)
-    throw new RangeError(`The ${noun} is larger than ${LARGEST_FILE / 1e6} MB. Choose a smaller one.`);
-  let bytes;
-  try {
-    bytes = new Uint8Array(await file.arrayBuffer());
-  } catch {
-    throw new RangeError(`The ${noun} cannot be read: the file was moved or changed. Choose it again.`);
-  }
-  let text = "";
-  // Arguments of a call are limited.
-  for (let at = 0; at < bytes.length; at += 0x8000) text += String.fromCharCode(...bytes.subarray(at, at + 0x8000));
-  return btoa(text);
-}
-
 async function predict(model, inputs, signal) {
   const { answers } = await call("POST", `/api/v1/models/${encodeURIComponent(model.id)}/predictions`, {
     body: { inputs },
@@ -126,7 +71,7 @@ async function predict(model, inputs, signal) {
   return answers;
 }
 
-function inputOf(reads, id, label = null) {
+function inputOf(reads, id, signal, label = null) {
   const kind = reads[0];
   const name = label ?? NOUN[kind].charAt(0).toUpperCase() + NOUN[kind].slice(1);
   if (kind === "text" || kind === "window") {
@@ -144,7 +89,21 @@ function inputOf(reads, id, label = null) {
   }
   const field = h("input", { id, type: "file", accept: ACCEPT[kind] });
   const read = async () => ({ [kind]: await base64Of(field.files[0], NOUN[kind]) });
-  const preview = () => media(kind, field.files[0]);
+  // A sound is read from its address as long as it can be played: until another takes its place, or the form goes.
+  let address = null;
+  const free = () => {
+    if (address) URL.revokeObjectURL(address);
+    address = null;
+  };
+  signal.addEventListener("abort", free);
+  const preview = () => {
+    free();
+    if (!field.files[0]) return null;
+    address = URL.createObjectURL(field.files[0]);
+    return kind === "image"
+      ? h("img", { class: "preview", src: address, alt: "The image that was asked about" })
+      : h("audio", { controls: true, src: address });
+  };
   return { element: h("div", { class: "drop" }, h("label", { for: id }, name), field), read, preview };
 }
 
@@ -156,22 +115,6 @@ function numbersIn(text) {
   if (!found.length || found.some((each) => !Number.isFinite(each)))
     throw new RangeError("Write numbers alone, such as 1.0 1.2 0.9.");
   return found;
-}
-
-/** The file that was asked about; its address is given back when the element has read it. */
-function media(kind, file) {
-  if (!file) return null;
-  const address = URL.createObjectURL(file);
-  const free = () => URL.revokeObjectURL(address);
-  if (kind === "image")
-    return h("img", {
-      class: "preview",
-      src: address,
-      alt: "The image that was asked about",
-      onload: free,
-      onerror: free,
-    });
-  return h("audio", { controls: true, src: address, onerror: free });
 }
 
 function answerOf(answer, text) {

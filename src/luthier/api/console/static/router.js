@@ -16,6 +16,8 @@ const ROUTES = [
 const HOME = "#/jobs";
 
 let leave = null;
+/** The page that was shown last, without its query. */
+let shown = null;
 
 /**
  * The address of a page.
@@ -35,7 +37,8 @@ export function go(...segments) {
 }
 
 /**
- * Show the page that the address names; the page before is told by its signal that it is left.
+ * Show the page that the address names, say its title and move the focus to it; the page before is told by its
+ * signal that it is left. A page's `render` ends when the page stands: what keeps it up to date goes on beside it.
  * @param {Element} root
  */
 export async function show(root) {
@@ -47,10 +50,15 @@ export async function show(root) {
   // Other fragments are places within the page.
   if (!hash.startsWith("#/")) return;
   stop();
+  const path = hash.split("?")[0];
+  // A control that shows the same page in another way keeps the focus.
+  const field = path === shown && root.contains(document.activeElement) ? document.activeElement.id : "";
+  shown = path;
   const found = match(hash);
   if (!found) {
     document.title = "Not found – luthier";
     replace(root, h("h1", null, "There is no such page"), h("p", null, h("a", { href: HOME }, "To the jobs")));
+    arrive(root, field);
     return;
   }
   const leaving = new AbortController();
@@ -65,7 +73,7 @@ export async function show(root) {
     const module = await load();
     if (leaving.signal.aborted) return;
     await module.render(page, params, leaving.signal);
-    if (!leaving.signal.aborted) announce(document.title);
+    if (!leaving.signal.aborted) arrive(page, field);
   } catch (error) {
     if (leaving.signal.aborted || error?.name === "AbortError") return;
     if (!(error instanceof Error && error.name === "ApiError")) console.error(error);
@@ -74,7 +82,19 @@ export async function show(root) {
       h("h1", null, title),
       errorBox(error, () => show(root)),
     );
+    arrive(page, field);
   }
+}
+
+/** Tell people who hear the page or use the keyboard that another one is there. */
+function arrive(page, field) {
+  announce(document.title);
+  // Who was quicker than the rest of the page stays where they are.
+  if (page.contains(document.activeElement)) return;
+  const same = field ? document.getElementById(field) : null;
+  const heading = page.querySelector("h1");
+  heading?.setAttribute("tabindex", "-1");
+  (same ?? heading)?.focus();
 }
 
 /** Leave the page that is shown. */
@@ -100,7 +120,7 @@ export function errorBox(error, again = null) {
 }
 
 /**
- * Wait, and no longer than until the tab is looked at again where it is hidden now.
+ * Wait for some seconds, and then until the tab is looked at where it is hidden.
  * @param {number} seconds 3 at least, however little is asked for
  * @param {AbortSignal} signal
  * @returns {Promise<boolean>} whether the page is still there

@@ -6,7 +6,7 @@ import { h } from "./dom.js";
  * @param {Object} options
  * @param {string} options.caption read out, and shown where `showCaption` is set
  * @param {boolean} [options.showCaption]
- * @param {Array<string|{name: string, kind?: string}>} options.columns `kind`: `number`, `code`, `nowrap`
+ * @param {Array<string|{name: string, kind?: string}>} options.columns `kind`: `number`, `code`, `nowrap`, `wide`
  * @param {Array<Array>} options.rows cells: text, numbers or nodes; the first of a row is its heading
  * @param {*} [options.empty] shown in place of a table without rows
  * @returns {HTMLElement}
@@ -48,6 +48,15 @@ export function table({ caption, showCaption = false, columns, rows, empty = "Th
       ),
     ),
   );
+}
+
+/**
+ * The heading of a column that needs none for who sees it.
+ * @param {string} text
+ * @returns {{name: HTMLElement}} a column
+ */
+export function hiddenName(text) {
+  return { name: h("span", { class: "visually-hidden" }, text) };
 }
 
 /**

@@ -3,9 +3,8 @@
 import { call } from "./api.js";
 import { h, replace, svg } from "./dom.js";
 import { bytes, duration, number, percent, words } from "./format.js";
-import { hiddenName } from "./models.js";
 import { errorBox, pause } from "./router.js";
-import { table } from "./table.js";
+import { hiddenName, table } from "./table.js";
 
 const SECONDS = 30;
 const WIDTH = 720;
@@ -14,6 +13,8 @@ const EDGE = { left: 64, right: 8, top: 10, bottom: 26 };
 /** Models that have a colour of their own; the others share one. */
 const COLOURED = 3;
 const MOST_ROWS = 400;
+/** Days of a chart: more than a year has columns that nobody can see. */
+const MOST_DAYS = 400;
 const NEARLY = 0.8;
 
 const MEASURES = {
@@ -43,16 +44,29 @@ export async function render(root, params, signal) {
     { id: "measure", onchange: () => drawDays() },
     Object.entries(MEASURES).map(([name, [text]]) => h("option", { value: name }, text)),
   );
-  let found = [];
+  let found = null;
+  let reading = null;
 
-  const drawDays = () => replace(days, chart(found, measure.value, from.value, to.value), daysTable(found));
+  const drawDays = () => {
+    if (found) replace(days, chart(found, measure.value), daysTable(found.days));
+  };
   const readDays = async () => {
+    // A slow answer for days that were chosen before would take the place of this one.
+    reading?.abort();
+    const own = new AbortController();
+    reading = own;
+    signal.addEventListener("abort", () => own.abort(), { once: true, signal: own.signal });
     try {
-      const report = await call("GET", "/api/v1/usage/days", { query: { from: from.value, to: to.value }, signal });
-      found = report.days.map((each) => ({ ...each, tokens: each.prompt_tokens + each.generated_tokens }));
+      const query = { from: from.value, to: to.value };
+      const report = await call("GET", "/api/v1/usage/days", { query, signal: own.signal });
+      if (own.signal.aborted) return;
+      const rows = report.days.map((each) => ({ ...each, tokens: each.prompt_tokens + each.generated_tokens }));
+      found = { ...report, days: rows };
       drawDays();
     } catch (error) {
-      if (error.name !== "AbortError") replace(days, errorBox(error, readDays));
+      if (error.name === "AbortError" || own.signal.aborted) return;
+      found = null;
+      replace(days, errorBox(error, readDays));
     }
   };
   const readQuotas = async () => {
@@ -78,9 +92,14 @@ export async function render(root, params, signal) {
     days,
   );
   await readDays();
-  while (await pause(SECONDS, signal)) {
-    // What cannot be had now stays as it was; a person who does something is told why it fails.
-    await readQuotas().catch(() => {});
+  // The page stands; its quotas are kept up to date until it is left.
+  keepUpToDate();
+
+  async function keepUpToDate() {
+    while (await pause(SECONDS, signal)) {
+      // What cannot be had now stays as it was; a person who does something is told why it fails.
+      await readQuotas().catch(() => {});
+    }
   }
 }
 
@@ -113,10 +132,12 @@ function bars(quotas) {
   });
 }
 
-function chart(days, measure, first, last) {
+function chart({ days: all, first, last }, measure) {
   const [title, show] = MEASURES[measure];
   const value = (each) => each[measure] ?? 0;
-  const dates = datesBetween(first, last);
+  const dates = datesBetween(first, last, MOST_DAYS);
+  const days = all.filter((each) => each.day >= dates[0]);
+  const cut = dates[0] > first ? `The latest ${MOST_DAYS} days are drawn.` : null;
   const totals = new Map();
   for (const each of days) totals.set(each.model, (totals.get(each.model) ?? 0) + value(each));
   const ranked = [...totals]
@@ -124,7 +145,11 @@ function chart(days, measure, first, last) {
     .sort((a, b) => b[1] - a[1])
     .map(([model]) => model);
   if (!ranked.length || !dates.length)
-    return h("p", { class: "empty soft" }, "Nothing of this was used on these days.");
+    return h(
+      "p",
+      { class: "empty soft" },
+      `Nothing of this was used on ${cut ? `the latest ${MOST_DAYS} of these` : "these"} days.`,
+    );
   const place = new Map(ranked.map((model, index) => [model, Math.min(index, COLOURED)]));
   const names = ranked.slice(0, COLOURED).map(nameOf);
   if (ranked.length > COLOURED)
@@ -203,6 +228,7 @@ function chart(days, measure, first, last) {
       columns,
     ),
     said,
+    cut ? h("p", { class: "soft" }, cut) : null,
   );
 }
 
@@ -253,10 +279,16 @@ function dayText(date) {
   return date.toISOString().slice(0, 10);
 }
 
-function datesBetween(first, last) {
+/**
+ * Days in their order.
+ * @param {string} first such as `2026-01-31`
+ * @param {string} last
+ * @param {number} most the newest are kept
+ * @returns {Array<string>}
+ */
+export function datesBetween(first, last, most) {
   const found = [];
-  const end = Date.parse(last);
-  // A chart of more than a year has columns that nobody can see.
-  for (let at = Date.parse(first); at <= end && found.length < 400; at += 86_400_000) found.push(dayText(new Date(at)));
-  return found;
+  const start = Date.parse(first);
+  for (let at = Date.parse(last); at >= start && found.length < most; at -= 86_400_000) found.push(dayText(new Date(at)));
+  return found.reverse();
 }
