@@ -170,7 +170,7 @@ def test_no_garbage_is_collected_while_an_adapter_is_loaded(
     assert enabled == [False] and gc.isenabled()
     pool.unload(NAMES[0])
     assert gc.get_freeze_count() > 0
-    network = weakref.ref(pool._entries[base].model.network.model)
+    network = weakref.ref(pool._entries[base].model._opened.network.model)
     pool.unload(base)
     gc.collect()
     assert network() is None and not gc.get_freeze_count()
@@ -243,7 +243,7 @@ def test_biases_stand_beside_their_base_and_leave_its_own(
     tuned = [tune(home, folder, name, {"method": each}) for name, each in methods.items()]
     (base,) = {parent.id for name in tuned if (parent := find(name).parent) is not None}
     before = text_of(pool, base)
-    network = pool._entries[base].model.network.model
+    network = pool._entries[base].model._opened.network.model
     weights = {name: weight.clone() for name, weight in network.named_parameters()}
     room = pool.weight_bytes()
     alone = {name: text_of(pool, name) for name in tuned}
@@ -260,7 +260,7 @@ def test_biases_stand_beside_their_base_and_leave_its_own(
     assert all(torch.equal(weights[name], now) for name, now in network.named_parameters())
     assert not any("base_layer" in name for name in weights)
     for name, weight in read_adapter(find(tuned[0]).folder).items():
-        own = pool._entries[tuned[0]].model.network.model
+        own = pool._entries[tuned[0]].model._opened.network.model
         name = name.removeprefix("base_model.model.")
         assert torch.equal(own.get_parameter(name), weight)
         assert not torch.equal(weights[name], weight)
@@ -420,7 +420,7 @@ def test_a_file_that_is_not_the_stored_one_is_named(
 
 def test_the_bare_base_has_no_layer_of_an_adapter(pool: ModelPool, base: str) -> None:
     text_of(pool, NAMES[0])
-    network = pool._entries[base].model.network.model
+    network = pool._entries[base].model._opened.network.model
     assert not any(isinstance(each, StackedLayer) for each in network.modules())
     assert not any("lora" in name for name, _ in network.named_parameters())
 

@@ -242,3 +242,12 @@ test("names of files are asked for again after a failure, and forgotten with the
     globalThis.fetch = fetched;
   }
 });
+
+test("settings may be written by group or as --set takes them", async () => {
+  const { byGroup } = await import(`${folder}/new_job.js`);
+  assert.deepEqual(byGroup({ "training.seed": 1, training: { epochs: 2 }, adaptation: { rank: 4 } }), {
+    training: { seed: 1, epochs: 2 },
+    adaptation: { rank: 4 },
+  });
+  assert.deepEqual(byGroup({ base: "x" }), { base: "x" });
+});

@@ -247,7 +247,6 @@ def names_in(module: str, constant: str) -> list[str]:
     [
         ("exports.js", "FORMATS", get_args(Format)),
         ("exports.js", "TYPES", get_args(Quantization)),
-        ("new_job.js", "KINDS", get_args(CustomizationType)),
         ("new_job.js", "ADAPTATIONS", ("", *ADAPTATIONS)),
         ("job_states.js", "STATES", get_args(State)),
         ("job_states.js", "CUSTOMIZATIONS", get_args(CustomizationType)),

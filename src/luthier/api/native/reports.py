@@ -42,7 +42,7 @@ class Inspection(Input):
     validation: str | None = None
     """Address of held-out rows."""
     base: str | None = None
-    """Model that the rows are encoded for; where none is named they decide, and ``report.base`` says so."""
+    """Model that the rows are encoded for; they decide where none is named (``report.base``)."""
     objective: str | None = None
     """What is to be learned; the rows decide where it is not given."""
 
