@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -151,11 +152,14 @@ def browser(folder: Path) -> Iterator[Browser]:
     binary, driver = found
     if binary is None or driver is None:
         pytest.skip("needs chromium and chromedriver: apt install chromium chromium-driver")
-    environment = {**os.environ, "HOME": str(folder), "TMPDIR": str(folder)}
-    with subprocess.Popen(
-        [driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=environment,
-    ) as process:  # fmt: skip
+    with (
+        # A socket of Chromium's lies there, whose path may have 107 characters.
+        tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as short,
+        subprocess.Popen(
+            [driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "HOME": str(folder), "TMPDIR": short},
+        ) as process,
+    ):  # fmt: skip
         try:
             assert process.stdout is not None
             port = next(

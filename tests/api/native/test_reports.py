@@ -22,6 +22,50 @@ from luthier.store.locations import Locations
 ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 
 
+def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
+    """What the native face answers to a request whose files lie in ``folder``."""
+    database = Database()
+    context = Context(
+        database,
+        Arns("us-east-1"),
+        Locations(database, file_roots=[folder]),
+        lambda *given: None,
+        lambda account: AccountQuotas(),
+        lambda: None,
+        lambda model: None,
+    )
+    face = NativeFace(reports.operations(context))
+    route = face.route(RequestHead("POST", path, "", [], tls=False))
+    caller, sent = Caller("111111111111", "anna", ()), json.dumps(body).encode()
+    call = Request("r1", caller, "POST", path, {}, {}, sent, datetime.now(UTC), route.params)
+    assert route.operation.handler is not None
+    try:
+        return route.operation.handler(call)
+    finally:
+        database.close()
+
+
+@pytest.mark.parametrize("named", [{}, {"base": "smollm2-135m-instruct"}])
+def test_rows_decide_on_the_base_that_they_are_looked_at_for(
+    luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: dict[str, str]
+) -> None:
+    luthier_home.mkdir(exist_ok=True)
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    commands: list[list[str]] = []
+
+    def answer(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        report = json.dumps({"verdict": "passed", "base": "a-base"})
+        return subprocess.CompletedProcess(command, 0, report, "")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    answered = ask(
+        tmp_path, "/api/v1/inspections", {"training": f"file://{tmp_path}/rows.jsonl", **named}
+    )
+    assert json.loads(answered.body)["report"]["base"] == "a-base"
+    assert ("--base" in commands[0]) is bool(named)
+
+
 def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
     luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -30,16 +74,6 @@ def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
     for name in names:
         (tmp_path / f"{name}.jsonl").write_text(ROW)
     training, *validation = [f"file://{tmp_path}/{name}.jsonl" for name in names]
-    database = Database()
-    context = Context(
-        database,
-        Arns("us-east-1"),
-        Locations(database, file_roots=[tmp_path]),
-        lambda *given: None,
-        lambda account: AccountQuotas(),
-        lambda: None,
-        lambda model: None,
-    )
     seen: list[str] = []
 
     def refuse(command: list[str], **options: Any) -> Any:
@@ -52,15 +86,9 @@ def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
         return subprocess.CompletedProcess(command, 2, answer, "what is on the terminal")
 
     monkeypatch.setattr(subprocess, "run", refuse)
-    face = NativeFace(reports.operations(context))
-    route = face.route(RequestHead("POST", "/api/v1/estimates", "", [], tls=False))
-    body = json.dumps({"training": training, "validation": validation}).encode()
-    caller = Caller("111111111111", "anna", ())
-    path = "/api/v1/estimates"
-    call = Request("r1", caller, "POST", path, {}, {}, body, datetime.now(UTC), route.params)
+    body = {"training": training, "validation": validation}
     with pytest.raises(Fault) as refused:
-        route.operation.handler(call)
-    database.close()
+        ask(tmp_path, "/api/v1/estimates", body)
     assert sorted(seen) == ["also.jsonl", "held.jsonl"]
     held, also = validation
     assert refused.value.message.splitlines() == [

@@ -141,7 +141,7 @@ function draw(series, scales, labels, onPoint) {
       svg("text", { x: EDGE.left - 8, y: scales.y(at) + 4, "text-anchor": "end" }, number(at)),
     ]),
     ticks(scales.left, scales.right, Math.max(3, scales.width / 100))
-      .filter((at) => at >= scales.left)
+      .filter((at) => at >= scales.left && (labels.x !== "step" || Number.isInteger(at)))
       .map((at) => svg("text", { x: scales.x(at), y: HEIGHT - EDGE.bottom + 16, "text-anchor": "middle" }, number(at))),
     svg("line", {
       class: "axis",

@@ -4,6 +4,7 @@ import { call } from "./api.js";
 import { dataField } from "./data_field.js";
 import { announce, h, replace } from "./dom.js";
 import { estimateView } from "./estimate.js";
+import { withNames } from "./files.js";
 import { inspectionView } from "./inspection.js";
 import { CUSTOMIZATIONS } from "./job_states.js";
 import { errorBox, go, link } from "./router.js";
@@ -366,6 +367,7 @@ class JobForm {
 
   /** Show a refusal where the field is that it is about, if one is. */
   refuse(error) {
+    error.message = withNames(error.message);
     const about = fieldOf(error.parameter);
     const place = document.getElementById(`problem-${about}`);
     if (about === "training") this.training.refuse(error.message);
