@@ -136,15 +136,13 @@ def unregister(
     registered = select(CustomModel).where(CustomModel.stored_id == model)
     with open_database(database) as service, service.read() as session:
         found = session.scalar(registered)
-        called_so = select(CustomModel.stored_id).where(CustomModel.name == model)
-        ids = [each for each in session.scalars(called_so) if each]
-    if found is None:
-        known = (
-            f"name it by its id: {' or '.join(ids[:3])}"
-            if ids
-            else ("`luthier admin models list` shows what accounts have")
-        )
-        raise RecipeError(f"no account has a model with the id {model}: {known}")
+        if found is None:
+            called_so = select(CustomModel.stored_id).where(CustomModel.name == model)
+            ids = [each for each in session.scalars(called_so) if each]
+            known = "`luthier admin models list` shows what accounts have"
+            if ids:
+                known = f"name it by its id: {' or '.join(ids[:3])}"
+            raise RecipeError(f"no account has a model with the id {model}: {known}")
     with audited_write(
         database, "models.unregister", found.account, found.name, {"model": model}
     ) as session:

@@ -31,7 +31,7 @@ from luthier.errors import RecipeError
 from luthier.files import need_disk
 from luthier.gate.inspect import default_base
 from luthier.gate.report import warnings
-from luthier.models.catalog import CATALOG, RandomSource
+from luthier.models.catalog import begins_random
 from luthier.models.description import check_folder
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights, scratch_rate, width_of
@@ -169,9 +169,8 @@ def with_reading_defaults(
         choices.append(("objective", own, f"{base.id} is made for that"))
         recipe = recipe.model_copy(update={"objective": OBJECTIVES[own].model_validate({})})
     full = ADAPTATIONS["full"].model_validate({})
-    root = CATALOG.get(base.root)
-    began_random = root is not None and isinstance(root.source, RandomSource)
-    if (base.manifest.is_random or began_random) and "adaptation" not in recipe.model_fields_set:
+    learns_all = base.manifest.is_random or begins_random(base.root)
+    if learns_all and "adaptation" not in recipe.model_fields_set:
         reason = "all weights of this base are random numbers, so all of them learn"
         if not base.manifest.is_random:
             reason = (

@@ -142,9 +142,15 @@ class Check(ABC):
 
 
 def most_common(counts: Counter[str], most: int) -> dict[str, Any]:
-    """The ``most`` frequent names of a summary, beside what all of them come to."""
-    found: dict[str, Any] = {"counts": dict(counts.most_common(most))}
-    return found if len(counts) <= most else found | {"kinds": len(counts), "total": counts.total()}
+    """The ``most`` frequent names of a summary, as :func:`counts_of` lists them."""
+    return counts_of(counts, [name for name, _ in counts.most_common(most)])
+
+
+def counts_of(counts: Counter[str], names: Sequence[str]) -> dict[str, Any]:
+    """Those of ``names`` that a summary counts, and what all come to where others are left out."""
+    found: dict[str, Any] = {"counts": {name: counts[name] for name in names if name in counts}}
+    all_listed = len(found["counts"]) == len(counts)
+    return found if all_listed else found | {"kinds": len(counts), "total": counts.total()}
 
 
 class Places:

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from luthier.errors import NameInUse, RecipeError, WrongState
 from luthier.files import folder_size
 from luthier.limits import AccountQuotas
-from luthier.models.catalog import CATALOG, RandomSource
+from luthier.models.catalog import begins_random
 from luthier.models.kinds import sole_objective
 from luthier.models.manifest import MANIFEST
 from luthier.objectives.capabilities import other_models
@@ -396,9 +396,8 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     if objective:
         fields["objective"] = objective
     root = root_of(submission.base)
-    entry = CATALOG.get(root.base) if root is not None else None
-    if entry is not None and isinstance(entry.source, RandomSource):
-        # As the engine chooses where a recipe names none: of random weights all have to learn.
+    if root is not None and begins_random(root.base):
+        # As the engine chooses where a recipe names none.
         fields.setdefault("adaptation", {"method": "full"})
     recipe = parse(DistilRecipe if kind == DISTILLATION else Recipe, fields)
     if kind != DISTILLATION and recipe.objective is not None and other_models(recipe.objective):

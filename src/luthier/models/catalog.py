@@ -585,6 +585,12 @@ def bases_for(language: str, task: str) -> list[str]:
     return [e.id for e in CATALOG.values() if language in e.languages and e.kind in kinds]
 
 
+def begins_random(base: str) -> bool:
+    """Whether the catalogue makes ``base`` of random weights, so that all of them have to learn."""
+    entry = CATALOG.get(base)
+    return entry is not None and isinstance(entry.source, RandomSource)
+
+
 def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
     """Fetch ``entry`` into the folder ``target``, or leave nothing behind.
 

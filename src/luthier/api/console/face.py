@@ -34,7 +34,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # Asked for again each time, and answered with 304: after an update no old module meets a new one.
+    # Asked for again each time, and answered with 304: a page loaded after an update has its modules.
     "Cache-Control": "no-cache",
 }
 """Of every answer."""

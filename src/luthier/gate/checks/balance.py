@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from luthier.data.parsing import quote
 from luthier.data.shapes.base import Labelled, takes_several_labels
 from luthier.data.shapes.texts import TaggedWords
-from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
+from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch, counts_of
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule
 from luthier.printable import nearest_name
@@ -226,7 +226,6 @@ class Balance(Check):
         for counts in self.counts.values():
             names.update(counts)
         chosen = [name for name, _ in names.most_common(SHOWN)]
-        further = len(names) > SHOWN
         return {
             "labels": len(names),
             "kind": (
@@ -237,13 +236,7 @@ class Balance(Check):
                 else "labels"
             ),
             "rows": dict(self._rows),
-            "splits": {
-                split: {
-                    "counts": {name: counts[name] for name in chosen if name in counts},
-                    **({"kinds": len(counts), "total": counts.total()} if further else {}),
-                }
-                for split, counts in self.counts.items()
-            },
+            "splits": {split: counts_of(counts, chosen) for split, counts in self.counts.items()},
         }
 
 

@@ -40,26 +40,29 @@ export function pythonString(text) {
   return JSON.stringify(text).replaceAll("\u007f", "\\u007f");
 }
 
+function openaiClient(origin, ...lines) {
+  const client = `client = OpenAI(base_url=${pythonString(`${origin}/v1`)})`;
+  return {
+    name: "openai client",
+    about: "pip install openai; the key is taken from OPENAI_API_KEY.",
+    code: ["from openai import OpenAI", "", client, ...lines].join("\n"),
+  };
+}
+
 function writing(origin, model) {
   const turns = '[{"role": "user", "content": "Hello"}]';
   const body = `{"model": ${JSON.stringify(model.id)}, "messages": ${turns}, "max_tokens": 200, "temperature": 0}`;
   return [
-    {
-      name: "openai client",
-      about: "pip install openai; the key is taken from OPENAI_API_KEY.",
-      code: [
-        "from openai import OpenAI",
-        "",
-        `client = OpenAI(base_url=${pythonString(`${origin}/v1`)})`,
-        "answer = client.chat.completions.create(",
-        `    model=${pythonString(model.id)},`,
-        `    messages=${turns},`,
-        "    max_tokens=200,",
-        "    temperature=0,",
-        ")",
-        "print(answer.choices[0].message.content)",
-      ].join("\n"),
-    },
+    openaiClient(
+      origin,
+      "answer = client.chat.completions.create(",
+      `    model=${pythonString(model.id)},`,
+      `    messages=${turns},`,
+      "    max_tokens=200,",
+      "    temperature=0,",
+      ")",
+      "print(answer.choices[0].message.content)",
+    ),
     {
       name: "curl",
       about: "",
@@ -113,17 +116,11 @@ function boto3(origin, model) {
 function embedding(origin, model, reads) {
   if (!reads.includes("text")) return [predicting(origin, model, reads)];
   return [
-    {
-      name: "openai client",
-      about: "pip install openai; the key is taken from OPENAI_API_KEY.",
-      code: [
-        "from openai import OpenAI",
-        "",
-        `client = OpenAI(base_url=${pythonString(`${origin}/v1`)})`,
-        `answer = client.embeddings.create(model=${pythonString(model.id)}, input=["a text", "another"])`,
-        "print(len(answer.data), len(answer.data[0].embedding))",
-      ].join("\n"),
-    },
+    openaiClient(
+      origin,
+      `answer = client.embeddings.create(model=${pythonString(model.id)}, input=["a text", "another"])`,
+      "print(len(answer.data), len(answer.data[0].embedding))",
+    ),
     {
       name: "curl",
       about: "",
