@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from luthier.child_python import use_safe_path
 from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise
 from luthier.cli.audit import audit_app
@@ -90,6 +91,7 @@ def root(
 
 def main() -> None:
     """Entry point of the ``luthier`` command."""
+    use_safe_path()
     # Where it is installed, PEFT imports it, and it logs advice about a kernel that is not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app()

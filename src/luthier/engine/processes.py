@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from luthier.child_python import python_command
 from luthier.encryption import keys
 from luthier.engine.machine import available_memory
 from luthier.engine.metrics import Reporter
@@ -132,7 +133,8 @@ def run_in_processes(
                 _quiet_agent(processes),
                 handing_on(folder / _REPORTS, reporter),
             ):
-                elastic_launch(config, sys.executable)("-P", "-m", module, path)
+                program, *arguments = python_command(module, path)
+                elastic_launch(config, program)(*arguments)
         except ChildFailedError as error:
             if _outcomes(folder):
                 raise _error_of(read_json(_outcomes(folder)[0])) from error

@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from typing import Any
 
 from luthier.cancellation import on_stdin_end
@@ -231,12 +231,14 @@ def connect(address: str) -> None:
     """Make this process a driver of the cluster at ``address``."""
     import ray
 
-    ray.init(
-        address=address,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=False,
-    )
+    # Ray lets actors import from the working directory of their driver, which may hold anything.
+    with chdir(sys.prefix):
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=False,
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
+from luthier.child_python import python_command
 from luthier.encryption.keys import keyring
 from luthier.errors import LuthierError, RefusedInput
 from luthier.files import luthier_home
@@ -30,7 +30,7 @@ from luthier.jobs.kinds import WorkKind
 from luthier.jobs.runners import FreeCapacity, Runner, claimed_rows
 from luthier.store.database import Database
 from luthier.store.queue import QueuedWork
-from luthier.workflows.child_processes import SAFE_PATH, Resources
+from luthier.workflows.child_processes import Resources
 
 CONNECT_SECONDS = 5.0
 """Until a head that does not answer is taken for unreachable; Ray itself tries for 40."""
@@ -245,7 +245,7 @@ class RayRunner(Runner):
 
 
 def _driver(address: str) -> list[str]:
-    return [sys.executable, *SAFE_PATH, "-m", "luthier.jobs.ray_driver", "--address", address]
+    return python_command("luthier.jobs.ray_driver", "--address", address)
 
 
 def driver_environment() -> dict[str, str]:

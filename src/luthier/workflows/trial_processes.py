@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.cancellation import on_stdin_end
+from luthier.child_python import python_command
 from luthier.engine.metrics import Reporter
 from luthier.engine.report_file import ReportFile
 from luthier.engine.runs import METRICS
@@ -25,7 +26,6 @@ from luthier.files import lock, read_json, write_json
 from luthier.recipe import Recipe
 from luthier.workflows.child_processes import (
     REPORTS,
-    SAFE_PATH,
     ChildProcess,
     ProcessRunner,
     Resources,
@@ -66,8 +66,7 @@ def _process(
     runner: TrialRunner, folder: Path, name: str, work: Path, recipe: Recipe
 ) -> ChildProcess:
     """A process for the trial number ``name`` of the study in ``folder``, or the best; in ``work``."""
-    module = "luthier.workflows.trial_processes"
-    process = [sys.executable, *SAFE_PATH, "-m", module, str(folder), name]
+    process = python_command("luthier.workflows.trial_processes", str(folder), name)
     goes_on = "goes on after its last checkpoint"
     return ChildProcess(runner, process, runner.resources(recipe), work, goes_on)
 

@@ -18,7 +18,7 @@ def test_the_process_of_a_report_has_no_secrets(
     text = "import json, os; print(json.dumps(dict(os.environ)))"
     program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{text}'\n")
     program.chmod(0o700)
-    monkeypatch.setattr(reports.sys, "executable", str(program))
+    monkeypatch.setattr(sys, "executable", str(program))
     secrets = ("LUTHIER_ENCRYPTION_KEY", "LUTHIER_ENCRYPTION_KEY_FILE", "LUTHIER_SERVER_KEY")
     for name in secrets:
         monkeypatch.setenv(name, "secret")

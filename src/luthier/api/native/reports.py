@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from pydantic import Field
 
 from luthier.api.http.messages import Fault, Request
 from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
+from luthier.child_python import python_command
 from luthier.encryption.keys import hand_over
 from luthier.jobs.data import base_reads_media, fetch_references
 from luthier.jobs.processes import worker_environment
@@ -217,7 +217,7 @@ def _run_command(
 
     ``name`` puts what its user calls settings into texts.
     """
-    whole = [sys.executable, "-m", "luthier", *command, "--json"]
+    whole = python_command("luthier", *command, "--json")
     try:
         with hand_over() as (handed, files):
             done = subprocess.run(
