@@ -13,6 +13,7 @@ import pytest
 import torch
 from job_checks import running
 
+from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.errors import CorruptFile
 from luthier.jobs import worker
 from luthier.jobs.processes import LOST
@@ -401,3 +402,26 @@ def test_a_heartbeat_outlives_what_goes_wrong_and_ends_after_a_silence(
     with pytest.raises(Ended, match=str(LOST)):
         worker.Heartbeat(beat, 0.001).run()
     assert len(beats) == 4
+
+
+@sqlite
+def test_label_issues_name_the_addresses_of_the_job(queue: Any, luthier_home: Path) -> None:
+    words = {"animal": "fox fox fox fox fox", "thing": "card card card card card"}
+    labels = ("animal", "thing") * 120
+    rows = [{"text": f"{words[label]} {n % 40}", "label": label} for n, label in enumerate(labels)]
+    for line in (17, 60):
+        rows[line - 1]["label"] = "thing" if rows[line - 1]["label"] == "animal" else "animal"
+    address, output = queue.file("labelled.jsonl", rows), queue.folder / "out"
+    settings = {
+        "training": {"max_steps": 1, "batch_size": 4, "precision": "float32", "threads": 1},
+        "data": {"validation_share": 0.25},
+        "adaptation": {"method": "lora", "rank": 4},
+    }
+    job_id = queue.submit(training=[address], settings=settings, output=f"file://{output}")
+    queue.scheduler()
+    job = queue.ended(job_id)
+    assert job.result["label_issues"] == {"issues": 2, "rows": 240}
+    found = run_of(job.result["stored_id"]).read_label_issues()
+    assert {(each["file"], each["line"]) for each in found} == {(address, 17), (address, 60)}
+    written = output / f"model-customization-job-{job_id}" / "training_artifacts" / LABEL_ISSUES
+    assert [json.loads(line) for line in written.read_text().splitlines()] == found

@@ -246,7 +246,7 @@ MOST_SHOWN = 5
 
 
 def print_label_issues(result: Result) -> None:
-    """How many labels are probably wrong, the surest of them, and where all are listed."""
+    """Print the number of labels worth a look, the first of them, and the file that lists all."""
     from luthier.encryption.files import read_data
     from luthier.engine.runs import LABEL_ISSUES
     from luthier.printable import one_line
@@ -255,13 +255,10 @@ def print_label_issues(result: Result) -> None:
     if result.label_issues is None or not result.label_issues.issues or not path.is_file():
         return
     count, rows = result.label_issues.issues, result.label_issues.rows
-    what = "1 row has a label" if count == 1 else f"{count:,} rows have labels"
-    verb = "is" if count == 1 else "are"
+    what = "1 label is" if count == 1 else f"{count:,} labels are"
     out = new_console(highlight=False, markup=False, soft_wrap=True)
-    shown = ":" if count <= MOST_SHOWN else f"; the {MOST_SHOWN} surest:"
-    out.print(
-        f"  {what} that {verb} probably wrong, of {rows:,} looked at{shown}", style="bold yellow"
-    )
+    shown = ":" if count <= MOST_SHOWN else f"; the first {MOST_SHOWN}:"
+    out.print(f"  {what} worth a look, of {rows:,} rows{shown}", style="bold yellow")
     for line in read_data(path).decode().split("\n")[: min(count, MOST_SHOWN)]:
         each = json.loads(line)
         text = f'{Path(each["file"]).name}:{each["line"]}  "{each["label"]}" looks like '

@@ -95,8 +95,7 @@ def fit_baselines(
         seconds: after which no further baseline is begun; the states of the network have most of
             them, and where these end only the rows that were read by then are learned from.
         on_progress: given how many rows of how many were read.
-        label_issues: whether rows of both are to be named whose label is probably wrong, where there
-            is time left.
+        label_issues: whether to look for rows of both whose label is worth a look, if time is left.
     """
     if not train or not held or not seconds:
         return None

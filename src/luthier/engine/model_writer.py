@@ -101,7 +101,7 @@ class ModelWriter:
     comparison: Comparison | None = None
     """The model beside simple baselines."""
     label_issues: LabelIssueCounts | None = None
-    """How many labels are probably wrong."""
+    """Number of labels worth a look."""
     refit: Refit | None = None
     """The second training that made the weights, where there was one."""
 

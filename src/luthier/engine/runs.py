@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from pydantic import TypeAdapter
 
 from luthier.data.containers import Container, container_of
 from luthier.data.sources import Source, stem_of
-from luthier.encryption.files import new_data_file
+from luthier.encryption.files import new_data_file, read_data
 from luthier.encryption.memory import remove, working
 from luthier.engine.dataset import NAMED_MEDIA
 from luthier.engine.verdict import Refit, RunVerdict
@@ -63,7 +64,7 @@ SAMPLES = "samples.jsonl"
 GRIDS = "grids"
 """Folder of pictures of what a model made as training went (:mod:`luthier.engine.sample_grids`)."""
 LABEL_ISSUES = "label_issues.jsonl"
-"""Rows whose label is probably wrong, where some were found."""
+"""Rows whose label is worth a look, if the run found any."""
 HELD_OUT, TEST = "held_out.json", "test.jsonl"
 """Lines of the training file that were not learned from; the lines kept for a test, as they are."""
 ACTIVATIONS, PRECOMPUTED = "activations.bin", "precomputed"
@@ -110,8 +111,8 @@ class Result:
     comparison: Comparison | None = None
     """The model beside simple baselines on the validation rows, where some go with such rows."""
     label_issues: LabelIssueCounts | None = None
-    """How many labels are probably wrong, where they were looked at; :data:`LABEL_ISSUES` of the run
-    lists the rows."""
+    """Number of labels worth a look, if the run looked for them; :data:`LABEL_ISSUES` of the run lists
+    the rows."""
     refit: Refit | None = None
     """The second training, on all rows, where it made the stored weights. Steps, tokens and seconds
     are those of both trainings, what was measured is of the first."""
@@ -216,10 +217,7 @@ class Run:
                     copy_lines(file, each, target)
 
     def write_label_issues(self, issues: Sequence[LabelIssue]) -> None:
-        """Record which rows have a label that is probably wrong, and how they begin (masked)."""
-        if not issues:
-            (self.folder / LABEL_ISSUES).unlink(missing_ok=True)
-            return
+        """Record the rows whose label is worth a look, each with the masked beginning of its text."""
         records = [
             {
                 "file": each.row.file,
@@ -231,8 +229,22 @@ class Run:
             }
             for each in issues
         ]
+        self.write_label_issue_records(records)
+
+    def write_label_issue_records(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Replace :data:`LABEL_ISSUES` by ``records``; delete the file if there are none."""
+        if not records:
+            (self.folder / LABEL_ISSUES).unlink(missing_ok=True)
+            return
         with disk_errors(self.folder), new_data_file(self.folder / LABEL_ISSUES) as target:
             target.write(json_lines(records).encode())
+
+    def read_label_issues(self) -> list[dict[str, Any]]:
+        """Return the records of :data:`LABEL_ISSUES`; empty if the file does not exist."""
+        path = self.folder / LABEL_ISSUES
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in read_data(path).decode().split("\n") if line]
 
     def record_failure(self, reason: str) -> None:
         """Record why the run ended, where going on would end the same way."""

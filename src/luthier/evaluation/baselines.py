@@ -151,7 +151,7 @@ class FittedBaselines:
     row_scores: list[RowScores]
     """Of each baseline."""
     label_issues: LabelIssues | None = None
-    """Rows whose label is probably wrong, where they were looked for and there were enough to say."""
+    """Rows whose label is worth a look, if the rows were enough to judge."""
 
     @property
     def best_informative(self) -> Baseline | None:

@@ -1,12 +1,18 @@
-"""Label issues: rows whose label is probably wrong, by what a frozen network makes of all rows.
+"""Label issues: rows whose label is worth a look, by the states of a frozen network.
 
-Two methods have to agree on the same other label. *Confident learning* (Northcutt, Jiang and Chuang
-2021, arXiv:1911.00068) takes out-of-sample probabilities, here of a logistic regression on each half of
-the rows for the other half: a row is an issue where its own label is less likely than it mostly is for
-rows of that label, and another one at least as likely as it mostly is for rows of that one. And of the
-*nearest other rows* by cosine none has the row's own label. Alone, either names too many rows that are
-right (``docs/log/data.md``). A label that the regression itself does not find again in half of its rows
-is neither doubted nor proposed; where it finds the labels of less than half of all, nothing is said.
+Two methods have to agree on the same other label:
+
+* *Confident learning* (Northcutt, Jiang and Chuang 2021, arXiv:1911.00068) on out-of-sample
+  probabilities. A logistic regression on each half of the rows gives those of the other half. The
+  probability of the row's own label is below the mean for rows of that label, and the probability of
+  the other label is at least the mean for rows of that other label.
+* None of the *nearest other rows* by cosine has the row's own label.
+
+Each method alone names too many rows whose label is right (``docs/log/data.md``). In data with few
+wrong labels most of the named labels are right as well: the rows lie between two classes. The result
+is therefore a list to read, not a list of errors. Labels that the regression predicts for fewer than
+half of their rows are left out. If the regression is right for fewer than half of all rows, the list
+is empty.
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ LARGEST_TABLE = 20_000_000
 
 @dataclass(frozen=True)
 class LabelIssue:
-    """A row whose label is probably wrong."""
+    """A row whose label is worth a look."""
 
     row: Labelled
     likely_label: str
@@ -91,9 +97,9 @@ def find_label_issues(rows: Sequence[Row], states_NH: Tensor) -> LabelIssues | N
 def likely_classes(
     states_NH: Tensor, class_N: NDArray[np.int64], classes: int
 ) -> list[tuple[int, int, float]]:
-    """Rows that are probably of another class, that class, and its probability; the surest first.
+    """Return rows that look like another class, that class and its probability.
 
-    Sure is by the margin of its probability over that of the row's own class.
+    Rows are sorted by the margin of that probability over the probability of their own class.
     """
     rows_N = np.arange(len(class_N))
     chance_NC = out_of_sample(states_NH, class_N, classes)

@@ -189,7 +189,8 @@ class TrainingWorker(Worker[Job, JobLocations]):
         kind = KINDS[job.command]
         recipe = parse(kind.recipe, recipe_fields(job, data))
         base = self.retry(lambda: find(job.recipe["base"], reporter.stage))
-        metrics = MetricsFile(Run(base.root, run_name(job.id)).folder / METRICS)
+        work = Run(base.root, run_name(job.id))
+        metrics = MetricsFile(work.folder / METRICS)
         if "progress" in reporter.details:
             reporter.catch_up(metrics.read(), reporter.details["progress"]["steps"])
         with asking_for(job.account, run_name(job.id)):
@@ -203,10 +204,11 @@ class TrainingWorker(Worker[Job, JobLocations]):
         for text in verdicts:
             reporter.note(text)
         if (found := run.get("label_issues")) and found["issues"]:
-            what = "row has a label" if found["issues"] == 1 else "rows have labels"
-            verb = "is" if found["issues"] == 1 else "are"
-            reporter.note(
-                f"{found['issues']:,} {what} that {verb} probably wrong, of {found['rows']:,} looked at"
+            what = "label is" if found["issues"] == 1 else "labels are"
+            reporter.note(f"{found['issues']:,} {what} worth a look, of {found['rows']:,} rows")
+            records = work.read_label_issues()
+            work.write_label_issue_records(
+                [{**each, "file": data.show_addresses(each["file"])} for each in records]
             )
         reporter.part("training", "Completed")
         model = find(run["model_id"])
@@ -229,6 +231,8 @@ class TrainingWorker(Worker[Job, JobLocations]):
         )
         if verdicts:
             result["verdicts"] = [without_commands(reporter.rename(text)) for text in verdicts]
+        if found:
+            result["label_issues"] = found
         if job.output is not None:
             address = job.output
             for name, content in outputs.files(

@@ -84,6 +84,8 @@ class JobResult(TypedDict):
     """One for each validator, in their order; null where it is no finite number."""
     verdicts: NotRequired[list[str]]
     """What the evaluation says of the model, and what to do about it."""
+    label_issues: NotRequired[dict[str, int]]
+    """Number of ``issues``, labels worth a look, and of the ``rows`` that were examined."""
 
 
 class JobDetails(TypedDict, total=False):

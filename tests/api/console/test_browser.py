@@ -156,6 +156,29 @@ def test_a_refusal_stands_at_the_field_that_it_is_about(
     assert page.script("return window.hit ?? null") is None
 
 
+def test_the_report_of_an_eval_opens_in_a_browser(server: Served, page: Browser) -> None:
+    item = {"type": "object", "properties": {"team": {"type": "string"}}}
+    check = {
+        "type": "string_check", "name": "team", "operation": "eq",
+        "input": "{{sample.output_text}}", "reference": "{{item.team}}",
+    }  # fmt: skip
+    config = {"type": "custom", "item_schema": item, "include_sample_schema": True}
+    sent = {"data_source_config": config, "testing_criteria": [check]}
+    made = server.ask("POST", "/v1/evals", sent)[1]
+    rows = [{"item": {"team": "one"}, "sample": {"output_text": text}} for text in ("one", HOSTILE)]
+    source = {"type": "jsonl", "source": {"type": "file_content", "content": rows}}
+    path = f"/v1/evals/{made['id']}/runs"
+    run = server.ask("POST", path, {"name": "first", "data_source": source})[1]
+    until(lambda: server.ask("GET", f"{path}/{run['id']}")[1]["status"] == "completed")
+    page.open(run["report_url"])
+    sign_in(page)
+    page.until_text("first", "h1")
+    assert page.script("return location.pathname + location.hash").startswith("/console/#/evals/")
+    assert "50.0%" in page.text(".facts") and HOSTILE in page.text("main")
+    assert len(page.texts("main table")) == 2
+    check_quiet(page)
+
+
 def test_what_was_stopped_does_not_come_back(server: Served, page: Browser, rows: Path) -> None:
     sign_in(page)
     page.script(SLOW["uploads"])

@@ -82,6 +82,21 @@ def test_policy_lets_nothing_in_from_elsewhere() -> None:
     assert all(policy[name] == nothing for name in ("base-uri", "form-action", "frame-ancestors"))
 
 
+def test_a_browser_that_opens_the_report_of_an_eval_is_sent_to_the_console(server: Served) -> None:
+    path = "/v1/evals/eval_1a/runs/evalrun_2b/report"
+    status, headers, _ = send(server, "GET", path, PAGE)
+    assert (status, headers["location"]) == (302, "/console/#/evals/eval_1a/runs/evalrun_2b")
+    # Clients of the API get what they got before.
+    assert send(server, "GET", path)[0] == 401
+    assert send(server, "POST", path, PAGE)[0] in (401, 405)
+    wrong = {**PAGE, "Authorization": "Bearer sk-wrong"}
+    assert send(server, "GET", path, wrong)[0] == 401
+    own = {**PAGE, "Authorization": f"Bearer {KEYS[ONE]['api_key']}"}
+    assert send(server, "GET", path, own)[0] == 404
+    for other in (f"{path}s", "/v1/evals/a%2Fb/runs/c/report", "/v1/evals/eval_1a/runs/evalrun_2b"):
+        assert send(server, "GET", other, PAGE)[0] == 401
+
+
 def test_what_a_browser_has_is_not_sent_again(server: Served) -> None:
     status, headers, _ = send(server, "GET", f"{ROOT}main.js")
     etag = headers["etag"]

@@ -10,6 +10,7 @@ other authorization, is left to the other faces.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib import resources
 
@@ -23,6 +24,8 @@ _TYPES = {
     ".svg": "image/svg+xml",
 }
 """Media types by the ending of a name; what ends otherwise is not served."""
+_REPORT = re.compile(r"(?:/\w+)+/evals/(?P<eval>\w+)/runs/(?P<run>\w+)/report", re.ASCII)
+"""``report_url`` of a run of an eval."""
 HEADERS = {
     # No script but ours, nothing from elsewhere, no inline code, no frame around it.
     "Content-Security-Policy": (
@@ -72,10 +75,13 @@ class Console:
         self._files = read_files()
 
     def serves(self, head: RequestHead, service: str) -> bool:
-        """What is below its path and shows no authorization, and a browser that opens the root."""
+        """Return whether the request is for the console and shows no authorization.
+
+        A browser that opens the root of the server or the report of an eval is redirected.
+        """
         if service or any(name == "authorization" for name, _ in head.headers):
             return False
-        if head.path == "/":
+        if head.path == "/" or _REPORT.fullmatch(head.path):
             return head.method in ("GET", "HEAD") and not head.query and _wants_page(head)
         return f"{head.path}/" == ROOT or head.path.startswith(ROOT)
 
@@ -85,6 +91,9 @@ class Console:
             return _text(405, "The console's files are read with GET.", Allow="GET, HEAD")
         if head.path in ("/", ROOT.rstrip("/")):
             return _text(302, "The console is at /console/.", Location=ROOT)
+        if report := _REPORT.fullmatch(head.path):
+            place = f"{ROOT}#/evals/{report['eval']}/runs/{report['run']}"
+            return _text(302, "The report is shown in the console.", Location=place)
         file = self._files.get(head.path)
         if file is None:
             return _text(404, "There is no such file. The console is at /console/.")

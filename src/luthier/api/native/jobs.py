@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from luthier.api.http.messages import Request, Response, parse_digits
+from luthier.api.http.messages import Fault, Request, Response, parse_digits
 from luthier.api.native.operations import (
     Context,
     Input,
@@ -20,6 +20,7 @@ from luthier.api.native.operations import (
     not_found,
     setting_name,
 )
+from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.graders import parse_graders
 from luthier.jobs.submit import Submission, check_client_grader, submit
 from luthier.setting_names import with_setting_names
@@ -108,6 +109,38 @@ class JobsPage(Input):
     """``next`` of the page before."""
 
 
+class LabelIssueView(View):
+    """A row whose label is worth a look."""
+
+    file: str
+    """Address of the file."""
+    line: int
+    label: str
+    likely_label: str
+    """Label of similar rows."""
+    probability: float
+    """Probability of ``likely_label``, from 0 to 1."""
+    text: str
+    """Beginning of the row, with personal data masked."""
+
+
+class LabelIssuesView(View):
+    """Rows whose label is worth a look, the largest difference first."""
+
+    issues: list[LabelIssueView]
+    total: int
+    next: int | None = None
+    """``position`` of the next page; none at the end."""
+
+
+class LabelIssuesPage(Input):
+    """The wanted page of label issues."""
+
+    limit: int = Field(default=100, ge=1, le=1000)
+    position: int = Field(default=0, ge=0, le=2**62)
+    """``next`` of the previous page."""
+
+
 class Since(Input):
     """Which events are wanted."""
 
@@ -140,6 +173,10 @@ def operations(context: Context) -> list[NativeOperation]:
         ),
         NativeOperation("getJob", "GET", one, jobs.get, "One job by its name or id.", JobView),
         *changes,
+        NativeOperation(
+            "listLabelIssues", "GET", f"{one}/label-issues", jobs.label_issues,
+            "Rows whose label is worth a look.", LabelIssuesView, query=LabelIssuesPage,
+        ),
         NativeOperation(
             "jobEvents", "GET", f"{one}/events", jobs.events,
             "What happens to a job, as server-sent events: states, messages, metrics of each step.",
@@ -203,6 +240,24 @@ class _Jobs:
 
     def get(self, request: Request) -> JobView:
         return _view(self._job(request, "GetJob"))
+
+    def label_issues(self, request: Request, page: LabelIssuesPage) -> LabelIssuesView:
+        # Not a `List` or `Get` action: the role `auditor` reads no contents of rows.
+        job = self._job(request, "ReadLabelIssues")
+        result = job.result
+        records = [] if result is None else run_of(result["stored_id"]).read_label_issues()
+        if result is not None and not records and result.get("label_issues", {}).get("issues"):
+            raise Fault(
+                "Conflict",
+                f"The label issues of the job {job.name} are on the machine that trained it. Read "
+                f"{LABEL_ISSUES} below the `output` of the job, or ask the server on that machine.",
+            )
+        end = page.position + page.limit
+        return LabelIssuesView(
+            issues=[LabelIssueView(**each) for each in records[page.position : end]],
+            total=len(records),
+            next=end if end < len(records) else None,
+        )
 
     def transition_handler(
         self, name: str, act: Callable[[Session, Job], Job]

@@ -64,6 +64,7 @@ _ERROR = {
 _SAME = {
     "CreateJob": "CreateModelCustomizationJob",
     "GetJob": "GetModelCustomizationJob",
+    "ReadLabelIssues": "GetModelCustomizationJob",
     "StopJob": "StopModelCustomizationJob",
     "PauseJob": "StopModelCustomizationJob",
     "ListJobs": "ListModelCustomizationJobs",

@@ -1,4 +1,4 @@
-"""A run of an eval as one HTML page: how many rows pass, beside earlier runs, and those that do not."""
+"""Report about a run of an eval, as an HTML page and as JSON: scores, earlier runs, failed rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,30 @@ MOST_ROWS = 50
 
 
 def report_page(session: Session, run: EvaluationRun) -> str:
-    """The whole page."""
+    """Render the report as an HTML page."""
+    return render_page(
+        "luthier.api.openai", "eval_run.html", version=__version__, **_content(session, run)
+    )
+
+
+def report_object(session: Session, run: EvaluationRun) -> dict[str, Any]:
+    """Return the report as JSON, with its tables in the order of the page."""
+    content = _content(session, run)
+    tables = [content.pop(name) for name in ("criteria", "runs", "failing", "usage")]
+    shown = [
+        {
+            "caption": table.caption,
+            "columns": [{"name": name, "kind": kind} for name, kind in table.columns],
+            "rows": [[value for value, _ in row] for row in table.rows],
+            "further": table.further,
+        }
+        for table in tables
+        if table is not None
+    ]
+    return {**content, "tables": shown}
+
+
+def _content(session: Session, run: EvaluationRun) -> dict[str, Any]:
     counts = {"failed": run.failed, "could not be graded": run.errored}
     rows = run.passed + run.failed + run.errored
     facts = [
@@ -31,18 +54,15 @@ def report_page(session: Session, run: EvaluationRun) -> str:
         ),
         ("status", run.status, run.error_message or ""),
     ]
-    return render_page(
-        "luthier.api.openai",
-        "eval_run.html",
-        version=__version__,
-        name=run.name,
-        model=run.request["data_source"].get("model"),
-        facts=facts,
-        criteria=_criterion_table(run),
-        runs=_run_table(session, run),
-        failing=_failing_table(session, run),
-        usage=_usage_table(run),
-    )
+    return {
+        "name": run.name,
+        "model": run.request["data_source"].get("model"),
+        "facts": facts,
+        "criteria": _criterion_table(run),
+        "runs": _run_table(session, run),
+        "failing": _failing_table(session, run),
+        "usage": _usage_table(run),
+    }
 
 
 def _share(passed: int, rows: int) -> str:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from luthier.api.evaluations import EvaluationRunner
 from luthier.api.http.messages import Request, Response
 from luthier.api.http.routing import Operation
-from luthier.api.openai.eval_report import report_page
+from luthier.api.openai.eval_report import report_object, report_page
 from luthier.api.openai.eval_runs import (
     MOST_CRITERIA,
     DataSource,
@@ -306,9 +306,16 @@ class Evals:
         return Response.json({"object": "eval.run.deleted", "deleted": True, "run_id": run.id})
 
     def report(self, request: Request) -> Response:
-        """One run as a page for people."""
+        """Return the report of a run as an HTML page, or with ``?format=json`` as JSON.
+
+        A browser has no key: :class:`luthier.api.console.face.Console` redirects it to the console,
+        which asks for the JSON with the key of its user.
+        """
+        form = one_of("format", text_of(request, "format") or "html", ("html", "json"))
         with self.database.read() as session:
             run = self._find_run(request, session, _CONTENT)
+            if form == "json":
+                return Response.json(report_object(session, run))
             text = report_page(session, run)
         kind = {"Content-Type": "text/html; charset=utf-8", "X-Content-Type-Options": "nosniff"}
         return Response(200, text.encode(), kind)
@@ -453,9 +460,10 @@ def run_object(run: EvaluationRun, request: Request, rows: bool = False) -> dict
 
 
 def _report_url(run: EvaluationRun, request: Request) -> str:
-    """Where the page of a run is, at the address that the client used; it takes a key, too.
+    """Return the address of the report, on the host that the client used.
 
-    What a proxy says of TLS is believed here alone, as only who sent it sees the address.
+    The address contains no key. A proxy's header about TLS is trusted here only, because only the
+    sender of the header sees the address.
     """
     prefix = request.path.partition("/evals")[0]
     host = request.headers.get("host", "localhost")

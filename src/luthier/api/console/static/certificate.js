@@ -7,6 +7,8 @@ import { bytes, duration, number, percent, shortName, time, words } from "./form
 import { link } from "./router.js";
 import { facts, table } from "./table.js";
 
+/** Rows of a table of a report that are shown. */
+const MOST_ROWS = 100;
 /** Colours of the outcomes of luthier/engine/verdict.py. */
 const OUTCOMES = {
   learned: "good",
@@ -23,9 +25,10 @@ const GATES = { passed: "good", warnings: "warning", refused: "error" };
  * All that a certificate says.
  * @param {Object} view as `GET /api/v1/models/ID/certificate` answers
  * @param {Array<Object>} models those of the account, to name the lineage; none where the key may not list them
+ * @param {?string} job id of the job that made the model
  * @returns {Array<HTMLElement>}
  */
-export function certificateSections({ certificate, lineage, shares, errors }, models) {
+export function certificateSections({ certificate, lineage, shares, errors }, models, job = null) {
   const record = certificate.record ?? {};
   const metrics = record.metrics ?? {};
   return [
@@ -39,7 +42,7 @@ export function certificateSections({ certificate, lineage, shares, errors }, mo
     section(
       "What was checked",
       gate(record.data_report),
-      labelIssues(metrics.label_issues),
+      labelIssues(metrics.label_issues, job),
       parity(record.parity),
       imported(record.checks),
       reports(certificate.reports),
@@ -211,15 +214,14 @@ function gate(report) {
   ];
 }
 
-function labelIssues(found) {
+function labelIssues(found, job) {
   if (!found) return null;
   const { issues, rows } = found;
-  if (!issues) return h("p", null, `No label of ${number(rows)} rows looks wrong.`);
   return h(
     "p",
     null,
-    `${number(issues)} of ${number(rows)} labels look wrong. `,
-    "Look at them again before you train on these rows once more.",
+    `${number(issues)} of ${number(rows)} labels are worth a look.`,
+    issues && job ? [" ", h("a", { href: link("jobs", job) }, "Show the rows"), "."] : null,
   );
 }
 
@@ -269,16 +271,58 @@ function imported(checks) {
 
 function reports(kept) {
   if (!kept?.length) return null;
-  return table({
-    caption: "Reports kept with it",
-    showCaption: true,
-    columns: ["File", "What", "Made"],
-    rows: kept.map((each) => [
-      h("code", null, each.file),
-      words(each.report?.kind ?? "report"),
-      time(each.report?.created),
-    ]),
-  });
+  return [
+    h("h3", null, "Reports kept with the model"),
+    kept.map(({ file, report }) =>
+      h(
+        "details",
+        { class: "rule" },
+        h("summary", null, words(report.kind), h("span", { class: "soft" }, ` · ${time(report.created)}`)),
+        h(
+          "div",
+          { class: "inside" },
+          facts([
+            ["File", h("code", null, file)],
+            ["Measured on", Object.keys(report.data).map((name) => h("div", null, shortName(name)))],
+          ]),
+          resultView(report.result),
+        ),
+      ),
+    ),
+  ];
+}
+
+/** The result of a report: single values as facts, lists of objects as tables, the rest by its parts. */
+function resultView(result) {
+  const isObject = (value) => typeof value === "object" && value !== null;
+  const shown = (value) =>
+    typeof value === "number" ? number(value, 4) : isObject(value) ? JSON.stringify(value) : String(value ?? "–");
+  const parts = Object.entries(result);
+  return [
+    facts(parts.filter(([, value]) => !isObject(value)).map(([name, value]) => [words(name), shown(value)])),
+    parts.filter(([, value]) => isObject(value)).map(([name, value]) => {
+      const entries = Object.entries(value);
+      if (!entries.length) return null;
+      const title = h("h4", null, words(name));
+      if (Array.isArray(value) && !value.every(isObject)) return [title, value.map((each) => h("p", null, shown(each)))];
+      if (!entries.every(([, each]) => isObject(each))) return [title, resultView(value)];
+      const columns = [...new Set(entries.flatMap(([, each]) => Object.keys(each)))];
+      const named = Array.isArray(value) ? [] : ["name"];
+      return [
+        title,
+        table({
+          caption: words(name),
+          columns: [...named, ...columns].map(words),
+          rows: entries
+            .slice(0, MOST_ROWS)
+            .map(([key, each]) => [...named.map(() => key), ...columns.map((column) => shown(each[column]))]),
+        }),
+        entries.length > MOST_ROWS
+          ? h("p", { class: "soft" }, `${MOST_ROWS} of ${number(entries.length)} rows are shown.`)
+          : null,
+      ];
+    }),
+  ];
 }
 
 function chain(certificate, lineage, models) {

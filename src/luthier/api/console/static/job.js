@@ -6,6 +6,7 @@ import { announce, h, replace, replaceKeepingFocus } from "./dom.js";
 import { learnNames, withNames } from "./files.js";
 import { dateOf, duration, number, time, words } from "./format.js";
 import { customizationOf, hasEnded, modelNames, progressOf, stateChip, timeTaken } from "./job_states.js";
+import { labelIssuesSection } from "./label_issues.js";
 import { errorBox, link, pause } from "./router.js";
 import { facts, table } from "./table.js";
 
@@ -33,7 +34,7 @@ export async function render(root, params, signal) {
 
   const place = {};
   // What an action was refused for stays until something changes; what polling failed at, until it works again.
-  for (const name of ["head", "refusal", "problem", "state", "result", "settings", "parts"]) place[name] = h("div");
+  for (const name of ["head", "refusal", "problem", "state", "result", "labels", "settings", "parts"]) place[name] = h("div");
   const messages = h("ol", { class: "messages", tabindex: "0", "aria-label": "Messages" });
   const loss = lineChart({ title: "Loss", x: "step", y: "loss" });
   const measure = lineChart({ title: "Quality", x: "step", y: "" });
@@ -47,6 +48,7 @@ export async function render(root, params, signal) {
     place.problem,
     place.state,
     place.result,
+    place.labels,
     h("section", null, h("h2", null, "Course"), loss.element, measure.element),
     h(
       "section",
@@ -87,6 +89,7 @@ export async function render(root, params, signal) {
     drawn = now;
     drawHead(place.head, job, nameOf, act);
     drawResult(place.result, job);
+    if (!place.labels.hasChildNodes()) replace(place.labels, labelIssuesSection(job, signal));
     drawSettings(place.settings, job);
     drawParts(place.parts, job);
     recipe.textContent = withNames(JSON.stringify(job.recipe, null, 2));

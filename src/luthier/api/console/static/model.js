@@ -58,7 +58,7 @@ export async function render(root, params, signal) {
     h("p", { class: "soft" }, "ARN ", h("code", null, model.arn)),
     memory?.element,
     certified?.error ? errorBox(certified.error) : null,
-    certificate ? certificateSections(certified, models) : null,
+    certificate ? certificateSections(certified, models, model.job) : null,
     callingSection(model, certificate?.id ?? (model.kind === "custom" ? null : model.name)),
     active ? exportsSection(model, signal) : null,
     model.kind === "custom" ? deletion(model, path, signal) : null,

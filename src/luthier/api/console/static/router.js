@@ -11,6 +11,7 @@ const ROUTES = [
   ["models", "Models", () => import("./models.js")],
   ["models/:id", "Model", () => import("./model.js")],
   ["playground/:id", "Playground", () => import("./playground.js")],
+  ["evals/:eval/runs/:run", "Eval run", () => import("./eval_run.js")],
   ["usage", "Usage", () => import("./usage.js")],
 ];
 const HOME = "#/jobs";

@@ -1,0 +1,100 @@
+"""Rows with label issues of a job, page by page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from luthier.api.http.messages import Caller, Fault
+from luthier.api.native.jobs import LabelIssuesPage, _Jobs
+from luthier.api.native.operations import Context
+from luthier.api.policies import authorize
+from luthier.engine.runs import LABEL_ISSUES, run_of
+from luthier.jobs.submit import Submission, submit
+from luthier.limits import AccountQuotas
+from luthier.store import removal
+from luthier.store.arns import Arns
+from luthier.store.database import Database
+from luthier.store.foundation import foundation_model
+from luthier.store.jobs import Job
+from luthier.store.policy_documents import ROLES
+from luthier.store.schema import upgrade
+
+ACCOUNT = "000000000000"
+
+
+@pytest.fixture
+def jobs(luthier_home: Path) -> Iterator[_Jobs]:
+    """Handlers over a database with one job, whose run recorded three label issues."""
+    database, arns = Database(), Arns()
+    upgrade(database)
+    nowhere: Any = SimpleNamespace()
+    base = foundation_model("smollm2-135m-instruct")
+    assert base is not None
+    sent = Submission(ACCOUNT, "native", "mine", "model", "FINE_TUNING", base, ["s3://a/b"])
+    with database.write() as session:
+        job = submit(session, sent, arns)
+        stored_id = f"smollm2-135m-instruct:job-{job.id}"
+        job.result = {"stored_id": stored_id, "label_issues": {"issues": 3, "rows": 240}}
+    run = run_of(stored_id)
+    run.folder.mkdir(parents=True)
+    run.write_label_issue_records(
+        [
+            {"file": "s3://a/b", "line": line, "label": "cat", "likely_label": "dog",
+             "probability": 0.9, "text": f"row {line}"}
+            for line in (3, 1, 2)
+        ]
+    )  # fmt: skip
+    yield _Jobs(
+        Context(
+            database, arns, nowhere, authorize, lambda account: AccountQuotas(), lambda: None,
+            partial(removal.delete, database, arns),
+        )
+    )  # fmt: skip
+    database.close()
+
+
+def call(jobs: _Jobs, role: str = "developer", **page: int) -> dict[str, Any]:
+    request: Any = SimpleNamespace(
+        caller=Caller(ACCOUNT, "anna", (ROLES[role],)), account=ACCOUNT, params={"job": "mine"}
+    )
+    view = jobs.label_issues(request, LabelIssuesPage(**page))
+    return view.model_dump(mode="json", exclude_none=True)
+
+
+def test_rows_are_listed_page_by_page(jobs: _Jobs) -> None:
+    first = call(jobs, limit=2)
+    assert [each["line"] for each in first["issues"]] == [3, 1]
+    assert (first["total"], first["next"]) == (3, 2)
+    assert first["issues"][0] == {
+        "file": "s3://a/b", "line": 3, "label": "cat", "likely_label": "dog", "probability": 0.9,
+        "text": "row 3",
+    }  # fmt: skip
+    second = call(jobs, limit=2, position=first["next"])
+    assert [each["line"] for each in second["issues"]] == [2] and "next" not in second
+    assert json.dumps(call(jobs, position=9)["issues"]) == "[]"
+
+
+@pytest.mark.parametrize("role", ["auditor", "invoke-only"])
+def test_contents_of_rows_are_not_for_every_role(jobs: _Jobs, role: str) -> None:
+    with pytest.raises(Fault) as refused:
+        call(jobs, role)
+    assert refused.value.code == "AccessDenied"
+
+
+def test_rows_on_another_machine_are_a_conflict_and_no_rows_are_an_empty_list(jobs: _Jobs) -> None:
+    with jobs.context.database.write() as session:
+        job = session.query(Job).one()
+        (run_of(job.result["stored_id"]).folder / LABEL_ISSUES).unlink()
+    with pytest.raises(Fault) as refused:
+        call(jobs)
+    assert refused.value.code == "Conflict"
+    with jobs.context.database.write() as session:
+        session.query(Job).one().result = None
+    assert call(jobs) == {"issues": [], "total": 0}
