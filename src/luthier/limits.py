@@ -57,7 +57,7 @@ class AccountQuotas(StrictModel):
     batches_in_flight: int = Field(default=1_000, ge=0)
     """Batches of an account that have not ended; their answers wait in the database until then."""
     evaluations_in_flight: int = Field(default=1_000, ge=0)
-    """Runs of evals and evaluation jobs of an account that have not ended."""
+    """Runs of evals of an account that have not ended."""
     deployments: int = Field(default=1_000, ge=0)
     """Custom model deployments of an account."""
     provisioned_throughputs: int = Field(default=1_000, ge=0)

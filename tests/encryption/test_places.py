@@ -101,13 +101,20 @@ def test_a_row_of_an_evaluation_is_that_of_its_run(database: Database) -> None:
     with database.write() as session:
         made = evaluations.create_eval(session, "1", quotas, "e", {"n": 0}, {})
         run = evaluations.create_run(
-            session, "1", quotas, caller=caller, face="openai", name="r", request={"n": 9}
+            session,
+            "1",
+            quotas,
+            caller=caller,
+            name="r",
+            request={"n": 9},
+            metadata={},
+            eval_id=made.id,
         )
         for number in (1, 2):
             graded = GradedRow("pass", {"n": number})
             evaluations.record(session, run, quotas, number, graded)
         assert (made.definition, run.request) == ({"n": 0}, {"n": 9})
-        one, two = evaluations.every_row(session, run.id)
+        one, two = evaluations.rows_of(session, run.id, 2)
         assert (one.record, two.record) == ({"n": 1}, {"n": 2})
     with database.write() as session:
         one, two = session.query(EvaluationRow).order_by(EvaluationRow.number)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from luthier.errors import LuthierError, RefusedInput
+from luthier.store import schema
 from luthier.store.database import Database
 from luthier.store.schema import METADATA, upgrade
 
@@ -51,23 +53,15 @@ def test_a_database_of_a_newer_version_is_left_alone() -> None:
         upgrade(database)
 
 
-FIRST = (
-    "DROP TABLE model_exports",
-    "ALTER TABLE quotas DROP COLUMN exports_in_flight",
-    "UPDATE alembic_version SET version_num = '0001'",
-)
-"""Back to the first databases, but for the table ``shared_store``: for a while it came with them."""
-
-
-@pytest.mark.parametrize("further", [(), ("DROP TABLE shared_store",)])
-def test_a_first_database_is_brought_up_to_date(further: tuple[str, ...]) -> None:
-    database = Database()
-    upgrade(database)
+def test_a_database_of_the_first_revision_is_brought_up_to_date() -> None:
+    database, config = Database(), schema._config()
     with database.write() as session:
-        for change in (*FIRST, *further):
-            session.connection().exec_driver_sql(change)
+        config.attributes["connection"] = session.connection()
+        command.upgrade(config, "0001")
     upgrade(database)
-    assert {"shared_store", "model_exports"} <= {*database.tables()}
+    with database.read() as session:
+        found = MigrationContext.configure(session.connection())
+        assert compare_metadata(found, METADATA) == []
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,11 @@ from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import Database, find_row
 from luthier.store.endpoints import CREATING, DEPLOYMENT, FAILED, PROVISIONED, Endpoint
-from luthier.store.evaluations import EvaluationRun, get_run
 from luthier.store.foundation import FoundationModel, foundation_model
 from luthier.store.jobs import Job
 
 _ENDPOINTS = {DEPLOYMENT: "deployment", PROVISIONED: "provisioned throughput"}
 JOB, MODEL, FOUNDATION = "model-customization-job", "custom-model", "foundation-model"
-EVALUATION = "evaluation-job"
 
 Row = TypeVar("Row", Job, CustomModel, Endpoint)
 Ts = TypeVarTuple("Ts")
@@ -87,15 +85,6 @@ def find_endpoint(
     """A deployment or provisioned throughput by ARN or name."""
     columns = [Endpoint.name]
     return _find(session, Endpoint, endpoint_arn, arns, account, kind, identifier, columns, lock)
-
-
-def find_evaluation(
-    session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
-) -> EvaluationRun | None:
-    """An evaluation job by ARN."""
-    arn = own(arns, account, EVALUATION, identifier)
-    found = get_run(session, account, arn.id, lock=lock) if arn else None
-    return found if found is not None and found.face == "bedrock" else None
 
 
 def _model_arn(arns: Arns, model: CustomModel) -> str:

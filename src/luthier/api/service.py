@@ -19,9 +19,6 @@ from luthier.api.audit import AuditTrail
 from luthier.api.authentication import Authenticator
 from luthier.api.bedrock.activation import Activation, check_and_load
 from luthier.api.bedrock.control import Control
-from luthier.api.bedrock.evaluation_tasks import JobParts
-from luthier.api.bedrock.evaluations import FACE as EVALUATION_JOB
-from luthier.api.bedrock.evaluations import job_task
 from luthier.api.bedrock.face import BedrockFace
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.console.face import Console
@@ -35,7 +32,6 @@ from luthier.api.native.face import native_face
 from luthier.api.native.operations import Context
 from luthier.api.openai import OpenAIFace
 from luthier.api.openai.chat import InvokedChat
-from luthier.api.openai.graders import PooledModels
 from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
@@ -267,14 +263,9 @@ class Service:
             self._grader,
             quotas=self._quotas,
             wake=self.scheduler.wake,
-            evaluations=self.openai.evaluations,
         )
         # A policy names the ARN of a base model, whatever the client calls it by.
         ids = ModelIds(self.database, self.arns)
-        parts = JobParts(
-            self.locations, self.pool, ids, authorize, PooledModels(self.pool), self.settings.limits
-        )
-        self.openai.evaluations.tasks[EVALUATION_JOB] = partial(job_task, parts)
         runtime = runtime_handlers(self.pool, ids.stored_id, authorize, ids.resource, InvokedChat)
         context = Context(
             self.database,

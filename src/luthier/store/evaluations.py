@@ -1,15 +1,14 @@
-"""Evaluations that clients ask for: what is measured, each run of it, and each row of a run.
+"""Evals of the OpenAI API, their runs and the graded rows of each run.
 
-An :class:`Eval` of the OpenAI API says how rows are graded; a run grades the rows of one source, and
-the answers of one model to them. An evaluation job of Bedrock is a run that says all of that itself.
-Rows are written down one by one, so that what a killed server had done is not done again. What they
-take of the disk counts as stored bytes of the account.
+An :class:`Eval` defines how rows are graded. A run grades the rows of one source, and one model's
+replies to these rows. The server stores each graded row in its own transaction, so that a restarted
+server does not grade a row twice. The bytes of the rows count towards the account's storage.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -31,8 +30,6 @@ PASS, FAIL, ERROR = "pass", "fail", "error"
 """What became of a row: all criteria hold, some do not, or some could not be looked at."""
 PATIENCE = timedelta(hours=24)
 """How long a run may take, waiting for its turn included."""
-PAGE = 100
-"""Rows that are in memory at once where all of a run are read."""
 
 
 class Eval(Base):
@@ -66,12 +63,8 @@ class EvaluationRun(BackgroundWork, Base):
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
-    """``evalrun_`` and letters and digits; of a job of Bedrock the end of its ARN."""
-    face: Mapped[str]
-    """Which API it was asked through, and is shown by."""
-    application: Mapped[str | None]
-    """What Bedrock says is evaluated, by which its jobs are listed; none of other faces."""
-    eval_id: Mapped[str | None] = mapped_column(ForeignKey("evals.id"), index=True)
+    """``evalrun_`` and letters and digits."""
+    eval_id: Mapped[str] = mapped_column(ForeignKey("evals.id"), index=True)
     name: Mapped[str]
     sealed: Mapped[dict[str, Any]]
     user_metadata: Mapped[dict[str, Any]]
@@ -85,8 +78,6 @@ class EvaluationRun(BackgroundWork, Base):
     tallies: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """``criteria``: rows that passed, failed and could not be graded, by name; ``usage``: calls, tokens
     read and tokens written, by model."""
-    source_hash: Mapped[str] = mapped_column(default="")
-    """Of the rows as they were counted, where somebody can replace them before the run ends."""
     stored_bytes: Mapped[int] = mapped_column(BigInteger)
     completed: Mapped[datetime | None]
     """When it ended."""
@@ -165,32 +156,27 @@ def create_run(
     quotas: AccountQuotas,
     *,
     caller: dict[str, Any],
-    face: str,
     name: str,
     request: Mapping[str, Any],
-    metadata: Mapping[str, str] | None = None,
-    application: str | None = None,
-    eval_id: str | None = None,
-    run_id: str | None = None,
+    metadata: Mapping[str, str],
+    eval_id: str,
 ) -> EvaluationRun:
-    """A new run, to be worked on. Of one account they are made one after the other.
+    """Create a run in the queue. The server works on one run of an account at a time.
 
     Raises:
-        QuotaExceeded: where the account has no room for it.
+        QuotaExceeded: if the account has no space for the request.
     """
-    run_id = run_id or "evalrun_" + random_id(24, SMALL)
+    run_id = "evalrun_" + random_id(24, SMALL)
     moment, text = now(), json.dumps(request)
     run = EvaluationRun(
         id=run_id,
         account=account,
         turn=next_turn(session, EvaluationRun, account),
         caller=caller,
-        face=face,
-        application=application,
         eval_id=eval_id,
         name=name,
         sealed=seal_json(text, run_id),
-        user_metadata=dict(metadata or {}),
+        user_metadata=dict(metadata),
         status=QUEUED,
         tallies={},
         stored_bytes=len(text),
@@ -277,15 +263,6 @@ def rows_of(
         query = query.where(EvaluationRow.status == status)
     number = EvaluationRow.number
     return page_of(session, query, number, limit=limit, position=position, ascending=ascending)
-
-
-def every_row(session: Session, run_id: str) -> Iterator[EvaluationRow]:
-    """All rows of a run, a page at a time."""
-    position: int | None = None
-    while found := rows_of(session, run_id, PAGE, position):
-        yield from found
-        position = found[-1].number
-        session.expunge_all()
 
 
 def end(

@@ -20,10 +20,9 @@ from openai.types import EvalCreateResponse, EvalListResponse, EvalRetrieveRespo
 from openai.types.evals import RunCreateResponse, RunListResponse, RunRetrieveResponse
 from openai.types.evals.runs import OutputItemListResponse, OutputItemRetrieveResponse
 
-from luthier.api import evaluations
-from luthier.api.evaluations import AT_ONCE, EvaluationRunner
 from luthier.api.http.messages import Fault
-from luthier.api.openai import eval_runs
+from luthier.api.openai import eval_runner, eval_runs
+from luthier.api.openai.eval_runner import AT_ONCE, EvaluationRunner
 from luthier.cancellation import KillHandle, cancellable
 from luthier.serving.constraints import SUBJECT, GrammarTrials
 from luthier.serving.sandbox_pool import SandboxPool
@@ -285,14 +284,14 @@ def test_a_killed_server_asks_no_row_twice(client: openai.OpenAI, service: Any) 
     count = 3 * AT_ONCE
     run = client.evals.runs.create(made.id, data_source=asking(rows(count)))
     asked: list[Any] = []
-    parts = service.face.evaluations.tasks["openai"].args[0]
+    parts = service.face.evaluations.make_task.args[0]
 
     class Killed(BaseException):
         pass
 
     def runner(answer: Any) -> EvaluationRunner:
         task = partial(eval_runs.EvalTask, replace(parts, answers=answer))
-        return EvaluationRunner(service.database, {"openai": task}, service.objects.quotas)
+        return EvaluationRunner(service.database, task, service.objects.quotas)
 
     def dies(caller: Any, body: Any) -> Any:
         if len(asked) == AT_ONCE + 2:
@@ -319,7 +318,7 @@ def test_a_killed_server_asks_no_row_twice(client: openai.OpenAI, service: Any) 
 
 SERVER = """
 import sys, threading
-from luthier.api.evaluations import EvaluationRunner, EvaluationTask
+from luthier.api.openai.eval_runner import EvaluationRunner, EvaluationTask
 from luthier.limits import AccountQuotas
 from luthier.store.database import Database
 from luthier.store.evaluations import GradedRow
@@ -329,14 +328,12 @@ class Slow(EvaluationTask):
     def problems(self): return ((f"row {n}", "") for n, _ in self.rows())
     def rows(self): return [(n, n) for n in range(1, 41)]
     def error_row(self, row, fault): raise AssertionError
-    def finish(self, run, rows): pass
-    def close(self): pass
     def grade(self, caller, number, row):
         threading.Event().wait(0.1)
         sample = {"output": [], "error": None}
         return GradedRow("pass", {"item": {"by": "first"}, "results": [], "sample": sample})
 
-EvaluationRunner(Database(sys.argv[1]), {"openai": Slow}, lambda *_: AccountQuotas()).run_once()
+EvaluationRunner(Database(sys.argv[1]), Slow, lambda *_: AccountQuotas()).run_once()
 """
 
 
@@ -380,7 +377,7 @@ def test_a_run_is_canceled_and_deleted(client: openai.OpenAI, service: Any) -> N
     assert not service.face.evaluations.run_once()
     # Rows that are on their way when it is canceled are dropped.
     run = client.evals.runs.create(made.id, data_source=asking(rows(3 * AT_ONCE)))
-    task = service.face.evaluations.tasks["openai"]
+    task = service.face.evaluations.make_task
     asked: list[Any] = []
 
     def canceling(caller: Any, body: Any) -> Any:
@@ -391,7 +388,7 @@ def test_a_run_is_canceled_and_deleted(client: openai.OpenAI, service: Any) -> N
 
     parts = replace(task.args[0], answers=canceling)
     runner = EvaluationRunner(
-        service.database, {"openai": partial(eval_runs.EvalTask, parts)}, service.objects.quotas
+        service.database, partial(eval_runs.EvalTask, parts), service.objects.quotas
     )
     assert runner.run_once()
     after = client.evals.runs.retrieve(run.id, eval_id=made.id)
@@ -422,9 +419,9 @@ def test_rows_that_take_long_are_given_up(client: openai.OpenAI, service: Any, h
         given_up.append(gone.wait(60))
         raise Fault("ServiceUnavailable", "The answer was given up.")
 
-    parts = replace(service.face.evaluations.tasks["openai"].args[0], answers=slow)
+    parts = replace(service.face.evaluations.make_task.args[0], answers=slow)
     runner = EvaluationRunner(
-        service.database, {"openai": partial(eval_runs.EvalTask, parts)}, service.objects.quotas
+        service.database, partial(eval_runs.EvalTask, parts), service.objects.quotas
     )
     assert runner.renewal <= 1.0
     runner.start()
@@ -648,7 +645,7 @@ def test_rows_that_cannot_be_evaluated_fail_the_run_before_anything_is_asked(
         assert said in run.error.message, run.error.message
         assert len(run.error.message) < 1000  # a row is not repeated whole
         assert run.result_counts.total == 0 and not run.per_model_usage
-    monkeypatch.setattr(evaluations, "MOST_ROWS", 2)
+    monkeypatch.setattr(eval_runner, "MOST_ROWS", 2)
     run = done(service, client, made, content(rows(2, output_text="a")))
     assert run.status == "completed"
     file = client.files.create(file=("rows.jsonl", "\n".join([good] * 3).encode()), purpose="evals")

@@ -23,7 +23,6 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.shapes import answer_of, members_of
-from luthier.api.evaluations import EvaluationRunner
 from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.http.routing import Authorize, Handler
 from luthier.api.policies import refusals_naming
@@ -67,8 +66,6 @@ class Control:
     """Of an account."""
     wake: Callable[[], None]
     """Tells the scheduler that there is a job, or a model from outside, to work on."""
-    evaluations: EvaluationRunner | None = None
-    """Works on evaluation jobs; ``None`` where nobody does."""
 
 
 @dataclass(frozen=True)

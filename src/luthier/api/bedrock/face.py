@@ -8,7 +8,7 @@ from typing import Any
 
 from botocore.model import OperationModel
 
-from luthier.api.bedrock import custom_models, endpoints, evaluations, foundation, jobs, tags
+from luthier.api.bedrock import custom_models, endpoints, foundation, jobs, tags
 from luthier.api.bedrock.control import Control, Operate, handler
 from luthier.api.bedrock.hyperparameters import setting_name
 from luthier.api.bedrock.shapes import error_statuses, operation_models
@@ -21,7 +21,6 @@ CONTROL: Mapping[str, Operate] = {
     **jobs.OPERATIONS,
     **custom_models.OPERATIONS,
     **endpoints.OPERATIONS,
-    **evaluations.OPERATIONS,
     **tags.OPERATIONS,
 }
 """The operations of the control plane by their names."""

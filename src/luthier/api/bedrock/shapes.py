@@ -58,13 +58,8 @@ _WIDER = {
     # The alias of a base model.
     "GetFoundationModelIdentifier": _ALIAS,
     "BedrockModelId": _ALIAS,
-    # A model that was tuned here answers and judges, too, once it is deployed.
-    "EvaluationBedrockModelIdentifier": f"{_ALIAS}|{_ENDPOINT}",
-    "EvaluatorModelIdentifier": f"{_ALIAS}|{_ENDPOINT}",
 }
 """What is taken here beyond a shape's own pattern, by the name of the shape."""
-_FURTHER = {"EvaluationTaskType": ("General",)}
-"""Values that AWS's own examples send, beyond the enumeration of a shape, by its name."""
 _LINEAR = (
     # Both stars take hyphens: a row of them could be split in exponentially many ways.
     (r"(-*[a-zA-Z0-9\+\-\.])*", r"[a-zA-Z0-9\+\-\.]*"),
@@ -196,7 +191,7 @@ class ShapeChecker:
         shown = "***" if shape.metadata.get("sensitive") else value
         if not self._size(shape, value, path, "length", shown):
             return value
-        if shape.enum and value not in (*shape.enum, *_FURTHER.get(shape.name, ())):
+        if shape.enum and value not in shape.enum:
             known = ", ".join(shape.enum)
             self._add_problem(shown, path, f"Member must satisfy enum value set: [{known}]")
         pattern = shape.metadata.get("pattern")

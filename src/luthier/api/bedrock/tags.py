@@ -1,4 +1,4 @@
-"""Tags of jobs, custom models, deployments, provisioned throughput and evaluation jobs."""
+"""Tags of jobs, custom models, deployments and provisioned throughput."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.control import ControlRequest, Operate, not_found, tags_of
 from luthier.api.identifiers import (
-    EVALUATION,
     JOB,
     MODEL,
     find_endpoint,
-    find_evaluation,
     find_job,
     find_model,
 )
@@ -21,13 +19,11 @@ from luthier.store import tags
 from luthier.store.arns import Arn
 from luthier.store.custom_models import CustomModel
 from luthier.store.endpoints import DEPLOYMENT, PROVISIONED
-from luthier.store.evaluations import EvaluationRun
 from luthier.store.jobs import Job
 
-_BY_KIND: Mapping[str, Callable[..., Job | CustomModel | EvaluationRun | None]] = {
+_BY_KIND: Mapping[str, Callable[..., Job | CustomModel | None]] = {
     JOB: find_job,
     MODEL: find_model,
-    EVALUATION: find_evaluation,
 }
 
 

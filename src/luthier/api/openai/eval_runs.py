@@ -10,9 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from luthier.api.evaluations import MOST_ROW_BYTES, MOST_ROWS, EvaluationTask, parse_row
 from luthier.api.http.messages import Caller, Fault
 from luthier.api.openai.chat import ChatRequest
+from luthier.api.openai.eval_runner import (
+    MOST_ROW_BYTES,
+    MOST_ROWS,
+    EvaluationTask,
+    parse_row,
+)
 from luthier.api.openai.generation import STRUCTURED, Judge
 from luthier.api.openai.graders import graded_once, grader_fields, text_content
 from luthier.api.openai.protocol import Body, error_of, invalid, missing, validate
@@ -46,8 +51,6 @@ from luthier.store.uploaded_files import UploadedFiles
 MOST_CRITERIA = 32
 MOST_MISMATCH = 300
 """Characters of what is wrong with a row: a schema's message repeats the whole value."""
-CHECK_SECONDS = 60.0
-"""For comparing all rows of a run with the schema of its eval: 50,000 short ones take ten."""
 TOKENS, TEMPERATURE, TOP_P, SEED = 2048, 1.0, 1.0, 42
 """How answers are sampled where a run does not say."""
 
@@ -335,8 +338,6 @@ class EvalParts:
 class EvalTask(EvaluationTask):
     """The task of a run of an eval."""
 
-    noun, no_rows, check_seconds = "run", "There are no rows to evaluate.", CHECK_SECONDS
-
     def __init__(self, parts: EvalParts, run: EvaluationRun, caller: Caller) -> None:
         """Raises :class:`Fault` where a model that grades is gone, or may not be asked any more."""
         self.parts, self.run = parts, run
@@ -400,12 +401,6 @@ class EvalTask(EvaluationTask):
         error = {"code": told["code"] or told["type"], "message": told["message"]}
         sample = _empty_sample(self.source.model or "") | {"error": error, "finish_reason": "error"}
         return GradedRow(store.ERROR, {"item": row["item"], "results": [], "sample": sample})
-
-    def finish(self, run: EvaluationRun, rows: Iterator[store.EvaluationRow]) -> None:
-        """Nothing: rows are read where they are."""
-
-    def close(self) -> None:
-        """Nothing was opened."""
 
     def _answer(self, number: int, item: Mapping[str, Any], reply: str) -> Answer:
         row = PromptOnly("item", number, "", members=item)

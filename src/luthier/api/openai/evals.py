@@ -10,10 +10,10 @@ from pydantic import Field
 from sqlalchemy import select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from luthier.api.evaluations import EvaluationRunner
 from luthier.api.http.messages import Request, Response
 from luthier.api.http.routing import Operation
 from luthier.api.openai.eval_report import report_object, report_page
+from luthier.api.openai.eval_runner import EvaluationRunner
 from luthier.api.openai.eval_runs import (
     MOST_CRITERIA,
     DataSource,
@@ -45,7 +45,6 @@ from luthier.store import storage
 from luthier.store.database import Database, now, page_of
 from luthier.store.evaluations import Eval, EvaluationRow, EvaluationRun
 
-FACE = "openai"
 _CONTENT = "evals.runs.content"
 """Asked of policies for what rows hold: that there is a run may be known to more people."""
 _STATUSES = (store.QUEUED, store.IN_PROGRESS, store.COMPLETED, store.CANCELED, store.FAILED)
@@ -250,10 +249,9 @@ class Evals:
             run = self.runner.create(
                 session,
                 caller,
-                face=FACE,
                 name=parameters.name or row.name,
                 request=asked,
-                metadata=parameters.metadata,
+                metadata=parameters.metadata or {},
                 eval_id=row.id,
             )
         self.runner.wake()

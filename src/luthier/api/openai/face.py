@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-from luthier.api.evaluations import EvaluationRunner
 from luthier.api.http.messages import Fault, RequestHead, Response
 from luthier.api.http.routing import Authorize, Operation, Route, Router
 from luthier.api.openai import protocol
@@ -15,8 +14,8 @@ from luthier.api.openai.batches import Batches, BatchRunner
 from luthier.api.openai.chat import Chats
 from luthier.api.openai.completions import Completions
 from luthier.api.openai.embeddings import Embeddings
+from luthier.api.openai.eval_runner import EvaluationRunner
 from luthier.api.openai.eval_runs import EvalParts, EvalTask
-from luthier.api.openai.evals import FACE as EVAL
 from luthier.api.openai.evals import Evals
 from luthier.api.openai.files import Files
 from luthier.api.openai.fine_tuning import FineTuning, setting_name
@@ -112,7 +111,7 @@ class OpenAIFace:
             self.files, chats.answer, inference.judge, PooledModels(pool), self._grading, limited
         )
         self.evaluations = EvaluationRunner(
-            database, {EVAL: partial(EvalTask, parts)}, objects.quotas, count
+            database, partial(EvalTask, parts), objects.quotas, count
         )
         resources: Sequence[Resource] = (
             Files(self.files, access, file_limit),

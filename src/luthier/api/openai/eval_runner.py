@@ -1,16 +1,14 @@
-"""Runs of evaluations, whichever face they were asked through: rows asked, graded and written down."""
+"""Background work on runs of evals: query the model for each row, grade the reply, store the result."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -30,9 +28,11 @@ MOST_ROWS = 50_000
 MOST_ROW_BYTES = 262_144
 """Of a row: as much as a text that graders compare."""
 MOST_PROBLEMS = 5
-"""What is wrong with more rows is not told."""
+"""Rows whose problems an error lists; the rest are counted."""
 AT_ONCE = 4
-"""Rows of a run that are asked and graded side by side: each may take a process for its graders."""
+"""Rows of a run that are graded concurrently: each may need a process for its graders."""
+CHECK_SECONDS = 60.0
+"""Time limit for checking all rows of a run: 50,000 short rows take ten seconds."""
 _log = logging.getLogger("luthier.api")
 
 
@@ -54,84 +54,65 @@ def parse_row(line: bytes, most_values: int) -> Any:
 
 
 class EvaluationTask(ABC):
-    """What one run asks, as the face that took it understands it.
+    """The work of one run; created again when a server resumes the run.
 
-    Made anew each time a server goes on with the run; it may refuse with a :class:`Fault`.
+    The constructor may raise :class:`Fault`.
     """
 
     model_names: Mapping[str, str] = {}
-    """What the run calls models, by their ids in the store."""
-    noun: ClassVar[str]
-    """What its face calls a run."""
-    no_rows: ClassVar[str]
-    """What is said of a run without rows."""
-    check_seconds: float = math.inf
-    """For the check of all rows."""
+    """Names that the run uses for models, by their ids in the store."""
 
     def count_rows(self) -> int:
-        """How many rows there are, all of them checked.
+        """Check all rows and return their number.
 
         Raises:
-            RefusedInput: naming the rows that cannot be evaluated, and why.
+            RefusedInput: naming the rows that cannot be evaluated, with the reasons.
         """
         count, wrong, problems, began = 0, 0, list[str](), time.monotonic()
         for name, problem in self.problems():
             count += 1
             if count > MOST_ROWS:
-                raise RefusedInput(f"A {self.noun} has at most {MOST_ROWS:,} rows.")
-            if time.monotonic() - began > self.check_seconds:
-                seconds = f"{self.check_seconds:.0f} seconds"
-                raise RefusedInput(f"The rows could not be checked in {seconds}.")
+                raise RefusedInput(f"A run has at most {MOST_ROWS:,} rows.")
+            if time.monotonic() - began > CHECK_SECONDS:
+                raise RefusedInput(f"The rows could not be checked in {CHECK_SECONDS:.0f} seconds.")
             if problem:
                 wrong += 1
                 if wrong <= MOST_PROBLEMS:
                     problems.append(f"{name}: {problem}")
         if not count:
-            raise RefusedInput(self.no_rows)
+            raise RefusedInput("There are no rows to evaluate.")
         if problems:
             rest = f" And {wrong - MOST_PROBLEMS:,} more." if wrong > MOST_PROBLEMS else ""
             raise RefusedInput(f"Nothing was evaluated. {' '.join(problems)}{rest}")
         return count
 
-    def source_hash(self) -> str:
-        """Of all rows, where somebody can replace them; a run does not go on with others."""
-        return ""
-
     @abstractmethod
     def problems(self) -> Iterator[tuple[str, str]]:
-        """How each row is called, and what is wrong with it; empty where nothing is."""
+        """Yield each row's name and its problem; the problem of a valid row is empty."""
 
     @abstractmethod
     def rows(self) -> Iterable[tuple[int, Any]]:
-        """The rows by their numbers, from 1, read once more."""
+        """Yield the rows with their numbers, from 1."""
 
     @abstractmethod
     def grade(self, caller: Caller, number: int, row: Any) -> GradedRow:
-        """Ask and grade one row, with the rights of ``caller``.
+        """Query the model for one row and grade the reply, with the permissions of ``caller``.
 
         Raises:
-            Fault: where the model gave no answer.
+            Fault: if the model does not reply.
         """
 
     @abstractmethod
     def error_row(self, row: Any, fault: Fault) -> GradedRow:
-        """What is written down of a row that could not be asked."""
-
-    @abstractmethod
-    def finish(self, run: EvaluationRun, rows: Iterator[store.EvaluationRow]) -> None:
-        """Write results elsewhere, before the run is called completed; again after a crash."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of what was opened for the run."""
+        """Return the result that is stored for a row that failed with ``fault``."""
 
 
 MakeTask = Callable[[EvaluationRun, Caller], EvaluationTask]
-"""Makes the task of a run, with the rights of who asked for it."""
+"""Creates the task of a run, with the permissions of the caller who created the run."""
 
 
 class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
-    """Works on runs. Start it with the server; several servers may share a database."""
+    """The thread that works on runs; several servers may share one database."""
 
     kind, at_once, working = EvaluationRun, AT_ONCE, store.IN_PROGRESS
     gives_up = True
@@ -139,31 +120,27 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
     def __init__(
         self,
         database: Database,
-        tasks: Mapping[str, MakeTask],
+        make_task: MakeTask,
         quotas: Callable[[Session, str], AccountQuotas],
         count: CountUsage = lambda account, model, used: None,
     ) -> None:
-        """``tasks`` by the face that runs were asked through; others may be added before the start."""
         super().__init__(database, count)
-        self.tasks, self.quotas = dict(tasks), quotas
+        self.make_task, self.quotas = make_task, quotas
 
     def create(
         self,
         session: Session,
         caller: Caller,
         *,
-        face: str,
         name: str,
         request: Mapping[str, Any],
-        metadata: Mapping[str, str] | None = None,
-        application: str | None = None,
-        eval_id: str | None = None,
-        run_id: str | None = None,
+        metadata: Mapping[str, str],
+        eval_id: str,
     ) -> EvaluationRun:
-        """A new run of ``caller``; :meth:`wake` the runner after the transaction.
+        """Create a run of ``caller``; call :meth:`wake` after the transaction.
 
         Raises:
-            QuotaExceeded: where the account has too many that have not ended, or no room.
+            QuotaExceeded: if the account has too many unfinished runs or no space.
         """
         account = caller.account
         quotas = self.quotas(session, account)
@@ -173,51 +150,38 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
             account,
             quotas,
             caller=caller_fields(caller),
-            face=face,
             name=name,
             request=request,
             metadata=metadata,
-            application=application,
             eval_id=eval_id,
-            run_id=run_id,
         )
 
     def work(self, run: EvaluationRun) -> None:
-        """Check its rows, grade those that are not graded, and end it."""
-        with closing(self.tasks[run.face](run, self.caller_of(run))) as task:
-            self._work(run, task)
-
-    def _work(self, run: EvaluationRun, task: EvaluationTask) -> None:
-        source_hash = task.source_hash()
+        """Check the rows of ``run``, grade the rows that have no result, and end the run."""
+        task = self.make_task(run, self.caller_of(run))
         if run.status == store.QUEUED:
             total = task.count_rows()
             with self.database.write() as session:
                 held = self.lock_held(session, run)
                 if held is not None and held.status == store.QUEUED:
                     held.total, held.status = total, store.IN_PROGRESS
-                    held.source_hash = source_hash
-        elif run.source_hash != source_hash:
-            raise RefusedInput(
-                f"The data was replaced while the {task.noun} ran. The rows that are graded stay; make "
-                f"a new {task.noun} for the data as it is."
-            )
         with self.database.read() as session:
             done = store.done_rows(session, run.id)
         left = ((number, (number, row)) for number, row in task.rows() if number not in done)
         if self.work_through(run, left, partial(self._grade, run, task)):
-            self._finish(run, task)
+            self._finish(run)
 
     def record(self, session: Session, run: EvaluationRun, number: int, graded: GradedRow) -> None:
-        """Write a row down; those of a run that was cancelled meanwhile are dropped."""
+        """Store the result of a row, unless the run was cancelled."""
         if run.status == store.IN_PROGRESS:
             store.record(session, run, self.quotas(session, run.account), number, graded)
 
     def state(self, run: EvaluationRun) -> str:
-        """Its status; failed, once its time is over."""
+        """Return the status of ``run``; ``failed`` after its time limit."""
         return store.FAILED if now() > run.expires else run.status
 
     def fail(self, run: EvaluationRun, code: str, message: str) -> None:
-        """End it; the rows that are graded stay."""
+        """End ``run``; the results of its rows are kept."""
         self._end(run, store.FAILED, code, message)
 
     def _grade(self, run: EvaluationRun, task: EvaluationTask, piece: tuple[int, Any]) -> GradedRow:
@@ -241,7 +205,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
                 graded = task.error_row(row, Fault("InternalServer", text))
         return replace(graded, usage=calls)
 
-    def _finish(self, run: EvaluationRun, task: EvaluationTask) -> None:
+    def _finish(self, run: EvaluationRun) -> None:
         with self.database.read() as session:
             now_there = store.get_run(session, run.account, run.id)
             if now_there is None or now_there.status != store.IN_PROGRESS:
@@ -251,7 +215,6 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
                 text = f"The run took more than {hours:.0f} hours; the rows that are graded stay."
                 self.fail(run, "expired", text)
                 return
-            task.finish(now_there, store.every_row(session, run.id))
         self._end(run, store.COMPLETED)
 
     def _end(
