@@ -77,6 +77,34 @@ def test_sixteen_bits_become_eight_whatever_the_brightest_pixel_is() -> None:
     assert decode_image(encoded(Image.fromarray(dark)))[0, :, 0].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("white", [1, 255, 65535])
+@pytest.mark.parametrize("type_", ["float32", "int32"])
+def test_ranges_of_types_that_do_not_tell_it(type_: str, white: int) -> None:
+    if type_ == "int32" and white == 1:
+        return  # a label mask, whose classes are no levels of grey
+    values = (np.array([[0, 0.2, 0.4, 1]]) * white).astype(type_)
+    pixels = decode_image(encoded(Image.fromarray(values), "TIFF"))
+    assert pixels[0, :, 0].tolist() == [0, 51, 102, 255]
+
+
+def test_floats_may_overshoot_their_range_a_little() -> None:
+    for white in (1, 255):
+        values = np.array([[-0.1, 0.5, 1.1]], np.float32) * white
+        pixels = decode_image(encoded(Image.fromarray(values), "TIFF"))
+        assert pixels[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("values", [[-1.0, 1.0], [-1000.0, 3000.0], [0.0, 1e6], [0.0, np.inf]])
+def test_floats_of_another_range_are_refused(values: list[float]) -> None:
+    image = Image.fromarray(np.array([values], np.float32))
+    assert refusal(encoded(image, "TIFF")).rule == "media.unreadable"
+
+
+def test_a_heic_file_names_the_conversion_whatever_its_name_is() -> None:
+    data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    assert "NEW.jpg" in refusal(data).fix
+
+
 def test_pixels_that_are_no_numbers_are_black() -> None:
     values = np.array([[np.nan, 255.0, 0.0]], dtype=np.float32)
     pixels = decode_image(encoded(Image.fromarray(values), "TIFF"))
@@ -395,6 +423,26 @@ def test_other_forms_of_sound_need_soundfile() -> None:
     soundfile.write(stream, np.array([0.0, np.nan]), 8000, "FLOAT", format="WAV")
     with pytest.raises(RowRefused, match="damaged"):
         decode_audio(stream.getvalue())
+
+
+@pytest.mark.parametrize("form", ["MP3", "OPUS", "VORBIS", "AIFF"])
+def test_compressed_audio_of_libsndfile(form: str) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    stream = io.BytesIO()
+    container, subtype = ("OGG", form) if form in ("OPUS", "VORBIS") else (form, None)
+    wave = np.sin(np.arange(24_000) / 20).astype(np.float32) / 2
+    soundfile.write(stream, wave, 24_000, subtype, format=container)
+    samples, rate = decode_audio(stream.getvalue())
+    assert rate == 24_000 and abs(len(samples) - len(wave)) < 100
+    middle = slice(6000, 18_000)
+    assert np.corrcoef(samples[: len(wave)][middle], wave[middle])[0, 1] > 0.9
+
+
+def test_m4a_names_the_conversion() -> None:
+    pytest.importorskip("soundfile")
+    with pytest.raises(RowRefused) as refused:
+        decode_audio(b"\0\0\0\x20ftypM4A \0\0\0\0M4A mp42isom" + bytes(100))
+    assert "NEW.flac" in refused.value.fix
 
 
 def test_silence_that_packs_to_nothing_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,11 +94,41 @@ def test_files_without_folders_have_no_labels(tmp_path: Path) -> None:
     assert [type(row) for row in sounds] == [BareAudio, BareAudio]
 
 
-def test_what_is_hidden_or_only_said_beside_is_passed_over(tmp_path: Path) -> None:
-    write(tmp_path, "cat/1.png", ".git/x.png", "_old/y.png", "cat/.thumb.png", "dog/1.png")
-    for name in ("README.md", "LICENSE", "Thumbs.db", "dataset_info.json"):
-        (tmp_path / name).write_text("words")
-    assert len(labels_of(tmp_path)) == 2
+CLUTTER = (
+    ".git/x.png", "cat/.thumb.png", "__MACOSX/cat/._1.png", "cat/.ipynb_checkpoints/1-checkpoint.png",
+    "cat/.DS_Store", "cat/Thumbs.db", "README.md", "LICENSE-MIT.txt", "dataset_info.json", "_SUCCESS",
+)  # fmt: skip
+NAMED = ("_other/a.png", "cat/_DSC1001.JPG", "cat/license-plate.png", "dog/__1.png")
+
+
+def test_only_hidden_files_and_clutter_are_ignored(tmp_path: Path) -> None:
+    found = {name: name.split("/")[0] for name in NAMED}
+    folder = write(tmp_path / "x", *NAMED, *CLUTTER)
+    assert labels_of(folder) == {f"x/{name}": label for name, label in found.items()}
+    archive = pack(tmp_path / "x.zip", *NAMED, *CLUTTER)
+    assert labels_of(archive) == {f"x.zip/{name}": label for name, label in found.items()}
+
+
+@pytest.mark.parametrize(
+    "name", ["cat/2.heic", "notes.txt", "labels.csv", "/cat/2.png", "../2.png"]
+)
+def test_other_files_of_an_archive_are_refused_as_in_a_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as refused:
+        load_rows(pack(tmp_path / "a.zip", "cat/1.png", name))
+    (problem,) = refused.value.problems
+    assert problem.rule == "file.directory" and name in problem.message
+    if name == "cat/2.heic":
+        assert "NEW.jpg" in problem.fix
+        assert rules_of(write(tmp_path / "folder", "cat/1.png", name)) == {"file.directory"}
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.M4A"])
+def test_files_to_convert_alone_name_the_command(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "x", name)
+    for source in (tmp_path / "x", tmp_path / "x" / name, pack(tmp_path / "x.zip", name)):
+        with pytest.raises(DataError) as refused:
+            load_rows(source)
+        assert "OLD" + Path(name.lower()).suffix in refused.value.problems[0].fix
 
 
 @pytest.mark.parametrize(
@@ -133,7 +163,7 @@ def test_the_hash_of_a_folder_is_of_its_names_and_bytes(tmp_path: Path) -> None:
 
 
 def test_an_archive_is_read_as_a_folder_is(tmp_path: Path) -> None:
-    names = "cat/1.png", "dog/ü ö.png", "__MACOSX/cat/._1.png", "cat/.DS_Store", "dog/notes.txt"
+    names = "cat/1.png", "dog/ü ö.png", "__MACOSX/cat/._1.png", "cat/.DS_Store"
     path = pack(tmp_path / "a.zip", *names)
     assert labels_of(path) == {"a.zip/cat/1.png": "cat", "a.zip/dog/ü ö.png": "dog"}
     row = rows_of(path)[1]
@@ -205,6 +235,20 @@ def test_arrays_are_pictures(tmp_path: Path) -> None:
     assert [type(row) for row in rows_of(path)] == [BareImage] * 3
 
 
+@pytest.mark.parametrize("type_", ["bool", "uint16", "int64", "float16", "float32", "float64"])
+def test_arrays_of_any_number_type_are_scaled_by_type_or_by_the_range_of_the_file(
+    type_: str, tmp_path: Path
+) -> None:
+    # The first image is dark: one range is used for all images of the file.
+    images = np.array([[[0, 0, 0.2]], [[0, 0.4, 1]]])
+    scaled = {"uint16": 65535, "int64": 255}.get(type_, 1) * images
+    np.savez(tmp_path / "a.npz", images=scaled.astype(type_))
+    levels = [row.media.pixels()[0, :, 0].tolist() for row in rows_of(tmp_path / "a.npz")]  # type: ignore
+    assert levels == (
+        [[0, 0, 255], [0, 255, 255]] if type_ == "bool" else [[0, 0, 51], [0, 102, 255]]
+    )
+
+
 GOOD = np.zeros((2, 4, 4), np.uint8)
 
 
@@ -212,7 +256,9 @@ GOOD = np.zeros((2, 4, 4), np.uint8)
     ("arrays", "rule"),
     [
         ({"pictures": GOOD}, "media.npz"),
-        ({"images": GOOD.astype(np.float32)}, "media.npz"),
+        ({"images": GOOD.astype(np.complex64)}, "media.npz"),
+        ({"images": GOOD - np.float32(1)}, "media.npz"),
+        ({"images": GOOD + np.int32(70_000)}, "media.npz"),
         ({"images": GOOD[0]}, "media.npz"),
         ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, "media.npz"),
         ({"images": GOOD, "labels": np.arange(3)}, "media.npz"),

@@ -50,9 +50,12 @@ def test_one_file_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
-    make(tmp_path, "b.jsonl", "a.csv.gz", "sub/c.parquet", ".hidden.jsonl", "_temp/d.jsonl")
+    make(tmp_path, "b.jsonl", "a.csv.gz", "sub/c.parquet", ".hidden.jsonl", "_x/d.jsonl")
     make(tmp_path, "README.md", "LICENSE", "sub/dataset_info.json", ".git/x.jsonl", "NOTICE.txt")
-    assert names(tmp_path, tmp_path) == ["a.csv.gz", "b.jsonl", "sub/c.parquet"]
+    make(tmp_path, "_SUCCESS", "_delta_log/0.json", "README.vi.md", "notice.jsonl", "state.csv")
+    assert names(tmp_path, tmp_path) == [
+        "_x/d.jsonl", "a.csv.gz", "b.jsonl", "notice.jsonl", "state.csv", "sub/c.parquet",
+    ]  # fmt: skip
     assert names(f"file://{tmp_path}", tmp_path) == names(f"{tmp_path}/", tmp_path)
 
 
@@ -69,9 +72,9 @@ def test_a_pattern_is_what_it_matches_in_order(tmp_path: Path) -> None:
     [
         (["a.bin", "b.doc"], "file.directory", "only a.bin, b.doc", ".jsonl"),
         ([], "file.directory", "no data file", "folder with images or sounds"),
-        (["a.bin", "b.png"], "file.directory", "Beside 1 images or sounds it holds a.bin", "table"),
-        (["a.txt", "b.png"], "file.directory", "Beside 1 images or sounds it holds a.txt", "table"),
-        (["README.md", "_x.jsonl"], "file.directory", "no data file", ".parquet"),
+        (["a.bin", "b.png"], "file.directory", "1 .bin", "table"),
+        (["a.txt", "b.png"], "file.directory", "1 .txt", "table"),
+        (["README.md", ".x.jsonl"], "file.directory", "no data file", ".parquet"),
         (["a.jsonl", "b.png", "c.doc"], "file.directory", "holds c.doc", "*.jsonl'"),
         (["a.jsonl.gz", "b.xyz"], "file.directory", "b.xyz", "*.jsonl.gz'"),
         (["a.jsonl", "b.txt"], "file.directory", "plain text: b.txt", "*.jsonl'"),
@@ -218,6 +221,9 @@ def test_a_prefix_is_the_data_below_it(server: str, bucket: str) -> None:
     assert len(load_rows(f"s3://{bucket}/data/")) == 3
     put(server, bucket, "data/notes.pdf", b"x")
     assert "notes.pdf" in refusal(f"s3://{bucket}/data/").message
+    put(server, bucket, "empty/b.jsonl", b"")
+    put(server, bucket, "empty/c_$folder$", b"")
+    assert [path.name for path in files_of(f"s3://{bucket}/empty/")] == ["b.jsonl"]
 
 
 def test_a_large_object_and_its_progress(server: str, bucket: str, tmp_path: Path) -> None:
@@ -236,8 +242,9 @@ def test_keys_are_names_and_never_paths(server: str, bucket: str, tmp_path: Path
     put(server, bucket, "x/..%2F..%2Fescape.jsonl", b'{"text": "y"}\n')
     assert "escape.jsonl" in refusal(f"s3://{bucket}/x/").message
     assert not list(tmp_path.rglob("escape*"))
-    put(server, bucket, "y/.hidden%20%2e%2e name.jsonl".replace(" ", "%20"), b'{"text": "y"}\n')
-    (path,) = files_of(f"s3://{bucket}/y/")
+    put(server, bucket, "y/.hidden%20%2e%2e%20name.jsonl", b'{"text": "y"}\n')
+    assert refusal(f"s3://{bucket}/y/").rule == "file.directory"
+    (path,) = files_of(f"s3://{bucket}/y/.hidden .. name.jsonl")
     assert path.parent.parent == tmp_path / "home" / "cache" / "s3" / bucket
 
 

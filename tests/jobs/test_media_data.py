@@ -92,12 +92,20 @@ def test_a_prefix_with_a_folder_for_each_class(bucket: Bucket, face: str) -> Non
     for key, value in (("cat/1.png", 10), ("dog/1.png", 20), ("dog/2.png", 30)):
         bucket.put(f"photos/{key}", png(value))
     bucket.put("photos/.hidden/x.png", b"no image")
-    bucket.put("photos/notes.txt", b"passed over")
+    bucket.put("photos/README.txt", b"passed over")
     bucket.locations.check(ONE, "s3://data/photos/")
     data = bucket.fetch("s3://data/photos/", face)
     assert labels(data) == EXPECTED
     text = data.show_addresses(f"see {data.source}/cat/1.png")
     assert text == "see s3://data/photos/cat/1.png"
+
+
+def test_other_files_below_a_prefix_of_images_are_refused(bucket: Bucket) -> None:
+    bucket.put("photos/_other/_DSC1.png", png(10))
+    assert labels(bucket.fetch("s3://data/photos/", "native")) == [("_other", 10)]
+    bucket.put("photos/_other/2.heic", b"x")
+    with pytest.raises(LocationRefused, match=r"_other/2\.heic.*NEW\.jpg"):
+        bucket.locations.check(ONE, "s3://data/photos/")
 
 
 def test_archives_and_arrays_whatever_they_are_called(bucket: Bucket) -> None:

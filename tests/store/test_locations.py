@@ -131,6 +131,9 @@ def test_what_cannot_be_read(data: Objects) -> None:
     locations = Locations(data.database)
     assert "no object" in refusal(locations.check, ONE, "s3://data/none")
     assert "no object below" in refusal(locations.check, ONE, "s3://data/none/")
+    for folder in ("s3://data/train", "s3://data"):
+        assert f"{folder}/?" in refusal(locations.check, ONE, folder)
+    assert "?" not in refusal(locations.check, ONE, "s3://data/trai")
     assert "names a bucket" in refusal(locations.check, ONE, "s3://data")
     said = refusal(locations.check, TWO, "s3://data/one.csv")
     assert said == refusal(locations.check, TWO, "s3://none/one.csv").replace("none", "data")

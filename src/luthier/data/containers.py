@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from luthier.data.forms import KEYS
+from luthier.data.media import conversion_fix
 from luthier.data.media_files import ArchiveFile, holds_media, is_media
 from luthier.data.parsing import Unreadable, quote
 from luthier.data.time_series import is_series_header
@@ -77,7 +78,7 @@ class Container:
 
 
 def container_of(path: Path) -> Container:
-    """What the file at ``path`` is made of.
+    """Return what the file at ``path`` is made of.
 
     Raises:
         Unreadable: for what is no regular file, no text, or of no known kind.
@@ -86,9 +87,11 @@ def container_of(path: Path) -> Container:
     if path.is_dir() and holds_media(path):
         return Container("folder")
     _refuse_irregular(path)
-    if is_media(path.name):
+    convert = conversion_fix([path.name])
+    if is_media(path.name) or convert:
         message = "This is a single image or sound, and no data set."
         fix = "Name the folder that it lies in; of folders in it, the name of each is a label."
+        fix = f"{convert} {fix}".strip()
         raise Unreadable("file.unknown_format", message, fix)
     packing: Packing = ""
     with path.open("rb") as raw:

@@ -18,7 +18,7 @@ import struct
 import wave
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -41,10 +41,12 @@ PLURAL: Mapping[str, str] = {
     "image": "images", "audio": "sounds", "window": "windows of a time series", "text": "texts",
 }  # fmt: skip
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-AUDIO_ENDINGS = (".wav", ".flac", ".ogg")
+IMAGE_ENDINGS = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+)  # fmt: skip
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 MEDIA_ENDINGS = (*IMAGE_ENDINGS, *AUDIO_ENDINGS)
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 """What Pillow may open: formats of pixels only. EPS, for one, is a program."""
 MOST_PIXELS = 64_000_000
 """Of one image; a compressed file of some kilobytes can claim any number."""
@@ -60,6 +62,15 @@ LONGEST_WINDOW = 512
 """Values of a time series that a row has at most; no network that reads windows can be longer."""
 LARGEST_VALUE = 1e100
 """Of a time series, on both sides of 0: the squares of further ones overflow."""
+CONVERSIONS: Mapping[str, str] = {
+    **{ending: f"magick OLD{ending} NEW.jpg" for ending in (".heic", ".heif")},
+    **{ending: f"ffmpeg -i OLD{ending} NEW.flac" for ending in (".m4a", ".aac", ".wma", ".amr")},
+}
+"""Shell commands, by ending, for images and audio that neither Pillow nor libsndfile decodes."""
+_WHITES = (1.0, 255.0, 65535.0)
+"""Values of a white pixel in images whose number type does not tell the value."""
+_OVERSHOOT = 0.2
+"""Relative distance of float pixels from their range at most: resampling filters overshoot."""
 _DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, MemoryError, KeyError, TypeError, IndexError,
     struct.error, zlib.error,
@@ -70,11 +81,21 @@ Pixels = NDArray[np.uint8]
 
 
 def media_kind(name: str) -> MediaKind | None:
-    """What a file holds by its ending; ``None`` of what is no image or sound."""
+    """Return what a file holds by its ending; ``None`` for a file that is neither image nor audio."""
     ending = name.lower()
     if ending.endswith(IMAGE_ENDINGS):
         return "image"
     return "audio" if ending.endswith(AUDIO_ENDINGS) else None
+
+
+def conversion_fix(names: Iterable[str]) -> str:
+    """Return how to convert images and audio of other formats; empty if no name has such an ending."""
+    lower = [name.lower() for name in names]
+    return " ".join(
+        f"Convert {ending} files, for example with: {command}."
+        for ending, command in CONVERSIONS.items()
+        if any(name.endswith(ending) for name in lower)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +317,8 @@ def decode_image(data: bytes, most: int | None = None) -> Pixels:
             ground = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(ground, image)
         elif image.mode.startswith("I;16") or image.mode in ("I", "F"):
-            image = _spread(image)
+            values = np.asarray(image)
+            image = Image.fromarray(scale_pixels(values, white_of(values)))
         return np.array(image.convert("RGB"))
 
 
@@ -326,19 +348,45 @@ def _open_image(data: bytes, most: int) -> Iterator[Any]:
         text = f"it says to have more pixels than the {most:,} that are decoded."
         raise _refusal("too_large", text) from None
     except _DAMAGE as error:
+        message, fix = f"it is no image that can be read: {_reason(error)}.", ""
+        if data[4:8] == b"ftyp" and b"avif" not in data[8:64]:  # cameras name such files .jpg, too
+            message = "it is a HEIC file, which Pillow cannot decode."
+            fix = conversion_fix([".heic"])
+        raise _refusal("unreadable", message, fix) from error
+
+
+def white_of(values: NDArray[Any]) -> float:
+    """Return the value of a white pixel in an image, or in an array of images.
+
+    Booleans and unsigned integers of 8 and 16 bits have the range of their type. Other types are used
+    for several ranges: white is then the smallest of 1 (floats only), 255 and 65535 that is not below
+    the largest value.
+
+    Raises:
+        RowRefused: for values outside of all ranges, such as those of normalized pixels from -1 to 1.
+    """
+    if values.dtype.kind == "b":
+        return 1.0
+    if values.dtype.kind == "u" and values.dtype.itemsize <= 2:
+        return 2.0 ** (8 * values.dtype.itemsize) - 1
+    # fmin and fmax ignore NaN without a copy of the array.
+    low, high = (float(f.reduce(values, axis=None, initial=0)) for f in (np.fmin, np.fmax))
+    overshoot, whites = (_OVERSHOOT, _WHITES) if values.dtype.kind == "f" else (0, _WHITES[1:])
+    white = next((each for each in whites if high <= each * (1 + overshoot)), None)
+    if white is None or low < -overshoot * max(high, 1):
         raise _refusal(
-            "unreadable", f"it is no image that can be read: {_reason(error)}."
-        ) from error
+            "unreadable",
+            f"its pixels range from {low:g} to {high:g}; ranges that are read are 0 to 1 (floats), "
+            "0 to 255 and 0 to 65535.",
+            "Scale the pixels to one of these ranges, or save the image with 8 or 16 bits.",
+        )
+    return white
 
 
-def _spread(image: Any) -> Any:
-    """An image of 16 bits or more a pixel with its range brought to 8 bits."""
-    from PIL import Image
-
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    # Kinds of more than 16 bits do not say where white is.
-    top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
-    return Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
+def scale_pixels(values: NDArray[Any], white: float) -> Pixels:
+    """Scale pixels from 0..``white`` to 0..255; NaN becomes black."""
+    scaled = np.clip(np.nan_to_num(values.astype(np.float64)) / white, 0, 1)
+    return (scaled * 255).round().astype(np.uint8)
 
 
 def _array_pixels(array: NDArray[Any]) -> Pixels:
@@ -377,9 +425,11 @@ def decode_audio(data: bytes, most: int | None = None) -> tuple[NDArray[np.float
             with np.errstate(invalid="ignore"):
                 samples = read_TC.mean(1)
         except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
-            raise _refusal(
-                "unreadable", f"it is no sound that can be read: {_reason(error)}."
-            ) from error
+            message, fix = f"it is no sound that can be read: {_reason(error)}.", ""
+            if data[4:8] == b"ftyp":
+                message = "it is an M4A file, which libsndfile cannot decode."
+                fix = conversion_fix([".m4a"])
+            raise _refusal("unreadable", message, fix) from error
     if not len(samples) or not np.isfinite(samples).all():
         raise _refusal("unreadable", "it has no samples." if not len(samples) else "it is damaged.")
     return samples, rate

@@ -2,9 +2,10 @@
 
 In a folder or an archive the name of the folder that a file lies in is its label, as torchvision's
 ``ImageFolder`` has it; files beside each other without folders have none. Folders of an archive that
-hold all others are passed over. An ``.npz`` file holds
-``images`` (uint8, ``[N, H, W]`` or ``[N, H, W, 3]``) and ``labels`` ``[N]``. Rows are numbered from 1,
-in the order of the names.
+hold all others are passed over. Hidden files and known clutter (:func:`is_clutter`) are ignored; any
+other file that is neither image nor audio is refused. An ``.npz`` file holds ``images``
+(``[N, H, W]`` or ``[N, H, W, 3]``) and ``labels`` ``[N]``. Rows are numbered from 1, in the order of
+the names.
 """
 
 from __future__ import annotations
@@ -15,16 +16,27 @@ import os
 import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from luthier.data.media import MEDIA_ENDINGS, Media, MediaKind, media_kind
+from luthier.data.media import (
+    MEDIA_ENDINGS,
+    Media,
+    MediaKind,
+    conversion_fix,
+    media_kind,
+    scale_pixels,
+    white_of,
+)
 from luthier.data.parsing import Record, Unreadable, quote
 from luthier.data.spool import spool
+from luthier.errors import RowRefused
 from luthier.files import names_below
+from luthier.printable import list_some
 
 MOST_MEMBERS = 2_000_000
 """Files of one folder or archive, and images of one ``.npz`` file."""
@@ -34,6 +46,21 @@ SPLIT_NAME = re.compile(
     r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I
 )
 """Names of files and folders that say what their rows are for."""
+_CLUTTER = re.compile(
+    r"""(?:^|/)(?:
+        \.(?!\.?/)                                # hidden, but not the parts "." and ".." of a path
+      | (?:__MACOSX|__pycache__|_delta_log|_temporary)/
+      | (?: thumbs\.db | desktop\.ini
+          | _success | _(?:common_)?metadata | _(?:started|committed)_\d+             # Spark
+          | dataset_infos?\.json | dataset_dict\.json | state\.json                  # Hugging Face
+          | (?:readme|licen[cs]e|notice|changelog|citation)
+            (?:\.[a-z]{2}|-[\w-]+)?(?:\.(?:md|txt|rst|html?|bib|cff))?
+        )$
+    )""",
+    re.I | re.X,
+)
+_SHOWN = 8
+"""Names of files in a message."""
 _COLOURS = ((), (1,), (3,))
 _ENTRY = b"PK\1\2"
 """What each entry of an archive's directory begins with."""
@@ -75,9 +102,21 @@ def is_media(name: str) -> bool:
     return media_kind(name) is not None
 
 
-def is_hidden(parts: Iterable[str]) -> bool:
-    """Whether files of this path are passed over: a part of it begins with ``.`` or ``_``."""
-    return any(part.startswith((".", "_")) for part in parts)
+def is_clutter(name: str) -> bool:
+    """Return whether the file at a relative path is ignored: hidden, or written by a known program."""
+    return _CLUTTER.search(name) is not None
+
+
+def other_files_problem(count: int, others: Sequence[str]) -> tuple[str, str]:
+    """Return message and fix for files that are neither image nor audio next to ``count`` that are."""
+    kinds = Counter(PurePosixPath(name.lower()).suffix or "no ending" for name in others)
+    counts = list_some((f"{times:,} {kind}" for kind, times in kinds.most_common()), _SHOWN)
+    message = (
+        f"Next to {count:,} images or sounds are other files ({counts}), which are not read: "
+        f"{list_some(others, _SHOWN)}."
+    )
+    fix = "Move such files away, or give a table of rows that name the images or sounds."
+    return message, f"{conversion_fix(others)} {fix}".strip()
 
 
 def are_splits(folders: Collection[str]) -> bool:
@@ -91,9 +130,8 @@ def holds_media(folder: Path) -> bool:
 
 
 def media_below(folder: Path) -> Sequence[str]:
-    """Names of all images and sounds below ``folder``, hidden ones left out, in their order."""
-    names = filter(is_media, names_below(folder))
-    return spool(name for name in names if not is_hidden(name.split("/")))
+    """Return the names of all images and sounds below ``folder``, without clutter, in order."""
+    return spool(name for name in names_below(folder) if is_media(name) and not is_clutter(name))
 
 
 OnRecord = Callable[[int, int], None]
@@ -144,13 +182,17 @@ def read_zip(
     """A record for each file of an archive of images or sounds."""
     try:
         with path.open("rb") as raw, zipfile.ZipFile(ArchiveFile(raw)) as archive:
-            names = sorted({name for name in archive.namelist() if _is_member(name)})
+            names, others = _members(archive.namelist())
     except (zipfile.BadZipFile, OSError, RuntimeError, ValueError) as error:
         message = f"The archive cannot be read: {str(error).rstrip('.')}."
         raise Unreadable("file.damaged", message, "Pack or fetch the file again.") from error
     if not names:
+        only = f", only {list_some(others, _SHOWN)}" if others else ""
         fix = f"Put files into it that end with {', '.join(MEDIA_ENDINGS)}, or unpack it."
-        raise Unreadable("file.empty", "The archive holds no images or sounds.", fix)
+        fix = conversion_fix(others) or fix
+        raise Unreadable("file.empty", f"The archive holds no images or sounds{only}.", fix)
+    if others:
+        raise Unreadable("file.directory", *other_files_problem(len(names), others))
     inside = _without_common_folders(names)
     kind, labelled = _kind_of(names), _has_labels(inside)
     classes = {PurePosixPath(name).parts[0] for name in inside}
@@ -164,9 +206,15 @@ def read_zip(
         yield number, _record(media, below, labelled)
 
 
-def _is_member(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return is_media(name) and parts[0] != "/" and not is_hidden(parts)
+def _members(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the images and sounds of an archive, and all other files without clutter, in order."""
+    media, others = list[str](), list[str]()
+    for name in sorted({*names}):
+        if name.endswith("/") or is_clutter(name):
+            continue
+        is_inside = not name.startswith("/") and ".." not in PurePosixPath(name).parts
+        (media if is_inside and is_media(name) else others).append(name)
+    return media, others
 
 
 def _without_common_folders(names: list[str]) -> list[str]:
@@ -228,9 +276,13 @@ def read_npz(
         raise Unreadable(
             "file.damaged", message, "Save it with numpy.savez, without objects."
         ) from None
-    if images.ndim not in (3, 4) or images.dtype != np.uint8 or images.shape[3:] not in _COLOURS:
+    if (
+        images.ndim not in (3, 4)
+        or images.dtype.kind not in "buif"
+        or images.shape[3:] not in _COLOURS
+    ):
         message = f"`images` is {images.dtype} of shape {images.shape}."
-        raise Unreadable("media.npz", message, "It must be uint8, [N, H, W] or [N, H, W, 3].")
+        raise Unreadable("media.npz", message, "It must hold numbers, [N, H, W] or [N, H, W, 3].")
     if 0 in images.shape[1:] or len(images) > MOST_MEMBERS:
         message = f"`images` has the shape {images.shape}."
         fix = f"Save at most {MOST_MEMBERS:,} images that have pixels; split a larger file."
@@ -241,8 +293,14 @@ def read_npz(
     if labels is not None and labels.dtype.kind not in "iuU":
         message = f"`labels` is {labels.dtype}."
         raise Unreadable("media.npz", message, "Give whole numbers or texts.")
+    try:
+        white = white_of(images)
+    except RowRefused as bad:
+        raise Unreadable("media.npz", f"`images`: {bad.message}", bad.fix) from None
     stem = Path(file).name
     for index, image in enumerate(images):
+        if images.dtype != np.uint8:
+            image = scale_pixels(image, white)
         record: Record = {"image": Media("image", f"{stem}[{index}]", array=image)}
         if labels is not None:
             record["label"] = str(labels[index])

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 RULES: Mapping[str, str] = {
     "file.missing": "The path names no file.",
-    "file.directory": "A folder holds no data, several kinds of files, or splits that must not mix.",
+    "file.directory": "A folder or archive holds no data, several kinds of files, or splits that must "
+    "not mix.",
     "file.unreadable": "The file exists but cannot be opened or read.",
     "file.unknown_format": "Neither the content nor the ending of a file tells what it is.",
     "file.binary": "The file is not UTF-8 text: UTF-16, an archive or other binary data.",

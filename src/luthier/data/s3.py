@@ -114,7 +114,8 @@ def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict
             pass  # a prefix, then
     prefix = key.rstrip("/")
     below = [each for batch in obstore.list(store, prefix=prefix or None) for each in batch]
-    below = [each for each in below if each["size"] and not each["path"].endswith("/")]
+    # Some tools mark a folder by an empty object of that name.
+    below = [each for each in below if not str(each["path"]).endswith(("/", "_$folder$"))]
     if not below:
         message = "There is no object at this address, and none below it."
         raise source_refusal(address, "file.no_match", message, "Check the bucket and the key.")

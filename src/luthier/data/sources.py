@@ -1,7 +1,7 @@
 """What a path names: one function from a file, a folder, a pattern or an address to local files.
 
-A folder stands for the data files in it, at any depth, in the order of their names; what begins with
-``.`` or ``_`` is passed over, and so are ``README``, ``LICENSE`` and the like. A folder that holds
+A folder stands for the data files in it, at any depth, in the order of their names. Hidden files and
+known clutter are ignored (:func:`luthier.data.media_files.is_clutter`). A folder that holds
 other files too, rows beside plain text, or training beside test files, is refused with their names: a
 pattern says what is meant. Images and sounds beside rows are what the rows name; a folder of nothing
 else is one source (:mod:`luthier.data.media_files`).
@@ -17,18 +17,20 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT, unpacked_name
-from luthier.data.media_files import SPLIT_NAME, are_splits, is_hidden, is_media
+from luthier.data.media import conversion_fix
+from luthier.data.media_files import (
+    SPLIT_NAME,
+    are_splits,
+    is_clutter,
+    is_media,
+    other_files_problem,
+)
 from luthier.errors import DataError, Problem
 from luthier.files import names_below, sha256_of
 from luthier.printable import list_some
 
 Source = str | Path
 
-_BESIDE = re.compile(
-    r"(readme|license|licence|notice|changelog|citation|dataset_infos?|dataset_dict|state|"
-    r"thumbs\.db|desktop\.ini)\b.*",
-    re.I,
-)
 _SHOWN = 8
 
 
@@ -113,20 +115,18 @@ def _folder(folder: Path) -> list[Path]:
     media, classes = 0, set[str]()
     others: list[tuple[str, Path]] = []
     for name in names_below(folder):
-        if is_hidden(name.split("/")):
+        if is_clutter(name):
             continue
         if is_media(name):
             media += 1
             classes.update(name.split("/")[:-1][:1])
-        elif not _BESIDE.fullmatch((path := folder / name).name):
-            others.append((name, path))
+        else:
+            others.append((name, folder / name))
     rows = any(is_data(name) and not _is_text(name) for name, _ in others)
     if not media or rows:
         return [path for _, path in choose_data_files(others, str(folder))]
     if others:
-        beside = list_some((name for name, _ in others), _SHOWN)
-        message = f"Beside {media:,} images or sounds it holds {beside}."
-        fix = "Move the others, or give a table of rows that name the files."
+        message, fix = other_files_problem(media, [name for name, _ in others])
         raise source_refusal(str(folder), "file.directory", message, fix)
     if are_splits(classes):
         message = f"Its folders are the splits {', '.join(sorted(classes))}, which do not mix."
@@ -136,17 +136,17 @@ def _folder(folder: Path) -> list[Path]:
 
 
 def choose_data_files(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path]]:
-    """Of the files of a folder or prefix, those that are data.
+    """Return those files of a folder or prefix that are data, without clutter.
 
     Raises:
         DataError: where there are none, or they are not all of one kind.
     """
-    files = [(name, path) for name, path in named if not _BESIDE.fullmatch(Path(name).name)]
+    files = [(name, path) for name, path in named if not is_clutter(name)]
     data = [(name, path) for name, path in files if is_data(name)]
     if not data:
         others = list_some((name for name, _ in files), _SHOWN)
         message = f"There is no data file in it{f', only {others}' if files else ''}."
-        fix = (
+        fix = conversion_fix(name for name, _ in files) or (
             "Name a file, or a folder with images or sounds, or with files that end with "
             f"{', '.join(DATA_ENDINGS)}."
         )

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote
 
 from luthier.data.media import MOST_MEDIA_BYTES
-from luthier.data.media_files import is_hidden, is_media
+from luthier.data.media_files import is_clutter, is_media, other_files_problem
 from luthier.data.s3 import connection_settings, is_file_name, local_name, split_address
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import nearest_existing, new_file
@@ -221,24 +221,31 @@ class Locations:
         buckets = self._buckets(bucket)
         buckets.check_bucket(account, bucket)
         if not key and not address.folder:
-            raise LocationRefused(f"s3://{bucket} names a bucket and no object in it.")
+            raise LocationRefused(
+                f"s3://{bucket} names a bucket and no object in it. Did you mean s3://{bucket}/?"
+            )
         if not address.folder:
             if not buckets.holds(account, bucket, key):
-                raise LocationRefused(f"There is no object s3://{bucket}/{key}.")
+                is_folder = any(buckets.below(account, bucket, f"{key}/", 1))
+                hint = f" Did you mean s3://{bucket}/{key}/?" if is_folder else ""
+                raise LocationRefused(f"There is no object s3://{bucket}/{key}.{hint}")
             return [key]
         what = f"objects below s3://{bucket}/{key}"
         below = buckets.below(account, bucket, key, MOST_MEDIA_FILES + 1)
         found = [*_at_most(below, what, MOST_MEDIA_FILES)]
-        media = [
-            (each, size)
-            for each, size in found
-            if is_media(each) and not is_hidden(each.removeprefix(key).split("/"))
+        names = {each: each.removeprefix(key) for each, _ in found if not each.endswith("/")}
+        files = [
+            (each, size) for each, size in found if each in names and not is_clutter(names[each])
         ]
+        media = [(each, size) for each, size in files if is_media(each)]
         rows = [each for each, _ in found if each.endswith(ROWS)]
         if rows or not media:
             [*_at_most(found, what)]
         if rows:
             return rows
+        if media and len(media) < len(files):
+            others = [names[each] for each, _ in files if not is_media(each)]
+            raise LocationRefused(" ".join(other_files_problem(len(media), others)))
         for each, size in media:
             if size > MOST_MEDIA_BYTES:
                 text = f"s3://{bucket}/{each} has {size:,} bytes; an image or a sound has at most "
@@ -545,8 +552,9 @@ class FileRoots:
     def open(self, path: Path, uri: str) -> BinaryIO:
         """A plain file, for reading."""
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise LocationRefused(f"{uri} is not a file.")
+            if not stat.S_ISREG(mode := path.stat().st_mode):
+                hint = f" Did you mean {uri}/?" if stat.S_ISDIR(mode) else ""
+                raise LocationRefused(f"{uri} is not a file.{hint}")
             return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
         except OSError as error:
             raise LocationRefused(f"{uri} cannot be read: {error.strerror}") from None
