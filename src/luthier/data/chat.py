@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -39,6 +38,7 @@ from luthier.data.reasoning import (
 )
 from luthier.data.shapes.base import InputKind
 from luthier.data.shapes.media import MediaRow
+from luthier.data.tokenization import SENTINEL, TextEncoder, panics_refused
 from luthier.data.tools import (
     describe_tool,
     in_words,
@@ -48,7 +48,7 @@ from luthier.data.tools import (
     uses_tools,
 )
 from luthier.errors import RecipeError, RowRefused
-from luthier.types import Example, IntArray, Message, Row, TemplateKwargs, Tool
+from luthier.types import Example, IntArray, Message, Row, TemplateKwargs, Tool, map_texts
 
 Template = Literal["auto", "chat", "plain"]
 
@@ -387,24 +387,44 @@ class ChatFormat:
             return self._encode_sides(in_words(messages, tools))
         if self.template == "plain":
             return self._encode_plain(in_words(messages, tools))
-        parts: list[IntArray] = []
-        learned: list[NDArray[np.bool_]] = []
-        for text, learns in self._segments(messages, given, tools):
-            part_T = self.tokens(text, first=False)
-            parts.append(part_T)
-            learned.append(
-                self._up_to_stop(part_T) if learns else np.zeros(len(part_T), dtype=bool)
-            )
-        ids_T = np.concatenate(parts)
-        learned_T = np.concatenate(learned)
-        if not learned_T.any():
+        text, done, parts = "", 0, list[tuple[int, int]]()
+        for segment, learns in self._segments(messages, given, tools):
+            text += segment
+            if learns:
+                parts.append((done, len(text)))
+            done = len(text)
+        if not parts:
             raise RowRefused(
                 "row.template",
                 "The model's chat template writes no turn that is learned as the row has it.",
                 "Give each such turn a row of its own, in which it is the last one.",
             )
+        start, end = parts[-1]
+        text = text[:end]
+        if not any(name in text[start:] for name in self.text_encoder.stop_names):
+            text += self._turn_end
+        ids, places = self.text_encoder.divide(text, parts)
+        learned_T = np.zeros(len(ids), dtype=bool)
+        for first, last in places:
+            learned_T[first : self._stop_after(ids, first, last)] = True
         size = int(np.flatnonzero(learned_T)[-1]) + 1
-        return EncodedReply(ids_T[:size], learned_T[:size])
+        return EncodedReply(np.array(ids[:size], dtype=np.int64), learned_T[:size])
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """Tokens of rendered conversations."""
+        return TextEncoder(self.tokenizer, self.stop_ids)
+
+    @cached_property
+    def _turn_end(self) -> str:
+        """The stop token with which the next turn begins, in templates that end replies by that.
+
+        Such is the template of GLM 4.5: a reply ends where ``<|user|>`` begins. Empty for others.
+        """
+        turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+        reply, more = (self.render_turns(each, (), reply=False) for each in (turns[:2], turns))
+        behind = more[len(reply) :] if more.startswith(reply) else ""
+        return next((name for name in self.text_encoder.stop_names if behind.startswith(name)), "")
 
     def _segments(
         self, messages: Sequence[Message], given: int, tools: Sequence[Tool]
@@ -440,6 +460,7 @@ class ChatFormat:
                 (reply[len(unlearned) :], learns and not missing),
             ]
             done = after
+        done = done.replace(SENTINEL, "")
         for index, message in enumerate(messages[: answers[-1]]):
             if message.role == "tool" and (missing := missing_from(done, message)):
                 raise _cannot_write(missing, index)
@@ -454,12 +475,15 @@ class ChatFormat:
         told for every one of them; such a turn is empty here.
         """
         whole = self.render_turns(messages[: answers[-1] + 1], tools, reply=False)
-        stops = [str(name) for name in self.tokenizer.convert_ids_to_tokens([*self.stop_ids])]
+        stops = self.text_encoder.stop_names
         places: list[tuple[str, str]] = []
         done = ""
         for index in answers:
             before = self.render_turns(messages[:index], tools, reply=True)
             ends = [at + len(s) for s in stops if (at := whole.find(s, len(before))) >= 0]
+            if not ends and index == answers[-1]:
+                whole += self._turn_end
+                ends = [len(whole)] if self._turn_end else []
             if whole.startswith(before) and before.startswith(done) and ends:
                 done = whole[: min(ends)]
                 places.append((before, done))
@@ -599,24 +623,29 @@ class ChatFormat:
 
     def _encode_plain(self, messages: Sequence[Message]) -> EncodedReply:
         _check_single(messages)
-        prompt_T = self.tokens(messages[0].content, first=True)
-        reply_T = np.append(self.tokens(messages[1].content, first=False), self.end_id)
+        prompt_T, reply_T = self.continued_tokens(messages[0].content, messages[1].content)
+        reply_T = np.append(reply_T, self.end_id)
         learned_T = np.arange(len(prompt_T) + len(reply_T)) >= len(prompt_T)
         return EncodedReply(np.concatenate([prompt_T, reply_T]), learned_T)
 
-    def _up_to_stop(self, reply_T: IntArray) -> NDArray[np.bool_]:
-        # From the end, where it stands: one or two steps, and every row of a data set comes here.
-        last = next(
-            (t for t, i in enumerate(reversed(reply_T.tolist())) if i in self.stop_ids), None
+    def _stop_after(self, ids: list[int], first: int, last: int) -> int:
+        """Return the index behind the stop token of the reply with the tokens ``ids[first:last]``.
+
+        Raises:
+            RecipeError: if neither the reply nor what follows has one.
+        """
+        # From the end, where it usually stands. Else the next turn may begin with it.
+        for index in range(last - 1, first - 1, -1):
+            if ids[index] in self.stop_ids:
+                return index + 1
+        if last < len(ids) and ids[last] in self.stop_ids:
+            return last + 1
+        names = ", ".join(self.text_encoder.stop_names) or "none"
+        raise RecipeError(
+            "the chat template ends an assistant turn without a stop token, so the model could not "
+            f"learn to stop. The stop tokens are: {names}. Add the token that ends a turn to "
+            "`eos_token_id` in generation_config.json, or name it as the tokenizer's `eos_token`"
         )
-        if last is None:
-            raise RecipeError(
-                "the chat template ends an assistant turn without a stop token, so the model could "
-                "not learn to stop. Name the token with the tokenizer's eos_token."
-            )
-        learned_T = np.ones(len(reply_T), bool)
-        learned_T[len(reply_T) - last :] = False
-        return learned_T
 
     def render(
         self,
@@ -629,12 +658,19 @@ class ChatFormat:
         """A conversation as the chat template writes it, turns and tools in the form of transformers.
 
         ``reply`` ends it where the assistant begins, and ``kwargs`` are further names that the template
-        reads. Raises :class:`RecipeError` where the template refuses it.
+        reads. Names of special tokens are broken by a sentinel (:meth:`TextEncoder.break_marks`),
+        except in what the assistant wrote. Raises :class:`RecipeError` where the template refuses it.
         """
+        literal = self.text_encoder.break_marks
         try:
             text: str = self.tokenizer.apply_chat_template(
-                [*turns],
-                tools=[*tools] or None,
+                [
+                    turn
+                    if turn["role"] == "assistant"
+                    else {**turn, "content": literal(turn["content"])}
+                    for turn in turns
+                ],
+                tools=map_texts([*tools], literal) or None,
                 tokenize=False,
                 add_generation_prompt=reply,
                 **(kwargs or {}),
@@ -650,13 +686,29 @@ class ChatFormat:
         return text
 
     def tokens(self, text: str, *, first: bool) -> IntArray:
-        """Token ids ``[T]`` of ``text``; ``first`` puts before it what the model's texts begin with."""
+        """Return the token ids ``[T]`` of ``text``, without those of sentinels.
+
+        ``first`` puts the tokens before it with which the model's texts begin.
+        """
+        if not first:
+            return np.asarray(self.text_encoder.ids(text), dtype=np.int64)
         with panics_refused():
-            ids = self.tokenizer.encode(text, add_special_tokens=first)
-        if first and len(ids) > 1 and ids[-1] in self.stop_ids:
+            ids = self.tokenizer.encode(text, add_special_tokens=True)
+        if len(ids) > 1 and ids[-1] in self.stop_ids:
             # Some tokenizers close every text; a prompt is to be continued.
             ids = ids[:-1]
         return np.asarray(ids, dtype=np.int64)
+
+    def continued_tokens(self, prompt: str, text: str) -> tuple[IntArray, IntArray]:
+        """Return the token ids of a raw prompt, and those of the ``text`` that continues the prompt.
+
+        Both are tokenized as one text, unless the prompt's own tokens are then others.
+        """
+        prompt_T, whole_T = (self.tokens(each, first=True) for each in (prompt, prompt + text))
+        size = len(prompt_T)
+        if np.array_equal(whole_T[:size], prompt_T):
+            return prompt_T, whole_T[size:]
+        return prompt_T, np.array(self.text_encoder.behind(text), dtype=np.int64)
 
     def render_turns(
         self,
@@ -673,34 +725,6 @@ class ChatFormat:
                 template_turns(messages), reply=reply, tools=described, kwargs=kwargs
             )
         return self.render(template_turns(in_words(messages, tools)), reply=reply, kwargs=kwargs)
-
-
-def token_spans(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
-    """Of each token of ``text`` its id, first character and end; ``tokenizer`` must be a fast one."""
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-    )
-    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    return [(token, int(start), int(end)) for token, (start, end) in pairs]
-
-
-@contextmanager
-def panics_refused() -> Iterator[None]:
-    """What a tokenizer's Rust gives up on, such as a pattern without end, as an error like others.
-
-    Its panics are no ``Exception``: nobody would catch them, and threads that serve all would end.
-
-    Raises:
-        RecipeError: where the block panics.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise RecipeError(
-            f"the model's tokenizer cannot take this text: {str(error)[:300]}"
-        ) from None
 
 
 def _check_template(tokenizer: Any) -> None:

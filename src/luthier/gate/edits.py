@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from luthier.data.chat import ChatFormat, token_spans
+from luthier.data.chat import ChatFormat
 from luthier.data.parsing import Record, quote
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.preferences import JudgedAnswers
 from luthier.data.shapes.texts import RawText, TaggedWords
+from luthier.data.tokenization import token_spans
 from luthier.errors import RecipeError, RowRefused
 from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.checks.balance import labels_of

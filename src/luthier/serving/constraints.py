@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.chat import panics_refused
+from luthier.data.tokenization import panics_refused
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import VALUES, depth_of
 from luthier.limits import SCHEMA_CHARACTERS, ServerLimits

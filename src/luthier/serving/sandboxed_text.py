@@ -17,6 +17,7 @@ import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.data.reasoning import ReasoningMarks
+from luthier.data.tokenization import TextEncoder
 from luthier.errors import RecipeError
 from luthier.models.outside import ADAPTER_CONFIG
 from luthier.models.save import ADAPTER
@@ -107,6 +108,11 @@ class SandboxedFormat(ChatFormat):
         return np.array(self.tokenizer.ask("tokens", text=text, first=first), dtype=np.int64)
 
     @property
+    def text_encoder(self) -> TextEncoder:
+        """Return an encoder whose work the process does."""
+        return _RemoteEncoder(self.tokenizer, self.stop_ids)
+
+    @property
     def reasoning_marks(self) -> ReasoningMarks | None:
         """See :attr:`ChatFormat.reasoning_marks`; none of a template that takes too much for it."""
         # Not functools.cached_property: in Python 3.11 all models would wait for one slow template.
@@ -154,6 +160,30 @@ class SandboxedFormat(ChatFormat):
     def close(self) -> None:
         """End the process."""
         self.tokenizer.close()
+
+
+class _RemoteEncoder(TextEncoder):
+    """A :class:`TextEncoder` whose work the process does."""
+
+    @property
+    def stop_names(self) -> tuple[str, ...]:
+        """See :attr:`TextEncoder.stop_names`."""
+        return tuple(self.tokenizer.about["stop_names"])
+
+    def break_marks(self, text: str) -> str:
+        """Return ``text`` as it is: the process breaks marks when it renders."""
+        return text
+
+    def behind(self, text: str) -> list[int]:
+        """See :meth:`TextEncoder.behind`."""
+        return [int(i) for i in self.tokenizer.ask("behind", text=text)]
+
+    def divide(
+        self, text: str, parts: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """See :meth:`TextEncoder.divide`."""
+        ids, places = self.tokenizer.ask("divide", text=text, parts=[*parts])
+        return ids, [(first, last) for first, last in places]
 
 
 class _RemoteVocabulary:

@@ -102,6 +102,7 @@ def _about(chat: ChatFormat) -> dict[str, Any]:
         "stop_ids": [int(i) for i in chat.stop_ids],
         "start_id": chat.start_id,
         "chat_template": template,
+        "stop_names": [*chat.text_encoder.stop_names] if chat.has_tokenizer else [],
         "vocab_size": int(tokenizer.vocab_size),
         "longest_token": chat.longest_token,
         "bos_token_id": tokenizer.bos_token_id,
@@ -131,7 +132,7 @@ def _believable(text: str, ids: list[int]) -> str:
 def _encode(
     chat: ChatFormat, text: str | list[str], settings: Mapping[str, Any]
 ) -> tuple[list[int], list[int | None] | None]:
-    from luthier.data.chat import panics_refused
+    from luthier.data.tokenization import panics_refused
 
     with panics_refused():
         encoded = chat.tokenizer(text, **settings)
@@ -160,6 +161,8 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "render": lambda chat, turns, **given: chat.render(turns, **given),
     "tokens": lambda chat, text, first: chat.tokens(text, first=first).tolist(),
     "encode": _encode,
+    "behind": lambda chat, text: chat.text_encoder.behind(text),
+    "divide": lambda chat, text, parts: chat.text_encoder.divide(text, parts),
     "reasoning_marks": _reasoning_marks,
     "decode": _decode,
     "pieces": _pieces,

@@ -21,7 +21,8 @@ from typing import Any, ClassVar, Self
 
 import regex
 
-from luthier.data.chat import ChatFormat, token_spans
+from luthier.data.chat import ChatFormat
+from luthier.data.tokenization import token_spans
 from luthier.errors import DataError
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.checks.language import CHARACTERS

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from luthier.data.chat import ChatFormat
+from luthier.data.tokenization import special_tokens
 from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.rules import Rule
 from luthier.gate.texts import JoinedTexts, SpotCheck, Spots
@@ -201,17 +202,3 @@ def _refusal(answer: str) -> re.Match[str] | None:
     if not any(hint in opening for hint in _HINTS):
         return None
     return _REFUSAL.search(answer, 0, _OPENING)
-
-
-def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Strings that ``tokenizer`` may turn into special ids, and these ids.
-
-    Tokens that were added to a vocabulary as ordinary text (``<think>``) are none.
-    """
-    known = getattr(tokenizer, "added_tokens_decoder", {})
-    found = {
-        str(token): int(id_) for id_, token in known.items() if getattr(token, "special", True)
-    }
-    for name in tokenizer.all_special_tokens:
-        found.setdefault(str(name), int(tokenizer.convert_tokens_to_ids(name)))
-    return found
