@@ -79,6 +79,21 @@ def authorize(caller: Caller, action: str, resource: str) -> None:
     _decide(caller, action, resource)
 
 
+def may_anywhere(caller: Caller, action: str) -> bool:
+    """Return whether policies allow ``action`` on at least one resource.
+
+    Menus show what a caller may do by it; :func:`authorize` decides on each request.
+    """
+    for wanted in (BEARER, action) if caller.bearer else (action,):
+        for _, statements in _boundaries(caller):
+            matching = [each for each in statements if each.actions.match(wanted)]
+            if any(each.denies and each.resources.match("*") for each in matching):
+                return False
+            if all(each.denies for each in matching):
+                return False
+    return True
+
+
 @contextmanager
 def refusals_naming(resource: str, shown: str) -> Iterator[None]:
     """Let refusals in the block name ``shown`` in place of ``resource``.

@@ -55,6 +55,18 @@ window.fetch = (url, options) => {
 """,
 }
 """From now on, these begin and do not end, unless they are stopped."""
+ANSWERS = """
+window.sent = [];
+const real = window.fetch;
+window.fetch = (url, options) => {
+  if (!String(url).endsWith("/v1/chat/completions")) return real(url, options);
+  window.sent.push(JSON.parse(options.body).messages.map((each) => each.content));
+  const delta = { content: `answer ${window.sent.length}` };
+  const piece = { choices: [{ index: 0, delta, finish_reason: "stop" }] };
+  return Promise.resolve(new Response(`data: ${JSON.stringify(piece)}\\n\\ndata: [DONE]\\n\\n`));
+};
+"""
+"""From now on, chats are answered with a number."""
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +189,107 @@ def test_the_report_of_an_eval_opens_in_a_browser(server: Served, page: Browser)
     assert "50.0%" in page.text(".facts") and HOSTILE in page.text("main")
     assert len(page.texts("main table")) == 2
     check_quiet(page)
+
+
+def new_key(server: Served, role: str) -> str:
+    """Create a user with a role and return an API key of the user."""
+    server.command("admin", "users", "create", role, "--account", ONE, "--role", role)
+    made = server.command("admin", "keys", "create", role, "--account", ONE, "--json")
+    return str(json.loads(made.stdout)["api_key"])
+
+
+BUTTONS = """
+const wanted = "nav a, main button, main a.button, main form, main td a[aria-label]";
+const visible = [...document.querySelectorAll(wanted)].filter((each) => each.checkVisibility());
+return visible.map((each) => each.innerText);
+"""
+
+
+def test_pages_and_buttons_follow_the_rights_of_the_key(server: Served, page: Browser) -> None:
+    def shown(place: str, text: str, selector: str = "main") -> list[str]:
+        page.script("location.hash = arguments[0]", f"#/{place}")
+        page.until_text(text, selector)
+        return list(page.script(BUTTONS))
+
+    sign_in(page, new_key(server, "auditor"))
+    page.until_text("Jobs", "h1")
+    menu = ["Jobs", "Models", "Usage"]
+    assert shown("jobs", "There are no jobs yet") == menu
+    assert shown("models", "Base models") == menu
+    assert shown("models/luthier.tiny", "Call it") == [*menu, "Copy"]
+    assert shown("new", "may not create jobs") == menu
+    page.click("#account button")
+    sign_in(page, new_key(server, "invoke-only"))
+    page.until_text("This key may ask models", "main")
+    assert page.script("return location.hash") == "#/models"
+    assert page.texts("nav a:not([hidden])") == ["Models"]
+    check_refused_only(page)
+
+
+def check_refused_only(page: Browser) -> None:
+    """The browser complains of nothing but what the server refused."""
+    severe = [line for line in page.log() if line.startswith("SEVERE")]
+    assert [line for line in severe if "403" not in line] == []
+
+
+def test_results_names_and_files_of_the_form_stay(
+    server: Served, page: Browser, rows: Path
+) -> None:
+    sign_in(page)
+    page.script("location.hash = '#/new'")
+    page.until("document.querySelector('#base option') !== null")
+    page.write("#training-file", str(rows))
+    page.until_text("is uploaded", ".drop")
+    # The browser writes "No file chosen" next to a field whose file was sent.
+    assert page.script("return document.querySelector('#training-file').offsetWidth") == 1
+    page.choose("#base", BASE)
+    named = "return ['#name', '#model_name'].map((each) => document.querySelector(each).value)"
+    names = page.script(named)
+    page.click(".submit button:first-child")
+    page.until_text("Rows as the model reads them", ".inspection")
+    page.script(FAILING, "/api/v1/nothing")
+    page.click(".submit button:nth-child(2)")
+    page.until_text("Where the time goes", ".estimate", 120)
+    assert page.texts(".inspection mark") and len(page.texts(".estimate")) == 1
+    assert page.script(named) == names
+    page.choose('[id="adaptation.method"]', "full")
+    assert page.texts(".inspection mark") and not page.texts(".estimate")
+    check_quiet(page)
+
+
+def test_a_second_model_continues_the_conversation(server: Served, page: Browser) -> None:
+    sign_in(page)
+    page.script(ANSWERS)
+    page.script("location.hash = arguments[0]", f"#/playground/{BASE}")
+    page.until_text("Start anew")
+    page.fill("#message", "first")
+    page.click(".ask .primary")
+    page.until_text("answer 1", ".turn.model .said")
+    page.script("document.querySelector('#beside').selectedIndex = 1")
+    page.script("document.querySelector('#beside').dispatchEvent(new Event('change'))")
+    assert page.texts(".turn.user .said") == ["first", "first"]
+    page.fill("#message", "second")
+    page.click(".ask .primary")
+    page.until("window.sent.length === 3")
+    assert page.script("return window.sent")[1:] == [["first", "answer 1", "second"]] * 2
+    page.until_text("answer 3")
+    page.choose("#beside", "")
+    assert page.texts(".turn.user .said") == ["first", "second"]
+    check_quiet(page)
+
+
+def test_tables_show_all_columns_on_a_narrow_screen(server: Served, page: Browser) -> None:
+    sign_in(page)
+    page.script("location.hash = '#/models'")
+    page.until_text("Made for", "thead")
+    page.resize(390, 844)
+    edge = "each.getBoundingClientRect().right"
+    cells = f"return [...document.querySelectorAll('tbody td')].map((each) => {edge})"
+    assert max(page.script(cells)) <= 390
+    cell = "document.querySelector('tbody td[data-name=\"Made for\"]')"
+    assert "Made for" in page.script(f"return getComputedStyle({cell}, '::before').content")
+    page.resize(1280, 900)
+    assert page.script(f"return getComputedStyle({cell}, '::before').content") == "none"
 
 
 def test_what_was_stopped_does_not_come_back(server: Served, page: Browser, rows: Path) -> None:

@@ -19,6 +19,7 @@ import luthier
 from luthier.adaptations import ADAPTATIONS
 from luthier.api.console.face import HEADERS, ROOT, Console, read_files
 from luthier.api.http.messages import RequestHead
+from luthier.api.native.face import ACTIONS
 from luthier.api.native.jobs import CustomizationType, State
 from luthier.api.openai.files import PURPOSES
 from luthier.models.gguf import Quantization
@@ -95,6 +96,14 @@ def test_a_browser_that_opens_the_report_of_an_eval_is_sent_to_the_console(serve
     assert send(server, "GET", path, own)[0] == 404
     for other in (f"{path}s", "/v1/evals/a%2Fb/runs/c/report", "/v1/evals/eval_1a/runs/evalrun_2b"):
         assert send(server, "GET", other, PAGE)[0] == 401
+
+
+def test_the_console_asks_for_rights_that_the_server_tells() -> None:
+    code = "".join((STATIC / name).read_text() for name in FILES if name.endswith((".js", ".html")))
+    calls = "".join(re.findall(r"\bmay\(([^)]*)\)", code))
+    named = {*re.findall(r'"([A-Za-z][\w.]*)"', calls)}
+    named |= {*re.findall(r'(?:\baction: |data-action=)"(\w+)"', code)}
+    assert named == {*ACTIONS}
 
 
 def test_what_a_browser_has_is_not_sent_again(server: Served) -> None:

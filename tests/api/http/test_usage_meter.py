@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, date, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from principals_of import FIRST
+from served import served
 from sqlalchemy import select
 
 from luthier.api.http import metrics
@@ -61,6 +67,45 @@ def test_what_could_not_be_written_before_midnight_stays_with_its_day(
     meter.count(FIRST, "", Usage(requests=5))
     meter.write()
     assert requests(database) == {BEFORE.date(): 3, AFTER.date(): 5}
+
+
+def usage_of(service: Service) -> Usage:
+    """Return the sum of what was counted so far."""
+    service.meter.write()
+    total = Usage()
+    with service.database.read() as session:
+        for row in session.scalars(select(DailyUsage)):
+            total.add(Usage(requests=row.requests, bytes_out=row.bytes_out))
+    return total
+
+
+def test_reads_of_the_console_are_no_requests_of_the_account(luthier_home: Path) -> None:
+    service = Service(Settings(work=False))
+    assert service.issued is not None
+    own = {"Authorization": f"Bearer {service.issued.api_key}"}
+    console = {**own, "X-Luthier-Console": "1"}
+    calls = [
+        ("GET", "/api/v1/jobs", own, 1),
+        ("GET", "/api/v1/jobs", console, 0),
+        ("GET", "/v1/files", console, 1),
+        ("POST", "/api/v1/jobs/none/stop", console, 1),
+    ]
+    counts, sent = [0], [0]
+    with served(service.application) as url:
+        for method, path, headers, _ in calls:
+            request = urllib.request.Request(f"{url}{path}", None, headers, method=method)
+            with suppress(urllib.error.HTTPError):
+                urllib.request.urlopen(request, timeout=30).close()
+            # The server counts a request after the last byte of the answer.
+            until = time.monotonic() + 20
+            while (used := usage_of(service)).bytes_out == sent[-1]:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            counts.append(used.requests)
+            sent.append(used.bytes_out)  # bytes count for reads of the console, too
+    service.close()
+    expected = [each[-1] for each in calls]
+    assert [after - before for before, after in pairwise(counts)] == expected
 
 
 @pytest.mark.parametrize(

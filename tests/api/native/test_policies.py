@@ -14,10 +14,10 @@ import pytest
 from sqlalchemy import update
 
 from luthier.api.http.messages import Caller, Fault, Request, RequestHead
-from luthier.api.native.face import native_face
+from luthier.api.native.face import ACTIONS, native_face
 from luthier.api.native.operations import Context
 from luthier.api.openai.models import Catalogue
-from luthier.api.policies import authorize
+from luthier.api.policies import BEARER, authorize
 from luthier.errors import WrongState
 from luthier.files import write_json
 from luthier.jobs.deletion import Deletions
@@ -34,6 +34,7 @@ from luthier.store.jobs import Job
 from luthier.store.model_folders import custom_folder
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import ObjectMetadata, Objects, StoredObject, Upload
+from luthier.store.policy_documents import ROLES
 from luthier.store.schema import upgrade
 from luthier.store.uploaded_files import UploadedFiles
 
@@ -117,6 +118,30 @@ def test_a_right_to_one_job_is_enough_for_it(context: Context, arn: str) -> None
         ask(context, caller(one), "POST", "/api/v1/jobs/mine/stop")
     with pytest.raises(Fault, match="not authorized"):
         ask(context, caller(one), "GET", "/api/v1/models/all-minilm-l6-v2")
+
+
+def test_whoami_names_what_the_key_may_do(context: Context, arn: str) -> None:
+    def actions(*policies: Any) -> set[str]:
+        who = Caller(ACCOUNT, "anna", policies)
+        return {*json.loads(ask(context, who, "GET", "/api/v1/whoami").body)["actions"]}
+
+    assert actions(ROLES["admin"]) == actions(ROLES["developer"]) == {*ACTIONS}
+    assert actions(ROLES["auditor"]) == {"ListJobs", "GetUsage"}
+    query = {"openai.chat.completions.create", "Predict", "SampleImages", "ReconstructImages"}
+    assert actions(ROLES["invoke-only"]) == query
+    assert actions() == set()
+
+    def policy(*statements: dict[str, Any]) -> dict[str, Any]:
+        return {"Version": "2012-10-17", "Statement": [*statements]}
+
+    one = {"Effect": "Allow", "Action": "luthier:StopJob", "Resource": arn}
+    assert actions(policy(one)) == {"StopJob"}
+    part = {"Effect": "Deny", "Action": "luthier:StopJob", "Resource": arn}
+    assert "StopJob" in actions(policy(EVERYTHING, part))
+    assert "StopJob" not in actions(policy(EVERYTHING, {**part, "Resource": "*"}))
+    keyless = {"Effect": "Deny", "Action": BEARER, "Resource": "*"}
+    who = Caller(ACCOUNT, "anna", (policy(EVERYTHING, keyless),), bearer=True)
+    assert json.loads(ask(context, who, "GET", "/api/v1/whoami").body)["actions"] == []
 
 
 def test_a_model_has_one_set_of_names_on_every_face(context: Context, arn: str) -> None:

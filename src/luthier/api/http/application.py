@@ -69,6 +69,8 @@ from luthier.store.database import now
 
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
+CONSOLE_HEADER = "x-luthier-console"
+"""Header of GET requests that the console sends."""
 STREAMED_COST = 1 << 20
 """Bytes of memory for a body that is handed on as it comes."""
 
@@ -123,6 +125,16 @@ class _Exchange:
         """Address, and the account that a body comes under; its key, where that is not known yet."""
         known = signed.caller.account if signed else claim_of(self.head).access_key
         return client_key(self.record.address), known
+
+
+def _reads_for_console(head: RequestHead) -> bool:
+    """Return whether a page of the console reads data through the native API.
+
+    Pages refresh themselves every few seconds, which is no use of the API by the account. The header
+    changes the count of requests in usage only: rate limits, logs, metrics and the audit log apply.
+    """
+    named = any(name == CONSOLE_HEADER for name, _ in head.headers)
+    return named and head.method == "GET" and head.path.startswith("/api/")
 
 
 class Application:
@@ -196,6 +208,7 @@ class Application:
                         response = self._console.respond(head)
                     else:
                         record.face = face.name
+                        record.of_console = _reads_for_console(head)
                         response = await self._respond_or_refuse(exchange)
                 record.status = await send_response(send, receive, response, exchange.run)
         except ClientDisconnected:

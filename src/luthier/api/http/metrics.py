@@ -46,7 +46,7 @@ _COUNTERS = {
     "bytes_in": "Bytes of the bodies of its requests.",
     "bytes_out": "Bytes of the bodies of its answers.",
 }
-_NOT_LOGGED = ("actions", "tokens")
+_NOT_LOGGED = ("actions", "tokens", "of_console")
 """Of :class:`RequestRecord`, what is not in the log."""
 Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
 """Gives values by label, by the name of the gauge; one without labels has its value under ``""``."""
@@ -77,6 +77,8 @@ class RequestRecord:
     """Of the body of the answer."""
     tokens: list[tuple[str, int, int]] = field(default_factory=list)
     """Models that answered, by their stored ids, with tokens that they read and wrote."""
+    of_console: bool = False
+    """Whether a page of the console reads data: usage does not count such a request."""
     actions: list[tuple[str, str]] = field(default_factory=list)
     """Actions and resources that the policies were asked for: what the audit log names."""
 
@@ -140,7 +142,8 @@ class Metrics:
                 )
             first = record.tokens[0][0] if record.tokens else ""
             size = {"bytes_in": record.bytes_in, "bytes_out": record.bytes_out}
-            self._count(record.account, first, Usage(requests=1, **size))
+            requests = 0 if record.of_console else 1
+            self._count(record.account, first, Usage(requests=requests, **size))
         fields = {**vars(record), "milliseconds": round(seconds * 1000, 2)}
         fields = {
             key: value for key, value in fields.items() if key not in _NOT_LOGGED and value != ""

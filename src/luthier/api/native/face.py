@@ -1,4 +1,4 @@
-"""The native face put together."""
+"""All operations of the native API."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from luthier.api.native import (
     usage,
 )
 from luthier.api.native.operations import Context, NativeFace, NativeOperation, View, document
+from luthier.api.policies import may_anywhere
 from luthier.jobs.deletion import Deletions
 from luthier.serving.pool import ModelPool
+
+ACTIONS = (
+    "ListJobs", "CreateJob", "InspectData", "EstimateJob", "PauseJob", "ResumeJob", "StopJob",
+    "ReadLabelIssues", "CreateExport", "StopExport", "DeleteModel", "LoadModel", "UnloadModel",
+    "PinModel", "UnpinModel", "Predict", "SampleImages", "ReconstructImages", "GetUsage",
+    "openai.chat.completions.create",
+)  # fmt: skip
+"""Actions that the console has a page or a button for."""
 
 
 class WhoView(View):
@@ -24,6 +33,8 @@ class WhoView(View):
     account: str
     user: str
     arn: str
+    actions: list[str]
+    """Actions of the console that the policies allow on at least one resource."""
 
 
 def native_face(
@@ -33,7 +44,8 @@ def native_face(
 
     def who(request: Request) -> WhoView:
         caller = request.caller
-        return WhoView(account=caller.account, user=caller.user, arn=caller.arn)
+        actions = [each for each in ACTIONS if may_anywhere(caller, f"luthier:{each}")]
+        return WhoView(account=caller.account, user=caller.user, arn=caller.arn, actions=actions)
 
     def serve_document(request: Request) -> Response:
         return Response.json(document(operations, version))

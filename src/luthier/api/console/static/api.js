@@ -1,6 +1,8 @@
 // Everything that the console asks of the server, with the key of its user.
 
 const KEY = "luthier.key";
+/** Actions that the key may do, as `GET /api/v1/whoami` names them. */
+let actions = new Set();
 /** Events and answers that come in one piece of a stream at most, in characters. */
 const LONGEST_EVENT = 1 << 24;
 
@@ -26,6 +28,27 @@ export function key() {
  */
 export function signIn(value) {
   sessionStorage.setItem(KEY, value.trim());
+}
+
+/**
+ * Set what the key of this tab may do.
+ * @param {Array<string>} allowed actions, as `GET /api/v1/whoami` names them
+ */
+export function setRights(allowed) {
+  actions = new Set(allowed);
+}
+
+/**
+ * @param {...string} wanted actions such as `CreateJob`
+ * @returns {boolean} whether the key may do one of them; the server decides on each request
+ */
+export function may(...wanted) {
+  return wanted.some((each) => actions.has(each));
+}
+
+/** @returns {boolean} whether the key may query models */
+export function mayQuery() {
+  return may("openai.chat.completions.create", "Predict", "SampleImages", "ReconstructImages");
 }
 
 /**
@@ -178,6 +201,8 @@ async function request(method, path, { body, query, signal, accept = "applicatio
     if (value !== null && value !== undefined && value !== "") url.searchParams.set(name, value);
   }
   const headers = { Authorization: `Bearer ${used ?? ""}`, Accept: accept };
+  // Pages and their refreshing are no use of the API: the server counts them as no request of the account.
+  if (method === "GET") headers["X-Luthier-Console"] = "1";
   let sent = body;
   if (body !== undefined && !(body instanceof FormData) && !(body instanceof Blob)) {
     headers["Content-Type"] = "application/json";

@@ -304,7 +304,8 @@ function resultView(result) {
       const entries = Object.entries(value);
       if (!entries.length) return null;
       const title = h("h4", null, words(name));
-      if (Array.isArray(value) && !value.every(isObject)) return [title, value.map((each) => h("p", null, shown(each)))];
+      if (Array.isArray(value) && !value.every(isObject))
+        return [title, value.map((each) => h("p", null, shown(each)))];
       if (!entries.every(([, each]) => isObject(each))) return [title, resultView(value)];
       const columns = [...new Set(entries.flatMap(([, each]) => Object.keys(each)))];
       const named = Array.isArray(value) ? [] : ["name"];

@@ -45,11 +45,10 @@ export async function render(root, model, signal) {
 
   const setBeside = (id) => {
     const other = others.find((each) => each.id === id);
-    beside = other ? side(other) : null;
+    // Both models need the same earlier turns, or their answers cannot be compared.
+    beside = other ? side(other, main) : null;
     replace(columns, main.element, beside?.element);
     columns.classList.toggle("two", Boolean(beside));
-    // Both have to have heard the same for their answers to be compared.
-    if (beside && (stop || main.history.length)) restart();
   };
   const restart = async () => {
     stop?.abort();
@@ -73,7 +72,8 @@ export async function render(root, model, signal) {
     stop = own;
     const left = () => own.abort();
     signal.addEventListener("abort", left, { once: true });
-    send.disabled = true;
+    // A model that is added during an answer would lack that turn.
+    send.disabled = picker.disabled = true;
     halt.hidden = false;
     message.value = "";
     try {
@@ -87,7 +87,7 @@ export async function render(root, model, signal) {
     } finally {
       signal.removeEventListener("abort", left);
       if (stop === own) stop = null;
-      send.disabled = false;
+      send.disabled = picker.disabled = false;
       halt.hidden = true;
       if (!signal.aborted) message.focus();
     }
@@ -164,16 +164,22 @@ async function otherWriters(model, signal) {
   }
 }
 
-/** One model's part of the page, with the turns that it has heard. */
-function side(model) {
+/** One model's part of the page, with its turns; `before` is another part whose turns it starts with. */
+function side(model, before = null) {
   const log = h("div", { class: "turns" });
+  if (before?.history.length)
+    log.append(
+      h("p", { class: "help" }, "These earlier turns are those of ", h("bdi", null, before.name), "."),
+      ...before.turns(),
+    );
   const element = h(
     "section",
     { class: "side", "aria-label": `Chat with ${model.name}` },
     h("h2", null, h("bdi", null, model.name)),
     log,
   );
-  const history = [];
+  const history = [...(before?.history ?? [])];
+  const turns = () => [...log.children].map((each) => each.cloneNode(true));
 
   const ask = async (text, system, settings, signal) => {
     const answer = new StreamedAnswer(performance.now());
@@ -209,7 +215,7 @@ function side(model) {
     history.length = 0;
     replace(log);
   };
-  return { element, history, ask, clear };
+  return { element, name: model.name, history, turns, ask, clear };
 }
 
 /** An answer that grows; text is added once a frame, so that a long and fast one does not stop the page. */

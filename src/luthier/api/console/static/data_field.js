@@ -17,6 +17,7 @@ export function dataField({ id, label, help, signal, onChange }) {
   const input = h("input", {
     type: "file",
     id: `${id}-file`,
+    class: "visually-hidden",
     accept: ".jsonl,.json,.csv,.tsv,.txt,.md,.parquet,.gz,.zst",
     "aria-describedby": `${id}-help`,
   });
@@ -33,8 +34,9 @@ export function dataField({ id, label, help, signal, onChange }) {
   const drop = h(
     "div",
     { class: "drop" },
-    h("p", { class: "soft" }, "Choose a file, or drop one here."),
-    input,
+    // The browser's own text beside the field says "No file chosen" once a file is uploaded.
+    h("label", { class: "button" }, "Choose a file", input),
+    h("span", { class: "soft" }, " or drop one here."),
     status,
   );
 

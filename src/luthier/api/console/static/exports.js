@@ -1,6 +1,6 @@
 // Exports of one model: what was written for other software, and a form to have more written.
 
-import { call } from "./api.js";
+import { call, may } from "./api.js";
 import { h, replace } from "./dom.js";
 import { age, bytes, number, percent, time } from "./format.js";
 import { hasEnded } from "./job_states.js";
@@ -62,7 +62,7 @@ export function exportsSection(model, signal) {
     await follow();
   };
   follow();
-  return h("section", null, h("h2", null, "Exports"), problem, list, exportForm(model, signal, follow));
+  return h("section", null, h("h2", null, "Exports"), problem, list, may("CreateExport") ? exportForm(model, signal, follow) : null);
 }
 
 /** Draw the table anew; the focus stays at the button of its export, or in the table where that has none now. */
@@ -92,7 +92,7 @@ function exportsTable(found, stop) {
       ],
       addressOf(each),
       h("span", { title: time(each.created) }, age(each.created)),
-      hasEnded(each.state)
+      hasEnded(each.state) || !may("StopExport")
         ? null
         : h(
             "button",

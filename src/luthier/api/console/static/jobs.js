@@ -1,6 +1,6 @@
 // The jobs of the account, the newest first.
 
-import { call } from "./api.js";
+import { call, may } from "./api.js";
 import { announce, h, replace, replaceKeepingFocus } from "./dom.js";
 import { age, time } from "./format.js";
 import { STATES, customizationOf, hasEnded, modelNames, progressOf, stateChip } from "./job_states.js";
@@ -49,7 +49,7 @@ export async function render(root, params, signal) {
         { class: "actions" },
         h("label", { for: "state", class: "visually-hidden" }, "State"),
         filter,
-        h("a", { class: "button primary", href: link("new") }, "New job"),
+        may("CreateJob") ? h("a", { class: "button primary", href: link("new") }, "New job") : null,
       ),
     ),
     refusal,
@@ -131,7 +131,9 @@ function draw(list, jobs, wanted, nameOf) {
     ? `No job is ${wanted.toLowerCase()}.`
     : [
         "There are no jobs yet. ",
-        h("button", { type: "button", class: "quiet", onclick: () => go("new") }, "Train the first model"),
+        may("CreateJob")
+          ? h("button", { type: "button", class: "quiet", onclick: () => go("new") }, "Train the first model")
+          : null,
       ];
   replaceKeepingFocus(
     list,

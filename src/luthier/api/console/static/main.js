@@ -1,8 +1,8 @@
 // The start of the console: signs its user in, and shows the page that the address names.
 
-import { call, key, messageOf, problemOfKey, signIn, signOut } from "./api.js";
+import { call, key, may, messageOf, problemOfKey, setRights, signIn, signOut } from "./api.js";
 import { h, replace } from "./dom.js";
-import { errorBox, link, show, stop } from "./router.js";
+import { errorBox, home, show, stop } from "./router.js";
 
 const root = document.getElementById("main");
 const navigation = document.getElementById("navigation");
@@ -95,15 +95,24 @@ async function enter(value) {
 }
 
 function welcome(who) {
+  setRights(who.actions);
   navigation.hidden = false;
+  for (const each of navigation.querySelectorAll("[data-action]")) each.hidden = !may(each.dataset.action);
+  document.querySelector(".brand").href = home();
   replace(
     account,
     h("span", { class: "soft", title: who.arn }, `${who.account} · ${who.user}`),
-    h("button", { type: "button", class: "quiet", onclick: () => signOut() }, "Sign out"),
+    h("button", { type: "button", class: "quiet", onclick: leaveAccount }, "Sign out"),
   );
   // Only `#/` names a page; what else an address ends with would leave the form standing here.
-  if (!window.location.hash.startsWith("#/")) history.replaceState(null, "", link("jobs"));
+  if (!window.location.hash.startsWith("#/")) history.replaceState(null, "", home());
   show(root);
+}
+
+function leaveAccount() {
+  // The next user starts at a page of their own.
+  history.replaceState(null, "", window.location.pathname);
+  signOut();
 }
 
 async function start() {

@@ -1,6 +1,6 @@
 // One model: what it is, whether it learned, what is certified of it, and what can be done with it.
 
-import { ApiError, call } from "./api.js";
+import { ApiError, call, may, mayQuery } from "./api.js";
 import { certificateDownload, certificateSections } from "./certificate.js";
 import { announce, h, replace } from "./dom.js";
 import { exportsSection } from "./exports.js";
@@ -35,10 +35,10 @@ export async function render(root, params, signal) {
       h(
         "div",
         { class: "actions" },
-        model.abilities?.does.length
+        model.abilities?.does.length && mayQuery()
           ? h("a", { class: "button primary", href: link("playground", model.id) }, "Try it")
           : null,
-        active || model.kind !== "custom"
+        (active || model.kind !== "custom") && may("CreateJob")
           ? h("a", { class: "button", href: `${link("new")}?base=${encodeURIComponent(model.id)}` }, "Train from it")
           : null,
         active ? certificateDownload(model, signal) : null,
@@ -61,7 +61,7 @@ export async function render(root, params, signal) {
     certificate ? certificateSections(certified, models, model.job) : null,
     callingSection(model, certificate?.id ?? (model.kind === "custom" ? null : model.name)),
     active ? exportsSection(model, signal) : null,
-    model.kind === "custom" ? deletion(model, path, signal) : null,
+    model.kind === "custom" && may("DeleteModel") ? deletion(model, path, signal) : null,
   );
   // The page stands; what is in memory is kept up to date until it is left.
   if (memory && loaded !== null) keepUpToDate();
@@ -140,13 +140,18 @@ function memoryControls(model, path, loaded, signal) {
       loaded === null && !state ? "This key may not see which models are in memory." : memoryText(state);
     replace(
       actions,
-      state?.loaded ? null : h("button", { type: "button", onclick: act("load", "It is being loaded…") }, "Load"),
-      state?.loaded && !state.pinned
+      !state?.loaded && may("LoadModel")
+        ? h("button", { type: "button", onclick: act("load", "It is being loaded…") }, "Load")
+        : null,
+      state?.loaded && !state.pinned && may("UnloadModel")
         ? h("button", { type: "button", onclick: act("unload", "It is being unloaded…") }, "Unload")
         : null,
-      state?.pinned
+      state?.pinned && may("UnpinModel")
         ? h("button", { type: "button", onclick: act("unpin", "It is being unpinned…") }, "Unpin")
-        : h("button", { type: "button", onclick: act("pin", "It is being loaded and pinned…") }, "Pin"),
+        : null,
+      !state?.pinned && may("PinModel")
+        ? h("button", { type: "button", onclick: act("pin", "It is being loaded and pinned…") }, "Pin")
+        : null,
     );
   };
   draw(loaded?.[model.id]);

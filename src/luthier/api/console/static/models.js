@@ -1,6 +1,6 @@
 // All models: the account's own, then the base models that jobs start from.
 
-import { ApiError, call } from "./api.js";
+import { ApiError, call, may, mayQuery } from "./api.js";
 import { h, replace } from "./dom.js";
 import { age, bytes, shortName, time } from "./format.js";
 import { errorBox, link, pause } from "./router.js";
@@ -43,7 +43,9 @@ export async function render(root, params, signal) {
       "div",
       { class: "heading" },
       h("h1", null, "Models"),
-      h("div", { class: "actions" }, h("a", { class: "button primary", href: "#/new" }, "New job")),
+      may("CreateJob")
+        ? h("div", { class: "actions" }, h("a", { class: "button primary", href: "#/new" }, "New job"))
+        : null,
     ),
     h("div", { class: "narrow" }, h("label", { for: "filter" }, "Filter"), filter),
     problem,
@@ -170,7 +172,7 @@ function customTable(models, { models: all, loaded }, none) {
       model.job ? h("a", { href: link("jobs", model.job) }, model.job) : model.source ? "from outside" : "–",
       h("span", { title: time(model.created) }, age(model.created)),
       loaded === null ? "–" : memoryOf(loaded[model.id]),
-      model.status === "Active"
+      model.status === "Active" && mayQuery()
         ? h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try")
         : null,
     ]);
@@ -187,7 +189,10 @@ function customTable(models, { models: all, loaded }, none) {
         hiddenName("Try it"),
       ],
       rows,
-      empty: none ?? ["This account has no custom models yet. ", h("a", { href: "#/new" }, "Train one"), "."],
+      empty: none ?? [
+        "This account has no custom models yet. ",
+        may("CreateJob") ? h("a", { href: "#/new" }, "Train one") : null,
+      ],
     }),
     cutText(models, "newest"),
   ];
@@ -204,7 +209,7 @@ function baseTable(models, none) {
           h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
           h("code", null, model.id),
           MADE_FOR[model.base_kind] ?? model.base_kind,
-          h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try"),
+          mayQuery() ? h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try") : null,
         ]),
       empty: none ?? "The server offers no base models.",
     }),

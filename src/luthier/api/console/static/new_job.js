@@ -1,6 +1,6 @@
 // A new job: data, base model and settings; a look at the data and an estimate before it starts.
 
-import { call } from "./api.js";
+import { call, may } from "./api.js";
 import { dataField } from "./data_field.js";
 import { announce, h, replace } from "./dom.js";
 import { estimateView } from "./estimate.js";
@@ -38,6 +38,10 @@ const LONGEST_NAME = 63;
 
 /** Draw the form. */
 export async function render(root, params, signal) {
+  if (!may("CreateJob")) {
+    replace(root, h("h1", null, "New job"), h("p", { class: "box note" }, "This key may not create jobs."));
+    return;
+  }
   const form = new JobForm(await modelsOf(signal), params, signal);
   replace(root, h("h1", null, "New job"), form.element);
 }
@@ -57,6 +61,7 @@ class JobForm {
     this.signal = signal;
     this.working = null;
     this.named = false;
+    this.opened = new Date();
     const changed = () => this.forget();
     this.training = dataField({
       id: "training",
@@ -122,10 +127,14 @@ class JobForm {
       estimate: h("button", { type: "button", onclick: () => this.estimate() }, "Estimate"),
       start: h("button", { type: "submit", class: "primary" }, "Start"),
     };
-    this.outcome = h("div", { class: "outcome", tabindex: "-1" });
+    this.outcome = h("div", { class: "outcome" });
+    this.inspection = h("div", { tabindex: "-1" });
+    this.estimation = h("div", { tabindex: "-1" });
     this.problem = h("div");
     this.element = this.draw();
     for (const each of [this.name, this.modelName]) each.addEventListener("input", () => (this.named = true));
+    for (const each of [...this.settings.map(([, , field]) => field), this.adaptation, this.further, this.grader])
+      each.addEventListener("change", () => replace(this.estimation));
     // What was found is of the settings before.
     for (const each of [this.kind, this.base]) each.addEventListener("change", () => this.forget());
     this.changed();
@@ -203,13 +212,21 @@ class JobForm {
         ),
       ),
       this.problem,
-      h("div", { class: "actions submit" }, this.buttons.inspect, this.buttons.estimate, this.buttons.start),
+      h(
+        "div",
+        { class: "actions submit" },
+        may("InspectData") ? this.buttons.inspect : null,
+        may("EstimateJob") ? this.buttons.estimate : null,
+        this.buttons.start,
+      ),
       this.outcome,
+      this.estimation,
+      this.inspection,
     );
   }
 
   forget() {
-    if (!this.working) replace(this.outcome);
+    if (!this.working) for (const each of [this.outcome, this.estimation, this.inspection]) replace(each);
     this.changed();
   }
 
@@ -222,7 +239,10 @@ class JobForm {
     const unknown = this.kind.value === "DISTILLATION";
     if (unknown) this.buttons.estimate.disabled = true;
     this.buttons.estimate.title = unknown ? "How long a distillation takes depends on what its teacher writes." : "";
-    if (!this.named) this.name.value = this.modelName.value = proposeName(this.training.name(), nameOf(this.base));
+    if (!this.named) {
+      const name = proposeName(this.training.name(), nameOf(this.base), this.opened);
+      this.name.value = this.modelName.value = name;
+    }
   }
 
   /** Have the rows decide on the base model where nobody did; raises what keeps them from being learned. */
@@ -284,14 +304,14 @@ class JobForm {
   inspect() {
     return this.ask("The data are being inspected", async (signal) => {
       const { verdict, report } = await call("POST", "/api/v1/inspections", { body: this.inspected(), signal });
-      return inspectionView(verdict, report);
+      show(this.inspection, inspectionView(verdict, report));
     });
   }
 
   estimate() {
     return this.ask("A few real steps are being tried", async (signal) => {
       const body = { ...(await this.common(signal)), training: this.training.address() };
-      return estimateView((await call("POST", "/api/v1/estimates", { body, signal })).estimate);
+      show(this.estimation, estimateView((await call("POST", "/api/v1/estimates", { body, signal })).estimate));
     });
   }
 
@@ -309,7 +329,6 @@ class JobForm {
         if (this.kind.value === "DISTILLATION") body.teacher = this.teacher.value.trim();
         const job = await call("POST", "/api/v1/jobs", { body, signal });
         go("jobs", job.name);
-        return null;
       },
       () => [
         // The server may have made it before it heard of that.
@@ -343,14 +362,11 @@ class JobForm {
       ),
     );
     try {
-      const view = await work(working.signal);
-      replace(this.outcome, view);
-      if (view) {
-        this.outcome.focus({ preventScroll: true });
-        this.outcome.scrollIntoView({ block: "nearest" });
-      }
+      await work(working.signal);
+      replace(this.outcome);
     } catch (error) {
-      replace(this.outcome, error instanceof RefusedData ? error.view : null);
+      replace(this.outcome);
+      if (error instanceof RefusedData) replace(this.inspection, error.view);
       if (error.name !== "AbortError") this.refuse(error);
       else if (!this.signal.aborted) {
         const said = h("p", { class: "soft" }, cancelled());
@@ -398,6 +414,13 @@ class JobForm {
       each.removeAttribute("aria-describedby");
     }
   }
+}
+
+/** Show a result, scroll it into view and move the focus to it. */
+function show(place, view) {
+  replace(place, view);
+  place.focus({ preventScroll: true });
+  place.scrollIntoView({ block: "nearest" });
 }
 
 /**
@@ -483,9 +506,8 @@ function nameOf(field) {
   return field.selectedOptions ? (field.selectedOptions[0]?.textContent ?? "") : field.value;
 }
 
-/** A name for a job and its model: of the file, the base and the time, so that it is free. */
-function proposeName(file, base) {
-  const now = new Date();
+/** A free name for a job and its model, from the file or the base and the time at which the form was opened. */
+function proposeName(file, base, now) {
   const two = (value) => String(value).padStart(2, "0");
   const moment = `${two(now.getMonth() + 1)}${two(now.getDate())}-${two(now.getHours())}${two(now.getMinutes())}${two(now.getSeconds())}`;
   return `${stemOf(file.split(".")[0] || base) || "model"}-${moment}`;

@@ -1,6 +1,6 @@
 // Which page is shown: routes by the fragment of the address, each page a module that is loaded when wanted.
 
-import { messageOf } from "./api.js";
+import { may, messageOf } from "./api.js";
 import { announce, h, replace } from "./dom.js";
 
 /** Patterns of routes, the titles and modules of their pages. A segment with a colon is a parameter. */
@@ -14,11 +14,15 @@ const ROUTES = [
   ["evals/:eval/runs/:run", "Eval run", () => import("./eval_run.js")],
   ["usage", "Usage", () => import("./usage.js")],
 ];
-const HOME = "#/jobs";
 
 let leave = null;
 /** The page that was shown last, without its query. */
 let shown = null;
+
+/** @returns {string} address of the first page that the key may see */
+export function home() {
+  return link(may("ListJobs") ? "jobs" : "models");
+}
 
 /**
  * The address of a page.
@@ -45,7 +49,7 @@ export function go(...segments) {
 export async function show(root) {
   const hash = window.location.hash;
   if (hash === "" || hash === "#" || hash === "#/") {
-    window.location.replace(HOME);
+    window.location.replace(home());
     return;
   }
   // Other fragments are places within the page.
@@ -58,7 +62,7 @@ export async function show(root) {
   const found = match(hash);
   if (!found) {
     document.title = "Not found – luthier";
-    replace(root, h("h1", null, "There is no such page"), h("p", null, h("a", { href: HOME }, "To the jobs")));
+    replace(root, h("h1", null, "There is no such page"), h("p", null, h("a", { href: home() }, "To the first page")));
     arrive(root, field);
     return;
   }

@@ -1,4 +1,4 @@
-// Tables that scroll within themselves on a narrow screen.
+// Tables. On a narrow screen each row is a block of lines, named by the columns (style.css).
 
 import { h } from "./dom.js";
 
@@ -41,13 +41,19 @@ export function table({ caption, showCaption = false, columns, rows, empty = "Th
             row.map((cell, index) =>
               index === 0
                 ? h("th", { scope: "row", class: kinds[index] }, cell)
-                : h("td", { class: kinds[index] }, cell),
+                : h("td", { class: kinds[index], "data-name": nameOf(columns[index]) }, cell),
             ),
           ),
         ),
       ),
     ),
   );
+}
+
+/** The name of a column as text; null for a column with a hidden name. */
+function nameOf(column) {
+  const name = column.name ?? column;
+  return typeof name === "string" ? name : null;
 }
 
 /**
