@@ -107,3 +107,32 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, tiny_llama: Callable[...
     with pytest.raises(LuthierError, match=r"llama.cpp does not load broken.gguf"):
         compare_gguf(tmp_path / "broken.gguf", tiny_llama(), ChatFormat.reading(None), "f32")  # type: ignore[arg-type]
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "clock", ["", "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}"]
+)
+def test_a_template_that_llama_cpp_gives_the_date_is_compared(
+    clock: str, tiny_llama: Callable[..., Any], new_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """llama.cpp gives every template that looks like Llama 3's today's date as ``date_string``."""
+    marks = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    template = (
+        "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+        "<|start_header_id|>system<|end_header_id|>Today Date: {{ date_string }}"
+        + clock
+        + "<|eot_id|>"
+        "{% for m in messages %}{% if m.role == 'tool' %}"
+        "{{ '<|start_header_id|>ipython<|end_header_id|>' }}{% endif %}"
+        "<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+    )
+    model, path = tiny_llama(), tmp_path / "tiny.gguf"
+    chat = ChatFormat.of(new_tokenizer(template, marks, "<|eot_id|>"))
+    write_gguf(model, chat, path, "f32")
+    opened = LlamaCpp(path)
+    try:
+        assert "26 Jul 2024" not in opened.prompt_text([Message("user", "hi")], {})
+    finally:
+        opened.close()
+    assert compare_gguf(path, model, chat, "f32").agreement > 0.95

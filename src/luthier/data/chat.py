@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -66,6 +67,19 @@ TemplateSettings = Annotated[
     Field(max_length=16),
 ]
 """``chat_template_kwargs`` of recipes and requests."""
+DATE = "strftime_now"
+"""Function that chat templates call for today's date. A recipe and a request set the date under the
+same name, in ISO 8601: ``{"strftime_now": "2026-11-30"}``."""
+_DATE_CODES = (
+    *"aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ",
+    "-d",
+    "-m",
+    "-H",
+    "-I",
+    "-M",
+    "-S",
+    "-j",
+)
 BROKEN, MOST_SHARING = "\ufffd", 8
 """What decoding gives for a part of a character, and tokens in which whole ones are looked for."""
 ONE_T, NO_TARGET = np.ones(1, np.float32), np.zeros(0)
@@ -148,6 +162,8 @@ class ChatFormat:
     """First token of the decoder where the network has an encoder of its own for the prompt."""
     media: Processor | None = None
     """How images or sounds are read; ``None`` where only texts are."""
+    date: str | None = None
+    """Date that the chat template prints, in ISO 8601; today's date if ``None``."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -267,14 +283,29 @@ class ChatFormat:
             _check_template(self.tokenizer)
         return replace(self, template=template)
 
-    def with_template_kwargs(self, kwargs: TemplateKwargs) -> ChatFormat:
-        """The same model's format with other defaults for names that its chat template reads.
+    @property
+    def prints_date(self) -> bool:
+        """Whether the chat template prints today's date."""
+        return DATE in names_read(self.template_text)
 
-        They are written into the template itself, so that they are stored, exported and served with
-        it; what a request says goes before them.
+    def with_date(self, printed: str | None = None) -> ChatFormat:
+        """Return a format whose template prints the date ``printed``, in ISO 8601.
+
+        ``None`` is today's date. A template that prints no date is returned unchanged.
+        """
+        if not self.prints_date:
+            return self
+        return replace(self, date=printed or date.today().isoformat())
+
+    def with_template_kwargs(self, kwargs: TemplateKwargs) -> ChatFormat:
+        """Return a format with other defaults for names that the chat template reads.
+
+        The defaults are written into the template, so that the model is stored, exported and served
+        with the defaults. A request's own values override them. The exception is the date
+        (:data:`DATE`), which only this format prints: a server prints today's date.
 
         Raises:
-            RecipeError: for a name that the template does not read.
+            RecipeError: for a name that the template does not read, and for a date not in ISO 8601.
         """
         if not kwargs:
             return self
@@ -285,7 +316,11 @@ class ChatFormat:
             )
         # A template is Jinja, whose literals are JSON's; characters stay as they are, as Jinja reads no
         # pairs of surrogates.
-        values = {name: json.dumps(value, ensure_ascii=False) for name, value in kwargs.items()}
+        values = {
+            name: json.dumps(value, ensure_ascii=False)
+            for name, value in kwargs.items()
+            if name != DATE
+        }
         head = "".join(
             f"{{% if {name} is not defined %}}{{% set {name} = {value} %}}{{% endif %}}"
             for name, value in values.items()
@@ -297,7 +332,11 @@ class ChatFormat:
             if isinstance(own, dict)
             else head + own
         )
-        return replace(self, tokenizer=tokenizer)
+        printed = self.date
+        if DATE in kwargs:
+            printed = str(kwargs[DATE])
+            _with_date("", printed)
+        return replace(self, tokenizer=tokenizer, date=printed)
 
     def read_kwargs(self, kwargs: TemplateKwargs) -> TemplateKwargs:
         """Those of ``kwargs`` that the template reads."""
@@ -662,6 +701,12 @@ class ChatFormat:
         except in what the assistant wrote. Raises :class:`RecipeError` where the template refuses it.
         """
         literal = self.text_encoder.break_marks
+        names: dict[str, Any] = {**(kwargs or {})}
+        if printed := names.pop(DATE, self.date):
+            own = self.tokenizer.chat_template
+            if isinstance(own, dict):
+                own = own.get("tool_use" if tools else "default") or own["default"]
+            names["chat_template"] = _with_date(own, printed)
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [
@@ -673,7 +718,7 @@ class ChatFormat:
                 tools=map_texts([*tools], literal) or None,
                 tokenize=False,
                 add_generation_prompt=reply,
-                **(kwargs or {}),
+                **names,
             )
         except MemoryError:  # who runs it bounds that, and says so
             raise
@@ -725,6 +770,27 @@ class ChatFormat:
                 template_turns(messages), reply=reply, tools=described, kwargs=kwargs
             )
         return self.render(template_turns(in_words(messages, tools)), reply=reply, kwargs=kwargs)
+
+
+def _with_date(template: str, printed: Any) -> str:
+    """Return a chat template that prints the date ``printed`` as today's date.
+
+    Raises:
+        RecipeError: if ``printed`` is not a date in ISO 8601.
+    """
+    # A macro, because transformers gives a template plain values only, and no function.
+    try:
+        moment = datetime.fromisoformat(printed)
+        values = "".join(
+            f" | replace('%{code}', {json.dumps(moment.strftime(f'%{code}'))})"
+            for code in _DATE_CODES
+        )
+        return f"{{% macro {DATE}(format) %}}{{{{ format{values} }}}}{{% endmacro %}}{template}"
+    except (TypeError, ValueError):
+        raise RecipeError(
+            f"`chat_template_kwargs.{DATE}` is {quote(str(printed))}, which is not a date. Write it "
+            "as 2026-11-30"
+        ) from None
 
 
 def _check_template(tokenizer: Any) -> None:

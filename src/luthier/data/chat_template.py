@@ -23,8 +23,8 @@ from jinja2.utils import Namespace
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names that the reasoning of a turn has; the first is the one that templates read."""
-_FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
-"""What every template can call, beside Jinja's own."""
+_FUNCTIONS = frozenset({"raise_exception"})
+"""Functions that every template can call and no caller can replace, without Jinja's own."""
 
 
 class _GenerationTag(Extension):

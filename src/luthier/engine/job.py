@@ -11,7 +11,7 @@ import torch
 from luthier import __version__
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
-from luthier.data.chat import ChatFormat
+from luthier.data.chat import DATE, ChatFormat
 from luthier.data.loader import RowOrder
 from luthier.data.media import PLURAL, SINGULAR
 from luthier.data.tree import READING_BUDGET
@@ -142,7 +142,14 @@ class TrainingJob:
             "recipe": self.asked.plain(),
             "data": self.data.hashes,
             "luthier": __version__,
+            **self.settled(),
+        }
+
+    def settled(self) -> dict[str, Any]:
+        """Return the values that were chosen when the run began and that a resumed run keeps."""
+        return {
             "micro_batch_tokens": self.recipe.training.micro_batch_tokens,
+            "template_date": self.chat.date,
         }
 
 
@@ -208,21 +215,32 @@ def prepare_job(
     base: store.StoredModel,
     machine: Machine,
     reporter: Reporter,
-    began_with: int | None = None,
+    settled: Mapping[str, Any] | None = None,
     refit: bool = False,
     processes: int = 1,
     stored_bytes: int = 0,
 ) -> TrainingJob:
-    """The job of ``recipe``: the data checked against the model, then the rest.
+    """Check the data against the model and return the job of ``recipe``.
 
-    ``began_with`` is the token budget of the run that is resumed, and ``stored_bytes`` are what its
-    checkpoints take of the disk. With ``refit`` nothing is held out to measure on. ``processes`` train
-    it together.
+    ``settled`` are the values of :meth:`TrainingJob.settled` of the run that is resumed, and
+    ``stored_bytes`` is the size of its checkpoints. With ``refit``, no rows are held out. ``processes``
+    is the number of processes that train together.
     """
+    settled = settled or {}
     reporter.stage("Checking the data")
     config = check_folder(base.network_folder)
-    chat = store.chat_format(base).with_template_kwargs(recipe.data.chat_template_kwargs or {})
+    kwargs = recipe.data.chat_template_kwargs or {}
+    chat = store.chat_format(base).with_template_kwargs(kwargs)
     asked = recipe
+    if chat.prints_date and chat.date is None:
+        # Training rows, the parity check and a resumed run must have the same tokens on every day.
+        chat = chat.with_date(settled.get("template_date"))
+        kwargs = {**kwargs, DATE: str(chat.date)}
+        recipe = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"chat_template_kwargs": kwargs})}
+        )
+        reason = "the chat template prints a date; a server prints today's"
+        reporter.settings([(f"data.chat_template_kwargs.{DATE}", chat.date, reason)])
     if recipe.data.image_size:
         chat = chat.with_image_size(recipe.data.image_size)
     if recipe.data.sampling_rate or recipe.data.max_seconds:
@@ -270,9 +288,7 @@ def prepare_job(
             "from, so what is measured on them is too good. Give rows that it has not seen as "
             "`data.validation=FILE`, or hold out those that it held out, by its `training.seed`"
         )
-    job = resolve_job(
-        recipe, base, chat, data, machine, reporter, began_with, processes, stored_bytes
-    )
+    job = resolve_job(recipe, base, chat, data, machine, reporter, settled, processes, stored_bytes)
     job = replace(job, asked=asked)
     origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
     origin |= store.tokenizer_origin(base)
@@ -343,9 +359,8 @@ def prepare_refit(
     training = job.recipe.training
     settings = training.model_copy(update={"refit": False})
     asked = job.asked.model_copy(update={"training": settings})
-    budget = training.micro_batch_tokens
     whole = prepare_job(
-        asked, job.base, job.machine, Reporter(), budget, True, processes, stored_bytes
+        asked, job.base, job.machine, Reporter(), job.settled(), True, processes, stored_bytes
     )
     recipe = job.recipe.model_copy(update={"objective": whole.recipe.objective})
     return replace(
@@ -376,14 +391,14 @@ def resolve_job(
     data: Dataset,
     machine: Machine,
     reporter: Reporter,
-    began_with: int | None,
+    settled: Mapping[str, Any],
     processes: int = 1,
     stored_bytes: int = 0,
 ) -> TrainingJob:
-    """Decide what is left open, and check everything else before the weights are touched.
+    """Choose all settings that are open, and check the others before the weights are changed.
 
-    ``began_with`` is the token budget of the run that is resumed, and ``stored_bytes`` are what its
-    checkpoints take of the disk.
+    ``settled`` are the values of :meth:`TrainingJob.settled` of the run that is resumed, and
+    ``stored_bytes`` is the size of its checkpoints.
     """
     asked = recipe
     size = machine.dtype.itemsize
@@ -450,8 +465,8 @@ def resolve_job(
                 min(budget, MOST_IMAGES),
                 f"{PLURAL[chat.reads]} at once; more is no faster",
             )
-        if began_with is not None:
-            budget, reason = began_with, "as when the run began"
+        if (before := settled.get("micro_batch_tokens")) is not None:
+            budget, reason = int(before), "as when the run began"
         training = recipe.training.model_copy(update={"micro_batch_tokens": budget})
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))

@@ -241,7 +241,7 @@ class ModelWriter:
         ]
         with _open_backend(network) as backend:
             written = write_greedily(backend, prompts, GREEDY_TOKENS, stop_ids)
-        reference = reference_answers(references, written.part(slice(count, None)), stop_ids)
+        reference = reference_answers(references, written.part(slice(count, None)), self.job.chat)
         return NetworkAnswers(loss, logps, written.part(slice(count)), None, reference or None)
 
     def _why_not_greedy(self, network: Network) -> str | None:

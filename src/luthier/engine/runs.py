@@ -199,10 +199,14 @@ class Run:
         path = self.folder / _LAUNCH
         return read_json(path) if path.is_file() else None
 
-    def request_value(self, field: str) -> Any:
-        """A field of the request this run began with; ``None`` where it has not begun."""
+    def read_request(self) -> dict[str, Any]:
+        """Return the request that this run began with; empty if it has not begun."""
         path = self.folder / RUN_REQUEST
-        return read_json(path).get(field) if path.is_file() else None
+        return dict(read_json(path)) if path.is_file() else {}
+
+    def request_value(self, field: str) -> Any:
+        """Return a field of the request this run began with; ``None`` if it has not begun."""
+        return self.read_request().get(field)
 
     def hold_out(self, lines: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
         """Record which lines of which files are not learned from, by split; copy those of the test."""

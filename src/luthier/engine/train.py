@@ -149,14 +149,14 @@ def _train_first(
             elif run.request_value("luthier") is None:
                 reporter.nothing_to_resume(run.model_id)
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
-            budget = run.request_value("micro_batch_tokens") if resume else None
+            settled = run.read_request() if resume else {}
             with clock.part("data"):
                 job = prepare_job(
                     recipe,
                     base,
                     machine,
                     reporter,
-                    budget,
+                    settled,
                     processes=group.size,
                     stored_bytes=run.checkpoint_bytes(),
                 )
@@ -193,9 +193,9 @@ def train_first(
     ``job`` is ``None`` where the run was ``done`` before.
     """
     group.agree()
-    budget = job.recipe.training.micro_batch_tokens if job is not None else None
+    settled = job.settled() if job is not None else {}
     known = asdict(done) if done is not None else None
-    group.first([str(run.folder), budget, resume, known])
+    group.first([str(run.folder), settled, resume, known])
     if job is None:
         assert done is not None
         reporter.note(f"{done.model_id} was already finished")
@@ -227,18 +227,29 @@ def _train_beside(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Resu
     recipe = with_base(recipe, Reporter())
     base = store.find(recipe.base)
     job = prepare_job(recipe, base, machine, Reporter(), processes=group.size)
-    return train_beside(lambda: job, group)
+
+    def prepare(settled: Mapping[str, Any]) -> TrainingJob:
+        if settled["template_date"] == job.chat.date:
+            return job
+        # The run began on another day, and its rows have the date of that day.
+        return prepare_job(recipe, base, machine, Reporter(), settled, processes=group.size)
+
+    return train_beside(prepare, group)
 
 
-def train_beside(prepare: Callable[[], TrainingJob], group: ProcessGroup) -> Result:
-    """Take part in :func:`train_first`'s training, in another process of ``group``.
+def train_beside(
+    prepare: Callable[[Mapping[str, Any]], TrainingJob], group: ProcessGroup
+) -> Result:
+    """Take part in the training of :func:`train_first`, in another process of ``group``.
 
-    ``prepare`` makes the job, after the first process has what it needs; nothing is kept of it.
+    ``prepare`` makes the job from the values of :meth:`TrainingJob.settled`, after the first process is
+    ready.
     """
     group.agree()
-    folder, budget, resume, done = group.first(None)
+    folder, settled, resume, done = group.first(None)
     if done is None:
-        job = prepare()
+        job = prepare(settled)
+        budget = settled["micro_batch_tokens"]
         training = job.recipe.training.model_copy(update={"micro_batch_tokens": budget})
         job = replace(job, recipe=job.recipe.model_copy(update={"training": training}))
         with TemporaryDirectory(prefix="luthier-process-") as own:
@@ -282,9 +293,10 @@ def rehearse(
     run = Run(base.root, folder.name, rehearsal=folder)
     training = recipe.training.model_copy(update={"refit": False})  # nothing would measure it
     recipe = recipe.model_copy(update={"training": training})
-    budget = run.request_value("micro_batch_tokens")
     stored_bytes = run.checkpoint_bytes()
-    job = prepare_job(recipe, base, machine, reporter, budget, stored_bytes=stored_bytes)
+    job = prepare_job(
+        recipe, base, machine, reporter, run.read_request(), stored_bytes=stored_bytes
+    )
     if measured and not job.data.validation:
         raise RecipeError(
             "trials are compared on validation rows, and there are none; give --validation FILE, or "

@@ -269,17 +269,17 @@ def reference_prompts(chat: ChatFormat, room: int) -> dict[str, IntArray]:
 
 
 def reference_answers(
-    prompts: Mapping[str, IntArray], written: GreedyText, stop_ids: Collection[int]
+    prompts: Mapping[str, IntArray], written: GreedyText, chat: ChatFormat
 ) -> list[ReferenceAnswer]:
-    """What was ``written`` behind the ``prompts`` of :func:`reference_prompts`, as a record has it."""
+    """Return the record of the text ``written`` for the ``prompts`` of :func:`reference_prompts`."""
     answers = []
     for (text, prompt_T), ids, logp_TV in zip(
         prompts.items(), written.tokens, written.logps, strict=True
     ):
-        stops = ids[-1] in stop_ids
+        stops = ids[-1] in chat.stop_ids
         ids = ids[:-1] if stops else ids
         logps = [round(float(logp_TV[at, token]), 5) for at, token in enumerate(ids)]
-        own = {"prompt": text, "prompt_ids": prompt_T.tolist(), "ids": ids}
+        own = {"prompt": text, "date": chat.date, "prompt_ids": prompt_T.tolist(), "ids": ids}
         answers.append(ReferenceAnswer(**own, logps=logps, stops=stops))
     return answers
 

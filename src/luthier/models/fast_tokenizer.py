@@ -225,15 +225,18 @@ class FastTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tokenize: bool = False,
         add_generation_prompt: bool = False,
+        chat_template: str | None = None,
         **names: Any,
     ) -> str:
-        """The text of a conversation; ``names`` are what else its template may read.
+        """Render a conversation with ``chat_template``, by default the tokenizer's own.
+
+        ``names`` are further values that the template may read.
 
         Raises:
             ValueError: without a template.
             Exception: whatever the template runs into; see :func:`render_template`.
         """
-        template = self.chat_template
+        template = chat_template or self.chat_template
         if tokenize or not isinstance(template, str):
             raise ValueError("the text of one chat template is rendered here")
         names = self.special_tokens_map | names

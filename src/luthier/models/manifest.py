@@ -179,6 +179,8 @@ class ReferenceAnswer(Record):
     models: a server that has the model ready compares its own answer with it."""
 
     prompt: str
+    date: str | None = None
+    """Date that the template printed in ``prompt_ids``, in ISO 8601; ``None`` if it prints no date."""
     prompt_ids: list[int]
     """Its tokens in the model's template."""
     ids: list[int]

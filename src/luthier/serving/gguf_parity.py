@@ -23,7 +23,7 @@ from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.parity import REFERENCE_PROMPTS, TokenComparison
 from luthier.models.gguf import Quantization, round_weights, shown_bytes
 from luthier.models.manifest import GgufParity
-from luthier.types import IntArray, Message
+from luthier.types import IntArray, Message, TemplateKwargs
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -105,10 +105,11 @@ class LlamaCpp:
         body = {"content": text, "add_special": first, "parse_special": True}
         return list(self._request("/tokenize", body)["tokens"])
 
-    def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The text that the file's chat template makes of ``messages``."""
+    def prompt_text(self, messages: Sequence[Message], kwargs: TemplateKwargs) -> str:
+        """Render ``messages`` with the file's chat template and return the text."""
         turns = [{"role": each.role, "content": each.content} for each in messages]
-        return str(self._request("/apply-template", {"messages": turns})["prompt"])
+        body = {"messages": turns, "chat_template_kwargs": kwargs}
+        return str(self._request("/apply-template", body)["prompt"])
 
     def write(self, ids_T: IntArray, count: int) -> Continuation:
         """Go on greedily from a prompt, until ``count`` tokens or one that ends replies."""
@@ -224,8 +225,10 @@ def _compare(
 
 def _same_prompt(opened: LlamaCpp, chat: ChatFormat, messages: Sequence[Message]) -> IntArray:
     """Token ids of a prompt, which are the same in llama.cpp."""
-    text, plain = chat.prompt_text(messages), chat.template == "plain"
-    if not plain and (other := opened.prompt_text(messages)) != text:
+    # llama.cpp gives templates of Llama 3 today's date, where transformers prints the template's own.
+    kwargs = chat.read_kwargs({"date_string": "26 Jul 2024"})
+    text, plain = chat.prompt_text(messages, kwargs=kwargs), chat.template == "plain"
+    if not plain and (other := opened.prompt_text(messages, kwargs)) != text:
         bare = text.removeprefix(str(chat.tokenizer.bos_token))  # it is put before tokens instead
         if other != bare:
             raise RecipeError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from luthier.data.chat import DATE
 from luthier.errors import LuthierError
 from luthier.models.backends import chosen_backend
 from luthier.models.manifest import ReferenceAnswer
@@ -30,7 +31,7 @@ from luthier.serving.inference import (
 )
 from luthier.serving.pool import ModelPool
 from luthier.store.models import StoredModel
-from luthier.types import Message
+from luthier.types import Message, TemplateKwargs
 
 _log = logging.getLogger("luthier.serving")
 SAME_DIVERGENCE = 0.02
@@ -159,7 +160,9 @@ def measure_served(
 
 
 def _prompt(answer: ReferenceAnswer) -> Chat:
-    return Chat((Message("user", answer.prompt),))
+    # A server prints today's date, and the recorded tokens have the date of the training.
+    printed: TemplateKwargs = {} if answer.date is None else {DATE: answer.date}
+    return Chat((Message("user", answer.prompt),), template_kwargs=printed)
 
 
 def _difference(answer: ReferenceAnswer, place: int, own: bytes | None, other: str) -> str:

@@ -177,7 +177,13 @@ def learning_curve(
     folder = parent / name
     reporter.stage("Checking the data")
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
-    job = prepare_job(recipe, base, machine, Reporter())
+    asked, done = folder / "request.json", folder / "points.json"
+    settled = read_json(asked) if resume and asked.is_file() else {}
+    job = prepare_job(recipe, base, machine, Reporter(), settled)
+    # All shares are rendered with one date, if the chat template prints a date.
+    kwargs = job.recipe.data.chat_template_kwargs
+    data = recipe.data.model_copy(update={"chat_template_kwargs": kwargs})
+    recipe = recipe.model_copy(update={"data": data})
     rows = job.data.counts["rows"]
     if round(chosen[0] * rows) < FEWEST_ROWS or not job.data.validation:
         raise RecipeError(
@@ -186,7 +192,6 @@ def learning_curve(
             "out. Give more rows, or larger shares"
         )
     request = {"shares": chosen, **job.request()}
-    asked, done = folder / "request.json", folder / "points.json"
     with lock_folder(folder, f"the learning curve {name}"):
         points: list[CurvePoint] = []
         if not is_resumed(asked, request, f"learning curve {name}", resume):

@@ -125,7 +125,7 @@ def _train(recipe: PretrainRecipe, resume: bool, reporter: Reporter) -> Result:
     with group.shared_errors():
         if group.rank:
             silent = Reporter()
-            return train_beside(lambda: _job(recipe, run, machine, silent, group), group)
+            return train_beside(lambda _: _job(recipe, run, machine, silent, group), group)
         with run.lock(ORPHAN_SECONDS if has_agent() else 0.0):
             done = _begin(recipe, run, resume)
             with _dropped_if_refused(run):
@@ -191,7 +191,7 @@ def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
     found = _survey(recipe, run, reporter)
     recipe, choices = plan(recipe, found)
     start = _start(recipe, run, found, reporter)
-    chat = store.chat_format(start)
+    chat = store.chat_format(start).with_date()
     context = room = store.room_of(start, recipe.adaptation)
     if recipe.network.base is not None:
         CausalLM().check(chat)
@@ -235,7 +235,7 @@ def _job(
         replace(data, choices=choices),
         machine,
         reporter,
-        settled.get("micro_batch_tokens"),
+        settled,
         group.size,
         run.checkpoint_bytes(),
     )
