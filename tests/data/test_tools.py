@@ -322,6 +322,14 @@ def test_a_model_that_learned_no_thoughts_is_asked_for_none(
     assert not any("think>" in text for text in texts)
 
 
+@pytest.mark.parametrize("answer", ["    return x", "\treturn x", " x", "x"])
+def test_an_empty_block_of_thoughts_leaves_the_indentation_of_the_answer(
+    answer: str, chats: dict[str, ChatFormat]
+) -> None:
+    _, _, texts = learned_parts(chats["Qwen3"], (ASK, Message("assistant", answer)), ())
+    assert texts == [f"{answer}<|im_end|>"]
+
+
 def test_a_request_goes_before_what_was_stored(chats: dict[str, ChatFormat]) -> None:
     thinking = chats["Qwen3"]
     quiet = thinking.with_template_kwargs({"enable_thinking": False})

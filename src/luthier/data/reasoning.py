@@ -47,8 +47,11 @@ class ReasoningMarks:
 
     @property
     def empty_block(self) -> re.Pattern[str]:
-        """What a template writes where there is no reasoning."""
-        return re.compile(rf"{re.escape(self.open)}\s*{re.escape(self.close)}\s*")
+        """Pattern of the block that a template writes for a turn without reasoning.
+
+        The block ends at the line of the answer, whose indentation belongs to the answer.
+        """
+        return re.compile(rf"{re.escape(self.open)}\s*{re.escape(self.close)}(?:\s*\n)?")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ VERDICTS = {
 SPARKLINE = 16
 """Characters of a histogram in one line."""
 BLOCKS = "▁▂▃▄▅▆▇█"
-QUIET = frozenset({"learning", "encoding", "markers", "lengths", "contradictions", "duplicates"})
+QUIET = frozenset(
+    {"learning", "encoding", "markers", "white_space", "lengths", "contradictions", "duplicates"}
+)
 """Checks whose summaries say what the table of rules says already; the page has all of them."""
 NAMED = 8
 """Counts that are shown of a table of counts."""

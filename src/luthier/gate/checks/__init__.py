@@ -19,6 +19,7 @@ from luthier.gate.checks.markers import Markers
 from luthier.gate.checks.media import MediaFiles
 from luthier.gate.checks.privacy import Privacy
 from luthier.gate.checks.time_series import TimeSeries
+from luthier.gate.checks.white_space import WhiteSpace
 from luthier.gate.rules import READING_RULES, Rule
 from luthier.printable import did_you_mean
 
@@ -26,6 +27,7 @@ _KINDS: tuple[type[Check], ...] = (
     Learning,
     Encoding,
     Markers,
+    WhiteSpace,
     Duplicates,
     Contradictions,
     Amount,

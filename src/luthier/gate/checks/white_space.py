@@ -1,0 +1,109 @@
+"""White space of replies that a chat template removes.
+
+Some templates trim the content of every turn. A model never learns the white space that is removed: a
+reply that continues indented code is learned, and served, without its indentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from luthier.data.chat import ChatFormat
+from luthier.data.shapes.preferences import JudgedAnswers
+from luthier.errors import RecipeError
+from luthier.gate.check import CheckContext, RowBatch
+from luthier.gate.rules import Rule
+from luthier.gate.texts import Spot, SpotCheck, Spots, excerpt_of
+from luthier.types import Message
+
+INDENTATION = Rule(
+    "template.indentation",
+    "warning",
+    "The model's chat template removes the indentation of a reply.",
+    "The model learns, and gives, the reply without the indentation of the first line.",
+    "Put the code in a fenced block, use a base whose template does not trim, or train with "
+    "`objective.template=plain`.",
+)
+TRIMMED = Rule(
+    "template.trim",
+    "note",
+    "The model's chat template removes white space around a reply.",
+    "The model learns, and gives, the reply without this white space.",
+    "Remove the white space, or use a base whose template does not trim.",
+)
+_WORD = "the reply of a probe"
+
+
+class WhiteSpace(SpotCheck):
+    """Looks for replies whose white space the chat template removes."""
+
+    name: ClassVar[str] = "white_space"
+    of_texts: ClassVar[bool] = True
+    needs_model: ClassVar[bool] = True
+    needs_tokenizer: ClassVar[bool] = True
+    rules: ClassVar[tuple[Rule, ...]] = (INDENTATION, TRIMMED)
+    measures_with: ClassVar[tuple[str, ...]] = ("chat",)
+
+    @classmethod
+    def of(cls, known: CheckContext) -> Self:
+        """Return the check for the model's template, as the objective renders it."""
+        assert known.chat is not None
+        objective, chat = known.objective, known.chat
+        return cls(chat if objective is None else objective.format(chat))
+
+    def __init__(self, chat: ChatFormat) -> None:
+        super().__init__()
+        self.chat = chat
+
+    def measure(self, batch: RowBatch) -> Spots:
+        """Compare the white space around each reply with the rendered reply."""
+        spots: list[Spot] = []
+        if not self.chat.template_text or self.chat.start_id is not None:
+            return Spots(spots)
+        kept: dict[tuple[str, str], bool] = {}
+        for index, row in enumerate(batch.rows):
+            sides = row.sides() if isinstance(row, JudgedAnswers) else [row]
+            turns = [turn for side in sides for turn in side.turns() if turn.role == "assistant"]
+            broken = {
+                rule.id: rule
+                for turn in turns
+                if turn.learned and (rule := self._broken_rule(turn.content, kept))
+            }
+            if broken:
+                worst = broken.get(INDENTATION.id, TRIMMED)
+                spots.append(Spot(index, worst.id, worst.about, excerpt_of(row)))
+        return Spots(spots)
+
+    def _broken_rule(self, reply: str, kept: dict[tuple[str, str], bool]) -> Rule | None:
+        """Return the rule that a reply breaks. ``kept`` caches :meth:`_keeps`."""
+        word = reply.strip()
+        if not word or word == reply:
+            return None
+        start = reply.index(word)
+        before, after = reply[:start], reply[start + len(word) :]
+        indentation = before.rpartition("\n")[2]
+        for around in ((before, after), (indentation, "")):
+            if around not in kept:
+                kept[around] = self._keeps(*around)
+        if kept[before, after]:
+            return None
+        # One space before a reply is the form of older completion data, and no indentation.
+        is_code = len(indentation) > 1 or "\t" in indentation
+        return INDENTATION if is_code and not kept[indentation, ""] else TRIMMED
+
+    def _keeps(self, before: str, after: str) -> bool:
+        """Return whether the template writes a reply with ``before`` and ``after`` around its text."""
+        reply = f"{before}{_WORD}{after}"
+        return self._render(reply) == self._render(_WORD).replace(_WORD, reply)
+
+    def _render(self, reply: str) -> str:
+        turns = (Message("user", "a"), Message("assistant", reply))
+        try:
+            return self.chat.render_turns(turns, (), reply=False)
+        except RecipeError:  # the check of what is learned reports a template that refuses the rows
+            return ""
+
+    def summary(self) -> Mapping[str, Any]:
+        """Return the number of rows that break each rule."""
+        return {"rows": self.rows_by_rule()}
