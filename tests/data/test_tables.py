@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import subprocess
 from pathlib import Path
@@ -14,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.data import parsing, tables
+from luthier.data.containers import container_of
 from luthier.data.read import read_records
 from luthier.data.rows import load_rows
 from luthier.data.rules import RULES
 from luthier.data.shapes.conversations import Conversation
 from luthier.errors import DataError, Problem
+from luthier.gate.scan import inspect_sources
 from luthier.types import Message
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -167,6 +170,90 @@ def test_a_file_that_is_no_table(
     assert records == []
     assert [(p.line, p.rule) for p in problems] == [(line, rule)]
     assert said in problems[0].message
+
+
+UNQUOTED = (
+    b"text\tlabel\n"
+    b'"great" movie, really\tpos\n'
+    b'"It begins with a quote\tneg\n'
+    b'plain "quoted" words\tpos\n'
+    b'"whole"\tneg\n'
+    b'and it ends with one"\tneg\n'
+)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbfsep=\t\n", b"sep=|\n"])
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.csv.gz"])
+def test_a_table_without_quoting_is_read_line_by_line(
+    tmp_path: Path, end: bytes, start: bytes, name: str
+) -> None:
+    data = start + UNQUOTED.replace(b"\t", b"|" if b"|" in start else b"\t").replace(b"\n", end)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    records, problems = read(path)
+    assert not problems and not container_of(path).quoted
+    assert [each["text"] for _, each in records] == [
+        '"great" movie, really', '"It begins with a quote', 'plain "quoted" words', '"whole"',
+        'and it ends with one"',
+    ]  # fmt: skip
+    first = 3 if start.endswith(b"\n") else 2
+    assert [line for line, _ in records] == [*range(first, first + 5)]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("delimiter", [b"\t", b",", b";", b"|"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        b'"one\ntwo"',
+        b'"""one""\ntwo"',
+        b'"one\n\n"',
+        b'"a ""b"" c"',
+        b'"x\n""y"""',
+        b'in "the" middle',
+    ],
+)
+def test_quoted_cells_with_line_breaks_stay_one_cell(
+    tmp_path: Path, cell: bytes, delimiter: bytes, end: bytes
+) -> None:
+    lines = [b"text,other,label", cell + b",x,1", b"x," + cell + b",2", b"x,y," + cell]
+    data = b"\n".join(lines).replace(b",", delimiter).replace(b"\n", end)
+    path = tmp_path / "a.tsv"
+    path.write_bytes(data)
+    problems, doubts = list[Problem](), list[Problem]()
+    records = [each for _, each in read_records(path, problems, doubts=doubts)]
+    plain = cell[1:-1].replace(b'""', b'"') if cell.startswith(b'"') else cell
+    text = plain.replace(b"\n", end).decode()
+    assert problems == doubts == []
+    assert [records[0]["text"], records[1]["other"], records[2]["label"]] == [text] * 3
+
+
+def test_quoted_names_of_columns_tell_that_cells_are_quoted(tmp_path: Path) -> None:
+    data = b'"text"\t"label"\n"a\tb\nc"\t"1"\n'
+    assert read_csv(tmp_path, data, "a.tsv") == ([(2, {"text": "a\tb\nc", "label": "1"})], [])
+
+
+def test_rows_that_quotes_may_have_joined_are_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text,label\nx,1\n"a,1\nb,2\nc",1\ny,2\n"m\nn",1\n')
+    problems, doubts = list[Problem](), list[Problem]()
+    records = list(read_records(path, problems, doubts=doubts))
+    assert [line for line, _ in records] == [2, 3, 6, 7] and not problems
+    assert [(each.rule, each.line) for each in doubts] == [("table.joined", 3)]
+    report = inspect_sources({"train": path}, [])
+    assert {rule.id: report.findings.severity(rule) for rule in report.findings.rules()} == {
+        "table.joined": "warning"
+    }
+
+
+@pytest.mark.parametrize("first", [b"sep=;", b'"sep=;"', b"\xef\xbb\xbfsep=;\r"])
+def test_the_line_that_tells_excel_the_delimiter(tmp_path: Path, first: bytes) -> None:
+    records = [(3, {"text": "x, y", "label": "1"})]
+    for name in ("a.csv", "upload"):
+        assert read_csv(tmp_path, first + b"\ntext;label\nx, y;1\n", name) == (records, [])
+    _, problems = read_csv(tmp_path, first + b"\n")
+    assert [each.rule for each in problems] == ["file.empty"]
 
 
 def test_lone_carriage_returns_are_converted_by_the_command_that_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ arrays in an ``.npz`` file.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -15,6 +16,7 @@ import re
 import stat
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -22,7 +24,7 @@ from typing import BinaryIO, Literal
 from luthier.data.forms import KEYS
 from luthier.data.media import conversion_fix
 from luthier.data.media_files import ArchiveFile, holds_media, is_media
-from luthier.data.parsing import Unreadable, quote
+from luthier.data.parsing import Unreadable, quote, read_line
 from luthier.data.time_series import is_series_header
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "text", "folder", "zip", "npz"]
@@ -37,6 +39,11 @@ DATA_ENDINGS = (*JSON_LINES, ".json", *TABLES, ".parquet", ".npz", *PLAIN_TEXT)
 
 _HEAD_BYTES = 65536
 _DELIMITERS = "\t,;|"
+_UNQUOTED = "\t|"
+"""Delimiters of tables that programs also write without quoting: these are rare in text."""
+_QUOTED = re.compile(rb'"(?:[^"]|"")*"')
+SEPARATOR = re.compile(r'"?sep=([^\w"\s]|\t)"?\s*')
+"""First line of a table that tells Excel the delimiter."""
 _SUPPORTED = (
     f"Supported are JSON Lines ({', '.join(JSON_LINES)}), JSON (.json), tables (.csv, .tsv, .parquet) "
     f"and plain text ({', '.join(PLAIN_TEXT)}), in UTF-8, also packed with gzip (.gz) or zstd (.zst); "
@@ -72,9 +79,12 @@ class Container:
     packing: Packing = ""
     delimiter: str = ","
     """Character between the cells of a table."""
+    quoted: bool = True
+    """Whether cells of a table may be quoted; otherwise quotes are part of the text."""
 
     def __str__(self) -> str:
-        return f"{self.kind}, {self.packing}" if self.packing else self.kind
+        kind = self.kind if self.quoted else f"{self.kind} without quoting"
+        return f"{kind}, {self.packing}" if self.packing else kind
 
 
 def container_of(path: Path) -> Container:
@@ -114,10 +124,16 @@ def container_of(path: Path) -> Container:
     suffix = Path(unpacked_name(path.name) if packing else path.name.lower()).suffix
     # A character that the head ends in the middle of is left out.
     text = head.decode("utf-8", errors="ignore").removeprefix("\ufeff")
-    kind = _kind(text, suffix, len(head) < _HEAD_BYTES)
+    first, _, rest = text.partition("\n")
+    named = SEPARATOR.fullmatch(first)
+    kind = _kind(rest if named else text, suffix, len(head) < _HEAD_BYTES)
     if kind is None:
         raise _unknown(path.suffix.lower())
-    return Container(kind, packing, _delimiter(text, kind) if kind in ("csv", "tsv") else ",")
+    if kind not in ("csv", "tsv"):
+        return Container(kind, packing)
+    delimiter = named[1] if named else _delimiter(text, kind)
+    quoted = delimiter not in _UNQUOTED or not _lacks_quoting(path, packing, delimiter)
+    return Container(kind, packing, delimiter, quoted)
 
 
 def unpacked_name(name: str) -> str:
@@ -126,6 +142,33 @@ def unpacked_name(name: str) -> str:
     for ending in PACKED:
         name = name.removesuffix(ending)
     return name
+
+
+def _lacks_quoting(path: Path, packing: Packing, delimiter: str) -> bool:
+    """Return whether the quotes of a table are plain text.
+
+    That is the case if every line has as many cells as the header, and a cell begins with a quote
+    that the same cell does not close. A quoted cell with line breaks leaves lines with fewer cells.
+    """
+    columns, is_open = 0, False
+    with path.open("rb") as raw, suppress(Unreadable, *BROKEN):  # the reader reports damage
+        stream = unpack(raw, packing)
+        while line := read_line(stream, ""):
+            line = line.removeprefix(codecs.BOM_UTF8) if not columns else line
+            cells = line.rstrip(b"\r\n").split(delimiter.encode())
+            if cells == [b""] or (not columns and line.startswith((b"sep=", b'"sep='))):
+                continue
+            # A program that quotes the names of columns quotes all cells.
+            if (
+                len(cells) != (columns or len(cells))
+                or len(cells) == 1
+                or (not columns and b'"' in line)
+            ):
+                return False
+            columns = len(cells)
+            is_open |= any(c.startswith(b'"') and not _QUOTED.fullmatch(c) for c in cells)
+        return is_open
+    return False
 
 
 def _holds_arrays(path: Path) -> bool:

@@ -44,6 +44,7 @@ def read_records(
     *,
     container: Container | None = None,
     on_progress: Callable[[int], None] | None = None,
+    doubts: list[Problem] | None = None,
 ) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for each readable record; append to ``problems`` for the others.
 
@@ -58,6 +59,7 @@ def read_records(
         whole: read plain text as one record.
         container: what the file is made of, where it is known.
         on_progress: now and then given how many bytes of the file have been read.
+        doubts: records that are likely read wrongly are appended here, as warnings.
     """
     file = str(path)
     try:
@@ -68,7 +70,7 @@ def read_records(
             yield from _read_media(path, container, on_progress)
             return
         with path.open("rb") as raw:
-            records = _records(raw, container, file, problems, whole)
+            records = _records(raw, container, file, problems, whole, doubts)
             for done, record in enumerate(records):
                 yield record
                 if on_progress is not None and done % _PROGRESS_EVERY == 0:
@@ -113,6 +115,7 @@ def _records(
     file: str,
     problems: list[Problem],
     whole: bool,
+    doubts: list[Problem] | None,
 ) -> Iterator[tuple[int, Record]]:
     if container.kind == "parquet":
         return read_parquet(raw, file, problems)
@@ -120,7 +123,8 @@ def _records(
     if container.kind == "json":
         return read_document(stream, file, problems)
     if container.kind in ("csv", "tsv"):
-        return read_series(read_table(stream, file, problems, container.delimiter), file, problems)
+        table = read_table(stream, file, problems, container.delimiter, container.quoted, doubts)
+        return read_series(table, file, problems)
     if container.kind == "text":
         return (_read_text if whole else _read_pieces)(stream)
     return _read_lines(stream, file, problems)

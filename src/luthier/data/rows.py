@@ -607,6 +607,8 @@ class RowReader:
     ) -> None:
         self.files = files_of(source)
         self.problems = [] if problems is None else problems
+        self.doubts: list[Problem] = []
+        """Warnings about rows that are likely read wrongly."""
         self.checker = checker(str(self.files[0]), self.problems, columns)
         self.whole = whole
         self.on_progress = on_progress
@@ -641,7 +643,12 @@ class RowReader:
             in_pieces = not self.whole and container.kind == "text"
             rows, on_progress = self.rows, self._offset_progress(self.done)
             for line, record in read_records(
-                path, self.problems, self.whole, container=container, on_progress=on_progress
+                path,
+                self.problems,
+                self.whole,
+                container=container,
+                on_progress=on_progress,
+                doubts=self.doubts,
             ):
                 row = _piece(path, record) if in_pieces else self.checker.row(line, record)
                 if row is None:

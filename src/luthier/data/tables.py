@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from luthier.data import parsing
-from luthier.data.containers import empty_refusal, needs
+from luthier.data.containers import SEPARATOR, empty_refusal, needs
 from luthier.data.parsing import Record, Unreadable, decode, loads, quote, text_length
 from luthier.data.shapes import SHAPES
 from luthier.errors import Problem
@@ -37,16 +37,36 @@ _VALUE_BYTES = 40
 
 
 def read_table(
-    stream: BinaryIO, file: str, problems: list[Problem], delimiter: str
+    stream: BinaryIO,
+    file: str,
+    problems: list[Problem],
+    delimiter: str,
+    quoted: bool = True,
+    doubts: list[Problem] | None = None,
 ) -> Iterator[tuple[int, Record]]:
-    """Yield ``(line, record)`` for each row below the header; the line is the row's first one."""
+    """Yield ``(line, record)`` for each row below the header; the line is the row's first one.
+
+    Args:
+        stream: the unpacked bytes.
+        file: name of the file in problems.
+        problems: rows that cannot be read are appended here.
+        delimiter: character between cells.
+        quoted: whether cells may be quoted.
+        doubts: rows that may be several rows, joined by quotes that are text, are appended here.
+    """
     csv.field_size_limit(parsing.MAX_LINE_BYTES)
-    lines = _Lines(stream)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    lines = _Lines(stream, delimiter)
+    reader = csv.reader(
+        lines,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        strict=True,
+    )
     names: Sequence[str] | None = None
     count = 0
     while True:
         line = lines.number + 1
+        lines.cells.clear()
         try:
             cells = next(reader)
             if not cells:
@@ -62,6 +82,9 @@ def read_table(
         except Unreadable as bad:
             problems.append(bad.at(file, bad.line or line))
         else:
+            joined = len(lines.cells) > 1 and all(n == len(names) > 1 for n in lines.cells)
+            if joined and doubts is not None:
+                doubts.append(_joined(line, lines.number).at(file, line))
             yield line, record
             count += 1
             continue
@@ -72,12 +95,22 @@ def read_table(
         raise empty_refusal("holds a header and no rows" if names else "holds no rows")
 
 
-class _Lines:
-    """Lines of a stream as text, ends included; ``number`` is that of the last one."""
+def _joined(first: int, last: int) -> Unreadable:
+    message = f"Quotes join the lines {first} to {last}, and each has as many cells as the header."
+    fix = 'If each line is a row, quote cells that begin with a quote, and write " in them as "".'
+    return Unreadable("table.joined", message, fix)
 
-    def __init__(self, stream: BinaryIO) -> None:
+
+class _Lines:
+    """Lines of a stream as text, ends included, without a first line ``sep=``."""
+
+    def __init__(self, stream: BinaryIO, delimiter: str) -> None:
         self.stream = stream
+        self.delimiter = delimiter
         self.number = 0
+        """Number of the last line, from 1."""
+        self.cells: list[int] = []
+        """Number of cells in each of the last lines if quotes are plain text."""
 
     def __iter__(self) -> _Lines:
         return self
@@ -88,7 +121,12 @@ class _Lines:
         if not raw:
             raise StopIteration
         text = decode(raw, self.number)
-        return text.removeprefix("\ufeff") if self.number == 1 else text
+        if self.number == 1:
+            text = text.removeprefix("\ufeff")
+            if SEPARATOR.fullmatch(text):
+                return next(self)
+        self.cells.append(text.count(self.delimiter) + 1)
+        return text
 
 
 def _header(cells: Sequence[str]) -> Sequence[str]:

@@ -125,9 +125,8 @@ def prepare(
         _check_augmentation(spec.augmentation, objective, chat)
     # As the files are: a held-out part of one file is not yet split from it.
     splits = {"train": concatenate([rows, *further]), "validation": held}
-    report = inspect_job(
-        spec, {name: each for name, each in splits.items() if each}, objective, chat, on_row
-    )
+    filled = {name: each for name, each in splits.items() if each}
+    report = inspect_job(spec, filled, objective, chat, on_row, reader.doubts)
     rows, held, *further = [objective.regroup(each) for each in (rows, held, *further)]
     rows, chosen, tested = _split(spec, rows, reader.group_of, seed, choices, refit)
     if spec.train_share is not None and spec.train_share < 1:

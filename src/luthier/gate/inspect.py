@@ -19,7 +19,7 @@ from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow
 from luthier.data.shapes.texts import LabelledText
 from luthier.data.sources import Source
-from luthier.errors import DataError, DownloadError, RefusedInput
+from luthier.errors import DataError, DownloadError, Problem, RefusedInput
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import BASE_MISSING, NO_READER, checks_for
 from luthier.gate.checks.base_language import UNSPACED, language_name, main_language
@@ -257,17 +257,18 @@ def inspect_job(
     objective: Objective,
     chat: ChatFormat | None = None,
     on_row: Callable[[int, int], None] = lambda done, count: None,
+    doubts: Sequence[Problem] = (),
 ) -> Report:
-    """The checks of each job over its rows; what encoding finds is left to encoding.
+    """Run the checks of each job over its rows; encoding reports its own findings.
 
-    ``on_row`` is given how many rows of how many were looked at.
+    ``on_row`` is given how many rows of how many were looked at; ``doubts`` are warnings of reading.
 
     Raises:
         RecipeError: for a policy or severity that cannot be.
     """
     decided = load_policy(spec.policy, spec.severity or {})
     checks, left_out = checks_for(CheckContext(chat, objective), decided.skip, in_jobs=True)
-    report = inspect_rows(splits, checks, decided.severity, on_row)
+    report = inspect_rows(splits, checks, decided.severity, on_row, doubts)
     named = {"train": spec.train, "validation": spec.validation}
     sources = {split: source for split, source in named.items() if source}
     left_out = {**left_out, **report.left_out}

@@ -301,7 +301,18 @@ ENCODING_RULES: Mapping[str, Rule] = {
 """Rules of objectives, which take in the rows and encode them, by id; all of them refuse the data."""
 
 
+JOINED_ROWS = Rule(
+    "table.joined",
+    "warning",
+    "Quotes make one row of several lines, each of which has as many cells as the header.",
+    "If the quotes are plain text, rows and their labels disappear inside of another row.",
+    'Quote cells that begin with a quote and write " in them as "", or ignore the warning.',
+)
+
+
 def rule_of(id_: str) -> Rule:
-    """The rule of a problem of reading or encoding; an objective may have rules of its own."""
+    """Return the rule of a problem of reading or encoding; an objective may have its own rules."""
+    if id_ == JOINED_ROWS.id:
+        return JOINED_ROWS
     known = READING_RULES.get(id_) or ENCODING_RULES.get(id_)
     return known or Rule(id_, "error", "The objective refuses the row.")

@@ -69,13 +69,15 @@ def inspect_rows(
     checks: Sequence[Check],
     overrides: Mapping[str, SeverityChoice] | None = None,
     on_row: Callable[[int, int], None] = lambda done, count: None,
+    doubts: Sequence[Problem] = (),
 ) -> Report:
-    """The gate on rows that were read already, as in a job.
+    """Run the checks on rows that were read already, as in a job.
 
-    ``on_row`` is given how many rows of how many were looked at.
+    ``on_row`` is given how many rows of how many were looked at; ``doubts`` are warnings of reading.
     """
     count = sum(map(len, splits.values()))
     with Gate(checks, Findings(overrides or {})) as gate:
+        gate.add_problems([*doubts])
         for split, rows in splits.items():
             gate.scan_rows(split, rows, lambda: on_row(gate.places.total, count))
         return gate.report({split: sorted(gate.files[split]) for split in splits})
@@ -189,8 +191,10 @@ class Gate:
         for batch in batches(split, rows):
             self.submit(batch)
             self.add_problems(problems)
+            self.add_problems(reader.doubts)
             yield
         self.add_problems(problems)
+        self.add_problems(reader.doubts)
         self.drain()
         found = reader.recognition
         if found.form != "nothing":  # also where every row is refused
