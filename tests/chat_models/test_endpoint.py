@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-import math
 import socket
 import threading
 import time
@@ -55,7 +54,7 @@ def test_each_prompt_is_asked_once_with_key_and_settings(endpoint: Any, key: str
         *prompts,
         sampling=SamplingSpec(max_tokens=9, temperature=0.5, top_p=0.9, seed=3),
     )
-    assert outcomes == {p: Reply(f"the answer to {p}", "stop", 7, 1) for p in prompts}
+    assert outcomes == {p: Reply(f"the answer to {p}", "stop", 7) for p in prompts}
     assert set(endpoint.asked.values()) == {1}
     assert endpoint.keys == {f"Bearer {key}"}
     assert 1 < endpoint.most_at_once <= 4
@@ -91,7 +90,7 @@ def test_what_fails_in_passing_is_repeated(
     endpoint: Any, actions: list[Any], requests: int
 ) -> None:
     endpoint.actions["a"] = actions
-    assert ask(endpoint.url, "a") == {"a": Reply("the answer to a", "stop", 7, 1)}
+    assert ask(endpoint.url, "a") == {"a": Reply("the answer to a", "stop", 7)}
     assert endpoint.asked["a"] == requests
 
 
@@ -104,7 +103,7 @@ def test_a_long_retry_after_is_waited_for(endpoint: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr("luthier.chat_models.endpoint.asyncio.sleep", sleep)
     endpoint.actions["a"] = [(429, {"retry-after": "300"})]
     notes: list[str] = []
-    assert ask(endpoint.url, "a", notes=notes)["a"] == Reply("the answer to a", "stop", 7, 1)
+    assert ask(endpoint.url, "a", notes=notes)["a"] == Reply("the answer to a", "stop", 7)
     assert 300.0 in slept
     assert "the endpoint asks to wait 300 s" in notes
 
@@ -130,7 +129,7 @@ def test_a_prompt_that_never_gets_a_whole_answer_fails_alone(endpoint: Any) -> N
     endpoint.actions["b"] = [(400, {})] * 99
     notes: list[str] = []
     found = ask(endpoint.url, "a", "b", "c", retries=1, notes=notes)
-    assert found["c"] == Reply("the answer to c", "stop", 7, 1)
+    assert found["c"] == Reply("the answer to c", "stop", 7)
     assert isinstance(found["a"], Failure) and found["a"].rule == "teacher.failed"
     assert "broke off" in found["a"].reason
     assert found["b"] == Failure("teacher.refused", "HTTP 400: no …")
@@ -199,7 +198,7 @@ def test_it_runs_inside_a_running_loop(endpoint: Any) -> None:
     async def notebook() -> dict[str, Reply | Failure]:
         return ask(endpoint.url, "a")
 
-    assert asyncio.run(notebook())["a"] == Reply("the answer to a", "stop", 7, 1)
+    assert asyncio.run(notebook())["a"] == Reply("the answer to a", "stop", 7)
 
 
 def test_it_answers_in_the_context_of_who_asks(endpoint: Any) -> None:
@@ -231,7 +230,6 @@ def test_it_answers_in_the_context_of_who_asks(endpoint: Any) -> None:
         [{"message": "hi"}],
         [{"message": {"content": ["a"]}}],
         [{"message": {"content": "a", "refusal": {"b": 1}}}],
-        [{"message": {"content": "a"}, "logprobs": {"content": [{"logprob": None}]}}],
     ],
 )
 def test_json_that_is_no_chat_completion_fails_its_prompt_alone(
@@ -245,8 +243,8 @@ def test_json_that_is_no_chat_completion_fails_its_prompt_alone(
     assert isinstance(found["b"], Reply)
 
 
-def test_log_probabilities_and_counts_are_numbers_or_not_there(endpoint: Any) -> None:
-    message = {"message": {"content": "a"}, "logprobs": {"content": [{"logprob": math.nan}]}}
+def test_token_counts_are_numbers_or_absent(endpoint: Any) -> None:
+    message = {"message": {"content": "a"}}
     endpoint.actions["a"] = [json.dumps({"choices": [message]}).encode()]
     assert ask(endpoint.url, "a")["a"] == Reply("a", "unknown")
     counted = {"choices": [message], "usage": {"prompt_tokens": {}, "completion_tokens": "9"}}
@@ -374,4 +372,4 @@ def test_json_nested_without_end_fails_its_prompt_alone(endpoint: Any) -> None:
 
 def test_half_of_a_surrogate_pair_is_mended(endpoint: Any) -> None:
     endpoint.answers["a"] = "smile \ud83d"
-    assert ask(endpoint.url, "a")["a"] == Reply("smile \ufffd", "stop", 7, 1)
+    assert ask(endpoint.url, "a")["a"] == Reply("smile \ufffd", "stop", 7)

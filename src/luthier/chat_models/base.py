@@ -140,10 +140,6 @@ class Reply:
     """``stop`` for a whole answer; ``length``, ``content_filter`` or what else the model says."""
     tokens: int | None = None
     """Tokens of the answer, where they are counted."""
-    prompt_tokens: int | None = None
-    """Tokens that were read, where they are counted."""
-    logprobs: tuple[float, ...] | None = None
-    """Log-probability of each of its tokens, where they were asked for and given."""
 
 
 @dataclass(frozen=True)

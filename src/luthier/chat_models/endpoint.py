@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,13 +42,12 @@ MOST_BYTES = 64 * MIB
 class EndpointModel(ChatModel):
     """Answers over the network, several questions at once."""
 
-    def __init__(self, spec: ModelSpec, logprobs: bool = False) -> None:
-        """``logprobs`` asks for those of the tokens of each answer, which some endpoints refuse."""
+    def __init__(self, spec: ModelSpec) -> None:
         if importlib.util.find_spec("openai") is None:
             raise RecipeError(
                 f"a {spec.role} at an endpoint needs: pip install 'luthier[endpoint]'"
             )
-        self.spec, self.logprobs = spec, logprobs
+        self.spec = spec
         self.name = f"{spec.model} at {urlsplit(spec.url or '').netloc}"
 
     @property
@@ -66,8 +64,6 @@ class EndpointModel(ChatModel):
     ) -> None:
         """Ask all questions, the failed ones twice."""
         settings = _settings(self.spec, sampling)
-        if self.logprobs:
-            settings["logprobs"] = True
         _run(_Session(self.spec, self._key, questions, settings, done, note).all())
 
     @property
@@ -298,14 +294,10 @@ def _read_reply(found: Any) -> Reply:
         text, finish = message.refusal, "refusal"
     # Half of a surrogate pair can come out of JSON, and no tokenizer takes it.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    scores = getattr(getattr(choices[0], "logprobs", None), "content", None)
-    logprobs = tuple(float(each.logprob) for each in scores) if scores else None
-    if logprobs and not all(map(math.isfinite, logprobs)):
-        logprobs = None
-    written, read = (usage.completion_tokens, usage.prompt_tokens) if usage else (None, None)
-    if not isinstance(written, int | None) or not isinstance(read, int | None):
-        raise TypeError("tokens are no numbers")
-    return Reply(text, str(finish), written, read, logprobs)
+    written = usage.completion_tokens if usage else None
+    if not isinstance(written, int | None):
+        raise TypeError("usage.completion_tokens is not a number")
+    return Reply(text, str(finish), written)
 
 
 def _wait_asked_for(error: openai.APIStatusError) -> float | None:

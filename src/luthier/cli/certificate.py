@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luthier.cli.console import check_output, note, print_json, print_text, write_page
 from luthier.cli.options import Html, Json
-from luthier.errors import RecipeError
+from luthier.pages import shorten
 
 if TYPE_CHECKING:
     from luthier.workflows.certificate.verify import Verification
@@ -27,16 +27,15 @@ def certificate(
         Path | None, typer.Option(help="Private key (PEM, elliptic) to sign the model with.")
     ] = None,
     html: Html = None,
-    format_: Annotated[
-        Literal["json", "model-card", "cyclonedx", "in-toto", "croissant"] | None,
-        typer.Option("--format", help="Print the certificate that there is in this form."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write that to a file instead of printing it.")
+    card: Annotated[
+        Path | None, typer.Option(help="Write the Hugging Face model card to this file.")
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Gather all that is known of a model into its certificate, for others to check."""
+    """Write everything that is known of a model into its certificate.
+
+    The certificate of a signed model stays as it is, unless --sign or --watts is given.
+    """
     import json
 
     from luthier.files import write_bytes
@@ -44,28 +43,21 @@ def certificate(
     from luthier.sdk.certificate import certificate as make
     from luthier.store.models import find
     from luthier.workflows.certificate.certificate import read_certificate
+    from luthier.workflows.certificate.model_card import model_card
     from luthier.workflows.certificate.page import page
 
     check_output(html)
-    check_output(output)
+    check_output(card)
     stored = find(model)
-    if output is not None and format_ is None:
-        raise RecipeError("--output takes the form that --format names; the page is --html")
-    if format_ is not None and sign is not None:
-        raise RecipeError("--sign makes the certificate anew; ask for its forms afterwards")
-    if format_ is not None:
-        if watts is not None:
-            make(stored.id, watts=watts)
-        text = read_certificate(stored).view(format_)
-        if output is None:
-            print_text(text, end="")
-        else:
-            write_bytes(output, text.encode())
-            note(f"{format_}: {output}")
-        return
-    made = make(stored.id, watts=watts, sign=sign)
+    if sign is None and watts is None and (stored.folder / SIGNATURE).is_file():
+        made = read_certificate(stored)
+    else:
+        made = make(stored.id, watts=watts, sign=sign)
     if html is not None:
         write_page(html, page(made))
+    if card is not None:
+        write_bytes(card, model_card(made).encode())
+        note(f"model card: {card}")
     if json_:
         print_json(json.loads(made.text()))
         return
@@ -81,12 +73,7 @@ def certificate(
         print_text(f"made from {', from '.join(each.id for each in made.parents)}")
     found = made.compute
     if found.flops is not None:
-        print_text(f"{found.flops:.3g} operations: {found.counted_as}")
-    if found.ratio is not None:
-        side = "above" if found.above_one_third else "below"
-        print_text(f"{found.ratio:.2g} of those that the base model took, {side} one third")
-    elif made.lineage:
-        print_text(f"the base model's operations are {found.base_counted_as}")
+        print_text(f"{found.flops:.3g} floating-point operations")
     if found.kilowatt_hours is not None:
         how = "assumed" if found.watts_assumed else "measured"
         print_text(f"{found.kilowatt_hours:.3g} kWh, at {how} {found.watts:,.0f} W")
@@ -107,10 +94,10 @@ def verify(
     ] = None,
     endpoint: Annotated[
         str | None,
-        typer.Option(help="Address of an OpenAI-compatible server that is to serve it (…/v1)."),
+        typer.Option(help="Base URL of an OpenAI-compatible server (…/v1)."),
     ] = None,
     endpoint_model: Annotated[
-        str | None, typer.Option(help="What the server calls the model, if not by its id.")
+        str | None, typer.Option(help="Name of the model on the server; its id by default.")
     ] = None,
     key_env: Annotated[
         str, typer.Option(help="Environment variable that holds the server's key.")
@@ -120,15 +107,13 @@ def verify(
     ] = False,
     data: Annotated[
         str | None,
-        typer.Option(help="Rows with prompts; by default those that the model was measured on."),
+        typer.Option(help="Rows with prompts; the held-out rows by default."),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=3, max=256, help="Prompts to ask.")] = 16,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, max=512, help="Tokens of a reply at most.")
-    ] = 32,
+    prompts: Annotated[int, typer.Option(min=3, max=256, help="Number of prompts.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, max=512, help="Token limit of a reply.")] = 32,
     json_: Json = False,
 ) -> None:
-    """Check that a model's files and certificate are what they were, and that a server serves it."""
+    """Verify a model's files and certificate, and the replies of a server."""
     from luthier.sdk.certificate import verify as run
 
     found = run(
@@ -153,9 +138,9 @@ def _show(found: Verification) -> None:
     if found.endpoint is None:
         return
     for reason in found.endpoint.failures:
-        print_text(f"not answered: {reason}")
-    for each in found.endpoint.candidates:
-        error = each["logprob_difference"]
-        more = "" if error is None else f", log-probabilities {error:.3f} apart"
-        print_text(f"  {each['tokens_chosen']:>4.0%} of the tokens chosen by {each['name']}{more}")
+        print_text(f"no reply: {reason}")
+    for each in found.endpoint.differences[:3]:
+        print_text(f"  {shorten(each['prompt'])}")
+        print_text(f"    expected {shorten(each['expected'])!r}")
+        print_text(f"    received {shorten(each['received'])!r}")
     print_text(found.endpoint.text)

@@ -187,8 +187,6 @@ class CatalogEntry:
     """What of its ``config.json`` decides the network's shape, to know it before it is fetched."""
     media: MediaKind | None = None
     """What it reads in place of texts; a decoder behind it may write some."""
-    training_tokens: float | None = None
-    """Tokens it was trained on, as its makers say; ``None`` where they do not."""
     hub: str | None = None
     """Repository of the Hugging Face hub with the same network, where ``source`` is another one."""
     name: str = ""
@@ -346,7 +344,6 @@ _ENTRIES = (
         disk_bytes=700_000_000,
         about="SmolLM2-135M-Instruct (Hugging Face, 2024), English chat, from a Q4_1 GGUF file",
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-        training_tokens=2e12,  # Ben Allal et al. 2025, arXiv:2502.02737, section 6
         config={
             "model_type": "llama",
             "hidden_size": 576,
@@ -509,7 +506,6 @@ _ENTRIES = (
         download_bytes=727_000_000,
         disk_bytes=800_000_000,
         about="SmolLM2-360M-Instruct (Hugging Face, 2024), English chat",
-        training_tokens=4e12,  # Ben Allal et al. 2025, arXiv:2502.02737, section 6
         config={
             "model_type": "llama",
             "hidden_size": 960,

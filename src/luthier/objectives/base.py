@@ -108,8 +108,6 @@ class Objective(StrictModel):
     measure: ClassVar[str] = "loss"
     """Which of :meth:`validation_metrics` decides what weights are kept: ``loss``, or a score, of which
     more is better (where it is ``reward``, the loss is minus it)."""
-    approach: ClassVar[str] = ""
-    """CycloneDX's name of such learning, as ``self-supervised``; empty where it has none."""
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults()
     """What suits it where the recipe leaves the training open."""
 

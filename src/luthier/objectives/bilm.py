@@ -44,7 +44,6 @@ class BiLM(Objective):
     """The words in the order of the head; from the training rows when not given."""
 
     task: ClassVar[Task] = "bidirectional_lm"
-    approach: ClassVar[str] = "self-supervised"
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def head(self) -> Head:

@@ -31,7 +31,6 @@ class CausalLM(Objective):
     sequence_length: int = Field(default=512, ge=3, le=10_000_000)
     """Tokens in a packed sequence; at most the model's context."""
 
-    approach: ClassVar[str] = "self-supervised"
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def check(self, chat: ChatFormat) -> None:

@@ -74,7 +74,6 @@ class Classification(Objective):
     task: ClassVar[Task] = "sequence_classification"
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "labelled_audio", "labelled_image"})
     evaluation_shapes: ClassVar[frozenset[str]] = shapes
-    approach: ClassVar[str] = "supervised"
     measure: ClassVar[str] = "accuracy"
     allows_augmentation: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(

@@ -103,7 +103,6 @@ class Contrastive(Objective):
         {"captioned_image", "history", "label", "labelled_audio", "labelled_image", "pair"}
     )
     compared_shapes: ClassVar[frozenset[str] | None] = frozenset({"history", "pair"})
-    approach: ClassVar[str] = "self-supervised"
     contrasts_rows: ClassVar[bool] = True
     allows_augmentation: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(scratch_steps=1_000, scratch_epochs=100)

@@ -62,7 +62,6 @@ class EncoderDistillation(Taught, Classification):
     teacher_width: int | None = Field(default=None, ge=1, le=10_000_000)
     """Numbers in a hidden state of the teacher; read from it."""
 
-    approach: ClassVar[str] = ""
     measure: ClassVar[str] = Objective.measure
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
     allows_augmentation: ClassVar[bool] = False

@@ -47,7 +47,6 @@ class Generative(Objective):
     feature_model: str | None = None
     """Classifier of images, in whose features the Fréchet distance of made images is measured."""
 
-    approach: ClassVar[str] = "unsupervised"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
 
     @property

@@ -60,7 +60,6 @@ class ImageToText(Objective):
     task: ClassVar[Task] = "image_to_text"
     shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
-    approach: ClassVar[str] = "supervised"
     measure: ClassVar[str] = "cer"
     allows_augmentation: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(

@@ -48,7 +48,6 @@ class MaskedLM(Objective):
 
     task: ClassVar[Task] = "masked_lm"
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
-    approach: ClassVar[str] = "self-supervised"
     same_each_epoch: ClassVar[bool] = False
 
     def check(self, chat: ChatFormat) -> None:

@@ -33,7 +33,6 @@ class Judged(WritesReplies):
     (Tunstall et al. 2023, arXiv:2310.16944, section 4), TRL's defaults 1/20, ORPO's authors about 1/3.
     """
 
-    approach: ClassVar[str] = "supervised"
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(learning_rate_multiplier=0.1)
 
     def check(self, chat: ChatFormat) -> None:

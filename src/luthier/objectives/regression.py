@@ -38,7 +38,6 @@ class Regression(Objective):
     task: ClassVar[Task] = "sequence_classification"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
     shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
-    approach: ClassVar[str] = "supervised"
     allows_augmentation: ClassVar[bool] = True
 
     def head(self) -> Head:

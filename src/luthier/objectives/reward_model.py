@@ -41,7 +41,6 @@ class RewardModel(Objective):
     task: ClassVar[Task] = "sequence_classification"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated", "thumb"})
     shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated"})
-    approach: ClassVar[str] = "supervised"
     further_shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
 
     def head(self) -> Head:

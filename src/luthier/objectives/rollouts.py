@@ -192,7 +192,6 @@ class Reinforcement(WritesReplies):
 
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "prompt_only", "messages"})
     same_each_epoch: ClassVar[bool] = False
-    approach: ClassVar[str] = "reinforcement-learning"
     chosen_by_shape: ClassVar[bool] = False
     measure: ClassVar[str] = "reward"
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(

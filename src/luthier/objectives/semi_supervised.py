@@ -81,7 +81,6 @@ class SemiSupervised(Classification):
     shapes: ClassVar[frozenset[str]] = frozenset({"label"})
     evaluation_shapes: ClassVar[frozenset[str]] = shapes
     mixed_shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
-    approach: ClassVar[str] = "semi-supervised"
     defaults: ClassVar[TrainingDefaults] = Objective.defaults
 
     @property

@@ -25,7 +25,6 @@ class SFT(WritesReplies):
 
     method: Literal["sft"] = "sft"
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
-    approach: ClassVar[str] = "supervised"
     further_shapes: ClassVar[frozenset[str]] = frozenset({"rated"})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:

@@ -48,7 +48,6 @@ class SpanCorruption(Objective):
     """The token that closes both sides; found when not given."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
-    approach: ClassVar[str] = "self-supervised"
     same_each_epoch: ClassVar[bool] = False
 
     def check(self, chat: ChatFormat) -> None:

@@ -42,7 +42,6 @@ class TokenClassification(Objective):
 
     task: ClassVar[Task] = "token_classification"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
-    approach: ClassVar[str] = "supervised"
     measure: ClassVar[str] = "entity_f1"
     shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(min_epochs=3)

@@ -26,7 +26,7 @@ def certificate(
         sign: a private key (PEM, elliptic) to sign the model's folder with.
 
     Returns:
-        The certificate; ``text()`` is its JSON, ``view("cyclonedx")`` another form of it.
+        The certificate; ``text()`` is its JSON.
 
     Raises:
         RecipeError: for a model that luthier has no record of, or a key that cannot sign.
@@ -64,7 +64,7 @@ def verify(
     max_tokens: int = 32,
     note: Callable[[str], None] = lambda text: None,
 ) -> Verification:
-    """Compute all hashes of a model, its record and its certificate once more; ask who serves it.
+    """Verify the hashes of a model, its record and its certificate, and what an endpoint serves.
 
     Args:
         model: an id, or a model in memory.
@@ -73,19 +73,17 @@ def verify(
         endpoint_model: what the server calls the model; its id when not given.
         key_env: environment variable that holds the server's key.
         plain_http: allow ``http://`` to another machine.
-        data: rows with prompts to ask; those that the model was measured on when not given.
-        prompts: how many are asked, each once, at temperature 0.
-        max_tokens: of a reply at most.
-        note: hears what is done.
+        data: rows with prompts; by default the model's held-out rows.
+        prompts: number of prompts, sent at temperature 0.
+        max_tokens: token limit of a reply.
+        note: called with each progress message.
 
     Returns:
-        ``is_intact`` and what differs, in sentences that name the file; ``endpoint`` with what the
-        server serves.
+        ``is_intact`` with the files that differ, and ``endpoint`` with the comparison of replies.
 
     Raises:
-        RecipeError: for a model that does not write, and for a server that refuses the key or has no
-            such model.
-        LuthierError: for a server that does not answer.
+        RecipeError: if the model generates no text, or the endpoint rejects the key or the model name.
+        LuthierError: if the endpoint does not answer.
     """
     from dataclasses import replace
 
@@ -94,15 +92,15 @@ def verify(
     from luthier.validation import describe_error
     from luthier.workflows.certificate.endpoint import (
         EndpointSpec,
-        check_gives_replies,
-        prompts_of,
+        check_generates,
+        select_prompts,
         verify_endpoint,
     )
     from luthier.workflows.certificate.verify import verify_files
 
     stored = stored_model(model)
     if endpoint is not None:
-        check_gives_replies(stored)
+        check_generates(stored)
     found = verify_files(stored, None if public_key is None else Path(public_key))
     if endpoint is None:
         return found
@@ -115,5 +113,5 @@ def verify(
         raise RecipeError(
             f"{first['loc'][0] if first['loc'] else 'endpoint'}{describe_error(first)}"
         ) from error
-    asked = prompts_of(stored, data, prompts)
+    asked = select_prompts(stored, data, prompts)
     return replace(found, endpoint=verify_endpoint(stored, spec, asked, max_tokens, note))

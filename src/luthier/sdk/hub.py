@@ -81,7 +81,7 @@ def push(
 
     from luthier import __version__
     from luthier.workflows.certificate.certificate import check_recorded, make_certificate
-    from luthier.workflows.certificate.formats import hub_name, model_card
+    from luthier.workflows.certificate.model_card import hub_name, model_card
 
     found = _REPOSITORY.fullmatch(to)
     if found is None:

@@ -1,9 +1,8 @@
-"""Whether a server serves a model: luthier's own server serves the right one, and three wrong ones."""
+"""Verification of endpoints: luthier's server with the right model and with four wrong ones."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.errors import LuthierError, RecipeError
-from luthier.files import luthier_home, write_json
+from luthier.files import write_json
 from luthier.models.manifest import MANIFEST
 from luthier.serving.export import export
 from luthier.store.model_folders import base_folder
@@ -83,26 +82,15 @@ def url(store: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch, reques
     return request.getfixturevalue("service").url
 
 
-def test_what_a_server_serves_is_told_by_name(url: str) -> None:
-    said = {
-        "right": ("served", "The endpoint serves tiny:colours: it would"),
-        "no-effect": ("adapter_without_effect", "serves tiny, as if nothing had been tuned"),
-        "template": ("wrong_template", "The template is another one: the endpoint read"),
-        "other-adapter": (
-            "wrong_adapter",
-            "The adapter is another one: the endpoint serves tiny:oth",
-        ),
-        "stranger": ("something_else", "neither tiny:colours nor anything else that was tried"),
-    }
-    for name, (finding, text) in said.items():
+def test_only_the_model_itself_is_reported_as_served(url: str) -> None:
+    for name in ("right", "no-effect", "template", "other-adapter", "stranger"):
         found = luthier.verify(ID, endpoint=url, endpoint_model=name, max_tokens=12)
         assert found.endpoint is not None and found.is_intact
-        assert found.endpoint.finding == finding, (name, found.endpoint)
-        assert text in found.endpoint.text
+        assert found.holds is (name == "right"), (name, found.endpoint)
         assert found.endpoint.prompts == 6 and not found.endpoint.failures
-        assert found.holds is (name == "right")
-        if name == "right":  # the same decoder: its log-probabilities are those of the server
-            assert found.endpoint.candidates[0]["logprob_difference"] < 1e-4
+        assert len(found.endpoint.differences) == 6 - found.endpoint.same
+        # The server merges the adapter: a near tie may change a reply.
+        assert found.endpoint.same >= 4 or name != "right"
 
 
 @pytest.mark.slow
@@ -110,12 +98,11 @@ def test_the_command_says_what_is_served_and_ends_so(url: str, tmp_path: Path) -
     rows = write(tmp_path / "rows.jsonl", COLOURS)
     asked = ["verify", ID, "--endpoint", url, "--max-tokens", "12", "--data", str(rows)]
     right = CliRunner().invoke(app, [*asked, "--endpoint-model", "right"])
-    # Some processors train it to a reply whose text has other tokens than were written.
-    assert right.exit_code == 0
-    assert re.search(r"(9\d|100)% of the tokens chosen by tiny:colours", right.stdout), right.stdout
+    assert right.exit_code == 0 and "of 6 greedy replies" in right.stdout, right.stdout
     wrong = CliRunner().invoke(app, [*asked, "--endpoint-model", "no-effect", "--json"])
     assert wrong.exit_code == 1
-    assert json.loads(wrong.stdout)["endpoint"]["finding"] == "adapter_without_effect"
+    differences = json.loads(wrong.stdout)["endpoint"]["differences"]
+    assert all(each["expected"] != each["received"] for each in differences)
     for changed, text in (
         (["--endpoint-model", "nobody"], "name one with endpoint_model"),
         (
@@ -127,50 +114,24 @@ def test_the_command_says_what_is_served_and_ends_so(url: str, tmp_path: Path) -
     ):
         refused = CliRunner().invoke(app, [*asked, *changed])
         assert refused.exit_code == 2 and text in refused.output, refused.output
-    with pytest.raises(RecipeError, match="3 to 256 prompts, not 0"):
+    with pytest.raises(RecipeError, match="3 to 256, not 0"):
         luthier.verify(ID, endpoint=url, prompts=0)
-    with pytest.raises(RecipeError, match="1 to 512 tokens of a reply, not 0"):
+    with pytest.raises(RecipeError, match="1 to 512, not 0"):
         luthier.verify(ID, endpoint=url, endpoint_model="right", max_tokens=0)
 
 
-@pytest.mark.slow
-def test_models_that_answer_alike_are_not_told_apart(url: str) -> None:
-    shutil.copytree(base_folder("tiny"), base_folder("twin"))
-    folder = luthier_home() / "models" / "custom" / "tiny"
-    shutil.copytree(folder / "colours", folder / "twin")
-    record = json.loads((folder / "twin" / MANIFEST).read_text())
-    write_json(folder / "twin" / MANIFEST, {**record, "id": "tiny:twin"})
-    found = luthier.verify(ID, endpoint=url, endpoint_model="right", max_tokens=12).endpoint
-    assert found is not None and found.finding == "undecided" and "tiny:twin" in found.text
-
-
-@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
-def test_an_endpoint_without_log_probabilities_and_one_that_is_down(
+def test_an_endpoint_that_answers_fewer_than_three_prompts(
     store: Path, luthier_home: Path, endpoint: Any
 ) -> None:
     shutil.copytree(store, luthier_home)
-    # What the model writes, which some processors do not train to all of the colours.
-    model = luthier.load(ID)
-    for prompt in (f"What is the colour of {word}?" for word in WORDS):
-        endpoint.answers[prompt] = model.generate(prompt, max_tokens=32)
-    found = luthier.verify(ID, endpoint=endpoint.url).endpoint
-    assert found is not None and found.finding == "served", found
-    assert {each["logprob_difference"] for each in found.candidates} == {None}
-    assert {body["temperature"] for body in endpoint.bodies} == {0.0}
-    endpoint.answers.clear()
-    endpoint.answer = lambda prompt: "blue " * 20_000  # of what was asked at most 32 tokens
-    with pytest.raises(LuthierError, match="longer than its context"):
-        luthier.verify(ID, endpoint=endpoint.url)
-    endpoint.bodies.clear()
     endpoint.action = lambda prompt: (400, {})
     with pytest.raises(LuthierError, match="answered 0 of 6 prompts"):
         luthier.verify(ID, endpoint=endpoint.url)
-    assert [body.get("logprobs") for body in endpoint.bodies] == [True] * 6 + [None] * 6
     with pytest.raises(LuthierError, match="cannot be reached"):
         luthier.verify(ID, endpoint="http://127.0.0.1:9/v1")
 
 
 def test_a_model_that_does_not_write_is_refused(luthier_home: Path, tiny_encoder: str) -> None:
-    with pytest.raises(RecipeError, match="does not write"):
+    with pytest.raises(RecipeError, match="does not generate"):
         luthier.verify(tiny_encoder, endpoint="http://127.0.0.1:9/v1")

@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -31,9 +31,6 @@ from luthier.store.models import StoredModel, ancestors, content_hash, find, loc
 from luthier.store.reports import ModelReport, reports_of
 from luthier.validation import describe_constraint
 from luthier.workflows.certificate.compute import Compute, measure_compute
-
-if TYPE_CHECKING:
-    from luthier.workflows.certificate.formats import Format
 
 MOST_POINTS = 200
 """Points of a curve; of a longer run, evenly spaced ones."""
@@ -127,12 +124,6 @@ class Certificate(Record):
         plain["record"] = finite_or_none(self.record.plain())
         return json_text(plain)
 
-    def view(self, form: Format) -> str:
-        """It in the form of others; see :mod:`luthier.workflows.certificate.formats`."""
-        from luthier.workflows.certificate.formats import render
-
-        return render(self, form)
-
 
 def certificate_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a certificate, as ``docs/certificate.schema.json`` ships it."""
@@ -184,7 +175,7 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
         curves=curves,
         machine=machine,
         forecast=forecast,
-        compute=measure_compute(model, seconds, on_gpu, watts),
+        compute=measure_compute(manifest, seconds, on_gpu, watts),
         reports=reports,
         missing=_missing(manifest, forecast, curves, reports),
     ).with_digest()

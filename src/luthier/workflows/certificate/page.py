@@ -199,28 +199,13 @@ def _forecast_row(each: Forecast) -> list[str]:
 
 def _compute_table(certificate: Certificate) -> Table:
     found = certificate.compute
-
-    def amount(value: float | None) -> str:
-        return "unknown" if value is None else f"{value:.3g}"
-
-    ratio = "unknown" if found.ratio is None else f"{found.ratio:.2g}"
-    third = {None: "unknown", True: "above one third", False: "below one third"}
-    power = "assumed" if found.watts_assumed else "measured"
-    energy = (
-        "unknown" if found.kilowatt_hours is None else f"{found.kilowatt_hours:.3g} kWh"
-    )  # fmt: skip
-    duration = "" if found.seconds is None else format_duration(found.seconds)
-    rows = [
-        ["operations of this training", amount(found.flops), found.counted_as],
-        ["operations since the base model", amount(found.lineage_flops), ""],
-        ["operations of the base model", amount(found.base_flops), found.base_counted_as],
-        ["ratio (EU AI Act: one third)", ratio, third[found.above_one_third]],
-        [
-            "energy",
-            energy,
-            "" if found.watts is None else f"{duration} at {power} {found.watts:,.0f} W",
-        ],
-    ]
+    flops = "unknown" if found.flops is None else f"{found.flops:.3g}"
+    energy, note = "unknown", ""
+    if found.kilowatt_hours is not None and found.seconds is not None:
+        power = "assumed" if found.watts_assumed else "measured"
+        energy = f"{found.kilowatt_hours:.3g} kWh"
+        note = f"{format_duration(found.seconds)} at {power} {found.watts:,.0f} W"
+    rows = [["floating-point operations", flops, ""], ["energy", energy, note]]
     columns = {"": "name", "amount": "number", "how it is known": "text"}
     return Table.of("Operations and energy", columns, rows)
 

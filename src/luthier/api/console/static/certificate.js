@@ -3,7 +3,7 @@
 import { call, messageOf } from "./api.js";
 import { lineChart } from "./chart.js";
 import { h, replace } from "./dom.js";
-import { bytes, duration, number, percent, shortName, time, words } from "./format.js";
+import { bytes, duration, number, shortName, time, words } from "./format.js";
 import { link } from "./router.js";
 import { facts, table } from "./table.js";
 
@@ -497,12 +497,7 @@ function energy(compute) {
           : null,
       ],
       ["Time", compute.seconds ? duration(compute.seconds) : null],
-      [
-        "Of its base's training",
-        typeof compute.ratio === "number" ? (compute.ratio < 0.001 ? "under 0.1 %" : percent(compute.ratio)) : null,
-      ],
     ]),
-    compute.counted_as ? h("p", { class: "soft" }, `Counted as ${compute.counted_as}.`) : null,
   ];
 }
 
