@@ -164,6 +164,12 @@ class ChatFormat:
     """How images or sounds are read; ``None`` where only texts are."""
     date: str | None = None
     """Date that the chat template prints, in ISO 8601; today's date if ``None``."""
+    opening_ids: tuple[int, ...] = ()
+    """Tokens between ``start_id`` and a reply, such as BART's ``<s>`` or a target language."""
+    closing_ids: tuple[int, ...] = ()
+    """Tokens after a reply in the decoder; the end-of-text token if empty."""
+    decoder_problem: str = ""
+    """Reason why ``opening_ids`` are unknown; empty if they are known."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -265,6 +271,9 @@ class ChatFormat:
         stop_ids: Sequence[int] = (),
         start_id: int | None = None,
         media: Processor | None = None,
+        opening_ids: Sequence[int] = (),
+        closing_ids: Sequence[int] = (),
+        decoder_problem: str = "",
     ) -> ChatFormat:
         """Choose the format: the model's chat template where it has one, plain text elsewhere."""
         if template == "auto":
@@ -273,7 +282,16 @@ class ChatFormat:
             _check_template(tokenizer)
         stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids])
         stops.pop(None, None)
-        return ChatFormat(tokenizer, template, tuple(stops), start_id, media)
+        return ChatFormat(
+            tokenizer,
+            template,
+            tuple(stops),
+            start_id,
+            media,
+            opening_ids=tuple(opening_ids),
+            closing_ids=tuple(closing_ids),
+            decoder_problem=decoder_problem,
+        )
 
     def with_template(self, template: Template) -> ChatFormat:
         """The same model's format with another template; ``auto`` keeps the one it has."""
@@ -376,6 +394,7 @@ class ChatFormat:
     ) -> str:
         """The text that :meth:`encode_prompt` makes tokens of."""
         if self.start_id is not None or self.template == "plain":
+            self.check_decoder()
             return _plain_prompt(in_words(messages, tools))
         return self.render_turns(messages, tools, reply=True, kwargs=self.read_kwargs(kwargs or {}))
 
@@ -649,15 +668,43 @@ class ChatFormat:
     def close(self) -> None:
         """Let go of what reads for it; nothing, where the tokenizer is in this process."""
 
-    def decoder_ids(self, ids_T: IntArray) -> IntArray:
-        """What the decoder is to write, behind the token it starts with and up to its last."""
-        start_id, end_id = self.start_id, self.end_id
-        assert start_id is not None
-        return np.concatenate([[start_id], ids_T, [end_id]]).astype(np.int64)
+    def check_decoder(self) -> None:
+        """Refuse an encoder-decoder that needs a target language and names none.
+
+        Raises:
+            RecipeError: with the fix.
+        """
+        if self.decoder_problem:
+            raise RecipeError(self.decoder_problem)
+
+    @property
+    def decoder_opening(self) -> IntArray:
+        """Token ids that the decoder reads before the first token of a reply."""
+        assert self.start_id is not None
+        return np.array([self.start_id, *self.opening_ids], dtype=np.int64)
+
+    def decoder_ids(self, reply: str) -> IntArray:
+        """Token ids of ``reply`` in the decoder, with the special tokens around the reply.
+
+        All but the first are labels of transformers: ``tokenizer(text_target=reply)``.
+        """
+        closing = self.closing_ids or (self.end_id,)
+        return np.concatenate([self.decoder_opening, self.target_tokens(reply), closing]).astype(
+            np.int64
+        )
+
+    def target_tokens(self, text: str) -> IntArray:
+        """Token ids of ``text`` as the decoder generates it, without special tokens."""
+        if not hasattr(self.tokenizer, "_switch_to_target_mode"):
+            return self.tokens(text, first=False)
+        with panics_refused():  # Marian has a second vocabulary for targets
+            encoded = self.tokenizer(text_target=text, add_special_tokens=False)
+        return np.asarray(encoded["input_ids"], dtype=np.int64)
 
     def _encode_sides(self, messages: Sequence[Message]) -> EncodedReply:
         _check_single(messages)
-        ids_T = self.decoder_ids(self.tokens(messages[1].content, first=False))
+        self.check_decoder()
+        ids_T = self.decoder_ids(messages[1].content)
         return EncodedReply(ids_T, np.arange(len(ids_T)) > 0, self.encode_prompt(messages[:1]))
 
     def _encode_plain(self, messages: Sequence[Message]) -> EncodedReply:

@@ -73,7 +73,7 @@ from luthier.models.dropout import set_dropout
 from luthier.models.heads import new_weights
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MediaLayout
-from luthier.models.load import as_network
+from luthier.models.load import as_network, check_decoder_input
 from luthier.models.network import Network
 from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.save import adapter_tensors, stored_bytes, trained_weights
@@ -619,6 +619,7 @@ class Trainer:
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, device, machine.dtype)
         network.chat = self.job.chat
+        check_decoder_input(network)
         if (dropout := self.recipe.training.dropout) is not None:
             places = ", ".join(set_dropout(network, dropout))
             note(f"dropout {dropout:g} in {places}; attention weights are not dropped")

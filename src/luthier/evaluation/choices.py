@@ -51,7 +51,7 @@ def encode_choices(row: MultipleChoice, chat: ChatFormat) -> list[Example]:
             choice_T = chat.tokens(stem + rest, first=True)[len(before_T) :]
         else:
             source_T = chat.encode_whole(stem)
-            before_T, choice_T = np.array([chat.start_id]), chat.tokens(rest, first=False)
+            before_T, choice_T = chat.decoder_opening, chat.target_tokens(rest)
         if not len(choice_T):
             raise RowRefused(
                 "choices.type",

@@ -152,7 +152,8 @@ class ForwardBackend:
             group.encoded_RSH, group.mask_RS = encoded.last_hidden_state, mask
         else:
             group.encoded_RSH = self._encoded_RSH[ids[:, 0].to(device)]
-        return self._forward(group, torch.full((len(rows), 1), heads.decoder_start(model)))
+        opening_R = torch.tensor([heads.decoder_opening(model)]).expand(len(rows), -1)
+        return self._forward(group, opening_R)
 
     def _forward(self, group: _Group, ids_RT: Tensor, mask_RT: Tensor | None = None) -> Tensor:
         backbone: Any = self.network.model.base_model

@@ -376,6 +376,17 @@ def decoder_start(model: Any) -> int:
     return filling_id(model) if start is None else int(start)
 
 
+def mark_decoder_opening(model: nn.Module, ids: Sequence[int]) -> None:
+    """Record on ``model`` the tokens that its decoder reads before every reply."""
+    model.luthier_decoder_opening = tuple(ids)  # type: ignore[assignment]
+
+
+def decoder_opening(model: Any) -> tuple[int, ...]:
+    """Tokens that the decoder of an encoder-decoder reads before every reply."""
+    ids: tuple[int, ...] = getattr(model, "luthier_decoder_opening", ())
+    return ids or (decoder_start(model),)
+
+
 def filling_id(model: Any) -> int:
     """The token that rows of a rectangle are filled up with; masked, so any will do."""
     return int(getattr(model.config, "pad_token_id", None) or 0)

@@ -285,6 +285,35 @@ def _check_image_to_text(network: Network) -> None:
 
 
 @torch.no_grad()
+def check_decoder_input(network: Network) -> None:
+    """Compare what the decoder of an encoder-decoder reads of a reply with transformers.
+
+    The labels are all tokens of the reply but the first. From them transformers makes the input of the
+    decoder, which has to be the input that luthier trains with.
+
+    Raises:
+        RecipeError: naming the family, if the inputs differ.
+    """
+    model, chat = network.model, network.chat
+    writes = decoder_of(model) is not None and task_of(model) == "causal_lm"
+    if chat is None or chat.start_id is None or not writes:
+        return
+    chat.check_decoder()
+    ids_1T = torch.from_numpy(chat.decoder_ids("a reply"))[None].to(network.device)
+    source_1S = torch.from_numpy(chat.encode_whole("a prompt"))[None].to(network.device)
+    kind = model.config.model_type
+    with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
+        expected = model(input_ids=source_1S, labels=ids_1T[:, 1:]).logits.float()
+        given = model(input_ids=source_1S, decoder_input_ids=ids_1T[:, :-1]).logits.float()
+    if float((given - expected).norm() / expected.norm().clamp_min(1e-6)) > 1e-3:
+        raise RecipeError(
+            f"networks of type {kind} cannot be trained here yet: their decoder does not start from "
+            f"token {chat.start_id}, as transformers shifts the labels in another way. Use a T5, BART "
+            "or M2M-100"
+        )
+
+
+@torch.no_grad()
 def _check_dual_encoder(network: Network) -> None:
     """Compare embeddings of random images and texts with those of the network's own forward."""
     model: Any = network.model

@@ -50,6 +50,10 @@ class TextFormat(Record):
     """Tokens that end a reply."""
     start_id: int | None = None
     """Token that the decoder of an encoder-decoder starts from."""
+    opening_ids: tuple[int, ...] = ()
+    """Tokens between ``start_id`` and a reply."""
+    closing_ids: tuple[int, ...] = ()
+    """Tokens after a reply in the decoder; the first of ``stop_ids`` if empty."""
 
 
 class LossMask(Record):

@@ -246,7 +246,11 @@ class Network:
     def head_bias_V(self) -> Tensor | None:
         """Bias of the output head, ``[V]``, where it has one."""
         bias: Tensor | None = self.model.get_output_embeddings().bias
-        return bias
+        fixed_1V: Tensor | None = getattr(self.model, "final_logits_bias", None)
+        if fixed_1V is None:
+            return bias
+        # A buffer of BART's family; Marian's checkpoints hold numbers other than 0 there.
+        return fixed_1V[0] if bias is None else bias + fixed_1V[0]
 
     def remember_start(self) -> None:
         """Keep a copy of the weights that train, for :meth:`at_start`."""

@@ -131,6 +131,10 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
         model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = stops[0]
+        if chat.start_id is not None and chat.media is None:
+            model.generation_config.decoder_start_token_id = chat.start_id
+            if len(chat.opening_ids) == 1:
+                model.generation_config.forced_bos_token_id = chat.opening_ids[0]
     if stops and getattr(model.config, "pad_token_id", None) is None:
         # transformers finds the last token of each row of a batch by it.
         model.config.pad_token_id = stops[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     path = folder / "generation_config.json"
     stops = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    return ChatFormat.of(tokenizer, template, listed, _start_id(folder), processor)
+    chat = ChatFormat.of(tokenizer, template, listed, _start_id(folder), processor)
+    # TrOCR is pre-trained without the tokenizer's special tokens.
+    return chat if chat.start_id is None or processor is not None else _with_frame(chat, folder)
 
 
 def load_processor(folder: Path) -> Processor | None:
@@ -111,14 +114,78 @@ def reads_texts(folder: Path, processor: Processor | None) -> bool:
     return any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
+_STARTS_FROM_BOS = frozenset({"t5gemma", "t5gemma2"})
+"""Families whose decoder starts from ``bos_token_id``, without ``decoder_start_token_id``."""
+_STARTS_FROM_LAST = frozenset({"mbart", "plbart"})
+"""Families whose ``shift_tokens_right`` starts the decoder from the last token of the labels."""
+
+
+def _fields_of(folder: Path, name: str) -> dict[str, Any]:
+    """Return the fields of a JSON file in ``folder``; none if the file is missing."""
+    path = folder / name
+    fields: dict[str, Any] = read_json(path) if path.is_file() else {}
+    return fields
+
+
 def _start_id(folder: Path) -> int | None:
-    """First token of the decoder of an encoder-decoder; ``None`` for other networks."""
-    path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    """Return the first token of the decoder of an encoder-decoder; ``None`` for other networks."""
+    config = _fields_of(folder, "config.json")
     if not config.get("is_encoder_decoder"):
         return None
+    if config.get("model_type") in _STARTS_FROM_BOS:
+        return int(text_fields(config).get("bos_token_id", 2))
     for fields in (config, text_fields(config)):
         for name in ("decoder_start_token_id", "pad_token_id"):
             if isinstance(start := fields.get(name), int):
                 return start
     return None
+
+
+def _with_frame(chat: ChatFormat, folder: Path) -> ChatFormat:
+    """Return ``chat`` with the special tokens that its tokenizer puts around a target text."""
+    if problem := _language_problem(chat.tokenizer, folder):
+        return replace(chat, decoder_problem=problem)
+    text = "a"
+    switches = hasattr(chat.tokenizer, "_switch_to_target_mode")
+    encoded = chat.tokenizer(text_target=text) if switches else chat.tokenizer(text)
+    whole, inner = [*encoded["input_ids"]], chat.target_tokens(text).tolist()
+    starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
+    if not inner or not starts:
+        problem = f"{folder}: the tokenizer's special tokens around a target text are not known."
+        return replace(chat, decoder_problem=f"{problem} Use a T5, BART or M2M-100.")
+    opening, closing = whole[: starts[0]], whole[starts[0] + len(inner) :]
+    start_id, kind = chat.start_id, _fields_of(folder, "config.json").get("model_type")
+    if kind in _STARTS_FROM_LAST:
+        start_id = whole[-1]
+    elif kind in _STARTS_FROM_BOS and opening[:1] == [start_id]:
+        opening = opening[1:]  # the tokenizer's <bos> is the token that the decoder starts from
+    if not {*closing} & {*chat.stop_ids}:
+        closing = [*closing, *chat.stop_ids[:1]]
+    return replace(chat, start_id=start_id, opening_ids=tuple(opening), closing_ids=tuple(closing))
+
+
+def _language_problem(tokenizer: Any, folder: Path) -> str:
+    """Set the target language of a multilingual tokenizer; return what is missing, if anything.
+
+    The language is ``tgt_lang`` of the tokenizer, or else ``forced_bos_token_id`` of the network.
+    """
+    if not hasattr(tokenizer, "tgt_lang"):
+        return ""
+    named = tokenizer.init_kwargs
+    files = ("generation_config.json", "config.json")
+    forced = [_fields_of(folder, name).get("forced_bos_token_id") for name in files]
+    forced_id = next((each for each in forced if each is not None), None)
+    if not named.get("tgt_lang") and forced_id is not None:
+        tokenizer.tgt_lang = tokenizer.convert_ids_to_tokens(forced_id).strip("_")
+    elif not named.get("tgt_lang"):
+        return _NO_LANGUAGE.format(folder / "tokenizer_config.json", "target", "tgt_lang")
+    if not named.get("src_lang"):  # transformers would take English
+        return _NO_LANGUAGE.format(folder / "tokenizer_config.json", "source", "src_lang")
+    return ""
+
+
+_NO_LANGUAGE = (
+    "{}: this model translates, and no setting names the {} language. Set `{}` in this file, as "
+    'AutoTokenizer.from_pretrained(FOLDER, src_lang="...", tgt_lang="...").save_pretrained(FOLDER) '
+    "does."
+)

@@ -386,6 +386,8 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
             f"Choose another objective than {objective.method}, or a base that reads such rows "
             "(`luthier models list`)"
         )
+    if objective.task == "causal_lm":
+        chat.check_decoder()
     objective.check(chat)
 
 

@@ -116,9 +116,9 @@ class ImageToText(Objective):
         chat.check_reads(SHAPES[row.shape].reads)
         assert isinstance(row, MediaRow)
         media = chat.media_input(row)
-        ids_T = np.array([chat.start_id], dtype=np.int64)
+        ids_T = chat.decoder_opening
         if isinstance(row, CaptionedImage):
-            ids_T = chat.decoder_ids(chat.tokens(row.caption, first=False))
+            ids_T = chat.decoder_ids(row.caption)
         weight_T = (np.arange(len(ids_T)) > 0).astype(np.float32)
         return Example(ids_T, weight_T, index, media=media)
 

@@ -246,7 +246,7 @@ class Reinforcement(WritesReplies):
         ids_T = chat.encode_prompt(row.prompt_turns(), row.tools)
         source_T = None
         if chat.start_id is not None:
-            ids_T, source_T = np.array([chat.start_id], dtype=np.int64), ids_T
+            ids_T, source_T = chat.decoder_opening, ids_T
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         return Example(ids_T, weight_T, index, source_T=source_T, given=row)
 

@@ -28,7 +28,7 @@ from luthier.data.media import LONGEST_WINDOW, Media
 from luthier.data.processors import PREPROCESSOR_CONFIG, Processor, read_processor
 from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
 from luthier.files import folder_size
-from luthier.models.manifest import Manifest, TextFormat
+from luthier.models.manifest import Manifest
 from luthier.models.outside import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -44,7 +44,7 @@ from luthier.models.save import ADAPTER
 from luthier.serving.inference import Chat, GenerationRequest, ImageRequest
 from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store.model_folders import short_name
-from luthier.store.models import StoredModel, chat_format, load
+from luthier.store.models import StoredModel, chat_format, load, text_format
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -135,10 +135,13 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
     if kind == "causal_lm":
         # What it may read of images is not taken in here.
         (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
-    with_texts = reads_texts(folder, load_processor(folder))
+    with_texts, form = reads_texts(folder, load_processor(folder)), None
     if with_texts:
         with _format(folder, None, "Save the model's own tokenizer into the folder.") as chat:
             check_vocabulary(chat, fields.get("text_encoder", fields), "the model")
+            if chat.start_id is not None:
+                chat.check_decoder()
+                form = text_format(chat)
     elif text_fields(fields) is not fields:
         raise ModelRefused(
             "tokenizer.json", "model.tokenizer",
@@ -152,6 +155,7 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
         parameters=network.numbers,
         context=context,
         tokenizer_from=model_id if with_texts else None,
+        format=form,
     )
     checks = _try(StoredModel(model_id, folder, manifest))
     if network.task == "sequence_classification":
@@ -207,9 +211,7 @@ def accept_adapter(
         root=base.root,
         tokenizer_from=model_id,
         recipe={"base": base.id, "adaptation": lora.model_dump(mode="json")},
-        format=TextFormat(
-            template=chat.template, stop_ids=chat.stop_ids, start_id=asked["start_id"]
-        ),
+        format=text_format(chat),
         adapter_of=_base_name(fields),
     )
     candidate = StoredModel(model_id, folder, manifest, base)
@@ -320,14 +322,14 @@ def _sample_input(kind: str) -> ModelInput:
 
 
 def _requested_format(folder: Path, base: StoredModel) -> dict[str, Any]:
-    """Template, stop tokens and start token of an adapter, whose tokenizer is then in its folder."""
+    """Return the text format of an adapter, and save the base's tokenizer where it has none."""
     from luthier.models.save import save_format
 
     chat, template = chat_format(base), "auto"
     if not (folder / "tokenizer_config.json").is_file():
         save_format(chat, folder)
         template = chat.template
-    return {"template": template, "stop_ids": list(chat.stop_ids), "start_id": chat.start_id}
+    return {**text_format(chat).model_dump(mode="json"), "template": template}
 
 
 @contextmanager

@@ -81,6 +81,9 @@ def sandboxed_format(folder: Path, fields: Mapping[str, Any] | None = None) -> S
         tuple(about["stop_ids"]),
         about["start_id"],
         load_processor(folder),
+        opening_ids=tuple(about["opening_ids"]),
+        closing_ids=tuple(about["closing_ids"]),
+        decoder_problem=about["decoder_problem"],
     )
 
 

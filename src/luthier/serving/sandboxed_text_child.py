@@ -89,7 +89,8 @@ def _open_chat_format(folder: Path, fields: Mapping[str, Any] | None) -> ChatFor
     if fields is None:
         return load_chat_format(folder)
     tokenizer = load_tokenizer(folder)
-    return ChatFormat.of(tokenizer, fields["template"], fields["stop_ids"], fields["start_id"])
+    names = ("template", "stop_ids", "start_id", "opening_ids", "closing_ids")
+    return ChatFormat.of(tokenizer, **{name: fields[name] for name in names if name in fields})
 
 
 def _about(chat: ChatFormat) -> dict[str, Any]:
@@ -101,6 +102,9 @@ def _about(chat: ChatFormat) -> dict[str, Any]:
         "template": chat.template,
         "stop_ids": [int(i) for i in chat.stop_ids],
         "start_id": chat.start_id,
+        "opening_ids": [int(i) for i in chat.opening_ids],
+        "closing_ids": [int(i) for i in chat.closing_ids],
+        "decoder_problem": chat.decoder_problem,
         "chat_template": template,
         "stop_names": [*chat.text_encoder.stop_names] if chat.has_tokenizer else [],
         "vocab_size": int(tokenizer.vocab_size),

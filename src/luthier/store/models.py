@@ -377,6 +377,7 @@ def load(
     Raises:
         CorruptFile: where a file is not the one that the record names.
     """
+    from luthier.models.heads import decoder_of, mark_decoder_opening
     from luthier.models.load import load_model
 
     check_whole(model)
@@ -387,6 +388,10 @@ def load(
         network = load(model.parent, dtype, device, head, savable, on_merged)
         attach_adapter(network, model)
         adaptation_of(model).merge(network)
+    if head.task == "causal_lm" and decoder_of(network) is not None:
+        form = model.manifest.format or chat_format(model)
+        if form.start_id is not None:
+            mark_decoder_opening(network, (form.start_id, *form.opening_ids))
     on_merged(model)
     return network
 
@@ -675,7 +680,13 @@ def chat_format(model: StoredModel) -> ChatFormat:
         return load_chat_format(model.folder)
     tokenizer = load_tokenizer(model.folder)
     return ChatFormat.of(
-        tokenizer, stored.template, stored.stop_ids, stored.start_id, read_processor(model.folder)
+        tokenizer,
+        stored.template,
+        stored.stop_ids,
+        stored.start_id,
+        read_processor(model.folder),
+        stored.opening_ids,
+        stored.closing_ids,
     )
 
 
@@ -683,7 +694,13 @@ def text_format(chat: ChatFormat) -> TextFormat:
     """What the record of a model says of the format that it was trained and is served with."""
     if not chat.has_tokenizer:
         return TextFormat(template="none", stop_ids=())
-    return TextFormat(template=chat.template, stop_ids=chat.stop_ids, start_id=chat.start_id)
+    return TextFormat(
+        template=chat.template,
+        stop_ids=chat.stop_ids,
+        start_id=chat.start_id,
+        opening_ids=chat.opening_ids,
+        closing_ids=chat.closing_ids,
+    )
 
 
 def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = None) -> StoredModel:
