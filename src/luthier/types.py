@@ -140,6 +140,8 @@ class Message:
     def to_dict(self) -> dict[str, Any]:
         """The turn in OpenAI's form, ready for JSON."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if not self.learned:
+            turn["weight"] = 0
         if self.reasoning:
             turn["reasoning_content"] = self.reasoning
         if self.calls:

@@ -130,6 +130,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"prompt": "q", "completion": AWKWARD},
     ),
     (
+        "question and answer",
+        {"question": "q", "context": "c", "answer": AWKWARD},
+        {"prompt": "q\n\nc", "completion": AWKWARD},
+    ),
+    (
         "question and response",
         {"id": 1, "system_prompt": "be kind", "question": "q", "response": AWKWARD},
         {"messages": (SYSTEM, *CHAT)},
@@ -322,7 +327,6 @@ def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:
         {"input": 3, "output": []},
         {"sentence1": "a", "sentence2": "b", "score": 0.5},
         {"premise": "a", "hypothesis": "b", "label": "neutral"},
-        {"question": "a", "answer": "b", "context": "c"},
         {"question": "a", "context": "c", "answers": {"text": ["x"]}},
         {"input": "x", "label": "y"},
         {"input": "x", "expected": "y"},

@@ -21,6 +21,7 @@ from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, M
 from luthier.data.media_files import object_name
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
+from luthier.data.turn_marks import read_marks
 from luthier.errors import Problem, RowRefused
 from luthier.printable import list_some, nearest_name
 from luthier.types import Message, Tool, ToolCall
@@ -49,6 +50,7 @@ ROLE_RENAMES: Mapping[str, str] = {
     "ai": "assistant",
 } | {role: role for role in _ROLES}
 """Names that people and other tools give to roles."""
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _BIO = re.compile(r"O|[BI]-\S+")
 
 RENAMES: Mapping[str, str] = {
@@ -129,7 +131,7 @@ def read_label(value: object) -> str | tuple[str, ...]:
     """One label, or all labels of the row where it may have several. Whole numbers become text."""
     if not isinstance(value, list):
         return _label_name(value)
-    names = tuple(_label_name(item) for item in value)
+    names = tuple(_label_name(item, "an array with {} in it") for item in value)
     twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
         raise RowRefused(
@@ -138,31 +140,44 @@ def read_label(value: object) -> str | tuple[str, ...]:
     return names
 
 
-def _label_name(value: object) -> str:
+def _label_name(value: object, given: str = "{}") -> str:
     if type(value) is int:
         return str(value)
     if isinstance(value, str) and value.strip():
         return value
+    if isinstance(value, list) and len(value) == 3 and type(value[0]) is type(value[1]) is int:
+        raise RowRefused(
+            "label.type",
+            f'"label" holds the span [{value[0]}, {value[1]}, {quote(str(value[2]))}] of a text, '
+            "as doccano writes entities.",
+            'Write the words of the text and a tag for each: {"tokens": ["Rita", "sings"], '
+            '"tags": ["B-person", "O"]}.',
+        )
     kind = "empty" if isinstance(value, str) else json_kind(value)
     fix = 'Write {"text": "...", "label": "name"}, or ["a", "b"] where a text has several.'
     if type(value) is float:
         fix += " If it is a rating, say `data.columns.rating=label`."
     raise RowRefused(
         "label.type",
-        f'"label" must be a text or a whole number, or an array of them, but is {kind}.',
+        f'"label" must be a text or a whole number, or an array of them, but is {given.format(kind)}.',
         fix,
     )
 
 
 def read_rating(value: object) -> float:
-    """A finite number."""
-    if type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
+    """Return a finite number."""
+    number = type(value) in (int, float)
+    if number and math.isfinite(value):  # type: ignore[arg-type]
         return float(value)  # type: ignore[arg-type]
-    raise RowRefused(
-        "rating.type",
-        f'"rating" must be a finite number, but is {json_kind(value)}.',
-        "Write the number without quotes, or remove the row.",
-    )
+    given = f"{value}" if number else json_kind(value)
+    fix = "Write the number without quotes, or remove the row."
+    if isinstance(value, str):
+        given = f"the text {quote(value)}" if value.strip() else "empty"
+        if DECIMAL_COMMA.fullmatch(value.strip()):
+            fix = f"Write the number with a point: {value.strip().replace(',', '.')}."
+        elif not re.search(r"\d", value):
+            fix = "Write a number, or remove the row."
+    raise RowRefused("rating.type", f'"rating" must be a finite number, but is {given}.', fix)
 
 
 def read_tagged(tokens: object, tags: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -217,6 +232,8 @@ class FieldChecker:
         self.problems = problems
         self.line = 0
         self.names: Names = {}
+        self.unread_of_turns: dict[str, None] = {}
+        """Keys of turns that are not read, such as ``messages[].speaker``."""
 
     def report(self, rule: str, message: str, fix: str) -> None:
         """Note what is wrong with the row in hand."""
@@ -351,8 +368,8 @@ class FieldChecker:
             self._check_order(messages, answered)
             spoken = [turn for turn in messages if turn.role == "assistant"]
             if answered and spoken and not any(turn.learned for turn in spoken):
-                message = "Every turn of the assistant has the weight 0: nothing would be learned."
-                fix = "Remove the weight of a turn that is to be learned, or remove the row."
+                message = "Every turn of the assistant is marked as not learned."
+                fix = "Remove the mark of a turn that is to be learned, or remove the row."
                 self.report("message.weight", message, fix)
         return messages
 
@@ -364,10 +381,8 @@ class FieldChecker:
             self.report("messages.type", message, fix)
             return None
         role = self._role(number, item)
-        weight = item.get("weight")
-        # As OpenAI has it: 1 or 0; what else stands there says something else.
-        learned = not (role == "assistant" and type(weight) in (int, float) and not weight)
         try:
+            learned = self.learned(item, "messages", role == "assistant")
             item = {**item, "content": join_parts(item["content"])} if "content" in item else item
         except RowRefused as bad:
             self.report(bad.rule, f"Message {number}: {bad.message}", bad.fix)
@@ -384,6 +399,17 @@ class FieldChecker:
         if role != "assistant" or not isinstance(reasoning, str):
             reasoning = ""
         return Message(role, content, learned, calls, str(call_id or ""), reasoning.strip())
+
+    def learned(self, turn: Record, key: str, of_assistant: bool = True) -> bool:
+        """Return whether a turn under ``key`` is learned, and note its keys that are not read.
+
+        Raises:
+            RowRefused: if a mark of the turn cannot be understood.
+        """
+        learned, unread = read_marks(turn, of_assistant)
+        called = self.names.get(key) or key
+        self.unread_of_turns |= {f"{called}[].{name}": None for name in unread}
+        return learned
 
     def _role(self, number: int, item: Record) -> str | None:
         """Who speaks; ``None`` when a problem was reported."""
@@ -408,8 +434,18 @@ class FieldChecker:
         Raises:
             RowRefused: for tools that cannot be read.
         """
-        value = record.get("tools")
-        return read_tools(record.get("toolConfig") or [] if value is None else value)
+        found = [
+            tools
+            for key in ("tools", "functions", "toolConfig")
+            if (value := record.get(key)) is not None and (tools := read_tools(value))
+        ]
+        if any(tools != found[0] for tools in found):
+            raise RowRefused(
+                "tools.type",
+                'The row has different tools under "tools", "functions" and "toolConfig".',
+                'Give all of them under "tools".',
+            )
+        return found[0] if found else ()
 
     def _check_order(self, messages: Sequence[Message], answered: bool) -> None:
         """Report the first turn that is not where it belongs."""
@@ -476,9 +512,9 @@ def check_calls(messages: Turns, tools: Sequence[Tool]) -> None:
                 )
 
 
-def read_prompt(value: object) -> Turns:
-    """The same as :func:`read_turns` of the user, with an answer of the assistant to come."""
-    turns = read_turns(value, "prompt", "user")
+def read_prompt(value: object, fields: FieldChecker) -> Turns:
+    """Return the turns of a prompt, as :func:`read_turns` does; the assistant must not end it."""
+    turns = read_turns(value, "prompt", "user", fields)
     if turns[-1].role == "assistant":
         raise RowRefused(
             "preference.order",
@@ -488,21 +524,22 @@ def read_prompt(value: object) -> Turns:
     return turns
 
 
-def read_turns(value: object, key: str, role: str) -> Turns:
-    """A text (of ``role``), a message, or a list of at least one message."""
+def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turns:
+    """Return the turns of a text (of ``role``), a message, or a list of at least one message.
+
+    Raises:
+        RowRefused: for anything else, for calls of tools, and for an answer without a learned turn.
+    """
     if isinstance(value, str):
         return (Message(role, value),)
     items = value if isinstance(value, list) and value else [value]
     found = []
-    for each in items:
+    # Before, as malformed calls need no other fix; after, as other forms of calls show only then.
+    _refuse_calls(items, key)
+    turns = unify_turns(items)
+    _refuse_calls(turns, key)
+    for each in turns:
         item = each
-        if isinstance(each, dict) and (each.get("tool_calls") or each.get("function_call")):
-            # First, as the content of a message that calls is often null.
-            raise RowRefused(
-                "preference.type",
-                f"a message of {key} calls a tool, which cannot be learned in preferences yet.",
-                "Write the call as text in the content, or remove the row.",
-            )
         if isinstance(each, dict) and "content" in each:
             item = {**each, "content": join_parts(each["content"])}
         if not isinstance(item, dict) or not isinstance(item.get("content"), str):
@@ -512,14 +549,36 @@ def read_turns(value: object, key: str, role: str) -> Turns:
                 f"{json_kind(item)}{' without a text as content' * isinstance(item, dict)}.",
                 f'Write "{key}": "text", or {{"role": "{role}", "content": "text"}}.',
             )
-        if item.get("role") not in ("system", "user", "assistant"):
+        speaker = "system" if item.get("role") == "developer" else item.get("role")
+        if speaker not in ("system", "user", "assistant"):
             raise RowRefused(
                 "preference.order",
-                f"a message of {key} has the role {quote(str(item.get('role')))}.",
+                f"a message of {key} has the role {quote(str(speaker))}.",
                 "Roles are system, user and assistant.",
             )
-        found.append(Message(item["role"], item["content"]))
+        answers = speaker == "assistant"
+        # Nothing of a prompt is learned, so a mark there changes nothing.
+        learned = fields.learned(item, key, answers and role == "assistant")
+        reasoning = str(item.get("reasoning_content") or "").strip() if answers else ""
+        found.append(Message(speaker, item["content"], learned, reasoning=reasoning))
+    spoken = [turn.learned for turn in found if turn.role == "assistant"]
+    if role == "assistant" and spoken and not any(spoken):
+        raise RowRefused(
+            "message.weight",
+            f"every turn of the assistant in {key} is marked as not learned.",
+            "Remove the mark of a turn that is to be learned, or remove the row.",
+        )
     return tuple(found)
+
+
+def _refuse_calls(turns: Sequence[object], key: str) -> None:
+    for turn in turns:
+        if isinstance(turn, dict) and (turn.get("tool_calls") or turn.get("function_call")):
+            raise RowRefused(
+                "preference.type",
+                f"a message of {key} calls a tool, which cannot be learned in preferences yet.",
+                "Write the call as text in the content, or remove the row.",
+            )
 
 
 def check_not_blank(turns: Turns) -> None:

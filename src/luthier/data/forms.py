@@ -8,19 +8,22 @@ place for is refused, never left out. To add a form, write one function and one 
 
 Considered and left out: ShareGPT with preferences, ``query`` with lists of passages, SQuAD's nested
 answers, triplets with hard negatives, tables of sentence pairs with a score or label (they are no
-pairs that belong together). ``--map`` takes those whose columns only have other names.
+pairs that belong together). ``--map`` takes those whose columns only have other names. System prompts,
+histories and tools are joined to the turns by ``luthier.data.row_context``, for every form alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from luthier.data.fields import ROLE_RENAMES, Names, Turns
 from luthier.data.media import media_kind
 from luthier.data.parsing import Record
+from luthier.data.row_context import TOOL_KEYS, context_keys, is_blank
 from luthier.data.shapes import SHAPES
-from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, tool_record
 from luthier.data.shapes.media import CAPTION_KEYS
 from luthier.data.shapes.preferences import JudgedAnswers, Preference
 from luthier.data.shapes.texts import RawText
@@ -58,27 +61,16 @@ def _question_answer(question: str, answer: str, *more: str) -> Callable[[Record
     def convert(record: Record) -> Converted:
         made: Record = {}
         if question in record:
-            below = [record[key] for key in more if not _blank(record.get(key))]
+            below = [record[key] for key in more if not is_blank(record.get(key))]
             made["prompt"] = _above(record[question], below)
         if answer in record:
             made["completion"] = record[answer]
-        names = {"prompt": question, "completion": answer}
-        system = next((record[k] for k in _SYSTEM_KEYS if not _blank(record.get(k))), None)
-        history = record.get("history")
-        if system is None and not history:
-            return _with_further_keys(record, made), names
-        turns = [] if system is None else [{"role": "system", "content": system}]
-        for pair in history if isinstance(history, list) else []:
-            said = pair if isinstance(pair, list) and len(pair) == 2 else [pair, None]
-            turns += _turns(said[0], said[1])
-        turns += _turns(made.get("prompt"), made.get("completion"))
-        return _with_further_keys(record, {"messages": turns}), {}
+        return _with_further_keys(record, made), {"prompt": question, "completion": answer}
 
     return convert
 
 
-_BESIDE_ANY = ("id", "expected", "rating", "score", "thumb", "label", "tools", "toolConfig")
-_SYSTEM_KEYS = ("system", "system_prompt")
+_BESIDE_ANY = ("id", "expected", "rating", "score", "thumb", "label")
 
 
 def _above(text: object, below: list[object]) -> object:
@@ -88,35 +80,21 @@ def _above(text: object, below: list[object]) -> object:
     return wrong[0] if wrong else "\n\n".join(map(str, parts))
 
 
-def _turns(asked: object, answered: object) -> list[dict[str, object]]:
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-
-
-def _blank(value: object) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
 def _with_further_keys(record: Record, made: Record) -> Record:
-    """``made`` with what may stand beside any form: id, expected answer, judgement."""
-    return made | {key: record[key] for key in _BESIDE_ANY if key in record}
+    """Return ``made`` with the keys of any form: id, expected answer, judgement and context."""
+    context = context_keys(Conversation, {**record, **made})
+    return made | {key: record[key] for key in record if key in _BESIDE_ANY or key in context}
 
 
 def _conversation(record: Record) -> Converted:
-    """Bedrock: content is a list of blocks, the system prompt stands beside the messages."""
-    blocks = record.get("system")
-    messages = record.get("messages")
-    if blocks and isinstance(messages, list):
-        messages = [{"role": "system", "content": blocks}, *messages]
-    return _with_further_keys(record, {"messages": messages}), {}
+    """Return a row of Bedrock's Converse: its messages and what stands next to them."""
+    return _with_further_keys(record, {"messages": record.get("messages")}), {}
 
 
 def _sharegpt(record: Record) -> Converted:
     turns = record.get("conversations")
-    system = record.get("system")
     if isinstance(turns, list):
         turns = [_turn(each) for each in turns]
-        if not _blank(system):
-            turns = [{"role": "system", "content": system}, *turns]
     return _with_further_keys(record, {"messages": turns}), {
         "messages": "conversations",
         "role": "from",
@@ -130,8 +108,12 @@ def _turn(item: object) -> object:
         return item
     role = item["from"]
     known = ROLE_RENAMES.get(role) if isinstance(role, str) else None
-    named = {"role": known or role}
-    return named | ({"content": item["value"]} if "value" in item else {})
+    further = {key: value for key, value in item.items() if key not in ("from", "value")}
+    return {
+        **further,
+        "role": known or role,
+        **({"content": item["value"]} if "value" in item else {}),
+    }
 
 
 def _image_reference(record: Record) -> Converted:
@@ -165,10 +147,10 @@ def _multiple_choice(record: Record) -> Converted:
     """
     relation = record.get("relation")
     asks = {"cause": "Cause", "effect": "Effect"}.get(str(relation), "Answer")
-    above = [record["context"]] if not _blank(record.get("context")) else []
+    above = [record["context"]] if not is_blank(record.get("context")) else []
     texts = [*above, record["question"]]
     prompt: object = next((each for each in texts if not isinstance(each, str)), None)
-    if prompt is None and not _blank(record["question"]):
+    if prompt is None and not is_blank(record["question"]):
         prompt = "\n".join([*map(str, above), f"Question: {record['question']}", f"{asks}:"])
     made = {"prompt": prompt, "choices": record["choices"], "answer": record["answer"]}
     return _with_further_keys(record, made), {"prompt": "question"}
@@ -203,24 +185,22 @@ def _form(
     return Form(name, key_set, convert, without_set, used_set)
 
 
-_ELSE = "instruction question query system_prompt"
+_ELSE = "instruction question query"
 _NO_TEXT = " ".join(sorted(_OWN | _JUDGED))
 FORMS: tuple[Form, ...] = (
-    _form(
-        "Bedrock conversation", "schemaVersion messages", _conversation, used="system toolConfig"
-    ),
-    _form("ShareGPT", "conversations", _sharegpt, used="system tools"),
+    _form("Bedrock conversation", "schemaVersion messages", _conversation),
+    _form("ShareGPT", "conversations", _sharegpt),
     _form(
         "Alpaca",
         "instruction output",
         _question_answer("instruction", "output", "input"),
-        used="input system history",
+        used="input",
     ),
     _form(
         "instruction and response",
         "instruction response",
         _question_answer("instruction", "response", "context", "input"),
-        used="context input system",
+        used="context input",
     ),
     Form(
         "question with choices",
@@ -233,23 +213,22 @@ FORMS: tuple[Form, ...] = (
     Form(
         "question and answer",
         frozenset(("question", "answer")),
-        _question_answer("question", "answer"),
-        frozenset(("context", "answers")),
+        _question_answer("question", "answer", "context"),
+        frozenset(("answers",)),
+        frozenset(("context",)),
         applies=lambda record: not _has_choices(record),
     ),
     _form(
         "question and response",
         "question response",
-        _question_answer("question", "response"),
-        "context",
-        "system_prompt system",
+        _question_answer("question", "response", "context"),
+        used="context",
     ),
     _form(
         "query and response",
         "query response",
-        _question_answer("query", "response"),
-        "context",
-        "system history",
+        _question_answer("query", "response", "context"),
+        used="context",
     ),
     _form("Bedrock input and output", "input output", _question_answer("input", "output"), _ELSE),
     _form("Bedrock image and caption", "image-ref", _image_reference, used="caption"),
@@ -273,12 +252,14 @@ FORMS: tuple[Form, ...] = (
         "Bedrock raw text",
         "input",
         _rename(text="input"),
-        f"{_ELSE} output answer response target expected {_NO_TEXT}",
+        f"{_ELSE} system system_prompt output answer response target expected {_NO_TEXT}",
     ),
 )
 """Every form that is not one of our own shapes, the more telling ones first."""
 
-KEYS = _OWN | _JUDGED | frozenset().union(*(form.keys | form.used for form in FORMS))
+KEYS = (_OWN | _JUDGED | {"system", "system_prompt", "history", *TOOL_KEYS}).union(
+    *(form.keys | form.used for form in FORMS)
+)
 """Every key that says something of a form or a shape."""
 
 
@@ -302,6 +283,7 @@ def extra_keys(row: Row, record: Record, form: Form | None) -> Record:
     """What stands in the record beside what the row was made of."""
     kind = SHAPES[row.shape]
     used = kind.source_keys() if form is None else form.keys | form.used | kind.beside
+    used |= context_keys(kind, record)
     return {key: value for key, value in record.items() if key not in used}
 
 
@@ -323,7 +305,7 @@ def _to_openai(row: Row) -> Record:
     if not isinstance(row, Preference):
         return _to_chat(row)
     return {
-        "input": {"messages": _turn_dicts(row.messages)},
+        "input": {"messages": _turn_dicts(row.messages), **tool_record(row.tools)},
         "preferred_output": _turn_dicts(row.chosen),
         "non_preferred_output": _turn_dicts(row.rejected),
     }
@@ -371,7 +353,7 @@ def _to_text(row: Row) -> Record:
 
 
 FORMS_WITH_TOOLS = frozenset({"rows", "chat", "openai"})
-"""Forms that have a place for tools, calls, results and reasoning."""
+"""Forms that have a place for tools, calls, results, reasoning and turns that are not learned."""
 TARGETS: Mapping[str, Callable[[Row], Record]] = {
     "rows": lambda row: row.record(),
     "prompt-completion": _to_pair,
@@ -395,6 +377,8 @@ def _conversation_of(row: Row, form: str) -> Turns:
         agent = agent or (isinstance(row, Conversation) and bool(row.tools))
         if agent and form not in FORMS_WITH_TOOLS:
             raise _no_place(form, "has tools, calls or reasoning")
+        if form not in FORMS_WITH_TOOLS and not all(turn.learned for turn in turns):
+            raise _no_place(form, "has a turn of the assistant that is not learned")
         return turns
     if isinstance(row, JudgedAnswers):
         raise _no_place(form, "is a judgement of answers")
@@ -409,5 +393,5 @@ def _no_place(form: str, what: str) -> RowRefused:
     )
 
 
-def _turn_dicts(turns: Turns) -> list[dict[str, str]]:
+def _turn_dicts(turns: Turns) -> list[dict[str, Any]]:
     return [turn.to_dict() for turn in turns]

@@ -18,6 +18,7 @@ from luthier.data.forms import KEYS, Form, extra_keys, forms_of
 from luthier.data.media import PLURAL, Media, media_kind
 from luthier.data.parsing import Record, quote
 from luthier.data.read import find_container, read_records, source_size
+from luthier.data.row_context import is_blank, join_context, parse_turns
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.base import Shape
 from luthier.data.shapes.choices import MultipleChoice
@@ -132,20 +133,51 @@ class Checker(FieldChecker):
         # Where the keys alone tell the shape, the next row with the same ones need not be asked. Of an
         # answer with a label or a rating it is the value that tells whether it is a judgement.
         values_tell = "completion" in own and _VALUES_TELL & own.keys()
-        if own is record and not values_tell and len(self.known) < _MOST_KNOWN:
+        if (
+            own is record
+            and own is self.given
+            and not values_tell
+            and len(self.known) < _MOST_KNOWN
+        ):
             self.known[keys] = kind
         return self._read(kind, own)
 
     def _read(self, kind: type[Shape], record: Record) -> Row | None:
         try:
-            return kind.read(record, self)
+            joined_kind, joined = join_context(kind, record)
+            row = joined_kind.read(joined, self)
+            if row is not None:  # what is missing has a clearer fix
+                self._check_meaning(kind)
+            return row
         except RowRefused as bad:
             self.report(bad.rule, bad.message, bad.fix)
             return None
 
+    def _check_meaning(self, kind: type[Shape]) -> None:
+        """Refuse a row with a key that makes it another task than its shape has.
+
+        Raises:
+            RowRefused: naming the key.
+        """
+        if kind.other_tasks.keys().isdisjoint(self.given):
+            return
+        read = self.form.keys | self.form.used if self.form else frozenset[str]()
+        for key in kind.other_tasks.keys() & self.given.keys() - read:
+            if not is_blank(self.given[key]) and self.given[key] != []:
+                raise RowRefused(
+                    "row.ambiguous",
+                    f"The row is read as {kind.words}, and {quote(key)} would be left out.",
+                    f"{kind.other_tasks[key]} Or set {quote(key)} aside by `data.columns.{key}=` "
+                    f"(empty).",
+                )
+
     def own_record(self, record: Record) -> Record | None:
         """The record in our own keys, its id checked; None only when a problem was reported."""
-        own = self._from_form(record)
+        try:
+            own = self._from_form(record)
+        except RowRefused as bad:
+            self.report(bad.rule, bad.message, bad.fix)
+            return None
         if own is not None and "id" in own:
             self.check_id(own["id"])
         return own
@@ -156,7 +188,7 @@ class Checker(FieldChecker):
         mapped = self._rename_columns(record, columns) if columns else record
         if mapped is None:
             return None
-        self.given = mapped
+        self.given = mapped = parse_turns(mapped)
         found = forms_of(mapped)
         used = frozenset().union(*(form.used for form in found))
         generic = [f'"{key}"' for key in ("text", "prompt") if key in mapped and key not in used]
@@ -315,6 +347,7 @@ class Checker(FieldChecker):
         renamed = rename_fix(record, ("messages",)) or rename_fix(record, ("prompt", "completion"))
         if fix := (
             _media_columns_fix(record)
+            or _passage_fix(record)
             or _inner_rows_fix(record)
             or _letter_case_fix(record)
             or (not renamed and _text_columns_fix(record))
@@ -357,6 +390,35 @@ def _header_fix(record: Record) -> str:
     return (
         "If the first line is a row already, put a header line before it, such as `text,label` or "
         "`prompt,completion`. "
+    )
+
+
+def _passage_fix(record: Record) -> str:
+    """Return how to rewrite questions about a passage, as SQuAD has them; empty for other rows.
+
+    To rename the question alone would leave out the passage.
+    """
+    paragraphs = record.get("paragraphs")
+    first = paragraphs[0] if isinstance(paragraphs, list) and paragraphs else None
+    if isinstance(first, dict) and "qas" in first:
+        steps = (
+            ".. | .paragraphs? // empty | .[] | .context as $context | .qas[] "
+            "| {question, context: $context, answer: .answers[0].text}"
+        )
+    elif {"question", "context"} <= record.keys():
+        answers = record.get("answers")
+        first = answers[0] if isinstance(answers, list) and answers else None
+        answer = ".answers.text[0]" if isinstance(answers, dict) else ".answers[0]"
+        answer += ".text" if isinstance(first, dict) else ""
+        if answers is None:
+            likely = [key for key in record if "answer" in key and isinstance(record[key], str)]
+            answer = f".{likely[0]}" if likely else ".ANSWER"
+        steps = f"{{question, context, answer: {answer}}}"
+    else:
+        return ""
+    return (
+        'Write each question with its passage and one answer as {"question", "context", "answer"}, '
+        f"as by `jq -c '{steps}' OLD > NEW.jsonl`."
     )
 
 
@@ -433,18 +495,25 @@ class PromptChecker(Checker):
             message = f'The row has "{key}", but the first row (line {self.first[1]}) has not.'
             self.report("prompt.mixed", message, "Move the row to a file of its own kind.")
             return None
-        row: Conversation | PromptOnly | None
-        if key == "messages":
-            row = self._conversation(record)
-        else:
-            reply = record.get("completion")
-            asked = {"expected": reply, **record} if isinstance(reply, str) else record
-            row = PromptOnly.read(asked, self)
+        try:
+            row = self._read_prompt(PromptOnly if key == "prompt" else Conversation, record)
+        except RowRefused as bad:
+            self.report(bad.rule, bad.message, bad.fix)
+            return None
         members = {key: value for key, value in self.given.items() if key != "messages"}
         return row and replace(row, members=members)
 
+    def _read_prompt(self, kind: type[Shape], record: Record) -> Conversation | PromptOnly | None:
+        """Return the prompt of a row, with the context that stands next to it."""
+        kind, record = join_context(kind, record, asks=True)
+        if kind is Conversation:
+            return self._conversation(record)
+        reply = record.get("completion")
+        asked = {"expected": reply, **record} if isinstance(reply, str) else record
+        return PromptOnly.read(asked, self)
+
     def _conversation(self, record: Record) -> Conversation | None:
-        """The turns of a conversation up to the last of the user."""
+        """Return the turns of a conversation up to the last of the user."""
         messages, tools = self.messages(record["messages"], answered=False), self.tools(record)
         if not messages:
             return None
@@ -629,7 +698,8 @@ class RowReader:
     def recognition(self) -> Recognition:
         """What the rows that were read so far are."""
         form = self.checker.form_name or ("raw text" if self.rows else "nothing")
-        containers, unread = tuple(self._containers), tuple(self._unread)
+        containers = tuple(self._containers)
+        unread = tuple(self._unread | self.checker.unread_of_turns)
         return Recognition(containers, form, self.rows, len(self.files), unread)
 
     def __iter__(self) -> Iterator[Row]:

@@ -60,7 +60,7 @@ RULES: Mapping[str, str] = {
     "tags.bio": "A tag is none of O, B-name and I-name.",
     "message.part": "The content of a message has a part that is no text.",
     "tools.type": "The tools are no array of functions with a name, a description and a schema.",
-    "message.weight": "Every turn of the assistant has the weight 0.",
+    "message.weight": "A mark of what is learned is unclear, or leaves nothing to learn.",
     "history.type": "A history is no array of items, is empty, or has too many.",
     "history.item": "An item of a history is no text of one line.",
     "choices.type": "The prompt or the choices are no text and no array of texts, or one is blank.",

@@ -75,7 +75,8 @@ def _read_tool(item: object, number: int) -> Tool:
 def _refusal(rule: str, text: str) -> RowRefused:
     fix = (
         'Write "tools": [{"type": "function", "function": {"name": "...", "description": "...", '
-        '"parameters": {...}}}], or remove the row.'
+        '"parameters": {...}}}], set the column aside by `data.columns.tools=` (empty), or remove '
+        "the row."
     )
     return RowRefused(rule, f"{text[0].upper()}{text[1:]}.", fix)
 
@@ -189,7 +190,7 @@ def _with_calls(turn: dict[str, Any], number: int) -> dict[str, Any]:
     calls = turn.pop("tool_calls", None) or []
     old = turn.pop("function_call", None)
     if role in _CALL_ROLES:
-        calls, turn = [content], {"role": "assistant", "content": ""}
+        calls, turn = [content], {**turn, "role": "assistant", "content": ""}
         try:
             calls = parse_embedded(content) if isinstance(content, str) else calls
         except ValueError as error:
@@ -258,11 +259,14 @@ def _check_thought(thought: object, number: int) -> None:
 
 def _join_turn(turns: list[object], turn: dict[str, Any]) -> None:
     last = turns[-1] if turns else None
+    joined = ("role", "content", "tool_calls")
     if (
         isinstance(last, dict)
         and last.get("role") == turn.get("role") == "assistant"
         and turn.get("tool_calls")
         and not turn.get("content")
+        # What else the call's turn says, such as a mark or reasoning, would be lost.
+        and all(last.get(key) == turn[key] for key in turn if key not in joined)
     ):
         last["tool_calls"] = [*last.get("tool_calls", ()), *turn["tool_calls"]]
     else:

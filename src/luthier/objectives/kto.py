@@ -66,7 +66,7 @@ class KTO(ReferenceObjective, Judged):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight on each token of the answer, 1 in all."""
         assert isinstance(row, ThumbedReply)
-        example = encode_answer(row.messages, row.reply, index, chat)
+        example = encode_answer(row.messages, row.reply, index, chat, tools=row.tools)
         return replace(example, desirable=row.desirable)
 
     def annotate(

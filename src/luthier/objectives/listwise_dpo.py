@@ -42,7 +42,9 @@ class ListwiseDPO(ReferenceObjective, Judged):
         assert isinstance(row, JudgedAnswers)
         answers = row.answers()
         share = 1 / len(answers)
-        sides = [encode_answer(row.messages, each, index, chat, share) for each in answers]
+        sides = [
+            encode_answer(row.messages, each, index, chat, share, row.tools) for each in answers
+        ]
         for one, other in combinations(sides, 2):
             check_different(one, other)
         return Example.of_sides(sides)

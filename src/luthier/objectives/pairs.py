@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from luthier.data.shapes.preferences import Preference, pair_answers
 from luthier.errors import RowRefused
 from luthier.objectives.base import TrainingDefaults, WritesReplies, check_writes, cut_end
-from luthier.types import Example, FloatArray, Message, Row
+from luthier.types import Example, FloatArray, Message, Row, Tool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +66,8 @@ class Pairwise(Judged):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight on each token of both answers, one half in all on each side."""
         assert isinstance(row, Preference)
-        chosen = encode_answer(row.messages, row.chosen, index, chat, share=0.5)
-        rejected = encode_answer(row.messages, row.rejected, index, chat, share=0.5)
+        chosen = encode_answer(row.messages, row.chosen, index, chat, 0.5, row.tools)
+        rejected = encode_answer(row.messages, row.rejected, index, chat, 0.5, row.tools)
         check_different(chosen, rejected)
         return replace(chosen, partner=rejected)
 
@@ -141,9 +141,10 @@ def encode_answer(
     index: int,
     chat: ChatFormat,
     share: float = 1.0,
+    tools: Sequence[Tool] = (),
 ) -> Example:
-    """``prompt`` with one answer, whose tokens weigh ``share`` in all."""
-    encoded = chat.encode_reply((*prompt, *answer), len(prompt))
+    """Return ``prompt`` with one answer, whose tokens weigh ``share`` in all."""
+    encoded = chat.encode_reply((*prompt, *answer), len(prompt), tools)
     weight_T = _spread(encoded.learned_T, share)
     return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
 

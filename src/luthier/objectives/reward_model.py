@@ -98,7 +98,7 @@ def _read(row: Row, index: int, chat: ChatFormat) -> Example:
     """The whole of prompt and answer, of weight 1 at its last token."""
     turns = row.turns()
     if turns and chat.template == "chat":
-        ids_T = chat.encode_reply(turns).ids_T
+        ids_T = chat.encode_reply(turns, 0, row.tools).ids_T
         if ids_T[-1] == chat.tokenizer.pad_token_id:
             # transformers reads the last token that is not for filling up, and so do we.
             ids_T = ids_T[:-1]

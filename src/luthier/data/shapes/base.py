@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from luthier.data.fields import FieldChecker
@@ -34,6 +35,8 @@ class Shape(Row):
     """Keys that are read beside those."""
     beside: ClassVar[frozenset[str]] = frozenset()
     """Those of all these that records in the forms of other tools have too."""
+    other_tasks: ClassVar[Mapping[str, str]] = {}
+    """Keys that make a row another task, with how to write that; a row with such a key is refused."""
     json_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys whose cells hold JSON in a table of texts."""
     number_keys: ClassVar[frozenset[str]] = frozenset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -14,6 +14,19 @@ from luthier.types import Message, Part, Tool
 
 LONGEST_CLASS = 64
 """Characters of a completion that may be the name of a class."""
+_REJECTED = dict.fromkeys(
+    ("rejected_response", "rejected_responses", "rejected_messages"),
+    'Write {"prompt", "chosen", "rejected"} to learn which answer is better.',
+)
+_PASSAGE = dict.fromkeys(
+    ("context", "passage", "input"),
+    'Name the columns "instruction", "context" and "response" to have both in the prompt.',
+)
+
+
+def tool_record(tools: Sequence[Tool]) -> Record:
+    """Return the tools of a row as they are written; nothing if there are none."""
+    return {"tools": [describe_tool(tool) for tool in tools]} if tools else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +37,7 @@ class PromptCompletion(Shape):
     title: ClassVar[str] = '{"prompt", "completion"}'
     words: ClassVar[str] = "prompt and completion"
     enough: ClassVar[int] = ENOUGH_ANSWERS
+    other_tasks: ClassVar[Mapping[str, str]] = {**_REJECTED, **_PASSAGE}
     keys: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "completion")),)
     parts: ClassVar[Mapping[str, Part]] = {"prompt": "input", "completion": "target"}
@@ -71,8 +85,9 @@ class Conversation(Shape):
     enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("messages",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("messages",)),)
-    further_keys: ClassVar[frozenset[str]] = frozenset(("tools", "toolConfig", "prompt", "input"))
-    json_keys: ClassVar[frozenset[str]] = frozenset(("messages", "tools"))
+    other_tasks: ClassVar[Mapping[str, str]] = _REJECTED
+    further_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "completion", "input"))
+    json_keys: ClassVar[frozenset[str]] = frozenset(("messages", "tools", "functions"))
     parts: ClassVar[Mapping[str, Part]] = {"messages": "target", "expected": "other"}
 
     messages: Turns
@@ -110,10 +125,10 @@ class Conversation(Shape):
 
     def record(self) -> Record:
         """Who says what, and the tools."""
-        record: Record = {"messages": [turn.to_dict() for turn in self.messages]}
-        if self.tools:
-            record["tools"] = [describe_tool(tool) for tool in self.tools]
-        return record
+        return {
+            "messages": [turn.to_dict() for turn in self.messages],
+            **tool_record(self.tools),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,29 +142,38 @@ class PromptOnly(Shape):
     keys: ClassVar[tuple[str, ...]] = ("prompt",)
     further_keys: ClassVar[frozenset[str]] = frozenset(("expected",))
     beside: ClassVar[frozenset[str]] = frozenset(("expected",))
-    parts: ClassVar[Mapping[str, Part]] = {"prompt": "input", "expected": "other"}
+    parts: ClassVar[Mapping[str, Part]] = {
+        "system": "input",
+        "prompt": "input",
+        "expected": "other",
+    }
 
     prompt: str
     expected: str | None = None
     """Answer that a reply is graded by; it is never learned."""
     members: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    system: str | None = field(default=None, kw_only=True)
+    """System prompt."""
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """What is asked, and the answer expected where the row tells it."""
+        """Return the prompt, and the expected answer and the system prompt if the row has them."""
         expected = fields.text(record, "expected") if "expected" in record else None
         prompt = fields.text(record, "prompt")
         if prompt is None or (expected is None and "expected" in record):
             return None
-        return cls(fields.file, fields.line, prompt, expected)
+        system = record.get("system")
+        system = system if isinstance(system, str) else None
+        return cls(fields.file, fields.line, prompt, expected, system=system)
 
     def inputs(self) -> tuple[str, ...]:
-        """The prompt."""
-        return (self.prompt,)
+        """Return the system prompt, if there is one, and the prompt."""
+        return (self.prompt,) if self.system is None else (self.system, self.prompt)
 
     def turns(self) -> Turns:
-        """What the user asks."""
-        return (Message("user", self.prompt),)
+        """Return the turn of the user, behind the system prompt if there is one."""
+        system = () if self.system is None else (Message("system", self.system),)
+        return (*system, Message("user", self.prompt))
 
     def expected_reply(self) -> str | None:
         """What is expected."""
@@ -158,4 +182,5 @@ class PromptOnly(Shape):
     def record(self) -> Record:
         """The prompt, and what is expected."""
         expected = {} if self.expected is None else {"expected": self.expected}
-        return {"prompt": self.prompt, **expected}
+        system = {} if self.system is None else {"system": self.system}
+        return {**system, "prompt": self.prompt, **expected}

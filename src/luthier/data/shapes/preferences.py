@@ -11,24 +11,26 @@ rejected answer may be empty: not to stop at once is a lesson. An empty chosen o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import ClassVar, Self
 
 from luthier.data.fields import (
+    DECIMAL_COMMA,
     FieldChecker,
     Turns,
     check_not_blank,
     check_turn_order,
     read_prompt,
+    read_rating,
     read_turns,
 )
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.shapes.base import ENOUGH_HINTS, Shape
-from luthier.data.shapes.conversations import Conversation
+from luthier.data.shapes.conversations import Conversation, tool_record
 from luthier.data.spool import spool
 from luthier.errors import DataError, Problem, RowRefused
-from luthier.types import Part, Row, Text
+from luthier.types import Part, Row, Text, Tool
 
 MOST_ANSWERS = 64
 """Ranked answers of a row; listwise DPO computes them in one micro-batch."""
@@ -42,6 +44,7 @@ class JudgedAnswers(Shape):
 
     messages: Turns
     """The prompt."""
+    tools: tuple[Tool, ...] = field(default=(), kw_only=True)
 
     def answers(self) -> tuple[Turns, ...]:
         """Every answer, the best first."""
@@ -70,7 +73,7 @@ class JudgedAnswers(Shape):
     def sides(self) -> list[Row]:
         """The prompt with each answer."""
         return [
-            Conversation(self.file, self.line, (*self.messages, *answer))
+            Conversation(self.file, self.line, (*self.messages, *answer), tools=self.tools)
             for answer in self.answers()
         ]
 
@@ -121,11 +124,11 @@ class Preference(JudgedAnswers):
         else:
             prompt, chosen, rejected = _openai_sides(record, cls.openai_keys)
         sides = (
-            read_turns(chosen, "chosen", "assistant"),
-            read_turns(rejected, "rejected", "assistant"),
+            read_turns(chosen, "chosen", "assistant", fields),
+            read_turns(rejected, "rejected", "assistant", fields),
         )
         whole = [side[0].role != "assistant" for side in sides]
-        given = None if prompt is None else read_prompt(prompt)
+        given = None if prompt is None else read_prompt(prompt, fields)
         if any(whole) or given is None:
             common = _common_beginning(*sides)
             if not common or not all(whole):
@@ -153,7 +156,9 @@ class Preference(JudgedAnswers):
         for side in sides:
             check_turn_order((*given, *side))
         check_not_blank((*given, *sides[0], *sides[1][:-1]))
-        return cls(fields.file, fields.line, given, *sides)
+        asked = record.get("input")
+        tools = fields.tools(record) or fields.tools(asked if isinstance(asked, dict) else {})
+        return cls(fields.file, fields.line, given, *sides, tools=tools)
 
     def answers(self) -> tuple[Turns, ...]:
         """The chosen one, then the rejected one."""
@@ -162,6 +167,7 @@ class Preference(JudgedAnswers):
     def record(self) -> Record:
         """The prompt and both answers, each a text where that says all."""
         return {
+            **tool_record(self.tools),
             "prompt": _short(self.messages, "user"),
             "chosen": _short(self.chosen, "assistant"),
             "rejected": _short(self.rejected, "assistant"),
@@ -194,13 +200,15 @@ def _common_beginning(one: Turns, other: Turns) -> Turns:
     return one[:count]
 
 
-def _strip(turns: Turns) -> list[tuple[str, str]]:
-    return [(turn.role, turn.content.strip()) for turn in turns]
+def _strip(turns: Turns) -> list[tuple[str, str, str]]:
+    return [(turn.role, turn.content.strip(), turn.reasoning) for turn in turns]
 
 
 def _short(turns: Turns, role: str) -> object:
-    """Turns as people write them: one of ``role`` is its text."""
-    return turns[0].content if [t.role for t in turns] == [role] else [t.to_dict() for t in turns]
+    """Return the turns as people write them: a single turn of ``role`` is its text."""
+    written = [turn.to_dict() for turn in turns]
+    plain = {"role": role, "content": turns[0].content}
+    return turns[0].content if written == [plain] else written
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,14 +243,14 @@ class RankedReplies(JudgedAnswers):
                 f'"ranked" must be an array of two answers at least, but {what}.',
                 'Write "ranked": ["the best", "...", "the worst"].',
             )
-        prompt = read_prompt(record["prompt"])
+        prompt = read_prompt(record["prompt"], fields)
         if len(ranked) > MOST_ANSWERS:
             raise RowRefused(
                 "preference.type",
                 f"the row has {len(ranked)} answers, and {MOST_ANSWERS} can be compared at once.",
                 "Leave some of them out.",
             )
-        answers = tuple(read_turns(each, "ranked", "assistant") for each in ranked)
+        answers = tuple(read_turns(each, "ranked", "assistant", fields) for each in ranked)
         if len({tuple(_strip(answer)) for answer in answers}) < len(answers):
             raise RowRefused(
                 "preference.equal",
@@ -253,7 +261,7 @@ class RankedReplies(JudgedAnswers):
             check_turn_order((*prompt, *answer))
         best, *others = answers
         check_not_blank((*prompt, *best, *(turn for other in others for turn in other[:-1])))
-        return cls(fields.file, fields.line, prompt, answers)
+        return cls(fields.file, fields.line, prompt, answers, tools=fields.tools(record))
 
     def texts(self) -> Iterator[Text]:
         """The turns of the prompt, and of each answer from the best to the worst."""
@@ -285,6 +293,7 @@ class RankedReplies(JudgedAnswers):
     def record(self) -> Record:
         """The prompt and the answers, each a text where that says all."""
         return {
+            **tool_record(self.tools),
             "prompt": _short(self.messages, "user"),
             "ranked": [_short(answer, "assistant") for answer in self.ranked],
         }
@@ -305,10 +314,12 @@ class JudgedReply(JudgedAnswers):
         raise NotImplementedError
 
     @staticmethod
-    def read_reply(record: Record, may_be_empty: bool = False) -> tuple[Turns, Turns]:
-        """Prompt and answer of a record; the last turn may be ``may_be_empty``."""
-        prompt = read_prompt(record["prompt"])
-        reply = read_turns(record["completion"], "completion", "assistant")
+    def read_reply(
+        record: Record, fields: FieldChecker, may_be_empty: bool = False
+    ) -> tuple[Turns, Turns]:
+        """Return prompt and answer of a record; with ``may_be_empty`` the last turn may be empty."""
+        prompt = read_prompt(record["prompt"], fields)
+        reply = read_turns(record["completion"], "completion", "assistant", fields)
         check_turn_order((*prompt, *reply))
         check_not_blank((*prompt, *(reply[:-1] if may_be_empty else reply)))
         return prompt, reply
@@ -324,6 +335,7 @@ class JudgedReply(JudgedAnswers):
     def record(self) -> Record:
         """Prompt and answer, each a text where that says all."""
         return {
+            **tool_record(self.tools),
             "prompt": _short(self.messages, "user"),
             "completion": _short(self.reply, "assistant"),
         }
@@ -345,16 +357,16 @@ class RatedReply(JudgedReply):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """By a number; as text or empty it is a remark beside the row, and no judgement of it."""
-        return "prompt" in record and "completion" in record and _number_in(record) is not None
+        """Return whether a row has a rating; other text, and null, is a remark and no rating."""
+        return "prompt" in record and "completion" in record and _rating_in(record) is not None
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """An answer that is not empty."""
-        prompt, reply = cls.read_reply(record)
-        rating = _number_in(record)
-        assert rating is not None
-        return cls(fields.file, fields.line, prompt, reply, rating)
+        """Return an answer that is not empty, with a finite rating."""
+        prompt, reply = cls.read_reply(record, fields)
+        rating = read_rating(_rating_in(record))
+        tools = fields.tools(record)
+        return cls(fields.file, fields.line, prompt, reply, rating, tools=tools)
 
     @property
     def worth(self) -> float:
@@ -370,12 +382,15 @@ class RatedReply(JudgedReply):
         return {**JudgedReply.record(self), "rating": self.rating}
 
 
-def _number_in(record: Record) -> float | None:
+def _rating_in(record: Record) -> object:
+    """Return the number, or the text of a number that cannot be read; ``None`` for anything else."""
     for key in ("rating", "score"):
         value = record.get(key)
         # By exact type: True is an int in Python.
         if type(value) is int or type(value) is float:
-            return float(value)
+            return value
+        if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value.strip()):
+            return value
     return None
 
 
@@ -407,15 +422,16 @@ class ThumbedReply(JudgedReply):
         thumbs = {"up": True, "down": False}
         thumb = thumbs.get(value) if isinstance(value, str) else value
         if not isinstance(thumb, bool):
-            cls.read_reply(record, may_be_empty=True)  # its faults are named first
+            cls.read_reply(record, fields, may_be_empty=True)  # its faults are named first
             given = quote(value) if isinstance(value, str) else json_kind(value)
             raise RowRefused(
                 "thumb.type",
                 f"the thumb is {given}, which is neither up nor down.",
                 'Write "label": true or false, or "thumb": "up" or "down".',
             )
-        prompt, reply = cls.read_reply(record, may_be_empty=not thumb)
-        return cls(fields.file, fields.line, prompt, reply, thumb)
+        prompt, reply = cls.read_reply(record, fields, may_be_empty=not thumb)
+        tools = fields.tools(record)
+        return cls(fields.file, fields.line, prompt, reply, thumb, tools=tools)
 
     @property
     def worth(self) -> float:
@@ -480,7 +496,7 @@ def _pairs(
             group = groups[row.messages]
             sides = [(row.reply, other.reply) for other in group if other.worth < row.worth]
         for better, worse in sides:
-            yield Preference(row.file, row.line, row.messages, better, worse)
+            yield Preference(row.file, row.line, row.messages, better, worse, tools=row.tools)
 
 
 def _incomparable(group: Sequence[JudgedReply]) -> Problem | None:

@@ -12,6 +12,26 @@ from luthier.data.shapes.base import ENOUGH_ANSWERS, ENOUGH_HINTS, MEDIA_KEYS, L
 from luthier.errors import RowRefused
 from luthier.types import Part, Row
 
+_SECOND_TEXT = dict.fromkeys(
+    ("other", "text_pair", "text2", "text_b", "other_text", "hypothesis"),
+    'Join both texts into one "text".',
+)
+_ENTITIES = dict.fromkeys(
+    ("entities", "spans", "ner_tags"),
+    'Write {"tokens": ["Rita", "sings"], "tags": ["B-person", "O"]} to find entities.',
+)
+_NEGATIVE = dict.fromkeys(
+    (
+        *("negative", "negatives", "neg", "hard_negative", "hard_negatives"),
+        *(f"negative_{number}" for number in range(1, 11)),
+    ),
+    "Pairs are learned against the partners of other rows; negatives of a row are not supported.",
+)
+_JUDGED_PAIR = dict.fromkeys(
+    ("score", "similarity"),
+    "Pairs are texts that belong together; scores of pairs are not supported.",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class TextRow(Shape):
@@ -40,6 +60,7 @@ class RawText(TextRow):
     title: ClassVar[str] = '{"text"}'
     words: ClassVar[str] = "raw text"
     keys: ClassVar[tuple[str, ...]] = ("text",)
+    other_tasks: ClassVar[Mapping[str, str]] = _ENTITIES
     parts: ClassVar[Mapping[str, Part]] = {"text": "target"}
 
     @classmethod
@@ -61,6 +82,7 @@ class LabelledText(TextRow, Labelled):
     title: ClassVar[str] = '{"text", "label"}'
     words: ClassVar[str] = "text with labels"
     keys: ClassVar[tuple[str, ...]] = ("label",)
+    other_tasks: ClassVar[Mapping[str, str]] = _SECOND_TEXT
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "label")),)
     beside: ClassVar[frozenset[str]] = frozenset(("label",))
     parts: ClassVar[Mapping[str, Part]] = {"text": "input"}
@@ -93,6 +115,7 @@ class RatedText(TextRow):
     words: ClassVar[str] = "text with ratings"
     enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("rating",)
+    other_tasks: ClassVar[Mapping[str, str]] = _SECOND_TEXT
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "rating")),)
     further_keys: ClassVar[frozenset[str]] = frozenset(("score",))
     beside: ClassVar[frozenset[str]] = frozenset(("rating", "score"))
@@ -173,6 +196,7 @@ class TextPair(TextRow):
     words: ClassVar[str] = "pairs of anchor and positive"
     enough: ClassVar[int] = ENOUGH_HINTS
     keys: ClassVar[tuple[str, ...]] = ("anchor", "positive")
+    other_tasks: ClassVar[Mapping[str, str]] = {**_NEGATIVE, **_JUDGED_PAIR}
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("anchor", "positive")),)
     further_keys: ClassVar[frozenset[str]] = frozenset(("text",))
     parts: ClassVar[Mapping[str, Part]] = {"text": "input", "positive": "target"}
@@ -218,6 +242,7 @@ class History(TextPair):
     title: ClassVar[str] = '{"history", "item"}'
     words: ClassVar[str] = "histories with the next item"
     keys: ClassVar[tuple[str, ...]] = ("history",)
+    other_tasks: ClassVar[Mapping[str, str]] = {}
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("history", "item")),)
     further_keys: ClassVar[frozenset[str]] = frozenset()
     reader_text: ClassVar[str] = "items"

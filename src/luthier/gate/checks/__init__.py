@@ -10,6 +10,7 @@ from luthier.gate.checks.amount import Amount
 from luthier.gate.checks.balance import Balance
 from luthier.gate.checks.base_language import BaseLanguage
 from luthier.gate.checks.contradictions import Contradictions
+from luthier.gate.checks.conversations import Conversations
 from luthier.gate.checks.duplicates import Duplicates
 from luthier.gate.checks.encoding import Encoding
 from luthier.gate.checks.language import Language
@@ -28,6 +29,7 @@ _KINDS: tuple[type[Check], ...] = (
     Encoding,
     Markers,
     WhiteSpace,
+    Conversations,
     Duplicates,
     Contradictions,
     Amount,

@@ -1,0 +1,247 @@
+"""System prompts, earlier turns, tools and learning marks that stand next to the turns of a row.
+
+All forms of rows keep them under the same keys, so they are joined to the turns here, after the form
+and the shape of a row are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from luthier.data.fields import join_parts
+from luthier.data.parsing import Record, json_kind, parse_embedded, quote
+from luthier.data.shapes.base import Shape
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
+from luthier.data.shapes.preferences import JudgedAnswers
+from luthier.data.turn_marks import (
+    check_row_marks,
+    has_mark_list,
+    is_mark,
+    mark_sense,
+    plain_name,
+    spread_marks,
+)
+from luthier.errors import RowRefused
+
+_SYSTEM_NAMES = frozenset(
+    ("system", "systemprompt", "systemmessage", "sysprompt", "systeminstruction")
+)
+TOOL_KEYS = frozenset(("tools", "functions", "toolConfig"))
+TURN_KEYS = ("messages", "conversations")
+"""Keys under which rows hold their turns."""
+
+
+def is_system_key(key: str) -> bool:
+    """Return whether a key of a row holds its system prompt."""
+    return plain_name(key) in _SYSTEM_NAMES
+
+
+def context_keys(kind: type[Shape], record: Record) -> set[str]:
+    """Return the keys of a record that :func:`join_context` reads for a row of the shape."""
+    if issubclass(kind, PromptOnly):
+        return {key for key in record if is_system_key(key)}
+    if not issubclass(kind, Conversation | PromptCompletion | JudgedAnswers):
+        return set()
+    further = TOOL_KEYS if any(key in record for key in TURN_KEYS) else {*TOOL_KEYS, "history"}
+    return {
+        key for key in record if key in further or is_system_key(key) or is_mark(key, record[key])
+    }
+
+
+@lru_cache(1000)
+def _may_hold_context(keys: tuple[str, ...]) -> bool:
+    """Return whether a record with these keys can have any context; rows of a file share keys."""
+    further = {*TOOL_KEYS, "history"}
+    return any(key in further or is_system_key(key) or mark_sense(key) is not None for key in keys)
+
+
+def parse_turns(record: Record) -> Record:
+    """Return the record with turns that are JSON text, as cells of tables are, as an array."""
+    for key in TURN_KEYS:
+        value = record.get(key)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                record = {**record, key: parse_embedded(value)}
+            except ValueError as error:
+                raise RowRefused(
+                    "messages.type",
+                    f"{quote(key)} is a text that is no JSON: {error}.",
+                    'Write an array of {"role": "...", "content": "..."} in JSON.',
+                ) from None
+    return record
+
+
+def join_context(
+    kind: type[Shape], record: Record, asks: bool = False
+) -> tuple[type[Shape], Record]:
+    """Return the shape and the record with the turns that stand next to it in their places.
+
+    A prompt and a completion with a system prompt, earlier turns or tools become messages.
+
+    Args:
+        kind: the shape of the record.
+        record: the row in the keys of the shape.
+        asks: whether a prompt without a completion becomes messages too, and marks are not read.
+
+    Raises:
+        RowRefused: if the context cannot be read, or differs from the turns of the row.
+    """
+    if not _may_hold_context(tuple(record)):
+        return kind, record
+    keys = context_keys(PromptCompletion if asks else kind, record)
+    held = {key: record[key] for key in keys if not asks or mark_sense(key) is None}
+    if not held:
+        return kind, record
+    check_row_marks(held, may_list=not issubclass(kind, JudgedAnswers))
+    if issubclass(kind, Conversation):
+        turns = record["messages"]
+        if isinstance(turns, list):
+            turns = _put_before(_system_turns(held), spread_marks(held, turns))
+        return kind, {**record, "messages": turns}
+    if issubclass(kind, JudgedAnswers):
+        return kind, _with_turns_before(record, [*_system_turns(held), *_history_turns(record)])
+    if issubclass(kind, PromptOnly) and not asks:
+        system = _system_turns(held)
+        return kind, {**record, "system": system[0]["content"] if system else None}
+    return _as_messages(kind, record, held)
+
+
+def _as_messages(kind: type[Shape], record: Record, held: Record) -> tuple[type[Shape], Record]:
+    """Return a prompt, and its completion if there is one, as messages if anything joins them."""
+    before = [*_system_turns(held), *_history_turns(record)]
+    tools = any(record.get(key) not in (None, "", [], {}, "[]") for key in TOOL_KEYS)
+    texts = [record.get("prompt")]
+    if issubclass(kind, PromptCompletion) or not is_blank(record.get("completion")):
+        texts.append(record.get("completion"))
+    if not (before or tools or has_mark_list(held)) or any(
+        is_blank(text) or not isinstance(text, str) for text in texts
+    ):
+        return kind, record
+    turns = [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant"), texts, strict=False)
+    ]
+    rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
+    return Conversation, {**rest, "messages": [*before, *spread_marks(held, turns)]}
+
+
+def _with_turns_before(record: Record, before: list[dict[str, Any]]) -> Record:
+    """Return a row of judged answers with turns before its prompt, or before both conversations."""
+    if not before:
+        return record
+    asked = record.get("input")
+    if "prompt" not in record and isinstance(asked, Mapping) and "messages" in asked:
+        return {
+            **record,
+            "input": {**asked, "messages": _put_before(before, _turns_of(asked["messages"]))},
+        }
+    sides = [key for key in ("chosen", "rejected") if _is_whole(record.get(key))]
+    if sides:
+        return {**record, **{key: _put_before(before, _turns_of(record[key])) for key in sides}}
+    return {**record, "prompt": _put_before(before, _turns_of(record.get("prompt")))}
+
+
+def _is_whole(value: object) -> bool:
+    """Return whether an answer is a whole conversation, which begins before the assistant."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and first.get("role") != "assistant"
+
+
+def _turns_of(value: object) -> list[object]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    return value if isinstance(value, list) else [value]
+
+
+def _put_before(before: list[dict[str, Any]], turns: Iterable[object]) -> list[object]:
+    """Return turns behind others; the same system prompt twice is one.
+
+    Raises:
+        RowRefused: if both have a system prompt, and these differ.
+    """
+    made = list(turns)
+    first = made[0] if made else None
+    if (
+        before
+        and before[0]["role"] == "system"
+        and isinstance(first, Mapping)
+        and first.get("role") in ("system", "developer")
+    ):
+        if join_parts(first.get("content")) != before[0]["content"]:
+            raise RowRefused(
+                "message.order",
+                "The row has one system prompt next to its messages and another as the first "
+                "message.",
+                "Join both into one, or set a column aside, as by `data.columns.system=` (empty).",
+            )
+        before = before[1:]
+    return [*before, *made]
+
+
+def _system_turns(held: Record) -> list[dict[str, Any]]:
+    """Return the system prompt as a turn; no turn if there is none.
+
+    Raises:
+        RowRefused: if it is no text, or two keys hold different ones.
+    """
+    found: dict[str, str] = {}
+    for key, value in held.items():
+        if not is_system_key(key):
+            continue
+        if isinstance(value, Mapping) and "content" in value:
+            value = value["content"]
+        text = join_parts([value] if isinstance(value, dict) else value)
+        if is_blank(text) or text == []:
+            continue
+        if not isinstance(text, str):
+            raise RowRefused(
+                "field.type",
+                f"{quote(key)} must be a string, but is {json_kind(text)}.",
+                f"Write the system prompt as one string, or set {quote(key)} aside by "
+                f"`data.columns.{key}=` (empty).",
+            )
+        found[key] = text
+    if len(set(found.values())) > 1:
+        raise RowRefused(
+            "row.ambiguous",
+            f"The row has different system prompts under {' and '.join(map(quote, found))}.",
+            f"Set one aside, as by `data.columns.{next(iter(found))}=` (empty).",
+        )
+    return [{"role": "system", "content": text} for text in found.values()][:1]
+
+
+def _history_turns(record: Record) -> list[dict[str, Any]]:
+    """Return earlier turns: pairs of question and answer, or turns with a role.
+
+    Raises:
+        RowRefused: if the history is something else.
+    """
+    history = record.get("history")
+    if isinstance(history, str) and history.lstrip().startswith("["):
+        history = parse_turns({"messages": history})["messages"]
+    if is_blank(history) or history == []:
+        return []
+    turns: list[dict[str, Any]] = []
+    for pair in history if isinstance(history, list) else [None]:
+        if isinstance(pair, dict) and "role" in pair:
+            turns.append(pair)
+        elif isinstance(pair, list) and len(pair) == 2:
+            turns += [
+                {"role": role, "content": text}
+                for role, text in zip(("user", "assistant"), pair, strict=True)
+            ]
+        else:
+            raise RowRefused(
+                "messages.type",
+                '"history" must be an array of pairs of a question and its answer.',
+                'Write "history": [["question", "answer"]], or set it aside by '
+                "`data.columns.history=` (empty).",
+            )
+    return turns
+
+
+def is_blank(value: object) -> bool:
+    """Return whether a value is null, or a text of nothing but white space."""
+    return value is None or (isinstance(value, str) and not value.strip())

@@ -1,0 +1,178 @@
+"""Marks that say which turns of a conversation are learned, and keys of turns that are not read.
+
+Tools write such marks in different ways: OpenAI and Mistral ``"weight": 0``, ms-swift
+``"loss": false``, axolotl ``"train": false`` or ``"training": false``, others ``"masked": true`` or
+``"loss_mask": 0``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from luthier.data.parsing import Record, json_kind, parse_embedded, quote
+from luthier.errors import RowRefused
+
+_LEARN = frozenset(
+    (
+        "weight", "loss", "lossmask", "lossweight", "calculateloss", "computeloss", "learn", "learned",
+        "learnable", "train", "trained", "training", "trainable", "trainonturn",
+    )
+)  # fmt: skip
+_LEAVE_OUT = frozenset(
+    (
+        "mask",
+        "masked",
+        "maskloss",
+        "ignore",
+        "ignored",
+        "ignoreloss",
+        "noloss",
+        "notrain",
+        "skiploss",
+    )
+)
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_ABOUT_LEARNING = ("loss", "learn", "train", "mask", "weight")
+_YES = frozenset(("1", "1.0", "true", "yes", "y", "on"))
+_NO = frozenset(("0", "0.0", "false", "no", "n", "off"))
+_READ_OF_TURNS = frozenset(("role", "content", "tool_calls", "tool_call_id", "reasoning_content"))
+MARK_FIX = (
+    'Write "weight": 0 for a turn that is only read and "weight": 1 for a turn to learn, or remove '
+    "the key."
+)
+
+
+@lru_cache(10_000)
+def plain_name(key: str) -> str:
+    """Return the name of a key without capitals, spaces and punctuation."""
+    return re.sub(r"[\W_]+", "", key.lower())
+
+
+@lru_cache(10_000)
+def mark_sense(key: str) -> bool | None:
+    """Return whether true under ``key`` means that a turn is learned; ``None`` if it is no mark."""
+    name = plain_name(key).removeprefix("is")
+    return True if name in _LEARN else False if name in _LEAVE_OUT else None
+
+
+def read_marks(turn: Record, of_assistant: bool) -> tuple[bool, list[str]]:
+    """Return whether a turn is learned, and its keys that are not read.
+
+    Raises:
+        RowRefused: if a turn of the assistant has a mark that is neither yes nor no, marks that
+            contradict each other, or an unknown key about learning.
+    """
+    if turn.keys() <= _READ_OF_TURNS:
+        return True, []
+    said: dict[str, bool] = {}
+    unread: list[str] = []
+    for key, value in turn.items():
+        if key in _READ_OF_TURNS or value in (None, "", [], {}):
+            continue
+        sense = mark_sense(key)
+        if sense is not None:
+            if of_assistant:
+                said[key] = _truth_of(key, value) == sense
+        elif of_assistant and _is_about_learning(key) and _may_be_mark(value):
+            raise RowRefused(
+                "message.weight",
+                f"the key {quote(key)} may say what is learned of it, and its meaning is unknown.",
+                MARK_FIX,
+            )
+        elif key != "name" or turn.get("role") != "tool":
+            unread.append(key)
+    if len(set(said.values())) > 1:
+        keys = " and ".join(map(quote, said))
+        raise RowRefused("message.weight", f"{keys} contradict each other.", MARK_FIX)
+    return all(said.values()), unread
+
+
+def spread_marks(record: Record, turns: Sequence[object]) -> list[object]:
+    """Return the turns with the marks that a row holds as a list, one value for each turn.
+
+    Raises:
+        RowRefused: if a list has another length than the turns, or the row is not to be learned.
+    """
+    made = list(turns)
+    for key, value in record.items():
+        marks = _mark_list(value)
+        if mark_sense(key) is None or marks is None:
+            continue
+        if len(marks) != len(made):
+            raise RowRefused(
+                "message.weight",
+                f"{quote(key)} has {len(marks):,} values, and the row {len(made):,} messages.",
+                f"Write one value for each message, or set {quote(key)} aside by "
+                f"`data.columns.{key}=` (empty).",
+            )
+        for place, (turn, mark) in enumerate(zip(made, marks, strict=True)):
+            if isinstance(turn, dict):
+                made[place] = {**turn, key: mark} if turn.get(key) in (None, mark) else turn
+    return made
+
+
+def check_row_marks(record: Record, may_list: bool) -> None:
+    """Refuse a row that is marked as a whole as not to be learned, or by a list without turns."""
+    for key, value in record.items():
+        sense = mark_sense(key)
+        if sense is None:
+            continue
+        listed = _mark_list(value) is not None
+        if (listed and not may_list) or (not listed and _truth(value) is (not sense)):
+            what = "a list of marks" if listed else "says that nothing of the row is learned"
+            raise RowRefused(
+                "message.weight",
+                f"{quote(key)} {'holds ' * listed}{what}.",
+                f"Remove the row, or set {quote(key)} aside by `data.columns.{key}=` (empty).",
+            )
+
+
+def is_mark(key: str, value: object) -> bool:
+    """Return whether a key of a row says what is learned: a yes, a no, or a list of marks."""
+    return mark_sense(key) is not None and (
+        _truth(value) is not None or _mark_list(value) is not None
+    )
+
+
+def has_mark_list(record: Record) -> bool:
+    """Return whether a row holds marks of its turns as a list."""
+    return any(
+        mark_sense(key) is not None and _mark_list(value) is not None
+        for key, value in record.items()
+    )
+
+
+def _mark_list(value: object) -> list[Any] | None:
+    """Return a list that is not empty, also one in the JSON text of a table's cell."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_embedded(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, list) and value else None
+
+
+def _truth(value: object) -> bool | None:
+    name = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    return True if name in _YES else False if name in _NO else None
+
+
+def _truth_of(key: str, value: object) -> bool:
+    found = _truth(value)
+    if found is None:
+        given = quote(str(value)) if isinstance(value, str | int | float) else json_kind(value)
+        raise RowRefused(
+            "message.weight", f"{quote(key)} is {given}, which is neither 0 nor 1.", MARK_FIX
+        )
+    return found
+
+
+def _is_about_learning(key: str) -> bool:
+    return any(word.lower().startswith(_ABOUT_LEARNING) for word in _WORDS.findall(key))
+
+
+def _may_be_mark(value: object) -> bool:
+    return isinstance(value, list | dict) or _truth(value) is not None

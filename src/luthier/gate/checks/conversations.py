@@ -1,0 +1,72 @@
+"""Conversations that a model would learn as plain text, and calls of functions it is not shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from luthier.gate.check import RowBatch
+from luthier.gate.rules import Rule
+from luthier.gate.texts import Spot, SpotCheck, Spots, excerpt, excerpt_of
+
+IN_TEXT = Rule(
+    "message.in_text",
+    "warning",
+    "A text holds a conversation in JSON, which is learned as text.",
+    "The model learns to write brackets and roles, and its chat template is not used.",
+    "Say `data.columns.messages=text` for an array of messages under `text`; else write messages.",
+)
+UNDECLARED = Rule(
+    "message.undeclared_tool",
+    "warning",
+    "An answer calls a function, and the row declares no tools.",
+    "A client sends the tools with its request, so the model is served another prompt than it learned.",
+    'Add the functions to the row under "tools".',
+)
+_TURNS = re.compile(
+    r"\s*(?:\{\s*[\"'](?:messages|conversations)[\"']\s*:\s*)?"
+    r"\[\s*\{\s*[\"'](?:role|from|content|value)[\"']\s*:"
+)
+
+
+class Conversations(SpotCheck):
+    """Looks for conversations inside texts, and for calls without declared tools."""
+
+    name: ClassVar[str] = "conversations"
+    of_texts: ClassVar[bool] = True
+    rules: ClassVar[tuple[Rule, ...]] = (IN_TEXT, UNDECLARED)
+
+    def measure(self, batch: RowBatch) -> Spots:
+        """Return the rows of a batch that break a rule."""
+        spots: list[Spot] = []
+        for index, row in enumerate(batch.rows):
+            for text in row.texts():
+                # Most texts begin otherwise, and two characters tell.
+                if text.content[:1] in "[{ \n\t\r" and (found := _TURNS.match(text.content)):
+                    fix = _fix_of(text.field, text.content.lstrip())
+                    shown = excerpt(text.content, found.start(), found.end())
+                    message = f"{text.field} holds a conversation in JSON."
+                    spots.append(Spot(index, IN_TEXT.id, message, shown, fix))
+                    break
+            calls = [] if row.tools else [c for turn in row.turns() for c in turn.calls]
+            if calls:
+                message = f'An answer calls "{calls[0].name}", and the row declares no tools.'
+                spots.append(Spot(index, UNDECLARED.id, message, excerpt_of(row)))
+        return Spots(spots)
+
+    def summary(self) -> Mapping[str, Any]:
+        """Return the rows that break each rule."""
+        return {"rows": self.rows_by_rule()}
+
+
+def _fix_of(field: str, text: str) -> str:
+    """Return how to read the text of a field as a conversation."""
+    if re.match(r"[\[{\s]*'", text):
+        return "Write the conversation as JSON, in double quotes, under `messages`."
+    if field == "text" and text.startswith("["):
+        key = "conversations" if re.match(r'\[\s*\{\s*"(?:from|value)"', text) else "messages"
+        return f"Say `data.columns.{key}=text` (`--map {key}=text`)."
+    if field == "text":
+        return "Write the object as the row: `jq -c '.text | fromjson' OLD > NEW.jsonl`."
+    return f"Write {field} as an array of messages, in JSON Lines and not as text."

@@ -1,0 +1,416 @@
+"""System prompts, histories, tools and marks next to the turns reach the row, whatever its form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.data.convert import convert
+from luthier.data.rows import Checker, PromptChecker, RowReader, load_prompts, load_rows
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
+from luthier.data.shapes.preferences import Preference
+from luthier.errors import DataError
+from luthier.types import Message, Row
+
+Written = dict[str, Any]
+ASKED, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+OTHER = {"role": "assistant", "content": "b"}
+HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+BLOCKS = [{"role": each["role"], "content": [{"text": each["content"]}]} for each in (ASKED, SAID)]
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+SYSTEM = Message("system", "S")
+TURNS = (Message("user", "q"), Message("assistant", "a"))
+
+FORMS: dict[str, Written] = {
+    "openai": {"messages": [ASKED, SAID]},
+    "converse": {"messages": BLOCKS},
+    "converse with schemaVersion": {
+        "schemaVersion": "bedrock-conversation-2024",
+        "messages": BLOCKS,
+    },
+    "sharegpt": {"conversations": [HUMAN, GPT]},
+    "alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "instruction": {"instruction": "q", "response": "a"},
+    "question": {"question": "q", "answer": "a"},
+    "query": {"query": "q", "response": "a"},
+    "input": {"input": "q", "output": "a"},
+    "prompt": {"prompt": "q", "completion": "a"},
+}
+JUDGED: dict[str, Written] = {
+    "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "prompt as messages": {"prompt": [ASKED], "chosen": SAID, "rejected": OTHER},
+    "whole conversations": {"chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]},
+    "prompt and whole": {"prompt": "q", "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]},
+    "openai": {
+        "input": {"messages": [ASKED]},
+        "preferred_output": [SAID],
+        "non_preferred_output": [OTHER],
+    },
+    "rated": {"prompt": "q", "completion": "a", "rating": 3},
+    "thumb": {"prompt": "q", "completion": "a", "label": True},
+    "ranked": {"prompt": "q", "ranked": ["a", "b"]},
+}
+PROMPTS: dict[str, Written] = {
+    "prompt": {"prompt": "q"},
+    "messages": {"messages": [ASKED]},
+    "converse": {"messages": BLOCKS[:1]},
+    "expected": {"prompt": "q", "expected": "a"},
+    "reply": {"prompt": "q", "completion": "a"},
+    "sharegpt": {"conversations": [HUMAN, GPT]},
+}
+SYSTEMS: list[Written] = [
+    {"system": "S"},
+    {"system_prompt": "S"},
+    {"System Prompt": "S"},
+    {"system": [{"text": "S"}]},
+    {"system": {"role": "system", "content": "S"}},
+    {"system": "S", "system_prompt": "S"},
+]
+
+
+def read(folder: Path, *records: Written, checker: type[Checker] = Checker) -> RowReader:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    return RowReader(path, checker=checker)
+
+
+def row(folder: Path, record: Written) -> Row:
+    return read(folder, record).read_all()[0]
+
+
+def rule_of(folder: Path, record: Written) -> str:
+    with pytest.raises(DataError) as caught:
+        read(folder, record).read_all()
+    (problem,) = caught.value.problems
+    assert problem.line == 1 and problem.fix
+    return problem.rule
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=str)
+@pytest.mark.parametrize("form", [*FORMS])
+def test_a_system_prompt_next_to_any_form_is_learned_from(
+    tmp_path: Path, form: str, system: Written
+) -> None:
+    reader = read(tmp_path, FORMS[form] | system, {**FORMS[form], "id": 2})
+    first, second = reader.read_all()
+    assert isinstance(first, Conversation) and first.messages == (SYSTEM, *TURNS)
+    assert second.turns() == TURNS
+    assert reader.recognition.unread == ()
+
+
+@pytest.mark.parametrize("form", [*JUDGED])
+def test_a_system_prompt_next_to_judged_answers_begins_their_prompt(
+    tmp_path: Path, form: str
+) -> None:
+    reader = read(tmp_path, JUDGED[form] | {"system_prompt": "S"})
+    (found,) = reader.read_all()
+    assert found.turns() == (SYSTEM, *TURNS)
+    assert reader.recognition.unread == ()
+
+
+@pytest.mark.parametrize("form", [*PROMPTS])
+def test_a_system_prompt_next_to_what_is_only_asked(tmp_path: Path, form: str) -> None:
+    path = read(tmp_path, PROMPTS[form] | {"system": "S"}, PROMPTS[form]).files[0]
+    first, second = load_prompts(path)
+    assert isinstance(first, Conversation) and first.messages == (SYSTEM, TURNS[0])
+    assert second.turns() == TURNS[:1]
+    assert first.expected_reply() == second.expected_reply()
+
+
+def test_a_prompt_alone_keeps_its_system_prompt(tmp_path: Path) -> None:
+    found = row(tmp_path, {"prompt": "q", "system": "S"})
+    assert isinstance(found, PromptOnly) and found.turns() == (SYSTEM, TURNS[0])
+    assert row(tmp_path, found.record()) == found
+
+
+@pytest.mark.parametrize("blank", [None, "", "  ", []])
+def test_no_system_prompt_changes_nothing(tmp_path: Path, blank: object) -> None:
+    found = row(tmp_path, {"prompt": "q", "completion": "a", "system": blank})
+    assert isinstance(found, PromptCompletion)
+
+
+def test_system_prompts_that_disagree_are_refused(tmp_path: Path) -> None:
+    own = [{"role": "developer", "content": "S"}, ASKED, SAID]
+    found = row(tmp_path, {"messages": own, "system": "S"})
+    assert found.turns() == (SYSTEM, *TURNS)
+    assert rule_of(tmp_path, {"messages": own, "system": "T"}) == "message.order"
+    both = {"messages": [ASKED, SAID], "system": "S", "system_prompt": "T"}
+    assert rule_of(tmp_path, both) == "row.ambiguous"
+    assert rule_of(tmp_path, {"messages": [ASKED, SAID], "system": 3}) == "field.type"
+    path = read(tmp_path, {"messages": own, "system": "T"}).files[0]
+    assert load_rows(path, {"system": ""})[0].turns() == (SYSTEM, *TURNS)
+
+
+def test_rows_of_other_shapes_keep_a_column_that_is_called_system(tmp_path: Path) -> None:
+    reader = read(tmp_path, {"text": "t", "label": "l", "system": "linux"})
+    assert reader.read_all()[0].record() == {"text": "t", "label": "l"}
+    assert reader.recognition.unread == ("system",)
+
+
+def test_a_history_and_tools_next_to_a_prompt(tmp_path: Path) -> None:
+    before = {"history": [["q", "a"]], "tools": [FUNCTION]}
+    found = row(tmp_path, {"prompt": "q", "completion": "a", **before})
+    assert found.turns() == (*TURNS, *TURNS)
+    assert [tool.name for tool in found.tools] == ["f"]
+    found = row(tmp_path, {**JUDGED["preference"], **before})
+    assert isinstance(found, Preference) and found.messages == (*TURNS, TURNS[0])
+    assert row(tmp_path, found.record()) == found
+    wrong = {"prompt": "q", "completion": "a", "history": "x"}
+    assert rule_of(tmp_path, wrong) == "messages.type"
+
+
+def test_tools_of_openais_preferences(tmp_path: Path) -> None:
+    asked = {"messages": [ASKED], "tools": [{"type": "function", "function": FUNCTION}]}
+    found = row(tmp_path, {**JUDGED["openai"], "input": asked})
+    assert [tool.name for tool in found.tools] == ["f"]
+    assert all(side.tools == found.tools for side in found.sides())
+
+
+# --- marks -----------------------------------------------------------------------------------------
+
+LEFT_OUT: list[tuple[str, object]] = [
+    *((key, False) for key in ("loss", "train", "training", "trainable", "learn", "isTrainable")),
+    *(("weight", value) for value in (0, 0.0, "0", False, "false", "no")),
+    *((key, True) for key in ("masked", "mask")),
+    ("loss_mask", 0),
+    ("masked", "yes"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), LEFT_OUT)
+def test_a_marked_turn_is_not_learned_in_any_form(tmp_path: Path, key: str, value: object) -> None:
+    openai = [ASKED, SAID | {key: value}, ASKED, SAID]
+    for record in (
+        {"messages": openai},
+        {"messages": [BLOCKS[0], BLOCKS[1] | {key: value}, *BLOCKS]},
+        {"conversations": [HUMAN, GPT | {key: value}, HUMAN, GPT]},
+    ):
+        reader = read(tmp_path, record)
+        (found,) = reader.read_all()
+        assert [turn.learned for turn in found.turns()] == [True, False, True, True]
+        assert reader.recognition.unread == ()
+    chosen = [SAID | {key: value}, ASKED, SAID]
+    found = row(tmp_path, {"prompt": "q", "chosen": chosen, "rejected": "b"})
+    assert isinstance(found, Preference)
+    assert [turn.learned for turn in found.chosen] == [False, True, True]
+
+
+@pytest.mark.parametrize(("key", "value"), LEFT_OUT)
+def test_a_row_with_nothing_to_learn_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    for record in (
+        {"messages": [ASKED, SAID | {key: value}]},
+        {"messages": [ASKED, SAID], key: value},
+        {"prompt": "q", "completion": "a", key: value},
+        {"instruction": "q", "output": "a", key: value},
+        {"prompt": "q", "chosen": [SAID | {key: value}], "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "b", key: value},
+    ):
+        assert rule_of(tmp_path, record) == "message.weight"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("weight", 1),
+        ("weight", "1"),
+        ("loss", True),
+        ("masked", False),
+        ("weight", None),
+        ("mask", ""),
+    ],
+)
+def test_marks_of_turns_to_learn(tmp_path: Path, key: str, value: object) -> None:
+    reader = read(tmp_path, {"messages": [ASKED, SAID | {key: value}]})
+    assert reader.read_all()[0].turns() == TURNS
+    assert reader.recognition.unread == ()
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"weight": 0.5},
+        {"weight": "0.5"},
+        {"weight": -1},
+        {"loss": "maybe"},
+        {"train": [0, 1]},
+        {"weight": 0, "loss": True},
+        {"training_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
+        {"learn_this": False},
+    ],
+    ids=str,
+)
+def test_marks_that_cannot_be_understood_are_refused(tmp_path: Path, mark: Written) -> None:
+    assert rule_of(tmp_path, {"messages": [ASKED, SAID | mark]}) == "message.weight"
+    assert rule_of(tmp_path, {"conversations": [HUMAN, GPT | mark]}) == "message.weight"
+
+
+def test_other_keys_of_turns_are_named(tmp_path: Path) -> None:
+    turn: Written = SAID | {"mood": "glad", "loss_type": "ce", "refusal": None, "tool_calls": []}
+    reader = read(tmp_path, {"messages": [ASKED | {"name": "Bo"}, turn]})
+    assert reader.read_all()[0].turns() == TURNS
+    named = {"messages[].mood", "messages[].loss_type", "messages[].name"}
+    assert {*reader.recognition.unread} == named
+    reader = read(tmp_path, {"conversations": [HUMAN, GPT | {"mood": "glad"}]})
+    reader.read_all()
+    assert reader.recognition.unread == ("conversations[].mood",)
+    reader = read(tmp_path, {"prompt": "q", "chosen": turn, "rejected": "b"})
+    reader.read_all()
+    assert {*reader.recognition.unread} == {"chosen[].mood", "chosen[].loss_type"}
+
+
+@pytest.mark.parametrize("marks", [[0, 0, 0, 1], "[1, 0, 1, 1]", [False, False, True, True]])
+@pytest.mark.parametrize("turns", [("messages", ASKED, SAID), ("conversations", HUMAN, GPT)])
+def test_a_list_of_marks_next_to_the_turns(tmp_path: Path, marks: object, turns: Any) -> None:
+    key, asked, said = turns
+    record = {key: [asked, said, asked, said], "system": "S", "loss_mask": marks}
+    reader = read(tmp_path, record)
+    (found,) = reader.read_all()
+    assert [turn.learned for turn in found.turns()] == [True, True, False, True, True]
+    assert reader.recognition.unread == ()
+    assert rule_of(tmp_path, {**record, "loss_mask": [0, 1]}) == "message.weight"
+
+
+def test_weights_of_whole_rows_are_named(tmp_path: Path) -> None:
+    reader = read(tmp_path, {"messages": [ASKED, SAID], "weight": 0.5, "mask": "User"})
+    reader.read_all()
+    assert {*reader.recognition.unread} == {"weight", "mask"}
+
+
+def test_reasoning_is_read_in_every_form(tmp_path: Path) -> None:
+    thought = {"reasoning_content": "R"}
+    for record in (
+        {"messages": [ASKED, SAID | thought]},
+        {"conversations": [HUMAN, GPT | thought]},
+        {"prompt": "q", "chosen": SAID | thought, "rejected": "b"},
+    ):
+        found = row(tmp_path, record)
+        assert found.turns()[-1] == Message("assistant", "a", reasoning="R")
+        assert row(tmp_path, found.record()) == found
+
+
+def test_a_call_keeps_its_mark_and_its_reasoning(tmp_path: Path) -> None:
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    further = {"loss": False, "reasoning_content": "R"}
+    result = {"from": "observation", "value": "r"}
+    found = row(tmp_path, {"conversations": [HUMAN, call | further, result, GPT]})
+    assert [turn.learned for turn in found.turns()] == [True, False, True, True]
+    assert found.turns()[1].reasoning == "R"
+    # Joined to the words before it, the mark of the call would be lost.
+    words = {"conversations": [HUMAN, GPT, call | {"loss": False}, result, GPT]}
+    assert rule_of(tmp_path, words) == "message.order"
+
+
+def test_marks_are_written_again(tmp_path: Path) -> None:
+    record = {"conversations": [HUMAN, GPT | {"loss": False}, HUMAN, GPT], "system": "S"}
+    path = read(tmp_path, record).files[0]
+    convert(path, tmp_path / "chat.jsonl", "chat", drop_extra_keys=True)
+    assert load_rows(tmp_path / "chat.jsonl")[0].turns() == load_rows(path)[0].turns()
+    with pytest.raises(DataError):
+        convert(path, tmp_path / "alpaca.jsonl", "alpaca", drop_extra_keys=True)
+
+
+# --- functions, and turns as text ------------------------------------------------------------------
+
+CALL = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+RESULT = {"role": "function", "name": "f", "content": "r"}
+
+
+def test_openais_older_functions_are_tools(tmp_path: Path) -> None:
+    messages = [ASKED, CALL, RESULT, SAID]
+    reader = read(tmp_path, {"messages": messages, "functions": [FUNCTION]})
+    (found,) = reader.read_all()
+    assert [tool.name for tool in found.tools] == ["f"]
+    assert [call.name for call in found.turns()[1].calls] == ["f"]
+    assert reader.recognition.unread == ()
+    other = {"messages": messages, "functions": [{**FUNCTION, "name": "g"}]}
+    assert rule_of(tmp_path, other) == "message.tool_calls"
+    both = {"messages": messages, "functions": [FUNCTION], "tools": [{**FUNCTION, "name": "g"}]}
+    assert rule_of(tmp_path, both) == "tools.type"
+
+
+@pytest.mark.parametrize("turns", [("messages", ASKED, SAID), ("conversations", HUMAN, GPT)])
+def test_turns_as_text_are_read(tmp_path: Path, turns: Any) -> None:
+    key, *said = turns
+    found = row(tmp_path, {key: json.dumps(said), "system": "S"})
+    assert found.turns() == (SYSTEM, *TURNS)
+    path = read(tmp_path, {"text": json.dumps(said)}).files[0]
+    assert load_rows(path, {key: "text"})[0].turns() == TURNS
+    assert rule_of(tmp_path, {key: "[{'role': 'user'}]"}) == "messages.type"
+
+
+# --- keys that make another task -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "key"),
+    [
+        ({"text": "t", "label": "l", "other": "o"}, "other"),
+        ({"text": "t", "rating": 1, "text_pair": "o"}, "text_pair"),
+        ({"anchor": "q", "positive": "p", "negative": "n"}, "negative"),
+        ({"query": "q", "positive": "p", "negatives": ["n"]}, "negatives"),
+        ({"anchor": "q", "positive": "p", "score": 0.5}, "score"),
+        ({"text": "t", "entities": [{"label": "x"}]}, "entities"),
+        ({"prompt": "q", "completion": "a", "context": "c"}, "context"),
+        ({"instruction": "q", "output": "a", "context": "c"}, "context"),
+        ({"messages": [ASKED, SAID], "rejected_response": "b"}, "rejected_response"),
+    ],
+)
+def test_a_key_of_another_task_is_refused_unless_set_aside(
+    tmp_path: Path, record: Written, key: str
+) -> None:
+    assert rule_of(tmp_path, record) == "row.ambiguous"
+    path = read(tmp_path, record).files[0]
+    assert len(load_rows(path, {key: ""})) == 1
+    assert row(tmp_path, {**record, key: None}) == load_rows(path)[0]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}},
+        {"context": "c", "question": "q", "answers": [{"text": "a", "answer_start": 0}]},
+        {"title": "t", "paragraphs": [{"context": "c", "qas": [{"question": "q"}]}]},
+    ],
+)
+def test_the_fix_of_questions_about_a_passage_keeps_the_passage(
+    tmp_path: Path, record: Written
+) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, record).read_all()
+    (problem,) = caught.value.problems
+    assert problem.rule == "row.unknown_shape"
+    assert "context" in problem.fix and "jq -c" in problem.fix
+    found = row(tmp_path, {"question": "q", "context": "c", "answer": "a"})
+    assert found.record() == {"prompt": "q\n\nc", "completion": "a"}
+
+
+@pytest.mark.parametrize("label", [[[0, 4, "PER"]], [[0, 4, "PER"], [5, 9, "X"]]])
+def test_spans_of_doccano_are_named(tmp_path: Path, label: object) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, {"text": "Rita sings", "label": label}).read_all()
+    (problem,) = caught.value.problems
+    assert problem.rule == "label.type"
+    assert "[0, 4" in problem.message and '"tokens"' in problem.fix
+
+
+@pytest.mark.parametrize("rating", ["4,5", "nan", ""])
+def test_ratings_that_are_no_numbers_show_their_text(tmp_path: Path, rating: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f'text,rating\nt,"{rating}"\n')
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    (problem,) = caught.value.problems
+    assert problem.rule == "rating.type" and (rating or "empty") in problem.message
+    assert ("4.5" in problem.fix) is (rating == "4,5")
+
+
+def test_a_decimal_comma_does_not_turn_ratings_into_examples(tmp_path: Path) -> None:
+    assert rule_of(tmp_path, {"prompt": "q", "completion": "a", "rating": "4,5"}) == "rating.type"
+
+
+def test_prompts_may_have_a_system_prompt_in_some_rows_only(tmp_path: Path) -> None:
+    reader = read(tmp_path, {"prompt": "q"}, {"prompt": "q", "system": "S"}, checker=PromptChecker)
+    assert [len(each.turns()) for each in reader.read_all()] == [1, 2]

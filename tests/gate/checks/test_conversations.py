@@ -1,0 +1,56 @@
+"""Conversations inside texts, and calls of functions that the row does not declare."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.texts import RawText
+from luthier.gate.checks.conversations import IN_TEXT, UNDECLARED, Conversations
+from luthier.gate.scan import inspect_rows
+from luthier.types import Message, Row, Tool, ToolCall
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def found(row: Row) -> list[tuple[str, str]]:
+    report = inspect_rows({"train": [row]}, [Conversations()])
+    return [(each.rule.id, each.fix) for some in report.findings.examples.values() for each in some]
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        (json.dumps(TURNS), "data.columns.messages=text"),
+        (json.dumps(TURNS, indent=1), "data.columns.messages=text"),
+        (json.dumps([{"from": "human", "value": "q"}]), "data.columns.conversations=text"),
+        (json.dumps({"messages": TURNS}), "fromjson"),
+        (str(TURNS), "double quotes"),
+    ],
+)
+def test_a_conversation_inside_a_text(text: str, fix: str) -> None:
+    ((rule, advice),) = found(RawText("rows", 1, text))
+    assert rule == IN_TEXT.id and fix in advice
+    ((rule, advice),) = found(PromptCompletion("rows", 1, text, "a"))
+    assert rule == IN_TEXT.id and "messages" in advice
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", '{"role": "x"}', "[role]", "the role: user", '["role", "from"]', ""]
+)
+def test_other_texts_are_no_conversations(text: str) -> None:
+    assert found(RawText("rows", 1, text)) == []
+
+
+def test_calls_of_functions_that_are_not_declared() -> None:
+    turns = (
+        Message("user", "q"),
+        Message("assistant", calls=(ToolCall("1", "f", {}),)),
+        Message("tool", "r", call_id="1"),
+        Message("assistant", "a"),
+    )
+    assert [rule for rule, _ in found(Conversation("rows", 1, turns))] == [UNDECLARED.id]
+    declared = Conversation("rows", 1, turns, tools=(Tool("f", "", {}),))
+    assert found(declared) == []
