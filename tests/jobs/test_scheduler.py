@@ -15,8 +15,11 @@ import pytest
 from luthier.jobs import processes
 from luthier.jobs.admission import Capacity, memory_of
 from luthier.jobs.folders import LONGEST_LOG, JobFolders
+from luthier.jobs.kinds import TRAINING
+from luthier.jobs.ray_runner import RayRunner
 from luthier.jobs.scheduler import RoomWaits, Scheduler
 from luthier.store import queue as leased_work
+from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job
 from luthier.store.queue import LeaseWatch
 
@@ -222,6 +225,40 @@ def test_memory_is_estimated_as_the_engine_does(queue: Any, luthier_home: Path) 
     beside = memory_of("distil", taught) - memory_of("tune", small)
     assert 0.2e9 < beside < 0.7e9
     assert not (luthier_home / "models" / "base" / base).exists()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")  # a head that has seen no labels
+@pytest.mark.parametrize(
+    ("base", "objectives", "least"),
+    [
+        ("all-minilm-l6-v2", ("classification", "masked_lm", "token_classification"), 0.5e9),
+        ("bert-base-uncased", ("classification", "contrastive", "masked_lm"), 1e9),
+        ("efficientnet-lite0", ("classification", "contrastive"), 1e9),
+        ("smollm2-135m-instruct", ("sft", "dpo", "classification"), 1e9),
+    ],
+)
+def test_the_memory_of_a_job_is_that_of_the_objective_its_rows_lead_to(
+    luthier_home: Path, base: str, objectives: tuple[str, ...], least: float
+) -> None:
+    fields = {"base": base, "data": {"train": "x"}}
+    found = memory_of("tune", fields)
+    assert least < found < 6e9
+    for method in objectives:
+        chosen = memory_of("tune", {**fields, "objective": {"method": method}})
+        assert chosen == pytest.approx(found, rel=0.02)
+    smaller = memory_of("tune", {**fields, "training": {"micro_batch_tokens": 8}})
+    assert smaller < found
+
+
+@sqlite
+def test_a_job_of_an_encoder_reserves_its_memory_here_and_on_a_cluster(queue: Any) -> None:
+    base = foundation_model("sentence-transformers.all-minilm-l6-v2")
+    job_id = queue.submit("labels", base=base, settings={})
+    TRAINING.prepare(queue.database)
+    job = queue.job(job_id)
+    assert job.memory > 0.5e9
+    command = RayRunner("127.0.0.1:1").command(["worker"], TRAINING, job)
+    assert int(command[command.index("--memory") + 1]) == job.memory
 
 
 def test_a_log_is_cut_and_not_lost(luthier_home: Path) -> None:

@@ -13,8 +13,8 @@ from luthier.engine.machine import total_memory
 SHARE = 0.9
 """Part of the machine's memory that workers may take together."""
 TOKENS = 2048
-"""Tokens of a micro-batch that is reckoned with; what is not free makes the engine take fewer. It is of
-steps that learn, and has nothing to do with what is read at once where nothing is learned."""
+"""Tokens of a training micro-batch where the recipe sets none. With less free memory the engine chooses
+fewer."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,11 @@ class Capacity:
 
 
 def memory_of(command: str, recipe: dict[str, Any]) -> int:
-    """Estimated peak in bytes, by the engine's own estimate.
+    """Return the estimated peak of a job in bytes, by the engine's own estimate.
 
-    Networks that are not on this machine are described by the catalogue; no custom model is fetched.
+    A recipe without an objective is estimated with the objective that its base model is made for. Its
+    rows decide among the objectives of that network, whose peaks differ by about 1 %.
+    The catalogue describes networks that are not on this machine; no custom model is fetched.
 
     Raises:
         LuthierError: where the job cannot work at all, as the worker says; or where a custom model is
@@ -50,7 +52,10 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.engine.machine import choose_machine
     from luthier.engine.memory import sketch_training, weight_bytes
     from luthier.models.catalog import CATALOG
+    from luthier.models.kinds import base_kind
+    from luthier.models.layouts import MOST_IMAGES
     from luthier.models.load import catalogue_config, read_config, sketch_of
+    from luthier.models.tokenizer import load_processor
     from luthier.objectives import OBJECTIVES
     from luthier.objectives.capabilities import other_models
     from luthier.recipe import Recipe, parse
@@ -58,10 +63,30 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.store.models import find_here, objective_of
     from luthier.workflows.pipeline import KINDS
 
+    def described(model_id: str) -> Any:
+        """Return the entry of the catalogue where only that describes the model."""
+        return CATALOG.get(model_id) if not is_base_here(model_id) else None
+
     def config(model_id: str, head: Any) -> Any:
-        if model_id in CATALOG and not is_base_here(model_id):
-            return catalogue_config(CATALOG[model_id], head)
+        if entry := described(model_id):
+            return catalogue_config(entry, head)
         return read_config(find_here(model_id).network_folder, head)
+
+    def usual_objective(model_id: str) -> Any:
+        entry = described(model_id)
+        if entry is not None:
+            own = OBJECTIVES[base_kind(entry.kind).objective].model_validate({})
+        else:
+            own = objective_of(find_here(model_id))
+        if own.task == "causal_lm":
+            return OBJECTIVES["sft"].model_validate({})
+        # A model distilled from another one learns on without its teacher.
+        return OBJECTIVES["contrastive"].model_validate({}) if other_models(own) else own
+
+    def reads_media(model_id: str) -> bool:
+        if entry := described(model_id):
+            return entry.media is not None
+        return load_processor(find_here(model_id).network_folder) is not None
 
     recipe = json.loads(fields)
     parsed = parse(KINDS[command].recipe, recipe)
@@ -69,7 +94,7 @@ def _memory_of(command: str, fields: str) -> int:
     # The threads of a server that answers beside it stay as they are.
     machine = choose_machine(parsed.training.precision, torch.get_num_threads())
     size = machine.dtype.itemsize
-    objective = parsed.objective or OBJECTIVES["sft"].model_validate({})
+    objective = parsed.objective or usual_objective(parsed.base)
     network = config(parsed.base, objective.head())
     memory = sketch_training(network, objective, parsed.adaptation, size).memory
     teacher = recipe.get("teacher", {})
@@ -81,4 +106,5 @@ def _memory_of(command: str, fields: str) -> int:
         if ":" in other:
             head = objective_of(find_here(other)).head()
         memory = memory.beside(weight_bytes(sketch_of(config(other, head), head), size))
-    return memory.peak(TOKENS)
+    usual = MOST_IMAGES if reads_media(parsed.base) else TOKENS
+    return memory.peak(parsed.training.micro_batch_tokens or usual)

@@ -83,7 +83,7 @@ def _prepare_jobs(database: Database) -> None:
         try:
             memory = memory_of(job.command, job.recipe)
         except Exception as error:
-            _log.info("job %s has no estimate: %s", job.id, error)
+            _log.warning("the memory of job %s cannot be estimated: %s", job.id, error)
             memory = 1  # its worker finds the same, and says it to whoever asked
         with database.write() as session:
             found = session.get(Job, job.seq, with_for_update=True)
