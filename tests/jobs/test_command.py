@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from luthier.jobs.admission import Capacity
+from luthier.jobs.folders import JobFolders
 from luthier.jobs.scheduler import Scheduler
 
 pytest.importorskip("luthier.store.locations")
@@ -36,3 +37,22 @@ def test_the_command_does_a_job(queue: Any, tmp_path: Path) -> None:
     assert list(output.glob("model-customization-job-*/training_artifacts/*.csv"))
     job = queue.until(refused, lambda job: job.state == "Failed")
     assert "folders" in job.failure and "outside" not in job.failure
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, tmp_path: Path) -> None:
+    job_id = queue.submit(steps=2)
+    crash = (
+        "import ctypes; from luthier.jobs.training import TrainingWorker; "
+        "TrainingWorker.work = lambda self, row: ctypes.string_at(0); "
+    )
+    scheduler = Scheduler(
+        queue.database, Capacity(memory=10**12, cores=2),
+        command=[sys.executable, "-c", crash + COMMAND],
+    )  # fmt: skip
+    scheduler.start()
+    queue.schedulers.append(scheduler)
+    job = queue.ended(job_id)
+    assert (job.state, job.crashes) == ("Failed", 3)
+    assert "signal 11" in job.failure and "string_at" in "".join(JobFolders(job_id).log_tail())
+    assert "memory" not in job.failure

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,32 @@ def test_a_server_that_is_starting_a_worker_is_not_ended_for_it(
     assert child.poll() is None
     child.kill()
     child.wait()
+
+
+@sqlite
+def test_a_worker_that_starts_slowly_is_no_death(queue: Any, monkeypatch: Any) -> None:
+    job_id = queue.submit()
+    sleep = ["/bin/sh", "-c", "sleep 60"]
+    scheduler = Scheduler(queue.database, ONCE, command=sleep, kinds=[TRAINING])
+    monkeypatch.setattr(scheduler, "watch", LeaseWatch(0.05))
+    monkeypatch.setattr("luthier.jobs.scheduler.LEASE", timedelta(hours=1))
+    scheduler.tick()
+    before = queue.job(job_id)
+    time.sleep(0.1)
+    scheduler.expire_dead()
+    time.sleep(0.1)
+    scheduler.expire_dead()
+    job = queue.job(job_id)
+    assert (job.state, job.lease, job.crashes) == ("Running", before.lease, 0)
+    assert job.lease_ends > before.lease_ends
+    monkeypatch.setattr(processes, "BEGIN_SECONDS", 0.0)
+    for _ in range(2):
+        scheduler.expire_dead()
+        time.sleep(0.1)
+    assert (queue.job(job_id).state, queue.job(job_id).crashes) == ("Queued", 1)
+    for child in scheduler.children.values():
+        child.kill()
+        child.wait()
 
 
 def test_a_clock_that_jumps_makes_nobody_look_dead() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from luthier.jobs.folders import LOG_TAIL, JobFolders
 from luthier.store.accounts import create_account
 from luthier.store.jobs import JobEvent, get, stop
 from luthier.store.objects import Objects
@@ -17,6 +18,54 @@ from luthier.store.objects import Objects
 ACCOUNT = "000000000000"
 
 sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+DIES = """
+from luthier.jobs.training import TrainingWorker
+def work(self, row):
+    {how}
+TrainingWorker.work = work
+"""
+AFTER_STEPS = """
+import os
+from luthier.engine.metrics import MetricsFile
+append = MetricsFile.append
+def die(self, values):
+    append(self, values)
+    if values["step"] >= 3:
+        import time; time.sleep(1.5)  # until the step is reported
+        os._exit(7)
+MetricsFile.append = die
+"""
+
+
+@sqlite
+@pytest.mark.parametrize(
+    ("before", "step", "why", "lines", "memory"),
+    [
+        (DIES.format(how="raise SystemError('the library broke')"), 0, "status 1",
+         "SystemError: the library broke", False),
+        (DIES.format(how="import os; os.kill(os.getpid(), 9)"), 0, "signal 9", "", True),
+        (DIES.format(how="import os; os.kill(os.getpid(), 11)"), 0, "signal 11", "", False),
+        (AFTER_STEPS, 2, "status 7", "", False),
+    ],
+)  # fmt: skip
+def test_a_job_ends_at_the_third_death_at_one_step_and_says_how(
+    queue: Any, before: str, step: int, why: str, lines: str, memory: bool
+) -> None:
+    job_id = queue.submit(steps=6)
+    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": before})
+    job = queue.ended(job_id)
+    assert (job.state, job.attempts, job.crashes) == ("Failed", 3, 3)
+    assert f"3 workers died one after the other at step {step}: its worker ended" in job.failure
+    assert why in job.failure and lines in job.failure
+    assert ("memory" in job.failure) is memory
+    tail = JobFolders(job_id).log_tail()
+    assert len(tail) <= LOG_TAIL and lines in "\n".join(tail)
+    with queue.database.read() as session:
+        warned = session.query(JobEvent).filter_by(job_id=job_id, kind="warning").all()
+    deaths = [each.message for each in warned if "its worker ended" in each.message]
+    assert len(deaths) == 2 and all(why in text for text in deaths)
 
 
 FLAKY = """

@@ -30,6 +30,7 @@ from luthier.cli.service import (
     print_outcome,
     print_records,
 )
+from luthier.cli.service_jobs import service_jobs_app
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.printable import printable
 
@@ -48,7 +49,7 @@ BUILT_IN = "built-in default"
 """Where a limit comes from that the account has no quota of its own for."""
 
 admin_app = CommandGroup(
-    "Accounts, users, keys, IAM roles, models, quotas and backups.", extra="server"
+    "Accounts, users, keys, IAM roles, jobs, models, quotas and backups.", extra="server"
 )
 accounts_app = CommandGroup("Accounts (tenants) and their quotas.", extra="server")
 users_app = CommandGroup("Users and what they may do.", extra="server")
@@ -57,7 +58,8 @@ iam_roles_app = CommandGroup("IAM roles that users may assume (STS AssumeRole)."
 encryption_app = CommandGroup("The key of an encrypted store.")
 for name, part in (
     ("accounts", accounts_app), ("users", users_app), ("keys", keys_app),
-    ("iam-roles", iam_roles_app), ("models", service_models_app), ("encryption", encryption_app),
+    ("iam-roles", iam_roles_app), ("jobs", service_jobs_app),
+    ("models", service_models_app), ("encryption", encryption_app),
     ("data", data_app),
 ):  # fmt: skip
     admin_app.add_typer(part, name=name)

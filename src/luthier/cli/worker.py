@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -73,6 +74,7 @@ def worker(
 
 def _prepare_process() -> None:
     """Let nobody else read what it writes, and the server go first."""
+    faulthandler.enable()  # a crash in a library leaves its Python lines in the log of the job
     from luthier.encryption import keys, memory
 
     os.umask(0o077)

@@ -16,13 +16,15 @@ import json
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from luthier.encryption.files import place_of, seal_line
+from luthier.encryption.files import opened_lines, place_of, seal_line
 from luthier.encryption.memory import remove, working
 from luthier.engine.runs import GRIDS, SAMPLES
+from luthier.errors import CorruptFile
 from luthier.files import disk_errors, lock, luthier_home, sweep
 from luthier.store import exports, imports
 from luthier.store.custom_models import IMPORTED
@@ -35,6 +37,8 @@ from luthier.store.shared_models import remove_model, remove_models_of_run
 
 LONGEST_LOG = 4_000_000
 """Bytes of a log; of a longer one the first half is cut."""
+LOG_TAIL, DEATH_TAIL = 20, 5
+"""Lines of a log that clients see with a job, and those that stand in the reason of a failure."""
 
 
 class JobFolders:
@@ -99,6 +103,15 @@ class JobFolders:
                 file.truncate()
                 file.write(b"...\n" + kept.partition(b"\n")[2])
                 file.truncate()
+
+    def log_tail(self, lines: int = LOG_TAIL) -> list[str]:
+        """Return the last lines of the log on this machine, without the path of the store."""
+        try:
+            last = deque(opened_lines(self.log), lines)
+        except (OSError, CorruptFile):
+            return []
+        home = f"{luthier_home()}/"
+        return [line.decode(errors="replace").rstrip().replace(home, "") for line in last]
 
     @property
     def shared_run(self) -> str:

@@ -28,6 +28,8 @@ LOST = 75
 """Exit status of a worker that lost its lease."""
 NODE_LOST = 76
 """Exit status of a driver whose actor, or the node below it, died."""
+BEGIN_SECONDS = 300.0
+"""Time limit for the start of a worker, in seconds: a slow disk has its libraries to read."""
 DATABASE = "LUTHIER_DATABASE"
 """Variable with the address of the database: it may hold a password, which no command line may."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"

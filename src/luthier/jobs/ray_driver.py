@@ -28,6 +28,7 @@ from luthier.errors import LeaseLost
 from luthier.files import luthier_home
 from luthier.jobs.kinds import WORK_KINDS
 from luthier.jobs.processes import (
+    BEGIN_SECONDS,
     LOG_FORMAT,
     LOST,
     NO_NODE,
@@ -42,8 +43,6 @@ from luthier.store.database import Database
 
 PLACEMENT_SECONDS = 60.0
 """Until work is given back that no node has taken."""
-BEGIN_SECONDS = 300.0
-"""Until a worker has to have taken over the lease: a slow disk has its libraries to read."""
 LOOK = 0.5
 """Seconds between two looks at the worker."""
 ANSWER_SECONDS = 60.0

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -25,12 +25,12 @@ from luthier.errors import LeaseLost, LuthierError
 from luthier.files import luthier_home, room
 from luthier.jobs import processes
 from luthier.jobs.admission import Capacity
-from luthier.jobs.folders import JobFolders
+from luthier.jobs.folders import DEATH_TAIL, JobFolders
 from luthier.jobs.kinds import WORK_KINDS, WorkKind
 from luthier.jobs.runners import FreeCapacity, LocalRunner, Runner
 from luthier.printable import format_exit
 from luthier.store import queue
-from luthier.store.database import Database
+from luthier.store.database import Database, now
 from luthier.store.queue import LEASE, LeaseWatch, OverdueWork, QueuedWork
 
 TICK = 1.0
@@ -82,6 +82,8 @@ class Scheduler:
         self.environment = {**processes.database_environment(database), **(environment or {})}
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         """Workers that were started here and not seen to end, by their leases."""
+        self._began: dict[str, float] = {}
+        """When these workers were started, by their leases."""
         self.watch = LeaseWatch(LEASE.total_seconds())
         self._waits = RoomWaits()
         self._not_before: dict[Runner, float] = {}
@@ -160,11 +162,19 @@ class Scheduler:
         with self.database.read() as session:
             held = self._leased_rows(session)
         ended = {lease: child.poll() for lease, child in self.children.items()}
+        folders = {kind.table: kind.folders for kind in self.kinds}
         for row in held:
             lease, worker = str(row.lease), row.worker or {}
             if ended.get(lease) is not None:
                 why = f"its worker ended {format_exit(ended[lease])}"
-            elif worker and processes.is_here(worker) and not processes.is_alive(worker):
+            elif worker.get("starting") and self._renew_start(row, lease):
+                continue
+            elif (
+                lease not in self.children  # the status of a child says more, at the next look
+                and worker
+                and processes.is_here(worker)
+                and not processes.is_alive(worker)
+            ):
                 why = "its worker is gone"
             elif self.watch.silent(lease, row.lease_ends):
                 if worker and not worker.get("starting"):
@@ -174,9 +184,10 @@ class Scheduler:
                 why = "its worker was not heard from any more"
             else:
                 continue
+            cause = _cause_of_death(ended.get(lease), row, folders[type(row)](row.id))
             try:
                 with self.database.write() as session:
-                    text = queue.expire(session, type(row), row.id, lease, why)
+                    text = queue.expire(session, type(row), row.id, lease, why, cause)
                 _log.warning("%s %s: %s; %s", row.noun, row.id, why, text)
             except LeaseLost:
                 pass  # it gave the lease back meanwhile
@@ -184,7 +195,21 @@ class Scheduler:
         for lease, status in ended.items():
             if status is not None:
                 del self.children[lease]
+                self._began.pop(lease, None)
                 self._waits.end(lease, status in processes.NO_ROOM)
+
+    def _renew_start(self, row: QueuedWork, lease: str) -> bool:
+        """Renew the lease of a worker of this server that still starts.
+
+        Returns False for workers of other servers, and after :data:`BEGIN_SECONDS`.
+        """
+        began = self._began.get(lease)
+        if began is None or time.monotonic() - began > processes.BEGIN_SECONDS:
+            return False
+        if row.lease_ends is not None and row.lease_ends - now() < LEASE / 2:
+            with suppress(LeaseLost), self.database.write() as session:
+                queue.renew(session, type(row), row.id, lease)
+        return True
 
     def _start_next(self, kind: WorkKind) -> bool:
         """Start a worker for the next work of a kind that fits; whether there was one."""
@@ -207,6 +232,7 @@ class Scheduler:
         lease = str(row.lease)
         try:
             self.children[lease] = self._spawn(kind, row, lease, runner)
+            self._began[lease] = time.monotonic()
             self._waits.begin(lease, row.id)
         except (OSError, LuthierError) as error:
             _log.error("no worker could be started for %s %s: %s", kind.name, row.id, error)
@@ -286,6 +312,16 @@ class Scheduler:
                 env=environment,
                 start_new_session=True,
             )
+
+
+def _cause_of_death(status: int | None, row: QueuedWork, folders: JobFolders) -> str:
+    """Return what the exit status and the log of a worker that died tell of the reason."""
+    found = []
+    if status == -signal.SIGKILL:
+        found.append(f"If memory was short and the system ended the worker, {row.memory_advice}")
+    if lines := folders.log_tail(DEATH_TAIL):
+        found.append("\n".join(["The log ends with:", *lines]))
+    return " ".join(found)
 
 
 class RoomWaits:

@@ -65,6 +65,7 @@ class ModelExport(QueuedWork, Base):
 
     __tablename__ = "model_exports"
     noun = "the export"
+    memory_advice = "ask for another format, or for a server with more memory."
     unknown_memory = 1 << 29
     """What its process takes by itself, until the model was looked at."""
 
@@ -120,15 +121,14 @@ class ModelExport(QueuedWork, Base):
             self.state, self.since, self.progress = QUEUED, now(), None
         super().give_back(session, message)
 
-    def expire(self, session: Session, why: str) -> str:
-        """Take it from a worker that died; it fails where too many did."""
+    def expire(self, session: Session, why: str, cause: str = "") -> str:
+        """Take the export from a worker that died; the export fails after several deaths."""
         self.crashes += 1
         if self.crashes >= MOST_CRASHES and self.failure is None and self.state == RUNNING:
             self.failure = (
                 f"{self.crashes} workers died one after the other over the export (the last one: "
-                f"{why}). Where this is the system's way to end what takes too much memory, ask for "
-                "another format, or for a server with more memory."
-            )
+                f"{why}). {cause}"
+            ).rstrip()
             self.state = STOPPING
         if self.state == STOPPING and (not self.written or self.crashes >= 2 * MOST_CRASHES):
             self.end(session)

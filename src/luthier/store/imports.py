@@ -40,15 +40,14 @@ class ModelImport(QueuedWork, Base):
     source: Mapped[str]
     """Address of the folder."""
 
-    def expire(self, session: Session, why: str) -> str:
-        """Take it from a process that died; the model fails where too many did."""
+    def expire(self, session: Session, why: str, cause: str = "") -> str:
+        """Take the import from a process that died; the model fails after several deaths."""
         if self.crashes + 1 < MOST_CRASHES:
-            return super().expire(session, why)
+            return super().expire(session, why, cause)
         failure = (
             f"{self.crashes + 1} processes died one after the other while they looked at the model "
-            f"(the last one: {why}). Where this is the system's way to end what takes too much memory, "
-            "take a smaller model, or a server with more memory."
-        )
+            f"(the last one: {why}). {cause}"
+        ).rstrip()
         fail(session, self.id, str(self.lease), failure)
         # The process may have died before it locked its files, so that nobody else would.
         log_file(files_name(self.id)).unlink(missing_ok=True)

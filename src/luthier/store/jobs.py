@@ -45,8 +45,8 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
 """Where a job may go from each state; every change of a state is looked up here."""
 
 
-MOST_CRASHES = 25
-"""So many workers may die one after the other without a step between them."""
+MOST_CRASHES = 3
+"""Deaths of workers at one step after which the job fails."""
 
 
 class JobPart(TypedDict):
@@ -110,6 +110,7 @@ class Job(QueuedWork, Base):
     __tablename__ = "jobs"
     __table_args__ = (UniqueConstraint("account", "name"),)
     noun = "job"
+    memory_advice = "choose a smaller batch, shorter rows or a smaller model."
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     """Order of creation."""
@@ -168,6 +169,11 @@ class Job(QueuedWork, Base):
         given = (self.recipe.get(group) or {}).get(field)
         return self.details.get("chosen", {}).get(name, given)
 
+    @property
+    def suffix(self) -> str | None:
+        """Suffix that a client of the OpenAI API gave the job, to tell its jobs apart."""
+        return self.request.get("suffix") if self.face == "openai" else None
+
     @classmethod
     def is_unfinished(cls) -> ColumnElement[bool]:
         """See :meth:`luthier.store.queue.TakesTurns.is_unfinished`."""
@@ -209,10 +215,10 @@ class Job(QueuedWork, Base):
             session.execute(update(Job).where(*mine).values(**nobody))
             session.refresh(self)
 
-    def expire(self, session: Session, why: str) -> str:
-        """Take it from a worker that died; it goes on with another one.
+    def expire(self, session: Session, why: str, cause: str = "") -> str:
+        """Take the job from a worker that died; another worker resumes it.
 
-        It fails instead where too many died without a step between them.
+        The job fails after :data:`MOST_CRASHES` deaths without a step between them.
         """
         if self.state != RUNNING:
             self.give_back(session, why)
@@ -222,15 +228,12 @@ class Job(QueuedWork, Base):
         self.details = {**self.details, "crashed_at": step}
         session.flush()
         if self.crashes < MOST_CRASHES:
-            text = f"{why}; the job goes on from its last checkpoint."
+            text = f"{why}; the job goes on from its last checkpoint. {cause}".rstrip()
             record(session, self.id, "warning", text)
             self.give_back(session, "The job is queued again.")
             return f"it is {self.state}"
-        failure = (
-            f"{self.crashes} workers died one after the other at step {step} (the last one: {why}). "
-            "Where this is the system's way to end what takes too much memory, choose a smaller "
-            "batch, shorter rows or a smaller model."
-        )
+        failure = f"{self.crashes} workers died one after the other at step {step}: {why}. {cause}"
+        failure = failure.rstrip()
         move(session, self, FAILED, failure, holder=self.lease, failure=failure)
         return f"it is {self.state}"
 

@@ -89,6 +89,8 @@ class BackgroundWork(TakesTurns):
 class QueuedWork(TakesTurns):
     """Columns of work that a scheduler starts a process for."""
 
+    memory_advice: ClassVar[str] = "use a smaller model, or a server with more memory."
+    """Advice to a client whose work needs too much memory."""
     unknown_memory: ClassVar[int] = 0
     """Bytes that it counts for as long as its memory is 0."""
 
@@ -121,10 +123,11 @@ class QueuedWork(TakesTurns):
         self.worker = None
         super().give_back(session, message)
 
-    def expire(self, session: Session, why: str) -> str:
-        """Take it from a worker that died; what became of it, for the log of the server.
+    def expire(self, session: Session, why: str, cause: str = "") -> str:
+        """Take the row from a worker that died, and return the new state for the server's log.
 
-        Kinds that give up at some time say so, here.
+        ``why`` says how the worker ended. ``cause`` is a sentence about the reason, empty where
+        nothing is known. Kinds of work that give up after several deaths override this method.
         """
         self.crashes += 1
         self.give_back(session, why)
@@ -376,13 +379,15 @@ def release(
     hold(session, kind, row_id, lease).give_back(session, message)
 
 
-def expire(session: Session, kind: type[QueuedWork], row_id: str, lease: str, why: str) -> str:
-    """Take it from a worker that died; what became of it, for the log of the server.
+def expire(
+    session: Session, kind: type[QueuedWork], row_id: str, lease: str, why: str, cause: str = ""
+) -> str:
+    """Take a row from a worker that died; see :meth:`QueuedWork.expire`.
 
     Raises:
         LeaseLost: as :func:`hold`.
     """
-    return hold(session, kind, row_id, lease).expire(session, why)
+    return hold(session, kind, row_id, lease).expire(session, why, cause)
 
 
 def log_file(work: str) -> Path:

@@ -22,6 +22,7 @@ from luthier.api.native.operations import (
 )
 from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.graders import parse_graders
+from luthier.jobs.folders import JobFolders
 from luthier.jobs.submit import Submission, check_client_grader, submit
 from luthier.setting_names import with_setting_names
 from luthier.store import jobs as queue
@@ -90,6 +91,10 @@ class JobView(View):
     details: dict[str, Any]
     """Progress, settings that were chosen and why, times of its parts."""
     result: dict[str, Any] | None = None
+    suffix: str | None = None
+    """Suffix of a job of the OpenAI API."""
+    log: list[str] | None = None
+    """Last lines of the log of its workers on this server; only where one job is read."""
 
 
 class JobsView(View):
@@ -239,7 +244,8 @@ class _Jobs:
         return JobsView(jobs=[_view(job) for job in found[: page.limit]], next=following)
 
     def get(self, request: Request) -> JobView:
-        return _view(self._job(request, "GetJob"))
+        job = self._job(request, "GetJob")
+        return _view(job, JobFolders(job.id).log_tail())
 
     def label_issues(self, request: Request, page: LabelIssuesPage) -> LabelIssuesView:
         # Not a `List` or `Get` action: the role `auditor` reads no contents of rows.
@@ -319,8 +325,9 @@ class _Jobs:
         return job
 
 
-def _view(job: Job) -> JobView:
-    fields = {name: getattr(job, name) for name in JobView.model_fields if name != "base"}
+def _view(job: Job, log: list[str] | None = None) -> JobView:
+    own = JobView.model_fields.keys() - {"base", "log"}
+    fields = {name: getattr(job, name) for name in own}
     if job.failure is not None:
         fields["failure"] = with_setting_names(job.failure, setting_name)
-    return JobView(**fields, base=job.base_model)
+    return JobView(**fields, base=job.base_model, log=log)

@@ -42,6 +42,7 @@ export async function render(root, params, signal) {
   measure.element.hidden = true;
   const course = new Course();
   const recipe = h("pre", { class: "row" });
+  const log = h("pre", { class: "row" });
   replace(
     root,
     place.head,
@@ -59,7 +60,13 @@ export async function render(root, params, signal) {
       h("details", null, h("summary", null, "The whole recipe"), recipe),
     ),
     h("section", null, h("h2", null, "Parts"), place.parts),
-    h("section", null, h("h2", null, "Messages"), messages),
+    h(
+      "section",
+      null,
+      h("h2", null, "Messages"),
+      messages,
+      h("details", { open: job.state === "Failed" }, h("summary", null, "The end of the log"), log),
+    ),
   );
 
   const act = async (name, button) => {
@@ -82,8 +89,9 @@ export async function render(root, params, signal) {
 
   let drawn = "";
   function drawJob() {
+    if (job.log) log.textContent = withNames(job.log.join("\n")) || "The log is empty.";
     // How far it is changes all the time, and is drawn by itself.
-    const now = JSON.stringify({ ...job, details: { ...job.details, progress: null } });
+    const now = JSON.stringify({ ...job, log: null, details: { ...job.details, progress: null } });
     drawState(place, job);
     if (now === drawn) return;
     // Buttons and links that somebody may be at are made anew only where something has changed.
@@ -244,7 +252,7 @@ function drawHead(root, job, nameOf, act) {
     h(
       "div",
       { class: "heading" },
-      h("h1", null, job.name),
+      h("h1", null, job.name, job.suffix ? h("span", { class: "soft" }, ` ${job.suffix}`) : null),
       stateChip(job.state),
       h("div", { class: "actions" }, buttons),
     ),

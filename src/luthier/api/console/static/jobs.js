@@ -149,7 +149,10 @@ function draw(list, jobs, wanted, nameOf) {
         { name: "Created", kind: "nowrap" },
       ],
       rows: jobs.map((job) => [
-        h("a", { href: link("jobs", job.name) }, job.name),
+        [
+          h("a", { href: link("jobs", job.name) }, job.name),
+          job.suffix ? h("span", { class: "soft" }, ` ${job.suffix}`) : null,
+        ],
         stateChip(job.state),
         nameOf(job.base),
         job.state === "Completed" ? h("a", { href: link("models", job.model_name) }, job.model_name) : job.model_name,
