@@ -87,7 +87,7 @@ SAID = {
     "rows": set(SAMPLES),
 }
 NOT_IN_A_CELL = {
-    ("rows", "labels"), ("rows", "preferences"), ("openai", "preference"), ("openai", "preferences"),
+    ("rows", "preferences"), ("openai", "preference"), ("openai", "preferences"),
     ("alpaca", "long"), ("bedrock-conversation", "system"), ("bedrock-conversation", "long"),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,118 @@ def test_nested_parquet_columns_are_messages_tokens_and_tags(tmp_path: Path) -> 
     assert rows[0].messages == (Message("user", "a"), Message("assistant", "b"))
     path = parquet(tmp_path / "b.parquet", [{"tokens": ["a", "b"], "tags": ["O", "B-x"]}])
     assert load_rows(path)[0].tags == ("O", "B-x")
+
+
+def test_parquet_rows_equal_those_of_json_without_the_padding_of_structs(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    other = {"type": "object", "properties": {"n": {"type": "number", "description": "any"}}}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        {"type": "function", "function": {"name": name, "arguments": arguments}}
+                    ],
+                },
+                {"role": "tool", "content": "c"},
+                {"role": "assistant", "content": "d"},
+            ],
+            "tools": [
+                {"type": "function", "function": {"name": name, "parameters": parameters}}
+                for name, parameters in (("f", schema), ("g", other))
+            ],
+        }
+        for name, arguments in (("f", {"city": "Hue"}), ("g", {"n": 1}), ("g", {}))
+    ]
+    assert read(parquet(tmp_path / "a.parquet", rows))[0] == [*enumerate(rows, 1)]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_rows = [
+        [(row.messages, row.tools) for row in load_rows(path)]  # type: ignore[attr-defined]
+        for path in (lines, tmp_path / "a.parquet")
+    ]
+    assert read_rows[0] == read_rows[1]
+
+
+def test_nulls_of_columns_and_items_of_lists_stay(tmp_path: Path) -> None:
+    rows = [
+        {"a": None, "b": [None, {"x": 1, "y": None}], "c": ["t", None]},
+        {"a": 1, "b": None, "c": []},
+    ]
+    records = [record for _, record in read(parquet(tmp_path / "a.parquet", rows))[0]]
+    assert records == [{**rows[0], "b": [None, {"x": 1}]}, rows[1]]
+
+
+@pytest.mark.parametrize("of_list", [None, "feature", "list"])
+def test_classes_of_hugging_face_have_their_names(tmp_path: Path, of_list: str | None) -> None:
+    import pyarrow.parquet
+
+    feature: Any = {"names": ["neg", "pos"], "_type": "ClassLabel"}
+    if of_list:
+        feature = [feature] if of_list == "list" else {"feature": feature, "_type": "Sequence"}
+    numbers: list[Any] = [1, 0, -1, 7]
+    metadata = json.dumps({"info": {"features": {"label": feature, "gone": feature}}})
+    values = [[n, 0] for n in numbers] if of_list else numbers
+    table = pyarrow.table({"text": ["x"] * 4, "label": values})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        table.replace_schema_metadata({b"huggingface": metadata.encode()}), path
+    )
+    names = ["pos", "neg", None, 7]
+    expected = [[name, "neg"] for name in names] if of_list else names
+    assert [record["label"] for _, record in read(path)[0]] == expected
+    for broken in (
+        b"{",
+        b"[]",
+        b'{"info": null}',
+        b'{"info": {"features": {"label": {"names": 1}}}}',
+    ):
+        pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": broken}), path)
+        assert [record["label"] for _, record in read(path)[0]] == values
+
+
+@pytest.mark.parametrize(
+    ("cell", "label"),
+    [
+        ('["a", "b"]', ("a", "b")),
+        (' ["é\\u00e9/"] ', ("éé/",)),
+        ("['a', 'b']", ("a", "b")),
+        ("['a' 'b c'\n \"it's\"]", ("a", "b c", "it's")),
+        ("['a',]", ("a",)),
+        ("[1, 2]", ("1", "2")),
+        ("[1 20]", ("1", "20")),
+        ("[]", ()),
+        ("[ ]", ()),
+        ("a;b", "a;b"),
+        ("a|b", "a|b"),
+        ("Food, drink", "Food, drink"),
+        ("[UNK]", "[UNK]"),
+        ("(a, b)", "(a, b)"),
+        ("[a] or [b", "[a] or [b"),
+        ("[a, b]", None),
+        ("{a,b}", None),
+        ("{'a', 'b'}", None),
+        ('{"choices": ["a"]}', None),
+        ("[0.5, 1.0]", None),
+        ("[true]", None),
+        ('["a", "a"]', None),
+        ('["a', '["a'),
+    ],
+)
+def test_several_labels_in_a_cell(
+    tmp_path: Path, cell: str, label: str | tuple[str, ...] | None
+) -> None:
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), ("x", cell)])
+    if label is None:
+        with pytest.raises(DataError) as refused:
+            load_rows(path)
+        assert {each.rule for each in refused.value.problems} <= {"label.type", "label.duplicate"}
+    else:
+        assert load_rows(path)[0].label == label  # type: ignore[attr-defined]
 
 
 def test_parquet_without_rows_damaged_or_with_broken_text(tmp_path: Path) -> None:

@@ -148,7 +148,8 @@ def _lacks_quoting(path: Path, packing: Packing, delimiter: str) -> bool:
     """Return whether the quotes of a table are plain text.
 
     That is the case if every line has as many cells as the header, and a cell begins with a quote
-    that the same cell does not close. A quoted cell with line breaks leaves lines with fewer cells.
+    that the same cell does not close. A quoted cell with line breaks leaves lines with fewer cells,
+    unless it holds delimiters too. Doubled quotes and a quoted header show that cells are quoted.
     """
     columns, is_open = 0, False
     with path.open("rb") as raw, suppress(Unreadable, *BROKEN):  # the reader reports damage
@@ -158,15 +159,13 @@ def _lacks_quoting(path: Path, packing: Packing, delimiter: str) -> bool:
             cells = line.rstrip(b"\r\n").split(delimiter.encode())
             if cells == [b""] or (not columns and line.startswith((b"sep=", b'"sep='))):
                 continue
-            # A program that quotes the names of columns quotes all cells.
-            if (
-                len(cells) != (columns or len(cells))
-                or len(cells) == 1
-                or (not columns and b'"' in line)
-            ):
+            is_header, columns = not columns, columns or len(cells)
+            begun = [cell for cell in cells if cell.startswith(b'"')]
+            if len(cells) != columns or columns == 1 or (is_header and begun):
                 return False
-            columns = len(cells)
-            is_open |= any(c.startswith(b'"') and not _QUOTED.fullmatch(c) for c in cells)
+            if any(b'""' in cell[1:-1] for cell in begun):
+                return False
+            is_open |= any(not _QUOTED.fullmatch(cell) for cell in begun)
         return is_open
     return False
 

@@ -7,11 +7,14 @@ goes on.
 
 from __future__ import annotations
 
+import ast
 import base64
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -127,8 +130,43 @@ def _part_text(part: dict[str, object]) -> str:
     )
 
 
+_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d+"""
+_LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})(?:\s*,\s*|\s+|(?=\s*\])))*\s*\]", re.S)
+"""A list as Python or numpy prints it: ``['a', 'b']``, ``['a' 'b']``, ``[1, 2]``."""
+
+
+def _listed(text: str) -> object:
+    """Return the labels of a list that a table or a text holds as text; other text unchanged.
+
+    Raises:
+        RowRefused: for a list or an object in another notation.
+    """
+    text_ = text.strip()
+    if (text_[:1], text_[-1:]) not in (("[", "]"), ("{", "}")):
+        return text
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text_)
+        if isinstance(value, list):
+            return value
+    if _LIST.fullmatch(text_):
+        # The parser of Python would join the texts of numpy's ['a' 'b'].
+        return [ast.literal_eval(item) for item in re.findall(_ITEM, text_, re.S)]
+    if "," in text_ or '"' in text_ or "'" in text_:
+        raise RowRefused(
+            "label.type",
+            f'"label" is {quote(text)}, which looks like several labels in an unknown notation.',
+            'Write several labels as a JSON array: ["a", "b"].',
+        )
+    return text
+
+
 def read_label(value: object) -> str | tuple[str, ...]:
-    """One label, or all labels of the row where it may have several. Whole numbers become text."""
+    """Return one label, or all labels of a row that may have several.
+
+    Whole numbers become text, and an array that is written as text is read as an array.
+    """
+    if isinstance(value, str):
+        value = _listed(value)
     if not isinstance(value, list):
         return _label_name(value)
     names = tuple(_label_name(item, "an array with {} in it") for item in value)

@@ -10,9 +10,12 @@ value, as a table cannot leave it out; a null of Parquet in these columns is non
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, BinaryIO
 
 from luthier.data import parsing
@@ -219,7 +222,7 @@ def read_parquet(
                 f"The table has {table.metadata.num_columns:,} columns; {_MOST_COLUMNS:,} are read."
             )
             raise Unreadable("file.too_large", text, "Write those that hold your rows.")
-        unpacked = 0
+        unpacked, convert = 0, _conversions(table.schema_arrow)
         for batch in table.iter_batches(batch_size=_batch_rows(table, most)):
             for record in _rows(batch, number, file, problems):
                 number += 1
@@ -228,6 +231,8 @@ def read_parquet(
                 unpacked += text_length(record)
                 if unpacked > most:
                     raise _unpacks(f"The texts of the file take more than {most:,} letters")
+                for name, each in convert.items():
+                    record[name] = each(record[name])
                 yield number, _present(record)
     except (pyarrow.ArrowException, OSError) as error:
         said = str(error).split("\n", 1)[0].rstrip(".")
@@ -238,6 +243,39 @@ def read_parquet(
         ) from None
     if not number:
         raise empty_refusal("holds no rows")
+
+
+def _conversions(schema: Any) -> dict[str, Callable[[object], object]]:
+    """Return by column what a row of JSON would hold in place of Parquet's value."""
+    from pyarrow.types import is_nested
+
+    found: dict[str, Callable[[object], object]] = {
+        each.name: _without_padding for each in schema if is_nested(each.type)
+    }
+    with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        info = json.loads((schema.metadata or {})[b"huggingface"])
+        for name, feature in info["info"]["features"].items():
+            while isinstance(feature, list) or "feature" in feature:
+                feature = feature[0] if isinstance(feature, list) else feature["feature"]
+            if feature.get("_type") == "ClassLabel" and name in schema.names:
+                found[name] = partial(_class_names, [str(each) for each in feature["names"]])
+    return found
+
+
+def _without_padding(value: object) -> object:
+    """Return a value without null members of structs: a column has the members of all its rows."""
+    if isinstance(value, dict):
+        return {key: _without_padding(each) for key, each in value.items() if each is not None}
+    return [*map(_without_padding, value)] if isinstance(value, list) else value
+
+
+def _class_names(names: Sequence[str], value: object) -> object:
+    """Return the names of Hugging Face's class numbers; -1 is a row without a class."""
+    if isinstance(value, list):
+        return [_class_names(names, each) for each in value]
+    if type(value) is not int or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None
 
 
 def _batch_rows(table: Any, most: int) -> int:

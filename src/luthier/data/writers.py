@@ -195,7 +195,9 @@ class _Csv:
         self.names = names
         # Cells with any line end in them are quoted, as both stand in this one.
         self.writer = csv.writer(text, delimiter=delimiter, lineterminator="\r\n")
-        self.writer.writerow(names)
+        # A quoted header tells the reader that the quotes of a TSV are no part of the text.
+        head = csv.writer(text, self.writer.dialect, quoting=csv.QUOTE_ALL)
+        (head if delimiter == "\t" else self.writer).writerow(names)
 
     def write(self, record: Record) -> None:
         check_columns(record, self.names)
@@ -220,7 +222,7 @@ def cell(name: str, value: object, record: Mapping[str, object]) -> str:
     elif isinstance(value, (int, float)):
         if name in NUMBER_COLUMNS or name == "id":
             return repr(value)
-    elif isinstance(value, list) and name in JSON_COLUMNS and value:
+    elif isinstance(value, list) and (name == "label" or (name in JSON_COLUMNS and value)):
         return json.dumps(value, ensure_ascii=False)
     raise _no_place("a CSV cell", f"{json_kind(value)} in the column {quote(name)}")
 

@@ -81,6 +81,13 @@ def test_one_class_that_drowns_the_others_is_a_note() -> None:
     assert report.findings.exit_code == 0
 
 
+def test_labels_that_consist_of_others_may_be_several() -> None:
+    report = inspect_rows(
+        {"train": rows(*"aabb", "a;b", "b | a", "a;c", "b, or not", "d;e", "e;d;f")}, [Balance()]
+    )
+    assert [each.place.line for each in report.findings.examples["label.combined"]] == [5, 6, 9]
+
+
 def test_few_rows_of_several_labels_among_such_of_one_are_named() -> None:
     report = inspect_rows({"train": rows(*"ab" * 20, ("a", "b"), ("a",), ())}, [Balance()])
     assert messages(report)["label.several"] == [

@@ -52,6 +52,14 @@ SEVERAL = Rule(
     "For these few rows the whole model is made to give any number of labels to a row, also none.",
     "Write one label in each row; where several are meant, say `objective.multi_label=true`.",
 )
+COMBINED = Rule(
+    "label.combined",
+    "warning",
+    "A label consists of several labels of other rows.",
+    "Each combination is learned as a class of its own, with few rows.",
+    'Write several labels as a JSON array: ["a", "b"].',
+    whole=True,
+)
 FEW_SEVERAL = 0.1
 """Share of the rows up to which several labels may be a mistake."""
 FEWEST = 8
@@ -84,7 +92,9 @@ class Balance(Check):
     """Labels of texts, and names of what words are tagged as."""
 
     name: ClassVar[str] = "balance"
-    rules: ClassVar[tuple[Rule, ...]] = (ONE_CLASS, UNSEEN, SMALL, SPELLING, UNEVEN, SEVERAL)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        ONE_CLASS, UNSEEN, SMALL, SPELLING, UNEVEN, SEVERAL, COMBINED,
+    )  # fmt: skip
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
@@ -207,11 +217,17 @@ class Balance(Check):
             findings.add(Finding(SEVERAL, places.place(number), message))
 
     def _spelling(self, findings: Findings) -> None:
-        """Names that are one to people: each is compared with the most frequent of them."""
+        """Find names that differ in spelling only, and names that are made of other names."""
         first: dict[str, Place] = {}
         for (_, name), place in self._places.items():
             first.setdefault(name, place)
         usual = spellings(sum(self.counts.values(), Counter()))
+        parts_of = {name: {*re.split(r"\s*[;|,]\s*", name)} for name in first}
+        uses = Counter(part for parts in parts_of.values() for part in parts)
+        for name, parts in parts_of.items():
+            if len(parts) > 1 and all(uses[part] > 1 for part in parts):
+                message = f"the label {quote(name)} consists of {len(parts)} labels of other rows."
+                findings.add(Finding(COMBINED, first[name], message))
         for name in (name for name in first if name in usual):
             message = (
                 f"the label {quote(name)} differs from {quote(usual[name])} in its spelling only."
