@@ -38,6 +38,7 @@ from luthier.serving.memory import CacheBudget
 from luthier.serving.scheduler import WaitingRequests, working_for
 from luthier.store.models import chat_format, find, load
 from luthier.types import Message
+from tokenizers_of_families import MISTRAL, sentencepiece
 
 CPU = torch.device("cpu")
 QUESTIONS = [
@@ -596,3 +597,22 @@ def test_an_answer_that_takes_too_long_ends_and_others_go_on(
     assert ended.value.code == "ModelTimeout"
     assert other.whole()[0] == expected
     assert settled(opened)
+
+
+def test_a_completion_keeps_its_first_space(
+    tiny_llama: Callable[..., Any], tmp_path: Path, in_float32: None
+) -> None:
+    tokenizer = sentencepiece("normalizer", MISTRAL)
+    tiny_llama(vocab_size=len(tokenizer), eos_token_id=2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    made = Decoder.open(find(str(tmp_path)), CacheBudget(MEMORY))
+    (token,) = tokenizer.encode("is", add_special_tokens=False)
+    fields = {"max_tokens": 2, "logit_bias": {token: 100.0}}
+    ids = tuple(made.encode("What"))
+    for prompt in ("What", ids):
+        request = GenerationRequest(prompt=prompt, **fields)
+        assert answer(made, request).text == " is is"
+        pieces = [e.text for e in made.submit(request) if isinstance(e, TokenChunk)]
+        assert pieces == [" is", " is"]
+    assert answer(made, asked("What", **fields)).text == "is is"  # the template writes the space
+    made.close()

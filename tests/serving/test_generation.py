@@ -24,6 +24,7 @@ from luthier.serving.generation import Generator
 from luthier.serving.inference import Chat
 from luthier.store.models import chat_format, find, load
 from luthier.types import Message, Tool, ToolCall
+from tokenizers_of_families import PREPENDS, sentencepiece
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -347,3 +348,19 @@ def test_a_prompt_with_tools_is_the_one_that_was_learned(generator: Generator) -
     ids_T = generator._prompt_ids(Chat(asked, tools))
     assert ids_T.tolist() == learned.ids_T[:size].tolist()
     assert len(ids_T) > len(generator._prompt_ids(asked))
+
+
+@pytest.mark.parametrize("prepend", PREPENDS)
+def test_a_continuation_of_a_raw_prompt_keeps_its_first_space(prepend: str) -> None:
+    tokenizer = sentencepiece(prepend, None)
+    chat = ChatFormat.of(tokenizer)
+    prompt_T, reply_T = chat.continued_tokens("the door", " is open 日")
+    ids = reply_T.tolist()
+    written = [*ids, tokenizer.eos_token_id, *ids]
+    streamed, whole = (ScriptedGenerator(Scripted(written, len(tokenizer)), chat) for _ in range(2))
+    assert "".join(streamed.stream("the door", Sampling(max_tokens=40))) == " is open 日"
+    assert whole.replies(["the door"], Sampling(max_tokens=40)) == [" is open 日"]
+    assert chat.decode_reply(prompt_T, ids).text == " is open 日"
+    assert "".join(chat.pieces([*prompt_T, *ids])).removeprefix("<s>").lstrip() == (
+        "the door is open 日"
+    )

@@ -31,6 +31,7 @@ from luthier.data.processors import (
     Processor,
 )
 from luthier.data.reasoning import (
+    TAIL,
     DecodedReply,
     ReasoningMarks,
     find_marks,
@@ -603,14 +604,26 @@ class ChatFormat:
         return text
 
     def decode_reply(self, prompt_T: IntArray, ids: Sequence[int]) -> DecodedReply:
-        """A reply to a conversation that is ``prompt_T``: its reasoning, and what it says.
+        """Return the reasoning and the answer of a reply to the prompt with the tokens ``prompt_T``.
 
-        What is graded, compared and shown of a reply is the latter.
+        The answer is what graders, comparisons and people see.
         """
-        return split_reply(reasoning_after(self, prompt_T), self.decode(ids))
+        before = self.decoding_context(prompt_T)
+        text = self.decode([*before, *ids])[len(self.decode(before)) :]
+        return split_reply(reasoning_after(self, prompt_T), text)
+
+    def decoding_context(self, prompt_T: IntArray) -> list[int]:
+        """Return the last tokens of a raw prompt, behind which its continuation is decoded.
+
+        A decoder of SentencePiece drops the space that begins a text; behind other tokens the space
+        is kept. Empty for chat templates and encoder-decoders, whose replies are texts of their own.
+        """
+        if self.template == "chat" or self.start_id is not None:
+            return []
+        return [int(token) for token in prompt_T[-TAIL:]]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token, for showing them one after the other.
+        """Return the text of each token, for showing the tokens one after the other.
 
         A character that several tokens share stands whole at the first of them; the others are empty.
         """
@@ -624,16 +637,28 @@ class ChatFormat:
             # Word pieces carry no spaces: a piece that continues a word is marked instead.
             return [name[2:] if name.startswith("##") else f" {name}" for name in names]
         with panics_refused():
-            texts = [str(self.tokenizer.decode([int(i)])) for i in ids]
+            texts = [self._piece([i]) for i in ids]
             for start, text in enumerate(texts):
                 if BROKEN not in text:
                     continue
                 for stop in range(start + 2, min(start + MOST_SHARING, len(ids)) + 1):
-                    whole = str(self.tokenizer.decode([int(i) for i in ids[start:stop]]))
+                    whole = self._piece(ids[start:stop])
                     if BROKEN not in whole:
                         texts[start:stop] = [whole, *[""] * (stop - start - 1)]
                         break
         return texts
+
+    def _piece(self, ids: Sequence[int]) -> str:
+        before = self._piece_context
+        text: str = self.tokenizer.decode([*before, *map(int, ids)])
+        return text[len(self.tokenizer.decode(before)) :] if before else text
+
+    @cached_property
+    def _piece_context(self) -> list[int]:
+        """A token behind which others are decoded; none if single tokens keep their spaces."""
+        ids = [int(i) for i in self.tokenizer.encode("a b", add_special_tokens=False)]
+        apart = "".join(self.tokenizer.decode([i]) for i in ids)
+        return [] if apart.strip() == self.tokenizer.decode(ids).strip() else ids[:1]
 
     @cached_property
     def longest_token(self) -> int:

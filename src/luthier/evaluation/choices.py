@@ -33,10 +33,10 @@ class ChoiceLikelihood:
 
 
 def encode_choices(row: MultipleChoice, chat: ChatFormat) -> list[Example]:
-    """The tokens of each choice behind its prompt, those of the choice of weight 1.
+    """Return the tokens of each choice behind its prompt, those of the choice of weight 1.
 
     Both are tokenized as one text, and the tokens after those of the prompt alone are the choice's. A
-    blank stands between unless the prompt ends with one; it belongs to the choice.
+    space stands between unless the prompt ends with one; the space belongs to the choice.
 
     Raises:
         RowRefused: where a choice gives no tokens of its own.
@@ -47,8 +47,7 @@ def encode_choices(row: MultipleChoice, chat: ChatFormat) -> list[Example]:
         rest = (prompt[len(stem) :] or " ") + choice
         source_T = None
         if chat.start_id is None:
-            before_T = chat.tokens(stem, first=True)
-            choice_T = chat.tokens(stem + rest, first=True)[len(before_T) :]
+            before_T, choice_T = chat.continued_tokens(stem, rest)
         else:
             source_T = chat.encode_whole(stem)
             before_T, choice_T = chat.decoder_opening, chat.target_tokens(rest)

@@ -134,9 +134,11 @@ class RunningAnswer:
         self._stop_ids, self._token_bytes = frozenset(chat.stop_ids), token_bytes
         self._sampler = TokenSampler(request, seed, index, job.ids_T, matcher)
         self._matcher = matcher
-        self._text = AnswerText(chat.decode, request.stop, reasoning)
-        self._splitter: CallSplitter | None = None
         prompt = request.prompt
+        form = chat if isinstance(prompt, Chat) else chat.with_template("plain")
+        before = form.decoding_context(job.ids_T[-job.prompt_tokens :])
+        self._text = AnswerText(chat.decode, request.stop, reasoning, before)
+        self._splitter: CallSplitter | None = None
         if isinstance(prompt, Chat) and prompt.tools and prompt.tool_choice != "none":
             self._splitter = CallSplitter(
                 prompt.tools, prompt.tool_choice != "auto", request.constraint is not None

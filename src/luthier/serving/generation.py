@@ -205,7 +205,9 @@ class Generator:
         yield text.end()
 
     def _answer_text(self, ids_T: IntArray, sampling: Sampling) -> AnswerText:
-        return AnswerText(self.chat.decode, sampling.stop, reasoning_after(self.chat, ids_T))
+        before = self.chat.decoding_context(ids_T[len(self.prompt_ids) :])
+        reasoning = reasoning_after(self.chat, ids_T)
+        return AnswerText(self.chat.decode, sampling.stop, reasoning, before)
 
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
         ids_T = self._prompt_ids(prompt)

@@ -16,10 +16,11 @@ class Detokenizer:
     Only the last few tokens are decoded again: up to where the text was whole, and from there.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
+        """Decode tokens behind the tokens ``before``, whose own text is left out."""
         self._decode = decode
-        self._ids: list[int] = []
-        self._before = self._whole = 0
+        self._ids = [*before]
+        self._before, self._whole = 0, len(self._ids)
 
     def feed(self, token: int) -> str:
         """What ``token`` completes; nothing where it ends within a character."""
@@ -90,8 +91,10 @@ class AnswerText:
         decode: Callable[[Sequence[int]], str],
         stops: Sequence[str],
         reasoning: ReasoningFormat | None = None,
+        before: Sequence[int] = (),
     ) -> None:
-        self._characters, self._stops = Detokenizer(decode), StopFinder(stops)
+        """``before`` are the tokens that the answer is decoded behind (:class:`Detokenizer`)."""
+        self._characters, self._stops = Detokenizer(decode, before), StopFinder(stops)
         self._splitter = ReasoningSplitter(reasoning)
         self._came = 0
         self._begins: list[tuple[int, Score | None]] = []
