@@ -485,6 +485,23 @@ class ChatFormat:
         behind = more[len(reply) :] if more.startswith(reply) else ""
         return next((name for name in self.text_encoder.stop_names if behind.startswith(name)), "")
 
+    def prompt_difference(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> str | None:
+        """Return how the tokens before the last reply differ from those of the served prompt."""
+        ids_T = self.encode_reply(messages, 0, tools).ids_T
+        prompt_T = self.encode_prompt(messages[:-1], tools)
+        size = min(len(ids_T), len(prompt_T))
+        differs_T = ids_T[:size] != prompt_T[:size]
+        if size == len(prompt_T) and not differs_T.any():
+            return None
+        at = int(np.argmax(differs_T)) if differs_T.any() else size
+        own, served = (self.pieces(each[at : at + 3].tolist()) for each in (ids_T, prompt_T))
+        return (
+            f"before the last reply, from token {at + 1} on, the row has the tokens {own}, and the "
+            f"served prompt has {served}."
+        )
+
     def _segments(
         self, messages: Sequence[Message], given: int, tools: Sequence[Tool]
     ) -> list[tuple[str, bool]]:

@@ -15,7 +15,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.shapes import describe_shapes
 from luthier.data.spool import spool
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.gate.rules import NOTHING_LEARNED, SHAPE, TEMPLATE, TOO_FEW
+from luthier.gate.rules import NOTHING_LEARNED, PROMPT_TOKENS, SHAPE, TEMPLATE, TOO_FEW
 from luthier.objectives import Objective
 from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, Row
@@ -36,6 +36,9 @@ class RowEncoder:
         more = objective.mixed_shapes if beside else frozenset()
         self.shapes = objective.shapes | objective.further_shapes | more
         self._refusals: dict[str, RowRefused] = {}
+        # Rows with one and with several replies whose prompts may still differ. One reply that begins
+        # with white space is enough for a difference in the row's next prompts.
+        self._prompts_left = {False: 1, True: 3}
         self.problems: list[Problem] = []
         self.dropped = self.truncated = 0
 
@@ -68,11 +71,36 @@ class RowEncoder:
         return RowRefused(SHAPE.id, message, fix)
 
     def encode(self, row: Row, index: int) -> Example:
-        """Token ids and loss weights of a row; :class:`RowRefused` for whatever cannot be encoded."""
+        """Return token ids and loss weights of a row.
+
+        Raises:
+            RowRefused: if the row cannot be encoded, or the base breaks :data:`PROMPT_TOKENS`.
+        """
         try:
-            return self.objective.encode(row, index, self.format)
+            example = self.objective.encode(row, index, self.format)
         except RecipeError as error:
             raise RowRefused(TEMPLATE.id, str(error), TEMPLATE.fix) from error
+        if any(self._prompts_left.values()) and self.objective.task == "causal_lm":
+            self._check_prompt(row)
+        return example
+
+    def _check_prompt(self, row: Row) -> None:
+        """Compare the tokens before the last reply with those of the served prompt.
+
+        A base passes with the first row that has the same, by itself for rows with several replies.
+        """
+        turns = row.turns()
+        replies = sum(turn.role == "assistant" and turn.learned for turn in turns)
+        several = replies > 1
+        if not replies or turns[-1].role != "assistant" or not self._prompts_left[several]:
+            return
+        try:
+            difference = self.format.prompt_difference(turns, row.tools)
+        except (RecipeError, RowRefused):
+            return  # the objective learns another part of the row
+        self._prompts_left[several] = self._prompts_left[several] - 1 if difference else 0
+        if difference and not self._prompts_left[several]:
+            raise RowRefused(PROMPT_TOKENS.id, difference, PROMPT_TOKENS.fix)
 
     def encode_all(self, rows: Sequence[Row], context: int, long_rows: str) -> Sequence[Example]:
         """The rows of a job; ``long_rows`` says whether what does not fit is refused, dropped or cut.

@@ -251,6 +251,14 @@ TEMPLATE = Rule(
     "The row cannot be written in the model's template.",
     fix="See the message.",
 )
+PROMPT_TOKENS = Rule(
+    "base.prompt_tokens",
+    "error",
+    "The tokens before a reply are others than those of the served prompt.",
+    "The model would learn replies to prompts that it is never given.",
+    "Give each reply a row of its own, or use another base model.",
+    whole=True,
+)
 SHAPE = Rule(
     "row.objective", "error", "The row has a shape that the objective does not learn from."
 )
@@ -283,6 +291,7 @@ ENCODING_RULES: Mapping[str, Rule] = {
         TOO_LONG,
         NOTHING_LEARNED,
         TEMPLATE,
+        PROMPT_TOKENS,
         SHAPE,
         Rule("row.empty", "error", "The tokenizer makes nothing of the text."),
         TOO_FEW,

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes.conversations import PromptCompletion, PromptOnly
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.texts import RawText
 from luthier.engine.dataset import prepare
 from luthier.gate.check import RowBatch
 from luthier.gate.checks import learning
 from luthier.gate.checks.learning import Learning
+from luthier.gate.encode import RowEncoder
 from luthier.gate.report import Report
 from luthier.gate.scan import batches, inspect_rows, inspect_sources
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives import DPO, Objective
+from luthier.objectives import DPO, SFT, Objective
 from luthier.recipe import Recipe
-from luthier.types import Row
+from luthier.types import Message, Row
+from tokenizers_of_families import TEMPLATES, sentencepiece
 
 ROWS = [
     PromptCompletion("f", n, prompt=f"what is {n}?", completion="the lazy dog " * n)
@@ -99,3 +101,23 @@ def test_measuring_can_be_done_elsewhere(chat: ChatFormat) -> None:
     measured = pickle.loads(pickle.dumps(check.measure(batch)))
     assert isinstance(batch, RowBatch) and np.all(measured.tokens_N > 0)
     assert np.all(measured.learned_N <= measured.tokens_N)
+
+
+@pytest.mark.parametrize("template", ["mistral", "vicuna"])
+def test_a_base_whose_rows_have_other_tokens_than_its_prompts_is_refused(template: str) -> None:
+    tokenizer = sentencepiece("first", TEMPLATES[template])
+    chat, roles = ChatFormat.of(tokenizer), ("user", "assistant") * 2
+    # The space at the end of a prompt becomes one token with the word behind it, once that is there.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "ASSISTANT:' }}{% endif", "ASSISTANT: ' }}{% endif"
+    )
+    turns = tuple(Message(role, f"the dog {n}") for n, role in enumerate(roles))
+    rows = [Conversation("f", line, turns) for line in range(1, 5)]
+    alone = [Conversation("f", line, turns[:2]) for line in range(1, 5)]
+    for given, broken in ((alone, False), (rows[:1], False), (rows, template == "vicuna")):
+        found = Learning(SFT(), chat, 512).measure(RowBatch("train", "f", given)).spots
+        assert [spot.rule for spot in found] == ["base.prompt_tokens"] * broken
+        assert [spot.index for spot in found] == [2] * broken
+        encoder = RowEncoder(SFT(), chat)
+        assert len(encoder.encode_all(given, 512, "error")) == len(given) - broken
+        assert [problem.line for problem in encoder.problems] == [3] * broken

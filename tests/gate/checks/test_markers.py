@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes.conversations import PromptCompletion
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.preferences import Preference
+from luthier.data.tokenization import special_tokens
 from luthier.gate.check import RowBatch
-from luthier.gate.checks.markers import Markers, special_tokens
+from luthier.gate.checks.markers import Markers
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows
 from luthier.types import Message
@@ -41,6 +43,32 @@ def test_a_special_token_in_a_message_ends_the_turn_so_it_is_an_error(tokenizer:
     assert found.message == "completion holds <|im_end|>, and 1 more in this row."
     assert report.findings.exit_code == 2
     assert report.summaries["markers"]["marks"]["counts"] == {"<|im_end|>": 1, "<|im_start|>": 1}
+
+
+def test_a_special_token_in_what_is_asked_is_a_note(
+    tokenizer: Any, new_tokenizer: Callable[..., Any]
+) -> None:
+    mark = "<|im_end|>"
+    turns = [
+        Message(role, f"a{mark}") for role in ("system", "user", "assistant", "user", "assistant")
+    ]
+    for chat, rule in (
+        (ChatFormat.of(tokenizer), "marker.special_text"),
+        (ChatFormat.of(tokenizer, "plain"), "marker.special_token"),
+    ):
+        report = gate((f"What is {mark}?", "A mark."), chat=chat)
+        assert dict(report.findings.counts) == {rule: 1}
+        assert report.findings.exit_code == (0 if chat.template == "chat" else 2)
+    row = Conversation("f", 1, tuple(turns))
+    found = Markers(ChatFormat.of(tokenizer)).measure(RowBatch("train", "f", [row])).spots
+    places = {spot.rule: spot.message for spot in found}
+    assert places["marker.special_text"].startswith("messages[1].content holds <|im_end|>, and 2 ")
+    assert places["marker.special_token"].startswith("messages[3].content holds <|im_end|>, and 1 ")
+    pair = Preference(
+        "f", 1, tuple(turns[1:4]), (Message("assistant", "x"),), (Message("assistant", "y"),)
+    )
+    found = Markers(ChatFormat.of(tokenizer)).measure(RowBatch("train", "f", [pair])).spots
+    assert sorted(spot.rule for spot in found) == ["marker.special_text", "marker.special_token"]
 
 
 def test_what_is_special_depends_on_the_model(

@@ -1,10 +1,10 @@
 """Marks of chat templates inside text, placeholders, and answers that refuse.
 
-A special token written inside a message is not read as text: ``luthier.data.chat`` renders the model's
-template to one string and encodes that, as serving does, so the tokenizer makes one special id of it.
-The turn then ends, or another begins, in the middle of the message; in an answer the model learns to
-stop or to speak for the user there. With a model's format given, exactly the strings that its tokenizer
-turns into special ids break :data:`SPECIAL`.
+A special token written in raw text or in what the assistant writes is not read as text: the tokenizer
+turns its name into one special id. The turn then ends, or another begins, in the middle of the message;
+in an answer the model learns to stop or to speak for the user there (:data:`SPECIAL`). In the other
+turns of a conversation ``luthier.data.tokenization`` breaks such names (:data:`AS_TEXT`). With a
+model's format given, exactly the strings that its tokenizer turns into special ids are found.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from luthier.data.tokenization import special_tokens
 from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.rules import Rule
 from luthier.gate.texts import JoinedTexts, SpotCheck, Spots
+from luthier.types import Row, Text
 
 SPECIAL = Rule(
     "marker.special_token",
@@ -26,6 +27,13 @@ SPECIAL = Rule(
     "The text holds a string that the model's tokenizer turns into a special token.",
     "The turn ends or another begins there, and an answer teaches the model to stop in its middle.",
     "Remove it; if the row was rendered by a template already, give the turns as messages instead.",
+)
+AS_TEXT = Rule(
+    "marker.special_text",
+    "note",
+    "The name of a special token stands in a turn that is not the assistant's.",
+    "The name is tokenized as text, in training and serving alike: it ends no turn and begins none.",
+    "Leave it; if the row was rendered by a template already, give the turns as messages instead.",
 )
 TEMPLATE = Rule(
     "marker.other_template",
@@ -115,8 +123,8 @@ class Markers(SpotCheck):
 
     name: ClassVar[str] = "markers"
     of_texts: ClassVar[bool] = True
-    rules: ClassVar[tuple[Rule, ...]] = (SPECIAL, TEMPLATE, ROLE, PLACEHOLDER, REFUSAL)
-    measures_with: ClassVar[tuple[str, ...]] = ("tokenizer", "special", "_special")
+    rules: ClassVar[tuple[Rule, ...]] = (SPECIAL, AS_TEXT, TEMPLATE, ROLE, PLACEHOLDER, REFUSAL)
+    measures_with: ClassVar[tuple[str, ...]] = ("tokenizer", "special", "_special", "breaks")
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
@@ -127,6 +135,7 @@ class Markers(SpotCheck):
         super().__init__()
         self.tokenizer = None if chat is None else chat.tokenizer
         self.special = {} if chat is None else special_tokens(chat.tokenizer)
+        self.breaks = chat is not None and chat.template == "chat" and chat.start_id is None
         names = sorted(self.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
 
@@ -134,10 +143,15 @@ class Markers(SpotCheck):
         """Look through a batch."""
         joined = JoinedTexts.of(batch)
         marks: Counter[str] = Counter()
-        special = list(self._find_reserved(joined))
-        templates = list(self._foreign(joined.text, {start for start, _, _ in special}))
-        marks.update(what for _, _, what in special + templates)
-        spots = joined.spots(SPECIAL, special) + joined.spots(TEMPLATE, templates)
+        found = list(self._find_reserved(joined))
+        owners = [joined.at(start) for start, _, _ in found]
+        broken = [self.breaks and _is_asked(batch.rows[index], text) for index, text, _ in owners]
+        special = [each for each, is_broken in zip(found, broken, strict=True) if not is_broken]
+        asked = [each for each, is_broken in zip(found, broken, strict=True) if is_broken]
+        templates = list(self._foreign(joined.text, {start for start, _, _ in found}))
+        marks.update(what for _, _, what in found + templates)
+        spots = joined.spots(SPECIAL, special) + joined.spots(AS_TEXT, asked)
+        spots += joined.spots(TEMPLATE, templates)
         named = ((*match.span(), match[0]) for match in _PLACEHOLDER.finditer(joined.text))
         spots += joined.spots(PLACEHOLDER, named)
         roles, refusals, answers = [], [], set()
@@ -195,6 +209,14 @@ class Markers(SpotCheck):
             "refusal_share": round(self.rows[REFUSAL.id] / answers, 4) if answers else 0.0,
             "special_tokens": sorted(self.special)[:50],
         }
+
+
+def _is_asked(row: Row, text: Text) -> bool:
+    """Whether ``text`` is of a turn that is not the assistant's."""
+    if text.part != "input" or not row.turns():
+        return False
+    name, is_turn, rest = text.field.partition("[")
+    return not is_turn or getattr(row, name)[int(rest.split("]")[0]) - 1].role != "assistant"
 
 
 def _refusal(answer: str) -> re.Match[str] | None:
