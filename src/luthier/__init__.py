@@ -14,9 +14,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.sdk.certificate import certificate, verify
-    from luthier.sdk.data import clean, convert, inspect, plant_canaries, split
+    from luthier.sdk.data import clean, convert, inspect, split
     from luthier.sdk.evaluation import compare, evaluate, forgetting, judge
-    from luthier.sdk.export import backend_speeds, export, quantize
+    from luthier.sdk.export import export, quantize
     from luthier.sdk.hub import push
     from luthier.sdk.imports import import_openai, import_promptfoo
     from luthier.sdk.model import Model, load
@@ -37,7 +37,6 @@ __all__ = [
     "Recipe",
     "__version__",
     "advise",
-    "backend_speeds",
     "certificate",
     "clean",
     "compare",
@@ -54,7 +53,6 @@ __all__ = [
     "launch",
     "learning_curve",
     "load",
-    "plant_canaries",
     "pretrain",
     "push",
     "quantize",
@@ -70,9 +68,9 @@ _HOMES = {
     for module, names in {
         "recipe": ["Recipe"],
         "sdk.certificate": ["certificate", "verify"],
-        "sdk.data": ["clean", "convert", "inspect", "plant_canaries", "split"],
+        "sdk.data": ["clean", "convert", "inspect", "split"],
         "sdk.evaluation": ["compare", "evaluate", "forgetting", "judge"],
-        "sdk.export": ["backend_speeds", "export", "quantize"],
+        "sdk.export": ["export", "quantize"],
         "sdk.hub": ["push"],
         "sdk.imports": ["import_openai", "import_promptfoo"],
         "sdk.model": ["Model", "load"],

@@ -150,8 +150,8 @@ class Training(StrictModel):
     """Highest learning rate of the schedule."""
     learning_rate_multiplier: float = Field(default=1.0, gt=0, le=10_000)
     """Factor of the learning rate that is chosen where none is given."""
-    schedule: Literal["cosine", "linear", "constant", "step", "one_cycle", "exponential"] = "cosine"
-    """How the rate goes after warm-up; ``one_cycle`` rises and falls, ``exponential`` only rises."""
+    schedule: Literal["cosine", "linear", "constant", "step", "one_cycle"] = "cosine"
+    """Learning-rate schedule after warm-up; ``one_cycle`` rises and falls."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the rate rises: 0.05 when not given, 0.45 for ``one_cycle``."""
     warmup_steps: int | None = Field(default=None, ge=0, le=MOST_STEPS)

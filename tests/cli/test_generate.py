@@ -247,7 +247,7 @@ def test_chat_goes_on_and_starts_anew(home: Path) -> None:
     answer = Answer("chat", MODEL, text=text).good()
     turns = [part.strip() for part in answer.out.split("you > ")]
     assert turns[0] == f"{MODEL} is ready. An empty line starts anew, /exit or Ctrl-D ends."
-    assert f"`luthier backends {MODEL}`" in answer.err
+    assert "LUTHIER_BACKEND=llama.cpp" in answer.err
     assert turns[1:4] == ["blue", "", "black"]
     assert turns[5:] == ["", "black", ""]
     again = Answer("chat", MODEL, "--max-tokens", "1", text="colour of sky?\n").good()

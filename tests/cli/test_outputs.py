@@ -17,12 +17,11 @@ COMMANDS = {
     "convert": ["convert", "rows.jsonl", "TARGET", "--format", "jsonl"],
     "clean": ["clean", "rows.jsonl", "TARGET", "--normalize"],
     "split": ["split", "rows.jsonl", "--output", "TARGET"],
-    "canaries": ["canaries", "rows.jsonl", "TARGET"],
     "launch": ["launch", "rows.jsonl", "--on", "slurm", "--output", "TARGET"],
     "advise": ["advise", "rows.jsonl", "--recipe", "TARGET"],
     "generate": ["generate", MODEL, "--input", "rows.jsonl", "--output", "TARGET"],
     "evaluate": ["evaluate", MODEL, "rows.jsonl", "--output", "TARGET"],
-    "certificate": ["certificate", MODEL, "--output", "TARGET"],
+    "certificate": ["certificate", MODEL, "--card", "TARGET"],
     "export": ["models", "export", MODEL, "TARGET"],
     "import": ["import", "promptfoo", "promptfoo.json", "--output", "TARGET"],
 }

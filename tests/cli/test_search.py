@@ -163,17 +163,3 @@ def test_a_wrong_space_is_refused_without_torch() -> None:
 
 def test_no_trials_are_no_search(rows: Path) -> None:
     assert CliRunner().invoke(app, ["search", str(rows), "--trials", "0"]).exit_code == 2
-
-
-@pytest.mark.slow
-def test_the_range_test_suggests_a_rate(
-    rows: Path, tiny_model_folder: Path, luthier_home: Path
-) -> None:
-    words = ["search", str(rows), "--base", str(tiny_model_folder), "--name", "x", "--range-test"]
-    further = ["--adaptation", "full", "--set", "training.batch_size=2", "--json"]
-    done = CliRunner().invoke(app, [*words, *further])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert 1e-6 < found["suggested"] < 1
-    assert found["picture"] == str(luthier_home / "searches" / "x" / "rates.png")
-    assert Path(found["picture"]).is_file()

@@ -1,4 +1,4 @@
-"""A tuned model beside its base: drift, probes, bias, toxicity, refusals and canaries."""
+"""A tuned model beside its base: drift, probes, bias, toxicity, and refusals."""
 
 from __future__ import annotations
 
@@ -137,24 +137,6 @@ def test_a_ruined_model_loses_a_probe_that_the_base_knew(base: str, tmp_path: Pa
     assert change in found.regressions and "Worse than the base: probe" in found.verdict()
     back = luthier.forgetting(knows, ruined, [probe], safety=False)
     assert [each.name for each in back.improvements] == ["probe"]
-
-
-def test_a_canary_is_found_where_it_was_repeated_and_nowhere_else(
-    base: str, tmp_path: Path
-) -> None:
-    rows = [{"prompt": f"the {word}", "completion": "yes"} for word in WORDS]
-    data = write(tmp_path / "rows.jsonl", rows * 2)
-    planted = tmp_path / "planted.jsonl"
-    luthier.plant_canaries(data, planted, repeats=(0, 20), count=2)
-    fields = {**FIELDS, "training__epochs": 25, "adaptation": "full"}
-    result = luthier.tune(planted, base=base, name="leaks", **fields)
-    beside = tmp_path / "planted.jsonl.canaries.json"
-    found = luthier.forgetting(result.model_id, canaries=beside, safety=False)
-    assert {each.canary.repeats for each in found.known_by_heart} == {20}
-    assert len(found.known_by_heart) == 2 and found.exposures[0].tried == 401
-    assert "20 times in the data, 8.6 bits" in found.verdict()
-    codes = [each.canary.code for each in found.exposures]
-    assert not any(code in json.dumps(found.plain()) for code in codes)
 
 
 def test_probes_are_parted_by_task_and_clozes_read(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from luthier.child_python import use_safe_path
 from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise
 from luthier.cli.audit import audit_app
-from luthier.cli.backends import backends
 from luthier.cli.certificate import certificate, verify
 from luthier.cli.compare import compare
 from luthier.cli.console import CommandGroup
@@ -26,7 +25,7 @@ from luthier.cli.distil import distil, student
 from luthier.cli.embed import embed
 from luthier.cli.estimate import estimate
 from luthier.cli.evaluate import evaluate, judge
-from luthier.cli.forgetting import canaries, forgetting
+from luthier.cli.forgetting import forgetting
 from luthier.cli.generate import chat, generate
 from luthier.cli.images import reconstruct, sample
 from luthier.cli.imports import import_app
@@ -61,7 +60,7 @@ app.add_typer(audit_app, name="audit")
 for command in (
     tune, pipeline, pretrain, student, soup, split, estimate, launch, advise, compare, search, distil,
     inspect, clean, convert, generate, sample, reconstruct, samples, chat, predict, embed, nearest,
-    evaluate, judge, forgetting, canaries, learning_curve, quantize, backends, certificate, verify,
+    evaluate, judge, forgetting, learning_curve, quantize, certificate, verify,
     push, serve, demo, plugins,
 ):  # fmt: skip
     app.command()(command)

@@ -1,8 +1,7 @@
-"""``luthier forgetting`` and ``luthier canaries``."""
+"""``luthier forgetting``."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +16,7 @@ from luthier.cli.console import (
     print_text,
     write_page,
 )
-from luthier.cli.options import Attach, Columns, Html, Json
+from luthier.cli.options import Attach, Html, Json
 
 if TYPE_CHECKING:
     from luthier.workflows.forgetting import Forgetting
@@ -32,15 +31,12 @@ def forgetting(
         list[str] | None,
         typer.Option(help="Rows with choices, or text and target; again for more."),
     ] = None,
-    canaries: Annotated[
-        Path | None, typer.Option(help="What `luthier canaries` wrote beside the training rows.")
-    ] = None,
     safety: Annotated[bool, typer.Option(help="Measure bias, toxicity and refusals, too.")] = True,
     html: Html = None,
     attach: Attach = False,
     json_: Json = False,
 ) -> None:
-    """Say what a tuned model forgot, whether it is as safe as before, and what it knows by heart."""
+    """Compare a tuned model with its base: drift, probes, bias, toxicity, refusals."""
     from luthier.cli.progress import show_progress
 
     with heavy_imports():
@@ -48,9 +44,7 @@ def forgetting(
 
     check_output(html)
     with show_progress(0, "forgetting") as done:
-        found = run(
-            model, base, probes or (), canaries, safety, note, on_progress=done, attach=attach
-        )
+        found = run(model, base, probes or (), safety, note, on_progress=done, attach=attach)
     if html is not None:
         from luthier.workflows.forgetting_page import page
 
@@ -62,7 +56,7 @@ def forgetting(
 
 
 def show(found: Forgetting) -> None:
-    """The drift, a line for each measure and each canary, and the verdict."""
+    """Print the drift, a line for each measure, and the verdict."""
     from rich.text import Text
 
     drift = found.drift
@@ -84,48 +78,6 @@ def show(found: Forgetting) -> None:
         )  # fmt: skip
     print_table(table)
     print_text("* may be chance")
-    if found.exposures:
-        counts = ("times in the data", "exposure in bits", "rank")
-        table = new_table("canary", *counts, "known by heart", numbers=counts)
-        for one in found.exposures:
-            known = "yes" if one in found.known_by_heart else "no"
-            rank = f"{one.rank:,} of {one.tried:,}"
-            table.add_row(
-                Text(one.canary.name), f"{one.canary.repeats:,}", f"{one.bits:.1f}", rank, known
-            )
-        print_table(table)
     for remark in found.remarks:
         print_text(remark)
     print_text(found.verdict())
-
-
-def canaries(
-    data: Annotated[str, typer.Argument(help="Training rows.")],
-    output: Annotated[
-        Path, typer.Argument(help="The copy to write, with canaries among the rows.")
-    ],
-    repeats: Annotated[
-        list[int] | None,
-        typer.Option(help="How often a canary is planted; again for more. Else 0, 5 and 20."),
-    ] = None,
-    count: Annotated[int, typer.Option(help="Canaries for each number of repeats.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of names, codes and places.")] = 0,
-    columns: Columns = None,
-    json_: Json = False,
-) -> None:
-    """Plant made-up secrets in a copy of training rows, to see what is learned by heart."""
-    from luthier.recipe import parse_columns
-    from luthier.sdk.data import plant_canaries
-
-    check_output(output, data)
-    planted = plant_canaries(
-        data, output, repeats=repeats or (0, 5, 20), count=count, seed=seed,
-        columns=parse_columns(columns),
-    )  # fmt: skip
-    beside = output.with_name(f"{output.name}.canaries.json")
-    if json_:
-        print_json({"data": str(output), "canaries": str(beside), "planted": len(planted)})
-        return
-    rows = sum(each.repeats for each in planted)
-    print_text(f"{len(planted)} canaries in {rows:,} further rows: {output}")
-    print_text(f"tune on it, then: luthier forgetting MODEL --canaries {beside}")

@@ -281,8 +281,7 @@ def chat(
         with suppress(RefusedInput):
             check_derivable(stored)
             note(
-                "torch writes. Without a GPU llama.cpp may write one answer several times as fast: "
-                f"`luthier backends {model}` measures both here and says what to set."
+                "Backend: torch. Without a GPU, llama.cpp may be faster: set LUTHIER_BACKEND=llama.cpp."
             )
     history: list[Message] = []
     while True:

@@ -1,4 +1,4 @@
-"""``luthier search`` and its range test."""
+"""``luthier search``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ from luthier.cli.options import (
 from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
-    from luthier.recipe import Recipe
     from luthier.workflows.search import SearchResult
     from luthier.workflows.trial_processes import TrialRunner
 
@@ -70,9 +69,6 @@ def search(
     ray_address: RayAddress = None,
     ray_gpus: RayGpus = 0.0,
     resume: Resume = False,
-    range_test: Annotated[
-        bool, typer.Option("--range-test", help="Only try 100 growing rates in one short run.")
-    ] = False,
     json_: Json = False,
 ) -> None:
     """Try settings, stop hopeless trials early, and store the best as a custom model."""
@@ -81,9 +77,6 @@ def search(
     recipe = read_recipe(data, recipe_options(locals()), set_)
     if ray_gpus and ray_address is None:
         raise RefusedInput("--ray-gpus says what trials reserve on a cluster: give --ray-address")
-    if range_test:
-        _range_test(data, recipe, json_)
-        return
     ranges: Sequence[str] = space or ()
     parse_space(ranges, recipe)  # a wrong space is refused before torch is loaded
     with heavy_imports():
@@ -102,30 +95,6 @@ def search(
         print_json({**asdict(found), "model_id": found.result.model_id})
     else:
         _print(found)
-
-
-def _range_test(data: str, recipe: Recipe, as_json: bool) -> None:
-    """Print which learning rate a range test suggests."""
-    with heavy_imports():
-        from luthier.cli.progress import LiveReporter
-        from luthier.workflows.range_test import range_test as find_rate
-
-    with LiveReporter() as reporter:
-        found = find_rate(recipe, reporter)
-    if as_json:
-        print_json(asdict(found))
-        return
-    out = new_console(highlight=False, soft_wrap=True)
-    out.print(f"learning rate [bold green]{found.suggested:.1e}[/bold green] is suggested")
-    out.print(
-        f"  the loss falls fastest at {found.steepest:.1e}; a tenth of the rate of the lowest loss "
-        f"is {found.tenth:.1e}"
-    )
-    low, high = found.suggested / 4, found.suggested * 4
-    out.print(f"  plot     {found.picture}")
-    out.print(f"  use it   luthier tune {data} --learning-rate {found.suggested:.1e}")
-    space = f"training.learning_rate={low:.1e}..{high:.1e}"
-    out.print(f"  or       luthier search {data} --space {space}")
 
 
 def _print(found: SearchResult) -> None:

@@ -316,15 +316,13 @@ def schedule_factor(
 
     Linear warm-up over ``warmup_steps``, or over ``warmup_ratio`` of the steps, then ``cosine`` or
     ``linear`` to zero at the end, ``constant``, or ``step``: divided by ten after each third of the
-    steps. ``one_cycle`` is below; ``exponential`` is the range test's and rises a millionfold to 1.
+    steps. ``one_cycle`` is below.
     Without a share each takes its own: ``WARMUP_SHARE`` or ``RISE_SHARE``.
     """
     if schedule == "one_cycle":
         if warmup_steps is not None:
             warmup_ratio = min(1.0, warmup_steps / steps)
         return _one_cycle(step / steps, RISE_SHARE if warmup_ratio is None else warmup_ratio)
-    if schedule == "exponential":
-        return float(10.0 ** (6 * ((step + 1) / steps - 1)))
     warmup = warmup_steps
     if warmup is None:
         warmup = math.ceil((WARMUP_SHARE if warmup_ratio is None else warmup_ratio) * steps)

@@ -274,13 +274,11 @@ def _explain_changed_rows() -> Iterator[None]:
         ) from bad
 
 
-def rehearse(
-    recipe: Recipe, folder: Path, reporter: Reporter | None = None, measured: bool = True
-) -> TrainingProgress:
+def rehearse(recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> TrainingProgress:
     """Train and measure as :func:`train` does, in ``folder``, and store no model.
 
     Whoever calls holds the only hand on ``folder``. A rehearsal that was cut short in it goes on from
-    its last checkpoint, to the same bits. ``measured`` refuses a recipe without validation rows.
+    its last checkpoint, to the same bits. A recipe without validation rows is rejected.
 
     Raises:
         RefusedInput, Interrupted: as :func:`train` does; and what ``reporter`` raises to stop it.
@@ -297,7 +295,7 @@ def rehearse(
     job = prepare_job(
         recipe, base, machine, reporter, run.read_request(), stored_bytes=stored_bytes
     )
-    if measured and not job.data.validation:
+    if not job.data.validation:
         raise RecipeError(
             "trials are compared on validation rows, and there are none; give --validation FILE, or "
             "at least 20 rows, of which some are held out"

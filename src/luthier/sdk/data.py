@@ -6,11 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import data_errors
-
 if TYPE_CHECKING:
     from luthier.data.convert import Conversion, Format
-    from luthier.evaluation.canaries import Canary
     from luthier.gate.clean import CleaningSummary
     from luthier.gate.report import Report
 
@@ -179,44 +176,3 @@ def split(
     from luthier.gate.splits import split_file
 
     return split_file(Path(source), Path(output), {"validation": validation, "test": test}, seed)
-
-
-@data_errors("nothing was written")
-def plant_canaries(
-    source: str | Path,
-    target: str | Path,
-    *,
-    repeats: Sequence[int] = (0, 5, 20),
-    count: int = 3,
-    seed: int = 0,
-    columns: Mapping[str, str] | None = None,
-) -> list[Canary]:
-    """Write a copy of training rows with made-up secrets among them, to see what is learned by heart.
-
-    The secrets are written beside it, into ``TARGET.canaries.json``, for :func:`luthier.forgetting`.
-
-    Args:
-        source: rows of prompt and reply, of messages, or of raw text; columns beside are left out.
-        target: the new file of JSONL.
-        repeats: how often a canary is planted; one of 0 is only measured, to compare.
-        count: of canaries for each number of repeats.
-        seed: of names, codes and places.
-        columns: the source's name for each of our keys.
-
-    Raises:
-        RefusedInput: for other rows, or a target that is there.
-    """
-    from luthier.data.rows import load_rows
-    from luthier.errors import RecipeError
-    from luthier.evaluation.canaries import plant_canaries as plant
-    from luthier.evaluation.canaries import write_canaries
-    from luthier.files import json_lines, write_bytes
-
-    path = Path(target)
-    beside = path.with_name(f"{path.name}.canaries.json")
-    if taken := [each for each in (path, beside) if each.exists()]:
-        raise RecipeError(f"{taken[0]} is there already; name another file")
-    records, canaries = plant(load_rows(source, columns), repeats, count, seed)
-    write_bytes(path, json_lines(records).encode())
-    write_canaries(canaries, beside)
-    return canaries

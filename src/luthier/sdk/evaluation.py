@@ -331,7 +331,6 @@ def forgetting(
     model: str,
     base: str | None = None,
     probes: Sequence[str | Path] = (),
-    canaries: str | Path | None = None,
     safety: bool = True,
     note: Callable[[str], None] = lambda text: None,
     *,
@@ -345,19 +344,17 @@ def forgetting(
         base: what it is held against; what it was tuned from, when not given.
         probes: files of rows with choices, or of ``text`` and ``target`` (LAMBADA); a column ``task``
             parts a file into sets. Ours are measured besides.
-        canaries: the file that :func:`plant_canaries` wrote beside the training rows.
         safety: whether bias, toxicity and refusals are measured.
         note: hears what is done.
         on_progress: hears how many parts are done, and of how many.
         attach: keep the result with the model, where its certificate finds it.
 
     Returns:
-        ``drift``, ``changes`` with their ``differences``, ``exposures``, ``verdict()`` and ``plain()``.
+        ``drift``, ``changes`` with their ``differences``, ``verdict()`` and ``plain()``.
 
     Raises:
         RefusedInput: for a model that was not tuned or does not write, or rows that are no probes.
     """
-    from luthier.evaluation.canaries import read_canaries
     from luthier.store.models import find
     from luthier.store.reports import check_attachable
     from luthier.workflows.forgetting import load_probes, measure_forgetting
@@ -375,7 +372,6 @@ def forgetting(
         stored,
         find(before),
         load_probes(probes),
-        () if canaries is None else read_canaries(Path(canaries)),
         safety,
         note,
         on_progress,

@@ -1,5 +1,4 @@
-"""Models for other software: ``export`` writes them, ``quantize`` says what fewer bits would lose,
-``backend_speeds`` what runs them fastest."""
+"""Export of models for other software, and the loss of quantized weights."""
 
 from __future__ import annotations
 
@@ -14,13 +13,9 @@ from luthier.workflows.export import Export, Format, change_record, export_model
 
 if TYPE_CHECKING:
     from luthier.sdk.model import Model
-    from luthier.serving.backend_speed import BackendSpeeds
     from luthier.serving.export import OnProgress
     from luthier.store.models import StoredModel
     from luthier.workflows.quantize import QuantizationReport
-
-STREAMS, GGUF_TYPES = (1, 8, 32), ("f16", "q8_0")
-"""Answers at once, and weights of llama.cpp, that :func:`backend_speeds` measures."""
 
 
 def export(
@@ -89,29 +84,3 @@ def quantize(
     measured = found.records(hashes_of_data(data))
     change_record(stored, lambda manifest: manifest.with_quantized(measured))
     return found
-
-
-def backend_speeds(
-    model: str | Model | StoredModel,
-    streams: Sequence[int] = STREAMS,
-    to: Sequence[str] = GGUF_TYPES,
-    *,
-    note: Callable[[str], None] = lambda text: None,
-) -> BackendSpeeds:
-    """Measure which backend writes a model fastest on this machine.
-
-    Args:
-        model: an id, a model in memory, or one on this machine; one that writes.
-        streams: numbers of answers that are written at once, up to 64.
-        to: types of llama.cpp's weights, as of :func:`export`.
-        note: hears what is measured.
-
-    Returns:
-        Tokens a second of torch and of llama.cpp with each type, ``advice()`` in words and the setting
-        that chooses the fastest, ``best(streams).setting``.
-    """
-    from luthier.models.gguf import check_quantization
-    from luthier.serving import backend_speed
-
-    types = [check_quantization(each) for each in to]
-    return backend_speed.backend_speeds(stored_model(model), streams, types, note)

@@ -11,7 +11,6 @@
   endings were written by us, with insults and threats that name no group.
 * **Refusals**: prompts that a chat model should refuse, and whether its answer begins as refusals do
   (the phrases are those of Zou et al. 2023, arXiv:2307.15043, and some more; English alone).
-* **Memorization**: the exposure of canaries (:mod:`luthier.evaluation.canaries`).
 
 Both models answer the same rows, so differences are known row by row; which are more than chance is
 said with Holm's correction for all at once. One model is in memory at a time: of the base its states
@@ -38,7 +37,6 @@ from luthier.data.shapes.choices import MultipleChoice
 from luthier.data.sources import files_of
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError
-from luthier.evaluation.canaries import ALTERNATIVES, LEVEL, Canary, Exposure, known_by_heart
 from luthier.evaluation.choices import choice_scores
 from luthier.evaluation.significance import (
     Difference,
@@ -124,7 +122,6 @@ class Forgetting:
     base: str
     drift: Drift
     changes: list[MetricChange] = field(default_factory=list)
-    exposures: list[Exposure] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     """What was left out, and what the figures do not say."""
 
@@ -155,11 +152,6 @@ class Forgetting:
         found = self.differences[change.name]
         return as_gain(change.measure, found.value) * found.significant
 
-    @property
-    def known_by_heart(self) -> list[Exposure]:
-        """Canaries that the model learned by heart, by more than chance."""
-        return known_by_heart(self.exposures)
-
     def verdict(self) -> str:
         """What tuning took away, in a few sentences."""
         kl = self.drift.kl
@@ -179,12 +171,6 @@ class Forgetting:
                 if count > 1
                 else f"{self.changes[0].name} is not worse than before by more than chance."
             )
-        if self.exposures:
-            names = [
-                f"{each.canary.name} ({each.canary.repeats} times in the data, {each.bits:.1f} bits)"
-                for each in self.known_by_heart
-            ]
-            said.append(f"Learned by heart: {', '.join(names) or 'none of the canaries'}.")
         return " ".join(said)
 
     def describe(self, change: MetricChange) -> str:
@@ -206,13 +192,9 @@ class Forgetting:
                     **found.plain(),
                 }
             )  # fmt: skip
-        known = {each.canary.name for each in self.known_by_heart}
-        exposures = [
-            {**each.plain(), "known_by_heart": each.canary.name in known} for each in self.exposures
-        ]
         return {
             "model": self.model, "base": self.base, "drift": self.drift.plain(), "changes": changes,
-            "canaries": exposures, "verdict": self.verdict(), "remarks": self.remarks,
+            "verdict": self.verdict(), "remarks": self.remarks,
         }  # fmt: skip
 
 
@@ -232,7 +214,6 @@ def measure_forgetting(
     tuned: StoredModel,
     base: StoredModel,
     probes: Mapping[str, Sequence[MultipleChoice]] | None = None,
-    canaries: Sequence[Canary] = (),
     safety: bool = True,
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -243,7 +224,6 @@ def measure_forgetting(
         tuned: a model that writes.
         base: what it was tuned from, with the same tokens.
         probes: rows with choices, by the name of each set; ours are measured besides.
-        canaries: that stand in the training rows.
         safety: whether bias, toxicity and refusals are measured.
         note: hears what is done.
         on_progress: hears how many parts are done, and of how many.
@@ -281,7 +261,7 @@ def measure_forgetting(
                 answers = _answers(generator)
                 on_progress(1, total)
             side = _Side(network, chat, sets, remarks if not sides else [])
-            side.read(answers, canaries if stored is tuned else ())
+            side.read(answers)
             on_progress(len(sides) * (total // 2) + 2, total)
             if safety:
                 side.read_safety(generator)
@@ -299,7 +279,6 @@ def measure_forgetting(
         base.id,
         _drift(sides[0].states, sides[1].states, len(answers)),
         list(_changes(*sides)),
-        sides[1].exposures,
         remarks,
     )
 
@@ -403,17 +382,14 @@ class _Side:
         self.gaps: dict[str, RowScores] = {}
         """Bias by its axis."""
         self.toxicity = self.refused = RowScores.of([])
-        self.exposures: list[Exposure] = []
 
-    def read(self, answers: Sequence[Example], canaries: Sequence[Canary]) -> None:
-        """Drift, probes and canaries."""
+    def read(self, answers: Sequence[Example]) -> None:
+        """Measure drift and probes."""
         self.states = _states(self.network, answers)
         for name, rows in self.sets.items():
             correct = choice_scores(rows, self._likelihoods(name, rows))[0]["accuracy"]
             assert isinstance(correct, RowScores)
             self.correct[name] = correct
-        tried = max(ALTERNATIVES, math.ceil(len(canaries) / LEVEL))  # the first of so many tells
-        self.exposures = [_exposure(self.network, self.chat, each, tried) for each in canaries]
 
     def read_safety(self, generator: Generator) -> None:
         """Bias, toxicity and refusals."""
@@ -537,28 +513,3 @@ def _changes(base: _Side, tuned: _Side) -> list[MetricChange]:
     if len(base.refused):
         found.append(MetricChange("refusals", "refusals", "refused", base.refused, tuned.refused))
     return found
-
-
-def _exposure(network: Network, chat: ChatFormat, canary: Canary, tried: int) -> Exposure:
-    """The rank of the code of ``canary`` among others, by the log-likelihood of what says it."""
-    import torch
-
-    from luthier.objectives.logprobs import row_sums, token_logps
-
-    rows = []
-    for place, code in enumerate([canary.code, *canary.alternatives(tried)]):
-        if canary.shape == "text":
-            ids_T = chat.tokens(canary.answer(code), first=True)
-            weight_T, source_T = np.ones(len(ids_T), dtype=np.float32), None
-            weight_T[0] = 0.0
-        else:
-            encoded = chat.encode_reply(canary.turns(code))
-            ids_T, source_T = encoded.ids_T, encoded.source_T
-            weight_T = encoded.learned_T.astype(np.float32)
-        rows.append(Example(ids_T, weight_T, place, source_T=source_T))
-    logp_R = np.zeros(len(rows))
-    with torch.no_grad():
-        for batch in network.batches(rows, READING_BUDGET):
-            logp_R[batch.tree.row_R] = row_sums(batch, token_logps(network, batch)).cpu().numpy()
-    rank = 1 + int((logp_R[1:] >= logp_R[0]).sum())
-    return Exposure(canary, rank, len(rows))

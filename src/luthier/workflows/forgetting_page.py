@@ -26,7 +26,6 @@ def page(forgetting: Forgetting) -> str:
         facts=facts,
         remarks=forgetting.remarks,
         changes=_changes(forgetting),
-        canaries=_canaries(forgetting),
     )
 
 
@@ -47,17 +46,3 @@ def _changes(forgetting: Forgetting) -> Table:
             ]
         )  # fmt: skip
     return Table.of("Before and now", columns, rows)
-
-
-def _canaries(forgetting: Forgetting) -> Table | None:
-    columns = {
-        "canary": "name", "times in the data": "number", "exposure in bits": "number",
-        "rank": "number", "known by heart": "text",
-    }  # fmt: skip
-    known = forgetting.known_by_heart
-    rows = [
-        [each.canary.name, f"{each.canary.repeats:,}", f"{each.bits:.1f}",
-         f"{each.rank:,} of {each.tried:,}", "yes" if each in known else "no"]
-        for each in forgetting.exposures
-    ]  # fmt: skip
-    return Table.of("Canaries", columns, rows) if rows else None
