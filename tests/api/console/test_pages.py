@@ -356,7 +356,22 @@ const draw = (comparison) => {
   root.replaceChildren(...certificateSections(view, []).filter(Boolean));
   return [...root.querySelectorAll("tbody tr")].map((each) => each.innerText);
 };
-return { error: draw(compared("cer", 0.4, 0.2)), share: draw(compared("accuracy", 0.25, 0.5)) };
+const remark = "wrong most often: <b>travel</b> for sports (2 of 25), sports for travel (1 of 40)";
+const result = {
+  rows: 204, scores: { accuracy: 0.8382 }, intervals: { accuracy: [0.7799, 0.8836] },
+  mistakes: [{ label: "travel", answer: "sports", rows: 4 }], labels: { travel: { rows: 40 } },
+  remarks: [remark],
+};
+const data = { "/a/t.jsonl": "0" };
+const report = { kind: "evaluation", created: "2026-01-01T00:00:00Z", data, result };
+const reports = [{ file: "reports/evaluation-0.json", report }];
+const kept_with = { certificate: { record: {}, reports }, lineage: [], shares: [], errors: [] };
+root.replaceChildren(...certificateSections(kept_with, []).filter(Boolean));
+root.querySelector("summary").click();
+const texts = (name) => [...root.querySelectorAll(name)].map((each) => each.innerText);
+const [facts, rows, said] = ["details .facts > div", "details tbody tr", "details p"].map(texts);
+const opened = { facts, rows, said };
+return { opened, error: draw(compared("cer", 0.4, 0.2)), share: draw(compared("accuracy", 0.25, 0.5)) };
 """
 
 POLICY = """
@@ -419,6 +434,12 @@ def test_pages_with_answers_that_are_rare(url: str, root_key: str, tmp_path: Pat
         assert [each.split("\t")[:2] for each in found["share"][3:]] == [
             ["other", "50.0 % ± 10.0 %"], ["this model", "25.0 %"],
         ]  # fmt: skip
+
+        opened = found["opened"]
+        assert {"Rows\n204", "Accuracy\n0.8382", "Accuracy\n0.7799, 0.8836"} <= {*opened["facts"]}
+        assert "Measured on\nt.jsonl" in opened["facts"]
+        assert opened["rows"] == ["travel\tsports\t4", "travel\t40"]
+        assert [said for said in opened["said"] if "<b>travel</b> for sports" in said]
 
         found = page.script(POLICY)
         assert found["hit"] is None

@@ -9,6 +9,8 @@ import { facts, table } from "./table.js";
 
 /** Rows of a table of a report that are shown. */
 const MOST_ROWS = 100;
+/** Characters from which a text of a report is a paragraph. */
+const LONG_TEXT = 60;
 /** Colours of the outcomes of luthier/engine/verdict.py. */
 const OUTCOMES = {
   learned: "good",
@@ -294,18 +296,23 @@ function reports(kept) {
 
 /** The result of a report: single values as facts, lists of objects as tables, the rest by its parts. */
 function resultView(result) {
-  const isObject = (value) => typeof value === "object" && value !== null;
-  const shown = (value) =>
-    typeof value === "number" ? number(value, 4) : isObject(value) ? JSON.stringify(value) : String(value ?? "–");
+  const isList = (value) => Array.isArray(value) && !value.some((each) => typeof each === "object");
+  const isObject = (value) => typeof value === "object" && value !== null && !isList(value);
+  const shown = (value) => {
+    if (isObject(value)) return JSON.stringify(value);
+    if (isList(value)) return value.map(shown).join(", ");
+    return typeof value === "number" ? number(value, 4) : String(value ?? "–");
+  };
   const parts = Object.entries(result);
+  const single = parts.filter(([, value]) => !isObject(value)).map(([name, value]) => [words(name), shown(value)]);
+  const isLong = ([, text]) => text.length > LONG_TEXT;
   return [
-    facts(parts.filter(([, value]) => !isObject(value)).map(([name, value]) => [words(name), shown(value)])),
+    facts(single.filter((each) => !isLong(each))),
+    single.filter(isLong).map(([name, text]) => h("p", null, h("strong", null, name), ": ", text)),
     parts.filter(([, value]) => isObject(value)).map(([name, value]) => {
       const entries = Object.entries(value);
       if (!entries.length) return null;
       const title = h("h4", null, words(name));
-      if (Array.isArray(value) && !value.every(isObject))
-        return [title, value.map((each) => h("p", null, shown(each)))];
       if (!entries.every(([, each]) => isObject(each))) return [title, resultView(value)];
       const columns = [...new Set(entries.flatMap(([, each]) => Object.keys(each)))];
       const named = Array.isArray(value) ? [] : ["name"];

@@ -28,6 +28,7 @@ export async function render(root, params, signal) {
 }
 
 function cell(value, kind) {
+  if (value === "") return null;
   if (kind === "bar") return h("progress", { max: 100, value, "aria-hidden": "true" });
   return h(kind === "code" ? "code" : "bdi", null, String(value));
 }

@@ -40,7 +40,7 @@ export function table({ caption, showCaption = false, columns, rows, empty = "Th
             null,
             row.map((cell, index) =>
               index === 0
-                ? h("th", { scope: "row", class: kinds[index] }, cell)
+                ? h("th", { scope: "row", class: kinds[index], "data-name": nameOf(columns[index]) }, cell)
                 : h("td", { class: kinds[index], "data-name": nameOf(columns[index]) }, cell),
             ),
           ),
