@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from luthier.data.convert import convert
-from luthier.data.rows import Checker, PromptChecker, RowReader, load_prompts, load_rows
+from luthier.data.rows import (
+    Checker,
+    PromptChecker,
+    PromptInputChecker,
+    RowReader,
+    load_prompts,
+    load_rows,
+)
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.preferences import Preference
 from luthier.errors import DataError
@@ -306,7 +313,7 @@ def test_a_call_keeps_its_mark_and_its_reasoning(tmp_path: Path) -> None:
 def test_marks_are_written_again(tmp_path: Path) -> None:
     record = {"conversations": [HUMAN, GPT | {"loss": False}, HUMAN, GPT], "system": "S"}
     path = read(tmp_path, record).files[0]
-    convert(path, tmp_path / "chat.jsonl", "chat", drop_extra_keys=True)
+    convert(path, tmp_path / "chat.jsonl", "chat")
     assert load_rows(tmp_path / "chat.jsonl")[0].turns() == load_rows(path)[0].turns()
     with pytest.raises(DataError):
         convert(path, tmp_path / "alpaca.jsonl", "alpaca", drop_extra_keys=True)
@@ -338,7 +345,11 @@ def test_turns_as_text_are_read(tmp_path: Path, turns: Any) -> None:
     assert found.turns() == (SYSTEM, *TURNS)
     path = read(tmp_path, {"text": json.dumps(said)}).files[0]
     assert load_rows(path, {key: "text"})[0].turns() == TURNS
-    assert rule_of(tmp_path, {key: "[{'role': 'user'}]"}) == "messages.type"
+    wrong = {key: "[{'role': 'user'}]"}
+    assert rule_of(tmp_path, wrong) == "messages.type"
+    for checker in (PromptChecker, PromptInputChecker):
+        reader = read(tmp_path, wrong, checker=checker)
+        assert list(reader) == [] and [each.rule for each in reader.problems] == ["messages.type"]
 
 
 # --- keys that make another task -------------------------------------------------------------------

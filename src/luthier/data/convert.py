@@ -16,6 +16,7 @@ from luthier.data.forms import FORMS_WITH_TOOLS, TARGETS, extra_keys
 from luthier.data.parsing import Record, quote
 from luthier.data.rows import Columns, Recognition, RowReader
 from luthier.data.sources import Source
+from luthier.data.turn_marks import mark_sense
 from luthier.data.writers import ColumnNames, Writer, check_target, writer_of
 from luthier.errors import BoundedProblems, DataError, RecipeError, RowRefused, data_errors
 from luthier.printable import did_you_mean
@@ -164,12 +165,18 @@ class _Conversion:
 
 
 def _refuse_lost(record: Record, keeps_tools: bool) -> None:
-    """Refuse messages that say more than who and what, and what they call."""
+    """Refuse messages with keys that would not be written."""
     written = _BESIDE_TEXT | (_BESIDE_CALLS if keeps_tools else frozenset())
     for key in ("messages", "conversations"):
         turns = record.get(key)
         for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
-            more = [k for k, v in turn.items() if k not in written and v is not None]
+            more = [
+                key
+                for key, value in turn.items()
+                if key not in written
+                and value is not None
+                and not (keeps_tools and mark_sense(key) is not None)  # written as a weight
+            ]
             if more:
                 raise RowRefused(
                     "convert.message",

@@ -173,11 +173,7 @@ class Checker(FieldChecker):
 
     def own_record(self, record: Record) -> Record | None:
         """The record in our own keys, its id checked; None only when a problem was reported."""
-        try:
-            own = self._from_form(record)
-        except RowRefused as bad:
-            self.report(bad.rule, bad.message, bad.fix)
-            return None
+        own = self._from_form(record)
         if own is not None and "id" in own:
             self.check_id(own["id"])
         return own
@@ -188,7 +184,11 @@ class Checker(FieldChecker):
         mapped = self._rename_columns(record, columns) if columns else record
         if mapped is None:
             return None
-        self.given = mapped = parse_turns(mapped)
+        try:
+            self.given = mapped = parse_turns(mapped)
+        except RowRefused as bad:
+            self.report(bad.rule, bad.message, bad.fix)
+            return None
         found = forms_of(mapped)
         used = frozenset().union(*(form.used for form in found))
         generic = [f'"{key}"' for key in ("text", "prompt") if key in mapped and key not in used]
