@@ -22,3 +22,21 @@ def test_the_rank_is_that_of_the_weights(tiny_llama: Any) -> None:
     for rank in (10**9, 8, None, "4"):
         with pytest.raises(ModelRefused, match=r"adapter\.weights"):
             lora_of({**fields, "r": rank}, weights, model)
+
+
+def test_resized_embeddings_are_refused(tiny_llama: Any) -> None:
+    """PEFT saves embeddings and head whole after ``resize_token_embeddings``."""
+    model = tiny_llama(seed=1)
+    layer, rows = "model.layers.0.self_attn.q_proj", model.config.vocab_size + 1
+    width = model.get_submodule(layer).in_features
+    weights = {
+        f"base_model.model.{layer}.lora_A.weight": torch.zeros(4, width),
+        "base_model.model.lm_head.weight": torch.zeros(rows, width),
+    }
+    fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+    with pytest.raises(ModelRefused) as refusal:
+        lora_of(fields, weights, model)
+    problem = refusal.value.problem
+    assert problem.rule == "adapter.vocabulary"
+    assert f"{rows:,}" in problem.message and f"{rows - 1:,}" in problem.message
+    assert "merge_and_unload" in problem.fix

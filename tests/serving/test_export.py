@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from luthier.cli.models import remove_model
 from luthier.engine.train import train
@@ -26,6 +28,7 @@ from luthier.models.sampling import Sampling
 from luthier.recipe import Recipe
 from luthier.serving.export import export, export_gguf
 from luthier.serving.generation import Generator
+from luthier.serving.peft_parity import check_peft
 from luthier.store.models import (
     added_tokens,
     chat_format,
@@ -157,6 +160,65 @@ def test_an_adapter_loads_with_peft(tmp_path: Path, tiny_model_folder: Path) -> 
             plain = model(ids).logits
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, plain, atol=1e-2)
+
+
+def test_adapter_that_peft_reads_otherwise_is_refused(tmp_path: Path) -> None:
+    """PEFT gives no error for a layer that ``target_modules`` leaves out, or for another scale."""
+    stored = find("tiny-llama:adapter")
+    folder = export(stored, tmp_path / "out", merged=False)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    layer = "model.layers.1.mlp.up_proj"
+    assert layer in config["target_modules"]
+    rest = [name for name in config["target_modules"] if name != layer]
+    path.write_text(json.dumps({**config, "target_modules": rest}))
+    with pytest.raises(RecipeError, match=rf"modules of tiny-llama:adapter: {layer}\."):
+        check_peft(stored, folder)
+    path.write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+    with pytest.raises(RecipeError, match="other outputs"):
+        check_peft(stored, folder)
+
+
+def test_adapter_of_earlier_versions_is_exported_with_full_names(tmp_path: Path) -> None:
+    """Earlier versions stored the ends of names."""
+    stored = find("tiny-llama:adapter")
+    path = stored.folder / "adapter_config.json"
+    before = path.read_bytes()
+    files = {**stored.manifest.files}
+    files.pop("adapter_config.json")
+    old = replace(stored, manifest=stored.manifest.model_copy(update={"files": files}))
+    try:
+        path.write_text(json.dumps({**json.loads(before), "target_modules": ["q_proj"]}))
+        folder = export(old, tmp_path / "out", merged=False)
+    finally:
+        path.write_bytes(before)
+    written = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert written == json.loads(before)["target_modules"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [(None, torch.bfloat16), ("f32", torch.float32), ("f16", torch.float16)],
+)
+def test_merged_weights_have_the_precision_of_the_base(
+    precision: str | None, expected: torch.dtype, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    """Not that of the exporting machine, which computes in float32 here."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_folder, base)
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {k: w.bfloat16() for k, w in weights.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    adapter = find("tiny-llama:adapter")
+    stored = replace(adapter, parent=find(str(base)))
+    folder = export(stored, tmp_path / "out", merged=True, precision=precision)
+    found = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in found.values()} == {expected}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(expected)[6:]
+    served = load(stored, expected if precision is None else torch.float32, CPU).state_dict()
+    for name, weight in found.items():
+        assert torch.equal(weight, served[name].to(expected)), name
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")

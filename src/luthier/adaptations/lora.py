@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier.adaptations.base import Adaptation, full_rate, peft_config
-from luthier.adaptations.targets import ALL_LINEAR, linear_targets
+from luthier.adaptations.targets import linear_targets
 from luthier.errors import RecipeError
 from luthier.models.layers import modules_of, replace_modules
 
@@ -86,10 +86,6 @@ class LoRA(Adaptation):
         """PEFT's configuration of this adapter."""
         from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
 
-        wrapped = modules_of(model, (LoRALinear, LoRAConv2d))
-        ends = {name.rpartition(".")[2] for name in wrapped}
-        if any(end.isdigit() for end in ends):  # convolutions in a Sequential are called "0"
-            ends = {*wrapped}
         return peft_config(
             "LORA",
             model,
@@ -102,10 +98,8 @@ class LoRA(Adaptation):
             use_rslora=self.rslora,
             use_dora=self.dora,
             fan_in_fan_out=model.config.model_type == "gpt2",  # type: ignore[union-attr]
-            layers_to_transform=list(self.layers_to_transform or ()) or None,
-            target_modules=sorted(
-                ends if self.targets in (None, ALL_LINEAR) else _ends(self.targets)
-            ),
+            # Full names: PEFT takes the end of a name for other layers, too.
+            target_modules=sorted(modules_of(model, (LoRALinear, LoRAConv2d))),
         )
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
@@ -113,7 +107,3 @@ class LoRA(Adaptation):
         rate = 10 * full_rate(hidden)
         reason = f"ten times that of full fine-tuning, more for small networks (width {hidden})"
         return float(f"{rate:.1e}"), reason
-
-
-def _ends(targets: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (targets,) if isinstance(targets, str) else targets or ()

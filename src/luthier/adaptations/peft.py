@@ -61,6 +61,7 @@ def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.
             continue
         raise _refusal(f"{name} is {str(value)[:100]!r}, which is not supported here.")
     _check_rank(fields.get("r"), weights)
+    _check_vocabulary(weights, model)
     try:
         return LoRA(
             rank=fields["r"],
@@ -76,6 +77,11 @@ def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.
         raise _refusal(f"It is made for another network: {error}") from error
 
 
+def target_modules(names: Iterable[str]) -> list[str]:
+    """Return the full names of the layers that a saved adapter changes, from ``names`` of weights."""
+    return sorted(found[1] for name in names if (found := _LORA_A.fullmatch(name)))
+
+
 def _check_rank(rank: Any, weights: Mapping[str, Tensor]) -> None:
     """Matrices of the rank that is told are built before those that are there are put into them."""
     for name, weight in weights.items():
@@ -87,13 +93,27 @@ def _check_rank(rank: Any, weights: Mapping[str, Tensor]) -> None:
             )  # fmt: skip
 
 
+def _check_vocabulary(weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse an adapter that brings embeddings, as PEFT saves after ``resize_token_embeddings``."""
+    rows = int(getattr(model.config, "vocab_size", 0))
+    for name, weight in weights.items():
+        if re.search(r"(embed_tokens|word_embeddings|wte|shared|lm_head|embed_out)\.weight$", name):
+            raise ModelRefused(
+                "adapter_model.safetensors", "adapter.vocabulary",
+                f"The adapter has embeddings for {weight.shape[0]:,} tokens ({name[:200]}); the base "
+                f"model has {rows:,}.",
+                "Merge the adapter into its model first (merge_and_unload), save the model and its "
+                "tokenizer, and name that folder.",
+            )  # fmt: skip
+
+
 def _targets(names: Iterable[str], model: nn.Module) -> tuple[str, ...]:
     """The adapted layers: by the ends of their names where these mean no others, else in full.
 
     ``target_modules`` may be a pattern, or mean layers by what PEFT knows of a family; names of
     weights are plain.
     """
-    layers = sorted(found[1] for name in names if (found := _LORA_A.fullmatch(name)))
+    layers = target_modules(names)
     if not layers:
         raise _refusal("adapter_model.safetensors has no weights of LoRA.")
     ends = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))

@@ -522,9 +522,7 @@ def export_model(
     ] = None,
     quantization: Annotated[
         str | None,
-        typer.Option(
-            help="Of a GGUF file: f32, f16 if not given, bf16, q8_0, q6_k, q5_k_m, q4_k_m or q4_0."
-        ),
+        typer.Option(help="Weights of GGUF (f16) or of merged safetensors (as in the base)."),
     ] = None,
     json_: Json = False,
 ) -> None:

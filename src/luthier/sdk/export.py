@@ -36,8 +36,8 @@ def export(
             (classifiers) or ``gguf`` (models that write, with a Modelfile for Ollama).
         merged: whether an adapter is folded into its base, or written alone; when not given, it is
             written alone as safetensors and folded in for the other formats.
-        quantization: type of the weights of a GGUF file: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m or
-            q4_0; f16 when not given.
+        quantization: type of the weights. GGUF: f32, f16 (default), bf16, q8_0, q6_k, q5_k_m, q4_k_m or
+            q4_0. Merged safetensors: f32, f16 or bf16; the precision of the base if not given.
         on_progress: hears the part of the work (``merge``, ``trace``, ``write``, ``compare``), how much
             of it is done and how much there is; of ``write`` in bytes, and from another thread.
 

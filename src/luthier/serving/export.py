@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from luthier import __version__
 from luthier.adaptations import Adaptation
 from luthier.adaptations.lora import LoRA
+from luthier.adaptations.peft import target_modules
 from luthier.adaptations.qlora import QLoRA
 from luthier.encryption.files import copy_plain, open_folder
 from luthier.engine import machine as machines
@@ -28,6 +30,7 @@ from luthier.files import (
     names_below,
     need_disk,
     new_folder,
+    read_json,
     write_bytes,
 )
 from luthier.models.backends import LLAMA_CPP, llama_cpp_library
@@ -39,12 +42,14 @@ from luthier.models.gguf import (
     write_gguf,
     write_lora,
 )
-from luthier.models.load import read_config
+from luthier.models.load import read_config, stored_dtype
 from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
-from luthier.models.pipelines import is_pipeline
+from luthier.models.outside import ADAPTER_CONFIG
+from luthier.models.pipelines import is_pipeline, network_folders
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.serving.gguf_parity import compare_gguf, largest_divergence
 from luthier.serving.ollama import MODELFILE, modelfile
+from luthier.serving.peft_parity import check_peft
 from luthier.store.model_folders import short_name, split_id
 from luthier.store.models import (
     StoredModel,
@@ -72,18 +77,34 @@ def ignore_progress(phase: Phase, done: int, total: int) -> None:
     """For callers that show no progress."""
 
 
+PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+"""Precisions of merged weights by their names."""
+
+
+def merged_dtype(stored: StoredModel, precision: str | None = None) -> torch.dtype:
+    """Return the precision of merged weights: ``precision``, or that of the base's own weights."""
+    if precision is not None:
+        return PRECISIONS[precision]
+    return max(map(stored_dtype, network_folders(stored.network_folder)), key=lambda d: d.itemsize)
+
+
 def export(
-    stored: StoredModel, target: Path, merged: bool, on_progress: OnProgress = ignore_progress
+    stored: StoredModel,
+    target: Path,
+    merged: bool,
+    on_progress: OnProgress = ignore_progress,
+    precision: str | None = None,
 ) -> Path:
     """Write ``stored`` to the new folder ``target`` and return it.
 
-    With ``merged``, or for a model that is no adapter, this is a Hugging Face directory whose
-    weights are bit for bit those that luthier serves. Without it, an adapter is written in PEFT's
-    format, to be put on the base model named in ``adapter_config.json``; one on a pipeline of diffusers
-    in the form that ``pipe.load_lora_weights`` reads.
+    With ``merged``, or for a model that is no adapter, the folder is a Hugging Face directory. Merged
+    weights have the precision of the base's weights, or the ``precision`` given, whatever machine
+    exports. Without ``merged``, an adapter is written in PEFT's format for the base model named in
+    ``adapter_config.json``, and compared under PEFT; an adapter on a pipeline of diffusers is written
+    for ``pipe.load_lora_weights``.
 
     Raises:
-        RecipeError: for an adapter that the form does not hold.
+        RecipeError: for an adapter that the format does not hold, or that PEFT loads in part.
         CorruptFile: where a file is not the one that was stored, or changed meanwhile.
         RunConflict: where something is at ``target``.
     """
@@ -94,22 +115,31 @@ def export(
         )
     target = new_target(target)
     with new_export_folder(target, stored) as fresh:
-        if stored.parent is None:
+        if stored.parent is None and precision is None:
             with _report_written(fresh, folder_size(stored.folder), on_progress):
                 _copy(stored.folder, fresh)
         elif merged:
             check_mergeable(stored, "a merged export writes nothing else")
-            machine = machines.choose_machine()
-            model = load_merged(stored, machine.dtype, machine.device, on_progress)
+            dtype = merged_dtype(stored, precision)
+            # Steps of an adapter are smaller than what float16 rounds to.
+            wide = torch.float32 if dtype == torch.float16 else dtype
+            device = machines.choose_machine().device
+            model = load_merged(stored, wide, device, on_progress).to(dtype)
             size = sum(weight.nbytes for weight in model.parameters())
             with _report_written(fresh, size, on_progress):
                 save_network(model, chat_format(stored), fresh)
         elif is_pipeline(stored.network_folder):
             _write_diffusers_lora(stored, fresh)
         else:
-            for name in ("adapter_config.json", ADAPTER):
+            for name in (ADAPTER_CONFIG, ADAPTER):
                 copy_plain(stored.folder / name, fresh / name)
             save_format(chat_format(stored), fresh)
+            if isinstance(_lora_of(stored), LoRA):
+                config = read_json(fresh / ADAPTER_CONFIG)
+                targets = {"target_modules": target_modules(read_adapter(fresh))}
+                text = json.dumps({**config, **targets}, indent=2, sort_keys=True)
+                write_bytes(fresh / ADAPTER_CONFIG, text.encode())
+                check_peft(stored, fresh)
     return target
 
 

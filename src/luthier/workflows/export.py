@@ -72,10 +72,19 @@ def check_settings(format: str, merged: bool | None, quantization: str | None) -
     """
     if format not in get_args(Format):
         raise RecipeError(f"there is no format {format!r}; take {', '.join(get_args(Format))}")
-    if quantization is not None:
+    if quantization is not None and format == "safetensors" and merged:
+        from luthier.serving.export import PRECISIONS
+
+        if quantization not in PRECISIONS:
+            raise RecipeError(
+                f"merged safetensors cannot have the type {quantization!r}; choose one of "
+                f"{', '.join(PRECISIONS)}"
+            )
+    elif quantization is not None:
         if format != "gguf":
             raise RecipeError(
-                f"types of weights are chosen for GGUF files; leave them out for {format}"
+                "types of weights are chosen for GGUF files and merged safetensors; leave them out "
+                f"for {format}"
             )
         from luthier.models.gguf import check_quantization
 
@@ -116,7 +125,7 @@ def export_model(
     elif format == "gguf":
         record = export_gguf(stored, target, merged is not False, quantization, tell)
     else:
-        export(stored, target, bool(merged), tell)
+        export(stored, target, bool(merged), tell, quantization)
     is_recorded = record is not None and change_record(
         stored, lambda manifest: manifest.with_export(record)
     )
@@ -145,13 +154,13 @@ def memory_needed(stored: StoredModel, format: Format, merged: bool | None) -> i
     head = objective_of(stored).head()
     sketch = sketch_of(read_config(stored.network_folder, head), head)
     count = sum(weight.numel() for weight in sketch.parameters())
-    size = choose_machine().dtype.itemsize
+    size = choose_machine().dtype.itemsize if format == "gguf" else 4
     if format == "gguf":
         each = 16 if merged is False else size + 8
     elif format == "onnx":
         each = 20
-    else:
-        each = 2 * size if merged and stored.parent is not None else 0
+    else:  # under PEFT an adapter is compared in float32
+        each = 0 if stored.parent is None else 2 * size
     return _FIXED_BYTES + count * each
 
 

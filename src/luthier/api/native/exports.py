@@ -30,7 +30,7 @@ class NewExport(Input):
     """Whether an adapter is folded into its base; else it is written alone, as safetensors if not
     given."""
     quantization: str | None = Field(default=None, max_length=16)
-    """Type of the weights of a GGUF file: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m or q4_0."""
+    """Type of the weights: f32, f16, bf16, or for GGUF q8_0, q6_k, q5_k_m, q4_k_m or q4_0."""
 
 
 class ExportView(View):
