@@ -536,6 +536,8 @@ def check_creatable(path: Path) -> None:
     Raises:
         RecipeError: with the reason.
     """
+    if str(path) == "-":
+        raise RecipeError("- is standard output, and the result is written to a file: name a file")
     try:
         # Some file systems, such as /proc, give the right to write and then make nothing.
         if _is_device(path):

@@ -9,13 +9,15 @@ here, too.
 
 from __future__ import annotations
 
+import codecs
+import io
 import math
 import re
 import signal
 import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TextIO
 
 _UNESCAPED = "\n\t\u00a0\u3000\u200c\u200d"
 """Line ends, tabs, and the joiners of emoji and scripts."""
@@ -36,11 +38,45 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def printable_json(text: str) -> str:
-    """A document of JSON with the same characters as ``\\u009b``; its values stay the same."""
-    if text.isprintable():
-        return text
-    return "".join(char if _harmless(char) else _in_json(char) for char in text)
+def printable_json(text: str, encoding: str = "utf-8") -> str:
+    """Return a JSON document with such characters as ``\\u009b``, which leaves its values unchanged.
+
+    Characters that ``encoding`` does not have are written in the same way.
+    """
+    if not text.isprintable():
+        text = "".join(char if _harmless(char) else _in_json(char) for char in text)
+    return text.encode(encoding, _JSON_ERRORS).decode(encoding)
+
+
+_JSON_ERRORS, _TEXT_ERRORS = "luthier.json", "luthier.text"
+_ASCII = str.maketrans("─├│└█▁▂▃▄▅▆▇–⟦⟧", "-+|+#_..::++-[]") | {
+    ord(char): text
+    for char, text in {"…": "...", "→": "->", "±": "+-", "✓": "ok:", "✗": "x"}.items()
+}
+"""Signs of luthier's own output in ASCII."""
+
+
+def _escape_in_json(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(map(_in_json, error.object[error.start : error.end])), error.end
+
+
+def _escape_in_text(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(_ASCII)
+    return text.encode("ascii", "backslashreplace").decode(), error.end
+
+
+codecs.register_error(_JSON_ERRORS, _escape_in_json)
+codecs.register_error(_TEXT_ERRORS, _escape_in_text)
+
+
+def escape_unencodable(*streams: TextIO) -> None:
+    """Let streams escape what their encoding cannot write, where Python would raise an error."""
+    for stream in streams:
+        encoding = (stream.encoding or "").lower().replace("-", "")
+        if isinstance(stream, io.TextIOWrapper) and not encoding.startswith("utf"):
+            stream.reconfigure(errors=_TEXT_ERRORS)
 
 
 def finite_or_none(value: Any) -> Any:

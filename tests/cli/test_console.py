@@ -100,6 +100,29 @@ def test_a_models_text_is_as_it_is_but_on_a_terminal() -> None:
     assert shown.replace("\r\n", "\n") == "one\n\ttwo \\x1b[31m \\x9b1m \\u202eend"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_any_encoding_of_the_terminal_will_do(encoding: str) -> None:
+    values = ["ấ 😀 é █", "\x9b"]
+    code = (
+        "import sys; from luthier.printable import escape_unencodable as escape;"
+        "from luthier.cli.console import note, print_json, print_text;"
+        f"escape(sys.stdout, sys.stderr); print_text('█ ✓ ấ é 😀'); print_json({values!r}); note('…')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    text, json_text = done.stdout.decode(encoding).splitlines()
+    assert json.loads(json_text) == values
+    accent = "\\xe9" if encoding == "ascii" else "é"
+    assert text == ("█ ✓ ấ é 😀" if encoding == "utf-8" else rf"# ok: \u1ea5 {accent} \U0001f600")
+    has_dots = encoding in ("utf-8", "cp1252")
+    assert done.stderr.decode(encoding) == ("…\n" if has_dots else "...\n")
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_samples(luthier_home: Path, capsys: pytest.CaptureFixture[str], full: bool) -> None:
     from luthier.cli import samples

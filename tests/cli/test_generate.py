@@ -97,8 +97,10 @@ def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:
     answer = Answer(*command, "--output", str(target)).good()
     assert [json.loads(line) for line in target.read_text().splitlines()] == expected
     assert answer.out == f"5 replies written to {target}\n"
-    printed = Answer(*command).good().out
-    assert [json.loads(line) for line in printed.splitlines()] == expected
+    for dash in ((), ("--output", "-")):
+        printed = Answer(*command, *dash).good().out
+        assert [json.loads(line) for line in printed.splitlines()] == expected
+    assert not Path("-").exists()
     report = Answer(*command, "--json").good().json()
     assert report["completions"] == [row["completion"] for row in expected]
     assert "--overwrite replaces it" in Answer(*command, "--output", str(target)).refused()

@@ -70,6 +70,14 @@ def test_a_path_that_cannot_be_is_refused(
     assert (folder / "full.jsonl" / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"generate", "launch"}))
+def test_commands_that_write_files_refuse_standard_output(
+    home: Path, folder: Path, command: str
+) -> None:
+    Answer(*("-" if each == "TARGET" else each for each in COMMANDS[command])).refused()
+    assert not (folder / "-").exists()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_folder_without_the_right_to_write_is_refused(
     home: Path, folder: Path, command: str, monkeypatch: pytest.MonkeyPatch

@@ -55,6 +55,8 @@ def test_a_series_needs_no_option(luthier_home: Path, tmp_path: Path, series: Pa
         str(tmp_path / "scores.jsonl"),
     )  # fmt: skip
     assert scored.code == 0, scored.err
+    lines = Answer("predict", "small-window-vae:load", "--input", str(series), "--output", "-").out
+    assert lines == (tmp_path / "scores.jsonl").read_text() and not Path("-").exists()
     assert re.search(
         r"\d+ of them are anomalous \(a score above [-\d.]+\); 47 have too few values before them",
         scored.out + scored.err,

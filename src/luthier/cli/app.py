@@ -8,6 +8,7 @@ needs when it runs.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Annotated
 
 import typer
@@ -45,6 +46,7 @@ from luthier.cli.serve import serve
 from luthier.cli.soup import soup
 from luthier.cli.tune import tune
 from luthier.cli.worker import worker
+from luthier.printable import escape_unencodable
 
 app = CommandGroup(
     "Turn a base model and your own data into a custom model you own.",
@@ -91,6 +93,7 @@ def root(
 def main() -> None:
     """Entry point of the ``luthier`` command."""
     use_safe_path()
+    escape_unencodable(sys.stdout, sys.stderr)
     # Where it is installed, PEFT imports it, and it logs advice about a kernel that is not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app()

@@ -140,8 +140,13 @@ def train_beside_first(train: Callable[[], object]) -> bool:
 def print_json(value: Any) -> None:
     """The one object a command prints with ``--json``; a number that is not finite is null."""
     text = json.dumps(finite_or_none(value), ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(printable_json(text) + "\n")
+    write_json(text + "\n")
     sys.stdout.flush()
+
+
+def write_json(text: str) -> None:
+    """Write JSON, or lines of JSON, to standard output."""
+    sys.stdout.write(printable_json(text, getattr(sys.stdout, "encoding", None) or "utf-8"))
 
 
 def print_text(text: str, end: str = "\n") -> None:
@@ -305,6 +310,11 @@ def check_json_lines(target: Path | None) -> None:
             f"{target} would hold JSON Lines, which {kind} does not say: call it "
             f"{target.with_suffix('.jsonl').name}"
         )
+
+
+def is_standard_output(target: Path | None) -> bool:
+    """Return whether an option names standard output, as ``-``."""
+    return target == Path("-")
 
 
 def check_output(target: Path | None, *sources: str | Path | None, overwrite: bool = True) -> None:

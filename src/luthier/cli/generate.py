@@ -17,12 +17,14 @@ from luthier.cli.console import (
     check_json_lines,
     check_output,
     heavy_imports,
+    is_standard_output,
     note,
     print_json,
     print_text,
     print_written,
     stream_reasoning,
     stream_text,
+    write_json,
 )
 from luthier.cli.options import (
     Columns,
@@ -35,7 +37,6 @@ from luthier.cli.options import (
 )
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput, data_errors
 from luthier.files import read_text
-from luthier.printable import printable_json
 
 if TYPE_CHECKING:
     from luthier.data.parsing import Record
@@ -66,7 +67,8 @@ def generate(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL of the same rows, each with its `completion`; its own is `expected`."
+            help="JSONL of the same rows, each with its `completion`; its own is `expected`. "
+            "- for standard output."
         ),
     ] = None,
     columns: Columns = None,
@@ -106,6 +108,7 @@ def generate(
             reply_lines,
         )
 
+    output = None if is_standard_output(output) else output
     if (prompt is None) == (input_ is None):
         raise RecipeError("give one prompt, or --input FILE with many")
     if prompt is not None and not prompt.strip():
@@ -173,7 +176,7 @@ def generate(
     if output is not None:
         write_packed(output, text.encode())
     elif not json_:
-        sys.stdout.write(printable_json(text))
+        write_json(text)
     if json_:
         report = {"rows": len(answers), "seconds": time.monotonic() - started}
         report |= _draft_report(generator)

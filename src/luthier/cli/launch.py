@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, note, stream_text
+from luthier.cli.console import check_output, heavy_imports, is_standard_output, note, stream_text
 from luthier.cli.options import (
     Adaptation,
     Base,
@@ -63,6 +63,7 @@ def launch(
     from luthier.workflows.estimate.budget import duration
 
     recipe = read_recipe(data, recipe_options(locals()), set_)
+    output = None if is_standard_output(output) else output
     check_output(output)
     seconds = duration(time) if time else None
     with heavy_imports():

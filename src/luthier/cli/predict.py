@@ -16,14 +16,15 @@ from luthier.cli.console import (
     check_json_lines,
     check_output,
     heavy_imports,
+    is_standard_output,
     note,
     print_json,
     print_text,
     print_written,
+    write_json,
 )
 from luthier.cli.options import Columns, InferenceProcesses, Json, Overwrite, RayAddress, RayGpus
 from luthier.errors import RecipeError, data_errors
-from luthier.printable import printable_json
 
 if TYPE_CHECKING:
     from luthier.data.parsing import Record
@@ -55,7 +56,8 @@ def predict(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="JSONL of the same rows, each with `predicted` beside.")
+        Path | None,
+        typer.Option(help="JSONL of the same rows, each with `predicted`; - for standard output."),
     ] = None,
     columns: Columns = None,
     top: Annotated[
@@ -78,6 +80,8 @@ def predict(
         from luthier.store.models import check_active, find
         from luthier.workflows.inference_tasks import PredictTask, anomaly_counts, prediction_lines
 
+    shows_all = is_standard_output(output)
+    output = None if shows_all else output
     if (text is None) == (input_ is None):
         raise RecipeError("give one text, or --input FILE with many")
     if input_ is None and (output is not None or columns):
@@ -117,7 +121,8 @@ def predict(
         stored = check_active(find(model, is_able=Predictor.is_able))
         predictor = Predictor.open(stored)
     _note_left_out_classes(stored)
-    if top is None and not json_ and output is None and (text or sys.stdout.isatty()):
+    in_terminal = output is None and not shows_all and (text or sys.stdout.isatty())
+    if top is None and not json_ and in_terminal:
         top = SHOWN
     threshold = _threshold(predictor.objective)
     started = time.monotonic()
@@ -133,7 +138,7 @@ def predict(
     elif text is not None:
         print_text(_render(answers[0], threshold), end="")
     elif output is None:
-        sys.stdout.write(printable_json(lines))
+        write_json(lines)
     else:
         _print_written(len(rows), anomaly_counts(answers), output, threshold)
 

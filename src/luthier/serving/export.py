@@ -233,8 +233,8 @@ def new_target(target: Path) -> Path:
         RecipeError: where no folder can be made.
         RunConflict: for anything else that is there.
     """
+    check_creatable(target.expanduser())
     target = target.expanduser().absolute()
-    check_creatable(target)
     target = target.resolve() if target.is_symlink() else target
     if target.is_mount():
         raise RunConflict(f"{target} is where a disk is mounted; name a folder inside it")
