@@ -178,8 +178,8 @@ class Training(StrictModel):
     """Steps between measurements on the validation rows."""
     patience: int = Field(default=3, ge=0, le=1_000_000)
     """Stop after so many measurements further below the best than by chance; 0 never stops early."""
-    min_delta: float = Field(default=0.0, ge=0, le=1e6)
-    """Above 0, a measurement counts for ``patience`` unless it is better than the best by so much."""
+    min_delta: float = Field(default=0.0, ge=0, lt=1)
+    """Least improvement, as a share of the best loss or error, that resets ``patience``; 0 for any."""
     refit: bool | None = None
     """Train once more on all rows, held-out ones too, for as long as these showed to be right."""
     baseline_seconds: float = Field(default=60.0, ge=0, le=86_400)

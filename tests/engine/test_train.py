@@ -143,7 +143,7 @@ def test_gains_that_are_too_small_use_up_the_patience(
     patient = {**training, "patience": 3}
     result = train.train(recipe(patient, data=data, adaptation="full", name="small"))
     assert result.steps == 12
-    demanding = {**patient, "min_delta": 1e6}
+    demanding = {**patient, "min_delta": 0.99}
     result = train.train(recipe(demanding, data=data, adaptation="full", name="large"))
     measured = [line["loss"] for line in metrics_of(result) if line["event"] == "validation"]
     assert result.steps == 3 and result.validation_loss == min(measured) < measured[0]

@@ -66,6 +66,11 @@ ROWS_FOR_PERFECT = 30
 """Held-out rows from which on all right, again and again, ends a run: there is nothing to gain. Where
 rows are changed at random there is: to be right on rows unlike those held out (docs/log/media.md)."""
 
+SMALL_LOSS = 1e-3
+"""Share of the loss at the start of the run at which nothing is left to learn from the rows."""
+LAST_STEPS = 10
+"""Training steps whose mean loss is compared with :data:`SMALL_LOSS`."""
+
 
 @dataclass
 class Loop:
@@ -384,7 +389,9 @@ class Loop:
             progress.best_loss, progress.best_step = found["loss"], progress.step
             self.best = {n: local_shard(w.data).clone() for n, w in self.optimizer.weights.items()}
         min_delta = self.training.min_delta
-        gained = better and (not min_delta or cost_of(found, measure) <= before - min_delta)
+        # Relative, because losses and scores have different scales.
+        enough = math.isinf(before) or cost_of(found, measure) < before - min_delta * abs(before)
+        gained = better and (not min_delta or enough)
         progress.worse = 0 if gained else progress.worse + 1
         self.record("validation", **found, best=progress.best_loss, best_step=progress.best_step)
 
@@ -455,11 +462,30 @@ class Loop:
         tensors |= {f"{_BUFFER}{name}": value for name, value in kept.items()}
         self.checkpoints.write(self.progress, tensors)
 
+    def _all_learned(self) -> bool:
+        """Return whether all held-out rows are right and both losses are near 0.
+
+        The training rows decide with the held-out rows: a few held-out rows say little, and rows that
+        are changed at random are harder than those held out.
+        """
+        measure = self.objective.measure
+        if len(self.measured) < 2 or measure not in SCORES or cost_of(self.measured[-1], measure):
+            return False
+        if self.measured[-1]["loss"] > SMALL_LOSS * self.measured[0]["loss"]:
+            return False
+        if self.progress.step % (self.training.evaluate_every or self.steps):
+            return False  # not measured since the last step
+        losses = [line["loss"] for line in self.train_lines][-LAST_STEPS:]
+        first = self.progress.first_loss or 0.0
+        return len(losses) == LAST_STEPS and math.fsum(losses) <= SMALL_LOSS * first * LAST_STEPS
+
     def _patience_spent(self) -> bool:
-        """Whether so many measurements were no better, or as good as any can be."""
+        """Return whether training ends early: no gain for ``patience`` measurements, or none left."""
         patience, measure = self.training.patience, self.objective.measure
         if not patience:
             return False
+        if self._all_learned():
+            return True
         last = self.measured[-patience:]
         perfect = len(last) == patience and not any(cost_of(line, measure) for line in last)
         enough = len(self.validation) >= ROWS_FOR_PERFECT and measure in SCORES
@@ -469,16 +495,17 @@ class Loop:
     def _why_it_stopped(self) -> str:
         """What people are to know of a run that ended before its last step."""
         patience, best = self.training.patience, self.progress.best_step or 0
+        ends = f"stopped early, after step {self._run_step} of {self.steps_before + self.until}: "
+        to_end = "`training.patience=0` trains to the end"
+        if self._all_learned():
+            return f"{ends}all held-out rows are right and the loss is near 0. {to_end}"
         what = "measurement was" if patience == 1 else f"{patience} measurements were"
         why = "no better than before training"
         if self.progress.worse < patience:
             why = "all right, so there is nothing to gain"
         elif best:
             why = f"no better than that of step {best + self.steps_before}"
-        return (
-            f"stopped early, after step {self._run_step} of {self.steps_before + self.until}: the last "
-            f"{what} {why}. `training.patience=0` trains to the end"
-        )
+        return f"{ends}the last {what} {why}. {to_end}"
 
     def _use_best(self) -> None:
         if self.best and self.progress.best_step != self.progress.step:

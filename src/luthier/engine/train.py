@@ -706,6 +706,8 @@ class Trainer:
             self.baselines = fit_baselines(
                 network, objective, train, held, budget, seconds, on_progress, label_issues=True
             )
+            if self.baselines is not None:
+                self.reporter.note(self.baselines.describe())
             found = self.baselines.label_issues if self.baselines is not None else None
             self.run_folder.write_label_issues(found.issues if found is not None else ())
         return_freed_memory()

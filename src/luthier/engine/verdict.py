@@ -305,7 +305,9 @@ class _Course:
                 "that are alike the last one is taken)"
             )
         if kept == last_step:
-            why = ", where training stopped early: the last measurements were no better"
+            why = ", where training stopped early"
+            if self._cost(self.kept):
+                why += ": the last measurements were no better"
             return f"{text}{why if early else ''}"
         end = "where training stopped early" if early else "the last"
         worse = f", worse than {self.start.name}" if self._above_start(self.last) else ""

@@ -173,6 +173,15 @@ class FittedBaselines:
         ]
         return max(better, key=lambda each: gain(each.score), default=None)
 
+    def describe(self) -> str:
+        """Return the score and cost of the best baseline, in a sentence."""
+        measure = self.comparison.measure
+        best = max(self.comparison.baselines, key=lambda each: as_gain(measure, each.score))
+        return (
+            f"the best simple baseline, {best.name}, has {render(measure, best.score)} on "
+            f"{self.comparison.rows:,} held-out rows and is fitted in {best.seconds:.1f} s"
+        )
+
     def compare_with(self, tuned: RowScores) -> Comparison:
         """The comparison with a model that scores ``tuned`` on the same rows."""
         both = zip(self.comparison.baselines, self.row_scores, strict=True)
