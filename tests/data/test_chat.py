@@ -13,7 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from luthier.data.chat import TEMPLATE_PARAMETERS, ChatFormat, EncodedReply, TemplateSettings
+from luthier.data.chat import (
+    SYSTEM_FIX,
+    TEMPLATE_PARAMETERS,
+    ChatFormat,
+    EncodedReply,
+    TemplateSettings,
+)
 from luthier.data.media import PLURAL
 from luthier.data.processors import AudioProcessor, ImageProcessor
 from luthier.data.rows import load_rows
@@ -227,6 +233,38 @@ def test_whatever_a_template_runs_into_is_a_refusal(
     chat = ChatFormat.of(new_tokenizer(template))
     with pytest.raises(RecipeError, match=r"refuses this conversation: .+"):
         chat.prompt_text([Message("user", "Hi")])
+
+
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DROPS_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [GEMMA, DROPS_SYSTEM])
+def test_a_system_prompt_without_a_place_is_refused_with_the_fix(
+    template: str, new_tokenizer: Callable[..., Any]
+) -> None:
+    chat = ChatFormat.of(new_tokenizer(template))
+    messages = conversation("Hi", "Paris", system="Be brief.")
+    with pytest.raises((RowRefused, RecipeError)) as refused:
+        chat.encode_reply(messages)
+    fix = refused.value.fix if isinstance(refused.value, RowRefused) else str(refused.value)
+    assert SYSTEM_FIX in fix
+    assert len(chat.encode_reply(messages[1:]).ids_T)
+
+
+def test_the_fix_for_system_prompts_is_for_them_alone(new_tokenizer: Callable[..., Any]) -> None:
+    chat = ChatFormat.of(new_tokenizer("{{ raise_exception('no') }}"))
+    for messages in (conversation("Hi"), conversation("Hi", system="Be brief.")):
+        with pytest.raises(RecipeError) as refused:
+            chat.prompt_text(messages)
+        assert SYSTEM_FIX not in str(refused.value)
 
 
 def test_names_that_a_template_reads_get_defaults(new_tokenizer: Callable[..., Any]) -> None:

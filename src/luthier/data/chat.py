@@ -10,6 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import cached_property
@@ -71,6 +72,7 @@ TemplateSettings = Annotated[
 DATE = "strftime_now"
 """Function that chat templates call for today's date. A recipe and a request set the date under the
 same name, in ISO 8601: ``{"strftime_now": "2026-11-30"}``."""
+SYSTEM_FIX = "Put the system prompt before the text of the first user message."
 _DATE_CODES = (
     *"aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ",
     "-d",
@@ -538,6 +540,8 @@ class ChatFormat:
             done = after
         done = done.replace(SENTINEL, "")
         for index, message in enumerate(messages[: answers[-1]]):
+            if message.role == "system" and not self.takes_system:
+                raise _cannot_write("the system prompt", index, SYSTEM_FIX)
             if message.role == "tool" and (missing := missing_from(done, message)):
                 raise _cannot_write(missing, index)
         return segments
@@ -814,8 +818,14 @@ class ChatFormat:
         # The template is a program that came with a model, and works on what a client says: it may run
         # into whatever programs do.
         except Exception as error:
+            reason = f"{error or type(error).__name__}"
+            others = [turn for turn in turns if turn["role"] != "system"]
+            if 0 < len(others) < len(turns):
+                with suppress(RecipeError):
+                    self.render(others, reply=reply, tools=tools, kwargs=kwargs)
+                    reason = f"{reason.rstrip('.')}. {SYSTEM_FIX}"
             raise RecipeError(
-                f"the model's chat template refuses this conversation: {error or type(error).__name__}"
+                f"the model's chat template refuses this conversation: {reason}"
             ) from error
         return text
 
@@ -890,12 +900,13 @@ def _check_template(tokenizer: Any) -> None:
         )
 
 
-def _cannot_write(missing: str, index: int) -> RowRefused:
+def _cannot_write(missing: str, index: int, fix: str = "") -> RowRefused:
     return RowRefused(
         "row.template",
         f"The model's chat template leaves out {missing} (message {index + 1}).",
-        "Write it into the content as the model is to write it, use a base model whose template has "
-        "a place for it, or remove the row.",
+        fix
+        or "Write it into the content as the model is to write it, use a base model whose template "
+        "has a place for it, or remove the row.",
     )
 
 

@@ -28,7 +28,7 @@ from luthier.data.shapes.conversations import (
     PromptCompletion,
     PromptOnly,
 )
-from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage
+from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage, MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers, Preference
 from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of
@@ -40,6 +40,10 @@ from luthier.types import Row
 Columns = Mapping[str, str]
 """The file's name for each of our keys; an empty one sets the key aside."""
 
+SPEAKER_COLUMNS = frozenset(
+    {"speaker", "speaker_id", "speakerid", "spk", "spk_id", "client_id", "talker", "voice"}
+)
+"""Names, in lower case, of columns of audio tables that tell speakers apart."""
 ROWS_CHECKED = 1000
 """Rows that are looked at for columns that nothing is read from."""
 
@@ -739,9 +743,20 @@ class RowReader:
         looked_at &= not isinstance(given.get("window"), Media)
         if row.members is None and (columns or looked_at):
             unread = extra_keys(row, given, self.checker.form).keys()
-            self._unread |= dict.fromkeys(
-                sorted(unread - {"id", "schemaVersion", self.group_column})
-            )
+            new = dict.fromkeys(sorted(unread - {"id", "schemaVersion", self.group_column}))
+            if isinstance(row, MediaRow) and row.media.kind == "audio" and not self.group_column:
+                self._doubt_speakers(row, new)
+            self._unread |= new
+
+    def _doubt_speakers(self, row: Row, unread: Iterable[str]) -> None:
+        """Add a warning for a column of speakers that no one has named as the group column."""
+        for name in unread:
+            if name.lower() in SPEAKER_COLUMNS and name not in self._unread:
+                message = (
+                    f"The column {quote(name)} names speakers, and rows are held out at random."
+                )
+                fix = f"Keep speakers apart by `data.group_column={name}`."
+                self.doubts.append(Problem(row.file, 0, "column.speaker", message, fix))
 
     def _add_group(self, row: Row, record: Record, column: str) -> None:
         value = record.get(column)

@@ -84,6 +84,7 @@ from luthier.objectives.capabilities import (
     SupportsPrecomputation,
     SupportsPreparation,
     SupportsReconstruction,
+    SupportsSampling,
     SupportsThreshold,
 )
 from luthier.objectives.generative import MOST_COMPARED
@@ -384,8 +385,9 @@ class Trainer:
             held_out = counts["validation_rows"]
             refit = Refit(learned.data.counts["rows"], held_out, learned.until)
         verdict = self._judge(lines, refit)
-        if copied := self._describe_copies(network):
-            verdict = replace(verdict, text=f"{verdict.text}. {copied}")
+        for more in (self._describe_copies(network), self._describe_few_steps(progress.step)):
+            if more:
+                verdict = replace(verdict, text=f"{verdict.text}. {more}")
         issues = self.baselines.label_issues if self.baselines is not None else None
         writer = ModelWriter(
             final,
@@ -419,6 +421,18 @@ class Trainer:
             informed=informed.name if informed is not None else "",
             other_base=language[0].closest_fix if language else "",
             refit=refit,
+        )
+
+    def _describe_few_steps(self, steps: int) -> str:
+        """Return a warning if new weights that make images had few steps; else an empty text."""
+        objective = self.job.data.objective
+        usual = max(objective.min_steps, objective.defaults.scratch_steps)
+        makes = isinstance(objective, SupportsSampling | SupportsReconstruction)
+        if not (makes and self.job.base.manifest.is_random) or 2 * steps > usual:
+            return ""
+        return (
+            f"{steps:,} steps are few for {objective.method} from random weights, which usually "
+            f"needs {usual:,} or more: train longer by `training.max_steps={usual}`"
         )
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from luthier.gate.checks.media import MediaFiles
 from luthier.gate.checks.privacy import Privacy
 from luthier.gate.checks.time_series import TimeSeries
 from luthier.gate.checks.white_space import WhiteSpace
-from luthier.gate.rules import JOINED_ROWS, READING_RULES, Rule
+from luthier.gate.rules import DOUBTS, READING_RULES, Rule
 from luthier.printable import did_you_mean
 
 _KINDS: tuple[type[Check], ...] = (
@@ -102,5 +102,5 @@ def rules_named(name: str, also: Iterable[str] = ()) -> list[Rule]:
 
 def all_rules() -> dict[str, Rule]:
     """Every rule of reading and of the checks, by id."""
-    known = {**READING_RULES, **{rule.id: rule for rule in (BASE_MISSING, JOINED_ROWS)}}
+    known = {**READING_RULES, **DOUBTS, BASE_MISSING.id: BASE_MISSING}
     return known | {rule.id: rule for check in CHECKS.values() for rule in check.rules}
