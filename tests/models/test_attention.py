@@ -298,28 +298,17 @@ def test_a_branch_read_at_other_places_is_refused(
 
     def shifted(self: Network, *tree: Any, **how: Any) -> Any:
         made = batch(self, *tree, **how)
-        made.depth_N[12:18] += 2  # behind the first row and what both share
+        made.depth_N[12:18] += 2  # of the second row, behind what it shares with the first
         return made
 
     torch.manual_seed(0)
     model = tiny_mistral(window=20).to(dtype)
     as_network(copy.deepcopy(model), CPU, dtype)
     monkeypatch.setattr(Network, "batch", shifted)
+    as_network(copy.deepcopy(model), CPU, dtype)  # a trial that was passed is not repeated
+    model.config.rms_norm_eps *= 1.01
     with pytest.raises(RecipeError, match="relative error 0"):
         as_network(model, CPU, dtype)
-
-
-def test_one_token_that_rounding_changed_is_no_other_mathematics() -> None:
-    from luthier.models.load import _Probe
-
-    probe = _Probe(tiny_mistral(window=20), CPU)
-    expected = torch.randn(2, 12, 320)
-    got = expected * 1.01
-    got[:, 1] = 7 * torch.randn(320)
-    assert probe._error(got, expected, torch.bfloat16) == pytest.approx(0.01, rel=0.01)
-    assert probe._error(got, expected, torch.float32) > 1
-    got[1, 6:] = torch.randn(6, 320)
-    assert probe._error(got, expected, torch.bfloat16) > 1
 
 
 @pytest.mark.parametrize("shape", ["short rows", "many tiles"])

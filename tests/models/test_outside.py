@@ -97,6 +97,12 @@ def test_too_many_layers_of_a_stage_are_refused(name: str) -> None:
         check_layers({"encoder": {name: 1001}})
 
 
+def test_sizes_for_each_layer_are_no_numbers_of_layers() -> None:
+    check_layers({"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 2048})
+    with pytest.raises(ModelRefused, match="num_kv_shared_layers is 1,001"):
+        check_layers({"text_config": {"num_kv_shared_layers": 1001}})
+
+
 def test_weights_of_few_bits_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, tmp_path / "one.safetensors")
     with pytest.raises(ModelRefused, match="F8_E4M3"):

@@ -173,6 +173,14 @@ class ChatFormat:
     """Tokens after a reply in the decoder; the end-of-text token if empty."""
     decoder_problem: str = ""
     """Reason why ``opening_ids`` are unknown; empty if they are known."""
+    is_causal: bool = False
+    """Whether the network is stored as a causal language model, whatever tokens its tokenizer has."""
+
+    @property
+    def fills_masks(self) -> bool:
+        """Whether raw text is learned by masking tokens: the tokenizers of Gemma and Cohere have a
+        ``<mask>``, too, and their networks are causal."""
+        return self.tokenizer.mask_token_id is not None and not self.is_causal
 
     @property
     def has_tokenizer(self) -> bool:
@@ -277,6 +285,7 @@ class ChatFormat:
         opening_ids: Sequence[int] = (),
         closing_ids: Sequence[int] = (),
         decoder_problem: str = "",
+        is_causal: bool = False,
     ) -> ChatFormat:
         """Choose the format: the model's chat template where it has one, plain text elsewhere."""
         if template == "auto":
@@ -294,6 +303,7 @@ class ChatFormat:
             opening_ids=tuple(opening_ids),
             closing_ids=tuple(closing_ids),
             decoder_problem=decoder_problem,
+            is_causal=is_causal,
         )
 
     def with_template(self, template: Template) -> ChatFormat:

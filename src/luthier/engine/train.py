@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,6 +76,7 @@ from luthier.models.layers import layer_names
 from luthier.models.layouts import MediaLayout
 from luthier.models.load import as_network, check_decoder_input
 from luthier.models.network import Network
+from luthier.models.probe import try_shared, try_training
 from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.save import adapter_tensors, stored_bytes, trained_weights
 from luthier.models.sharding import gather_to_first, local_shard, shard_layers
@@ -635,9 +637,13 @@ class Trainer:
         if (dropout := self.recipe.training.dropout) is not None:
             places = ", ".join(set_dropout(network, dropout))
             note(f"dropout {dropout:g} in {places}; attention weights are not dropped")
+        adaptation = self.recipe.adaptation
+        if adaptation.shares_base:
+            try_shared(network, adaptation.method, partial(adaptation.attach, shared=True))
         torch.manual_seed(self.recipe.training.seed)
         before = sum(p.numel() for p in model.parameters())
-        self.recipe.adaptation.attach(model)
+        adaptation.attach(model)
+        try_training(network, adaptation.method)
         size = stored_bytes(model, self.recipe.adaptation)
         if isinstance(self.job.data.objective, SupportsExtraWeights):
             self.job.data.objective.add_weights(model)

@@ -389,6 +389,17 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
+_IGNORED = frozenset(
+    (
+        "dropout", "is_causal", "position_ids", "output_attentions", "use_cache", "cache_position",
+        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "return_dict",
+        "output_hidden_states", "num_items_in_batch", "output_router_logits", "logits_to_keep",
+    )
+)  # fmt: skip
+"""Arguments of attention functions that do not change what the token tree computes. Attention weights
+are not dropped in training, and the tree decides which token sees which."""
+
+
 def tree_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -398,9 +409,20 @@ def tree_attention(
     scaling: float | None = None,
     tree: Attends | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **further: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls: query ``[1, Hq, N, D]`` to output ``[1, N, Hq, D]``."""
+    """Return the attention output ``[1, N, Hq, D]`` for a query ``[1, Hq, N, D]``.
+
+    Raises:
+        RecipeError: for an argument that changes the result and is not implemented, such as the
+            ``softcap`` of Gemma 2 or the attention sinks (``s_aux``) of gpt-oss.
+    """
+    if unknown := sorted(n for n, v in further.items() if v is not None and n not in _IGNORED):
+        kind = getattr(getattr(module, "config", None), "model_type", "of unknown type")
+        raise RecipeError(
+            f"networks of type {kind} cannot be trained here yet: luthier does not implement the "
+            f"`{unknown[0]}` of their attention. Use a base of another family (`luthier models list`)"
+        )
     if tree is None:
         raise RecipeError("this network does not pass keyword arguments on to its attention")
     if sliding_window is not None and sliding_window < tree.longest:

@@ -43,9 +43,10 @@ def set_dropout(network: Network, share: float) -> list[str]:
     Raises:
         RecipeError: where there is no such place.
     """
+    import torch
     from torch import nn
 
-    from luthier.models.load import run_probe
+    from luthier.models.probe import Probe
 
     called: list[nn.Module] = []
     dropouts = {n: m for n, m in network.model.named_modules() if isinstance(m, nn.Dropout)}
@@ -55,7 +56,8 @@ def set_dropout(network: Network, share: float) -> list[str]:
     ]
     network.model.eval()
     try:
-        run_probe(network)
+        with torch.no_grad():
+            Probe(network.model, network.device).ours(network)
     finally:
         for hook in hooks:
             hook.remove()

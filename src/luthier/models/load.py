@@ -18,7 +18,6 @@ from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
 from luthier.models.catalog import CatalogEntry
 from luthier.models.convolutions import mend_convolutions
 from luthier.models.description import check_folder, import_transformers
-from luthier.models.fused import fuse
 from luthier.models.heads import (
     CAUSAL_LM,
     Head,
@@ -41,13 +40,11 @@ from luthier.models.layouts import (
 from luthier.models.llama import load_llama, sketch_llama
 from luthier.models.llama_config import LlamaConfig
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
-from luthier.models.network import Network, TreeBatch
+from luthier.models.network import Network
 from luthier.models.outside import check_complete, weight_files
 from luthier.models.pipelines import is_pipeline
+from luthier.models.probe import Probe, check_finite, probed_network
 from luthier.types import Example
-
-SMALL_SCORE = 0.25
-"""Scores of classes below it, in nats, are compared as if they were as large, in bfloat16."""
 
 
 def configuration(folder: Path, fields: dict[str, Any]) -> Any:
@@ -247,14 +244,10 @@ def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype)
         return network
     if reads_tree(model):
         network = Network(model, device, dtype)
-        _check_answer(_Probe(model, device).ours(network)[0])
+        with torch.no_grad():
+            check_finite(Probe(model, device).ours(network)[0])
         return network
-    probe = _Probe(model, device)
-    expected = probe.plain()
-    network = Network(model, device, dtype, probe.sees_ahead())
-    fuse(model)
-    probe.check(network, expected)
-    return network
+    return probed_network(model, device, dtype)
 
 
 @torch.no_grad()
@@ -339,24 +332,11 @@ def _random_images(network: Network) -> torch.Tensor:
     return images.to(network.device, network.dtype)
 
 
-def _check_answer(own: torch.Tensor) -> None:
-    """Refuse a network whose own forward gives ``own``, where that is not finite."""
-    if not own.isfinite().all():
-        raise CorruptFile(
-            "the network answers with numbers that are not finite: its weights are damaged"
-        )
-
-
-def _is_rounding(error: float, dtype: torch.dtype) -> bool:
-    """Whether a relative error is one that networks of ``dtype`` have by rounding."""
-    return error < (0.1 if dtype == torch.bfloat16 else 1e-3)
-
-
 def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
     """Refuse a network of which the numbers here are not its own."""
-    _check_answer(own)
+    check_finite(own)
     error = float((ours - own).norm() / own.norm().clamp_min(1e-6))
-    if not _is_rounding(error, network.dtype):
+    if not error < (0.1 if network.dtype == torch.bfloat16 else 1e-3):
         raise RecipeError(
             f"networks of type {network.model.config.model_type} cannot be trained here yet: what "
             f"their head reads is not known (relative error {error:.2g})"
@@ -381,120 +361,3 @@ def freeze_statistics(model: nn.Module) -> None:
         if type(module) is nn.BatchNorm2d:
             module.__class__ = FrozenBatchNorm2d
             module.eval()
-
-
-@torch.no_grad()
-def run_probe(network: Network) -> None:
-    """Send a few tokens through the layout and the head, to see which modules work there."""
-    probe = _Probe(network.model, network.device)
-    probe.ours(network)
-
-
-class _Probe:
-    """A few tokens through the network's own forward and through its layout here.
-
-    It catches what the flat layout does not do: scaled or capped logits, attention of another kind,
-    positions that are not depths. Better a refusal here than a model trained on other mathematics.
-    """
-
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.model = model
-        vocabulary = int(self.model.config.vocab_size)
-        generator = torch.Generator().manual_seed(0)
-        # Low ids may be padding, which some networks do not count.
-        self.ids_2T = torch.randint(vocabulary // 2, vocabulary, (2, 12), generator=generator)
-        self.ids_2T[1, :6] = self.ids_2T[0, :6]
-        beside = decoder_of(model) is not None
-        self.writes = beside and task_of(model) == "causal_lm"
-        if beside:
-            self.ids_2T[:, -1] = self.model.config.eos_token_id  # T5's classifier looks for it
-        self.device = device
-
-    @torch.no_grad()
-    def plain(self) -> torch.Tensor:
-        """What the network's own forward gives for each row: logits, or the scores of its head."""
-        self.model.eval()
-        rows = [self._own(ids_1T.to(self.device)) for ids_1T in self.ids_2T.split(1)]
-        states = task_of(self.model) == "embedding"
-        out = torch.cat([row.last_hidden_state if states else row.logits for row in rows])
-        _check_answer(out)
-        return out.float()
-
-    def _own(self, ids_1T: torch.Tensor) -> Any:
-        further = {"decoder_input_ids": ids_1T} if self.writes else {}
-        return self.model(input_ids=ids_1T, **further)
-
-    @torch.no_grad()
-    def sees_ahead(self) -> bool:
-        """Whether the first token's state depends on later ones; where not, its bits are the same."""
-        if decoder_of(self.model) is not None:
-            return False
-        states = []
-        for ids_T in (self.ids_2T[0], self.ids_2T[0].flip(0)):
-            ids_T[0] = self.ids_2T[0, 0]
-            found = self.model.base_model(input_ids=ids_T[None].to(self.device))
-            states.append(found.last_hidden_state[0, 0])
-        return not torch.equal(*states)
-
-    @torch.no_grad()
-    def check(self, network: Network, expected: torch.Tensor) -> None:
-        """Compare with the layout here."""
-        try:
-            got, row_R = self.ours(network)
-            got = got.float().view_as(expected)
-            expected = expected[row_R]
-            error = self._error(got, expected, network.dtype)
-        except (AttributeError, TypeError) as missing:  # a head of another build
-            raise RecipeError(
-                f"networks of type {self.model.config.model_type} cannot be trained for this yet: "
-                f"their head is not known here ({missing})"
-            ) from missing
-        if not _is_rounding(error, network.dtype):
-            raise RecipeError(
-                f"networks of type {self.model.config.model_type} cannot be trained here yet: on a "
-                "probe, luthier's forward gave other numbers than the network's own forward (relative "
-                f"error {error:.2g})."
-            )
-
-    def _error(self, got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
-        """The difference ``[2, T, V]`` or ``[2, C]`` relative to the size of the numbers.
-
-        Of tokens in bfloat16 it is that of the median token in the worst of four parts, of which one is
-        the branch: what rounding makes of a single one may have nothing to do with what it was. One in
-        twelve tuned networks was refused for such a token.
-        """
-        if dtype == torch.bfloat16 and expected.dim() == 3:
-            error_2T = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
-            halves = error_2T.tensor_split(2, dim=-1)
-            return max(float(half_2T.median(dim=-1).values.max()) for half_2T in halves)
-        scale = float(expected.norm())
-        if dtype == torch.bfloat16 and task_of(self.model) == "sequence_classification":
-            # A few sums near 0 carry the rounding of the large numbers that they are sums of.
-            scale = max(scale, float(SMALL_SCORE * expected.numel() ** 0.5))
-        return float((got - expected).norm()) / scale
-
-    def ours(self, network: Network) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layout here gives, and which row of the probe each part of it is."""
-        rows = [
-            Example(
-                ids,
-                np.zeros(len(ids), dtype=np.float32),
-                index,
-                source_T=ids if self.writes else None,
-            )
-            for index, ids in enumerate(self.ids_2T.numpy())
-        ]
-        tree = build_tree(rows, share=network.shares)
-        given = self._head(network, network.batch(tree, prefix=False))
-        return given, torch.from_numpy(tree.row_R).to(self.device)
-
-    def _head(self, network: Network, batch: TreeBatch) -> torch.Tensor:
-        nodes = torch.from_numpy(batch.tree.node_M).to(self.device)
-        task = task_of(self.model)
-        if task == "sequence_classification":
-            return network.row_scores(batch)
-        if task == "token_classification":
-            return network.token_scores(batch, nodes)
-        if task == "embedding":
-            return network.hidden(batch, nodes)
-        return network.logits(network.hidden(batch, nodes))

@@ -121,7 +121,9 @@ def run_media(model: Any, arrays: Tensor, **texts: Tensor) -> Any:
 def context_length(config: Mapping[str, Any]) -> int:
     """Longest input in tokens that a configuration names; an image or a sound is one token.
 
-    Beside an encoder of images it is the longest text of the decoder, or of the encoder of texts.
+    Beside an encoder of images it is the longest text of the decoder, or of the encoder of texts. Bases
+    with LongRoPE end at ``original_max_position_embeddings``: beyond it transformers uses other factors
+    for all positions of all rows of a batch, and keys in a cache keep the factors from before.
 
     Raises:
         RecipeError: where it names none.
@@ -132,6 +134,8 @@ def context_length(config: Mapping[str, Any]) -> int:
         return RELATIVE_CONTEXT
     if (text := text_fields(config)) is not config:
         return context_length(text)
+    if (first := _longrope_border(config)) is not None:
+        return first
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         if isinstance(config.get(key), int):
             # RoBERTa's family starts counting behind its padding index.
@@ -142,6 +146,17 @@ def context_length(config: Mapping[str, Any]) -> int:
     if "vocab_size" not in config and ("image_size" in config or "num_channels" in config):
         return 1  # ResNet reads images of any size, and names none
     raise RecipeError("config.json names no context length (max_position_embeddings)")
+
+
+def _longrope_border(config: Mapping[str, Any]) -> int | None:
+    """Return the length in tokens up to which LongRoPE uses its short factors, if it is used."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for each in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
+        if {each.get("rope_type"), each.get("type")} & {"longrope", "su"}:
+            border = each.get("original_max_position_embeddings")
+            border = border or config.get("original_max_position_embeddings")
+            return border if isinstance(border, int) else None
+    return None
 
 
 def head_size(config: Any) -> int:

@@ -38,8 +38,10 @@ _SLACK = 10_000_000
 """Numbers that a network may have beside the stored ones: a pooler that embeddings do not look at."""
 _LAYERS = frozenset(("num_hidden_layers", "num_layers", "n_layers", "n_layer"))
 """Names of what a network has at least one of: one without any would load, and learn little."""
-_LAYERS_OF_STAGES = frozenset(("blocks", "depth"))
-"""What networks of ours have at each size of maps."""
+_LAYER_COUNT = re.compile(r"layers?$|^blocks$|^depth$|^num_layers_per_stack$")
+"""Names of numbers of layers. ``vocab_size_per_layer_input`` and ``hidden_size_per_layer_input`` of
+Gemma 3n end otherwise; ``blocks`` and ``depth`` are those of luthier's own networks at each size of
+maps."""
 _OWN_CONFIG = "Take the config.json that belongs to the weights."
 _TEXTS = frozenset(
     (
@@ -262,7 +264,7 @@ def check_shards(folder: Path) -> None:
 
 
 def check_layers(config: dict[str, Any]) -> None:
-    """Refuse too many layers, of whatever part of the network, or none: families name them otherwise.
+    """Refuse a configuration with too many layers in any part of the network, or with no layers.
 
     Raises:
         ModelRefused: for such a configuration.
@@ -276,7 +278,7 @@ def check_layers(config: dict[str, Any]) -> None:
             inside += [(where, each) for each in value]
             continue
         name = where.rpartition(".")[2]
-        if not isinstance(value, int) or ("layer" not in name and name not in _LAYERS_OF_STAGES):
+        if not isinstance(value, int) or not _LAYER_COUNT.search(name):
             continue
         if value > MOST_LAYERS or (value < 1 and name in _LAYERS):
             text = f"{where[:200]} is {value:,}, and {MOST_LAYERS:,} are taken."

@@ -395,16 +395,22 @@ class StackedLayer(LayerWrapper):
         self._shared, self._adds_inside = shared, shared.adds_inside(base_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[1, R, in]`` to ``[1, R, out]``."""
-        update_RO = self._sum_at(self._reads, x[0])
+        """Map ``[..., in]`` to ``[..., out]``, where the leading dimensions count the rows of the pass.
+
+        OPT and the shared experts of DeepSeek call their layers with ``[R, in]``, others with
+        ``[1, R, in]``.
+        """
+        x_RI = x.reshape(-1, x.shape[-1])
+        update_RO = self._sum_at(self._reads, x_RI)
         if update_RO is None:
-            y: Tensor = self.base_layer(x)
+            y_RO: Tensor = self.base_layer(x_RI)
         elif self._adds_inside:
-            y = linear_plus(self.base_layer, x[0], update_RO)[None]
+            y_RO = linear_plus(self.base_layer, x_RI, update_RO)
         else:
-            y = self.base_layer(x) + update_RO
-        update_RO = self._sum_at(self._gives, y[0])
-        return y if update_RO is None else y + update_RO
+            y_RO = self.base_layer(x_RI) + update_RO
+        update_RO = self._sum_at(self._gives, y_RO)
+        y_RO = y_RO if update_RO is None else y_RO + update_RO
+        return y_RO.view(*x.shape[:-1], y_RO.shape[-1])
 
     def _sum_at(self, site: Site, x_RI: Tensor) -> Tensor | None:
         """What is added at ``site``, ``[R, O]``, to what the layer gives for or as ``x_RI``."""

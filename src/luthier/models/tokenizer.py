@@ -88,7 +88,8 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     path = folder / "generation_config.json"
     stops = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    chat = ChatFormat.of(tokenizer, template, listed, _start_id(folder), processor)
+    start_id, causal = _start_id(folder), is_causal(folder)
+    chat = ChatFormat.of(tokenizer, template, listed, start_id, processor, is_causal=causal)
     # TrOCR is pre-trained without the tokenizer's special tokens.
     return chat if chat.start_id is None or processor is not None else _with_frame(chat, folder)
 
@@ -125,6 +126,12 @@ def _fields_of(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     fields: dict[str, Any] = read_json(path) if path.is_file() else {}
     return fields
+
+
+def is_causal(folder: Path) -> bool:
+    """Return whether ``config.json`` in ``folder`` names the class of a causal language model."""
+    named = _fields_of(folder, "config.json").get("architectures") or ()
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in named)
 
 
 def _start_id(folder: Path) -> int | None:

@@ -18,8 +18,7 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
     Raises:
         DataError: where there is nothing to learn in such rows.
     """
-    masks = chat.tokenizer.mask_token_id is not None
-    tasks = ("masked_lm", "causal_lm") if masks else ("causal_lm", "masked_lm")
+    tasks = ("masked_lm", "causal_lm") if chat.fills_masks else ("causal_lm", "masked_lm")
     kinds = [
         kind for kind in OBJECTIVES.values() if row.shape in kind.shapes and kind.chosen_by_shape
     ]

@@ -673,7 +673,7 @@ def chat_format(model: StoredModel) -> ChatFormat:
     """Tokenizer, template and stop tokens that ``model`` was trained and is served with."""
     from luthier.data.chat import ChatFormat
     from luthier.data.processors import read_processor
-    from luthier.models.tokenizer import load_chat_format, load_tokenizer
+    from luthier.models.tokenizer import is_causal, load_chat_format, load_tokenizer
 
     stored = model.manifest.format
     if stored is None or stored.template == "none":
@@ -687,6 +687,7 @@ def chat_format(model: StoredModel) -> ChatFormat:
         read_processor(model.folder),
         stored.opening_ids,
         stored.closing_ids,
+        is_causal=is_causal(model.network_folder),
     )
 
 

@@ -1,0 +1,466 @@
+"""A trial of a network of transformers before anything depends on luthier's way of running it.
+
+A few tokens run through the network's own forward, through luthier's layout, and through the decoder
+with its cache. All three must give the same numbers, else the network is refused with its family and
+the first difference. The trial computes in float32 whatever the precision of the weights: rounding to
+bfloat16 hides soft caps, logit scales and attention sinks. A passed trial is remembered for each
+configuration, as the result does not depend on the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from luthier import __version__
+from luthier.data.tree import TokenTree, build_tree
+from luthier.errors import CorruptFile, LuthierError, RecipeError
+from luthier.files import luthier_home, read_json, write_json
+from luthier.models.fused import fuse
+from luthier.models.heads import decoder_of, decoder_start, task_of
+from luthier.models.layers import first_layer_alone
+from luthier.models.layouts import Flat, reads_tree
+from luthier.models.modalities import media_config
+from luthier.models.network import Network, TreeBatch
+from luthier.types import Example
+
+TOLERANCE = 1e-3
+"""Relative error in float32 that is rounding; 2e-6 was seen of 90 families."""
+SHARED_TOLERANCE = 0.1
+"""Relative error that is rounding for the median token in bfloat16; mixtures of experts choose other
+experts for some tokens."""
+LENGTHS = (12, 12, 7)
+"""Tokens of the rows. The second row shares its first half with the first row."""
+SHARED = 6
+PROMPTS = (5, 7)
+"""Tokens of the first two rows that the decoder reads as prompts; the next tokens are steps."""
+STEPS = 3
+_SCALED = re.compile(r"soft_?cap|logits?_cap|logits?_scal|lm_head_mult|output_mult")
+"""Names of settings that change logits after the output head."""
+
+
+class _WideOperations(TorchDispatchMode):
+    """Widens each tensor where an operation uses it, so that the memory of one weight is enough."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` on widened tensors."""
+        args, kwargs = tree_map(_widen, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class _WideConvolutions(TorchFunctionMode):
+    """The same for convolutions, which compare types before an operation is dispatched."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func``, on widened tensors where it is a convolution."""
+        kwargs = kwargs or {}
+        if func in (torch.conv1d, torch.conv2d):
+            args, kwargs = tree_map(_widen, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Compute everything in float32, whatever the type of the weights."""
+    with _WideConvolutions(), _WideOperations():  # type: ignore[no-untyped-call]
+        yield
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return value.float()
+    return torch.float32 if value in (torch.bfloat16, torch.float16) else value
+
+
+class DenseAttention:
+    """Attention over a token tree with a dense mask, where the kernel of the device is for few bits."""
+
+    def __init__(self, tree: TokenTree, both_ways: bool, device: torch.device) -> None:
+        self.longest, self.before = int(tree.depth_N.max()) + 1, 0
+        place_N = np.arange(len(tree))
+        first_N = place_N - tree.depth_N
+        if both_ways:
+            sees_NN = first_N[:, None] == first_N
+        else:
+            sees_NN = (place_N <= place_N[:, None]) & (place_N[:, None] < tree.subtree_end_N)
+        self._sees_NN = torch.from_numpy(sees_NN).to(device)
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Return ``[1, N, Hq, D]`` for query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]``."""
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=self._sees_NN, scale=scale, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+
+class Probe:
+    """A few rows of tokens, and the outputs that a network gives for them."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model, self.device = model, device
+        vocabulary = int(model.config.vocab_size)
+        generator = torch.Generator().manual_seed(0)
+        self.beside = decoder_of(model) is not None
+        self.task = task_of(model)
+        self.writes = self.beside and self.task == "causal_lm"
+        # Low ids may be padding, which some networks do not count.
+        rows = torch.randint(vocabulary // 2, vocabulary, (3, LENGTHS[0]), generator=generator)
+        rows[1, :SHARED] = rows[0, :SHARED]
+        lengths = LENGTHS[:2] if self.beside else LENGTHS
+        if self.beside:
+            rows[:, -1] = model.config.eos_token_id  # T5's classifier looks for it
+        self.rows = [rows[row, :length] for row, length in enumerate(lengths)]
+
+    @torch.no_grad()
+    def plain(self) -> list[Tensor]:
+        """Return the output of the network's own forward for each row: ``[T, V]``, or ``[1, C]``."""
+        self.model.eval()
+        outputs = []
+        for ids_T in self.rows:
+            ids_1T = ids_T[None].to(self.device)
+            further = {"decoder_input_ids": ids_1T} if self.writes else {}
+            found = self.model(input_ids=ids_1T, **further)
+            out = found.last_hidden_state if self.task == "embedding" else found.logits
+            check_finite(out)
+            outputs.append(out.float().view(-1, out.shape[-1]))
+        return outputs
+
+    @torch.no_grad()
+    def sees_ahead(self) -> bool:
+        """Return whether the state of the first token depends on later tokens."""
+        if self.beside:
+            return False
+        states = []
+        for ids_T in (self.rows[0], self.rows[0].flip(0)):
+            ids_T[0] = self.rows[0][0]
+            found = self.model.base_model(input_ids=ids_T[None].to(self.device))
+            states.append(found.last_hidden_state[0, 0].float())
+        # Kernels may sum in another order beside other tokens, mixtures of experts do.
+        return _relative(*states) > TOLERANCE
+
+    def ours(self, network: Network, dense: bool = False) -> tuple[Tensor, list[int]]:
+        """Return the output of luthier's layout, and the row of the probe of each part of it.
+
+        ``dense`` runs the flat layout with :class:`DenseAttention`.
+        """
+        rows = [
+            Example(
+                ids_T.numpy(),
+                np.zeros(len(ids_T), dtype=np.float32),
+                index,
+                source_T=ids_T.numpy() if self.writes else None,
+            )
+            for index, ids_T in enumerate(self.rows)
+        ]
+        tree = build_tree(rows, share=network.shares)
+        batch = network.batch(tree, prefix=False)
+        if dense and isinstance(network.layout, Flat):
+            batch = replace(batch, plan=DenseAttention(batch.tree, network.both_ways, self.device))
+        return self._head(network, batch), tree.row_R.tolist()
+
+    def _head(self, network: Network, batch: TreeBatch) -> Tensor:
+        nodes = torch.from_numpy(batch.tree.node_M).to(self.device)
+        if self.task == "sequence_classification":
+            return network.row_scores(batch)
+        if self.task == "token_classification":
+            return network.token_scores(batch, nodes)
+        hidden_MH = network.hidden(batch, nodes)
+        return hidden_MH if self.task == "embedding" else network.logits(hidden_MH)
+
+    @torch.no_grad()
+    def cached(self, network: Network) -> list[tuple[int, Tensor]]:
+        """Return the numbers of tokens read of the first rows, and the logits of the decoder behind.
+
+        The decoder reads prompts and takes :data:`STEPS` steps with its cache.
+        """
+        from luthier.models.backends import read_prompts
+        from luthier.models.torch_backend import torch_backend
+
+        rows = self.rows[: len(PROMPTS)]
+        prompts = [ids_T.numpy() for ids_T in rows]
+        first = [0] * len(rows)
+        if not self.beside:
+            first = [*PROMPTS]
+            prompts = [ids_T[:count] for ids_T, count in zip(prompts, first, strict=True)]
+        found: list[tuple[int, Tensor]] = []
+        with closing(torch_backend(network, network.context, packs=False)) as backend:
+            states, logits_RV = read_prompts(backend, prompts, 1)
+            for step in range(STEPS + 1):
+                found += [
+                    (at + step, row_V.float()) for at, row_V in zip(first, logits_RV, strict=True)
+                ]
+                if step < STEPS:
+                    tokens = [int(ids[at + step]) for ids, at in zip(rows, first, strict=True)]
+                    logits_RV = backend.step(states, tokens)
+            for state in states:
+                backend.free(state)
+        return found
+
+    @torch.no_grad()
+    def uncached(self, expected: Sequence[Tensor]) -> list[Tensor]:
+        """Return the logits that :meth:`cached` should give, of the network's own forward."""
+        if not self.beside:
+            return [
+                expected[row][at + step - 1]
+                for step in range(STEPS + 1)
+                for row, at in enumerate(PROMPTS)
+            ]
+        start = torch.tensor([decoder_start(self.model)])
+        outputs = []
+        for ids_T in self.rows[: len(PROMPTS)]:
+            decoder_ids = torch.cat([start, ids_T[:STEPS]])[None].to(self.device)
+            found = self.model(input_ids=ids_T[None].to(self.device), decoder_input_ids=decoder_ids)
+            outputs.append(found.logits[0].float())
+        return [out_TV[step] for step in range(STEPS + 1) for out_TV in outputs]
+
+
+def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Network:
+    """Put a network for text on its layout, after the trial that its configuration has not passed yet.
+
+    Raises:
+        RecipeError: for a network that computes otherwise here than in transformers.
+        CorruptFile: for a network whose outputs are not finite.
+    """
+    probe, record = Probe(model, device), _record(model, device)
+    wide = nullcontext if dtype == torch.float32 else in_float32
+    if (known := _passed(record)) is not None:
+        network = Network(model, device, dtype, known["sees_ahead"])
+        fuse(model)
+        model.eval()
+        with torch.no_grad():
+            check_finite(probe.ours(network)[0])
+        return network
+    decodes = probe.task == "causal_lm"
+    if decodes:
+        _check_caps(model)
+    with _grouped_experts_off(model, device), wide():
+        expected = probe.plain()
+        sees_ahead = probe.sees_ahead()
+        wanted = probe.uncached(expected) if decodes else []
+    if decodes and sees_ahead:
+        raise refusal(model, "its tokens see the tokens that they are to predict")
+    network = Network(model, device, dtype, sees_ahead)
+    fuse(model)
+    with torch.no_grad():
+        check_finite(probe.ours(network)[0])
+        with _grouped_experts_off(model, device), wide():
+            ours, rows = probe.ours(network, dense=device.type != "cpu")
+    want = torch.cat([expected[row] for row in rows])
+    places = [f"row {row}, token {at}" for row in rows for at in range(len(expected[row]))]
+    _compare(model, "luthier's forward", places, ours.float().view_as(want), want)
+    if decodes:
+        with refuse_crash(model, "generate text"), _grouped_experts_off(model, device), wide():
+            found = probe.cached(network)
+        _compare_steps(model, "generation with a cache", found, wanted)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"type": model.config.model_type, "sees_ahead": sees_ahead})
+    return network
+
+
+@contextmanager
+def _grouped_experts_off(model: Any, device: torch.device) -> Iterator[None]:
+    """Run mixtures of experts one by one on accelerators, whose grouped product is for bfloat16."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if device.type == "cpu" or before != "grouped_mm":
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> None:
+    """Try an adapter that generates text next to its base, before anything is trained.
+
+    ``attach`` puts the layers of the adaptation ``method`` into a network that shares the base's
+    weights. Its new weights are random here, and the decoder must give what the whole network gives.
+
+    Raises:
+        RecipeError: for a family on which such an adapter cannot generate, or generates otherwise.
+    """
+    model = network.model
+    if reads_tree(model) or not isinstance(network.layout, Flat) or task_of(model) != "causal_lm":
+        return
+    own, device = {id(weight) for weight in model.parameters()}, network.device
+    with (
+        refuse_crash(model, f"generate text with {method}"),
+        _same_random(device),
+        torch.no_grad(),
+    ):
+        shared = network.with_adapter(attach)
+        for weight in shared.model.parameters():
+            if id(weight) not in own:
+                weight.normal_(std=0.1)
+        probe = Probe(shared.model, device)
+        ours, rows = probe.ours(shared)
+        wanted = probe.uncached(_by_row(probe, ours.float(), rows))
+        found = probe.cached(shared)
+    # In the network's own precision: stacks of adapters are inference tensors, which a mode of dispatch
+    # cannot view. The adapter is so large that a row without it differs by more than rounding.
+    error_M = [_relative(row_V, want_V) for (_, row_V), want_V in zip(found, wanted, strict=True)]
+    if float(np.median(error_M)) > SHARED_TOLERANCE:
+        what = f"generation with {method} next to its base"
+        _compare_steps(model, what, found, wanted)
+
+
+def try_training(network: Network, method: str) -> None:
+    """Try a forward and a backward pass of a network to which the adaptation ``method`` is attached.
+
+    Raises:
+        RecipeError: for a family whose modules do not work with the layers of the adaptation.
+    """
+    model = network.model
+    if reads_tree(model) or media_config(model.config) is not None:
+        return
+    with refuse_crash(model, f"train with {method}"), _same_random(network.device):
+        model.train()
+        try:
+            with first_layer_alone(model):  # where all layers are alike, what one does all do
+                out, _ = Probe(model, network.device).ours(network)
+                if out.requires_grad:  # not behind a soft prompt, which rows of a probe do not have
+                    out.float().square().mean().backward()
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.eval()
+
+
+@contextmanager
+def _same_random(device: torch.device) -> Iterator[None]:
+    """Leave torch's random numbers as they are: runs are the same with and without a trial."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _by_row(probe: Probe, out_MV: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """Return the parts of ``out_MV``, ``[T, V]`` each, in the order of the rows of the probe."""
+    parts = out_MV.split([len(probe.rows[row]) for row in rows])
+    return [part for _, part in sorted(zip(rows, parts, strict=True), key=lambda each: each[0])]
+
+
+def check_finite(output: Tensor) -> None:
+    """Refuse a network whose own forward gives numbers that are not finite.
+
+    Raises:
+        CorruptFile: for such an output.
+    """
+    if not output.isfinite().all():
+        raise CorruptFile(
+            "the network answers with numbers that are not finite: its weights are damaged"
+        )
+
+
+def refusal(model: Any, reason: str) -> RecipeError:
+    """Return the error for a family that luthier does not run as transformers does."""
+    return RecipeError(
+        f"networks of type {model.config.model_type} cannot be trained here yet: {reason}. Use a base "
+        "of another family (`luthier models list`)"
+    )
+
+
+@contextmanager
+def refuse_crash(model: Any, doing: str) -> Iterator[None]:
+    """Turn whatever a network raises while it is tried into a refusal that names its family.
+
+    Raises:
+        RecipeError: with the name of the family and the original error.
+    """
+    try:
+        yield
+    except (LuthierError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise refusal(
+            model, f"a trial to {doing} failed ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _check_caps(model: Any) -> None:
+    """Refuse soft caps of logits, which numbers as small as those of a probe may not show."""
+    for name, value in _settings(model.config.to_dict()):
+        if "cap" in name and _SCALED.search(name) and value and not name.startswith("attn"):
+            raise refusal(model, f"luthier does not implement `{name}={value}` of its config.json")
+
+
+def _settings(fields: Any) -> Iterator[tuple[str, Any]]:
+    """Yield names and plain values of a configuration, and of those inside."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _settings(value)
+        else:
+            yield str(name), value
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm().clamp_min(1e-6))
+
+
+def _compare(model: Any, what: str, places: Sequence[str], got: Tensor, want: Tensor) -> None:
+    """Refuse a network whose ``got`` and ``want``, ``[M, V]`` each, differ by more than rounding."""
+    error = _relative(got, want)
+    if error < TOLERANCE:
+        return
+    far_M = (got - want).norm(dim=-1) >= TOLERANCE * want.norm(dim=-1)
+    at = int(far_M.nonzero()[0]) if far_M.any() else 0
+    column = int((got[at] - want[at]).abs().argmax())
+    scaled = [
+        f"{name}={value}"
+        for name, value in _settings(model.config.to_dict())
+        if _SCALED.search(name) and value not in (None, 1, 1.0)
+    ]
+    hint = f"; its config.json has {', '.join(scaled)}" if scaled else ""
+    raise refusal(
+        model,
+        f"{what} gives other numbers than transformers (relative error {error:.2g}; {places[at]}: "
+        f"{float(got[at, column]):.4f} where transformers has {float(want[at, column]):.4f}{hint})",
+    )
+
+
+def _compare_steps(
+    model: Any, what: str, found: Sequence[tuple[int, Tensor]], wanted: Sequence[Tensor]
+) -> None:
+    """Compare what :meth:`Probe.cached` found with what :meth:`Probe.uncached` wants."""
+    places = [f"row {n % len(PROMPTS)}, token {at}" for n, (at, _) in enumerate(found)]
+    _compare(
+        model, what, places, torch.stack([row_V for _, row_V in found]), torch.stack([*wanted])
+    )
+
+
+def _record(model: Any, device: torch.device) -> Path:
+    """Return the file that says that a configuration has passed with these library versions."""
+    import transformers
+
+    fields = {**model.config.to_dict(), "dtype": None, "_name_or_path": None}
+    versions = (__version__, torch.__version__, transformers.__version__)
+    known = json.dumps(
+        [fields, task_of(model), type(model).__name__, device.type, versions], default=str
+    )
+    return luthier_home() / "probes" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
+
+
+def _passed(record: Path) -> dict[str, Any] | None:
+    if not record.is_file():
+        return None
+    found = read_json(record)
+    return found if isinstance(found, dict) and "sees_ahead" in found else None

@@ -1,0 +1,256 @@
+"""Families of networks: each gives the numbers that it gives in transformers, or is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from luthier.adaptations import ADAPTATIONS
+from luthier.data.tree import build_tree
+from luthier.errors import LuthierError, RecipeError
+from luthier.models import probe
+from luthier.models.load import as_network
+from luthier.models.modalities import context_length
+from luthier.models.network import Network
+from luthier.models.probe import DenseAttention, Probe, in_float32, try_shared, try_training
+from luthier.types import Example
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+GEMMA = {"head_dim": 8, "num_key_value_heads": 2, "query_pre_attn_scalar": 8}
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen3_moe": {**EXPERTS, "head_dim": 8, "num_key_value_heads": 2},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
+    "deepseek_v3": MLA,
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "ernie4_5": {"head_dim": 8, "num_key_value_heads": 2},
+    "gemma3_text": GEMMA,
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "phi3": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 64,
+        },
+        "original_max_position_embeddings": 64,
+    },
+}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "gemma2": (GEMMA, "final_logit_softcapping=30"),
+    "gpt_oss": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "`s_aux`"),
+    "granite": ({"logits_scaling": 8.0}, "logits_scaling=8.0"),
+    "cohere": ({"logit_scale": 0.0625}, "logit_scale=0.0625"),
+    "bamba": (
+        {
+            "attn_layer_indices": [1],
+            "mamba_d_state": 8,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_n_groups": 1,
+            "num_key_value_heads": 2,
+        },
+        "",
+    ),
+    "mamba": ({"state_size": 8, "time_step_rank": 4}, ""),
+    "diffllama": ({"num_key_value_heads": 2}, "generation with a cache"),
+    "bert-generation": ({}, "tokens see the tokens"),
+}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def made(family: str, dtype: torch.dtype, **changes: Any) -> Any:
+    """A tiny network with weights so large that each part of the mathematics shows in its logits."""
+    sizes = ACCEPTED.get(family) or REFUSED[family][0]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **sizes, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * (0.2 if weight.dim() > 1 else 0.05))
+    from luthier.models.heads import mark
+
+    mark(model, "causal_lm")
+    return model.to(dtype)
+
+
+def rows_of(*lengths: int) -> list[np.ndarray[Any, Any]]:
+    generator = np.random.default_rng(1)
+    return [generator.integers(10, 320, size=length) for length in lengths]
+
+
+@torch.no_grad()
+def logits_here(network: Network, rows: list[np.ndarray[Any, Any]]) -> list[torch.Tensor]:
+    examples = [Example(ids, np.zeros(len(ids), np.float32), n) for n, ids in enumerate(rows)]
+    tree = build_tree(examples, share=network.shares)
+    nodes = torch.from_numpy(tree.node_M)
+    parts = network.logits(network.hidden(network.batch(tree), nodes)).float()
+    split = parts.split([len(rows[row]) for row in tree.row_R])
+    return [part for _, part in sorted(zip(tree.row_R.tolist(), split, strict=True))]
+
+
+@DTYPES
+@pytest.mark.parametrize("family", ACCEPTED)
+def test_an_accepted_family_gives_the_logits_of_transformers(
+    family: str, dtype: torch.dtype
+) -> None:
+    rows, own = rows_of(24, 17, 30), made(family, dtype)
+    with torch.no_grad(), in_float32():
+        expected = [own(input_ids=torch.from_numpy(ids)[None]).logits[0] for ids in rows]
+    network = as_network(own, CPU, dtype)
+    with in_float32():
+        found = logits_here(network, rows)
+    for got, want in zip(found, expected, strict=True):
+        assert float((got - want).norm() / want.norm()) < 1e-4
+
+
+@DTYPES
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_with_other_mathematics_is_refused_by_name(
+    family: str, dtype: torch.dtype
+) -> None:
+    with pytest.raises(LuthierError) as refused:
+        as_network(made(family, dtype), CPU, dtype)
+    assert family in str(refused.value)
+    if dtype == torch.float32 or REFUSED[family][1]:
+        assert REFUSED[family][1] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2_moe", "deepseek_v3", "opt", "ernie4_5", "bloom"]
+)
+def test_lora_next_to_its_base_generates_what_the_network_computes(family: str) -> None:
+    network = as_network(made(family, torch.bfloat16), CPU, torch.bfloat16)
+    lora = ADAPTATIONS["lora"].model_validate({"rank": 4})
+    try_shared(network, "lora", partial(lora.attach, shared=True))
+    lora.attach(network.model)
+    before = torch.get_rng_state()
+    try_training(network, "lora")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(weight.grad is None for weight in network.model.parameters())
+
+
+def test_an_adapter_that_generates_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from luthier.models.row_adapters import Weight
+
+    network = as_network(made("opt", torch.float32), CPU, torch.float32)
+    lora = ADAPTATIONS["lora"].model_validate({"rank": 4})
+    product = Weight.product
+    monkeypatch.setattr(Weight, "product", lambda self, x_MI: 1.5 * product(self, x_MI))
+    with pytest.raises(RecipeError, match=r"type opt .* lora next to its base .* row 0, token 5"):
+        try_shared(network, "lora", partial(lora.attach, shared=True))
+
+
+@pytest.mark.parametrize("family", ["phimoe", "jamba"])
+def test_a_family_that_lora_does_not_fit_is_refused_before_it_trains(family: str) -> None:
+    moe = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    mamba = {"use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 4}
+    order = {"attn_layer_period": 2, "attn_layer_offset": 1}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, **SIZES, **moe, **(mamba | order if family == "jamba" else {})
+    )
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    from luthier.models.heads import mark
+
+    mark(model, "causal_lm")
+    network = as_network(model, CPU, torch.float32)
+    ADAPTATIONS["lora"].model_validate({}).attach(network.model)
+    with pytest.raises(RecipeError, match=f"type {family} .* train with lora"):
+        try_training(network, "lora")
+
+
+def test_whether_tokens_see_ahead_is_no_question_of_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of mixtures of experts sum in another order beside other tokens."""
+    model = made("llama", torch.float32)
+    forward = model.base_model.forward
+
+    def rounded(*of: Any, **how: Any) -> Any:
+        found = forward(*of, **how)
+        found.last_hidden_state = found.last_hidden_state * (1 + 1e-6 * torch.rand(1))
+        return found
+
+    monkeypatch.setattr(model.base_model, "forward", rounded)
+    assert not Probe(model, CPU).sees_ahead()
+
+
+def test_a_passed_trial_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_network(made("qwen3_moe", torch.float32), CPU, torch.float32)
+    tried: list[Any] = []
+    monkeypatch.setattr(probe.Probe, "plain", lambda self: tried.append(self))
+    network = as_network(made("qwen3_moe", torch.float32), CPU, torch.float32)
+    assert not tried
+    assert not network.both_ways
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_the_dense_attention_of_accelerators_is_that_of_the_tree(both_ways: bool) -> None:
+    from luthier.models.attention import plan_attention
+
+    rows = [Example(ids, np.zeros(len(ids), np.float32), n) for n, ids in enumerate(rows_of(9, 5))]
+    tree = build_tree(rows, share=not both_ways)
+    query, key, value = (torch.randn(1, heads, len(tree), 8) for heads in (4, 2, 2))
+    plan = plan_attention(tree, CPU, torch.float32, both_ways)
+    dense = DenseAttention(tree, both_ways, CPU).attend(None, query, key, value, 0.3)
+    assert torch.allclose(dense, plan.attend(None, query, key, value, 0.3), atol=1e-5)
+
+
+def test_longrope_ends_where_its_factors_change() -> None:
+    fields = made("phi3", torch.float32).config.to_dict()
+    assert fields["max_position_embeddings"] == 256
+    assert context_length(fields) == 64
+    old = {"max_position_embeddings": 131_072, "original_max_position_embeddings": 4096}
+    assert context_length({**old, "rope_scaling": {"type": "su"}}) == 4096
+    assert context_length({**old, "rope_scaling": None}) == 131_072
+
+
+def test_raw_text_of_a_causal_network_with_a_mask_token_is_learned_in_order(
+    tmp_path: Path, family_folder: Callable[[str], Path], new_tokenizer: Callable[..., Any]
+) -> None:
+    from luthier.data.shapes.texts import RawText
+    from luthier.models.tokenizer import load_chat_format
+    from luthier.objectives.by_shape import objective_for
+
+    tokenizer = new_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    made("llama", torch.float32, vocab_size=400).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    row = RawText("f", 1, text="The quick brown fox.")
+    assert objective_for(row, load_chat_format(tmp_path)).method == "causal_lm"
+    encoder = load_chat_format(family_folder("bert"))
+    assert objective_for(row, encoder).method == "masked_lm"
