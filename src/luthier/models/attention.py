@@ -417,14 +417,17 @@ def tree_attention(
         RecipeError: for an argument that changes the result and is not implemented, such as the
             ``softcap`` of Gemma 2 or the attention sinks (``s_aux``) of gpt-oss.
     """
-    if unknown := sorted(n for n, v in further.items() if v is not None and n not in _IGNORED):
+    unknown = sorted(n for n, v in further.items() if v is not None and n not in _IGNORED)
+    if unknown or tree is None:
         kind = getattr(getattr(module, "config", None), "model_type", "of unknown type")
-        raise RecipeError(
-            f"networks of type {kind} cannot be trained here yet: luthier does not implement the "
-            f"`{unknown[0]}` of their attention. Use a base of another family (`luthier models list`)"
+        lack = (
+            f"luthier does not implement the `{unknown[0]}` of their attention" if unknown else ""
         )
-    if tree is None:
-        raise RecipeError("this network does not pass keyword arguments on to its attention")
+        raise RecipeError(
+            f"networks of type {kind} cannot be trained here yet: "
+            f"{lack or 'they do not pass keyword arguments on to their attention'}. Use a base of "
+            "another family (`luthier models list`)"
+        )
     if sliding_window is not None and sliding_window < tree.longest:
         raise RecipeError(
             f"rows of {tree.longest} tokens exceed the attention window of {sliding_window} tokens "

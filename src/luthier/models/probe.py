@@ -313,6 +313,9 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
             if id(weight) not in own:
                 weight.normal_(std=0.1)
         probe = Probe(shared.model, device)
+        if shared.tokens_before:  # a prefix or soft prompt, which rows of a probe do not have
+            probe.cached(shared)
+            return
         ours, rows = probe.ours(shared)
         wanted = probe.uncached(_by_row(probe, ours.float(), rows))
         found = probe.cached(shared)

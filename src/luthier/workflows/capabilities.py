@@ -200,8 +200,9 @@ def _capability(
         tokens = MOST_IMAGES if media_config(network) is not None else SMALLEST_BUDGET
     except RefusedInput as error:
         return Capability(objective.method, adaptation.method, str(error))
-    reason = trial(head, adaptation) if trial is not None else ""
-    return Capability(objective.method, adaptation.method, reason, memory.peak(tokens))
+    if trial is not None and (reason := trial(head, adaptation)):
+        return Capability(objective.method, adaptation.method, reason)
+    return Capability(objective.method, adaptation.method, "", memory.peak(tokens))
 
 
 def family_table(family: str) -> list[Capability]:
