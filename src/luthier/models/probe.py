@@ -30,7 +30,7 @@ from luthier.data.tree import TokenTree, build_tree
 from luthier.errors import CorruptFile, LuthierError, RecipeError
 from luthier.files import luthier_home, read_json, write_json
 from luthier.models.fused import fuse
-from luthier.models.heads import decoder_of, decoder_start, task_of
+from luthier.models.heads import decoder_of, decoder_opening, task_of
 from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat, reads_tree
 from luthier.models.modalities import media_config
@@ -224,12 +224,12 @@ class Probe:
                 for step in range(STEPS + 1)
                 for row, at in enumerate(PROMPTS)
             ]
-        start = torch.tensor([decoder_start(self.model)])
+        start = torch.tensor(decoder_opening(self.model))
         outputs = []
         for ids_T in self.rows[: len(PROMPTS)]:
             decoder_ids = torch.cat([start, ids_T[:STEPS]])[None].to(self.device)
             found = self.model(input_ids=ids_T[None].to(self.device), decoder_input_ids=decoder_ids)
-            outputs.append(found.logits[0].float())
+            outputs.append(found.logits[0, len(start) - 1 :].float())
         return [out_TV[step] for step in range(STEPS + 1) for out_TV in outputs]
 
 
