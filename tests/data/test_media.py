@@ -279,11 +279,57 @@ def test_hostile_metadata_costs_no_time_and_no_image() -> None:
             read_metadata(Media("image", "x", data=bytes(data)))
 
 
+def npy(array: object) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("type_", "white"),
+    [
+        ("uint8", 255),
+        ("uint16", 65535),
+        ("float32", 1),
+        ("float64", 255),
+        ("bool", 1),
+        ("int64", 255),
+    ],
+)
+def test_arrays_in_files_of_their_own(type_: str, white: int) -> None:
+    values = (np.array([[0, 0.2, 1], [0, 0.4, 1]]) * white).astype(type_)
+    for array in (values, values[..., None], np.stack([values] * 3, -1)):
+        pixels = decode_image(npy(array))
+        low = (255, 255) if type_ == "bool" else (51, 102)
+        assert pixels.shape == (2, 3, 3)
+        assert pixels[..., 2].tolist() == [[0, low[0], 255], [0, low[1], 255]]
+    assert read_metadata(Media("image", "x", data=npy(values))) == ImageMetadata()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        npy(np.zeros(4)), npy(np.zeros((2, 2, 4))), npy(np.zeros((0, 2))), npy(np.full((2, 2), -1.0)),
+        npy(np.array([["a"]])), npy(np.zeros((4, 4)))[:-8], b"\x93NUMPY" + bytes(40),
+    ],
+)  # fmt: skip
+def test_arrays_that_are_no_images_are_refused(data: bytes) -> None:
+    assert refusal(data).rule == "media.unreadable"
+
+
+def test_no_pickle_of_an_array_is_opened_and_no_large_one() -> None:
+    stream = io.BytesIO()
+    np.save(stream, np.array([[{}]], dtype=object), allow_pickle=True)
+    assert refusal(stream.getvalue()).rule == "media.unreadable"
+    with pytest.raises(RowRefused, match="at most 3 pixels"):
+        decode_image(npy(np.zeros((2, 2))), 3)
+
+
 def test_an_array_is_an_image_of_eight_bits() -> None:
     assert (Media("image", "x", array=picture()).pixels() == picture()).all()
     for grey in (picture()[..., 0], picture()[..., :1]):
         assert (Media("image", "x", array=grey).pixels() == picture()[..., :1]).all()
-    for array in (picture().astype(np.float32), picture()[0, 0], np.zeros((4, 4, 4), np.uint8)):
+    for array in (picture().astype(np.complex64), picture()[0, 0], np.zeros((4, 4, 4), np.uint8)):
         with pytest.raises(RowRefused, match="is no image"):
             Media("image", "x", array=array).pixels()
 

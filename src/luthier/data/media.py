@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import lzma
+import math
 import os
 import re
 import sqlite3
@@ -43,9 +44,12 @@ PLURAL: Mapping[str, str] = {
 
 IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+    ".npy",
 )  # fmt: skip
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 MEDIA_ENDINGS = (*IMAGE_ENDINGS, *AUDIO_ENDINGS)
+_NPY = b"\x93NUMPY"
+"""First bytes of an ``.npy`` file."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 """What Pillow may open: formats of pixels only. EPS, for one, is a program."""
 MOST_PIXELS = 64_000_000
@@ -251,7 +255,9 @@ def read_metadata(media: Media) -> ImageMetadata:
     """
     if media.array is not None:
         return ImageMetadata()
-    with _open_image(media.read(), MOST_PIXELS) as opened:
+    if (data := media.read()).startswith(_NPY):
+        return ImageMetadata()
+    with _open_image(data, MOST_PIXELS) as opened:
         fields = list[str]()
         for find in (_exif_fields, _iptc_fields, _text_fields):
             # Damage to what stands beside the pixels is none of an image.
@@ -310,6 +316,8 @@ def decode_image(data: bytes, most: int | None = None) -> Pixels:
     """An encoded image of at most ``most`` pixels; see :meth:`Media.pixels`."""
     from PIL import Image, ImageOps
 
+    if data.startswith(_NPY):
+        return _array_pixels(_read_npy(data, most or MOST_PIXELS))
     with _open_image(data, most or MOST_PIXELS) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -389,15 +397,31 @@ def scale_pixels(values: NDArray[Any], white: float) -> Pixels:
     return (scaled * 255).round().astype(np.uint8)
 
 
+def _read_npy(data: bytes, most: int) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    except _DAMAGE as error:
+        raise _refusal(
+            "unreadable", f"it is no array that can be read: {_reason(error)}."
+        ) from error
+    if math.prod(array.shape[:2]) > most:
+        text = f"it is an array with the shape {array.shape}; at most {most:,} pixels are decoded."
+        raise _refusal("too_large", text)
+    return array
+
+
 def _array_pixels(array: NDArray[Any]) -> Pixels:
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+    is_shaped = array.ndim in (2, 3) and array.shape[2:] in ((), (3,)) and array.size
+    if array.dtype.kind not in "buif" or not is_shaped:
         raise _refusal(
             "unreadable",
-            f"an array of {array.dtype} with shape {array.shape} is no image; images are uint8, "
+            f"an array of {array.dtype} with shape {array.shape} is no image; images are numbers, "
             "[H, W] or [H, W, 3].",
         )
+    if array.dtype != np.uint8:
+        array = scale_pixels(array, white_of(array))
     return np.ascontiguousarray(array if array.ndim == 3 else np.repeat(array[..., None], 3, -1))
 
 
