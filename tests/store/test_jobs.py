@@ -180,8 +180,6 @@ def test_everything_that_is_wanted_has_to_hold(database: Database) -> None:
         return [job.name for job in found]
 
     assert names(states=[QUEUED]) == ["beta%1", "Alpha-1"]
-    assert names(states=[QUEUED], face="bedrock") == ["Alpha-1"]
-    assert names(face="openai") == ["beta%1"]
     assert names(metadata={"team": "blue"}) == ["beta%1"]
     assert names(metadata={"team": "red"}) == []
 

@@ -440,7 +440,6 @@ class JobFilter:
     """Which jobs a list holds; everything that is said has to hold."""
 
     states: Sequence[str] = ()
-    face: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Values that ``request["metadata"]`` has."""
 
@@ -449,8 +448,6 @@ class JobFilter:
         wanted: list[Any] = []
         if self.states:
             wanted.append(Job.state.in_(self.states))
-        if self.face is not None:
-            wanted.append(Job.face == self.face)
         for key, value in self.metadata.items():
             wanted.append(Job.request["metadata"][key].as_string() == value)
         return wanted

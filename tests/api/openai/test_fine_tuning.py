@@ -15,12 +15,16 @@ from sqlalchemy import update
 
 from luthier.errors import QuotaExceeded
 from luthier.jobs.processes import this_process
+from luthier.jobs.submit import Submission, submit
 from luthier.jobs.training import TrainingWorker
 from luthier.store import jobs, queue
+from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
+from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job
 from luthier.store.locations import Locations
+from luthier.store.objects import UPLOADS
 
 WORDS = ("red", "blue", "green", "small", "tall", "loud", "quiet")
 pytestmark = pytest.mark.usefixtures("tiny_base")
@@ -322,6 +326,53 @@ def test_a_job_is_a_customization_job(client: openai.OpenAI, service: Any) -> No
         assert job is not None and job.name == made.id and job.face == "openai"
         model = session.query(CustomModel).filter_by(job_id=job.id).one()
         assert model.openai_id.startswith("ft:tiny:org-000000000000::")
+
+
+@pytest.mark.usefixtures("handlers")
+def test_jobs_of_all_apis_are_listed_with_what_they_are(
+    client: openai.OpenAI, other: openai.OpenAI, service: Any
+) -> None:
+    training = uploaded(client, chats())
+    base = foundation_model("luthier.tiny")
+    assert base is not None
+    common: dict[str, Any] = {
+        "base": base, "training": [f"s3://{UPLOADS}/{training}"],
+        "settings": {"training": {"epochs": 2, "batch_size": 4, "seed": 5}},
+    }  # fmt: skip
+    submissions = [
+        Submission("000000000000", "bedrock", "first", "first-model", "FINE_TUNING", **common),
+        Submission(
+            "000000000000", "native", "raw", "raw-model", "CONTINUED_PRE_TRAINING",
+            **{**common, "training": ["s3://rows/train/"]}, validators=["s3://rows/held.jsonl"],
+        ),
+    ]  # fmt: skip
+    with service.database.write() as session:
+        for each in submissions:
+            submit(session, each, Arns())
+    own = created(client, training_file=training, suffix="mine")
+    listed = client.fine_tuning.jobs.list().data
+    assert [job.id for job in listed] == [own.id, "raw", "first"]
+    assert [job.user_provided_suffix for job in listed] == ["mine", None, None]  # type: ignore[attr-defined]
+    raw, first = listed[1:]
+    assert (first.model, first.training_file, first.seed) == ("tiny", training, 5)
+    assert first.method is not None and first.method.type == "supervised"
+    assert (first.hyperparameters.n_epochs, first.hyperparameters.batch_size) == (2, 4)
+    assert (raw.training_file, raw.validation_file) == ("s3://rows/train/", "s3://rows/held.jsonl")
+    assert raw.method is None and raw.result_files == [] and raw.metadata == {}
+    assert not other.fine_tuning.jobs.list().data
+    with pytest.raises(openai.NotFoundError):
+        other.fine_tuning.jobs.retrieve("first")
+    page = client.fine_tuning.jobs.list(limit=1, after=own.id)
+    assert ([job.id for job in page.data], page.has_more) == (["raw"], True)
+
+    assert client.fine_tuning.jobs.cancel("raw").status == "cancelled"
+    work(service)
+    done = client.fine_tuning.jobs.retrieve("first")
+    assert (done.status, done.fine_tuned_model) == ("succeeded", "first-model"), done.error
+    assert done.trained_tokens and done.result_files == []
+    assert client.models.retrieve("first-model").id == "first-model"
+    assert client.fine_tuning.jobs.checkpoints.list("first").data
+    assert client.fine_tuning.jobs.list_events("first").data
 
 
 def test_lists(client: openai.OpenAI, other: openai.OpenAI) -> None:

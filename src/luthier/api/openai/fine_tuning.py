@@ -1,4 +1,7 @@
-"""``/fine_tuning/jobs``: each is a customization job whose name is its id here."""
+"""``/fine_tuning/jobs``: the customization jobs of the account, whichever API created them.
+
+The id of a job here is its name.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,13 @@ from luthier.store import jobs
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, new_id
-from luthier.store.foundation import FoundationModel, root_of, writes
+from luthier.store.foundation import (
+    FoundationModel,
+    foundation_model,
+    foundation_models,
+    root_of,
+    writes,
+)
 from luthier.store.ids import random_id
 from luthier.store.jobs import Job, JobEvent
 from luthier.store.uploaded_files import UploadedFiles, file_address
@@ -185,6 +194,8 @@ _NAMES = {
     "data.train": "training_file",
     "data.validation": "validation_file",
 }
+_METHODS = {FINE_TUNING: "supervised", REINFORCEMENT: "reinforcement"}
+"""Types of ``method`` by the customization types of other APIs."""
 _TYPES = {"sft": "supervised", "dpo": "dpo", "grpo": "reinforcement"}
 """Types of ``method`` by the objective that they come to."""
 
@@ -251,20 +262,24 @@ def organization(account: str) -> str:
 
 
 def job_object(
-    job: Job, model: CustomModel | None = None, results: Sequence[str] = ()
+    job: Job, model_name: str | None = None, results: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The object of the API."""
+    """Return the object of the API.
+
+    ``model_name`` is the name of the model that the job made. Values that OpenAI's API has no word
+    for, such as an address of rows, are given as the other APIs give them.
+    """
     status = STATUSES[job.state]
-    sent = job.request
+    sent = _as_sent(job)
     resolved = _resolved_hyperparameters(job, _sent_hyperparameters(sent))
-    made = model.openai_id if model is not None and model.status == ACTIVE else None
     return {
         "id": job.name,
         "object": "fine_tuning.job",
         "created_at": seconds(job.created),
         "finished_at": seconds(job.ended),
         "model": sent.get("model"),
-        "fine_tuned_model": made if status == "succeeded" else None,
+        "fine_tuned_model": model_name if status == "succeeded" else None,
+        "user_provided_suffix": job.suffix,
         "organization_id": organization(job.account),
         "status": status,
         "error": _error(job),
@@ -272,7 +287,7 @@ def job_object(
             name: resolved.get(name, "auto")
             for name in ("n_epochs", "batch_size", "learning_rate_multiplier")
         },
-        "method": _method(sent, resolved),
+        "method": _method(sent, resolved) if sent.get("method", True) else None,
         "training_file": sent.get("training_file"),
         "validation_file": sent.get("validation_file"),
         "result_files": list(results),
@@ -284,13 +299,36 @@ def job_object(
     }
 
 
-def _kind(fields: dict[str, Any]) -> str:
-    return str(fields.get("method", {}).get("type", "supervised"))
+def _as_sent(job: Job) -> Mapping[str, Any]:
+    """Return the fields of the request that created the job, or would have created it here.
+
+    ``method`` is None for jobs that OpenAI's API has no method for.
+    """
+    if job.face == FACE:
+        return job.request
+    training, validation = (
+        next((each.removeprefix(file_address("")) for each in addresses), None)
+        for addresses in (job.details.get("sources", ()), job.validators)
+    )
+    base = foundation_model(job.base_model)
+    objective = job.setting("objective.method")
+    kind = "dpo" if objective == "dpo" else _METHODS.get(job.customization_type)
+    return {
+        "model": base.base if base is not None else job.base_model,
+        "training_file": training,
+        "validation_file": validation,
+        "seed": job.setting("training.seed"),
+        "method": {"type": kind} if kind else None,
+    }
 
 
-def _sent_hyperparameters(fields: dict[str, Any]) -> dict[str, Any]:
-    """The hyperparameters as they were sent."""
-    arm = fields.get("method", {}).get(_kind(fields), {})
+def _kind(fields: Mapping[str, Any]) -> str:
+    return str((fields.get("method") or {}).get("type", "supervised"))
+
+
+def _sent_hyperparameters(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters as they were sent."""
+    arm = (fields.get("method") or {}).get(_kind(fields), {})
     found: dict[str, Any] = arm.get("hyperparameters") or fields.get("hyperparameters") or {}
     return found
 
@@ -298,7 +336,7 @@ def _sent_hyperparameters(fields: dict[str, Any]) -> dict[str, Any]:
 def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> dict[str, Any]:
     """The same with what was chosen for the data and the model, once it has been."""
     found: dict[str, Any] = {}
-    if "chosen" in job.details:
+    if "chosen" in job.details or job.face != FACE:
         epochs = job.setting("training.epochs")
         found = {
             "n_epochs": None if epochs is None else max(1, round(epochs)),
@@ -313,7 +351,7 @@ def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> dict[str, Any]
     return {**dict.fromkeys(given, "auto"), **known, **asked}
 
 
-def _method(fields: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+def _method(fields: Mapping[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
     kind = _kind(fields)
     arm = fields.get("method", {}).get(kind, {})
     names = arm.get("hyperparameters") or ("n_epochs", "batch_size", "learning_rate_multiplier")
@@ -504,7 +542,7 @@ class FineTuning:
             job = submit(session, submission, self.arns, self.quotas(account))
             seen = _with_model(session, job)
         self._wake()
-        return Response.json(_job_object(seen))
+        return Response.json(self._object(seen))
 
     def _submission(
         self,
@@ -546,15 +584,16 @@ class FineTuning:
             raise invalid(text, parameter, "invalid_file_purpose")
 
     def list(self, request: Request) -> Response:
-        """A page of jobs, the newest first."""
+        """Return a page of the jobs of the account, the newest first."""
         self.access.to(request, "fine_tuning.jobs.list")
+        self.access.same_as(request, "ListModelCustomizationJobs", "*")
         limit, after = page_query(request)
         metadata = {
             key[len("metadata[") : -1]: values[-1]
             for key, values in request.query.items()
             if key.startswith("metadata[") and key.endswith("]")
         }
-        wanted = jobs.JobFilter(face=FACE, metadata=metadata)
+        wanted = jobs.JobFilter(metadata=metadata)
         with self.database.read() as session:
             position = None
             if after is not None:
@@ -566,11 +605,11 @@ class FineTuning:
                 session, request.caller.account, wanted, limit=limit + 1, position=position
             )
             seen = [_with_model(session, job) for job in found]
-        return page([self._with_results(each) for each in seen], limit, _job_object)
+        return page([self._with_results(each) for each in seen], limit, self._object)
 
     def retrieve(self, request: Request) -> Response:
-        """One job."""
-        return Response.json(_job_object(self._with_results(self._find(request, "retrieve"))))
+        """Return one job."""
+        return Response.json(self._object(self._with_results(self._find(request, "retrieve"))))
 
     def cancel(self, request: Request) -> Response:
         """Stop a job: no model is made. It is ``running`` until its worker has let go of it."""
@@ -605,7 +644,7 @@ class FineTuning:
                 job = change(session, job)
             except WrongState as refused:
                 raise invalid(str(refused), reason="invalid_state") from refused
-            return Response.json(_job_object(_with_model(session, job)))
+            return Response.json(self._object(_with_model(session, job)))
 
     def events(self, request: Request) -> Response:
         """A page of what happened, the newest first."""
@@ -626,7 +665,7 @@ class FineTuning:
         seen = self._find(request, "list_checkpoints")
         found: Iterator[dict[str, Any]] = iter(())
         if seen.job.state == jobs.COMPLETED and seen.model is not None:
-            name = seen.model.openai_id or seen.model.name
+            name = self.catalogue.id_of(seen.model, foundation_models())
             found = checkpoints(seen.job, self._metrics(seen.job), name)
         if after is not None and not any(each["id"] == after for each in found):
             raise invalid(f"No such checkpoint: {after}.", "after")
@@ -639,7 +678,14 @@ class FineTuning:
             job = _job(session, request.caller.account, job_id)
             if job is None:
                 raise absent("fine-tuning job", job_id, "id")
+            arn = self.arns.job(job.account, job.foundation, job.id)
+            self.access.same_as(request, "GetModelCustomizationJob", arn)
             return _with_model(session, job)
+
+    def _object(self, seen: JobWithModel) -> dict[str, Any]:
+        model = seen.model
+        name = None if model is None else self.catalogue.id_of(model, foundation_models())
+        return job_object(seen.job, name, seen.results)
 
     def _metrics(self, job: Job, *, ascending: bool = False) -> Iterator[JobEvent]:
         """What was measured, the newest first unless ``ascending``, read page by page."""
@@ -666,7 +712,8 @@ class FineTuning:
         asked for; deleted, it stays so. Without room for it the job has none until there is some.
         """
         job = seen.job
-        if job.state != jobs.COMPLETED:
+        # Jobs of other APIs write their metrics to an address that their client chose.
+        if job.state != jobs.COMPLETED or job.face != FACE:
             return seen
         file_id = f"file-results{job.id}"
         if not self.files.ever(job.account, file_id):
@@ -681,17 +728,15 @@ class FineTuning:
 
 
 def _job(session: Session, account: str, job_id: str, *, lock: bool = False) -> Job | None:
-    """The job that was created here under this id."""
+    """Return the account's job of this name."""
     found = jobs.get(session, account, job_id, lock=lock)
-    return found if found is not None and found.face == FACE and found.name == job_id else None
+    return found if found is not None and found.name == job_id else None
 
 
 def _with_model(session: Session, job: Job) -> JobWithModel:
     made = select(CustomModel).where(
-        CustomModel.account == job.account, CustomModel.job_id == job.id
+        CustomModel.account == job.account,
+        CustomModel.job_id == job.id,
+        CustomModel.status == ACTIVE,
     )
     return JobWithModel(job, session.scalar(made), [])
-
-
-def _job_object(seen: JobWithModel) -> dict[str, Any]:
-    return job_object(seen.job, seen.model, seen.results)
