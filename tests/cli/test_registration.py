@@ -7,6 +7,8 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import boto3
 import openai
@@ -92,6 +94,33 @@ def test_clients_ask_a_model_of_the_command_line(
             while bedrock.get_custom_model_deployment(**named)["status"] == "Creating":
                 assert time.monotonic() < until
                 time.sleep(0.1)
+            # Clients of all APIs may call the deployment by its name.
+            assert ask("answers") == "black"
+            runtime = boto3.client(
+                "bedrock-runtime", endpoint_url=url, region_name="us-east-1",
+                aws_access_key_id=service.issued.access_key,
+                aws_secret_access_key=service.issued.secret,
+            )  # fmt: skip
+            said = runtime.converse(
+                modelId="answers", inferenceConfig={"temperature": 0.0, "maxTokens": 8},
+                messages=[{"role": "user", "content": [{"text": "colour of coal?"}]}],
+            )  # fmt: skip
+            assert said["output"]["message"]["content"] == [{"text": "black"}]
+            body = json.dumps({"prompt": "x", "max_gen_len": 1})
+            assert runtime.invoke_model(modelId="answers", body=body)["contentType"]
+            refusals = {}
+            for name in ("colours", "answers", "neither"):
+                with pytest.raises(HTTPError) as refusal:
+                    urlopen(
+                        Request(
+                            f"{url}/api/v1/models/{name}/predictions",
+                            data=b'{"inputs": [{"text": "coal"}]}',
+                            headers={"Authorization": f"Bearer {service.issued.api_key}"},
+                        )
+                    )
+                refusals[name] = refusal.value.code
+            # A model that generates text labels nothing, whichever name it is called by.
+            assert refusals == {"colours": 400, "answers": 400, "neither": 404}
             bedrock.delete_custom_model_deployment(**named)
             back = admin(*unregister)
             assert back == {"account": FIRST, "name": "colours", "model": MODEL}

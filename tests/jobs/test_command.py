@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from luthier.api.http.messages import Caller, Fault, Request, RequestHead
+from luthier.api.native.jobs import operations
+from luthier.api.native.operations import Context, NativeFace
+from luthier.cli.admin import admin_app
 from luthier.jobs.admission import Capacity
-from luthier.jobs.folders import JobFolders
+from luthier.jobs.folders import LOG_TAIL, JobFolders
 from luthier.jobs.scheduler import Scheduler
+from luthier.limits import AccountQuotas
+from luthier.store.arns import Arns
+from luthier.store.database import now
+from luthier.store.locations import Locations
 
 pytest.importorskip("luthier.store.locations")
 COMMAND = "import typer; from luthier.cli.worker import worker; typer.run(worker)"
@@ -40,7 +50,7 @@ def test_the_command_does_a_job(queue: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, tmp_path: Path) -> None:
+def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, monkeypatch: Any) -> None:
     job_id = queue.submit(steps=2)
     crash = (
         "import ctypes; from luthier.jobs.training import TrainingWorker; "
@@ -56,3 +66,28 @@ def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, tmp_path: 
     assert (job.state, job.crashes) == ("Failed", 3)
     assert "signal 11" in job.failure and "string_at" in "".join(JobFolders(job_id).log_tail())
     assert "memory" not in job.failure
+    # The API and the command line show the end of the log.
+    context = Context(
+        queue.database, Arns(), Locations(queue.database), lambda *given: None,
+        lambda account: AccountQuotas(), lambda: None, lambda model: None,
+    )  # fmt: skip
+    face = NativeFace(operations(context))
+    for account, found in ((job.account, True), ("222222222222", False)):
+        route = face.route(RequestHead("GET", f"/api/v1/jobs/{job.name}", "", [], tls=False))
+        call = Request(
+            "r", Caller(account, "anna", ()), "GET", "/", {}, {}, b"", now(), route.params
+        )
+        assert route.operation.handler is not None
+        if not found:
+            with pytest.raises(Fault):
+                route.operation.handler(call)
+            continue
+        log = json.loads(route.operation.handler(call).body)["log"]
+        assert log == JobFolders(job_id).log_tail() and 5 < len(log) <= LOG_TAIL
+    monkeypatch.setattr("luthier.store.schema.upgrade", lambda database: None)  # has all tables
+    command = ["jobs", "show", job.name, "--database", queue.database.url, "--json"]
+    shown = json.loads(CliRunner().invoke(admin_app, command).stdout)
+    assert (shown["failure"], shown["log"]) == (job.failure, log)
+    command = ["jobs", "list", "--database", queue.database.url, "--json"]
+    (listed,) = json.loads(CliRunner().invoke(admin_app, command).stdout)["jobs"]
+    assert (listed["name"], listed["state"], listed["suffix"]) == (job.name, "Failed", None)

@@ -63,7 +63,9 @@ class Service:
             if model_id_of(resource) == "test.forbidden":
                 raise Fault("AccessDenied", "You may not.")
 
-        self.handlers = runtime_handlers(pool, resolve, authorize, lambda name: f"arn:x/{name}")
+        self.handlers = runtime_handlers(
+            pool, resolve, authorize, lambda account, name: f"arn:x/{name}"
+        )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":

@@ -5,6 +5,7 @@ What belongs to another account or stands in another region is not there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, TypeVarTuple
@@ -15,7 +16,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from luthier.api.bedrock.shapes import matches, operation_models
 from luthier.api.http.messages import Fault
 from luthier.store.arns import Arn, Arns
-from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
+from luthier.store.custom_models import ACTIVE, NAME, RESERVED, CustomModel
 from luthier.store.database import Database, find_row
 from luthier.store.endpoints import CREATING, DEPLOYMENT, FAILED, PROVISIONED, Endpoint
 from luthier.store.foundation import FoundationModel, foundation_model
@@ -171,6 +172,26 @@ _ENDPOINT = (
 )
 
 
+_ENDPOINT_NAMED = (
+    select(Endpoint.kind, Endpoint.id)
+    .where(Endpoint.account == _ACCOUNT, Endpoint.name == _IDENTIFIER)
+    .order_by((Endpoint.kind == DEPLOYMENT).desc())
+)
+
+
+def resolve_name(database: Database, arns: Arns, account: str, identifier: str) -> str:
+    """Return the ARN of the endpoint named ``identifier``, or ``identifier`` where there is none.
+
+    A name means, in this order: a base model, a deployment, provisioned throughput, a custom model.
+    A deployment comes before a custom model, so that a new model never takes over the requests of a
+    deployment.
+    """
+    if not re.fullmatch(NAME, identifier) or foundation_model(identifier) is not None:
+        return identifier
+    found = database.first(_ENDPOINT_NAMED, account=account, identifier=identifier)
+    return identifier if found is None else arns.of(account, found.kind, found.id)
+
+
 def invocable_model(
     database: Database, arns: Arns, account: str, identifier: str
 ) -> Invocable | None:
@@ -194,7 +215,9 @@ def invocable_model(
 
 
 def invocable(database: Database, arns: Arns, account: str, model_id: str) -> Invocable:
-    """What answers to ``modelId``: a foundation model, deployment or provisioned throughput.
+    """Return the model behind ``modelId``: a foundation model, deployment or provisioned throughput.
+
+    Deployments and provisioned throughput have an ARN and a name; see :func:`resolve_name`.
 
     Raises:
         Fault: ResourceNotFound for what is not there; Validation for a custom model by its own ARN,
@@ -207,6 +230,7 @@ def invocable(database: Database, arns: Arns, account: str, model_id: str) -> In
     if base is not None:
         arn = arns.foundation_model(base.id)
         return Invocable(base.base, arn, arn)
+    model_id = resolve_name(database, arns, account, model_id)
     named = Arn.parse(model_id)
     if named is None or named.kind not in _ENDPOINTS:
         with database.read() as session:
@@ -260,9 +284,10 @@ class ModelIds:
         """Id in the store of what answers to ``model_id``; see :func:`invocable`."""
         return invocable(self.database, self.arns, account, model_id).stored_id
 
-    def resource(self, model_id: str) -> str:
-        """The ARN that a policy decides on; see :func:`invoked_arn`."""
-        return invoked_arn(self.arns, model_id)
+    def resource(self, account: str, model_id: str) -> str:
+        """Return the ARN that a policy decides on; see :func:`invoked_arn`."""
+        named = resolve_name(self.database, self.arns, account, model_id)
+        return invoked_arn(self.arns, named)
 
 
 def _well_formed(model_id: str) -> bool:

@@ -389,6 +389,26 @@ def test_filters_of_provisioned_throughput(bedrock: Any, model: Callable[..., st
     assert names(creationTimeBefore=middle) == ["alpha"]
 
 
+def test_a_name_means_a_deployment_before_a_custom_model(
+    service: Service, bedrock: Any, model: Callable[..., str]
+) -> None:
+    first, second = model("job-1", customModelName="prod"), model("job-2", customModelName="new")
+    ids = ModelIds(service.database, service.control.arns)
+    assert not_asked(service, "prod")[0] == "Validation"  # a custom model that is not deployed
+    provided = throughput(bedrock, first, "prod")
+    eventually(lambda: provisioned(bedrock, "prod")["status"] == "InService")
+    assert asked(service, "prod").arn == provided == ids.resource(ALICE, "prod")
+    deployed = deploy(bedrock, second, "prod")
+    active(bedrock, "prod")
+    found = asked(service, "prod")
+    assert (found.arn, found.model) == (deployed, second)
+    assert ids.resource(ALICE, "prod") == deployed
+    deploy(bedrock, second, "smollm2-135m-instruct")
+    assert asked(service, "smollm2-135m-instruct").model == FOUNDATION
+    for name, account in (("prod", BOB), ("Prod", ALICE), ("prod\n", ALICE)):
+        assert not_asked(service, name, account)[0] in ("ResourceNotFound", "Validation")
+
+
 def test_what_can_be_asked(service: Service, bedrock: Any, model: Callable[..., str]) -> None:
     arn = model("job-1", customModelName="mine")
     for name in (BASE, FOUNDATION, "smollm2-135m-instruct"):
@@ -397,13 +417,16 @@ def test_what_can_be_asked(service: Service, bedrock: Any, model: Callable[..., 
         assert invoked_arn(service.control.arns, name) == FOUNDATION
     code, message = not_asked(service, arn)
     assert code == "Validation" and "on-demand throughput isn’t supported" in message
-    deploy(bedrock, arn, "my-deployment")
+    deployed = deploy(bedrock, arn, "my-deployment")
     elsewhere = FOUNDATION.replace("us-east-1", "eu-west-1")
     for malformed in ("", "not a model", "a" * 3000, "arn:aws:bedrock:x", "a/b", "\n"):
         code, message = not_asked(service, malformed)
         assert (code, message) == ("Validation", "The provided model identifier is invalid.")
     ids = ModelIds(service.database, service.control.arns)
-    assert ids.stored_id(ALICE, BASE) == "smollm2-135m-instruct" and ids.resource(arn) == arn
-    for unknown in ("my-deployment", "no.such-model", "nothing", elsewhere):
+    assert ids.stored_id(ALICE, BASE) == "smollm2-135m-instruct"
+    assert ids.resource(ALICE, arn) == arn and ids.resource(ALICE, BASE) == FOUNDATION
+    for unknown in ("no.such-model", "nothing", elsewhere):
         assert not_asked(service, unknown)[0] == "ResourceNotFound"
+    assert not_asked(service, "my-deployment", BOB)[0] == "ResourceNotFound"
+    assert ids.resource(BOB, "my-deployment") != deployed
     assert not_asked(service, arn, BOB)[0] == "ResourceNotFound"

@@ -13,6 +13,8 @@ from luthier.api.openai.protocol import Access
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, CustomModel
 from luthier.store.database import new_id, now
+from luthier.store.endpoints import CREATING as STARTING
+from luthier.store.endpoints import DEPLOYMENT, READY, Endpoint
 from luthier.store.foundation import foundation_models
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
@@ -84,6 +86,38 @@ def test_models_of_bedrocks_face_answer_without_a_deployment(
     assert client.models.retrieve("tiny").owned_by == "luthier"
     assert client.models.delete(shadowed).deleted and client.models.delete("mine").deleted
     assert [each.id for each in client.models.list()] == [*bases, "ft:tiny:org::1"]
+
+
+def test_the_name_of_a_deployment_answers_as_its_arn_does(
+    service: Any, tiny_base: str, client: openai.OpenAI, other: openai.OpenAI
+) -> None:
+    model = add_model(service, "prod", stored_id="gone")  # has the name of the deployment
+    behind = add_model(service, "behind")
+    with service.database.write() as session:
+        for name, status in (("prod", READY), ("soon", STARTING)):
+            session.add(
+                Endpoint(
+                    id=new_id(), account=ACCOUNT, kind=DEPLOYMENT, name=name, foundation=IMPORTED,
+                    model=behind.arn(ARNS), status=status, created=now(), modified=now(),
+                )
+            )  # fmt: skip
+    hello: Any = [{"role": "user", "content": "Hello"}]
+    limits: Any = {"max_tokens": 4, "temperature": 0}
+    chat = client.chat.completions.create(model="prod", messages=hello, **limits)
+    base = client.chat.completions.create(model="tiny", messages=hello, **limits)
+    assert chat.model == "prod"
+    assert chat.choices[0].message.content == base.choices[0].message.content
+    assert client.completions.create(model="prod", prompt="Hello", **limits).model == "prod"
+    response = client.responses.create(
+        model="prod", input="Hello", max_output_tokens=16, temperature=0
+    )
+    assert response.model == "prod"
+    with pytest.raises(openai.NotFoundError):
+        other.chat.completions.create(model="prod", messages=hello, **limits)
+    with pytest.raises(openai.APIStatusError) as starting:
+        client.chat.completions.create(model="soon", messages=hello, **limits)
+    assert starting.value.status_code == 503
+    assert client.models.retrieve("prod").created == int(model.created.timestamp())
 
 
 def test_a_policy_on_one_name_of_a_model_holds_for_all(service: Any, tiny_base: str) -> None:

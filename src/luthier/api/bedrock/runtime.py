@@ -56,14 +56,14 @@ def runtime_handlers(
     pool: ModelPool,
     resolve: Callable[[str, str], str],
     authorize: Authorize,
-    resource: Callable[[str], str] = lambda model_id: model_id,
+    resource: Callable[[str, str], str] = lambda account, model_id: model_id,
     chat: ChatForm | None = None,
 ) -> Mapping[str, Handler]:
     """The handlers by the names of their operations; ``params`` of a call have ``modelId``.
 
     ``resolve(account, model_id)`` gives the stored id of the model that is called by ``model_id``;
-    ``resource(model_id)`` the ARN that ``authorize(caller, action, resource)`` decides on, without
-    looking whether it exists. ``chat`` reads bodies of OpenAI's chat completions.
+    ``resource(account, model_id)`` gives the ARN that ``authorize(caller, action, arn)`` decides on.
+    ``chat`` reads bodies of OpenAI's chat completions.
     """
     runtime = _Runtime(pool, resolve, authorize, resource, chat)
     return {
@@ -80,7 +80,7 @@ class _Runtime:
     pool: ModelPool
     resolve: Callable[[str, str], str]
     authorize: Authorize
-    resource: Callable[[str], str]
+    resource: Callable[[str, str], str]
     chat: ChatForm | None
 
     def converse(self, request: Request) -> Response:
@@ -158,7 +158,7 @@ class _Runtime:
     def _model(self, request: Request, action: str) -> str:
         """The stored id of the model that is called, where the caller may have it answer."""
         model_id = request.params["modelId"]
-        self.authorize(request.caller, action, self.resource(model_id))
+        self.authorize(request.caller, action, self.resource(request.caller.account, model_id))
         return self.resolve(request.caller.account, model_id)
 
     def _begin(self, stored_id: str, build: Callable[[], GenerationRequest]) -> Stream:

@@ -24,7 +24,14 @@ from luthier.api.http.messages import (
     Response,
 )
 from luthier.api.http.routing import Authorize, Operation, Route, Router
-from luthier.api.identifiers import Invocable, find_foundation, find_model, invocable_model
+from luthier.api.identifiers import (
+    Invocable,
+    find_foundation,
+    find_model,
+    invocable,
+    invocable_model,
+    resolve_name,
+)
 from luthier.api.policies import refusals_naming, refuse_denied
 from luthier.jobs.submit import SETTABLE_DATA
 from luthier.limits import AccountQuotas
@@ -364,10 +371,18 @@ class Context:
         return model
 
     def invoked_model(self, request: Request, action: str) -> Invocable:
-        """The same of a model that is to answer, found as fast as can be."""
+        """Return the model that answers to the name in the path, where the caller may use it.
+
+        The name is of a deployment or of a custom model; see
+        :func:`luthier.api.identifiers.resolve_name`.
+        """
         name = request.params["model"]
-        found = invocable_model(self.database, self.arns, request.account, name)
+        named = resolve_name(self.database, self.arns, request.account, name)
         shown = f"custom-model/{name}"
+        if named != name:
+            self.allow(request, action, named.rpartition(":")[2], shown)
+            return invocable(self.database, self.arns, request.account, named)
+        found = invocable_model(self.database, self.arns, request.account, name)
         path = shown if found is None else found.arn.rpartition(":")[2]
         self.allow(request, action, path, shown)
         if found is None:

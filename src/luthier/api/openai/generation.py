@@ -201,6 +201,7 @@ class Inference:
 
     def _resolve(self, caller: Caller, name: str, ask: Callable[[str], None]) -> Invocable | None:
         """What ``name`` means, after ``ask`` let the caller to its ARN; ``None`` for nothing."""
+        name = self.catalogue.resolve(caller.account, name)
         named = name.startswith("arn:")
         if named:
             # Before the look: that it is there, or not ready yet, is for those who may ask it.

@@ -15,6 +15,7 @@ from luthier.api.identifiers import (
     find_model,
     invocable,
     invocable_model,
+    resolve_name,
 )
 from luthier.api.openai.protocol import Access, model_not_found, page, seconds
 from luthier.store.arns import Arns
@@ -49,6 +50,7 @@ class Catalogue:
         if base is not None:
             arn = self.arns.foundation_model(base.id)
             return Invocable(base.base, arn, arn)
+        name = self.resolve(account, name)
         found = invocable_model(self.database, self.arns, account, name)
         if found is not None or not name.startswith("arn:"):
             return found
@@ -58,6 +60,10 @@ class Catalogue:
             if fault.code in ("ResourceNotFound", "Validation"):
                 return None
             raise
+
+    def resolve(self, account: str, name: str) -> str:
+        """Return the ARN of the deployment with this name; ``name`` where there is none."""
+        return resolve_name(self.database, self.arns, account, name)
 
     def find(self, account: str, name: str) -> FoundationModel | CustomModel | None:
         """The base model of this alias, id or ARN; or the account's own by any of its names."""
