@@ -79,7 +79,7 @@ def test_inspect_works_without_a_model(tmp_path: Path, luthier_home: Path) -> No
     few = Answer("inspect", str(path), "--no-base")
     assert few.code == 1 and "46 more would make 50." in " ".join(few.out.split())
     answer = Answer("inspect", str(path), "--no-base", *ANY_NUMBER).good()
-    left_out = "not checked: learning, base_language (needs a base model)"
+    left_out = "not checked: learning, white_space, base_language (needs a base model)"
     assert "4 rows" in answer.out and left_out in answer.out
     assert not luthier_home.exists()
     assert "contradict" in Answer("inspect", str(path), "--no-base", "--base", "x").refused()

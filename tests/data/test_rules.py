@@ -28,6 +28,7 @@ from luthier.data import (
     tool_forms,
 )
 from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
+from luthier.gate.rules import DOUBTS
 
 
 @pytest.mark.parametrize(("rule", "records", "line", "said", "fix"), EXAMPLES)
@@ -80,6 +81,6 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
             used |= {t for t in texts if isinstance(t, str) and re.fullmatch(r"[a-z]+\.\w+", t)}
     # Of graders, objectives, and the formats that bases read.
     gathered = {"grader.no_reference", "thumb.one_kind", "media.base"}
-    assert used == {*RULES, *PREFERENCE_RULES, *PROMPT_RULES} - gathered
+    assert used == {*RULES, *PREFERENCE_RULES, *PROMPT_RULES, *DOUBTS} - gathered
     assert {rule for rule, *_ in EXAMPLES} | WHOLE_FILE == set(RULES)
     assert all(text.endswith(".") and "\n" not in text for text in RULES.values())

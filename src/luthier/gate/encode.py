@@ -79,7 +79,8 @@ class RowEncoder:
         try:
             example = self.objective.encode(row, index, self.format)
         except RecipeError as error:
-            raise RowRefused(TEMPLATE.id, str(error), TEMPLATE.fix) from error
+            fix = "Change the row as the message says, or use a base with another chat template."
+            raise RowRefused(TEMPLATE.id, str(error), fix) from error
         if any(self._prompts_left.values()) and self.objective.task == "causal_lm":
             self._check_prompt(row)
         return example

@@ -249,7 +249,6 @@ TEMPLATE = Rule(
     "row.template",
     "error",
     "The row cannot be written in the model's template.",
-    fix="See the message.",
 )
 PROMPT_TOKENS = Rule(
     "base.prompt_tokens",
