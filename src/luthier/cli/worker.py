@@ -88,6 +88,7 @@ def configure_logging(folders: JobFolders) -> None:
     from luthier.encryption.keys import keyring
     from luthier.jobs.processes import LOG_FORMAT
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # names its plugins in 15 lines
     if keyring() is None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         return
