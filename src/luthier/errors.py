@@ -252,10 +252,6 @@ class UploadError(LuthierError):
     """A model could not be put where others fetch it; what arrived there is not sent again."""
 
 
-class SharedStoreAway(DownloadError):
-    """The shared store of several machines cannot be reached, read or written now."""
-
-
 class CorruptFile(LuthierError):
     """A stored file no longer matches the hash recorded beside it."""
 

@@ -232,15 +232,6 @@ def test_backup_and_restore(
     admin("restore", str(tmp_path / "backup"), code=2)
 
 
-def test_no_backup_is_made_of_half_a_store(
-    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LUTHIER_SHARED_STORE", str(tmp_path / "shared"))
-    done = CliRunner().invoke(admin_app, ["backup", str(tmp_path / "backup")])
-    assert done.exit_code == 2 and "LUTHIER_SHARED_STORE is set" in done.output
-    assert not (tmp_path / "backup").exists()
-
-
 def test_a_new_database_gets_its_tables(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'empty.db'}"
     assert admin("users", "list", "--database", url) == {"users": []}

@@ -210,9 +210,6 @@ def test_what_cannot_be_registered(own_home: Path, monkeypatch: pytest.MonkeyPat
     (twin / ".removed").unlink()
     admin("accounts", "quota", OTHER, "imported_models=0")
     assert "quota imported_models" in refused(*register, "tiny-llama:twin", "--account", OTHER)
-    monkeypatch.setenv("LUTHIER_SHARED_STORE", f"file://{own_home / 'shared-store'}")
-    assert "Bring it in as a model from outside" in refused(*register, "tiny-llama:twin")
-    monkeypatch.delenv("LUTHIER_SHARED_STORE")
     (twin / "tokenizer.json").write_text("{}")
     damaged = Answer("admin", *register, "tiny-llama:twin").refused(1)
     assert "tokenizer.json is not what was stored" in damaged

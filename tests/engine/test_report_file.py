@@ -28,9 +28,6 @@ class Heard(Reporter):
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         self.calls.append((line, steps))
 
-    def checkpoint(self) -> None:
-        self.calls.append("checkpoint")
-
 
 def test_each_call_is_a_line_without_single_rows(tmp_path: Path) -> None:
     file = ReportFile(tmp_path / "reports.jsonl")
@@ -40,7 +37,6 @@ def test_each_call_is_a_line_without_single_rows(tmp_path: Path) -> None:
     file.settings([("training.epochs", 3, "few rows")])
     file.progress(1, 2, "rows")
     file.metrics({"step": 1, "rows": {"accuracy": "…"}}, 8)
-    file.checkpoint()
     lines = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert lines == [
         ["stage", ["Training"]],
@@ -49,7 +45,6 @@ def test_each_call_is_a_line_without_single_rows(tmp_path: Path) -> None:
         ["settings", [[["training.epochs", 3, "few rows"]]]],
         ["progress", [1, 2, "rows"]],
         ["metrics", [{"step": 1}, 8]],
-        ["checkpoint", []],
     ]
 
 
@@ -72,24 +67,12 @@ def test_a_line_is_handed_on_once_when_it_is_whole(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_checkpoint_waits_until_it_was_heard(tmp_path: Path) -> None:
-    path, heard = tmp_path / "reports.jsonl", Heard()
-    with handing_on(path, heard):
-        file = ReportFile(path, answered=True)
-        for number in range(3):
-            file.checkpoint()
-            assert len(heard.calls) == number + 1
-        file.note("the last")
-    assert heard.calls[3:] == ["the last"]
-
-
 def test_a_reporter_that_breaks_holds_no_run_up(tmp_path: Path) -> None:
     path, heard = tmp_path / "reports.jsonl", Heard()
 
     def run() -> None:
-        file = ReportFile(path, answered=True)
+        file = ReportFile(path)
         file.note("break")
-        file.checkpoint()
         file.note("after")
 
     def follow() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from luthier.encryption import keys, memory
 from luthier.encryption.files import is_sealed, read_data
-from luthier.errors import LeaseLost, LuthierError
+from luthier.errors import LuthierError
 from luthier.files import verify
 from luthier.jobs import import_worker
 from luthier.jobs.import_worker import ImportWorker
@@ -22,12 +22,11 @@ from luthier.jobs.submit import submit_import
 from luthier.jobs.worker import Heartbeat
 from luthier.serving.acceptance import AcceptedModel, accept_network
 from luthier.serving.sandboxed_process import WorkInterrupted
-from luthier.store import queue, shared
+from luthier.store import queue
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
 from luthier.store.models import find, load
-from luthier.store.shared_models import shared_name
 
 
 class _Ended(BaseException):
@@ -150,31 +149,3 @@ def test_weights_are_never_on_the_disk_of_an_encrypted_store(
     # What is said of it names no place of ours.
     answer = worker._explain(LuthierError(f"{looked[0]} is odd"), found.source)
     assert answer == f"{found.source}/model.safetensors is odd"
-
-
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_worker_that_lost_its_lease_leaves_the_model_that_another_made(
-    luthier_home: Path,
-    tiny_model_folder: Path,
-    database: Database,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "shared").mkdir()
-    monkeypatch.setenv(shared.ENVIRONMENT, str(tmp_path / "shared"))
-    worker, found = begun(database, tiny_model_folder)
-    worker.heartbeat = Heartbeat(worker.beat)
-    worker.heartbeat.start()
-    worker._store(found)
-    stored_id = worker.folders.stored_id
-    with database.write() as session:
-        queue.hold(session, ModelImport, found.id, worker.lease).lease = "another's"
-    with pytest.raises(LeaseLost):
-        worker._fail(LuthierError("it did not work here"), found)
-    folders = shared.shared_folders()
-    assert folders is not None and folders.read(shared_name(stored_id)) is not None
-    assert find(stored_id).folder == worker.folders.model  # fetched: nothing was left of its own
-
-    worker.lease = "another's"
-    worker._fail(LuthierError("it did not work there"), found)
-    assert folders.read(shared_name(stored_id)) is None and not worker.folders.model.exists()

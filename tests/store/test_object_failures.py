@@ -190,10 +190,10 @@ def test_a_copy_that_finds_no_room_leaves_none_of_its_files(
     uploads.complete(ONE, "data", "k", upload, chosen, lambda *told: {})
     links: list[str] = []
 
-    def link(self: ObjectFiles, account: str, file_id: str, size: int, digest: str) -> str:
+    def link(self: ObjectFiles, account: str, file_id: str) -> str:
         if links:
             raise DiskFull("the disk is full")
-        links.append(real(self, account, file_id, size, digest))
+        links.append(real(self, account, file_id))
         return links[0]
 
     monkeypatch.setattr(ObjectFiles, "link", link)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -36,12 +35,12 @@ from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.sts import STSFace
+from luthier.encryption.keys import open_store_keys
 from luthier.encryption.memory import hold_temporary_files
 from luthier.engine.processes import check_room
 from luthier.errors import RecipeError, RefusedInput
 from luthier.jobs.admission import Capacity
 from luthier.jobs.deletion import Deletions, remove_orphans
-from luthier.jobs.local_copies import LocalCopies
 from luthier.jobs.ray_runner import RayRunner
 from luthier.jobs.runners import LocalRunner, Runner
 from luthier.jobs.scheduler import Scheduler
@@ -54,7 +53,7 @@ from luthier.serving.opened_model import resolve_speculation
 from luthier.serving.pool import ModelPool
 from luthier.serving.sandbox_pool import SandboxPool
 from luthier.serving.scheduler import FairTurns
-from luthier.store import bootstrap, removal, shared
+from luthier.store import bootstrap, removal
 from luthier.store.accounts import quotas_of
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
@@ -69,8 +68,6 @@ from luthier.store.principals import matching_server_key
 from luthier.store.quota_usage import measure_models, recount
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key
-from luthier.store.shared_identity import agree_identity
-from luthier.store.shared_keys import open_shared_keys
 
 _log = logging.getLogger("luthier.server")
 LAMBDA = re.compile(
@@ -87,23 +84,14 @@ class Service:
 
         Raises:
             LuthierError: where the database cannot be reached, or is of a newer version.
-            RefusedInput: where the shared store belongs to another database.
             WrongKey: where the store is encrypted, and not under the key that was given.
             CorruptFile: where there are access keys that the server's key does not open.
         """
         self.settings = settings
-        if settings.shared_store:
-            # Read wherever a model is looked up, and by workers, as LUTHIER_HOME is.
-            os.environ[shared.ENVIRONMENT] = settings.shared_store
-        if store := shared.shared_store():
-            shared.check_writable(store)
         self.database = Database(settings.database)
         try:
             upgrade(self.database)
-            if store:
-                # Before its keys are taken, or ours put there.
-                agree_identity(self.database, store)
-            open_shared_keys(settings.encryption_key)
+            open_store_keys(settings.encryption_key)
             speculation = resolve_speculation(settings.speculation)
         except BaseException:
             self.database.close()
@@ -134,13 +122,6 @@ class Service:
         self.memory = FreedMemory()
         self.locations = Locations(
             self.database, settings.s3_endpoint, settings.file_roots, quotas=limits
-        )
-        self.copies = LocalCopies(
-            self.database,
-            self.objects,
-            settings.shared_cache_bytes,
-            self.pool.loaded_ids,
-            self.pool.forget,
         )
         self.activation = Activation(self.database, partial(check_and_load, self.pool))
         self._pinning = ThreadPoolExecutor(1, "pinning")
@@ -183,7 +164,6 @@ class Service:
         self._sweep()
         # And what is too young now to be told from the files of requests that are not done.
         self._later.start()
-        self.copies.start()
         self.activation.resume()
         self._pin_models()
         self.openai.start()
@@ -197,7 +177,6 @@ class Service:
         Workers go on, and the next server finds them; ``give_back`` makes them leave their jobs first.
         """
         self._later.cancel()
-        self.copies.stop()
         self.scheduler.stop(give_back)
         self.openai.close()
         self.activation.close()

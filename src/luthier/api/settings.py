@@ -22,10 +22,6 @@ class Settings:
     """Address of the database; ``luthier.db`` in the store where it is ``None``."""
     s3_endpoint: str | None = None
     """Another S3-compatible endpoint that ``s3://`` means; the built-in store where it is ``None``."""
-    shared_store: str | None = None
-    """Folder or ``s3://bucket/prefix`` that several machines share beside the database."""
-    shared_cache_bytes: int = 100_000_000_000
-    """Of copies of what is in the shared store, beyond which the least recently used are dropped."""
     file_roots: tuple[Path, ...] = ()
     """Folders that ``file://`` may name; none by default."""
     graders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -161,14 +161,7 @@ def back_up(
     from luthier.store import backup as backups
     from luthier.store.database import DATABASE_FILE, is_database_here
     from luthier.store.sealing import KEY_FILE
-    from luthier.store.shared import shared_store
 
-    if shared_store() is not None:
-        raise RefusedInput(
-            "LUTHIER_SHARED_STORE is set: LUTHIER_HOME does not hold all that the database names. Back "
-            "up the database by pg_dump, and the shared store by its own means, such as a bucket's "
-            "versions"
-        )
     if not is_database_here(database):
         raise RefusedInput(
             f"there is no {DATABASE_FILE} in {luthier_home()}; give the database of the service by "

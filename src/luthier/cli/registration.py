@@ -75,19 +75,12 @@ def register(
     from luthier.store.arns import Arns
     from luthier.store.model_folders import split_id
     from luthier.store.models import check_whole, find
-    from luthier.store.shared import shared_store
 
     base, end = split_id(model)
     if not end:
         raise RecipeError(
             f"{model} is no custom model, whose ids have a colon: `luthier models list` shows them. "
             "Base models belong to no account: they are there for all"
-        )
-    if shared_store() is not None:
-        raise RecipeError(
-            "servers share a store here, in which models of several command lines could have one id. "
-            f"Bring it in as a model from outside: `luthier models export {model} FOLDER`, then "
-            "CreateCustomModel"
         )
     name, arns = name or end, Arns(region)
     stored, run = find(model, note), Run(base, end)

@@ -53,22 +53,6 @@ def serve(
     s3_endpoint: Annotated[
         str | None, typer.Option(help="Another S3 endpoint that s3:// addresses mean.")
     ] = None,
-    shared_store: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LUTHIER_SHARED_STORE",
-            help="Folder or s3://bucket/prefix with the models, objects and checkpoints of servers on "
-            "several machines, each with a LUTHIER_HOME of its own.",
-        ),
-    ] = None,
-    shared_cache_bytes: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Bytes of copies of the shared store on this machine; beyond that the least recently "
-            "used are dropped.",
-        ),
-    ] = 100_000_000_000,
     file_root: Annotated[
         list[Path] | None, typer.Option(help="Folder that file:// may name. May be repeated.")
     ] = None,
@@ -194,8 +178,6 @@ def serve(
             account=account,
             database=database,
             s3_endpoint=s3_endpoint,
-            shared_store=shared_store,
-            shared_cache_bytes=shared_cache_bytes,
             file_roots=tuple(file_root or ()),
             strict_region=strict_region,
             graders=parse_graders(grader or (), check=not no_workers),

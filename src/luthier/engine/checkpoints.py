@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,8 @@ class TrainingProgress:
 class Checkpoints:
     """The checkpoints of one run, in its folder ``checkpoints``."""
 
-    def __init__(self, folder: Path, on_written: Callable[[], None] = lambda: None) -> None:
-        """``on_written`` is called behind each; the time it takes spaces the later ones, too."""
-        self.folder, self._on_written = folder, on_written
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._last = time.monotonic()
         self._cost: float | None = None
         sweep(folder)
@@ -103,7 +102,6 @@ class Checkpoints:
         for other in present:
             if other not in kept:
                 _remove(other)
-        self._on_written()
         self._cost, self._last = time.monotonic() - started, time.monotonic()
         return path
 

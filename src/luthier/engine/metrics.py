@@ -177,9 +177,6 @@ class Reporter:
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """A line went to the metrics file; ``steps`` is the length of the run."""
 
-    def checkpoint(self) -> None:
-        """A checkpoint was written and is whole on the disk."""
-
 
 class MetricsFile:
     """``metrics.jsonl``: one object a line, appended as the run goes."""

@@ -188,7 +188,7 @@ def work(folder: Path, train: Training = _train) -> None:
     _end_soon_on_sigterm()
     rank = ProcessGroup.of_environment().rank
     first = rank == 0
-    reporter = ReportFile(folder / _REPORTS, answered=True) if first else Reporter()
+    reporter = ReportFile(folder / _REPORTS) if first else Reporter()
     if first and restart_count():
         reason = "a process ended by surprise; all go on from the last checkpoint"
         if (folder / _LOST).is_file():

@@ -1,13 +1,12 @@
 """What a run reports from one process to another, by a file that grows: a call of its reporter a line.
 
-["note", ["the text"]]    ["metrics", [{"step": 1, ...}, 81]]    ["checkpoint", []]
+["note", ["the text"]]    ["metrics", [{"step": 1, ...}, 81]]
 """
 
 from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +21,8 @@ LOOK_SECONDS = 0.1
 class ReportFile(Reporter):
     """Writes what it hears to the end of a file."""
 
-    def __init__(self, path: Path, answered: bool = False) -> None:
-        """``answered``: :meth:`checkpoint` returns when the other process has handed it on, as that may
-        copy the checkpoint elsewhere, see :func:`handing_on`."""
-        self.path, self.answered = path, answered
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def stage(self, text: str) -> None:
         """See :class:`Reporter`."""
@@ -51,13 +48,6 @@ class ReportFile(Reporter):
         """See :class:`Reporter`."""
         self._append("metrics", without_rows(line), steps)
 
-    def checkpoint(self) -> None:
-        """See :class:`Reporter`."""
-        before = _answers(self.path)
-        self._append("checkpoint")
-        while self.answered and _answers(self.path) == before:
-            time.sleep(LOOK_SECONDS / 10)
-
     def _append(self, method: str, *arguments: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps([method, arguments], default=str) + "\n")
@@ -70,7 +60,7 @@ class ReportReader:
         self.path, self._place = path, 0
 
     def hand_on(self, reporter: Reporter) -> None:
-        """Tell ``reporter`` what was written since the last call; checkpoints are answered."""
+        """Report to ``reporter`` what was written since the last call."""
         if not self.path.is_file():
             return
         with self.path.open("rb") as file:
@@ -79,25 +69,18 @@ class ReportReader:
         for line in lines[:-1]:  # what follows the last line end is being written
             self._place += len(line) + 1
             method, arguments = json.loads(line)
-            try:
-                getattr(reporter, method)(*arguments)
-            finally:
-                if method == "checkpoint":
-                    with _answer_file(self.path).open("ab") as file:
-                        file.write(b".")
+            getattr(reporter, method)(*arguments)
 
     def remove(self) -> None:
-        """Delete the file, and the answers to its checkpoints."""
+        """Delete the file."""
         self.path.unlink(missing_ok=True)
-        _answer_file(self.path).unlink(missing_ok=True)
 
 
 @contextmanager
 def handing_on(path: Path, reporter: Reporter) -> Iterator[None]:
-    """Tell ``reporter`` meanwhile what is written to the file at ``path``.
+    """Report to ``reporter`` what is written to the file at ``path`` during the block.
 
-    What ``reporter`` raises is raised at the end of the block. It is told nothing more then, and
-    checkpoints are answered all the same: nobody waits for an answer that never comes.
+    An exception of ``reporter`` is raised at the end of the block; ``reporter`` gets no further calls.
     """
     ended = threading.Event()
     reader = ReportReader(path)
@@ -126,13 +109,3 @@ def handing_on(path: Path, reporter: Reporter) -> Iterator[None]:
         hand_on()
     if raised:
         raise raised[0]
-
-
-def _answer_file(path: Path) -> Path:
-    """Has as many bytes as checkpoints that were handed on."""
-    return path.with_name(f"{path.name}-answers")
-
-
-def _answers(path: Path) -> int:
-    answers = _answer_file(path)
-    return answers.stat().st_size if answers.is_file() else 0

@@ -553,7 +553,7 @@ class Trainer:
             self._compare(network)
             if not resume:
                 self._name_quicker()
-        checkpoints = Checkpoints(self.first_folder / CHECKPOINTS, self.reporter.checkpoint)
+        checkpoints = Checkpoints(self.first_folder / CHECKPOINTS)
         found = checkpoints.latest() if resume else None
         # What is calibrated comes with a checkpoint, but the starting weights do not.
         if found is None or self.job.data.objective.uses_reference:

@@ -60,7 +60,7 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.objectives.capabilities import other_models
     from luthier.recipe import Recipe, parse
     from luthier.store.model_folders import is_base_here
-    from luthier.store.models import find_here, objective_of
+    from luthier.store.models import find, objective_of
     from luthier.workflows.pipeline import KINDS
 
     def described(model_id: str) -> Any:
@@ -70,14 +70,14 @@ def _memory_of(command: str, fields: str) -> int:
     def config(model_id: str, head: Any) -> Any:
         if entry := described(model_id):
             return catalogue_config(entry, head)
-        return read_config(find_here(model_id).network_folder, head)
+        return read_config(find(model_id).network_folder, head)
 
     def usual_objective(model_id: str) -> Any:
         entry = described(model_id)
         if entry is not None:
             own = OBJECTIVES[base_kind(entry.kind).objective].model_validate({})
         else:
-            own = objective_of(find_here(model_id))
+            own = objective_of(find(model_id))
         if own.task == "causal_lm":
             return OBJECTIVES["sft"].model_validate({})
         # A model distilled from another one learns on without its teacher.
@@ -86,7 +86,7 @@ def _memory_of(command: str, fields: str) -> int:
     def reads_media(model_id: str) -> bool:
         if entry := described(model_id):
             return entry.media is not None
-        return load_processor(find_here(model_id).network_folder) is not None
+        return load_processor(find(model_id).network_folder) is not None
 
     recipe = json.loads(fields)
     parsed = parse(KINDS[command].recipe, recipe)
@@ -104,7 +104,7 @@ def _memory_of(command: str, fields: str) -> int:
     for other in others:
         head = OBJECTIVES["causal_lm"].model_validate({}).head()
         if ":" in other:
-            head = objective_of(find_here(other)).head()
+            head = objective_of(find(other)).head()
         memory = memory.beside(weight_bytes(sketch_of(config(other, head), head), size))
     usual = MOST_IMAGES if reads_media(parsed.base) else TOKENS
     return memory.peak(parsed.training.micro_batch_tokens or usual)

@@ -32,8 +32,6 @@ from luthier.store.model_folders import working_folders
 from luthier.store.models import custom_models
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import UPLOADS, Objects
-from luthier.store.shared import shared_folders
-from luthier.store.shared_models import shared_name
 from luthier.store.snapshot import remove_orphaned_snapshots
 from luthier.store.uploaded_files import UploadedFiles
 
@@ -305,12 +303,6 @@ class Deletions:
         left = [item.name for item in _items(again, deletion)]
         files = (luthier_home() / item.name for item in items if item.kind in ("job", "model"))
         left += [path.relative_to(luthier_home()).as_posix() for path in files if path.exists()]
-        if shared := shared_folders():
-            jobs = _affected_jobs(traces, deletion)
-            names = [JobFolders(job.id).shared_run for job in jobs]
-            if deletion.models == "delete":
-                names += [shared_name(job.result["stored_id"]) for job in jobs if job.result]
-            left += [f"{name} of the shared store" for name in names if shared.read(name)]
         stored = self.objects.files
         for name, file_id in (
             (each.address, piece.id)

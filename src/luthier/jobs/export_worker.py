@@ -37,9 +37,9 @@ from luthier.errors import (
     UnknownModel,
     WrongState,
 )
-from luthier.files import hashes_of, json_text, luthier_home
+from luthier.files import hashes_of, json_text, luthier_home, waits_for_disk
 from luthier.jobs.folders import ExportFolders
-from luthier.jobs.worker import BEAT, RENEWAL, Heartbeat, Worker, waits_for_room
+from luthier.jobs.worker import BEAT, RENEWAL, Heartbeat, Worker
 from luthier.models.manifest import created_now
 from luthier.store import exports, queue, storage
 from luthier.store.accounts import quotas_of
@@ -141,7 +141,7 @@ class ExportWorker(Worker[ModelExport, Locations]):
             return 1
         except Exception as error:
             self.ending = True
-            if waits_for_room(error):
+            if waits_for_disk(error):
                 self.heartbeat.finish()
                 raise
             _log.exception("export %s failed", self.row_id)

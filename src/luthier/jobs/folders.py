@@ -4,7 +4,6 @@ jobs/<id>/                    its data, as they were when it first ran
 teachers/<account>/           what its teacher answered, for all jobs of the account
 jobs/<id>.lock                held by the worker as long as it lives
 jobs/<id>.log                 what the worker printed
-jobs/<id>.shared              what of it is in the shared store, where there is one
 runs/<base>/job-<id>/         the run: checkpoints, metrics
 distillations/<base>/job-<id>/
 models/custom/<base>/job-<id>/
@@ -32,8 +31,6 @@ from luthier.store.database import Database
 from luthier.store.jobs import COMPLETED, Job, run_name
 from luthier.store.model_folders import custom_folder, id_of
 from luthier.store.queue import log_file
-from luthier.store.shared import shared_folders
-from luthier.store.shared_models import remove_model, remove_models_of_run
 
 LONGEST_LOG = 4_000_000
 """Bytes of a log; of a longer one the first half is cut."""
@@ -57,11 +54,8 @@ class JobFolders:
 
     def drop_working_files(self) -> None:
         """Free the disk of what the finished job no longer needs; its run and its model stay."""
-        if shared := shared_folders():
-            shared.remove(self.shared_run)
         sweep(self.parent, self.job_id)
         remove(self.data)
-        self.shared_mark.unlink(missing_ok=True)
         # Nobody waits for the files of a job that has ended.
         self.lock_file.unlink(missing_ok=True)
         for folder in self.below("distillations"):
@@ -76,18 +70,11 @@ class JobFolders:
     def drop_all(self) -> None:
         """Remove everything but the log: the job has made no model."""
         self.drop_working_files()
-        remove_models_of_run(run_name(self.job_id))
         for parent in (luthier_home() / "models" / "custom").glob("*"):
             sweep(parent, run_name(self.job_id))
         for place in ("models/custom", "runs"):
             for folder in self.below(place):
                 remove(folder)
-
-    def drop_local(self) -> None:
-        """Remove what this machine has of a job that goes on from what the shared store has."""
-        for folder in (self.data, *self.below("runs"), *self.below("distillations")):
-            remove(folder)
-        self.shared_mark.unlink(missing_ok=True)
 
     def open_log(self) -> int:
         """A file descriptor to append to the log by."""
@@ -112,16 +99,6 @@ class JobFolders:
             return []
         home = f"{luthier_home()}/"
         return [line.decode(errors="replace").rstrip().replace(home, "") for line in last]
-
-    @property
-    def shared_run(self) -> str:
-        """Name in the shared store of what another machine needs to go on with the job."""
-        return f"jobs/{self.job_id}"
-
-    @property
-    def shared_mark(self) -> Path:
-        """File that says which of these this machine has."""
-        return self.parent / f"{self.job_id}.shared"
 
     def below(self, place: str) -> Iterator[Path]:
         """The folders of the job in one part of the store."""
@@ -148,7 +125,6 @@ class ImportFolders(JobFolders):
         """
         sweep(self.model.parent, self.model.name)
         if model:
-            remove_model(self.stored_id)
             self.drop_here()
         self.drop_working_files()
 

@@ -36,7 +36,6 @@ from luthier.errors import (
     ModelRefused,
     QuotaExceeded,
     RefusedInput,
-    SharedStoreAway,
 )
 from luthier.files import (
     TEMPORARY,
@@ -67,9 +66,6 @@ from luthier.store.foundation import foundation_model
 from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
 from luthier.store.models import StoredModel, find
-from luthier.store.shared import shared_folders
-from luthier.store.shared_identity import check_present
-from luthier.store.shared_models import share_model
 from luthier.workflows.certificate.certificate import certify
 
 SECONDS = 3600
@@ -124,7 +120,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         sweep(self.folders.model.parent, self.folders.model.name)
         try:
             changes, details = self._store(row)
-        except (Interrupted, LeaseLost, SharedStoreAway):
+        except (Interrupted, LeaseLost):
             raise
         except WorkInterrupted:
             raise  # says nothing of the model: another worker tries, as after a crash
@@ -146,19 +142,13 @@ class ImportWorker(Worker[ModelImport, Locations]):
         self.folders.log.unlink(missing_ok=True)
 
     def _fail(self, error: Exception, found: ModelImport) -> None:
-        # Nothing of it may be left here when its owner reads that it failed. What the shared store has
-        # may be the model that another worker made, until it is sure that none did.
+        # The files are gone before the owner reads that the import failed.
         self.folders.drop_here()
         if not isinstance(error, RefusedInput):
             _log.exception("model %s failed", self.row_id, exc_info=error)
         failure = self._explain(error, found.source)
         self._end(lambda s: imports.fail(s, self.row_id, self.lease, failure))
-        try:
-            self.folders.drop(model=True)
-        except SharedStoreAway as away:
-            # It has failed all the same; a server tidies up when it can.
-            _log.warning("what model %s left stays for now: %s", self.row_id, away)
-            return
+        self.folders.drop(model=True)
         if isinstance(error, RefusedInput):
             self.folders.log.unlink(missing_ok=True)
 
@@ -175,11 +165,6 @@ class ImportWorker(Worker[ModelImport, Locations]):
                 save_plain(plain, fresh)
             self._manifest(fresh, found, chosen, accepted).write(fresh)
         certify(self.folders.stored_id)
-        if shared := shared_folders():
-            # Other machines have the model before anybody is told that it is there.
-            stored_id, folder = self.folders.stored_id, self.folders.model
-            self.retry(lambda: check_present(self.database, shared.store))
-            self.retry(lambda: share_model(shared, stored_id, folder, self.while_held))
         size = folder_size(self.folders.model)
         changes: dict[str, Any] = {"stored_id": self.folders.stored_id, "stored_bytes": size}
         if accepted.parent is not None:

@@ -45,10 +45,9 @@ class JobReporter(Reporter):
         self,
         job: Job,
         rename: Callable[[str], str],
-        on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         """``rename`` puts the names that the owner knows into a text."""
-        self.job_id, self.rename, self._on_checkpoint = job.id, rename, on_checkpoint
+        self.job_id, self.rename = job.id, rename
         self.details = job.details.copy()
         self._pending = Pending()
         self._lock = threading.Lock()
@@ -121,10 +120,6 @@ class JobReporter(Reporter):
             data["train_loss"] = self._train_loss[1]
         measure = line.get("measure", "loss")
         self._add("metrics", f"Step {step}/{steps}: {event} {measure} {line[measure]:.4f}", data)
-
-    def checkpoint(self) -> None:
-        """A checkpoint was written."""
-        self._on_checkpoint()
 
     def part(self, name: str, status: str) -> None:
         """A part of the work begins, or is over: ``status`` in Bedrock's words."""

@@ -77,7 +77,6 @@ def _prepare_jobs(database: Database) -> None:
             try:
                 tidy(database, job, folders)
             except (LuthierError, OSError) as error:
-                # Such as a shared store that is away: other jobs begin all the same.
                 _log.warning("the files of job %s stay for now: %s", job.id, error)
     for job in unknown:
         try:

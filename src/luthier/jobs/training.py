@@ -30,17 +30,15 @@ from luthier.errors import (
     LuthierError,
     QuotaExceeded,
     RecipeError,
-    SharedStoreAway,
     UnknownModel,
     WrongState,
 )
-from luthier.files import folder_size, verify
+from luthier.files import folder_size, verify, waits_for_disk
 from luthier.jobs import outputs
 from luthier.jobs.data import JobData, JobLocations, fetch_data
 from luthier.jobs.folders import JobFolders, tidy
 from luthier.jobs.job_reporter import JobReporter, copy_event
 from luthier.jobs.processes import NO_DISK
-from luthier.jobs.shared_runs import SharedRun
 from luthier.jobs.worker import (
     AGAIN,
     BEAT,
@@ -48,7 +46,6 @@ from luthier.jobs.worker import (
     Heartbeat,
     Worker,
     explain_wait,
-    waits_for_room,
 )
 from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
@@ -59,9 +56,6 @@ from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job, JobResult, run_name
 from luthier.store.models import StoredModel, find
-from luthier.store.shared import shared_folders, shared_store
-from luthier.store.shared_identity import check_present
-from luthier.store.shared_models import share_model
 from luthier.workflows.pipeline import KINDS
 
 _log = logging.getLogger(__name__)
@@ -151,8 +145,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
     def work(self, row: Job) -> int:
         """Train, verify, write the outputs; the exit status."""
         self._outputs = []
-        self.shared_run = SharedRun(self.folders, self.while_held)
-        reporter = JobReporter(row, self._rename, self.shared_run.share_checkpoint)
+        reporter = JobReporter(row, self._rename)
         with self.database.read() as session:
             reporter.remember(session)
         # A second signal would end the agent of several processes before these are at a checkpoint.
@@ -181,11 +174,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
     def _train(self, job: Job, reporter: JobReporter) -> JobResult:
         """Everything up to the last transaction; the result of the job."""
         reporter.part("validation", "InProgress")
-        if store := shared_store():
-            self.retry(lambda: check_present(self.database, store))
-        self.retry(self.shared_run.restore)
         self.data = data = self.retry(lambda: fetch_data(job, self.folders, self.locations))
-        self.retry(self.shared_run.share)
         kind = KINDS[job.command]
         recipe = parse(kind.recipe, recipe_fields(job, data))
         base = self.retry(lambda: find(job.recipe["base"], reporter.stage))
@@ -219,9 +208,6 @@ class TrainingWorker(Worker[Job, JobLocations]):
             quotas = quotas_of(session, job.account, self.quotas)
             # Before its outputs are written: of a job that fails there is nothing.
             storage.check(session, job.account, quotas, stored_bytes=self._model_bytes)
-        if shared := shared_folders():
-            # Other machines have the model before anybody is told that it is there.
-            self.retry(lambda: share_model(shared, model.id, model.folder, self.while_held))
         result = JobResult(
             stored_id=model.id,
             steps=run["steps"],
@@ -269,7 +255,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
         if isinstance(error, WrongState):
             # Stopped or paused in the last moment: its model waits in the store, or goes.
             return self._end_interrupted(job, heartbeat, error)
-        if waits_for_room(error):
+        if waits_for_disk(error):
             _log.exception("what job %s writes has no place now", self.row_id)
             message = self._rename(explain_wait(error))
             self._end(heartbeat, lambda s: self.give_back(s, message))
@@ -301,11 +287,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
         if job.state == STOPPED:
             self._remove_outputs(job)
         if job.state in ENDED:
-            try:
-                tidy(self.database, job, self.folders)
-            except SharedStoreAway as error:
-                # The job has ended all the same; a server tidies up when it can.
-                _log.warning("the files of job %s stay for now: %s", self.row_id, error)
+            tidy(self.database, job, self.folders)
         return 0
 
     def _remove_outputs(self, job: Job) -> None:

@@ -26,7 +26,6 @@ from luthier.errors import (
     LeaseLost,
     LuthierError,
     RefusedInput,
-    SharedStoreAway,
 )
 from luthier.files import waits_for_disk
 from luthier.jobs.admission import Capacity
@@ -179,7 +178,7 @@ class Worker(ABC, Generic[Work, Places]):
                 self.write(lambda session: self.give_back(session, self.given_back))
             return 0
         except Exception as error:
-            if not waits_for_room(error):
+            if not waits_for_disk(error):
                 raise
             _log.exception("what %s writes has no place now", self.row_id)
             message = explain_wait(error)
@@ -266,19 +265,8 @@ class Worker(ABC, Generic[Work, Places]):
             raise Interrupted("stopped before the next step")
 
 
-def waits_for_room(error: BaseException) -> bool:
-    """Whether work failed for want of a place to write to, and not for what it is."""
-    return isinstance(error, SharedStoreAway) or waits_for_disk(error)
-
-
 def explain_wait(error: Exception) -> str:
     """Why work is back in the queue, and what lets it go on."""
-    if isinstance(error, SharedStoreAway):
-        # Its address is for no client.
-        return (
-            "The shared store of the servers does not answer. The job goes on from its last checkpoint "
-            "when it does."
-        )
     return (
         f"The server's disk cannot take what the job writes ({str(error).rstrip('.')}). "
         "The job goes on from its last checkpoint when it can."

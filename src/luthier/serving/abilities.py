@@ -89,9 +89,9 @@ def writes(model: AnyModel) -> bool:
 @lru_cache(maxsize=1 << 14)
 def _stored_writes(home: Path, stored_id: str, created: datetime) -> bool:
     """Of a model in the store ``home``; ``created`` tells it from an earlier one of its id."""
-    from luthier.store.models import find_here, objective_of
+    from luthier.store.models import find, objective_of
 
-    stored = find_here(stored_id)
+    stored = find(stored_id)
     return _writes(stored, objective_of(stored))
 
 

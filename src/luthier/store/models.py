@@ -20,7 +20,6 @@ from luthier.errors import (
     CorruptFile,
     LuthierError,
     RecipeError,
-    SharedStoreAway,
     UnknownModel,
 )
 from luthier.files import (
@@ -52,7 +51,6 @@ from luthier.store.model_folders import (
     split_id,
     unfinished_run_ids,
 )
-from luthier.store.shared_models import fetch_model, note_use, refresh_model
 
 if TYPE_CHECKING:
     import torch
@@ -140,22 +138,6 @@ def find(
         f"{suggest_models(model_id, _ids_of_able(is_able))} A local "
         "Hugging Face directory or a hub id (organisation/name) works too."
     )
-
-
-def find_here(model_id: str) -> StoredModel:
-    """As :func:`find`, where no custom model has to be fetched from the shared store for it.
-
-    Raises:
-        UnknownModel: for one that is not on this machine, or stands on one that is not.
-    """
-    below: str | None = model_id
-    while below is not None and ":" in below and not Path(below).exists():
-        folder = folder_of(below)
-        if folder is None or not (folder / MANIFEST).is_file():
-            raise UnknownModel(f"{below} is not on this machine")
-        manifest = _read_record(folder, below)
-        below = manifest.parent if manifest.saved == "adapter" else None
-    return find(model_id)
 
 
 def check_active(model: StoredModel) -> StoredModel:
@@ -345,18 +327,10 @@ def update_record(model: StoredModel, change: Callable[[Manifest], Manifest]) ->
 
     Raises:
         CorruptFile: where the record is not there any more, or cannot be read.
-        SharedStoreAway: where the shared store does not take it: it is as before then.
     """
     with lock_record(model):
-        before = _read_record(model.folder, model.id)
-        manifest = change(before)
+        manifest = change(_read_record(model.folder, model.id))
         manifest.write(model.folder)
-        try:
-            refresh_model(model.id, model.folder)
-        except SharedStoreAway:
-            # A copy that is dropped for want of room would take the change with it.
-            before.write(model.folder)
-            raise
     return replace(model, manifest=manifest)
 
 
@@ -708,9 +682,7 @@ def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = No
     base, name = split_id(model_id)
     folder = custom_folder(base, name)
     known = re.fullmatch(r"[\w.-]+", name) is not None
-    if known and not (folder / MANIFEST).is_file():
-        known = fetch_model(f"{short_name(base)}:{name}", folder)
-    if not known:
+    if not known or not (folder / MANIFEST).is_file():
         others = _ids_of_able(is_able, custom_only=True)
         message = (
             f"there is no custom model {model_id!r}. {_suggest_runs(model_id)}"
@@ -722,6 +694,5 @@ def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = No
             )
         raise UnknownModel(message)
     manifest = _read_record(folder, model_id)
-    note_use(manifest.id)
     parent = find(str(manifest.parent)) if manifest.saved == "adapter" else None
     return StoredModel(manifest.id, folder, manifest, parent)

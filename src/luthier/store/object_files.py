@@ -1,8 +1,5 @@
 """Bytes of objects: files with random names, by account. A key of a client never becomes a path.
 
-Where there is a shared store (``luthier.store.shared``), each file is there as well, and a machine that
-lacks one fetches it when it is read.
-
 A file is on disk before a row of the database names it, and leaves the disk only after no row does, so
 a process that dies in between leaves files that nobody names: :meth:`ObjectFiles.sweep` removes them.
 """
@@ -15,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +24,6 @@ from luthier.encryption.files import new_data_file
 from luthier.encryption.keys import keys_for, needed_keyring
 from luthier.errors import CorruptFile, DiskFull, QuotaExceeded
 from luthier.files import disk_errors, luthier_home, room
-from luthier.store.shared import OBJECTS, StoredFile, fetch_shared, shared_store
 
 READ_SIZE = 1 << 20
 """Bytes that are held of an object while it is read."""
@@ -89,7 +85,6 @@ class FileWriter:
         file_id: str,
         take: Callable[[int], int] = lambda size: size,
         room: Room | None = None,
-        share: Callable[[Path], None] = lambda path: None,
     ) -> None:
         """Begin.
 
@@ -98,9 +93,8 @@ class FileWriter:
             file_id: its name.
             take: counts bytes in flight and says how many there are.
             room: in which they have to fit, if given.
-            share: lets other machines have the whole file.
         """
-        self._id, self._folder, self._share = file_id, folder, share
+        self._id, self._folder = file_id, folder
         self._take, self._room, self._taken = take, room, 0
         self._size = 0
         self._md5 = hashlib.md5(usedforsecurity=False)
@@ -154,14 +148,9 @@ class FileWriter:
         self._sha256.update(data)
 
     def finish(self) -> WrittenFile:
-        """Force it to disk, give it its name, and let other machines have it."""
+        """Force the file to disk and give it its name."""
         self._open = False
         self._context.__exit__(None, None, None)
-        try:
-            self._share(self._folder / self._id)
-        except BaseException:
-            (self._folder / self._id).unlink(missing_ok=True)
-            raise
         return WrittenFile(self._id, self._size, self._md5.hexdigest(), self._sha256.hexdigest())
 
 
@@ -173,80 +162,41 @@ class ObjectFiles:
     """The files of all accounts below one folder: ``<account>/<first two of the id>/<id>``."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """``folder`` is ``objects`` in the store unless said otherwise; only that one is shared."""
+        """``folder`` is ``objects`` in the store by default."""
         self.folder = folder or luthier_home() / "objects"
-        self.shared = shared_store() if folder is None else None
-        """Where its files are, too; ``None`` where nothing is shared."""
         self._in_flight = InFlight()
 
     def begin(self, account: str, room: Room | None = None) -> FileWriter:
         """A new file, to be used in a ``with``; without a ``room`` as large as the disk."""
         file_id = secrets.token_hex(16) + (SEALED if keys_for(self.folder) else "")
         take = partial(self._in_flight.add, account)
-        share = partial(self._put, account)
-        return FileWriter(self.path(account, file_id).parent, file_id, take, room, share)
-
-    def _put(self, account: str, path: Path) -> None:
-        if self.shared is not None:
-            self.shared.put(_key(account, path.name), path)
-
-    def _fetch(self, account: str, file_id: str, expected: StoredFile | None) -> Path:
-        """Where a file is on this machine, fetched if it has to be."""
-        path = self.path(account, file_id)
-        if self.shared is None:
-            return path
-        try:
-            os.utime(path)  # its last use, of which the oldest are dropped first
-        except FileNotFoundError:
-            fetch_shared(self.shared, _key(account, file_id), path, expected)
-        return path
-
-    def is_shared(self, account: str, file_id: str) -> bool:
-        """Whether the shared store has a file, so that this machine need not."""
-        return self.shared is not None and self.shared.exists(_key(account, file_id))
+        return FileWriter(self.path(account, file_id).parent, file_id, take, room)
 
     def exists(self, account: str, file_id: str) -> bool:
-        """Whether a file is here, or in the shared store."""
-        return self.path(account, file_id).exists() or self.is_shared(account, file_id)
+        """Whether the file exists."""
+        return self.path(account, file_id).exists()
 
     def path(self, account: str, file_id: str) -> Path:
         """Where a file is."""
         return self.folder / account / file_id[:2] / file_id
 
-    def link(self, account: str, file_id: str, size: int, digest: str) -> str:
-        """Id of a second name for the bytes of a file, which live as long as either.
-
-        Args:
-            account: whose it is.
-            file_id: its id.
-            size: of its content, in bytes.
-            digest: SHA-256 of its content, which is compared as in :meth:`read`.
+    def link(self, account: str, file_id: str) -> str:
+        """Create a second name for the bytes of a file and return its id.
 
         Raises:
-            FileNotFoundError: where the file has been removed in the meantime.
-            CorruptFile: where it had to be fetched, and is not what the shared store was given.
+            FileNotFoundError: if the file was removed in the meantime.
         """
-        sealed = file_id.endswith(SEALED)
-        copy = secrets.token_hex(16) + (SEALED if sealed else "")
+        copy = secrets.token_hex(16) + (SEALED if file_id.endswith(SEALED) else "")
         target = self.path(account, copy)
         with disk_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
-            source = self._fetch(account, file_id, None if sealed else StoredFile(digest, size))
-            os.link(source, target)
-        try:
-            self._put(account, target)
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
+            os.link(self.path(account, file_id), target)
         return copy
 
     def remove(self, account: str, file_ids: Iterable[str]) -> None:
         """Remove files that no row names any more."""
-        gone = [*file_ids]
-        for file_id in gone:
+        for file_id in file_ids:
             self.path(account, file_id).unlink(missing_ok=True)
-        if self.shared is not None:
-            self.shared.delete([_key(account, file_id) for file_id in gone])
 
     def read(
         self,
@@ -254,7 +204,6 @@ class ObjectFiles:
         files: Sequence[tuple[str, int]],
         start: int,
         length: int,
-        hashes: Mapping[str, str] | None = None,
     ) -> Iterator[bytes]:
         """``length`` bytes from ``start`` of files that stand one after the other.
 
@@ -263,13 +212,10 @@ class ObjectFiles:
             files: ids and sizes in bytes, in order.
             start: first byte, counted from 0.
             length: bytes at most; the files hold as many from ``start``.
-            hashes: SHA-256 of their contents by id; what is fetched is compared with them, where it is
-                not encrypted and so says itself that it is whole.
 
         Raises:
             FileNotFoundError: before the first piece, where a file was removed in the meantime.
-            CorruptFile: for a file that is shorter than recorded, does not open, or is not what the
-                shared store was given.
+            CorruptFile: for a file that is shorter than recorded or cannot be opened.
             WrongKey: for an encrypted file without its key.
         """
         for file_id, size in files:
@@ -278,69 +224,33 @@ class ObjectFiles:
                 continue
             left = min(size - start, length)
             length -= left
-            digest = None if file_id.endswith(SEALED) else (hashes or {}).get(file_id)
-            path = self._fetch(account, file_id, StoredFile(digest, size) if digest else None)
+            path = self.path(account, file_id)
             for data in _bytes(path, size, start, left):
                 left -= len(data)
                 yield data
             if left:
-                raise CorruptFile(f"{self.path(account, file_id)} is shorter than it was recorded")
+                raise CorruptFile(f"{path} is shorter than recorded")
             start = 0
             if not length:
                 return
 
     def sweep(self, named: Callable[[str], set[str]], older_than: float = UNNAMED_SECONDS) -> int:
-        """Remove files that no row names; how many there were.
+        """Remove files that no row names, and return their number.
 
         Args:
-            named: given the first two of their ids, the ids that rows name.
+            named: returns the ids that rows name and that begin with the given two characters.
             older_than: seconds since a file was last changed.
         """
-        removed = self._sweep_shared(named, time.time() - older_than)
-        return removed + self.sweep_here(lambda start, ids: named(start), older_than)
-
-    def sweep_here(
-        self, named: Callable[[str, Set[str]], set[str]], older_than: float = UNNAMED_SECONDS
-    ) -> int:
-        """The same on this machine alone; ``named`` is also given the ids that are asked for."""
         newest, removed = time.time() - older_than, 0
         for folder in sorted(self.folder.glob("*/??")):
-            # Seen before the rows are asked: what is named by then is kept.
+            # Listed before the rows are read: a file that gets a row in between is kept.
             seen = [path for path in folder.iterdir() if _change_time(path) <= newest]
-            known = named(folder.name, {path.name for path in seen}) if seen else set()
+            known = named(folder.name) if seen else set()
             for path in seen:
                 if path.name not in known:
                     path.unlink(missing_ok=True)
                     removed += 1
         return removed
-
-    def _sweep_shared(self, named: Callable[[str], set[str]], newest: float) -> int:
-        """The same in the shared store; what rows name and only this machine has is put there."""
-        if self.shared is None:
-            return 0
-        present: dict[str, dict[str, str]] = {}
-        for entry in self.shared.list(OBJECTS):
-            start, file_id = entry.key.split("/")[-2:]
-            if entry.modified.timestamp() <= newest:
-                present.setdefault(start, {})[file_id] = entry.key
-        removed = 0
-        for start, keys in present.items():
-            known = named(start)
-            gone = [key for file_id, key in keys.items() if file_id not in known]
-            self.shared.delete(gone)
-            removed += len(gone)
-        for folder in sorted(self.folder.glob("*/??")):
-            local = {path.name for path in folder.iterdir()} - present.get(folder.name, {}).keys()
-            for file_id in local & named(folder.name) if local else ():
-                account = folder.parent.name
-                if not self.is_shared(account, file_id):
-                    self._put(account, folder / file_id)
-        return removed
-
-
-def _key(account: str, file_id: str) -> str:
-    """Of a file in the shared store."""
-    return f"{OBJECTS}/{account}/{file_id[:2]}/{file_id}"
 
 
 def _bytes(path: Path, size: int, start: int, length: int) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -27,7 +27,6 @@ from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Base, Database, find_row, now
 from luthier.store.object_files import UNNAMED_SECONDS, FileWriter, ObjectFiles, Room, WrittenFile
-from luthier.store.shared_identity import check_identity
 from luthier.store.storage import FreedStorage
 
 Key = Text().with_variant(Text(collation="C"), "postgresql")
@@ -444,8 +443,7 @@ class Objects:
             found = _get_object(session, account, bucket, key)
             pieces = pieces_of(session, found)
         files = [(piece.id, piece.size) for piece in pieces]
-        hashes = {piece.id: piece.sha256 for piece in pieces}
-        return Content(found, pieces, lambda s, n: self.files.read(account, files, s, n, hashes))
+        return Content(found, pieces, lambda s, n: self.files.read(account, files, s, n))
 
     def open_range(
         self, account: str, bucket: str, key: str, span: Callable[[StoredObject], tuple[int, int]]
@@ -488,7 +486,7 @@ class Objects:
         try:
             for piece in content.pieces:
                 written = WrittenFile(
-                    self.files.link(account, piece.id, piece.size, piece.sha256),
+                    self.files.link(account, piece.id),
                     piece.size,
                     piece.md5,
                     piece.sha256,
@@ -533,24 +531,8 @@ class Objects:
         self.files.remove(account, [each for each in ids if each not in named])
 
     def sweep(self, older_than: float = UNNAMED_SECONDS) -> int:
-        """Remove the files that a killed process left; how many there were. Done at each start.
-
-        Raises:
-            RefusedInput: where the shared store is not the one of the database.
-        """
-        if self.files.shared is not None:
-            check_identity(self.database, self.files.shared)
+        """Remove files that a killed process left, and return their number."""
         return self.files.sweep(self._files_of_rows, older_than)
-
-    def drop_deleted_copies(self, older_than: float = UNNAMED_SECONDS) -> int:
-        """Remove from this machine the files of what was deleted on another; how many there were."""
-
-        def find_named(start: str, ids: Set[str]) -> set[str]:
-            query = select(ObjectPiece.id).where(ObjectPiece.id.in_(ids))
-            with self.database.read() as session:
-                return set(session.scalars(query))
-
-        return self.files.sweep_here(find_named, older_than)
 
     def _files_of_rows(self, start: str) -> set[str]:
         with self.database.read() as session:

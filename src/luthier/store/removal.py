@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from luthier.errors import CorruptFile, RecipeError, WrongState
 from luthier.files import write_bytes
 from luthier.models.manifest import MANIFEST
-from luthier.store import exports, shared_models, storage, tags
+from luthier.store import exports, storage, tags
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CREATING, RESERVED, CustomModel
 from luthier.store.database import Database
@@ -151,11 +151,8 @@ def mark_for_removal() -> Iterator[Callable[[str | None], None]]:
     Where the transaction fails the models are as they were.
     """
     marks: list[Path] = []
-    shared: list[str] = []
 
     def mark(stored_id: str | None) -> None:
-        if stored_id is not None and shared_models.mark_removal(stored_id):
-            shared.append(stored_id)
         folder = folder_of(stored_id)
         if folder is not None and folder.is_dir() and not (folder / _REMOVED).exists():
             marks.append(folder / _REMOVED)
@@ -166,8 +163,6 @@ def mark_for_removal() -> Iterator[Callable[[str | None], None]]:
     except BaseException:
         for path in marks:
             path.unlink(missing_ok=True)
-        for stored_id in shared:
-            shared_models.unmark_removal(stored_id)
         raise
 
 
@@ -177,11 +172,6 @@ def finish_deletions(database: Database) -> None:
         stored_id = id_of(folder)
         if owner_of(database, stored_id) is not None:
             (folder / _REMOVED).unlink(missing_ok=True)
-        else:
-            remove_files(stored_id)
-    for stored_id in shared_models.marked_removals():
-        if owner_of(database, stored_id) is not None:
-            shared_models.unmark_removal(stored_id)
         else:
             remove_files(stored_id)
 
@@ -216,11 +206,9 @@ def remove_files(stored_id: str | None) -> None:
     """Delete the files of a model that has no record any more, of its run, and the log of its job.
 
     Where another model stands on them the model's own stay, marked, and go with the last one that does.
-    They go from the shared store first: other machines drop their copies of what is not there.
     """
     if stored_id is None or folder_of(stored_id) is None:
         return
-    shared_models.remove_model(stored_id)
     remove_side_files_and_log(stored_id)
     stored = {each.id: each for each in custom_models()}
     found = stored.get(stored_id)

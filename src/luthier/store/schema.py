@@ -26,7 +26,6 @@ from luthier.store import (
     jobs,
     objects,
     principals,
-    shared_identity,
     storage,
     tags,
     uploaded_files,
@@ -36,7 +35,7 @@ from luthier.store.database import Base, Database, lock_by_name
 
 _MODULES = (
     accounts, audit, batches, custom_models, endpoints, evaluations, exports,
-    idempotency, imports, jobs, objects, principals, shared_identity, storage, tags, uploaded_files,
+    idempotency, imports, jobs, objects, principals, storage, tags, uploaded_files,
     usage,
 )  # fmt: skip
 """Each declares its tables when it is imported."""

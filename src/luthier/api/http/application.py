@@ -61,7 +61,7 @@ from luthier.api.http.streams import (
 from luthier.api.policies import record_actions
 from luthier.api.sigv4 import claim_of
 from luthier.cancellation import cancelled_by
-from luthier.errors import ReadOnlyDisk, RefusedInput, SharedStoreAway
+from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.serving.inference import meter
 from luthier.serving.scheduler import working_for
@@ -417,8 +417,8 @@ def _fault_of(error: BaseException, request_id: str) -> Fault:
     if isinstance(error, asyncio.CancelledError):
         text = "The service is ending. Ask again; what was asked may have been done."
         return Fault("ServiceUnavailable", text, retry_after=5)
-    if isinstance(error, OperationalError | ReadOnlyDisk | SharedStoreAway):
-        # It passes when the database, disk or shared store is back: clients are told to ask again.
+    if isinstance(error, OperationalError | ReadOnlyDisk):
+        # The database or the disk may come back: clients are told to retry.
         _log.error(
             "database or disk trouble",
             exc_info=error,

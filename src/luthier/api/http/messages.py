@@ -31,7 +31,6 @@ from luthier.errors import (
     ReadOnlyDisk,
     RecipeError,
     RefusedInput,
-    SharedStoreAway,
     UnknownModel,
     WrongState,
 )
@@ -265,14 +264,11 @@ class Fault(LuthierError):
         self.code, self.message, self.parameter, self.details = code, message, parameter, details
 
     @staticmethod
-    def unavailable(error: OperationalError | ReadOnlyDisk | SharedStoreAway) -> Fault:
+    def unavailable(error: OperationalError | ReadOnlyDisk) -> Fault:
         """What a database or store that is away, full or read-only becomes, or such a disk."""
         if isinstance(error, ReadOnlyDisk):
             text = "The service's disk takes no writes now: its operator mends that."
             return Fault("ServiceUnavailable", text, retry_after=30)
-        if isinstance(error, SharedStoreAway):
-            text = "The service's shared store does not answer. Ask again."
-            return Fault("ServiceUnavailable", text, retry_after=5)
         said = str(error.orig)
         why = next((text for word, text in _TROUBLES.items() if word in said), "does not answer")
         text = f"The service's database {why}. Ask again; what was asked may have been done."

@@ -19,3 +19,4 @@ def upgrade() -> None:
         table.alter_column("eval_id", existing_type=sa.String(), nullable=False)
         for column in ("face", "application", "source_hash"):
             table.drop_column(column)
+    op.drop_table("shared_store")
