@@ -2,7 +2,6 @@
 
     python benchmarks/serving.py [--streams 1 8 32 64] [--tokens 64] [--rounds 3] [--gguf q8_0]
     python benchmarks/serving.py --only-prefix
-    python benchmarks/serving.py --speculation off ngram DRAFT [--base MODEL] [--streams 1 8]
 
 SmolLM2-135M in the machine's type, greedy, a prompt of some 30 tokens for each stream, and 64 tokens of
 answer. luthier is asked through the pool that all faces of the server use, a thread for each stream;
@@ -12,11 +11,6 @@ and between texts are told too. The median round counts.
 
 The second part asks twenty questions behind the same instructions of some 600 tokens, one after the
 other: seconds to the first text for the first one and for the others.
-
-With `--speculation` the same questions are asked of the base with each of its values alone, such as a
-draft model by its id, in turns: tokens a second beside those with the first value, the share of guesses
-that were right, and of a draft model the share of tokens that were written without asking it, as its
-guesses did not pay. Texts that differ are an error.
 """
 
 from __future__ import annotations
@@ -24,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -41,11 +34,10 @@ import torch
 from children import table
 from luthier.engine.machine import choose_machine, limit_kernels, release_workers
 from luthier.models.load import load_model
-from luthier.models.speculation import Speculation
 from luthier.sdk.export import export
 from luthier.serving.inference import Chat, GenerationRequest, TokenChunk
 from luthier.serving.memory import resident_bytes
-from luthier.serving.pool import LoadedModel, ModelPool
+from luthier.serving.pool import ModelPool
 from luthier.store.models import StoredModel, chat_format, find
 from luthier.types import Message
 
@@ -82,29 +74,26 @@ Times = tuple[float, list[float]]
 class Round:
     """What one round of one side gave."""
 
-    def __init__(
-        self, seconds: float, tokens: int, times: Sequence[Times] = (), texts: Sequence[str] = ()
-    ) -> None:
-        self.rate, self.times, self.texts = tokens / seconds, times, tuple(texts)
+    def __init__(self, seconds: float, tokens: int, times: Sequence[Times] = ()) -> None:
+        self.rate, self.times = tokens / seconds, times
 
 
 def luthier_round(pool: ModelPool, model: StoredModel, asked: Sequence[str], tokens: int) -> Round:
     barrier = threading.Barrier(len(asked) + 1)
 
-    def ask(text: str) -> tuple[int, Times, str]:
+    def ask(text: str) -> tuple[int, Times]:
         request = GenerationRequest(
             Chat((Message("user", text),)), temperature=0, max_tokens=tokens
         )
         barrier.wait()
         began = time.perf_counter()
         stream = pool.submit(model.id, request)
-        came, answer = [], ""
+        came = []
         for event in stream:
             if isinstance(event, TokenChunk):
                 came.append(time.perf_counter())
-                answer += event.text
         gaps = [after - before for before, after in pairwise(came)]
-        return stream.written(), (came[0] - began, gaps), answer
+        return stream.written(), (came[0] - began, gaps)
 
     with ThreadPoolExecutor(len(asked)) as threads:
         running = [threads.submit(ask, text) for text in asked]
@@ -112,8 +101,8 @@ def luthier_round(pool: ModelPool, model: StoredModel, asked: Sequence[str], tok
         began = time.perf_counter()
         found = [each.result() for each in running]
         seconds = time.perf_counter() - began
-    counts, times, texts = zip(*found, strict=True)
-    return Round(seconds, sum(counts), times, texts)
+    counts, times = zip(*found, strict=True)
+    return Round(seconds, sum(counts), times)
 
 
 def generate_round(theirs: torch.nn.Module, model: StoredModel) -> Callable[..., Round]:
@@ -240,47 +229,6 @@ def streams(
     )
 
 
-def speculations(
-    values: Sequence[str], base: str, counts: Sequence[int], tokens: int, rounds: int
-) -> None:
-    model = find(base, print)
-    pools = {value: ModelPool(speculation={model.id: value}) for value in values}
-    rows = []
-    for count in counts:
-        asked = prompts(count)
-        rates: dict[str, list[float]] = {value: [] for value in values}
-        guesses = {value: Speculation() for value in values}
-        for number in range(rounds + 1):  # the first one warms up
-            texts = set()
-            for value, pool in pools.items():
-                before = loaded(pool, model).speculation if number else None
-                found = luthier_round(pool, model, asked, tokens)
-                texts.add(found.texts)
-                if before is not None:
-                    rates[value].append(found.rate)
-                    guesses[value] += (loaded(pool, model).speculation or before) - before
-            if len(texts) > 1:
-                sys.exit(f"texts of {count} streams differ")
-        written = rounds * count * tokens
-        first = statistics.median(rates[values[0]])
-        for value in values:
-            rate, own = statistics.median(rates[value]), guesses[value]
-            share = own.accepted / own.proposed if own.proposed else 0.0
-            rows.append([
-                str(count), value, f"{rate:,.0f}", f"{rate / first:.2f}x",
-                f"{share:.0%} of {own.proposed:,}", f"{own.draft_skipped / written:.0%}",
-            ])  # fmt: skip
-            print(rows[-1], flush=True)
-    heads = ["streams", "speculation", "tokens/s", f"beside {values[0]}", "accepted", "skipped"]
-    print(table(heads, rows))
-    for pool in pools.values():
-        pool.close()
-
-
-def loaded(pool: ModelPool, model: StoredModel) -> LoadedModel:
-    return next(each for each in pool.loaded_models() if each.id == model.id)
-
-
 def repeated_instructions(pool: ModelPool, model: StoredModel) -> None:
     firsts = []
     for number in range(20):
@@ -301,8 +249,6 @@ def repeated_instructions(pool: ModelPool, model: StoredModel) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base", default=BASE, help="what is asked with --speculation")
-    parser.add_argument("--speculation", nargs="+", metavar="off|ngram|DRAFT")
     parser.add_argument("--streams", type=int, nargs="+")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -310,10 +256,6 @@ def main() -> None:
     parser.add_argument("--only-prefix", action="store_true")
     options = parser.parse_args()
     limit_kernels()
-    if options.speculation:
-        counts = options.streams or [1, 8]
-        speculations(options.speculation, options.base, counts, options.tokens, options.rounds)
-        return
     model = find(BASE, print)
     pool = ModelPool()
     pool.submit(model.id, GenerationRequest([5, 6, 7], temperature=0, max_tokens=2)).whole()

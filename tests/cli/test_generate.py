@@ -18,7 +18,6 @@ from thinking_models import THOUGHT
 from luthier.cli.console import stream_reasoning
 from luthier.files import read_json
 from luthier.models.manifest import MANIFEST
-from luthier.models.speculation import DraftLength
 from luthier.printable import printable
 
 
@@ -54,29 +53,6 @@ def test_generate_keeps_replies_to_what_they_have_to_match(home: Path, tmp_path:
     assert "none.lark cannot be read: No such file or directory" in missing
     grammar.write_bytes(b"\xff\xfe")
     assert "is not text in UTF-8" in Answer(*ask, "--grammar", str(grammar)).refused()
-
-
-@pytest.mark.slow
-def test_a_draft_model_changes_no_text_and_says_how_well_it_guessed(
-    home: Path, in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DraftLength, "choose", lambda *given: 3)
-    ask = ["generate", MODEL, "colour of sky?"]
-    draft = ["--speculation", MODEL]
-    answer = Answer(*ask, *draft).good()
-    assert answer.out == "blue\n"
-    assert re.fullmatch(
-        rf"\(draft model {MODEL}: \d+ of \d+ guesses accepted \(\d+%\)\)\n", answer.err
-    )
-    report = Answer(*ask, *draft, "--json").good().json()
-    assert report["completion"] == "blue" and report["draft_model"] == MODEL
-    assert report["draft_proposed"] >= report["draft_accepted"] > 0 == report["draft_skipped"]
-    source = jsonl(tmp_path / "in.jsonl", [{"prompt": "colour of sky?"}, {"prompt": "snow?"}])
-    several = Answer("generate", MODEL, "--input", str(source), *draft).good()
-    assert several.out == Answer("generate", MODEL, "--input", str(source)).good().out
-    assert f"(draft model {MODEL}: " in several.err
-    refused = Answer(*ask, "--speculation", "nobody").refused()
-    assert "there is no model 'nobody'" in refused
 
 
 def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from luthier.api.service import LAMBDA
 from luthier.cli.app import app
-from luthier.cli.serve import parse_graders, parse_speculation
+from luthier.cli.serve import parse_graders
 from luthier.errors import RefusedInput
 from luthier.store.database import Database
 
@@ -80,14 +80,6 @@ def test_graders_are_named_and_checked(tmp_path: Path) -> None:
     ):
         with pytest.raises(RefusedInput):
             parse_graders([given])
-
-
-def test_who_guesses_is_named_and_checked() -> None:
-    given = ["support=off", "a:b=c:d", "/x=y/z=ngram"]
-    assert parse_speculation(given) == {"support": "off", "a:b": "c:d", "/x=y/z": "ngram"}
-    for wrong in (["support"], ["=off"], ["support="], ["a=off", "a=ngram"]):
-        with pytest.raises(RefusedInput, match="--speculation"):
-            parse_speculation(wrong)
 
 
 @pytest.mark.parametrize(

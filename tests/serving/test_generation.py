@@ -19,7 +19,6 @@ from luthier.errors import RecipeError
 from luthier.models.decoding import Decoding
 from luthier.models.load import as_network
 from luthier.models.sampling import Sampling
-from luthier.models.speculation import Speculation
 from luthier.serving.generation import Generator
 from luthier.serving.inference import Chat
 from luthier.store.models import chat_format, find, load
@@ -198,7 +197,7 @@ class ScriptedGenerator(Generator):
 
     def __init__(self, backend: Scripted, chat: ChatFormat) -> None:
         self.backend, self.chat, self.context = backend, chat, 512
-        self.prompt_ids, self.speculation = np.zeros(0, dtype=np.int64), Speculation()
+        self.prompt_ids = np.zeros(0, dtype=np.int64)
 
 
 def script(tokenizer: Any, ids: Sequence[int]) -> Any:

@@ -14,7 +14,7 @@ from luthier.models.speculation import Speculation
 from luthier.serving import latency
 from luthier.serving.decoder import Decoder, RunningAnswer
 from luthier.serving.inference import InferenceFailed
-from luthier.serving.latency import BOUNDS, OTHER, AnswerLatency, LatencyHistogram, LatencyTable
+from luthier.serving.latency import OTHER, LatencyTable, ModelMetrics
 from luthier.serving.memory import CacheBudget
 from luthier.store.models import StoredModel, find
 
@@ -24,16 +24,20 @@ SAME = {"logit_bias": {7: 100.0}}
 
 @pytest.fixture
 def decoder(tiny_model_folder: Path, in_float32: None) -> Decoder:
-    return Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
+    stored = find(str(tiny_model_folder))
+    return Decoder.open(stored, CacheBudget(MEMORY), latency=LatencyTable().of(stored))
 
 
-def test_a_histogram_counts_up_to_each_bound() -> None:
-    made = LatencyHistogram()
-    for seconds in (0.0, BOUNDS[0], BOUNDS[0] + 1e-9, BOUNDS[-1] + 1):
-        made.observe(seconds)
-    counts, total = made.read()
-    assert counts == [2, 1, *[0] * (len(BOUNDS) - 2), 1]
-    assert total == pytest.approx(2 * BOUNDS[0] + BOUNDS[-1] + 1)
+def value(metric: Any, name: str) -> float:
+    """The sample of a Prometheus metric whose name ends in ``name``."""
+    samples = [each for family in metric.collect() for each in family.samples]
+    (found,) = [each.value for each in samples if each.name.endswith(name)]
+    return float(found)
+
+
+def of(decoder: Decoder) -> ModelMetrics:
+    assert decoder.latency is not None
+    return decoder.latency
 
 
 def test_labels_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,9 +45,13 @@ def test_labels_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     table = LatencyTable(lambda stored: stored.id)
     models = [StoredModel(str(n), Path(str(n)), Manifest(id=str(n))) for n in range(6)]
     found = [table.of(each) for each in models]
-    assert list(table.by_label()) == ["0", "1", "2", OTHER]
-    assert found[3] is found[4] is found[5] is table.by_label()[OTHER]
-    assert table.of(models[1]) is found[1]
+    labels = {each.labels["model"] for family in table.collect() for each in family.samples}
+    assert labels == {"0", "1", "2", OTHER}
+    assert found[3] == found[4] == found[5] != found[2]
+    assert table.of(models[1]) == found[1]
+    for each in found[3:]:
+        each.add_speculation(Speculation(5, 3))
+    assert value(found[3].proposed, "_total") == 15 and value(found[3].accepted, "_total") == 9
 
 
 def test_each_request_has_a_first_token_and_each_other_one_a_time(decoder: Decoder) -> None:
@@ -52,10 +60,9 @@ def test_each_request_has_a_first_token_and_each_other_one_a_time(decoder: Decod
     decoder.submit(asked("Hello", n=3, max_tokens=4, **SAME)).whole()
     whole = time.perf_counter() - began
     decoder.close()
-    first, seconds = decoder.latency.first_token.read()
-    assert sum(first) == 2 and 0 < seconds < whole
-    between, more = decoder.latency.between_tokens.read()
-    assert sum(between) == 4 + 3 * 3 and 0 < more < 3 * whole
+    first, between = of(decoder).first_token, of(decoder).between_tokens
+    assert value(first, "_count") == 2 and 0 < value(first, "_sum") < whole
+    assert value(between, "_count") == 4 + 3 * 3 and 0 < value(between, "_sum") < 3 * whole
 
 
 def test_a_wait_for_a_turn_is_part_of_the_first_token(
@@ -73,8 +80,8 @@ def test_a_wait_for_a_turn_is_part_of_the_first_token(
     monkeypatch.setattr(decoder.memory, "take", take)
     answer(decoder, asked("Hi", max_tokens=3, **SAME))
     decoder.close()
-    assert decoder.latency.first_token.read()[1] > refused[-1] - refused[0] > 0
-    assert sum(decoder.latency.between_tokens.read()[0]) == 2
+    assert value(of(decoder).first_token, "_sum") > refused[-1] - refused[0] > 0
+    assert value(of(decoder).between_tokens, "_count") == 2
 
 
 def test_a_token_that_ends_an_answer_or_fails_is_not_measured(
@@ -90,7 +97,7 @@ def test_a_token_that_ends_an_answer_or_fails_is_not_measured(
     with pytest.raises(InferenceFailed):
         answer(decoder, asked("Hi", **SAME))
     decoder.close()
-    assert sum(decoder.latency.first_token.read()[0]) == 0
+    assert value(of(decoder).first_token, "_count") == 0
 
 
 def test_guesses_are_counted_once_an_answer_has_ended(decoder: Decoder) -> None:
@@ -99,11 +106,5 @@ def test_guesses_are_counted_once_an_answer_has_ended(decoder: Decoder) -> None:
     decoder.close()
     found = decoder.speculation
     assert 20 < found.accepted < 60 and found.accepted <= found.proposed
-    assert decoder.latency.speculation == found
-
-
-def test_two_models_of_a_label_are_counted_together() -> None:
-    one = AnswerLatency()
-    for _ in range(2):
-        one.add_speculation(Speculation(5, 3))
-    assert one.speculation == Speculation(10, 6)
+    assert value(of(decoder).proposed, "_total") == found.proposed
+    assert value(of(decoder).accepted, "_total") == found.accepted

@@ -24,7 +24,7 @@ from luthier.api.console.face import Console
 from luthier.api.http.application import Application
 from luthier.api.http.connections import Connections
 from luthier.api.http.limits import RateLimits
-from luthier.api.http.metrics import LatencyMetrics, Meter, Metrics
+from luthier.api.http.metrics import Meter, Metrics
 from luthier.api.http.routing import Face
 from luthier.api.identifiers import ModelIds
 from luthier.api.native.face import native_face
@@ -49,7 +49,6 @@ from luthier.models.catalog import CATALOG
 from luthier.serving.constraints import SUBJECT, GrammarTrials
 from luthier.serving.latency import OTHER, LatencyTable
 from luthier.serving.memory import FreedMemory, resident_bytes
-from luthier.serving.opened_model import resolve_speculation
 from luthier.serving.pool import ModelPool
 from luthier.serving.sandbox_pool import SandboxPool
 from luthier.serving.scheduler import FairTurns
@@ -92,7 +91,6 @@ class Service:
         try:
             upgrade(self.database)
             open_store_keys(settings.encryption_key)
-            speculation = resolve_speculation(settings.speculation)
         except BaseException:
             self.database.close()
             raise
@@ -117,7 +115,6 @@ class Service:
             trials=self.trials,
             limits=limits,
             latencies=latencies,
-            speculation=speculation,
         )
         self.memory = FreedMemory()
         self.locations = Locations(
@@ -143,7 +140,7 @@ class Service:
             Metrics(
                 self._gauges,
                 self.meter.count,
-                (LatencyMetrics(latencies), *([self.meter] if settings.metrics_by_account else [])),
+                (latencies, *([self.meter] if settings.metrics_by_account else [])),
             ),
             self.trail,
             self.missing,

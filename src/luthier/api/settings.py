@@ -44,7 +44,5 @@ class Settings:
     """Processes of this machine that share the training of each job."""
     work: bool = True
     """Whether this server works on the queue."""
-    speculation: Mapping[str, str] = field(default_factory=dict)
-    """Who guesses the next tokens, by the ids of models in the store; ``ngram`` for all others."""
     limits: ServerLimits = field(default_factory=ServerLimits)
     """What the server takes on, of one client and in all."""

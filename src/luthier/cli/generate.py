@@ -33,7 +33,6 @@ from luthier.cli.options import (
     Overwrite,
     RayAddress,
     RayGpus,
-    Speculation,
 )
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput, data_errors
 from luthier.files import read_text
@@ -41,7 +40,6 @@ from luthier.files import read_text
 if TYPE_CHECKING:
     from luthier.data.parsing import Record
     from luthier.models.sampling import Sampling
-    from luthier.models.speculation import Speculation as SpeculationCounts
     from luthier.serving.generation import Generator, Prompt
     from luthier.types import Message
     from luthier.workflows.inference_tasks import InputRow
@@ -85,7 +83,6 @@ def generate(
     grammar: Annotated[
         Path | None, typer.Option(help="File of a grammar in Lark that each reply matches.")
     ] = None,
-    speculation: Speculation = "ngram",
     overwrite: Overwrite = False,
     processes: InferenceProcesses = None,
     ray_address: RayAddress = None,
@@ -131,7 +128,6 @@ def generate(
         source=str(input_),
         columns=parse_columns(columns),
         sampling=sampling,
-        speculation=speculation,
     )
     batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:
@@ -139,8 +135,7 @@ def generate(
         Generator.check(stored)
         found, report = batch.answer(replace(task, model=stored.id))
         if json_:
-            draft = {"draft_model": speculation, **found.counts} if found.counts else {}
-            print_json({**report, **draft})
+            print_json(report)
         else:
             print_written(found.rows, "replies", batch.output)
         return
@@ -157,13 +152,12 @@ def generate(
         from luthier.cli.progress import show_progress
 
         stored = check_active(find(model, is_able=Generator.is_able))
-        generator = Generator.open(stored, speculation)
+        generator = Generator.open(stored)
     if input_ is None:
         if json_:
             (answer,) = generator.answers([prompt or ""], sampling)
             completion = {"completion": answer.text, **reasoning_of(answer)}
-            guesses = _draft_report(generator)
-            print_json({"model": model, "prompt": prompt, **completion, **guesses})
+            print_json({"model": model, "prompt": prompt, **completion})
             return
         _write_reply(generator, prompt or "", sampling)
         return
@@ -179,7 +173,6 @@ def generate(
         write_json(text)
     if json_:
         report = {"rows": len(answers), "seconds": time.monotonic() - started}
-        report |= _draft_report(generator)
         if output:
             report["output"] = str(output)
         else:
@@ -190,31 +183,6 @@ def generate(
         return
     if output is not None:
         print_written(len(answers), "replies", output)
-    _print_draft(generator, generator.speculation)
-
-
-def _draft_report(generator: Generator) -> dict[str, Any]:
-    """How well a draft model guessed all that was written, where there is one."""
-    if generator.draft_model is None:
-        return {}
-    from luthier.workflows.inference_tasks import draft_counts
-
-    return {"draft_model": generator.draft_model, **draft_counts(generator.speculation)}
-
-
-def _print_draft(generator: Generator, found: SpeculationCounts) -> None:
-    """Say on standard error how well a draft model guessed, where there is one."""
-    if generator.draft_model is None:
-        return
-    rate = found.draft_acceptance_rate
-    text = f"draft model {generator.draft_model}: "
-    if rate is None:
-        text += "no guesses"
-    else:
-        text += f"{found.draft_accepted} of {found.draft_proposed} guesses accepted ({rate:.0%})"
-    if found.draft_skipped:
-        text += f"; {found.draft_skipped} tokens written without it, as it did not pay"
-    typer.echo(f"({text})", err=True)
 
 
 def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Message:
@@ -225,7 +193,6 @@ def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Me
     from luthier.types import Message
 
     thoughts: list[str] = []
-    before = generator.speculation
 
     def show_reasoning(piece: str) -> None:
         thoughts.append(piece)
@@ -246,7 +213,6 @@ def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Me
     sys.stdout.write("\n")
     if not finished:
         typer.echo("(cut off: --max-tokens allows more)", err=True)
-    _print_draft(generator, generator.speculation - before)
     return Message("assistant", reply, reasoning="".join(thoughts))
 
 
@@ -264,7 +230,6 @@ def chat(
     model: Model,
     max_tokens: ReplyTokens = None,
     temperature: Temperature = 0.0,
-    speculation: Speculation = "ngram",
 ) -> None:
     """Talk to a model. An empty line starts anew, /exit or Ctrl-D ends."""
     with heavy_imports(model):
@@ -277,7 +242,7 @@ def chat(
 
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
         stored = check_active(find(model, is_able=Generator.is_able))
-        generator = Generator.open(stored, speculation)
+        generator = Generator.open(stored)
     several = generator.chat.template == "chat"
     print_text(f"{model} is ready. {CHAT_HELP}")
     if generator.backend.device.type == "cpu" and chosen_backend().id == "torch":

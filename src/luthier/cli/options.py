@@ -58,15 +58,6 @@ Adaptation = Annotated[str | None, typer.Option(help=_ADAPTATIONS)]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the rows.")]
 BatchSize = Annotated[int | None, typer.Option(help="Rows in one step.")]
 LearningRate = Annotated[float | None, typer.Option(help="Highest learning rate.")]
-Speculation = Annotated[
-    str,
-    typer.Option(
-        metavar="ngram|off|MODEL",
-        help="Who guesses the next tokens, which the model checks several at once; texts are the same. "
-        "What followed the same tokens before, nobody, or a smaller model with the same tokenizer (a "
-        "draft model), by its id.",
-    ),
-]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

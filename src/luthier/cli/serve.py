@@ -83,14 +83,6 @@ def serve(
             "May be repeated.",
         ),
     ] = None,
-    speculation: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODEL=ngram|off|DRAFT",
-            help="Who guesses the next tokens of a model and of the adapters on it: what followed the "
-            "same tokens before (the default), nobody, or a draft model by its id. May be repeated.",
-        ),
-    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -183,7 +175,6 @@ def serve(
             graders=parse_graders(grader or (), check=not no_workers),
             requests_per_second=requests_per_second,
             cors_origins=check_origins(cors_origin or ()),
-            speculation=parse_speculation(speculation or ()),
             limits=parse_limits(limit or ()),
             metrics_by_account=metrics_by_account,
             ray_address=ray_address,
@@ -210,23 +201,6 @@ def serve(
             server.run(service.application, ports, service.connections, ready)
         finally:
             service.close(stop_workers)
-
-
-def parse_speculation(assignments: Sequence[str]) -> dict[str, str]:
-    """Who guesses the tokens of which model, as ``--speculation`` says it."""
-    found: dict[str, str] = {}
-    for text in assignments:
-        # A local directory may have the sign in its name.
-        name, equals, value = text.rpartition("=")
-        if not (name and equals and value):
-            raise RefusedInput(
-                f"--speculation {text!r}: write MODEL=ngram, MODEL=off, or MODEL=DRAFT with the id of "
-                "a draft model"
-            )
-        if name in found:
-            raise RefusedInput(f"--speculation {text!r}: {name} is named twice; name it once")
-        found[name] = value
-    return found
 
 
 def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,6 @@ from luthier.plugins import PluginTable
 if TYPE_CHECKING:
     from torch import Tensor, device
 
-    from luthier.models.draft_model import DraftModel
     from luthier.models.kv_cache import KeyValues
     from luthier.models.network import Network
     from luthier.models.speculation import Speculation
@@ -135,14 +134,6 @@ class Speculates(Protocol):
 
     def speculation(self, state: State) -> Speculation:
         """What was guessed for a sequence so far."""
-        ...
-
-    def set_speculation(self, looks_up: bool, draft: DraftModel | None = None) -> bool:
-        """Before there are sequences: who guesses for them, prompt lookup and a draft model or none.
-
-        It is closed with the backend. Returns whether a draft is used: not where steps of other numbers
-        of rows round otherwise, as texts would follow from what is guessed.
-        """
         ...
 
 

@@ -26,9 +26,8 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.models import heads
-from luthier.models.backends import Speculates, backend_of, read_prompts, reply_room
+from luthier.models.backends import backend_of, read_prompts, reply_room
 from luthier.models.forward_backend import ForwardBackend
-from luthier.models.speculation import Speculation
 
 if TYPE_CHECKING:
     from luthier.models.backends import Backend, State
@@ -268,9 +267,6 @@ class Decoding:
         ]
         """In the order of the prompts, those of one prompt side by side."""
         self._alive = list(self.rows)
-        self._speculates = backend if isinstance(backend, Speculates) else None
-        self.speculation = Speculation()
-        """What was guessed for the rows that are done."""
 
     def step(self) -> list[RunningCompletion]:
         """Write a token to each completion that is not done; those, or none where all are done."""
@@ -301,8 +297,6 @@ class Decoding:
         """Write no more of ``row``, and give its memory back."""
         if not row.done:
             row.done = True
-            if self._speculates is not None:
-                self.speculation += self._speculates.speculation(row.state)
             self._backend.free(row.state)
 
     def close(self) -> None:

@@ -31,7 +31,6 @@ from luthier.models.packing import linear_plus, packed_weight
 from luthier.models.prefix import prefix_tokens
 
 if TYPE_CHECKING:
-    from luthier.models.draft_model import DraftModel
     from luthier.models.network import Network
 
 PREFILL_ROWS = range(2 * CHUNK_STEP, CHUNK + 1, 2 * CHUNK_STEP)
@@ -204,10 +203,6 @@ class Adapter:
     """Tokens of a soft prompt, which its prompts begin with."""
     sequences: int = 0
     """Of it, that were begun and not freed."""
-    looks_up: bool = True
-    """Whether its sequences guess what followed the same tokens before (prompt lookup)."""
-    draft: DraftModel | None = None
-    """What else guesses for them."""
     loaded: bool = False
     """Whether it was taken in with its layers, and not let go of."""
     slot: int = -1

@@ -10,8 +10,7 @@ not. Prompts are read in chunks, several prompts at once, and from where an earl
 if that gives the same bits; else each alone, from multiples of :data:`CHUNK` on.
 
 The rows that fill up a step of few sequences check guesses of what these write next
-(:mod:`luthier.models.speculation`): a token that was guessed right costs no step of its own. Where a
-draft model guesses (:mod:`luthier.models.draft_model`), there are as many such rows as pay.
+(:mod:`luthier.models.speculation`): a token that was guessed right costs no step of its own.
 
 Networks that have no flat layout run by their own forward and cache
 (:mod:`luthier.models.forward_backend`).
@@ -21,7 +20,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -32,7 +30,6 @@ from torch import Tensor
 
 from luthier.data.tree import build_tree, round_up, split_to_budget
 from luthier.models.attention import AttentionPlan
-from luthier.models.backends import common_length
 from luthier.models.forward_backend import ForwardBackend
 from luthier.models.kv_cache import (
     CHUNK,
@@ -61,7 +58,6 @@ from luthier.types import Example
 
 if TYPE_CHECKING:
     from luthier.models.backends import Backend, State
-    from luthier.models.draft_model import DraftModel, DraftSequence
     from luthier.models.network import Network
     from luthier.types import IntArray
 
@@ -127,14 +123,6 @@ class _FlatSequence:
         """How many of the guess were written."""
         self.proposed = self.accepted = 0
         """Of all guesses, the tokens and those of them that were written."""
-        self.draft: DraftSequence | None = None
-        """What the draft model has read, once it was to guess."""
-        self.drafted = False
-        """Whether the guess is the draft model's."""
-        self.looked_up: list[int] = []
-        """What the lookup would have guessed in its place."""
-        self.draft_proposed = self.draft_accepted = self.skipped = 0
-        """See :class:`Speculation`."""
 
     @property
     def unread(self) -> int:
@@ -147,26 +135,12 @@ class _FlatSequence:
             self.span.length += 1
             self.right += 1
             self.accepted += 1
-            self.draft_accepted += self.drafted
             del self.guess[0]
             return self.logits.pop(0)
         if self.logits or self.right:
-            self._learn()
+            self.lookup.learn(self.right)
         self.guess, self.logits, self.right = [], [], 0
-        self.drafted, self.looked_up = False, []
         return None
-
-    def _learn(self) -> None:
-        """Tell those who guessed how much of it was right, now that the token behind it is written."""
-        right, draft = self.right, self.adapter.draft
-        if self.drafted and draft is not None:
-            written = np.array(self.lookup.ids[-1 - right :])
-            looked_up = common_length(np.array(self.looked_up), written)
-            draft.length.observe_guess(right, bool(self.guess), looked_up)
-            if not self.looked_up:
-                return
-            right = looked_up
-        self.lookup.learn(right)
 
 
 class FlatBackend:
@@ -209,20 +183,6 @@ class FlatBackend:
             with first_layer_alone(network.model):
                 self.divisible = len(self.sizes) > 1 and self._probe_chunks()
 
-    def set_speculation(
-        self, looks_up: bool, draft: DraftModel | None = None, adapter: Adapter | None = None
-    ) -> bool:
-        """See :meth:`luthier.models.backends.Speculates.set_speculation`."""
-        adapter = adapter or self._base
-        if draft is not None and not self._exact:
-            # How many rows a step has follows from the clock then, and no text may follow from that.
-            self._exact = self._exact_sizes() == self.sizes
-            if not self._exact:
-                draft = None
-        with self._lock:  # no step asks the draft that was there before any more
-            adapter.looks_up, adapter.draft = looks_up, draft if self.rows > 1 else None
-        return adapter.draft is not None
-
     def with_adapter(self, network: Network, context: int) -> Backend:
         """A backend for ``network``, which is this one's with an adapter; both step together."""
         return AdaptedBackend(self, network, context)
@@ -232,7 +192,6 @@ class FlatBackend:
         adapter = self._shared.adapter_of(network)
         with self._lock:
             self._shared.add(adapter)
-        adapter.looks_up, adapter.draft = self._base.looks_up, self._base.draft
         return adapter
 
     def remove_adapter(self, adapter: Adapter) -> None:
@@ -243,9 +202,8 @@ class FlatBackend:
     def bytes_of(self, tokens: int, adapter: Adapter | None = None) -> int:
         """Memory that a sequence of ``tokens`` takes at most."""
         adapter = adapter or self._base
-        draft = 0 if adapter.draft is None else adapter.draft.bytes_of(tokens)
         tokens += adapter.before + CHUNK_STEP
-        return max(room_for(tokens), keys_for(tokens)) * self._bytes + draft
+        return max(room_for(tokens), keys_for(tokens)) * self._bytes
 
     def open(
         self, ids_T: IntArray, start: KeyValues | None = None, adapter: Adapter | None = None
@@ -442,13 +400,7 @@ class FlatBackend:
 
     def speculation(self, state: Any) -> Speculation:
         """What was guessed for a sequence so far."""
-        return Speculation(
-            state.proposed,
-            state.accepted,
-            state.draft_proposed,
-            state.draft_accepted,
-            state.skipped,
-        )
+        return Speculation(state.proposed, state.accepted)
 
     def free(self, state: Any) -> None:
         """Give its place in the bank back."""
@@ -456,22 +408,11 @@ class FlatBackend:
             try:  # to give the place back takes memory, and may fail
                 state.span.bank.remove(state.span)
             finally:
-                draft, state.draft = state.draft, None
-                try:
-                    if draft is not None and state.adapter.draft is not None:
-                        state.adapter.draft.free(draft)
-                finally:
-                    self._shared.leave(state.adapter)
-
-    def reserve(self, state: Any, tokens: int) -> None:
-        """Have room for so many tokens behind those that a sequence has."""
-        state.span = self._banks.with_room(state.span, tokens)
+                self._shared.leave(state.adapter)
 
     def close(self) -> None:
         """Let go of all keys and values, and of the packed weights."""
         self._open.close()
-        if self._base.draft is not None:
-            self._base.draft.close()
         self._banks, self._shared = Banks(), SharedBase(self.network, self.sizes)
 
     def _step(self, states: Sequence[Any], tokens: Sequence[int]) -> list[Tensor]:
@@ -483,33 +424,20 @@ class FlatBackend:
             rows += [(state.span, ahead) for ahead in range(1, len(state.guess) + 1)]
             row_tokens += state.guess
             adapters += [state.adapter] * len(state.guess)
-        began = time.perf_counter()
-        logits = self.step_rows(rows, row_tokens, adapters)
-        drafts = _drafts_of(states)
-        if drafts and self.device.type != "cpu":
-            torch.accelerator.synchronize(
-                self.device
-            )  # else it is the next one that takes the time
-        for draft in drafts:
-            seconds = time.perf_counter() - began
-            draft.length.observe_target(self._size_for(len(rows)), seconds)
+        logits = self._step_rows(rows, row_tokens, adapters)
         behind = iter(logits[len(states) :])
         for state in states:
             state.span.length += 1
             state.logits = [next(behind) for _ in state.guess]
         return logits[: len(states)]
 
-    def step_rows(
-        self,
-        rows: Sequence[StepRow],
-        tokens: Sequence[int],
-        adapters: Sequence[Adapter] | None = None,
+    def _step_rows(
+        self, rows: Sequence[StepRow], tokens: Sequence[int], adapters: Sequence[Adapter]
     ) -> list[Tensor]:
-        """Logits ``[V]`` behind a token in each row, whose keys and values are written to its place.
+        """Return logits ``[V]`` behind a token in each row, and store its keys and values.
 
-        The sequences get no longer by it. There are at most ``self.rows``, and room for them.
+        The lengths of the sequences do not change. There are at most ``self.rows``, and room for them.
         """
-        adapters = adapters or [self._base] * len(rows)
         order = step_order(rows)
         size = self._size_for(len(rows))
         fill = [0] * (size - len(rows))
@@ -525,27 +453,15 @@ class FlatBackend:
         return [row_of[place] for place in range(len(rows))]
 
     def _guess(self, states: Sequence[Any]) -> None:
-        """Have ``states`` guess what they write next, in rows that the step has to spare."""
-        rows = len(states)
-        for draft in _drafts_of(states):
-            own = [state for state in states if state.adapter.draft is draft]
-            draft.guess(own, rows - len(own), self.sizes)
-            rows += sum(len(state.guess) for state in own)
-            for state in own:
-                state.drafted = bool(state.guess)
-        few = GUESSING in self.sizes and len(states) < GUESSING
-        spare = GUESSING - rows
-        asked = [state for state in states if few and state.adapter.looks_up]
-        for place, state in enumerate(asked):
-            if state.drafted:
-                state.looked_up = state.lookup.guess(len(state.guess))
-                continue
+        """Have ``states`` guess their next tokens, in rows that the step has to spare."""
+        spare = GUESSING - len(states)
+        if spare < 1 or GUESSING not in self.sizes:
+            return
+        for place, state in enumerate(states):
             room = state.span.bank.room - state.span.length - 1
-            state.guess = state.lookup.guess(min(spare // (len(asked) - place), room))
+            state.guess = state.lookup.guess(min(spare // (len(states) - place), room))
             spare -= len(state.guess)
-        for state in states:
             state.proposed += len(state.guess)
-            state.draft_proposed += state.drafted * len(state.guess)
 
     def _run(self, model: Any, ids_N: Tensor, position_N: Tensor, attention: Any) -> Tensor:
         device = self.network.device
@@ -671,12 +587,6 @@ class FlatBackend:
         )
 
 
-def _drafts_of(states: Sequence[Any]) -> list[DraftModel]:
-    """The draft models that guess for them."""
-    drafts = dict.fromkeys(state.adapter.draft for state in states)
-    return [draft for draft in drafts if draft is not None]
-
-
 class AdaptedBackend:
     """A :class:`FlatBackend` for one adapter, whose sequences step with all others on the base."""
 
@@ -689,14 +599,6 @@ class AdaptedBackend:
         self.context = min(context, base.context)
         self._base, self._alone = base, alone
         self._adapter = base.add_adapter(network)
-        self._draft: DraftModel | None = None
-        """One for this adapter alone."""
-
-    def set_speculation(self, looks_up: bool, draft: DraftModel | None = None) -> bool:
-        """Where it is not called, what the base was set to holds."""
-        has_draft = self._base.set_speculation(looks_up, draft, self._adapter)
-        self._draft = self._adapter.draft
-        return has_draft
 
     def bytes_of(self, tokens: int) -> int:
         """Memory that a sequence of ``tokens`` takes at most."""
@@ -740,10 +642,6 @@ class AdaptedBackend:
 
     def close(self) -> None:
         """Let go of the adapter, and of all keys and values where nobody else asks the base."""
-        if self._draft is not None:
-            # Sequences that have not ended go on without it.
-            self._base.set_speculation(self._adapter.looks_up, None, self._adapter)
-            self._draft.close()
         if self._alone:
             self._base.close()
         else:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Model:
     """A model in memory: answers prompts and conversations."""
 
-    def __init__(self, model_id: str | StoredModel, speculation: str = "ngram") -> None:
+    def __init__(self, model_id: str | StoredModel) -> None:
         """Open a base or custom model by id; see :func:`load`."""
         from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling
         from luthier.serving.generation import Generator
@@ -42,7 +42,7 @@ class Model:
         elif isinstance(objective, SupportsSampling):
             self.opened = ImageGenerator.open(self.stored)
         else:
-            self.opened = Generator.open(self.stored, speculation)
+            self.opened = Generator.open(self.stored)
 
     @property
     def generator(self) -> Generator:
@@ -349,11 +349,6 @@ def stored_model(model: str | Model | StoredModel) -> StoredModel:
     return model.stored if isinstance(model, Model) else model
 
 
-def load(model_id: str, *, speculation: str = "ngram") -> Model:
-    """Load a model by id, local directory or hub id.
-
-    ``speculation`` says who guesses the next tokens of a model that writes, which checks many at once:
-    what followed the same tokens before (``ngram``), nobody (``off``), or a draft model, a smaller one
-    with the same tokenizer, by its id. Texts are the same.
-    """
-    return Model(model_id, speculation)
+def load(model_id: str) -> Model:
+    """Load a model by id, local directory or hub id."""
+    return Model(model_id)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from luthier.data.reasoning import reasoning_after
-from luthier.errors import LuthierError, RecipeError
+from luthier.errors import RecipeError
 from luthier.limits import ModelLimits
 from luthier.models.backends import ReusesKeyValues, Speculates, reply_room
 from luthier.models.decoding import TokenSampler, likeliest_tokens, seed_of
@@ -42,7 +42,6 @@ from luthier.serving.inference import (
     TokenChunk,
     ToolCallEvent,
 )
-from luthier.serving.latency import AnswerLatency
 from luthier.serving.memory import RETRY_SECONDS, CacheBudget
 from luthier.serving.prefix_cache import PrefixCache
 from luthier.serving.prompts import PromptLimit
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.data.reasoning import ReasoningFormat
     from luthier.serving.constraints import GrammarTrials, Matcher
+    from luthier.serving.latency import ModelMetrics
     from luthier.serving.opened_model import OpenedModel
     from luthier.store.models import StoredModel
     from luthier.types import IntArray
@@ -224,7 +224,7 @@ class Decoder:
         scheduler: FairScheduler | None = None,
         prefixes: PrefixCache | None = None,
         base: Decoder | None = None,
-        latency: AnswerLatency | None = None,
+        latency: ModelMetrics | None = None,
     ) -> None:
         """What sequences keep is taken from ``memory``; ``opened`` is closed with this.
 
@@ -247,7 +247,7 @@ class Decoder:
         backend = opened.backend
         self._reuse = backend if isinstance(backend, ReusesKeyValues) else None
         self._speculates = backend if isinstance(backend, Speculates) else None
-        self.latency = latency or AnswerLatency()
+        self.latency = latency
         self.speculation = Speculation()
         """What was guessed for its own answers that have ended."""
         self._prefixes = prefixes
@@ -276,15 +276,11 @@ class Decoder:
         scheduler: FairScheduler | None = None,
         prefixes: PrefixCache | None = None,
         base: Decoder | None = None,
-        latency: AnswerLatency | None = None,
-        speculation: str | None = None,
+        latency: ModelMetrics | None = None,
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine.
 
         ``base`` is the decoder of its parent, where ``stored`` is an adapter that shares its network.
-        Its tokens are guessed as ``speculation`` says (:mod:`luthier.models.speculation`), by default
-        as those of ``base``. A draft model that is gone, or cannot be one, is left out with a warning:
-        texts are the same without it.
         """
         from luthier.serving.opened_model import open_model
         from luthier.serving.sandboxed_text import serving_format
@@ -292,21 +288,11 @@ class Decoder:
         with ExitStack() as opening:
             opened = open_model(stored, exact=True, base=None if base is None else base._opened)
             opening.callback(opened.close)  # else an adapter stays in its base where this fails
-            if speculation is not None:
-                try:
-                    opened.set_speculation(stored, speculation)
-                except LuthierError as error:
-                    _log.warning("%s is served without a draft model: %s", stored.id, error)
             chat = serving_format(stored, None if base is None else base.chat)
             opening.callback(chat.close)
             made = Decoder(opened, chat, memory, trials, limits, scheduler, prefixes, base, latency)
             opening.pop_all()
         return made
-
-    @property
-    def draft_model(self) -> str | None:
-        """Id of the draft model that guesses what it writes."""
-        return self._opened.draft_model
 
     @property
     def idle(self) -> bool:
@@ -734,6 +720,8 @@ class Decoder:
     def _measure(self, answer: RunningAnswer) -> None:
         """Observe the time of a token that was written to it."""
         moment, latency = time.perf_counter(), answer.job.model.latency
+        if latency is None:
+            return
         if answer.last_token_at is not None:
             latency.between_tokens.observe(moment - answer.last_token_at)
         elif answer.index == 0:
@@ -747,7 +735,8 @@ class Decoder:
         if self._speculates is not None:
             found, model = self._speculates.speculation(state), answer.job.model
             model.speculation += found
-            model.latency.add_speculation(found)
+            if model.latency is not None:
+                model.latency.add_speculation(found)
         self._backend.free(state)
 
     def _settle(self, job: RunningRequest) -> None:

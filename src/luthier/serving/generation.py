@@ -21,7 +21,6 @@ from luthier.errors import RecipeError
 from luthier.models.backends import reply_room
 from luthier.models.decoding import Decoding, RunningCompletion, seed_of
 from luthier.models.sampling import Sampling
-from luthier.models.speculation import NGRAM, Speculation
 from luthier.models.torch_backend import AdaptedBackend, FlatBackend
 from luthier.serving.constraints import Constraints
 from luthier.serving.inference import Chat
@@ -79,19 +78,12 @@ class Generator:
         self.context = self.backend.context
         """Tokens of prompt and reply together: what a prefix leaves of the network's context, and no
         more than a window of its attention."""
-        self.speculation = Speculation()
-        """What was guessed for all replies that have ended."""
         self._constraints = Constraints(chat, opened.vocabulary)
 
     @property
     def network(self) -> Network:
         """The network in torch."""
         return self._opened.network
-
-    @property
-    def draft_model(self) -> str | None:
-        """Id of the draft model that guesses what it writes."""
-        return self._opened.draft_model
 
     @staticmethod
     def is_able(objective: Objective) -> bool:
@@ -110,14 +102,11 @@ class Generator:
             )
 
     @staticmethod
-    def open(stored: StoredModel, speculation: str = NGRAM) -> Generator:
+    def open(stored: StoredModel) -> Generator:
         """Load ``stored`` on the best device of this machine.
 
-        Its tokens are guessed as ``speculation`` says (:mod:`luthier.models.speculation`).
-
         Raises:
-            UnknownModel, RecipeError: for a model that writes no text, or cannot be found; the same of
-                a draft model.
+            UnknownModel, RecipeError: for a model that generates no text, or cannot be found.
         """
         from luthier.store.models import chat_format
 
@@ -125,8 +114,6 @@ class Generator:
         with ExitStack() as opening:
             opened = open_model(stored)
             opening.callback(opened.close)
-            if speculation != NGRAM:
-                opened.set_speculation(stored, speculation)
             made = Generator(opened, chat_format(stored))
             opening.pop_all()
         return made
@@ -289,11 +276,8 @@ class Generator:
             together=not isinstance(self.backend, FlatBackend | AdaptedBackend),
             masks=masks,
         )
-        try:
-            with closing(decoding):
-                yield decoding
-        finally:
-            self.speculation += decoding.speculation
+        with closing(decoding):
+            yield decoding
 
 
 def _is_finished(row: RunningCompletion, text: AnswerText) -> bool:

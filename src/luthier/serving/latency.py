@@ -1,90 +1,90 @@
-"""What monitoring reads of models by label: the latency of their tokens, and how many of the tokens
-that were proposed ahead (speculative decoding) the model accepted.
-
-Labels are few whatever clients ask for: who makes the table says which model has which, and those
-beyond :data:`MOST_LABELS` are counted together.
-"""
+"""Prometheus metrics of models that generate text: token latencies and guessed tokens, by model."""
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from luthier.models.speculation import Speculation
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prometheus_client import Counter, Histogram
+
+    from luthier.models.speculation import Speculation
     from luthier.store.models import StoredModel
 
-BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds of the buckets of all histograms, in seconds: from a token that was guessed right, or a
-read of the control plane, to a long answer of a model."""
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the buckets of all histograms, in seconds."""
 MOST_LABELS = 100
+"""Models with a label of their own; all further models share :data:`OTHER`."""
 OTHER = "other"
 
 
-class LatencyHistogram:
-    """How often something took how long. Safe to share between threads."""
+@dataclass(frozen=True)
+class ModelMetrics:
+    """The metrics of one label. Safe to share between threads."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts = [0] * (len(BOUNDS) + 1)
-        self._sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        """It took so long once more."""
-        place = bisect_left(BOUNDS, seconds)
-        with self._lock:
-            self._counts[place] += 1
-            self._sum += seconds
-
-    def read(self) -> tuple[list[int], float]:
-        """How often it took up to each of ``BOUNDS`` and more than the last, and all seconds."""
-        with self._lock:
-            return [*self._counts], self._sum
-
-
-class AnswerLatency:
-    """What is measured of all answers of one label. Safe to share between threads."""
-
-    def __init__(self) -> None:
-        self.first_token = LatencyHistogram()
-        """From a request, its prompt tokenized, to its first token: it waits, its prompt is read."""
-        self.between_tokens = LatencyHistogram()
-        """From one token of an answer to its next; no pause while its client reads too slowly."""
-        self._lock = threading.Lock()
-        self._speculation = Speculation()
-
-    @property
-    def speculation(self) -> Speculation:
-        """Of all answers that have ended."""
-        return self._speculation
+    first_token: Histogram
+    between_tokens: Histogram
+    proposed: Counter
+    accepted: Counter
 
     def add_speculation(self, found: Speculation) -> None:
-        """An answer has ended for which so much was guessed."""
-        with self._lock:
-            self._speculation += found
+        """Count the guesses for one reply that ended."""
+        self.proposed.inc(found.proposed)
+        self.accepted.inc(found.accepted)
 
 
 class LatencyTable:
-    """The measurements of all models of a server by label. Safe to share between threads."""
+    """Collector of the metrics of all models of a server. Safe to share between threads."""
 
     def __init__(self, label_of: Callable[[StoredModel], str] = lambda stored: OTHER) -> None:
-        """``label_of`` says under which label a model is measured; by default all are one."""
+        """``label_of`` returns the label of a model."""
+        from prometheus_client import Counter, Histogram
+
         self._label_of = label_of
         self._lock = threading.Lock()
-        self._labels: dict[str, AnswerLatency] = {}
+        self._labels: set[str] = set()
+        like: Any = {"labelnames": ["model"], "registry": None}
+        self._first_token = Histogram(
+            "luthier_time_to_first_token_seconds",
+            "Time from a request, its prompt tokenized, to the first token of its reply.",
+            buckets=BUCKETS,
+            **like,
+        )
+        self._between_tokens = Histogram(
+            "luthier_inter_token_latency_seconds",
+            "Time from one token of a reply to the next.",
+            buckets=BUCKETS,
+            **like,
+        )
+        self._proposed = Counter(
+            "luthier_speculative_proposed_tokens", "Tokens guessed from earlier text.", **like
+        )
+        self._accepted = Counter(
+            "luthier_speculative_accepted_tokens", "Guessed tokens that were chosen.", **like
+        )
 
-    def of(self, stored: StoredModel) -> AnswerLatency:
-        """That of the label of ``stored``, which is ``other`` where there are too many."""
+    def of(self, stored: StoredModel) -> ModelMetrics:
+        """Return the metrics of the label of ``stored``, or of ``other`` beyond the limit."""
         label = self._label_of(stored)
         with self._lock:
             if label not in self._labels and len(self._labels) >= MOST_LABELS:
                 label = OTHER
-            return self._labels.setdefault(label, AnswerLatency())
+            self._labels.add(label)
+        return ModelMetrics(
+            self._first_token.labels(label),
+            self._between_tokens.labels(label),
+            self._proposed.labels(label),
+            self._accepted.labels(label),
+        )
 
-    def by_label(self) -> dict[str, AnswerLatency]:
-        """All there are."""
-        with self._lock:
-            return {**self._labels}
+    def collect(self) -> Iterator[Any]:
+        """Yield the metric families for a Prometheus registry."""
+        return chain(
+            self._first_token.collect(),
+            self._between_tokens.collect(),
+            self._proposed.collect(),
+            self._accepted.collect(),
+        )

@@ -1,26 +1,24 @@
 """A stored model that is open to write: the backend that was chosen, and what stands before prompts.
 
 A backend that runs files (llama.cpp) gets the model's own (:mod:`luthier.serving.derived_gguf`), and
-its network is not loaded in torch until something asks for it, such as a draft model. A model that it
-cannot run is run by torch, and the log says why, once.
+its network is not loaded in torch until something asks for it. A model that it cannot run is run by
+torch, and the log says why, once.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luthier.errors import RecipeError, RefusedInput, UnknownModel
-from luthier.models.backends import AdapterBackend, Speculates, backend_of, chosen_backend
-from luthier.models.speculation import NGRAM, OFF
+from luthier.errors import RefusedInput
+from luthier.models.backends import AdapterBackend, backend_of, chosen_backend
 
 if TYPE_CHECKING:
     from luthier.models.backends import Backend
-    from luthier.models.draft_model import DraftModel
     from luthier.models.network import Network
     from luthier.store.models import StoredModel
     from luthier.types import IntArray
@@ -44,8 +42,6 @@ class OpenedModel:
         self.backend, self.vocabulary = backend, vocabulary
         self.soft_T = np.zeros(0, dtype=np.int64) if soft_T is None else soft_T
         """A soft prompt that stands before every prompt; the backend reads it with it."""
-        self.draft_model: str | None = None
-        """Id of the draft model that guesses what it writes."""
         self._open_network = open_network
         self._network: Network | None = None
         self._lock = threading.Lock()
@@ -70,7 +66,6 @@ class OpenedModel:
         vocabulary = int(network.model.config.vocab_size)
         opened = OpenedModel(backend, vocabulary, lambda: network, soft_T)
         opened._network = network
-        opened.draft_model = None if base is None else base.draft_model
         return opened
 
     @property
@@ -81,108 +76,12 @@ class OpenedModel:
                 self._network = self._open_network()
             return self._network
 
-    def set_speculation(self, stored: StoredModel, speculation: str) -> None:
-        """Before it writes: have its tokens guessed as ``speculation`` says; it is ``stored``.
-
-        That is one of :mod:`luthier.models.speculation`. A draft model is closed with this.
-
-        Raises:
-            UnknownModel, RecipeError: for a draft model that is not there, or cannot be one.
-        """
-        if speculation in (NGRAM, OFF):
-            if isinstance(self.backend, Speculates):
-                self.backend.set_speculation(speculation == NGRAM)
-            self.draft_model = None
-            return
-        draft = find_draft(stored, speculation)
-        assert isinstance(self.backend, Speculates)  # what was just looked at runs by torch
-        model = _open_draft(draft, self.network)
-        if self.backend.set_speculation(True, model):
-            self.draft_model = draft.id
-            return
-        model.close()
-        _log.warning(
-            "%s is written without its draft model %s: on this machine a step of more rows rounds "
-            "otherwise, and texts would follow from what is guessed", stored.id, draft.id,
-        )  # fmt: skip
-
     def close(self) -> None:
         """Let go of the backend and of the network."""
         self.backend.close()
         with self._lock:
             if self._network is not None:
                 self._network.close()
-
-
-def find_draft(target: StoredModel, draft_id: str) -> StoredModel:
-    """The model that is to guess what ``target`` writes, by its id.
-
-    Raises:
-        UnknownModel: where there is none.
-        RecipeError: where it cannot be the draft of ``target``, such as one of other tokens.
-    """
-    from luthier.models.description import described_network
-    from luthier.models.tokenizer import tokenizer_difference
-    from luthier.store.models import chat_format, check_active, check_writes, find
-
-    draft = check_active(find(draft_id))
-    refused = f"{draft.id} cannot be the draft model of {target.id}:"
-    entry = chosen_backend()
-    if entry.id != "torch":
-        raise RecipeError(
-            f"{refused} {entry.id} runs models without draft models here. Unset LUTHIER_BACKEND, which "
-            "names it, or leave the draft model out."
-        )
-    for each in (target, draft):
-        check_writes(each, f"so {refused} a draft model guesses what another model writes")
-        if not described_network(each.network_folder).flat:
-            raise RecipeError(
-                f"{refused} the network of {each.id} runs by a forward pass of its own, which reads "
-                "one sequence at a time. Both have to be of Llama's family, GPT-2 or another network "
-                "with one stack of attention layers."
-            )
-    difference = tokenizer_difference(chat_format(target), chat_format(draft))
-    if difference is not None:
-        raise RecipeError(
-            f"{refused} they have different tokenizers, so its tokens mean something else there "
-            f"({difference}). Take a smaller model of the same family, or make one: "
-            f"`luthier student --from {target.id}`."
-        )
-    return draft
-
-
-def resolve_speculation(settings: Mapping[str, str]) -> dict[str, str]:
-    """``settings`` of models by their stored ids; draft models are looked at, and not loaded.
-
-    A model that is not there is passed over with a warning: whoever owns it may have deleted it, and
-    the server starts all the same.
-
-    Raises:
-        RecipeError: as :func:`find_draft`.
-    """
-    from luthier.store.models import find
-
-    found = {}
-    for model_id, speculation in settings.items():
-        try:
-            target = find(model_id)
-            is_draft = speculation not in (NGRAM, OFF)
-            found[target.id] = find_draft(target, speculation).id if is_draft else speculation
-        except UnknownModel as error:
-            _log.warning("%s is written without %s: %s", model_id, speculation, error)
-    return found
-
-
-def _open_draft(stored: StoredModel, target: Network) -> DraftModel:
-    """``stored`` as the draft of ``target``."""
-    from luthier.engine.machine import open_network
-    from luthier.models.draft_model import DraftModel
-    from luthier.models.prefix import prefix_tokens
-    from luthier.models.torch_backend import FlatBackend
-
-    network = open_network(stored)
-    backend = FlatBackend(network, network.context - prefix_tokens(network.model))
-    return DraftModel(stored.id, backend, target, network.close)
 
 
 def open_model(

@@ -8,8 +8,8 @@ import secrets
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from luthier.engine.machine import available_memory, release_workers
 from luthier.errors import LuthierError, QuotaExceeded, UnknownModel, WrongState
 from luthier.files import waits_for_disk, without_home
 from luthier.limits import MIB, ModelLimits
-from luthier.models.speculation import NGRAM, OFF, Speculation
+from luthier.models.speculation import Speculation
 from luthier.serving.batcher import Work
 from luthier.serving.inference import (
     GenerationRequest,
@@ -31,7 +31,6 @@ from luthier.serving.inference import (
     count_tokens,
     metered_stream,
 )
-from luthier.serving.latency import LatencyTable
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prefix_cache import PrefixCache
 from luthier.serving.prompts import prompt_tokenized
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from luthier.serving.constraints import GrammarTrials
     from luthier.serving.decoder import Decoder
     from luthier.serving.images import Reconstruction
+    from luthier.serving.latency import LatencyTable
     from luthier.store.models import StoredModel
 
 LOADING_SECONDS = 300.0
@@ -86,8 +86,7 @@ class LoadedModel:
 
     id: str
     bytes: int
-    """Memory that its weights are reckoned to take, beside those of its base; with those of its draft
-    model."""
+    """Estimated memory of its weights in bytes, without the weights of its base."""
     base: str | None
     """Id of the model whose network it shares."""
     loaded: datetime
@@ -98,8 +97,6 @@ class LoadedModel:
     pinned: bool
     speculation: Speculation | None = None
     """What was guessed for its answers that have ended; ``None`` of one that only reads."""
-    draft_model: str | None = None
-    """Id of the draft model that guesses what it writes: its own, or that of its base."""
 
 
 @dataclass(frozen=True)
@@ -121,16 +118,13 @@ class ModelPool:
         trials: GrammarTrials | None = None,
         limits: ModelLimits | None = None,
         latencies: LatencyTable | None = None,
-        speculation: Mapping[str, str] | None = None,
     ) -> None:
         """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
         sequences; by default shares of the free memory. ``trials`` are of what unknown clients
         send to keep answers to, and ``limits`` hold for each model. How soon models write is counted
-        in ``latencies``. Where ``speculation`` has the id of a model, its tokens are guessed so, and
-        those of adapters that share its network and are not named (:mod:`luthier.models.speculation`).
+        in ``latencies``.
         """
-        self.latencies = latencies or LatencyTable()
-        self._speculation = speculation or {}
+        self._latencies = latencies
         self._trials, self.limits = trials, limits or ModelLimits()
         free = available_memory()
         self.budget = int(self.limits.weights_share * free) if budget is None else budget
@@ -316,10 +310,10 @@ class ModelPool:
 
         stored = store.find(model_id)
         shares = store.shares_base(stored)
-        sizes = {model_id: self._weights(stored, shares)}
+        sizes = {model_id: _weights(stored, shares)}
         if shares:
             assert stored.parent is not None
-            sizes[stored.parent.id] = self._weights(stored.parent, False)
+            sizes[stored.parent.id] = _weights(stored.parent, False)
         pin = _Pin(client, sizes)
         with self._lock:
             is_new = model_id not in self._pins
@@ -337,17 +331,6 @@ class ModelPool:
         """Let a model go again when others need the room."""
         with self._lock:
             self._pins.pop(model_id, None)
-
-    def _weights(self, stored: StoredModel, shares_base: bool) -> int:
-        """As :func:`_weights`, with what its draft model takes."""
-        from luthier.store import models as store
-
-        size, draft = _weights(stored, shares_base), self._speculation.get(stored.id, NGRAM)
-        if draft not in (NGRAM, OFF):
-            # It may be gone; the model is served without it then.
-            with suppress(UnknownModel):
-                size += _weights(store.find(draft), False)
-        return size
 
     def _check_pin(self, pin: _Pin) -> None:
         """Refuse a pin that leaves others too little. Called with the lock."""
@@ -413,7 +396,6 @@ class ModelPool:
                     requests=max(0, entry.uses - adapters[entry.id]),
                     pinned=entry.id in self._pins,
                     speculation=decoder.speculation if decoder else None,
-                    draft_model=decoder.draft_model if decoder else None,
                 )
                 for entry in self._entries.values()
                 if entry.loaded is not None
@@ -452,7 +434,7 @@ class ModelPool:
                 assert stored.parent is not None
                 base = self._acquire(stored.parent.id, unasked)
             try:
-                size = self._weights(stored, base is not None)
+                size = _weights(stored, base is not None)
                 entry, first = self._reserve(model_id, size, base, unasked)
             except BaseException:
                 if base is not None:
@@ -555,8 +537,7 @@ class ModelPool:
                         self._scheduler,
                         self._prefixes,
                         None if entry.base is None else _writer(entry.base),
-                        self.latencies.of(stored),
-                        self._speculation.get(stored.id),
+                        None if self._latencies is None else self._latencies.of(stored),
                     )
                     # Takes off the truncation that a tokenizer's file may name: later no two threads
                     # may do so at once.

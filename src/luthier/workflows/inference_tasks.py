@@ -23,14 +23,12 @@ from luthier.data.writers import json_records, pack
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.files import json_lines
 from luthier.models.sampling import Sampling
-from luthier.models.speculation import NGRAM, OFF
 from luthier.serving.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
 from luthier.serving.inference import Chat
 from luthier.serving.prediction import BLOCK_PROMPTS, BLOCK_ROWS
 from luthier.types import Row
 
 if TYPE_CHECKING:
-    from luthier.models.speculation import Speculation
     from luthier.serving.generation import GeneratedReply, Generator, Prompt
     from luthier.serving.prediction import Predictor
     from luthier.store.models import StoredModel
@@ -214,7 +212,6 @@ class GenerateTask(InferenceTask):
     answer_key: ClassVar[str] = "completion"
 
     sampling: Sampling
-    speculation: str = NGRAM
 
     def rows(self, problems: list[Problem]) -> Iterator[InputRow]:
         """See :class:`InferenceTask`."""
@@ -225,27 +222,18 @@ class GenerateTask(InferenceTask):
         """See :class:`InferenceTask`; the prompt is one of the fields, a reply it had ``expected``."""
         return json_records([(_record_beside(row), row) for row in rows])
 
-    def needed_models(self) -> list[StoredModel]:
-        """See :class:`InferenceTask`; a draft model is one of them."""
-        from luthier.store.models import find
-
-        drafts = [] if self.speculation in (NGRAM, OFF) else [find(self.speculation)]
-        return super().needed_models() + drafts
-
     def open(self) -> Answer:
         """See :class:`InferenceTask`."""
         from luthier.serving.generation import Generator
         from luthier.store.models import check_active, find
 
         stored = check_active(find(self.model, is_able=Generator.is_able))
-        generator = Generator.open(stored, self.speculation)
+        generator = Generator.open(stored)
 
         def answer(rows: Sequence[InputRow], done: OnDone) -> ShardAnswer:
             prompts = fitting_prompts(rows, generator, self.sampling)
-            before = generator.speculation
             answers = generator.answers(prompts, self.sampling, done=done)
-            counts = draft_counts(generator.speculation - before) if generator.draft_model else {}
-            return ShardAnswer(reply_lines(self.records(rows), answers).encode(), counts)
+            return ShardAnswer(reply_lines(self.records(rows), answers).encode())
 
         return answer
 
@@ -334,15 +322,6 @@ def reply_lines(records: Sequence[Record], answers: Sequence[GeneratedReply]) ->
 def reasoning_of(answer: GeneratedReply) -> dict[str, str]:
     """The reasoning under its key, where there is some."""
     return {REASONING: answer.reasoning} if answer.reasoning else {}
-
-
-def draft_counts(found: Speculation) -> dict[str, int]:
-    """How well a draft model guessed."""
-    return {
-        "draft_proposed": found.draft_proposed,
-        "draft_accepted": found.draft_accepted,
-        "draft_skipped": found.draft_skipped,
-    }
 
 
 def _open_predictor(model: str) -> Predictor:

@@ -24,7 +24,6 @@ from luthier.engine import machine as machines
 from luthier.engine.train import train
 from luthier.errors import CorruptFile
 from luthier.limits import ServerLimits
-from luthier.models.speculation import DraftLength
 from luthier.recipe import Recipe
 from luthier.serving.inference import GenerationRequest, InferenceFailed
 from luthier.serving.pool import ModelPool
@@ -85,12 +84,8 @@ def store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def service(request: pytest.FixtureRequest, tiny_model_folder: Path) -> Iterator[Service]:
-    """Of the parameter ``draft``, the base guesses for itself and the adapters on it."""
-    base = str(tiny_model_folder)
-    speculation = {base: base} if getattr(request, "param", "") == "draft" else {}
-    limits = ServerLimits(account_share=1)
-    made = Service(Settings(work=False, limits=limits, speculation=speculation))
+def service() -> Iterator[Service]:
+    made = Service(Settings(work=False, limits=ServerLimits(account_share=1)))
     with made.database.write() as session:
         for model in session.scalars(select(CustomModel)):
             model.pinned = False
@@ -266,27 +261,6 @@ def corrupt(stored_id: str) -> None:
     raise CorruptFile("It is cut.")
 
 
-@pytest.mark.parametrize("service", ["draft"], indirect=True)
-def test_a_draft_model_is_shown_and_counted(
-    service: Service, url: str, home: Path, tiny_model_folder: Path, call: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(DraftLength, "choose", lambda *given: 4)
-    service.pool.submit(stored_id_of(service), REQUEST).whole()
-    deadline = time.monotonic() + 20
-    while (model := call("GET", "loaded-models")["models"][0])["draft_proposed_tokens"] == 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert model["draft_model"] == str(tiny_model_folder)
-    assert model["draft_accepted_tokens"] <= model["draft_proposed_tokens"] > 10
-    assert model["draft_skipped_tokens"] == 0
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
-    for name in ("proposed", "accepted"):
-        line = f'luthier_speculative_{name}_tokens_total{{method="draft_model",model="other"}}'
-        assert f"{line} {model[f'draft_{name}_tokens']:.1f}" in text
-    assert 'luthier_speculative_skipped_tokens_total{model="other"} 0.0' in text
-
-
 def stored_id_of(service: Service) -> str:
     with service.database.read() as session:
         stored_id = session.scalars(select(CustomModel.stored_id)).first()
@@ -320,7 +294,7 @@ def test_guessed_tokens_are_told_of_each_model(
         (
             each.name,
             each.labels.get("model"),
-            each.labels.get("le") or each.labels.get("method"),
+            each.labels.get("le"),
         ): each.value
         for family in text_string_to_metric_families(text)
         for each in family.samples
@@ -331,6 +305,4 @@ def test_guessed_tokens_are_told_of_each_model(
         assert found[f"luthier_{name}_bucket", "other", "+Inf"] == count
         assert found[f"luthier_{name}_sum", "other", None] > 0
     for name in ("proposed_tokens", "accepted_tokens"):
-        assert found[f"luthier_speculative_{name}_total", "other", "ngram"] == model[name]
-        assert found[f"luthier_speculative_{name}_total", "other", "draft_model"] == 0
-    assert "draft_model" not in model and "draft_proposed_tokens" not in model
+        assert found[f"luthier_speculative_{name}_total", "other", None] == model[name]

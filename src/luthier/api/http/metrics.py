@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 
 from luthier.api.http.streams import Receive, Send
-from luthier.serving.latency import BOUNDS, OTHER, LatencyHistogram, LatencyTable
+from luthier.serving.latency import BUCKETS, OTHER
 from luthier.store.database import Database, now
 from luthier.store.storage import Storage
 from luthier.store.usage import CountUsage, Usage, add_usage, training_seconds
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from prometheus_client.core import (
         CounterMetricFamily,
         GaugeMetricFamily,
-        HistogramMetricFamily,
     )
     from prometheus_client.registry import Collector
 
@@ -123,7 +121,7 @@ class Metrics:
         )  # fmt: skip
         self._seconds = Histogram(
             "luthier_request_seconds", "From the first byte of a request to the last of its answer.",
-            ["face", "operation"], buckets=BOUNDS, registry=self._registry,
+            ["face", "operation"], buckets=BUCKETS, registry=self._registry,
         )  # fmt: skip
         self._registry.register(_Gauges(gauges))
         self._count = count
@@ -175,62 +173,6 @@ class _Gauges:
                 family.add_metric([label] if labels else [], value)
             families.append(family)
         return families
-
-
-class LatencyMetrics:
-    """How soon models write their tokens, and how well these are guessed, by the label of the model."""
-
-    def __init__(self, table: LatencyTable) -> None:
-        self._table = table
-
-    def collect(self) -> Iterator[HistogramMetricFamily | CounterMetricFamily]:
-        """Histograms of seconds, and counts of tokens of the answers that have ended."""
-        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
-
-        first = HistogramMetricFamily(
-            "luthier_time_to_first_token_seconds",
-            "From a request, its prompt tokenized, to the first token of its answer.",
-            labels=["model"],
-        )
-        between = HistogramMetricFamily(
-            "luthier_inter_token_latency_seconds",
-            "From one token of an answer to the next.",
-            labels=["model"],
-        )
-        proposed = CounterMetricFamily(
-            "luthier_speculative_proposed_tokens",
-            "Tokens that were guessed before the model wrote them.",
-            labels=["model", "method"],
-        )
-        accepted = CounterMetricFamily(
-            "luthier_speculative_accepted_tokens",
-            "Those of them that the model wrote.",
-            labels=["model", "method"],
-        )
-        skipped = CounterMetricFamily(
-            "luthier_speculative_skipped_tokens",
-            "Tokens written without asking the draft model, as its guesses did not pay.",
-            labels=["model"],
-        )
-        for label, latency in self._table.by_label().items():
-            first.add_metric([label], *_cumulative_buckets(latency.first_token))
-            between.add_metric([label], *_cumulative_buckets(latency.between_tokens))
-            guessed = latency.speculation
-            by_draft = guessed.draft_proposed, guessed.draft_accepted
-            for family, whole, drafted in zip(
-                (proposed, accepted), (guessed.proposed, guessed.accepted), by_draft, strict=True
-            ):
-                family.add_metric([label, "ngram"], whole - drafted)
-                family.add_metric([label, "draft_model"], drafted)
-            skipped.add_metric([label], guessed.draft_skipped)
-        yield from (first, between, proposed, accepted, skipped)
-
-
-def _cumulative_buckets(histogram: LatencyHistogram) -> tuple[list[tuple[str, float]], float]:
-    """Its buckets as Prometheus has them, each with all that is below it, and the sum."""
-    counts, seconds = histogram.read()
-    names = (*map(str, BOUNDS), "+Inf")
-    return [(n, float(c)) for n, c in zip(names, accumulate(counts), strict=True)], seconds
 
 
 class JsonLines(logging.Formatter):

@@ -29,8 +29,7 @@ class LoadedModelView(View):
     base: str | None = None
     """ARN of the model whose network it shares there, as an adapter."""
     memory_bytes: int | None = None
-    """What its weights are reckoned to take, beside those of that model; with those of its draft
-    model."""
+    """Estimated memory of its weights in bytes, without the weights of that model."""
     loaded_at: datetime | None = None
     last_used: datetime | None = None
     """When it was loaded or asked last, or ended an answer."""
@@ -41,14 +40,6 @@ class LoadedModelView(View):
     have ended; of a model that writes."""
     accepted_tokens: int | None = None
     """Those that it then wrote."""
-    draft_model: str | None = None
-    """Id of the model that guesses for it, where the server was started with one."""
-    draft_proposed_tokens: int | None = None
-    """Those of the guessed tokens that the draft model guessed."""
-    draft_accepted_tokens: int | None = None
-    """Those of them that the model then wrote."""
-    draft_skipped_tokens: int | None = None
-    """Tokens that were written without asking the draft model, as its guesses did not pay."""
 
 
 class LoadedModelsView(View):
@@ -183,7 +174,6 @@ class _LoadedModels:
             return LoadedModelView(
                 id=model.id, name=model.name, arn=arn, loaded=False, pinned=model.pinned
             )
-        drafted = guessed if loaded.draft_model else None
         return LoadedModelView(
             id=model.id,
             name=model.name,
@@ -197,8 +187,4 @@ class _LoadedModels:
             requests=loaded.requests,
             proposed_tokens=None if guessed is None else guessed.proposed,
             accepted_tokens=None if guessed is None else guessed.accepted,
-            draft_model=loaded.draft_model,
-            draft_proposed_tokens=None if drafted is None else drafted.draft_proposed,
-            draft_accepted_tokens=None if drafted is None else drafted.draft_accepted,
-            draft_skipped_tokens=None if drafted is None else drafted.draft_skipped,
         )
