@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,7 @@ def test_a_setting_of_a_template_is_one_value(value: Any) -> None:
         float,
         str,
     ]
+    assert adapter.validate_python({"a": date(2020, 1, 31)}) == {"a": "2020-01-31"}
     with pytest.raises(ValidationError) as refused:
         adapter.validate_python({"a": value})
     (error,) = refused.value.errors()

@@ -12,24 +12,23 @@ from luthier.objectives import OBJECTIVES
 
 
 @pytest.mark.parametrize(
-    ("method", "steps", "random", "usual"),
+    ("method", "steps", "random", "expected"),
     [
         ("diffusion", 172, True, 4_000),
         ("gan", 172, True, 3_000),
         ("vae", 172, True, 1_000),
-        ("diffusion", 2_001, True, None),
-        ("gan", 1_501, True, None),
-        ("diffusion", 172, False, None),
-        ("classification", 40, True, None),
-        ("sft", 40, True, None),
+        ("diffusion", 2_001, True, 0),
+        ("gan", 1_501, True, 0),
+        ("diffusion", 172, False, 0),
+        ("classification", 40, True, 0),
+        ("sft", 40, True, 0),
     ],
 )
 def test_few_steps_from_random_weights_are_told(
-    method: str, steps: int, random: bool, usual: int | None
+    method: str, steps: int, random: bool, expected: int
 ) -> None:
     trainer: Any = object.__new__(Trainer)
     objective = OBJECTIVES[method].model_validate({})
     base = SimpleNamespace(manifest=SimpleNamespace(is_random=random))
     trainer.job = SimpleNamespace(base=base, data=SimpleNamespace(objective=objective))
-    text = trainer._describe_few_steps(steps)
-    assert (f"`training.max_steps={usual}`" in text) if usual else text == ""
+    assert trainer._usual_steps(steps) == expected

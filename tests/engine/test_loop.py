@@ -41,7 +41,7 @@ def test_all_right_again_and_again_ends_a_run(
         (1e-4, 1.0, [1.0, *[1e-4] * LAST_STEPS], True),
         (1e-4, 1.0, [1e-4] * (LAST_STEPS - 1), False),
         (1e-4, 1.0, [*[1e-4] * (LAST_STEPS - 1), 1.0], False),
-        (1e-2, 1.0, [1e-4] * LAST_STEPS, False),
+        (2e-2, 1.0, [1e-4] * LAST_STEPS, False),
         (1e-4, 0.8, [1e-4] * LAST_STEPS, False),
     ],
 )

@@ -57,7 +57,9 @@ Template = Literal["auto", "chat", "plain"]
 
 
 def _check_value(value: Any) -> Any:
-    """A value for a template; one message for all types that it may have."""
+    """Return a value for a template. Dates of TOML become text; one message covers all types."""
+    if isinstance(value, date):
+        return value.isoformat()
     number = isinstance(value, int | float) and math.isfinite(value)
     if number or (isinstance(value, str) and len(value) <= 1000):
         return value

@@ -66,7 +66,7 @@ ROWS_FOR_PERFECT = 30
 """Held-out rows from which on all right, again and again, ends a run: there is nothing to gain. Where
 rows are changed at random there is: to be right on rows unlike those held out (docs/log/media.md)."""
 
-SMALL_LOSS = 1e-3
+SMALL_LOSS = 1e-2
 """Share of the loss at the start of the run at which nothing is left to learn from the rows."""
 LAST_STEPS = 10
 """Training steps whose mean loss is compared with :data:`SMALL_LOSS`."""

@@ -387,9 +387,12 @@ class Trainer:
             held_out = counts["validation_rows"]
             refit = Refit(learned.data.counts["rows"], held_out, learned.until)
         verdict = self._judge(lines, refit)
-        for more in (self._describe_copies(network), self._describe_few_steps(progress.step)):
-            if more:
-                verdict = replace(verdict, text=f"{verdict.text}. {more}")
+        if copied := self._describe_copies(network):
+            verdict = replace(verdict, text=f"{verdict.text}. {copied}")
+        if usual := self._usual_steps(progress.step):
+            text = f"{progress.step:,} steps from random weights are few to make images"
+            advice = f"Train for {usual:,} steps or more: `training.max_steps={usual}`"
+            verdict = replace(verdict, text=f"{verdict.text}. {text}", advice=advice)
         issues = self.baselines.label_issues if self.baselines is not None else None
         writer = ModelWriter(
             final,
@@ -425,17 +428,13 @@ class Trainer:
             refit=refit,
         )
 
-    def _describe_few_steps(self, steps: int) -> str:
-        """Return a warning if new weights that make images had few steps; else an empty text."""
+    def _usual_steps(self, steps: int) -> int:
+        """Return the usual number of steps if new weights that make images had few; else 0."""
         objective = self.job.data.objective
         usual = max(objective.min_steps, objective.defaults.scratch_steps)
         makes = isinstance(objective, SupportsSampling | SupportsReconstruction)
-        if not (makes and self.job.base.manifest.is_random) or 2 * steps > usual:
-            return ""
-        return (
-            f"{steps:,} steps are few for {objective.method} from random weights, which usually "
-            f"needs {usual:,} or more: train longer by `training.max_steps={usual}`"
-        )
+        few = makes and self.job.base.manifest.is_random and 2 * steps <= usual
+        return usual if few else 0
 
     @torch.no_grad()
     def _describe_copies(self, network: Network) -> str:
