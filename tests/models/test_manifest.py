@@ -38,8 +38,8 @@ def test_what_is_written_is_read_back_without_what_does_not_concern_it(tmp_path:
     plain = json.loads((tmp_path / MANIFEST).read_text())
     assert Manifest.read(tmp_path) == manifest
     assert plain["version"] == 1 and plain["data"]["held_out"] == {"rows.jsonl": [1, 2]}
-    decoder = {"start_id": None, "opening_ids": [], "closing_ids": []}
-    assert plain["format"] == {"template": "chat", "stop_ids": [1, 2], **decoder}
+    rest = {"start_id": None, "opening_ids": [], "closing_ids": [], "sentence": None}
+    assert plain["format"] == {"template": "chat", "stop_ids": [1, 2], **rest}
     assert plain["recipe"]["name"] is None
     assert "student" not in plain and "source" not in plain
     assert manifest.objective == {"method": "sft"} and Manifest(id="x").objective is None

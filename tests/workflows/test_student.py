@@ -75,7 +75,7 @@ def test_a_student_is_stored_with_where_it_came_from(tiny_model_folder: Path) ->
 
 def test_a_student_speaks_as_its_teacher_does(tiny_model_folder: Path) -> None:
     made = luthier.student(str(tiny_model_folder), name="all", layers=4)
-    shape = {"template", "stop_ids", "start_id", "opening_ids", "closing_ids"}
+    shape = {"template", "stop_ids", "start_id", "opening_ids", "closing_ids", "sentence"}
     assert read_json(Path(made.model_dir) / MANIFEST)["format"].keys() == shape
     ours, theirs = luthier.load(made.model_id), luthier.load(str(tiny_model_folder))
     assert ours.generate(["What is the"], max_tokens=8) == theirs.generate(

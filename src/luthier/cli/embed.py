@@ -46,9 +46,9 @@ def embed(
             EMBEDDING,
             check_embeds,
             embedding_format,
+            embedding_notes,
             embedding_writer,
             gives_embeddings,
-            random_weights_note,
         )
         from luthier.store.models import check_active, find, objective_of
         from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
@@ -60,7 +60,7 @@ def embed(
         rows = [] if batch is not None else load_inputs(data, parse_columns(columns), EMBEDDING)
         stored = check_active(find(model, is_able=gives_embeddings))
         check_embeds(stored, objective_of(stored))
-        if text := random_weights_note(stored):
+        for text in embedding_notes(stored):
             note(text)
     if batch is not None:
         own = parse_columns(columns)

@@ -66,13 +66,13 @@ def nearest(
     rows = [row for _, row in records]
     with heavy_imports():
         from luthier.cli.progress import show_progress
-        from luthier.serving.embeddings import gives_embeddings, random_weights_note
+        from luthier.serving.embeddings import embedding_notes, gives_embeddings
         from luthier.serving.nearest import find_nearest
         from luthier.serving.prediction import Predictor
 
         stored = check_active(find(model, is_able=gives_embeddings))
         predictor = Predictor.open(stored)
-    if text := random_weights_note(stored):
+    for text in embedding_notes(stored):
         note(text)
     asked = input_row(query, "the command line")
     started = time.monotonic()

@@ -39,8 +39,10 @@ from luthier.data.reasoning import (
     reasoning_after,
     split_reply,
 )
+from luthier.data.sentence import SentencePipeline
 from luthier.data.shapes.base import InputKind
 from luthier.data.shapes.media import MediaRow
+from luthier.data.shapes.texts import RawText
 from luthier.data.tokenization import SENTINEL, TextEncoder, panics_refused
 from luthier.data.tools import (
     describe_tool,
@@ -177,6 +179,10 @@ class ChatFormat:
     """Reason why ``opening_ids`` are unknown; empty if they are known."""
     is_causal: bool = False
     """Whether the network is stored as a causal language model, whatever tokens its tokenizer has."""
+    sentence: SentencePipeline | None = None
+    """Pipeline of a sentence encoder; ``None`` for other models."""
+    sentence_problem: str = ""
+    """Reason why the pipeline of a sentence encoder is not supported; empty without one."""
 
     @property
     def fills_masks(self) -> bool:
@@ -224,6 +230,26 @@ class ChatFormat:
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = 1.0
         return Example(ids_T, weight_T, index, target=NO_TARGET, word_T=word_T)
+
+    def encode_embedded(self, row: Row, index: int) -> Example:
+        """Return ``row`` as a model of embeddings takes it: a text with the prompt of the model."""
+        if self.sentence is None or isinstance(row, MediaRow):
+            return self.encode_input(row, index)
+        text = self.sentence.prepare(row.plain_text())
+        return self.encode_input(RawText(row.file, row.line, text), index)
+
+    def longest_embedded(self, context: int) -> int:
+        """Return the largest number of tokens of a text to embed, for a network of ``context``."""
+        return context if self.sentence is None else self.sentence.longest(context)
+
+    def check_sentence(self) -> None:
+        """Refuse a sentence encoder with modules that are not supported.
+
+        Raises:
+            RecipeError: naming the module.
+        """
+        if self.sentence_problem:
+            raise RecipeError(self.sentence_problem)
 
     def media_input(self, row: MediaRow) -> MediaInput:
         """The image or sound of a row, as the network reads it.
@@ -288,6 +314,7 @@ class ChatFormat:
         closing_ids: Sequence[int] = (),
         decoder_problem: str = "",
         is_causal: bool = False,
+        sentence: SentencePipeline | None = None,
     ) -> ChatFormat:
         """Choose the format: the model's chat template where it has one, plain text elsewhere."""
         if template == "auto":
@@ -306,6 +333,7 @@ class ChatFormat:
             closing_ids=tuple(closing_ids),
             decoder_problem=decoder_problem,
             is_causal=is_causal,
+            sentence=sentence,
         )
 
     def with_template(self, template: Template) -> ChatFormat:
@@ -503,7 +531,8 @@ class ChatFormat:
         self, messages: Sequence[Message], tools: Sequence[Tool] = ()
     ) -> str | None:
         """Return how the tokens before the last reply differ from those of the served prompt."""
-        ids_T = self.encode_reply(messages, 0, tools).ids_T
+        row = self.encode_reply(messages, 0, tools)
+        ids_T = row.ids_T if row.source_T is None else row.source_T
         prompt_T = self.encode_prompt(messages[:-1], tools)
         size = min(len(ids_T), len(prompt_T))
         differs_T = ids_T[:size] != prompt_T[:size]
@@ -753,9 +782,9 @@ class ChatFormat:
 
     def target_tokens(self, text: str) -> IntArray:
         """Token ids of ``text`` as the decoder generates it, without special tokens."""
-        if not hasattr(self.tokenizer, "_switch_to_target_mode"):
+        if not hasattr(self.tokenizer, "spm_target"):
             return self.tokens(text, first=False)
-        with panics_refused():  # Marian has a second vocabulary for targets
+        with panics_refused():  # Marian has a second SentencePiece model for targets
             encoded = self.tokenizer(text_target=text, add_special_tokens=False)
         return np.asarray(encoded["input_ids"], dtype=np.int64)
 

@@ -117,6 +117,7 @@ def prepare(
         )
     check_base(objective, chat)
     check_shapes(rows, held, concatenate(further), objective, chat)
+    context = objective.room(objective.format(chat), context)
     try:
         chat.check_reads(SHAPES[rows[0].shape].reads)  # once, where else each row would be refused
     except RowRefused as bad:

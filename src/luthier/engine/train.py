@@ -79,6 +79,7 @@ from luthier.models.network import Network
 from luthier.models.probe import try_shared, try_training
 from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.save import adapter_tensors, stored_bytes, trained_weights
+from luthier.models.sentence_head import attach_sentence_head
 from luthier.models.sharding import gather_to_first, local_shard, shard_layers
 from luthier.objectives.capabilities import (
     SupportsExtraWeights,
@@ -633,6 +634,8 @@ class Trainer:
         network = as_network(model, device, machine.dtype)
         network.chat = self.job.chat
         check_decoder_input(network)
+        if head.task == "embedding":
+            attach_sentence_head(model, self.job.chat.sentence, self.job.base.network_folder)
         if (dropout := self.recipe.training.dropout) is not None:
             places = ", ".join(set_dropout(network, dropout))
             note(f"dropout {dropout:g} in {places}; attention weights are not dropped")

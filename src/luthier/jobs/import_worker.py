@@ -24,6 +24,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from luthier import __version__
+from luthier.data.sentence import MODULES, SENTENCE_FOLDERS
 from luthier.encryption.keys import keys_for
 from luthier.encryption.memory import new_plain_folder
 from luthier.engine.machine import available_memory, total_memory
@@ -189,6 +190,12 @@ class ImportWorker(Worker[ModelImport, Locations]):
                         f"Copy the whole folder of the pipeline, {', '.join(PART_FOLDERS)} among it.",
                     ) from error  # fmt: skip
                 entries += [(f"{part}/{name}", size) for name, size in below]
+        if MODULES in dict(entries):
+            for part in SENTENCE_FOLDERS:
+                place = f"{found.source.rstrip('/')}/{part}"
+                with suppress(LocationRefused):  # not all models have all of them
+                    below = self.locations.folder(found.account, place)
+                    entries += [(f"{part}/{name}", size) for name, size in below]
         return entries
 
     @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from luthier.data.sentence import SentencePipeline
 from luthier.errors import CorruptFile
 from luthier.files import read_json, write_json
 from luthier.validation import describe_constraint
@@ -54,6 +55,8 @@ class TextFormat(Record):
     """Tokens between ``start_id`` and a reply."""
     closing_ids: tuple[int, ...] = ()
     """Tokens after a reply in the decoder; the first of ``stop_ids`` if empty."""
+    sentence: SentencePipeline | None = None
+    """Pipeline of a sentence encoder; ``None`` for other models, and in earlier records."""
 
 
 class LossMask(Record):

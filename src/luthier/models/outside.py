@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from luthier.data.processors import PREPROCESSOR_CONFIG
+from luthier.data.sentence import MODULES, PROMPTS, SETTINGS
 from luthier.encryption.tensors import tensor_headers
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.files import read_json
@@ -50,7 +51,7 @@ _TEXTS = frozenset(
         "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
         "vocab.txt", "merges.txt",
         "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-        "chat_template.json",
+        "chat_template.json", MODULES, SETTINGS, PROMPTS,
     )
 )  # fmt: skip
 _OF_PIPELINES = frozenset((MODEL_INDEX, PREPROCESSOR_CONFIG))

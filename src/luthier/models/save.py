@@ -16,6 +16,7 @@ from luthier.errors import CorruptFile
 from luthier.files import write_bytes
 from luthier.models.heads import INNER_HEADS, head_weights, mark_new, task_of
 from luthier.models.pipelines import tokenizer_folder
+from luthier.models.sentence_head import sentence_head
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -144,6 +145,8 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
         with new_plain_folder() as plain:
             model.save_pretrained(plain)
             save_plain(plain, folder)
+    if task_of(model) == "embedding" and (head := sentence_head(model)) is not None:
+        head.save(folder)
     save_format(chat, folder)
 
 

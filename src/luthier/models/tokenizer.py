@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier.data.chat import ChatFormat, Template
 from luthier.data.processors import Processor, read_processor
+from luthier.data.sentence import read_sentence_pipeline
 from luthier.errors import RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models import nets
@@ -90,8 +91,13 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
     start_id, causal = _start_id(folder), is_causal(folder)
     chat = ChatFormat.of(tokenizer, template, listed, start_id, processor, is_causal=causal)
-    # TrOCR is pre-trained without the tokenizer's special tokens.
-    return chat if chat.start_id is None or processor is not None else _with_frame(chat, folder)
+    if processor is not None:  # TrOCR is pre-trained without the tokenizer's special tokens
+        return chat
+    try:
+        chat = replace(chat, sentence=read_sentence_pipeline(folder))
+    except RecipeError as error:  # only embeddings need the pipeline
+        chat = replace(chat, sentence_problem=str(error))
+    return chat if chat.start_id is None else _with_frame(chat, folder)
 
 
 def load_processor(folder: Path) -> Processor | None:

@@ -169,6 +169,10 @@ class Objective(StrictModel):
         """Token ids and loss weights of one row; ``index`` becomes ``Example.row``."""
         raise NotImplementedError
 
+    def room(self, chat: ChatFormat, context: int) -> int:
+        """Return the largest number of tokens of a row for a network of ``context`` tokens."""
+        return chat.longest_embedded(context) if self.task == "embedding" else context
+
     def bind_base(self, folder: Path, learned: Objective | None) -> Self:
         """This objective with what follows from the base model.
 
@@ -388,6 +392,8 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
         )
     if objective.task == "causal_lm":
         chat.check_decoder()
+    if objective.task == "embedding":
+        chat.check_sentence()
     objective.check(chat)
 
 

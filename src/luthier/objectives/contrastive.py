@@ -34,6 +34,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.data.augmentation import Augmentation
+from luthier.data.sentence import PoolingMode, SentencePipeline
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import CaptionedImage, MediaRow
@@ -57,6 +58,9 @@ TEXT_TEMPERATURE, MEDIA_TEMPERATURE = 0.05, 0.1
 
 LARGEST_LOGIT_SCALE = math.log(100)
 """Of CLIP: larger scales made its training unstable."""
+
+_MODES: dict[str, PoolingMode] = {"mean": "mean", "first": "cls", "last": "lasttoken"}
+"""Names of sentence-transformers for ``pooling``."""
 
 MOST_COMPARED = 1_000
 """Rows whose sides are all compared, to draw the threshold."""
@@ -87,7 +91,7 @@ class Contrastive(Objective):
     symmetric: bool = True
     """Look for the partner of a text in both directions."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
-    """What stands for a text; ``auto``: the mean if the network sees both ways, else the last token."""
+    """State that stands for a text; ``auto``: as the base says, or mean (decoders: last)."""
 
     false_alarms: float = Field(default=0.01, ge=0, lt=1)
     """Share of texts that do not belong together which may count as similar."""
@@ -131,13 +135,20 @@ class Contrastive(Objective):
             return self
         return self.model_copy(update={"temperature": MEDIA_TEMPERATURE})
 
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """Replace the pooling of a sentence encoder by ``pooling``, where that is given."""
+        if self.pooling == "auto" or chat.media is not None:
+            return chat
+        pipeline = chat.sentence or SentencePipeline()
+        return replace(chat, sentence=pipeline.with_pooling(_MODES[self.pooling]))
+
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The anchor; ``target`` holds the ids of its partner, ``given`` a row that has a class."""
-        example = chat.encode_input(row, index)
+        example = chat.encode_embedded(row, index)
         partner = example
         if isinstance(row, TextPair | CaptionedImage):
             text = row.caption if isinstance(row, CaptionedImage) else row.positive
-            partner = chat.encode_input(RawText(row.file, row.line, text), index)
+            partner = chat.encode_embedded(RawText(row.file, row.line, text), index)
         if isinstance(row, Labelled) and not isinstance(row.label, str):
             raise RowRefused(
                 "label.mixed",
@@ -176,13 +187,16 @@ class Contrastive(Objective):
         """For batches of several micro-batches: all embeddings, and the gradient of each."""
         import torch
 
+        from luthier.models.sentence_head import embedding_width
+
         sides = self.augment(examples, network.model.training)
         first = draw_seed() if network.model.training else 0
         batches = [*network.batches(sides, budget)]
         processes = network.processes
         if len(batches) == 1 == processes.size:
             return batches
-        parts = [torch.zeros(0, network.width, device=network.device)]
+        width = embedding_width(network) if self.pooling == "auto" else network.width
+        parts = [torch.zeros(0, width, device=network.device)]
         for batch in batches:
             with drawn_from(derive_seed(first, batch.place), network.device):
                 parts.append(self.embed(network, batch))
@@ -229,7 +243,11 @@ class Contrastive(Objective):
         """Embeddings ``[R, H]`` of length 1 in float32, in the order of the tree."""
         from torch.nn.functional import normalize
 
-        pooling = self.pooling
+        from luthier.models.sentence_head import sentence_head
+
+        pooling, head = self.pooling, sentence_head(network.model)
+        if pooling == "auto" and head is not None:
+            return normalize(head.vectors(network, batch), dim=-1)
         if pooling == "auto":
             pooling = "mean" if network.both_ways else "last"
         return normalize(network.row_states(batch, pooling).float(), dim=-1)
@@ -327,8 +345,11 @@ def read_embeddings(
     """Embeddings ``[N, H]`` of length 1 in float32, in the order of ``rows``."""
     import torch
 
+    from luthier.models.sentence_head import embedding_width
+
     placed = [replace(row, row=number) for number, row in enumerate(rows)]
-    found_NH = torch.zeros(len(rows), network.width, device=network.device)
+    width = embedding_width(network) if encoder.pooling == "auto" else network.width
+    found_NH = torch.zeros(len(rows), width, device=network.device)
     for batch in network.batches(placed, budget):
         found_NH[[row.row for row in batch.tree.examples]] = encoder.embed(network, batch)
     return found_NH

@@ -64,7 +64,11 @@ class EmbeddingDistillation(Taught):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text, of weight 1."""
-        return chat.encode_input(row, index)
+        return chat.encode_embedded(row, index)
+
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """See :meth:`Contrastive.format`."""
+        return self._encoder.format(chat)
 
     def truncate(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token, and the weight."""
@@ -81,18 +85,22 @@ class EmbeddingDistillation(Taught):
         """Let the teacher read all texts, keep where it places them, and let it go."""
         from torch.nn.functional import pad
 
+        from luthier.models.sentence_head import embedding_width
+
         teacher, encoder = network.others.pop("teacher"), Contrastive(pooling=self.teacher_pooling)
         unique = list({row.ids_T.tobytes(): row for row in rows}.values())
         place = {row.ids_T.tobytes(): number for number, row in enumerate(unique)}
         found_NH = read_embeddings(teacher, encoder, unique, budget)
-        if teacher.width > network.width:
-            found_NH, share = project(found_NH, network.width)
+        width = embedding_width(network) if self.pooling == "auto" else network.width
+        if found_NH.shape[-1] > width:
+            before = found_NH.shape[-1]
+            found_NH, share = project(found_NH, width)
             found_NH = turn(found_NH, read_embeddings(network, self._encoder, unique, budget))
             note(
-                f"the teacher's {teacher.width} numbers a text are projected on the student's "
-                f"{network.width}, which keeps {share:.1%} of their squares"
+                f"the teacher's {before} numbers a text are projected on the student's "
+                f"{width}, which keeps {share:.1%} of their squares"
             )
-        network.cache = (place, pad(found_NH, (0, network.width - found_NH.shape[-1])))
+        network.cache = (place, pad(found_NH, (0, width - found_NH.shape[-1])))
         teacher.close()
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:

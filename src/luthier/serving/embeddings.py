@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from luthier.data.containers import JSON_LINES, unpacked_name
 from luthier.data.parsing import Record
+from luthier.data.sentence import read_sentence_pipeline
 from luthier.data.shapes.media import CaptionedImage
 from luthier.data.shapes.texts import TextPair
 from luthier.data.writers import arrow_columns, json_records, pack, to_json
@@ -53,14 +54,22 @@ def check_embeds(stored: StoredModel, objective: Objective) -> None:
     raise RecipeError(f"{stored.id} gives no embeddings; name {named}")
 
 
-def random_weights_note(stored: StoredModel) -> str:
-    """What people are told of embeddings by a model that was never trained; empty for others."""
-    if not stored.manifest.is_random:
-        return ""
-    return (
-        f"{stored.id} has random weights: how near its embeddings are says little of what rows mean. "
-        "Train it first, with luthier tune"
-    )
+def embedding_notes(stored: StoredModel) -> Iterator[str]:
+    """Yield what a user should know about the embeddings of a model."""
+    if stored.manifest.is_random:
+        yield (
+            f"{stored.id} has random weights: how near its embeddings are says little of what rows "
+            "mean. Train it first, with luthier tune"
+        )
+    form = stored.manifest.format
+    pipeline = read_sentence_pipeline(stored.folder) if form is None else form.sentence
+    if pipeline is None or pipeline.default_prompt is not None:
+        return
+    if named := [repr(text) for text in pipeline.prompts.values() if text]:
+        yield (
+            f"{stored.id} was trained with prompts ({', '.join(named[:5])}) and names none as default. "
+            "Write the prompt that suits each text in front of the text"
+        )
 
 
 def embedding_format(target: Path) -> EmbeddingFormat:

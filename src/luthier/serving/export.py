@@ -42,11 +42,12 @@ from luthier.models.gguf import (
     write_gguf,
     write_lora,
 )
-from luthier.models.load import read_config, stored_dtype
+from luthier.models.load import read_config, sketch, stored_dtype
 from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
 from luthier.models.outside import ADAPTER_CONFIG
 from luthier.models.pipelines import is_pipeline, network_folders
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
+from luthier.models.sentence_head import attach_sentence_head, sentence_head
 from luthier.serving.gguf_parity import compare_gguf, largest_divergence
 from luthier.serving.ollama import MODELFILE, modelfile
 from luthier.serving.peft_parity import check_peft
@@ -134,6 +135,7 @@ def export(
             for name in (ADAPTER_CONFIG, ADAPTER):
                 copy_plain(stored.folder / name, fresh / name)
             save_format(chat_format(stored), fresh)
+            _save_sentence_head(stored, fresh)
             if isinstance(_lora_of(stored), LoRA):
                 config = read_json(fresh / ADAPTER_CONFIG)
                 targets = {"target_modules": target_modules(read_adapter(fresh))}
@@ -191,6 +193,18 @@ def _written_size(folder: Path) -> int:
     """Bytes below ``folder`` on the disk: safetensors gives a file its size before its content."""
     found = (os.stat(f"{folder}/{name}") for name in names_below(folder))
     return sum(min(each.st_size, 512 * each.st_blocks) for each in found)
+
+
+def _save_sentence_head(stored: StoredModel, folder: Path) -> None:
+    """Write the pipeline of a sentence encoder next to its adapter."""
+    pipeline, head = chat_format(stored).sentence, objective_of(stored).head()
+    if pipeline is None or head.task != "embedding":
+        return
+    network: Any = sketch(stored.network_folder, head)
+    attach_sentence_head(network, pipeline, stored.network_folder)
+    found = sentence_head(network)
+    assert found is not None
+    found.save(folder)
 
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 1_000_000
 """Of a collection; their embeddings are held in memory."""
-FORM = "luthier-embeddings-1"
+FORM = "luthier-embeddings-2"
 """How the file says what it is."""
 
 

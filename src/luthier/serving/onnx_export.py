@@ -37,6 +37,7 @@ from luthier.models.load import as_network
 from luthier.models.manifest import ExportRecord, created_now
 from luthier.models.modalities import is_dual_encoder, media_inputs
 from luthier.models.save import save_format
+from luthier.models.sentence_head import sentence_head
 from luthier.objectives.regression import Regression
 from luthier.objectives.reward_model import RewardModel
 from luthier.serving.export import (
@@ -175,6 +176,21 @@ def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) ->
             meaning = "the embedding of a row"
             return OnnxAnswer(MEDIA, axes, meaning, _MediaEmbedding, predict, "embedding", details)
         pooling = getattr(objective, "pooling", "auto")
+        head = sentence_head(network.model)
+        if pooling == "auto" and head is not None:
+            names = {"cls": "first", "mean": "mean", "lasttoken": "last"}
+            pipeline = head.pipeline
+            changes_text = pipeline.prepare("A") != "A"
+            if pipeline.dense or len(pipeline.pooling) > 1 or changes_text:
+                raise RecipeError(
+                    "ONNX files hold sentence encoders of one pooling, without dense layers, default "
+                    "prompt and lower case; export the model as safetensors"
+                )
+            if (own := head.pipeline.pooling[0]) not in names:
+                raise RecipeError(
+                    f"pooling {own!r} cannot be written to ONNX; export the model as safetensors"
+                )
+            pooling = names[own]
         if pooling == "auto":
             pooling = "mean" if network.both_ways else "last"
         threshold = getattr(objective, "threshold", None)

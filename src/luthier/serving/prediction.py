@@ -55,7 +55,8 @@ class Predictor:
     def __init__(
         self, network: Network, objective: Objective, chat: ChatFormat, context: int
     ) -> None:
-        self.network, self.objective, self.chat, self.context = network, objective, chat, context
+        self.network, self.objective, self.chat = network, objective, chat
+        self.context = objective.room(chat, context)
         network.model.eval()
         network.chat = chat
 

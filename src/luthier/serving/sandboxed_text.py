@@ -17,6 +17,7 @@ import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.data.reasoning import ReasoningMarks
+from luthier.data.sentence import SentencePipeline
 from luthier.data.tokenization import TextEncoder
 from luthier.errors import RecipeError
 from luthier.models.outside import ADAPTER_CONFIG
@@ -84,6 +85,8 @@ def sandboxed_format(folder: Path, fields: Mapping[str, Any] | None = None) -> S
         opening_ids=tuple(about["opening_ids"]),
         closing_ids=tuple(about["closing_ids"]),
         decoder_problem=about["decoder_problem"],
+        sentence=SentencePipeline.model_validate(about["sentence"]) if about["sentence"] else None,
+        sentence_problem=about["sentence_problem"],
     )
 
 

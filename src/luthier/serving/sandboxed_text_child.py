@@ -84,13 +84,19 @@ def _import(folder: Path) -> None:
 
 def _open_chat_format(folder: Path, fields: Mapping[str, Any] | None) -> ChatFormat:
     from luthier.data.chat import ChatFormat
+    from luthier.data.sentence import SentencePipeline
     from luthier.models.tokenizer import load_chat_format, load_tokenizer
 
     if fields is None:
         return load_chat_format(folder)
     tokenizer = load_tokenizer(folder)
     names = ("template", "stop_ids", "start_id", "opening_ids", "closing_ids")
-    return ChatFormat.of(tokenizer, **{name: fields[name] for name in names if name in fields})
+    own = fields.get("sentence")
+    return ChatFormat.of(
+        tokenizer,
+        **{name: fields[name] for name in names if name in fields},
+        sentence=SentencePipeline.model_validate(own) if own else None,
+    )
 
 
 def _about(chat: ChatFormat) -> dict[str, Any]:
@@ -105,6 +111,8 @@ def _about(chat: ChatFormat) -> dict[str, Any]:
         "opening_ids": [int(i) for i in chat.opening_ids],
         "closing_ids": [int(i) for i in chat.closing_ids],
         "decoder_problem": chat.decoder_problem,
+        "sentence": chat.sentence.model_dump(mode="json") if chat.sentence else None,
+        "sentence_problem": chat.sentence_problem,
         "chat_template": template,
         "stop_names": [*chat.text_encoder.stop_names] if chat.has_tokenizer else [],
         "vocab_size": int(tokenizer.vocab_size),

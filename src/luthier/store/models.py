@@ -351,8 +351,11 @@ def load(
     Raises:
         CorruptFile: where a file is not the one that the record names.
     """
+    from luthier.data.sentence import read_sentence_pipeline
     from luthier.models.heads import decoder_of, mark_decoder_opening
     from luthier.models.load import load_model
+    from luthier.models.modalities import media_config
+    from luthier.models.sentence_head import attach_sentence_head
 
     check_whole(model)
     head = head or objective_of(model).head()
@@ -366,6 +369,12 @@ def load(
         form = model.manifest.format or chat_format(model)
         if form.start_id is not None:
             mark_decoder_opening(network, (form.start_id, *form.opening_ids))
+    if head.task == "embedding":
+        stored, folder = model.manifest.format, model.network_folder
+        pipeline = None if stored is None else stored.sentence
+        if stored is None and media_config(network.config) is None:
+            pipeline = read_sentence_pipeline(folder)
+        attach_sentence_head(network, pipeline, folder)
     on_merged(model)
     return network
 
@@ -662,6 +671,7 @@ def chat_format(model: StoredModel) -> ChatFormat:
         stored.opening_ids,
         stored.closing_ids,
         is_causal=is_causal(model.network_folder),
+        sentence=stored.sentence,
     )
 
 
@@ -675,6 +685,7 @@ def text_format(chat: ChatFormat) -> TextFormat:
         start_id=chat.start_id,
         opening_ids=chat.opening_ids,
         closing_ids=chat.closing_ids,
+        sentence=chat.sentence,
     )
 
 

@@ -196,9 +196,9 @@ class Learning(SpotCheck):
             except RowRefused as bad:
                 refuse(index, bad)
                 continue
-            views = fitted.sequences(example)
+            views, room = fitted.sequences(example), fitted.room(encoder.format, self.context)
             learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
-            if too_long := fitted.length_problem(example, self.context):
+            if too_long := fitted.length_problem(example, room):
                 refuse(index, too_long)
             if not learned and fitted.same_each_epoch:
                 nothing = "no token of the row is learned."

@@ -1,0 +1,316 @@
+"""Sentence encoders in the format of the library sentence-transformers.
+
+``modules.json`` lists the steps from a text to its vector: the network, pooling, linear layers and
+normalization. Luthier brings every vector to length 1 after these steps.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from luthier.errors import RecipeError
+from luthier.files import read_json, write_bytes
+
+MODULES = "modules.json"
+SETTINGS = "sentence_bert_config.json"
+PROMPTS = "config_sentence_transformers.json"
+DENSE_WEIGHTS = "model.safetensors"
+SENTENCE_FOLDERS = ("1_Pooling", "2_Dense", "3_Dense", "4_Dense")
+"""Folders of modules that a sentence encoder may have, as sentence-transformers names them."""
+
+PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+"""Names of sentence-transformers, in the order in which several modes are concatenated."""
+_LEGACY_MODES: dict[str, PoolingMode] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")
+"""Classes of ``torch.nn`` that may follow a linear layer."""
+_PACKAGE = "sentence_transformers."
+_MOST_LENGTH = 10_000_000
+"""transformers writes 1e30 for a tokenizer without a limit."""
+_SETTINGS_READ = frozenset({"max_seq_length", "do_lower_case"})
+_DEFAULT_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "transformer_task": ("feature-extraction",),
+    "module_output_name": ("token_embeddings",),
+    "unpad_inputs": (True, False),
+}
+"""Settings of the network that change no vector, with the values that are accepted."""
+
+
+class Dense(BaseModel):
+    """A linear layer after pooling, with an activation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str
+    """Folder of its weights, inside the folder of the model."""
+    inputs: int
+    outputs: int
+    bias: bool
+    activation: str
+    """One of :data:`ACTIVATIONS`."""
+
+
+class SentencePipeline(BaseModel):
+    """Steps from the states of the network to the vector of a text, and how texts are prepared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pooling: tuple[PoolingMode, ...] = ("mean",)
+    """Modes whose results are concatenated."""
+    steps: tuple[Dense | Literal["normalize"], ...] = ()
+    """Steps after pooling, in their order."""
+    max_length: int | None = None
+    """Tokens of a text, special tokens included; the context of the network if ``None``."""
+    lower_case: bool = False
+    """Whether texts are made lower case."""
+    prompts: dict[str, str] = {}
+    """Texts to put before a text, by name."""
+    default_prompt: str | None = None
+    """Name of the prompt that every text gets; ``None`` for no prompt."""
+    similarity: str | None = None
+    """Name of the similarity function, which luthier writes back."""
+
+    @property
+    def dense(self) -> tuple[Dense, ...]:
+        """The linear layers, in their order."""
+        return tuple(step for step in self.steps if isinstance(step, Dense))
+
+    def prepare(self, text: str) -> str:
+        """Return ``text`` with the default prompt, in lower case if the model is for that."""
+        text = self.prompts.get(self.default_prompt or "", "") + text
+        return text.lower() if self.lower_case else text
+
+    def longest(self, context: int) -> int:
+        """Return the largest number of tokens of a text for a network with ``context`` tokens."""
+        return context if self.max_length is None else min(context, self.max_length)
+
+    def with_pooling(self, mode: PoolingMode) -> SentencePipeline:
+        """Return a pipeline with another pooling and without the layers trained for the old one."""
+        return self.model_copy(update={"pooling": (mode,), "steps": ("normalize",)})
+
+
+def read_sentence_pipeline(folder: Path) -> SentencePipeline | None:
+    """Return the pipeline of a sentence-transformers folder; ``None`` for other folders.
+
+    Raises:
+        RecipeError: naming a module or a setting that is not supported.
+    """
+    path = folder / MODULES
+    if not path.is_file():
+        return None
+    modules = read_json(path)
+    names = [_module_name(path, each) for each in modules] if isinstance(modules, list) else []
+    if names[:1] != ["Transformer"] or modules[0].get("path"):
+        raise RecipeError(
+            f"{path}: the first module must be Transformer with an empty `path`. Save the model again "
+            "with the library sentence-transformers"
+        )
+    if names[1:2] != ["Pooling"]:
+        raise RecipeError(f"{path}: the second module must be Pooling. Use another base model")
+    steps = list[Any]()
+    for name, module in zip(names[2:], modules[2:], strict=True):
+        place = folder / str(module.get("path", ""))
+        if name not in ("Dense", "Normalize"):
+            raise _unsupported(path, name)
+        steps.append(_read_normalize(place) if name == "Normalize" else _read_dense(folder, place))
+    texts = read_json(folder / PROMPTS) if (folder / PROMPTS).is_file() else {}
+    prompts = {str(k): str(v or "") for k, v in (texts.get("prompts") or {}).items()}
+    default = texts.get("default_prompt_name")
+    settings = _read_settings(folder)
+    pooling = folder / str(modules[1].get("path", "")) / "config.json"
+    fields = _existing(pooling)
+    if fields.get("include_prompt") is False and prompts.get(default or ""):
+        raise RecipeError(
+            f"{pooling}: `include_prompt` is false, and pooling without the prompt is not supported. "
+            "Use another base model"
+        )
+    return SentencePipeline(
+        pooling=_pooling_modes(pooling, fields),
+        steps=tuple(steps),
+        max_length=_max_length(folder, settings),
+        lower_case=bool(settings.get("do_lower_case")),
+        prompts=prompts,
+        default_prompt=default,
+        similarity=texts.get("similarity_fn_name"),
+    )
+
+
+def write_sentence_pipeline(pipeline: SentencePipeline, width: int, folder: Path) -> None:
+    """Write a pipeline as sentence-transformers reads it; weights of linear layers are not written.
+
+    ``width`` is the number of values in a state of the network.
+    """
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    for place, step in enumerate(pipeline.steps, 2):
+        own = (f"{place}_Normalize", "Normalize") if step == "normalize" else (step.folder, "Dense")
+        modules.append(own)
+    if pipeline.steps[-1:] != ("normalize",):  # luthier's vectors have length 1
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
+    listed = [
+        {"idx": n, "name": str(n), "path": path, "type": f"{_PACKAGE}models.{name}"}
+        for n, (path, name) in enumerate(modules)
+    ]
+    modes = {name: mode in pipeline.pooling for name, mode in _LEGACY_MODES.items()}
+    settings = {"max_seq_length": pipeline.max_length, "do_lower_case": pipeline.lower_case}
+    prompts = {"prompts": pipeline.prompts, "default_prompt_name": pipeline.default_prompt}
+    if pipeline.similarity is not None:
+        prompts["similarity_fn_name"] = pipeline.similarity
+    files: dict[str, Any] = {
+        MODULES: listed,
+        SETTINGS: {name: value for name, value in settings.items() if value is not None},
+        PROMPTS: prompts,
+        "1_Pooling/config.json": {"word_embedding_dimension": width, **modes},
+    }
+    for layer in pipeline.dense:
+        files[f"{layer.folder}/config.json"] = {
+            "in_features": layer.inputs,
+            "out_features": layer.outputs,
+            "bias": layer.bias,
+            "activation_function": _ACTIVATION_PATH[layer.activation],
+        }
+    for name, fields in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_bytes(folder / name, json.dumps(fields, indent=2).encode())
+
+
+_ACTIVATION_PATH = {
+    name: f"torch.nn.modules.{'linear' if name == 'Identity' else 'activation'}.{name}"
+    for name in ACTIVATIONS
+}
+
+
+def _module_name(path: Path, module: Any) -> str:
+    """Return the class name of an entry of ``modules.json``."""
+    kind = str(module.get("type")) if isinstance(module, dict) else ""
+    if not kind.startswith(_PACKAGE):
+        raise _unsupported(path, kind)
+    if not re.fullmatch(r"[\w-]*", str(module.get("path", ""))):  # never outside the folder
+        raise RecipeError(
+            f"{path}: `path` of a module must be the name of a folder next to this file"
+        )
+    return kind.rpartition(".")[2]
+
+
+def _unsupported(path: Path, name: str) -> RecipeError:
+    return RecipeError(
+        f"{path}: the module {name!r} is not supported. Supported are Transformer, Pooling, Dense and "
+        "Normalize; use another base model"
+    )
+
+
+def _existing(path: Path) -> dict[str, Any]:
+    """Return the fields of a JSON file.
+
+    Raises:
+        RecipeError: if the file is missing.
+    """
+    if not path.is_file():
+        raise RecipeError(
+            f"{path} is missing, and {MODULES} names its folder. Copy the whole folder"
+        )
+    fields: dict[str, Any] = read_json(path)
+    return fields
+
+
+def _pooling_modes(path: Path, fields: dict[str, Any]) -> tuple[PoolingMode, ...]:
+    known = tuple(_LEGACY_MODES.values())
+    found: list[Any]
+    given = fields.get("pooling_mode")
+    if given is None:
+        found = [mode for name, mode in _LEGACY_MODES.items() if fields.get(name) is True]
+        other = [
+            name
+            for name, on in fields.items()
+            if name.startswith("pooling_mode") and on is True and name not in _LEGACY_MODES
+        ]
+    else:
+        found = [given] if isinstance(given, str) else list(given)
+        other = [mode for mode in found if mode not in known]
+    if other:
+        raise RecipeError(
+            f"{path}: pooling {str(other[0])!r} is not supported. Use another base model"
+        )
+    return tuple(found) or ("mean",)
+
+
+def _read_normalize(place: Path) -> Literal["normalize"]:
+    """Refuse a normalization of other values than the vector of a text."""
+    path = place / "config.json"
+    fields = read_json(path) if path.is_file() else {}
+    if (inner := fields.get("module_input_name", "sentence_embedding")) != "sentence_embedding":
+        raise RecipeError(
+            f"{path}: `module_input_name` is {inner!r}, which is not supported. Use another base model"
+        )
+    return "normalize"
+
+
+def _read_dense(folder: Path, place: Path) -> Dense:
+    """Read one linear layer; refuse settings and weights that are not supported."""
+    path = place / "config.json"
+    fields = _existing(path)
+    if not (place / DENSE_WEIGHTS).is_file():
+        raise RecipeError(
+            f"{place} has no {DENSE_WEIGHTS}. Pickled weights (pytorch_model.bin) can run code and are "
+            "never loaded: save the model again with save_pretrained(..., safe_serialization=True)"
+        )
+    kind = str(fields.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    name = kind.rpartition(".")[2]
+    inner = fields.get("module_input_name", "sentence_embedding")
+    outer = fields.get("module_output_name") or inner
+    problem = ""
+    if not kind.startswith("torch.nn.") or name not in ACTIVATIONS:
+        problem = f"`activation_function` is {kind!r}"
+    elif fields.get("use_residual"):
+        problem = "`use_residual` is true"
+    elif (inner, outer) != ("sentence_embedding", "sentence_embedding"):
+        problem = f"`module_input_name` is {inner!r}"
+    if problem:
+        raise RecipeError(f"{path}: {problem}, which is not supported. Use another base model")
+    return Dense(
+        folder=place.relative_to(folder).as_posix(),
+        inputs=fields["in_features"],
+        outputs=fields["out_features"],
+        bias=fields.get("bias", True),
+        activation=name,
+    )
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return how the network is used; refuse settings that would change vectors."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return {}
+    fields: dict[str, Any] = read_json(path)
+    for name, value in fields.items():
+        if name in _SETTINGS_READ or not value or value in _DEFAULT_SETTINGS.get(name, ()):
+            continue
+        if name == "modality_config" and value.get("text", {}) == {
+            "method": "forward",
+            "method_output_name": "last_hidden_state",
+        }:
+            continue
+        raise RecipeError(
+            f"{path}: `{name}` is {json.dumps(value)[:100]}, which is not supported. Use another base "
+            "model"
+        )
+    return fields
+
+
+def _max_length(folder: Path, settings: dict[str, Any]) -> int | None:
+    """Return the limit that sentence-transformers applies: its own, or else the tokenizer's."""
+    length = settings.get("max_seq_length")
+    path = folder / "tokenizer_config.json"
+    if length is None and path.is_file():
+        length = read_json(path).get("model_max_length")
+    return int(length) if length is not None and 0 < length < _MOST_LENGTH else None
