@@ -21,9 +21,9 @@ from pathlib import Path
 from shutil import copytree
 
 import torch
+from safetensors.torch import save_file
 
 from children import table
-from luthier.encryption.tensors import save_tensors
 from luthier.engine.machine import release_workers
 from luthier.engine.train import train
 from luthier.files import hashes_of, luthier_home
@@ -60,7 +60,7 @@ def make_adapters(folder: Path, count: int, rank: int) -> list[str]:
             name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
             for name, tensor in read_adapter(first.folder).items()
         }
-        save_tensors(tensors, copy / ADAPTER, metadata={"format": "pt"})
+        save_file(tensors, copy / ADAPTER, metadata={"format": "pt"})
         hashes = {n: h for n, h in hashes_of(copy).items() if n in first.manifest.files}
         model_id = f"{BASE}:a{index}"
         record = first.manifest.plain() | {"id": model_id, "files": hashes}

@@ -62,9 +62,7 @@ def test_the_parts_of_the_compose_file_name_each_other_rightly() -> None:
     assert names == ["luthier", "database"]
     assert "@database/luthier" in services[1] and "dockerfile: deploy/Dockerfile" in services[1]
     found = re.search(r"^    shm_size: (\d+)gb$", services[1], flags=re.MULTILINE)
-    assert found is not None and int(found[1]) >= 1, (
-        "an encrypted store needs more than 64 MB there"
-    )
+    assert found is not None and int(found[1]) >= 1
     assert "127.0.0.1:8080" in services[1], "it is published on loopback only"
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import pytest
 from luthier_server import KEYS, ONE, Served
 from resident_memory import Growth
 
-from luthier.encryption import keys, memory
 from luthier.files import write_json
 
 SIZE, MOST = 150_000_000, 50_000_000
@@ -22,17 +19,14 @@ SIZE, MOST = 150_000_000, 50_000_000
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """With an encrypted store: what is plain may lie in memory alone."""
     home = tmp_path / "served"
     home.mkdir()
     write_json(home / "bootstrap.json", {"principals": list(KEYS.values())})
     monkeypatch.setenv("LUTHIER_HOME", str(home))
-    monkeypatch.setenv(keys.ENVIRONMENT, base64.b64encode(secrets.token_bytes(32)).decode())
     made = Served(home, forked=False)
     made.start("--no-workers")
     yield made
     made.end()
-    shutil.rmtree(memory.memory())
 
 
 @pytest.mark.slow
@@ -69,7 +63,7 @@ def test_a_large_file_costs_a_few_pieces(server: Served, tmp_path: Path) -> None
     }  # fmt: skip
     grown = {}
     for name, work in works.items():
-        with Growth(server, memory.memory()) as peak:
+        with Growth(server) as peak:
             work()
         grown[name] = peak.most
     assert made[0].bytes == size

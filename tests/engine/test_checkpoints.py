@@ -226,13 +226,13 @@ def test_a_large_one_waits_until_it_takes_a_tenth_of_the_time(tmp_path: Path, cl
 def test_later_ones_take_at_most_a_fiftieth_of_the_time(
     cost: float, wait: float, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_file = checkpoints.save_tensors
+    write_json = checkpoints.write_json
 
-    def slow(*arguments: Any) -> None:
+    def slow(path: Path, value: Any) -> None:
         clock.now += cost
-        save_file(*arguments)
+        write_json(path, value)
 
-    monkeypatch.setattr(checkpoints, "save_tensors", slow)
+    monkeypatch.setattr(checkpoints, "write_json", slow)
     kept = Checkpoints(tmp_path)
     write(kept, 10)
     clock.now += wait - 0.5

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
-import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from luthier.encryption import keys, memory
 from luthier.engine.train import train
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import verify
@@ -103,22 +99,8 @@ def verified(store: Store, certificate: dict[str, Any]) -> None:
         assert audit.verify(session, certificate["audit"][-1]["hash"]) is None
 
 
-@pytest.fixture(params=["plain", "encrypted"])
-def sealed(request: pytest.FixtureRequest, luthier_home: Path) -> Iterator[bool]:
-    """Whether the store is encrypted."""
-    if request.param == "encrypted":
-        luthier_home.mkdir(exist_ok=True)
-        keys.open_store_keys(secrets.token_bytes(32))
-    yield request.param == "encrypted"
-    if request.param == "encrypted":
-        shutil.rmtree(memory.memory())
-        keys.use_keyring(None)
-
-
 @sqlite
-def test_every_copy_of_the_data_goes(
-    sealed: bool, queue: Any, store: Store, luthier_home: Path
-) -> None:
+def test_every_copy_of_the_data_goes(queue: Any, store: Store, luthier_home: Path) -> None:
     teacher = taught(queue, store)
     store.put(body())
     store.objects.copy(
@@ -146,12 +128,8 @@ def test_every_copy_of_the_data_goes(
     # A worker that was killed left its copy.
     left = luthier_home / "jobs" / f".tmp-{distilled}~x"
     left.mkdir()
-    (left / "rows").write_bytes(b"" if sealed else body())
-    before = holding(luthier_home)
-    if sealed:
-        assert before == set()
-    else:
-        assert {"objects", "jobs"} <= before
+    (left / "rows").write_bytes(body())
+    assert {"objects", "jobs"} <= holding(luthier_home)
     journals = luthier_home / "teachers" / ACCOUNT
     assert len(list(journals.glob("*.jsonl"))) == 1
     certificate = store.delete(models="keep")

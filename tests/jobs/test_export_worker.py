@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from luthier.encryption import keys, memory
 from luthier.engine.train import train
 from luthier.errors import Interrupted, LeaseLost
 from luthier.files import sha256_of, write_json
@@ -354,41 +351,6 @@ def test_a_lost_lease_ends_the_process_without_a_word_to_the_row(
     with pytest.raises(LeaseLost):
         worker.beat()
     assert row(database, made).state == QUEUED
-
-
-@pytest.fixture
-def encrypted(luthier_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Both are changed where the store is encrypted.
-    monkeypatch.setattr(tempfile, "tempdir", tempfile.gettempdir())
-    monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
-    luthier_home.mkdir()
-    keys.open_store_keys(secrets.token_bytes(32))
-    yield
-    shutil.rmtree(memory.memory(), ignore_errors=True)
-    keys.use_keyring(None)
-
-
-def test_an_encrypted_store_has_no_plain_weights_on_its_disk(
-    encrypted: None,
-    database: Database,
-    tiny_model_folder: Path,
-    luthier_home: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tune(luthier_home, tiny_model_folder)
-    with_row(database)
-    made, looked = submit(database, merged=True), list[bool]()
-    honest = ExportWorker._upload
-
-    def upload(worker: ExportWorker, found: Any, written: Any, target: Path) -> Any:
-        looked.append(target.is_relative_to(memory.memory()) and any(target.iterdir()))
-        assert not list((luthier_home / "jobs").rglob("*.safetensors"))
-        return honest(worker, found, written, target)
-
-    monkeypatch.setattr(ExportWorker, "_upload", upload)
-    assert claimed(database).run() == 0
-    assert row(database, made).state == COMPLETED and looked == [True]
-    assert not list(memory.memory().rglob("*.safetensors"))
 
 
 def test_what_dead_workers_left_goes_at_the_next_look(

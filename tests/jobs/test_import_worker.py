@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from luthier.encryption import keys, memory
-from luthier.encryption.files import is_sealed, read_data
-from luthier.errors import LuthierError
-from luthier.files import verify
 from luthier.jobs import import_worker
 from luthier.jobs.import_worker import ImportWorker
 from luthier.jobs.processes import LOST, this_process
 from luthier.jobs.submit import submit_import
 from luthier.jobs.worker import Heartbeat
-from luthier.serving.acceptance import AcceptedModel, accept_network
 from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store import queue
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
-from luthier.store.models import find, load
 
 
 class _Ended(BaseException):
@@ -102,50 +92,3 @@ def test_a_process_of_ours_that_was_killed_fails_no_import(
         assert queue.expire(session, ModelImport, found.id, worker.lease, "it ended") == (
             "another worker goes on"
         )
-
-
-@pytest.fixture
-def encrypted(luthier_home: Path) -> Iterator[None]:
-    luthier_home.mkdir()
-    keys.open_store_keys(secrets.token_bytes(32))
-    yield
-    shutil.rmtree(memory.memory())
-    keys.use_keyring(None)
-
-
-def weights_in(folder: Path) -> list[Path]:
-    """Files that hold weights as anybody can read them."""
-    return [path for path in folder.rglob("*.safetensors") if not is_sealed(path)]
-
-
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_weights_are_never_on_the_disk_of_an_encrypted_store(
-    encrypted: None,
-    luthier_home: Path,
-    tiny_model_folder: Path,
-    database: Database,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    worker, found = begun(database, tiny_model_folder)
-    looked: list[Path] = []
-
-    def tried(folder: Path, model_id: str) -> AcceptedModel:
-        looked.extend(weights_in(folder))
-        assert weights_in(luthier_home) == []
-        accepted = accept_network(folder, model_id)
-        assert weights_in(luthier_home) == []
-        return accepted
-
-    monkeypatch.setattr(import_worker, "accept_network", tried)
-    worker._store(found)
-    assert len(looked) == 1 and looked[0].is_relative_to(memory.memory())
-    assert weights_in(luthier_home) == weights_in(memory.memory()) == []
-    model = find(f"imported:model-{found.id}")
-    verify(model.folder, model.manifest.files)
-    (stored,) = model.folder.glob("*.safetensors")
-    assert read_data(stored) == (tiny_model_folder / "model.safetensors").read_bytes()
-    network = load(model, torch.float32, torch.device("cpu"))
-    assert sum(weight.numel() for weight in network.parameters()) == model.manifest.parameters
-    # What is said of it names no place of ours.
-    answer = worker._explain(LuthierError(f"{looked[0]} is odd"), found.source)
-    assert answer == f"{found.source}/model.safetensors is odd"

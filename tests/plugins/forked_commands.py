@@ -137,10 +137,7 @@ def ask(
 
 def stand_for(path: str, code: str, arguments: Sequence[str]) -> NoReturn:
     """Have a worker forked, as the process that a scheduler started, and end as it does."""
-    files = [0, 1, 2]
-    if keys := os.environ.get("LUTHIER_ENCRYPTION_KEYS_FD"):
-        files.append(int(keys))
-    connection = ask(path, code, arguments, dict(zip(files, files, strict=True)))
+    connection = ask(path, code, arguments, {0: 0, 1: 1, 2: 2})
     connection.recv(16)  # its number
     ended = int(connection.recv(16) or 70)
     if ended < 0:

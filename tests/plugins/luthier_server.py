@@ -93,14 +93,11 @@ class Served:
         self.process.kill()
         self.process.wait()
 
-    def command(
-        self, *arguments: str, key: str | None = None, fails: bool = False
-    ) -> subprocess.CompletedProcess[str]:
-        """``luthier`` on the server's store, under another encryption key if one is given."""
-        given = {} if key is None else {"LUTHIER_ENCRYPTION_KEY": key}
+    def command(self, *arguments: str, fails: bool = False) -> subprocess.CompletedProcess[str]:
+        """Run ``luthier`` on the server's store."""
         done = run(
             *arguments,
-            env={**os.environ, "LUTHIER_HOME": str(self.home), **self.own, **given},
+            env={**os.environ, "LUTHIER_HOME": str(self.home), **self.own},
             timeout=60,
         )
         assert (done.returncode != 0) == fails, done.stdout + done.stderr

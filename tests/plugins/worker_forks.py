@@ -52,17 +52,12 @@ def work(arguments: list[str]) -> int:
     """What a worker does that a scheduler started with ``arguments``."""
     exec(os.environ.get("LUTHIER_TEST_BEFORE", ""), {})
     from luthier.cli.worker import configure_logging
-    from luthier.encryption import keys as encryption
-    from luthier.encryption import memory
-    from luthier.jobs.folders import JobFolders
     from luthier.jobs.training import TrainingWorker
     from luthier.store.database import Database
     from luthier.store.locations import Locations
 
     options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    encryption.take_over()
-    memory.hold_temporary_files()
-    configure_logging(JobFolders(options["--id"]))
+    configure_logging()
     database = Database(os.environ["LUTHIER_DATABASE"])
     folders = Folders(Locations(database))
     processes = int(options.get("--processes", "1"))

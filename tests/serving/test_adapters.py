@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from luthier.encryption.tensors import save_tensors
 from luthier.engine.train import train
 from luthier.errors import CorruptFile, QuotaExceeded, WrongState
 from luthier.limits import ModelLimits
@@ -401,7 +401,7 @@ def test_a_file_that_is_not_the_stored_one_is_named(
             tensors = {
                 n.replace("layers.0", "layers.9"): t for n, t in read_adapter(stored.folder).items()
             }
-            save_tensors(tensors, file, metadata={"format": "pt"})
+            save_file(tensors, file, metadata={"format": "pt"})
             fields = json.loads(written)
             del fields["files"]
             record.write_text(json.dumps(fields))

@@ -6,12 +6,10 @@ import asyncio
 import json
 import logging
 import os
-import secrets
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 import urllib.error
@@ -27,9 +25,6 @@ import pytest
 import torch
 
 import luthier
-from luthier.encryption import keys
-from luthier.encryption.files import is_sealed
-from luthier.encryption.memory import memory
 from luthier.engine.train import train
 from luthier.errors import CorruptFile, LuthierError
 from luthier.files import read_json, write_json
@@ -129,33 +124,6 @@ def test_a_server_writes_it_once_and_keeps_it(store: str, monkeypatch: pytest.Mo
     remove_files("tiny:rslora")
     assert not custom_folder("tiny", "rslora").exists()
     assert folder.is_dir(), "vLLM, which has it, may read it once more"
-
-
-def test_that_of_an_encrypted_store_is_in_memory(
-    store: str, tiny_llama: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from peft import PeftModel
-
-    # To train on an encrypted store moves temporary files into memory for the rest of the process.
-    monkeypatch.setattr(tempfile, "tempdir", tempfile.gettempdir())
-    monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
-    keys.open_store_keys(secrets.token_bytes(32))
-    try:
-        rows = tmp_path / "rows.jsonl"
-        rows.write_text('{"prompt": "say fox", "completion": "FOX"}\n' * 4)
-        fields = {
-            "base": "tiny", "name": "secret", "data": {"train": str(rows), "validation_share": 0},
-            "adaptation": {"method": "lora", "rank": 2},
-            "training": {"max_steps": 1, "precision": "float32", "threads": 1},
-        }  # fmt: skip
-        train(Recipe.parse(fields))
-        assert is_sealed(find("tiny:secret").folder / "adapter_model.safetensors")
-        folder = adapter_folder(store, "tiny:secret")
-        assert folder.is_relative_to(memory())
-        PeftModel.from_pretrained(tiny_llama(head_dim=64), folder)
-    finally:
-        shutil.rmtree(memory())
-        keys.use_keyring(None)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import hashlib
 import json
@@ -22,7 +21,6 @@ from postgres import Postgres
 from principals_of import FIRST, made_at
 from sqlalchemy import select, text
 
-from luthier.encryption import keys
 from luthier.errors import CorruptFile, RefusedInput, RunConflict
 from luthier.files import lock, sha256_of, write_bytes, write_json
 from luthier.store import accounts, principals
@@ -492,7 +490,6 @@ def test_work_that_goes_on_is_there_and_what_is_being_removed_is_not(
     with database.write() as session:
         session.execute(text("DELETE FROM custom_models WHERE name='job-half'"))
     (store / "models/custom/tiny/job-half/adapter.safetensors").unlink()
-    (store / "encryption.lock").touch()
     backup(database, store, tmp_path / "backup")
     files = tmp_path / "backup" / "files"
     there = {p.relative_to(files).as_posix() for p in files.rglob("*") if p.is_file()}
@@ -662,25 +659,3 @@ def test_postgres_is_in_it_as_it_was_at_that_moment(
     with pytest.raises(CorruptFile, match="s3://data/key"):
         restore(tmp_path / "backup", tmp_path / "third", restored)
     restored.close()
-
-
-def test_files_of_an_encrypted_store_are_compared_where_its_key_is_given(
-    database: Database, luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key = bytes(range(32))
-    monkeypatch.setenv(keys.ENVIRONMENT, base64.b64encode(key).decode())
-    keys.open_store_keys(key)
-    try:
-        path = put(database, b"content")
-        assert b"content" not in path.read_bytes()
-        assert backup(database, luthier_home, tmp_path / "whole").unread == 0
-        with database.write() as session:
-            session.execute(text("UPDATE object_pieces SET sha256='x'"))
-        with pytest.raises(CorruptFile, match="s3://data/key"):
-            backup(database, luthier_home, tmp_path / "other")
-        monkeypatch.delenv(keys.ENVIRONMENT)
-        assert backup(database, luthier_home, tmp_path / "unread").unread == 1
-        assert restore(tmp_path / "whole", tmp_path / "home").unread == 1
-    finally:
-        keys.use_keyring(None)
-    assert (tmp_path / "home" / "encryption.json").is_file()

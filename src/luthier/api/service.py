@@ -35,8 +35,6 @@ from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.sts import STSFace
-from luthier.encryption.keys import open_store_keys
-from luthier.encryption.memory import hold_temporary_files
 from luthier.engine.processes import check_room
 from luthier.errors import RecipeError, RefusedInput
 from luthier.jobs.admission import Capacity
@@ -83,18 +81,15 @@ class Service:
 
         Raises:
             LuthierError: where the database cannot be reached, or is of a newer version.
-            WrongKey: where the store is encrypted, and not under the key that was given.
             CorruptFile: where there are access keys that the server's key does not open.
         """
         self.settings = settings
         self.database = Database(settings.database)
         try:
             upgrade(self.database)
-            open_store_keys(settings.encryption_key)
         except BaseException:
             self.database.close()
             raise
-        hold_temporary_files()
         with self.database.read() as session:
             key = matching_server_key(session)
         self.issued = bootstrap.prepare(self.database, Sealing(key), settings.account)

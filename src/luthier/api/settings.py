@@ -28,8 +28,6 @@ class Settings:
     """Method and fields of the graders that rewards name as Lambda functions, by function name."""
     requests_per_second: float | None = None
     """Rate of each account that has no quota of its own; ``None`` for no limit."""
-    encryption_key: bytes | None = field(default=None, repr=False)
-    """32 bytes under which the store is encrypted; a plain store becomes encrypted by it."""
     metrics_by_account: bool = False
     """Whether ``/metrics``, which answers to everybody, tells what each account uses."""
     strict_region: bool = False

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import CommandGroup, note, print_json, print_rows, print_text
+from luthier.cli.console import CommandGroup, note, print_json, print_rows
 from luthier.cli.deletion import data_app
 from luthier.cli.options import Json
 from luthier.cli.registration import service_models_app
@@ -32,7 +32,6 @@ from luthier.cli.service import (
 )
 from luthier.cli.service_jobs import service_jobs_app
 from luthier.errors import CorruptFile, RefusedInput
-from luthier.printable import printable
 
 if TYPE_CHECKING:
     from luthier.store import backup as backups
@@ -55,11 +54,10 @@ accounts_app = CommandGroup("Accounts (tenants) and their quotas.", extra="serve
 users_app = CommandGroup("Users and what they may do.", extra="server")
 keys_app = CommandGroup("Access keys and API keys.", extra="server")
 iam_roles_app = CommandGroup("IAM roles that users may assume (STS AssumeRole).", extra="server")
-encryption_app = CommandGroup("The key of an encrypted store.")
 for name, part in (
     ("accounts", accounts_app), ("users", users_app), ("keys", keys_app),
     ("iam-roles", iam_roles_app), ("jobs", service_jobs_app),
-    ("models", service_models_app), ("encryption", encryption_app),
+    ("models", service_models_app),
     ("data", data_app),
 ):  # fmt: skip
     admin_app.add_typer(part, name=name)
@@ -205,11 +203,6 @@ def _note_damage(made: backups.Backup) -> None:
     """Say what of a backup is not as its rows say, or could not be compared with them."""
     for each in made.damaged:
         note(f"  damaged: {each}")
-    if made.unread:
-        note(
-            f"  {made.unread} encrypted files were not compared with their rows: give the key of the "
-            "store for that"
-        )
 
 
 @admin_app.command("usage")
@@ -646,38 +639,3 @@ def remove_iam_role(
     with audited_write(database, "iam-roles.remove", account, role) as session:
         principals.remove_role(session, principals.role_of(session, account, role))
     print_outcome(json_, account=account, role=role, action="remove")
-
-
-@encryption_app.command("rotate")
-def rotate_key(
-    new: Annotated[Path, typer.Argument(help="File with the new key: 32 bytes in base64.")],
-    json_: Json = False,
-) -> None:
-    """Put the store under a new key; then start every server anew with it.
-
-    The old key is given as the service has it: LUTHIER_ENCRYPTION_KEY or LUTHIER_ENCRYPTION_KEY_FILE.
-    """
-    from luthier.encryption import keys
-
-    old = keys.master_key()
-    if old is None:
-        raise RefusedInput(f"give the old key by {keys.ENVIRONMENT} or {keys.FILE}")
-    ring = keys.rotate(old, keys.key_file(new))
-    if json_:
-        print_json({"current": ring.current, "keys": len(ring.keys)})
-    else:
-        print_text(f"the store is under the new key; data keys: {len(ring.keys)}")
-        print_text("start every server anew with it")
-
-
-@encryption_app.command("open")
-def open_file(
-    file: Annotated[Path, typer.Argument(help="A file of the store, such as a log.")],
-) -> None:
-    """Write what an encrypted file holds to standard output."""
-    from luthier.encryption.files import is_sealed, opened_lines, pieces_of
-
-    for piece in pieces_of(file) if is_sealed(file) else opened_lines(file):
-        if sys.stdout.isatty():
-            piece = printable(piece.decode("utf-8", "backslashreplace")).encode()
-        sys.stdout.buffer.write(piece)

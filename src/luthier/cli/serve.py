@@ -64,14 +64,6 @@ def serve(
             "lambda_handler, run in a sandbox) or a TOML grader. May be repeated.",
         ),
     ] = None,
-    encryption_key: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="LUTHIER_ENCRYPTION_KEY_FILE",
-            help="File with 32 bytes in base64: data and weights are encrypted under this key. "
-            "LUTHIER_ENCRYPTION_KEY may hold the key itself.",
-        ),
-    ] = None,
     requests_per_second: Annotated[
         float | None, typer.Option(help="Rate of each account that has no quota of its own.")
     ] = None,
@@ -139,7 +131,6 @@ def serve(
         from luthier.api.http.metrics import log_as_json
         from luthier.api.service import Service
         from luthier.api.settings import Settings
-        from luthier.encryption import keys
         from luthier.engine.machine import limit_kernels
         from luthier.limits import parse_limits
         from luthier.models.backends import chosen_backend, merges_adapters
@@ -181,7 +172,6 @@ def serve(
             ray_gpus=ray_gpus,
             job_processes=job_processes,
             work=not no_workers,
-            encryption_key=keys.key_file(encryption_key) if encryption_key else keys.master_key(),
         )
         log_as_json()
         service = Service(settings)

@@ -247,7 +247,6 @@ MOST_SHOWN = 5
 
 def print_label_issues(result: Result) -> None:
     """Print the number of labels worth a look, the first of them, and the file that lists all."""
-    from luthier.encryption.files import read_data
     from luthier.engine.runs import LABEL_ISSUES
     from luthier.printable import one_line
 
@@ -259,7 +258,7 @@ def print_label_issues(result: Result) -> None:
     out = new_console(highlight=False, markup=False, soft_wrap=True)
     shown = ":" if count <= MOST_SHOWN else f"; the first {MOST_SHOWN}:"
     out.print(f"  {what} worth a look, of {rows:,} rows{shown}", style="bold yellow")
-    for line in read_data(path).decode().split("\n")[: min(count, MOST_SHOWN)]:
+    for line in path.read_text(encoding="utf-8").split("\n")[: min(count, MOST_SHOWN)]:
         each = json.loads(line)
         text = f'{Path(each["file"]).name}:{each["line"]}  "{each["label"]}" looks like '
         text += f'"{each["likely_label"]}": {each["text"]}'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ import typer
 from luthier.cli.console import heavy_imports
 
 if TYPE_CHECKING:
-    from luthier.jobs.folders import JobFolders
+    pass
 
 Quotas = Annotated[
     list[str] | None,
@@ -51,7 +50,7 @@ def worker(
         on_stdin_end(lambda: os._exit(LOST))  # where the process stands
     from luthier.jobs.kinds import WORK_KINDS
 
-    configure_logging(WORK_KINDS[kind].folders(row_id))
+    configure_logging()
     with heavy_imports():
         from luthier.jobs.admission import Capacity
         from luthier.jobs.processes import inherited_database
@@ -75,27 +74,13 @@ def worker(
 def _prepare_process() -> None:
     """Let nobody else read what it writes, and the server go first."""
     faulthandler.enable()  # a crash in a library leaves its Python lines in the log of the job
-    from luthier.encryption import keys, memory
-
     os.umask(0o077)
     os.nice(5)
-    keys.take_over()
-    memory.hold_temporary_files()
 
 
-def configure_logging(folders: JobFolders) -> None:
-    """Where a worker's messages go: standard error, or line by line into an encrypted log."""
-    from luthier.encryption.keys import keyring
+def configure_logging() -> None:
+    """Log to standard error, which is the log of the job."""
     from luthier.jobs.processes import LOG_FORMAT
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # names its plugins in 15 lines
-    if keyring() is None:
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-        return
-    from luthier.jobs.folders import SealedLog
-
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=[SealedLog(folders)])
-    # What nobody catches would be written to standard error, which leads nowhere.
-    sys.excepthook = lambda kind, error, trace: logging.critical(
-        "the worker ends", exc_info=(kind, error, trace)
-    )
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # logs the names of its plugins
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)

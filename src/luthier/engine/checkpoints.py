@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.encryption.tensors import load_tensors, save_tensors
 from luthier.errors import CorruptFile
 from luthier.files import TEMPORARY, new_folder, read_json, sha256_of, sweep, write_json
+from luthier.models.tensors import load_tensors, save_tensors
 
 RETAINED = 2
 FIRST_STEP = 10

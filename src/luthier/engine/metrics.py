@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.encryption.files import open_line, place_of, seal_line
 from luthier.evaluation.significance import CHANCE, LESS_IS_BETTER, RowScores
 from luthier.files import disk_errors, write_bytes
 
@@ -181,18 +180,14 @@ class Reporter:
 class MetricsFile:
     """``metrics.jsonl``: one object a line, appended as the run goes."""
 
-    def __init__(self, path: Path, texts: bool = False) -> None:
-        """``texts`` says that there are texts in it: an encrypted store encrypts each line."""
-        self.path, self.texts = path, texts
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.lines = 0
 
     def append(self, values: Mapping[str, Any]) -> int:
         """Add one line; returns how many there are now."""
         with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
-            line = json.dumps(values)
-            if self.texts:
-                line = seal_line(line, place_of(self.path, self.lines + 1))
-            file.write(line + "\n")
+            file.write(json.dumps(values) + "\n")
         self.lines += 1
         return self.lines
 
@@ -208,9 +203,8 @@ class MetricsFile:
             return []
         # What follows the last line end was cut short by a kill, or is being written now.
         lines = self.path.read_bytes().split(b"\n")[:-1]
-        place = place_of(self.path)
-        opened = (open_line(line, f"{place}:{number}") for number, line in enumerate(lines, 1))
-        return [line if rows else without_rows(line) for line in opened]
+        found = map(json.loads, lines)
+        return [line if rows else without_rows(line) for line in found]
 
 
 def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) -> list[str]:

@@ -23,7 +23,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from luthier.child_python import python_command
-from luthier.encryption import keys
 from luthier.engine.machine import available_memory
 from luthier.engine.metrics import Reporter
 from luthier.engine.report_file import ReportFile, handing_on
@@ -106,12 +105,9 @@ def run_in_processes(
     if ProcessGroup.of_environment().size > 1:
         raise RecipeError("a launcher has started several processes already: leave `processes` out")
     _check_number(processes, reporter)
-    with (
-        TemporaryDirectory(prefix="luthier-processes-") as path,
-        keys.memory_file() as keys_path,
-    ):
+    with TemporaryDirectory(prefix="luthier-processes-") as path:
         folder = Path(path)
-        write_json(folder / _REQUEST, {**request, "agent": os.getpid(), "keys": keys_path})
+        write_json(folder / _REQUEST, {**request, "agent": os.getpid()})
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -184,7 +180,6 @@ def work(folder: Path, train: Training = _train) -> None:
         return  # one of them met what no new start would mend
     request = read_json(folder / _REQUEST)
     watch_agent(request["agent"])
-    keys.take_over(request["keys"])
     _end_soon_on_sigterm()
     rank = ProcessGroup.of_environment().rank
     first = rank == 0

@@ -17,8 +17,6 @@ from pydantic import TypeAdapter
 
 from luthier.data.containers import Container, container_of
 from luthier.data.sources import Source, stem_of
-from luthier.encryption.files import new_data_file, read_data
-from luthier.encryption.memory import remove, working
 from luthier.engine.dataset import NAMED_MEDIA
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import RunConflict
@@ -33,6 +31,7 @@ from luthier.files import (
     lock,
     luthier_home,
     names_below,
+    new_file,
     read_json,
     sweep,
     write_json,
@@ -216,7 +215,7 @@ class Run:
         write_json(self.folder / HELD_OUT, lines)
         test = {Path(file): each for file, each in lines.get("test", {}).items()}
         if test and all(container_of(file) == Container("jsonl") for file in test):
-            with disk_errors(self.folder), new_data_file(self.folder / TEST) as target:
+            with disk_errors(self.folder), new_file(self.folder / TEST) as target:
                 for file, each in test.items():
                     copy_lines(file, each, target)
 
@@ -240,7 +239,7 @@ class Run:
         if not records:
             (self.folder / LABEL_ISSUES).unlink(missing_ok=True)
             return
-        with disk_errors(self.folder), new_data_file(self.folder / LABEL_ISSUES) as target:
+        with disk_errors(self.folder), new_file(self.folder / LABEL_ISSUES) as target:
             target.write(json_lines(records).encode())
 
     def read_label_issues(self) -> list[dict[str, Any]]:
@@ -248,7 +247,7 @@ class Run:
         path = self.folder / LABEL_ISSUES
         if not path.is_file():
             return []
-        return [json.loads(line) for line in read_data(path).decode().split("\n") if line]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
     def record_failure(self, reason: str) -> None:
         """Record why the run ended, where going on would end the same way."""
@@ -262,16 +261,8 @@ class Run:
     def drop_working_files(self) -> None:
         """Free the disk of what only a resume would need."""
         for name in (CHECKPOINTS, PRECOMPUTED, REFIT, START, TOKENS):
-            remove(self.folder / name)
-        for folder in (self.folder, working(self.folder)):
-            (folder / ACTIVATIONS).unlink(missing_ok=True)
-
-    @property
-    def working(self) -> Path:
-        """Where plain copies of what it keeps are made while it trains, in memory if need be."""
-        folder = working(self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / ACTIVATIONS).unlink(missing_ok=True)
 
     @contextmanager
     def lock(self, wait_seconds: float = 0.0) -> Iterator[None]:

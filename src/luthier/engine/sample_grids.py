@@ -11,8 +11,8 @@ import torch
 from luthier.data.chat import ChatFormat
 from luthier.data.pictures import encode_png, grid
 from luthier.data.processors import ImageProcessor
-from luthier.encryption.files import new_data_file
 from luthier.engine.runs import GRIDS
+from luthier.files import new_file
 from luthier.models.network import Network
 from luthier.objectives.base import Objective
 from luthier.objectives.capabilities import SupportsSampling
@@ -67,6 +67,6 @@ class SampleGrids:
         images = self.objective.sample(self.network, self.labels, generator).float().cpu().numpy()
         pixels = [self.processor.to_pixels(each) for each in images]
         self.folder.mkdir(exist_ok=True)
-        with new_data_file(self.folder / f"{step:06}.png") as file:
+        with new_file(self.folder / f"{step:06}.png") as file:
             columns = len(set(self.labels)) if self.objective.sample_labels else None
             file.write(encode_png(grid(pixels, columns)))

@@ -17,7 +17,6 @@ import torch
 from luthier.data.media import PLURAL
 from luthier.data.spool import concatenate
 from luthier.data.tree import READING_BUDGET
-from luthier.encryption.memory import hold_temporary_files
 from luthier.engine.actuals import Clock, record_actual
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.comparison import describe_quicker, fit_baselines, measure_tuned
@@ -111,7 +110,6 @@ def train(
         RefusedInput: before any training, for data, recipe, model, memory, disk or name.
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
     """
-    hold_temporary_files()  # rows of large data sets lie there
     group = ProcessGroup.of_environment()
     resume = resume or started_again()
     if recipe.training.fully_shard and group.size > 1:
@@ -707,7 +705,7 @@ class Trainer:
                 # rows of a pre-training are read from disk
                 rows = chain(self.job.data.train, self.job.data.validation)
                 objective.precompute(
-                    network, rows, budget, self.run_folder.working / PRECOMPUTED, note
+                    network, rows, budget, self.run_folder.folder / PRECOMPUTED, note
                 )
         return_freed_memory()  # a teacher may have been let go
 
@@ -772,7 +770,7 @@ class Trainer:
         size = sum(map(len, rows)) * network.width * network.dtype.itemsize
         file = None
         if size > available_memory() // 4:
-            need_disk(self.run_folder.working, size, "keeping the activations of the frozen layers")
+            need_disk(self.run_folder.folder, size, "keeping the activations of the frozen layers")
             file = self._activations
         self.reporter.stage(f"Computing the {count} frozen layers once for {len(rows):,} rows")
         if media is not None:
@@ -788,7 +786,7 @@ class Trainer:
 
     @property
     def _activations(self) -> Path:
-        return self.run_folder.working / ACTIVATIONS
+        return self.run_folder.folder / ACTIVATIONS
 
     def _loop(self, network: Network, checkpoints: Checkpoints) -> Loop:
         objective, folder = self.job.data.objective, self.run_folder.folder
@@ -806,7 +804,7 @@ class Trainer:
             reporter=self.reporter,
             mixed=self.job.data.mixed,
             augmentation=self.recipe.data.augmentation,
-            samples=MetricsFile(self.run_folder.folder / SAMPLES, texts=True),
+            samples=MetricsFile(self.run_folder.folder / SAMPLES),
             on_measured=grids.draw if grids is not None else None,
             clock=self.clock,
             until=self.job.until,

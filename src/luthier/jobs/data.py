@@ -16,8 +16,6 @@ from luthier.data.media import MOST_MEDIA_BYTES
 from luthier.data.media_files import REFERENCES, is_media, media_references, object_name
 from luthier.data.parsing import Unreadable
 from luthier.data.read import read_records
-from luthier.encryption.files import open_folder, seal_folder
-from luthier.encryption.memory import working
 from luthier.errors import DataError, LocationRefused, Problem
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.jobs.folders import JobFolders
@@ -82,9 +80,7 @@ class JobData:
             text = re.sub(rf"\b{own}(?=:\d)", address.replace("\\", r"\\"), text)
         for part in ("train", "held"):
             text = text.replace(f"{self.folder / part}", f"the {part} data")
-        for home in (working(luthier_home()), luthier_home()):
-            text = text.replace(f"{home}/", "")
-        return text
+        return text.replace(f"{luthier_home()}/", "")
 
     def _source(self, part: str, names: Sequence[str]) -> str:
         return str(self.folder / (names[0] if len(names) == 1 else part))
@@ -97,19 +93,13 @@ def fetch_data(job: Job, folders: JobFolders, locations: JobLocations) -> JobDat
         RefusedInput: from ``locations``, for what may not or cannot be read.
         LuthierError: the same, where trying again may help.
     """
-    plain = working(folders.data)
     media = base_reads_media(job.recipe["base"])
     if not (folders.data / _SOURCES).is_file():
-        for folder in (folders.data, plain):
-            sweep(folder.parent, job.id)
-        with new_folder(plain) as fresh:
+        sweep(folders.data.parent, job.id)
+        with new_folder(folders.data) as fresh:
             _fetch(job, fresh, locations, media)
-        if plain != folders.data:
-            seal_folder(plain, folders.data)
-    elif not (plain / _SOURCES).is_file():
-        open_folder(folders.data, plain)
-    recorded = read_json(plain / _SOURCES)
-    data = JobData(plain, recorded["train"], recorded["validators"], recorded["addresses"])
+    recorded = read_json(folders.data / _SOURCES)
+    data = JobData(folders.data, recorded["train"], recorded["validators"], recorded["addresses"])
     if job.face != "native" and not media:
         _check_lines(data)
     return data

@@ -3,12 +3,12 @@
 The audit log says before the first file goes what is to go, each file with its SHA-256 and size, and
 says it again when all was looked for and is gone: the certificate is made of these last entries, which
 are part of the log's chain. A deletion that a crash cut short is asked for again, and finds what is
-left. Files are removed as the system removes them: what a disk keeps of a removed file cannot be read
-only where the store is encrypted. Backups and what clients copied elsewhere are out of reach.
+left. Backups and what clients copied elsewhere are out of reach.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from sqlalchemy import select, update
 
-from luthier.encryption import memory
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import luthier_home, sha256_of
 from luthier.jobs.folders import JobFolders
@@ -56,7 +55,7 @@ class DeletionItem:
     size: int
     """Bytes."""
     sha256: str
-    """Of the content for objects; else of the file as it lay on the disk, encrypted or not."""
+    """Of the content for objects; else of the file on the disk."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Deletions:
             _delete_files(job)
         for model in traces.registered:
             for folder in working_folders(str(model.stored_id)):
-                memory.remove(folder)
+                shutil.rmtree(folder, ignore_errors=True)
         forget(deletion.account, {run_name(job.id) for job in jobs})
         self._delete_texts(jobs)
         self._delete_objects(traces, deletion.account)
@@ -352,7 +351,7 @@ def _delete_files(job: Job) -> None:
             raise WrongState(f"a process still works on the files of job {job.name}; ask again")
         folders.drop_working_files()
         for folder in folders.below("runs"):
-            memory.remove(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         folders.log.unlink(missing_ok=True)
 
 

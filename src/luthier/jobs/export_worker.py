@@ -14,8 +14,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import cast
@@ -24,8 +23,6 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from luthier import __version__
-from luthier.encryption.keys import keyring
-from luthier.encryption.memory import new_plain_folder
 from luthier.engine.machine import total_memory
 from luthier.errors import (
     DoesNotFit,
@@ -160,20 +157,11 @@ class ExportWorker(Worker[ModelExport, Locations]):
                 f"{total_memory() >> 20:,}. Export a smaller model, or the adapter alone"
             )
         self.reserve_memory(size)
-        with self._working_folder() as target:
-            written = export_model(
-                model, target, form, row.merged, row.quantization, self.progress.update
-            )
-            return self._upload(row, written, target)
-
-    @contextmanager
-    def _working_folder(self) -> Iterator[Path]:
-        """A new folder to write to: one of this export, or memory where the store is encrypted."""
-        if keyring() is None:
-            yield self.folders.target
-            return
-        with new_plain_folder() as folder:
-            yield folder / self.folders.target.name
+        target = self.folders.target
+        written = export_model(
+            model, target, form, row.merged, row.quantization, self.progress.update
+        )
+        return self._upload(row, written, target)
 
     def _upload(self, row: ModelExport, written: Export, target: Path) -> ExportResult:
         """Write the files below the address of the export."""

@@ -11,8 +11,6 @@ models/custom/<base>/job-<id>/
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import shutil
 from collections import deque
@@ -20,10 +18,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from luthier.encryption.files import opened_lines, place_of, seal_line
-from luthier.encryption.memory import remove, working
 from luthier.engine.runs import GRIDS, SAMPLES
-from luthier.errors import CorruptFile
 from luthier.files import disk_errors, lock, luthier_home, sweep
 from luthier.store import exports, imports
 from luthier.store.custom_models import IMPORTED
@@ -55,17 +50,15 @@ class JobFolders:
     def drop_working_files(self) -> None:
         """Free the disk of what the finished job no longer needs; its run and its model stay."""
         sweep(self.parent, self.job_id)
-        remove(self.data)
+        shutil.rmtree(self.data, ignore_errors=True)
         # Nobody waits for the files of a job that has ended.
         self.lock_file.unlink(missing_ok=True)
         for folder in self.below("distillations"):
-            remove(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         for folder in self.below("runs"):
             # No face shows them, and they hold texts of the rows, or images like those.
             (folder / SAMPLES).unlink(missing_ok=True)
-            remove(folder / GRIDS)
-            if working(folder) != folder:
-                remove(working(folder))
+            shutil.rmtree(folder / GRIDS, ignore_errors=True)
 
     def drop_all(self) -> None:
         """Remove everything but the log: the job has made no model."""
@@ -74,7 +67,7 @@ class JobFolders:
             sweep(parent, run_name(self.job_id))
         for place in ("models/custom", "runs"):
             for folder in self.below(place):
-                remove(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def open_log(self) -> int:
         """A file descriptor to append to the log by."""
@@ -94,8 +87,9 @@ class JobFolders:
     def log_tail(self, lines: int = LOG_TAIL) -> list[str]:
         """Return the last lines of the log on this machine, without the path of the store."""
         try:
-            last = deque(opened_lines(self.log), lines)
-        except (OSError, CorruptFile):
+            with self.log.open("rb") as file:
+                last = deque(file, lines)
+        except OSError:
             return []
         home = f"{luthier_home()}/"
         return [line.decode(errors="replace").rstrip().replace(home, "") for line in last]
@@ -135,24 +129,6 @@ class ExportFolders(JobFolders):
     def __init__(self, export_id: str) -> None:
         super().__init__(exports.files_name(export_id))
         self.target = self.data / "export"
-
-
-class SealedLog(logging.Handler):
-    """Writes messages to the log of a job, each encrypted by itself."""
-
-    def __init__(self, folders: JobFolders) -> None:
-        super().__init__()
-        self._folders = folders
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Append one message."""
-        try:
-            text = json.dumps(self.format(record))
-            line = seal_line(text, place_of(self._folders.log)) + "\n"
-            with os.fdopen(self._folders.open_log(), "ab") as file:
-                file.write(line.encode())
-        except Exception:
-            self.handleError(record)
 
 
 def tidy(database: Database, job: Job, folders: JobFolders) -> None:

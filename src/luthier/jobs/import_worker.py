@@ -16,8 +16,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from sqlalchemy.orm import Session
 
 from luthier import __version__
 from luthier.data.sentence import MODULES, SENTENCE_FOLDERS
-from luthier.encryption.keys import keys_for
-from luthier.encryption.memory import new_plain_folder
 from luthier.engine.machine import available_memory, total_memory
 from luthier.errors import (
     DoesNotFit,
@@ -53,7 +51,6 @@ from luthier.jobs.worker import Heartbeat, Worker
 from luthier.models.manifest import Manifest, created_now
 from luthier.models.outside import MODEL_INDEX, ImportedFiles, choose, is_weights
 from luthier.models.pipelines import PART_FOLDERS
-from luthier.models.save import save_plain
 from luthier.serving.acceptance import (
     AcceptedModel,
     accept_adapter,
@@ -85,8 +82,6 @@ class ImportWorker(Worker[ModelImport, Locations]):
     table = ModelImport
     folders_type = ImportFolders
     folders: ImportFolders
-    plain: Path | None = None
-    """Where the model lies in memory, where the store is encrypted."""
 
     def run(self) -> int:
         """Take the model; see :meth:`Worker.run`."""
@@ -160,10 +155,8 @@ class ImportWorker(Worker[ModelImport, Locations]):
             quotas = quotas_of(session, found.account, self.quotas)
             storage.check(session, found.account, quotas, stored_bytes=chosen.size)
         need_disk(self.folders.model, chosen.size + (64 << 20), "copying the model")
-        with new_folder(self.folders.model) as fresh, self._working_folder(fresh) as plain:
-            accepted = self._try(found, chosen, plain)
-            if plain != fresh:
-                save_plain(plain, fresh)
+        with new_folder(self.folders.model) as fresh:
+            accepted = self._try(found, chosen, fresh)
             self._manifest(fresh, found, chosen, accepted).write(fresh)
         certify(self.folders.stored_id)
         size = folder_size(self.folders.model)
@@ -198,24 +191,11 @@ class ImportWorker(Worker[ModelImport, Locations]):
                     entries += [(f"{part}/{name}", size) for name, size in below]
         return entries
 
-    @contextmanager
-    def _working_folder(self, fresh: Path) -> Iterator[Path]:
-        """Where the model is copied to and tried: ``fresh``, or memory where the store is encrypted."""
-        if keys_for(fresh) is None:
-            yield fresh
-            return
-        with new_plain_folder() as self.plain:
-            yield self.plain
-
     def _try(self, found: ModelImport, chosen: ImportedFiles, folder: Path) -> AcceptedModel:
         """Copy the model into ``folder``, the weights last, and try it there."""
         texts = [each for each in chosen.files if not is_weights(each[0])]
         self._copy(found, texts, folder)
         size = memory_needed(folder, chosen, _base)
-        if folder == self.plain:
-            # The copy is in memory as well.
-            size += chosen.size
-            need_disk(folder, chosen.size, "copying the model")
         self._have_memory(found, size)
         self._copy(found, [each for each in chosen.files if is_weights(each[0])], folder)
         if chosen.adapter:
@@ -281,8 +261,6 @@ class ImportWorker(Worker[ModelImport, Locations]):
             text = f"{type(error).__name__}: the model could not be taken."
         temporary = re.escape(f"{self.folders.model.parent}/{TEMPORARY}{self.folders.model.name}~")
         text = re.sub(rf"{temporary}\w*", source.rstrip("/"), text)
-        if self.plain is not None:
-            text = text.replace(str(self.plain), source.rstrip("/"))
         return without_home(text)
 
     def _end(self, change: Callable[[Session], None]) -> None:

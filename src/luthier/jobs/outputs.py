@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from luthier.encryption.files import read_data
-from luthier.encryption.memory import working
 from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.evaluation.significance import perplexity_of
 from luthier.files import luthier_home
@@ -67,10 +65,10 @@ def files(
     yield artifact(job.id, CERTIFICATE), certificate.text().encode()
     issues = run_of(model.id).folder / LABEL_ISSUES
     if issues.is_file():
-        yield artifact(job.id, LABEL_ISSUES), read_data(issues)
+        yield artifact(job.id, LABEL_ISSUES), issues.read_bytes()
     for name, called in OF_ROWS.items():
         of_job = f"*/{run_name(job.id)}/{name}.jsonl"
-        for path in sorted(working(luthier_home() / "distillations").glob(of_job)):
+        for path in sorted((luthier_home() / "distillations").glob(of_job)):
             yield artifact(job.id, called), path.read_bytes()
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 
-from luthier.encryption import keys
 from luthier.engine.machine import KERNEL_CACHES, KERNELS
 from luthier.serving.prompts import OWN_THREAD
 from luthier.store.database import Database
@@ -34,9 +33,7 @@ DATABASE = "LUTHIER_DATABASE"
 """Variable with the address of the database: it may hold a password, which no command line may."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 """Of messages of workers."""
-_SECRETS = (
-    "LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP", keys.ENVIRONMENT, keys.FILE, keys.HANDED,
-)  # fmt: skip
+_SECRETS = ("LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP")
 
 
 def this_process(processes: int = 1) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
 from luthier.child_python import python_command
-from luthier.encryption.keys import keyring
 from luthier.errors import LuthierError, RefusedInput
 from luthier.files import luthier_home
 from luthier.jobs.admission import Capacity
@@ -93,13 +92,8 @@ class RayRunner(Runner):
 
         Raises:
             RefusedInput: Ray is missing, the cluster cannot be reached, this machine is not a part of
-                it, or its nodes could not see the keys.
+                it.
         """
-        if keyring() is not None:
-            raise RefusedInput(
-                "an encrypted store needs --runner local, and a command no --ray-address: its keys do "
-                "not leave this machine"
-            )
         try:
             nodes = self.nodes()
         except LuthierError as error:

@@ -14,13 +14,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import Any
+from contextlib import suppress
 
 from sqlalchemy.orm import Session
 
 from luthier.child_python import python_command
-from luthier.encryption import keys
 from luthier.errors import LeaseLost, LuthierError
 from luthier.files import luthier_home, room
 from luthier.jobs import processes
@@ -289,29 +287,22 @@ class Scheduler:
     def _spawn(
         self, kind: WorkKind, row: QueuedWork, lease: str, runner: Runner
     ) -> subprocess.Popen[bytes]:
-        with ExitStack() as opened:
-            handed, files = opened.enter_context(keys.hand_over())
-            # With keys, it writes the log itself, encrypted.
-            folders: JobFolders = kind.folders(row.id)
-            log = os.open(os.devnull, os.O_WRONLY) if handed else folders.open_log()
-            opened.callback(os.close, log)
+        folders: JobFolders = kind.folders(row.id)
+        log = folders.open_log()
+        try:
             work = ["--kind", kind.name, "--id", row.id, "--lease", lease]
             if (among := self._processes_of(kind)) > 1:
                 work += ["--processes", str(among)]
-            environment: dict[str, Any] = {
-                **processes.worker_environment(),
-                **self.environment,
-                **handed,
-            }
             return subprocess.Popen(
                 runner.command([*self.command, *work], kind, row),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=files,
-                env=environment,
+                env={**processes.worker_environment(), **self.environment},
                 start_new_session=True,
             )
+        finally:
+            os.close(log)
 
 
 def _cause_of_death(status: int | None, row: QueuedWork, folders: JobFolders) -> str:

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from luthier.encryption.tensors import load_tensors, tensor_headers
 from luthier.models.attention import Attends, Queries
 from luthier.models.fused import RMSNorm, SwiGLU
 from luthier.models.layers import read_together
 from luthier.models.llama_config import LlamaConfig, RopeParameters
 from luthier.models.outside import loaded_files
+from luthier.models.tensors import load_tensors, tensor_headers
 
 
 class LlamaOutput(NamedTuple):

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 from luthier.data.tree import build_tree
-from luthier.encryption.memory import plain_folder
-from luthier.encryption.tensors import tensor_headers
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.models import nets
 from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
@@ -44,6 +42,7 @@ from luthier.models.network import Network
 from luthier.models.outside import check_complete, weight_files
 from luthier.models.pipelines import is_pipeline
 from luthier.models.probe import Probe, check_finite, probed_network
+from luthier.models.tensors import tensor_headers
 from luthier.types import Example
 
 
@@ -155,9 +154,9 @@ def load_model(
     message = f"the network in {folder} ({kind}) cannot be loaded"
     try:
         logging.set_verbosity_error()  # transformers reports a new head as a defect
-        with plain_folder(folder) as plain, refuse_configuration(UnknownModel, message):
+        with refuse_configuration(UnknownModel, message):
             found: Any = auto_class(config, head.task).from_pretrained(
-                str(plain),
+                str(folder),
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,

@@ -17,9 +17,9 @@ from typing import Any
 
 from luthier.data.processors import PREPROCESSOR_CONFIG
 from luthier.data.sentence import MODULES, PROMPTS, SETTINGS
-from luthier.encryption.tensors import tensor_headers
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.files import read_json
+from luthier.models.tensors import tensor_headers
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 MODEL_INDEX = "model_index.json"

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.processors import save_processor
-from luthier.encryption.files import seal
-from luthier.encryption.keys import keys_for
-from luthier.encryption.memory import new_plain_folder
-from luthier.encryption.tensors import load_tensors, save_tensors
 from luthier.errors import CorruptFile
 from luthier.files import write_bytes
 from luthier.models.heads import INNER_HEADS, head_weights, mark_new, task_of
 from luthier.models.pipelines import tokenizer_folder
 from luthier.models.sentence_head import sentence_head
+from luthier.models.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -139,25 +135,10 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
     if stops and getattr(model.config, "pad_token_id", None) is None:
         # transformers finds the last token of each row of a batch by it.
         model.config.pad_token_id = stops[0]
-    if keys_for(folder) is None:
-        model.save_pretrained(folder)
-    else:
-        with new_plain_folder() as plain:
-            model.save_pretrained(plain)
-            save_plain(plain, folder)
+    model.save_pretrained(folder)
     if task_of(model) == "embedding" and (head := sentence_head(model)) is not None:
         head.save(folder)
     save_format(chat, folder)
-
-
-def save_plain(plain: Path, folder: Path) -> None:
-    """Copy the files below ``plain`` into ``folder``, weights encrypted where the store is."""
-    for path in plain.rglob("*"):
-        if path.is_file():
-            target = folder / path.relative_to(plain)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            copy = seal if path.suffix == ".safetensors" else shutil.copyfile
-            copy(path, target)
 
 
 def save_format(chat: ChatFormat, folder: Path) -> None:

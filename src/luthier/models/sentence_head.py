@@ -20,9 +20,9 @@ from luthier.data.sentence import (
     SentencePipeline,
     write_sentence_pipeline,
 )
-from luthier.encryption.tensors import load_tensors, save_tensors
 from luthier.errors import CorruptFile
 from luthier.models.heads import width_of
+from luthier.models.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from luthier.encryption.memory import scratch_folder
 from luthier.errors import RecipeError, UploadError
 from luthier.files import read_json, write_json
 from luthier.sdk.export import export
@@ -107,9 +108,9 @@ def push(
             "--public (public=True) out, make it public in its settings on the hub, or name another "
             "repository"
         )
-    with scratch_folder() as scratch:
+    with TemporaryDirectory() as scratch:
         note(f"Writing {stored.id} for upload")
-        folder = scratch / "model"
+        folder = Path(scratch) / "model"
         written = export(stored, folder, format=format, merged=merged, quantization=quantization)
         certificate = make_certificate(stored)
         card = model_card(certificate, library_name(written))

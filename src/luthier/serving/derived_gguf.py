@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import ValidationError
 
-from luthier.encryption.files import is_sealed
-from luthier.encryption.keys import keyring
 from luthier.errors import CorruptFile, RecipeError
 from luthier.evaluation.parity import REFERENCE_PROMPTS, compare_backends
 from luthier.files import lock, need_disk, new_folder, read_json, sha256_of, write_json
@@ -82,8 +80,6 @@ def check_derivable(stored: StoredModel) -> None:
 
     check_writable(str(check_folder(stored.network_folder).get("model_type")), stored.id)
     check_mergeable(stored, "a GGUF file holds nothing else")
-    if keyring() is not None or any(is_sealed(path) for path in _weights(stored)):
-        raise RecipeError("its weights are encrypted, and a GGUF file lies on the disk as it is")
 
 
 def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Path:

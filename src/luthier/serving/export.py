@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,6 @@ from luthier.adaptations import Adaptation
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.peft import target_modules
 from luthier.adaptations.qlora import QLoRA
-from luthier.encryption.files import copy_plain, open_folder
 from luthier.engine import machine as machines
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import (
@@ -133,7 +133,7 @@ def export(
             _write_diffusers_lora(stored, fresh)
         else:
             for name in (ADAPTER_CONFIG, ADAPTER):
-                copy_plain(stored.folder / name, fresh / name)
+                shutil.copyfile(stored.folder / name, fresh / name)
             save_format(chat_format(stored), fresh)
             _save_sentence_head(stored, fresh)
             if isinstance(_lora_of(stored), LoRA):
@@ -401,6 +401,6 @@ def _copy(source: Path, target: Path) -> None:
         if path.name in OWN_FILES or path.stem == "loss":
             continue
         if path.is_dir():
-            open_folder(path, target / path.name)
+            shutil.copytree(path, target / path.name)
         else:
-            copy_plain(path, target / path.name)
+            shutil.copyfile(path, target / path.name)

@@ -651,9 +651,9 @@ def _pinned_bytes(pins: Iterable[_Pin]) -> int:
 def _weights(stored: StoredModel, shares_base: bool) -> int:
     """Bytes that a model takes in memory, without what its sequences keep; those of the network that
     it shares are its base's."""
-    from luthier.encryption.tensors import tensor_headers
     from luthier.engine.machine import choose_machine
     from luthier.models.save import ADAPTER
+    from luthier.models.tensors import tensor_headers
 
     if not shares_base:
         files = list(stored.network_folder.rglob("*.safetensors"))

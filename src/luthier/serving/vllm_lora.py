@@ -24,7 +24,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.encryption.memory import working
 from luthier.errors import LuthierError, RecipeError
 from luthier.files import disk_errors, lock, sha256_of, temporary_folder
 
@@ -63,7 +62,7 @@ def adapter_folder(base_model_name: str, lora_name: str) -> Path:
     _, base = plain_lora(stored, "vLLM")
     _check_base(stored, base, base_model_name)
     with _writing:  # vLLM asks for several at once, each in a thread
-        folder = _own_folder(working(peft_folder())) / content_hash(stored)
+        folder = _own_folder(peft_folder()) / content_hash(stored)
         if not folder.exists():
             export(stored, folder, merged=False)
     return folder

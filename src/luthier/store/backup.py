@@ -15,7 +15,6 @@ A backup and a restored store hold everybody's data: only their owner may read t
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import sqlite3
@@ -30,9 +29,6 @@ from sqlalchemy import URL, create_engine, func, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from luthier.encryption.chunks import SealedReader
-from luthier.encryption.keys import STORE as ENCRYPTION
-from luthier.encryption.keys import Keyring, keys_in
 from luthier.errors import CorruptFile, LuthierError, RefusedInput, RunConflict
 from luthier.files import (
     check_creatable,
@@ -52,7 +48,7 @@ from luthier.models.manifest import Manifest
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import DATABASE_FILE, Database, now
 from luthier.store.model_folders import split_id
-from luthier.store.object_files import SEALED, ObjectFiles
+from luthier.store.object_files import ObjectFiles
 from luthier.store.objects import Bucket, ObjectPiece, StoredObject, Upload
 from luthier.store.sealing import KEY_FILE
 from luthier.store.snapshot import OBJECTS, snapshot
@@ -77,8 +73,6 @@ class Backup:
     key: bool
     damaged: tuple[str, ...] = ()
     """What rows name and is missing or changed: only where that was allowed."""
-    unread: int = 0
-    """Encrypted files of objects that were not compared with their rows, for want of the key."""
 
 
 def backup(
@@ -118,9 +112,6 @@ def backup(
         else:
             _dump_postgres(database, taken.session, folder / DUMP)
         shutil.copytree(taken.folder, folder / FILES)
-        if (home / ENCRYPTION).is_file():
-            # After the files, it has every key under which they are encrypted.
-            shutil.copyfile(home / ENCRYPTION, folder / FILES / ENCRYPTION)
         hashes = hashes_of(folder)
         if database.is_sqlite:
             with _copied_rows(folder / DATABASE_FILE) as session:
@@ -141,7 +132,7 @@ def backup(
             {"format": _FORMAT, "created": now().isoformat(), "hashes": hashes,
              "key": sha256_of(folder / KEY_FILE) if key else None, "damaged": found.texts},
         )  # fmt: skip
-    return Backup(len(hashes), size, True, key, tuple(found.texts), found.unread)
+    return Backup(len(hashes), size, True, key, tuple(found.texts))
 
 
 def restore(
@@ -206,7 +197,7 @@ def restore(
                         f"{home} is not empty any more; nothing was restored"
                     ) from error
     there = DATABASE_FILE in hashes or DUMP in hashes
-    return Backup(len(kept), size, there, key, tuple(found.texts), found.unread)
+    return Backup(len(kept), size, there, key, tuple(found.texts))
 
 
 @contextmanager
@@ -259,9 +250,8 @@ def _manifest(source: Path) -> tuple[dict[str, str], bool]:
 
 
 def _check_database(source: Path, changed: Set[str]) -> None:
-    """Refuse a backup whose rows or keys are not as they were: all else is read by them."""
-    # Without its keys, encrypted files are noise, and a new server would make other ones.
-    for name in (DATABASE_FILE, DUMP, f"{FILES}/{ENCRYPTION}"):
+    """Reject a backup whose rows were changed: everything else is read by the rows."""
+    for name in (DATABASE_FILE, DUMP):
         if name in changed:
             raise CorruptFile(
                 f"{source / name} is missing or was changed, and without it nothing can be restored. "
@@ -277,7 +267,6 @@ class _Findings:
 
     damaged: list[tuple[str, str]]
     """Names of files of the backup, empty where a row alone is wrong, and what is wrong in words."""
-    unread: int
 
     @property
     def texts(self) -> list[str]:
@@ -301,23 +290,15 @@ def _check_rows(session: Session, folder: Path, hashes: Mapping[str, str]) -> _F
         hashes: SHA-256 of its files, as they are, by their names.
     """
     damaged: list[tuple[str, str]] = []
-    unread = 0
-    ring = keys_in(folder / FILES)
     for piece, what in _pieces(session):
         place = ObjectFiles(Path(FILES) / OBJECTS).path(piece.account, piece.id).as_posix()
         if place not in hashes:
             damaged.append((place, f"{what} lacks its file {place}"))
-        elif not piece.id.endswith(SEALED):
-            if hashes[place] != piece.sha256:
-                damaged.append((place, f"{what} has another SHA-256 than its row says ({place})"))
-        elif ring is None:
-            unread += 1
-        elif _sealed_sha256(folder / place, ring) != piece.sha256:
-            text = f"{what} has another SHA-256 than its row says, or does not open ({place})"
-            damaged.append((place, text))
+        elif hashes[place] != piece.sha256:
+            damaged.append((place, f"{what} has another SHA-256 than its row says ({place})"))
     damaged += [("", text) for text in _objects_without_pieces(session)]
     damaged += _damaged_models(session, folder, hashes)
-    return _Findings(damaged, unread)
+    return _Findings(damaged)
 
 
 def _pieces(session: Session) -> Iterator[tuple[Any, str]]:
@@ -392,18 +373,6 @@ def _place_of(stored_id: str) -> PurePosixPath | None:
         return None
     models = PurePosixPath(FILES) / "models"
     return models / "custom" / base / name if name else models / "base" / base
-
-
-def _sealed_sha256(path: Path, ring: Keyring) -> str | None:
-    """SHA-256 of the content of an encrypted file; ``None`` where it does not open."""
-    digest = hashlib.sha256()
-    try:
-        with SealedReader(path, ring) as reader:
-            for piece in reader.pieces():
-                digest.update(piece)
-    except CorruptFile:
-        return None
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -6,15 +6,13 @@ done is not done again, and no line is answered twice in the files.
 
 from __future__ import annotations
 
-import json
 from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.encryption.files import open_json, seal_json
-from luthier.store.database import Base, find_row, now, page_of
+from luthier.store.database import Base, JSONText, find_row, now, page_of
 from luthier.store.ids import SMALL, random_id
 from luthier.store.queue import BackgroundWork, next_turn
 
@@ -70,8 +68,8 @@ class BatchLine(Base):
     number: Mapped[int]
     """Line of the input file, from 1."""
     failed: Mapped[bool]
-    result: Mapped[dict[str, Any]]
-    """What :func:`luthier.encryption.files.seal_json` made of the line of the output file."""
+    result: Mapped[dict[str, Any]] = mapped_column(JSONText)
+    """The line of the output file."""
 
 
 def create(
@@ -146,8 +144,7 @@ def record(
     session: Session, batch_id: str, number: int, failed: bool, result: dict[str, Any]
 ) -> None:
     """Write an answer down."""
-    kept = seal_json(json.dumps(result), _place(batch_id, number, failed))
-    session.add(BatchLine(batch_id=batch_id, number=number, failed=failed, result=kept))
+    session.add(BatchLine(batch_id=batch_id, number=number, failed=failed, result=result))
     session.flush()
 
 
@@ -158,15 +155,8 @@ def results(
     query = select(BatchLine.number, BatchLine.result).where(
         BatchLine.batch_id == batch_id, BatchLine.failed == failed, BatchLine.number > after
     )
-    return [
-        (number, open_json(result, _place(batch_id, number, failed)))
-        for number, result in session.execute(query.order_by(BatchLine.number).limit(PAGE))
-    ]
-
-
-def _place(batch_id: str, number: int, failed: bool) -> str:
-    """What a line of a batch is bound to, so that none can be put in another's place."""
-    return f"{batch_id}:{number}:{'error' if failed else 'output'}"
+    found = session.execute(query.order_by(BatchLine.number).limit(PAGE))
+    return [(number, result) for number, result in found]
 
 
 def counts(session: Session, batch: Batch) -> tuple[int, int]:

@@ -7,6 +7,7 @@ on disk: SQLite runs in WAL mode with ``synchronous=FULL``.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import time
@@ -24,6 +25,7 @@ from sqlalchemy import (
     Engine,
     Select,
     String,
+    Text,
     create_engine,
     event,
     func,
@@ -41,7 +43,6 @@ from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
-from luthier.encryption.files import open_text, seal_text
 from luthier.errors import LuthierError, RefusedInput
 from luthier.files import disk_errors, luthier_home
 from luthier.store.ids import SMALL, random_id
@@ -81,18 +82,29 @@ class Moment(TypeDecorator[datetime]):
 
 
 class QuotingText(TypeDecorator[str]):
-    """Words that may quote a row of data: encrypted where the store is."""
+    """Text that may quote a row of data, and so characters that a database cannot store."""
 
     impl = String
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
-        """In."""
-        return None if value is None else seal_text(storable(value))
+        """Replace the characters that no database stores."""
+        return None if value is None else storable(value)
 
-    def process_result_value(self, value: str | None, dialect: Any) -> str | None:
-        """Out: words from before the store was encrypted are as they are."""
-        return None if value is None else open_text(value)
+
+class JSONText(TypeDecorator[dict[str, Any]]):
+    """An object stored as the text of its JSON: JSON columns of PostgreSQL reject U+0000."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: dict[str, Any] | None, dialect: Any) -> str | None:
+        """Write the object as JSON."""
+        return None if value is None else json.dumps(value)
+
+    def process_result_value(self, value: str | None, dialect: Any) -> dict[str, Any] | None:
+        """Read the object."""
+        return None if value is None else dict(json.loads(value))
 
 
 Plain = JSON().with_variant(JSONB(), "postgresql")

@@ -16,10 +16,9 @@ from typing import Any
 from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.encryption.files import open_json, seal_json
 from luthier.limits import AccountQuotas
 from luthier.store import storage
-from luthier.store.database import Base, QuotingText, find_row, now, page_of
+from luthier.store.database import Base, JSONText, QuotingText, find_row, now, page_of
 from luthier.store.ids import SMALL, random_id
 from luthier.store.queue import BackgroundWork, next_turn
 
@@ -42,16 +41,12 @@ class Eval(Base):
     """``eval_`` and letters and digits."""
     account: Mapped[str] = mapped_column(index=True)
     name: Mapped[str]
-    sealed: Mapped[dict[str, Any]]
+    definition: Mapped[dict[str, Any]] = mapped_column(JSONText)
+    """``data_source_config`` and ``testing_criteria``, as sent by the client."""
     user_metadata: Mapped[dict[str, Any]]
     stored_bytes: Mapped[int] = mapped_column(BigInteger)
     created: Mapped[datetime]
     updated: Mapped[datetime]
-
-    @property
-    def definition(self) -> Mapping[str, Any]:
-        """``data_source_config`` and ``testing_criteria``, as they were sent."""
-        return open_json(self.sealed, self.id)
 
 
 class EvaluationRun(BackgroundWork, Base):
@@ -66,7 +61,8 @@ class EvaluationRun(BackgroundWork, Base):
     """``evalrun_`` and letters and digits."""
     eval_id: Mapped[str] = mapped_column(ForeignKey("evals.id"), index=True)
     name: Mapped[str]
-    sealed: Mapped[dict[str, Any]]
+    request: Mapped[dict[str, Any]] = mapped_column(JSONText)
+    """The request of the client."""
     user_metadata: Mapped[dict[str, Any]]
     error_code: Mapped[str | None]
     error_message: Mapped[str | None] = mapped_column(QuotingText)
@@ -82,11 +78,6 @@ class EvaluationRun(BackgroundWork, Base):
     completed: Mapped[datetime | None]
     """When it ended."""
 
-    @property
-    def request(self) -> Mapping[str, Any]:
-        """What was asked."""
-        return open_json(self.sealed, self.id)
-
 
 class EvaluationRow(Base):
     """A row of a run that is graded."""
@@ -99,13 +90,9 @@ class EvaluationRow(Base):
     number: Mapped[int]
     """Of the row in its source, from 1."""
     status: Mapped[str]
-    sealed: Mapped[dict[str, Any]]
+    record: Mapped[dict[str, Any]] = mapped_column(JSONText)
+    """What the API shows of the row."""
     graded: Mapped[datetime]
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What the face shows of it."""
-        return open_json(self.sealed, f"{self.run_id}:{self.number}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +125,7 @@ def create_eval(
         id=eval_id,
         account=account,
         name=name,
-        sealed=seal_json(text, eval_id),
+        definition=dict(definition),
         user_metadata=dict(metadata),
         stored_bytes=len(text),
         created=moment,
@@ -175,7 +162,7 @@ def create_run(
         caller=caller,
         eval_id=eval_id,
         name=name,
-        sealed=seal_json(text, run_id),
+        request=dict(request),
         user_metadata=dict(metadata),
         status=QUEUED,
         tallies={},
@@ -224,7 +211,7 @@ def record(
             run_id=run.id,
             number=number,
             status=row.status,
-            sealed=seal_json(text, f"{run.id}:{number}"),
+            record=row.record,
             graded=now(),
         )
     )

@@ -485,9 +485,9 @@ def can_share_base(model: StoredModel) -> bool:
 
 def _changes(model: StoredModel, parts: Sequence[str]) -> bool:
     """Whether the adapter that ``model`` is has weights in one of these modules and weights."""
-    from luthier.encryption.tensors import tensor_headers
     from luthier.models.heads import is_inside
     from luthier.models.save import ADAPTER
+    from luthier.models.tensors import tensor_headers
 
     stored_parts = [*map(adaptation_of(model).stored_name, parts)]
     with suppress(LuthierError):  # whoever loads the file says what is wrong with it

@@ -19,16 +19,11 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from luthier.encryption.chunks import SealedReader
-from luthier.encryption.files import new_data_file
-from luthier.encryption.keys import keys_for, needed_keyring
 from luthier.errors import CorruptFile, DiskFull, QuotaExceeded
-from luthier.files import disk_errors, luthier_home, room
+from luthier.files import disk_errors, luthier_home, new_file, room
 
 READ_SIZE = 1 << 20
 """Bytes that are held of an object while it is read."""
-SEALED = ".sealed"
-"""Ending of the ids of encrypted files. Told by the row, as bytes of a client could look like one."""
 LEAST_FREE = 16_000_000
 """Bytes that objects leave on their disk: the database needs some, to delete objects too."""
 UNNAMED_SECONDS = 600.0
@@ -99,7 +94,7 @@ class FileWriter:
         self._size = 0
         self._md5 = hashlib.md5(usedforsecurity=False)
         self._sha256 = hashlib.sha256()
-        self._context = new_data_file(folder / file_id)
+        self._context = new_file(folder / file_id)
         self._file = self._context.__enter__()
         self._open = True
 
@@ -168,7 +163,7 @@ class ObjectFiles:
 
     def begin(self, account: str, room: Room | None = None) -> FileWriter:
         """A new file, to be used in a ``with``; without a ``room`` as large as the disk."""
-        file_id = secrets.token_hex(16) + (SEALED if keys_for(self.folder) else "")
+        file_id = secrets.token_hex(16)
         take = partial(self._in_flight.add, account)
         return FileWriter(self.path(account, file_id).parent, file_id, take, room)
 
@@ -186,7 +181,7 @@ class ObjectFiles:
         Raises:
             FileNotFoundError: if the file was removed in the meantime.
         """
-        copy = secrets.token_hex(16) + (SEALED if file_id.endswith(SEALED) else "")
+        copy = secrets.token_hex(16)
         target = self.path(account, copy)
         with disk_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +211,6 @@ class ObjectFiles:
         Raises:
             FileNotFoundError: before the first piece, where a file was removed in the meantime.
             CorruptFile: for a file that is shorter than recorded or cannot be opened.
-            WrongKey: for an encrypted file without its key.
         """
         for file_id, size in files:
             if start >= size:
@@ -225,7 +219,7 @@ class ObjectFiles:
             left = min(size - start, length)
             length -= left
             path = self.path(account, file_id)
-            for data in _bytes(path, size, start, left):
+            for data in _bytes(path, start, left):
                 left -= len(data)
                 yield data
             if left:
@@ -253,13 +247,8 @@ class ObjectFiles:
         return removed
 
 
-def _bytes(path: Path, size: int, start: int, length: int) -> Iterator[bytes]:
+def _bytes(path: Path, start: int, length: int) -> Iterator[bytes]:
     """``length`` bytes of a file from ``start``, or as many as there are."""
-    if path.name.endswith(SEALED):
-        with SealedReader(path, needed_keyring(path)) as reader:
-            if reader.size == size:
-                yield from reader.pieces(start, length)
-        return
     with path.open("rb") as file:
         file.seek(start)
         while length and (data := file.read(min(length, READ_SIZE))):

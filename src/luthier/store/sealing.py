@@ -7,18 +7,19 @@ Signatures need the secret of an access key itself, so it cannot be hashed; it i
 from __future__ import annotations
 
 import base64
+import binascii
 import hmac
 import os
 import secrets
 from pathlib import Path
 
-from luthier.encryption.keys import KEY_BYTES, key_of, new_cipher, open_bytes, seal_bytes
 from luthier.errors import CorruptFile, LuthierError, RefusedInput
 from luthier.files import lock, luthier_home, new_file
 
 ENVIRONMENT = "LUTHIER_SERVER_KEY"
 KEY_FILE = "server.key"
 """Its name in the store."""
+KEY_BYTES, _NONCE_BYTES = 32, 12
 _VERSION = b"\x01"
 
 
@@ -39,7 +40,7 @@ def server_key(folder: Path | None = None) -> bytes:
     """
     given = os.environ.get(ENVIRONMENT)
     if given:
-        return key_of(given, ENVIRONMENT)
+        return _parse_key(given, ENVIRONMENT)
     path = (folder or luthier_home()) / KEY_FILE
     if not path.exists():
         # Of several processes that start at once, one makes it.
@@ -50,7 +51,7 @@ def server_key(folder: Path | None = None) -> bytes:
     if path.stat().st_mode & 0o077:
         raise LuthierError(f"{path} can be read by others; chmod 600 {path}")
     try:
-        return key_of(path.read_text().strip(), str(path))
+        return _parse_key(path.read_text().strip(), str(path))
     except (RefusedInput, UnicodeDecodeError) as error:
         raise CorruptFile(f"{path} is not 32 bytes in base64") from error
 
@@ -60,7 +61,9 @@ class Sealing:
 
     def __init__(self, key: bytes) -> None:
         """``key`` is the server's."""
-        self._cipher = new_cipher(_derive(key, b"secrets of access keys"))
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        self._cipher = AESGCM(_derive(key, b"secrets of access keys"))
 
     def seal(self, secret: str, name: str) -> bytes:
         """``secret`` encrypted, as :meth:`seal_bytes` does it."""
@@ -79,8 +82,12 @@ class Sealing:
         return True
 
     def seal_bytes(self, data: bytes, name: str) -> bytes:
-        """``data`` encrypted: version (1 byte), nonce (12), ciphertext and tag."""
-        return _VERSION + seal_bytes(self._cipher, data, name.encode())
+        """Return ``data`` encrypted: version (1 byte), nonce (12), ciphertext and tag.
+
+        Random nonces are safe for 2**32 messages under one key.
+        """
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        return _VERSION + nonce + self._cipher.encrypt(nonce, data, name.encode())
 
     def open_bytes(self, sealed: bytes, name: str) -> bytes:
         """What was sealed for ``name``.
@@ -93,7 +100,8 @@ class Sealing:
         try:
             if sealed[:1] != _VERSION:
                 raise InvalidTag
-            return open_bytes(self._cipher, sealed[1:], name.encode())
+            nonce, encrypted = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
+            return self._cipher.decrypt(nonce, encrypted, name.encode())
         except (InvalidTag, ValueError) as error:
             raise CorruptFile(
                 f"the secret of {name} does not open with this server's key; give back the "
@@ -108,3 +116,14 @@ def purpose_key(key: bytes, purpose: str) -> bytes:
 
 def _derive(key: bytes, purpose: bytes) -> bytes:
     return hmac.digest(key, b"luthier: " + purpose, "sha256")
+
+
+def _parse_key(text: str, where: str) -> bytes:
+    """Return the 32 bytes of a key in base64; :class:`RefusedInput` names ``where`` the key stands."""
+    try:
+        key = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise RefusedInput(f"{where} is not base64") from error
+    if len(key) != KEY_BYTES:
+        raise RefusedInput(f"{where} has {len(key)} bytes; it needs {KEY_BYTES}, in base64")
+    return key

@@ -26,7 +26,6 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.encryption.keys import STORE as ENCRYPTION
 from luthier.errors import CorruptFile, RunConflict
 from luthier.files import TEMPORARY, disk_errors, lock, read_json, sweep
 from luthier.models.manifest import MANIFEST
@@ -42,7 +41,6 @@ _NAME = "backup"
 _LOCK = f"{_NAME}.lock"
 _LEFT_OUT = (
     OBJECTS,
-    ENCRYPTION,
     KEY_FILE,
     DATABASE_FILE,
     f"{DATABASE_FILE}-wal",

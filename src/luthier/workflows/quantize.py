@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from luthier import __version__
-from luthier.encryption.memory import scratch_folder
 from luthier.engine.machine import choose_machine, open_network
 from luthier.errors import RecipeError
 from luthier.evaluation.significance import Difference, RowScores, paired_differences
@@ -306,8 +307,8 @@ def _measure_speed(network: Any, chat: ChatFormat, kind: Quantization) -> float 
     if llama_cpp_library() is None:
         return None
     ids_T = chat.encode_prompt((Message("user", "Tell me a long story."),))
-    with scratch_folder() as folder, disk_errors(folder):
-        file = folder / "model.gguf"
+    with TemporaryDirectory() as name, disk_errors(Path(name)):
+        file = Path(name) / "model.gguf"
         write_gguf(network, chat, file, kind)
         with closing(LlamaCpp(file)) as opened:
             return max(opened.write(ids_T, TOKENS).tokens_per_second for _ in range(3))

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.qlora import QLoRA
-from luthier.encryption.tensors import save_tensors
 from luthier.engine.machine import available_memory
 from luthier.engine.memory import weight_bytes
 from luthier.engine.metrics import Reporter
@@ -44,6 +43,7 @@ from luthier.models.heads import Head, new_weights
 from luthier.models.load import sketch
 from luthier.models.manifest import Manifest
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
+from luthier.models.tensors import save_tensors
 from luthier.store import models as store
 from luthier.store.models import StoredModel
 from luthier.workflows.certificate.certificate import certify

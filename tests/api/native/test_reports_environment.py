@@ -19,7 +19,7 @@ def test_the_process_of_a_report_has_no_secrets(
     program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{text}'\n")
     program.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(program))
-    secrets = ("LUTHIER_ENCRYPTION_KEY", "LUTHIER_ENCRYPTION_KEY_FILE", "LUTHIER_SERVER_KEY")
+    secrets = ("LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP")
     for name in secrets:
         monkeypatch.setenv(name, "secret")
     answer = reports._run_command([], {}, (0,), setting_name)

@@ -20,7 +20,6 @@ from pydantic import Field
 from luthier.api.http.messages import Fault, Request
 from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
 from luthier.child_python import python_command
-from luthier.encryption.keys import hand_over
 from luthier.jobs.data import base_reads_media, fetch_references
 from luthier.jobs.processes import worker_environment
 from luthier.jobs.submit import Submission, check_client_grader, recipe_of
@@ -219,11 +218,10 @@ def _run_command(
     """
     whole = python_command("luthier", *command, "--json")
     try:
-        with hand_over() as (handed, files):
-            done = subprocess.run(
-                whole, capture_output=True, text=True, check=False, timeout=SECONDS,
-                env={**worker_environment(), **handed}, pass_fds=files,
-            )  # fmt: skip
+        done = subprocess.run(
+            whole, capture_output=True, text=True, check=False, timeout=SECONDS,
+            env=worker_environment(),
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         text = f"It was not done after {SECONDS:.0f} seconds; take a part of the rows."
         raise Fault("Validation", text) from error

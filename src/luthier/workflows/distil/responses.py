@@ -16,6 +16,7 @@ training is an ordinary run of `tune`, with its own checkpoints.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -27,8 +28,6 @@ from luthier.chat_models.base import ChatModel, Done, Failure, Reply, SamplingSp
 from luthier.data.rows import load_prompts
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.sources import hash_of
-from luthier.encryption.files import seal
-from luthier.encryption.memory import remove, working
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, is_resumed, lock_folder
 from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
@@ -83,7 +82,6 @@ class _Responses:
         processes: int,
     ) -> None:
         self.recipe, self.student, self.folder = recipe, student, folder
-        self.working = working(folder)
         self.reporter, self.processes = reporter, processes
         self.graders: Mapping[str, Grader] = {}
         self.training = Run(student.root, str(recipe.name))
@@ -94,7 +92,7 @@ class _Responses:
             rows, teacher = self._check(resume)
         except BaseException:
             if not (self.folder / _REQUEST).exists():
-                remove(self.folder)
+                shutil.rmtree(self.folder, ignore_errors=True)
             raise
         try:
             return self._ask_and_train(rows, teacher, resume)
@@ -258,7 +256,7 @@ class _Responses:
         counts = ", ".join(f"{count} {rule}" for rule, count in found.rules.items())
         raise RefusedInput(
             f"only {found.accepted} of {found.prompts} prompts are accepted, and {least} are needed: "
-            f"{counts}. {self.working / INSIGHTS} has the reason for each. Give "
+            f"{counts}. {self.folder / INSIGHTS} has the reason for each. Give "
             f"{', or '.join(['more prompts', *advice, 'a lower `insights.minimum`'])}. The answers "
             "are kept and will not be asked for again"
         )
@@ -272,23 +270,20 @@ class _Responses:
                 "file": str(self.recipe.data.train),
                 "sha256": hash_of(self.recipe.data.train),
             },
-            "insights": {**asdict(found), "file": str(self.working / INSIGHTS)},
-            "answers_sha256": sha256_of(self.working / ANSWERS),
+            "insights": {**asdict(found), "file": str(self.folder / INSIGHTS)},
+            "answers_sha256": sha256_of(self.folder / ANSWERS),
         }
 
     def _train(self, resume: bool, lineage: dict[str, Any]) -> Result:
         from luthier.engine.processes import train_in_processes
 
-        data = self.recipe.data.model_copy(update={"train": str(self.working / ANSWERS)})
+        data = self.recipe.data.model_copy(update={"train": str(self.folder / ANSWERS)})
         recipe = self.recipe.tuning_recipe(data=data)
         further = {"distillation": lineage}
         return train_in_processes(recipe, self.processes, resume, self.reporter, further)
 
     def _write(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        write_bytes(self.working / name, json_lines(lines).encode())
-        if self.working != self.folder:
-            # The one in memory is what training reads.
-            seal(self.working / name, self.folder / name)
+        write_bytes(self.folder / name, json_lines(lines).encode())
 
 
 def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:

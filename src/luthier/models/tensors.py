@@ -1,0 +1,68 @@
+"""Reading and writing safetensors files; torch is imported at the first use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luthier.errors import CorruptFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+READ_WHOLE = 64 << 20
+"""Size in bytes up to which a file, such as an adapter, is read and not mapped."""
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``tensors``, which are contiguous, to the new file ``path``."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name.
+
+    Raises:
+        CorruptFile: if the file cannot be read or is not a safetensors file.
+    """
+    from safetensors.torch import load, load_file
+
+    with _reading(path):
+        # safetensors 0.8 leaks two integers per tensor of a mapped file, and mapping is slower.
+        if path.stat().st_size <= READ_WHOLE:
+            try:
+                return dict(load(path.read_bytes()))
+            except KeyError:  # a type that safetensors only knows in mapped files, such as F4
+                pass
+        return dict(load_file(path))
+
+
+def tensor_headers(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
+    """Return type, such as ``BF16``, and shape of each tensor; only the header is read.
+
+    Raises:
+        CorruptFile: as :func:`load_tensors`.
+    """
+    from safetensors import safe_open
+
+    # torch would be imported for "pt".
+    with _reading(path), safe_open(path, framework="np") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise CorruptFile with ``path`` for the errors of the system and of safetensors."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
