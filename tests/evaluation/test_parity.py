@@ -117,6 +117,39 @@ def test_the_gate_compares_tokens_and_names_the_first_other_one(
     ) in str(caught.value)
 
 
+def test_single_tokens_with_other_experts_are_rounding_and_a_lost_adapter_is_not() -> None:
+    def parity(mean_kl: float, median_kl: float, rounded: bool = True) -> Parity:
+        tokens = TokenParity(
+            tokens=64, agreement=0.9, mean_kl=mean_kl, max_kl=4.0, median_kl=median_kl
+        )
+        each = {"next_tokens": tokens, "greedy": tokens, "greedy_beside_base": tokens}
+        return Parity(rows=16, trained=2.0, reloaded=2.0, rounded=rounded, **each)
+
+    check_parity(parity(0.15, 0.002))
+    for lost in (parity(0.15, 0.04), parity(0.4, 0.002), parity(0.15, 0.002, rounded=False)):
+        with pytest.raises(LuthierError, match="not the trained one"):
+            check_parity(lost)
+
+
+def test_the_limit_follows_the_rounding_of_the_base() -> None:
+    tokens = TokenParity(tokens=64, agreement=0.9, mean_kl=0.09, max_kl=1.0, median_kl=0.06)
+    parity = Parity(rows=16, trained=2.0, reloaded=2.1, rounded=True, next_tokens=tokens)
+    base = tokens.model_copy(update={"mean_kl": 0.02, "median_kl": 0.01})
+    check_parity(parity, base_rounding=lambda: base)
+    for small in (None, tokens.model_copy(update={"mean_kl": 0.002, "median_kl": 0.001})):
+        with pytest.raises(LuthierError, match=r"loss 2\.1"):
+            check_parity(parity, base_rounding=lambda small=small: small)
+        near = parity.model_copy(update={"reloaded": 2.0})
+        with pytest.raises(LuthierError, match="in these rows"):
+            check_parity(near, base_rounding=lambda small=small: small)
+    measured: list[int] = []
+    check_parity(
+        Parity(rows=16, trained=2.0, reloaded=2.0, rounded=True),
+        base_rounding=lambda: measured.append(1),
+    )
+    assert not measured
+
+
 def test_a_comparison_has_the_divergence_of_both_and_the_first_difference() -> None:
     one = torch.log(torch.tensor([[0.1, 0.8, 0.1], [0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     other = torch.log(torch.tensor([[0.1, 0.8, 0.1], [0.25, 0.5, 0.25], [0.2, 0.7, 0.1]]))

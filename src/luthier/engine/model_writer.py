@@ -47,10 +47,12 @@ from luthier.models.manifest import (
     Manifest,
     Parity,
     ReferenceAnswer,
+    TokenParity,
     created_now,
 )
 from luthier.models.network import Network
 from luthier.models.prefix import prefix_tokens
+from luthier.models.probe import in_float32
 from luthier.models.save import (
     adapter_tensors,
     read_adapter,
@@ -291,12 +293,31 @@ class ModelWriter:
             parity,
             (lambda token: chat.decode([token])) if chat.has_tokenizer else None,
             self.job.recipe.adaptation.rounds_beside_base,
+            self._base_rounding,
         )
         if store.chat_format(stored).stop_ids != chat.stop_ids:
             raise LuthierError(
                 "the saved tokenizer has other stop tokens than the one trained with"
             )
         return parity
+
+    def _base_rounding(self) -> TokenParity | None:
+        """Compare the next tokens of the base with its own in float32, on the rows of the parity check.
+
+        ``None`` where the base says no next tokens, or does not run on a processor.
+        """
+        device, dtype = self.job.machine.device, self.job.machine.dtype
+        if device.type != "cpu" or self.job.data.objective.task != "causal_lm":
+            return None
+        head = self.job.data.objective.head()
+        network = as_network(
+            store.load(self.job.base, dtype, device, head, savable=False), device, dtype
+        )
+        rounded = self._logps(network)
+        with in_float32():
+            precise = self._logps(network)
+        network.close()
+        return None if precise is None or rounded is None else precise.beside(rounded)
 
 
 @contextmanager

@@ -137,6 +137,8 @@ class TokenParity(Record):
     mean_kl: float
     """KL divergence of the next token, in nats, on average."""
     max_kl: float
+    median_kl: float | None = None
+    """The same for the median place; ``None`` in records of older versions."""
     first_difference: TokenDifference | None = None
     """``None`` where there is none, and in records of older versions."""
 
