@@ -253,15 +253,18 @@ def sketch_training(
     from luthier.models.load import sketch_of
 
     model = sketch_of(config, head or objective.head())
-    plain = weight_bytes(model, size)
-    adaptation = adaptation.bind_network(model)
-    with torch.device("meta"):
-        adaptation.attach(model)
-        if isinstance(objective, SupportsExtraWeights):
-            objective.add_weights(model)
-    objective.check_network(model)
-    memory = estimate_memory(model, size, plain, adaptation.calibration_bytes(model), reads)
-    start = trained_numbers(model) * size if objective.uses_reference else 0
+    # Families of several parts have their sizes elsewhere (PaliGemma), or no embedding (HuBERT).
+    message = f"networks of type {config.model_type} cannot be trained here yet"
+    with refuse_configuration(UnknownModel, message):
+        plain = weight_bytes(model, size)
+        adaptation = adaptation.bind_network(model)
+        with torch.device("meta"):
+            adaptation.attach(model)
+            if isinstance(objective, SupportsExtraWeights):
+                objective.add_weights(model)
+        objective.check_network(model)
+        memory = estimate_memory(model, size, plain, adaptation.calibration_bytes(model), reads)
+        start = trained_numbers(model) * size if objective.uses_reference else 0
     return TrainingSketch(model, memory.beside(start), adaptation)
 
 

@@ -145,7 +145,10 @@ def context_length(config: Mapping[str, Any]) -> int:
             return int(config[key]) - skipped
     if "vocab_size" not in config and ("image_size" in config or "num_channels" in config):
         return 1  # ResNet reads images of any size, and names none
-    raise RecipeError("config.json names no context length (max_position_embeddings)")
+    raise RecipeError(
+        f"networks of type {config.get('model_type', 'unknown')} cannot be trained here yet: their "
+        "config.json names no context length (max_position_embeddings)"
+    )
 
 
 def _longrope_border(config: Mapping[str, Any]) -> int | None:

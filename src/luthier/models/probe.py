@@ -47,7 +47,7 @@ LENGTHS = (12, 12, 7)
 SHARED = 6
 PROMPTS = (5, 7)
 """Tokens of the first two rows that the decoder reads as prompts; the next tokens are steps."""
-STEPS = 3
+STEPS = 2
 _SCALED = re.compile(r"soft_?cap|logits?_cap|logits?_scal|lm_head_mult|output_mult")
 """Names of settings that change logits after the output head."""
 
@@ -59,6 +59,8 @@ class _WideOperations(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` on widened tensors."""
+        if func is torch.ops.aten.embedding.default:  # rows are picked before they are widened
+            return _widen(func(*args, **(kwargs or {})))
         args, kwargs = tree_map(_widen, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -134,14 +136,19 @@ class Probe:
     def plain(self) -> list[Tensor]:
         """Return the output of the network's own forward for each row: ``[T, V]``, or ``[1, C]``."""
         self.model.eval()
-        outputs = []
-        for ids_T in self.rows:
-            ids_1T = ids_T[None].to(self.device)
-            further = {"decoder_input_ids": ids_1T} if self.writes else {}
-            found = self.model(input_ids=ids_1T, **further)
+        parts: Sequence[Sequence[Tensor]] = [self.rows[:2], *([row] for row in self.rows[2:])]
+        if (
+            self.task == "sequence_classification"
+        ):  # without a token for padding, only one row at once
+            parts = [[row] for row in self.rows]
+        outputs: list[Tensor] = []
+        for rows in parts:
+            ids_RT = torch.stack([*rows]).to(self.device)
+            further = {"decoder_input_ids": ids_RT} if self.writes else {}
+            found = self.model(input_ids=ids_RT, **further)
             out = found.last_hidden_state if self.task == "embedding" else found.logits
             check_finite(out)
-            outputs.append(out.float().view(-1, out.shape[-1]))
+            outputs += [each.float().view(-1, out.shape[-1]) for each in out]
         return outputs
 
     @torch.no_grad()
@@ -149,13 +156,12 @@ class Probe:
         """Return whether the state of the first token depends on later tokens."""
         if self.beside:
             return False
-        states = []
-        for ids_T in (self.rows[0], self.rows[0].flip(0)):
-            ids_T[0] = self.rows[0][0]
-            found = self.model.base_model(input_ids=ids_T[None].to(self.device))
-            states.append(found.last_hidden_state[0, 0].float())
-        # Kernels may sum in another order beside other tokens, mixtures of experts do.
-        return _relative(*states) > TOLERANCE
+        ids_2T = torch.stack([self.rows[0], self.rows[0].flip(0)])
+        ids_2T[1, 0] = ids_2T[0, 0]
+        found = self.model.base_model(input_ids=ids_2T.to(self.device))
+        one_H, other_H = found.last_hidden_state[:, 0].float()
+        # Mixtures of experts sum in another order beside other tokens: bits may differ.
+        return _relative(one_H, other_H) > TOLERANCE
 
     def ours(self, network: Network, dense: bool = False) -> tuple[Tensor, list[int]]:
         """Return the output of luthier's layout, and the row of the probe of each part of it.
@@ -271,8 +277,7 @@ def probed_network(model: Any, device: torch.device, dtype: torch.dtype) -> Netw
         with refuse_crash(model, "generate text"), _grouped_experts_off(model, device), wide():
             found = probe.cached(network)
         _compare_steps(model, "generation with a cache", found, wanted)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"type": model.config.model_type, "sees_ahead": sees_ahead})
+    _remember(record, model, sees_ahead=sees_ahead)
     return network
 
 
@@ -313,6 +318,10 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
             if id(weight) not in own:
                 weight.normal_(std=0.1)
         probe = Probe(shared.model, device)
+        names = [n for n, each in shared.model.named_parameters() if id(each) not in own]
+        record = _record(shared.model, device, method, str(network.dtype), *names)
+        if record.is_file():
+            return
         if shared.tokens_before:  # a prefix or soft prompt, which rows of a probe do not have
             probe.cached(shared)
             return
@@ -325,6 +334,7 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
     if float(np.median(error_M)) > SHARED_TOLERANCE:
         what = f"generation with {method} next to its base"
         _compare_steps(model, what, found, wanted)
+    _remember(record, model)
 
 
 def try_training(network: Network, method: str) -> None:
@@ -450,16 +460,22 @@ def _compare_steps(
     )
 
 
-def _record(model: Any, device: torch.device) -> Path:
+def _record(model: Any, device: torch.device, *further: str) -> Path:
     """Return the file that says that a configuration has passed with these library versions."""
     import transformers
 
     fields = {**model.config.to_dict(), "dtype": None, "_name_or_path": None}
     versions = (__version__, torch.__version__, transformers.__version__)
     known = json.dumps(
-        [fields, task_of(model), type(model).__name__, device.type, versions], default=str
+        [fields, task_of(model), type(model).__name__, device.type, versions, *further], default=str
     )
     return luthier_home() / "probes" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
+
+
+def _remember(record: Path, model: Any, **found: bool) -> None:
+    """Write the file of a passed trial."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"type": model.config.model_type, **found})
 
 
 def _passed(record: Path) -> dict[str, Any] | None:
