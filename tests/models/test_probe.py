@@ -58,6 +58,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "deepseek_v3": MLA,
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "ernie4_5": {"head_dim": 8, "num_key_value_heads": 2},
+    "helium": {"head_dim": 8, "num_key_value_heads": 2},
     "gemma3_text": GEMMA,
     "bloom": {"n_layer": 2, "n_head": 4},
     "phi3": {
@@ -152,7 +153,7 @@ def test_a_family_with_other_mathematics_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2_moe", "deepseek_v3", "opt", "ernie4_5", "bloom"]
+    "family", ["llama", "qwen2_moe", "deepseek_v3", "opt", "ernie4_5", "helium", "bloom"]
 )
 def test_lora_next_to_its_base_generates_what_the_network_computes(family: str) -> None:
     network = as_network(made(family, torch.bfloat16), CPU, torch.bfloat16)

@@ -537,11 +537,15 @@ class FlatBackend:
         return tuple(sizes)
 
     def _probe_logits(self, ids: IntArray) -> Tensor:
-        """Logits behind sequences of the same token twice."""
+        """Return logits behind the sequences of :meth:`_probe_states`."""
         return self._logits(self._probe_states(ids))
 
     def _probe_states(self, ids: IntArray) -> Tensor:
-        """States ``[N, H]`` behind sequences of the same token twice."""
+        """Return states ``[N, H]`` behind sequences of a token of ``ids`` and the token after it.
+
+        Two equal tokens would have equal values, and what the attention makes of positions (the
+        interleaved rotation of Helium) would not show.
+        """
         banks = Banks()
         spans = [banks.copy(Bank(room_for(1)).add(), 1) for _ in ids]
         ids_N = torch.from_numpy(ids.astype(np.int64))
@@ -550,7 +554,8 @@ class FlatBackend:
                 [(span, 0) for span in spans], self.network.device, self.network.dtype
             )
             positions_N = torch.full_like(ids_N, self._first + place)
-            hidden_NH = self._run(self.network.model, ids_N, positions_N, attention)
+            next_N = (ids_N + place) % int(self.network.model.config.vocab_size)
+            hidden_NH = self._run(self.network.model, next_N, positions_N, attention)
             for span in spans:
                 span.length += 1
         return hidden_NH
