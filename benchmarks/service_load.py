@@ -122,14 +122,10 @@ def main() -> None:
 
 def start(home: Path, workers: bool = False) -> tuple[subprocess.Popen[str], int]:
     """A server with two accounts; without workers the queue stays as long as it is."""
-    policy = {
-        "Version": "2012-10-17",
-        "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
-    }
     principals = [
         {
             "account": account, "user": "root", "access_key_id": access_key,
-            "secret_access_key": SECRET, "api_key": key, "policies": [policy],
+            "secret_access_key": SECRET, "api_key": key, "role": "administrator",
         }
         for account, access_key, key in (
             (ACCOUNT, "AKIABENCHMARK0000000", KEY),

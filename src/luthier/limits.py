@@ -192,12 +192,6 @@ class ServerLimits(AccountQuotas, ModelLimits):
     least; further ones wait for schema_wait_seconds, and are answered 429 then."""
     schema_wait_seconds: float = Field(default=30, ge=0)
     """For which one waits for its turn to be read for the first time."""
-    sts_body_bytes: int = Field(default=64 * KIB, ge=1024)
-    """Body of a request to STS; a longer one is answered 413."""
-    session_policy_characters: int = Field(default=2048, ge=64)
-    """Characters of a session policy of `AssumeRole`, as with AWS; a longer one is refused."""
-    session_token_bytes: int = Field(default=4096, ge=1024)
-    """Session token, with the session policy in it: a longer one is neither issued nor taken."""
     model_requests: int = Field(default=48, ge=1)
     """Requests that take a model's time at once; further ones wait."""
     streams: int = Field(default=256, ge=1)

@@ -15,7 +15,7 @@ from luthier.api.http.messages import Caller
 from luthier.store.audit import AuditEntry, Event, entries, verify
 from luthier.store.database import Database
 
-ANN = Caller(FIRST, "ann", ())
+ANN = Caller(FIRST, "ann", ("administrator",))
 
 
 @pytest.fixture

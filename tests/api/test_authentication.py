@@ -42,12 +42,11 @@ def code_of(authenticator: Authenticator, head: RequestHead, body: bytes | None 
 def test_each_way_in(authenticator: Authenticator, api_key: str) -> None:
     by_signature = authenticator.authenticate(signed("POST", "/x", b"{}"), b"{}")
     assert by_signature.caller.arn == f"arn:aws:iam::{FIRST}:user/root"
-    assert not by_signature.caller.bearer
     assert authenticator.authenticate(signed(service="s3"), None).service == "s3"
     assert authenticator.authenticate(presigned("GET", "/b/k"), None).payload == "UNSIGNED-PAYLOAD"
     for key in (api_key, short_term_key()):
         found = authenticator.authenticate(bearing(key), b"any body")
-        assert (found.caller.user, found.caller.bearer, found.service) == ("root", True, "")
+        assert (found.caller.user, found.service) == ("root", "")
 
 
 def test_secrets_are_neither_shown_nor_kept(
@@ -122,7 +121,8 @@ def test_short_term_keys_that_prove_nothing(authenticator: Authenticator) -> Non
     }
     for name, key in keys.items():
         assert code_of(authenticator, bearing(key)) == "AccessDenied", name
-    assert authenticator.authenticate(bearing(short_term_key(expires=12 * 3600)), b"").caller.bearer
+    longest = bearing(short_term_key(expires=12 * 3600))
+    assert authenticator.authenticate(longest, b"").caller.user == "root"
 
 
 def test_a_changed_short_term_key(authenticator: Authenticator) -> None:
@@ -171,13 +171,25 @@ def test_disabled_at_once_in_this_process(
             assert codes == (refused if disabled else []), what
 
 
-def test_a_change_of_policies_is_seen_at_once(
-    database: Database, authenticator: Authenticator
-) -> None:
-    assert len(authenticator.authenticate(signed(), b"").caller.policies) == 1
+def test_a_change_of_role_is_seen_at_once(database: Database, authenticator: Authenticator) -> None:
+    assert authenticator.authenticate(signed(), b"").caller.roles == ("administrator",)
     with database.write() as session:
-        principals.set_policies(session, principals.user_of(session, FIRST, "root"), [])
-    assert authenticator.authenticate(signed(), b"").caller.policies == ()
+        principals.set_role(session, principals.user_of(session, FIRST, "root"), "invoker")
+    assert authenticator.authenticate(signed(), b"").caller.roles == ("invoker",)
+
+
+def test_a_key_has_a_role_besides_its_user(
+    database: Database, authenticator: Authenticator, api_key: str
+) -> None:
+    with database.write() as session:
+        user = principals.user_of(session, FIRST, "root")
+        _, text = principals.create_api_key(session, user, role="invoker")
+        key, secret = principals.create_access_key(session, user, Sealing(KEY), role="read-only")
+    caller = authenticator.authenticate(bearing(text), b"").caller
+    assert caller.roles == ("administrator", "invoker")
+    caller = authenticator.authenticate(signed(keys=(key.id, secret)), b"").caller
+    assert caller.roles == ("administrator", "read-only")
+    assert authenticator.authenticate(bearing(api_key), b"").caller.roles == ("administrator",)
 
 
 def test_disabled_within_a_second_by_another_process(
@@ -222,7 +234,7 @@ def test_removed_keys_and_users(
     database: Database, authenticator: Authenticator, api_key: str
 ) -> None:
     with database.write() as session:
-        user = principals.create_user(session, FIRST, "guest", role="auditor")
+        user = principals.create_user(session, FIRST, "guest", role="read-only")
         key, secret = principals.create_access_key(session, user, Sealing(KEY))
     theirs = signed(keys=(key.id, secret))
     assert authenticator.authenticate(theirs, b"").caller.user == "guest"

@@ -143,7 +143,7 @@ def test_an_attack_costs_the_neighbours_little(server: Served, name: str) -> Non
     listing = _slowest(neighbour.listings)
     assert not neighbour.failures
     memory = Growth(server)
-    keys = json.dumps({**KEYS[ONE], "model": BASE, "encoder": ENCODER, "policies": None})
+    keys = json.dumps({**KEYS[ONE], "model": BASE, "encoder": ENCODER})
     command = [sys.executable, attacks.__file__, name, str(neighbour.port), keys]
     with memory, neighbour:
         attack = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from principals_of import ALLOW_ALL, FIRST, OTHER
+from principals_of import FIRST, OTHER
 from sqlalchemy import text
 from typer.testing import CliRunner
 
@@ -56,20 +56,18 @@ def test_accounts_and_quotas(database: Database) -> None:
     )
 
 
-def test_users_and_policies(database: Database, ann: str, tmp_path: Path) -> None:
-    policy = tmp_path / "policy.json"
-    policy.write_text(json.dumps(ALLOW_ALL))
-    shown = admin("users", "policies", ann, "--policy", str(policy))
-    assert (shown["role"], shown["policies"]) == (None, [ALLOW_ALL])
-    policy.write_text('{"Statement": [{"Effect": "allow"}]}')
-    error = admin("users", "policies", ann, "--policy", str(policy), code=2)["error"]
-    assert "Effect is neither" in error["message"]
-    assert admin("users", "list")["users"][0]["policies"] == [ALLOW_ALL]
+def test_users_and_roles(database: Database, ann: str) -> None:
+    assert admin("users", "role", ann, "invoker")["role"] == "invoker"
+    assert details_of("users.role") == {"role": "invoker"}
+    error = admin("users", "role", ann, "admin", code=2)["error"]
+    assert "'admin' is not a role" in error["message"]
+    assert admin("users", "list")["users"][0]["role"] == "invoker"
+    assert admin("users", "create", "bob")["role"] == "read-only"
+    admin("users", "remove", "bob")
     admin("users", "disable", ann)
     assert admin("users", "list", "--account", FIRST)["users"][0]["disabled"] is True
     admin("users", "remove", ann)
     assert admin("users", "list")["users"] == []
-    assert set(admin("roles")["roles"]) == {"admin", "developer", "auditor", "invoke-only"}
 
 
 def test_keys(database: Database, ann: str) -> None:
@@ -99,35 +97,14 @@ def test_keys(database: Database, ann: str) -> None:
         "keys", "create", ann, "--kind", "ssh", code=2
     )["error"]["message"]  # fmt: skip
     admin("keys", "create", ann, "--kind", "access", "--days", "1", code=2)
+    admin("keys", "create", ann, "--role", "king", code=2)
+    for kind in ("access", "api"):
+        admin("keys", "create", ann, "--kind", kind, "--role", "invoker")
+        assert details_of("keys.create")["role"] == "invoker"
+    assert [key["role"] for key in admin("keys", "list")["keys"]] == ["invoker", "invoker"]
     for days in ("0", "-1", "1e9", "nan"):
         admin("keys", "create", ann, "--days", days, code=2)
     admin("keys", "disable", "x", code=2)
-
-
-def test_iam_roles(database: Database, ann: str, tmp_path: Path) -> None:
-    trust, policy = tmp_path / "trust.json", tmp_path / "policy.json"
-    principal = {"AWS": f"arn:aws:iam::{FIRST}:user/ann"}
-    allow = {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": principal}
-    trust.write_text(json.dumps({"Statement": allow}))
-    policy.write_text(json.dumps(ALLOW_ALL))
-    made = admin("iam-roles", "create", "tuner", "--trust", str(trust))
-    assert made["arn"] == f"arn:aws:iam::{FIRST}:role/tuner"
-    update = ("iam-roles", "update", "tuner", "--policy", str(policy))
-    admin(*update, "--max-session-seconds", "7200")
-    (listed,) = admin("iam-roles", "list", "--account", FIRST)["roles"]
-    assert (listed["policies"], listed["max_session_seconds"]) == ([ALLOW_ALL], 7200)
-    assert listed["trust"] == {"Statement": allow}
-    assert "tuner" in run(admin_app, "iam-roles", "list")
-    admin("iam-roles", "update", "tuner", "--max-session-seconds", "10", code=2)
-    error = admin("iam-roles", "create", "other", "--trust", str(policy), code=2)["error"]
-    assert "Resource cannot stand here" in error["message"]
-    admin("iam-roles", "remove", "tuner")
-    assert admin("iam-roles", "list")["roles"] == []
-    admin("iam-roles", "remove", "tuner", code=2)
-    actions = [each["action"] for each in run(audit_app, "list", "--json")["entries"]]
-    assert actions[:3] == [
-        f"luthier:admin.iam-roles.{each}" for each in ("remove", "update", "create")
-    ]
 
 
 def test_changes_are_in_the_audit_log_and_refusals_change_nothing(
@@ -154,7 +131,7 @@ def details_of(action: str) -> dict[str, Any]:
     return details
 
 
-def test_the_log_says_what_was_changed(database: Database, ann: str, tmp_path: Path) -> None:
+def test_the_log_says_what_was_changed(database: Database, ann: str) -> None:
     admin("accounts", "quota", FIRST, "objects=7", "files=", "requests_per_second=0.5")
     quotas = {"objects": "7", "files": "default", "requests_per_second": "0.5"}
     assert details_of("quotas.set") == quotas
@@ -164,18 +141,6 @@ def test_the_log_says_what_was_changed(database: Database, ann: str, tmp_path: P
     assert details_of("keys.create") == {
         "kind": "api", "id": api["id"], "expires": api["expires"], "label": "build"
     }  # fmt: skip
-    trust, policy = tmp_path / "trust.json", tmp_path / "policy.json"
-    principal = {"AWS": f"arn:aws:iam::{FIRST}:user/ann"}
-    statement = {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": principal}
-    trust.write_text(json.dumps({"Statement": statement}))
-    policy.write_text(json.dumps(ALLOW_ALL))
-    admin("iam-roles", "create", "tuner", "--trust", str(trust), "--policy", str(policy))
-    answer = details_of("iam-roles.create")
-    assert json.loads(answer["trust"]) == {"Statement": statement}
-    assert json.loads(answer["policies"]) == [ALLOW_ALL]
-    assert answer["max_session_seconds"] == 3600
-    admin("users", "policies", ann, "--policy", *[str(policy), "--policy"] * 40, str(policy))
-    assert "SHA-256" in details_of("users.policies")["policies"]
     everything = run(audit_app, "list", "--json")
     for secret in (access["secret_access_key"], api["api_key"]):
         assert secret not in json.dumps(everything)
@@ -215,7 +180,6 @@ def test_tables_for_people(database: Database, ann: str) -> None:
     assert "deployments=3" in run(admin_app, "accounts", "list")
     assert "developer" in run(admin_app, "users", "list")
     assert "sk-" in run(admin_app, "keys", "list")
-    assert "bedrock:*, luthier:*, s3:*" in run(admin_app, "roles")
     assert "luthier:admin.keys.create" in run(audit_app, "list")
 
 

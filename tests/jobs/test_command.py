@@ -68,15 +68,14 @@ def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, monkeypatc
     assert "memory" not in job.failure
     # The API and the command line show the end of the log.
     context = Context(
-        queue.database, Arns(), Locations(queue.database), lambda *given: None,
+        queue.database, Arns(), Locations(queue.database),
         lambda account: AccountQuotas(), lambda: None, lambda model: None,
     )  # fmt: skip
     face = NativeFace(operations(context))
     for account, found in ((job.account, True), ("222222222222", False)):
         route = face.route(RequestHead("GET", f"/api/v1/jobs/{job.name}", "", [], tls=False))
-        call = Request(
-            "r", Caller(account, "anna", ()), "GET", "/", {}, {}, b"", now(), route.params
-        )
+        caller = Caller(account, "anna", ("administrator",))
+        call = Request("r", caller, "GET", "/", {}, {}, b"", now(), route.params)
         assert route.operation.handler is not None
         if not found:
             with pytest.raises(Fault):

@@ -44,7 +44,7 @@ class ByAccessKey:
         found = re.search(r"Credential=([0-9]{12})/", dict(head.headers).get("authorization", ""))
         if found is None:
             raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
-        return Signed(Caller(found[1], "tester", ()), "bedrock")
+        return Signed(Caller(found[1], "tester", ("administrator",)), "bedrock")
 
     def recognize(self, head: RequestHead) -> Signed | None:
         return self.authenticate(head, b"")
@@ -100,13 +100,10 @@ class Service:
         self.trail = AuditTrail(database)
         self.deleted: list[str | None] = []
         """Ids in the store of models that the control plane had deleted."""
-        self.denied: set[tuple[str, str]] = set()
-        """Action and a pattern of resources that policies refuse."""
         self.control = Control(
             database,
             Arns("us-east-1"),
             self.places,
-            self.authorize,
             b"the server's own secret",
             Activation(database, self.preparation),
             self.delete,
@@ -149,15 +146,6 @@ class Service:
             claimed = session.get(Job, job.seq)
             assert claimed is not None
             queue.move(session, claimed, queue.FAILED, failure, failure=failure)
-
-    def authorize(self, caller: Caller, action: str, resource: str) -> None:
-        for refused, pattern in self.denied:
-            if refused == action and re.fullmatch(pattern, resource):
-                raise Fault(
-                    "AccessDenied",
-                    f"User: {caller.arn} is not authorized to perform: {action} on resource: "
-                    f"{resource} because no identity-based policy allows the {action} action",
-                )
 
 
 class Server:

@@ -13,18 +13,17 @@ from urllib.parse import urlsplit
 
 from trails import Remembered
 
+from luthier.api.audit import record_action
 from luthier.api.http.application import Application
 from luthier.api.http.messages import Caller, Fault, Request, RequestHead, Response, Signed
 from luthier.api.http.metrics import Metrics
 from luthier.api.http.routing import Operation, Route
 from luthier.api.http.streams import RequestBody, Run
-from luthier.api.policies import authorize
 from luthier.limits import ServerLimits
 
-ANNA = Caller("111111111111", "anna", ())
-MAY = Caller(
-    "111111111111", "anna", ({"Statement": {"Effect": "Allow", "Action": "*", "Resource": "*"}},)
-)
+ANNA = Caller("111111111111", "anna", ("administrator",))
+ACTION = "luthier:WhoAmI"
+"""Action of all operations here: every role allows it."""
 
 
 class Door:
@@ -75,7 +74,9 @@ class Taking:
         self.closed, self.first = threading.Event(), threading.Event()
 
     def open(self, request: Request) -> Taking:
-        authorize(ANNA if request.query else MAY, "test:Take", request.path)
+        record_action("test:Take", request.path)
+        if request.query:
+            raise Fault("AccessDenied", "The query is not allowed.")
         return self
 
     def __enter__(self) -> Taking:
@@ -116,19 +117,21 @@ class Echo:
         works["nap"] = self.nap
         works["wait"] = lambda call: Response(200, self.waiting)
         if name == "take":
-            taken = Operation("test.take", method, path, None, 8_000_000, stream=self.taken)
+            taken = Operation(
+                "test.take", method, path, None, 8_000_000, stream=self.taken, action=ACTION
+            )
             return Route(taken)
         if name not in works:
             raise Fault("UnknownOperation", "There is no such operation.")
         limit = 10_000_000 if name == "large" else 1000
-        found = Operation(f"test.{name}", method, path, works[name], limit)
+        found = Operation(f"test.{name}", method, path, works[name], limit, action=ACTION)
         return Route(found, {"name": name})
 
     def refusal(self, fault: Fault, request_id: str) -> Response:
         return Response.json({"code": fault.code, "message": fault.message, "id": request_id}, 400)
 
     def echo(self, request: Request) -> Response:
-        authorize(MAY, "test:Echo", request.path)
+        record_action("test:Echo", request.path)
         record = {"path": request.path, "query": dict(request.query), "body": request.body.decode()}
         return Response.json(
             {**record, "user": request.caller.user, "params": dict(request.params)}
@@ -148,12 +151,12 @@ class Echo:
         return Response.json("rested")
 
     def deny(self, request: Request) -> Response:
-        authorize(ANNA, "test:Deny", "*")
-        raise AssertionError("it was allowed")
+        record_action("test:Deny", "*")
+        raise Fault("AccessDenied", "This is not allowed.")
 
     def half(self, request: Request) -> Response:
-        authorize(MAY, "test:First", request.path)
-        authorize(MAY, "test:Second", request.path)
+        record_action("test:First", request.path)
+        record_action("test:Second", request.path)
         raise self.error
 
     def full(self, request: Request) -> Response:

@@ -32,12 +32,7 @@ KEYS = {
         "access_key_id": f"AKIATEST{account}",
         "secret_access_key": f"secret-{account}-0123456789abcdef",
         "api_key": f"sk-{account}-0123456789abcdef0123456789abcdef",
-        "policies": [
-            {
-                "Version": "2012-10-17",
-                "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
-            }
-        ],
+        "role": "administrator",
     }
     for account in ("000000000000", "111111111111")
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from signing import ACCESS_KEY, SECRET
@@ -16,10 +15,6 @@ from luthier.store.sealing import Sealing
 KEY = bytes(range(32))
 FIRST = "000000000000"
 OTHER = "111111111111"
-ALLOW_ALL: dict[str, Any] = {
-    "Version": "2012-10-17",
-    "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
-}
 
 
 def made_at(url: str) -> Iterator[Database]:
@@ -43,6 +38,6 @@ def api_key(database: Database) -> str:
     """Root of the first account has botocore's example key and this API key."""
     with database.write() as session:
         accounts.create_account(session, FIRST, "first")
-        root = principals.create_user(session, FIRST, "root", role="admin")
+        root = principals.create_user(session, FIRST, "root", role="administrator")
         principals.create_access_key(session, root, Sealing(KEY), ACCESS_KEY, SECRET)
         return principals.create_api_key(session, root)[1]

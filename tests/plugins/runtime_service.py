@@ -26,7 +26,7 @@ from luthier.engine.machine import Machine
 from luthier.serving.pool import ModelPool
 from luthier.store.database import now
 
-CALLER = Caller("000000000000", "root", ())
+CALLER = Caller("000000000000", "root", ("administrator",))
 MODEL = "test.tiny"
 STATUS = {"AccessDenied": 403, "ResourceNotFound": 404, "Throttling": 429, "ModelError": 424}
 OPERATIONS = {
@@ -50,22 +50,13 @@ class Service:
     """The smallest application around the handlers: one caller, faults as botocore reads them."""
 
     def __init__(self, pool: ModelPool, models: dict[str, str]) -> None:
-        self.asked: list[tuple[str, str]] = []
-
         def resolve(account: str, model_id: str) -> str:
             assert account == CALLER.account
             if model_id not in models:
                 raise Fault("ResourceNotFound", f"Could not find the model {model_id}.")
             return models[model_id]
 
-        def authorize(caller: Caller, action: str, resource: str) -> None:
-            self.asked.append((action, resource))
-            if model_id_of(resource) == "test.forbidden":
-                raise Fault("AccessDenied", "You may not.")
-
-        self.handlers = runtime_handlers(
-            pool, resolve, authorize, lambda account, name: f"arn:x/{name}"
-        )
+        self.handlers = runtime_handlers(pool, resolve, lambda account, name: f"arn:x/{name}")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -97,10 +88,6 @@ LIMITER = anyio.CapacityLimiter(128)
 
 async def run(function: Callable[..., Any], *arguments: Any) -> Any:
     return await anyio.to_thread.run_sync(function, *arguments, limiter=LIMITER)
-
-
-def model_id_of(resource: str) -> str:
-    return resource.removeprefix("arn:x/")
 
 
 @pytest.fixture(scope="module")

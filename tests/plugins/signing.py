@@ -20,11 +20,8 @@ from luthier.api.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.api.sigv4 import Credential, verify
 
 ACCESS_KEY, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
-TOKEN = "6e86291e8372ff2a2260956d9b8aae1d763fbf315fa00fa31553b73ebf194267"
-OTHER_TOKEN = "AQoDYXdzEPT//////////wEXAMPLEtc764"
-"""Session tokens of the published vectors: the one, and how the other begins."""
 HOST = "models.example:8080"
-CALLER = Caller("000000000000", "root", ())
+CALLER = Caller("000000000000", "root", ("administrator",))
 NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
 
 _ONE_AT_A_TIME = RLock()
@@ -59,13 +56,12 @@ def signed(
     keys: tuple[str, str] = (ACCESS_KEY, SECRET),
     region: str = "us-east-1",
     scheme: str = "http",
-    token: str | None = None,
 ) -> RequestHead:
     """A request with the ``Authorization`` that botocore gives it."""
     kind = S3SigV4Auth if service == "s3" else SigV4Auth
     request = _request(method, target, body, headers, scheme)
     with clock(at or datetime.now(UTC)):
-        kind(Credentials(*keys, token), service, region).add_auth(request)
+        kind(Credentials(*keys), service, region).add_auth(request)
     return _head(request)
 
 
@@ -80,13 +76,12 @@ def presigned(
     headers: Mapping[str, str] | None = None,
     keys: tuple[str, str] = (ACCESS_KEY, SECRET),
     host: str = HOST,
-    token: str | None = None,
 ) -> RequestHead:
     """A request with the query that botocore gives it."""
     kind = S3SigV4QueryAuth if service == "s3" else SigV4QueryAuth
     request = _request(method, target, body, headers, "http", host)
     with clock(at or datetime.now(UTC)):
-        kind(Credentials(*keys, token), service, "us-east-1", expires=expires).add_auth(request)
+        kind(Credentials(*keys), service, "us-east-1", expires=expires).add_auth(request)
     return _head(request)
 
 
@@ -98,12 +93,10 @@ def short_term_key(
     action: str = "CallWithBearerToken",
     host: str = "bedrock.amazonaws.com",
     service: str = "bedrock",
-    token: str | None = None,
 ) -> str:
     """A short-term key as Amazon's token generators make it."""
     head = presigned(
         "POST", f"/?Action={action}", service=service, at=at, expires=expires, keys=keys, host=host,
-        token=token,
     )  # fmt: skip
     text = f"{host}/?{head.query}&Version=1"
     return "bedrock-api-key-" + base64.b64encode(text.encode()).decode()
@@ -127,9 +120,8 @@ def _head(request: AWSRequest) -> RequestHead:
     return RequestHead(request.method, url.path, url.query, headers, url.scheme == "https")
 
 
-def keys(access_key: str, token: str | None) -> Credential | None:
-    known = token is None or token == TOKEN or token.startswith(OTHER_TOKEN)
-    return Credential(SECRET, CALLER) if access_key == ACCESS_KEY and known else None
+def keys(access_key: str) -> Credential | None:
+    return Credential(SECRET, CALLER) if access_key == ACCESS_KEY else None
 
 
 def verified(head: RequestHead, body: bytes | None = b"", at: datetime = NOW) -> Signed:

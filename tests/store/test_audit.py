@@ -211,7 +211,7 @@ def test_an_end_that_cannot_be_read(luthier_home: Path, change: str) -> None:
 def test_an_emptied_log_is_not_intact_in_a_store_that_holds_something(database: Database) -> None:
     with database.write() as session:
         accounts.create_account(session, FIRST)
-        principals.create_user(session, FIRST, "ann", role="admin")
+        principals.create_user(session, FIRST, "ann", role="administrator")
         append(session, Event("luthier:admin.users.create"))
     assert broken(database) is None
     with database.write() as session:

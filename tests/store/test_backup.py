@@ -46,7 +46,7 @@ def store(database: Database, luthier_home: Path) -> Path:
     """A store with an account, a key and some files."""
     with database.write() as session:
         accounts.create_account(session, FIRST)
-        root = principals.create_user(session, FIRST, "root", role="admin")
+        root = principals.create_user(session, FIRST, "root", role="administrator")
         principals.create_access_key(session, root, Sealing(server_key()), "AKIA1", "the-secret")
         append(session, Event("luthier:test"))
     put(database, b"the content" * 100)

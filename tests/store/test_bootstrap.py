@@ -12,39 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from principals_of import ALLOW_ALL, FIRST, KEY, OTHER
+from principals_of import FIRST, KEY, OTHER
 
 from luthier.errors import CorruptFile, LuthierError, RefusedInput
 from luthier.store import principals
 from luthier.store.accounts import version
 from luthier.store.audit import entries
-from luthier.store.bootstrap import prepare
+from luthier.store.bootstrap import ALLOW_ALL, prepare
 from luthier.store.database import Database
 from luthier.store.sealing import Sealing, purpose_key, server_key
 
 SEALING = Sealing(KEY)
-TUNER: dict[str, Any] = {
-    "account": FIRST, "name": "tuner", "policies": [ALLOW_ALL],
-    "trust": {
-        "Statement": {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": {"AWS": OTHER}},
-    },
-}  # fmt: skip
 ROOT: dict[str, Any] = {
     "account": FIRST,
     "user": "root",
     "access_key_id": "AKIAROOT",
     "secret_access_key": "root-secret",
     "api_key": "sk-root",
-    "policies": [ALLOW_ALL],
+    "role": "administrator",
 }
 GUEST = {**ROOT, "account": OTHER, "user": "guest", "access_key_id": "AKIAGUEST", "api_key": None}
 
 
-def boot(
-    database: Database, folder: Path, monkeypatch: pytest.MonkeyPatch, *who: Any, **more: Any
-) -> None:
+def boot(database: Database, folder: Path, monkeypatch: pytest.MonkeyPatch, *who: Any) -> None:
     path = folder / "bootstrap.json"
-    path.write_text(json.dumps({"principals": list(who), **more}))
+    path.write_text(json.dumps({"principals": list(who)}))
     monkeypatch.setenv("LUTHIER_BOOTSTRAP", str(path))
     assert prepare(database, SEALING, FIRST) is None
 
@@ -89,13 +81,21 @@ def test_a_file_gives_principals(
     assert owner_of(database, "sk-root") == f"{FIRST}/root"
     with database.read() as session:
         guest = principals.user_of(session, OTHER, "guest")
-        assert guest.policies == [ALLOW_ALL]
+        assert guest.role == "administrator"
         assert principals.api_keys(session, guest) == []
         before = version(session)
     boot(database, tmp_path, monkeypatch, ROOT, GUEST)
     with database.read() as session:
         assert version(session) == before, "the same file again changes nothing"
         assert len(entries(session)) == 1
+
+
+def test_a_policy_that_allows_everything_stands_for_an_administrator(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot(database, tmp_path, monkeypatch, {**ROOT, "role": None, "policies": [ALLOW_ALL]})
+    with database.read() as session:
+        assert principals.user_of(session, FIRST, "root").role == "administrator"
 
 
 def test_a_file_brings_principals_up_to_date(
@@ -106,15 +106,14 @@ def test_a_file_brings_principals_up_to_date(
     with database.write() as session:
         root = principals.user_of(session, FIRST, "root")
         _, made_here = principals.create_api_key(session, root)
-    narrow = {"Statement": {"Effect": "Allow", "Action": "bedrock:*", "Resource": "*"}}
-    changed = {**ROOT, "secret_access_key": "new", "api_key": "sk-new", "policies": [narrow]}
+    changed = {**ROOT, "secret_access_key": "new", "api_key": "sk-new", "role": "invoker"}
     boot(database, tmp_path, monkeypatch, changed)
     assert secret_of(database, "AKIAROOT") == "new"
     assert owner_of(database, "sk-new") == owner_of(database, made_here) == f"{FIRST}/root"
     assert owner_of(database, "sk-root") is None
     assert secret_of(database, "AKIAGUEST") == "root-secret"
     with database.read() as session:
-        assert principals.user_of(session, FIRST, "root").policies == [narrow]
+        assert principals.user_of(session, FIRST, "root").role == "invoker"
     moved = {**GUEST, "access_key_id": "AKIAROOT"}
     boot(database, tmp_path, monkeypatch, {**changed, "access_key_id": "AKIAOTHER"}, moved)
     assert secret_of(database, "AKIAROOT") == "root-secret"
@@ -130,9 +129,9 @@ def test_a_file_brings_principals_up_to_date(
         ({"secret_access_key": "a b"}, "without blanks"),
         ({"api_key": 5}, "neither a string nor null"),
         ({"api_key": "bedrock-api-key-x"}, "API key is"),
-        ({"policies": {}}, "not a list"),
-        ({"policies": [{}]}, r"policies\[0\] has no Statement"),
-        ({"role": "king"}, "no role 'king'"),
+        ({"role": None}, r"principals\[1\].role is missing"),
+        ({"role": None, "policies": [{}]}, r"principals\[1\].role is missing"),
+        ({"role": "king"}, "'king' is not a role"),
         ({"secret": "x"}, "unknown member secret"),
     ],
 )
@@ -224,43 +223,3 @@ def test_sealed_secrets() -> None:
     with pytest.raises(CorruptFile):
         Sealing(bytes(32)).open(sealed, "AKIA1")
     assert len({purpose_key(KEY, "a"), purpose_key(KEY, "b"), KEY}) == 3
-
-
-def test_iam_roles_are_brought_up_to_date(
-    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def roles() -> dict[str, tuple[str, int]]:
-        with database.read() as session:
-            found = principals.iam_roles(session)
-            return {role.name: (role.id, role.max_session_seconds) for role in found}
-
-    def again(*given: Any) -> None:
-        boot(database, tmp_path, monkeypatch, ROOT, roles=list(given))
-
-    again(TUNER, {**TUNER, "name": "other", "account": OTHER})
-    first = roles()
-    with database.write() as session:
-        principals.create_role(session, FIRST, "by-hand", TUNER["trust"])
-        before = version(session)
-    again(TUNER, {**TUNER, "name": "other", "account": OTHER})
-    with database.read() as session:
-        assert version(session) == before  # nothing changed, no cache is emptied
-    again({**TUNER, "max_session_seconds": 7200})
-    # The role stays the one it was; what the file names no more is gone, what others made is not.
-    assert roles().keys() == {"tuner", "by-hand"}
-    assert roles()["tuner"] == (first["tuner"][0], 7200)
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [({"trust": {}}, "Statement"), ({"more": 1}, "more"), ({"name": ""}, "name is missing"),
-     ({"policies": {}}, "list"), ({"max_session_seconds": "1h"}, "whole number"),
-     ({"max_session_seconds": 60}, "3600"), ({"name": "a/b"}, "no role name")],
-)  # fmt: skip
-def test_iam_roles_that_cannot_be(
-    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, word: str
-) -> None:
-    with pytest.raises(RefusedInput, match=word):
-        boot(database, tmp_path, monkeypatch, ROOT, roles=[{**TUNER, **change}])
-    with pytest.raises(RefusedInput, match="trust is missing"):
-        boot(database, tmp_path, monkeypatch, ROOT, roles=[{"account": FIRST, "name": "x"}])

@@ -11,7 +11,10 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from luthier.api.http.messages import Caller
@@ -39,6 +42,24 @@ FAILURES = ("InternalServer", "ServiceUnavailable")
 """Codes of what failed in the service: what was asked for may have been done all the same."""
 
 _log = logging.getLogger("luthier.api")
+_actions: ContextVar[list[tuple[str, str]] | None] = ContextVar("actions", default=None)
+
+
+@contextmanager
+def record_actions() -> Iterator[list[tuple[str, str]]]:
+    """Collect what :func:`record_action` notes in the block and its threads."""
+    actions: list[tuple[str, str]] = []
+    token = _actions.set(actions)
+    try:
+        yield actions
+    finally:
+        _actions.reset(token)
+
+
+def record_action(action: str, resource: str) -> None:
+    """Note what a request does (``bedrock:InvokeModel``) to which ``resource`` (an ARN or ``*``)."""
+    if (actions := _actions.get()) is not None:
+        actions.append((action, resource))
 
 
 @dataclass(frozen=True)
@@ -78,7 +99,7 @@ class AuditTrail:
 
         Args:
             caller: who sent it.
-            action: as the policies know it: ``bedrock:DeleteCustomModel``.
+            action: such as ``bedrock:DeleteCustomModel``.
             resource: what it acted on.
             outcome: ``ok``, or the code of the fault.
             request_id: as the client is told.

@@ -6,7 +6,7 @@ import base64
 import binascii
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
 from luthier.api.http.messages import Caller, Fault, RequestHead, Signed
@@ -16,7 +16,6 @@ from luthier.store.accounts import PrincipalsWatch
 from luthier.store.database import Database, now
 from luthier.store.principals import SHORT_TERM, Principal, bearer, digest_of, signer
 from luthier.store.sealing import Sealing
-from luthier.store.sessions import open_token, secret_of, session_principal
 
 LONGEST_SHORT_TERM = 12 * 3600
 """Seconds that a short-term key may be good for."""
@@ -45,8 +44,7 @@ class Authenticator:
         """``key`` is the server's."""
         self._database = database
         self._region = settings.region if settings.strict_region else None
-        self._key, self._sealing = key, Sealing(key)
-        self._longest_token = settings.limits.session_token_bytes
+        self._sealing = Sealing(key)
         self._watch = PrincipalsWatch(database)
         self._lock = threading.Lock()
         # By kind and name: an access key may be called what another kind's name looks like.
@@ -94,7 +92,7 @@ class Authenticator:
         found = self._read_cached("API key", digest, read)
         if found is None or (found.expires is not None and found.expires <= now()):
             raise _no_entry()
-        return Caller(found.account, found.user, found.policies, bearer=True, id=found.id)
+        return _caller(found)
 
     def _short_term(self, text: str) -> Caller:
         """Such a key is a presigned request that is never sent: its signature proves the signer."""
@@ -114,51 +112,16 @@ class Authenticator:
                 raise _no_entry()
             signed = verify(head, b"", self._credential, now(), self._region)
         except Fault as fault:
-            if fault.code == "ExpiredToken":
-                raise
             raise _no_entry() from fault
-        return replace(signed.caller, bearer=True)
+        return signed.caller
 
-    def _credential(self, access_key: str, token: str | None) -> Credential | None:
-        if token is not None:
-            return self._temporary(access_key, token)
-
+    def _credential(self, access_key: str) -> Credential | None:
         def read() -> Principal | None:
             with self._database.read() as session:
                 return signer(session, access_key, self._sealing)
 
         found = self._read_cached("access key", access_key, read)
-        if found is None:
-            return None
-        caller = Caller(
-            found.account, found.user, found.policies, id=found.id, access_key=access_key
-        )
-        return Credential(found.secret, caller)
-
-    def _temporary(self, access_key: str, token: str) -> Credential | None:
-        """Temporary credentials: the token tells the session, the tables whether it still stands."""
-        if len(token) > self._longest_token:
-            return None
-        session = open_token(self._key, access_key, token)
-        if session is None:
-            return None
-
-        def read() -> Principal | None:
-            with self._database.read() as database:
-                return session_principal(database, session)
-
-        found = self._read_cached("session", access_key, read)
-        if found is None:
-            return None
-        caller = Caller(
-            found.account,
-            found.user,
-            found.policies,
-            id=found.id,
-            access_key=session.access_key,
-            session=session,
-        )
-        return Credential(secret_of(self._key, access_key), caller, session.expires)
+        return None if found is None else Credential(found.secret, _caller(found))
 
     def _read_cached(
         self, kind: str, identifier: str, read: Callable[[], Principal | None]
@@ -174,6 +137,10 @@ class Authenticator:
                     self._known.clear()
                 self._known[name] = entry
         return entry.principal
+
+
+def _caller(found: Principal) -> Caller:
+    return Caller(found.account, found.user, found.roles, found.id)
 
 
 def _bearer_key(head: RequestHead) -> str | None:

@@ -24,14 +24,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from luthier.api.http.messages import Caller, Fault
+from luthier.api.roles import authorize
 from luthier.cancellation import CancelScope, cancelled_by
 from luthier.errors import DoesNotFit, LeaseLost, LuthierError, QuotaExceeded
 from luthier.limits import AccountQuotas
 from luthier.store import queue, storage
 from luthier.store.database import Database
-from luthier.store.principals import active_policies
+from luthier.store.principals import active_role
 from luthier.store.queue import BackgroundWork, LeaseWatch
-from luthier.store.sessions import TemporarySession, session_principal
 from luthier.store.usage import CountUsage, Usage
 
 Work = TypeVar("Work", bound=BackgroundWork)
@@ -85,6 +85,8 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
     def fail(self, row: Work, code: str, message: str) -> None:
         """End ``row`` without a result; ``code`` is OpenAI's word for why."""
 
+    action: str
+    """Action that creates such work: the role of the user has to allow it until the work ends."""
     working: str
     """The :meth:`state` of a row whose pieces are worked on."""
     gives_up: bool = False
@@ -184,27 +186,20 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         return None
 
     def caller_of(self, row: Work) -> Caller:
-        """Who asked for ``row``, with the rights of this moment.
+        """Return the user who created ``row``, with the role of this moment.
 
         Raises:
-            Fault: ``AccessDenied``, where nobody may go on in that name.
+            Fault: ``AccessDenied`` for a user who is disabled or removed, or whose role no longer
+                allows such work.
         """
         account, user = row.caller["account"], row.caller["user"]
-        fields, temporary = row.caller.get("session"), None
         with self.database.read() as session:
-            if fields is None:
-                policies = active_policies(session, account, user)
-            else:
-                # Its credentials may have expired since: the work was let in before. With the access
-                # key that they were begun with it ends, as every session does.
-                temporary = TemporarySession.model_validate(fields)
-                principal = session_principal(session, temporary)
-                policies = principal.policies if principal else None
-        caller = Caller(account, user, policies or (), row.caller["bearer"], session=temporary)
-        if policies is None:
-            what = "or the access key of its session is" if temporary else "is"
-            text = f"User: {caller.arn} {what} disabled or gone; its work is not gone on with."
+            role = active_role(session, account, user)
+        caller = Caller(account, user, () if role is None else (role,))
+        if role is None:
+            text = f"User: {caller.arn} is disabled or removed, so the work cannot continue."
             raise Fault("AccessDenied", text)
+        authorize(caller, self.action, "*")
         return caller
 
     def count_tokens(self, account: str, model: str, read: int, written: int) -> None:
@@ -276,14 +271,5 @@ def check_in_flight(
 
 
 def caller_fields(caller: Caller) -> dict[str, Any]:
-    """A caller as it is kept with work: without policies, which may be others tomorrow.
-
-    A session's own policy is kept: it binds what was begun in the session, for good.
-    """
-    session = caller.session
-    return {
-        "account": caller.account,
-        "user": caller.user,
-        "bearer": caller.bearer,
-        "session": session.model_dump(mode="json") if session else None,
-    }
+    """Return the caller as a row of work stores it: the role is read again when its turn comes."""
+    return {"account": caller.account, "user": caller.user}

@@ -140,7 +140,7 @@ class Invocable:
 
 
 def invoked_arn(arns: Arns, model_id: str) -> str:
-    """What a policy decides on for a ``modelId``, without a look at anybody's resources."""
+    """Return the ARN of a ``modelId`` for the audit log, without reading the database."""
     if model_id.startswith("arn:"):
         return model_id
     found = foundation_model(model_id)
@@ -285,7 +285,7 @@ class ModelIds:
         return invocable(self.database, self.arns, account, model_id).stored_id
 
     def resource(self, account: str, model_id: str) -> str:
-        """Return the ARN that a policy decides on; see :func:`invoked_arn`."""
+        """Return the ARN for the audit log; see :func:`invoked_arn`."""
         named = resolve_name(self.database, self.arns, account, model_id)
         return invoked_arn(self.arns, named)
 

@@ -31,7 +31,6 @@ from luthier.api.native.face import native_face
 from luthier.api.native.operations import Context
 from luthier.api.openai import OpenAIFace
 from luthier.api.openai.chat import InvokedChat
-from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.sts import STSFace
@@ -227,7 +226,6 @@ class Service:
             self.database,
             self.arns,
             self.locations,
-            authorize,
             purpose_key(key, "lists"),
             self.activation,
             self._delete,
@@ -235,14 +233,13 @@ class Service:
             quotas=self._quotas,
             wake=self.scheduler.wake,
         )
-        # A policy names the ARN of a base model, whatever the client calls it by.
+        # The audit log names the ARN of a base model, whatever the client calls it.
         ids = ModelIds(self.database, self.arns)
-        runtime = runtime_handlers(self.pool, ids.stored_id, authorize, ids.resource, InvokedChat)
+        runtime = runtime_handlers(self.pool, ids.stored_id, ids.resource, InvokedChat)
         context = Context(
             self.database,
             self.arns,
             self.locations,
-            authorize,
             self._quotas,
             self.scheduler.wake,
             self._delete,
@@ -257,8 +254,8 @@ class Service:
         return (
             self.openai,
             native_face(context, __version__, deletions, self.pool),
-            S3Face(self.objects, authorize, self.settings.region),
-            STSFace(self.database, key, self.settings.limits),
+            S3Face(self.objects, self.settings.region),
+            STSFace(),
             BedrockFace(control, runtime),
         )
 
@@ -267,7 +264,6 @@ class Service:
             self.database,
             self.settings,
             self.pool,
-            authorize,
             self.objects,
             self._delete,
             quotas=self._quotas,

@@ -13,7 +13,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from urllib.parse import quote
@@ -33,7 +33,6 @@ LONGEST_PRESIGNED = 604_800
 _PRESIGNED = ("Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature")
 _SIGNS = frozenset({b"X-Amz-Algorithm", b"X-Amz-Credential", b"X-Amz-Signature"})
 """Any of these in a query means that it is to be taken for a presigned one."""
-_TOKEN = b"X-Amz-Security-Token"
 _EARLY = timedelta(minutes=5)
 """A presigned request may be used this long before its date: clocks differ."""
 _ONCE = ("host", "date", "content-type", "content-length", "content-md5", "range")
@@ -76,8 +75,6 @@ class Credential:
 
     secret: str
     caller: Caller
-    expires: datetime | None = None
-    """Of temporary credentials: from this moment on they are refused."""
 
     def __repr__(self) -> str:
         return f"Credential({self.caller.arn})"
@@ -97,8 +94,6 @@ class Claim:
     """``yyyymmddThhmmssZ``"""
     expires: int | None = None
     """Seconds, of a presigned request."""
-    token: str | None = None
-    """Session token of temporary credentials."""
 
     @property
     def at(self) -> datetime:
@@ -116,8 +111,8 @@ class Claim:
         return self.expires is not None
 
 
-LookUp = Callable[[str, str | None], Credential | None]
-"""What belongs to an access key and its session token; ``None`` where they let nobody in."""
+LookUp = Callable[[str], Credential | None]
+"""Returns the credential of an access key; ``None`` for a key that is unknown or disabled."""
 
 
 def verify(
@@ -132,19 +127,19 @@ def verify(
     Args:
         head: the request as it came.
         body: the whole body; ``None`` only for ``s3``, whose body is compared as it is read.
-        look_up: gives what belongs to an access key that may be used, and to its session token.
+        look_up: returns the credential of an access key.
         moment: now.
         region: the only region whose scope is taken; ``None`` takes any.
 
     Raises:
         Fault: ``MissingAuthenticationToken``, ``IncompleteSignature``, ``UnrecognizedClient``,
-            ``ExpiredToken``, ``InvalidSignature``; for ``s3`` instead of that
+            ``InvalidSignature``; for ``s3`` instead of that
             ``SignatureDoesNotMatch``, ``RequestTimeTooSkewed``, and ``AccessDenied`` for a presigned
             request that is over.
     """
     claim, service = _valid_claim(head, body is None, moment, region)
     payload = _payload(head, body, claim, service)
-    credential = look_up(claim.access_key, claim.token)
+    credential = look_up(claim.access_key)
     # The same work for an unknown key, whose secret nobody has.
     secret = credential.secret if credential else secrets.token_hex(20)
     key = signing_key(secret, claim.day, claim.region, claim.service)
@@ -154,9 +149,6 @@ def verify(
         raise Fault("UnrecognizedClient", _UNKNOWN)
     if not matches:
         raise Fault(service.refusal, _WRONG)
-    # Told to those alone who have the secret.
-    if credential.expires is not None and credential.expires <= moment:
-        raise Fault("ExpiredToken", "The security token included in the request is expired")
     return Signed(
         credential.caller, claim.service, payload, claim.signature, key, claim.scope, claim.moment
     )
@@ -173,7 +165,7 @@ def check_claim(
     Its signature is not verified: that takes the body. Arguments and faults as of :func:`verify`.
     """
     claim, _ = _valid_claim(head, False, moment, region)
-    if look_up(claim.access_key, claim.token) is None:
+    if look_up(claim.access_key) is None:
         raise Fault("UnrecognizedClient", _UNKNOWN)
 
 
@@ -282,8 +274,6 @@ def signature(key: bytes, claim: Claim, canonical: bytes) -> str:
 
 
 def _claim_of_header(head: RequestHead, value: str) -> Claim:
-    if any(name == _TOKEN for name, _ in query_pairs(head.query)):
-        raise _incomplete("A signature in the header takes its session token from the header.")
     algorithm, _, rest = value.partition(" ")
     if algorithm != ALGORITHM:
         raise _incomplete("Authorization header is not of the kind AWS4-HMAC-SHA256.")
@@ -291,8 +281,7 @@ def _claim_of_header(head: RequestHead, value: str) -> Claim:
     given = {name: text for name, _, text in fields}
     if len(fields) != 3 or set(given) != {"Credential", "SignedHeaders", "Signature"}:
         raise _incomplete("Authorization header requires Credential, SignedHeaders and Signature.")
-    token = _value(head, "x-amz-security-token")
-    return replace(_claim(given, _moment_of(head), None), token=token)
+    return _claim(given, _moment_of(head), None)
 
 
 def _claim_of_query(head: RequestHead) -> Claim:
@@ -303,16 +292,12 @@ def _claim_of_query(head: RequestHead) -> Claim:
         if len(values) != 1:
             raise _incomplete(f"A presigned request has one X-Amz-{short} in its query.")
         given[short] = values[0].decode("latin-1")
-    tokens = [value.decode("latin-1") for name, value in pairs if name == "X-Amz-Security-Token"]
-    if len(tokens) > 1 or _value(head, "x-amz-security-token") is not None:
-        raise _incomplete("A presigned request has one session token at most, in its query.")
     if given["Algorithm"] != ALGORITHM:
         raise _incomplete("X-Amz-Algorithm is not AWS4-HMAC-SHA256.")
     expires = given["Expires"]
     if not re.fullmatch("[0-9]{1,6}", expires) or not 1 <= int(expires) <= LONGEST_PRESIGNED:
         raise _incomplete("X-Amz-Expires is a number of seconds between 1 and 604800.")
-    claim = _claim(given, _check_moment(given["Date"]), int(expires))
-    return replace(claim, token=tokens[0] if tokens else None)
+    return _claim(given, _check_moment(given["Date"]), int(expires))
 
 
 def _claim(given: dict[str, str], moment: str, expires: int | None) -> Claim:

@@ -1,13 +1,11 @@
-"""``luthier admin``: accounts, users, keys, IAM roles, models, quotas and backups of a service.
+"""``luthier admin``: accounts, users, keys, models, quotas and backups of a service.
 
 Each change and its entry in the audit log are one transaction.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, fields
 from datetime import datetime, timedelta
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import CommandGroup, note, print_json, print_rows
+from luthier.cli.console import CommandGroup, note
 from luthier.cli.deletion import data_app
 from luthier.cli.options import Json
 from luthier.cli.registration import service_models_app
@@ -31,7 +29,7 @@ from luthier.cli.service import (
     print_records,
 )
 from luthier.cli.service_jobs import service_jobs_app
-from luthier.errors import CorruptFile, RefusedInput
+from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
     from luthier.store import backup as backups
@@ -42,106 +40,35 @@ RATE = "requests_per_second"
 """The one quota that no row is counted for."""
 MOST_DAYS = 36_500
 """For which an API key may last."""
-USER = ("account", "name", "role", "policies", "disabled", "created")
-IAM_ROLE = ("account", "name", "arn", "trust", "policies", "max_session_seconds", "created")
+USER = ("account", "name", "role", "disabled", "created")
 BUILT_IN = "built-in default"
 """Where a limit comes from that the account has no quota of its own for."""
 
-admin_app = CommandGroup(
-    "Accounts, users, keys, IAM roles, jobs, models, quotas and backups.", extra="server"
-)
+admin_app = CommandGroup("Accounts, users, keys, jobs, models, quotas and backups.", extra="server")
 accounts_app = CommandGroup("Accounts (tenants) and their quotas.", extra="server")
-users_app = CommandGroup("Users and what they may do.", extra="server")
+users_app = CommandGroup("Users and their roles.", extra="server")
 keys_app = CommandGroup("Access keys and API keys.", extra="server")
-iam_roles_app = CommandGroup("IAM roles that users may assume (STS AssumeRole).", extra="server")
 for name, part in (
     ("accounts", accounts_app), ("users", users_app), ("keys", keys_app),
-    ("iam-roles", iam_roles_app), ("jobs", service_jobs_app),
-    ("models", service_models_app),
+    ("jobs", service_jobs_app), ("models", service_models_app),
     ("data", data_app),
 ):  # fmt: skip
     admin_app.add_typer(part, name=name)
 
-Role = Annotated[
-    str | None, typer.Option(help="admin, developer, auditor or invoke-only; see admin roles.")
-]
-Policies = Annotated[
-    list[Path] | None, typer.Option("--policy", help="File with an IAM policy document.")
-]
+Role = Annotated[str, typer.Option(help="administrator, developer, invoker or read-only.")]
 AllowDamaged = Annotated[
     bool,
     typer.Option("--allow-damaged", help="Go on where files of rows are lost, and list them."),
 ]
-Trust = typer.Option("--trust", help="File with the trust policy: who may assume the role.")
-MaxSession = Annotated[
-    int | None, typer.Option(help="Seconds of its longest session: 3600 (the default) to 43200.")
-]
-
-
-def audit_details(**values: Any) -> Record:
-    """Values as the audit log keeps them: documents as text, those that are too long by their hash."""
-    import hashlib
-
-    from luthier.store.audit import LONGEST
-
-    details: Record = {}
-    for name, value in values.items():
-        if isinstance(value, list | dict):
-            value = json.dumps(value, sort_keys=True, separators=(",", ":"))
-            if len(value) > LONGEST:
-                digest = hashlib.sha256(value.encode()).hexdigest()
-                value = f"{len(value)} characters, SHA-256 {digest}"
-        if value is not None:
-            details[name] = value
-    return details
-
-
-def read_document(path: Path) -> Any:
-    """A policy document from a file; :class:`RefusedInput` where it is none."""
-    from luthier.files import read_json
-
-    try:
-        return read_json(path)
-    except CorruptFile as error:
-        raise RefusedInput(str(error)) from error
 
 
 def plain_record(row: Any, *names: str) -> Record:
-    """Columns of a row as JSON holds them: moments as text, documents as plain lists and objects."""
-    record: Record = {}
-    for name in names:
-        value = getattr(row, name)
-        if isinstance(value, datetime):
-            value = value.isoformat(timespec="seconds")
-        elif isinstance(value, Mapping):
-            value = dict(value)
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            value = list(value)
-        record[name] = value
-    return record
-
-
-def print_principals(name: str, columns: Sequence[str], found: list[Record], as_json: bool) -> None:
-    """Print users or IAM roles: a table has the number of their policies, an object the policies."""
-    if not as_json:
-        found = [{**record, "policies": len(record["policies"])} for record in found]
-    print_records(name, columns, found, as_json)
-
-
-@admin_app.command("roles")
-def list_roles(json_: Json = False) -> None:
-    """List the built-in roles and what they allow."""
-    from luthier.store.policy_documents import ROLES
-
-    if json_:
-        print_json({"roles": {name: dict(document) for name, document in ROLES.items()}})
-        return
-    rows = [
-        {"role": name, "effect": statement["Effect"], "action": ", ".join(statement["Action"])}
-        for name, document in ROLES.items()
-        for statement in document["Statement"]
-    ]
-    print_rows(("role", "effect", "action"), rows)
+    """Return columns of a row as JSON has them: moments become text."""
+    values = {name: getattr(row, name) for name in names}
+    return {
+        name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
+        for name, value in values.items()
+    }
 
 
 @admin_app.command("backup")
@@ -382,48 +309,39 @@ def list_users(
 
     with open_database(database) as service, service.read() as session:
         found = [plain_record(user, *USER) for user in principals.users(session, account)]
-    print_principals("users", USER, found, json_)
+    print_records("users", USER, found, json_)
 
 
 @users_app.command("create")
 def create_user(
     user: str,
     account: Account = FIRST,
-    role: Role = None,
-    policy: Policies = None,
+    role: Role = "read-only",
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Add a user with a role, policies of its own, or both."""
+    """Add a user."""
     from luthier.store import principals
 
-    documents = [read_document(path) for path in policy or ()]
-    details = audit_details(role=role, policies=documents)
-    with audited_write(database, "users.create", account, user, details) as session:
-        made = principals.create_user(session, account, user, documents, role)
-        record = plain_record(made, *USER)
-    if not role and not documents:
-        note("  it may do nothing yet: luthier admin users policies")
+    with audited_write(database, "users.create", account, user, {"role": role}) as session:
+        record = plain_record(principals.create_user(session, account, user, role), *USER)
     print_outcome(json_, **record)
 
 
-@users_app.command("policies")
-def set_policies(
+@users_app.command("role")
+def set_role(
     user: str,
+    role: Annotated[str, typer.Argument(help="administrator, developer, invoker or read-only.")],
     account: Account = FIRST,
-    role: Role = None,
-    policy: Policies = None,
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Replace role and policies of a user; without any it may do nothing."""
+    """Change the role of a user."""
     from luthier.store import principals
 
-    documents = [read_document(path) for path in policy or ()]
-    details = audit_details(role=role, policies=documents)
-    with audited_write(database, "users.policies", account, user, details) as session:
+    with audited_write(database, "users.role", account, user, {"role": role}) as session:
         found = principals.user_of(session, account, user)
-        principals.set_policies(session, found, documents, role)
+        principals.set_role(session, found, role)
         record = plain_record(found, *USER)
     print_outcome(json_, **record)
 
@@ -480,14 +398,14 @@ def list_keys(
             if user in (None, each.name):
                 found += [_key_record(each, key) for key in principals.access_keys(session, each)]
                 found += [_key_record(each, key) for key in principals.api_keys(session, each)]
-    columns = ("id", "kind", "user", "shown", "label", "disabled", "expires", "created")
+    columns = ("id", "kind", "user", "role", "shown", "label", "disabled", "expires", "created")
     print_records("keys", columns, found, json_)
 
 
 def _key_record(user: principals.User, key: principals.AccessKey | principals.ApiKey) -> Record:
     from luthier.store.principals import AccessKey
 
-    record = {"id": key.id, "user": user.name, **plain_record(key, "disabled", "created")}
+    record = {"id": key.id, "user": user.name, **plain_record(key, "role", "disabled", "created")}
     if isinstance(key, AccessKey):
         return record | {"kind": "access"}
     expires = key.expires and key.expires.isoformat(timespec="seconds")
@@ -502,6 +420,7 @@ def create_key(
     account: Account = FIRST,
     days: Annotated[float | None, typer.Option(help="An API key ends after these.")] = None,
     label: Annotated[str, typer.Option(help="What an API key is for.")] = "",
+    role: Annotated[str | None, typer.Option(help="Limit the key to this role.")] = None,
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
@@ -517,19 +436,20 @@ def create_key(
     if days is not None and not 0 < days <= MOST_DAYS:
         raise RefusedInput(f"--days must be more than 0 and at most {MOST_DAYS:,}, not {days:g}")
     issued: Record
-    details: Record = {"kind": kind}
+    details: Record = {"kind": kind} | ({"role": role} if role else {})
     with audited_write(database, "keys.create", account, user, details) as session:
         owner = principals.user_of(session, account, user)
         if kind == "access":
             sealing = Sealing(principals.matching_server_key(session))
-            access, secret = principals.create_access_key(session, owner, sealing)
+            access, secret = principals.create_access_key(session, owner, sealing, role=role)
             issued = {"access_key_id": access.id, "secret_access_key": secret}
             details["id"] = access.id
         else:
             expires = None if days is None else now() + timedelta(days=days)
-            key, text = principals.create_api_key(session, owner, expires, label)
+            key, text = principals.create_api_key(session, owner, expires, label, role=role)
             issued = {"id": key.id, "api_key": text, "expires": expires and expires.isoformat()}
-            details |= audit_details(id=key.id, expires=issued["expires"], label=label or None)
+            given = {"id": key.id, "expires": issued["expires"], "label": label}
+            details |= {name: value for name, value in given.items() if value}
     note("  shown now and never again:")
     print_outcome(json_, **issued)
 
@@ -564,78 +484,3 @@ def _change_key(action: str, identifier: str, database: str | None, as_json: boo
         else:
             principals.disable_key(session, key, action == "disable")
     print_outcome(as_json, key=identifier, action=action)
-
-
-@iam_roles_app.command("list")
-def list_iam_roles(
-    account: OnlyAccount = None, database: ServiceDatabase = None, json_: Json = False
-) -> None:
-    """List IAM roles."""
-    from luthier.store import principals
-
-    with open_database(database) as service, service.read() as session:
-        found = [plain_record(role, *IAM_ROLE) for role in principals.iam_roles(session, account)]
-    columns = [name for name in IAM_ROLE if name != "trust"]
-    print_principals("roles", columns, found, json_)
-
-
-@iam_roles_app.command("create")
-def create_iam_role(
-    role: str,
-    trust: Annotated[Path, Trust],
-    account: Account = FIRST,
-    policy: Policies = None,
-    max_session_seconds: MaxSession = None,
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Add an IAM role; its policies say what its sessions may do."""
-    from luthier.store import principals
-
-    documents = [read_document(path) for path in policy or ()]
-    seconds = principals.SHORTEST_MAXIMUM if max_session_seconds is None else max_session_seconds
-    trusted = read_document(trust)
-    details = audit_details(trust=trusted, policies=documents, max_session_seconds=seconds)
-    with audited_write(database, "iam-roles.create", account, role, details) as session:
-        made = principals.create_role(session, account, role, trusted, documents, seconds)
-        record = plain_record(made, *IAM_ROLE)
-    if not documents:
-        note("  its sessions may do nothing yet: luthier admin iam-roles update --policy")
-    print_outcome(json_, **record)
-
-
-@iam_roles_app.command("update")
-def update_iam_role(
-    role: str,
-    account: Account = FIRST,
-    trust: Annotated[Path | None, Trust] = None,
-    policy: Policies = None,
-    max_session_seconds: MaxSession = None,
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Replace trust policy, policies or longest session of an IAM role, as far as they are given."""
-    from luthier.store import principals
-
-    trusted = read_document(trust) if trust else None
-    documents = [read_document(path) for path in policy] if policy else None
-    details = audit_details(
-        trust=trusted, policies=documents, max_session_seconds=max_session_seconds
-    )
-    with audited_write(database, "iam-roles.update", account, role, details) as session:
-        found = principals.role_of(session, account, role)
-        principals.update_role(session, found, trusted, documents, max_session_seconds)
-        record = plain_record(found, *IAM_ROLE)
-    print_outcome(json_, **record)
-
-
-@iam_roles_app.command("remove")
-def remove_iam_role(
-    role: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
-) -> None:
-    """Remove an IAM role; its sessions end at once."""
-    from luthier.store import principals
-
-    with audited_write(database, "iam-roles.remove", account, role) as session:
-        principals.remove_role(session, principals.role_of(session, account, role))
-    print_outcome(json_, account=account, role=role, action="remove")

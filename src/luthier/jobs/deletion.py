@@ -22,7 +22,7 @@ from luthier.jobs.folders import JobFolders
 from luthier.jobs.traces import Traces, files_of, find_traces, model_files
 from luthier.serving.journal import forget, lines_of_runs
 from luthier.store import removal
-from luthier.store.arns import Arns, object_arn
+from luthier.store.arns import Arns
 from luthier.store.audit import AuditEntry, Event, append
 from luthier.store.database import Database
 from luthier.store.ids import SMALL, random_id
@@ -103,15 +103,8 @@ class Deletions:
             )
         return traces, list(_items(traces, deletion))
 
-    def delete(
-        self,
-        deletion: DeletionRequest,
-        permit: Callable[[str, str], None] = lambda action, resource: None,
-    ) -> dict[str, Any]:
+    def delete(self, deletion: DeletionRequest) -> dict[str, Any]:
         """Delete the data and look for them again; the certificate.
-
-        ``permit`` is told, before anything goes, the action and the ARN by which each thing could be
-        deleted by itself, and raises where that is not allowed.
 
         Raises:
             RefusedInput: as :meth:`find`.
@@ -121,8 +114,6 @@ class Deletions:
         """
         remove_orphans(self.database, self.objects, deletion.account)
         traces, items = self.find(deletion)
-        for action, resource in self._actions(traces, deletion):
-            permit(action, resource)
         self._check(traces, items, deletion)
         number, jobs = random_id(20, SMALL), _affected_jobs(traces, deletion)
         kept = () if deletion.models == "delete" else traces.models
@@ -186,17 +177,6 @@ class Deletions:
             "bytes": sum(int(item["size"]) for item in removed),
             "audit": [{"seq": entry.seq, "hash": entry.hash} for entry in entries],
         }
-
-    def _actions(self, traces: Traces, deletion: DeletionRequest) -> Iterator[tuple[str, str]]:
-        """Actions and ARNs by which the other faces delete what goes here."""
-        for each in traces.objects:
-            action = "s3:DeleteObject" if each.upload is None else "s3:AbortMultipartUpload"
-            yield action, object_arn(each.bucket, each.key)
-            if each.bucket == UPLOADS:
-                file = self.arns.openai(deletion.account, "file", each.key)
-                yield "luthier:openai.files.delete", file
-        for model in traces.models if deletion.models == "delete" else ():
-            yield "bedrock:DeleteCustomModel", model.arn(self.arns)
 
     def _check(
         self, traces: Traces, items: Sequence[DeletionItem], deletion: DeletionRequest

@@ -30,7 +30,7 @@ class Arn:
     def parse(text: str) -> Arn | None:
         """The parts of ``text``; ``None`` where it is no ARN of Bedrock.
 
-        Other partitions than ``aws`` name nothing here: a policy would not know them again.
+        The only partition is ``aws``.
         """
         found = re.fullmatch(
             r"arn:aws:bedrock:([a-z0-9-]{1,20}):([0-9]{12})?:([a-z-]+)/([^\s:]+)", text

@@ -5,7 +5,7 @@ write all later ones anew; a hash that was noted elsewhere (``luthier audit veri
 shows even that. A running server notes the last one in the store by itself (:func:`write_mark`), so
 that a log that is emptied or cut in the database alone is noticed. What stands in it:
 
-- every change, before its answer leaves; and every refusal by a policy, soon after it;
+- every change, before its answer leaves; and every refusal by a role, soon after it;
 - callers that were not let in, counted by address and reason;
 - calls that only read or infer, counted by user, action and resource.
 

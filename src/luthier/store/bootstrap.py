@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,41 +18,33 @@ from luthier.store.audit import Event, append
 from luthier.store.database import Database, lock_by_name
 from luthier.store.principals import (
     BOOTSTRAP,
-    SHORTEST_MAXIMUM,
+    ROLES,
     AccessKey,
     ApiKey,
     User,
     access_keys,
     api_keys,
+    check_role,
     create_access_key,
     create_api_key,
-    create_role,
     create_user,
     digest_of,
-    find_role,
     find_user,
-    iam_roles,
     remove_key,
-    remove_role,
-    set_policies,
-    update_role,
+    set_role,
 )
 from luthier.store.sealing import Sealing
 
 ENVIRONMENT = "LUTHIER_BOOTSTRAP"
 ROOT = "root"
+ALLOW_ALL = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
+}
+"""The one policy document that a file may name in place of the role ``administrator``."""
 _MEMBERS = (
     "account", "user", "access_key_id", "secret_access_key", "api_key", "policies", "role"
 )  # fmt: skip
-_ROLE_MEMBERS = ("account", "name", "trust", "policies", "max_session_seconds")
-
-
-@dataclass(frozen=True)
-class BootstrapFile:
-    """What such a file names, checked for form."""
-
-    principals: list[Mapping[str, Any]]
-    roles: list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -80,9 +72,7 @@ def prepare(database: Database, sealing: Sealing, account: str) -> IssuedKeys | 
         lock_by_name(session, "bootstrap")  # servers that start together do this in turn
         if named:
             before = version(session)
-            file = read(Path(named))
-            apply(session, file.principals, sealing)
-            apply_roles(session, file.roles)
+            apply(session, read(Path(named)), sealing)
             session.flush()
             if version(session) != before:
                 append(session, Event("luthier:bootstrap", named, user=BOOTSTRAP))
@@ -98,14 +88,14 @@ def make_root(session: Session, sealing: Sealing, account: str) -> IssuedKeys:
     """A root user with an access key and an API key."""
     if session.get(Account, account) is None:
         create_account(session, account, ROOT)
-    user = create_user(session, account, ROOT, role="admin")
+    user = create_user(session, account, ROOT, role="administrator")
     access_key, secret = create_access_key(session, user, sealing)
     _, text = create_api_key(session, user, label="made at the first start")
     return IssuedKeys(account, ROOT, access_key.id, secret, text)
 
 
-def read(path: Path) -> BootstrapFile:
-    """The principals and IAM roles of a bootstrap file, checked for form.
+def read(path: Path) -> list[Mapping[str, Any]]:
+    """Return the principals of a bootstrap file, checked for form.
 
     Raises:
         RefusedInput: with the place that is wrong; never with a secret.
@@ -121,12 +111,7 @@ def read(path: Path) -> BootstrapFile:
         raise RefusedInput(f'{path} has no list "principals"')
     for number, entry in enumerate(listed):
         _check_principal(entry, f"{path}: principals[{number}]")
-    roles = document.get("roles", [])
-    if not isinstance(roles, list):
-        raise RefusedInput(f'{path}: "roles" is not a list')
-    for number, entry in enumerate(roles):
-        _check_role(entry, f"{path}: roles[{number}]")
-    return BootstrapFile(listed, roles)
+    return listed
 
 
 def apply(session: Session, entries: list[Mapping[str, Any]], sealing: Sealing) -> None:
@@ -136,67 +121,29 @@ def apply(session: Session, entries: list[Mapping[str, Any]], sealing: Sealing) 
         account, name = entry["account"], entry["user"]
         if session.get(Account, account) is None:
             create_account(session, account)
-        user = find_user(session, account, name) or create_user(session, account, name)
-        policies, role = entry.get("policies") or [], entry.get("role")
-        if (user.policies, user.role) != (policies, role):
-            set_policies(session, user, policies, role)
+        role = entry.get("role") or "administrator"  # by the policy ALLOW_ALL
+        user = find_user(session, account, name) or create_user(session, account, name, role)
+        if user.role != role:
+            set_role(session, user, role)
         _set_access_key(session, user, entry, sealing)
         _set_api_key(session, user, entry)
 
 
-def apply_roles(session: Session, entries: list[Mapping[str, Any]]) -> None:
-    """Create or update IAM roles; those that an earlier file gave and this one does not are removed."""
-    named = {(entry["account"], entry["name"]) for entry in entries}
-    for role in iam_roles(session):
-        if role.origin == BOOTSTRAP and (role.account, role.name) not in named:
-            remove_role(session, role)
-    for entry in entries:
-        account, name = entry["account"], entry["name"]
-        given = {
-            "trust": entry["trust"],
-            "policies": entry.get("policies", []),
-            "max_session_seconds": entry.get("max_session_seconds", SHORTEST_MAXIMUM),
-        }
-        if session.get(Account, account) is None:
-            create_account(session, account)
-        found = find_role(session, account, name)
-        if found is None:
-            create_role(session, account, name, **given, origin=BOOTSTRAP)
-        elif any(getattr(found, field) != value for field, value in given.items()):
-            update_role(session, found, **given)
-    session.flush()
-
-
-def _check_role(entry: Any, where: str) -> None:
-    _check_form(entry, where, _ROLE_MEMBERS, needed=("account", "name"))
-    if "trust" not in entry:
-        raise RefusedInput(f"{where}.trust is missing: it says who may assume the role")
-    seconds = entry.get("max_session_seconds", 0)
-    if not isinstance(seconds, int) or isinstance(seconds, bool):
-        raise RefusedInput(f"{where}.max_session_seconds is not a whole number")
-
-
 def _check_principal(entry: Any, where: str) -> None:
-    needed = ("account", "user", "access_key_id", "secret_access_key")
-    _check_form(entry, where, _MEMBERS, needed)
+    if not isinstance(entry, dict):
+        raise RefusedInput(f"{where} is not an object")
+    if unknown := set(entry) - set(_MEMBERS):
+        raise RefusedInput(f"{where}: unknown member {', '.join(sorted(unknown))}")
+    for name in ("account", "user", "access_key_id", "secret_access_key"):
+        if not isinstance(entry.get(name), str) or not entry[name]:
+            raise RefusedInput(f"{where}.{name} is missing, or not a string")
     for name in ("api_key", "role"):
         if not isinstance(entry.get(name), str | None):
             raise RefusedInput(f"{where}.{name} is neither a string nor null")
-    if "policies" not in entry and not entry.get("role"):
-        raise RefusedInput(f"{where} has neither policies nor a role: it could do nothing")
-
-
-def _check_form(entry: Any, where: str, members: Sequence[str], needed: Sequence[str]) -> None:
-    """That an entry has ``members`` alone, a string under each that is ``needed``, and policies."""
-    if not isinstance(entry, dict):
-        raise RefusedInput(f"{where} is not an object")
-    if unknown := set(entry) - set(members):
-        raise RefusedInput(f"{where}: unknown member {', '.join(sorted(unknown))}")
-    for name in needed:
-        if not isinstance(entry.get(name), str) or not entry[name]:
-            raise RefusedInput(f"{where}.{name} is missing, or not a string")
-    if not isinstance(entry.get("policies", []), list):
-        raise RefusedInput(f"{where}.policies is not a list of policy documents")
+    if entry.get("role"):
+        check_role(entry["role"])
+    elif entry.get("policies") != [ALLOW_ALL]:
+        raise RefusedInput(f"{where}.role is missing: one of {', '.join(ROLES)}")
 
 
 def _set_access_key(

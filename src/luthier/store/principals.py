@@ -1,8 +1,7 @@
-"""Who may use the service: users of accounts with their policies and keys, and IAM roles to assume.
+"""Users of accounts with their roles, and the keys of users.
 
-The secret of an access key is kept sealed, because signatures need it; of an API key only the hash is
-kept. Both are told once, when they are made. An IAM role is not to be taken for the built-in roles of
-users (``policy_documents.ROLES``), which only name policies.
+The database stores the secret of an access key sealed, because signatures need it, and only the hash of
+an API key. Both are shown once, when they are made.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -25,9 +24,10 @@ from luthier.files import luthier_home
 from luthier.printable import list_some
 from luthier.store.accounts import Account, account_of, invalidate_caches
 from luthier.store.database import Base, new_id, now
-from luthier.store.policy_documents import ROLES, Document, check_document, check_role, check_trust
 from luthier.store.sealing import ENVIRONMENT, KEY_FILE, Sealing, has_server_key, server_key
 
+ROLES = ("administrator", "developer", "invoker", "read-only")
+"""Roles of users and keys; :mod:`luthier.api.roles` has their permissions."""
 ISSUED, BOOTSTRAP = "issued", "bootstrap"
 """Where a key comes from."""
 SHORT_TERM = "bedrock-api-key-"
@@ -49,17 +49,10 @@ class User(Base):
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     account: Mapped[str] = mapped_column(ForeignKey("accounts.id"), index=True)
     name: Mapped[str]
-    role: Mapped[str | None]
-    """One of ``ROLES``, beside the policies."""
-    policies: Mapped[list[Any]]
-    """IAM policy documents."""
+    role: Mapped[str]
+    """One of ``ROLES``."""
     disabled: Mapped[bool] = mapped_column(default=False)
     created: Mapped[datetime]
-
-    @property
-    def documents(self) -> tuple[Document, ...]:
-        """All policies: the role's and the user's own."""
-        return (*([ROLES[self.role]] if self.role else []), *self.policies)
 
     @property
     def unique_id(self) -> str:
@@ -77,6 +70,8 @@ class AccessKey(Base):
     account: Mapped[str] = mapped_column(index=True)
     user: Mapped[int] = mapped_column(ForeignKey("users.seq"), index=True)
     sealed: Mapped[bytes]
+    role: Mapped[str | None]
+    """Role that limits what the key may do beyond the user's; ``None`` for the user's alone."""
     origin: Mapped[str]
     disabled: Mapped[bool] = mapped_column(default=False)
     created: Mapped[datetime]
@@ -95,6 +90,8 @@ class ApiKey(Base):
     label: Mapped[str]
     account: Mapped[str] = mapped_column(index=True)
     user: Mapped[int] = mapped_column(ForeignKey("users.seq"), index=True)
+    role: Mapped[str | None]
+    """As of an access key."""
     origin: Mapped[str]
     expires: Mapped[datetime | None]
     disabled: Mapped[bool] = mapped_column(default=False)
@@ -110,18 +107,19 @@ class Principal:
 
     account: str
     user: str
-    policies: tuple[Document, ...]
+    roles: tuple[str, ...]
+    """Role of the user, and of the key if it has its own."""
     expires: datetime | None = None
     """After this moment the key proves nothing."""
     secret: str = field(default="", repr=False)
     """Of the access key; empty for an API key."""
     id: str = ""
-    """``AIDA…`` of a user, ``AROA…:NAME`` of a session of a role."""
+    """``AIDA…``, as AWS identifies a user."""
 
 
 def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | None:
     """Whose access key it is; ``None`` unless all may be used and its secret opens."""
-    found = usable_access_key(session, access_key)
+    found = _usable(session, AccessKey, AccessKey.id == access_key)
     if found is None:
         return None
     key, user = found
@@ -130,7 +128,7 @@ def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | N
     except CorruptFile as error:
         _log.warning("%s", error)
         return None
-    return Principal(user.account, user.name, user.documents, secret=secret, id=user.unique_id)
+    return Principal(user.account, user.name, _roles(user, key), secret=secret, id=user.unique_id)
 
 
 def matching_server_key(session: Session) -> bytes:
@@ -168,12 +166,11 @@ def bearer(session: Session, digest: str) -> Principal | None:
     if found is None:
         return None
     key, user = found
-    return Principal(user.account, user.name, user.documents, key.expires, id=user.unique_id)
+    return Principal(user.account, user.name, _roles(user, key), key.expires, id=user.unique_id)
 
 
-def usable_access_key(session: Session, access_key: str) -> tuple[AccessKey, User] | None:
-    """The access key and its user; ``None`` unless key, user and account may be used."""
-    return _usable(session, AccessKey, AccessKey.id == access_key)
+def _roles(user: User, key: AccessKey | ApiKey) -> tuple[str, ...]:
+    return (user.role,) if key.role is None else (user.role, key.role)
 
 
 def _usable(
@@ -191,8 +188,8 @@ def _usable(
     return row[0], row[1]
 
 
-def active_policies(session: Session, account: str, name: str) -> tuple[Document, ...] | None:
-    """What a user may do now; ``None`` where user or account is disabled, or gone."""
+def active_role(session: Session, account: str, name: str) -> str | None:
+    """Return the user's role; ``None`` for a user or account that is disabled or removed."""
     row = session.execute(
         select(User, Account)
         .join(Account, Account.id == User.account)
@@ -201,7 +198,14 @@ def active_policies(session: Session, account: str, name: str) -> tuple[Document
     if row is None or any(part.disabled for part in row):
         return None
     user: User = row[0]
-    return user.documents
+    return user.role
+
+
+def check_role(name: str) -> str:
+    """Return ``name`` if it is a role; raises :class:`RefusedInput` otherwise."""
+    if name not in ROLES:
+        raise RefusedInput(f"{name!r} is not a role. Choose one of {', '.join(ROLES)}")
+    return name
 
 
 def digest_of(key: str) -> str:
@@ -209,22 +213,17 @@ def digest_of(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def create_user(
-    session: Session,
-    account: str,
-    name: str,
-    policies: Sequence[Any] = (),
-    role: str | None = None,
-) -> User:
-    """Add a user; without policies and role it may do nothing."""
+def create_user(session: Session, account: str, name: str, role: str = "read-only") -> User:
+    """Add a user."""
     account_of(session, account)
-    _check_name(name, "user")
+    if not _NAME.fullmatch(name):
+        raise RefusedInput(f"{name!r} is no user name: 1 to 64 of A-Z a-z 0-9 _ + = , . @ -")
     if find_user(session, account, name) is not None:
         raise RefusedInput(f"account {account} has a user {name} already")
-    user = User(account=account, name=name, policies=[], disabled=False, created=now())
-    set_policies(session, user, policies, role)
+    user = User(account=account, name=name, role=check_role(role), disabled=False, created=now())
     session.add(user)
     session.flush()
+    invalidate_caches(session)
     return user
 
 
@@ -247,24 +246,10 @@ def users(session: Session, account: str | None = None) -> list[User]:
     return list(session.scalars(query if account is None else query.where(User.account == account)))
 
 
-def set_policies(
-    session: Session, user: User, policies: Sequence[Any], role: str | None = None
-) -> None:
-    """Replace what a user may do."""
-    user.policies, user.role = _checked_policies(policies), role and check_role(role)
+def set_role(session: Session, user: User, role: str) -> None:
+    """Change the role of a user, and so of all keys without their own."""
+    user.role = check_role(role)
     invalidate_caches(session)
-
-
-def _checked_policies(policies: Sequence[Any]) -> list[dict[str, Any]]:
-    """The same as plain objects; the refusal of one that is no policy says which."""
-    return [
-        dict(check_document(each, f"policies[{number}]")) for number, each in enumerate(policies)
-    ]
-
-
-def _check_name(name: str, kind: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise RefusedInput(f"{name!r} is no {kind} name: 1 to 64 of A-Z a-z 0-9 _ + = , . @ -")
 
 
 def disable_user(session: Session, user: User, disabled: bool = True) -> None:
@@ -289,6 +274,7 @@ def create_access_key(
     access_key: str | None = None,
     secret: str | None = None,
     origin: str = ISSUED,
+    role: str | None = None,
 ) -> tuple[AccessKey, str]:
     """A new access key and its secret; both are drawn unless they are given."""
     access_key = access_key or "AKIA" + base64.b32encode(secrets.token_bytes(10)).decode()
@@ -304,6 +290,7 @@ def create_access_key(
         account=user.account,
         user=user.seq,
         sealed=sealing.seal(secret, access_key),
+        role=role and check_role(role),
         origin=origin,
         disabled=False,
         created=now(),
@@ -320,6 +307,7 @@ def create_api_key(
     label: str = "",
     key: str | None = None,
     origin: str = ISSUED,
+    role: str | None = None,
 ) -> tuple[ApiKey, str]:
     """A new API key, and its text, which nobody can tell again."""
     text = key or f"sk-{secrets.token_urlsafe(36)}"
@@ -334,6 +322,7 @@ def create_api_key(
         label=label,
         account=user.account,
         user=user.seq,
+        role=role and check_role(role),
         origin=origin,
         expires=expires,
         disabled=False,
@@ -374,112 +363,3 @@ def remove_key(session: Session, key: AccessKey | ApiKey) -> None:
     """Forget the key."""
     session.delete(key)
     invalidate_caches(session)
-
-
-SHORTEST_MAXIMUM, LONGEST_MAXIMUM = 3600, 43_200
-"""Seconds: between these AWS lets a role's longest session be."""
-
-
-class IamRole(Base):
-    """A role of an account. It has no keys: who its trust policy names may assume it."""
-
-    __tablename__ = "iam_roles"
-    __table_args__ = (UniqueConstraint("account", "name"),)
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    """``AROA…``: another one where a role is made again, so that old sessions do not return."""
-    account: Mapped[str] = mapped_column(ForeignKey("accounts.id"), index=True)
-    name: Mapped[str]
-    trust: Mapped[dict[str, Any]]
-    """The trust policy: who may assume it."""
-    policies: Mapped[list[Any]]
-    """IAM policy documents: what its sessions may do."""
-    max_session_seconds: Mapped[int]
-    origin: Mapped[str]
-    created: Mapped[datetime]
-
-    @property
-    def arn(self) -> str:
-        """As clients name it."""
-        return role_arn(self.account, self.name)
-
-
-def role_arn(account: str, name: str) -> str:
-    """ARN of a role."""
-    return f"arn:aws:iam::{account}:role/{name}"
-
-
-def create_role(
-    session: Session,
-    account: str,
-    name: str,
-    trust: Any,
-    policies: Sequence[Any] = (),
-    max_session_seconds: int = SHORTEST_MAXIMUM,
-    origin: str = ISSUED,
-) -> IamRole:
-    """Add a role; without policies its sessions may do nothing."""
-    account_of(session, account)
-    _check_name(name, "role")
-    if find_role(session, account, name) is not None:
-        raise RefusedInput(f"account {account} has an IAM role {name} already")
-    role = IamRole(
-        id="AROA" + base64.b32encode(secrets.token_bytes(11)).decode()[:17],
-        account=account,
-        name=name,
-        origin=origin,
-        created=now(),
-    )
-    update_role(session, role, trust, policies, max_session_seconds)
-    session.add(role)
-    session.flush()
-    return role
-
-
-def update_role(
-    session: Session,
-    role: IamRole,
-    trust: Any | None = None,
-    policies: Sequence[Any] | None = None,
-    max_session_seconds: int | None = None,
-) -> None:
-    """Replace what is given; sessions that there are have the new policies at once."""
-    if trust is not None:
-        role.trust = dict(check_trust(trust))
-    if policies is not None:
-        role.policies = _checked_policies(policies)
-    if max_session_seconds is not None:
-        if not SHORTEST_MAXIMUM <= max_session_seconds <= LONGEST_MAXIMUM:
-            raise RefusedInput(
-                f"the longest session of a role takes {SHORTEST_MAXIMUM} to {LONGEST_MAXIMUM} "
-                f"seconds, not {max_session_seconds}"
-            )
-        role.max_session_seconds = max_session_seconds
-    invalidate_caches(session)
-
-
-def remove_role(session: Session, role: IamRole) -> None:
-    """Remove a role; its sessions end at once."""
-    session.delete(role)
-    invalidate_caches(session)
-
-
-def iam_roles(session: Session, account: str | None = None) -> list[IamRole]:
-    """IAM roles of one account, or of all."""
-    query = select(IamRole).order_by(IamRole.account, IamRole.name)
-    if account is not None:
-        query = query.where(IamRole.account == account)
-    return list(session.scalars(query))
-
-
-def role_of(session: Session, account: str, name: str) -> IamRole:
-    """An IAM role; raises :class:`RefusedInput` where there is none."""
-    found = find_role(session, account, name)
-    if found is None:
-        raise RefusedInput(f"account {account} has no IAM role {name}")
-    return found
-
-
-def find_role(session: Session, account: str, name: str) -> IamRole | None:
-    """An IAM role; ``None`` where there is none."""
-    return session.scalar(select(IamRole).where(IamRole.account == account, IamRole.name == name))

@@ -155,7 +155,7 @@ class Upper:
 
 def test_bodies_of_another_face_s_form(runtime_pool: ModelPool, tiny_model_folder: Path) -> None:
     handlers = runtime_handlers(
-        runtime_pool, lambda account, name: str(tiny_model_folder), lambda *given: None, chat=Upper
+        runtime_pool, lambda account, name: str(tiny_model_folder), chat=Upper
     )
 
     def call(body: Any) -> Request:
@@ -196,7 +196,6 @@ def test_a_chat_completion_names_the_model_that_was_invoked(
     handlers = runtime_handlers(
         runtime_pool,
         lambda account, name: str(tiny_model_folder),
-        lambda *given: None,
         chat=InvokedChat,
     )
     body = {"model": "another", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}

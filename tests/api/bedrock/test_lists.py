@@ -1,4 +1,4 @@
-"""Lists in pages, tags, tokens of clients, policies: what holds for every operation alike."""
+"""Lists in pages, tags, tokens of clients: what holds for every operation alike."""
 
 from __future__ import annotations
 
@@ -236,41 +236,6 @@ def test_tags_go_with_what_they_are_on(
     bedrock.delete_custom_model(modelIdentifier=arn)
     code, _ = refused(bedrock.list_tags_for_resource, resourceARN=arn)
     assert code == "ResourceNotFoundException"
-
-
-def test_policies_decide_before_anything_is_looked_at(
-    service: Service, bedrock: Any, submit: Callable[..., str]
-) -> None:
-    arn = submit("job-1")
-    service.denied = {
-        ("bedrock:GetModelCustomizationJob", ".*"),
-        ("bedrock:ListModelCustomizationJobs", r"\*"),
-        ("bedrock:CreateModelCustomizationJob", r".*:model-customization-job/\*"),
-    }
-    get = bedrock.get_model_customization_job
-    values = [refused(get, jobIdentifier=name) for name in ("job-1", "job-2")]
-    assert values[0][0] == values[1][0] == "AccessDeniedException"
-    assert values[0][1].replace("job-1", "job-2") == values[1][1] and arn not in values[0][1]
-    assert (
-        "is not authorized to perform: bedrock:GetModelCustomizationJob on resource" in values[0][1]
-    )
-    listed = refused(bedrock.list_model_customization_jobs)
-    assert listed[0] == "AccessDeniedException"
-    create = bedrock.create_model_customization_job
-    assert refused(create, **job_members("job-1"))[0] == "AccessDeniedException"
-    assert service.places.checked[1:] == []
-
-
-def test_a_policy_on_an_arn_holds_for_the_name(
-    service: Service, bedrock: Any, submit: Callable[..., str]
-) -> None:
-    arn = submit("job-1")
-    submit("job-2")
-    service.denied = {("bedrock:StopModelCustomizationJob", arn)}
-    stop = bedrock.stop_model_customization_job
-    assert refused(stop, jobIdentifier="job-1")[0] == "AccessDeniedException"
-    stop(jobIdentifier="job-2")
-    assert bedrock.get_model_customization_job(jobIdentifier="job-1")["status"] == "InProgress"
 
 
 def test_accounts_have_their_own_tokens(bedrock: Any, bob: Any) -> None:

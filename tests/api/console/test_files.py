@@ -19,9 +19,9 @@ import luthier
 from luthier.adaptations import ADAPTATIONS
 from luthier.api.console.face import HEADERS, ROOT, Console, read_files
 from luthier.api.http.messages import RequestHead
-from luthier.api.native.face import ACTIONS
 from luthier.api.native.jobs import CustomizationType, State
 from luthier.api.openai.files import PURPOSES
+from luthier.api.roles import Permission
 from luthier.models.gguf import Quantization
 from luthier.models.kinds import KINDS
 from luthier.serving.abilities import Ability
@@ -98,12 +98,10 @@ def test_a_browser_that_opens_the_report_of_an_eval_is_sent_to_the_console(serve
         assert send(server, "GET", other, PAGE)[0] == 401
 
 
-def test_the_console_asks_for_rights_that_the_server_tells() -> None:
+def test_the_console_asks_for_permissions_that_the_server_has() -> None:
     code = "".join((STATIC / name).read_text() for name in FILES if name.endswith((".js", ".html")))
-    calls = "".join(re.findall(r"\bmay\(([^)]*)\)", code))
-    named = {*re.findall(r'"([A-Za-z][\w.]*)"', calls)}
-    named |= {*re.findall(r'(?:\baction: |data-action=)"(\w+)"', code)}
-    assert named == {*ACTIONS}
+    named = {*re.findall(r'(?:\bmay\(|data-permission=)"(\w+)"', code)}
+    assert named == {Permission.READ, Permission.INVOKE, Permission.DEVELOP}
 
 
 def test_what_a_browser_has_is_not_sent_again(server: Served) -> None:

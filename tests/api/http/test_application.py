@@ -79,7 +79,7 @@ def test_of_an_unknown_key_no_large_body_is_read(server: Server) -> None:
 
 def test_values_of_a_body_are_limited_and_texts_are_not() -> None:
     def call(body: bytes) -> Request:
-        caller = Caller("111111111111", "anna", ())
+        caller = Caller("111111111111", "anna", ("administrator",))
         return Request("r", caller, "POST", "/", {}, {}, body, now(), json_values=1000)
 
     assert call(b"[" + b"1," * 900 + b"1]").json[-1] == 1

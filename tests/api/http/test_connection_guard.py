@@ -145,7 +145,8 @@ def test_streams_that_are_abandoned_leave_nothing(
     honest = {**asked, "max_tokens": 4}
     with service.database.write() as session:
         create_account(session, "111111111111")
-        other = create_api_key(session, create_user(session, "111111111111", "anna", role="admin"))
+        anna = create_user(session, "111111111111", "anna", role="administrator")
+        other = create_api_key(session, anna)
     other_key = other[1]
     assert post(host, key, path, honest)[0] == 200
     model, application = decoder(service), service.application

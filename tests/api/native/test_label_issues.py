@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from luthier.api.http.messages import Caller, Fault
+from luthier.api.http.messages import Fault
 from luthier.api.native.jobs import LabelIssuesPage, _Jobs
 from luthier.api.native.operations import Context
-from luthier.api.policies import authorize
 from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.jobs.submit import Submission, submit
 from luthier.limits import AccountQuotas
@@ -23,7 +22,6 @@ from luthier.store.arns import Arns
 from luthier.store.database import Database
 from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job
-from luthier.store.policy_documents import ROLES
 from luthier.store.schema import upgrade
 
 ACCOUNT = "000000000000"
@@ -53,17 +51,15 @@ def jobs(luthier_home: Path) -> Iterator[_Jobs]:
     )  # fmt: skip
     yield _Jobs(
         Context(
-            database, arns, nowhere, authorize, lambda account: AccountQuotas(), lambda: None,
+            database, arns, nowhere, lambda account: AccountQuotas(), lambda: None,
             partial(removal.delete, database, arns),
         )
     )  # fmt: skip
     database.close()
 
 
-def call(jobs: _Jobs, role: str = "developer", **page: int) -> dict[str, Any]:
-    request: Any = SimpleNamespace(
-        caller=Caller(ACCOUNT, "anna", (ROLES[role],)), account=ACCOUNT, params={"job": "mine"}
-    )
+def call(jobs: _Jobs, **page: int) -> dict[str, Any]:
+    request: Any = SimpleNamespace(account=ACCOUNT, params={"job": "mine"})
     view = jobs.label_issues(request, LabelIssuesPage(**page))
     return view.model_dump(mode="json", exclude_none=True)
 
@@ -79,13 +75,6 @@ def test_rows_are_listed_page_by_page(jobs: _Jobs) -> None:
     second = call(jobs, limit=2, position=first["next"])
     assert [each["line"] for each in second["issues"]] == [2] and "next" not in second
     assert json.dumps(call(jobs, position=9)["issues"]) == "[]"
-
-
-@pytest.mark.parametrize("role", ["auditor", "invoke-only"])
-def test_contents_of_rows_are_not_for_every_role(jobs: _Jobs, role: str) -> None:
-    with pytest.raises(Fault) as refused:
-        call(jobs, role)
-    assert refused.value.code == "AccessDenied"
 
 
 def test_rows_on_another_machine_are_a_conflict_and_no_rows_are_an_empty_list(jobs: _Jobs) -> None:

@@ -60,7 +60,7 @@ def _route(method: str, path: str) -> Route:
 
 def call(method: str, path: str, body: Any = None, **query: str) -> Request:
     text = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-    caller = Caller("111111111111", "anna", ())
+    caller = Caller("111111111111", "anna", ("administrator",))
     found = _route(method, path)
     given = {key: [value] for key, value in query.items()}
     return Request("r1", caller, method, path, given, {}, text, datetime.now(UTC), found.params)

@@ -29,14 +29,13 @@ def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
         database,
         Arns("us-east-1"),
         Locations(database, file_roots=[folder]),
-        lambda *given: None,
         lambda account: AccountQuotas(),
         lambda: None,
         lambda model: None,
     )
     face = NativeFace(reports.operations(context))
     route = face.route(RequestHead("POST", path, "", [], tls=False))
-    caller, sent = Caller("111111111111", "anna", ()), json.dumps(body).encode()
+    caller, sent = Caller("111111111111", "anna", ("administrator",)), json.dumps(body).encode()
     call = Request("r1", caller, "POST", path, {}, {}, sent, datetime.now(UTC), route.params)
     assert route.operation.handler is not None
     try:

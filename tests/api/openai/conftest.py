@@ -36,16 +36,7 @@ from luthier.store.principals import User
 from luthier.store.schema import METADATA
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
-KEYS = {
-    "sk-one": ACCOUNT,
-    "sk-other": OTHER,
-    "sk-weak": ACCOUNT,
-    "sk-fast": ACCOUNT,
-    "sk-mute": ACCOUNT,
-    "sk-bound": ACCOUNT,
-}
-BOUND = {"Effect": "Deny", "Action": ["bedrock:*Job", "bedrock:Delete*"], "Resource": "*"}
-"""What a policy denies in Bedrock's words to who has the key ``sk-bound``."""
+KEYS = {"sk-one": ACCOUNT, "sk-other": OTHER, "sk-fast": ACCOUNT}
 
 
 class Server:
@@ -95,9 +86,7 @@ class Server:
             raise Fault("UnrecognizedClient", "Incorrect API key provided.")
         if key == "sk-fast":
             raise Fault("Throttling", "Too many requests.", retry_after=3)
-        marks = {key.removeprefix("sk-"): True} if key in ("sk-weak", "sk-mute") else {}
-        policies = ({**marks, "Statement": [BOUND] if key == "sk-bound" else []},)
-        return Caller(KEYS[key], "somebody", policies, bearer=True)
+        return Caller(KEYS[key], "somebody", ("developer",))
 
 
 async def _send(send: Any, answer: Response, request_id: str) -> None:
@@ -113,14 +102,6 @@ async def _send(send: Any, answer: Response, request_id: str) -> None:
             break
         await send({"type": "http.response.body", "body": piece, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
-
-
-def authorize(caller: Caller, action: str, resource: str) -> None:
-    """Everybody may do everything, but the weak may only read files, and the mute ask no model."""
-    if action == "bedrock:InvokeModel" and any("mute" in policy for policy in caller.policies):
-        raise Fault("AccessDenied", f"{caller.arn} is not authorized to perform: {action}")
-    if any("weak" in policy for policy in caller.policies) and not action.endswith("files.list"):
-        raise Fault("AccessDenied", f"{caller.arn} is not authorized to perform: {action}")
 
 
 @dataclass
@@ -174,9 +155,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for account in (ACCOUNT, OTHER):
             session.add(Account(id=account, name="", disabled=False, created=now()))
             session.flush()
-            session.add(
-                User(account=account, name="somebody", policies=[{"Statement": []}], created=now())
-            )
+            session.add(User(account=account, name="somebody", role="developer", created=now()))
     made.close()
     return path
 
@@ -199,7 +178,6 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
         database,
         Settings(),
         pool,
-        authorize,
         objects,
         delete_model,
         quotas=lambda account: AccountQuotas(jobs_in_flight=20),

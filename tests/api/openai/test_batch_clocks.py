@@ -76,9 +76,9 @@ def test_a_clock_that_jumps_costs_no_batch(
     with database.write() as session:
         session.add(Account(id=ACCOUNT, name="", disabled=False, created=now()))
         session.flush()
-        session.add(User(account=ACCOUNT, name="u", policies=[{}], created=now()))
+        session.add(User(account=ACCOUNT, name="u", role="developer", created=now()))
     held = files.add(ACCOUNT, [text], "in.jsonl", "batch")
-    caller = {"account": ACCOUNT, "user": "u", "bearer": True}
+    caller = {"account": ACCOUNT, "user": "u"}
     with database.write() as session:
         batch_id = store.create(session, ACCOUNT, caller, CHAT, "24h", held.id, {}).id
 

@@ -28,10 +28,9 @@ from luthier.serving.constraints import SUBJECT, GrammarTrials
 from luthier.serving.sandbox_pool import SandboxPool
 from luthier.serving.scheduler import FairTurns
 from luthier.store import evaluations as store
-from luthier.store import queue
+from luthier.store import principals, queue
 from luthier.store.accounts import set_quota
 from luthier.store.database import now
-from luthier.store.principals import active_policies
 from luthier.store.quota_usage import quota_usage, recount
 from luthier.store.storage import stored_by
 
@@ -478,28 +477,25 @@ def test_another_account_sees_nothing(
     source: Any = {"type": "jsonl", "source": {"type": "file_id", "id": file.id}}
     with pytest.raises(openai.BadRequestError, match="No such file"):
         other.evals.runs.create(theirs.id, data_source=source)
-    weak = service.client("sk-weak")
-    with pytest.raises(openai.PermissionDeniedError):
-        weak.evals.retrieve(made.id)
 
 
-def test_models_answer_and_grade_for_who_may_ask_them(client: openai.OpenAI, service: Any) -> None:
-    mute = service.client("sk-mute")
-    with pytest.raises(openai.PermissionDeniedError):
-        created(mute, LABEL)
-    made = created(mute)
-    with pytest.raises(openai.PermissionDeniedError):
-        mute.evals.runs.create(made.id, data_source=asking(rows(1)))
-    # What was allowed when it was asked for, and is not any more, ends the run.
+@pytest.mark.parametrize(
+    ("change", "reason"), [("invoker", "with the role invoker"), (None, "disabled or removed")]
+)
+def test_a_run_has_the_role_that_its_user_has_when_its_turn_comes(
+    client: openai.OpenAI, service: Any, change: str | None, reason: str
+) -> None:
+    made = created(client)
     run = client.evals.runs.create(made.id, data_source=asking(rows(2)))
     with service.database.write() as session:
-        assert active_policies(session, "000000000000", "somebody") is not None
-        held = store.get_run(session, "000000000000", run.id)
-        assert held is not None
-        held.caller = {**held.caller, "user": "gone"}
+        user = principals.user_of(session, "000000000000", "somebody")
+        if change is None:
+            principals.remove_user(session, user)
+        else:
+            principals.set_role(session, user, change)
     assert service.face.evaluations.run_once()
     ended = client.evals.runs.retrieve(run.id, eval_id=made.id)
-    assert ended.status == "failed" and "disabled or gone" in ended.error.message
+    assert ended.status == "failed" and reason in ended.error.message
 
 
 WRONG_EVALS: list[tuple[dict[str, Any], str]] = [

@@ -183,10 +183,6 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
             attempt()
         assert refused.value.code == "model_not_found"
 
-    with service.client("sk-bound") as bound, pytest.raises(openai.PermissionDeniedError) as denied:
-        bound.models.delete(name)
-    assert "bedrock:DeleteCustomModel" in denied.value.message
-
     again = created(client, model=name, method=method("supervised"))
     assert again.model == name
     gone = client.models.delete(name)
@@ -263,22 +259,6 @@ def test_a_bad_training_file_fails_the_job(client: openai.OpenAI, service: Any) 
         assert job.fine_tuned_model is None
         with pytest.raises(openai.BadRequestError):
             client.fine_tuning.jobs.cancel(made.id)
-
-
-@pytest.mark.slow
-def test_what_is_denied_in_bedrocks_words_is_denied_here(
-    client: openai.OpenAI, service: Any
-) -> None:
-    made = created(client)
-    with service.client("sk-bound") as bound:
-        for attempt, word in (
-            (lambda: created(bound, training_file=made.training_file), "CreateModelCustom"),
-            (lambda: bound.fine_tuning.jobs.pause(made.id), "StopModelCustomization"),
-            (lambda: bound.fine_tuning.jobs.cancel(made.id), "StopModelCustomization"),
-        ):
-            with pytest.raises(openai.PermissionDeniedError, match=f"bedrock:{word}"):
-                attempt()
-        assert bound.fine_tuning.jobs.retrieve(made.id).status == "queued"
 
 
 def test_pause_resume_cancel(client: openai.OpenAI) -> None:

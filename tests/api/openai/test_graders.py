@@ -100,35 +100,6 @@ def test_work_that_is_interrupted_may_be_asked_again(service: Any) -> None:
         assert failed.value.status_code == 503
 
 
-def test_a_model_grades_only_for_who_may_ask_it(service: Any, tiny_base: str) -> None:
-    judge = {
-        "type": "score_model",
-        "name": "judge",
-        "model": "tiny",
-        "input": [{"role": "user", "content": "{{sample.output_text}}"}],
-    }
-    both = {
-        "type": "multi",
-        "graders": {"check": CHECK, "judge": judge},
-        "calculate_output": "check + judge",
-    }
-    mute = service.client("sk-mute")
-    assert run(mute, CHECK).reward == 1.0
-    for grader in (judge, both, {**judge, "model": "nobody"}):
-        with pytest.raises(openai.PermissionDeniedError) as refused:
-            run(mute, grader)
-        assert "bedrock:InvokeModel" in str(refused.value)
-        with pytest.raises(openai.PermissionDeniedError):
-            mute.fine_tuning.alpha.graders.validate(grader=grader)
-    file = mute.files.create(file=("rows.jsonl", b"{}"), purpose="fine-tune")
-    with pytest.raises(openai.PermissionDeniedError):
-        mute.fine_tuning.jobs.create(
-            model="tiny",
-            training_file=file.id,
-            method={"type": "reinforcement", "reinforcement": {"grader": judge}},
-        )
-
-
 def test_checks(client: openai.OpenAI) -> None:
     for grader in (CHECK, NEAR, PYTHON):
         made = client.fine_tuning.alpha.graders.validate(grader=grader)

@@ -7,9 +7,6 @@ from typing import Any
 import openai
 import pytest
 
-from luthier.api.http.messages import Caller, Request
-from luthier.api.openai.models import Catalogue, Models
-from luthier.api.openai.protocol import Access
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, CustomModel
 from luthier.store.database import new_id, now
@@ -118,21 +115,3 @@ def test_the_name_of_a_deployment_answers_as_its_arn_does(
         client.chat.completions.create(model="soon", messages=hello, **limits)
     assert starting.value.status_code == 503
     assert client.models.retrieve("prod").created == int(model.created.timestamp())
-
-
-def test_a_policy_on_one_name_of_a_model_holds_for_all(service: Any, tiny_base: str) -> None:
-    named, plain = add_model(service, "mine", openai_id="ft:1"), add_model(service, "plain")
-    asked: list[str] = []
-    access = Access(lambda caller, action, resource: asked.append(resource), "us-east-1")
-    models = Models(Catalogue(service.database, ARNS), access, lambda account, model: None)
-    caller = Caller(ACCOUNT, "somebody", ())
-    for names in (("mine", named.arn(ARNS), "ft:1"), ("plain", plain.arn(ARNS)), ("tiny",)):
-        own = {"mine": "ft:1"}.get(names[0], names[0])
-        for name in names:
-            asked.clear()
-            models.retrieve(
-                Request("r", caller, "GET", "/", {}, {}, b"", now(), params={"model": name})
-            )
-            assert asked == [
-                ARNS.openai(ACCOUNT, "model", each) for each in dict.fromkeys((name, own))
-            ]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from served import served
 from trails import Remembered
 
 from luthier.api.http.application import Application
-from luthier.api.http.messages import Caller, Fault, RequestHead, Signed
+from luthier.api.http.messages import Caller, RequestHead, Signed
 from luthier.api.http.metrics import Metrics
 from luthier.api.s3.face import S3Face
 from luthier.api.sigv4 import Credential, verify
@@ -44,9 +43,11 @@ class Names:
     def recognize(self, head: RequestHead) -> Signed | None:
         return self.authenticate(head, b"")
 
-    def look_up(self, access: str, token: str | None) -> Credential | None:
+    def look_up(self, access: str) -> Credential | None:
         account = ACCOUNTS.get(access)
-        return Credential(SECRET, Caller(account, "somebody", ())) if account else None
+        return (
+            Credential(SECRET, Caller(account, "somebody", ("administrator",))) if account else None
+        )
 
 
 @dataclass
@@ -55,8 +56,6 @@ class Service:
 
     url: str
     objects: Objects
-    denied: list[tuple[str, str]]
-    """Actions and resources that nobody is allowed, with wildcards."""
     verify: Any = None
     """Certificate of an https server."""
 
@@ -111,15 +110,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("service")
     database = Database(f"sqlite:///{home}/luthier.db")
     Base.metadata.create_all(database.engine)
-    objects, denied = Objects(database, ObjectFiles(home / "objects")), []
-
-    def authorize(caller: Caller, action: str, resource: str) -> None:
-        for rule, what in denied:
-            if fnmatchcase(action, rule) and fnmatchcase(resource, what):
-                raise Fault("AccessDenied", f"{caller.arn} is not authorized to perform: {action}")
+    objects = Objects(database, ObjectFiles(home / "objects"))
 
     app = Application(
-        (AnyS3(objects, authorize, "us-east-1"),),
+        (AnyS3(objects, "us-east-1"),),
         Names(),
         lambda caller: None,
         Metrics(dict),
@@ -128,7 +122,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     )
     # All tests are one address, and some ask as often as one account may.
     with served(app, ServerLimits(connections_per_address=512)) as url:
-        found = Service(url, objects, denied)
+        found = Service(url, objects)
         found.app = app  # type: ignore[attr-defined]
         yield found
     database.close()
@@ -141,7 +135,7 @@ def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service
     app = service.app  # type: ignore[attr-defined]
     # An application belongs to one loop: the second server has its own over the same store.
     other = Application(
-        (AnyS3(service.objects, lambda *asked: None, "us-east-1"),),
+        (AnyS3(service.objects, "us-east-1"),),
         app.authenticator,
         app.admit,
         app.metrics,

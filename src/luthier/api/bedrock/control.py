@@ -21,11 +21,11 @@ from sqlalchemy import ColumnElement, Select, func, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from luthier.api.audit import record_action
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.shapes import answer_of, members_of
 from luthier.api.http.messages import Fault, Request, Response
-from luthier.api.http.routing import Authorize, Handler
-from luthier.api.policies import refusals_naming
+from luthier.api.http.routing import Handler
 from luthier.limits import AccountQuotas
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
@@ -53,7 +53,6 @@ class Control:
     database: Database
     arns: Arns
     locations: Locations
-    authorize: Authorize
     secret: bytes = field(repr=False)
     """Kept by the server; tokens of lists are signed with it."""
     activation: Activation
@@ -94,33 +93,27 @@ class ControlRequest:
         """A member that may be absent."""
         return self.members.get(name, default)
 
-    def allow(self, resource: str, shown: str | None = None) -> None:
-        """Raise :class:`Fault` unless the caller may do this to ``resource``.
+    def record(self, resource: str) -> None:
+        """Note for the audit log that the operation acts on ``resource``, an ARN or ``*``."""
+        record_action(f"bedrock:{self.operation.name}", resource)
 
-        A refusal names ``shown``: who asked by a name learns no ARN from it, nor whether there is one.
-        """
-        with refusals_naming(resource, shown or resource):
-            self.control.authorize(self.request.caller, f"bedrock:{self.operation.name}", resource)
-
-    def allow_found(
-        self, found: Row | None, arn: str | None, kind: str, identifier: str, noun: str
-    ) -> Row:
-        """The ``found`` row, where the caller may do this to its ``arn``, whatever it was called by.
+    def found(self, row: Row | None, arn: str | None, kind: str, identifier: str, noun: str) -> Row:
+        """Return the ``row`` that the client named by ``identifier``, and record its ``arn``.
 
         Raises:
-            Fault: AccessDenied, in the same words whether there is such a row; ResourceNotFound, by the
-                ``noun`` for it, where there is none.
+            Fault: ResourceNotFound, by the ``noun``, without a row.
         """
         parsed = Arn.parse(identifier)
-        shown = str(parsed) if parsed else self.arns.of(self.account, kind, identifier)
-        self.allow(arn or shown, shown)
-        if found is None:
+        self.record(
+            arn or (str(parsed) if parsed else self.arns.of(self.account, kind, identifier))
+        )
+        if row is None:
             raise not_found(noun, identifier)
-        return found
+        return row
 
-    def allow_kind(self, kind: str) -> None:
-        """The same for making something."""
-        self.allow(self.arns.of(self.account, kind, "*"))
+    def record_kind(self, kind: str) -> None:
+        """Note for the audit log that the operation makes something of this ``kind``."""
+        self.record(self.arns.of(self.account, kind, "*"))
 
     def members_sent(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of the members ``names`` that were sent, to be told again."""

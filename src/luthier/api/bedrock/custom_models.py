@@ -38,7 +38,7 @@ _SHOWN = ("modelSourceConfig", "roleArn", "modelKmsKeyArn", "clientRequestToken"
 
 def create_model(request: ControlRequest) -> dict[str, Any]:
     """Have a model copied from outside; it is Creating until it was tried."""
-    request.allow_kind(MODEL)
+    request.record_kind(MODEL)
     answer = request.earlier_answer()
     if answer is not None:
         return answer
@@ -80,7 +80,7 @@ def get_model(request: ControlRequest) -> dict[str, Any]:
 
 def list_models(request: ControlRequest) -> dict[str, Any]:
     """Models of the account by creation; nobody shares theirs."""
-    request.allow("*")
+    request.record("*")
     query = select(CustomModel).where(
         CustomModel.account == request.account,
         CustomModel.status != RESERVED,
@@ -111,10 +111,10 @@ def delete_model(request: ControlRequest) -> dict[str, Any]:
 
 
 def asked_model(request: ControlRequest, session: Session, identifier: str) -> CustomModel:
-    """The model of an ARN or name, where the caller may do this to it."""
+    """Return the model of an ARN or name."""
     found = find_model(session, request.arns, request.account, identifier)
     arn = found.arn(request.arns) if found else None
-    return request.allow_found(found, arn, MODEL, identifier, "custom model")
+    return request.found(found, arn, MODEL, identifier, "custom model")
 
 
 def _model_details(request: ControlRequest, model: CustomModel, job: Job | None) -> dict[str, Any]:

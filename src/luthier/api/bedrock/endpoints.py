@@ -88,7 +88,7 @@ def _create(
     ``fields`` finds its model and says what else is in its row. It is Creating until its model was
     prepared.
     """
-    request.allow_kind(kind.arn)
+    request.record_kind(kind.arn)
     answer = request.earlier_answer()
     if answer is not None:
         return str(answer["arn"])
@@ -128,18 +128,18 @@ def _create(
 def _find(
     request: ControlRequest, session: Session, kind: _Kind, *, lock: bool = False
 ) -> Endpoint:
-    """The endpoint that a request names, where the caller may do with it what is asked."""
+    """Return the endpoint that a request names."""
     identifier = request[kind.identifier]
     found = find_endpoint(session, request.arns, request.account, kind.arn, identifier, lock=lock)
     arn = endpoint_arn(request.arns, found) if found else None
-    return request.allow_found(found, arn, kind.arn, identifier, kind.resource)
+    return request.found(found, arn, kind.arn, identifier, kind.resource)
 
 
 def _page(
     request: ControlRequest, kind: _Kind, *conditions: ColumnElement[bool]
 ) -> tuple[list[Endpoint], str | None]:
     """Endpoints of the account by creation, and the token of the next page."""
-    request.allow("*")
+    request.record("*")
     query = select(Endpoint).where(*_own(request, kind), *_COLUMNS.conditions(request), *conditions)
     with request.control.database.read() as session:
         rows, token = page(request, session, query, _COLUMNS)

@@ -36,7 +36,6 @@ _STATUS = {
     "IncompleteSignature": 403,
     "UnrecognizedClient": 403,
     "InvalidSignature": 403,
-    "ExpiredToken": 403,
 }
 """Of what every service of AWS answers, and no service model names."""
 
@@ -98,4 +97,5 @@ def _operation(handlers: Mapping[str, Handler], model: OperationModel) -> Operat
         handlers.get(model.name, refuse),
         BODY_BYTES if runtime else CONTROL_BODY,
         long=runtime,
+        action=f"bedrock:{model.name if model.name in handlers else 'Unsupported'}",
     )

@@ -18,7 +18,7 @@ _INFERENCE = ["ON_DEMAND", "PROVISIONED"]
 
 def list_foundation_models(request: ControlRequest) -> dict[str, Any]:
     """All that fit the filters; there are no pages."""
-    request.allow("*")
+    request.record("*")
     found = [_model_details(request, model) for model in foundation_models()]
     if provider := request.get("byProvider"):
         found = [each for each in found if each["providerName"].lower() == provider.lower()]
@@ -58,7 +58,7 @@ def customizations(model: FoundationModel) -> tuple[str, ...]:
 
 
 def _find(request: ControlRequest, identifier: str) -> FoundationModel:
-    request.allow(invoked_arn(request.arns, identifier))
+    request.record(invoked_arn(request.arns, identifier))
     found = find_foundation(request.arns, identifier)
     if found is None and "." not in identifier:
         # Neither an alias that is known here nor what Bedrock takes for an id.

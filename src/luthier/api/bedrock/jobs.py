@@ -79,7 +79,7 @@ _KEY_ARN = re.compile("arn:aws(-[^:]+)?:kms:[a-zA-Z0-9-]*:[0-9]{12}:key/[a-zA-Z0
 
 def create_job(request: ControlRequest) -> dict[str, Any]:
     """Put a job into the queue; the same token gives the same job."""
-    request.allow_kind(JOB)
+    request.record_kind(JOB)
     answer = request.earlier_answer()
     if answer is not None:
         return answer
@@ -230,7 +230,7 @@ def get_job(request: ControlRequest) -> dict[str, Any]:
 
 def list_jobs(request: ControlRequest) -> dict[str, Any]:
     """Jobs of the account by creation."""
-    request.allow("*")
+    request.record("*")
     query = select(Job).where(
         Job.account == request.account,
         *_COLUMNS.conditions(request),
@@ -253,11 +253,11 @@ def stop_job(request: ControlRequest) -> dict[str, Any]:
 
 
 def asked_job(request: ControlRequest, session: Session, *, lock: bool = False) -> Job:
-    """The job that ``jobIdentifier`` names, where the caller may do this to it."""
+    """Return the job that ``jobIdentifier`` names."""
     identifier = request["jobIdentifier"]
     found = find_job(session, request.arns, request.account, identifier, lock=lock)
     arn = job_arn(request.arns, found) if found else None
-    return request.allow_found(found, arn, JOB, identifier, "customization job")
+    return request.found(found, arn, JOB, identifier, "customization job")
 
 
 def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from luthier.api.audit import record_action
 from luthier.api.bedrock import converse, invoke
 from luthier.api.bedrock.bodies import json_object, malformed_input, native_object
 from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
@@ -25,7 +26,7 @@ from luthier.api.bedrock.invoke import (
 )
 from luthier.api.bedrock.shapes import body_members, operation_models
 from luthier.api.http.messages import Fault, Request, Response, inference_faults
-from luthier.api.http.routing import Authorize, Handler
+from luthier.api.http.routing import Handler
 from luthier.api.http.streams import GeneratedPieces
 from luthier.serving.inference import (
     GenerationRequest,
@@ -55,17 +56,16 @@ _log = logging.getLogger("luthier.api")
 def runtime_handlers(
     pool: ModelPool,
     resolve: Callable[[str, str], str],
-    authorize: Authorize,
     resource: Callable[[str, str], str] = lambda account, model_id: model_id,
     chat: ChatForm | None = None,
 ) -> Mapping[str, Handler]:
     """The handlers by the names of their operations; ``params`` of a call have ``modelId``.
 
     ``resolve(account, model_id)`` gives the stored id of the model that is called by ``model_id``;
-    ``resource(account, model_id)`` gives the ARN that ``authorize(caller, action, arn)`` decides on.
+    ``resource(account, model_id)`` gives the ARN for the audit log.
     ``chat`` reads bodies of OpenAI's chat completions.
     """
-    runtime = _Runtime(pool, resolve, authorize, resource, chat)
+    runtime = _Runtime(pool, resolve, resource, chat)
     return {
         "Converse": runtime.converse,
         "ConverseStream": runtime.converse_stream,
@@ -79,7 +79,6 @@ def runtime_handlers(
 class _Runtime:
     pool: ModelPool
     resolve: Callable[[str, str], str]
-    authorize: Authorize
     resource: Callable[[str, str], str]
     chat: ChatForm | None
 
@@ -156,9 +155,9 @@ class _Runtime:
             return Response.json({"inputTokens": self.pool.count(stored_id, prompt)})
 
     def _model(self, request: Request, action: str) -> str:
-        """The stored id of the model that is called, where the caller may have it answer."""
+        """Return the stored id of the model that is called."""
         model_id = request.params["modelId"]
-        self.authorize(request.caller, action, self.resource(request.caller.account, model_id))
+        record_action(action, self.resource(request.caller.account, model_id))
         return self.resolve(request.caller.account, model_id)
 
     def _begin(self, stored_id: str, build: Callable[[], GenerationRequest]) -> Stream:

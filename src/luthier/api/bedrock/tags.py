@@ -30,7 +30,7 @@ _BY_KIND: Mapping[str, Callable[..., Job | CustomModel | None]] = {
 def tag_resource(request: ControlRequest) -> dict[str, Any]:
     """Set tags; the same key is replaced."""
     given = tags_of(request["tags"])
-    request.allow(request["resourceARN"])
+    request.record(request["resourceARN"])
     with request.control.database.write() as session:
         tags.put(session, _resource(request, session), given)
     return {}
@@ -38,7 +38,7 @@ def tag_resource(request: ControlRequest) -> dict[str, Any]:
 
 def untag_resource(request: ControlRequest) -> dict[str, Any]:
     """Take tags away by key."""
-    request.allow(request["resourceARN"])
+    request.record(request["resourceARN"])
     with request.control.database.write() as session:
         tags.remove(session, _resource(request, session), request["tagKeys"])
     return {}
@@ -46,7 +46,7 @@ def untag_resource(request: ControlRequest) -> dict[str, Any]:
 
 def list_tags(request: ControlRequest) -> dict[str, Any]:
     """All tags, by key."""
-    request.allow(request["resourceARN"])
+    request.record(request["resourceARN"])
     with request.control.database.read() as session:
         found = tags.read(session, _resource(request, session))
     return {"tags": [{"key": key, "value": value} for key, value in found.items()]}

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs
 
 from sqlalchemy.exc import OperationalError
 
-from luthier.api.audit import FAILURES, AuditTrail
+from luthier.api.audit import FAILURES, AuditTrail, record_actions
 from luthier.api.authentication import Authenticator
 from luthier.api.console.face import Console
 from luthier.api.http.connections import client_key
@@ -58,7 +58,7 @@ from luthier.api.http.streams import (
     lifespan,
     send_response,
 )
-from luthier.api.policies import record_actions
+from luthier.api.roles import authorize
 from luthier.api.sigv4 import claim_of
 from luthier.cancellation import cancelled_by
 from luthier.errors import ReadOnlyDisk, RefusedInput
@@ -333,6 +333,7 @@ class Application:
             meter(record.add_tokens),
             working_for(record.account),
         ):
+            authorize(signed.caller, route.operation.action, exchange.head.path)
             response = route.operation.handler(request)
         self._audit(record)
         return response
@@ -387,6 +388,8 @@ class Application:
         exchange.run = exchange.until_sent.enter_context(transfer)
         assert route.operation.stream is not None
         with record_actions() as exchange.record.actions:
+            if route.operation.action:
+                authorize(signed.caller, route.operation.action, exchange.head.path)
             response = await route.operation.stream(request, body, exchange.run)
         await exchange.run(self._audit, exchange.record)
         return response

@@ -38,7 +38,6 @@ from luthier.graders.json_schema import depth_of
 from luthier.limits import ServerLimits
 from luthier.serving.inference import InferenceFailed, InferenceRefused, PredictionsOnly
 from luthier.setting_names import SettingName, with_setting_names
-from luthier.store.sessions import ASSUMED, TemporarySession
 from luthier.store.text import check_storable, decode_storable
 
 JSON_DEPTH = 200
@@ -62,28 +61,19 @@ def parse_digits(text: str, most: int = 18) -> int | None:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sends a call, as its signature or key proved."""
+    """The sender of a request, as its signature or key proved."""
 
     account: str
     """Twelve digits; what one account owns does not exist for another."""
     user: str
-    """A user's name; ``assumed-role/ROLE/NAME`` in a session of a role, which no user is called."""
-    policies: tuple[Mapping[str, Any], ...]
-    """IAM policy documents."""
-    bearer: bool = False
-    """Whether a bearer key was shown, and not a signature."""
+    roles: tuple[str, ...]
+    """Role of the user and of the key; an operation needs the permission of each."""
     id: str = ""
-    """``AIDA…`` of a user, ``AROA…:NAME`` of a session of a role."""
-    access_key: str = ""
-    """Long-term access key that signed, or that the session was begun with; empty for an API key."""
-    session: TemporarySession | None = None
-    """What temporary credentials stand for, where such were used."""
+    """``AIDA…``, as AWS identifies a user."""
 
     @property
     def arn(self) -> str:
-        """The ARN of the user or session, as refusals name it."""
-        if self.user.startswith(f"{ASSUMED}/"):
-            return f"arn:aws:sts::{self.account}:{self.user}"
+        """ARN of the user."""
         return f"arn:aws:iam::{self.account}:user/{self.user}"
 
 

@@ -78,7 +78,7 @@ class RequestRecord:
     of_console: bool = False
     """Whether a page of the console reads data: usage does not count such a request."""
     actions: list[tuple[str, str]] = field(default_factory=list)
-    """Actions and resources that the policies were asked for: what the audit log names."""
+    """Actions and resources that the audit log names."""
 
     def add_tokens(self, model: str, read: int, written: int) -> None:
         """A model read and wrote so many tokens for it."""

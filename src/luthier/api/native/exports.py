@@ -124,7 +124,7 @@ class _Exports:
         return view
 
     def list_exports(self, request: Request, page: ExportsPage) -> ExportsView:
-        self.context.allow(request, "ListExports", "*")
+        self.context.record(request, "ListExports", "*")
         states = (page.state,) if page.state else ()
         with self.context.database.read() as session:
             found = exports.list_exports(
@@ -139,21 +139,21 @@ class _Exports:
         return ExportsView(exports=[_view(each) for each in found[: page.limit]], next=following)
 
     def get(self, request: Request) -> ExportView:
-        self._allow(request, "GetExport")
+        self._record(request, "GetExport")
         with self.context.database.read() as session:
             found = exports.get(session, request.account, request.params["export"])
         return _view(_existing(request, found))
 
     def stop(self, request: Request) -> ExportView:
-        self._allow(request, "StopExport")
+        self._record(request, "StopExport")
         with self.context.database.write() as session:
             found = exports.get(session, request.account, request.params["export"], lock=True)
             view = _view(exports.stop(session, _existing(request, found)))
         self.context.wake()
         return view
 
-    def _allow(self, request: Request, action: str) -> None:
-        self.context.allow(request, action, f"model-export/{request.params['export']}")
+    def _record(self, request: Request, action: str) -> None:
+        self.context.record(request, action, f"model-export/{request.params['export']}")
 
 
 def _existing(request: Request, found: ModelExport | None) -> ModelExport:

@@ -14,17 +14,9 @@ from luthier.api.native import (
     usage,
 )
 from luthier.api.native.operations import Context, NativeFace, NativeOperation, View, document
-from luthier.api.policies import may_anywhere
+from luthier.api.roles import Permission, permissions_of
 from luthier.jobs.deletion import Deletions
 from luthier.serving.pool import ModelPool
-
-ACTIONS = (
-    "ListJobs", "CreateJob", "InspectData", "EstimateJob", "PauseJob", "ResumeJob", "StopJob",
-    "ReadLabelIssues", "CreateExport", "StopExport", "DeleteModel", "LoadModel", "UnloadModel",
-    "PinModel", "UnpinModel", "Predict", "SampleImages", "ReconstructImages", "GetUsage",
-    "openai.chat.completions.create",
-)  # fmt: skip
-"""Actions that the console has a page or a button for."""
 
 
 class WhoView(View):
@@ -33,8 +25,10 @@ class WhoView(View):
     account: str
     user: str
     arn: str
-    actions: list[str]
-    """Actions of the console that the policies allow on at least one resource."""
+    roles: list[str]
+    """Role of the user, and of the key if it has its own."""
+    permissions: list[Permission]
+    """Classes of operations that all of these roles allow."""
 
 
 def native_face(
@@ -44,8 +38,13 @@ def native_face(
 
     def who(request: Request) -> WhoView:
         caller = request.caller
-        actions = [each for each in ACTIONS if may_anywhere(caller, f"luthier:{each}")]
-        return WhoView(account=caller.account, user=caller.user, arn=caller.arn, actions=actions)
+        return WhoView(
+            account=caller.account,
+            user=caller.user,
+            arn=caller.arn,
+            roles=list(caller.roles),
+            permissions=sorted(permissions_of(caller)),
+        )
 
     def serve_document(request: Request) -> Response:
         return Response.json(document(operations, version))

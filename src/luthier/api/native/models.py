@@ -120,7 +120,7 @@ class _Models:
         self.context = context
 
     def list_models(self, request: Request) -> ModelsView:
-        self.context.allow(request, "ListModels", "*")
+        self.context.record(request, "ListModels", "*")
         own = select(CustomModel).where(
             CustomModel.account == request.account, CustomModel.status != RESERVED
         )
@@ -134,8 +134,7 @@ class _Models:
             base = find_foundation(self.context.arns, request.params["model"])
             found = base or self.context.asked_model(request, session, "GetModel")
         if isinstance(found, FoundationModel):
-            arn = self.context.arns.foundation_model(found.id)
-            self.context.authorize(request.caller, "luthier:GetModel", arn)
+            self.context.record_base("GetModel", found)
             view = self._foundation(found)
         else:
             view = self._custom(found)

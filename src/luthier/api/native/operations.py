@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.json_schema import models_json_schema
 from sqlalchemy.orm import Session
 
+from luthier.api.audit import record_action
 from luthier.api.http.messages import (
     CheckedBody,
     Fault,
@@ -23,7 +24,7 @@ from luthier.api.http.messages import (
     RequestHead,
     Response,
 )
-from luthier.api.http.routing import Authorize, Operation, Route, Router
+from luthier.api.http.routing import Operation, Route, Router
 from luthier.api.identifiers import (
     Invocable,
     find_foundation,
@@ -32,7 +33,6 @@ from luthier.api.identifiers import (
     invocable_model,
     resolve_name,
 )
-from luthier.api.policies import refusals_naming, refuse_denied
 from luthier.jobs.submit import SETTABLE_DATA
 from luthier.limits import AccountQuotas
 from luthier.store.arns import Arns
@@ -45,7 +45,6 @@ from luthier.validation import describe_error
 STATUS = {
     "Validation": 400, "Serialization": 400, "Conflict": 409, "ServiceQuotaExceeded": 400,
     "MissingAuthenticationToken": 401, "UnrecognizedClient": 401, "InvalidSignature": 401,
-    "ExpiredToken": 401,
     "IncompleteSignature": 400, "AccessDenied": 403, "ResourceNotFound": 404, "UnknownOperation": 404,
     "MethodNotAllowed": 405, "RequestEntityTooLarge": 413,
     "RequestTimeout": 408, "Throttling": 429, "InternalServer": 500,
@@ -68,24 +67,6 @@ _ERROR = {
         }
     },
 }
-_SAME = {
-    "CreateJob": "CreateModelCustomizationJob",
-    "GetJob": "GetModelCustomizationJob",
-    "ReadLabelIssues": "GetModelCustomizationJob",
-    "StopJob": "StopModelCustomizationJob",
-    "PauseJob": "StopModelCustomizationJob",
-    "ListJobs": "ListModelCustomizationJobs",
-    "GetModel": "GetCustomModel",
-    "DeleteModel": "DeleteCustomModel",
-    "CreateExport": "CreateModelCopyJob",
-    "ListModels": "ListCustomModels",
-    "Predict": "InvokeModel",
-    "SampleImages": "InvokeModel",
-    "ReconstructImages": "InvokeModel",
-    "LoadModel": "InvokeModel",
-    "PinModel": "InvokeModel",
-}
-"""Operations of Bedrock that come to the same: who is denied those is denied these."""
 
 
 class Input(CheckedBody):
@@ -160,7 +141,12 @@ class NativeFace:
     def __init__(self, operations: Sequence[NativeOperation]) -> None:
         self.router = Router(
             Operation(
-                f"native.{each.name}", each.method, each.path, partial(_run, each), long=each.long
+                f"native.{each.name}",
+                each.method,
+                each.path,
+                partial(_run, each),
+                long=each.long,
+                action=f"luthier:{each.name[0].upper()}{each.name[1:]}",
             )
             for each in operations
         )
@@ -318,7 +304,6 @@ class Context:
     database: Database
     arns: Arns
     locations: Locations
-    authorize: Authorize
     quotas: Callable[[str], AccountQuotas]
     """Of an account."""
     wake: Callable[[], None]
@@ -326,27 +311,15 @@ class Context:
     delete_model: Callable[[CustomModel], None]
     """Deletes a model, wherever it is; raises ``WrongState`` where it is in use."""
 
-    def allow(self, request: Request, action: str, path: str, shown: str | None = None) -> None:
-        """Refuse a caller who may not; ``path`` is the end of an ARN, or ``*`` for everything.
-
-        A refusal names ``shown``, the end as the caller wrote it: who asked by a name learns no id.
-        """
-        resource = self._resource(request, path)
-        with refusals_naming(resource, self._resource(request, shown or path)):
-            self._allow(request, action, resource)
-
-    def allow_base(self, request: Request, action: str, model: FoundationModel) -> None:
-        """Refuse a caller who may not do this with a foundation model."""
-        self._allow(request, action, self.arns.foundation_model(model.id))
-
-    def _allow(self, request: Request, action: str, resource: str) -> None:
-        self.authorize(request.caller, f"luthier:{action}", resource)
-        if action in _SAME:
-            refuse_denied(request.caller, f"bedrock:{_SAME[action]}", resource)
-
-    def _resource(self, request: Request, path: str) -> str:
+    def record(self, request: Request, action: str, path: str) -> None:
+        """Note ``action`` for the audit log; ``path`` is the end of an ARN, or ``*`` for everything."""
         kind, _, rest = path.partition("/")
-        return path if path == "*" else self.arns.of(request.account, kind, rest)
+        resource = path if path == "*" else self.arns.of(request.account, kind, rest)
+        record_action(f"luthier:{action}", resource)
+
+    def record_base(self, action: str, model: FoundationModel) -> None:
+        """Note for the audit log an action on a foundation model."""
+        record_action(f"luthier:{action}", self.arns.foundation_model(model.id))
 
     def base(
         self, session: Session, account: str, identifier: str
@@ -358,33 +331,31 @@ class Context:
     def asked_model(
         self, request: Request, session: Session, action: str, *, active: bool = False
     ) -> CustomModel:
-        """The account's model that a path names, where the caller may; a policy decides on its ARN."""
+        """Return the account's model that the path names, and record its ARN for the audit log."""
         name = request.params["model"]
         model = find_model(session, self.arns, request.account, name)
         if model is not None and active and model.status != ACTIVE:
             model = None
-        shown = f"custom-model/{name}"
-        path = f"custom-model/{model.foundation}/{model.id}" if model else shown
-        self.allow(request, action, path, shown)
+        path = f"{model.foundation}/{model.id}" if model else name
+        self.record(request, action, f"custom-model/{path}")
         if model is None:
             raise not_found("model", name)
         return model
 
     def invoked_model(self, request: Request, action: str) -> Invocable:
-        """Return the model that answers to the name in the path, where the caller may use it.
+        """Return the model that answers to the name in the path.
 
         The name is of a deployment or of a custom model; see
         :func:`luthier.api.identifiers.resolve_name`.
         """
         name = request.params["model"]
         named = resolve_name(self.database, self.arns, request.account, name)
-        shown = f"custom-model/{name}"
         if named != name:
-            self.allow(request, action, named.rpartition(":")[2], shown)
+            self.record(request, action, named.rpartition(":")[2])
             return invocable(self.database, self.arns, request.account, named)
         found = invocable_model(self.database, self.arns, request.account, name)
-        path = shown if found is None else found.arn.rpartition(":")[2]
-        self.allow(request, action, path, shown)
+        path = f"custom-model/{name}" if found is None else found.arn.rpartition(":")[2]
+        self.record(request, action, path)
         if found is None:
             raise not_found("model", name)
         return found

@@ -101,7 +101,7 @@ class _Reports:
         self._free = threading.BoundedSemaphore(AT_ONCE)
 
     def inspect(self, request: Request, body: Inspection) -> ReportView:
-        self.context.allow(request, "InspectData", "*")
+        self.context.record(request, "InspectData", "*")
         base = None if body.base is None else self._model(request, body.base)
         with self._folder() as folder:
             media = base is None or base_reads_media(base)
@@ -120,7 +120,7 @@ class _Reports:
     def estimate(self, request: Request, body: Planned) -> EstimateView:
         from luthier.recipe import to_toml
 
-        self.context.allow(request, "EstimateJob", "*")
+        self.context.record(request, "EstimateJob", "*")
         grader = check_client_grader(body.grader) if body.grader else None
         with self.context.database.read() as session:
             base = self.context.base(session, request.account, body.base)

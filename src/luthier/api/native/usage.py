@@ -91,7 +91,7 @@ class _Usage:
         self.context = context
 
     def quotas(self, request: Request) -> UsageView:
-        self.context.allow(request, "GetUsage", "*")
+        self.context.record(request, "GetUsage", "*")
         quotas = self.context.quotas(request.account)
         with self.context.database.read() as session:
             found = quota_usage(session, request.account)
@@ -101,7 +101,7 @@ class _Usage:
         return UsageView(account=request.account, quotas=views)
 
     def days(self, request: Request, asked: Days) -> DaysView:
-        self.context.allow(request, "GetUsage", "*")
+        self.context.record(request, "GetUsage", "*")
         last = asked.last or now().date()
         first = asked.first or last - timedelta(days=DAYS)
         with self.context.database.read() as session:

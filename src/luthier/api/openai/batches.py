@@ -18,9 +18,9 @@ from luthier.api.background import BackgroundRunner, caller_fields, check_in_fli
 from luthier.api.http.messages import Caller, Fault, Request, Response, parse_json
 from luthier.api.http.routing import Operation
 from luthier.api.openai.protocol import (
-    Access,
     Body,
     Metadata,
+    Recorder,
     absent,
     body,
     error_of,
@@ -71,6 +71,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
     """Answers the lines of batches. Start it with the server; several servers may share a database."""
 
     kind, at_once, working = Batch, AT_ONCE, store.IN_PROGRESS
+    action = "luthier:openai.batches.create"
 
     def __init__(
         self,
@@ -301,9 +302,9 @@ class Batches:
     """The resource."""
 
     def __init__(
-        self, database: Database, files: UploadedFiles, access: Access, runner: BatchRunner
+        self, database: Database, files: UploadedFiles, recorder: Recorder, runner: BatchRunner
     ) -> None:
-        self.database, self.files, self.access, self.runner = database, files, access, runner
+        self.database, self.files, self.recorder, self.runner = database, files, recorder, runner
 
     def operations(self) -> Iterable[Operation]:
         """What can be done with batches."""
@@ -317,7 +318,7 @@ class Batches:
     def create(self, request: Request) -> Response:
         """Take a batch; its lines are looked at in the background."""
         parameters = body(request, CreateBatch)
-        self.access.to(request, "batches.create", "batch")
+        self.recorder.record(request, "batches.create", "batch")
         account = request.caller.account
         found = self.files.get(account, parameters.input_file_id)
         if found is None:
@@ -345,7 +346,7 @@ class Batches:
 
     def list(self, request: Request) -> Response:
         """A page of batches, the newest first."""
-        self.access.to(request, "batches.list")
+        self.recorder.record(request, "batches.list")
         limit, after = page_query(request)
         account = request.caller.account
         with self.database.read() as session:
@@ -362,7 +363,7 @@ class Batches:
     def retrieve(self, request: Request) -> Response:
         """One batch."""
         batch_id = request.params["batch"]
-        self.access.to(request, "batches.retrieve", "batch", batch_id)
+        self.recorder.record(request, "batches.retrieve", "batch", batch_id)
         with self.database.read() as session:
             batch = store.get(session, request.caller.account, batch_id)
             if batch is None:
@@ -372,7 +373,7 @@ class Batches:
     def cancel(self, request: Request) -> Response:
         """Answer no further lines; those that are answered are in the files."""
         batch_id = request.params["batch"]
-        self.access.to(request, "batches.cancel", "batch", batch_id)
+        self.recorder.record(request, "batches.cancel", "batch", batch_id)
         with self.database.write() as session:
             batch = store.get(session, request.caller.account, batch_id, lock=True)
             if batch is None:

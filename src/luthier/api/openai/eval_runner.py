@@ -115,6 +115,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
     """The thread that works on runs; several servers may share one database."""
 
     kind, at_once, working = EvaluationRun, AT_ONCE, store.IN_PROGRESS
+    action = "luthier:openai.evals.runs.create"
     gives_up = True
 
     def __init__(

@@ -24,9 +24,9 @@ from luthier.api.openai.eval_runs import (
 )
 from luthier.api.openai.generation import Inference
 from luthier.api.openai.protocol import (
-    Access,
     Body,
     Metadata,
+    Recorder,
     absent,
     body,
     invalid,
@@ -46,7 +46,7 @@ from luthier.store.database import Database, now, page_of
 from luthier.store.evaluations import Eval, EvaluationRow, EvaluationRun
 
 _CONTENT = "evals.runs.content"
-"""Asked of policies for what rows hold: that there is a run may be known to more people."""
+"""Action in the audit log for reading the rows of a run."""
 _STATUSES = (store.QUEUED, store.IN_PROGRESS, store.COMPLETED, store.CANCELED, store.FAILED)
 _FILTERS = {"pass": store.PASS, "fail": store.FAIL, "failed": store.FAIL, "error": store.ERROR}
 """``failed`` is what OpenAI's documentation says, and ``fail`` what its types do."""
@@ -98,12 +98,12 @@ class Evals:
         database: Database,
         parts: EvalParts,
         inference: Inference,
-        access: Access,
+        recorder: Recorder,
         runner: EvaluationRunner,
         limits: ServerLimits,
     ) -> None:
         self.database, self.parts, self.inference = database, parts, inference
-        self.access, self.runner, self.limits = access, runner, limits
+        self.recorder, self.runner, self.limits = recorder, runner, limits
 
     def operations(self) -> Iterable[Operation]:
         """What can be done with evals."""
@@ -138,7 +138,7 @@ class Evals:
     def create(self, request: Request) -> Response:
         """Say how rows are graded; 400 for a criterion that cannot be used."""
         parameters = body(request, CreateEval)
-        self.access.to(request, "evals.create", "eval")
+        self.recorder.record(request, "evals.create", "eval")
         config = parameters.data_source_config
         if isinstance(config, LogsConfig):
             text = "Answers are not kept here: use 'custom', and send rows with each run."
@@ -171,7 +171,7 @@ class Evals:
 
     def list(self, request: Request) -> Response:
         """A page of evals, the oldest first unless asked otherwise."""
-        self.access.to(request, "evals.list")
+        self.recorder.record(request, "evals.list")
         limit, after = page_query(request)
         ascending = is_ascending(request, "asc")
         by = one_of("order_by", text_of(request, "order_by") or "created_at",
@@ -356,7 +356,7 @@ class Evals:
         self, request: Request, session: Session, action: str, *, lock: bool = False
     ) -> Eval:
         eval_id = request.params["eval"]
-        self.access.to(request, action, "eval", eval_id)
+        self.recorder.record(request, action, "eval", eval_id)
         found = store.get_eval(session, request.caller.account, eval_id, lock=lock)
         if found is None:
             raise absent("eval", eval_id, "eval_id")
@@ -366,7 +366,7 @@ class Evals:
         self, request: Request, session: Session, action: str, *, lock: bool = False
     ) -> EvaluationRun:
         eval_id, run_id = request.params["eval"], request.params["run"]
-        self.access.to(request, action, "eval", eval_id)
+        self.recorder.record(request, action, "eval", eval_id)
         found = store.get_run(session, request.caller.account, run_id, lock=lock)
         if found is None or found.eval_id != eval_id:
             raise absent("eval run", run_id, "run_id")

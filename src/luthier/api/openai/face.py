@@ -8,7 +8,7 @@ from functools import partial
 from typing import Protocol
 
 from luthier.api.http.messages import Fault, RequestHead, Response
-from luthier.api.http.routing import Authorize, Operation, Route, Router
+from luthier.api.http.routing import Operation, Route, Router
 from luthier.api.openai import protocol
 from luthier.api.openai.batches import Batches, BatchRunner
 from luthier.api.openai.chat import Chats
@@ -23,7 +23,7 @@ from luthier.api.openai.generation import Inference
 from luthier.api.openai.graders import Graders, PooledModels
 from luthier.api.openai.images import Images
 from luthier.api.openai.models import Catalogue, DeleteModel, Models
-from luthier.api.openai.protocol import Access
+from luthier.api.openai.protocol import Recorder
 from luthier.api.openai.responses import Responses
 from luthier.api.settings import Settings
 from luthier.limits import AccountQuotas
@@ -57,7 +57,6 @@ class OpenAIFace:
         database: Database,
         settings: Settings,
         pool: ModelPool,
-        authorize: Authorize,
         objects: Objects,
         delete_model: DeleteModel,
         *,
@@ -72,7 +71,6 @@ class OpenAIFace:
             database: where everything is kept.
             settings: of the server.
             pool: the models that answer.
-            authorize: asks the policies.
             objects: the built-in object store, which holds the bytes of files.
             delete_model: deletes a custom model with all that belongs to it.
             quotas: of an account.
@@ -81,10 +79,10 @@ class OpenAIFace:
             count: told what lines of batches and rows of evaluations use.
         """
         arns = Arns(settings.region)
-        access = Access(authorize, settings.region)
+        recorder = Recorder(settings.region)
         self.files = UploadedFiles(database, objects)
         catalogue = Catalogue(database, arns)
-        inference = Inference(catalogue, access, pool)
+        inference = Inference(catalogue, pool)
         limited = settings.limits
         self._grading = SandboxPool(
             limited.grading_seconds, limited.grading_memory_bytes, "the grader"
@@ -114,20 +112,23 @@ class OpenAIFace:
             database, partial(EvalTask, parts), objects.quotas, count
         )
         resources: Sequence[Resource] = (
-            Files(self.files, access, file_limit),
-            FineTuning(database, self.files, inference, arns, quotas, wake),
-            Graders(access, inference.judge, PooledModels(pool), self._grading, limited),
-            Models(catalogue, access, delete_model),
+            Files(self.files, recorder, file_limit),
+            FineTuning(database, self.files, inference, recorder, arns, quotas, wake),
+            Graders(recorder, inference.judge, PooledModels(pool), self._grading, limited),
+            Models(catalogue, recorder, delete_model),
             chats,
             responses,
             completions,
             embeddings,
             Images(inference),
-            Batches(database, self.files, access, self.batches),
-            Evals(database, parts, inference, access, self.evaluations, limited),
+            Batches(database, self.files, recorder, self.batches),
+            Evals(database, parts, inference, recorder, self.evaluations, limited),
         )
         operations = (each for resource in resources for each in resource.operations())
-        self.router = Router(replace(each, name=f"openai.{each.name}") for each in operations)
+        self.router = Router(
+            replace(each, name=f"openai.{each.name}", action=f"luthier:openai.{each.name}")
+            for each in operations
+        )
 
     def serves(self, head: RequestHead, service: str) -> bool:
         """What is below its paths."""

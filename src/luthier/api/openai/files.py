@@ -20,7 +20,7 @@ from luthier.api.http.messages import Request, Response, parse_digits
 from luthier.api.http.routing import Operation
 from luthier.api.http.streams import RequestBody, Run
 from luthier.api.openai.protocol import (
-    Access,
+    Recorder,
     absent,
     invalid,
     is_ascending,
@@ -196,9 +196,9 @@ def _unreadable(error: Exception) -> Exception:
 class Files:
     """The resource."""
 
-    def __init__(self, store: UploadedFiles, access: Access, limit: int) -> None:
+    def __init__(self, store: UploadedFiles, recorder: Recorder, limit: int) -> None:
         """``limit`` is the size of a file at most, in bytes."""
-        self.store, self.access, self.limit = store, access, limit
+        self.store, self.recorder, self.limit = store, recorder, limit
 
     def operations(self) -> Iterable[Operation]:
         """What can be done with files."""
@@ -220,7 +220,7 @@ class Files:
 
     def _form(self, request: Request) -> UploadForm:
         """What takes an upload: nothing of one is read that is not allowed."""
-        self.access.to(request, "files.create", "file")
+        self.recorder.record(request, "files.create", "file")
         kind, account = request.headers.get("content-type", ""), request.caller.account
         length = parse_digits(request.headers.get("content-length", "")) or 0
         # The form around the file is small: what is told of the body is nearly told of the file.
@@ -243,7 +243,7 @@ class Files:
 
     def list(self, request: Request) -> Response:
         """A page of files, the newest first unless asked otherwise."""
-        self.access.to(request, "files.list")
+        self.recorder.record(request, "files.list")
         limit, after = page_query(request, MOST, MOST)
         found = self.store.list(
             request.caller.account,
@@ -263,7 +263,7 @@ class Files:
     def delete(self, request: Request) -> Response:
         """Forget a file and its bytes; jobs that have read it go on."""
         file_id = request.params["file"]
-        self.access.to(request, "files.delete", "file", file_id)
+        self.recorder.record(request, "files.delete", "file", file_id)
         if not self.store.delete(request.caller.account, file_id):
             raise absent("File object", file_id, "id")
         return Response.json({"id": file_id, "object": "file", "deleted": True})
@@ -285,7 +285,7 @@ class Files:
 
     def _find(self, request: Request, action: str) -> UploadedFile:
         file_id = request.params["file"]
-        self.access.to(request, action, "file", file_id)
+        self.recorder.record(request, action, "file", file_id)
         row = self.store.get(request.caller.account, file_id)
         if row is None:
             raise absent("File object", file_id, "id")

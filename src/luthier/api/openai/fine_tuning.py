@@ -26,6 +26,7 @@ from luthier.api.openai.graders import grader_fields
 from luthier.api.openai.protocol import (
     CHECKPOINT,
     Metadata,
+    Recorder,
     StrictBody,
     absent,
     body,
@@ -492,13 +493,14 @@ class FineTuning:
         database: Database,
         files: UploadedFiles,
         inference: Inference,
+        recorder: Recorder,
         arns: Arns,
         quotas: Callable[[str], AccountQuotas],
         wake: Callable[[], None],
     ) -> None:
         """``wake`` tells the scheduler that there is a job to work on."""
         self.database, self.files, self.inference = database, files, inference
-        self.catalogue, self.access = inference.catalogue, inference.access
+        self.catalogue, self.recorder = inference.catalogue, recorder
         self.arns, self.quotas = arns, quotas
         self._wake = wake
 
@@ -520,9 +522,7 @@ class FineTuning:
     def create(self, request: Request) -> Response:
         """Put a job into the queue."""
         parameters = body(request, CreateJob)
-        self.access.to(request, "fine_tuning.jobs.create", "fine-tuning-job")
-        every = self.arns.of(request.caller.account, "model-customization-job", "*")
-        self.access.same_as(request, "CreateModelCustomizationJob", every)
+        self.recorder.record(request, "fine_tuning.jobs.create", "fine-tuning-job")
         parameters.check()
         account = request.caller.account
         base = self.catalogue.base(account, parameters.model)
@@ -585,8 +585,7 @@ class FineTuning:
 
     def list(self, request: Request) -> Response:
         """Return a page of the jobs of the account, the newest first."""
-        self.access.to(request, "fine_tuning.jobs.list")
-        self.access.same_as(request, "ListModelCustomizationJobs", "*")
+        self.recorder.record(request, "fine_tuning.jobs.list")
         limit, after = page_query(request)
         metadata = {
             key[len("metadata[") : -1]: values[-1]
@@ -627,14 +626,11 @@ class FineTuning:
         self, request: Request, verb: str, change: Callable[[Session, Job], Job]
     ) -> Response:
         job_id = request.params["job"]
-        self.access.to(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
+        self.recorder.record(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
         with self.database.write() as session:
             job = _job(session, request.caller.account, job_id, lock=True)
             if job is None:
                 raise absent("fine-tuning job", job_id, "id")
-            if verb != "resume":
-                arn = self.arns.job(job.account, job.foundation, job.id)
-                self.access.same_as(request, "StopModelCustomizationJob", arn)
             stopping = job.state == jobs.STOPPING
             if job.state in jobs.ENDED or (stopping and verb != "cancel"):
                 status = "being cancelled" if stopping else job_object(job)["status"]
@@ -673,13 +669,11 @@ class FineTuning:
 
     def _find(self, request: Request, verb: str) -> JobWithModel:
         job_id = request.params["job"]
-        self.access.to(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
+        self.recorder.record(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
         with self.database.read() as session:
             job = _job(session, request.caller.account, job_id)
             if job is None:
                 raise absent("fine-tuning job", job_id, "id")
-            arn = self.arns.job(job.account, job.foundation, job.id)
-            self.access.same_as(request, "GetModelCustomizationJob", arn)
             return _with_model(session, job)
 
     def _object(self, seen: JobWithModel) -> dict[str, Any]:

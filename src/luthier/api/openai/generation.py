@@ -11,13 +11,13 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from luthier.api.audit import record_action
 from luthier.api.http.messages import Caller, Fault, Request, Response, parse_digits, refusal_text
 from luthier.api.http.routing import Operation
 from luthier.api.http.streams import GeneratedPieces
 from luthier.api.identifiers import Invocable
 from luthier.api.openai.models import Catalogue
 from luthier.api.openai.protocol import (
-    Access,
     Body,
     StrictBody,
     body,
@@ -46,6 +46,8 @@ Asked = TypeVar("Asked", bound=Body)
 Judge = Callable[[str, str], str]
 """Given a model's name and the member that holds it: its id in the store; raises where it has none."""
 MOST_STOPS = 4
+INVOKE = "bedrock:InvokeModel"
+"""What the audit log calls each use of a model, whatever the API."""
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 """Of server-sent events."""
 FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
@@ -141,24 +143,24 @@ class SamplingFields(StrictBody):
 
 
 class Inference:
-    """Finds models, asks whether the caller may have them answer, and has them do so."""
+    """Finds models by the names of an account and queries them."""
 
-    def __init__(self, catalogue: Catalogue, access: Access, pool: ModelPool) -> None:
-        self.catalogue, self.access, self.pool = catalogue, access, pool
+    def __init__(self, catalogue: Catalogue, pool: ModelPool) -> None:
+        self.catalogue, self.pool = catalogue, pool
 
     def target(self, caller: Caller, action: str, name: str) -> Invocable:
-        """The model that ``name`` means.
+        """Return the model that ``name`` means.
 
         Raises:
-            Fault: ``AccessDenied``, which is decided first; 404 ``model_not_found``.
+            Fault: 404 ``model_not_found``.
         """
-        found = self._resolve(caller, name, lambda arn: self.access.to_model(caller, action, arn))
+        found = self._resolve(caller, name, f"luthier:openai.{action}", INVOKE)
         if found is None:
             raise model_not_found(name)
         return found
 
     def check(self, caller: Caller, action: str, name: str, where: str) -> None:
-        """Refuse a model that ``caller`` may not have answer, and one that writes no text.
+        """Refuse a model that writes no text.
 
         Raises:
             Fault: as :meth:`target`; 400, naming the member ``where``.
@@ -179,10 +181,10 @@ class Inference:
             raise Fault.of_inference(failed) from failed
 
     def judge(self, caller: Caller) -> Judge:
-        """Finds models that grade, where the caller may have them answer."""
+        """Return a function that finds the models of the caller's account that grade."""
 
         def find(name: str, where: str) -> str:
-            found = self._resolve(caller, name, lambda arn: self.access.to_invoke(caller, arn))
+            found = self._resolve(caller, name, INVOKE)
             if found is None:
                 text = f"The model `{name}` does not exist."
                 raise Fault("Validation", text, parameter=where, reason="model_not_found")
@@ -199,20 +201,13 @@ class Inference:
         if not writes:
             raise invalid(f"The model `{name}` writes no text.", where, "invalid_value")
 
-    def _resolve(self, caller: Caller, name: str, ask: Callable[[str], None]) -> Invocable | None:
-        """What ``name`` means, after ``ask`` let the caller to its ARN; ``None`` for nothing."""
+    def _resolve(self, caller: Caller, name: str, *actions: str) -> Invocable | None:
+        """Return what ``name`` means, and record ``actions`` on its ARN; ``None`` for nothing."""
         name = self.catalogue.resolve(caller.account, name)
-        named = name.startswith("arn:")
-        if named:
-            # Before the look: that it is there, or not ready yet, is for those who may ask it.
-            ask(name)
         found = self.catalogue.target(caller.account, name)
-        if found is not None:
-            arn = found.arn
-        else:
-            arn = name if named else self.catalogue.arns.foundation_model(name)
-        if arn != name:
-            ask(arn)
+        arn = name if name.startswith("arn:") else self.catalogue.arns.foundation_model(name)
+        for action in actions:
+            record_action(action, arn if found is None else found.arn)
         return found
 
     def submit(
@@ -236,7 +231,7 @@ class GenerationResource(Generic[Asked]):
 
     path: str
     action: str
-    """What policies call it, behind ``openai.``."""
+    """Name of the operation in the audit log, after ``openai.``."""
     body: type[Asked]
 
     def __init__(self, inference: Inference) -> None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from luthier.api.http.messages import Caller, Fault, Request, Response
 from luthier.api.http.routing import Operation
 from luthier.api.openai.generation import Judge
-from luthier.api.openai.protocol import Access, Body, body, invalid
+from luthier.api.openai.protocol import Body, Recorder, body, invalid
 from luthier.chat_models.base import CachedWriter, Failure, ModelSpec, SamplingSpec, Writer
 from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import LuthierError, RecipeError
@@ -79,7 +79,7 @@ class Graders:
 
     def __init__(
         self,
-        access: Access,
+        recorder: Recorder,
         judges: Callable[[Caller], Judge],
         models: GraderModels,
         sandbox: SandboxPool,
@@ -89,7 +89,7 @@ class Graders:
 
         In processes of ``sandbox`` texts are compared.
         """
-        self.access, self.judges, self.models = access, judges, models
+        self.recorder, self.judges, self.models = recorder, judges, models
         self.sandbox, self.limits = sandbox, limits
 
     def operations(self) -> Iterable[Operation]:
@@ -104,7 +104,7 @@ class Graders:
 
     def validate(self, request: Request) -> Response:
         """Give a grader back that can be used; 400 for one that cannot."""
-        self.access.to(request, "fine_tuning.alpha.graders.validate")
+        self.recorder.record(request, "fine_tuning.alpha.graders.validate")
         given = body(request, ValidateGrader).grader
         grader_fields(given, "grader", self.judges(request.caller))
         return Response.json({"grader": given})
@@ -115,7 +115,7 @@ class Graders:
         Raises:
             Fault: 400 for texts that are too long, and for what takes too much time or memory.
         """
-        self.access.to(request, "fine_tuning.alpha.graders.run")
+        self.recorder.record(request, "fine_tuning.alpha.graders.run")
         parameters = body(request, RunGrader)
         fields = grader_fields(parameters.grader, "grader", self.judges(request.caller))
         grader = grader_from(fields)

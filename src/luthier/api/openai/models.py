@@ -17,7 +17,7 @@ from luthier.api.identifiers import (
     invocable_model,
     resolve_name,
 )
-from luthier.api.openai.protocol import Access, model_not_found, page, seconds
+from luthier.api.openai.protocol import Recorder, model_not_found, page, seconds
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
@@ -107,8 +107,8 @@ class Catalogue:
 class Models:
     """The resource."""
 
-    def __init__(self, catalogue: Catalogue, access: Access, delete_model: DeleteModel) -> None:
-        self.catalogue, self.access, self._delete = catalogue, access, delete_model
+    def __init__(self, catalogue: Catalogue, recorder: Recorder, delete_model: DeleteModel) -> None:
+        self.catalogue, self.recorder, self._delete = catalogue, recorder, delete_model
 
     def operations(self) -> Iterable[Operation]:
         """What can be done with models."""
@@ -120,7 +120,7 @@ class Models:
 
     def list(self, request: Request) -> Response:
         """Every base model by its alias, and the account's own."""
-        self.access.to(request, "models.list")
+        self.recorder.record(request, "models.list")
         named: list[tuple[FoundationModel | CustomModel, str]]
         bases = foundation_models()
         named = [(each, each.base) for each in bases]
@@ -138,21 +138,16 @@ class Models:
         name, found = request.params["model"], self._find(request, "models.delete")
         if isinstance(found, FoundationModel):
             raise Fault("AccessDenied", f"The base model `{name}` cannot be deleted.")
-        self.access.same_as(request, "DeleteCustomModel", found.arn(self.catalogue.arns))
         self._delete(found)
         return Response.json({"id": name, "object": "model", "deleted": True})
 
     def _find(self, request: Request, action: str) -> FoundationModel | CustomModel:
-        """The model that a request names, where the caller may do this to it by each of its names."""
+        """Return the model that the path names, and record it for the audit log."""
         name = request.params["model"]
-        self.access.to(request, action, "model", name)
+        self.recorder.record(request, action, "model", name)
         found = self.catalogue.find(request.caller.account, name)
         if found is None:
             raise model_not_found(name)
-        if isinstance(found, CustomModel):
-            own = self.catalogue.id_of(found, foundation_models())
-            if own != name:
-                self.access.to(request, action, "model", own)
         return found
 
 

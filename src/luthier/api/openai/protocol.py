@@ -9,17 +9,15 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
+from luthier.api.audit import record_action
 from luthier.api.http.messages import (
-    Caller,
     CheckedBody,
     Fault,
     Request,
     Response,
     parse_digits,
 )
-from luthier.api.http.routing import Authorize
 from luthier.api.openai.validation import describe_error
-from luthier.api.policies import refuse_denied
 from luthier.store.arns import Arns
 from luthier.validation import expected_type
 
@@ -46,7 +44,6 @@ _SHAPES = {
     "IncompleteSignature": _UNKNOWN_KEY,
     "UnrecognizedClient": _UNKNOWN_KEY,
     "InvalidSignature": _UNKNOWN_KEY,
-    "ExpiredToken": _Shape(401, INVALID, "expired_token"),
     "AccessDenied": _Shape(403, "permission_error", "permission_denied"),
     "ResourceNotFound": _Shape(404, INVALID, "not_found"),
     "UnknownOperation": _Shape(404, INVALID, "unknown_url"),
@@ -299,33 +296,16 @@ def seconds(moment: datetime | None) -> int | None:
     return None if moment is None else int(moment.timestamp())
 
 
-class Access:
-    """Asks the policies, by the names of this face."""
+class Recorder:
+    """Notes the actions of the OpenAI API for the audit log."""
 
-    def __init__(self, authorize: Authorize, region: str) -> None:
-        self._authorize, self._arns = authorize, Arns(region)
+    def __init__(self, region: str) -> None:
+        self._arns = Arns(region)
 
-    def to(self, request: Request, action: str, kind: str = "", identifier: str = "") -> None:
-        """Whether the caller may do ``openai.<action>``, to one thing or in general.
-
-        Raises:
-            Fault: ``AccessDenied``, before anybody looked whether the thing is there.
-        """
+    def record(self, request: Request, action: str, kind: str = "", identifier: str = "") -> None:
+        """Note ``openai.<action>`` on one resource of a ``kind``, or in general."""
         resource = "*"
         if kind:
             account = request.caller.account
             resource = self._arns.openai(account, kind, identifier or "*")
-        self._authorize(request.caller, f"luthier:openai.{action}", resource)
-
-    def same_as(self, request: Request, operation: str, arn: str) -> None:
-        """Refuse who is denied the ``operation`` of Bedrock that comes to the same."""
-        refuse_denied(request.caller, f"bedrock:{operation}", arn)
-
-    def to_model(self, caller: Caller, action: str, arn: str) -> None:
-        """Whether the caller may have a model answer through this face."""
-        self._authorize(caller, f"luthier:openai.{action}", arn)
-        self.to_invoke(caller, arn)
-
-    def to_invoke(self, caller: Caller, arn: str) -> None:
-        """Whether the caller may have a model answer at all."""
-        self._authorize(caller, "bedrock:InvokeModel", arn)
+        record_action(f"luthier:openai.{action}", resource)

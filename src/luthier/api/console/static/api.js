@@ -1,8 +1,8 @@
 // Everything that the console asks of the server, with the key of its user.
 
 const KEY = "luthier.key";
-/** Actions that the key may do, as `GET /api/v1/whoami` names them. */
-let actions = new Set();
+/** Permissions of the key, as `GET /api/v1/whoami` names them. */
+let permissions = new Set();
 /** Events and answers that come in one piece of a stream at most, in characters. */
 const LONGEST_EVENT = 1 << 24;
 
@@ -32,23 +32,18 @@ export function signIn(value) {
 
 /**
  * Set what the key of this tab may do.
- * @param {Array<string>} allowed actions, as `GET /api/v1/whoami` names them
+ * @param {Array<string>} allowed permissions, as `GET /api/v1/whoami` names them
  */
 export function setRights(allowed) {
-  actions = new Set(allowed);
+  permissions = new Set(allowed);
 }
 
 /**
- * @param {...string} wanted actions such as `CreateJob`
- * @returns {boolean} whether the key may do one of them; the server decides on each request
+ * @param {string} permission such as `develop`
+ * @returns {boolean} whether the key has it; the server decides on each request
  */
-export function may(...wanted) {
-  return wanted.some((each) => actions.has(each));
-}
-
-/** @returns {boolean} whether the key may query models */
-export function mayQuery() {
-  return may("openai.chat.completions.create", "Predict", "SampleImages", "ReconstructImages");
+export function may(permission) {
+  return permissions.has(permission);
 }
 
 /**

@@ -62,7 +62,7 @@ export function exportsSection(model, signal) {
     await follow();
   };
   follow();
-  return h("section", null, h("h2", null, "Exports"), problem, list, may("CreateExport") ? exportForm(model, signal, follow) : null);
+  return h("section", null, h("h2", null, "Exports"), problem, list, may("develop") ? exportForm(model, signal, follow) : null);
 }
 
 /** Draw the table anew; the focus stays at the button of its export, or in the table where that has none now. */
@@ -92,7 +92,7 @@ function exportsTable(found, stop) {
       ],
       addressOf(each),
       h("span", { title: time(each.created) }, age(each.created)),
-      hasEnded(each.state) || !may("StopExport")
+      hasEnded(each.state) || !may("develop")
         ? null
         : h(
             "button",

@@ -1,6 +1,6 @@
 // One job as it happens: its progress, curves, settings and messages.
 
-import { call, events, may, mayQuery } from "./api.js";
+import { call, events, may } from "./api.js";
 import { lineChart } from "./chart.js";
 import { announce, h, replace, replaceKeepingFocus } from "./dom.js";
 import { learnNames, withNames } from "./files.js";
@@ -16,11 +16,10 @@ const MOST_MESSAGES = 300;
 const DRAW_MILLISECONDS = 250;
 const PARTS = { validation: "Checking the data", data_processing: "Preparing the data", training: "Training" };
 const ACTIONS = {
-  pause: { label: "Pause", action: "PauseJob", states: ["Queued", "Running"] },
-  resume: { label: "Resume", action: "ResumeJob", states: ["Paused"] },
+  pause: { label: "Pause", states: ["Queued", "Running"] },
+  resume: { label: "Resume", states: ["Paused"] },
   stop: {
     label: "Stop",
-    action: "StopJob",
     states: ["Queued", "Running", "Paused"],
     ask: (name) => `Stop the job ${name}? It ends without a model, and cannot be resumed.`,
   },
@@ -98,8 +97,7 @@ export async function render(root, params, signal) {
     drawn = now;
     drawHead(place.head, job, nameOf, act);
     drawResult(place.result, job);
-    if (!place.labels.hasChildNodes() && may("ReadLabelIssues"))
-      replace(place.labels, labelIssuesSection(job, signal));
+    if (!place.labels.hasChildNodes()) replace(place.labels, labelIssuesSection(job, signal));
     drawSettings(place.settings, job);
     drawParts(place.parts, job);
     recipe.textContent = withNames(JSON.stringify(job.recipe, null, 2));
@@ -240,7 +238,7 @@ class Course {
 
 function drawHead(root, job, nameOf, act) {
   const buttons = Object.entries(ACTIONS)
-    .filter(([, action]) => action.states.includes(job.state) && may(action.action))
+    .filter(([, action]) => action.states.includes(job.state) && may("develop"))
     .map(([name, action]) => {
       const button = h("button", { type: "button", class: name === "stop" ? "danger" : null }, action.label);
       button.addEventListener("click", () => act(name, button));
@@ -325,7 +323,7 @@ function drawResult(root, job) {
       "div",
       { class: "actions" },
       h("a", { class: "button primary", href: link("models", job.model_name) }, "Open the model"),
-      mayQuery() ? h("a", { class: "button", href: link("playground", job.model_name) }, "Try it") : null,
+      may("invoke") ? h("a", { class: "button", href: link("playground", job.model_name) }, "Try it") : null,
     ),
   );
 }

@@ -49,7 +49,7 @@ export async function render(root, params, signal) {
         { class: "actions" },
         h("label", { for: "state", class: "visually-hidden" }, "State"),
         filter,
-        may("CreateJob") ? h("a", { class: "button primary", href: link("new") }, "New job") : null,
+        may("develop") ? h("a", { class: "button primary", href: link("new") }, "New job") : null,
       ),
     ),
     refusal,
@@ -131,7 +131,7 @@ function draw(list, jobs, wanted, nameOf) {
     ? `No job is ${wanted.toLowerCase()}.`
     : [
         "There are no jobs yet. ",
-        may("CreateJob")
+        may("develop")
           ? h("button", { type: "button", class: "quiet", onclick: () => go("new") }, "Train the first model")
           : null,
       ];

@@ -95,9 +95,9 @@ async function enter(value) {
 }
 
 function welcome(who) {
-  setRights(who.actions);
+  setRights(who.permissions);
   navigation.hidden = false;
-  for (const each of navigation.querySelectorAll("[data-action]")) each.hidden = !may(each.dataset.action);
+  for (const each of navigation.querySelectorAll("[data-permission]")) each.hidden = !may(each.dataset.permission);
   document.querySelector(".brand").href = home();
   replace(
     account,

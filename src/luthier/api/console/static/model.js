@@ -1,6 +1,6 @@
 // One model: what it is, whether it learned, what is certified of it, and what can be done with it.
 
-import { ApiError, call, may, mayQuery } from "./api.js";
+import { ApiError, call, may } from "./api.js";
 import { certificateDownload, certificateSections } from "./certificate.js";
 import { announce, h, replace } from "./dom.js";
 import { exportsSection } from "./exports.js";
@@ -18,7 +18,7 @@ export async function render(root, params, signal) {
   const model = await call("GET", path, { signal });
   const [certified, { models }, loaded] = await Promise.all([
     readCertificate(path, model, signal),
-    readModels(signal),
+    call("GET", "/api/v1/models", { signal }),
     model.kind === "custom" ? loadedModels(signal) : null,
   ]);
   const active = model.kind === "custom" && model.status === "Active";
@@ -35,13 +35,13 @@ export async function render(root, params, signal) {
       h(
         "div",
         { class: "actions" },
-        model.abilities?.does.length && mayQuery()
+        model.abilities?.does.length && may("invoke")
           ? h("a", { class: "button primary", href: link("playground", model.id) }, "Try it")
           : null,
-        (active || model.kind !== "custom") && may("CreateJob")
+        (active || model.kind !== "custom") && may("develop")
           ? h("a", { class: "button", href: `${link("new")}?base=${encodeURIComponent(model.id)}` }, "Train from it")
           : null,
-        active ? certificateDownload(model, signal) : null,
+        active && may("read") ? certificateDownload(model, signal) : null,
       ),
     ),
     model.failure ? h("p", { class: "box error" }, model.failure) : null,
@@ -60,11 +60,11 @@ export async function render(root, params, signal) {
     certified?.error ? errorBox(certified.error) : null,
     certificate ? certificateSections(certified, models, model.job) : null,
     callingSection(model, certificate?.id ?? (model.kind === "custom" ? null : model.name)),
-    active ? exportsSection(model, signal) : null,
-    model.kind === "custom" && may("DeleteModel") ? deletion(model, path, signal) : null,
+    active && may("read") ? exportsSection(model, signal) : null,
+    model.kind === "custom" && may("develop") ? deletion(model, path, signal) : null,
   );
   // The page stands; what is in memory is kept up to date until it is left.
-  if (memory && loaded !== null) keepUpToDate();
+  if (memory) keepUpToDate();
 
   async function keepUpToDate() {
     while (await pause(SECONDS, signal)) {
@@ -89,21 +89,11 @@ function abilityText(abilities) {
 
 /** The certificate; of a model that has none, or may not be read, `null` or the error to show. */
 async function readCertificate(path, model, signal) {
-  if (model.kind !== "custom" || model.status !== "Active") return null;
+  if (model.kind !== "custom" || model.status !== "Active" || !may("read")) return null;
   try {
     return await call("GET", `${path}/certificate`, { signal });
   } catch (error) {
     if (error instanceof ApiError && error.status !== 401 && error.status !== 0) return { error };
-    throw error;
-  }
-}
-
-async function readModels(signal) {
-  try {
-    return await call("GET", "/api/v1/models", { signal });
-  } catch (error) {
-    // Without the right to list models their names are missing, and nothing else.
-    if (error instanceof ApiError && error.status === 403) return { models: [] };
     throw error;
   }
 }
@@ -136,25 +126,24 @@ function memoryControls(model, path, loaded, signal) {
   };
   const draw = (state) => {
     shown = JSON.stringify(state);
-    words.textContent =
-      loaded === null && !state ? "This key may not see which models are in memory." : memoryText(state);
+    words.textContent = memoryText(state);
     replace(
       actions,
-      !state?.loaded && may("LoadModel")
+      !state?.loaded && may("develop")
         ? h("button", { type: "button", onclick: act("load", "It is being loaded…") }, "Load")
         : null,
-      state?.loaded && !state.pinned && may("UnloadModel")
+      state?.loaded && !state.pinned && may("develop")
         ? h("button", { type: "button", onclick: act("unload", "It is being unloaded…") }, "Unload")
         : null,
-      state?.pinned && may("UnpinModel")
+      state?.pinned && may("develop")
         ? h("button", { type: "button", onclick: act("unpin", "It is being unpinned…") }, "Unpin")
         : null,
-      !state?.pinned && may("PinModel")
+      !state?.pinned && may("develop")
         ? h("button", { type: "button", onclick: act("pin", "It is being loaded and pinned…") }, "Pin")
         : null,
     );
   };
-  draw(loaded?.[model.id]);
+  draw(loaded[model.id]);
   const update = (state) => {
     if (!busy && JSON.stringify(state) !== shown && !actions.contains(document.activeElement)) draw(state);
   };

@@ -1,6 +1,6 @@
 // All models: the account's own, then the base models that jobs start from.
 
-import { ApiError, call, may, mayQuery } from "./api.js";
+import { call, may } from "./api.js";
 import { h, replace } from "./dom.js";
 import { age, bytes, shortName, time } from "./format.js";
 import { errorBox, link, pause } from "./router.js";
@@ -17,16 +17,8 @@ const STATUS = { Active: "good", ACTIVE: "good", Creating: "note", Failed: "erro
 
 /** Draw the page. */
 export async function render(root, params, signal) {
-  let found;
-  try {
-    found = await call("GET", "/api/v1/models", { signal });
-  } catch (error) {
-    if (!(error instanceof ApiError && error.status === 403)) throw error;
-    await renderNames(root, error, signal);
-    return;
-  }
-  const loaded = await loadedModels(signal);
-  let state = { models: found.models, loaded };
+  const { models: found } = await call("GET", "/api/v1/models", { signal });
+  let state = { models: found, loaded: await loadedModels(signal) };
   let shown = JSON.stringify(state);
   const filter = h("input", {
     type: "search",
@@ -43,7 +35,7 @@ export async function render(root, params, signal) {
       "div",
       { class: "heading" },
       h("h1", null, "Models"),
-      may("CreateJob")
+      may("develop")
         ? h("div", { class: "actions" }, h("a", { class: "button primary", href: "#/new" }, "New job"))
         : null,
     ),
@@ -110,36 +102,14 @@ export function writes(model) {
   return model.writes === true;
 }
 
-/** What a key that may only ask models sees: their names, as the OpenAI face lists them. */
-async function renderNames(root, refused, signal) {
-  const { data } = await call("GET", "/v1/models", { signal }).catch((error) => {
-    throw error instanceof ApiError && error.status === 403 ? refused : error;
-  });
-  replace(
-    root,
-    h("h1", null, "Models"),
-    h("p", { class: "soft" }, "This key may ask models, and not read about them."),
-    h(
-      "ul",
-      null,
-      data.map((each) => h("li", null, h("a", { href: link("playground", each.id) }, h("bdi", null, each.id)))),
-    ),
-  );
-}
-
 /**
  * The account's models in memory, by id.
  * @param {AbortSignal} signal
- * @returns {Promise<?Object>} `null` where the key may not list them
+ * @returns {Promise<Object>}
  */
 export async function loadedModels(signal) {
-  try {
-    const { models } = await call("GET", "/api/v1/loaded-models", { signal });
-    return Object.fromEntries(models.map((each) => [each.id, each]));
-  } catch (error) {
-    if (error instanceof ApiError && error.status === 403) return null;
-    throw error;
-  }
+  const { models } = await call("GET", "/api/v1/loaded-models", { signal });
+  return Object.fromEntries(models.map((each) => [each.id, each]));
 }
 
 /** Where a model stands, as a coloured word. */
@@ -171,8 +141,8 @@ function customTable(models, { models: all, loaded }, none) {
       baseLink(model.base, all),
       model.job ? h("a", { href: link("jobs", model.job) }, model.job) : model.source ? "from outside" : "–",
       h("span", { title: time(model.created) }, age(model.created)),
-      loaded === null ? "–" : memoryOf(loaded[model.id]),
-      model.status === "Active" && mayQuery()
+      memoryOf(loaded[model.id]),
+      model.status === "Active" && may("invoke")
         ? h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try")
         : null,
     ]);
@@ -191,7 +161,7 @@ function customTable(models, { models: all, loaded }, none) {
       rows,
       empty: none ?? [
         "This account has no custom models yet. ",
-        may("CreateJob") ? h("a", { href: "#/new" }, "Train one") : null,
+        may("develop") ? h("a", { href: "#/new" }, "Train one") : null,
       ],
     }),
     cutText(models, "newest"),
@@ -209,7 +179,7 @@ function baseTable(models, none) {
           h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
           h("code", null, model.id),
           MADE_FOR[model.base_kind] ?? model.base_kind,
-          mayQuery() ? h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try") : null,
+          may("invoke") ? h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try") : null,
         ]),
       empty: none ?? "The server offers no base models.",
     }),

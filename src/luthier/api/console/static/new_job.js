@@ -38,22 +38,13 @@ const LONGEST_NAME = 63;
 
 /** Draw the form. */
 export async function render(root, params, signal) {
-  if (!may("CreateJob")) {
+  if (!may("develop")) {
     replace(root, h("h1", null, "New job"), h("p", { class: "box note" }, "This key may not create jobs."));
     return;
   }
-  const form = new JobForm(await modelsOf(signal), params, signal);
+  const { models } = await call("GET", "/api/v1/models", { signal });
+  const form = new JobForm(models, params, signal);
   replace(root, h("h1", null, "New job"), form.element);
-}
-
-/** All models; null for who may not list them, and names one by its id. */
-async function modelsOf(signal) {
-  try {
-    return (await call("GET", "/api/v1/models", { signal })).models;
-  } catch (error) {
-    if (error.status !== 403) throw error;
-    return null;
-  }
 }
 
 class JobForm {
@@ -77,7 +68,7 @@ class JobForm {
       onChange: changed,
       help: "Rows that are never learned: the model is measured on them.",
     });
-    const usable = models?.filter((each) => each.status.toLowerCase() === "active");
+    const usable = models.filter((each) => each.status.toLowerCase() === "active");
     const start = params.query.get("base");
     this.base = modelField("base", usable, start, CHOSEN_BASE);
     this.teacher = modelField("teacher", usable, null);
@@ -215,8 +206,8 @@ class JobForm {
       h(
         "div",
         { class: "actions submit" },
-        may("InspectData") ? this.buttons.inspect : null,
-        may("EstimateJob") ? this.buttons.estimate : null,
+        this.buttons.inspect,
+        this.buttons.estimate,
         this.buttons.start,
       ),
       this.outcome,
@@ -480,10 +471,6 @@ function parseObject(text, parameter) {
 }
 
 function modelField(id, models, chosen, none = null) {
-  if (!models) {
-    const help = "Your key may not list models: name one by its id or ARN.";
-    return h("input", { id, type: "text", value: chosen ?? "", placeholder: help, title: help, spellcheck: "false" });
-  }
   const group = (label, kind) => {
     const found = models.filter((each) => each.kind === kind);
     return found.length
@@ -503,7 +490,7 @@ function modelField(id, models, chosen, none = null) {
 
 function nameOf(field) {
   if (!field.value) return "";
-  return field.selectedOptions ? (field.selectedOptions[0]?.textContent ?? "") : field.value;
+  return field.selectedOptions[0]?.textContent ?? "";
 }
 
 /** A free name for a job and its model, from the file or the base and the time at which the form was opened. */

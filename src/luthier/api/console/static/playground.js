@@ -1,6 +1,6 @@
 // Trying a model: which form is shown follows from what the server says that the model does.
 
-import { ApiError, call } from "./api.js";
+import { call } from "./api.js";
 import { h, replace } from "./dom.js";
 import { statusChip } from "./models.js";
 import { errorBox, link } from "./router.js";
@@ -15,20 +15,14 @@ const TABS = {
 
 /** Draw the page. */
 export async function render(root, params, signal) {
-  const model = await readModel(params.id, signal);
+  const model = await call("GET", `/api/v1/models/${encodeURIComponent(params.id)}`, { signal });
   const does = (model.abilities?.does ?? []).filter((each) => each in TABS);
   const heading = h(
     "div",
     { class: "heading" },
     h("h1", null, h("bdi", null, model.name)),
-    model.unread
-      ? null
-      : model.kind === "custom"
-        ? statusChip(model.status)
-        : h("span", { class: "chip" }, "base model"),
-    model.unread
-      ? null
-      : h("div", { class: "actions" }, h("a", { class: "button", href: link("models", model.id) }, "About this model")),
+    model.kind === "custom" ? statusChip(model.status) : h("span", { class: "chip" }, "base model"),
+    h("div", { class: "actions" }, h("a", { class: "button", href: link("models", model.id) }, "About this model")),
   );
   if (!does.length) {
     replace(root, heading, h("p", { class: "box note" }, reasonFor(model)));
@@ -59,29 +53,10 @@ export async function render(root, params, signal) {
   replace(
     root,
     heading,
-    model.unread
-      ? h("p", { class: "soft" }, "This key may not read what the model does. Choose what to ask it for.")
-      : null,
     does.length > 1 ? h("div", { class: "actions tabs", role: "group", "aria-label": "What to try" }, tabs) : null,
     place,
   );
   await choose(does[0]);
-}
-
-/** The model; a key that may ask it and not read about it gets every form that takes a text. */
-async function readModel(id, signal) {
-  try {
-    return await call("GET", `/api/v1/models/${encodeURIComponent(id)}`, { signal });
-  } catch (error) {
-    if (!(error instanceof ApiError && error.status === 403)) throw error;
-    const abilities = {
-      does: ["write", "predict", "embed", "make_images"],
-      reads: ["text"],
-      labels: [],
-      reads_prompts: true,
-    };
-    return { id, name: id, kind: "custom", status: "Active", abilities, unread: true };
-  }
 }
 
 function reasonFor(model) {

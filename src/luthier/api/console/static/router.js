@@ -21,7 +21,7 @@ let shown = null;
 
 /** @returns {string} address of the first page that the key may see */
 export function home() {
-  return link(may("ListJobs") ? "jobs" : "models");
+  return link(may("read") ? "jobs" : "models");
 }
 
 /**

@@ -8,6 +8,15 @@ from luthier.store.database import Plain
 revision = "0004"
 down_revision = "0003"
 
+_ALLOW_ALL = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
+}
+_ROLES = {
+    "admin": "administrator", "developer": "developer", "auditor": "read-only",
+    "invoke-only": "invoker",
+}  # fmt: skip
+
 
 def upgrade() -> None:
     """Drop what no code reads any more."""
@@ -29,6 +38,7 @@ def upgrade() -> None:
         ("batch_lines", "result", "result"),
     ):
         _store_as_text(table, column, name)
+    _replace_policies()
 
 
 def _store_as_text(table: str, column: str, name: str) -> None:
@@ -44,3 +54,26 @@ def _store_as_text(table: str, column: str, name: str) -> None:
     with op.batch_alter_table(table) as batch:
         batch.drop_column(column)
         batch.alter_column("as_text", new_column_name=name, existing_type=sa.Text(), nullable=False)
+
+
+def _replace_policies() -> None:
+    """Give each user a role in place of policies; users with policies of their own become read-only."""
+    bind, users = op.get_bind(), sa.table(
+        "users", sa.column("seq"), sa.column("role"), sa.column("policies", Plain)
+    )  # fmt: skip
+    roles = {}
+    for user in bind.execute(sa.select(users)).all():
+        if user.role is None and user.policies == [_ALLOW_ALL]:
+            roles[user.seq] = "administrator"
+        elif user.role in _ROLES and not user.policies:
+            roles[user.seq] = _ROLES[user.role]
+    # Not in batch mode: SQLite would drop the table that keys reference.
+    op.drop_column("users", "policies")
+    op.drop_column("users", "role")
+    role = sa.Column("role", sa.String(), nullable=False, server_default="read-only")
+    op.add_column("users", role)
+    for seq, name in roles.items():
+        bind.execute(sa.update(users).where(users.c.seq == seq).values(role=name))
+    op.add_column("access_keys", sa.Column("role", sa.String(), nullable=True))
+    op.add_column("api_keys", sa.Column("role", sa.String(), nullable=True))
+    op.drop_table("iam_roles")
