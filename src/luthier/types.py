@@ -138,10 +138,8 @@ class Message:
         return "\n".join([*([self.content] if self.content else []), *marked])
 
     def to_dict(self) -> dict[str, Any]:
-        """The turn in OpenAI's form, ready for JSON."""
+        """Return the turn in OpenAI's form, ready for JSON, without its training mark."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
-        if not self.learned:
-            turn["weight"] = 0
         if self.reasoning:
             turn["reasoning_content"] = self.reasoning
         if self.calls:
@@ -156,6 +154,11 @@ class Message:
         if self.role == "tool":
             turn["tool_call_id"] = self.call_id
         return turn
+
+    def to_row(self) -> dict[str, Any]:
+        """Return :meth:`to_dict` with ``"weight": 0`` if the turn is not learned."""
+        turn = self.to_dict()
+        return turn if self.learned else {**turn, "weight": 0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,11 @@ import faulthandler
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from luthier.cli.console import heavy_imports
-
-if TYPE_CHECKING:
-    pass
 
 Quotas = Annotated[
     list[str] | None,

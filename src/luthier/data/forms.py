@@ -394,4 +394,4 @@ def _no_place(form: str, what: str) -> RowRefused:
 
 
 def _turn_dicts(turns: Turns) -> list[dict[str, Any]]:
-    return [turn.to_dict() for turn in turns]
+    return [turn.to_row() for turn in turns]

@@ -67,7 +67,7 @@ def parse_turns(record: Record) -> Record:
             except ValueError as error:
                 raise RowRefused(
                     "messages.type",
-                    f"{quote(key)} is a text that is no JSON: {error}.",
+                    f"{quote(key)} is not valid JSON: {error}.",
                     'Write an array of {"role": "...", "content": "..."} in JSON.',
                 ) from None
     return record
@@ -76,7 +76,7 @@ def parse_turns(record: Record) -> Record:
 def join_context(
     kind: type[Shape], record: Record, asks: bool = False
 ) -> tuple[type[Shape], Record]:
-    """Return the shape and the record with the turns that stand next to it in their places.
+    """Move the system prompt, history and marks of a row into its turns; return shape and record.
 
     A prompt and a completion with a system prompt, earlier turns or tools become messages.
 
@@ -156,7 +156,7 @@ def _turns_of(value: object) -> list[object]:
 
 
 def _put_before(before: list[dict[str, Any]], turns: Iterable[object]) -> list[object]:
-    """Return turns behind others; the same system prompt twice is one.
+    """Return the earlier turns followed by the others, without a repeated system prompt.
 
     Raises:
         RowRefused: if both have a system prompt, and these differ.

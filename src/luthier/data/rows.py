@@ -398,31 +398,15 @@ def _header_fix(record: Record) -> str:
 
 
 def _passage_fix(record: Record) -> str:
-    """Return how to rewrite questions about a passage, as SQuAD has them; empty for other rows.
-
-    To rename the question alone would leave out the passage.
-    """
+    """Return the fix for questions about a passage, as in SQuAD; empty for other rows."""
     paragraphs = record.get("paragraphs")
     first = paragraphs[0] if isinstance(paragraphs, list) and paragraphs else None
-    if isinstance(first, dict) and "qas" in first:
-        steps = (
-            ".. | .paragraphs? // empty | .[] | .context as $context | .qas[] "
-            "| {question, context: $context, answer: .answers[0].text}"
-        )
-    elif {"question", "context"} <= record.keys():
-        answers = record.get("answers")
-        first = answers[0] if isinstance(answers, list) and answers else None
-        answer = ".answers.text[0]" if isinstance(answers, dict) else ".answers[0]"
-        answer += ".text" if isinstance(first, dict) else ""
-        if answers is None:
-            likely = [key for key in record if "answer" in key and isinstance(record[key], str)]
-            answer = f".{likely[0]}" if likely else ".ANSWER"
-        steps = f"{{question, context, answer: {answer}}}"
-    else:
+    nested = isinstance(first, dict) and "qas" in first
+    if not nested and not {"question", "context"} <= record.keys():
         return ""
     return (
-        'Write each question with its passage and one answer as {"question", "context", "answer"}, '
-        f"as by `jq -c '{steps}' OLD > NEW.jsonl`."
+        "Write each question with its passage and one answer as "
+        '{"question": …, "context": …, "answer": …}.'
     )
 
 

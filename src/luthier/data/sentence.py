@@ -73,7 +73,7 @@ class SentencePipeline(BaseModel):
     max_length: int | None = None
     """Tokens of a text, special tokens included; the context of the network if ``None``."""
     lower_case: bool = False
-    """Whether texts are made lower case."""
+    """Whether text is lower-cased before tokenization."""
     prompts: dict[str, str] = {}
     """Texts to put before a text, by name."""
     default_prompt: str | None = None

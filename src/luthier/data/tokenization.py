@@ -231,7 +231,7 @@ class TextEncoder:
     def _divide_by_prefixes(
         self, text: str, parts: Sequence[tuple[int, int]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Do the same as :meth:`divide` with a tokenizer that gives no places."""
+        """Divide a text with a tokenizer that gives no offsets; see :meth:`divide`."""
         ids, places, done = list[int](), list[tuple[int, int]](), 0
         for start, end in parts:
             prompt, whole = self.ids(text[:start]), self.ids(text[:end])

@@ -79,7 +79,7 @@ def read_marks(turn: Record, of_assistant: bool) -> tuple[bool, list[str]]:
         elif of_assistant and _is_about_learning(key) and _may_be_mark(value):
             raise RowRefused(
                 "message.weight",
-                f"the key {quote(key)} may say what is learned of it, and its meaning is unknown.",
+                f"the key {quote(key)} looks like a training mark, but is unknown.",
                 MARK_FIX,
             )
         elif key != "name" or turn.get("role") != "tool":
@@ -94,7 +94,7 @@ def spread_marks(record: Record, turns: Sequence[object]) -> list[object]:
     """Return the turns with the marks that a row holds as a list, one value for each turn.
 
     Raises:
-        RowRefused: if a list has another length than the turns, or the row is not to be learned.
+        RowRefused: if a list has another length than the turns.
     """
     made = list(turns)
     for key, value in record.items():
@@ -122,10 +122,10 @@ def check_row_marks(record: Record, may_list: bool) -> None:
             continue
         listed = _mark_list(value) is not None
         if (listed and not may_list) or (not listed and _truth(value) is (not sense)):
-            what = "a list of marks" if listed else "says that nothing of the row is learned"
+            what = "holds a list of marks" if listed else "says that nothing of the row is learned"
             raise RowRefused(
                 "message.weight",
-                f"{quote(key)} {'holds ' * listed}{what}.",
+                f"{quote(key)} {what}.",
                 f"Remove the row, or set {quote(key)} aside by `data.columns.{key}=` (empty).",
             )
 

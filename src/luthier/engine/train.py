@@ -388,7 +388,7 @@ class Trainer:
         verdict = self._judge(lines, refit)
         if copied := self._describe_copies(network):
             verdict = replace(verdict, text=f"{verdict.text}. {copied}")
-        if usual := self._usual_steps(progress.step):
+        if usual := self._advised_steps(progress.step):
             text = f"{progress.step:,} steps from random weights are few to make images"
             advice = f"Train for {usual:,} steps or more: `training.max_steps={usual}`"
             verdict = replace(verdict, text=f"{verdict.text}. {text}", advice=advice)
@@ -427,8 +427,8 @@ class Trainer:
             refit=refit,
         )
 
-    def _usual_steps(self, steps: int) -> int:
-        """Return the usual number of steps if new weights that make images had few; else 0."""
+    def _advised_steps(self, steps: int) -> int:
+        """Return the advised number of steps if training from random weights was short; else 0."""
         objective = self.job.data.objective
         usual = max(objective.min_steps, objective.defaults.scratch_steps)
         makes = isinstance(objective, SupportsSampling | SupportsReconstruction)

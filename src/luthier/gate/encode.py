@@ -38,7 +38,7 @@ class RowEncoder:
         self._refusals: dict[str, RowRefused] = {}
         # Rows with one and with several replies whose prompts may still differ. One reply that begins
         # with white space is enough for a difference in the row's next prompts.
-        self._prompts_left = {False: 1, True: 3}
+        self._differences_allowed = {False: 1, True: 3}
         self.problems: list[Problem] = []
         self.dropped = self.truncated = 0
 
@@ -81,26 +81,29 @@ class RowEncoder:
         except RecipeError as error:
             fix = "Change the row as the message says, or use a base with another chat template."
             raise RowRefused(TEMPLATE.id, str(error), fix) from error
-        if any(self._prompts_left.values()) and self.objective.task == "causal_lm":
+        if any(self._differences_allowed.values()) and self.objective.task == "causal_lm":
             self._check_prompt(row)
         return example
 
     def _check_prompt(self, row: Row) -> None:
         """Compare the tokens before the last reply with those of the served prompt.
 
-        A base passes with the first row that has the same, by itself for rows with several replies.
+        The check ends at the first row whose tokens agree. Rows with one reply and rows with several
+        replies are checked separately.
         """
         turns = row.turns()
         replies = sum(turn.role == "assistant" and turn.learned for turn in turns)
         several = replies > 1
-        if not replies or turns[-1].role != "assistant" or not self._prompts_left[several]:
+        if not replies or turns[-1].role != "assistant" or not self._differences_allowed[several]:
             return
         try:
             difference = self.format.prompt_difference(turns, row.tools)
         except (RecipeError, RowRefused):
             return  # the objective learns another part of the row
-        self._prompts_left[several] = self._prompts_left[several] - 1 if difference else 0
-        if difference and not self._prompts_left[several]:
+        self._differences_allowed[several] = (
+            self._differences_allowed[several] - 1 if difference else 0
+        )
+        if difference and not self._differences_allowed[several]:
             raise RowRefused(PROMPT_TOKENS.id, difference, PROMPT_TOKENS.fix)
 
     def encode_all(self, rows: Sequence[Row], context: int, long_rows: str) -> Sequence[Example]:

@@ -55,7 +55,7 @@ class DeletionItem:
     size: int
     """Bytes."""
     sha256: str
-    """Of the content for objects; else of the file on the disk."""
+    """SHA-256 of the content for objects, otherwise of the file on the disk."""
 
 
 @dataclass(frozen=True)

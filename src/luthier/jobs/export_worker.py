@@ -150,7 +150,7 @@ class ExportWorker(Worker[ModelExport, Locations]):
         shutil.rmtree(self.folders.data, ignore_errors=True)  # of a worker that was killed
         model = self.retry(lambda: find(row.stored_id))
         form = cast("Format", row.format)
-        size = memory_needed(model, form, row.merged)
+        size = memory_needed(model, form, row.merged, row.quantization)
         if size > total_memory():
             raise RecipeError(
                 f"the export takes about {size >> 20:,} MiB of memory, and the server has "

@@ -84,7 +84,7 @@ class Heartbeat(threading.Thread):
                 _log.error("the lease is lost; nothing more is written")
                 os._exit(LOST)
             except Exception as error:
-                # A full disk, an event that cannot be sealed: this thread must outlive all of it.
+                # Such as a full disk: this thread must outlive every error.
                 _log.warning("the lease could not be renewed: %s", error)
                 if time.monotonic() - heard > SILENCE:
                     os._exit(LOST)
@@ -223,15 +223,6 @@ class Worker(ABC, Generic[Work, Places]):
                     raise
                 _log.warning("the database does not answer: %s", error)
                 time.sleep(1)
-
-    def while_held(self, action: Callable[[], None]) -> None:
-        """``action``, which is short, while no other worker can have the lease: the row is locked."""
-
-        def act(session: Session) -> None:
-            queue.hold(session, self.table, self.row_id, self.lease)
-            action()
-
-        self.write(act)
 
     def reserve_memory(self, size: int) -> None:
         """Let the work count ``size`` bytes among all work of this machine.

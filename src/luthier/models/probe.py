@@ -38,7 +38,7 @@ from luthier.models.network import Network, TreeBatch
 from luthier.types import Example
 
 TOLERANCE = 1e-3
-"""Relative error in float32 that is rounding; 2e-6 was seen of 90 families."""
+"""Relative error in float32 that is rounding; 2e-6 was measured for 90 families."""
 ROUNDED_TOLERANCE = 0.1
 """Relative error that is rounding for the median token in bfloat16; mixtures of experts choose other
 experts for some tokens."""
@@ -66,7 +66,7 @@ class _WideOperations(TorchDispatchMode):
 
 
 class _WideConvolutions(TorchFunctionMode):
-    """The same for convolutions, which compare types before an operation is dispatched."""
+    """Widens the inputs of convolutions, which compare types before an operation is dispatched."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -64,7 +64,8 @@ def adapter_folder(base_model_name: str, lora_name: str) -> Path:
     with _writing:  # vLLM asks for several at once, each in a thread
         folder = _own_folder(peft_folder()) / content_hash(stored)
         if not folder.exists():
-            export(stored, folder, merged=False)
+            # The comparison under PEFT would load the base twice in vLLM's process.
+            export(stored, folder, merged=False, compare=False)
     return folder
 
 

@@ -91,7 +91,7 @@ class EvaluationRow(Base):
     """Of the row in its source, from 1."""
     status: Mapped[str]
     record: Mapped[dict[str, Any]] = mapped_column(JSONText)
-    """What the API shows of the row."""
+    """The row as the API returns it."""
     graded: Mapped[datetime]
 
 

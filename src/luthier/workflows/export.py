@@ -139,13 +139,15 @@ _FIXED_BYTES = 1 << 29
 """Of a process with torch and transformers."""
 
 
-def memory_needed(stored: StoredModel, format: Format, merged: bool | None) -> int:
-    """Bytes that :func:`export_model` takes at its peak, by the number of weights of the network.
+def memory_needed(
+    stored: StoredModel, format: Format, merged: bool | None, quantization: str | None = None
+) -> int:
+    """Return the peak memory of :func:`export_model` in bytes, by the weights of the network.
 
-    For each weight: merged, the network and a copy that is written, in the working type; in GGUF the
-    network, the same in float32 to compare with, and the file that llama.cpp has opened; of an adapter
-    alone in GGUF two networks and the file of its base; in ONNX the network in float32, the traced
-    graph with weights of its own, the bytes that are written, and what ONNX Runtime loads.
+    Per weight: for safetensors, the network and a copy in at most float32; for GGUF, the network, the
+    network in float32 to compare with, and the file opened by llama.cpp; for a GGUF adapter, two
+    networks and the file of the base; for ONNX, the network in float32, the traced graph, the bytes
+    written, and what ONNX Runtime loads. Safetensors of a model without a parent are copied.
     """
     from luthier.engine.machine import choose_machine
     from luthier.models.load import read_config, sketch_of
@@ -154,13 +156,12 @@ def memory_needed(stored: StoredModel, format: Format, merged: bool | None) -> i
     head = objective_of(stored).head()
     sketch = sketch_of(read_config(stored.network_folder, head), head)
     count = sum(weight.numel() for weight in sketch.parameters())
-    size = choose_machine().dtype.itemsize if format == "gguf" else 4
     if format == "gguf":
-        each = 16 if merged is False else size + 8
+        each = 16 if merged is False else choose_machine().dtype.itemsize + 8
     elif format == "onnx":
         each = 20
-    else:  # under PEFT an adapter is compared in float32
-        each = 0 if stored.parent is None else 2 * size
+    else:
+        each = 0 if stored.parent is None and quantization is None else 8
     return _FIXED_BYTES + count * each
 
 

@@ -143,8 +143,8 @@ def _without_effect(request: ControlRequest) -> Iterator[str]:
     """What AWS does with a job and a server of one's own does not, for the events of the job."""
     if "customModelKmsKeyId" in request.members:
         yield (
-            "customModelKmsKeyId is shown again and has no effect: there is no KMS here. Models are "
-            "encrypted where the server was given a key of its own for that."
+            "customModelKmsKeyId is stored and has no effect: luthier has no KMS. Use an encrypted "
+            "volume."
         )
     if "vpcConfig" in request.members:
         yield "vpcConfig is shown again and has no effect: jobs run in the network of the worker."

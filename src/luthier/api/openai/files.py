@@ -1,7 +1,6 @@
 """``/files``: what clients upload, and what jobs and batches wrote for them.
 
-The file of a form goes straight to where the store keeps it, encrypted where that is: it is never held
-in memory, and written once.
+The server writes the file of a form straight to the store, once, and never holds the file in memory.
 """
 
 from __future__ import annotations

@@ -370,7 +370,7 @@ def _error(job: Job) -> dict[str, Any] | None:
     message = failure.replace(file_address(""), "")
     if not _RULE.search(message):
         return {"code": "job_failed", "message": message, "param": None}
-    held = job.request.get("validation_file")
+    held = _as_sent(job).get("validation_file")
     first = _RULE.split(message, maxsplit=1)[0]
     param = "validation_file" if held and held in first else "training_file"
     return {"code": f"invalid_{param}", "message": message, "param": param}

@@ -50,7 +50,6 @@ class Catalogue:
         if base is not None:
             arn = self.arns.foundation_model(base.id)
             return Invocable(base.base, arn, arn)
-        name = self.resolve(account, name)
         found = invocable_model(self.database, self.arns, account, name)
         if found is not None or not name.startswith("arn:"):
             return found

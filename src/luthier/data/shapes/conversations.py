@@ -126,7 +126,7 @@ class Conversation(Shape):
     def record(self) -> Record:
         """Who says what, and the tools."""
         return {
-            "messages": [turn.to_dict() for turn in self.messages],
+            "messages": [turn.to_row() for turn in self.messages],
             **tool_record(self.tools),
         }
 

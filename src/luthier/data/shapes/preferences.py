@@ -206,7 +206,7 @@ def _strip(turns: Turns) -> list[tuple[str, str, str]]:
 
 def _short(turns: Turns, role: str) -> object:
     """Return the turns as people write them: a single turn of ``role`` is its text."""
-    written = [turn.to_dict() for turn in turns]
+    written = [turn.to_row() for turn in turns]
     plain = {"role": role, "content": turns[0].content}
     return turns[0].content if written == [plain] else written
 

@@ -41,17 +41,14 @@ class EndpointVerification:
     """Number of prompts that the endpoint answered."""
     same: int
     """Number of replies that are identical to the model's."""
+    is_served: bool
+    """Whether the endpoint serves the model."""
     text: str
     """The result as a sentence."""
     differences: list[dict[str, str]] = field(default_factory=list)
     """``prompt``, ``expected`` and ``received`` of each reply that differs."""
     failures: list[str] = field(default_factory=list)
     """Reasons of the prompts without a reply."""
-
-    @property
-    def is_served(self) -> bool:
-        """Whether the endpoint serves the model."""
-        return self.same >= SAME_SHARE * self.prompts
 
 
 def check_generates(model: StoredModel) -> None:
@@ -142,6 +139,7 @@ def verify_endpoint(
         if own.strip() != reply.text.strip()
     ]
     total, same = len(received), len(received) - len(differences)
-    does = "serves" if same >= SAME_SHARE * total else "does not serve"
+    is_served = same >= SAME_SHARE * total
+    does = "serves" if is_served else "does not serve"
     text = f"The endpoint {does} {model.id}: {same} of {total} greedy replies are identical."
-    return EndpointVerification(total, same, text, differences, failures)
+    return EndpointVerification(total, same, is_served, text, differences, failures)
