@@ -1,10 +1,10 @@
-"""Messages name settings once, and every face in its own words; none over the API names an option."""
+"""Names of settings in messages: recipe names between backticks, which each API replaces by its own."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +16,14 @@ from luthier.api.native.operations import setting_name as native
 from luthier.api.openai.fine_tuning import Hyperparameters
 from luthier.api.openai.fine_tuning import setting_name as openai
 from luthier.gate.checks import all_rules
+from luthier.printable import command_option, map_code
 from luthier.recipe import Recipe, Training
-from luthier.setting_names import SettingName, option, with_setting_names, without_commands
-from luthier.types import map_texts
 
-FACES: dict[str, SettingName] = {"bedrock": bedrock, "openai": openai, "native": native}
+APIS: dict[str, Callable[[str], str]] = {"bedrock": bedrock, "openai": openai, "native": native}
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
 COMMANDS = ("cli", "sdk/hub", "sdk/imports", "workflows/advise", "workflows/estimate", "limits.py",
-            "pretrain_recipe.py", "api/http/server.py", "setting_names.py")  # fmt: skip
+            "pretrain_recipe.py", "api/http/server.py", "printable.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
     "data/convert.py", "data/writers.py", "serving/export.py", "workflows/learning_curve.py",
@@ -69,63 +68,58 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def test_no_text_that_can_reach_a_client_names_an_option() -> None:
-    found = {name for name, text in texts() if OPTION.search(without_commands(text))}
+    found = {name for name, text in texts() if OPTION.search(map_code(text, lambda code: ""))}
     assert not found
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_rules_of_the_gate_name_no_option(face: str) -> None:
+def test_rules_of_the_gate_name_no_option() -> None:
     for rule in all_rules().values():
-        text = with_setting_names(f"{rule.about} {rule.why} {rule.fix}", FACES[face])
-        assert not OPTION.search(text) and "`luthier " not in text, rule.id
-        typed = with_setting_names(rule.fix, option)
-        assert "`data." not in typed, rule.id
-
-
-LONG = "a:3: [row.too_long] Too long. Fix: Shorten the row, or choose `data.long_rows=drop`."
-
-
-def test_each_face_has_its_own_words() -> None:
-    said = {name: with_setting_names(LONG, face) for name, face in FACES.items()}
-    start = "a:3: [row.too_long] Too long. Fix: Shorten the row"
-    assert with_setting_names(LONG, option) == f"{start}, or choose --set data.long_rows=drop."
-    assert said["bedrock"] == f"{start}, or choose hyperParameters luthier.longRows=drop."
-    assert said["native"] == f"{start}, or choose settings.data.long_rows=drop."
-    # OpenAI's jobs have no such setting.
-    assert said["openai"] == f"{start}."
+        text = map_code(f"{rule.about} {rule.why} {rule.fix}", lambda code: "")
+        assert not OPTION.search(text), rule.id
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("api", "code", "name"),
     [
-        ("Use `objective.method=kto`, or mend the rows.", "Mend the rows."),
-        ("Use `objective.method=dpo`, or mend.", "Use method.type=dpo, or mend."),
-        ("Low: try `training.learning_rate=1e-3`.", "Low: try another learning_rate_multiplier."),
-        ("Rename the keys. Or say `data.columns.prompt=Q`.", "Rename the keys."),
-        ("Run `luthier models pull X`, or `luthier inspect --no-base`.", ""),
-        ("fits:\n  `data.long_rows=drop` (1 GB)\n  `base=tiny` (2 GB)", "fits:\n  model=tiny (2 GB)"),
-        ("refused:\n  `training.epochs`: too many\n  `training.threads`: 0",
-         "refused:\n  n_epochs: too many\n  training.threads: 0"),
-        ("The model `my.model` does not exist.", "The model `my.model` does not exist."),
-        ("no setting. Two  spaces, or none.\n", "no setting. Two  spaces, or none.\n"),
+        ("bedrock", "training.epochs", "epochCount"),
+        ("bedrock", "data.long_rows=drop", "luthier.longRows=drop"),
+        ("bedrock", "objective.template=plain", "objective.template=plain"),
+        ("openai", "training.epochs=3", "n_epochs=3"),
+        ("openai", "base=tiny", "model=tiny"),
+        ("openai", "training.learning_rate=1e-3", "training.learning_rate=1e-3"),
+        ("native", "training.epochs=3", "settings.training.epochs=3"),
+        ("native", "data.validation=rows", "validation=rows"),
+        ("native", "data.long_rows=drop", "settings.data.long_rows=drop"),
+        ("native", "my.model", "my.model"),
     ],
-)  # fmt: skip
-def test_advice_that_a_face_has_not_is_left_out(text: str, told: str) -> None:
-    assert with_setting_names(text, openai) == told
-    named = map_texts({"a": [text, 3]}, lambda each: with_setting_names(each, openai))
-    assert named == {"a": [told, 3]}
+)
+def test_each_api_has_its_own_names(api: str, code: str, name: str) -> None:
+    assert APIS[api](code) == name
 
 
-def test_commands_are_for_those_who_have_a_terminal() -> None:
-    text = "Look at it, or run `luthier inspect a.jsonl --html b`. Try `data.long_rows=drop`."
-    assert without_commands(text) == "Look at it. Try `data.long_rows=drop`."
+@pytest.mark.parametrize(
+    ("code", "option"),
+    [
+        ("training.epochs=3", "--set training.epochs=3"),
+        ("training.epochs", "training.epochs"),
+        ("data.columns.prompt=Q=A", "--map prompt=Q=A"),
+        ("data.validation=FILE", "--validation FILE"),
+        ("luthier inspect --map text=a", "luthier inspect --map text=a"),
+    ],
+)
+def test_advice_names_options_of_commands(code: str, option: str) -> None:
+    assert command_option(code) == option
 
 
-def test_faces_name_fields_that_there_are() -> None:
+def test_only_code_is_changed() -> None:
+    text = "base: use `base`, or none.\n  `a b`: base` "
+    assert map_code(text, str.upper) == "base: use `BASE`, or none.\n  `A B`: base` "
+
+
+def test_apis_name_fields_that_exist() -> None:
     fields = {f"training.{name}" for name in Training.model_fields} | set(Recipe.model_fields)
     for each in HYPERPARAMETERS.values():
         field = ".".join(each.field)
         assert each.field[0] != "training" or field in fields
-        assert bedrock(field, None) == f"hyperParameters {each.name}"
-    named = {openai(field, None) for field in fields} - {None}
-    assert set(Hyperparameters.model_fields) <= named
+        assert bedrock(field) == each.name
+    assert set(Hyperparameters.model_fields) <= {openai(field) for field in fields}

@@ -158,12 +158,13 @@ def data_errors(outcome: str) -> Iterator[None]:
 class RecipeError(RefusedInput):
     """A recipe that cannot be carried out: unknown option, impossible value or pair.
 
-    ``field`` is the first that is wrong, where it is one: ``training.epochs``.
+    ``setting`` is the first wrong setting by its name in a recipe, such as ``training.epochs``, and
+    ``value`` its value, if they are known.
     """
 
-    def __init__(self, message: str, field: str | None = None) -> None:
+    def __init__(self, message: str, setting: str | None = None, value: object = None) -> None:
         super().__init__(message)
-        self.field = field
+        self.setting, self.value = setting, value
 
 
 class UnknownModel(RefusedInput):

@@ -3,8 +3,8 @@
 Keys, names, messages and what a model writes may hold escape sequences, which move the cursor, change
 what stands on the screen or answer in the user's name, and turns of direction, which show other words
 than there are. Everything that a command prints goes through here (``luthier.cli.console``), and what
-a report shows. How long something takes, how a process ended, and which name was meant, is written
-here, too.
+a report shows. How long something takes, how a process ended, which name was meant, and the names of
+settings, are written here, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import re
 import signal
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TextIO
 
@@ -102,6 +102,40 @@ def did_you_mean(name: object, names: Iterable[str], otherwise: str) -> str:
     """``did you mean NEAREST?``, and ``otherwise`` where no name is near."""
     near = nearest_name(name, names)
     return f"did you mean {near}?" if near else otherwise
+
+
+def map_code(text: str, change: Callable[[str], str]) -> str:
+    """Return ``text`` with ``change`` applied to all code, which stands between backticks.
+
+    Messages name settings as recipes do, between backticks: `` `training.epochs` `` or
+    `` `data.long_rows=drop` ``. Each API and the command line put their own names in.
+    """
+    parts = text.split("`")
+    parts[1::2] = map(change, parts[1::2])
+    return "`".join(parts)
+
+
+OPTIONS: Mapping[str, str] = {
+    "base": "--base",
+    "objective.method": "--objective",
+    "adaptation.method": "--adaptation",
+    "data.validation": "--validation",
+}
+"""Settings for which every command with a recipe has an option."""
+_OWN_OPTIONS = {**OPTIONS, "long_rows": "--long-rows", "turns": "--turns", "method": "--method"}
+_GROUPS = ("training.", "adaptation.", "objective.", "data.", "teacher.", "sampling.", "insights.")
+
+
+def command_option(code: str) -> str:
+    """Return the option of a command for a setting with its value; other code unchanged."""
+    setting, equals, value = code.partition("=")
+    if not equals:
+        return code
+    if setting.startswith("data.columns."):
+        return f"--map {code.removeprefix('data.columns.')}"
+    if setting in _OWN_OPTIONS:
+        return f"{_OWN_OPTIONS[setting]} {value}"
+    return f"--set {code}" if setting.startswith(_GROUPS) else code
 
 
 def list_some(names: Iterable[str], most: int) -> str:

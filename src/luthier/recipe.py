@@ -259,8 +259,9 @@ def parse(kind: type[Parsed], fields: Mapping[str, Any]) -> Parsed:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        first = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise RecipeError(_explain(error, kind), first or None) from error
+        first = error.errors()[0]
+        setting = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(_explain(error, kind), setting or None, first["input"]) from error
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

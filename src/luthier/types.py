@@ -62,6 +62,15 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
+def dotted_items(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested tables with their dotted names, such as ``training.epochs``."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from dotted_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call that an assistant asks for."""

@@ -58,7 +58,7 @@ def test_the_verdict_is_printed_with_advice_in_the_words_of_the_command_line(
         result.verdict, outcome="worse", text="worse [x]", advice="Try `training.patience=3`"
     )
     print_result(replace(result, verdict=verdict))
-    assert "  worse [x]\n  Try --set training.patience=3\n" in capsys.readouterr().out
+    assert "  worse [x]\n  Try `--set training.patience=3`\n" in capsys.readouterr().out
 
 
 def test_the_first_lines_say_what_is_stored_and_whose_the_figures_are(

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from luthier.api.native import reports
-from luthier.api.native.operations import setting_name
 from luthier.jobs.admission import Capacity
 from luthier.jobs.scheduler import Scheduler
 from luthier.recipe import to_toml
@@ -54,11 +53,11 @@ def test_workers_inspections_and_estimates_import_nothing_from_there(
     queue.schedulers.append(scheduler)
     scheduler.start()
     command = ["inspect", rows, "--base", tiny_base]
-    report = reports._run_command(command, {}, (0, 1, 2), setting_name)
+    report = reports._run_command(command, {}, (0, 1, 2))
     assert report["verdict"] and report["base"] == tiny_base
     recipe = folder / "recipe.toml"
     recipe.write_text(to_toml({"base": tiny_base, "data": {"train": rows}}))
-    found = reports._run_command(["estimate", str(recipe)], {}, (0,), setting_name)
+    found = reports._run_command(["estimate", str(recipe)], {}, (0,))
     assert found["memory"]["value"] > 0
     assert queue.ended(job_id).state == "Completed"
     assert not (tmp_path / "imported").exists()

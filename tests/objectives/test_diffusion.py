@@ -187,7 +187,7 @@ def test_a_negative_prompt_that_says_nothing_is_refused(prepared: Prepare) -> No
         objective, _, _ = prepared(rows)
         with pytest.raises(RecipeError, match=words) as refused:
             objective.with_sampling(DenoisingSettings(negative_prompt=text))
-        assert refused.value.field == "negative_prompt"
+        assert refused.value.setting == "negative_prompt"
         with pytest.raises(RecipeError, match=words):
             prepared(rows, negative_prompt=text)
 

@@ -163,7 +163,7 @@ def test_a_negative_prompt_must_fit_and_change_something(prepared: Callable[...,
     long = one.objective.with_sampling(DenoisingSettings(negative_prompt="a b " * 60))
     with pytest.raises(RecipeError, match=r"the negative prompt has \d+ tokens") as refused:
         long.sample(one.network, ["a cat"], torch.Generator().manual_seed(0))
-    assert refused.value.field == "negative_prompt"
+    assert refused.value.setting == "negative_prompt"
     with pytest.raises(RecipeError, match="changes nothing where guidance_scale is 1"):
         one.objective.with_sampling(DenoisingSettings(guidance_scale=1, negative_prompt="a"))
 

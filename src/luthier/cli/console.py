@@ -25,7 +25,14 @@ from typer.core import TyperCommand, TyperGroup
 from luthier.errors import DataError, LuthierError, ProcessLost, RecipeError, RefusedInput
 from luthier.files import sweep_file, write_bytes
 from luthier.models.process_group import ProcessGroup
-from luthier.printable import finite_or_none, one_line, printable, printable_json
+from luthier.printable import (
+    command_option,
+    finite_or_none,
+    map_code,
+    one_line,
+    printable,
+    printable_json,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -272,15 +279,15 @@ def errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except LuthierError as error:
-        from luthier.setting_names import option, with_setting_names
-
         if as_json:
             body: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
+            if isinstance(error, RecipeError) and error.setting:
+                body |= {"setting": error.setting, "value": error.value}
             if isinstance(error, DataError):
                 body["count"] = len(error.problems)
                 body["problems"] = [asdict(problem) for problem in error.problems]
             print_json({"error": body})
-        note(f"luthier: {with_setting_names(str(error), option)}")
+        note(f"luthier: {map_code(str(error), command_option)}")
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt:
         note("\nstopped")

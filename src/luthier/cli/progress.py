@@ -14,8 +14,7 @@ from typing import Any
 
 from luthier.cli.console import new_console
 from luthier.engine.metrics import Reporter, metrics_beside
-from luthier.printable import format_duration, printable
-from luthier.setting_names import option, with_setting_names
+from luthier.printable import command_option, format_duration, map_code, printable
 
 SECONDS_BETWEEN_LINES = 10.0
 """Of progress, where no bar can be drawn."""
@@ -97,7 +96,7 @@ class LiveReporter(Reporter):
 
     def note(self, text: str) -> None:
         """Print a line worth knowing."""
-        self._print(f"  {with_setting_names(text, option)}")
+        self._print(f"  {map_code(text, command_option)}")
 
     def nothing_to_resume(self, model_id: str) -> None:
         """Say so to who asked for it; a pipeline or a job goes on with what has begun unasked."""

@@ -279,11 +279,11 @@ _STYLES = {
 
 def print_verdict(result: Result) -> None:
     """Whether the run learned, and what to change in a further one."""
-    from luthier.setting_names import option, with_setting_names
+    from luthier.printable import command_option, map_code
 
     if (verdict := result.verdict) is None:
         return
     out = new_console(highlight=False, markup=False, soft_wrap=True)
     out.print(f"  {verdict.text}", style=_STYLES[verdict.outcome])
     if verdict.advice:
-        out.print(f"  {with_setting_names(verdict.advice, option)}")
+        out.print(f"  {map_code(verdict.advice, command_option)}")

@@ -40,7 +40,6 @@ from luthier.gate.texts import excerpt_of
 from luthier.models.manifest import MANIFEST
 from luthier.printable import list_some
 from luthier.recipe import NAME_PATTERN
-from luthier.setting_names import dotted_items
 from luthier.store.model_folders import (
     RUN_REQUEST,
     RUN_RESULT,
@@ -51,6 +50,7 @@ from luthier.store.model_folders import (
     unfinished_run_ids,
     working_folders,
 )
+from luthier.types import dotted_items
 
 METRICS = "metrics.jsonl"
 _FAILURE = "failure.json"

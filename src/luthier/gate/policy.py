@@ -23,7 +23,7 @@ from luthier.errors import RecipeError
 from luthier.files import read_toml
 from luthier.gate.checks import CHECKS, rules_named
 from luthier.gate.rules import ENCODING_RULES, READING_RULES, SEVERITIES, TOO_LONG, SeverityChoice
-from luthier.setting_names import dotted_items
+from luthier.types import dotted_items
 
 _FIXED = {*READING_RULES, *ENCODING_RULES} - {TOO_LONG.id}
 """Rules that refuse training itself. What becomes of long rows is for ``data.long_rows``."""

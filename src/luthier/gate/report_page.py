@@ -29,7 +29,7 @@ from luthier.gate.report import (
 )
 from luthier.gate.rules import SEVERITIES, Place, Rule
 from luthier.pages import Table, render_page
-from luthier.setting_names import option, with_setting_names
+from luthier.printable import command_option, map_code
 
 PLACES = 25
 """Places of each rule on the page; the report as JSON has them all."""
@@ -112,13 +112,13 @@ def _rule(report: Report, rule: Rule) -> dict[str, Any]:
             "what is there": each.message,
             "the row": each.excerpt,
             "with": list_places(each.others, 8),
-            "fix": with_setting_names(each.closest_fix, option),
+            "fix": map_code(each.closest_fix, command_option),
         }
         for each in shown
     ]
     facts = {
         "why": rule.why,
-        "fix": with_setting_names(rule.fix, option),
+        "fix": map_code(rule.fix, command_option),
         "known as": ", ".join(rule.aliases),
     }
     return {

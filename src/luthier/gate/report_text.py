@@ -29,8 +29,7 @@ from luthier.gate.report import (
     verdict_line,
 )
 from luthier.gate.rules import Rule
-from luthier.printable import printable
-from luthier.setting_names import option, with_setting_names
+from luthier.printable import command_option, map_code, printable
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 VERDICTS = {
@@ -144,7 +143,7 @@ def _about(rule: Rule, report: Report) -> Text:
     alone = rule.whole and len(places) == 1  # what mends the first may not mend the others
     if fix := places[0].closest_fix if alone else rule.fix or places[0].fix:
         text.append("\nfix  ", "green")
-        text.append(printable(with_setting_names(fix, option)))
+        text.append(printable(map_code(fix, command_option)))
     return text
 
 

@@ -18,7 +18,6 @@ from sqlalchemy.orm import Session
 
 from luthier.engine.metrics import SCORES, Reporter
 from luthier.printable import finite_or_none
-from luthier.setting_names import without_commands
 from luthier.store.database import now
 from luthier.store.jobs import Job, JobDetails, JobEvent, JobPart, JobProgress
 
@@ -75,9 +74,8 @@ class JobReporter(Reporter):
 
     def note(self, text: str) -> None:
         """A message, once."""
-        # Its owner has no command line.
-        text = without_commands(self.rename(text))
-        if not text or text in self._messages:
+        text = self.rename(text)
+        if text in self._messages:
             return
         self._messages.add(text)
         kind = "warning" if text.startswith("warning") else "message"
@@ -86,9 +84,7 @@ class JobReporter(Reporter):
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Settings that were left open are part of what the job shows; its data are fine."""
         chosen = {name: _plain(value) for name, value, _ in defaults}
-        reasons = {
-            name: without_commands(self.rename(reason)) for name, _, reason in defaults if reason
-        }
+        reasons = {name: self.rename(reason) for name, _, reason in defaults if reason}
         self._detail(
             chosen={**self.details.get("chosen", {}), **chosen},
             reasons={**self.details.get("reasons", {}), **reasons},

@@ -50,7 +50,6 @@ from luthier.jobs.worker import (
 from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
 from luthier.serving.journal import asking_for
-from luthier.setting_names import without_commands
 from luthier.store import jobs, models, queue, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
@@ -216,7 +215,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
             validation_losses=_validation_losses(model, job, data, run["validation_loss"]),
         )
         if verdicts:
-            result["verdicts"] = [without_commands(reporter.rename(text)) for text in verdicts]
+            result["verdicts"] = list(map(reporter.rename, verdicts))
         if found:
             result["label_issues"] = found
         if job.output is not None:

@@ -295,7 +295,7 @@ class SerialModel:
                 request.count, seed, label, done, lambda: self._turn(work), settings, prompt
             )
         except RecipeError as refused:
-            parameter = "label" if refused.field == "prompt" else refused.field
+            parameter = "label" if refused.setting == "prompt" else refused.setting
             raise InferenceRefused(f"{refused}.", parameter) from refused
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from luthier.api.native import reports
-from luthier.api.native.operations import setting_name
 
 
 def test_the_process_of_a_report_has_no_secrets(
@@ -22,6 +21,6 @@ def test_the_process_of_a_report_has_no_secrets(
     secrets = ("LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP")
     for name in secrets:
         monkeypatch.setenv(name, "secret")
-    answer = reports._run_command([], {}, (0,), setting_name)
+    answer = reports._run_command([], {}, (0,))
     assert answer["LUTHIER_HOME"] == str(luthier_home)
     assert not set(secrets) & set(answer)

@@ -71,7 +71,7 @@ class BedrockFace:
 
     def refusal(self, fault: Fault, request_id: str) -> Response:
         """``fault`` as botocore reads it: its code in a header, its message in the body."""
-        fault = fault.in_words_of(setting_name)
+        fault = fault.with_setting_names(setting_name)
         status = error_statuses().get(fault.code) or _STATUS.get(fault.code, 400)
         body: dict[str, Any] = {"message": fault.message}
         headers = {"x-amzn-ErrorType": f"{fault.code}Exception"}

@@ -104,20 +104,14 @@ RFT_FIELDS: Mapping[str, tuple[str, str]] = {
 _NAMES = {
     **{f"{group}.{field}": name for name, (group, field) in RFT_FIELDS.items()},
     **{".".join(each.field): each.name for each in HYPERPARAMETERS.values()},
+    "base": "baseModelIdentifier",
 }
-_TYPES = {"grpo": "REINFORCEMENT_FINE_TUNING", "causal_lm": "CONTINUED_PRE_TRAINING"}
-"""Customization types that come to an objective; fine-tuning learns what its rows are for."""
 
 
-def setting_name(field: str, value: str | None) -> str | None:
-    """What Bedrock calls a field of the recipe (:mod:`luthier.setting_names`)."""
-    if field == "base":
-        return "baseModelIdentifier" + ("" if value is None else f" {value}")
-    if field == "objective.method" and value is not None:
-        return f"customizationType {_TYPES.get(value, 'FINE_TUNING')}"
-    if field not in _NAMES:
-        return None
-    return f"hyperParameters {_NAMES[field]}{'' if value is None else f'={value}'}"
+def setting_name(setting: str) -> str:
+    """Return Bedrock's name for a setting of a recipe, such as ``training.epochs=3``."""
+    name, equals, value = setting.partition("=")
+    return _NAMES.get(name, name) + equals + value
 
 
 def read(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -38,7 +38,7 @@ from luthier.jobs.submit import (
     Submission,
     submit,
 )
-from luthier.setting_names import with_setting_names
+from luthier.printable import map_code
 from luthier.store import jobs as queue
 from luthier.store import tags
 from luthier.store.custom_models import ACTIVE, IMPORTED, RESERVED, CustomModel
@@ -272,7 +272,7 @@ def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
         "roleArn": sent.get("roleArn") or f"arn:aws:iam::{job.account}:role/none",
         "status": _STATUS[job.state],
         "statusDetails": _details(job),
-        "failureMessage": failure_message(with_setting_names(job.failure or "", setting_name)),
+        "failureMessage": failure_message(map_code(job.failure or "", setting_name)),
         "creationTime": job.created,
         "lastModifiedTime": job.modified,
         "endTime": job.ended,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,8 +36,8 @@ from luthier.errors import (
 )
 from luthier.graders.json_schema import depth_of
 from luthier.limits import ServerLimits
+from luthier.printable import map_code
 from luthier.serving.inference import InferenceFailed, InferenceRefused, PredictionsOnly
-from luthier.setting_names import SettingName, with_setting_names
 from luthier.store.text import check_storable, decode_storable
 
 JSON_DEPTH = 200
@@ -278,7 +278,7 @@ class Fault(LuthierError):
             return Fault("ResourceNotFound", "The files of the model are not there.")
         kinds = ((QuotaExceeded, "ServiceQuotaExceeded"), (WrongState, "Conflict"))
         code = next((name for kind, name in kinds if isinstance(error, kind)), "Validation")
-        field = error.field if isinstance(error, RecipeError) else None
+        field = error.setting if isinstance(error, RecipeError) else None
         return Fault(code, str(error), parameter=field, refused=True)
 
     @staticmethod
@@ -288,12 +288,12 @@ class Fault(LuthierError):
         details: dict[str, Any] = {"retry_after": 1} if passes else {}
         return Fault(failed.code, str(failed), **details)
 
-    def in_words_of(self, name: SettingName) -> Fault:
-        """The same in the words of a face, where it is a refusal of the parts below."""
+    def with_setting_names(self, name: Callable[[str], str]) -> Fault:
+        """Return the fault with an API's names for settings, if it names settings as recipes do."""
         if not self.details.get("refused"):
             return self
-        text = with_setting_names(self.message, name) or self.message
-        parameter = self.parameter and (name(self.parameter, None) or self.parameter)
+        text = map_code(self.message, name)
+        parameter = self.parameter and name(self.parameter)
         return Fault(self.code, text, parameter=parameter, **{**self.details, "refused": False})
 
 

@@ -24,7 +24,7 @@ from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.graders import parse_graders
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.submit import Submission, check_client_grader, submit
-from luthier.setting_names import with_setting_names
+from luthier.printable import map_code
 from luthier.store import jobs as queue
 from luthier.store.custom_models import LONGEST_NAME, NAME
 from luthier.store.jobs import ENDED, Job
@@ -296,7 +296,7 @@ class _Jobs:
                 found = queue.events(session, job, limit=500, position=after, ascending=True)
             for event in found:
                 after, quiet = event.seq, time.monotonic()
-                message = with_setting_names(event.message, setting_name)
+                message = map_code(event.message, setting_name)
                 entry = {"at": event.at.isoformat(), "message": message, **event.data}
                 line = json.dumps(entry, ensure_ascii=False)
                 yield f"id: {event.seq}\nevent: {event.kind}\ndata: {line}\n\n".encode()
@@ -327,5 +327,5 @@ def _view(job: Job, log: list[str] | None = None) -> JobView:
     own = JobView.model_fields.keys() - {"base", "log"}
     fields = {name: getattr(job, name) for name in own}
     if job.failure is not None:
-        fields["failure"] = with_setting_names(job.failure, setting_name)
+        fields["failure"] = map_code(job.failure, setting_name)
     return JobView(**fields, base=job.base_model, log=log)

@@ -118,19 +118,18 @@ class NativeOperation:
 _ABOVE = {"base": "base", "data.train": "training", "data.validation": "validation",
           "teacher.model": "teacher", "objective.grader": "grader"}  # fmt: skip
 """What is no setting of a job but a member of its own."""
-_SETTINGS = ("training.", "adaptation.", "objective.", "sampling.", "insights.", "method")
+_SETTINGS = (
+    "training.", "adaptation.", "objective.", "sampling.", "insights.",
+    *(f"data.{name}" for name in SETTABLE_DATA),
+)  # fmt: skip
 
 
-def setting_name(field: str, value: str | None) -> str | None:
-    """What the native API calls a field of the recipe (:mod:`luthier.setting_names`)."""
-    said = "" if value is None else f"={value}"
+def setting_name(setting: str) -> str:
+    """Return the native API's name for a setting of a recipe, such as ``training.epochs=3``."""
     for prefix, member in _ABOVE.items():
-        if field == prefix or field.startswith(f"{prefix}."):
-            return f"{member}{field.removeprefix(prefix)}{said}"
-    group, _, rest = field.partition(".")
-    if field.startswith(_SETTINGS) or (group == "data" and rest.partition(".")[0] in SETTABLE_DATA):
-        return f"settings.{field}{said}"
-    return None
+        if setting == prefix or setting.startswith((f"{prefix}.", f"{prefix}=")):
+            return f"{member}{setting.removeprefix(prefix)}"
+    return f"settings.{setting}" if setting.startswith(_SETTINGS) else setting
 
 
 class NativeFace:
@@ -168,7 +167,7 @@ class NativeFace:
 
     def refusal(self, fault: Fault, request_id: str) -> Response:
         """``{"error": {"code", "message", "parameter"}}``."""
-        fault = fault.in_words_of(setting_name)
+        fault = fault.with_setting_names(setting_name)
         error = {"code": fault.code, "message": fault.message, "parameter": fault.parameter}
         headers = {"Allow": fault.details["allow"]} if "allow" in fault.details else {}
         body = {key: value for key, value in error.items() if value is not None}

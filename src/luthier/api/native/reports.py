@@ -23,7 +23,7 @@ from luthier.child_python import python_command
 from luthier.jobs.data import base_reads_media, fetch_references
 from luthier.jobs.processes import worker_environment
 from luthier.jobs.submit import Submission, check_client_grader, recipe_of
-from luthier.setting_names import SettingName, with_setting_names
+from luthier.printable import map_code
 from luthier.store.custom_models import CustomModel
 from luthier.types import map_texts
 
@@ -114,7 +114,7 @@ class _Reports:
                 addresses[str(held)] = body.validation
             if body.objective is not None:
                 command += ["--objective", body.objective]
-            report = _run_command(command, addresses, (0, 1, 2), _inspection_name)
+            report = _run_command(command, addresses, (0, 1, 2))
         return ReportView(verdict=report["verdict"], report=report)
 
     def estimate(self, request: Request, body: Planned) -> EstimateView:
@@ -146,7 +146,7 @@ class _Reports:
                 fields["data"]["validation"] = str(held)
             recipe = folder / "recipe.toml"
             recipe.write_text(to_toml(fields), encoding="utf-8")
-            found = _run_command(["estimate", str(recipe)], addresses, (0,), setting_name)
+            found = _run_command(["estimate", str(recipe)], addresses, (0,))
         return EstimateView(estimate=found)
 
     def _model(self, request: Request, identifier: str) -> str:
@@ -202,20 +202,8 @@ class _Reports:
             self._free.release()
 
 
-def _inspection_name(field: str, value: str | None) -> str | None:
-    """What an inspection calls a field of the recipe: it takes few of them."""
-    if field == "objective.method" and value is not None:
-        return f"objective={value}"
-    return setting_name(field, value) if value is None or field == "base" else None
-
-
-def _run_command(
-    command: list[str], addresses: dict[str, str], codes: tuple[int, ...], name: SettingName
-) -> Any:
-    """What the command line answers as JSON; what its user calls files stands for their paths.
-
-    ``name`` puts what its user calls settings into texts.
-    """
+def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:
+    """Return the JSON output of a command, with the client's names of files and settings."""
     whole = python_command("luthier", *command, "--json")
     try:
         done = subprocess.run(
@@ -232,5 +220,5 @@ def _run_command(
     answer = json.loads(out) if out else {}
     if done.returncode not in codes or not out or "error" in answer:
         message = answer.get("error", {}).get("message") or "It failed without a word."
-        raise Fault("Validation", with_setting_names(message, name)[-4000:])
-    return map_texts(answer, lambda text: with_setting_names(text, name))
+        raise Fault("Validation", map_code(message, setting_name)[-4000:])
+    return map_texts(answer, lambda text: map_code(text, setting_name))

@@ -145,7 +145,7 @@ class OpenAIFace:
 
     def refusal(self, fault: Fault, request_id: str) -> Response:
         """``fault`` in OpenAI's envelope."""
-        return protocol.refusal(fault.in_words_of(setting_name))
+        return protocol.refusal(fault.with_setting_names(setting_name))
 
     def start(self) -> None:
         """Begin to work on batches and evaluations, those of an earlier server first."""

@@ -38,7 +38,7 @@ from luthier.api.openai.protocol import (
 from luthier.errors import DiskFull, QuotaExceeded, ReadOnlyDisk, WrongState
 from luthier.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
 from luthier.limits import AccountQuotas
-from luthier.setting_names import with_setting_names
+from luthier.printable import map_code
 from luthier.store import jobs
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CustomModel
@@ -197,19 +197,12 @@ _NAMES = {
 }
 _METHODS = {FINE_TUNING: "supervised", REINFORCEMENT: "reinforcement"}
 """Types of ``method`` by the customization types of other APIs."""
-_TYPES = {"sft": "supervised", "dpo": "dpo", "grpo": "reinforcement"}
-"""Types of ``method`` by the objective that they come to."""
 
 
-def setting_name(field: str, value: str | None) -> str | None:
-    """What OpenAI calls a field of the recipe (:mod:`luthier.setting_names`)."""
-    if field == "training.learning_rate" and value is not None:
-        return "another learning_rate_multiplier"  # a rate itself cannot be asked for
-    if field == "objective.method" and value is not None:
-        return f"method.type={_TYPES[value]}" if value in _TYPES else None
-    if field not in _NAMES:
-        return None
-    return _NAMES[field] + ("" if value is None else f"={value}")
+def setting_name(setting: str) -> str:
+    """Return OpenAI's name for a setting of a recipe, such as ``training.epochs=3``."""
+    name, equals, value = setting.partition("=")
+    return _NAMES.get(name, name) + equals + value
 
 
 def without_effect(parameters: CreateJob) -> list[str]:
@@ -366,7 +359,7 @@ def _error(job: Job) -> dict[str, Any] | None:
     """Why it failed; the training file's problems are told from others by the rules they name."""
     if job.state != jobs.FAILED:
         return None
-    failure = with_setting_names(job.failure or "", setting_name) or "The job failed."
+    failure = map_code(job.failure or "", setting_name) or "The job failed."
     message = failure.replace(file_address(""), "")
     if not _RULE.search(message):
         return {"code": "job_failed", "message": message, "param": None}
@@ -407,7 +400,7 @@ def event_object(event: JobEvent) -> dict[str, Any]:
         "object": "fine_tuning.job.event",
         "created_at": seconds(event.at),
         "level": _LEVELS.get(event.kind, "info"),
-        "message": with_setting_names(event.message, setting_name),
+        "message": map_code(event.message, setting_name),
         "type": "metrics" if metrics else "message",
         "data": dict(event.data) if metrics else None,
     }

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.printable import OPTIONS
 from luthier.recipe import to_toml, toml_value
-from luthier.setting_names import OPTIONS, dotted_items
+from luthier.types import dotted_items
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

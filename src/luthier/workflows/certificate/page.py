@@ -11,7 +11,7 @@ from typing import Any
 from luthier import __version__
 from luthier.pages import Table, interval_text, render_page, shorten
 from luthier.printable import format_duration
-from luthier.setting_names import dotted_items
+from luthier.types import dotted_items
 from luthier.workflows.certificate.certificate import Certificate, Forecast, KeptReport
 
 BOX, GAP, HEIGHT, LINE = 230, 44, 46, 78
