@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from luthier.sdk.certificate import certificate, verify
     from luthier.sdk.data import clean, convert, inspect, split
     from luthier.sdk.evaluation import compare, evaluate, forgetting, judge
-    from luthier.sdk.export import export, quantize
+    from luthier.sdk.export import export
     from luthier.sdk.hub import push
     from luthier.sdk.imports import import_openai, import_promptfoo
     from luthier.sdk.model import Model, load
@@ -55,7 +55,6 @@ __all__ = [
     "load",
     "pretrain",
     "push",
-    "quantize",
     "soup",
     "split",
     "student",
@@ -70,7 +69,7 @@ _HOMES = {
         "sdk.certificate": ["certificate", "verify"],
         "sdk.data": ["clean", "convert", "inspect", "split"],
         "sdk.evaluation": ["compare", "evaluate", "forgetting", "judge"],
-        "sdk.export": ["export", "quantize"],
+        "sdk.export": ["export"],
         "sdk.hub": ["push"],
         "sdk.imports": ["import_openai", "import_promptfoo"],
         "sdk.model": ["Model", "load"],

@@ -39,7 +39,6 @@ from luthier.cli.plugins import plugins
 from luthier.cli.predict import predict
 from luthier.cli.pretrain import pretrain
 from luthier.cli.push import push
-from luthier.cli.quantize import quantize
 from luthier.cli.samples import samples
 from luthier.cli.search import search
 from luthier.cli.serve import serve
@@ -62,7 +61,7 @@ app.add_typer(audit_app, name="audit")
 for command in (
     tune, pipeline, pretrain, student, soup, split, estimate, launch, advise, compare, search, distil,
     inspect, clean, convert, generate, sample, reconstruct, samples, chat, predict, embed, nearest,
-    evaluate, judge, forgetting, learning_curve, quantize, certificate, verify,
+    evaluate, judge, forgetting, learning_curve, certificate, verify,
     push, serve, demo, plugins,
 ):  # fmt: skip
     app.command()(command)

@@ -21,7 +21,7 @@ from luthier.cli.console import (
     print_table,
     print_text,
 )
-from luthier.cli.options import Json
+from luthier.cli.options import Columns, Json
 from luthier.cli.service import ServiceDatabase, open_database, service_names
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
     from luthier.workflows.capabilities import Capabilities
     from luthier.workflows.export import Export
+    from luthier.workflows.quantization import QuantizationCost
 
 models_app = CommandGroup("Base models and custom models.")
 
@@ -524,10 +525,16 @@ def export_model(
         str | None,
         typer.Option(help="Weights of GGUF (f16) or of merged safetensors (as in the base)."),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Rows to measure the loss of quantization on; file or folder."),
+    ] = None,
+    columns: Columns = None,
     json_: Json = False,
 ) -> None:
     """Write a model for other software, and try it there where that is installed."""
     from luthier.cli.progress import LiveReporter
+    from luthier.recipe import parse_columns
     from luthier.sdk.export import export
 
     with LiveReporter() as reporter:
@@ -537,6 +544,9 @@ def export_model(
             format=format_,
             merged=merged,
             quantization=quantization,
+            data=data,
+            columns=parse_columns(columns),
+            note=reporter.note,
             on_progress=export_progress(reporter),
         )
     if json_:
@@ -546,7 +556,7 @@ def export_model(
     if written.record is not None:
         _print_record(written, written.record)
     if written.format == "gguf":
-        _print_gguf(written, quantization)
+        _print_gguf(written)
     elif written.format == "safetensors":
         print_readers(written)
 
@@ -618,13 +628,25 @@ def _token_text(model: str) -> Callable[[int], str]:
     return lambda token: chat_format(find(model)).decode([token])
 
 
-def _print_gguf(written: Export, quantization: str | None) -> None:
-    """What its type costs, and how Ollama takes it."""
+def _print_cost(cost: QuantizationCost) -> None:
+    """Print the losses with intervals of 95 %, the size, and the verdict."""
+    table = new_table("weights", "loss", "95 %", "MB", numbers=("loss", "MB"))
+    sizes = ("", f"{cost.file_bytes / 1e6:,.1f}")
+    for name, loss, size in zip(
+        ("unquantized", cost.quantization), cost.losses, sizes, strict=True
+    ):
+        low, high = loss.interval
+        table.add_row(name, f"{loss.value:.4f}", f"{low:.4f} to {high:.4f}", size)
+    print_table(table)
+    print_text(cost.verdict())
+
+
+def _print_gguf(written: Export) -> None:
+    """Print the cost of the type, and how to give the file to Ollama."""
     from luthier.serving.ollama import FROM_BASE
 
-    if quantization and quantization.lower() not in ("f32", "f16", "bf16"):
-        command = f"luthier quantize {written.model} DATA --to {quantization}"
-        print_text(f"What that costs on rows of your own: {command}")
+    if written.cost is not None:
+        _print_cost(written.cost)
     if any(name.endswith("-LoRA.gguf") for name in written.files):
         print_text(FROM_BASE)
     print_text(f"Ollama takes it: ollama create NAME -f {written.folder / 'Modelfile'}")

@@ -6,7 +6,7 @@ It is what the certificate of a custom model is made of. A model is a model once
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -398,11 +398,10 @@ class Manifest(Record):
         others = [each for each in self.exports or () if each.name != export.name]
         return self.model_copy(update={"exports": [*others, export]})
 
-    def with_quantized(self, measured: Sequence[QuantizationRecord]) -> Self:
-        """The record with ``measured`` in the place of earlier ones of the same types."""
-        types = {each.quantization for each in measured}
-        others = [each for each in self.quantized or () if each.quantization not in types]
-        return self.model_copy(update={"quantized": [*others, *measured]})
+    def with_quantized(self, cost: QuantizationRecord) -> Self:
+        """Return the record with ``cost`` in place of an earlier one of the same type."""
+        others = [e for e in self.quantized or () if e.quantization != cost.quantization]
+        return self.model_copy(update={"quantized": [*others, cost]})
 
     def write(self, folder: Path) -> None:
         """Write it into the model's folder, which makes the model one."""

@@ -1,23 +1,24 @@
-"""Export of models for other software, and the loss of quantized weights."""
+"""Export of models for other software."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.errors import data_errors
+from luthier.errors import RecipeError, data_errors
 from luthier.sdk.model import stored_model
-from luthier.workflows.export import Export, Format, change_record, export_model
+from luthier.workflows.export import Export, Format, change_record, check_settings, export_model
 
 if TYPE_CHECKING:
     from luthier.sdk.model import Model
     from luthier.serving.export import OnProgress
     from luthier.store.models import StoredModel
-    from luthier.workflows.quantize import QuantizationReport
+    from luthier.workflows.quantization import QuantizationCost
 
 
+@data_errors("nothing was exported")
 def export(
     model: str | Model | StoredModel,
     folder: str | Path,
@@ -25,7 +26,10 @@ def export(
     format: Format = "safetensors",
     merged: bool | None = None,
     quantization: str | None = None,
+    data: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
     on_progress: OnProgress | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Export:
     """Write a model to a new folder, for other software.
 
@@ -38,49 +42,53 @@ def export(
             written alone as safetensors and folded in for the other formats.
         quantization: type of the weights. GGUF: f32, f16 (default), bf16, q8_0, q6_k, q5_k_m, q4_k_m or
             q4_0. Merged safetensors: f32, f16 or bf16; the precision of the base if not given.
+        data: rows that the model was not trained on. The loss of these rows is measured with the
+            weights before and after quantization, and the result is ``cost`` of the return value.
+            The record of the model keeps it, too.
+        columns: the file's name for each of our keys.
         on_progress: hears the part of the work (``merge``, ``trace``, ``write``, ``compare``), how much
             of it is done and how much there is; of ``write`` in bytes, and from another thread.
+        note: hears why the rows of ``data`` say less than they seem to.
 
     Raises:
+        DataError: for rows of ``data`` that cannot be read, or are too long.
         RecipeError: for a model that the other software cannot run, or that answers otherwise there.
         RunConflict: where something is in the folder.
     """
-    target = Path(folder).expanduser()
-    return export_model(stored_model(model), target, format, merged, quantization, on_progress)
+    stored, target = stored_model(model), Path(folder).expanduser()
+    cost = None
+    if data is not None:
+        if format != "gguf" or quantization is None:
+            raise RecipeError(
+                "rows measure a type of weights: give format gguf and quantization, too"
+            )
+        check_settings(format, merged, quantization)
+        cost = _measure_cost(stored, target, data, columns, quantization, note)
+    written = export_model(stored, target, format, merged, quantization, on_progress)
+    return replace(written, cost=cost)
 
 
-@data_errors("nothing was quantized")
-def quantize(
-    model: str | Model | StoredModel,
+def _measure_cost(
+    stored: StoredModel,
+    target: Path,
     data: str | Path,
-    to: Sequence[str] = ("q8_0", "q4_0"),
-    *,
-    columns: Mapping[str, str] | None = None,
-    note: Callable[[str], None] = lambda text: None,
-) -> QuantizationReport:
-    """Say what a model loses on your own rows where its weights get fewer bits, and what that gains.
-
-    Args:
-        model: an id, a model in memory, or one on this machine; one that writes.
-        data: rows that it was not trained on.
-        to: types of weights, as of :func:`export`.
-        columns: the file's name for each of our keys.
-        note: hears what is measured.
-
-    Returns:
-        For each type the loss with its interval, the size, and whether it erases what tuning gained;
-        ``verdict()`` in words. The record of the model says it, too, as of :func:`export`.
-    """
+    columns: Mapping[str, str] | None,
+    quantization: str,
+    note: Callable[[str], None],
+) -> QuantizationCost:
+    """Measure the cost of a type, before the export itself, and write it to the model's record."""
     from luthier.data.rows import load_rows
     from luthier.serving.evaluation import row_remarks
+    from luthier.serving.export import new_target
     from luthier.store.reports import hashes_of_data
-    from luthier.workflows.quantize import measure_quantization
+    from luthier.workflows.quantization import measure_quantization
 
-    stored, rows = stored_model(model), load_rows(data, columns)
+    new_target(target)  # refuses a folder that is not empty
+    rows = load_rows(data, columns)
     remarks = row_remarks(stored, data, rows)
-    for remark in remarks:  # before what takes minutes
+    for remark in remarks:
         note(remark)
-    found = replace(measure_quantization(stored, rows, to, note), remarks=remarks)
-    measured = found.records(hashes_of_data(data))
-    change_record(stored, lambda manifest: manifest.with_quantized(measured))
-    return found
+    cost = measure_quantization(stored, rows, quantization, remarks)
+    record = cost.record(hashes_of_data(data))
+    change_record(stored, lambda manifest: manifest.with_quantized(record))
+    return cost

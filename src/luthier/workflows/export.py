@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from luthier.models.manifest import ExportRecord, Manifest
     from luthier.serving.export import OnProgress
     from luthier.store.models import StoredModel
+    from luthier.workflows.quantization import QuantizationCost
 
 Format = Literal["safetensors", "onnx", "gguf"]
 """``safetensors`` for transformers, PEFT and diffusers, ``onnx`` for ONNX Runtime, ``gguf`` for
@@ -40,6 +41,8 @@ class Export:
     luthier did not make, nor of signed ones, whose signature would no longer hold."""
     suits_onnx: bool = False
     """Whether format ``onnx`` goes with it, too."""
+    cost: QuantizationCost | None = None
+    """The cost of the type of a GGUF file, if it was measured."""
 
     @property
     def own_network(self) -> bool:
@@ -61,6 +64,8 @@ class Export:
         if self.record is not None and self.format == "gguf":
             parity = self.record.tokens
             found["parity"] = None if parity is None else parity.model_dump()
+        if self.cost is not None:
+            found["cost"] = self.cost.plain()
         return found
 
 
