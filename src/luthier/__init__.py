@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.sdk.certificate import certificate, verify
     from luthier.sdk.data import clean, convert, inspect, split
-    from luthier.sdk.evaluation import compare, evaluate, forgetting, judge
+    from luthier.sdk.evaluation import compare, evaluate, forgetting
     from luthier.sdk.export import export
     from luthier.sdk.hub import push
     from luthier.sdk.imports import import_openai, import_promptfoo
@@ -49,7 +49,6 @@ __all__ = [
     "import_openai",
     "import_promptfoo",
     "inspect",
-    "judge",
     "launch",
     "learning_curve",
     "load",
@@ -68,7 +67,7 @@ _HOMES = {
         "recipe": ["Recipe"],
         "sdk.certificate": ["certificate", "verify"],
         "sdk.data": ["clean", "convert", "inspect", "split"],
-        "sdk.evaluation": ["compare", "evaluate", "forgetting", "judge"],
+        "sdk.evaluation": ["compare", "evaluate", "forgetting"],
         "sdk.export": ["export"],
         "sdk.hub": ["push"],
         "sdk.imports": ["import_openai", "import_promptfoo"],

@@ -1,4 +1,4 @@
-"""A judge beside people: what it prefers, what the order does, and what it likes too much."""
+"""A judge compared with people: what it prefers, what the order does, and what it likes too much."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from luthier.errors import DataError, LuthierError, RecipeError
 from luthier.evaluation.judges import check_pairs, measure_agreement
 from luthier.graders import Exact, Ruler
 from luthier.graders.ruler import judge_pairs
+from luthier.sdk.evaluation import judge_agreement
 from luthier.types import Message
 
 Conversations = Sequence[Sequence[Message]]
@@ -121,7 +122,7 @@ def test_an_endpoint_beside_people_and_as_the_judge_of_a_comparison(
     data = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"the {n}", "chosen": "a fox", "rejected": "a dog"} for n in range(4)]
     data.write_text("".join(json.dumps(each) + "\n" for each in pairs))
-    asked = ["judge", str(data), "--judge", f"{endpoint.url}#big"]
+    asked = ["evaluate", str(data), "--judge", f"{endpoint.url}#big", "--human", "chosen"]
     done = CliRunner().invoke(app, [*asked, "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["scores"]["agreement"] == 1
@@ -130,7 +131,14 @@ def test_an_endpoint_beside_people_and_as_the_judge_of_a_comparison(
     assert "agrees with people on 100.0% of 4 pairs" in " ".join(again.stdout.split())
     assert endpoint.asked.total() == calls, "the judge was asked twice"
     with pytest.raises(RecipeError, match="of method ruler"):
-        luthier.judge(data, Exact())
+        judge_agreement(data, Exact())
+    for wrong in ([str(data)], ["--attach"]):
+        assert CliRunner().invoke(app, [*asked, *wrong]).exit_code == 2
+    assert CliRunner().invoke(app, asked[:4]).exit_code == 2
+    named = [{"prompt": f"the {n}", "best": "a fox", "worst": "a dog"} for n in range(4)]
+    data.write_text("".join(json.dumps(each) + "\n" for each in named))
+    renamed = judge_agreement(data, f"{endpoint.url}#big", "best", columns={"rejected": "worst"})
+    assert renamed.agreement.value == 1
     # Of a comparison: the copied training answer has the word, what the tiny model writes has not.
     train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
     train.write_text('{"prompt": "Say it now", "completion": "the fox"}\n' * 4)

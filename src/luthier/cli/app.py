@@ -25,7 +25,7 @@ from luthier.cli.demo import demo
 from luthier.cli.distil import distil, student
 from luthier.cli.embed import embed
 from luthier.cli.estimate import estimate
-from luthier.cli.evaluate import evaluate, judge
+from luthier.cli.evaluate import evaluate
 from luthier.cli.forgetting import forgetting
 from luthier.cli.generate import chat, generate
 from luthier.cli.images import reconstruct, sample
@@ -61,7 +61,7 @@ app.add_typer(audit_app, name="audit")
 for command in (
     tune, pipeline, pretrain, student, soup, split, estimate, launch, advise, compare, search, distil,
     inspect, clean, convert, generate, sample, reconstruct, samples, chat, predict, embed, nearest,
-    evaluate, judge, forgetting, learning_curve, certificate, verify,
+    evaluate, forgetting, learning_curve, certificate, verify,
     push, serve, demo, plugins,
 ):  # fmt: skip
     app.command()(command)

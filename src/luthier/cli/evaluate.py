@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model id, local directory or hub id.")],
-    data: Annotated[
-        str,
-        typer.Argument(help="Prompts and replies, labelled texts, or raw text; file or folder."),
+    model: Annotated[
+        str, typer.Argument(help="Model id, local directory or hub id; with --judge the rows.")
     ],
+    data: Annotated[
+        str | None,
+        typer.Argument(help="Prompts and replies, labelled texts, or raw text; file or folder."),
+    ] = None,
     grader: Graders = None,
     set_: GraderSettings = None,
     on_grader_error: Annotated[
@@ -68,6 +70,14 @@ def evaluate(
         Path | None,
         typer.Option(help="Write slices, labels, certainty and the worst rows as one HTML page."),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Compare a judge with people: a model, https://host/v1#model, or TOML."),
+    ] = None,
+    human: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of the replies that people chose or ranked."),
+    ] = None,
     attach: Attach = False,
     columns: Columns = None,
     long_rows: LongRows = "error",
@@ -79,6 +89,20 @@ def evaluate(
     from luthier.sdk.evaluation import evaluate as run
     from luthier.serving.evaluation import long_rows_summary
 
+    if judge is not None or human is not None:
+        if judge is None or human is None:
+            raise RecipeError(
+                "a judge is compared with people: give both --judge and --human COLUMN"
+            )
+        if data is not None or any((grader, set_, output, slice_, html, attach)):
+            raise RecipeError(
+                "--judge compares replies that stand in the rows: give the rows alone, without a "
+                "model, graders or outputs"
+            )
+        _evaluate_judge(model, judge, human, columns, json_)
+        return
+    if data is None:
+        raise RecipeError(f"give rows to evaluate {model} on: luthier evaluate {model} ROWS")
     graders = parse_grader_options(grader or ["exact"], set_ or ()) if grader or set_ else None
     check_output(output, data)
     check_output(html, data)
@@ -158,33 +182,25 @@ def _print_slices(found: Evaluation) -> None:
         print_text(f"  {label:<{width}}  {rows}  {name} {score:{style}} {interval}{apart}")
 
 
-def judge(
-    data: Annotated[
-        str, typer.Argument(help="Rows of prompt, chosen and rejected, or of ranked replies.")
-    ],
-    judge: Annotated[
-        str,
-        typer.Option(help="A model, https://host/v1#model, or a TOML file with a ruler in it."),
-    ],
-    columns: Columns = None,
-    json_: Json = False,
+def _evaluate_judge(
+    rows: str, judge: str, human: str, columns: list[str] | None, as_json: bool
 ) -> None:
-    """Say how far a judge agrees with people on pairs they judged, before its scores are relied on."""
+    """Print how far a judge agrees with people."""
     from luthier.cli.progress import show_progress
     from luthier.recipe import parse_columns
-    from luthier.sdk.evaluation import judge as run
+    from luthier.sdk.evaluation import judge_agreement
 
+    spec = parse_judge_option(judge)
     with show_progress(0, "judge") as done:
-        found = run(
-            data, parse_judge_option(judge), note, columns=parse_columns(columns),
-            on_progress=done,
-        )  # fmt: skip
-    if json_:
-        print_json({"data": data, **found.plain()})
-    else:
-        print_text(found.verdict())
-        if found.unread:
-            print_text(f"{found.unread:,} verdicts had no scores and count one half")
+        found = judge_agreement(
+            rows, spec, human, note, columns=parse_columns(columns), on_progress=done
+        )
+    if as_json:
+        print_json({"data": rows, **found.plain()})
+        return
+    print_text(found.verdict())
+    if found.unread:
+        print_text(f"{found.unread:,} verdicts had no scores and count one half")
 
 
 def parse_judge_option(value: str) -> Spec:

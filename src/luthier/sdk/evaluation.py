@@ -1,4 +1,4 @@
-"""How good stored models are: ``evaluate``, ``compare``, ``forgetting``, and ``judge`` of judges."""
+"""Evaluation of stored models and of judges."""
 
 from __future__ import annotations
 
@@ -183,35 +183,41 @@ def _attach(
 
 
 @data_errors("nothing was judged")
-def judge(
+def judge_agreement(
     data: str | Path,
     judge: Spec,
+    human: str = "chosen",
     note: Callable[[str], None] = lambda text: None,
     *,
     columns: Mapping[str, str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> JudgeAgreement:
-    """Say how far a judge agrees with people, before its scores are relied on.
+    """Measure how far a judge agrees with people.
 
     Args:
-        data: pairs of which people chose one reply (``prompt``, ``chosen``, ``rejected``), or ranked
-            replies, of which the best and the worst are taken.
+        data: prompts, each with a chosen and a rejected reply, or with ranked replies. Of ranked
+            replies the judge compares the best with the worst.
         judge: a :class:`luthier.graders.Ruler`, its fields, or the name of a model: an id, or
             ``https://host/v1#model``.
-        note: hears what the judge will be asked.
+        human: column of the replies that people chose or ranked.
+        note: hears how many verdicts the judge is asked for.
         columns: the file's name for each of our keys.
         on_progress: hears how many pairs are judged, and of how many.
 
     Returns:
-        Agreement, consistency and what the judge is biased for, with a ``verdict()`` in words.
+        Agreement, consistency and biases of the judge, with a ``verdict()`` in words.
 
     Raises:
-        RefusedInput: for rows that people have not judged.
+        RefusedInput: for rows without two replies that people compared.
     """
     from luthier.data.rows import load_rows
+    from luthier.data.shapes.preferences import Preference, RankedReplies
     from luthier.evaluation.judges import check_pairs, measure_agreement
     from luthier.serving.evaluation import open_graders
 
+    columns = dict(columns or {})
+    if human not in (*Preference.keys, *RankedReplies.keys, *columns.values()):
+        columns["chosen"] = human
     pairs = check_pairs(load_rows(data, columns))
     # Each pair is judged in both orders.
     ruler = open_graders({"judge": _parse_judge(judge)}, 2 * len(pairs), note)["judge"]
@@ -270,8 +276,8 @@ def compare(
         reflector: id of the model that rewrites instructions in this search, or ``https://host/v1#model``
             with its key in ``OPENAI_API_KEY``; the base itself when not given.
         encoder: id of a model with embeddings, by which examples and passages are found, too.
-        judge: as of :func:`judge`; replies are then compared by how often it prefers them to those of
-            the base as it is.
+        judge: as of :func:`judge_agreement`; replies are then compared by how often the judge prefers
+            them to those of the base as it is.
         columns: the file's name for each of our keys.
         on_progress: hears how many answers there are, and of how many.
         attach: keep the result with each of ``tuned``, where its certificate finds it.

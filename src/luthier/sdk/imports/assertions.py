@@ -33,7 +33,7 @@ LEFT_OUT = {
     "moderation": "it asks a service of OpenAI's",
     "select-best": "`luthier compare --judge` compares models",
     "max-score": "`luthier compare` compares models",
-    "human": "people's scores are no graders; `luthier judge` holds a judge beside them",
+    "human": "people's scores are no graders; see `luthier evaluate --judge --human`",
 }
 _AGREES = (
     "The reply agrees with the reference in all facts it states, and leaves out none that is "
