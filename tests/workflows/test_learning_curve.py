@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,6 @@ import luthier
 from luthier.cli.app import app
 from luthier.engine.dataset import prepare
 from luthier.errors import RecipeError, RunConflict
-from luthier.evaluation.significance import RowScores
 from luthier.recipe import DataSpec
 from luthier.store.models import chat_format, custom_models, find
 from luthier.workflows import learning_curve as module
@@ -38,57 +38,45 @@ def law(share: float, floor: float = 0.05, scale: float = 0.15, exponent: float 
     return float(floor + scale * share**-exponent)
 
 
-def test_a_law_without_noise_is_found_again() -> None:
-    found, gain = extrapolate(points_of([law(share) for share in SHARES]))
-    assert (found.floor, found.scale) == pytest.approx((0.05, 0.15), abs=1e-3)
-    assert found.exponent == pytest.approx(0.5) and found.rows == ROWS
-    assert gain.value == pytest.approx(law(1) - law(2), rel=0.01)
-    assert gain.value == pytest.approx(found.cost(ROWS) - found.cost(2 * ROWS))
-    assert gain.low == pytest.approx(gain.high, abs=1e-3)
-    assert extrapolate(points_of([0.2] * 7))[1].value == pytest.approx(0, abs=1e-9)
+def test_the_gain_of_a_law_without_noise_is_found() -> None:
+    gain, (low, high) = extrapolate(points_of([law(share) for share in SHARES]))
+    assert gain == pytest.approx(law(1) - law(2), rel=0.01)
+    assert low == pytest.approx(high, abs=1e-3)
+    assert extrapolate(points_of([0.2] * 7))[0] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.slow
-def test_the_interval_holds_the_truth_in_nineteen_of_twenty() -> None:
+def test_the_interval_contains_the_truth_in_nineteen_of_twenty() -> None:
     draw = np.random.default_rng(1)
-    truth, held, many = law(1) - law(2), 0, 100
+    truth, contained, many = law(1) - law(2), 0, 100
     for _ in range(many):
-        # The same 500 held-out rows for all shares; beside them each run has luck of its own.
+        # All shares have the same 500 held-out rows; each run has noise of its own.
         uniform_R = draw.random(500)
         points = []
         for point in points_of([law(share) for share in SHARES]):
-            wrong_R = uniform_R < point.cost + draw.normal(0, 0.005)
-            score = RowScores.of(~wrong_R)
-            points.append(replace(point, cost=1 - score.value, scores=score.plain()))
-        _, gain = extrapolate(points)
-        held += gain.low <= truth <= gain.high
-    assert held / many >= 0.92
+            cost = float((uniform_R < point.cost + draw.normal(0, 0.005)).mean())
+            points.append(replace(point, cost=cost, error=math.sqrt(cost * (1 - cost) / 500)))
+        _, (low, high) = extrapolate(points)
+        contained += low <= truth <= high
+    assert contained / many >= 0.92
 
 
-def test_other_held_out_rows_move_a_score_as_they_move_a_cost() -> None:
-    score = RowScores.of([1] * 90 + [0] * 10)
-    points = [replace(point, scores=score.plain()) for point in points_of([0.1] * 7)]
-    off_BP = module._other_rows(points, np.random.default_rng(0))
-    assert np.allclose(off_BP, off_BP[:, :1])  # all shares alike
-    assert off_BP.std() == pytest.approx(0.03, rel=0.1)
-    alone = [replace(point, error=0.02) for point in points_of([0.1] * 7)]
-    assert module._other_rows(alone, np.random.default_rng(0)).std() == pytest.approx(0.02, rel=0.1)
-
-
-def test_the_verdict_in_words() -> None:
-    def verdict(measure: str, *gain: float) -> str:
-        points = points_of([0.2] * 7, measure)
-        fitted = module.PowerLaw(ROWS, 0.0, 0.2, 0.3)
-        return Curve(points, fitted, module.Gain(2.0, *gain), "", "").verdict()
-
-    assert verdict("accuracy", 0.0123, 0.003, 0.02) == (
-        "More rows of the same kind help: twice the rows (1,600) would give about +1.2 points of "
-        "accuracy (0.3 to 2.0), if the curve goes on as it did."
-    )
-    assert "not shown to help: twice the rows (1,600)" in verdict("accuracy", 0.001, 0.0, 0.01)
-    assert "about -0.05 loss (0.01 to 0.09)" in verdict("loss", 0.05, 0.01, 0.09)
-    assert "about -1.0 points of character error rate" in verdict("cer", 0.01, 0.005, 0.02)
-    assert "about +0.5 reward (0.1 to 0.9)" in verdict("reward", 0.5, 0.1, 0.9)
+@pytest.mark.parametrize(
+    ("measure", "interval", "helps", "sign"),
+    [
+        ("accuracy", (0.003, 0.02), True, "+"),
+        ("accuracy", (0.0, 0.01), False, "+"),
+        ("loss", (0.01, 0.09), True, "-"),
+        ("cer", (0.005, 0.02), True, "-"),
+        ("reward", (0.1, 0.9), True, "+"),
+    ],
+)
+def test_the_verdict_names_rows_and_direction(
+    measure: str, interval: tuple[float, float], helps: bool, sign: str
+) -> None:
+    said = Curve(points_of([0.2] * 7, measure), 0.01, interval, "").verdict()
+    assert said.startswith("More rows of the same kind help") == helps
+    assert "(1,600)" in said and f" {sign}0.01 (" in said
 
 
 LABELS = ("late", "lost", "fees")
@@ -129,16 +117,16 @@ def test_real_runs_make_a_curve_and_store_nothing(
         "training__threads": 1, "training__learning_rate": 0.01, "adaptation__method": "full",
     }  # fmt: skip
     trained: list[float] = []
-    real = module._train_share
+    real = module.rehearse
 
-    def once(recipe: Any, share: float, *rest: Any) -> CurvePoint:
+    def once(recipe: Any, *rest: Any) -> Any:
         if len(trained) == 2:
             trained.append(0.0)
             raise KeyboardInterrupt
-        trained.append(share)
-        return real(recipe, share, *rest)
+        trained.append(recipe.data.train_share)
+        return real(recipe, *rest)
 
-    monkeypatch.setattr(module, "_train_share", once)
+    monkeypatch.setattr(module, "rehearse", once)
     shares = [0.2, 0.4, 0.6, 1.0]
     with pytest.raises(KeyboardInterrupt):
         luthier.learning_curve(labelled, shares=shares, **fields)
@@ -149,12 +137,11 @@ def test_real_runs_make_a_curve_and_store_nothing(
     found = luthier.learning_curve(labelled, shares=shares, resume=True, **fields)
     assert trained == [0.2, 0.4, 0.0, 0.6, 1.0]
     assert [point.rows for point in found.points] == [14, 29, 43, 72]
-    assert found.measure == "accuracy" and all(point.error > 0 for point in found.points)
-    assert all(len(RowScores.read(point.scores)) == 24 for point in found.points)
+    assert found.points[0].measure == "accuracy" and all(point.error > 0 for point in found.points)
     assert Path(found.picture).read_bytes().startswith(b"\x89PNG")
     assert custom_models() == [] and not (luthier_home / "runs").exists()
-    left = sorted(path.name for path in Path(found.folder).iterdir())
-    assert left == [".lock", "curve.png", "points.json", "request.json", "share.json"]
+    left = sorted(path.name for path in Path(found.picture).parent.iterdir())
+    assert left == [".lock", "curve.png", "points.json", "request.json"]
     assert "twice the rows (144)" in found.plain()["verdict"]
     # A curve that is done is read again in no time.
     done = CliRunner().invoke(

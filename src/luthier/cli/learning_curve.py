@@ -29,7 +29,7 @@ def learning_curve(
     data: Data,
     shares: Annotated[
         str | None,
-        typer.Option(help="Of the rows, as 0.125,0.25,0.5,1; seven from an eighth if not given."),
+        typer.Option(help="Shares of the rows, such as 0.125,0.25,0.5,1."),
     ] = None,
     validation: Validation = None,
     columns: Columns = None,
@@ -43,7 +43,7 @@ def learning_curve(
     resume: Resume = False,
     json_: Json = False,
 ) -> None:
-    """Say what more rows would give: train on growing shares of them, and store no model."""
+    """Estimate the effect of more rows by training on growing shares; no model is stored."""
     recipe = read_recipe(data, recipe_options(locals()), set_)
     try:
         numbers = None if shares is None else [float(part) for part in shares.split(",")]
@@ -61,7 +61,8 @@ def learning_curve(
     if json_:
         print_json(found.plain())
         return
-    table = new_table("rows", found.measure.replace("_", " "), "±", numbers=("rows", "±"))
+    measure = found.points[-1].measure.replace("_", " ")
+    table = new_table("rows", measure, "±", numbers=("rows", "±"))
     for point in found.points:
         spread = f"{point.error:.4f}" if point.error else ""
         table.add_row(f"{point.rows:,}", f"{point.value:.4f}", spread)

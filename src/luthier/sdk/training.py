@@ -296,18 +296,17 @@ def learning_curve(
     reporter: Reporter | None = None,
     **fields: Any,
 ) -> LearningCurve:
-    """Say what more rows would give, by training on growing shares of them; no model is stored.
+    """Estimate the effect of more rows by training on growing shares; no model is stored.
 
     Args:
         data: a data file, a TOML recipe, or a :class:`~luthier.recipe.Recipe`.
-        shares: of the rows to learn from, four at least; seven from an eighth to all when not given.
-        resume: go on with an interrupted one of the same name and settings.
+        shares: shares of the rows, at least four; seven from an eighth to all when not given.
+        resume: continue an interrupted curve of the same name and settings.
         reporter: receives progress; nothing is printed without one.
         **fields: fields of the recipe, as of :func:`luthier.tune`.
 
     Returns:
-        ``points``, ``law``, the power law through them, ``gain`` of twice the rows with its interval,
-        and ``verdict()``.
+        ``points``, the ``gain`` of twice the rows with its ``interval``, and ``verdict()``.
 
     Raises:
         RefusedInput: before any training, for data, settings or shares that cannot work.
