@@ -346,7 +346,7 @@ def test_prompts_that_leave_no_room_for_a_reply_are_named_or_left_out(
     for arguments in (["generate", MODEL, "--input", str(held)], ["evaluate", MODEL, str(held)]):
         message = Answer(*arguments).refused()
         assert f"{held}:2: [row.too_long]" in message and "(also line 4)" in message
-    assert "--long-rows drop, or lower max_tokens" in message
+    assert "`--long-rows drop`, or lower max_tokens" in message
     answer = Answer("evaluate", MODEL, str(held), "--long-rows", "drop", "--json").good()
     report = answer.json()
     assert (report["rows"], report["dropped"], report["scores"]) == (2, 2, {"exact": 1.0})

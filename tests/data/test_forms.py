@@ -404,7 +404,7 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_misspelt_key_of_ours_in_a_mapping_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, {"q": "x", "a": "y"})
     (problem,) = problems_of(path, {"promt": "q", "completion": "a"})
-    assert problem.fix == "Say `data.columns.prompt=q` in place of `data.columns.promt=q`."
+    assert "`data.columns.prompt=q`" in problem.fix
 
 
 def test_messages_name_the_column_that_was_mapped(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_what_models_read_is_taken_of_rows_of_any_kind(path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "rule", "fix"),
     [
-        ({"question": "q", "n": 1}, "field.missing", "data.columns.text=question"),
+        ({"question": "q", "n": 1}, "field.missing", "data.columns.text=COLUMN"),
         ({"a": "q", "b": "r"}, "field.missing", "data.columns.text=COLUMN"),
         ({"text": 5}, "field.type", "string"),
         ({"text": " "}, "field.empty", "Write"),

@@ -294,7 +294,7 @@ def test_ten_thousand_rows_are_quick(folder: Path) -> None:
 def test_a_misspelt_label_is_not_left_out_without_a_word(tmp_path: Path, key: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "Hello there", key: "greeting"}) + "\n")
-    with pytest.raises(DataError, match=rf"close to .*data\.columns\.\w+={key}"):
+    with pytest.raises(DataError, match=rf"Did you mean .*data\.columns\.\w+={key}"):
         load_rows(path)
     meant = get_close_matches(key, ("label", "rating", "tags"), 1)[0]
     assert load_rows(path, {meant: ""}) == [RawText(str(path), 1, "Hello there")]

@@ -117,8 +117,8 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
         [{"Text": "x", "Label": "y"}],
         1,
         '"Text", "Label"',
-        'Rename "Text" to "text" and "Label" to "label". '
-        "Or say `data.columns.text=Text` `data.columns.label=Label`.",
+        'If "Text" is a text and "Label" its class, '
+        "say `data.columns.text=Text` `data.columns.label=Label`.",
     ),
     (
         "row.unknown_shape",
@@ -431,7 +431,7 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
         [{"txet": "a", "label": "b"}],
         1,
         'the keys are "txet", "label"',
-        'If "txet" is meant, rename it to "text", or say `data.columns.text=txet` where all rows have',
+        'Did you mean "txet"? Rename it to "text", or say `data.columns.text=txet` if all rows have',
     ),
     (
         "row.ambiguous",

@@ -337,7 +337,7 @@ def test_long_rows_are_named_left_out_or_cut(
     data = write(tmp_path / "long.jsonl", rows)
     message = command("evaluate", model_id, data, code=2)
     assert f"{data}:2: [row.too_long]" in message and "(also line 5)" in message
-    assert "--long-rows drop, or --long-rows truncate" in message
+    assert "`--long-rows drop`, or `--long-rows truncate`" in message
     report = command("evaluate", model_id, data, "--long-rows", "drop", "--json")
     assert (report["rows"], report["dropped"]) == (len(rows) - 2, 2)
     output = tmp_path / "answers.jsonl"

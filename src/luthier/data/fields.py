@@ -94,10 +94,10 @@ def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
 
 
 def column_fix(ours: str, theirs: str) -> str:
-    """What to say where the column ``theirs`` is meant."""
+    """Return the advice for a column ``theirs`` whose name is similar to the key ``ours``."""
     return (
-        f'If {quote(theirs)} is meant, rename it to "{ours}", or say `data.columns.{ours}={theirs}` '
-        "where all rows have it."
+        f'Did you mean {quote(theirs)}? Rename it to "{ours}", or say `data.columns.{ours}={theirs}` '
+        "if all rows have it."
     )
 
 
@@ -377,14 +377,9 @@ class FieldChecker:
             return None
 
     def _column_fix(self, record: Record, key: str) -> str:
-        """Name the column that may be what is missing: one of text that is nothing else of ours."""
-        able = [
-            name for name in record if name not in self.other_keys and isinstance(record[name], str)
-        ]
-        if (near := nearest_name(key, able)) and (column := self.names.get(near)):
-            return f"Say `data.columns.{key}={column}` in place of `data.columns.{near}={column}`."
-        near = able[0] if len(able) == 1 else near
-        return column_fix(key, near) if near else ""
+        """Suggest the column that is spelled most like ``key``; empty if none is."""
+        near = nearest_name(key, (name for name in record if name not in self.other_keys))
+        return column_fix(key, self.names.get(near) or near) if near else ""
 
     def messages(self, value: object, answered: bool = True) -> Turns | None:
         """A conversation; ``answered`` wants the assistant's turn at its end."""

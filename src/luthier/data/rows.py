@@ -311,10 +311,10 @@ class Checker(FieldChecker):
         kind = found[0]
         if kind is RawText and (misspelt := self._misspelt(record)):
             key, meant = misspelt
-            message = f"The row has a text and {quote(key)}, which is close to {quote(meant)}."
+            message = f"{quote(key)} is not a known key. Did you mean {quote(meant)}?"
             fix = (
-                f"Say `data.columns.{meant}={key}` (`--map {meant}={key}`) if that is meant, and "
-                f"`data.columns.{meant}=` (empty) to learn the text alone."
+                f"Rename the key, or say `data.columns.{meant}={key}`; "
+                f"`data.columns.{meant}=` (empty) learns the text alone."
             )
             self.report("row.ambiguous", message, fix)
             return None
@@ -353,7 +353,6 @@ class Checker(FieldChecker):
             _media_columns_fix(record)
             or _passage_fix(record)
             or _inner_rows_fix(record)
-            or _letter_case_fix(record)
             or (not renamed and _text_columns_fix(record))
         ):
             self.report("row.unknown_shape", message, _header_fix(record) + fix)
@@ -423,18 +422,6 @@ def _inner_rows_fix(record: Record) -> str:
                 f"`jq -c '{place}[]' OLD > NEW.jsonl`."
             )
     return ""
-
-
-def _letter_case_fix(record: Record) -> str:
-    """How to call keys that are ours but for capitals and white space; empty where that is no shape."""
-    own = {key.strip().lower(): key for key in record}
-    kinds = [kind for kind in SHAPES.values() if kind.matches({**own})]
-    if len(own) < len(record) or not kinds:
-        return ""
-    keys = frozenset[str]().union(*(kind.source_keys() for kind in kinds))
-    names = {ours: key for ours, key in own.items() if ours in keys and ours != key}
-    steps = " and ".join(f'{quote(theirs)} to "{ours}"' for ours, theirs in names.items())
-    return f"Rename {steps}. Or say {_mapping(names)}."
 
 
 def _text_columns_fix(record: Record) -> str:
