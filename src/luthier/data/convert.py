@@ -6,6 +6,7 @@ asked for. A row with anything that form or container cannot say is refused.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from luthier.data.containers import JSON_LINES, unpacked_name
 from luthier.data.forms import FORMS_WITH_TOOLS, TARGETS, extra_keys
 from luthier.data.parsing import Record, quote
 from luthier.data.rows import Columns, Recognition, RowReader
+from luthier.data.shapes.media import MediaRow
 from luthier.data.sources import Source
 from luthier.data.turn_marks import mark_sense
 from luthier.data.writers import ColumnNames, Writer, check_target, writer_of
@@ -90,7 +92,7 @@ def convert(
         raise RecipeError(f"there is no form {form!r}; {hint}")
     kind = format_ or format_of(target)
     check_target(target, (), [source], overwrite)
-    work = _Conversion(source, form, columns, drop_extra_keys, on_progress)
+    work = _Conversion(source, target.parent, form, columns, drop_extra_keys, on_progress)
     # A table needs the names of all columns before its first row; everything is checked on the way.
     found = ColumnNames()
     if kind not in ("jsonl", "json"):
@@ -111,12 +113,13 @@ class _Conversion:
     def __init__(
         self,
         source: Source,
+        folder: Path,
         form: str,
         columns: Columns | None,
         drop_extra_keys: bool,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.source, self.columns, self.form = source, columns, form
+        self.source, self.folder, self.columns, self.form = source, folder, columns, form
         self.drop_extra_keys, self.on_progress = drop_extra_keys, on_progress
         self.first = ""
         self.kept: dict[str, None] = {}
@@ -139,6 +142,16 @@ class _Conversion:
     def _record(self, row: Row, reader: RowReader) -> Record:
         given = reader.checker.given
         made = TARGETS[self.form](row)
+        if isinstance(row, MediaRow) and row.media.path and made.get(row.key()) == row.media.name:
+            # Readers look for a path from the folder of the table, and not outside of it.
+            path = os.path.relpath(row.media.path, self.folder)
+            if path.startswith(".."):
+                raise RowRefused(
+                    "convert.media",
+                    f"{quote(row.media.name)} is not below the folder of the new file.",
+                    "Write the new file into the folder of the images or audio files.",
+                )
+            made[row.key()] = f"{path}/{row.media.member}" if row.media.member else path
         if not self.drop_extra_keys:
             _refuse_lost(given, self.form in FORMS_WITH_TOOLS)
         kind = "messages" if "messages" in made else "others"

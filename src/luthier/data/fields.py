@@ -116,11 +116,13 @@ def join_parts(value: object) -> object:
 
 def _part_text(part: dict[str, object]) -> str:
     text = part.get("text")
-    if (
-        isinstance(text, str)
-        and part.get("type", "text") == "text"
-        and part.keys() <= {"type", "text"}
-    ):
+    if isinstance(text, str) and part.get("type", "text") == "text":
+        if more := sorted(part.keys() - {"type", "text", "cache_control"}):
+            raise RowRefused(
+                "message.part",
+                f"a part of the content has the key {quote(more[0])}, which is not read.",
+                "Remove the key; training marks belong to the message.",
+            )
         return text
     kind = part.get("type") or next(iter(part), "nothing")
     raise RowRefused(

@@ -90,6 +90,10 @@ def join_context(
     """
     if not _may_hold_context(tuple(record)):
         return kind, record
+    if not issubclass(kind, Conversation | PromptOnly | PromptCompletion | JudgedAnswers):
+        flags: Record = {key: value for key, value in record.items() if isinstance(value, bool)}
+        check_row_marks(flags, may_list=False)
+        return kind, record
     keys = context_keys(PromptCompletion if asks else kind, record)
     held = {key: record[key] for key in keys if not asks or mark_sense(key) is None}
     if not held:

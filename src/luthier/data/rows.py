@@ -7,6 +7,7 @@ whole, with every problem.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from luthier.data.fields import RENAMES, FieldChecker, column_fix, list_keys, read_words, rename_fix
 from luthier.data.forms import KEYS, Form, extra_keys, forms_of
 from luthier.data.media import PLURAL, Media, media_kind
+from luthier.data.media_files import media_below
 from luthier.data.parsing import Record, quote
 from luthier.data.read import find_container, read_records, source_size
 from luthier.data.row_context import is_blank, join_context, parse_turns
@@ -34,7 +36,7 @@ from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of
 from luthier.data.spool import spool
 from luthier.errors import DataError, Problem, RowRefused
-from luthier.printable import nearest_name
+from luthier.printable import list_some, nearest_name
 from luthier.types import Row
 
 Columns = Mapping[str, str]
@@ -663,6 +665,11 @@ class RowReader:
         """What the column for groups has in each row, by file and line."""
         self._containers: list[str] = []
         self._unread: dict[str, None] = {}
+        self._folder = Path(str(source))
+        self._unnamed: set[str] = set()
+        if self._folder.is_dir() and self.files != [self._folder]:
+            names = media_below(self._folder)
+            self._unnamed = {os.path.realpath(self._folder / name) for name in names}
 
     @cached_property
     def size(self) -> int:
@@ -702,9 +709,17 @@ class RowReader:
                 if self.group_column is not None:
                     self._add_group(row, record, self.group_column)
                 self._add_unread(row)
+                if self._unnamed and isinstance(row, MediaRow) and row.media.path:
+                    self._unnamed.discard(os.path.realpath(row.media.path))
                 yield row
             if in_pieces and rows == self.rows:
                 self.checker.row(1, {"text": " "})  # refused, as nothing else is there
+        if self._unnamed and self.rows:
+            some = list_some(sorted(os.path.relpath(p, self._folder) for p in self._unnamed), 3)
+            message = f"No row names {len(self._unnamed):,} of the files, such as {some}."
+            fix = "Add a row for each file, or move the files."
+            self.doubts.append(Problem(str(self._folder), 0, "media.unnamed", message, fix))
+            self._unnamed = set()
 
     def _add_unread(self, row: Row) -> None:
         """Remember the columns that nothing of the row was read from, where that is asked."""

@@ -34,6 +34,7 @@ _LEAVE_OUT = frozenset(
         "skiploss",
     )
 )
+_DIGITS = re.compile(r"\s*[01](?:[\s,]+[01])+\s*")
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _ABOUT_LEARNING = ("loss", "learn", "train", "mask", "weight")
 _YES = frozenset(("1", "1.0", "true", "yes", "y", "on"))
@@ -146,7 +147,9 @@ def has_mark_list(record: Record) -> bool:
 
 
 def _mark_list(value: object) -> list[Any] | None:
-    """Return a list that is not empty, also one in the JSON text of a table's cell."""
+    """Return a list that is not empty, also one in a table's cell: JSON, or ``0,0,1``."""
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        return [*re.findall("[01]", value)]
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = parse_embedded(value)

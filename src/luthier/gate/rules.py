@@ -326,7 +326,15 @@ SPEAKERS = Rule(
     "Name the column by `data.group_column`, or measure on a file of other speakers.",
     whole=True,
 )
-DOUBTS: Mapping[str, Rule] = {rule.id: rule for rule in (JOINED_ROWS, SPEAKERS)}
+UNNAMED_MEDIA = Rule(
+    "media.unnamed",
+    "warning",
+    "The folder holds images or audio files that no row names.",
+    "The model does not learn from these files; their rows may be missing in the table.",
+    "Add a row for each file, or move the files. To use the class folders, move the table.",
+    whole=True,
+)
+DOUBTS: Mapping[str, Rule] = {rule.id: rule for rule in (JOINED_ROWS, SPEAKERS, UNNAMED_MEDIA)}
 """Rules of reading that are warnings, by id."""
 
 

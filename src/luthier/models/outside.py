@@ -235,6 +235,11 @@ def read_fields(path: Path) -> dict[str, Any]:
         CorruptFile: where it is none.
     """
     if not path.is_file():
+        if (path.parent / ADAPTER_CONFIG).is_file():
+            raise UnknownModel(
+                f"{path.parent} is an adapter (it has {ADAPTER_CONFIG}), not a whole model: merge it "
+                "into its base first, as by PEFT's `merge_and_unload`"
+            )
         raise UnknownModel(
             f"{path.parent} has no {path.name}, so it is not a whole Hugging Face model folder"
         )

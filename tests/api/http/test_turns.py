@@ -162,7 +162,8 @@ class Slow:
             "/computed": self.compute,
         }  # fmt: skip
         long = path not in ("/short", "/computed")
-        return Route(Operation(path[1:], head.method, path, works[path], long=long))
+        action = "luthier:WhoAmI"
+        return Route(Operation(path[1:], head.method, path, works[path], long=long, action=action))
 
     def compute(self, request: Request) -> Response:
         began = time.thread_time()

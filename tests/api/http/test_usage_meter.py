@@ -121,7 +121,10 @@ def test_metrics_name_models_of_accounts_only_where_they_name_accounts(
     base = "all-minilm-l6-v2"
     roots = {base: None, f"{base}:jobs": base, "made-here": None, "imported:theirs": None}
     service = Service(Settings(metrics_by_account=by_account))
+    table = service.pool._latencies
+    assert table is not None
     for name, root in roots.items():
-        service.pool.latencies.of(StoredModel(name, Path(), Manifest(id=name, root=root)))
-    assert list(service.pool.latencies.by_label()) == list(dict.fromkeys(expected))
+        table.of(StoredModel(name, Path(), Manifest(id=name, root=root)))
+    labels = {each.labels["model"] for family in table.collect() for each in family.samples}
+    assert labels == {*expected}
     service.close()
