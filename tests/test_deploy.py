@@ -76,7 +76,7 @@ def documents(name: str) -> list[dict[str, Any]]:
 def test_kustomize_names_all_files_and_the_version_of_the_image() -> None:
     (found,) = documents("kustomization.yaml")
     named = {*found["resources"], *(each["path"] for each in found["patches"])}
-    assert named == {path.name for path in KUBERNETES.iterdir()} - {"kustomization.yaml"}
+    assert named == {path.name for path in KUBERNETES.glob("*.yaml")} - {"kustomization.yaml"}
     assert found["images"] == [{"name": "luthier", "newTag": luthier.__version__}]
 
 
@@ -99,7 +99,25 @@ def test_the_pods_have_no_rights_and_probe_routes_that_there_are() -> None:
     assert home is not None and mounts["store"] == home[1]
     assert {each["name"] for each in pod["volumes"]} == mounts.keys()
     secrets = [each for each in container["env"] if "KEY" in each["name"] or "DATA" in each["name"]]
-    assert len(secrets) == 2 and all("secretKeyRef" in each["valueFrom"] for each in secrets)
+    assert len(secrets) == 1 and all("secretKeyRef" in each["valueFrom"] for each in secrets)
+
+
+def test_the_private_network_replaces_the_policy_that_lets_all_in() -> None:
+    (found,) = documents("private-network/kustomization.yaml")
+    (deleted,) = [yaml.safe_load(each["patch"]) for each in found["patches"]]
+    assert deleted["$patch"] == "delete"
+    names = {each["metadata"]["name"] for each in documents("network.yaml")}
+    assert deleted["metadata"]["name"] in names
+    (policy,) = documents("private-network/policy.yaml")
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    ports = {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]}
+    assert ports == {53, 443, 5432}
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_encrypted_volumes_are_classes_of_one_name(name: str) -> None:
+    (found,) = documents(f"encrypted-volume/{name}.yaml")
+    assert (found["kind"], found["metadata"]["name"]) == ("StorageClass", "luthier-encrypted")
 
 
 def test_server_and_worker_take_their_options() -> None:

@@ -31,4 +31,4 @@ def test_few_steps_from_random_weights_are_told(
     objective = OBJECTIVES[method].model_validate({})
     base = SimpleNamespace(manifest=SimpleNamespace(is_random=random))
     trainer.job = SimpleNamespace(base=base, data=SimpleNamespace(objective=objective))
-    assert trainer._usual_steps(steps) == expected
+    assert trainer._advised_steps(steps) == expected

@@ -238,7 +238,7 @@ def test_a_run_says_how_small_and_how_well_it_copies(tmp_path: Path) -> None:
     )  # fmt: skip
     said = tuned.verdict.text
     assert "Each row is 3,072 numbers, as the network reads them, kept as 32: 96 : 1" in said
-    assert re.search(r"have a mean squared error of 0\.\d{5}$", said), said
+    assert re.search(r"have a mean squared error of 0\.\d{5}\b", said), said
 
 
 def test_gradients_reach_all_weights(network: Network, examples: list[Example]) -> None:

@@ -241,14 +241,3 @@ def test_the_network_is_loaded_when_it_is_asked_for(tiny_model_folder: Path) -> 
         assert pool.submit(str(tiny_model_folder), request).whole()[0].tokens
     finally:
         pool.close()
-
-
-def test_encrypted_weights_are_not_written_in_the_clear(
-    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(derived_gguf, "is_sealed", lambda path: True)
-    with pytest.raises(RecipeError, match="encrypted"):
-        derived_gguf.gguf_of(
-            find(str(tiny_model_folder)), "f32", lambda *given: pytest.fail("opened")
-        )
-    assert not (luthier_home() / "cache" / "gguf").exists()

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from luthier import child_python
 from luthier.cancellation import Cancellable, cancelled_by
 from luthier.data.shapes.conversations import PromptOnly
 from luthier.graders import (
@@ -22,7 +23,7 @@ from luthier.graders import (
     Ungraded,
     grade_answers,
 )
-from luthier.serving import sandbox_pool, sandboxed_process
+from luthier.serving import sandbox_pool
 from luthier.serving.sandbox_pool import SandboxedGrader, SandboxPool, sandbox_grader
 from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 
@@ -141,7 +142,7 @@ def test_a_process_that_cannot_start_is_no_fault_of_the_work(
     fresh = SandboxPool(2, MEMORY, "the grader")
     grader = sandbox_grader(TextSimilarity(reference="{{item.a}}"), fresh)
     with monkeypatch.context() as patch:
-        patch.setattr(sandboxed_process.sys, "executable", "/nowhere/python")
+        patch.setattr(child_python.sys, "executable", "/nowhere/python")
         with pytest.raises(WorkInterrupted, match="cannot start"):
             grader.grade([answer("a", "a")])
     assert grader.grade([answer("a", "a")]) == [1.0]
