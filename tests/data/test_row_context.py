@@ -425,3 +425,17 @@ def test_a_decimal_comma_does_not_turn_ratings_into_examples(tmp_path: Path) -> 
 def test_prompts_may_have_a_system_prompt_in_some_rows_only(tmp_path: Path) -> None:
     reader = read(tmp_path, {"prompt": "q"}, {"prompt": "q", "system": "S"}, checker=PromptChecker)
     assert [len(each.turns()) for each in reader.read_all()] == [1, 2]
+
+
+def test_prompt_and_completion_as_lists_of_turns_are_a_conversation(tmp_path: Path) -> None:
+    asked = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    found = row(tmp_path, {"prompt": asked, "completion": [{"role": "assistant", "content": "d"}]})
+    assert [(turn.role, turn.content, turn.learned) for turn in found.turns()] == [
+        ("system", "s", True), ("user", "a", True), ("assistant", "b", False),
+        ("user", "c", True), ("assistant", "d", True),
+    ]  # fmt: skip

@@ -88,6 +88,8 @@ def join_context(
     Raises:
         RowRefused: if the context cannot be read, or differs from the turns of the row.
     """
+    if issubclass(kind, PromptCompletion) and isinstance(record.get("completion"), list):
+        kind, record = _join_turn_lists(kind, record)
     if not _may_hold_context(tuple(record)):
         return kind, record
     if not issubclass(kind, Conversation | PromptOnly | PromptCompletion | JudgedAnswers):
@@ -110,6 +112,22 @@ def join_context(
         system = _system_turns(held)
         return kind, {**record, "system": system[0]["content"] if system else None}
     return _as_messages(kind, record, held)
+
+
+def _join_turn_lists(kind: type[Shape], record: Record) -> tuple[type[Shape], Record]:
+    """Return a prompt and a completion that are lists of turns, as in TRL, as messages.
+
+    Assistant turns of the prompt are not learned.
+    """
+    prompt, completion = record.get("prompt"), record["completion"]
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        return kind, record
+    turns = [*prompt, *completion]
+    if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return kind, record
+    given = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in prompt]
+    rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
+    return Conversation, {**rest, "messages": [*given, *completion]}
 
 
 def _as_messages(kind: type[Shape], record: Record, held: Record) -> tuple[type[Shape], Record]:
