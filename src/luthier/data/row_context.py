@@ -29,6 +29,7 @@ _SYSTEM_NAMES = frozenset(
     ("system", "systemprompt", "systemmessage", "sysprompt", "systeminstruction")
 )
 TOOL_KEYS = frozenset(("tools", "functions", "toolConfig"))
+_CONTEXT_KEYS = TOOL_KEYS | {"history"}
 TURN_KEYS = ("messages", "conversations")
 """Keys under which rows hold their turns."""
 
@@ -44,7 +45,7 @@ def context_keys(kind: type[Shape], record: Record) -> set[str]:
         return {key for key in record if is_system_key(key)}
     if not issubclass(kind, Conversation | PromptCompletion | JudgedAnswers):
         return set()
-    further = TOOL_KEYS if any(key in record for key in TURN_KEYS) else {*TOOL_KEYS, "history"}
+    further = TOOL_KEYS if any(key in record for key in TURN_KEYS) else _CONTEXT_KEYS
     return {
         key for key in record if key in further or is_system_key(key) or is_mark(key, record[key])
     }
@@ -53,8 +54,9 @@ def context_keys(kind: type[Shape], record: Record) -> set[str]:
 @lru_cache(1000)
 def _may_hold_context(keys: tuple[str, ...]) -> bool:
     """Return whether a record with these keys can have any context; rows of a file share keys."""
-    further = {*TOOL_KEYS, "history"}
-    return any(key in further or is_system_key(key) or mark_sense(key) is not None for key in keys)
+    return any(
+        key in _CONTEXT_KEYS or is_system_key(key) or mark_sense(key) is not None for key in keys
+    )
 
 
 def parse_turns(record: Record) -> Record:

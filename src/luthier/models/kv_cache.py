@@ -177,11 +177,11 @@ class Banks:
         room = room_for(tokens)
         return self._banks.setdefault(room, Bank(room)).copy(span)
 
-    def with_room(self, span: Span, tokens: int = 1) -> Span:
-        """``span`` itself where it has room for ``tokens`` more, else a larger one in its place."""
-        if span.length + tokens <= span.bank.room:
+    def with_room(self, span: Span) -> Span:
+        """Return ``span`` if it has room for one more token, else a larger one in its place."""
+        if span.length + 1 <= span.bank.room:
             return span
-        larger = self.copy(span, span.length + tokens)
+        larger = self.copy(span, span.length + 1)
         span.bank.remove(span)
         return larger
 

@@ -41,7 +41,7 @@ from luthier.models.modalities import input_shape, media_config, media_inputs, t
 from luthier.models.network import Network
 from luthier.models.outside import check_complete, weight_files
 from luthier.models.pipelines import is_pipeline
-from luthier.models.probe import Probe, check_finite, probed_network
+from luthier.models.probe import Probe, check_finite, probed_network, relative_error
 from luthier.models.tensors import tensor_headers
 from luthier.types import Example
 
@@ -297,7 +297,7 @@ def check_decoder_input(network: Network) -> None:
     with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
         expected = model(input_ids=source_1S, labels=ids_1T[:, 1:]).logits.float()
         given = model(input_ids=source_1S, decoder_input_ids=ids_1T[:, :-1]).logits.float()
-    if float((given - expected).norm() / expected.norm().clamp_min(1e-6)) > 1e-3:
+    if relative_error(given, expected) > 1e-3:
         raise RecipeError(
             f"networks of type {kind} cannot be trained here yet: their decoder does not start from "
             f"token {chat.start_id}, as transformers shifts the labels in another way. Use a T5, BART "
@@ -334,7 +334,7 @@ def _random_images(network: Network) -> torch.Tensor:
 def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
     """Refuse a network of which the numbers here are not its own."""
     check_finite(own)
-    error = float((ours - own).norm() / own.norm().clamp_min(1e-6))
+    error = relative_error(ours, own)
     if not error < (0.1 if network.dtype == torch.bfloat16 else 1e-3):
         raise RecipeError(
             f"networks of type {network.model.config.model_type} cannot be trained here yet: what "

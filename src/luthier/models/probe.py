@@ -162,7 +162,7 @@ class Probe:
         found = self.model.base_model(input_ids=ids_2T.to(self.device))
         one_H, other_H = found.last_hidden_state[:, 0].float()
         # Mixtures of experts sum in another order beside other tokens: bits may differ.
-        return _relative(one_H, other_H) > TOLERANCE
+        return relative_error(one_H, other_H) > TOLERANCE
 
     def ours(self, network: Network, dense: bool = False) -> tuple[Tensor, list[int]]:
         """Return the output of luthier's layout, and the row of the probe of each part of it.
@@ -431,13 +431,14 @@ def _settings(fields: Any) -> Iterator[tuple[str, Any]]:
             yield str(name), value
 
 
-def _relative(one: Tensor, other: Tensor) -> float:
+def relative_error(one: Tensor, other: Tensor) -> float:
+    """Return the norm of the difference of two tensors as a share of the norm of ``other``."""
     return float((one - other).norm() / other.norm().clamp_min(1e-6))
 
 
 def _compare(model: Any, what: str, places: Sequence[str], got: Tensor, want: Tensor) -> None:
     """Refuse a network whose ``got`` and ``want``, ``[M, V]`` each, differ by more than rounding."""
-    error = _relative(got, want)
+    error = relative_error(got, want)
     if error < TOLERANCE:
         return
     far_M = (got - want).norm(dim=-1) >= TOLERANCE * want.norm(dim=-1)
@@ -470,7 +471,9 @@ def _compare_median(
     model: Any, what: str, found: Sequence[tuple[int, Tensor]], wanted: Sequence[Tensor]
 ) -> None:
     """Compare them in the precision of the network, by the median token."""
-    error_M = [_relative(row_V, want_V) for (_, row_V), want_V in zip(found, wanted, strict=True)]
+    error_M = [
+        relative_error(row_V, want_V) for (_, row_V), want_V in zip(found, wanted, strict=True)
+    ]
     if not float(np.median(error_M)) < ROUNDED_TOLERANCE:
         _compare_steps(model, what, found, wanted)
 

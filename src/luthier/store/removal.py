@@ -209,7 +209,8 @@ def remove_files(stored_id: str | None) -> None:
     """
     if stored_id is None or folder_of(stored_id) is None:
         return
-    remove_side_files_and_log(stored_id)
+    remove_side_files(stored_id)
+    log_file(job_of_run(split_id(stored_id)[1])).unlink(missing_ok=True)
     stored = {each.id: each for each in custom_models()}
     found = stored.get(stored_id)
     if found is None:
@@ -222,13 +223,6 @@ def remove_files(stored_id: str | None) -> None:
         shutil.rmtree(found.folder, ignore_errors=True)
     shutil.rmtree(found.folder, ignore_errors=True)  # without a record, too
     remove_unneeded(found.manifest.parent)
-
-
-def remove_side_files_and_log(stored_id: str) -> None:
-    """Delete what this machine keeps of a custom model outside its own folder, whether that is here or
-    not."""
-    remove_side_files(stored_id)
-    log_file(job_of_run(split_id(stored_id)[1])).unlink(missing_ok=True)
 
 
 def remove_unneeded(stored_id: str | None) -> None:
