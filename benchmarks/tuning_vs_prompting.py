@@ -1,10 +1,10 @@
 """Was tuning worth it: `luthier compare` on tasks whose answers should differ.
 
-    python benchmarks/tuning_vs_prompting.py DATA [--task banking77] [--rows 200] [--search-seconds 300]
+    python benchmarks/tuning_vs_prompting.py DATA [--task banking77] [--rows 200]
 
 Labels (`banking77` with 20 rows a label, `sib200_vi`): a tuned MiniLM and a tuned SmolLM2-135M beside
-what SmolLM2 writes when asked, with examples, with the nearest ones by words and by meaning, with a
-searched prompt, and beside the simple baselines. Questions on documents (`xquad_en`, `xquad_vi`):
+what SmolLM2 writes when asked, with examples, with the nearest ones by words and by meaning, and
+beside the simple baselines. Questions on documents (`xquad_en`, `xquad_vi`):
 SmolLM2 as it is, with passages, tuned on questions alone, and tuned with passages; each test question
 is answered by one of some 200. Scored by ROUGE-L, as answers are phrases. Each run has a home of its
 own; what is printed is a table for each task, and its verdict.
@@ -49,9 +49,7 @@ def as_answers(rows: Rows) -> Rows:
     ]
 
 
-def compare_labels(
-    data: Path, folder: Path, task: str, count: int, seconds: float
-) -> dict[str, Any]:
+def compare_labels(data: Path, folder: Path, task: str, count: int) -> dict[str, Any]:
     home = new_home(folder)
     rows = rows_of(data / task / "train.jsonl")
     train = write_rows(
@@ -63,13 +61,11 @@ def compare_labels(
     return run_luthier(
         home, "compare", str(test), "--base", DECODER, "--train", str(train),
         "--tuned", f"{ENCODER}:tuned", "--tuned", f"{DECODER}:tuned", "--encoder", ENCODER,
-        "--max-tokens", "16", "--search-seconds", str(seconds),
+        "--max-tokens", "16",
     )  # fmt: skip
 
 
-def compare_answers(
-    data: Path, folder: Path, task: str, count: int, seconds: float
-) -> dict[str, Any]:
+def compare_answers(data: Path, folder: Path, task: str, count: int) -> dict[str, Any]:
     home, language = new_home(folder), task.removeprefix("xquad_")
     train, test = (
         write_rows(as_answers(rows), folder / f"{part}.jsonl")
@@ -89,7 +85,7 @@ def compare_answers(
     run_luthier(home, "tune", str(train), "--base", DECODER, "--name", "tuned")
     return run_luthier(
         home, "compare", str(test), "--tuned", f"{DECODER}:tuned", "--documents", str(documents),
-        "--grader", str(graders), "--max-tokens", "24", "--search-seconds", str(seconds),
+        "--grader", str(graders), "--max-tokens", "24",
         "--encoder", ENCODER,
     )  # fmt: skip
 
@@ -124,13 +120,10 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the sets")
     parser.add_argument("--task", action="append", choices=TASKS, help="all when not given")
     parser.add_argument("--rows", type=int, default=200, help="test rows of each task at most")
-    parser.add_argument("--search-seconds", type=float, default=300.0)
     arguments = parser.parse_args()
     for task in arguments.task or TASKS:
         with tempfile.TemporaryDirectory() as folder:
-            found = TASKS[task](
-                arguments.data, Path(folder), task, arguments.rows, arguments.search_seconds
-            )
+            found = TASKS[task](arguments.data, Path(folder), task, arguments.rows)
         print(table(task, found), flush=True)
 
 

@@ -154,7 +154,7 @@ def test_an_endpoint_beside_people_and_as_the_judge_of_a_comparison(
     ).model_id
     said: list[str] = []
     found = luthier.compare(
-        held, [tuned], max_tokens=3, search_seconds=0, judge=f"{endpoint.url}#big", note=said.append
+        held, [tuned], max_tokens=3, judge=f"{endpoint.url}#big", note=said.append
     )
     assert found.measure == "win_rate"
     most = 2 * 3 * len(found.contenders) + 1  # both orders of three replies each, and a trial

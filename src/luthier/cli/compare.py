@@ -51,20 +51,6 @@ def compare(
     set_: GraderSettings = None,
     max_tokens: MaxTokens = 64,
     prices: Prices = None,
-    answers: Annotated[
-        int,
-        typer.Option(min=0, help="Answers you expect of it: what they return of what tuning took."),
-    ] = 0,
-    search_seconds: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="Search a prompt so long; by default as tuning took, at most 600."
-        ),
-    ] = None,
-    reflector: Annotated[
-        str | None,
-        typer.Option(help="Model, or https://host/v1#model, that rewrites prompts in the search."),
-    ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(help="Model with embeddings, by which examples and passages are found, too."),
@@ -88,7 +74,6 @@ def compare(
     with show_progress(0, "compare") as done:
         found = run(
             data, tuned, base, train, documents or (), graders, max_tokens, prices, note,
-            answers=answers, search_seconds=search_seconds, reflector=reflector,
             judge=None if judge is None else parse_judge_option(judge),
             encoder=encoder, columns=parse_columns(columns), on_progress=done, attach=attach,
         )  # fmt: skip

@@ -247,9 +247,6 @@ def compare(
     prices: str | Path | None = None,
     note: Callable[[str], None] = lambda text: None,
     *,
-    answers: int = 0,
-    search_seconds: float | None = None,
-    reflector: str | None = None,
     encoder: str | None = None,
     judge: Spec | None = None,
     columns: Mapping[str, str] | None = None,
@@ -270,11 +267,6 @@ def compare(
         max_tokens: of a reply at most.
         prices: a price table, as of ``luthier estimate``; the one of the store when not given.
         note: hears what is done.
-        answers: that you expect of the tuned model, for what they return of what tuning took.
-        search_seconds: that a prompt is searched for a base that writes; as long as tuning took, at
-            most ten minutes, when not given; 0 for none.
-        reflector: id of the model that rewrites instructions in this search, or ``https://host/v1#model``
-            with its key in ``OPENAI_API_KEY``; the base itself when not given.
         encoder: id of a model with embeddings, by which examples and passages are found, too.
         judge: as of :func:`judge_agreement`; replies are then compared by how often the judge prefers
             them to those of the base as it is.
@@ -288,7 +280,6 @@ def compare(
     Raises:
         RefusedInput: where there is nothing to compare, or a tenth of the rows are training rows.
     """
-    from luthier.chat_models.base import ModelSpec, address_fields
     from luthier.data.rows import load_documents, load_rows
     from luthier.evaluation.evaluate import load_graded
     from luthier.graders import parse_graders
@@ -319,9 +310,6 @@ def compare(
         chosen,
         max_tokens,
         read_prices(None if prices is None else Path(prices)),
-        answers,
-        search_seconds,
-        None if reflector is None else ModelSpec(**address_fields(reflector)),
         None if encoder is None else find(encoder),
         None if judge is None else _parse_judge(judge),
         note,

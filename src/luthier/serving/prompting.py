@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -106,20 +106,6 @@ class Way:
     """Examples or passages for each question."""
     shows_training_rows: bool = False
     """Whether examples are given; a tuned model has learned from these."""
-    instruction: str = ""
-    """What the system says, after what it says in the question itself."""
-    nearest: int = 0
-    """Training rows that each question has for examples of its own, those nearest to it."""
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON: the instruction, examples that stay, and how many each question has of its own."""
-        common = self.context[0] if all(each == self.context[0] for each in self.context) else ()
-        examples = [each for each in common if isinstance(each, Question)]
-        return {
-            "instruction": self.instruction,
-            "examples": [{"asked": each.text, "answer": each.answer} for each in examples],
-            "nearest_examples": self.nearest,
-        }
 
 
 def ways_to_ask(
@@ -144,7 +130,7 @@ def ways_to_ask(
         for by, search in searches.items():
             nearest = NearestExamples(train, search).of(questions, EXAMPLES)
             name = f"{EXAMPLES} nearest examples{by}"
-            ways.append(Way("prompt engineering", name, nearest, True, nearest=EXAMPLES))
+            ways.append(Way("prompt engineering", name, nearest, True))
     if documents:
         for by, search in searches.items():
             passages = retrieve_passages(questions, documents, embed=search)
@@ -231,18 +217,16 @@ class Prompting:
 
 
 def conversation_of(
-    question: Question, context: Sequence[Question | str], chat: ChatFormat, instruction: str = ""
+    question: Question, context: Sequence[Question | str], chat: ChatFormat
 ) -> tuple[Message, ...]:
     """What stands before the answer: examples as turns before, passages inside the last question.
 
-    The ``instruction`` is for the system, or stands before the first turn where ``chat`` has none. For
-    the ``plain`` template, which has no turns, all is one text.
+    For the ``plain`` template, which has no turns, all is one text.
     """
     turns: list[Message] = []
     passages = [each for each in context if isinstance(each, str)]
     shown = [each for each in context if isinstance(each, Question)]
     said = [turn.content for turn in question.asked if turn.role == "system"]
-    said += [instruction] if instruction else []
     if chat.template == "plain":
         examples = (f"{each.text}\n{each.answer}" for each in shown)
         return (Message("user", "\n\n".join([*said, *examples, *passages, question.text])),)

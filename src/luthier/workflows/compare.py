@@ -3,12 +3,11 @@
 A base model that writes is asked as it is, with examples in the prompt, with the nearest examples, and
 with passages of documents (:mod:`luthier.serving.prompting`); beside one that reads, the simple
 baselines are fitted (:mod:`luthier.evaluation.baselines`), and for both the answer of the nearest
-training row is taken over. For as long as tuning took a prompt is searched for the base
-(:mod:`luthier.workflows.prompt_search`). Tuned models are asked as they are, and with the passages. All
+training row is taken over. Tuned models are asked as they are, and with the passages. All
 answer the same rows, so differences are known row by row: which are more than chance is said with
 Holm's correction for all that are compared. What an answer costs is measured in the same run.
 
-Left out: several samples of an answer, a reader of documents that was tuned with them.
+Left out: a search for the best prompt (DSPy and GEPA do that), several samples of an answer.
 """
 
 from __future__ import annotations
@@ -17,18 +16,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText, TaggedWords
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.machine import begin_peak_memory, peak_memory
-from luthier.errors import DataError, Problem, RecipeError, RefusedInput
+from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.baselines import (
     ComparedRows,
     FittedBaselines,
@@ -46,7 +42,7 @@ from luthier.files import folder_size
 from luthier.gate.checks.leakage import TOO_MANY
 from luthier.gate.row_keys import match_questions, repeated_rows
 from luthier.graders import Exact
-from luthier.graders.base import Answer, Embedder
+from luthier.graders.base import Answer
 from luthier.graders.ruler import judge_pairs
 from luthier.models.sampling import Sampling
 from luthier.serving.evaluation import measure, open_graders
@@ -61,22 +57,15 @@ from luthier.serving.prompting import (
     ways_to_ask,
 )
 from luthier.types import Example, Message, Row
-from luthier.workflows.prompt_search import SearchedPrompt, reflection, search_prompt
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from luthier.chat_models.base import ModelSpec
     from luthier.data.chat import ChatFormat
     from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import Grader, Ruler
-    from luthier.serving.generation import Generator
     from luthier.serving.inference import Chat
     from luthier.store.models import StoredModel
     from luthier.workflows.estimate.budget import Prices
 
-MOST_SEARCH_SECONDS = 600.0
-"""That a prompt is searched, where nothing is said and tuning took longer."""
 BASELINE_SECONDS = 120.0
 """For all simple baselines together."""
 SEED = 0
@@ -107,9 +96,7 @@ class Contender:
     memory_bytes: int = 0
     """Resident at the peak of its answering, weights included, beyond what was before it was opened."""
     preparation_seconds: float = 0.0
-    """What tuning, or the search of the prompt, took before the first answer."""
-    prompt: Way | None = None
-    """That was searched."""
+    """Time that tuning took, in seconds."""
     replies: Sequence[str] = ()
     """To the rows, of what writes."""
 
@@ -131,8 +118,6 @@ class HeadToHead:
     remarks: list[str] = field(default_factory=list)
     """What was left out, and what the rows do not say."""
     prices: Prices | None = None
-    answers: int = 0
-    """That are expected of the model, for the return on what tuning took; 0 where nobody knows."""
 
     @property
     def best(self) -> Contender:
@@ -148,11 +133,6 @@ class HeadToHead:
         """Of 1,000 answers, at the prices that were given."""
         return None if self.prices is None else self.prices.cost(1000 * contender.seconds, 0)
 
-    def cost_per_thousand_right(self, contender: Contender) -> float | None:
-        """Of 1,000 right answers, where the score is a share of them."""
-        cost, score = self.cost_per_thousand(contender), contender.score
-        return cost / score.value if cost is not None and score.is_share and score.value else None
-
     def break_even(self, tuned: Contender, other: Contender) -> float | None:
         """Answers after which the time that tuning took is saved; ``None`` where it never is.
 
@@ -161,14 +141,6 @@ class HeadToHead:
         saved = other.seconds - tuned.seconds
         spent = tuned.preparation_seconds - other.preparation_seconds
         return spent / saved if saved > 0 and spent > 0 else None
-
-    def return_on_investment(
-        self, tuned: Contender, other: Contender, answers: int
-    ) -> float | None:
-        """What ``answers`` save against ``other``, less what tuning took, over that; 1 doubles it."""
-        spent = tuned.preparation_seconds - other.preparation_seconds
-        saved = answers * (other.seconds - tuned.seconds)
-        return (saved - spent) / spent if spent > 0 else None
 
     @property
     def rivals(self) -> tuple[Contender, Contender] | None:
@@ -219,30 +191,20 @@ class HeadToHead:
 
     def _cost_text(self, tuned: Contender, rival: Contender) -> str:
         """What an answer of both takes, where that is no matter of chance."""
-        nothing = (
-            f"{self.answers:,} answers return nothing of what tuning took" if self.answers else ""
-        )
         quick, slow = sorted((tuned.seconds, rival.seconds))
         if not quick:  # what answers without looking
             return ""
         ratio = slow / quick
         if ratio < TIMES_ALIKE:
-            return f"{nothing}: both take about the same time." if nothing else ""
+            return ""
         times = f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
         if tuned.seconds > rival.seconds:
-            text = f"Answers of {rival.name} come {times} as fast"
-            return f"{text}: {nothing}." if nothing else f"{text}."
+            return f"Answers of {rival.name} come {times} as fast."
         paid = self.break_even(tuned, rival)
         text = f"Answers of {tuned.name} come {times} as fast"
         if paid is None:
             return f"{text}."
-        text += f": tuning has paid its time after {paid:,.0f} answers"
-        if not self.answers:
-            return f"{text}."
-        returned = self.return_on_investment(tuned, rival, self.answers)
-        if returned is not None and returned >= 10:
-            return f"{text}; {self.answers:,} answers return {returned:,.0f} times what it took."
-        return f"{text}; {self.answers:,} answers return {returned:+.0%} of what it took."
+        return f"{text}: tuning has paid its time after {paid:,.0f} answers."
 
     def _text(self, score: float, signed: bool = False) -> str:
         is_share = self.best.score.is_share
@@ -264,11 +226,8 @@ class HeadToHead:
                 line["prompt_tokens"] = each.prompt_tokens
             if each.preparation_seconds:
                 line["preparation_seconds"] = each.preparation_seconds
-            if each.prompt is not None:
-                line["prompt"] = each.prompt.plain()
             if (cost := self.cost_per_thousand(each)) is not None:
                 line["cost_per_1000"] = cost
-                line["cost_per_1000_right"] = self.cost_per_thousand_right(each)
             if each.name in behind:
                 line["behind_best"] = behind[each.name].plain()
             contenders.append(line)
@@ -288,9 +247,6 @@ def compare(
     graders: Mapping[str, Grader] | None = None,
     max_tokens: int = 64,
     prices: Prices | None = None,
-    answers: int = 0,
-    search_seconds: float | None = None,
-    reflector: ModelSpec | None = None,
     encoder: StoredModel | None = None,
     judge: Ruler | None = None,
     note: Callable[[str], None] = lambda text: None,
@@ -308,10 +264,6 @@ def compare(
             them.
         max_tokens: of a reply at most.
         prices: of the machine, for what 1,000 answers cost.
-        answers: that are expected of the tuned model, for the return on what tuning took.
-        search_seconds: that a prompt is searched for the base; as long as tuning took, at most ten
-            minutes, where not given; 0 for none.
-        reflector: the model that rewrites instructions in this search; the base itself where not given.
         encoder: a model with embeddings, by which examples and passages are found, too.
         judge: by its preferences replies are compared with those of the base as it is then.
         note: hears what is done.
@@ -345,7 +297,7 @@ def compare(
     readers = [each for each in tuned if not writes(each)]
     asked = [*writers, base] if base_writes else writers
     held, known = _questions(rows, train) if asked else ([], [])
-    embed = None if encoder is None or not asked else _embed_once(Predictor.open(encoder).embed)
+    embed = None if encoder is None or not asked else Predictor.open(encoder).embed
     ways = ways_to_ask(held, known, documents, embed) if asked else []
     without_examples = [way for way in ways if not way.shows_training_rows]
     for what, named in (("the documents", documents), ("the graders", graders)):
@@ -356,26 +308,13 @@ def compare(
         graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
     elif graders is None:
         graders = default_graders(rows, note if asked else lambda text: None)
-    was_asked = bool(search_seconds)
-    if search_seconds is None:
-        search_seconds = min(MOST_SEARCH_SECONDS, max(map(_training_seconds, tuned)))
-        if search_seconds and known and next(iter(graders.values())).judgements:
-            search_seconds = 0.0
-            remarks.append(
-                "no prompt was searched, as a judge would be asked for each answer of the search: "
-                "search_seconds says for how long it may"
-            )
-    searches = bool(base_writes and known and search_seconds)
-    written = len(writers) * len(without_examples) + base_writes * (len(ways) + searches)
+    written = len(writers) * len(without_examples) + base_writes * len(ways)
     replies = len(rows) * (written + 2 * bool(known))
     opened = open_graders(graders, replies, note) if asked else {}
     if judge is not None:  # in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
     total = len(rows) * (len(readers) + written)
-    run = _Contest(opened, max_tokens, note, on_progress, total, embed)
-    search: Callable[[Generator], SearchedPrompt] | None = None
-    if searches:
-        search = partial(run.search, train, known, search_seconds, reflector, was_asked)
+    run = _Contest(opened, max_tokens, note, on_progress, total)
     if len(readers) + len(writers) + base_writes < 2 and not train:
         raise RecipeError(
             "there is nothing to compare: give a base model that writes, training rows for "
@@ -399,7 +338,7 @@ def compare(
     for stored in writers:
         contenders += run.write(stored, rows, held, without_examples, remarks, is_tuned=True)
     if base_writes:
-        contenders += run.write(base, rows, held, ways, remarks, known=known, search=search)
+        contenders += run.write(base, rows, held, ways, remarks)
     if known and not labelled:
         contenders.append(run.copy_nearest(rows, held, known))
         reply, count = Counter(each.answer for each in known).most_common(1)[0]
@@ -417,7 +356,7 @@ def compare(
             f"nearly all replies score 0 by {measure_name}: read some of them, and choose another "
             "grader where they are right in other words"
         )
-    return HeadToHead(measure_name, len(rows), contenders, remarks, prices, answers)
+    return HeadToHead(measure_name, len(rows), contenders, remarks, prices)
 
 
 def _check_measures(measures: Mapping[str, str]) -> None:
@@ -482,19 +421,6 @@ def _questions(rows: Sequence[Row], train: Sequence[Row]) -> tuple[list[Question
     return questions_of(rows, labels), questions_of(train, labels)
 
 
-def _embed_once(embed: Embedder) -> Embedder:
-    """``embed`` that reads no text twice: each way and each prompt of the search looks for examples."""
-    known: dict[str, NDArray[np.float32]] = {}
-
-    def embed_new(texts: Sequence[str]) -> NDArray[np.float32]:
-        new = [text for text in dict.fromkeys(texts) if text not in known]
-        if new:
-            known.update(zip(new, embed(new), strict=True))
-        return np.stack([known[text] for text in texts]) if texts else embed(texts)
-
-    return embed_new
-
-
 def _training_seconds(stored: StoredModel) -> float:
     return float((stored.manifest.metrics or {}).get("seconds", 0.0))
 
@@ -522,10 +448,8 @@ class _Contest:
         note: Callable[[str], None],
         on_progress: Callable[[int, int], None],
         total: int,
-        embed: Embedder | None,
     ) -> None:
-        """``total`` answers are expected of all; ``embed`` finds examples, beside their words."""
-        self.embed = embed
+        """``total`` answers are expected of all."""
         self.graders, self.max_tokens, self.note = graders, max_tokens, note
         self.on_progress, self.total = on_progress, total
         self.finished = 0
@@ -551,23 +475,12 @@ class _Contest:
         remarks: list[str],
         *,
         is_tuned: bool = False,
-        known: Sequence[Question] = (),
-        search: Callable[[Generator], SearchedPrompt] | None = None,
     ) -> list[Contender]:
-        """A model that writes, asked in several ways; one more is what ``search`` finds."""
+        """Measure a model that writes, asked in several ways."""
         from luthier.serving.generation import Generator
 
         resting = begin_peak_memory()
         generator = Generator.open(stored)
-        searched: SearchedPrompt | None = None
-        if search is not None:
-            try:
-                searched = search(generator)
-                remarks.append(searched.describe())
-                ways = [*ways, searched.way(questions, known, self.embed)]
-            except RefusedInput as error:
-                remarks.append(f"no prompt was searched: {error}")
-                self.finished += len(rows)
         found = []
         for way in ways:
             name = "" if way.technique == "as it is" else f"with {way.name}"
@@ -596,51 +509,8 @@ class _Contest:
                 stored, technique, score, graded.scores, seconds, memory, name, tokens
             )
             contender = replace(contender, replies=[each["reply"] for each in graded.records])
-            if searched is not None and way is ways[-1]:
-                contender = replace(contender, preparation_seconds=searched.seconds, prompt=way)
             found.append(contender)
         return found
-
-    def search(
-        self,
-        train: Sequence[Row],
-        known: Sequence[Question],
-        seconds: float,
-        reflector: ModelSpec | None,
-        was_asked: bool,
-        generator: Generator,
-    ) -> SearchedPrompt:
-        """A prompt for the training rows, searched with a model that is in memory.
-
-        Unless it ``was_asked`` for, one that would have no score to go by is refused.
-        """
-        sampling = Sampling(max_tokens=self.max_tokens)
-        deciding = dict([next(iter(self.graders.items()))])
-
-        def answer(numbers: Sequence[int], way: Way) -> list[tuple[str, float]]:
-            rows = [train[number] for number in numbers]
-            questions = [known[number] for number in numbers]
-            asked = _rows_of(rows, questions, way, generator.chat)
-            able = [
-                place for place, prompt in enumerate(_prompts(asked))
-                if generator.refusal(prompt, sampling) is None
-            ]  # fmt: skip
-            found = [("", 0.0)] * len(asked)
-            if able:
-                graded = measure(generator, [asked[n] for n in able], deciding, self.max_tokens)
-                scores_K = _deciding(graded).parts_R
-                for place, each, score in zip(able, graded.records, scores_K, strict=True):
-                    found[place] = each["reply"], float(score)
-            return found
-
-        self.note(
-            f"searching a prompt for {seconds:.0f} s: search_seconds says how long, as long as tuning "
-            "took where it is not given, and 0 that none is searched"
-        )
-        reflect = reflection(generator, reflector, self.note)
-        return search_prompt(
-            answer, reflect, known, seconds, embed=self.embed, needs_score=not was_asked
-        )
 
     def copy_nearest(
         self, rows: Sequence[Row], questions: Sequence[Question], known: Sequence[Question]
@@ -736,7 +606,7 @@ def _rows_of(
         return list(rows)
     asked: list[Row] = []
     for row, question, context in zip(rows, questions, way.context, strict=True):
-        turns = conversation_of(question, context, chat, way.instruction)
+        turns = conversation_of(question, context, chat)
         asked.append(
             Conversation(
                 row.file,

@@ -80,19 +80,17 @@ def _costs(comparison: HeadToHead) -> Table:
         "before, s": "number",
     }  # fmt: skip
     prices = comparison.prices
-    columns |= {} if prices is None else {
-        f"{prices.currency} for 1,000": "number", "for 1,000 right": "number"
-    }  # fmt: skip
+    columns |= {} if prices is None else {f"{prices.currency} for 1,000": "number"}
     rows = []
     for each in comparison.contenders:
-        cost, right = comparison.cost_per_thousand(each), comparison.cost_per_thousand_right(each)
+        cost = comparison.cost_per_thousand(each)
         rows.append(
             [
                 each.name, "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
                 f"{1000 * each.seconds:,.1f}",
                 f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
                 f"{each.preparation_seconds:,.0f}" if each.preparation_seconds else "",
-                *([] if cost is None else [f"{cost:.3g}", "" if right is None else f"{right:.3g}"]),
+                *([] if cost is None else [f"{cost:.3g}"]),
             ]
         )  # fmt: skip
     return Table.of("What an answer takes", columns, rows)
