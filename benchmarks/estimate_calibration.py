@@ -4,8 +4,7 @@
 
 DATA is a folder with the public data sets named below. Each estimate and each run is a process of its
 own, as a user starts them; both base models are fetched first, so that no download is timed. Runs are
-removed after, their history stays: the last columns say what later estimates would be corrected by,
-each job by the other nine. Run it on a quiet machine, or with ``--processor-time`` and
+removed after. Run it on a quiet machine, or with ``--processor-time`` and
 OMP_NUM_THREADS=1: estimates and runs then count seconds of the processor in place of the clock's.
 """
 
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -118,11 +116,11 @@ def luthier(*arguments: str) -> Any:
 
 
 def ratios(each: dict[str, Any]) -> tuple[float, float]:
-    """Actual by estimated: seconds, memory; before any correction."""
+    """Return actual by estimated: seconds, memory."""
     estimate = each["estimate"]
     return (
-        each["seconds"] / estimate["raw_seconds"],
-        each["peak_memory_bytes"] / estimate["raw_memory"],
+        each["seconds"] / estimate["seconds"]["value"],
+        each["peak_memory_bytes"] / estimate["memory"]["value"],
     )
 
 
@@ -130,8 +128,8 @@ def row(each: dict[str, Any]) -> str:
     estimate, (time, memory) = each["estimate"], ratios(each)
     return (
         f"| {each['job']} | {each['base'].partition('-')[0]} | {each['steps']} "
-        f"| {estimate['raw_seconds'] / 60:.2f} | {each['seconds'] / 60:.2f} | {time:.2f} "
-        f"| {estimate['raw_memory'] / 1e9:.2f} | {each['peak_memory_bytes'] / 1e9:.2f} "
+        f"| {estimate['seconds']['value'] / 60:.2f} | {each['seconds'] / 60:.2f} | {time:.2f} "
+        f"| {estimate['memory']['value'] / 1e9:.2f} | {each['peak_memory_bytes'] / 1e9:.2f} "
         f"| {memory:.2f} | {each['load']:.1f} |"
     )
 
@@ -144,14 +142,7 @@ def report(found: list[dict[str, Any]]) -> None:
         print(row(each))
     for part, name in enumerate(("minutes", "peak memory")):
         all_ratios = [ratios(each)[part] for each in found]
-        others = [
-            ratio / statistics.median(all_ratios[:place] + all_ratios[place + 1 :] or [1.0])
-            for place, ratio in enumerate(all_ratios)
-        ]
-        print(
-            f"\n{name}: {close(all_ratios)} of {len(found)} within 20 %; corrected by the median of "
-            f"the others: {close(others)} of {len(found)}"
-        )
+        print(f"\n{name}: {close(all_ratios)} of {len(found)} within 20 %")
     inside = sum(
         each["estimate"]["seconds"]["low"] <= each["seconds"] <= each["estimate"]["seconds"]["high"]
         for each in found

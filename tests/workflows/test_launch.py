@@ -26,9 +26,7 @@ from luthier.cli.launch import launch
 from luthier.engine.machine import Machine
 from luthier.errors import RecipeError, UnknownModel
 from luthier.recipe import Recipe
-from luthier.workflows.estimate.communication import data_parallel
 from luthier.workflows.estimate.estimate import Estimate, PredictionInterval
-from luthier.workflows.estimate.history import Correction
 from luthier.workflows.launch import (
     HOME,
     LaunchRequest,
@@ -45,10 +43,9 @@ FOUND = Estimate(
     base="tiny", objective="sft", adaptation="lora", rows=60, steps=30, refit_steps=0, epochs=2.0,
     tokens=PredictionInterval.exactly(9000), learned=PredictionInterval.exactly(3000), parts={},
     seconds=PredictionInterval(7000, 6500, 7200), memory=PredictionInterval(2e9, 1.9e9, 2.2e9),
-    disk=PredictionInterval(5e8, 4e8, 1e9), raw_seconds=7000, raw_memory=2e9,
+    disk=PredictionInterval(5e8, 4e8, 1e9),
     modelled_memory=2_000_000_000,
-    correction=Correction(0, 1.0, 1.0), tried=[(100, 1.0)],
-    exchange=data_parallel(1_000_000),
+    tried=[(100, 1.0)],
 )  # fmt: skip
 PROCESSOR = Machine(torch.device("cpu"), torch.float32, 2, "a test")
 CARD = Machine(torch.device("cuda"), torch.bfloat16, 16, "a test")
@@ -414,14 +411,6 @@ def test_a_gpu_takes_its_name_from_the_machine_of_the_estimate() -> None:
     assert size_job(found, LaunchRequest("ray", gpu="none"), CARD).gpus == 0
     with pytest.raises(RecipeError, match="name the GPU"):
         size_job(replace(FOUND, machine="a thing"), LaunchRequest("ray"), CARD)
-
-
-def test_the_time_of_several_processes_says_what_they_send() -> None:
-    found = replace(FOUND, exchange=data_parallel(250_000_000))
-    several = LaunchRequest("slurm", nodes=2, processes=4)
-    reason = size_job(found, several, PROCESSOR).reasons["time"]
-    assert "Each of 8 processes sends 1.8 GB in a step, 0.14 s at 12.5 GB/s and 0.037 s" in reason
-    assert "sends" not in size_job(found, LaunchRequest("slurm"), PROCESSOR).reasons["time"]
 
 
 def test_threads_of_a_process_are_those_of_all_on_its_node(recipe: Callable[..., Recipe]) -> None:

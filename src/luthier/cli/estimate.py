@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +29,6 @@ from luthier.printable import format_duration
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.workflows.estimate.budget import Prices as PriceTable
-    from luthier.workflows.estimate.communication import Scaling
     from luthier.workflows.estimate.estimate import Estimate
 
 
@@ -61,20 +58,6 @@ def estimate(
     prices_example: Annotated[
         bool, typer.Option("--prices-example", help="Print a price table to begin with.")
     ] = False,
-    processes: Annotated[
-        list[int] | None,
-        typer.Option(min=2, help="Also say how a step goes on so many; may be repeated."),
-    ] = None,
-    bandwidth: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="GB/s that each process sends; 12.5 (Ethernet of 100 Gb/s), 50 (InfiniBand of 400 "
-            "Gb/s) and 450 (NVLink 4) if not given. May be repeated."
-        ),
-    ] = None,
-    history: Annotated[
-        bool, typer.Option("--history", help="Earlier estimates beside what came of them.")
-    ] = False,
     json_: Json = False,
 ) -> None:
     """Say how long a tuning will take, and its memory, disk and cost, from a few real steps."""
@@ -84,35 +67,21 @@ def estimate(
 
         typer.echo(EXAMPLE, nl=False)
         return
-    if history:
-        _show_history(json_)
-        return
     if data is None:
-        raise RecipeError("give the data of the job, or --history, or --prices-example")
+        raise RecipeError("give the data of the job, or --prices-example")
     from luthier.workflows.estimate.budget import read_prices
 
     recipe = read_recipe(data, options, set_)
     table = read_prices(prices)
     if finish_by and within:
         raise RecipeError("give --finish-by or --within, not both")
-    if any(not 0 < each < math.inf for each in bandwidth or ()):
-        raise RecipeError("--bandwidth is a number of GB/s above 0, such as 50")
     _seconds(finish_by, within)  # refused before the minutes that a trial takes
     found = run_estimate(recipe)
     until = _seconds(finish_by, within)  # what the trial took is over
-    scaling = []
-    if processes or bandwidth:
-        from luthier.workflows.estimate.communication import BANDWIDTHS, PROCESSES, predict_scaling
-
-        counts, speeds = processes or PROCESSES, bandwidth or BANDWIDTHS
-        scaling = predict_scaling(found.exchange, found.step_seconds, counts, speeds)
     if json_:
-        more = {"scaling": [asdict(each) for each in scaling]} if scaling else {}
-        print_json(as_plain(found, table, until) | more)
+        print_json(as_plain(found, table, until))
         return
     show(found, table)
-    if scaling:
-        _show_scaling(found, scaling)
     if until is not None:
         _show_plan(found, until, f"To finish by {finish_by}" if finish_by else f"Within {within}")
 
@@ -205,40 +174,12 @@ def show(found: Estimate, prices: PriceTable | None) -> None:
     for name, part in sorted(found.parts.items(), key=lambda item: -item[1].value):
         if part.value > 0.02 * whole:
             out.print(f"    {part.value / whole:>4.0%}  {PARTS[name]}", style="dim")
-    known = found.correction
-    if known.runs:
-        out.print(
-            f"  time x{known.seconds:.2f}, memory x{known.memory:.2f}: what {known.runs} estimated "
-            "runs of this machine took (luthier estimate --history)",
-            style="dim",
-        )
     if prices is None:
         out.print(
             f"  no cost, as there are no prices: luthier estimate --prices-example > {prices_file()}",
             style="dim",
             soft_wrap=True,
         )
-
-
-def _show_scaling(found: Estimate, scaling: Sequence[Scaling]) -> None:
-    out, columns = new_console(highlight=False), ("GB/s", "each sends", "exchange", "step", "rows")
-    out.print(
-        f"  a step of {found.step_seconds:.3g} s for each process, as on this machine, and its "
-        "exchange; each process has as many rows as one here, so batch_size counts for each:",
-        style="dim",
-        soft_wrap=True,
-    )
-    table = new_table("  processes", *columns, numbers=columns)
-    for each in scaling:
-        table.add_row(
-            f"  {each.processes}",
-            f"{each.bandwidth:g}",
-            f"{each.sent / 1e6:,.1f} MB",
-            f"{each.exchange_seconds:.2g} s",
-            f"{each.seconds:.3g} s",
-            f"x {each.processes * each.efficiency:.3g} ({each.efficiency:.0%})",
-        )
-    print_table(table)
 
 
 def _show_plan(found: Estimate, seconds: float, when: str) -> None:
@@ -251,40 +192,3 @@ def _show_plan(found: Estimate, seconds: float, when: str) -> None:
         return
     text = advice(planned, found.epochs)
     out.print(f"[bold yellow]{when}[/bold yellow]: all of it does not fit. {text}", soft_wrap=True)
-
-
-def _show_history(as_json: bool) -> None:
-    """Print estimates beside what came of them."""
-    from luthier.workflows.estimate.history import CLOSE, past, summary
-
-    runs = past()
-    counts = summary(runs)
-    if as_json:
-        print_json(counts)
-        return
-    out = new_console(highlight=False)
-    if not runs:
-        out.print("No run was estimated before it ran. luthier tune DATA --estimate does both.")
-        return
-
-    def color_ratio(ratio: float) -> str:
-        color = "green" if abs(ratio - 1) <= CLOSE else "yellow"
-        return f"[{color}]{ratio:.2f}[/{color}]"
-
-    columns = ("estimated", "took", "ratio", "estimated", "peak memory", "ratio")
-    table = new_table("run", *columns, numbers=columns)
-    for each in runs:
-        table.add_row(
-            each.model_id,
-            format_duration(each.estimated_seconds),
-            format_duration(each.seconds),
-            color_ratio(each.time_ratio),
-            f"{each.estimated_memory / 1e9:.2f} GB",
-            f"{each.memory / 1e9:.2f} GB",
-            color_ratio(each.memory_ratio),
-        )
-    print_table(table)
-    out.print(
-        f"\nwithin {CLOSE:.0%}: time {counts['time_close']} of {len(runs)}, memory "
-        f"{counts['memory_close']} of {len(runs)}"
-    )

@@ -2,8 +2,7 @@
 
 An estimate is kept as ``estimates/KEY.json``, where the key stands for the request: the recipe without
 its name, the bytes of its files, and what the machine computes with. A run that was asked for in the
-same words finds it there and keeps both in ``actual.json`` of its folder and as a line of
-``estimates/history.jsonl``.
+same words finds it there and keeps both in ``actual.json`` of its folder.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from luthier.engine.machine import Machine, machine_name
-from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import Result, Run
 from luthier.errors import CorruptFile
 from luthier.files import luthier_home, read_json, write_json
@@ -61,13 +59,8 @@ class Clock:
 
 
 def estimates_folder() -> Path:
-    """Where estimates and their history are kept."""
+    """Return the folder of the estimates."""
     return luthier_home() / "estimates"
-
-
-def history_file() -> MetricsFile:
-    """Runs that had been estimated, one a line, oldest first."""
-    return MetricsFile(estimates_folder() / "history.jsonl")
 
 
 def request_key(recipe: Mapping[str, Any], hashes: Mapping[str, str], machine: Machine) -> str:
@@ -99,10 +92,7 @@ def estimate_of(key: str) -> dict[str, Any] | None:
 def record_actual(
     run: Run, machine: Machine, clock: Clock, result: Result, disk_bytes: int, resumed: bool
 ) -> None:
-    """Write ``actual.json`` of a finished run, and join the history where it had been estimated.
-
-    A run that went on after a stop knows only the time since then: it says so, and joins no history.
-    """
+    """Write ``actual.json`` of a finished run; one that was ``resumed`` knows the time since then."""
     recipe, hashes = run.request_value("recipe"), run.request_value("data")
     key = request_key(recipe, hashes, machine) if isinstance(hashes, dict) else ""
     actual = {
@@ -120,6 +110,3 @@ def record_actual(
         "estimate": estimate_of(key) if key else None,
     }
     write_json(run.folder / ACTUAL, actual)
-    if actual["estimate"] and not resumed:
-        estimates_folder().mkdir(parents=True, exist_ok=True)
-        history_file().append(actual)

@@ -23,7 +23,6 @@ from luthier.errors import RecipeError
 from luthier.files import folder_size, luthier_home
 from luthier.printable import format_duration, one_line
 from luthier.recipe import Recipe, map_sources, portable, to_toml
-from luthier.workflows.estimate.communication import BANDWIDTHS
 
 if TYPE_CHECKING:
     from luthier.engine.machine import Machine
@@ -165,20 +164,8 @@ def _time_reason(found: Estimate, request: LaunchRequest, on_other: bool) -> str
     return (
         f"Time: {format_duration(found.seconds.high)} at most by the estimate for one process on "
         f"{found.machine}, and half as much again, or {format_duration(LEAST_SECONDS)}."
-        + " A GPU takes less." * on_other
-        + _exchange_reason(found, request.processes * request.nodes)
-    )
-
-
-def _exchange_reason(found: Estimate, processes: int) -> str:
-    """What ``processes`` send each other in a step, in words; empty for one."""
-    if processes == 1:
-        return ""
-    slow, fast = BANDWIDTHS[:2]
-    return (
-        f" Each of {processes} processes sends {_size(found.exchange.sent(processes))} in a step, "
-        f"{found.exchange.seconds(processes, slow * 1e9):.2g} s at {slow:g} GB/s and "
-        f"{found.exchange.seconds(processes, fast * 1e9):.2g} s at {fast:g}."
+        + " A GPU takes less."
+        * on_other
     )
 
 

@@ -20,9 +20,7 @@ from luthier.workflows.estimate.budget import (
     read_prices,
     seconds_until,
 )
-from luthier.workflows.estimate.communication import data_parallel
 from luthier.workflows.estimate.estimate import Estimate, PredictionInterval
-from luthier.workflows.estimate.history import Correction
 
 
 def test_rent_electricity_and_tokens_add_up() -> None:
@@ -92,12 +90,8 @@ def estimate(**other: Any) -> Estimate:
         "seconds": PredictionInterval.exactly(120.0),
         "memory": PredictionInterval.exactly(1e9),
         "disk": PredictionInterval.exactly(1e7),
-        "raw_seconds": 120.0,
-        "raw_memory": 1e9,
         "modelled_memory": 10**9,
-        "correction": Correction(),
         "tried": [],
-        "exchange": data_parallel(1000),
     }
     return Estimate(**{**fields, **other})
 

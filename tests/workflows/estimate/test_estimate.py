@@ -21,7 +21,6 @@ from luthier.engine.train import train
 from luthier.errors import DataError
 from luthier.files import read_json
 from luthier.recipe import Recipe
-from luthier.workflows.estimate import estimate as module
 from luthier.workflows.estimate.estimate import (
     FittedLine,
     PredictionInterval,
@@ -29,7 +28,6 @@ from luthier.workflows.estimate.estimate import (
     estimate,
     measurements,
 )
-from luthier.workflows.estimate.history import LEAST, PastRun, correction, past, summary
 from luthier.workflows.estimate.trial import BATCHES
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "my", "card"]
@@ -133,8 +131,6 @@ def test_a_job_is_estimated_by_what_it_is_and_leaves_only_the_record(
     # Steps of milliseconds beside other work: the order of size.
     assert found.parts["steps"].value == pytest.approx(actual["parts"]["steps"], rel=3, abs=2)
     assert found.memory.value == pytest.approx(actual["peak_memory_bytes"], rel=0.2)
-    (one,) = past(found.machine)
-    assert one.seconds == actual["seconds"] and one.estimated_seconds == found.seconds.value
 
 
 @pytest.mark.slow
@@ -251,61 +247,24 @@ def test_checkpoints_are_counted_by_the_rules_of_the_engine(
     assert abs(_checkpoints(seconds, steps, cost) - written) <= 1 + 0.05 * written
 
 
-def run(seconds: float, raw: float, estimated: float | None = None) -> PastRun:
-    return PastRun("m", "here", estimated or raw, seconds, 1e9, 1.2e9, raw, 1e9)
-
-
-def test_a_history_corrects_by_its_median_once_it_is_long_enough() -> None:
-    runs = [run(130, 100), run(120, 100), run(900, 100)]
-    assert correction(runs[: LEAST - 1]).runs == 0 and correction([]).seconds == 1
-    known = correction(runs)
-    assert (known.seconds, known.memory, known.runs) == (1.3, 1.2, 3)
-    # What was corrected already is compared as it was before.
-    assert correction([run(130, 100, 130)] * 3).seconds == 1.3
-    answer = summary(runs)
-    assert (answer["time_close"], answer["memory_close"], answer["count"]) == (1, 3, 3)
-
-
-def test_corrections_do_not_add_up(
-    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "past", lambda machine: [run(200, 100)] * 5)
-    found = estimate(recipe())
-    assert found.seconds.value == pytest.approx(2 * found.raw_seconds)
-    assert found.memory.value == pytest.approx(1.2 * found.raw_memory)
-    assert found.correction.runs == 5
-
-
 def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_the_command_line_estimates_runs_and_tells_the_history(
+def test_the_command_line_estimates_and_runs(
     recipe: Callable[..., Recipe], luthier_home: Path, family_folder: Callable[[str], Path]
 ) -> None:
     job = recipe()
     given = [str(job.data.train), "--base", job.base, "--epochs", "1", "--batch-size", "4"]
     given += ["--set", "training.threads=1", "--set", "training.precision=float32"]
-    assert "No run was estimated" in invoke("estimate", "--history").stdout
     luthier_home.mkdir()
     (luthier_home / "prices.toml").write_text('currency = "CHF"\nper_hour = 3.6')
-    several = ("--processes", "8", "--processes", "64", "--bandwidth", "50")
-    body = json.loads(invoke("estimate", *given, "--within", "1s", *several, "--json").stdout)
-    assert [(each["processes"], each["bandwidth"]) for each in body["scaling"]] == [
-        (8, 50), (64, 50)
-    ]  # fmt: skip
-    reduced = body["exchange"]["reduced"]
-    assert body["scaling"][0]["sent"] == 2 * 7 / 8 * reduced and reduced > 1000
-    step = body["parts"]["steps"]["value"] / body["steps"]
-    eight, many = body["scaling"]
-    assert eight["seconds"] == pytest.approx(step + eight["exchange_seconds"])
-    assert 0 < many["efficiency"] < eight["efficiency"] < 1
+    body = json.loads(invoke("estimate", *given, "--within", "1s", "--json").stdout)
     assert body["cost"]["currency"] == "CHF"
     assert body["cost"]["value"] == pytest.approx(body["seconds"]["value"] / 1000)
     assert body["plan"]["fits"] == (body["seconds"]["high"] <= 1)
 
-    shown = invoke("estimate", *given, "--within", "9h", *several).stdout
-    assert "each sends" in shown and f"{reduced * 2 * 7 / 8 / 1e6:,.1f} MB" in shown
+    shown = invoke("estimate", *given, "--within", "9h").stdout
     assert "peak memory" in shown and "CHF" in shown and "all of it fits" in shown
     refused = invoke("tune", *given, "--max-minutes", "0.0001", "--json")
     assert refused.exit_code == 2
@@ -314,9 +273,6 @@ def test_the_command_line_estimates_runs_and_tells_the_history(
 
     done = json.loads(invoke("tune", *given, "--estimate", "--json").stdout)
     assert done["estimate"]["steps"] == done["steps"]
-    history = json.loads(invoke("estimate", "--history", "--json").stdout)
-    assert history["count"] == 1 and history["runs"][0]["model_id"] == done["model_id"]
-    assert done["model_id"].rpartition(":")[2] in invoke("estimate", "--history").stdout
 
 
 def test_the_command_line_refuses_what_it_cannot_plan_before_it_tries_any_step(

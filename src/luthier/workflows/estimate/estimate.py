@@ -16,8 +16,6 @@ from luthier.errors import data_errors
 from luthier.files import write_json
 from luthier.models.manifest import created_now
 from luthier.recipe import Recipe
-from luthier.workflows.estimate.communication import StepExchange
-from luthier.workflows.estimate.history import Correction, PastRun, correction, past
 from luthier.workflows.estimate.trial import Measurement, measure
 
 _T90 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
@@ -143,22 +141,10 @@ class Estimate:
     """Largest resident size of the process."""
     disk: PredictionInterval
     """Checkpoints, the custom model, and what is kept of the run."""
-    raw_seconds: float
-    """Without the correction."""
-    raw_memory: float
     modelled_memory: int
     """What the engine expects from the sizes alone, before anything is loaded."""
-    correction: Correction
     tried: list[tuple[int, float]]
     """Distinct tokens and seconds of each step that was run."""
-    exchange: StepExchange
-    """What several processes would exchange in a step."""
-
-    @property
-    def step_seconds(self) -> float:
-        """Of one step of one process."""
-        of_steps = self.parts["steps"].value if "steps" in self.parts else self.raw_seconds
-        return of_steps / max(1, self.steps + self.refit_steps) * self.correction.seconds
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -168,8 +154,7 @@ class Estimate:
     def fixed_seconds(self) -> float:
         """Seconds that a run of one step would take as well."""
         changing = ("steps", "validation", "checkpoints", "ahead")
-        value = sum(part.value for name, part in self.parts.items() if name not in changing)
-        return value * (self.seconds.value / self.raw_seconds)
+        return sum(part.value for name, part in self.parts.items() if name not in changing)
 
 
 @data_errors("nothing was estimated")
@@ -182,28 +167,25 @@ def estimate(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
         RefusedInput: as :func:`luthier.engine.train.train` does, for the same reasons.
     """
     measured = measure(recipe, reporter or Reporter())
-    found = estimate_from(measured, past(measured.machine))
+    found = estimate_from(measured)
     write_json(estimates_folder() / f"{found.key}.json", found.plain())
     return found
 
 
-def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estimate:
-    """What ``measured`` and the history of the machine say of the whole run."""
+def estimate_from(measured: Measurement) -> Estimate:
+    """Return the estimate of the whole run from what was measured."""
     job, work, trial = measured.job, measured.work, measured.trial
     training = job.recipe.training
     parts = _parts(measured)
-    raw = PredictionInterval.exactly(0.0)
+    seconds = PredictionInterval.exactly(0.0)
     for part in parts.values():
-        raw += part
-    known = correction(runs)
-    memory = _memory(measured)
+        seconds += part
     steps_per_pass = job.rows / (training.batch_size or 1)
     tokens = PredictionInterval.exactly(work.tokens * trial.token_share)
     if trial.token_share < 0.999:  # the network writes as much as it likes
         tokens = PredictionInterval(tokens.value, tokens.value * 0.7, float(work.tokens))
     tokens = _with_refit(tokens, job.refit_steps / work.steps)
     ratio = work.learned / max(1, work.tokens)
-    drift = _drift(runs, known)
     return Estimate(
         key=measured.key,
         machine=measured.machine,
@@ -218,15 +200,11 @@ def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estima
         tokens=tokens,
         learned=tokens.times(ratio),
         parts=parts,
-        seconds=raw.times(known.seconds).widen(drift, drift),
-        memory=memory.times(known.memory),
+        seconds=seconds.widen(DRIFT, DRIFT),
+        memory=_memory(measured),
         disk=_disk(measured, parts),
-        raw_seconds=raw.value,
-        raw_memory=memory.value,
         modelled_memory=job.expected_memory,
-        correction=known,
         tried=[(trial.batches[each.batch].tokens, each.seconds) for each in trial.tries],
-        exchange=trial.exchange,
     )
 
 
@@ -333,11 +311,3 @@ def _disk(measured: Measurement, parts: Mapping[str, PredictionInterval]) -> Pre
     written = _checkpoints(going, measured.work.steps, measured.seconds["checkpoints"])
     value = model + trainings * min(checkpoints.RETAINED, written) * trial.checkpoint_bytes
     return PredictionInterval(value, model, most)
-
-
-def _drift(runs: Sequence[PastRun], known: Correction) -> float:
-    """Error that no trial shows: what the corrected history was off by, in nine of ten runs."""
-    if not known.runs:
-        return DRIFT
-    off = sorted(abs(each.seconds / each.raw_seconds / known.seconds - 1) for each in runs)
-    return max(0.03, off[min(len(off) - 1, math.ceil(0.9 * len(off)) - 1)])

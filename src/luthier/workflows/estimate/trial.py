@@ -31,7 +31,6 @@ from luthier.engine.machine import (
     machine_name,
     peak_memory,
 )
-from luthier.engine.memory import trained_numbers
 from luthier.engine.metrics import Reporter
 from luthier.engine.model_writer import PARITY_ROWS
 from luthier.engine.runs import PRECOMPUTED, Run
@@ -43,7 +42,6 @@ from luthier.objectives.capabilities import with_completions
 from luthier.recipe import Recipe
 from luthier.store import models as store
 from luthier.types import Example
-from luthier.workflows.estimate.communication import StepExchange, data_parallel, fully_sharded
 
 LOOKED_AT = 200
 """Steps whose token trees are built to know the whole run; a longer run is sampled evenly."""
@@ -191,8 +189,6 @@ class TrialRun:
     model_bytes: int
     run_bytes: int
     """Of what else is left of the run: curves, metrics, the request."""
-    exchange: StepExchange
-    """What several processes would exchange in such a step."""
 
 
 @dataclass(frozen=True)
@@ -269,10 +265,6 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun
     batches = [[job.data.train[row] for row in loop.order.batch(step)] for step in range(count)]
     steps = [step_of(job, batch, network.shares) for batch in batches]
     kept = network.bottom.bytes if network.bottom is not None else 0
-    exchange = data_parallel(trained_numbers(network.model))
-    if job.recipe.training.fully_shard:
-        passes = round(sum(step.micro_batches for step in steps) / len(steps))
-        exchange = fully_sharded(network.model, job.machine.dtype.itemsize, passes)
     loop.evaluate()
     loop.reporter = Reporter()  # its lines and their time left are those of the whole run
     tries = _tries(loop, count, trainer.reporter)
@@ -301,7 +293,6 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun
         checkpoint_bytes=sizes[0],
         model_bytes=model,
         run_bytes=folder_size(folder.folder) - model - sum(sizes),
-        exchange=exchange,
     )
 
 
