@@ -11,7 +11,7 @@ from luthier.limits import ServerLimits, parse_limits
 def test_named_limits_change_and_the_others_stay() -> None:
     limits = parse_limits(["connections=7", "idle_seconds=1.5"])
     assert (limits.connections, limits.idle_seconds) == (7, 1.5)
-    assert limits.url_bytes == ServerLimits().url_bytes
+    assert limits.streams == ServerLimits().streams
 
 
 @pytest.mark.parametrize("setting", ["connections", "nothing=1", "connections=0", "connections=x"])

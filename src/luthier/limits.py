@@ -1,4 +1,4 @@
-"""What one server takes on: of a client nobody knows, of one account, and in all.
+"""Limits of one server: of one account, and in all.
 
 Every limit of the service stands in :class:`ServerLimits`, with its default; ``luthier serve --limit
 NAME=VALUE`` changes one, and ``docs/access.md`` lists them. Rooms below the API are handed what they
@@ -75,8 +75,8 @@ class ModelLimits(StrictModel):
     answers: int = Field(default=128, ge=1)
     """Answers that one model writes at once; further requests wait."""
     waiting_requests: int = Field(default=256, ge=1)
-    """Requests of one account, or of one address as long as the account is not known, that wait for one
-    model or for anything else that is shared here; further ones are answered 429."""
+    """Requests of one account that wait for one model, or for one of model_requests or
+    grading_requests; more are answered 429."""
     queue_seconds: float = Field(default=300, gt=0)
     """For which a request may wait for one of model_requests, and again for its turn at the model; then
     it is answered 429. Half of what the `openai` client waits by default: it learns that the server is
@@ -100,8 +100,8 @@ class ModelLimits(StrictModel):
     """Of a model's work that one request has for images and sounds; one that takes longer is ended.
     Waiting for a turn does not count."""
     account_share: float = Field(default=0.75, gt=0, le=1)
-    """Part of answers, cache memory, pinned memory, model_requests, streams and transfers that one
-    account has at most; one request alone may take more of the first two."""
+    """Part of answers, cache memory, pinned memory, model_requests and streams that one account
+    has at most; one request alone may take more of the first two."""
     weights_share: float = Field(default=0.45, gt=0, le=1)
     """Part of the memory that is free at the start for the weights of models."""
     pinned_share: float = Field(default=0.5, ge=0, le=1)
@@ -125,48 +125,10 @@ class ModelLimits(StrictModel):
 class ServerLimits(AccountQuotas, ModelLimits):
     """Limits of one server process. Sizes are bytes, times are seconds."""
 
-    url_bytes: int = Field(default=16 * KIB, ge=256)
-    """Path and query of a request; a longer one is answered 414."""
-    header_line_bytes: int = Field(default=16 * KIB, ge=256)
-    """One header, name and value; a longer one is answered 431."""
-    header_bytes: int = Field(default=64 * KIB, ge=1024)
-    """All headers of a request; more are answered 431."""
-    header_count: int = Field(default=100, ge=16)
-    """Headers of a request; more are answered 431."""
-    head_seconds: float = Field(default=20, gt=0)
-    """From the first byte of a request until its headers are whole; later it is answered 408."""
     idle_seconds: float = Field(default=60, gt=0)
-    """Of an open connection on which nothing is asked, of a body of which nothing comes, and of an
-    answer of which nothing is read."""
-    linger_seconds: float = Field(default=5, gt=0)
-    """For which a client may still send what nobody reads after it was answered; then its connection
-    is closed."""
-    body_rate: int = Field(default=32 * KIB, ge=1)
-    """Bytes a second of a body, on average after its first idle_seconds; a slower one is answered
-    408."""
-    unknown_body_bytes: int = Field(default=64 * KIB, ge=1024)
-    """Of a body that is read before anything is known of its sender. Larger ones are read of known keys
-    alone, and of none whose signature names an unknown one."""
-    wrong_bodies_per_minute: int = Field(default=5, ge=1)
-    """Bodies from one address under one key that are read for nothing: of more than unknown_body_bytes
-    for a signature that turns out wrong, of more than 1 MiB that cannot be used. Further ones are
-    answered 429 unread."""
-    requests_per_second_per_address: float = Field(default=200, gt=0)
-    """Requests that one address, or one /64 of IPv6, may begin; half a second of them at once. Further
-    ones wait. One that is refused (400, 401, 403, 413), or whose client leaves, counts as four. A
-    proxy in front of the server is one address."""
-    body_memory: int = Field(default=256 * MIB, ge=MIB)
-    """For bodies that are received and worked on, in all: their length, or 1 MiB where a body is
-    written to disk as it comes. Further ones wait for idle_seconds, and are answered 429 then."""
-    body_memory_per_client: int = Field(default=64 * MIB, ge=MIB)
-    """The same for one account; for one address, as long as the account is not known."""
-    json_values: int = Field(default=500_000, ge=1000)
-    """Values in a body of JSON: each takes up to 200 bytes of memory, however short it is."""
+    """Time that a connection without a request stays open."""
     connections: int = Field(default=2000, ge=1)
-    """Open connections in all; further ones are closed at once."""
-    connections_per_address: int = Field(default=256, ge=1)
-    """Open connections from one address, or one /64 of IPv6; further ones are answered 503,
-    or closed where more than 100 come in a second."""
+    """Open connections, and requests at the same time; more are answered 503."""
     shutdown_seconds: float = Field(default=30, ge=0)
     """For requests in flight when the server is told to end; then they are cut, and clients told so."""
     grading_body_bytes: int = Field(default=4 * MIB, ge=1024)
@@ -198,14 +160,6 @@ class ServerLimits(AccountQuotas, ModelLimits):
     """Answers that are streamed at once; further ones are answered 429."""
     transfers: int = Field(default=8, ge=1)
     """Pieces of objects and files that are written or read at once; further ones wait."""
-    large_body_bytes: int = Field(default=128 * KIB, ge=1024)
-    """Larger bodies, and lines of batches, are parsed and tokenized in turns: that takes up to 8 times
-    their size of memory, and much time."""
-    large_bodies: int = Field(default=2, ge=1)
-    """Of such, how many are parsed and tokenized at once; others wait for idle_seconds, and are
-    answered 429 then."""
-    large_bodies_per_client: int = Field(default=1, ge=1)
-    """The same of one account; of one address, as long as the account is not known."""
 
 
 def parse_limits(settings: Sequence[str]) -> ServerLimits:

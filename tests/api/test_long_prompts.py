@@ -65,7 +65,7 @@ def server(
     home = home_with_tiny(tmp_path_factory.mktemp("long"), tiny_model_folder)
     add_base(home, "encoder", "encoder", family_folder("bert"))
     made = Served(home, forked=False)
-    made.start("--no-workers", "--limit", "wrong_bodies_per_minute=1000")
+    made.start("--no-workers")
     for account in KEYS:
         assert said(made, account) == 200
     assert made.ask("POST", "/v1/embeddings", {"model": ENCODER, "input": "a"})[0] == 200

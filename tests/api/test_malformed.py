@@ -32,7 +32,6 @@ from served import served
 
 from luthier.api.service import Service
 from luthier.api.settings import Settings
-from luthier.limits import ServerLimits
 
 EXAMPLES = int(os.environ.get("LUTHIER_TEST_EXAMPLES", "150"))
 
@@ -74,8 +73,7 @@ def started(
         add_base(home, "tiny", "causal_lm", tiny_model_folder)
         add_base(home, "encoder", "encoder", family_folder("bert"))
         # Refused requests of one address are slowed down, and here are hundreds of them.
-        limits = ServerLimits(requests_per_second_per_address=100_000)
-        service = Service(Settings(file_roots=(home / "files",), limits=limits))
+        service = Service(Settings(file_roots=(home / "files",)))
         assert service.issued is not None
         with served(service.application) as url:
             service.start(work=False)

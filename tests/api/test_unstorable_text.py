@@ -22,7 +22,6 @@ from served import served
 from luthier.api.bedrock.shapes import operation_models
 from luthier.api.service import Service
 from luthier.api.settings import Settings
-from luthier.limits import ServerLimits
 
 ACCOUNT = "000000000000"
 BROKEN = ("%00", "a%00b", "%FF", "%ED%A0%80")
@@ -74,8 +73,7 @@ class Server:
 @pytest.fixture
 def server(database_url: str) -> Iterator[Server]:
     # Refused requests of one address are slowed down, and here are two thousand of them.
-    limits = ServerLimits(requests_per_second_per_address=100_000)
-    service = Service(Settings(database=database_url, limits=limits))
+    service = Service(Settings(database=database_url))
     with served(service.application) as url:
         service.start(work=False)
         service.objects.create_bucket(ACCOUNT, "rows")

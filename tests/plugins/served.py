@@ -8,33 +8,28 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import uvicorn
-
-from luthier.api.http.connections import Connections
-from luthier.api.http.server import LimitedServer
+from luthier.api.http.server import Ports, Server, listen, server_config
 from luthier.limits import ServerLimits
 
 
 @contextlib.contextmanager
-def served(application: Any, limits: ServerLimits | None = None, **options: Any) -> Iterator[str]:
-    """``http://127.0.0.1:PORT`` of ``application``, until the block ends; TLS by uvicorn's options."""
-    connections = Connections(limits or ServerLimits())
-    config = uvicorn.Config(
-        application, http=connections.protocol, ws="none",
-        log_config=None, access_log=False, timeout_graceful_shutdown=1, **options,
-    )  # fmt: skip
-    server = LimitedServer(config, connections)
-    (socket,) = connections.listen("127.0.0.1", 0, config.is_ssl)
-    thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
+def served(
+    application: Any, limits: ServerLimits | None = None, ports: Ports | None = None
+) -> Iterator[str]:
+    """``http://127.0.0.1:PORT`` of ``application``, until the block ends; https with a certificate."""
+    limits = (limits or ServerLimits()).model_copy(update={"shutdown_seconds": 1})
+    server = Server(server_config(application, limits, ports or Ports()))
+    sockets = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
     while not server.started:
         if not thread.is_alive() or time.monotonic() > deadline:
             raise RuntimeError("the server did not start")
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    port = sockets[0].getsockname()[1]
     try:
-        yield f"http{'s' if config.is_ssl else ''}://127.0.0.1:{port}"
+        yield f"http{'s' if server.config.is_ssl else ''}://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join(10)

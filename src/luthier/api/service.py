@@ -22,7 +22,6 @@ from luthier.api.bedrock.face import BedrockFace
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.console.face import Console
 from luthier.api.http.application import Application
-from luthier.api.http.connections import Connections
 from luthier.api.http.limits import RateLimits
 from luthier.api.http.metrics import Meter, Metrics
 from luthier.api.http.routing import Face
@@ -125,7 +124,6 @@ class Service:
             shared_by=settings.job_processes,
         )
         self.trail = AuditTrail(self.database)
-        self.connections = Connections(settings.limits)
         self.openai = self._openai()
         self.application: Callable[..., Awaitable[None]] = Application(
             self._faces(key),
@@ -139,7 +137,6 @@ class Service:
             self.trail,
             self.missing,
             settings.limits,
-            self.connections.pace,
             Console(),
         )
         if settings.cors_origins:
@@ -297,10 +294,6 @@ class Service:
             }
         return {
             **{name: {s: float(count) for s, count in each} for name, each in counted.items()},
-            "connections": {"open": float(len(self.connections))},
-            "refused_unread": {
-                str(status): float(count) for status, count in self.connections.refusals.items()
-            },
             "models_in_memory": {"": float(len(self.pool.loaded_ids()))},
             "workers": {"": float(len(self.scheduler.children))},
             "memory_bytes": {

@@ -35,10 +35,6 @@ def serve(
     ] = 8080,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
-    tls_port: Annotated[
-        int | None,
-        typer.Option(min=0, max=65535, help="Further port for TLS; else TLS is spoken on --port."),
-    ] = None,
     region: Annotated[str, typer.Option(help="Region that ARNs name.")] = "us-east-1",
     account: Annotated[str, typer.Option(help="Account of the root user made first.")] = (
         "000000000000"
@@ -144,7 +140,7 @@ def serve(
         sys.setswitchinterval(0.001)
         # Keys, data and databases are for nobody else on this machine.
         os.umask(0o077)
-        ports = server.Ports(host, port, tls_cert, tls_key, tls_port)
+        ports = server.Ports(host, port, tls_cert, tls_key)
         ports.check()
         # What is not there is refused now, and not at the first request.
         backend, merged = chosen_backend(), merges_adapters()
@@ -176,10 +172,10 @@ def serve(
         log_as_json()
         service = Service(settings)
 
-        def ready(addresses: list[str]) -> None:
+        def ready(address: str) -> None:
             service.start(work=not no_workers)
             _print_addresses(
-                addresses,
+                address,
                 region,
                 service.issued,
                 backend.id,
@@ -188,7 +184,7 @@ def serve(
             )
 
         try:
-            server.run(service.application, ports, service.connections, ready)
+            server.run(service.application, ports, settings.limits, ready)
         finally:
             service.close(stop_workers)
 
@@ -222,7 +218,7 @@ def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, 
 
 
 def _print_addresses(
-    addresses: list[str],
+    address: str,
     region: str,
     issued: IssuedKeys | None,
     backend: str,
@@ -243,8 +239,8 @@ def _print_addresses(
     out.print(
         Text.assemble(
             ("luthier serves", "bold green"),
-            f" {' and '.join(addresses)}{by}\n",
-            f"The console, for a browser and an API key: {addresses[0]}{ROOT}",
+            f" {address}{by}\n",
+            f"The console, for a browser and an API key: {address}{ROOT}",
         )
     )
     if unregistered:
@@ -257,13 +253,13 @@ def _print_addresses(
         return
     out.print("The first start made a root user. Its keys are shown now and never again:\n")
     lines: dict[str, Any] = {
-        "AWS_ENDPOINT_URL": addresses[0],
+        "AWS_ENDPOINT_URL": address,
         # boto3 and older tools read the one, newer SDKs of AWS the other.
         "AWS_DEFAULT_REGION": region,
         "AWS_REGION": region,
         "AWS_ACCESS_KEY_ID": issued.access_key,
         "AWS_SECRET_ACCESS_KEY": issued.secret,
-        "OPENAI_BASE_URL": f"{addresses[0]}/v1",
+        "OPENAI_BASE_URL": f"{address}/v1",
         "OPENAI_API_KEY": issued.api_key,
     }
     for name, value in lines.items():

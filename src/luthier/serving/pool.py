@@ -33,7 +33,6 @@ from luthier.serving.inference import (
 )
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prefix_cache import PrefixCache
-from luthier.serving.prompts import prompt_tokenized
 from luthier.serving.scheduler import FairScheduler, in_background
 from luthier.serving.serial import Embedding, ImageSamples, ModelInput, SerialModel
 
@@ -158,7 +157,6 @@ class ModelPool:
             self._release(entry)
             raise
         stream.at_end(lambda: self._release(entry))
-        prompt_tokenized()
         return cancellable(metered_stream(stream, model_id))
 
     def encode(self, model_id: str, prompt: Prompt) -> list[int]:
@@ -206,7 +204,6 @@ class ModelPool:
                 entry, "gives no embeddings: ask a model that does, such as an encoder"
             )
             examples = encoder.texts(texts)
-            prompt_tokenized()
             found = encoder.embed(examples, self._work(math.inf))
         count_tokens(model_id, sum(each.tokens for each in found))
         return found
@@ -227,7 +224,6 @@ class ModelPool:
         self._check_count(len(inputs), "inputs")
         with self._borrow(model_id) as entry:
             examples, tokens = _serial(entry).inputs(inputs)
-            prompt_tokenized()
             answers: list[dict[str, Any]] = entry.model.predict(examples, top, self._work())
         count_tokens(model_id, tokens)
         return answers
@@ -237,7 +233,6 @@ class ModelPool:
         self._check_count(len(images), "images")
         with self._borrow(model_id) as entry:
             model = _serial(entry)
-            prompt_tokenized()
             found = model.reconstruct(images, self._work())
         count_tokens(model_id, len(found), len(found))
         return found
@@ -251,7 +246,6 @@ class ModelPool:
         self._check_count(request.count, "count")
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         with self._borrow(model_id) as entry:
-            prompt_tokenized()
             made = [0]
             try:
                 images = _serial(entry).sample(request, seed, self._work(), made.append)

@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
@@ -151,24 +149,3 @@ def _json_length(value: Any) -> int:
         return len(json.dumps(value, ensure_ascii=False))
     except (RecursionError, ValueError) as error:
         raise RecipeError(f"it cannot be written as JSON: {error}") from error
-
-
-_tokenized: ContextVar[Callable[[], None]] = ContextVar("tokenized", default=lambda: None)
-
-
-@contextmanager
-def on_prompt_tokenized(act: Callable[[], None]) -> Iterator[None]:
-    """``act`` is called when the prompt of the request in the block is tokens.
-
-    What follows is the model's work, and takes little memory beside the model's own.
-    """
-    token = _tokenized.set(act)
-    try:
-        yield
-    finally:
-        _tokenized.reset(token)
-
-
-def prompt_tokenized() -> None:
-    """Tell whoever waits for it that a prompt is tokens now."""
-    _tokenized.get()()

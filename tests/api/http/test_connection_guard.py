@@ -172,9 +172,8 @@ def test_streams_that_are_abandoned_leave_nothing(
     assert all(found["usage"]["completion_tokens"] == 4 for _, found in answers)
     until(lambda: model.idle, 10)
     assert isinstance(application, Application)
-    admission = application._admission
-    slots = (admission.streams, admission._long, admission._short, admission._receiving)
-    until(lambda: not any(each._held.total() for each in slots), 10)
+    slots = application._streams, application._model_slots
+    until(lambda: not any(each._own for each in slots), 10)
     until(lambda: not busy_threads(), 10)
     assert (service.pool.memory.reserved_bytes, service.pool.weight_bytes()) == (reserved, sizes)
     assert (model._answers.total(), service.pool._entries["tiny"].uses) == (0, 0)

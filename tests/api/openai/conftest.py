@@ -24,7 +24,7 @@ from luthier.api.openai import OpenAIFace
 from luthier.api.settings import Settings
 from luthier.errors import RefusedInput
 from luthier.files import write_json
-from luthier.limits import AccountQuotas, ServerLimits
+from luthier.limits import AccountQuotas
 from luthier.models.manifest import MANIFEST
 from luthier.serving.pool import ModelPool
 from luthier.store.accounts import Account
@@ -56,7 +56,7 @@ class Server:
             query = scope["query_string"].decode()
             head = RequestHead(scope["method"], path, query, [*headers.items()], tls=False)
             route = self.face.route(head)
-            body = RequestBody(head, receive, route.operation.body_limit, ServerLimits())
+            body = RequestBody(head, receive, route.operation.body_limit)
             stream = route.operation.stream
             data = b"" if stream else await body.read()
             call = Request(

@@ -18,7 +18,6 @@ from luthier.api.openai import batches as batches_module
 from luthier.api.openai.batches import AT_ONCE, BatchRunner
 from luthier.cancellation import KillHandle, cancellable
 from luthier.errors import DoesNotFit
-from luthier.limits import ServerLimits
 from luthier.store import batches as store
 from luthier.store import principals, queue
 from luthier.store.accounts import account_of
@@ -516,15 +515,3 @@ def test_a_line_without_end_is_not_read_to_its_end(
     assert batch.status == "failed" and batch.errors and batch.errors.data
     assert [(each.code, each.line) for each in batch.errors.data] == [("line_too_large", 2)]
     assert 10_000 < max(seen) < 1_200_000
-
-
-def test_a_line_with_more_values_than_a_body_may_have_is_refused(
-    client: openai.OpenAI, service: Any
-) -> None:
-    many = line(1) | {"custom_id": "many", "x": [[]] * 2000}
-    made = created(client, [line(2), json.dumps(many)])
-    limits = ServerLimits(json_values=1000)
-    assert BatchRunner(service.database, service.face.files, {}, limits=limits).run_once()
-    batch = client.batches.retrieve(made.id)
-    assert batch.status == "failed" and batch.errors and batch.errors.data
-    assert [(each.code, each.line) for each in batch.errors.data] == [("line_too_large", 2)]

@@ -23,9 +23,9 @@ from trails import Remembered
 from luthier.api.http.application import Application
 from luthier.api.http.messages import Caller, RequestHead, Signed
 from luthier.api.http.metrics import Metrics
+from luthier.api.http.server import Ports
 from luthier.api.s3.face import S3Face
 from luthier.api.sigv4 import Credential, verify
-from luthier.limits import ServerLimits
 from luthier.store.database import Base, Database, now
 from luthier.store.object_files import ObjectFiles
 from luthier.store.objects import Objects
@@ -120,8 +120,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         Remembered(),
         lambda: None,
     )
-    # All tests are one address, and some ask as often as one account may.
-    with served(app, ServerLimits(connections_per_address=512)) as url:
+    with served(app) as url:
         found = Service(url, objects)
         found.app = app  # type: ignore[attr-defined]
         yield found
@@ -131,7 +130,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 @pytest.fixture(scope="session")
 def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service]:
     """The same service over https."""
-    certfile, keyfile = map(str, certificate)
     app = service.app  # type: ignore[attr-defined]
     # An application belongs to one loop: the second server has its own over the same store.
     other = Application(
@@ -142,8 +140,8 @@ def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service
         app.trail,
         app.ready,
     )
-    with served(other, ssl_certfile=certfile, ssl_keyfile=keyfile) as url:
-        yield replace(service, url=url, verify=certfile)
+    with served(other, ports=Ports(tls_certificate=certificate[0], tls_key=certificate[1])) as url:
+        yield replace(service, url=url, verify=str(certificate[0]))
 
 
 @pytest.fixture(params=["http", "https"])

@@ -21,15 +21,7 @@ from sqlalchemy.exc import OperationalError
 from luthier.api.audit import FAILURES, AuditTrail, record_actions
 from luthier.api.authentication import Authenticator
 from luthier.api.console.face import Console
-from luthier.api.http.connections import client_key
-from luthier.api.http.limits import (
-    REFUSALS,
-    SHORT_REQUESTS,
-    USELESS_BODY_BYTES,
-    Admission,
-    RequestPace,
-    Threads,
-)
+from luthier.api.http.limits import Slots, Threads
 from luthier.api.http.messages import (
     Caller,
     Fault,
@@ -55,11 +47,9 @@ from luthier.api.http.streams import (
     Run,
     Send,
     close_pieces,
-    lifespan,
     send_response,
 )
 from luthier.api.roles import authorize
-from luthier.api.sigv4 import claim_of
 from luthier.cancellation import cancelled_by
 from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.limits import BODY_BYTES, ServerLimits
@@ -71,8 +61,10 @@ OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 """Answered to everybody: they say nothing of anybody's data."""
 CONSOLE_HEADER = "x-luthier-console"
 """Header of GET requests that the console sends."""
-STREAMED_COST = 1 << 20
-"""Bytes of memory for a body that is handed on as it comes."""
+SHORT_REQUESTS = 16
+"""Threads in addition to those of requests that wait for models."""
+UNKNOWN_BODY_BYTES = 64 << 10
+"""Size in bytes of a body that the server reads before it looks up the key of the request."""
 
 _log = logging.getLogger("luthier.api")
 
@@ -102,7 +94,7 @@ class _Exchange:
         """Who sends it is known."""
         self.record.account, self.record.user = signed.caller.account, signed.caller.user
 
-    def request(self, signed: Signed, route: Route, body: bytes, json_values: int) -> Request:
+    def request(self, signed: Signed, route: Route, body: bytes) -> Request:
         """What the face is given."""
         self.record.operation = route.operation.name
         return Request(
@@ -116,15 +108,9 @@ class _Exchange:
             now(),
             route.params,
             self.record.address,
-            json_values,
             signed,
             self.head.tls,
         )
-
-    def sender(self, signed: Signed | None) -> tuple[str, str]:
-        """Address, and the account that a body comes under; its key, where that is not known yet."""
-        known = signed.caller.account if signed else claim_of(self.head).access_key
-        return client_key(self.record.address), known
 
 
 def _reads_for_console(head: RequestHead) -> bool:
@@ -149,7 +135,6 @@ class Application:
         trail: AuditTrail,
         ready: Callable[[], str | None],
         limits: ServerLimits | None = None,
-        pace: RequestPace | None = None,
         console: Console | None = None,
     ) -> None:
         """Put the parts together.
@@ -162,7 +147,6 @@ class Application:
             trail: the audit log.
             ready: says what is missing for the service to do its work.
             limits: of the server.
-            pace: that of the addresses, whose connections it concerns as well.
             console: files for browsers, which everybody may read.
         """
         self.limits = limits = limits or ServerLimits()
@@ -172,44 +156,38 @@ class Application:
         long_requests = limits.model_requests + limits.grading_requests
         self._run = Threads(long_requests + SHORT_REQUESTS, "request")
         self._wait = Threads(limits.streams + SHORT_REQUESTS, "stream")
-        self._admission = Admission(limits)
-        self._pace = pace or RequestPace(limits.requests_per_second_per_address)
+        self._transfer = Threads(limits.transfers, "transfer")
+
+        def slots(capacity: int, per_account: int) -> Slots:
+            return Slots(capacity, per_account, limits.waiting_requests)
+
+        self._model_slots = slots(limits.model_requests, limits.share_of(limits.model_requests))
+        self._grading_slots = slots(limits.grading_requests, max(1, limits.grading_requests // 4))
+        self._streams = slots(limits.streams, limits.share_of(limits.streams))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection's request; other kinds of connections are refused."""
-        if scope["type"] == "lifespan":
-            await lifespan(receive, send)
-        elif scope["type"] == "http":
-            await self._http(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1000})
-
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Respond to one request."""
         head = head_of(scope)
         record = RequestRecord(str(uuid.uuid4()), head.method, address_of(scope))
-        began, client, service = time.perf_counter(), client_key(record.address), service_of(head)
+        began, service = time.perf_counter(), service_of(head)
         receive, send = record.count_bytes(receive, send)
         face = next(each for each in self.faces if each.serves(head, service))
         try:
             async with AsyncExitStack() as until_sent:
                 exchange = _Exchange(face, head, receive, record, until_sent, self._wait)
-                try:
-                    delay = self._pace.delay(client)
-                except Fault as fault:
-                    response = self._refusal(exchange, fault)
+                if head.path in OPEN_PATHS:
+                    response = await self._run(self._status, head.path)
+                elif self._console is not None and self._console.serves(head, service):
+                    record.face = self._console.name
+                    response = self._console.respond(head)
                 else:
-                    if delay > 0:
-                        await asyncio.sleep(delay)
-                    if head.path in OPEN_PATHS:
-                        response = await self._run(self._status, head.path)
-                    elif self._console is not None and self._console.serves(head, service):
-                        record.face = self._console.name
-                        response = self._console.respond(head)
-                    else:
-                        record.face = face.name
-                        record.of_console = _reads_for_console(head)
-                        response = await self._respond_or_refuse(exchange)
+                    record.face = face.name
+                    record.of_console = _reads_for_console(head)
+                    response = await self._respond_or_refuse(exchange)
+                if not record.body_requested and any(name == "expect" for name, _ in head.headers):
+                    # The client does not send the body, and the server would wait for the body.
+                    headers = {**response.headers, "Connection": "close"}
+                    response = Response(response.status, response.body, headers)
                 record.status = await send_response(send, receive, response, exchange.run)
         except ClientDisconnected:
             record.status, record.error = 499, "ClientDisconnected"
@@ -217,8 +195,6 @@ class Application:
             # The server waits no longer: a stream ends where it is.
             record.status = 503
         finally:
-            if record.status in REFUSALS:
-                self._pace.charge_refusal(client)
             self.metrics.count_request(record, time.perf_counter() - began)
 
     def _status(self, path: str) -> Response:
@@ -252,72 +228,49 @@ class Application:
         return Response(response.status, response.body, headers)
 
     async def _respond(self, exchange: _Exchange) -> Response:
-        head, admission, small = exchange.head, self._admission, self.limits.unknown_body_bytes
+        head = exchange.head
         check_text(head)
         try:
             exchange.route = exchange.face.route(head)
         except Fault as fault:
             exchange.unknown = fault
         operation, length = exchange.operation, head.body_length
-        limit = operation.body_limit if operation else small
-        streamed = operation is not None and operation.stream is not None
+        limit = operation.body_limit if operation else UNKNOWN_BODY_BYTES
         signed: Signed | None = None
         if operation is not None and operation.hashed:
             # The body is compared with its signed hash as it is read.
             signed = await self._run(self.authenticator.authenticate, head, None)
-        elif length is None or length > small:
-            # Of signatures the body is part: nobody's is read whose key is not known.
+        elif length is None or length > UNKNOWN_BODY_BYTES:
+            # A signature covers the body: a large body is read only if its key is known.
             signed = await self._run(self.authenticator.recognize, head)
-            if signed is None and streamed:
-                limit, streamed = min(limit, BODY_BYTES), False
-        client = signed.caller.account if signed else client_key(exchange.record.address)
-        size = limit if length is None else min(length, limit)
-        async with AsyncExitStack() as receiving, AsyncExitStack() as turns:
-            cost = STREAMED_COST if streamed else size
-            await receiving.enter_async_context(admission.body_memory(client, length, cost))
-            if size > (small if signed is None else USELESS_BODY_BYTES):
-                address, sender = exchange.sender(signed)
-                try:
-                    admission.useless_bodies.check(address, sender)
-                except Fault:  # a 429 that no load of the server caused
-                    self._pace.charge_refusal(address)
-                    raise
-            body = RequestBody(head, exchange.receive, limit, self.limits)
-            if exchange.route is not None and exchange.route.operation.stream is not None:
-                return await self._stream(exchange, exchange.route, signed, body)
-            data = await body.read()
-            sender_of = partial(exchange.sender, signed)
-            turns.enter_context(admission.count_if_useless(len(data), sender_of))
-            slots = admission.slots(operation)
-            if operation is not None and slots is not None:
-                if signed is None:
-                    signed = await self._run(self.authenticator.authenticate, head, data)
-                assert signed is not None
-                exchange.identify(signed)
-                exchange.record.operation, client = operation.name, signed.caller.account
-                seconds = self.limits.queue_seconds
-                if len(data) > small:  # who waits with a large body holds memory that others want
-                    seconds = min(seconds, self.limits.idle_seconds)
-                await turns.enter_async_context(slots.turn(client, seconds=seconds))
-            await turns.enter_async_context(admission.large_body(client, len(data)))
+            if signed is None:
+                limit = min(limit, BODY_BYTES)
+        body = RequestBody(head, exchange.receive, limit)
+        if exchange.route is not None and exchange.route.operation.stream is not None:
+            return await self._stream(exchange, exchange.route, signed, body)
+        data = await body.read()
+        if operation is None or not (operation.long or operation.grading):
             # One thread does all of it: to change threads costs as much as to look something up.
-            work = partial(self._handle, exchange, signed, data)
-            if slots is not None:
+            response: Response = await self._run(self._handle, exchange, signed, data)
+        else:
+            if signed is None:
+                signed = await self._run(self.authenticator.authenticate, head, data)
+            assert signed is not None
+            exchange.identify(signed)
+            exchange.record.operation = operation.name
+            slots = self._grading_slots if operation.grading else self._model_slots
+            async with slots.turn(signed.caller.account, self.limits.queue_seconds):
+                work = partial(self._handle, exchange, signed, data)
                 response = await self._run_guarded(work, exchange)
-            else:
-                # By key as well: many accounts may come from the address of one proxy.
-                response = await admission.short_request(
-                    f"{client} {_claimed_key(head)}", self._run, work, exchange.record
-                )
-            if not isinstance(response.body, bytes):
-                try:
-                    # The thread that a stream needs until its end.
-                    turn = admission.streams.try_turn(exchange.record.account)
-                    exchange.until_sent.enter_context(turn)
-                except Fault:
-                    await self._run(close_pieces, response.body)
-                    raise
-            return response
+        if not isinstance(response.body, bytes):
+            try:
+                # The thread that a stream needs until its end.
+                turn = self._streams.turn(exchange.record.account, 0)
+                await exchange.until_sent.enter_async_context(turn)
+            except Fault:
+                await self._run(close_pieces, response.body)
+                raise
+        return response
 
     def _handle(self, exchange: _Exchange, signed: Signed | None, body: bytes) -> Response:
         record = exchange.record
@@ -327,7 +280,7 @@ class Application:
         route = exchange.route
         if route is None or route.operation.handler is None:
             raise exchange.unknown or Fault("UnknownOperation", "There is no such operation.")
-        request = exchange.request(signed, route, body, self.limits.json_values)
+        request = exchange.request(signed, route, body)
         with (
             record_actions() as record.actions,
             meter(record.add_tokens),
@@ -379,13 +332,12 @@ class Application:
         """A body that is taken as it comes, from those who may send it."""
         if signed is None:
             data = await body.read()
-            with self._admission.count_if_useless(len(data), partial(exchange.sender, None)):
-                signed = await self._run(self.authenticator.authenticate, exchange.head, data)
+            signed = await self._run(self.authenticator.authenticate, exchange.head, data)
+            assert signed is not None
         exchange.identify(signed)
-        request = exchange.request(signed, route, b"", self.limits.json_values)
+        request = exchange.request(signed, route, b"")
         await self._run(self.admit, signed.caller)
-        transfer = self._admission.transfers.request(signed.caller.account)
-        exchange.run = exchange.until_sent.enter_context(transfer)
+        exchange.run = self._transfer
         assert route.operation.stream is not None
         with record_actions() as exchange.record.actions:
             if route.operation.action:
@@ -432,9 +384,3 @@ def _fault_of(error: BaseException, request_id: str) -> Fault:
     _log.error("request failed", exc_info=error, extra={"request_id": request_id})
     text = f"Something failed inside the service; its log has request {request_id}."
     return Fault("InternalServer", text)
-
-
-def _claimed_key(head: RequestHead) -> str:
-    """The key that a request claims to come with, unchecked; empty without one."""
-    given = next((value for name, value in head.headers if name == "authorization"), "")
-    return given.partition("/")[0]  # behind the key, a signature has its day

@@ -35,13 +35,14 @@ from luthier.errors import (
     WrongState,
 )
 from luthier.graders.json_schema import depth_of
-from luthier.limits import ServerLimits
 from luthier.printable import map_code
 from luthier.serving.inference import InferenceFailed, InferenceRefused, PredictionsOnly
 from luthier.store.text import check_storable, decode_storable
 
 JSON_DEPTH = 200
 """Levels of objects and lists in a body."""
+JSON_VALUES = 500_000
+"""Values in a body: each takes up to 200 bytes of memory."""
 MOST_KEYS = 1_000
 """Of an object whose fields are known."""
 PREDICTIONS = "POST /api/v1/models/NAME/predictions"
@@ -137,8 +138,6 @@ class Request:
     """Segments of the path by the names that the route gives them, each decoded once."""
     address: str = ""
     """Of the client; empty where it is not known."""
-    json_values: int = ServerLimits().json_values
-    """Values that JSON in the body may have."""
     signed: Signed | None = None
     """What was signed of a body that is read as it comes; ``body`` is empty then."""
     tls: bool = False
@@ -155,10 +154,10 @@ class Request:
 
         Raises:
             ValueError: for what is not JSON in UTF-8 or is nested too deeply.
-            Fault: RequestEntityTooLarge for more than ``json_values`` values; Validation for a number
+            Fault: RequestEntityTooLarge for more than ``JSON_VALUES`` values; Validation for a number
                 that is too large to hold.
         """
-        return parse_json(self.body, self.json_values) if self.body.strip() else None
+        return parse_json(self.body) if self.body.strip() else None
 
 
 def _check_texts(value: Any) -> None:
@@ -176,14 +175,14 @@ def _check_texts(value: Any) -> None:
             left += part.values()
 
 
-def parse_json(data: bytes, most_values: int) -> Any:
-    """What a client sent as JSON, with at most ``most_values`` values; raises as :attr:`Request.json`.
+def parse_json(data: bytes) -> Any:
+    """Return a client's JSON; raises as :attr:`Request.json`.
 
     Refused is, too, text that no database keeps: U+0000, and halves of surrogate pairs.
     """
     # Counted as they would be outside of texts: to tell them apart takes as long as parsing.
-    if sum(map(data.count, (b",", b"[", b"{"))) > most_values:
-        raise Fault("RequestEntityTooLarge", f"The body has more than {most_values:,} JSON values.")
+    if sum(map(data.count, (b",", b"[", b"{"))) > JSON_VALUES:
+        raise Fault("RequestEntityTooLarge", f"The body has more than {JSON_VALUES:,} JSON values.")
     try:
         # Given bytes, json would take UTF-16 and halves of pairs as well.
         text = data.decode("utf-8-sig")

@@ -44,7 +44,7 @@ _COUNTERS = {
     "bytes_in": "Bytes of the bodies of its requests.",
     "bytes_out": "Bytes of the bodies of its answers.",
 }
-_NOT_LOGGED = ("actions", "tokens", "of_console")
+_NOT_LOGGED = ("actions", "body_requested", "tokens", "of_console")
 """Of :class:`RequestRecord`, what is not in the log."""
 Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
 """Gives values by label, by the name of the gauge; one without labels has its value under ``""``."""
@@ -77,6 +77,8 @@ class RequestRecord:
     """Models that answered, by their stored ids, with tokens that they read and wrote."""
     of_console: bool = False
     """Whether a page of the console reads data: usage does not count such a request."""
+    body_requested: bool = False
+    """Whether the server has begun to read the body, and so has sent ``100 Continue``."""
     actions: list[tuple[str, str]] = field(default_factory=list)
     """Actions and resources that the audit log names."""
 
@@ -88,6 +90,7 @@ class RequestRecord:
         """The same, with the bytes of both bodies counted here."""
 
         async def count_received() -> MutableMapping[str, Any]:
+            self.body_requested = True
             message = await receive()
             self.bytes_in += len(message.get("body", b""))
             return message

@@ -15,7 +15,6 @@ from typing import Any
 
 from luthier.api.http.messages import Fault, RequestHead, Response
 from luthier.cancellation import Cancellable, CancelScope
-from luthier.limits import ServerLimits
 from luthier.serving.inference import Stream
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -37,15 +36,12 @@ class ClientDisconnected(Exception):
 class RequestBody:
     """The body of one request, of ``limit`` bytes at most, which is read once: whole, or as it comes.
 
-    Reading raises :class:`Fault` ``RequestEntityTooLarge``, where its length says so before any of it
-    is read, ``RequestTimeout`` where it comes too slowly, and :class:`ClientDisconnected` where it ends
-    before its end.
+    Reading raises :class:`Fault` ``RequestEntityTooLarge`` for a longer body, before it is read if its
+    length is known, and :class:`ClientDisconnected` for a body that ends early.
     """
 
-    def __init__(
-        self, head: RequestHead, receive: Receive, limit: int, limits: ServerLimits
-    ) -> None:
-        self.head, self._receive, self._limit, self._limits = head, receive, limit, limits
+    def __init__(self, head: RequestHead, receive: Receive, limit: int) -> None:
+        self.head, self._receive, self._limit = head, receive, limit
         self._whole: bytes | None = None
 
     async def read(self) -> bytes:
@@ -73,29 +69,13 @@ class RequestBody:
             await run(write, b"".join(held))
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        """The parts as they come, from a client that keeps sending.
-
-        One that sends a byte now and then would keep its place for ever: it has ``idle_seconds`` for
-        each part, and ``body_rate`` for all.
-        """
-        limits, clock = self._limits, asyncio.get_running_loop().time
-        waited, size, more = 0.0, 0, True
+        size, more = 0, True
         if (self.head.body_length or 0) > self._limit:
             raise _too_large(self._limit)
         while more:
-            left = limits.idle_seconds + size / limits.body_rate - waited
-            asked, seconds = clock(), min(limits.idle_seconds, max(left, 0.001))
-            try:
-                message = await asyncio.wait_for(self._receive(), seconds)
-            except TimeoutError:
-                text = (
-                    "Your socket connection to the server was not read from or written to in time."
-                )
-                raise Fault("RequestTimeout", text) from None
+            message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnected
-            # Only what the client took: it is not to blame where the server is slow with the last part.
-            waited += clock() - asked
             piece: bytes = message.get("body", b"")
             size += len(piece)
             if size > self._limit:
@@ -233,15 +213,6 @@ async def hung_up(receive: Receive) -> None:
     """Come back when the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def lifespan(receive: Receive, send: Send) -> None:
-    """Answer a server that says that it begins and that it ends."""
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
 
 
 class ConnectionGuard:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -34,7 +32,6 @@ from luthier.errors import QuotaExceeded
 from luthier.files import numbered_lines
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.serving.inference import meter
-from luthier.serving.prompts import on_prompt_tokenized
 from luthier.serving.scheduler import working_for
 from luthier.store import batches as store
 from luthier.store import storage
@@ -84,8 +81,6 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         """``count`` is told what an account used, of which model."""
         super().__init__(database, count)
         self.limits, self.files, self.endpoints = limits or ServerLimits(), files, endpoints
-        # A large line is parsed and tokenized when no other one is, of any batch of this server.
-        self._large_line = threading.Lock()
 
     def sweep(self) -> None:
         """Remove files whose time is over."""
@@ -150,10 +145,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
             if len(found) > MOST_ERRORS:
                 continue
             try:
-                with (
-                    self._large_line if len(line) > self.limits.large_body_bytes else nullcontext()
-                ):
-                    line_body = parse_json(line, self.limits.json_values)
+                line_body = parse_json(line)
             except Fault as fault:
                 found.append(_error("line_too_large", fault.message, number))
                 continue
@@ -169,15 +161,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         return count, found
 
     def _answer(self, batch: Batch, line: bytes) -> tuple[bool, dict[str, Any]]:
-        with ExitStack() as turn:
-            if len(line) > self.limits.large_body_bytes:
-                turn.enter_context(self._large_line)
-                turn.enter_context(on_prompt_tokenized(turn.close))
-            return self._answer_parsed(batch, json.loads(line))
-
-    def _answer_parsed(
-        self, batch: Batch, members: Mapping[str, Any]
-    ) -> tuple[bool, dict[str, Any]]:
+        members = json.loads(line)
         refused: Fault | None = None
         try:
             caller = self.caller_of(batch)

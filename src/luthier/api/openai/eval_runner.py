@@ -36,7 +36,7 @@ CHECK_SECONDS = 60.0
 _log = logging.getLogger("luthier.api")
 
 
-def parse_row(line: bytes, most_values: int) -> Any:
+def parse_row(line: bytes) -> Any:
     """A row as JSON, with at most ``most_values`` values.
 
     Raises:
@@ -47,7 +47,7 @@ def parse_row(line: bytes, most_values: int) -> Any:
             f"it has more than {MOST_ROW_BYTES:,} bytes: shorten it, or make several of it."
         )
     try:
-        return parse_json(line, most_values)
+        return parse_json(line)
     except (Fault, ValueError) as error:
         text = f"it is no JSON that can be read: {str(error).rstrip('.')}."
         raise ValueError(text) from error

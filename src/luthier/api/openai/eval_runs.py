@@ -440,7 +440,7 @@ class EvalTask(EvaluationTask):
     def _problem(self, line: bytes) -> str:
         """What is wrong with a row; empty where nothing is."""
         try:
-            row = parse_row(line, self.parts.limits.json_values)
+            row = parse_row(line)
         except ValueError as error:
             return str(error)
         if not isinstance(row, dict) or not isinstance(row.get("item"), dict):
