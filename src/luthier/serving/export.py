@@ -95,16 +95,14 @@ def export(
     merged: bool,
     on_progress: OnProgress = ignore_progress,
     precision: str | None = None,
-    *,
-    compare: bool = True,
 ) -> Path:
     """Write ``stored`` to the new folder ``target`` and return it.
 
     With ``merged``, or for a model that is no adapter, the folder is a Hugging Face directory. Merged
     weights have the precision of the base's weights, or the ``precision`` given, whatever machine
     exports. Without ``merged``, an adapter is written in PEFT's format for the base model named in
-    ``adapter_config.json``; with ``compare``, PEFT loads the adapter and the outputs are compared. An
-    adapter on a pipeline of diffusers is written for ``pipe.load_lora_weights``.
+    ``adapter_config.json``; PEFT loads the adapter and the outputs are compared. An adapter on a
+    pipeline of diffusers is written for ``pipe.load_lora_weights``.
 
     Raises:
         RecipeError: for an adapter that the format does not hold, or that PEFT loads in part.
@@ -143,8 +141,7 @@ def export(
                 targets = {"target_modules": target_modules(read_adapter(fresh))}
                 text = json.dumps({**config, **targets}, indent=2, sort_keys=True)
                 write_bytes(fresh / ADAPTER_CONFIG, text.encode())
-                if compare:
-                    check_peft(stored, fresh)
+                check_peft(stored, fresh)
     return target
 
 
@@ -318,7 +315,7 @@ def export_gguf(
         need_disk(target, size, f"writing {stored.id}")
         file, adapter = f"{_file_name(stored)}-{kind.upper()}.gguf", None
     else:
-        lora, parent = plain_lora(stored, "llama.cpp")
+        lora, parent = _plain_lora(stored)
         file = f"{_file_name(parent)}-{kind.upper()}.gguf"
         adapter = f"{_file_name(stored)}-F32-LoRA.gguf"
     parity = None
@@ -360,11 +357,11 @@ def export_gguf(
         )
 
 
-def plain_lora(stored: StoredModel, software: str) -> tuple[LoRA, StoredModel]:
-    """The adaptation of an adapter that ``software`` puts on its base, and the base.
+def _plain_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
+    """Return the adaptation and the base of an adapter that llama.cpp can load.
 
     Raises:
-        RecipeError: for whatever is no plain LoRA on a base model.
+        RecipeError: for a model that is not a plain LoRA adapter on a base model.
     """
     if stored.parent is None:
         raise RecipeError(f"{stored.id} is no adapter but a whole network; export it merged")
@@ -376,7 +373,7 @@ def plain_lora(stored: StoredModel, software: str) -> tuple[LoRA, StoredModel]:
     if not isinstance(lora, LoRA) or lora.dora:
         raise RecipeError(
             f"{stored.id} was tuned with {'dora' if isinstance(lora, LoRA) else lora.method}, and "
-            f"{software} puts adapters of plain LoRA alone on a network; export it merged"
+            "llama.cpp loads plain LoRA adapters only; export it merged"
         )
     return lora, stored.parent
 

@@ -7,7 +7,6 @@ runs/<base>/<name>/             what a custom model was trained in; pretraining/
 distillations/<base>/<name>/    a teacher's answers
 evaluations/                    journals of evaluations
 cache/gguf/                     what llama.cpp runs
-cache/peft/                     what vLLM's servers read, as long as they run
 """
 
 from __future__ import annotations
@@ -132,8 +131,3 @@ def short_name(base: str) -> str:
     """Name of a base model inside ids: ``org/Name-1B`` and ``/some/where/Name-1B`` are ``name-1b``."""
     last = Path(base).name if "/" in base else base
     return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"
-
-
-def peft_folder() -> Path:
-    """Where adapters are written for other servers, in PEFT's format."""
-    return luthier_home() / "cache" / "peft"
