@@ -21,7 +21,6 @@ from luthier.models.fast_tokenizer import FastTokenizer
 from luthier.recipe import Recipe
 from luthier.serving.inference import Chat
 from luthier.serving.pool import ModelPool
-from luthier.serving.served_parity import check_served
 from luthier.store.models import find
 from luthier.types import Message
 
@@ -139,13 +138,10 @@ def test_a_model_of_yesterday_is_served_today(
     set_day("2020-02-01")
     stored = find("tiny-llama:x")
     record = stored.manifest
-    assert record.recipe is not None and record.reference
+    assert record.recipe is not None
     assert record.recipe["data"]["chat_template_kwargs"] == {DATE: "2020-01-31"}
-    assert {each.date for each in record.reference} == {"2020-01-31"}
     pool = ModelPool()
     try:
-        found = check_served(pool, stored)
-        assert found is not None and found.divergence < 1e-3 and not found.other_ends
         # Other requests get today's date.
         served, trained = (
             pool.encode(stored.id, Chat(ASK, template_kwargs=kwargs))

@@ -473,7 +473,11 @@ def test_gguf_is_for_models_that_llama_cpp_runs(
     for model, words, given in (
         ("tiny-llama:whole", "is no adapter but a whole network", {"merged": False}),
         ("tiny-llama:stacked", "is an adapter on the adapter", {"merged": False}),
-        ("tiny-llama:prefix", "loads plain LoRA adapters only; export it merged", {"merged": False}),
+        (
+            "tiny-llama:prefix",
+            "loads plain LoRA adapters only; export it merged",
+            {"merged": False},
+        ),
         ("tiny-llama:adapter", "written in float32", {"merged": False, "quantization": "q8_0"}),
         ("tiny-llama:prefix", "prefix, which cannot be merged", {}),
         ("tiny-llama:whole", "no type 'q3' of weights", {"quantization": "q3"}),

@@ -32,8 +32,6 @@ from luthier.evaluation.parity import (
     compare_greedy,
     greedy_prompts,
     learned_logps,
-    reference_answers,
-    reference_prompts,
     write_greedily,
 )
 from luthier.files import folder_size, hashes_of, new_folder
@@ -46,7 +44,6 @@ from luthier.models.manifest import (
     DataRecord,
     Manifest,
     Parity,
-    ReferenceAnswer,
     TokenParity,
     created_now,
 )
@@ -82,8 +79,6 @@ class NetworkAnswers:
     """What it writes behind a few prompts."""
     greedy_skipped: str | None
     """Why it writes nothing."""
-    reference: list[ReferenceAnswer] | None = None
-    """What it writes behind prompts that are the same for all models."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,6 @@ class ModelWriter:
             result = self._result(fresh)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
             checked = {"parity": parity, "metrics": metrics, "files": hashes_of(fresh)}
-            checked["reference"] = trained.reference
             manifest.model_copy(update=checked).write(fresh)
         for name in pictures:
             shutil.copyfile(run.model_folder / name, run.folder / name)
@@ -236,15 +230,10 @@ class ModelWriter:
         own = greedy_prompts(self._few_rows(), TOKEN_PARITY_ROWS, room)
         if not own:
             return NetworkAnswers(loss, logps, None, "no row has a prompt that fits the context")
-        count, stop_ids = len(own), self.job.chat.stop_ids
-        references = reference_prompts(self.job.chat, room)
-        prompts = [
-            np.array([*soft, *ids_T], dtype=np.int64) for ids_T in (*own, *references.values())
-        ]
+        prompts = [np.array([*soft, *ids_T], dtype=np.int64) for ids_T in own]
         with _open_backend(network) as backend:
-            written = write_greedily(backend, prompts, GREEDY_TOKENS, stop_ids)
-        reference = reference_answers(references, written.part(slice(count, None)), self.job.chat)
-        return NetworkAnswers(loss, logps, written.part(slice(count)), None, reference or None)
+            written = write_greedily(backend, prompts, GREEDY_TOKENS, self.job.chat.stop_ids)
+        return NetworkAnswers(loss, logps, written, None)
 
     def _why_not_greedy(self, network: Network) -> str | None:
         """Why the network writes nothing to compare; ``None`` where it does."""

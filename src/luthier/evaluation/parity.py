@@ -17,20 +17,18 @@ with torch in the same way: :func:`compare_backends`. All of them add up their p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from luthier.errors import LuthierError
-from luthier.models.manifest import Parity, ReferenceAnswer, TokenDifference, TokenParity
-from luthier.types import Message
+from luthier.models.manifest import Parity, TokenDifference, TokenParity
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.data.chat import ChatFormat
     from luthier.models.backends import Backend, State
     from luthier.models.network import Network
     from luthier.types import Example, IntArray
@@ -189,10 +187,6 @@ class GreedyText:
     logps: list[Tensor]
     """``[T, V]`` of each prompt: what the network gives each next token."""
 
-    def part(self, prompts: slice) -> GreedyText:
-        """That of some of the prompts."""
-        return GreedyText(self.prompts[prompts], self.tokens[prompts], self.logps[prompts])
-
 
 def write_greedily(
     backend: Backend, prompts: Sequence[IntArray], count: int, stop_ids: Collection[int] = ()
@@ -268,28 +262,6 @@ def _follow(
     finally:
         for state in states:
             backend.free(state)
-
-
-def reference_prompts(chat: ChatFormat, room: int) -> dict[str, IntArray]:
-    """:data:`REFERENCE_PROMPTS` as tokens, as far as they fit ``room``."""
-    encoded = {text: chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS}
-    return {text: ids_T for text, ids_T in encoded.items() if 0 < len(ids_T) <= room}
-
-
-def reference_answers(
-    prompts: Mapping[str, IntArray], written: GreedyText, chat: ChatFormat
-) -> list[ReferenceAnswer]:
-    """Return the record of the text ``written`` for the ``prompts`` of :func:`reference_prompts`."""
-    answers = []
-    for (text, prompt_T), ids, logp_TV in zip(
-        prompts.items(), written.tokens, written.logps, strict=True
-    ):
-        stops = ids[-1] in chat.stop_ids
-        ids = ids[:-1] if stops else ids
-        logps = [round(float(logp_TV[at, token]), 5) for at, token in enumerate(ids)]
-        own = {"prompt": text, "date": chat.date, "prompt_ids": prompt_T.tolist(), "ids": ids}
-        answers.append(ReferenceAnswer(**own, logps=logps, stops=stops))
-    return answers
 
 
 def greedy_prompts(examples: Sequence[Example], count: int, room: int) -> list[IntArray]:

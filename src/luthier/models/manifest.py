@@ -5,13 +5,12 @@ It is what the certificate of a custom model is made of. A model is a model once
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from luthier.data.sentence import SentencePipeline
 from luthier.errors import CorruptFile
@@ -183,31 +182,6 @@ class Parity(Record):
     """Why no greedy texts were compared."""
 
 
-class ReferenceAnswer(Record):
-    """What the trained network writes greedily behind one of the prompts that are the same for all
-    models: a server that has the model ready compares its own answer with it."""
-
-    prompt: str
-    date: str | None = None
-    """Date that the template printed in ``prompt_ids``, in ISO 8601; ``None`` if it prints no date."""
-    prompt_ids: list[int]
-    """Its tokens in the model's template."""
-    ids: list[int]
-    """Tokens that were written, without one that ends the reply."""
-    logps: list[float]
-    """Natural logarithm of the probability of each."""
-    stops: bool
-    """Whether the reply ended behind them."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if len(self.ids) != len(self.logps) or not all(map(math.isfinite, self.logps)):
-            raise ValueError("it has one finite number for each token")
-        if not (self.ids or self.stops):
-            raise ValueError("it has a token, or ends at once")
-        return self
-
-
 class ExportRecord(Record):
     """A form in which the model was written for other software, and how near it answers there."""
 
@@ -337,9 +311,8 @@ class Manifest(Record):
     """Of the weights that moved, by name."""
     parity: Parity | None = None
     """The network as trained beside what was read back from disk."""
-    reference: list[ReferenceAnswer] | None = None
-    """What a server compares its answers with; ``None`` of models that do not write, and of records of
-    older versions."""
+    reference: list[dict[str, Any]] | None = None
+    """Replies that earlier versions recorded."""
     exports: list[ExportRecord] | None = None
     """Forms in which it was written for other software, one of each."""
     quantized: list[QuantizationRecord] | None = None

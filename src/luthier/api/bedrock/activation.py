@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,6 @@ from luthier.errors import DoesNotFit
 from luthier.files import verify
 from luthier.serving.inference import InferenceFailed
 from luthier.serving.pool import ModelPool
-from luthier.serving.served_parity import NotAsTrained, check_served
 from luthier.store import models
 from luthier.store.database import Database, find_row
 from luthier.store.endpoints import Endpoint, unfinished_ids
@@ -23,8 +21,6 @@ Prepare = Callable[[str], None]
 """Makes the model of an id ready to answer; raises :class:`LuthierError` where it cannot."""
 
 _THREADS = 2
-_BUSY_SECONDS = (1.0, 5.0, 25.0)
-"""Between two tries to ask a model that is busy with others."""
 _log = logging.getLogger("luthier.api")
 
 
@@ -41,28 +37,16 @@ def check_files(stored_id: str) -> None:
 
 
 def check_and_load(pool: ModelPool, stored_id: str) -> None:
-    """Check the files of a model, load it, and see whether it answers as it did when it was trained.
+    """Check the files of a model and load the model, so that its first request does not wait.
 
-    So its first request does not wait for that. Where there is no room for it now nothing is asked of
-    others: its first request loads it.
+    If memory is short now, the first request loads the model.
 
     Raises:
-        LuthierError: as :func:`check_files`, and where it cannot be loaded at all.
-        NotAsTrained: where it answers otherwise.
+        LuthierError: as :func:`check_files`, and if the model cannot be loaded at all.
     """
     check_files(stored_id)
     try:
         pool.load(stored_id)
-        for seconds in (*_BUSY_SECONDS, None):
-            try:
-                parity = check_served(pool, models.find(stored_id))
-                break
-            except InferenceFailed as failed:
-                if failed.code != "Throttling" or seconds is None:
-                    raise
-                time.sleep(seconds)
-        if parity is not None:
-            _log.info("%s answers as it was trained: %s", stored_id, parity.describe())
     except InferenceFailed as failed:
         if failed.code != "ModelNotReady":
             raise
@@ -119,8 +103,6 @@ class Activation:
             self.prepare(stored_id)
         except DoesNotFit as error:
             return str(error)
-        except NotAsTrained as error:
-            return f"{error}."
         except Exception:
             # Names of files are for those who run the service.
             _log.exception("%s cannot be used", model)
