@@ -19,6 +19,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,6 @@ import numpy as np
 
 from children import table
 from luthier.files import luthier_home
-from sampler_vs_generate import seconds
 
 BASE = "smollm2-135m-instruct"
 ROWS, ANSWER = 16, 4
@@ -169,6 +169,12 @@ def sample_rows(count: int) -> Iterator[Path]:
 ONE_STEP = ("--set", "training.max_steps=1", "--set", "training.refit=false")
 
 
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -190,7 +196,7 @@ def main() -> None:
                 continue
             ours, peer = make()
             ours(), peer()
-            timed = [(seconds(ours), seconds(peer)) for _ in range(asked.rounds)]
+            timed = [(_seconds(ours), _seconds(peer)) for _ in range(asked.rounds)]
             own, other = (min(side) for side in zip(*timed, strict=True))
             ratio = other / own
             lost += [name] * (ratio < floor)
