@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,40 +159,6 @@ def test_another_account_sees_nothing_of_it(server: Served, job: dict[str, Any])
     with pytest.raises(ClientError, match="NoSuchBucket"):
         server.client("s3", OTHER).list_objects_v2(Bucket="training")
     assert server.ask("GET", "/api/v1/jobs/first", account=OTHER)[0] == 404
-
-
-@pytest.mark.slow
-def test_data_are_deleted_with_what_learned_from_them(server: Served, job: dict[str, Any]) -> None:
-    s3, path = server.client("s3"), "/api/v1/data/deletions"
-    lines = [{"prompt": f"is it {n}?", "completion": f"yes, {n}."} for n in range(8)]
-    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    s3.put_object(Bucket="training", Key="private.jsonl", Body=body)
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])
-    file = client.files.create(file=("rows.jsonl", body), purpose="fine-tune")
-    asked = {"data": ["s3://training/private.jsonl"]}
-    status, answer = server.ask("POST", path, {**asked, "dry_run": True})
-    assert (status, answer["verified"], len(answer["removed"])) == (200, False, 2)
-    assert server.ask("POST", path, asked, account=OTHER)[0] == 400
-    assert server.ask("POST", path, {"data": ["s3://training/rows.jsonl"]})[0] == 409
-    status, answer = server.ask("POST", path, asked)
-    assert status == 200 and answer["verified"] and answer["user"] == KEYS[ONE]["user"]
-    names = {item["name"]: item["sha256"] for item in answer["removed"]}
-    digest = hashlib.sha256(body).hexdigest()
-    assert names == dict.fromkeys((*asked["data"], f"s3://luthier-files/{file.id}"), digest)
-    with pytest.raises(ClientError, match="404"):
-        s3.head_object(Bucket="training", Key="private.jsonl")
-    with pytest.raises(openai.NotFoundError):
-        client.files.retrieve(file.id)
-    assert server.ask("GET", f"{path}/{answer['deletion']}") == (200, answer)
-    assert server.ask("GET", f"{path}/{answer['deletion']}", account=OTHER)[0] == 404
-    shown = server.command("admin", "data", "certificate", answer["deletion"]).stdout
-    assert digest in shown and answer["audit"][0]["hash"] in shown
-    found = server.command("admin", "data", "find", "s3://training/rows.jsonl", "--json").stdout
-    assert "first-model" in json.loads(found)["models"]
-    verified = server.command(
-        "audit", "verify", "--expect-head", answer["audit"][0]["hash"], "--json"
-    )
-    assert json.loads(verified.stdout)["intact"]
 
 
 def test_the_log_and_the_audit_hold_no_secret_and_the_chain_holds(

@@ -119,7 +119,6 @@ def test_openai_and_native_faces_refuse_it_and_name_the_parameter(server: Server
     known += [
         ("GET", "/api/v1/jobs/{job}", False), ("GET", "/api/v1/jobs/{job}/events", False),
         ("POST", "/api/v1/jobs/{job}/stop", False), ("GET", "/api/v1/models/{model}", False),
-        ("GET", "/api/v1/data/deletions/{deletion}", False),
         ("GET", "/api/v1/jobs", False), ("GET", "/api/v1/models/{model}/certificate", False),
     ]  # fmt: skip
     for word in BROKEN:

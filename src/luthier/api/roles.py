@@ -22,7 +22,7 @@ class Permission(StrEnum):
     DEVELOP = "develop"
     """Create, change and delete files, jobs, models, deployments, batches and evals."""
     ADMINISTER = "administer"
-    """Delete training data with everything that was made from it."""
+    """Delete the record of a job."""
 
 
 ROLES: Mapping[str, frozenset[Permission]] = MappingProxyType(
@@ -58,7 +58,7 @@ _OPERATIONS = {
         ),
         "luthier": (
             "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport "
-            "GetCertificate DownloadCertificate GetUsage GetDailyUsage GetDataDeletion "
+            "GetCertificate DownloadCertificate GetUsage GetDailyUsage "
             "openai.files.list openai.files.retrieve openai.files.content "
             "openai.fine_tuning.jobs.list openai.fine_tuning.jobs.retrieve "
             "openai.fine_tuning.jobs.list_events openai.fine_tuning.jobs.list_checkpoints "
@@ -91,7 +91,7 @@ _OPERATIONS = {
         ),
         "s3": "CreateBucket DeleteBucket PutObject DeleteObject AbortMultipartUpload",
     },
-    Permission.ADMINISTER: {"luthier": "DeleteData"},
+    Permission.ADMINISTER: {"luthier": "DeleteJob"},
 }
 PERMISSIONS: Mapping[str, Permission] = MappingProxyType(
     {

@@ -36,7 +36,6 @@ from luthier.api.sts import STSFace
 from luthier.engine.processes import check_room
 from luthier.errors import RecipeError, RefusedInput
 from luthier.jobs.admission import Capacity
-from luthier.jobs.deletion import Deletions, remove_orphans
 from luthier.jobs.ray_runner import RayRunner
 from luthier.jobs.runners import LocalRunner, Runner
 from luthier.jobs.scheduler import Scheduler
@@ -146,7 +145,6 @@ class Service:
 
     def start(self, work: bool = True) -> None:
         """Go on with what an earlier server left; ``work`` on the queue, too."""
-        remove_orphans(self.database, self.objects)
         removal.finish_deletions(self.database)
         self._recount()
         self._sweep()
@@ -241,16 +239,9 @@ class Service:
             self.scheduler.wake,
             self._delete,
         )
-        deletions = Deletions(
-            self.database,
-            self.arns,
-            self.objects,
-            bool(self.settings.s3_endpoint),
-            self.pool.forget,
-        )
         return (
             self.openai,
-            native_face(context, __version__, deletions, self.pool),
+            native_face(context, __version__, self.pool),
             S3Face(self.objects, self.settings.region),
             STSFace(),
             BedrockFace(control, runtime),

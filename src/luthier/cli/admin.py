@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.console import CommandGroup, note
-from luthier.cli.deletion import data_app
 from luthier.cli.options import Json
 from luthier.cli.registration import service_models_app
 from luthier.cli.service import (
@@ -51,7 +50,6 @@ keys_app = CommandGroup("Access keys and API keys.", extra="server")
 for name, part in (
     ("accounts", accounts_app), ("users", users_app), ("keys", keys_app),
     ("jobs", service_jobs_app), ("models", service_models_app),
-    ("data", data_app),
 ):  # fmt: skip
     admin_app.add_typer(part, name=name)
 

@@ -85,18 +85,6 @@ def journals(account: str | None) -> Path:
     return folder / account if account else folder
 
 
-def lines_of_runs(account: str, runs: Collection[str]) -> Iterator[tuple[Path, int, str]]:
-    """What ``runs`` of an account asked first: by journal, bytes and SHA-256 of these lines."""
-    for path in sorted(journals(account).glob("*.jsonl")):
-        digest, size = hashlib.sha256(), 0
-        for line in _lines(path):
-            if _is_of(line, runs):
-                digest.update(line)
-                size += len(line)
-        if size:
-            yield path, size, digest.hexdigest()
-
-
 def forget(account: str, runs: Collection[str]) -> None:
     """Remove what ``runs`` of an account asked first.
 

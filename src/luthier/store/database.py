@@ -228,19 +228,6 @@ class Database:
         with self._statements.connect() as connection:
             return connection.execute(query, values).first()
 
-    def scrub(self) -> bool:
-        """Let nothing of what was deleted stay in SQLite's log; in its file it is overwritten anyway.
-
-        False where readers kept the log in use the whole time that was waited for them.
-
-        PostgreSQL keeps old rows until ``VACUUM``, and its log as its settings say.
-        """
-        if not self.is_sqlite:
-            return True
-        with self.engine.connect() as connection:
-            busy, *_ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
-        return not busy
-
     def tables(self) -> set[str]:
         """Names of the tables that are there."""
         return set(inspect(self.engine).get_table_names())

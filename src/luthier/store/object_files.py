@@ -167,10 +167,6 @@ class ObjectFiles:
         take = partial(self._in_flight.add, account)
         return FileWriter(self.path(account, file_id).parent, file_id, take, room)
 
-    def exists(self, account: str, file_id: str) -> bool:
-        """Whether the file exists."""
-        return self.path(account, file_id).exists()
-
     def path(self, account: str, file_id: str) -> Path:
         """Where a file is."""
         return self.folder / account / file_id[:2] / file_id

@@ -524,12 +524,6 @@ class Objects:
                 also(session)
         self.files.remove(account, gone.files)
 
-    def remove_unnamed(self, account: str, ids: Sequence[str]) -> None:
-        """Remove those of the files ``ids`` that no row names; no row is to name them later."""
-        with self.database.read() as session:
-            named = set(session.scalars(select(ObjectPiece.id).where(ObjectPiece.id.in_(ids))))
-        self.files.remove(account, [each for each in ids if each not in named])
-
     def sweep(self, older_than: float = UNNAMED_SECONDS) -> int:
         """Remove files that a killed process left, and return their number."""
         return self.files.sweep(self._files_of_rows, older_than)

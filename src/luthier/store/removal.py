@@ -7,9 +7,7 @@ folder is marked before: :func:`finish_deletions` removes what is marked and has
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -49,12 +47,19 @@ def delete(database: Database, arns: Arns, model: CustomModel) -> None:
     Raises:
         ModelInUse: see :func:`remove`.
     """
-    with mark_for_removal() as mark, database.write() as session:
-        found = session.get(CustomModel, model.seq, with_for_update=True)
-        if found is not None:
-            remove(session, found, found.arn(arns))
-            mark(found.stored_id)
-    # Of an import that failed for reasons that nobody thought of.
+    folder = folder_of(model.stored_id)
+    try:
+        with database.write() as session:
+            found = session.get(CustomModel, model.seq, with_for_update=True)
+            if found is not None:
+                remove(session, found, found.arn(arns))
+                if folder is not None and folder.is_dir():
+                    write_bytes(folder / _REMOVED, b"")
+    except BaseException:
+        if folder is not None:
+            (folder / _REMOVED).unlink(missing_ok=True)
+        raise
+    # An import that fails unexpectedly leaves its log.
     log_file(files_name(model.id)).unlink(missing_ok=True)
     remove_files(model.stored_id)
 
@@ -142,28 +147,6 @@ def users_of_base(database: Database, base: FoundationModel) -> list[str]:
             )
             for each in session.scalars(query)
         ]
-
-
-@contextmanager
-def mark_for_removal() -> Iterator[Callable[[str | None], None]]:
-    """Around a transaction that deletes records: what is called for each model, behind its record.
-
-    Where the transaction fails the models are as they were.
-    """
-    marks: list[Path] = []
-
-    def mark(stored_id: str | None) -> None:
-        folder = folder_of(stored_id)
-        if folder is not None and folder.is_dir() and not (folder / _REMOVED).exists():
-            marks.append(folder / _REMOVED)
-            write_bytes(folder / _REMOVED, b"")
-
-    try:
-        yield mark
-    except BaseException:
-        for path in marks:
-            path.unlink(missing_ok=True)
-        raise
 
 
 def finish_deletions(database: Database) -> None:

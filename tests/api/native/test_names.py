@@ -19,22 +19,17 @@ from luthier.api.native.operations import Context
 from luthier.api.openai.models import Catalogue
 from luthier.errors import WrongState
 from luthier.files import write_json
-from luthier.jobs.deletion import Deletions
 from luthier.jobs.submit import Submission, submit
 from luthier.limits import AccountQuotas
 from luthier.serving.pool import ModelPool
 from luthier.store import removal
 from luthier.store.arns import Arns
-from luthier.store.audit import AuditEntry
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
 from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job
 from luthier.store.model_folders import custom_folder
-from luthier.store.multipart import MultipartUploads
-from luthier.store.objects import ObjectMetadata, Objects, StoredObject, Upload
 from luthier.store.schema import upgrade
-from luthier.store.uploaded_files import UploadedFiles
 
 ACCOUNT = "000000000000"
 
@@ -69,8 +64,7 @@ def arn(context: Context) -> str:
 
 
 def ask(context: Context, method: str, path: str, body: Any = None, headers: Any = None) -> Any:
-    deletions = Deletions(context.database, context.arns, Objects(context.database))
-    face = native_face(context, "1", deletions, ModelPool(0))
+    face = native_face(context, "1", ModelPool(0))
     route = face.route(RequestHead(method, path, "", [], tls=False))
     moment, text = datetime.now(UTC), b"" if body is None else json.dumps(body).encode()
     headers = headers or {}
@@ -117,39 +111,22 @@ def test_an_event_that_no_number_names_is_none(context: Context, arn: str) -> No
 
 
 class Kept:
-    """Data of a job as two objects, an uploaded file and a part of an upload, and its model."""
+    """A completed job and its model."""
 
     def __init__(self, context: Context, arn: str) -> None:
-        self.context, self.objects = context, Objects(context.database)
-        self.objects.create_bucket(ACCOUNT, "data")
-        for key in ("rows.jsonl", "copy.jsonl"):
-            self.objects.put(ACCOUNT, "data", key, self.written(), ObjectMetadata())
-        self.file = UploadedFiles(context.database, self.objects).add(
-            ACCOUNT, [b"rows"], "a.jsonl", "fine-tune"
-        )
-        uploads = MultipartUploads(self.objects)
-        self.upload = uploads.create(ACCOUNT, "data", "big", ObjectMetadata(), ("", ""))
-        uploads.put_part(ACCOUNT, "data", "big", self.upload.id, 1, self.written(), {})
+        self.context = context
         with context.database.write() as session:
             job = session.query(Job).one()
-            job.state, job.details = "Completed", {"sources": ["s3://data/rows.jsonl"]}
-            job.result = {"stored_id": f"x:job-{job.id}"}
+            job.state, job.result = "Completed", {"stored_id": f"x:job-{job.id}"}
             model = session.query(CustomModel).one()
             model.status, model.stored_id = ACTIVE, f"x:job-{job.id}"
             self.model = model.arn(context.arns)
             manifest = {"id": model.stored_id, "saved": "network", "files": {}}
             write_json(custom_folder("x", f"job-{job.id}") / "luthier.json", manifest)
 
-    def written(self) -> Any:
-        with self.objects.files.begin(ACCOUNT) as writing:
-            writing.write(b"rows")
-            return writing.finish()
-
-    def left(self) -> set[str]:
+    def models(self) -> set[str]:
         with self.context.database.read() as session:
-            models = {model.name for model in session.query(CustomModel)}
-            objects = {each.key for each in session.query(StoredObject)}
-            return models | objects | {each.id for each in session.query(Upload)}
+            return {model.name for model in session.query(CustomModel)}
 
 
 @pytest.fixture
@@ -161,9 +138,20 @@ def test_a_model_is_deleted_with_its_files(kept: Kept) -> None:
     path = "/api/v1/models/model"
     answer = ask(kept.context, "DELETE", path)
     assert json.loads(answer.body) == {"model": kept.model}
-    assert "model" not in kept.left() and not [*custom_folder("x", "y").parent.iterdir()]
+    assert "model" not in kept.models() and not [*custom_folder("x", "y").parent.iterdir()]
     with pytest.raises(Fault) as refused:
         ask(kept.context, "DELETE", path)
+    assert refused.value.code == "ResourceNotFound"
+
+
+def test_a_job_is_deleted_after_its_model(kept: Kept) -> None:
+    path = "/api/v1/jobs/mine"
+    with pytest.raises(WrongState, match="model model"):
+        ask(kept.context, "DELETE", path)
+    ask(kept.context, "DELETE", "/api/v1/models/model")
+    assert len(json.loads(ask(kept.context, "DELETE", path).body)["job"]) == 12
+    with pytest.raises(Fault) as refused:
+        ask(kept.context, "GET", path)
     assert refused.value.code == "ResourceNotFound"
 
 
@@ -177,16 +165,7 @@ def test_a_model_in_use_is_not_deleted(kept: Kept) -> None:
         job.base_model = kept.model
     with pytest.raises(WrongState, match="A job that has not ended starts from the model model"):
         ask(kept.context, "DELETE", "/api/v1/models/model")
-    assert "model" in kept.left()
-
-
-def test_a_deletion_of_data_is_audited_with_the_address(kept: Kept) -> None:
-    body = {"data": ["s3://data/rows.jsonl"], "models": "delete"}
-    answer = ask(kept.context, "POST", "/api/v1/data/deletions", body)
-    assert answer.status == 200 and kept.left() == set()
-    with kept.context.database.read() as session:
-        entries = session.query(AuditEntry).all()
-    assert {entry.address for entry in entries} == {"192.0.2.7"} and len(entries) == 2
+    assert "model" in kept.models()
 
 
 def test_an_export_is_created_read_stopped_and_listed(context: Context, arn: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from luthier.api.http.messages import Request, Response
 from luthier.api.native import (
-    deletions,
     exports,
     inference,
     jobs,
@@ -15,7 +14,6 @@ from luthier.api.native import (
 )
 from luthier.api.native.operations import Context, NativeFace, NativeOperation, View, document
 from luthier.api.roles import Permission, permissions_of
-from luthier.jobs.deletion import Deletions
 from luthier.serving.pool import ModelPool
 
 
@@ -31,9 +29,7 @@ class WhoView(View):
     """Classes of operations that all of these roles allow."""
 
 
-def native_face(
-    context: Context, version: str, data_deletions: Deletions, pool: ModelPool
-) -> NativeFace:
+def native_face(context: Context, version: str, pool: ModelPool) -> NativeFace:
     """All operations, and the document of them."""
 
     def who(request: Request) -> WhoView:
@@ -62,7 +58,6 @@ def native_face(
         *loaded_models.operations(context, pool),
         *inference.operations(context, pool),
         *reports.operations(context),
-        *deletions.operations(context, data_deletions),
         *usage.operations(context),
     ]  # fmt: skip
     return NativeFace(operations)

@@ -22,6 +22,7 @@ from luthier.api.native.operations import (
 )
 from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.graders import parse_graders
+from luthier.jobs.deletion import delete_job
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.submit import Submission, check_client_grader, submit
 from luthier.printable import map_code
@@ -129,6 +130,13 @@ class LabelIssueView(View):
     """Beginning of the row, with personal data masked."""
 
 
+class DeletedJobView(View):
+    """A job that was deleted."""
+
+    job: str
+    """Id of the job."""
+
+
 class LabelIssuesView(View):
     """Rows whose label is worth a look, the largest difference first."""
 
@@ -177,6 +185,11 @@ def operations(context: Context) -> list[NativeOperation]:
             query=JobsPage,
         ),
         NativeOperation("getJob", "GET", one, jobs.get, "One job by its name or id.", JobView),
+        NativeOperation(
+            "deleteJob", "DELETE", one, jobs.delete,
+            "Delete a job that has ended and whose model is deleted, with its events and files.",
+            DeletedJobView,
+        ),
         *changes,
         NativeOperation(
             "listLabelIssues", "GET", f"{one}/label-issues", jobs.label_issues,
@@ -246,6 +259,11 @@ class _Jobs:
     def get(self, request: Request) -> JobView:
         job = self._job(request, "GetJob")
         return _view(job, JobFolders(job.id).log_tail())
+
+    def delete(self, request: Request) -> DeletedJobView:
+        job = self._job(request, "DeleteJob")
+        delete_job(self.context.database, self.context.arns, job)
+        return DeletedJobView(job=job.id)
 
     def label_issues(self, request: Request, page: LabelIssuesPage) -> LabelIssuesView:
         job = self._job(request, "ReadLabelIssues")
