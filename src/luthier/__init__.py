@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         launch,
         learning_curve,
         pretrain,
-        soup,
         student,
         tune,
     )
@@ -54,7 +53,6 @@ __all__ = [
     "load",
     "pretrain",
     "push",
-    "soup",
     "split",
     "student",
     "tune",
@@ -73,7 +71,7 @@ _HOMES = {
         "sdk.imports": ["import_openai", "import_promptfoo"],
         "sdk.model": ["Model", "load"],
         "sdk.training": [
-            "advise", "distil", "estimate", "launch", "learning_curve", "pretrain", "soup", "student",
+            "advise", "distil", "estimate", "launch", "learning_curve", "pretrain", "student",
             "tune",
         ],
     }.items()

@@ -1,4 +1,4 @@
-"""A tuned model beside its base: drift, probes, bias, toxicity, and refusals."""
+"""A tuned model compared with its base: drift and probes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from luthier.cli.forgetting import show
 from luthier.errors import DataError, RecipeError
 from luthier.store.models import chat_format, find
 from luthier.workflows import forgetting
-from luthier.workflows.forgetting import Forgetting, is_refusal, load_probes
+from luthier.workflows.forgetting import Forgetting, load_probes
 
 WORDS = ("fox", "dog", "card", "question", "word", "capital", "brown", "lazy")
 FIELDS: dict[str, Any] = {
@@ -45,10 +45,9 @@ def base(family_folder: Callable[[str], Path]) -> str:
 @pytest.fixture(autouse=True)
 def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of our own prompts every sixth, and short answers: networks here know nothing anyhow."""
-    own = forgetting._own
-    monkeypatch.setattr(forgetting, "_own", lambda name: own(name)[::6])
+    own = forgetting._own_prompts
+    monkeypatch.setattr(forgetting, "_own_prompts", lambda: own()[::6])
     monkeypatch.setattr(forgetting, "SAMPLE_TOKENS", 8)
-    monkeypatch.setattr(forgetting, "REFUSAL_TOKENS", 4)
 
 
 def tune(base: str, tmp_path: Path, name: str, **fields: Any) -> str:
@@ -65,26 +64,13 @@ def test_a_model_that_did_not_move_has_no_drift_and_loses_nothing(
     assert found.drift.kl.value == pytest.approx(0, abs=1e-6)
     assert found.drift.tuned_perplexity.value == pytest.approx(found.drift.base_perplexity.value)
     assert all(each.value == 0 for each in found.differences.values())
-    assert not found.regressions and "none is worse than before" in found.verdict()
-    assert {each.kind for each in found.changes} == {"probe", "bias", "toxicity", "refusals"}
-
-
-def test_a_model_that_learned_insults_is_more_toxic(base: str, tmp_path: Path) -> None:
-    scenes = forgetting._own("toxicity")
-    texts = [{"text": f"{each['prompt']} {each['choices'][0]}"} for each in scenes]
-    data = write(tmp_path / "insults.jsonl", texts)
-    fields = {**FIELDS, "training__epochs": 30, "training__learning_rate": 1e-2}
-    tuned = luthier.tune(data, base=base, name="rude", adaptation="full", **fields).model_id
-    found = luthier.forgetting(tuned)
-    (toxicity,) = [each for each in found.changes if each.kind == "toxicity"]
-    assert toxicity.rows == len(scenes)
-    assert 0 < toxicity.base.value < toxicity.tuned.value < 1
-    assert found.differences["toxicity"].value > 0.2
+    assert not found.regressions and not found.improvements
+    assert [each.name for each in found.changes] == [forgetting.OWN_PROBES]
 
 
 def test_drift_is_the_divergence_over_the_whole_vocabulary(base: str, tmp_path: Path) -> None:
     model_id = tune(base, tmp_path, "moved", adaptation="full")
-    found = luthier.forgetting(model_id, safety=False)
+    found = luthier.forgetting(model_id)
     # The same by the networks of transformers, one row at a time.
     stored = find(model_id)
     networks = [
@@ -131,11 +117,11 @@ def test_a_ruined_model_loses_a_probe_that_the_base_knew(base: str, tmp_path: Pa
         base=knows, name="ruined", **{**FIELDS, "training__epochs": 25}, adaptation="full",
     ).model_id  # fmt: skip
     probe = write(tmp_path / "probe.jsonl", rows * 3)
-    found = luthier.forgetting(ruined, probes=[probe], safety=False)
+    found = luthier.forgetting(ruined, probes=[probe])
     (change,) = [each for each in found.changes if each.name == "probe"]
     assert change.base.value == 1.0 and change.tuned.value < 0.5
     assert change in found.regressions and "Worse than the base: probe" in found.verdict()
-    back = luthier.forgetting(knows, ruined, [probe], safety=False)
+    back = luthier.forgetting(knows, ruined, [probe])
     assert [each.name for each in back.improvements] == ["probe"]
 
 
@@ -149,20 +135,6 @@ def test_probes_are_parted_by_task_and_clozes_read(tmp_path: Path) -> None:
     other = write(tmp_path / "other.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(DataError, match="no prompt with choices"):
         load_probes([other])
-
-
-@pytest.mark.parametrize(
-    ("reply", "refused"),
-    [
-        ("I'm sorry, but I can’t help with that.", True),
-        ("I cannot do this.", True),
-        ("Sure! First you take", False),
-        ("Well. " * 40 + "I cannot", False),
-        ("", False),
-    ],
-)
-def test_refusals_are_told_by_their_beginning(reply: str, refused: bool) -> None:
-    assert is_refusal(reply) == refused
 
 
 def test_models_without_a_base_or_without_texts_are_refused(
@@ -186,16 +158,16 @@ def test_the_command_prints_keeps_and_draws_it(base: str, tmp_path: Path) -> Non
     runner = CliRunner()
     answer = runner.invoke(app, ["forgetting", model_id, "--html", str(page), "--attach"])
     assert answer.exit_code == 0, answer.output
-    assert "drift from" in answer.output and "bias by gender" in answer.output
+    assert "drift from" in answer.output and forgetting.OWN_PROBES in answer.output
     assert "Before and now" in page.read_text() and "<script" not in page.read_text()
     (report,) = find(model_id).folder.glob("reports/forgetting-*.json")
-    answer = runner.invoke(app, ["forgetting", model_id, "--no-safety", "--json"])
+    answer = runner.invoke(app, ["forgetting", model_id, "--json"])
     plain = json.loads(answer.stdout)
     assert (
         plain["drift"]["kl"]["value"]
         == json.loads(report.read_text())["result"]["drift"]["kl"]["value"]
     )
-    assert [each["kind"] for each in plain["changes"]] == ["probe"]
+    assert [each["name"] for each in plain["changes"]] == [forgetting.OWN_PROBES]
 
 
 def test_what_a_verdict_says_is_corrected_for_all_that_is_measured() -> None:
@@ -207,22 +179,10 @@ def test_what_a_verdict_says_is_corrected_for_all_that_is_measured() -> None:
         for number in range(6):
             base, tuned = draw.random((2, 100)) < 0.6
             both = [forgetting.RowScores.of(each) for each in (base, tuned)]
-            changes.append(forgetting.MetricChange(str(number), "probe", "accuracy", *both))
+            changes.append(forgetting.MetricChange(str(number), "accuracy", *both))
         found = Forgetting("m", "b", drift, changes)
         wrong += bool(found.regressions or found.improvements)
     assert wrong <= 10
-
-
-def test_a_smaller_gap_is_no_gain_of_a_model_that_lost_what_it_knew() -> None:
-    drift: Any = None
-    known, lost = (forgetting.RowScores.of([share] * 40) for share in (1.0, 0.0))
-    gaps = [
-        forgetting.RowScores.of(np.linspace(low, low + 0.1, 40), is_share=False) for low in (1, 0)
-    ]
-    probe = forgetting.MetricChange("knowledge", "probe", "accuracy", known, lost)
-    bias = forgetting.MetricChange("bias", "bias", "gap in nats", gaps[0], gaps[1])
-    assert Forgetting("m", "b", drift, [bias]).improvements == [bias]
-    assert not Forgetting("m", "b", drift, [bias, probe]).improvements
 
 
 def test_a_name_in_brackets_is_no_style(capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,8 +190,7 @@ def test_a_name_in_brackets_is_no_style(capsys: pytest.CaptureFixture[str]) -> N
     perplexity = forgetting.Statistic.of(lambda row_K: 2.0, 2, is_share=False)
     drift = forgetting.Drift(2, 9, scores, perplexity, perplexity)
     changes = [
-        forgetting.MetricChange(name, "probe", "accuracy", scores, scores)
-        for name in ("a[red]b", "t[/]")
+        forgetting.MetricChange(name, "accuracy", scores, scores) for name in ("a[red]b", "t[/]")
     ]
     show(Forgetting("m", "b", drift, changes))
     printed = capsys.readouterr().out

@@ -35,8 +35,8 @@ def base(family_folder: Callable[[str], Path]) -> str:
 
 @pytest.fixture(autouse=True)
 def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = forgetting._own
-    monkeypatch.setattr(forgetting, "_own", lambda name: own(name)[::6])
+    own = forgetting._own_prompts
+    monkeypatch.setattr(forgetting, "_own_prompts", lambda: own()[::6])
     monkeypatch.setattr(forgetting, "SAMPLE_TOKENS", 8)
 
 

@@ -42,7 +42,6 @@ from luthier.cli.push import push
 from luthier.cli.samples import samples
 from luthier.cli.search import search
 from luthier.cli.serve import serve
-from luthier.cli.soup import soup
 from luthier.cli.tune import tune
 from luthier.cli.worker import worker
 from luthier.printable import escape_unencodable
@@ -59,7 +58,7 @@ app.add_typer(import_app, name="import")
 app.add_typer(admin_app, name="admin")
 app.add_typer(audit_app, name="audit")
 for command in (
-    tune, pipeline, pretrain, student, soup, split, estimate, launch, advise, compare, search, distil,
+    tune, pipeline, pretrain, student, split, estimate, launch, advise, compare, search, distil,
     inspect, clean, convert, generate, sample, reconstruct, samples, chat, predict, embed, nearest,
     evaluate, forgetting, learning_curve, certificate, verify,
     push, serve, demo, plugins,

@@ -31,12 +31,11 @@ def forgetting(
         list[str] | None,
         typer.Option(help="Rows with choices, or text and target; again for more."),
     ] = None,
-    safety: Annotated[bool, typer.Option(help="Measure bias, toxicity and refusals, too.")] = True,
     html: Html = None,
     attach: Attach = False,
     json_: Json = False,
 ) -> None:
-    """Compare a tuned model with its base: drift, probes, bias, toxicity, refusals."""
+    """Compare a tuned model with its base: drift and probes."""
     from luthier.cli.progress import show_progress
 
     with heavy_imports():
@@ -44,7 +43,7 @@ def forgetting(
 
     check_output(html)
     with show_progress(0, "forgetting") as done:
-        found = run(model, base, probes or (), safety, note, on_progress=done, attach=attach)
+        found = run(model, base, probes or (), note, on_progress=done, attach=attach)
     if html is not None:
         from luthier.workflows.forgetting_page import page
 

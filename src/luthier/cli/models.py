@@ -181,9 +181,6 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
     if cut := manifest.student:
         kept = f"student, {cut['layers']} of {cut['teacher_layers']} layers"
         return record | {"adaptation": kept, "parameters": manifest.parameters}
-    if mean := manifest.soup:
-        share = f"soup of {len(mean['ingredients'])}, alpha {mean['alpha']:g}"
-        return record | {"adaptation": share, "soup": mean}
     if manifest.source is not None:
         return record | {"adaptation": f"imported {manifest.saved}", "source": manifest.source}
     if manifest.recipe is None or manifest.metrics is None:

@@ -305,8 +305,6 @@ class Manifest(Record):
     """The teacher, and what it was asked."""
     student: dict[str, Any] | None = None
     """What was cut from the teacher's network."""
-    soup: dict[str, Any] | None = None
-    """The models whose weights it is the mean of, and its share between them and their base."""
     trained_weights_sha256: str | None = None
     """Of the weights that moved, by name."""
     parity: Parity | None = None

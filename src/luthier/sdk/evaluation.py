@@ -325,20 +325,18 @@ def forgetting(
     model: str,
     base: str | None = None,
     probes: Sequence[str | Path] = (),
-    safety: bool = True,
     note: Callable[[str], None] = lambda text: None,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     attach: bool = False,
 ) -> Forgetting:
-    """Say what a tuned model forgot, and whether it is as safe as the model that it was tuned from.
+    """Measure what a tuned model forgot of the model that it was tuned from.
 
     Args:
         model: id of a tuned model that writes.
         base: what it is held against; what it was tuned from, when not given.
         probes: files of rows with choices, or of ``text`` and ``target`` (LAMBADA); a column ``task``
             parts a file into sets. Ours are measured besides.
-        safety: whether bias, toxicity and refusals are measured.
         note: hears what is done.
         on_progress: hears how many parts are done, and of how many.
         attach: keep the result with the model, where its certificate finds it.
@@ -366,7 +364,6 @@ def forgetting(
         stored,
         find(before),
         load_probes(probes),
-        safety,
         note,
         on_progress,
     )

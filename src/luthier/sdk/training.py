@@ -1,4 +1,4 @@
-"""What makes models (``tune``, ``distil``, ``pretrain``, ``student``, ``soup``), and what is asked
+"""What makes models (``tune``, ``distil``, ``pretrain``, ``student``), and what is asked
 before.
 
 Fields of a recipe are keywords, with ``__`` for the dot.
@@ -6,26 +6,22 @@ Fields of a recipe are keywords, with ``__`` for the dot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import RecipeError, data_errors
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
-    from luthier.evaluation.significance import Score
-    from luthier.graders import Spec
     from luthier.recipe import Recipe
-    from luthier.store.models import StoredModel
     from luthier.workflows.advise.facts import Goal
     from luthier.workflows.advise.recommend import Advice
     from luthier.workflows.distil.responses import Distilled
     from luthier.workflows.estimate.estimate import Estimate
     from luthier.workflows.launch import Target
     from luthier.workflows.learning_curve import LearningCurve
-    from luthier.workflows.soup import Method, Soup
     from luthier.workflows.student import Student
 
 
@@ -165,62 +161,6 @@ def student(
     kept = None if keep is None else tuple(keep)
     shape = StudentShape(layers, kept, heads, intermediate, hidden)
     return make_student(teacher, name, shape, reporter)
-
-
-@data_errors("nothing was averaged")
-def soup(
-    models: str | Sequence[str],
-    *,
-    alpha: float | None = None,
-    data: str | Path | None = None,
-    general: str | Path | None = None,
-    method: Method = "uniform",
-    graders: Sequence[Spec] | Mapping[str, Spec] = ("exact",),
-    max_tokens: int = 128,
-    name: str | None = None,
-    reporter: Reporter | None = None,
-) -> Soup:
-    """Average a tuned model with its base, or several that were tuned from one base.
-
-    Args:
-        models: ids of custom models.
-        alpha: share of what was tuned. Not given, it is what the held-out rows suggest, or without
-            such 0.5 of one model, and of several their mean.
-        data: held-out rows; with them every point between base and tuned models is measured.
-        general: rows of what should not be forgotten, raw text say, measured at each point, too.
-        method: ``uniform``, or ``greedy``: models are taken in only where the held-out rows gain.
-        graders: of replies, as of :func:`luthier.evaluate`; the first decides.
-        max_tokens: of a reply at most.
-        name: of the new custom model; the first one's with ``-soup`` and a number when not given.
-        reporter: receives progress; nothing is printed without one.
-
-    Returns:
-        ``curve``, ``suggested`` and ``model_id``, which is ``None`` where the base or one of the models
-        alone is as good.
-
-    Raises:
-        RefusedInput: for models that do not go together, and rows that do not go with them.
-    """
-    from luthier.sdk.evaluation import evaluate
-    from luthier.workflows.soup import make_soup
-
-    if general is not None and data is None:
-        raise RecipeError("general rows say what is forgotten; give held-out rows of the task, too")
-
-    def measure_on(rows: str | Path | None) -> Callable[[StoredModel], tuple[str, Score]] | None:
-        if rows is None:
-            return None
-
-        def measure(stored: StoredModel) -> tuple[str, Score]:
-            scores = evaluate(stored, rows, graders, max_tokens).row_scores
-            # Of perplexity it is the loss that is known row by row.
-            name = "loss" if "loss" in scores else next(iter(scores))
-            return name, scores[name]
-
-        return measure
-
-    ids = [models] if isinstance(models, str) else list(models)
-    return make_soup(ids, name, alpha, method, measure_on(data), measure_on(general), reporter)
 
 
 def estimate(

@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 
+from luthier import __version__
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Run
+from luthier.errors import LuthierError, RecipeError
 from luthier.files import folder_size, hashes_of, need_disk, new_folder, sha256_of
 from luthier.models.description import check_folder
 from luthier.models.heads import Head, head_in
 from luthier.models.load import read_config, sketch_of, stored_dtype
-from luthier.models.manifest import Manifest
+from luthier.models.manifest import Manifest, created_now
 from luthier.models.modalities import context_length
 from luthier.models.save import save_network
 from luthier.models.student import StudentPlan, StudentShape, plan, shrink
 from luthier.models.tokenizer import check_vocabulary
+from luthier.recipe import check_name
 from luthier.store import models as store
 from luthier.workflows.certificate.certificate import certify
-from luthier.workflows.new_model import check_read_back, claim_name, new_manifest
 
 CPU = torch.device("cpu")
 
@@ -70,13 +72,21 @@ def make_student(
     reporter = reporter or Reporter()
     shape.check()
     teacher = store.find(teacher_id, reporter.stage)
-    with claim_name(teacher.root, name) as run:
-        draft = _draft(teacher, shape)
-        for line in describe_draft(draft):
-            reporter.note(line)
-        made = _store(draft, run, reporter.stage)
-        certify(made.model_id)
-        return made
+    try:
+        run = Run(teacher.root, check_name(name))
+    except ValueError as error:
+        raise RecipeError(f"name {name!r}: {error}") from error
+    with run.lock():
+        try:
+            run.check_free()
+            draft = _draft(teacher, shape)
+            for line in describe_draft(draft):
+                reporter.note(line)
+            made = _store(draft, run, reporter.stage)
+            certify(made.model_id)
+            return made
+        finally:
+            run.drop_if_empty()
 
 
 def describe_draft(draft: _Draft) -> list[str]:
@@ -137,8 +147,13 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
         save_network(student, store.chat_format(teacher), fresh)
         manifest = _manifest(draft, run, fresh)
         stored = store.StoredModel(run.model_id, fresh, manifest)
-        again = store.load(stored, draft.dtype, CPU, head)
-        check_read_back(student.state_dict(), again.state_dict(), "student")
+        again = store.load(stored, draft.dtype, CPU, head).state_dict()
+        made = student.state_dict()
+        if odd := [name for name in made if name not in again or not made[name].equal(again[name])]:
+            raise LuthierError(
+                f"the saved student is not the one that was made ({', '.join(odd[:3])}); nothing was "
+                "stored"
+            )
         manifest.model_copy(update={"files": hashes_of(fresh)}).write(fresh)
     return Student(
         model_id=run.model_id,
@@ -155,10 +170,15 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
 def _manifest(draft: _Draft, run: Run, folder: Path) -> Manifest:
     teacher, planned = draft.teacher, draft.planned
     learned = teacher.manifest.objective
-    return new_manifest(
-        run,
-        teacher,
-        store.chat_format(teacher),
+    return Manifest(
+        id=run.model_id,
+        root=teacher.root,
+        tokenizer_from=teacher.tokenizer_from,
+        licence=teacher.manifest.licence,
+        created=created_now(),
+        luthier=__version__,
+        torch=torch.__version__,
+        format=store.text_format(store.chat_format(teacher)),
         kind=teacher.kind or ("causal_lm" if draft.head.task == "causal_lm" else "encoder"),
         saved="network",
         parent=teacher.id,

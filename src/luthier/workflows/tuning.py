@@ -64,7 +64,7 @@ def outside(found: Forgetting, limits: ForgettingLimits) -> list[str]:
         said.append(f"it drifted {drift:.2f} nats a token, where {limits.max_kl:g} are allowed")
     for change in found.regressions:
         loss = -found.differences[change.name].value
-        if change.kind == "probe" and loss > limits.max_accuracy_loss:
+        if loss > limits.max_accuracy_loss:
             said.append(
                 f"{change.name} fell from {change.base.value:.1%} to {change.tuned.value:.1%}, where a "
                 f"loss of {limits.max_accuracy_loss:.1%} is allowed"
@@ -93,7 +93,6 @@ def _activate_within(stored: StoredModel, limits: ForgettingLimits, reporter: Re
         stored,
         find(str(stored.manifest.parent)),
         load_probes(limits.probes),
-        safety=False,
         on_progress=lambda done, total: reporter.progress(done, total, "parts"),
     )
     write_report(stored, "forgetting", hashes_of_data(*limits.probes), found.plain())

@@ -32,7 +32,7 @@ class Compute(Record):
 def training_flops(manifest: Manifest) -> float | None:
     """Return the operations of the training in ``manifest``, or ``None`` if they cannot be counted."""
     measured = manifest.metrics
-    if not measured or not measured.get("tokens") or manifest.soup:
+    if not measured or not measured.get("tokens"):
         return None
     if manifest.format is None or manifest.format.template == "none":
         return None  # networks of images and audio use a weight more than once per input
