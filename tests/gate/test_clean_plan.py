@@ -26,8 +26,6 @@ from luthier.gate.rules import READING_RULES
         ({"drop": ["leakage.many"]}, "about the data as a whole"),
         ({"drop": ["file.empty"]}, "about the data as a whole"),
         ({"drop": ["row.too_long"]}, "--base"),
-        ({"truncate": "end"}, "--base"),
-        ({"truncate": "middle"}, "truncate"),
         ({"redact": ["names"]}, "there is no kind 'names'"),
         ({"normalize": True, "redact_key_env": "K"}, "nothing is redacted"),
         ({"balance": 0}, "balance"),
@@ -57,9 +55,6 @@ def test_every_edit_is_a_field_of_the_plan() -> None:
         "normalize": True,
         "merge_labels": True,
         "redact": ["all"],
-        "split_long": True,
-        "truncate": "end",
-        "base": "m",
     }
     assert CleaningPlan.of(every).edits == tuple(EDITS)
 

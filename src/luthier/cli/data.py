@@ -183,15 +183,6 @@ def clean(
     redact_key_env: Annotated[
         str | None, typer.Option(help="Environment variable with a key: equal in every file.")
     ] = None,
-    split_long: Annotated[
-        bool, typer.Option("--split-long", help="Split raw text to the context of --base.")
-    ] = False,
-    truncate: Annotated[
-        Literal["end", "start"] | None,
-        typer.Option(
-            help="Cut rows to the context of --base: end of the answer, start of the input."
-        ),
-    ] = None,
     drop: Annotated[
         list[str] | None,
         typer.Option(
@@ -209,7 +200,7 @@ def clean(
     plan: Annotated[
         Path | None, typer.Option(help="TOML file with these options; those given here win.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Model that rows are to fit.")] = None,
+    base: Annotated[str | None, typer.Option(help="Model for rules such as row.too_long.")] = None,
     objective: Annotated[
         str | None, typer.Option(help="What is to be learned; chosen by the rows if not given.")
     ] = None,
@@ -229,8 +220,7 @@ def clean(
 
     fixes = {
         "normalize": normalize or None, "merge_labels": merge_labels or None, "redact": redact,
-        "redact_key_env": redact_key_env,
-        "split_long": split_long or None, "truncate": truncate, "drop": drop, "dedupe": dedupe,
+        "redact_key_env": redact_key_env, "drop": drop, "dedupe": dedupe,
         "balance": int(balance) if balance and balance.isdecimal() else balance, "seed": seed,
         "base": base, "objective": objective,
     }  # fmt: skip

@@ -179,16 +179,14 @@ class _Cleaning:
     def rows(self) -> Iterator[Row]:
         """All rows as edited; refused where one can be neither read nor mended nor left out."""
         for each in self._rows_left(self._pass()):
-            yield from (draft.row for draft in each.drafts)
+            yield each.draft.row
 
     def names(self, selection: Selection) -> list[str]:
         """Columns of the records that will be written, in the order of appearance."""
-        found, problems, number = ColumnNames(), BoundedProblems(), 0
-        for each in self._rows_left(self._pass()):
-            for draft in each.drafts:
-                if not selection.why(number):
-                    _write_draft(each, draft, found, problems)
-                number += 1
+        found, problems = ColumnNames(), BoundedProblems()
+        for number, each in enumerate(self._rows_left(self._pass())):
+            if not selection.why(number):
+                _write_draft(each, found, problems)
         problems.refuse()
         return [*found.names]
 
@@ -205,18 +203,14 @@ class _Cleaning:
         number, problems = 0, BoundedProblems()
         for each in self._rows_left(done, book):
             book.rows += 1
-            reasons = [selection.why(number + at) for at in range(len(each.drafts))]
-            stay = [draft for draft, why in zip(each.drafts, reasons, strict=True) if not why]
-            if stay:
+            if why := selection.why(number):
+                about = self._about(why, selection, number)
+                book.log_drop(each.row.file, each.row.line, why, about)
+            else:
                 book.log_change(each)
-            for at, why in enumerate(reasons):
-                if why:
-                    about = self._about(why, selection, number + at)
-                    book.log_drop(each.row.file, each.row.line, why, about)
-            number += len(reasons)
-            for draft in stay:
-                _write_draft(each, draft, writer, problems)
-            summary.rows_out += len(stay)
+                _write_draft(each, writer, problems)
+                summary.rows_out += 1
+            number += 1
         problems.refuse()
         self._check_end(number, selection, summary, book)
         summary.form = str(done.reader.recognition.form)
@@ -261,11 +255,11 @@ class _Cleaning:
         return self.rules[why].about + (f" See {other}." if other else "")
 
 
-def _write_draft(each: EditedRow, draft: RowDraft, writer: Writer, problems: list[Problem]) -> None:
-    """Write the record of a draft; where it cannot be written, that is noted."""
+def _write_draft(each: EditedRow, writer: Writer, problems: list[Problem]) -> None:
+    """Write the record of an edited row; note a row that cannot be written."""
     try:
         form = each.reader.checker.form
-        writer.write(write_back(draft, each.row, each.given, form))
+        writer.write(write_back(each.draft, each.row, each.given, form))
     except RowRefused as bad:
         problems.append(bad.at(each.row.file, each.row.line))
 
@@ -321,7 +315,7 @@ class EditedRow:
     """A row that was read, and what the edits made of it."""
 
     row: Row
-    drafts: tuple[RowDraft, ...]
+    draft: RowDraft
     done: tuple[tuple[str, str], ...]
     """Edits that did something, and what, in words."""
     given: Record
@@ -355,10 +349,7 @@ class EditPass:
             if bad:
                 yield from _by_line(bad)
                 continue
-            try:
-                yield self._edit(row)
-            except RowRefused as error:
-                self.refused.append(error.at(row.file, row.line))
+            yield self._edit(row)
         yield from _by_line(self._take_problems())
 
     def _take_problems(self) -> list[Problem]:
@@ -368,15 +359,13 @@ class EditPass:
 
     def _edit(self, row: Row) -> EditedRow:
         given = self.reader.checker.given
-        drafts = [RowDraft(row, extra_keys(row, given, self.reader.checker.form))]
+        draft = RowDraft(row, extra_keys(row, given, self.reader.checker.form))
         done = []
         for edit in self.edits:
-            results = [edit.apply(draft) for draft in drafts]
-            words = [said for _, said in results if said]
+            draft, words = edit.apply(draft)
             if words:
-                drafts = [draft for made, _ in results for draft in made]
-                done.append((edit.name, "; ".join(words)))
-        return EditedRow(row, tuple(drafts), tuple(done), given, self.reader)
+                done.append((edit.name, words))
+        return EditedRow(row, draft, tuple(done), given, self.reader)
 
 
 def _by_line(problems: list[Problem]) -> Iterator[list[Problem]]:

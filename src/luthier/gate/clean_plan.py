@@ -1,7 +1,7 @@
 """What is to be cleaned: the fixes that a person chose, and the rules of the gate they name.
 
 Edits come first, as they are written in :data:`luthier.gate.edits.EDITS`: a repair may make rows
-equal, and a row that was shortened is too long no more. What is dropped is judged by what would be
+equal. What is dropped is judged by what would be
 written: rows that break the chosen rules, copies among them, then rows of classes that are too large.
 """
 
@@ -43,11 +43,6 @@ class CleaningPlan(StrictModel):
     """Replace personal data and secrets of these kinds by pseudonyms; `all` for all kinds."""
     redact_key_env: str | None = None
     """Environment variable with a key of 16 bytes or more, that makes pseudonyms equal across files."""
-    split_long: bool = False
-    """Split raw text that is longer than the context of `base`, at paragraphs where it can be."""
-    truncate: Literal["end", "start"] | None = None
-    """Cut rows to the context of `base`: the `end` of what is learned, or the `start` of what is
-    given."""
     drop: tuple[str, ...] = ()
     """Rules of the gate whose rows are removed; `unreadable` for rows that cannot be read."""
     dedupe: Literal["exact", "near"] | None = None
@@ -57,7 +52,7 @@ class CleaningPlan(StrictModel):
     seed: int = Field(default=0, ge=0)
     """Which rows of a class are kept."""
     base: str | None = None
-    """Model that rows are to fit."""
+    """Model for rules that need a tokenizer, such as `row.too_long`."""
     objective: str | None = None
     """What is to be learned; the rows decide where it is not given."""
 
@@ -82,8 +77,8 @@ class CleaningPlan(StrictModel):
     def _check(self) -> Self:
         if not (self.edits or self.dropped_rules or self.refused_rules or self.balance):
             raise ValueError(
-                "nothing is asked for; choose from --normalize, --merge-labels, --redact, "
-                "--split-long, --truncate, --drop, --dedupe and --balance"
+                "nothing is asked for; choose from --normalize, --merge-labels, --redact, --drop, "
+                "--dedupe and --balance"
             )
         for kind in self.redact:
             if kind not in (*KINDS, "all"):
@@ -97,9 +92,6 @@ class CleaningPlan(StrictModel):
         return self
 
     def _check_base(self) -> None:
-        for name, wanted in (("split_long", self.split_long), ("truncate", self.truncate)):
-            if wanted:
-                raise ValueError(f"{name}: say for which model, with --base ID")
         _, left_out = checks_for(CheckContext())
         for name in left_out:
             for rule in CHECKS[name].rules:
@@ -109,9 +101,11 @@ class CleaningPlan(StrictModel):
     @property
     def edits(self) -> tuple[str, ...]:
         """Names of the edits that are asked for."""
-        asked = {"normalize": self.normalize, "merge_labels": self.merge_labels,
-                 "redact": self.redact, "split_long": self.split_long,
-                 "truncate": self.truncate}  # fmt: skip
+        asked = {
+            "normalize": self.normalize,
+            "merge_labels": self.merge_labels,
+            "redact": self.redact,
+        }
         return tuple(name for name, wanted in asked.items() if wanted)
 
     @property

@@ -266,7 +266,6 @@ FIXES: Mapping[str, tuple[str, str]] = {
     **{f"{group}.{kind}": ("--redact", kind) for group in ("privacy", "secret") for kind in KINDS},
     **{f"leakage.{name}": ("--drop", "leakage.*") for name in ("exact", "input", "near", "many")},
     **{name: ("--drop", name) for name in _DROPPED},
-    "row.too_long": ("--truncate", "end"),
     "duplicate.exact": ("--dedupe", "exact"),
     "duplicate.near": ("--dedupe", "near"),
     "label.imbalance": ("--balance", "down"),
@@ -291,8 +290,6 @@ def cleaning_command(report: Report) -> str:
         for split in report.files:
             if split != "train":
                 words += [f"--{split}", report.source(split)]
-    if report.base and "--truncate" in options:
-        words += ["--base", report.base]
     return shlex.join(words + report.map_options())
 
 

@@ -90,7 +90,7 @@ def clean(
         dry_run: find out all that would happen, and write nothing.
         on_progress: hears how many bytes are read, and of how many.
         **fixes: fields of :class:`luthier.gate.clean_plan.CleaningPlan`, for example ``dedupe="near"``,
-            ``drop=["unreadable"]``, ``redact=["all"]``, ``truncate="end", base="..."``.
+            ``drop=["unreadable"]``, ``redact=["all"]``.
 
     Returns:
         Rows in and out, and how many were changed or dropped by what.
