@@ -98,6 +98,15 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         },
         {"messages": (SYSTEM, *CHAT)},
     ),
+    (
+        "ShareGPT preference",
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": AWKWARD},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        {"messages": CHAT[:1], "chosen": CHAT[1:], "rejected": (Message("assistant", "b"),)},
+    ),
     ("Alpaca", {"instruction": "q", "output": AWKWARD}, {"prompt": "q", "completion": AWKWARD}),
     (
         "Alpaca",

@@ -49,6 +49,11 @@ FORMS: dict[str, Written] = {
 JUDGED: dict[str, Written] = {
     "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
     "prompt as messages": {"prompt": [ASKED], "chosen": SAID, "rejected": OTHER},
+    "sharegpt": {
+        "conversations": [HUMAN],
+        "chosen": GPT,
+        "rejected": {"from": "gpt", "value": "b"},
+    },
     "whole conversations": {"chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]},
     "prompt and whole": {"prompt": "q", "chosen": [ASKED, SAID], "rejected": [ASKED, OTHER]},
     "openai": {

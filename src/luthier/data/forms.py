@@ -6,7 +6,7 @@ input are joined with a blank line between (the fields that the Stanford Alpaca 
 two headings, without the headings). ``TARGETS`` is the table of what is written; what a form has no
 place for is refused, never left out. To add a form, write one function and one line of a table.
 
-Considered and left out: ShareGPT with preferences, ``query`` with lists of passages, SQuAD's nested
+Considered and left out: ``query`` with lists of passages, SQuAD's nested
 answers, triplets with hard negatives, tables of sentence pairs with a score or label (they are no
 pairs that belong together). ``--map`` takes those whose columns only have other names. System prompts,
 histories and tools are joined to the turns by ``luthier.data.row_context``, for every form alike.
@@ -102,6 +102,14 @@ def _sharegpt(record: Record) -> Converted:
     }
 
 
+def _sharegpt_preference(record: Record) -> Converted:
+    """Return a preference as LLaMA-Factory stores it: earlier turns and two turns to compare."""
+    made, names = _sharegpt(record)
+    sides: Record = {key: _turn(record[key]) for key in ("chosen", "rejected")}
+    names = {**names, "prompt": names["messages"]}
+    return {**made, "prompt": made.pop("messages"), **sides}, names
+
+
 def _turn(item: object) -> object:
     """A turn with ``role`` and ``content``; what is no turn stays, to be refused by name."""
     if not isinstance(item, dict) or "from" not in item:
@@ -189,7 +197,8 @@ _ELSE = "instruction question query"
 _NO_TEXT = " ".join(sorted(_OWN | _JUDGED))
 FORMS: tuple[Form, ...] = (
     _form("Bedrock conversation", "schemaVersion messages", _conversation),
-    _form("ShareGPT", "conversations", _sharegpt),
+    _form("ShareGPT", "conversations", _sharegpt, without="chosen rejected"),
+    _form("ShareGPT preference", "conversations chosen rejected", _sharegpt_preference),
     _form(
         "Alpaca",
         "instruction output",
@@ -267,7 +276,7 @@ def forms_of(record: Record) -> list[Form]:
     """Forms whose keys the record has; none where it is a complete shape of our own."""
     keys = record.keys()
     own = any(needed <= keys for kind in SHAPES.values() for needed in kind.complete)
-    if own and "schemaVersion" not in keys:
+    if own and keys.isdisjoint(("schemaVersion", "conversations")):
         return []
     found = [
         form
