@@ -158,7 +158,6 @@ def test_refusals_are_in_the_audit_log(server: Served) -> None:
     key = server.key("invoker")
     server.send("POST", "/v1/files", key, fields={"purpose": "batch", "file": ("a.jsonl", "x")})
     server.send("GET", "/api/v1/jobs", key)
-    server.service.trail.close()
     with server.service.database.read() as session:
         entries = session.query(AuditEntry).filter_by(outcome="AccessDenied").all()
         found = {(each.action, each.resource, each.user) for each in entries}

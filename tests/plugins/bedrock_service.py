@@ -216,7 +216,6 @@ class Server:
         finally:
             made.preparation.free.set()
             made.control.activation.close()
-            made.trail.close()
 
 
 def opened(url: str) -> Iterator[Database]:

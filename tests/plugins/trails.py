@@ -21,6 +21,3 @@ class Remembered:
         address: str = "",
     ) -> None:
         self.lines.append((outcome, action, resource, caller.user))
-
-    def reject_unknown(self, code: str, address: str) -> None:
-        self.lines.append(("turned away", code, address))

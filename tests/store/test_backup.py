@@ -25,7 +25,7 @@ from luthier.errors import CorruptFile, RefusedInput, RunConflict
 from luthier.files import lock, sha256_of, write_bytes, write_json
 from luthier.store import accounts, principals
 from luthier.store import backup as backups
-from luthier.store.audit import Event, append, last, verify
+from luthier.store.audit import Event, append, entries
 from luthier.store.backup import backup, restore
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, now
@@ -102,7 +102,6 @@ def restored_secret(home: Path) -> str:
     database = Database(f"sqlite:///{home / 'luthier.db'}")
     with database.read() as session:
         found = principals.signer(session, "AKIA1", Sealing(server_key(home)))
-        assert verify(session) is None
     database.close()
     assert found is not None
     return found.secret
@@ -218,9 +217,8 @@ def test_a_backup_while_others_write(database: Database, store: Path, tmp_path: 
         restore(tmp_path / f"backup{number}", tmp_path / f"home{number}")
         copy = Database(f"sqlite:///{tmp_path / f'home{number}' / 'luthier.db'}")
         with copy.read() as session:
-            assert verify(session) is None
             # Transactions are in it whole.
-            assert last(session)[0] % 2 == 1
+            assert len(entries(session, limit=10_000)) % 2 == 1
         copy.close()
 
 

@@ -167,7 +167,6 @@ class Service:
         self.openai.close()
         self.activation.close()
         self._pinning.shutdown(cancel_futures=True)
-        self.trail.close()
         self.meter.close()
         self.pool.close()
         self.trials.close()

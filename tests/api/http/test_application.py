@@ -247,15 +247,13 @@ def test_one_line_of_json_a_request_without_its_secrets(
     assert "s3cret" not in str(line) and "good" not in str(line) and "body-text" not in str(line)
 
 
-def test_the_audit_log_has_changes_refusals_and_counts(server: Server) -> None:
+def test_the_audit_log_has_changes_and_refusals(server: Server) -> None:
     server.ask("POST", "/x%2Fy/echo")
     server.ask("POST", "/x/deny")
     server.ask("POST", "/x/full")
-    server.ask("POST", "/x/echo", key="Bearer bad")
     assert server.trail.lines == [
         ("ok", "test:Echo", "/x%2Fy/echo", "anna"),
         ("AccessDenied", "test:Deny", "*", "anna"),
-        ("turned away", "UnrecognizedClient", "127.0.0.1"),
     ]
 
 

@@ -213,7 +213,7 @@ class Application:
             raise
         except (Exception, asyncio.CancelledError) as error:
             fault = _fault_of(error, request_id)
-            self._audit_refusal(exchange.record, fault)
+            await self._run(self._audit_refusal, exchange.record, fault)
             return self._refusal(exchange, fault)
         headers = {exchange.face.request_id_header: request_id, **response.headers}
         return Response(response.status, response.body, headers)
@@ -301,7 +301,7 @@ class Application:
             if await guard.end():
                 # It is in the log, and nobody is there to be told.
                 fault = _fault_of(error, exchange.record.request_id)
-                self._audit_refusal(exchange.record, fault)
+                await self._run(self._audit_refusal, exchange.record, fault)
                 raise ClientDisconnected from error
             raise
         finally:
@@ -347,20 +347,20 @@ class Application:
         return response
 
     def _audit(self, record: RequestRecord, outcome: str = "ok") -> None:
-        """What was changed is in the audit log before the response leaves; the rest is counted."""
+        """Write changes into the audit log before the response is sent."""
         caller = Caller(record.account, record.user, ())
         for action, resource in record.actions:
             self.trail.record(caller, action, resource, outcome, record.request_id, record.address)
 
     def _audit_refusal(self, record: RequestRecord, fault: Fault) -> None:
         record.error = fault.code
-        if not record.user:
-            self.trail.reject_unknown(fault.code, record.address)
-        else:
-            if fault.code not in FAILURES:
-                # Only what was asked for last can have been refused.
-                record.actions = record.actions[-1:]
+        if fault.code not in FAILURES:
+            # Only what was asked for last can have been refused.
+            record.actions = record.actions[-1:]
+        try:
             self._audit(record, fault.code)
+        except Exception:
+            _log.exception("the audit log could not be written")
 
 
 def _fault_of(error: BaseException, request_id: str) -> Fault:

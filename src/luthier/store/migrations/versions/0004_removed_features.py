@@ -39,6 +39,15 @@ def upgrade() -> None:
     ):
         _store_as_text(table, column, name)
     _replace_policies()
+    op.drop_table("audit_head")
+    with op.batch_alter_table("audit_log") as batch:
+        for column in ("previous", "hash"):
+            batch.drop_column(column)
+    if op.get_bind().dialect.name == "postgresql":  # SQLite numbers rows by itself
+        op.execute("CREATE SEQUENCE audit_log_seq_seq OWNED BY audit_log.seq")
+        op.execute("ALTER TABLE audit_log ALTER seq SET DEFAULT nextval('audit_log_seq_seq')")
+        last = "(SELECT coalesce(max(seq), 0) + 1 FROM audit_log)"
+        op.execute(f"SELECT setval('audit_log_seq_seq', {last}, false)")
 
 
 def _store_as_text(table: str, column: str, name: str) -> None:
