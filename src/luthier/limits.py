@@ -20,8 +20,8 @@ KIB, MIB = 1 << 10, 1 << 20
 BODY_BYTES = 25_000_000
 """Of the body of a request that is read whole, and of a line of a batch: AWS's own limit."""
 TEXT_CHARACTERS = 262_144
-"""Of a text that a grader compares: some forty times a long reply. To compare two texts is work that
-grows with the product of their lengths."""
+"""Of a text that a grader compares: some forty times a long reply. The work to compare two texts grows
+with the product of their lengths."""
 SCHEMA_CHARACTERS = 200_000
 """Of a JSON schema, regular expression or grammar that an answer has to match."""
 
@@ -136,24 +136,17 @@ class ServerLimits(AccountQuotas, ModelLimits):
     grading_requests: int = Field(default=4, ge=1)
     """Such requests that are worked on at once, of which one account has a quarter; further ones
     wait."""
-    grading_seconds: int = Field(default=10, ge=1)
-    """Processor time in which a grader compares texts; what takes longer is ended and answered 400."""
-    grading_memory_bytes: int = Field(default=96 * MIB, ge=32 * MIB)
-    """Memory for that, beside 50 MB of the process; what takes more is answered 400."""
-    grading_text_characters: int = Field(default=TEXT_CHARACTERS, ge=1)
-    """Of each text that a grader compares, and of a template's text with its places filled."""
+    grading_text_characters: int = Field(default=65_536, ge=1)
+    """Of each text that a grader compares, and of a template's text with its places filled. The server
+    takes 0.2 s to compare two of so many characters, and 3 s for two of 262,144."""
     schema_characters: int = Field(default=SCHEMA_CHARACTERS, ge=1)
     """Of the JSON schema, regular expression or grammar of an answer, or of all schemas of the tools
     that are to be called, with what stands around them; a longer one is answered 400."""
-    schema_seconds: int = Field(default=3, ge=1)
-    """Processor time to read one of them; what takes longer is answered 400."""
-    schema_memory_bytes: int = Field(default=64 * MIB, ge=32 * MIB)
-    """Memory for that, beside 50 MB of the process. What is kept to follow it may be 8 MiB."""
     schema_checks_at_once: int = Field(default=2, ge=1)
-    """Such that are read for the first time at once, of which one account has half, but one at
-    least; further ones wait for schema_wait_seconds, and are answered 429 then."""
+    """Such that are read at once, of which one account has half, but one at least; further ones wait
+    for schema_wait_seconds, and are answered 429 then."""
     schema_wait_seconds: float = Field(default=30, ge=0)
-    """For which one waits for its turn to be read for the first time."""
+    """For which one waits for its turn to be read."""
     model_requests: int = Field(default=48, ge=1)
     """Requests that take a model's time at once; further ones wait."""
     streams: int = Field(default=256, ge=1)

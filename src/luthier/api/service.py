@@ -41,11 +41,10 @@ from luthier.jobs.runners import LocalRunner, Runner
 from luthier.jobs.scheduler import Scheduler
 from luthier.limits import AccountQuotas
 from luthier.models.catalog import CATALOG
-from luthier.serving.constraints import SUBJECT, GrammarTrials
+from luthier.serving.constraints import GrammarReader
 from luthier.serving.latency import OTHER, LatencyTable
 from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
-from luthier.serving.sandbox_pool import SandboxPool
 from luthier.serving.scheduler import FairTurns
 from luthier.store import bootstrap, removal
 from luthier.store.accounts import quotas_of
@@ -97,14 +96,10 @@ class Service:
         self._later = threading.Timer(UNNAMED_SECONDS + 60, self._sweep)
         self._later.daemon = True
         limits = settings.limits
-        self.trials = GrammarTrials(
-            SandboxPool(limits.schema_seconds, limits.schema_memory_bytes, SUBJECT),
-            FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds),
-            limits.schema_characters,
-        )
+        turns = FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds)
         latencies = LatencyTable(partial(_metric_label, settings.metrics_by_account))
         self.pool = ModelPool(
-            trials=self.trials,
+            reader=GrammarReader(turns, limits.schema_characters),
             limits=limits,
             latencies=latencies,
         )
@@ -169,7 +164,6 @@ class Service:
         self._pinning.shutdown(cancel_futures=True)
         self.meter.close()
         self.pool.close()
-        self.trials.close()
         self.memory.close()
         self.database.close()
 

@@ -33,7 +33,7 @@ def check_pattern(pattern: str) -> str:
         raise ValueError(
             f"the pattern has {len(pattern):,} characters, and may have {PATTERN_CHARACTERS:,}"
         )
-    if _unrolled_size(pattern) > UNROLLED_CHARACTERS:
+    if unrolled_size(pattern) > UNROLLED_CHARACTERS:
         raise ValueError(
             f"the counts of the pattern {pattern[:200]!r} repeat more than {UNROLLED_CHARACTERS:,} "
             "characters: lower them, or use * or +"
@@ -47,7 +47,7 @@ def check_pattern(pattern: str) -> str:
     return pattern
 
 
-def _unrolled_size(pattern: str) -> int:
+def unrolled_size(pattern: str) -> int:
     """Characters and classes of a pattern, each as often as counts in braces repeat it.
 
     Read without knowing all of the syntax: what is not known counts as so many characters.

@@ -1,22 +1,21 @@
-"""Answers that have to match a JSON schema, a regular expression or a grammar: which tokens may follow.
+"""Constrained decoding: the tokens that may follow in answers of a JSON schema, regex or grammar.
 
-All three become a grammar of the library llguidance. One of 100 characters can take minutes and
-gigabytes to be read, or end the process. It is therefore tried first in a process with limits
-(:class:`GrammarTrials`); what the library takes for each token is bounded by limits of its own.
+All three become a grammar of the library llguidance, which bounds the work to read most grammars and
+to find the tokens that may follow. :func:`check_schema` refuses the schemas that it does not bound.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import re
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,10 +24,9 @@ from torch import Tensor
 from luthier.data.tokenization import panics_refused
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import VALUES, depth_of
+from luthier.graders.regex import UNROLLED_CHARACTERS, unrolled_size
 from luthier.limits import SCHEMA_CHARACTERS, ServerLimits
 from luthier.serving.inference import InferenceFailed, InferenceRefused
-from luthier.serving.sandbox_pool import SandboxPool
-from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.scheduler import FairTurns, NoTurn
 from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
 
@@ -41,8 +39,15 @@ _NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "defin
 """Keywords whose schemas stand under names."""
 DEPTH = 100
 """Levels of objects and lists in a schema: it is read by functions that call themselves."""
-KNOWN = 1024
-"""Results of trials that are kept."""
+INTERSECTIONS = 8
+"""Patterns of a schema that one text may have to match: the library's time doubles with each."""
+MULTIPLE = 10_000
+"""Least common multiple of all ``multipleOf`` of a schema: the lexer has about as many states."""
+STACK_BYTES = 256 << 20
+"""Stack of a thread that reads a grammar: the library calls itself for each rule that names a rule.
+Schemas of 200,000 characters took less than 64 MiB; the 8 MiB of other threads overflow."""
+LEXER_FUEL = 100_000
+"""Nodes of a grammar's regular expressions: 5,000 texts to choose from, or 2,000 fields."""
 LEXER_STATES = 100_000
 """States of a grammar's lexer, some 360 bytes each, that an answer may lead to. A text of limited
 length has 18 for each token, one of any length few, ``\\w*a\\w{60}`` 200."""
@@ -57,10 +62,9 @@ _FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexibl
 _NOUNS = {"schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
 """What the fields of a request are called."""
 _NO_PATTERN = "a pattern is no regular expression: "
-SUBJECT = "it"
-"""What takes too much, behind its name."""
 _LINE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")
 """Where in a grammar in Lark something is wrong."""
+_JSON = re.compile(r"%json\s*")
 _QUOTED = re.compile(r"\n +\d+ \| ")
 _PATTERN = re.compile(
     r"regex parse error:\n {4}(?P<quoted>[^\n]*)\n {4}(?P<before> *)\^+\nerror: (?P<reason>[^\n]*)"
@@ -102,107 +106,104 @@ class Matcher:
             )
 
 
-class GrammarTrials:
-    """Finds out in a process with limits whether answers can be kept to a grammar.
+class GrammarReader:
+    """Reads grammars, in turns of the clients. Safe to share between threads and models."""
 
-    Safe to share between threads and models.
-    """
-
-    def __init__(
-        self, sandbox: SandboxPool, turns: FairTurns, characters: int = SCHEMA_CHARACTERS
-    ) -> None:
-        """What has at most ``characters`` is tried in processes of ``sandbox``, by ``turns``."""
+    def __init__(self, turns: FairTurns, characters: int = SCHEMA_CHARACTERS) -> None:
+        """Read grammars of at most ``characters`` by ``turns``."""
         self.characters = characters
-        self._sandbox, self._turns = sandbox, turns
-        self._known: OrderedDict[bytes, str] = OrderedDict()
-        self._lock = threading.Lock()
+        self._turns = turns
 
     def check_constraint(self, constraint: Constraint) -> None:
-        """Refuse what no model's answers can be kept to.
+        """Refuse a constraint that answers of no model can match.
 
         Raises:
-            InferenceRefused, InferenceFailed: as :meth:`check`.
+            InferenceRefused, InferenceFailed: as :meth:`read`.
         """
-        self.check(_grammar_of(constraint, self.characters), constraint.kind)
+        from llguidance import LLTokenizer
 
-    def check(self, grammar: str, kind: str = "schema") -> None:
-        """Refuse a grammar that cannot be enforced, or takes too much to be read.
+        grammar = _grammar_of(constraint, self.characters)
+        self.read(LLTokenizer("byte"), grammar, constraint.kind)
 
-        ``kind`` is the field of a request that it was made of.
+    def read(self, tokenizer: Any, grammar: str, kind: str) -> Any:
+        """Return a matcher of the library for ``grammar``, which the field ``kind`` gave.
 
         Raises:
-            InferenceRefused: with the reason.
-            InferenceFailed: ``Throttling`` where too many others are tried, ``ServiceUnavailable``
-                where the trial was interrupted.
+            InferenceRefused: for a grammar that cannot be enforced.
+            InferenceFailed: ``Throttling`` if the turn of the client does not come in time.
         """
-        key = hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
-        with self._lock:
-            reason = self._known.get(key)
-        if reason is None:
-            reason = self._try_grammar(grammar, kind)
-            with self._lock:
-                self._known[key] = reason
-                while len(self._known) > KNOWN:
-                    self._known.popitem(last=False)
-        if reason:
-            raise InferenceRefused(reason, kind)
+        from llguidance import LLMatcher, LLParserLimits
 
-    def close(self) -> None:
-        """End the processes."""
-        self._sandbox.close()
+        items = {"max_items_in_row": ROW_ITEMS, "step_max_items": STEP_ITEMS}
+        limits = LLParserLimits(
+            max_lexer_states=LEXER_STATES,
+            initial_lexer_fuel=LEXER_FUEL,
+            **(items if kind == "grammar" else {}),
+        )
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """A turn of the client to have a grammar read: one client's take half of the time at most.
+        def read() -> tuple[Any, str]:
+            made = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+            first = made.deep_copy()
+            if not made.is_error():
+                first.compute_bitmask()  # a grammar that nothing matches says so at the first token
+            return made, first.get_error() if first.is_error() else ""
 
-        Raises:
-            InferenceFailed: ``Throttling`` where it has not come in time.
-        """
         try:
             with self._turns.turn():
-                yield
+                made, error = _with_deep_stack(read)
         except NoTurn as late:
             text = "Too many schemas and grammars are being read. Please wait and try again."
             raise InferenceFailed("Throttling", text) from late
+        if error:
+            raise InferenceRefused(_refusal(error, kind), kind)
+        return made
 
-    def _try_grammar(self, grammar: str, kind: str) -> str:
-        """What is wrong with it; empty where nothing is."""
+
+_Result = TypeVar("_Result")
+_starting = threading.Lock()
+
+
+def _with_deep_stack(work: Callable[[], _Result]) -> _Result:
+    """Return the result of ``work``, which runs in a thread of :data:`STACK_BYTES`."""
+    found: Future[_Result] = Future()
+
+    def run() -> None:
         try:
-            with self.turn():
-                error: str = self._sandbox.ask("grammar", grammar=grammar)
-        except TakesTooMuch as refused:
-            return _refusal(
-                f"{str(refused)[:1].lower()}{str(refused)[1:]} Use a simpler one.", kind
-            )
-        except WorkInterrupted as interrupted:  # says nothing of it, and is not remembered
-            text = f"The {_NOUNS[kind]} could not be checked. Please try again."
-            raise InferenceFailed("ServiceUnavailable", text) from interrupted
-        return _refusal(error, kind) if error else ""
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    with _starting:  # the size is that of all threads that start meanwhile
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=run, daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return found.result()
 
 
 @cache
-def own_trials() -> GrammarTrials:
-    """Trials for models that are asked in this process, with the limits that a server has.
+def own_reader() -> GrammarReader:
+    """Return a reader with the limits of a server, for models that are queried in this process.
 
     Raises:
-        RecipeError: where llguidance is not installed.
+        RecipeError: if llguidance is not installed.
     """
     if find_spec("llguidance") is None:
         raise RecipeError("schemas and grammars of answers need: pip install 'luthier[server]'")
     limits = ServerLimits()
-    sandbox = SandboxPool(limits.schema_seconds, limits.schema_memory_bytes, SUBJECT)
     turns = FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds)
-    return GrammarTrials(sandbox, turns, limits.schema_characters)
+    return GrammarReader(turns, limits.schema_characters)
 
 
 class Constraints:
     """The grammars of one model's vocabulary. Safe to share between threads."""
 
     def __init__(
-        self, chat: ChatFormat, vocabulary: int, trials: GrammarTrials | None = None
+        self, chat: ChatFormat, vocabulary: int, reader: GrammarReader | None = None
     ) -> None:
-        """``trials`` are of grammars before they are read here; of this process where not given."""
-        self._chat, self._vocabulary, self._own_trials = chat, vocabulary, trials
+        """Read grammars with ``reader``, or with the one of this process."""
+        self._chat, self._vocabulary, self._own_reader = chat, vocabulary, reader
         self._tokenizer: Any = None
         self._lock = threading.Lock()
 
@@ -212,7 +213,7 @@ class Constraints:
         Raises:
             InferenceRefused: where it is not well-formed, or has what cannot be enforced.
         """
-        grammar = _grammar_of(constraint, self._trials.characters)
+        grammar = _grammar_of(constraint, self._reader.characters)
         return self._matcher(grammar, constraint.kind, reasoning)
 
     def calls(
@@ -226,15 +227,15 @@ class Constraints:
             InferenceRefused: as :meth:`matcher`.
         """
         for tool in tools:
-            check_depth(tool.parameters)
+            check_schema(tool.parameters)
         if len(tools) == 1:
             schema = _call(tools[0], "#")
         else:
             schema = {"anyOf": [_call(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]}
         if not marked:
-            grammar = _schema_grammar(schema, self._trials.characters)
+            grammar = _schema_grammar(schema, self._reader.characters)
             return self._matcher(grammar, reasoning=reasoning)
-        body = _serialize({**schema, "x-guidance": _FORM}, self._trials.characters)
+        body = _serialize({**schema, "x-guidance": _FORM}, self._reader.characters)
         lark = f'start: "{CALL_OPEN}\\n" call "\\n{CALL_CLOSE}"\ncall: %json {body}\n'
         return self._matcher(_named_lark(lark), reasoning=reasoning)
 
@@ -249,34 +250,19 @@ class Constraints:
         return found
 
     @property
-    def _trials(self) -> GrammarTrials:
-        return self._own_trials or own_trials()
+    def _reader(self) -> GrammarReader:
+        return self._own_reader or own_reader()
 
     def _matcher(
         self, grammar: str, kind: str = "schema", reasoning: ReasoningFormat | None = None
     ) -> Matcher:
-        from llguidance import LLMatcher, LLParserLimits
-
         with self._lock:
             tokenizer = self._tokens()
-        self._trials.check(grammar, kind)
         if reasoning is not None:
             grammar = _behind_reasoning(grammar, reasoning)
         # None is kept for the next answer: copies share what they learn of texts, some 5 kB a token,
-        # which only goes with the last of them. To compile it again takes 2 to 40 ms as a rule, and a
-        # second where somebody wants it to: hence the turns.
-        with self._trials.turn():
-            items = {"max_items_in_row": ROW_ITEMS, "step_max_items": STEP_ITEMS}
-            limits = LLParserLimits(
-                max_lexer_states=LEXER_STATES, **(items if kind == "grammar" else {})
-            )
-            made = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-            first = made.deep_copy()
-            if not made.is_error():
-                first.compute_bitmask()  # a grammar that nothing matches says so at the first token
-        if first.is_error():
-            raise InferenceRefused(_refusal(first.get_error(), kind), kind)
-        return Matcher(made, _NOUNS[kind])
+        # which only goes with the last of them. To compile it again takes 2 to 40 ms as a rule.
+        return Matcher(self._reader.read(tokenizer, grammar, kind), _NOUNS[kind])
 
     def _tokens(self) -> Any:
         if self._tokenizer is None:
@@ -305,9 +291,18 @@ def _grammar_of(constraint: Constraint, characters: int) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise InferenceRefused(f"The {_NOUNS[kind]} is no text: {error.reason}.", kind) from error
+    _check_repeats(text, kind)
     if kind == "regex":
         grammar: str = LLMatcher.grammar_from_regex(text)
         return grammar
+    for embedded in _JSON.finditer(text):
+        try:
+            value, _ = json.JSONDecoder().raw_decode(text, embedded.end())
+        except (ValueError, RecursionError) as error:
+            raise InferenceRefused(
+                f"The JSON behind %json cannot be read: {error}", kind
+            ) from error
+        check_schema(value, kind)
     return _named_lark(text)
 
 
@@ -352,7 +347,7 @@ def _schema_grammar(schema: Any, characters: int) -> str:
         schema = {"type": "object"}
     if not isinstance(schema, dict):
         raise InferenceRefused("A JSON schema is an object.", "schema")
-    check_depth(schema)
+    check_schema(schema)
     text = _serialize(schema, characters)
     try:
         grammar: str = LLMatcher.grammar_from_json_schema(text, None, _FORM)
@@ -378,10 +373,67 @@ def _serialize(schema: Mapping[str, Any], characters: int) -> str:
         raise _unreadable(error) from error
 
 
-def check_depth(schema: Any) -> None:
+def check_depth(schema: Any, kind: str = "schema") -> None:
     """Refuse a schema that is nested too deeply to be read."""
     if depth_of(schema) > DEPTH:
-        raise InferenceRefused(f"The JSON schema is nested deeper than {DEPTH} levels.", "schema")
+        raise InferenceRefused(f"The JSON schema is nested deeper than {DEPTH} levels.", kind)
+
+
+def check_schema(schema: Any, kind: str = "schema") -> None:
+    """Refuse a schema, given in the field ``kind``, that would take too much time or memory to read.
+
+    Raises:
+        InferenceRefused: with the reason.
+    """
+    check_depth(schema, kind)
+    numerator = denominator = 1
+    patterns = joined = 0
+    for each in _objects(schema):
+        if isinstance(each.get("pattern"), str):
+            _check_repeats(each["pattern"], kind)
+        patterns += "pattern" in each
+        joined += "pattern" in each and "$ref" in each
+        joined += len(each["allOf"]) if isinstance(each.get("allOf"), list) else 0
+        step = each.get("multipleOf")
+        if isinstance(step, int | float) and math.isfinite(step):
+            exact = Fraction(step if isinstance(step, int) else str(step))
+            numerator = math.lcm(numerator, exact.numerator)
+            denominator = math.lcm(denominator, exact.denominator)
+            if numerator * denominator > MULTIPLE:
+                text = (
+                    "The JSON schema cannot be enforced: the least common multiple of its "
+                    f"`multipleOf` is more than {MULTIPLE:,}. Use a simpler one."
+                )
+                raise InferenceRefused(text, kind)
+    if min(patterns, joined) > INTERSECTIONS:
+        text = (
+            f"The JSON schema cannot be enforced: it joins more than {INTERSECTIONS} patterns by "
+            "`allOf` or `$ref`. Use a simpler one."
+        )
+        raise InferenceRefused(text, kind)
+
+
+def _check_repeats(pattern: str, kind: str) -> None:
+    """Refuse counted repeats that stand for a long text: the library keeps 150 bytes a character."""
+    most = max(UNROLLED_CHARACTERS, len(pattern))
+    if unrolled_size(pattern) > most:
+        text = (
+            f"The {_NOUNS[kind]} cannot be enforced: counts in braces repeat more than {most:,} "
+            "characters. Lower the counts, or use * or +."
+        )
+        raise InferenceRefused(text, kind)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield each object of a JSON value, at any depth."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            yield each
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
 
 
 def _unreadable(error: Exception) -> InferenceRefused:

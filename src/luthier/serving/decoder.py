@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.data.reasoning import ReasoningFormat
-    from luthier.serving.constraints import GrammarTrials, Matcher
+    from luthier.serving.constraints import GrammarReader, Matcher
     from luthier.serving.latency import ModelMetrics
     from luthier.serving.opened_model import OpenedModel
     from luthier.store.models import StoredModel
@@ -219,7 +219,7 @@ class Decoder:
         opened: OpenedModel,
         chat: ChatFormat,
         memory: CacheBudget,
-        trials: GrammarTrials | None = None,
+        reader: GrammarReader | None = None,
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
         prefixes: PrefixCache | None = None,
@@ -228,7 +228,7 @@ class Decoder:
     ) -> None:
         """What sequences keep is taken from ``memory``; ``opened`` is closed with this.
 
-        ``trials`` are of schemas and grammars before they are read here. The clients of all models that
+        ``reader`` reads the schemas and grammars of clients. The clients of all models that
         share a ``scheduler`` have equal parts of their time together. Prompts that begin as an earlier
         one go on from what ``prefixes`` has of it. Where ``opened`` is an adapter on the network of
         ``base``, that decoder's thread writes the answers, together with its own. How soon tokens are
@@ -239,7 +239,7 @@ class Decoder:
         self._opened, self._backend, self._soft = opened, opened.backend, opened.soft_T
         self.chat, self.memory, self.vocabulary = chat, memory, opened.vocabulary
         self.context = self._backend.context - len(self._soft)
-        self.constraints = Constraints(chat, self.vocabulary, trials)
+        self.constraints = Constraints(chat, self.vocabulary, reader)
         limits = limits or ModelLimits()
         most = min(limits.answers, self._backend.sequences)
         self.limits = limits.model_copy(update={"answers": most})
@@ -271,7 +271,7 @@ class Decoder:
     def open(
         stored: StoredModel,
         memory: CacheBudget,
-        trials: GrammarTrials | None = None,
+        reader: GrammarReader | None = None,
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
         prefixes: PrefixCache | None = None,
@@ -290,7 +290,7 @@ class Decoder:
             opening.callback(opened.close)  # else an adapter stays in its base where this fails
             chat = serving_format(stored, None if base is None else base.chat)
             opening.callback(chat.close)
-            made = Decoder(opened, chat, memory, trials, limits, scheduler, prefixes, base, latency)
+            made = Decoder(opened, chat, memory, reader, limits, scheduler, prefixes, base, latency)
             opening.pop_all()
         return made
 

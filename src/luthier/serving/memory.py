@@ -6,7 +6,6 @@ threads, and gives back of each only what lies at its end.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections import Counter
@@ -31,28 +30,6 @@ def resident_bytes() -> int:
     except OSError:
         return 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-class _Mallinfo2(ctypes.Structure):
-    """What ``mallinfo2`` of the GNU C library (2.33 and later) returns."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
-            "fordblks", "keepcost",
-        )
-    ]  # fmt: skip
-
-
-def allocated_bytes() -> int:
-    """Memory that is allocated in this process and not freed; 0 where the C library does not tell."""
-    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if mallinfo2 is None:
-        return 0
-    mallinfo2.restype = _Mallinfo2
-    found = mallinfo2()
-    return int(found.uordblks + found.hblkhd)
 
 
 class FreedMemory:

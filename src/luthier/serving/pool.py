@@ -39,7 +39,7 @@ from luthier.serving.serial import Embedding, ImageSamples, ModelInput, SerialMo
 if TYPE_CHECKING:
     from luthier.data.media import Media
     from luthier.models.sampling import Constraint
-    from luthier.serving.constraints import GrammarTrials
+    from luthier.serving.constraints import GrammarReader
     from luthier.serving.decoder import Decoder
     from luthier.serving.images import Reconstruction
     from luthier.serving.latency import LatencyTable
@@ -114,17 +114,17 @@ class ModelPool:
         self,
         budget: int | None = None,
         cache: int | None = None,
-        trials: GrammarTrials | None = None,
+        reader: GrammarReader | None = None,
         limits: ModelLimits | None = None,
         latencies: LatencyTable | None = None,
     ) -> None:
         """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
-        sequences; by default shares of the free memory. ``trials`` are of what unknown clients
-        send to keep answers to, and ``limits`` hold for each model. How soon models write is counted
-        in ``latencies``.
+        sequences; by default shares of the free memory. ``reader`` reads the schemas and grammars of
+        clients, and ``limits`` hold for each model. How soon models write is counted in
+        ``latencies``.
         """
         self._latencies = latencies
-        self._trials, self.limits = trials, limits or ModelLimits()
+        self._reader, self.limits = reader, limits or ModelLimits()
         free = available_memory()
         self.budget = int(self.limits.weights_share * free) if budget is None else budget
         cache = int(self.limits.cache_share * free) if cache is None else cache
@@ -181,8 +181,8 @@ class ModelPool:
             InferenceRefused: with the reason.
             InferenceFailed: where it could not be tried now.
         """
-        if self._trials is not None:
-            self._trials.check_constraint(constraint)
+        if self._reader is not None:
+            self._reader.check_constraint(constraint)
 
     def writes(self, model_id: str) -> bool:
         """Whether it writes text, and does not read it only."""
@@ -526,7 +526,7 @@ class ModelPool:
                     entry.model = Decoder.open(
                         stored,
                         self.memory,
-                        self._trials,
+                        self._reader,
                         self.limits,
                         self._scheduler,
                         self._prefixes,

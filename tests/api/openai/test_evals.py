@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -24,8 +24,7 @@ from luthier.api.http.messages import Fault
 from luthier.api.openai import eval_runner, eval_runs
 from luthier.api.openai.eval_runner import AT_ONCE, EvaluationRunner
 from luthier.cancellation import KillHandle, cancellable
-from luthier.serving.constraints import SUBJECT, GrammarTrials
-from luthier.serving.sandbox_pool import SandboxPool
+from luthier.serving.constraints import GrammarReader
 from luthier.serving.scheduler import FairTurns
 from luthier.store import evaluations as store
 from luthier.store import principals, queue
@@ -587,15 +586,12 @@ WRONG_SOURCES: list[tuple[Any, str]] = [
 
 
 @pytest.fixture
-def schema_trials(service: Any) -> Iterator[None]:
-    """Schemas are tried as a server does."""
-    trials = GrammarTrials(SandboxPool(10, 256 << 20, SUBJECT), FairTurns(2, 30))
-    service.pool._trials = trials
-    yield
-    trials.close()
+def grammar_reader(service: Any) -> None:
+    """Read schemas as a server does."""
+    service.pool._reader = GrammarReader(FairTurns(2, 30))
 
 
-@pytest.mark.usefixtures("tiny_encoder", "schema_trials")
+@pytest.mark.usefixtures("tiny_encoder", "grammar_reader")
 def test_what_cannot_be_evaluated_is_refused_at_once(client: openai.OpenAI) -> None:
     right: dict[str, Any] = {
         "data_source_config": {"type": "custom", "item_schema": SCHEMA},

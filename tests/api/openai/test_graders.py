@@ -90,16 +90,6 @@ def test_a_model_that_grades(client: openai.OpenAI, tiny_base: str) -> None:
         run(client, {**grader, "input": "a"})
 
 
-def test_work_that_is_interrupted_may_be_asked_again(service: Any) -> None:
-    """It is no fault of the grader, and none of the row."""
-    service.face._grading.close()
-    both = {"type": "multi", "graders": {"near": NEAR}, "calculate_output": "near"}
-    for grader in (CHECK, both):
-        with pytest.raises(openai.InternalServerError, match="could not be run") as failed:
-            run(service.client("sk-one"), grader)
-        assert failed.value.status_code == 503
-
-
 def test_checks(client: openai.OpenAI) -> None:
     for grader in (CHECK, NEAR, PYTHON):
         made = client.fine_tuning.alpha.graders.validate(grader=grader)

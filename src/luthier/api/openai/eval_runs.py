@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -30,7 +30,6 @@ from luthier.graders import (
     GraderModels,
     JsonSchema,
     ScoreModel,
-    Trouble,
     grader_from,
 )
 from luthier.graders.templates import (
@@ -42,8 +41,6 @@ from luthier.graders.templates import (
 )
 from luthier.limits import ServerLimits
 from luthier.models.sampling import Constraint
-from luthier.serving.sandbox_pool import SandboxPool, sandbox_grader
-from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 from luthier.store import evaluations as store
 from luthier.store.evaluations import EvaluationRun, GradedRow
 from luthier.store.uploaded_files import UploadedFiles
@@ -267,10 +264,10 @@ class Criterion:
     grader: Grader
     threshold: float
 
-    def open(self, models: GraderModels, sandbox: SandboxPool) -> Criterion:
-        """The same with its models opened, and what compares texts in processes of ``sandbox``."""
+    def open(self, models: GraderModels) -> Criterion:
+        """Return the criterion with its models opened."""
         grader = self.grader.with_models(models) if self.grader.models else self.grader
-        return Criterion(self.name, self.type, sandbox_grader(grader, sandbox), self.threshold)
+        return replace(self, grader=grader)
 
 
 def criteria_of(
@@ -331,7 +328,6 @@ class EvalParts:
     """Answers bodies of chat completions."""
     judges: Callable[[Caller], Judge]
     models: GraderModels
-    sandbox: SandboxPool
     limits: ServerLimits
 
 
@@ -352,7 +348,7 @@ class EvalTask(EvaluationTask):
             return stored
 
         self.criteria = [
-            each.open(parts.models, parts.sandbox)
+            each.open(parts.models)
             for each in criteria_of(request["testing_criteria"], find, request["item_schema"])
         ]
         if self.source.model is not None:
@@ -407,11 +403,7 @@ class EvalTask(EvaluationTask):
         return Answer((), reply, None, row, self.parts.limits.grading_text_characters)
 
     def _result(self, criterion: Criterion, answer: Answer) -> dict[str, Any]:
-        try:
-            score, parts, trouble = graded_once(criterion.grader, answer)
-        except (TakesTooMuch, WorkInterrupted) as error:
-            score, parts = 0.0, {}
-            trouble = Trouble("grader.limit", str(error), "Make it lighter.")
+        score, parts, trouble = graded_once(criterion.grader, answer)
         passed = trouble is None and score >= criterion.threshold
         found: dict[str, Any] = {
             "name": criterion.name,

@@ -28,7 +28,6 @@ from luthier.api.openai.responses import Responses
 from luthier.api.settings import Settings
 from luthier.limits import AccountQuotas
 from luthier.serving.pool import ModelPool
-from luthier.serving.sandbox_pool import SandboxPool
 from luthier.store.arns import Arns
 from luthier.store.database import Database
 from luthier.store.objects import Objects
@@ -84,9 +83,6 @@ class OpenAIFace:
         catalogue = Catalogue(database, arns)
         inference = Inference(catalogue, pool)
         limited = settings.limits
-        self._grading = SandboxPool(
-            limited.grading_seconds, limited.grading_memory_bytes, "the grader"
-        )
         chats, completions, embeddings = (
             Chats(inference),
             Completions(inference),
@@ -105,16 +101,14 @@ class OpenAIFace:
             count,
             settings.limits,
         )
-        parts = EvalParts(
-            self.files, chats.answer, inference.judge, PooledModels(pool), self._grading, limited
-        )
+        parts = EvalParts(self.files, chats.answer, inference.judge, PooledModels(pool), limited)
         self.evaluations = EvaluationRunner(
             database, partial(EvalTask, parts), objects.quotas, count
         )
         resources: Sequence[Resource] = (
             Files(self.files, recorder, file_limit),
             FineTuning(database, self.files, inference, recorder, arns, quotas, wake),
-            Graders(recorder, inference.judge, PooledModels(pool), self._grading, limited),
+            Graders(recorder, inference.judge, PooledModels(pool), limited),
             Models(catalogue, recorder, delete_model),
             chats,
             responses,
@@ -153,7 +147,6 @@ class OpenAIFace:
         self.evaluations.start()
 
     def close(self) -> None:
-        """Stop working on batches and evaluations, and end the processes of graders."""
+        """Stop working on batches and evaluations."""
         self.batches.close()
         self.evaluations.close()
-        self._grading.close()

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from luthier.api.http.messages import Caller, Fault, Request, Response
+from luthier.api.http.messages import Caller, Request, Response
 from luthier.api.http.routing import Operation
 from luthier.api.openai.generation import Judge
 from luthier.api.openai.protocol import Body, Recorder, body, invalid
@@ -33,8 +33,6 @@ from luthier.graders.grade import attempt
 from luthier.limits import ServerLimits
 from luthier.serving.inference import Chat, GenerationRequest, InferenceRefused
 from luthier.serving.pool import ModelPool
-from luthier.serving.sandbox_pool import SandboxPool, sandbox_grader
-from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 from luthier.types import Message
 
 _MEMBERS = {
@@ -82,15 +80,11 @@ class Graders:
         recorder: Recorder,
         judges: Callable[[Caller], Judge],
         models: GraderModels,
-        sandbox: SandboxPool,
         limits: ServerLimits,
     ) -> None:
-        """``judges`` finds the models that graders of a caller ask, ``models`` opens them.
-
-        In processes of ``sandbox`` texts are compared.
-        """
+        """``judges`` finds the models that graders of a caller ask, ``models`` opens them."""
         self.recorder, self.judges, self.models = recorder, judges, models
-        self.sandbox, self.limits = sandbox, limits
+        self.limits = limits
 
     def operations(self) -> Iterable[Operation]:
         """What can be done with graders."""
@@ -113,7 +107,7 @@ class Graders:
         """Grade one reply. What goes wrong in the grader is told in the answer, with reward 0.
 
         Raises:
-            Fault: 400 for texts that are too long, and for what takes too much time or memory.
+            Fault: 400 for texts that are too long.
         """
         self.recorder.record(request, "fine_tuning.alpha.graders.run")
         parameters = body(request, RunGrader)
@@ -121,18 +115,11 @@ class Graders:
         grader = grader_from(fields)
         if grader.models:
             grader = grader.with_models(self.models)
-        grader = sandbox_grader(grader, self.sandbox)
         began = time.perf_counter()
         row = PromptOnly("item", 1, "", members=parameters.item or {})
         longest = self.limits.grading_text_characters
         sample = Answer((), parameters.model_sample, None, row, longest)
-        try:
-            score, parts, trouble = graded_once(grader, sample)
-        except TakesTooMuch as refused:
-            raise invalid(str(refused), "grader", "invalid_grader") from refused
-        except WorkInterrupted as interrupted:
-            text = "The grader could not be run to its end. Please try again."
-            raise Fault("ServiceUnavailable", text, retry_after=5) from interrupted
+        score, parts, trouble = graded_once(grader, sample)
         if trouble is not None and trouble.rule == TOO_LONG:
             raise invalid(f"The grader refuses this: {trouble.message}", "grader", "invalid_grader")
         return Response.json(
@@ -154,12 +141,7 @@ class Graders:
 
 
 def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float], Trouble | None]:
-    """Reward of one reply, those of a formula's graders, and why there is none (then it is 0).
-
-    Raises:
-        TakesTooMuch: where the work was ended at its limit.
-        WorkInterrupted: where it was ended for another reason.
-    """
+    """Return the reward of one reply, those of a formula's graders, and why there is none (then 0)."""
     troubles: dict[int, Trouble] = {}
     parts: dict[str, float] = {}
     score = math.nan
@@ -172,8 +154,6 @@ def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float]
             (score,), troubles = attempt(grader, [sample])
     except Ungraded as ungraded:
         troubles = ungraded.troubles
-    except (TakesTooMuch, WorkInterrupted):
-        raise
     except LuthierError as error:
         troubles = {0: Trouble("grader.raised", str(error), "Mend the grader.")}
     if not troubles and not math.isfinite(score):
