@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import pytest
@@ -228,74 +227,3 @@ def test_it_says_what_it_changes(settings: dict[str, float], kinds: set[str]) ->
     assert augmentation.kinds == kinds and bool(augmentation) == bool(kinds)
     assert Augmentation.usual("image").kinds == {"image"}
     assert Augmentation.usual("audio").kinds == {"audio"}
-
-
-def pictures(count: int = 6, side: int = 8) -> list[Example]:
-    """Images of one value each, and their number as the target."""
-    processor, rows = ImageProcessor(side, side, (0.0,) * 3, (1.0,) * 3), []
-    for n in range(count):
-        media = Media("image", f"i[{n}]", array=np.full((side, side), 40 * n, np.uint8))
-        inside = MediaInput(media, processor)
-        rows.append(Example(np.array([n]), np.ones(1, np.float32), n, np.array([n]), media=inside))
-    return rows
-
-
-def shares(one: Example, other: Example, share: float) -> np.ndarray[Any, Any]:
-    assert one.target is not None and other.target is not None
-    both = np.eye(6)[[one.target[0], other.target[0]]]
-    return share * both[0] + (1 - share) * both[1]
-
-
-def seen(example: Example) -> np.ndarray[Any, Any]:
-    assert example.media is not None
-    return example.media.array()
-
-
-def test_mixup_lays_one_image_over_another_by_the_share_of_its_label() -> None:
-    rows, found = pictures(), set[float]()
-    for seed in range(30):
-        random = np.random.default_rng(seed)
-        mixed = Augmentation(mixup_alpha=0.4).mix(rows, shares, random)
-        for row, made in zip(rows, mixed, strict=True):
-            assert made.target is not None and made.target.sum() == pytest.approx(1)
-            # Of images of one value the mean of the labels is that of the values.
-            value = 40 / 255 * float(made.target @ np.arange(6))
-            assert seen(made) == pytest.approx(np.full((3, 8, 8), value), abs=1e-6)
-            assert (made.row, made.ids_T[0]) == (row.row, row.ids_T[0])
-            found.add(round(float(made.target.max()), 3))
-    assert len(found) > 50
-
-
-def test_cutmix_puts_a_part_of_one_image_into_another_by_its_area() -> None:
-    rows, areas = pictures(), list[float]()
-    for seed in range(60):
-        random = np.random.default_rng(seed)
-        for row, made in zip(
-            rows, Augmentation(cutmix_alpha=1.0).mix(rows, shares, random), strict=True
-        ):
-            pixels, own = seen(made)[0], seen(row)[0, 0, 0]
-            values = np.unique(pixels)
-            assert len(values) <= 2
-            share = float((pixels == own).mean())
-            assert made.target is not None
-            assert made.target[row.row] == pytest.approx(1.0 if len(values) == 1 else share)
-            areas.append(share)
-            # What is not its own is a rectangle.
-            high, wide = ((pixels != own).any(axis).sum() for axis in (1, 0))
-            assert (pixels != own).sum() == high * wide
-    assert 0.5 < float(np.mean(areas)) < 0.85 and min(areas) < 0.5
-
-
-def test_both_ways_to_mix_share_the_rows() -> None:
-    rows = pictures()
-    both = Augmentation(mixup_alpha=1.0, cutmix_alpha=1.0)
-    mixed = [
-        made.media.mixture
-        for seed in range(50)
-        for made in both.mix(rows, shares, np.random.default_rng(seed))
-        if made.media
-    ]
-    cut = np.mean([each is not None and each.box is not None for each in mixed])
-    assert 0.4 < cut < 0.6
-    assert not Augmentation(crop=0.3).mixes and Augmentation(mixup_alpha=0.2).kinds == {"image"}
-    assert not Augmentation.usual("image").mixes

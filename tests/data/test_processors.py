@@ -381,21 +381,3 @@ def test_numbers_that_are_written_as_text_are_read(tmp_path: Path) -> None:
     write_json(tmp_path / PREPROCESSOR_CONFIG, {**AST, "max_length": "40", "num_mel_bins": "16"})
     found = read_processor(tmp_path)
     assert found is not None and found.array(sound(SAMPLES, 8000)).shape == (1, 40, 16)
-
-
-@pytest.mark.parametrize("size", [(40, 900), (900, 40), (300, 200)])
-def test_the_middle_of_a_long_image_is_cut_out_before_it_is_resized(
-    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else a line of one pixel's height would have billions of pixels."""
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    media = Media("image", "noise", array=pixels)
-    processor = ImageProcessor(24, 24, shortest_edge=32)
-    whole = processor.resize(media).astype(int)
-    monkeypatch.setattr("luthier.data.processors.MOST_RESIZED", 1)
-    cut = processor.resize(media).astype(int)
-    assert cut.shape == whole.shape == (24, 24, 3)
-    assert np.abs(cut - whole).mean() < 30  # of noise: shifted by less than a pixel
-    thin = Media("image", "line", array=np.zeros((1, 100_000, 3), np.uint8))
-    monkeypatch.undo()
-    assert processor.resize(thin).shape == (24, 24, 3)

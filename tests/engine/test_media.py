@@ -6,7 +6,6 @@ import json
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from short_runs import Notes
 
 import luthier
 from luthier.data import processors
-from luthier.data.augmentation import Augmentation
 from luthier.data.processors import ImageProcessor, MediaInput, save_processor
 from luthier.data.rows import load_rows
 from luthier.engine import comparison
@@ -29,11 +27,9 @@ from luthier.engine.loop import Loop
 from luthier.errors import CorruptFile, DataError, Interrupted, RecipeError, RefusedInput
 from luthier.models import layouts
 from luthier.models.layouts import MediaReader
-from luthier.models.load import as_network, load_model
 from luthier.models.manifest import Manifest
 from luthier.models.nets import small_cnn as net
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives import Classification
 from luthier.recipe import DataSpec, Recipe, Training
 from luthier.store import models as store
 
@@ -324,52 +320,6 @@ def test_rows_that_the_base_does_not_read_are_refused(
         )
         with pytest.raises(RefusedInput):
             luthier.tune(recipe)
-
-
-@pytest.mark.parametrize(("several", "smoothing"), [(False, 0.0), (False, 0.2), (True, 0.0)])
-def test_the_loss_of_mixed_images_is_that_of_both_by_their_shares(
-    several: bool, smoothing: float, pictures: Path, base: Path
-) -> None:
-    rows: list[Any] = load_rows(str(pictures / "learn"))[::4]
-    if several:
-        rows = [replace(row, label=(row.label, "any")) for row in rows]
-    chat = load_chat_format(base)
-    objective = Classification(label_smoothing=smoothing).fit(rows, chat)
-    examples = [objective.encode(row, n, chat) for n, row in enumerate(rows)]
-    model = load_model(base, torch.float32, torch.device("cpu"), objective.head())
-    network = as_network(model, torch.device("cpu"), torch.float32)
-    changes = Augmentation(mixup_alpha=1.0, cutmix_alpha=1.0)
-    mixed = changes.mix(examples, objective.mix_targets, np.random.default_rng(3))
-    (batch,) = objective.annotate(network, mixed, 1_000)
-    found = float(objective.loss(network, batch).total.detach())
-    labels, total = objective.labels or (), 0.0
-    for made in mixed:
-        assert made.media is not None and made.media.mixture is not None
-        share, other = made.media.mixture.share, made.media.mixture.other
-        (partner,) = {row.row for row in examples if row.media and row.media.media == other.media}
-        with torch.no_grad():
-            scores = model(pixel_values=torch.from_numpy(made.media.array())[None]).logits.double()
-        for weight, row in ((share, rows[made.row]), (1 - share, rows[partner])):
-            right = torch.tensor([[float(name in row.labels) for name in labels]]).double()
-            if several:  # linear in what is wanted
-                p = scores.sigmoid()
-                nll = -(right * p.log() + (1 - right) * (1 - p).log()).mean()
-            else:
-                wanted = (1 - smoothing) * right + smoothing / len(labels)
-                nll = -(wanted * scores.log_softmax(-1)).sum()
-            total += weight * float(nll)
-    assert found == pytest.approx(total, rel=1e-5)
-
-
-def test_mixed_images_train_a_classifier_and_no_other(pictures: Path, base: Path) -> None:
-    fields: dict[str, Any] = {
-        "base": str(base), "data__augmentation": {"mixup_alpha": 0.2, "cutmix_alpha": 1.0},
-        "adaptation": "full", "training__max_steps": 3, "training__batch_size": 5,
-    }  # fmt: skip
-    found = luthier.tune(pictures / "learn", name="mixed", **fields)
-    assert found.steps >= 3
-    with pytest.raises(RecipeError, match="contrastive learns no labels that way"):
-        luthier.tune(pictures / "learn", name="no", objective="contrastive", **fields)
 
 
 @pytest.mark.slow

@@ -180,8 +180,6 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
             "mix": [{"train": other, "weight": 0.7}],
             "augmentation": {"delete": 0.2, "swap": 0.2},
         }
-    if family == "vgg" and adaptation == "full":
-        more = {"augmentation": {"mixup_alpha": 0.4}}
     if objective == "semi_supervised":
         more = {"mix": [{"train": rows_for("", tmp_path / "texts.jsonl"), "weight": 2}]}
     monkeypatch.setattr(Checkpoints, "due", lambda self, step, size: step % 3 == 0)

@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 import luthier
-from luthier.data.augmentation import Augmentation
 from luthier.data.shapes.texts import LabelledText
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
@@ -132,25 +131,6 @@ def first_step(
     loop.run()
     (line,) = [line for line in loop.metrics.read() if line["event"] == "train"]
     return line
-
-
-def test_a_mixed_image_counts_as_the_shares_of_its_classes(family_folder: FamilyFolder) -> None:
-    objective, network, examples = encode(
-        Classification(class_weights={"fox": 5.0}), family_folder("vit"), rows_of("vit")
-    )
-    mixed = Augmentation(mixup_alpha=1.0).mix(
-        examples, objective.mix_targets, np.random.default_rng(3)
-    )
-    weight_C = torch.tensor([1.0, 1.0, 5.0])
-    target_RC = torch.from_numpy(np.stack([np.asarray(each.target) for each in mixed]))
-    assert [each.weight for each in mixed] == pytest.approx((target_RC @ weight_C).tolist())
-    with torch.no_grad():
-        scores_RC = torch.tensor(
-            network.read_rows(mixed, 1000, lambda batch: network.row_scores(batch).tolist())
-        )
-        total = F.cross_entropy(scores_RC, target_RC, weight=weight_C, reduction="sum")
-    expected = float(total / (target_RC @ weight_C).sum())
-    assert objective.parity_loss(network, mixed, 1) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "heavy"])

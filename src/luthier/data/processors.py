@@ -13,7 +13,6 @@ that goes on draws what it would have drawn.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache
@@ -32,19 +31,13 @@ from luthier.files import read_json, write_json
 from luthier.validation import describe_constraint
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from luthier.data.augmentation import Augmentation, Mixture
+    from luthier.data.augmentation import Augmentation
     from luthier.data.media import Media, Pixels
 
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 _RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3, "lanczos": 1}
 """Pillow's numbers, which ``preprocessor_config.json`` has."""
-MOST_RESIZED = 1 << 24
-"""Pixels of an image before its middle is cut out: a line of one pixel's height would have billions."""
-_FILTER_REACH = 8
-"""Pixels beside one that a filter reads, with room to spare."""
 _CROPPED_BELOW = 384
 """Size from which on processors with ``crop_pct`` resize the whole image."""
 PADDED = "PaddedImageProcessor"
@@ -100,9 +93,6 @@ class ImageProcessor:
             return np.asarray(image.resize((self.width, self.height), method))
         # In whole numbers: a rounding error would make the shorter side one pixel too short.
         size = [self.shortest_edge * side // min(image.size) for side in image.size]
-        if size[0] * size[1] > MOST_RESIZED:
-            image = _cut_longer_side(image, max(self.height, self.width) / self.shortest_edge)
-            size = [self.shortest_edge * side // min(image.size) for side in image.size]
         image = image.resize((size[0], size[1]), method)
         left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
         return np.asarray(image.crop((left, top, left + self.width, top + self.height)))
@@ -247,16 +237,6 @@ class ResizedImages:
         if version not in own and self.bytes + pixels.nbytes <= self.most:
             own[version] = pixels
             self.bytes += pixels.nbytes
-
-
-def _cut_longer_side(image: Image, share: float) -> Image:
-    """The middle of a long image: ``share`` of its shorter side, and what filters read around it."""
-    width, height = image.size
-    length = math.ceil(min(image.size) * share) + 2 * _FILTER_REACH * max(1, min(image.size) // 8)
-    left, top = max(0, width - length) // 2, max(0, height - length) // 2
-    if width > height:
-        return image.crop((left, 0, left + min(length, width), height))
-    return image.crop((0, top, width, top + min(length, height)))
 
 
 RESIZED = ResizedImages()
@@ -588,8 +568,6 @@ class MediaInput:
     augmentation: Augmentation | None = None
     seed: tuple[int, ...] = ()
     """Of the random changes."""
-    mixture: Mixture | None = None
-    """Another image that is seen with it."""
     file: str = ""
     """Of its row."""
     line: int = 0
@@ -607,8 +585,7 @@ class MediaInput:
             RowRefused: where the file cannot be read any more.
         """
         try:
-            array = self.processor.array(self.media, self.augmentation, self.seed)
+            return self.processor.array(self.media, self.augmentation, self.seed)
         except RowRefused as bad:
             place = f"row {self.line} of {self.file} ({self.media.name})"
             raise RowRefused(bad.rule, bad.message, bad.fix, place) from bad
-        return array if self.mixture is None else self.mixture.over(array)

@@ -34,7 +34,6 @@ from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.by_shape import objective_for
 from luthier.objectives.capabilities import (
-    SupportsMixedRows,
     SupportsPacking,
     SupportsPrediction,
     longest_completion,
@@ -402,11 +401,6 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
         raise RecipeError(
             f"data.augmentation changes rows at random; {objective.method} learns them as they are. "
             f"It goes with {', '.join(able)}; leave it out here"
-        )
-    if augmentation.mixes and not isinstance(objective, SupportsMixedRows):
-        raise RecipeError(
-            "data.augmentation.mixup_alpha and cutmix_alpha mix labels with images, and objective "
-            f"{objective.method} learns no labels that way. They go with classification; leave them out"
         )
     if chat.reads == "text" and not chat.tokenizer.is_fast:
         raise RecipeError(

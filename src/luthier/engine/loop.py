@@ -45,7 +45,6 @@ from luthier.models.save import adapter_buffers
 from luthier.models.sharding import gather_to_first, is_sharded, local_shard, shard_like
 from luthier.objectives.base import Means, Objective
 from luthier.objectives.capabilities import (
-    SupportsMixedRows,
     SupportsRollouts,
     SupportsSchedule,
     SupportsStepReport,
@@ -340,14 +339,10 @@ class Loop:
         chosen = [self.examples[index] for index in self.order.batch(step)]
         if not self.augmentation:
             return chosen
-        rows = [
+        return [
             self.augmentation.change(example, np.random.default_rng([seed, step, place]))
             for place, example in enumerate(chosen)
         ]
-        if self.augmentation.mixes and isinstance(self.objective, SupportsMixedRows):
-            random = np.random.default_rng([seed, step, len(rows)])  # of no row
-            rows = self.augmentation.mix(rows, self.objective.mix_targets, random)
-        return rows
 
     def _backward(
         self, objective: Objective, batches: Sequence[TreeBatch], turn: int

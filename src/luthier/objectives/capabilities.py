@@ -12,7 +12,6 @@ Each capability is a protocol: an objective has it by defining its methods, and 
     SupportsPrecomputation   what is computed once for all rows and kept in files
     SupportsReferenceCache   what the reference model says of rows that are read more than once
     SupportsRollouts         texts that the network writes in the step
-    SupportsMixedRows        rows that teach a part of each of two
     SupportsStepReport       what a step found out, for the metrics
     SupportsSchedule         settings that change in the course of a run
     SupportsThreshold        a border between answers that is drawn when training is over
@@ -29,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
 
-from luthier.types import Example, FloatArray
+from luthier.types import Example
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -183,14 +182,6 @@ class SupportsRollouts(Protocol):
 
         Asked from time to time; ``lines`` are the records of the last training steps, 200 at most.
         """
-
-
-@runtime_checkable
-class SupportsMixedRows(Protocol):
-    """Learns from rows of which each is a part of two, as mixup makes them."""
-
-    def mix_targets(self, example: Example, other: Example, share: float) -> FloatArray:
-        """The target of a row that is ``example`` by ``share``, and ``other`` by the rest."""
 
 
 @runtime_checkable

@@ -34,7 +34,7 @@ from luthier.objectives.shares import (
     softmax_bias,
 )
 from luthier.printable import did_you_mean, list_some
-from luthier.types import Example, FloatArray, IntArray, Loss, Row
+from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -236,14 +236,6 @@ class Classification(Objective):
             return class_of(labels.index(names[0]))
         return np.array([float(label in names) for label in labels], dtype=np.float32)
 
-    def mix_targets(self, example: Example, other: Example, share: float) -> FloatArray:
-        """The share of each class, ``[C]``."""
-        own, more = (
-            target if self.multi_label else np.eye(len(self.labels or ()))[target[0]]
-            for target in (np.asarray(each.target) for each in (example, other))
-        )
-        return np.asarray(share * own + (1 - share) * more, dtype=np.float32)
-
     def truncate(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token, and the weight."""
         return cut_text(example, context)
@@ -263,13 +255,10 @@ class Classification(Objective):
             each_RC = F.binary_cross_entropy_with_logits(scores_RC, target, reduction="none")
             right_R = ((scores_RC > 0) == (target > 0.5)).all(-1)
             return Loss(each_RC.mean(-1).sum(), ratios=_accuracy(right_R))
-        # A class is [R, 1] whole numbers, shares of classes are [R, C].
-        wanted, class_R = target[:, 0], target[:, 0]
-        if target.is_floating_point():
-            wanted, class_R = target, target.argmax(-1)
+        class_R = target[:, 0]
         total = F.cross_entropy(
             scores_RC,
-            wanted,
+            class_R,
             weight=scores_RC.new_tensor(self._weight_C) if self._weight_C else None,
             reduction="sum",
             label_smoothing=self.label_smoothing,
