@@ -10,12 +10,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data import parsing, tables
+from luthier.data import parsing
 from luthier.data.containers import container_of
 from luthier.data.read import read_records
 from luthier.data.rows import load_rows
@@ -284,18 +283,6 @@ def test_a_quote_that_is_never_closed_does_not_swallow_the_memory(
     csv.field_size_limit(parsing.MAX_LINE_BYTES)
 
 
-def test_a_header_that_is_missing_is_said(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("How are you?,Fine\nAnd now?,Also\n")
-    with pytest.raises(DataError) as caught:
-        load_rows(path)
-    assert caught.value.problems[0].rule == "row.unknown_shape"
-    assert '"How are you?", "Fine"' in caught.value.problems[0].message
-    fix = caught.value.problems[0].fix
-    assert fix.startswith("If the first line is a row already, put a header line before it")
-    assert "`prompt,completion`" in fix
-
-
 # --- Parquet --------------------------------------------------------------------------------------
 
 
@@ -453,44 +440,6 @@ def test_numbers_that_are_none_are_refused_in_parquet_too(tmp_path: Path) -> Non
     with pytest.raises(DataError) as caught:
         load_rows(path)
     assert [p.rule for p in caught.value.problems] == ["rating.type"]
-
-
-def test_parquet_of_one_long_text_in_every_row_is_refused_before_it_fills_the_memory(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "a.parquet"
-    texts = pyarrow.DictionaryArray.from_arrays(
-        pyarrow.array(np.zeros(20_000, np.int32)), pyarrow.array(["x" * 100_000])
-    )
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
-    assert path.stat().st_size < 20_000
-    found, problems = read(path)
-    assert [p.rule for p in problems] == ["file.too_large"] and len(found) < 3_000
-    assert "take more than 268,435,456 letters" in problems[0].message
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        (["x" * 50_000] * 300, "texts of the file"),
-        ([[{"role": "user", "content": "x" * 50_000}]] * 300, "texts of the file"),
-        ([["x" * 5_000] * 10] * 300, "texts of the file"),
-        ([[0] * 200_000], "lists of the file have 200,000 values"),
-        ([[[None]] * 200_000], "lists of the file have 200,000 values"),
-    ],
-)
-def test_parquet_of_little_that_repeats_is_refused_before_it_fills_the_memory(
-    values: list[Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"messages": values}), path)
-    assert path.stat().st_size < 6_000
-    monkeypatch.setattr(tables, "_ALWAYS_BYTES", most := 6_000_000)
-    before, allocated, problems = pyarrow.total_allocated_bytes(), list[int](), list[Problem]()
-    for _ in read_records(path, problems):
-        allocated.append(pyarrow.total_allocated_bytes() - before)
-    assert [p.rule for p in problems] == ["file.too_large"] and words in problems[0].message
-    assert max(allocated, default=0) < 1.2 * most
 
 
 def test_parquet_of_lists_that_are_as_long_as_they_look_is_read(tmp_path: Path) -> None:

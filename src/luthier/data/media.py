@@ -14,17 +14,15 @@ import lzma
 import math
 import os
 import re
-import sqlite3
 import struct
 import wave
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -56,8 +54,6 @@ MOST_PIXELS = 64_000_000
 """Of one image; a compressed file of some kilobytes can claim any number."""
 MOST_MEDIA_BYTES = 64 * 1024 * 1024
 """Of one encoded image or sound."""
-MOST_DIGEST_PAGES = 1 << 18
-"""Pages of 4 KiB that hashes of files take in a temporary file at most: those of some 8 million."""
 MOST_SECONDS = 600
 """Of one sound."""
 MOST_SAMPLES = 64_000_000
@@ -160,14 +156,7 @@ class Media:
             return hashlib.sha256(shape + np.ascontiguousarray(self.array).tobytes()).hexdigest()
         if (version := self.version()) is None:
             return hashlib.sha256(self.read()).hexdigest()
-        # Asked for by each check of the data, and again to encode the row.
-        # No process may use the file of the one that it was forked from.
-        known = _digests(os.getpid())
-        found = known.get(version)
-        if found is None:
-            found = hashlib.sha256(self.read()).digest()
-            known.put(version, found)
-        return found.hex()
+        return _file_digest(*version)
 
     def version(self) -> tuple[str, str, int, int] | None:
         """What tells one content of its file from another without reading it; ``None`` without one."""
@@ -208,108 +197,23 @@ class Media:
         return np.asarray(self.array, np.float64)
 
 
-_PERSON_TAGS: Mapping[int, str] = {
-    0x013B: "Artist", 0x8298: "Copyright", 0x9C9D: "XPAuthor", 0xA430: "CameraOwnerName",
-    0xA431: "BodySerialNumber", 0xA435: "LensSerialNumber",
-}  # fmt: skip
-"""EXIF fields that tell who took an image, or with whose camera."""
-_PERSON_RECORDS: Mapping[tuple[int, int], str] = {
-    (2, 80): "IPTC By-line", (2, 110): "IPTC Credit", (2, 116): "IPTC CopyrightNotice",
-}  # fmt: skip
-_PERSON_PNG_KEYS = ("Author", "Copyright")
-MOST_XMP = 1 << 20
-"""Bytes of XMP that are looked at; a JPEG has 64 kB in one piece."""
-_PERSON_XMP: Mapping[str, re.Pattern[bytes]] = {
-    # As an element, whose value may stand in a list, or as an attribute. Each part has a bound and is
-    # never tried again in another length (``+`` behind it), as the text is of whoever made the file.
-    name: re.compile(
-        rb"<%b\b[^>]{0,400}+>(?:\s{0,100}+<rdf:\w{1,20}+[^>]{0,400}+>){0,4}+\s{0,100}+[^<\s]"
-        rb"|\s%b\s{0,9}+=\s{0,9}+(['\"])\s{0,100}+(?!\1)\S" % (tag, tag)
-    )
-    for name, tag in {
-        "XMP creator": b"dc:creator",
-        "XMP rights": b"(?:dc:rights|xmpRights:(?:Owner|UsageTerms))",
-        "XMP PersonInImage": b"(?:Iptc4xmpExt:PersonInImage|mwg-rs:Name)",
-        "XMP Credit": b"photoshop:Credit",
-        "XMP OwnerName": b"(?:aux|exifEX):(?:Camera)?OwnerName",
-        "XMP SerialNumber": b"(?:aux:|exifEX:Body)SerialNumber",
-    }.items()
-}
-
-
-@dataclass(frozen=True)
-class ImageMetadata:
-    """What an image says beside its pixels of places and people."""
-
-    place: str = ""
-    """Where it was taken, to a tenth of a degree; empty where it does not say."""
-    person_fields: tuple[str, ...] = ()
-    """Fields that name a person, or the number of a camera; what they say is not repeated."""
-
-
-def read_metadata(media: Media) -> ImageMetadata:
-    """What an image says of where it was taken, and of whom (EXIF, IPTC, XMP, texts of PNG).
+def read_place(media: Media) -> str:
+    """Return where an image was taken by its EXIF data, to a tenth of a degree; empty if unknown.
 
     Raises:
-        RowRefused: where it cannot be opened.
+        RowRefused: if the image cannot be opened.
     """
-    if media.array is not None:
-        return ImageMetadata()
-    if (data := media.read()).startswith(_NPY):
-        return ImageMetadata()
-    with _open_image(data, MOST_PIXELS) as opened:
-        fields = list[str]()
-        for find in (_exif_fields, _iptc_fields, _text_fields):
-            # Damage to what stands beside the pixels is none of an image.
-            with suppress(*_DAMAGE, ArithmeticError, AssertionError, AttributeError):
-                fields += find(opened)
-        return ImageMetadata(_place_of(opened), tuple(fields))
-
-
-def _place_of(image: Any) -> str:
     from PIL.ExifTags import IFD
 
-    fields = image.getexif().get_ifd(IFD.GPSInfo)
-    try:
-        degrees = [float(fields[tag][0]) + float(fields[tag][1]) / 60 for tag in (2, 4)]
-        return f"{degrees[0]:.1f} {fields.get(1, '?')}, {degrees[1]:.1f} {fields.get(3, '?')}"
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
-        return "a place" if {2, 4} <= {*fields} else ""
-
-
-def _exif_fields(image: Any) -> list[str]:
-    from PIL.ExifTags import IFD
-
-    exif = image.getexif()
-    fields = {**exif, **exif.get_ifd(IFD.Exif)}
-    return [name for tag, name in _PERSON_TAGS.items() if _is_filled(fields.get(tag))]
-
-
-def _iptc_fields(image: Any) -> list[str]:
-    from PIL.IptcImagePlugin import getiptcinfo
-
-    records = getiptcinfo(image) or {}
-    return [name for key, name in _PERSON_RECORDS.items() if _is_filled(records.get(key))]
-
-
-def _text_fields(image: Any) -> list[str]:
-    """Those of PNG, and of XMP in any format."""
-    found = [f"PNG {key}" for key in _PERSON_PNG_KEYS if _is_filled(image.info.get(key))]
-    xmp = (
-        image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or image.getexif().get(0x02BC)
-    )
-    xmp = (xmp.encode() if isinstance(xmp, str) else bytes(xmp or b""))[:MOST_XMP]
-    return found + [name for name, pattern in _PERSON_XMP.items() if pattern.search(xmp)]
-
-
-def _is_filled(value: Any) -> bool:
-    """Whether a field holds more than the blanks and zeros that cameras fill it with."""
-    values = value if isinstance(value, list | tuple) else (value,)
-    return any(
-        bool(each.strip(b"\0 ") if isinstance(each, bytes) else str(each).strip("\0 "))
-        for each in values
-        if each not in (None, 0)
-    )
+    if media.array is not None or (data := media.read()).startswith(_NPY):
+        return ""
+    with _open_image(data, MOST_PIXELS) as image:
+        fields = image.getexif().get_ifd(IFD.GPSInfo)
+        try:
+            degrees = [float(fields[tag][0]) + float(fields[tag][1]) / 60 for tag in (2, 4)]
+            return f"{degrees[0]:.1f} {fields.get(1, '?')}, {degrees[1]:.1f} {fields.get(3, '?')}"
+        except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
+            return ""
 
 
 def decode_image(data: bytes, most: int | None = None) -> Pixels:
@@ -496,43 +400,10 @@ def _check_length(frames: int, rate: int, channels: int, most: int) -> None:
         raise _refusal("too_large", text)
 
 
-class _Digests:
-    """SHA-256 of files as they were last seen, in a temporary file of which 2 MB are in memory."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        # SQLite removes what has no name with the connection. Threads decode images.
-        self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-        self._database.execute(f"PRAGMA max_page_count = {MOST_DIGEST_PAGES}")
-        self._database.execute(
-            "CREATE TABLE digests (name BLOB PRIMARY KEY, state TEXT, sha256 BLOB) WITHOUT ROWID"
-        )
-
-    def get(self, version: tuple[str, str, int, int]) -> bytes | None:
-        """The hash of a file that has not changed since it was :meth:`put`."""
-        path, member, modified, size = version
-        with self._lock, suppress(sqlite3.Error):  # what cannot be remembered is computed
-            found = self._database.execute(
-                "SELECT sha256 FROM digests WHERE name = ? AND state = ?",
-                (os.fsencode(f"{path}\0{member}"), f"{modified} {size}"),
-            ).fetchone()
-            return found[0] if found else None
-        return None
-
-    def put(self, version: tuple[str, str, int, int], sha256: bytes) -> None:
-        """Remember a hash, in the place of an older one of the file, where there is room."""
-        path, member, modified, size = version
-        with self._lock, suppress(sqlite3.Error):
-            self._database.execute(
-                "INSERT OR REPLACE INTO digests VALUES (?, ?, ?)",
-                (os.fsencode(f"{path}\0{member}"), f"{modified} {size}", sha256),
-            )
-
-
-@lru_cache(maxsize=1)
-def _digests(process: int) -> _Digests:
-    """The hashes that ``process`` has computed."""
-    return _Digests()
+@lru_cache(maxsize=1 << 18)
+def _file_digest(path: str, member: str, modified: int, size: int) -> str:
+    """SHA-256 of a file as it was last written: each check of the data asks for the hash again."""
+    return hashlib.sha256(Media("image", path, path, member).read()).hexdigest()
 
 
 @lru_cache(maxsize=4)

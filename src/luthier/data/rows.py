@@ -8,15 +8,14 @@ whole, with every problem.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 from luthier.data.fields import RENAMES, FieldChecker, column_fix, list_keys, read_words, rename_fix
-from luthier.data.forms import KEYS, Form, extra_keys, forms_of
-from luthier.data.media import PLURAL, Media, media_kind
+from luthier.data.forms import Form, extra_keys, forms_of
+from luthier.data.media import Media, media_kind
 from luthier.data.media_files import media_below
 from luthier.data.parsing import Record, quote
 from luthier.data.read import find_container, read_records, source_size
@@ -25,7 +24,6 @@ from luthier.data.shapes import SHAPES
 from luthier.data.shapes.base import Shape
 from luthier.data.shapes.choices import MultipleChoice
 from luthier.data.shapes.conversations import (
-    LONGEST_CLASS,
     Conversation,
     PromptCompletion,
     PromptOnly,
@@ -56,18 +54,6 @@ _ALL_SHAPES = ", ".join(
 )
 _BESIDE_TEXT = ("label", "rating", "tags")
 """What makes another shape of a text: misspelt, it would be left out without a word."""
-_LABEL_NAMES = (
-    "label", "labels", "class", "category", "species", "target", "tag", "y",
-    "intent", "sentiment", "topic",
-)  # fmt: skip
-"""What people call the column with the class of a text, an image or a sound."""
-_TEXT_NAMES = (
-    "text", "message", "sentence", "review", "content", "body", "utterance", "query", "comment",
-    "tweet", "document",
-)  # fmt: skip
-"""What people call the column with a text that has a class."""
-_NAME_WORDS = 4
-"""Words that the name of a column has at most; what has more is a text."""
 _ASKED = (PromptCompletion, PromptOnly, Conversation)
 _REPLY_KEYS = ("completion", "expected", "reference_answer")
 _VALUES_TELL = frozenset(("label", "thumb", "rating", "score"))
@@ -350,102 +336,15 @@ class Checker(FieldChecker):
         """Report keys that make no shape, with what to rename."""
         has = f"it has the keys {list_keys(record)}" if record else "it has no keys"
         message = f"The row is of no known shape: {has}."
-        renamed = rename_fix(record, ("messages",)) or rename_fix(record, ("prompt", "completion"))
-        if fix := (
-            _media_columns_fix(record)
-            or _passage_fix(record)
-            or _inner_rows_fix(record)
-            or (not renamed and _text_columns_fix(record))
-        ):
-            self.report("row.unknown_shape", message, _header_fix(record) + fix)
-            return
-        renamed = renamed or rename_fix(record, ("text",))
+        wanted = (("messages",), ("prompt", "completion"), ("text",))
+        renamed = next(filter(None, (rename_fix(record, keys) for keys in wanted)), "")
         fix = (
-            "say which column is what: `data.columns.text=COLUMN` and `data.columns.label=COLUMN` to "
-            "classify, `data.columns.prompt=COLUMN` and `data.columns.completion=COLUMN` to write."
+            "say which column is what: `data.columns.text=COLUMN` (or `image`, `audio`) and "
+            "`data.columns.label=COLUMN` to classify, `data.columns.prompt=COLUMN` and "
+            "`data.columns.completion=COLUMN` to write."
         )
         fix = f"{renamed} Or {fix}" if renamed else f"{fix[:1].upper()}{fix[1:]}"
-        header = _header_fix(record)
-        self.report("row.unknown_shape", message, f"{header}{fix} The shapes are {_ALL_SHAPES}.")
-
-
-def _media_columns_fix(record: Record) -> str:
-    """Which columns to read as an image or a sound, and as what is said of it; empty without paths."""
-    texts = {key: value for key, value in record.items() if isinstance(value, str)}
-    kinds = {key: kind for key, value in texts.items() if (kind := media_kind(value))}
-    if not kinds:
-        return ""
-    place, kind = next(iter(kinds.items()))
-    others = [key for key in texts if key != place]
-    named = [key for key in others if key.strip().lower() in _LABEL_NAMES]
-    label = (named or others)[0] if named or len(others) == 1 else "COLUMN"
-    beside = f" and `data.columns.label={label}`, its class" if others else ""
-    return (
-        f"{quote(place)} holds paths of {PLURAL[kind]}: say `data.columns.{kind}={place}`{beside}."
-    )
-
-
-def _header_fix(record: Record) -> str:
-    """What to say where the names of the columns may be a row of data themselves; else empty."""
-    if any(name.strip().lower() in KEYS for name in record) or not any(
-        len(name.split()) > _NAME_WORDS or name.endswith(("?", "!")) or record[name] == name
-        for name in record
-    ):
-        return ""
-    return (
-        "If the first line is a row already, put a header line before it, such as `text,label` or "
-        "`prompt,completion`. "
-    )
-
-
-def _passage_fix(record: Record) -> str:
-    """Return the fix for questions about a passage, as in SQuAD; empty for other rows."""
-    paragraphs = record.get("paragraphs")
-    first = paragraphs[0] if isinstance(paragraphs, list) and paragraphs else None
-    nested = isinstance(first, dict) and "qas" in first
-    if not nested and not {"question", "context"} <= record.keys():
-        return ""
-    return (
-        "Write each question with its passage and one answer as "
-        '{"question": …, "context": …, "answer": …}.'
-    )
-
-
-def _inner_rows_fix(record: Record) -> str:
-    """Where the rows lie, if that is an array under a key; else empty."""
-    for key, value in record.items():
-        row = value[0] if isinstance(value, list) and value else None
-        if isinstance(row, dict) and (
-            forms_of(row) or any(k.matches(row) for k in SHAPES.values())
-        ):
-            place = f".{key}" if key.isidentifier() else f".[{quote(key)}]"
-            return (
-                f"The rows lie inside {quote(key)}: write that array alone, as by "
-                f"`jq -c '{place}[]' OLD > NEW.jsonl`."
-            )
-    return ""
-
-
-def _text_columns_fix(record: Record) -> str:
-    """Which columns are likely a text and its class, by their names and what they hold; else empty."""
-    texts = {key: value for key, value in record.items() if isinstance(value, str)}
-    short = [key for key, value in texts.items() if 0 < len(value) <= LONGEST_CLASS]
-    labels = [key for key in short if key.strip().lower() in _LABEL_NAMES]
-    if not labels and len(texts) == 2:
-        labels = [key for key in short if len(texts[key].split()) == 1]
-    others = [key for key in texts if key not in labels]
-    text = [key for key in others if key.strip().lower() in _TEXT_NAMES] or [
-        key for key in others if len(texts[key].split()) >= _NAME_WORDS
-    ]
-    if len(labels) != 1 or len(text) != 1:
-        return ""
-    mapping = _mapping({"text": text[0], "label": labels[0]})
-    return f"If {quote(text[0])} is a text and {quote(labels[0])} its class, say {mapping}."
-
-
-def _mapping(names: Columns) -> str:
-    """The settings that call the columns so."""
-    return " ".join(f"`data.columns.{ours}={shlex.quote(name)}`" for ours, name in names.items())
+        self.report("row.unknown_shape", message, f"{fix} The shapes are {_ALL_SHAPES}.")
 
 
 class PromptChecker(Checker):

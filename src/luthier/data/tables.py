@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 
 from luthier.data import parsing
 from luthier.data.containers import SEPARATOR, empty_refusal, needs
-from luthier.data.parsing import Record, Unreadable, decode, loads, quote, text_length
+from luthier.data.parsing import Record, Unreadable, decode, loads, quote
 from luthier.data.shapes import SHAPES
 from luthier.errors import Problem
 
@@ -32,11 +31,6 @@ NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
 _LONGEST_NAME = 200
 _BATCH_ROWS = 512
 _MOST_COLUMNS = 2_000
-_MOST_TIMES, _ALWAYS_BYTES = 1_000, 2**28
-"""A Parquet file may unpack to so many times its size, as gzip may; to so much in any case. A text that
-stands in each of a million rows costs it nothing, nor does a list of a million zeros."""
-_VALUE_BYTES = 40
-"""Of a value in a list, as Python holds it: a number and the place that names it."""
 
 
 def read_table(
@@ -215,22 +209,18 @@ def read_parquet(
         raise needs("pyarrow", "parquet", "Parquet") from None
     number = 0
     try:
-        most = max(_ALWAYS_BYTES, _MOST_TIMES * stream.seek(0, os.SEEK_END))
         table = pyarrow.parquet.ParquetFile(stream)
         if table.metadata.num_columns > _MOST_COLUMNS:
             text = (
                 f"The table has {table.metadata.num_columns:,} columns; {_MOST_COLUMNS:,} are read."
             )
             raise Unreadable("file.too_large", text, "Write those that hold your rows.")
-        unpacked, convert = 0, _conversions(table.schema_arrow)
-        for batch in table.iter_batches(batch_size=_batch_rows(table, most)):
+        convert = _conversions(table.schema_arrow)
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS):
             for record in _rows(batch, number, file, problems):
                 number += 1
                 if record is None:
                     continue
-                unpacked += text_length(record)
-                if unpacked > most:
-                    raise _unpacks(f"The texts of the file take more than {most:,} letters")
                 for name, each in convert.items():
                     record[name] = each(record[name])
                 yield number, _present(record)
@@ -278,50 +268,13 @@ def _class_names(names: Sequence[str], value: object) -> object:
     return names[value] if value >= 0 else None
 
 
-def _batch_rows(table: Any, most: int) -> int:
-    """Rows that are read at once: so many that they take at most ``most`` bytes, as far as can be told.
-
-    A value has at most the length of all that its column holds, so that this is known before a text
-    that repeats is written out for each row.
-
-    Raises:
-        Unreadable: for lists with so many values that they take more.
-    """
-    values, longest = 0, 1
-    for number in range(table.metadata.num_row_groups):
-        group = table.metadata.row_group(number)
-        length = 0
-        for column in range(group.num_columns):
-            chunk, kind = group.column(column), table.schema.column(column)
-            values += chunk.num_values if kind.max_repetition_level else 0
-            if kind.physical_type == "BYTE_ARRAY":
-                in_each = -(-chunk.num_values // max(1, group.num_rows))
-                length += in_each * chunk.total_uncompressed_size
-        longest = max(longest, length)
-    if values * _VALUE_BYTES > most:
-        raise _unpacks(
-            f"The lists of the file have {values:,} values, which take more than {most:,} bytes"
-        )
-    return max(1, min(_BATCH_ROWS, most // longest))
-
-
-def _unpacks(what: str) -> Unreadable:
-    return Unreadable(
-        "file.too_large",
-        f"{what}, {_MOST_TIMES:,} times its size.",
-        "Write the rows as JSON Lines, or without what repeats in each of them.",
-    )
-
-
 def _rows(batch: Any, before: int, file: str, problems: list[Problem]) -> Iterator[Record | None]:
     """Rows of a batch as Python values, ``None`` for one whose text is no UTF-8."""
-    # A text that the file holds once becomes one for each row that has it.
-    if batch.nbytes * batch.num_rows < _ALWAYS_BYTES:
-        try:
-            yield from batch.to_pylist()
-            return
-        except UnicodeDecodeError:
-            pass  # found below, row by row
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass  # found below, row by row
     for place in range(batch.num_rows):
         try:
             yield batch.slice(place, 1).to_pylist()[0]

@@ -183,16 +183,6 @@ def test_rows_of_texts_are_passed_over() -> None:
     assert not report.findings.counts and not report.summaries["media"]["splits"]
 
 
-def test_a_person_named_in_the_metadata_is_told_and_not_repeated() -> None:
-    fields = Image.Exif()
-    fields[0x13B] = "Ann Doe"
-    fields.get_ifd(0x8769)[0xA431] = "0123"
-    report = check(image(encoded(noise(1), "JPEG", exif=fields)))
-    assert messages(report) == {
-        "media.person": ["t:1: 1.png has the metadata Artist, BodySerialNumber."]
-    }
-
-
 def test_captions_are_checked_as_texts_are_also_for_a_base_without_a_tokenizer() -> None:
     known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
     chosen, left = checks_for(known, skip=["learning"])

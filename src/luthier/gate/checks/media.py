@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.media import read_metadata
+from luthier.data.media import read_place
 from luthier.data.processors import AudioProcessor, FeatureExtractor, Processor
 from luthier.data.shapes.media import MediaRow
 from luthier.errors import RowRefused
@@ -64,14 +64,6 @@ LOCATION = Rule(
     "An image says in its metadata where it was taken.",
     "The model reads pixels only, but whoever gets the files gets the places.",
     "Remove the metadata before the files are passed on, as with exiftool -gps:all= FILE.",
-)
-PERSON = Rule(
-    "media.person",
-    "warning",
-    "An image names a person, or the number of a camera, in its metadata.",
-    "The model reads pixels only, but whoever gets the files gets the names.",
-    "Remove the metadata before the files are passed on, as with exiftool -all= -TagsFromFile @ "
-    "-Orientation FILE.",
 )
 LOW_RESOLUTION = Rule(
     "media.low_resolution",
@@ -160,7 +152,7 @@ class MediaFiles(SpotCheck):
 
     name: ClassVar[str] = "media"
     rules: ClassVar[tuple[Rule, ...]] = (
-        UNREADABLE, TOO_LARGE, SIMILAR, LEAK, LABELS, LOCATION, PERSON, LOW_RESOLUTION, SILENT,
+        UNREADABLE, TOO_LARGE, SIMILAR, LEAK, LABELS, LOCATION, LOW_RESOLUTION, SILENT,
         CLIPPED, CUT, RATE,
     )  # fmt: skip
     measures_with: ClassVar[tuple[str, ...]] = ("processor",)
@@ -202,12 +194,8 @@ class MediaFiles(SpotCheck):
             media = replace(media, data=media.read())  # once for its pixels and its metadata
         pixels = media.pixels()
         height, width = pixels.shape[:2]
-        metadata = read_metadata(media)
-        if metadata.place:
-            spots.append(Spot(index, LOCATION.id, f"{media.name} was taken at {metadata.place}."))
-        if metadata.person_fields:
-            named = ", ".join(metadata.person_fields)
-            spots.append(Spot(index, PERSON.id, f"{media.name} has the metadata {named}."))
+        if place := read_place(media):
+            spots.append(Spot(index, LOCATION.id, f"{media.name} was taken at {place}."))
         if self.processor is not None:
             wanted = self.processor.shape[1:]
             if height * 4 < wanted[0] and width * 4 < wanted[1]:
