@@ -6,8 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from small_disk import Disk
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from luthier.errors import LuthierError
 from luthier.store import database as databases
 from luthier.store.database import Database
 
@@ -99,63 +96,6 @@ def test_writes_go_on_after_a_read_only_disk(tmp_path: Path) -> None:
         disk.unmount()
 
 
-def test_a_writer_that_is_stuck_stops_the_backup_and_no_other_writer(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(databases, "_LOCK_TRIES", 2)
-    refused: list[str] = []
-
-    def keep_out() -> None:
-        try:
-            with database.without_writers():
-                pass
-        except LuthierError as error:
-            refused.append(str(error))
-
-    with database.write() as stuck:
-        stuck.execute(text("SELECT 1"))
-        backup = threading.Thread(target=keep_out, daemon=True)
-        backup.start()
-        wait_for_a_waiting_lock(database)
-        written = threading.Thread(target=write, args=[database], daemon=True)
-        written.start()
-        written.join(10)
-        assert not written.is_alive()
-        backup.join(10)
-        assert not backup.is_alive()
-    assert len(refused) == 1 and "pg_stat_activity" in refused[0]
-    # The timeout was of that transaction alone.
-    with database.read() as session:
-        assert session.scalar(text("SHOW lock_timeout")) == "0"
-
-
-def test_who_waits_for_writers_tries_again(database: Database) -> None:
-    inside = threading.Event()
-
-    def keep_out() -> None:
-        with database.without_writers():
-            inside.set()
-
-    with database.write() as slow:
-        slow.execute(text("SELECT 1"))
-        backup = threading.Thread(target=keep_out, daemon=True)
-        backup.start()
-        assert not inside.wait(1.5)
-    assert inside.wait(10)
-    backup.join(10)
-
-
 def write(database: Database) -> None:
     with database.write() as session:
         session.execute(text("SELECT 1"))
-
-
-def wait_for_a_waiting_lock(database: Database) -> None:
-    waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
-    deadline = time.monotonic() + 10
-    while True:
-        with database.read() as session:
-            if session.scalar(waiting):
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

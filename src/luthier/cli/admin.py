@@ -6,8 +6,7 @@ Each change and its entry in the audit log are one transaction.
 from __future__ import annotations
 
 import sys
-from contextlib import closing, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import fields
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +30,6 @@ from luthier.cli.service_jobs import service_jobs_app
 from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
-    from luthier.store import backup as backups
     from luthier.store import principals
 
 Record = dict[str, Any]
@@ -54,10 +52,6 @@ for name, part in (
     admin_app.add_typer(part, name=name)
 
 Role = Annotated[str, typer.Option(help="administrator, developer, invoker or read-only.")]
-AllowDamaged = Annotated[
-    bool,
-    typer.Option("--allow-damaged", help="Go on where files of rows are lost, and list them."),
-]
 
 
 def plain_record(row: Any, *names: str) -> Record:
@@ -72,62 +66,46 @@ def plain_record(row: Any, *names: str) -> Record:
 @admin_app.command("backup")
 def back_up(
     folder: Annotated[Path, typer.Argument(help="New folder for the backup.")],
-    with_key: Annotated[
-        bool, typer.Option("--with-key", help="Put the server's key into it, too.")
-    ] = False,
-    allow_damaged: AllowDamaged = False,
+    with_key: Annotated[bool, typer.Option("--with-key", help="Include the server's key.")] = False,
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Back up database and store while the service runs, and compare every row with its file."""
+    """Back up database, objects and models while the service runs."""
     from luthier.files import luthier_home
-    from luthier.store import backup as backups
+    from luthier.store.backup import backup
     from luthier.store.database import DATABASE_FILE, is_database_here
     from luthier.store.sealing import KEY_FILE
 
     if not is_database_here(database):
         raise RefusedInput(
-            f"there is no {DATABASE_FILE} in {luthier_home()}; give the database of the service by "
-            "--database"
+            f"{luthier_home()} has no {DATABASE_FILE}. Name the database of the service: --database URL"
         )
     with open_database(database) as service:
-        made = backups.backup(service, luthier_home(), folder, with_key, allow_damaged)
-    if not made.key:
-        note(f"  without {KEY_FILE}: keep it apart; access keys do not open without it")
-    _note_damage(made)
-    print_outcome(json_, folder=str(folder), **asdict(made))
+        files = backup(service, folder, with_key)
+    if not with_key:
+        note(f"  without {KEY_FILE}: keep a copy elsewhere, since access keys need the file")
+    print_outcome(json_, folder=str(folder), files=files, key=with_key)
 
 
 @admin_app.command("restore")
-def restore(
+def restore_backup(
     folder: Annotated[Path, typer.Argument(help="A backup.")],
-    allow_damaged: AllowDamaged = False,
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Check a backup, with every row and its file, and restore it into an empty LUTHIER_HOME.
+    """Verify a backup and restore it into an empty LUTHIER_HOME.
 
-    Of a service on PostgreSQL, restore luthier.pgdump by pg_restore before, and give --database.
+    The backup of a service with PostgreSQL needs --database with the URL of an empty database.
     """
     from luthier.files import luthier_home
-    from luthier.store import backup as backups
-    from luthier.store.database import Database
+    from luthier.store.backup import restore
     from luthier.store.sealing import KEY_FILE
 
-    # Only PostgreSQL's: a new database of SQLite would lie in the folder that has to be empty.
-    named = database if database and database.startswith("postgresql") else None
-    with closing(Database(named)) if named else nullcontext() as service:
-        made = backups.restore(folder, luthier_home(), service, allow_damaged)
-    if not made.key:
+    files = restore(folder, database)
+    key = (luthier_home() / KEY_FILE).is_file()
+    if not key:
         note(f"  put {KEY_FILE} back before the service starts")
-    _note_damage(made)
-    print_outcome(json_, store=str(luthier_home()), **asdict(made))
-
-
-def _note_damage(made: backups.Backup) -> None:
-    """Say what of a backup is not as its rows say, or could not be compared with them."""
-    for each in made.damaged:
-        note(f"  damaged: {each}")
+    print_outcome(json_, store=str(luthier_home()), files=files, key=key)
 
 
 @admin_app.command("usage")

@@ -54,12 +54,6 @@ DATABASE_FILE = "luthier.db"
 """SQLite's file in the store."""
 BUSY_SECONDS = 30
 """How long a transaction waits for another one that writes."""
-_LOCK_SECONDS, _LOCK_TRIES = 10, 4
-"""On PostgreSQL: how long :meth:`Database.without_writers` waits at a time, with as long a pause after
-it, and how often."""
-_LOCK_NOT_AVAILABLE = "55P03"
-_WRITERS = 0x6C757474
-"""Key of the lock that writers share on PostgreSQL; :meth:`Database.without_writers` has it alone."""
 
 
 class Moment(TypeDecorator[datetime]):
@@ -181,33 +175,9 @@ class Database:
         with Session(self.engine, expire_on_commit=False) as session:
             if self.is_sqlite:
                 session.connection().exec_driver_sql("BEGIN IMMEDIATE")
-            else:
-                session.execute(select(func.pg_advisory_xact_lock_shared(_WRITERS)))
             # An exception leaves through the session, which rolls back.
             yield session
             session.commit()
-
-    @contextmanager
-    def without_writers(self) -> Iterator[None]:
-        """While the block runs no transaction of :meth:`write` is at work, in any process.
-
-        Writers wait for its end, on SQLite for ``BUSY_SECONDS`` at most: keep it short. The database
-        itself lets them go on when this process ends, however it ends.
-
-        Raises:
-            LuthierError: where others wrote for so long without a pause.
-        """
-        with Session(self.engine) as session:
-            if self.is_sqlite:
-                try:
-                    session.connection().exec_driver_sql("BEGIN IMMEDIATE")
-                except OperationalError as error:
-                    raise LuthierError(
-                        f"the database was too busy ({error.orig}); try again when fewer clients write"
-                    ) from error
-            else:
-                _lock_out_writers(session)
-            yield
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -235,26 +205,6 @@ class Database:
     def close(self) -> None:
         """Give all connections back."""
         self.engine.dispose()
-
-
-def _lock_out_writers(session: Session) -> None:
-    """Take the lock of all writers of PostgreSQL alone, until the transaction ends."""
-    for left in reversed(range(_LOCK_TRIES)):
-        try:
-            session.connection().exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
-            session.execute(select(func.pg_advisory_xact_lock(_WRITERS)))
-            return
-        except OperationalError as error:
-            session.rollback()
-            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
-                raise LuthierError(f"the database cannot be reached: {error.orig}") from error
-            if not left:
-                raise LuthierError(
-                    "a transaction has been writing to the database for too long; end it "
-                    "(pg_stat_activity lists it), or try again later"
-                ) from error
-        # New writers queue behind a lock that waits: they get as long to go on.
-        time.sleep(_LOCK_SECONDS)
 
 
 def _engine(url: str) -> Engine:
