@@ -240,14 +240,25 @@ MEDIA_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"image": "p/1.png", "label": "a"},
     ),
     (
-        "paths of images or sounds",
+        "paths of media files",
         {"path": "p/1.png", "text": AWKWARD},
         {"image": "p/1.png", "caption": AWKWARD},
     ),
     (
-        "paths of images or sounds",
+        "paths of media files",
         {"path": "1.wav", "label": "a"},
         {"audio": "1.wav", "label": "a"},
+    ),
+    (
+        "paths of media files",
+        {"filename": "1.wav", "label": "a"},
+        {"audio": "1.wav", "label": "a"},
+    ),
+    ("paths of media files", {"file": "p/1.png", "label": "a"}, {"image": "p/1.png", "label": "a"}),
+    (
+        "tokens and ner_tags",
+        {"tokens": ["Rita", "sings"], "ner_tags": ["B-PER", "O"]},
+        {"tokens": ["Rita", "sings"], "tags": ["B-PER", "O"]},
     ),
     # A name of a file beside a text that is none of it.
     ('{"text"}', {"path": "book.md", "text": "t"}, {"text": "t"}),

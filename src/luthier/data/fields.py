@@ -247,8 +247,11 @@ def read_words(value: object, key: str) -> tuple[str, ...]:
         kind = "missing"
     elif not isinstance(value, list):
         kind = json_kind(value)
+    elif not value:
+        kind = "empty"
     else:
-        kind = "an array with something else in it, or an empty one"
+        wrong = next(each for each in value if not isinstance(each, str) or not each.strip())
+        kind = f"an array with {'an empty text' if isinstance(wrong, str) else json_kind(wrong)}"
     raise RowRefused(
         "tags.type",
         f'"{key}" must be an array of texts, but is {kind}.',

@@ -242,7 +242,8 @@ FORMS: tuple[Form, ...] = (
     _form("Bedrock input and output", "input output", _question_answer("input", "output"), _ELSE),
     _form("Bedrock image and caption", "image-ref", _image_reference, used="caption"),
     _media_paths("Hugging Face image folder", "file_name"),
-    _media_paths("paths of images or sounds", "path"),
+    *(_media_paths("paths of media files", key) for key in ("path", "filename", "file")),
+    _form("tokens and ner_tags", "tokens ner_tags", _rename(tokens="tokens", tags="ner_tags")),
     _form("query and positive", "query positive", _rename(anchor="query", positive="positive")),
     _form(
         "question and positive",
