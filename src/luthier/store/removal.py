@@ -1,7 +1,8 @@
-"""Deletion of custom models: refused while somebody answers with one or learns from it.
+"""Deletion of custom models and of their files.
 
-The record goes first, then the files. So that a process that dies between the two leaves nothing, the
-folder is marked before: :func:`finish_deletions` removes what is marked and has no record.
+The record is deleted first, then the files. A mark in the folder, written before the record is deleted,
+lets :func:`finish_deletions` delete the files if the process dies in between. The mark also keeps the
+folder of a deleted model that other models need.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from luthier.store.models import custom_models, lock_record
 from luthier.store.queue import log_file
 
 _REMOVED = ".removed"
-"""File in the folder of a model whose record is deleted: its files go when nobody stands on them."""
+"""Mark in the folder of a model whose record is deleted."""
 
 
 class ModelInUse(WrongState):
-    """A custom model cannot be deleted now."""
+    """A custom model that is in use cannot be deleted."""
 
 
 def delete(database: Database, arns: Arns, model: CustomModel) -> None:
-    """Delete ``model``: its record and tags, then its files. One that is gone already stays so.
+    """Delete the record and tags of ``model``, then its files.
 
     Raises:
         ModelInUse: see :func:`remove`.
@@ -65,13 +66,13 @@ def delete(database: Database, arns: Arns, model: CustomModel) -> None:
 
 
 def remove(session: Session, model: CustomModel, arn: str) -> None:
-    """Delete the record of ``model``, whose ARN is ``arn``, and its tags. Its name is free then.
+    """Delete the record of ``model``, which the session has locked, and the tags of ``arn``.
 
-    ``model`` was read with a lock. Its files are for :func:`remove_files`, after the transaction.
+    Call :func:`remove_files` after the transaction.
 
     Raises:
-        ModelInUse: where a deployment or provisioned throughput has it, a job starts from it, an export
-            reads it, or it is still being taken from outside.
+        ModelInUse: if a deployment or provisioned throughput serves the model, an unfinished job starts
+            from it, an export reads it, or its import has not ended.
     """
     if model.status == CREATING:
         text = f"The model {model.name} is Creating. Wait until it is Active or Failed."
@@ -150,7 +151,7 @@ def users_of_base(database: Database, base: FoundationModel) -> list[str]:
 
 
 def finish_deletions(database: Database) -> None:
-    """Remove the files of models whose deletion a crash cut short; where it never began, they stay."""
+    """Delete the files of models whose deletion was interrupted after their record was deleted."""
     for folder in custom_folders(_REMOVED):
         stored_id = id_of(folder)
         if owner_of(database, stored_id) is not None:
@@ -167,7 +168,7 @@ def owner_of(database: Database, stored_id: str) -> str | None:
 
 
 def is_removed(stored_id: str) -> bool:
-    """Whether a custom model was deleted, and its files stay only for others that stand on them."""
+    """Return whether a model was deleted while other models still need its files."""
     folder = folder_of(stored_id)
     return folder is not None and (folder / _REMOVED).exists()
 
@@ -186,9 +187,9 @@ def count_without_account(database: Database) -> int:
 
 
 def remove_files(stored_id: str | None) -> None:
-    """Delete the files of a model that has no record any more, of its run, and the log of its job.
+    """Delete the files of a model without a record, its run and the log of its job.
 
-    Where another model stands on them the model's own stay, marked, and go with the last one that does.
+    If another model needs the model's folder, the folder stays with a mark.
     """
     if stored_id is None or folder_of(stored_id) is None:
         return
@@ -201,7 +202,7 @@ def remove_files(stored_id: str | None) -> None:
     if any(each.manifest.parent == found.id for each in stored.values()):
         write_bytes(found.folder / _REMOVED, b"")
         return
-    # Who changes its record would else write it once more.
+    # A process that changes the record under the lock would write the folder again.
     with suppress(CorruptFile), lock_record(found):
         shutil.rmtree(found.folder, ignore_errors=True)
     shutil.rmtree(found.folder, ignore_errors=True)  # without a record, too
@@ -209,8 +210,8 @@ def remove_files(stored_id: str | None) -> None:
 
 
 def remove_unneeded(stored_id: str | None) -> None:
-    """Delete the files of a model that was removed before, if nothing stands on them any more."""
+    """Delete the files of a model that was deleted before, unless another model needs them."""
     found = next((each for each in custom_models() if each.id == stored_id), None)
-    # A model that nobody removed may have no record: the command line makes such models.
+    # Models of the CLI have no record, and no mark.
     if found is not None and (found.folder / _REMOVED).is_file():
         remove_files(stored_id)
