@@ -82,7 +82,7 @@ def server(database_url: str, luthier_home: Path, tiny_model_folder: Path) -> It
     about = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
     write_json(base / MANIFEST, about)
     limits = ServerLimits(stored_bytes=20 * MIB)
-    service = Service(Settings(database=database_url, limits=limits, metrics_by_account=True))
+    service = Service(Settings(database=database_url, limits=limits))
     with served(service.application) as url:
         service.start(work=False)
         service.objects.create_bucket(ACCOUNT, "rows")
@@ -266,13 +266,6 @@ def test_usage_is_written_down_by_day_and_model(server: Server) -> None:
     printed = server.luthier("usage", "--account", ACCOUNT, "--csv").splitlines()
     assert printed[0].startswith("day,account,model,requests,prompt_tokens")
     assert len(printed) == 3
-
-
-def test_metrics_by_account_are_told_where_that_was_asked_for(server: Server) -> None:
-    server.aws("s3").put_object(Bucket="rows", Key="a", Body=b"x" * 1000)
-    text = server.metrics()
-    assert f'luthier_account_bytes_in_total{{account="{ACCOUNT}"}} 1000.0' in text
-    assert f'luthier_account_stored_bytes{{account="{ACCOUNT}"}} 1000.0' in text
 
 
 def used(server: Server, model: str, requests: int) -> dict[str, Any]:

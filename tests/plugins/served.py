@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,13 +14,24 @@ from luthier.api.http.server import Ports, Server, listen, server_config
 from luthier.limits import ServerLimits
 
 
+class ClosingServer(Server):
+    """A server that leaves no connection open to clients that read no more."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        await asyncio.sleep(0.01)
+
+
 @contextlib.contextmanager
 def served(
     application: Any, limits: ServerLimits | None = None, ports: Ports | None = None
 ) -> Iterator[str]:
     """``http://127.0.0.1:PORT`` of ``application``, until the block ends; https with a certificate."""
     limits = (limits or ServerLimits()).model_copy(update={"shutdown_seconds": 1})
-    server = Server(server_config(application, limits, ports or Ports()))
+    server = ClosingServer(server_config(application, limits, ports or Ports()))
     sockets = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()

@@ -97,7 +97,7 @@ class Service:
         self._later.daemon = True
         limits = settings.limits
         turns = FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds)
-        latencies = LatencyTable(partial(_metric_label, settings.metrics_by_account))
+        latencies = LatencyTable(_metric_label)
         self.pool = ModelPool(
             reader=GrammarReader(turns, limits.schema_characters),
             limits=limits,
@@ -126,7 +126,7 @@ class Service:
             Metrics(
                 self._gauges,
                 self.meter.count,
-                (latencies, *([self.meter] if settings.metrics_by_account else [])),
+                latencies,
             ),
             self.trail,
             self.missing,
@@ -289,14 +289,11 @@ class Service:
         }
 
 
-def _metric_label(by_account: bool, stored: StoredModel) -> str:
-    """What ``/metrics``, which answers to everybody, calls a model.
+def _metric_label(stored: StoredModel) -> str:
+    """Return the name of a model in ``/metrics``: the base model of the catalogue at its bottom.
 
-    Names that an account gave are told with metrics by account alone: else a model counts as the base
-    model of the catalogue at its bottom, if it has one.
+    Any client can read ``/metrics``, and names of custom models belong to their accounts.
     """
-    if by_account:
-        return stored.id
     return stored.root if stored.root in CATALOG else OTHER
 
 

@@ -28,8 +28,6 @@ class Settings:
     """Method and fields of the graders that rewards name as Lambda functions, by function name."""
     requests_per_second: float | None = None
     """Rate of each account that has no quota of its own; ``None`` for no limit."""
-    metrics_by_account: bool = False
-    """Whether ``/metrics``, which answers to everybody, tells what each account uses."""
     strict_region: bool = False
     """Refuse signatures whose scope names another region."""
     cors_origins: tuple[str, ...] = ()

@@ -6,13 +6,12 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from luthier.api.http.messages import CheckedBody
 from luthier.models.sampling import Constraint
 
 
-class StructuredOutputs(CheckedBody):
+class StructuredOutputs(BaseModel):
     """The member ``structured_outputs``: one of these. Source: vLLM's ``StructuredOutputsParams``."""
 
     model_config = ConfigDict(strict=True, extra="forbid")

@@ -79,13 +79,6 @@ def serve(
             "https://app.example; none by default. May be repeated.",
         ),
     ] = None,
-    metrics_by_account: Annotated[
-        bool,
-        typer.Option(
-            "--metrics-by-account",
-            help="Let /metrics, which answers to everybody, tell what each account uses.",
-        ),
-    ] = False,
     runner: Annotated[
         RunnerName, typer.Option(help="Where training runs: on this machine, or on a Ray cluster.")
     ] = RunnerName.local,
@@ -163,7 +156,6 @@ def serve(
             requests_per_second=requests_per_second,
             cors_origins=check_origins(cors_origin or ()),
             limits=parse_limits(limit or ()),
-            metrics_by_account=metrics_by_account,
             ray_address=ray_address,
             ray_gpus=ray_gpus,
             job_processes=job_processes,

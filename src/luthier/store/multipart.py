@@ -91,11 +91,8 @@ class MultipartUploads:
     ) -> ObjectPiece:
         """Keep a part; one with the same number is replaced. Raises as :meth:`Objects.put`."""
         piece = ObjectPiece.of(account, number, written, checksums)
-
-        def lock(session: Session) -> Upload:
-            return _upload(session, account, bucket, key, upload_id, lock=True)
-
-        with self.objects.name_files(account, [written.id], lock) as (session, _):
+        with self.objects.name_files(account, [written.id]) as session:
+            _upload(session, account, bucket, key, upload_id, lock=True)
             before = select(ObjectPiece).where(
                 ObjectPiece.upload_id == upload_id, ObjectPiece.number == number
             )

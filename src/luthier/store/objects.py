@@ -10,14 +10,14 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import BigInteger, ForeignKey, Index, Text, UniqueConstraint, delete, select
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.data.s3 import BUCKET
@@ -224,7 +224,6 @@ def remove_upload(session: Session, upload: Upload) -> FreedStorage:
 
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
 """Names that are paths of the other faces on the same port."""
-Row = TypeVar("Row")
 _FOUND_AGAIN = 5
 """Times that an object is looked up again because it was replaced before its file was opened."""
 
@@ -356,8 +355,7 @@ class Objects:
     ) -> StoredObject:
         """Let ``key`` name what was written; what it named before is gone.
 
-        ``also`` writes what is to be there with the object or not at all. After any error the file that
-        was written is removed, unless its rows are there.
+        ``also`` writes what is to be there with the object or not at all.
 
         Raises:
             ObjectRefused: ``NoSuchBucket``, ``KeyTooLongError``, or what ``check`` raises.
@@ -379,11 +377,8 @@ class Objects:
         also: Callable[[Session], None] | None = None,
     ) -> StoredObject:
         """As :meth:`put`, for new pieces that are to stand one after the other."""
-
-        def lock(session: Session) -> Bucket:
-            return get_bucket(session, account, bucket, lock=True)
-
-        with self.name_files(account, [piece.id for piece in pieces], lock) as (session, found):
+        with self.name_files(account, [piece.id for piece in pieces]) as session:
+            found = get_bucket(session, account, bucket, lock=True)
             check_key(key)
             if also is not None:
                 also(session)
@@ -402,35 +397,21 @@ class Objects:
         return made
 
     @contextmanager
-    def name_files(
-        self, account: str, ids: Sequence[str], lock: Callable[[Session], Row]
-    ) -> Iterator[tuple[Session, Row]]:
-        """A transaction whose rows name new files; after an error these are gone, unless they do.
+    def name_files(self, account: str, ids: Sequence[str]) -> Iterator[Session]:
+        """A transaction whose rows name new files, which are removed after an error.
 
-        ``lock`` reads a row and keeps it from all others that write such names.
+        After a failed commit the rows may exist: :meth:`sweep` removes the files later if not.
         """
         committing = False
         try:
             with self.database.write() as session:
-                yield session, lock(session)
+                yield session
                 session.flush()
                 committing = True
         except Exception:
-            if not committing or self._was_rolled_back(ids, lock):
+            if not committing:
                 self.files.remove(account, ids)
             raise
-
-    def _was_rolled_back(self, ids: Sequence[str], lock: Callable[[Session], Row]) -> bool:
-        """Whether a commit that failed wrote nothing; not so where that cannot be found out."""
-        try:
-            with self.database.write() as session:
-                # A commit that the database still works on holds this row until it is decided.
-                with suppress(ObjectRefused):
-                    lock(session)
-                named = select(ObjectPiece.id).where(ObjectPiece.id == ids[0])
-                return session.scalar(named) is None
-        except SQLAlchemyError:
-            return False  # the next start looks again
 
     def head(self, account: str, bucket: str, key: str) -> StoredObject:
         """What a key names; ``NoSuchBucket`` or ``NoSuchKey`` where it names nothing."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import date, timedelta
 from typing import Any
 
-from sqlalchemy import BigInteger, case, func, select
+from sqlalchemy import BigInteger, case, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput
@@ -130,10 +130,3 @@ def report(
         }
         for row, name in session.execute(query)
     ]
-
-
-def training_seconds(session: Session) -> dict[str, float]:
-    """Seconds of training of each account, over all days."""
-    counted = select(DailyUsage.account, func.sum(DailyUsage.training_seconds))
-    rows = session.execute(counted.group_by(DailyUsage.account))
-    return {account: float(seconds) for account, seconds in rows}

@@ -108,23 +108,14 @@ def test_reads_of_the_console_are_no_requests_of_the_account(luthier_home: Path)
     assert [after - before for before, after in pairwise(counts)] == expected
 
 
-@pytest.mark.parametrize(
-    ("by_account", "expected"),
-    [
-        (False, ["all-minilm-l6-v2", "all-minilm-l6-v2", "other", "other"]),
-        (True, ["all-minilm-l6-v2", "all-minilm-l6-v2:jobs", "made-here", "imported:theirs"]),
-    ],
-)
-def test_metrics_name_models_of_accounts_only_where_they_name_accounts(
-    luthier_home: Path, by_account: bool, expected: list[str]
-) -> None:
+def test_metrics_do_not_name_models_of_accounts(luthier_home: Path) -> None:
     base = "all-minilm-l6-v2"
     roots = {base: None, f"{base}:jobs": base, "made-here": None, "imported:theirs": None}
-    service = Service(Settings(metrics_by_account=by_account))
+    service = Service(Settings())
     table = service.pool._latencies
     assert table is not None
     for name, root in roots.items():
         table.of(StoredModel(name, Path(), Manifest(id=name, root=root)))
     labels = {each.labels["model"] for family in table.collect() for each in family.samples}
-    assert labels == {*expected}
+    assert labels == {base, "other"}
     service.close()

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from luthier.api.http.messages import CheckedBody, Fault, Request
+from luthier.api.http.messages import Fault, Request
 from luthier.validation import custom_message, expected_type, type_of
 
 
-class NativeBody(CheckedBody):
+class NativeBody(BaseModel):
     """A body in a model's own form, whose members are all known and of strict types."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)

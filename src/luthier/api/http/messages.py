@@ -19,8 +19,6 @@ from functools import cached_property
 from typing import Any
 from urllib.parse import parse_qs, unquote_to_bytes
 
-from pydantic import BaseModel, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema, PydanticCustomError
 from sqlalchemy.exc import OperationalError
 
 from luthier.errors import (
@@ -43,8 +41,6 @@ JSON_DEPTH = 200
 """Levels of objects and lists in a body."""
 JSON_VALUES = 500_000
 """Values in a body: each takes up to 200 bytes of memory."""
-MOST_KEYS = 1_000
-"""Of an object whose fields are known."""
 PREDICTIONS = "POST /api/v1/models/NAME/predictions"
 """How models that read are asked, of every face."""
 _FORM = "application/x-www-form-urlencoded"
@@ -384,41 +380,3 @@ def address_of(scope: Scope) -> str:
     """Where the request comes from; empty where that is not known."""
     client = scope.get("client")
     return client[0] if client else ""
-
-
-def _stop_at_first(schema: Any) -> None:
-    if isinstance(schema, dict):
-        if schema.get("type") in ("list", "tuple", "dict"):
-            schema["fail_fast"] = True
-        for part in schema.values():
-            _stop_at_first(part)
-    elif isinstance(schema, list):
-        for part in schema:
-            _stop_at_first(part)
-
-
-class CheckedBody(BaseModel):
-    """A model whose lists and objects are refused at their first wrong item, or for too many keys.
-
-    Else pydantic collects an error of about a kilobyte for every item, in each alternative: a body of
-    25 MB can hold ten million of them.
-    """
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_keys(cls, given: Any) -> Any:
-        if isinstance(given, dict) and len(given) > MOST_KEYS:
-            raise PydanticCustomError(
-                "too_many_keys",
-                f"an object has {len(given):,} keys, and at most {MOST_KEYS:,} are read",
-            )
-        return given
-
-    @classmethod
-    def __get_pydantic_core_schema__(
-        cls, source: type[BaseModel], handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        """The schema, with all lists and objects in it changed."""
-        schema = handler(source)
-        _stop_at_first(schema)
-        return schema

@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 
 from luthier.api.http.streams import Receive, Send
-from luthier.serving.latency import BUCKETS, OTHER
+from luthier.serving.latency import BUCKETS
 from luthier.store.database import Database, now
 from luthier.store.storage import Storage
-from luthier.store.usage import CountUsage, Usage, add_usage, training_seconds
+from luthier.store.usage import CountUsage, Usage, add_usage
 
 if TYPE_CHECKING:
     from prometheus_client.core import (
@@ -34,16 +34,7 @@ if TYPE_CHECKING:
 
 WRITE_SECONDS = 60.0
 """How often counts are written."""
-MOST_ACCOUNTS = 1000
-"""Accounts that metrics tell apart; all others are one, so that no scrape grows without end."""
 
-_COUNTERS = {
-    "requests": "Requests of the account's keys, and lines of its batches.",
-    "prompt_tokens": "Tokens that models read for the account.",
-    "generated_tokens": "Tokens that models wrote for the account.",
-    "bytes_in": "Bytes of the bodies of its requests.",
-    "bytes_out": "Bytes of the bodies of its answers.",
-}
 _NOT_LOGGED = ("actions", "body_requested", "tokens", "of_console")
 """Of :class:`RequestRecord`, what is not in the log."""
 Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
@@ -106,14 +97,17 @@ class Metrics:
     """Counts and logs requests; ``gauges`` are read when somebody looks."""
 
     def __init__(
-        self, gauges: Gauges, count: CountUsage | None = None, collectors: Sequence[Collector] = ()
+        self,
+        gauges: Gauges,
+        count: CountUsage | None = None,
+        latencies: Collector | None = None,
     ) -> None:
         """Begin to count.
 
         Args:
             gauges: gives values by label, by the name of the gauge: ``jobs`` by state, ...
             count: told what each account used.
-            collectors: further metrics.
+            latencies: times of the models that write.
         """
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -128,8 +122,8 @@ class Metrics:
         )  # fmt: skip
         self._registry.register(_Gauges(gauges))
         self._count = count
-        for collector in collectors:
-            self._registry.register(collector)
+        if latencies is not None:
+            self._registry.register(latencies)
 
     def count_request(self, record: RequestRecord, seconds: float) -> None:
         """Count and log a request that was answered."""
@@ -215,8 +209,6 @@ class Meter:
         self._database, self._write_seconds = database, write_seconds
         self._lock = threading.Lock()
         self._used: dict[tuple[date, str, str], Usage] = {}
-        self._totals: dict[str, Usage] = {}
-        """By account, since the start."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="meter", daemon=True)
         self._thread.start()
@@ -228,8 +220,6 @@ class Meter:
         """
         with self._lock:
             self._used.setdefault((now().date(), account, model), Usage()).add(used)
-            known = account in self._totals or len(self._totals) < MOST_ACCOUNTS
-            self._totals.setdefault(account if known else OTHER, Usage()).add(used)
 
     def write(self) -> None:
         """Write what was counted; where that fails it is written with the next."""
@@ -256,45 +246,6 @@ class Meter:
         self._thread.join()
         self.write()
 
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """Metrics by account for Prometheus: of this process since its start, but for what is stored
-        and trained, which all processes share.
-        """
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        with self._lock:
-            totals = {account: Usage(**vars(used)) for account, used in self._totals.items()}
-        for name, about in _COUNTERS.items():
-            family = CounterMetricFamily(f"luthier_account_{name}", about, labels=["account"])
-            for account, used in totals.items():
-                family.add_metric([account], getattr(used, name))
-            yield family
-        with self._database.read() as session:
-            largest = select(Storage.account, Storage.stored_bytes)
-            ordered = largest.order_by(Storage.stored_bytes.desc())
-            stored = {account: float(size) for account, size in session.execute(ordered)}
-            trained = training_seconds(session)
-        family = CounterMetricFamily(
-            "luthier_account_training_seconds", "Seconds of work on jobs.", labels=["account"]
-        )
-        for account, seconds in _largest_accounts(trained):
-            family.add_metric([account], seconds)
-        yield family
-        gauge = GaugeMetricFamily(
-            "luthier_account_stored_bytes", "Bytes that are stored now.", labels=["account"]
-        )
-        for account, size in _largest_accounts(stored):
-            gauge.add_metric([account], size)
-        yield gauge
-
     def _run(self) -> None:
         while not self._closing.wait(self._write_seconds):
             self.write()
-
-
-def _largest_accounts(values: dict[str, float]) -> Iterator[tuple[str, float]]:
-    """The largest ``MOST_ACCOUNTS`` by name, all others as one."""
-    ordered = sorted(values.items(), key=lambda pair: -pair[1])
-    yield from ordered[:MOST_ACCOUNTS]
-    if ordered[MOST_ACCOUNTS:]:
-        yield OTHER, sum(value for _, value in ordered[MOST_ACCOUNTS:])

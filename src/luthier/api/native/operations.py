@@ -18,7 +18,6 @@ from sqlalchemy.orm import Session
 
 from luthier.api.audit import record_action
 from luthier.api.http.messages import (
-    CheckedBody,
     Fault,
     Request,
     RequestHead,
@@ -51,6 +50,8 @@ STATUS = {
     "ServiceUnavailable": 503, "ModelNotReady": 503, "ModelError": 500, "ModelTimeout": 504,
 }  # fmt: skip
 """HTTP status of each fault; 400 for others."""
+MOST_ERRORS = 10
+"""Errors of a body that a response names."""
 _REFERENCE = "#/components/schemas/{model}"
 _ERROR = {
     "type": "object",
@@ -69,7 +70,7 @@ _ERROR = {
 }
 
 
-class Input(CheckedBody):
+class Input(BaseModel):
     """What is sent: its fields are known, others are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -203,10 +204,7 @@ def _parse(kind: type[BaseModel], value: Any) -> Any:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        # A list is given up at its first wrong item, and then counts as too short, too.
-        above = {each["loc"][:end] for each in found for end in range(len(each["loc"]))}
-        first = [each for each in found if each["type"] != "too_short" or each["loc"] not in above]
+        first = error.errors(include_url=False)[:MOST_ERRORS]
         places = [".".join(map(str, each["loc"])) for each in first]
         text = "; ".join(
             f"{place or 'the body'}{describe_error(each)}"

@@ -11,7 +11,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 
 from luthier.api.audit import record_action
 from luthier.api.http.messages import (
-    CheckedBody,
     Fault,
     Request,
     Response,
@@ -118,7 +117,7 @@ def model_not_found(model: str) -> Fault:
     return Fault("ResourceNotFound", text, parameter="model", reason="model_not_found")
 
 
-class Body(CheckedBody):
+class Body(BaseModel):
     """A JSON body. Types are as sent, nothing is guessed; members we do not know are passed over."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
