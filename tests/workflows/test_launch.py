@@ -76,7 +76,7 @@ def documents(text: str) -> dict[str, dict[str, Any]]:
 
 def recipe_in(target: Target, text: str) -> dict[str, Any]:
     """The recipe that a file carries, read as the cluster would."""
-    if target in ("kubernetes", "kubeflow"):
+    if target == "kubernetes":
         text = documents(text)["ConfigMap"]["data"]["recipe.toml"]
     elif target == "ray":
         tree = ast.parse(text)
@@ -230,52 +230,6 @@ def test_a_container_of_slurm_sees_the_store_and_the_data(
     assert f"{luthier_home}:{luthier_home},{tmp_path}/my data:{tmp_path}/my data" in text
     with pytest.raises(RecipeError, match="comma or colon"):
         launch_file(recipe("a:b"), FOUND, request, PROCESSOR)
-
-
-MODELS = {
-    "PersistentVolumeClaim": "IoK8sApiCoreV1PersistentVolumeClaim",
-    "ConfigMap": "IoK8sApiCoreV1ConfigMap",
-    "Pod": "IoK8sApiCoreV1Pod",
-    "Service": "IoK8sApiCoreV1Service",
-    "Job": "IoK8sApiBatchV1Job",
-    "TrainJob": "TrainerV1alpha1TrainJob",
-}
-"""Classes of the published OpenAPI of Kubernetes and Kubeflow Trainer."""
-
-
-def lost(given: Any, back: Any, place: str = "") -> list[str]:
-    """What a schema does not know: it is missing, or another, in what is written back."""
-    if isinstance(given, dict) and isinstance(back, dict):
-        return [each for key in given for each in lost(given[key], back.get(key), f"{place}.{key}")]
-    if isinstance(given, list) and isinstance(back, list) and len(given) == len(back):
-        pairs = enumerate(zip(given, back, strict=True))
-        return [each for number, pair in pairs for each in lost(*pair, f"{place}[{number}]")]
-    return [] if given == back else [place]
-
-
-def test_a_field_that_kubernetes_does_not_know_is_seen() -> None:
-    models = pytest.importorskip("kubeflow_trainer_api.models")
-    document = {"kind": "Job", "spec": {"template": {"spec": {"containers": []}}, "backofLimit": 1}}
-    back = models.IoK8sApiBatchV1Job.from_dict(document).to_dict()
-    assert lost(document, back) == [".spec.backofLimit"]
-
-
-@pytest.mark.parametrize("target", ["kubernetes", "kubeflow"])
-@pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (2, 3)])
-def test_kubernetes_reads_every_field(
-    target: Target, processes: int, nodes: int, recipe: Callable[..., Recipe]
-) -> None:
-    models = pytest.importorskip("kubeflow_trainer_api.models")
-    request = LaunchRequest(target, processes, nodes, gpu="H100", seconds=3600)
-    text = launch_file(recipe(), FOUND, request, PROCESSOR)
-    found = documents(text)
-    assert ("Service" in found) == (target == "kubernetes" and nodes > 1)
-    assert {"Job", "TrainJob"} & found.keys() == {
-        "kubernetes": {"Job"}, "kubeflow": {"TrainJob"}
-    }[target]  # fmt: skip
-    for kind, document in found.items():
-        back = getattr(models, MODELS[kind]).from_dict(document).to_dict()
-        assert not lost(document, back), kind
 
 
 @pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (2, 3)])

@@ -28,8 +28,8 @@ from luthier.cli.options import (
 def launch(
     data: Data,
     on: Annotated[
-        Literal["slurm", "kubernetes", "kubeflow", "skypilot", "ray"],
-        typer.Option("--on", help="What runs the job; kubeflow is a TrainJob of Kubeflow Trainer."),
+        Literal["slurm", "kubernetes", "skypilot", "ray"],
+        typer.Option("--on", help="What runs the job."),
     ],
     processes: Annotated[int, typer.Option(help="On each node; each trains on its share.")] = 1,
     nodes: Annotated[int, typer.Option(help="Machines.")] = 1,

@@ -202,8 +202,8 @@ def launch(
 
     Args:
         data: a data file, a TOML recipe, or a :class:`~luthier.recipe.Recipe`.
-        on: ``slurm`` (a batch script), ``kubernetes`` (a Job), ``kubeflow`` (a TrainJob of Kubeflow
-            Trainer), ``skypilot`` (a task) or ``ray`` (a script that ``ray job submit`` takes).
+        on: ``slurm`` (a batch script), ``kubernetes`` (a Job), ``skypilot`` (a task) or ``ray`` (a
+            script that ``ray job submit`` takes).
         processes: on each node.
         nodes: how many machines.
         gpu: the cluster's name of the GPU that each process gets, or ``none``; not given, as here.

@@ -1,4 +1,4 @@
-"""Launch files: a recipe as a job of Slurm, Kubernetes, Kubeflow, SkyPilot or Ray, as estimated.
+"""Launch files: a recipe as a job of Slurm, Kubernetes, SkyPilot or Ray, as estimated.
 
 The text of each file is a template in ``templates/launch``. Nothing of a recipe, a path or an option
 comes into a file but through a filter that quotes it for the place where it stands: the environment
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
     from luthier.workflows.estimate.estimate import Estimate
 
-Target = Literal["slurm", "kubernetes", "kubeflow", "skypilot", "ray"]
+Target = Literal["slurm", "kubernetes", "skypilot", "ray"]
 TEMPLATES: Mapping[Target, str] = {
     "slurm": "slurm.sh.jinja",
     "kubernetes": "kubernetes.yaml.jinja",
-    "kubeflow": "kubeflow.yaml.jinja",
     "skypilot": "skypilot.yaml.jinja",
     "ray": "ray.py.jinja",
 }
@@ -231,10 +230,6 @@ def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine
         "limit": sizing.seconds if request.seconds else 0,
         "lead": min(LEAD, sizing.seconds // 4),
         "slurm_time": _slurm_time(sizing.seconds),
-        "kind": {"kubernetes": "job", "kubeflow": "trainjob"}.get(request.target, ""),
-        "logs": f"job/{label}"
-        if request.target == "kubernetes"
-        else f"--selector jobset.sigs.k8s.io/jobset-name={label}",
     }
     return render(TEMPLATES[request.target], values)
 
@@ -334,8 +329,6 @@ def _mounts(sources: Sequence[str]) -> str:
 def _command(request: LaunchRequest, label: str) -> list[str]:
     """What a container runs."""
     tune = ["luthier", "tune", RECIPE, "--resume"]
-    if request.target == "kubeflow":
-        return ["torchrun", "--no-python", *tune]
     if request.nodes > 1:
         return [
             *("torchrun", "--nnodes", str(request.nodes)),
