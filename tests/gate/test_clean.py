@@ -110,7 +110,7 @@ def test_a_clean_set_stays_as_it_is_byte_for_byte(
 ) -> None:
     source, held = faulty
     every: dict[str, Any] = {
-        "normalize": True, "redact": ["all"], "dedupe": "near", "balance": "down",
+        "normalize": True, "redact": ["all"], "dedupe": "near",
         "drop": ["unreadable", "label.contradiction", "leakage.*", "length.outlier"],
         "validation": held,
     }  # fmt: skip
@@ -212,7 +212,7 @@ def test_names_of_tags_are_merged_too(tmp_path: Path) -> None:
     assert {row["tags"][1] for row in read(tmp_path / "b.jsonl")} == {"B-loc"}
 
 
-def test_nothing_private_is_in_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_private_is_in_any_file(tmp_path: Path) -> None:
     mail, key = "bob.smith@gmail.com", "AKIAIOSFODNN7EXAMPLQ"
     rows = [
         {"messages": [
@@ -235,13 +235,6 @@ def test_nothing_private_is_in_any_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert mail not in everything and key not in everything
     assert done.edits["redact"] == {"email": 3, "api_key": 1}
     assert cleaned(source, tmp_path / "c.jsonl", redact=["phone"]).changed == {}
-    monkeypatch.setenv("A_KEY", "k" * 32)
-    keyed = tmp_path / "d.jsonl"
-    cleaned(source, keyed, redact=["email"], redact_key_env="A_KEY")
-    assert "[EMAIL_1]" not in keyed.read_text() and key in keyed.read_text()
-    monkeypatch.setenv("A_KEY", "short")
-    with pytest.raises(RecipeError, match="16 bytes"):
-        cleaned(source, tmp_path / "e.jsonl", redact=["email"], redact_key_env="A_KEY")
 
 
 def test_choices_are_redacted_too(tmp_path: Path) -> None:
@@ -252,27 +245,6 @@ def test_choices_are_redacted_too(tmp_path: Path) -> None:
     assert read(target) == [
         {"prompt": "Write to [EMAIL_1]", "choices": ["[EMAIL_1]", "[EMAIL_2]"], "answer": 0}
     ]
-
-
-def test_classes_are_drawn_down_to_the_smallest_or_to_a_number(tmp_path: Path) -> None:
-    rng = random.Random(4)
-    sizes = {"a": 50, "b": 20, "c": 7}
-    rows = [{"text": sentence(rng), "label": name} for name, n in sizes.items() for _ in range(n)]
-    source = written(tmp_path / "a.jsonl", *rows)
-
-    def labels(name: str, **fields: Any) -> tuple[dict[str, int], list[Any]]:
-        cleaned(source, tmp_path / name, **fields)
-        kept = read(tmp_path / name)
-        return dict(Counter(row["label"] for row in kept)), kept
-
-    assert labels("1.jsonl", balance="down")[0] == {"a": 7, "b": 7, "c": 7}
-    count, first = labels("2.jsonl", balance=12)
-    assert count == {"a": 12, "b": 12, "c": 7}
-    assert labels("3.jsonl", balance=12)[1] == first
-    other = labels("4.jsonl", balance=12, seed=1)[1]
-    assert other != first and [rows.index(row) for row in first] == sorted(map(rows.index, first))
-    with pytest.raises(RecipeError, match="no label"):
-        cleaned(written(tmp_path / "t.jsonl", {"text": "a"}), tmp_path / "5.jsonl", balance=3)
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl.gz", "parquet"])

@@ -20,16 +20,12 @@ from luthier.gate.rules import READING_RULES
     ("fields", "said"),
     [
         ({}, "nothing is asked for"),
-        ({"seed": 3}, "nothing is asked for"),
         ({"drop": ["duplicate.nere"]}, "did you mean duplicate.near"),
         ({"drop": ["label.imbalance"]}, "about the data as a whole"),
         ({"drop": ["leakage.many"]}, "about the data as a whole"),
         ({"drop": ["file.empty"]}, "about the data as a whole"),
         ({"drop": ["row.too_long"]}, "--base"),
         ({"redact": ["names"]}, "there is no kind 'names'"),
-        ({"normalize": True, "redact_key_env": "K"}, "nothing is redacted"),
-        ({"balance": 0}, "balance"),
-        ({"balance": "up"}, "balance"),
         ({"dedup": "near"}, "there is no such field"),
     ],
 )
@@ -61,17 +57,26 @@ def test_every_edit_is_a_field_of_the_plan() -> None:
 
 def test_options_have_the_last_word_over_a_plan_in_a_file(tmp_path: Path) -> None:
     plan = tmp_path / "clean.toml"
-    plan.write_text('normalize = true\ndedupe = "near"\ndrop = ["unreadable"]\nbalance = 5\n')
+    plan.write_text('normalize = true\ndedupe = "near"\ndrop = ["unreadable"]\n')
     rows = [{"text": f"{word} of {n}", "label": "ab"[n % 2]} for n, word in enumerate("pqrstuvw")]
     source, target = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     source.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "{\n")
-    arguments = ["clean", str(source), str(target), "--plan", str(plan), "--balance", "2", "--json"]
+    arguments = [
+        "clean",
+        str(source),
+        str(target),
+        "--plan",
+        str(plan),
+        "--dedupe",
+        "exact",
+        "--json",
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     body = json.loads(done.stdout)
-    assert body["dropped"] == {"balance": 4, "json.invalid": 1} and body["rows_out"] == 4
+    assert body["dropped"] == {"json.invalid": 1} and body["rows_out"] == 8
     assert CliRunner().invoke(app, arguments).exit_code == 2  # the target is there
     shown = CliRunner().invoke(app, [*arguments[:-1], "--overwrite", "--dry-run"])
-    assert "4 rows would be written" in " ".join(shown.stdout.split())
+    assert "8 rows would be written" in " ".join(shown.stdout.split())
     bad = CliRunner().invoke(app, [*arguments[:3], "--drop", "nothing.such"])
     assert bad.exit_code == 2 and "there is no rule" in bad.output

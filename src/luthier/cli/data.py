@@ -180,9 +180,6 @@ def clean(
         list[str] | None,
         typer.Option(help="Pseudonyms for email, phone, card ..., or all; may be repeated."),
     ] = None,
-    redact_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with a key: equal in every file.")
-    ] = None,
     drop: Annotated[
         list[str] | None,
         typer.Option(
@@ -193,10 +190,6 @@ def clean(
     dedupe: Annotated[
         Literal["exact", "near"] | None, typer.Option(help="Keep the first of copies.")
     ] = None,
-    balance: Annotated[
-        str | None, typer.Option(metavar="down|ROWS", help="Rows of each class at most.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Which rows of a class are kept.")] = None,
     plan: Annotated[
         Path | None, typer.Option(help="TOML file with these options; those given here win.")
     ] = None,
@@ -220,8 +213,7 @@ def clean(
 
     fixes = {
         "normalize": normalize or None, "merge_labels": merge_labels or None, "redact": redact,
-        "redact_key_env": redact_key_env, "drop": drop, "dedupe": dedupe,
-        "balance": int(balance) if balance and balance.isdecimal() else balance, "seed": seed,
+        "drop": drop, "dedupe": dedupe,
         "base": base, "objective": objective,
     }  # fmt: skip
     given = {name: value for name, value in fixes.items() if value is not None}

@@ -41,7 +41,7 @@ from luthier.files import new_file, write_json
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import all_rules
 from luthier.gate.checks.balance import labels_of, spellings
-from luthier.gate.clean_plan import CleaningPlan, pseudonym_key
+from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.edits import Edit, EditContext, RowDraft, edits_for
 from luthier.gate.selection import Selection, Selector
 from luthier.types import Row, map_texts
@@ -124,17 +124,16 @@ def clean(
     kind = "text" if target.suffix.lower() in PLAIN_TEXT else format_of(target)
     beside = changes_path(target), summary_path(target)
     check_target(target, beside, [source, *held.values()], overwrite or dry_run)
-    key = pseudonym_key(plan)
     labels: Mapping[str, str] = {}
     if plan.merge_labels:
         # Of all splits, as `inspect` counts them: each is cleaned by itself, and all in one way.
         rows = chain(RowReader(source, columns), *map(RowReader, held.values()))
         labels = spellings(Counter(name for row in rows for name in {*labels_of(row)}))
-    context = EditContext(plan, _load_context(plan, on_stage), key, labels)
+    context = EditContext(plan, _load_context(plan, on_stage), labels)
     work = _Cleaning(source, columns, context, on_progress)
     summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run)
     selection = Selection(())
-    if plan.dropped_rules or plan.balance:
+    if plan.dropped_rules:
         splits = {split: _rows_reader(each) for split, each in held.items()}
         selector = Selector(plan, context.known, work.rows, splits)
         selection = selector.select()
@@ -249,8 +248,6 @@ class _Cleaning:
 
     def _about(self, why: str, selection: Selection, number: int) -> str:
         """Why a row went; the words of the rule, as those of a finding may quote the row."""
-        if why not in self.rules:
-            return "The class has more rows than asked for."
         other = selection.other(number)
         return self.rules[why].about + (f" See {other}." if other else "")
 

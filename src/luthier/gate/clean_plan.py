@@ -2,16 +2,15 @@
 
 Edits come first, as they are written in :data:`luthier.gate.edits.EDITS`: a repair may make rows
 equal. What is dropped is judged by what would be
-written: rows that break the chosen rules, copies among them, then rows of classes that are too large.
+written: rows that break the chosen rules, copies among them.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from luthier.errors import RecipeError
 from luthier.gate.check import CheckContext
@@ -41,16 +40,10 @@ class CleaningPlan(StrictModel):
     them."""
     redact: tuple[str, ...] = ()
     """Replace personal data and secrets of these kinds by pseudonyms; `all` for all kinds."""
-    redact_key_env: str | None = None
-    """Environment variable with a key of 16 bytes or more, that makes pseudonyms equal across files."""
     drop: tuple[str, ...] = ()
     """Rules of the gate whose rows are removed; `unreadable` for rows that cannot be read."""
     dedupe: Literal["exact", "near"] | None = None
     """Keep the first of rows that are the same, or nearly."""
-    balance: Literal["down"] | PositiveInt | None = None
-    """Rows of each class at most; `down` for as many as the smallest has."""
-    seed: int = Field(default=0, ge=0)
-    """Which rows of a class are kept."""
     base: str | None = None
     """Model for rules that need a tokenizer, such as `row.too_long`."""
     objective: str | None = None
@@ -75,18 +68,16 @@ class CleaningPlan(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not (self.edits or self.dropped_rules or self.refused_rules or self.balance):
+        if not (self.edits or self.dropped_rules or self.refused_rules):
             raise ValueError(
-                "nothing is asked for; choose from --normalize, --merge-labels, --redact, --drop, "
-                "--dedupe and --balance"
+                "nothing is asked for; choose from --normalize, --merge-labels, --redact, --drop "
+                "and --dedupe"
             )
         for kind in self.redact:
             if kind not in (*KINDS, "all"):
                 raise ValueError(
                     f"redact: there is no kind {kind!r}; there are all, {', '.join(KINDS)}"
                 )
-        if self.redact_key_env and not self.redact:
-            raise ValueError("redact_key_env: nothing is redacted; name kinds with --redact")
         if not self.base:
             self._check_base()
         return self
@@ -142,16 +133,3 @@ def _droppable(name: str) -> list[str]:
             f"{rules[0].fix or 'mend the file'}"
         )
     return [rule.id for rule in rules if not rule.whole]
-
-
-def pseudonym_key(plan: CleaningPlan) -> bytes | None:
-    """The key of pseudonyms; :class:`RecipeError` where it is absent or too short."""
-    if plan.redact_key_env is None:
-        return None
-    key = os.environ.get(plan.redact_key_env, "").encode()
-    if len(key) < 16:
-        raise RecipeError(
-            f"the environment variable {plan.redact_key_env} must hold a key of 16 bytes or more; "
-            f"`openssl rand -hex 32` makes one"
-        )
-    return key

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import secrets
 import unicodedata
 from abc import ABC, abstractmethod
-from base64 import b32encode
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -41,8 +37,6 @@ class EditContext:
     plan: CleaningPlan
     known: CheckContext
     """The model that rows are to fit, where there is one."""
-    key: bytes | None = field(default=None, repr=False)
-    """Key of pseudonyms."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """For each label that is written in another way more often, that one."""
 
@@ -155,10 +149,6 @@ class MergeLabels(Edit):
         return RowDraft(row, draft.further), ", ".join(words)
 
 
-_LETTERS = 10
-"""Letters of a pseudonym made of a key: 50 bits, so that a million items collide with chance 4e-4."""
-
-
 @dataclass(frozen=True, slots=True)
 class Change:
     """One replaced item; it does not hold the item."""
@@ -178,17 +168,11 @@ class Redactor:
     """Replaces items in rows; one for a whole data set."""
 
     finder: Finder = field(default_factory=Finder)
-    key: bytes | None = field(default=None, repr=False)
-    """At least 16 bytes; makes pseudonyms equal across data sets."""
     counts: Counter[PiiKind] = field(default_factory=Counter)
     """Items replaced, by kind."""
 
     def __post_init__(self) -> None:
-        if self.key is not None and len(self.key) < 16:
-            raise ValueError("the key of pseudonyms must have at least 16 bytes")
-        # Numbers are remembered by a hash that nobody can try values against.
-        self._secret = self.key or secrets.token_bytes(32)
-        self._numbers: dict[bytes, int] = {}
+        self._numbers: dict[tuple[PiiKind, str], int] = {}
         self._seen: Counter[PiiKind] = Counter()
 
     def redact(self, row: Row) -> tuple[Row, tuple[Change, ...]]:
@@ -245,17 +229,11 @@ class Redactor:
 
     def pseudonym(self, span: PiiSpan) -> str:
         """What stands for an item, for good."""
-        said = f"{span.kind}\0{span.value}".encode("utf-8", "surrogatepass")
-        digest = hmac.new(self._secret, said, hashlib.sha256).digest()
-        if self.key is not None:
-            # Letters first: digits alone might be taken for a number again.
-            name = b32encode(digest).decode()[:_LETTERS]
-        else:
-            if digest not in self._numbers:
-                self._seen[span.kind] += 1
-                self._numbers[digest] = self._seen[span.kind]
-            name = str(self._numbers[digest])
-        return f"[{span.kind.upper()}_{name}]"
+        item = span.kind, span.value
+        if item not in self._numbers:
+            self._seen[span.kind] += 1
+            self._numbers[item] = self._seen[span.kind]
+        return f"[{span.kind.upper()}_{self._numbers[item]}]"
 
 
 class Redact(Edit):
@@ -269,10 +247,10 @@ class Redact(Edit):
 
     @classmethod
     def of(cls, context: EditContext) -> Self:
-        """With the kinds and the key of the plan."""
+        """Return the edit for the kinds of the plan."""
         chosen = context.plan.redact
         kinds = tuple(kind for kind in KINDS if "all" in chosen or kind in chosen)
-        return cls(Redactor(Finder(kinds), context.key))
+        return cls(Redactor(Finder(kinds)))
 
     def apply(self, draft: RowDraft) -> tuple[RowDraft, str]:
         """Redact the texts, and every text under further keys: a new data set is passed on whole."""

@@ -268,10 +268,9 @@ FIXES: Mapping[str, tuple[str, str]] = {
     **{name: ("--drop", name) for name in _DROPPED},
     "duplicate.exact": ("--dedupe", "exact"),
     "duplicate.near": ("--dedupe", "near"),
-    "label.imbalance": ("--balance", "down"),
     "label.spelling": ("--merge-labels", ""),
 }
-"""Option and value by rule. ``--balance`` is never proposed, as it costs good rows."""
+"""Option and value by rule."""
 
 _SAME_ENDING = (".csv", ".tsv", ".parquet", ".txt", ".md")
 

@@ -1,4 +1,4 @@
-"""Which rows go: by the rules of the gate until it finds none broken, then by their class.
+"""Which rows go: by the rules of the gate until it finds none broken.
 
 Rules look at rows beside each other, so that dropping some may uncover others: quartiles move, and a
 test row may be given away by two. So the gate is run on what is left until it finds nothing that was to
@@ -11,11 +11,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from luthier.data.shapes.base import Labelled
-from luthier.data.shapes.preferences import ThumbedReply
-from luthier.errors import RecipeError
 from luthier.gate.check import Check, CheckContext, Split
 from luthier.gate.checks import CHECKS, checks_for
 from luthier.gate.clean_plan import CleaningPlan
@@ -23,7 +18,6 @@ from luthier.gate.rules import BlamedRows, Findings, Place
 from luthier.gate.scan import Gate
 from luthier.types import Row
 
-BALANCE = "balance"
 HeldOutRows = Mapping[Split, Callable[[], Iterable[Row]]]
 """Held-out rows, which can be read again."""
 
@@ -32,7 +26,7 @@ class Selection:
     """Why each row goes, by its number among the rows as edited."""
 
     def __init__(self, rules: Sequence[str]) -> None:
-        self.reasons = ("", *rules, BALANCE)
+        self.reasons = ("", *rules)
         self._why = array("h")
         self._lines = array("I")
         self._files = array("h")
@@ -102,8 +96,8 @@ class Selector:
         wanted = self.plan.dropped_rules
         blamed = {rule: BlamedRows() for rule in wanted}
         gate = Gate(self._checks(), Findings(blamed=blamed))
-        alive, classes = array("I"), _ClassSizes(self.plan)
-        gate.scan_rows("train", self._remaining(alive, classes))
+        alive = array("I")
+        gate.scan_rows("train", self._remaining(alive))
         for split, rows in self.held.items():
             gate.scan_rows(split, rows())
         gate.report({})
@@ -113,59 +107,18 @@ class Selector:
                 if row < len(alive):
                     place = gate.places.place(other) if other >= 0 and other != row else None
                     dropped += self.selection.drop(alive[row], rule, place)
-        if not dropped:
-            for row in classes.too_many():
-                dropped += self.selection.drop(alive[row], BALANCE)
         return bool(dropped)
 
-    def _remaining(self, alive: array[int], classes: _ClassSizes) -> Iterator[Row]:
+    def _remaining(self, alive: array[int]) -> Iterator[Row]:
         """Rows that are not dropped yet; their numbers join ``alive``."""
         for number, row in enumerate(self.rows()):
             if number == len(self.selection):
                 self.selection.grow()
             if not self.selection.why(number):
                 alive.append(number)
-                classes.add(row)
                 yield row
 
     def _checks(self) -> list[Check]:
         wanted = set(self.plan.dropped_rules)
         skip = [n for n, kind in CHECKS.items() if not wanted & {r.id for r in kind.rules}]
         return checks_for(replace(self.known, only=frozenset(wanted)), skip)[0]
-
-
-class _ClassSizes:
-    """Classes of the rows that are left, by number; what is above the limit is drawn by the seed."""
-
-    def __init__(self, plan: CleaningPlan) -> None:
-        self.limit, self.seed = plan.balance, plan.seed
-        self._numbers: dict[str, int] = {}
-        self._class_N = array("l")
-
-    def add(self, row: Row) -> None:
-        """Take in the next row."""
-        if self.limit is None:
-            return
-        name = row.label if isinstance(row, Labelled) else None
-        if isinstance(row, ThumbedReply):
-            name = str(row.desirable)
-        if not isinstance(name, str):
-            what = "no label" if name is None else "several labels"
-            raise RecipeError(
-                f"--balance counts rows by their label, and {row.file}:{row.line} has {what}"
-            )
-        self._class_N.append(self._numbers.setdefault(name, len(self._numbers)))
-
-    def too_many(self) -> Iterator[int]:
-        """Numbers of the rows that go: of each class that is too large, all but a random share."""
-        if self.limit is None or not self._class_N:
-            return
-        class_N = np.array(self._class_N)
-        sizes = np.bincount(class_N)
-        limit = int(sizes.min()) if self.limit == "down" else int(self.limit)
-        # By name, so that the draw of a class does not hang on which class came first.
-        for name in sorted(self._numbers):
-            rows = np.flatnonzero(class_N == self._numbers[name])
-            if len(rows) > limit:
-                draw = np.random.default_rng([self.seed, len(rows)])
-                yield from np.sort(draw.permutation(rows)[limit:]).tolist()
