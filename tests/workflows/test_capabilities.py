@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -55,27 +54,6 @@ def test_each_verdict_is_what_the_refusals_themselves_say(
         reason = reason.partition(". Choose another objective than")[0]
         assert verdict.reason == reason
         assert (verdict.memory > 0) == verdict.fits == (not reason)
-
-
-def test_a_stored_model_is_tried_as_a_run_tries_it(tmp_path: Path, tokenizer: Any) -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    found = capabilities(str(tmp_path)).verdicts
-    for adaptation in ("lora", "full"):
-        tried = [each for each in found if (each.objective, each.adaptation) == ("sft", adaptation)]
-        assert "type gemma2" in tried[0].reason
-    assert not any(each.fits or each.memory for each in found if each.reason)
 
 
 @pytest.mark.slow

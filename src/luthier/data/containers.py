@@ -23,7 +23,7 @@ from typing import BinaryIO, Literal
 
 from luthier.data.forms import KEYS
 from luthier.data.media import conversion_fix
-from luthier.data.media_files import ArchiveFile, holds_media, is_media
+from luthier.data.media_files import holds_media, is_media
 from luthier.data.parsing import Unreadable, quote, read_line
 from luthier.data.time_series import is_series_header
 
@@ -173,7 +173,7 @@ def _lacks_quoting(path: Path, packing: Packing, delimiter: str) -> bool:
 def _holds_arrays(path: Path) -> bool:
     """Whether an archive is an ``.npz`` file: uploaded files have no ending that says so."""
     try:
-        with path.open("rb") as raw, zipfile.ZipFile(ArchiveFile(raw)) as archive:
+        with zipfile.ZipFile(path) as archive:
             return all(name.endswith(".npy") for name in archive.namelist())
     except (zipfile.BadZipFile, RuntimeError, ValueError):
         return False  # what is wrong is said when the archive is read

@@ -19,7 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -38,10 +38,6 @@ from luthier.errors import RowRefused
 from luthier.files import names_below
 from luthier.printable import list_some
 
-MOST_MEMBERS = 2_000_000
-"""Files of one folder or archive, and images of one ``.npz`` file."""
-MOST_ARRAY_BYTES = 4_000_000_000
-"""Of one array of an ``.npz`` file, unpacked."""
 SPLIT_NAME = re.compile(
     r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I
 )
@@ -62,10 +58,6 @@ _CLUTTER = re.compile(
 _SHOWN = 8
 """Names of files in a message."""
 _COLOURS = ((), (1,), (3,))
-_ENTRY = b"PK\1\2"
-"""What each entry of an archive's directory begins with."""
-_MOST_READ = 256 * MOST_MEMBERS
-"""Bytes of an archive that are read at once: its directory, or a part of a member."""
 
 OBJECTS = "objects"
 """Folder beside rows with copies of what they name by ``s3://`` addresses."""
@@ -150,38 +142,12 @@ def read_folder(
         yield number, _record(media, name, labelled)
 
 
-class ArchiveFile:
-    """The file of an archive, of whose directory no object is made where it has too many members.
-
-    zipfile reads the directory whole, and believes no count of its members: an object for each of 20
-    million that fit into a gigabyte would take 15.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
-
-    def read(self, size: int = -1) -> bytes:
-        """The next bytes.
-
-        Raises:
-            Unreadable: where they are a directory of more than :data:`MOST_MEMBERS`, or too many.
-        """
-        data = self._raw.read(_MOST_READ + 1 if size < 0 else min(size, _MOST_READ + 1))
-        if len(data) > _MOST_READ or data.count(_ENTRY) > MOST_MEMBERS:
-            message = f"The archive has too many members; at most {MOST_MEMBERS:,} are read."
-            raise Unreadable("file.damaged", message, "Split the archive.")
-        return data
-
-
 def read_zip(
     path: Path, on_record: OnRecord = lambda number, count: None
 ) -> Iterator[tuple[int, Record]]:
     """A record for each file of an archive of images or sounds."""
     try:
-        with path.open("rb") as raw, zipfile.ZipFile(ArchiveFile(raw)) as archive:
+        with zipfile.ZipFile(path) as archive:
             names, others = _members(archive.namelist())
     except (zipfile.BadZipFile, OSError, RuntimeError, ValueError) as error:
         message = f"The archive cannot be read: {str(error).rstrip('.')}."
@@ -254,17 +220,13 @@ def read_npz(
 ) -> Iterator[tuple[int, Record]]:
     """A record for each image of an ``.npz`` file."""
     try:
-        with np.load(ArchiveFile(stream), allow_pickle=False) as arrays:
+        with np.load(stream, allow_pickle=False) as arrays:
             names = set(arrays.files)
             if "images" not in names:
                 message = (
                     f"The file has no array `images`, only {', '.join(sorted(names)) or 'none'}."
                 )
                 raise Unreadable("media.npz", message, "Save it with images=… and labels=….")
-            for member in arrays.zip.infolist():  # a packed array may claim any size
-                if member.file_size > MOST_ARRAY_BYTES:
-                    message = f"Its array {member.filename} has {member.file_size:,} bytes."
-                    raise Unreadable("media.npz", message, "Split the file.")
             # numpy gives a member that is no array as bytes.
             images = np.asarray(arrays["images"])
             labels = np.asarray(arrays["labels"]) if "labels" in names else None
@@ -283,10 +245,9 @@ def read_npz(
     ):
         message = f"`images` is {images.dtype} of shape {images.shape}."
         raise Unreadable("media.npz", message, "It must hold numbers, [N, H, W] or [N, H, W, 3].")
-    if 0 in images.shape[1:] or len(images) > MOST_MEMBERS:
+    if 0 in images.shape[1:]:
         message = f"`images` has the shape {images.shape}."
-        fix = f"Save at most {MOST_MEMBERS:,} images that have pixels; split a larger file."
-        raise Unreadable("media.npz", message, fix)
+        raise Unreadable("media.npz", message, "Save images that have pixels.")
     if labels is not None and labels.shape != images.shape[:1]:
         message = f"`labels` has the shape {labels.shape} beside {len(images)} images."
         raise Unreadable("media.npz", message, "Give one label for each image.")

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import sys
 import time
 from collections import Counter
@@ -128,7 +127,7 @@ class Shard:
 
     @property
     def answers(self) -> Path:
-        """A line of JSON with counts and a hash, then what is written for the rows."""
+        """Path of the answers: a line of JSON with counts, then the text for the rows."""
         return self.folder / f"{self.name}{_ANSWERS}"
 
     @property
@@ -148,24 +147,13 @@ class Shard:
 
     def store(self, answered: ShardAnswer) -> None:
         """Write its answers."""
-        own = {"counts": answered.counts, "sha256": hashlib.sha256(answered.data).hexdigest()}
-        write_bytes(self.answers, json.dumps(own).encode() + b"\n" + answered.data)
+        write_bytes(self.answers, json.dumps(answered.counts).encode() + b"\n" + answered.data)
 
     @contextmanager
     def open_answers(self) -> Iterator[tuple[dict[str, int], BinaryIO]]:
         """What was counted, and a file of which what is written for the rows is still to be read."""
         with self.answers.open("rb") as file:
-            yield json.loads(file.readline())["counts"], file
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its answers are those that were stored."""
-        try:
-            with self.answers.open("rb") as file:
-                sha256 = json.loads(file.readline())["sha256"]
-                return bool(hashlib.file_digest(file, "sha256").hexdigest() == sha256)
-        except (ValueError, KeyError, TypeError):
-            return False
+            yield json.loads(file.readline()), file
 
 
 def shards_folder(output: Path) -> Path:
@@ -176,10 +164,8 @@ def shards_folder(output: Path) -> Path:
 def _make_folder(output: Path) -> Path:
     """The folder of the shards of ``output``, made or left by an earlier command.
 
-    What lies in it becomes the output, so nobody else may write into it.
-
     Raises:
-        RecipeError: where the output is no plain file, or the folder is somebody else's.
+        RecipeError: if the output is no plain file, or the folder has other files.
     """
     folder = shards_folder(output)
     if os.path.exists(output) and not os.path.isfile(output):
@@ -187,21 +173,14 @@ def _make_folder(output: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-        foreign = (
-            not stat.S_ISDIR(status.st_mode)  # a link to one
-            or status.st_uid != os.geteuid()
-            or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
-            or (not (folder / _LOCK).exists() and any(folder.iterdir()))
-        )
+        foreign = not (folder / _LOCK).exists() and any(folder.iterdir())
     except OSError as error:
         raise RecipeError(
             f"{output} cannot be written: its folder takes no new ones ({error.strerror})"
         ) from error
     if foreign:
         raise RecipeError(
-            f"{folder} is a link, holds files of something else, or others may write to it: move it "
-            "away, or name another output"
+            f"{folder} holds files of something else: move it away, or name another output"
         )
     return folder
 
@@ -242,7 +221,7 @@ def answer_file(
         try:
             models = task.needed_models()
             shards = [*_shards(task, models, folder, reporter)]
-            _clear(folder, shards, reporter)
+            _clear(folder)
             resumed = sum(shard.rows for shard in shards if shard.is_done)
             rows = sum(shard.rows for shard in shards)
             if resumed:
@@ -328,18 +307,9 @@ def _version(media: Media) -> object:
         return None  # who answers the row says why it cannot be read
 
 
-def _clear(folder: Path, shards: Sequence[Shard], reporter: Reporter) -> None:
-    """Remove what an earlier command left, but for answers: their settings may be asked for again.
-
-    Answers to ``shards`` that are no longer what was written go, too.
-    """
+def _clear(folder: Path) -> None:
+    """Remove the files of an earlier command except answers, whose settings may be used again."""
     sweep(folder)
-    for shard in shards:
-        if shard.answers.exists() and not shard.is_whole:
-            reporter.note(
-                f"{shard.answers.name} is damaged: its {shard.rows:,} rows are answered anew"
-            )
-            shard.answers.unlink()
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

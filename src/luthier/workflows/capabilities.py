@@ -1,8 +1,7 @@
 """What a model can be trained for, in which ways, and whether that fits, before anything is fetched.
 
 The refusals are those of a run: the objective looks at the tokenizer, the head and the adaptation are
-put on a network without numbers. Where the weights are on this machine, the network is loaded and tried
-as a run tries it. Nothing here says by itself what goes with what.
+put on a network without numbers. Nothing here says by itself what goes with what.
 """
 
 from __future__ import annotations
@@ -20,21 +19,17 @@ from luthier.engine.defaults import SMALLEST_BUDGET
 from luthier.engine.machine import available_memory, choose_machine
 from luthier.engine.memory import PROCESS, sketch_training
 from luthier.errors import RefusedInput
-from luthier.files import folder_size
 from luthier.models import nets
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
 from luthier.models.heads import Head
-from luthier.models.layers import share_layers
 from luthier.models.layouts import MOST_IMAGES
-from luthier.models.load import as_network, catalogue_config, read_config
+from luthier.models.load import catalogue_config, read_config
 from luthier.models.modalities import input_shape, media_config, reads_sound, text_config
-from luthier.models.network import Network
-from luthier.models.probe import try_shared, try_training
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.store.model_folders import is_base_here
-from luthier.store.models import StoredModel, chat_format, find, load
+from luthier.store.models import chat_format, find
 
 Config = Callable[[Head], Any]
 """Gives transformers' configuration of a network for a head."""
@@ -77,15 +72,13 @@ def capabilities(model_id: str) -> Capabilities:
     entry = CATALOG.get(model_id)
     here = entry is None or is_base_here(model_id)
     config: Config
-    stored: StoredModel | None = None
     if entry is not None and not here:
         config = partial(catalogue_config, entry)
         chat = format_of(config(Head("causal_lm")))
     else:
         stored = find(model_id)
         chat, config = chat_format(stored), partial(read_config, stored.network_folder)
-    trial = Trials(stored).refusal if here and stored is not None else None
-    verdicts = table(config, chat, size, trial)
+    verdicts = table(config, chat, size)
     judged = [
         replace(each, fits=not each.reason and each.memory - PROCESS <= available)
         for each in verdicts
@@ -93,65 +86,10 @@ def capabilities(model_id: str) -> Capabilities:
     return Capabilities(model_id, here, available, judged)
 
 
-class Trials:
-    """A stored model, loaded for a task and tried with adaptations as a run tries it."""
-
-    def __init__(self, stored: StoredModel) -> None:
-        self._stored, self._machine = stored, choose_machine()
-        self._head: Head | None = None
-        self._network: Network | RefusedInput | None = None
-        self._tried: dict[tuple[str, str], str] = {}
-
-    def refusal(self, head: Head, adaptation: Adaptation) -> str:
-        """Return why the model cannot be trained for ``head`` with ``adaptation``; empty if it can.
-
-        A model whose weights take more than half of the free memory is not loaded, and not refused.
-        """
-        weights = folder_size(self._stored.network_folder, ".safetensors")
-        if 2 * weights > available_memory():
-            return ""
-        key = head.task, adaptation.method
-        if key not in self._tried:
-            self._tried[key] = self._try(head, adaptation)
-        return self._tried[key]
-
-    def _try(self, head: Head, adaptation: Adaptation) -> str:
-        if head != self._head:
-            self._head, self._network = head, None  # one network in memory at a time
-            self._network = self._load(head)
-        if not isinstance(self._network, Network):
-            return str(self._network)
-        try:
-            if adaptation.shares_base:
-                attach = partial(adaptation.attach, shared=True)
-                try_shared(self._network, adaptation.method, attach)
-            model: Any = share_layers(self._network.model)
-            adaptation.attach(model, shared=adaptation.shares_base)
-            device, dtype = self._network.device, self._network.dtype
-            adapted = Network(model, device, dtype, self._network.both_ways)
-            try_training(adapted, adaptation.method)
-        except RefusedInput as error:
-            return str(error)
-        return ""
-
-    def _load(self, head: Head) -> Network | RefusedInput:
-        device, dtype = self._machine.device, self._machine.dtype
-        try:
-            return as_network(load(self._stored, dtype, device, head), device, dtype)
-        except RefusedInput as error:
-            return error
-
-
-def table(
-    config: Config,
-    chat: ChatFormat,
-    size: int,
-    trial: Callable[[Head, Adaptation], str] | None = None,
-) -> list[Capability]:
+def table(config: Config, chat: ChatFormat, size: int) -> list[Capability]:
     """Each objective with each adaptation on a network; ``size`` is the bytes of a number.
 
     Networks differ by the task of their head alone, so each is drawn once for all objectives of a task.
-    ``trial`` says why a network that can be drawn cannot be trained.
     """
     drawn: dict[tuple[Any, ...], Capability] = {}
     found = []
@@ -162,7 +100,7 @@ def table(
             key = (objective.task, objective.uses_reference, name)
             if not refused and key not in drawn:
                 usual = adaptation.model_validate({})
-                drawn[key] = _capability(config, objective, usual, size, trial)
+                drawn[key] = _capability(config, objective, usual, size)
             found.append(
                 replace(drawn[key], objective=objective.method)
                 if not refused
@@ -186,11 +124,7 @@ def _refusal(objective: Objective, chat: ChatFormat) -> str:
 
 
 def _capability(
-    config: Config,
-    objective: Objective,
-    adaptation: Adaptation,
-    size: int,
-    trial: Callable[[Head, Adaptation], str] | None,
+    config: Config, objective: Objective, adaptation: Adaptation, size: int
 ) -> Capability:
     plain = objective.task in ("causal_lm", "masked_lm", "image_to_text")
     head = Head(objective.task, () if plain else ("a", "b"))
@@ -200,8 +134,6 @@ def _capability(
         tokens = MOST_IMAGES if media_config(network) is not None else SMALLEST_BUDGET
     except RefusedInput as error:
         return Capability(objective.method, adaptation.method, str(error))
-    if trial is not None and (reason := trial(head, adaptation)):
-        return Capability(objective.method, adaptation.method, reason)
     return Capability(objective.method, adaptation.method, "", memory.peak(tokens))
 
 
