@@ -71,7 +71,7 @@ def backup(database: Database, target: Path, with_key: bool = False) -> int:
     if home.resolve() in target.resolve().parents:
         raise RefusedInput(f"{target} is inside the store {home}. Name a folder outside")
     if with_key and not (home / KEY_FILE).is_file():
-        raise RefusedInput(f"{home / KEY_FILE} does not exist. Leave out the option for the key")
+        raise RefusedInput(f"{home / KEY_FILE} does not exist. Leave out `--with-key`")
     with disk_errors(target.parent), temporary_folder(target, private=True) as folder:
         expected = _copy(database, home, folder)
         if with_key:
