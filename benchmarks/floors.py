@@ -65,7 +65,7 @@ def training_step(shared: int, own: int, budget: int) -> tuple[Side, Side]:
 
     folder, machine = find(BASE, print).folder, choose_machine()
     rows = encoded_rows(shared, own)
-    model = load_model(folder, machine.dtype, machine.device, savable=False)
+    model = load_model(folder, machine.dtype, machine.device)
     network = as_network(model, machine.device, machine.dtype)
     LoRA(rank=16).attach(model)
     model.train()
@@ -186,9 +186,9 @@ def main() -> None:
             "LoRA step, short rows": (lambda: training_step(24, 20, 512), 2.5),
             "LoRA step, 300 tokens shared": (lambda: training_step(300, 20, 2048), 9.8),
             "8 rollouts": (lambda: rollouts(8), 1.9),
-            "generate, first token": (lambda: command(*generate), 0.4),
+            "generate, first token": (lambda: command(*generate), 0.22),
             "tune, one step": (lambda: command("tune", str(few), "--name", "x", *ONE_STEP), 0.065),
-            "inspect, 10,000 rows": (lambda: command("inspect", str(many)), 0.27),
+            "inspect, 10,000 rows": (lambda: command("inspect", str(many)), 0.24),
         }
         lines, lost = [], []
         for name, (make, floor) in floors.items():

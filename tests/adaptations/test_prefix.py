@@ -263,5 +263,5 @@ def test_every_query_sees_the_prefix_in_tiles_and_in_the_gpu_mask(
     assert dense[:, :3].all() and torch.equal(dense[:, 3:], plain)
     depth, end = tree.depth_N, tree.subtree_end_N
     seen = torch.from_numpy(np.arange(size) - depth if both_ways else end)
-    block = _flex_mask(seen, torch.arange(size), both_ways, before=3)
+    block = _flex_mask(seen, both_ways, before=3)
     assert torch.equal(create_mask(block.mask_mod, 1, 1, size, 3 + size, "cpu")[0, 0], dense)

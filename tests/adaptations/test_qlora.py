@@ -211,7 +211,7 @@ def test_a_packed_base_is_smaller_and_the_sketch_knows_by_how_much(
 ) -> None:
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     tiny_llama(**wide).save_pretrained(tmp_path)
-    model = load_model(tmp_path, torch.bfloat16, CPU, savable=False)
+    model = load_model(tmp_path, torch.bfloat16, CPU)
     linear = sum(w.numel() for n, w in model.named_parameters() if "proj" in n)
     before = weight_bytes(model, 2)
     adaptation = QLoRA(rank=4, **fields)

@@ -20,6 +20,7 @@ from luthier.data.chat import (
     ChatFormat,
     EncodedReply,
     TemplateSettings,
+    names_read,
 )
 from luthier.data.media import PLURAL
 from luthier.data.processors import AudioProcessor, ImageProcessor
@@ -450,3 +451,10 @@ def test_rows_that_a_base_does_not_read_are_refused_in_one_wording(
         with pytest.raises(RowRefused, match=f"this base reads {words}") as refused:
             chat.check_reads(wanted)
         assert refused.value.rule == "media.base"
+
+
+def test_names_that_a_template_reads() -> None:
+    assert names_read("{{ a }}{% set b = 1 %}{{ b }}{{ raise_exception('') }}") == {"a"}
+    assert names_read("{% generation %}{{ a }}{% endgeneration %}") == {"a"}
+    assert names_read("{% for m in b %}{% break %}{% endfor %}") == {"b"}
+    assert names_read("{% if") == frozenset()

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from luthier.data import chat as chats
-from luthier.data import chat_template
 from luthier.data.chat import DATE, ChatFormat
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.train import train
 from luthier.errors import Interrupted, RecipeError
-from luthier.models.fast_tokenizer import FastTokenizer
+from luthier.models.stored_tokenizer import StoredTokenizer
+from luthier.models.tokenizer import load_tokenizer
 from luthier.recipe import Recipe
 from luthier.serving.inference import Chat
 from luthier.serving.pool import ModelPool
@@ -49,8 +49,7 @@ def set_day(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 return datetime.fromisoformat(f"{day}T12:34:56")
 
         monkeypatch.setattr(chats, "date", Day)
-        for module in (chat_template, chat_template_utils):
-            monkeypatch.setattr(module, "datetime", Moment)
+        monkeypatch.setattr(chat_template_utils, "datetime", Moment)
 
     return set_to
 
@@ -108,7 +107,7 @@ def test_a_format_prints_the_date_it_was_given(
     "form",
     ["%Y-%m-%d", "%d %b %Y", "%B %d, %Y", "%A, %-d %B %y", "%H:%M", "%j of %G-W%V", "no date"],
 )
-@pytest.mark.parametrize("kind", ["transformers", "several", "own"])
+@pytest.mark.parametrize("kind", ["transformers", "several", "stored"])
 def test_dates_are_written_as_strftime_writes_them(
     form: str, kind: str, tmp_path: Path, new_tokenizer: Callable[..., Any]
 ) -> None:
@@ -118,10 +117,10 @@ def test_dates_are_written_as_strftime_writes_them(
         "{{ head('system') }}{% endif %}"
     ).replace("(form)", f"('{form}')")
     made = new_tokenizer(template)
-    if kind == "own":
+    if kind == "stored":
         made.save_pretrained(tmp_path)
-        made = FastTokenizer.open(tmp_path)
-        assert made is not None
+        made = load_tokenizer(tmp_path)
+        assert isinstance(made, StoredTokenizer)
     elif kind == "several":
         made.chat_template = {"default": template, "tool_use": "{{ strftime_now('%Y') }}"}
     chat = ChatFormat.of(made)

@@ -169,10 +169,11 @@ def test_learned_text_stands_in_brackets_where_there_are_no_colours(
 def test_rows_of_several_files_are_shown_with_their_file(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
-    heads = []
+    heads, rows = [], tmp_path / "rows"
+    rows.mkdir()
     for name in ("a", "b"):
-        written(tmp_path / f"{name}.jsonl", {"prompt": "q", "completion": name})
-        report = luthier.inspect(tmp_path, base=str(tiny_model_folder))
+        written(rows / f"{name}.jsonl", {"prompt": "q", "completion": name})
+        report = luthier.inspect(rows, base=str(tiny_model_folder))
         out = Console(file=StringIO(), width=100, highlight=False)
         print_report(report, out)
         heads.append([each for each in ("line 1", "a.jsonl:1", "b.jsonl:1")

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.models import load
 from luthier.models.description import check_folder, described_network
 from luthier.models.heads import Head
 from luthier.models.load import as_network, load_model
+from luthier.types import Example
 
 CPU = torch.device("cpu")
 EMBEDDING = Head("embedding")
@@ -114,3 +119,128 @@ def test_weights_that_are_no_numbers_are_named(family: str, value: float, copy: 
     head = {"llama": Head("causal_lm"), "vae": Head("autoencoding")}.get(family, EMBEDDING)
     with pytest.raises(CorruptFile, match=rf"{name} in .* not finite \(nan or inf\)"):
         load_model(folder, torch.bfloat16, CPU, head)
+
+
+def plain_llama(tiny_llama: Callable[..., Any], folder: Path, **fields: Any) -> Path:
+    tiny_llama(**fields).save_pretrained(folder)
+    return folder
+
+
+def hidden(folder: Path) -> torch.Tensor:
+    network = as_network(load_model(folder, torch.float32, CPU).eval(), CPU, torch.float32)
+    row = Example(np.arange(3, 12), np.arange(9).clip(max=1).astype(np.float32), 0)
+    with torch.no_grad():
+        return network.hidden(network.batch(build_tree([row])))
+
+
+def test_weights_that_are_missing_or_damaged(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = plain_llama(tiny_llama, tmp_path)
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    save_file({n: w for n, w in whole.items() if n != "model.norm.weight"}, path)
+    with pytest.raises(UnknownModel, match=r"missing or of another shape, model\.norm\.weight"):
+        load_model(folder, torch.float32, CPU)
+    nan = torch.full_like(whole["model.norm.weight"], torch.nan)
+    save_file(whole | {"model.norm.weight": nan}, path)
+    with pytest.raises(CorruptFile, match=r"model\.norm\.weight .* not finite"):
+        load_model(folder, torch.float32, CPU)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelRefused, match="no whole safetensors file"):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_other_weight_files_are_not_read(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
+    folder = plain_llama(tiny_llama, tmp_path)
+    whole, expected = load_file(folder / "model.safetensors"), hidden(folder)
+    for name in ("zz", "adapter_model", "model_old"):
+        others = {name: torch.zeros_like(weight) for name, weight in whole.items()}
+        save_file(others, folder / f"{name}.safetensors")
+    assert torch.equal(hidden(folder), expected)
+    # In shards: those that the index names.
+    (folder / "model.safetensors").unlink()
+    halves = [{n: w for i, (n, w) in enumerate(whole.items()) if i % 2 == half} for half in (0, 1)]
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name, half in zip(names, halves, strict=True):
+        save_file(half, folder / name, metadata={"format": "pt"})
+    places = {key: name for name, half in zip(names, halves, strict=True) for key in half}
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(hidden(folder), expected)
+
+
+def test_weights_without_their_prefix_are_loaded(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = plain_llama(tiny_llama, tmp_path, tie_word_embeddings=True)
+    path, expected = folder / "model.safetensors", hidden(folder)
+    bare = {name.removeprefix("model."): weight for name, weight in load_file(path).items()}
+    save_file(bare, path, metadata={"format": "pt"})
+    assert torch.equal(hidden(folder), expected)
+
+
+def test_a_network_whose_output_is_not_finite_is_refused(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = plain_llama(tiny_llama, tmp_path)
+    path = folder / "model.safetensors"
+    huge = {n: w * 1e37 if "proj" in n else w for n, w in load_file(path).items()}
+    save_file(huge, path, metadata={"format": "pt"})
+    with pytest.raises(CorruptFile, match="answers with numbers that are not finite"):
+        hidden(folder)
+
+
+def test_a_configuration_of_more_than_is_stored_is_refused(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = plain_llama(tiny_llama, tmp_path)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"intermediate_size": 1 << 20}))
+    with pytest.raises(ModelRefused, match="describes a network of"):
+        check_folder(folder)
+
+
+@pytest.mark.slow
+def test_threads_import_transformers_one_after_the_other(
+    tiny_llama: Callable[..., Any], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import threading, torch; from pathlib import Path\n"
+        "from luthier.models.load import load_model\n"
+        "from luthier.models.tokenizer import load_tokenizer\n"
+        f"folder = Path({str(plain_llama(tiny_llama, tmp_path))!r})\n"
+        f"texts = Path({str(tiny_model_folder)!r})\n"
+        "failed = []\n"
+        "def run(work):\n"
+        "    try: work()\n"
+        "    except BaseException as error: failed.append(repr(error))\n"
+        "load = lambda: load_model(folder, torch.float32, torch.device('cpu'))\n"
+        "read = lambda: load_tokenizer(texts)(['a', 'b'])\n"
+        "threads = [threading.Thread(target=run, args=[each]) for each in (load, read, read)]\n"
+        "[each.start() for each in threads]; [each.join() for each in threads]; print(failed)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.strip() == "[]", ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_networks_are_imported_before_any_is_drawn() -> None:
+    """What they import is not to count as the memory of the one that is drawn."""
+    code = (
+        "import sys; from luthier.models.description import import_transformers\n"
+        "sys.modules['torch'] = None\n"
+        "import_transformers(networks=False)  # a process that reads texts alone has no torch\n"
+        "del sys.modules['torch']\n"
+        "print('transformers.models.llama.modeling_llama' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.strip() == "False", ended.stderr
+    code = (
+        "import sys; from luthier.models.description import import_transformers\n"
+        "import_transformers()\n"
+        "print({'transformers.models.auto.modeling_auto', 'transformers.models.llama.modeling_llama'}"
+        " <= {*sys.modules})"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.strip() == "True", ended.stderr

@@ -469,7 +469,7 @@ def pull_model(model: str, json_: Json = False) -> None:
     from luthier.cli.progress import LiveReporter
     from luthier.files import verify
     from luthier.models.catalog import CATALOG
-    from luthier.store.models import find
+    from luthier.store.models import chat_format, find
 
     with LiveReporter() as reporter:
         stored = find(model, reporter.stage)
@@ -481,6 +481,7 @@ def pull_model(model: str, json_: Json = False) -> None:
             reporter.note("a file was damaged; fetching it again")
             shutil.rmtree(stored.folder)
             stored = find(model, reporter.stage)
+        chat_format(stored)  # stores the tokenizer for commands that need only tokens
     if json_:
         print_json({"id": stored.id, "folder": str(stored.folder)})
     else:

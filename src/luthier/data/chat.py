@@ -13,14 +13,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from jinja2 import Environment, TemplateError
+from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
+from jinja2.nodes import Scope
 from numpy.typing import NDArray
 from pydantic import Field, PlainValidator
 
-from luthier.data.chat_template import names_read
 from luthier.data.media import PLURAL
 from luthier.data.media_files import is_media
 from luthier.data.parsing import quote
@@ -910,6 +913,30 @@ class ChatFormat:
                 template_turns(messages), reply=reply, tools=described, kwargs=kwargs
             )
         return self.render(template_turns(in_words(messages, tools)), reply=reply, kwargs=kwargs)
+
+
+class _GenerationTag(Extension):
+    """The tag ``{% generation %}`` of transformers, around what the assistant writes."""
+
+    tags = {"generation"}  # noqa: RUF012 - an attribute of instances in Jinja
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        return Scope(parser.parse_statements(("name:endgeneration",), True)).set_lineno(line)
+
+
+@lru_cache(maxsize=32)
+def names_read(template: str) -> frozenset[str]:
+    """Return the names that a chat template takes from its caller.
+
+    Names that the template sets before it reads them are left out. Empty if the template is no Jinja.
+    """
+    environment = Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])  # noqa: S701 - only parsed
+    try:
+        names = find_undeclared_variables(environment.parse(template))
+    except (TemplateError, RecursionError):
+        return frozenset()
+    return frozenset(names - {"raise_exception"})
 
 
 def _with_date(template: str, printed: Any) -> str:

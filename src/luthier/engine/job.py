@@ -406,8 +406,7 @@ def resolve_job(
     learned = own if base.manifest.recipe else None
     bound = data.objective.bind_base(base.network_folder, learned)
     data = replace(data, objective=bound)
-    stores_network = recipe.adaptation.stores_network
-    config = read_config(base.network_folder, data.objective.head(), savable=stores_network)
+    config = read_config(base.network_folder, data.objective.head())
     reads = chat.media.shape if chat.media is not None else None
     drawn = sketch_training(config, data.objective, recipe.adaptation, size, reads=reads)
     model, recipe = drawn.model, recipe.model_copy(update={"adaptation": drawn.adaptation})
@@ -542,7 +541,7 @@ def _others(
 def load_frozen(stored: store.StoredModel, machine: Machine, reporter: Reporter) -> Network:
     """A model that helps to train: as it is served, frozen."""
     reporter.stage(f"Loading {stored.id}")
-    model = store.load(stored, machine.dtype, machine.device, savable=False)
+    model = store.load(stored, machine.dtype, machine.device)
     model.requires_grad_(False).eval()
     network = as_network(model, machine.device, machine.dtype)
     network.chat = store.chat_format(stored)

@@ -94,7 +94,7 @@ def open_network(stored: StoredModel, head: Head | None = None, precise: bool = 
     size = folder_size(stored.network_folder, ".safetensors") if precise else 0
     wide = precise and 4 * size < available_memory()
     dtype = torch.float32 if wide else machine.dtype
-    model = load(stored, dtype, machine.device, head, savable=False)
+    model = load(stored, dtype, machine.device, head)
     return as_network(model.eval(), machine.device, dtype)
 
 

@@ -250,7 +250,7 @@ class ModelWriter:
         stored = store.StoredModel(manifest.id, folder, manifest, parent)
         head = self.job.data.objective.head()
         device, dtype = self.job.machine.device, self.job.machine.dtype
-        network = as_network(store.load(stored, dtype, device, head, savable=False), device, dtype)
+        network = as_network(store.load(stored, dtype, device, head), device, dtype)
         logps, greedy = self._logps(network), None
         if trained.greedy is not None:
             with _open_backend(network) as backend:
@@ -266,9 +266,7 @@ class ModelWriter:
         )
         network.close()
         if parent and trained.greedy is not None and store.can_share_base(stored):
-            below = as_network(
-                store.load(parent, dtype, device, head, savable=False), device, dtype
-            )
+            below = as_network(store.load(parent, dtype, device, head), device, dtype)
             network = below.with_adapter(
                 lambda model: store.attach_adapter(model, stored, shared=True)
             )
@@ -299,9 +297,7 @@ class ModelWriter:
         if device.type != "cpu" or self.job.data.objective.task != "causal_lm":
             return None
         head = self.job.data.objective.head()
-        network = as_network(
-            store.load(self.job.base, dtype, device, head, savable=False), device, dtype
-        )
+        network = as_network(store.load(self.job.base, dtype, device, head), device, dtype)
         rounded = self._logps(network)
         with in_float32():
             precise = self._logps(network)

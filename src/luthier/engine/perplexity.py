@@ -78,9 +78,7 @@ def bits_per_character(
     rows = [RawText(file="", line=0, text=text) for text in texts if text.strip()]
     whole = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
     examples = [objective.truncate(each, longest) for each in whole if len(each) > 1]
-    decoded = chat.tokenizer.batch_decode(
-        [example.ids_T[1:] for example in examples], skip_special_tokens=True
-    )
+    decoded = [chat.decode_tokens(example.ids_T[1:].tolist()) for example in examples]
     tokens = sum(len(example) - 1 for example in examples)
     nats = objective.mean_loss(network, examples, BUDGET) * tokens
     return nats / math.log(2) / max(1, sum(map(len, decoded)))

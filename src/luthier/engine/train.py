@@ -618,8 +618,7 @@ class Trainer:
         # A device may not hold what is to be cut, or was.
         device = torch.device("cpu") if is_sharded or again else machine.device
         head = self.job.data.objective.head()
-        savable = self.recipe.adaptation.stores_network
-        model = store.load(self.job.base, machine.dtype, device, head, savable)
+        model = store.load(self.job.base, machine.dtype, device, head)
         if new_weights(model):
             classes = f" of {len(head.labels)} classes" if len(head.labels) > 1 else ""
             why = f": {self.job.base.id} has none that fits"

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,18 +51,11 @@ class Attends(Protocol):
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        """Query ``[1, Hq, S, D]``, key and value ``[1, Hk, N, D]`` to ``[1, S, Hq, D]``.
+        """Return the output ``[1, N, Hq, D]`` for a query ``[1, Hq, N, D]``.
 
-        All nodes look, ``S = N``, but for :class:`Queries`.
+        Key and value are ``[1, Hk, N, D]``.
         """
         ...
-
-
-class Queries(NamedTuple):
-    """Nodes that look alone, as those of the last layer whose states are read."""
-
-    node_S: Tensor
-    attention: Attends
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ class TileGroup:
     """Tiles of equal size: ``B`` tiles of ``Q`` queries that attend to ``K`` keys each."""
 
     query_BQ: IntArray
-    """Place of each query among those that look."""
+    """Flat index of each query."""
     key_BK: Tensor
     """Flat index of each key; entries that only fill up are masked."""
     mask_BQK: Tensor
@@ -182,28 +175,23 @@ def plan_attention(
     dtype: torch.dtype,
     both_ways: bool = False,
     before: int = 0,
-    node_S: IntArray | None = None,
 ) -> AttentionPlan:
     """Cut ``tree`` into tiles, or build the block mask where the device is a GPU.
 
     ``both_ways`` is for a forest of chains: each node sees the whole of its row. ``before`` keys of a
-    prefix stand before those of the tree. Where ``node_S`` are given, in order, they alone look; one
-    may be there twice.
+    prefix stand before those of the tree.
     """
     longest = before + int(tree.depth_N.max()) + 1
     keys = before + len(tree)
     first_N = _row_starts(tree) if both_ways else None
-    if node_S is None:
-        node_S = np.arange(len(tree))
     if device.type != "cpu":
         seen_N = tree.subtree_end_N if first_N is None else first_N
-        seen, nodes = (torch.from_numpy(each).to(device) for each in (seen_N, node_S))
-        mask = _flex_mask(seen, nodes, both_ways, before)
+        mask = _flex_mask(torch.from_numpy(seen_N).to(device), both_ways, before)
         return AttentionPlan((), longest, before, keys, mask)
-    short, long = (_cut(tree, node_S, tile, first_N, before) for tile in (SHORT_TILE, TILE))
+    short, long = (_cut(tree, tile, first_N, before) for tile in (SHORT_TILE, TILE))
     tiles = short if _scores(short) <= SHORT_SHARE * _scores(long) else long
     groups = tuple(
-        _group(tree, node_S, np.stack(query_BQ), size, dtype, first_N, before)
+        _group(tree, np.stack(query_BQ), size, dtype, first_N, before)
         for (_, size), query_BQ in _merge_small(tiles).items()
     )
     return AttentionPlan(groups, longest, before, keys)
@@ -213,16 +201,13 @@ Tiles = dict[tuple[int, int], list[IntArray]]
 """Queries of the tiles, by their number and that of their keys, rounded up."""
 
 
-def _cut(
-    tree: TokenTree, node_S: IntArray, tile: int, first_N: IntArray | None, before: int
-) -> Tiles:
-    start_B = np.arange(0, len(node_S), tile)
-    stop_B = np.minimum(start_B + tile, len(node_S))
-    node_B, last_B = node_S[start_B], node_S[stop_B - 1]
+def _cut(tree: TokenTree, tile: int, first_N: IntArray | None, before: int) -> Tiles:
+    start_B = np.arange(0, len(tree), tile)
+    stop_B = np.minimum(start_B + tile, len(tree))
     if first_N is None:
-        keys_B = tree.depth_N[node_B] + last_B + 1 - node_B
+        keys_B = tree.depth_N[start_B] + stop_B - start_B
     else:
-        keys_B = tree.subtree_end_N[first_N[last_B]] - first_N[node_B]
+        keys_B = tree.subtree_end_N[first_N[stop_B - 1]] - first_N[start_B]
     keys_B = keys_B + before
     few_B = keys_B <= 2 * KEY_STEP
     size_B = np.where(few_B, round_up(keys_B, KEY_STEP // 2), round_up(keys_B, KEY_STEP))
@@ -256,7 +241,6 @@ def _row_starts(tree: TokenTree) -> IntArray:
 
 def _group(
     tree: TokenTree,
-    node_S: IntArray,
     query_BQ: IntArray,
     size: int,
     dtype: torch.dtype,
@@ -265,7 +249,7 @@ def _group(
 ) -> TileGroup:
     key_BK = np.zeros((len(query_BQ), size), dtype=np.int64)
     sees_BQK = np.zeros((*query_BQ.shape, size), dtype=bool)
-    for tile, node_Q in enumerate(node_S[query_BQ]):
+    for tile, node_Q in enumerate(query_BQ):
         start, last = node_Q[0], node_Q[-1]
         if first_N is None:
             keys_K = np.concatenate([tree.path(start)[:-1], np.arange(start, last + 1)])
@@ -286,7 +270,7 @@ def _group(
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Exact attention tile by tile. Shapes: q ``[Hq, S, D]``, k and v ``[Hk, before + N, D]``.
+    """Exact attention tile by tile. Shapes: q ``[Hq, S, D]``, k and v ``[Hk, before + S, D]``.
 
     Rows of ``D`` numbers are picked for all tiles at once, and put back so. Probabilities are computed
     again in the backward pass: keeping them is 1-2 % faster and takes 350 MB for four sequences of 512
@@ -356,23 +340,23 @@ def _probabilities(q_b: Tensor, k_b: Tensor, group: TileGroup, scale: float) -> 
     return torch.softmax(scores, -1)
 
 
-def _flex_mask(seen_N: Tensor, node_S: Tensor, both_ways: bool, before: int = 0) -> Any:
-    """``seen_N`` is the end of each node's subtree, or the start of its row; ``node_S`` look."""
+def _flex_mask(seen_N: Tensor, both_ways: bool, before: int = 0) -> Any:
+    """Return the block mask; ``seen_N`` is the end of each node's subtree, or the start of its row."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def ancestor(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= node_S[query]) & (node_S[query] < seen_N[key])
+        return (key <= query) & (query < seen_N[key])
 
     def same_row(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return seen_N[key] == seen_N[node_S[query]]
+        return seen_N[key] == seen_N[query]
 
     def behind_prefix(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key < before) | tree_mask(_b, _h, query, (key - before).clamp(min=0))
 
     tree_mask = same_row if both_ways else ancestor
     mask = behind_prefix if before else tree_mask
-    keys = before + len(seen_N)
-    return create_block_mask(mask, None, None, len(node_S), keys, device=seen_N.device)
+    nodes = len(seen_N)
+    return create_block_mask(mask, None, None, nodes, before + nodes, device=seen_N.device)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:

@@ -40,8 +40,8 @@ class _Given(nn.Module):
         """Some networks ask a layer of what kind its attention is."""
         return getattr(self.__dict__["like"], name)
 
-    def forward(self, *_: Any, node_S: Tensor | None = None, **__: Any) -> Tensor:
-        return self.hidden if node_S is None else self.hidden.index_select(-2, node_S)
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden
 
 
 def frozen_layers(model: Any) -> int:

@@ -1,26 +1,31 @@
 """What a folder in the form of Hugging Face describes, before anything of it is loaded.
 
-PyTorch and transformers are imported for families other than Llama's only: most of what is asked of a
-folder (its context length, whether its adapters can share it) needs neither.
+The network is drawn once with PyTorch and transformers, whose import takes seconds. The store keeps the
+result, for commands that need only the network's task and size.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import import_module
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from luthier import __version__
 from luthier.data.media import MOST_PIXELS
 from luthier.data.processors import read_processor
-from luthier.errors import ModelRefused, UnknownModel
+from luthier.errors import LuthierError, ModelRefused, UnknownModel
+from luthier.files import luthier_home, read_json, write_bytes
 from luthier.models.bounds import drawing_bounds, refuse_configuration
 from luthier.models.heads import Head, Task, task_in
 from luthier.models.kinds import kind_of_network
-from luthier.models.llama_config import LlamaConfig
 from luthier.models.modalities import input_shape, media_config
 from luthier.models.outside import (
     CONFIG,
@@ -98,7 +103,7 @@ def described_network(folder: Path, memory: bool | None = None) -> DescribedNetw
         raise
     if memory is None:
         memory = threading.active_count() == 1
-    return _draw_described(folder, versions, memory)
+    return _described(folder, versions, memory, luthier_home())
 
 
 def described_kind(folder: Path, memory: bool | None = None) -> str | None:
@@ -126,12 +131,23 @@ _HEADS_LEFT_OUT: tuple[Task, ...] = (
 
 
 @lru_cache(maxsize=64)
-def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwork:
+def _described(folder: Path, versions: Any, memory: bool, home: Path) -> DescribedNetwork:
+    """Return the stored description of a network, or draw the network and store it."""
     fields = read_model_fields(folder)
+    libraries = [__version__, *map(version, ("torch", "transformers"))]
+    known = json.dumps([str(folder.absolute()), versions, fields, libraries])
+    record = home / "cache" / "networks" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
+    if record.is_file():
+        stored = read_json(record)
+        return DescribedNetwork(**stored | {"base_only": tuple(stored["base_only"])})
+    described = _draw_described(folder, fields, memory)
+    with suppress(OSError, LuthierError):  # a store that is full or read-only
+        write_bytes(record, json.dumps(asdict(described)).encode())
+    return described
+
+
+def _draw_described(folder: Path, fields: dict[str, Any], memory: bool) -> DescribedNetwork:
     check_layers(fields)
-    if (llama := LlamaConfig.of(fields)) is not None:
-        check_sizes(llama.numbers, 0, check_weights(folder))
-        return DescribedNetwork("causal_lm", llama.numbers, flat=True, base_only=("lm_head",))
     from luthier.models.layouts import is_flat
     from luthier.models.load import configuration, draw, for_head
     from luthier.models.row_adapters import base_only_parts

@@ -20,13 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.tree import round_up
 from luthier.models import heads
 from luthier.models.attention import (
     NAME,
     Attends,
     AttentionPlan,
-    Queries,
     plan_attention,
     register,
 )
@@ -86,12 +84,6 @@ class Layout:
         """Last hidden states ``[N, H]`` of the nodes of ``batch``."""
         raise NotImplementedError
 
-    def run_nodes(
-        self, backbone: Any, batch: TreeBatch, node_S: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """The states of ``node_S`` alone, ``[S, H]``."""
-        return self.run(backbone, batch)[node_S]
-
     @property
     def side_by_side(self) -> Layout:
         """The same, with rows kept apart where the layout can do that."""
@@ -113,21 +105,15 @@ def layout_of(model: Any, both_ways: bool) -> Layout:
         return EncoderDecoder(model)
     if not is_flat(model):
         return Padded(model)
-    if not reads_tree(model):
-        register()
-        model.set_attn_implementation(NAME)
+    register()
+    model.set_attn_implementation(NAME)
     return Flat(heads.first_position(model), both_ways)
 
 
 def is_flat(model: Any) -> bool:
     """Whether ``model`` reads texts and can take the flat layout."""
     texts = media_config(model.config) is None and heads.decoder_of(model) is None
-    return texts and (reads_tree(model) or bool(model._supports_attention_backend))
-
-
-def reads_tree(model: Any) -> bool:
-    """Whether ``model`` is one of ours that asks a tree who sees whom, without transformers between."""
-    return bool(getattr(model, "reads_tree", False))
+    return texts and bool(model._supports_attention_backend)
 
 
 @dataclass(frozen=True)
@@ -162,32 +148,13 @@ class Flat(Layout):
         """One forward pass over the flat sequence."""
         return self.run_with(backbone, batch, batch.plan)
 
-    def run_nodes(
-        self, backbone: Any, batch: TreeBatch, node_S: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """In a network that can, only these go through all of the last layer."""
-        node_U, place_S = np.unique(node_S.cpu().numpy(), return_inverse=True)
-        size, plan = round_up(len(node_U), SIZE_STEP), batch.plan
-        can = reads_tree(backbone) and isinstance(plan, AttentionPlan)
-        if not (can and 0 < 2 * size <= len(batch.ids_N)):
-            return super().run_nodes(backbone, batch, node_S, dtype)
-        node_U = np.pad(node_U, (0, size - len(node_U)), mode="edge")
-        device = node_S.device
-        attention = plan_attention(batch.tree, device, dtype, self.both_ways, plan.before, node_U)
-        last = Queries(torch.from_numpy(node_U).to(device), attention)
-        state_UH = self.run_with(backbone, batch, plan, last=last)
-        return state_UH[torch.from_numpy(place_S.reshape(node_S.shape)).to(device)]
-
-    def run_with(
-        self, backbone: Any, batch: TreeBatch, attention: Attends, **queries: Queries
-    ) -> Tensor:
+    def run_with(self, backbone: Any, batch: TreeBatch, attention: Attends) -> Tensor:
         """The same with another ``attention`` in the place of the batch's plan."""
         output = backbone(
             input_ids=batch.ids_N[None],
             position_ids=batch.depth_N[None] + self.first_position + batch.plan.before,
             tree=attention,
             use_cache=False,
-            **queries,
         )
         hidden_NH: Tensor = output.last_hidden_state[0]
         return hidden_NH

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from luthier.models.fused import RMSNorm, SwiGLU, rms_norm
-from luthier.models.llama import signed
 from luthier.models.packing import GROUPED_ROWS, PackedGroup
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class LlamaForward:
         x = backbone.embed_tokens(ids_N[None])
         cos, sin = backbone.rotary_emb(x, position_ids=position_N[None])
         half = cos.shape[-1] // 2
-        cos, sin = cos[:, :, None], signed(sin)[:, :, None]
+        cos, sin = cos[:, :, None], _signed(sin)[:, :, None]
         turned = self._heads + self._key_heads
         count, size = len(ids_N), cos.shape[-1]
         for layer in backbone.layers:
@@ -101,6 +100,12 @@ class LlamaForward:
         norm = backbone.norm
         states: Tensor = rms_norm(x, norm.weight, norm.variance_epsilon)[0]
         return states
+
+
+def _signed(sin: Tensor) -> Tensor:
+    """Return ``sin [..., D]`` with its first half negated: "rotate half" is then a roll alone."""
+    half = sin.shape[-1] // 2
+    return torch.cat([-sin[..., :half], sin[..., half:]], -1)
 
 
 def _settings(layer: nn.Module) -> tuple[Any, ...]:

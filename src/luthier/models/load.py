@@ -33,15 +33,12 @@ from luthier.models.layouts import (
     ImageEncoderDecoder,
     Rectangle,
     read_states,
-    reads_tree,
 )
-from luthier.models.llama import load_llama, sketch_llama
-from luthier.models.llama_config import LlamaConfig
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
 from luthier.models.network import Network
 from luthier.models.outside import check_complete, weight_files
 from luthier.models.pipelines import is_pipeline
-from luthier.models.probe import Probe, check_finite, probed_network, relative_error
+from luthier.models.probe import check_finite, probed_network, relative_error
 from luthier.models.tensors import tensor_headers
 from luthier.types import Example
 
@@ -57,14 +54,9 @@ def configuration(folder: Path, fields: dict[str, Any]) -> Any:
     return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
 
 
-def read_config(folder: Path, head: Head, savable: bool = True) -> Any:
-    """transformers' configuration of the network in ``folder``, set up for ``head``.
-
-    That of a network of ours where there is one, and where the network need not be ``savable``.
-    """
-    fields = check_folder(folder)
-    own = LlamaConfig.of(fields) if head == CAUSAL_LM and not savable else None
-    return own or for_head(configuration(folder, fields), head)
+def read_config(folder: Path, head: Head) -> Any:
+    """Return transformers' configuration of the network in ``folder``, set up for ``head``."""
+    return for_head(configuration(folder, check_folder(folder)), head)
 
 
 def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
@@ -104,7 +96,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def sketch(folder: Path, head: Head) -> nn.Module:
     """The network without its numbers, for counting and for early refusals."""
-    return sketch_of(read_config(folder, head, savable=False), head)
+    return sketch_of(read_config(folder, head), head)
 
 
 def sketch_of(config: Any, head: Head) -> nn.Module:
@@ -115,12 +107,9 @@ def sketch_of(config: Any, head: Head) -> nn.Module:
 
 def draw(config: Any, head: Head) -> nn.Module:
     """The network of ``config`` on no device; errors are those of its family."""
-    if isinstance(config, LlamaConfig):
-        model: nn.Module = sketch_llama(config)
-    else:
-        kind = auto_class(config, head.task)
-        with torch.device("meta"):
-            model = kind.from_config(config, trust_remote_code=False)
+    kind = auto_class(config, head.task)
+    with torch.device("meta"):
+        model: nn.Module = kind.from_config(config, trust_remote_code=False)
     mark(model, head.task)
     return model
 
@@ -130,20 +119,14 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     head: Head = CAUSAL_LM,
-    savable: bool = True,
 ) -> nn.Module:
-    """A network with the head asked for and plain attention, as transformers serves it.
+    """Load a network of transformers with the given head and its plain attention.
 
-    A head that the folder does not hold, or for other classes, is drawn anew; any other weight that is
-    missing is an error. One that need not be ``savable``, as a folder of transformers, may be of ours
-    (:mod:`luthier.models.llama`): importing transformers' takes two seconds.
+    A head that the folder lacks, or that has other classes, starts from random weights. Any other
+    missing weight is an error.
     """
     from safetensors import SafetensorError
 
-    if not savable and head == CAUSAL_LM:
-        own = _load_without_transformers(folder, dtype, device)
-        if own is not None:
-            return own
     import_transformers()
     from transformers.utils import logging
 
@@ -183,18 +166,6 @@ def load_model(
     mark_new(model, absent & head_weights(model))
     on_device: nn.Module = model.to(device)
     return on_device
-
-
-def _load_without_transformers(
-    folder: Path, dtype: torch.dtype, device: torch.device
-) -> nn.Module | None:
-    """The network, where it is one of those; its head is marked as a language model's."""
-    config = LlamaConfig.of(check_folder(folder))
-    model = None if config is None else load_llama(config, folder, dtype, device)
-    if model is not None:
-        mark(model, "causal_lm")
-        _check_finite(model, folder)
-    return model
 
 
 @torch.no_grad()
@@ -240,11 +211,6 @@ def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype)
             _check_dual_encoder(network)
         elif task_of(model) == "sequence_classification":
             _check_classifier(network)
-        return network
-    if reads_tree(model):
-        network = Network(model, device, dtype)
-        with torch.no_grad():
-            check_finite(Probe(model, device).ours(network)[0])
         return network
     return probed_network(model, device, dtype)
 

@@ -183,15 +183,11 @@ class Network:
         return heads.width_of(self.model)
 
     def hidden(self, batch: TreeBatch, node_S: Tensor | None = None) -> Tensor:
-        """Last hidden states ``[N, H]``, one for each node of the tree, or ``[S, H]`` of ``node_S``.
-
-        Of few nodes alone, a layout may leave out what only the others need.
-        """
+        """Return the last hidden states ``[N, H]`` of the tree, or ``[S, H]`` of ``node_S``."""
         bottom = self.bottom if batch.as_given else None
         with nullcontext() if bottom is None else bottom.instead(batch):
-            if node_S is None:
-                return self.layout.run(self._backbone, batch)
-            return self.layout.run_nodes(self._backbone, batch, node_S, self.dtype)
+            hidden_NH = self.layout.run(self._backbone, batch)
+        return hidden_NH if node_S is None else hidden_NH[node_S]
 
     @property
     def head_VH(self) -> Tensor:

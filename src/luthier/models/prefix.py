@@ -19,7 +19,7 @@ from luthier.data.tree import build_tree
 from luthier.errors import RecipeError
 from luthier.models.attention import Attends
 from luthier.models.heads import decoder_of
-from luthier.models.layouts import Flat, reads_tree
+from luthier.models.layouts import Flat
 from luthier.models.modalities import head_size, key_heads
 from luthier.types import Example
 
@@ -71,7 +71,7 @@ def add_prefix(model: Any, places: int) -> None:
     config = model.config
     layers = _attentions(model)
     indices = [int(module.layer_idx) for module in layers]
-    takes = reads_tree(model) or (
+    takes = (
         model._supports_attention_backend
         and decoder_of(model) is None
         and "past_key_values" in inspect.signature(model.base_model.forward).parameters

@@ -32,7 +32,7 @@ from luthier.files import luthier_home, read_json, write_json
 from luthier.models.fused import fuse
 from luthier.models.heads import decoder_of, decoder_opening, is_inside, task_of
 from luthier.models.layers import first_layer_alone
-from luthier.models.layouts import Flat, reads_tree
+from luthier.models.layouts import Flat
 from luthier.models.modalities import media_config
 from luthier.models.network import Network, TreeBatch
 from luthier.models.row_adapters import base_only_parts
@@ -312,7 +312,7 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
         RecipeError: for a family on which such an adapter cannot generate, or generates otherwise.
     """
     model = network.model
-    if reads_tree(model) or not isinstance(network.layout, Flat) or task_of(model) != "causal_lm":
+    if not isinstance(network.layout, Flat) or task_of(model) != "causal_lm":
         return
     own, device = {id(weight) for weight in model.parameters()}, network.device
     with (
@@ -350,7 +350,7 @@ def try_training(network: Network, method: str) -> None:
         RecipeError: for a family whose modules do not work with the layers of the adaptation.
     """
     model = network.model
-    if reads_tree(model) or media_config(model.config) is not None:
+    if media_config(model.config) is not None:
         return
     with refuse_crash(model, f"train with {method}"), _same_random(network.device):
         model.train()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from luthier.data.chat import ChatFormat, Template
 from luthier.data.processors import Processor, read_processor
 from luthier.data.sentence import read_sentence_pipeline
-from luthier.errors import RecipeError, UnknownModel
-from luthier.files import read_json
+from luthier.data.tokenization import panics_refused
+from luthier.errors import LuthierError, RecipeError, UnknownModel
+from luthier.files import cached_sha256_of, luthier_home, read_json, write_bytes
 from luthier.models import nets
 from luthier.models.description import import_transformers
-from luthier.models.fast_tokenizer import FastTokenizer
+from luthier.models.manifest import MANIFEST
 from luthier.models.modalities import text_fields
 from luthier.models.pipelines import (
     is_pipeline,
@@ -21,13 +27,123 @@ from luthier.models.pipelines import (
     read_pipeline,
     tokenizer_folder,
 )
+from luthier.models.stored_tokenizer import StoredTokenizer
+
+TOKENIZER, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"
+"""Files of a stored tokenizer."""
+_READ = frozenset((".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".tiktoken", ".codes"))
+"""Endings of the files that tokenizers of transformers read."""
+_TRIALS = (
+    "",
+    " Hello , world . It 's 3 % of\n\n the\tfour  parts ?",
+    "Łódź, naïve, 東京, 🙂 and a zero\u200bwidth",
+    "x y " * 300,
+)
+"""Texts on which a stored tokenizer is compared with that of transformers."""
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, without transformers where it is certain to do the same."""
+    """Load the tokenizer of a model folder: from the store, or else with transformers.
+
+    A tokenizer that transformers loads is stored if the library ``tokenizers`` alone gives the same
+    tokens. The others are tokenizers written in Python, those with several chat templates, and those
+    that translate, whose special tokens depend on the languages.
+    """
     folder = tokenizer_folder(folder)
-    if (fast := FastTokenizer.open(folder)) is not None:
-        return fast
+    stored = _stored_folder(folder)
+    with suppress(OSError):  # not stored, or just removed
+        content, fields = (stored / TOKENIZER).read_bytes(), (stored / SPECIAL_TOKENS).read_bytes()
+        return StoredTokenizer(content, json.loads(fields), folder)
+    own = load_with_transformers(folder)
+    if (plain := _as_stored(own, folder)) is None:
+        return own
+    with suppress(OSError, LuthierError):  # the store is full or read-only
+        write_bytes(stored / TOKENIZER, own.backend_tokenizer.to_str().encode())
+        write_bytes(stored / SPECIAL_TOKENS, json.dumps(_fields(own)).encode())
+    return plain
+
+
+def is_tokenizer_stored(folder: Path) -> bool:
+    """Return whether :func:`load_tokenizer` needs no transformers for ``folder``."""
+    return (_stored_folder(tokenizer_folder(folder)) / SPECIAL_TOKENS).is_file()
+
+
+def remove_stored_tokenizer(folder: Path) -> None:
+    """Delete the stored copy of the tokenizer in ``folder``, which the next use stores again."""
+    shutil.rmtree(_stored_folder(tokenizer_folder(folder)), ignore_errors=True)
+
+
+def _stored_folder(folder: Path) -> Path:
+    """Return the folder of the stored tokenizer, which the content of the files in ``folder`` names."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    files = (path for path in found if path.suffix in _READ and path.name != MANIFEST)
+    hashes = {path.name: cached_sha256_of(path) for path in files if path.is_file()}
+    known = json.dumps([1, version("transformers"), version("tokenizers"), sorted(hashes.items())])
+    name = hashlib.sha256(known.encode()).hexdigest()
+    return luthier_home() / "cache" / "tokenizers" / name
+
+
+def _as_stored(own: Any, folder: Path) -> StoredTokenizer | None:
+    """Return a stored tokenizer for ``own`` of transformers; ``None`` if its tokens would differ."""
+    if (
+        not own.is_fast
+        or not isinstance(own.chat_template, str | None)
+        or hasattr(own, "_switch_to_target_mode")
+        or hasattr(own, "tgt_lang")
+        or own.clean_up_tokenization_spaces
+    ):
+        return None
+    made = StoredTokenizer(own.backend_tokenizer.to_str().encode(), _fields(own), folder)
+    with suppress(RecipeError), panics_refused():
+        if _reads_alike(made, own):
+            return made
+    return None
+
+
+def _fields(own: Any) -> dict[str, Any]:
+    """Return the attributes of a stored tokenizer for ``own`` of transformers."""
+    special = own.special_tokens_map
+    fields: dict[str, Any] = {
+        "chat_template": own.chat_template,
+        "model_max_length": own.model_max_length,
+        "special_tokens_map": special,
+        "all_special_tokens": [str(token) for token in own.all_special_tokens],
+        "all_special_ids": own.all_special_ids,
+    }
+    for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        token = special.get(f"{name}_token")
+        fields[f"{name}_token"] = token
+        fields[f"{name}_token_id"] = token and getattr(own, f"{name}_token_id")
+    return fields
+
+
+def _reads_alike(stored: StoredTokenizer, own: Any) -> bool:
+    """Return whether a stored tokenizer encodes and decodes as that of transformers does."""
+    if stored.get_vocab() != own.get_vocab() or stored.vocab_size != own.vocab_size:
+        return False
+    for text in (*_TRIALS, " a ".join(own.all_special_tokens)):
+        for special in (True, False):
+            one, other = (
+                each(text, add_special_tokens=special, return_offsets_mapping=True)
+                for each in (stored, own)
+            )
+            ids = other["input_ids"]
+            if (
+                one["input_ids"] != ids
+                or one["offset_mapping"] != other["offset_mapping"]
+                or one.word_ids() != other.word_ids()
+                or stored.decode(ids, special) != own.decode(ids, skip_special_tokens=special)
+            ):
+                return False
+    return True
+
+
+def load_with_transformers(folder: Path) -> Any:
+    """Load the tokenizer in ``folder`` with transformers.
+
+    Raises:
+        UnknownModel: for files that transformers cannot load.
+    """
     import_transformers(networks=False)
     from transformers import AutoTokenizer
 
@@ -182,7 +298,7 @@ def _language_problem(tokenizer: Any, folder: Path) -> str:
 
     The language is ``tgt_lang`` of the tokenizer, or else ``forced_bos_token_id`` of the network.
     """
-    if not hasattr(tokenizer, "tgt_lang"):
+    if isinstance(tokenizer, StoredTokenizer) or not hasattr(tokenizer, "tgt_lang"):
         return ""
     named = tokenizer.init_kwargs
     files = ("generation_config.json", "config.json")

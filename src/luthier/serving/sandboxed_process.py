@@ -23,7 +23,9 @@ from luthier.serving.sandboxed_process_child import LONGEST, READ_SECONDS, recei
 
 PATIENCE = 120.0
 """Seconds of the clock for one request; its processor time ends it before, unless others compute."""
-_KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
+_KEPT = (
+    "PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "LUTHIER_HOME"
+)  # fmt: skip
 """Variables that the process has of this one: none with a secret."""
 _SET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 _OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)

@@ -74,12 +74,9 @@ def _import(folder: Path) -> None:
     import transformers
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    from luthier.data.chat_template import render_template
-
     transformers.logging.set_verbosity_error()
     turn = {"role": "user", "content": ""}
     render_jinja_template([[turn]], chat_template=_WARM)
-    render_template(_WARM, [turn], None, False, {})
 
 
 def _open_chat_format(folder: Path, fields: Mapping[str, Any] | None) -> ChatFormat:

@@ -7,6 +7,7 @@ runs/<base>/<name>/             what a custom model was trained in; pretraining/
 distillations/<base>/<name>/    a teacher's answers
 evaluations/                    journals of evaluations
 cache/gguf/                     what llama.cpp runs
+cache/tokenizers/               tokenizers as the library ``tokenizers`` reads them
 """
 
 from __future__ import annotations
@@ -102,9 +103,13 @@ def journals_folder(model_id: str) -> Path:
 
 def remove_side_files(model_id: str) -> None:
     """Delete what this machine keeps of a model outside its own folder: its run, a teacher's answers,
-    journals of evaluations, and the GGUF files that were made of its weights."""
+    journals of evaluations, the GGUF files that were made of its weights, and the stored tokenizer."""
+    from luthier.models.tokenizer import remove_stored_tokenizer
+
     derived = gguf_folder(model_id, "[0-9a-f]" * 64, "*")
     made_here, journals = working_folders(model_id), journals_folder(model_id)
+    if (own := folder_of(model_id) or base_folder(model_id)).is_dir():
+        remove_stored_tokenizer(own)
     for folder in (*made_here, *derived.parent.glob(derived.name)):
         shutil.rmtree(folder, ignore_errors=True)
     if not made_here:

@@ -339,14 +339,12 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     head: Head | None = None,
-    savable: bool = True,
     on_merged: Callable[[StoredModel], None] = lambda model: None,
 ) -> nn.Module:
     """The network of ``model`` with all adapters of its lineage merged in.
 
-    ``head`` is what it is loaded for: its own task when not given. One that need not be ``savable``,
-    as a folder of transformers, may have modules of ours. ``on_merged`` hears of each model of the
-    lineage, the base first, once it is in the network.
+    ``head`` is what it is loaded for: its own task when not given. ``on_merged`` is called with each
+    model of the lineage, the base first, after its weights are in the network.
 
     Raises:
         CorruptFile: where a file is not the one that the record names.
@@ -360,9 +358,9 @@ def load(
     check_whole(model)
     head = head or objective_of(model).head()
     if model.parent is None:
-        network = load_model(model.folder, dtype, device, head, savable)
+        network = load_model(model.folder, dtype, device, head)
     else:
-        network = load(model.parent, dtype, device, head, savable, on_merged)
+        network = load(model.parent, dtype, device, head, on_merged)
         attach_adapter(network, model)
         adaptation_of(model).merge(network)
     if head.task == "causal_lm" and decoder_of(network) is not None:
@@ -544,10 +542,9 @@ def room_of(model: StoredModel, adaptation: Adaptation | None = None) -> int:
 
 def reads_without_transformers(model: StoredModel) -> bool:
     """Whether :func:`chat_format` and :func:`room_of` import no heavy library for ``model``."""
-    from luthier.models.fast_tokenizer import known_files
-    from luthier.models.pipelines import tokenizer_folder
+    from luthier.models.tokenizer import is_tokenizer_stored
 
-    return _has_stored_config(model) and bool(known_files(tokenizer_folder(model.folder)))
+    return _has_stored_config(model) and is_tokenizer_stored(model.folder)
 
 
 def _has_stored_config(model: StoredModel) -> bool:
