@@ -18,7 +18,7 @@ from stored_files import files_in
 from luthier.engine import model_writer, train
 from luthier.errors import DoesNotFit, LuthierError, UnknownModel
 from luthier.files import read_json, write_json
-from luthier.models import manifest, row_adapters
+from luthier.models import lora_batch, manifest
 from luthier.recipe import Recipe
 from luthier.store.models import find
 
@@ -162,9 +162,9 @@ def test_an_adapter_that_has_no_effect_beside_its_base_is_refused(
     """
     monkeypatch.setenv("LUTHIER_ADAPTERS", "merged")
     monkeypatch.setattr(
-        row_adapters.SharedBase,
-        "model_of_step",
-        lambda shared, adapters, size: shared.network.model,
+        lora_batch.LoraBatch,
+        "model_of",
+        lambda batch, adapters: batch.network.model,
     )
     with pytest.raises(
         LuthierError, match=r"greedily beside its base .*; the first other token is in row \d at"

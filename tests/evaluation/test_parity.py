@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -77,18 +76,6 @@ def test_the_gate_compares_losses(
         with pytest.raises(LuthierError, match="not the trained one") as caught:
             check_parity(parity)
         assert caught.value.exit_code == 1
-
-
-@pytest.mark.parametrize(
-    ("mean_kl", "rounded", "good"), [(2e-2, True, True), (0.04, True, False), (2e-2, False, False)]
-)
-def test_what_rounds_beside_its_base_has_the_limit_of_merged_weights(
-    mean_kl: float, rounded: bool, good: bool
-) -> None:
-    tokens = TokenParity(tokens=64, agreement=0.75, mean_kl=mean_kl, max_kl=1.0)
-    parity = Parity(rows=16, trained=2.0, reloaded=2.0, rounded=rounded, greedy_beside_base=tokens)
-    with nullcontext() if good else pytest.raises(LuthierError, match="beside its base"):
-        check_parity(parity, rounds_beside_base=True)
 
 
 @pytest.mark.parametrize("where", ["next_tokens", "greedy", "greedy_beside_base"])

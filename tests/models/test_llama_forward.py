@@ -1,9 +1,8 @@
-"""Llama's forward pass in fewer operations has the bits of the modules', or is not taken."""
+"""Llama's forward pass in fewer operations gives what the modules give, or is not used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from luthier.adaptations import LoRA
-from luthier.models import torch_backend
+from luthier.models import packing
 from luthier.models.kv_cache import CHUNK
 from luthier.models.llama_forward import LlamaForward
 from luthier.models.load import as_network
@@ -52,19 +51,17 @@ def states(backend: FlatBackend) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("exact", [False, True], ids=["grouped", "apart"])
 @pytest.mark.parametrize("adaptation", [None, LoRA(rank=4), LoRA(rank=4, dora=True)])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_the_bits_are_those_of_the_modules(
+def test_logits_are_those_of_the_modules(
     family: str,
     adaptation: LoRA | None,
-    exact: bool,
     dtype: torch.dtype,
     tiny_llama: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # However small the weights are.
-    monkeypatch.setattr(torch_backend, "packed_linears", partial(packed_linears, smallest=0))
+    monkeypatch.setattr(packing, "SMALLEST", 0)
     torch.manual_seed(0)
     model = qwen2() if family == "qwen2" else tiny_llama(hidden_size=256)
     network = as_network(model.to(dtype).eval(), CPU, dtype)
@@ -74,14 +71,17 @@ def test_the_bits_are_those_of_the_modules(
             if weight.requires_grad:
                 torch.nn.init.normal_(weight, std=0.3)
     with torch.inference_mode():
-        backend = FlatBackend(network, 1024, exact)
+        backend = FlatBackend(network, 1024)
         made = backend._llama
         assert made is not None
-        assert bool(made._groups) == (not exact and not (adaptation and adaptation.dora))
+        assert bool(made._groups) == (not (adaptation and adaptation.dora))
         found = states(backend)
         backend._llama = None
         expected = states(backend)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    # Products of several weights are cut among threads in other ways where they have many rows.
+    close = {"atol": 1e-4} if dtype == torch.float32 else {"atol": 0.5, "rtol": 0.05}
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one.float(), other.float(), **close)
 
 
 def test_networks_that_look_alike_and_compute_otherwise_keep_their_own(
@@ -106,15 +106,21 @@ def test_networks_that_look_alike_and_compute_otherwise_keep_their_own(
         assert FlatBackend(network, 512)._llama is None
 
 
-def test_a_group_and_its_layers_do_not_hold_copies_at_once() -> None:
+def test_a_group_and_its_layers_do_not_hold_copies_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packing, "SMALLEST", 0)
     torch.manual_seed(0)
     layers = torch.nn.ModuleList([torch.nn.Linear(256, 256), torch.nn.Linear(256, 512, bias=False)])
     x = torch.randn(1, 8, 256)
-    with torch.no_grad(), packed_linears(layers, 0):
+    with torch.no_grad(), packed_linears(layers):
         expected = [layer(x) for layer in layers]
         members = [layer.__dict__["packed_weight"] for layer in layers]
         group = PackedGroup([*layers])
         assert all(member._packed is not None for member in members)
         assert torch.equal(group.product(x), torch.cat(expected, -1))
         assert all(member._packed is None for member in members)
+        update = torch.randn(1, 8, 768)
+        plus = group.product(x, update)
+        assert torch.allclose(plus, torch.cat(expected, -1) + update, atol=1e-5)
         assert torch.equal(layers[0](x), expected[0]) and group._packed is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +157,7 @@ def test_a_family_with_other_mathematics_is_refused_by_name(
 def test_lora_next_to_its_base_generates_what_the_network_computes(family: str) -> None:
     network = as_network(made(family, torch.bfloat16), CPU, torch.bfloat16)
     lora = ADAPTATIONS["lora"].model_validate({"rank": 4})
-    try_shared(network, "lora", partial(lora.attach, shared=True))
+    try_shared(network, "lora", lora.attach)
     lora.attach(network.model)
     before = torch.get_rng_state()
     try_training(network, "lora")
@@ -167,14 +166,14 @@ def test_lora_next_to_its_base_generates_what_the_network_computes(family: str) 
 
 
 def test_an_adapter_that_generates_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier.models.row_adapters import Weight
+    from luthier.models.lora_batch import LoraBatchLayer
 
     network = as_network(made("opt", torch.float32), CPU, torch.float32)
     lora = ADAPTATIONS["lora"].model_validate({"rank": 4})
-    product = Weight.product
-    monkeypatch.setattr(Weight, "product", lambda self, x_MI: 1.5 * product(self, x_MI))
+    honest = LoraBatchLayer.update
+    monkeypatch.setattr(LoraBatchLayer, "update", lambda self, x_NI: 1.5 * honest(self, x_NI))
     with pytest.raises(RecipeError, match=r"type opt .* lora next to its base .* row 0, token 5"):
-        try_shared(network, "lora", partial(lora.attach, shared=True))
+        try_shared(network, "lora", lora.attach)
 
 
 @pytest.mark.parametrize("family", ["phimoe", "jamba"])

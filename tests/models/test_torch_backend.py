@@ -1,4 +1,4 @@
-"""Many sequences step together, and none can tell: the bits are those it has alone."""
+"""Sequences that step together: logits are close to those of each sequence alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from luthier.models.heads import prompt_ids
 from luthier.models.kv_cache import CHUNK, STEP, Bank, room_for
 from luthier.models.load import as_network, load_model
 from luthier.models.sampling import Sampling
-from luthier.models.torch_backend import SIZES, FlatBackend, ForwardBackend
+from luthier.models.torch_backend import FlatBackend, ForwardBackend
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gpt2", "palm", "t5", "transfo_xl")
@@ -72,7 +72,7 @@ def test_what_is_written_is_what_training_samples(
     made = network(family_folder(family))
     prompts = [ids % 250 + 3 for ids in PROMPTS[:4]]
     expected = sample(made, prompts, 1, Sampling(max_tokens=12))
-    backend = backend_of(made, 512, exact=True)
+    backend = backend_of(made, 512)
     assert isinstance(
         backend, FlatBackend if family in ("llama", "gpt2", "palm") else ForwardBackend
     )
@@ -86,20 +86,16 @@ def test_a_prefix_and_a_soft_prompt_stand_before(
     made = network(family_folder("llama"), adaptation)
     expected = sample(made, PROMPTS[:3], 1, Sampling(max_tokens=12))
     soft = np.array(prompt_ids(made.model), dtype=np.int64)
-    backend = backend_of(made, 512, exact=True)
+    backend = backend_of(made, 512)
     found = written(backend, [np.concatenate([soft, ids]) for ids in PROMPTS[:3]], 12)
     assert found == [row.ids_T.tolist() for (row,) in expected]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_have_the_same_bits_whatever_runs_beside(
-    dtype: torch.dtype, tiny_llama: Callable[..., Any]
-) -> None:
+def test_logits_next_to_others_are_close_to_those_alone(tiny_llama: Callable[..., Any]) -> None:
     with torch.inference_mode(False):
-        model = tiny_llama(hidden_size=128).to(dtype).eval()
-        backend = FlatBackend(as_network(model, CPU, dtype), 1024, exact=True)
-    assert backend.sizes[-1] == SIZES[-1]
+        model = tiny_llama(hidden_size=128).eval()
+        backend = FlatBackend(as_network(model, CPU, torch.float32), 1024)
     tokens = [list(range(10 + 7 * i, 90 + 7 * i)) for i in range(70)]
 
     def run(which: list[int]) -> dict[int, list[Any]]:
@@ -119,14 +115,9 @@ def test_logits_have_the_same_bits_whatever_runs_beside(
     together = run(list(range(70)))
     for i in (1, 5, 8, 65):
         for one, other in zip(run([i])[i], together[i], strict=True):
-            assert torch.equal(one, other)
+            assert torch.allclose(one, other, atol=1e-4)
     assert not any(bank.spans for bank in backend._banks._banks.values())
     assert not any(bank.capacity for bank in backend._banks._banks.values())
-
-
-def test_networks_of_very_small_products_step_alone(family_folder: Callable[[str], Path]) -> None:
-    small = network(family_folder("llama"), dtype=torch.bfloat16)
-    assert FlatBackend(small, 1024, exact=True).sizes == (1,)
 
 
 def test_a_long_prompt_is_read_in_chunks(family_folder: Callable[[str], Path]) -> None:
@@ -135,38 +126,13 @@ def test_a_long_prompt_is_read_in_chunks(family_folder: Callable[[str], Path]) -
     made.model.set_attn_implementation("sdpa")
     whole = made.model(torch.from_numpy(ids)[None]).logits[0, -1]
     made.model.set_attn_implementation("luthier_tree")
-    backend = FlatBackend(made, 1024, exact=True)
+    backend = FlatBackend(made, 1024)
     state, counts, logits = backend.open(ids), [], None
     while logits is None:
         counts.append(state.unread)
         (logits,) = backend.prefill([state])
     assert counts == [2 * CHUNK + 45, CHUNK + 45, 45]
     assert torch.allclose(logits, whole, atol=1e-4)
-
-
-def test_sizes_that_give_other_bits_are_not_used(
-    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = network(family_folder("llama"))
-    assert FlatBackend(made, 1024, exact=True).sizes[-1] == SIZES[-1]
-    honest = FlatBackend._probe_logits
-
-    def but_small(self: Any, ids: Any) -> Any:
-        found = honest(self, ids)
-        return found if len(ids) > 8 else found + 1e-3
-
-    monkeypatch.setattr(FlatBackend, "_probe_logits", but_small)
-    assert FlatBackend(made, 1024, exact=True).sizes == (16, 32, 64)
-
-    def by_neighbours(self: Any, ids: Any) -> Any:
-        return honest(self, ids) + ids.sum()
-
-    monkeypatch.setattr(FlatBackend, "_probe_logits", by_neighbours)
-    alone = FlatBackend(made, 1024, exact=True)
-    assert alone.sizes == (1,)
-    assert written(alone, PROMPTS[:2], 4) == written(
-        backend_of(made, 1024, exact=True), PROMPTS[:2], 4
-    )
 
 
 def read(backend: Any, ids: Any, start: Any = None) -> tuple[Any, torch.Tensor]:
@@ -177,40 +143,37 @@ def read(backend: Any, ids: Any, start: Any = None) -> tuple[Any, torch.Tensor]:
     return state, logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prompt_has_the_same_bits_beside_others_and_behind_an_earlier_one(
-    dtype: torch.dtype, tiny_llama: Callable[..., Any]
+def test_a_prompt_can_be_read_next_to_others_and_behind_an_earlier_one(
+    tiny_llama: Callable[..., Any],
 ) -> None:
     with torch.inference_mode(False):
-        model = tiny_llama(hidden_size=128).to(dtype).eval()
-        backend = FlatBackend(as_network(model, CPU, dtype), 1024, exact=True)
+        backend = FlatBackend(as_network(tiny_llama().eval(), CPU, torch.float32), 1024)
+    assert backend.reuses
     draws = np.random.default_rng(0)
     whole = draws.integers(3, 300, 2 * CHUNK + 100)
     state, expected = read(backend, whole)
     for count in (40, CHUNK, CHUNK + 77, len(whole) - 1):
-        known = backend.reusable(count)
-        assert known == (count if backend.divisible else count // CHUNK * CHUNK)
-        if known:
-            start = backend.key_values(state, 0, known)
-            assert len(start) == known
-            again, found = read(backend, whole, start)
-            assert torch.equal(found, expected)
-            backend.free(again)
+        start = backend.key_values(state, 0, count)
+        assert len(start) == count
+        again, found = read(backend, whole, start)
+        assert torch.allclose(found, expected, atol=1e-4)
+        backend.free(again)
     beside = [backend.open(draws.integers(3, 300, size)) for size in (5, 33, 64, 90)]
     own = backend.open(whole)
     logits = None
     while logits is None:
         *_, logits = backend.prefill([*(each for each in beside if each.unread), own])
-    assert torch.equal(logits, expected)
+    assert torch.allclose(logits, expected, atol=1e-4)
+    assert torch.equal(read(backend, whole)[1], expected), "alone, the shapes are the same"
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-def test_prompts_that_begin_alike_are_read_once_and_have_the_bits_of_each_alone(
+def test_a_beginning_that_prompts_share_is_read_once(
     copies: int, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.inference_mode(False):
         model = tiny_llama(hidden_size=128).eval()
-        backend = FlatBackend(as_network(model, CPU, torch.float32), 1024, exact=True)
+        backend = FlatBackend(as_network(model, CPU, torch.float32), 1024)
     draws = np.random.default_rng(0)
     instruction, passage = draws.integers(3, 300, 2 * CHUNK), draws.integers(3, 300, CHUNK)
     prompts = [
@@ -237,36 +200,12 @@ def test_prompts_that_begin_alike_are_read_once_and_have_the_bits_of_each_alone(
     states, logits = read_prompts(backend, prompts, copies)
     assert len(states) == len(logits) == len(prompts) * copies
     for place, logits_V in enumerate(logits):
-        assert torch.equal(logits_V, expected[place // copies]), place
+        assert torch.allclose(logits_V, expected[place // copies], atol=1e-4), place
     assert sum(tokens) < sum(map(len, prompts)) - 3 * CHUNK
-    assert max(together) > 1 or not backend.divisible  # short ones were read side by side
+    assert max(together) > 1  # short prompts were read together
     steps = backend.step(states, [7] * len(states))
     alone, _ = read_prompts(backend, prompts[3:4], 1)
-    assert torch.equal(steps[3 * copies], backend.step(alone, [7])[0])
-
-
-def test_chunks_that_give_other_bits_are_read_alone(
-    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = network(family_folder("llama"))
-    honest = FlatBackend._run_chunks
-
-    def by_rows(self: Any, prompts: Any) -> Any:
-        hidden, chunks = honest(self, prompts)
-        return hidden + 1e-3 * len(hidden), chunks
-
-    monkeypatch.setattr(FlatBackend, "_run_chunks", by_rows)
-    backend = FlatBackend(made, 1024, exact=True)
-    assert not backend.divisible
-    assert backend.reusable(CHUNK + 10) == CHUNK
-    calls: list[int] = []
-    monkeypatch.setattr(
-        FlatBackend,
-        "_run_chunks",
-        lambda self, *given: (calls.append(len(given[0])), honest(self, *given))[1],
-    )
-    backend.prefill([backend.open(ids) for ids in PROMPTS[:3]])
-    assert calls == [1, 1, 1]
+    assert torch.allclose(steps[3 * copies], backend.step(alone, [7])[0], atol=1e-4)
 
 
 def test_what_was_guessed_right_takes_no_step_and_changes_nothing(
@@ -284,7 +223,7 @@ def test_what_was_guessed_right_takes_no_step_and_changes_nothing(
     monkeypatch.setattr(FlatBackend, "_step", counted)
 
     def answers() -> tuple[list[list[int]], list[list[torch.Tensor]], int]:
-        backend = FlatBackend(made, 1024, exact=True)
+        backend = FlatBackend(made, 1024)
         states = [begin(backend, ids)[0] for ids in prompts]
         steps.clear()
         # A text that repeats itself now and then, of which some is not what was guessed.
@@ -298,12 +237,12 @@ def test_what_was_guessed_right_takes_no_step_and_changes_nothing(
     assert all_steps == len(texts[0])
     assert fewer < 0.7 * all_steps
     for at, (one, other) in enumerate(zip(guessed, plain, strict=True)):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), at
+        assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(one, other, strict=True)), at
 
 
 def test_what_a_sequence_left_is_never_read(family_folder: Callable[[str], Path]) -> None:
     """Nor where it was no number: another sequence grows into its place, and 0 times that is none."""
-    backend = FlatBackend(network(family_folder("llama")), 512, exact=True)
+    backend = FlatBackend(network(family_folder("llama")), 512)
     expected = written(backend, PROMPTS[:1], 100)
     others = [begin(backend, np.arange(100) % 90 + 3)[0] for _ in range(4)]
     (bank,) = {state.span.bank for state in others}
@@ -320,27 +259,27 @@ def test_what_a_sequence_left_is_never_read(family_folder: Callable[[str], Path]
 
 
 def test_forks_of_one_prompt_go_their_own_ways(family_folder: Callable[[str], Path]) -> None:
-    backend = FlatBackend(network(family_folder("llama")), 1024, exact=True)
+    backend = FlatBackend(network(family_folder("llama")), 1024)
     state = backend.open(PROMPTS[2])
     backend.prefill([state])
     one, two = backend.fork(state, 2)
     first = backend.step([one, two], [7, 9])
     other, _ = begin(backend, PROMPTS[2])
-    assert torch.equal(backend.step([other], [9])[0], first[1])
-    assert not torch.equal(first[0], first[1])
+    assert torch.allclose(backend.step([other], [9])[0], first[1], atol=1e-4)
+    assert not torch.allclose(first[0], first[1], atol=1e-2)
 
 
 def test_a_window_ends_the_context(family_folder: Callable[[str], Path]) -> None:
     made = network(family_folder("llama"))
     made.model.config.sliding_window = 40
-    assert FlatBackend(made, 1024, exact=True).context == 40
+    assert FlatBackend(made, 1024).context == 40
 
 
 @pytest.mark.parametrize("positions", [98, 127, 128])
 def test_a_table_of_positions_may_end_anywhere(
     positions: int, tiny_gpt2: Callable[..., Any]
 ) -> None:
-    """Rows that fill up, guesses and probes lie beyond it, and nothing of what is written."""
+    """Guesses may lie beyond the end, but no token that is chosen."""
     with torch.inference_mode(False):
         short, long = (
             as_network(tiny_gpt2(n_positions=size).eval(), CPU, torch.float32)
@@ -354,7 +293,7 @@ def test_a_table_of_positions_may_end_anywhere(
     repeated = [int(token) for token in np.tile(np.arange(5, 12), 20)]
     found = []
     for made in (short, long):
-        backend = FlatBackend(made, positions, exact=True)
+        backend = FlatBackend(made, positions)
         states = [begin(backend, ids)[0] for ids in prompts]
         steps = [backend.step(states[:1], [token]) for token in repeated[: positions - 64]]
         found.append([*steps, backend.step(states[1:], [5])])
@@ -365,7 +304,7 @@ def test_a_table_of_positions_may_end_anywhere(
 def test_a_fork_that_fails_leaves_nothing(
     family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = FlatBackend(network(family_folder("llama")), 1024, exact=True)
+    backend = FlatBackend(network(family_folder("llama")), 1024)
     state = backend.open(PROMPTS[2])
     backend.prefill([state])
     honest, copies = Bank.copy, list[Any]()
@@ -389,7 +328,7 @@ def test_rooms_and_what_they_take(family_folder: Callable[[str], Path]) -> None:
     assert all(room >= tokens for tokens, room in enumerate(rooms, 1))
     assert all(room <= max(STEP, 2 * tokens) for tokens, room in enumerate(rooms, 1))
     assert len(set(rooms)) < 15
-    backend = FlatBackend(network(family_folder("llama")), 1024, exact=True)
+    backend = FlatBackend(network(family_folder("llama")), 1024)
     state, _ = begin(backend, PROMPTS[0])
     real = sum(
         p.numel() * p.element_size() for pair in state.span.bank.layers.values() for p in pair

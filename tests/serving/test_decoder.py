@@ -616,3 +616,28 @@ def test_a_completion_keeps_its_first_space(
         assert pieces == [" is", " is"]
     assert answer(made, asked("What", **fields)).text == "is is"  # the template writes the space
     made.close()
+
+
+def test_deterministic_runs_one_sequence_at_a_time(
+    tiny_model_folder: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY), deterministic=True)
+    requests = [
+        asked(QUESTIONS[i % 5], temperature=0.8, seed=i, n=1 + i % 2, top_logprobs=1)
+        for i in range(8)
+    ]
+    alone = [made.submit(request).whole() for request in requests]
+    sizes: list[int] = []
+    backend: Any = made._backend
+    for name in ("prefill", "step"):
+        honest = getattr(backend, name)
+        monkeypatch.setattr(
+            backend,
+            name,
+            lambda states, *rest, run=honest: (sizes.append(len(states)), run(states, *rest))[1],
+        )
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda request: made.submit(request).whole(), requests))
+    made.close()
+    assert together == alone, "also each log-probability, to the last bit"
+    assert {*sizes} == {1} and len(sizes) > 50

@@ -33,7 +33,7 @@ def add(cache: PrefixCache, ids: Any, client: str = "a", model: str = "m") -> No
 
 def known(cache: PrefixCache, ids: Any, client: str = "a", model: str = "m") -> int:
     """How many tokens of ``ids`` are there; they have to be the right ones."""
-    found = cache.longest(model, client, ids, lambda count: count)
+    found = cache.longest(model, client, ids)
     if found is None:
         return 0
     key, value = found.layers[0]
@@ -71,15 +71,6 @@ def test_few_tokens_are_read_again() -> None:
     add(cache, prompt((0, 100)))
     assert known(cache, prompt((0, FEWEST_SHARED - 1), (500, 50))) == 0
     assert known(cache, prompt((0, FEWEST_SHARED), (500, 50))) == FEWEST_SHARED
-
-
-def test_what_cannot_be_gone_on_from_is_not_given() -> None:
-    cache = PrefixCache(CacheBudget(1 << 20))
-    ids = prompt((0, 100))
-    add(cache, ids)
-    found = cache.longest("m", "a", ids, lambda count: count // 64 * 64)
-    assert found is not None and len(found) == 64
-    assert cache.longest("m", "a", ids, lambda count: 0) is None
 
 
 def test_clients_and_models_share_nothing() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from luthier.models.row_adapters import LayerWrapper, RowUpdate, Weight
+from luthier.models.wrapper import LayerWrapper
 
 
 class _ResidualBottleneck(LayerWrapper):
@@ -47,13 +47,6 @@ class Bottleneck(_ResidualBottleneck):
 
     new_layer = nn.Linear
 
-    def row_updates(self) -> Sequence[RowUpdate]:
-        """The bottleneck of what the projection gives (see :mod:`luthier.models.row_adapters`)."""
-        down, up = self.adapter_down, self.adapter_up
-        weights = down.weight.t(), down.bias, up.weight.t(), up.bias
-        kind = Bottleneck, type(self.activation)
-        return [RowUpdate(partial(_bottleneck, self.activation), weights, kind, reads_output=True)]
-
 
 class ConvBottleneck(_ResidualBottleneck):
     """After a convolution, of 1 x 1 convolutions; ``[R, C, H, W]`` to ``[R, C', H', W']``."""
@@ -77,16 +70,3 @@ def bottleneck_after(
     outputs = int(getattr(layer, "nf", layer.weight.shape[0]))
     kind = ConvBottleneck if base.weight.dim() == 4 else Bottleneck
     return kind(base, outputs, max(1, round(outputs / reduction_factor)), activation)
-
-
-def _bottleneck(
-    activation: nn.Module,
-    y_RH: Tensor,
-    down_Hw: Weight,
-    down_w: Weight,
-    up_wH: Weight,
-    up_H: Weight,
-) -> Tensor:
-    """What it adds to outputs, ``[R, hidden]``."""
-    narrow = activation(down_Hw.product(y_RH) + down_w.at_rows())
-    return up_wH.product(narrow) + up_H.at_rows()

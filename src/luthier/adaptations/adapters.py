@@ -58,8 +58,6 @@ class Adapters(Adaptation):
     """What bends the bottleneck."""
 
     mergeable: ClassVar[bool] = False
-    shares_base: ClassVar[bool] = True
-    """Bottlenecks change each row by itself."""
 
     def bind_network(self, model: nn.Module) -> Self:
         """With the placement that the blocks of the network ask for."""

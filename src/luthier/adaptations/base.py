@@ -68,15 +68,13 @@ class Adaptation(StrictModel):
     """Whether it can adapt networks that read images or sounds, and not tokens alone."""
     head_only: ClassVar[bool] = False
     """Whether nothing below the head trains, so that what it reads can be computed once."""
-    rounds_beside_base: ClassVar[bool] = False
-    """Whether beside its base it rounds outputs once more; merged they are as in training."""
     stores_network: ClassVar[bool] = False
     """Whether a custom model is the whole network; otherwise it is what trains, as an adapter."""
-    shares_base: ClassVar[bool] = False
-    """Whether models of it can share one base network in memory, and be written in one batch.
 
-    Then what it attaches leaves each module of the base as it is, and acts on a row either while its
-    prompt is read (a soft prompt, a prefix) or as a :class:`~luthier.models.row_adapters.RowLayer`."""
+    @property
+    def shares_base(self) -> bool:
+        """Whether models can share a base network (:mod:`luthier.models.lora_batch`)."""
+        return False
 
     @property
     def added_tokens(self) -> int:
@@ -87,11 +85,9 @@ class Adaptation(StrictModel):
         """This adaptation with what was left open and follows from the network as it is before."""
         return self
 
-    def attach(self, model: nn.Module, shared: bool = False) -> None:
+    def attach(self, model: nn.Module) -> None:
         """Add what is added, and mark what trains by ``requires_grad``.
 
-        ``shared`` where layers and weights are those of another network, too
-        (:func:`~luthier.models.layers.share_layers`): what gets other values is no weight of that one.
         A head that belongs to the task trains whatever the adaptation, and what only prepares what the
         network reads does not.
         """
@@ -103,7 +99,7 @@ class Adaptation(StrictModel):
                 f"{self.method} works among the tokens of a text, and this network reads images, "
                 "sounds or time series. Use full, lora, adapters, freeze, bitfit or feature_extraction"
             )
-        (self.adapt_shared if shared else self.adapt)(model)
+        self.adapt(model)
         new, frozen = head_weights(model), frozen_parts(model)
         for name, weight in model.named_parameters():
             if name in new:
@@ -114,11 +110,6 @@ class Adaptation(StrictModel):
     def adapt(self, model: nn.Module) -> None:
         """What :meth:`attach` does to the network below the head."""
         raise NotImplementedError
-
-    def adapt_shared(self, model: nn.Module) -> None:
-        """The same for :attr:`shares_base`; other than :meth:`adapt` where that trains own weights of
-        the network."""
-        self.adapt(model)
 
     def calibrate(self, network: Network, gradients: Gradients) -> None:
         """Set what has to be computed with the network or learned from the rows, after :meth:`attach`.
@@ -163,8 +154,6 @@ class VirtualTokens(Adaptation):
 
     takes_media: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
-    shares_base: ClassVar[bool] = True
-    """They are read with the prompt, and what is written does not meet them."""
 
     @property
     def added_tokens(self) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from luthier.adaptations.base import Adaptation
 from luthier.errors import RecipeError
 from luthier.models.heads import head_weights
-from luthier.models.layers import replace_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,23 +17,11 @@ class BitFit(Adaptation):
 
     method: Literal["bitfit"] = "bitfit"
 
-    rounds_beside_base: ClassVar[bool] = True
-    shares_base: ClassVar[bool] = True
-    """Another bias is something that is added to each row."""
-
     def adapt(self, model: nn.Module) -> None:
         """Freeze everything but the biases of linear layers and norms."""
         model.requires_grad_(False)
         for name in _biases(model):
             model.get_parameter(name).requires_grad_(True)
-
-    def adapt_shared(self, model: nn.Module) -> None:
-        """Give each layer that has a bias one of this network alone, under the same name."""
-        from luthier.adaptations.bias_layer import BiasLayer
-
-        layers = [name.removesuffix(".bias") for name in _biases(model)]
-        model.requires_grad_(False)
-        replace_modules(model, layers, BiasLayer)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Above the paper's search range of 1e-4 to 1e-3, which is for a network 12 times as large.

@@ -14,7 +14,7 @@ direction (Liu et al. 2024, arXiv:2402.09353).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -46,8 +46,10 @@ class LoRA(Adaptation):
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Numbers of the blocks to adapt, 0 the lowest; all if not given. What is below is read once."""
 
-    shares_base: ClassVar[bool] = True
-    """Branches change each row by itself, and so do DoRA's quotients."""
+    @property
+    def shares_base(self) -> bool:
+        """See :class:`Adaptation`; the magnitudes of DoRA are merged."""
+        return not self.dora
 
     def adapt(self, model: nn.Module) -> None:
         """Wrap the chosen layers; freeze everything else."""

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from luthier.models.fused import Dropout
 from luthier.models.packing import packed_weight
 from luthier.models.rounding import Rounding
-from luthier.models.row_adapters import LayerWrapper, RowUpdate, Weight
+from luthier.models.wrapper import LayerWrapper
 
 
 class FrozenWeight(Protocol):
@@ -200,11 +200,6 @@ class LoRALinear(LayerWrapper):
         y = frozen_product(flat, self, torch.mm(z, b.t()))
         return y if bias is None else y + bias
 
-    def row_updates(self) -> Sequence[RowUpdate]:
-        """The branch (see :mod:`luthier.models.row_adapters`), the scale within its weights."""
-        weights = self.lora_A.weight.t(), self.lora_B.weight.t() * self.scale
-        return [RowUpdate(_branch, weights, LoRALinear)]
-
     def merge(self, rounding: Rounding) -> nn.Module:
         """The base layer with the branch added to its weight; ``rounding`` brings it to its type."""
         with torch.no_grad():
@@ -220,10 +215,6 @@ class LoRALinear(LayerWrapper):
         """Weight plus update in float32."""
         a, b = self.lora_A.weight.float(), self.lora_B.weight.float()
         return self.weight_OI.to(torch.float32, copy=True).addmm_(b, a, alpha=self.scale)
-
-
-def _branch(x_RI: Tensor, a_Ir: Weight, b_rO: Weight) -> Tensor:
-    return b_rO.product(a_Ir.product(x_RI))
 
 
 class LoRAConv2d(LayerWrapper):
@@ -290,15 +281,6 @@ class DoRALinear(LoRALinear):
         y = super()._product(flat, None) * self._quotient_O()
         return (y if bias is None else y + bias).to(flat.dtype)
 
-    def row_updates(self) -> Sequence[RowUpdate]:
-        """The branch, then what the quotient changes of the whole product."""
-        excess_O = self._quotient_O() - 1
-        bias_O = (
-            torch.zeros_like(excess_O) if self.base_layer.bias is None else self.base_layer.bias
-        )
-        scaling = RowUpdate(_scaling, (excess_O, bias_O), DoRALinear, reads_output=True)
-        return [*super().row_updates(), scaling]
-
     def _quotient_O(self) -> Tensor:
         """``m / |W + s B A|``; once where nothing trains, as it takes half as long as the product."""
         weights = self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector
@@ -323,8 +305,3 @@ class DoRALinear(LoRALinear):
         whole_OI = super()._merged_OI()
         length_O = torch.linalg.vector_norm(whole_OI, dim=1)
         return whole_OI.mul_((self.lora_magnitude_vector.float() / length_O)[:, None])
-
-
-def _scaling(y_RO: Tensor, excess_O: Weight, bias_O: Weight) -> Tensor:
-    """What is added to ``y`` so that it is ``(1 + excess)`` times as long, but for its bias."""
-    return ((y_RO - bias_O.at_rows()) * excess_O.at_rows()).to(y_RO.dtype)

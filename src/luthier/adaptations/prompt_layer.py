@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from luthier.models.row_adapters import LayerWrapper
+from luthier.models.wrapper import LayerWrapper
 
 
 class PromptEmbedding(LayerWrapper):

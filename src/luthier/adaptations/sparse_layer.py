@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.models.row_adapters import LayerWrapper
+from luthier.models.wrapper import LayerWrapper
 
 
 class SparseLinear(LayerWrapper):

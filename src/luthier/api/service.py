@@ -102,6 +102,7 @@ class Service:
             reader=GrammarReader(turns, limits.schema_characters),
             limits=limits,
             latencies=latencies,
+            deterministic=settings.deterministic,
         )
         self.memory = FreedMemory()
         self.locations = Locations(

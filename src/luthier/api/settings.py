@@ -40,5 +40,7 @@ class Settings:
     """Processes of this machine that share the training of each job."""
     work: bool = True
     """Whether this server works on the queue."""
+    deterministic: bool = False
+    """Whether models run one sequence at a time, so that no reply depends on other requests."""
     limits: ServerLimits = field(default_factory=ServerLimits)
     """What the server takes on, of one client and in all."""

@@ -71,6 +71,13 @@ def serve(
             "May be repeated.",
         ),
     ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Run one sequence at a time: replies do not depend on other requests.",
+        ),
+    ] = False,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -156,6 +163,7 @@ def serve(
             requests_per_second=requests_per_second,
             cors_origins=check_origins(cors_origin or ()),
             limits=parse_limits(limit or ()),
+            deterministic=deterministic,
             ray_address=ray_address,
             ray_gpus=ray_gpus,
             job_processes=job_processes,

@@ -267,9 +267,7 @@ class ModelWriter:
         network.close()
         if parent and trained.greedy is not None and store.can_share_base(stored):
             below = as_network(store.load(parent, dtype, device, head), device, dtype)
-            network = below.with_adapter(
-                lambda model: store.attach_adapter(model, stored, shared=True)
-            )
+            network = below.with_adapter(lambda model: store.attach_adapter(model, stored))
             with _open_backend(network) as backend:
                 beside = compare_greedy(trained.greedy, backend)
             parity = parity.model_copy(update={"greedy_beside_base": beside})
@@ -279,7 +277,6 @@ class ModelWriter:
         check_parity(
             parity,
             (lambda token: chat.decode([token])) if chat.has_tokenizer else None,
-            self.job.recipe.adaptation.rounds_beside_base,
             self._base_rounding,
         )
         if store.chat_format(stored).stop_ids != chat.stop_ids:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -638,7 +637,7 @@ class Trainer:
             note(f"dropout {dropout:g} in {places}; attention weights are not dropped")
         adaptation = self.recipe.adaptation
         if adaptation.shares_base:
-            try_shared(network, adaptation.method, partial(adaptation.attach, shared=True))
+            try_shared(network, adaptation.method, adaptation.attach)
         torch.manual_seed(self.recipe.training.seed)
         before = sum(p.numel() for p in model.parameters())
         adaptation.attach(model)

@@ -288,21 +288,20 @@ def greedy_prompts(examples: Sequence[Example], count: int, room: int) -> list[I
 def check_parity(
     parity: Parity,
     text_of: Callable[[int], str] | None = None,
-    rounds_beside_base: bool = False,
     base_rounding: Callable[[], TokenParity | None] = lambda: None,
 ) -> None:
     """Refuse a model that does not answer as the trained network does.
 
-    ``text_of`` gives the text of a token for the message. ``rounds_beside_base`` is that of the
-    adaptation. ``base_rounding`` measures how far the next tokens of the base are from its own in
-    float32; it is called for a model of rounded weights beyond the usual limits.
+    ``text_of`` gives the text of a token for the message. ``base_rounding`` measures how far the next
+    tokens of the base are from its own in float32; it is called for a model of rounded weights beyond
+    the usual limits.
 
     Raises:
         LuthierError: with the difference.
     """
-    reason = _difference(parity, rounds_beside_base, None)
+    reason = _difference(parity, None)
     if reason and parity.rounded and (rounding := base_rounding()) is not None:
-        reason = _difference(parity, rounds_beside_base, rounding)
+        reason = _difference(parity, rounding)
     if not reason:
         return
     compared = (parity.next_tokens, parity.greedy, parity.greedy_beside_base)
@@ -314,7 +313,7 @@ def check_parity(
     )
 
 
-def _difference(parity: Parity, rounds_beside_base: bool, rounding: TokenParity | None) -> str:
+def _difference(parity: Parity, rounding: TokenParity | None) -> str:
     """Return the first difference that is more than rounding; empty if there is none."""
     own = OWN_ROUNDING * rounding.mean_kl if rounding is not None else 0.0
     allowed = max((ROUNDED if parity.rounded else SAME) * max(1.0, abs(parity.trained)), own)
@@ -324,7 +323,7 @@ def _difference(parity: Parity, rounds_beside_base: bool, rounding: TokenParity 
             f"{parity.rows} rows"
         )
     most = ROUNDED_KL if parity.rounded else SAME_KL
-    stepped = STEPPED_KL if parity.rounded and not rounds_beside_base else most
+    stepped = STEPPED_KL if parity.rounded else most
     for where, found, limit in (
         ("in these rows", parity.next_tokens, most),
         ("along what it writes greedily", parity.greedy, most),

@@ -113,10 +113,11 @@ FEWEST_SHARED = 32
 
 @runtime_checkable
 class ReusesKeyValues(Protocol):
-    """A backend whose prompts can go on behind the keys and values of others that began alike."""
+    """A backend that can continue from the keys and values of a prompt with the same beginning."""
 
-    def reusable(self, tokens: int) -> int:
-        """Behind how many of so many tokens a prompt can go on with the bits that it has alone."""
+    @property
+    def reuses(self) -> bool:
+        """Whether this network can; a prefix of keys and values rules it out."""
         ...
 
     def open(self, ids_T: IntArray, start: KeyValues | None = None) -> State:
@@ -167,16 +168,16 @@ def reply_room(prompt: int, context: int, beside: bool) -> int:
 def read_prompts(
     backend: Backend, prompts: Sequence[IntArray], copies: int
 ) -> tuple[list[State], Tensor]:
-    """What :meth:`Backend.prefill_batch` gives, each prompt with the bits that it has alone.
+    """Read prompts in chunks; returns what :meth:`Backend.prefill_batch` does.
 
-    Where the backend can go on behind what an earlier prompt began with, that is not read again. Short
-    prompts are read side by side. Where one cannot be read, nothing stays open.
+    A beginning that an earlier prompt has, too, is read once if the backend can continue from there.
+    Short prompts are read together. After an error nothing stays open.
     """
     import torch
 
     from luthier.models.kv_cache import CHUNK
 
-    reuse = backend if isinstance(backend, ReusesKeyValues) else None
+    reuse = backend if isinstance(backend, ReusesKeyValues) and backend.reuses else None
     states: list[State] = []
     logits: list[Tensor] = []
 
@@ -186,7 +187,7 @@ def read_prompts(
             return backend.open(ids_T)
         shared = [common_length(ids_T[:-1], other_T) for other_T in prompts[:earlier]]
         nearest = max(range(earlier), key=shared.__getitem__)
-        count = reuse.reusable(shared[nearest])
+        count = shared[nearest]
         if count < FEWEST_SHARED:
             return backend.open(ids_T)
         return reuse.open(ids_T, reuse.key_values(states[nearest * copies], 0, count))
@@ -214,9 +215,8 @@ def read_prompts(
     return states, torch.stack(logits)
 
 
-OpenBackend = Callable[["Network", int, bool], Backend]
-"""Runs a network in eval mode whose sequences are of so many tokens at most. Where the last is true,
-each sequence has the same bits whatever steps beside it, however slow that may be."""
+OpenBackend = Callable[["Network", int], Backend]
+"""Opens a network in eval mode for sequences of at most the given number of tokens."""
 
 
 OpenFile = Callable[[Path, int, int], Backend]
@@ -239,10 +239,10 @@ class BackendEntry:
     networks that share the layers of their base."""
 
 
-def _open_torch(network: Network, context: int, exact: bool) -> Backend:
+def _open_torch(network: Network, context: int) -> Backend:
     from luthier.models.torch_backend import torch_backend  # torch is not needed to list backends
 
-    return torch_backend(network, context, exact)
+    return torch_backend(network, context)
 
 
 def _check_llama_cpp() -> None:
@@ -302,10 +302,10 @@ def merges_adapters() -> bool:
     return value == "merged"
 
 
-def backend_of(network: Network, context: int, exact: bool = False) -> Backend:
-    """The way to run ``network`` that was chosen; see :data:`OpenBackend`.
+def backend_of(network: Network, context: int) -> Backend:
+    """Open ``network`` in the chosen backend.
 
     Raises:
         RecipeError: as :func:`chosen_backend` does.
     """
-    return chosen_backend().open(network, context, exact)
+    return chosen_backend().open(network, context)

@@ -5,8 +5,7 @@ call :func:`sample` on the network they hold; a model that is asked on the comma
 SDK (:mod:`luthier.serving.generation`) and the server (:mod:`luthier.serving.decoder`) choose their
 tokens with the same :class:`TokenSampler` over the same backend (:mod:`luthier.models.backends`).
 
-The draws of a completion follow from its seed and its number among those of its prompt alone. So it
-does not depend on what is written beside it, and one seed gives one text wherever it is asked.
+The draws of a completion follow from its seed and its number among those of its prompt alone.
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ class DescribedNetwork:
     """Numbers of its weights; of an encoder of texts or a classifier without the head."""
     flat: bool
     """Whether many of its sequences can be written side by side (:mod:`luthier.models.layouts`)."""
-    base_only: tuple[str, ...]
-    """See :func:`luthier.models.row_adapters.base_only_parts`."""
+    heads: tuple[str, ...]
+    """Names of the modules above the backbone."""
 
 
 def described_network(folder: Path, memory: bool | None = None) -> DescribedNetwork:
@@ -139,7 +139,7 @@ def _described(folder: Path, versions: Any, memory: bool, home: Path) -> Describ
     record = home / "cache" / "networks" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
     if record.is_file():
         stored = read_json(record)
-        return DescribedNetwork(**stored | {"base_only": tuple(stored["base_only"])})
+        return DescribedNetwork(**stored | {"heads": tuple(stored["heads"])})
     described = _draw_described(folder, fields, memory)
     with suppress(OSError, LuthierError):  # a store that is full or read-only
         write_bytes(record, json.dumps(asdict(described)).encode())
@@ -150,7 +150,6 @@ def _draw_described(folder: Path, fields: dict[str, Any], memory: bool) -> Descr
     check_layers(fields)
     from luthier.models.layouts import is_flat
     from luthier.models.load import configuration, draw, for_head
-    from luthier.models.row_adapters import base_only_parts
 
     import_transformers()
     if is_pipeline(folder):
@@ -176,7 +175,8 @@ def _draw_described(folder: Path, fields: dict[str, Any], memory: bool) -> Descr
         tables = sum(table.nbytes for table in network.buffers())
         check_sizes(numbers, tables, sum(map(check_weights, network_folders(folder))))
     flat = is_flat(network)
-    return DescribedNetwork(task, numbers, flat, base_only_parts(network) if flat else ())
+    above = [name for name, child in network.named_children() if child is not network.base_model]
+    return DescribedNetwork(task, numbers, flat, tuple(above))
 
 
 _IMPORTING = threading.Lock()

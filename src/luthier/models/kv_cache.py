@@ -1,8 +1,7 @@
 """Keys and values of many sequences that are written side by side.
 
 Sequences of about the same length lie in one :class:`Bank`, so that one batched product serves them
-all. A bank's length is of a fixed list, and what is beyond a sequence's own end is masked: which
-shapes a sequence meets depends on its own length alone, and on no other sequence.
+all. A bank's length is of a fixed list, and what is beyond a sequence's own end is masked.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ STEP = 64
 """Lengths of banks are multiples of this: few sizes, few kernels."""
 CHUNK = 256
 """A chunk of a prompt ends at a multiple of this at the latest."""
-CHUNK_STEP = 8
-"""Tokens of a prompt that run at once are filled up to a multiple of this, those of all to twice it."""
 
 
 def room_for(tokens: int) -> int:
@@ -34,13 +31,8 @@ def room_for(tokens: int) -> int:
 
 
 def keys_for(tokens: int) -> int:
-    """How many keys a chunk that ends at ``tokens`` looks at: a multiple of ``STEP`` or ``CHUNK``.
-
-    It is the same for all chunks that end before the same multiple of ``CHUNK``, as kernels sum long
-    products in blocks: so a prompt has the same bits wherever its chunks begin and end. Up to ``CHUNK``
-    the sums are of one block.
-    """
-    return round_up(tokens, STEP if tokens <= CHUNK else CHUNK)
+    """Return how many keys a chunk that ends at ``tokens`` attends to, a multiple of ``STEP``."""
+    return round_up(tokens, STEP)
 
 
 Pair = tuple[Tensor, Tensor]
@@ -188,7 +180,7 @@ class Banks:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next tokens of a prompt: ``count`` of them, filled up to ``size``, from row ``first`` on.
+    """The next ``count`` tokens of a prompt, in the rows of a pass from ``first`` on.
 
     ``before`` keys of a prefix stand in front; they come with the first chunk.
     """
@@ -208,26 +200,18 @@ class Chunk:
         return Chunk(span, first, count, before, start)
 
     @property
-    def size(self) -> int:
-        """Rows that it takes."""
-        return round_up(self.count, CHUNK_STEP)
-
-    @property
     def end(self) -> int:
         """Tokens before its end."""
         return self.start + self.count
 
 
 class ChunkAttention:
-    """Attention of the next tokens of prompts, each to those before them and to each other.
-
-    The keys of what only fills up are not kept.
-    """
+    """Attention of the next tokens of prompts to the tokens before them and to each other."""
 
     def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
         self._chunks, self._masks = chunks, []
         for chunk in chunks:
-            query_N = torch.arange(chunk.start, chunk.start + chunk.size, device=device)
+            query_N = torch.arange(chunk.start, chunk.end, device=device)
             sees_NK = torch.arange(keys_for(chunk.end), device=device) <= query_N[:, None]
             mask_NK = torch.zeros(sees_NK.shape, device=device)
             self._masks.append(mask_NK.masked_fill_(~sees_NK, -torch.inf))
@@ -239,9 +223,8 @@ class ChunkAttention:
         """Query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]`` to ``[1, N, Hq, D]``."""
         outs = []
         for chunk, mask_NK in zip(self._chunks, self._masks, strict=True):
-            rows = slice(chunk.first, chunk.first + chunk.size)
-            real = slice(chunk.first, chunk.first + chunk.count)
-            own_k, own_v = key[:, :, real], value[:, :, real]
+            rows = slice(chunk.first, chunk.first + chunk.count)
+            own_k, own_v = key[:, :, rows], value[:, :, rows]
             if chunk.before:
                 own_k, own_v = module.key_value_prefix(own_k, own_v)
             all_k, all_v = chunk.span.bank.of(module.layer_idx, own_k, own_v)
@@ -251,11 +234,9 @@ class ChunkAttention:
             heads, keys = len(mine_k), mask_NK.shape[1]
             q_HQD = query[0, :, rows].reshape(heads, -1, query.shape[-1])
             scores = torch.bmm(q_HQD, mine_k[:, :keys].mT).mul_(scale)
-            scores.view(heads, -1, chunk.size, keys).add_(mask_NK.to(scores.dtype))
+            scores.view(heads, -1, chunk.count, keys).add_(mask_NK.to(scores.dtype))
             out = torch.bmm(torch.softmax(scores, -1), mine_v[:, :keys])
-            outs.append(out.view(-1, chunk.size, value.shape[-1]).transpose(0, 1))
-        fill = query.shape[2] - sum(chunk.size for chunk in self._chunks)
-        outs.append(query.new_zeros(fill, query.shape[1], value.shape[-1]))
+            outs.append(out.view(-1, chunk.count, value.shape[-1]).transpose(0, 1))
         return torch.cat(outs)[None]
 
 
@@ -263,9 +244,7 @@ class StepAttention:
     """Attention of the next tokens of several sequences, one token or more of each.
 
     A row is a place in a bank and the number of the sequence's tokens in this step that stand before
-    it. ``rows`` are in the order of :func:`step_order`; those that are neighbours in a bank run as one,
-    with the shapes that they have when each takes its steps one by one. Between them there may be
-    others, which take no step now. Rows beyond them fill up.
+    it. ``rows`` are in the order of :func:`step_order`; neighbours in a bank run as one.
     """
 
     def __init__(self, rows: Sequence[StepRow], device: torch.device, dtype: torch.dtype) -> None:
@@ -293,7 +272,7 @@ class StepAttention:
         _, heads, size, _ = query.shape
         if len(self._runs) == 1 and self._runs[0].count == size:
             return self._runs[0].attend(module.layer_idx, query, key, value, scale)[None]
-        out = query.new_zeros(1, size, heads, value.shape[-1])
+        out = query.new_empty(1, size, heads, value.shape[-1])
         for run in self._runs:
             rows = slice(run.first, run.first + run.count)
             out[0, rows] = run.attend(
@@ -332,8 +311,7 @@ class _Run:
         v_RHKD = all_v[self.slot : self.slot + self.count]
         heads, room = k_RHKD.shape[1:3]
         # Query heads that share a key head are stacked as queries.
-        # Contiguous also where a view would do: products of other strides are other kernels.
-        q = query[0].transpose(0, 1).contiguous().view(self.count * heads, -1, query.shape[-1])
+        q = query[0].transpose(0, 1).reshape(self.count * heads, -1, query.shape[-1])
         scores = torch.bmm(q, k_RHKD.flatten(0, 1).mT).mul_(scale)
         scores.view(self.count, -1, room).add_(self.mask_R1K)
         out = torch.bmm(torch.softmax(scores, -1), v_RHKD.flatten(0, 1))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,7 +36,6 @@ from luthier.models.modalities import (
     run_media,
     text_config,
 )
-from luthier.models.row_attention import LENGTH_STEP, RowAttention, plan_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,11 +84,6 @@ class Layout:
         raise NotImplementedError
 
     @property
-    def side_by_side(self) -> Layout:
-        """The same, with rows kept apart where the layout can do that."""
-        return self
-
-    @property
     def size_step(self) -> int:
         """A tree is filled up to a multiple of so many nodes."""
         return SIZE_STEP
@@ -122,26 +116,12 @@ class Flat(Layout):
 
     first_position: int
     both_ways: bool
-    rows_apart: bool = False
-    """Whether trees are forests of chains of which none depends on the others, to the last bit."""
     flat: ClassVar[bool] = True
-
-    @property
-    def side_by_side(self) -> Layout:
-        """See :attr:`Layout.side_by_side`."""
-        return replace(self, rows_apart=True)
-
-    @property
-    def size_step(self) -> int:
-        """See :attr:`Layout.size_step`; often a single short row is read."""
-        return LENGTH_STEP if self.rows_apart else SIZE_STEP
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
-    ) -> AttentionPlan | RowAttention:
+    ) -> AttentionPlan:
         """The attention over ``tree``."""
-        if self.rows_apart and device.type == "cpu":
-            return plan_rows(tree, self.both_ways, before)
         return plan_attention(tree, device, dtype, self.both_ways, before)
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:

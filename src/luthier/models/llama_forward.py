@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from luthier.models.fused import RMSNorm, SwiGLU, rms_norm
-from luthier.models.packing import GROUPED_ROWS, PackedGroup
+from luthier.models.lora_batch import LoraBatchLayer
+from luthier.models.packing import PackedGroup
 
 if TYPE_CHECKING:
     from luthier.models.attention import Attends
@@ -29,15 +30,14 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 class LlamaForward:
     """States of a network of Llama's shape, by the weights that it has when it is asked."""
 
-    def __init__(self, model: Any, grouped: bool) -> None:
-        """``model`` is one that :meth:`fits`; its layers are ``grouped`` in steps of few rows."""
+    def __init__(self, model: Any) -> None:
+        """``model`` is one that :meth:`fits`."""
         config = model.config
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
-        self._groups: dict[nn.Module, list[PackedGroup]] = {}
-        for layer in model.base_model.layers if grouped else ():
-            products = _products(layer)
-            if all(PackedGroup.takes(each) for some in products for each in some):
-                self._groups[layer] = [PackedGroup(some) for some in products]
+        products = [_products(layer) for layer in model.base_model.layers]
+        self._groups: list[list[PackedGroup]] = []
+        if all(PackedGroup.takes(each) for parts in products for some in parts for each in some):
+            self._groups = [[PackedGroup(some) for some in parts] for parts in products]
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -66,21 +66,23 @@ class LlamaForward:
     ) -> Tensor:
         """States ``[N, H]`` of tokens that ``attention`` lets look at others.
 
-        ``backbone`` is that of the model, or another whose modules have the same places.
+        ``backbone`` is that of the model, or the same with a :class:`LoraBatchLayer` in some places.
         """
-        groups = self._groups if len(ids_N) <= GROUPED_ROWS else {}
         x = backbone.embed_tokens(ids_N[None])
         cos, sin = backbone.rotary_emb(x, position_ids=position_N[None])
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # float32 of some families: the trial tells
         half = cos.shape[-1] // 2
         cos, sin = cos[:, :, None], _signed(sin)[:, :, None]
         turned = self._heads + self._key_heads
         count, size = len(ids_N), cos.shape[-1]
-        for layer in backbone.layers:
+        for number, layer in enumerate(backbone.layers):
             own = layer.self_attn
-            qkv, out, gate_up, down = groups.get(layer) or _products(layer)
+            parts = _products(layer)
+            groups = self._groups[number] if self._groups else [None] * len(parts)
+            qkv, out, gate_up, down = zip(groups, parts, strict=True)
             norm = layer.input_layernorm
             read = rms_norm(x, norm.weight, norm.variance_epsilon)
-            qkv_1NhD = _product(qkv, read).view(1, count, -1, size)
+            qkv_1NhD = _product(*qkv, read).view(1, count, -1, size)
             qk_1NhD = qkv_1NhD[:, :, :turned]
             qk_1NhD = (qk_1NhD * cos).add_(qk_1NhD.roll(half, -1).mul_(sin))
             seen = attention.attend(
@@ -90,13 +92,13 @@ class LlamaForward:
                 qkv_1NhD[:, :, turned:].transpose(1, 2),
                 own.scaling,
             )
-            x = x + _product(out, seen.reshape(1, count, -1))
+            x = x + _product(*out, seen.reshape(1, count, -1))
             norm = layer.post_attention_layernorm
             read = rms_norm(x, norm.weight, norm.variance_epsilon)
-            inner = _product(gate_up, read)
+            inner = _product(*gate_up, read)
             middle = inner.shape[-1] // 2
             inner = nn.functional.silu(inner[..., :middle]).mul_(inner[..., middle:])
-            x = x + _product(down, inner)
+            x = x + _product(*down, inner)
         norm = backbone.norm
         states: Tensor = rms_norm(x, norm.weight, norm.variance_epsilon)[0]
         return states
@@ -128,8 +130,16 @@ def _products(layer: Any) -> list[list[Any]]:
     ]  # fmt: skip
 
 
-def _product(layers: PackedGroup | list[Any], x: Tensor) -> Tensor:
-    if isinstance(layers, PackedGroup):
-        return layers.product(x)
-    outputs = [each(x) for each in layers]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+def _product(group: PackedGroup | None, layers: list[Any], x: Tensor) -> Tensor:
+    """Return the outputs of ``layers``, concatenated; ``group`` has the same frozen weights."""
+    if group is None:
+        outputs = [each(x) for each in layers]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    updates = [each.update(x[0]) if isinstance(each, LoraBatchLayer) else None for each in layers]
+    if all(update is None for update in updates):
+        return group.product(x)
+    whole = [
+        x.new_zeros(x.shape[1], each.weight.shape[0]) if update is None else update
+        for each, update in zip(layers, updates, strict=True)
+    ]
+    return group.product(x, torch.cat(whole, -1)[None])

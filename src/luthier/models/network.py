@@ -284,28 +284,19 @@ class Network:
         """Whether rows with the same beginning can share it."""
         return self.layout.flat and not self.both_ways
 
-    def batch(
-        self, tree: TokenTree, prefix: bool = True, layout: Layout | None = None
-    ) -> TreeBatch:
-        """``tree`` on this network's device, behind the network's prefix if it has one.
-
-        ``layout`` stands for the network's own.
-        """
+    def batch(self, tree: TokenTree, prefix: bool = True) -> TreeBatch:
+        """``tree`` on this network's device, behind the network's prefix if it has one."""
         before = prefix_tokens(self.model) if prefix else 0
-        return TreeBatch.of(tree, self.device, self.dtype, layout or self.layout, before)
+        return TreeBatch.of(tree, self.device, self.dtype, self.layout, before)
 
-    def batches(
-        self, examples: Sequence[Example], budget: int, side_by_side: bool = False
-    ) -> Iterator[TreeBatch]:
+    def batches(self, examples: Sequence[Example], budget: int) -> Iterator[TreeBatch]:
         """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer).
 
-        Each is made when it is asked for: one of images holds their pixels. Rows ``side_by_side``
-        share nothing; :mod:`luthier.models.row_attention` says what that is for. Where processes share
-        the work (:meth:`split_work`), these are the micro-batches of this one; the first process
-        always has one. Where they share the layers, too, all have as many, some by a filler.
+        Each is made when it is asked for: one of images holds their pixels. Where processes share the
+        work (:meth:`split_work`), these are the micro-batches of this one; the first process always has
+        one. Where they share the layers, too, all have as many, some by a filler.
         """
-        layout = self.layout.side_by_side if side_by_side else self.layout
-        shares = self.shares and not side_by_side
+        shares = self.shares
         media = self.layout.reads_media
         if media:
             budget = min(budget, MOST_IMAGES)
@@ -317,7 +308,7 @@ class Network:
             own.append((*numbered[-1], True))
         return (
             replace(
-                self.batch(self._tree(part, shares), layout=layout),
+                self.batch(self._tree(part, shares)),
                 place=place,
                 is_filler=is_filler,
             )
@@ -329,7 +320,6 @@ class Network:
         examples: Sequence[Example],
         budget: int,
         read: Callable[[TreeBatch], Iterable[_Read]],
-        side_by_side: bool = False,
     ) -> list[_Read]:
         """What ``read`` gives for the rows of a micro-batch, one for each of ``examples`` in order.
 
@@ -338,7 +328,7 @@ class Network:
         placed = [replace(example, row=place) for place, example in enumerate(examples)]
         found: dict[int, _Read] = {}
         with self.whole_work():
-            for batch in self.batches(placed, budget, side_by_side):
+            for batch in self.batches(placed, budget):
                 found.update(zip(batch.tree.row_R.tolist(), read(batch), strict=True))
         return [found[place] for place in range(len(placed))]
 

@@ -2,10 +2,8 @@
 
 With a few rows a product takes as long as reading its weight, and oneDNN brings one of bfloat16 into
 the order it wants in each call. Done once ahead, such a product of 1 to 16 rows takes half the time, of
-32 two thirds; the sums are the same but for their order, and rounded once. Products in float32 gain
-less, but each row of them has the same bits for any number of rows (from 2), which those of the plain
-weight have from 64 only. A second copy of the weights lives while :func:`packed_linears` is open: they
-may be other ones afterwards.
+32 two thirds; the sums are the same but for their order, and rounded once. A second copy of the weights
+lives while :func:`packed_linears` is open: the weights may change afterwards.
 """
 
 from __future__ import annotations
@@ -18,9 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GROUPED_ROWS = 64
-"""Rows of a product of several weights that has the bits of each weight's own; larger products are cut
-among threads in other ways."""
 SMALLEST = 1 << 16
 """Weights of fewer numbers stay in the cache."""
 _NAME = "packed_weight"
@@ -73,11 +68,6 @@ class PackedWeight:
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's ``x W^T + b`` for ``x [..., in]``."""
-        if x.numel() == x.shape[-1] and x.dtype == torch.float32:
-            # One row would be another kernel's, and have other bits than beside a second one.
-            both = x.reshape(1, -1).repeat(2, 1)
-            y = _product(both, self._packed_weight, self._layer.bias)[:1]
-            return y.reshape(*x.shape[:-1], -1)
         return _product(x, self._packed_weight, self._layer.bias)
 
     def with_branch(self, x_NI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
@@ -95,17 +85,13 @@ class PackedWeight:
 
     def plus(self, x_NI: Tensor, update_NO: Tensor) -> Tensor:
         """``x W^T + update``, rounded once."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            x_NI, update_NO, self._packed_weight, None, "add"
-        )
-        return y
+        return _product_plus(x_NI, self._packed_weight, update_NO)
 
 
 class PackedGroup:
-    """Linear layers that read the same, as one product; a low-rank branch may belong to each.
+    """Linear layers with the same input, as one product; a low-rank branch may belong to each.
 
-    Of :data:`GROUPED_ROWS` at most the bits are those of the layers one by one, in fewer calls. One
-    of both, the group and its layers, holds copies of the weights at a time.
+    Either the group or its layers keep copies of the weights.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -119,7 +105,7 @@ class PackedGroup:
             member.group = self
             self._members.append(member)
         self._outputs = [plain.weight.shape[0] for plain in self._plain]
-        self._packed: Callable[[Tensor], Tensor] | None = None
+        self._packed: Callable[..., Tensor] | None = None
 
     @staticmethod
     def takes(layer: Any) -> bool:
@@ -136,16 +122,16 @@ class PackedGroup:
         """Let go of the copies."""
         self._packed = None
 
-    def product(self, x: Tensor) -> Tensor:
-        """What the layers make of ``x [..., in]``, one behind the other in the last dimension."""
+    def product(self, x: Tensor, update: Tensor | None = None) -> Tensor:
+        """Return the outputs for ``x [..., in]``, concatenated, plus ``update`` if given."""
         packed = self._packed
         if packed is None:
             for member in self._members:
                 member.release()
             packed = self._packed = self._pack()
-        return packed(x)
+        return packed(x) if update is None else packed(x, update=update)
 
-    def _pack(self) -> Callable[[Tensor], Tensor]:
+    def _pack(self) -> Callable[..., Tensor]:
         weight = torch.cat([plain.weight.detach() for plain in self._plain])
         bias = None
         if any(plain.bias is not None for plain in self._plain):
@@ -169,14 +155,16 @@ class PackedGroup:
 
 
 def linear_plus(layer: Any, x_NI: Tensor, update_NO: Tensor) -> Tensor:
-    """What a linear layer without a bias makes of ``x``, with ``update`` added inside.
+    """Return the output of a linear layer for ``x``, with ``update`` added before rounding.
 
-    A ``Conv1D`` of GPT-2 is one whose weight is ``[in, out]``.
+    The weight of GPT-2's ``Conv1D`` is ``[in, out]``.
     """
     if (packed := packed_weight(layer)) is not None:
-        return packed.plus(x_NI, update_NO)
-    weight_IO = layer.weight.t() if isinstance(layer, nn.Linear) else layer.weight
-    return torch.addmm(update_NO, x_NI, weight_IO)
+        y = packed.plus(x_NI, update_NO)
+    else:
+        weight_IO = layer.weight.t() if isinstance(layer, nn.Linear) else layer.weight
+        y = torch.addmm(update_NO, x_NI, weight_IO)
+    return y if layer.bias is None else y.add_(layer.bias)
 
 
 def _reorder(weight: Tensor) -> Tensor:
@@ -184,8 +172,19 @@ def _reorder(weight: Tensor) -> Tensor:
     return packed
 
 
-def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def _product(
+    x: Tensor, packed: Tensor, bias: Tensor | None, update: Tensor | None = None
+) -> Tensor:
+    y: Tensor
+    if update is not None:  # rounded once
+        y = _product_plus(x, packed, update)
+        return y if bias is None else y.add_(bias)
+    y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
+
+
+def _product_plus(x: Tensor, packed: Tensor, update: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, update, packed, None, "add")
     return y
 
 
@@ -196,15 +195,12 @@ def packed_weight(layer: Any) -> PackedWeight | None:
 
 
 @contextmanager
-def packed_linears(model: nn.Module, smallest: int = SMALLEST) -> Iterator[None]:
+def packed_linears(model: nn.Module) -> Iterator[None]:
     """Pack the linear layers of a network on a CPU; other networks stay as they are.
 
-    Without gradients only. Layers that wrap a linear one ask :func:`packed_weight` for it. Of 0 as
-    ``smallest`` no layer is left out, for the bits alone.
+    Without gradients only. Layers that wrap a linear one ask :func:`packed_weight` for it.
     """
-    layers = [
-        layer for layer in model.modules() if type(layer) is nn.Linear and _gains(layer, smallest)
-    ]
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _gains(layer)]
     # A network that several adapters share is plain here: they stand in networks of their own.
     branched = {
         module.base_layer
@@ -226,11 +222,11 @@ def packed_linears(model: nn.Module, smallest: int = SMALLEST) -> Iterator[None]
                 packed.group.release()
 
 
-def _gains(layer: nn.Linear, smallest: int) -> bool:
+def _gains(layer: nn.Linear) -> bool:
     weight = layer.weight
     return (
         weight.device.type == "cpu"
-        and weight.numel() >= smallest
+        and weight.numel() >= SMALLEST
         and torch.backends.mkldnn.is_available()
         and (
             weight.dtype == torch.float32

@@ -30,12 +30,11 @@ from luthier.data.tree import TokenTree, build_tree
 from luthier.errors import CorruptFile, LuthierError, RecipeError
 from luthier.files import luthier_home, read_json, write_json
 from luthier.models.fused import fuse
-from luthier.models.heads import decoder_of, decoder_opening, is_inside, task_of
+from luthier.models.heads import decoder_of, decoder_opening, task_of
 from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
 from luthier.models.modalities import media_config
 from luthier.models.network import Network, TreeBatch
-from luthier.models.row_adapters import base_only_parts
 from luthier.types import Example
 
 TOLERANCE = 1e-3
@@ -326,13 +325,10 @@ def try_shared(network: Network, method: str, attach: Callable[[Any], None]) -> 
                 weight.normal_(std=0.1)
         probe = Probe(shared.model, device)
         names = [n for n, each in shared.model.named_parameters() if id(each) not in own]
-        if any(is_inside(name, base_only_parts(model)) for name in names):
-            return  # such an adapter is served merged
+        if not all(name.startswith(f"{model.base_model_prefix}.") for name in names):
+            return  # an adapter above the backbone does not share its base
         record = _record(shared.model, device, method, str(network.dtype), *names)
         if record.is_file():
-            return
-        if shared.tokens_before:  # a prefix or soft prompt, which rows of a probe do not have
-            probe.cached(shared)
             return
         ours, rows = probe.ours(shared)
         wanted = probe.uncached(_by_row(probe, ours.float(), rows))

@@ -70,12 +70,9 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     return load_tensors(folder / ADAPTER)
 
 
-def load_adapter(
-    model: nn.Module, adaptation: Adaptation, folder: Path, shared: bool = False
-) -> None:
+def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None:
     """Attach ``adaptation`` to ``model`` and give it the weights saved in ``folder``.
 
-    ``shared`` where layers and weights are those of another network, too, which does not change then.
     A head for other classes, or another task, keeps the numbers it was drawn with.
     """
     import torch
@@ -85,7 +82,7 @@ def load_adapter(
     saved = read_adapter(folder)
     # All that is new is replaced below; to draw it first would take a third of the time.
     with torch.random.fork_rng([]), leave_undrawn():
-        adaptation.attach(model, shared)
+        adaptation.attach(model)
     new = head_weights(model)
     weights = {
         adaptation.stored_name(n): p

@@ -34,8 +34,6 @@ PASS_SECONDS = 0.2
 one that took less than half of this."""
 FEWEST_TOKENS = 32
 """Of a pass that is full: fewer take as long, as they are filled up."""
-EXACT_TOKENS = 512
-"""Of a pass on a CPU: products of packed weights have the same bits for up to so many rows."""
 
 
 class Work:
@@ -168,15 +166,16 @@ class RowBatcher:
         limits: ModelLimits,
         scheduler: FairScheduler,
         memory: CacheBudget,
+        deterministic: bool = False,
     ) -> None:
-        """What a pass keeps between layers is taken from ``memory``."""
+        """What a pass keeps between layers is taken from ``memory``; one row if ``deterministic``."""
         from luthier.models.layouts import MOST_IMAGES
 
         network = predictor.network
         self._predictor, self._scheduler, self._memory = predictor, scheduler, memory
+        self._deterministic = deterministic
         self._media = network.layout.reads_media
-        on_cpu = network.device.type == "cpu"
-        self._most = MOST_IMAGES if self._media else EXACT_TOKENS if on_cpu else READING_BUDGET
+        self._most = MOST_IMAGES if self._media else READING_BUDGET
         self._row_bytes = 0 if self._media else _bytes_per_token(network)
         self._fewest = 1 if self._media else FEWEST_TOKENS
         self._size = self._fewest
@@ -254,7 +253,7 @@ class RowBatcher:
         hook = self._predictor.network.model.register_forward_pre_hook(check)
         try:
             check()
-            answers = self._predictor.read([row.example for row in rows], side_by_side=True)
+            answers = self._predictor.read([row.example for row in rows])
         except Exception as error:
             return error
         finally:
@@ -279,7 +278,7 @@ class RowBatcher:
                     row = self._row(request, request.unread[0]) if request.unread else None
                     if (
                         row is None
-                        or (rows and row.cost > room)
+                        or (rows and (row.cost > room or self._deterministic))
                         or not self._memory.take(request.client, row.nbytes)
                     ):
                         able.remove(request)

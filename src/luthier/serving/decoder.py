@@ -2,8 +2,8 @@
 
 One thread owns the network. In each round it reads a little of the prompts that came, then every
 answer that is being written grows by one token; those of a client that is ahead of others pause
-(:mod:`luthier.serving.scheduler`). What an answer is depends on its own request alone, not on what else
-runs (:mod:`luthier.models.backends`): it is the same through every face, streamed or not.
+(:mod:`luthier.serving.scheduler`). A reply to a request that runs alone is the same through every API,
+streamed or not; next to others, kernels may round in another order.
 """
 
 from __future__ import annotations
@@ -225,6 +225,7 @@ class Decoder:
         prefixes: PrefixCache | None = None,
         base: Decoder | None = None,
         latency: ModelMetrics | None = None,
+        deterministic: bool = False,
     ) -> None:
         """What sequences keep is taken from ``memory``; ``opened`` is closed with this.
 
@@ -233,6 +234,9 @@ class Decoder:
         one go on from what ``prefixes`` has of it. Where ``opened`` is an adapter on the network of
         ``base``, that decoder's thread writes the answers, together with its own. How soon tokens are
         written, and how well they are guessed, is counted in ``latency``.
+
+        Each step and each pass over a prompt is of one sequence if ``deterministic``, so that no reply
+        depends on other requests; ``prefixes`` should be None then.
         """
         from luthier.serving.constraints import Constraints
 
@@ -245,7 +249,9 @@ class Decoder:
         self.limits = limits.model_copy(update={"answers": most})
         self._limit = PromptLimit(chat, self.context, self.limits)
         backend = opened.backend
-        self._reuse = backend if isinstance(backend, ReusesKeyValues) else None
+        self._rows = 1 if deterministic else backend.rows
+        """Sequences in one step at most."""
+        self._reuse = backend if isinstance(backend, ReusesKeyValues) and backend.reuses else None
         self._speculates = backend if isinstance(backend, Speculates) else None
         self.latency = latency
         self.speculation = Speculation()
@@ -277,6 +283,7 @@ class Decoder:
         prefixes: PrefixCache | None = None,
         base: Decoder | None = None,
         latency: ModelMetrics | None = None,
+        deterministic: bool = False,
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine.
 
@@ -286,11 +293,14 @@ class Decoder:
         from luthier.serving.sandboxed_text import serving_format
 
         with ExitStack() as opening:
-            opened = open_model(stored, exact=True, base=None if base is None else base._opened)
+            opened = open_model(stored, None if base is None else base._opened)
             opening.callback(opened.close)  # else an adapter stays in its base where this fails
             chat = serving_format(stored, None if base is None else base.chat)
             opening.callback(chat.close)
-            made = Decoder(opened, chat, memory, reader, limits, scheduler, prefixes, base, latency)
+            made = Decoder(
+                opened, chat, memory, reader, limits, scheduler, prefixes, base, latency,
+                deterministic,
+            )  # fmt: skip
             opening.pop_all()
         return made
 
@@ -598,7 +608,7 @@ class Decoder:
             if job.state is None and not self._try_open(job):
                 continue
             rows += min(job.state.unread, CHUNK)
-            if jobs and rows > CHUNK:
+            if jobs and (rows > CHUNK or self._rows == 1):
                 break
             jobs.append(job)
         return jobs
@@ -622,7 +632,7 @@ class Decoder:
         start, model = None, job.model
         reuse = model._reuse
         if self._prefixes is not None and reuse is not None:
-            start = self._prefixes.longest(model, job.client, job.ids_T, reuse.reusable)
+            start = self._prefixes.longest(model, job.client, job.ids_T)
         if start is None or reuse is None:
             job.state = model._backend.open(job.ids_T)
         else:
@@ -648,9 +658,8 @@ class Decoder:
     def _begin_answers(self, job: RunningRequest, logits_V: Tensor) -> None:
         reuse = job.model._reuse
         if self._prefixes is not None and reuse is not None:
-            end = reuse.reusable(len(job.ids_T))
-            copy = partial(reuse.key_values, job.state, end=end)
-            self._prefixes.add(job.model, job.client, job.ids_T[:end], copy)
+            copy = partial(reuse.key_values, job.state, end=len(job.ids_T))
+            self._prefixes.add(job.model, job.client, job.ids_T, copy)
             if job.model._closed:  # meanwhile, by another thread
                 self._prefixes.forget(job.model)
         states = self._backend.fork(job.state, len(job.answers))
@@ -673,11 +682,11 @@ class Decoder:
         writing = [a for job in jobs for a in job.answers if a.state is not None]
         if not writing:
             return False
-        if len(writing) > self._backend.rows:
+        if len(writing) > self._rows:
             # Who is behind goes first: one row need not wait for all those of another client.
             seconds_of = {job.client: self._scheduler.seconds(job.client) for job in jobs}
             writing.sort(key=lambda answer: (seconds_of[answer.job.client], answer.last_step))
-            del writing[self._backend.rows :]
+            del writing[self._rows :]
         self._steps += 1
         for answer in writing:
             answer.last_step = self._steps

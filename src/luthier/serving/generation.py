@@ -1,9 +1,8 @@
 """Answering with a model: the same weights, template and stop tokens it was trained with.
 
 A custom model is decoded as the server decodes it (:mod:`luthier.models.decoding`): both give the same
-texts. An adapter that can share its base with others stands beside it, as it was trained; other
-adapters are merged, as ``models export --merged`` writes them. What a batch holds beside a prompt does
-not change its answer.
+reply to a request that runs alone. A LoRA adapter that can share its base stays an adapter; other
+adapters are merged, as ``models export --merged`` writes them.
 """
 
 from __future__ import annotations
@@ -272,7 +271,7 @@ class Generator:
             [seed_of(sampling) for _ in prompts],
             self.max_tokens(sampling),
             self.chat.stop_ids,
-            # One after the other, in chunks as the server reads them: the bits are the same.
+            # In chunks, as the server reads them: a prompt alone has the same bits.
             together=not isinstance(self.backend, FlatBackend | AdaptedBackend),
             masks=masks,
         )

@@ -47,7 +47,7 @@ class OpenedModel:
         self._lock = threading.Lock()
 
     @staticmethod
-    def of(network: Network, exact: bool = False, base: OpenedModel | None = None) -> OpenedModel:
+    def of(network: Network, base: OpenedModel | None = None) -> OpenedModel:
         """A network in memory; see :data:`luthier.models.backends.OpenBackend`.
 
         Where that is the one of ``base`` with an adapter, both are written together.
@@ -59,7 +59,7 @@ class OpenedModel:
         # A prefix takes room that no token has.
         context = network.context - prefix_tokens(network.model)
         if base is None:
-            backend = backend_of(network, context, exact)
+            backend = backend_of(network, context)
         else:
             assert isinstance(base.backend, AdapterBackend)
             backend = base.backend.with_adapter(network, context)
@@ -84,14 +84,11 @@ class OpenedModel:
                 self._network.close()
 
 
-def open_model(
-    stored: StoredModel, exact: bool = False, base: OpenedModel | None = None
-) -> OpenedModel:
+def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedModel:
     """``stored``, which writes text, on the best device of this machine.
 
-    An adapter that can share its base with others stands beside it, as it was trained; others are
-    merged. ``base`` is its parent, where that is open. With ``exact`` each sequence has the same bits
-    whatever steps beside it, where the backend can.
+    A LoRA adapter that can share its base stays an adapter; other adapters are merged. ``base`` is its
+    parent, if that is open.
     """
     entry = chosen_backend()
     if entry.open_file is not None:
@@ -111,12 +108,11 @@ def open_model(
                 _log.warning("%s is run by torch, not by %s: %s", stored.id, entry.id, error)
         else:
             return OpenedModel(backend, vocabulary, lambda: open_network(stored))
-    return open_by_torch(stored, exact, base)
+    return open_by_torch(stored, base)
 
 
 def open_by_torch(
     stored: StoredModel,
-    exact: bool = False,
     base: OpenedModel | None = None,
     beside: bool | None = None,
 ) -> OpenedModel:
@@ -128,11 +124,11 @@ def open_by_torch(
     from luthier.store.models import attach_adapter, objective_of, shares_base
 
     if not (shares_base(stored) if beside is None else beside):
-        return OpenedModel.of(open_network(stored), exact)
+        return OpenedModel.of(open_network(stored))
     assert stored.parent is not None
     if base is not None:
         parent = base.network
     else:
         parent = open_network(stored.parent, objective_of(stored).head())
-    network = parent.with_adapter(lambda model: attach_adapter(model, stored, shared=True))
-    return OpenedModel.of(network, exact, base)
+    network = parent.with_adapter(lambda model: attach_adapter(model, stored))
+    return OpenedModel.of(network, base)

@@ -117,19 +117,21 @@ class ModelPool:
         reader: GrammarReader | None = None,
         limits: ModelLimits | None = None,
         latencies: LatencyTable | None = None,
+        deterministic: bool = False,
     ) -> None:
         """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
         sequences; by default shares of the free memory. ``reader`` reads the schemas and grammars of
         clients, and ``limits`` hold for each model. How soon models write is counted in
-        ``latencies``.
+        ``latencies``. Models run one sequence or row at a time if ``deterministic``.
         """
-        self._latencies = latencies
+        self._latencies, self._deterministic = latencies, deterministic
         self._reader, self.limits = reader, limits or ModelLimits()
         free = available_memory()
         self.budget = int(self.limits.weights_share * free) if budget is None else budget
         cache = int(self.limits.cache_share * free) if cache is None else cache
         self.memory = CacheBudget(cache, self.limits.share_of(cache))
-        self._prefixes = PrefixCache(self.memory)
+        # Behind a beginning that was read earlier, a prompt is cut into other chunks.
+        self._prefixes = None if deterministic else PrefixCache(self.memory)
         self._scheduler = FairScheduler()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._leaving: list[_Entry] = []
@@ -193,8 +195,7 @@ class ModelPool:
     def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
         """Vectors of texts, or of texts as tokens.
 
-        Texts of all who ask at once are read together; on a CPU each has the bits that it has alone,
-        where the network takes the flat layout and its products are linear layers.
+        Texts of concurrent requests are read together.
 
         Raises:
             UnknownModel, InferenceRefused, InferenceFailed: as :meth:`submit`.
@@ -532,13 +533,14 @@ class ModelPool:
                         self._prefixes,
                         None if entry.base is None else _writer(entry.base),
                         None if self._latencies is None else self._latencies.of(stored),
+                        self._deterministic,
                     )
                     # Takes off the truncation that a tokenizer's file may name: later no two threads
                     # may do so at once.
                     entry.model.chat.encode_whole("")
                 else:
                     entry.model = SerialModel.open(
-                        stored, self.limits, self._scheduler, self.memory
+                        stored, self.limits, self._scheduler, self.memory, self._deterministic
                     )
             if entry.base is None:
                 # A full collection looks at the 300,000 objects of libraries and base, for 0.2 s.

@@ -363,12 +363,8 @@ class Predictor:
         self,
         examples: Sequence[Example],
         done: Callable[[int], None] = lambda count: None,
-        side_by_side: bool = False,
     ) -> list[dict[str, Any]]:
-        """Answers to ``examples``, in their order.
-
-        ``side_by_side``: see :meth:`luthier.models.network.Network.batches`.
-        """
+        """Answers to ``examples``, in their order."""
         import torch
 
         assert isinstance(self.objective, SupportsPrediction)
@@ -382,7 +378,7 @@ class Predictor:
             return found
 
         with torch.inference_mode():
-            return self.network.read_rows(examples, READING_BUDGET, predict, side_by_side)
+            return self.network.read_rows(examples, READING_BUDGET, predict)
 
     def encode(self, row: Row, index: int) -> Example:
         """``row`` as it is read, whatever it says itself; ``index`` becomes ``Example.row``.

@@ -2,8 +2,7 @@
 
 They lie in a radix tree of token ids for each model and client, as in SGLang's RadixAttention (Zheng et
 al. 2023, arXiv:2312.07104): what two prompts share is there once. Clients do not share, as the time to
-a first token would tell one of them what others asked. Only what was read as a prompt is kept, and not
-what was written: the two have other bits.
+a first token would tell one of them what others asked. Only prompts are kept, and no replies.
 """
 
 from __future__ import annotations
@@ -67,23 +66,13 @@ class PrefixCache:
         with self._lock:
             return sum(self._bytes.values())
 
-    def longest(
-        self, model: Hashable, client: str, ids_T: IntArray, reusable: Callable[[int], int]
-    ) -> KeyValues | None:
-        """Those of the longest beginning of ``ids_T`` that is there, without its last token.
-
-        ``reusable`` says behind how many of so many tokens the model can go on.
-        """
+    def longest(self, model: Hashable, client: str, ids_T: IntArray) -> KeyValues | None:
+        """Return those of the longest known beginning of ``ids_T``, without its last token."""
         with self._lock:
             path = [*self._path((model, client), ids_T[:-1])]
-            count = reusable(sum(shared for _, shared in path))
-            if count < FEWEST_SHARED:
+            if sum(shared for _, shared in path) < FEWEST_SHARED:
                 return None
-            parts = []
-            for node, shared in path:
-                if count and node.key_values is not None:
-                    parts.append(node.key_values.first(min(shared, count)))
-                    count -= min(shared, count)
+            parts = [node.key_values.first(shared) for node, shared in path if node.key_values]
             return parts[0].concat(parts[1:])
 
     def add(

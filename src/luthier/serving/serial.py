@@ -88,10 +88,11 @@ class SerialModel:
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
         memory: CacheBudget | None = None,
+        deterministic: bool = False,
     ) -> None:
         """``predictor`` reads, ``generator`` makes images; both have the same network.
 
-        What passes keep is taken from ``memory``.
+        What passes keep is taken from ``memory``. A pass has one row if ``deterministic``.
         """
         opened = predictor or generator
         assert opened is not None
@@ -110,10 +111,12 @@ class SerialModel:
         self._open = ExitStack()
         if predictor is not None:
             memory = memory or CacheBudget(sys.maxsize)
-            self._batcher = RowBatcher(predictor, self._limits, self._scheduler, memory)
+            self._batcher = RowBatcher(
+                predictor, self._limits, self._scheduler, memory, deterministic
+            )
             from luthier.models.packing import packed_linears
 
-            self._open.enter_context(packed_linears(self._network.model, 0))
+            self._open.enter_context(packed_linears(self._network.model))
 
     @staticmethod
     def open(
@@ -121,6 +124,7 @@ class SerialModel:
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
         memory: CacheBudget | None = None,
+        deterministic: bool = False,
     ) -> SerialModel:
         """Load ``stored`` on the best device of this machine."""
         from luthier.serving.images import ImageGenerator
@@ -138,7 +142,7 @@ class SerialModel:
             generator = ImageGenerator(
                 predictor.network, predictor.objective, predictor.chat, THIS_MODEL
             )
-        return SerialModel(predictor, generator, limits, scheduler, memory)
+        return SerialModel(predictor, generator, limits, scheduler, memory, deterministic)
 
     @property
     def purpose(self) -> str:

@@ -427,10 +427,8 @@ def changed_files(
 _RESTORE = "restore it from a backup, or remove the model and make or fetch it again"
 
 
-def attach_adapter(network: nn.Module, model: StoredModel, shared: bool = False) -> None:
+def attach_adapter(network: nn.Module, model: StoredModel) -> None:
     """Put the adapter that ``model`` is into the network of its parent.
-
-    ``shared`` where others use that network's layers, too, which do not change then.
 
     Raises:
         CorruptFile: where a file is missing, is not the one that was stored, or is for another network.
@@ -443,7 +441,7 @@ def attach_adapter(network: nn.Module, model: StoredModel, shared: bool = False)
 
     before = versions()
     check_whole(model)
-    load_adapter(network, adaptation_of(model), model.folder, shared)
+    load_adapter(network, adaptation_of(model), model.folder)
     if versions() != before:
         raise CorruptFile(
             f"files of {model.folder} were changed while they were read; load it again"
@@ -451,9 +449,9 @@ def attach_adapter(network: nn.Module, model: StoredModel, shared: bool = False)
 
 
 def shares_base(model: StoredModel) -> bool:
-    """Whether ``model`` is written as an adapter beside its parent's network, and not merged into it.
+    """Return whether ``model`` generates as an adapter on its parent's network instead of merged.
 
-    Through every face of an environment alike: merging rounds, and one seed is to give one text.
+    The same for the server, the CLI and the SDK, as merging rounds and one seed should give one text.
     """
     from luthier.models.backends import chosen_backend, merges_adapters
 
@@ -461,7 +459,7 @@ def shares_base(model: StoredModel) -> bool:
 
 
 def can_share_base(model: StoredModel) -> bool:
-    """Whether ``model`` can be written beside its parent's network, where the environment says so."""
+    """Return whether ``model`` is an adapter that can share its parent's network."""
     from luthier.models.description import described_network
 
     parent = below = model.parent
@@ -478,7 +476,7 @@ def can_share_base(model: StoredModel) -> bool:
     ):
         return False
     network = described_network(parent.network_folder)
-    return network.flat and not _changes(model, network.base_only)
+    return network.flat and not _changes(model, network.heads)
 
 
 def _changes(model: StoredModel, parts: Sequence[str]) -> bool:
