@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_files import files_in
 from typer.testing import CliRunner
 
 import luthier
@@ -123,4 +124,4 @@ def test_a_source_that_names_nothing_is_refused_before_any_work(
 ) -> None:
     result = run(command, f"{tmp_path}/*.jsonl", "--base", tiny_model_folder)
     assert result.exit_code == 2 and "file.no_match" in result.output
-    assert not list(luthier_home.rglob("*.json*"))
+    assert files_in(luthier_home) == []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_files import files_in
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
@@ -81,4 +82,4 @@ def test_mistakes_are_refused_and_leave_nothing(
 ) -> None:
     done = run("student", "--from", tiny_model_folder, "--name", "x", *arguments, code=2)
     assert said in " ".join(done.output.split())
-    assert not [path for path in luthier_home.rglob("*") if path.is_file()]
+    assert files_in(luthier_home) == []

@@ -6,7 +6,6 @@ from pathlib import Path
 
 
 def files_in(home: Path) -> list[str]:
-    """Paths below a store, which need not be there yet."""
-    if not home.exists():
-        return []
-    return sorted(p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file())
+    """Return the paths of files in a store, without its cache; the store need not exist."""
+    paths = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
+    return sorted(path.as_posix() for path in paths if path.parts[0] != "cache")

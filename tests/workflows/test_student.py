@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stored_files import files_in
 from transformers import AutoModelForSequenceClassification
 
 import luthier
@@ -205,8 +206,7 @@ def test_a_name_is_one_of_a_model(name: str, tiny_model_folder: Path, luthier_ho
 def test_a_refusal_leaves_nothing(tiny_model_folder: Path, luthier_home: Path) -> None:
     with pytest.raises(RecipeError, match="more than the 4 layers"):
         make_student(str(tiny_model_folder), "small", StudentShape(layers=9))
-    files = (path for path in luthier_home.rglob("*") if path.is_file())
-    assert not [path for path in files if "cache" not in path.parts]
+    assert files_in(luthier_home) == []
 
 
 def test_what_cannot_be_merged_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -234,5 +234,4 @@ def test_a_student_that_does_not_come_back_is_not_stored(
     monkeypatch.setattr(student, "save_network", damaged)
     with pytest.raises(LuthierError, match=r"not the one that was made \(model.norm.weight\)"):
         make_student(str(tiny_model_folder), "small", StudentShape(layers=2))
-    files = (path for path in luthier_home.rglob("*") if path.is_file())
-    assert not [path for path in files if "cache" not in path.parts]
+    assert files_in(luthier_home) == []
