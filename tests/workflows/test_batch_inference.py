@@ -284,7 +284,7 @@ def test_files_of_somebody_else_stay(source: Path, tmp_path: Path) -> None:
     kept = shards_folder(output) / "notes.txt"
     kept.parent.mkdir()
     kept.write_text("mine")
-    with pytest.raises(RecipeError, match=r"\.out\.jsonl\.shards .* holds files of something else"):
+    with pytest.raises(RecipeError, match=r"\.out\.jsonl\.shards holds files of something else"):
         run(source, output, 2)
     assert kept.read_text() == "mine" and not output.exists()
     with pytest.raises(RecipeError, match="is no plain file"):

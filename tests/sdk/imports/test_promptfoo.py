@@ -271,10 +271,9 @@ def test_one_bad_row_of_a_table_costs_no_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ 9**9 }}", "{{ 'a' * 10000000000 }}", "{% for n in range(99999) %}x{% endfor %}",
-     "{{ ''.__class__ }}", "{{ question | nothing }}", "{% if %}"],
-)  # fmt: skip
-def test_templates_that_would_not_end_are_left_out(tmp_path: Path, template: str) -> None:
+    ["{{ ''.__class__ }}", "{{ question | nothing }}", "{% if %}"],
+)
+def test_templates_that_cannot_be_filled_are_left_out(tmp_path: Path, template: str) -> None:
     found = imported(tmp_path, prompts=["{{question}}", template], tests=[QUESTION])
     texts = {
         row.turns()[-1].content
@@ -321,12 +320,6 @@ def test_no_file_outside_the_folder_becomes_a_schema(tmp_path: Path) -> None:
     assert list(scores(found, "white")) == ["contains"]
 
 
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{after}: &{after} [{','.join([f'*{before}'] * 10)}]\n"
-    for before, after in zip("abcdefgh", "bcdefghi", strict=True)
-)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -336,9 +329,6 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("prompts: !!python/object/apply:os.system ['true']", "cannot be read"),
         ("prompts: [x]\ntests: []", "no test can be imported"),
         ("prompts: ['file://gone.txt']\ntests: [{}]", "no prompt can be imported"),
-        (f"prompts: [x]\n{BOMB}", "more than 2,000,000 values"),
-        ("prompts: [x]\ntests: [{vars: {" + ", ".join(f"v{n}: [1,2,3,4,5,6,7,8,9]" for n in range(6))
-         + "}}]", "more than 100,000 rows"),
     ],
 )  # fmt: skip
 def test_what_is_no_configuration_is_refused_and_leaves_nothing(

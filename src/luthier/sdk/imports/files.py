@@ -21,9 +21,6 @@ MOST_BYTES = 64 * 2**20
 """Of one file that is read whole."""
 REPORT = "IMPORT.md"
 YAML_ENDINGS = (".json", ".yaml", ".yml")
-MOST_YAML = 16 * 2**20
-MOST_NODES = 2_000_000
-"""Values of a YAML file with its references followed: short ones can stand for gigabytes."""
 
 
 class Refused(Exception):
@@ -189,10 +186,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """JSON, or YAML 1.2 without classes, dates and texts that grow on reading.
+    """JSON, or YAML 1.2 without classes and dates.
 
     Raises:
-        RecipeError: for what is neither, and for too much of it.
+        RecipeError: if the text is neither.
     """
     import yaml
 
@@ -200,17 +197,10 @@ def parse_yaml(text: str, name: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
-    if len(text) > MOST_YAML:
-        raise RecipeError(f"{name} has more than {MOST_YAML >> 20} MiB of YAML; write it as JSON")
     try:
-        found = yaml.load(text, Loader=_loader())  # noqa: S506 (it makes plain values alone)
-        nodes = _nodes(found)
-        str(found if nodes <= MOST_NODES else "").encode()  # halves of characters are no text
+        return yaml.load(text, Loader=_loader())  # noqa: S506 (it makes plain values alone)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"{name} cannot be read: {str(error)[:300]}") from error
-    if nodes > MOST_NODES:
-        raise RecipeError(f"{name} holds more than {MOST_NODES:,} values")
-    return found
 
 
 @cache
@@ -232,16 +222,6 @@ def _loader() -> Any:
             f"tag:yaml.org,2002:{kind}", re.compile(rf"^(?:{pattern})$"), [*first]
         )
     return Loader
-
-
-def _nodes(value: Any) -> int:
-    """Values within a value, as often as they are named, up to :data:`MOST_NODES`."""
-    count, left = 0, [value]
-    while left and count <= MOST_NODES:
-        each = left.pop()
-        count += 1
-        left += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
-    return count
 
 
 def number_of(given: Any, default: float) -> float:

@@ -36,7 +36,6 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.graders import Answer
 from luthier.sdk.imports.files import MOST_BYTES, Import, Refused, file_name, read_text
 
-MOST_OBJECTS = 1_000_000
 _KINDS = ("file", "fine_tuning.job", "eval", "eval.run", "eval.run.output_item")
 _LISTS = ("list", "page")
 _HYPERPARAMETERS = (
@@ -85,7 +84,7 @@ def convert(export: Path, result: Import, judge: str | None = None) -> None:
 
 
 def _read(folder: Path, result: Import) -> _Export:
-    export, count = _Export(), 0
+    export = _Export()
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not path.is_file():
             continue
@@ -99,8 +98,6 @@ def _read(folder: Path, result: Import) -> _Export:
             export.contents.setdefault(path.stem, path)
         for each in found:
             export.objects[each["object"]][str(each["id"])] = each
-            if (count := count + 1) > MOST_OBJECTS:
-                raise RecipeError(f"{folder} holds more than {MOST_OBJECTS:,} objects")
     return export
 
 
