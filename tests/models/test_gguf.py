@@ -22,7 +22,6 @@ from luthier.models.gguf import (
     check_quantization,
     file_size,
     interleave,
-    read_weights,
     round_weights,
     write_gguf,
 )
@@ -106,26 +105,22 @@ def test_gpt2_is_turned_to_rows_of_inputs(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_come_back_from_a_file(
-    tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any], tmp_path: Path, tied: bool
+def test_transformers_reads_the_weights_of_a_file(
+    tiny_llama: Callable[..., Any], tmp_path: Path, tied: bool
 ) -> None:
-    for model in (tiny_llama(tied=tied), tiny_gpt2()):
-        write_gguf(model, None, tmp_path / "file.gguf", "f32")
-        with torch.device("meta"):
-            sketch = type(model)(model.config)
-        found = read_weights(GGUFReader(tmp_path / "file.gguf"), sketch)
-        assert found.keys() == dict(model.named_parameters()).keys()
-        assert all(found[name].equal(weight) for name, weight in model.named_parameters())
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-
-def test_a_file_of_another_network_is_refused(
-    tiny_llama: Callable[..., Any], tmp_path: Path
-) -> None:
-    write_gguf(tiny_llama(), None, tmp_path / "file.gguf", "f32")
-    file = GGUFReader(tmp_path / "file.gguf")
-    for more, text in (({"num_hidden_layers": 9}, "no blk"), ({"intermediate_size": 40}, "shape")):
-        with pytest.raises(RecipeError, match=text):
-            read_weights(file, tiny_llama(**more))
+    model = tiny_llama(tied=tied)
+    write_gguf(model, None, tmp_path / "file.gguf", "f32")
+    read: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        gguf_file="file.gguf",
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    found = dict(read.named_parameters())
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert all(found[name].equal(weight) for name, weight in model.named_parameters())
 
 
 def test_qwen_keeps_its_biases_and_the_order_of_its_heads(chat: ChatFormat, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
@@ -221,30 +221,21 @@ class CatalogEntry:
 
 def _convert_gguf(name: str, folder: Path, target: Path) -> None:
     """Dequantize a GGUF file to a bfloat16 Hugging Face directory."""
-    import gguf
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    from luthier.models.gguf import read_weights
-
     logging.disable_progress_bar()
-    # To parse it takes seconds, and transformers does so for each of configuration and tokenizer.
-    package: Any = gguf
-    plain, package.GGUFReader = package.GGUFReader, cache(package.GGUFReader)
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, gguf_file=name)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        file = package.GGUFReader(str(folder / name))
-    finally:
-        package.GGUFReader = plain
-    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
-    del config._model_name_or_path  # the authors' own name of the run
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    weights = read_weights(file, model)
-    model.load_state_dict({n: w.bfloat16() for n, w in weights.items()}, strict=False, assign=True)
-    model.tie_weights()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # GGUF stores the number in float32.
+    model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
+    del model.config._model_name_or_path  # the authors' own name of the run
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

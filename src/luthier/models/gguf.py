@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from gguf.tensor_mapping import get_tensor_name_map
@@ -131,12 +131,6 @@ def interleave(rows: Tensor, heads: int) -> Tensor:
     return parts.transpose(1, 2).reshape(rows.shape)
 
 
-def _halve(rows: Tensor, heads: int) -> Tensor:
-    """The rows of which :func:`interleave` makes ``rows``."""
-    parts = rows.view(heads, len(rows) // heads // 2, 2, *rows.shape[1:])
-    return parts.transpose(1, 2).reshape(rows.shape)
-
-
 def check_writable(model_type: str, name: str) -> None:
     """Refuse networks that are not written as GGUF.
 
@@ -198,25 +192,6 @@ def write_gguf(
     weights = [*_weights(model), *_frequencies(model, about.name)]
     kinds = _kinds(weights, quantization)
     _write(writer, [(each.name, each.shape, kinds[each.name], each.array) for each in weights])
-
-
-def read_weights(reader: GGUFReader, model: nn.Module) -> dict[str, Tensor]:
-    """The weights of ``model``, which may be on ``meta``, in float32 by their names.
-
-    Raises:
-        RecipeError: where the file has none, or one of another shape.
-    """
-    tensors = {each.name: each for each in reader.tensors}
-    found: dict[str, Tensor] = {}
-    for (name, weight), kept in zip(model.named_parameters(), _weights(model), strict=True):
-        read = tensors.get(kept.name)
-        if read is None or tuple(read.shape[::-1].tolist()) != kept.shape:
-            raise RecipeError(f"the GGUF file has no {kept.name} of the shape {[*kept.shape]}")
-        # A copy, as the numbers of float32 lie in the file itself.
-        rows = torch.tensor(dequantize(read.data, read.tensor_type)).view(kept.shape)
-        rows = _halve(rows, kept.heads) if kept.heads else rows
-        found[name] = (rows.T if kept.transposed else rows).contiguous().view(weight.shape)
-    return found
 
 
 def write_lora(
