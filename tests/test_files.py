@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,18 +14,15 @@ import pytest
 from luthier import files
 from luthier.errors import CorruptFile, DiskFull, DoesNotFit, LuthierError
 from luthier.files import (
-    cached_sha256_of,
     disk_errors,
     hashes_of,
     lock,
     luthier_home,
     need_disk,
-    new_file,
     new_folder,
     read_json,
     sha256_of,
     sweep,
-    sweep_file,
     verify,
     waits_for_disk,
     write_bytes,
@@ -53,47 +47,6 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_the_new_one(
         assert free
         with lock(path) as free_again:
             assert not free_again
-
-
-def test_what_a_killed_process_left_of_a_file_goes_and_that_of_a_living_one_stays(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "out [1].jsonl"
-    script = (
-        "import os, sys; from pathlib import Path; from luthier.files import new_file\n"
-        "with new_file(Path(sys.argv[1])) as file: file.write(b'half'); file.flush(); "
-        "os.kill(os.getpid(), 9)"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".tmp-out [1].jsonl~")
-    (tmp_path / ".tmp-other.jsonl~1").write_text("of another file")
-    with new_file(path) as file:
-        file.write(b"whole")
-        sweep_file(path)
-        assert not left.exists()
-    assert path.read_bytes() == b"whole"
-    assert names(tmp_path) == [".tmp-other.jsonl~1", "out [1].jsonl"]
-
-
-@pytest.mark.parametrize("how", ["locked", "removed"])
-def test_a_file_that_is_swept_as_it_is_made_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    flock = files.fcntl.flock
-
-    def sweep_first(handle: int, kind: int) -> None:
-        monkeypatch.setattr(files.fcntl, "flock", flock)
-        (temporary,) = tmp_path.iterdir()
-        temporary.unlink()
-        if how == "locked":
-            raise BlockingIOError(errno.EAGAIN, "swept")
-        flock(handle, kind)
-
-    monkeypatch.setattr(files.fcntl, "flock", sweep_first)
-    write_bytes(tmp_path / "out", b"whole")
-    assert names(tmp_path) == ["out"] and (tmp_path / "out").read_bytes() == b"whole"
 
 
 def test_a_file_with_the_longest_name_is_written(tmp_path: Path) -> None:
@@ -273,8 +226,6 @@ def test_new_folder_puts_back_what_it_could_not_replace(
 def test_a_process_killed_in_new_folder_leaves_only_what_sweep_removes(
     tmp_path: Path, moment: str
 ) -> None:
-    exported = tmp_path / "exported"
-    tmp_path = tmp_path / "swept"
     target = tmp_path / "model"
     with new_folder(target) as fresh:
         (fresh / "old").write_text("old")
@@ -292,34 +243,8 @@ def test_a_process_killed_in_new_folder_leaves_only_what_sweep_removes(
     done = subprocess.run([sys.executable, "-c", script, str(target), moment], check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(names(tmp_path)) > 2
-    shutil.copytree(tmp_path, exported)
     sweep(tmp_path)
     assert names(tmp_path) == ["model", "model/old"]
-    with new_folder(exported / "model") as fresh:
-        assert names(exported) == [fresh.name, "model", "model/old"]  # the remains are gone by now
-        (fresh / "old").write_text("new")
-    assert names(exported) == ["model", "model/old"]
-
-
-def test_a_folder_that_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
-    for name in ("model", "mod[e]l"):
-        script = (
-            "import pathlib, sys\n"
-            "from luthier.files import new_folder\n"
-            "with new_folder(pathlib.Path(sys.argv[1])) as fresh:\n"
-            "    (fresh / 'first').write_text('1')\n"
-            "    print(flush=True)\n"
-            "    sys.stdin.read()\n"
-        )
-        command = [sys.executable, "-c", script, str(tmp_path / name)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None
-            writer.stdout.readline()
-            with new_folder(tmp_path / name) as fresh:
-                (fresh / "second").write_text("2")
-            assert names(tmp_path / name) == ["second"]
-        assert writer.returncode == 0
-        assert names(tmp_path / name) == ["first"]
 
 
 def test_sweep_touches_nothing_else(tmp_path: Path) -> None:
@@ -439,35 +364,3 @@ def test_a_disk_that_is_full_as_an_array_is_written_is_told_as_full(tmp_path: Pa
     """NumPy has no number of the system's error there."""
     with pytest.raises(DiskFull), disk_errors(tmp_path):
         raise OSError("Not enough free space to write 56623104 bytes after offset 1785440")
-
-
-def test_a_file_that_two_threads_ask_for_is_hashed_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"numbers")
-    goes_on, asked, hashed = threading.Event(), threading.Barrier(3), list[Path]()
-
-    def slowly(path: Path) -> str:
-        hashed.append(path)
-        assert goes_on.wait(60)
-        return "digest"
-
-    monkeypatch.setattr(files, "sha256_of", slowly)
-    found: list[str] = []
-
-    def ask() -> None:
-        asked.wait(60)
-        found.append(cached_sha256_of(path))
-
-    threads = [threading.Thread(target=ask) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    asked.wait(60)
-    while not hashed:
-        time.sleep(0.001)
-    time.sleep(0.2)  # so long for the other one to come to it, too
-    goes_on.set()
-    for thread in threads:
-        thread.join(60)
-    assert found == ["digest"] * 2 and hashed == [path]

@@ -1,31 +1,27 @@
 """Where things are kept, and how they are written: whole or not at all.
 
-Every file and folder of the store is first written beside its place under a temporary name, forced
-to disk, and then renamed. A process that dies in the middle leaves only a name that starts with
-``.tmp-``, which nothing reads and :func:`sweep` removes; of a folder also who writes it next, and
-:func:`sweep_file` of a file.
+Every file and folder of the store is first written to the same parent folder under a temporary name,
+forced to disk, and then renamed. A process that dies in the middle leaves only a name that starts with
+``.tmp-``, which nothing reads and :func:`sweep` removes.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Protocol
-from weakref import WeakValueDictionary
 
 from luthier.errors import (
     CorruptFile,
@@ -42,11 +38,9 @@ _REPLACED = ".tmp-replaced"
 """Name, in a temporary folder, of a folder that another one is about to replace."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (
-    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG,
+    errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
-
-_NO_PLACE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EOPNOTSUPP)
-"""Of something new, these say that it cannot be there: below /proc, or by too long a name."""
 
 
 def luthier_home() -> Path:
@@ -95,18 +89,13 @@ def file_version(status: os.stat_result) -> tuple[int, ...]:
 
 
 def cached_sha256_of(path: Path) -> str:
-    """As :func:`sha256_of` of a file, computed once for each of its versions by this process."""
-    # Who comes second waits for the hash of who came first.
-    with _hash_locks.setdefault(path, threading.Lock()):
-        return _sha256_of_version(path, file_version(path.stat()))
+    """Return :func:`sha256_of` of a file, computed once for each of its versions by this process."""
+    return _sha256_of_version(path, file_version(path.stat()))
 
 
 @lru_cache(maxsize=1024)
 def _sha256_of_version(path: Path, version: tuple[int, ...]) -> str:
     return sha256_of(path)
-
-
-_hash_locks: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()
 
 
 def hashes_of(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
@@ -193,9 +182,9 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
         return
     path = path.resolve() if path.is_symlink() else path
     with disk_errors(path.parent):
-        with _creation_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            name, handle = _new_temporary(path, mode)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        name = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
@@ -211,38 +200,6 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 def _is_device(path: Path) -> bool:
     """Whether ``path`` is none of both, such as a pipe; a link to one (/dev/stdout) leads nowhere."""
     return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def _new_temporary(path: Path, mode: int) -> tuple[Path, int]:
-    """A temporary file beside ``path``, open, and locked as of a living process."""
-    # By its name :func:`sweep_file` finds it; a name may have 255 bytes.
-    own = f"{path.name}~" if len(os.fsencode(path.name)) < 200 else ""
-    while True:
-        name = path.parent / f"{TEMPORARY}{own}{secrets.token_hex(8)}"
-        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            swept = True  # by somebody who sweeps right now
-        except OSError:
-            swept = False  # some file systems know no locks
-        else:
-            swept = not _is_open_at(handle, name)
-        if not swept:
-            return name, handle
-        os.close(handle)
-
-
-def sweep_file(path: Path) -> None:
-    """Remove what killed processes left that were writing the file ``path``."""
-    for left in path.parent.glob(f"{glob.escape(TEMPORARY + path.name)}~*"):
-        with suppress(OSError):  # of a living process, a folder, or gone by now
-            handle = os.open(left, os.O_WRONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
-            finally:
-                os.close(handle)
 
 
 class Sink(Protocol):
@@ -335,67 +292,36 @@ def new_folder(path: Path, private: bool = False, replace: bool = True) -> Itera
 
 @contextmanager
 def temporary_folder(path: Path, private: bool = False) -> Iterator[Path]:
-    """A folder beside ``path``, of this process alone and gone after the block.
+    """Create a temporary folder next to ``path``, which is deleted after the block.
 
-    What killed processes left there goes before. ``private`` is as in :func:`new_folder`.
+    Only the owner may read a ``private`` one.
     """
-    with _creation_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_unlocked(path)
-        folder, handle = _make_locked(path, 0o700 if private else 0o777)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = _make_temporary(path, 0o700 if private else 0o777)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
+
+
+def _make_temporary(path: Path, mode: int) -> Path:
+    """Create the temporary folder of ``path``, with a name by which :func:`sweep` finds it."""
+    folder = path.parent / f"{TEMPORARY}{path.name}~{secrets.token_hex(8)}"
+    folder.mkdir(mode)
+    return folder
 
 
 def _replace_folder(path: Path, fresh: Path) -> None:
-    """Put ``fresh`` in the place of the folder ``path``, which stays where that fails."""
-    doomed, handle = _make_locked(path, 0o700)
+    """Replace the folder ``path`` by ``fresh``; put ``path`` back if that fails."""
+    doomed = _make_temporary(path, 0o700)
+    os.replace(path, doomed / _REPLACED)
     try:
-        os.replace(path, doomed / _REPLACED)
-        try:
-            os.replace(fresh, path)
-        except BaseException:
-            os.replace(doomed / _REPLACED, path)
-            doomed.rmdir()
-            raise
-        shutil.rmtree(doomed, ignore_errors=True)
-    finally:
-        os.close(handle)
-
-
-def _make_locked(path: Path, mode: int) -> tuple[Path, int]:
-    """A new folder beside ``path`` for what becomes of it, and the handle that marks it as in use.
-
-    It gets the name by which others sweep it once it is marked.
-    """
-    token = secrets.token_hex(8)
-    folder = path.parent / f"{TEMPORARY}~{token}"
-    folder.mkdir(mode)
-    handle = _lock_folder(folder)
-    return folder.rename(path.parent / f"{TEMPORARY}{path.name}~{token}"), handle
-
-
-def _lock_folder(folder: Path) -> int:
-    """An open handle that marks ``folder`` as of a living process."""
-    handle = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some file systems know no locks
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return handle
-
-
-def _sweep_unlocked(path: Path) -> None:
-    """Remove what killed processes left of ``path``, as of an export of gigabytes."""
-    for folder in path.parent.glob(f"{glob.escape(TEMPORARY + path.name)}~*"):
-        with suppress(OSError):  # of a living process, or gone by now
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove_unfinished(folder)
-            finally:
-                os.close(handle)
+        os.replace(fresh, path)
+    except BaseException:
+        os.replace(doomed / _REPLACED, path)
+        doomed.rmdir()
+        raise
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 @contextmanager
@@ -516,18 +442,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
             home = explain_unreadable_home() if folder.is_relative_to(luthier_home()) else ""
             raise LuthierError(f"{why}. {home}" if home else why) from error
         raise
-
-
-@contextmanager
-def _creation_errors(folder: Path) -> Iterator[None]:
-    """Turn the refusal of a file system to make anything in ``folder`` into an error that says so."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_PLACE:
-            raise
-        reason = os.strerror(error.errno)
-        raise LuthierError(f"nothing can be made in {folder}: {reason}") from error
 
 
 def check_creatable(path: Path) -> None:

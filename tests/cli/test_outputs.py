@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from command_line import MODEL, ROWS, Answer, jsonl
 
-from luthier.errors import LuthierError, RecipeError
-from luthier.files import check_creatable, new_file, new_folder
+from luthier.errors import RecipeError
+from luthier.files import check_creatable, new_file
 
 COMMANDS = {
     "inspect": ["inspect", "rows.jsonl", "--html", "TARGET"],
@@ -93,17 +93,6 @@ def test_a_folder_without_the_right_to_write_is_refused(
         *(target if each == "TARGET" else each for each in COMMANDS[command])
     ).refused()
     assert f"{target} cannot be written: you have no right to" in refusal
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-@pytest.mark.parametrize("path", ["/proc/x/y", "/proc/y"])
-def test_what_was_not_asked_before_has_an_error_that_says_so(path: str) -> None:
-    for make in (new_file, new_folder):
-        refused = pytest.raises(LuthierError, match=r"nothing can be made in /proc.*: No such file")
-        with refused, make(Path(path)):
-            raise AssertionError("nothing can be filled there")
-    with pytest.raises(RecipeError, match="nothing can be made there"):
-        check_creatable(Path(path))
 
 
 def test_a_missing_file_that_is_read_meanwhile_stays_one(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from luthier.errors import DataError, LuthierError, ProcessLost, RecipeError, RefusedInput
-from luthier.files import sweep_file, write_bytes
+from luthier.errors import DataError, Interrupted, LuthierError, RecipeError, RefusedInput
+from luthier.files import write_bytes
 from luthier.models.process_group import ProcessGroup
 from luthier.printable import (
     command_option,
@@ -125,8 +125,8 @@ def check_processes(command: str) -> None:
 def train_beside_first(train: Callable[[], object]) -> bool:
     """Whether this is a process that a launcher started beside the first: then it has run ``train``.
 
-    The first one speaks for all; of those beside it one does that lost those before it. Where an agent
-    of torchrun started this process, it ends with it.
+    The first process reports for all; another one prints its own errors only. A process that an agent
+    of torchrun started ends with the agent.
     """
     from luthier.engine.processes import has_agent, watch_agent
 
@@ -138,8 +138,8 @@ def train_beside_first(train: Callable[[], object]) -> bool:
     try:
         train()
     except LuthierError as error:
-        if isinstance(error, ProcessLost) and error.ranks >= {*range(rank)}:
-            note(f"luthier: {error}")  # those before it are gone, and say nothing
+        if not (error.reported or isinstance(error, Interrupted)):
+            note(f"luthier: process {rank}: {error}")
         raise typer.Exit(error.exit_code) from error
     return True
 
@@ -325,7 +325,7 @@ def is_standard_output(target: Path | None) -> bool:
 
 
 def check_output(target: Path | None, *sources: str | Path | None, overwrite: bool = True) -> None:
-    """Refuse a file that cannot be written before the work is done; what a killed command left goes.
+    """Refuse a file that cannot be written before the work is done.
 
     ``sources`` are what the command reads, where it reads files. Without ``overwrite`` a file that is
     there is refused, too.
@@ -335,4 +335,3 @@ def check_output(target: Path | None, *sources: str | Path | None, overwrite: bo
     from luthier.data.writers import check_target
 
     check_target(target, [], [each for each in sources if each is not None], overwrite)
-    sweep_file(target)
