@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_files import files_in
 from typer.testing import CliRunner
 
 import luthier
@@ -18,10 +17,7 @@ from luthier.cli.app import app
 from luthier.errors import DataError, RecipeError
 from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
 from luthier.evaluation.significance import standard_error, values
-from luthier.files import luthier_home
 from luthier.graders import Answer, Judge
-from luthier.serving import evaluation as serving_evaluation
-from luthier.serving.generation import Generator
 from luthier.types import Message, Row
 
 WORDS = ("fox", "dog", "card", "question", "word", "capital", "brown", "lazy")
@@ -156,36 +152,6 @@ def test_an_encoder_does_not_write_and_says_so(
     # Not asked for by name, what suits the network is chosen.
     result = luthier.tune(data, base=str(family_folder("bert")), name="rm", **FIELDS)
     assert luthier.load(result.model_id).reads
-
-
-def test_an_evaluation_that_was_cut_goes_on_and_says_the_same(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"Say {'x' * n}", "completion": "x"} for n in range(1, 6)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
-    whole = luthier.evaluate(base, data, max_tokens=4)
-    monkeypatch.setattr(serving_evaluation, "AT_ONCE", 2)
-    asked: list[int] = []
-    replies = Generator.replies
-
-    def fail_once(self: Generator, prompts: Sequence[Any], *given: Any, **more: Any) -> list[str]:
-        if len(asked) == 1:
-            asked.append(0)
-            raise KeyboardInterrupt
-        asked.append(len(prompts))
-        return replies(self, prompts, *given, **more)
-
-    monkeypatch.setattr(Generator, "replies", fail_once)
-    with pytest.raises(KeyboardInterrupt):
-        luthier.evaluate(base, data, max_tokens=4)
-    said: list[str] = []
-    luthier.evaluate(base, data, max_tokens=5)  # another question to the model
-    resumed = luthier.evaluate(base, data, max_tokens=4, note=said.append)
-    assert said == ["2 replies are there from a run that was cut"]
-    assert asked == [2, 0, 2, 2, 1, 2, 1]  # equal prompts are asked once
-    assert resumed.records == whole.records and resumed.scores == whole.scores
-    assert files_in(luthier_home() / "evaluations") == []
 
 
 def test_scores_by_hand() -> None:

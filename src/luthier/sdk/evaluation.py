@@ -91,7 +91,6 @@ def evaluate(
         row_remarks,
         slice_keys,
     )
-    from luthier.serving.journal import evaluation_journal
     from luthier.serving.prediction import Predictor
     from luthier.store.models import objective_of
     from luthier.store.reports import check_attachable
@@ -135,13 +134,7 @@ def evaluate(
         writer = model if isinstance(model, Model) else Model(stored)
         chosen = open_graders(chosen, total, note)
         started = time.monotonic()
-        about = {"data": str(Path(data).absolute()), "max_tokens": max_tokens, "turns": turns}
-        with evaluation_journal(stored, about) as journal:
-            if journal is not None and journal.replies:
-                note(f"{len(journal.replies):,} replies are there from a run that was cut")
-            found = measure(
-                writer.generator, rows, chosen, max_tokens, done, on_error, long_rows, journal
-            )
+        found = measure(writer.generator, rows, chosen, max_tokens, done, on_error, long_rows)
     found = replace(
         found,
         seconds=time.monotonic() - started,

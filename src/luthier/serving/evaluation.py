@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from luthier.chat_models.base import Done, Reply
 from luthier.data.read import read_records
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.choices import MultipleChoice
@@ -52,22 +51,18 @@ from luthier.evaluation.significance import (
 )
 from luthier.gate.language_identification import detect_languages
 from luthier.objectives.base import cut_end
-from luthier.serving.journal import Journal, journal_verdicts, key_of
+from luthier.serving.journal import journal_verdicts
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.graders import Grader, OnError
     from luthier.models.network import Network, TreeBatch
-    from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
-    from luthier.serving.inference import Chat
     from luthier.store.models import StoredModel
 
 MOST_COMPARED_BYTES = 64_000_000
 """Of a training file, that is read to find evaluated rows in it: some seconds."""
-AT_ONCE = 32
-"""Replies that are asked for before they are written down; a kill costs so many at most."""
 
 AnyGrader = TypeVar("AnyGrader", bound="Grader")
 LongRows = Literal["error", "drop", "truncate"]
@@ -323,11 +318,10 @@ def measure(
     done: Callable[[int], None] = lambda count: None,
     on_error: OnError = "fail",
     long_rows: LongRows = "error",
-    journal: Journal | None = None,
 ) -> Evaluation:
     """Greedy replies to ``rows``, graded; ``done`` hears how many are finished.
 
-    Replies that ``journal`` has are not asked for again. ``on_error`` says what becomes of replies that
+    ``on_error`` says what becomes of replies that
     a grader cannot grade, and ``long_rows`` of prompts that leave no room for a reply; they are never
     cut, as their end is what is asked.
 
@@ -356,38 +350,10 @@ def measure(
     refuse_long_rows(problems, len(kept), dropped)
     prompts = [asked[index] for index in kept]
     began = time.perf_counter()
-    if journal is None:
-        replies = generator.replies(prompts, sampling, done=done)
-    else:
-        replies = _journaled_replies(generator, prompts, sampling, done, journal)
+    replies = generator.replies(prompts, sampling, done=done)
     seconds = time.perf_counter() - began
     graded = grade([rows[index] for index in kept], replies, graders, on_error)
     return replace(graded, dropped=dropped, reply_seconds=seconds)
-
-
-def _journaled_replies(
-    generator: Generator,
-    prompts: Sequence[Chat],
-    sampling: Sampling,
-    done: Callable[[int], None],
-    journal: Journal,
-) -> list[str]:
-    """What ``journal`` does not have is asked, the longest first, and written down by and by."""
-
-    def ask(places: list[int], answered: Done) -> None:
-        known = len(prompts) - len(places)
-        done(known)
-        places.sort(key=lambda place: -generator.prompt_tokens(prompts[place]))
-        for start in range(0, len(places), AT_ONCE):
-            chosen = places[start : start + AT_ONCE]
-            texts = generator.replies([prompts[place] for place in chosen], sampling)
-            done(known + start + len(chosen))
-            for place, text in zip(chosen, texts, strict=True):
-                answered(place, Reply(text, "unknown"))
-
-    keys = [key_of({}, prompt.turns, {"tools": repr(prompt.tools)}) for prompt in prompts]
-    outcomes = journal.complete(keys, ask)
-    return [each.text for each in outcomes if isinstance(each, Reply)]
 
 
 def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:

@@ -1,14 +1,9 @@
-"""What a model has answered, on the disk: nothing is asked twice, and a kill costs no answer.
+"""Journals of the replies of teachers and judges: no prompt is sent twice, and a kill loses no reply.
 
-A journal is a file of one object a line. A line is on the disk before the next prompt is asked in its
-place.
-
-Those of teachers and judges, ``teachers/NAME-HASH.jsonl``, are kept for good, and every run that asks
-the same with the same settings reads them. In a service each account has a folder of its own below
-``teachers``, and a line names the run that asked first: it goes with the data of that run.
-
-That of an evaluation, ``evaluations/BASE/NAME/HASH.jsonl``, lasts until the evaluation has ended, or
-its model is removed.
+A journal, ``teachers/NAME-HASH.jsonl``, has one object per line. A line is on the disk before the next
+prompt is sent in its place. Every run with the same prompt and settings reads the journal. In a service
+each account has its own folder below ``teachers``, and a line names the run that sent the prompt first:
+the line is deleted with the data of that run.
 """
 
 from __future__ import annotations
@@ -27,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 from luthier.chat_models.base import Done, Failure, ModelSpec, Reply, SamplingSpec, Writer
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import disk_errors, lock, luthier_home, write_bytes
-from luthier.store.model_folders import journals_folder
 from luthier.store.models import content_hash, find
 from luthier.types import Message
 
 if TYPE_CHECKING:
-    from luthier.store.models import StoredModel
+    pass
 
 RUN = "run"
 """Of a line: the run that asked, where a service did."""
@@ -151,30 +145,6 @@ class Journal:
 
         ask([*missing.values()], done)
         return [failures[key] if key in failures else self.replies[key] for key in keys]
-
-
-@contextmanager
-def evaluation_journal(stored: StoredModel, about: Mapping[str, Any]) -> Iterator[Journal | None]:
-    """What an evaluation of ``stored`` that was cut has answered.
-
-    It is removed when the block ends whole, and where nothing was answered. ``about`` tells it from
-    others of the model. ``None`` while another process does the same.
-    """
-    identity = {"role": "evaluated", "sha256": content_hash(stored), **about}
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    path = journals_folder(stored.id) / f"{name}.jsonl"
-    with lock(path.with_suffix(".lock")) as free:
-        if not free:
-            yield None
-            return
-        journal, whole = Journal(path), False
-        try:
-            yield journal
-            whole = True
-        finally:
-            if whole or not journal.replies:
-                for each in (path, path.with_suffix(".lock")):
-                    each.unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[bytes]:

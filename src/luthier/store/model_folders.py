@@ -5,7 +5,6 @@ models/custom/imported/<name>/  a model from outside
 models/custom/<base>/<name>/    adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
 runs/<base>/<name>/             what a custom model was trained in; pretraining/<id>/ of a base model
 distillations/<base>/<name>/    a teacher's answers
-evaluations/                    journals of evaluations
 cache/gguf/                     what llama.cpp runs
 cache/tokenizers/               tokenizers as the library ``tokenizers`` reads them
 """
@@ -95,30 +94,19 @@ def unfinished_run_ids() -> list[str]:
     )
 
 
-def journals_folder(model_id: str) -> Path:
-    """Where the journals of evaluations of a model are kept until these have ended."""
-    base, name = split_id(model_id)
-    return luthier_home() / "evaluations" / short_name(base) / name
-
-
 def remove_side_files(model_id: str) -> None:
-    """Delete what this machine keeps of a model outside its own folder: its run, a teacher's answers,
-    journals of evaluations, the GGUF files that were made of its weights, and the stored tokenizer."""
+    """Delete what this machine keeps of a model outside its own folder.
+
+    These are its run, the replies of a teacher, the GGUF files that were made of its weights, and the
+    stored tokenizer.
+    """
     from luthier.models.tokenizer import remove_stored_tokenizer
 
     derived = gguf_folder(model_id, "[0-9a-f]" * 64, "*")
-    made_here, journals = working_folders(model_id), journals_folder(model_id)
     if (own := folder_of(model_id) or base_folder(model_id)).is_dir():
         remove_stored_tokenizer(own)
-    for folder in (*made_here, *derived.parent.glob(derived.name)):
+    for folder in (*working_folders(model_id), *derived.parent.glob(derived.name)):
         shutil.rmtree(folder, ignore_errors=True)
-    if not made_here:
-        return
-    if split_id(model_id)[1]:
-        shutil.rmtree(journals, ignore_errors=True)
-    else:  # beside those of a base model are the folders of the custom models on it
-        for journal in journals.glob("*.jsonl"):
-            journal.unlink(missing_ok=True)
 
 
 def gguf_folder(model_id: str, digest: str, kind: str) -> Path:
