@@ -231,14 +231,7 @@ class ObjectRefused(RefusedInput):
 
 
 class ProcessLost(LuthierError):
-    """Another process of the same run is gone, hangs, or failed; a new start of all goes on.
-
-    ``ranks`` are those of the processes, where they are known.
-    """
-
-    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
-        super().__init__(message)
-        self.ranks = frozenset(ranks)
+    """Another process of the same run is gone, hangs, or failed; a new start of all goes on."""
 
 
 class LeaseLost(LuthierError):
@@ -299,7 +292,7 @@ def restore_error(name: str, message: str) -> LuthierError | None:
     Of a class that carries more than its message it is the branch.
     """
     kind = globals().get(name)
-    if not (isinstance(kind, type) and issubclass(kind, LuthierError)) or kind is ProcessLost:
+    if not (isinstance(kind, type) and issubclass(kind, LuthierError)):
         return None
     if kind.__init__ not in (LuthierError.__init__, RecipeError.__init__):
         kind = RefusedInput if issubclass(kind, RefusedInput) else LuthierError

@@ -104,7 +104,6 @@ def test_a_node_comes_late_is_lost_and_comes_back(
                 assert not psutil.wait_procs(left, timeout=30)[1]  # it trains on for nobody
                 wait_for_steps()
                 assert first.agent.poll() is None
-                assert "process 1 of 2" in first.words() or "process 0 of 2" in first.words()
         for node in nodes:
             node.agent.send_signal(signal.SIGTERM)
         for node in nodes:

@@ -44,17 +44,11 @@ MAX_RESTARTS = 3
 """Times that all processes are started again after one has ended by surprise."""
 SHUTDOWN_SECONDS = 300
 """Which they have to end their step and write a checkpoint, when they are asked to stop."""
-LAST_WORDS_SECONDS = 2.0
-"""Which a process has after SIGTERM, where it is not training."""
 PROCESS_BYTES = 400 << 20
 """What a process takes before it has read a row or a weight: its libraries."""
 ORPHAN_SECONDS = 20.0
 """How long processes wait for those of an agent that was killed: these end within a second or two."""
-ERROR_GRACE_SECONDS = 10
-"""How long another process waits for the first one to report an error, before it reports its own."""
 _REQUEST, _REPORTS, _OUTCOME = "request.json", "reports.jsonl", "outcome-{}.json"
-_LOST = "lost.json"
-"""What one process has to say of another that is gone or hangs, until all were started again."""
 _LAST_WORDS = 2_000
 """Bytes of what a process wrote to standard error that are looked at when it ended by surprise."""
 _LOGGED = 100_000
@@ -180,49 +174,27 @@ def work(folder: Path, train: Training = _train) -> None:
         return  # one of them met what no new start would mend
     request = read_json(folder / _REQUEST)
     watch_agent(request["agent"])
-    _end_soon_on_sigterm()
-    rank = ProcessGroup.of_environment().rank
-    first = rank == 0
+    group = ProcessGroup.of_environment()
+    first = group.rank == 0
     reporter = ReportFile(folder / _REPORTS) if first else Reporter()
     if first and restart_count():
-        reason = "a process ended by surprise; all go on from the last checkpoint"
-        if (folder / _LOST).is_file():
-            reason = read_json(folder / _LOST)
-            (folder / _LOST).unlink()
-        reporter.note(f"warning: {reason}")
+        reporter.note("warning: a process ended; all processes resume from the last checkpoint")
     try:
         outcome: dict[str, Any] = {"result": asdict(train(request, reporter))}
     except ProcessLost as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent may know by now, too
-        write_json(folder / _LOST, str(error))
         print(error, file=sys.stderr)
         sys.exit(1)
-    except LuthierError as error:  # which no new start would mend
+    except LuthierError as error:  # a new start would fail in the same way
         outcome = report_error(error)
+        if not first and (error.reported or isinstance(error, Interrupted)):
+            return  # the first process reports the same error
+        if not first:
+            outcome["message"] = f"process {group.rank} of {group.size}: {error}"
     if first:
         write_json(folder / _OUTCOME.format(0), outcome)
     elif "error" in outcome:
-        deadline = time.monotonic() + ERROR_GRACE_SECONDS
-        while not _outcomes(folder) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if not _outcomes(folder):  # the others wait for what this process leaves undone
-            write_json(folder / _OUTCOME.format(rank), outcome)
-            sys.exit(1)
-
-
-def _end_soon_on_sigterm() -> None:
-    """Leave a process that the agent ends time to say which other one it has lost.
-
-    The agent ends all others as soon as it sees one gone, also while they unwind from the exchange
-    that failed. While it trains, a process has an answer of its own to SIGTERM.
-    """
-
-    def end_soon(number: int, frame: Any) -> None:
-        timer = threading.Timer(LAST_WORDS_SECONDS, os._exit, (128 + number,))
-        timer.daemon = True
-        timer.start()
-
-    signal.signal(signal.SIGTERM, end_soon)
+        write_json(folder / _OUTCOME.format(group.rank), outcome)
+        sys.exit(1)
 
 
 def check_room(processes: int, each: int = PROCESS_BYTES) -> None:
