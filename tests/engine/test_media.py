@@ -20,8 +20,6 @@ import luthier
 from luthier.data import processors
 from luthier.data.processors import ImageProcessor, MediaInput, save_processor
 from luthier.data.rows import load_rows
-from luthier.engine import comparison
-from luthier.engine.comparison import describe_quicker
 from luthier.engine.job import with_reading_defaults
 from luthier.engine.loop import Loop
 from luthier.errors import CorruptFile, DataError, Interrupted, RecipeError, RefusedInput
@@ -251,16 +249,8 @@ def test_features_that_are_computed_once_train_the_same_head(
     assert one == other != {}
 
 
-def test_what_would_be_quicker_than_a_long_run_is_named(
-    pictures: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert describe_quicker(0.1, 100, 1_600, "images") == (
-        "`adaptation=feature_extraction` would take about 10 s, this run up to about 8.0 min: it reads "
-        "each of the 100 images once and trains the head alone, which is quicker, and usually less "
-        "accurate"
-    )
-    assert not describe_quicker(0.01, 100, 1_600, "images")
-    monkeypatch.setattr(comparison, "LEAST_SAVED", 0.0)
+def test_preparation_of_pictures_reports_progress(pictures: Path, base: Path) -> None:
+    bars: dict[str, list[float]] = {}
 
     class Shown(Notes):
         """Keeps what moved a bar, too."""
@@ -268,23 +258,13 @@ def test_what_would_be_quicker_than_a_long_run_is_named(
         def progress(self, done: int, total: int, what: str) -> None:
             bars.setdefault(what, []).append(done / total)
 
-    bars: dict[str, list[float]] = {}
-
-    def notes(name: str, adaptation: str) -> list[str]:
-        reporter = Shown()
-        luthier.tune(
-            pictures / "learn", base=str(base), name=name, adaptation=adaptation, reporter=reporter,
-            training__max_steps=20, training__refit=False, training__precision="float32",
-        )  # fmt: skip
-        return [note for note in reporter.notes if "feature_extraction" in note]
-
-    (line,) = notes("whole", "full")
-    assert "each of the 48 images once" in line
+    luthier.tune(
+        pictures / "learn", base=str(base), name="whole", adaptation="full", reporter=Shown(),
+        training__max_steps=20, training__refit=False, training__precision="float32",
+    )  # fmt: skip
     assert {*bars} == {"images looked at", "images read"}
     for shares in bars.values():  # what takes a minute shows how far it is
         assert len(shares) > 1 and shares == sorted(shares) and shares[-1] == 1
-    bars.clear()
-    assert not notes("head", "feature_extraction")
 
 
 @pytest.mark.parametrize(

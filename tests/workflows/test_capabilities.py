@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -104,42 +103,19 @@ def test_a_model_that_nobody_knows_is_refused() -> None:
         capabilities("no-such-model")
 
 
-@pytest.mark.slow
-def test_each_way_to_fit_that_is_named_fits() -> None:
+@pytest.mark.parametrize(
+    ("longest", "room", "advice"),
+    [
+        (100, 1000, "`training.micro_batch_tokens=1000`"),
+        (8000, 5000, r"rows of at most 5,000 tokens \(the longest has 8,000\)"),
+        (8000, 10, "adaptation=lora"),
+    ],
+)
+def test_a_run_that_does_not_fit_names_what_does(longest: int, room: int, advice: str) -> None:
     objective = default_objective(OBJECTIVES["sft"])
     config = catalogue_config(CATALOG["smollm2-135m-instruct"], CAUSAL_LM)
-    full, lora = (ADAPTATIONS[name].model_validate({}) for name in ("full", "lora"))
-    asked = fit.MemoryRequest(config, objective, full, 2, 0, 2000, 100)
-    needs = {a.method: fit.sketch_training(config, objective, a, 2).memory for a in (full, lora)}
-    assert needs["lora"].peak(2000) < needs["full"].peak(100)
-
-    def refusal(free: int) -> str:
-        with pytest.raises(DoesNotFit) as caught:
-            fit.check_memory(asked, needs["full"], free)
-        return str(caught.value)
-
-    fit.check_memory(asked, needs["full"], needs["full"].peak(2000) - fit.PROCESS)
-    answer = refusal(needs["full"].peak(1000) - fit.PROCESS)
-    assert "`training.micro_batch_tokens=1000` (" in answer
-    assert "`adaptation.method=lora` (" in answer  # with micro-batches as large as was asked for
-    answer = refusal(needs["lora"].peak(300) - fit.PROCESS)
-    assert "`adaptation.method=lora` `training.micro_batch_tokens=300` (" in answer
-    assert answer.count("`adaptation.method=") == fit.SHOWN and "full" not in answer
-    for way in answer.splitlines()[1:]:
-        name, tokens = re.match(
-            r"  `adaptation.method=(\w+)`.*?(?:tokens=(\d+)`)? \(", way
-        ).groups()  # type: ignore[union-attr]
-        other = ADAPTATIONS[name].model_validate({})
-        memory = fit.sketch_training(config, objective, other, 2).memory
-        assert memory.peak(int(tokens or 2000)) <= needs["lora"].peak(300)
-    assert "Nothing that is known here would fit" in refusal(1000)
-
-
-def test_rows_that_are_too_long_for_any_way_are_named() -> None:
-    objective = default_objective(OBJECTIVES["sft"])
-    config = catalogue_config(CATALOG["smollm2-135m-instruct"], CAUSAL_LM)
-    lora = ADAPTATIONS["lora"].model_validate({})
-    memory = fit.sketch_training(config, objective, lora, 2).memory
-    asked = fit.MemoryRequest(config, objective, lora, 2, 0, 8000, 8000)
-    with pytest.raises(DoesNotFit, match=r"rows of at most 5,000 tokens \(the longest has 8,000\)"):
-        fit.check_memory(asked, memory, memory.peak(5000) - fit.PROCESS)
+    full = ADAPTATIONS["full"].model_validate({})
+    memory = fit.sketch_training(config, objective, full, 2).memory
+    fit.check_memory(memory, 8000, longest, memory.peak(8000) - fit.PROCESS)
+    with pytest.raises(DoesNotFit, match=advice):
+        fit.check_memory(memory, 8000, longest, memory.peak(room) - fit.PROCESS)

@@ -28,7 +28,6 @@ from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
 from luthier.models.network import Network, TreeBatch
 from luthier.objectives import Contrastive, Objective
 from luthier.objectives.capabilities import SupportsPrediction
-from luthier.printable import format_duration
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -40,30 +39,6 @@ READING = 0.75
 """Share of the time that is for reading the rows."""
 CHUNK = 256
 """Rows that are read between two looks at the clock."""
-TRAINED = 3.0
-"""Times what reading a row takes that learning from it does: forward, and backward twice as long."""
-LEAST_SAVED = 120.0
-"""Seconds of a run from which on it is worth a line that another one saves them."""
-
-
-def describe_quicker(row_seconds: float, rows: int, rows_seen: int, what: str) -> str:
-    """What to say of feature extraction beside a run that trains more; empty if it saves little.
-
-    Args:
-        row_seconds: that reading one row took.
-        rows: that are read.
-        rows_seen: that are learned from, each as often as it comes, up to the last step.
-        what: they are, in the plural.
-    """
-    quick, whole = row_seconds * rows, row_seconds * rows_seen * TRAINED
-    if whole - quick < LEAST_SAVED:
-        return ""
-    seconds = format_duration(max(1, quick))
-    return (
-        f"`adaptation=feature_extraction` would take about {seconds}, this run up to about "
-        f"{format_duration(whole)}: it reads each of the {rows:,} {what} once and trains the "
-        "head alone, which is quicker, and usually less accurate"
-    )
 
 
 def encode_cut(

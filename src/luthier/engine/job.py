@@ -19,7 +19,6 @@ from luthier.engine import defaults
 from luthier.engine.dataset import Dataset, prepare
 from luthier.engine.machine import Machine, available_memory
 from luthier.engine.memory import (
-    MemoryRequest,
     check_memory,
     disk_needed,
     sharded_estimate,
@@ -470,10 +469,7 @@ def resolve_job(
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
     tokens = recipe.training.micro_batch_tokens or 0
-    needed = MemoryRequest(
-        config, data.objective, recipe.adaptation, size, beside, tokens, data.longest, reads, shards
-    )
-    check_memory(needed, estimate, available)
+    check_memory(estimate, tokens, data.longest, available)
     whole = disk_needed(model, size, recipe.adaptation, bool(recipe.training.refit))
     need_disk(base_folder("x"), max(0, whole - stored_bytes), "this run")
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"

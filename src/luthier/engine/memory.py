@@ -1,4 +1,4 @@
-"""How much memory and disk a run takes, before anything is loaded for it, and what would make it fit.
+"""Estimates of the memory and disk that a run takes, before anything is loaded for it.
 
 Memory = the process itself + frozen weights + trained weights with their masters, moments and sums
 + activations of one micro-batch + one chunk of logits. It is never less than the plain network takes,
@@ -8,14 +8,12 @@ runs (``docs/log/estimates.md``); the estimate errs upwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from luthier.adaptations import ADAPTATIONS, Adaptation
-from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
+from luthier.adaptations import Adaptation
+from luthier.errors import DoesNotFit, UnknownModel
 from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
-from luthier.models.catalog import CATALOG
 from luthier.models.heads import Head, frozen_parts
 from luthier.models.layers import layer_names
 from luthier.models.modalities import (
@@ -27,7 +25,6 @@ from luthier.models.modalities import (
 )
 from luthier.objectives import Objective
 from luthier.objectives.capabilities import SupportsExtraWeights
-from luthier.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,8 +38,8 @@ LONGEST_WRITTEN = 128
 MAPS_HELD = 4
 """Maps of the size of the largest that an autoencoder holds at once, as measured with that of Stable
 Diffusion (docs/log/media.md)."""
-SHOWN = 3
-"""Ways out that are named."""
+LEAST_ROW = 32
+"""Tokens of rows below which nothing useful fits."""
 
 
 @dataclass(frozen=True)
@@ -268,108 +265,29 @@ def sketch_training(
     return TrainingSketch(model, memory.beside(start), adaptation)
 
 
-@dataclass(frozen=True)
-class MemoryRequest:
-    """What a job is to hold in memory."""
+def check_memory(memory: MemoryEstimate, tokens: int, longest: int, available: int) -> None:
+    """Refuse a run whose estimated peak is more than what is free.
 
-    config: Any
-    """transformers' configuration of the network."""
-    objective: Objective
-    adaptation: Adaptation
-    size: int
-    """Bytes of a number in the working type."""
-    beside: int
-    """Bytes of the further networks it holds."""
-    tokens: int
-    """Distinct tokens in a micro-batch."""
-    longest: int
-    """Tokens of the longest row: no micro-batch can be smaller."""
-    reads: Shape | None = None
-    """Shape of an image or sound as it is read."""
-    shards: int = 1
-    """Processes that share the layers."""
-
-
-def check_memory(request: MemoryRequest, memory: MemoryEstimate, available: int) -> None:
-    """Refuse a run whose estimated peak is more than what is free, and name what would fit.
+    ``tokens`` are those of a micro-batch, and ``longest`` those of the longest row, which a micro-batch
+    must hold.
 
     Raises:
-        DoesNotFit: each way out it names was estimated too, and fits.
+        DoesNotFit: with the micro-batch or the rows that fit, if the weights do.
     """
-    peak = memory.peak(request.tokens)
-    if _fits(peak, available):
+    peak = memory.peak(tokens)
+    # The estimate includes what the process has already.
+    room = available + PROCESS
+    if peak <= room:
         return
-    ways = [way for _, way in zip(range(SHOWN), _ways(request, memory, available), strict=False)]
-    advice = "\n".join(f"  {way}" for way in ways)
+    fitting = (room - memory.fixed) // max(1, memory.per_token) if memory.least <= room else 0
+    if fitting >= min(longest, tokens):
+        advice = f"Set `training.micro_batch_tokens={fitting}`"
+    elif fitting >= LEAST_ROW:
+        advice = f"Use rows of at most {fitting:,} tokens (the longest has {longest:,})"
+    else:
+        advice = "Use `adaptation=lora` or a smaller base, or a machine with more memory"
     raise DoesNotFit(
         f"this run needs about {peak / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are "
         f"free ({max(memory.fixed, memory.least) / 1e9:.1f} GB whatever the batch, "
-        f"{memory.per_token * request.tokens / 1e9:.1f} GB for micro-batches of {request.tokens} "
-        "tokens). "
-        + (
-            f"What would fit:\n{advice}"
-            if ways
-            else "Nothing that is known here would fit: free some memory, or use a larger machine."
-        )
+        f"{memory.per_token * tokens / 1e9:.1f} GB for micro-batches of {tokens} tokens). {advice}"
     )
-
-
-def _fits(peak: int, available: int) -> bool:
-    # What the process holds already is part of the estimate, not of what it may still take.
-    return peak - PROCESS <= available
-
-
-def _ways(request: MemoryRequest, memory: MemoryEstimate, available: int) -> Iterator[str]:
-    """Changes that make it fit, the smallest first; each is estimated as the job itself is."""
-    from luthier.models.load import catalogue_config
-
-    if (tokens := _tokens(memory, request, available)) is not None:
-        yield f"`training.micro_batch_tokens={tokens}` ({memory.peak(tokens) / 1e9:.1f} GB)"
-    elif (room := _room(memory, available)) >= 32:
-        yield f"rows of at most {room:,} tokens (the longest has {request.longest:,})"
-    if request.shards > 1:
-        return  # not everything goes with shards
-    usual = Recipe.model_fields["adaptation"].get_default(call_default_factory=True).method
-    for name in dict.fromkeys([usual, *ADAPTATIONS]):
-        if name != request.adaptation.method:
-            other = ADAPTATIONS[name].model_validate({})
-            yield from _try_change(
-                f"`adaptation.method={name}`", request, request.config, other, available
-            )
-    for entry in CATALOG.values():
-        config = catalogue_config(entry, request.objective.head())
-        change = f"`base={entry.id}`"
-        if media_config(config) is not None or media_config(request.config) is not None:
-            continue  # they have no such sizes to compare
-        if config.hidden_size < request.config.hidden_size:
-            yield from _try_change(change, request, config, request.adaptation, available)
-
-
-def _try_change(
-    change: str, request: MemoryRequest, config: Any, adaptation: Adaptation, available: int
-) -> Iterator[str]:
-    """The change, where the job fits with it."""
-    try:
-        memory = sketch_training(
-            config, request.objective, adaptation, request.size, reads=request.reads
-        ).memory
-    except RefusedInput:
-        return
-    memory = memory.beside(request.beside)
-    tokens = _tokens(memory, request, available)
-    if tokens is not None:
-        smaller = f" `training.micro_batch_tokens={tokens}`" * (tokens < request.tokens)
-        yield f"{change}{smaller} ({memory.peak(tokens) / 1e9:.1f} GB)"
-
-
-def _room(memory: MemoryEstimate, available: int) -> int:
-    """Tokens of a micro-batch that fit beside what is held whatever the batch."""
-    if not _fits(memory.least, available):
-        return 0
-    return max(0, (available + PROCESS - memory.fixed) // max(1, memory.per_token))
-
-
-def _tokens(memory: MemoryEstimate, request: MemoryRequest, available: int) -> int | None:
-    """The largest micro-batch that fits, at most what was asked for; ``None`` where none does."""
-    tokens = min(request.tokens, _room(memory, available))
-    return tokens if tokens >= min(request.longest, request.tokens) else None

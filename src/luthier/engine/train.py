@@ -18,7 +18,7 @@ from luthier.data.spool import concatenate
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.actuals import Clock, record_actual
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
-from luthier.engine.comparison import describe_quicker, fit_baselines, measure_tuned
+from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.dataset import check_sources
 from luthier.engine.job import (
     TrainingJob,
@@ -548,8 +548,6 @@ class Trainer:
             )
         elif compare:
             self._compare(network)
-            if not resume:
-                self._name_quicker()
         checkpoints = Checkpoints(self.first_folder / CHECKPOINTS)
         found = checkpoints.latest() if resume else None
         # What is calibrated comes with a checkpoint, but the starting weights do not.
@@ -729,19 +727,6 @@ class Trainer:
             found = self.baselines.label_issues if self.baselines is not None else None
             self.run_folder.write_label_issues(found.issues if found is not None else ())
         return_freed_memory()
-
-    def _name_quicker(self) -> None:
-        """Say how long feature extraction would take, where a base was trained on images or sounds."""
-        job, read = self.job, sum(map(len, self.job.data.compared))
-        random, head_only = job.base.manifest.is_random, self.recipe.adaptation.head_only
-        if self.baselines is None or random or head_only or job.chat.media is None:
-            return
-        rows = job.rows + len(job.data.validation)
-        seen = job.steps * (self.recipe.training.batch_size or 1)
-        # A refit reads all of them again.
-        row_seconds = self.clock.parts["baselines"] / read * (2 if job.refit_steps else 1)
-        if line := describe_quicker(row_seconds, rows, seen, PLURAL[job.chat.media.kind]):
-            self.reporter.note(line)
 
     @property
     def _reading_budget(self) -> int:
