@@ -243,26 +243,6 @@ def test_utf_16_names_the_command_that_converts_it(folder: Path, start: bytes) -
     assert "iconv -f UTF-16 -t UTF-8 " in problem.fix
 
 
-@pytest.mark.parametrize(
-    "text", ["a,b\nfox,1\n", "từ,nghĩa\nmột con cáo,cáo\n", '{"text": "狐狸"}\n']
-)
-@pytest.mark.parametrize("order", ["LE", "BE"])
-def test_utf_16_without_a_mark_is_told_from_binary_data(
-    folder: Path, text: str, order: str
-) -> None:
-    for data in (text.encode(f"UTF-16{order}"), text.encode(f"UTF-16{order}")[:-1]):
-        _, problems = read_bytes(folder, data, "b.csv")
-        problem = only(problems, folder / "b.csv", 0, "file.binary")
-        assert f"UTF-16{order} text without a byte order mark" in problem.message
-        assert f"iconv -f UTF-16{order} -t UTF-8 OLD > NEW" in problem.fix
-
-
-@pytest.mark.parametrize("data", [b"\x7fELF\x02\x01\x01\0" + b"\0" * 8, b"\x01\0\x02\0" * 50])
-def test_numbers_of_two_bytes_are_no_utf_16(folder: Path, data: bytes) -> None:
-    _, problems = read_bytes(folder, data, "b.csv")
-    assert "binary data" in only(problems, folder / "b.csv", 0, "file.binary").message
-
-
 def test_nul_after_the_head_is_found_where_it_stands(folder: Path) -> None:
     filler = b'{"a":"' + b"x" * 70_000 + b'"}\n'
     records, problems = read_bytes(folder, filler + b'{"a":"\0"}\n')

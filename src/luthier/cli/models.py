@@ -200,11 +200,7 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
 
 
 @models_app.command("show")
-def show_model(
-    model: str,
-    full: Annotated[bool, typer.Option("--full", help="All that its record says.")] = False,
-    json_: Json = False,
-) -> None:
+def show_model(model: str, json_: Json = False) -> None:
     """Show what a model is, where its files are, and whether they are intact."""
     from luthier.models.catalog import CATALOG
     from luthier.store.model_folders import is_base_here
@@ -229,13 +225,11 @@ def show_model(
     }
     if json_:
         print_json(details)
-    elif full:
-        print_text("\n".join(_lines(details, "")))
-    else:
-        print_text(stored.id)
-        for name, text in _summary(stored, details["files"]):
-            print_text(f"  {name:<13} {text}")
-        print_text(f"all that its record says: luthier models show {stored.id} --full")
+        return
+    print_text(stored.id)
+    for name, text in _summary(stored, details["files"]):
+        print_text(f"  {name:<13} {text}")
+    print_text(f"all that its record says: luthier models show {stored.id} --json")
 
 
 def _run_of(model: str) -> Run | None:
@@ -366,28 +360,6 @@ def _files(model: StoredModel) -> dict[str, dict[str, Any]]:
         }
         for name in sorted(found.keys() | recorded.keys())
     }
-
-
-FOLDED = 8
-"""Values of a list that people are shown; of a longer one only the first."""
-
-
-def _lines(value: Any, indent: str) -> list[str]:
-    """JSON values as indented lines of names and values, for people; a long list takes one line."""
-    if isinstance(value, dict):
-        pairs = [(f"{name}:", each) for name, each in value.items()]
-    else:
-        pairs = [("-", each) for each in value]
-    lines: list[str] = []
-    for name, each in pairs:
-        if isinstance(each, list) and len(each) > FOLDED and not isinstance(each[0], dict | list):
-            first = ", ".join(map(_text, each[:FOLDED]))
-            lines.append(f"{indent}{name} {first} … and {len(each) - FOLDED:,} more (--json)")
-        elif isinstance(each, dict | list) and each:
-            lines += [f"{indent}{name}", *_lines(each, indent + "  ")]
-        else:
-            lines.append(f"{indent}{name} {_text(each)}")
-    return lines
 
 
 def _text(value: Any) -> str:

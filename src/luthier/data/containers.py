@@ -67,8 +67,6 @@ BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)
 
 # Tab, line ends, backspace, form feed and escape do occur in text.
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\r\b\f\x1b"))
-_ASCII_SHARE = 3
-"""One character in so many is ASCII at least in a text that is taken for UTF-16 without a mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,31 +190,11 @@ def refuse_binary(data: bytes) -> None:
     controls = len(data) - len(data.translate(None, _CONTROL))
     if kind is None and b"\0" not in data and controls * 10 <= len(data):
         return
-    encoding = "UTF-16" if kind == "UTF-16 text" else _unmarked_utf16(data)
-    if kind is None and encoding:
-        kind = f"{encoding} text without a byte order mark"
     message = f"The file is not UTF-8 text; it looks like {kind or 'binary data'}."
     fix = f"Unpack or convert it, then name the result. {_SUPPORTED}."
-    if encoding:
-        fix = f"Save the file as UTF-8, or run: iconv -f {encoding} -t UTF-8 OLD > NEW."
+    if kind == "UTF-16 text":
+        fix = "Save the file as UTF-8, or run: iconv -f UTF-16 -t UTF-8 OLD > NEW."
     raise Unreadable("file.binary", message, fix)
-
-
-def _unmarked_utf16(data: bytes) -> str:
-    """The UTF-16 that ``data`` begins with, by the zeros of its ASCII characters; empty for none.
-
-    Each of them has a zero as its high byte, and no character of text has one as its low byte.
-    """
-    even, odd = data[::2], data[1::2]
-    for encoding, high, low in (("UTF-16LE", odd, even), ("UTF-16BE", even, odd)):
-        if b"\0" in low or high.count(0) * _ASCII_SHARE < len(high):
-            continue
-        # The data may end between the halves of a character.
-        text = data[: len(data) // 2 * 2].decode(encoding, errors="replace")
-        is_text = "\ufffd" not in text[:-1] and text.strip() != ""
-        if is_text and not re.search(r"[\x00-\x08\x0e-\x1a]", text):
-            return encoding
-    return ""
 
 
 def damage_refusal(error: Exception) -> Unreadable:
