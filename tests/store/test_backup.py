@@ -338,7 +338,7 @@ def test_a_killed_backup_or_restore_leaves_nothing_that_looks_complete(
     restore_to(home, source)
 
 
-@pytest.mark.parametrize("size", ["64k", "512k"])  # full with the objects, or with the database
+@pytest.mark.parametrize("size", ["64k", "384k"])  # full with the objects, or with the database
 def test_a_full_disk(
     database: Database, store: Path, tmp_path: Path, home: Path, size: str
 ) -> None:

@@ -31,6 +31,7 @@ from luthier.files import (
     need_disk,
     new_folder,
     read_json,
+    sweep,
     write_bytes,
 )
 from luthier.models.backends import LLAMA_CPP, llama_cpp_library
@@ -266,6 +267,7 @@ def new_export_folder(target: Path, stored: StoredModel) -> Iterator[Path]:
         RunConflict: where something came to be at ``target`` meanwhile.
     """
     check_whole(stored)
+    sweep(target.parent, target.name)
     try:
         with new_folder(target, replace=False) as fresh:
             yield fresh

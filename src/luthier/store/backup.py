@@ -37,6 +37,7 @@ from luthier.files import (
     new_folder,
     read_json,
     room,
+    sweep,
     temporary_folder,
     write_json,
 )
@@ -72,6 +73,7 @@ def backup(database: Database, target: Path, with_key: bool = False) -> int:
         raise RefusedInput(f"{target} is inside the store {home}. Name a folder outside")
     if with_key and not (home / KEY_FILE).is_file():
         raise RefusedInput(f"{home / KEY_FILE} does not exist. Leave out `--with-key`")
+    sweep(target.parent, target.name)
     with disk_errors(target.parent), temporary_folder(target, private=True) as folder:
         expected = _copy(database, home, folder)
         if with_key:
