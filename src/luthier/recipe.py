@@ -28,8 +28,8 @@ from pydantic import (
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
-from luthier.data.chat import TemplateSettings
 from luthier.data.sources import absolute, files_of
+from luthier.data.template_kwargs import TemplateSettings
 from luthier.errors import RecipeError
 from luthier.files import read_toml
 from luthier.objectives import OBJECTIVES, Objective

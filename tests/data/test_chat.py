@@ -16,16 +16,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from luthier.data.chat import (
     SYSTEM_FIX,
-    TEMPLATE_PARAMETERS,
     ChatFormat,
     EncodedReply,
-    TemplateSettings,
-    names_read,
 )
 from luthier.data.media import PLURAL
 from luthier.data.processors import AudioProcessor, ImageProcessor
 from luthier.data.rows import load_rows
 from luthier.data.shapes.base import InputKind
+from luthier.data.template_kwargs import TEMPLATE_PARAMETERS, TemplateSettings, names_read
 from luthier.errors import RecipeError, RowRefused
 from luthier.types import Message
 

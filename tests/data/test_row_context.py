@@ -388,7 +388,6 @@ def test_a_key_of_another_task_is_refused_unless_set_aside(
     [
         {"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}},
         {"context": "c", "question": "q", "answers": [{"text": "a", "answer_start": 0}]},
-        {"title": "t", "paragraphs": [{"context": "c", "qas": [{"question": "q"}]}]},
     ],
 )
 def test_the_fix_of_questions_about_a_passage_keeps_the_passage(

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from luthier.data import chat as chats
-from luthier.data.chat import DATE, ChatFormat
+from luthier.data.chat import ChatFormat
+from luthier.data.template_kwargs import DATE
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.train import train

@@ -7,22 +7,15 @@ what is served is what was trained: template, tokenizer and stop tokens included
 from __future__ import annotations
 
 import copy
-import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import date, datetime
-from functools import cached_property, lru_cache
-from typing import Annotated, Any, Literal
+from datetime import date
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
-from jinja2 import Environment, TemplateError
-from jinja2.ext import Extension
-from jinja2.meta import find_undeclared_variables
-from jinja2.nodes import Scope
 from numpy.typing import NDArray
-from pydantic import Field, PlainValidator
 
 from luthier.data.media import PLURAL
 from luthier.data.media_files import is_media
@@ -46,6 +39,13 @@ from luthier.data.sentence import SentencePipeline
 from luthier.data.shapes.base import InputKind
 from luthier.data.shapes.media import MediaRow
 from luthier.data.shapes.texts import RawText
+from luthier.data.template_kwargs import (
+    DATE,
+    TEMPLATE_PARAMETERS,
+    date_macro,
+    names_read,
+    template_defaults,
+)
 from luthier.data.tokenization import SENTINEL, TextEncoder, panics_refused
 from luthier.data.tools import (
     describe_tool,
@@ -61,51 +61,12 @@ from luthier.types import Example, IntArray, Message, Row, TemplateKwargs, Tool,
 Template = Literal["auto", "chat", "plain"]
 
 
-def _check_value(value: Any) -> Any:
-    """Return a value for a template. Dates of TOML become text; one message covers all types."""
-    if isinstance(value, date):
-        return value.isoformat()
-    number = isinstance(value, int | float) and math.isfinite(value)
-    if number or (isinstance(value, str) and len(value) <= 1000):
-        return value
-    raise ValueError("must be true, false, a finite number or a text of at most 1,000 characters")
-
-
-TemplateSettings = Annotated[
-    dict[str, Annotated[bool | int | float | str, PlainValidator(_check_value)]],
-    Field(max_length=16),
-]
-"""``chat_template_kwargs`` of recipes and requests."""
-DATE = "strftime_now"
-"""Function that chat templates call for today's date. A recipe and a request set the date under the
-same name, in ISO 8601: ``{"strftime_now": "2026-11-30"}``."""
 SYSTEM_FIX = "Put the system prompt before the text of the first user message."
-_DATE_CODES = (
-    *"aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ",
-    "-d",
-    "-m",
-    "-H",
-    "-I",
-    "-M",
-    "-S",
-    "-j",
-)
 BROKEN, MOST_SHARING = "\ufffd", 8
 """What decoding gives for a part of a character, and tokens in which whole ones are looked for."""
 ONE_T, NO_TARGET = np.ones(1, np.float32), np.zeros(0)
 """What all rows of one token share: of a million, an array for each would take 230 MB."""
 ONE_T.flags.writeable = NO_TARGET.flags.writeable = False
-
-TEMPLATE_PARAMETERS = frozenset(
-    (
-        "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
-        "continue_final_message", "tokenize", "padding", "truncation", "max_length",
-        "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-        "sanitize_control_tokens",
-    )
-)  # fmt: skip
-"""What transformers' ``apply_chat_template`` takes itself: no client may set these as if they were the
-template's. With ``chat_template`` it would bring a program of its own."""
 
 
 @dataclass(frozen=True)
@@ -378,17 +339,7 @@ class ChatFormat:
                 f"the model's chat template reads no `{unread[0]}`; leave it out of "
                 "`data.chat_template_kwargs`, or use a model whose template has it"
             )
-        # A template is Jinja, whose literals are JSON's; characters stay as they are, as Jinja reads no
-        # pairs of surrogates.
-        values = {
-            name: json.dumps(value, ensure_ascii=False)
-            for name, value in kwargs.items()
-            if name != DATE
-        }
-        head = "".join(
-            f"{{% if {name} is not defined %}}{{% set {name} = {value} %}}{{% endif %}}"
-            for name, value in values.items()
-        )
+        head = template_defaults({name: each for name, each in kwargs.items() if name != DATE})
         tokenizer = copy.copy(self.tokenizer)
         own = tokenizer.chat_template
         tokenizer.chat_template = (
@@ -399,7 +350,7 @@ class ChatFormat:
         printed = self.date
         if DATE in kwargs:
             printed = str(kwargs[DATE])
-            _with_date("", printed)
+            date_macro(printed)
         return replace(self, tokenizer=tokenizer, date=printed)
 
     def read_kwargs(self, kwargs: TemplateKwargs) -> TemplateKwargs:
@@ -843,7 +794,7 @@ class ChatFormat:
             own = self.tokenizer.chat_template
             if isinstance(own, dict):
                 own = own.get("tool_use" if tools else "default") or own["default"]
-            names["chat_template"] = _with_date(own, printed)
+            names["chat_template"] = date_macro(printed) + own
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [
@@ -913,51 +864,6 @@ class ChatFormat:
                 template_turns(messages), reply=reply, tools=described, kwargs=kwargs
             )
         return self.render(template_turns(in_words(messages, tools)), reply=reply, kwargs=kwargs)
-
-
-class _GenerationTag(Extension):
-    """The tag ``{% generation %}`` of transformers, around what the assistant writes."""
-
-    tags = {"generation"}  # noqa: RUF012 - an attribute of instances in Jinja
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        return Scope(parser.parse_statements(("name:endgeneration",), True)).set_lineno(line)
-
-
-@lru_cache(maxsize=32)
-def names_read(template: str) -> frozenset[str]:
-    """Return the names that a chat template takes from its caller.
-
-    Names that the template sets before it reads them are left out. Empty if the template is no Jinja.
-    """
-    environment = Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])  # noqa: S701 - only parsed
-    try:
-        names = find_undeclared_variables(environment.parse(template))
-    except (TemplateError, RecursionError):
-        return frozenset()
-    return frozenset(names - {"raise_exception"})
-
-
-def _with_date(template: str, printed: Any) -> str:
-    """Return a chat template that prints the date ``printed`` as today's date.
-
-    Raises:
-        RecipeError: if ``printed`` is not a date in ISO 8601.
-    """
-    # A macro, because transformers gives a template plain values only, and no function.
-    try:
-        moment = datetime.fromisoformat(printed)
-        values = "".join(
-            f" | replace('%{code}', {json.dumps(moment.strftime(f'%{code}'))})"
-            for code in _DATE_CODES
-        )
-        return f"{{% macro {DATE}(format) %}}{{{{ format{values} }}}}{{% endmacro %}}{template}"
-    except (TypeError, ValueError):
-        raise RecipeError(
-            f"`chat_template_kwargs.{DATE}` is {quote(str(printed))}, which is not a date. Write it "
-            "as 2026-11-30"
-        ) from None
 
 
 def _check_template(tokenizer: Any) -> None:

@@ -338,6 +338,8 @@ class Checker(FieldChecker):
         message = f"The row is of no known shape: {has}."
         wanted = (("messages",), ("prompt", "completion"), ("text",))
         renamed = next(filter(None, (rename_fix(record, keys) for keys in wanted)), "")
+        if {"question", "context"} <= record.keys():  # as in SQuAD
+            renamed = 'Write each question as {"question": …, "context": …, "answer": …}.'
         fix = (
             "say which column is what: `data.columns.text=COLUMN` (or `image`, `audio`) and "
             "`data.columns.label=COLUMN` to classify, `data.columns.prompt=COLUMN` and "

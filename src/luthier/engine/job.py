@@ -11,9 +11,10 @@ import torch
 from luthier import __version__
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
-from luthier.data.chat import DATE, ChatFormat
+from luthier.data.chat import ChatFormat
 from luthier.data.loader import RowOrder
 from luthier.data.media import PLURAL, SINGULAR
+from luthier.data.template_kwargs import DATE
 from luthier.data.tree import READING_BUDGET
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset, prepare

@@ -19,7 +19,7 @@ from luthier.api.bedrock.bodies import NativeBody, parsed_native
 from luthier.api.bedrock.eventstream import event
 from luthier.api.http.messages import Fault
 from luthier.api.structured_outputs import StructuredOutputs
-from luthier.data.chat import TemplateSettings
+from luthier.data.template_kwargs import TemplateSettings
 from luthier.data.tools import find_unmatched_call
 from luthier.models.sampling import Constraint
 from luthier.serving.inference import (

@@ -20,8 +20,8 @@ from luthier.api.openai.generation import (
     usage,
 )
 from luthier.api.openai.protocol import Body, invalid, missing, validate
-from luthier.data.chat import TemplateSettings
 from luthier.data.parsing import parse_embedded
+from luthier.data.template_kwargs import TemplateSettings
 from luthier.data.tools import find_unmatched_call
 from luthier.graders.json_schema import depth_of
 from luthier.models.sampling import Constraint

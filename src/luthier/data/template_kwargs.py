@@ -1,0 +1,106 @@
+"""What a chat template reads beside the turns and tools: further names, and today's date."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import date, datetime
+from functools import lru_cache
+from typing import Annotated, Any
+
+from jinja2 import Environment, TemplateError
+from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
+from jinja2.nodes import Scope
+from pydantic import Field, PlainValidator
+
+from luthier.data.parsing import quote
+from luthier.errors import RecipeError
+
+DATE = "strftime_now"
+"""Function that chat templates call for today's date. A recipe and a request set the date under the
+same name, in ISO 8601: ``{"strftime_now": "2026-11-30"}``."""
+_DATE_CODES = (*"aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ", *(f"-{code}" for code in "dmHIMSj"))
+TEMPLATE_PARAMETERS = frozenset(
+    (
+        "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+        "continue_final_message", "tokenize", "padding", "truncation", "max_length",
+        "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "sanitize_control_tokens",
+    )
+)  # fmt: skip
+"""What transformers' ``apply_chat_template`` takes itself: no client may set these as if they were the
+template's. With ``chat_template`` it would bring a program of its own."""
+
+
+def _check_value(value: Any) -> Any:
+    """Return a value for a template. Dates of TOML become text; one message covers all types."""
+    if isinstance(value, date):
+        return value.isoformat()
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if number or (isinstance(value, str) and len(value) <= 1000):
+        return value
+    raise ValueError("must be true, false, a finite number or a text of at most 1,000 characters")
+
+
+TemplateSettings = Annotated[
+    dict[str, Annotated[bool | int | float | str, PlainValidator(_check_value)]],
+    Field(max_length=16),
+]
+"""``chat_template_kwargs`` of recipes and requests."""
+
+
+class _GenerationTag(Extension):
+    """The tag ``{% generation %}`` of transformers, around what the assistant writes."""
+
+    tags = {"generation"}  # noqa: RUF012 - an attribute of instances in Jinja
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        return Scope(parser.parse_statements(("name:endgeneration",), True)).set_lineno(line)
+
+
+@lru_cache(maxsize=32)
+def names_read(template: str) -> frozenset[str]:
+    """Return the names that a chat template takes from its caller.
+
+    Names that the template sets before it reads them are left out. Empty if the template is no Jinja.
+    """
+    environment = Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])  # noqa: S701 - only parsed
+    try:
+        names = find_undeclared_variables(environment.parse(template))
+    except (TemplateError, RecursionError):
+        return frozenset()
+    return frozenset(names - {"raise_exception"})
+
+
+def template_defaults(values: Mapping[str, Any]) -> str:
+    """The beginning of a chat template that sets names which its caller left out."""
+    # Jinja's literals are JSON's; characters stay as they are, as it reads no pairs of surrogates.
+    return "".join(
+        f"{{% if {name} is not defined %}}"
+        f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}{{% endif %}}"
+        for name, value in values.items()
+    )
+
+
+def date_macro(printed: Any) -> str:
+    """The beginning of a chat template that prints the date ``printed`` as today's date.
+
+    Raises:
+        RecipeError: if ``printed`` is not a date in ISO 8601.
+    """
+    # A macro, because transformers gives a template plain values only, and no function.
+    try:
+        moment = datetime.fromisoformat(printed)
+        values = "".join(
+            f" | replace('%{code}', {json.dumps(moment.strftime(f'%{code}'))})"
+            for code in _DATE_CODES
+        )
+        return f"{{% macro {DATE}(format) %}}{{{{ format{values} }}}}{{% endmacro %}}"
+    except (TypeError, ValueError):
+        raise RecipeError(
+            f"`chat_template_kwargs.{DATE}` is {quote(str(printed))}, which is not a date. Write it "
+            "as 2026-11-30"
+        ) from None
