@@ -12,7 +12,6 @@ from luthier.jobs.import_worker import ImportWorker
 from luthier.jobs.processes import LOST, this_process
 from luthier.jobs.submit import submit_import
 from luthier.jobs.worker import Heartbeat
-from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store import queue
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport
@@ -75,20 +74,3 @@ def test_memory_is_asked_for_before_any_weights_come(
     assert "config.json" in there and "tokenizer.json" in there
     assert not any(name.endswith(".safetensors") for name in there)
     assert not list(luthier_home.rglob(".tmp-*"))
-
-
-def test_a_process_of_ours_that_was_killed_fails_no_import(
-    tiny_model_folder: Path, database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker, found = begun(database, tiny_model_folder)
-
-    def interrupted(*given: object) -> None:
-        raise WorkInterrupted("the tokenizer has not answered")
-
-    monkeypatch.setattr(ImportWorker, "_store", interrupted)
-    with pytest.raises(WorkInterrupted):
-        worker._take(found)
-    with database.write() as session:
-        assert queue.expire(session, ModelImport, found.id, worker.lease, "it ended") == (
-            "another worker goes on"
-        )

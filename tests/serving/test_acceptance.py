@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -10,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import thinking_models
 import torch
 from safetensors.torch import save_file
 
+from luthier.data.chat import ChatFormat
 from luthier.errors import ModelRefused
+from luthier.models.known_templates import KNOWN_TEMPLATES
 from luthier.models.manifest import Manifest
 from luthier.models.outside import ImportedFiles, choose
 from luthier.serving.acceptance import accept_network, memory_needed
-from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store.models import StoredModel
+from tokenizers_of_families import GLM, TEMPLATES
 
 GIB = 1 << 30
 PROCESS = GIB // 2
@@ -183,12 +187,23 @@ def test_a_pipeline_whose_images_are_no_numbers_is_refused(
         accept_network(folder, "imported:x")
 
 
-def test_a_process_that_was_killed_says_nothing_of_the_model(
-    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_template_of_a_model_that_nobody_trusts_does_not_run(
+    tiny_model_folder: Path, tmp_path: Path
 ) -> None:
-    def killed(*given: Any) -> Any:
-        raise WorkInterrupted("the tokenizer ended its process (status -9)")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    assert accept_network(folder, "imported:x").manifest.template_approved  # it is known
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('it ran') }}")
+    found = accept_network(folder, "imported:x").manifest
+    assert (found.tokenizer_from, found.template_approved) == ("imported:x", False)
+    with pytest.raises(ModelRefused, match=r"model\.template\].*it ran"):
+        accept_network(folder, "imported:x", trusted=True)
 
-    monkeypatch.setattr("luthier.serving.sandboxed_text.sandboxed_format", killed)
-    with pytest.raises(WorkInterrupted):
-        accept_network(tiny_model_folder, "imported:x")
+
+@pytest.mark.parametrize(
+    "template", [*TEMPLATES.values(), GLM, *thinking_models.TEMPLATES.values()]
+)
+def test_templates_of_the_fixtures_are_known(template: str, tokenizer: Any) -> None:
+    made = copy.copy(tokenizer)
+    made.chat_template = template
+    assert ChatFormat.of(made).template_sha256 in KNOWN_TEMPLATES

@@ -490,7 +490,7 @@ def test_an_adapter_that_fails_half_loaded_leaves_nothing_with_its_base(
     def fail(*given: Any) -> None:
         raise RuntimeError("no tokens")
 
-    monkeypatch.setattr("luthier.serving.sandboxed_text.serving_format", fail)
+    monkeypatch.setattr("luthier.store.models.chat_format", fail)
     with pytest.raises(InferenceFailed, match="cannot be loaded"):
         pool.submit(NAMES[0], asked())
     assert not pool._entries[base].model._backend._batch._stacks

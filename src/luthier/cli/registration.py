@@ -107,6 +107,35 @@ def register(
         note("  it is the account's now: its files go when a client deletes it")
 
 
+@service_models_app.command("trust")
+def trust(
+    model: Annotated[str, typer.Argument(help="Id of a model, as admin models list shows it.")],
+    database: ServiceDatabase = None,
+    json_: Json = False,
+) -> None:
+    """Approve the chat template of an imported model.
+
+    Read the template before: it is a program that runs in the server for each conversation.
+    """
+    from sqlalchemy import select
+
+    from luthier.store.custom_models import CustomModel
+    from luthier.store.models import chat_format, find, trust_template
+
+    stored = find(model)
+    if stored.tokenizer_from is None:
+        raise RecipeError(
+            f"{model} has no chat template of an imported model: no approval is needed"
+        )
+    sha256 = chat_format(stored).template_sha256
+    with open_database(database) as service, service.read() as session:
+        found = session.scalar(select(CustomModel).where(CustomModel.stored_id == model))
+    account, name = ("", model) if found is None else (found.account, found.name)
+    with audited_write(database, "models.trust", account, name, {"template_sha256": sha256}):
+        trust_template(stored)
+    print_outcome(json_, model=model, template_sha256=sha256)
+
+
 @service_models_app.command("unregister")
 def unregister(
     model: Annotated[

@@ -7,7 +7,9 @@ what is served is what was trained: template, tokenizer and stop tokens included
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -147,6 +149,8 @@ class ChatFormat:
     """Pipeline of a sentence encoder; ``None`` for other models."""
     sentence_problem: str = ""
     """Reason why the pipeline of a sentence encoder is not supported; empty without one."""
+    check_template: Callable[[], None] | None = None
+    """Raises :class:`RecipeError` until the chat template is approved; ``None`` if it is."""
 
     @property
     def fills_masks(self) -> bool:
@@ -370,6 +374,24 @@ class ChatFormat:
         if isinstance(template, dict):
             template = template.get("tool_use") or template.get("default")
         return str(template or "")
+
+    @property
+    def template_sha256(self) -> str:
+        """SHA-256 of the tokenizer's chat templates; empty without any."""
+        own = self.tokenizer.chat_template
+        text = own if isinstance(own, str | None) else json.dumps(own, sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() if text else ""
+
+    def approved(self) -> ChatFormat:
+        """Return the format with an approved chat template.
+
+        Raises:
+            RecipeError: if the template is not approved.
+        """
+        if self.check_template is None:
+            return self
+        self.check_template()
+        return replace(self, check_template=None)  # without what was learned before the approval
 
     def encode_prompt(
         self,
@@ -601,10 +623,7 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a reply, without stop tokens and other special tokens but the marks of reasoning."""
-        return self.decode_beside(ids, self.reasoning_marks.special if self.reasoning_marks else {})
-
-    def decode_beside(self, ids: Sequence[int], special: Mapping[int, str]) -> str:
-        """Text of tokens, of special ones those of ``special`` alone."""
+        special = self.reasoning_marks.special if self.reasoning_marks else {}
         if special.keys().isdisjoint(ids):
             return self.decode_tokens(ids)
         texts, start = [], 0
@@ -706,9 +725,6 @@ class ChatFormat:
             raise ValueError("a tokenizer that is written in Python does not say it")
         return LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=list(self.stop_ids))
 
-    def close(self) -> None:
-        """Let go of what reads for it; nothing, where the tokenizer is in this process."""
-
     def check_decoder(self) -> None:
         """Refuse an encoder-decoder that needs a target language and names none.
 
@@ -788,6 +804,8 @@ class ChatFormat:
         reads. Names of special tokens are broken by a sentinel (:meth:`TextEncoder.break_marks`),
         except in what the assistant wrote. Raises :class:`RecipeError` where the template refuses it.
         """
+        if self.check_template is not None:
+            self.check_template()
         literal = self.text_encoder.break_marks
         names: dict[str, Any] = {**(kwargs or {})}
         if printed := names.pop(DATE, self.date):
@@ -808,8 +826,6 @@ class ChatFormat:
                 add_generation_prompt=reply,
                 **names,
             )
-        except MemoryError:  # who runs it bounds that, and says so
-            raise
         # The template is a program that came with a model, and works on what a client says: it may run
         # into whatever programs do.
         except Exception as error:

@@ -57,7 +57,6 @@ from luthier.serving.acceptance import (
     accept_network,
     memory_needed,
 )
-from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store import imports, queue, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.foundation import foundation_model
@@ -118,8 +117,6 @@ class ImportWorker(Worker[ModelImport, Locations]):
             changes, details = self._store(row)
         except (Interrupted, LeaseLost):
             raise
-        except WorkInterrupted:
-            raise  # says nothing of the model: another worker tries, as after a crash
         except Exception as error:
             self._fail(error, row)
             return
@@ -198,9 +195,11 @@ class ImportWorker(Worker[ModelImport, Locations]):
         size = memory_needed(folder, chosen, _base)
         self._have_memory(found, size)
         self._copy(found, [each for each in chosen.files if is_weights(each[0])], folder)
+        with self.database.read() as session:
+            trusted = imports.is_trusted(session, self.row_id)
         if chosen.adapter:
-            return accept_adapter(folder, self.folders.stored_id, _base)
-        return accept_network(folder, self.folders.stored_id)
+            return accept_adapter(folder, self.folders.stored_id, _base, trusted)
+        return accept_network(folder, self.folders.stored_id, trusted)
 
     def _have_memory(self, found: ModelImport, size: int) -> None:
         """Come back when the model may have ``size`` bytes, by the account of jobs and imports.

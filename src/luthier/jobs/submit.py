@@ -202,10 +202,12 @@ def submit_import(
     source: str,
     request: Mapping[str, Any],
     limits: AccountQuotas | None = None,
+    trusted: bool = False,
 ) -> CustomModel:
     """Have a model copied from the folder ``source``, in the caller's transaction.
 
-    ``request`` is what the face shows again.
+    ``request`` is what the API shows again. The chat template of a ``trusted`` model, which an
+    administrator imports, is approved.
 
     Raises:
         NameInUse: where the account has a model of that name.
@@ -229,7 +231,7 @@ def submit_import(
         root="",
         base_model="",
         status=CREATING,
-        details={"request": dict(request)},
+        details={"request": dict(request), "trusted": trusted},
         created=now(),
     )
     session.add(model)

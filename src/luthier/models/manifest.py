@@ -297,7 +297,9 @@ class Manifest(Record):
     """Packages that brought the objective or adaptation, with their versions."""
     format: TextFormat | None = None
     tokenizer_from: str | None = None
-    """Id of the model from outside that its tokenizer and template come from."""
+    """Id of the imported model that its tokenizer and chat template come from."""
+    template_approved: bool = False
+    """Whether the chat template of an imported model is known, or was approved by an administrator."""
     data: DataRecord | None = None
     data_report: dict[str, Any] | None = None
     """What the gate found in the rows."""

@@ -28,6 +28,7 @@ from luthier.data.media import LONGEST_WINDOW, Media
 from luthier.data.processors import PREPROCESSOR_CONFIG, Processor, read_processor
 from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
 from luthier.files import folder_size
+from luthier.models.known_templates import KNOWN_TEMPLATES
 from luthier.models.manifest import Manifest
 from luthier.models.outside import (
     ADAPTER_CONFIG,
@@ -41,8 +42,7 @@ from luthier.models.outside import (
 )
 from luthier.models.pipelines import is_pipeline, network_folders, tokenizer_folder
 from luthier.models.save import ADAPTER
-from luthier.serving.inference import Chat, GenerationRequest, ImageRequest
-from luthier.serving.sandboxed_process import WorkInterrupted
+from luthier.serving.inference import Chat, GenerationRequest, ImageRequest, Prompt
 from luthier.store.model_folders import short_name
 from luthier.store.models import StoredModel, chat_format, load, text_format
 from luthier.types import Message
@@ -50,7 +50,7 @@ from luthier.types import Message
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.data.chat import ChatFormat
+    from luthier.data.chat import ChatFormat, Template
     from luthier.serving.serial import ModelInput
 
 ANSWER = 8
@@ -97,18 +97,24 @@ def memory_needed(
     return _LOADED * (chosen.weights + beside) + _PROCESS
 
 
-def accept_network(folder: Path, model_id: str) -> AcceptedModel:
+def accept_network(folder: Path, model_id: str, trusted: bool = False) -> AcceptedModel:
     """Try the Hugging Face model, or the pipeline of diffusers, in ``folder``.
 
     There is memory for it. Of a classifier of images or sounds the network below its classes is taken,
-    which gives embeddings and learns others.
+    which gives embeddings and learns others. The chat template is approved if the model is ``trusted``
+    or the template is known; other templates are not run.
 
     Raises:
         ModelRefused: where it cannot be taken.
     """
     from luthier.models.description import described_kind, described_network, read_model_fields
     from luthier.models.modalities import context_length, text_fields
-    from luthier.models.tokenizer import check_vocabulary, load_processor, reads_texts
+    from luthier.models.tokenizer import (
+        check_vocabulary,
+        load_chat_format,
+        load_processor,
+        reads_texts,
+    )
 
     for part in network_folders(folder):
         with _in_folder(part.relative_to(folder)):
@@ -136,8 +142,12 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
         # What it may read of images is not taken in here.
         (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
     with_texts, form = reads_texts(folder, load_processor(folder)), None
+    approved = False
     if with_texts:
-        with _format(folder, None, "Save the model's own tokenizer into the folder.") as chat:
+        fix = "Save the model's own tokenizer into the folder."
+        with _as("tokenizer.json", "model.tokenizer", fix):
+            chat = load_chat_format(folder)
+            approved = _try_format(chat, trusted)
             check_vocabulary(chat, fields.get("text_encoder", fields), "the model")
             if chat.start_id is not None:
                 chat.check_decoder()
@@ -155,6 +165,7 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
         parameters=network.numbers,
         context=context,
         tokenizer_from=model_id if with_texts else None,
+        template_approved=approved,
         format=form,
     )
     checks = _try(StoredModel(model_id, folder, manifest))
@@ -180,6 +191,7 @@ def accept_adapter(
     folder: Path,
     model_id: str,
     base_of: Callable[[str], StoredModel | None],
+    trusted: bool = False,
 ) -> AcceptedModel:
     """Try the PEFT adapter in ``folder`` on the base model that it names.
 
@@ -200,8 +212,10 @@ def accept_adapter(
     check_tokenizer(folder)
     head = OBJECTIVES["causal_lm"].model_validate({}).head()
     lora = lora_of(fields, read_adapter(folder), sketch(base.network_folder, head))
-    asked = _requested_format(folder, base)
-    with _format(folder, asked, "Save the base model's tokenizer into the folder.") as chat:
+    fix = "Save the base model's tokenizer into the folder."
+    with _as("tokenizer.json", "model.tokenizer", fix):
+        chat = _adapter_format(folder, base)
+        approved = _try_format(chat, trusted)
         check_vocabulary(chat, check_folder(base.network_folder), "the adapter")
     manifest = Manifest(
         id=model_id,
@@ -210,6 +224,7 @@ def accept_adapter(
         parent=base.id,
         root=base.root,
         tokenizer_from=model_id,
+        template_approved=approved,
         recipe={"base": base.id, "adaptation": lora.model_dump(mode="json")},
         format=text_format(chat),
         adapter_of=_base_name(fields),
@@ -264,9 +279,10 @@ def _answers(candidate: StoredModel) -> dict[str, Any]:
     # Opening it compares the layout with the network's own forward.
     decoder = Decoder.open(candidate, CacheBudget(max(_GIB // 4, available_memory() // 4)))
     try:
-        request = GenerationRequest(
-            Chat((Message("user", "Hello."),)), max_tokens=ANSWER, temperature=0.0
-        )
+        prompt: Prompt = Chat((Message("user", "Hello."),))
+        if not candidate.manifest.template_approved:
+            prompt = "Hello."
+        request = GenerationRequest(prompt, max_tokens=ANSWER, temperature=0.0)
         stream = decoder.submit(request)
         stream.whole()
         read = stream.prompt_tokens
@@ -321,37 +337,30 @@ def _sample_input(kind: str) -> ModelInput:
     return Media("image", "a gradient", data=stream.getvalue())
 
 
-def _requested_format(folder: Path, base: StoredModel) -> dict[str, Any]:
-    """Return the text format of an adapter, and save the base's tokenizer where it has none."""
+def _adapter_format(folder: Path, base: StoredModel) -> ChatFormat:
+    """Return the format of an adapter, and save the base's tokenizer where the adapter has none."""
+    from luthier.data.chat import ChatFormat
     from luthier.models.save import save_format
+    from luthier.models.tokenizer import load_tokenizer
 
-    chat, template = chat_format(base), "auto"
+    template: Template = "auto"
+    chat = chat_format(base)
     if not (folder / "tokenizer_config.json").is_file():
         save_format(chat, folder)
         template = chat.template
-    return {**text_format(chat).model_dump(mode="json"), "template": template}
+    form = text_format(chat).model_dump(exclude={"template"})
+    return ChatFormat.of(load_tokenizer(folder), template, **form)
 
 
-@contextmanager
-def _format(folder: Path, message: Mapping[str, Any] | None, fix: str) -> Iterator[ChatFormat]:
-    """The format in ``folder``, once it has read a first text within the limits it is served with."""
-    from luthier.serving.sandboxed_text import sandboxed_format
-
-    with _as("tokenizer.json", "model.tokenizer", fix):
-        chat = sandboxed_format(folder, message)
-        try:
-            chat.encode_whole("Hello.")
-            if chat.template == "chat":
-                _try_template(chat)
-            yield chat
-        finally:
-            chat.close()
-
-
-def _try_template(chat: ChatFormat) -> None:
-    fix = "Save the tokenizer with the chat template that the model was trained with, or with none."
-    with _as("chat_template", "model.template", fix):
-        chat.encode_prompt([Message("user", "Hello.")])
+def _try_format(chat: ChatFormat, trusted: bool) -> bool:
+    """Encode a first text, and render an approved template; return whether the template is approved."""
+    chat.encode_whole("Hello.")
+    approved = trusted or not chat.template_sha256 or chat.template_sha256 in KNOWN_TEMPLATES
+    if approved and chat.template == "chat":
+        fix = "Save the tokenizer with the chat template that the model was trained with, or with none."
+        with _as("chat_template", "model.template", fix):
+            chat.encode_prompt([Message("user", "Hello.")])
+    return approved
 
 
 def _by_peft(folder: Path, base: StoredModel, vocabulary: int) -> Tensor:
@@ -393,7 +402,7 @@ def _as(file: str, rule: str, fix: str) -> Iterator[None]:
     """Whatever goes wrong in the block is the model's: libraries raise all there is for odd files."""
     try:
         yield
-    except (ModelRefused, DoesNotFit, Interrupted, WorkInterrupted):
+    except (ModelRefused, DoesNotFit, Interrupted):
         raise
     except Exception as error:
         text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"

@@ -290,13 +290,12 @@ class Decoder:
         ``base`` is the decoder of its parent, where ``stored`` is an adapter that shares its network.
         """
         from luthier.serving.opened_model import open_model
-        from luthier.serving.sandboxed_text import serving_format
+        from luthier.store.models import chat_format
 
         with ExitStack() as opening:
             opened = open_model(stored, None if base is None else base._opened)
             opening.callback(opened.close)  # else an adapter stays in its base where this fails
-            chat = serving_format(stored, None if base is None else base.chat)
-            opening.callback(chat.close)
+            chat = chat_format(stored, None if base is None else base.chat)
             made = Decoder(
                 opened, chat, memory, reader, limits, scheduler, prefixes, base, latency,
                 deterministic,
@@ -321,6 +320,10 @@ class Decoder:
 
         if isinstance(prompt, Chat):
             self._limit.check_conversation(prompt)
+            try:
+                self.chat = self.chat.approved()
+            except RecipeError as error:
+                raise InferenceRefused(f"{error}.", "model") from error
             ids_T = encode(self.chat, prompt, self._limit.check_text)
         elif isinstance(prompt, str):
             self._limit.check_text(prompt)
@@ -370,14 +373,12 @@ class Decoder:
             if self._prefixes is not None:
                 self._prefixes.forget(self)
             self._opened.close()
-            self.chat.close()
             return
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._scheduler.wake()
         self._thread.join()
-        self.chat.close()
 
     def _job(self, request: GenerationRequest) -> RunningRequest:
         # First: a schema that is refused is not tokenized as a part of the prompt.

@@ -25,9 +25,8 @@ from luthier.files import lock, need_disk, new_folder, read_json, sha256_of, wri
 from luthier.models.backends import LLAMA_CPP_VERSION, OpenFile
 from luthier.models.manifest import Record, TokenParity
 from luthier.serving.gguf_parity import TOKENS, largest_divergence
-from luthier.serving.sandboxed_text import serving_format
 from luthier.store.model_folders import gguf_folder
-from luthier.store.models import StoredModel, check_mergeable, content_hash, room_of
+from luthier.store.models import StoredModel, chat_format, check_mergeable, content_hash, room_of
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -162,11 +161,8 @@ def _derive(
 
 def _prompts(stored: StoredModel, longest: int) -> list[IntArray]:
     """Sample prompts as the model reads them."""
-    chat = serving_format(stored)
-    try:
-        found = [chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS]
-    finally:
-        chat.close()
+    chat = chat_format(stored)
+    found = [chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS]
     return [np.asarray(ids_T[:longest], dtype=np.int64) for ids_T in found]
 
 

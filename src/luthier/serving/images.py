@@ -85,8 +85,7 @@ class ImageGenerator:
             RecipeError: where it makes no images.
         """
         from luthier.engine.machine import open_network
-        from luthier.serving.sandboxed_text import serving_format
-        from luthier.store.models import objective_of
+        from luthier.store.models import chat_format, objective_of
 
         objective = objective_of(stored)
         if not isinstance(objective, SupportsSampling):
@@ -95,7 +94,7 @@ class ImageGenerator:
                 "`objective.method=vae`, which also gives images back, `objective.method=gan` or "
                 "`objective.method=diffusion`"
             )
-        chat = serving_format(stored)
+        chat = chat_format(stored)
         return ImageGenerator(open_network(stored), objective, chat, name or stored.id)
 
     def sample(

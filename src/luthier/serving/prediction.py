@@ -66,14 +66,14 @@ class Predictor:
         return isinstance(objective, SupportsPrediction)
 
     @staticmethod
-    def open(stored: StoredModel, chat: ChatFormat | None = None) -> Predictor:
-        """Load ``stored`` on the best device of this machine; ``chat`` stands for its own format."""
+    def open(stored: StoredModel) -> Predictor:
+        """Load ``stored`` on the best device of this machine."""
         from luthier.engine.machine import open_network
         from luthier.store.models import chat_format, room_of
 
         objective = Predictor.check(stored)
-        own = chat or chat_format(stored)
-        return Predictor(open_network(stored), objective, own, room_of(stored))
+        chat = chat_format(stored)
+        return Predictor(open_network(stored), objective, chat, room_of(stored))
 
     @staticmethod
     def check(stored: StoredModel) -> Objective:

@@ -129,14 +129,13 @@ class SerialModel:
         """Load ``stored`` on the best device of this machine."""
         from luthier.serving.images import ImageGenerator
         from luthier.serving.prediction import Predictor
-        from luthier.serving.sandboxed_text import serving_format
         from luthier.store.models import objective_of
 
         objective = objective_of(stored)
         makes = isinstance(objective, SupportsSampling | SupportsReconstruction)
         if not isinstance(objective, SupportsPrediction) and makes:
             return SerialModel(None, ImageGenerator.open(stored, THIS_MODEL), limits, scheduler)
-        predictor = Predictor.open(stored, serving_format(stored))
+        predictor = Predictor.open(stored)
         generator = None
         if makes and predictor.chat.reads == "image":
             generator = ImageGenerator(
@@ -308,7 +307,6 @@ class SerialModel:
             self._closed = True
             self._open.close()
             self._network.close()
-            self._chat.close()
 
     def _reader(self) -> Predictor:
         if self._predictor is None:

@@ -49,8 +49,9 @@ class CustomModel(Base):
     status: Mapped[str] = mapped_column(default=RESERVED)
     failure: Mapped[str | None]
     details: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """Of a model from outside: ``request``, what was asked; ``kind``, ``causal_lm`` or ``encoder``,
-    which models made from it have, too."""
+    """Of an imported model: ``request``, the members to show again; ``trusted``, whether an
+    administrator imported the model; ``kind``, ``causal_lm`` or ``encoder``, which models made from
+    the model have, too."""
     stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Of its own files, once they are there; none of a model of an earlier version until a start."""
     pinned: Mapped[bool] = mapped_column(default=False)

@@ -92,6 +92,12 @@ def count_imported_models(session: Session, account: str) -> int:
     return count_rows(session, CustomModel.account == account, CustomModel.foundation == IMPORTED)
 
 
+def is_trusted(session: Session, model_id: str) -> bool:
+    """Return whether an administrator created the import of a model."""
+    model = session.scalars(select(CustomModel).filter_by(id=model_id)).one()
+    return bool(model.details.get("trusted"))
+
+
 def complete(
     session: Session,
     model_id: str,

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -557,8 +558,11 @@ def _has_stored_config(model: StoredModel) -> bool:
 
 
 def tokenizer_origin(model: StoredModel) -> dict[str, Any]:
-    """What the record of a model with the tokenizer of ``model`` says of where that is from."""
-    return {"tokenizer_from": model.tokenizer_from} if model.tokenizer_from else {}
+    """Return the fields of a record about the origin of the tokenizer of ``model``."""
+    if model.tokenizer_from is None:
+        return {}
+    approved = model.manifest.template_approved
+    return {"tokenizer_from": model.tokenizer_from, "template_approved": approved}
 
 
 def adaptation_of(model: StoredModel) -> Adaptation:
@@ -647,8 +651,66 @@ def _method(
     return table[method]
 
 
-def chat_format(model: StoredModel) -> ChatFormat:
-    """Tokenizer, template and stop tokens that ``model`` was trained and is served with."""
+def chat_format(model: StoredModel, of_parent: ChatFormat | None = None) -> ChatFormat:
+    """Return tokenizer, template and stop tokens that ``model`` was trained and is served with.
+
+    The template of an imported model is refused until it is approved. ``of_parent`` is the format of
+    the parent, which is returned if it is the same: to read a tokenizer takes longer than to load an
+    adapter.
+    """
+    if model.tokenizer_from is None:
+        if of_parent is not None and _is_format_of(of_parent, model):
+            return of_parent
+        return _read_format(model)
+    chat = _read_format(model)
+    if model.manifest.template_approved:
+        return chat
+    check = partial(_check_template, model.id, model.folder, chat.template_sha256)
+    return replace(chat, check_template=check)
+
+
+def _check_template(model_id: str, folder: Path, sha256: str) -> None:
+    """Refuse a chat template that is not approved by now.
+
+    Raises:
+        RecipeError: with the command that approves the template.
+    """
+    with suppress(CorruptFile):
+        if Manifest.read(folder).template_approved:
+            return
+    raise RecipeError(
+        f"the chat template of {model_id} is not approved (SHA-256 {sha256}). An administrator can "
+        f"approve the template with `luthier admin models trust {model_id}`"
+    )
+
+
+def trust_template(model: StoredModel) -> StoredModel:
+    """Approve the chat template of an imported model, or of a model made from one."""
+    return update_record(
+        model, lambda manifest: manifest.model_copy(update={"template_approved": True})
+    )
+
+
+def _is_format_of(chat: ChatFormat, model: StoredModel) -> bool:
+    """Return whether ``chat``, of the parent, is the format of ``model``, by hashes of all files."""
+    from luthier.models.outside import ADAPTER_CONFIG
+    from luthier.models.save import ADAPTER
+
+    assert model.parent is not None
+    others = model.parent.manifest.files
+    files = {
+        name: digest
+        for name, digest in model.manifest.files.items()
+        if name not in (ADAPTER, ADAPTER_CONFIG) and not name.endswith((".png", ".svg"))
+    }
+    return (
+        model.manifest.format == text_format(chat)
+        and "tokenizer.json" in files
+        and all(others.get(name) == digest for name, digest in files.items())
+    )
+
+
+def _read_format(model: StoredModel) -> ChatFormat:
     from luthier.data.chat import ChatFormat
     from luthier.data.processors import read_processor
     from luthier.models.tokenizer import is_causal, load_chat_format, load_tokenizer

@@ -173,7 +173,7 @@ def _manifest(draft: _Draft, run: Run, folder: Path) -> Manifest:
     return Manifest(
         id=run.model_id,
         root=teacher.root,
-        tokenizer_from=teacher.tokenizer_from,
+        **store.tokenizer_origin(teacher),
         licence=teacher.manifest.licence,
         created=created_now(),
         luthier=__version__,

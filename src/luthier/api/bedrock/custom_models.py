@@ -26,6 +26,7 @@ from luthier.api.identifiers import (
     job_arn,
     own,
 )
+from luthier.api.roles import Permission, permissions_of
 from luthier.jobs.submit import submit_import
 from luthier.store import tags
 from luthier.store.custom_models import RESERVED, CustomModel
@@ -48,7 +49,8 @@ def create_model(request: ControlRequest) -> dict[str, Any]:
 
     def make(session: Session) -> dict[str, Any]:
         name = request["modelName"]
-        model = submit_import(session, request.account, name, source, shown, quotas)
+        trusted = Permission.ADMINISTER in permissions_of(request.request.caller)
+        model = submit_import(session, request.account, name, source, shown, quotas, trusted)
         arn = model.arn(request.arns)
         tags.put(session, arn, given)
         return {"modelArn": arn}
