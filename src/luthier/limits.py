@@ -99,6 +99,9 @@ class ModelLimits(StrictModel):
     image_seconds: float = Field(default=60, gt=0)
     """Of a model's work that one request has for images and sounds; one that takes longer is ended.
     Waiting for a turn does not count."""
+    schema_characters: int = Field(default=SCHEMA_CHARACTERS, ge=1)
+    """Of the JSON schema, regular expression or grammar of an answer, or of all schemas of the tools
+    that are to be called, with what stands around them; a longer one is answered 400."""
     account_share: float = Field(default=0.75, gt=0, le=1)
     """Part of answers, cache memory, pinned memory, model_requests and streams that one account
     has at most; one request alone may take more of the first two."""
@@ -139,14 +142,6 @@ class ServerLimits(AccountQuotas, ModelLimits):
     grading_text_characters: int = Field(default=65_536, ge=1)
     """Of each text that a grader compares, and of a template's text with its places filled. The server
     takes 0.2 s to compare two of so many characters, and 3 s for two of 262,144."""
-    schema_characters: int = Field(default=SCHEMA_CHARACTERS, ge=1)
-    """Of the JSON schema, regular expression or grammar of an answer, or of all schemas of the tools
-    that are to be called, with what stands around them; a longer one is answered 400."""
-    schema_checks_at_once: int = Field(default=2, ge=1)
-    """Such that are read at once, of which one account has half, but one at least; further ones wait
-    for schema_wait_seconds, and are answered 429 then."""
-    schema_wait_seconds: float = Field(default=30, ge=0)
-    """For which one waits for its turn to be read."""
     model_requests: int = Field(default=48, ge=1)
     """Requests that take a model's time at once; further ones wait."""
     streams: int = Field(default=256, ge=1)

@@ -16,7 +16,7 @@ from jsonschema import validate
 
 from luthier.data.chat import ChatFormat
 from luthier.models.sampling import Constraint
-from luthier.serving.constraints import Constraints, GrammarReader
+from luthier.serving.constraints import Constraints
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import (
     Chat,
@@ -25,7 +25,6 @@ from luthier.serving.inference import (
     InferenceRefused,
     TokenChunk,
 )
-from luthier.serving.scheduler import FairTurns
 from luthier.types import Message, Tool
 
 
@@ -170,16 +169,6 @@ def test_large_grammars_that_are_enforced(tokenizer: Any, constraint: Constraint
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer))
     matcher = constraints.matcher(constraint)
     assert matcher.allowed_mask(len(tokenizer)).any()
-
-
-def test_grammars_are_read_in_turns(tokenizer: Any) -> None:
-    turns = FairTurns(1, 0.1)
-    constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer), GrammarReader(turns))
-    constraints.matcher(Constraint("schema", {"type": "string"}))
-    with turns.turn(), pytest.raises(InferenceFailed) as failed:
-        constraints.matcher(Constraint("schema", {"type": "string"}))
-    assert failed.value.code == "Throttling"
-    constraints.matcher(Constraint("schema", {"type": "string"}))
 
 
 TOOLS = (

@@ -41,11 +41,9 @@ from luthier.jobs.runners import LocalRunner, Runner
 from luthier.jobs.scheduler import Scheduler
 from luthier.limits import AccountQuotas
 from luthier.models.catalog import CATALOG
-from luthier.serving.constraints import GrammarReader
 from luthier.serving.latency import OTHER, LatencyTable
 from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
-from luthier.serving.scheduler import FairTurns
 from luthier.store import bootstrap, removal
 from luthier.store.accounts import quotas_of
 from luthier.store.arns import Arns
@@ -96,10 +94,8 @@ class Service:
         self._later = threading.Timer(UNNAMED_SECONDS + 60, self._sweep)
         self._later.daemon = True
         limits = settings.limits
-        turns = FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds)
         latencies = LatencyTable(_metric_label)
         self.pool = ModelPool(
-            reader=GrammarReader(turns, limits.schema_characters),
             limits=limits,
             latencies=latencies,
             deterministic=settings.deterministic,

@@ -13,8 +13,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from fractions import Fraction
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,9 +23,8 @@ from luthier.data.tokenization import panics_refused
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import VALUES, depth_of
 from luthier.graders.regex import UNROLLED_CHARACTERS, unrolled_size
-from luthier.limits import SCHEMA_CHARACTERS, ServerLimits
+from luthier.limits import SCHEMA_CHARACTERS
 from luthier.serving.inference import InferenceFailed, InferenceRefused
-from luthier.serving.scheduler import FairTurns, NoTurn
 from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
 
 if TYPE_CHECKING:
@@ -106,57 +103,56 @@ class Matcher:
             )
 
 
-class GrammarReader:
-    """Reads grammars, in turns of the clients. Safe to share between threads and models."""
+def check_constraint(constraint: Constraint, characters: int) -> None:
+    """Refuse a constraint that answers of no model can match, or of more than ``characters``.
 
-    def __init__(self, turns: FairTurns, characters: int = SCHEMA_CHARACTERS) -> None:
-        """Read grammars of at most ``characters`` by ``turns``."""
-        self.characters = characters
-        self._turns = turns
+    Raises:
+        InferenceRefused: with the reason.
+    """
+    library = _library()
+    grammar = _grammar_of(constraint, characters)
+    _read_grammar(library.LLTokenizer("byte"), grammar, constraint.kind)
 
-    def check_constraint(self, constraint: Constraint) -> None:
-        """Refuse a constraint that answers of no model can match.
 
-        Raises:
-            InferenceRefused, InferenceFailed: as :meth:`read`.
-        """
-        from llguidance import LLTokenizer
+def _read_grammar(tokenizer: Any, grammar: str, kind: str) -> Any:
+    """Return a matcher of the library for ``grammar``, which the field ``kind`` gave.
 
-        grammar = _grammar_of(constraint, self.characters)
-        self.read(LLTokenizer("byte"), grammar, constraint.kind)
+    Raises:
+        InferenceRefused: for a grammar that cannot be enforced.
+    """
+    library = _library()
+    items = {"max_items_in_row": ROW_ITEMS, "step_max_items": STEP_ITEMS}
+    limits = library.LLParserLimits(
+        max_lexer_states=LEXER_STATES,
+        initial_lexer_fuel=LEXER_FUEL,
+        **(items if kind == "grammar" else {}),
+    )
 
-    def read(self, tokenizer: Any, grammar: str, kind: str) -> Any:
-        """Return a matcher of the library for ``grammar``, which the field ``kind`` gave.
+    def read() -> tuple[Any, str]:
+        made = library.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+        first = made.deep_copy()
+        if not made.is_error():
+            first.compute_bitmask()  # a grammar that nothing matches says so at the first token
+        return made, first.get_error() if first.is_error() else ""
 
-        Raises:
-            InferenceRefused: for a grammar that cannot be enforced.
-            InferenceFailed: ``Throttling`` if the turn of the client does not come in time.
-        """
-        from llguidance import LLMatcher, LLParserLimits
+    made, error = _with_deep_stack(read)
+    if error:
+        raise InferenceRefused(_refusal(error, kind), kind)
+    return made
 
-        items = {"max_items_in_row": ROW_ITEMS, "step_max_items": STEP_ITEMS}
-        limits = LLParserLimits(
-            max_lexer_states=LEXER_STATES,
-            initial_lexer_fuel=LEXER_FUEL,
-            **(items if kind == "grammar" else {}),
-        )
 
-        def read() -> tuple[Any, str]:
-            made = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-            first = made.deep_copy()
-            if not made.is_error():
-                first.compute_bitmask()  # a grammar that nothing matches says so at the first token
-            return made, first.get_error() if first.is_error() else ""
+def _library() -> Any:
+    """Import llguidance.
 
-        try:
-            with self._turns.turn():
-                made, error = _with_deep_stack(read)
-        except NoTurn as late:
-            text = "Too many schemas and grammars are being read. Please wait and try again."
-            raise InferenceFailed("Throttling", text) from late
-        if error:
-            raise InferenceRefused(_refusal(error, kind), kind)
-        return made
+    Raises:
+        RecipeError: if llguidance is not installed.
+    """
+    try:
+        import llguidance
+    except ImportError:
+        need = "schemas and grammars of answers need: pip install 'luthier[server]'"
+        raise RecipeError(need) from None
+    return llguidance
 
 
 _Result = TypeVar("_Result")
@@ -182,28 +178,14 @@ def _with_deep_stack(work: Callable[[], _Result]) -> _Result:
     return found.result()
 
 
-@cache
-def own_reader() -> GrammarReader:
-    """Return a reader with the limits of a server, for models that are queried in this process.
-
-    Raises:
-        RecipeError: if llguidance is not installed.
-    """
-    if find_spec("llguidance") is None:
-        raise RecipeError("schemas and grammars of answers need: pip install 'luthier[server]'")
-    limits = ServerLimits()
-    turns = FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds)
-    return GrammarReader(turns, limits.schema_characters)
-
-
 class Constraints:
     """The grammars of one model's vocabulary. Safe to share between threads."""
 
     def __init__(
-        self, chat: ChatFormat, vocabulary: int, reader: GrammarReader | None = None
+        self, chat: ChatFormat, vocabulary: int, characters: int = SCHEMA_CHARACTERS
     ) -> None:
-        """Read grammars with ``reader``, or with the one of this process."""
-        self._chat, self._vocabulary, self._own_reader = chat, vocabulary, reader
+        """Read schemas and grammars of at most ``characters``."""
+        self._chat, self._vocabulary, self._characters = chat, vocabulary, characters
         self._tokenizer: Any = None
         self._lock = threading.Lock()
 
@@ -213,7 +195,7 @@ class Constraints:
         Raises:
             InferenceRefused: where it is not well-formed, or has what cannot be enforced.
         """
-        grammar = _grammar_of(constraint, self._reader.characters)
+        grammar = _grammar_of(constraint, self._characters)
         return self._matcher(grammar, constraint.kind, reasoning)
 
     def calls(
@@ -233,9 +215,9 @@ class Constraints:
         else:
             schema = {"anyOf": [_call(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]}
         if not marked:
-            grammar = _schema_grammar(schema, self._reader.characters)
+            grammar = _schema_grammar(schema, self._characters)
             return self._matcher(grammar, reasoning=reasoning)
-        body = _serialize({**schema, "x-guidance": _FORM}, self._reader.characters)
+        body = _serialize({**schema, "x-guidance": _FORM}, self._characters)
         lark = f'start: "{CALL_OPEN}\\n" call "\\n{CALL_CLOSE}"\ncall: %json {body}\n'
         return self._matcher(_named_lark(lark), reasoning=reasoning)
 
@@ -249,10 +231,6 @@ class Constraints:
         found: bytes = tokenizer.decode_bytes([token])
         return found
 
-    @property
-    def _reader(self) -> GrammarReader:
-        return self._own_reader or own_reader()
-
     def _matcher(
         self, grammar: str, kind: str = "schema", reasoning: ReasoningFormat | None = None
     ) -> Matcher:
@@ -262,7 +240,7 @@ class Constraints:
             grammar = _behind_reasoning(grammar, reasoning)
         # None is kept for the next answer: copies share what they learn of texts, some 5 kB a token,
         # which only goes with the last of them. To compile it again takes 2 to 40 ms as a rule.
-        return Matcher(self._reader.read(tokenizer, grammar, kind), _NOUNS[kind])
+        return Matcher(_read_grammar(tokenizer, grammar, kind), _NOUNS[kind])
 
     def _tokens(self) -> Any:
         if self._tokenizer is None:
@@ -278,8 +256,7 @@ class Constraints:
 
 def _grammar_of(constraint: Constraint, characters: int) -> str:
     """The grammar of texts that meet ``constraint``, which has at most so many ``characters``."""
-    from llguidance import LLMatcher
-
+    library = _library()
     kind, text = constraint.kind, constraint.definition
     if kind == "schema":
         return _schema_grammar(text, characters)
@@ -293,7 +270,7 @@ def _grammar_of(constraint: Constraint, characters: int) -> str:
         raise InferenceRefused(f"The {_NOUNS[kind]} is no text: {error.reason}.", kind) from error
     _check_repeats(text, kind)
     if kind == "regex":
-        grammar: str = LLMatcher.grammar_from_regex(text)
+        grammar: str = library.LLMatcher.grammar_from_regex(text)
         return grammar
     for embedded in _JSON.finditer(text):
         try:
@@ -341,8 +318,7 @@ def _behind_reasoning(grammar: str, reasoning: ReasoningFormat) -> str:
 
 def _schema_grammar(schema: Any, characters: int) -> str:
     """The grammar of JSON of ``schema``; of any object where it is ``True``."""
-    from llguidance import LLMatcher
-
+    library = _library()
     if isinstance(schema, bool):
         schema = {"type": "object"}
     if not isinstance(schema, dict):
@@ -350,7 +326,7 @@ def _schema_grammar(schema: Any, characters: int) -> str:
     check_schema(schema)
     text = _serialize(schema, characters)
     try:
-        grammar: str = LLMatcher.grammar_from_json_schema(text, None, _FORM)
+        grammar: str = library.LLMatcher.grammar_from_json_schema(text, None, _FORM)
     except ValueError as error:
         raise _unreadable(error) from error
     return grammar

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.data.reasoning import ReasoningFormat
-    from luthier.serving.constraints import GrammarReader, Matcher
+    from luthier.serving.constraints import Matcher
     from luthier.serving.latency import ModelMetrics
     from luthier.serving.opened_model import OpenedModel
     from luthier.store.models import StoredModel
@@ -219,7 +219,6 @@ class Decoder:
         opened: OpenedModel,
         chat: ChatFormat,
         memory: CacheBudget,
-        reader: GrammarReader | None = None,
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
         prefixes: PrefixCache | None = None,
@@ -229,7 +228,7 @@ class Decoder:
     ) -> None:
         """What sequences keep is taken from ``memory``; ``opened`` is closed with this.
 
-        ``reader`` reads the schemas and grammars of clients. The clients of all models that
+        The clients of all models that
         share a ``scheduler`` have equal parts of their time together. Prompts that begin as an earlier
         one go on from what ``prefixes`` has of it. Where ``opened`` is an adapter on the network of
         ``base``, that decoder's thread writes the answers, together with its own. How soon tokens are
@@ -243,8 +242,8 @@ class Decoder:
         self._opened, self._backend, self._soft = opened, opened.backend, opened.soft_T
         self.chat, self.memory, self.vocabulary = chat, memory, opened.vocabulary
         self.context = self._backend.context - len(self._soft)
-        self.constraints = Constraints(chat, self.vocabulary, reader)
         limits = limits or ModelLimits()
+        self.constraints = Constraints(chat, self.vocabulary, limits.schema_characters)
         most = min(limits.answers, self._backend.sequences)
         self.limits = limits.model_copy(update={"answers": most})
         self._limit = PromptLimit(chat, self.context, self.limits)
@@ -277,7 +276,6 @@ class Decoder:
     def open(
         stored: StoredModel,
         memory: CacheBudget,
-        reader: GrammarReader | None = None,
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
         prefixes: PrefixCache | None = None,
@@ -297,9 +295,8 @@ class Decoder:
             opening.callback(opened.close)  # else an adapter stays in its base where this fails
             chat = chat_format(stored, None if base is None else base.chat)
             made = Decoder(
-                opened, chat, memory, reader, limits, scheduler, prefixes, base, latency,
-                deterministic,
-            )  # fmt: skip
+                opened, chat, memory, limits, scheduler, prefixes, base, latency, deterministic
+            )
             opening.pop_all()
         return made
 

@@ -39,7 +39,6 @@ from luthier.serving.serial import Embedding, ImageSamples, ModelInput, SerialMo
 if TYPE_CHECKING:
     from luthier.data.media import Media
     from luthier.models.sampling import Constraint
-    from luthier.serving.constraints import GrammarReader
     from luthier.serving.decoder import Decoder
     from luthier.serving.images import Reconstruction
     from luthier.serving.latency import LatencyTable
@@ -114,18 +113,17 @@ class ModelPool:
         self,
         budget: int | None = None,
         cache: int | None = None,
-        reader: GrammarReader | None = None,
         limits: ModelLimits | None = None,
         latencies: LatencyTable | None = None,
         deterministic: bool = False,
     ) -> None:
         """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
-        sequences; by default shares of the free memory. ``reader`` reads the schemas and grammars of
-        clients, and ``limits`` hold for each model. How soon models write is counted in
-        ``latencies``. Models run one sequence or row at a time if ``deterministic``.
+        sequences; by default shares of the free memory. ``limits`` hold for each model. How soon models
+        write is counted in ``latencies``. Models run one sequence or row at a time if
+        ``deterministic``.
         """
         self._latencies, self._deterministic = latencies, deterministic
-        self._reader, self.limits = reader, limits or ModelLimits()
+        self.limits = limits or ModelLimits()
         free = available_memory()
         self.budget = int(self.limits.weights_share * free) if budget is None else budget
         cache = int(self.limits.cache_share * free) if cache is None else cache
@@ -181,10 +179,10 @@ class ModelPool:
 
         Raises:
             InferenceRefused: with the reason.
-            InferenceFailed: where it could not be tried now.
         """
-        if self._reader is not None:
-            self._reader.check_constraint(constraint)
+        from luthier.serving.constraints import check_constraint
+
+        check_constraint(constraint, self.limits.schema_characters)
 
     def writes(self, model_id: str) -> bool:
         """Whether it writes text, and does not read it only."""
@@ -527,7 +525,6 @@ class ModelPool:
                     entry.model = Decoder.open(
                         stored,
                         self.memory,
-                        self._reader,
                         self.limits,
                         self._scheduler,
                         self._prefixes,

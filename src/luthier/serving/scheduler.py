@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -303,62 +303,3 @@ class StepCosts:
 def _size(lengths: list[int]) -> StepSize:
     # The next power of two: steps of a class take about the same time, and there are few of them.
     return (len(lengths) - 1).bit_length(), sum(lengths).bit_length()
-
-
-class NoTurn(Exception):
-    """A thread's turn has not come in time."""
-
-
-class FairTurns:
-    """Turns of threads, at most half of them for one client (but one at least).
-
-    Next is the client that has the fewest, and among those the one whose last turn is longest ago.
-    """
-
-    def __init__(self, most: int, seconds: float) -> None:
-        """``most`` turns at once, for each of which a thread waits ``seconds`` at most."""
-        self._most, self._each, self._seconds = most, max(1, most // 2), seconds
-        self._active: Counter[str] = Counter()
-        self._waiting: OrderedDict[str, deque[object]] = OrderedDict()
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """A turn of the client that the thread is :func:`working_for`.
-
-        Raises:
-            NoTurn: where it has not come within the seconds.
-        """
-        client, ticket = current_client(), object()
-        with self._changed:
-            self._waiting.setdefault(client, deque()).append(ticket)
-            came = self._changed.wait_for(lambda: self._next() is ticket, self._seconds)
-            self._leave(client, ticket)
-            if came:
-                self._active[client] += 1
-            self._changed.notify_all()
-        if not came:
-            raise NoTurn
-        try:
-            yield
-        finally:
-            with self._changed:
-                discount(self._active, client)
-                if client in self._waiting:
-                    self._waiting.move_to_end(client)
-                self._changed.notify_all()
-
-    def _next(self) -> object | None:
-        """The ticket whose turn it is."""
-        if self._active.total() >= self._most:
-            return None
-        able = [client for client in self._waiting if self._active[client] < self._each]
-        client = min(able, key=lambda client: self._active[client], default=None)
-        return None if client is None else self._waiting[client][0]
-
-    def _leave(self, client: str, ticket: object) -> None:
-        """Take ``ticket`` out; its client goes behind the others."""
-        self._waiting[client].remove(ticket)
-        self._waiting.move_to_end(client)
-        if not self._waiting[client]:
-            del self._waiting[client]

@@ -24,8 +24,6 @@ from luthier.api.http.messages import Fault
 from luthier.api.openai import eval_runner, eval_runs
 from luthier.api.openai.eval_runner import AT_ONCE, EvaluationRunner
 from luthier.cancellation import KillHandle, cancellable
-from luthier.serving.constraints import GrammarReader
-from luthier.serving.scheduler import FairTurns
 from luthier.store import evaluations as store
 from luthier.store import principals, queue
 from luthier.store.accounts import set_quota
@@ -585,13 +583,7 @@ WRONG_SOURCES: list[tuple[Any, str]] = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def grammar_reader(service: Any) -> None:
-    """Read schemas as a server does."""
-    service.pool._reader = GrammarReader(FairTurns(2, 30))
-
-
-@pytest.mark.usefixtures("tiny_encoder", "grammar_reader")
+@pytest.mark.usefixtures("tiny_encoder")
 def test_what_cannot_be_evaluated_is_refused_at_once(client: openai.OpenAI) -> None:
     right: dict[str, Any] = {
         "data_source_config": {"type": "custom", "item_schema": SCHEMA},
