@@ -54,7 +54,10 @@ def unrolled_size(pattern: str) -> int:
     """
     sizes, last, place = [0], 0, 0  # of the groups that are open; of what a count would repeat
     while place < len(pattern):
-        char, counts = pattern[place], _COUNTS.match(pattern, place)
+        near = (
+            place + PATTERN_CHARACTERS
+        )  # else hostile patterns of JSON schemas take quadratic time
+        char, counts = pattern[place], _COUNTS.match(pattern, place, near)
         place += 1
         if counts and last:
             digits = (_NO_DIGITS.sub("", each or "").lstrip("0") for each in counts.groups())
@@ -73,11 +76,11 @@ def unrolled_size(pattern: str) -> int:
             continue
         elif char == "[":
             start = place + 1 if pattern[place : place + 1] in ("]", "^") else place
-            end = _CLASS_END.search(pattern, start)
+            end = _CLASS_END.match(pattern, start)
             place, last = end.end() if end else len(pattern), 1
         else:
             if char == "\\":  # with a name in braces, which are no count
-                name = _ESCAPE.match(pattern, place)
+                name = _ESCAPE.match(pattern, place, near)
                 place = name.end() if name else place
             last = 1
         sizes[-1] += last

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -155,13 +155,12 @@ def _library() -> Any:
     return llguidance
 
 
-_Result = TypeVar("_Result")
 _starting = threading.Lock()
 
 
-def _with_deep_stack(work: Callable[[], _Result]) -> _Result:
+def _with_deep_stack(work: Callable[[], Any]) -> Any:
     """Return the result of ``work``, which runs in a thread of :data:`STACK_BYTES`."""
-    found: Future[_Result] = Future()
+    found: Future[Any] = Future()
 
     def run() -> None:
         try:
@@ -390,7 +389,7 @@ def check_schema(schema: Any, kind: str = "schema") -> None:
 
 
 def _check_repeats(pattern: str, kind: str) -> None:
-    """Refuse counted repeats that stand for a long text: the library keeps 150 bytes a character."""
+    """Refuse counted repeats that stand for a long text: the library keeps 165 MiB for a million."""
     most = max(UNROLLED_CHARACTERS, len(pattern))
     if unrolled_size(pattern) > most:
         text = (
