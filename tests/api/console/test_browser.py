@@ -80,7 +80,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 @pytest.fixture
 def page(tmp_path: Path, server: Served) -> Iterator[Browser]:
     with browser(tmp_path) as made:
-        made.open(f"{server.url}/")
+        made.get(f"{server.url}/")
         made.resize(1280, 900)
         yield made
 
@@ -182,7 +182,7 @@ def test_the_report_of_an_eval_opens_in_a_browser(server: Served, page: Browser)
     path = f"/v1/evals/{made['id']}/runs"
     run = server.ask("POST", path, {"name": "first", "data_source": source})[1]
     until(lambda: server.ask("GET", f"{path}/{run['id']}")[1]["status"] == "completed")
-    page.open(run["report_url"])
+    page.get(run["report_url"])
     sign_in(page)
     page.until_text("first", "h1")
     assert page.script("return location.pathname + location.hash").startswith("/console/#/evals/")
@@ -324,7 +324,7 @@ def test_what_was_stopped_does_not_come_back(server: Served, page: Browser, rows
 
 def test_a_key_that_ends_and_keys_that_cannot_be_sent(server: Served, page: Browser) -> None:
     # No address signs anybody in: the history of the browser would keep the key.
-    page.open(f"{server.url}/console/#key={KEY}")
+    page.get(f"{server.url}/console/#key={KEY}")
     page.script("location.reload()")
     page.until_text("Sign in", "h1")
     page.fill("#key", f"{KEY}…")
@@ -361,9 +361,9 @@ def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
     # Without workers it stays in the queue, and its stream open.
     job = {"name": "waits", "model_name": "waits", "base": BASE, "training": [put(server, rows)]}
     assert server.ask("POST", "/api/v1/jobs", job)[0] == 201
-    page.open(f"{server.url}/console/")
+    page.get(f"{server.url}/console/")
     sign_in(page)
-    page.open(f"{server.url}/console/#/jobs/waits")
+    page.get(f"{server.url}/console/#/jobs/waits")
     page.until_text("The job was created.", ".messages")
     # A refusal stays, and so does the button that is to be tried again, while the page is polled.
     page.script(FAILING, "/api/v1/jobs/waits/pause")
@@ -402,7 +402,7 @@ def watch_until_it_stops(server: Served, page: Browser, rows: Path) -> None:
 
     again = {**job, "name": "waits-2", "model_name": "waits-2"}
     assert server.ask("POST", "/api/v1/jobs", again)[0] == 201
-    page.open(f"{server.url}/console/#/jobs/waits-2")
+    page.get(f"{server.url}/console/#/jobs/waits-2")
     page.until_text("The job was created.", ".messages")
     server.kill()
     page.until_text("tries again by itself")

@@ -190,7 +190,7 @@ def test_what_models_of_other_tools_do(
 
 def test_a_model_in_a_browser(url: str, root_key: str, tmp_path: Path) -> None:
     with browser(tmp_path) as page:
-        page.open(f"{url}/console/")
+        page.get(f"{url}/console/")
         page.until_text("Sign in", "h1")
         page.fill("#key", root_key)
         page.click(".sign-in button")
@@ -405,7 +405,7 @@ return (async () => {
 
 def test_pages_with_answers_that_are_rare(url: str, root_key: str, tmp_path: Path) -> None:
     with browser(tmp_path) as page:
-        page.open(f"{url}/console/")
+        page.get(f"{url}/console/")
         page.until_text("Sign in", "h1")
         page.fill("#key", root_key)
         page.click(".sign-in button")
