@@ -36,28 +36,10 @@ class AccountQuotas(StrictModel):
     stored_bytes: int = Field(default=1 << 40, ge=0)
     """Bytes of an account: objects, files and parts of uploads, each as often as it is stored, the
     weights of custom models, and what runs of evals say of each row."""
-    objects: int = Field(default=1_000_000, ge=0)
-    """Objects of an account, OpenAI files among them: a start counts so many in a few seconds."""
-    files: int = Field(default=100_000, ge=0)
-    """OpenAI files of an account."""
-    buckets: int = Field(default=1_000, ge=0)
-    """Buckets of an account, but for the one of its OpenAI files."""
-    uploads_in_progress: int = Field(default=1_000, ge=0)
-    """Multipart uploads of an account that were neither completed nor aborted."""
     jobs_in_flight: int = Field(default=5_000, ge=0)
     """Customization jobs of an account that have not ended."""
     custom_models: int = Field(default=10_000, ge=0)
     """Custom models of an account, those in the making among them."""
-    imported_models: int = Field(default=1_000, ge=0)
-    """Those of its custom models that came from outside."""
-    imports_in_flight: int = Field(default=20, ge=0)
-    """Models that are being taken from outside for an account: each occupies a machine for a while."""
-    exports_in_flight: int = Field(default=20, ge=0)
-    """Exports of models of an account that have not ended: each occupies a machine for a while."""
-    batches_in_flight: int = Field(default=1_000, ge=0)
-    """Batches of an account that have not ended; their answers wait in the database until then."""
-    evaluations_in_flight: int = Field(default=1_000, ge=0)
-    """Runs of evals of an account that have not ended."""
     deployments: int = Field(default=1_000, ge=0)
     """Custom model deployments of an account."""
     provisioned_throughputs: int = Field(default=1_000, ge=0)

@@ -52,7 +52,7 @@ class Server:
         with self.service.database.write() as session:
             set_quota(session, ACCOUNT, **values)
 
-    def stored(self) -> dict[str, int]:
+    def stored(self) -> int:
         with self.service.database.read() as session:
             return stored_by(session, ACCOUNT)
 
@@ -119,10 +119,7 @@ def test_object_storage_refuses_in_the_words_of_ceph(server: Server) -> None:
     assert refusal(s3.upload_part, **upload, PartNumber=2, Body=b"x" * (12 * MIB)) == QUOTA
     s3.upload_part(**upload, PartNumber=1, Body=b"x" * (16 * MIB))
     s3.abort_multipart_upload(**upload)
-    server.quota(objects=0, buckets=1)
-    assert refusal(s3.put_object, Bucket="rows", Key="b", Body=b"") == QUOTA
-    assert refusal(s3.create_bucket, Bucket="more") == ("TooManyBuckets", 400, 0)
-    assert {name: number for name, number in server.stored().items() if number} == {"buckets": 1}
+    assert server.stored() == 0
     objects = server.service.objects.files.folder
     assert not [path for path in objects.rglob("*") if path.is_file()]
 
@@ -141,14 +138,9 @@ def test_openai_refuses_files_once_and_no_client_tries_again(server: Server) -> 
         assert "stored_bytes" in refused.value.message
         answer = f'operation="openai.files.create",status="429"}} {float(tries)}'
         assert answer in server.metrics()
-    server.quota(files=1)
-    with pytest.raises(openai.RateLimitError, match="1 files"):
-        create(1)
     server.openai.files.delete(kept.id)
     create(1)
-    assert server.stored() == {
-        "stored_bytes": 1, "objects": 1, "files": 1, "buckets": 1, "uploads_in_progress": 0,
-    }  # fmt: skip
+    assert server.stored() == 1
 
 
 def batch_of(server: Server, models: list[str]) -> Any:
@@ -175,24 +167,19 @@ def batch_of(server: Server, models: list[str]) -> Any:
 
 
 def test_a_batch_whose_answers_have_no_room_fails_and_leaves_none_of_them(server: Server) -> None:
-    server.quota(files=2)  # room for the answers, and none for the errors
+    server.quota(stored_bytes=700)  # room for the rows, and none for the answers
     batch = batch_of(server, ["luthier.tiny", "none"])
     assert batch.status == "failed"
     assert batch.errors.data[0].code == "insufficient_quota"
-    assert "2 files" in batch.errors.data[0].message
     assert batch.output_file_id is batch.error_file_id is None
     assert [file.purpose for file in server.openai.files.list().data] == ["batch"]
-    assert (server.stored()["objects"], server.stored()["files"]) == (1, 1)
-    server.quota(files=1)
+    server.quota(stored_bytes=1)
     # What cannot be answered is not begun.
-    with pytest.raises(openai.RateLimitError, match="1 files"):
+    with pytest.raises(openai.RateLimitError, match="stored_bytes"):
         server.openai.batches.create(
             input_file_id=batch.input_file_id, endpoint="/v1/chat/completions",
             completion_window="24h",
         )  # fmt: skip
-    server.quota(files=None, batches_in_flight=0)
-    with pytest.raises(openai.RateLimitError, match="batches_in_flight"):
-        batch_of(server, ["luthier.tiny"])
 
 
 def test_bedrock_refuses_jobs_and_imports_for_which_there_is_no_room(server: Server) -> None:
@@ -208,32 +195,32 @@ def test_bedrock_refuses_jobs_and_imports_for_which_there_is_no_room(server: Ser
     create = bedrock.create_model_customization_job
     server.quota(stored_bytes=10)
     assert refusal(create, **job) == ("ServiceQuotaExceededException", 400, 0)
-    server.quota(stored_bytes=None, imported_models=1)
+    server.quota(stored_bytes=None, custom_models=1)
     model = {"roleArn": ROLE, "modelSourceConfig": source}
     bedrock.create_custom_model(modelName="first", **model)
     code = refusal(bedrock.create_custom_model, modelName="second", **model)[0]
     assert code == "ServiceQuotaExceededException"
-    server.quota(imported_models=None, imports_in_flight=1)
-    code = refusal(bedrock.create_custom_model, modelName="second", **model)[0]
-    assert code == "ServiceQuotaExceededException"
+    server.quota(custom_models=None)
     assert create(**job)["jobArn"]
 
 
 @pytest.mark.slow
 def test_quotas_are_shown_beside_what_there_is(server: Server) -> None:
     server.aws("s3").put_object(Bucket="rows", Key="a", Body=b"12345")
-    printed = server.luthier("accounts", "quota", ACCOUNT, "buckets=7", "stored_bytes=30_000_000")
+    printed = server.luthier(
+        "accounts", "quota", ACCOUNT, "deployments=7", "stored_bytes=30_000_000"
+    )
     assert "7" in printed
     server.luthier("accounts", "quota", ACCOUNT, "stored_bytes=")
     status, body = server.ask("/api/v1/usage")
     assert (status, body["account"]) == (200, ACCOUNT)
     assert body["quotas"]["stored_bytes"] == {"used": 5, "quota": 20 * MIB}
-    assert body["quotas"]["buckets"] == {"used": 1, "quota": 7}
+    assert body["quotas"]["deployments"] == {"used": 0, "quota": 7}
     assert set(body["quotas"]) == set(AccountQuotas.model_fields)
     rows = json.loads(server.luthier("accounts", "usage", ACCOUNT, "--json"))["usage"]
     found = {row["quota"]: (row["used"], row["most"], row["from"]) for row in rows}
-    assert found["buckets"] == (1, 7, "account")
-    assert found["objects"] == (1, AccountQuotas().objects, "built-in default")
+    assert found["deployments"] == (0, 7, "account")
+    assert found["custom_models"] == (0, AccountQuotas().custom_models, "built-in default")
     assert set(found) == {*AccountQuotas.model_fields, "requests_per_second"}
 
 

@@ -131,8 +131,8 @@ def details_of(action: str) -> dict[str, Any]:
 
 
 def test_the_log_says_what_was_changed(database: Database, ann: str) -> None:
-    admin("accounts", "quota", FIRST, "objects=7", "files=", "requests_per_second=0.5")
-    quotas = {"objects": "7", "files": "default", "requests_per_second": "0.5"}
+    admin("accounts", "quota", FIRST, "deployments=7", "custom_models=", "requests_per_second=0.5")
+    quotas = {"deployments": "7", "custom_models": "default", "requests_per_second": "0.5"}
     assert details_of("quotas.set") == quotas
     access = admin("keys", "create", ann, "--kind", "access")
     assert details_of("keys.create") == {"kind": "access", "id": access["access_key_id"]}
@@ -146,9 +146,9 @@ def test_the_log_says_what_was_changed(database: Database, ann: str) -> None:
 
 
 def test_limits_of_accounts_say_whose_they_are(database: Database, ann: str) -> None:
-    admin("accounts", "quota", FIRST, "objects=7", "requests_per_second=0.5")
+    admin("accounts", "quota", FIRST, "deployments=7", "requests_per_second=0.5")
     shown = {row["quota"]: row for row in admin("accounts", "usage", FIRST)["usage"]}
-    assert (shown["objects"]["most"], shown["objects"]["from"]) == (7, "account")
+    assert (shown["deployments"]["most"], shown["deployments"]["from"]) == (7, "account")
     assert shown["stored_bytes"]["from"] == "built-in default"
     rate = shown["requests_per_second"]
     assert (rate["most"], rate["from"], rate["used"]) == (0.5, "account", None)

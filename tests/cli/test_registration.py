@@ -129,7 +129,7 @@ def test_clients_ask_a_model_of_the_command_line(
             assert (own_home / "models/custom/tiny-llama/colours/luthier.json").is_file()
             assert count_without_account(service.database) == 1
             with service.database.read() as session:
-                assert stored_by(session, FIRST)["stored_bytes"] == 0
+                assert stored_by(session, FIRST) == 0
             missing = f"no account has a model with the id {MODEL}"
             assert missing in refused(*unregister)
             admin("models", "register", MODEL)
@@ -138,7 +138,7 @@ def test_clients_ask_a_model_of_the_command_line(
             bedrock.delete_custom_model(modelIdentifier="colours")
             assert not (own_home / "models/custom/tiny-llama/colours").exists()
             with service.database.read() as session:
-                assert stored_by(session, FIRST)["stored_bytes"] == 0
+                assert stored_by(session, FIRST) == 0
     finally:
         service.close()
     assert "luthier:admin.models.unregister" in Answer("audit", "list", "--json").good().out
@@ -208,8 +208,8 @@ def test_what_cannot_be_registered(own_home: Path, monkeypatch: pytest.MonkeyPat
     (twin / ".removed").touch()
     assert "was deleted, and only models" in refused(*register, "tiny-llama:twin")
     (twin / ".removed").unlink()
-    admin("accounts", "quota", OTHER, "imported_models=0")
-    assert "quota imported_models" in refused(*register, "tiny-llama:twin", "--account", OTHER)
+    admin("accounts", "quota", OTHER, "custom_models=0")
+    assert "quota custom_models" in refused(*register, "tiny-llama:twin", "--account", OTHER)
     (twin / "tokenizer.json").write_text("{}")
     damaged = Answer("admin", *register, "tiny-llama:twin").refused(1)
     assert "tokenizer.json is not what was stored" in damaged

@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 
-from luthier.errors import LeaseLost, QuotaExceeded, RecipeError, WrongState
+from luthier.errors import LeaseLost, RecipeError, WrongState
 from luthier.jobs.submit import submit_export
-from luthier.limits import AccountQuotas
 from luthier.store import exports, queue
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import Database, now
 from luthier.store.exports import MOST_CRASHES, ExportResult, ModelExport
 from luthier.store.jobs import COMPLETED, FAILED, QUEUED, RUNNING, STOPPED, STOPPING
-from luthier.store.quota_usage import quota_usage
 from luthier.store.removal import ModelInUse, remove
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
@@ -43,12 +41,10 @@ def model(session: Any, account: str = ACCOUNT) -> CustomModel:
     return found
 
 
-def submit(database: Database, account: str = ACCOUNT, **limits: Any) -> str:
+def submit(database: Database, account: str = ACCOUNT) -> str:
     with database.write() as session:
         asked = model(session, account)
-        return submit_export(
-            session, asked, asked.arn(Arns()), "s3://b", "gguf", limits=AccountQuotas(**limits)
-        ).id
+        return submit_export(session, asked, asked.arn(Arns()), "s3://b", "gguf").id
 
 
 def claimed(database: Database) -> tuple[str, str]:
@@ -151,17 +147,6 @@ def test_workers_that_die_again_and_again_end_it(database: Database, written: li
     assert len(states) == many and states[-1] == FAILED
     assert states[: MOST_CRASHES - 1] == [QUEUED] * (MOST_CRASHES - 1)
     assert "signal 9" in str(row(database, made).failure)
-
-
-def test_an_account_has_so_many_under_way(database: Database) -> None:
-    first = submit(database, exports_in_flight=1)
-    with pytest.raises(QuotaExceeded, match="exports_in_flight"):
-        submit(database, exports_in_flight=1)
-    submit(database, OTHER, exports_in_flight=1)
-    with database.read() as session:
-        assert quota_usage(session, ACCOUNT)["exports_in_flight"] == 1
-    stop(database, first)
-    submit(database, exports_in_flight=1)
 
 
 def test_a_model_stays_while_it_is_exported(database: Database) -> None:

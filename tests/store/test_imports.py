@@ -28,9 +28,9 @@ def database(database: Database) -> Database:
     return database
 
 
-def submit(database: Database, name: str, account: str = ACCOUNT, **limits: Any) -> None:
+def submit(database: Database, name: str, account: str = ACCOUNT) -> None:
     with database.write() as session:
-        submit_import(session, account, name, f"s3://data/{name}", {}, AccountQuotas(**limits))
+        submit_import(session, account, name, f"s3://data/{name}", {})
 
 
 def model(database: Database, name: str) -> CustomModel:
@@ -122,14 +122,6 @@ def test_an_import_that_is_given_back_keeps_its_turn(database: Database) -> None
     with database.write() as session:
         queue.expire(session, ModelImport, first.id, str(first.lease), "by signal 9")
     assert names_in_turn(database, 3) == ["first", "theirs", "second"]
-
-
-def test_so_many_imports_of_an_account_wait(database: Database) -> None:
-    with pytest.raises(QuotaExceeded, match="2 models that are being taken from outside"):
-        submit(database, "third", imports_in_flight=2)
-    submit(database, "theirs", OTHER, imports_in_flight=1)
-    names_in_turn(database, 1)
-    submit(database, "third", imports_in_flight=2)
 
 
 def test_a_model_that_kills_its_processes_fails(database: Database) -> None:

@@ -27,8 +27,7 @@ from luthier.api.http.messages import Caller, Fault
 from luthier.api.roles import authorize
 from luthier.cancellation import CancelScope, cancelled_by
 from luthier.errors import DoesNotFit, LeaseLost, LuthierError, QuotaExceeded
-from luthier.limits import AccountQuotas
-from luthier.store import queue, storage
+from luthier.store import queue
 from luthier.store.database import Database
 from luthier.store.principals import active_role
 from luthier.store.queue import BackgroundWork, LeaseWatch
@@ -248,26 +247,6 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             for number, piece in done.items():
                 self.record(session, held, number, piece.result())
             return self.state(held)
-
-
-def check_in_flight(
-    session: Session, kind: type[BackgroundWork], account: str, quotas: AccountQuotas, quota: str
-) -> None:
-    """Refuse one more piece of work where the account has as many as its ``quota`` says.
-
-    Others of the account are kept from counting until the transaction ends, and this one is there.
-
-    Raises:
-        QuotaExceeded: which names the quota.
-    """
-    storage.lock(session, account)
-    storage.check_count(
-        queue.in_flight(session, kind, account),
-        quotas,
-        quota,
-        f"{quota.removesuffix('_in_flight')} that have not ended",
-        "Wait for some of them, or cancel them.",
-    )
 
 
 def caller_fields(caller: Caller) -> dict[str, Any]:

@@ -56,7 +56,6 @@ from luthier.store.models import StoredModel
 from luthier.store.object_files import UNNAMED_SECONDS
 from luthier.store.objects import Objects
 from luthier.store.principals import matching_server_key
-from luthier.store.quota_usage import measure_models, recount
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key
 
@@ -138,7 +137,6 @@ class Service:
     def start(self, work: bool = True) -> None:
         """Go on with what an earlier server left; ``work`` on the queue, too."""
         removal.finish_deletions(self.database)
-        self._recount()
         self._sweep()
         # And what is too young now to be told from the files of requests that are not done.
         self._later.start()
@@ -190,14 +188,6 @@ class Service:
         except Exception as error:
             # It stays pinned in the database: another start may have the room.
             _log.warning("%s is not pinned: %s", model.stored_id, error)
-
-    def _recount(self) -> None:
-        """Count what is stored: it may be wrong after an upgrade or a restored backup."""
-        measure_models(self.database)
-        with self.database.write() as session:
-            wrong = recount(session)
-        if wrong:
-            _log.warning("what is stored was counted anew for %d accounts", len(wrong))
 
     def _sweep(self) -> None:
         try:

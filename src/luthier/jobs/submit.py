@@ -42,7 +42,6 @@ from luthier.store.foundation import (
     root_of,
     writes,
 )
-from luthier.store.imports import ModelImport
 from luthier.store.jobs import GOING_ON, QUEUED, Job, record, run_name
 from luthier.store.models import StoredModel, check_active, is_recorded
 from luthier.store.queue import in_flight, next_turn
@@ -211,18 +210,12 @@ def submit_import(
 
     Raises:
         NameInUse: where the account has a model of that name.
-        QuotaExceeded: where it has all the models that it may have, or too many imports under way.
+        QuotaExceeded: where it has all the models that it may have.
     """
     limits = limits or AccountQuotas()
     lock_by_name(session, f"submit {account}")
     _check_free(session, CustomModel, account, name)
     _check_model_quota(session, account, limits)
-    storage.check_count(
-        in_flight(session, ModelImport, account), limits, "imports_in_flight",
-        "models that are being taken from outside",
-        "Wait until some of them are no longer Creating.",
-    )  # fmt: skip
-    _check_imported_quota(session, account, limits)
     model = CustomModel(
         id=new_id(),
         account=account,
@@ -293,8 +286,6 @@ def register_model(
         raise RecipeError(text) from error
     _check_model_quota(session, account, limits)
     model_id, base = new_id(), _base_of(session, account, stored)
-    if base is None:
-        _check_imported_quota(session, account, limits)
     model = CustomModel(
         id=model_id,
         account=account,
@@ -329,14 +320,12 @@ def submit_export(
     format: str,
     merged: bool | None = None,
     quantization: str | None = None,
-    limits: AccountQuotas | None = None,
 ) -> ModelExport:
     """Have ``model``, whose ARN is ``arn``, written for other software, in the caller's transaction.
 
     Its files go below the address ``output``; the rest is as of ``luthier.workflows.export``.
 
     Raises:
-        QuotaExceeded: where its account has too many exports that have not ended.
         RecipeError: for a model that is not ``Active``, and for settings that go with no model.
     """
     from luthier.workflows.export import check_settings
@@ -344,10 +333,6 @@ def submit_export(
     check_settings(format, merged, quantization)
     _stored_id(model)
     lock_by_name(session, f"submit {model.account}")
-    storage.check_count(
-        in_flight(session, ModelExport, model.account), limits or AccountQuotas(), "exports_in_flight",
-        "exports that have not ended", "Wait for some of them, or stop them.",
-    )  # fmt: skip
     return exports.create_export(session, model, arn, output, format, merged, quantization)
 
 
@@ -449,13 +434,6 @@ def _check_model_quota(session: Session, account: str, limits: AccountQuotas) ->
     )  # fmt: skip
     # What it makes counts as stored: who has no room left would learn so hours later.
     storage.check(session, account, limits, stored_bytes=1)
-
-
-def _check_imported_quota(session: Session, account: str, limits: AccountQuotas) -> None:
-    storage.check_count(
-        imports.count_imported_models(session, account), limits, "imported_models",
-        "models from outside", "Delete some of them.",
-    )  # fmt: skip
 
 
 def _flush(session: Session, kind: str) -> None:

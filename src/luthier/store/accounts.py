@@ -48,15 +48,6 @@ class Quota(Base):
     deployments: Mapped[int | None]
     requests_per_second: Mapped[float | None]
     stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    objects: Mapped[int | None]
-    files: Mapped[int | None]
-    buckets: Mapped[int | None]
-    uploads_in_progress: Mapped[int | None]
-    imported_models: Mapped[int | None]
-    imports_in_flight: Mapped[int | None]
-    exports_in_flight: Mapped[int | None]
-    batches_in_flight: Mapped[int | None]
-    evaluations_in_flight: Mapped[int | None]
     provisioned_throughputs: Mapped[int | None]
 
 

@@ -15,7 +15,7 @@ from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, CREATING, FAILED, IMPORTED, CustomModel
-from luthier.store.database import Base, count_rows
+from luthier.store.database import Base
 from luthier.store.queue import QueuedWork, hold, log_file, next_turn
 from luthier.store.text import storable
 
@@ -85,11 +85,6 @@ def create_import(session: Session, model: CustomModel, source: str) -> ModelImp
     session.add(made)
     session.flush()
     return made
-
-
-def count_imported_models(session: Session, account: str) -> int:
-    """How many models from outside an account has, those among them that are not there yet."""
-    return count_rows(session, CustomModel.account == account, CustomModel.foundation == IMPORTED)
 
 
 def is_trusted(session: Session, model_id: str) -> bool:

@@ -71,7 +71,6 @@ class MultipartUploads:
             session.flush()
             quotas = self.objects.quotas(session, account)
             storage.check(session, account, quotas, stored_bytes=1)
-            storage.charge(session, account, quotas, uploads_in_progress=1)
         return made
 
     def upload(self, account: str, bucket: str, key: str, upload_id: str) -> Upload:
@@ -179,9 +178,7 @@ class MultipartUploads:
             session.execute(delete(ObjectPiece).where(ObjectPiece.upload_id == upload_id))
             session.delete(upload)
             session.flush()
-            more = {"stored_bytes": -gone.stored_bytes, "objects": 1 - gone.objects}
-            quotas = self.objects.quotas(session, account)
-            storage.charge(session, account, quotas, **more, uploads_in_progress=-1)
+            storage.release(session, account, stored_bytes=gone.stored_bytes)
         self.files.remove(account, gone.files)
         return made
 
@@ -190,7 +187,7 @@ class MultipartUploads:
         with self.database.write() as session:
             upload = _upload(session, account, bucket, key, upload_id, lock=True)
             gone = remove_upload(session, upload)
-            storage.release(session, account, gone)
+            storage.release(session, account, stored_bytes=gone.stored_bytes)
         self.files.remove(account, gone.files)
 
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from luthier.errors import CorruptFile, DiskFull, QuotaExceeded
+from luthier.errors import CorruptFile, DiskFull
 from luthier.files import disk_errors, luthier_home, new_file, room
 
 READ_SIZE = 1 << 20
@@ -42,55 +39,12 @@ class WrittenFile:
     """Both in hexadecimal."""
 
 
-@dataclass(frozen=True)
-class Room:
-    """What an account had left when a file was begun."""
-
-    quota: int
-    """Bytes that it may store."""
-    used: int
-    """Bytes that it stores, those of files in the making not counted."""
-    freed: int = 0
-    """Bytes among them that go when this file gets its name."""
-
-
-class InFlight:
-    """Bytes of files in the making, by account, of this process: no row counts them yet."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._bytes: Counter[str] = Counter()
-
-    def add(self, account: str, size: int) -> int:
-        """``size`` bytes more, or less; how many the account has then."""
-        with self._lock:
-            self._bytes[account] += size
-            now = self._bytes[account]
-            if not now:
-                del self._bytes[account]
-            return now
-
-
 class FileWriter:
     """A file as it is being written: gone at the end of its ``with`` unless it was finished."""
 
-    def __init__(
-        self,
-        folder: Path,
-        file_id: str,
-        take: Callable[[int], int] = lambda size: size,
-        room: Room | None = None,
-    ) -> None:
-        """Begin.
-
-        Args:
-            folder: where the file is made.
-            file_id: its name.
-            take: counts bytes in flight and says how many there are.
-            room: in which they have to fit, if given.
-        """
+    def __init__(self, folder: Path, file_id: str) -> None:
+        """Begin the file ``file_id`` in ``folder``."""
         self._id, self._folder = file_id, folder
-        self._take, self._room, self._taken = take, room, 0
         self._size = 0
         self._md5 = hashlib.md5(usedforsecurity=False)
         self._sha256 = hashlib.sha256()
@@ -107,9 +61,6 @@ class FileWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Until here they were in flight: rows that name them are committed within the ``with``.
-        self._take(-self._taken)
-        self._taken = 0
         if self._open:
             self._open = False
             reason = error or _Abandoned()
@@ -122,18 +73,7 @@ class FileWriter:
 
         Raises:
             DoesNotFit: where the disk is full.
-            QuotaExceeded: where the account has no room for it beside its other files in flight.
         """
-        self._taken += len(data)
-        flying, left = self._take(len(data)), self._room
-        # Who has more than a quota that was lowered may still replace what there is.
-        if left is not None and flying > max(0, left.quota - left.used) + left.freed:
-            raise QuotaExceeded(
-                f"The account may have {left.quota:,} bytes (quota stored_bytes), has {left.used:,}, "
-                f"and {flying:,} more are on their way. Delete some of what it stores, or have the "
-                "operator of the server raise the quota.",
-                "stored_bytes",
-            )
         if room(self._folder) < LEAST_FREE + len(data):
             raise DiskFull(f"the disk of {self._folder} is full; no further objects are taken")
         with disk_errors(self._folder):
@@ -159,13 +99,11 @@ class ObjectFiles:
     def __init__(self, folder: Path | None = None) -> None:
         """``folder`` is ``objects`` in the store by default."""
         self.folder = folder or luthier_home() / "objects"
-        self._in_flight = InFlight()
 
-    def begin(self, account: str, room: Room | None = None) -> FileWriter:
-        """A new file, to be used in a ``with``; without a ``room`` as large as the disk."""
+    def begin(self, account: str) -> FileWriter:
+        """Return a new file, to be used in a ``with``."""
         file_id = secrets.token_hex(16)
-        take = partial(self._in_flight.add, account)
-        return FileWriter(self.path(account, file_id).parent, file_id, take, room)
+        return FileWriter(self.path(account, file_id).parent, file_id)
 
     def path(self, account: str, file_id: str) -> Path:
         """Where a file is."""

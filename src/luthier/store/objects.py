@@ -26,7 +26,7 @@ from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Base, Database, find_row, now
-from luthier.store.object_files import UNNAMED_SECONDS, FileWriter, ObjectFiles, Room, WrittenFile
+from luthier.store.object_files import UNNAMED_SECONDS, FileWriter, ObjectFiles, WrittenFile
 from luthier.store.storage import FreedStorage
 
 Key = Text().with_variant(Text(collation="C"), "postgresql")
@@ -165,7 +165,7 @@ def remove_object(session: Session, bucket: Bucket, key: str, check: Check | Non
     session.execute(delete(ObjectPiece).where(ObjectPiece.object_seq == found.seq))
     session.delete(found)
     session.flush()
-    return FreedStorage(gone, found.size, objects=1)
+    return FreedStorage(gone, found.size)
 
 
 def new_object(
@@ -219,7 +219,7 @@ def remove_upload(session: Session, upload: Upload) -> FreedStorage:
     session.delete(upload)
     session.flush()
     ids, sizes = [piece.id for piece in pieces], sum(piece.size for piece in pieces)
-    return FreedStorage(ids, sizes, uploads_in_progress=1)
+    return FreedStorage(ids, sizes)
 
 
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
@@ -263,31 +263,25 @@ class Objects:
         """What the account may store."""
         return quotas_of(session, account, self._defaults)
 
-    def check(self, account: str, **adds: int) -> None:
+    def check(self, account: str, stored_bytes: int) -> None:
         """Refuse early what has no room; see :func:`luthier.store.storage.check`."""
         with self.database.read() as session:
-            storage.check(session, account, self.quotas(session, account), **adds)
+            quotas = self.quotas(session, account)
+            storage.check(session, account, quotas, stored_bytes=stored_bytes)
 
-    def begin(
-        self, account: str, size: int | None = None, *, freed: int = 0, **adds: int
-    ) -> FileWriter:
-        """A new file for bytes of the account, to be used in a ``with`` until rows name it.
+    def begin(self, account: str, size: int | None = None, *, freed: int = 0) -> FileWriter:
+        """Return a new file for bytes of the account, to be used in a ``with`` until rows name it.
 
         Args:
-            account: whose they are.
-            size: bytes that will come, where that is known.
-            freed: bytes that go as soon as they are named, and leave them their room.
-            adds: how many more there are then of what else has a quota, as of :meth:`check`.
+            account: owner of the bytes.
+            size: number of bytes that will come, if known.
+            freed: bytes of the object or part that the new one replaces.
 
         Raises:
-            QuotaExceeded: where there is no room; ``write`` raises it as soon as there is none.
+            QuotaExceeded: if the account has no room.
         """
-        with self.database.read() as session:
-            quotas = self.quotas(session, account)
-            more = (1 if size is None else size) - freed
-            storage.check(session, account, quotas, stored_bytes=more, **adds)
-            used = storage.stored_by(session, account)["stored_bytes"]
-        return self.files.begin(account, Room(quotas.stored_bytes, used, freed))
+        self.check(account, (1 if size is None else size) - freed)
+        return self.files.begin(account)
 
     # --- buckets
 
@@ -296,7 +290,6 @@ class Objects:
 
         Raises:
             ObjectRefused: ``InvalidBucketName``, ``BucketAlreadyOwnedByYou``.
-            QuotaExceeded: where the account has all that it may have.
         """
         if not _bucket_name(name):
             raise ObjectRefused("InvalidBucketName", "The specified bucket is not valid.")
@@ -305,8 +298,6 @@ class Objects:
             with self.database.write() as session:
                 session.add(bucket)
                 session.flush()
-                if name != UPLOADS:
-                    storage.charge(session, account, self.quotas(session, account), buckets=1)
         except IntegrityError:
             text = "Your previous request to create the named bucket succeeded and it is yours."
             raise ObjectRefused("BucketAlreadyOwnedByYou", text) from None
@@ -338,7 +329,7 @@ class Objects:
             gone = remove_uploads(session, bucket)
             session.delete(bucket)
             session.flush()
-            storage.release(session, account, gone, buckets=int(name != UPLOADS))
+            storage.release(session, account, stored_bytes=gone.stored_bytes)
         self.files.remove(account, gone.files)
 
     # --- objects
@@ -391,8 +382,8 @@ class Objects:
             session.add_all(pieces)
             session.flush()
             quotas = self.quotas(session, account)
-            more = {"stored_bytes": made.size - gone.stored_bytes, "objects": 1 - gone.objects}
-            storage.charge(session, account, quotas, **more)
+            more = made.size - gone.stored_bytes
+            storage.charge(session, account, quotas, stored_bytes=more)
         self.files.remove(account, gone.files)
         return made
 
@@ -500,7 +491,7 @@ class Objects:
             found = get_bucket(session, account, bucket, lock=True)
             for key in keys:
                 gone.add(remove_object(session, found, key, None))
-            storage.release(session, account, gone)
+            storage.release(session, account, stored_bytes=gone.stored_bytes)
             if also is not None:
                 also(session)
         self.files.remove(account, gone.files)

@@ -17,7 +17,6 @@ from sqlalchemy import BigInteger, Select, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import ObjectRefused
-from luthier.store import storage
 from luthier.store.database import Base, Database, now, page_of
 from luthier.store.ids import random_id
 from luthier.store.object_files import FileWriter, WrittenFile
@@ -91,7 +90,7 @@ class UploadedFiles:
         except ObjectRefused as refused:
             if refused.code != "BucketAlreadyOwnedByYou":
                 raise
-        return self.objects.begin(account, size, files=1, objects=1)
+        return self.objects.begin(account, size)
 
     def keep(
         self,
@@ -122,7 +121,6 @@ class UploadedFiles:
                 raise _AlreadyThere  # ends the transaction, and the new bytes go
             session.add(row)
             session.flush()
-            storage.charge(session, account, self.objects.quotas(session, account), files=1)
 
         try:
             self.objects.put(account, UPLOADS, file_id, written, ObjectMetadata(), also=note)
@@ -198,7 +196,6 @@ class UploadedFiles:
                 update(UploadedFile).where(*mine).values(deleted=now()).returning(UploadedFile.seq)
             )
             marked = len(session.execute(done).all())
-            storage.release(session, account, files=marked)
 
         try:
             self.objects.delete(account, UPLOADS, [file_id], mark)

@@ -117,7 +117,6 @@ class _Exports:
                 body.format,
                 body.merged,
                 body.quantization,
-                context.quotas(request.account),
             )
             view = _view(made)
         context.wake()

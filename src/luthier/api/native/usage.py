@@ -30,7 +30,7 @@ class UsageView(View):
 
     account: str
     quotas: dict[str, QuotaView]
-    """By name: ``stored_bytes``, ``objects``, ``files``, ``buckets``, ``custom_models`` and others."""
+    """By name: ``stored_bytes``, ``custom_models`` and others."""
 
 
 class Days(Input):

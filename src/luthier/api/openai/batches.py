@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from luthier.api.background import BackgroundRunner, caller_fields, check_in_flight
+from luthier.api.background import BackgroundRunner, caller_fields
 from luthier.api.http.messages import Caller, Fault, Request, Response, parse_json
 from luthier.api.http.routing import Operation
 from luthier.api.openai.protocol import (
@@ -314,8 +314,7 @@ class Batches:
         with self.database.write() as session:
             quotas = self.files.objects.quotas(session, account)
             # What is answered becomes files: whoever has no room for any learns it before the work.
-            storage.check(session, account, quotas, stored_bytes=1, objects=1, files=1)
-            check_in_flight(session, Batch, account, quotas, "batches_in_flight")
+            storage.check(session, account, quotas, stored_bytes=1)
             batch = store.create(
                 session,
                 account,

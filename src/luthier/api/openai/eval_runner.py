@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from luthier.api.background import BackgroundRunner, caller_fields, check_in_flight
+from luthier.api.background import BackgroundRunner, caller_fields
 from luthier.api.http.messages import Caller, Fault, parse_json
 from luthier.errors import RefusedInput
 from luthier.limits import AccountQuotas
@@ -141,11 +141,10 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         """Create a run of ``caller``; call :meth:`wake` after the transaction.
 
         Raises:
-            QuotaExceeded: if the account has too many unfinished runs or no space.
+            QuotaExceeded: if the account has no space.
         """
         account = caller.account
         quotas = self.quotas(session, account)
-        check_in_flight(session, EvaluationRun, account, quotas, "evaluations_in_flight")
         return store.create_run(
             session,
             account,

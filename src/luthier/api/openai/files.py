@@ -224,7 +224,7 @@ class Files:
         length = parse_digits(request.headers.get("content-length", "")) or 0
         # The form around the file is small: what is told of the body is nearly told of the file.
         least = max(1, length - _FORM_BYTES)
-        self.store.objects.check(account, stored_bytes=least, objects=1, files=1)
+        self.store.objects.check(account, least)
         return UploadForm(kind, lambda: self.store.begin(account), self.limit)
 
     def _keep(self, request: Request, form: UploadForm) -> Response:

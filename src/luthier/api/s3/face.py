@@ -14,7 +14,7 @@ from luthier.api.roles import authorize
 from luthier.api.s3 import buckets, multipart, objects
 from luthier.api.s3.body import OBJECT_LIMIT, SignedBody
 from luthier.api.s3.documents import DOCUMENT_LIMIT, document
-from luthier.api.s3.request import Incoming, S3Request, Stores, read_request
+from luthier.api.s3.request import S3Request, Stores, read_request
 from luthier.errors import ObjectRefused, QuotaExceeded
 from luthier.store.multipart import MultipartUploads
 from luthier.store.object_files import WrittenFile
@@ -38,8 +38,8 @@ class S3Operation:
     works: Works | None = None
     keeps: Keeps | None = None
     """Of an operation whose body is kept as a file."""
-    before: Callable[[Stores, S3Request], Incoming] = lambda stores, request: Incoming()
-    """Refuses what can be refused before such a body is read, and says what it will take."""
+    before: Callable[[Stores, S3Request], int] = lambda stores, request: 0
+    """Checks the request before such a body is read, and returns the bytes that the body replaces."""
     needs: frozenset[str] = frozenset()
     """Keys of the query that are there."""
     may: frozenset[str] = frozenset()
@@ -188,9 +188,8 @@ class S3Face:
         try:
             return await self._respond(request, body, run)
         except QuotaExceeded as refused:
-            # AWS has a code for too many buckets alone; Ceph's gateway tells the others so.
-            code = "TooManyBuckets" if refused.quota == "buckets" else "QuotaExceeded"
-            raise Fault(code, str(refused)) from refused
+            # AWS has no code for this; Ceph's gateway has.
+            raise Fault("QuotaExceeded", str(refused)) from refused
         except ObjectRefused as refused:
             raise Fault(refused.code, refused.message) from refused
 
@@ -230,11 +229,11 @@ class S3Face:
             made: Response = await run(operation.works, self.stores, request, bytes(text_of_it))
             return made
         assert operation.keeps is not None
-        incoming = await run(operation.before, self.stores, request)
+        freed = await run(operation.before, self.stores, request)
         if not body.has_length:
             text = "You must provide the Content-Length HTTP header."
             raise Fault("MissingContentLength", text)
-        begin = partial(self.stores.objects.begin, freed=incoming.freed, objects=incoming.objects)
+        begin = partial(self.stores.objects.begin, freed=freed)
         with await run(begin, request.account, body.length) as writing:
             checksums = await body.receive(received, writing.write, run)
             written = await run(writing.finish)

@@ -22,7 +22,7 @@ from luthier.api.s3.body import (
 from luthier.api.s3.buckets import encoding, owner
 from luthier.api.s3.documents import Element, xml_response
 from luthier.api.s3.objects import check_read, check_write, copy_elements, span
-from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, describe_object
+from luthier.api.s3.request import S3Request, Stores, arn, copy_source, describe_object
 from luthier.store.multipart import MOST_PARTS, CompletedPart
 from luthier.store.object_files import WrittenFile
 from luthier.store.objects import ObjectPiece, Upload
@@ -53,11 +53,11 @@ def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     return xml_response("InitiateMultipartUploadResult", content, **headers)
 
 
-def before_part(stores: Stores, request: S3Request) -> Incoming:
-    """Refuse what can be refused before the bytes have come."""
+def before_part(stores: Stores, request: S3Request) -> int:
+    """Check the request before its body is read; return the size of the part that it replaces."""
     number, upload_id = _number(request), request.query["uploadId"]
     part = stores.uploads.part(request.account, request.bucket, request.key, upload_id, number)
-    return Incoming(freed=0 if part is None else part.size)
+    return 0 if part is None else part.size
 
 
 def upload_part(
@@ -73,7 +73,7 @@ def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Keep bytes of another object as a part."""
     source = copy_source(request)
     record_action("s3:GetObject", arn(*source))
-    freed = before_part(stores, request).freed
+    freed = before_part(stores, request)
     range_header = request.headers.get("x-amz-copy-source-range")
     if range_header is not None and not re.fullmatch(r"bytes=[0-9]+-[0-9]+", range_header):
         text = "The x-amz-copy-source-range value must be of the form bytes=first-last"

@@ -12,7 +12,7 @@ from luthier.api.http.messages import Fault, Response, timestamp
 from luthier.api.s3 import documents
 from luthier.api.s3.body import as_elements, as_headers
 from luthier.api.s3.documents import Element, xml_response
-from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, describe_object
+from luthier.api.s3.request import S3Request, Stores, arn, copy_source, describe_object
 from luthier.errors import ObjectRefused
 from luthier.store.object_files import WrittenFile
 from luthier.store.objects import ObjectMetadata, StoredObject, check_key
@@ -107,8 +107,8 @@ def _precondition_failed(condition: str) -> Fault:
     return Fault("PreconditionFailed", text, fields={"Condition": condition})
 
 
-def before_put(stores: Stores, request: S3Request) -> Incoming:
-    """Refuse what can be refused before the bytes have come."""
+def before_put(stores: Stores, request: S3Request) -> int:
+    """Check the request before its body is read; return the size of the object that it replaces."""
     check_key(request.key)
     describe_object(request, {})
     try:
@@ -116,8 +116,8 @@ def before_put(stores: Stores, request: S3Request) -> Incoming:
     except ObjectRefused as refused:
         if refused.code != "NoSuchKey":
             raise
-        return Incoming(objects=1)
-    return Incoming(freed=found.size)
+        return 0
+    return found.size
 
 
 def put_object(

@@ -34,16 +34,6 @@ class Stores:
 
 
 @dataclass(frozen=True)
-class Incoming:
-    """What a body takes of an account's quotas, beside its own bytes."""
-
-    freed: int = 0
-    """Bytes that go when it is stored."""
-    objects: int = 0
-    """Objects that there are more then."""
-
-
-@dataclass(frozen=True)
 class S3Request:
     """One request that was let in."""
 

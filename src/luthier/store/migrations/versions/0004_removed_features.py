@@ -39,6 +39,16 @@ def upgrade() -> None:
     ):
         _store_as_text(table, column, name)
     _replace_policies()
+    counts = ("objects", "files", "buckets", "uploads_in_progress")
+    with op.batch_alter_table("storage") as batch:
+        for column in counts:
+            batch.drop_column(column)
+    with op.batch_alter_table("quotas") as batch:
+        for column in (
+            *counts, "imported_models", "imports_in_flight", "exports_in_flight",
+            "batches_in_flight", "evaluations_in_flight",
+        ):  # fmt: skip
+            batch.drop_column(column)
     op.drop_table("audit_head")
     with op.batch_alter_table("audit_log") as batch:
         for column in ("previous", "hash"):
