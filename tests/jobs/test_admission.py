@@ -136,45 +136,6 @@ def test_what_fits_only_alone_is_started_alone(machine: Machine) -> None:
     assert machine.at_work() == {"model"}
 
 
-def test_jobs_that_come_later_do_not_overtake_an_import_for_ever(machine: Machine) -> None:
-    machine.job("first", memory=2 * GIB)
-    machine.scheduler.tick()
-    machine.model("model", memory=3 * GIB, waited=LONG_AGO)
-    machine.job("later", memory=1 * GIB)
-    machine.job("older", memory=1 * GIB, waited=2 * LONG_AGO)
-    machine.tick()
-    # With the later one beside it, the import would never fit.
-    assert machine.at_work() == {"first", "older"}
-    machine.end("first")
-    machine.tick()
-    assert machine.at_work() == {"model", "older"}
-
-
-def test_imports_that_come_later_do_not_overtake_a_job_for_ever(machine: Machine) -> None:
-    machine.model("first", memory=2 * GIB)
-    machine.importer.tick()
-    machine.job("job", memory=3 * GIB, waited=LONG_AGO)
-    machine.model("later", memory=2 * GIB)
-    machine.end("first")
-    machine.importer.tick()
-    assert machine.at_work() == set()
-    machine.tick()
-    assert machine.at_work() == {"job"}
-    machine.end("job")
-    machine.tick()
-    assert machine.at_work() == {"later"}
-
-
-def test_two_that_wait_for_each_other_go_by_age(machine: Machine) -> None:
-    machine.model("model", memory=9 * GIB, waited=2 * LONG_AGO)
-    machine.job("job", memory=9 * GIB, waited=LONG_AGO)
-    machine.tick()
-    assert machine.at_work() == {"model"}
-    machine.end("model")
-    machine.tick()
-    assert machine.at_work() == {"job"}
-
-
 def worker_of(machine: Machine, model_id: str) -> tuple[ImportWorker, ModelImport]:
     """The process of an import that was claimed."""
     with machine.database.write() as session:

@@ -104,7 +104,6 @@ class Service:
             database,
             Arns("us-east-1"),
             self.places,
-            b"the server's own secret",
             Activation(database, self.preparation),
             self.delete,
             graders,

@@ -20,7 +20,7 @@ from luthier.store.accounts import version
 from luthier.store.audit import entries
 from luthier.store.bootstrap import ALLOW_ALL, prepare
 from luthier.store.database import Database
-from luthier.store.sealing import Sealing, purpose_key, server_key
+from luthier.store.sealing import Sealing, server_key
 
 SEALING = Sealing(KEY)
 ROOT: dict[str, Any] = {
@@ -222,4 +222,3 @@ def test_sealed_secrets() -> None:
         SEALING.open(sealed, "AKIA2")
     with pytest.raises(CorruptFile):
         Sealing(bytes(32)).open(sealed, "AKIA1")
-    assert len({purpose_key(KEY, "a"), purpose_key(KEY, "b"), KEY}) == 3

@@ -100,19 +100,6 @@ def test_by_priority_then_by_age(database: Database) -> None:
     assert len({each[1] for each in taken if each}) == 4
 
 
-def test_few_of_many_rows_are_read_and_none_of_an_account_that_has_enough(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(queue, "LOOKED_AT", 2)
-    mine = [add(database, f"job-{n}", priority=9) for n in range(5)]
-    theirs = add(database, "job", account=OTHER)
-    taken = [claim(database, per_account=1) for _ in range(3)]
-    assert [each and each[0] for each in taken] == [mine[0], theirs, None]
-    assert claim(database, passed_over=mine[:3])[0] == mine[3]  # type: ignore[index]
-    with database.read() as session:
-        assert len(queue._in_turn(session, Job, None)) == 2
-
-
 def test_only_what_fits_is_started(database: Database) -> None:
     large = add(database, "large", memory=500)
     wide = add(database, "wide", cores=64)
@@ -130,13 +117,6 @@ def test_a_large_job_is_not_overtaken_for_ever(database: Database) -> None:
     assert claim(database) is None
     assert claim(database, memory=500) is not None
     assert claim(database) is not None
-
-
-def test_an_account_has_so_many_jobs_at_once(database: Database) -> None:
-    mine = [add(database, f"job-{n}") for n in range(3)]
-    theirs = add(database, "job", account=OTHER)
-    taken = [claim(database, per_account=2) for _ in range(4)]
-    assert [each and each[0] for each in taken] == [mine[0], mine[1], theirs, None]
 
 
 def test_what_is_held_or_not_queued_is_not_claimed(database: Database) -> None:

@@ -57,7 +57,7 @@ from luthier.store.object_files import UNNAMED_SECONDS
 from luthier.store.objects import Objects
 from luthier.store.principals import matching_server_key
 from luthier.store.schema import upgrade
-from luthier.store.sealing import Sealing, purpose_key
+from luthier.store.sealing import Sealing
 
 _log = logging.getLogger("luthier.server")
 LAMBDA = re.compile(
@@ -116,7 +116,7 @@ class Service:
         self.trail = AuditTrail(self.database)
         self.openai = self._openai()
         self.application: Callable[..., Awaitable[None]] = Application(
-            self._faces(key),
+            self._faces(),
             Authenticator(self.database, settings, key),
             RateLimits(self.database, settings.requests_per_second).admit,
             Metrics(
@@ -196,12 +196,11 @@ class Service:
             # The database or the disk is away; nothing but room depends on it.
             _log.exception("files of the object store could not be tidied")
 
-    def _faces(self, key: bytes) -> Sequence[Face]:
+    def _faces(self) -> Sequence[Face]:
         control = Control(
             self.database,
             self.arns,
             self.locations,
-            purpose_key(key, "lists"),
             self.activation,
             self._delete,
             self._grader,

@@ -25,8 +25,6 @@ class Capacity:
     """Bytes, by the estimates of jobs and imports."""
     cores: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Threads of jobs."""
-    per_account: int | None = None
-    """Jobs of one account at once; ``None`` for no limit."""
 
 
 def memory_of(command: str, recipe: dict[str, Any]) -> int:

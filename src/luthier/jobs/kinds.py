@@ -48,8 +48,6 @@ class WorkKind:
     """Done at each look, before any is started: what dead workers left goes, memory is estimated."""
     at_once: int | None = None
     """How many one machine does at a time; ``None`` for as many as it has memory and cores for."""
-    limited_by_account: bool = False
-    """Whether ``Capacity.per_account`` holds."""
     elsewhere: bool = False
     """Whether it may run on other machines, which share the database and the store alone."""
     shared: bool = False
@@ -154,7 +152,6 @@ TRAINING = WorkKind(
     Job,
     "luthier.jobs.training:TrainingWorker",
     prepare=_prepare_jobs,
-    limited_by_account=True,
     elsewhere=True,
     shared=True,
 )

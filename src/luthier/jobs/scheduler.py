@@ -25,11 +25,11 @@ from luthier.jobs import processes
 from luthier.jobs.admission import Capacity
 from luthier.jobs.folders import DEATH_TAIL, JobFolders
 from luthier.jobs.kinds import WORK_KINDS, WorkKind
-from luthier.jobs.runners import FreeCapacity, LocalRunner, Runner
+from luthier.jobs.runners import LocalRunner, Runner
 from luthier.printable import format_exit
 from luthier.store import queue
 from luthier.store.database import Database, now
-from luthier.store.queue import LEASE, LeaseWatch, OverdueWork, QueuedWork
+from luthier.store.queue import LEASE, LeaseWatch, QueuedWork
 
 TICK = 1.0
 """Seconds between two looks at what waits, where nobody asks for one."""
@@ -250,7 +250,6 @@ class Scheduler:
         """The next work of a kind that fits, held by a lease of its own; ``None`` where none does."""
         # Until the worker is there, the server stands for it.
         process = {**processes.this_process(self._processes_of(kind)), "starting": True}
-        per_account = self.capacity.per_account if kind.limited_by_account else None
         with self.database.write() as session:
             for left in runner.free(session, self.capacity):
                 if kind.at_once is not None and left.at_work[kind.table] >= kind.at_once:
@@ -262,27 +261,11 @@ class Scheduler:
                     left.memory,
                     left.cores,
                     idle=left.idle,
-                    per_account=per_account,
                     passed_over=self._waits.backed_off(),
-                    before=self._overdue_beside(session, kind, left),
                 )
                 if row is not None:
                     return row
         return None
-
-    def _overdue_beside(
-        self, session: Session, kind: WorkKind, left: FreeCapacity
-    ) -> OverdueWork | None:
-        """The work of other kinds that has waited too long, and longest."""
-        found = []
-        for other in WORK_KINDS.values():
-            # With as many at work as may be, the next one waits for its turn, and not for memory.
-            full = other.at_once is not None and left.at_work[other.table] >= other.at_once
-            if other is not kind and self._runner_of(other) is self._runner_of(kind) and not full:
-                per_account = self.capacity.per_account if other.limited_by_account else None
-                among = self._processes_of(other)
-                found.append(queue.overdue(session, other.table, per_account, among))
-        return min((each for each in found if each), key=lambda each: each.since, default=None)
 
     def _spawn(
         self, kind: WorkKind, row: QueuedWork, lease: str, runner: Runner

@@ -11,7 +11,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -163,15 +162,6 @@ Work = TypeVar("Work", bound=QueuedWork)
 Background = TypeVar("Background", bound=BackgroundWork)
 
 
-@dataclass(frozen=True)
-class OverdueWork:
-    """Work that has waited for memory for longer than ``PATIENCE``."""
-
-    since: datetime
-    memory: int
-    """Bytes that those who came later have to leave it."""
-
-
 def lock_claims(session: Session) -> None:
     """Keep every other server from claiming until the transaction ends, on PostgreSQL; SQLite does."""
     lock_by_name(session, "claim")
@@ -185,9 +175,7 @@ def claim(
     free_cores: int = 0,
     *,
     idle: bool = False,
-    per_account: int | None = None,
     passed_over: Collection[str] = (),
-    before: OverdueWork | None = None,
 ) -> Work | None:
     """Take the next work of a kind that fits: by priority, then by turns of the accounts.
 
@@ -200,19 +188,13 @@ def claim(
         free_cores: threads that it may run.
         idle: nothing else runs on this machine: what does not fit is not going to fit later, and
             says so itself.
-        per_account: how many of one account may be worked on at once.
         passed_over: ids that are not to be started now.
-        before: work of another kind that waits for memory; what came later leaves it what it needs.
     """
     lock_claims(session)
     processes = worker.get("processes", 1)
-    for row in _in_turn(session, kind, per_account, passed_over):
+    for row in _in_turn(session, kind, passed_over):
         need, cores = kind.needs(row.memory, row.cores, processes)
-        if before is not None and before.since < row.since:
-            fits = need <= free_memory - before.memory
-        else:
-            fits = idle or need <= free_memory
-        if not (fits and (idle or cores <= max(free_cores, 0))):
+        if not (idle or (need <= free_memory and cores <= max(free_cores, 0))):
             if now() - row.since > PATIENCE:
                 return None
             continue
@@ -225,31 +207,12 @@ def claim(
     return None
 
 
-def overdue(
-    session: Session, kind: type[QueuedWork], per_account: int | None = None, processes: int = 1
-) -> OverdueWork | None:
-    """The next work of known memory, where it has waited for longer than ``PATIENCE``.
-
-    It would be shared among ``processes``.
-    """
-    for row in _in_turn(session, kind, per_account):
-        if row.memory and now() - row.since > PATIENCE:
-            return OverdueWork(row.since, row.memory * processes)
-    return None
-
-
 def _in_turn(
-    session: Session,
-    kind: type[QueuedWork],
-    per_account: int | None,
-    passed_over: Collection[str] = (),
+    session: Session, kind: type[QueuedWork], passed_over: Collection[str]
 ) -> Sequence[Any]:
-    """The first rows that may be started, in their order: of accounts that may have further ones."""
+    """Return the first rows that may be started, in their order."""
     waiting = select(kind.seq, kind.memory, kind.cores, kind.since)
     waiting = waiting.where(kind.lease.is_(None), kind.id.not_in(passed_over), *kind.ready())
-    if per_account is not None:
-        busy = select(kind.account).where(kind.lease.is_not(None)).group_by(kind.account)
-        waiting = waiting.where(kind.account.not_in(busy.having(func.count() >= per_account)))
     in_order = waiting.order_by(kind.priority.desc(), kind.turn, kind.seq)
     return session.execute(in_order.limit(LOOKED_AT)).all()
 

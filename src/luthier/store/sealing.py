@@ -63,7 +63,7 @@ class Sealing:
         """``key`` is the server's."""
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-        self._cipher = AESGCM(_derive(key, b"secrets of access keys"))
+        self._cipher = AESGCM(hmac.digest(key, b"luthier: secrets of access keys", "sha256"))
 
     def seal(self, secret: str, name: str) -> bytes:
         """``secret`` encrypted, as :meth:`seal_bytes` does it."""
@@ -107,15 +107,6 @@ class Sealing:
                 f"the secret of {name} does not open with this server's key; give back the "
                 f"server.key or {ENVIRONMENT} that it was made under"
             ) from error
-
-
-def purpose_key(key: bytes, purpose: str) -> bytes:
-    """32 bytes for one purpose, such as signing tokens of lists; tells nothing of the server's key."""
-    return _derive(key, purpose.encode())
-
-
-def _derive(key: bytes, purpose: bytes) -> bytes:
-    return hmac.digest(key, b"luthier: " + purpose, "sha256")
 
 
 def _parse_key(text: str, where: str) -> bytes:
