@@ -85,13 +85,10 @@ class ModelLimits(StrictModel):
     """Of the JSON schema, regular expression or grammar of an answer, or of all schemas of the tools
     that are to be called, with what stands around them; a longer one is answered 400."""
     account_share: float = Field(default=0.75, gt=0, le=1)
-    """Part of answers, cache memory, pinned memory, model_requests and streams that one account
+    """Part of answers, cache memory, model_requests and streams that one account
     has at most; one request alone may take more of the first two."""
     weights_share: float = Field(default=0.45, gt=0, le=1)
     """Part of the memory that is free at the start for the weights of models."""
-    pinned_share: float = Field(default=0.5, ge=0, le=1)
-    """Part of the memory for weights that pinned models take at most, so that others can still be
-    asked; one account has account_share of it."""
     cache_share: float = Field(default=0.15, gt=0, le=1)
     """Part of the same for keys and values of what models read and write, and for the passes of models
     that label and embed."""

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from luthier.engine.train import train
-from luthier.errors import CorruptFile, QuotaExceeded, WrongState
-from luthier.limits import ModelLimits
+from luthier.errors import CorruptFile
 from luthier.models import save as model_files
 from luthier.models.lora_batch import LoraBatchLayer
 from luthier.models.manifest import MANIFEST
@@ -132,28 +131,6 @@ def test_adapters_answer_together_as_each_does_alone(pool: ModelPool, base: str)
 
 
 @pytest.mark.slow
-def test_a_pinned_adapter_keeps_its_base_and_counts_it_once(base: str) -> None:
-    sizes = ModelPool(1 << 30, cache=1 << 28)
-    for name in NAMES[:2]:
-        sizes.load(name)
-    room = {each.id: each.bytes for each in sizes.loaded_models()}
-    assert [each.base for each in sizes.loaded_models()] == [base, base, None]
-    sizes.close()
-    limits = ModelLimits(account_share=1)
-    most = 2 * (room[base] + room[NAMES[0]] + room[NAMES[1]])
-    pool = ModelPool(most, cache=1 << 28, limits=limits)
-    pool.pin(NAMES[0], "anna")
-    pool.pin(NAMES[1], "bob")
-    with pytest.raises(QuotaExceeded):
-        pool.pin(NAMES[2], "bob")
-    text_of(pool, NAMES[-1])  # has a network of its own
-    with pytest.raises(WrongState):
-        pool.unload(base)
-    assert {each.id for each in pool.loaded_models()} >= {base, *NAMES[:2]}
-    assert next(each.requests for each in pool.loaded_models() if each.id == base) == 0
-    pool.close()
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("freezing")
 def test_no_garbage_is_collected_while_an_adapter_is_loaded(
@@ -280,13 +257,13 @@ def test_a_deleted_adapter_ends_its_answers_and_others_go_on(pool: ModelPool, ba
     alone = text_of(pool, NAMES[1], max_tokens=60)
     streams = {name: pool.submit(name, asked(max_tokens=60)) for name in (*NAMES[:2], base)}
     next(streams[NAMES[0]])
-    pool.forget(NAMES[0])
+    pool.unload(NAMES[0])
     assert NAMES[0] not in pool.loaded_ids()
     assert streams[NAMES[1]].whole()[0].text == alone
     assert streams[NAMES[0]].whole()[0].tokens == 60
     assert streams[base].whole()[0].tokens == 60
     assert [entry.uses for entry in pool._entries.values()] == [0, 1]  # by the other adapter
-    pool.forget(base)
+    pool.unload(base)
     assert pool.loaded_ids() == []
     assert text_of(pool, NAMES[1], max_tokens=60) == alone
 
@@ -338,7 +315,7 @@ def test_adapters_are_loaded_and_dropped_while_others_stream(pool: ModelPool) ->
         for _ in range(3):
             for name in SHARING[1:]:
                 text_of(pool, name, max_tokens=2)
-                pool.forget(name)
+                pool.unload(name)
         done.set()
 
     with ThreadPoolExecutor(1) as threads:
@@ -355,7 +332,7 @@ def test_a_file_that_is_not_the_stored_one_is_named(
     file = stored.folder / ADAPTER
     whole, expected = file.read_bytes(), text_of(pool, NAMES[0])
     other = text_of(pool, NAMES[1])
-    pool.forget(NAMES[0])
+    pool.unload(NAMES[0])
     record = stored.folder / MANIFEST
     written = record.read_text()
     try:
@@ -419,7 +396,7 @@ def test_adapters_that_are_gone_leave_nothing_with_their_base(pool: ModelPool, b
         adapter = pool._entries[name].model._backend._adapter
         layers = [weakref.ref(layer) for layer in adapter.layers.values()]
         del adapter
-        pool.forget(name)
+        pool.unload(name)
         until = time.monotonic() + 5
         while any(each() is not None for each in layers) and time.monotonic() < until:
             gc.collect()  # its last sequence is freed behind the last piece
@@ -445,7 +422,7 @@ def test_a_prompt_that_is_read_as_its_adapter_goes_is_not_remembered(
     stream = pool.submit(NAMES[0], asked("fox " * 70))
     assert reading.wait(20)
     stream.close()
-    pool.forget(NAMES[0])
+    pool.unload(NAMES[0])
     gone.set()
     text_of(pool, base)
     assert not [key for key in pool._prefixes._roots if key[0] is model]
@@ -477,7 +454,7 @@ def test_a_request_that_is_cancelled_as_its_adapter_goes_disturbs_nobody(
         leaving = pool.submit(NAMES[0], asked())
     assert reading.wait(20)
     leaving.close()
-    pool.forget(NAMES[0])
+    pool.unload(NAMES[0])
     gone.set()
     assert [each.whole()[0].text for each in others] == expected
 

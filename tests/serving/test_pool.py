@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from luthier.cancellation import cancelled_by
-from luthier.errors import QuotaExceeded, UnknownModel, WrongState
-from luthier.limits import MIB, ModelLimits
+from luthier.errors import UnknownModel
+from luthier.limits import ModelLimits
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import GenerationRequest, InferenceFailed, InferenceRefused, TooLong
 from luthier.serving.pool import RECENT, ModelPool
@@ -109,7 +109,7 @@ def test_a_model_that_is_loaded_ahead_answers_without_loading(
 ) -> None:
     pool.load(folders[0])
     (loaded,) = pool.loaded_models()
-    assert (loaded.id, loaded.base, loaded.requests, loaded.pinned) == (folders[0], None, 0, False)
+    assert (loaded.id, loaded.base, loaded.requests) == (folders[0], None, 0)
     assert loaded.bytes == pool.weight_bytes() and loaded.loaded <= loaded.last_used
     monkeypatch.setattr(Decoder, "open", None)
     busy = pool.submit(folders[0], GenerationRequest("x", max_tokens=900, logit_bias={1: -100.0}))
@@ -181,72 +181,6 @@ def test_a_model_that_nobody_asked_takes_no_place_of_one_in_use_or_asked_lately(
 
 
 @pytest.mark.slow
-def test_a_pinned_model_makes_room_for_nobody(folders: list[str]) -> None:
-    size = int(2.5 * sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors")))
-    limits = ModelLimits(account_share=1)
-    pool = ModelPool(int(2.5 * size), cache=1 << 28, limits=limits)
-    pool.pin(folders[0], "anna")
-    pool.pin(folders[0], "anna")
-    for folder in (folders[1], folders[2], folders[1]):
-        assert pool.submit(folder, REQUEST).whole()[0].tokens == 4
-    assert [(each.id, each.pinned) for each in pool.loaded_models()] == [
-        (folders[0], True),
-        (folders[1], False),
-    ]
-    with pytest.raises(WrongState, match="Unpin"):
-        pool.unload(folders[0])
-    needed, left = (
-        pool._entries[folders[0]].bytes,
-        pool.budget // 2 - pool._entries[folders[0]].bytes,
-    )
-    figures = rf"takes {needed / MIB:.1f} MiB, and {left / MIB:.1f} MiB may still be pinned"
-    with pytest.raises(QuotaExceeded, match=figures):
-        pool.pin(folders[1], "bob")
-    pool.unpin(folders[0])
-    pool.submit(folders[2], REQUEST).whole()
-    assert pool.loaded_ids() == [folders[1], folders[2]]
-    pool.pin(folders[1], "bob")
-    pool.forget(folders[1])
-    pool.pin(folders[2], "bob")
-    pool.close()
-
-
-def test_one_account_has_a_part_of_what_may_be_pinned(folders: list[str]) -> None:
-    size = int(2.5 * sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors")))
-    limits = ModelLimits(pinned_share=0.75, account_share=0.5)
-    pool = ModelPool(4 * size, cache=1 << 28, limits=limits)
-    pool.pin(folders[0], "anna")
-    with pytest.raises(QuotaExceeded):
-        pool.pin(folders[1], "anna")
-    pool.pin(folders[1], "bob")
-    pool.close()
-
-
-def test_a_model_larger_than_what_is_not_pinned_is_refused_with_the_figures(
-    folders: list[str],
-) -> None:
-    size = int(2.5 * sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors")))
-    limits = ModelLimits(pinned_share=1, account_share=1)
-    pool = ModelPool(int(1.5 * size), cache=1 << 28, limits=limits)
-    pool.pin(folders[0], "anna")
-    with pytest.raises(InferenceFailed, match="MiB are not pinned to others") as refused:
-        pool.submit(folders[1], REQUEST)
-    assert refused.value.code == "ModelNotReady"
-    pool.close()
-
-
-def test_what_cannot_be_loaded_is_not_pinned(pool: ModelPool, folders: list[str]) -> None:
-    weights = Path(folders[0]) / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InferenceFailed, match="cannot be loaded"):
-        pool.pin(folders[0], "anna")
-    weights.write_bytes(whole)
-    assert not pool._pins
-    with pytest.raises(UnknownModel):
-        pool.pin("nothing-like-it", "anna")
-
-
 def test_what_does_not_fit_into_the_memory_that_is_free_now_is_refused_before_it_is_loaded(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -527,8 +461,8 @@ def test_a_model_that_is_deleted_is_let_go_of(pool: ModelPool, folders: list[str
     stream = pool.submit(folders[0], REQUEST)
     model = pool._entries[folders[0]].model
     assert model is not None
-    pool.forget(folders[0])
-    pool.forget("never loaded")
+    pool.unload(folders[0])
+    pool.unload("never loaded")
     assert pool.loaded_ids() == []
     assert stream.whole()[0].tokens == 4
     assert not model._thread.is_alive()

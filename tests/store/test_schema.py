@@ -110,7 +110,7 @@ def test_users_with_policies_get_a_role(
     ("change", "lacking"),
     [
         ("DROP TABLE batch_lines", "the table batch_lines"),
-        ("ALTER TABLE custom_models DROP COLUMN pinned", "custom_models.pinned"),
+        ("ALTER TABLE custom_models DROP COLUMN failure", "custom_models.failure"),
     ],
 )
 def test_a_database_that_lacks_what_no_migration_adds_is_refused(change: str, lacking: str) -> None:

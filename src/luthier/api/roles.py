@@ -81,7 +81,7 @@ _OPERATIONS = {
         ),
         "luthier": (
             "CreateJob PauseJob ResumeJob StopJob InspectData EstimateJob CreateExport StopExport "
-            "DeleteModel LoadModel UnloadModel PinModel UnpinModel openai.files.create "
+            "DeleteModel LoadModel UnloadModel openai.files.create "
             "openai.files.delete openai.fine_tuning.jobs.create openai.fine_tuning.jobs.cancel "
             "openai.fine_tuning.jobs.pause openai.fine_tuning.jobs.resume "
             "openai.fine_tuning.alpha.graders.run openai.fine_tuning.alpha.graders.validate "

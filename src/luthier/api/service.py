@@ -6,7 +6,6 @@ import logging
 import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -104,7 +103,6 @@ class Service:
             self.database, settings.s3_endpoint, settings.file_roots, quotas=limits
         )
         self.activation = Activation(self.database, partial(check_and_load, self.pool))
-        self._pinning = ThreadPoolExecutor(1, "pinning")
         capacity = Capacity()
         self.scheduler = Scheduler(
             self.database,
@@ -141,7 +139,6 @@ class Service:
         # And what is too young now to be told from the files of requests that are not done.
         self._later.start()
         self.activation.resume()
-        self._pin_models()
         self.openai.start()
         self.memory.start()
         if work:
@@ -156,7 +153,6 @@ class Service:
         self.scheduler.stop(give_back)
         self.openai.close()
         self.activation.close()
-        self._pinning.shutdown(cancel_futures=True)
         self.meter.close()
         self.pool.close()
         self.memory.close()
@@ -170,24 +166,6 @@ class Service:
         except SQLAlchemyError:
             return "the database cannot be reached"
         return None
-
-    def _pin_models(self) -> None:
-        """Load the models that were pinned, one after the other, while requests are answered."""
-        query = select(CustomModel).where(CustomModel.pinned).order_by(CustomModel.seq)
-        with self.database.read() as session:
-            pinned = [*session.scalars(query)]
-        for model in pinned:
-            self._pinning.submit(self._pin, model)
-
-    def _pin(self, model: CustomModel) -> None:
-        try:
-            with self.database.read() as session:  # it may have been unpinned or deleted meanwhile
-                found = session.get(CustomModel, model.seq)
-            if found is not None and found.pinned:
-                self.pool.pin(found.stored_id or "", found.account)
-        except Exception as error:
-            # It stays pinned in the database: another start may have the room.
-            _log.warning("%s is not pinned: %s", model.stored_id, error)
 
     def _sweep(self) -> None:
         try:
@@ -249,7 +227,7 @@ class Service:
         """Delete a custom model that nobody answers with; it leaves the memory, too."""
         removal.delete(self.database, self.arns, model)
         if model.stored_id is not None:
-            self.pool.forget(model.stored_id)
+            self.pool.unload(model.stored_id)
 
     def _quotas(self, account: str) -> AccountQuotas:
         """What the account may have; the server's defaults where it has no quota of its own."""

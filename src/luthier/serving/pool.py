@@ -8,7 +8,7 @@ import secrets
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.cancellation import cancellable
 from luthier.engine.machine import available_memory, release_workers
-from luthier.errors import LuthierError, QuotaExceeded, UnknownModel, WrongState
+from luthier.errors import LuthierError, UnknownModel
 from luthier.files import waits_for_disk, without_home
-from luthier.limits import MIB, ModelLimits
+from luthier.limits import ModelLimits
 from luthier.models.speculation import Speculation
 from luthier.serving.batcher import Work
 from luthier.serving.inference import (
@@ -92,18 +92,8 @@ class LoadedModel:
     """When it was loaded or asked last, or ended an answer."""
     requests: int
     """Those that it answers now."""
-    pinned: bool
     speculation: Speculation | None = None
     """What was guessed for its answers that have ended; ``None`` of one that only reads."""
-
-
-@dataclass(frozen=True)
-class _Pin:
-    """Keeps a model, and the one that it stands on, in memory."""
-
-    client: str
-    sizes: dict[str, int]
-    """Bytes of both, by their ids."""
 
 
 class ModelPool:
@@ -134,7 +124,6 @@ class ModelPool:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._leaving: list[_Entry] = []
         """What has no place any more, and answers still: its memory counts until it is closed."""
-        self._pins: dict[str, _Pin] = {}
         self._lock = threading.Lock()
         # While transformers builds a network it changes what holds for the whole process, such as the
         # type of new tensors: a second one beside it would lack weights, or have others.
@@ -277,75 +266,8 @@ class ModelPool:
             pass
 
     def unload(self, model_id: str) -> None:
-        """Let go of a model, and of adapters on it, as soon as their last answers have ended.
-
-        Raises:
-            WrongState: where it is pinned, or one of them.
-        """
+        """Let go of a model, and of adapters on it, as soon as their last answers have ended."""
         with self._lock:
-            if any(model_id in pin.sizes for pin in self._pins.values()):
-                raise WrongState("The model is pinned, or an adapter on it is. Unpin that first.")
-            gone = self._take_out(model_id)
-        for entry in gone:
-            self._release(entry)
-
-    def pin(self, model_id: str, client: str) -> None:
-        """Load a model and keep it, whoever needs room, until it is unpinned or deleted.
-
-        Of the memory for weights ``pinned_share`` may be pinned, and ``account_share`` of that by one
-        client. The base of an adapter counts once.
-
-        Raises:
-            QuotaExceeded: with the figures, where it would be more; nothing was loaded.
-            UnknownModel, InferenceFailed: as :meth:`load`; it is not pinned then.
-        """
-        from luthier.store import models as store
-
-        stored = store.find(model_id)
-        shares = store.shares_base(stored)
-        sizes = {model_id: _weights(stored, shares)}
-        if shares:
-            assert stored.parent is not None
-            sizes[stored.parent.id] = _weights(stored.parent, False)
-        pin = _Pin(client, sizes)
-        with self._lock:
-            is_new = model_id not in self._pins
-            if is_new:
-                self._check_pin(pin)
-                self._pins[model_id] = pin
-        try:
-            self.load(model_id)  # also where another request has pinned it, and is loading it still
-        except BaseException:
-            if is_new:
-                self.unpin(model_id)
-            raise
-
-    def unpin(self, model_id: str) -> None:
-        """Let a model go again when others need the room."""
-        with self._lock:
-            self._pins.pop(model_id, None)
-
-    def _check_pin(self, pin: _Pin) -> None:
-        """Refuse a pin that leaves others too little. Called with the lock."""
-        own = [each for each in self._pins.values() if each.client == pin.client]
-        most = int(self.limits.pinned_share * self.budget)
-        for pins, limit in (
-            (own, self.limits.share_of(most)),
-            ([*self._pins.values()], most),
-        ):
-            left = limit - _pinned_bytes(pins)
-            needed = _pinned_bytes([*pins, pin]) - _pinned_bytes(pins)
-            if needed > left:
-                free, total = max(left, 0) / MIB, self.budget / MIB
-                raise QuotaExceeded(
-                    f"To pin this model takes {needed / MIB:,.1f} MiB, and {free:,.1f} MiB may still "
-                    f"be pinned of {total:,.1f} MiB for models, as others need the rest. Unpin one."
-                )
-
-    def forget(self, model_id: str) -> None:
-        """Let go of a model that was deleted, as soon as nothing is asked of it or of its adapters."""
-        with self._lock:
-            self._pins.pop(model_id, None)
             gone = self._take_out(model_id)
         for entry in gone:
             self._release(entry)
@@ -359,12 +281,6 @@ class ModelPool:
             entry.uses += 1
         self._leaving += gone
         return gone
-
-    def keep_pins(self, model_ids: Container[str]) -> None:
-        """Unpin all models but these: another server may have unpinned or deleted some."""
-        with self._lock:
-            for model_id in [each for each in self._pins if each not in model_ids]:
-                del self._pins[model_id]
 
     def close(self) -> None:
         """End all work and let go of everything."""
@@ -387,7 +303,6 @@ class ModelPool:
                     loaded=entry.loaded,
                     last_used=entry.last_used,
                     requests=max(0, entry.uses - adapters[entry.id]),
-                    pinned=entry.id in self._pins,
                     speculation=decoder.speculation if decoder else None,
                 )
                 for entry in self._entries.values()
@@ -478,11 +393,6 @@ class ModelPool:
             if size > self.budget:
                 text = f"{size >> 20} MiB of memory, and {self.budget >> 20} MiB are there."
                 raise InferenceFailed("ModelNotReady", f"The model needs {text}")
-            pinned = _pinned_bytes(pin for pin in self._pins.values() if model_id not in pin.sizes)
-            if size > self.budget - pinned:
-                left = max(self.budget - pinned, 0) >> 20
-                text = f"{size >> 20} MiB of memory, and {left} MiB are not pinned to others."
-                raise InferenceFailed("ModelNotReady", f"The model needs {text}")
             # What is being loaded is not taken yet, and jobs may have taken what was free at the start.
             loading = sum(each.bytes for each in self._entries.values() if not each.ready.is_set())
             free = available_memory() - loading
@@ -490,7 +400,7 @@ class ModelPool:
             evicted: list[_Entry] = []
             for other in self._entries.values():
                 adapters = sum(each.base is other for each in evicted)
-                stays = other.id in self._pins or (unasked and other.last_used > recent)
+                stays = unasked and other.last_used > recent
                 if excess > 0 and other.uses == adapters and not stays:
                     evicted.append(other)
                     excess -= other.bytes
@@ -502,7 +412,7 @@ class ModelPool:
                 raise InferenceFailed(
                     "ModelNotReady",
                     f"The model needs {size >> 20} MiB of memory, {excess >> 20} MiB more than is left "
-                    "beside models at work, pinned or asked lately. Try again soon.",
+                    "beside models at work or asked lately. Try again soon.",
                 )
             for other in evicted:
                 del self._entries[other.id]
@@ -631,14 +541,6 @@ def _serial(entry: _Entry, lack: str = "gives no labels, and makes no images") -
     if not isinstance(entry.model, SerialModel):
         raise InferenceRefused(f"This model writes text: it {lack}.", "model")
     return entry.model
-
-
-def _pinned_bytes(pins: Iterable[_Pin]) -> int:
-    """What they hold together, each model once."""
-    sizes: dict[str, int] = {}
-    for pin in pins:
-        sizes |= pin.sizes
-    return sum(sizes.values())
 
 
 def _weights(stored: StoredModel, shares_base: bool) -> int:

@@ -53,9 +53,7 @@ class CustomModel(Base):
     administrator imported the model; ``kind``, ``causal_lm`` or ``encoder``, which models made from
     the model have, too."""
     stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    """Of its own files, once they are there; none of a model of an earlier version until a start."""
-    pinned: Mapped[bool] = mapped_column(default=False)
-    """Whether servers keep it in memory; each loads it when it starts."""
+    """Of its own files, once they are there."""
     created: Mapped[datetime]
 
     def arn(self, arns: Arns) -> str:

@@ -86,9 +86,6 @@ def store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def service() -> Iterator[Service]:
     made = Service(Settings(work=False, limits=ServerLimits(account_share=1)))
-    with made.database.write() as session:
-        for model in session.scalars(select(CustomModel)):
-            model.pinned = False
     made.start(work=False)
     yield made
     made.close()
@@ -123,90 +120,32 @@ def actions(service: Service) -> list[str]:
         return [each.action for each in found if each.action.endswith("Model")]
 
 
-def test_a_model_is_loaded_pinned_and_let_go_of(service: Service, call: Callable[..., Any]) -> None:
+def test_a_model_is_loaded_and_unloaded(service: Service, call: Callable[..., Any]) -> None:
     assert call("GET", "loaded-models") == {"models": []}
     made = call("POST", "models/support/load")
-    assert (made["loaded"], made["pinned"], made["base"], made["requests"]) == (
-        True,
-        False,
-        BASE,
-        0,
-    )
+    assert (made["loaded"], made["base"], made["requests"]) == (True, BASE, 0)
     assert made["memory_bytes"] > 0 and made["loaded_at"] <= made["last_used"]
-    pinned = call("POST", "models/sales/pin")
-    assert (pinned["loaded"], pinned["pinned"]) == (True, True)
     listed = call("GET", "loaded-models")["models"]
-    assert [(each["name"], each["pinned"]) for each in listed] == [
-        ("support", False),
-        ("sales", True),
-    ]
-    status, refused = call("POST", "models/sales/unload")
-    assert (status, refused["code"]) == (409, "Conflict") and "Unpin" in refused["message"]
+    assert [each["name"] for each in listed] == ["support"]
     assert call("POST", "models/support/unload")["loaded"] is False
-    assert call("POST", "models/sales/unpin")["pinned"] is False
-    assert call("POST", "models/sales/unload")["loaded"] is False
-    assert actions(service) == [
-        "luthier:LoadModel",
-        "luthier:PinModel",
-        "luthier:UnloadModel",
-        "luthier:UnpinModel",
-        "luthier:UnloadModel",
-    ]
+    assert actions(service) == ["luthier:LoadModel", "luthier:UnloadModel"]
 
 
 def test_an_account_touches_and_sees_its_own_models_alone(
     service: Service, call: Callable[..., Any]
 ) -> None:
-    with service.database.write() as session:
+    with service.database.read() as session:
         theirs = session.scalars(select(CustomModel).filter_by(account=OTHER)).one()
-        theirs.pinned = True
     assert theirs.stored_id is not None
-    service.pool.pin(theirs.stored_id, OTHER)
+    service.pool.load(theirs.stored_id)
     assert call("GET", "loaded-models") == {"models": []}
     for name in ("theirs", theirs.id, theirs.arn(Arns()), "nothing"):
-        for action in ("load", "unload", "pin", "unpin"):
+        for action in ("load", "unload"):
             quoted = urllib.request.quote(name, safe="")  # type: ignore[attr-defined]
             status, refused = call("POST", f"models/{quoted}/{action}")
             assert (status, refused["code"]) == (404, "ResourceNotFound")
-    status, refused = call("POST", f"models/{FOUNDATION}/pin")
+    status, refused = call("POST", f"models/{FOUNDATION}/load")
     assert status == 400 and "all accounts share" in refused["message"]
-    (loaded,) = [each for each in service.pool.loaded_models() if each.base]
-    assert loaded.pinned
-
-
-def test_a_pin_that_another_server_took_back_holds_no_longer(
-    service: Service, call: Callable[..., Any]
-) -> None:
-    call("POST", "models/sales/pin")
-    with service.database.write() as session:
-        model = session.scalars(select(CustomModel).filter_by(name="sales")).one()
-        model.pinned = False
-    listed = call("GET", "loaded-models")["models"]
-    assert [(each["name"], each["pinned"]) for each in listed] == [("sales", False)]
-    assert call("POST", "models/sales/unload")["loaded"] is False
-
-
-def test_a_pin_without_room_is_refused_with_the_figures(
-    service: Service, call: Callable[..., Any]
-) -> None:
-    service.pool.budget = 1 << 10
-    status, refused = call("POST", "models/support/pin")
-    assert (status, refused["code"]) == (400, "ServiceQuotaExceeded")
-    assert "MiB may still be pinned" in refused["message"]
-    assert call("GET", "loaded-models") == {"models": []}
-
-
-def test_a_server_that_starts_loads_what_was_pinned(call: Callable[..., Any]) -> None:
-    call("POST", "models/support/pin")
-    again = Service(Settings(work=False, limits=ServerLimits(account_share=1)))
-    again.start(work=False)
-    try:
-        end = time.monotonic() + 30
-        while not any(each.pinned for each in again.pool.loaded_models()):
-            assert time.monotonic() < end
-            time.sleep(0.05)
-    finally:
-        again.close()
 
 
 def test_a_deployment_that_is_active_has_its_model_in_memory(
@@ -233,7 +172,7 @@ def test_a_deployment_that_is_active_has_its_model_in_memory(
     assert deploy("warm")["status"] == "Active"
     assert [each.base is not None for each in service.pool.loaded_models()] == [True, False]
     for each in service.pool.loaded_ids():
-        service.pool.forget(each)
+        service.pool.unload(each)
     service.pool.budget = 1 << 10  # now there is no room
     cold = deploy("cold")
     assert cold["status"] == "Active" and "failureMessage" not in cold

@@ -1,8 +1,4 @@
-"""Models in the server's memory, on the native face: an account loads, unloads and pins its own.
-
-Foundation models belong to all accounts, and no account says how long they stay: an adapter that is
-pinned keeps the one that it stands on.
-"""
+"""Models in the server's memory, in the native API: an account lists, loads and unloads its own."""
 
 from __future__ import annotations
 
@@ -24,8 +20,6 @@ class LoadedModelView(View):
     name: str
     arn: str
     loaded: bool
-    pinned: bool
-    """Whether it stays, whoever needs room; servers that start load it again."""
     base: str | None = None
     """ARN of the model whose network it shares there, as an adapter."""
     memory_bytes: int | None = None
@@ -43,8 +37,7 @@ class LoadedModelView(View):
 
 
 class LoadedModelsView(View):
-    """The account's models in memory, the longest unused first; then those that are pinned and not
-    there."""
+    """The account's models in memory, the longest unused first."""
 
     models: list[LoadedModelView]
 
@@ -55,7 +48,7 @@ def operations(context: Context, pool: ModelPool) -> list[NativeOperation]:
     return [
         NativeOperation(
             "listLoadedModels", "GET", "/api/v1/loaded-models", models.list_models,
-            "The account's models in the memory of this server, and those that are pinned.",
+            "The account's models in the memory of this server.",
             LoadedModelsView,
         ),
         NativeOperation(
@@ -64,16 +57,8 @@ def operations(context: Context, pool: ModelPool) -> list[NativeOperation]:
         ),
         NativeOperation(
             "unloadModel", "POST", f"{one}/unload", models.unload,
-            "Let a custom model go once its last answer has ended; a pinned one is a conflict.",
+            "Let a custom model go once its last answer has ended.",
             LoadedModelView,
-        ),
-        NativeOperation(
-            "pinModel", "POST", f"{one}/pin", models.pin,
-            "Load a custom model and keep it, whoever needs room.", LoadedModelView, long=True,
-        ),
-        NativeOperation(
-            "unpinModel", "POST", f"{one}/unpin", models.unpin,
-            "Let a pinned model go again when others need the room.", LoadedModelView,
         ),
     ]  # fmt: skip
 
@@ -84,11 +69,10 @@ class _LoadedModels:
 
     def list_models(self, request: Request) -> LoadedModelsView:
         self.context.record(request, "ListLoadedModels", "*")
-        self._refresh_pins()
         loaded = {each.id: each for each in self.pool.loaded_models()}
         own = select(CustomModel).where(
             CustomModel.account == request.account,
-            CustomModel.pinned | CustomModel.stored_id.in_([*loaded]),
+            CustomModel.stored_id.in_([*loaded]),
         )
         with self.context.database.read() as session:
             found = list(session.scalars(own.order_by(CustomModel.seq)))
@@ -109,31 +93,6 @@ class _LoadedModels:
         self.pool.unload(stored_id)
         return self._current_view(model, stored_id)
 
-    def pin(self, request: Request) -> LoadedModelView:
-        model, stored_id = self._model(request, "PinModel")
-        self._refresh_pins()
-        # Before it is pinned here: else another request's look at the rows would unpin it.
-        pinned = self._write_pinned(model, True)
-        try:
-            with inference_faults():
-                self.pool.pin(stored_id, request.account)
-        except BaseException:
-            if not model.pinned:
-                self._write_pinned(model, False)
-            raise
-        return self._current_view(pinned, stored_id)
-
-    def unpin(self, request: Request) -> LoadedModelView:
-        model, stored_id = self._model(request, "UnpinModel")
-        self.pool.unpin(stored_id)
-        return self._current_view(self._write_pinned(model, False), stored_id)
-
-    def _refresh_pins(self) -> None:
-        """Forget pins of models that another server has unpinned or deleted."""
-        with self.context.database.read() as session:
-            pinned = session.scalars(select(CustomModel.stored_id).where(CustomModel.pinned))
-            self.pool.keep_pins({each for each in pinned if each is not None})
-
     def _model(self, request: Request, action: str) -> tuple[CustomModel, str]:
         """Return the account's model and its id in the store."""
         name = request.params["model"]
@@ -142,8 +101,7 @@ class _LoadedModels:
             self.context.record_base(action, base)
             raise Fault(
                 "Validation",
-                f"{name} is a foundation model, which all accounts share. Name a custom model; while "
-                "it is pinned its base stays in memory, too.",
+                f"{name} is a foundation model, which all accounts share. Name a custom model.",
                 parameter="model",
             )
         with self.context.database.read() as session:
@@ -151,17 +109,6 @@ class _LoadedModels:
         if model.stored_id is None:
             raise not_found("model", name)
         return model, model.stored_id
-
-    def _write_pinned(self, model: CustomModel, pinned: bool) -> CustomModel:
-        """Note it for servers that start; as the row is now."""
-        with self.context.database.write() as session:
-            found = session.get(CustomModel, model.seq, with_for_update=True)
-            if found is not None:
-                found.pinned = pinned
-        if found is None:  # deleted meanwhile, by another server perhaps
-            self.pool.forget(model.stored_id or "")
-            raise not_found("model", model.name)
-        return found
 
     def _current_view(self, model: CustomModel, stored_id: str) -> LoadedModelView:
         loaded = {each.id: each for each in self.pool.loaded_models()}
@@ -171,15 +118,12 @@ class _LoadedModels:
         arn = model.arn(self.context.arns)
         guessed = None if loaded is None else loaded.speculation
         if loaded is None:
-            return LoadedModelView(
-                id=model.id, name=model.name, arn=arn, loaded=False, pinned=model.pinned
-            )
+            return LoadedModelView(id=model.id, name=model.name, arn=arn, loaded=False)
         return LoadedModelView(
             id=model.id,
             name=model.name,
             arn=arn,
             loaded=True,
-            pinned=loaded.pinned,
             base=None if loaded.base is None else model.base_model,
             memory_bytes=loaded.bytes,
             loaded_at=loaded.loaded,

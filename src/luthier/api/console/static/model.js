@@ -132,14 +132,8 @@ function memoryControls(model, path, loaded, signal) {
       !state?.loaded && may("develop")
         ? h("button", { type: "button", onclick: act("load", "It is being loaded…") }, "Load")
         : null,
-      state?.loaded && !state.pinned && may("develop")
+      state?.loaded && may("develop")
         ? h("button", { type: "button", onclick: act("unload", "It is being unloaded…") }, "Unload")
-        : null,
-      state?.pinned && may("develop")
-        ? h("button", { type: "button", onclick: act("unpin", "It is being unpinned…") }, "Unpin")
-        : null,
-      !state?.pinned && may("develop")
-        ? h("button", { type: "button", onclick: act("pin", "It is being loaded and pinned…") }, "Pin")
         : null,
     );
   };
@@ -152,14 +146,11 @@ function memoryControls(model, path, loaded, signal) {
 
 function memoryText(state) {
   if (!state?.loaded) {
-    return state?.pinned
-      ? "Pinned, and not in memory yet."
-      : "Not in memory: the first answer waits until it is loaded.";
+    return "Not in memory: the first answer waits until it is loaded.";
   }
   const shared = state.base ? ", beside the base whose network it shares" : "";
-  const stays = state.pinned ? " It is pinned: it stays, whoever needs room." : " It goes when others need the room.";
   const busy = state.requests ? ` It answers ${state.requests} request${state.requests === 1 ? "" : "s"} now.` : "";
-  return `Loaded ${age(state.loaded_at)}, ${bytes(state.memory_bytes)}${shared}.${stays}${busy}`;
+  return `Loaded ${age(state.loaded_at)}, ${bytes(state.memory_bytes)}${shared}. It goes when others need the room.${busy}`;
 }
 
 function callingSection(model, storedId) {

@@ -208,7 +208,7 @@ export const MADE_FOR = {
 };
 
 function memoryOf(loaded) {
-  if (!loaded?.loaded) return loaded?.pinned ? "pinned, not loaded yet" : "no";
+  if (!loaded?.loaded) return "no";
   const answers = loaded.requests ? `, answers ${loaded.requests}` : "";
-  return `${bytes(loaded.memory_bytes)}${loaded.pinned ? ", pinned" : ""}${answers}`;
+  return `${bytes(loaded.memory_bytes)}${answers}`;
 }

@@ -49,6 +49,8 @@ def upgrade() -> None:
             "batches_in_flight", "evaluations_in_flight",
         ):  # fmt: skip
             batch.drop_column(column)
+    with op.batch_alter_table("custom_models") as batch:
+        batch.drop_column("pinned")
     op.drop_table("audit_head")
     with op.batch_alter_table("audit_log") as batch:
         for column in ("previous", "hash"):
