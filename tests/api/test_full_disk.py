@@ -98,26 +98,6 @@ def test_a_full_disk_is_told_and_nothing_is_lost(server: Served, disk: Disk) -> 
     assert found == []
 
 
-def test_a_read_only_disk_is_told(server: Served, disk: Disk) -> None:
-    s3 = server.client("s3", tries=1)
-    s3.create_bucket(Bucket="rows")
-    s3.put_object(Bucket="rows", Key="rows.jsonl", Body=ROWS)
-    disk.lock(True)
-    try:
-        answer = everything(server, 1)
-        assert s3.get_object(Bucket="rows", Key="rows.jsonl")["Body"].read() == ROWS
-    finally:
-        disk.lock(False)
-    assert answer["put"][0] == answer["file"][0] == 503 and "no writes" in answer["put"][1]
-    # A connection that was opened meanwhile is found out by its first use, and all are opened anew.
-    for number in range(2, 5):
-        answer = everything(server, number)
-        if {status for status, _ in answer.values()} <= {200, 201, 204}:
-            break
-    else:
-        raise AssertionError(answer)
-
-
 @pytest.mark.slow
 def test_a_run_of_an_eval_waits_for_room_and_grades_no_row_twice(
     server: Served, disk: Disk

@@ -36,11 +36,8 @@ from sqlalchemy import (
 from sqlalchemy import Row as RowOfColumns
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
-from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
 from luthier.errors import LuthierError, RefusedInput
@@ -233,7 +230,6 @@ def _engine(url: str) -> Engine:
         parsed, json_serializer=dump_storable, connect_args={"timeout": BUSY_SECONDS}
     )
     event.listen(engine, "connect", _prepare_sqlite)
-    _reopen_after_read_only(engine)
     return engine
 
 
@@ -293,36 +289,6 @@ def lock_by_name(session: Session, name: str) -> None:
     if session.get_bind().dialect.name == "postgresql":
         key = func.hashtextextended(name, 0)
         session.execute(select(func.pg_advisory_xact_lock(key)))
-
-
-def _reopen_after_read_only(engine: Engine) -> None:
-    """Close all connections once one turns out to be read-only, so that the next can write.
-
-    A file that was opened while its disk took no writes is never written by that connection, nor by
-    others of this process that are opened beside it: they share its view of the log (``-shm``). So none
-    of them may stay open, the idle ones of the pool included.
-    """
-
-    def close_all(context: ExceptionContext) -> None:
-        if "readonly database" in str(context.original_exception):
-            context.is_disconnect = True
-            # A statement that is not over would keep its connection open in SQLite after its end here.
-            execution = context.execution_context
-            if execution is not None and execution.cursor is not None:
-                execution.cursor.close()
-            engine.dispose()
-
-    def note_pool(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        record.info["pool"] = engine.pool
-
-    def close_returned(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        # It was in use when the others were closed, and its pool is no longer the engine's.
-        if connection is not None and record.info.get("pool") is not engine.pool:
-            record.invalidate()
-
-    event.listen(engine, "handle_error", close_all)
-    event.listen(engine, "connect", note_pool)
-    event.listen(engine, "checkin", close_returned)
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:
