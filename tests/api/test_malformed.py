@@ -73,7 +73,7 @@ def started(
         add_base(home, "tiny", "causal_lm", tiny_model_folder)
         add_base(home, "encoder", "encoder", family_folder("bert"))
         # Refused requests of one address are slowed down, and here are hundreds of them.
-        service = Service(Settings(file_roots=(home / "files",)))
+        service = Service(Settings())
         assert service.issued is not None
         with served(service.application) as url:
             service.start(work=False)

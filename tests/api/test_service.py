@@ -123,7 +123,7 @@ def test_a_recipe_goes_in_whole_and_bad_ones_are_refused(server: Served, rows: s
         ({"settings": {"training": {"epochs": -1}}}, "epochs"),
         ({"base": "nobody.knows"}, "nobody.knows"),
         ({"training": ["s3://training/none.jsonl"]}, "none.jsonl"),
-        ({"training": ["file:///etc/passwd"]}, "folders"),
+        ({"training": ["file:///etc/passwd"]}, "s3://bucket/key"),
         ({"name": "second"}, "in use"),
     ]
     for change, word in wrong:

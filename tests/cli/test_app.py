@@ -51,7 +51,7 @@ def test_values_are_shown_by_their_types_and_bounds_behind_the_help() -> None:
     assert re.search(r"--trials <int> .*x>=1\]", text, re.DOTALL)
     assert "--space <str> " in text and "--long-rows <error|drop|truncate>" in text
     text = Answer("serve", "--help").good().out
-    assert "--file-root <path> " in text and " range>" not in text and "list[" not in text
+    assert "--tls-cert <path> " in text and " range>" not in text and "list[" not in text
 
 
 @pytest.mark.parametrize("command", [[], ["models"]])

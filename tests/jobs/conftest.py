@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from forked_commands import forker
+from stored_objects import put_objects
 
 from luthier.files import write_json
 from luthier.jobs.admission import Capacity
@@ -76,6 +77,12 @@ class Queue:
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return f"file://{path}"
+
+    def stored(self, key: str, rows: list[Any]) -> str:
+        """Address of rows in the built-in object store."""
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+        put_objects(self.database, ACCOUNT, {key: text.encode()})
+        return f"s3://rows/{key}"
 
     def submission(self, name: str = "one", **changes: Any) -> Submission:
         """What a face understood."""

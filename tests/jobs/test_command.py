@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,32 +20,31 @@ from luthier.limits import AccountQuotas
 from luthier.store.arns import Arns
 from luthier.store.database import now
 from luthier.store.locations import Locations
+from luthier.store.objects import StoredObject
 
 pytest.importorskip("luthier.store.locations")
 COMMAND = "import typer; from luthier.cli.worker import worker; typer.run(worker)"
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_the_command_does_a_job(queue: Any, tmp_path: Path) -> None:
-    output = tmp_path / "data" / "out"
-    output.mkdir(parents=True)
-    inside = queue.submit("inside", output=f"file://{output}", steps=2)
-    outside = tmp_path / "outside.jsonl"
-    outside.write_bytes((tmp_path / "data" / "rows.jsonl").read_bytes())
-    refused = queue.submit("outside", training=[f"file://{outside}"], steps=2)
+def test_the_command_does_a_job(queue: Any) -> None:
+    training = [queue.stored("rows.jsonl", queue.pairs())]
+    inside = queue.submit("inside", training=training, output="s3://rows/out/", steps=2)
+    refused = queue.submit("outside", training=["s3://none/rows.jsonl"], steps=2)
     scheduler = Scheduler(
         queue.database,
         Capacity(memory=10**12, cores=2),
         command=[sys.executable, "-c", COMMAND],
-        options=["--file-root", str(tmp_path / "data")],
     )
     scheduler.start()
     queue.schedulers.append(scheduler)
     job = queue.ended(inside)
     assert job.state == "Completed", job.failure
-    assert list(output.glob("model-customization-job-*/training_artifacts/*.csv"))
+    with queue.database.read() as session:
+        keys = [each.key for each in session.query(StoredObject)]
+    assert any(key.startswith("out/") and key.endswith(".csv") for key in keys)
     job = queue.until(refused, lambda job: job.state == "Failed")
-    assert "folders" in job.failure and "outside" not in job.failure
+    assert "no bucket none" in job.failure
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from stored_objects import put_objects
 
 from luthier.jobs import import_worker
 from luthier.jobs.import_worker import ImportWorker
@@ -48,11 +49,16 @@ class _Asked(Exception):
 
 def begun(database: Database, folder: Path) -> tuple[ImportWorker, ModelImport]:
     """A worker that is to take the model in ``folder``."""
+    put_objects(
+        database,
+        "000000000000",
+        {f"model/{path.name}": path.read_bytes() for path in folder.iterdir()},
+    )
     with database.write() as session:
-        submit_import(session, "000000000000", "model", folder.as_uri(), {})
+        submit_import(session, "000000000000", "model", "s3://rows/model/", {})
         found = queue.claim(session, ModelImport, this_process(), 10**15)
     assert found is not None
-    locations = Locations(database, file_roots=[folder])
+    locations = Locations(database)
     lease = str(found.lease)
     return ImportWorker(database, locations, found.id, lease), found
 

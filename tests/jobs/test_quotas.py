@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_objects import put_objects
 
 from luthier.jobs.import_worker import ImportWorker
 from luthier.jobs.processes import this_process
@@ -73,14 +74,17 @@ def test_an_import_without_room_fails_before_it_is_copied(
 ) -> None:
     with database.write() as session:
         create_account(session, ACCOUNT)
+    files = {f"model/{each.name}": each.read_bytes() for each in tiny_model_folder.iterdir()}
+    put_objects(database, ACCOUNT, files)
+    there = stored(database)
     models = []
     for name, room in (("small", 1000), ("whole", 1 << 30)):
-        quota(database, stored_bytes=room)
+        quota(database, stored_bytes=there + room)
         with database.write() as session:
-            submit_import(session, ACCOUNT, name, tiny_model_folder.as_uri(), {})
+            submit_import(session, ACCOUNT, name, "s3://rows/model/", {})
             found = leased_work.claim(session, ModelImport, this_process(), 10**15)
         assert found is not None
-        places = Locations(database, file_roots=[tiny_model_folder])
+        places = Locations(database)
         ImportWorker(database, places, found.id, str(found.lease)).work(found)
         with database.read() as session:
             models.append(session.query(CustomModel).filter_by(name=name).one())
@@ -90,4 +94,4 @@ def test_an_import_without_room_fails_before_it_is_copied(
     assert failed.status == "Failed" and "quota stored_bytes" in str(failed.failure)
     assert whole.status == "Active"
     weights = (tiny_model_folder / "model.safetensors").stat().st_size
-    assert stored(database) == whole.stored_bytes > weights
+    assert stored(database) - there == whole.stored_bytes > weights

@@ -29,7 +29,6 @@ def scheduler(queue: Any, cluster: Cluster) -> Scheduler:
     """A server's, whose training runs on the cluster by the command of a real server."""
     made = Scheduler(
         queue.database,
-        options=["--file-root", str(queue.folder)],
         environment={"OMP_NUM_THREADS": "1"},
         runner=RayRunner(cluster.address),
     )
@@ -39,7 +38,7 @@ def scheduler(queue: Any, cluster: Cluster) -> Scheduler:
 
 
 def submit_rows(queue: Any, name: str, steps: int) -> str:
-    address = queue.file(f"{ACCOUNT}/rows.jsonl", queue.pairs())
+    address = queue.stored("rows.jsonl", queue.pairs())
     return str(queue.submit(name, training=[address], steps=steps))
 
 

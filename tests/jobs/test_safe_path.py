@@ -43,12 +43,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_workers_inspections_and_estimates_import_nothing_from_there(
     queue: Any, folder: Path, tmp_path: Path, tiny_base: str
 ) -> None:
-    job_id = queue.submit(steps=2)
-    rows = str(queue.folder / "rows.jsonl")
+    job_id = queue.submit(steps=2, training=[queue.stored("rows.jsonl", queue.pairs())])
+    rows = queue.file("rows.jsonl", queue.pairs()).removeprefix("file://")
     scheduler = Scheduler(
         queue.database,
         Capacity(memory=10**12, cores=2),
-        options=["--file-root", str(queue.folder)],
     )
     queue.schedulers.append(scheduler)
     scheduler.start()

@@ -75,6 +75,5 @@ def _check_text(shape: Shape, value: Any, where: str) -> None:
     assert limits.get("min", 0) <= len(value) <= limits.get("max", len(value)), f"{where}: {value}"
     if limits.get("enum"):
         assert value in limits["enum"], f"{where}: {value}"
-    local = shape.name == "S3Uri" and value.startswith("file:///")
-    if "pattern" in limits and not local:
+    if "pattern" in limits:
         assert re.fullmatch(limits["pattern"], value), f"{where}: {value}"

@@ -51,14 +51,14 @@ class ByAccessKey:
 
 
 class Places:
-    """Stands for data locations: everything below ``s3://data/`` and ``file:///data/`` is there."""
+    """Stands for data locations: everything below ``s3://data/`` is there."""
 
     def __init__(self) -> None:
         self.checked: list[tuple[str, str]] = []
 
     def check(self, account: str, uri: str) -> None:
         self.checked.append((account, uri))
-        if not uri.startswith(("s3://data/", "file:///data/")):
+        if not uri.startswith("s3://data/"):
             raise RefusedInput(f"{uri} cannot be read.")
 
     def folder(self, account: str, uri: str) -> list[tuple[str, int]]:

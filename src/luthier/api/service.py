@@ -99,9 +99,7 @@ class Service:
             deterministic=settings.deterministic,
         )
         self.memory = FreedMemory()
-        self.locations = Locations(
-            self.database, settings.s3_endpoint, settings.file_roots, quotas=limits
-        )
+        self.locations = Locations(self.database, settings.s3_endpoint, quotas=limits)
         self.activation = Activation(self.database, partial(check_and_load, self.pool))
         capacity = Capacity()
         self.scheduler = Scheduler(
@@ -128,9 +126,16 @@ class Service:
             Console(),
         )
         if settings.cors_origins:
-            from luthier.api.http.cors import AllowedOrigins
+            from starlette.middleware.cors import CORSMiddleware
 
-            self.application = AllowedOrigins(self.application, settings.cors_origins)
+            self.application = CORSMiddleware(
+                self.application,
+                allow_origins=settings.cors_origins,
+                allow_methods=("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"),
+                # Clients send headers of their own (x-stainless-*), and S3's metadata have any name.
+                allow_headers=("*",),
+                expose_headers=("*",),
+            )
 
     def start(self, work: bool = True) -> None:
         """Go on with what an earlier server left; ``work`` on the queue, too."""
@@ -286,9 +291,6 @@ def _worker_options(settings: Settings, capacity: Capacity) -> list[str]:
     options = ["--region", settings.region, "--memory", str(capacity.memory)]
     if settings.s3_endpoint:
         options += ["--s3-endpoint", settings.s3_endpoint]
-    for root in settings.file_roots:
-        # A worker on another machine has another working directory.
-        options += ["--file-root", str(root.absolute())]
     for name in AccountQuotas.model_fields:
         value = getattr(settings.limits, name)
         if value != getattr(AccountQuotas(), name):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from luthier.limits import ServerLimits
@@ -22,8 +21,6 @@ class Settings:
     """Address of the database; ``luthier.db`` in the store where it is ``None``."""
     s3_endpoint: str | None = None
     """Another S3-compatible endpoint that ``s3://`` means; the built-in store where it is ``None``."""
-    file_roots: tuple[Path, ...] = ()
-    """Folders that ``file://`` may name; none by default."""
     graders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Method and fields of the graders that rewards name as Lambda functions, by function name."""
     requests_per_second: float | None = None

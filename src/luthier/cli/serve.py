@@ -49,9 +49,6 @@ def serve(
     s3_endpoint: Annotated[
         str | None, typer.Option(help="Another S3 endpoint that s3:// addresses mean.")
     ] = None,
-    file_root: Annotated[
-        list[Path] | None, typer.Option(help="Folder that file:// may name. May be repeated.")
-    ] = None,
     grader: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,7 +120,6 @@ def serve(
     """Serve the Bedrock, OpenAI, S3 and native APIs on one port."""
     with extra("server"):
         from luthier.api.http import server
-        from luthier.api.http.cors import check_origins
         from luthier.api.http.metrics import log_as_json
         from luthier.api.service import Service
         from luthier.api.settings import Settings
@@ -157,11 +153,10 @@ def serve(
             account=account,
             database=database,
             s3_endpoint=s3_endpoint,
-            file_roots=tuple(file_root or ()),
             strict_region=strict_region,
             graders=parse_graders(grader or (), check=not no_workers),
             requests_per_second=requests_per_second,
-            cors_origins=check_origins(cors_origin or ()),
+            cors_origins=tuple(cors_origin or ()),
             limits=parse_limits(limit or ()),
             deterministic=deterministic,
             ray_address=ray_address,

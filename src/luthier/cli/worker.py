@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,9 +26,6 @@ def worker(
     ] = None,
     region: Annotated[str, typer.Option(help="Region that ARNs name.")] = "us-east-1",
     s3_endpoint: Annotated[str | None, typer.Option(help="Where s3:// addresses are.")] = None,
-    file_root: Annotated[
-        list[Path] | None, typer.Option(help="Folder that file:// may name; may be repeated.")
-    ] = None,
     limit: Quotas = None,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes of this machine that share a training.")
@@ -59,7 +55,7 @@ def worker(
         database = inherited_database()
 
     quotas = parse_limits(limit or ())
-    locations = Locations(database, s3_endpoint, file_root or (), quotas=quotas)
+    locations = Locations(database, s3_endpoint, quotas=quotas)
     capacity = Capacity() if memory is None else Capacity(memory)
     made = worker_class(
         database, locations, row_id, lease,

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
-from urllib.parse import quote
 
 from luthier.data.containers import Container, container_of
 from luthier.data.media import MOST_MEDIA_BYTES
@@ -248,5 +247,4 @@ def _place_of(reference: str, address: str) -> tuple[str, str] | None:
         return None
     if any(part.startswith(".") for part in PurePosixPath(path).parts):
         return None
-    folder = address.rpartition("/")[0]
-    return f"{folder}/{quote(path) if address.startswith('file:') else path}", path
+    return f"{address.rpartition('/')[0]}/{path}", path

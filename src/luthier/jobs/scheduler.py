@@ -67,7 +67,7 @@ class Scheduler:
             capacity: what workers may take; the machine's when not given.
             kinds: of work that is done here, first come first.
             command: what starts a worker; ``--kind NAME --id ID --lease TOKEN`` follows.
-            options: what every worker is told beside that, such as ``--file-root DIR``.
+            options: what every worker is told beside that, such as ``--region NAME``.
             environment: variables that workers have beside this process's own.
             runner: where work runs of the kinds that may run elsewhere; on this machine when not given.
             shared_by: among how many processes work is shared, of the kinds where it can be.

@@ -1,4 +1,4 @@
-"""Where the data of the service's clients are: ``s3://`` in the object store, ``file://`` in a root.
+"""Data of the service's clients by address: ``s3://`` in the built-in object store or at an endpoint.
 
 An account reads and writes with its own rights: a bucket of another account is not there.
 """
@@ -6,23 +6,19 @@ An account reads and writes with its own rights: a bucket of another account is 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol, TypeVar
-from urllib.parse import unquote
+from typing import Any, Protocol, TypeVar
 
 from luthier.data.media import MOST_MEDIA_BYTES
 from luthier.data.media_files import is_clutter, is_media, other_files_problem
 from luthier.data.s3 import connection_settings, is_file_name, local_name, split_address
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
-from luthier.files import nearest_existing, new_file
+from luthier.files import new_file
 from luthier.limits import AccountQuotas
 from luthier.store.database import Database
 from luthier.store.listing import page
@@ -79,7 +75,6 @@ class Locations:
         self,
         database: Database,
         s3_endpoint: str | None = None,
-        file_roots: Sequence[Path] = (),
         files: ObjectFiles | None = None,
         quotas: AccountQuotas | None = None,
     ) -> None:
@@ -90,29 +85,20 @@ class Locations:
         """
         self._own: Buckets = BuiltInBuckets(Objects(database, files, quotas))
         self._given: Buckets = ExternalBuckets(s3_endpoint) if s3_endpoint else self._own
-        self._roots = FileRoots(file_roots)
 
     def check(self, account: str, uri: str) -> None:
         """Refuse an address that is malformed, names nothing, or that the account cannot read."""
-        if _is_file(uri):
-            for path in self._roots.files_at(uri, ROWS):
-                self._roots.open(path, uri).close()
-        else:
-            self._keys(account, _address(uri))
+        self._keys(account, _address(uri))
 
     def check_writable(self, account: str, uri: str) -> None:
         """Refuse an address below which nothing can be written, or no name has room."""
-        if _is_file(uri):
-            self._roots.check_writable(uri)
-        else:
-            bucket = _writable(f"{uri.rstrip('/')}/{'n' * NAMES_BYTES}").bucket
-            self._buckets(bucket).check_bucket(account, bucket)
+        bucket = _writable(f"{uri.rstrip('/')}/{'n' * NAMES_BYTES}").bucket
+        self._buckets(bucket).check_bucket(account, bucket)
 
     def fetch(self, account: str, uri: str, folder: Path) -> list[tuple[str, Path]]:
-        """What an address names, copied into ``folder``: the address of each object or file and its
-        copy, in the order of the keys.
+        """Copy what an address names into ``folder``; return each object's address and copy by key.
 
-        A key or path that ends with ``/`` means all ``.jsonl`` below it; a key below which there are
+        A key that ends with ``/`` means all ``.jsonl`` below it; a key below which there are
         only images or sounds means them, in one folder with those that lie below it. Bytes of the
         built-in store are compared with the hashes that were recorded when they came.
 
@@ -121,12 +107,6 @@ class Locations:
             CorruptFile: for bytes that are no longer what was stored.
         """
         fetched: list[tuple[str, Path]] = []
-        if _is_file(uri):
-            for path in self._roots.files_at(uri, ROWS):
-                target = _free(folder, path.name, len(fetched))
-                self._roots.copy(path, uri, target)
-                fetched.append((path.as_uri() if uri.endswith("/") else uri, target))
-            return fetched
         address = _address(uri)
         keys = self._keys(account, address)
         if address.folder and is_media(keys[0]):
@@ -160,28 +140,21 @@ class Locations:
         Raises:
             LocationRefused: where there is none, or too much to look at.
         """
-        if _is_file(uri):
-            files = self._roots.folder(uri, MOST_ENTRIES)
-            found = [(name, path.stat().st_size) for name, path in files]
-        else:
-            address = _address(uri)
-            prefix = f"{address.key.rstrip('/')}/".lstrip("/")
-            buckets = self._buckets(address.bucket)
-            buckets.check_bucket(account, address.bucket)
-            found = []
-            below = buckets.below(account, address.bucket, prefix, MOST_ENTRIES + 1)
-            for key, size in _at_most(below, f"objects below {uri}"):
-                if (name := key.removeprefix(prefix)) and "/" not in name:
-                    found.append((name, size))
+        address = _address(uri)
+        prefix = f"{address.key.rstrip('/')}/".lstrip("/")
+        buckets = self._buckets(address.bucket)
+        buckets.check_bucket(account, address.bucket)
+        found = []
+        below = buckets.below(account, address.bucket, prefix, MOST_ENTRIES + 1)
+        for key, size in _at_most(below, f"objects below {uri}"):
+            if (name := key.removeprefix(prefix)) and "/" not in name:
+                found.append((name, size))
         if not found:
             raise LocationRefused(f"There is no file right below {uri}.")
         return found
 
     def fetch_from(self, account: str, uri: str, name: str, target: Path) -> None:
         """Copy the file ``name`` right below an address to ``target``; see :meth:`folder`."""
-        if _is_file(uri):
-            self._roots.copy(self._roots.path(uri, name), uri, target)
-            return
         address = _address(uri)
         key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
         self._buckets(address.bucket).fetch(account, address.bucket, key, target)
@@ -191,11 +164,6 @@ class Locations:
 
         ``name`` may hold ``/``.
         """
-        if _is_file(uri):
-            with new_file(self._roots.path(uri, name)) as file:
-                for piece in _pieces(data):
-                    file.write(piece)
-            return f"{uri.rstrip('/')}/{name}"
         address = _writable(uri)
         key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
         self._buckets(address.bucket).write(account, address.bucket, key, data)
@@ -204,12 +172,11 @@ class Locations:
     def remove(self, account: str, addresses: Sequence[str]) -> None:
         """Take back what :meth:`write` wrote there; what lies outside of this service stays."""
         for uri in addresses:
-            if not _is_file(uri):
-                try:
-                    address = _address(uri)
-                except LocationRefused:
-                    continue  # nothing could be written there
-                self._buckets(address.bucket).remove(account, address.bucket, address.key)
+            try:
+                address = _address(uri)
+            except LocationRefused:
+                continue  # nothing could be written there
+            self._buckets(address.bucket).remove(account, address.bucket, address.key)
 
     def _buckets(self, bucket: str) -> Buckets:
         """Files that were uploaded through the OpenAI API are here, whatever ``s3://`` else means."""
@@ -348,7 +315,7 @@ class _Address:
 def _address(uri: str) -> _Address:
     parts = split_address(uri)
     if parts is None:
-        text = "A location is s3://bucket/key, or file:///path where the server allows files."
+        text = "A location is s3://bucket/key."
         raise LocationRefused(text)
     bucket, key = parts
     try:
@@ -375,10 +342,6 @@ def _at_most(below: Iterable[Entry], what: str, most: int | None = None) -> Iter
         if number > most:
             raise LocationRefused(f"There are more than {most:,} {what}.")
         yield each
-
-
-def _is_file(uri: str) -> bool:
-    return uri.startswith("file:")
 
 
 def _free(folder: Path, name: str, number: int) -> Path:
@@ -488,84 +451,3 @@ def _translate_errors(what: str) -> Iterator[None]:
         if isinstance(error, PermissionError) or (status and status[1] in ("401", "403")):
             raise LocationRefused(f"The service may not read or write {what}.") from None
         raise DownloadError(f"{what} could not be reached ({type(error).__name__}).") from error
-
-
-_SCHEME = "file://"
-
-
-class FileRoots:
-    """The folders, resolved once."""
-
-    def __init__(self, roots: Sequence[Path]) -> None:
-        self._roots = [root.resolve() for root in roots]
-
-    def path(self, uri: str, name: str = "") -> Path:
-        """The path of ``file:///…``, or of ``name`` below it, without ``..`` and symbolic links."""
-        text = unquote(uri.removeprefix(_SCHEME)) if uri.startswith(_SCHEME) else ""
-        if not text.startswith("/"):
-            raise LocationRefused("A file:// location is a path from the root: file:///folder/file")
-        try:
-            resolved = (Path(text) / name).resolve()
-            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                resolved.lstat()
-        except (OSError, RuntimeError, ValueError):
-            resolved = Path("/")  # a loop, a NUL, a name that is too long: nothing that is inside
-        if not any(resolved.is_relative_to(root) for root in self._roots):
-            text = (
-                "Files are read and written only in the folders that the server was started with."
-            )
-            raise LocationRefused(text)
-        return resolved
-
-    def files_at(self, uri: str, ending: str) -> list[Path]:
-        """The file of an address; of one that ends with ``/``, all below it with that ending."""
-        path = self.path(uri)
-        if not uri.endswith("/"):
-            return [path]
-        # What is a link there may lead outside, and is looked at again.
-        entries = _at_most(path.rglob("*"), f"entries below {uri}")
-        found = sorted(each for each in entries if each.name.endswith(ending))
-        below = [each for each in found if each.is_file()]
-        if not below:
-            raise LocationRefused(f"There is no file below {uri} that ends with {ending}.")
-        return [self.path(each.as_uri()) for each in below]
-
-    def folder(self, uri: str, most: int) -> list[tuple[str, Path]]:
-        """Names and paths of the files right below an address, in order.
-
-        Raises:
-            LocationRefused: where there is no such folder, or more than ``most`` entries in it.
-        """
-        path = self.path(uri)
-        try:
-            with os.scandir(path) as entries:
-                names = [each.name for each in islice(entries, most + 1)]
-            if len(names) > most:
-                raise LocationRefused(f"There are more than {most:,} entries in {uri}.")
-            # What is a link there may lead outside, and is looked at again.
-            found = [(name, self.path((path / name).as_uri())) for name in sorted(names)]
-        except OSError as error:
-            raise LocationRefused(f"{uri} cannot be read: {error.strerror}") from None
-        return [(name, each) for name, each in found if each.is_file()]
-
-    def open(self, path: Path, uri: str) -> BinaryIO:
-        """A plain file, for reading."""
-        try:
-            if not stat.S_ISREG(mode := path.stat().st_mode):
-                hint = f" Did you mean {uri}/?" if stat.S_ISDIR(mode) else ""
-                raise LocationRefused(f"{uri} is not a file.{hint}")
-            return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
-        except OSError as error:
-            raise LocationRefused(f"{uri} cannot be read: {error.strerror}") from None
-
-    def copy(self, path: Path, uri: str, target: Path) -> None:
-        """Copy a plain file."""
-        with self.open(path, uri) as source, new_file(target) as file:
-            shutil.copyfileobj(source, file, READ_SIZE)
-
-    def check_writable(self, uri: str) -> None:
-        """Refuse an address below which no file can be made."""
-        path = self.path(uri)
-        existing = nearest_existing(path)
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise LocationRefused(f"Nothing can be written below {uri}.")

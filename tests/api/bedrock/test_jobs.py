@@ -330,12 +330,6 @@ def test_every_hyper_parameter_reaches_the_recipe(
     assert service.job(ALICE, "job-2").recipe["training"]["learning_rate_multiplier"] == 2
 
 
-def test_files_of_this_machine(bedrock: Any, submit: Callable[..., str]) -> None:
-    config = {"s3Uri": "file:///data/my rows.jsonl"}
-    arn = submit("job-1", trainingDataConfig=config)
-    assert bedrock.get_model_customization_job(jobIdentifier=arn)["trainingDataConfig"] == config
-
-
 def test_stop(service: Service, bedrock: Any, submit: Callable[..., str]) -> None:
     arn = submit()
     for _ in range(2):

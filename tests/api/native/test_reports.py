@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_objects import put_objects
 
 from luthier.api.http.messages import Caller, Fault, Request, RequestHead
 from luthier.api.native import reports
 from luthier.api.native.operations import Context, NativeFace
 from luthier.limits import AccountQuotas
 from luthier.store.arns import Arns
-from luthier.store.database import Database
+from luthier.store.database import Base, Database
 from luthier.store.locations import Locations
 
 ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
@@ -25,10 +26,13 @@ ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
     """What the native face answers to a request whose files lie in ``folder``."""
     database = Database()
+    Base.metadata.create_all(database.engine)
+    files = {file.name: file.read_bytes() for file in folder.glob("*.jsonl")}
+    put_objects(database, "111111111111", files)
     context = Context(
         database,
         Arns("us-east-1"),
-        Locations(database, file_roots=[folder]),
+        Locations(database),
         lambda account: AccountQuotas(),
         lambda: None,
         lambda model: None,
@@ -58,9 +62,7 @@ def test_rows_decide_on_the_base_that_they_are_looked_at_for(
         return subprocess.CompletedProcess(command, 0, report, "")
 
     monkeypatch.setattr(subprocess, "run", answer)
-    answered = ask(
-        tmp_path, "/api/v1/inspections", {"training": f"file://{tmp_path}/rows.jsonl", **named}
-    )
+    answered = ask(tmp_path, "/api/v1/inspections", {"training": "s3://rows/rows.jsonl", **named})
     assert json.loads(answered.body)["report"]["base"] == "a-base"
     assert ("--base" in commands[0]) is bool(named)
 
@@ -72,7 +74,7 @@ def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
     names = ("rows", "held", "also")
     for name in names:
         (tmp_path / f"{name}.jsonl").write_text(ROW)
-    training, *validation = [f"file://{tmp_path}/{name}.jsonl" for name in names]
+    training, *validation = [f"s3://rows/{name}.jsonl" for name in names]
     seen: list[str] = []
 
     def refuse(command: list[str], **options: Any) -> Any:

@@ -42,15 +42,12 @@ PATIENT_SECONDS = 5.0
 """Of the second try."""
 _SHOWN = 200
 """Characters of a refused value that its sender is shown."""
-_FILE = r"file:///[^\x00-\x1f\x7f]+"
 _ALIAS = "([0-9a-zA-Z][_-]?)+"
 _ENDPOINT = (
     "arn:aws:bedrock:[a-z0-9-]{1,20}:[0-9]{12}:"
     "(custom-model-deployment|provisioned-model)/[a-z0-9]{12}"
 )
 _WIDER = {
-    # Data of one machine; where they may lie, the locations themselves decide.
-    "S3Uri": _FILE,
     # A model from outside, which is a base like any other here.
     "BaseModelIdentifier": (
         "arn:aws:bedrock:[a-z0-9-]{1,20}:[0-9]{12}:custom-model/imported/[a-z0-9]{12}"

@@ -23,7 +23,7 @@ class NewExport(Input):
     """What is to be written, and where."""
 
     output: str = Field(min_length=1, max_length=2048)
-    """Address below which a folder ``model-export-ID`` is written: ``s3://bucket/prefix``, ``file://``."""
+    """Address below which a folder ``model-export-ID`` is written: ``s3://bucket/prefix``."""
     format: Format = "safetensors"
     """For transformers, PEFT and diffusers; ``onnx`` for ONNX Runtime; ``gguf`` for llama.cpp."""
     merged: bool | None = None

@@ -50,7 +50,7 @@ class NewJob(Input):
     base: str = Field(min_length=1, max_length=2048)
     """A foundation model's id or alias, or a custom model's name or ARN."""
     training: tuple[str, ...] = Field(min_length=1, max_length=100)
-    """Addresses of rows: ``s3://bucket/key``, a key that ends in ``/`` for all below it, ``file://``."""
+    """Addresses of rows: ``s3://bucket/key``, a key that ends in ``/`` for all below it."""
     validation: tuple[str, ...] = Field(default=(), max_length=10)
     """Addresses of rows to measure on."""
     customization_type: CustomizationType = "FINE_TUNING"

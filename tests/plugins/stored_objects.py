@@ -1,0 +1,21 @@
+"""Objects in the built-in object store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+from luthier.errors import ObjectRefused
+from luthier.store.database import Database
+from luthier.store.objects import ObjectMetadata, Objects
+
+
+def put_objects(database: Database, account: str, files: Mapping[str, bytes]) -> None:
+    """Put objects into the bucket ``rows`` of an account."""
+    objects = Objects(database)
+    with suppress(ObjectRefused):
+        objects.create_bucket(account, "rows")
+    for key, content in files.items():
+        with objects.begin(account) as writing:
+            writing.write(content)
+            objects.put(account, "rows", key, writing.finish(), ObjectMetadata())
