@@ -430,9 +430,7 @@ def test_parquet_without_rows_damaged_or_with_broken_text(tmp_path: Path) -> Non
     assert [p.rule for p in read(path)[1]] == ["file.damaged"]
     bad = pyarrow.array([b"fine", b"\xff", b"fine"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": bad}), path)
-    records, problems = read(path)
-    assert [number for number, _ in records] == [1, 3]
-    assert [(p.line, p.rule) for p in problems] == [(2, "encoding.utf8")]
+    assert [p.rule for p in read(path)[1]] == ["file.damaged"]
 
 
 def test_numbers_that_are_none_are_refused_in_parquet_too(tmp_path: Path) -> None:
@@ -447,9 +445,3 @@ def test_parquet_of_lists_that_are_as_long_as_they_look_is_read(tmp_path: Path) 
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"tokens": tokens}), path)
     assert [record["tokens"] for _, record in read(path)[0]] == tokens
-
-
-def test_parquet_of_too_many_columns_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({f"c{n}": ["x"] for n in range(2_001)}), path)
-    assert [p.rule for p in read(path)[1]] == ["file.too_large"]

@@ -363,8 +363,8 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
     ("rating.type", [{"text": "x", "rating": True}], 1, "true or false", "without quotes"),
     ("tags.type", [{"tokens": ["a"]}], 1, '"tags" must be', '"tags": ["B-person", "O"]'),
     ("tags.type", [{"tokens": "a b", "tags": ["O"]}], 1, "but is a string", '"tokens": ["Rita"'),
-    ("tags.type", [{"tokens": ["a", ""], "tags": ["O", "O"]}], 1, "something else", "Rita"),
-    ("tags.type", [{"tokens": [], "tags": []}], 1, "an empty one", "Rita"),
+    ("tags.type", [{"tokens": ["a", ""], "tags": ["O", "O"]}], 1, "an empty text", "Rita"),
+    ("tags.type", [{"tokens": [], "tags": []}], 1, "but is empty", "Rita"),
     ("tags.length", [{"tokens": ["a", "b"], "tags": ["O"]}], 1, "2 tokens and 1 tags", "one tag"),
     ("tags.bio", [{"tokens": ["a"], "tags": ["person"]}], 1, 'Tag 1 is "person"', "B-name"),
     ("field.missing", [{"label": "a"}], 1, '"text" is missing', '"text"'),
@@ -386,7 +386,6 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
 WHOLE_FILE = {
     *("file.missing", "file.directory", "file.unreadable", "file.unknown_format"),
     *("file.damaged", "file.extra"),  # test_containers.py
-    "file.too_large",  # test_tables.py
     *("file.no_match", "file.remote"),  # test_sources.py
     *("table.header", "table.cells", "table.invalid"),  # test_tables.py
     "column.missing",  # test_forms.py

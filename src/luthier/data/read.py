@@ -118,7 +118,7 @@ def _records(
     doubts: list[Problem] | None,
 ) -> Iterator[tuple[int, Record]]:
     if container.kind == "parquet":
-        return read_parquet(raw, file, problems)
+        return read_parquet(raw)
     stream = unpack(raw, container.packing)
     if container.kind == "json":
         return read_document(stream, file, problems)

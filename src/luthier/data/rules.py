@@ -12,7 +12,6 @@ RULES: Mapping[str, str] = {
     "file.unknown_format": "Neither the content nor the ending of a file tells what it is.",
     "file.binary": "The file is not UTF-8 text: UTF-16, an archive or other binary data.",
     "file.damaged": "A packed or Parquet file is cut off or damaged.",
-    "file.too_large": "A Parquet file has too many columns.",
     "file.extra": "The file needs a package that is not installed.",
     "file.no_match": "A pattern, or a prefix of s3://, matches no file of a known kind.",
     "file.remote": "An s3:// or file:// address is malformed, or could not be fetched.",

@@ -30,7 +30,6 @@ OPTIONAL_COLUMNS = frozenset(("id", "expected", "system"))
 NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
 _LONGEST_NAME = 200
 _BATCH_ROWS = 512
-_MOST_COLUMNS = 2_000
 
 
 def read_table(
@@ -198,9 +197,7 @@ def _not_csv(error: csv.Error, begun: bool) -> Unreadable:
     return Unreadable("table.invalid", message, fix)
 
 
-def read_parquet(
-    stream: BinaryIO, file: str, problems: list[Problem]
-) -> Iterator[tuple[int, Record]]:
+def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
     """Yield ``(row, record)``, rows counted from 1, some hundred in memory beside their row group."""
     try:
         import pyarrow
@@ -210,21 +207,14 @@ def read_parquet(
     number = 0
     try:
         table = pyarrow.parquet.ParquetFile(stream)
-        if table.metadata.num_columns > _MOST_COLUMNS:
-            text = (
-                f"The table has {table.metadata.num_columns:,} columns; {_MOST_COLUMNS:,} are read."
-            )
-            raise Unreadable("file.too_large", text, "Write those that hold your rows.")
         convert = _conversions(table.schema_arrow)
         for batch in table.iter_batches(batch_size=_BATCH_ROWS):
-            for record in _rows(batch, number, file, problems):
+            for record in batch.to_pylist():
                 number += 1
-                if record is None:
-                    continue
                 for name, each in convert.items():
                     record[name] = each(record[name])
                 yield number, _present(record)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         said = str(error).split("\n", 1)[0].rstrip(".")
         raise Unreadable(
             "file.damaged",
@@ -266,23 +256,6 @@ def _class_names(names: Sequence[str], value: object) -> object:
     if type(value) is not int or value >= len(names):
         return value
     return names[value] if value >= 0 else None
-
-
-def _rows(batch: Any, before: int, file: str, problems: list[Problem]) -> Iterator[Record | None]:
-    """Rows of a batch as Python values, ``None`` for one whose text is no UTF-8."""
-    try:
-        yield from batch.to_pylist()
-        return
-    except UnicodeDecodeError:
-        pass  # found below, row by row
-    for place in range(batch.num_rows):
-        try:
-            yield batch.slice(place, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            message = f"Byte {error.start + 1} of a text is not valid UTF-8."
-            fix = "Write the file again with texts in UTF-8."
-            problems.append(Problem(file, before + place + 1, "encoding.utf8", message, fix))
-            yield None
 
 
 def _present(record: Record) -> Record:
