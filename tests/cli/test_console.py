@@ -19,7 +19,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from luthier.cli import console, progress
-from luthier.cli.audit import audit_app
+from luthier.cli.admin import admin_app
 from luthier.cli.console import print_rows
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.report_file import ReportFile, ReportReader
@@ -41,10 +41,10 @@ def acts(text: str) -> set[str]:
 def test_the_audit_log_is_a_line_for_each_entry(database: Database) -> None:
     with database.write() as session:
         append(session, Event("s3:PutObject", f"b/{HOSTILE}\n9 forged", account=FIRST, user="ann"))
-    done = CliRunner().invoke(audit_app, ["list"])
+    done = CliRunner().invoke(admin_app, ["audit"])
     assert not acts(done.stdout) and r"key\x1b[2J" in done.stdout
     assert len(done.stdout.splitlines()) == 2 and r"\n9 forged" in done.stdout
-    listed = json.loads(CliRunner().invoke(audit_app, ["list", "--json"]).stdout)
+    listed = json.loads(CliRunner().invoke(admin_app, ["audit", "--json"]).stdout)
     assert HOSTILE.replace("\0", "\ufffd") in listed["entries"][0]["resource"]
 
 

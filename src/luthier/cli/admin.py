@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from luthier.cli.audit import audit
 from luthier.cli.console import CommandGroup, note
 from luthier.cli.options import Json
 from luthier.cli.registration import service_models_app
@@ -41,7 +42,7 @@ USER = ("account", "name", "role", "disabled", "created")
 BUILT_IN = "built-in default"
 """Where a limit comes from that the account has no quota of its own for."""
 
-admin_app = CommandGroup("Accounts, users, keys, jobs, models, quotas and backups.", extra="server")
+admin_app = CommandGroup("Manage accounts, users, keys, jobs, quotas and backups.", extra="server")
 accounts_app = CommandGroup("Accounts (tenants) and their quotas.", extra="server")
 users_app = CommandGroup("Users and their roles.", extra="server")
 keys_app = CommandGroup("Access keys and API keys.", extra="server")
@@ -63,6 +64,9 @@ def plain_record(row: Any, *names: str) -> Record:
     }
 
 
+admin_app.command("audit")(audit)
+
+
 @admin_app.command("backup")
 def back_up(
     folder: Annotated[Path, typer.Argument(help="New folder for the backup.")],
@@ -70,7 +74,7 @@ def back_up(
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Back up database, objects and models while the service runs."""
+    """Back up a running service."""
     from luthier.files import luthier_home
     from luthier.store.backup import backup
     from luthier.store.database import DATABASE_FILE, is_database_here
@@ -123,7 +127,7 @@ def show_usage(
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Report what accounts used: requests, tokens, seconds of training and bytes, by day and model."""
+    """Report usage by account, day and model."""
     from luthier.store import accounts, usage
     from luthier.store.database import now
 
@@ -146,7 +150,7 @@ def show_usage(
 
 @accounts_app.command("list")
 def list_accounts(database: ServiceDatabase = None, json_: Json = False) -> None:
-    """List accounts with the quotas that are their own."""
+    """List accounts with their own quotas."""
     from luthier.store import accounts
 
     with open_database(database) as service, service.read() as session:
@@ -175,13 +179,13 @@ def create_account(
 
 @accounts_app.command("disable")
 def disable_account(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Let no key of an account in any more."""
+    """Disable all keys of an account."""
     _change_account("disable", account, database, json_)
 
 
 @accounts_app.command("enable")
 def enable_account(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Let the keys of an account in again."""
+    """Enable the keys of an account."""
     _change_account("enable", account, database, json_)
 
 
@@ -219,7 +223,7 @@ def set_quotas(
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Set what an account may have at most; show it, where nothing is set."""
+    """Set or show the quotas of an account."""
     from luthier.store import accounts
 
     values: dict[str, float | None] = dict.fromkeys(accounts.QUOTAS) if reset else {}
@@ -248,7 +252,7 @@ def show_quotas(
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Show what accounts store and have in hand beside their quotas.
+    """Show what accounts store, with their quotas.
 
     Where an account has no quota of its own the built-in default is shown, which is that of a server
     without --limit and --requests-per-second; GET /api/v1/usage tells those of the running server.
@@ -326,7 +330,7 @@ def set_role(
 def disable_user(
     user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
 ) -> None:
-    """Let no key of a user in any more."""
+    """Disable all keys of a user."""
     _change_user("disable", user, account, database, json_)
 
 
@@ -334,7 +338,7 @@ def disable_user(
 def enable_user(
     user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
 ) -> None:
-    """Let the keys of a user in again."""
+    """Enable the keys of a user."""
     _change_user("enable", user, account, database, json_)
 
 
@@ -365,7 +369,7 @@ def list_keys(
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """List keys; their secrets are not told again."""
+    """List keys without their secrets."""
     from luthier.store import principals
 
     found: list[Record] = []
@@ -400,7 +404,7 @@ def create_key(
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Make a key and print it, once."""
+    """Create a key and print the key once."""
     from luthier.store import principals
     from luthier.store.database import now
     from luthier.store.sealing import Sealing
@@ -432,19 +436,19 @@ def create_key(
 
 @keys_app.command("disable")
 def disable_key(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Let a key in no more; running servers notice within a second."""
+    """Disable a key."""
     _change_key("disable", key, database, json_)
 
 
 @keys_app.command("enable")
 def enable_key(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Let a key in again."""
+    """Enable a key."""
     _change_key("enable", key, database, json_)
 
 
 @keys_app.command("remove")
 def remove_key(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Forget a key."""
+    """Delete a key."""
     _change_key("remove", key, database, json_)
 
 

@@ -50,7 +50,7 @@ def advise(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Compare fine-tuning with prompting, search, distillation and the rest, tried on your rows."""
+    """Recommend a technique, measured on your rows."""
     options = recipe_options(locals())
     from luthier.recipe import portable, to_toml
     from luthier.workflows.advise import tuning_command

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -16,7 +17,6 @@ import typer
 from luthier.child_python import use_safe_path
 from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise
-from luthier.cli.audit import audit_app
 from luthier.cli.certificate import certificate, verify
 from luthier.cli.compare import compare
 from luthier.cli.console import CommandGroup
@@ -53,17 +53,25 @@ app = CommandGroup(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.add_typer(models_app, name="models")
-app.add_typer(import_app, name="import")
-app.add_typer(admin_app, name="admin")
-app.add_typer(audit_app, name="audit")
-for command in (
-    tune, pipeline, pretrain, student, split, estimate, launch, advise, compare, search, distil,
-    inspect, clean, convert, generate, sample, reconstruct, samples, chat, predict, embed, nearest,
-    evaluate, forgetting, learning_curve, certificate, verify,
-    push, serve, demo, plugins,
-):  # fmt: skip
-    app.command()(command)
+COMMAND_GROUPS = {
+    import_app: "import", admin_app: "admin", models_app: "models"
+}  # fmt: skip
+PANELS: dict[str, Sequence[Callable[..., None] | CommandGroup]] = {
+    "Data": (inspect, clean, convert, split, import_app),
+    "Train": (tune, pretrain, distil, student, search, pipeline, launch),
+    "Decide": (estimate, advise, learning_curve),
+    "Use": (generate, chat, predict, embed, nearest, sample, reconstruct),
+    "Evaluate": (evaluate, compare, forgetting, samples, certificate, verify),
+    "Serve": (serve, admin_app),
+    "Manage": (models_app, push, plugins, demo),
+}
+"""Commands by the heading in ``luthier --help``."""
+for panel, commands in PANELS.items():
+    for command in commands:
+        if isinstance(command, CommandGroup):
+            app.add_typer(command, name=COMMAND_GROUPS[command], rich_help_panel=panel)
+        else:
+            app.command(rich_help_panel=panel)(command)
 # What ends it by surprise goes into its log with its traceback.
 typer.Typer.command(app, "worker", hidden=True)(worker)
 

@@ -1,4 +1,4 @@
-"""``luthier audit``: print the audit log."""
+"""``luthier admin audit``: print the audit log."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import CommandGroup
 from luthier.cli.options import Json
 from luthier.cli.service import ServiceDatabase, open_database, print_records
 
-audit_app = CommandGroup("The service's audit log.", extra="server")
 
-
-@audit_app.command("list")
-def list_entries(
+def audit(
     account: Annotated[str | None, typer.Option(help="Only of this account.")] = None,
     user: Annotated[str | None, typer.Option(help="Only of this user.")] = None,
     action: Annotated[str | None, typer.Option(help="Only actions that contain this.")] = None,
@@ -27,7 +23,7 @@ def list_entries(
     database: ServiceDatabase = None,
     json_: Json = False,
 ) -> None:
-    """Print entries, the newest first."""
+    """Print the audit log, newest entries first."""
     from luthier.store.audit import entries, entry_values
 
     from_ = since.replace(tzinfo=UTC) if since else None

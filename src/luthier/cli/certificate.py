@@ -32,7 +32,7 @@ def certificate(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Write everything that is known of a model into its certificate.
+    """Write the certificate of a model.
 
     The certificate of a signed model stays as it is, unless --sign or --watts is given.
     """
@@ -113,7 +113,7 @@ def verify(
     max_tokens: Annotated[int, typer.Option(min=1, max=512, help="Token limit of a reply.")] = 32,
     json_: Json = False,
 ) -> None:
-    """Verify a model's files and certificate, and the replies of a server."""
+    """Verify a model's files, certificate and server."""
     from luthier.sdk.certificate import verify as run
 
     found = run(

@@ -64,7 +64,7 @@ def compare(
     columns: Columns = None,
     json_: Json = False,
 ) -> None:
-    """Say whether tuning was worth it: tuned models beside prompts, examples, documents, baselines."""
+    """Compare tuned models with prompting and baselines."""
     from luthier.cli.progress import show_progress
     from luthier.recipe import parse_columns
     from luthier.sdk.evaluation import compare as run

@@ -55,18 +55,20 @@ class _Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The commands with the first sentence of each, over as many lines as it takes.
+        """Write the commands by panel, with the first sentence of each.
 
-        Click's own cuts it at the width that is left of 80 columns.
+        Click's own method cuts the sentence at the width that is left of 80 columns.
         """
-        named = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
-        rows = [
-            (name, command.get_short_help_str(UNBROKEN))
-            for name, command in named
-            if command is not None and not command.hidden
-        ]
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            if not command.hidden:
+                panel = command.rich_help_panel
+                rows = panels.setdefault(panel if isinstance(panel, str) else "Commands", [])
+                rows.append((name, command.get_short_help_str(UNBROKEN)))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
 
 
 class _Command(TyperCommand):

@@ -64,9 +64,9 @@ def inspect(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Say whether data can teach a model, and what is wrong row by row; exits with 0, 1 or 2.
+    """Check data: errors, warnings, tokens and learned text.
 
-    0: passed. 1: there are warnings. 2: refused, as `luthier tune` would refuse it.
+    Exit codes: 0 passed, 1 warnings, 2 errors (`luthier tune` rejects the data, too).
     """
     if no_base and base:
         raise RecipeError("--no-base and --base contradict each other; give one of them")
@@ -206,7 +206,10 @@ def clean(
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
-    """Apply chosen fixes and write a new data set, with a log of what became of each row."""
+    """Apply fixes to a data set and write a new one.
+
+    A log lists each changed or removed row.
+    """
     from luthier.cli.progress import show_progress
     from luthier.recipe import parse_columns
     from luthier.sdk.data import clean as run
@@ -276,7 +279,10 @@ def convert(
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
-    """Write rows in another form or container; what it cannot say is refused, never dropped."""
+    """Convert rows to another format or file type.
+
+    Fields that the target cannot store are an error unless dropped explicitly.
+    """
     from luthier.cli.progress import show_progress
     from luthier.recipe import parse_columns
     from luthier.sdk.data import convert as run
@@ -305,7 +311,10 @@ def split(
     seed: Annotated[int, typer.Option(min=0, help="Which rows are chosen.")] = 0,
     json_: Json = False,
 ) -> None:
-    """Split a file: each label in proportion, near-duplicates on one side, lines unchanged."""
+    """Split a file into training and held-out rows.
+
+    Labels keep their proportions, and near-duplicates stay on one side.
+    """
     from luthier.sdk.data import split as run
 
     record = run(source, output, validation=validation, test=test, seed=seed)

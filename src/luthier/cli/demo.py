@@ -20,7 +20,7 @@ SHOWN = 4
 
 
 def demo(json_: Json = False) -> None:
-    """Tune the default model on the sample data and compare before and after."""
+    """Tune the default model on the sample data."""
     from importlib.resources import as_file, files
 
     from luthier.cli.progress import LiveReporter

@@ -58,7 +58,7 @@ def distil(
     resume: Resume = False,
     json_: Json = False,
 ) -> None:
-    """Teach a student what a teacher answers, or what it thinks of every token."""
+    """Distil a teacher into a student."""
     options = recipe_options(locals())
     from luthier.chat_models.base import address_fields
     from luthier.workflows.distil.recipe import DistilRecipe
@@ -97,7 +97,7 @@ def student(
     hidden: Annotated[int | None, typer.Option(help="Channels of the residual stream.")] = None,
     json_: Json = False,
 ) -> None:
-    """Make a smaller model of a teacher's own weights, to be tuned or distilled into."""
+    """Make a smaller model from a teacher's weights."""
     from luthier.models.student import StudentShape
 
     try:

@@ -37,7 +37,7 @@ def embed(
     ray_gpus: RayGpus = 0.0,
     json_: Json = False,
 ) -> None:
-    """Write the embedding of each row of a file, or of each image or sound of a folder."""
+    """Write embeddings of rows, images or audio files."""
     with heavy_imports(model):
         from luthier.cli.batch_inference import BatchInference
         from luthier.data.rows import load_inputs

@@ -60,7 +60,10 @@ def estimate(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Say how long a tuning will take, and its memory, disk and cost, from a few real steps."""
+    """Estimate time, memory, disk and cost of a tuning.
+
+    The estimate comes from a few real training steps.
+    """
     options = recipe_options(locals())
     if prices_example:
         from luthier.workflows.estimate.budget import EXAMPLE

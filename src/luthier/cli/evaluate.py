@@ -83,7 +83,10 @@ def evaluate(
     long_rows: LongRows = "error",
     json_: Json = False,
 ) -> None:
-    """Grade a model's replies to held-out rows, or its labels; perplexity where they are raw text."""
+    """Evaluate a model on held-out rows.
+
+    Replies are graded, labels are scored, and raw text gives a perplexity.
+    """
     from luthier.cli.progress import show_progress
     from luthier.recipe import parse_columns
     from luthier.sdk.evaluation import evaluate as run

@@ -35,7 +35,7 @@ def forgetting(
     attach: Attach = False,
     json_: Json = False,
 ) -> None:
-    """Compare a tuned model with its base: drift and probes."""
+    """Measure what tuning made a model forget."""
     from luthier.cli.progress import show_progress
 
     with heavy_imports():

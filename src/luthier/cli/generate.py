@@ -89,7 +89,7 @@ def generate(
     ray_gpus: RayGpus = 0.0,
     json_: Json = False,
 ) -> None:
-    """Answer one prompt, streaming, or a file of prompts."""
+    """Generate replies to a prompt or a file of prompts."""
     with heavy_imports(model):
         from luthier.cli.batch_inference import BatchInference
         from luthier.data.writers import write_packed
@@ -231,7 +231,10 @@ def chat(
     max_tokens: ReplyTokens = None,
     temperature: Temperature = 0.0,
 ) -> None:
-    """Talk to a model. An empty line starts anew, /exit or Ctrl-D ends."""
+    """Chat with a model.
+
+    An empty line starts a new conversation, /exit or Ctrl-D ends the program.
+    """
     with heavy_imports(model):
         from luthier.models.backends import chosen_backend
         from luthier.models.sampling import Sampling

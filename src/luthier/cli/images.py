@@ -55,7 +55,10 @@ def sample(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Make new images. A folder has one for each class, where the model knows classes."""
+    """Generate images.
+
+    A model with classes writes one image of each class into a folder.
+    """
     from luthier.data.pictures import encode_png, grid
     from luthier.files import write_bytes
     from luthier.objectives.capabilities import DenoisingSettings
@@ -129,7 +132,7 @@ def reconstruct(
     columns: Columns = None,
     json_: Json = False,
 ) -> None:
-    """Show images beside what a model gives back of them, or the way from one to the next."""
+    """Reconstruct images, or interpolate between images."""
     from luthier.data.media_files import is_media
     from luthier.data.pictures import encode_png, grid
     from luthier.data.rows import input_row, load_inputs

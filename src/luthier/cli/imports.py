@@ -13,7 +13,7 @@ from luthier.cli.options import Json
 if TYPE_CHECKING:
     from luthier.sdk.imports.files import Import
 
-import_app = CommandGroup("Take over what promptfoo or OpenAI keeps: rows, graders, recipes.")
+import_app = CommandGroup("Import rows, graders and recipes of OpenAI or promptfoo.")
 
 Folder = Annotated[Path, typer.Option("--output", help="A new folder for what is written.")]
 Judge = Annotated[

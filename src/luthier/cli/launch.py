@@ -59,7 +59,10 @@ def launch(
         Path | None, typer.Option(help="File to write; standard output if not given.")
     ] = None,
 ) -> None:
-    """Print the file that runs a tuning on a cluster, sized by its estimate, with the reasons."""
+    """Print a launch file for a cluster.
+
+    Resources come from an estimate, with a reason for each number.
+    """
     from luthier.workflows.estimate.budget import duration
 
     recipe = read_recipe(data, recipe_options(locals()), set_)

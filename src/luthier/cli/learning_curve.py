@@ -43,7 +43,10 @@ def learning_curve(
     resume: Resume = False,
     json_: Json = False,
 ) -> None:
-    """Estimate the effect of more rows by training on growing shares; no model is stored."""
+    """Estimate the effect of more rows.
+
+    The command trains on growing shares of the rows and stores no model.
+    """
     recipe = read_recipe(data, recipe_options(locals()), set_)
     try:
         numbers = None if shares is None else [float(part) for part in shares.split(",")]

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from luthier.workflows.export import Export
     from luthier.workflows.quantization import QuantizationCost
 
-models_app = CommandGroup("Base models and custom models.")
+models_app = CommandGroup("List, show, fetch, export and remove models.")
 
 
 @models_app.command("list")
 def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
-    """List base models and custom models, and runs that were interrupted."""
+    """List base models, custom models and interrupted runs."""
     from luthier.data.media import PLURAL
     from luthier.engine.runs import unfinished_runs
     from luthier.files import explain_unreadable_home
@@ -201,7 +201,7 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
 
 @models_app.command("show")
 def show_model(model: str, json_: Json = False) -> None:
-    """Show what a model is, where its files are, and whether they are intact."""
+    """Show a model's record, files and integrity."""
     from luthier.models.catalog import CATALOG
     from luthier.store.model_folders import is_base_here
     from luthier.store.models import described_base, find
@@ -377,7 +377,7 @@ def show_capabilities(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Say what a model can be trained for, in which ways, and what fits into memory here."""
+    """List a model's objectives and adaptations that fit here."""
     with heavy_imports():
         from luthier.models.catalog import CATALOG
         from luthier.store.models import pretrained_models
@@ -462,7 +462,7 @@ def pull_model(model: str, json_: Json = False) -> None:
 
 @models_app.command("accept")
 def accept_model(model: str, json_: Json = False) -> None:
-    """Activate a model that is withheld, as it forgot more than it may; its record says so."""
+    """Activate a model withheld for forgetting too much."""
     with heavy_imports():
         from luthier.workflows.tuning import accept
 
@@ -502,7 +502,7 @@ def export_model(
     columns: Columns = None,
     json_: Json = False,
 ) -> None:
-    """Write a model for other software, and try it there where that is installed."""
+    """Export a model for other software."""
     from luthier.cli.progress import LiveReporter
     from luthier.recipe import parse_columns
     from luthier.sdk.export import export
@@ -671,7 +671,7 @@ def remove_model(
         ),
     ] = False,
 ) -> None:
-    """Delete a custom model, or a base model that was made here or fetched, and its run."""
+    """Delete a model and its run."""
     from luthier.engine.runs import runs_from
     from luthier.models.catalog import CATALOG, fetching_lock
     from luthier.store.model_folders import base_folder, remove_side_files, working_folders

@@ -51,7 +51,7 @@ def nearest(
     columns: Columns = None,
     json_: Json = False,
 ) -> None:
-    """Find the rows that are most like a text, an image or a sound."""
+    """Find the rows most similar to a query."""
     from luthier.data.processors import ImageProcessor
     from luthier.data.rows import input_row, load_inputs
     from luthier.recipe import parse_columns

@@ -20,7 +20,10 @@ def pipeline(
     check: Annotated[bool, typer.Option("--check", help="Check all stages, train none.")] = False,
     json_: Json = False,
 ) -> None:
-    """Run several tunings as one, each from a model of an earlier one; done stages are not repeated."""
+    """Run several tunings in order.
+
+    Each stage starts from the model of an earlier stage. Completed stages are not repeated.
+    """
     from luthier.workflows.pipeline import Pipeline
 
     stages = Pipeline.read(file)

@@ -9,7 +9,7 @@ from luthier.cli.options import Json
 
 
 def plugins(json_: Json = False) -> None:
-    """List what installed packages add: objectives, adaptations, graders, base models, backends."""
+    """List installed plugins."""
     from luthier.adaptations import ADAPTATIONS
     from luthier.graders import GRADERS
     from luthier.models.backends import BACKENDS

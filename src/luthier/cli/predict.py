@@ -70,7 +70,10 @@ def predict(
     ray_gpus: RayGpus = 0.0,
     json_: Json = False,
 ) -> None:
-    """Label, rate, tag, embed or transcribe one row, or a file of rows, which keep all their fields."""
+    """Predict labels, ratings, tags or transcriptions.
+
+    Rows of a file keep all their fields.
+    """
     with heavy_imports(model):
         from luthier.cli.batch_inference import BatchInference
         from luthier.data.rows import PREDICTED, input_row, load_inputs

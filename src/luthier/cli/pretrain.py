@@ -64,10 +64,10 @@ def pretrain(
     processes: Processes = 1,
     json_: Json = False,
 ) -> None:
-    """Train a base model on raw text that may exceed the memory.
+    """Train a base model on raw text.
 
-    It starts from random weights with a tokenizer of its own, or goes on from --base, whose weights all
-    move where --adaptation names no adapter beside them.
+    Training starts from random weights with a new tokenizer, or continues from --base. All weights of
+    the base are trained unless --adaptation names an adapter. The text may exceed the memory.
     """
     options = recipe_options(locals())
     from luthier.pretrain_recipe import PretrainRecipe

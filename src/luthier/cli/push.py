@@ -32,7 +32,7 @@ def push(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Upload a model to the Hugging Face hub, with a card made from its certificate."""
+    """Upload a model to the Hugging Face hub."""
     with heavy_imports():
         from luthier.sdk.hub import push as run
 

@@ -43,7 +43,7 @@ def samples(
     ] = False,
     json_: Json = False,
 ) -> None:
-    """Show what a model wrote while it learned from rewards or a teacher: texts, lengths, trend."""
+    """Show text sampled during training."""
     from luthier.engine.metrics import MetricsFile
     from luthier.engine.runs import METRICS, SAMPLES
     from luthier.files import luthier_home

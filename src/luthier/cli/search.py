@@ -71,7 +71,10 @@ def search(
     resume: Resume = False,
     json_: Json = False,
 ) -> None:
-    """Try settings, stop hopeless trials early, and store the best as a custom model."""
+    """Search for the best settings.
+
+    Poor trials stop early, and the best trial becomes a custom model.
+    """
     from luthier.workflows.space import parse_space
 
     recipe = read_recipe(data, recipe_options(locals()), set_)

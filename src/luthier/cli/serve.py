@@ -117,7 +117,7 @@ def serve(
         bool, typer.Option("--strict-region", help="Refuse signatures for other regions.")
     ] = False,
 ) -> None:
-    """Serve the Bedrock, OpenAI, S3 and native APIs on one port."""
+    """Serve the Bedrock, OpenAI, S3 and native APIs."""
     with extra("server"):
         from luthier.api.http import server
         from luthier.api.http.metrics import log_as_json

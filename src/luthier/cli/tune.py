@@ -77,7 +77,7 @@ def tune(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Tune a model on your data and store the custom model."""
+    """Tune a model on your data."""
     settings = [*(["forgetting={}"] if check_forgetting else []), *(set_ or ())]
     settings += [f"{accept}.accept=true"] if accept else []
     recipe = read_recipe(data, recipe_options(locals()), settings)
