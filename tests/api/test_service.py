@@ -165,7 +165,7 @@ def test_the_log_and_the_audit_hold_no_secret(server: Served, job: dict[str, Any
     def luthier(*arguments: str) -> Any:
         return json.loads(server.command(*arguments, "--json").stdout)
 
-    entries = json.dumps(luthier("audit", "list"))
+    entries = json.dumps(luthier("admin", "audit"))
     assert "CreateModelCustomizationJob" in entries and "s3:PutObject" in entries
     log = (server.home / "server.log").read_text()
     assert '"operation": "CreateModelCustomizationJob"' in log

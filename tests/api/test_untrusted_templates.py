@@ -76,7 +76,7 @@ def test_a_template_runs_once_it_is_approved(server: Served, developer: Any) -> 
     assert json.loads(approved.stdout) == {"model": model, "template_sha256": SHA256}
     assert chat(server, "own")[0] == 200  # without another start
     assert server.ask("POST", "/v1/completions", body)[1]["choices"] == raw["choices"]
-    log = json.loads(server.command("audit", "list", "--json").stdout)
+    log = json.loads(server.command("admin", "audit", "--json").stdout)
     assert "luthier:admin.models.trust" in json.dumps(log)
 
 

@@ -1,4 +1,4 @@
-"""``luthier admin`` and ``luthier audit``."""
+"""``luthier admin``."""
 
 from __future__ import annotations
 
@@ -111,21 +111,21 @@ def test_changes_are_in_the_audit_log_and_refusals_change_nothing(
 ) -> None:
     made = admin("keys", "create", ann)
     admin("users", "create", ann, code=2)
-    listed = run(app, "audit", "list", "--json")["entries"]
+    listed = run(app, "admin", "audit", "--json")["entries"]
     assert [entry["action"] for entry in listed] == [
         "luthier:admin.keys.create", "luthier:admin.users.create", "luthier:admin.accounts.create"
     ]  # fmt: skip
     assert listed[0]["resource"] == f"{FIRST}/ann"
     assert listed[0]["user"].startswith("cli")
     assert made["api_key"] not in json.dumps(listed)
-    assert run(app, "audit", "list", "--action", "KEYS", "--since", "2020-01-01", "--json") == {
+    assert run(app, "admin", "audit", "--action", "KEYS", "--since", "2020-01-01", "--json") == {
         "entries": listed[:1]
     }
 
 
 def details_of(action: str) -> dict[str, Any]:
     """What the log says of the last change of this kind."""
-    listed = run(app, "audit", "list", "--action", action, "--json")["entries"]
+    listed = run(app, "admin", "audit", "--action", action, "--json")["entries"]
     details: dict[str, Any] = listed[0]["details"]
     return details
 
@@ -140,7 +140,7 @@ def test_the_log_says_what_was_changed(database: Database, ann: str) -> None:
     assert details_of("keys.create") == {
         "kind": "api", "id": api["id"], "expires": api["expires"], "label": "build"
     }  # fmt: skip
-    everything = run(app, "audit", "list", "--json")
+    everything = run(app, "admin", "audit", "--json")
     for secret in (access["secret_access_key"], api["api_key"]):
         assert secret not in json.dumps(everything)
 
@@ -165,7 +165,7 @@ def test_tables_for_people(database: Database, ann: str) -> None:
     assert "deployments=3" in run(admin_app, "accounts", "list")
     assert "developer" in run(admin_app, "users", "list")
     assert "sk-" in run(admin_app, "keys", "list")
-    assert "luthier:admin.keys.create" in run(app, "audit", "list")
+    assert "luthier:admin.keys.create" in run(app, "admin", "audit")
 
 
 def test_backup_and_restore(

@@ -126,7 +126,7 @@ app({arguments!r})
 
 @pytest.mark.parametrize(
     "arguments", [["serve"], ["admin", "users", "list"], ["admin", "keys", "create", "ann"],
-                  ["audit", "list", "--json"]],
+                  ["admin", "audit", "--json"]],
 )  # fmt: skip
 def test_without_the_extra_commands_name_it(arguments: list[str], luthier_home: Path) -> None:
     names = ["alembic", "botocore", "cryptography", "httptools", "sqlalchemy", "uvicorn"]
