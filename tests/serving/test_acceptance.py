@@ -81,11 +81,9 @@ HOSTILE: dict[str, tuple[dict[str, Any], str, str]] = {
     "lists": ({"model_type": "gpt_neo", "attention_types": [[["global", "local"], MANY]]},
               "model.network", "256 MiB of memory"),
     "groups": ({**SMALL, "model_type": "albert", "num_hidden_groups": MANY},
-               "model.network", "50,000 modules"),
+               "model.network", ""),
     "width": ({**SMALL, "model_type": "llama", "vocab_size": MANY, "hidden_size": 65_536},
               "model.weights", "numbers, and the .safetensors hold 16"),
-    "tables": ({"model_type": "gptj", "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8,
-                "vocab_size": 320, "n_positions": MANY}, "model.weights", "bytes of tables"),
     "depth": ({**SMALL, "model_type": "llama", "text_config": 900}, "model.network", "recursion"),
 }  # fmt: skip
 

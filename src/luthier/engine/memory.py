@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.adaptations import Adaptation
 from luthier.errors import DoesNotFit, UnknownModel
-from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
+from luthier.models.config_errors import DOES_NOT_RUN, refuse_configuration
 from luthier.models.heads import Head, frozen_parts
 from luthier.models.layers import layer_names
 from luthier.models.modalities import (

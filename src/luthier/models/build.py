@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import read_json
 from luthier.models import nets
-from luthier.models.bounds import refuse_configuration
 from luthier.models.characters import character_tokenizer, letter_tokenizer, token_ids
+from luthier.models.config_errors import refuse_configuration
 
 if TYPE_CHECKING:
     from luthier.models.heads import Task

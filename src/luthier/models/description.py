@@ -23,7 +23,7 @@ from luthier.data.media import MOST_PIXELS
 from luthier.data.processors import read_processor
 from luthier.errors import LuthierError, ModelRefused, UnknownModel
 from luthier.files import luthier_home, read_json, write_bytes
-from luthier.models.bounds import drawing_bounds, refuse_configuration
+from luthier.models.config_errors import refuse_configuration
 from luthier.models.heads import Head, Task, task_in
 from luthier.models.kinds import kind_of_network
 from luthier.models.modalities import input_shape, media_config
@@ -81,18 +81,13 @@ class DescribedNetwork:
     """Names of the modules above the backbone."""
 
 
-def described_network(folder: Path, memory: bool | None = None) -> DescribedNetwork:
-    """What ``config.json`` in ``folder`` describes. It is drawn once, as long as no file changes.
-
-    ``memory`` is that of :func:`drawing_bounds`; where no other thread runs when not given.
+def described_network(folder: Path) -> DescribedNetwork:
+    """Describe the network of ``config.json`` in ``folder``, drawn once as long as no file changes.
 
     Raises:
-        UnknownModel: for one that describes no network.
-        ModelRefused: for a network that is larger than its stored weights, or takes too much to draw.
+        UnknownModel: for a configuration that describes no network.
+        ModelRefused: for a network that is larger than its stored weights.
     """
-    # What is loaded is read once more, a moment later. Whoever writes to the folder in between is its
-    # owner, whose own memory the bounds protect: what others give to a server is copied first, to
-    # where they cannot write.
     files = [
         path for part in network_folders(folder) for path in (part / CONFIG, *weight_files(part))
     ]
@@ -101,12 +96,10 @@ def described_network(folder: Path, memory: bool | None = None) -> DescribedNetw
     except FileNotFoundError:
         read_model_fields(folder)  # says which file is missing
         raise
-    if memory is None:
-        memory = threading.active_count() == 1
-    return _described(folder, versions, memory, luthier_home())
+    return _described(folder, versions, luthier_home())
 
 
-def described_kind(folder: Path, memory: bool | None = None) -> str | None:
+def described_kind(folder: Path) -> str | None:
     """The kind of base model that the network in ``folder`` is.
 
     ``None`` for one that is none, such as a classifier of texts, whose classes are another's.
@@ -116,7 +109,7 @@ def described_kind(folder: Path, memory: bool | None = None) -> str | None:
     """
     if (own := kind_of_network(folder)) is not None:
         return own
-    task, processor = described_network(folder, memory).task, read_processor(folder)
+    task, processor = described_network(folder).task, read_processor(folder)
     if task == "causal_lm":
         return task
     if processor is not None and processor.kind in ("image", "audio"):
@@ -131,7 +124,7 @@ _HEADS_LEFT_OUT: tuple[Task, ...] = (
 
 
 @lru_cache(maxsize=64)
-def _described(folder: Path, versions: Any, memory: bool, home: Path) -> DescribedNetwork:
+def _described(folder: Path, versions: Any, home: Path) -> DescribedNetwork:
     """Return the stored description of a network, or draw the network and store it."""
     fields = read_model_fields(folder)
     libraries = [__version__, *map(version, ("torch", "transformers"))]
@@ -140,13 +133,13 @@ def _described(folder: Path, versions: Any, memory: bool, home: Path) -> Describ
     if record.is_file():
         stored = read_json(record)
         return DescribedNetwork(**stored | {"heads": tuple(stored["heads"])})
-    described = _draw_described(folder, fields, memory)
+    described = _draw_described(folder, fields)
     with suppress(OSError, LuthierError):  # a store that is full or read-only
         write_bytes(record, json.dumps(asdict(described)).encode())
     return described
 
 
-def _draw_described(folder: Path, fields: dict[str, Any], memory: bool) -> DescribedNetwork:
+def _draw_described(folder: Path, fields: dict[str, Any]) -> DescribedNetwork:
     check_layers(fields)
     from luthier.models.layouts import is_flat
     from luthier.models.load import configuration, draw, for_head
@@ -157,10 +150,7 @@ def _draw_described(folder: Path, fields: dict[str, Any], memory: bool) -> Descr
 
         part_classes()
     kind = fields.get("model_type", "of unknown type")
-    with (
-        drawing_bounds(memory),
-        refuse_configuration(UnknownModel, f"the network in {folder} ({kind}) cannot be loaded"),
-    ):
+    with refuse_configuration(UnknownModel, f"the network in {folder} ({kind}) cannot be loaded"):
         config = configuration(folder, fields)
         task = task_in(config)
         bare: Task = "embedding" if task in _HEADS_LEFT_OUT else task
@@ -172,8 +162,7 @@ def _draw_described(folder: Path, fields: dict[str, Any], memory: bool) -> Descr
             raise ValueError(f"{empty[0]} has no numbers")
     numbers = sum(weight.numel() for weight in network.parameters())
     if not fields.get("quantization_config"):  # its files hold several numbers in one
-        tables = sum(table.nbytes for table in network.buffers())
-        check_sizes(numbers, tables, sum(map(check_weights, network_folders(folder))))
+        check_sizes(numbers, sum(map(check_weights, network_folders(folder))))
     flat = is_flat(network)
     above = [name for name, child in network.named_children() if child is not network.base_model]
     return DescribedNetwork(task, numbers, flat, tuple(above))

@@ -12,8 +12,8 @@ from torch import nn
 from luthier.data.tree import build_tree
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.models import nets
-from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
 from luthier.models.catalog import CatalogEntry
+from luthier.models.config_errors import DOES_NOT_RUN, refuse_configuration
 from luthier.models.convolutions import mend_convolutions
 from luthier.models.description import check_folder, import_transformers
 from luthier.models.heads import (

@@ -33,8 +33,6 @@ MOST_CONFIG = 10_000_000
 """Bytes of one other file that holds no weights: they are read as JSON, whole."""
 MOST_LAYERS = 1000
 """Layers that a configuration may ask for: they are built before the weights are looked at."""
-MOST_TABLES = 1 << 28
-"""Bytes of tables that a network may make beside its weights, such as angles of positions."""
 _SLACK = 10_000_000
 """Numbers that a network may have beside the stored ones: a pooler that embeddings do not look at."""
 _LAYERS = frozenset(("num_hidden_layers", "num_layers", "n_layers", "n_layer"))
@@ -393,11 +391,10 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def check_sizes(numbers: int, tables: int, stored: int) -> None:
+def check_sizes(numbers: int, stored: int) -> None:
     """Refuse a configuration that describes a larger network than the one whose weights are stored.
 
-    ``numbers`` are those of its weights, ``tables`` the bytes of what it makes beside them, ``stored``
-    the numbers in the files.
+    ``numbers`` are those of the described weights, ``stored`` those in the files.
 
     Raises:
         ModelRefused: for such a configuration.
@@ -407,13 +404,6 @@ def check_sizes(numbers: int, tables: int, stored: int) -> None:
             CONFIG, "model.weights",
             f"It describes a network of {numbers:,} numbers, and the .safetensors hold {stored:,}.",
             "Take the config.json that belongs to the weights, and all of their shards.",
-        )  # fmt: skip
-    if tables > MOST_TABLES:
-        raise ModelRefused(
-            CONFIG, "model.weights",
-            f"Beside its weights the network makes {tables:,} bytes of tables, and {MOST_TABLES:,} are "
-            "taken.",
-            "Take the config.json that belongs to the weights, or say fewer positions in it.",
         )  # fmt: skip
 
 

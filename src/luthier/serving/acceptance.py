@@ -107,7 +107,13 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
     Raises:
         ModelRefused: where it cannot be taken.
     """
-    from luthier.models.description import described_kind, described_network, read_model_fields
+    from luthier.models.config_errors import bounded_memory
+    from luthier.models.description import (
+        described_kind,
+        described_network,
+        import_transformers,
+        read_model_fields,
+    )
     from luthier.models.modalities import context_length, text_fields
     from luthier.models.tokenizer import (
         check_vocabulary,
@@ -129,9 +135,11 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
         index, fix = MODEL_INDEX, "Take a Stable Diffusion 1 or 2, as diffusers saves it."
     with _as(index, "model.network", fix):
         fields = read_model_fields(folder)
-        network = described_network(folder, memory=True)
+        import_transformers()
+        with bounded_memory():
+            network = described_network(folder)
         context = context_length(fields)
-        kind = described_kind(folder, memory=True)
+        kind = described_kind(folder)
         if kind is None:
             raise ModelRefused(
                 CONFIG, "model.task", f"The network is a {network.task.replace('_', ' ')} model.",

@@ -1,0 +1,45 @@
+"""Errors of libraries on configurations that describe no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+
+import pytest
+import torch
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from luthier.errors import UnknownModel
+from luthier.models.config_errors import refuse_configuration
+from luthier.types import Message
+
+
+def test_a_full_gpu_is_no_fault_of_a_configuration() -> None:
+    refused = pytest.raises(UnknownModel, match="no network: no such size")
+    with refused, refuse_configuration(UnknownModel, "no network"):
+        raise RuntimeError("no such size")
+    with pytest.raises(torch.OutOfMemoryError), refuse_configuration(UnknownModel, "no network"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("place", ["transformers.models.odd", "luthier.models.nets.odd"])
+def test_what_interprets_a_configuration_is_refused_for_its_errors(place: str) -> None:
+    with pytest.raises(UnknownModel), refuse_configuration(UnknownModel, "no network"):
+        _function_of(place)()
+
+
+def test_an_error_of_our_own_is_no_fault_of_a_configuration() -> None:
+    with pytest.raises(TypeError), refuse_configuration(UnknownModel, "no network"):
+        _function_of("luthier.models.load")()
+
+
+def test_what_an_object_lacks_is_the_fault_of_who_made_it() -> None:
+    with pytest.raises(UnknownModel), refuse_configuration(UnknownModel, "no network"):
+        _function_of("luthier.models.layouts", lambda: ImageClassifierOutput().last_hidden_state)()  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError), refuse_configuration(UnknownModel, "no network"):
+        _function_of("luthier.models.layouts", lambda: Message("user", "a").states)()  # type: ignore[attr-defined]
+
+
+def _function_of(module: str, code: Callable[[], object] = lambda: len(5)) -> Callable[[], object]:  # type: ignore[arg-type]
+    """The function as one of that module; it raises a TypeError where none is given."""
+    return FunctionType(code.__code__, {**globals(), "__name__": module})
