@@ -113,13 +113,6 @@ def test_other_times_are_read_or_passed_over(tmp_path: Path, time: str) -> None:
     assert len(load_rows(write(tmp_path, ["2020-02-03,1", f"{time},2"]))) == 2
 
 
-def test_a_series_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("luthier.data.time_series.MOST_VALUES", 2)
-    with pytest.raises(DataError) as caught:
-        load_rows(write(tmp_path, times([1, 2, 3, 4])))
-    assert [(each.rule, each.line) for each in caught.value.problems] == [("window.long", 4)]
-
-
 @pytest.mark.parametrize(
     ("header", "line", "kind"),
     [("date,text", "1,2", RawText), ("date,comment", "1,good", None), ("id,value", "1,2", None)],

@@ -41,7 +41,6 @@ RULES: Mapping[str, str] = {
     "media.base": "The base model reads no such rows: texts, images or sounds.",
     "window.value": "A value of a time series is missing or no finite number.",
     "window.time": "A time of a time series is missing, or no moment of the calendar.",
-    "window.long": "A time series has too many values.",
     "media.mixed": "A folder or archive holds images and sounds.",
     "media.folder": "Some files of a folder lie in folders, which are labels, and some do not.",
     "media.npz": "An .npz file has no images, or arrays of other shapes.",

@@ -21,8 +21,6 @@ from luthier.data.parsing import Record, quote
 from luthier.errors import Problem
 
 TIME_COLUMNS = ("timestamp", "time", "date", "datetime", "ds")
-MOST_VALUES = 20_000_000
-"""Of one series; they are held in memory."""
 FIRST_LINES = 1_000
 """Among them is a value, where a sensor starts late."""
 MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
@@ -119,10 +117,6 @@ def _read_windows(
             message = f"The time is {quote(str(time))}, which is missing or on no calendar."
             fix = "Write the time of the value, as in 2026-11-23 14:05, or remove the line."
             problems.append(Problem(file, line, "window.time", message, fix))
-        elif len(values) >= MOST_VALUES:
-            message = f"The series has more than {MOST_VALUES:,} values."
-            problems.append(Problem(file, line, "window.long", message, "Split the file."))
-            return
         else:
             lines.append(line)
             read.append(record)
