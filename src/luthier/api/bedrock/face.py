@@ -31,7 +31,6 @@ _STATUS = {
     "UnknownOperation": 404,
     "Serialization": 400,
     "RequestEntityTooLarge": 413,
-    "RequestTimeout": 408,
     "MissingAuthenticationToken": 403,
     "IncompleteSignature": 403,
     "UnrecognizedClient": 403,

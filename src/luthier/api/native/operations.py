@@ -46,7 +46,7 @@ STATUS = {
     "MissingAuthenticationToken": 401, "UnrecognizedClient": 401, "InvalidSignature": 401,
     "IncompleteSignature": 400, "AccessDenied": 403, "ResourceNotFound": 404, "UnknownOperation": 404,
     "MethodNotAllowed": 405, "RequestEntityTooLarge": 413,
-    "RequestTimeout": 408, "Throttling": 429, "InternalServer": 500,
+    "Throttling": 429, "InternalServer": 500,
     "ServiceUnavailable": 503, "ModelNotReady": 503, "ModelError": 500, "ModelTimeout": 504,
 }  # fmt: skip
 """HTTP status of each fault; 400 for others."""

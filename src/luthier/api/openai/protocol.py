@@ -49,7 +49,6 @@ _SHAPES = {
     # The client repeats a 409 by itself; what is in use stays so for longer than that.
     "Conflict": _Shape(409, INVALID, "conflict", retry=False),
     "RequestEntityTooLarge": _Shape(413, INVALID, "request_too_large"),
-    "RequestTimeout": _Shape(408, INVALID, "request_timeout"),
     "Throttling": _Shape(429, "requests", "rate_limit_exceeded"),
     "ServiceQuotaExceeded": _Shape(429, "insufficient_quota", "insufficient_quota", retry=False),
     "ModelNotReady": _Shape(503, SERVER, "model_not_ready"),
