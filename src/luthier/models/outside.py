@@ -190,19 +190,6 @@ def check_texts(folder: Path) -> dict[str, Any]:
     return config
 
 
-def loaded_files(folder: Path) -> list[Path]:
-    """The files that transformers loads: the whole one, or the shards that the index names; else none.
-
-    A folder may hold others beside them.
-    """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        return []
-    return [folder / name for name in sorted({*read_json(index)["weight_map"].values()})]
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files of its weights, in order."""
     return sorted(folder.glob("*.safetensors"))

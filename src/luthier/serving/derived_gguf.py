@@ -12,7 +12,6 @@ its record says so. It holds the network alone: texts are tokenized, and answers
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,18 +95,6 @@ def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Pat
     if record.refusal:
         raise RecipeError(record.refusal)
     return folder / FILE
-
-
-def parity_of(file: Path) -> TokenParity:
-    """How the file that :func:`gguf_of` gave answers beside torch."""
-    return DerivedFile.model_validate(read_json(file.with_name(RECORD))).parity
-
-
-def _weights(stored: StoredModel) -> Iterator[Path]:
-    model: StoredModel | None = stored
-    while model is not None:
-        yield from model.folder.glob("*.safetensors")
-        model = model.parent
 
 
 def _read(folder: Path) -> DerivedFile | None:
