@@ -31,7 +31,7 @@ from luthier.models.manifest import MANIFEST, Manifest
 from luthier.models.save import ADAPTER, read_adapter
 from luthier.recipe import Recipe
 from luthier.serving.inference import GenerationRequest
-from luthier.serving.memory import allocated_bytes
+from luthier.serving.memory import resident_bytes
 from luthier.serving.pool import ModelPool
 from luthier.store.models import find
 
@@ -105,12 +105,12 @@ def main() -> None:
         began = time.perf_counter()
         pool.count(ids[0], "first of its shapes")
         first = time.perf_counter() - began
-        before, cold = allocated_bytes(), []
+        before, cold = resident_bytes(), []
         for each in ids[1:]:
             began = time.perf_counter()
             pool.count(each, "warm")
             cold.append(time.perf_counter() - began)
-        loaded = allocated_bytes()
+        loaded = resident_bytes()
         cases = {
             "bare base": [BASE] * count,
             "one adapter": ids[:1] * count,
