@@ -141,8 +141,8 @@ def test_clients_ask_a_model_of_the_command_line(
                 assert stored_by(session, FIRST) == 0
     finally:
         service.close()
-    assert "luthier:admin.models.unregister" in Answer("audit", "list", "--json").good().out
-    assert "luthier:admin.models.register" in Answer("audit", "list", "--json").good().out
+    assert "luthier:admin.models.unregister" in Answer("admin", "audit", "--json").good().out
+    assert "luthier:admin.models.register" in Answer("admin", "audit", "--json").good().out
 
 
 @pytest.mark.parametrize(
