@@ -99,8 +99,7 @@ class Recomputing:
 
     rows, sequences = 1, 1 << 20
 
-    def __init__(self, network, context, exact):
-        """``exact`` holds by itself, as every sequence is read alone."""
+    def __init__(self, network, context):
         self.network, self.context, self.device = network, context, network.device
 
     def bytes_of(self, tokens):
