@@ -11,7 +11,7 @@ INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c
 # Where it is set, as in many images of containers, each command would compile all that it imports: 10 s
 # in place of 5 to a first token. What the installation ends with leaves bytecode for all later ones.
 unexport PYTHONDONTWRITEBYTECODE
-COMPILE = $(BIN)/python -c 'import luthier.serving.generation, transformers.models.llama.modeling_llama'
+COMPILE = $(BIN)/python -c 'import luthier.inference.generation, transformers.models.llama.modeling_llama'
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow check format docs bench clean

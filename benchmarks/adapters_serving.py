@@ -27,13 +27,13 @@ from children import table
 from luthier.engine.machine import release_workers
 from luthier.engine.train import train
 from luthier.files import hashes_of, luthier_home
+from luthier.inference.inference import GenerationRequest
+from luthier.inference.memory import resident_bytes
+from luthier.inference.pool import ModelPool
+from luthier.library.models import find
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.models.save import ADAPTER, read_adapter
 from luthier.recipe import Recipe
-from luthier.serving.inference import GenerationRequest
-from luthier.serving.memory import resident_bytes
-from luthier.serving.pool import ModelPool
-from luthier.store.models import find
 
 BASE = "smollm2-135m-instruct"
 PROMPT = "Customer {}: My card has not arrived yet, and I have waited for two weeks. What do I do? "

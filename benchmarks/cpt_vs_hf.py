@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--budget", type=int, default=2048)
     options = parser.parse_args()
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     folder = find("smollm2-135m-instruct", print).folder
     config = json.loads((folder / "config.json").read_text())

@@ -59,9 +59,9 @@ def training_step(shared: int, own: int, budget: int) -> tuple[Side, Side]:
 
     from luthier.adaptations.lora import LoRA
     from luthier.engine.machine import choose_machine
+    from luthier.library.models import find
     from luthier.models.load import as_network, load_model
     from luthier.objectives.logprobs import weighted_nll
-    from luthier.store.models import find
 
     folder, machine = find(BASE, print).folder, choose_machine()
     rows = encoded_rows(shared, own)
@@ -108,10 +108,10 @@ def rollouts(count: int, tokens: int = 32) -> tuple[Side, Side]:
 
     from luthier.adaptations.lora import LoRA
     from luthier.engine.machine import choose_machine
+    from luthier.library.models import find
     from luthier.models.decoding import sample
     from luthier.models.load import as_network, load_model
     from luthier.models.sampling import Sampling
-    from luthier.store.models import find
 
     machine = choose_machine()
     model = load_model(find(BASE, print).folder, machine.dtype, machine.device)

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=3)
     options = parser.parse_args()
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     folder = str(find("all-minilm-l6-v2", print).folder)
     lines = [line for line in options.data.read_text().split("\n") if line]

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--case", choices=RATES, action="append")
     options = parser.parse_args()
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     teacher = str(find("smollm2-135m-instruct", print).folder)
     lines = []

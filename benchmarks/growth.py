@@ -73,8 +73,8 @@ def inspect_rows(count: int, folder: Path, base: str) -> Spent:
 
 def prepare_rows(count: int, folder: Path, base: str) -> Spent:
     from luthier.engine.dataset import prepare
+    from luthier.library.models import chat_format, find, room_of
     from luthier.recipe import DataSpec
-    from luthier.store.models import chat_format, find, room_of
 
     stored = find(base)
     chat, room = chat_format(stored), room_of(stored)
@@ -120,9 +120,9 @@ def database_of(count: int, folder: Path) -> Any:
     """A database with so many jobs of a tenth as many accounts; the last hundred wait."""
     from sqlalchemy import insert
 
-    from luthier.store.database import Database, new_id, now
-    from luthier.store.jobs import COMPLETED, QUEUED, Job
-    from luthier.store.schema import upgrade
+    from luthier.server.tables.database import Database, new_id, now
+    from luthier.server.tables.jobs import COMPLETED, QUEUED, Job
+    from luthier.server.tables.schema import upgrade
 
     database, moment = Database(f"sqlite:///{folder / 'luthier.db'}"), now()
     upgrade(database)
@@ -146,7 +146,7 @@ def database_of(count: int, folder: Path) -> Any:
 
 
 def list_page(count: int, folder: Path, base: str) -> Spent:
-    from luthier.store.jobs import JobFilter, list_jobs
+    from luthier.server.tables.jobs import JobFilter, list_jobs
 
     database = database_of(count, folder)
 
@@ -160,8 +160,8 @@ def list_page(count: int, folder: Path, base: str) -> Spent:
 
 
 def claim_job(count: int, folder: Path, base: str) -> Spent:
-    from luthier.store.jobs import Job
-    from luthier.store.queue import claim
+    from luthier.server.tables.jobs import Job
+    from luthier.server.tables.queue import claim
 
     database = database_of(count, folder)
 

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1, help="prompts in a step")
     parser.add_argument("--against", choices=SETTINGS, action="append")
     options = parser.parse_args()
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     model = str(find("smollm2-135m-instruct", print).folder)
     each, out = GENERATIONS * options.prompts, []

@@ -19,9 +19,9 @@ from luthier.data.rows import load_inputs
 from luthier.data.shapes.media import MediaRow
 from luthier.engine.machine import choose_machine
 from luthier.evaluation.frechet import frechet_distance
+from luthier.library.models import chat_format, find, load
 from luthier.models.load import as_network
 from luthier.objectives.generative import features_of
-from luthier.store.models import chat_format, find, load
 
 AT_ONCE = 100
 

@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2)
     options = parser.parse_args()
     from luthier.files import luthier_home
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     base = find("efficientnet-lite0", print).folder
     steps = -(-options.rows // BATCH)

@@ -53,7 +53,7 @@ def main() -> None:
     asked = parser.parse_args()
     chat = None
     if asked.base:
-        from luthier.store.models import chat_format, find
+        from luthier.library.models import chat_format, find
 
         chat = chat_format(find(asked.base))
     checks: dict[str, Callable[[], Check]] = {

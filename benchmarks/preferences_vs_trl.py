@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--against", choices=SETTINGS, help="only this TRL setting")
     options = parser.parse_args()
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     model = str(find("smollm2-135m-instruct", print).folder)
     header = ["TRL setting", "rows/s", "TRL", "ratio", "GB", "TRL", "ratio"]

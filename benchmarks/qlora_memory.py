@@ -33,7 +33,7 @@ def count(base: str, method: str, fields: dict[str, str]) -> dict[str, int]:
 
     from luthier.adaptations import ADAPTATIONS
     from luthier.adaptations.targets import ALL_LINEAR, linear_targets
-    from luthier.store.models import find, load
+    from luthier.library.models import find, load
 
     network = load(find(base), torch.bfloat16, torch.device("cpu"))
     names = tuple(f"{name}." for name in linear_targets(network, ALL_LINEAR))

@@ -105,8 +105,8 @@ def side(name: str, model: str, embeds: bool, place: str) -> None:
 
 def pool_side(model: str, embeds: bool) -> Callable[[str], object]:
     from luthier.engine.machine import limit_kernels
-    from luthier.serving.pool import ModelPool
-    from luthier.serving.prompts import tokenize_in_own_thread
+    from luthier.inference.pool import ModelPool
+    from luthier.inference.prompt_limits import tokenize_in_own_thread
 
     limit_kernels()
     tokenize_in_own_thread()
@@ -236,9 +236,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    from luthier.library.folders import base_folder
+    from luthier.library.models import find
     from luthier.sdk.export import export
-    from luthier.store.model_folders import base_folder
-    from luthier.store.models import find
 
     find(BASE, print)
     lines = options.rows.read_text(encoding="utf-8").split("\n")[TRAINED:]

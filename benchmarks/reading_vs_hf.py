@@ -60,9 +60,9 @@ def luthier(folder: Path, train: Path, test: Path, epochs: int) -> tuple[list[fl
     import luthier
     from luthier.data.rows import load_rows
     from luthier.engine.machine import Machine
+    from luthier.inference.prediction import Predictor
+    from luthier.library.models import chat_format, find, objective_of
     from luthier.models.load import as_network, load_model
-    from luthier.serving.prediction import Predictor
-    from luthier.store.models import chat_format, find, objective_of
 
     result = luthier.tune(
         train,
@@ -92,7 +92,7 @@ def luthier(folder: Path, train: Path, test: Path, epochs: int) -> tuple[list[fl
 def compared(name: str, data: Path, options: argparse.Namespace, scratch: Path) -> list[str]:
     from luthier.data.rows import load_rows
     from luthier.evaluation.labels import scores
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     scratch.mkdir()
     train = cut(data / name / "train.jsonl", scratch / "train.jsonl", options.rows)

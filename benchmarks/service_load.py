@@ -374,7 +374,7 @@ def generate(home: Path, count: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     folder = find(BASE).network_folder
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -33,12 +33,12 @@ import torch
 
 from children import table
 from luthier.engine.machine import choose_machine, limit_kernels, release_workers
+from luthier.inference.inference import Chat, GenerationRequest, TokenChunk
+from luthier.inference.memory import resident_bytes
+from luthier.inference.pool import ModelPool
+from luthier.library.models import StoredModel, chat_format, find
 from luthier.models.load import load_model
 from luthier.sdk.export import export
-from luthier.serving.inference import Chat, GenerationRequest, TokenChunk
-from luthier.serving.memory import resident_bytes
-from luthier.serving.pool import ModelPool
-from luthier.store.models import StoredModel, chat_format, find
 from luthier.types import Message
 
 BASE = "smollm2-135m-instruct"

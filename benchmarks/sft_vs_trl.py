@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--task", default=TASK, help="what the prompt asks for, for other data")
     parser.add_argument("--against", help="only this TRL setting, such as lora-best")
     options = parser.parse_args()
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     model = str(find("smollm2-135m-instruct", print).folder)
     header = [

@@ -37,9 +37,9 @@ from luthier.data.processors import ImageProcessor, read_processor
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.optimizers import schedule_factor
+from luthier.library.models import find
 from luthier.models.heads import Head
 from luthier.models.load import load_model
-from luthier.store.models import find
 
 BATCH, RATE, WARMUP = 32, 2e-3, 0.05
 Images = NDArray[np.uint8]

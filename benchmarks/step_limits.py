@@ -80,8 +80,8 @@ def measure(case: str, data: Path, steps: int) -> NoReturn:
     """Print seconds of a step, the median but for the first, and the products of one more; then end."""
     from luthier.engine import loop as loops
     from luthier.engine.train import train
+    from luthier.library.models import find
     from luthier.recipe import Recipe
-    from luthier.store.models import find
 
     source, fields = CASES[case]
     rows, count = data / source, fields["training"]["batch_size"] * (steps + 2)
@@ -127,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.alone:
         measure(options.case[0], options.data, options.steps)
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     lines = []
     for case in options.case or CASES:

@@ -40,16 +40,16 @@ VOCABULARY = 320
 
 
 LONGEST = {
-    "api/test_aws_cli.py",
-    "api/test_exports.py",
-    "api/test_full_disk.py",
-    "api/test_imports.py",
-    "api/test_service.py",
-    "api/test_shutdown.py",
-    "api/test_time_limits.py",
+    "server/test_aws_cli.py",
+    "server/test_exports.py",
+    "server/test_full_disk.py",
+    "server/test_imports.py",
+    "server/test_service.py",
+    "server/test_shutdown.py",
+    "server/test_time_limits.py",
     "engine/test_process_faults.py",
-    "jobs/test_shared_training.py",
-    "serving/test_onnx_export.py",
+    "server/jobs/test_shared_training.py",
+    "exports/test_onnx.py",
     "test_processes.py",
 }
 """Files of few tests that take more than 10 s each."""

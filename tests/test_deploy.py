@@ -16,8 +16,8 @@ import typer
 import yaml
 
 import luthier
-from luthier.api.http.application import OPEN_PATHS
 from luthier.cli.app import app
+from luthier.server.http.application import OPEN_PATHS
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

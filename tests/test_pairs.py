@@ -36,6 +36,7 @@ from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
+from luthier.library import models as store
 from luthier.models.load import as_network, load_model, sketch
 from luthier.models.manifest import Manifest
 from luthier.models.network import Network
@@ -50,7 +51,6 @@ from luthier.objectives.capabilities import (
     other_models,
 )
 from luthier.recipe import Training
-from luthier.store import models as store
 from luthier.types import Example, Message, Row
 
 CPU = torch.device("cpu")

@@ -23,15 +23,15 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.engine import train
 from luthier.errors import RecipeError
 from luthier.graders import GRADERS, Exact, Grader
+from luthier.inference.decoder import Decoder
+from luthier.inference.inference import Chat, GenerationRequest
+from luthier.inference.memory import CacheBudget
+from luthier.library.models import find, objective_of
 from luthier.models.backends import BACKENDS
 from luthier.models.catalog import CATALOG
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import Recipe
-from luthier.serving.decoder import Decoder
-from luthier.serving.inference import Chat, GenerationRequest
-from luthier.serving.memory import CacheBudget
-from luthier.store.foundation import foundation_model, foundation_models
-from luthier.store.models import find, objective_of
+from luthier.server.tables.foundation import foundation_model, foundation_models
 from luthier.types import Message
 from luthier.workflows.capabilities import capabilities
 

@@ -10,40 +10,40 @@ from pathlib import Path
 import pytest
 
 import luthier
-from luthier.api.bedrock.hyperparameters import HYPERPARAMETERS
-from luthier.api.bedrock.hyperparameters import setting_name as bedrock
-from luthier.api.native.operations import setting_name as native
-from luthier.api.openai.fine_tuning import Hyperparameters
-from luthier.api.openai.fine_tuning import setting_name as openai
+from luthier.escaping import command_option, map_code
 from luthier.gate.checks import all_rules
-from luthier.printable import command_option, map_code
 from luthier.recipe import Recipe, Training
+from luthier.server.bedrock.hyperparameters import HYPERPARAMETERS
+from luthier.server.bedrock.hyperparameters import setting_name as bedrock
+from luthier.server.native.operations import setting_name as native
+from luthier.server.openai.fine_tuning import Hyperparameters
+from luthier.server.openai.fine_tuning import setting_name as openai
 
 APIS: dict[str, Callable[[str], str]] = {"bedrock": bedrock, "openai": openai, "native": native}
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
 COMMANDS = ("cli", "sdk/hub", "sdk/imports", "workflows/advise", "workflows/estimate", "limits.py",
-            "pretrain_recipe.py", "api/http/server.py", "printable.py")  # fmt: skip
+            "pretrain_recipe.py", "server/http/server.py", "escaping.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
-    "data/convert.py", "data/writers.py", "serving/export.py", "workflows/learning_curve.py",
+    "data/convert.py", "data/writers.py", "exports/writer.py", "workflows/learning_curve.py",
     "workflows/pretrain.py", "workflows/search.py", "workflows/space.py",
     "workflows/trial_processes.py", "workflows/launch.py",
     "models/build.py", "models/student.py", "models/width.py", "models/width_bert.py",
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",
-    "gate/selection.py", "gate/splits.py", "store/backup.py",
+    "gate/row_selection.py", "gate/splits.py", "server/tables/backup.py",
 )  # fmt: skip
 """The same, file by file."""
 OF_COMMANDS = {
     "recipe.py": r"--(set|mix|map) takes",
     # Names of runs and what goes on: a job is its own name, goes on by itself, and has local teachers.
     "engine/runs.py": "--(resume|name)", "engine/loop.py": "--resume",
-    "store/models.py": "that began it, with --resume",
-    "workflows/distil/responses.py": "--(resume|name)", "data/forms.py": "--to",
+    "library/models.py": "that began it, with --resume",
+    "workflows/distil/responses.py": "--(resume|name)", "data/formats.py": "--to",
     "workflows/distil/recipe.py": "--(resume|set teacher)",
     # A server is started by a command, and a driver by arguments.
-    "api/service.py": "--(job-processes|runner)", "serving/opened_model.py": "student --from",
-    "jobs/ray_runner.py": "--[a-z]",
+    "server/service.py": "--(job-processes|runner)", "inference/opened_model.py": "student --from",
+    "server/jobs/ray_runner.py": "--[a-z]",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip
 """Texts of other files that clients of the API never come to."""

@@ -12,13 +12,13 @@ __version__ = "0.1.0"
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:
+    from luthier.migrate import import_openai, import_promptfoo
     from luthier.recipe import Recipe
     from luthier.sdk.certificate import certificate, verify
     from luthier.sdk.data import clean, convert, inspect, split
     from luthier.sdk.evaluation import compare, evaluate, forgetting
     from luthier.sdk.export import export
     from luthier.sdk.hub import push
-    from luthier.sdk.imports import import_openai, import_promptfoo
     from luthier.sdk.model import Model, load
     from luthier.sdk.training import (
         advise,
@@ -68,7 +68,7 @@ _HOMES = {
         "sdk.evaluation": ["compare", "evaluate", "forgetting"],
         "sdk.export": ["export"],
         "sdk.hub": ["push"],
-        "sdk.imports": ["import_openai", "import_promptfoo"],
+        "migrate": ["import_openai", "import_promptfoo"],
         "sdk.model": ["Model", "load"],
         "sdk.training": [
             "advise", "distil", "estimate", "launch", "learning_curve", "pretrain", "student",

@@ -31,9 +31,9 @@ from luthier.data.augmentation import Augmentation
 from luthier.data.sources import absolute, files_of
 from luthier.data.template_kwargs import TemplateSettings
 from luthier.errors import RecipeError
+from luthier.escaping import did_you_mean, nearest_name
 from luthier.files import read_toml
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.printable import did_you_mean, nearest_name
 from luthier.validation import StrictModel, describe_constraint
 
 Parsed = TypeVar("Parsed", bound=BaseModel)

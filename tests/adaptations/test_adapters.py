@@ -14,11 +14,11 @@ import luthier
 from luthier.adaptations import Adapters, BitFit
 from luthier.adaptations.adapter_layer import Bottleneck, ConvBottleneck
 from luthier.errors import RecipeError
+from luthier.library.models import adaptation_of, find
 from luthier.models.heads import Head
 from luthier.models.load import load_model
 from luthier.models.modalities import input_shape, run_media
 from luthier.objectives import MaskedLM
-from luthier.store.models import adaptation_of, find
 
 CPU = torch.device("cpu")
 

@@ -24,7 +24,7 @@ from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
-from luthier.models.bottom import frozen_layers
+from luthier.models.frozen_layer_cache import frozen_layers
 from luthier.models.layers import modules_of
 from luthier.models.load import as_network
 from luthier.models.network import Network

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from luthier.cli.admin import admin_app
 from luthier.cli.app import app
-from luthier.store import principals
-from luthier.store.database import Database
-from luthier.store.sealing import Sealing, server_key
+from luthier.server.tables import principals
+from luthier.server.tables.database import Database
+from luthier.server.tables.secrets import Sealing, server_key
 
 
 def run(app: Any, *arguments: str, code: int = 0) -> Any:

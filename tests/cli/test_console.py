@@ -24,10 +24,10 @@ from luthier.cli.console import print_rows
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.report_file import ReportFile, ReportReader
 from luthier.errors import RefusedInput
-from luthier.jobs.job_reporter import JobReporter
-from luthier.store.audit import Event, append
-from luthier.store.database import Database
-from luthier.store.jobs import Job
+from luthier.server.jobs.job_reporter import JobReporter
+from luthier.server.tables.audit import Event, append
+from luthier.server.tables.database import Database
+from luthier.server.tables.jobs import Job
 
 HOSTILE = "key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\r\u2066\U000e0041"
 VISIBLE = r"key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\x0d\u2066" + r"\U000e0041"
@@ -104,7 +104,7 @@ def test_a_models_text_is_as_it_is_but_on_a_terminal() -> None:
 def test_any_encoding_of_the_terminal_will_do(encoding: str) -> None:
     values = ["ấ 😀 é █", "\x9b"]
     code = (
-        "import sys; from luthier.printable import escape_unencodable as escape;"
+        "import sys; from luthier.escaping import escape_unencodable as escape;"
         "from luthier.cli.console import note, print_json, print_text;"
         f"escape(sys.stdout, sys.stderr); print_text('█ ✓ ấ é 😀'); print_json({values!r}); note('…')"
     )

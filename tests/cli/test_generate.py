@@ -15,9 +15,9 @@ from command_line import COLOURS, MODEL, ROWS, Answer, jsonl, start
 from thinking_models import THOUGHT
 
 from luthier.cli.console import stream_reasoning
+from luthier.escaping import printable
 from luthier.files import read_json
 from luthier.models.manifest import MANIFEST
-from luthier.printable import printable
 
 
 def test_generate_answers_one_prompt(home: Path) -> None:
@@ -197,7 +197,7 @@ def test_generate_refuses_what_cannot_work(home: Path, arguments: list[str], tex
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     home: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    from luthier.serving.generation import Generator
+    from luthier.inference.generation import Generator
 
     def work(*arguments: Any) -> None:
         raise AssertionError("the work was begun")

@@ -91,7 +91,7 @@ def test_inspect_warns_where_the_default_model_cannot_be_fetched(
     def offline(*arguments: Any) -> None:
         raise DownloadError("there is no network")
 
-    monkeypatch.setattr("luthier.store.models.pull", offline)
+    monkeypatch.setattr("luthier.library.models.pull", offline)
     path = jsonl(tmp_path / "a.jsonl", *ROWS)
     answer = Answer("inspect", str(path))
     assert answer.code == 1

@@ -19,14 +19,14 @@ from stored_files import files_in
 from luthier.cli.models import print_readers
 from luthier.cli.service import open_database
 from luthier.engine.runs import Run
+from luthier.exports.export import Export
 from luthier.files import read_json, sha256_of, write_json
+from luthier.library.folders import gguf_folder
 from luthier.models.catalog import CATALOG, PackageSource
 from luthier.models.manifest import MANIFEST
-from luthier.store.custom_models import ACTIVE, CustomModel
-from luthier.store.database import now
-from luthier.store.endpoints import PROVISIONED, Endpoint
-from luthier.store.model_folders import gguf_folder
-from luthier.workflows.export import Export
+from luthier.server.tables.custom_models import ACTIVE, CustomModel
+from luthier.server.tables.database import now
+from luthier.server.tables.endpoints import PROVISIONED, Endpoint
 
 
 def test_list_names_bases_and_custom_models(
@@ -231,7 +231,7 @@ def test_pull_mends_a_damaged_base(
 ) -> None:
     """A stand-in for the fetch; what is fetched and how is tested with the catalogue."""
     from luthier.files import hashes_of
-    from luthier.store import models as store
+    from luthier.library import models as store
 
     fetched: list[str] = []
 
@@ -342,7 +342,7 @@ def test_export_as_gguf_says_how_llama_cpp_answers(
     file = next((tmp_path / "out").glob("*-Q8_0.gguf"))
     assert file.name in text and f"-f {tmp_path / 'out' / 'Modelfile'}" in text
     assert ("the likeliest token is the same at" in text) == installed
-    monkeypatch.setattr("luthier.serving.export.llama_cpp_library", lambda: None)
+    monkeypatch.setattr("luthier.exports.writer.llama_cpp_library", lambda: None)
     text = Answer("models", "export", MODEL, str(tmp_path / "two"), *given).good().out
     assert "Not compared with llama.cpp, which is not installed" in text
     report = Answer("models", "export", MODEL, str(tmp_path / "3"), *given, "--json").good().json()
@@ -399,7 +399,7 @@ def test_models_are_removed_where_the_service_is_not_installed(
         "luthier.cli.models.find_spec", lambda name: None if name == "sqlalchemy" else specs(name)
     )
     for name in ("removal", "database"):
-        monkeypatch.setitem(sys.modules, f"luthier.store.{name}", None)
+        monkeypatch.setitem(sys.modules, f"luthier.server.tables.{name}", None)
     assert Answer("models", "remove", MODEL).good().out == f"{MODEL} is gone\n"
 
 

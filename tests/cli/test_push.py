@@ -16,8 +16,8 @@ from command_line import MODEL, Answer, memorise
 from hub_uploads import TOKEN, HubUploads, hub_uploads
 from huggingface_hub import ModelCard, constants
 
+from luthier.library.models import find
 from luthier.sdk.export import export
-from luthier.store.models import find
 
 REPOSITORY = "anna/colours"
 # huggingface_hub 2.4.0 hands large files to its HTTP client by a name that this gives up.

@@ -16,15 +16,15 @@ import pytest
 from command_line import MODEL, Answer
 from served import served
 
-from luthier.api.service import Service
-from luthier.api.settings import Settings
 from luthier.cli.service import FIRST, open_database
-from luthier.store.arns import Arns
-from luthier.store.custom_models import ACTIVE, CustomModel
-from luthier.store.database import now
-from luthier.store.exports import create_export
-from luthier.store.removal import count_without_account
-from luthier.store.storage import stored_by
+from luthier.server.service import Service
+from luthier.server.settings import Settings
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import ACTIVE, CustomModel
+from luthier.server.tables.database import now
+from luthier.server.tables.exports import create_export
+from luthier.server.tables.removal import count_without_account
+from luthier.server.tables.storage import stored_by
 
 OTHER = "111111111111"
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from luthier.api.service import LAMBDA
 from luthier.cli.app import app
 from luthier.cli.serve import parse_graders
 from luthier.errors import RefusedInput
-from luthier.store.database import Database
+from luthier.server.service import LAMBDA
+from luthier.server.tables.database import Database
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from luthier.data.convert import FORMATS, Conversion, convert, format_of
-from luthier.data.forms import TARGETS
+from luthier.data.formats import TARGETS
 from luthier.data.rows import load_rows
 from luthier.data.rules import CONVERT_RULES as RULES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion

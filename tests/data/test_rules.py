@@ -15,7 +15,6 @@ from written_rows import problems_of, write
 from luthier.data import (
     containers,
     documents,
-    fields,
     media_files,
     parsing,
     read,
@@ -27,6 +26,7 @@ from luthier.data import (
     time_series,
     tool_forms,
 )
+from luthier.data import field_checks as fields
 from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
 from luthier.gate.rules import DOUBTS
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.data import spool
+from luthier.data import disk_sequence as spool
 from luthier.engine.dataset import Dataset, loss_mask, prepare
+from luthier.library.models import chat_format, find
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import DataSpec
-from luthier.store.models import chat_format, find
 
 TURNS = (
     (("user", "Colour of snow?"), ("assistant", "White.")),

@@ -24,8 +24,8 @@ from luthier.errors import (
     UnknownModel,
 )
 from luthier.files import read_json, write_json
+from luthier.library.models import find
 from luthier.recipe import Recipe
-from luthier.store.models import find
 
 
 def refused(recipe: Recipe, kind: type[LuthierError], match: str, home: Path) -> None:

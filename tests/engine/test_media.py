@@ -23,13 +23,13 @@ from luthier.data.rows import load_rows
 from luthier.engine.job import with_reading_defaults
 from luthier.engine.loop import Loop
 from luthier.errors import CorruptFile, DataError, Interrupted, RecipeError, RefusedInput
+from luthier.library import models as store
 from luthier.models import layouts
 from luthier.models.layouts import MediaReader
 from luthier.models.manifest import Manifest
 from luthier.models.nets import small_cnn as net
 from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import DataSpec, Recipe, Training
-from luthier.store import models as store
 
 KINDS = ("bars", "disc", "ring")
 DIE_AT_12 = (

@@ -18,9 +18,9 @@ from stored_files import files_in
 from luthier.engine import model_writer, train
 from luthier.errors import DoesNotFit, LuthierError, UnknownModel
 from luthier.files import read_json, write_json
+from luthier.library.models import find
 from luthier.models import lora_batch, manifest
 from luthier.recipe import Recipe
-from luthier.store.models import find
 
 
 def no_space(kind: str) -> Exception:

@@ -22,8 +22,8 @@ from luthier.engine.processes import train_in_processes
 from luthier.engine.runs import Result
 from luthier.engine.train import train
 from luthier.errors import Interrupted, LuthierError, RunConflict
+from luthier.library.models import find
 from luthier.recipe import Recipe
-from luthier.store.models import find
 
 Recipes = Callable[..., Recipe]
 # Steps take some 10 ms, and what is told of them comes ten times a second.

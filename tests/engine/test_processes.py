@@ -29,8 +29,8 @@ from luthier.errors import (
     RunConflict,
 )
 from luthier.files import read_json, write_json
+from luthier.library.models import find
 from luthier.recipe import Recipe
-from luthier.store.models import find
 
 Recipes = Callable[..., Recipe]
 

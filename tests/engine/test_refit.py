@@ -20,8 +20,8 @@ from luthier.engine.train import rehearse, train
 from luthier.engine.verdict import Refit
 from luthier.errors import RecipeError
 from luthier.files import read_json
+from luthier.library import models as store
 from luthier.recipe import Recipe
-from luthier.store import models as store
 
 STEPS = 12
 ROWS = [

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from luthier.data import spool
+from luthier.data import disk_sequence as spool
 from luthier.engine import embedding_rows
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop

@@ -17,9 +17,9 @@ from luthier.data.rows import load_rows
 from luthier.engine.dataset import check_sources, prepare
 from luthier.errors import DataError, RecipeError
 from luthier.files import read_json
+from luthier.library.models import chat_format, find
 from luthier.objectives import Classification
 from luthier.recipe import DataSpec, Recipe
-from luthier.store.models import chat_format, find
 
 LONG = "where is the parcel that I ordered at the end of last week, please tell me"
 

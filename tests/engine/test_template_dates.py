@@ -17,12 +17,12 @@ from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.train import train
 from luthier.errors import Interrupted, RecipeError
+from luthier.inference.inference import Chat
+from luthier.inference.pool import ModelPool
+from luthier.library.models import find
 from luthier.models.stored_tokenizer import StoredTokenizer
 from luthier.models.tokenizer import load_tokenizer
 from luthier.recipe import Recipe
-from luthier.serving.inference import Chat
-from luthier.serving.pool import ModelPool
-from luthier.store.models import find
 from luthier.types import Message
 
 DAILY = (

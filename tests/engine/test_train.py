@@ -28,9 +28,9 @@ from luthier.engine import train
 from luthier.engine.runs import Result
 from luthier.errors import DataError, Diverged, RecipeError, RunConflict, UnknownModel
 from luthier.files import verify
+from luthier.library.models import chat_format, find
 from luthier.objectives import Objective
 from luthier.recipe import Recipe
-from luthier.store.models import chat_format, find
 
 # --- what comes out -----------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from luthier.errors import DataError, LuthierError, RecipeError
 from luthier.gate.clean import CleaningSummary, changes_path, clean, summary_path
 from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.report import cleaning_command
-from luthier.gate.selection import Selector
+from luthier.gate.row_selection import Selector
 from real_data import FOLDER, needs_data
 
 SMS = FOLDER / "sms_spam"

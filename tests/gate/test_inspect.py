@@ -15,10 +15,10 @@ from luthier.gate import inspect as gate
 from luthier.gate.checks import CHECKS
 from luthier.gate.inspect import DEFAULT_BASE, InspectionRequest, inspect
 from luthier.gate.scan import ScanProgress
+from luthier.library.folders import base_folder
 from luthier.models.manifest import MANIFEST
 from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import Recipe
-from luthier.store.model_folders import base_folder
 
 
 def written(path: Path, *rows: Any) -> Path:

@@ -15,9 +15,9 @@ import luthier
 from luthier.data.shapes.conversations import PromptOnly
 from luthier.errors import RecipeError
 from luthier.graders import Answer, EmbeddingSimilarity, Mix, Multi, grade_answers
-from luthier.serving.evaluation import open_graders
-from luthier.serving.prediction import Predictor
-from luthier.store.models import find
+from luthier.inference.evaluation import open_graders
+from luthier.inference.prediction import Predictor
+from luthier.library.models import find
 
 
 def answers(*replies: str) -> list[Answer]:

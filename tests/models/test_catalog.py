@@ -31,6 +31,7 @@ from transformers import AutoModelForMaskedLM
 from luthier import child_python
 from luthier.errors import DoesNotFit, DownloadError
 from luthier.files import lock, read_json, sha256_of, verify
+from luthier.library.models import find, load
 from luthier.models import catalog
 from luthier.models.catalog import (
     CATALOG,
@@ -43,7 +44,6 @@ from luthier.models.catalog import (
 )
 from luthier.models.heads import Head
 from luthier.models.manifest import MANIFEST
-from luthier.store.models import find, load
 
 FILES = {
     "fake_model/__init__.py": b"raise SystemExit('imported')",

@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
+from luthier.inference.gguf_parity import compare_gguf
 from luthier.models import gguf
 from luthier.models.gguf import (
     GeneralMetadata,
@@ -25,7 +26,6 @@ from luthier.models.gguf import (
     round_weights,
     write_gguf,
 )
-from luthier.serving.gguf_parity import compare_gguf
 
 
 @pytest.fixture(scope="session")

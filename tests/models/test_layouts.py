@@ -74,9 +74,9 @@ def test_replies_of_an_encoder_decoder_are_learned_as_transformers_does(
 def test_an_encoder_decoder_answers_alike_one_by_one_and_in_a_batch(
     family_folder: Callable[[str], Path],
 ) -> None:
+    from luthier.inference.generation import Generator
     from luthier.models.load import as_network
     from luthier.models.sampling import Sampling
-    from luthier.serving.generation import Generator
 
     folder = family_folder("t5")
     network = as_network(load_model(folder, torch.float32, CPU), CPU, torch.float32)

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from luthier.data.sentence import SentencePipeline, read_sentence_pipeline
 from luthier.engine.train import train
 from luthier.errors import CorruptFile, DataError, ModelRefused, RecipeError
-from luthier.models.outside import choose
+from luthier.exports.writer import export
+from luthier.inference.embeddings import embedding_notes
+from luthier.inference.prediction import Predictor
+from luthier.library.models import find
+from luthier.models.external import choose
 from luthier.recipe import Recipe
-from luthier.serving.embeddings import embedding_notes
-from luthier.serving.export import export
-from luthier.serving.prediction import Predictor
-from luthier.store.models import find
 
 TEXTS = ["the quick brown fox", "jumps over the lazy dog and over the fox", "What is it"]
 LEGACY = {

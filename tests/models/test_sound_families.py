@@ -20,14 +20,14 @@ from luthier.data.media import Media, decode_audio
 from luthier.data.processors import FeatureExtractor, read_processor
 from luthier.engine.memory import sketch_training
 from luthier.errors import RecipeError
+from luthier.exports.onnx import export_onnx
+from luthier.exports.writer import export
+from luthier.library.models import find
 from luthier.models.heads import Head, row_scores
 from luthier.models.layouts import read_states
 from luthier.models.load import as_network, load_model, read_config
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
-from luthier.serving.export import export
-from luthier.serving.onnx_export import export_onnx
-from luthier.store.models import find
 
 CPU = torch.device("cpu")
 FAMILIES = ("ast", "wav2vec2")

@@ -17,6 +17,7 @@ import pytest
 from data.test_tools import FAMILIES
 from luthier.data.chat import ChatFormat
 from luthier.errors import UnknownModel
+from luthier.library.folders import custom_folder, remove_side_files
 from luthier.models.stored_tokenizer import StoredTokenizer
 from luthier.models.tokenizer import (
     is_tokenizer_stored,
@@ -24,7 +25,6 @@ from luthier.models.tokenizer import (
     load_tokenizer,
     load_with_transformers,
 )
-from luthier.store.model_folders import custom_folder, remove_side_files
 from luthier.types import Message
 
 TEXTS = (

@@ -16,12 +16,12 @@ from transformers import AutoModelForImageClassification
 import luthier
 from luthier.data.media import Media
 from luthier.data.processors import read_processor
+from luthier.exports.onnx import export_onnx
+from luthier.exports.writer import export
+from luthier.library.models import find
 from luthier.models.heads import Head, row_scores
 from luthier.models.layouts import read_states
 from luthier.models.load import FrozenBatchNorm2d, as_network, load_model
-from luthier.serving.export import export
-from luthier.serving.onnx_export import export_onnx
-from luthier.store.models import find
 
 CPU = torch.device("cpu")
 FAMILIES = ("resnet", "mobilenet_v2", "efficientnet", "convnext", "vit")

@@ -19,12 +19,12 @@ from luthier.cli.tune import print_result
 from luthier.data.media import Media
 from luthier.data.shapes.media import CaptionedImage
 from luthier.errors import RecipeError
+from luthier.exports.writer import export
+from luthier.library.models import find
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Contrastive
-from luthier.serving.export import export
-from luthier.store.models import find
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")

@@ -17,6 +17,7 @@ import luthier
 from luthier.data.chat import ChatFormat
 from luthier.data.media import Media
 from luthier.data.shapes.media import BareImage, BareWindow, LabelledImage
+from luthier.inference.images import ImageGenerator
 from luthier.models.layouts import MediaLayout
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
@@ -24,7 +25,6 @@ from luthier.models.random_numbers import row_generators
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.generative import draw_noise
 from luthier.objectives.vae import VAE, divergence
-from luthier.serving.images import ImageGenerator
 from luthier.types import Example
 
 CPU = torch.device("cpu")

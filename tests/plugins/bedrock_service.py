@@ -15,21 +15,21 @@ import uvicorn
 from answers import check_answer
 from botocore.config import Config
 
-from luthier.api.audit import AuditTrail
-from luthier.api.bedrock.activation import Activation
-from luthier.api.bedrock.control import Control
-from luthier.api.bedrock.face import BedrockFace
-from luthier.api.http.application import Application
-from luthier.api.http.messages import Caller, Fault, RequestHead, Signed
-from luthier.api.http.metrics import Metrics
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.limits import AccountQuotas
-from luthier.store import jobs as queue
-from luthier.store.arns import Arns
-from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base, Database
-from luthier.store.jobs import Job
-from luthier.store.removal import delete
+from luthier.server.audit import AuditTrail
+from luthier.server.bedrock.activation import Activation
+from luthier.server.bedrock.control import Control
+from luthier.server.bedrock.routes import BedrockFace
+from luthier.server.http.application import Application
+from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
+from luthier.server.http.metrics import Metrics
+from luthier.server.tables import jobs as queue
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.database import Base, Database
+from luthier.server.tables.jobs import Job
+from luthier.server.tables.removal import delete
 
 ALICE, BOB = "111111111111", "222222222222"
 BASE = "huggingfacetb.smollm2-135m-instruct"

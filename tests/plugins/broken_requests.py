@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 from botocore.model import OperationModel
 from hypothesis import strategies as st
 
-from luthier.api.bedrock.shapes import operation_models
+from luthier.server.bedrock.shapes import operation_models
 
 MODEL = "luthier.tiny"
 ACCOUNT = "000000000000"

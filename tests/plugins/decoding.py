@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from luthier.serving.decoder import Decoder
-from luthier.serving.inference import Chat, GenerationRequest, GenerationResult, Stream
-from luthier.serving.scheduler import working_for
+from luthier.inference.decoder import Decoder
+from luthier.inference.inference import Chat, GenerationRequest, GenerationResult, Stream
+from luthier.inference.scheduler import working_for
 from luthier.types import Message
 
 MEMORY = 1 << 28

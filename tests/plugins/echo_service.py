@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 
 from trails import Remembered
 
-from luthier.api.audit import record_action
-from luthier.api.http.application import Application
-from luthier.api.http.messages import Caller, Fault, Request, RequestHead, Response, Signed
-from luthier.api.http.metrics import Metrics
-from luthier.api.http.routing import Operation, Route
-from luthier.api.http.streams import RequestBody, Run
 from luthier.limits import ServerLimits
+from luthier.server.audit import record_action
+from luthier.server.http.application import Application
+from luthier.server.http.messages import Caller, Fault, Request, RequestHead, Response, Signed
+from luthier.server.http.metrics import Metrics
+from luthier.server.http.routing import Operation, Route
+from luthier.server.http.streams import RequestBody, Run
 
 ANNA = Caller("111111111111", "anna", ("administrator",))
 ACTION = "luthier:WhoAmI"

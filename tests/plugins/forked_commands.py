@@ -32,9 +32,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 HEAVY = (
-    "luthier.api.service", "luthier.api.http.server", "luthier.api.http.metrics",
-    "luthier.cli.app", "luthier.engine.train", "luthier.jobs.folders", "luthier.jobs.training",
-    "luthier.serving.generation", "luthier.workflows.distil", "matplotlib.pyplot", "peft",
+    "luthier.server.service", "luthier.server.http.server", "luthier.server.http.metrics",
+    "luthier.cli.app", "luthier.engine.train", "luthier.server.jobs.folders",
+    "luthier.server.jobs.training",
+    "luthier.inference.generation", "luthier.workflows.distil", "matplotlib.pyplot", "peft",
     "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 LUTHIER = "import runpy\nrunpy.run_module('luthier', run_name='__main__', alter_sys=True)\n"
@@ -150,7 +151,7 @@ def forked_workers() -> str:
     """What a server is to run before it starts, so that its workers are forked, too."""
     command = [sys.executable, "-S", "-E", __file__, forker(), "worker"]
     return (
-        "from luthier.jobs.scheduler import Scheduler\n"
+        "from luthier.server.jobs.scheduler import Scheduler\n"
         f"Scheduler.__init__.__kwdefaults__['command'] = {command!r}\n"
     )
 

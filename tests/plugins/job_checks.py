@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from luthier.store.jobs import TRANSITIONS, Job, JobEvent
-from luthier.store.models import find
+from luthier.library.models import find
+from luthier.server.tables.jobs import TRANSITIONS, Job, JobEvent
 
 SLOWLY = """
 import time

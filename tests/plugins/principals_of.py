@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 from signing import ACCESS_KEY, SECRET
 
-from luthier.store import accounts, principals
-from luthier.store.database import Database, default_url
-from luthier.store.schema import upgrade
-from luthier.store.sealing import Sealing
+from luthier.server.tables import accounts, principals
+from luthier.server.tables.database import Database, default_url
+from luthier.server.tables.schema import upgrade
+from luthier.server.tables.secrets import Sealing
 
 KEY = bytes(range(32))
 FIRST = "000000000000"

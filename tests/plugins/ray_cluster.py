@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.jobs.ray_runner import RayRunner
+from luthier.server.jobs.ray_runner import RayRunner
 
 RAY = Path(sys.executable).with_name("ray")
 MEMORY = 2_000_000_000

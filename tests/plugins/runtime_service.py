@@ -18,13 +18,13 @@ import torch
 import uvicorn
 from botocore.config import Config
 
-from luthier.api.bedrock.runtime import runtime_handlers
-from luthier.api.http.messages import Caller, Fault, Request, Response, head_of
-from luthier.api.http.streams import send_response
 from luthier.engine import machine as machines
 from luthier.engine.machine import Machine
-from luthier.serving.pool import ModelPool
-from luthier.store.database import now
+from luthier.inference.pool import ModelPool
+from luthier.server.bedrock.runtime import runtime_handlers
+from luthier.server.http.messages import Caller, Fault, Request, Response, head_of
+from luthier.server.http.streams import send_response
+from luthier.server.tables.database import now
 
 CALLER = Caller("000000000000", "root", ("administrator",))
 MODEL = "test.tiny"

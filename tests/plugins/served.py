@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from luthier.api.http.server import Ports, Server, listen, server_config
 from luthier.limits import ServerLimits
+from luthier.server.http.server import Ports, Server, listen, server_config
 
 
 class ClosingServer(Server):

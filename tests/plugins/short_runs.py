@@ -14,9 +14,9 @@ from luthier.engine.dataset import prepare
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result
 from luthier.files import read_json
+from luthier.library.models import chat_format, find, load
 from luthier.models.load import as_network
 from luthier.recipe import Recipe
-from luthier.store.models import chat_format, find, load
 
 CPU = torch.device("cpu")
 WORDS = [

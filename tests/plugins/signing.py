@@ -16,8 +16,8 @@ from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth, SigV4Auth, SigV4QueryAu
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from luthier.api.http.messages import Caller, Fault, RequestHead, Signed
-from luthier.api.sigv4 import Credential, verify
+from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
+from luthier.server.sigv4 import Credential, verify
 
 ACCESS_KEY, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
 HOST = "models.example:8080"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.api.http.messages import Caller
+from luthier.server.http.messages import Caller
 
 
 class Remembered:

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, LuthierError, Problem
-from luthier.store.models import StoredModel
+from luthier.library.models import StoredModel
 from luthier.workflows import batch_inference
 from luthier.workflows.batch_inference import FileAnswers, InferenceRunner
 from luthier.workflows.child_processes import Resources

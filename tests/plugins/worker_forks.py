@@ -52,9 +52,9 @@ def work(arguments: list[str]) -> int:
     """What a worker does that a scheduler started with ``arguments``."""
     exec(os.environ.get("LUTHIER_TEST_BEFORE", ""), {})
     from luthier.cli.worker import configure_logging
-    from luthier.jobs.training import TrainingWorker
-    from luthier.store.database import Database
-    from luthier.store.locations import Locations
+    from luthier.server.jobs.training import TrainingWorker
+    from luthier.server.tables.database import Database
+    from luthier.server.tables.locations import Locations
 
     options = dict(zip(arguments[::2], arguments[1::2], strict=True))
     configure_logging()

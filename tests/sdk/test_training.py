@@ -11,7 +11,7 @@ import pytest
 
 import luthier
 from luthier.cli.options import read_recipe
-from luthier.engine.actuals import estimates_folder
+from luthier.engine.timings import estimates_folder
 from luthier.errors import RecipeError
 from luthier.files import read_json
 from luthier.sdk.training import recipe_of as assembled

@@ -22,11 +22,11 @@ import luthier
 from luthier.cli.app import app
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import hashes_of, read_json, sha256_of, write_json
+from luthier.library.models import StoredModel, content_hash, find
+from luthier.library.reports import reports_of, write_report
 from luthier.models import gguf
 from luthier.models.catalog import CATALOG
 from luthier.models.manifest import MANIFEST, OWN_FILES, Manifest
-from luthier.store.models import StoredModel, content_hash, find
-from luthier.store.reports import reports_of, write_report
 from luthier.workflows.certificate import certificate
 from luthier.workflows.certificate.certificate import (
     Certificate,

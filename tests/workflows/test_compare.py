@@ -21,12 +21,11 @@ from luthier.data.shapes.texts import LabelledText
 from luthier.errors import DataError, RecipeError
 from luthier.evaluation.significance import RowScores, differences
 from luthier.graders import Exact
-from luthier.serving import prompting
-from luthier.serving.evaluation import open_graders
-from luthier.serving.prompting import Technique
-from luthier.store.models import find, room_of
-from luthier.store.reports import reports_of
+from luthier.inference.evaluation import open_graders
+from luthier.library.models import find, room_of
+from luthier.library.reports import reports_of
 from luthier.types import Message
+from luthier.workflows import prompting
 from luthier.workflows.compare import (
     Contender,
     HeadToHead,
@@ -35,6 +34,7 @@ from luthier.workflows.compare import (
 )
 from luthier.workflows.compare_page import page
 from luthier.workflows.estimate.budget import Prices
+from luthier.workflows.prompting import Technique
 
 ANIMALS = ("fox", "dog", "cat", "cow", "hen", "pig")
 
@@ -315,7 +315,7 @@ def test_a_tagger_beside_the_linear_probe_of_each_word(
     assert "the most frequent tag of each word" in names
     # A base that reads less of a row than the tuned model has no state for each of its words.
     monkeypatch.setattr(
-        "luthier.store.models.room_of",
+        "luthier.library.models.room_of",
         lambda stored: room_of(stored) if stored.id == "bert:tags" else 8,
     )
     found = luthier.compare(test, tuned=["bert:tags"])

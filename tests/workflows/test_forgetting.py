@@ -18,7 +18,7 @@ import luthier
 from luthier.cli.app import app
 from luthier.cli.forgetting import show
 from luthier.errors import DataError, RecipeError
-from luthier.store.models import chat_format, find
+from luthier.library.models import chat_format, find
 from luthier.workflows import forgetting
 from luthier.workflows.forgetting import Forgetting, load_probes
 
@@ -78,7 +78,7 @@ def test_drift_is_the_divergence_over_the_whole_vocabulary(base: str, tmp_path: 
         for folder in (base, stored.folder)
     ]
     from luthier.engine.machine import open_network
-    from luthier.serving.generation import Generator
+    from luthier.inference.generation import Generator
 
     answers = forgetting._answers(
         Generator(open_network(find(base), precise=True), chat_format(find(base)))

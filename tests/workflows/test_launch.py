@@ -295,7 +295,7 @@ def test_a_model_of_our_own_is_copied_into_the_store(
     folder = luthier_home / "models" / "base" / "mine"
     shutil.copytree(tiny_model_folder, folder)
     (folder / "luthier.json").write_text(json.dumps({"id": "mine"}))
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     assert find("mine").folder == folder
     text = launch_file(recipe(base="mine"), FOUND, LaunchRequest("kubernetes"), PROCESSOR)

@@ -18,8 +18,8 @@ import luthier
 from luthier.cli.app import app
 from luthier.engine.dataset import prepare
 from luthier.errors import RecipeError, RunConflict
+from luthier.library.models import chat_format, custom_models, find
 from luthier.recipe import DataSpec
-from luthier.store.models import chat_format, custom_models, find
 from luthier.workflows import learning_curve as module
 from luthier.workflows.learning_curve import SHARES, CurvePoint, extrapolate, learning_curve
 from luthier.workflows.learning_curve import LearningCurve as Curve

@@ -10,7 +10,7 @@ import pytest
 
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError
-from luthier.store.models import find
+from luthier.library.models import find
 from luthier.workflows.pipeline import Pipeline
 
 TINY = "training.max_steps = 2\ntraining.batch_size = 2\nadaptation.rank = 2\n"

@@ -32,8 +32,8 @@ from luthier.errors import (
     UnknownModel,
 )
 from luthier.files import read_json
+from luthier.library.models import adaptation_of, ancestors, find, objective_of
 from luthier.pretrain_recipe import PretrainRecipe
-from luthier.store.models import adaptation_of, ancestors, find, objective_of
 from luthier.workflows import pretrain as engine
 from luthier.workflows import pretrain_defaults as defaults
 from luthier.workflows.pretrain_defaults import NetworkFacts
@@ -128,7 +128,7 @@ def test_a_base_model_comes_out_that_everything_else_takes(
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from luthier.serving.export import export
+    from luthier.exports.writer import export
 
     folder = export(stored, tmp_path / "out", merged=False)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -517,7 +517,7 @@ def test_its_loss_on_text_is_told_by_evaluate(
     fields: Callable[..., dict[str, Any]], text: Path
 ) -> None:
     from luthier.data.rows import load_rows
-    from luthier.serving.evaluation import perplexity
+    from luthier.inference.evaluation import perplexity
 
     made(fields({"max_steps": 20}, data={"train": [str(text)], "validation": [str(text)]}))
     found = perplexity(find("mine"), load_rows(text))

@@ -9,7 +9,6 @@ import pytest
 
 from luthier.evaluation.baselines import LINEAR_PROBE, NAIVE_BAYES
 from luthier.evaluation.significance import RowScores
-from luthier.serving.prompting import Technique
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts, Wishes
 from luthier.workflows.advise.recommend import (
@@ -19,6 +18,7 @@ from luthier.workflows.advise.recommend import (
     overfitting,
     recommend,
 )
+from luthier.workflows.prompting import Technique
 
 COMMAND = "luthier tune rows.jsonl"
 

@@ -18,8 +18,8 @@ from luthier.engine.runs import METRICS
 from luthier.engine.train import train
 from luthier.errors import DataError, Diverged, RecipeError, RefusedInput, RunConflict
 from luthier.files import lock, read_json, write_json
+from luthier.library.models import custom_models
 from luthier.recipe import Recipe
-from luthier.store.models import custom_models
 from luthier.workflows import search as searching
 from luthier.workflows import trials
 from luthier.workflows.search import SearchResult, search

@@ -15,9 +15,9 @@ import luthier
 from luthier.cli.app import app
 from luthier.data.pictures import encode_png
 from luthier.errors import DataError, RecipeError
+from luthier.library.models import check_active, find
 from luthier.models.manifest import UNMEASURED
 from luthier.recipe import ForgettingLimits, Recipe, read_recipe
-from luthier.store.models import check_active, find
 from luthier.workflows import forgetting, tuning
 
 WORDS = ("fox", "dog", "card", "question", "word", "capital", "brown", "lazy")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.targets import linear_targets
 from luthier.errors import ModelRefused, RecipeError
-from luthier.models.outside import ADAPTER_CONFIG
+from luthier.models.external import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

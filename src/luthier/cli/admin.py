@@ -31,7 +31,7 @@ from luthier.cli.service_jobs import service_jobs_app
 from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
-    from luthier.store import principals
+    from luthier.server.tables import principals
 
 Record = dict[str, Any]
 RATE = "requests_per_second"
@@ -76,9 +76,9 @@ def back_up(
 ) -> None:
     """Back up a running service."""
     from luthier.files import luthier_home
-    from luthier.store.backup import backup
-    from luthier.store.database import DATABASE_FILE, is_database_here
-    from luthier.store.sealing import KEY_FILE
+    from luthier.server.tables.backup import backup
+    from luthier.server.tables.database import DATABASE_FILE, is_database_here
+    from luthier.server.tables.secrets import KEY_FILE
 
     if not is_database_here(database):
         raise RefusedInput(
@@ -102,8 +102,8 @@ def restore_backup(
     The backup of a service with PostgreSQL needs --database with the URL of an empty database.
     """
     from luthier.files import luthier_home
-    from luthier.store.backup import restore
-    from luthier.store.sealing import KEY_FILE
+    from luthier.server.tables.backup import restore
+    from luthier.server.tables.secrets import KEY_FILE
 
     files = restore(folder, database)
     key = (luthier_home() / KEY_FILE).is_file()
@@ -128,8 +128,8 @@ def show_usage(
     json_: Json = False,
 ) -> None:
     """Report usage by account, day and model."""
-    from luthier.store import accounts, usage
-    from luthier.store.database import now
+    from luthier.server.tables import accounts, usage
+    from luthier.server.tables.database import now
 
     end = last.date() if last else now().date()
     start = first.date() if first else end - timedelta(days=30)
@@ -151,7 +151,7 @@ def show_usage(
 @accounts_app.command("list")
 def list_accounts(database: ServiceDatabase = None, json_: Json = False) -> None:
     """List accounts with their own quotas."""
-    from luthier.store import accounts
+    from luthier.server.tables import accounts
 
     with open_database(database) as service, service.read() as session:
         found = [
@@ -170,7 +170,7 @@ def create_account(
     json_: Json = False,
 ) -> None:
     """Add an account."""
-    from luthier.store import accounts
+    from luthier.server.tables import accounts
 
     with audited_write(database, "accounts.create", account, "") as session:
         accounts.create_account(session, account, name)
@@ -196,7 +196,7 @@ def remove_account(account: str, database: ServiceDatabase = None, json_: Json =
 
 
 def _change_account(action: str, account: str, database: str | None, as_json: bool) -> None:
-    from luthier.store import accounts
+    from luthier.server.tables import accounts
 
     with audited_write(database, f"accounts.{action}", account, "") as session:
         if action == "remove":
@@ -224,7 +224,7 @@ def set_quotas(
     json_: Json = False,
 ) -> None:
     """Set or show the quotas of an account."""
-    from luthier.store import accounts
+    from luthier.server.tables import accounts
 
     values: dict[str, float | None] = dict.fromkeys(accounts.QUOTAS) if reset else {}
     for setting in quota or ():
@@ -258,8 +258,8 @@ def show_quotas(
     without --limit and --requests-per-second; GET /api/v1/usage tells those of the running server.
     """
     from luthier.limits import AccountQuotas
-    from luthier.store import accounts
-    from luthier.store.quota_usage import quota_usage
+    from luthier.server.tables import accounts
+    from luthier.server.tables.quota_usage import quota_usage
 
     found: list[Record] = []
     with open_database(database) as service, service.read() as session:
@@ -285,7 +285,7 @@ def list_users(
     account: OnlyAccount = None, database: ServiceDatabase = None, json_: Json = False
 ) -> None:
     """List users."""
-    from luthier.store import principals
+    from luthier.server.tables import principals
 
     with open_database(database) as service, service.read() as session:
         found = [plain_record(user, *USER) for user in principals.users(session, account)]
@@ -301,7 +301,7 @@ def create_user(
     json_: Json = False,
 ) -> None:
     """Add a user."""
-    from luthier.store import principals
+    from luthier.server.tables import principals
 
     with audited_write(database, "users.create", account, user, {"role": role}) as session:
         record = plain_record(principals.create_user(session, account, user, role), *USER)
@@ -317,7 +317,7 @@ def set_role(
     json_: Json = False,
 ) -> None:
     """Change the role of a user."""
-    from luthier.store import principals
+    from luthier.server.tables import principals
 
     with audited_write(database, "users.role", account, user, {"role": role}) as session:
         found = principals.user_of(session, account, user)
@@ -351,7 +351,7 @@ def remove_user(
 
 
 def _change_user(action: str, user: str, account: str, database: str | None, as_json: bool) -> None:
-    from luthier.store import principals
+    from luthier.server.tables import principals
 
     with audited_write(database, f"users.{action}", account, user) as session:
         found = principals.user_of(session, account, user)
@@ -370,7 +370,7 @@ def list_keys(
     json_: Json = False,
 ) -> None:
     """List keys without their secrets."""
-    from luthier.store import principals
+    from luthier.server.tables import principals
 
     found: list[Record] = []
     with open_database(database) as service, service.read() as session:
@@ -383,7 +383,7 @@ def list_keys(
 
 
 def _key_record(user: principals.User, key: principals.AccessKey | principals.ApiKey) -> Record:
-    from luthier.store.principals import AccessKey
+    from luthier.server.tables.principals import AccessKey
 
     record = {"id": key.id, "user": user.name, **plain_record(key, "role", "disabled", "created")}
     if isinstance(key, AccessKey):
@@ -405,9 +405,9 @@ def create_key(
     json_: Json = False,
 ) -> None:
     """Create a key and print the key once."""
-    from luthier.store import principals
-    from luthier.store.database import now
-    from luthier.store.sealing import Sealing
+    from luthier.server.tables import principals
+    from luthier.server.tables.database import now
+    from luthier.server.tables.secrets import Sealing
 
     if kind not in ("access", "api"):
         raise RefusedInput(f"there is no kind of key {kind!r}; there are access and api")
@@ -453,7 +453,7 @@ def remove_key(key: str, database: ServiceDatabase = None, json_: Json = False) 
 
 
 def _change_key(action: str, identifier: str, database: str | None, as_json: bool) -> None:
-    from luthier.store import principals
+    from luthier.server.tables import principals
 
     with open_database(database) as service, service.read() as session:
         account = principals.key_of(session, identifier).account

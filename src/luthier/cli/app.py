@@ -44,7 +44,7 @@ from luthier.cli.search import search
 from luthier.cli.serve import serve
 from luthier.cli.tune import tune
 from luthier.cli.worker import worker
-from luthier.printable import escape_unencodable
+from luthier.escaping import escape_unencodable
 
 app = CommandGroup(
     "Turn a base model and your own data into a custom model you own.",

@@ -24,7 +24,7 @@ def audit(
     json_: Json = False,
 ) -> None:
     """Print the audit log, newest entries first."""
-    from luthier.store.audit import entries, entry_values
+    from luthier.server.tables.audit import entries, entry_values
 
     from_ = since.replace(tzinfo=UTC) if since else None
     with open_database(database) as service, service.read() as session:

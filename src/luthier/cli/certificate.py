@@ -39,9 +39,9 @@ def certificate(
     import json
 
     from luthier.files import write_bytes
+    from luthier.library.models import find
     from luthier.models.manifest import CERTIFICATE, SIGNATURE
     from luthier.sdk.certificate import certificate as make
-    from luthier.store.models import find
     from luthier.workflows.certificate.certificate import read_certificate
     from luthier.workflows.certificate.model_card import model_card
     from luthier.workflows.certificate.page import page

@@ -1,7 +1,7 @@
 """How commands speak: results on standard output, messages on standard error, exit codes.
 
 Whatever is printed for people comes through here, and what others wrote of it (keys, names, messages,
-texts of models) is made :func:`~luthier.printable.printable`: no command writes to a terminal itself.
+texts of models) is made :func:`~luthier.escaping.printable`: no command writes to a terminal itself.
 Nothing heavy is imported here.
 """
 
@@ -23,9 +23,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from luthier.errors import DataError, Interrupted, LuthierError, RecipeError, RefusedInput
-from luthier.files import write_bytes
-from luthier.models.process_group import ProcessGroup
-from luthier.printable import (
+from luthier.escaping import (
     command_option,
     finite_or_none,
     map_code,
@@ -33,6 +31,8 @@ from luthier.printable import (
     printable,
     printable_json,
 )
+from luthier.files import write_bytes
+from luthier.models.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -253,7 +253,7 @@ def heavy_imports(model: str = "") -> Iterator[None]:
     """
     gc.disable()
     if model:
-        from luthier.store.models import read_ahead
+        from luthier.library.models import read_ahead
 
         read_ahead(model)
     try:

@@ -20,7 +20,7 @@ from luthier.cli.console import (
 )
 from luthier.cli.options import Columns, Json, Objective, Overwrite
 from luthier.errors import RecipeError
-from luthier.printable import one_line
+from luthier.escaping import one_line
 
 if TYPE_CHECKING:
     from luthier.gate.clean import CleaningSummary

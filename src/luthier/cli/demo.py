@@ -26,8 +26,8 @@ def demo(json_: Json = False) -> None:
     from luthier.cli.progress import LiveReporter
     from luthier.cli.tune import print_result
     from luthier.engine.runs import Run
+    from luthier.library.folders import custom_folder
     from luthier.recipe import Recipe
-    from luthier.store.model_folders import custom_folder
     from luthier.workflows.tuning import tune
 
     with as_file(files("luthier") / "demo") as folder:

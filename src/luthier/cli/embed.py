@@ -41,8 +41,7 @@ def embed(
     with heavy_imports(model):
         from luthier.cli.batch_inference import BatchInference
         from luthier.data.rows import load_inputs
-        from luthier.recipe import parse_columns
-        from luthier.serving.embeddings import (
+        from luthier.inference.embeddings import (
             EMBEDDING,
             check_embeds,
             embedding_format,
@@ -50,7 +49,8 @@ def embed(
             embedding_writer,
             gives_embeddings,
         )
-        from luthier.store.models import check_active, find, objective_of
+        from luthier.library.models import check_active, find, objective_of
+        from luthier.recipe import parse_columns
         from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
 
     form = embedding_format(output)
@@ -72,7 +72,7 @@ def embed(
     with data_errors("nothing was embedded"), embedding_writer(output, rows) as write:
         with heavy_imports():
             from luthier.cli.progress import show_progress
-            from luthier.serving.prediction import Predictor
+            from luthier.inference.prediction import Predictor
 
             predictor = Predictor.open(stored)
         started = time.monotonic()

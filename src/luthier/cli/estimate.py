@@ -24,7 +24,7 @@ from luthier.cli.options import (
     recipe_options,
 )
 from luthier.errors import RecipeError
-from luthier.printable import format_duration
+from luthier.escaping import format_duration
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
@@ -131,7 +131,7 @@ def _cost(found: Estimate, prices: PriceTable) -> dict[str, float]:
 
 def show(found: Estimate, prices: PriceTable | None) -> None:
     """Print an estimate."""
-    from luthier.engine.actuals import PARTS
+    from luthier.engine.timings import PARTS
     from luthier.workflows.estimate.budget import prices_file
 
     out = new_console(highlight=False)

@@ -27,7 +27,7 @@ from luthier.cli.options import (
     MaxTokens,
 )
 from luthier.errors import RecipeError
-from luthier.printable import one_line
+from luthier.escaping import one_line
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
@@ -88,9 +88,9 @@ def evaluate(
     Replies are graded, labels are scored, and raw text gives a perplexity.
     """
     from luthier.cli.progress import show_progress
+    from luthier.inference.evaluation import long_rows_summary
     from luthier.recipe import parse_columns
     from luthier.sdk.evaluation import evaluate as run
-    from luthier.serving.evaluation import long_rows_summary
 
     if judge is not None or human is not None:
         if judge is None or human is None:

@@ -39,8 +39,8 @@ from luthier.files import read_text
 
 if TYPE_CHECKING:
     from luthier.data.parsing import Record
+    from luthier.inference.generation import Generator, Prompt
     from luthier.models.sampling import Sampling
-    from luthier.serving.generation import Generator, Prompt
     from luthier.types import Message
     from luthier.workflows.inference_tasks import InputRow
 
@@ -93,10 +93,10 @@ def generate(
     with heavy_imports(model):
         from luthier.cli.batch_inference import BatchInference
         from luthier.data.writers import write_packed
+        from luthier.inference.generation import Generator
+        from luthier.library.models import check_active, find
         from luthier.models.sampling import Sampling
         from luthier.recipe import parse_columns
-        from luthier.serving.generation import Generator
-        from luthier.store.models import check_active, find
         from luthier.workflows.inference_tasks import (
             REASONING,
             GenerateTask,
@@ -236,11 +236,11 @@ def chat(
     An empty line starts a new conversation, /exit or Ctrl-D ends the program.
     """
     with heavy_imports(model):
+        from luthier.inference.derived_gguf import check_derivable
+        from luthier.inference.generation import Generator
+        from luthier.library.models import check_active, find
         from luthier.models.backends import chosen_backend
         from luthier.models.sampling import Sampling
-        from luthier.serving.derived_gguf import check_derivable
-        from luthier.serving.generation import Generator
-        from luthier.store.models import check_active, find
         from luthier.types import Message
 
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature)

@@ -16,7 +16,7 @@ from luthier.errors import RecipeError, data_errors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from luthier.serving.images import SampledImage
+    from luthier.inference.images import SampledImage
 
 Model = Annotated[str, typer.Argument(help="Model that makes images, such as one of a vae.")]
 
@@ -61,9 +61,9 @@ def sample(
     """
     from luthier.data.pictures import encode_png, grid
     from luthier.files import write_bytes
+    from luthier.inference.images import ImageGenerator
+    from luthier.library.models import check_active, find
     from luthier.objectives.capabilities import DenoisingSettings
-    from luthier.serving.images import ImageGenerator
-    from luthier.store.models import check_active, find
 
     _check_samples(output)
     with heavy_imports():
@@ -137,9 +137,9 @@ def reconstruct(
     from luthier.data.pictures import encode_png, grid
     from luthier.data.rows import input_row, load_inputs
     from luthier.files import write_bytes
+    from luthier.inference.images import ImageGenerator
+    from luthier.library.models import check_active, find
     from luthier.recipe import parse_columns
-    from luthier.serving.images import ImageGenerator
-    from luthier.store.models import check_active, find
 
     if output.suffix.lower() != ".png":
         raise RecipeError(f"images are written as PNG: name {output.with_suffix('.png')}")

@@ -11,7 +11,7 @@ from luthier.cli.console import CommandGroup, print_json, print_text
 from luthier.cli.options import Json
 
 if TYPE_CHECKING:
-    from luthier.sdk.imports.files import Import
+    from luthier.migrate.files import Import
 
 import_app = CommandGroup("Import rows, graders and recipes of OpenAI or promptfoo.")
 
@@ -29,7 +29,7 @@ def import_promptfoo(
     config: Path, output: Folder = Path("imported"), judge: Judge = None, json_: Json = False
 ) -> None:
     """Write the prompts, tests and assertions of a promptfooconfig.yaml as rows and graders."""
-    from luthier.sdk.imports import import_promptfoo as run
+    from luthier.migrate import import_promptfoo as run
 
     _show(run(config, output, judge=judge), json_)
 
@@ -39,13 +39,13 @@ def import_openai(
     export: Path, output: Folder = Path("imported"), judge: Judge = None, json_: Json = False
 ) -> None:
     """Write files, jobs, evals and answers of an OpenAI account as rows, recipes and graders."""
-    from luthier.sdk.imports import import_openai as run
+    from luthier.migrate import import_openai as run
 
     _show(run(export, output, judge=judge), json_)
 
 
 def _show(result: Import, json_: bool) -> None:
-    from luthier.sdk.imports.files import REPORT
+    from luthier.migrate.files import REPORT
 
     if json_:
         print_json(result.plain())

@@ -28,12 +28,12 @@ from luthier.errors import CorruptFile, RecipeError, UnknownModel
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Run
+    from luthier.exports.export import Export
+    from luthier.exports.quantization import QuantizationCost
+    from luthier.exports.writer import OnProgress, Phase
+    from luthier.library.models import StoredModel
     from luthier.models.manifest import ExportRecord
-    from luthier.serving.export import OnProgress, Phase
-    from luthier.store.models import StoredModel
     from luthier.workflows.capabilities import Capabilities
-    from luthier.workflows.export import Export
-    from luthier.workflows.quantization import QuantizationCost
 
 models_app = CommandGroup("List, show, fetch, export and remove models.")
 
@@ -44,9 +44,9 @@ def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
     from luthier.data.media import PLURAL
     from luthier.engine.runs import unfinished_runs
     from luthier.files import explain_unreadable_home
+    from luthier.library.folders import is_base_here
+    from luthier.library.models import custom_models, pretrained_models
     from luthier.models.catalog import CATALOG
-    from luthier.store.model_folders import is_base_here
-    from luthier.store.models import custom_models, pretrained_models
 
     bases: list[dict[str, Any]] = [
         {
@@ -202,9 +202,9 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
 @models_app.command("show")
 def show_model(model: str, json_: Json = False) -> None:
     """Show a model's record, files and integrity."""
+    from luthier.library.folders import is_base_here
+    from luthier.library.models import described_base, find
     from luthier.models.catalog import CATALOG
-    from luthier.store.model_folders import is_base_here
-    from luthier.store.models import described_base, find
 
     entry = CATALOG.get(model)
     if entry is None or is_base_here(model):
@@ -238,9 +238,9 @@ def _run_of(model: str) -> Run | None:
     An empty name, `..` or a path would be the folder of what is beside the models, too.
     """
     from luthier.engine.runs import run_of
+    from luthier.library.folders import split_id
     from luthier.models.catalog import CATALOG
     from luthier.recipe import NAME_PATTERN
-    from luthier.store.model_folders import split_id
 
     name = split_id(model)[1] if ":" in model else model
     return run_of(model) if model not in CATALOG and NAME_PATTERN.fullmatch(name) else None
@@ -335,7 +335,7 @@ def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[t
 
 def lineage(model: StoredModel) -> list[str]:
     """Ids of a model and of all that it was made from."""
-    from luthier.store.models import ancestors
+    from luthier.library.models import ancestors
 
     above = ancestors(model)
     return [model.id, *(f"{a} (not here)" if isinstance(a, str) else a.id for a in above)]
@@ -379,8 +379,8 @@ def show_capabilities(
 ) -> None:
     """List a model's objectives and adaptations that fit here."""
     with heavy_imports():
+        from luthier.library.models import pretrained_models
         from luthier.models.catalog import CATALOG
-        from luthier.store.models import pretrained_models
         from luthier.workflows.capabilities import capabilities
 
     names = [model] if model else [*CATALOG, *(each.id for each in pretrained_models())]
@@ -440,8 +440,8 @@ def pull_model(model: str, json_: Json = False) -> None:
     """Fetch a base model."""
     from luthier.cli.progress import LiveReporter
     from luthier.files import verify
+    from luthier.library.models import chat_format, find
     from luthier.models.catalog import CATALOG
-    from luthier.store.models import chat_format, find
 
     with LiveReporter() as reporter:
         stored = find(model, reporter.stage)
@@ -593,7 +593,7 @@ def _print_record(written: Export, record: ExportRecord) -> None:
 
 def _token_text(model: str) -> Callable[[int], str]:
     """The text of a token of ``model``, which is on this machine."""
-    from luthier.store.models import chat_format, find
+    from luthier.library.models import chat_format, find
 
     return lambda token: chat_format(find(model)).decode([token])
 
@@ -613,7 +613,7 @@ def _print_cost(cost: QuantizationCost) -> None:
 
 def _print_gguf(written: Export) -> None:
     """Print the cost of the type, and how to give the file to Ollama."""
-    from luthier.serving.ollama import FROM_BASE
+    from luthier.exports.ollama import FROM_BASE
 
     if written.cost is not None:
         _print_cost(written.cost)
@@ -624,8 +624,8 @@ def _print_gguf(written: Export) -> None:
 
 def _check_no_account(model: str, database: str | None) -> None:
     """Refuse a model of the service, which would go on naming it."""
-    from luthier.store.database import is_database_here
-    from luthier.store.removal import owner_of
+    from luthier.server.tables.database import is_database_here
+    from luthier.server.tables.removal import owner_of
 
     if not is_database_here(database):
         return
@@ -641,10 +641,10 @@ def _check_no_account(model: str, database: str | None) -> None:
 
 def _check_no_user(base: str, database: str | None) -> None:
     """Refuse a base model that accounts of the service use."""
-    from luthier.printable import list_some
-    from luthier.store.database import is_database_here
-    from luthier.store.foundation import foundation_model
-    from luthier.store.removal import users_of_base
+    from luthier.escaping import list_some
+    from luthier.server.tables.database import is_database_here
+    from luthier.server.tables.foundation import foundation_model
+    from luthier.server.tables.removal import users_of_base
 
     known = foundation_model(base)
     if known is None or not is_database_here(database):
@@ -673,9 +673,9 @@ def remove_model(
 ) -> None:
     """Delete a model and its run."""
     from luthier.engine.runs import runs_from
+    from luthier.library.folders import base_folder, remove_side_files, working_folders
+    from luthier.library.models import custom_models, pretrained_models, suggest_models
     from luthier.models.catalog import CATALOG, fetching_lock
-    from luthier.store.model_folders import base_folder, remove_side_files, working_folders
-    from luthier.store.models import custom_models, pretrained_models, suggest_models
 
     has_service = find_spec("sqlalchemy") is not None  # of the extra `server`
     is_base, run = ":" not in model, _run_of(model)
@@ -724,7 +724,7 @@ def remove_model(
             remove_side_files(model)
             shutil.rmtree(run.model_folder, ignore_errors=True)
     if has_service:
-        from luthier.store.removal import remove_unneeded
+        from luthier.server.tables.removal import remove_unneeded
 
         for parent in parents:
             remove_unneeded(parent)

@@ -54,8 +54,8 @@ def nearest(
     """Find the rows most similar to a query."""
     from luthier.data.processors import ImageProcessor
     from luthier.data.rows import input_row, load_inputs
+    from luthier.library.models import check_active, find
     from luthier.recipe import parse_columns
-    from luthier.store.models import check_active, find
 
     if not query.strip():
         raise RecipeError("the query is empty")
@@ -66,9 +66,9 @@ def nearest(
     rows = [row for _, row in records]
     with heavy_imports():
         from luthier.cli.progress import show_progress
-        from luthier.serving.embeddings import embedding_notes, gives_embeddings
-        from luthier.serving.nearest import find_nearest
-        from luthier.serving.prediction import Predictor
+        from luthier.inference.embeddings import embedding_notes, gives_embeddings
+        from luthier.inference.prediction import Predictor
+        from luthier.workflows.nearest import find_nearest
 
         stored = check_active(find(model, is_able=gives_embeddings))
         predictor = Predictor.open(stored)

@@ -59,7 +59,7 @@ def pipeline(
 def _cells(outcome: StageOutcome) -> list[str]:
     """Steps, validation, seconds and outcome, where the stage had some."""
     from luthier.cli.tune import validation_result
-    from luthier.store.models import find, objective_of
+    from luthier.library.models import find, objective_of
 
     details = outcome.details
     if "steps" not in details:

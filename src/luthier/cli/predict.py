@@ -28,8 +28,8 @@ from luthier.errors import RecipeError, data_errors
 
 if TYPE_CHECKING:
     from luthier.data.parsing import Record
+    from luthier.library.models import StoredModel
     from luthier.objectives import Objective
-    from luthier.store.models import StoredModel
     from luthier.types import Row
 
 SHOWN = 5
@@ -78,9 +78,9 @@ def predict(
         from luthier.cli.batch_inference import BatchInference
         from luthier.data.rows import PREDICTED, input_row, load_inputs
         from luthier.data.writers import json_records, write_packed
+        from luthier.inference.prediction import Predictor
+        from luthier.library.models import check_active, find
         from luthier.recipe import parse_columns
-        from luthier.serving.prediction import Predictor
-        from luthier.store.models import check_active, find
         from luthier.workflows.inference_tasks import PredictTask, anomaly_counts, prediction_lines
 
     shows_all = is_standard_output(output)
@@ -147,7 +147,7 @@ def predict(
 
 
 def _note_left_out_classes(stored: StoredModel) -> None:
-    from luthier.store.models import leaves_classes_out
+    from luthier.library.models import leaves_classes_out
 
     if leaves_classes_out(stored):
         note(f"the classes of {stored.id} are left out, as no job of luthier made them: what follows "

@@ -32,7 +32,7 @@ def list_service_models(
     """List the custom models of accounts, with their ids in the store."""
     from sqlalchemy import select
 
-    from luthier.store.custom_models import RESERVED, CustomModel
+    from luthier.server.tables.custom_models import RESERVED, CustomModel
 
     query = select(CustomModel).where(CustomModel.status != RESERVED).order_by(CustomModel.seq)
     if account is not None:
@@ -69,12 +69,12 @@ def register(
     Nothing is copied. The model is the account's from then on: its files go when its clients delete it.
     """
     from luthier.engine.runs import Run
-    from luthier.jobs.submit import register_model
+    from luthier.library.folders import split_id
+    from luthier.library.models import check_whole, find
     from luthier.limits import AccountQuotas
-    from luthier.store.accounts import account_of, quotas_of
-    from luthier.store.arns import Arns
-    from luthier.store.model_folders import split_id
-    from luthier.store.models import check_whole, find
+    from luthier.server.jobs.submit import register_model
+    from luthier.server.tables.accounts import account_of, quotas_of
+    from luthier.server.tables.arns import Arns
 
     base, end = split_id(model)
     if not end:
@@ -119,8 +119,8 @@ def trust(
     """
     from sqlalchemy import select
 
-    from luthier.store.custom_models import CustomModel
-    from luthier.store.models import chat_format, find, trust_template
+    from luthier.library.models import chat_format, find, trust_template
+    from luthier.server.tables.custom_models import CustomModel
 
     stored = find(model)
     if stored.tokenizer_from is None:
@@ -151,9 +151,9 @@ def unregister(
     """
     from sqlalchemy import select
 
-    from luthier.store import removal
-    from luthier.store.arns import Arns
-    from luthier.store.custom_models import CustomModel
+    from luthier.server.tables import removal
+    from luthier.server.tables.arns import Arns
+    from luthier.server.tables.custom_models import CustomModel
 
     registered = select(CustomModel).where(CustomModel.stored_id == model)
     with open_database(database) as service, service.read() as session:

@@ -15,7 +15,7 @@ import typer
 from luthier.cli.console import new_console, print_json
 from luthier.cli.options import Json
 from luthier.errors import RecipeError
-from luthier.printable import printable
+from luthier.escaping import printable
 
 Line = dict[str, Any]
 PARTS = 4
@@ -47,11 +47,11 @@ def samples(
     from luthier.engine.metrics import MetricsFile
     from luthier.engine.runs import METRICS, SAMPLES
     from luthier.files import luthier_home
-    from luthier.store.model_folders import id_of, working_folders
+    from luthier.library.folders import id_of, working_folders
 
     folder = next(iter(working_folders(run) if ":" in run else ()), Path(run))
     if not folder.is_dir():
-        from luthier.store.models import suggest_models
+        from luthier.library.models import suggest_models
 
         runs = [id_of(each) for each in luthier_home().glob("runs/*/*/")]
         raise RecipeError(

@@ -16,7 +16,7 @@ from luthier.cli.console import extra, new_console
 from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
-    from luthier.store.bootstrap import IssuedKeys
+    from luthier.server.tables.bootstrap import IssuedKeys
 
 
 class RunnerName(StrEnum):
@@ -119,15 +119,15 @@ def serve(
 ) -> None:
     """Serve the Bedrock, OpenAI, S3 and native APIs."""
     with extra("server"):
-        from luthier.api.http import server
-        from luthier.api.http.metrics import log_as_json
-        from luthier.api.service import Service
-        from luthier.api.settings import Settings
         from luthier.engine.machine import limit_kernels
+        from luthier.inference.prompt_limits import tokenize_in_own_thread
         from luthier.limits import parse_limits
         from luthier.models.backends import chosen_backend, merges_adapters
-        from luthier.serving.prompts import tokenize_in_own_thread
-        from luthier.store.removal import count_without_account
+        from luthier.server.http import server
+        from luthier.server.http.metrics import log_as_json
+        from luthier.server.service import Service
+        from luthier.server.settings import Settings
+        from luthier.server.tables.removal import count_without_account
 
         limit_kernels()
         tokenize_in_own_thread()
@@ -224,7 +224,7 @@ def _print_addresses(
     the first keys, told once."""
     from rich.text import Text
 
-    from luthier.api.console.face import ROOT
+    from luthier.server.console.routes import ROOT
 
     out = new_console(highlight=False, soft_wrap=True)
     by = "" if backend == "torch" else f", answers written by {backend}"

@@ -12,14 +12,14 @@ import typer
 
 from luthier.cli.console import note, print_json, print_rows, print_text
 from luthier.errors import LuthierError
-from luthier.printable import one_line
+from luthier.escaping import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sqlalchemy.orm import Session
 
-    from luthier.store.database import Database
+    from luthier.server.tables.database import Database
 
 ServiceDatabase = Annotated[
     str | None,
@@ -42,8 +42,8 @@ FIRST = "000000000000"
 @contextmanager
 def open_database(url: str | None) -> Iterator[Database]:
     """The service's database, its tables made where there are none."""
-    from luthier.store.database import Database
-    from luthier.store.schema import upgrade
+    from luthier.server.tables.database import Database
+    from luthier.server.tables.schema import upgrade
 
     database = Database(url)
     try:
@@ -63,8 +63,8 @@ def service_names(url: str | None) -> dict[str, dict[str, str]]:
     from sqlalchemy import select
     from sqlalchemy.exc import SQLAlchemyError
 
-    from luthier.store.custom_models import RESERVED, CustomModel
-    from luthier.store.database import Database, is_database_here
+    from luthier.server.tables.custom_models import RESERVED, CustomModel
+    from luthier.server.tables.database import Database, is_database_here
 
     columns = (CustomModel.stored_id, CustomModel.account, CustomModel.name)
     query = select(*columns).where(
@@ -113,7 +113,7 @@ def audited_write(
 
     ``details`` may be filled within the block; no secret belongs there.
     """
-    from luthier.store.audit import Event, append
+    from luthier.server.tables.audit import Event, append
 
     with open_database(url) as database, database.write() as session:
         yield session

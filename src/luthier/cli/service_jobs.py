@@ -30,7 +30,7 @@ def list_service_jobs(
     """List the jobs of accounts, the newest first."""
     from sqlalchemy import select
 
-    from luthier.store.jobs import Job
+    from luthier.server.tables.jobs import Job
 
     query = select(Job).order_by(Job.seq.desc())
     if account is not None:
@@ -48,8 +48,8 @@ def show(
     json_: Json = False,
 ) -> None:
     """Show a job: its state, its failure and the last lines of its log."""
-    from luthier.jobs.folders import JobFolders
-    from luthier.store.jobs import get
+    from luthier.server.jobs.folders import JobFolders
+    from luthier.server.tables.jobs import get
 
     with open_database(database) as service, service.read() as session:
         found = get(session, account, job)

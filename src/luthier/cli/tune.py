@@ -98,7 +98,7 @@ def tune(
     # Loads torch, which takes seconds: only for a recipe that parses, and data that is there.
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
-        from luthier.store.models import find
+        from luthier.library.models import find
         from luthier.workflows.tuning import tune as run
 
     if train_beside_first(lambda: run(recipe, resume, processes=processes)):
@@ -116,8 +116,8 @@ def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
     from luthier.data.media import PLURAL
     from luthier.engine.runs import GRIDS
+    from luthier.library.models import chat_format, find, objective_of
     from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling
-    from luthier.store.models import chat_format, find, objective_of
 
     stored = find(result.model_id)
     objective, chat = objective_of(stored), chat_format(stored)
@@ -248,7 +248,7 @@ MOST_SHOWN = 5
 def print_label_issues(result: Result) -> None:
     """Print the number of labels worth a look, the first of them, and the file that lists all."""
     from luthier.engine.runs import LABEL_ISSUES
-    from luthier.printable import one_line
+    from luthier.escaping import one_line
 
     path = Path(result.run_dir) / LABEL_ISSUES
     if result.label_issues is None or not result.label_issues.issues or not path.is_file():
@@ -279,7 +279,7 @@ _STYLES = {
 
 def print_verdict(result: Result) -> None:
     """Whether the run learned, and what to change in a further one."""
-    from luthier.printable import command_option, map_code
+    from luthier.escaping import command_option, map_code
 
     if (verdict := result.verdict) is None:
         return

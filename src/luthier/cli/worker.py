@@ -38,18 +38,18 @@ def worker(
     _prepare_process()
     if until_stdin_closes:
         from luthier.cancellation import on_stdin_end
-        from luthier.jobs.processes import LOST
+        from luthier.server.jobs.processes import LOST
 
         on_stdin_end(lambda: os._exit(LOST))  # where the process stands
-    from luthier.jobs.kinds import WORK_KINDS
+    from luthier.server.jobs.kinds import WORK_KINDS
 
     configure_logging()
     with heavy_imports():
-        from luthier.jobs.admission import Capacity
-        from luthier.jobs.processes import inherited_database
         from luthier.limits import parse_limits
-        from luthier.store.arns import Arns
-        from luthier.store.locations import Locations
+        from luthier.server.jobs.admission import Capacity
+        from luthier.server.jobs.processes import inherited_database
+        from luthier.server.tables.arns import Arns
+        from luthier.server.tables.locations import Locations
 
         worker_class = WORK_KINDS[kind].worker_class()
         database = inherited_database()
@@ -73,7 +73,7 @@ def _prepare_process() -> None:
 
 def configure_logging() -> None:
     """Log to standard error, which is the log of the job."""
-    from luthier.jobs.processes import LOG_FORMAT
+    from luthier.server.jobs.processes import LOG_FORMAT
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # logs the names of its plugins
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)

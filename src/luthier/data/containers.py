@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from luthier.data.forms import KEYS
+from luthier.data.formats import KEYS
 from luthier.data.media import conversion_fix
 from luthier.data.media_files import holds_media, is_media
 from luthier.data.parsing import Unreadable, quote, read_line

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from luthier.data.containers import JSON_LINES, unpacked_name
-from luthier.data.forms import FORMS_WITH_TOOLS, TARGETS, extra_keys
+from luthier.data.formats import FORMS_WITH_TOOLS, TARGETS, extra_keys
 from luthier.data.parsing import Record, quote
 from luthier.data.rows import Columns, Recognition, RowReader
 from luthier.data.shapes.media import MediaRow
@@ -21,7 +21,7 @@ from luthier.data.sources import Source
 from luthier.data.turn_marks import mark_sense
 from luthier.data.writers import ColumnNames, Writer, check_target, writer_of
 from luthier.errors import BoundedProblems, DataError, RecipeError, RowRefused, data_errors
-from luthier.printable import did_you_mean
+from luthier.escaping import did_you_mean
 from luthier.types import Row
 
 Format = Literal["jsonl", "json", "csv", "tsv", "parquet"]

@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from luthier.data.disk_sequence import spool
 from luthier.data.media import (
     MEDIA_ENDINGS,
     Media,
@@ -33,10 +34,9 @@ from luthier.data.media import (
     white_of,
 )
 from luthier.data.parsing import Record, Unreadable, quote
-from luthier.data.spool import spool
 from luthier.errors import RowRefused
+from luthier.escaping import list_some
 from luthier.files import names_below
-from luthier.printable import list_some
 
 SPLIT_NAME = re.compile(
     r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I

@@ -1,7 +1,7 @@
 """Sources to checked rows: shapes told apart by their keys, every mistake named.
 
 The shapes are those of ``luthier.data.shapes``; the forms of other tools become one of them
-(``luthier.data.forms``). Text is never altered. A source with anything wrong in it is refused as a
+(``luthier.data.formats``). Text is never altered. A source with anything wrong in it is refused as a
 whole, with every problem.
 """
 
@@ -13,8 +13,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from luthier.data.fields import RENAMES, FieldChecker, column_fix, list_keys, read_words, rename_fix
-from luthier.data.forms import Form, extra_keys, forms_of
+from luthier.data.disk_sequence import spool
+from luthier.data.field_checks import (
+    RENAMES,
+    FieldChecker,
+    column_fix,
+    list_keys,
+    read_words,
+    rename_fix,
+)
+from luthier.data.formats import Form, extra_keys, forms_of
 from luthier.data.media import Media, media_kind
 from luthier.data.media_files import media_below
 from luthier.data.parsing import Record, quote
@@ -32,9 +40,8 @@ from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage, Med
 from luthier.data.shapes.preferences import JudgedAnswers, Preference
 from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of
-from luthier.data.spool import spool
 from luthier.errors import DataError, Problem, RowRefused
-from luthier.printable import list_some, nearest_name
+from luthier.escaping import list_some, nearest_name
 from luthier.types import Row
 
 Columns = Mapping[str, str]

@@ -26,8 +26,8 @@ from luthier.data.media_files import (
     other_files_problem,
 )
 from luthier.errors import DataError, Problem
+from luthier.escaping import list_some
 from luthier.files import names_below, sha256_of
-from luthier.printable import list_some
 
 Source = str | Path
 

@@ -15,7 +15,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from luthier.data.forms import KEYS
+from luthier.data.formats import KEYS
 from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, Media
 from luthier.data.parsing import Record, quote
 from luthier.errors import Problem

@@ -14,13 +14,13 @@ import numpy as np
 
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
+from luthier.data.disk_sequence import concatenate, select, spool
 from luthier.data.loader import MixedSet
 from luthier.data.media import PLURAL
 from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader, load_rows
 from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow
 from luthier.data.splitting import split_rows, strata_of
-from luthier.data.spool import concatenate, select, spool
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
 from luthier.evaluation.baselines import MOST_ROWS, ComparedRows

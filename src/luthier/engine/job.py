@@ -31,11 +31,13 @@ from luthier.errors import RecipeError
 from luthier.files import need_disk
 from luthier.gate.inspect import default_base
 from luthier.gate.report import warnings
+from luthier.library import models as store
+from luthier.library.folders import base_folder
+from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import begins_random
 from luthier.models.description import check_folder
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights, scratch_rate, width_of
-from luthier.models.kinds import sole_objective
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES, is_flat
 from luthier.models.load import as_network, read_config, sketch
@@ -56,8 +58,6 @@ from luthier.objectives.capabilities import (
     with_completions,
 )
 from luthier.recipe import Recipe
-from luthier.store import models as store
-from luthier.store.model_folders import base_folder
 from luthier.types import Example
 
 MANY_ROWS = 5_000

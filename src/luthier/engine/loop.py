@@ -21,7 +21,6 @@ import torch
 
 from luthier.data.augmentation import Augmentation
 from luthier.data.loader import MixedSet, RowOrder
-from luthier.engine.actuals import Clock
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.embedding_rows import embedding_tables, sparse_gradients
 from luthier.engine.machine import peak_memory
@@ -35,6 +34,7 @@ from luthier.engine.metrics import (
     without_rows,
 )
 from luthier.engine.optimizers import MasterAdamW, schedule_factor
+from luthier.engine.timings import Clock
 from luthier.errors import Diverged, Interrupted
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names

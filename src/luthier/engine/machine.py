@@ -21,9 +21,9 @@ from luthier.models.process_group import ProcessGroup
 if TYPE_CHECKING:
     import torch
 
+    from luthier.library.models import StoredModel
     from luthier.models.heads import Head
     from luthier.models.network import Network
-    from luthier.store.models import StoredModel
 
 Precision = Literal["auto", "bfloat16", "float32"]
 GROUP = Path("/sys/fs/cgroup")
@@ -87,8 +87,8 @@ def open_network(stored: StoredModel, head: Head | None = None, precise: bool = 
     import torch
 
     from luthier.files import folder_size
+    from luthier.library.models import load
     from luthier.models.load import as_network
-    from luthier.store.models import load
 
     machine = choose_machine()
     size = folder_size(stored.network_folder, ".safetensors") if precise else 0

@@ -36,6 +36,7 @@ from luthier.evaluation.parity import (
 )
 from luthier.files import folder_size, hashes_of, new_folder
 from luthier.gate.report import manifest_record
+from luthier.library import models as store
 from luthier.models.backends import Backend
 from luthier.models.heads import prompt_ids
 from luthier.models.load import as_network
@@ -59,7 +60,6 @@ from luthier.models.save import (
 )
 from luthier.models.torch_backend import torch_backend
 from luthier.objectives import OBJECTIVES
-from luthier.store import models as store
 from luthier.types import Example
 
 PARITY_ROWS, PARITY_TOKENS = 16, 1024

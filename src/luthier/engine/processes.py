@@ -35,9 +35,9 @@ from luthier.errors import (
     report_error,
     restore_error,
 )
+from luthier.escaping import format_exit
 from luthier.files import read_json, write_json
 from luthier.models.process_group import ProcessGroup
-from luthier.printable import format_exit
 from luthier.recipe import Recipe
 
 MAX_RESTARTS = 3

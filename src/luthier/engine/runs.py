@@ -20,6 +20,7 @@ from luthier.data.sources import Source, stem_of
 from luthier.engine.dataset import NAMED_MEDIA
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import RunConflict
+from luthier.escaping import list_some
 from luthier.evaluation.baselines import Comparison
 from luthier.evaluation.label_issues import LabelIssue, LabelIssueCounts
 from luthier.files import (
@@ -36,11 +37,8 @@ from luthier.files import (
     sweep,
     write_json,
 )
-from luthier.gate.texts import excerpt_of
-from luthier.models.manifest import MANIFEST
-from luthier.printable import list_some
-from luthier.recipe import NAME_PATTERN
-from luthier.store.model_folders import (
+from luthier.gate.batch_text import excerpt_of
+from luthier.library.folders import (
     RUN_REQUEST,
     RUN_RESULT,
     base_folder,
@@ -50,6 +48,8 @@ from luthier.store.model_folders import (
     unfinished_run_ids,
     working_folders,
 )
+from luthier.models.manifest import MANIFEST
+from luthier.recipe import NAME_PATTERN
 from luthier.types import dotted_items
 
 METRICS = "metrics.jsonl"

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
+from luthier.data.disk_sequence import concatenate
 from luthier.data.media import PLURAL
-from luthier.data.spool import concatenate
 from luthier.data.tree import READING_BUDGET
-from luthier.engine.actuals import Clock, record_actual
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.dataset import check_sources
@@ -55,6 +54,7 @@ from luthier.engine.runs import (
     automatic_name,
 )
 from luthier.engine.sample_grids import SampleGrids
+from luthier.engine.timings import Clock, record_actual
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
 from luthier.errors import (
     CorruptFile,
@@ -67,8 +67,9 @@ from luthier.errors import (
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import folder_size, need_disk
 from luthier.gate.checks.base_language import UNTRAINED
-from luthier.models.bottom import Bottom, frozen_layers, is_frozen
+from luthier.library import models as store
 from luthier.models.dropout import set_dropout
+from luthier.models.frozen_layer_cache import Bottom, frozen_layers, is_frozen
 from luthier.models.heads import new_weights
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MediaLayout
@@ -90,7 +91,6 @@ from luthier.objectives.capabilities import (
 )
 from luthier.objectives.generative import MOST_COMPARED
 from luthier.recipe import Recipe
-from luthier.store import models as store
 
 
 def train(

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from luthier.data.containers import PLAIN_TEXT
 from luthier.data.convert import format_of
-from luthier.data.forms import TARGETS, Form, extra_keys
+from luthier.data.formats import TARGETS, Form, extra_keys
 from luthier.data.parsing import Record
 from luthier.data.rows import Checker, Columns, RowReader
 from luthier.data.shapes.base import Labelled
@@ -43,7 +43,7 @@ from luthier.gate.checks import all_rules
 from luthier.gate.checks.balance import labels_of, spellings
 from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.edits import Edit, EditContext, RowDraft, edits_for
-from luthier.gate.selection import Selection, Selector
+from luthier.gate.row_selection import Selection, Selector
 from luthier.types import Row, map_texts
 
 

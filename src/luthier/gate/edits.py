@@ -154,7 +154,7 @@ class Change:
     """One replaced item; it does not hold the item."""
 
     field: str
-    """As in ``luthier.gate.texts``."""
+    """As in ``luthier.gate.batch_text``."""
     start: int
     """First character in the field as it was."""
     end: int

@@ -12,8 +12,8 @@ from itertools import chain
 import numpy as np
 
 from luthier.data.chat import ChatFormat
+from luthier.data.disk_sequence import spool
 from luthier.data.shapes import describe_shapes
-from luthier.data.spool import spool
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.rules import NOTHING_LEARNED, PROMPT_TOKENS, SHAPE, TEMPLATE, TOO_FEW
 from luthier.objectives import Objective

@@ -34,15 +34,15 @@ from luthier.gate.scan import (
     is_large,
     start_measuring,
 )
+from luthier.library import models as store
+from luthier.library.folders import is_base_here
+from luthier.library.models import StoredModel
+from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import CATALOG, WORD_READER, bases_for
-from luthier.models.kinds import sole_objective
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.recipe import DataSpec, Recipe
-from luthier.store import models as store
-from luthier.store.model_folders import is_base_here
-from luthier.store.models import StoredModel
 from luthier.types import Row
 
 DEFAULT_BASE = str(Recipe.model_fields["base"].default)

@@ -11,6 +11,7 @@ from typing import Any
 
 from luthier.data.sources import stem_of
 from luthier.errors import Problem
+from luthier.escaping import printable
 from luthier.gate.check import Split
 from luthier.gate.pii import KINDS
 from luthier.gate.rules import (
@@ -22,7 +23,6 @@ from luthier.gate.rules import (
     Place,
     Rule,
 )
-from luthier.printable import printable
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import __version__
+from luthier.escaping import command_option, map_code
 from luthier.gate.histogram import density
 from luthier.gate.report import (
     Report,
@@ -29,7 +30,6 @@ from luthier.gate.report import (
 )
 from luthier.gate.rules import SEVERITIES, Place, Rule
 from luthier.pages import Table, render_page
-from luthier.printable import command_option, map_code
 
 PLACES = 25
 """Places of each rule on the page; the report as JSON has them all."""

@@ -13,6 +13,7 @@ from rich.rule import Rule as Line
 from rich.table import Table
 from rich.text import Text
 
+from luthier.escaping import command_option, map_code, printable
 from luthier.gate.histogram import density, merge_bars
 from luthier.gate.report import (
     PLACES,
@@ -29,7 +30,6 @@ from luthier.gate.report import (
     verdict_line,
 )
 from luthier.gate.rules import Rule
-from luthier.printable import command_option, map_code, printable
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 VERDICTS = {

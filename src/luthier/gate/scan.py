@@ -31,10 +31,10 @@ from luthier.data.shapes import describe_shapes
 from luthier.data.shapes.media import MediaRow
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
+from luthier.gate.batch_text import excerpt_of
 from luthier.gate.check import Check, Places, RowBatch, Split
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Findings, Place, SeverityChoice, rule_of
-from luthier.gate.texts import excerpt_of
 from luthier.types import Row
 
 _log = logging.getLogger("luthier.gate")

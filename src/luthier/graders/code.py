@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from luthier.errors import RowRefused
 from luthier.graders.base import Answer, Grader
-from luthier.graders.fences import code_blocks
+from luthier.graders.code_blocks import code_blocks
 from luthier.graders.sandbox import Limits, check_sandbox, passes, side_by_side
 
 

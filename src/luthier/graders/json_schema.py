@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 
 from luthier.errors import RecipeError
 from luthier.graders.base import Answer, Grader
-from luthier.graders.fences import code_blocks
+from luthier.graders.code_blocks import code_blocks
 from luthier.graders.regex import check_pattern, matches
 
 SCHEMA_CHARACTERS, SCHEMA_DEPTH = 65_536, 100

@@ -37,8 +37,8 @@ from luthier.files import (
     sha256_of,
     sweep,
 )
+from luthier.models.base_kinds import base_kind
 from luthier.models.heads import Task
-from luthier.models.kinds import base_kind
 from luthier.models.manifest import MANIFEST, RANDOM, Manifest, created_now
 from luthier.plugins import PluginTable
 
@@ -172,7 +172,7 @@ class CatalogEntry:
     id: str
     source: ModelSource
     kind: str
-    """One of :data:`luthier.models.kinds.KINDS`."""
+    """One of :data:`luthier.models.base_kinds.KINDS`."""
     languages: tuple[str, ...]
     """ISO 639-1 codes of what it was trained on."""
     parameters: int

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from luthier.errors import ModelRefused, RefusedInput
-from luthier.models.outside import CONFIG
+from luthier.models.external import CONFIG
 
 MOST_MEMORY = 256 << 20
 """Bytes that drawing a network without its numbers may take; networks of 13,000 modules take 40 MB."""

@@ -2,7 +2,7 @@
 
 This is the one decoder of the package. Rollouts of reinforcement learning, judges and measurements
 call :func:`sample` on the network they hold; a model that is asked on the command line or through the
-SDK (:mod:`luthier.serving.generation`) and the server (:mod:`luthier.serving.decoder`) choose their
+SDK (:mod:`luthier.inference.generation`) and the server (:mod:`luthier.inference.decoder`) choose their
 tokens with the same :class:`TokenSampler` over the same backend (:mod:`luthier.models.backends`).
 
 The draws of a completion follow from its seed and its number among those of its prompt alone.

@@ -23,11 +23,9 @@ from luthier.data.media import MOST_PIXELS
 from luthier.data.processors import read_processor
 from luthier.errors import LuthierError, ModelRefused, UnknownModel
 from luthier.files import luthier_home, read_json, write_bytes
+from luthier.models.base_kinds import kind_of_network
 from luthier.models.config_errors import refuse_configuration
-from luthier.models.heads import Head, Task, task_in
-from luthier.models.kinds import kind_of_network
-from luthier.models.modalities import input_shape, media_config
-from luthier.models.outside import (
+from luthier.models.external import (
     CONFIG,
     check_layers,
     check_sizes,
@@ -35,6 +33,8 @@ from luthier.models.outside import (
     read_network_fields,
     weight_files,
 )
+from luthier.models.heads import Head, Task, task_in
+from luthier.models.modalities import input_shape, media_config
 from luthier.models.pipelines import is_pipeline, network_folders, read_pipeline
 
 

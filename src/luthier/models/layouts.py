@@ -28,7 +28,7 @@ from luthier.models.attention import (
     plan_attention,
     register,
 )
-from luthier.models.bottom import new_activations
+from luthier.models.frozen_layer_cache import new_activations
 from luthier.models.modalities import (
     is_dual_encoder,
     media_config,

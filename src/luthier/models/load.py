@@ -16,6 +16,7 @@ from luthier.models.catalog import CatalogEntry
 from luthier.models.config_errors import DOES_NOT_RUN, refuse_configuration
 from luthier.models.convolutions import mend_convolutions
 from luthier.models.description import check_folder, import_transformers
+from luthier.models.external import check_complete, weight_files
 from luthier.models.heads import (
     CAUSAL_LM,
     Head,
@@ -36,7 +37,6 @@ from luthier.models.layouts import (
 )
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
 from luthier.models.network import Network
-from luthier.models.outside import check_complete, weight_files
 from luthier.models.pipelines import is_pipeline
 from luthier.models.probe import check_finite, probed_network, relative_error
 from luthier.models.tensors import tensor_headers

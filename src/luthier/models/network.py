@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.errors import RecipeError
 from luthier.models import heads
-from luthier.models.bottom import Bottom
+from luthier.models.frozen_layer_cache import Bottom
 from luthier.models.layers import share_layers
 from luthier.models.layouts import IMAGES_HELD, MOST_IMAGES, SIZE_STEP, Layout, layout_of
 from luthier.models.modalities import context_length

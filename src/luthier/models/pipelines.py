@@ -14,7 +14,7 @@ from typing import Any
 
 from luthier.data.processors import ImageProcessor
 from luthier.errors import CorruptFile, UnknownModel
-from luthier.models.outside import MODEL_INDEX, read_fields, read_network_fields
+from luthier.models.external import MODEL_INDEX, read_fields, read_network_fields
 
 PIPELINE = "StableDiffusionPipeline"
 MODEL_TYPE = "stable_diffusion"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import RecipeError
 from luthier.models import width
 from luthier.models.layers import layer_names
-from luthier.models.units import check_size
+from luthier.models.pruning import check_size
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import RecipeError
 from luthier.models import width_bert
 from luthier.models.modalities import head_size
-from luthier.models.units import (
+from luthier.models.pruning import (
     gain,
     largest,
     nearest_multiple,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
-from luthier.models.units import (
+from luthier.models.pruning import (
     gain,
     largest,
     nearest_multiple,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.data.spool import spool
+from luthier.data.disk_sequence import spool
 from luthier.errors import RecipeError
 from luthier.models.characters import SPECIAL, WORD_START, word_starts
 from luthier.models.heads import Head, Task

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.data.spool import spool
+from luthier.data.disk_sequence import spool
 from luthier.data.tokens import cut_stream
 from luthier.errors import RecipeError
 from luthier.objectives.base import Objective, check_writes

@@ -22,10 +22,11 @@ from pydantic import Field, field_validator, model_validator
 
 from luthier.data.shapes.base import Labelled, takes_several_labels
 from luthier.errors import RecipeError, RowRefused
+from luthier.escaping import did_you_mean, list_some
 from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
 from luthier.objectives.base import Objective, TrainingDefaults, cut_text
-from luthier.objectives.shares import (
+from luthier.objectives.class_priors import (
     LARGEST_WEIGHT,
     balanced_weights,
     check_shares,
@@ -33,7 +34,6 @@ from luthier.objectives.shares import (
     sigmoid_bias,
     softmax_bias,
 )
-from luthier.printable import did_you_mean, list_some
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from luthier.models.pipelines import is_pipeline, noise_settings, read_pipeline
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Objective, TrainingDefaults, chat_of
 from luthier.objectives.capabilities import DenoisingSettings
-from luthier.objectives.conditions import class_target, classes_of, words_of, words_target
+from luthier.objectives.class_conditions import class_target, classes_of, words_of, words_target
 from luthier.objectives.generative import Generative, draw_noise
 from luthier.objectives.noise_schedule import (
     BetaSchedule,

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
+from luthier.data.disk_sequence import spool
 from luthier.data.shapes.preferences import Preference, ThumbedReply
-from luthier.data.spool import spool
 from luthier.errors import RowRefused
 from luthier.objectives.pairs import Judged, encode_answer
 from luthier.objectives.references import ReferenceObjective, reference_logps

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.data.spool import spool
+from luthier.data.disk_sequence import spool
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
 from luthier.models.random_numbers import draw_seed, row_generators

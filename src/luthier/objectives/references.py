@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
-from luthier.data.spool import spool
+from luthier.data.disk_sequence import spool
 from luthier.objectives.base import Objective
 from luthier.types import Example
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.data.spool import spool
+from luthier.data.disk_sequence import spool
 from luthier.data.tokens import cut_stream
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.random_numbers import draw_seed, row_generators

@@ -21,7 +21,7 @@ from luthier.errors import RowRefused
 from luthier.evaluation.labels import entities, tag_scores
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective, TrainingDefaults, take_tokens
-from luthier.objectives.shares import check_shares, shares_of, softmax_bias
+from luthier.objectives.class_priors import check_shares, shares_of, softmax_bias
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from luthier.data.chat import ChatFormat
+from luthier.data.disk_sequence import spool
 from luthier.data.processors import ImageProcessor
 from luthier.data.shapes.media import BareWindow
-from luthier.data.spool import spool
 from luthier.evaluation.thresholds import draw_threshold
 from luthier.models.heads import Task
 from luthier.models.modalities import input_shape

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from luthier.printable import printable
+from luthier.escaping import printable
 
 MOST_TEXT = 300
 """Characters of a text from the data."""

@@ -31,7 +31,7 @@ def certificate(
     Raises:
         RecipeError: for a model that luthier has no record of, or a key that cannot sign.
     """
-    from luthier.store.models import find, lock_record
+    from luthier.library.models import find, lock_record
     from luthier.workflows.certificate.certificate import (
         check_recorded,
         make_certificate,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation, TurnChoice
     from luthier.evaluation.judges import JudgeAgreement
     from luthier.graders import OnError, Ruler, Spec
-    from luthier.serving.evaluation import LongRows
-    from luthier.store.models import StoredModel
+    from luthier.inference.evaluation import LongRows
+    from luthier.library.models import StoredModel
     from luthier.types import Row
     from luthier.workflows.compare import HeadToHead
     from luthier.workflows.forgetting import Forgetting
@@ -81,8 +81,7 @@ def evaluate(
     from luthier.evaluation.breakdown import slice_scores
     from luthier.evaluation.evaluate import check, check_shapes, default_graders, load_graded
     from luthier.graders import parse_graders
-    from luthier.objectives.capabilities import SupportsPrediction
-    from luthier.serving.evaluation import (
+    from luthier.inference.evaluation import (
         measure,
         multiple_choice,
         open_graders,
@@ -91,9 +90,10 @@ def evaluate(
         row_remarks,
         slice_keys,
     )
-    from luthier.serving.prediction import Predictor
-    from luthier.store.models import objective_of
-    from luthier.store.reports import check_attachable
+    from luthier.inference.prediction import Predictor
+    from luthier.library.models import objective_of
+    from luthier.library.reports import check_attachable
+    from luthier.objectives.capabilities import SupportsPrediction
 
     chosen = {} if graders is None else parse_graders(graders)
     rows = load_graded(data, columns, chosen.values(), turns)
@@ -165,7 +165,7 @@ def _attach(
     note: Callable[[str], None],
 ) -> None:
     """Keep what was measured on ``data`` with each of ``models``, where their certificates find it."""
-    from luthier.store.reports import hashes_of_data, write_report
+    from luthier.library.reports import hashes_of_data, write_report
     from luthier.workflows.certificate.certificate import certify
 
     hashes, result = hashes_of_data(*data), found.plain()
@@ -206,7 +206,7 @@ def judge_agreement(
     from luthier.data.rows import load_rows
     from luthier.data.shapes.preferences import Preference, RankedReplies
     from luthier.evaluation.judges import check_pairs, measure_agreement
-    from luthier.serving.evaluation import open_graders
+    from luthier.inference.evaluation import open_graders
 
     columns = dict(columns or {})
     if human not in (*Preference.keys, *RankedReplies.keys, *columns.values()):
@@ -276,8 +276,8 @@ def compare(
     from luthier.data.rows import load_documents, load_rows
     from luthier.evaluation.evaluate import load_graded
     from luthier.graders import parse_graders
-    from luthier.store.models import find
-    from luthier.store.reports import check_attachable
+    from luthier.library.models import find
+    from luthier.library.reports import check_attachable
     from luthier.workflows.compare import compare as run
     from luthier.workflows.estimate.budget import read_prices
 
@@ -340,8 +340,8 @@ def forgetting(
     Raises:
         RefusedInput: for a model that was not tuned or does not write, or rows that are no probes.
     """
-    from luthier.store.models import find
-    from luthier.store.reports import check_attachable
+    from luthier.library.models import find
+    from luthier.library.reports import check_attachable
     from luthier.workflows.forgetting import load_probes, measure_forgetting
 
     stored = find(model)

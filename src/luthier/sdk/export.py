@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError, data_errors
+from luthier.exports.export import Export, Format, change_record, check_settings, export_model
 from luthier.sdk.model import stored_model
-from luthier.workflows.export import Export, Format, change_record, check_settings, export_model
 
 if TYPE_CHECKING:
+    from luthier.exports.quantization import QuantizationCost
+    from luthier.exports.writer import OnProgress
+    from luthier.library.models import StoredModel
     from luthier.sdk.model import Model
-    from luthier.serving.export import OnProgress
-    from luthier.store.models import StoredModel
-    from luthier.workflows.quantization import QuantizationCost
 
 
 @data_errors("nothing was exported")
@@ -78,10 +78,10 @@ def _measure_cost(
 ) -> QuantizationCost:
     """Measure the cost of a type, before the export itself, and write it to the model's record."""
     from luthier.data.rows import load_rows
-    from luthier.serving.evaluation import row_remarks
-    from luthier.serving.export import new_target
-    from luthier.store.reports import hashes_of_data
-    from luthier.workflows.quantization import measure_quantization
+    from luthier.exports.quantization import measure_quantization
+    from luthier.exports.writer import new_target
+    from luthier.inference.evaluation import row_remarks
+    from luthier.library.reports import hashes_of_data
 
     new_target(target)  # refuses a folder that is not empty
     rows = load_rows(data, columns)

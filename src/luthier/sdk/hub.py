@@ -11,16 +11,16 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError, UploadError
+from luthier.exports.export import Export, Format
 from luthier.files import read_json, write_json
 from luthier.sdk.export import export
 from luthier.sdk.model import stored_model
-from luthier.workflows.export import Export, Format
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+    from luthier.library.models import StoredModel
     from luthier.sdk.model import Model
-    from luthier.store.models import StoredModel
 
 SCHEME = "hub:"
 CARD, PEFT_CONFIG = "README.md", "adapter_config.json"

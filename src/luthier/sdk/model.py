@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from luthier.serving.generation import GeneratedReply, Generator
-    from luthier.serving.images import ImageGenerator, Reconstruction, SampledImage
-    from luthier.serving.nearest import Neighbour
-    from luthier.store.models import StoredModel
+    from luthier.inference.generation import GeneratedReply, Generator
+    from luthier.inference.images import ImageGenerator, Reconstruction, SampledImage
+    from luthier.library.models import StoredModel
     from luthier.types import Message, Row
+    from luthier.workflows.nearest import Neighbour
 
     Conversation = Sequence[Message | Mapping[str, str]]
 
@@ -26,11 +26,11 @@ class Model:
 
     def __init__(self, model_id: str | StoredModel) -> None:
         """Open a base or custom model by id; see :func:`load`."""
+        from luthier.inference.generation import Generator
+        from luthier.inference.images import ImageGenerator
+        from luthier.inference.prediction import Predictor
+        from luthier.library.models import check_active, find, objective_of
         from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling
-        from luthier.serving.generation import Generator
-        from luthier.serving.images import ImageGenerator
-        from luthier.serving.prediction import Predictor
-        from luthier.store.models import check_active, find, objective_of
 
         self.stored = check_active(find(model_id)) if isinstance(model_id, str) else model_id
         objective = objective_of(self.stored)
@@ -47,8 +47,8 @@ class Model:
     @property
     def generator(self) -> Generator:
         """What writes; refuses models that read."""
-        from luthier.serving.generation import Generator
-        from luthier.serving.images import ImageGenerator
+        from luthier.inference.generation import Generator
+        from luthier.inference.images import ImageGenerator
 
         if isinstance(self.opened, ImageGenerator):
             raise RecipeError(f"{self.stored.id} makes images; use sample()")
@@ -60,8 +60,8 @@ class Model:
     @property
     def image_generator(self) -> ImageGenerator:
         """What makes images; refuses models that make none."""
-        from luthier.serving.images import ImageGenerator
-        from luthier.serving.prediction import Predictor
+        from luthier.inference.images import ImageGenerator
+        from luthier.inference.prediction import Predictor
 
         opened = self.opened
         if isinstance(opened, Predictor):
@@ -105,7 +105,7 @@ class Model:
 
     @property
     def _embeds(self) -> bool:
-        from luthier.serving.prediction import Predictor
+        from luthier.inference.prediction import Predictor
 
         return isinstance(self.opened, Predictor) and self.opened.objective.task == "embedding"
 
@@ -208,8 +208,8 @@ class Model:
             return self.predict([texts], top=top, columns=columns)[0]
         from luthier.data.rows import PREDICTED, InputChecker, input_row
         from luthier.data.shapes.texts import TaggedWords
-        from luthier.serving.images import ImageGenerator
-        from luthier.serving.prediction import Predictor
+        from luthier.inference.images import ImageGenerator
+        from luthier.inference.prediction import Predictor
 
         if not isinstance(self.opened, Predictor):
             does = "writes text; use generate()"
@@ -255,8 +255,8 @@ class Model:
         if isinstance(prompts, str) or isinstance(completions, str):
             raise RecipeError("give one prompt and one completion, or as many of each")
         from luthier.data.shapes.conversations import PromptCompletion
+        from luthier.inference.prediction import Predictor
         from luthier.objectives import RewardModel
-        from luthier.serving.prediction import Predictor
 
         opened = self.opened
         if not isinstance(opened, Predictor) or not isinstance(opened.objective, RewardModel):
@@ -296,8 +296,8 @@ class Model:
             columns: what rows call our keys, such as ``{"text": "question"}``.
         """
         from luthier.data.rows import input_row, load_inputs
-        from luthier.serving.nearest import find_nearest
-        from luthier.serving.prediction import Predictor
+        from luthier.inference.prediction import Predictor
+        from luthier.workflows.nearest import find_nearest
 
         if not isinstance(self.opened, Predictor):
             raise RecipeError(f"{self.stored.id} gives no embeddings; name a model that does")
@@ -342,7 +342,7 @@ def _prompt(given: Any) -> Any:
 
 def stored_model(model: str | Model | StoredModel) -> StoredModel:
     """The files of a model: of an id, of a model in memory, or of one on this machine."""
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     if isinstance(model, str):
         return find(model)

@@ -51,7 +51,7 @@ from luthier.errors import (
     data_errors,
 )
 from luthier.files import folder_size, lock, new_file, read_json, sweep, write_bytes, write_json
-from luthier.store.models import StoredModel, content_hash
+from luthier.library.models import StoredModel, content_hash
 from luthier.workflows.child_processes import (
     REPORTS,
     ChildProcess,

@@ -19,6 +19,8 @@ from luthier.engine.defaults import SMALLEST_BUDGET
 from luthier.engine.machine import available_memory, choose_machine
 from luthier.engine.memory import PROCESS, sketch_training
 from luthier.errors import RefusedInput
+from luthier.library.folders import is_base_here
+from luthier.library.models import chat_format, find
 from luthier.models import nets
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
@@ -28,8 +30,6 @@ from luthier.models.load import catalogue_config, read_config
 from luthier.models.modalities import input_shape, media_config, reads_sound, text_config
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
-from luthier.store.model_folders import is_base_here
-from luthier.store.models import chat_format, find
 
 Config = Callable[[Head], Any]
 """Gives transformers' configuration of a network for a head."""

@@ -20,7 +20,7 @@ from typing import Any
 from luthier.engine.metrics import Reporter
 from luthier.engine.report_file import ReportReader
 from luthier.errors import Interrupted
-from luthier.printable import format_exit
+from luthier.escaping import format_exit
 
 STARTS = 3
 """How often one process is started that is killed each time."""

@@ -1,7 +1,7 @@
 """Was it worth it: tuned models beside what needs no training, on the same held-out rows.
 
 A base model that writes is asked as it is, with examples in the prompt, with the nearest examples, and
-with passages of documents (:mod:`luthier.serving.prompting`); beside one that reads, the simple
+with passages of documents (:mod:`luthier.workflows.prompting`); beside one that reads, the simple
 baselines are fitted (:mod:`luthier.evaluation.baselines`), and for both the answer of the nearest
 training row is taken over. Tuned models are asked as they are, and with the passages. All
 answer the same rows, so differences are known row by row: which are more than chance is said with
@@ -44,10 +44,11 @@ from luthier.gate.row_keys import match_questions, repeated_rows
 from luthier.graders import Exact
 from luthier.graders.base import Answer
 from luthier.graders.ruler import judge_pairs
+from luthier.inference.evaluation import measure, open_graders
+from luthier.inference.prediction import Predictor
 from luthier.models.sampling import Sampling
-from luthier.serving.evaluation import measure, open_graders
-from luthier.serving.prediction import Predictor
-from luthier.serving.prompting import (
+from luthier.types import Example, Message, Row
+from luthier.workflows.prompting import (
     NearestExamples,
     Question,
     Technique,
@@ -56,14 +57,13 @@ from luthier.serving.prompting import (
     questions_of,
     ways_to_ask,
 )
-from luthier.types import Example, Message, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import Grader, Ruler
-    from luthier.serving.inference import Chat
-    from luthier.store.models import StoredModel
+    from luthier.inference.inference import Chat
+    from luthier.library.models import StoredModel
     from luthier.workflows.estimate.budget import Prices
 
 BASELINE_SECONDS = 120.0
@@ -273,7 +273,7 @@ def compare(
         DataError: where a tenth of ``rows`` stand in ``train``.
         RecipeError: where there is nothing to compare.
     """
-    from luthier.store.models import writes
+    from luthier.library.models import writes
 
     if not rows:
         raise RecipeError("there are no rows to compare on")
@@ -477,7 +477,7 @@ class _Contest:
         is_tuned: bool = False,
     ) -> list[Contender]:
         """Measure a model that writes, asked in several ways."""
-        from luthier.serving.generation import Generator
+        from luthier.inference.generation import Generator
 
         resting = begin_peak_memory()
         generator = Generator.open(stored)
@@ -563,8 +563,8 @@ class _Contest:
     ) -> FittedBaselines | None:
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.engine.machine import open_network
+        from luthier.library.models import chat_format, room_of
         from luthier.objectives import Contrastive, TokenClassification
-        from luthier.store.models import chat_format, room_of
 
         tagged = of_shape(TaggedWords, rows)  # of which each word has a state of its own
         encoder = TokenClassification() if tagged else Contrastive()
@@ -593,7 +593,7 @@ def _deciding(graded: Evaluation) -> RowScores:
 
 
 def _prompts(rows: Sequence[Row]) -> list[Chat]:
-    from luthier.serving.inference import Chat
+    from luthier.inference.inference import Chat
 
     return [Chat(tuple(row.prompt_turns()), row.tools) for row in rows]
 

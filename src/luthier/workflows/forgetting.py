@@ -38,7 +38,7 @@ from luthier.evaluation.significance import (
     paired_differences,
     perplexity_of,
 )
-from luthier.serving.evaluation import (
+from luthier.inference.evaluation import (
     choice_likelihoods,
     fit_choices,
 )
@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.evaluation.choices import ChoiceLikelihood
+    from luthier.inference.generation import Generator
+    from luthier.library.models import StoredModel
     from luthier.models.network import Network
-    from luthier.serving.generation import Generator
-    from luthier.store.models import StoredModel
 
 SAMPLE_TOKENS = 48
 """Tokens of an answer of the base to a general prompt."""
@@ -203,8 +203,8 @@ def measure_forgetting(
         RecipeError: for models that do not write, or with other tokens.
     """
     from luthier.engine.machine import open_network
-    from luthier.serving.generation import Generator
-    from luthier.store.models import chat_format, check_writes
+    from luthier.inference.generation import Generator
+    from luthier.library.models import chat_format, check_writes
 
     for each in (tuned, base):
         check_writes(

@@ -22,16 +22,16 @@ from luthier.data.shapes.conversations import Conversation, PromptOnly
 from luthier.data.writers import json_records, pack
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.files import json_lines
+from luthier.inference.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
+from luthier.inference.inference import Chat
+from luthier.inference.prediction import BLOCK_PROMPTS, BLOCK_ROWS
 from luthier.models.sampling import Sampling
-from luthier.serving.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
-from luthier.serving.inference import Chat
-from luthier.serving.prediction import BLOCK_PROMPTS, BLOCK_ROWS
 from luthier.types import Row
 
 if TYPE_CHECKING:
-    from luthier.serving.generation import GeneratedReply, Generator, Prompt
-    from luthier.serving.prediction import Predictor
-    from luthier.store.models import StoredModel
+    from luthier.inference.generation import GeneratedReply, Generator, Prompt
+    from luthier.inference.prediction import Predictor
+    from luthier.library.models import StoredModel
 
 REASONING = "reasoning"
 """Key of what a model thought before its completion, in what is printed and written."""
@@ -104,7 +104,7 @@ class InferenceTask(ABC):
 
     def needed_models(self) -> list[StoredModel]:
         """The models whose files have to be there."""
-        from luthier.store.models import find
+        from luthier.library.models import find
 
         return [find(self.model)]
 
@@ -224,8 +224,8 @@ class GenerateTask(InferenceTask):
 
     def open(self) -> Answer:
         """See :class:`InferenceTask`."""
-        from luthier.serving.generation import Generator
-        from luthier.store.models import check_active, find
+        from luthier.inference.generation import Generator
+        from luthier.library.models import check_active, find
 
         stored = check_active(find(self.model, is_able=Generator.is_able))
         generator = Generator.open(stored)
@@ -325,7 +325,7 @@ def reasoning_of(answer: GeneratedReply) -> dict[str, str]:
 
 
 def _open_predictor(model: str) -> Predictor:
-    from luthier.serving.prediction import Predictor
-    from luthier.store.models import check_active, find
+    from luthier.inference.prediction import Predictor
+    from luthier.library.models import check_active, find
 
     return Predictor.open(check_active(find(model, is_able=Predictor.is_able)))

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from luthier.data.sources import absolute
 from luthier.errors import RecipeError
+from luthier.escaping import format_duration, one_line
 from luthier.files import folder_size, luthier_home
-from luthier.printable import format_duration, one_line
 from luthier.recipe import Recipe, map_sources, portable, to_toml
 
 if TYPE_CHECKING:
     from luthier.engine.machine import Machine
-    from luthier.store.models import StoredModel
+    from luthier.library.models import StoredModel
     from luthier.workflows.estimate.estimate import Estimate
 
 Target = Literal["slurm", "kubernetes", "skypilot", "ray"]
@@ -188,7 +188,7 @@ def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine
     """
     from luthier import __version__
     from luthier.engine.runs import automatic_name
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     base = find(recipe.base)
     name = recipe.name or automatic_name(base.root, recipe.data.train, resume=False)

@@ -36,8 +36,8 @@ from luthier.engine.train import rehearse
 from luthier.errors import RecipeError
 from luthier.evaluation.significance import as_gain
 from luthier.files import luthier_home, read_json, write_json
+from luthier.library.models import find
 from luthier.recipe import Recipe
-from luthier.store.models import find
 
 SHARES = tuple(2 ** (-step / 2) for step in range(6, -1, -1))
 """Shares from an eighth to all; together they take as long as three runs on all rows."""

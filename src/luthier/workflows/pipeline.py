@@ -224,9 +224,9 @@ def _stage(spec: PipelineSpec, each: StageSpec, before: list[Stage]) -> Stage:
 
 def _root(start: str, before: list[Stage]) -> str:
     """What the ids of all models begin with that go back to the same base model as ``start``."""
+    from luthier.library.folders import short_name, split_id
+    from luthier.library.models import find
     from luthier.models.catalog import CATALOG
-    from luthier.store.model_folders import short_name, split_id
-    from luthier.store.models import find
 
     if start in {stage.model_id for stage in before}:
         return split_id(start)[0]
@@ -278,9 +278,9 @@ def _distil(recipe: DistilRecipe, reporter: Reporter, processes: int) -> dict[st
 
 
 def _student(recipe: StudentRecipe, reporter: Reporter, processes: int) -> dict[str, Any]:
+    from luthier.library.folders import short_name
+    from luthier.library.models import find
     from luthier.models.student import StudentShape
-    from luthier.store.model_folders import short_name
-    from luthier.store.models import find
     from luthier.workflows.student import make_student
 
     model_id = f"{short_name(find(recipe.teacher).root)}:{recipe.name}"
@@ -307,7 +307,7 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
     """
     from luthier.data.rows import load_prompts, load_rows
     from luthier.engine.dataset import prepare
-    from luthier.store.models import chat_format, find, room_of
+    from luthier.library.models import chat_format, find, room_of
 
     recipe = stage.recipe
     if isinstance(recipe, DistilRecipe):
@@ -338,7 +338,7 @@ def _roots(stage: Stage, stages: tuple[Stage, ...]) -> Iterator[str]:
 
 def _manifest(model_id: str) -> Manifest | None:
     """The record of a model; ``None`` where there is none, given also where its parent is gone."""
-    from luthier.store.model_folders import base_folder, folder_of
+    from luthier.library.folders import base_folder, folder_of
 
     folder = folder_of(model_id) or base_folder(model_id)
     return Manifest.read(folder) if (folder / MANIFEST).is_file() else None

@@ -33,7 +33,6 @@ from luthier.data.corpus import CorpusPiece, HeldOut, Survey, pieces, sample, su
 from luthier.data.read import find_container
 from luthier.data.sources import files_of
 from luthier.data.tokens import TokenFile, TokenWriter, id_type
-from luthier.engine.actuals import Clock
 from luthier.engine.dataset import Dataset
 from luthier.engine.job import TrainingJob, resolve_job
 from luthier.engine.machine import (
@@ -53,6 +52,7 @@ from luthier.engine.processes import (
     started_again,
 )
 from luthier.engine.runs import START, TOKENS, BaseRun, Result, Run
+from luthier.engine.timings import Clock
 from luthier.engine.train import train_beside, train_first
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.files import (
@@ -62,6 +62,7 @@ from luthier.files import (
     sha256_of,
     write_json,
 )
+from luthier.library import models as store
 from luthier.models import bpe
 from luthier.models.build import build, read_configuration
 from luthier.models.load import sketch
@@ -71,7 +72,6 @@ from luthier.models.process_group import ProcessGroup
 from luthier.objectives.causal_lm import CausalLM
 from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import DataSpec, Recipe, Training
-from luthier.store import models as store
 from luthier.types import Example
 from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.pretrain_defaults import NetworkFacts, choose, plan, shortage

@@ -46,8 +46,8 @@ from luthier.engine.runs import (
 )
 from luthier.errors import Diverged, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
+from luthier.library.models import StoredModel, find
 from luthier.recipe import Recipe, portable, to_toml
-from luthier.store.models import StoredModel, find
 from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.space import (
     Dimension,

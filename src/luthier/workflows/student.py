@@ -14,6 +14,7 @@ from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Run
 from luthier.errors import LuthierError, RecipeError
 from luthier.files import folder_size, hashes_of, need_disk, new_folder, sha256_of
+from luthier.library import models as store
 from luthier.models.description import check_folder
 from luthier.models.heads import Head, head_in
 from luthier.models.load import read_config, sketch_of, stored_dtype
@@ -23,7 +24,6 @@ from luthier.models.save import save_network
 from luthier.models.student import StudentPlan, StudentShape, plan, shrink
 from luthier.models.tokenizer import check_vocabulary
 from luthier.recipe import check_name
-from luthier.store import models as store
 from luthier.workflows.certificate.certificate import certify
 
 CPU = torch.device("cpu")

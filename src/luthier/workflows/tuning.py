@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from luthier.engine.metrics import Reporter
 from luthier.engine.processes import train_in_processes
 from luthier.errors import RecipeError
+from luthier.library.models import StoredModel, find, update_record
+from luthier.library.reports import hashes_of_data, write_report
 from luthier.models.manifest import UNMEASURED
 from luthier.models.process_group import ProcessGroup
-from luthier.store.models import StoredModel, find, update_record
-from luthier.store.reports import hashes_of_data, write_report
 from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.forgetting import Forgetting, load_probes, measure_forgetting
 

@@ -16,10 +16,10 @@ from transformers import AutoModel
 
 import luthier
 from luthier.errors import RecipeError
+from luthier.library import models as store
 from luthier.models.heads import Head, declared_pooling, head_in, score_layer
 from luthier.models.load import as_network, load_model, read_config
 from luthier.objectives import Classification, Contrastive
-from luthier.store import models as store
 
 CPU = torch.device("cpu")
 HEAD = Head("sequence_classification", ("a", "b", "c"), pooling="mean")

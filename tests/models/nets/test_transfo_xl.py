@@ -205,9 +205,9 @@ def test_tokens_after_a_memory_have_the_logits_of_the_whole(network: Any) -> Non
 def test_answers_are_alike_streamed_one_by_one_and_in_a_batch(
     family_folder: Callable[[str], Path],
 ) -> None:
+    from luthier.inference.generation import Generator
     from luthier.models.load import as_network
     from luthier.models.sampling import Sampling
-    from luthier.serving.generation import Generator
 
     folder = family_folder("transfo_xl")
     network = as_network(load_model(folder, torch.float32, CPU), CPU, torch.float32)

@@ -13,11 +13,11 @@ from torch import nn
 
 import luthier
 from luthier.errors import CorruptFile, UnknownModel
+from luthier.library.models import find
 from luthier.models.heads import Head
 from luthier.models.layers import layer_names
 from luthier.models.load import load_model
 from luthier.models.nets import vgg
-from luthier.store.models import find
 
 CPU = torch.device("cpu")
 # Indices of the convolutions and of what stands between stages, as torchvision's files have them.

@@ -12,7 +12,7 @@ import pytest
 import luthier
 from luthier.errors import RecipeError
 from luthier.files import luthier_home
-from luthier.store.models import find
+from luthier.library.models import find
 from luthier.workflows.distil import distil
 from luthier.workflows.distil.recipe import DistilRecipe
 

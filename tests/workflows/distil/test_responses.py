@@ -26,7 +26,7 @@ from luthier.errors import (
     RunConflict,
 )
 from luthier.files import luthier_home, read_json, sha256_of
-from luthier.store.models import find
+from luthier.library.models import find
 
 PROMPTS = [f"question {n}" for n in range(12)]
 QUICK = {
@@ -276,8 +276,8 @@ def test_an_automatic_name_goes_on_by_itself(prompts: Path, distil: Any) -> None
 def test_a_local_teacher(
     prompts: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from luthier.inference.generation import Generator
     from luthier.models.sampling import Sampling
-    from luthier.serving.generation import Generator
 
     given = {
         **QUICK, "name": "self", "sampling__max_tokens": 5, "sampling__temperature": 1.0,

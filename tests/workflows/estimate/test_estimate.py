@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from luthier.cli import estimate as estimate_command
 from luthier.cli.app import app
-from luthier.engine.actuals import ACTUAL, PARTS, estimates_folder
 from luthier.engine.checkpoints import FIRST_BYTES_PER_SECOND, Checkpoints
 from luthier.engine.metrics import Reporter
+from luthier.engine.timings import ACTUAL, PARTS, estimates_folder
 from luthier.engine.train import train
 from luthier.errors import DataError
 from luthier.files import read_json
@@ -196,7 +196,7 @@ def test_only_batches_that_a_run_comes_to_are_tried(recipe: Callable[..., Recipe
     from luthier.engine.job import prepare_job
     from luthier.engine.machine import choose_machine
     from luthier.engine.metrics import Reporter
-    from luthier.store.models import find
+    from luthier.library.models import find
     from luthier.workflows.estimate.trial import order_of, representative
 
     asked = recipe(max_steps=3)

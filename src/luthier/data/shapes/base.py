@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
-from luthier.data.fields import FieldChecker
+from luthier.data.field_checks import FieldChecker
 from luthier.data.media import MediaKind
 from luthier.data.parsing import Record
 from luthier.types import Row

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from luthier.data.fields import FieldChecker
+from luthier.data.field_checks import FieldChecker
 from luthier.data.parsing import Record, json_kind
 from luthier.data.shapes.base import Shape
 from luthier.errors import RowRefused

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import ClassVar, Self
 
-from luthier.data.fields import (
+from luthier.data.disk_sequence import spool
+from luthier.data.field_checks import (
     DECIMAL_COMMA,
     FieldChecker,
     Turns,
@@ -28,7 +29,6 @@ from luthier.data.fields import (
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.shapes.base import ENOUGH_HINTS, Shape
 from luthier.data.shapes.conversations import Conversation, tool_record
-from luthier.data.spool import spool
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Part, Row, Text, Tool
 

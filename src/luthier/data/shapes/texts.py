@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from luthier.data.fields import FieldChecker, read_label, read_rating, read_tagged
+from luthier.data.field_checks import FieldChecker, read_label, read_rating, read_tagged
 from luthier.data.parsing import Record, json_kind
 from luthier.data.shapes.base import ENOUGH_ANSWERS, ENOUGH_HINTS, MEDIA_KEYS, Labelled, Shape
 from luthier.errors import RowRefused

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from luthier.errors import RecipeError
+from luthier.escaping import did_you_mean
 from luthier.gate.check import Check, CheckContext
 from luthier.gate.checks.amount import Amount
 from luthier.gate.checks.balance import Balance
@@ -22,7 +23,6 @@ from luthier.gate.checks.privacy import Privacy
 from luthier.gate.checks.time_series import TimeSeries
 from luthier.gate.checks.white_space import WhiteSpace
 from luthier.gate.rules import DOUBTS, READING_RULES, Rule
-from luthier.printable import did_you_mean
 
 _KINDS: tuple[type[Check], ...] = (
     Learning,

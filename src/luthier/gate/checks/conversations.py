@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from luthier.gate.batch_text import Spot, SpotCheck, Spots, excerpt, excerpt_of
 from luthier.gate.check import RowBatch
 from luthier.gate.rules import Rule
-from luthier.gate.texts import Spot, SpotCheck, Spots, excerpt, excerpt_of
 
 IN_TEXT = Rule(
     "message.in_text",

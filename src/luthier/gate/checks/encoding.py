@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from luthier.gate.batch_text import BETWEEN, JoinedTexts, Spot, SpotCheck, Spots
 from luthier.gate.check import RowBatch
 from luthier.gate.pii import SEPARATOR
 from luthier.gate.rules import Rule
-from luthier.gate.texts import BETWEEN, JoinedTexts, Spot, SpotCheck, Spots
 
 CONTROL = Rule(
     "encoding.control",

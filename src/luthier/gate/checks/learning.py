@@ -25,6 +25,7 @@ from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.preferences import RatedReply, ThumbedReply
 from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords, TextRow
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
+from luthier.gate.batch_text import Spot, SpotCheck, excerpt_of, mask_pieces, private_items
 from luthier.gate.check import BatchLines, CheckContext, Places, RowBatch
 from luthier.gate.encode import RowEncoder, refuse_single
 from luthier.gate.histogram import Histogram
@@ -38,7 +39,6 @@ from luthier.gate.rules import (
     Rule,
     rule_of,
 )
-from luthier.gate.texts import Spot, SpotCheck, excerpt_of, mask_pieces, private_items
 from luthier.objectives import Objective
 from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, IntArray, Row

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from luthier.data.shapes.texts import TextPair
+from luthier.gate.batch_text import Spot, SpotCheck, excerpt
 from luthier.gate.check import BatchLines, Places, RowBatch
 from luthier.gate.columns import ColumnStore
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import Finding, Findings, Rule
-from luthier.gate.texts import Spot, SpotCheck, excerpt
 from luthier.types import FloatArray, Row
 
 OUTLIER = Rule(

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Self
 
 from luthier.data.chat import ChatFormat
 from luthier.data.tokenization import special_tokens
+from luthier.gate.batch_text import JoinedTexts, SpotCheck, Spots
 from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.rules import Rule
-from luthier.gate.texts import JoinedTexts, SpotCheck, Spots
 from luthier.types import Row, Text
 
 SPECIAL = Rule(

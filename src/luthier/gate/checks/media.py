@@ -19,9 +19,9 @@ from luthier.data.media import read_place
 from luthier.data.processors import AudioProcessor, FeatureExtractor, Processor
 from luthier.data.shapes.media import MediaRow
 from luthier.errors import RowRefused
+from luthier.gate.batch_text import Spot, SpotCheck
 from luthier.gate.check import BatchLines, CheckContext, RowBatch, most_common
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.gate.texts import Spot, SpotCheck
 
 UNREADABLE = Rule(
     "media.unreadable",

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from luthier.gate.batch_text import JoinedTexts, Spot, SpotCheck, Spots
 from luthier.gate.check import Places, RowBatch
 from luthier.gate.pii import KINDS, SECRETS, Finder, PiiKind, can_check_ids
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.gate.texts import JoinedTexts, Spot, SpotCheck, Spots
 
 _WHY = "A model gives back what it has learned by heart, to whoever asks."
 _REDACT = "Redact it, or remove the row."

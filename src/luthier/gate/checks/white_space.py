@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Self
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes.preferences import JudgedAnswers
 from luthier.errors import RecipeError
+from luthier.gate.batch_text import Spot, SpotCheck, Spots, excerpt_of
 from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.rules import Rule
-from luthier.gate.texts import Spot, SpotCheck, Spots, excerpt_of
 from luthier.types import Message
 
 INDENTATION = Rule(

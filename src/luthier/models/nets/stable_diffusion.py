@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from luthier.errors import RecipeError
+from luthier.models.external import MODEL_INDEX
 from luthier.models.nets.image_stages import ChannelsLastGroupNorm, ImagePreTrainedModel
 from luthier.models.nets.unet import UNetOutput
-from luthier.models.outside import MODEL_INDEX
 from luthier.models.pipelines import MODEL_TYPE, PIPELINE
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from transformers.modeling_outputs import (
 from luthier.data.processors import ImageProcessor, save_processor
 from luthier.errors import UnknownModel
 from luthier.files import write_json
+from luthier.models.external import read_shapes
 from luthier.models.nets.image_stages import ImagePreTrainedModel
-from luthier.models.outside import read_shapes
 
 DEPTHS = {
     11: (1, 1, 2, 2, 2),

@@ -22,7 +22,8 @@ from luthier.errors import LuthierError
 from luthier.evaluation.significance import RowScores
 from luthier.files import TEMPORARY
 from luthier.objectives.capabilities import SupportsPrediction
-from luthier.serving.prompting import (
+from luthier.types import Row
+from luthier.workflows.prompting import (
     Prompted,
     Prompting,
     Question,
@@ -30,7 +31,6 @@ from luthier.serving.prompting import (
     questions_of,
     ways_to_ask,
 )
-from luthier.types import Row
 
 if TYPE_CHECKING:
     from luthier.engine.job import TrainingJob
@@ -136,13 +136,13 @@ def gather(
     Raises:
         RefusedInput: as :func:`luthier.engine.train.train` does for the recipe.
     """
-    from luthier.engine.actuals import Clock
     from luthier.engine.job import prepare_job
     from luthier.engine.machine import choose_machine
     from luthier.engine.runs import Run
+    from luthier.engine.timings import Clock
     from luthier.engine.train import Trainer
     from luthier.files import luthier_home
-    from luthier.store import models as store
+    from luthier.library import models as store
 
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
@@ -290,7 +290,7 @@ class _Labels:
 
     def measure_trained(self, name: str) -> TechniqueResult:
         """The head's own labels."""
-        from luthier.serving.prediction import Predictor
+        from luthier.inference.prediction import Predictor
 
         objective = self.job.data.objective
         predictor = Predictor(self.network, objective, self.job.chat, _context(self.job))
@@ -305,7 +305,7 @@ class _Labels:
 
 def _context(job: TrainingJob) -> int:
     """Tokens that a question may have with its answer."""
-    from luthier.store.models import room_of
+    from luthier.library.models import room_of
 
     return room_of(job.base, job.recipe.adaptation)
 

@@ -25,8 +25,8 @@ from luthier.workflows.advise.evidence import HELD, HELD_LABELS, SEED, Evidence,
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.gate.report import Report
+    from luthier.library.models import StoredModel
     from luthier.recipe import Recipe
-    from luthier.store.models import StoredModel
     from luthier.workflows.estimate.estimate import Estimate
 
 
@@ -140,8 +140,8 @@ def collect(
             gate refuses raises nothing where any row can be read: that is the advice.
     """
     from luthier.engine.job import with_base
+    from luthier.library import models as store
     from luthier.objectives.by_shape import objective_for
-    from luthier.store import models as store
 
     _check_texts(recipe)
     recipe = with_base(recipe, reporter)
@@ -249,9 +249,9 @@ def _model_facts(
 
     from luthier.engine.machine import choose_machine
     from luthier.engine.memory import trained_numbers
+    from luthier.library.models import objective_of
     from luthier.models.heads import Head
     from luthier.models.load import sketch
-    from luthier.store.models import objective_of
 
     own = objective_of(base)
     head = own.head()

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from luthier.evaluation.baselines import LINEAR_PROBE, NAIVE_BAYES
 from luthier.evaluation.significance import CHANCE, differ
 from luthier.models.catalog import WORD_READER
-from luthier.serving.prompting import Technique
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts
+from luthier.workflows.prompting import Technique
 
 Fit = Literal["yes", "perhaps", "no"]
 Risk = Literal["none", "low", "medium", "high"]

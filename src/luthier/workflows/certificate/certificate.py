@@ -6,7 +6,7 @@ reports that were kept with it. Nothing is measured for it, and what it says is 
 comes from by :mod:`luthier.workflows.certificate.verify`.
 
 The record of the model and the list of its files are as they were: a certificate is another file beside
-them, which :func:`luthier.store.models.content_hash` does not read.
+them, which :func:`luthier.library.models.content_hash` does not read.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from luthier import __version__
-from luthier.engine.actuals import ACTUAL
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, run_of
+from luthier.engine.timings import ACTUAL
 from luthier.errors import CorruptFile, RecipeError
+from luthier.escaping import finite_or_none
 from luthier.files import json_text, read_json, sha256_of, write_bytes
+from luthier.library.models import StoredModel, ancestors, content_hash, find, lock_record
+from luthier.library.reports import ModelReport, reports_of
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record, created_now
-from luthier.printable import finite_or_none
-from luthier.store.models import StoredModel, ancestors, content_hash, find, lock_record
-from luthier.store.reports import ModelReport, reports_of
 from luthier.validation import describe_constraint
 from luthier.workflows.certificate.compute import Compute, measure_compute
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 from luthier.chat_models.base import Failure, ModelSpec, Reply, SamplingSpec
 from luthier.chat_models.endpoint import EndpointModel
 from luthier.errors import DataError, LuthierError, Problem, RecipeError
-from luthier.store.models import StoredModel, chat_format, writes
+from luthier.library.models import StoredModel, chat_format, writes
 from luthier.types import Message, Row
 
 MIN_PROMPTS, MAX_PROMPTS, MAX_TOKENS = 3, 256, 512
@@ -113,8 +113,8 @@ def verify_endpoint(
         RecipeError: if the endpoint rejects the key or does not know the model.
         LuthierError: if the endpoint answers fewer than three prompts.
     """
+    from luthier.inference.generation import Generator
     from luthier.models.sampling import Sampling
-    from luthier.serving.generation import Generator
 
     if not 1 <= max_tokens <= MAX_TOKENS:
         raise RecipeError(f"`max_tokens` must be 1 to {MAX_TOKENS}, not {max_tokens}")

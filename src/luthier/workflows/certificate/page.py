@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from luthier import __version__
+from luthier.escaping import format_duration
 from luthier.pages import Table, interval_text, render_page, shorten
-from luthier.printable import format_duration
 from luthier.types import dotted_items
 from luthier.workflows.certificate.certificate import Certificate, Forecast, KeptReport
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.files import write_bytes
+from luthier.library.models import StoredModel
 from luthier.models.manifest import SIGNATURE
-from luthier.store.models import StoredModel
 
 _LISTED = {
     "Extra files found in model": "was added since it was signed",

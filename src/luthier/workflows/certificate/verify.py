@@ -13,8 +13,8 @@ from typing import Any
 
 from luthier.errors import CorruptFile
 from luthier.files import names_below, sha256_of
+from luthier.library.models import StoredModel, ancestors, changed_files, content_hash
 from luthier.models.manifest import CERTIFICATE, MANIFEST, OWN_FILES, REPORTS, SIGNATURE, Manifest
-from luthier.store.models import StoredModel, ancestors, changed_files, content_hash
 from luthier.workflows.certificate.certificate import Certificate, parse_certificate
 from luthier.workflows.certificate.endpoint import EndpointVerification
 from luthier.workflows.certificate.signature import signature_differences

@@ -10,8 +10,8 @@ What a distillation needs to go on after a kill lies in ``distillations/STUDENT/
     insights.jsonl   every prompt: accepted, or rejected by which rule
     train.jsonl      what the student learns from
 
-The teacher's answers lie in its journal (:mod:`luthier.serving.journal`), which all runs share, and the
-training is an ordinary run of `tune`, with its own checkpoints.
+The teacher's answers lie in its journal (:mod:`luthier.inference.reply_log`), which all runs share,
+and the training is an ordinary run of `tune`, with its own checkpoints.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from luthier.engine.runs import Result, Run, automatic_name, is_resumed, lock_fo
 from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
 from luthier.files import json_lines, luthier_home, sha256_of, write_bytes, write_json
 from luthier.graders import Grader
-from luthier.objectives import OBJECTIVES
-from luthier.serving.journal import (
+from luthier.inference.reply_log import (
     Journal,
     journal_path,
     key_of,
 )
-from luthier.store.model_folders import short_name
-from luthier.store.models import StoredModel, chat_format, content_hash, find, room_of
+from luthier.library.folders import short_name
+from luthier.library.models import StoredModel, chat_format, content_hash, find, room_of
+from luthier.objectives import OBJECTIVES
 from luthier.types import Message, Row
 from luthier.workflows.distil.insights import (
     Insight,
@@ -223,7 +223,7 @@ class _Responses:
 
     def _graders(self, answers: int) -> Mapping[str, Grader]:
         """The grader of the insights, if any, with the models it names opened and tried."""
-        from luthier.serving.evaluation import open_graders
+        from luthier.inference.evaluation import open_graders
 
         grader = self.recipe.insights.grader
         given = {} if grader is None else {grader.method: grader}
@@ -327,8 +327,8 @@ class LocalTeacher(ChatModel):
     """A base or custom model of this machine, a batch at a time."""
 
     def __init__(self, spec: TeacherSpec, stored: StoredModel) -> None:
+        from luthier.library.models import check_writes, objective_of
         from luthier.models.load import sketch
-        from luthier.store.models import check_writes, objective_of
 
         check_writes(stored, "so it cannot teach by its answers")
         self.name, self.spec, self.stored = stored.id, spec, stored
@@ -349,8 +349,8 @@ class LocalTeacher(ChatModel):
         note: Callable[[str], None],
     ) -> None:
         """Answer in batches of like length, the longest first."""
+        from luthier.inference.generation import Generator
         from luthier.models.sampling import Sampling
-        from luthier.serving.generation import Generator
 
         generator = Generator.open(self.stored)
         chosen = Sampling(**sampling.model_dump())
@@ -377,6 +377,6 @@ def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> ChatModel:
         from luthier.chat_models.endpoint import EndpointModel
 
         return EndpointModel(spec)
-    from luthier.store.models import find
+    from luthier.library.models import find
 
     return LocalTeacher(spec, find(spec.model, say))

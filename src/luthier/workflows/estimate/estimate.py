@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from luthier.engine import checkpoints
-from luthier.engine.actuals import PARTS, estimates_folder
 from luthier.engine.metrics import Reporter
+from luthier.engine.timings import PARTS, estimates_folder
 from luthier.errors import data_errors
 from luthier.files import write_json
 from luthier.models.manifest import created_now
@@ -116,7 +116,7 @@ class Estimate:
     """What a job will take. Times in seconds, sizes in bytes."""
 
     key: str
-    """Of the request; see :func:`luthier.engine.actuals.request_key`."""
+    """Of the request; see :func:`luthier.engine.timings.request_key`."""
     machine: str
     created: str
     base: str
@@ -134,7 +134,7 @@ class Estimate:
     learned: PredictionInterval
     """Those among them that carry loss."""
     parts: dict[str, PredictionInterval]
-    """Seconds of each part, by its name in ``luthier.engine.actuals.PARTS``."""
+    """Seconds of each part, by its name in ``luthier.engine.timings.PARTS``."""
     seconds: PredictionInterval
     """From the first check of the data to the stored and verified model."""
     memory: PredictionInterval

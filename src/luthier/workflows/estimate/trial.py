@@ -19,7 +19,6 @@ import numpy as np
 
 from luthier.data.loader import RowOrder
 from luthier.data.tree import build_tree, split_to_budget
-from luthier.engine.actuals import Clock, estimates_folder, request_key
 from luthier.engine.job import TrainingJob, prepare_job, with_base
 from luthier.engine.loop import Loop
 from luthier.engine.machine import (
@@ -34,13 +33,14 @@ from luthier.engine.machine import (
 from luthier.engine.metrics import Reporter
 from luthier.engine.model_writer import PARITY_ROWS
 from luthier.engine.runs import PRECOMPUTED, Run
+from luthier.engine.timings import Clock, estimates_folder, request_key
 from luthier.engine.train import Trainer
 from luthier.files import TEMPORARY, folder_size
+from luthier.library import models as store
 from luthier.models.layouts import SIZE_STEP
 from luthier.models.network import Network
 from luthier.objectives.capabilities import with_completions
 from luthier.recipe import Recipe
-from luthier.store import models as store
 from luthier.types import Example
 
 LOOKED_AT = 200
@@ -197,14 +197,14 @@ class Measurement:
 
     job: TrainingJob
     key: str
-    """Of the request; see :func:`luthier.engine.actuals.request_key`."""
+    """Of the request; see :func:`luthier.engine.timings.request_key`."""
     machine: str
     work: Workload
     steps: list[StepSize]
     """Of the whole run, evenly spread."""
     trial: TrialRun
     seconds: dict[str, float]
-    """Of the parts of the trial, by their names in ``luthier.engine.actuals.PARTS``."""
+    """Of the parts of the trial, by their names in ``luthier.engine.timings.PARTS``."""
     calibration: float
     """How many times as long calibrating takes with all rows."""
 

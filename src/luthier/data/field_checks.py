@@ -1,0 +1,643 @@
+"""The values under the keys of a record, checked: texts, labels, ratings, tags, turns.
+
+What is wrong with one value alone is raised as ``RowRefused``. Where a row may have several faults
+at once (both texts of a pair, any turn of a conversation) the :class:`FieldChecker` notes each and
+goes on.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, MediaKind
+from luthier.data.media_files import object_name
+from luthier.data.parsing import Record, json_kind, quote
+from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
+from luthier.data.turn_marks import read_marks
+from luthier.errors import Problem, RowRefused
+from luthier.escaping import list_some, nearest_name
+from luthier.types import Message, Tool, ToolCall
+
+Turns = tuple[Message, ...]
+Names = Mapping[str, str]
+"""What the file calls a key of ours, for messages."""
+
+_ROLES = ("system", "user", "assistant", "tool")
+_ROLE_NAMES = "system, user, assistant and tool"
+_FOLLOWS: Mapping[str, tuple[str, ...]] = {
+    "start": ("user",),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "call": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+"""Roles that may come behind each, where ``call`` is an assistant that calls a tool."""
+ROLE_RENAMES: Mapping[str, str] = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+} | {role: role for role in _ROLES}
+"""Names that people and other tools give to roles."""
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+_BIO = re.compile(r"O|[BI]-\S+")
+
+RENAMES: Mapping[str, str] = {
+    "instruction": "prompt",
+    "question": "prompt",
+    "input": "prompt",
+    "response": "completion",
+    "output": "completion",
+    "answer": "completion",
+    "conversations": "messages",
+    "from": "role",
+    "value": "content",
+} | {key: key for key in ("prompt", "completion", "messages", "text", "role", "content")}
+"""Names that people give to our keys."""
+
+
+def list_keys(keys: Iterable[str]) -> str:
+    """The first ten keys, for messages."""
+    return list_some(map(quote, keys), 10)
+
+
+def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
+    """Say which near-misses to rename to the wanted keys; empty when there is none."""
+    steps, absent = [], []
+    for target in wanted:
+        found = [key for key in holder if RENAMES.get(key.strip().lower()) == target]
+        if len(found) == 1:
+            steps.append(f'rename {quote(found[0])} to "{target}"')
+        elif found:
+            steps.append(f'join {list_keys(found)} into "{target}"')
+        else:
+            absent.append(f'add "{target}"')
+    if not steps:
+        return ""
+    fix = " and ".join(steps + absent)
+    hint = ', as an array of {"role", "content"}' if wanted == ("messages",) else ""
+    return f"{fix[:1].upper()}{fix[1:]}{hint}."
+
+
+def column_fix(ours: str, theirs: str) -> str:
+    """Return the advice for a column ``theirs`` whose name is similar to the key ``ours``."""
+    return (
+        f'Did you mean {quote(theirs)}? Rename it to "{ours}", or say `data.columns.{ours}={theirs}` '
+        "if all rows have it."
+    )
+
+
+def join_parts(value: object) -> object:
+    """The text of parts, one behind the other; whatever is no list of parts comes back as it is.
+
+    Points to cache at are passed over, as they say nothing of what is said.
+
+    Raises:
+        RowRefused: for a part that is no text, as an image.
+    """
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        return value
+    return "".join(_part_text(part) for part in value if not is_cache_point(part))
+
+
+def _part_text(part: dict[str, object]) -> str:
+    text = part.get("text")
+    if isinstance(text, str) and part.get("type", "text") == "text":
+        if more := sorted(part.keys() - {"type", "text", "cache_control"}):
+            raise RowRefused(
+                "message.part",
+                f"a part of the content has the key {quote(more[0])}, which is not read.",
+                "Remove the key; training marks belong to the message.",
+            )
+        return text
+    kind = part.get("type") or next(iter(part), "nothing")
+    raise RowRefused(
+        "message.part",
+        f"a part of the content is {quote(str(kind))}, and only text can be learned.",
+        'Keep the parts {"type": "text", "text": "..."}, or remove the row.',
+    )
+
+
+_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d+"""
+_LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})(?:\s*,\s*|\s+|(?=\s*\])))*\s*\]", re.S)
+"""A list as Python or numpy prints it: ``['a', 'b']``, ``['a' 'b']``, ``[1, 2]``."""
+
+
+def _listed(text: str) -> object:
+    """Return the labels of a list that a table or a text holds as text; other text unchanged.
+
+    Raises:
+        RowRefused: for a list or an object in another notation.
+    """
+    text_ = text.strip()
+    if (text_[:1], text_[-1:]) not in (("[", "]"), ("{", "}")):
+        return text
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text_)
+        if isinstance(value, list):
+            return value
+    if _LIST.fullmatch(text_):
+        # The parser of Python would join the texts of numpy's ['a' 'b'].
+        return [ast.literal_eval(item) for item in re.findall(_ITEM, text_, re.S)]
+    if "," in text_ or '"' in text_ or "'" in text_:
+        raise RowRefused(
+            "label.type",
+            f'"label" is {quote(text)}, which looks like several labels in an unknown notation.',
+            'Write several labels as a JSON array: ["a", "b"].',
+        )
+    return text
+
+
+def read_label(value: object) -> str | tuple[str, ...]:
+    """Return one label, or all labels of a row that may have several.
+
+    Whole numbers become text, and an array that is written as text is read as an array.
+    """
+    if isinstance(value, str):
+        value = _listed(value)
+    if not isinstance(value, list):
+        return _label_name(value)
+    names = tuple(_label_name(item, "an array with {} in it") for item in value)
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
+    if twice:
+        raise RowRefused(
+            "label.duplicate", f"The label {quote(twice[0])} is named twice.", "Keep one."
+        )
+    return names
+
+
+def _label_name(value: object, given: str = "{}") -> str:
+    if type(value) is int:
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list) and len(value) == 3 and type(value[0]) is type(value[1]) is int:
+        raise RowRefused(
+            "label.type",
+            f'"label" holds the span [{value[0]}, {value[1]}, {quote(str(value[2]))}] of a text, '
+            "as doccano writes entities.",
+            'Write the words of the text and a tag for each: {"tokens": ["Rita", "sings"], '
+            '"tags": ["B-person", "O"]}.',
+        )
+    kind = "empty" if isinstance(value, str) else json_kind(value)
+    fix = 'Write {"text": "...", "label": "name"}, or ["a", "b"] where a text has several.'
+    if type(value) is float:
+        fix += " If it is a rating, say `data.columns.rating=label`."
+    raise RowRefused(
+        "label.type",
+        f'"label" must be a text or a whole number, or an array of them, but is {given.format(kind)}.',
+        fix,
+    )
+
+
+def read_rating(value: object) -> float:
+    """Return a finite number."""
+    number = type(value) in (int, float)
+    if number and math.isfinite(value):  # type: ignore[arg-type]
+        return float(value)  # type: ignore[arg-type]
+    given = f"{value}" if number else json_kind(value)
+    fix = "Write the number without quotes, or remove the row."
+    if isinstance(value, str):
+        given = f"the text {quote(value)}" if value.strip() else "empty"
+        if DECIMAL_COMMA.fullmatch(value.strip()):
+            fix = f"Write the number with a point: {value.strip().replace(',', '.')}."
+        elif not re.search(r"\d", value):
+            fix = "Write a number, or remove the row."
+    raise RowRefused("rating.type", f'"rating" must be a finite number, but is {given}.', fix)
+
+
+def read_tagged(tokens: object, tags: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Words and their tags in the BIO scheme, as many of the one as of the other."""
+    words, names = read_words(tokens, "tokens"), read_words(tags, "tags")
+    if len(words) != len(names):
+        raise RowRefused(
+            "tags.length",
+            f"The row has {len(words)} tokens and {len(names)} tags.",
+            "Give each token one tag; O for what is no entity.",
+        )
+    for number, name in enumerate(names, 1):
+        if not _BIO.fullmatch(name):
+            raise RowRefused(
+                "tags.bio",
+                f"Tag {number} is {quote(name)}.",
+                "Tags are O, B-name for the first word of an entity and I-name for the others.",
+            )
+    return words, names
+
+
+def read_words(value: object, key: str) -> tuple[str, ...]:
+    """An array of texts under ``key``, none of them blank and at least one."""
+    if isinstance(value, list) and value and all(isinstance(i, str) and i.strip() for i in value):
+        return tuple(value)
+    if value is None:
+        kind = "missing"
+    elif not isinstance(value, list):
+        kind = json_kind(value)
+    elif not value:
+        kind = "empty"
+    else:
+        wrong = next(each for each in value if not isinstance(each, str) or not each.strip())
+        kind = f"an array with {'an empty text' if isinstance(wrong, str) else json_kind(wrong)}"
+    raise RowRefused(
+        "tags.type",
+        f'"{key}" must be an array of texts, but is {kind}.',
+        'Write {"tokens": ["Rita", "sings"], "tags": ["B-person", "O"]}.',
+    )
+
+
+class FieldChecker:
+    """Checks the values of the record in hand; what is wrong is noted with its file and line.
+
+    Args:
+        file: the file in hand.
+        problems: what is wrong is appended here.
+    """
+
+    other_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys that are something else than a text whose column has another name."""
+
+    def __init__(self, file: str, problems: list[Problem]) -> None:
+        self.file = file
+        self.problems = problems
+        self.line = 0
+        self.names: Names = {}
+        self.unread_of_turns: dict[str, None] = {}
+        """Keys of turns that are not read, such as ``messages[].speaker``."""
+
+    def report(self, rule: str, message: str, fix: str) -> None:
+        """Note what is wrong with the row in hand."""
+        self.problems.append(Problem(self.file, self.line, rule, message, fix))
+
+    def text(
+        self, holder: Record, key: str, number: int = 0, *, target: bool = False
+    ) -> str | None:
+        """Return a text that is there and not blank; ``number`` is that of the message, if any."""
+        value = holder.get(key)
+        if isinstance(value, str) and value and not value.isspace():
+            return value
+        called = self.names.get(key) or key
+        name = f'"{called}" of message {number}' if number else f'"{called}"'
+        if key not in holder:
+            keys = list_keys(holder) if holder else "none"
+            fix = rename_fix(holder, (key,)) or ("" if number else self._column_fix(holder, key))
+            fix = fix or f'Add "{called}", or remove the row.'
+            self.report("field.missing", f"{name} is missing; the keys are {keys}.", fix)
+        elif not isinstance(value, str):
+            fix = f"Write {name} as one string in double quotes."
+            self.report("field.type", f"{name} must be a string, but is {json_kind(value)}.", fix)
+        else:
+            blank = "holds only white space" if value else "is empty"
+            reason = ": there would be nothing to learn" if target else ""
+            fix = f"Write the text of {name}, or remove the row."
+            self.report("field.empty", f"{name} {blank}{reason}.", fix)
+        return None
+
+    def media(self, holder: Record, kind: MediaKind) -> Media | None:
+        """The image or sound of a record, which is not opened yet.
+
+        It is a path below the folder of the file, bytes with or without a name as Hugging Face's data
+        sets hold them, or a ``data:`` address.
+        """
+        value = holder.get(kind)
+        if isinstance(value, Media):
+            return value
+        if kind == "window":
+            return self._window(value)
+        name = f"{self.file}:{self.line}"
+        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+            return Media(kind, str(value.get("path") or name), data=value["bytes"])
+        if isinstance(value, dict):
+            value = value.get("path")
+        if isinstance(value, bytes):
+            return Media(kind, name, data=value)
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
+            key = quote(self.names.get(kind) or kind)
+            what = SINGULAR[kind]
+            fix = f"Write the path of the {what}, as seen from the folder of this file, in {key}."
+            message = f"{key} must be a path, but is {json_kind(value)}."
+            self.report("media.type", message, fix)
+            return None
+        if value.startswith("data:"):
+            return self._decode_data_address(value, kind, name)
+        folder = Path(self.file).parent.resolve()
+        if value.startswith("s3://"):
+            copy = folder / object_name(value)
+            if copy.is_file():
+                return Media(kind, value, str(copy))
+            fix = "Jobs of the service fetch it; here, download it and write its path."
+            self.report("media.missing", f"{quote(value)} was not fetched.", fix)
+            return None
+        try:
+            path = (folder / value).resolve()
+            there = path.is_file()
+        except (OSError, RuntimeError, ValueError):  # too long a name, links in a circle
+            path, there = folder, False
+        if not path.is_relative_to(folder):
+            fix = "Put it beside the rows, in the same folder or one below."
+            message = f"{quote(value)} is not below the folder of this file."
+            self.report("media.outside", message, fix)
+            return None
+        if not there:
+            fix = f"Paths are as seen from {folder}; mend the path, or remove the row."
+            self.report("media.missing", f"there is no file {quote(value)}.", fix)
+            return None
+        return Media(kind, value, str(path))
+
+    def _window(self, value: object) -> Media | None:
+        """Values of a time series in their order, the last one last."""
+        numbers = value if isinstance(value, list) else []
+        if numbers and all(
+            type(each) in (int, float) and abs(each) <= LARGEST_VALUE for each in numbers
+        ):
+            array = np.array(numbers[-LONGEST_WINDOW:], np.float64)
+            return Media("window", f"{self.file}:{self.line}", array=array)
+        message = f'"window" must be an array of finite numbers up to {LARGEST_VALUE:.0e}.'
+        self.report("media.type", message, "Write the values in their order, the latest last.")
+        return None
+
+    def _decode_data_address(self, value: str, kind: MediaKind, name: str) -> Media | None:
+        """What a ``data:`` address holds (RFC 2397), in base64."""
+        head, comma, body = value.partition(",")
+        try:
+            if not comma or not head.endswith(";base64"):
+                raise ValueError
+            return Media(kind, name, data=base64.b64decode(body, validate=True))
+        except ValueError:
+            fix = f"Write data:{kind}/…;base64, and the bytes of the file in base64."
+            self.report("media.type", "the data: address is not one of base64.", fix)
+            return None
+
+    def _column_fix(self, record: Record, key: str) -> str:
+        """Suggest the column that is spelled most like ``key``; empty if none is."""
+        near = nearest_name(key, (name for name in record if name not in self.other_keys))
+        return column_fix(key, self.names.get(near) or near) if near else ""
+
+    def messages(self, value: object, answered: bool = True) -> Turns | None:
+        """A conversation; ``answered`` wants the assistant's turn at its end."""
+        if not isinstance(value, list):
+            called = self.names.get("messages") or "messages"
+            message = f'"{called}" must be an array of objects, but is {json_kind(value)}.'
+            fix = 'Write "messages": [{"role": "user", "content": "..."}, ...].'
+            self.report("messages.type", message, fix)
+            return None
+        if not value:
+            message = f'"{self.names.get("messages") or "messages"}" is an empty array.'
+            fix = "Add at least one user and one assistant message, or remove the row."
+            self.report("messages.empty", message, fix)
+            return None
+        turns = [self._message(number, item) for number, item in enumerate(unify_turns(value), 1)]
+        messages = tuple(turn for turn in turns if turn is not None)
+        # With a message missing or a role unknown, the order cannot be judged.
+        if len(messages) == len(turns):
+            self._check_order(messages, answered)
+            spoken = [turn for turn in messages if turn.role == "assistant"]
+            if answered and spoken and not any(turn.learned for turn in spoken):
+                message = "Every turn of the assistant is marked as not learned."
+                fix = "Remove the mark of a turn that is to be learned, or remove the row."
+                self.report("message.weight", message, fix)
+        return messages
+
+    def _message(self, number: int, item: object) -> Message | None:
+        """One turn; ``None`` when a problem was reported."""
+        if not isinstance(item, dict):
+            message = f"Message {number} must be an object, but is {json_kind(item)}."
+            fix = 'Write each message as {"role": "...", "content": "..."}.'
+            self.report("messages.type", message, fix)
+            return None
+        role = self._role(number, item)
+        try:
+            learned = self.learned(item, "messages", role == "assistant")
+            item = {**item, "content": join_parts(item["content"])} if "content" in item else item
+        except RowRefused as bad:
+            self.report(bad.rule, f"Message {number}: {bad.message}", bad.fix)
+            return None
+        calls: tuple[ToolCall, ...] = tuple(item.get("tool_calls") or ())
+        if calls or role == "tool":  # what a tool gives back may be nothing
+            content = item.get("content")
+            content = content if isinstance(content, str) else self.text(item, "content", number)
+        else:
+            content = self.text(item, "content", number, target=role == "assistant")
+        if role is None or content is None:
+            return None
+        call_id, reasoning = item.get("tool_call_id"), item.get("reasoning_content")
+        if role != "assistant" or not isinstance(reasoning, str):
+            reasoning = ""
+        return Message(role, content, learned, calls, str(call_id or ""), reasoning.strip())
+
+    def learned(self, turn: Record, key: str, of_assistant: bool = True) -> bool:
+        """Return whether a turn under ``key`` is learned, and note its keys that are not read.
+
+        Raises:
+            RowRefused: if a mark of the turn cannot be understood.
+        """
+        learned, unread = read_marks(turn, of_assistant)
+        called = self.names.get(key) or key
+        self.unread_of_turns |= {f"{called}[].{name}": None for name in unread}
+        return learned
+
+    def _role(self, number: int, item: Record) -> str | None:
+        """Who speaks; ``None`` when a problem was reported."""
+        if item.get("role") in _ROLES:
+            return str(item["role"])
+        if item.get("role") == "developer":  # what newer models of OpenAI call system
+            return "system"
+        role = self.text(item, "role", number)
+        if role is None:
+            return None
+        message = f"Message {number} has the role {quote(role)}; allowed are {_ROLE_NAMES}."
+        better = ROLE_RENAMES.get(role.strip().lower())
+        fix = f"Change the role to one of {_ROLE_NAMES}."
+        if better is not None:
+            fix = f'Change the role {quote(role)} to "{better}".'
+        self.report("message.role", message, fix)
+        return None
+
+    def tools(self, record: Record) -> tuple[Tool, ...]:
+        """The tools of a conversation; none where the record names none.
+
+        Raises:
+            RowRefused: for tools that cannot be read.
+        """
+        found = [
+            tools
+            for key in ("tools", "functions", "toolConfig")
+            if (value := record.get(key)) is not None and (tools := read_tools(value))
+        ]
+        if any(tools != found[0] for tools in found):
+            raise RowRefused(
+                "tools.type",
+                'The row has different tools under "tools", "functions" and "toolConfig".',
+                'Give all of them under "tools".',
+            )
+        return found[0] if found else ()
+
+    def _check_order(self, messages: Sequence[Message], answered: bool) -> None:
+        """Report the first turn that is not where it belongs."""
+        before = "start"
+        for number, message in enumerate(messages, 1):
+            if message.role not in _FOLLOWS[before] and not (
+                number == 1 and message.role == "system"
+            ):
+                self._report_order(number, messages)
+                break
+            before = "call" if message.calls else message.role
+        last = messages[-1].role
+        if answered and last != "assistant":
+            number = len(messages)
+            message_text = (
+                f"The last message (message {number}) has the role {last}; it must be"
+                " assistant, as there is nothing to learn after it."
+            )
+            fix = "Add the assistant message that answers it, or remove the row."
+            if number > 2 and messages[-2].role == "assistant":
+                fix = f"Add the assistant message that answers it, or remove message {number}."
+            self.report("message.last", message_text, fix)
+
+    def _report_order(self, number: int, messages: Sequence[Message]) -> None:
+        """Report turn ``number``, and how to mend the order."""
+        role, before = messages[number - 1].role, messages[number - 2]
+        if role == "system":
+            text = f"Message {number} has the role system, which may only come first."
+            fix = "Join its text to the first message, or change its role."
+        elif role == "tool":
+            text = f"Message {number} is the result of a tool, and no call is before it."
+            fix = "Put it behind the assistant message that calls the tool, or remove it."
+        elif number > 1 and before.calls:
+            text = (
+                f"Message {number - 1} calls a tool, and message {number} has the role {role}; "
+                "the result of the tool must come first."
+            )
+            fix = f'Add {{"role": "tool", "content": "..."}} behind message {number - 1}.'
+        elif number == 1 or before.role == "system":
+            text = f"Message {number} has the role {role}; the first turn must be from the user."
+            fix = f"Add the user message that comes before message {number}, or remove it."
+        elif before.role == "tool":
+            text = f"Message {number} has the role {role}, and no answer follows the tool's result."
+            fix = f"Add the assistant message that comes before message {number}."
+        else:
+            text = (
+                f"Messages {number - 1} and {number} both have the role {role};"
+                " user and assistant must take turns."
+            )
+            fix = "Join the two into one message, or add the turn that is missing between them."
+        self.report("message.order", text, fix)
+
+
+def check_calls(messages: Turns, tools: Sequence[Tool]) -> None:
+    """Refuse calls of functions that are not among the tools of the row, where it has any."""
+    names = {tool.name for tool in tools}
+    for number, message in enumerate(messages, 1):
+        for call in message.calls if names else ():
+            if call.name not in names:
+                raise RowRefused(
+                    "message.tool_calls",
+                    f"Message {number} calls {quote(call.name)}, which is not among the row's tools.",
+                    f"Add it to the tools ({list_keys(sorted(names))}), or mend the name.",
+                )
+
+
+def read_prompt(value: object, fields: FieldChecker) -> Turns:
+    """Return the turns of a prompt, as :func:`read_turns` does; the assistant must not end it."""
+    turns = read_turns(value, "prompt", "user", fields)
+    if turns[-1].role == "assistant":
+        raise RowRefused(
+            "preference.order",
+            "the prompt ends with a turn of the assistant, which is to answer it.",
+            "Move that turn to the beginning of both answers, or add the user's next turn.",
+        )
+    return turns
+
+
+def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turns:
+    """Return the turns of a text (of ``role``), a message, or a list of at least one message.
+
+    Raises:
+        RowRefused: for anything else, for calls of tools, and for an answer without a learned turn.
+    """
+    if isinstance(value, str):
+        return (Message(role, value),)
+    items = value if isinstance(value, list) and value else [value]
+    found = []
+    # Before, as malformed calls need no other fix; after, as other forms of calls show only then.
+    _refuse_calls(items, key)
+    turns = unify_turns(items)
+    _refuse_calls(turns, key)
+    for each in turns:
+        item = each
+        if isinstance(each, dict) and "content" in each:
+            item = {**each, "content": join_parts(each["content"])}
+        if not isinstance(item, dict) or not isinstance(item.get("content"), str):
+            raise RowRefused(
+                "preference.type",
+                f'"{key}" must be a text, a message or a list of messages, but holds '
+                f"{json_kind(item)}{' without a text as content' * isinstance(item, dict)}.",
+                f'Write "{key}": "text", or {{"role": "{role}", "content": "text"}}.',
+            )
+        speaker = "system" if item.get("role") == "developer" else item.get("role")
+        if speaker not in ("system", "user", "assistant"):
+            raise RowRefused(
+                "preference.order",
+                f"a message of {key} has the role {quote(str(speaker))}.",
+                "Roles are system, user and assistant.",
+            )
+        answers = speaker == "assistant"
+        # Nothing of a prompt is learned, so a mark there changes nothing.
+        learned = fields.learned(item, key, answers and role == "assistant")
+        reasoning = str(item.get("reasoning_content") or "").strip() if answers else ""
+        found.append(Message(speaker, item["content"], learned, reasoning=reasoning))
+    spoken = [turn.learned for turn in found if turn.role == "assistant"]
+    if role == "assistant" and spoken and not any(spoken):
+        raise RowRefused(
+            "message.weight",
+            f"every turn of the assistant in {key} is marked as not learned.",
+            "Remove the mark of a turn that is to be learned, or remove the row.",
+        )
+    return tuple(found)
+
+
+def _refuse_calls(turns: Sequence[object], key: str) -> None:
+    for turn in turns:
+        if isinstance(turn, dict) and (turn.get("tool_calls") or turn.get("function_call")):
+            raise RowRefused(
+                "preference.type",
+                f"a message of {key} calls a tool, which cannot be learned in preferences yet.",
+                "Write the call as text in the content, or remove the row.",
+            )
+
+
+def check_not_blank(turns: Turns) -> None:
+    """Refuse turns of white space alone."""
+    for turn in turns:
+        if not turn.content.strip():
+            raise RowRefused(
+                "preference.empty",
+                f"a turn of the {turn.role} is empty, and only a rejected answer may be.",
+                "Write its text, or remove the row.",
+            )
+
+
+def check_turn_order(turns: Turns) -> None:
+    """System may come first, then user and assistant in turns, the assistant last."""
+    start = 1 if turns[0].role == "system" else 0
+    wanted = [("user", "assistant")[place % 2] for place in range(len(turns) - start)]
+    roles = [turn.role for turn in turns[start:]]
+    if roles != wanted or roles[-1:] != ["assistant"]:
+        raise RowRefused(
+            "preference.order",
+            f"prompt and answer are the turns {', '.join(turn.role for turn in turns)}.",
+            "After an optional system message, user and assistant take turns; the assistant ends.",
+        )

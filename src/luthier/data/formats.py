@@ -1,0 +1,407 @@
+"""The forms in which other tools keep rows: how each becomes one of our shapes, and the way back.
+
+``FORMS`` is the table of what is read: a name, the keys that tell the form, and a function that gives
+the record in the shapes of ``luthier.data.shapes``. No text is altered; an Alpaca instruction and its
+input are joined with a blank line between (the fields that the Stanford Alpaca recipe puts under its
+two headings, without the headings). ``TARGETS`` is the table of what is written; what a form has no
+place for is refused, never left out. To add a form, write one function and one line of a table.
+
+Considered and left out: ``query`` with lists of passages, SQuAD's nested
+answers, triplets with hard negatives, tables of sentence pairs with a score or label (they are no
+pairs that belong together). ``--map`` takes those whose columns only have other names. System prompts,
+histories and tools are joined to the turns by ``luthier.data.row_context``, for every form alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.data.field_checks import ROLE_RENAMES, Names, Turns
+from luthier.data.media import media_kind
+from luthier.data.parsing import Record
+from luthier.data.row_context import TOOL_KEYS, context_keys, is_blank
+from luthier.data.shapes import SHAPES
+from luthier.data.shapes.conversations import Conversation, PromptCompletion, tool_record
+from luthier.data.shapes.media import CAPTION_KEYS
+from luthier.data.shapes.preferences import JudgedAnswers, Preference
+from luthier.data.shapes.texts import RawText
+from luthier.errors import RowRefused
+from luthier.types import Row
+
+Converted = tuple[Record, Names]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One form of rows."""
+
+    name: str
+    """As it is shown to people."""
+    keys: frozenset[str]
+    """Keys that together tell the form."""
+    convert: Callable[[Record], Converted]
+    """The same row in a shape of ours; may leave its argument changed."""
+    without: frozenset[str] = frozenset()
+    """Keys beside which the row would mean something else."""
+    used: frozenset[str] = frozenset()
+    """Further keys that are read where they are there."""
+    applies: Callable[[Record], bool] = lambda record: True
+    """Whether a record with the keys is of the form, where their values tell."""
+
+
+_OWN = frozenset(key for kind in SHAPES.values() for key in kind.keys) - {"label", "rating"}
+_JUDGED = frozenset(("label", "labels", "score", "rating", "similarity", "chosen", "rejected"))
+
+
+def _question_answer(question: str, answer: str, *more: str) -> Callable[[Record], Converted]:
+    """Rows of a question and an answer, with further text below the question where there is any."""
+
+    def convert(record: Record) -> Converted:
+        made: Record = {}
+        if question in record:
+            below = [record[key] for key in more if not is_blank(record.get(key))]
+            made["prompt"] = _above(record[question], below)
+        if answer in record:
+            made["completion"] = record[answer]
+        return _with_further_keys(record, made), {"prompt": question, "completion": answer}
+
+    return convert
+
+
+_BESIDE_ANY = ("id", "expected", "rating", "score", "thumb", "label")
+
+
+def _above(text: object, below: list[object]) -> object:
+    """Texts one below the other; the first that is none, to be refused by name."""
+    parts = [text, *below]
+    wrong = [part for part in parts if not isinstance(part, str)]
+    return wrong[0] if wrong else "\n\n".join(map(str, parts))
+
+
+def _with_further_keys(record: Record, made: Record) -> Record:
+    """Return ``made`` with the keys of any form: id, expected answer, judgement and context."""
+    context = context_keys(Conversation, {**record, **made})
+    return made | {key: record[key] for key in record if key in _BESIDE_ANY or key in context}
+
+
+def _conversation(record: Record) -> Converted:
+    """Return a row of Bedrock's Converse: its messages and what stands next to them."""
+    return _with_further_keys(record, {"messages": record.get("messages")}), {}
+
+
+def _sharegpt(record: Record) -> Converted:
+    turns = record.get("conversations")
+    if isinstance(turns, list):
+        turns = [_turn(each) for each in turns]
+    return _with_further_keys(record, {"messages": turns}), {
+        "messages": "conversations",
+        "role": "from",
+        "content": "value",
+    }
+
+
+def _sharegpt_preference(record: Record) -> Converted:
+    """Return a preference as LLaMA-Factory stores it: earlier turns and two turns to compare."""
+    made, names = _sharegpt(record)
+    sides: Record = {key: _turn(record[key]) for key in ("chosen", "rejected")}
+    names = {**names, "prompt": names["messages"]}
+    return {**made, "prompt": made.pop("messages"), **sides}, names
+
+
+def _turn(item: object) -> object:
+    """A turn with ``role`` and ``content``; what is no turn stays, to be refused by name."""
+    if not isinstance(item, dict) or "from" not in item:
+        return item
+    role = item["from"]
+    known = ROLE_RENAMES.get(role) if isinstance(role, str) else None
+    further = {key: value for key, value in item.items() if key not in ("from", "value")}
+    return {
+        **further,
+        "role": known or role,
+        **({"content": item["value"]} if "value" in item else {}),
+    }
+
+
+def _image_reference(record: Record) -> Converted:
+    """Bedrock, of image models: where an image lies, and what it shows."""
+    made = {"image": record.get("image-ref")}
+    if "caption" in record:
+        made["caption"] = record["caption"]
+    return _with_further_keys(record, made), {"image": "image-ref"}
+
+
+def _media_paths(name: str, key: str) -> Form:
+    """Rows with the path of an image or a sound under ``key``, and a caption or a label beside it."""
+
+    def convert(record: Record) -> Converted:
+        path = str(record[key])
+        kind = media_kind(path) or "audio"
+        beside = {each: record[each] for each in CAPTION_KEYS if each in record}
+        return _with_further_keys(record, {kind: path, **beside}), {kind: key}
+
+    def applies(record: Record) -> bool:
+        return isinstance(record[key], str) and media_kind(str(record[key])) is not None
+
+    other, used = frozenset(("image", "audio")), frozenset((*CAPTION_KEYS, "label", "rating"))
+    return Form(name, frozenset((key,)), convert, other, used, applies)
+
+
+def _multiple_choice(record: Record) -> Converted:
+    """A question with choices, asked as ARC and BoolQ are (Gao et al. 2021, lm-evaluation-harness).
+
+    Of COPA, where a ``relation`` says what is looked for, that stands in the place of the answer.
+    """
+    relation = record.get("relation")
+    asks = {"cause": "Cause", "effect": "Effect"}.get(str(relation), "Answer")
+    above = [record["context"]] if not is_blank(record.get("context")) else []
+    texts = [*above, record["question"]]
+    prompt: object = next((each for each in texts if not isinstance(each, str)), None)
+    if prompt is None and not is_blank(record["question"]):
+        prompt = "\n".join([*map(str, above), f"Question: {record['question']}", f"{asks}:"])
+    made = {"prompt": prompt, "choices": record["choices"], "answer": record["answer"]}
+    return _with_further_keys(record, made), {"prompt": "question"}
+
+
+def _has_choices(record: Record) -> bool:
+    return isinstance(record.get("choices"), list) and type(record.get("answer")) is int
+
+
+def _options(record: Record) -> Converted:
+    """WinoGrande, as it is scored: what follows is the same, and the beginnings differ."""
+    options = record["options"]
+    choices = [record["continuation"]] * (len(options) if isinstance(options, list) else 1)
+    made = {"prompt": options, "choices": choices, "answer": record["answer"]}
+    return _with_further_keys(record, made), {"prompt": "options", "choices": "continuation"}
+
+
+def _rename(**names: str) -> Callable[[Record], Converted]:
+    """Rows that are ours but for the names of their keys."""
+
+    def convert(record: Record) -> Converted:
+        made = {ours: record[theirs] for ours, theirs in names.items() if theirs in record}
+        return _with_further_keys(record, made), names
+
+    return convert
+
+
+def _form(
+    name: str, keys: str, convert: Callable[[Record], Converted], without: str = "", used: str = ""
+) -> Form:
+    key_set, without_set, used_set = (frozenset(each.split()) for each in (keys, without, used))
+    return Form(name, key_set, convert, without_set, used_set)
+
+
+_ELSE = "instruction question query"
+_NO_TEXT = " ".join(sorted(_OWN | _JUDGED))
+FORMS: tuple[Form, ...] = (
+    _form("Bedrock conversation", "schemaVersion messages", _conversation),
+    _form("ShareGPT", "conversations", _sharegpt, without="chosen rejected"),
+    _form("ShareGPT preference", "conversations chosen rejected", _sharegpt_preference),
+    _form(
+        "Alpaca",
+        "instruction output",
+        _question_answer("instruction", "output", "input"),
+        used="input",
+    ),
+    _form(
+        "instruction and response",
+        "instruction response",
+        _question_answer("instruction", "response", "context", "input"),
+        used="context input",
+    ),
+    Form(
+        "question with choices",
+        frozenset(("question", "choices", "answer")),
+        _multiple_choice,
+        used=frozenset(("context", "relation")),
+        applies=_has_choices,
+    ),
+    _form("options with a continuation", "options continuation answer", _options),
+    Form(
+        "question and answer",
+        frozenset(("question", "answer")),
+        _question_answer("question", "answer", "context"),
+        frozenset(("answers",)),
+        frozenset(("context",)),
+        applies=lambda record: not _has_choices(record),
+    ),
+    _form(
+        "question and response",
+        "question response",
+        _question_answer("question", "response", "context"),
+        used="context",
+    ),
+    _form(
+        "query and response",
+        "query response",
+        _question_answer("query", "response", "context"),
+        used="context",
+    ),
+    _form("Bedrock input and output", "input output", _question_answer("input", "output"), _ELSE),
+    _form("Bedrock image and caption", "image-ref", _image_reference, used="caption"),
+    _media_paths("Hugging Face image folder", "file_name"),
+    *(_media_paths("paths of media files", key) for key in ("path", "filename", "file")),
+    _form("tokens and ner_tags", "tokens ner_tags", _rename(tokens="tokens", tags="ner_tags")),
+    _form("query and positive", "query positive", _rename(anchor="query", positive="positive")),
+    _form(
+        "question and positive",
+        "question positive",
+        _rename(anchor="question", positive="positive"),
+    ),
+    _form(
+        "sentence pairs", "sentence1 sentence2", _rename(anchor="sentence1", positive="sentence2")
+    ),
+    _form(
+        "premise and hypothesis",
+        "premise hypothesis",
+        _rename(anchor="premise", positive="hypothesis"),
+    ),
+    _form(
+        "Bedrock raw text",
+        "input",
+        _rename(text="input"),
+        f"{_ELSE} system system_prompt output answer response target expected {_NO_TEXT}",
+    ),
+)
+"""Every form that is not one of our own shapes, the more telling ones first."""
+
+KEYS = (_OWN | _JUDGED | {"system", "system_prompt", "history", *TOOL_KEYS}).union(
+    *(form.keys | form.used for form in FORMS)
+)
+"""Every key that says something of a form or a shape."""
+
+
+def forms_of(record: Record) -> list[Form]:
+    """Forms whose keys the record has; none where it is a complete shape of our own."""
+    keys = record.keys()
+    own = any(needed <= keys for kind in SHAPES.values() for needed in kind.complete)
+    if own and keys.isdisjoint(("schemaVersion", "conversations")):
+        return []
+    found = [
+        form
+        for form in FORMS
+        if form.keys <= keys and not form.without & keys and form.applies(record)
+    ]
+    # Texts that were compared or classified are no pair that belongs together.
+    paired = ("positive", "sentence1", "premise")
+    return [form for form in found if not (form.keys & {*paired} and keys & _JUDGED)]
+
+
+def extra_keys(row: Row, record: Record, form: Form | None) -> Record:
+    """What stands in the record beside what the row was made of."""
+    kind = SHAPES[row.shape]
+    used = kind.source_keys() if form is None else form.keys | form.used | kind.beside
+    used |= context_keys(kind, record)
+    return {key: value for key, value in record.items() if key not in used}
+
+
+def _to_pair(row: Row, form: str = "prompt-completion") -> Record:
+    turns = _conversation_of(row, form)
+    if [turn.role for turn in turns] != ["user", "assistant"]:
+        what = "a system prompt" if turns[0].role == "system" else f"{len(turns)} turns"
+        raise _no_place(form, f"has {what}")
+    return {"prompt": turns[0].content, "completion": turns[1].content}
+
+
+def _to_chat(row: Row) -> Record:
+    if isinstance(row, Conversation):
+        return row.record()  # OpenAI's names, tools and calls included
+    return {"messages": _turn_dicts(_conversation_of(row, "chat"))}
+
+
+def _to_openai(row: Row) -> Record:
+    if not isinstance(row, Preference):
+        return _to_chat(row)
+    return {
+        "input": {"messages": _turn_dicts(row.messages), **tool_record(row.tools)},
+        "preferred_output": _turn_dicts(row.chosen),
+        "non_preferred_output": _turn_dicts(row.rejected),
+    }
+
+
+def _to_bedrock(row: Row) -> Record:
+    if isinstance(row, RawText):
+        return {"input": row.text}
+    return _to_pair(row, "bedrock")
+
+
+def _to_bedrock_conversation(row: Row) -> Record:
+    turns = _conversation_of(row, "bedrock-conversation")
+    blocks = [
+        {"role": t.role, "content": [{"text": t.content}]} for t in turns if t.role != "system"
+    ]
+    system = [{"text": turn.content} for turn in turns if turn.role == "system"]
+    beside: Record = {"system": system} if system else {}
+    return {"schemaVersion": "bedrock-conversation-2024", **beside, "messages": blocks}
+
+
+def _to_sharegpt(row: Row) -> Record:
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    turns = _conversation_of(row, "sharegpt")
+    return {"conversations": [{"from": names[t.role], "value": t.content} for t in turns]}
+
+
+def _to_alpaca(row: Row) -> Record:
+    turns = list(_conversation_of(row, "alpaca"))
+    system = turns.pop(0).content if turns[0].role == "system" else None
+    *earlier, asked, answered = turns
+    made: Record = {"instruction": asked.content, "input": "", "output": answered.content}
+    if system is not None:
+        made["system"] = system
+    if earlier:
+        pairs = zip(earlier[::2], earlier[1::2], strict=True)
+        made["history"] = [[one.content, other.content] for one, other in pairs]
+    return made
+
+
+def _to_text(row: Row) -> Record:
+    if not isinstance(row, RawText):
+        raise _no_place("text", "is more than a text")
+    return {"text": row.text}
+
+
+FORMS_WITH_TOOLS = frozenset({"rows", "chat", "openai"})
+"""Forms that have a place for tools, calls, results, reasoning and turns that are not learned."""
+TARGETS: Mapping[str, Callable[[Row], Record]] = {
+    "rows": lambda row: row.record(),
+    "prompt-completion": _to_pair,
+    "chat": _to_chat,
+    "openai": _to_openai,
+    "bedrock": _to_bedrock,
+    "bedrock-conversation": _to_bedrock_conversation,
+    "sharegpt": _to_sharegpt,
+    "alpaca": _to_alpaca,
+    "text": _to_text,
+}
+"""Forms that rows can be written in; ``rows`` is our own shape of each. A record that is written and
+read again gives the same texts."""
+
+
+def _conversation_of(row: Row, form: str) -> Turns:
+    """The row as a conversation that the assistant ends."""
+    if isinstance(row, Conversation | PromptCompletion):
+        turns = row.turns()
+        agent = any(turn.calls or turn.reasoning or turn.role == "tool" for turn in turns)
+        agent = agent or (isinstance(row, Conversation) and bool(row.tools))
+        if agent and form not in FORMS_WITH_TOOLS:
+            raise _no_place(form, "has tools, calls or reasoning")
+        if form not in FORMS_WITH_TOOLS and not all(turn.learned for turn in turns):
+            raise _no_place(form, "has a turn of the assistant that is not learned")
+        return turns
+    if isinstance(row, JudgedAnswers):
+        raise _no_place(form, "is a judgement of answers")
+    raise _no_place(form, "is a prompt without a reply" if row.turns() else "is no conversation")
+
+
+def _no_place(form: str, what: str) -> RowRefused:
+    return RowRefused(
+        "convert.form",
+        f"The row {what}, and {form} has no place for it.",
+        "Choose another form with --to (rows keeps everything), or remove the row.",
+    )
+
+
+def _turn_dicts(turns: Turns) -> list[dict[str, Any]]:
+    return [turn.to_row() for turn in turns]

@@ -1,0 +1,202 @@
+"""A model written for other software, compared there, and the record of it: for callers of any kind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from luthier.errors import LuthierError, RecipeError
+
+if TYPE_CHECKING:
+    from luthier.exports.quantization import QuantizationCost
+    from luthier.exports.writer import OnProgress
+    from luthier.library.models import StoredModel
+    from luthier.models.manifest import ExportRecord, Manifest
+
+Format = Literal["safetensors", "onnx", "gguf"]
+"""``safetensors`` for transformers, PEFT and diffusers, ``onnx`` for ONNX Runtime, ``gguf`` for
+llama.cpp and Ollama."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A folder that was written for other software, and how it was checked."""
+
+    model: str
+    folder: Path
+    format: Format
+    files: list[str]
+    """Their names, sorted."""
+    network: str
+    """Its type, as transformers calls it."""
+    of_diffusers: bool = False
+    """Whether diffusers loads it, and not transformers."""
+    record: ExportRecord | None = None
+    """Of a GGUF or ONNX file: its hashes, and how near the answers from it are."""
+    is_recorded: bool = False
+    """Whether the record of the model and its certificate say so from now on: not of models that
+    luthier did not make, nor of signed ones, whose signature would no longer hold."""
+    suits_onnx: bool = False
+    """Whether format ``onnx`` goes with it, too."""
+    cost: QuantizationCost | None = None
+    """The cost of the type of a GGUF file, if it was measured."""
+
+    @property
+    def own_network(self) -> bool:
+        """Whether its network is one of luthier's own, which transformers does not have."""
+        from luthier.models.nets import NETS
+
+        return self.network in NETS and not self.of_diffusers
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        found: dict[str, Any] = {
+            "id": self.model, "folder": str(self.folder), "format": self.format,
+            "network": self.network, "files": self.files,
+        }  # fmt: skip
+        if self.format == "safetensors":
+            found["own_network"] = self.own_network
+        if self.record is not None and self.format == "onnx":
+            found["difference"] = self.record.score_error
+        if self.record is not None and self.format == "gguf":
+            parity = self.record.tokens
+            found["parity"] = None if parity is None else parity.model_dump()
+        if self.cost is not None:
+            found["cost"] = self.cost.plain()
+        return found
+
+
+def check_settings(format: str, merged: bool | None, quantization: str | None) -> None:
+    """Refuse settings that go with no model.
+
+    Raises:
+        RecipeError: naming the setting.
+    """
+    if format not in get_args(Format):
+        raise RecipeError(f"there is no format {format!r}; take {', '.join(get_args(Format))}")
+    if quantization is not None and format == "safetensors" and merged:
+        from luthier.exports.writer import PRECISIONS
+
+        if quantization not in PRECISIONS:
+            raise RecipeError(
+                f"merged safetensors cannot have the type {quantization!r}; choose one of "
+                f"{', '.join(PRECISIONS)}"
+            )
+    elif quantization is not None:
+        if format != "gguf":
+            raise RecipeError(
+                "types of weights are chosen for GGUF files and merged safetensors; leave them out "
+                f"for {format}"
+            )
+        from luthier.models.gguf import check_quantization
+
+        check_quantization(quantization)
+        if merged is False:
+            raise RecipeError("an adapter alone has no type of weights; export it merged")
+    if format == "onnx" and merged is False:
+        raise RecipeError("ONNX files hold whole networks; export the adapter merged")
+
+
+def export_model(
+    stored: StoredModel,
+    target: Path,
+    format: Format,
+    merged: bool | None,
+    quantization: str | None,
+    on_progress: OnProgress | None = None,
+) -> Export:
+    """Write ``stored`` to the new folder ``target``; see :func:`luthier.sdk.export.export`.
+
+    Raises:
+        RecipeError: for a model that the other software cannot run, or that answers otherwise there.
+        RunConflict: where something is in the folder.
+    """
+    from luthier.exports.onnx import export_onnx, suits_onnx
+    from luthier.exports.writer import export, export_gguf, ignore_progress
+    from luthier.library.models import check_active, objective_of
+    from luthier.models.load import read_config
+    from luthier.models.pipelines import is_pipeline
+
+    check_settings(format, merged, quantization)
+    check_active(stored)
+    tell = on_progress or ignore_progress
+    network = read_config(stored.network_folder, objective_of(stored).head()).model_type
+    record = None
+    if format == "onnx":
+        record = export_onnx(stored, target, tell)
+    elif format == "gguf":
+        record = export_gguf(stored, target, merged is not False, quantization, tell)
+    else:
+        export(stored, target, bool(merged), tell, quantization)
+    is_recorded = record is not None and change_record(
+        stored, lambda manifest: manifest.with_export(record)
+    )
+    files = sorted(path.name for path in target.iterdir())
+    pipeline = is_pipeline(stored.network_folder)
+    suits = suits_onnx(stored, network)
+    return Export(stored.id, target, format, files, network, pipeline, record, is_recorded, suits)
+
+
+_FIXED_BYTES = 1 << 29
+"""Of a process with torch and transformers."""
+
+
+def memory_needed(
+    stored: StoredModel, format: Format, merged: bool | None, quantization: str | None = None
+) -> int:
+    """Return the peak memory of :func:`export_model` in bytes, by the weights of the network.
+
+    Per weight: for safetensors, the network and a copy in at most float32; for GGUF, the network, the
+    network in float32 to compare with, and the file opened by llama.cpp; for a GGUF adapter, two
+    networks and the file of the base; for ONNX, the network in float32, the traced graph, the bytes
+    written, and what ONNX Runtime loads. Safetensors of a model without a parent are copied.
+    """
+    from luthier.engine.machine import choose_machine
+    from luthier.library.models import objective_of
+    from luthier.models.load import read_config, sketch_of
+
+    head = objective_of(stored).head()
+    sketch = sketch_of(read_config(stored.network_folder, head), head)
+    count = sum(weight.numel() for weight in sketch.parameters())
+    if format == "gguf":
+        each = 16 if merged is False else choose_machine().dtype.itemsize + 8
+    elif format == "onnx":
+        each = 20
+    else:
+        each = 0 if stored.parent is None and quantization is None else 8
+    return _FIXED_BYTES + count * each
+
+
+def change_record(stored: StoredModel, change: Callable[[Manifest], Manifest]) -> bool:
+    """Change the record of the model that was measured, and its certificate; whether it was.
+
+    What was exported or measured stands, also where the record cannot be written.
+    """
+    from luthier.library.models import is_recorded, update_record
+    from luthier.models.manifest import SIGNATURE
+    from luthier.workflows.certificate.certificate import certify
+
+    if not is_recorded(stored):
+        return False
+    is_changed = False
+
+    def change_same(manifest: Manifest) -> Manifest:
+        # Meanwhile it may have been signed, or another model made under its name.
+        nonlocal is_changed
+        signed = (stored.folder / SIGNATURE).exists()
+        is_changed = manifest.files == stored.manifest.files and not signed
+        return change(manifest) if is_changed else manifest
+
+    try:
+        update_record(stored, change_same)
+        if is_changed:
+            certify(stored.id)
+    except (LuthierError, OSError) as error:
+        logging.getLogger(__name__).warning(
+            "the record of %s does not say it: %s", stored.id, error
+        )
+        return False
+    return is_changed

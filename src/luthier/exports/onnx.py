@@ -1,0 +1,524 @@
+"""Models that read, as ONNX files: classifiers, taggers, ratings, rewards and embeddings.
+
+``model.onnx`` holds the whole way from token ids (or pixels) to the answer: what pools the states,
+brings embeddings to length 1, and brings ratings to the scale of the data is part of the graph. Beside
+it lie the configuration of the network with the names of the classes, the tokenizer or how images are
+read, ``onnx.json`` with what goes in and what comes out, and a README with lines that run.
+
+The file is compared before its folder is there: fixed texts of several lengths are read by luthier as
+it serves them, and by ONNX Runtime, each alone and several at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luthier import __version__
+from luthier.data.shapes.texts import RawText
+from luthier.data.tree import READING_BUDGET
+from luthier.errors import RecipeError, RowRefused
+from luthier.evaluation.parity import REFERENCE_PROMPTS
+from luthier.exports.writer import (
+    OnProgress,
+    ignore_progress,
+    load_merged,
+    new_export_folder,
+    new_target,
+)
+from luthier.files import hashes_of, write_bytes, write_json
+from luthier.inference.prediction import Predictor
+from luthier.library.models import (
+    StoredModel,
+    chat_format,
+    check_mergeable,
+    objective_of,
+    room_of,
+)
+from luthier.models.heads import filling_id
+from luthier.models.layouts import read_states
+from luthier.models.load import as_network
+from luthier.models.manifest import ExportRecord, created_now
+from luthier.models.modalities import is_dual_encoder, media_inputs
+from luthier.models.save import save_format
+from luthier.models.sentence_head import sentence_head
+from luthier.objectives.regression import Regression
+from luthier.objectives.reward_model import RewardModel
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.models.network import Network, TreeBatch
+    from luthier.objectives import Objective
+    from luthier.types import Example, FloatArray, IntArray
+
+ONNX_FILE, ONNX_CONFIG, README = "model.onnx", "onnx.json", "README.md"
+ONNX_ERROR = 1e-3
+"""Largest difference of a number of an answer, beside the largest number, from what luthier answers:
+ten times what was measured or more (docs/log/service.md)."""
+LONG_TEXT = 200
+"""Words of the longest of the texts that are compared."""
+TEXTS = (
+    "Yes.",
+    *REFERENCE_PROMPTS,
+    " ".join(f"fox {number}" for number in range(LONG_TEXT // 2)),
+)
+"""Fixed texts of 1 to :data:`LONG_TEXT` words, that no model was trained on."""
+SENTENCE, MEDIA = "sentence_embedding", "media_embedding"
+"""Outputs of encoders; ``embedding`` is a node of the graph of some."""
+_CPU = torch.device("cpu")
+
+
+class _Graph(torch.nn.Module):
+    """A network that takes tensors by their place and gives one."""
+
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def outputs(self, inputs: Sequence[Tensor]) -> Any:
+        """What the network makes of its inputs."""
+        return self.model(**dict(zip(self.names, inputs, strict=True)))
+
+
+class _Logits(_Graph):
+    """Scores of the classes of a row ``[R, C]``, or of each of its tokens ``[R, T, C]``."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        logits: Tensor = self.outputs(inputs).logits
+        return logits
+
+
+class _Number(_Graph):
+    """One number for a row ``[R]``, in the scale of the data."""
+
+    def __init__(self, model: Any, names: Sequence[str], scale: float, center: float) -> None:
+        super().__init__(model, names)
+        self.scale, self.center = scale, center
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        logits: Tensor = self.outputs(inputs).logits
+        return logits[:, 0] * self.scale + self.center
+
+
+class _TextEmbedding(_Graph):
+    """The embedding of a text ``[R, H]``, of length 1."""
+
+    def __init__(self, model: Any, names: Sequence[str], pooling: str) -> None:
+        super().__init__(model, names)
+        self.pooling = pooling
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        state_RTH, mask_RT = self.outputs(inputs).last_hidden_state, inputs[1]
+        if self.pooling == "first":
+            pooled_RH = state_RTH[:, 0]
+        elif self.pooling == "last":
+            last_R11 = (mask_RT.sum(1) - 1)[:, None, None].expand(-1, 1, state_RTH.shape[-1])
+            pooled_RH = state_RTH.gather(1, last_R11)[:, 0]
+        else:
+            total_RH = (state_RTH * mask_RT[..., None]).sum(1)
+            pooled_RH = total_RH / mask_RT.sum(1, keepdim=True)
+        return torch.nn.functional.normalize(pooled_RH, dim=-1)
+
+
+class _MediaEmbedding(_Graph):
+    """The embedding of an image or a sound ``[R, H]``, of length 1."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(read_states(self.model, inputs[0]), dim=-1)
+
+
+Read = Callable[["Network", "TreeBatch"], Iterable["FloatArray"]]
+"""Luthier's own answers to the rows of a micro-batch, in their order."""
+
+
+@dataclass(frozen=True)
+class OnnxAnswer:
+    """What comes out of a file: all that follows from the objective."""
+
+    name: str
+    axes: tuple[str, ...]
+    meaning: str
+    """In words, for ``onnx.json``."""
+    graph: Callable[[Any, Sequence[str]], _Graph]
+    """The network from the inputs of these names to the answer."""
+    read: Read
+    example: str
+    """The lines of :data:`_ANSWER_LINES` that show it."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Further members of ``onnx.json``."""
+    unit: float | None = None
+    """What differences are measured by; the largest number of all answers where not given."""
+
+
+def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) -> OnnxAnswer:
+    """What models of ``objective`` answer."""
+
+    def predict(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
+        for each in objective.predict(network, batch):  # type: ignore[attr-defined]
+            (value,) = each.values()
+            yield np.asarray(value, dtype=np.float32)
+
+    if objective.task == "embedding":
+        axes = "batch", "hidden"
+        details: dict[str, Any] = {"normalized": True}
+        if network.layout.reads_media:
+            meaning = "the embedding of a row"
+            return OnnxAnswer(MEDIA, axes, meaning, _MediaEmbedding, predict, "embedding", details)
+        pooling = getattr(objective, "pooling", "auto")
+        head = sentence_head(network.model)
+        if pooling == "auto" and head is not None:
+            names = {"cls": "first", "mean": "mean", "lasttoken": "last"}
+            pipeline = head.pipeline
+            changes_text = pipeline.prepare("A") != "A"
+            if pipeline.dense or len(pipeline.pooling) > 1 or changes_text:
+                raise RecipeError(
+                    "ONNX files hold sentence encoders of one pooling, without dense layers, default "
+                    "prompt and lower case; export the model as safetensors"
+                )
+            if (own := head.pipeline.pooling[0]) not in names:
+                raise RecipeError(
+                    f"pooling {own!r} cannot be written to ONNX; export the model as safetensors"
+                )
+            pooling = names[own]
+        if pooling == "auto":
+            pooling = "mean" if network.both_ways else "last"
+        threshold = getattr(objective, "threshold", None)
+        details |= {"pooling": pooling, "similarity_threshold": threshold}
+        meaning = f"the {pooling} of the states of a text's tokens, brought to length 1"
+        graph = partial(_TextEmbedding, pooling=pooling)
+        return OnnxAnswer(SENTENCE, axes, meaning, graph, predict, "embedding", details)
+    if isinstance(objective, Regression):
+        scale, center = objective.scale or 1.0, objective.center or 0.0
+        return OnnxAnswer(
+            "rating", ("batch",), "the rating, in the scale of the training data",
+            partial(_Number, scale=scale, center=center), predict, "number", unit=objective.scale,
+        )  # fmt: skip
+    if isinstance(objective, RewardModel):
+        return OnnxAnswer(
+            "reward", ("batch",), "how much an answer is liked, larger is better",
+            partial(_Number, scale=1.0, center=0.0), predict, "number",
+        )  # fmt: skip
+    classes: dict[str, Any] = {"labels": [*labels]}
+    if objective.task == "token_classification":
+        return OnnxAnswer(
+            "logits", ("batch", "tokens", "tags"),
+            "scores of the tags of each token; the tag of a word is that of its first token",
+            _Logits, _token_scores, "tags", classes,
+        )  # fmt: skip
+    several = bool(getattr(objective, "multi_label", False))
+    function = "sigmoid gives the probability of each" if several else "softmax gives probabilities"
+    return OnnxAnswer(
+        "logits", ("batch", "classes"), f"scores of the classes; {function}",
+        _Logits, _row_scores, "labels" if several else "label",
+        {**classes, "multi_label": several},
+    )  # fmt: skip
+
+
+def _token_scores(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
+    scores_MC = network.token_scores(batch, torch.from_numpy(batch.tree.node_M)).float()
+    for part_TC in scores_MC.split([len(example) for example in batch.tree.examples]):
+        yield part_TC.numpy()
+
+
+def _row_scores(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
+    yield from network.row_scores(batch).float().numpy()
+
+
+_TASKS = ("sequence_classification", "token_classification", "embedding")
+_UNTRACED = ("elmo", "xlnet")
+"""Networks that PyTorch cannot trace."""
+
+
+def suits_onnx(stored: StoredModel, network: str) -> bool:
+    """Whether :func:`export_onnx` writes a model of this type of network, as far as is known before."""
+    if objective_of(stored).task not in _TASKS or network in _UNTRACED:
+        return False
+    try:
+        check_mergeable(stored, "an ONNX file holds nothing else")
+    except RecipeError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def export_onnx(
+    stored: StoredModel, target: Path, on_progress: OnProgress = ignore_progress
+) -> ExportRecord:
+    """Write a model that reads to the new folder ``target`` for ONNX Runtime; what it is and how near.
+
+    ``model.onnx`` takes ``pixel_values`` ``[batch, C, H, W]``, or ``input_ids`` and ``attention_mask``
+    ``[batch, tokens]``, of any number of rows and tokens, and gives, in float32: ``logits`` of a
+    classifier ``[batch, classes]`` or a tagger ``[batch, tokens, tags]``, ``rating`` or ``reward``
+    ``[batch]``, or ``sentence_embedding`` (``media_embedding``) ``[batch, hidden]``.
+
+    Raises:
+        RecipeError: for a model that gives none of these, that cannot be traced, or that answers
+            otherwise in ONNX Runtime; or where the packages are not installed.
+        RunConflict: where something is at ``target``.
+    """
+    target = new_target(target)
+    objective = objective_of(stored)
+    if objective.task not in _TASKS:
+        raise RecipeError(
+            f"{stored.id} gives no classes, tags, ratings, rewards or embeddings, and ONNX files are "
+            f"written of models that do (it is for {objective.task}); models that write text go to "
+            "llama.cpp with format gguf"
+        )
+    check_mergeable(stored, "an ONNX file holds nothing else")
+    for package in ("onnx", "onnxscript", "onnxruntime"):  # before what takes long
+        if find_spec(package) is None:
+            raise RecipeError(
+                f"writing for ONNX needs the package {package}: pip install 'luthier[onnx]'"
+            )
+    chat = chat_format(stored)
+    network = as_network(load_merged(stored, torch.float32, _CPU, on_progress), _CPU, torch.float32)
+    if is_dual_encoder(network.model.config):
+        raise RecipeError(
+            f"{stored.id} reads images and texts, each by an encoder of its own, and an ONNX file is "
+            "written of networks that have one"
+        )
+    pads = getattr(network.model.config, "pad_token_id", None) is not None
+    if chat.media is None and objective.task == "sequence_classification" and not pads:
+        # transformers finds the last token of each row by it.
+        raise RecipeError(
+            f"{stored.id} has no padding token, so it cannot read texts of several lengths at once"
+        )
+    labels = list(objective.head().labels)
+    answer = _answer_of(objective, network, labels)
+    rows: list[_Row] = []
+    if chat.media is None:
+        rows = _read_texts(network, objective, chat, stored, answer.read)
+    del network  # its modules are not those that transformers traces
+    model: Any = load_merged(stored, torch.float32, _CPU, ignore_progress)
+    model.eval()
+    with new_export_folder(target, stored) as fresh:
+        inputs = _traced_inputs(model, chat)
+        graph = answer.graph(model, [*inputs]).eval()
+        on_progress("trace", 0, 1)
+        _trace(graph, inputs, answer, fresh / ONNX_FILE, stored.id)
+        on_progress("trace", 1, 1)
+        error = _largest_error(graph, answer, chat, rows, fresh / ONNX_FILE, on_progress)
+        if not error <= ONNX_ERROR:
+            raise RecipeError(
+                f"ONNX Runtime answers otherwise: {answer.name} differs by up to {error:.2g} of "
+                f"{'the spread of ratings' if answer.unit else 'the largest number'}, where "
+                f"{ONNX_ERROR:g} is allowed"
+            )
+        model.config.save_pretrained(fresh)
+        save_format(chat, fresh)
+        config = {
+            "model": stored.id,
+            "objective": objective.method,
+            "inputs": {name: ["batch", *_axes(name)[1:]] for name in inputs},
+            "output": {"name": answer.name, "axes": [*answer.axes], "meaning": answer.meaning},
+            "max_tokens": None if chat.media else room_of(stored),
+            "template": None if chat.media else chat.template,
+            "pad_token_id": None if chat.media else filling_id(model),
+            **answer.details,
+        }
+        write_json(fresh / ONNX_CONFIG, config)
+        write_bytes(fresh / README, _readme(stored.id, answer, chat).encode())
+        return ExportRecord(
+            format="onnx",
+            created=created_now(),
+            luthier=__version__,
+            files=hashes_of(fresh),
+            compared_in=f"ONNX Runtime {version('onnxruntime')}",
+            tolerance=ONNX_ERROR,
+            score_error=error,
+        )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A text, and luthier's own answer to it."""
+
+    ids_T: IntArray
+    answer: FloatArray
+
+
+def _read_texts(
+    network: Network, objective: Objective, chat: ChatFormat, stored: StoredModel, read: Read
+) -> list[_Row]:
+    """What luthier answers to :data:`TEXTS`, on the layout that it serves with."""
+    room = room_of(stored)
+    predictor = Predictor(network, objective, chat, room)
+    examples: list[Example] = []
+    for number, text in enumerate(TEXTS):
+        try:
+            example = predictor.encode(RawText("text", number + 1, text), number)
+        except RowRefused:  # a tokenizer may have no token for a script
+            continue
+        examples.append(objective.truncate(example, room) if len(example) > room else example)
+    if not examples:
+        raise RecipeError(
+            f"{stored.id} reads none of the texts that it would be compared on: its tokenizer has no "
+            "tokens for them"
+        )
+    answers = network.read_rows(examples, READING_BUDGET, partial(read, network))
+    rows = zip(examples, answers, strict=True)
+    return [_Row(example.ids_T, answer) for example, answer in rows]
+
+
+def _axes(name: str) -> tuple[str, ...]:
+    """Names of the axes of an input, of which those of media are fixed but for the first."""
+    return ("batch", "tokens") if name in ("input_ids", "attention_mask") else ("batch",)
+
+
+def _traced_inputs(model: Any, chat: ChatFormat, rows: int = 2) -> dict[str, Tensor]:
+    """Random images, or random tokens of two lengths, ``rows`` of them."""
+    generator = torch.Generator().manual_seed(rows)
+    if chat.media is not None:
+        return media_inputs(model, torch.randn(rows, *chat.media.shape, generator=generator))
+    tokens = 8 * rows
+    ids_RT = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=generator)
+    mask_RT = torch.ones_like(ids_RT)
+    ids_RT[0, 5:], mask_RT[0, 5:] = filling_id(model), 0
+    return {"input_ids": ids_RT, "attention_mask": mask_RT}
+
+
+def _trace(
+    graph: _Graph, inputs: dict[str, Tensor], answer: OnnxAnswer, file: Path, name: str
+) -> None:
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    shapes = tuple(dict(enumerate(_axes(each))) for each in inputs)
+    try:
+        quiet.setLevel(logging.ERROR)  # it names each operator of torchvision, which is not here
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                graph,
+                tuple(inputs.values()),
+                str(file),
+                input_names=[*inputs],
+                output_names=[answer.name],
+                dynamic_shapes=(shapes,),
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()[0]
+        raise RecipeError(f"{name} cannot be traced for ONNX: {reason}") from error
+    finally:
+        quiet.setLevel(level)
+
+
+def _largest_error(
+    graph: _Graph,
+    answer: OnnxAnswer,
+    chat: ChatFormat,
+    rows: Sequence[_Row],
+    file: Path,
+    on_progress: OnProgress,
+) -> float:
+    """Largest difference of a number between luthier and ONNX Runtime, in the unit of the answer.
+
+    Texts are read each alone, two at once and all at once, so at several sizes of both axes; images
+    one and three at once, beside what the network of transformers gives.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    batches: list[tuple[dict[str, Tensor], list[FloatArray]]] = []
+    if chat.media is not None:
+        for count in (1, 3):
+            inputs = _traced_inputs(graph.model, chat, count)
+            batches.append((inputs, list(graph(*inputs.values()).float().numpy())))
+    else:
+        fill = filling_id(graph.model)
+        for part in (*([row] for row in rows), rows[:2], rows):
+            batches.append((_pad(part, fill), [row.answer for row in part]))
+    largest, worst = 1e-6, 0.0
+    for number, (inputs, wanted) in enumerate(batches, 1):
+        (found,) = session.run(None, {name: each.numpy() for name, each in inputs.items()})
+        for row, ours in zip(found, wanted, strict=True):
+            # Tags of filled-up places mean nothing.
+            difference = float(np.abs(row[: len(ours)] - ours if ours.ndim else row - ours).max())
+            worst = max(worst, difference) if np.isfinite(difference) else float("nan")
+            largest = max(largest, float(np.abs(ours).max()))
+        on_progress("compare", number, len(batches))
+        if worst != worst:
+            return worst
+    return worst / (answer.unit or largest)
+
+
+def _pad(rows: Sequence[_Row], fill: int) -> dict[str, Tensor]:
+    """Texts as a rectangle that is filled up at its end."""
+    shape = len(rows), max(len(row.ids_T) for row in rows)
+    ids_RT, mask_RT = torch.full(shape, fill), torch.zeros(shape, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids_RT[number, : len(row.ids_T)] = torch.from_numpy(row.ids_T)
+        mask_RT[number, : len(row.ids_T)] = 1
+    return {"input_ids": ids_RT, "attention_mask": mask_RT}
+
+
+_TEXT_LINES = """\
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+tokenizer.enable_truncation(config["max_tokens"])
+tokenizer.enable_padding(pad_id=config["pad_token_id"])
+read = tokenizer.encode_batch({texts})
+inputs = {{
+    "input_ids": numpy.array([each.ids for each in read]),
+    "attention_mask": numpy.array([each.attention_mask for each in read]),
+}}
+"""
+_ANSWER_LINES = {
+    "embedding": "print((answer @ answer.T).round(3))  # cosines of the texts",
+    "number": "print(answer)",
+    "label": """\
+labels = config["labels"]
+for scores in answer:
+    print(labels[scores.argmax()])""",
+    "labels": """\
+for scores in answer:
+    likely = 1 / (1 + numpy.exp(-scores)) > 0.5
+    print([label for label, one in zip(config["labels"], likely) if one])""",
+    "tags": """\
+for number, scores in enumerate(answer):
+    first = {word: place for place, word in reversed([*enumerate(read[number].word_ids)])}
+    print([(texts[number][word], config["labels"][scores[first[word]].argmax()])
+           for word in sorted(each for each in first if each is not None)])""",
+}
+
+
+def _readme(name: str, answer: OnnxAnswer, chat: ChatFormat) -> str:
+    """What is in the folder, and lines that read with it."""
+    tags = answer.example == "tags"
+    lines = [
+        f"# {name}",
+        "",
+        f"`{ONNX_FILE}` gives `{answer.name}` ({', '.join(answer.axes)}): {answer.meaning}. "
+        f"`{ONNX_CONFIG}` says what goes in and what comes out, `config.json` describes the network.",
+    ]
+    if chat.media is not None:
+        lines += ["", "Images and sounds are read as `preprocessor_config.json` says."]
+        return "\n".join(lines) + "\n"
+    if answer.name == "reward" and chat.template == "chat":
+        lines.append("Conversations are written by the chat template of the tokenizer first.")
+    texts = '[["Anna", "lives", "here"], ["Yes"]]' if tags else '["One text.", "Another one"]'
+    encoded = "texts, is_pretokenized=True" if tags else "texts"
+    code = [
+        "import json", "from pathlib import Path", "", "import numpy", "import onnxruntime",
+        "from tokenizers import Tokenizer", "",
+        "folder = Path()  # this one",
+        f'config = json.loads((folder / "{ONNX_CONFIG}").read_text())', f"texts = {texts}",
+        _TEXT_LINES.format(texts=encoded).rstrip(),
+        f'session = onnxruntime.InferenceSession(str(folder / "{ONNX_FILE}"))',
+        "(answer,) = session.run(None, inputs)",
+        _ANSWER_LINES[answer.example],
+    ]  # fmt: skip
+    return "\n".join([*lines, "", "```python", *code, "```"]) + "\n"

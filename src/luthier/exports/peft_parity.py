@@ -1,0 +1,115 @@
+"""Comparison of an exported LoRA adapter under PEFT with the model that luthier serves.
+
+PEFT reads ``target_modules`` by rules of each family: layers of Mamba are refused, and names of experts
+become other layers. An adapter that PEFT loads in part is a worse model without any error.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.adaptations.lora import LoRA
+from luthier.errors import RecipeError
+from luthier.library.models import adaptation_of, load, objective_of
+from luthier.models.save import read_adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.library.models import StoredModel
+
+LARGEST_ERROR = 1e-3
+"""Relative difference of the outputs in float32."""
+SMALLEST_EFFECT = 0.05
+"""The difference may also be at most this share of what the adapter changes."""
+NAMED = 3
+"""Modules that an error message names."""
+
+
+def check_peft(stored: StoredModel, folder: Path) -> None:
+    """Load the adapter in ``folder`` with PEFT and compare its outputs with those of ``stored``.
+
+    Raises:
+        RecipeError: naming the modules that PEFT does not load, or the difference.
+    """
+    import torch
+    from peft import PeftModel
+
+    assert stored.parent is not None
+    cpu = torch.device("cpu")
+    fix = "Export the model merged, or tune with other `adaptation.targets`"
+    head = objective_of(stored).head()
+    base: Any = load(stored.parent, torch.float32, cpu, head)
+    plain = _outputs(base)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # missing weights are named below
+            adapted: Any = PeftModel.from_pretrained(base, str(folder))
+    except Exception as error:  # PEFT raises whatever a family's rules raise
+        raise RecipeError(
+            f"PEFT cannot load the adapter of {stored.id}: {str(error).splitlines()[0]} {fix}"
+        ) from error
+    lost = _lost_modules(adapted, read_adapter(folder))
+    if lost:
+        more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+        raise RecipeError(
+            f"PEFT does not load these modules of {stored.id}: {', '.join(lost[:NAMED])}{more}. "
+            f"{fix}"
+        )
+    if not isinstance(adaptation_of(stored), LoRA):
+        return  # QLoRA was trained on a quantized base, which PEFT does not know
+    found = _outputs(adapted)
+    del adapted, base
+    expected = _outputs(load(stored, torch.float32, cpu, head))
+    change = float((found - expected).norm())
+    size, effect = float(expected.norm()), float((expected - plain).norm())
+    if change > LARGEST_ERROR * size or change > max(SMALLEST_EFFECT * effect, 1e-5 * size):
+        raise RecipeError(
+            f"under PEFT the adapter of {stored.id} gives other outputs (relative difference "
+            f"{change / size:.2g}). {fix}"
+        )
+
+
+def _lost_modules(adapted: Any, saved: dict[str, Tensor]) -> list[str]:
+    """Return the modules whose saved weights are not in the network under PEFT."""
+    import torch
+
+    loaded = {  # a new head stands beside the original one
+        name.replace(".modules_to_save.default.", ".").replace(".default.", "."): weight
+        for name, weight in adapted.state_dict().items()
+    }
+    lost = dict[str, None]()
+    for name, weight in saved.items():
+        own = loaded.get(name)
+        if own is None or own.shape != weight.shape or not torch.equal(own.float(), weight.float()):
+            lost[name.partition(".lora_")[0].removeprefix("base_model.model.")] = None
+    return sorted(lost)
+
+
+def _outputs(model: Any) -> Tensor:
+    """Return the first output of ``model`` for inputs that are always the same, in float32."""
+    import torch
+
+    from luthier.models.heads import decoder_of
+    from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
+
+    network = getattr(model, "get_base_model", lambda: model)()
+    config, generator = network.config, torch.Generator().manual_seed(0)
+    inputs: dict[str, Tensor] = {}
+    if media_config(config) is not None:
+        pixels = torch.randn(2, *input_shape(config), generator=generator)
+        inputs = media_inputs(network, pixels)
+    if (texts := text_config(config)) is not None:
+        most = int(texts.vocab_size)
+        ids_2T = torch.randint(most // 2, most, (2, 16), generator=generator)
+        if getattr(texts, "eos_token_id", None) is not None:
+            ids_2T[:, -1] = texts.eos_token_id  # T5's classifier looks for it
+        if decoder_of(network) is not None:
+            inputs["decoder_input_ids"] = ids_2T
+        if "pixel_values" not in inputs or decoder_of(network) is None:
+            inputs["input_ids"] = ids_2T
+    with torch.no_grad():
+        found: Tensor = model.eval()(**inputs)[0]
+    return found.float()

@@ -1,0 +1,198 @@
+"""The cost of weights in fewer bits, measured on a user's rows.
+
+The weights are rounded in place to the values that a GGUF file of the type contains, and the same
+network computes the loss of the same rows before and after. Rounding can undo small changes of the
+weights, so the gain of tuning is also measured with base and tuned model in this type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from luthier import __version__
+from luthier.engine.machine import open_network
+from luthier.errors import RecipeError
+from luthier.evaluation.significance import Difference, RowScores, paired_differences
+from luthier.inference.evaluation import fit_rows, text_logps
+from luthier.library.models import (
+    StoredModel,
+    ancestors,
+    chat_format,
+    check_mergeable,
+    check_writes,
+    objective_of,
+    room_of,
+)
+from luthier.models.gguf import (
+    Quantization,
+    check_quantization,
+    check_writable,
+    file_size,
+    round_weights,
+)
+from luthier.models.load import read_config
+from luthier.models.manifest import QuantizationRecord, created_now
+from luthier.objectives import CausalLM
+from luthier.objectives.by_shape import objective_for
+from luthier.types import Example, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+
+
+class Losses(NamedTuple):
+    """Nats per learned token of one model on the same rows."""
+
+    whole: RowScores
+    """With its own weights."""
+    rounded: RowScores
+    """With weights of the type."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizationCost:
+    """Losses of a model with its own weights and with weights of one type, on the same rows."""
+
+    quantization: Quantization
+    losses: Losses
+    base: str | None
+    """Id of the model that was tuned, if it is on this machine."""
+    base_losses: Losses | None
+    file_bytes: int
+    """Size of the weights in a GGUF file."""
+    remarks: Sequence[str] = ()
+    """Reasons why the losses say less than their intervals do."""
+
+    @cached_property
+    def difference(self) -> Difference:
+        """The rounded loss less the whole loss; above 0 is worse."""
+        return _difference(self.losses.whole, self.losses.rounded)
+
+    @cached_property
+    def gains(self) -> tuple[Difference, Difference] | None:
+        """The base's loss less the model's, both whole and both rounded."""
+        if self.base_losses is None:
+            return None
+        whole, rounded = map(_difference, self.losses, self.base_losses)
+        return whole, rounded
+
+    @property
+    def kept_share(self) -> float | None:
+        """Share of the gain of tuning that is left; None without a significant gain."""
+        if self.gains is None or not self.gains[0].significant or self.gains[0].value <= 0:
+            return None
+        return self.gains[1].value / self.gains[0].value
+
+    @property
+    def erases(self) -> bool:
+        """Whether the rounded model is not significantly better than the base, whole or rounded."""
+        if self.base_losses is None or self.kept_share is None:
+            return False
+        found = [_difference(self.losses.rounded, base) for base in self.base_losses]
+        return not all(each.significant and each.value > 0 for each in found)
+
+    def verdict(self) -> str:
+        """Return the cost in a sentence."""
+        kind, lost, share = self.quantization, self.difference, self.kept_share
+        apart = f"{lost.value:+.4f} \N{PLUS-MINUS SIGN} {lost.error:.4f} nats a token"
+        if self.gains is not None and self.erases:
+            gain, left = self.gains
+            return (
+                f"{kind} erases the tune: of a gain of {gain.value:.4f} nats a token over {self.base}, "
+                f"{left.value:.4f} \N{PLUS-MINUS SIGN} {left.error:.4f} are left ({apart}). Use a type "
+                "with more bits."
+            )
+        said = f"{kind} changes the loss by {apart}"
+        said += "." if lost.significant else ", which may be chance."
+        return (
+            said if share is None else f"{said} {min(share, 1):.0%} of the gain of tuning is left."
+        )
+
+    def record(self, data: Mapping[str, str]) -> QuantizationRecord:
+        """Return the entry for the model's record; ``data`` are SHA-256 of files by path."""
+        return QuantizationRecord(
+            quantization=self.quantization, created=created_now(), luthier=__version__,
+            data=dict(data), rows=len(self.losses.whole), loss=self.losses.rounded.value,
+            difference=self.difference.value, error=self.difference.error,
+            kept_share=self.kept_share, erases=self.erases, file_bytes=self.file_bytes,
+        )  # fmt: skip
+
+    def plain(self) -> dict[str, Any]:
+        """Return JSON values."""
+        whole, rounded = (
+            {"loss": each.value, "interval": list(each.interval)} for each in self.losses
+        )
+        return {
+            "type": self.quantization, "rows": len(self.losses.whole), "unquantized": whole,
+            "quantized": rounded, **self.difference.plain(), "base": self.base,
+            "kept_share": self.kept_share, "erases": self.erases,
+            "bytes": self.file_bytes, "verdict": self.verdict(), "remarks": list(self.remarks),
+        }  # fmt: skip
+
+
+def measure_quantization(
+    stored: StoredModel, rows: Sequence[Row], quantization: str, remarks: Sequence[str] = ()
+) -> QuantizationCost:
+    """Measure the loss of ``stored`` and of its base on ``rows``, before and after rounding.
+
+    Raises:
+        DataError: for rows that are too long, or in which there is nothing to learn.
+        RecipeError: for a model without a GGUF form, or rows of another task.
+    """
+    kind = check_quantization(quantization)
+    check_writes(stored, "and only the weights of models that write are quantized here")
+    head = objective_of(stored).head()
+    check_writable(read_config(stored.network_folder, head).model_type, stored.id)
+    check_mergeable(stored, "those are what is quantized")
+    texts = _encode(rows, chat_format(stored), room_of(stored)) if rows else ()
+    if len(texts) < 2:
+        raise RecipeError("one text is too few for the interval of a loss; give more rows")
+    above = ancestors(stored)
+    base = above[0] if above and isinstance(above[0], StoredModel) else None
+    losses, size = _losses(stored, kind, texts)
+    base_losses = None if base is None else _losses(base, kind, texts)[0]
+    name = None if base is None else base.id
+    return QuantizationCost(kind, losses, name, base_losses, size, remarks)
+
+
+def _difference(before: RowScores, after: RowScores) -> Difference:
+    return paired_differences({"": (before, after)})[""]
+
+
+def _losses(
+    stored: StoredModel, kind: Quantization, texts: Sequence[Example]
+) -> tuple[Losses, int]:
+    """Return the losses of ``texts`` before and after rounding, and the size of the weights."""
+    weight_R = np.array([text.weight for text in texts])
+    network = open_network(stored, precise=True)
+    try:
+        whole = text_logps(network, texts)
+        round_weights(network.model, kind)
+        rounded = text_logps(network, texts)
+        size = file_size(network.model, kind)
+    finally:
+        network.close()
+    scores = (
+        RowScores.of(-np.array(logps), weight_R, is_share=False) for logps in (whole, rounded)
+    )
+    return Losses(*scores), size
+
+
+def _encode(rows: Sequence[Row], chat: ChatFormat, context: int) -> Sequence[Example]:
+    """Encode rows as for training; raw text is cut into pieces of ``context`` tokens."""
+    objective = objective_for(rows[0], chat)
+    if objective.method not in ("sft", "causal_lm"):
+        raise RecipeError(
+            "the cost of fewer bits is measured on prompts with their replies, or on raw text; these "
+            f"rows are for {objective.method}"
+        )
+    examples = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
+    if isinstance(objective, CausalLM):
+        return objective.pack(examples, context)
+    fitting = fit_rows(rows, [[each] for each in examples], context, "error", objective.truncate)
+    return [text for each in fitting.examples for text in each]

@@ -1,0 +1,408 @@
+"""Writing a model as a directory that other software loads."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from luthier import __version__
+from luthier.adaptations import Adaptation
+from luthier.adaptations.lora import LoRA
+from luthier.adaptations.peft import target_modules
+from luthier.adaptations.qlora import QLoRA
+from luthier.engine import machine as machines
+from luthier.errors import RecipeError, RunConflict
+from luthier.exports.ollama import MODELFILE, modelfile
+from luthier.exports.peft_parity import check_peft
+from luthier.files import (
+    check_creatable,
+    folder_size,
+    hashes_of,
+    names_below,
+    need_disk,
+    new_folder,
+    read_json,
+    sweep,
+    write_bytes,
+)
+from luthier.inference.gguf_parity import compare_gguf, largest_divergence
+from luthier.library.folders import short_name, split_id
+from luthier.library.models import (
+    StoredModel,
+    adaptation_of,
+    ancestors,
+    chat_format,
+    check_mergeable,
+    check_whole,
+    check_writes,
+    content_hash,
+    load,
+    objective_of,
+)
+from luthier.models.backends import LLAMA_CPP, llama_cpp_library
+from luthier.models.external import ADAPTER_CONFIG
+from luthier.models.gguf import (
+    GeneralMetadata,
+    check_quantization,
+    check_writable,
+    file_size,
+    write_gguf,
+    write_lora,
+)
+from luthier.models.load import read_config, sketch, stored_dtype
+from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
+from luthier.models.pipelines import is_pipeline, network_folders
+from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
+from luthier.models.sentence_head import attach_sentence_head, sentence_head
+
+Phase = Literal["merge", "trace", "write", "compare"]
+"""A part of an export. An export has those that it needs, in this order."""
+OnProgress = Callable[[Phase, int, int], None]
+"""Hears how much of a part is done, and how much there is: bytes of ``write``, networks of the lineage
+of ``merge``, prompts or batches of ``compare``."""
+PROGRESS_SECONDS = 0.5
+"""Between two looks at how much is written."""
+
+
+def ignore_progress(phase: Phase, done: int, total: int) -> None:
+    """For callers that show no progress."""
+
+
+PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+"""Precisions of merged weights by their names."""
+
+
+def merged_dtype(stored: StoredModel, precision: str | None = None) -> torch.dtype:
+    """Return the precision of merged weights: ``precision``, or that of the base's own weights."""
+    if precision is not None:
+        return PRECISIONS[precision]
+    return max(map(stored_dtype, network_folders(stored.network_folder)), key=lambda d: d.itemsize)
+
+
+def export(
+    stored: StoredModel,
+    target: Path,
+    merged: bool,
+    on_progress: OnProgress = ignore_progress,
+    precision: str | None = None,
+) -> Path:
+    """Write ``stored`` to the new folder ``target`` and return it.
+
+    With ``merged``, or for a model that is no adapter, the folder is a Hugging Face directory. Merged
+    weights have the precision of the base's weights, or the ``precision`` given, whatever machine
+    exports. Without ``merged``, an adapter is written in PEFT's format for the base model named in
+    ``adapter_config.json``; PEFT loads the adapter and the outputs are compared. An adapter on a
+    pipeline of diffusers is written for ``pipe.load_lora_weights``.
+
+    Raises:
+        RecipeError: for an adapter that the format does not hold, or that PEFT loads in part.
+        CorruptFile: where a file is not the one that was stored, or changed meanwhile.
+        RunConflict: where something is at ``target``.
+    """
+    if stored.parent is not None and stored.parent.parent is not None and not merged:
+        raise RecipeError(
+            f"{stored.id} is an adapter on the adapter {stored.parent.id}, and PEFT does not put one "
+            "on another; export it merged"
+        )
+    target = new_target(target)
+    with new_export_folder(target, stored) as fresh:
+        if stored.parent is None and precision is None:
+            with _report_written(fresh, folder_size(stored.folder), on_progress):
+                _copy(stored.folder, fresh)
+        elif merged:
+            check_mergeable(stored, "a merged export writes nothing else")
+            dtype = merged_dtype(stored, precision)
+            # Steps of an adapter are smaller than what float16 rounds to.
+            wide = torch.float32 if dtype == torch.float16 else dtype
+            device = machines.choose_machine().device
+            model = load_merged(stored, wide, device, on_progress).to(dtype)
+            size = sum(weight.nbytes for weight in model.parameters())
+            with _report_written(fresh, size, on_progress):
+                save_network(model, chat_format(stored), fresh)
+        elif is_pipeline(stored.network_folder):
+            _write_diffusers_lora(stored, fresh)
+        else:
+            for name in (ADAPTER_CONFIG, ADAPTER):
+                shutil.copyfile(stored.folder / name, fresh / name)
+            save_format(chat_format(stored), fresh)
+            _save_sentence_head(stored, fresh)
+            if isinstance(_lora_of(stored), LoRA):
+                config = read_json(fresh / ADAPTER_CONFIG)
+                targets = {"target_modules": target_modules(read_adapter(fresh))}
+                text = json.dumps({**config, **targets}, indent=2, sort_keys=True)
+                write_bytes(fresh / ADAPTER_CONFIG, text.encode())
+                check_peft(stored, fresh)
+    return target
+
+
+def load_merged(
+    stored: StoredModel, dtype: torch.dtype, device: torch.device, on_progress: OnProgress
+) -> torch.nn.Module:
+    """The network of ``stored`` with all adapters of its lineage merged in, as ``merge`` goes on."""
+    lineage = [stored]
+    while lineage[-1].parent is not None:
+        lineage.append(lineage[-1].parent)
+    if len(lineage) == 1:  # a base: there is nothing to merge
+        return load(stored, dtype, device)
+    done, total = 0, len(lineage)
+
+    def count(merged: StoredModel) -> None:
+        nonlocal done
+        done += 1
+        on_progress("merge", done, total)
+
+    on_progress("merge", 0, total)
+    return load(stored, dtype, device, on_merged=count)
+
+
+@contextmanager
+def _report_written(folder: Path, total: int, on_progress: OnProgress) -> Iterator[None]:
+    """Tell now and then how many bytes of about ``total`` lie in ``folder``.
+
+    The files are written by libraries that say nothing meanwhile, so a thread looks at the folder.
+    """
+    total, ended = max(1, total), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(PROGRESS_SECONDS):
+            with suppress(FileNotFoundError):  # a temporary file got its name meanwhile
+                on_progress("write", min(_written_size(folder), total - 1), total)
+
+    on_progress("write", 0, total)
+    thread = threading.Thread(target=look, name="export progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    on_progress("write", total, total)
+
+
+def _written_size(folder: Path) -> int:
+    """Bytes below ``folder`` on the disk: safetensors gives a file its size before its content."""
+    found = (os.stat(f"{folder}/{name}") for name in names_below(folder))
+    return sum(min(each.st_size, 512 * each.st_blocks) for each in found)
+
+
+def _save_sentence_head(stored: StoredModel, folder: Path) -> None:
+    """Write the pipeline of a sentence encoder next to its adapter."""
+    pipeline, head = chat_format(stored).sentence, objective_of(stored).head()
+    if pipeline is None or head.task != "embedding":
+        return
+    network: Any = sketch(stored.network_folder, head)
+    attach_sentence_head(network, pipeline, stored.network_folder)
+    found = sentence_head(network)
+    assert found is not None
+    found.save(folder)
+
+
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
+"""File of an adapter that diffusers looks for in a folder."""
+
+
+def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
+    """Write an adapter on a pipeline as diffusers reads it.
+
+    The scale of the update goes into its second matrix: diffusers takes 1 where a file names none, and
+    not all versions read the same name for it.
+    """
+    lora = _lora_of(stored)
+    if not isinstance(lora, LoRA):
+        whole = "export the whole pipeline, merged"
+        raise RecipeError(
+            f"{lora.method} is no adapter that diffusers has; "
+            f"{whole if lora.mergeable else 'it cannot be merged either, so tune with lora'}"
+        )
+    prefix = lora.stored_name("")
+    tensors = {
+        name.removeprefix(prefix): tensor * lora.scale if ".lora_B." in name else tensor
+        for name, tensor in read_adapter(stored.folder).items()
+    }
+    save_file(tensors, folder / DIFFUSERS_LORA, metadata={"format": "pt"})
+
+
+def _lora_of(stored: StoredModel) -> Adaptation:
+    """The adaptation of ``stored``, of a quantized base the LoRA on it."""
+    adaptation = adaptation_of(stored)
+    return adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
+
+
+def new_target(target: Path) -> Path:
+    """Where to write, which takes the place of nothing but an empty folder.
+
+    A link stays one, and the folder is made where it leads.
+
+    Raises:
+        RecipeError: where no folder can be made.
+        RunConflict: for anything else that is there.
+    """
+    check_creatable(target.expanduser())
+    target = target.expanduser().absolute()
+    target = target.resolve() if target.is_symlink() else target
+    if target.is_mount():
+        raise RunConflict(f"{target} is where a disk is mounted; name a folder inside it")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunConflict(f"{target} exists already; name a folder that does not, or an empty one")
+    return target
+
+
+@contextmanager
+def new_export_folder(target: Path, stored: StoredModel) -> Iterator[Path]:
+    """As :func:`luthier.files.new_folder`, for files of ``stored`` as they are in its record.
+
+    Raises:
+        CorruptFile: where they are not, before or behind the block.
+        RunConflict: where something came to be at ``target`` meanwhile.
+    """
+    check_whole(stored)
+    sweep(target.parent, target.name)
+    try:
+        with new_folder(target, replace=False) as fresh:
+            yield fresh
+            check_whole(stored)  # it may have been made anew while it was read
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        raise RunConflict(
+            f"something was written to {target} meanwhile; name another one"
+        ) from error
+
+
+def export_gguf(
+    stored: StoredModel,
+    target: Path,
+    merged: bool = True,
+    quantization: str | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> ExportRecord:
+    """Write a model to the new folder ``target`` for llama.cpp, with a Modelfile for Ollama beside it.
+
+    The weights are those that luthier serves, in the type that ``quantization`` names (f16 when not
+    given), with tokenizer, chat template and stop tokens in the same file. With ``merged`` false, it
+    is a LoRA adapter alone, in float32, for the GGUF file of its base. Where llama.cpp is installed it
+    has loaded the file before the folder is there, and its answers were compared with the model's:
+    what is returned says how near they are.
+
+    Raises:
+        RecipeError: for a model that llama.cpp cannot run, or that answers otherwise there.
+        RunConflict: where something is at ``target``.
+    """
+    target = new_target(target)
+    if not merged and quantization is not None:
+        raise RecipeError(
+            "an adapter is written in float32: give a type of weights to its base, or export it merged"
+        )
+    kind = check_quantization(quantization or "f16")
+    check_writes(stored, "and GGUF files are of models that write text")
+    config = read_config(stored.network_folder, objective_of(stored).head())
+    check_writable(config.model_type, stored.id)
+    chat = chat_format(stored)
+    if merged:
+        check_mergeable(stored, "a GGUF file holds nothing else")
+        machine = machines.choose_machine()
+        network: Any = load_merged(stored, machine.dtype, torch.device("cpu"), on_progress)
+        size = file_size(network, kind)
+        need_disk(target, size, f"writing {stored.id}")
+        file, adapter = f"{_file_name(stored)}-{kind.upper()}.gguf", None
+    else:
+        lora, parent = _plain_lora(stored)
+        file = f"{_file_name(parent)}-{kind.upper()}.gguf"
+        adapter = f"{_file_name(stored)}-F32-LoRA.gguf"
+    parity = None
+
+    def on_compared(done: int, total: int) -> None:
+        on_progress("compare", done, total)
+
+    with new_export_folder(target, stored) as fresh:
+        if adapter is None:
+            with _report_written(fresh, size, on_progress):
+                write_gguf(network, chat, fresh / file, kind, _general_metadata(stored))
+            if llama_cpp_library() is not None:
+                parity = compare_gguf(fresh / file, network.float(), chat, kind, None, on_compared)
+        else:
+            tensors = read_adapter(stored.folder)
+            write_lora(tensors, lora.scale, config, fresh / adapter, _general_metadata(stored))
+            if llama_cpp_library() is not None:
+                base, cpu = fresh / "base.gguf", torch.device("cpu")
+                whole = load(parent, torch.float32, cpu)
+                size = file_size(whole, "f32")
+                need_disk(target, size, f"trying {stored.id} on its base")
+                with _report_written(fresh, size, on_progress):
+                    write_gguf(whole, chat, base, "f32")
+                network = load_merged(stored, torch.float32, cpu, on_progress)
+                parity = compare_gguf(base, network, chat, "f32", fresh / adapter, on_compared)
+                base.unlink()
+        write_bytes(fresh / MODELFILE, modelfile(chat, file, adapter).encode())
+        weights = kind if merged else "f32"
+        return ExportRecord(
+            format="gguf",
+            quantization=weights,
+            is_adapter=not merged,
+            created=created_now(),
+            luthier=__version__,
+            files=hashes_of(fresh),
+            compared_in=None if parity is None else f"llama.cpp ({LLAMA_CPP} {version(LLAMA_CPP)})",
+            tolerance=largest_divergence(weights),
+            tokens=parity,
+        )
+
+
+def _plain_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
+    """Return the adaptation and the base of an adapter that llama.cpp can load.
+
+    Raises:
+        RecipeError: for a model that is not a plain LoRA adapter on a base model.
+    """
+    if stored.parent is None:
+        raise RecipeError(f"{stored.id} is no adapter but a whole network; export it merged")
+    if stored.parent.parent is not None:
+        raise RecipeError(
+            f"{stored.id} is an adapter on the adapter {stored.parent.id}; export it merged"
+        )
+    lora = _lora_of(stored)
+    if not isinstance(lora, LoRA) or lora.dora:
+        raise RecipeError(
+            f"{stored.id} was tuned with {'dora' if isinstance(lora, LoRA) else lora.method}, and "
+            "llama.cpp loads plain LoRA adapters only; export it merged"
+        )
+    return lora, stored.parent
+
+
+def _file_name(stored: StoredModel) -> str:
+    """The id of a model as a part of the name of a file."""
+    base, name = split_id(stored.id)
+    return "-".join(part for part in (short_name(base), name) if part)
+
+
+def _general_metadata(stored: StoredModel) -> GeneralMetadata:
+    known = [stored, *(each for each in ancestors(stored) if isinstance(each, StoredModel))]
+    licences = [each.manifest.licence for each in known if each.manifest.licence]
+    return GeneralMetadata(
+        name=stored.id,
+        base=stored.root if stored.root != stored.id else None,
+        licence=licences[0] if licences else None,
+        sha256=content_hash(stored),
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    """All files of a whole network but luthier's own."""
+    for path in source.iterdir():
+        if path.name in OWN_FILES or path.stem == "loss":
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,164 @@
+"""The GGUF file of a stored model, for backends that run files.
+
+    cache/gguf/<id>~<hash of the model>~<type>/
+        model.gguf, and parity.json: how it answers beside torch
+
+It is written once, from the network with all adapters merged, and under the hash of all that decides
+what the model answers, so that another model never finds it. Before anybody gets it, it is asked beside
+torch (:func:`luthier.evaluation.parity.compare_backends`); one that answers otherwise is not kept, and
+its record says so. It holds the network alone: texts are tokenized, and answers decoded, as elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import ValidationError
+
+from luthier.errors import CorruptFile, RecipeError
+from luthier.evaluation.parity import REFERENCE_PROMPTS, compare_backends
+from luthier.files import lock, need_disk, new_folder, read_json, sha256_of, write_json
+from luthier.inference.gguf_parity import TOKENS, largest_divergence
+from luthier.library.folders import gguf_folder
+from luthier.library.models import StoredModel, chat_format, check_mergeable, content_hash, room_of
+from luthier.models.backends import LLAMA_CPP_VERSION, OpenFile
+from luthier.models.manifest import Record, TokenParity
+from luthier.types import Message
+
+if TYPE_CHECKING:
+    from luthier.models.gguf import Quantization
+    from luthier.types import IntArray
+
+TYPE_SETTING = "LUTHIER_GGUF_TYPE"
+"""Environment variable that names the type of the weights."""
+DEFAULT_TYPE = "f16"
+"""What answers as the model does: the tokens of SmolLM2 are 3e-6 nats from torch's (q8_0: 4e-3)."""
+FILE, RECORD = "model.gguf", "parity.json"
+
+
+class DerivedFile(Record):
+    """What is kept beside a file."""
+
+    model: str
+    type: str
+    """Of its weights."""
+    sha256: str
+    llama_cpp: str
+    """Version that it was compared in."""
+    parity: TokenParity
+    refusal: str
+    """Why the file is not used, and was not kept; empty where it is."""
+
+
+def gguf_type() -> Quantization:
+    """The type of the weights of files that are written.
+
+    Raises:
+        RecipeError: where the setting names none.
+    """
+    from luthier.models.gguf import check_quantization
+
+    try:
+        return check_quantization(os.environ.get(TYPE_SETTING) or DEFAULT_TYPE)
+    except RecipeError as error:
+        raise RecipeError(f"{TYPE_SETTING}: {error}") from error
+
+
+def check_derivable(stored: StoredModel) -> None:
+    """Refuse a model that has no file.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    from luthier.models.description import check_folder
+    from luthier.models.gguf import check_writable
+
+    check_writable(str(check_folder(stored.network_folder).get("model_type")), stored.id)
+    check_mergeable(stored, "a GGUF file holds nothing else")
+
+
+def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Path:
+    """The file of ``stored``, written and compared where it is not there yet.
+
+    Raises:
+        RecipeError: where the model has none, or its file does not answer as the model does.
+    """
+    check_derivable(stored)
+    folder = gguf_folder(stored.id, content_hash(stored), kind)
+    with lock(folder.parent / f".{folder.name}.lock", wait=True):
+        record = _read(folder)
+        if record is None:
+            record = _derive(stored, kind, folder, open_file)
+    if record.refusal:
+        raise RecipeError(record.refusal)
+    return folder / FILE
+
+
+def _read(folder: Path) -> DerivedFile | None:
+    """The record of a file that is whole and was compared with this version of the library."""
+    try:
+        record = DerivedFile.model_validate(read_json(folder / RECORD))
+        whole = record.refusal or sha256_of(folder / FILE) == record.sha256
+        return record if whole and record.llama_cpp == LLAMA_CPP_VERSION else None
+    except (CorruptFile, OSError, ValidationError):
+        return None
+
+
+def _derive(
+    stored: StoredModel, kind: Quantization, folder: Path, open_file: OpenFile
+) -> DerivedFile:
+    from luthier.engine.machine import open_network
+    from luthier.models.gguf import GeneralMetadata, file_size, write_gguf
+    from luthier.models.torch_backend import torch_backend
+
+    network = open_network(stored)
+    try:
+        need_disk(folder, file_size(network.model, kind), f"the GGUF file of {stored.id}")
+        with new_folder(folder) as fresh:
+            write_gguf(network.model, None, fresh / FILE, kind, GeneralMetadata(stored.id))
+            context, vocabulary = room_of(stored), int(network.model.config.vocab_size)
+            prompts = _prompts(stored, context // 2)
+            reference = torch_backend(network, context)
+            try:
+                other = open_file(fresh / FILE, context, vocabulary)
+                try:
+                    parity = compare_backends(reference, other, prompts, min(TOKENS, context // 2))
+                finally:
+                    other.close()
+            finally:
+                reference.close()
+            record = DerivedFile(
+                model=stored.id,
+                type=kind,
+                sha256=sha256_of(fresh / FILE),
+                llama_cpp=LLAMA_CPP_VERSION,
+                parity=parity,
+                refusal=_refusal(parity, kind),
+            )
+            write_json(fresh / RECORD, record.model_dump())
+            if record.refusal:
+                (fresh / FILE).unlink()
+    finally:
+        network.close()
+    return record
+
+
+def _prompts(stored: StoredModel, longest: int) -> list[IntArray]:
+    """Sample prompts as the model reads them."""
+    chat = chat_format(stored)
+    found = [chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS]
+    return [np.asarray(ids_T[:longest], dtype=np.int64) for ids_T in found]
+
+
+def _refusal(parity: TokenParity, kind: Quantization) -> str:
+    """Why a file that answers so is not used; empty where it is."""
+    limit = largest_divergence(kind)
+    if parity.mean_kl <= limit:
+        return ""
+    return (
+        f"its GGUF file ({kind}) answers otherwise than the model: {parity.describe()}, and more than "
+        f"{limit:g} is no rounding{parity.difference_text()}"
+    )

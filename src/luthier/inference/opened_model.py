@@ -1,0 +1,134 @@
+"""A stored model that is open to write: the backend that was chosen, and what stands before prompts.
+
+A backend that runs files (llama.cpp) gets the model's own (:mod:`luthier.inference.derived_gguf`), and
+its network is not loaded in torch until something asks for it. A model that it cannot run is run by
+torch, and the log says why, once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luthier.errors import RefusedInput
+from luthier.models.backends import AdapterBackend, backend_of, chosen_backend
+
+if TYPE_CHECKING:
+    from luthier.library.models import StoredModel
+    from luthier.models.backends import Backend
+    from luthier.models.network import Network
+    from luthier.types import IntArray
+
+_log = logging.getLogger("luthier.inference")
+_fallen_back: set[str] = set()
+"""Ids of models of which the log has said that torch runs them."""
+
+
+class OpenedModel:
+    """A model whose answers a backend writes. Safe to share between threads."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        vocabulary: int,
+        open_network: Callable[[], Network],
+        soft_T: IntArray | None = None,
+    ) -> None:
+        """``open_network`` gives the network in torch; it is called once, when first asked for."""
+        self.backend, self.vocabulary = backend, vocabulary
+        self.soft_T = np.zeros(0, dtype=np.int64) if soft_T is None else soft_T
+        """A soft prompt that stands before every prompt; the backend reads it with it."""
+        self._open_network = open_network
+        self._network: Network | None = None
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def of(network: Network, base: OpenedModel | None = None) -> OpenedModel:
+        """A network in memory; see :data:`luthier.models.backends.OpenBackend`.
+
+        Where that is the one of ``base`` with an adapter, both are written together.
+        """
+        from luthier.models.heads import prompt_ids
+        from luthier.models.prefix import prefix_tokens
+
+        soft_T = np.array(prompt_ids(network.model), dtype=np.int64)
+        # A prefix takes room that no token has.
+        context = network.context - prefix_tokens(network.model)
+        if base is None:
+            backend = backend_of(network, context)
+        else:
+            assert isinstance(base.backend, AdapterBackend)
+            backend = base.backend.with_adapter(network, context)
+        vocabulary = int(network.model.config.vocab_size)
+        opened = OpenedModel(backend, vocabulary, lambda: network, soft_T)
+        opened._network = network
+        return opened
+
+    @property
+    def network(self) -> Network:
+        """The network in torch, loaded where it was not."""
+        with self._lock:
+            if self._network is None:
+                self._network = self._open_network()
+            return self._network
+
+    def close(self) -> None:
+        """Let go of the backend and of the network."""
+        self.backend.close()
+        with self._lock:
+            if self._network is not None:
+                self._network.close()
+
+
+def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedModel:
+    """``stored``, which writes text, on the best device of this machine.
+
+    A LoRA adapter that can share its base stays an adapter; other adapters are merged. ``base`` is its
+    parent, if that is open.
+    """
+    entry = chosen_backend()
+    if entry.open_file is not None:
+        from luthier.engine.machine import open_network
+        from luthier.inference.derived_gguf import gguf_of, gguf_type
+        from luthier.library.models import room_of
+        from luthier.models.description import check_folder
+
+        kind = gguf_type()
+        try:
+            vocabulary = int(check_folder(stored.network_folder)["vocab_size"])
+            file = gguf_of(stored, kind, entry.open_file)
+            backend = entry.open_file(file, room_of(stored), vocabulary)
+        except RefusedInput as error:
+            if stored.id not in _fallen_back:
+                _fallen_back.add(stored.id)
+                _log.warning("%s is run by torch, not by %s: %s", stored.id, entry.id, error)
+        else:
+            return OpenedModel(backend, vocabulary, lambda: open_network(stored))
+    return open_by_torch(stored, base)
+
+
+def open_by_torch(
+    stored: StoredModel,
+    base: OpenedModel | None = None,
+    beside: bool | None = None,
+) -> OpenedModel:
+    """As :func:`open_model`, whatever backend runs files.
+
+    ``beside`` says whether an adapter stands beside its base; what the environment says, if not given.
+    """
+    from luthier.engine.machine import open_network
+    from luthier.library.models import attach_adapter, objective_of, shares_base
+
+    if not (shares_base(stored) if beside is None else beside):
+        return OpenedModel.of(open_network(stored))
+    assert stored.parent is not None
+    if base is not None:
+        parent = base.network
+    else:
+        parent = open_network(stored.parent, objective_of(stored).head())
+    network = parent.with_adapter(lambda model: attach_adapter(model, stored))
+    return OpenedModel.of(network, base)

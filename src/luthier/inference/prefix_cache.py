@@ -1,0 +1,181 @@
+"""Keys and values of prompts that were read, for later ones that begin alike.
+
+They lie in a radix tree of token ids for each model and client, as in SGLang's RadixAttention (Zheng et
+al. 2023, arXiv:2312.07104): what two prompts share is there once. Clients do not share, as the time to
+a first token would tell one of them what others asked. Only prompts are kept, and no replies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from luthier.models.backends import FEWEST_SHARED, common_length
+
+if TYPE_CHECKING:
+    from luthier.inference.memory import CacheBudget
+    from luthier.models.kv_cache import KeyValues
+    from luthier.types import IntArray
+
+MOST_NODES = 4096
+"""Of all trees together."""
+
+Key = tuple[Hashable, str]
+"""A model and a client."""
+
+
+@dataclass(eq=False)
+class _Node:
+    """Tokens that follow those of ``parent``."""
+
+    ids_T: IntArray
+    key_values: KeyValues | None
+    parent: _Node | None = None
+    children: dict[int, _Node] = field(default_factory=dict)
+    used: int = 0
+    """Number of the last look-up that went through it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its keys and values."""
+        return 0 if self.key_values is None else self.key_values.nbytes
+
+
+class PrefixCache:
+    """What prompts left, in ``share`` of a budget and only as long as no request needs the memory.
+
+    The client that has most loses the prompt that was longest not used first. Safe to share between
+    threads.
+    """
+
+    def __init__(self, memory: CacheBudget, share: float = 0.5) -> None:
+        self._memory, self._most = memory, int(share * memory.total)
+        self._roots: dict[Key, _Node] = {}
+        self._bytes: dict[Key, int] = {}
+        self._clock = itertools.count(1)
+        self._lock = threading.Lock()
+        memory.on_shortage(self.reclaim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        with self._lock:
+            return sum(self._bytes.values())
+
+    def longest(self, model: Hashable, client: str, ids_T: IntArray) -> KeyValues | None:
+        """Return those of the longest known beginning of ``ids_T``, without its last token."""
+        with self._lock:
+            path = [*self._path((model, client), ids_T[:-1])]
+            if sum(shared for _, shared in path) < FEWEST_SHARED:
+                return None
+            parts = [node.key_values.first(shared) for node, shared in path if node.key_values]
+            return parts[0].concat(parts[1:])
+
+    def add(
+        self, model: Hashable, client: str, ids_T: IntArray, copy: Callable[[int], KeyValues]
+    ) -> None:
+        """Keep a prompt that was read; ``copy`` gives its keys and values from a token on."""
+        key = model, client
+        with self._lock:
+            path = [*self._path(key, ids_T)]
+            known = sum(count for _, count in path)
+            if len(ids_T) - known < FEWEST_SHARED:
+                return
+            new = copy(known)
+            if not self._make_room(new.nbytes, {each for each, _ in path}):
+                return
+            root = self._roots.setdefault(key, _Node(ids_T[:0], None))
+            node, shared = path[-1] if path else (root, 0)
+            if shared < len(node.ids_T):
+                node = self._split(node, shared)
+            child = _Node(ids_T[known:].copy(), new, node, used=next(self._clock))
+            node.children[int(child.ids_T[0])] = child
+            self._bytes[key] = self._bytes.get(key, 0) + new.nbytes
+
+    def forget(self, model: Hashable) -> None:
+        """Let go of what a model read."""
+        with self._lock:
+            for key in [key for key in self._roots if key[0] == model]:
+                del self._roots[key]
+                self._memory.give_back_spare(self._bytes.pop(key, 0))
+
+    def reclaim(self, size: int) -> None:
+        """Give ``size`` bytes back, or all there are."""
+        with self._lock:
+            evictions = self._evictions(set())
+            while size > 0 and (freed := next(evictions, 0)):
+                size -= freed
+
+    def _path(self, key: Key, ids_T: IntArray) -> Iterator[tuple[_Node, int]]:
+        """The nodes that ``ids_T`` begins with, and how many tokens of each it has."""
+        node, now = self._roots.get(key), next(self._clock)
+        while node is not None and len(ids_T):
+            node = node.children.get(int(ids_T[0]))
+            if node is None:
+                return
+            node.used, shared = now, common_length(node.ids_T, ids_T)
+            yield node, shared
+            if shared < len(node.ids_T):
+                return
+            ids_T = ids_T[shared:]
+
+    def _split(self, node: _Node, at: int) -> _Node:
+        """A new node with the first ``at`` tokens of ``node``, which becomes its child."""
+        assert node.parent is not None and node.key_values is not None
+        first, rest = node.key_values.split(at)
+        upper = _Node(node.ids_T[:at], first, node.parent, used=node.used)
+        node.parent.children[int(node.ids_T[0])] = upper
+        node.ids_T, node.key_values, node.parent = node.ids_T[at:], rest, upper
+        upper.children[int(node.ids_T[0])] = node
+        return upper
+
+    def _make_room(self, size: int, path: set[_Node]) -> bool:
+        """Have ``size`` bytes for one more node, without letting go of ``path``."""
+        if size > self._most:
+            return False
+        nodes, evictions = sum(1 for _ in self._nodes()), self._evictions(path)
+        while (
+            nodes >= MOST_NODES
+            or sum(self._bytes.values()) + size > self._most
+            or not self._memory.take_spare(size)
+        ):
+            if not next(evictions, 0):
+                return False
+            nodes -= 1
+        return True
+
+    def _evictions(self, path: set[_Node]) -> Iterator[int]:
+        """Let go of one node after the other, as many as are asked for; the bytes of each."""
+        # Looked for once: whoever needs the memory holds others up, and all that is there may go.
+        leaves: dict[Key, list[tuple[int, int, _Node]]] = {}
+        numbers = itertools.count()  # of those that were used at once, any may go first
+        for key, node in self._nodes():
+            if not node.children and node not in path:
+                heappush(leaves.setdefault(key, []), (node.used, next(numbers), node))
+        while leaves:
+            key = max(leaves, key=lambda key: self._bytes[key])
+            *_, oldest = heappop(leaves[key])
+            parent = oldest.parent
+            assert parent is not None
+            del parent.children[int(oldest.ids_T[0])]
+            self._bytes[key] -= oldest.nbytes
+            if parent.parent is not None and not parent.children and parent not in path:
+                heappush(leaves[key], (parent.used, next(numbers), parent))
+            if not leaves[key]:
+                del leaves[key]
+            if not self._roots[key].children:
+                del self._roots[key], self._bytes[key]
+            self._memory.give_back_spare(oldest.nbytes)
+            yield oldest.nbytes
+
+    def _nodes(self) -> Iterator[tuple[Key, _Node]]:
+        for key, root in self._roots.items():
+            left = [*root.children.values()]
+            while left:
+                node = left.pop()
+                yield key, node
+                left += node.children.values()

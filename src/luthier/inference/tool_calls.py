@@ -1,0 +1,102 @@
+"""Conversations as prompts, and the calls of tools in what a model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from luthier.data.reasoning import overlap
+from luthier.data.tools import parse_calls, parse_cut_calls, takes_tools
+from luthier.errors import RecipeError
+from luthier.ids import random_id
+from luthier.inference.constraints import check_depth
+from luthier.inference.inference import Chat, InferenceRefused
+from luthier.types import CALL_OPEN, Tool, ToolCall
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.types import IntArray
+
+
+def new_call_id() -> str:
+    """An id for a call, as Bedrock writes them."""
+    return "tooluse_" + random_id(22)
+
+
+def marks_calls(chat: ChatFormat) -> bool:
+    """Whether the model's template puts calls between tags."""
+    return takes_tools(chat.template_text) and CALL_OPEN in chat.template_text
+
+
+def encode(
+    chat: ChatFormat, conversation: Chat, check: Callable[[str], None] = lambda text: None
+) -> IntArray:
+    """Token ids that an answer to ``conversation`` continues; ``check`` may refuse its text before.
+
+    Raises:
+        InferenceRefused: for a conversation that the model's template does not take.
+    """
+    if not conversation.turns:
+        raise InferenceRefused("A conversation has at least one message.", "messages")
+    tools = () if conversation.tool_choice == "none" else conversation.tools
+    for tool in tools:
+        check_depth(tool.parameters)
+    try:
+        text = chat.prompt_text(conversation.turns, tools, conversation.template_kwargs)
+        check(text)
+        return chat.prompt_tokens(text)
+    except RecipeError as error:
+        raise InferenceRefused(str(error), "messages") from error
+
+
+class CallSplitter:
+    """Parts the text of an answer, as it comes, into words for the reader and calls of tools.
+
+    What may be a call is held back until it is whole.
+    """
+
+    def __init__(
+        self, tools: Sequence[Tool], forced: bool = False, structured: bool = False
+    ) -> None:
+        """``forced``: nothing but calls is written; ``structured``: else JSON of a schema is."""
+        self._tools, self._forced = tools, forced
+        self._may_hide = forced or not structured
+        self._held = ""
+        self._shown = False
+        self._calling = False
+        self.incomplete = False
+        """Whether the answer ended within a call, which is not shown."""
+
+    def feed(self, text: str) -> str:
+        """The next characters; what of all that is held can be shown."""
+        self._held += text
+        if self._calling:
+            return ""
+        if not self._shown:
+            begun = self._held.lstrip()
+            if not begun:
+                return ""
+            if begun[0] in "{[":
+                self._calling = True
+                return ""
+        at = self._held.find(CALL_OPEN)
+        if at >= 0:
+            self._calling = True
+        else:
+            at = len(self._held) - overlap(self._held, [CALL_OPEN])
+        shown, self._held = self._held[:at], self._held[at:]
+        if self._calling and not shown.strip():
+            shown = ""
+        self._shown = self._shown or bool(shown.strip())
+        return shown
+
+    def end(self, cut: bool = False) -> tuple[str, list[ToolCall]]:
+        """Words that are left, and the calls; ``cut`` says that a limit of tokens ended the answer."""
+        if cut and self._may_hide and (self._calling or self._forced):
+            found, self.incomplete = parse_cut_calls(self._held, self._tools)
+            self.incomplete |= self._forced and not found
+        else:
+            found = parse_calls(self._held, self._tools, known=True)
+        calls = [replace(call, id=new_call_id()) for call in found]
+        return ("" if calls or self.incomplete else self._held), calls

@@ -1,0 +1,1 @@
+"""Models on this machine: base models, custom models and their lineage."""

@@ -1,0 +1,766 @@
+"""The models on this machine: base models, and the custom models made from them.
+
+A custom model's id is ``base:name``. Local directories and hub ids are opened as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import (
+    CorruptFile,
+    LuthierError,
+    RecipeError,
+    UnknownModel,
+)
+from luthier.files import (
+    cached_sha256_of,
+    explain_unreadable_home,
+    file_version,
+    hashes_of,
+    lock,
+    luthier_home,
+    need_disk,
+    new_folder,
+    sha256_of,
+)
+from luthier.library.folders import (
+    JOB_PREFIX,
+    base_folder,
+    custom_folder,
+    custom_folders,
+    folder_of,
+    id_of,
+    is_base_here,
+    short_name,
+    split_id,
+    unfinished_run_ids,
+)
+from luthier.models.base_kinds import base_kind, kind_of_network
+from luthier.models.catalog import CATALOG, CatalogEntry, download_from_hub, pull
+from luthier.models.external import check_lone_weights
+from luthier.models.manifest import MANIFEST, Manifest, TextFormat, created_now
+from luthier.models.pipelines import is_pipeline
+from luthier.plugins import Component, PluginTable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from luthier.adaptations import Adaptation
+    from luthier.data.chat import ChatFormat
+    from luthier.models.heads import Head
+    from luthier.objectives import Objective
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model whose files are on this machine."""
+
+    id: str
+    folder: Path
+    manifest: Manifest
+    """Its record; nothing but the id for a directory that luthier did not write."""
+    parent: StoredModel | None = None
+    """What an adapter was trained on; ``None`` where the folder holds a whole network."""
+    damaged: str = ""
+    """Why its record cannot be read, where it cannot."""
+
+    @property
+    def network_folder(self) -> Path:
+        """The folder with the network's own weights, below any adapters."""
+        return self.parent.network_folder if self.parent else self.folder
+
+    @property
+    def tokenizer_from(self) -> str | None:
+        """Id of the model from outside that its tokenizer and template come from, if they do."""
+        return self.manifest.tokenizer_from
+
+    @property
+    def kind(self) -> str | None:
+        """What it is made for, as its record says, or else by its network; ``None`` if unknown."""
+        return self.manifest.kind or kind_of_network(self.folder)
+
+    @property
+    def root(self) -> str:
+        """Id of the base model at the bottom of the lineage."""
+        return self.manifest.root or self.id
+
+
+def described_base(entry: CatalogEntry) -> StoredModel:
+    """A base model of the catalogue by its description, whether it was fetched or not."""
+    return StoredModel(entry.id, base_folder(entry.id), entry.manifest())
+
+
+def find(
+    model_id: str,
+    say: Callable[[str], None] = lambda text: None,
+    is_able: Callable[[Objective], bool] | None = None,
+) -> StoredModel:
+    """Open a model by id, fetching it first where it is a base model that is not here yet.
+
+    Looked up in this order: custom model (``base:name``), catalogue, base model made here, local
+    directory, hub id. Where there is none, those that may be meant are named: of these only what
+    ``is_able`` says can be used, by what they are made for.
+    """
+    if ":" in model_id and not Path(model_id).exists():
+        return _find_custom(model_id, is_able)
+    if model_id in CATALOG:
+        folder = base_folder(model_id)
+        if not is_base_here(model_id):
+            pull(CATALOG[model_id], folder, say)
+        return StoredModel(model_id, folder, Manifest.read(folder))
+    if re.fullmatch(r"[\w.-]+", model_id) and is_base_here(model_id):
+        return StoredModel(model_id, base_folder(model_id), Manifest.read(base_folder(model_id)))
+    path = Path(model_id).expanduser()
+    if path.suffix == ".safetensors" and path.is_file():
+        return _from_file(path.absolute())
+    if model_id and path.is_dir():
+        whole = path.absolute()
+        return StoredModel(str(whole), whole, Manifest(id=str(whole)))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not model_id.startswith("."):
+        if (custom_folder(*model_id.split("/")) / MANIFEST).is_file():
+            meant = model_id.replace("/", ":")
+            raise UnknownModel(f"there is no model {model_id!r}. Did you mean {meant}?")
+        say(f"Looking up {model_id} on the hub")
+        return StoredModel(model_id, download_from_hub(model_id)[0], Manifest(id=model_id))
+    raise UnknownModel(
+        f"there is no model {model_id!r}. {_suggest_runs(model_id)}"
+        f"{suggest_models(model_id, _ids_of_able(is_able))} A local "
+        "Hugging Face directory or a hub id (organisation/name) works too."
+    )
+
+
+def check_active(model: StoredModel) -> StoredModel:
+    """``model``, which is to be used and not only measured.
+
+    Raises:
+        RecipeError: where it is withheld, as it is outside its limits.
+    """
+    if model.manifest.withheld:
+        raise RecipeError(
+            f"{model.id} is withheld: {model.manifest.withheld}. `luthier evaluate` and `luthier "
+            f"forgetting` measure it all the same; `luthier models accept {model.id}` activates it"
+        )
+    return model
+
+
+def _ids_of_able(
+    is_able: Callable[[Objective], bool] | None, custom_only: bool = False
+) -> list[str]:
+    """Ids of all models that ``is_able`` says can be used; of all there are, without one."""
+    known = custom_models()
+    if not custom_only:
+        known = [*map(described_base, CATALOG.values()), *pretrained_models(), *known]
+    return [each.id for each in known if is_able is None or _is_model_able(each, is_able)]
+
+
+def _is_model_able(model: StoredModel, is_able: Callable[[Objective], bool]) -> bool:
+    try:
+        return is_able(objective_of(model))
+    except (LuthierError, ValueError):  # it is damaged, or of a plugin that is gone
+        return False
+
+
+def _from_file(path: Path) -> StoredModel:
+    """The base model that a file with the weights of a known network is; made at the first call."""
+    check_lone_weights(path)
+    digest = sha256_of(path)
+    name = f"{short_name(path.stem)}-{digest[:8]}"
+    folder = base_folder(name)
+    if not (folder / MANIFEST).is_file():
+        from luthier.models.nets.vgg import write_folder
+
+        need_disk(folder, path.stat().st_size, f"copying {path}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock(folder.parent / f".{name}.lock", wait=True):
+            if not (folder / MANIFEST).is_file():
+                with new_folder(folder) as fresh:
+                    write_folder(path, fresh)
+                    Manifest(
+                        id=name,
+                        kind="image_encoder",
+                        source=f"file:{path}",
+                        source_sha256=digest,
+                        created=created_now(),
+                        files=hashes_of(fresh, skip=(MANIFEST,)),
+                    ).write(fresh)
+    return StoredModel(name, folder, Manifest.read(folder))
+
+
+NEAREST = 3
+"""Ids that are suggested where one is not known."""
+FEW = 15
+"""Ids that are all named."""
+
+
+def suggest_models(model_id: str, known: Sequence[str]) -> str:
+    """What may be meant by an id that is not known, all there are where they are few, where to look.
+
+    ``known`` are the ids that could have been given.
+    """
+    unreadable = explain_unreadable_home()
+    if not known:
+        return unreadable or "There are none that can be used so."
+    meant = f"{unreadable} " if unreadable else ""
+    if near := _near_ids(model_id, known):
+        meant += f"Did you mean {' or '.join(near)}? "
+    if len(known) <= FEW:
+        return f"{meant}There are: {', '.join(known)}."
+    return f"{meant}`luthier models list` shows all {len(known)}."
+
+
+def _suggest_runs(model_id: str) -> str:
+    """Runs that have not ended and whose model may be meant, and how to go on; empty for none."""
+    near = _near_ids(model_id, unfinished_run_ids())
+    if not near:
+        return ""
+    which = f"The run {near[0]} has" if len(near) == 1 else f"The runs {' and '.join(near)} have"
+    return (
+        f"{which} not ended, and a model is stored at the end: an interrupted run goes on by the "
+        "command that began it, with --resume (luthier tune … --resume). "
+    )
+
+
+def _near_ids(model_id: str, known: Sequence[str]) -> list[str]:
+    """Those of ``known`` that are most like ``model_id``, the likest first."""
+    import difflib
+
+    asked = model_id.lower().replace("/", ":")
+    holding = [each for each in known if len(asked) > 1 and asked in each.lower()]
+    close = difflib.get_close_matches(asked, known, NEAREST, cutoff=0.5)
+    if ":" not in asked:  # the name alone was given
+        names = [split_id(each)[1] for each in known]
+        alike = difflib.get_close_matches(asked, filter(None, names), NEAREST, cutoff=0.7)
+        close = [*(known[names.index(name)] for name in alike), *close]
+    return list(dict.fromkeys([*holding, *close]))[:NEAREST]
+
+
+def pretrained_models() -> list[StoredModel]:
+    """Base models that were made in this store, oldest first; see :func:`custom_models`."""
+    found = (path.parent for path in base_folder("*").parent.glob(f"*/{MANIFEST}"))
+    return _read_models({each.name: each for each in found if each.name not in CATALOG})
+
+
+def pretrained_versions() -> tuple[tuple[str | int, ...], ...]:
+    """Names of the base models that were made in this store, each with the version of its record.
+
+    Two that are the same say that :func:`pretrained_models` would give the same, and cost no reading.
+    """
+    found: list[tuple[str | int, ...]] = []
+    with suppress(FileNotFoundError), os.scandir(base_folder("")) as folders:
+        for folder in folders:
+            if folder.name.startswith(".") or folder.name in CATALOG:
+                continue
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found.append((folder.name, *file_version(os.stat(f"{folder.path}/{MANIFEST}"))))
+    return tuple(sorted(found))
+
+
+def custom_models() -> list[StoredModel]:
+    """All custom models of this store, oldest first.
+
+    One whose record cannot be read has the reason in ``damaged``, and an empty record.
+    """
+    return _read_models({id_of(each): each for each in custom_folders(MANIFEST)})
+
+
+def _read_models(folders: Mapping[str, Path]) -> list[StoredModel]:
+    """Those that are whole, of folders by their ids."""
+    found = []
+    for model_id, folder in folders.items():
+        if folder.name.startswith("."):
+            continue
+        try:
+            found.append(StoredModel(model_id, folder, _read_record(folder, model_id)))
+        except CorruptFile as error:
+            empty = Manifest(id=model_id)
+            found.append(StoredModel(model_id, folder, empty, damaged=str(error)))
+    return sorted(found, key=lambda model: (model.manifest.created, model.id))
+
+
+def _read_record(folder: Path, model_id: str) -> Manifest:
+    """The record of a model in its folder; raises :class:`CorruptFile` where it is another's."""
+    manifest = Manifest.read(folder)
+    if manifest.id != model_id:
+        raise CorruptFile(
+            f"{folder} holds the record of {manifest.id}: a folder that was copied or renamed is no "
+            "model of its own. Name it as it was, or remove it"
+        )
+    return manifest
+
+
+def is_recorded(model: StoredModel) -> bool:
+    """Whether luthier made or imported it, and keeps its record in this store."""
+    return model.folder.is_relative_to(luthier_home()) and bool(model.manifest.created)
+
+
+@contextmanager
+def lock_record(model: StoredModel) -> Iterator[None]:
+    """Hold what is said of ``model``: its record, and the certificate made of it.
+
+    Raises:
+        CorruptFile: where the record is not there any more.
+    """
+    record = model.folder / MANIFEST
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock(record, wait=True, create=False))
+        except FileNotFoundError as error:
+            raise CorruptFile(f"{record} is missing; {_RESTORE}") from error
+        yield
+
+
+def update_record(model: StoredModel, change: Callable[[Manifest], Manifest]) -> StoredModel:
+    """Write what ``change`` makes of the record as it stands now; returns the model with it.
+
+    Of several that change it at once, each changes what the one before it wrote.
+
+    Raises:
+        CorruptFile: where the record is not there any more, or cannot be read.
+    """
+    with lock_record(model):
+        manifest = change(_read_record(model.folder, model.id))
+        manifest.write(model.folder)
+    return replace(model, manifest=manifest)
+
+
+def load(
+    model: StoredModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    head: Head | None = None,
+    on_merged: Callable[[StoredModel], None] = lambda model: None,
+) -> nn.Module:
+    """The network of ``model`` with all adapters of its lineage merged in.
+
+    ``head`` is what it is loaded for: its own task when not given. ``on_merged`` is called with each
+    model of the lineage, the base first, after its weights are in the network.
+
+    Raises:
+        CorruptFile: where a file is not the one that the record names.
+    """
+    from luthier.data.sentence import read_sentence_pipeline
+    from luthier.models.heads import decoder_of, mark_decoder_opening
+    from luthier.models.load import load_model
+    from luthier.models.modalities import media_config
+    from luthier.models.sentence_head import attach_sentence_head
+
+    check_whole(model)
+    head = head or objective_of(model).head()
+    if model.parent is None:
+        network = load_model(model.folder, dtype, device, head)
+    else:
+        network = load(model.parent, dtype, device, head, on_merged)
+        attach_adapter(network, model)
+        adaptation_of(model).merge(network)
+    if head.task == "causal_lm" and decoder_of(network) is not None:
+        form = model.manifest.format or chat_format(model)
+        if form.start_id is not None:
+            mark_decoder_opening(network, (form.start_id, *form.opening_ids))
+    if head.task == "embedding":
+        stored, folder = model.manifest.format, model.network_folder
+        pipeline = None if stored is None else stored.sentence
+        if stored is None and media_config(network.config) is None:
+            pipeline = read_sentence_pipeline(folder)
+        attach_sentence_head(network, pipeline, folder)
+    on_merged(model)
+    return network
+
+
+def read_ahead(model_id: str) -> None:
+    """Have another thread hash the files of a model that are here, which loading it will ask for.
+
+    It fetches nothing, and says nothing of what is wrong with them: who loads the model does.
+    """
+
+    def read() -> None:
+        below: str | None = model_id
+        with suppress(LuthierError, OSError, ValueError):
+            while below is not None:
+                folder = folder_of(below) or base_folder(below)
+                manifest = _read_record(folder, below)
+                check_whole(StoredModel(below, folder, manifest))
+                below = manifest.parent if manifest.saved == "adapter" else None
+
+    if ":" in model_id or model_id in CATALOG:
+        threading.Thread(target=read, name="read ahead", daemon=True).start()
+
+
+_PICTURES = frozenset({".png", ".svg"})
+
+
+def check_whole(model: StoredModel) -> None:
+    """Refuse a model whose files are not those that were stored; each is read once while it stays.
+
+    Raises:
+        CorruptFile: with the file.
+    """
+    for path, is_there in changed_files(model, cached_sha256_of):
+        if path.suffix in _PICTURES:  # they decide nothing
+            continue
+        if not is_there:
+            raise CorruptFile(f"{path} is missing; {_RESTORE}")
+        raise CorruptFile(f"{path} is not what was stored (its SHA-256 differs); {_RESTORE}")
+
+
+def changed_files(
+    model: StoredModel, hash_of: Callable[[Path], str] = sha256_of
+) -> Iterator[tuple[Path, bool]]:
+    """Files that are not those of the record, and whether they are there at all."""
+    for name, digest in model.manifest.files.items():
+        path = model.folder / name
+        is_there = path.is_file()
+        if not is_there or hash_of(path) != digest:
+            yield path, is_there
+
+
+_RESTORE = "restore it from a backup, or remove the model and make or fetch it again"
+
+
+def attach_adapter(network: nn.Module, model: StoredModel) -> None:
+    """Put the adapter that ``model`` is into the network of its parent.
+
+    Raises:
+        CorruptFile: where a file is missing, is not the one that was stored, or is for another network.
+    """
+    from luthier.models.save import load_adapter
+
+    def versions() -> list[tuple[int, ...]]:
+        paths = [model.folder / name for name in model.manifest.files]
+        return [file_version(path.stat()) for path in paths if path.is_file()]
+
+    before = versions()
+    check_whole(model)
+    load_adapter(network, adaptation_of(model), model.folder)
+    if versions() != before:
+        raise CorruptFile(
+            f"files of {model.folder} were changed while they were read; load it again"
+        )
+
+
+def shares_base(model: StoredModel) -> bool:
+    """Return whether ``model`` generates as an adapter on its parent's network instead of merged.
+
+    The same for the server, the CLI and the SDK, as merging rounds and one seed should give one text.
+    """
+    from luthier.models.backends import chosen_backend, merges_adapters
+
+    return not merges_adapters() and chosen_backend().batches_adapters and can_share_base(model)
+
+
+def can_share_base(model: StoredModel) -> bool:
+    """Return whether ``model`` is an adapter that can share its parent's network."""
+    from luthier.models.description import described_network
+
+    parent = below = model.parent
+    while below is not None and below.parent is not None:
+        if not adaptation_of(below).mergeable:  # its layers would be under those of the adapter
+            return False
+        below = below.parent
+    if (
+        parent is None
+        or not adaptation_of(model).shares_base
+        or not (writes(model) and writes(parent))
+        or parent.manifest.withheld
+        or can_share_base(parent)  # it has no network of its own that could be shared
+    ):
+        return False
+    network = described_network(parent.network_folder)
+    return network.flat and not _changes(model, network.heads)
+
+
+def _changes(model: StoredModel, parts: Sequence[str]) -> bool:
+    """Whether the adapter that ``model`` is has weights in one of these modules and weights."""
+    from luthier.models.heads import is_inside
+    from luthier.models.save import ADAPTER
+    from luthier.models.tensors import tensor_headers
+
+    stored_parts = [*map(adaptation_of(model).stored_name, parts)]
+    with suppress(LuthierError):  # whoever loads the file says what is wrong with it
+        return any(is_inside(name, stored_parts) for name in tensor_headers(model.folder / ADAPTER))
+    return False
+
+
+def content_hash(model: StoredModel) -> str:
+    """SHA-256 of all that decides what a model answers: its files, and those below its adapters."""
+    files = model.manifest.files or hashes_of(model.folder)
+    below = content_hash(model.parent) if model.parent else ""
+    return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
+
+
+def ancestors(model: StoredModel) -> list[StoredModel | str]:
+    """What ``model`` was made from, the nearest first; the id alone of one that is not here.
+
+    Base models of the catalogue are not fetched.
+    """
+    found: list[StoredModel | str] = []
+    while parent := model.manifest.parent:
+        try:
+            if parent in CATALOG and not is_base_here(parent):
+                return [*found, parent]
+            model = find(parent)
+        except LuthierError:
+            return [*found, parent]
+        found.append(model)
+    return found
+
+
+def added_tokens(model: StoredModel) -> int:
+    """Positions that the adapters of the lineage of ``model`` take of its context, for every row."""
+    if model.parent is None:
+        return 0
+    return int(adaptation_of(model).added_tokens) + added_tokens(model.parent)
+
+
+def room_of(model: StoredModel, adaptation: Adaptation | None = None) -> int:
+    """Tokens that a row of ``model`` may have: its context, less what its adapters take of it.
+
+    With an ``adaptation``, which is still to be trained, less what that takes, too.
+    """
+    from luthier.models.description import check_folder, read_model_fields
+    from luthier.models.modalities import context_length
+
+    more = adaptation.added_tokens if adaptation is not None else 0
+    # What was stored was a network then; to draw one takes seconds for families other than Llama's.
+    fields = (read_model_fields if _has_stored_config(model) else check_folder)(
+        model.network_folder
+    )
+    return context_length(fields) - added_tokens(model) - more
+
+
+def reads_without_transformers(model: StoredModel) -> bool:
+    """Whether :func:`chat_format` and :func:`room_of` import no heavy library for ``model``."""
+    from luthier.models.tokenizer import is_tokenizer_stored
+
+    return _has_stored_config(model) and is_tokenizer_stored(model.folder)
+
+
+def _has_stored_config(model: StoredModel) -> bool:
+    """Whether the configuration of its network is the one that was stored."""
+    from luthier.models.external import CONFIG
+
+    base = model
+    while base.parent is not None:
+        base = base.parent
+    stored, path = base.manifest.files.get(CONFIG), base.folder / CONFIG
+    return stored is not None and path.is_file() and cached_sha256_of(path) == stored
+
+
+def tokenizer_origin(model: StoredModel) -> dict[str, Any]:
+    """Return the fields of a record about the origin of the tokenizer of ``model``."""
+    if model.tokenizer_from is None:
+        return {}
+    approved = model.manifest.template_approved
+    return {"tokenizer_from": model.tokenizer_from, "template_approved": approved}
+
+
+def adaptation_of(model: StoredModel) -> Adaptation:
+    """The adaptation a custom model was trained with."""
+    from luthier.adaptations import ADAPTATIONS
+
+    fields = (model.manifest.recipe or {})["adaptation"]
+    return _method(ADAPTATIONS, fields, model).model_validate(fields)
+
+
+def check_mergeable(model: StoredModel, need: str) -> None:
+    """Refuse a model of whose lineage an adapter cannot become part of the network's own weights.
+
+    ``need`` says what needs these weights.
+
+    Raises:
+        RecipeError: with the adapter, and what can be taken.
+    """
+    while model.parent is not None:
+        adaptation = adaptation_of(model)
+        if not adaptation.mergeable:
+            raise RecipeError(
+                f"{model.id} was tuned with {adaptation.method}, which cannot be merged into the "
+                f"network's own weights, and {need}. Use {model.parent.id}, or a model tuned with "
+                "lora or full."
+            )
+        model = model.parent
+
+
+def objective_of(model: StoredModel) -> Objective:
+    """The objective a custom model was trained with; for a base model, what its kind is made for."""
+    from luthier.models.description import described_kind
+    from luthier.objectives import OBJECTIVES
+
+    fields = model.manifest.objective
+    if fields is None:
+        # A folder of another tool has no record that says it.
+        kind = model.kind or described_kind(model.folder)
+        objective = OBJECTIVES[base_kind(kind).objective].model_validate({})
+        # A pipeline says itself how it makes images.
+        return objective.bind_base(model.folder, None) if is_pipeline(model.folder) else objective
+    return _method(OBJECTIVES, fields, model).model_validate(fields)
+
+
+def leaves_classes_out(model: StoredModel) -> bool:
+    """Whether it is another tool's classifier of images or sounds, which gives embeddings here."""
+    from luthier.models.description import described_network
+
+    if model.manifest.kind is not None or model.manifest.objective is not None:
+        return False
+    return (
+        objective_of(model).task == "embedding"
+        and described_network(model.folder).task == "sequence_classification"
+    )
+
+
+def writes(model: StoredModel) -> bool:
+    """Whether it answers with text; of a folder of another tool its configuration says it."""
+    from luthier.models.description import described_network
+
+    if model.kind is None and model.manifest.objective is None:
+        return described_network(model.folder).task == "causal_lm"
+    return objective_of(model).task == "causal_lm"
+
+
+def check_writes(model: StoredModel, lack: str) -> None:
+    """Refuse a model that only reads: it does not write, ``lack``.
+
+    Raises:
+        RecipeError: always for such a one.
+    """
+    if not writes(model):
+        raise RecipeError(f"{model.id} does not write, {lack}")
+
+
+def _method(
+    table: PluginTable[Component], fields: Mapping[str, Any], model: StoredModel
+) -> Component:
+    """The class that a model was trained with, which a package may have brought that is gone."""
+    method = fields["method"]
+    if method not in table:
+        raise RecipeError(
+            f"{model.id} was trained with {method}, which comes from a package that is not installed "
+            f"here ({table.group}). Install it to use the model"
+        )
+    return table[method]
+
+
+def chat_format(model: StoredModel, of_parent: ChatFormat | None = None) -> ChatFormat:
+    """Return tokenizer, template and stop tokens that ``model`` was trained and is served with.
+
+    The template of an imported model is refused until it is approved. ``of_parent`` is the format of
+    the parent, which is returned if it is the same: to read a tokenizer takes longer than to load an
+    adapter.
+    """
+    if model.tokenizer_from is None:
+        if of_parent is not None and _is_format_of(of_parent, model):
+            return of_parent
+        return _read_format(model)
+    chat = _read_format(model)
+    if model.manifest.template_approved:
+        return chat
+    check = partial(_check_template, model.id, model.folder, chat.template_sha256)
+    return replace(chat, check_template=check)
+
+
+def _check_template(model_id: str, folder: Path, sha256: str) -> None:
+    """Refuse a chat template that is not approved by now.
+
+    Raises:
+        RecipeError: with the command that approves the template.
+    """
+    with suppress(CorruptFile):
+        if Manifest.read(folder).template_approved:
+            return
+    raise RecipeError(
+        f"the chat template of {model_id} is not approved (SHA-256 {sha256}). An administrator can "
+        f"approve the template with `luthier admin models trust {model_id}`"
+    )
+
+
+def trust_template(model: StoredModel) -> StoredModel:
+    """Approve the chat template of an imported model, or of a model made from one."""
+    return update_record(
+        model, lambda manifest: manifest.model_copy(update={"template_approved": True})
+    )
+
+
+def _is_format_of(chat: ChatFormat, model: StoredModel) -> bool:
+    """Return whether ``chat``, of the parent, is the format of ``model``, by hashes of all files."""
+    from luthier.models.external import ADAPTER_CONFIG
+    from luthier.models.save import ADAPTER
+
+    assert model.parent is not None
+    others = model.parent.manifest.files
+    files = {
+        name: digest
+        for name, digest in model.manifest.files.items()
+        if name not in (ADAPTER, ADAPTER_CONFIG) and not name.endswith((".png", ".svg"))
+    }
+    return (
+        model.manifest.format == text_format(chat)
+        and "tokenizer.json" in files
+        and all(others.get(name) == digest for name, digest in files.items())
+    )
+
+
+def _read_format(model: StoredModel) -> ChatFormat:
+    from luthier.data.chat import ChatFormat
+    from luthier.data.processors import read_processor
+    from luthier.models.tokenizer import is_causal, load_chat_format, load_tokenizer
+
+    stored = model.manifest.format
+    if stored is None or stored.template == "none":
+        return load_chat_format(model.folder)
+    tokenizer = load_tokenizer(model.folder)
+    return ChatFormat.of(
+        tokenizer,
+        stored.template,
+        stored.stop_ids,
+        stored.start_id,
+        read_processor(model.folder),
+        stored.opening_ids,
+        stored.closing_ids,
+        is_causal=is_causal(model.network_folder),
+        sentence=stored.sentence,
+    )
+
+
+def text_format(chat: ChatFormat) -> TextFormat:
+    """What the record of a model says of the format that it was trained and is served with."""
+    if not chat.has_tokenizer:
+        return TextFormat(template="none", stop_ids=())
+    return TextFormat(
+        template=chat.template,
+        stop_ids=chat.stop_ids,
+        start_id=chat.start_id,
+        opening_ids=chat.opening_ids,
+        closing_ids=chat.closing_ids,
+        sentence=chat.sentence,
+    )
+
+
+def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = None) -> StoredModel:
+    base, name = split_id(model_id)
+    folder = custom_folder(base, name)
+    known = re.fullmatch(r"[\w.-]+", name) is not None
+    if not known or not (folder / MANIFEST).is_file():
+        others = _ids_of_able(is_able, custom_only=True)
+        message = (
+            f"there is no custom model {model_id!r}. {_suggest_runs(model_id)}"
+            f"{suggest_models(model_id, others)}"
+        )
+        if any(split_id(other)[1].startswith(JOB_PREFIX) for other in others):
+            message += (
+                f" `luthier models list` shows what the service calls those named {JOB_PREFIX}…."
+            )
+        raise UnknownModel(message)
+    manifest = _read_record(folder, model_id)
+    parent = find(str(manifest.parent)) if manifest.saved == "adapter" else None
+    return StoredModel(manifest.id, folder, manifest, parent)

@@ -1,0 +1,119 @@
+"""What was measured of a stored model after it was made: ``reports/KIND-HASH.json`` in its folder.
+
+Evaluations, comparisons and whatever else judges a model leave their result here, so that its
+certificate can show it. A report's name holds the hash of its bytes: reports are added, never changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from luthier import __version__
+from luthier.errors import CorruptFile, RecipeError
+from luthier.escaping import finite_or_none
+from luthier.files import json_text, luthier_home, read_json, sha256_of, write_bytes
+from luthier.library.models import StoredModel
+from luthier.models.manifest import REPORTS, Record, created_now
+
+REMEDY = "restore the file, or remove it and measure again"
+MOST_REPORTS = 1000
+"""Reports of one model."""
+
+
+class ModelReport(Record):
+    """One result of judging a model."""
+
+    kind: str = Field(pattern=r"^[a-z][a-z0-9-]{0,40}$")
+    """What was done: ``evaluation``, ``comparison``, …"""
+    created: str
+    """ISO 8601, UTC."""
+    luthier: str
+    """Version that made it."""
+    data: dict[str, str]
+    """SHA-256 of the files it was measured on, by path."""
+    result: dict[str, Any]
+    """What came out, as the command prints it with ``--json``."""
+
+
+@dataclass(frozen=True)
+class StoredReport:
+    """A report and where it is kept."""
+
+    name: str
+    """Of its file, below the model's folder."""
+    sha256: str
+    report: ModelReport
+
+
+def check_attachable(model: StoredModel) -> None:
+    """Refuse a model that reports cannot be kept with.
+
+    Raises:
+        RecipeError: for one outside the store, or with too many reports.
+        CorruptFile: for a report that is no longer what was written.
+    """
+    if not model.folder.is_relative_to(luthier_home()):
+        raise RecipeError(
+            f"{model.id} is not in the store, so no report can be kept with it; write the result to a "
+            "file of your own"
+        )
+    # Those that stand there already go into the certificate with the new one.
+    if len(reports_of(model)) >= MOST_REPORTS:
+        folder = model.folder / REPORTS
+        raise RecipeError(f"{folder} holds {MOST_REPORTS:,} reports already; delete some of them")
+
+
+def write_report(
+    model: StoredModel, kind: str, data: Mapping[str, str], result: Mapping[str, Any]
+) -> Path:
+    """Keep the ``result`` of judging ``model``, measured on files whose hashes are ``data``.
+
+    Raises:
+        RecipeError: where it has no place for reports; see :func:`check_attachable`.
+    """
+    check_attachable(model)
+    report = ModelReport(
+        kind=kind,
+        created=created_now(),
+        luthier=__version__,
+        data=dict(data),
+        result=finite_or_none(dict(result)),
+    )
+    content = json_text(report.model_dump()).encode("utf-8", "replace")
+    path = model.folder / REPORTS / f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}.json"
+    write_bytes(path, content)
+    return path
+
+
+def hashes_of_data(*sources: str | Path) -> dict[str, str]:
+    """SHA-256 of data files and folders by their paths; nothing for what is not on this machine."""
+    return {str(each): sha256_of(Path(each)) for each in sources if Path(each).exists()}
+
+
+def reports_of(model: StoredModel) -> list[StoredReport]:
+    """All reports of ``model``, oldest first.
+
+    Raises:
+        CorruptFile: for one that is no report, or no longer the one that was written.
+    """
+    found = []
+    for path in sorted((model.folder / REPORTS).glob("*.json")):
+        try:
+            report = ModelReport.model_validate(read_json(path))
+        except ValidationError as error:
+            raise CorruptFile(f"{path} is no report of a model: {REMEDY}") from error
+        except CorruptFile as error:
+            raise CorruptFile(f"{error}: {REMEDY}") from error
+        digest = sha256_of(path)
+        if path.stem != f"{report.kind}-{digest[:16]}":
+            raise CorruptFile(
+                f"{path} no longer has the bytes that were recorded (SHA-256 differs): {REMEDY}"
+            )
+        found.append(StoredReport(f"{REPORTS}/{path.name}", digest, report))
+    return sorted(found, key=lambda each: (each.report.created, each.name))

@@ -1,0 +1,350 @@
+"""Assertions of promptfoo as graders.
+
+What an assertion compares with stands in the row, under ``assert``, so that tests with the same kinds
+of assertions share their graders. Source: promptfoo's pages on expected outputs, of 2026.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier.errors import RecipeError
+from luthier.graders import parse_graders
+from luthier.migrate.files import YAML_ENDINGS, Refused, number_of, parse_yaml
+
+MOST_PARTS = 16
+"""Graders of a formula."""
+
+LEFT_OUT = {
+    "javascript": "JavaScript is not run; write it as a `python` grader",
+    "ruby": "Ruby is not run; write it as a `python` grader",
+    "webhook": "graders call no address of your own; write it as a `python` grader",
+    "latency": "`luthier compare` measures the time of each answer",
+    "cost": "`luthier compare --prices` tells what answers cost",
+    "perplexity": "`luthier evaluate` measures perplexity on rows of raw text",
+    "perplexity-score": "`luthier evaluate` measures perplexity on rows of raw text",
+    "answer-relevance": "no grader makes up questions; use `llm-rubric`",
+    "classifier": "tune a classifier here and evaluate it by itself",
+    "moderation": "it asks a service of OpenAI's",
+    "select-best": "`luthier compare --judge` compares models",
+    "max-score": "`luthier compare` compares models",
+    "human": "people's scores are no graders; see `luthier evaluate --judge --human`",
+}
+_AGREES = (
+    "The reply agrees with the reference in all facts it states, and leaves out none that is "
+    "essential."
+)
+JUDGED = {
+    "llm-rubric": "The reply fulfils the rubric.",
+    "model-graded-closedqa": "The reply meets the criterion.",
+    "factuality": _AGREES,
+    "model-graded-factuality": _AGREES,
+    "g-eval": "The reply fulfils the criterion.",
+}
+SIMILARITIES = {
+    "rouge-n": ("rouge_1", 0.75),
+    "bleu": ("bleu", 0.5),
+    "gleu": ("gleu", 0.5),
+    "meteor": ("meteor", 0.5),
+}
+_CONTAINS_JSON = """
+import json
+
+def grade(sample, item):
+    text, decoder = sample["output_text"], json.JSONDecoder()
+    for place, letter in enumerate(text):
+        if letter in "{[":
+            try:
+                decoder.raw_decode(text, place)
+            except ValueError:
+                continue
+            return 1.0
+    return 0.0
+"""
+_LEVENSHTEIN = """
+def grade(sample, item):
+    given, wanted = sample["output_text"], str(item["assert"][PLACE])
+    row = list(range(len(wanted) + 1))
+    for i, one in enumerate(given, 1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(wanted, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (one != other))
+    return row[-1]
+"""
+_PYTHON = """
+
+def grade(sample, item):
+    context = {
+        "vars": item.get("vars", {}), "prompt": item.get("prompt", ""), "config": CONFIG,
+        "test": {"vars": item.get("vars", {})},
+    }
+    result = FUNCTION(sample["output_text"], context)
+    if isinstance(result, dict):
+        result = result.get("pass", result.get("pass_", result.get("score", 0)))
+    return float(result)
+"""
+
+
+@dataclass
+class Checks:
+    """The assertions of one test as graders: what varies from test to test is in :attr:`values`."""
+
+    fill: Callable[[Any], Any]
+    read: Callable[[str], str]
+    judge: str | None
+    values: list[Any] = field(default_factory=list)
+    graders: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What is written: a grader for each assertion, and ``pass`` for all of them."""
+    passed: list[tuple[str, str, float]] = field(default_factory=list)
+    """Of each assertion: the formulas of its score and of whether it passes, and its weight."""
+    expected: str | None = None
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    """Assertions that are not carried over, and why."""
+
+    def add_all(self, asserts: Sequence[Any], threshold: float | None) -> None:
+        """Take the assertions of a test, which passes where all do, or by its ``threshold``."""
+        for given in asserts:
+            kind = given.get("type") if isinstance(given, Mapping) else None
+            before = len(self.values), set(self.graders)
+            try:
+                if not isinstance(kind, str) or not isinstance(given, Mapping):
+                    raise Refused("an assertion is an object with a `type`")
+                weight = number_of(given.get("weight"), 1.0)
+                score, passed, own = self._formulas(given)
+                parse_graders(own)
+            except (Refused, RecipeError) as error:
+                del self.values[before[0] :]
+                self.graders = {n: g for n, g in self.graders.items() if n in before[1]}
+                self.refused.append((f"assertion `{kind}`", " ".join(str(error).split())))
+                continue
+            name = self._name(str(given.get("metric") or kind), self.tables)
+            first = next(iter(own))
+            simple = len(own) == 1 and passed == first
+            self.tables[name] = own[first] if simple else _formula(own, passed)
+            self.passed.append((score, passed, weight))
+        if self.passed and self.refused:
+            self.refused.append(
+                ("result of the test", "not all of its assertions are carried over")
+            )
+        elif len(self.passed) > 1 or (threshold and self.passed):
+            self._add_whole(threshold)
+
+    def _add_whole(self, threshold: float | None) -> None:
+        counted = [each for each in self.passed if each[2] > 0]
+        if not counted:
+            return
+        _, whole = _combine(counted, threshold)
+        if len(self.graders) > MOST_PARTS or len(whole) > 1000:
+            self.refused.append(("the test's result", f"more than {MOST_PARTS} parts"))
+            return
+        self.tables["pass"] = _formula(self.graders, whole)
+
+    def _formulas(self, given: Mapping[str, Any]) -> tuple[str, str, dict[str, dict[str, Any]]]:
+        """Score and pass of an assertion, and the graders that they are computed of."""
+        kind = str(given["type"])
+        if kind == "assert-set":
+            before = set(self.graders)
+            inner = Checks(self.fill, self.read, self.judge, self.values, self.graders)
+            inner.add_all(given.get("assert") or [], None)
+            if inner.refused:
+                raise Refused("; ".join(f"{what}: {why}" for what, why in inner.refused))
+            threshold = number_of(given.get("threshold"), 0.0)
+            if not inner.passed:
+                raise Refused("it holds no assertions")
+            score, passed = _combine(inner.passed, threshold)
+            own = {name: each for name, each in self.graders.items() if name not in before}
+            return score, passed, own
+        if given.get("transform") or given.get("contextTransform"):
+            raise Refused("replies are graded as they are: a transform is JavaScript")
+        negated = kind.startswith("not-")
+        kind = kind.removeprefix("not-")
+        before = set(self.graders)
+        value = self._value(given.get("value"))
+        score, passed = self._positive(kind, value, given)
+        own = {name: grader for name, grader in self.graders.items() if name not in before}
+        if kind == "equals" and not negated and isinstance(value, str):
+            self.expected = value
+        return (f"1 - ({score})", f"({passed}) < 1", own) if negated else (score, passed, own)
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("file://"):
+            name = value.removeprefix("file://")
+            path, _, function = name.partition(".py:")
+            text = self.read(f"{path}.py" if function else name)
+            if ".py" in name:
+                return _Source(text, function or "get_assert")
+            return parse_yaml(text, name) if name.endswith(YAML_ENDINGS) else text.strip()
+        return self.fill(value)
+
+    def _positive(self, kind: str, value: Any, given: Mapping[str, Any]) -> tuple[str, str]:
+        judge = self.judge or judge_of(given.get("provider"))
+        if isinstance(value, _Source) and kind != "python":
+            raise Refused("its value is made by a program, which is not run")
+        if kind in LEFT_OUT or (kind in JUDGED and judge is None):
+            raise Refused(
+                LEFT_OUT.get(kind) or "no judge is named: import again with a judge to ask"
+            )
+        limit = given.get("threshold")
+        if kind in JUDGED:
+            return self._model_judge(kind, value, limit, str(judge))
+        if kind in ("equals", "contains", "icontains"):
+            return self._comparison(kind, value)
+        if kind in ("contains-any", "contains-all", "icontains-any", "icontains-all"):
+            words = value if isinstance(value, list) else str(value).split(",")
+            if not 0 < len(words) <= MOST_PARTS:
+                raise Refused(f"it has {len(words)} texts; a grader takes 1 to {MOST_PARTS}")
+            base, _, some = kind.rpartition("-")
+            parts = [self._comparison(base, str(word).strip())[0] for word in words]
+            formula = (
+                f"{'max' if some == 'any' else 'min'}({', '.join(parts)}, {int(some == 'all')})"
+            )
+            return formula, f"{formula} >= 1"
+        if kind in ("regex", "starts-with"):
+            pattern = (
+                rf"\A{re.escape(str(value))}" if kind == "starts-with" else _of_javascript(value)
+            )
+            return self._one(kind, {"method": "regex", "pattern": pattern})
+        if kind == "is-json":
+            schema = parse_yaml(value, "its schema") if isinstance(value, str) else value
+            if not isinstance(schema or {}, Mapping):
+                raise Refused("its schema is no object")
+            return self._one(kind, _schema(schema or {}))
+        if kind == "contains-json":
+            if value:
+                raise Refused("a schema is checked of whole replies only: use `is-json`")
+            return self._one(kind, {"method": "python", "source": _CONTAINS_JSON})
+        if kind in SIMILARITIES:
+            metric, least = SIMILARITIES[kind]
+            name, _ = self._one(
+                kind, {"method": "text_similarity", "evaluation_metric": metric,
+                       "reference": self._place(str(value))}
+            )  # fmt: skip
+            return name, f"{name} >= {number_of(limit, least):g}"
+        if kind == "similar":
+            fields = {"method": "embedding_similarity", "reference": self._place(str(value))}
+            name, _ = self._one(kind, fields)
+            return name, f"{name} >= {number_of(limit, 0.75):g}"
+        if kind == "levenshtein":
+            self.values.append(str(value))
+            source = _LEVENSHTEIN.replace("PLACE", str(len(self.values) - 1))
+            name, _ = self._one(kind, {"method": "python", "source": source})
+            passed = f"{name} <= {number_of(limit, 5):g}"
+            return passed, passed
+        if kind == "python":
+            return self._python(value, limit, given.get("config"))
+        raise Refused("there is no such grader here")
+
+    def _comparison(self, kind: str, value: Any) -> tuple[str, str]:
+        """Equality, or a text that has to be in the reply."""
+        if isinstance(value, (Mapping, list)):
+            if kind != "equals":
+                raise Refused("it compares with a text")
+            return self._one(kind, _schema({"const": value}))
+        if value is None:
+            raise Refused("it has no `value`")
+        operation = {"equals": "eq", "contains": "like", "icontains": "ilike"}[kind]
+        text = value if isinstance(value, str) else json.dumps(value)
+        fields = {"method": "string_check", "operation": operation, "reference": self._place(text)}
+        return self._one(kind, fields)
+
+    def _model_judge(self, kind: str, value: Any, limit: Any, judge: str) -> tuple[str, str]:
+        if not isinstance(value, str):
+            raise Refused("its rubric is no text")
+        claim = JUDGED[kind]
+        question = (
+            f"A reply is to be judged. Claim: {claim}\n\nPrompt:\n{{{{item.messages}}}}\n\n"
+            "Reply:\n{{sample.output_text}}\n\n"
+            f"Rubric, criterion or reference:\n{self._place(value)}"
+        )
+        asked: dict[str, Any] = {
+            "model": judge,
+            "input": [{"role": "user", "content": question}],
+        }
+        if limit is None and kind != "g-eval":
+            labels = {"labels": ["holds", "does not hold"], "passing_labels": ["holds"]}
+            return self._one(kind, {"method": "label_model", **asked, **labels})
+        asked["input"][0]["content"] += "\n\nHow far does the claim hold, from 0 to 1?"
+        name, _ = self._one(kind, {"method": "score_model", **asked})
+        return name, f"{name} >= {number_of(limit, 0.7):g}"
+
+    def _python(self, value: Any, limit: Any, config: Any) -> tuple[str, str]:
+        source = value if isinstance(value, _Source) else None
+        if source is None:
+            body = str(value).strip("\n")
+            one = "\n" not in body and not body.startswith("return ")
+            lines = [f"return {body.strip()}"] if one else body.splitlines()
+            code = "\n".join(
+                ["def get_assert(output, context):", *(f"    {each}" for each in lines)]
+            )
+            source = _Source(code, "get_assert")
+        call = _PYTHON.replace("FUNCTION", source.function).replace("CONFIG", repr(config or {}))
+        code = source.text.rstrip() + "\n" + call
+        name, _ = self._one("python", {"method": "python", "source": code})
+        return name, f"{name} > 0" if limit is None else f"{name} >= {number_of(limit, 0.0):g}"
+
+    def _one(self, kind: str, fields: dict[str, Any]) -> tuple[str, str]:
+        name = self._name(kind, self.graders)
+        self.graders[name] = fields
+        return name, name
+
+    def _place(self, text: str) -> str:
+        """The template that names ``text``, which the row holds."""
+        self.values.append(text)
+        return f"{{{{item.assert[{len(self.values) - 1}]}}}}"
+
+    @staticmethod
+    def _name(kind: str, taken: Mapping[str, Any]) -> str:
+        stem = re.sub(r"\W+", "_", kind.lower(), flags=re.ASCII).strip("_") or "check"
+        stem = f"check_{stem}" if stem[0].isdigit() or stem == "pass" else stem
+        numbers = (stem if n == 1 else f"{stem}_{n}" for n in itertools.count(1))
+        return next(name for name in numbers if name not in taken)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file of Python, and the function of it that is asked."""
+
+    text: str
+    function: str
+
+
+def _combine(parts: Sequence[tuple[str, str, float]], threshold: float | None) -> tuple[str, str]:
+    """Formulas of the weighted mean of some assertions, and of whether they pass together."""
+    total = " + ".join(f"{weight:g} * ({score})" for score, _, weight in parts)
+    score = f"({total}) / {sum(weight for *_, weight in parts) or 1:g}"
+    if threshold:
+        return score, f"{score} >= {threshold:g}"
+    return score, f"min({', '.join(passed for _, passed, _ in parts)}, 1) >= 1"
+
+
+def _formula(graders: Mapping[str, dict[str, Any]], formula: str) -> dict[str, Any]:
+    return {"method": "multi", "calculate_output": formula, "graders": dict(graders)}
+
+
+def _schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    if "null" in re.findall(r'"(?:[^"\\]|\\.)*"|null', json.dumps(schema, default=str)):
+        raise Refused("null cannot stand in a file of graders")
+    return {"method": "json_schema", "against": dict(schema)}
+
+
+def _of_javascript(pattern: Any) -> str:
+    """A regular expression whose digits are ASCII and whose end is the end, as JavaScript has it."""
+    text = str(pattern)
+    if re.search(r"(?<!\\)(?:\\\\)*\$\Z", text):
+        text = text[:-1] + r"\Z"
+    return f"(?a){text}"
+
+
+def judge_of(provider: Any) -> str | None:
+    """The model of OpenAI that a test or an assertion names for its rubrics."""
+    if isinstance(provider, Mapping):
+        provider = provider.get("text") or provider.get("id")
+        provider = provider.get("id") if isinstance(provider, Mapping) else provider
+    found = re.fullmatch(r"openai:(?:chat:|responses:)?([\w.-]+)", str(provider))
+    return f"https://api.openai.com/v1#{found[1]}" if found else None

@@ -1,0 +1,409 @@
+"""What an account of OpenAI's keeps as rows, graders and recipes.
+
+OpenAI gives no export of an account; its API lists and gives everything as objects whose ``object``
+says what they are. A folder of such objects is read, however its files are called. Source: OpenAI's API
+reference on files, fine-tuning and evals, of 2026.
+
+- files for fine-tuning become rows as they are, jobs the recipes that learn from them
+- the criteria of an eval become graders, and the rows of its runs rows
+- answers that passed become rows of prompt and reply: what another model can learn from
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier.data.shapes.conversations import PromptOnly
+from luthier.errors import RecipeError, RowRefused
+from luthier.graders import Answer
+from luthier.migrate.files import MOST_BYTES, Import, Refused, file_name, read_text
+from luthier.server.http.messages import Fault
+from luthier.server.openai.eval_runs import DataSource, criteria_of
+from luthier.server.openai.fine_tuning import (
+    CreateJob,
+    DpoHyperparameters,
+    Hyperparameters,
+    ReinforcementHyperparameters,
+    settings_of,
+)
+from luthier.server.openai.graders import grader_fields
+from luthier.server.openai.protocol import validate
+
+_KINDS = ("file", "fine_tuning.job", "eval", "eval.run", "eval.run.output_item")
+_LISTS = ("list", "page")
+_HYPERPARAMETERS = (
+    DpoHyperparameters.model_fields.keys() | ReinforcementHyperparameters.model_fields.keys()
+) - Hyperparameters.model_fields.keys()
+"""Those that mean the same here; the others a job shows as they came to be for a model that is not
+here."""
+_PLACE = re.compile(r"\{\{\s*item\b")
+_PYTHON = (
+    '\n\n_grade = grade\n\n\ndef grade(sample, item):\n    return _grade(sample, item["item"])\n'
+)
+
+
+@dataclass
+class _Export:
+    """The objects of a folder, by kind and id, and its other files by name."""
+
+    objects: dict[str, dict[str, Mapping[str, Any]]] = field(
+        default_factory=lambda: {kind: {} for kind in _KINDS}
+    )
+    contents: dict[str, Path] = field(default_factory=dict)
+    read: set[Path] = field(default_factory=set)
+    """Contents that an object named."""
+
+    def content_of(self, file_id: str | None) -> Path | None:
+        """The content of a file, by its id or the name that it was uploaded by."""
+        known = self.objects["file"].get(str(file_id), {})
+        names = (str(file_id), str(known.get("filename") or file_id))
+        found = next((self.contents[name] for name in names if name in self.contents), None)
+        if found is not None:
+            self.read.add(found)
+        return found
+
+
+def convert(export: Path, result: Import, judge: str | None = None) -> None:
+    """Write what the folder ``export`` holds into ``result``; see :func:`..import_openai`."""
+    if not export.is_dir():
+        raise RecipeError(f"{export} is no folder")
+    found = _read(export, result)
+    if not any(found.objects.values()):
+        raise RecipeError(
+            f"{export} holds no object of OpenAI's: save what the API lists, such as "
+            "client.evals.list(), as .json or .jsonl"
+        )
+    _Conversion(found, result, judge).write()
+
+
+def _read(folder: Path, result: Import) -> _Export:
+    export = _Export()
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_file():
+            continue
+        if path.suffix == ".json" and path.stat().st_size > MOST_BYTES:
+            size = f"it has more than {MOST_BYTES >> 20} MiB; write an object a line"
+            result.skip(path.name, size)
+            continue
+        found = list(_objects(path)) if path.suffix in (".json", ".jsonl") else []
+        if not found:
+            export.contents[path.name] = path
+            export.contents.setdefault(path.stem, path)
+        for each in found:
+            export.objects[each["object"]][str(each["id"])] = each
+    return export
+
+
+def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Objects of OpenAI's in a file: one, a list or page of them, or one a line."""
+    for part in _lines(path) if path.suffix == ".jsonl" else [path.read_bytes()]:
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, Mapping) and value.get("object") in _LISTS:
+            value = value.get("data")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Mapping) and each.get("id") and str(each.get("object")) in _KINDS:
+                yield each
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines, which end at a line feed alone."""
+    with path.open("rb") as file:
+        while line := file.readline(MOST_BYTES):
+            yield line
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file is empty, or a list without objects."""
+    with path.open("rb") as file:
+        beginning = file.read(1000)
+    try:
+        value = json.loads(beginning or "[]")
+    except ValueError:
+        return False
+    return not (value.get("data", value) if isinstance(value, Mapping) else value)
+
+
+class _Conversion:
+    def __init__(self, export: _Export, result: Import, judge: str | None) -> None:
+        self.export, self.result, self.judge = export, result, judge
+        self.taken: set[str] = set()
+        self.rows_of: dict[str, str] = {}
+        """Files of rows by OpenAI's ids."""
+        self.runs = _by(export.objects["eval.run"].values(), "eval_id")
+        self.items = _by(export.objects["eval.run.output_item"].values(), "run_id")
+
+    @contextmanager
+    def _left_out(self, where: str) -> Iterator[None]:
+        """Write down why what the block converts is not carried over, and go on behind it."""
+        try:
+            yield
+        except (Refused, Fault, RowRefused) as error:
+            self.result.skip(where, str(error))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self.result.skip(where, f"it is not as OpenAI writes it: {error!r:.200}")
+
+    def write(self) -> None:
+        objects = self.export.objects
+        for kind, convert_one in (
+            ("file", self._file), ("fine_tuning.job", self._job), ("eval", self._eval),
+        ):  # fmt: skip
+            for number, each in enumerate(objects[kind].values(), 1):
+                with self._left_out(f"{kind} {each.get('id', number)}"):
+                    convert_one(each)
+        for run in objects["eval.run"].values():
+            if str(run.get("eval_id")) not in objects["eval"]:
+                self.result.skip(
+                    f"eval.run {run['id']}", f"its eval {run.get('eval_id')} is not there"
+                )
+        for path in sorted({*self.export.contents.values()} - self.export.read):
+            if path.suffix in (".json", ".jsonl") and not _is_empty(path):
+                self.result.skip(
+                    path.name,
+                    "it holds no object that is known here, and none names it as its content",
+                )
+
+    def _file(self, given: Mapping[str, Any]) -> None:
+        if given.get("purpose") != "fine-tune":
+            return  # of evals: read with their runs
+        file_id, name = str(given["id"]), str(given.get("filename") or given["id"])
+        path = self.export.content_of(file_id)
+        if path is None:
+            raise Refused(f"its content is not there; save it as {file_id}.jsonl")
+        target = file_name(Path(name).stem, self.taken, ".jsonl")
+        self.rows_of[file_id] = target
+        self.result.copy_rows(target, path, f"rows of {name}")
+
+    def _job(self, given: Mapping[str, Any]) -> None:
+        names = ("model", "training_file", "validation_file", "seed", "hyperparameters", "method")
+        fields = {name: given[name] for name in names if given.get(name) is not None}
+        chosen, dropped = _without_their_choices(fields)
+        parameters = validate(chosen, CreateJob)
+        train = self.rows_of.get(parameters.training_file)
+        if train is None:
+            raise Refused(f"its rows, {parameters.training_file}, are not there")
+        settings = settings_of(parameters, parameters.seed or 0, writes=True)
+        if parameters.seed is None:
+            del settings["training"]["seed"]
+        objective = dict(settings.get("objective", {}))
+        reinforcement = parameters.method and parameters.method.reinforcement
+        if reinforcement:
+            grader = grader_fields(reinforcement.grader, "method.reinforcement.grader", self._judge)
+            objective = {"method": "grpo", **objective, "grader": grader}
+        data = {"train": str(self.result.folder.absolute() / train)}
+        if parameters.validation_file in self.rows_of:
+            name = self.rows_of[str(parameters.validation_file)]
+            data["validation"] = str(self.result.folder.absolute() / name)
+        tuned = str(given.get("fine_tuned_model") or "")
+        label = tuned.split(":")[3] if tuned.count(":") >= 4 else ""
+        recipe = {"data": data, "objective": objective, "training": settings["training"]}
+        recipe = {group: values for group, values in recipe.items() if values}
+        target = file_name(f"tune {label or given['id']}", self.taken, ".toml")
+        if dropped:
+            self.result.remark(
+                f"{target}: {', '.join(f'{name}={value}' for name, value in dropped.items())} were for "
+                f"{parameters.model}; luthier chooses by the rows and your base model"
+            )
+        self.result.write_toml(
+            target, recipe, f"recipe of the job {given['id']} ({parameters.model})",
+            f"luthier tune {self.result.place(target)}",
+        )  # fmt: skip
+
+    def _judge(self, model: str, where: str) -> str:
+        """What graders of OpenAI's ask here."""
+        if self.judge is None:
+            self.result.remark(
+                f"replies that a model grades are sent to {model} at api.openai.com; --judge names "
+                "another model"
+            )
+        return self.judge or f"https://api.openai.com/v1#{model}"
+
+    def _eval(self, given: Mapping[str, Any]) -> None:
+        title = str(given.get("name") or given["id"])
+        tables: dict[str, dict[str, Any]] = {}
+        for index, criterion in enumerate(given.get("testing_criteria") or []):
+            with self._left_out(f"eval {title!r}, criterion {index + 1}"):
+                for name, table in self._table(criterion, index).items():
+                    tables[name if name not in tables else f"{name}_{index + 1}"] = table
+        runs = self.runs[str(given["id"])]
+        graders = None
+        if tables:
+            graders = file_name(f"{title} graders", self.taken, ".toml")
+            self.result.write_toml(
+                graders, tables, f"graders of the eval {title!r}: {', '.join(tables)}"
+            )
+        if not runs:
+            self.result.skip(
+                f"rows of the eval {title!r}", "no run of it is there to take them from"
+            )
+        written: dict[str, str] = {}
+        for run in runs:
+            with self._left_out(f"run {run['id']} of {title!r}"):
+                self._run(run, title, graders, written)
+
+    def _table(self, given: Any, index: int) -> dict[str, dict[str, Any]]:
+        """The grader of a criterion, which gives 1 where a row passes."""
+        if not isinstance(given, Mapping):
+            return {}
+        (criterion,) = criteria_of([given], self._judge, {})
+        fields = _below_item(grader_fields(given, f"testing_criteria[{index}]", self._judge))
+        name = re.sub(r"\W+", "_", criterion.name.lower(), flags=re.ASCII).strip("_") or f"c{index}"
+        if given["type"] not in ("string_check", "label_model"):
+            fields = {
+                "method": "multi", "calculate_output": f"score >= {criterion.threshold:g}",
+                "graders": {"score": fields},
+            }  # fmt: skip
+        return {name: fields}
+
+    def _run(
+        self, run: Mapping[str, Any], title: str, graders: str | None, written: dict[str, str]
+    ) -> None:
+        items = self.items[str(run["id"])]
+        counts = run.get("result_counts") or {}
+        asked = str(run.get("model") or "answers that were brought along")
+        self.result.results.append(
+            f"{title}, run {run.get('name') or run['id']}: {asked} passed "
+            f"{counts.get('passed', 0):,} of {counts.get('total', 0):,}"
+        )
+        rows = list(self._rows(run, items))
+        if rows:
+            content = json.dumps(rows, sort_keys=True)
+            if content not in written:
+                written[content] = file_name(title, self.taken, ".jsonl")
+                command = f"luthier evaluate MODEL {self.result.place(written[content])}"
+                if graders:
+                    command += f" --grader {self.result.place(graders)}"
+                self.result.write_rows(
+                    written[content], rows, f"of the eval {title!r}", command if graders else None
+                )
+        answers = [
+            row for each in items if each.get("status") == "pass" for row in _answer_rows(each)
+        ]
+        if answers:
+            name = file_name(f"{title} answers {asked}", self.taken, ".jsonl")
+            self.result.write_rows(
+                name,
+                answers,
+                f"with answers of {asked} that passed",
+                f"luthier tune {self.result.place(name)}",
+            )
+        if not rows:
+            raise Refused("there is neither what it asked nor what was answered")
+
+    def _rows(
+        self, run: Mapping[str, Any], items: Sequence[Mapping[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        """What the run asked, by its source, or else by its output items."""
+        given = {n: v for n, v in (run.get("data_source") or {}).items() if v is not None}
+        source = validate(given, DataSource, "data_source") if _known_source(given) else None
+        found = [] if source is None else self._items(given["source"])
+        if found and source is not None and source.input_messages is not None:
+            for number, item in enumerate(found, 1):
+                answer = Answer((), "", None, PromptOnly("rows", number, "", members=item))
+                yield _row(source.messages(answer), item)
+            return
+        for each in sorted(items, key=lambda each: int(each.get("datasource_item_id") or 0)):
+            sample = each.get("sample") or {}
+            if sample.get("input"):
+                yield _row(sample["input"], each.get("datasource_item") or {})
+
+    def _items(self, source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        rows = source.get("content") or []
+        if source.get("type") == "file_id":
+            path = self.export.content_of(source.get("id"))
+            if path is None or path.stat().st_size > MOST_BYTES:
+                return []
+            rows = []
+            for line in read_text(path).split("\n"):
+                if line.strip():
+                    try:
+                        rows.append(json.loads(line))
+                    except ValueError as error:
+                        raise Refused(f"{path.name} is no JSON Lines: {error}") from error
+        return [row["item"] for row in rows if isinstance(row, Mapping) and "item" in row]
+
+
+def _by(objects: Iterable[Mapping[str, Any]], name: str) -> Mapping[str, list[Mapping[str, Any]]]:
+    """Objects by what they say under ``name``, in their order."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for each in objects:
+        found[str(each.get(name))].append(each)
+    return found
+
+
+def _known_source(given: Mapping[str, Any]) -> bool:
+    kind = (given.get("source") or {}).get("type")
+    rows = (given.get("source") or {}).get("content")
+    return kind == "file_id" or (kind == "file_content" and bool(rows))
+
+
+def _without_their_choices(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a job without what was chosen for a model of OpenAI's, and that: what their service
+    knows and this one does not, too."""
+    dropped: dict[str, Any] = {}
+
+    def clean(
+        given: Mapping[str, Any], taken: Collection[str] = _HYPERPARAMETERS
+    ) -> dict[str, Any]:
+        dropped.update(
+            {n: v for n, v in given.items() if n not in taken and v not in (None, "auto")}
+        )
+        return {n: v for n, v in given.items() if n in taken and v is not None}
+
+    chosen = {name: value for name, value in fields.items() if name != "hyperparameters"}
+    clean(fields.get("hyperparameters") or {})
+    method = fields.get("method")
+    if isinstance(method, Mapping) and isinstance(
+        arm := method.get(str(method.get("type"))), Mapping
+    ):
+        kept = clean(arm, ("grader", "hyperparameters"))
+        kept["hyperparameters"] = clean(arm.get("hyperparameters") or {})
+        chosen["method"] = {"type": method["type"], method["type"]: kept}
+    return chosen, dropped
+
+
+def _below_item(value: Any) -> Any:
+    """Fields of a grader for rows that hold the item as ``item``, whatever its members are called."""
+    if isinstance(value, str):
+        return _PLACE.sub("{{item.item", value)
+    if isinstance(value, Mapping):
+        found = {name: _below_item(each) for name, each in value.items()}
+        if found.get("method") == "python":
+            found["source"] = str(value["source"]).rstrip() + _PYTHON
+        return found
+    return [_below_item(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _row(messages: Sequence[Mapping[str, Any]], item: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_prompt_row(messages), "item": dict(item)}
+
+
+def _prompt_row(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    turns = [
+        {
+            "role": "system" if each["role"] == "developer" else each["role"],
+            "content": each["content"],
+        }
+        for each in messages
+        if isinstance(each.get("content"), str) and isinstance(each.get("role"), str)
+    ]
+    if len(turns) != len(messages) or not turns:
+        raise Refused("its messages hold more than texts")
+    return {"messages": turns}
+
+
+def _answer_rows(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    sample = item.get("sample") or {}
+    replies = [each for each in sample.get("output") or [] if isinstance(each.get("content"), str)]
+    if sample.get("input") and replies:
+        turns = _prompt_row(sample["input"])["messages"]
+        yield {"messages": [*turns, {"role": "assistant", "content": replies[-1]["content"]}]}

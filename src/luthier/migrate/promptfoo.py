@@ -1,0 +1,518 @@
+"""A configuration of promptfoo as rows and graders: its prompts, tests and assertions.
+
+Each prompt becomes a file of rows, one for each test with its variables filled in; tests with the same
+kinds of assertions share a file, and a file of graders. What an assertion compares with stands in the
+row, under ``assert``. Source: promptfoo's configuration reference and its pages on test cases and
+expected outputs, of 2026.
+
+Left out is what needs promptfoo itself: JavaScript, providers, transforms, red teaming, limits of cost
+and latency, and metrics that need a retrieved context. Templates are read by Jinja2 in
+its sandbox, which Nunjucks was modelled on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from luthier.data.read import read_records
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.migrate.assertions import (
+    JUDGED,
+    LEFT_OUT,
+    SIMILARITIES,
+    Checks,
+    judge_of,
+)
+from luthier.migrate.files import (
+    YAML_ENDINGS,
+    Import,
+    Refused,
+    file_name,
+    number_of,
+    parse_yaml,
+    read_text,
+)
+from luthier.types import map_texts
+
+_CHAT_ROLES = ("system", "user", "assistant")
+_EXPECTED = re.compile(
+    r"\s*(not-)?([a-z][a-z0-9-]*)(?:\(([0-9.eE+-]+)\))?\s*(?::\s*(.*))?", re.DOTALL
+)
+_WITHOUT_VALUE = ("is-json", "contains-json", "is-refusal")
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    label: str
+    template: str | list[Any]
+    """A text, or messages whose contents are texts."""
+
+
+@dataclass(frozen=True)
+class _Test:
+    where: str
+    vars: Mapping[str, Any]
+    asserts: Sequence[Any]
+    threshold: float | None
+    prefix: str
+    suffix: str
+    beside: Mapping[str, Any]
+    """Its description and metadata."""
+    judge: str | None
+
+
+def convert(config: Path, result: Import, judge: str | None = None) -> None:
+    """Write what ``config`` asks and checks into ``result``; see :func:`..import_promptfoo`."""
+    try:
+        _Configuration(config, result, judge).write()
+    except Refused as error:
+        raise RecipeError(f"{config}: {error}") from error
+    except (AttributeError, KeyError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        raise RecipeError(f"{config} has a part that promptfoo does not write: {error}") from error
+
+
+class _Configuration:
+    def __init__(self, path: Path, result: Import, judge: str | None) -> None:
+        self.path, self.result, self.judge = path, result, judge
+        self.fields = self._fields()
+        self.default = self._default()
+        self.embeds = False
+        self.without: dict[str, dict[str, None]] = {}
+        """By variable, the tests that lack it, in their order."""
+
+    def write(self) -> None:
+        prompts, labels = list[_Prompt](), Counter[str]()
+        for each in self._prompts():
+            labels[each.label] += 1
+            number = labels[each.label]
+            prompts.append(replace(each, label=f"{each.label} ({number})") if number > 1 else each)
+        if not prompts:
+            raise RecipeError(f"{self.path}: no prompt can be imported; {self._reasons()}")
+        tests = list(self._tests())
+        files: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        tables: dict[str, dict[str, dict[str, Any]]] = {}
+        count = 0
+        for prompt in prompts:
+            for test in tests:
+                for filled in self._rows_of_test(prompt, test):
+                    row, graders = filled
+                    signature = json.dumps(graders, sort_keys=True)
+                    tables[signature] = graders
+                    files.setdefault((prompt.label, signature), []).append(row)
+                    count += 1
+        if not count:
+            raise RecipeError(f"{self.path}: no test can be imported; {self._reasons()}")
+        self._note_the_rest()
+        self._write_files(files, tables)
+
+    def _write_files(
+        self,
+        files: Mapping[tuple[str, str], list[dict[str, Any]]],
+        tables: Mapping[str, dict[str, dict[str, Any]]],
+    ) -> None:
+        # A file of rows has the number of the graders that belong to it.
+        numbers = {each: f" {n}" if len(tables) > 1 else "" for n, each in enumerate(tables, 1)}
+        taken: set[str] = set()
+        graders: dict[str, str] = {}
+        for signature, checks in tables.items():
+            if checks:
+                graders[signature] = file_name(f"graders{numbers[signature]}", taken, ".toml")
+                self.result.write_toml(graders[signature], checks, f"graders: {', '.join(checks)}")
+        for (label, signature), rows in files.items():
+            name = file_name(f"{label}{numbers[signature]}", taken, ".jsonl")
+            command = None
+            if signature in graders:
+                command = (
+                    f"luthier evaluate MODEL {self.result.place(name)} "
+                    f"--grader {self.result.place(graders[signature])}"
+                )
+            self.result.write_rows(name, rows, f"of the prompt {label!r}", command)
+
+    def _fields(self) -> Mapping[str, Any]:
+        found = parse_yaml(read_text(self.path), str(self.path))
+        if not isinstance(found, Mapping) or not found.keys() & {"prompts", "tests", "scenarios"}:
+            raise RecipeError(
+                f"{self.path} is no configuration of promptfoo: it has no prompts and no tests"
+            )
+        return found
+
+    def _default(self) -> Mapping[str, Any]:
+        given = self.fields.get("defaultTest") or {}
+        if isinstance(given, str):
+            given = parse_yaml(self._read(given.removeprefix("file://")), given)
+        return given if isinstance(given, Mapping) else {}
+
+    def _file(self, name: str) -> Path:
+        folder = self.path.parent.resolve()
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            raise Refused(f"{name} is outside the folder of {self.path.name}; move it there")
+        if not path.is_file():
+            raise Refused(f"{name} is not there")
+        return path
+
+    def _read(self, name: str) -> str:
+        try:
+            return read_text(self._file(name))
+        except RecipeError as error:
+            raise Refused(str(error)) from error
+
+    def _prompts(self) -> Iterator[_Prompt]:
+        given = self.fields.get("prompts", ["{{prompt}}"])
+        for number, each in enumerate(given if isinstance(given, list) else [given], 1):
+            where, label = f"prompt {number}", None
+            if isinstance(each, Mapping):
+                label, each = each.get("label"), each.get("raw") or each.get("id")
+            try:
+                if not isinstance(each, str):
+                    raise Refused("it is no text and no file")
+                yield from self._prompt(each, label, where)
+            except Refused as error:
+                self.result.skip(where, str(error))
+
+    def _prompt(self, given: str, label: Any, where: str) -> Iterator[_Prompt]:
+        given = given.strip() if given.strip().startswith("file://") else given
+        is_path = re.fullmatch(r"[^\s{}]+\.(txt|md|j2|json|ya?ml|csv|tsv)", given) is not None
+        if re.match(r"(exec|langfuse|portkey|helicone)(:|://)", given) or re.fullmatch(
+            r"[^\s{}]+\.(js|cjs|mjs|ts|py|sh|rb)(:\w+)?", given
+        ):
+            raise Refused(f"{given}: prompts made by programs or other services are not run")
+        if not given.startswith("file://") and not is_path:
+            yield _Prompt(str(label or where), _messages(given) or given)
+            return
+        for each in self._names(given.removeprefix("file://")):
+            title = str(label or Path(each).stem)
+            if Path(each).suffix in (".csv", ".tsv"):
+                for row in self._records(each):
+                    yield _Prompt(str(row.get("label") or title), str(row.get("prompt", "")))
+                continue
+            text = self._read(each)
+            if Path(each).suffix in YAML_ENDINGS:
+                yield _Prompt(title, _messages(text) or text)
+                continue
+            parts = [
+                part for part in re.split(r"^---\s*$", text, flags=re.MULTILINE) if part.strip()
+            ]
+            for number, part in enumerate(parts, 1):
+                yield _Prompt(f"{title} {number}" if len(parts) > 1 else title, part.strip())
+
+    def _names(self, pattern: str) -> list[str]:
+        """The name of a file, or those in the folder that are like a pattern."""
+        if not re.search(r"[*?\[]", pattern):
+            return [pattern]
+        folder = self.path.parent
+        try:
+            found = sorted(folder.glob(pattern))
+            names = [str(path.relative_to(folder)) for path in found if ".." not in path.parts]
+        except (NotImplementedError, ValueError, OSError) as error:
+            raise Refused(f"{pattern}: {error}") from error
+        if not names:
+            raise Refused(f"no file in the folder is like {pattern}")
+        return names
+
+    def _records(self, name: str) -> list[Mapping[str, Any]]:
+        problems: list[Problem] = []
+        found: list[Mapping[str, Any]] = [
+            record for _, record in read_records(self._file(name), problems)
+        ]
+        if problems:
+            raise RecipeError(str(DataError(problems, "nothing was imported")))
+        return found
+
+    def _tests(self) -> Iterator[_Test]:
+        yield from self._inline_tests(self.fields.get("tests", []), "test")
+        for number, scenario in enumerate(self.fields.get("scenarios") or [], 1):
+            where = f"scenario {number}"
+            if not isinstance(scenario, Mapping):
+                self.result.skip(where, "only scenarios in the file itself are read")
+                continue
+            configs = scenario.get("config") or [{}]
+            tests = scenario.get("tests") or [{}]
+            for config, test in itertools.product(configs, tests):
+                if not isinstance(config, Mapping) or not isinstance(test, Mapping):
+                    self.result.skip(where, "only configs and tests in the file itself are read")
+                    continue
+                joined = {
+                    **config,
+                    **test,
+                    "vars": {**(config.get("vars") or {}), **(test.get("vars") or {})},
+                    "assert": [*(config.get("assert") or []), *(test.get("assert") or [])],
+                    "metadata": {**(config.get("metadata") or {}), **(test.get("metadata") or {})},
+                }
+                yield from self._inline_tests([joined], where)
+
+    def _inline_tests(self, given: Any, where: str) -> Iterator[_Test]:
+        for number, each in enumerate(given if isinstance(given, list) else [given], 1):
+            place = f"{where} {number}"
+            try:
+                if isinstance(each, str):
+                    yield from self._tests_of_file(each)
+                elif isinstance(each, Mapping) and "path" in each and "vars" not in each:
+                    raise Refused("tests made by programs are not run")
+                elif isinstance(each, Mapping):
+                    yield self._test(each, place)
+                else:
+                    raise Refused("a test is an object, or the name of a file")
+            except Refused as error:
+                self.result.skip(place, str(error))
+
+    def _tests_of_file(self, given: str) -> Iterator[_Test]:
+        name = given.removeprefix("file://")
+        if re.match(r"(https?|huggingface|s3|az)://", name):
+            raise Refused(f"{name}: nothing is fetched; save it beside the configuration")
+        if re.search(r"\.(py|js|cjs|mjs|ts)(:\w+)?$", name):
+            raise Refused(f"{name}: tests made by programs are not run")
+        for each in self._names(name):
+            if Path(each).suffix in _TABLES:
+                for line, record in enumerate(self._records(each), 1):
+                    listed = (
+                        record if "vars" in record or "assert" in record else _of_columns(record)
+                    )
+                    place = f"{each} row {line}"
+                    try:
+                        yield self._test(listed, place)
+                    except Refused as error:
+                        self.result.skip(place, str(error))
+                continue
+            found_tests = parse_yaml(self._read(each), each)
+            yield from self._inline_tests(found_tests, each)
+
+    def _test(self, given: Mapping[str, Any], where: str) -> _Test:
+        options = {**(self.default.get("options") or {}), **(given.get("options") or {})}
+        for name in ("transform", "postprocess", "transformVars"):
+            if options.get(name) or given.get(name):
+                self.result.remark(f"`{name}` is JavaScript: replies are graded as they are")
+        for name in ("rubricPrompt", "disableVarExpansion"):
+            if options.get(name):
+                self.result.remark(f"the option `{name}` is not carried over")
+        if given.get("assertScoringFunction"):
+            self.result.remark("`assertScoringFunction` is JavaScript: scores are weighted means")
+        variables = self._resolve_variables(
+            {**self._vars(self.default), **self._vars(given)}, where
+        )
+        if empty := [name for name, value in variables.items() if value == []]:
+            raise Refused(f"`{empty[0]}` is an empty list, so there is no row")
+        asserts = [*(self.default.get("assert") or []), *(given.get("assert") or [])]
+        beside = {name: given[name] for name in ("description", "metadata") if given.get(name)}
+        threshold = given.get("threshold", self.default.get("threshold"))
+        return _Test(
+            where, variables, asserts, number_of(threshold, 0.0) or None,
+            str(options.get("prefix") or ""), str(options.get("suffix") or ""), beside,
+            self.judge or judge_of(options.get("provider")),
+        )  # fmt: skip
+
+    def _vars(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        found = given.get("vars") or {}
+        if isinstance(found, str):
+            found = parse_yaml(self._read(found.removeprefix("file://")), found)
+        if not isinstance(found, Mapping):
+            raise Refused("`vars` is no object")
+        read = {}
+        for name, value in found.items():
+            if isinstance(value, str) and value.strip().startswith("file://"):
+                path = value.strip().removeprefix("file://")
+                if Path(path).suffix not in (".txt", ".md", *YAML_ENDINGS):
+                    raise Refused(f"`{name}`: {value} is no text")
+                text = self._read(path)
+                is_yaml = Path(path).suffix in YAML_ENDINGS
+                value = json.dumps(parse_yaml(text, path), ensure_ascii=False) if is_yaml else text
+            # As there, one line end behind a text is none of it.
+            read[str(name)] = value.removesuffix("\n") if isinstance(value, str) else value
+        return read
+
+    def _resolve_variables(self, variables: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Variables may name each other."""
+        fill = self._filler(variables, where)
+        return {name: fill(value) for name, value in variables.items()}
+
+    def _rows_of_test(
+        self, prompt: _Prompt, test: _Test
+    ) -> Iterator[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
+        """Rows of a test: one for each choice among variables that are lists."""
+        lists = {name: value for name, value in test.vars.items() if isinstance(value, list)}
+        for chosen in itertools.product(*lists.values()):
+            variables = {**test.vars, **dict(zip(lists, chosen, strict=True))}
+            try:
+                yield self._row(prompt, test, variables)
+            except Refused as error:
+                self.result.skip(f"{test.where} with {prompt.label!r}", str(error))
+
+    def _row(
+        self, prompt: _Prompt, test: _Test, variables: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        fill = self._filler(variables, test.where)
+        if isinstance(prompt.template, str):
+            text = f"{test.prefix}{fill(prompt.template)}{test.suffix}"
+            asked: Any = _messages(text) or text
+        else:
+            asked = fill(prompt.template)
+        if isinstance(asked, str) and not asked.strip():
+            raise Refused("the prompt is empty")
+        checks = Checks(fill, self._read, test.judge)
+        checks.add_all(test.asserts, test.threshold)
+        self.embeds |= any(
+            each["method"] == "embedding_similarity" for each in checks.graders.values()
+        )
+        for what, why in checks.refused:
+            self.result.skip(f"{test.where}, {what}", why)
+        row: dict[str, Any] = {"prompt": asked} if isinstance(asked, str) else {"messages": asked}
+        if checks.expected is not None and isinstance(asked, str):
+            row["completion"] = checks.expected
+        elif checks.expected is not None:
+            row["messages"] = [*asked, {"role": "assistant", "content": checks.expected}]
+        row |= {"vars": dict(variables), "assert": checks.values, **test.beside}
+        return {name: value for name, value in row.items() if value not in ({}, [])}, checks.tables
+
+    def _filler(self, variables: Mapping[str, Any], where: str) -> Callable[[Any], Any]:
+        """What puts variables into texts, and writes down which of them are missing."""
+
+        def missing(name: str) -> None:
+            self.without.setdefault(name, {})[where] = None
+
+        return lambda value: map_texts(value, lambda text: _fill(text, variables, missing))
+
+    def _note_the_rest(self) -> None:
+        if self.embeds:
+            self.result.remark(
+                "`similar` is the cosine of all-minilm-l6-v2's embeddings: thresholds for another "
+                "encoder may be too high or too low"
+            )
+        for name, tests in self.without.items():
+            first = ", ".join(list(tests)[:3])
+            more = f" and {len(tests) - 3:,} more tests" if len(tests) > 3 else ""
+            self.result.remark(
+                f"{first}{more}: there is no variable `{name}`, and its place is empty"
+            )
+        providers = self.fields.get("providers") or self.fields.get("targets") or []
+        names = [
+            str(each.get("id", each)) if isinstance(each, Mapping) else str(each)
+            for each in (providers if isinstance(providers, list) else [providers])
+        ]
+        if names:
+            self.result.skip(f"providers ({', '.join(names)})", "name a model in each command")
+        for name in ("redteam", "derivedMetrics", "extensions", "nunjucksFilters"):
+            if self.fields.get(name):
+                self.result.skip(name, "promptfoo alone has it")
+
+    def _reasons(self) -> str:
+        found = [f"{each.where}: {each.reason}" for each in self.result.not_imported[:5]]
+        return "; ".join(found) or "there is none in the file"
+
+
+def _of_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A test from a row of a table, whose columns with two underscores mean something."""
+    test: dict[str, Any] = {"vars": {}, "assert": [], "options": {}, "metadata": {}}
+    for name, value in record.items():
+        if not name.startswith("__"):
+            test["vars"][name] = value
+        elif re.fullmatch(r"__expected[0-9]*", name) and str(value).strip():
+            test["assert"].append(_of_cell(str(value)))
+        elif name in ("__description", "__threshold") and str(value).strip():
+            test[name[2:]] = str(value)
+        elif name in ("__prefix", "__suffix"):
+            test["options"][name[2:]] = str(value)
+        elif name.startswith("__metadata:"):
+            test["metadata"][name.removeprefix("__metadata:").removesuffix("[]")] = value
+    if record.get("__metric"):
+        test["assert"] = [{**each, "metric": str(record["__metric"])} for each in test["assert"]]
+    return test
+
+
+def _of_cell(text: str) -> dict[str, Any]:
+    """An assertion as a cell has it: ``contains: Paris``, ``similar(0.8): Hello``, or a text alone."""
+    found = _EXPECTED.fullmatch(text)
+    known = (*LEFT_OUT, *JUDGED, *SIMILARITIES, "equals", "contains", "icontains", "contains-any",
+             "contains-all", "icontains-any", "icontains-all", "regex", "starts-with", "is-json",
+             "contains-json", "levenshtein", "similar", "python", "is-refusal", "grade", "fn",
+             "eval")  # fmt: skip
+    if found is None or found[2] not in known:
+        return {"type": "equals", "value": text}
+    if found[4] is None and found[2] not in _WITHOUT_VALUE:
+        return {"type": "equals", "value": text}
+    kind = {"grade": "llm-rubric", "fn": "javascript", "eval": "javascript"}.get(found[2], found[2])
+    fields: dict[str, Any] = {"type": f"{found[1] or ''}{kind}", "value": found[4] or None}
+    return fields | ({"threshold": found[3]} if found[3] else {})
+
+
+def _messages(text: str) -> list[Any] | None:
+    """Turns, where ``text`` is a list of them as JSON or YAML; ``None`` for any other text."""
+    if not text.lstrip().startswith(("[", "- ")):
+        return None
+    try:
+        found = parse_yaml(text, "a prompt")
+    except RecipeError:
+        return None
+    if not isinstance(found, list) or not all(
+        isinstance(turn, Mapping) and "role" in turn and "content" in turn for turn in found
+    ):
+        return None
+    turns = []
+    for turn in found:
+        role = "system" if turn["role"] == "developer" else turn["role"]
+        if role not in _CHAT_ROLES or not isinstance(turn["content"], str):
+            raise Refused(f"its messages hold more than texts of {', '.join(_CHAT_ROLES)}")
+        turns.append({"role": role, "content": turn["content"]})
+    return turns or None
+
+
+@cache
+def _environment() -> Any:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True, finalize=_as_javascript)
+    environment.filters["dump"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
+    environment.filters["load"] = json.loads
+    return environment
+
+
+def _as_javascript(value: Any) -> Any:
+    """What a template writes of a value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False)
+    return "" if value is None else value
+
+
+@cache
+def _template(text: str) -> tuple[Any, frozenset[str]]:
+    from jinja2.meta import find_undeclared_variables
+
+    environment = _environment()
+    return (
+        environment.from_string(text),
+        frozenset(find_undeclared_variables(environment.parse(text))),
+    )
+
+
+def _fill(text: str, variables: Mapping[str, Any], missing: Callable[[str], None]) -> str:
+    """``text`` with the variables put into it."""
+    from jinja2 import TemplateError
+
+    if "{{" not in text and "{%" not in text:
+        return text
+    try:
+        template, names = _template(text)
+        for name in sorted(names - variables.keys()):
+            missing(name)
+        return str(template.render(variables))
+    except (
+        TemplateError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        MemoryError,
+        RecursionError,
+    ) as error:
+        raise Refused(f"its template cannot be filled: {error}") from error

@@ -1,0 +1,110 @@
+"""Endpoints become usable: their models are checked and loaded in the background."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from sqlalchemy import select
+
+from luthier.errors import DoesNotFit
+from luthier.files import verify
+from luthier.inference.inference import InferenceFailed
+from luthier.inference.pool import ModelPool
+from luthier.library import models
+from luthier.server.identifiers import stored_id_of
+from luthier.server.tables.database import Database, find_row
+from luthier.server.tables.endpoints import Endpoint, unfinished_ids
+
+Prepare = Callable[[str], None]
+"""Makes the model of an id ready to answer; raises :class:`LuthierError` where it cannot."""
+
+_THREADS = 2
+_log = logging.getLogger("luthier.server")
+
+
+def check_files(stored_id: str) -> None:
+    """Whether every file of a model and of those below it has the bytes that were recorded.
+
+    Raises:
+        LuthierError: where one has not, or there is no such model.
+    """
+    found: models.StoredModel | None = models.find(stored_id)
+    while found is not None:
+        verify(found.folder, found.manifest.files)
+        found = found.parent
+
+
+def check_and_load(pool: ModelPool, stored_id: str) -> None:
+    """Check the files of a model and load the model, so that its first request does not wait.
+
+    If memory is short now, the first request loads the model.
+
+    Raises:
+        LuthierError: as :func:`check_files`, and if the model cannot be loaded at all.
+    """
+    check_files(stored_id)
+    try:
+        pool.load(stored_id)
+    except InferenceFailed as failed:
+        if failed.code != "ModelNotReady":
+            raise
+        _log.info("%s answers, and is loaded when it is first asked: %s", stored_id, failed)
+
+
+class Activation:
+    """Prepares models in the background; what comes of it is written where it was asked for."""
+
+    def __init__(self, database: Database, prepare: Prepare = check_files) -> None:
+        """``prepare`` is :func:`check_and_load` in a server that answers."""
+        self.database, self.prepare = database, prepare
+        self._threads = ThreadPoolExecutor(_THREADS, "activation")
+
+    def submit(self, endpoint_id: str) -> None:
+        """Prepare what an endpoint waits for; call it after the transaction that asks for it."""
+        self._threads.submit(self._run, endpoint_id)
+
+    def resume(self) -> None:
+        """Go on with what a server that was killed left behind."""
+        with self.database.read() as session:
+            waiting = unfinished_ids(session)
+        for endpoint_id in waiting:
+            self.submit(endpoint_id)
+
+    def close(self) -> None:
+        """Wait for the models that are being prepared; the others are left for the next start."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, endpoint_id: str) -> None:
+        query = select(Endpoint).filter_by(id=endpoint_id)
+        try:
+            with self.database.read() as session:
+                endpoint = find_row(session, query)
+            model = endpoint.pending_model if endpoint else None
+            if model is None:
+                return
+            failure = self._prepare(model)
+            with self.database.write() as session:
+                endpoint = find_row(session, query, lock=True)
+                if endpoint is not None:
+                    endpoint.finish_update(model, failure)
+        except Exception:
+            # It stays as it is, and is tried again at the next start.
+            _log.exception("could not write what became of %s", endpoint_id)
+
+    def _prepare(self, model: str) -> str | None:
+        """Prepare the model of an ARN; what its owner is told where that is not possible."""
+        try:
+            with self.database.read() as session:
+                stored_id = stored_id_of(session, model)
+            if stored_id is None:
+                return "The model is not there any more."
+            self.prepare(stored_id)
+        except DoesNotFit as error:
+            return str(error)
+        except Exception:
+            # Names of files are for those who run the service.
+            _log.exception("%s cannot be used", model)
+            return "The files of the model are missing or damaged, or cannot be loaded."
+        return None

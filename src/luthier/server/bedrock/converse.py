@@ -1,0 +1,392 @@
+"""Converse and ConverseStream: conversations as AWS checks them and the engine reads them, and answers.
+
+What a request may hold is in botocore's service model (``luthier.server.bedrock.shapes``). Here stands
+what no shape says: how turns follow each other, and what is not done by this server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from luthier.data.template_kwargs import TemplateSettings
+from luthier.data.tools import find_unmatched_call
+from luthier.inference.inference import (
+    MOST_PENALTY,
+    MOST_TOKENS,
+    Chat,
+    GenerationRequest,
+    GenerationResult,
+    ReasoningChunk,
+    Stream,
+    TokenChunk,
+    ToolCallEvent,
+)
+from luthier.models.sampling import Constraint
+from luthier.server.bedrock.bodies import NativeBody, parsed_native
+from luthier.server.bedrock.eventstream import event
+from luthier.server.http.messages import Fault
+from luthier.server.structured_outputs import StructuredOutputs
+from luthier.types import Message, Tool, ToolCall
+
+TEMPERATURE, TOP_P = 0.5, 0.9
+"""Where a request names none: what Llama has on Bedrock."""
+STOP_REASONS: Mapping[str, str] = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "stop_sequence": "stop_sequence",
+    "tool_calls": "tool_use",
+    "context": "model_context_window_exceeded",
+}
+_FRAGMENT = 64
+"""Characters of a call's arguments in one event."""
+
+
+class Further(NativeBody):
+    """Members that only some models have: ``additionalModelRequestFields``."""
+
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    chat_template_kwargs: TemplateSettings | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+
+def generation_request(members: Mapping[str, Any]) -> GenerationRequest:
+    """The request for the engine; ``members`` are those of Converse, checked by their shapes.
+
+    Raises:
+        Fault: Validation.
+    """
+    if "guardrailConfig" in members:
+        raise Fault("Validation", "guardrailConfig is not supported by this server.")
+    if members.get("promptVariables"):
+        raise Fault("Validation", "promptVariables are for prompts of Prompt management only.")
+    config, form = (
+        members.get("inferenceConfig", {}),
+        members.get("outputConfig", {}).get("textFormat"),
+    )
+    fields = _object(
+        members.get("additionalModelRequestFields", {}), "additionalModelRequestFields"
+    )
+    further = parsed_native(Further, fields)
+    constraint = further.structured_outputs.constraint if further.structured_outputs else None
+    if form:
+        if constraint is not None:
+            text = (
+                "An answer matches one thing: send outputConfig.textFormat or structured_outputs."
+            )
+            raise Fault("Validation", text)
+        constraint = Constraint("schema", schema_of(form["structure"]["jsonSchema"]["schema"]))
+    return GenerationRequest(
+        replace(chat_of(members), template_kwargs=further.chat_template_kwargs or {}),
+        max_tokens=config.get("maxTokens"),
+        temperature=config.get("temperature", TEMPERATURE),
+        top_p=config.get("topP", TOP_P),
+        stop=tuple(config.get("stopSequences", ())),
+        **(constraint.fields if constraint else {}),
+        **further.model_dump(
+            exclude_none=True, exclude={"chat_template_kwargs", "structured_outputs"}
+        ),
+    )
+
+
+def chat_of(members: Mapping[str, Any]) -> Chat:
+    """The conversation for the engine, from ``messages``, ``system`` and ``toolConfig``.
+
+    Raises:
+        Fault: Validation, where turns do not follow each other as they should.
+    """
+    messages = members.get("messages")
+    if not messages:
+        raise Fault(
+            "Validation",
+            "1 validation error detected: Value at 'messages' failed to satisfy constraint: Member "
+            "must have length greater than or equal to 1",
+        )
+    _check_order(messages)
+    system = [_block_text(block) for block in members.get("system", ())]
+    text = "\n".join(each for each in system if each is not None)
+    turns = [Message("system", text)] if text else []
+    for index, message in enumerate(messages):
+        turns += _turns(message, f"messages.{index}")
+    _check_calls(turns, "toolConfig" in members)
+    tools, choice = _tools(members["toolConfig"]) if "toolConfig" in members else ((), "auto")
+    return Chat(tuple(turns), tools, choice)
+
+
+def _block_text(block: Mapping[str, Any]) -> str | None:
+    """The text of a block, ``None`` of a point to cache at; everything else is not supported."""
+    ((name, value),) = block.items()
+    if name == "guardContent":
+        ((name, value),) = value.items()
+        value = value["text"] if name == "text" else value
+    if name not in ("text", "cachePoint"):
+        raise _unsupported_field(name)
+    return value if name == "text" else None
+
+
+def _tools(config: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
+    """The tools, and the choice between them as the engine has it."""
+    tools = []
+    for index, item in enumerate(config["tools"]):
+        ((name, spec),) = item.items()
+        if name == "toolSpec":
+            ((_, schema),) = spec["inputSchema"].items()
+            schema = _object(schema, f"toolConfig.tools.{index}.toolSpec.inputSchema.json")
+            tools.append(Tool(spec["name"], spec.get("description", ""), schema))
+        elif name != "cachePoint":
+            raise _unsupported_field(name)
+    names = [tool.name for tool in tools]
+    if twice := {name for name, count in Counter(names).items() if count > 1}:
+        raise Fault("Validation", f"The tool {min(twice)} is defined more than once.")
+    ((kind, value),) = config.get("toolChoice", {"auto": {}}).items()
+    if kind != "tool":
+        return tuple(tools), {"auto": "auto", "any": "required"}[kind]
+    if value["name"] not in names:
+        text = f"The tool {value['name']} of toolChoice is not among toolConfig.tools."
+        raise Fault("Validation", text)
+    return tuple(tools), f"name:{value['name']}"
+
+
+def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
+    roles = [message["role"] for message in messages]
+    if "system" in roles:
+        raise Fault("Validation", "This model doesn't support messages of the role system.")
+    if roles[0] != "user":
+        raise Fault(
+            "Validation",
+            "A conversation must start with a user message. Try again with a conversation that "
+            "starts with a user message.",
+        )
+    if any(one == next_ for one, next_ in pairwise(roles)):
+        raise Fault(
+            "Validation",
+            "A conversation must alternate between user and assistant roles. Make sure the "
+            "conversation alternates between user and assistant roles and try again.",
+        )
+    if roles[-1] != "user":
+        raise Fault(
+            "Validation",
+            "A conversation must end with a user message. Try again with a conversation that ends "
+            "with a user message.",
+        )
+
+
+def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
+    """A message as turns: what tools gave back stands before what is said beside it."""
+    role = message["role"]
+    # What is cached makes no difference to an answer.
+    if all("cachePoint" in block for block in message["content"]):
+        raise Fault(
+            "Validation",
+            f"The content field in the Message object at {at} is empty. Add a ContentBlock object "
+            "to the content field and try again.",
+        )
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[ToolCall] = []
+    results: list[Message] = []
+    for index, block in enumerate(message["content"]):
+        where = f"{at}.content.{index}"
+        ((name, value),) = block.items()
+        if name == "toolUse" and role == "assistant":
+            arguments = _object(value["input"], f"{where}.toolUse.input")
+            calls.append(ToolCall(value["toolUseId"], value["name"], arguments))
+        elif name == "toolResult" and role == "user":
+            parts = [_result(part) for part in value["content"]]
+            results.append(Message("tool", "\n".join(parts), call_id=value["toolUseId"]))
+        elif name == "reasoningContent" and role == "assistant":
+            ((kind, thought),) = value.items()
+            if kind != "reasoningText":  # encrypted by another service
+                raise _unsupported_field(kind)
+            thoughts.append(thought["text"])
+        elif name in ("toolUse", "toolResult", "reasoningContent"):
+            text = f"The {role} role cannot have the {name} block at {where}."
+            raise Fault("Validation", text)
+        elif (said := _block_text(block)) is not None:
+            texts.append(_text(said, where))
+    if texts or calls or not results:
+        reasoning = "\n".join(thoughts)
+        results.append(Message(role, "\n".join(texts), calls=tuple(calls), reasoning=reasoning))
+    return results
+
+
+def _result(part: Mapping[str, Any]) -> str:
+    """A part of what a tool gave back, as text."""
+    ((name, value),) = part.items()
+    if name not in ("text", "json"):
+        raise _unsupported_field(name)
+    return value if name == "text" else json.dumps(value, ensure_ascii=False)
+
+
+def _object(value: Any, at: str) -> dict[str, Any]:
+    """What takes any JSON to the service model, and an object here."""
+    if not isinstance(value, dict):
+        raise Fault("Validation", f"'{at}' has to be an object.")
+    return value
+
+
+def _text(text: str, at: str) -> str:
+    if not text.strip():
+        raise Fault(
+            "Validation",
+            f"The text field in the ContentBlock object at {at} is blank. Add text to the text "
+            "field, and try again.",
+        )
+    return text
+
+
+def _check_calls(turns: Sequence[Message], tools: bool) -> None:
+    """Every call is answered in the next turn, and nothing else is."""
+    if not tools and any(turn.calls or turn.role == "tool" for turn in turns):
+        raise Fault(
+            "Validation",
+            "The toolConfig field must be defined when using toolUse and toolResult content blocks.",
+        )
+    if (unmatched := find_unmatched_call(turns)) is None:
+        return
+    index, ids = unmatched
+    if turns[index].role == "tool":
+        text = f"The toolResult block {ids[0]} answers no toolUse block of the previous turn."
+        raise Fault("Validation", text)
+    text = f"Expected toolResult blocks for the following Ids: {', '.join(sorted(ids))}"
+    raise Fault("Validation", text)
+
+
+def _unsupported_field(name: str) -> Fault:
+    return Fault(
+        "Validation",
+        f"This model doesn't support the {name} field. Remove {name} and try again.",
+    )
+
+
+def schema_of(text: str) -> Mapping[str, Any]:
+    """The JSON schema in ``text``."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Fault(
+            "Validation", "outputConfig.textFormat.structure.jsonSchema.schema is no JSON object."
+        )
+    return found
+
+
+def usage(read: int, written: int) -> dict[str, int]:
+    """Tokens, as Converse counts them."""
+    return {"inputTokens": read, "outputTokens": written, "totalTokens": read + written}
+
+
+def message_of(answer: GenerationResult) -> dict[str, Any]:
+    """An answer as a message."""
+    content: list[dict[str, Any]] = []
+    if answer.reasoning:
+        content.append({"reasoningContent": {"reasoningText": {"text": answer.reasoning}}})
+    if answer.text:
+        content.append({"text": answer.text})
+    content += [{"toolUse": {**_use(call), "input": dict(call.arguments)}} for call in answer.calls]
+    return {"role": "assistant", "content": content or [{"text": ""}]}
+
+
+def whole_members(stream: Stream, answer: GenerationResult) -> dict[str, Any]:
+    """What Converse says of an answer that is whole, and InvokeModel in its form."""
+    return {
+        "output": {"message": message_of(answer)},
+        "stopReason": STOP_REASONS[answer.reason],
+        "usage": usage(stream.prompt_tokens, answer.tokens),
+    }
+
+
+def answer_of(
+    members: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
+) -> dict[str, Any]:
+    """The answer of Converse, once it is whole; ``latency()`` gives milliseconds."""
+    (answer,) = stream.whole()
+    found = {**whole_members(stream, answer), "metrics": {"latencyMs": latency()}}
+    fields = _additional_fields(
+        members.get("additionalModelResponseFieldPaths", ()), stream, answer
+    )
+    return {**found, "additionalModelResponseFields": fields} if fields else found
+
+
+def events_of(
+    members: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
+) -> Iterator[bytes]:
+    """The events of ConverseStream on the wire."""
+    for kind, value in named_events(members.get("additionalModelResponseFieldPaths", ()), stream):
+        if kind == "metadata":
+            value = {**value, "metrics": {"latencyMs": latency()}}
+        yield event(kind, value)
+
+
+def named_events(paths: Sequence[str], stream: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The events of an answer, without the time it took; ``paths`` as the request has them."""
+    answer, index = GenerationResult(), 0
+    opened: type[TokenChunk | ReasoningChunk] | None = None
+    yield "messageStart", {"role": "assistant"}
+    for each in stream:
+        answer.take(each)
+        if opened is not None and not isinstance(each, opened):
+            yield "contentBlockStop", {"contentBlockIndex": index}
+            index, opened = index + 1, None
+        if isinstance(each, TokenChunk | ReasoningChunk):
+            if each.text:
+                opened, delta = type(each), {"text": each.text}
+                own = delta if opened is TokenChunk else {"reasoningContent": delta}
+                yield "contentBlockDelta", {"delta": own, "contentBlockIndex": index}
+        elif isinstance(each, ToolCallEvent):
+            yield from _call_events(each.call, index)
+            index += 1
+        elif not index:  # the model said nothing at all
+            yield "contentBlockDelta", {"delta": {"text": ""}, "contentBlockIndex": index}
+            yield "contentBlockStop", {"contentBlockIndex": index}
+    stop: dict[str, Any] = {"stopReason": STOP_REASONS[answer.reason]}
+    fields = _additional_fields(paths, stream, answer)
+    if fields:
+        stop["additionalModelResponseFields"] = fields
+    yield "messageStop", stop
+    yield "metadata", {"usage": usage(stream.prompt_tokens, answer.tokens)}
+
+
+def _call_events(call: ToolCall, index: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "contentBlockStart", {"start": {"toolUse": _use(call)}, "contentBlockIndex": index}
+    text = call.arguments_json
+    for first in range(0, len(text), _FRAGMENT):
+        delta = {"toolUse": {"input": text[first : first + _FRAGMENT]}}
+        yield "contentBlockDelta", {"delta": delta, "contentBlockIndex": index}
+    yield "contentBlockStop", {"contentBlockIndex": index}
+
+
+def _use(call: ToolCall) -> dict[str, str]:
+    return {"toolUseId": call.id, "name": call.name}
+
+
+def native_stop_reason(answer: GenerationResult) -> str:
+    """Why an answer ended, as a model's own answer names it: Llama's form has two words for it."""
+    return "length" if answer.reason in ("length", "context") else "stop"
+
+
+def _additional_fields(
+    paths: Sequence[str], stream: Stream, answer: GenerationResult
+) -> dict[str, Any]:
+    """The members of the model's own answer that were asked for; unknown ones are left out."""
+    native = {
+        "generation": answer.text,
+        "prompt_token_count": stream.prompt_tokens,
+        "generation_token_count": answer.tokens,
+        "stop_reason": native_stop_reason(answer),
+        "stop_sequence": answer.stop,
+    }
+    names = [path.removeprefix("/") for path in paths]
+    return {name: native[name] for name in names if name in native}

@@ -1,0 +1,389 @@
+"""Custom model deployments and provisioned throughput: models that answer by ARNs of their own.
+
+Bedrock has two resources for it, with members and states of their own. Here they are two kinds of one
+(``luthier.server.tables.endpoints``), and what follows puts each into its words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy.orm import Session
+
+from luthier.errors import NameInUse
+from luthier.server.bedrock.control import (
+    ControlRequest,
+    ListColumns,
+    Operate,
+    failure_message,
+    invalid,
+    list_answer,
+    not_found,
+    page,
+    tags_of,
+)
+from luthier.server.http.messages import Fault
+from luthier.server.identifiers import (
+    endpoint_arn,
+    find_endpoint,
+    find_foundation,
+    find_model,
+)
+from luthier.server.tables import custom_models, storage, tags
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.database import count_rows, lock_by_name, new_id, now
+from luthier.server.tables.endpoints import (
+    CREATING,
+    DEPLOYMENT,
+    PROVISIONED,
+    READY,
+    UPDATING,
+    Endpoint,
+)
+
+_COLUMNS = ListColumns(Endpoint.created, Endpoint.seq, Endpoint.name)
+_COMMITMENT = {"OneMonth": timedelta(days=30), "SixMonths": timedelta(days=182)}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How one kind of endpoint is called."""
+
+    arn: str
+    identifier: str
+    """Member of a request that names one."""
+    text: str
+    resource: str
+    """As it is called where there is none."""
+    in_use: str
+    """As it is called where its name is taken."""
+    quota: str
+    plural: str
+    ready: str
+    """State of one that answers."""
+
+
+_DEPLOYMENT = _Kind(
+    DEPLOYMENT, "customModelDeploymentIdentifier", "deployment", "custom model deployment",
+    "model deployment", "deployments", "custom model deployments", "Active",
+)  # fmt: skip
+_PROVISIONED = _Kind(
+    PROVISIONED, "provisionedModelId", "provisioned throughput", "provisioned model",
+    "provisioned model", "provisioned_throughputs", "provisioned throughputs", "InService",
+)  # fmt: skip
+
+
+# --- both kinds
+
+
+def _create(
+    request: ControlRequest, kind: _Kind, name: str, fields: Callable[[Session], dict[str, Any]]
+) -> str:
+    """Make an endpoint, once for each token of the client; its ARN.
+
+    ``fields`` finds its model and says what else is in its row. It is Creating until its model was
+    prepared.
+    """
+    request.record_kind(kind.arn)
+    answer = request.earlier_answer()
+    if answer is not None:
+        return str(answer["arn"])
+    wanted_tags = tags_of(request.get("tags"))
+    made: list[str] = []
+
+    def make(session: Session) -> dict[str, Any]:
+        row = fields(session)
+        lock_by_name(session, f"endpoints {request.account}")  # from here on nobody else counts
+        _check_name(request, session, kind, name)
+        own = count_rows(session, *_own(request, kind))
+        quotas = request.control.quotas(request.account)
+        storage.check_count(own, quotas, kind.quota, kind.plural, "Delete some of them.")
+        moment = now()
+        endpoint = Endpoint(
+            id=new_id(),
+            account=request.account,
+            kind=kind.arn,
+            name=name,
+            created=moment,
+            modified=moment,
+            **row,
+        )
+        session.add(endpoint)
+        session.flush()
+        arn = endpoint_arn(request.arns, endpoint)
+        tags.put(session, arn, wanted_tags)
+        made[:] = [endpoint.id]
+        return {"arn": arn}
+
+    answer = request.once(make)
+    for endpoint_id in made:
+        request.control.activation.submit(endpoint_id)
+    return str(answer["arn"])
+
+
+def _find(
+    request: ControlRequest, session: Session, kind: _Kind, *, lock: bool = False
+) -> Endpoint:
+    """Return the endpoint that a request names."""
+    identifier = request[kind.identifier]
+    found = find_endpoint(session, request.arns, request.account, kind.arn, identifier, lock=lock)
+    arn = endpoint_arn(request.arns, found) if found else None
+    return request.found(found, arn, kind.arn, identifier, kind.resource)
+
+
+def _page(
+    request: ControlRequest, kind: _Kind, *conditions: ColumnElement[bool]
+) -> tuple[list[Endpoint], str | None]:
+    """Endpoints of the account by creation, and the token of the next page."""
+    request.record("*")
+    query = select(Endpoint).where(*_own(request, kind), *_COLUMNS.conditions(request), *conditions)
+    with request.control.database.read() as session:
+        rows, token = page(request, session, query, _COLUMNS)
+    return list(rows), token
+
+
+def _delete(request: ControlRequest, kind: _Kind) -> dict[str, Any]:
+    """Delete an endpoint; its model stays."""
+    with request.control.database.write() as session:
+        found = _find(request, session, kind, lock=True)
+        if found.status == CREATING:
+            text = f"The {kind.text} is being created. Try again in a moment."
+            raise Fault("Conflict", text)
+        tags.drop(session, endpoint_arn(request.arns, found))
+        session.delete(found)
+    return {}
+
+
+def _own(request: ControlRequest, kind: _Kind) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return Endpoint.account == request.account, Endpoint.kind == kind.arn
+
+
+def _check_name(request: ControlRequest, session: Session, kind: _Kind, name: str) -> None:
+    taken = select(Endpoint.seq).where(*_own(request, kind), Endpoint.name == name)
+    if session.scalar(taken) is not None:
+        raise NameInUse(kind.in_use)
+
+
+# --- deployments
+
+
+def create_deployment(request: ControlRequest) -> dict[str, Any]:
+    """Deploy a model that is Active; the deployment is Creating until its files were checked."""
+
+    def fields(session: Session) -> dict[str, Any]:
+        model = _deployable(request, session)
+        return {
+            "model": model.arn(request.arns),
+            "foundation": model.bottom,
+            "description": request.get("description"),
+        }
+
+    arn = _create(request, _DEPLOYMENT, request["modelDeploymentName"], fields)
+    return {"customModelDeploymentArn": arn}
+
+
+def get_deployment(request: ControlRequest) -> dict[str, Any]:
+    """One deployment by ARN or name."""
+    with request.control.database.read() as session:
+        found = _find(request, session, _DEPLOYMENT)
+    update = {"modelArn": found.next_model, "updateStatus": found.update_status}
+    return {
+        **_deployment_summary(request, found),
+        "modelDeploymentName": found.name,
+        "description": found.description,
+        "updateDetails": update if found.update_status else None,
+    }
+
+
+def list_deployments(request: ControlRequest) -> dict[str, Any]:
+    """Deployments of the account by creation."""
+    wanted: list[ColumnElement[bool]] = []
+    if status := request.get("statusEquals"):
+        wanted.append(Endpoint.status == (READY if status == _DEPLOYMENT.ready else status))
+    if model := request.get("modelArnEquals"):
+        wanted.append(Endpoint.model == model)
+    rows, token = _page(request, _DEPLOYMENT, *wanted)
+    summaries = [
+        {**_deployment_summary(request, each), "customModelDeploymentName": each.name}
+        for each in rows
+    ]
+    return list_answer("modelDeploymentSummaries", summaries, token)
+
+
+def update_deployment(request: ControlRequest) -> dict[str, Any]:
+    """Let another model of the same base answer; until it is ready the old one does."""
+    with request.control.database.write() as session:
+        found = _find(request, session, _DEPLOYMENT, lock=True)
+        model = _deployable(request, session)
+        if found.status != READY:
+            raise invalid(
+                "modelArn", f"The deployment is {found.status}; only an Active one can be updated."
+            )
+        if found.foundation != model.bottom:
+            raise invalid("modelArn", "The model has another base than the one that is deployed.")
+        found.next_model = model.arn(request.arns)
+        found.update_status, found.modified = UPDATING, now()
+    request.control.activation.submit(found.id)
+    return {"customModelDeploymentArn": endpoint_arn(request.arns, found)}
+
+
+def delete_deployment(request: ControlRequest) -> dict[str, Any]:
+    """Delete a deployment; its model stays."""
+    return _delete(request, _DEPLOYMENT)
+
+
+def _deployable(request: ControlRequest, session: Session) -> CustomModel:
+    """The model, kept from being deleted until the transaction ends."""
+    identifier = request["modelArn"]
+    model = find_model(session, request.arns, request.account, identifier, lock=True)
+    if model is None:
+        raise not_found("custom model", identifier)
+    if model.status != custom_models.ACTIVE:
+        raise invalid(
+            "modelArn", f"The model is {model.status}; only an Active one can be deployed."
+        )
+    return model
+
+
+def _deployment_summary(request: ControlRequest, found: Endpoint) -> dict[str, Any]:
+    return {
+        "customModelDeploymentArn": endpoint_arn(request.arns, found),
+        "modelArn": found.model,
+        "createdAt": found.created,
+        "status": _DEPLOYMENT.ready if found.status == READY else found.status,
+        "lastUpdatedAt": found.modified,
+        "failureMessage": failure_message(found.failure),
+    }
+
+
+# --- provisioned throughput
+
+
+def create_provisioned(request: ControlRequest) -> dict[str, Any]:
+    """Set throughput aside for a foundation model or custom model."""
+
+    def fields(session: Session) -> dict[str, Any]:
+        model, foundation = _provisionable(request, session, request["modelId"])
+        return {
+            "model": model,
+            "foundation": foundation,
+            "units": request["modelUnits"],
+            "commitment": request.get("commitmentDuration"),
+        }
+
+    arn = _create(request, _PROVISIONED, request["provisionedModelName"], fields)
+    return {"provisionedModelArn": arn}
+
+
+def get_provisioned(request: ControlRequest) -> dict[str, Any]:
+    """One by ARN or name."""
+    with request.control.database.read() as session:
+        found = _find(request, session, _PROVISIONED)
+    return {
+        **_provisioned_summary(request, found),
+        "failureMessage": failure_message(found.failure),
+    }
+
+
+def list_provisioned(request: ControlRequest) -> dict[str, Any]:
+    """Those of the account by creation."""
+    wanted: list[ColumnElement[bool]] = []
+    updating = func.coalesce(Endpoint.update_status, "") == UPDATING
+    if status := request.get("statusEquals"):
+        if status == UPDATING:
+            wanted.append(updating)
+        elif status == _PROVISIONED.ready:
+            wanted.append(and_(Endpoint.status == READY, ~updating))
+        else:
+            wanted.append(Endpoint.status == status)
+    if model := request.get("modelArnEquals"):
+        about_to = and_(Endpoint.next_model == model, updating)
+        wanted.append(or_(Endpoint.model == model, about_to))
+    rows, token = _page(request, _PROVISIONED, *wanted)
+    summaries = [_provisioned_summary(request, each) for each in rows]
+    return list_answer("provisionedModelSummaries", summaries, token)
+
+
+def update_provisioned(request: ControlRequest) -> dict[str, Any]:
+    """Give it another name, or let another model of the same base answer."""
+    with request.control.database.write() as session:
+        found = _find(request, session, _PROVISIONED, lock=True)
+        if (status := _provisioned_status(found)) != _PROVISIONED.ready:
+            text = f"The provisioned throughput is {status}; only one InService can be updated."
+            raise Fault("Validation", text)
+        name = request.get("desiredProvisionedModelName", found.name)
+        if name != found.name:
+            _check_name(request, session, _PROVISIONED, name)
+            found.name = name
+        if "desiredModelId" in request.members:
+            model, foundation = _provisionable(request, session, request["desiredModelId"])
+            if foundation != found.foundation:
+                text = "The model has another base than the one that is provisioned."
+                raise Fault("Validation", text)
+            if model != found.model:
+                found.next_model, found.update_status = model, UPDATING
+        found.modified = now()
+    if found.pending_model is not None:
+        request.control.activation.submit(found.id)
+    return {}
+
+
+def delete_provisioned(request: ControlRequest) -> dict[str, Any]:
+    """Give throughput back, whatever was committed to."""
+    return _delete(request, _PROVISIONED)
+
+
+def _provisionable(request: ControlRequest, session: Session, identifier: str) -> tuple[str, str]:
+    """ARN of a model by any of its identifiers, and ``provider.name`` of its foundation model."""
+    base = find_foundation(request.arns, identifier)
+    if base is not None:
+        return request.arns.foundation_model(base.id), base.id
+    model = find_model(session, request.arns, request.account, identifier, lock=True)
+    if model is None:
+        raise not_found("model", identifier)
+    if model.status != custom_models.ACTIVE:
+        text = f"The model is {model.status}; only an Active one can be provisioned."
+        raise Fault("Validation", text)
+    return model.arn(request.arns), model.bottom
+
+
+def _provisioned_status(found: Endpoint) -> str:
+    if found.status != READY:
+        return found.status
+    return UPDATING if found.update_status == UPDATING else _PROVISIONED.ready
+
+
+def _provisioned_summary(request: ControlRequest, found: Endpoint) -> dict[str, Any]:
+    commitment = found.commitment
+    return {
+        "provisionedModelName": found.name,
+        "provisionedModelArn": endpoint_arn(request.arns, found),
+        "modelArn": found.model,
+        "desiredModelArn": found.pending_model or found.model,
+        "foundationModelArn": request.arns.foundation_model(found.foundation),
+        "modelUnits": found.units,
+        "desiredModelUnits": found.units,
+        "status": _provisioned_status(found),
+        "commitmentDuration": commitment,
+        "commitmentExpirationTime": found.created + _COMMITMENT[commitment] if commitment else None,
+        "creationTime": found.created,
+        "lastModifiedTime": found.modified,
+    }
+
+
+OPERATIONS: dict[str, Operate] = {
+    "CreateCustomModelDeployment": create_deployment,
+    "GetCustomModelDeployment": get_deployment,
+    "ListCustomModelDeployments": list_deployments,
+    "UpdateCustomModelDeployment": update_deployment,
+    "DeleteCustomModelDeployment": delete_deployment,
+    "CreateProvisionedModelThroughput": create_provisioned,
+    "GetProvisionedModelThroughput": get_provisioned,
+    "ListProvisionedModelThroughputs": list_provisioned,
+    "UpdateProvisionedModelThroughput": update_provisioned,
+    "DeleteProvisionedModelThroughput": delete_provisioned,
+}

@@ -1,0 +1,90 @@
+"""Foundation models: list, get, availability."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.server.bedrock.control import ControlRequest, Operate, not_found
+from luthier.server.http.messages import Fault
+from luthier.server.identifiers import find_foundation, invoked_arn
+from luthier.server.jobs.submit import CONTINUED_PRE_TRAINING, DISTILLATION, FINE_TUNING
+from luthier.server.tables.foundation import FoundationModel, foundation_models
+
+WRITER_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING, DISTILLATION)
+ENCODER_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING)
+MEDIA_TYPES = (FINE_TUNING,)
+_INFERENCE = ["ON_DEMAND", "PROVISIONED"]
+
+
+def list_foundation_models(request: ControlRequest) -> dict[str, Any]:
+    """All that fit the filters; there are no pages."""
+    request.record("*")
+    found = [_model_details(request, model) for model in foundation_models()]
+    if provider := request.get("byProvider"):
+        found = [each for each in found if each["providerName"].lower() == provider.lower()]
+    for filtered, member in (
+        ("byCustomizationType", "customizationsSupported"),
+        ("byOutputModality", "outputModalities"),
+        ("byInferenceType", "inferenceTypesSupported"),
+    ):
+        wanted = request.get(filtered)
+        found = [each for each in found if wanted is None or wanted in each[member]]
+    return {"modelSummaries": found}
+
+
+def get_foundation_model(request: ControlRequest) -> dict[str, Any]:
+    """One by id, alias or ARN."""
+    identifier = request["modelIdentifier"]
+    return {"modelDetails": _model_details(request, _find(request, identifier))}
+
+
+def get_availability(request: ControlRequest) -> dict[str, Any]:
+    """What is here can be used: nobody has to agree to anything first."""
+    model = _find(request, request["modelId"])
+    return {
+        "modelId": model.id,
+        "agreementAvailability": {"status": "AVAILABLE"},
+        "authorizationStatus": "AUTHORIZED",
+        "entitlementAvailability": "AVAILABLE",
+        "regionAvailability": "AVAILABLE",
+    }
+
+
+def customizations(model: FoundationModel) -> tuple[str, ...]:
+    """Kinds of customization that start from ``model``, as far as Bedrock's clients know them."""
+    if model.modalities not in (("TEXT", "TEXT"), ("TEXT", "EMBEDDING")):
+        return MEDIA_TYPES
+    return WRITER_TYPES if model.writes else ENCODER_TYPES
+
+
+def _find(request: ControlRequest, identifier: str) -> FoundationModel:
+    request.record(invoked_arn(request.arns, identifier))
+    found = find_foundation(request.arns, identifier)
+    if found is None and "." not in identifier:
+        # Neither an alias that is known here nor what Bedrock takes for an id.
+        raise Fault("Validation", "The provided model identifier is invalid.")
+    if found is None:
+        raise not_found("foundation model", identifier)
+    return found
+
+
+def _model_details(request: ControlRequest, model: FoundationModel) -> dict[str, Any]:
+    return {
+        "modelArn": request.arns.foundation_model(model.id),
+        "modelId": model.id,
+        "modelName": model.name,
+        "providerName": model.provider,
+        "inputModalities": [each for each in model.modalities[:1] if each],
+        "outputModalities": [each for each in model.modalities[1:] if each],
+        "responseStreamingSupported": model.writes,
+        "customizationsSupported": list(customizations(model)),
+        "inferenceTypesSupported": _INFERENCE,
+        "modelLifecycle": {"status": "ACTIVE"},
+    }
+
+
+OPERATIONS: dict[str, Operate] = {
+    "ListFoundationModels": list_foundation_models,
+    "GetFoundationModel": get_foundation_model,
+    "GetFoundationModelAvailability": get_availability,
+}

@@ -1,0 +1,336 @@
+"""InvokeModel and its stream: bodies in the model's own form, told apart by their members.
+
+{"prompt", …}                              Meta's: the text as it is, without a template
+{"schemaVersion": "messages-v1", …}        Amazon's: like Converse
+{"messages", …}                            OpenAI's chat completion
+{"inputText"}                              Titan's embedding
+{"taskType": "TEXT_IMAGE", …}              Titan's and Nova Canvas's images
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field
+
+from luthier.inference.inference import (
+    MOST_PENALTY,
+    MOST_TOKENS,
+    FinishEvent,
+    GenerationRequest,
+    GenerationResult,
+    ImageRequest,
+    InferenceRefused,
+    Stream,
+    TokenChunk,
+)
+from luthier.server.bedrock.bodies import NativeBody, malformed_input, parsed_native
+from luthier.server.bedrock.converse import (
+    TEMPERATURE,
+    TOP_P,
+    chat_of,
+    named_events,
+    native_stop_reason,
+    whole_members,
+)
+from luthier.server.bedrock.eventstream import event
+from luthier.server.bedrock.shapes import body_members, operation_models
+from luthier.server.http.messages import PREDICTIONS, Fault
+
+LENGTH = 512
+"""``max_gen_len`` where a request names none, as Llama's is on Bedrock."""
+
+
+class NativeForm(Protocol):
+    """One form of bodies for models that write."""
+
+    def request(self) -> GenerationRequest:
+        """The request for the engine."""
+        ...
+
+    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+        """The whole answer in this form, and how many tokens were written."""
+        ...
+
+    def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
+        """The answer piece by piece, and how many tokens were written so far as is known."""
+        ...
+
+
+ChatForm = Callable[[str, Mapping[str, Any]], NativeForm]
+"""Reads a body of OpenAI's chat completions to a model; it is the OpenAI face that knows them."""
+
+
+class PromptBody(NativeBody):
+    """Meta's form."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    max_gen_len: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = LENGTH
+    temperature: Annotated[float, Field(ge=0, le=1)] = TEMPERATURE
+    top_p: Annotated[float, Field(ge=0, le=1)] = TOP_P
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=2500)] = Field(
+        default_factory=list
+    )
+
+    def request(self) -> GenerationRequest:
+        """The text as it is."""
+        further = self.model_dump(include={"temperature", "top_p", "top_k", "min_p"})
+        return GenerationRequest(
+            self.prompt,
+            max_tokens=self.max_gen_len,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=tuple(self.stop),
+            **further,
+        )
+
+    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+        """All of it at once."""
+        (answer,) = stream.whole()
+        return _generation(answer.text, stream, answer.tokens, answer), answer.tokens
+
+    def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
+        """A piece of ``generation`` each; the last has the reason and the counts."""
+        answer = GenerationResult()
+        for each in stream:
+            answer.take(each)
+            if isinstance(each, TokenChunk) and each.text:
+                yield _generation(each.text, stream, None, None), 0
+            elif isinstance(each, FinishEvent):
+                yield _generation("", stream, each.tokens, answer), each.tokens
+
+
+def _generation(
+    text: str, stream: Stream, tokens: int | None, ended: GenerationResult | None
+) -> dict[str, Any]:
+    return {
+        "generation": text,
+        "prompt_token_count": stream.prompt_tokens,
+        "generation_token_count": tokens,
+        "stop_reason": native_stop_reason(ended) if ended else None,
+    }
+
+
+class MessagesConfig(NativeBody):
+    """How the answer is drawn, in Amazon's form."""
+
+    maxTokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1)] = TEMPERATURE
+    topP: Annotated[float, Field(ge=0, le=1)] = TOP_P
+    topK: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+    stopSequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=2500)] = (
+        Field(default_factory=list)
+    )
+
+
+class MessagesForm:
+    """Amazon's form: like Converse, with members of its own that say how the answer is drawn."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        """Check ``given``; :class:`Fault` for what is wrong in it."""
+        if given.get("schemaVersion") != "messages-v1":
+            raise malformed_input("#/schemaVersion: it is messages-v1")
+        self._config = parsed_native(MessagesConfig, given.get("inferenceConfig") or {})
+        conversation = {name: given.get(name) for name in ("messages", "system", "toolConfig")}
+        self._members = body_members(operation_models()["Converse"], conversation)
+
+    def request(self) -> GenerationRequest:
+        """The conversation."""
+        config = self._config
+        return GenerationRequest(
+            chat_of(self._members),
+            max_tokens=config.maxTokens or config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.topP,
+            top_k=config.topK,
+            stop=tuple(config.stopSequences),
+        )
+
+    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+        """As Converse has it."""
+        (answer,) = stream.whole()
+        return whole_members(stream, answer), answer.tokens
+
+    def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
+        """Events as ConverseStream has them, each under its name."""
+        for kind, value in named_events([], stream):
+            used = value["usage"]["outputTokens"] if kind == "metadata" else 0
+            yield {kind: value}, used
+
+
+class EmbeddingBody(NativeBody):
+    """Titan's form."""
+
+    inputText: Annotated[str, Field(min_length=1)]
+    dimensions: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    normalize: bool = False
+    embeddingTypes: list[Literal["float"]] | None = None
+
+
+class TextToImage(NativeBody):
+    """What images are of."""
+
+    text: Annotated[str, Field(max_length=1024)] = ""
+    """Name of a class that the model knows. AWS wants at least a character; here a model that knows no
+    classes takes none, and another makes each class in turn."""
+    negativeText: Annotated[str, Field(max_length=1024)] = ""
+    """What they are to be unlike, for a model of diffusion that learned from captions."""
+
+
+class ImageConfig(NativeBody):
+    """How they are made."""
+
+    numberOfImages: Annotated[int, Field(ge=1, le=5)] = 1
+    height: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    width: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 2)] = 0
+    """As with AWS's models, a request that names none gets the same images each time."""
+    quality: Literal["standard"] = "standard"
+    cfgScale: Annotated[float, Field(ge=1, le=100)] | None = None
+
+
+_WITHOUT = {
+    "conditionImage": "#/textToImageParams/conditionImage: no model here is guided by an image",
+    "quality": "#/imageGenerationConfig/quality: a model has one, which is standard",
+}
+"""What AWS's models can and those here cannot: who asks for it is told so by its name."""
+
+
+class ImageBody(NativeBody):
+    """Titan's form of new images, which Nova Canvas shares."""
+
+    taskType: Literal["TEXT_IMAGE"]
+    textToImageParams: TextToImage
+    imageGenerationConfig: ImageConfig = Field(default_factory=ImageConfig)
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> ImageBody:
+        """``given``, checked; :class:`Fault` for what is wrong in it, or cannot be done here."""
+        if given.get("taskType") != "TEXT_IMAGE":
+            raise malformed_input(
+                "#/taskType: images are made by TEXT_IMAGE, and none are changed by this server"
+            )
+        params, config = given.get("textToImageParams"), given.get("imageGenerationConfig")
+        wanted = {**(params if isinstance(params, dict) else {}),
+                  **(config if isinstance(config, dict) else {})}  # fmt: skip
+        for name, text in _WITHOUT.items():
+            if name in wanted and wanted[name] not in (None, "", "standard"):
+                raise malformed_input(text)
+        return parsed_native(ImageBody, given)
+
+    def request(self) -> ImageRequest:
+        """For the engine."""
+        config = self.imageGenerationConfig
+        if (config.height is None) != (config.width is None):
+            raise malformed_input("#/imageGenerationConfig: height and width go together")
+        size = None
+        if config.height is not None and config.width is not None:
+            size = config.height, config.width
+        text = self.textToImageParams.text
+        return ImageRequest(
+            config.numberOfImages,
+            text,
+            config.seed,
+            size,
+            guidance_scale=config.cfgScale,
+            negative_prompt=self.textToImageParams.negativeText,
+        )
+
+    @staticmethod
+    def answer(files: Sequence[bytes]) -> dict[str, Any]:
+        """The images, as PNG files in base64."""
+        return {"images": [base64.b64encode(file).decode() for file in files], "error": None}
+
+    @staticmethod
+    def refusal(refused: InferenceRefused) -> Fault:
+        """What the engine refuses, by the member that is meant."""
+        place = _IMAGE_MEMBERS.get(refused.parameter or "")
+        if place is None:
+            return Fault("Validation", str(refused), parameter=refused.parameter)
+        text = str(refused)
+        return malformed_input(f"#/{place}: {text[:1].lower()}{text[1:]}")
+
+
+_IMAGE_MEMBERS = {
+    "label": "textToImageParams/text",
+    "count": "imageGenerationConfig/numberOfImages",
+    "size": "imageGenerationConfig",
+    "seed": "imageGenerationConfig/seed",
+    "guidance_scale": "imageGenerationConfig/cfgScale",
+    "negative_prompt": "textToImageParams/negativeText",
+}
+
+
+def form_of(
+    model_id: str, body: Mapping[str, Any], chat: ChatForm | None
+) -> NativeForm | EmbeddingBody | ImageBody:
+    """The form that ``body``, sent to ``model_id``, is in.
+
+    Raises:
+        Fault: Validation, where it is in none, or has what does not belong there.
+    """
+    if "taskType" in body:
+        return ImageBody.of(body)
+    if "inputText" in body:
+        return parsed_native(EmbeddingBody, body)
+    if "prompt" in body:
+        return parsed_native(PromptBody, body)
+    if "schemaVersion" in body:
+        return MessagesForm(body)
+    if "messages" in body and chat is not None:
+        try:
+            return chat(model_id, body)
+        except Fault as fault:
+            raise malformed_input(fault.message) from fault
+    if "inputImage" in body:
+        raise malformed_input(f"[inputImage] is not taken here; {PREDICTIONS} embeds images")
+    raise malformed_input("required key [prompt], [messages], [inputText] or [taskType] not found")
+
+
+@dataclass
+class AnswerTimer:
+    """How long an answer takes; made when its request comes."""
+
+    began: float = field(default_factory=time.perf_counter)
+    first_byte: int | None = None
+    """Milliseconds until its first piece came."""
+
+    def latency(self) -> int:
+        """Milliseconds so far."""
+        return round((time.perf_counter() - self.began) * 1000)
+
+
+def frame_chunks(form: NativeForm, stream: Stream, timer: AnswerTimer) -> Iterator[bytes]:
+    """The chunks of a form on the wire; each is sent once the next is known, so the last can tell."""
+    held: dict[str, Any] | None = None
+    written = 0
+    for value, tokens in form.chunks(stream):
+        written = max(written, tokens)
+        if timer.first_byte is None:
+            timer.first_byte = timer.latency()
+        if held is not None:
+            yield _chunk(held)
+        held = value
+    latency = timer.latency()
+    metrics = {
+        "inputTokenCount": stream.prompt_tokens,
+        "outputTokenCount": written,
+        "invocationLatency": latency,
+        "firstByteLatency": latency if timer.first_byte is None else timer.first_byte,
+    }
+    yield _chunk({**(held or {}), "amazon-bedrock-invocationMetrics": metrics})
+
+
+def _chunk(value: Mapping[str, Any]) -> bytes:
+    raw = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return event("chunk", {"bytes": base64.b64encode(raw).decode()})

@@ -1,0 +1,371 @@
+"""Customization jobs: create, get, list, stop."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.escaping import map_code
+from luthier.server.bedrock import hyperparameters
+from luthier.server.bedrock.control import (
+    ControlRequest,
+    ListColumns,
+    Operate,
+    failure_message,
+    invalid,
+    list_answer,
+    not_found,
+    page,
+    tags_of,
+)
+from luthier.server.bedrock.foundation import customizations
+from luthier.server.bedrock.hyperparameters import setting_name
+from luthier.server.identifiers import (
+    JOB,
+    find_foundation,
+    find_job,
+    find_model,
+    job_arn,
+)
+from luthier.server.jobs.submit import (
+    DISTILLATION,
+    FINE_TUNING,
+    REINFORCEMENT,
+    Submission,
+    submit,
+)
+from luthier.server.tables import jobs as queue
+from luthier.server.tables import tags
+from luthier.server.tables.custom_models import ACTIVE, IMPORTED, RESERVED, CustomModel
+from luthier.server.tables.foundation import AnyModel, FoundationModel
+from luthier.server.tables.jobs import Job
+
+_CONFIGS = {DISTILLATION: "distillationConfig", REINFORCEMENT: "rftConfig"}
+"""Which member of ``customizationConfig`` a type needs; the others take none."""
+_SHOWN = (
+    "clientRequestToken",
+    "roleArn",
+    "customModelKmsKeyId",
+    "trainingDataConfig",
+    "outputDataConfig",
+    "hyperParameters",
+    "customizationConfig",
+    "vpcConfig",
+)
+"""Members that are told again."""
+_STATUS = {
+    queue.QUEUED: "InProgress",
+    queue.RUNNING: "InProgress",
+    queue.PAUSED: "InProgress",
+    queue.STOPPING: "Stopping",
+    queue.COMPLETED: "Completed",
+    queue.FAILED: "Failed",
+    queue.STOPPED: "Stopped",
+}
+_PARTS = {
+    "validationDetails": "validation",
+    "dataProcessingDetails": "data_processing",
+    "trainingDetails": "training",
+}
+_COLUMNS = ListColumns(Job.created, Job.seq, Job.name)
+_KEY_ID = re.compile("[a-zA-Z0-9-]{36}")
+_KEY_ARN = re.compile("arn:aws(-[^:]+)?:kms:[a-zA-Z0-9-]*:[0-9]{12}:key/[a-zA-Z0-9-]{36}")
+
+
+def create_job(request: ControlRequest) -> dict[str, Any]:
+    """Put a job into the queue; the same token gives the same job."""
+    request.record_kind(JOB)
+    answer = request.earlier_answer()
+    if answer is not None:
+        return answer
+    job_tags, model_tags = tags_of(request.get("jobTags")), tags_of(request.get("customModelTags"))
+    submission = _submission(request)
+    for uri in (*submission.training, *submission.validators):
+        request.control.locations.check(request.account, uri)
+    if submission.output is not None:
+        request.control.locations.check_writable(request.account, submission.output)
+
+    quotas = request.control.quotas(request.account)
+
+    def make(session: Session) -> dict[str, Any]:
+        job = submit(session, submission, request.arns, quotas)
+        arn = job_arn(request.arns, job)
+        tags.put(session, arn, job_tags)
+        reserved = session.query(CustomModel).filter_by(job_id=job.id).one()
+        # The model has them from its first moment.
+        tags.put(session, reserved.arn(request.arns), model_tags)
+        return {"jobArn": arn}
+
+    answer = request.once(make)
+    request.control.wake()
+    return answer
+
+
+def _submission(request: ControlRequest) -> Submission:
+    kind = request.get("customizationType", FINE_TUNING)
+    config = _config(kind, request.get("customizationConfig"))
+    settings = hyperparameters.read(request.get("hyperParameters", {}))
+    teacher, grader, typed = None, None, {}
+    if kind == DISTILLATION:
+        teacher = _teacher(request, config["teacherModelConfig"])
+        longest = config["teacherModelConfig"].get("maxResponseLengthForInference")
+        if longest is not None:
+            settings = hyperparameters.merge_fields(settings, _longest_answer(longest))
+    elif kind == REINFORCEMENT:
+        grader = _grader(request, config)
+        typed = config.get("hyperParameters", {})
+        settings = hyperparameters.merge_fields(settings, hyperparameters.read_rft(typed))
+    validation = request.get("validationDataConfig", {"validators": []})
+    return Submission(
+        account=request.account,
+        face="bedrock",
+        job_name=request["jobName"],
+        model_name=request["customModelName"],
+        customization_type=kind,
+        base=_base(request, kind),
+        training=[_training(request["trainingDataConfig"])],
+        validators=[each["s3Uri"] for each in validation["validators"]],
+        settings=settings,
+        teacher=teacher,
+        grader=grader,
+        output=request["outputDataConfig"]["s3Uri"],
+        request=request.members_sent(_SHOWN),
+        without_effect=[*hyperparameters.without_effect(typed), *_without_effect(request)],
+    )
+
+
+def _without_effect(request: ControlRequest) -> Iterator[str]:
+    """What AWS does with a job and a server of one's own does not, for the events of the job."""
+    if "customModelKmsKeyId" in request.members:
+        yield (
+            "customModelKmsKeyId is stored and has no effect: luthier has no KMS. Use an encrypted "
+            "volume."
+        )
+    if "vpcConfig" in request.members:
+        yield "vpcConfig is shown again and has no effect: jobs run in the network of the worker."
+
+
+def _config(kind: str, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The member of ``customizationConfig`` that belongs to ``kind``; empty where it takes none."""
+    if kind == "IMPORTED":
+        raise invalid("customizationType", "IMPORTED is of imported models; no job makes one.")
+    needed = _CONFIGS.get(kind)
+    found = next(iter(given), None) if given else None
+    if found != needed:
+        wanted = f"needs {needed}" if needed else "takes none"
+        raise invalid("customizationConfig", f"The customization type {kind} {wanted}.")
+    config: Mapping[str, Any] = given[found] if given and found else {}
+    return config
+
+
+def _base(request: ControlRequest, kind: str) -> AnyModel:
+    identifier = request["baseModelIdentifier"]
+    base = find_foundation(request.arns, identifier)
+    if base is not None:
+        supported = customizations(base)
+        if kind not in (*supported, *[REINFORCEMENT] * base.writes):
+            known = ", ".join(supported)
+            text = f"The base model {base.id} does not support {kind}; it supports {known}."
+            raise invalid("customizationType", text)
+        return base
+    with request.control.database.read() as session:
+        model = find_model(session, request.arns, request.account, identifier)
+    if model is None:
+        raise not_found("base model", identifier)
+    if model.status != ACTIVE:
+        text = f"The base model {identifier} is {model.status}; wait until it is Active."
+        raise invalid("baseModelIdentifier", text)
+    return model
+
+
+def _training(config: Mapping[str, Any]) -> str:
+    if "invocationLogsConfig" in config:
+        raise invalid("trainingDataConfig", "invocationLogsConfig is not supported by this server.")
+    if "s3Uri" not in config:
+        raise invalid("trainingDataConfig", "trainingDataConfig needs s3Uri.")
+    return str(config["s3Uri"])
+
+
+def _teacher(request: ControlRequest, config: Mapping[str, Any]) -> FoundationModel:
+    identifier = config["teacherModelIdentifier"]
+    found = find_foundation(request.arns, identifier)
+    if found is None:
+        raise not_found("teacher model", identifier)
+    if not found.writes:
+        raise invalid("customizationConfig", f"The teacher {found.id} does not write text.")
+    return found
+
+
+def _longest_answer(tokens: int) -> dict[str, dict[str, Any]]:
+    if tokens < 1:
+        text = "maxResponseLengthForInference has to be at least 1."
+        raise invalid("customizationConfig", text)
+    return {"sampling": {"max_tokens": tokens}}
+
+
+def _grader(request: ControlRequest, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        function = config["graderConfig"]["lambdaGrader"]["lambdaArn"]
+    except KeyError as error:
+        raise invalid("customizationConfig", "rftConfig needs a lambdaGrader.") from error
+    found = request.control.grader(request.account, function)
+    if found is None:
+        text = f"No grader is registered with this server under {function}."
+        raise invalid("customizationConfig", text)
+    return found
+
+
+def get_job(request: ControlRequest) -> dict[str, Any]:
+    """One job by ARN or name."""
+    with request.control.database.read() as session:
+        job = asked_job(request, session)
+        model = _models(session, [job]).get(job.id)
+        return job_details(request, job) | {"outputModelArn": _model_arn(request, model)}
+
+
+def list_jobs(request: ControlRequest) -> dict[str, Any]:
+    """Jobs of the account by creation."""
+    request.record("*")
+    query = select(Job).where(
+        Job.account == request.account,
+        *_COLUMNS.conditions(request),
+    )
+    if status := request.get("statusEquals"):
+        query = query.where(Job.state.in_([s for s, shown in _STATUS.items() if shown == status]))
+    with request.control.database.read() as session:
+        rows, token = page(request, session, query, _COLUMNS)
+        models = _models(session, rows)
+        summaries = [_summary(request, job, models.get(job.id)) for job in rows]
+    return list_answer("modelCustomizationJobSummaries", summaries, token)
+
+
+def stop_job(request: ControlRequest) -> dict[str, Any]:
+    """Stop a job: nothing more happens to one that is stopping or stopped."""
+    with request.control.database.write() as session:
+        job = asked_job(request, session, lock=True)
+        queue.stop(session, job)
+    return {}
+
+
+def asked_job(request: ControlRequest, session: Session, *, lock: bool = False) -> Job:
+    """Return the job that ``jobIdentifier`` names."""
+    identifier = request["jobIdentifier"]
+    found = find_job(session, request.arns, request.account, identifier, lock=lock)
+    arn = job_arn(request.arns, found) if found else None
+    return request.found(found, arn, JOB, identifier, "customization job")
+
+
+def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
+    """What is told of a job by itself."""
+    sent = job.request
+    return {
+        "jobArn": job_arn(request.arns, job),
+        "jobName": job.name,
+        "outputModelName": job.model_name,
+        "clientRequestToken": sent.get("clientRequestToken"),
+        # Jobs of other faces have none, and Bedrock's clients are promised one.
+        "roleArn": sent.get("roleArn") or f"arn:aws:iam::{job.account}:role/none",
+        "status": _STATUS[job.state],
+        "statusDetails": _details(job),
+        "failureMessage": failure_message(map_code(job.failure or "", setting_name)),
+        "creationTime": job.created,
+        "lastModifiedTime": job.modified,
+        "endTime": job.ended,
+        "baseModelArn": _base_arn(request, job),
+        "vpcConfig": sent.get("vpcConfig"),
+        "outputModelKmsKeyArn": _key_arn(request, sent.get("customModelKmsKeyId")),
+        **customization_details(job),
+    }
+
+
+def _base_arn(request: ControlRequest, job: Job) -> str:
+    """Of the foundation model at the bottom; where that is from outside, of what the job began with."""
+    imported = job.foundation.startswith(f"luthier.{IMPORTED}")
+    return job.base_model if imported else request.arns.foundation_model(job.foundation)
+
+
+def customization_details(job: Job) -> dict[str, Any]:
+    """What a job and its model both tell: how it was made, and what came of it."""
+    asked, result = job.request, job.result
+    source = next(iter(job.details.get("sources", ())), None)
+    losses = result["validation_losses"] if result else ()
+    return {
+        "customizationType": job.customization_type,
+        "hyperParameters": hyperparameters.describe(job),
+        "trainingDataConfig": asked.get("trainingDataConfig", {"s3Uri": source}),
+        "validationDataConfig": {"validators": [{"s3Uri": uri} for uri in job.validators]},
+        "outputDataConfig": asked.get("outputDataConfig", {"s3Uri": job.output or "s3://none"}),
+        "customizationConfig": asked.get("customizationConfig"),
+        "trainingMetrics": {"trainingLoss": result["train_loss"]} if result else None,
+        "validationMetrics": [{"validationLoss": loss} for loss in losses] if losses else None,
+    }
+
+
+def _summary(request: ControlRequest, job: Job, model: CustomModel | None) -> dict[str, Any]:
+    return {
+        "jobArn": job_arn(request.arns, job),
+        "baseModelArn": _base_arn(request, job),
+        "jobName": job.name,
+        "status": _STATUS[job.state],
+        "statusDetails": _details(job),
+        "lastModifiedTime": job.modified,
+        "creationTime": job.created,
+        "endTime": job.ended,
+        "customModelArn": _model_arn(request, model),
+        "customModelName": job.model_name,
+        "customizationType": job.customization_type,
+    }
+
+
+def _models(session: Session, found: Any) -> dict[str, CustomModel]:
+    """The models that jobs made, by the ids of the jobs; a deleted one is not among them."""
+    query = select(CustomModel).where(
+        CustomModel.job_id.in_([job.id for job in found]), CustomModel.status != RESERVED
+    )
+    return {str(model.job_id): model for model in session.scalars(query)}
+
+
+def _model_arn(request: ControlRequest, model: CustomModel | None) -> str | None:
+    return model.arn(request.arns) if model else None
+
+
+def _details(job: Job) -> dict[str, Any]:
+    """How far each part of the work is; a part of an ended job cannot be in progress."""
+    parts = job.details.get("parts", {})
+    found: dict[str, Any] = {}
+    for name, part in _PARTS.items():
+        details = parts.get(part)
+        if details is None:
+            found[name] = {"status": "NotStarted"}
+            continue
+        status = details["status"]
+        if status == "InProgress" and job.state in (queue.STOPPING, *queue.ENDED):
+            status = _STATUS[job.state]
+        found[name] = {
+            "status": status,
+            "creationTime": datetime.fromisoformat(details["created"]),
+            "lastModifiedTime": datetime.fromisoformat(details["modified"]),
+        }
+    return found
+
+
+def _key_arn(request: ControlRequest, key: str | None) -> str | None:
+    """A key by its ARN; an alias has none that we would know."""
+    if key and _KEY_ARN.fullmatch(key):
+        return key
+    if key and _KEY_ID.fullmatch(key):
+        return f"arn:aws:kms:{request.arns.region}:{request.account}:key/{key}"
+    return None
+
+
+OPERATIONS: dict[str, Operate] = {
+    "CreateModelCustomizationJob": create_job,
+    "GetModelCustomizationJob": get_job,
+    "ListModelCustomizationJobs": list_jobs,
+    "StopModelCustomizationJob": stop_job,
+}

@@ -1,0 +1,220 @@
+"""The runtime of the Bedrock face: Converse, InvokeModel, their streams, and CountTokens."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from luthier.inference.inference import (
+    GenerationRequest,
+    InferenceFailed,
+    InferenceRefused,
+    Prompt,
+    Stream,
+)
+from luthier.inference.pool import ModelPool
+from luthier.server.audit import record_action
+from luthier.server.bedrock import converse, invoke
+from luthier.server.bedrock.bodies import json_object, malformed_input, native_object
+from luthier.server.bedrock.eventstream import CONTENT_TYPE, exception
+from luthier.server.bedrock.invoke import (
+    AnswerTimer,
+    ChatForm,
+    EmbeddingBody,
+    ImageBody,
+    NativeForm,
+    form_of,
+)
+from luthier.server.bedrock.shapes import body_members, operation_models
+from luthier.server.http.messages import Fault, Request, Response, inference_faults
+from luthier.server.http.routing import Handler
+from luthier.server.http.streams import GeneratedPieces
+
+INVOKE, STREAM = "bedrock:InvokeModel", "bedrock:InvokeModelWithResponseStream"
+COUNT = "bedrock:CountTokens"
+_MID_STREAM = {
+    "Throttling": "throttlingException",
+    "ModelError": "modelStreamErrorException",
+    "ModelTimeout": "modelTimeoutException",
+    "ServiceUnavailable": "serviceUnavailableException",
+    "Validation": "validationException",
+}
+"""Exceptions as events; everything else is ``internalServerException``."""
+_MID_CONVERSE = {**_MID_STREAM, "ModelTimeout": "modelStreamErrorException"}
+"""The same of ConverseStream, whose events have no word for time: clients could not read it."""
+
+_log = logging.getLogger("luthier.server")
+
+
+def runtime_handlers(
+    pool: ModelPool,
+    resolve: Callable[[str, str], str],
+    resource: Callable[[str, str], str] = lambda account, model_id: model_id,
+    chat: ChatForm | None = None,
+) -> Mapping[str, Handler]:
+    """The handlers by the names of their operations; ``params`` of a call have ``modelId``.
+
+    ``resolve(account, model_id)`` gives the stored id of the model that is called by ``model_id``;
+    ``resource(account, model_id)`` gives the ARN for the audit log.
+    ``chat`` reads bodies of OpenAI's chat completions.
+    """
+    runtime = _Runtime(pool, resolve, resource, chat)
+    return {
+        "Converse": runtime.converse,
+        "ConverseStream": runtime.converse_stream,
+        "InvokeModel": runtime.invoke,
+        "InvokeModelWithResponseStream": runtime.invoke_stream,
+        "CountTokens": runtime.count,
+    }
+
+
+@dataclass(frozen=True)
+class _Runtime:
+    pool: ModelPool
+    resolve: Callable[[str, str], str]
+    resource: Callable[[str, str], str]
+    chat: ChatForm | None
+
+    def converse(self, request: Request) -> Response:
+        """The whole answer to a conversation."""
+        timer, stored_id = AnswerTimer(), self._model(request, INVOKE)
+        members = body_members(operation_models()["Converse"], json_object(request))
+        with inference_faults():
+            stream = self.pool.submit(stored_id, converse.generation_request(members))
+            return Response.json(converse.answer_of(members, stream, timer.latency))
+
+    def converse_stream(self, request: Request) -> Response:
+        """The same as it is written."""
+        timer, stored_id = AnswerTimer(), self._model(request, STREAM)
+        members = body_members(operation_models()["ConverseStream"], json_object(request))
+        stream = self._begin(stored_id, partial(converse.generation_request, members))
+        events = _with_failure(converse.events_of(members, stream, timer.latency), _MID_CONVERSE)
+        pieces = GeneratedPieces(events, [stream])
+        return Response(200, pieces, {"Content-Type": CONTENT_TYPE})
+
+    def invoke(self, request: Request) -> Response:
+        """The answer to a body in the model's own form."""
+        timer, stored_id = AnswerTimer(), self._model(request, INVOKE)
+        form = self._form(request)
+        if isinstance(form, EmbeddingBody):
+            value, read, written = *self._embed(stored_id, form), 0
+        elif isinstance(form, ImageBody):
+            value, read, written = self._sample(stored_id, form), 0, form.request().count
+        else:
+            with inference_faults():
+                stream = self.pool.submit(stored_id, form.request())
+                value, written = form.answer(stream)
+            read = stream.prompt_tokens
+        headers = {
+            "Content-Type": "application/json",
+            "X-Amzn-Bedrock-Input-Token-Count": str(read),
+            "X-Amzn-Bedrock-Output-Token-Count": str(written),
+            "X-Amzn-Bedrock-Invocation-Latency": str(timer.latency()),
+        }
+        return Response(200, json.dumps(value, ensure_ascii=False).encode(), headers)
+
+    def invoke_stream(self, request: Request) -> Response:
+        """The same as it is written."""
+        timer, stored_id = AnswerTimer(), self._model(request, STREAM)
+        form = self._form(request)
+        if isinstance(form, EmbeddingBody | ImageBody):
+            raise Fault("Validation", "The model is not supported for streaming.")
+        stream = self._begin(stored_id, form.request)
+        headers = {
+            "Content-Type": CONTENT_TYPE,
+            "X-Amzn-Bedrock-Content-Type": "application/json",
+        }
+        chunks = _with_failure(invoke.frame_chunks(form, stream, timer))
+        return Response(200, GeneratedPieces(chunks, [stream]), headers)
+
+    def count(self, request: Request) -> Response:
+        """How many tokens a request would be read as."""
+        stored_id = self._model(request, COUNT)
+        members = body_members(operation_models()["CountTokens"], json_object(request))
+        ((kind, value),) = members["input"].items()
+        if kind == "converse":
+            prompt: Prompt = converse.chat_of(value)
+        else:
+            inner = replace(request, body=_decode_body(value["body"]))
+            form = form_of(request.params["modelId"], native_object(inner), self.chat)
+            if isinstance(form, EmbeddingBody):
+                _, tokens = self._embed(stored_id, form)
+                return Response.json({"inputTokens": tokens})
+            if isinstance(form, ImageBody):
+                raise Fault("Validation", "The model is not supported for counting tokens.")
+            with inference_faults():
+                prompt = form.request().prompt
+        with inference_faults():
+            return Response.json({"inputTokens": self.pool.count(stored_id, prompt)})
+
+    def _model(self, request: Request, action: str) -> str:
+        """Return the stored id of the model that is called."""
+        model_id = request.params["modelId"]
+        record_action(action, self.resource(request.caller.account, model_id))
+        return self.resolve(request.caller.account, model_id)
+
+    def _begin(self, stored_id: str, build: Callable[[], GenerationRequest]) -> Stream:
+        with inference_faults():
+            return self.pool.submit(stored_id, build())
+
+    def _form(self, request: Request) -> NativeForm | EmbeddingBody | ImageBody:
+        if request.headers.get("x-amzn-bedrock-guardrailidentifier"):
+            raise Fault("Validation", "Guardrails are not supported by this server.")
+        kind = request.headers.get("content-type", "").partition(";")[0].strip()
+        if kind not in ("", "application/json"):
+            raise Fault("Validation", f"The content type {kind} is not supported by the model.")
+        return form_of(request.params["modelId"], native_object(request), self.chat)
+
+    def _embed(self, stored_id: str, form: EmbeddingBody) -> tuple[dict[str, Any], int]:
+        with inference_faults():
+            (found,) = self.pool.embed(stored_id, [form.inputText])
+        vector = list(found.vector)
+        if form.dimensions is not None:
+            if form.dimensions > len(vector):
+                raise malformed_input(
+                    f"#/dimensions: {form.dimensions} is more than the model's {len(vector)}"
+                )
+            vector = vector[: form.dimensions]
+        if form.normalize or form.dimensions is not None:
+            length = math.sqrt(sum(value * value for value in vector)) or 1.0
+            vector = [value / length for value in vector]
+        return {"embedding": vector, "inputTextTokenCount": found.tokens}, found.tokens
+
+    def _sample(self, stored_id: str, form: ImageBody) -> dict[str, Any]:
+        from luthier.data.pictures import encode_png
+
+        with inference_faults():
+            try:
+                made = self.pool.sample(stored_id, form.request())
+            except InferenceRefused as refused:
+                raise form.refusal(refused) from refused
+        return form.answer([encode_png(each.pixels) for each in made.images])
+
+
+def _with_failure(
+    frames: Iterator[bytes], kinds: Mapping[str, str] = _MID_STREAM
+) -> Iterator[bytes]:
+    """The messages of an event stream; a failure is the last one, as an exception."""
+    try:
+        yield from frames
+    except InferenceFailed as failed:
+        yield exception(kinds.get(failed.code, "internalServerException"), str(failed))
+    except Exception:
+        _log.exception("a stream failed")
+        yield exception("internalServerException", "Something failed inside the service.")
+
+
+def _decode_body(body: Any) -> bytes:
+    """A body inside a body: base64."""
+    try:
+        return base64.b64decode(body, validate=True)
+    except (TypeError, ValueError, binascii.Error):
+        text = "1 validation error detected: Value at 'input.invokeModel.body' is not base64."
+        raise Fault("Validation", text) from None

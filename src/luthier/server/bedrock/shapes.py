@@ -1,0 +1,375 @@
+"""Botocore's service models: the operations of Bedrock, requests by their shapes, and answers.
+
+Clients are made from the same files, so that routes, statuses and shapes cannot differ from theirs.
+They check next to nothing before they send: no pattern, no upper limit, no enumeration.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+import regex
+from botocore.loaders import Loader
+from botocore.model import (
+    ListShape,
+    MapShape,
+    OperationModel,
+    ServiceModel,
+    Shape,
+    StringShape,
+    StructureShape,
+)
+
+from luthier.inference.inference import TURNS
+from luthier.server.bedrock.bodies import json_object
+from luthier.server.http.messages import Fault, Request, Response, timestamp
+from luthier.server.tables.text import check_storable
+
+SERVICES = ("bedrock", "bedrock-runtime")
+"""Their paths never collide: one table serves both."""
+MOST_PROBLEMS = 50
+"""What is wrong beyond is not told: a body of 25 MB may hold hundreds of thousands of wrong members."""
+LONGEST_UNBOUNDED = 4096
+"""Characters of a text that has a pattern and no limit of its own."""
+PATTERN_SECONDS = 0.1
+"""For one pattern on one text: hundreds of times what the worst of them takes; then it is refused."""
+PATIENT_SECONDS = 5.0
+"""Of the second try."""
+_SHOWN = 200
+"""Characters of a refused value that its sender is shown."""
+_ALIAS = "([0-9a-zA-Z][_-]?)+"
+_ENDPOINT = (
+    "arn:aws:bedrock:[a-z0-9-]{1,20}:[0-9]{12}:"
+    "(custom-model-deployment|provisioned-model)/[a-z0-9]{12}"
+)
+_WIDER = {
+    # A model from outside, which is a base like any other here.
+    "BaseModelIdentifier": (
+        "arn:aws:bedrock:[a-z0-9-]{1,20}:[0-9]{12}:custom-model/imported/[a-z0-9]{12}"
+    ),
+    # The alias of a base model.
+    "GetFoundationModelIdentifier": _ALIAS,
+    "BedrockModelId": _ALIAS,
+}
+"""What is taken here beyond a shape's own pattern, by the name of the shape."""
+_LINEAR = (
+    # Both stars take hyphens: a row of them could be split in exponentially many ways.
+    (r"(-*[a-zA-Z0-9\+\-\.])*", r"[a-zA-Z0-9\+\-\.]*"),
+)
+"""Parts of patterns, and the same texts by an expression that is matched in one way only."""
+_BOOLEANS = {"true": True, "false": False}
+
+
+@cache
+def operation_models() -> Mapping[str, OperationModel]:
+    """Those of the installed botocore by name; read once, in about a third of a second."""
+    return {
+        name: model.operation_model(name) for model in _models() for name in model.operation_names
+    }
+
+
+@cache
+def error_statuses() -> Mapping[str, int]:
+    """HTTP status by the name of an exception, without the word Exception."""
+    return {
+        shape.name.removesuffix("Exception"): shape.metadata["error"]["httpStatusCode"]
+        for model in _models()
+        for shape in model.error_shapes
+    }
+
+
+@cache
+def _models() -> tuple[ServiceModel, ...]:
+    loader = Loader()
+    return tuple(
+        ServiceModel(loader.load_service_model(service, "service-2"), service)
+        for service in SERVICES
+    )
+
+
+class ShapeChecker:
+    """Walks through one request. What is wrong is gathered; all of it is told at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def finish(self) -> None:
+        """Raise what was found."""
+        if self.problems:
+            count = len(self.problems)
+            counted = f"{count} validation error{'s' if count > 1 else ''} detected"
+            raise Fault("Validation", f"{counted}: {'; '.join(self.problems)}")
+
+    def members(
+        self, shape: StructureShape, given: Mapping[str, Any], path: str = "", located: bool = True
+    ) -> dict[str, Any]:
+        """The known members of ``given`` by their names in the model; ``None`` is absent.
+
+        ``located`` says whether those are meant, too, that stand in no body.
+        """
+        found = {}
+        for name, member in shape.members.items():
+            if not located and member.serialization.get("location"):
+                continue
+            value = given.get(member.serialization.get("name", name))
+            where = f"{path}.{name}" if path else name
+            if value is not None:
+                found[name] = self.value(member, value, where)
+            elif name in shape.required_members:
+                self._add_problem("null", where, "Member must not be null")
+        if shape.is_tagged_union and len(found) != 1:
+            known = ", ".join(shape.members)
+            self._add_problem(sorted(found), path, f"Exactly one member must be set, of [{known}]")
+        return found
+
+    def value(self, shape: Shape, value: Any, path: str) -> Any:
+        """``value`` as Python has it; raises :class:`Fault` where JSON has it as another type."""
+        if isinstance(shape, StructureShape):
+            if shape.is_document_type:  # any JSON
+                return value
+            return self.members(shape, _check_type(value, dict, path, "an object"), path)
+        if isinstance(shape, ListShape):
+            items = _check_type(value, list, path, "a list")
+            if not self._size(shape, items, path, "length"):
+                return []
+            return [
+                self._item(shape.member, item, f"{path}.{number}.member")
+                for number, item in enumerate(items, 1)
+            ]
+        if isinstance(shape, MapShape):
+            entries = _check_type(value, dict, path, "an object")
+            self._size(shape, entries, path, "length")
+            return {
+                self.value(shape.key, key, f"{path}.key"): self._item(
+                    shape.value, item, f"{path}.{key[:_SHOWN]}"
+                )
+                for key, item in entries.items()
+            }
+        if isinstance(shape, StringShape):
+            return self._text(shape, _check_type(value, str, path, "a string"), path)
+        return self._scalar(shape, value, path)
+
+    def _item(self, shape: Shape, value: Any, path: str) -> Any:
+        """What a list or a map holds: never null."""
+        if value is None:
+            self._add_problem("null", path, "Member must not be null")
+            return None
+        return self.value(shape, value, path)
+
+    def _scalar(self, shape: Shape, value: Any, path: str) -> Any:
+        kind = shape.type_name
+        if kind == "boolean":
+            return _check_type(value, bool, path, "true or false")
+        if kind in ("integer", "long"):
+            self._size(shape, _number(value, (int,), path, "a whole number"), path, "value")
+            limit = 2**31 if kind == "integer" else 2**63
+            if not -limit <= value < limit:
+                raise _wrong_type(path, f"a whole number of {32 if limit == 2**31 else 64} bits")
+        elif kind in ("float", "double"):
+            value = _number(value, (int, float), path, "a number")
+            # Not isfinite: to it a whole number of 400 digits is an error of its own.
+            if not abs(value) <= sys.float_info.max:
+                raise _wrong_type(path, "a finite number")
+            self._size(shape, value, path, "value")
+        elif kind == "timestamp":
+            return moment_of(_check_type(value, str, path, "a time"), path)
+        return value
+
+    def _text(self, shape: StringShape, value: str, path: str) -> str:
+        try:
+            check_storable(value)
+        except ValueError:
+            raise _wrong_type(path, "text without NUL and lone surrogates") from None
+        shown = "***" if shape.metadata.get("sensitive") else value
+        if not self._size(shape, value, path, "length", shown):
+            return value
+        if shape.enum and value not in shape.enum:
+            known = ", ".join(shape.enum)
+            self._add_problem(shown, path, f"Member must satisfy enum value set: [{known}]")
+        pattern = shape.metadata.get("pattern")
+        if pattern is not None and not matches(shape, value):
+            text = f"Member must satisfy regular expression pattern: {pattern}"
+            self._add_problem(shown, path, text)
+        return value
+
+    def _size(self, shape: Shape, value: Any, path: str, what: str, shown: Any = None) -> bool:
+        size = value if what == "value" else len(value)
+        low, high = shape.metadata.get("min"), shape.metadata.get("max")
+        if high is None and isinstance(shape, StringShape) and "pattern" in shape.metadata:
+            high = LONGEST_UNBOUNDED
+        elif high is None and isinstance(shape, ListShape):
+            high = TURNS
+        if low is not None and size < low:
+            text = f"Member must have {what} greater than or equal to {low}"
+        elif high is not None and size > high:
+            text = f"Member must have {what} less than or equal to {high}"
+        else:
+            return True
+        self._add_problem(value if shown is None else shown, path, text)
+        return False
+
+    def _add_problem(self, value: Any, path: str, constraint: str) -> None:
+        shown = str(value)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        where = path or "the request"
+        self.problems.append(
+            f"Value '{shown}' at '{where}' failed to satisfy constraint: {constraint}"
+        )
+        if len(self.problems) == MOST_PROBLEMS:
+            self.finish()
+
+
+def matches(shape: Shape, value: str) -> bool:
+    """Whether all of ``value`` is matched by the pattern of ``shape``, within its time.
+
+    The time is the clock's: where many threads wait for their turn a short one passes unused.
+    What did not end in it is tried once more, with time enough for all but patterns that blow up.
+    """
+    pattern = _pattern(shape.metadata["pattern"], _WIDER.get(shape.name, ""))
+    for seconds in (PATTERN_SECONDS, PATIENT_SECONDS):
+        try:
+            return bool(pattern(value, timeout=seconds))
+        except TimeoutError:
+            continue
+    return False
+
+
+def moment_of(text: str, path: str) -> datetime:
+    """A time of ISO 8601, in UTC where it names no zone.
+
+    Raises:
+        Fault: Validation, where it is none.
+    """
+    try:
+        found = datetime.fromisoformat(text)
+        # A moment near the ends of the calendar may have no name in UTC.
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
+        raise Fault(
+            "Validation", f"'{path}' is no time of the form 2026-01-31T12:00:00Z.", parameter=path
+        ) from error
+
+
+@cache
+def _pattern(pattern: str, wider: str) -> Callable[..., Any]:
+    for exponential, linear in _LINEAR:
+        pattern = pattern.replace(exponential, linear)
+    # The patterns are Java's, whose \s and \d know ASCII alone; those with \p know more than it.
+    flags = regex.V0 if r"\p" in pattern else regex.V0 | regex.ASCII
+    matcher: Callable[..., Any] = regex.compile(
+        f"(?:{pattern})|(?:{wider})" if wider else pattern, flags
+    ).fullmatch
+    return matcher
+
+
+def _check_type(value: Any, kind: type, path: str, called: str) -> Any:
+    if not isinstance(value, kind):
+        raise _wrong_type(path, called)
+    return value
+
+
+def _number(value: Any, kinds: tuple[type, ...], path: str, called: str) -> Any:
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise _wrong_type(path, called)
+    return value
+
+
+def _wrong_type(path: str, expected: str) -> Fault:
+    return Fault("Serialization", f"'{path}' has to be {expected}.", parameter=path)
+
+
+def body_members(operation: OperationModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a body asks of ``operation``; raises as :func:`members_of`."""
+    checker = ShapeChecker()
+    found = checker.members(operation.input_shape, given, located=False)
+    checker.finish()
+    return found
+
+
+def members_of(operation: OperationModel, request: Request) -> dict[str, Any]:
+    """What a request asks: segments of its path, its query and its body, by the model's names.
+
+    Unknown members are left out, as a client may be newer than we are.
+
+    Raises:
+        Fault: Serialization, for a body that is not what it has to be; Validation, with all that
+            breaks the model's constraints.
+    """
+    if not isinstance(operation.input_shape, StructureShape):
+        return {}
+    members = operation.input_shape.members
+    has_body = any("location" not in shape.serialization for shape in members.values())
+    body = json_object(request) if has_body else {}
+    given: dict[str, Any] = {}
+    for name, shape in members.items():
+        key = shape.serialization.get("name", name)
+        location = shape.serialization.get("location")
+        if location == "uri":
+            given[key] = request.params.get(key)
+        elif location == "querystring":
+            given[key] = _of_query(shape, request.query.get(key), name)
+        elif location == "header":
+            given[key] = request.headers.get(key.lower())
+        elif location is None:
+            given[key] = body.get(key)
+    checker = ShapeChecker()
+    found = checker.members(operation.input_shape, given)
+    checker.finish()
+    return found
+
+
+def answer_of(operation: OperationModel, members: Mapping[str, Any]) -> Response:
+    """``members`` as the answer of ``operation``; what is ``None`` is left out."""
+    status = operation.http.get("responseCode", 200)
+    if operation.output_shape is None:
+        return Response.json({}, status)
+    return Response.json(plain(operation.output_shape, members), status)
+
+
+def plain(shape: Shape, value: Any) -> Any:
+    """``value`` as JSON has it. A member that the shape does not know is our mistake."""
+    if isinstance(shape, StructureShape):
+        found = {}
+        for name, member in value.items():
+            inner = shape.members[name]
+            # JSON has no word for a loss that is not a number.
+            no_number = isinstance(member, float) and not math.isfinite(member)
+            if member is not None and not no_number:
+                found[inner.serialization.get("name", name)] = plain(inner, member)
+        return found
+    if isinstance(shape, ListShape):
+        return [plain(shape.member, item) for item in value]
+    if isinstance(shape, MapShape):
+        return {key: plain(shape.value, item) for key, item in value.items()}
+    return timestamp(value) if isinstance(value, datetime) else value
+
+
+def _of_query(shape: Shape, values: list[str] | None, name: str) -> Any:
+    """A member of the query with the type of ``shape``."""
+    if values is None:
+        return None
+    if isinstance(shape, ListShape):
+        return values
+    text, kind = values[0], shape.type_name
+    if kind in ("integer", "long"):
+        # Digits of other scripts are numbers to Python, and thousands of them cost time.
+        if not (text.isascii() and text.removeprefix("-").isdigit() and len(text) < 20):
+            raise _unreadable(name, "a whole number")
+        return int(text)
+    if kind == "boolean":
+        if text not in _BOOLEANS:
+            raise _unreadable(name, "true or false")
+        return _BOOLEANS[text]
+    if kind == "timestamp":
+        # Once here, for a refusal that names the query, and once more by its shape.
+        return moment_of(text, name).isoformat()
+    return text
+
+
+def _unreadable(name: str, expected: str) -> Fault:
+    return Fault("Validation", f"'{name}' has to be {expected}.", parameter=name)

@@ -1,0 +1,74 @@
+"""Tags of jobs, custom models, deployments and provisioned throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from luthier.server.bedrock.control import ControlRequest, Operate, not_found, tags_of
+from luthier.server.identifiers import (
+    JOB,
+    MODEL,
+    find_endpoint,
+    find_job,
+    find_model,
+)
+from luthier.server.tables import tags
+from luthier.server.tables.arns import Arn
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.endpoints import DEPLOYMENT, PROVISIONED
+from luthier.server.tables.jobs import Job
+
+_BY_KIND: Mapping[str, Callable[..., Job | CustomModel | None]] = {
+    JOB: find_job,
+    MODEL: find_model,
+}
+
+
+def tag_resource(request: ControlRequest) -> dict[str, Any]:
+    """Set tags; the same key is replaced."""
+    given = tags_of(request["tags"])
+    request.record(request["resourceARN"])
+    with request.control.database.write() as session:
+        tags.put(session, _resource(request, session), given)
+    return {}
+
+
+def untag_resource(request: ControlRequest) -> dict[str, Any]:
+    """Take tags away by key."""
+    request.record(request["resourceARN"])
+    with request.control.database.write() as session:
+        tags.remove(session, _resource(request, session), request["tagKeys"])
+    return {}
+
+
+def list_tags(request: ControlRequest) -> dict[str, Any]:
+    """All tags, by key."""
+    request.record(request["resourceARN"])
+    with request.control.database.read() as session:
+        found = tags.read(session, _resource(request, session))
+    return {"tags": [{"key": key, "value": value} for key, value in found.items()]}
+
+
+def _resource(request: ControlRequest, session: Session) -> str:
+    """The ARN of something that is there, under which its tags are kept."""
+    text = request["resourceARN"]
+    arn = Arn.parse(text)
+    found: object | None = None
+    if arn is not None and arn.kind in (DEPLOYMENT, PROVISIONED):
+        found = find_endpoint(session, request.arns, request.account, arn.kind, text)
+    elif arn is not None and arn.kind in _BY_KIND:
+        found = _BY_KIND[arn.kind](session, request.arns, request.account, text)
+    if found is None:
+        raise not_found("resource", text)
+    # Partitions of AWS are told apart by clients alone: one resource, one place for its tags.
+    return str(arn)
+
+
+OPERATIONS: dict[str, Operate] = {
+    "TagResource": tag_resource,
+    "UntagResource": untag_resource,
+    "ListTagsForResource": list_tags,
+}

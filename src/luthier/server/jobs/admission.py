@@ -1,0 +1,108 @@
+"""What a machine can take, and what a job will take of it, by its recipe, before its rows are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from luthier.engine.machine import total_memory
+
+SHARE = 0.9
+"""Part of the machine's memory that workers may take together."""
+TOKENS = 2048
+"""Tokens of a training micro-batch where the recipe sets none. With less free memory the engine chooses
+fewer."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What workers and imports of this machine may take together."""
+
+    memory: int = field(default_factory=lambda: int(total_memory() * SHARE))
+    """Bytes, by the estimates of jobs and imports."""
+    cores: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Threads of jobs."""
+
+
+def memory_of(command: str, recipe: dict[str, Any]) -> int:
+    """Return the estimated peak of a job in bytes, by the engine's own estimate.
+
+    A recipe without an objective is estimated with the objective that its base model is made for. Its
+    rows decide among the objectives of that network, whose peaks differ by about 1 %.
+    The catalogue describes networks that are not on this machine; no custom model is fetched.
+
+    Raises:
+        LuthierError: where the job cannot work at all, as the worker says; or where a custom model is
+            not on this machine.
+    """
+    # Many jobs of a queue differ in what they are called and what they read only.
+    alike = {**recipe, "name": None, "data": {"train": ""}}
+    return _memory_of(command, json.dumps(alike, sort_keys=True))
+
+
+@lru_cache(maxsize=512)
+def _memory_of(command: str, fields: str) -> int:
+    import torch
+
+    from luthier.engine.machine import choose_machine
+    from luthier.engine.memory import sketch_training, weight_bytes
+    from luthier.library.folders import is_base_here
+    from luthier.library.models import find, objective_of
+    from luthier.models.base_kinds import base_kind
+    from luthier.models.catalog import CATALOG
+    from luthier.models.layouts import MOST_IMAGES
+    from luthier.models.load import catalogue_config, read_config, sketch_of
+    from luthier.models.tokenizer import load_processor
+    from luthier.objectives import OBJECTIVES
+    from luthier.objectives.capabilities import other_models
+    from luthier.recipe import Recipe, parse
+    from luthier.workflows.pipeline import KINDS
+
+    def described(model_id: str) -> Any:
+        """Return the entry of the catalogue where only that describes the model."""
+        return CATALOG.get(model_id) if not is_base_here(model_id) else None
+
+    def config(model_id: str, head: Any) -> Any:
+        if entry := described(model_id):
+            return catalogue_config(entry, head)
+        return read_config(find(model_id).network_folder, head)
+
+    def usual_objective(model_id: str) -> Any:
+        entry = described(model_id)
+        if entry is not None:
+            own = OBJECTIVES[base_kind(entry.kind).objective].model_validate({})
+        else:
+            own = objective_of(find(model_id))
+        if own.task == "causal_lm":
+            return OBJECTIVES["sft"].model_validate({})
+        # A model distilled from another one learns on without its teacher.
+        return OBJECTIVES["contrastive"].model_validate({}) if other_models(own) else own
+
+    def reads_media(model_id: str) -> bool:
+        if entry := described(model_id):
+            return entry.media is not None
+        return load_processor(find(model_id).network_folder) is not None
+
+    recipe = json.loads(fields)
+    parsed = parse(KINDS[command].recipe, recipe)
+    assert isinstance(parsed, Recipe)
+    # The threads of a server that answers beside it stay as they are.
+    machine = choose_machine(parsed.training.precision, torch.get_num_threads())
+    size = machine.dtype.itemsize
+    objective = parsed.objective or usual_objective(parsed.base)
+    network = config(parsed.base, objective.head())
+    memory = sketch_training(network, objective, parsed.adaptation, size).memory
+    teacher = recipe.get("teacher", {})
+    others = list(other_models(objective).values())
+    if teacher and not teacher.get("url"):
+        others.append(teacher["model"])
+    for other in others:
+        head = OBJECTIVES["causal_lm"].model_validate({}).head()
+        if ":" in other:
+            head = objective_of(find(other)).head()
+        memory = memory.beside(weight_bytes(sketch_of(config(other, head), head), size))
+    usual = MOST_IMAGES if reads_media(parsed.base) else TOKENS
+    return memory.peak(parsed.training.micro_batch_tokens or usual)

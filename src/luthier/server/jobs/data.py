@@ -1,0 +1,250 @@
+"""The rows of a job: fetched once, and the same for every worker that goes on with it."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from luthier.data.containers import Container, container_of
+from luthier.data.media import MOST_MEDIA_BYTES
+from luthier.data.media_files import REFERENCES, is_media, media_references, object_name
+from luthier.data.parsing import Unreadable
+from luthier.data.read import read_records
+from luthier.errors import DataError, LocationRefused, Problem
+from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
+from luthier.library.models import find
+from luthier.models.catalog import CATALOG
+from luthier.models.tokenizer import load_processor
+from luthier.server.jobs.folders import JobFolders
+from luthier.server.tables.jobs import Job
+
+MOST_REFERENCES = 100_000
+"""Images and sounds that the rows of one file name."""
+MOST_REFUSED = 20
+"""Of them that are named when they are not there; then no more are looked for."""
+_SOURCES = "sources.json"
+
+
+class JobLocations(Protocol):
+    """Reads and writes what addresses name, with the rights of an account."""
+
+    def fetch(self, account: str, uri: str, folder: Path, /) -> list[tuple[str, Path]]:
+        """Addresses and local copies, made in ``folder``, of what ``uri`` names; of images or sounds
+        one folder."""
+
+    def write(self, account: str, uri: str, name: str, content: bytes, /) -> str:
+        """Put ``content`` at ``name`` below ``uri``; the address of what was written."""
+
+    def remove(self, account: str, addresses: Sequence[str], /) -> None:
+        """Take back what was written there, where this service keeps it."""
+
+
+@dataclass(frozen=True)
+class JobData:
+    """Where the rows of a job lie, and what their owner calls them."""
+
+    folder: Path
+    train: Sequence[str]
+    """Names of files in ``folder``."""
+    validators: Sequence[Sequence[str]]
+    addresses: dict[str, str]
+    """What each file was fetched from."""
+
+    @property
+    def source(self) -> str:
+        """The training rows as a recipe names them."""
+        return self._source("train", self.train)
+
+    @property
+    def validation(self) -> str | None:
+        """All validation rows as a recipe names them."""
+        files = [name for each in self.validators for name in each]
+        return self._source("held", files) if files else None
+
+    def validator(self, number: int) -> str:
+        """The rows of one validator, counted from 0."""
+        return self._source(f"held/{number + 1:02d}", self.validators[number])
+
+    def show_addresses(self, text: str) -> str:
+        """``text`` with what the owner of the job calls files for where they lie here."""
+        for name, address in self.addresses.items():
+            # A folder's is a prefix, behind which its files stand.
+            text = text.replace(str(self.folder / name), address.rstrip("/"))
+            own = re.escape(Path(name).name)
+            text = re.sub(rf"\b{own}(?=:\d)", address.replace("\\", r"\\"), text)
+        for part in ("train", "held"):
+            text = text.replace(f"{self.folder / part}", f"the {part} data")
+        return text.replace(f"{luthier_home()}/", "")
+
+    def _source(self, part: str, names: Sequence[str]) -> str:
+        return str(self.folder / (names[0] if len(names) == 1 else part))
+
+
+def fetch_data(job: Job, folders: JobFolders, locations: JobLocations) -> JobData:
+    """The data of ``job``, fetched unless they are here: a job never sees other rows when it goes on.
+
+    Raises:
+        RefusedInput: from ``locations``, for what may not or cannot be read.
+        LuthierError: the same, where trying again may help.
+    """
+    media = base_reads_media(job.recipe["base"])
+    if not (folders.data / _SOURCES).is_file():
+        sweep(folders.data.parent, job.id)
+        with new_folder(folders.data) as fresh:
+            _fetch(job, fresh, locations, media)
+    recorded = read_json(folders.data / _SOURCES)
+    data = JobData(folders.data, recorded["train"], recorded["validators"], recorded["addresses"])
+    if job.face != "native" and not media:
+        _check_lines(data)
+    return data
+
+
+def base_reads_media(base: str) -> bool:
+    """Whether the rows of a base model are images or sounds; no base is fetched to know."""
+    if base in CATALOG:
+        return CATALOG[base].media is not None
+    return load_processor(find(base).network_folder) is not None
+
+
+def _check_lines(data: JobData) -> None:
+    """Refuse files that are not JSON Lines, which is all that Bedrock and OpenAI take."""
+    problems = []
+    for name, address in data.addresses.items():
+        if (data.folder / name).is_dir():
+            message = "It holds images or sounds, and the base model reads texts."
+            fix = "Name a base model that reads them, or an object with rows of text."
+            problems.append(Problem(address, 0, "media.base", message, fix))
+            continue
+        try:
+            found = container_of(data.folder / name)
+        except Unreadable as bad:
+            problems.append(bad.at(address, 0))
+            continue
+        if found != Container("jsonl"):
+            message = f"The file is {found}, and JSON Lines are wanted: one object a line."
+            fix = "Write it anew as JSON Lines, and do not pack it."
+            problems.append(Problem(address, 0, "file.form", message, fix))
+    if problems:
+        raise DataError(problems)
+
+
+def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None:
+    addresses: dict[str, str] = {}
+    incoming = folder / "incoming"
+
+    def take(uri: str, part: str, count: int) -> list[str]:
+        names = []
+        fetched = locations.fetch(job.account, uri, incoming)
+        for number, (address, path) in enumerate(fetched, 1):
+            # Names are ours: a folder of data passes over files with some names. Findings name files
+            # without their folders, so none is called as another (``show_addresses``).
+            name = f"{part}/{count:02d}/{part[0]}{count:02d}-{number:05d}"
+            if not path.is_dir():
+                # What rows name lies beside them: files of several folders do not mix.
+                ending = _ending(path)
+                name += f"/{Path(name).name}{ending}" if media else ending
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, folder / name)
+            addresses[name] = address
+            if media and not (folder / name).is_dir():
+                columns = job.recipe["data"].get("columns", {})
+                fetch_references(locations, job.account, folder / name, address, columns)
+            names.append(name)
+        shutil.rmtree(incoming, ignore_errors=True)
+        return names
+
+    train = [
+        name
+        for number, uri in enumerate(job.details["sources"], 1)
+        for name in take(uri, "train", number)
+    ]
+    validators = [take(uri, "held", number) for number, uri in enumerate(job.validators, 1)]
+    found: dict[str, Any] = {"train": train, "validators": validators, "addresses": addresses}
+    write_json(folder / _SOURCES, found)
+
+
+def _ending(path: Path) -> str:
+    """Ending of a file's name; of one without, as uploaded files have none, by what is in it."""
+    if path.suffix:
+        return path.suffix
+    try:
+        kind = container_of(path).kind
+    except Unreadable:
+        return ".jsonl"  # what is wrong is said when the rows are read
+    return ".jsonl" if kind == "json" else f".{kind}"
+
+
+def fetch_references(
+    locations: JobLocations,
+    account: str,
+    table: Path,
+    address: str,
+    columns: Mapping[str, str] | None = None,
+) -> None:
+    """Put the images and sounds that the rows of ``table`` name where they are looked for.
+
+    A path is seen from the folder of ``address``, where the rows are from; what stands at an ``s3://``
+    address is read with the rights of the account, as the rows themselves are.
+
+    Args:
+        locations: reads what addresses name.
+        account: whose rights hold.
+        table: the rows on this machine; what they name is put below its folder.
+        address: of the rows.
+        columns: the file's names of our keys, by ours.
+
+    Raises:
+        DataError: naming what is not there, or too large.
+    """
+    if table.suffix in (".zip", ".npz"):
+        return  # they hold all that they name
+    own = {name for key, name in (columns or {}).items() if key in REFERENCES and name}
+    wanted: dict[str, int] = {}
+    # What is wrong with the rows is said when they are read for training.
+    for line, record in read_records(table, []):
+        for reference in media_references(record, (*REFERENCES, *own)):
+            wanted.setdefault(reference, line)
+        if len(wanted) > MOST_REFERENCES:
+            message = f"Its rows name more than {MOST_REFERENCES:,} images or sounds."
+            raise DataError([Problem(address, line, "media.count", message, "Split the file.")])
+    problems: list[Problem] = []
+    incoming = table.parent / ".incoming"
+    for reference, line in wanted.items():
+        place = _place_of(reference, address)
+        if place is None or (table.parent / place[1]).exists():
+            continue  # the row says so itself
+        try:
+            ((_, copy),) = locations.fetch(account, place[0], incoming)
+            if copy.stat().st_size > MOST_MEDIA_BYTES:
+                raise LocationRefused(f"{place[0]} has more than {MOST_MEDIA_BYTES:,} bytes.")
+            target = table.parent / place[1]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(copy, target)
+        except (LocationRefused, OSError) as error:
+            text = (
+                str(error) if isinstance(error, LocationRefused) else f"{reference} has no place."
+            )
+            fix = "Mend the path, upload the file, or remove the row."
+            problems.append(Problem(address, line, "media.missing", text, fix))
+        if len(problems) >= MOST_REFUSED:
+            break
+    shutil.rmtree(incoming, ignore_errors=True)
+    if problems:
+        raise DataError(problems)
+
+
+def _place_of(reference: str, address: str) -> tuple[str, str] | None:
+    """Address of what a row names, and its place as seen from the rows; ``None`` where it has none."""
+    if reference.startswith("s3://"):
+        return None if reference.endswith("/") else (reference, object_name(reference))
+    path = posixpath.normpath(reference)
+    if path.startswith(("/", "..")) or "\0" in path or not is_media(path):
+        return None
+    if any(part.startswith(".") for part in PurePosixPath(path).parts):
+        return None
+    return f"{address.rpartition('/')[0]}/{path}", path

@@ -1,0 +1,41 @@
+"""Deletion of a customization job: its files, then its rows."""
+
+from __future__ import annotations
+
+from sqlalchemy import delete, select
+
+from luthier.errors import WrongState
+from luthier.inference.reply_log import forget
+from luthier.server.jobs.folders import JobFolders
+from luthier.server.tables import tags
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.database import Database
+from luthier.server.tables.jobs import ENDED, Job, JobEvent, run_name
+
+
+def delete_job(database: Database, arns: Arns, job: Job) -> None:
+    """Delete an ended job with its run, log, events and the teacher replies that it requested.
+
+    The rows go last: after a crash, a second call finds the job and deletes the remaining files.
+
+    Raises:
+        WrongState: if the job has not ended, its model still exists, or a process uses its files.
+    """
+    with database.read() as session:
+        model = session.scalar(select(CustomModel.name).where(CustomModel.job_id == job.id))
+    if job.state not in ENDED:
+        raise WrongState(f"The job {job.name} has not ended. Stop the job first.")
+    if model is not None:
+        raise WrongState(f"The job {job.name} made the model {model}. Delete the model first.")
+    folders = JobFolders(job.id)
+    with folders.hold() as is_free:
+        if not is_free:
+            raise WrongState(f"A process still uses files of the job {job.name}. Try again later.")
+        folders.drop_all()
+        folders.log.unlink(missing_ok=True)
+        forget(job.account, {run_name(job.id)})
+    with database.write() as session:
+        tags.drop(session, arns.job(job.account, job.foundation, job.id))
+        session.execute(delete(JobEvent).where(JobEvent.job_id == job.id))
+        session.execute(delete(Job).where(Job.id == job.id))

@@ -1,0 +1,143 @@
+"""What a job keeps on disk, and how all of it goes.
+
+jobs/<id>/                    its data, as they were when it first ran
+teachers/<account>/           what its teacher answered, for all jobs of the account
+jobs/<id>.lock                held by the worker as long as it lives
+jobs/<id>.log                 what the worker printed
+runs/<base>/job-<id>/         the run: checkpoints, metrics
+distillations/<base>/job-<id>/
+models/custom/<base>/job-<id>/
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from luthier.engine.runs import GRIDS, SAMPLES
+from luthier.files import disk_errors, lock, luthier_home, sweep
+from luthier.library.folders import custom_folder, id_of
+from luthier.server.tables import exports, imports
+from luthier.server.tables.custom_models import IMPORTED
+from luthier.server.tables.database import Database
+from luthier.server.tables.jobs import COMPLETED, Job, run_name
+from luthier.server.tables.queue import log_file
+
+LONGEST_LOG = 4_000_000
+"""Bytes of a log; of a longer one the first half is cut."""
+LOG_TAIL, DEATH_TAIL = 20, 5
+"""Lines of a log that clients see with a job, and those that stand in the reason of a failure."""
+
+
+class JobFolders:
+    """The places of one job."""
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+        self.parent = luthier_home() / "jobs"
+        self.data = self.parent / job_id
+        self.log = log_file(job_id)
+        self.lock_file = self.parent / f"{job_id}.lock"
+
+    def hold(self) -> AbstractContextManager[bool]:
+        """Hold the only hand on the files of the job; yields whether nobody else does."""
+        return lock(self.lock_file)
+
+    def drop_working_files(self) -> None:
+        """Free the disk of what the finished job no longer needs; its run and its model stay."""
+        sweep(self.parent, self.job_id)
+        shutil.rmtree(self.data, ignore_errors=True)
+        # Nobody waits for the files of a job that has ended.
+        self.lock_file.unlink(missing_ok=True)
+        for folder in self.below("distillations"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in self.below("runs"):
+            # No face shows them, and they hold texts of the rows, or images like those.
+            (folder / SAMPLES).unlink(missing_ok=True)
+            shutil.rmtree(folder / GRIDS, ignore_errors=True)
+
+    def drop_all(self) -> None:
+        """Remove everything but the log: the job has made no model."""
+        self.drop_working_files()
+        for parent in (luthier_home() / "models" / "custom").glob("*"):
+            sweep(parent, run_name(self.job_id))
+        for place in ("models/custom", "runs"):
+            for folder in self.below(place):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def open_log(self) -> int:
+        """A file descriptor to append to the log by."""
+        with disk_errors(self.parent):
+            self.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def trim_log(self) -> None:
+        """Cut the older half of a log that is too long; who appends to it goes on at its end."""
+        if self.log.is_file() and self.log.stat().st_size > LONGEST_LOG:
+            kept = self.log.read_bytes()[-LONGEST_LOG // 2 :]
+            with self.log.open("r+b") as file:
+                file.truncate()
+                file.write(b"...\n" + kept.partition(b"\n")[2])
+                file.truncate()
+
+    def log_tail(self, lines: int = LOG_TAIL) -> list[str]:
+        """Return the last lines of the log on this machine, without the path of the store."""
+        try:
+            with self.log.open("rb") as file:
+                last = deque(file, lines)
+        except OSError:
+            return []
+        home = f"{luthier_home()}/"
+        return [line.decode(errors="replace").rstrip().replace(home, "") for line in last]
+
+    def below(self, place: str) -> Iterator[Path]:
+        """The folders of the job in one part of the store."""
+        return (luthier_home() / place).glob(f"*/{run_name(self.job_id)}")
+
+
+class ImportFolders(JobFolders):
+    """The places of one import: lock and log, and the model that comes of it."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(imports.files_name(model_id))
+        self.model = custom_folder(IMPORTED, imports.stored_name(model_id))
+        self.stored_id = id_of(self.model)
+
+    def drop_here(self) -> None:
+        """Remove what this machine has of the model; whoever calls holds the lock."""
+        sweep(self.model.parent, self.model.name)
+        shutil.rmtree(self.model, ignore_errors=True)
+
+    def drop(self, *, model: bool) -> None:
+        """Remove what only the import needed; the ``model``, too, where none came of it.
+
+        Whoever calls holds the lock, which goes last: where it is, there may be something to remove.
+        """
+        sweep(self.model.parent, self.model.name)
+        if model:
+            self.drop_here()
+        self.drop_working_files()
+
+
+class ExportFolders(JobFolders):
+    """The places of one export: lock and log, and the folder that is written before it is uploaded."""
+
+    def __init__(self, export_id: str) -> None:
+        super().__init__(exports.files_name(export_id))
+        self.target = self.data / "export"
+
+
+def tidy(database: Database, job: Job, folders: JobFolders) -> None:
+    """Remove what an ended job leaves on disk. Whoever calls holds the lock of its files."""
+    if job.state == COMPLETED:
+        folders.drop_working_files()
+    else:
+        folders.drop_all()
+    with database.write() as session:
+        found = session.get(Job, job.seq)
+        if found is not None:
+            found.has_working_files = False

@@ -1,0 +1,417 @@
+"""Models from outside are tried before anybody can use them: they load, compute right, and answer.
+
+A folder becomes a model only where
+
+- its files keep the rules of :mod:`luthier.models.external`;
+- the network has all of its weights, and its tokenizer is its own;
+- the layout that trains and serves here gives the numbers of transformers (an adapter: those of PEFT);
+- it answers through the engine that will serve it: it writes, reads a text, an image or a sound, or
+  makes an image.
+
+Everything else is refused with the file, the rule and the fix.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import wave
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from luthier.data.media import LONGEST_WINDOW, Media
+from luthier.data.processors import PREPROCESSOR_CONFIG, Processor, read_processor
+from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
+from luthier.files import folder_size
+from luthier.inference.inference import Chat, GenerationRequest, ImageRequest, Prompt
+from luthier.library.folders import short_name
+from luthier.library.models import StoredModel, chat_format, load, text_format
+from luthier.models.external import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    MODEL_INDEX,
+    ImportedFiles,
+    adapter_fields,
+    check_texts,
+    check_tokenizer,
+    check_weights,
+)
+from luthier.models.known_templates import KNOWN_TEMPLATES
+from luthier.models.manifest import Manifest
+from luthier.models.pipelines import is_pipeline, network_folders, tokenizer_folder
+from luthier.models.save import ADAPTER
+from luthier.types import Message
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat, Template
+    from luthier.inference.sequential import ModelInput
+
+ANSWER = 8
+"""Tokens that a model has to write."""
+MOST_INPUT = 3 << 20
+"""Numbers of what a network reads at once: an image of 1,024 x 1,024 in three colours."""
+_STEPS = 2
+"""From noise to the image that a model has to make."""
+_SAME = 1e-3
+"""Relative error between PEFT and our adapter in float32."""
+_GIB = 1 << 30
+_LOADED = 3
+"""Bytes of memory for each byte of weights while a model is tried."""
+_PROCESS = _GIB // 2
+"""Bytes that the libraries take."""
+
+
+@dataclass(frozen=True)
+class AcceptedModel:
+    """A model that was tried."""
+
+    manifest: Manifest
+    """Its record, but for where it came from."""
+    parent: StoredModel | None
+    """The base model of an adapter."""
+
+
+def memory_needed(
+    folder: Path, chosen: ImportedFiles, base_of: Callable[[str], StoredModel | None]
+) -> int:
+    """Bytes of memory that trying a model takes; of its files only the configuration is read.
+
+    ``folder`` holds it; ``chosen`` tells the sizes of the weights, which need not be there yet.
+    ``base_of`` is that of :func:`accept_adapter`.
+
+    Raises:
+        ModelRefused: for an adapter on a model that is not here.
+    """
+    beside = 0
+    if chosen.adapter:
+        base = _base_for(adapter_fields(folder), base_of)
+        # Under PEFT, and as it is served.
+        beside = 2 * folder_size(base.network_folder, ".safetensors")
+    return _LOADED * (chosen.weights + beside) + _PROCESS
+
+
+def accept_network(folder: Path, model_id: str, trusted: bool = False) -> AcceptedModel:
+    """Try the Hugging Face model, or the pipeline of diffusers, in ``folder``.
+
+    There is memory for it. Of a classifier of images or sounds the network below its classes is taken,
+    which gives embeddings and learns others. The chat template is approved if the model is ``trusted``
+    or the template is known; other templates are not run.
+
+    Raises:
+        ModelRefused: where it cannot be taken.
+    """
+    from luthier.models.config_errors import bounded_memory
+    from luthier.models.description import (
+        described_kind,
+        described_network,
+        import_transformers,
+        read_model_fields,
+    )
+    from luthier.models.modalities import context_length, text_fields
+    from luthier.models.tokenizer import (
+        check_vocabulary,
+        load_chat_format,
+        load_processor,
+        reads_texts,
+    )
+
+    for part in network_folders(folder):
+        with _in_folder(part.relative_to(folder)):
+            check_texts(part)
+            check_weights(part)
+    check_tokenizer(tokenizer_folder(folder))
+    fix = "Save the image processor or feature extractor of the model into the folder."
+    with _as(PREPROCESSOR_CONFIG, "model.input", fix):
+        _check_input(read_processor(folder))
+    index, fix = CONFIG, "Take a family of networks that transformers has built in."
+    if is_pipeline(folder):
+        index, fix = MODEL_INDEX, "Take a Stable Diffusion 1 or 2, as diffusers saves it."
+    with _as(index, "model.network", fix):
+        fields = read_model_fields(folder)
+        import_transformers()
+        with bounded_memory():
+            network = described_network(folder)
+        context = context_length(fields)
+        kind = described_kind(folder)
+        if kind is None:
+            raise ModelRefused(
+                CONFIG, "model.task", f"The network is a {network.task.replace('_', ' ')} model.",
+                "Take a model that writes text, an encoder, a network of images or sounds, or a "
+                "pipeline that makes images; classifiers of texts are made here by a job.",
+            )  # fmt: skip
+    if kind == "causal_lm":
+        # What it may read of images is not taken in here.
+        (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
+    with_texts, form = reads_texts(folder, load_processor(folder)), None
+    approved = False
+    if with_texts:
+        fix = "Save the model's own tokenizer into the folder."
+        with _as("tokenizer.json", "model.tokenizer", fix):
+            chat = load_chat_format(folder)
+            approved = _try_format(chat, trusted)
+            check_vocabulary(chat, fields.get("text_encoder", fields), "the model")
+            if chat.start_id is not None:
+                chat.check_decoder()
+                form = text_format(chat)
+    elif text_fields(fields) is not fields:
+        raise ModelRefused(
+            "tokenizer.json", "model.tokenizer",
+            "The folder has no tokenizer, and its network is made for texts beside images.",
+            "Call save_pretrained(folder) with the processor of the model.",
+        )  # fmt: skip
+    manifest = Manifest(
+        id=model_id,
+        kind=kind,
+        saved="network",
+        parameters=network.numbers,
+        context=context,
+        tokenizer_from=model_id if with_texts else None,
+        template_approved=approved,
+        format=form,
+    )
+    checks = _try(StoredModel(model_id, folder, manifest))
+    if network.task == "sequence_classification":
+        checks["classes"] = "left out, as it gives embeddings"
+    return AcceptedModel(manifest.model_copy(update={"checks": checks}), None)
+
+
+def _check_input(processor: Processor | None) -> None:
+    """Refuse inputs that would take far more memory than the weights tell of.
+
+    Raises:
+        LuthierError: for such a processor.
+    """
+    if processor is not None and math.prod(processor.shape) > MOST_INPUT:
+        height, width = processor.shape[-2:]
+        raise LuthierError(
+            f"it makes inputs of {height:,} x {width:,} numbers, and {MOST_INPUT:,} are taken"
+        )
+
+
+def accept_adapter(
+    folder: Path,
+    model_id: str,
+    base_of: Callable[[str], StoredModel | None],
+    trusted: bool = False,
+) -> AcceptedModel:
+    """Try the PEFT adapter in ``folder`` on the base model that it names.
+
+    ``base_of`` opens a base model of ours by its short name. See :func:`accept_network`.
+    """
+    import torch
+
+    from luthier.adaptations.peft import lora_of
+    from luthier.models.description import check_folder
+    from luthier.models.load import read_config, sketch
+    from luthier.models.save import read_adapter
+    from luthier.models.tokenizer import check_vocabulary
+    from luthier.objectives import OBJECTIVES
+
+    fields = adapter_fields(folder)
+    base = _base_for(fields, base_of)
+    check_weights(folder)
+    check_tokenizer(folder)
+    head = OBJECTIVES["causal_lm"].model_validate({}).head()
+    lora = lora_of(fields, read_adapter(folder), sketch(base.network_folder, head))
+    fix = "Save the base model's tokenizer into the folder."
+    with _as("tokenizer.json", "model.tokenizer", fix):
+        chat = _adapter_format(folder, base)
+        approved = _try_format(chat, trusted)
+        check_vocabulary(chat, check_folder(base.network_folder), "the adapter")
+    manifest = Manifest(
+        id=model_id,
+        kind="causal_lm",
+        saved="adapter",
+        parent=base.id,
+        root=base.root,
+        tokenizer_from=model_id,
+        template_approved=approved,
+        recipe={"base": base.id, "adaptation": lora.model_dump(mode="json")},
+        format=text_format(chat),
+        adapter_of=_base_name(fields),
+    )
+    candidate = StoredModel(model_id, folder, manifest, base)
+    config = read_config(base.network_folder, head)
+    with _as(ADAPTER, "adapter.weights", "Save the adapter anew with PEFT's save_pretrained."):
+        expected = _by_peft(folder, base, int(config.vocab_size))
+        ours = load(candidate, torch.float32, torch.device("cpu"))
+        error = _difference(ours, expected, int(config.vocab_size))
+        if not error < _SAME:
+            raise ModelRefused(
+                ADAPTER, "adapter.parity",
+                f"Put on {base.id} here it computes other numbers than under PEFT (relative error "
+                f"{error:.2g}).",
+                "Merge it into its model (merge_and_unload), save that and name its folder.",
+            )  # fmt: skip
+    checks = {"peft": "same numbers as PEFT", "peft_error": error, **_try(candidate)}
+    return AcceptedModel(manifest.model_copy(update={"checks": checks}), base)
+
+
+def _base_for(
+    fields: Mapping[str, Any], base_of: Callable[[str], StoredModel | None]
+) -> StoredModel:
+    """The base model that an adapter names."""
+    named = _base_name(fields)
+    base = base_of(short_name(named)) if named else None
+    if base is None or base.kind != "causal_lm":
+        raise ModelRefused(
+            ADAPTER_CONFIG, "adapter.base",
+            f"The adapter belongs to {named[:200]!r}, which is no base model of this server.",
+            "Merge it into its model (merge_and_unload), save that and name its folder.",
+        )  # fmt: skip
+    return base
+
+
+def _base_name(fields: Mapping[str, Any]) -> str:
+    return str(fields.get("base_model_name_or_path") or "")
+
+
+def _try(candidate: StoredModel) -> dict[str, Any]:
+    """Load it as it is served, compare the layout, and let it answer."""
+    with _as("*.safetensors", "model.load", "Save the whole model anew with save_pretrained."):
+        return _answers(candidate) if candidate.kind == "causal_lm" else _try_serial(candidate)
+
+
+def _answers(candidate: StoredModel) -> dict[str, Any]:
+    from luthier.engine.machine import available_memory
+    from luthier.inference.decoder import Decoder
+    from luthier.inference.memory import CacheBudget
+
+    # Opening it compares the layout with the network's own forward.
+    decoder = Decoder.open(candidate, CacheBudget(max(_GIB // 4, available_memory() // 4)))
+    try:
+        prompt: Prompt = Chat((Message("user", "Hello."),))
+        if not candidate.manifest.template_approved:
+            prompt = "Hello."
+        request = GenerationRequest(prompt, max_tokens=ANSWER, temperature=0.0)
+        stream = decoder.submit(request)
+        stream.whole()
+        read = stream.prompt_tokens
+    finally:
+        decoder.close()
+    return {"layout": "same numbers as transformers", "answered": True, "prompt_tokens": read}
+
+
+def _try_serial(candidate: StoredModel) -> dict[str, Any]:
+    """Let what does not write read something, or make an image."""
+    from luthier.inference.batcher import Work
+    from luthier.inference.sequential import SerialModel
+
+    model = SerialModel.open(candidate)
+    try:
+        if model.makes_images:
+            request = (
+                ImageRequest(steps=_STEPS) if candidate.kind == "denoising" else ImageRequest()
+            )
+            with np.errstate(invalid="raise"):  # numbers that are not finite are no pixels
+                (image,) = model.sample(request, 0, Work(), lambda count: None)
+            return {"made": "an image", "pixels": list(image.pixels.shape[:2])}
+        examples, _ = model.inputs([_sample_input(model.reads)])
+        (answer,) = model.predict(examples, None, Work())
+    finally:
+        model.close()
+    if "embedding" not in answer:
+        return {"answered": True}
+    if not np.isfinite(answer["embedding"]).all():
+        raise LuthierError("its vector holds numbers that are not finite")
+    same = {"layout": "same numbers as transformers"} if candidate.kind == "encoder" else {}
+    return {**same, "dimensions": len(answer["embedding"])}
+
+
+def _sample_input(kind: str) -> ModelInput:
+    """Something that a model of this kind of input reads."""
+    if kind == "text":
+        return "Hello."
+    values = np.sin(np.linspace(0, 440 * 2 * np.pi, 16_000))  # a second of 440 Hz
+    if kind == "window":
+        return Media("window", "a curve", array=values[:LONGEST_WINDOW].astype(np.float32))
+    stream = io.BytesIO()
+    if kind == "audio":
+        with wave.open(stream, "wb") as sound:
+            sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+            sound.writeframes((values * 20_000).astype("<i2").tobytes())
+        return Media("audio", "a tone", data=stream.getvalue())
+    from PIL import Image
+
+    gradient = np.add.outer(np.arange(128), np.arange(128)).astype(np.uint8)
+    Image.fromarray(gradient).convert("RGB").save(stream, format="PNG")
+    return Media("image", "a gradient", data=stream.getvalue())
+
+
+def _adapter_format(folder: Path, base: StoredModel) -> ChatFormat:
+    """Return the format of an adapter, and save the base's tokenizer where the adapter has none."""
+    from luthier.data.chat import ChatFormat
+    from luthier.models.save import save_format
+    from luthier.models.tokenizer import load_tokenizer
+
+    template: Template = "auto"
+    chat = chat_format(base)
+    if not (folder / "tokenizer_config.json").is_file():
+        save_format(chat, folder)
+        template = chat.template
+    form = text_format(chat).model_dump(exclude={"template"})
+    return ChatFormat.of(load_tokenizer(folder), template, **form)
+
+
+def _try_format(chat: ChatFormat, trusted: bool) -> bool:
+    """Encode a first text, and render an approved template; return whether the template is approved."""
+    chat.encode_whole("Hello.")
+    approved = trusted or not chat.template_sha256 or chat.template_sha256 in KNOWN_TEMPLATES
+    if approved and chat.template == "chat":
+        fix = "Save the tokenizer with the chat template that the model was trained with, or with none."
+        with _as("chat_template", "model.template", fix):
+            chat.encode_prompt([Message("user", "Hello.")])
+    return approved
+
+
+def _by_peft(folder: Path, base: StoredModel, vocabulary: int) -> Tensor:
+    import torch
+    from peft import PeftModel
+
+    network: Any = load(base, torch.float32, torch.device("cpu"))
+    adapted: Any = PeftModel.from_pretrained(network, str(folder))
+    return _logits(adapted, vocabulary)
+
+
+def _difference(network: Any, expected: Tensor, vocabulary: int) -> float:
+    return float((_logits(network, vocabulary) - expected).norm() / expected.norm())
+
+
+def _logits(network: Any, vocabulary: int) -> Tensor:
+    """Logits ``[1, 16, V]`` of tokens that are always the same."""
+    import torch
+
+    ids_1T = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found: Tensor = network.eval()(input_ids=ids_1T).logits
+    return found
+
+
+@contextmanager
+def _in_folder(part: Path) -> Iterator[None]:
+    """Name files of a part of a pipeline as they are seen from the whole."""
+    try:
+        yield
+    except ModelRefused as refused:
+        why = refused.problem
+        place = (part / why.file).as_posix()
+        raise ModelRefused(place, why.rule, why.message, why.fix) from refused
+
+
+@contextmanager
+def _as(file: str, rule: str, fix: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is the model's: libraries raise all there is for odd files."""
+    try:
+        yield
+    except (ModelRefused, DoesNotFit, Interrupted):
+        raise
+    except Exception as error:
+        text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
+        raise ModelRefused(file, rule, f"{text.strip()[:1000].rstrip('.')}.", fix) from error

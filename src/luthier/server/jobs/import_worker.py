@@ -1,0 +1,297 @@
+"""The process that takes one model from outside: files, rules, a trial, then the store.
+
+    lock, lease → names and sizes → texts → memory → weights → trial → manifest
+    → Active, in one transaction
+
+It writes into a temporary folder that becomes the model's at the very end, and may be killed anywhere:
+the next process begins anew. It is a process of its own because files from outside are read by
+libraries that were not all made for that, and because a network may take much memory: what goes wrong
+here ends no server.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from luthier import __version__
+from luthier.data.sentence import MODULES, SENTENCE_FOLDERS
+from luthier.engine.machine import available_memory, total_memory
+from luthier.errors import (
+    DoesNotFit,
+    Interrupted,
+    LeaseLost,
+    LocationRefused,
+    LuthierError,
+    ModelRefused,
+    QuotaExceeded,
+    RefusedInput,
+)
+from luthier.files import (
+    TEMPORARY,
+    folder_size,
+    hashes_of,
+    need_disk,
+    new_folder,
+    sweep,
+    without_home,
+)
+from luthier.library.models import StoredModel, find
+from luthier.models.external import MODEL_INDEX, ImportedFiles, choose, is_weights
+from luthier.models.manifest import Manifest, created_now
+from luthier.models.pipelines import PART_FOLDERS
+from luthier.server.jobs.folders import ImportFolders
+from luthier.server.jobs.import_checks import (
+    AcceptedModel,
+    accept_adapter,
+    accept_network,
+    memory_needed,
+)
+from luthier.server.jobs.processes import LOST
+from luthier.server.jobs.worker import Heartbeat, Worker
+from luthier.server.tables import imports, queue, storage
+from luthier.server.tables.accounts import quotas_of
+from luthier.server.tables.foundation import foundation_model
+from luthier.server.tables.imports import ModelImport
+from luthier.server.tables.locations import Locations
+from luthier.workflows.certificate.certificate import certify
+
+SECONDS = 3600
+"""That one model may take."""
+GRACE = 60.0
+"""Seconds after which a process ends that did not hear of it."""
+MEMORY_SECONDS = 600.0
+"""How long memory is waited for that others have taken."""
+
+_log = logging.getLogger(__name__)
+
+
+class ImportWorker(Worker[ModelImport, Locations]):
+    """One process and the model it takes."""
+
+    table = ModelImport
+    folders_type = ImportFolders
+    folders: ImportFolders
+
+    def run(self) -> int:
+        """Take the model; see :meth:`Worker.run`."""
+        # Where memory ends, this process is the one to go.
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+        return super().run()
+
+    def work(self, row: ModelImport) -> int:
+        """Take the model; the exit status."""
+        signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(SECONDS)
+        self._began = time.monotonic()
+        self.heartbeat = Heartbeat(self.beat)
+        self.heartbeat.start()
+        try:
+            self._take(row)
+        finally:
+            signal.alarm(0)
+            self.heartbeat.finish()
+        return 0
+
+    def beat(self) -> None:
+        """Renew the lease; end the process where its main thread does not hear the alarm."""
+        if time.monotonic() - self._began > SECONDS + GRACE:
+            _log.error("model %s takes too long, and cannot be interrupted", self.row_id)
+            os._exit(LOST)
+        with self.database.write() as session:
+            queue.renew(session, ModelImport, self.row_id, self.lease)
+
+    def _take(self, row: ModelImport) -> None:
+        sweep(self.folders.model.parent, self.folders.model.name)
+        try:
+            changes, details = self._store(row)
+        except (Interrupted, LeaseLost):
+            raise
+        except Exception as error:
+            self._fail(error, row)
+            return
+        try:
+            self._end(
+                lambda s: imports.complete(
+                    s, self.row_id, self.lease, changes, details, self.quotas
+                )
+            )
+        except QuotaExceeded as error:
+            # Others of the account took the room meanwhile. After no other error are the files
+            # dropped: the transaction may have been committed.
+            self._fail(error, row)
+            return
+        self.folders.drop(model=False)
+        self.folders.log.unlink(missing_ok=True)
+
+    def _fail(self, error: Exception, found: ModelImport) -> None:
+        # The files are gone before the owner reads that the import failed.
+        self.folders.drop_here()
+        if not isinstance(error, RefusedInput):
+            _log.exception("model %s failed", self.row_id, exc_info=error)
+        failure = self._explain(error, found.source)
+        self._end(lambda s: imports.fail(s, self.row_id, self.lease, failure))
+        self.folders.drop(model=True)
+        if isinstance(error, RefusedInput):
+            self.folders.log.unlink(missing_ok=True)
+
+    def _store(self, found: ModelImport) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Store the model; what changes of its row, and its details."""
+        chosen = choose(self._entries(found))
+        with self.database.read() as session:
+            quotas = quotas_of(session, found.account, self.quotas)
+            storage.check(session, found.account, quotas, stored_bytes=chosen.size)
+        need_disk(self.folders.model, chosen.size + (64 << 20), "copying the model")
+        with new_folder(self.folders.model) as fresh:
+            accepted = self._try(found, chosen, fresh)
+            self._manifest(fresh, found, chosen, accepted).write(fresh)
+        certify(self.folders.stored_id)
+        size = folder_size(self.folders.model)
+        changes: dict[str, Any] = {"stored_id": self.folders.stored_id, "stored_bytes": size}
+        if accepted.parent is not None:
+            base = foundation_model(accepted.parent.id)
+            assert base is not None
+            changes |= {"root": base.id, "base_model": self.arns.foundation_model(base.id)}
+        else:
+            changes["root"] = imports.root_name(self.row_id)
+        return changes, {"kind": accepted.manifest.kind}
+
+    def _entries(self, found: ModelImport) -> list[tuple[str, int]]:
+        """Names and sizes of the files in the folder of a model, and in those of a pipeline's parts."""
+        entries = self.locations.folder(found.account, found.source)
+        if MODEL_INDEX in dict(entries):
+            for part in PART_FOLDERS:
+                place = f"{found.source.rstrip('/')}/{part}"
+                try:
+                    below = self.locations.folder(found.account, place)
+                except LocationRefused as error:
+                    raise ModelRefused(
+                        part, "model.pipeline", f"It cannot be read: {error}",
+                        f"Copy the whole folder of the pipeline, {', '.join(PART_FOLDERS)} among it.",
+                    ) from error  # fmt: skip
+                entries += [(f"{part}/{name}", size) for name, size in below]
+        if MODULES in dict(entries):
+            for part in SENTENCE_FOLDERS:
+                place = f"{found.source.rstrip('/')}/{part}"
+                with suppress(LocationRefused):  # not all models have all of them
+                    below = self.locations.folder(found.account, place)
+                    entries += [(f"{part}/{name}", size) for name, size in below]
+        return entries
+
+    def _try(self, found: ModelImport, chosen: ImportedFiles, folder: Path) -> AcceptedModel:
+        """Copy the model into ``folder``, the weights last, and try it there."""
+        texts = [each for each in chosen.files if not is_weights(each[0])]
+        self._copy(found, texts, folder)
+        size = memory_needed(folder, chosen, _base)
+        self._have_memory(found, size)
+        self._copy(found, [each for each in chosen.files if is_weights(each[0])], folder)
+        with self.database.read() as session:
+            trusted = imports.is_trusted(session, self.row_id)
+        if chosen.adapter:
+            return accept_adapter(folder, self.folders.stored_id, _base, trusted)
+        return accept_network(folder, self.folders.stored_id, trusted)
+
+    def _have_memory(self, found: ModelImport, size: int) -> None:
+        """Come back when the model may have ``size`` bytes, by the account of jobs and imports.
+
+        Raises:
+            ModelRefused: where the machine has not as much.
+            Interrupted: where others have it: the import is started again when it fits.
+        """
+        if size > total_memory():
+            raise ModelRefused(
+                "*.safetensors", "model.memory",
+                f"Trying the model takes about {size >> 20:,} MiB of memory, which are not there.",
+                "Take a smaller model, or a server with more memory.",
+            )  # fmt: skip
+        if found.memory and size > found.memory:
+            # It would be given back for ever.
+            raise _changed_refusal(
+                "*.safetensors", "The files were smaller when they were looked at first."
+            )
+        self.reserve_memory(size)
+        _wait_for_memory(size)
+
+    def _manifest(
+        self, fresh: Path, found: ModelImport, chosen: ImportedFiles, accepted: AcceptedModel
+    ) -> Manifest:
+        import torch
+
+        return accepted.manifest.model_copy(
+            update={
+                "id": self.folders.stored_id,
+                "source": found.source,
+                "left_out": list(chosen.left),
+                "created": created_now(),
+                "luthier": __version__,
+                "torch": torch.__version__,
+                "files": hashes_of(fresh),
+            }
+        )
+
+    def _copy(self, found: ModelImport, files: Iterable[tuple[str, int]], folder: Path) -> None:
+        for name, size in files:
+            self._copy_file(found, name, size, folder / name)
+
+    def _copy_file(self, found: ModelImport, name: str, size: int, target: Path) -> None:
+        self.retry(lambda: self.locations.fetch_from(found.account, found.source, name, target))
+        if (copied := target.stat().st_size) != size:
+            raise _changed_refusal(
+                name, f"It had {size:,} bytes at the beginning, and then {copied:,}."
+            )
+
+    def _explain(self, error: Exception, source: str) -> str:
+        """Why there is no model, in words for its owner: without the server's own paths."""
+        if isinstance(error, DoesNotFit):
+            text = "The server has no room for the model now. Create it again later."
+        elif isinstance(error, LuthierError):
+            text = str(error)
+        else:
+            text = f"{type(error).__name__}: the model could not be taken."
+        temporary = re.escape(f"{self.folders.model.parent}/{TEMPORARY}{self.folders.model.name}~")
+        text = re.sub(rf"{temporary}\w*", source.rstrip("/"), text)
+        return without_home(text)
+
+    def _end(self, change: Callable[[Session], None]) -> None:
+        """The last transaction."""
+        self.ending = True
+        signal.alarm(0)
+        self.heartbeat.finish()
+        self.write(change)
+
+
+def _base(name: str) -> StoredModel | None:
+    """A base model of this server that an adapter may be for."""
+    known = foundation_model(name)
+    return find(known.base) if known else None
+
+
+def _changed_refusal(file: str, what: str) -> ModelRefused:
+    fix = "Create the model again when nobody writes to the folder any more."
+    return ModelRefused(file, "model.changed", what, fix)
+
+
+def _wait_for_memory(size: int) -> None:
+    """Wait for memory that what is in no account has, such as models that answer."""
+    deadline = time.monotonic() + MEMORY_SECONDS
+    while available_memory() < size:
+        if time.monotonic() > deadline:
+            raise DoesNotFit("no memory for a model from outside")
+        time.sleep(1)
+
+
+def _too_long(number: int, frame: Any) -> None:
+    raise ModelRefused(
+        "*", "model.time", f"The model was not taken after {SECONDS} seconds.",
+        "Take a smaller model, or an address nearer to the server.",
+    )  # fmt: skip

@@ -1,0 +1,178 @@
+"""What a run reports, on its way into the events of its job: each thing once, however often it ran.
+
+A worker that goes on after a crash hears of the steps since the last checkpoint again, with the same
+numbers. The reporter knows what was written before, and leaves it out.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Unpack
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.engine.metrics import SCORES, Reporter
+from luthier.escaping import finite_or_none
+from luthier.server.tables.database import now
+from luthier.server.tables.jobs import Job, JobDetails, JobEvent, JobPart, JobProgress
+
+PARTS = ("validation", "data_processing", "training")
+"""What the work on a job is divided into, as Bedrock shows it."""
+_NAMES = {"train": "train_loss", "validation": "valid_loss"}
+
+
+@dataclass
+class Pending:
+    """What is not in the database yet."""
+
+    events: list[JobEvent] = field(default_factory=list)
+    details: JobDetails = field(default_factory=JobDetails)
+
+    def __bool__(self) -> bool:
+        return bool(self.events or self.details)
+
+
+class JobReporter(Reporter):
+    """Keeps what a run says until it is written. Two threads may use it."""
+
+    def __init__(
+        self,
+        job: Job,
+        rename: Callable[[str], str],
+    ) -> None:
+        """``rename`` puts the names that the owner knows into a text."""
+        self.job_id, self.rename = job.id, rename
+        self.details = job.details.copy()
+        self._pending = Pending()
+        self._lock = threading.Lock()
+        self._messages: set[str] = set()
+        self._steps = dict.fromkeys(_NAMES, -1)
+        self._train_loss: tuple[int, Any] = (0, None)
+        """The last step that was trained, and its loss."""
+        self._began: tuple[float, int] | None = None
+
+    def remember(self, session: Session) -> None:
+        """Learn what earlier workers wrote."""
+        written = select(JobEvent.kind, JobEvent.message, JobEvent.data)
+        for kind, message, data in session.execute(written.where(JobEvent.job_id == self.job_id)):
+            if kind == "metrics":
+                event, step = "validation" if "valid_loss" in data else "train", int(data["step"])
+                self._steps[event] = max(self._steps[event], step)
+                if event == "train" and step >= self._train_loss[0]:
+                    self._train_loss = step, data["train_loss"]
+            else:
+                self._messages.add(message)
+
+    def stage(self, text: str) -> None:
+        """A part of the work begins."""
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """A message, once."""
+        text = self.rename(text)
+        if text in self._messages:
+            return
+        self._messages.add(text)
+        kind = "warning" if text.startswith("warning") else "message"
+        self._add(kind, text, {})
+
+    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+        """Settings that were left open are part of what the job shows; its data are fine."""
+        chosen = {name: _plain(value) for name, value, _ in defaults}
+        reasons = {name: self.rename(reason) for name, _, reason in defaults if reason}
+        self._detail(
+            chosen={**self.details.get("chosen", {}), **chosen},
+            reasons={**self.details.get("reasons", {}), **reasons},
+        )
+        self.part("validation", "Completed")
+        self.part("data_processing", "Completed")
+        self.part("training", "InProgress")
+
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+        """A line of the metrics becomes an event; the progress of the job is that of its last step."""
+        event, step = line["event"], int(line["step"])
+        if event not in _NAMES:
+            return
+        if event == "train":
+            self._progress(line, step, steps)
+            self._train_loss = step, _plain(line["loss"])
+        if step <= self._steps[event]:
+            return
+        self._steps[event] = step
+        values = {
+            # In files with a line a step, a score of validation rows stands beside that of training.
+            f"valid_{key}" if event == "validation" and key in SCORES else key: _plain(value)
+            for key, value in line.items()
+            if key not in ("event", "loss")
+        }
+        data = {"step": step, _NAMES[event]: _plain(line["loss"]), "total_steps": steps, **values}
+        if event == "validation" and self._train_loss[0]:
+            # Clients of OpenAI read the training loss of every event with metrics.
+            data["train_loss"] = self._train_loss[1]
+        measure = line.get("measure", "loss")
+        self._add("metrics", f"Step {step}/{steps}: {event} {measure} {line[measure]:.4f}", data)
+
+    def part(self, name: str, status: str) -> None:
+        """A part of the work begins, or is over: ``status`` in Bedrock's words."""
+        moment = now().isoformat()
+        parts = dict(self.details.get("parts", {}))
+        before = parts.get(name)
+        if before is None or before["status"] != "Completed":
+            created = moment if before is None else before["created"]
+            parts[name] = JobPart(status=status, created=created, modified=moment)
+            self._detail(parts=parts)
+
+    def catch_up(self, lines: Sequence[Mapping[str, Any]], steps: int) -> None:
+        """Record what is in the metrics of the run and was lost on its way here."""
+        for line in lines:
+            self.metrics(line, steps)
+
+    def take(self) -> Pending:
+        """What is to be written now; :meth:`give_back` it where that failed."""
+        with self._lock:
+            taken, self._pending = self._pending, Pending()
+        return taken
+
+    def give_back(self, taken: Pending) -> None:
+        """Keep ``taken`` for the next time, before what came since."""
+        copies = [copy_event(event) for event in taken.events]
+        with self._lock:
+            self._pending.events[:0] = copies
+            self._pending.details = {**taken.details, **self._pending.details}
+
+    def _progress(self, line: Mapping[str, Any], step: int, steps: int) -> None:
+        if self._began is None or step <= self._began[1]:
+            self._began = (time.monotonic(), step)
+        started, first = self._began
+        progress = JobProgress(step=step, steps=steps, loss=_plain(line["loss"]))
+        if step > first:
+            left = (time.monotonic() - started) / (step - first) * (steps - step)
+            progress["estimated_finish"] = (now() + timedelta(seconds=left)).isoformat()
+        self._detail(progress=progress)
+
+    def _detail(self, **values: Unpack[JobDetails]) -> None:
+        with self._lock:
+            self.details |= values
+            self._pending.details |= values
+
+    def _add(self, kind: str, message: str, data: dict[str, Any]) -> None:
+        event = JobEvent(job_id=self.job_id, at=now(), kind=kind, message=message, data=data)
+        with self._lock:
+            self._pending.events.append(event)
+
+
+def copy_event(event: JobEvent) -> JobEvent:
+    """The same event, unknown to any session."""
+    names = ("job_id", "at", "kind", "message", "data")
+    return JobEvent(**{name: getattr(event, name) for name in names})
+
+
+def _plain(value: Any) -> Any:
+    """A number or text ready for JSON."""
+    known = isinstance(value, (bool, int, float, str, type(None)))
+    return finite_or_none(value) if known else str(value)

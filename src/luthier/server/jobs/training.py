@@ -1,0 +1,353 @@
+"""The worker of customization jobs: from rows to a model, or to the reason why there is none.
+
+    data → training → verification → outputs → Completed, in one transaction
+
+The next worker goes on from the last checkpoint, to the same bits. What is asked of a job meanwhile
+(stop, pause) its worker hears from its heartbeat. SIGTERM makes it give the job back at a checkpoint.
+
+Where a server gives its jobs several processes, the worker starts them for the training alone
+(:mod:`luthier.engine.processes`), and all else is as with one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from luthier.data.tree import READING_BUDGET
+from luthier.engine.metrics import MetricsFile
+from luthier.engine.processes import SHUTDOWN_SECONDS, check_room
+from luthier.engine.runs import METRICS, Run
+from luthier.errors import (
+    Interrupted,
+    LuthierError,
+    QuotaExceeded,
+    RecipeError,
+    UnknownModel,
+    WrongState,
+)
+from luthier.escaping import finite_or_none
+from luthier.files import folder_size, verify, waits_for_disk
+from luthier.inference.reply_log import asking_for
+from luthier.library import models
+from luthier.library.models import StoredModel, find
+from luthier.recipe import DataSpec, parse
+from luthier.server.jobs import output_files as outputs
+from luthier.server.jobs.data import JobData, JobLocations, fetch_data
+from luthier.server.jobs.folders import JobFolders, tidy
+from luthier.server.jobs.job_reporter import JobReporter, copy_event
+from luthier.server.jobs.processes import NO_DISK
+from luthier.server.jobs.worker import (
+    AGAIN,
+    BEAT,
+    RENEWAL,
+    Heartbeat,
+    Worker,
+    explain_wait,
+)
+from luthier.server.tables import jobs, queue, storage
+from luthier.server.tables.accounts import quotas_of
+from luthier.server.tables.database import Database
+from luthier.server.tables.jobs import (
+    ENDED,
+    PAUSED,
+    RUNNING,
+    STOPPED,
+    STOPPING,
+    Job,
+    JobResult,
+    run_name,
+)
+from luthier.workflows.pipeline import KINDS
+
+_log = logging.getLogger(__name__)
+
+
+class JobHeartbeat(Heartbeat):
+    """Writes what the run reports, and stops the main thread at the next step where that is wanted."""
+
+    def __init__(
+        self,
+        database: Database,
+        job: Job,
+        lease: str,
+        reporter: JobReporter,
+        ask_again_seconds: float = AGAIN,
+    ) -> None:
+        super().__init__(self.beat, BEAT, ask_again_seconds)
+        self.database, self.reporter = database, reporter
+        self.job_id, self.lease = job.id, lease
+        self.limit, self.before = job.time_limit, job.worked
+        self.started = self._renewed = time.monotonic()
+        self.reason: str | None = None
+        """Why the work is interrupted: ``stop``, ``pause`` or ``time``; ``None`` while it is not."""
+
+    @property
+    def seconds_worked(self) -> float:
+        """Seconds of work on the job, those of earlier workers included."""
+        return self.before + time.monotonic() - self.started
+
+    def beat(self) -> None:
+        """Write what is pending, renew the lease, and do what is wanted."""
+        pending = self.reporter.take()
+        try:
+            if pending or time.monotonic() - self._renewed > RENEWAL:
+                with self.database.write() as session:
+                    job = jobs.renew(
+                        session,
+                        self.job_id,
+                        self.lease,
+                        worked=self.seconds_worked,
+                        **pending.details,
+                    )
+                    session.add_all(pending.events)
+                self._renewed = time.monotonic()
+            else:
+                with self.database.read() as session:
+                    job = queue.read_leased(session, Job, self.job_id, self.lease)
+        except Exception:
+            self.reporter.give_back(pending)
+            raise
+        self._obey(job)
+        with suppress(OSError):  # a log that cannot be cut is no reason to let go of the job
+            JobFolders(self.job_id).trim_log()
+
+    def _obey(self, job: Job) -> None:
+        wanted = {STOPPING: "stop", PAUSED: "pause"}.get(job.state)
+        if wanted is None and job.state != RUNNING:
+            wanted = "pause"  # resumed already, while this worker was still letting go
+        if wanted is None and self.limit is not None and self.seconds_worked > self.limit:
+            wanted = "time"
+        if wanted is None:
+            return
+        self.reason = wanted
+        self.ask_to_stop()
+
+
+class TrainingWorker(Worker[Job, JobLocations]):
+    """Trains one customization job."""
+
+    table = Job
+    given_back = "The worker made a checkpoint and gave the job back."
+
+    _outputs: list[str]
+    """Addresses of what was written for the job's owner."""
+    _model_bytes = 0
+    _withheld: str | None = None
+    """Why the model that was made is not to be used."""
+    data: JobData | None = None
+
+    def remove_ended(self) -> None:
+        """Take away the lock that was made here after the job had ended and was tidied."""
+        with self.database.read() as session:
+            job = session.scalars(select(Job).where(Job.id == self.row_id)).first()
+        if job is None or (job.state in ENDED and not job.has_working_files):
+            self.folders.drop_working_files()
+
+    def work(self, row: Job) -> int:
+        """Train, verify, write the outputs; the exit status."""
+        self._outputs = []
+        reporter = JobReporter(row, self._rename)
+        with self.database.read() as session:
+            reporter.remember(session)
+        # A second signal would end the agent of several processes before these are at a checkpoint.
+        again = AGAIN if self.processes == 1 else SHUTDOWN_SECONDS
+        heartbeat = JobHeartbeat(self.database, row, self.lease, reporter, again)
+        heartbeat.start()
+        try:
+            result = self._train(row, reporter)
+            self.ending = True
+            return self._end(
+                heartbeat,
+                lambda s: jobs.complete(
+                    s, row.id, self.lease, result, self._model_bytes, self.quotas, self._withheld
+                ),
+            )
+        except (Interrupted, KeyboardInterrupt) as error:
+            self.ending = True
+            return self._end_interrupted(row, heartbeat, error)
+        except OperationalError:
+            _log.exception("the database is away; another worker will go on")
+            return 1
+        except Exception as error:
+            self.ending = True
+            return self._end_failed(row, heartbeat, error)
+
+    def _train(self, job: Job, reporter: JobReporter) -> JobResult:
+        """Everything up to the last transaction; the result of the job."""
+        reporter.part("validation", "InProgress")
+        self.data = data = self.retry(lambda: fetch_data(job, self.folders, self.locations))
+        kind = KINDS[job.command]
+        recipe = parse(kind.recipe, recipe_fields(job, data))
+        base = self.retry(lambda: find(job.recipe["base"], reporter.stage))
+        work = Run(base.root, run_name(job.id))
+        metrics = MetricsFile(work.folder / METRICS)
+        if "progress" in reporter.details:
+            reporter.catch_up(metrics.read(), reporter.details["progress"]["steps"])
+        with asking_for(job.account, run_name(job.id)):
+            run = kind.run(recipe, reporter, self._count_processes(reporter))
+        reporter.catch_up(metrics.read(), int(run["steps"]))
+        verdicts = []
+        if verdict := run["verdict"]:
+            verdicts.append(f"{verdict['text']}. {verdict['advice']}".strip())
+        if (comparison := run.get("comparison")) and comparison["verdict"]:
+            verdicts.append(comparison["verdict"])
+        for text in verdicts:
+            reporter.note(text)
+        if (found := run.get("label_issues")) and found["issues"]:
+            what = "label is" if found["issues"] == 1 else "labels are"
+            reporter.note(f"{found['issues']:,} {what} worth a look, of {found['rows']:,} rows")
+            records = work.read_label_issues()
+            work.write_label_issue_records(
+                [{**each, "file": data.show_addresses(each["file"])} for each in records]
+            )
+        reporter.part("training", "Completed")
+        model = find(run["model_id"])
+        self._withheld = model.manifest.withheld
+        verify(model.folder, model.manifest.files)
+        self._model_bytes = folder_size(model.folder)
+        with self.database.read() as session:
+            quotas = quotas_of(session, job.account, self.quotas)
+            # Before its outputs are written: of a job that fails there is nothing.
+            storage.check(session, job.account, quotas, stored_bytes=self._model_bytes)
+        result = JobResult(
+            stored_id=model.id,
+            steps=run["steps"],
+            tokens=run["tokens"],
+            train_loss=run["train_loss"],
+            validation_losses=_validation_losses(model, job, data, run["validation_loss"]),
+        )
+        if verdicts:
+            result["verdicts"] = list(map(reporter.rename, verdicts))
+        if found:
+            result["label_issues"] = found
+        if job.output is not None:
+            address = job.output
+            for name, content in outputs.files(
+                job, model, metrics.read(), run["rows"], result, data
+            ):
+
+                def write(name: str = name, content: bytes = content) -> None:
+                    self._outputs.append(self.locations.write(job.account, address, name, content))
+
+                self.retry(write)
+        return result
+
+    def _count_processes(self, reporter: JobReporter) -> int:
+        """Among how many the training is shared: one, where the machine has no room for all."""
+        if self.processes > 1:
+            try:
+                check_room(self.processes)
+            except RecipeError as error:
+                reporter.note(f"warning: the job trains on one process: {error}")
+                return 1
+        return self.processes
+
+    def _end_interrupted(self, job: Job, heartbeat: JobHeartbeat, error: BaseException) -> int:
+        if heartbeat.reason == "time":
+            failure = (
+                f"the time limit of {heartbeat.limit} seconds was reached ({error}). Ask for fewer "
+                "epochs or for more time."
+            )
+            self._remove_outputs(job)
+            return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
+        return self._end(heartbeat, lambda s: self.give_back(s, self.given_back))
+
+    def _end_failed(self, job: Job, heartbeat: JobHeartbeat, error: Exception) -> int:
+        if isinstance(error, WrongState):
+            # Stopped or paused in the last moment: its model waits in the store, or goes.
+            return self._end_interrupted(job, heartbeat, error)
+        if waits_for_disk(error):
+            _log.exception("what job %s writes has no place now", self.row_id)
+            message = self._rename(explain_wait(error))
+            self._end(heartbeat, lambda s: self.give_back(s, message))
+            return NO_DISK
+        self._remove_outputs(job)
+        _log.exception("job %s failed", self.row_id)
+        failure = self._rename(explain(error))
+        return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
+
+    def _end(self, heartbeat: JobHeartbeat, change: Callable[[Session], object]) -> int:
+        """The last transaction, with what is pending; then the files that are of no more use go."""
+        heartbeat.finish()
+        pending = heartbeat.reporter.take()
+
+        def write(session: Session) -> Job:
+            ended = jobs.renew(
+                session, self.row_id, self.lease, worked=heartbeat.seconds_worked, **pending.details
+            )
+            session.add_all(copy_event(event) for event in pending.events)
+            session.flush()
+            change(session)
+            return ended
+
+        try:
+            job = self.write(write)
+        except (QuotaExceeded, WrongState):
+            heartbeat.reporter.give_back(pending)
+            raise
+        if job.state == STOPPED:
+            self._remove_outputs(job)
+        if job.state in ENDED:
+            tidy(self.database, job, self.folders)
+        return 0
+
+    def _remove_outputs(self, job: Job) -> None:
+        """Of a job that makes no model nothing is left at its owner's address."""
+        self.locations.remove(job.account, self._outputs)
+        self._outputs = []
+
+    def _rename(self, text: str) -> str:
+        """``text`` with the names that the owner of the job knows."""
+        return self.data.show_addresses(text) if self.data else text
+
+
+def explain(error: Exception) -> str:
+    """Why a job failed, in words for whoever asked for it."""
+    if isinstance(error, UnknownModel):
+        # The store would name what there is, and with it the models of others.
+        return "a model that the job starts from, or learns from, is no longer there."
+    return str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
+
+
+def recipe_fields(job: Job, data: JobData) -> dict[str, Any]:
+    """The job's recipe with its rows where they were fetched to."""
+    rows = {**job.recipe["data"], "train": data.source}
+    if data.validation is not None:
+        rows["validation"] = data.validation
+    return {**job.recipe, "data": rows}
+
+
+def _validation_losses(
+    model: StoredModel, job: Job, data: JobData, together: float | None
+) -> list[float | None]:
+    """One for each validator, in their order; ``together`` is what the run measured on all of them."""
+    if len(data.validators) < 2:
+        return [together] if data.validators and together is not None else []
+    # They take seconds to load, and most jobs have one validator at most.
+    from luthier.engine.dataset import prepare
+    from luthier.engine.machine import choose_machine
+    from luthier.models.load import as_network
+
+    objective, chat = models.objective_of(model), models.chat_format(model)
+    training = job.recipe.get("training", {})
+    machine = choose_machine(training.get("precision", "auto"), training.get("threads"))
+    loaded = models.load(model, machine.dtype, machine.device, objective.head())
+    network = as_network(loaded, machine.device, machine.dtype)
+    network.chat = chat
+    shared = ("long_rows", "columns", "severity")
+    fields = {key: value for key, value in job.recipe["data"].items() if key in shared}
+    fields |= {"validation_share": 0.0, "test_share": 0.0}
+    losses = []
+    for number in range(len(data.validators)):
+        rows = DataSpec.model_validate({**fields, "train": data.validator(number)})
+        examples = prepare(rows, objective, chat, models.room_of(model), 0).train
+        losses.append(objective.validation_metrics(network, examples, READING_BUDGET)["loss"])
+    return [finite_or_none(loss) for loss in losses]

@@ -1,0 +1,224 @@
+"""The data gate and the estimate as operations: work of seconds to minutes, in a process of its own.
+
+A report needs a tokenizer, an estimate real training steps. Neither is done in the process that
+answers everybody; at most :data:`AT_ONCE` run, and each ends after its time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from luthier.child_python import python_command
+from luthier.escaping import map_code
+from luthier.server.http.messages import Fault, Request
+from luthier.server.jobs.data import base_reads_media, fetch_references
+from luthier.server.jobs.processes import worker_environment
+from luthier.server.jobs.submit import Submission, check_client_grader, recipe_of
+from luthier.server.native.operations import Context, Input, NativeOperation, View, setting_name
+from luthier.server.tables.custom_models import CustomModel
+from luthier.types import map_texts
+
+AT_ONCE = 2
+"""Reports and estimates that run at the same time; more are asked to come again."""
+SECONDS = 600.0
+"""Of one report or estimate at most."""
+
+
+class Inspection(Input):
+    """Rows that are to be looked at."""
+
+    training: str
+    """Address of rows to learn from."""
+    validation: str | None = None
+    """Address of held-out rows."""
+    base: str | None = None
+    """Model that the rows are encoded for; they decide where none is named (``report.base``)."""
+    objective: str | None = None
+    """What is to be learned; the rows decide where it is not given."""
+
+
+class ReportView(View):
+    """What the data gate says."""
+
+    verdict: str
+    """``passed``, ``warnings`` or ``refused``."""
+    report: dict[str, Any]
+
+
+class Planned(Input):
+    """A job that may be submitted."""
+
+    training: str
+    """Address of rows to learn from."""
+    validation: tuple[str, ...] = Field(default=(), max_length=10)
+    base: str = "smollm2-135m-instruct"
+    customization_type: Literal[
+        "FINE_TUNING", "REINFORCEMENT_FINE_TUNING", "CONTINUED_PRE_TRAINING"
+    ] = "FINE_TUNING"
+    """What is made of the rows; what a distillation takes depends on its teacher."""
+    grader: dict[str, Any] | None = None
+    """Of reinforcement fine-tuning: ``method`` and fields of a grader."""
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Fields of a recipe by group."""
+
+
+class EstimateView(View):
+    """What a job will take on this machine."""
+
+    estimate: dict[str, Any]
+    """Tokens, steps, seconds, memory and disk, each with its interval."""
+
+
+def operations(context: Context) -> list[NativeOperation]:
+    """Reports and estimates."""
+    reports = _Reports(context)
+    return [
+        NativeOperation(
+            "inspectData", "POST", "/api/v1/inspections", reports.inspect,
+            "Say whether data can teach a model, and what is wrong row by row.", ReportView,
+            body=Inspection,
+        ),
+        NativeOperation(
+            "estimateJob", "POST", "/api/v1/estimates", reports.estimate,
+            "Say what a job will take, from a few real steps on its rows.", EstimateView,
+            body=Planned,
+        ),
+    ]  # fmt: skip
+
+
+class _Reports:
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._free = threading.BoundedSemaphore(AT_ONCE)
+
+    def inspect(self, request: Request, body: Inspection) -> ReportView:
+        self.context.record(request, "InspectData", "*")
+        base = None if body.base is None else self._model(request, body.base)
+        with self._folder() as folder:
+            media = base is None or base_reads_media(base)
+            rows = self._fetch(request, body.training, folder / "training", media)
+            command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
+            addresses = {str(rows): body.training}
+            if body.validation is not None:
+                held = self._fetch(request, body.validation, folder / "validation", media)
+                command += ["--validation", str(held)]
+                addresses[str(held)] = body.validation
+            if body.objective is not None:
+                command += ["--objective", body.objective]
+            report = _run_command(command, addresses, (0, 1, 2))
+        return ReportView(verdict=report["verdict"], report=report)
+
+    def estimate(self, request: Request, body: Planned) -> EstimateView:
+        from luthier.recipe import to_toml
+
+        self.context.record(request, "EstimateJob", "*")
+        grader = check_client_grader(body.grader) if body.grader else None
+        with self.context.database.read() as session:
+            base = self.context.base(session, request.account, body.base)
+        with self._folder() as folder:
+            media = base_reads_media(self._model(request, body.base))
+            rows = self._fetch(request, body.training, folder / "training", media)
+            addresses = {str(rows): body.training}
+            held = self._fetch_held_out(request, body.validation, folder / "held", addresses, media)
+            submission = Submission(
+                account=request.account,
+                face="native",
+                job_name="estimate",
+                model_name="estimate",
+                customization_type=body.customization_type,
+                base=base,
+                training=[str(rows)],
+                validators=list(body.validation),
+                settings=body.settings,
+                grader=grader,
+            )
+            fields = recipe_of(submission, "estimate").plain()
+            if held is not None:
+                fields["data"]["validation"] = str(held)
+            recipe = folder / "recipe.toml"
+            recipe.write_text(to_toml(fields), encoding="utf-8")
+            found = _run_command(["estimate", str(recipe)], addresses, (0,))
+        return EstimateView(estimate=found)
+
+    def _model(self, request: Request, identifier: str) -> str:
+        with self.context.database.read() as session:
+            found = self.context.base(session, request.account, identifier)
+        return str(found.stored_id) if isinstance(found, CustomModel) else found.base
+
+    def _fetch_held_out(
+        self,
+        request: Request,
+        named: Sequence[str],
+        folder: Path,
+        addresses: dict[str, str],
+        media: bool,
+    ) -> Path | None:
+        """The held-out rows of all addresses, below ``folder``; what is where goes to ``addresses``."""
+        if not named:
+            return None
+        folder.mkdir()
+        found: list[Path] = []
+        for number, address in enumerate(named):
+            found.append(self._fetch(request, address, folder / f"{number:02d}", media))
+            addresses[str(found[-1])] = address
+        # Behind those within it: what is said of all of them names them all.
+        addresses[str(folder)] = ", ".join(named)
+        return found[0] if len(found) == 1 else folder
+
+    def _fetch(self, request: Request, address: str, folder: Path, media: bool) -> Path:
+        """The rows of an address on this machine: a file, or a folder of several.
+
+        With ``media`` what the rows of one file name is put beside them.
+        """
+        folder.mkdir()
+        locations = self.context.locations
+        locations.check(request.account, address)
+        files = locations.fetch(request.account, address, folder)
+        if len(files) > 1:
+            return folder
+        ((table, file),) = files
+        if media and file.is_file():
+            fetch_references(locations, request.account, file, table)
+        return file
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        if not self._free.acquire(blocking=False):
+            text = f"{AT_ONCE} reports and estimates are being made; ask again in a few seconds."
+            raise Fault("Throttling", text, retry_after=5)
+        try:
+            with tempfile.TemporaryDirectory(prefix="luthier-report-") as folder:
+                yield Path(folder)
+        finally:
+            self._free.release()
+
+
+def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:
+    """Return the JSON output of a command, with the client's names of files and settings."""
+    whole = python_command("luthier", *command, "--json")
+    try:
+        done = subprocess.run(
+            whole, capture_output=True, text=True, check=False, timeout=SECONDS,
+            env=worker_environment(),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        text = f"It was not done after {SECONDS:.0f} seconds; take a part of the rows."
+        raise Fault("Validation", text) from error
+    out = done.stdout.strip()
+    for path, address in addresses.items():
+        # As it stands in the text of JSON.
+        out = out.replace(json.dumps(path)[1:-1], json.dumps(address, ensure_ascii=False)[1:-1])
+    answer = json.loads(out) if out else {}
+    if done.returncode not in codes or not out or "error" in answer:
+        message = answer.get("error", {}).get("message") or "It failed without a word."
+        raise Fault("Validation", map_code(message, setting_name)[-4000:])
+    return map_texts(answer, lambda text: map_code(text, setting_name))

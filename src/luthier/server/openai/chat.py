@@ -1,0 +1,445 @@
+"""``/chat/completions``: what clients send for the engine, and answers as they read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from luthier.data.parsing import parse_embedded
+from luthier.data.template_kwargs import TemplateSettings
+from luthier.data.tools import find_unmatched_call
+from luthier.graders.json_schema import depth_of
+from luthier.inference.inference import (
+    MOST_TOKENS,
+    TURNS,
+    Chat,
+    Event,
+    FinishEvent,
+    GenerationRequest,
+    GenerationResult,
+    ReasoningChunk,
+    Score,
+    Stream,
+    TokenChunk,
+    ToolCallEvent,
+)
+from luthier.models.sampling import Constraint
+from luthier.server.http.messages import JSON_DEPTH, Caller, Response
+from luthier.server.openai.generation import (
+    FINISH,
+    GenerationResource,
+    SamplingFields,
+    chat_logprobs,
+    check_only_form,
+    completion_head,
+    refusals,
+    stream_events,
+    usage,
+)
+from luthier.server.openai.protocol import Body, invalid, missing, validate
+from luthier.types import Message, Tool, ToolCall
+
+MOST_TOOLS = 128
+NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+"""Of a tool that was sent without any."""
+_ROLES: Mapping[str, Any] = {"developer": "system"}
+
+
+class ContentPart(Body):
+    """A part of a message."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class CalledFunction(Body):
+    """A call that an assistant asked for."""
+
+    name: str
+    arguments: str
+
+
+class AskedCall(Body):
+    """The same with its id."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Body):
+    """One message."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[ContentPart], Field(max_length=TURNS)] | None = None
+    tool_calls: Annotated[list[AskedCall], Field(max_length=TURNS)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    """Of DeepSeek and vLLM: what the assistant thought before. Templates may leave it out again."""
+    reasoning: str | None = None
+    """The same, as newer versions of vLLM call it."""
+
+    def turn(self, where: str) -> Message:
+        """The same for the engine."""
+        content, reasoning = self._text(where), ""
+        if self.role == "assistant":
+            reasoning = self.reasoning_content or self.reasoning or ""
+        if content is None and not (self.role == "assistant" and (self.tool_calls or reasoning)):
+            raise invalid(
+                f"Invalid value for '{where}.content': it must be text.", f"{where}.content"
+            )
+        if self.role == "tool" and not self.tool_call_id:
+            raise missing(f"{where}.tool_call_id")
+        calls = tuple(
+            ToolCall(
+                call.id,
+                call.function.name,
+                arguments(call.function.arguments, f"{where}.tool_calls[{i}].function.arguments"),
+            )
+            for i, call in enumerate(self.tool_calls or ())
+        )
+        role = _ROLES.get(self.role, self.role)
+        call_id = self.tool_call_id or ""
+        return Message(role, content or "", calls=calls, call_id=call_id, reasoning=reasoning)
+
+    def _text(self, where: str) -> str | None:
+        if not isinstance(self.content, list):
+            return self.content
+        return join_texts(self.content, ("text",), f"{where}.content")
+
+
+class Function(Body):
+    """A function that may be called."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolSpec(Body):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Named(Body):
+    """A name."""
+
+    name: str
+
+
+class ToolChoice(Body):
+    """The one tool that has to be called."""
+
+    type: Literal["function"]
+    function: Named
+
+
+class JsonSchemaFormat(Body):
+    """A schema that answers match."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The form of answers."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class ChatRequest(SamplingFields):
+    """The body of a chat completion."""
+
+    without_effect = SamplingFields.without_effect | {
+        "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+        "reasoning_effort", "safety_identifier", "service_tier", "store", "verbosity",
+    }  # fmt: skip
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "functions": "Functions are given as 'tools' here",
+        "function_call": "A function is chosen by 'tool_choice' here, and given as one of the 'tools'",
+        "audio": "Models here answer by text",
+        "web_search_options": "Models here search nothing: give what they are to know as messages",
+    }
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=TURNS)]
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[ToolSpec], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    modalities: list[Literal["text"]] | None = None
+    chat_template_kwargs: TemplateSettings | None = None
+    """Of vLLM and others: names that the model's template reads, such as ``enable_thinking``."""
+
+    def check(self) -> None:
+        """Refuse what does not belong together."""
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+        choice = self.tool_choice
+        named = choice.function.name if isinstance(choice, ToolChoice) else None
+        names = [tool.function.name for tool in self.tools or ()]
+        check_tool_choice(choice, names, named, "tool_choice.function.name")
+        form = self.response_format
+        if form is not None and form.type == "json_schema" and form.json_schema is None:
+            raise missing("response_format.json_schema")
+        if form is not None and form.type != "text":
+            check_only_form(self.structured_outputs, "response_format")
+
+    def generation_request(self) -> GenerationRequest:
+        """The request for the engine."""
+        turns = tuple(
+            message.turn(f"messages[{index}]") for index, message in enumerate(self.messages)
+        )
+        _check_calls(turns)
+        tools = tuple(
+            Tool(
+                each.function.name,
+                each.function.description or "",
+                each.function.parameters or NO_PARAMETERS,
+            )
+            for each in self.tools or ()
+        )
+        choice: str
+        if isinstance(self.tool_choice, ToolChoice):
+            choice = f"name:{self.tool_choice.function.name}"
+        else:
+            choice = self.tool_choice or "auto"
+        tokens = self.max_completion_tokens or self.max_tokens
+        return self.request(
+            Chat(turns, tools, choice, self.chat_template_kwargs or {}),
+            max_tokens=tokens,
+            top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What answers have to match."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return super().constraint
+        if form.json_schema is None or form.type == "json_object":
+            return Constraint("schema", True)
+        return Constraint("schema", form.json_schema.json_schema or True)
+
+
+def _check_calls(turns: Sequence[Message]) -> None:
+    """Every call has its result behind it, and nothing else has one."""
+    if (unmatched := find_unmatched_call(turns)) is None:
+        return
+    index, ids = unmatched
+    if turns[index].role == "tool":
+        text = f"The message with role 'tool' answers no call '{ids[0]}' of the turn before it."
+        raise invalid(text, f"messages[{index}].tool_call_id", "invalid_value")
+    text = (
+        "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
+        f"'tool_call_id'. These have no response: {', '.join(ids)}."
+    )
+    raise invalid(text, f"messages[{index}].tool_calls", "invalid_value")
+
+
+def check_tool_choice(choice: Any, names: Sequence[str], named: str | None, where: str) -> None:
+    """Refuse tools whose ``names`` are the same, and a choice between them that means none.
+
+    ``named`` is the tool that the choice names, if it does, and ``where`` the member that names it.
+    """
+    if choice not in (None, "none", "auto") and not names:
+        raise invalid("'tool_choice' needs 'tools'.", "tool_choice")
+    if named is not None and named not in names:
+        raise invalid(f"There is no tool '{named}' to choose.", where)
+    if len(set(names)) != len(names):
+        raise invalid("Two tools have the same name.", "tools")
+
+
+def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -> str:
+    """The text of ``parts``, which are refusals or of one of ``kinds``."""
+    texts = []
+    for index, part in enumerate(parts):
+        text = part.refusal if part.type == "refusal" else part.text
+        if part.type not in (*kinds, "refusal") or text is None:
+            name = f"{where}[{index}].type"
+            raise invalid(f"This model reads text alone, and no '{part.type}'.", name)
+        texts.append(text)
+    return "".join(texts)
+
+
+def arguments(text: str | None, where: str) -> Mapping[str, Any]:
+    """The arguments of a call, which clients send as text; raises :class:`Fault` for no JSON object."""
+    try:
+        found = parse_embedded(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or depth_of(found) > JSON_DEPTH:
+        raise invalid("The arguments of a call are a JSON object.", where)
+    return found
+
+
+class Chats(GenerationResource[ChatRequest]):
+    """Continues conversations."""
+
+    path, action, body = "chat/completions", "chat.completions.create", ChatRequest
+
+    def whole(self, caller: Caller, parameters: ChatRequest) -> dict[str, Any]:
+        """The whole completion."""
+        return _completion(parameters, self._begin(caller, parameters))
+
+    def stream(self, caller: Caller, parameters: ChatRequest) -> Response:
+        """Its chunks as they are written."""
+        stream = self._begin(caller, parameters)
+        return stream_events(_Chunks(parameters).of(stream, stream), [stream], parameters.model)
+
+    def _begin(self, caller: Caller, parameters: ChatRequest) -> Stream:
+        target = self.inference.target(caller, self.action, parameters.model)
+        parameters.check()
+        return self.inference.submit(
+            target,
+            parameters.model,
+            parameters.generation_request,
+            structured=parameters.structured_outputs is not None,
+        )
+
+
+class InvokedChat:
+    """A body of chat completions that came through Bedrock's InvokeModel, which names the model."""
+
+    def __init__(self, model_id: str, given: Mapping[str, Any]) -> None:
+        """Check ``given``; :class:`Fault` for what is wrong in it."""
+        self._parameters = validate({**given, "model": model_id, "stream": False}, ChatRequest)
+        self._parameters.check()
+
+    def request(self) -> GenerationRequest:
+        """The request for the engine."""
+        return self._parameters.generation_request()
+
+    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+        """The whole completion, and how many tokens were written."""
+        found = _completion(self._parameters, stream)
+        return found, found["usage"]["completion_tokens"]
+
+    def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
+        """Its chunks, each with the tokens that are known to be written."""
+        ended = [0]
+        for chunk in _Chunks(self._parameters).of(_add_up_tokens(stream, ended), stream):
+            yield dict(chunk), ended[0]
+
+
+def _add_up_tokens(stream: Stream, ended: list[int]) -> Iterator[Event]:
+    """The events of ``stream``; the tokens of answers that have ended are added up in ``ended``."""
+    for each in stream:
+        if isinstance(each, FinishEvent):
+            ended[0] += each.tokens
+        yield each
+
+
+def _completion(parameters: ChatRequest, stream: Stream) -> dict[str, Any]:
+    with refusals(parameters.model):
+        answers = stream.whole()
+    tokens = sum(each.tokens for each in answers)
+    return {
+        **completion_head("chatcmpl", "chat.completion", parameters.model),
+        "choices": [_choice(index, each, parameters) for index, each in enumerate(answers)],
+        "usage": usage([stream], tokens, sum(each.reasoning_tokens for each in answers)),
+    }
+
+
+def _choice(index: int, answer: GenerationResult, parameters: ChatRequest) -> dict[str, Any]:
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": answer.text if answer.text or not answer.calls else None,
+        "refusal": None,
+        "annotations": [],
+    }
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = [_call(each) for each in answer.calls]
+    scores = _logprobs(answer.scores, answer.reasoning_scores) if parameters.logprobs else None
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": scores,
+        "finish_reason": FINISH.get(answer.reason, "stop"),
+    }
+
+
+def _logprobs(scores: Sequence[Score], reasoning: Sequence[Score] = ()) -> dict[str, Any]:
+    """How likely the tokens of a message were; DeepSeek names the member for those of its reasoning."""
+    logprobs: dict[str, Any] = {"content": chat_logprobs(scores), "refusal": None}
+    if reasoning:
+        logprobs["reasoning_content"] = chat_logprobs(reasoning)
+    return logprobs
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments_json}
+    return {"id": call_id(call), "type": "function", "function": function}
+
+
+def call_id(call: ToolCall) -> str:
+    """The id of a call, as this API begins them."""
+    return "call_" + call.id.removeprefix("tooluse_")
+
+
+class _Chunks:
+    """An answer as chunks."""
+
+    def __init__(self, parameters: ChatRequest) -> None:
+        self._parameters = parameters
+        self._head = completion_head("chatcmpl", "chat.completion.chunk", parameters.model)
+        self._calls: dict[int, int] = {}
+
+    def of(self, events: Iterable[Event], stream: Stream) -> Iterator[Mapping[str, Any]]:
+        """All chunks of all answers, each answer's in its order; ``events`` are those of ``stream``."""
+        written = reasoning = 0
+        for index in range(self._parameters.n or 1):
+            yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        for event in events:
+            if isinstance(event, TokenChunk):
+                scores = _logprobs(event.scores) if self._parameters.logprobs else None
+                yield self._chunk(event.index, {"content": event.text}, scores)
+            elif isinstance(event, ReasoningChunk):
+                scores = _logprobs((), event.scores) if self._parameters.logprobs else None
+                yield self._chunk(event.index, {"reasoning_content": event.text}, scores)
+            elif isinstance(event, ToolCallEvent):
+                yield from self._call_chunks(event)
+            elif isinstance(event, FinishEvent):
+                written += event.tokens
+                reasoning += event.reasoning_tokens
+                reason = FINISH.get(event.reason, "stop")
+                yield self._chunk(event.index, {}, finish=reason)
+        if self._parameters.wants_usage:
+            yield {**self._head, "choices": [], "usage": usage([stream], written, reasoning)}
+
+    def _call_chunks(self, event: ToolCallEvent) -> Iterator[Mapping[str, Any]]:
+        """A call: its name first, then its arguments."""
+        number = self._calls.get(event.index, 0)
+        self._calls[event.index] = number + 1
+        whole = _call(event.call)
+        arguments = whole["function"]["arguments"]
+        begun = {**whole, "index": number, "function": {"name": event.call.name, "arguments": ""}}
+        yield self._chunk(event.index, {"tool_calls": [begun]})
+        rest = {"index": number, "function": {"arguments": arguments}}
+        yield self._chunk(event.index, {"tool_calls": [rest]})
+
+    def _chunk(
+        self,
+        index: int,
+        delta: Mapping[str, Any],
+        scores: Mapping[str, Any] | None = None,
+        finish: str | None = None,
+    ) -> Mapping[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
+        further = {"usage": None} if self._parameters.wants_usage else {}
+        return {**self._head, "choices": [choice], **further}

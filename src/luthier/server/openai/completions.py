@@ -1,0 +1,203 @@
+"""``/completions``: texts that are continued as they are, without a template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from luthier.inference.inference import (
+    MOST_TOKENS,
+    FinishEvent,
+    GenerationRequest,
+    Prompt,
+    Score,
+    Stream,
+    TokenChunk,
+)
+from luthier.server.http.messages import Caller, Response
+from luthier.server.identifiers import Invocable
+from luthier.server.openai.generation import (
+    FINISH,
+    GenerationResource,
+    SamplingFields,
+    completion_head,
+    refusals,
+    split_inputs,
+    stream_events,
+    token_text,
+    usage,
+)
+from luthier.server.openai.protocol import invalid
+
+MOST_PROMPTS = 128
+DEFAULT_TOKENS = 16
+_HEAD = ("cmpl", "text_completion")
+
+
+class CompletionRequest(SamplingFields):
+    """The body of a text completion."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    def check(self) -> None:
+        """Refuse what does not belong together, and what is not done here."""
+        super().check()
+        if self.suffix:
+            raise invalid("These models do not fill gaps: 'suffix' is not taken.", "suffix")
+        if self.best_of not in (None, self.n or 1):
+            raise invalid("'best_of' must be 'n': all answers that are drawn are given.", "best_of")
+        if self.echo and self.logprobs is not None:
+            text = "'echo' with 'logprobs' is not taken: tokens of the prompt are not scored."
+            raise invalid(text, "logprobs")
+        if not self.prompts or not all(len(each) for each in self.prompts):
+            raise invalid("The prompt is empty.", "prompt", "invalid_value")
+        if len(self.prompts) > MOST_PROMPTS:
+            raise invalid(f"At most {MOST_PROMPTS} prompts are taken.", "prompt")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several texts or lists of tokens."""
+        return split_inputs(self.prompt)
+
+    def generation_request(self, prompt: Prompt) -> GenerationRequest:
+        """The request for the engine."""
+        tokens = self.max_tokens or DEFAULT_TOKENS
+        return self.request(prompt, max_tokens=tokens, top_logprobs=self.logprobs)
+
+
+class Completions(GenerationResource[CompletionRequest]):
+    """Continues texts."""
+
+    path, action, body = "completions", "completions.create", CompletionRequest
+
+    def whole(self, caller: Caller, parameters: CompletionRequest) -> dict[str, Any]:
+        """The whole completion."""
+        return _completion(parameters, *self._begin(caller, parameters))
+
+    def stream(self, caller: Caller, parameters: CompletionRequest) -> Response:
+        """Its chunks as they are written."""
+        streams, echoes = self._begin(caller, parameters)
+        return stream_events(_chunks(parameters, streams, echoes), streams, parameters.model)
+
+    def _begin(
+        self, caller: Caller, parameters: CompletionRequest
+    ) -> tuple[list[Stream], list[str]]:
+        """A stream for each prompt, and the text that stands before its answers."""
+        target = self.inference.target(caller, self.action, parameters.model)
+        parameters.check()
+        echoes = [self._echo(target, parameters, prompt) for prompt in parameters.prompts]
+        streams: list[Stream] = []
+        try:
+            for prompt in parameters.prompts:
+                streams.append(
+                    self.inference.submit(
+                        target,
+                        parameters.model,
+                        partial(parameters.generation_request, prompt),
+                        "prompt",
+                        structured=True,
+                    )
+                )
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams, echoes
+
+    def _echo(
+        self, target: Invocable, parameters: CompletionRequest, prompt: str | list[int]
+    ) -> str:
+        if not parameters.echo:
+            return ""
+        if isinstance(prompt, str):
+            return prompt
+        with refusals(parameters.model, "prompt"):
+            return token_text(b"".join(self.inference.pool.token_bytes(target.stored_id, prompt)))
+
+
+def _completion(
+    parameters: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
+) -> dict[str, Any]:
+    choices: list[dict[str, Any]] = []
+    written = 0
+    with refusals(parameters.model, "prompt"):
+        for stream, echo in zip(streams, echoes, strict=True):
+            for answer in stream.whole():
+                written += answer.tokens
+                scores = _logprobs(answer.scores, 0) if parameters.logprobs is not None else None
+                reason = FINISH.get(answer.reason, "stop")
+                choices.append(_choice(len(choices), echo + answer.text, scores, reason))
+    head = completion_head(*_HEAD, parameters.model)
+    return {**head, "choices": choices, "usage": usage(streams, written)}
+
+
+def _chunks(
+    parameters: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
+) -> Iterator[Mapping[str, Any]]:
+    head, n = completion_head(*_HEAD, parameters.model), parameters.n or 1
+    further = {"usage": None} if parameters.wants_usage else {}
+    written = 0
+    for number, (stream, echo) in enumerate(zip(streams, echoes, strict=True)):
+        offsets = [0] * n
+        for index in range(n if echo else 0):
+            yield {**head, "choices": [_choice(number * n + index, echo, None, None)], **further}
+        for event in stream:
+            if isinstance(event, TokenChunk):
+                scores = None
+                if parameters.logprobs is not None:
+                    scores = _logprobs(event.scores, offsets[event.index])
+                    offsets[event.index] += sum(map(_length, event.scores))
+                choice = _choice(number * n + event.index, event.text, scores, None)
+            elif isinstance(event, FinishEvent):
+                written += event.tokens
+                reason = FINISH.get(event.reason, "stop")
+                choice = _choice(number * n + event.index, "", None, reason)
+            else:
+                continue
+            yield {**head, "choices": [choice], **further}
+    if parameters.wants_usage:
+        yield {**head, "choices": [], "usage": usage(streams, written)}
+
+
+def _choice(
+    index: int, text: str, scores: Mapping[str, Any] | None, reason: str | None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": scores, "finish_reason": reason}
+
+
+def _logprobs(scores: Sequence[Score], offset: int) -> dict[str, Any]:
+    """How likely each token was, as text completions tell it; ``offset`` is where the first begins."""
+    offsets, tops = [], []
+    for score in scores:
+        offsets.append(offset)
+        offset += _length(score)
+        # The token that was drawn is told with the likeliest ones, also where it is none of them.
+        top = {_token(text): value for text, value in score.top}
+        tops.append(top | {_token(score.text): score.logprob})
+    return {
+        "tokens": [_token(score.text) for score in scores],
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
+
+
+def _length(score: Score) -> int:
+    """Characters that a token stands for; parts of one are shown as one."""
+    return len(token_text(score.text))
+
+
+def _token(text: bytes) -> str:
+    """A token by its text, and by its bytes where it is no text alone: names have to differ."""
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)

@@ -1,0 +1,226 @@
+"""Background work on runs of evals: query the model for each row, grade the reply, store the result."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from luthier.errors import RefusedInput
+from luthier.inference.inference import meter
+from luthier.inference.scheduler import working_for
+from luthier.limits import AccountQuotas
+from luthier.server.background import BackgroundRunner, caller_fields
+from luthier.server.http.messages import Caller, Fault, parse_json
+from luthier.server.tables import evaluations as store
+from luthier.server.tables.database import Database, now
+from luthier.server.tables.evaluations import EvaluationRun, GradedRow
+from luthier.server.tables.usage import CountUsage, Usage
+
+MOST_ROWS = 50_000
+"""Of a run."""
+MOST_ROW_BYTES = 262_144
+"""Of a row: as much as a text that graders compare."""
+MOST_PROBLEMS = 5
+"""Rows whose problems an error lists; the rest are counted."""
+AT_ONCE = 4
+"""Rows of a run that are graded concurrently: each may need a process for its graders."""
+CHECK_SECONDS = 60.0
+"""Time limit for checking all rows of a run: 50,000 short rows take ten seconds."""
+_log = logging.getLogger("luthier.server")
+
+
+def parse_row(line: bytes) -> Any:
+    """A row as JSON, with at most ``most_values`` values.
+
+    Raises:
+        ValueError: which says what is wrong with it.
+    """
+    if len(line) > MOST_ROW_BYTES:
+        raise ValueError(
+            f"it has more than {MOST_ROW_BYTES:,} bytes: shorten it, or make several of it."
+        )
+    try:
+        return parse_json(line)
+    except (Fault, ValueError) as error:
+        text = f"it is no JSON that can be read: {str(error).rstrip('.')}."
+        raise ValueError(text) from error
+
+
+class EvaluationTask(ABC):
+    """The work of one run; created again when a server resumes the run.
+
+    The constructor may raise :class:`Fault`.
+    """
+
+    model_names: Mapping[str, str] = {}
+    """Names that the run uses for models, by their ids in the store."""
+
+    def count_rows(self) -> int:
+        """Check all rows and return their number.
+
+        Raises:
+            RefusedInput: naming the rows that cannot be evaluated, with the reasons.
+        """
+        count, wrong, problems, began = 0, 0, list[str](), time.monotonic()
+        for name, problem in self.problems():
+            count += 1
+            if count > MOST_ROWS:
+                raise RefusedInput(f"A run has at most {MOST_ROWS:,} rows.")
+            if time.monotonic() - began > CHECK_SECONDS:
+                raise RefusedInput(f"The rows could not be checked in {CHECK_SECONDS:.0f} seconds.")
+            if problem:
+                wrong += 1
+                if wrong <= MOST_PROBLEMS:
+                    problems.append(f"{name}: {problem}")
+        if not count:
+            raise RefusedInput("There are no rows to evaluate.")
+        if problems:
+            rest = f" And {wrong - MOST_PROBLEMS:,} more." if wrong > MOST_PROBLEMS else ""
+            raise RefusedInput(f"Nothing was evaluated. {' '.join(problems)}{rest}")
+        return count
+
+    @abstractmethod
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield each row's name and its problem; the problem of a valid row is empty."""
+
+    @abstractmethod
+    def rows(self) -> Iterable[tuple[int, Any]]:
+        """Yield the rows with their numbers, from 1."""
+
+    @abstractmethod
+    def grade(self, caller: Caller, number: int, row: Any) -> GradedRow:
+        """Query the model for one row and grade the reply, with the permissions of ``caller``.
+
+        Raises:
+            Fault: if the model does not reply.
+        """
+
+    @abstractmethod
+    def error_row(self, row: Any, fault: Fault) -> GradedRow:
+        """Return the result that is stored for a row that failed with ``fault``."""
+
+
+MakeTask = Callable[[EvaluationRun, Caller], EvaluationTask]
+"""Creates the task of a run, with the permissions of the caller who created the run."""
+
+
+class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
+    """The thread that works on runs; several servers may share one database."""
+
+    kind, at_once, working = EvaluationRun, AT_ONCE, store.IN_PROGRESS
+    action = "luthier:openai.evals.runs.create"
+    gives_up = True
+
+    def __init__(
+        self,
+        database: Database,
+        make_task: MakeTask,
+        quotas: Callable[[Session, str], AccountQuotas],
+        count: CountUsage = lambda account, model, used: None,
+    ) -> None:
+        super().__init__(database, count)
+        self.make_task, self.quotas = make_task, quotas
+
+    def create(
+        self,
+        session: Session,
+        caller: Caller,
+        *,
+        name: str,
+        request: Mapping[str, Any],
+        metadata: Mapping[str, str],
+        eval_id: str,
+    ) -> EvaluationRun:
+        """Create a run of ``caller``; call :meth:`wake` after the transaction.
+
+        Raises:
+            QuotaExceeded: if the account has no space.
+        """
+        account = caller.account
+        quotas = self.quotas(session, account)
+        return store.create_run(
+            session,
+            account,
+            quotas,
+            caller=caller_fields(caller),
+            name=name,
+            request=request,
+            metadata=metadata,
+            eval_id=eval_id,
+        )
+
+    def work(self, run: EvaluationRun) -> None:
+        """Check the rows of ``run``, grade the rows that have no result, and end the run."""
+        task = self.make_task(run, self.caller_of(run))
+        if run.status == store.QUEUED:
+            total = task.count_rows()
+            with self.database.write() as session:
+                held = self.lock_held(session, run)
+                if held is not None and held.status == store.QUEUED:
+                    held.total, held.status = total, store.IN_PROGRESS
+        with self.database.read() as session:
+            done = store.done_rows(session, run.id)
+        left = ((number, (number, row)) for number, row in task.rows() if number not in done)
+        if self.work_through(run, left, partial(self._grade, run, task)):
+            self._finish(run)
+
+    def record(self, session: Session, run: EvaluationRun, number: int, graded: GradedRow) -> None:
+        """Store the result of a row, unless the run was cancelled."""
+        if run.status == store.IN_PROGRESS:
+            store.record(session, run, self.quotas(session, run.account), number, graded)
+
+    def state(self, run: EvaluationRun) -> str:
+        """Return the status of ``run``; ``failed`` after its time limit."""
+        return store.FAILED if now() > run.expires else run.status
+
+    def fail(self, run: EvaluationRun, code: str, message: str) -> None:
+        """End ``run``; the results of its rows are kept."""
+        self._end(run, store.FAILED, code, message)
+
+    def _grade(self, run: EvaluationRun, task: EvaluationTask, piece: tuple[int, Any]) -> GradedRow:
+        number, row = piece
+        caller = self.caller_of(run)
+        calls: list[tuple[str, int, int]] = []
+
+        def count(model: str, read: int, written: int) -> None:
+            calls.append((task.model_names.get(model, model), read, written))
+            self.count_tokens(run.account, model, read, written)
+
+        self.count(run.account, "", Usage(requests=1))
+        with meter(count), working_for(run.account, background=True):
+            try:
+                graded = task.grade(caller, number, row)
+            except Fault as fault:
+                graded = task.error_row(row, fault)
+            except Exception as error:
+                _log.exception("a row of %s failed", run.id)
+                text = f"The row failed: {type(error).__name__}."
+                graded = task.error_row(row, Fault("InternalServer", text))
+        return replace(graded, usage=calls)
+
+    def _finish(self, run: EvaluationRun) -> None:
+        with self.database.read() as session:
+            now_there = store.get_run(session, run.account, run.id)
+            if now_there is None or now_there.status != store.IN_PROGRESS:
+                return
+            if now() > now_there.expires:
+                hours = store.PATIENCE.total_seconds() / 3600
+                text = f"The run took more than {hours:.0f} hours; the rows that are graded stay."
+                self.fail(run, "expired", text)
+                return
+        self._end(run, store.COMPLETED)
+
+    def _end(
+        self, run: EvaluationRun, status: str, code: str | None = None, message: str | None = None
+    ) -> None:
+        with self.database.write() as session:
+            held = self.lock_held(session, run)
+            if held is not None and held.status not in store.ENDED:
+                store.end(held, status, code, message)

@@ -1,0 +1,729 @@
+"""``/fine_tuning/jobs``: the customization jobs of the account, whichever API created them.
+
+The id of a job here is its name.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby, islice
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.errors import DiskFull, QuotaExceeded, ReadOnlyDisk, WrongState
+from luthier.escaping import map_code
+from luthier.ids import random_id
+from luthier.limits import AccountQuotas
+from luthier.server.http.messages import Request, Response, parse_digits
+from luthier.server.http.routing import Operation
+from luthier.server.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
+from luthier.server.openai.generation import Inference
+from luthier.server.openai.graders import grader_fields
+from luthier.server.openai.protocol import (
+    CHECKPOINT,
+    Metadata,
+    Recorder,
+    StrictBody,
+    absent,
+    body,
+    invalid,
+    page,
+    page_query,
+    seconds,
+)
+from luthier.server.tables import jobs
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import ACTIVE, CustomModel
+from luthier.server.tables.database import Database, new_id
+from luthier.server.tables.foundation import (
+    FoundationModel,
+    foundation_model,
+    foundation_models,
+    root_of,
+    writes,
+)
+from luthier.server.tables.jobs import Job, JobEvent
+from luthier.server.tables.uploaded_files import UploadedFiles, file_address
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Rate = Annotated[float, Field(gt=0, le=100)]
+MOST_EPOCHS = 100
+ARMS = ("supervised", "dpo", "reinforcement")
+STATUSES = {
+    jobs.QUEUED: "queued",
+    jobs.RUNNING: "running",
+    jobs.PAUSED: "paused",
+    # Its worker still has it: who waits for the end waits until it has let go.
+    jobs.STOPPING: "running",
+    jobs.STOPPED: "cancelled",
+    jobs.COMPLETED: "succeeded",
+    jobs.FAILED: "failed",
+}
+_RULE = re.compile(r"\[[a-z_]+\.[a-z_]+\]")
+"""What the data gate names in each of its refusals."""
+_LEVELS = {"warning": "warn", "error": "error"}
+_COLUMNS = ("step", "train_loss", "valid_loss")
+FACE = "openai"
+_AT_ONCE = 1000
+"""Events that are read at once."""
+
+
+class Hyperparameters(StrictBody):
+    """Those that every method has."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = "auto"
+    """Passes over the training rows."""
+    batch_size: Auto | Annotated[int, Field(ge=1, le=512)] = "auto"
+    """Rows in one step."""
+    learning_rate_multiplier: Auto | Rate = "auto"
+    """Factor of the learning rate that fits the data and the model."""
+
+
+class DpoHyperparameters(Hyperparameters):
+    """Those of preferences."""
+
+    beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
+    """How far the model may go from where it starts; higher is less."""
+
+
+class ReinforcementHyperparameters(Hyperparameters):
+    """Those of rewards."""
+
+    compute_multiplier: Auto | Annotated[float, Field(gt=0, le=16)] = "auto"
+    """Factor of the completions that are drawn for each prompt."""
+    eval_interval: Auto | Count = "auto"
+    """Steps between measurements."""
+    eval_samples: Auto | Count = "auto"
+    """Shown again, without effect: measurements draw one completion of each held-out prompt."""
+    reasoning_effort: Literal["default", "low", "medium", "high"] = "default"
+    """Shown again, without effect: no model here reasons by levels."""
+
+
+class Supervised(StrictBody):
+    """Answers that are to be learned."""
+
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Dpo(StrictBody):
+    """Answers that are preferred to others."""
+
+    hyperparameters: DpoHyperparameters = DpoHyperparameters()
+
+
+class ReinforcementMethod(StrictBody):
+    """Answers of the model's own, with rewards."""
+
+    grader: dict[str, Any]
+    hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
+
+
+class Method(StrictBody):
+    """What is learned from the rows."""
+
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
+    reinforcement: ReinforcementMethod | None = None
+
+
+class CreateJob(StrictBody):
+    """The body of a new job."""
+
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "integrations": "Jobs here report to nobody else: losses are in the job's events, checkpoints "
+        "and result file"
+    }
+
+    model: Annotated[str, Field(min_length=1)]
+    training_file: Annotated[str, Field(min_length=1)]
+    validation_file: str | None = None
+    suffix: Annotated[str, Field(max_length=64)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    metadata: Metadata = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    """Where supervised jobs had them before there were methods."""
+
+    @property
+    def kind(self) -> str:
+        """The method's type."""
+        return self.method.type if self.method else "supervised"
+
+    @property
+    def method_hyperparameters(self) -> Hyperparameters:
+        """The hyperparameters of the method."""
+        arm = getattr(self.method, self.kind) if self.method else None
+        if arm is not None:
+            found: Hyperparameters = arm.hyperparameters
+            return found
+        return self.hyperparameters or Hyperparameters()
+
+    def check(self) -> None:
+        """Refuse a method whose parts do not belong together."""
+        if self.method is None:
+            return
+        for arm in ARMS:
+            if arm != self.kind and getattr(self.method, arm) is not None:
+                text = f"A job of type '{self.kind}' takes no settings of '{arm}'."
+                raise invalid(text, f"method.{arm}")
+        if self.kind == "reinforcement" and self.method.reinforcement is None:
+            text = "Reinforcement fine-tuning needs a grader."
+            raise invalid(text, "method.reinforcement.grader", "missing_required_parameter")
+
+
+_NAMES = {
+    "base": "model",
+    "training.epochs": "n_epochs",
+    "training.batch_size": "batch_size",
+    "training.learning_rate_multiplier": "learning_rate_multiplier",
+    "training.evaluate_every": "eval_interval",
+    "training.seed": "seed",
+    "objective.beta": "beta",
+    "objective.num_generations": "compute_multiplier",
+    "objective.grader": "method.reinforcement.grader",
+    "data.train": "training_file",
+    "data.validation": "validation_file",
+}
+_METHODS = {FINE_TUNING: "supervised", REINFORCEMENT: "reinforcement"}
+"""Types of ``method`` by the customization types of other APIs."""
+
+
+def setting_name(setting: str) -> str:
+    """Return OpenAI's name for a setting of a recipe, such as ``training.epochs=3``."""
+    name, equals, value = setting.partition("=")
+    return _NAMES.get(name, name) + equals + value
+
+
+def without_effect(parameters: CreateJob) -> list[str]:
+    """What was asked and changes nothing, for the events of the job."""
+    chosen, found = parameters.method_hyperparameters, []
+    if isinstance(chosen, ReinforcementHyperparameters):
+        if chosen.reasoning_effort != "default":
+            effort = chosen.reasoning_effort
+            found.append(
+                f"reasoning_effort is {effort} and has no effect: no model here reasons by levels."
+            )
+        if chosen.eval_samples != "auto":
+            found.append(
+                f"eval_samples is {chosen.eval_samples} and has no effect: measurements draw one "
+                "completion of each held-out prompt."
+            )
+    return found
+
+
+def settings_of(parameters: CreateJob, seed: int, writes: bool) -> dict[str, Any]:
+    """Fields of the recipe by group; what is ``auto`` is left for the recipe to choose.
+
+    ``writes`` says whether the model writes text; for an encoder its rows say what is learned.
+    """
+    chosen = parameters.method_hyperparameters
+    training: dict[str, Any] = {"seed": seed}
+    objective: dict[str, Any] = {}
+    if chosen.n_epochs != "auto":
+        training["epochs"] = chosen.n_epochs
+    if chosen.batch_size != "auto":
+        training["batch_size"] = chosen.batch_size
+    if chosen.learning_rate_multiplier != "auto":
+        training["learning_rate_multiplier"] = chosen.learning_rate_multiplier
+    if parameters.kind == "dpo":
+        objective["method"] = "dpo"
+    elif parameters.kind == "supervised" and writes:
+        objective["method"] = "sft"
+    if isinstance(chosen, DpoHyperparameters) and chosen.beta != "auto":
+        objective["beta"] = chosen.beta
+    if isinstance(chosen, ReinforcementHyperparameters):
+        if chosen.eval_interval != "auto":
+            training["evaluate_every"] = chosen.eval_interval
+        if chosen.compute_multiplier != "auto":
+            objective["num_generations"] = max(2, round(8 * chosen.compute_multiplier))
+    return {"training": training} | ({"objective": objective} if objective else {})
+
+
+def organization(account: str) -> str:
+    """The account, as OpenAI writes organizations."""
+    return f"org-{account}"
+
+
+def job_object(
+    job: Job, model_name: str | None = None, results: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the object of the API.
+
+    ``model_name`` is the name of the model that the job made. Values that OpenAI's API has no word
+    for, such as an address of rows, are given as the other APIs give them.
+    """
+    status = STATUSES[job.state]
+    sent = _as_sent(job)
+    resolved = _resolved_hyperparameters(job, _sent_hyperparameters(sent))
+    return {
+        "id": job.name,
+        "object": "fine_tuning.job",
+        "created_at": seconds(job.created),
+        "finished_at": seconds(job.ended),
+        "model": sent.get("model"),
+        "fine_tuned_model": model_name if status == "succeeded" else None,
+        "user_provided_suffix": job.suffix,
+        "organization_id": organization(job.account),
+        "status": status,
+        "error": _error(job),
+        "hyperparameters": {
+            name: resolved.get(name, "auto")
+            for name in ("n_epochs", "batch_size", "learning_rate_multiplier")
+        },
+        "method": _method(sent, resolved) if sent.get("method", True) else None,
+        "training_file": sent.get("training_file"),
+        "validation_file": sent.get("validation_file"),
+        "result_files": list(results),
+        "trained_tokens": job.result["tokens"] if job.result else None,
+        "seed": sent.get("seed"),
+        "metadata": sent.get("metadata") or {},
+        "integrations": [],
+        "estimated_finish": _estimated_finish(job),
+    }
+
+
+def _as_sent(job: Job) -> Mapping[str, Any]:
+    """Return the fields of the request that created the job, or would have created it here.
+
+    ``method`` is None for jobs that OpenAI's API has no method for.
+    """
+    if job.face == FACE:
+        return job.request
+    training, validation = (
+        next((each.removeprefix(file_address("")) for each in addresses), None)
+        for addresses in (job.details.get("sources", ()), job.validators)
+    )
+    base = foundation_model(job.base_model)
+    objective = job.setting("objective.method")
+    kind = "dpo" if objective == "dpo" else _METHODS.get(job.customization_type)
+    return {
+        "model": base.base if base is not None else job.base_model,
+        "training_file": training,
+        "validation_file": validation,
+        "seed": job.setting("training.seed"),
+        "method": {"type": kind} if kind else None,
+    }
+
+
+def _kind(fields: Mapping[str, Any]) -> str:
+    return str((fields.get("method") or {}).get("type", "supervised"))
+
+
+def _sent_hyperparameters(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters as they were sent."""
+    arm = (fields.get("method") or {}).get(_kind(fields), {})
+    found: dict[str, Any] = arm.get("hyperparameters") or fields.get("hyperparameters") or {}
+    return found
+
+
+def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> dict[str, Any]:
+    """The same with what was chosen for the data and the model, once it has been."""
+    found: dict[str, Any] = {}
+    if "chosen" in job.details or job.face != FACE:
+        epochs = job.setting("training.epochs")
+        found = {
+            "n_epochs": None if epochs is None else max(1, round(epochs)),
+            "batch_size": job.setting("training.batch_size"),
+            "learning_rate_multiplier": job.setting("training.learning_rate_multiplier") or 1.0,
+            "beta": job.setting("objective.beta"),
+            "compute_multiplier": (job.setting("objective.num_generations") or 8) / 8,
+            "eval_interval": job.setting("training.evaluate_every"),
+        }
+    known = {name: value for name, value in found.items() if value is not None}
+    asked = {name: value for name, value in given.items() if value != "auto"}
+    return {**dict.fromkeys(given, "auto"), **known, **asked}
+
+
+def _method(fields: Mapping[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+    kind = _kind(fields)
+    arm = fields.get("method", {}).get(kind, {})
+    names = arm.get("hyperparameters") or ("n_epochs", "batch_size", "learning_rate_multiplier")
+    shown_arm = {"hyperparameters": {name: resolved.get(name, "auto") for name in names}}
+    if "grader" in arm:
+        shown_arm["grader"] = arm["grader"]
+    return {"type": kind, kind: shown_arm}
+
+
+def _error(job: Job) -> dict[str, Any] | None:
+    """Why it failed; the training file's problems are told from others by the rules they name."""
+    if job.state != jobs.FAILED:
+        return None
+    failure = map_code(job.failure or "", setting_name) or "The job failed."
+    message = failure.replace(file_address(""), "")
+    if not _RULE.search(message):
+        return {"code": "job_failed", "message": message, "param": None}
+    held = _as_sent(job).get("validation_file")
+    first = _RULE.split(message, maxsplit=1)[0]
+    param = "validation_file" if held and held in first else "training_file"
+    return {"code": f"invalid_{param}", "message": message, "param": param}
+
+
+def _estimated_finish(job: Job) -> int | None:
+    """Unix time; ``None`` while nothing is known."""
+    moment = job.details["progress"].get("estimated_finish") if "progress" in job.details else None
+    if job.state != jobs.RUNNING or not moment:
+        return None
+    return seconds(datetime.fromisoformat(moment))
+
+
+def event_id(event: JobEvent) -> str:
+    """Under which a list goes on."""
+    return f"ftevent-{event.seq}"
+
+
+def position_of(identifier: str) -> int | None:
+    """Where an event stands; ``None`` for what is no id of one."""
+    known = identifier.startswith("ftevent-")
+    return parse_digits(identifier.removeprefix("ftevent-")) if known else None
+
+
+def event_object(event: JobEvent) -> dict[str, Any]:
+    """An event as clients see it.
+
+    What is measured before the first step has no training loss, and clients read that of every event
+    with metrics: it is told as a message.
+    """
+    metrics = event.kind == "metrics" and "train_loss" in event.data
+    return {
+        "id": event_id(event),
+        "object": "fine_tuning.job.event",
+        "created_at": seconds(event.at),
+        "level": _LEVELS.get(event.kind, "info"),
+        "message": map_code(event.message, setting_name),
+        "type": "metrics" if metrics else "message",
+        "data": dict(event.data) if metrics else None,
+    }
+
+
+def checkpoints(job: Job, metrics: Iterable[JobEvent], model: str) -> Iterator[dict[str, Any]]:
+    """The end of each epoch, the newest first, of a job that made ``model``.
+
+    The weights of the last one are the model's own. Those of earlier epochs are not kept, and their
+    names answer to nothing; what was measured there is shown. ``metrics`` are the newest first, and no
+    older ones are read than are needed.
+    """
+    measured = (each for each in metrics if isinstance(each.data.get("step"), int))
+    by_step = groupby(measured, lambda each: int(each.data["step"]))
+    steps = ((step, list(events)) for step, events in by_step)
+    nothing: tuple[int, list[JobEvent]] = (0, [])
+    step, events = next(steps, nothing)
+    total, epochs = step, _epochs(job)
+    ends = sorted({round(total * number / epochs) for number in range(1, epochs + 1)} - {0})
+    for end in reversed(ends):
+        while step > end:
+            step, events = next(steps, nothing)
+        values = {key: value for event in reversed(events) for key, value in event.data.items()}
+        yield {
+            "id": f"ftckpt-{job.id}-{end}",
+            "object": "fine_tuning.job.checkpoint",
+            "created_at": seconds(events[0].at if events else job.modified),
+            "fine_tuned_model_checkpoint": model if end == total else f"{model}{CHECKPOINT}{end}",
+            "fine_tuning_job_id": job.name,
+            "step_number": end,
+            "metrics": {"step": end, **_losses(values)},
+        }
+
+
+def result_file(metrics: Iterable[JobEvent]) -> Iterator[bytes]:
+    """CSV: ``step,train_loss,valid_loss``, and what else the run recorded; a step is one line."""
+    steps = _steps(metrics)
+    further = sorted(
+        {key for values in steps.values() for key in values if key not in (*_COLUMNS, "epoch")}
+    )
+    columns = (*_COLUMNS, *further)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for step, values in sorted(steps.items()):
+        writer.writerow({**values, "step": step})
+    yield text.getvalue().encode()
+
+
+def _steps(metrics: Iterable[JobEvent]) -> dict[int, dict[str, Any]]:
+    """What was measured, by step; of a step that ran again after a crash, the last time."""
+    steps: dict[int, dict[str, Any]] = {}
+    for event in metrics:
+        step = event.data.get("step")
+        if isinstance(step, int):
+            steps.setdefault(step, {}).update(event.data)
+    return steps
+
+
+def _epochs(job: Job) -> int:
+    """Whole passes over the rows."""
+    return max(1, round(float(job.setting("training.epochs") or 1)))
+
+
+def _losses(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in ("train_loss", "valid_loss")}
+
+
+@dataclass(frozen=True)
+class JobWithModel:
+    """A job with what belongs to it."""
+
+    job: Job
+    model: CustomModel | None
+    results: Sequence[str]
+
+
+class FineTuning:
+    """The resource."""
+
+    def __init__(
+        self,
+        database: Database,
+        files: UploadedFiles,
+        inference: Inference,
+        recorder: Recorder,
+        arns: Arns,
+        quotas: Callable[[str], AccountQuotas],
+        wake: Callable[[], None],
+    ) -> None:
+        """``wake`` tells the scheduler that there is a job to work on."""
+        self.database, self.files, self.inference = database, files, inference
+        self.catalogue, self.recorder = inference.catalogue, recorder
+        self.arns, self.quotas = arns, quotas
+        self._wake = wake
+
+    def operations(self) -> Iterable[Operation]:
+        """What can be done with jobs."""
+        root, one = "fine_tuning/jobs", "fine_tuning/jobs/{job}"
+        name = "fine_tuning.jobs"
+        return (
+            Operation(f"{name}.create", "POST", root, self.create),
+            Operation(f"{name}.list", "GET", root, self.list),
+            Operation(f"{name}.retrieve", "GET", one, self.retrieve),
+            Operation(f"{name}.cancel", "POST", f"{one}/cancel", self.cancel),
+            Operation(f"{name}.pause", "POST", f"{one}/pause", self.pause),
+            Operation(f"{name}.resume", "POST", f"{one}/resume", self.resume),
+            Operation(f"{name}.list_events", "GET", f"{one}/events", self.events),
+            Operation(f"{name}.list_checkpoints", "GET", f"{one}/checkpoints", self.checkpoints),
+        )
+
+    def create(self, request: Request) -> Response:
+        """Put a job into the queue."""
+        parameters = body(request, CreateJob)
+        self.recorder.record(request, "fine_tuning.jobs.create", "fine-tuning-job")
+        parameters.check()
+        account = request.caller.account
+        base = self.catalogue.base(account, parameters.model)
+        self._check_file(account, parameters.training_file, "training_file")
+        if parameters.validation_file is not None:
+            self._check_file(account, parameters.validation_file, "validation_file")
+        grader = None
+        if parameters.method is not None and parameters.method.reinforcement is not None:
+            grader = grader_fields(
+                parameters.method.reinforcement.grader,
+                "method.reinforcement.grader",
+                self.inference.judge(request.caller),
+            )
+        seed = parameters.seed if parameters.seed is not None else secrets.randbelow(2**31)
+        submission = self._submission(account, parameters, base, seed, grader)
+        with self.database.write() as session:
+            job = submit(session, submission, self.arns, self.quotas(account))
+            seen = _with_model(session, job)
+        self._wake()
+        return Response.json(self._object(seen))
+
+    def _submission(
+        self,
+        account: str,
+        parameters: CreateJob,
+        base: FoundationModel | CustomModel,
+        seed: int,
+        grader: dict[str, Any] | None,
+    ) -> Submission:
+        job_name = "ftjob-" + random_id(24)
+        root = root_of(base)
+        suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", parameters.suffix or "").strip("-")
+        name = root.base if root is not None else "imported"
+        request = parameters.model_dump(mode="json", exclude_none=True)
+        return Submission(
+            account=account,
+            face=FACE,
+            job_name=job_name,
+            model_name=job_name,
+            customization_type=REINFORCEMENT if grader is not None else FINE_TUNING,
+            base=base,
+            training=[file_address(parameters.training_file)],
+            validators=[file_address(parameters.validation_file)]
+            if parameters.validation_file
+            else [],
+            settings=settings_of(parameters, seed, writes(base)),
+            grader=grader,
+            request={**request, "seed": seed, "metadata": parameters.metadata or {}},
+            without_effect=without_effect(parameters),
+            openai_id=":".join(("ft", name, organization(account), suffix, new_id())),
+        )
+
+    def _check_file(self, account: str, file_id: str, parameter: str) -> None:
+        found = self.files.get(account, file_id)
+        if found is None:
+            raise invalid(f"No such file: {file_id}.", parameter, "file_not_found")
+        if found.purpose != "fine-tune":
+            text = f"File {file_id} was uploaded for '{found.purpose}' and not for 'fine-tune'."
+            raise invalid(text, parameter, "invalid_file_purpose")
+
+    def list(self, request: Request) -> Response:
+        """Return a page of the jobs of the account, the newest first."""
+        self.recorder.record(request, "fine_tuning.jobs.list")
+        limit, after = page_query(request)
+        metadata = {
+            key[len("metadata[") : -1]: values[-1]
+            for key, values in request.query.items()
+            if key.startswith("metadata[") and key.endswith("]")
+        }
+        wanted = jobs.JobFilter(metadata=metadata)
+        with self.database.read() as session:
+            position = None
+            if after is not None:
+                place = _job(session, request.caller.account, after)
+                if place is None:
+                    raise invalid(f"No such job: {after}.", "after")
+                position = place.seq
+            found = jobs.list_jobs(
+                session, request.caller.account, wanted, limit=limit + 1, position=position
+            )
+            seen = [_with_model(session, job) for job in found]
+        return page([self._with_results(each) for each in seen], limit, self._object)
+
+    def retrieve(self, request: Request) -> Response:
+        """Return one job."""
+        return Response.json(self._object(self._with_results(self._find(request, "retrieve"))))
+
+    def cancel(self, request: Request) -> Response:
+        """Stop a job: no model is made. It is ``running`` until its worker has let go of it."""
+        return self._change(request, "cancel", jobs.stop)
+
+    def pause(self, request: Request) -> Response:
+        """Let a job wait; its worker makes a checkpoint first."""
+        return self._change(request, "pause", jobs.pause)
+
+    def resume(self, request: Request) -> Response:
+        """Let a paused job go on."""
+        return self._change(request, "resume", jobs.resume)
+
+    def _change(
+        self, request: Request, verb: str, change: Callable[[Session, Job], Job]
+    ) -> Response:
+        job_id = request.params["job"]
+        self.recorder.record(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
+        with self.database.write() as session:
+            job = _job(session, request.caller.account, job_id, lock=True)
+            if job is None:
+                raise absent("fine-tuning job", job_id, "id")
+            stopping = job.state == jobs.STOPPING
+            if job.state in jobs.ENDED or (stopping and verb != "cancel"):
+                status = "being cancelled" if stopping else job_object(job)["status"]
+                text = f"The job {job_id} is {status}; you cannot {verb} it any more."
+                raise invalid(text, reason="invalid_state")
+            try:
+                job = change(session, job)
+            except WrongState as refused:
+                raise invalid(str(refused), reason="invalid_state") from refused
+            return Response.json(self._object(_with_model(session, job)))
+
+    def events(self, request: Request) -> Response:
+        """A page of what happened, the newest first."""
+        limit, after = page_query(request)
+        seen = self._find(request, "list_events")
+        position = None
+        if after is not None:
+            position = position_of(after)
+            if position is None:
+                raise invalid(f"No such event: {after}.", "after")
+        with self.database.read() as session:
+            found = jobs.events(session, seen.job, limit=limit + 1, position=position)
+        return page(found, limit, event_object)
+
+    def checkpoints(self, request: Request) -> Response:
+        """A page of the ends of epochs, the newest first; none before there is a model."""
+        limit, after = page_query(request, default=10)
+        seen = self._find(request, "list_checkpoints")
+        found: Iterator[dict[str, Any]] = iter(())
+        if seen.job.state == jobs.COMPLETED and seen.model is not None:
+            name = self.catalogue.id_of(seen.model, foundation_models())
+            found = checkpoints(seen.job, self._metrics(seen.job), name)
+        if after is not None and not any(each["id"] == after for each in found):
+            raise invalid(f"No such checkpoint: {after}.", "after")
+        return page(list(islice(found, limit + 1)), limit, dict)
+
+    def _find(self, request: Request, verb: str) -> JobWithModel:
+        job_id = request.params["job"]
+        self.recorder.record(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
+        with self.database.read() as session:
+            job = _job(session, request.caller.account, job_id)
+            if job is None:
+                raise absent("fine-tuning job", job_id, "id")
+            return _with_model(session, job)
+
+    def _object(self, seen: JobWithModel) -> dict[str, Any]:
+        model = seen.model
+        name = None if model is None else self.catalogue.id_of(model, foundation_models())
+        return job_object(seen.job, name, seen.results)
+
+    def _metrics(self, job: Job, *, ascending: bool = False) -> Iterator[JobEvent]:
+        """What was measured, the newest first unless ``ascending``, read page by page."""
+        position = None
+        while True:
+            with self.database.read() as session:
+                found = jobs.events(
+                    session,
+                    job,
+                    kinds=("metrics",),
+                    limit=_AT_ONCE,
+                    position=position,
+                    ascending=ascending,
+                )
+            yield from found
+            if len(found) < _AT_ONCE:
+                return
+            position = found[-1].seq
+
+    def _with_results(self, seen: JobWithModel) -> JobWithModel:
+        """The same with the file of results, which is written when it is first asked for.
+
+        Its id follows from the job's, so that it is one file however often and by how many it is
+        asked for; deleted, it stays so. Without room for it the job has none until there is some.
+        """
+        job = seen.job
+        # Jobs of other APIs write their metrics to an address that their client chose.
+        if job.state != jobs.COMPLETED or job.face != FACE:
+            return seen
+        file_id = f"file-results{job.id}"
+        if not self.files.ever(job.account, file_id):
+            pieces = result_file(self._metrics(job, ascending=True))
+            name = f"{job.name}_results.csv"
+            try:
+                self.files.add(job.account, pieces, name, "fine-tune-results", file_id=file_id)
+            except (QuotaExceeded, DiskFull, ReadOnlyDisk):
+                return seen
+        there = self.files.get(job.account, file_id)
+        return JobWithModel(job, seen.model, [file_id] if there else [])
+
+
+def _job(session: Session, account: str, job_id: str, *, lock: bool = False) -> Job | None:
+    """Return the account's job of this name."""
+    found = jobs.get(session, account, job_id, lock=lock)
+    return found if found is not None and found.name == job_id else None
+
+
+def _with_model(session: Session, job: Job) -> JobWithModel:
+    made = select(CustomModel).where(
+        CustomModel.account == job.account,
+        CustomModel.job_id == job.id,
+        CustomModel.status == ACTIVE,
+    )
+    return JobWithModel(job, session.scalar(made), [])

@@ -1,0 +1,382 @@
+"""Having a model answer: what chat, completions, responses and embeddings have in common."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from luthier.errors import UnknownModel
+from luthier.inference.inference import (
+    MOST_PENALTY,
+    MOST_TOKENS,
+    GenerationRequest,
+    InferenceFailed,
+    InferenceRefused,
+    Prompt,
+    Score,
+    Stream,
+    TooLong,
+)
+from luthier.inference.pool import ModelPool
+from luthier.models.sampling import Constraint
+from luthier.server.audit import record_action
+from luthier.server.http.messages import (
+    Caller,
+    Fault,
+    Request,
+    Response,
+    parse_digits,
+    refusal_text,
+)
+from luthier.server.http.routing import Operation
+from luthier.server.http.streams import GeneratedPieces
+from luthier.server.identifiers import Invocable
+from luthier.server.openai.models import Catalogue
+from luthier.server.openai.protocol import (
+    Body,
+    StrictBody,
+    body,
+    error_of,
+    invalid,
+    model_not_found,
+    validate,
+)
+from luthier.server.structured_outputs import StructuredOutputs
+
+Asked = TypeVar("Asked", bound=Body)
+Judge = Callable[[str, str], str]
+"""Given a model's name and the member that holds it: its id in the store; raises where it has none."""
+MOST_STOPS = 4
+INVOKE = "bedrock:InvokeModel"
+"""What the audit log calls each use of a model, whatever the API."""
+STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+"""Of server-sent events."""
+FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
+"""What ended an answer, in OpenAI's words; all else is ``stop``."""
+_CONSTRAINT = {"messages": "response_format", "input": "text.format.schema"}
+"""Where what answers have to match stands with OpenAI, by the member that holds the prompt."""
+STRUCTURED = "structured_outputs"
+"""Where it stands with vLLM."""
+_PROMPTS = ("messages", "prompt", "input")
+
+
+def _stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _some(value: list[str] | None) -> list[str] | None:
+    if value is not None and (len(value) > MOST_STOPS or not all(value)):
+        raise ValueError(f"at most {MOST_STOPS} texts are taken, none of them empty")
+    return value
+
+
+class StreamOptions(Body):
+    """What a stream tells beside the text."""
+
+    include_usage: bool = False
+
+
+class SamplingFields(StrictBody):
+    """Members that chat and text completions share, OpenAI's and some of vLLM's."""
+
+    without_effect = frozenset({"user"})
+    model: Annotated[str, Field(min_length=1)]
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, float] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stops), AfterValidator(_some)] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
+    """Of vLLM, as the three that follow; 0 and -1 take all tokens."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What answers have to match."""
+        return self.structured_outputs.constraint if self.structured_outputs else None
+
+    def check(self) -> None:
+        """Refuse what does not belong together."""
+        if self.stream_options is not None and not self.stream:
+            text = "'stream_options' is only taken with 'stream'."
+            raise invalid(text, "stream_options", "invalid_value")
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the stream ends with what was used."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def request(self, prompt: Prompt, **further: Any) -> GenerationRequest:
+        """The same for the engine; what was not said has its default."""
+        bias = {}
+        for key, value in (self.logit_bias or {}).items():
+            token = parse_digits(key, 9)
+            if token is None:
+                raise invalid(f"{key!r} is no id of a token.", "logit_bias", "invalid_value")
+            bias[token] = value
+        given: dict[str, Any] = {
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "n": self.n,
+            # Any whole number is a seed; the engine's have 63 bits.
+            "seed": None if self.seed is None else self.seed % 2**63,
+            **(self.constraint.fields if self.constraint else {}),
+        }
+        return GenerationRequest(
+            prompt,
+            logit_bias=bias,
+            stop=tuple(self.stop or ()),
+            **{name: value for name, value in given.items() if value is not None},
+            **further,
+        )
+
+
+class Inference:
+    """Finds models by the names of an account and queries them."""
+
+    def __init__(self, catalogue: Catalogue, pool: ModelPool) -> None:
+        self.catalogue, self.pool = catalogue, pool
+
+    def target(self, caller: Caller, action: str, name: str) -> Invocable:
+        """Return the model that ``name`` means.
+
+        Raises:
+            Fault: 404 ``model_not_found``.
+        """
+        found = self._resolve(caller, name, f"luthier:openai.{action}", INVOKE)
+        if found is None:
+            raise model_not_found(name)
+        return found
+
+    def check(self, caller: Caller, action: str, name: str, where: str) -> None:
+        """Refuse a model that writes no text.
+
+        Raises:
+            Fault: as :meth:`target`; 400, naming the member ``where``.
+        """
+        self._check_writes(self.target(caller, action, name).stored_id, name, where)
+
+    def check_constraint(self, constraint: Constraint, where: str) -> None:
+        """Refuse what no model's answers can be kept to, without asking any.
+
+        Raises:
+            Fault: 400, naming the member ``where``; 429 or 503 where it could not be tried now.
+        """
+        try:
+            self.pool.check_constraint(constraint)
+        except InferenceRefused as refused:
+            raise invalid(str(refused), where, "invalid_value") from refused
+        except InferenceFailed as failed:
+            raise Fault.of_inference(failed) from failed
+
+    def judge(self, caller: Caller) -> Judge:
+        """Return a function that finds the models of the caller's account that grade."""
+
+        def find(name: str, where: str) -> str:
+            found = self._resolve(caller, name, INVOKE)
+            if found is None:
+                text = f"The model `{name}` does not exist."
+                raise Fault("Validation", text, parameter=where, reason="model_not_found")
+            self._check_writes(found.stored_id, name, where)
+            return found.stored_id
+
+        return find
+
+    def _check_writes(self, stored_id: str, name: str, where: str) -> None:
+        try:
+            writes = self.pool.writes(stored_id)
+        except UnknownModel as unknown:
+            raise model_not_found(name) from unknown
+        if not writes:
+            raise invalid(f"The model `{name}` writes no text.", where, "invalid_value")
+
+    def _resolve(self, caller: Caller, name: str, *actions: str) -> Invocable | None:
+        """Return what ``name`` means, and record ``actions`` on its ARN; ``None`` for nothing."""
+        name = self.catalogue.resolve(caller.account, name)
+        found = self.catalogue.target(caller.account, name)
+        arn = name if name.startswith("arn:") else self.catalogue.arns.foundation_model(name)
+        for action in actions:
+            record_action(action, arn if found is None else found.arn)
+        return found
+
+    def submit(
+        self,
+        target: Invocable,
+        name: str,
+        build: Callable[[], GenerationRequest],
+        member: str = "messages",
+        structured: bool = False,
+    ) -> Stream:
+        """Begin to answer; refusals of the engine become OpenAI's, the prompt's those of ``member``.
+
+        ``structured`` says that what answers have to match is in vLLM's member.
+        """
+        with refusals(name, member, structured):
+            return self.pool.submit(target.stored_id, build())
+
+
+class GenerationResource(Generic[Asked]):
+    """A resource whose one operation has a model answer: at once, as it is written, or in a batch."""
+
+    path: str
+    action: str
+    """Name of the operation in the audit log, after ``openai.``."""
+    body: type[Asked]
+
+    def __init__(self, inference: Inference) -> None:
+        self.inference = inference
+
+    def operations(self) -> Iterable[Operation]:
+        """What can be done."""
+        return (Operation(self.action, "POST", self.path, self.create, long=True),)
+
+    def create(self, request: Request) -> Response:
+        """Answer a request."""
+        parameters = body(request, self.body)
+        if getattr(parameters, "stream", False):
+            return self.stream(request.caller, parameters)
+        return Response.json(self.whole(request.caller, parameters))
+
+    def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a body that came another way; never a stream."""
+        if "stream" in self.body.model_fields:
+            given = {**given, "stream": False}
+        return self.whole(caller, validate(given, self.body))
+
+    def whole(self, caller: Caller, asked: Asked) -> dict[str, Any]:
+        """The whole answer."""
+        raise NotImplementedError
+
+    def stream(self, caller: Caller, asked: Asked) -> Response:
+        """The answer as it is written."""
+        raise NotImplementedError
+
+
+def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """One or several texts or lists of tokens, as completions and embeddings take them."""
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [given]
+    return list(given)  # type: ignore[arg-type]
+
+
+def completion_head(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    """What a completion begins with, and each of its chunks; its id begins with ``prefix``."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": None,
+    }
+
+
+def check_only_form(structured: StructuredOutputs | None, member: str) -> None:
+    """Refuse vLLM's member beside OpenAI's own, which says what answers have to match, too."""
+    if structured is not None:
+        text = f"An answer matches one thing: send '{member}' or '{STRUCTURED}'."
+        raise invalid(text, STRUCTURED, "invalid_value")
+
+
+@contextmanager
+def refusals(model: str, member: str = "messages", structured: bool = False) -> Iterator[None]:
+    """What the engine refuses, as faults; arguments as of :meth:`Inference.submit`."""
+    try:
+        yield
+    except TooLong as refused:
+        raise invalid(str(refused), member, "context_length_exceeded") from refused
+    except InferenceRefused as refused:
+        parameter = refused.parameter
+        if parameter in _PROMPTS:
+            parameter = member
+        elif parameter in ("schema", "regex", "grammar"):
+            parameter = STRUCTURED if structured else _CONSTRAINT.get(member, parameter)
+        raise invalid(refusal_text(refused), parameter, "invalid_value") from refused
+    except UnknownModel as refused:
+        raise model_not_found(model) from refused
+    except InferenceFailed as failed:
+        raise Fault.of_inference(failed) from failed
+
+
+def stream_events(
+    chunks: Iterator[Mapping[str, Any]], streams: Sequence[Stream], model: str
+) -> Response:
+    """Server-sent events: a chunk each, then ``[DONE]``; a failure is the last one, as an error."""
+
+    def pieces() -> Iterator[bytes]:
+        try:
+            with refusals(model):
+                for chunk in chunks:
+                    yield event(chunk)
+            yield b"data: [DONE]\n\n"
+        except Fault as fault:
+            yield event({"error": error_of(fault)})
+        finally:
+            for stream in streams:
+                stream.close()
+
+    return Response(200, GeneratedPieces(pieces(), streams), STREAM_HEADERS)
+
+
+def event(value: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+def usage(streams: Iterable[Stream], completion: int, reasoning: int = 0) -> dict[str, Any]:
+    """Tokens that were read for ``streams``, which have ended, and written, some of them reasoning."""
+    streams = [*streams]
+    prompt = sum(stream.prompt_tokens for stream in streams)
+    cached = sum(stream.cached() for stream in streams)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": reasoning,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def token_text(token: bytes) -> str:
+    """A token as text; parts of a character are shown as a replacement."""
+    return token.decode("utf-8", "replace")
+
+
+def chat_logprobs(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """How likely each token was, as chat completions tell it."""
+    return [
+        {
+            **_token(score.text, score.logprob),
+            "top_logprobs": [_token(text, value) for text, value in score.top],
+        }
+        for score in scores
+    ]
+
+
+def _token(text: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token_text(text), "logprob": logprob, "bytes": list(text)}

@@ -1,0 +1,332 @@
+"""Graders as OpenAI writes them, and ``/fine_tuning/alpha/graders``, which tries one out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from pydantic import ValidationError
+
+from luthier.chat_models.base import CachedWriter, Failure, ModelSpec, SamplingSpec, Writer
+from luthier.data.shapes.conversations import PromptOnly
+from luthier.errors import LuthierError, RecipeError
+from luthier.graders import (
+    Answer,
+    Grader,
+    GraderModels,
+    Multi,
+    Scorer,
+    Trouble,
+    Ungraded,
+    grader_from,
+    parse_graders,
+)
+from luthier.graders.base import TOO_LONG, Embedder
+from luthier.graders.grade import attempt
+from luthier.inference.inference import Chat, GenerationRequest, InferenceRefused
+from luthier.inference.pool import ModelPool
+from luthier.limits import ServerLimits
+from luthier.server.http.messages import Caller, Request, Response
+from luthier.server.http.routing import Operation
+from luthier.server.openai.generation import Judge
+from luthier.server.openai.protocol import Body, Recorder, body, invalid
+from luthier.types import Message
+
+_MEMBERS = {
+    "string_check": ("input", "reference", "operation"),
+    "text_similarity": ("input", "reference", "evaluation_metric"),
+    "python": ("source",),
+    "score_model": ("model", "input", "range"),
+    "label_model": ("model", "input", "labels", "passing_labels"),
+    "multi": ("graders", "calculate_output"),
+}
+"""Members that mean something here, by type; a name is a label."""
+_ASKING = ("score_model", "label_model")
+"""Types that ask a model."""
+_SAMPLING = {"max_completions_tokens": "max_tokens", "temperature": "temperature"} | {
+    "top_p": "top_p",
+    "seed": "seed",
+}
+_ERRORS = (
+    "formula_parse_error", "sample_parse_error", "truncated_observation_error",
+    "unresponsive_reward_error", "invalid_variable_error", "other_error",
+    "python_grader_server_error", "python_grader_runtime_error", "model_grader_server_error",
+    "model_grader_refusal_error", "model_grader_parse_error",
+)  # fmt: skip
+
+
+class RunGrader(Body):
+    """The body of a trial."""
+
+    grader: dict[str, Any]
+    model_sample: str
+    item: dict[str, Any] | None = None
+
+
+class ValidateGrader(Body):
+    """The body of a check."""
+
+    grader: dict[str, Any]
+
+
+class Graders:
+    """The resource."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        judges: Callable[[Caller], Judge],
+        models: GraderModels,
+        limits: ServerLimits,
+    ) -> None:
+        """``judges`` finds the models that graders of a caller ask, ``models`` opens them."""
+        self.recorder, self.judges, self.models = recorder, judges, models
+        self.limits = limits
+
+    def operations(self) -> Iterable[Operation]:
+        """What can be done with graders."""
+        root, name = "fine_tuning/alpha/graders", "fine_tuning.alpha.graders"
+        return tuple(
+            Operation(f"{name}.{each}", "POST", f"{root}/{each}", handler,
+                body_limit=self.limits.grading_body_bytes, grading=True,
+            )
+            for each, handler in (("run", self.run), ("validate", self.validate))
+        )  # fmt: skip
+
+    def validate(self, request: Request) -> Response:
+        """Give a grader back that can be used; 400 for one that cannot."""
+        self.recorder.record(request, "fine_tuning.alpha.graders.validate")
+        given = body(request, ValidateGrader).grader
+        grader_fields(given, "grader", self.judges(request.caller))
+        return Response.json({"grader": given})
+
+    def run(self, request: Request) -> Response:
+        """Grade one reply. What goes wrong in the grader is told in the answer, with reward 0.
+
+        Raises:
+            Fault: 400 for texts that are too long.
+        """
+        self.recorder.record(request, "fine_tuning.alpha.graders.run")
+        parameters = body(request, RunGrader)
+        fields = grader_fields(parameters.grader, "grader", self.judges(request.caller))
+        grader = grader_from(fields)
+        if grader.models:
+            grader = grader.with_models(self.models)
+        began = time.perf_counter()
+        row = PromptOnly("item", 1, "", members=parameters.item or {})
+        longest = self.limits.grading_text_characters
+        sample = Answer((), parameters.model_sample, None, row, longest)
+        score, parts, trouble = graded_once(grader, sample)
+        if trouble is not None and trouble.rule == TOO_LONG:
+            raise invalid(f"The grader refuses this: {trouble.message}", "grader", "invalid_grader")
+        return Response.json(
+            {
+                "reward": score,
+                "sub_rewards": parts,
+                "model_grader_token_usage_per_model": {},
+                "metadata": {
+                    "name": str(parameters.grader.get("name", parameters.grader["type"])),
+                    "type": parameters.grader["type"],
+                    "errors": _errors(parameters.grader["type"], trouble),
+                    "execution_time": time.perf_counter() - began,
+                    "scores": parts,
+                    "token_usage": None,
+                    "sampled_model_name": parameters.grader.get("model"),
+                },
+            }
+        )
+
+
+def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float], Trouble | None]:
+    """Return the reward of one reply, those of a formula's graders, and why there is none (then 0)."""
+    troubles: dict[int, Trouble] = {}
+    parts: dict[str, float] = {}
+    score = math.nan
+    try:
+        if isinstance(grader, Multi):
+            each = grader.each([sample], troubles)
+            parts = {name: _finite(scores[0]) for name, scores in each.items()}
+            (score,) = grader.combine(each, 1, troubles)
+        else:
+            (score,), troubles = attempt(grader, [sample])
+    except Ungraded as ungraded:
+        troubles = ungraded.troubles
+    except LuthierError as error:
+        troubles = {0: Trouble("grader.raised", str(error), "Mend the grader.")}
+    if not troubles and not math.isfinite(score):
+        text = f"the formula gave {score!r}, which is no finite number."
+        troubles = {0: Trouble("grader.not_finite", text, "Mend the formula.")}
+    return (0.0 if troubles else score), parts, troubles.get(0)
+
+
+def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
+    """A grader of the API as ``method`` and fields of luthier's own.
+
+    Args:
+        given: the grader as it was sent.
+        where: the member of the request that holds it.
+        judge: finds the model that a ``score_model`` asks.
+
+    Raises:
+        Fault: 400 for a type that there is not, a member that is missing, a value that cannot be.
+    """
+    fields = _fields(given, where, judge)
+    try:
+        parse_graders({fields["method"]: fields})
+    except RecipeError as error:
+        raise invalid(" ".join(str(error).split()), where, "invalid_grader") from error
+    return fields
+
+
+def _fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
+    kind = given.get("type")
+    if not isinstance(kind, str) or kind not in _MEMBERS:
+        known = ", ".join(_MEMBERS)
+        raise invalid(f"Unknown grader type {kind!r}; there are {known}.", f"{where}.type")
+    fields = {name: given[name] for name in _MEMBERS[kind] if name in given}
+    if kind == "multi":
+        fields["graders"] = {
+            name: _fields(part, f"{where}.graders.{name}", judge)
+            for name, part in _parts(given.get("graders"), f"{where}.graders").items()
+        }
+    if kind in _ASKING:
+        fields |= _turns_and_sampling(given, where)
+        fields["model"] = judge(str(given.get("model", "")), f"{where}.model")
+    return {"method": kind, **fields}
+
+
+def _parts(given: Any, where: str) -> dict[str, Mapping[str, Any]]:
+    """Graders of a formula by name: a table, a list of named ones, or a single one."""
+    if isinstance(given, Mapping) and isinstance(given.get("type"), str):
+        given = [given]
+    if isinstance(given, list):
+        if not all(isinstance(each, Mapping) and each.get("name") for each in given):
+            raise invalid("Graders in a list need names.", where)
+        named = {str(each["name"]): each for each in given}
+        if len(named) < len(given):
+            raise invalid("Two graders of a multi grader have the same name.", where)
+        given = named
+    if not isinstance(given, Mapping) or not given:
+        raise invalid("A multi grader needs graders by name.", where)
+    for name, part in given.items():
+        if not isinstance(part, Mapping) or part.get("type") == "multi":
+            raise invalid("Graders in a multi grader are objects, and no multi graders.", where)
+        if not str(name).isidentifier():
+            raise invalid(f"{name!r} cannot stand in a formula.", where)
+    return dict(given)
+
+
+def _turns_and_sampling(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Turns and sampling of a model that grades."""
+    turns = given.get("input")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise invalid("A grader that asks a model needs a list of messages.", f"{where}.input")
+    made = [
+        {"role": turn.get("role"), "content": text_content(turn.get("content"))} for turn in turns
+    ]
+    asked = given.get("sampling_params") or {}
+    if not isinstance(asked, Mapping):
+        raise invalid("sampling_params must be an object.", f"{where}.sampling_params")
+    sampling = {
+        ours: asked[theirs] for theirs, ours in _SAMPLING.items() if asked.get(theirs) is not None
+    }
+    with suppress(ValidationError):  # what is no sampling at all is refused with the grader
+        _generation_request((), SamplingSpec.model_validate(sampling), None, where)
+    return {"input": made, "sampling": sampling}
+
+
+def text_content(given: Any) -> Any:
+    """Text of a message; blocks of text are joined, anything else is refused with its type."""
+    blocks = given if isinstance(given, list) else [given]
+    texts = [block.get("text") if isinstance(block, Mapping) else block for block in blocks]
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known) if len(known) == len(texts) else given
+
+
+def _errors(kind: str, trouble: Trouble | None) -> dict[str, Any]:
+    found: dict[str, Any] = dict.fromkeys(_ERRORS, False)
+    details: dict[str, Any] = {
+        "python_grader_server_error_type": None,
+        "python_grader_runtime_error_details": None,
+        "model_grader_server_error_details": None,
+    }
+    if trouble is not None:
+        name = {
+            "grader.no_member": "invalid_variable_error",
+            "grader.formula": "formula_parse_error",
+        }
+        kinds = {
+            "python": "python_grader_runtime_error",
+            **dict.fromkeys(_ASKING, "model_grader_parse_error"),
+        }
+        found[name.get(trouble.rule) or kinds.get(kind, "other_error")] = True
+        if kind == "python":
+            details["python_grader_runtime_error_details"] = trouble.message
+        elif kind in _ASKING:
+            details["model_grader_server_error_details"] = trouble.message
+    return {**found, **details}
+
+
+def _finite(score: float) -> float:
+    return score if math.isfinite(score) else 0.0
+
+
+def _generation_request(
+    turns: Sequence[Message],
+    sampling: SamplingSpec,
+    schema: Mapping[str, Any] | None,
+    where: str,
+) -> GenerationRequest:
+    """What a model that grades is asked; 400 for what no model of a server takes."""
+    try:
+        return GenerationRequest(
+            Chat(tuple(turns)),
+            schema=schema,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+    except InferenceRefused as refused:
+        raise invalid(f"{refused}.", f"{where}.sampling_params", "invalid_value") from refused
+
+
+class PooledModels:
+    """Opens the models that graders name."""
+
+    def __init__(self, pool: ModelPool) -> None:
+        self.pool = pool
+
+    def scorer(self, model: str) -> Scorer:
+        """Reward models are none of the graders of this API."""
+        raise RecipeError("a reward model cannot be asked here")
+
+    def embedder(self, model: str) -> Embedder:
+        """Nor are encoders."""
+        raise RecipeError("an encoder cannot be asked here")
+
+    def writer(
+        self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
+    ) -> Writer:
+        """The model that writes scores, of ``schema`` where there is one."""
+
+        def write(conversations: Sequence[Sequence[Message]]) -> list[str | Failure]:
+            return [self._reply(judge.model, turns, sampling, schema) for turns in conversations]
+
+        return CachedWriter(write)
+
+    def _reply(
+        self,
+        model: str,
+        turns: Sequence[Message],
+        sampling: SamplingSpec,
+        schema: Mapping[str, Any] | None,
+    ) -> str | Failure:
+        request = _generation_request(turns, sampling, schema, "")
+        try:
+            return self.pool.submit(model, request).whole()[0].text
+        except LuthierError as error:
+            return Failure("judge.failed", str(error))

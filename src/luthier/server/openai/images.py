@@ -1,0 +1,107 @@
+"""``/images/generations``."""
+
+from __future__ import annotations
+
+import base64
+import re
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from luthier.inference.inference import ImageRequest, InferenceRefused
+from luthier.server.http.messages import Caller, Response
+from luthier.server.openai.generation import GenerationResource, refusals
+from luthier.server.openai.protocol import StrictBody, invalid
+
+MOST_IMAGES = 10
+_MEMBERS = {"label": "prompt", "count": "n"}
+"""What clients call the parts of a request."""
+
+
+class ImageGenerationRequest(StrictBody):
+    """The body."""
+
+    without_effect = frozenset({"moderation", "output_compression", "partial_images", "user"})
+    model: Annotated[str, Field(min_length=1)]
+    prompt: Annotated[str, Field(max_length=32_000)]
+    """Name of a class that the model knows; empty for each in turn, or where it knows none."""
+    n: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = None
+    size: str | None = None
+    seed: int | None = None
+    """Not one of OpenAI's: the same one gives the same images."""
+    response_format: Literal["url", "b64_json"] | None = None
+    output_format: str | None = None
+    quality: str | None = None
+    style: str | None = None
+    background: str | None = None
+    stream: bool | None = None
+
+    def check(self) -> None:
+        """Refuse what OpenAI's models can, and those here cannot."""
+        if self.response_format == "url":
+            text = "No addresses of images are given out; 'b64_json' is."
+            raise invalid(text, "response_format", "unsupported_value")
+        one = {
+            "output_format": (self.output_format, ("png",)),
+            "quality": (self.quality, ("auto", "standard")),
+            "style": (self.style, ()),
+            "background": (self.background, ("auto", "opaque")),
+        }
+        for name, (value, known) in one.items():
+            if value is not None and value not in known:
+                takes = f"; there is {' and '.join(known)}" if known else " by the models here"
+                text = f"'{name}' {value[:64]!r} is not supported{takes}."
+                raise invalid(text, name, "unsupported_value")
+
+    def request(self) -> ImageRequest:
+        """The same for the engine."""
+        size = None
+        if self.size not in (None, "auto"):
+            sides = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", self.size or "")
+            if sides is None:
+                text = "'size' is width and height, as in '256x256', or 'auto'."
+                raise invalid(text, "size", "invalid_value")
+            size = int(sides[2]), int(sides[1])
+        seed = None if self.seed is None else self.seed % 2**63
+        return ImageRequest(self.n or 1, self.prompt, seed, size)
+
+
+class Images(GenerationResource[ImageGenerationRequest]):
+    """New images of models that make them."""
+
+    path, action, body = "images/generations", "images.generate", ImageGenerationRequest
+
+    def stream(self, caller: Caller, asked: ImageGenerationRequest) -> Response:
+        """Refused."""
+        raise invalid("Images are not streamed.", "stream", "unsupported_value")
+
+    def whole(self, caller: Caller, asked: ImageGenerationRequest) -> dict[str, Any]:
+        """The images, as PNG files in base64."""
+        from luthier.data.pictures import encode_png
+
+        target = self.inference.target(caller, self.action, asked.model)
+        asked.check()
+        with refusals(asked.model, "prompt"):
+            try:
+                made = self.inference.pool.sample(target.stored_id, asked.request())
+            except InferenceRefused as refused:
+                parameter = refused.parameter or ""
+                parameter = _MEMBERS.get(parameter, parameter)
+                raise invalid(str(refused), parameter or None, "invalid_value") from refused
+        height, width, _ = made.images[0].pixels.shape
+        count = len(made.images)
+        files = (encode_png(each.pixels) for each in made.images)
+        return {
+            "created": int(time.time()),
+            "data": [{"b64_json": base64.b64encode(file).decode()} for file in files],
+            "output_format": "png",
+            "size": f"{width}x{height}",
+            "usage": {
+                "input_tokens": 0,
+                "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+                "output_tokens": count,
+                "output_tokens_details": {"image_tokens": count, "text_tokens": 0},
+                "total_tokens": count,
+            },
+        }

@@ -1,0 +1,485 @@
+"""``/responses``: an answer as items, at once or as events. Nothing of it is kept.
+
+Each request stands for itself: what was said before is sent along as items. Refused are members that
+would change the answer and mean nothing here: earlier responses by id, stored prompts and
+conversations, work in the background, tools that the server would have to run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from luthier.inference.inference import (
+    MOST_TOKENS,
+    TURNS,
+    Chat,
+    FinishEvent,
+    GenerationRequest,
+    ReasoningChunk,
+    Stream,
+    TokenChunk,
+    ToolCallEvent,
+)
+from luthier.models.sampling import Constraint
+from luthier.server.http.messages import Caller, Fault, Response
+from luthier.server.http.streams import GeneratedPieces
+from luthier.server.openai.chat import (
+    MOST_TOOLS,
+    NAME,
+    NO_PARAMETERS,
+    ContentPart,
+    arguments,
+    call_id,
+    check_tool_choice,
+    join_texts,
+)
+from luthier.server.openai.generation import (
+    STREAM_HEADERS,
+    GenerationResource,
+    chat_logprobs,
+    check_only_form,
+    refusals,
+)
+from luthier.server.openai.protocol import Body, Metadata, StrictBody, error_of, invalid, missing
+from luthier.server.structured_outputs import StructuredOutputs
+from luthier.types import Message, Tool, ToolCall
+
+LOGPROBS = "message.output_text.logprobs"
+_TEXTS = ("input_text", "output_text", "reasoning_text", "text")
+JsonObject = dict[str, Any]
+
+
+class InputItem(Body):
+    """One item: a message, a call, or what came of one."""
+
+    type: str = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=TURNS)] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | Annotated[list[ContentPart], Field(max_length=TURNS)] | None = None
+
+
+class FunctionTool(Body):
+    """A function that may be called."""
+
+    type: str
+    name: Annotated[str, Field(pattern=NAME)] | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedFunction(Body):
+    """The one tool that has to be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class OutputFormat(Body):
+    """The form of the text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(pattern=NAME)] | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(Body):
+    """How the text is written."""
+
+    format: OutputFormat | None = None
+
+
+class ResponseRequest(StrictBody):
+    """The body of a response."""
+
+    without_effect = frozenset(
+        {
+            "context_management", "max_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+            "reasoning", "safety_identifier", "service_tier", "store", "stream_options",
+        }
+    )  # fmt: skip
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "previous_response_id": "Responses are not kept here: send the earlier items in 'input'",
+        "conversation": "Conversations are not kept here: send the earlier items in 'input'",
+        "prompt": "Prompts are not kept here: send the text in 'instructions' and 'input'",
+        "background": "Responses are written while you wait: use /v1/batches for work in the "
+        "background",
+    }
+
+    model: Annotated[str, Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=TURNS)]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[str] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
+    metadata: Metadata = None
+    stream: bool | None = None
+    truncation: Literal["disabled"] | None = None
+    user: str | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether each token is told with its probability."""
+        return LOGPROBS in (self.include or ())
+
+    def check(self) -> None:
+        """Refuse what means nothing here, and what does not belong together."""
+        for index, tool in enumerate(self.tools or ()):
+            if tool.type != "function":
+                where = f"tools[{index}].type"
+                raise invalid(f"Tools are functions of yours, and no '{tool.type}'.", where)
+            if tool.name is None:
+                raise missing(f"tools[{index}].name")
+        choice = self.tool_choice
+        named = choice.name if isinstance(choice, NamedFunction) else None
+        names = [tool.name or "" for tool in self.tools or ()]
+        check_tool_choice(choice, names, named, "tool_choice.name")
+        if self.top_logprobs is not None and not self.wants_logprobs:
+            raise invalid(f"'top_logprobs' needs 'include' to name {LOGPROBS}.", "top_logprobs")
+        form = self.text.format if self.text else None
+        if form is not None and form.type == "json_schema" and form.json_schema is None:
+            raise missing("text.format.schema")
+        if form is not None and form.type != "text":
+            check_only_form(self.structured_outputs, "text.format")
+
+    def generation_request(self) -> GenerationRequest:
+        """The request for the engine."""
+        tools = tuple(
+            Tool(each.name or "", each.description or "", each.parameters or NO_PARAMETERS)
+            for each in self.tools or ()
+        )
+        choice = self.tool_choice or "auto"
+        named = f"name:{choice.name}" if isinstance(choice, NamedFunction) else choice
+        given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
+        return GenerationRequest(
+            Chat(self._turns(), tools, named),
+            max_tokens=self.max_output_tokens,
+            top_logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+            **(self._constraint.fields if self._constraint else {}),
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+    def _turns(self) -> tuple[Message, ...]:
+        turns = [Message("system", self.instructions)] if self.instructions else []
+        if isinstance(self.input, str):
+            return (*turns, Message("user", self.input))
+        for index, item in enumerate(self.input):
+            _add(turns, item, f"input[{index}]")
+        answered = {turn.call_id for turn in turns if turn.role == "tool"}
+        for call in (call for turn in turns for call in turn.calls):
+            if call.id not in answered:
+                raise invalid(f"No tool output found for function call {call.id}.", "input")
+        return tuple(turns)
+
+    @property
+    def _constraint(self) -> Constraint | None:
+        form = self.text.format if self.text else None
+        if form is None or form.type == "text":
+            return self.structured_outputs.constraint if self.structured_outputs else None
+        return Constraint("schema", form.json_schema or True)
+
+
+def _add(turns: list[Message], item: InputItem, where: str) -> None:
+    """Put ``item`` behind ``turns``; calls belong to the turn of the assistant before them."""
+    if item.type == "message":
+        role = _require(item.role, f"{where}.role")
+        content = _text(_require(item.content, f"{where}.content"), f"{where}.content")
+        if role == "assistant" and turns and _is_reasoning_alone(turns[-1]):
+            turns[-1] = replace(turns[-1], content=content)
+        else:
+            turns.append(Message("system" if role == "developer" else role, content))
+    elif item.type == "function_call":
+        call = ToolCall(
+            _require(item.call_id, f"{where}.call_id"),
+            _require(item.name, f"{where}.name"),
+            arguments(item.arguments, f"{where}.arguments"),
+        )
+        if not turns or turns[-1].role != "assistant":
+            turns.append(Message("assistant"))
+        turns[-1] = replace(turns[-1], calls=(*turns[-1].calls, call))
+    elif item.type == "function_call_output":
+        call_id = _require(item.call_id, f"{where}.call_id")
+        if not any(call.id == call_id for turn in turns for call in turn.calls):
+            text = f"No tool call found for function call output with call_id {call_id}."
+            raise invalid(text, "input")
+        output = _text(_require(item.output, f"{where}.output"), f"{where}.output")
+        turns.append(Message("tool", output, call_id=call_id))
+    elif item.type == "reasoning":
+        # That of a model elsewhere may be encrypted, or a summary: nothing to go on from.
+        if reasoning := _text(item.content or "", f"{where}.content"):
+            turns.append(Message("assistant", reasoning=reasoning))
+    else:
+        raise invalid(f"Items of the type '{item.type}' are not taken.", f"{where}.type")
+
+
+def _is_reasoning_alone(turn: Message) -> bool:
+    return bool(turn.reasoning) and not (turn.content or turn.calls)
+
+
+def _require(value: Any, where: str) -> Any:
+    if value is None:
+        raise missing(where)
+    return value
+
+
+def _text(content: str | list[ContentPart], where: str) -> str:
+    return content if isinstance(content, str) else join_texts(content, _TEXTS, where)
+
+
+class Responses(GenerationResource[ResponseRequest]):
+    """Answers with items."""
+
+    path, action, body = "responses", "responses.create", ResponseRequest
+
+    def whole(self, caller: Caller, parameters: ResponseRequest) -> JsonObject:
+        """The whole response."""
+        return _whole(parameters, self._begin(caller, parameters))
+
+    def stream(self, caller: Caller, parameters: ResponseRequest) -> Response:
+        """Its events as they happen."""
+        stream = self._begin(caller, parameters)
+        pieces = GeneratedPieces(_pieces(parameters, stream), [stream])
+        return Response(200, pieces, STREAM_HEADERS)
+
+    def _begin(self, caller: Caller, parameters: ResponseRequest) -> Stream:
+        target = self.inference.target(caller, self.action, parameters.model)
+        parameters.check()
+        return self.inference.submit(
+            target,
+            parameters.model,
+            parameters.generation_request,
+            "input",
+            structured=parameters.structured_outputs is not None,
+        )
+
+
+def _whole(parameters: ResponseRequest, stream: Stream) -> JsonObject:
+    response = _Response(parameters, stream)
+    with refusals(parameters.model, "input"):
+        for _ in response.events():
+            pass
+    return response.to_dict()
+
+
+def _pieces(parameters: ResponseRequest, stream: Stream) -> Iterator[bytes]:
+    """The events as they are sent; a failure is the last one."""
+    response = _Response(parameters, stream)
+    try:
+        try:
+            with refusals(parameters.model, "input"):
+                for event in response.events():
+                    yield _encode_event(event)
+        except Fault as fault:
+            yield _encode_event(response.fail(fault))
+    finally:
+        stream.close()
+
+
+def _encode_event(event: Mapping[str, Any]) -> bytes:
+    text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {event['type']}\ndata: {text}\n\n".encode()
+
+
+class _Response:
+    """One response: what is known of it so far, and the events that tell how it comes about."""
+
+    def __init__(self, parameters: ResponseRequest, stream: Stream) -> None:
+        self._parameters, self._stream = parameters, stream
+        self._id, self._created = f"resp_{secrets.token_hex(24)}", int(time.time())
+        self._status, self._number = "in_progress", 0
+        self._end: FinishEvent | None = None
+        self._error: JsonObject | None = None
+        self._items: list[JsonObject] = []
+
+    def events(self) -> Iterator[JsonObject]:
+        """Every event, in the order of the specification."""
+        yield self._event("response.created", response=self.to_dict())
+        yield self._event("response.in_progress", response=self.to_dict())
+        for event in self._stream:
+            if isinstance(event, ReasoningChunk):
+                if event.text:
+                    yield from self._reasoning_piece(event.text)
+            elif isinstance(event, TokenChunk):
+                yield from self._piece(event)
+            elif isinstance(event, ToolCallEvent):
+                yield from self._finish("completed")
+                yield from self._add_call(event.call)
+            else:
+                self._end = event
+        cut = self._end is not None and self._end.reason in ("length", "context")
+        self._status = "incomplete" if cut else "completed"
+        if not self._items:
+            yield from self._open("message")
+        yield from self._finish(self._status)
+        yield self._event(f"response.{self._status}", response=self.to_dict())
+
+    def fail(self, fault: Fault) -> JsonObject:
+        """The event for ``fault``, behind which nothing follows."""
+        self._status = "failed"
+        error = error_of(fault)
+        self._error = {"code": error["code"] or "server_error", "message": error["message"]}
+        return self._event("response.failed", response=self.to_dict())
+
+    def to_dict(self) -> JsonObject:
+        """The response as an object."""
+        parameters, ended = self._parameters, self._status not in ("in_progress", "failed")
+        reason = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
+        form = parameters.text.format if parameters.text else None
+        choice = parameters.tool_choice or "auto"
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": self._status,
+            "background": False,
+            "completed_at": int(time.time()) if self._status == "completed" else None,
+            "error": self._error,
+            "incomplete_details": reason,
+            "instructions": parameters.instructions,
+            "max_output_tokens": parameters.max_output_tokens,
+            "max_tool_calls": None,
+            "model": parameters.model,
+            "output": [dict(item) for item in self._items],
+            "parallel_tool_calls": parameters.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "service_tier": "default",
+            "store": False,
+            "temperature": 1.0 if parameters.temperature is None else parameters.temperature,
+            "text": {"format": _without_none(form) if form else {"type": "text"}},
+            "tool_choice": _without_none(choice) if isinstance(choice, NamedFunction) else choice,
+            # Clients read all members, given or not.
+            "tools": [
+                {"description": None, "strict": True, **_without_none(tool)}
+                for tool in parameters.tools or ()
+            ],
+            "top_logprobs": parameters.top_logprobs or 0,
+            "top_p": 1.0 if parameters.top_p is None else parameters.top_p,
+            "truncation": "disabled",
+            "usage": self._usage() if ended else None,
+            "user": parameters.user,
+            "metadata": parameters.metadata or {},
+        }
+
+    def _usage(self) -> JsonObject:
+        read, written = self._stream.prompt_tokens, self._end.tokens if self._end else 0
+        return {
+            "input_tokens": read,
+            "input_tokens_details": {
+                "cached_tokens": self._stream.cached(),
+                "cache_write_tokens": 0,
+            },
+            "output_tokens": written,
+            "output_tokens_details": {
+                "reasoning_tokens": self._end.reasoning_tokens if self._end else 0
+            },
+            "total_tokens": read + written,
+        }
+
+    def _event(self, kind: str, **members: Any) -> JsonObject:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number - 1, **members}
+
+    @property
+    def _open_item(self) -> JsonObject | None:
+        """The message or the reasoning that is being written."""
+        last = self._items[-1] if self._items else None
+        return last if last and last.get("status") == "in_progress" else None
+
+    def _open(self, kind: Literal["message", "reasoning"]) -> Iterator[JsonObject]:
+        """Begin a message, or the reasoning before it."""
+        item: JsonObject
+        if kind == "reasoning":
+            item = {"type": kind, "id": f"rs_{secrets.token_hex(24)}", "summary": []}
+            part: JsonObject = {"type": "reasoning_text", "text": ""}
+        else:
+            item = {"type": kind, "id": f"msg_{secrets.token_hex(24)}", "role": "assistant"}
+            part = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
+        item |= {"status": "in_progress", "content": []}
+        self._items.append(item)
+        index = len(self._items) - 1
+        yield self._event("response.output_item.added", output_index=index, item={**item})
+        where = self._where(item, content_index=0)
+        yield self._event("response.content_part.added", **where, part=copy.deepcopy(part))
+        item["content"] = [part]
+
+    def _reasoning_piece(self, text: str) -> Iterator[JsonObject]:
+        if self._open_item is None:
+            yield from self._open("reasoning")
+        item = self._items[-1]
+        item["content"][0]["text"] += text
+        where = self._where(item, content_index=0)
+        yield self._event("response.reasoning_text.delta", **where, delta=text)
+
+    def _piece(self, piece: TokenChunk) -> Iterator[JsonObject]:
+        if self._open_item is None or self._open_item["type"] == "reasoning":
+            yield from self._finish("completed")
+            yield from self._open("message")
+        message = self._items[-1]
+        part = message["content"][0]
+        scores = chat_logprobs(piece.scores) if self._parameters.wants_logprobs else []
+        part["text"] += piece.text
+        part["logprobs"] += scores
+        where = self._where(message, content_index=0)
+        yield self._event("response.output_text.delta", **where, delta=piece.text, logprobs=scores)
+
+    def _finish(self, status: str) -> Iterator[JsonObject]:
+        """End the message or the reasoning that is being written, if there is one."""
+        item = self._open_item
+        if item is None:
+            return
+        item["status"] = status
+        (part,) = item["content"]
+        where = self._where(item, content_index=0)
+        if item["type"] == "reasoning":
+            yield self._event("response.reasoning_text.done", **where, text=part["text"])
+        else:
+            yield self._event(
+                "response.output_text.done", **where, text=part["text"], logprobs=part["logprobs"]
+            )
+        yield self._event("response.content_part.done", **where, part=part)
+        yield self._event(
+            "response.output_item.done", output_index=where["output_index"], item=item
+        )
+
+    def _add_call(self, call: ToolCall) -> Iterator[JsonObject]:
+        arguments = call.arguments_json
+        item: JsonObject = {"type": "function_call", "id": f"fc_{secrets.token_hex(24)}"}
+        item |= {"call_id": call_id(call), "name": call.name}
+        self._items.append({**item, "arguments": arguments, "status": "completed"})
+        index = len(self._items) - 1
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        yield self._event("response.output_item.added", output_index=index, item=begun)
+        where = self._where(item)
+        kind = "response.function_call_arguments"
+        yield self._event(f"{kind}.delta", **where, delta=arguments)
+        yield self._event(f"{kind}.done", **where, name=call.name, arguments=arguments)
+        yield self._event("response.output_item.done", output_index=index, item=self._items[-1])
+
+    def _where(self, item: JsonObject, **further: int) -> JsonObject:
+        return {"item_id": item["id"], "output_index": len(self._items) - 1, **further}
+
+
+def _without_none(given: Any) -> JsonObject:
+    found: JsonObject = given.model_dump(by_alias=True, exclude_none=True)
+    return found

@@ -1,0 +1,123 @@
+"""Roles: the permission that each operation of each API needs, and the permissions of each role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+
+from luthier.server.audit import record_action
+from luthier.server.http.messages import Caller, Fault
+
+
+class Permission(StrEnum):
+    """A class of operations that roles allow together."""
+
+    IDENTIFY = "identify"
+    """Read the caller's identity and the list of models."""
+    INVOKE = "invoke"
+    """Query models."""
+    READ = "read"
+    """Read everything that the account owns, contents of files included."""
+    DEVELOP = "develop"
+    """Create, change and delete files, jobs, models, deployments, batches and evals."""
+    ADMINISTER = "administer"
+    """Delete the record of a job."""
+
+
+ROLES: Mapping[str, frozenset[Permission]] = MappingProxyType(
+    {
+        "administrator": frozenset(Permission),
+        "developer": frozenset(Permission) - {Permission.ADMINISTER},
+        "invoker": frozenset({Permission.IDENTIFY, Permission.INVOKE}),
+        "read-only": frozenset({Permission.IDENTIFY, Permission.READ}),
+    }
+)
+_OPERATIONS = {
+    Permission.IDENTIFY: {
+        "sts": "GetCallerIdentity",
+        "bedrock": "GetFoundationModel GetFoundationModelAvailability ListFoundationModels Unsupported",
+        "luthier": (
+            "WhoAmI Describe ListModels GetModel ListLoadedModels openai.models.list "
+            "openai.models.retrieve"
+        ),
+    },
+    Permission.INVOKE: {
+        "bedrock": "InvokeModel InvokeModelWithResponseStream Converse ConverseStream CountTokens",
+        "luthier": (
+            "Predict SampleImages ReconstructImages openai.chat.completions.create "
+            "openai.completions.create openai.embeddings.create openai.images.generate "
+            "openai.responses.create"
+        ),
+    },
+    Permission.READ: {
+        "bedrock": (
+            "GetCustomModel ListCustomModels GetModelCustomizationJob ListModelCustomizationJobs "
+            "GetCustomModelDeployment ListCustomModelDeployments GetProvisionedModelThroughput "
+            "ListProvisionedModelThroughputs ListTagsForResource"
+        ),
+        "luthier": (
+            "ListJobs GetJob JobEvents ListLabelIssues ListExports GetExport "
+            "GetCertificate DownloadCertificate GetUsage GetDailyUsage "
+            "openai.files.list openai.files.retrieve openai.files.content "
+            "openai.fine_tuning.jobs.list openai.fine_tuning.jobs.retrieve "
+            "openai.fine_tuning.jobs.list_events openai.fine_tuning.jobs.list_checkpoints "
+            "openai.batches.list openai.batches.retrieve openai.evals.list openai.evals.retrieve "
+            "openai.evals.runs.list openai.evals.runs.retrieve openai.evals.runs.output_items.list "
+            "openai.evals.runs.output_items.retrieve"
+        ),
+        "s3": (
+            "ListAllMyBuckets ListBucket GetBucketLocation GetObject ListBucketMultipartUploads "
+            "ListMultipartUploadParts"
+        ),
+    },
+    Permission.DEVELOP: {
+        "bedrock": (
+            "CreateModelCustomizationJob StopModelCustomizationJob CreateCustomModel "
+            "DeleteCustomModel CreateCustomModelDeployment UpdateCustomModelDeployment "
+            "DeleteCustomModelDeployment CreateProvisionedModelThroughput "
+            "UpdateProvisionedModelThroughput DeleteProvisionedModelThroughput TagResource "
+            "UntagResource"
+        ),
+        "luthier": (
+            "CreateJob PauseJob ResumeJob StopJob InspectData EstimateJob CreateExport StopExport "
+            "DeleteModel LoadModel UnloadModel openai.files.create "
+            "openai.files.delete openai.fine_tuning.jobs.create openai.fine_tuning.jobs.cancel "
+            "openai.fine_tuning.jobs.pause openai.fine_tuning.jobs.resume "
+            "openai.fine_tuning.alpha.graders.run openai.fine_tuning.alpha.graders.validate "
+            "openai.models.delete openai.batches.create openai.batches.cancel openai.evals.create "
+            "openai.evals.update openai.evals.delete openai.evals.runs.create "
+            "openai.evals.runs.cancel openai.evals.runs.delete"
+        ),
+        "s3": "CreateBucket DeleteBucket PutObject DeleteObject AbortMultipartUpload",
+    },
+    Permission.ADMINISTER: {"luthier": "DeleteJob"},
+}
+PERMISSIONS: Mapping[str, Permission] = MappingProxyType(
+    {
+        f"{service}:{name}": permission
+        for permission, services in _OPERATIONS.items()
+        for service, names in services.items()
+        for name in names.split()
+    }
+)
+"""The permission of each action (``bedrock:CreateModelCustomizationJob``)."""
+
+
+def permissions_of(caller: Caller) -> frozenset[Permission]:
+    """Return what the roles of ``caller`` allow, that of the user and that of the key."""
+    first, *further = caller.roles
+    return ROLES[first].intersection(*(ROLES[role] for role in further))
+
+
+def authorize(caller: Caller, action: str, resource: str) -> None:
+    """Reject ``caller`` unless its role allows ``action``; a rejection is noted for the audit log.
+
+    Raises:
+        Fault: ``AccessDenied``.
+    """
+    if PERMISSIONS[action] not in permissions_of(caller):
+        record_action(action, resource)
+        roles = " and ".join(caller.roles)
+        text = f"User: {caller.arn} is not authorized to perform: {action} with the role {roles}."
+        raise Fault("AccessDenied", text)

@@ -1,0 +1,418 @@
+"""Bodies as they come: decoded, compared with what was signed and told, and never held whole."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from luthier.server.http.messages import Fault, Signed, parse_digits
+from luthier.server.http.streams import RequestBody, Run
+from luthier.server.sigv4 import STREAMED, STREAMED_UNSIGNED, UNSIGNED
+
+PREFIX = "x-amz-checksum-"
+_SETTINGS = ("algorithm", "type", "mode")
+"""What follows the prefix in headers that hold no checksum."""
+_WIDTHS = {"crc32": 4, "crc32c": 4, "crc64nvme": 8}
+"""Bytes of those that can be computed from the parts of a whole."""
+COMPOSITE, FULL_OBJECT = "COMPOSITE", "FULL_OBJECT"
+_LINE = 4096
+"""Bytes of a line between chunks at most."""
+_TRAILERS = 16
+_NOTHING = hashlib.sha256(b"").hexdigest()
+_SIGNATURE = "x-amz-trailer-signature"
+OBJECT_LIMIT = 5 << 30
+"""Bytes of one request at most; larger objects come in parts."""
+
+
+class Digest(Protocol):
+    """As those of :mod:`hashlib`."""
+
+    def update(self, data: bytes, /) -> None:
+        """Go on with ``data``."""
+
+    def digest(self) -> bytes:
+        """Of all that was given."""
+
+
+class Cyclic:
+    """A cyclic redundancy check: a function of bytes and the value so far."""
+
+    def __init__(self, function: Callable[[bytes, int], int], width: int) -> None:
+        self._function, self._width, self._value = function, width, 0
+
+    def update(self, data: bytes, /) -> None:
+        """Go on with ``data``."""
+        self._value = self._function(data, self._value)
+
+    def digest(self) -> bytes:
+        """Of all that was given, big-endian."""
+        return self._value.to_bytes(self._width, "big")
+
+
+def new_digest(algorithm: str) -> Digest:
+    """A digest by S3's name for it in lower case; ``crc32c`` and ``crc64nvme`` need ``awscrt``.
+
+    Raises:
+        Fault: ``NotImplemented`` for one that cannot be computed here: no bytes are taken unchecked.
+    """
+    if algorithm == "crc32":
+        return Cyclic(zlib.crc32, 4)
+    if algorithm in ("sha1", "sha256", "sha512"):
+        return hashlib.new(algorithm, usedforsecurity=False)
+    if algorithm in _WIDTHS:
+        return Cyclic(_awscrt(algorithm), _WIDTHS[algorithm])
+    raise _not_computed(algorithm)
+
+
+def _awscrt(name: str) -> Callable[..., int]:
+    """A function of ``awscrt.checksums``: there is no other fast one for what zlib does not have."""
+    try:
+        from awscrt import checksums  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError:
+        raise _not_computed(name) from None
+    found: Callable[..., int] = getattr(checksums, name)
+    return found
+
+
+def _not_computed(name: str) -> Fault:
+    return Fault("NotImplemented", f"Checksums by {name.upper()} are not computed by this server.")
+
+
+def sent_checksums(headers: Mapping[str, str]) -> dict[str, str]:
+    """Checksums (base64) by algorithm, of headers by their names in lower case."""
+    named = {
+        name[len(PREFIX) :]: value for name, value in headers.items() if name.startswith(PREFIX)
+    }
+    return {name: value.strip() for name, value in named.items() if name not in _SETTINGS}
+
+
+def composite(algorithm: str, parts: Sequence[str]) -> str:
+    """The checksum of an object made of parts: of their checksums, with ``-`` and their number."""
+    digest = new_digest(algorithm)
+    for part in parts:
+        digest.update(base64.b64decode(part))
+    return f"{base64.b64encode(digest.digest()).decode()}-{len(parts)}"
+
+
+def check_type(algorithm: str, kind: str) -> None:
+    """Refuse, before any part has come, what :func:`composite` or :func:`full` could not compute."""
+    if kind == FULL_OBJECT and algorithm not in _WIDTHS:
+        text = f"The {kind} checksum type cannot be used with the {algorithm} checksum algorithm."
+        raise Fault("InvalidRequest", text)
+    new_digest(algorithm)
+    if kind == FULL_OBJECT:
+        _awscrt(f"combine_{algorithm}")
+
+
+def full(algorithm: str, parts: Sequence[tuple[str, int]]) -> str:
+    """The checksum of all bytes of an object, given those of its parts and their sizes in bytes."""
+    combine, whole = _awscrt(f"combine_{algorithm}"), 0
+    for part, size in parts:
+        whole = combine(whole, int.from_bytes(base64.b64decode(part), "big"), size)
+    return base64.b64encode(whole.to_bytes(_WIDTHS[algorithm], "big")).decode()
+
+
+def as_headers(checksums: Mapping[str, str]) -> dict[str, str]:
+    """Headers of an answer that tells checksums, and of what kind they are."""
+    if not checksums:
+        return {}
+    kind = COMPOSITE if any("-" in value for value in checksums.values()) else FULL_OBJECT
+    return {**{PREFIX + name: value for name, value in checksums.items()}, f"{PREFIX}type": kind}
+
+
+def as_elements(checksums: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The same as elements of a document."""
+    names = {"crc32": "CRC32", "crc32c": "CRC32C", "crc64nvme": "CRC64NVME"}
+    return [
+        (f"Checksum{names.get(name, name.upper())}", value) for name, value in checksums.items()
+    ]
+
+
+def from_elements(values: Mapping[str, str]) -> dict[str, str]:
+    """Checksums by algorithm, of elements ``ChecksumCRC32`` and the like by name."""
+    start = "Checksum"
+    return {
+        name[len(start) :].lower(): value
+        for name, value in values.items()
+        if name.startswith(start) and name != "ChecksumType"
+    }
+
+
+class Expected:
+    """What the bytes of a request have to be like; computed as they come."""
+
+    def __init__(self, headers: Mapping[str, str], sha256: str | None, of_body: bool) -> None:
+        """``headers`` by names in lower case; ``sha256`` in hexadecimal, as it was signed.
+
+        ``of_body`` says whether the checksums in the headers are of the body.
+        """
+        self._sha256 = sha256
+        self._md5 = _base64(headers["content-md5"], 16) if "content-md5" in headers else None
+        self._sent = sent_checksums(headers) if of_body else {}
+        trailers = headers.get("x-amz-trailer", "")
+        self.trailers = [each.strip().lower() for each in trailers.split(",") if each.strip()]
+        later = [name[len(PREFIX) :] for name in self.trailers if name.startswith(PREFIX)]
+        self._digests = {name: new_digest(name) for name in {*self._sent, *later}}
+        self._digests |= {} if sha256 is None else {"": hashlib.sha256()}
+        self._digests |= {"md5": hashlib.md5(usedforsecurity=False)} if self._md5 else {}
+
+    def update(self, data: bytes) -> None:
+        """Go on with ``data``."""
+        for digest in self._digests.values():
+            digest.update(data)
+
+    def verify(self, trailers: Mapping[str, str]) -> dict[str, str]:
+        """The checksums that were told and are right, by algorithm.
+
+        Raises:
+            Fault: ``XAmzContentSHA256Mismatch``, ``BadDigest``, ``InvalidRequest``.
+        """
+        found = {name: digest.digest() for name, digest in self._digests.items()}
+        if self._sha256 is not None and found.pop("").hex() != self._sha256:
+            text = "The provided 'x-amz-content-sha256' header does not match what was computed."
+            raise Fault("XAmzContentSHA256Mismatch", text)
+        if self._md5 and found.pop("md5") != self._md5:
+            text = "The Content-MD5 you specified did not match what we received."
+            raise Fault("BadDigest", text)
+        checksums = {**self._sent, **sent_checksums(trailers)}
+        for name, digest in found.items():
+            if base64.b64encode(digest).decode() != checksums.get(name):
+                text = f"The {name.upper()} you specified did not match the calculated checksum."
+                raise Fault("BadDigest", text)
+        return checksums
+
+
+def _base64(text: str, size: int) -> bytes:
+    try:
+        value = base64.b64decode(text.strip(), validate=True)
+    except ValueError:
+        value = b""
+    if len(value) != size:
+        raise Fault("InvalidDigest", "The Content-MD5 you specified was invalid.")
+    return value
+
+
+class Chunked:
+    """Takes the coded bytes as they come and gives what they stand for.
+
+    The signature of a chunk is compared at its end: nothing may be kept before :meth:`finish`.
+    """
+
+    def __init__(self, signed: Signed | None, trailers: Sequence[str]) -> None:
+        """``signed`` where the chunks are signed; ``trailers`` are the names that were announced."""
+        self._signed, self._announced = signed, set(trailers)
+        self._previous = signed.signature if signed else ""
+        self._buffer = bytearray()
+        self._left = 0
+        """Bytes of the chunk that are still to come."""
+        self._state = "head"
+        self._chunk = hashlib.sha256()
+        self._chunk_signature = ""
+        """Signature that the chunk came with."""
+        self._lines: list[str] = []
+        self.trailers: dict[str, str] = {}
+        """By names in lower case, once they have come."""
+
+    def decode(self, data: bytes) -> bytes:
+        """What ``data`` goes on with.
+
+        Raises:
+            Fault: ``InvalidChunk`` where the coding is broken, ``SignatureDoesNotMatch``.
+        """
+        self._buffer += data
+        out: list[bytes] = []
+        while self._state != "end" and self._step(out):
+            pass
+        if self._state == "end" and self._buffer:
+            raise _broken()
+        return b"".join(out)
+
+    def finish(self) -> None:
+        """The body has ended; raises where it should not have."""
+        if self._state == "trailers" and not self._buffer:
+            self._check_trailers()  # some clients leave out the last empty line
+        if self._state != "end":
+            text = "You did not provide the number of bytes specified by the chunks of the body."
+            raise Fault("IncompleteBody", text)
+
+    def _step(self, out: list[bytes]) -> bool:
+        """Take one line, or what there is of a chunk; whether that was possible."""
+        if self._state == "data":
+            return self._data(out)
+        line = self._line()
+        if line is None:
+            return False
+        if self._state == "head":
+            self._head(line)
+        elif self._state == "after":
+            if line:
+                raise _broken()
+            self._check(
+                self._chunk_signature, "AWS4-HMAC-SHA256-PAYLOAD", _NOTHING, self._chunk.hexdigest()
+            )
+            self._state = "head"
+        elif line:
+            self._trailer(line)
+        else:
+            self._check_trailers()
+        return True
+
+    def _line(self) -> str | None:
+        end = self._buffer.find(b"\r\n")
+        if end > _LINE or (end < 0 and len(self._buffer) > _LINE):
+            raise _broken()
+        if end < 0:
+            return None
+        line = self._buffer[:end].decode("latin-1")
+        del self._buffer[: end + 2]
+        return line
+
+    def _head(self, line: str) -> None:
+        found = re.fullmatch(r"([0-9a-fA-F]{1,12})(?:;chunk-signature=([0-9a-f]{64}))?", line)
+        if found is None:
+            raise _broken()
+        self._left, self._chunk_signature = int(found[1], 16), found[2] or ""
+        self._chunk = hashlib.sha256()
+        self._state = "data"
+        if not self._left:
+            self._check(self._chunk_signature, "AWS4-HMAC-SHA256-PAYLOAD", _NOTHING, _NOTHING)
+            self._state = "trailers"
+
+    def _data(self, out: list[bytes]) -> bool:
+        piece = bytes(self._buffer[: self._left])
+        if not piece:
+            return False
+        del self._buffer[: len(piece)]
+        self._left -= len(piece)
+        if self._signed:
+            self._chunk.update(piece)
+        out.append(piece)
+        if not self._left:
+            self._state = "after"
+        return True
+
+    def _trailer(self, line: str) -> None:
+        name, colon, value = line.partition(":")
+        name = name.strip().lower()
+        if not colon or len(self._lines) >= _TRAILERS or name in self.trailers:
+            raise _broken()
+        self.trailers[name] = value.strip()
+        if name != _SIGNATURE:
+            self._lines.append(f"{name}:{value.strip()}\n")
+
+    def _check_trailers(self) -> None:
+        given = self.trailers.keys() - {_SIGNATURE}
+        if given != self._announced:
+            text = "The trailers of the body are not those that x-amz-trailer announced."
+            raise Fault("MalformedTrailerError", text)
+        if self._announced:
+            digest = hashlib.sha256("".join(self._lines).encode("latin-1")).hexdigest()
+            signature = self.trailers.get(_SIGNATURE, "")
+            self._check(signature, "AWS4-HMAC-SHA256-TRAILER", digest)
+        self._state = "end"
+
+    def _check(self, signature: str, kind: str, *hashes: str) -> None:
+        """Compare a signature with that of the chunk, which goes on from the one before."""
+        if self._signed is None:
+            return
+        given = self._signed
+        text = "\n".join((kind, given.moment, given.scope, self._previous, *hashes))
+        made = hmac.new(given.signing_key, text.encode(), hashlib.sha256).hexdigest()
+        if not hmac.compare_digest(made, signature):
+            text = (
+                "The signature of a chunk of the body does not match the one that was calculated."
+            )
+            raise Fault("SignatureDoesNotMatch", text)
+        self._previous = made
+
+
+def _broken() -> Fault:
+    return Fault("InvalidChunk", "The body is not in the aws-chunked coding.")
+
+
+class SignedBody:
+    """What the body of one request has to be; nothing of it is read before :meth:`receive`."""
+
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        signed: Signed,
+        limit: int,
+        of_body: bool,
+    ) -> None:
+        """Refuse what the headers alone are reason for.
+
+        Args:
+            headers: by names in lower case.
+            signed: what was signed of the body. That a body is not signed is refused, or let in, by
+                who verified the signature.
+            limit: bytes at most, once decoded.
+            of_body: whether the checksums in the headers are of the body.
+
+        Raises:
+            Fault: ``EntityTooLarge``, ``InvalidArgument``, ``NotImplemented``, ``InvalidDigest``.
+        """
+        # A hash or one of these names: no signature with another word is let in.
+        kind = signed.payload
+        streaming = kind in (STREAMED_UNSIGNED, *STREAMED)
+        self._expected = Expected(headers, None if streaming or kind == UNSIGNED else kind, of_body)
+        self._chunked: Chunked | None = None
+        if streaming:
+            keys = signed if kind in STREAMED else None
+            self._chunked = Chunked(keys, self._expected.trailers)
+        self.length = _length(
+            headers, "x-amz-decoded-content-length" if streaming else "content-length"
+        )
+        self._limit, self._size = limit, 0
+        self.has_length = self.length is not None or streaming
+        if (self.length or 0) > limit:
+            raise _too_large()
+
+    async def receive(
+        self, body: RequestBody, sink: Callable[[bytes], Any], run: Run
+    ) -> dict[str, str]:
+        """Read the body into ``sink``, which is called in a thread; the checksums that were verified.
+
+        Raises:
+            Fault: where it is not as it was signed or told: what went into ``sink`` counts for nothing.
+            ClientDisconnected: where it ends too early.
+        """
+        await body.write_to(partial(self._take, sink), run)
+        return self._verify()
+
+    def _take(self, sink: Callable[[bytes], Any], data: bytes) -> None:
+        if self._chunked is not None:
+            data = self._chunked.decode(data)
+        self._size += len(data)
+        if self._size > self._limit:
+            raise _too_large()
+        self._expected.update(data)
+        sink(data)
+
+    def _verify(self) -> dict[str, str]:
+        trailers: Mapping[str, str] = {}
+        if self._chunked is not None:
+            self._chunked.finish()
+            trailers = self._chunked.trailers
+        if self.length is not None and self.length != self._size:
+            text = "You did not provide the number of bytes specified by the Content-Length HTTP header"
+            raise Fault("IncompleteBody", text)
+        return self._expected.verify(trailers)
+
+
+def _length(headers: Mapping[str, str], name: str) -> int | None:
+    text = headers.get(name)
+    length = None if text is None else parse_digits(text)
+    if text is not None and length is None:
+        raise Fault("InvalidArgument", f"{name} is not a number of bytes.")
+    return length
+
+
+def _too_large() -> Fault:
+    return Fault("EntityTooLarge", "Your proposed upload exceeds the maximum allowed size")

@@ -1,0 +1,177 @@
+"""Operations on buckets and their listings."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from urllib.parse import quote
+
+from luthier.server.http.messages import Fault, Response, timestamp
+from luthier.server.s3 import documents
+from luthier.server.s3.documents import Element, xml_response
+from luthier.server.s3.request import S3Request, Stores
+from luthier.server.tables.listing import Page, after, beyond, page, rolled_up
+from luthier.server.tables.objects import StoredObject
+from luthier.server.tables.text import decode_storable
+
+MOST_KEYS = 1000
+
+
+def list_buckets(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """The account's buckets by name."""
+    most = request.number("max-buckets", 10_000, 10_000, least=1)
+    start = decoded_token(request.query.get("continuation-token", ""))
+    prefix = request.query.get("prefix", "")
+    found = [
+        each
+        for each in stores.objects.buckets(request.account)
+        if each.name.startswith(prefix) and each.name >= start
+    ]
+    shown = [
+        ("Bucket", [("Name", each.name), ("CreationDate", timestamp(each.created))])
+        for each in found[:most]
+    ]
+    rest = [("ContinuationToken", encoded_token(found[most].name))] if found[most:] else []
+    return xml_response("ListAllMyBucketsResult", [owner(request), ("Buckets", shown), *rest])
+
+
+def create_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """A new bucket; where it should be is read and passed over: there is one region."""
+    if body.strip():
+        documents.parse(body, "CreateBucketConfiguration")
+    stores.objects.create_bucket(request.account, request.bucket)
+    return Response(200, b"", {"Location": f"/{request.bucket}"})
+
+
+def head_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """Whether it is there."""
+    stores.objects.bucket(request.account, request.bucket)
+    return Response(200, b"", {"x-amz-bucket-region": stores.region})
+
+
+def delete_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """Remove an empty one."""
+    stores.objects.delete_bucket(request.account, request.bucket)
+    return Response(204)
+
+
+def bucket_location(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """The region; empty for ``us-east-1``, as ever."""
+    stores.objects.bucket(request.account, request.bucket)
+    region = "" if stores.region == "us-east-1" else stores.region
+    return xml_response("LocationConstraint", region)
+
+
+def list_objects_v2(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """A page of keys; goes on from a token, or after ``start-after``."""
+    asked, encode = request.query, encoding(request)
+    token, most = asked.get("continuation-token"), request.number("max-keys", MOST_KEYS, MOST_KEYS)
+    marker = asked.get("start-after", "")
+    start = decoded_token(token) if token is not None else _start(request, marker)
+    found = _page(stores, request, start, most)
+    content: list[Element | None] = [
+        ("Name", request.bucket),
+        ("Prefix", encode(asked.get("prefix", ""))),
+        ("Delimiter", encode(asked["delimiter"])) if asked.get("delimiter") else None,
+        ("StartAfter", encode(marker)) if marker else None,
+        ("MaxKeys", most),
+        ("KeyCount", len(found.entries)),
+        ("EncodingType", "url") if "encoding-type" in asked else None,
+        ("ContinuationToken", token) if token is not None else None,
+        ("IsTruncated", found.next is not None),
+        ("NextContinuationToken", encoded_token(found.next)) if found.next is not None else None,
+    ]
+    whose = owner(request) if asked.get("fetch-owner") == "true" else None
+    return xml_response("ListBucketResult", [*content, *_entries(found, encode, whose)])
+
+
+def list_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """A page of keys as it was before: goes on after ``marker``."""
+    asked, encode = request.query, encoding(request)
+    most, marker = request.number("max-keys", MOST_KEYS, MOST_KEYS), asked.get("marker", "")
+    found = _page(stores, request, _start(request, marker), most)
+    last = found.entries[-1] if found.next is not None and found.entries else None
+    following = last.key if isinstance(last, StoredObject) else last
+    content: list[Element | None] = [
+        ("Name", request.bucket),
+        ("Prefix", encode(asked.get("prefix", ""))),
+        ("Marker", encode(marker)),
+        ("NextMarker", encode(following)) if following and asked.get("delimiter") else None,
+        ("MaxKeys", most),
+        ("Delimiter", encode(asked["delimiter"])) if asked.get("delimiter") else None,
+        ("EncodingType", "url") if "encoding-type" in asked else None,
+        ("IsTruncated", found.next is not None),
+    ]
+    entries = _entries(found, encode, owner(request))
+    return xml_response("ListBucketResult", [*content, *entries])
+
+
+def owner(request: S3Request, name: str = "Owner") -> Element:
+    """The account, as documents name it."""
+    return (name, [("ID", request.account), ("DisplayName", request.account)])
+
+
+def encoding(request: S3Request) -> Callable[[str], str]:
+    """How keys are written: percent-encoded, where the client asks for it."""
+    kind = request.query.get("encoding-type", "")
+    if kind not in ("", "url"):
+        raise Fault("InvalidArgument", "Invalid Encoding Method specified in S3Request")
+    return quote if kind else str
+
+
+def encoded_token(position: str) -> str:
+    """A position in a listing that clients can only give back."""
+    return base64.urlsafe_b64encode(position.encode()).decode()
+
+
+def decoded_token(token: str) -> str:
+    """The position that a token stands for."""
+    try:
+        return decode_storable(base64.b64decode(token, altchars=b"-_", validate=True))
+    except ValueError:
+        text = "The continuation token provided is incorrect"
+        raise Fault("InvalidArgument", text) from None
+
+
+def _start(request: S3Request, marker: str) -> str:
+    """The first key that may come after ``marker``, which may be a common prefix."""
+    if not marker:
+        return ""
+    prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
+    if rolled_up(marker, prefix, delimiter) == marker:
+        return beyond(marker) or after(marker)
+    return after(marker)
+
+
+def _page(stores: Stores, request: S3Request, start: str, most: int) -> Page:
+    if not most:
+        stores.objects.bucket(request.account, request.bucket)
+        return Page((), None)
+    return page(
+        stores.objects.database,
+        request.account,
+        request.bucket,
+        prefix=request.query.get("prefix", ""),
+        delimiter=request.query.get("delimiter", ""),
+        start=start,
+        limit=most,
+    )
+
+
+def _entries(found: Page, encode: Callable[[str], str], whose: Element | None) -> list[Element]:
+    entries: list[Element] = [
+        (
+            "Contents",
+            [
+                ("Key", encode(each.key)),
+                ("LastModified", timestamp(each.modified)),
+                ("ETag", f'"{each.etag}"'),
+                *[("ChecksumAlgorithm", name.upper()) for name in each.checksums],
+                ("Size", each.size),
+                whose,
+                ("StorageClass", "STANDARD"),
+            ],
+        )
+        for each in found.objects
+    ]
+    return entries + [("CommonPrefixes", [("Prefix", encode(each))]) for each in found.prefixes]

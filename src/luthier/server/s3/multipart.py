@@ -1,0 +1,268 @@
+"""Operations on multipart uploads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from luthier.server.audit import record_action
+from luthier.server.http.messages import Fault, Response, parse_digits, timestamp
+from luthier.server.s3 import documents
+from luthier.server.s3.body import (
+    COMPOSITE,
+    FULL_OBJECT,
+    PREFIX,
+    as_elements,
+    check_type,
+    composite,
+    from_elements,
+    full,
+    sent_checksums,
+)
+from luthier.server.s3.buckets import encoding, owner
+from luthier.server.s3.documents import Element, xml_response
+from luthier.server.s3.objects import check_read, check_write, copy_elements, span
+from luthier.server.s3.request import S3Request, Stores, arn, copy_source, describe_object
+from luthier.server.tables.multipart import MOST_PARTS, CompletedPart
+from luthier.server.tables.object_files import WrittenFile
+from luthier.server.tables.objects import ObjectPiece, Upload
+
+_PAGE = 1000
+
+
+def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """Begin an upload."""
+    algorithm = request.headers.get("x-amz-checksum-algorithm", "").lower()
+    kind = request.headers.get("x-amz-checksum-type", "").upper()
+    if kind not in ("", COMPOSITE, FULL_OBJECT):
+        raise Fault("InvalidRequest", "Value for x-amz-checksum-type header is invalid.")
+    if algorithm:
+        kind = kind or (FULL_OBJECT if algorithm == "crc64nvme" else COMPOSITE)
+        check_type(algorithm, kind)
+    made = stores.uploads.create(
+        request.account,
+        request.bucket,
+        request.key,
+        describe_object(request, {}),
+        (algorithm, kind),
+    )
+    headers = {}
+    if algorithm:
+        headers = {"x-amz-checksum-algorithm": algorithm.upper(), "x-amz-checksum-type": kind}
+    content = [*_bucket_and_key(request), _id(made)]
+    return xml_response("InitiateMultipartUploadResult", content, **headers)
+
+
+def before_part(stores: Stores, request: S3Request) -> int:
+    """Check the request before its body is read; return the size of the part that it replaces."""
+    number, upload_id = _number(request), request.query["uploadId"]
+    part = stores.uploads.part(request.account, request.bucket, request.key, upload_id, number)
+    return 0 if part is None else part.size
+
+
+def upload_part(
+    stores: Stores, request: S3Request, written: WrittenFile, checksums: Mapping[str, str]
+) -> Response:
+    """Keep a part."""
+    piece = _put_part(stores, request, written, checksums)
+    told = {PREFIX + name: value for name, value in piece.checksums.items()}
+    return Response(200, b"", {"ETag": f'"{piece.md5}"', **told})
+
+
+def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """Keep bytes of another object as a part."""
+    source = copy_source(request)
+    record_action("s3:GetObject", arn(*source))
+    freed = before_part(stores, request)
+    range_header = request.headers.get("x-amz-copy-source-range")
+    if range_header is not None and not re.fullmatch(r"bytes=[0-9]+-[0-9]+", range_header):
+        text = "The x-amz-copy-source-range value must be of the form bytes=first-last"
+        raise Fault("InvalidArgument", text)
+    content = stores.objects.open(request.account, *source)
+    check_read(request.headers, content.found, "x-amz-copy-source-if-")
+    first, length = span(range_header, content.found.size) or (0, content.found.size)
+    with stores.objects.begin(request.account, length, freed=freed) as writing:
+        for data in content.read(first, length):
+            writing.write(data)
+        piece = _put_part(stores, request, writing.finish(), {})
+    return xml_response("CopyPartResult", copy_elements(piece.md5, piece.modified, {}))
+
+
+def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """Make the object from the parts that a document names."""
+    chosen = _parse_parts(body)
+    expected = sent_checksums(request.headers)
+
+    def checksum(upload: Upload, pieces: Sequence[ObjectPiece]) -> dict[str, str]:
+        return _of_whole(upload, pieces, expected)
+
+    made = stores.uploads.complete(
+        request.account,
+        request.bucket,
+        request.key,
+        request.query["uploadId"],
+        chosen,
+        checksum,
+        lambda now: check_write(request.headers, now),
+    )
+    content = [
+        ("Location", f"/{request.bucket}/{request.key}"),
+        *_bucket_and_key(request),
+        ("ETag", f'"{made.etag}"'),
+        *as_elements(made.checksums),
+    ]
+    return xml_response("CompleteMultipartUploadResult", content)
+
+
+def abort_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """Give an upload up."""
+    stores.uploads.abort(request.account, request.bucket, request.key, request.query["uploadId"])
+    return Response(204)
+
+
+def list_parts(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """The parts that have come."""
+    upload_id = request.query["uploadId"]
+    most = request.number("max-parts", _PAGE, _PAGE)
+    after = request.number("part-number-marker", 0, MOST_PARTS)
+    every = stores.uploads.parts(request.account, request.bucket, request.key, upload_id)
+    left = [piece for piece in every if piece.number > after]
+    shown = left[:most]
+    content: list[Element | None] = [
+        *_bucket_and_key(request),
+        ("UploadId", upload_id),
+        owner(request, "Initiator"),
+        owner(request),
+        ("StorageClass", "STANDARD"),
+        ("PartNumberMarker", after),
+        ("NextPartNumberMarker", shown[-1].number) if shown else None,
+        ("MaxParts", most),
+        ("IsTruncated", len(left) > len(shown)),
+    ]
+    return xml_response("ListPartsResult", [*content, *map(_part, shown)])
+
+
+def list_uploads(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """The uploads of a bucket that are not done."""
+    asked, encode = request.query, encoding(request)
+    if asked.get("delimiter"):
+        raise Fault("NotImplemented", "Uploads are listed without delimiter.")
+    most, prefix = request.number("max-uploads", _PAGE, _PAGE, least=1), asked.get("prefix", "")
+    marker, of_key = asked.get("key-marker", ""), asked.get("upload-id-marker", "")
+    every = stores.uploads.of_bucket(request.account, request.bucket)
+    left = [each for each in every if each.key.startswith(prefix) and each.key > marker]
+    if of_key:
+        same = [each for each in every if each.key == marker]
+        ids = [each.id for each in same]
+        left = (same[ids.index(of_key) + 1 :] if of_key in ids else []) + left
+    shown = left[:most]
+    more = len(left) > len(shown)
+    content: list[Element | None] = [
+        ("Bucket", request.bucket),
+        ("KeyMarker", encode(marker)),
+        ("UploadIdMarker", of_key),
+        ("NextKeyMarker", encode(shown[-1].key)) if more else None,
+        ("NextUploadIdMarker", shown[-1].id) if more else None,
+        ("EncodingType", "url") if "encoding-type" in asked else None,
+        ("Prefix", encode(prefix)),
+        ("MaxUploads", most),
+        ("IsTruncated", more),
+    ]
+    uploads: list[Element] = [
+        (
+            "Upload",
+            [
+                ("Key", encode(each.key)),
+                _id(each),
+                owner(request, "Initiator"),
+                owner(request),
+                ("StorageClass", "STANDARD"),
+                ("Initiated", timestamp(each.created)),
+            ],
+        )
+        for each in shown
+    ]
+    return xml_response("ListMultipartUploadsResult", [*content, *uploads])
+
+
+def _put_part(
+    stores: Stores, request: S3Request, written: WrittenFile, checksums: Mapping[str, str]
+) -> ObjectPiece:
+    return stores.uploads.put_part(
+        request.account,
+        request.bucket,
+        request.key,
+        request.query["uploadId"],
+        _number(request),
+        written,
+        dict(checksums),
+    )
+
+
+def _number(request: S3Request) -> int:
+    number = parse_digits(request.query["partNumber"], 5)
+    if number is None or not 1 <= number <= MOST_PARTS:
+        text = f"Part number must be an integer between 1 and {MOST_PARTS}, inclusive"
+        raise Fault("InvalidArgument", text)
+    return number
+
+
+def _parse_parts(body: bytes) -> list[CompletedPart]:
+    parts = documents.parse(body, "CompleteMultipartUpload").all("Part")
+    if not 1 <= len(parts) <= MOST_PARTS:
+        raise documents.malformed_xml()
+    chosen = []
+    for part in parts:
+        values = {child.name: child.text.strip() for child in part.children}
+        number, etag = (
+            parse_digits(values.get("PartNumber", ""), 9),
+            values.get("ETag", "").strip('"'),
+        )
+        if number is None or not etag:
+            raise documents.malformed_xml()
+        chosen.append(CompletedPart(number, etag, from_elements(values)))
+    return chosen
+
+
+def _of_whole(
+    upload: Upload, pieces: Sequence[ObjectPiece], expected: Mapping[str, str]
+) -> dict[str, str]:
+    """The checksum of the object, as far as it follows from those of its parts."""
+    name, made = upload.checksum, {}
+    of_parts = [piece.checksums.get(name) for piece in pieces]
+    known = [each for each in of_parts if each is not None]
+    if name and len(known) == len(pieces):
+        if upload.checksum_type == COMPOSITE:
+            made = {name: composite(name, known)}
+        else:
+            sizes = [piece.size for piece in pieces]
+            made = {name: full(name, list(zip(known, sizes, strict=True)))}
+    for algorithm, value in expected.items():
+        if algorithm not in made:
+            text = f"The {algorithm.upper()} of the whole is not known: its parts came without."
+            raise Fault("InvalidRequest", text)
+        if made[algorithm].partition("-")[0] != value.partition("-")[0]:
+            text = f"The {algorithm.upper()} you specified did not match the calculated checksum."
+            raise Fault("BadDigest", text)
+    return made
+
+
+def _part(piece: ObjectPiece) -> Element:
+    return (
+        "Part",
+        [
+            ("PartNumber", piece.number),
+            ("LastModified", timestamp(piece.modified)),
+            ("ETag", f'"{piece.md5}"'),
+            *as_elements(piece.checksums),
+            ("Size", piece.size),
+        ],
+    )
+
+
+def _bucket_and_key(request: S3Request) -> list[Element]:
+    return [("Bucket", request.bucket), ("Key", request.key)]
+
+
+def _id(upload: Upload) -> Element:
+    return ("UploadId", upload.id)

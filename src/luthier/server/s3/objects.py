@@ -1,0 +1,257 @@
+"""Operations on objects, their ranges of bytes, and conditions on what an object is now (RFC 9110)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import format_datetime, parsedate_to_datetime
+
+from luthier.errors import ObjectRefused
+from luthier.server.audit import record_action
+from luthier.server.http.messages import Fault, Response, timestamp
+from luthier.server.s3 import documents
+from luthier.server.s3.body import as_elements, as_headers
+from luthier.server.s3.documents import Element, xml_response
+from luthier.server.s3.request import S3Request, Stores, arn, copy_source, describe_object
+from luthier.server.tables.object_files import WrittenFile
+from luthier.server.tables.objects import ObjectMetadata, StoredObject, check_key
+
+MOST_DELETED = 1000
+_RESPONSE = "response-"
+
+
+def http_date(moment: datetime) -> str:
+    """A time as headers have it, to the second."""
+    return format_datetime(moment.astimezone(UTC), usegmt=True)
+
+
+def span(header: str | None, size: int) -> tuple[int, int] | None:
+    """First byte and number of bytes of a ``Range``; ``None`` where the whole is meant.
+
+    Raises:
+        Fault: ``InvalidRange`` where nothing of the object is in it.
+    """
+    found = re.fullmatch(r"\s*bytes=([0-9]{0,18})-([0-9]{0,18})\s*", header or "")
+    if found is None or not (found[1] or found[2]):
+        return None  # several ranges, or another unit: passed over, as the RFC allows
+    if found[1]:
+        first, last = int(found[1]), int(found[2] or size - 1)
+        if found[2] and int(found[2]) < first:
+            return None
+    else:
+        first, last = max(0, size - int(found[2])), size - 1
+    if first >= size or (not found[1] and not int(found[2])):
+        text = "The requested range is not satisfiable"
+        raise Fault("InvalidRange", text, headers={"Content-Range": f"bytes */{size}"})
+    return first, min(last, size - 1) - first + 1
+
+
+def check_read(headers: Mapping[str, str], found: StoredObject, start: str = "if-") -> None:
+    """Compare an object with the conditions of a read, whose names begin with ``start``.
+
+    Raises:
+        Fault: ``PreconditionFailed``, or ``NotModified`` where the client has it already.
+    """
+    match, none_match = headers.get(f"{start}match"), headers.get(f"{start}none-match")
+    changed = headers.get(f"{start}modified-since")
+    unchanged = headers.get(f"{start}unmodified-since")
+    moment = found.modified.replace(microsecond=0)
+    if match is not None:
+        if not _matches(match, found):
+            raise _precondition_failed("If-Match")
+    elif unchanged is not None and (limit := _moment(unchanged)) and moment > limit:
+        raise _precondition_failed("If-Unmodified-Since")
+    if none_match is not None:
+        same = _matches(none_match, found)
+    else:
+        limit = _moment(changed) if changed is not None else None
+        same = limit is not None and moment <= limit
+    if same and start == "if-":
+        validators = {"ETag": f'"{found.etag}"', "Last-Modified": http_date(found.modified)}
+        raise Fault("NotModified", "Not Modified", headers=validators)
+    if same:
+        raise _precondition_failed("If-None-Match")
+
+
+def check_write(headers: Mapping[str, str], found: StoredObject | None) -> None:
+    """Compare what a key names now with the conditions of a write.
+
+    Raises:
+        Fault: ``PreconditionFailed``; ``NoSuchKey`` where ``If-Match`` has nothing to match.
+    """
+    match, none_match = headers.get("if-match"), headers.get("if-none-match")
+    if match is not None and found is None:
+        raise Fault("NoSuchKey", "The specified key does not exist.")
+    if match is not None and found is not None and not _matches(match, found):
+        raise _precondition_failed("If-Match")
+    if none_match is not None and found is not None and _matches(none_match, found):
+        raise _precondition_failed("If-None-Match")
+
+
+def _matches(header: str, found: StoredObject) -> bool:
+    tags = [each.strip().removeprefix("W/").strip('"') for each in header.split(",")]
+    return "*" in tags or found.etag in tags
+
+
+def _moment(text: str) -> datetime | None:
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return None  # passed over, as the RFC asks
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _precondition_failed(condition: str) -> Fault:
+    text = "At least one of the pre-conditions you specified did not hold"
+    return Fault("PreconditionFailed", text, fields={"Condition": condition})
+
+
+def before_put(stores: Stores, request: S3Request) -> int:
+    """Check the request before its body is read; return the size of the object that it replaces."""
+    check_key(request.key)
+    describe_object(request, {})
+    try:
+        found = stores.objects.head(request.account, request.bucket, request.key)
+    except ObjectRefused as refused:
+        if refused.code != "NoSuchKey":
+            raise
+        return 0
+    return found.size
+
+
+def put_object(
+    stores: Stores, request: S3Request, written: WrittenFile, checksums: Mapping[str, str]
+) -> Response:
+    """Let the key name what came."""
+    made = stores.objects.put(
+        request.account,
+        request.bucket,
+        request.key,
+        written,
+        describe_object(request, checksums),
+        lambda now: check_write(request.headers, now),
+    )
+    return Response(200, b"", {"ETag": f'"{made.etag}"', **as_headers(made.checksums)})
+
+
+def get_object(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """An object, or a range of it."""
+    range_header = request.headers.get("range")
+
+    def choose_range(found: StoredObject) -> tuple[int, int]:
+        check_read(request.headers, found)
+        return span(range_header, found.size) or (0, found.size)
+
+    found, pieces = stores.objects.open_range(
+        request.account, request.bucket, request.key, choose_range
+    )
+    status, headers = _status_and_headers(request, found)
+    return Response(status, pieces, headers)
+
+
+def head_object(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """What is told of an object."""
+    found = stores.objects.head(request.account, request.bucket, request.key)
+    check_read(request.headers, found)
+    status, headers = _status_and_headers(request, found)
+    return Response(status, b"", headers)
+
+
+def delete_object(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """Remove an object; one that is not there is no error."""
+    stores.objects.delete(request.account, request.bucket, [request.key])
+    return Response(204)
+
+
+def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """Remove the objects that a document names."""
+    tree = documents.parse(body, "Delete")
+    named = tree.all("Object")
+    keys = [each.value("Key") or "" for each in named]
+    if not keys or len(keys) > MOST_DELETED or not all(keys):
+        raise documents.malformed_xml()
+    if any(each.value("VersionId") for each in named):
+        raise Fault("NotImplemented", "Objects have no versions here.")
+    stores.objects.bucket(request.account, request.bucket)
+    allowed: list[str] = []
+    results: list[Element] = []
+    for key in keys:
+        try:
+            record_action("s3:DeleteObject", arn(request.bucket, key))
+            check_key(key)
+        except (Fault, ObjectRefused) as refused:
+            fields = [("Key", key), ("Code", refused.code), ("Message", refused.message)]
+            results.append(("Error", fields))
+        else:
+            allowed.append(key)
+    stores.objects.delete(request.account, request.bucket, allowed)
+    if (tree.value("Quiet") or "").strip() != "true":
+        results = [("Deleted", [("Key", key)]) for key in allowed] + results
+    return xml_response("DeleteResult", results)
+
+
+def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
+    """Let the key name the bytes of another object."""
+    source, target = copy_source(request), (request.bucket, request.key)
+    record_action("s3:GetObject", arn(*source))
+    directive = request.headers.get("x-amz-metadata-directive", "COPY")
+    if directive not in ("COPY", "REPLACE"):
+        raise Fault("InvalidArgument", "Unknown metadata directive.")
+    if source == target and directive == "COPY":
+        text = (
+            "This copy request is illegal because it is trying to copy an object to itself without "
+            "changing the object's metadata."
+        )
+        raise Fault("InvalidRequest", text)
+
+    def describe_copy(found: StoredObject) -> ObjectMetadata:
+        check_read(request.headers, found, "x-amz-copy-source-if-")
+        if directive == "REPLACE":
+            return describe_object(request, found.checksums)
+        return ObjectMetadata(found.headers, found.user_metadata, found.checksums)
+
+    made = stores.objects.copy(request.account, source, target, describe_copy)
+    return xml_response("CopyObjectResult", copy_elements(made.etag, made.modified, made.checksums))
+
+
+def copy_elements(etag: str, modified: datetime, checksums: Mapping[str, str]) -> list[Element]:
+    """What is told of a copy."""
+    moment = timestamp(modified)
+    return [("ETag", f'"{etag}"'), ("LastModified", moment), *as_elements(checksums)]
+
+
+def _status_and_headers(request: S3Request, found: StoredObject) -> tuple[int, dict[str, str]]:
+    part = span(request.headers.get("range"), found.size)
+    headers = {
+        "ETag": f'"{found.etag}"',
+        "Last-Modified": http_date(found.modified),
+        "Accept-Ranges": "bytes",
+        "content-type": "binary/octet-stream",
+        **found.headers,
+        **_overrides(request),
+        **{f"x-amz-meta-{name}": value for name, value in found.user_metadata.items()},
+        # The console has the same origin: what a client stored must not act there.
+        "Content-Security-Policy": "sandbox",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if part is None:
+        if request.headers.get("x-amz-checksum-mode", "").upper() == "ENABLED":
+            headers |= as_headers(found.checksums)
+        return 200, {**headers, "Content-Length": str(found.size)}
+    first, length = part
+    headers["Content-Range"] = f"bytes {first}-{first + length - 1}/{found.size}"
+    return 206, {**headers, "Content-Length": str(length)}
+
+
+def _overrides(request: S3Request) -> dict[str, str]:
+    """Headers that the query of a request sets, as links to downloads do."""
+    overrides = {
+        name[len(_RESPONSE) :]: value
+        for name, value in request.query.items()
+        if name.startswith(_RESPONSE)
+    }
+    for name, value in overrides.items():
+        if not all(" " <= letter <= "~" for letter in value):
+            raise Fault("InvalidArgument", f"{_RESPONSE}{name} is no value of a header.")
+    return overrides

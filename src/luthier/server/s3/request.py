@@ -1,0 +1,139 @@
+"""A request to the object store: what it names, and what it says beside its body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, unquote
+
+from luthier.server.http.messages import Caller, Fault, RequestHead, parse_digits
+from luthier.server.tables.arns import object_arn
+from luthier.server.tables.multipart import MultipartUploads
+from luthier.server.tables.objects import ObjectMetadata, Objects
+from luthier.server.tables.text import check_storable
+
+DESCRIBING = (
+    "cache-control", "content-disposition", "content-encoding", "content-language", "content-type",
+    "expires",
+)  # fmt: skip
+"""Headers that are given back with the object as they came."""
+_METADATA = "x-amz-meta-"
+_METADATA_BYTES = 2048
+_REFUSED = ("x-amz-object-lock-", "x-amz-server-side-encryption", "x-amz-tagging", "x-amz-website-")
+"""Beginnings of headers that ask for what is not done here; to pass over them would be to lie."""
+_PRIVATE = ("", "private", "bucket-owner-full-control", "bucket-owner-read")
+
+
+@dataclass(frozen=True)
+class Stores:
+    """What operations work on."""
+
+    objects: Objects
+    uploads: MultipartUploads
+    region: str
+
+
+@dataclass(frozen=True)
+class S3Request:
+    """One request that was let in."""
+
+    caller: Caller
+    method: str
+    bucket: str
+    """Empty for the service itself."""
+    key: str
+    """Empty for a bucket."""
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    """By names in lower case."""
+
+    @property
+    def account(self) -> str:
+        """Whose buckets are meant."""
+        return self.caller.account
+
+    @property
+    def resource(self) -> str:
+        """The ARN that is acted on."""
+        return arn(self.bucket, self.key)
+
+    def number(self, name: str, default: int, most: int, least: int = 0) -> int:
+        """A number of the query; above ``most`` it is ``most``."""
+        text = self.query.get(name, "")
+        if not text:
+            return default
+        number = parse_digits(text, 9)
+        if number is None or number < least:
+            raise Fault(
+                "InvalidArgument", f"Provided {name} not an integer or within integer range"
+            )
+        return min(number, most)
+
+
+def arn(bucket: str, key: str = "") -> str:
+    """Of a bucket or an object; ``*`` for all buckets."""
+    if not bucket:
+        return "*"
+    return object_arn(bucket, key) if key else f"arn:aws:s3:::{bucket}"
+
+
+def read_request(head: RequestHead, caller: Caller) -> S3Request:
+    """The request of a head; raises :class:`Fault` for a path or query that is not UTF-8."""
+    bucket, _, key = head.path.removeprefix("/").partition("/")
+    try:
+        named = unquote(bucket, errors="strict"), unquote(key, errors="strict")
+        pairs = parse_qsl(head.query, keep_blank_values=True, errors="strict", max_num_fields=200)
+    except ValueError:
+        raise Fault("InvalidURI", "Couldn't parse the specified URI.") from None
+    headers: dict[str, str] = {}
+    for name, value in head.headers:
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    request = S3Request(caller, head.method, *named, dict(pairs), headers)
+    _check(request)
+    return request
+
+
+def copy_source(request: S3Request) -> tuple[str, str]:
+    """Bucket and key that ``x-amz-copy-source`` names."""
+    text, _, query = request.headers["x-amz-copy-source"].partition("?")
+    try:
+        named = unquote(text, errors="strict").removeprefix("/")
+        check_storable(named)
+        bucket, slash, key = named.partition("/")
+    except ValueError:
+        bucket = slash = key = ""
+    if query:
+        raise Fault("NotImplemented", "Objects have no versions here.")
+    if not (bucket and slash and key):
+        text = "Copy Source must mention the source bucket and key: sourcebucket/sourcekey"
+        raise Fault("InvalidArgument", text)
+    return bucket, key
+
+
+def describe_object(request: S3Request, checksums: Mapping[str, str]) -> ObjectMetadata:
+    """What the headers of a request say of the object that it makes."""
+    given = request.headers
+    headers = {name: given[name] for name in DESCRIBING if name in given}
+    codings = [each.strip() for each in headers.pop("content-encoding", "").split(",")]
+    left = ",".join(each for each in codings if each and each != "aws-chunked")
+    if left:
+        headers["content-encoding"] = left
+    metadata = {
+        name[len(_METADATA) :]: value for name, value in given.items() if name.startswith(_METADATA)
+    }
+    if sum(len(name) + len(value) for name, value in metadata.items()) > _METADATA_BYTES:
+        text = "Your metadata headers exceed the maximum allowed metadata size"
+        raise Fault("MetadataTooLarge", text)
+    return ObjectMetadata(headers, metadata, checksums)
+
+
+def _check(request: S3Request) -> None:
+    owner = request.headers.get("x-amz-expected-bucket-owner", request.account)
+    if owner != request.account:
+        raise Fault("AccessDenied", "Access Denied")
+    if request.headers.get("x-amz-acl", "") not in _PRIVATE:
+        raise Fault("NotImplemented", "Everything here is private to its account.")
+    for name in request.headers:
+        if name.startswith(_REFUSED) and request.method in ("PUT", "POST"):
+            text = "A header you provided implies functionality that is not implemented"
+            raise Fault("NotImplemented", text, fields={"Header": name})

@@ -1,0 +1,241 @@
+"""The face of the object store: unlike the others it takes and gives bytes as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from luthier.errors import ObjectRefused, QuotaExceeded
+from luthier.server.audit import record_action
+from luthier.server.http.messages import Fault, Request, RequestHead, Response
+from luthier.server.http.routing import Operation, Route
+from luthier.server.http.streams import RequestBody, Run
+from luthier.server.roles import authorize
+from luthier.server.s3 import buckets, multipart, objects
+from luthier.server.s3.body import OBJECT_LIMIT, SignedBody
+from luthier.server.s3.documents import DOCUMENT_LIMIT, document
+from luthier.server.s3.request import S3Request, Stores, read_request
+from luthier.server.tables.multipart import MultipartUploads
+from luthier.server.tables.object_files import WrittenFile
+from luthier.server.tables.objects import UPLOADS, Objects
+
+Works = Callable[[Stores, S3Request, bytes], Response]
+Keeps = Callable[[Stores, S3Request, WrittenFile, Mapping[str, str]], Response]
+
+
+@dataclass(frozen=True)
+class S3Operation:
+    """One operation, and how it is asked for."""
+
+    name: str
+    """As botocore has it."""
+    method: str
+    level: str
+    """``service``, ``bucket`` or ``object``."""
+    action: str
+    """The action that a role has to allow."""
+    works: Works | None = None
+    keeps: Keeps | None = None
+    """Of an operation whose body is kept as a file."""
+    before: Callable[[Stores, S3Request], int] = lambda stores, request: 0
+    """Checks the request before such a body is read, and returns the bytes that the body replaces."""
+    needs: frozenset[str] = frozenset()
+    """Keys of the query that are there."""
+    may: frozenset[str] = frozenset()
+    """Keys of the query that may be there too."""
+    whole: bool = False
+    """Whether checksums in its headers are those of the object, and not of the body it has."""
+    copies: bool = False
+    """Whether another object is named in place of a body."""
+
+
+def _keys(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_V1 = _keys("prefix delimiter marker max-keys encoding-type")
+_V2 = _keys("prefix delimiter start-after continuation-token max-keys encoding-type fetch-owner")
+_BUCKETS = _keys("max-buckets continuation-token prefix bucket-region")
+_RESPONSE = _keys(
+    "response-cache-control response-content-disposition response-content-encoding "
+    "response-content-language response-content-type response-expires"
+)
+_UPLOADS = _keys("prefix delimiter key-marker upload-id-marker max-uploads encoding-type")
+_PART, _OF_PART = _keys("uploadId partNumber"), _keys("max-parts part-number-marker")
+_UPLOAD, _NEW = _keys("uploadId"), _keys("uploads")
+_LIST_UPLOADS, _LIST_PARTS = "s3:ListBucketMultipartUploads", "s3:ListMultipartUploadParts"
+
+OPERATIONS = (
+    S3Operation("ListBuckets", "GET", "service", "s3:ListAllMyBuckets", buckets.list_buckets,
+              may=_BUCKETS),
+    S3Operation("CreateBucket", "PUT", "bucket", "s3:CreateBucket", buckets.create_bucket),
+    S3Operation("HeadBucket", "HEAD", "bucket", "s3:ListBucket", buckets.head_bucket),
+    S3Operation("DeleteBucket", "DELETE", "bucket", "s3:DeleteBucket", buckets.delete_bucket),
+    S3Operation("GetBucketLocation", "GET", "bucket", "s3:GetBucketLocation", buckets.bucket_location,
+              needs=_keys("location")),
+    S3Operation("ListObjectsV2", "GET", "bucket", "s3:ListBucket", buckets.list_objects_v2,
+              needs=_keys("list-type"), may=_V2),
+    S3Operation("ListObjects", "GET", "bucket", "s3:ListBucket", buckets.list_objects, may=_V1),
+    S3Operation("ListMultipartUploads", "GET", "bucket", _LIST_UPLOADS, multipart.list_uploads,
+              needs=_NEW, may=_UPLOADS),
+    S3Operation("DeleteObjects", "POST", "bucket", "s3:DeleteObject", objects.delete_objects,
+              needs=_keys("delete")),
+    S3Operation("PutObject", "PUT", "object", "s3:PutObject", keeps=objects.put_object,
+              before=objects.before_put),
+    S3Operation("CopyObject", "PUT", "object", "s3:PutObject", objects.copy_object, copies=True),
+    S3Operation("GetObject", "GET", "object", "s3:GetObject", objects.get_object, may=_RESPONSE),
+    S3Operation("HeadObject", "HEAD", "object", "s3:GetObject", objects.head_object, may=_RESPONSE),
+    S3Operation("DeleteObject", "DELETE", "object", "s3:DeleteObject", objects.delete_object),
+    S3Operation("CreateMultipartUpload", "POST", "object", "s3:PutObject", multipart.create_upload,
+              needs=_NEW),
+    S3Operation("UploadPart", "PUT", "object", "s3:PutObject", keeps=multipart.upload_part,
+              before=multipart.before_part, needs=_PART),
+    S3Operation("UploadPartCopy", "PUT", "object", "s3:PutObject", multipart.copy_part,
+              needs=_PART, copies=True),
+    S3Operation("CompleteMultipartUpload", "POST", "object", "s3:PutObject",
+              multipart.complete_upload, needs=_UPLOAD, whole=True),
+    S3Operation("AbortMultipartUpload", "DELETE", "object", "s3:AbortMultipartUpload",
+              multipart.abort_upload, needs=_UPLOAD),
+    S3Operation("ListParts", "GET", "object", _LIST_PARTS, multipart.list_parts,
+              needs=_UPLOAD, may=_OF_PART),
+)  # fmt: skip
+
+
+def operation_of(request: S3Request) -> S3Operation:
+    """The operation that is asked for.
+
+    Raises:
+        Fault: ``MethodNotAllowed``; ``NotImplemented`` where the query asks for what is not done here,
+            such as ``?acl``, which must not be taken for the operation without it.
+    """
+    level = "object" if request.key else "bucket" if request.bucket else "service"
+    there = [each for each in OPERATIONS if (each.method, each.level) == (request.method, level)]
+    if not there:
+        text = "The specified method is not allowed against this resource."
+        raise Fault("MethodNotAllowed", text)
+    # Signatures in the query were verified, and x-id only names the operation for logs.
+    asked = {key for key in request.query if not key.lower().startswith("x-amz-")} - {"x-id"}
+    copies = "x-amz-copy-source" in request.headers
+    for each in there:
+        if each.needs <= asked <= each.needs | each.may and each.copies == copies:
+            return each
+    text = "A query you provided implies functionality that is not implemented"
+    raise Fault("NotImplemented", text)
+
+
+_STATUS = {
+    "AccessDenied": 403,
+    "BucketAlreadyOwnedByYou": 409,
+    "BucketNotEmpty": 409,
+    "InternalError": 500,
+    "InvalidAccessKeyId": 403,
+    "InvalidRange": 416,
+    "MethodNotAllowed": 405,
+    "MissingContentLength": 411,
+    "NoSuchBucket": 404,
+    "NoSuchKey": 404,
+    "NoSuchUpload": 404,
+    "NotImplemented": 501,
+    "NotModified": 304,
+    "PreconditionFailed": 412,
+    "QuotaExceeded": 403,
+    "RequestTimeTooSkewed": 403,
+    "ServiceUnavailable": 503,
+    "SignatureDoesNotMatch": 403,
+    "SlowDown": 503,
+}
+"""HTTP status of each code; of all others 400."""
+_CODES = {
+    "IncompleteSignature": "AuthorizationHeaderMalformed",
+    "InternalServer": "InternalError",
+    "InvalidSignature": "SignatureDoesNotMatch",
+    "MissingAuthenticationToken": "AccessDenied",
+    "RequestEntityTooLarge": "EntityTooLarge",
+    "Throttling": "SlowDown",
+    "UnrecognizedClient": "InvalidAccessKeyId",
+    "Validation": "InvalidRequest",
+}
+"""Codes of S3 by the names that the rest of the service has for the same."""
+
+
+class S3Face:
+    """Path-style S3 on the built-in object store."""
+
+    name, request_id_header = "s3", "x-amz-request-id"
+
+    def __init__(self, objects: Objects, region: str) -> None:
+        self.stores = Stores(objects, MultipartUploads(objects), region)
+
+    def serves(self, head: RequestHead, service: str) -> bool:
+        """Whatever is signed for S3."""
+        return service == "s3"
+
+    def route(self, head: RequestHead) -> Route:
+        """One route: keys may be called anything, and the query says what is asked."""
+        # In the coding of chunks a body is longer than what it stands for.
+        limit, name = 2 * OBJECT_LIMIT, f"s3.{head.method}"
+        return Route(
+            Operation(name, head.method, "", None, limit, stream=self.respond, hashed=True)
+        )
+
+    async def respond(self, request: Request, body: RequestBody, run: Run) -> Response:
+        """Answer a request that was let in, all work by ``run``.
+
+        Raises:
+            Fault: what the caller is to be told with :meth:`refusal`; nothing was changed.
+        """
+        try:
+            return await self._respond(request, body, run)
+        except QuotaExceeded as refused:
+            # AWS has no code for this; Ceph's gateway has.
+            raise Fault("QuotaExceeded", str(refused)) from refused
+        except ObjectRefused as refused:
+            raise Fault(refused.code, refused.message) from refused
+
+    def refusal(self, fault: Fault, request_id: str) -> Response:
+        """``fault`` as clients of S3 expect it.
+
+        Of its details, ``headers`` are sent with it, and ``fields`` stand in the document.
+        """
+        code = _CODES.get(fault.code.removesuffix("Exception"), fault.code)
+        place = str(fault.details.get("place"))
+        code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(place, code)
+        headers = fault.details.get("headers", {})
+        status = _STATUS.get(code, 400)
+        if status == 304:
+            return Response(status, b"", headers)
+        fields = fault.details.get("fields", {}).items()
+        content = [("Code", code), ("Message", fault.message), *fields, ("RequestId", request_id)]
+        body = document("Error", content, namespace=None)
+        return Response(status, body, {"Content-Type": "application/xml", **headers})
+
+    async def _respond(self, sent: Request, received: RequestBody, run: Run) -> Response:
+        request = read_request(received.head, sent.caller)
+        operation = operation_of(request)
+        authorize(request.caller, operation.action, request.resource)
+        if operation.works is not objects.delete_objects:  # which records each key
+            record_action(operation.action, request.resource)
+        if request.bucket == UPLOADS and request.method not in ("GET", "HEAD"):
+            # Their other half is a row that this face does not know.
+            text = f"{UPLOADS} holds OpenAI files: write and delete them through that API."
+            raise Fault("AccessDenied", text)
+        limit = OBJECT_LIMIT if operation.keeps else DOCUMENT_LIMIT
+        assert sent.signed is not None
+        body = SignedBody(request.headers, sent.signed, limit, not operation.whole)
+        if operation.works is not None:
+            text_of_it = bytearray()
+            await body.receive(received, text_of_it.extend, run)
+            made: Response = await run(operation.works, self.stores, request, bytes(text_of_it))
+            return made
+        assert operation.keeps is not None
+        freed = await run(operation.before, self.stores, request)
+        if not body.has_length:
+            text = "You must provide the Content-Length HTTP header."
+            raise Fault("MissingContentLength", text)
+        begin = partial(self.stores.objects.begin, freed=freed)
+        with await run(begin, request.account, body.length) as writing:
+            checksums = await body.receive(received, writing.write, run)
+            written = await run(writing.finish)
+            kept: Response = await run(operation.keeps, self.stores, request, written, checksums)
+            return kept

@@ -1,0 +1,298 @@
+"""All that one server is made of, put together; nothing here decides anything."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from luthier import __version__
+from luthier.engine.processes import check_room
+from luthier.errors import RecipeError, RefusedInput
+from luthier.inference.latency import OTHER, LatencyTable
+from luthier.inference.memory import FreedMemory, resident_bytes
+from luthier.inference.pool import ModelPool
+from luthier.library.models import StoredModel
+from luthier.limits import AccountQuotas
+from luthier.models.catalog import CATALOG
+from luthier.server.audit import AuditTrail
+from luthier.server.authentication import Authenticator
+from luthier.server.bedrock.activation import Activation, check_and_load
+from luthier.server.bedrock.control import Control
+from luthier.server.bedrock.routes import BedrockFace
+from luthier.server.bedrock.runtime import runtime_handlers
+from luthier.server.console.routes import Console
+from luthier.server.http.application import Application
+from luthier.server.http.limits import RateLimits
+from luthier.server.http.metrics import Meter, Metrics
+from luthier.server.http.routing import Face
+from luthier.server.identifiers import ModelIds
+from luthier.server.jobs.admission import Capacity
+from luthier.server.jobs.ray_runner import RayRunner
+from luthier.server.jobs.runners import LocalRunner, Runner
+from luthier.server.jobs.scheduler import Scheduler
+from luthier.server.native.operations import Context
+from luthier.server.native.routes import native_face
+from luthier.server.openai import OpenAIFace
+from luthier.server.openai.chat import InvokedChat
+from luthier.server.s3.routes import S3Face
+from luthier.server.settings import Settings
+from luthier.server.sts import STSFace
+from luthier.server.tables import bootstrap, removal
+from luthier.server.tables.accounts import quotas_of
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.database import Database
+from luthier.server.tables.exports import ModelExport
+from luthier.server.tables.jobs import Job
+from luthier.server.tables.locations import Locations
+from luthier.server.tables.object_files import UNNAMED_SECONDS
+from luthier.server.tables.objects import Objects
+from luthier.server.tables.principals import matching_server_key
+from luthier.server.tables.schema import upgrade
+from luthier.server.tables.secrets import Sealing
+
+_log = logging.getLogger("luthier.server")
+LAMBDA = re.compile(
+    r"arn:aws:lambda:[a-z0-9-]+:(?P<account>\d{12}):function:(?P<name>[\w-]{1,140})(:[\w$-]+)?"
+)
+"""ARN of a function, with or without a version."""
+
+
+class Service:
+    """The parts of a server. :meth:`start` begins what works in the background."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the database, bring its tables up to date, and build every face.
+
+        Raises:
+            LuthierError: where the database cannot be reached, or is of a newer version.
+            CorruptFile: where there are access keys that the server's key does not open.
+        """
+        self.settings = settings
+        self.database = Database(settings.database)
+        try:
+            upgrade(self.database)
+        except BaseException:
+            self.database.close()
+            raise
+        with self.database.read() as session:
+            key = matching_server_key(session)
+        self.issued = bootstrap.prepare(self.database, Sealing(key), settings.account)
+        """Keys of the root user, if it was made now: they are shown once."""
+        self.arns = Arns(settings.region)
+        self.meter = Meter(self.database)
+        self.objects = Objects(self.database, quotas=settings.limits)
+        self._later = threading.Timer(UNNAMED_SECONDS + 60, self._sweep)
+        self._later.daemon = True
+        limits = settings.limits
+        latencies = LatencyTable(_metric_label)
+        self.pool = ModelPool(
+            limits=limits,
+            latencies=latencies,
+            deterministic=settings.deterministic,
+        )
+        self.memory = FreedMemory()
+        self.locations = Locations(self.database, settings.s3_endpoint, quotas=limits)
+        self.activation = Activation(self.database, partial(check_and_load, self.pool))
+        capacity = Capacity()
+        self.scheduler = Scheduler(
+            self.database,
+            capacity,
+            options=_worker_options(settings, capacity),
+            runner=_checked_runner(settings, self.database),
+            shared_by=settings.job_processes,
+        )
+        self.trail = AuditTrail(self.database)
+        self.openai = self._openai()
+        self.application: Callable[..., Awaitable[None]] = Application(
+            self._faces(),
+            Authenticator(self.database, settings, key),
+            RateLimits(self.database, settings.requests_per_second).admit,
+            Metrics(
+                self._gauges,
+                self.meter.count,
+                latencies,
+            ),
+            self.trail,
+            self.missing,
+            settings.limits,
+            Console(),
+        )
+        if settings.cors_origins:
+            from starlette.middleware.cors import CORSMiddleware
+
+            self.application = CORSMiddleware(
+                self.application,
+                allow_origins=settings.cors_origins,
+                allow_methods=("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"),
+                # Clients send headers of their own (x-stainless-*), and S3's metadata have any name.
+                allow_headers=("*",),
+                expose_headers=("*",),
+            )
+
+    def start(self, work: bool = True) -> None:
+        """Go on with what an earlier server left; ``work`` on the queue, too."""
+        removal.finish_deletions(self.database)
+        self._sweep()
+        # And what is too young now to be told from the files of requests that are not done.
+        self._later.start()
+        self.activation.resume()
+        self.openai.start()
+        self.memory.start()
+        if work:
+            self.scheduler.start()
+
+    def close(self, give_back: bool = False) -> None:
+        """End what works in the background.
+
+        Workers go on, and the next server finds them; ``give_back`` makes them leave their jobs first.
+        """
+        self._later.cancel()
+        self.scheduler.stop(give_back)
+        self.openai.close()
+        self.activation.close()
+        self.meter.close()
+        self.pool.close()
+        self.memory.close()
+        self.database.close()
+
+    def missing(self) -> str | None:
+        """Why the service cannot do its work now; ``None`` where it can."""
+        try:
+            with self.database.read() as session:
+                session.execute(text("SELECT 1"))
+        except SQLAlchemyError:
+            return "the database cannot be reached"
+        return None
+
+    def _sweep(self) -> None:
+        try:
+            self.objects.sweep()
+        except Exception:
+            # The database or the disk is away; nothing but room depends on it.
+            _log.exception("files of the object store could not be tidied")
+
+    def _faces(self) -> Sequence[Face]:
+        control = Control(
+            self.database,
+            self.arns,
+            self.locations,
+            self.activation,
+            self._delete,
+            self._grader,
+            quotas=self._quotas,
+            wake=self.scheduler.wake,
+        )
+        # The audit log names the ARN of a base model, whatever the client calls it.
+        ids = ModelIds(self.database, self.arns)
+        runtime = runtime_handlers(self.pool, ids.stored_id, ids.resource, InvokedChat)
+        context = Context(
+            self.database,
+            self.arns,
+            self.locations,
+            self._quotas,
+            self.scheduler.wake,
+            self._delete,
+        )
+        return (
+            self.openai,
+            native_face(context, __version__, self.pool),
+            S3Face(self.objects, self.settings.region),
+            STSFace(),
+            BedrockFace(control, runtime),
+        )
+
+    def _openai(self) -> OpenAIFace:
+        return OpenAIFace(
+            self.database,
+            self.settings,
+            self.pool,
+            self.objects,
+            self._delete,
+            quotas=self._quotas,
+            count=self.meter.count,
+            wake=self.scheduler.wake,
+        )
+
+    def _grader(self, account: str, function: str) -> Mapping[str, Any] | None:
+        """The grader that stands for a Lambda function of the account, by the function's name."""
+        found = LAMBDA.fullmatch(function)
+        if found is None or found["account"] != account:
+            return None
+        return self.settings.graders.get(found["name"])
+
+    def _delete(self, model: CustomModel) -> None:
+        """Delete a custom model that nobody answers with; it leaves the memory, too."""
+        removal.delete(self.database, self.arns, model)
+        if model.stored_id is not None:
+            self.pool.unload(model.stored_id)
+
+    def _quotas(self, account: str) -> AccountQuotas:
+        """What the account may have; the server's defaults where it has no quota of its own."""
+        with self.database.read() as session:
+            return quotas_of(session, account, self.settings.limits)
+
+    def _gauges(self) -> Mapping[str, Mapping[str, float]]:
+        with self.database.read() as session:
+            counted = {
+                name: session.execute(select(kind.state, func.count()).group_by(kind.state)).all()
+                for name, kind in (("jobs", Job), ("exports", ModelExport))
+            }
+        return {
+            **{name: {s: float(count) for s, count in each} for name, each in counted.items()},
+            "models_in_memory": {"": float(len(self.pool.loaded_ids()))},
+            "workers": {"": float(len(self.scheduler.children))},
+            "memory_bytes": {
+                "resident": float(resident_bytes()),
+                "models": float(self.pool.weight_bytes()),
+                "keys_and_values": float(self.pool.memory.reserved_bytes),
+                "keys_and_values_limit": float(self.pool.memory.total),
+            },
+        }
+
+
+def _metric_label(stored: StoredModel) -> str:
+    """Return the name of a model in ``/metrics``: the base model of the catalogue at its bottom.
+
+    Any client can read ``/metrics``, and names of custom models belong to their accounts.
+    """
+    return stored.root if stored.root in CATALOG else OTHER
+
+
+def _checked_runner(settings: Settings, database: Database) -> Runner:
+    """Where training runs, refused at the start where it could not."""
+    if settings.job_processes != 1 and settings.work:
+        option = f"--job-processes {settings.job_processes} (LUTHIER_JOB_PROCESSES)"
+        if settings.ray_address is not None:
+            raise RefusedInput(
+                f"{option} is for jobs of this machine: on a Ray cluster each is trained by one "
+                "process. Leave it out, or --runner ray"
+            )
+        try:
+            check_room(settings.job_processes)
+        except RecipeError as error:
+            raise RefusedInput(f"{option}: {error}") from error
+    if settings.ray_address is None:
+        return LocalRunner()
+    runner = RayRunner(settings.ray_address, settings.ray_gpus)
+    if settings.work:
+        runner.check(database)
+    return runner
+
+
+def _worker_options(settings: Settings, capacity: Capacity) -> list[str]:
+    options = ["--region", settings.region, "--memory", str(capacity.memory)]
+    if settings.s3_endpoint:
+        options += ["--s3-endpoint", settings.s3_endpoint]
+    for name in AccountQuotas.model_fields:
+        value = getattr(settings.limits, name)
+        if value != getattr(AccountQuotas(), name):
+            options += ["--limit", f"{name}={value}"]
+    return options

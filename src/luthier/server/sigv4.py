@@ -1,0 +1,420 @@
+"""Verification of AWS Signature Version 4, in the header and in the query.
+
+Source: the specification "AWS Signature Version 4 for API requests", and its published test vectors.
+What is signed is what is served: the raw path, the query as handlers will decode it, the headers, the
+bytes of the body. Where the specification lets several requests share a signature, all but the plain
+one are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from urllib.parse import quote
+
+from luthier.server.http.messages import Caller, Fault, RequestHead, Signed, query_pairs
+
+ALGORITHM = "AWS4-HMAC-SHA256"
+TERMINATOR = "aws4_request"
+UNSIGNED = "UNSIGNED-PAYLOAD"
+STREAMED_UNSIGNED = "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
+STREAMED = (
+    "STREAMING-AWS4-HMAC-SHA256-PAYLOAD", "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER"
+)  # fmt: skip
+LONGEST_PRESIGNED = 604_800
+"""Seconds: a week."""
+
+_PRESIGNED = ("Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature")
+_SIGNS = frozenset({b"X-Amz-Algorithm", b"X-Amz-Credential", b"X-Amz-Signature"})
+"""Any of these in a query means that it is to be taken for a presigned one."""
+_EARLY = timedelta(minutes=5)
+"""A presigned request may be used this long before its date: clocks differ."""
+_ONCE = ("host", "date", "content-type", "content-length", "content-md5", "range")
+"""Headers with one meaning; sent twice, signer and handler could read different ones. So x-amz*."""
+_HEX = re.compile(r"[0-9a-f]{64}")
+_SCOPE = re.compile(
+    r"([!-.0-~]{1,128})/([0-9]{8})/([a-z0-9-]{1,64})/([a-z0-9-]{1,64})/aws4_request"
+)
+_MOMENT = "%Y%m%dT%H%M%SZ"
+
+
+@dataclass(frozen=True)
+class SignedService:
+    """How requests to one service are signed."""
+
+    skew: timedelta
+    """How far the clocks may be apart."""
+    objects: bool = False
+    """Object storage: the path is signed as it is sent, and the body's hash stands in a header."""
+    path: str | None = None
+    """The only path of the service: what is signed for it opens nothing else."""
+
+    @property
+    def refusal(self) -> str:
+        """Code of a signature that does not hold."""
+        return "SignatureDoesNotMatch" if self.objects else "InvalidSignature"
+
+
+SERVICES = {
+    "bedrock": SignedService(timedelta(minutes=5)),
+    "bedrock-mantle": SignedService(timedelta(minutes=5)),
+    "s3": SignedService(timedelta(minutes=15), objects=True),
+    "sts": SignedService(timedelta(minutes=15), path="/"),
+}
+
+
+@dataclass(frozen=True)
+class Credential:
+    """What belongs to an access key."""
+
+    secret: str
+    caller: Caller
+
+    def __repr__(self) -> str:
+        return f"Credential({self.caller.arn})"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a request says of its signature; nothing of it is proved."""
+
+    access_key: str
+    day: str
+    region: str
+    service: str
+    signed_headers: tuple[str, ...]
+    signature: str
+    moment: str
+    """``yyyymmddThhmmssZ``"""
+    expires: int | None = None
+    """Seconds, of a presigned request."""
+
+    @property
+    def at(self) -> datetime:
+        """When it was signed."""
+        return datetime.strptime(self.moment, _MOMENT).replace(tzinfo=UTC)
+
+    @property
+    def scope(self) -> str:
+        """Of the credential."""
+        return f"{self.day}/{self.region}/{self.service}/{TERMINATOR}"
+
+    @property
+    def is_presigned(self) -> bool:
+        """Whether it stands in the query."""
+        return self.expires is not None
+
+
+LookUp = Callable[[str], Credential | None]
+"""Returns the credential of an access key; ``None`` for a key that is unknown or disabled."""
+
+
+def verify(
+    head: RequestHead,
+    body: bytes | None,
+    look_up: LookUp,
+    moment: datetime,
+    region: str | None = None,
+) -> Signed:
+    """Who signed a request.
+
+    Args:
+        head: the request as it came.
+        body: the whole body; ``None`` only for ``s3``, whose body is compared as it is read.
+        look_up: returns the credential of an access key.
+        moment: now.
+        region: the only region whose scope is taken; ``None`` takes any.
+
+    Raises:
+        Fault: ``MissingAuthenticationToken``, ``IncompleteSignature``, ``UnrecognizedClient``,
+            ``InvalidSignature``; for ``s3`` instead of that
+            ``SignatureDoesNotMatch``, ``RequestTimeTooSkewed``, and ``AccessDenied`` for a presigned
+            request that is over.
+    """
+    claim, service = _valid_claim(head, body is None, moment, region)
+    payload = _payload(head, body, claim, service)
+    credential = look_up(claim.access_key)
+    # The same work for an unknown key, whose secret nobody has.
+    secret = credential.secret if credential else secrets.token_hex(20)
+    key = signing_key(secret, claim.day, claim.region, claim.service)
+    expected = signature(key, claim, canonical_request(head, claim, payload))
+    matches = hmac.compare_digest(expected, claim.signature)
+    if credential is None:
+        raise Fault("UnrecognizedClient", _UNKNOWN)
+    if not matches:
+        raise Fault(service.refusal, _WRONG)
+    return Signed(
+        credential.caller, claim.service, payload, claim.signature, key, claim.scope, claim.moment
+    )
+
+
+def check_claim(
+    head: RequestHead,
+    look_up: LookUp,
+    moment: datetime,
+    region: str | None,
+) -> None:
+    """Refuse a request whose body is still to come for all that its head is reason for.
+
+    Its signature is not verified: that takes the body. Arguments and faults as of :func:`verify`.
+    """
+    claim, _ = _valid_claim(head, False, moment, region)
+    if look_up(claim.access_key) is None:
+        raise Fault("UnrecognizedClient", _UNKNOWN)
+
+
+def _valid_claim(
+    head: RequestHead, objects: bool, moment: datetime, region: str | None
+) -> tuple[Claim, SignedService]:
+    claim = claim_of(head)
+    service = SERVICES.get(claim.service)
+    if service is None:
+        raise Fault("InvalidSignature", f"Credential should be scoped to {', '.join(SERVICES)}.")
+    if service.objects != objects or service.path not in (None, head.path):
+        raise Fault(
+            "InvalidSignature", "Credential should be scoped to the service that is called."
+        )
+    _check_scope(claim, region)
+    _check_time(claim, service, moment)
+    _check_headers(head, claim, service)
+    return claim, service
+
+
+_UNKNOWN = "The security token included in the request is invalid."
+_WRONG = (
+    "The request signature we calculated does not match the signature you provided. Check your AWS "
+    "Secret Access Key and signing method. Consult the service documentation for details."
+)
+
+
+def claim_of(head: RequestHead) -> Claim:
+    """What ``head`` says of its signature; raises :class:`Fault` where that is malformed."""
+    given = [value for name, value in head.headers if name == "authorization"]
+    names = {name for name, _ in query_pairs(head.query)}
+    in_query = not names.isdisjoint(_SIGNS)
+    if len(given) > 1 or (given and in_query):
+        raise _incomplete("A request carries one authorization.")
+    if in_query:
+        return _claim_of_query(head)
+    if not given and b"AWSAccessKeyId" in names:  # as `aws s3 presign` has it by default
+        raise _incomplete("Use Signature Version 4 (s3 signature_version=s3v4); this is Version 2.")
+    if not given:
+        raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
+    return _claim_of_header(head, given[0])
+
+
+def canonical_request(head: RequestHead, claim: Claim, payload: str) -> bytes:
+    """The canonical request of the specification; ``payload`` is the hash of the body."""
+    parts = (
+        head.method.encode("latin-1"),
+        canonical_path(head.path, claim.service),
+        canonical_query(head.query, claim.is_presigned),
+        b"".join(
+            name.encode() + b":" + _join_values(head, name) + b"\n" for name in claim.signed_headers
+        ),
+        ";".join(claim.signed_headers).encode(),
+        payload.encode(),
+    )
+    return b"\n".join(parts)
+
+
+def canonical_path(path: str, service: str) -> bytes:
+    """The raw path as sent for object storage, for all others in normal form and encoded again."""
+    raw = path.encode("latin-1") or b"/"
+    if service in SERVICES and SERVICES[service].objects:
+        return raw
+    return quote(normal_path(raw), safe="/-_.~").encode()
+
+
+def normal_path(raw: bytes) -> bytes:
+    """Without empty segments, ``.`` and ``..`` (RFC 3986, section 5.2.4)."""
+    kept: list[bytes] = []
+    for part in raw.split(b"/"):
+        if part == b"..":
+            kept = kept[:-1]
+        elif part not in (b"", b"."):
+            kept.append(part)
+    end = b"/" if kept and raw.endswith(b"/") else b""
+    return b"/" + b"/".join(kept) + end
+
+
+def canonical_query(query: str, presigned: bool) -> bytes:
+    """Each key and value decoded as handlers decode it, encoded again, pairs sorted."""
+    pairs = sorted(
+        (quote(name, safe="-_.~"), quote(value, safe="-_.~"))
+        for name, value in query_pairs(query)
+        if not (presigned and name == b"X-Amz-Signature")
+    )
+    return "&".join(f"{name}={value}" for name, value in pairs).encode()
+
+
+def signing_key(secret: str, day: str, region: str, service: str) -> bytes:
+    """The key that signs requests of one day to one service in one region."""
+    key = f"AWS4{secret}".encode()
+    for part in (day, region, service, TERMINATOR):
+        key = hmac.digest(key, part.encode(), hashlib.sha256)
+    return key
+
+
+def string_to_sign(claim: Claim, canonical: bytes) -> str:
+    """Algorithm, moment, scope and the hash of the canonical request."""
+    digest = hashlib.sha256(canonical).hexdigest()
+    return f"{ALGORITHM}\n{claim.moment}\n{claim.scope}\n{digest}"
+
+
+def signature(key: bytes, claim: Claim, canonical: bytes) -> str:
+    """The signature that ``claim`` should have, in hexadecimal."""
+    return hmac.new(key, string_to_sign(claim, canonical).encode(), hashlib.sha256).hexdigest()
+
+
+def _claim_of_header(head: RequestHead, value: str) -> Claim:
+    algorithm, _, rest = value.partition(" ")
+    if algorithm != ALGORITHM:
+        raise _incomplete("Authorization header is not of the kind AWS4-HMAC-SHA256.")
+    fields = [part.strip(" ").partition("=") for part in rest.split(",")]
+    given = {name: text for name, _, text in fields}
+    if len(fields) != 3 or set(given) != {"Credential", "SignedHeaders", "Signature"}:
+        raise _incomplete("Authorization header requires Credential, SignedHeaders and Signature.")
+    return _claim(given, _moment_of(head), None)
+
+
+def _claim_of_query(head: RequestHead) -> Claim:
+    pairs = [(name.decode("latin-1"), value) for name, value in query_pairs(head.query)]
+    given = {}
+    for short in _PRESIGNED:
+        values = [value for name, value in pairs if name == f"X-Amz-{short}"]
+        if len(values) != 1:
+            raise _incomplete(f"A presigned request has one X-Amz-{short} in its query.")
+        given[short] = values[0].decode("latin-1")
+    if given["Algorithm"] != ALGORITHM:
+        raise _incomplete("X-Amz-Algorithm is not AWS4-HMAC-SHA256.")
+    expires = given["Expires"]
+    if not re.fullmatch("[0-9]{1,6}", expires) or not 1 <= int(expires) <= LONGEST_PRESIGNED:
+        raise _incomplete("X-Amz-Expires is a number of seconds between 1 and 604800.")
+    return _claim(given, _check_moment(given["Date"]), int(expires))
+
+
+def _claim(given: dict[str, str], moment: str, expires: int | None) -> Claim:
+    scope = _SCOPE.fullmatch(given["Credential"])
+    if scope is None:
+        raise _incomplete("Credential must be ACCESS-KEY/yyyymmdd/region/service/aws4_request.")
+    names = tuple(given["SignedHeaders"].split(";"))
+    if not all(re.fullmatch(r"[!-9<-@\[-~]+", name) for name in names):
+        raise _incomplete("SignedHeaders are names in lower case with semicolons between them.")
+    if list(names) != sorted(set(names)):
+        raise _incomplete("SignedHeaders are sorted, and each stands there once.")
+    if not _HEX.fullmatch(given["Signature"]):
+        raise _incomplete("Signature is 64 hexadecimal digits.")
+    access_key, day, region, service = scope.group(1, 2, 3, 4)
+    return Claim(access_key, day, region, service, names, given["Signature"], moment, expires)
+
+
+def _moment_of(head: RequestHead) -> str:
+    value = _value(head, "x-amz-date")
+    if value is not None:
+        return _check_moment(value)
+    date = _value(head, "date")
+    if date is None:
+        raise _incomplete("Authorization header requires existence of X-Amz-Date or Date.")
+    try:
+        return parsedate_to_datetime(date).astimezone(UTC).strftime(_MOMENT)
+    except (ValueError, OverflowError):
+        return _check_moment(date)
+
+
+def _check_moment(moment: str) -> str:
+    try:
+        if re.fullmatch("[0-9]{8}T[0-9]{6}Z", moment):
+            datetime.strptime(moment, _MOMENT)
+            return moment
+    except ValueError:
+        pass
+    raise _incomplete("Date must be in ISO-8601 basic format, yyyymmddThhmmssZ.")
+
+
+def _check_scope(claim: Claim, region: str | None) -> None:
+    code = SERVICES[claim.service].refusal
+    if claim.day != claim.moment[:8]:
+        raise Fault(code, "Date in Credential scope is not the day of the request.")
+    if region is not None and claim.region != region:
+        raise Fault(code, f"Credential should be scoped to the region {region}.")
+
+
+def _check_time(claim: Claim, service: SignedService, moment: datetime) -> None:
+    if claim.expires is None:
+        in_time = abs(moment - claim.at) <= service.skew
+    else:
+        in_time = claim.at - _EARLY <= moment <= claim.at + timedelta(seconds=claim.expires)
+    if in_time:
+        return
+    if not service.objects:
+        text = (
+            f"Signature expired or not yet valid: it is of {claim.moment}, and the clock of the "
+            f"service says {moment.strftime(_MOMENT)}. Set the clock that is wrong."
+        )
+        raise Fault("InvalidSignature", text)
+    if claim.is_presigned and moment > claim.at:
+        raise Fault("AccessDenied", "Request has expired")
+    text = "The difference between the request time and the current time is too large."
+    raise Fault("RequestTimeTooSkewed", text)
+
+
+def _check_headers(head: RequestHead, claim: Claim, service: SignedService) -> None:
+    code = service.refusal
+    names = [name for name, _ in head.headers]
+    for name in set(names):
+        if (name in _ONCE or name.startswith("x-amz")) and names.count(name) > 1:
+            raise _incomplete(f"The header {name} was sent more than once.")
+    needed = {"host"} | {name for name in names if name.startswith("x-amz-")}
+    if not claim.is_presigned and "x-amz-date" not in needed:
+        needed.add("date")
+    if not service.objects:
+        needed.discard("x-amz-content-sha256")
+        if normal_path(head.path.encode("latin-1")) != head.path.encode("latin-1"):
+            # Clients sign its normal form, which another path has too.
+            raise Fault(code, "The path of the request has empty segments or dots.")
+    for name in sorted(needed - set(claim.signed_headers)):
+        raise Fault(code, f"The header {name} has to be signed.")
+    for name in sorted(set(claim.signed_headers) - set(names)):
+        raise Fault(code, f"The header {name} was signed and is not there.")
+
+
+def _payload(head: RequestHead, body: bytes | None, claim: Claim, service: SignedService) -> str:
+    """The hash that was signed, as far as it can be known before a body that is still to come."""
+    payload = _value(head, "x-amz-content-sha256")
+    if body is not None:
+        digest = hashlib.sha256(body).hexdigest()
+        if payload is not None and payload != digest:
+            raise Fault(service.refusal, "X-Amz-Content-SHA256 is not the hash of the body.")
+        return digest
+    if payload is None and claim.is_presigned:
+        return UNSIGNED
+    if payload is None:
+        raise _incomplete("Missing required header for this request: x-amz-content-sha256")
+    if payload in (UNSIGNED, STREAMED_UNSIGNED) and not (head.tls or claim.is_presigned):
+        raise Fault(service.refusal, f"{payload} is taken over TLS only.")
+    if payload not in (UNSIGNED, STREAMED_UNSIGNED, *STREAMED) and not _HEX.fullmatch(payload):
+        raise _incomplete("x-amz-content-sha256 is no SHA-256 in hexadecimal, and no known word.")
+    return payload
+
+
+def _value(head: RequestHead, name: str) -> str | None:
+    found = [value for key, value in head.headers if key == name]
+    if len(found) > 1:
+        raise _incomplete(f"The header {name} was sent more than once.")
+    return found[0].strip() if found else None
+
+
+def _join_values(head: RequestHead, name: str) -> bytes:
+    values = [value.encode("latin-1") for key, value in head.headers if key == name]
+    return b",".join(b" ".join(value.split()) for value in values)
+
+
+def _incomplete(message: str) -> Fault:
+    return Fault("IncompleteSignature", message)

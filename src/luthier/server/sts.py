@@ -1,0 +1,95 @@
+"""The STS API: ``GetCallerIdentity``, in AWS's query protocol.
+
+A request is a form, in the body of a POST or the query of a GET; the response is XML.
+Source: AWS Security Token Service API reference, version 2011-06-15.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl
+
+from luthier.server.audit import record_action
+from luthier.server.http.messages import Fault, Request, RequestHead, Response
+from luthier.server.http.routing import Operation, Route
+from luthier.server.s3.documents import Element, document
+
+NAMESPACE = "https://sts.amazonaws.com/doc/2011-06-15/"
+ACTION = "sts:GetCallerIdentity"
+BODY_LIMIT = 65_536
+"""Bytes of a form at most."""
+_ERRORS = {
+    "AccessDenied": ("AccessDenied", 403),
+    "IncompleteSignature": ("IncompleteSignature", 400),
+    "InternalServer": ("InternalFailure", 500),
+    "InvalidSignature": ("SignatureDoesNotMatch", 403),
+    "MissingAuthenticationToken": ("MissingAuthenticationToken", 403),
+    "RequestEntityTooLarge": ("RequestEntityTooLarge", 413),
+    "Serialization": ("ValidationError", 400),
+    "ServiceUnavailable": ("ServiceUnavailable", 503),
+    "Throttling": ("Throttling", 400),
+    "UnknownOperation": ("InvalidAction", 400),
+    "UnrecognizedClient": ("InvalidClientTokenId", 403),
+    "Validation": ("ValidationError", 400),
+}
+"""STS's code and status of each fault of the service."""
+
+
+class STSFace:
+    """The API that ``aws sts get-caller-identity`` calls."""
+
+    name, request_id_header = "sts", "x-amzn-RequestId"
+
+    def serves(self, head: RequestHead, service: str) -> bool:
+        """Return whether the request is signed for STS."""
+        return service == "sts"
+
+    def route(self, head: RequestHead) -> Route:
+        """Return the one route: the form names the action."""
+        if head.method not in ("GET", "POST"):
+            raise Fault("UnknownOperation", "STS takes GET and POST.")
+        return Route(Operation("sts", head.method, "/", _answer, BODY_LIMIT, action=ACTION))
+
+    def refusal(self, fault: Fault, request_id: str) -> Response:
+        """Return ``fault`` as botocore expects errors of STS."""
+        code, status = _ERRORS.get(fault.code, (fault.code, 400))
+        error: list[Element | None] = [
+            ("Type", "Sender" if status < 500 else "Receiver"),
+            ("Code", code),
+            ("Message", fault.message),
+        ]
+        body = document("ErrorResponse", [("Error", error), ("RequestId", request_id)], NAMESPACE)
+        return Response(status, body, {"Content-Type": "text/xml"})
+
+
+def _answer(request: Request) -> Response:
+    if request.signed is None or not request.signed.service:
+        raise Fault("IncompleteSignature", "STS takes signatures only, and no API keys.")
+    action = _action(request)
+    if action != "GetCallerIdentity":
+        text = f"Could not find operation {action[:100]}; this server has GetCallerIdentity only."
+        raise Fault("UnknownOperation", text)
+    caller = request.caller
+    record_action(ACTION, "*")
+    result: list[Element | None] = [
+        ("Arn", caller.arn),
+        ("UserId", caller.id),
+        ("Account", caller.account),
+    ]
+    content: list[Element | None] = [
+        ("GetCallerIdentityResult", result),
+        ("ResponseMetadata", [("RequestId", request.request_id)]),
+    ]
+    body = document("GetCallerIdentityResponse", content, NAMESPACE)
+    return Response(200, body, {"Content-Type": "text/xml"})
+
+
+def _action(request: Request) -> str:
+    """Return the one ``Action`` of the form or query; raises :class:`Fault` for several."""
+    try:
+        form = parse_qsl(request.body.decode(), keep_blank_values=True, errors="strict")
+    except ValueError as error:
+        raise Fault("MalformedQueryString", "The body is no form in UTF-8.") from error
+    named = [value for name, value in form if name == "Action"] + request.query.get("Action", [])
+    if len(named) > 1:
+        raise Fault("MalformedQueryString", "The parameter Action is in the request twice.")
+    return named[0] if named else ""

@@ -1,0 +1,175 @@
+"""Batches of the OpenAI API: files of requests that are answered in the background.
+
+Several lines are answered at a time. Each is written down by itself, so that what a killed server had
+done is not done again, and no line is answered twice in the files.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.ids import SMALL, random_id
+from luthier.server.tables.database import Base, JSONText, find_row, now, page_of
+from luthier.server.tables.queue import BackgroundWork, next_turn
+
+VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
+    "validating",
+    "in_progress",
+    "finalizing",
+    "completed",
+)
+FAILED, EXPIRED, CANCELLING, CANCELLED = "failed", "expired", "cancelling", "cancelled"
+ENDED = (COMPLETED, FAILED, EXPIRED, CANCELLED)
+PAGE = 20
+"""Lines that are in memory at once when a file is written: one may have megabytes."""
+
+
+class Batch(BackgroundWork, Base):
+    """One batch."""
+
+    __tablename__ = "batches"
+    noun = "batch"
+    ended = ENDED
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    """``batch_`` and letters and digits."""
+    endpoint: Mapped[str]
+    """``/v1/chat/completions``, ..."""
+    window: Mapped[str]
+    """``24h``."""
+    input_file: Mapped[str]
+    output_file: Mapped[str | None]
+    error_file: Mapped[str | None]
+    errors: Mapped[list[Any]] = mapped_column(default=list)
+    """What is wrong with the input file: ``code``, ``message``, ``param``, ``line``."""
+    user_metadata: Mapped[dict[str, Any]]
+    total: Mapped[int] = mapped_column(default=0)
+    """Lines to answer."""
+    succeeded: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    """Lines of each kind once it has ended."""
+    moments: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """Unix time of each status that it had."""
+
+
+class BatchLine(Base):
+    """A line that is answered."""
+
+    __tablename__ = "batch_lines"
+    __table_args__ = (UniqueConstraint("batch_id", "number"),)
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id"), index=True)
+    number: Mapped[int]
+    """Line of the input file, from 1."""
+    failed: Mapped[bool]
+    result: Mapped[dict[str, Any]] = mapped_column(JSONText)
+    """The line of the output file."""
+
+
+def create(
+    session: Session,
+    account: str,
+    caller: dict[str, Any],
+    endpoint: str,
+    window: str,
+    input_file: str,
+    metadata: dict[str, str],
+) -> Batch:
+    """A new batch, to be validated. Of one account they are made one after the other."""
+    moment = now()
+    batch = Batch(
+        id="batch_" + random_id(24, SMALL),
+        account=account,
+        turn=next_turn(session, Batch, account),
+        caller=caller,
+        endpoint=endpoint,
+        window=window,
+        input_file=input_file,
+        output_file=None,
+        error_file=None,
+        status=VALIDATING,
+        errors=[],
+        user_metadata=metadata,
+        total=0,
+        moments={},
+        created=moment,
+        expires=moment + timedelta(hours=24),
+        lease=None,
+        lease_ends=None,
+    )
+    session.add(batch)
+    session.flush()
+    return batch
+
+
+def get(session: Session, account: str, batch_id: str, *, lock: bool = False) -> Batch | None:
+    """The account's batch."""
+    found = select(Batch).where(Batch.account == account, Batch.id == batch_id)
+    return find_row(session, found, lock=lock)
+
+
+def list_batches(session: Session, account: str, limit: int, position: int | None) -> list[Batch]:
+    """``limit`` batches, the newest first, those older than the one whose ``seq`` is ``position``."""
+    query = select(Batch).where(Batch.account == account)
+    return page_of(session, query, Batch.seq, limit=limit, position=position)
+
+
+def enter(batch: Batch, status: str) -> None:
+    """Bring a batch to ``status``, and note when."""
+    batch.status = status
+    batch.moments = {**batch.moments, status: int(now().timestamp())}
+
+
+def cancel(batch: Batch) -> bool:
+    """Ask that no further line is answered; whether there was anything to cancel."""
+    if batch.status in (*ENDED, FINALIZING):
+        return False
+    if batch.status != CANCELLING:
+        enter(batch, CANCELLING)
+    return True
+
+
+def done_lines(session: Session, batch_id: str) -> set[int]:
+    """Numbers of the lines that are answered."""
+    return set(session.scalars(select(BatchLine.number).where(BatchLine.batch_id == batch_id)))
+
+
+def record(
+    session: Session, batch_id: str, number: int, failed: bool, result: dict[str, Any]
+) -> None:
+    """Write an answer down."""
+    session.add(BatchLine(batch_id=batch_id, number=number, failed=failed, result=result))
+    session.flush()
+
+
+def results(
+    session: Session, batch_id: str, failed: bool, after: int
+) -> list[tuple[int, dict[str, Any]]]:
+    """The next lines of one of the two files behind the number ``after``, in the order of the input."""
+    query = select(BatchLine.number, BatchLine.result).where(
+        BatchLine.batch_id == batch_id, BatchLine.failed == failed, BatchLine.number > after
+    )
+    found = session.execute(query.order_by(BatchLine.number).limit(PAGE))
+    return [(number, result) for number, result in found]
+
+
+def counts(session: Session, batch: Batch) -> tuple[int, int]:
+    """Lines that succeeded, and that failed."""
+    if batch.status in ENDED:
+        return batch.succeeded, batch.failed
+    counted = select(BatchLine.failed, func.count()).where(BatchLine.batch_id == batch.id)
+    found = dict(session.execute(counted.group_by(BatchLine.failed)).all())
+    return found.get(False, 0), found.get(True, 0)
+
+
+def end(session: Session, batch: Batch, status: str) -> None:
+    """End a batch; its lines are in its files by now, and are forgotten here."""
+    batch.succeeded, batch.failed = counts(session, batch)
+    session.execute(delete(BatchLine).where(BatchLine.batch_id == batch.id))
+    enter(batch, status)

@@ -1,0 +1,187 @@
+"""The first principals: from a file that a container or test gives, else a root user made once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.errors import RefusedInput
+from luthier.server.tables.accounts import Account, create_account, version
+from luthier.server.tables.audit import Event, append
+from luthier.server.tables.database import Database, lock_by_name
+from luthier.server.tables.principals import (
+    BOOTSTRAP,
+    ROLES,
+    AccessKey,
+    ApiKey,
+    User,
+    access_keys,
+    api_keys,
+    check_role,
+    create_access_key,
+    create_api_key,
+    create_user,
+    digest_of,
+    find_user,
+    remove_key,
+    set_role,
+)
+from luthier.server.tables.secrets import Sealing
+
+ENVIRONMENT = "LUTHIER_BOOTSTRAP"
+ROOT = "root"
+ALLOW_ALL = {
+    "Version": "2012-10-17",
+    "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
+}
+"""The one policy document that a file may name in place of the role ``administrator``."""
+_MEMBERS = (
+    "account", "user", "access_key_id", "secret_access_key", "api_key", "policies", "role"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class IssuedKeys:
+    """Keys as they are told once."""
+
+    account: str
+    user: str
+    access_key: str
+    secret: str = field(repr=False)
+    api_key: str = field(repr=False)
+
+
+def prepare(database: Database, sealing: Sealing, account: str) -> IssuedKeys | None:
+    """Make sure that somebody can use the service.
+
+    With ``LUTHIER_BOOTSTRAP`` its principals are created or brought up to date; doing it again changes
+    nothing. Without it, and without any user, a root user of ``account`` is made.
+
+    Returns:
+        The root user's keys, if it was made now; they cannot be told again.
+    """
+    named = os.environ.get(ENVIRONMENT)
+    with database.write() as session:
+        lock_by_name(session, "bootstrap")  # servers that start together do this in turn
+        if named:
+            before = version(session)
+            apply(session, read(Path(named)), sealing)
+            session.flush()
+            if version(session) != before:
+                append(session, Event("luthier:bootstrap", named, user=BOOTSTRAP))
+            return None
+        if session.scalar(select(User.seq).limit(1)) is not None:
+            return None
+        made = make_root(session, sealing, account)
+        append(session, Event("luthier:bootstrap", "root", account=account, user=BOOTSTRAP))
+        return made
+
+
+def make_root(session: Session, sealing: Sealing, account: str) -> IssuedKeys:
+    """A root user with an access key and an API key."""
+    if session.get(Account, account) is None:
+        create_account(session, account, ROOT)
+    user = create_user(session, account, ROOT, role="administrator")
+    access_key, secret = create_access_key(session, user, sealing)
+    _, text = create_api_key(session, user, label="made at the first start")
+    return IssuedKeys(account, ROOT, access_key.id, secret, text)
+
+
+def read(path: Path) -> list[Mapping[str, Any]]:
+    """Return the principals of a bootstrap file, checked for form.
+
+    Raises:
+        RefusedInput: with the place that is wrong; never with a secret.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RefusedInput(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RefusedInput(f"{path} is not JSON") from error
+    listed = document.get("principals") if isinstance(document, dict) else None
+    if not isinstance(listed, list):
+        raise RefusedInput(f'{path} has no list "principals"')
+    for number, entry in enumerate(listed):
+        _check_principal(entry, f"{path}: principals[{number}]")
+    return listed
+
+
+def apply(session: Session, entries: list[Mapping[str, Any]], sealing: Sealing) -> None:
+    """Create or update; keys that an earlier file gave a user and this one does not are removed."""
+    _forget(session, entries)
+    for entry in entries:
+        account, name = entry["account"], entry["user"]
+        if session.get(Account, account) is None:
+            create_account(session, account)
+        role = entry.get("role") or "administrator"  # by the policy ALLOW_ALL
+        user = find_user(session, account, name) or create_user(session, account, name, role)
+        if user.role != role:
+            set_role(session, user, role)
+        _set_access_key(session, user, entry, sealing)
+        _set_api_key(session, user, entry)
+
+
+def _check_principal(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise RefusedInput(f"{where} is not an object")
+    if unknown := set(entry) - set(_MEMBERS):
+        raise RefusedInput(f"{where}: unknown member {', '.join(sorted(unknown))}")
+    for name in ("account", "user", "access_key_id", "secret_access_key"):
+        if not isinstance(entry.get(name), str) or not entry[name]:
+            raise RefusedInput(f"{where}.{name} is missing, or not a string")
+    for name in ("api_key", "role"):
+        if not isinstance(entry.get(name), str | None):
+            raise RefusedInput(f"{where}.{name} is neither a string nor null")
+    if entry.get("role"):
+        check_role(entry["role"])
+    elif entry.get("policies") != [ALLOW_ALL]:
+        raise RefusedInput(f"{where}.role is missing: one of {', '.join(ROLES)}")
+
+
+def _set_access_key(
+    session: Session, user: User, entry: Mapping[str, Any], sealing: Sealing
+) -> None:
+    identifier, secret = entry["access_key_id"], entry["secret_access_key"]
+    key = session.get(AccessKey, identifier)
+    if key is not None and key.user != user.seq:
+        raise RefusedInput(f"the access key {identifier} belongs to another user")
+    if key is not None and sealing.open(key.sealed, key.id) == secret:
+        return
+    if key is not None:
+        remove_key(session, key)
+        session.flush()
+    create_access_key(session, user, sealing, identifier, secret, BOOTSTRAP)
+    session.flush()
+
+
+def _set_api_key(session: Session, user: User, entry: Mapping[str, Any]) -> None:
+    given = entry.get("api_key")
+    if given and digest_of(given) not in {key.digest for key in api_keys(session, user)}:
+        create_api_key(session, user, label=BOOTSTRAP, key=given, origin=BOOTSTRAP)
+        session.flush()
+
+
+def _forget(session: Session, entries: list[Mapping[str, Any]]) -> None:
+    """What an earlier file gave these users and this one does not is gone."""
+    kept: dict[tuple[str, str], set[str]] = {}
+    for entry in entries:
+        of_user = kept.setdefault((entry["account"], entry["user"]), set())
+        of_user |= {entry["access_key_id"], digest_of(entry.get("api_key") or "")}
+    for (account, name), of_user in kept.items():
+        user = find_user(session, account, name)
+        if user is None:
+            continue
+        given: dict[str, AccessKey | ApiKey] = {key.id: key for key in access_keys(session, user)}
+        given |= {key.digest: key for key in api_keys(session, user)}
+        for identifier, key in given.items():
+            if key.origin == BOOTSTRAP and identifier not in of_user:
+                remove_key(session, key)
+    session.flush()

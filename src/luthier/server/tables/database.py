@@ -1,0 +1,314 @@
+"""The database of the service: SQLite in the store by default, PostgreSQL by its address.
+
+Each part of the service declares its tables on :class:`Base` beside the functions that change them;
+``luthier.server.tables.schema`` imports them all. Every change is one transaction, and what was
+acknowledged is on disk: SQLite runs in WAL mode with ``synchronous=FULL``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar, TypeVarTuple
+
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    DateTime,
+    Engine,
+    Select,
+    String,
+    Text,
+    create_engine,
+    event,
+    func,
+    inspect,
+    make_url,
+    select,
+)
+from sqlalchemy import Row as RowOfColumns
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
+from sqlalchemy.types import TypeDecorator
+
+from luthier.errors import LuthierError, RefusedInput
+from luthier.files import disk_errors, luthier_home
+from luthier.ids import SMALL, random_id
+from luthier.server.tables.text import dump_storable, storable
+
+Row = TypeVar("Row")
+Ts = TypeVarTuple("Ts")
+DATABASE_FILE = "luthier.db"
+"""SQLite's file in the store."""
+BUSY_SECONDS = 30
+"""How long a transaction waits for another one that writes."""
+
+
+class Moment(TypeDecorator[datetime]):
+    """A point in time, UTC, to the microsecond; both databases give it back with its time zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        """In: times of any zone, never without one."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        """Out: SQLite keeps no zone, what it holds is UTC."""
+        return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
+
+
+class QuotingText(TypeDecorator[str]):
+    """Text that may quote a row of data, and so characters that a database cannot store."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        """Replace the characters that no database stores."""
+        return None if value is None else storable(value)
+
+
+class JSONText(TypeDecorator[dict[str, Any]]):
+    """An object stored as the text of its JSON: JSON columns of PostgreSQL reject U+0000."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: dict[str, Any] | None, dialect: Any) -> str | None:
+        """Write the object as JSON."""
+        return None if value is None else json.dumps(value)
+
+    def process_result_value(self, value: str | None, dialect: Any) -> dict[str, Any] | None:
+        """Read the object."""
+        return None if value is None else dict(json.loads(value))
+
+
+Plain = JSON().with_variant(JSONB(), "postgresql")
+"""Values ready for JSON."""
+
+
+class Base(DeclarativeBase):
+    """Parent of all tables."""
+
+    type_annotation_map = {  # noqa: RUF012  (SQLAlchemy reads it off the class)
+        datetime: Moment(),
+        dict[str, Any]: Plain,
+        list[Any]: Plain,
+    }
+
+
+def now() -> datetime:
+    """This moment, UTC."""
+    return datetime.now(UTC)
+
+
+def new_id() -> str:
+    """Twelve random lower-case letters and digits, as they stand at the end of an ARN."""
+    return random_id(12, SMALL)
+
+
+def default_url() -> str:
+    """Address of the database in the store."""
+    return f"sqlite:///{luthier_home() / DATABASE_FILE}"
+
+
+def is_database_here(url: str | None) -> bool:
+    """Whether :class:`Database` finds the database of ``url``, and would not make it: SQLite's file is
+    there. Of a server it is not asked."""
+    parsed = make_url(url or default_url())
+    return parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").is_file()
+
+
+class Database:
+    """One database, its connections and its transactions. Safe to share between threads."""
+
+    def __init__(self, url: str | None = None) -> None:
+        """Connect to ``url``; without one, to ``luthier.db`` in the store.
+
+        Raises:
+            RefusedInput: for an address that is not SQLite's or PostgreSQL's.
+            LuthierError: where it cannot be reached.
+        """
+        self.url = url or default_url()
+        self.engine = _engine(self.url)
+        self._statements = self.engine  # SQLite's connections begin nothing by themselves
+        if not self.is_sqlite:
+            self._statements = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        try:
+            with self.engine.connect():
+                pass
+        except OperationalError as error:
+            raise LuthierError(
+                f"the database {self.engine.url.render_as_string()} cannot be reached: {error.orig}"
+            ) from error
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether it is a file beside the models, which takes one writer at a time."""
+        return self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction that changes something: committed at the end, rolled back by an exception.
+
+        On SQLite it holds the only right to write from its first line, so that what is read in it
+        cannot change before it is written. On PostgreSQL rows are locked by ``with_for_update``.
+        """
+        with Session(self.engine, expire_on_commit=False) as session:
+            if self.is_sqlite:
+                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            # An exception leaves through the session, which rolls back.
+            yield session
+            session.commit()
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A transaction that only reads, and sees one state throughout."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            if self.is_sqlite:
+                session.connection().exec_driver_sql("BEGIN")
+            else:
+                session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            yield session
+
+    def first(self, query: Select[*Ts], **values: str) -> RowOfColumns[*Ts] | None:
+        """The first row of ``query`` with these ``values``, as it is now; ``None`` where there is none.
+
+        For what each request asks. One statement sees one state without a transaction around it, which
+        with its objects takes several times as long as to find a row.
+        """
+        with self._statements.connect() as connection:
+            return connection.execute(query, values).first()
+
+    def tables(self) -> set[str]:
+        """Names of the tables that are there."""
+        return set(inspect(self.engine).get_table_names())
+
+    def close(self) -> None:
+        """Give all connections back."""
+        self.engine.dispose()
+
+
+def _engine(url: str) -> Engine:
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise RefusedInput(f"{url!r} is not the address of a database") from error
+    if parsed.get_backend_name() == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+        if find_spec("psycopg") is None:
+            raise RefusedInput("PostgreSQL needs psycopg: pip install 'luthier[postgres]'")
+        # A connection that died with a restarted server is noticed before it is used.
+        return create_engine(
+            parsed, json_serializer=dump_storable, pool_pre_ping=True, pool_size=10, max_overflow=20
+        )
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+        raise RefusedInput(
+            f"{parsed.render_as_string()} is no database luthier knows; use sqlite:///FILE or "
+            "postgresql://USER@HOST/NAME"
+        )
+    folder = Path(parsed.database).parent
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _keep_private(Path(parsed.database))
+    engine = create_engine(
+        parsed, json_serializer=dump_storable, connect_args={"timeout": BUSY_SECONDS}
+    )
+    event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def _keep_private(path: Path) -> None:
+    """Let only its owner read SQLite's file; SQLite gives new logs beside it the same permissions."""
+    path = path.resolve()
+    # Where this fails the file is another user's or the disk takes no writes, and opening tells.
+    with suppress(OSError):
+        if not path.exists():
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        for file in (path, *(path.with_name(f"{path.name}-{log}") for log in ("wal", "shm"))):
+            if file.exists() and file.stat().st_mode & 0o077:
+                file.chmod(file.stat().st_mode & 0o700)
+
+
+def count_rows(session: Session, *conditions: ColumnElement[bool]) -> int:
+    """How many rows of one table meet all ``conditions``."""
+    return session.scalar(select(func.count()).where(*conditions)) or 0
+
+
+def find_row(session: Session, query: Select[Row], *, lock: bool = False) -> Row | None:
+    """The first row of ``query``; with ``lock`` as it is now, until the transaction ends."""
+    if lock:
+        # What the session has read of it before may have changed since.
+        query = query.with_for_update().execution_options(populate_existing=True)
+    return session.scalars(query).first()
+
+
+def page_of(
+    session: Session,
+    query: Select[Row],
+    number: InstrumentedAttribute[int],
+    *,
+    limit: int,
+    position: int | None = None,
+    ascending: bool = False,
+) -> list[Row]:
+    """At most ``limit`` rows by their ``number``: those that follow the one which has ``position``."""
+    if position is not None:
+        query = query.where(number > position if ascending else number < position)
+    order = number.asc() if ascending else number.desc()
+    return list(session.scalars(query.order_by(order).limit(limit)))
+
+
+def dialect_insert(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    """An ``INSERT`` that can say what happens ``ON CONFLICT``: each database has its own."""
+    if session.get_bind().dialect.name == "postgresql":
+        return postgresql.insert(table)
+    return sqlite.insert(table)
+
+
+def lock_by_name(session: Session, name: str) -> None:
+    """Keep other transactions that lock the same ``name`` waiting until this one ends.
+
+    On PostgreSQL by an advisory lock. SQLite has one writer at a time as it is.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        key = func.hashtextextended(name, 0)
+        session.execute(select(func.pg_advisory_xact_lock(key)))
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    # Transactions are begun by us: the driver would begin them late, after what was read.
+    connection.isolation_level = None
+    _write_ahead(connection)
+    # What is deleted is overwritten: it may be data that somebody wants gone.
+    for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: Any) -> None:
+    """Go to a write-ahead log; of servers that start at once, each with a new file, one does it."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # This change alone does not wait for the lock, whatever the time limit of the connection.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)

@@ -1,0 +1,268 @@
+"""Evals of the OpenAI API, their runs and the graded rows of each run.
+
+An :class:`Eval` defines how rows are graded. A run grades the rows of one source, and one model's
+replies to these rows. The server stores each graded row in its own transaction, so that a restarted
+server does not grade a row twice. The bytes of the rows count towards the account's storage.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint, delete, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.ids import SMALL, random_id
+from luthier.limits import AccountQuotas
+from luthier.server.tables import storage
+from luthier.server.tables.database import Base, JSONText, QuotingText, find_row, now, page_of
+from luthier.server.tables.queue import BackgroundWork, next_turn
+
+QUEUED, IN_PROGRESS = "queued", "in_progress"
+COMPLETED, FAILED, CANCELED = "completed", "failed", "canceled"
+ENDED = (COMPLETED, FAILED, CANCELED)
+PASS, FAIL, ERROR = "pass", "fail", "error"
+"""What became of a row: all criteria hold, some do not, or some could not be looked at."""
+PATIENCE = timedelta(hours=24)
+"""How long a run may take, waiting for its turn included."""
+
+
+class Eval(Base):
+    """How rows are graded."""
+
+    __tablename__ = "evals"
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    """``eval_`` and letters and digits."""
+    account: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
+    definition: Mapped[dict[str, Any]] = mapped_column(JSONText)
+    """``data_source_config`` and ``testing_criteria``, as sent by the client."""
+    user_metadata: Mapped[dict[str, Any]]
+    stored_bytes: Mapped[int] = mapped_column(BigInteger)
+    created: Mapped[datetime]
+    updated: Mapped[datetime]
+
+
+class EvaluationRun(BackgroundWork, Base):
+    """One run."""
+
+    __tablename__ = "evaluation_runs"
+    noun = "evaluation"
+    ended = ENDED
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    """``evalrun_`` and letters and digits."""
+    eval_id: Mapped[str] = mapped_column(ForeignKey("evals.id"), index=True)
+    name: Mapped[str]
+    request: Mapped[dict[str, Any]] = mapped_column(JSONText)
+    """The request of the client."""
+    user_metadata: Mapped[dict[str, Any]]
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None] = mapped_column(QuotingText)
+    total: Mapped[int] = mapped_column(default=0)
+    """Rows, once they are counted."""
+    passed: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    errored: Mapped[int] = mapped_column(default=0)
+    tallies: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """``criteria``: rows that passed, failed and could not be graded, by name; ``usage``: calls, tokens
+    read and tokens written, by model."""
+    stored_bytes: Mapped[int] = mapped_column(BigInteger)
+    completed: Mapped[datetime | None]
+    """When it ended."""
+
+
+class EvaluationRow(Base):
+    """A row of a run that is graded."""
+
+    __tablename__ = "evaluation_rows"
+    __table_args__ = (UniqueConstraint("run_id", "number"),)
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("evaluation_runs.id"), index=True)
+    number: Mapped[int]
+    """Of the row in its source, from 1."""
+    status: Mapped[str]
+    record: Mapped[dict[str, Any]] = mapped_column(JSONText)
+    """The row as the API returns it."""
+    graded: Mapped[datetime]
+
+
+@dataclass(frozen=True)
+class GradedRow:
+    """What came of one row."""
+
+    status: str
+    record: dict[str, Any]
+    criteria: Mapping[str, str] = field(default_factory=dict)
+    """``pass``, ``fail`` or ``error`` by the name of each criterion."""
+    usage: Sequence[tuple[str, int, int]] = ()
+    """Each call of a model: its name, tokens that it read, and tokens that it wrote."""
+
+
+def create_eval(
+    session: Session,
+    account: str,
+    quotas: AccountQuotas,
+    name: str,
+    definition: Mapping[str, Any],
+    metadata: Mapping[str, str],
+) -> Eval:
+    """A new one.
+
+    Raises:
+        QuotaExceeded: where the account has no room for it.
+    """
+    eval_id, moment, text = "eval_" + random_id(24, SMALL), now(), json.dumps(definition)
+    row = Eval(
+        id=eval_id,
+        account=account,
+        name=name,
+        definition=dict(definition),
+        user_metadata=dict(metadata),
+        stored_bytes=len(text),
+        created=moment,
+        updated=moment,
+    )
+    session.add(row)
+    session.flush()
+    storage.charge(session, account, quotas, stored_bytes=len(text))
+    return row
+
+
+def create_run(
+    session: Session,
+    account: str,
+    quotas: AccountQuotas,
+    *,
+    caller: dict[str, Any],
+    name: str,
+    request: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    eval_id: str,
+) -> EvaluationRun:
+    """Create a run in the queue. The server works on one run of an account at a time.
+
+    Raises:
+        QuotaExceeded: if the account has no space for the request.
+    """
+    run_id = "evalrun_" + random_id(24, SMALL)
+    moment, text = now(), json.dumps(request)
+    run = EvaluationRun(
+        id=run_id,
+        account=account,
+        turn=next_turn(session, EvaluationRun, account),
+        caller=caller,
+        eval_id=eval_id,
+        name=name,
+        request=dict(request),
+        user_metadata=dict(metadata),
+        status=QUEUED,
+        tallies={},
+        stored_bytes=len(text),
+        created=moment,
+        expires=moment + PATIENCE,
+    )
+    session.add(run)
+    session.flush()
+    storage.charge(session, account, quotas, stored_bytes=len(text))
+    return run
+
+
+def get_eval(session: Session, account: str, eval_id: str, *, lock: bool = False) -> Eval | None:
+    """The account's eval."""
+    found = select(Eval).where(Eval.account == account, Eval.id == eval_id)
+    return find_row(session, found, lock=lock)
+
+
+def get_run(
+    session: Session, account: str, run_id: str, *, lock: bool = False
+) -> EvaluationRun | None:
+    """The account's run."""
+    found = select(EvaluationRun).where(
+        EvaluationRun.account == account, EvaluationRun.id == run_id
+    )
+    return find_row(session, found, lock=lock)
+
+
+def done_rows(session: Session, run_id: str) -> set[int]:
+    """Numbers of the rows that are graded."""
+    return set(session.scalars(select(EvaluationRow.number).where(EvaluationRow.run_id == run_id)))
+
+
+def record(
+    session: Session, run: EvaluationRun, quotas: AccountQuotas, number: int, row: GradedRow
+) -> None:
+    """Write down what came of a row, and count it.
+
+    Raises:
+        QuotaExceeded: where the account has no room for it.
+    """
+    text = json.dumps(row.record)
+    session.add(
+        EvaluationRow(
+            run_id=run.id,
+            number=number,
+            status=row.status,
+            record=row.record,
+            graded=now(),
+        )
+    )
+    run.passed += row.status == PASS
+    run.failed += row.status == FAIL
+    run.errored += row.status == ERROR
+    criteria = {**run.tallies.get("criteria", {})}
+    for name, status in row.criteria.items():
+        counts = criteria.get(name, (0, 0, 0))
+        criteria[name] = [
+            count + (status == each)
+            for count, each in zip(counts, (PASS, FAIL, ERROR), strict=True)
+        ]
+    usage = {**run.tallies.get("usage", {})}
+    for model, read, written in row.usage:
+        calls = usage.get(model, (0, 0, 0))
+        usage[model] = [calls[0] + 1, calls[1] + read, calls[2] + written]
+    run.tallies = {"criteria": criteria, "usage": usage}
+    run.stored_bytes += len(text)
+    session.flush()
+    storage.charge(session, run.account, quotas, stored_bytes=len(text))
+
+
+def rows_of(
+    session: Session,
+    run_id: str,
+    limit: int,
+    position: int | None = None,
+    *,
+    status: str | None = None,
+    ascending: bool = True,
+) -> list[EvaluationRow]:
+    """``limit`` rows behind the number ``position``, in the order of the source or against it."""
+    query = select(EvaluationRow).where(EvaluationRow.run_id == run_id)
+    if status is not None:
+        query = query.where(EvaluationRow.status == status)
+    number = EvaluationRow.number
+    return page_of(session, query, number, limit=limit, position=position, ascending=ascending)
+
+
+def end(
+    run: EvaluationRun, status: str, code: str | None = None, message: str | None = None
+) -> None:
+    """End a run that has not ended."""
+    run.status, run.completed = status, now()
+    run.error_code, run.error_message = code, message
+
+
+def delete_run(session: Session, run: EvaluationRun) -> None:
+    """Forget a run, which was read with a lock, and its rows."""
+    session.execute(delete(EvaluationRow).where(EvaluationRow.run_id == run.id))
+    session.delete(run)
+    session.flush()
+    storage.release(session, run.account, stored_bytes=run.stored_bytes)

@@ -1,0 +1,155 @@
+"""Foundation models: the base models of this machine under the ids that Bedrock's clients can use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from luthier.files import luthier_home
+from luthier.library.folders import is_base_here, short_name
+from luthier.library.models import pretrained_models, pretrained_versions
+from luthier.models.base_kinds import KINDS
+from luthier.models.catalog import CATALOG, HubSource
+from luthier.server.tables.arns import Arn, Arns
+from luthier.server.tables.custom_models import CustomModel
+
+
+@dataclass(frozen=True)
+class FoundationModel:
+    """A base model that jobs start from and that can be asked."""
+
+    id: str
+    """``provider.name``: one dot, no colon."""
+    base: str
+    """Its id in luthier, which is also its alias."""
+    provider: str
+    name: str
+    kind: str
+    """One of :data:`luthier.models.base_kinds.KINDS`."""
+    created: datetime | None = None
+    """When it was made here; ``None`` for one of the catalogue."""
+    reads_windows: bool = False
+    """Whether it reads time series, which Bedrock has no word for."""
+
+    @property
+    def root(self) -> str:
+        """Itself, as of a custom model the foundation model at the bottom."""
+        return self.id
+
+    @property
+    def bottom(self) -> str:
+        """The same, as ARNs name it."""
+        return self.id
+
+    def arn(self, arns: Arns) -> str:
+        """Its ARN on the server that ``arns`` are of."""
+        return arns.foundation_model(self.id)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes text; an encoder gives embeddings."""
+        return self.kind == "causal_lm"
+
+    @property
+    def modalities(self) -> tuple[str, str]:
+        """What goes in and what comes out, as Bedrock calls it; empty where it has no word."""
+        if self.reads_windows:
+            return "", ""
+        return KINDS[self.kind].modalities
+
+
+AnyModel = FoundationModel | CustomModel
+"""What answers, what a job starts from, and what teaches."""
+
+
+def foundation_models() -> list[FoundationModel]:
+    """Those of the catalogue, then those that were pre-trained in this store.
+
+    Models of the hub join once they were pulled: no request sets a server to fetching them.
+    """
+    return [*filter(_is_offered, _catalog_entries(tuple(CATALOG))), *_pretrained_here()]
+
+
+def foundation_model(identifier: str) -> FoundationModel | None:
+    """The one with this id, alias or ARN; ``None`` where there is none."""
+    arn = Arn.parse(identifier)
+    if arn is not None and (arn.kind, arn.account) != ("foundation-model", ""):
+        return None
+    # Those of the catalogue first: each request asks, and the others stand on the disk.
+    known = identifier if arn is None else arn.path
+    for model in _catalog_entries(tuple(CATALOG)):
+        # An alias is no part of an ARN.
+        if (known == model.id or (arn is None and known == model.base)) and _is_offered(model):
+            return model
+    for model in _pretrained_here():
+        if known == model.id or (arn is None and known == model.base):
+            return model
+    return None
+
+
+def root_of(model: AnyModel) -> FoundationModel | None:
+    """The foundation model at the bottom of ``model``; ``None`` where it is none of ours."""
+    return model if isinstance(model, FoundationModel) else foundation_model(model.root)
+
+
+def kind_of(model: AnyModel) -> str:
+    """What the base model at the bottom of ``model`` is made for: one of the kinds of the catalogue."""
+    root = root_of(model)
+    if root is None:
+        assert isinstance(model, CustomModel)
+        return str(model.details.get("kind") or "causal_lm")
+    return root.kind
+
+
+def writes(model: AnyModel) -> bool:
+    """Whether ``model`` writes text; an encoder reads it only."""
+    return kind_of(model) == "causal_lm"
+
+
+def _is_offered(model: FoundationModel) -> bool:
+    """Whether a model of the catalogue is here, or is fetched where it is asked for."""
+    return not isinstance(CATALOG[model.base].source, HubSource) or is_base_here(model.base)
+
+
+@lru_cache(maxsize=1)
+def _catalog_entries(ids: tuple[str, ...]) -> tuple[FoundationModel, ...]:
+    found = []
+    for each in map(CATALOG.__getitem__, ids):
+        name, windows = each.name or each.id[:20], each.media == "window"
+        model_id = f"{each.namespace}.{_dotless(each.id)}"
+        found.append(
+            FoundationModel(
+                model_id, each.id, each.provider, name, each.kind, reads_windows=windows
+            )
+        )
+    return tuple(found)
+
+
+def _dotless(name: str) -> str:
+    """``name`` without the dots and underscores that the ids of foundation models must not hold."""
+    return name.replace(".", "-").replace("_", "-")
+
+
+def _pretrained_here() -> tuple[FoundationModel, ...]:
+    # Each request for a custom model asks, and to read the records takes longer than all its rest.
+    return _read_pretrained(luthier_home(), pretrained_versions())
+
+
+@lru_cache(maxsize=8)
+def _read_pretrained(home: Path, versions: tuple[Any, ...]) -> tuple[FoundationModel, ...]:
+    """Those that are in the store ``home``, whose records have these ``versions``."""
+    # A record that another version of luthier wrote may name a kind that this one cannot use.
+    found = []
+    for each in pretrained_models():
+        kind, created = each.manifest.kind or "causal_lm", each.manifest.created
+        if kind not in KINDS:
+            continue
+        name = _dotless(short_name(each.id))
+        moment = datetime.fromisoformat(created) if created else None
+        found.append(
+            FoundationModel(f"luthier.{name}", each.id, "luthier", name[:20], kind, moment)
+        )
+    return tuple(found)

@@ -1,0 +1,138 @@
+"""Imports: custom models that are copied from outside and tried.
+
+An import has a row as long as it goes on; its model is ``Creating`` for just as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.limits import AccountQuotas
+from luthier.server.tables import storage
+from luthier.server.tables.accounts import quotas_of
+from luthier.server.tables.custom_models import ACTIVE, CREATING, FAILED, IMPORTED, CustomModel
+from luthier.server.tables.database import Base
+from luthier.server.tables.queue import QueuedWork, hold, log_file, next_turn
+from luthier.server.tables.text import storable
+
+MOST_CRASHES = 3
+"""So many processes may die over one model."""
+_LONGEST = 2048
+"""Letters of a failure message."""
+
+
+class ModelImport(QueuedWork, Base):
+    """One import."""
+
+    __tablename__ = "model_imports"
+    noun = "the import of model"
+    unknown_memory = 1 << 29
+    """What its process takes by itself, until the files were looked at."""
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """Of the custom model."""
+    seq: Mapped[int] = mapped_column(index=True)
+    """Of the model: the order in which they came."""
+    source: Mapped[str]
+    """Address of the folder."""
+
+    def expire(self, session: Session, why: str, cause: str = "") -> str:
+        """Take the import from a process that died; the model fails after several deaths."""
+        if self.crashes + 1 < MOST_CRASHES:
+            return super().expire(session, why, cause)
+        failure = (
+            f"{self.crashes + 1} processes died one after the other while they looked at the model "
+            f"(the last one: {why}). {cause}"
+        ).rstrip()
+        fail(session, self.id, str(self.lease), failure)
+        # The process may have died before it locked its files, so that nobody else would.
+        log_file(files_name(self.id)).unlink(missing_ok=True)
+        return "the model failed"
+
+
+def files_name(model_id: str) -> str:
+    """What the lock and the log of an import are called."""
+    return f"import-{model_id}"
+
+
+def stored_name(model_id: str) -> str:
+    """Name in the store of a model from outside: no tenant's names ever meet there."""
+    return f"model-{model_id}"
+
+
+def root_name(model_id: str) -> str:
+    """What stands for the foundation model of a model from outside that has none here."""
+    return f"luthier.{IMPORTED}-{model_id}"
+
+
+def create_import(session: Session, model: CustomModel, source: str) -> ModelImport:
+    """Have ``model``, which is ``Creating``, copied from ``source``."""
+    made = ModelImport(
+        id=model.id,
+        seq=model.seq,
+        turn=next_turn(session, ModelImport, model.account),
+        since=model.created,
+        account=model.account,
+        source=source,
+        lease=None,
+        lease_ends=None,
+        worker=None,
+    )
+    session.add(made)
+    session.flush()
+    return made
+
+
+def is_trusted(session: Session, model_id: str) -> bool:
+    """Return whether an administrator created the import of a model."""
+    model = session.scalars(select(CustomModel).filter_by(id=model_id)).one()
+    return bool(model.details.get("trusted"))
+
+
+def complete(
+    session: Session,
+    model_id: str,
+    lease: str,
+    changes: Mapping[str, Any],
+    details: Mapping[str, Any],
+    defaults: AccountQuotas | None = None,
+) -> None:
+    """The model is ``Active``, with ``changes`` to its columns and more ``details``.
+
+    ``defaults`` are the quotas of an account without quotas of its own.
+
+    Raises:
+        LeaseLost: where ``lease`` does not hold it.
+        QuotaExceeded: where the account has no room for it.
+    """
+    model = _end(session, hold(session, ModelImport, model_id, lease))
+    model.status, model.failure = ACTIVE, None
+    for name, value in changes.items():
+        setattr(model, name, value)
+    model.details = {**model.details, **details}
+    session.flush()
+    quotas = quotas_of(session, model.account, defaults or AccountQuotas())
+    storage.charge(session, model.account, quotas, stored_bytes=model.stored_bytes or 0)
+
+
+def fail(session: Session, model_id: str, lease: str, failure: str) -> None:
+    """The model is ``Failed``; its owner reads ``failure``.
+
+    Raises:
+        LeaseLost: where ``lease`` does not hold it.
+    """
+    model = _end(session, hold(session, ModelImport, model_id, lease))
+    model.status, model.failure = FAILED, storable(failure[:_LONGEST])
+    session.flush()
+
+
+def _end(session: Session, row: ModelImport) -> CustomModel:
+    """The model of an import that ends."""
+    model = session.scalars(select(CustomModel).filter_by(id=row.id)).one()
+    assert model.status == CREATING
+    session.delete(row)
+    return model

@@ -1,0 +1,453 @@
+"""Data of the service's clients by address: ``s3://`` in the built-in object store or at an endpoint.
+
+An account reads and writes with its own rights: a bucket of another account is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, TypeVar
+
+from luthier.data.media import MOST_MEDIA_BYTES
+from luthier.data.media_files import is_clutter, is_media, other_files_problem
+from luthier.data.s3 import connection_settings, is_file_name, local_name, split_address
+from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
+from luthier.files import new_file
+from luthier.limits import AccountQuotas
+from luthier.server.tables.database import Database
+from luthier.server.tables.listing import page
+from luthier.server.tables.object_files import READ_SIZE, ObjectFiles
+from luthier.server.tables.objects import UPLOADS, ObjectMetadata, ObjectPiece, Objects, check_key
+
+ROWS = ".jsonl"
+"""Ending of the files that are meant by an address which ends with ``/``."""
+NAMES_BYTES = 255
+"""Of a key, that what is written below an address may take."""
+MOST_ENTRIES = 10_000
+"""Files below a folder at most, where all of them are looked at."""
+MOST_MEDIA_FILES = 100_000
+"""The same of a folder of images or sounds."""
+
+Entry = TypeVar("Entry")
+
+
+class Buckets(Protocol):
+    """What ``s3://`` means. Everything raises :class:`LocationRefused`."""
+
+    def check_bucket(self, account: str, bucket: str) -> None:
+        """Refuse a bucket that the account cannot use."""
+
+    def holds(self, account: str, bucket: str, key: str) -> bool:
+        """Whether the key names an object."""
+
+    def below(
+        self, account: str, bucket: str, prefix: str, most: int | None = None
+    ) -> Iterable[tuple[str, int]]:
+        """The keys that begin with ``prefix``, in order, and the sizes of their objects in bytes.
+
+        Not many more are looked for than ``most``.
+        """
+
+    def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
+        """Copy an object to a file."""
+
+    def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
+        """Let the key name these bytes, or those of a file."""
+
+    def remove(self, account: str, bucket: str, key: str) -> None:
+        """Take back what was written, where this service keeps it."""
+
+
+class Locations:
+    """Reads and writes data by address.
+
+    All raise :class:`LocationRefused` for what cannot be, and :class:`luthier.errors.DownloadError`
+    where another endpoint does not answer, and trying again may help.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        s3_endpoint: str | None = None,
+        files: ObjectFiles | None = None,
+        quotas: AccountQuotas | None = None,
+    ) -> None:
+        """``s3://`` means the buckets of this service, or of another endpoint where one is given.
+
+        ``files`` of the built-in buckets are below the store unless said otherwise; ``quotas`` are
+        those of accounts without quotas of their own.
+        """
+        self._own: Buckets = BuiltInBuckets(Objects(database, files, quotas))
+        self._given: Buckets = ExternalBuckets(s3_endpoint) if s3_endpoint else self._own
+
+    def check(self, account: str, uri: str) -> None:
+        """Refuse an address that is malformed, names nothing, or that the account cannot read."""
+        self._keys(account, _address(uri))
+
+    def check_writable(self, account: str, uri: str) -> None:
+        """Refuse an address below which nothing can be written, or no name has room."""
+        bucket = _writable(f"{uri.rstrip('/')}/{'n' * NAMES_BYTES}").bucket
+        self._buckets(bucket).check_bucket(account, bucket)
+
+    def fetch(self, account: str, uri: str, folder: Path) -> list[tuple[str, Path]]:
+        """Copy what an address names into ``folder``; return each object's address and copy by key.
+
+        A key that ends with ``/`` means all ``.jsonl`` below it; a key below which there are
+        only images or sounds means them, in one folder with those that lie below it. Bytes of the
+        built-in store are compared with the hashes that were recorded when they came.
+
+        Raises:
+            LocationRefused: where there is nothing (any more).
+            CorruptFile: for bytes that are no longer what was stored.
+        """
+        fetched: list[tuple[str, Path]] = []
+        address = _address(uri)
+        keys = self._keys(account, address)
+        if address.folder and is_media(keys[0]):
+            return [(uri, self._fetch_tree(account, address, keys, folder))]
+        for key in keys:
+            target = _free(folder, local_name(key), len(fetched))
+            self._buckets(address.bucket).fetch(account, address.bucket, key, target)
+            fetched.append((f"s3://{address.bucket}/{key}", target))
+        return fetched
+
+    def _fetch_tree(self, account: str, address: _Address, keys: list[str], folder: Path) -> Path:
+        """A folder of the objects below an address, in folders as their keys have them."""
+        root = _free(folder, local_name(address.key.rstrip("/") or address.bucket), 0)
+        names = {key: PurePosixPath(key.removeprefix(address.key)) for key in keys}
+        taken = {parent for name in names.values() for parent in name.parents}
+        for key, name in names.items():
+            parts = key.removeprefix(address.key).split("/")
+            # Keys are no paths: one may lead elsewhere, or be a file and a folder.
+            if name in taken or not all(is_file_name(part) for part in parts):
+                where = f"s3://{address.bucket}/{key}"
+                raise LocationRefused(f"The key of {where} cannot be the path of a file.")
+        for key, name in names.items():
+            self._buckets(address.bucket).fetch(account, address.bucket, key, root / name)
+        return root
+
+    def folder(self, account: str, uri: str) -> list[tuple[str, int]]:
+        """Names and sizes in bytes of the files right below an address, in order.
+
+        The address of a folder may end with ``/`` or not; what lies in folders below it is left out.
+
+        Raises:
+            LocationRefused: where there is none, or too much to look at.
+        """
+        address = _address(uri)
+        prefix = f"{address.key.rstrip('/')}/".lstrip("/")
+        buckets = self._buckets(address.bucket)
+        buckets.check_bucket(account, address.bucket)
+        found = []
+        below = buckets.below(account, address.bucket, prefix, MOST_ENTRIES + 1)
+        for key, size in _at_most(below, f"objects below {uri}"):
+            if (name := key.removeprefix(prefix)) and "/" not in name:
+                found.append((name, size))
+        if not found:
+            raise LocationRefused(f"There is no file right below {uri}.")
+        return found
+
+    def fetch_from(self, account: str, uri: str, name: str, target: Path) -> None:
+        """Copy the file ``name`` right below an address to ``target``; see :meth:`folder`."""
+        address = _address(uri)
+        key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
+        self._buckets(address.bucket).fetch(account, address.bucket, key, target)
+
+    def write(self, account: str, uri: str, name: str, data: bytes | Path) -> str:
+        """Write bytes, or a file's, as ``name`` below an address; the address of what was written.
+
+        ``name`` may hold ``/``.
+        """
+        address = _writable(uri)
+        key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
+        self._buckets(address.bucket).write(account, address.bucket, key, data)
+        return f"s3://{address.bucket}/{key}"
+
+    def remove(self, account: str, addresses: Sequence[str]) -> None:
+        """Take back what :meth:`write` wrote there; what lies outside of this service stays."""
+        for uri in addresses:
+            try:
+                address = _address(uri)
+            except LocationRefused:
+                continue  # nothing could be written there
+            self._buckets(address.bucket).remove(account, address.bucket, address.key)
+
+    def _buckets(self, bucket: str) -> Buckets:
+        """Files that were uploaded through the OpenAI API are here, whatever ``s3://`` else means."""
+        return self._own if bucket == UPLOADS else self._given
+
+    def _keys(self, account: str, address: _Address) -> list[str]:
+        """Keys of the objects that an address names."""
+        bucket, key = address.bucket, address.key
+        buckets = self._buckets(bucket)
+        buckets.check_bucket(account, bucket)
+        if not key and not address.folder:
+            raise LocationRefused(
+                f"s3://{bucket} names a bucket and no object in it. Did you mean s3://{bucket}/?"
+            )
+        if not address.folder:
+            if not buckets.holds(account, bucket, key):
+                is_folder = any(buckets.below(account, bucket, f"{key}/", 1))
+                hint = f" Did you mean s3://{bucket}/{key}/?" if is_folder else ""
+                raise LocationRefused(f"There is no object s3://{bucket}/{key}.{hint}")
+            return [key]
+        what = f"objects below s3://{bucket}/{key}"
+        below = buckets.below(account, bucket, key, MOST_MEDIA_FILES + 1)
+        found = [*_at_most(below, what, MOST_MEDIA_FILES)]
+        names = {each: each.removeprefix(key) for each, _ in found if not each.endswith("/")}
+        files = [
+            (each, size) for each, size in found if each in names and not is_clutter(names[each])
+        ]
+        media = [(each, size) for each, size in files if is_media(each)]
+        rows = [each for each, _ in found if each.endswith(ROWS)]
+        if rows or not media:
+            [*_at_most(found, what)]
+        if rows:
+            return rows
+        if media and len(media) < len(files):
+            others = [names[each] for each, _ in files if not is_media(each)]
+            raise LocationRefused(" ".join(other_files_problem(len(media), others)))
+        for each, size in media:
+            if size > MOST_MEDIA_BYTES:
+                text = f"s3://{bucket}/{each} has {size:,} bytes; an image or a sound has at most "
+                raise LocationRefused(f"{text}{MOST_MEDIA_BYTES:,}.")
+        if not media:
+            text = f"There is no object below s3://{bucket}/{key} whose key ends with {ROWS}"
+            raise LocationRefused(f"{text}, and no image or sound.")
+        return [each for each, _ in media]
+
+
+class BuiltInBuckets:
+    """The buckets of this service."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+
+    def check_bucket(self, account: str, bucket: str) -> None:
+        """Refuse a bucket that the account does not have."""
+        try:
+            self._objects.bucket(account, bucket)
+        except ObjectRefused:
+            raise LocationRefused(f"There is no bucket {bucket}.") from None
+
+    def holds(self, account: str, bucket: str, key: str) -> bool:
+        """Whether the key names an object."""
+        try:
+            self._objects.head(account, bucket, key)
+        except ObjectRefused:
+            return False
+        return True
+
+    def below(
+        self, account: str, bucket: str, prefix: str, most: int | None = None
+    ) -> Iterator[tuple[str, int]]:
+        """The keys that begin with ``prefix``, in order, and their sizes, one page at a time."""
+        start: str | None = ""
+        while start is not None:
+            found = page(self._objects.database, account, bucket, prefix=prefix, start=start)
+            yield from ((each.key, each.size) for each in found.objects)
+            start = found.next
+
+    def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
+        """Copy an object to a file, comparing its bytes with their recorded hashes."""
+        try:
+            content = self._objects.open(account, bucket, key)
+            with new_file(target) as file:
+                for piece in content.pieces:
+                    for data in self._verify(account, piece):
+                        file.write(data)
+        except ObjectRefused:
+            raise LocationRefused(f"There is no object s3://{bucket}/{key} any more.") from None
+        except FileNotFoundError:
+            # Replaced since it was looked up: the new one is meant. If not, the bytes are lost.
+            if self._objects.open(account, bucket, key).ids == content.ids:
+                raise CorruptFile(f"the bytes of s3://{bucket}/{key} are missing") from None
+            self.fetch(account, bucket, key, target)
+
+    def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
+        """Let the key name these bytes, or those of a file."""
+        self.check_bucket(account, bucket)
+        try:
+            check_key(key)
+            with self._objects.begin(account, _size(content)) as writing:
+                for data in _pieces(content):
+                    writing.write(data)
+                written = writing.finish()
+            self._objects.put(account, bucket, key, written, ObjectMetadata())
+        except ObjectRefused as refused:
+            text = f"s3://{bucket}/{key} cannot be written: {refused.message}"
+            raise LocationRefused(text) from None
+        except QuotaExceeded as refused:
+            text = f"s3://{bucket}/{key} cannot be written: {refused}"
+            raise QuotaExceeded(text, refused.quota) from None
+
+    def remove(self, account: str, bucket: str, key: str) -> None:
+        """Remove an object; one that is not there, or whose bucket is not, is no error."""
+        with suppress(ObjectRefused):
+            self._objects.delete(account, bucket, [key])
+
+    def _verify(self, account: str, piece: ObjectPiece) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        files = [(piece.id, piece.size)]
+        for data in self._objects.files.read(account, files, 0, piece.size):
+            digest.update(data)
+            yield data
+        if digest.hexdigest() != piece.sha256:
+            raise CorruptFile(
+                "an object no longer has the bytes that were stored (SHA-256 differs)"
+            )
+
+
+@dataclass(frozen=True)
+class _Address:
+    bucket: str
+    key: str
+    folder: bool
+    """Whether it ends with ``/``."""
+
+
+def _address(uri: str) -> _Address:
+    parts = split_address(uri)
+    if parts is None:
+        text = "A location is s3://bucket/key."
+        raise LocationRefused(text)
+    bucket, key = parts
+    try:
+        if key:
+            check_key(key)
+    except ObjectRefused as refused:
+        raise LocationRefused(refused.message) from None
+    return _Address(bucket, key, uri.endswith("/"))
+
+
+def _writable(uri: str) -> _Address:
+    """An address that jobs may write below."""
+    address = _address(uri)
+    if address.bucket == UPLOADS:
+        text = f"The bucket {UPLOADS} holds files of the OpenAI API alone. Name another one."
+        raise LocationRefused(text)
+    return address
+
+
+def _at_most(below: Iterable[Entry], what: str, most: int | None = None) -> Iterator[Entry]:
+    """All of ``below``, or a refusal where that is too much to look at."""
+    most = MOST_ENTRIES if most is None else most
+    for number, each in enumerate(below, 1):
+        if number > most:
+            raise LocationRefused(f"There are more than {most:,} {what}.")
+        yield each
+
+
+def _free(folder: Path, name: str, number: int) -> Path:
+    """A free path in ``folder`` for the file with this number: two keys can end alike."""
+    path = folder / name
+    while path.exists():  # a key can end like the name that another one's copy was given, too
+        number += 1
+        path = folder / f"{number}-{name}"
+    return path
+
+
+def _size(content: bytes | Path) -> int:
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _pieces(content: bytes | Path) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as file:
+        while data := file.read(READ_SIZE):
+            yield data
+
+
+class ExternalBuckets:
+    """What ``s3://`` means where the service was given an endpoint. Accounts share what it holds."""
+
+    def __init__(self, endpoint: str) -> None:
+        try:
+            import obstore.store  # noqa: F401
+        except ImportError:
+            text = "An S3 endpoint needs the package obstore: pip install 'luthier[s3]'."
+            raise LocationRefused(text) from None
+        self._endpoint = endpoint
+
+    def check_bucket(self, account: str, bucket: str) -> None:
+        """Refuse a bucket that cannot be listed."""
+        import obstore
+
+        with _translate_errors(f"s3://{bucket}"):
+            next(iter(obstore.list(self._store(bucket), chunk_size=1)), None)
+
+    def holds(self, account: str, bucket: str, key: str) -> bool:
+        """Whether the key names an object."""
+        import obstore
+
+        with _translate_errors(f"s3://{bucket}/{key}"):
+            try:
+                obstore.head(self._store(bucket), key)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def below(
+        self, account: str, bucket: str, prefix: str, most: int | None = None
+    ) -> list[tuple[str, int]]:
+        """The keys that begin with ``prefix``, which is empty or ends with ``/``, and their sizes.
+
+        With ``most``, no further ones are asked for as soon as there are so many.
+        """
+        import obstore
+
+        with _translate_errors(f"s3://{bucket}/{prefix}"):
+            batches = obstore.list(self._store(bucket), prefix=prefix.rstrip("/") or None)
+            every = (each for batch in batches for each in batch)
+            found = [(str(each["path"]), int(each["size"])) for each in islice(every, most)]
+            return sorted(found, key=lambda each: each[0].encode())
+
+    def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
+        """Copy one version of an object to a file."""
+        import obstore
+
+        with _translate_errors(f"s3://{bucket}/{key}"), new_file(target) as file:
+            answer = obstore.get(self._store(bucket), key)
+            done = sum(file.write(piece) for piece in answer.stream(min_chunk_size=1 << 23))
+            if done != answer.meta["size"]:
+                raise OSError(f"{answer.meta['size']} bytes were to come, and {done} came")
+
+    def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
+        """Let the key name these bytes."""
+        import obstore
+
+        with _translate_errors(f"s3://{bucket}/{key}"):
+            obstore.put(self._store(bucket), key, content)
+
+    def remove(self, account: str, bucket: str, key: str) -> None:
+        """Nothing: what lies elsewhere is its owner's."""
+
+    def _store(self, bucket: str) -> Any:
+        from obstore.store import S3Store
+
+        return S3Store(bucket, **connection_settings(self._endpoint))
+
+
+@contextmanager
+def _translate_errors(what: str) -> Iterator[None]:
+    """Turn what the endpoint says into an error of ours, without its address and our keys."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        # Some operations have no error of their own for a status, and say it in their text alone.
+        status = re.search(r"status code: (4[0-9]{2})\b", str(error))
+        if isinstance(error, FileNotFoundError) or (status and status[1] == "404"):
+            raise LocationRefused(f"There is nothing at {what}.") from None
+        if isinstance(error, PermissionError) or (status and status[1] in ("401", "403")):
+            raise LocationRefused(f"The service may not read or write {what}.") from None
+        raise DownloadError(f"{what} could not be reached ({type(error).__name__}).") from error

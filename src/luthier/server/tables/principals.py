@@ -1,0 +1,365 @@
+"""Users of accounts with their roles, and the keys of users.
+
+The database stores the secret of an access key sealed, because signatures need it, and only the hash of
+an API key. Both are shown once, when they are made.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TypeVar
+
+from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.errors import CorruptFile, RefusedInput
+from luthier.escaping import list_some
+from luthier.files import luthier_home
+from luthier.server.tables.accounts import Account, account_of, invalidate_caches
+from luthier.server.tables.database import Base, new_id, now
+from luthier.server.tables.secrets import ENVIRONMENT, KEY_FILE, Sealing, has_server_key, server_key
+
+ROLES = ("administrator", "developer", "invoker", "read-only")
+"""Roles of users and keys; :mod:`luthier.server.roles` has their permissions."""
+ISSUED, BOOTSTRAP = "issued", "bootstrap"
+"""Where a key comes from."""
+SHORT_TERM = "bedrock-api-key-"
+"""Beginning of keys that are signed by a client and not issued here."""
+_NAMED = 5
+"""So many access keys that do not open are named; the others are counted."""
+_log = logging.getLogger("luthier.server")
+_NAME = re.compile(r"[A-Za-z0-9_+=,.@-]{1,64}")
+_ACCESS_KEY = re.compile(r"[A-Za-z0-9_.+=@-]{1,128}")
+_PRINTABLE = re.compile(r"[!-~]{1,512}")
+
+
+class User(Base):
+    """A principal: a person or a program of one account."""
+
+    __tablename__ = "users"
+    __table_args__ = (UniqueConstraint("account", "name"),)
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    account: Mapped[str] = mapped_column(ForeignKey("accounts.id"), index=True)
+    name: Mapped[str]
+    role: Mapped[str]
+    """One of ``ROLES``."""
+    disabled: Mapped[bool] = mapped_column(default=False)
+    created: Mapped[datetime]
+
+    @property
+    def unique_id(self) -> str:
+        """``AIDA…``, as AWS has it: a user made again under the name of an earlier one has another."""
+        text = f"{self.seq} {self.account} {self.name} {self.created.isoformat()}"
+        return "AIDA" + base64.b32encode(hashlib.sha256(text.encode()).digest()).decode()[:17]
+
+
+class AccessKey(Base):
+    """An access key that signs requests."""
+
+    __tablename__ = "access_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    account: Mapped[str] = mapped_column(index=True)
+    user: Mapped[int] = mapped_column(ForeignKey("users.seq"), index=True)
+    sealed: Mapped[bytes]
+    role: Mapped[str | None]
+    """Role that limits what the key may do beyond the user's; ``None`` for the user's alone."""
+    origin: Mapped[str]
+    disabled: Mapped[bool] = mapped_column(default=False)
+    created: Mapped[datetime]
+
+
+class ApiKey(Base):
+    """A bearer key."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    """SHA-256 of the key, hexadecimal. Keys are random: there is nothing to guess, nothing to salt."""
+    shown: Mapped[str]
+    """Its first letters, to be recognised by."""
+    label: Mapped[str]
+    account: Mapped[str] = mapped_column(index=True)
+    user: Mapped[int] = mapped_column(ForeignKey("users.seq"), index=True)
+    role: Mapped[str | None]
+    """As of an access key."""
+    origin: Mapped[str]
+    expires: Mapped[datetime | None]
+    disabled: Mapped[bool] = mapped_column(default=False)
+    created: Mapped[datetime]
+
+
+Key = TypeVar("Key", AccessKey, ApiKey)
+
+
+@dataclass(frozen=True)
+class Principal:
+    """A user as a key proves it."""
+
+    account: str
+    user: str
+    roles: tuple[str, ...]
+    """Role of the user, and of the key if it has its own."""
+    expires: datetime | None = None
+    """After this moment the key proves nothing."""
+    secret: str = field(default="", repr=False)
+    """Of the access key; empty for an API key."""
+    id: str = ""
+    """``AIDA…``, as AWS identifies a user."""
+
+
+def signer(session: Session, access_key: str, sealing: Sealing) -> Principal | None:
+    """Whose access key it is; ``None`` unless all may be used and its secret opens."""
+    found = _usable(session, AccessKey, AccessKey.id == access_key)
+    if found is None:
+        return None
+    key, user = found
+    try:
+        secret = sealing.open(key.sealed, key.id)
+    except CorruptFile as error:
+        _log.warning("%s", error)
+        return None
+    return Principal(user.account, user.name, _roles(user, key), secret=secret, id=user.unique_id)
+
+
+def matching_server_key(session: Session) -> bytes:
+    """The server's key, which opens the secrets of all access keys; made where there are none yet.
+
+    Raises:
+        CorruptFile: where there are secrets that it does not open, or no key for those that there are.
+        LuthierError: as :func:`luthier.server.tables.secrets.server_key`.
+    """
+    query = select(AccessKey.id, AccessKey.sealed).order_by(AccessKey.created)
+    rows = session.execute(query).all()
+    if rows and not has_server_key():
+        raise CorruptFile(f"there is no server key, {_without_key([row.id for row in rows])}")
+    key = server_key()
+    sealing = Sealing(key)
+    closed = [row.id for row in rows if not sealing.opens(row.sealed, row.id)]
+    if closed:
+        raise CorruptFile(f"the server key is another one, {_without_key(closed)}")
+    return key
+
+
+def _without_key(access_keys: Sequence[str]) -> str:
+    """Which access keys need another key of the server, and what to do."""
+    names = list_some(access_keys, _NAMED)
+    return (
+        f"and access keys do not open without the one they were made under ({names}): put the "
+        f"{KEY_FILE} of that time back into {luthier_home()}, or give it in {ENVIRONMENT}. To go on "
+        "without these access keys, remove each: luthier admin keys remove ID"
+    )
+
+
+def bearer(session: Session, digest: str) -> Principal | None:
+    """Whose API key has this SHA-256; ``None`` unless key, user and account may be used."""
+    found = _usable(session, ApiKey, ApiKey.digest == digest)
+    if found is None:
+        return None
+    key, user = found
+    return Principal(user.account, user.name, _roles(user, key), key.expires, id=user.unique_id)
+
+
+def _roles(user: User, key: AccessKey | ApiKey) -> tuple[str, ...]:
+    return (user.role,) if key.role is None else (user.role, key.role)
+
+
+def _usable(
+    session: Session, table: type[Key], wanted: ColumnElement[bool]
+) -> tuple[Key, User] | None:
+    """The key and its user, unless one of them or their account is disabled."""
+    row = session.execute(
+        select(table, User, Account)
+        .join(User, User.seq == table.user)
+        .join(Account, Account.id == User.account)
+        .where(wanted)
+    ).one_or_none()
+    if row is None or any(part.disabled for part in row):
+        return None
+    return row[0], row[1]
+
+
+def active_role(session: Session, account: str, name: str) -> str | None:
+    """Return the user's role; ``None`` for a user or account that is disabled or removed."""
+    row = session.execute(
+        select(User, Account)
+        .join(Account, Account.id == User.account)
+        .where(User.account == account, User.name == name)
+    ).one_or_none()
+    if row is None or any(part.disabled for part in row):
+        return None
+    user: User = row[0]
+    return user.role
+
+
+def check_role(name: str) -> str:
+    """Return ``name`` if it is a role; raises :class:`RefusedInput` otherwise."""
+    if name not in ROLES:
+        raise RefusedInput(f"{name!r} is not a role. Choose one of {', '.join(ROLES)}")
+    return name
+
+
+def digest_of(key: str) -> str:
+    """SHA-256 of an API key, as it is kept."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def create_user(session: Session, account: str, name: str, role: str = "read-only") -> User:
+    """Add a user."""
+    account_of(session, account)
+    if not _NAME.fullmatch(name):
+        raise RefusedInput(f"{name!r} is no user name: 1 to 64 of A-Z a-z 0-9 _ + = , . @ -")
+    if find_user(session, account, name) is not None:
+        raise RefusedInput(f"account {account} has a user {name} already")
+    user = User(account=account, name=name, role=check_role(role), disabled=False, created=now())
+    session.add(user)
+    session.flush()
+    invalidate_caches(session)
+    return user
+
+
+def user_of(session: Session, account: str, name: str) -> User:
+    """A user; raises :class:`RefusedInput` where there is none."""
+    found = find_user(session, account, name)
+    if found is None:
+        raise RefusedInput(f"account {account} has no user {name}")
+    return found
+
+
+def find_user(session: Session, account: str, name: str) -> User | None:
+    """A user; ``None`` where there is none."""
+    return session.scalar(select(User).where(User.account == account, User.name == name))
+
+
+def users(session: Session, account: str | None = None) -> list[User]:
+    """Users of one account, or of all."""
+    query = select(User).order_by(User.account, User.name)
+    return list(session.scalars(query if account is None else query.where(User.account == account)))
+
+
+def set_role(session: Session, user: User, role: str) -> None:
+    """Change the role of a user, and so of all keys without their own."""
+    user.role = check_role(role)
+    invalidate_caches(session)
+
+
+def disable_user(session: Session, user: User, disabled: bool = True) -> None:
+    """Let no key of the user in any more, or let them in again."""
+    user.disabled = disabled
+    invalidate_caches(session)
+
+
+def remove_user(session: Session, user: User) -> None:
+    """Remove a user and all its keys."""
+    for key in (*access_keys(session, user), *api_keys(session, user)):
+        session.delete(key)
+    session.flush()
+    session.delete(user)
+    invalidate_caches(session)
+
+
+def create_access_key(
+    session: Session,
+    user: User,
+    sealing: Sealing,
+    access_key: str | None = None,
+    secret: str | None = None,
+    origin: str = ISSUED,
+    role: str | None = None,
+) -> tuple[AccessKey, str]:
+    """A new access key and its secret; both are drawn unless they are given."""
+    access_key = access_key or "AKIA" + base64.b32encode(secrets.token_bytes(10)).decode()
+    secret = secret or secrets.token_urlsafe(30)
+    if not _ACCESS_KEY.fullmatch(access_key):
+        raise RefusedInput("an access key id is 1 to 128 of A-Z a-z 0-9 _ . + = @ -")
+    if not _PRINTABLE.fullmatch(secret):
+        raise RefusedInput("a secret access key is 1 to 512 letters without blanks")
+    if session.get(AccessKey, access_key) is not None:
+        raise RefusedInput(f"there is an access key {access_key} already")
+    key = AccessKey(
+        id=access_key,
+        account=user.account,
+        user=user.seq,
+        sealed=sealing.seal(secret, access_key),
+        role=role and check_role(role),
+        origin=origin,
+        disabled=False,
+        created=now(),
+    )
+    session.add(key)
+    invalidate_caches(session)
+    return key, secret
+
+
+def create_api_key(
+    session: Session,
+    user: User,
+    expires: datetime | None = None,
+    label: str = "",
+    key: str | None = None,
+    origin: str = ISSUED,
+    role: str | None = None,
+) -> tuple[ApiKey, str]:
+    """A new API key, and its text, which nobody can tell again."""
+    text = key or f"sk-{secrets.token_urlsafe(36)}"
+    if not _PRINTABLE.fullmatch(text) or text.startswith(SHORT_TERM):
+        raise RefusedInput("an API key is 1 to 512 letters without blanks, such as sk-…")
+    if session.scalar(select(ApiKey.id).where(ApiKey.digest == digest_of(text))) is not None:
+        raise RefusedInput("this API key is in use already")
+    made = ApiKey(
+        id=new_id(),
+        digest=digest_of(text),
+        shown=text[:7] if len(text) >= 24 else text[:3],
+        label=label,
+        account=user.account,
+        user=user.seq,
+        role=role and check_role(role),
+        origin=origin,
+        expires=expires,
+        disabled=False,
+        created=now(),
+    )
+    session.add(made)
+    invalidate_caches(session)
+    return made, text
+
+
+def access_keys(session: Session, user: User) -> list[AccessKey]:
+    """Access keys of a user, the oldest first."""
+    query = select(AccessKey).where(AccessKey.user == user.seq)
+    return list(session.scalars(query.order_by(AccessKey.created)))
+
+
+def api_keys(session: Session, user: User) -> list[ApiKey]:
+    """API keys of a user, the oldest first."""
+    query = select(ApiKey).where(ApiKey.user == user.seq)
+    return list(session.scalars(query.order_by(ApiKey.created)))
+
+
+def key_of(session: Session, identifier: str) -> AccessKey | ApiKey:
+    """A key of either kind by its id; raises :class:`RefusedInput` where there is none."""
+    found = session.get(AccessKey, identifier) or session.get(ApiKey, identifier)
+    if found is None:
+        raise RefusedInput(f"there is no key {identifier}")
+    return found
+
+
+def disable_key(session: Session, key: AccessKey | ApiKey, disabled: bool = True) -> None:
+    """Let the key in no more, or again."""
+    key.disabled = disabled
+    invalidate_caches(session)
+
+
+def remove_key(session: Session, key: AccessKey | ApiKey) -> None:
+    """Forget the key."""
+    session.delete(key)
+    invalidate_caches(session)

@@ -1,0 +1,217 @@
+"""Deletion of custom models and of their files.
+
+The record is deleted first, then the files. A mark in the folder, written before the record is deleted,
+lets :func:`finish_deletions` delete the files if the process dies in between. The mark also keeps the
+folder of a deleted model that other models need.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.errors import CorruptFile, RecipeError, WrongState
+from luthier.files import write_bytes
+from luthier.library.folders import (
+    custom_folders,
+    folder_of,
+    id_of,
+    remove_side_files,
+    split_id,
+)
+from luthier.library.models import custom_models, lock_record
+from luthier.models.manifest import MANIFEST
+from luthier.server.tables import exports, storage, tags
+from luthier.server.tables.arns import Arn, Arns
+from luthier.server.tables.custom_models import CREATING, RESERVED, CustomModel
+from luthier.server.tables.database import Database
+from luthier.server.tables.endpoints import DEPLOYMENT, Endpoint, endpoint_that_uses
+from luthier.server.tables.foundation import FoundationModel
+from luthier.server.tables.imports import files_name, stored_name
+from luthier.server.tables.jobs import Job, job_of_run, run_name
+from luthier.server.tables.queue import log_file
+
+_REMOVED = ".removed"
+"""Mark in the folder of a model whose record is deleted."""
+
+
+class ModelInUse(WrongState):
+    """A custom model that is in use cannot be deleted."""
+
+
+def delete(database: Database, arns: Arns, model: CustomModel) -> None:
+    """Delete the record and tags of ``model``, then its files.
+
+    Raises:
+        ModelInUse: see :func:`remove`.
+    """
+    folder = folder_of(model.stored_id)
+    try:
+        with database.write() as session:
+            found = session.get(CustomModel, model.seq, with_for_update=True)
+            if found is not None:
+                remove(session, found, found.arn(arns))
+                if folder is not None and folder.is_dir():
+                    write_bytes(folder / _REMOVED, b"")
+    except BaseException:
+        if folder is not None:
+            (folder / _REMOVED).unlink(missing_ok=True)
+        raise
+    # An import that fails unexpectedly leaves its log.
+    log_file(files_name(model.id)).unlink(missing_ok=True)
+    remove_files(model.stored_id)
+
+
+def remove(session: Session, model: CustomModel, arn: str) -> None:
+    """Delete the record of ``model``, which the session has locked, and the tags of ``arn``.
+
+    Call :func:`remove_files` after the transaction.
+
+    Raises:
+        ModelInUse: if a deployment or provisioned throughput serves the model, an unfinished job starts
+            from it, an export reads it, or its import has not ended.
+    """
+    if model.status == CREATING:
+        text = f"The model {model.name} is Creating. Wait until it is Active or Failed."
+        raise ModelInUse(text)
+    endpoint = endpoint_that_uses(session, arn)
+    if endpoint is not None and endpoint.kind == DEPLOYMENT:
+        raise ModelInUse(
+            f"The model {model.name} is deployed as {endpoint.name}. Delete that deployment first, by "
+            f"DeleteCustomModelDeployment (customModelDeploymentIdentifier {endpoint.name})."
+        )
+    if endpoint is not None:
+        raise ModelInUse(
+            f"The model {model.name} has the provisioned throughput {endpoint.name}. Delete that "
+            f"first, by DeleteProvisionedModelThroughput (provisionedModelId {endpoint.name})."
+        )
+    started = select(Job.seq).where(
+        Job.account == model.account, Job.base_model == arn, Job.is_unfinished()
+    )
+    if session.scalar(started.limit(1)) is not None:
+        raise ModelInUse(f"A job that has not ended starts from the model {model.name}.")
+    if exports.is_exported(session, arn):
+        raise ModelInUse(f"The model {model.name} is being exported. Stop its exports, or wait.")
+    tags.drop(session, arn)
+    session.delete(model)
+    session.flush()
+    storage.release(session, model.account, stored_bytes=model.stored_bytes or 0)
+
+
+def unregister(session: Session, model: CustomModel, arns: Arns) -> None:
+    """Take ``model``, which the command line made, from its account; its files stay as they were.
+
+    ``model`` was read with a lock. Its name is free then, and it no longer counts in quotas.
+
+    Raises:
+        WrongState: for a model that the service made or took in: its files are the account's alone.
+            :class:`ModelInUse`: see :func:`remove`.
+        RecipeError: where ``arns`` are of another region than the one that its server names.
+    """
+    own = model.job_id is not None or split_id(model.stored_id or "")[1] in (
+        "",
+        stored_name(model.id),
+    )
+    if own:
+        raise WrongState(
+            f"{model.name} was made by a job of account {model.account}, or brought in from outside, "
+            "and was never one of the command line. Its clients delete it; `luthier models export` "
+            "writes a copy"
+        )
+    arn, path = model.arn(arns), f":{model.account}:custom-model/{model.foundation}/{model.id}"
+    # By ARNs of another region nothing would be found that uses it.
+    for column in (Endpoint.model, Endpoint.next_model, Job.base_model, exports.ModelExport.model):
+        named = session.scalar(select(column).where(column.endswith(path), column != arn).limit(1))
+        if named is not None and (found := Arn.parse(named)) is not None:
+            raise RecipeError(
+                f"the server's ARNs of {model.name} name the region {found.region}: give `--region "
+                f"{found.region}`"
+            )
+    remove(session, model, arn)
+
+
+def users_of_base(database: Database, base: FoundationModel) -> list[str]:
+    """What accounts have that stands on ``base``: models, jobs that have not ended, endpoints."""
+    models = select(CustomModel).where(CustomModel.root == base.id, CustomModel.status != RESERVED)
+    jobs = select(Job).where(Job.foundation == base.id, Job.is_unfinished())
+    endpoints = select(Endpoint).where(Endpoint.foundation == base.id)
+    with database.read() as session:
+        return [
+            f"{what} {each.name} of account {each.account}"
+            for what, query in (
+                ("the custom model", models.order_by(CustomModel.seq)),
+                ("the job", jobs.order_by(Job.seq)),
+                ("the endpoint", endpoints.order_by(Endpoint.seq)),
+            )
+            for each in session.scalars(query)
+        ]
+
+
+def finish_deletions(database: Database) -> None:
+    """Delete the files of models whose deletion was interrupted after their record was deleted."""
+    for folder in custom_folders(_REMOVED):
+        stored_id = id_of(folder)
+        if owner_of(database, stored_id) is not None:
+            (folder / _REMOVED).unlink(missing_ok=True)
+        else:
+            remove_files(stored_id)
+
+
+def owner_of(database: Database, stored_id: str) -> str | None:
+    """The account that a stored model belongs to; ``None`` for one of the command line."""
+    with database.read() as session:
+        owner = select(CustomModel.account).where(CustomModel.stored_id == stored_id).limit(1)
+        return session.scalar(owner)
+
+
+def is_removed(stored_id: str) -> bool:
+    """Return whether a model was deleted while other models still need its files."""
+    folder = folder_of(stored_id)
+    return folder is not None and (folder / _REMOVED).exists()
+
+
+def count_without_account(database: Database) -> int:
+    """How many custom models of this store belong to no account: those of the command line."""
+    here = {
+        id_of(folder)
+        for folder in custom_folders(MANIFEST)
+        # A job's stands here a moment before its account has it.
+        if not folder.name.startswith((".", run_name("")))
+    }
+    with database.read() as session:
+        own = here.difference(session.scalars(select(CustomModel.stored_id)))
+    return sum(not is_removed(stored_id) for stored_id in own)
+
+
+def remove_files(stored_id: str | None) -> None:
+    """Delete the files of a model without a record, its run and the log of its job.
+
+    If another model needs the model's folder, the folder stays with a mark.
+    """
+    if stored_id is None or folder_of(stored_id) is None:
+        return
+    remove_side_files(stored_id)
+    log_file(job_of_run(split_id(stored_id)[1])).unlink(missing_ok=True)
+    stored = {each.id: each for each in custom_models()}
+    found = stored.get(stored_id)
+    if found is None:
+        return
+    if any(each.manifest.parent == found.id for each in stored.values()):
+        write_bytes(found.folder / _REMOVED, b"")
+        return
+    # A process that changes the record under the lock would write the folder again.
+    with suppress(CorruptFile), lock_record(found):
+        shutil.rmtree(found.folder, ignore_errors=True)
+    shutil.rmtree(found.folder, ignore_errors=True)  # without a record, too
+    remove_unneeded(found.manifest.parent)
+
+
+def remove_unneeded(stored_id: str | None) -> None:
+    """Delete the files of a model that was deleted before, unless another model needs them."""
+    found = next((each for each in custom_models() if each.id == stored_id), None)
+    # Models of the CLI have no record, and no mark.
+    if found is not None and (found.folder / _REMOVED).is_file():
+        remove_files(stored_id)

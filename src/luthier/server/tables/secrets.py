@@ -1,0 +1,120 @@
+"""The server's key, and secrets encrypted under it.
+
+Signatures need the secret of an access key itself, so it cannot be hashed; it is kept encrypted
+(AES-256-GCM), and the key is not in the database.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from luthier.errors import CorruptFile, LuthierError, RefusedInput
+from luthier.files import lock, luthier_home, new_file
+
+ENVIRONMENT = "LUTHIER_SERVER_KEY"
+KEY_FILE = "server.key"
+"""Its name in the store."""
+KEY_BYTES, _NONCE_BYTES = 32, 12
+_VERSION = b"\x01"
+
+
+def has_server_key() -> bool:
+    """Whether there is a server's key, so that :func:`server_key` makes none."""
+    return bool(os.environ.get(ENVIRONMENT)) or (luthier_home() / KEY_FILE).exists()
+
+
+def server_key(folder: Path | None = None) -> bytes:
+    """The server's 32 bytes: from ``LUTHIER_SERVER_KEY``, else ``server.key`` in the store.
+
+    The file is made at the first call, readable by its owner alone. Where there may be access keys
+    already, :func:`luthier.server.tables.principals.matching_server_key` is the one to call.
+
+    Raises:
+        RefusedInput: for a variable that is not 32 bytes in base64.
+        LuthierError: for a file that others may read, or that is no key.
+    """
+    given = os.environ.get(ENVIRONMENT)
+    if given:
+        return _parse_key(given, ENVIRONMENT)
+    path = (folder or luthier_home()) / KEY_FILE
+    if not path.exists():
+        # Of several processes that start at once, one makes it.
+        with lock(path.with_name(f"{KEY_FILE}.lock"), wait=True):
+            if not path.exists():
+                with new_file(path, mode=0o600) as file:
+                    file.write(base64.b64encode(secrets.token_bytes(KEY_BYTES)) + b"\n")
+    if path.stat().st_mode & 0o077:
+        raise LuthierError(f"{path} can be read by others; chmod 600 {path}")
+    try:
+        return _parse_key(path.read_text().strip(), str(path))
+    except (RefusedInput, UnicodeDecodeError) as error:
+        raise CorruptFile(f"{path} is not 32 bytes in base64") from error
+
+
+class Sealing:
+    """Encrypts and decrypts secrets; each is bound to a name, and opens under no other."""
+
+    def __init__(self, key: bytes) -> None:
+        """``key`` is the server's."""
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        self._cipher = AESGCM(hmac.digest(key, b"luthier: secrets of access keys", "sha256"))
+
+    def seal(self, secret: str, name: str) -> bytes:
+        """``secret`` encrypted, as :meth:`seal_bytes` does it."""
+        return self.seal_bytes(secret.encode(), name)
+
+    def open(self, sealed: bytes, name: str) -> str:
+        """What was sealed for ``name``; raises as :meth:`open_bytes`."""
+        return self.open_bytes(sealed, name).decode()
+
+    def opens(self, sealed: bytes, name: str) -> bool:
+        """Whether :meth:`open` tells what was sealed for ``name``."""
+        try:
+            self.open_bytes(sealed, name)
+        except CorruptFile:
+            return False
+        return True
+
+    def seal_bytes(self, data: bytes, name: str) -> bytes:
+        """Return ``data`` encrypted: version (1 byte), nonce (12), ciphertext and tag.
+
+        Random nonces are safe for 2**32 messages under one key.
+        """
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        return _VERSION + nonce + self._cipher.encrypt(nonce, data, name.encode())
+
+    def open_bytes(self, sealed: bytes, name: str) -> bytes:
+        """What was sealed for ``name``.
+
+        Raises:
+            CorruptFile: where it was sealed under another key or for another name, or was changed.
+        """
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            if sealed[:1] != _VERSION:
+                raise InvalidTag
+            nonce, encrypted = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
+            return self._cipher.decrypt(nonce, encrypted, name.encode())
+        except (InvalidTag, ValueError) as error:
+            raise CorruptFile(
+                f"the secret of {name} does not open with this server's key; give back the "
+                f"server.key or {ENVIRONMENT} that it was made under"
+            ) from error
+
+
+def _parse_key(text: str, where: str) -> bytes:
+    """Return the 32 bytes of a key in base64; :class:`RefusedInput` names ``where`` the key stands."""
+    try:
+        key = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise RefusedInput(f"{where} is not base64") from error
+    if len(key) != KEY_BYTES:
+        raise RefusedInput(f"{where} has {len(key)} bytes; it needs {KEY_BYTES}, in base64")
+    return key

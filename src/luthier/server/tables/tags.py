@@ -1,0 +1,70 @@
+"""Tags: words that an account puts on what it owns, by ARN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.errors import RefusedInput
+from luthier.server.tables.database import Base
+
+MOST_TAGS = 50
+"""On one resource, as on AWS."""
+
+
+class TooManyTags(RefusedInput):
+    """A resource would have more tags than it may."""
+
+    def __init__(self, resource: str) -> None:
+        super().__init__(f"A resource can have at most {MOST_TAGS} tags.")
+        self.resource = resource
+
+
+class Tag(Base):
+    """One key on one resource."""
+
+    __tablename__ = "tags"
+
+    resource: Mapped[str] = mapped_column(primary_key=True)
+    """Its ARN, which says whose it is."""
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+
+def put(session: Session, resource: str, tags: Mapping[str, str]) -> None:
+    """Set values by key; other keys stay as they are.
+
+    Raises:
+        TooManyTags: where there would be more than ``MOST_TAGS``; nothing is set then.
+    """
+    there = {tag.key: tag for tag in _of(session, resource)}
+    if len(there.keys() | tags.keys()) > MOST_TAGS:
+        raise TooManyTags(resource)
+    for key, value in tags.items():
+        if key in there:
+            there[key].value = value
+        else:
+            session.add(Tag(resource=resource, key=key, value=value))
+    session.flush()
+
+
+def remove(session: Session, resource: str, keys: Iterable[str]) -> None:
+    """Take keys away; those that are not there are passed over."""
+    session.execute(delete(Tag).where(Tag.resource == resource, Tag.key.in_(list(keys))))
+
+
+def drop(session: Session, resource: str) -> None:
+    """Take all away: the resource is gone."""
+    session.execute(delete(Tag).where(Tag.resource == resource))
+
+
+def read(session: Session, resource: str) -> dict[str, str]:
+    """Values by key, in the order of the keys."""
+    return {tag.key: tag.value for tag in _of(session, resource)}
+
+
+def _of(session: Session, resource: str) -> list[Tag]:
+    found = select(Tag).where(Tag.resource == resource).order_by(Tag.key)
+    return list(session.scalars(found))

@@ -1,0 +1,132 @@
+"""What each account used on each day (UTC), by the model that answered.
+
+Rows are only ever added to. They say what an account did, and stay when it is removed, as its audit log
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import date, timedelta
+from typing import Any
+
+from sqlalchemy import BigInteger, case, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.errors import RefusedInput
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.database import Base, dialect_insert
+
+LONGEST_REPORT = timedelta(days=3660)
+
+
+class DailyUsage(Base):
+    """What one account used on one day, of one model or beside models."""
+
+    __tablename__ = "usage"
+
+    account: Mapped[str] = mapped_column(primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    """Id of the model in the store; empty for what no model answered."""
+    requests: Mapped[int] = mapped_column(BigInteger)
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    generated_tokens: Mapped[int] = mapped_column(BigInteger)
+    training_seconds: Mapped[float]
+    bytes_in: Mapped[int] = mapped_column(BigInteger)
+    bytes_out: Mapped[int] = mapped_column(BigInteger)
+    stored_bytes: Mapped[int] = mapped_column(BigInteger)
+    """The most that was stored when it was looked at, once a minute."""
+
+
+@dataclass
+class Usage:
+    """Amounts of what was used."""
+
+    requests: int = 0
+    """Requests of a known key, beside the model that answered them, and lines of batches."""
+    prompt_tokens: int = 0
+    """Tokens that models read; of embeddings as well."""
+    generated_tokens: int = 0
+    """Tokens that models wrote until their answers ended, or their clients hung up."""
+    training_seconds: float = 0.0
+    """Seconds on the clock that workers had jobs in hand, validation and waiting for data included."""
+    bytes_in: int = 0
+    """Of the bodies of requests."""
+    bytes_out: int = 0
+    """Of the bodies of answers."""
+    stored_bytes: int = 0
+    """The most that was stored when it was looked at, once a minute."""
+
+    def add(self, other: Usage) -> None:
+        """Add ``other``; of what is stored the larger one counts."""
+        for each in fields(self):
+            mine, more = getattr(self, each.name), getattr(other, each.name)
+            setattr(self, each.name, max(mine, more) if each.name == _PEAK else mine + more)
+
+
+CountUsage = Callable[[str, str, Usage], None]
+"""Counts what an account used, of the model with a stored id or of none."""
+_PEAK = "stored_bytes"
+_AMOUNTS = tuple(each.name for each in fields(Usage))
+
+
+def add_usage(session: Session, used: Mapping[tuple[date, str, str], Usage]) -> None:
+    """Add what was ``used``, by day, account and model."""
+    if not used:
+        return
+    # In one order, so that two servers that write at once wait for each other and never cross.
+    rows = [
+        {"account": account, "day": day, "model": model, **asdict(each)}
+        for (day, account, model), each in sorted(used.items(), key=lambda pair: pair[0])
+    ]
+    fresh = dialect_insert(session, DailyUsage)
+    table = DailyUsage.__table__.c
+    changes: dict[str, Any] = {
+        name: table[name] + fresh.excluded[name] for name in _AMOUNTS if name != _PEAK
+    }
+    larger = fresh.excluded[_PEAK] > table[_PEAK]
+    changes[_PEAK] = case((larger, fresh.excluded[_PEAK]), else_=table[_PEAK])
+    statement = fresh.on_conflict_do_update(
+        index_elements=["account", "day", "model"], set_=changes
+    )
+    session.execute(statement, rows)
+
+
+def report(
+    session: Session, first: date, last: date, account: str | None = None
+) -> list[dict[str, Any]]:
+    """What was used from ``first`` to ``last``, by day, account and model, ready for JSON.
+
+    Custom models are called by their names as long as they are there.
+
+    Raises:
+        RefusedInput: for days in the wrong order, or too many of them.
+    """
+    if not timedelta(0) <= last - first <= LONGEST_REPORT:
+        raise RefusedInput(
+            f"a report is from a day to a later one, over {LONGEST_REPORT.days} days at most"
+        )
+    query = (
+        select(DailyUsage, CustomModel.name)
+        .outerjoin(
+            CustomModel,
+            (CustomModel.stored_id == DailyUsage.model)
+            & (CustomModel.account == DailyUsage.account)
+            & (DailyUsage.model != ""),
+        )
+        .where(DailyUsage.day.between(first, last))
+        .order_by(DailyUsage.day, DailyUsage.account, DailyUsage.model)
+    )
+    if account is not None:
+        query = query.where(DailyUsage.account == account)
+    return [
+        {
+            "day": row.day.isoformat(),
+            "account": row.account,
+            "model": name or row.model,
+            **{amount: getattr(row, amount) for amount in _AMOUNTS},
+        }
+        for row, name in session.execute(query)
+    ]

@@ -1,0 +1,188 @@
+"""Nearest neighbours: which rows of a collection are nearest to a query, by a model's embeddings.
+
+The search is exact: one matrix product (:func:`luthier.evaluation.retrieval.nearest`). What takes time
+is to embed the collection, so a file can keep that. It holds the embedding of each content by its
+SHA-256 and nothing of the content itself, and belongs to one model with its weights; whatever was
+renamed is still known, and whatever was changed is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.shapes.media import MediaRow
+from luthier.errors import CorruptFile, RecipeError
+from luthier.files import write_bytes
+from luthier.inference.embeddings import check_embeds
+
+if TYPE_CHECKING:
+    from luthier.inference.prediction import Predictor
+    from luthier.library.models import StoredModel
+    from luthier.types import Row
+
+MOST_ROWS = 1_000_000
+"""Of a collection; their embeddings are held in memory."""
+FORM = "luthier-embeddings-2"
+"""How the file says what it is."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A row of the collection, and how near it is."""
+
+    place: int
+    """Its number in the collection, from 0."""
+    name: str
+    """The text itself, or where the image or sound lies."""
+    score: float
+    """Cosine with the query, from -1 to 1."""
+
+
+@dataclass(frozen=True)
+class NearestRows:
+    """What was found for each query."""
+
+    neighbours: list[list[Neighbour]]
+    """The nearest first."""
+    embedded: int
+    """Contents of the collection that had to be embedded; the others were known."""
+
+
+def find_nearest(
+    predictor: Predictor,
+    stored: StoredModel,
+    queries: Sequence[Row],
+    rows: Sequence[Row],
+    count: int,
+    index: Path | None = None,
+    on_progress: Callable[[int], None] = lambda count: None,
+) -> NearestRows:
+    """The ``count`` rows nearest to each query.
+
+    Args:
+        predictor: the model in memory, which gives embeddings.
+        stored: the same model on disk, to which ``index`` belongs.
+        queries: bare rows.
+        rows: the collection.
+        count: of neighbours.
+        index: file that keeps embeddings of the collection.
+        on_progress: hears how many contents that are new are embedded.
+
+    Raises:
+        RecipeError: for an index of another model, or too large a collection.
+        CorruptFile: for an index that cannot be read.
+        DataError: for rows that the model cannot read.
+    """
+    from luthier.evaluation.retrieval import nearest
+
+    check_embeds(stored, predictor.objective)
+    if not rows or not queries:
+        raise RecipeError("there is nothing to look up, or nothing to look among")
+    if len(rows) > MOST_ROWS:
+        raise RecipeError(f"a collection has at most {MOST_ROWS:,} rows, and this {len(rows):,}")
+    if count < 1:
+        raise RecipeError(f"count must be at least 1, and is {count}")
+    queries, rows = [row.bare() for row in queries], [row.bare() for row in rows]
+    embeddings = EmbeddingIndex.open(index, stored)
+    asked_QH = predictor.embed_rows(queries)
+    row_NH, embedded = embeddings.of(predictor, rows, on_progress)
+    places_QK, scores_QK = nearest(asked_QH, row_NH, count)
+    found = [
+        [
+            Neighbour(place, rows[place].excerpt() or rows[place].plain_text(), score)
+            for place, score in zip(places_K, scores_K, strict=True)
+        ]
+        for places_K, scores_K in zip(places_QK.tolist(), scores_QK.tolist(), strict=True)
+    ]
+    return NearestRows(found, embedded)
+
+
+class EmbeddingIndex:
+    """Embeddings of contents under one model, in memory and perhaps in a file."""
+
+    def __init__(self, file: Path | None, model: str, fingerprint: str) -> None:
+        self.file, self.model, self.fingerprint = file, model, fingerprint
+        self._places: dict[bytes, int] = {}
+        self._known_NH: NDArray[np.float32] = np.empty((0, 0), np.float32)
+
+    @staticmethod
+    def open(file: Path | None, stored: StoredModel) -> EmbeddingIndex:
+        """What ``file`` holds; nothing where there is none yet.
+
+        Raises:
+            RecipeError: where it belongs to another model, or to other weights.
+            CorruptFile: where it cannot be read.
+        """
+        from luthier.library.models import content_hash
+
+        index = EmbeddingIndex(file, stored.id, content_hash(stored))
+        if file is not None and file.exists():
+            index._read(file)
+        return index
+
+    def _read(self, file: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(file), framework="np") as tensors:
+                about = tensors.metadata() or {}
+                if about.get("form") != FORM:
+                    raise CorruptFile(f"{file} is no index of embeddings; name another file")
+                if about.get("fingerprint") != self.fingerprint:
+                    raise RecipeError(
+                        f"{file} holds embeddings of {about.get('model', 'another model')} as it was "
+                        f"then, and not of {self.model} as it is now. Name another file, or remove it"
+                    )
+                digests, known_NH = tensors.get_tensor("sha256"), tensors.get_tensor("embeddings")
+        except (SafetensorError, OSError, KeyError) as error:
+            raise CorruptFile(
+                f"{file} cannot be read as an index of embeddings: {error}"
+            ) from error
+        fits = digests.dtype == np.uint8 and digests.shape == (len(known_NH), 32)
+        if not fits or known_NH.ndim != 2 or known_NH.dtype != np.float32:
+            raise CorruptFile(f"{file} holds no embeddings beside their hashes; remove it")
+        self._places = {digest.tobytes(): place for place, digest in enumerate(digests)}
+        self._known_NH = known_NH
+
+    def of(
+        self, predictor: Predictor, rows: Sequence[Row], on_progress: Callable[[int], None]
+    ) -> tuple[NDArray[np.float32], int]:
+        """Embeddings ``[N, H]`` of ``rows``, and how many contents were new and now are known."""
+        digests = [_digest(row) for row in rows]
+        new = {
+            digest: row
+            for digest, row in zip(digests, rows, strict=True)
+            if digest not in self._places
+        }
+        if new:
+            self._add([*new], predictor.embed_rows([*new.values()], on_progress))
+        return self._known_NH[[self._places[digest] for digest in digests]], len(new)
+
+    def _add(self, digests: Sequence[bytes], new_NH: NDArray[np.float32]) -> None:
+        from safetensors.numpy import save
+
+        if len(self._places) + len(digests) > MOST_ROWS:  # what is not asked for now goes
+            self._places, self._known_NH = {}, self._known_NH[:0]
+        before = len(self._places)
+        self._known_NH = np.concatenate([self._known_NH, new_NH]) if before else new_NH
+        self._places |= {digest: before + place for place, digest in enumerate(digests)}
+        if self.file is None:
+            return
+        digests_N32 = np.frombuffer(b"".join(self._places), np.uint8).reshape(-1, 32)
+        tensors: dict[str, NDArray[Any]] = {"sha256": digests_N32, "embeddings": self._known_NH}
+        about = {"form": FORM, "model": self.model, "fingerprint": self.fingerprint}
+        write_bytes(self.file, save(tensors, about))
+
+
+def _digest(row: Row) -> bytes:
+    """SHA-256 of what the model reads of a row."""
+    if isinstance(row, MediaRow):
+        return bytes.fromhex(row.media.digest())
+    return hashlib.sha256(row.plain_text().encode("utf-8", "surrogatepass")).digest()

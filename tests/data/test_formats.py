@@ -1,0 +1,474 @@
+"""Forms of other tools become our shapes by their keys, their texts unchanged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from written_rows import row_of
+
+from luthier.data.formats import FORMS, forms_of
+from luthier.data.rows import Columns, Recognition, RowReader, load_inputs, load_prompts, load_rows
+from luthier.data.rules import RULES
+from luthier.data.shapes.conversations import Conversation, PromptCompletion
+from luthier.data.shapes.media import BareImage
+from luthier.errors import DataError, Problem
+from luthier.types import Message, Row
+
+AWKWARD = " a\u2028b\r\n\x85 \\ud800 "
+CHAT = (Message("user", "q"), Message("assistant", AWKWARD))
+SYSTEM = Message("system", "be kind")
+
+
+def write(folder: Path, *records: dict[str, Any], name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    return path
+
+
+def problems_of(path: Path, columns: dict[str, str] | None = None) -> list[Problem]:
+    with pytest.raises(DataError) as caught:
+        load_rows(path, columns)
+    return list(caught.value.problems)
+
+
+def block(text: str) -> list[dict[str, str]]:
+    return [{"text": text}]
+
+
+ASKED = {"question": "Why?", "choices": ["no", "yes"], "answer": 1}
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "question with choices",
+        {"task": "a", **ASKED},
+        {"prompts": ("Question: Why?\nAnswer:",), "choices": ("no", "yes"), "answer": 1},
+    ),
+    (
+        "question with choices",
+        {"context": "Once.", **ASKED},
+        {"prompts": ("Once.\nQuestion: Why?\nAnswer:",), "choices": ("no", "yes"), "answer": 1},
+    ),
+    (
+        "question with choices",
+        {"relation": "effect", **ASKED},
+        {"prompts": ("Question: Why?\nEffect:",), "choices": ("no", "yes"), "answer": 1},
+    ),
+    (
+        "options with a continuation",
+        {"options": ["so Ann", "so Bo"], "continuation": "won.", "answer": 1},
+        {"prompts": ("so Ann", "so Bo"), "choices": ("won.", "won."), "answer": 1},
+    ),
+    # An answer in words is still learned.
+    ("question and answer", {**ASKED, "answer": "yes"}, {"prompt": "Why?", "completion": "yes"}),
+    (
+        "Bedrock conversation",
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "system": block("be kind"),
+            "messages": [
+                {"role": "user", "content": block("q")},
+                {"role": "assistant", "content": block(AWKWARD)},
+            ],
+        },
+        {"messages": (SYSTEM, *CHAT)},
+    ),
+    (
+        "Bedrock input and output",
+        {"input": "q", "output": AWKWARD},
+        {"prompt": "q", "completion": AWKWARD},
+    ),
+    ("Bedrock raw text", {"input": AWKWARD, "source": "web"}, {"text": AWKWARD}),
+    (
+        "ShareGPT",
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": AWKWARD}]},
+        {"messages": CHAT},
+    ),
+    (
+        "ShareGPT",
+        {
+            "id": "x",
+            "system": "be kind",
+            "conversations": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": AWKWARD},
+            ],
+        },
+        {"messages": (SYSTEM, *CHAT)},
+    ),
+    (
+        "ShareGPT preference",
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": AWKWARD},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        {"messages": CHAT[:1], "chosen": CHAT[1:], "rejected": (Message("assistant", "b"),)},
+    ),
+    ("Alpaca", {"instruction": "q", "output": AWKWARD}, {"prompt": "q", "completion": AWKWARD}),
+    (
+        "Alpaca",
+        {"instruction": "q", "input": " i\n", "output": AWKWARD},
+        {"prompt": "q\n\n i\n", "completion": AWKWARD},
+    ),
+    (
+        "Alpaca",
+        {"instruction": "q", "input": "", "output": "a"},
+        {"prompt": "q", "completion": "a"},
+    ),
+    (
+        "Alpaca",
+        {"instruction": "q", "input": "", "output": AWKWARD, "system": "be kind", "history": []},
+        {"messages": (SYSTEM, *CHAT)},
+    ),
+    (
+        "Alpaca",
+        {"instruction": "q", "output": AWKWARD, "history": [["q0", "a0"]]},
+        {"messages": (Message("user", "q0"), Message("assistant", "a0"), *CHAT)},
+    ),
+    (
+        "instruction and response",
+        {"instruction": "q", "context": "c", "response": AWKWARD, "category": "qa"},
+        {"prompt": "q\n\nc", "completion": AWKWARD},
+    ),
+    (
+        "question and answer",
+        {"question": "q", "answer": AWKWARD},
+        {"prompt": "q", "completion": AWKWARD},
+    ),
+    (
+        "question and answer",
+        {"question": "q", "context": "c", "answer": AWKWARD},
+        {"prompt": "q\n\nc", "completion": AWKWARD},
+    ),
+    (
+        "question and response",
+        {"id": 1, "system_prompt": "be kind", "question": "q", "response": AWKWARD},
+        {"messages": (SYSTEM, *CHAT)},
+    ),
+    ("query and response", {"query": "q", "response": "a"}, {"prompt": "q", "completion": "a"}),
+    ("query and positive", {"query": "q", "positive": "p"}, {"text": "q", "positive": "p"}),
+    ("question and positive", {"question": "q", "positive": "p"}, {"text": "q", "positive": "p"}),
+    ("sentence pairs", {"sentence1": "q", "sentence2": "p"}, {"text": "q", "positive": "p"}),
+    ("premise and hypothesis", {"premise": "q", "hypothesis": "p"}, {"text": "q", "positive": "p"}),
+    # OpenAI's parts and its newer name of the system role need no form of their own.
+    (
+        '{"messages"}',
+        {
+            "messages": [
+                {"role": "developer", "content": "be kind"},
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {
+                    "role": "assistant",
+                    "weight": 1,
+                    "content": [
+                        {"type": "text", "text": " a\u2028"},
+                        {"type": "text", "text": AWKWARD[3:]},
+                    ],
+                },
+            ]
+        },
+        {"messages": (SYSTEM, *CHAT)},
+    ),
+    (
+        '{"input", "preferred_output", "non_preferred_output"}',
+        {
+            "input": {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]},
+            "preferred_output": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
+            "non_preferred_output": [{"role": "assistant", "content": "b"}],
+        },
+        {
+            "messages": (Message("user", "q"),),
+            "chosen": (Message("assistant", "a"),),
+            "rejected": (Message("assistant", "b"),),
+        },
+    ),
+]
+
+
+def recognize(source: Path, columns: Columns | None = None) -> tuple[list[Row], Recognition]:
+    reader = RowReader(source, columns)
+    return reader.read_all(), reader.recognition
+
+
+@pytest.mark.parametrize(("form", "record", "fields"), CASES)
+def test_form(tmp_path: Path, form: str, record: dict[str, Any], fields: dict[str, Any]) -> None:
+    path = write(tmp_path, record, {**record, "id": "other"})
+    rows, recognized = recognize(path)
+    assert rows == [row_of(str(path), line, **fields) for line in (1, 2)]
+    assert recognized.form == form
+    assert str(recognized) == f"jsonl, {form}, 2 rows"
+
+
+MEDIA_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "Bedrock image and caption",
+        {"image-ref": "p/1.png", "caption": AWKWARD},
+        {"image": "p/1.png", "caption": AWKWARD},
+    ),
+    ("Bedrock image and caption", {"image-ref": "p/1.png"}, {"image": "p/1.png"}),
+    (
+        "Hugging Face image folder",
+        {"file_name": "p/1.png", "text": AWKWARD},
+        {"image": "p/1.png", "caption": AWKWARD},
+    ),
+    (
+        "Hugging Face image folder",
+        {"file_name": "p/1.png", "label": "a", "width": 3},
+        {"image": "p/1.png", "label": "a"},
+    ),
+    (
+        "Hugging Face image folder",
+        {"file_name": "1.wav", "label": 2},
+        {"audio": "1.wav", "label": "2"},
+    ),
+    (
+        '{"image", "caption"}',
+        {"image": "p/1.png", "text": "t"},
+        {"image": "p/1.png", "caption": "t"},
+    ),
+    (
+        '{"image", "caption"}',
+        {"image": "p/1.png", "text": "t", "caption": "c"},
+        {"image": "p/1.png", "caption": "c"},
+    ),
+    (
+        '{"image", "label"}',
+        {"image": "p/1.png", "text": "t", "label": "a"},
+        {"image": "p/1.png", "label": "a"},
+    ),
+    (
+        "paths of media files",
+        {"path": "p/1.png", "text": AWKWARD},
+        {"image": "p/1.png", "caption": AWKWARD},
+    ),
+    (
+        "paths of media files",
+        {"path": "1.wav", "label": "a"},
+        {"audio": "1.wav", "label": "a"},
+    ),
+    (
+        "paths of media files",
+        {"filename": "1.wav", "label": "a"},
+        {"audio": "1.wav", "label": "a"},
+    ),
+    ("paths of media files", {"file": "p/1.png", "label": "a"}, {"image": "p/1.png", "label": "a"}),
+    (
+        "tokens and ner_tags",
+        {"tokens": ["Rita", "sings"], "ner_tags": ["B-PER", "O"]},
+        {"tokens": ["Rita", "sings"], "tags": ["B-PER", "O"]},
+    ),
+    # A name of a file beside a text that is none of it.
+    ('{"text"}', {"path": "book.md", "text": "t"}, {"text": "t"}),
+    ('{"text"}', {"file_name": "book.txt", "text": "t"}, {"text": "t"}),
+    ('{"text"}', {"file_name": 3, "text": "t"}, {"text": "t"}),
+]
+
+
+@pytest.mark.parametrize(("form", "record", "own"), MEDIA_CASES)
+def test_form_of_images(
+    tmp_path: Path, form: str, record: dict[str, Any], own: dict[str, Any]
+) -> None:
+    (tmp_path / "p").mkdir()
+    for name in ("p/1.png", "1.wav"):
+        (tmp_path / name).write_bytes(b"not looked at")
+    rows, recognized = recognize(write(tmp_path, record, {**record, "id": "other"}))
+    assert [row.record() for row in rows] == [own, own]
+    assert recognized.form == form
+    if form.startswith(("Hugging", "paths")):
+        assert not {"label", "text", "caption"} & {*recognized.unread}
+
+
+@pytest.mark.parametrize(
+    ("record", "rule"),
+    [
+        ({"image": "1.png", "caption": " "}, "field.empty"),
+        ({"image": "1.png", "caption": 3}, "field.type"),
+        ({"image-ref": 3, "caption": "c"}, "media.type"),
+        ({"image-ref": "../1.png", "caption": "c"}, "media.outside"),
+        ({"image": "1.png", "caption": "c", "label": "a"}, "row.ambiguous"),
+        ({"image-ref": "1.png", "text": "c"}, "row.ambiguous"),
+        ({"file_name": "2.png", "text": "c"}, "media.missing"),
+    ],
+)
+def test_captions_are_checked(tmp_path: Path, record: dict[str, Any], rule: str) -> None:
+    (tmp_path / "1.png").write_bytes(b"not looked at")
+    assert {problem.rule for problem in problems_of(write(tmp_path, record))} == {rule}
+
+
+def test_every_form_is_tried_and_the_table_is_sound() -> None:
+    assert {form.name for form in FORMS} <= {name for name, *_ in CASES + MEDIA_CASES}
+    for form in FORMS:
+        assert form.keys and not form.keys & form.without and not form.used & form.without
+        record: dict[str, Any] = dict.fromkeys(form.keys, "x.png")
+        choices = {"choices": ["x"], "answer": 0} if "choices" in form.keys else {}
+        assert forms_of(record | choices) == [form]
+
+
+def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": ""}, {"from": "gpt"}, {"value": "x"}]
+    found = problems_of(write(tmp_path, {"conversations": turns}))
+    assert [p.message for p in found] == [
+        '"value" of message 1 is empty.',
+        '"value" of message 2 is missing; the keys are "role".',
+        '"from" of message 3 is missing; the keys are "value".',
+        '"value" of message 3 is missing; the keys are "value".',
+    ]
+    found = problems_of(write(tmp_path, {"conversations": "x"}))
+    assert found[0].message.startswith('"conversations" must be an array')
+    found = problems_of(write(tmp_path, {"instruction": "a", "input": 3, "output": "b"}))
+    assert found[0].message == '"instruction" must be a string, but is a number.'
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": "f"},
+            ]
+        },
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "f"}]},
+        {"conversations": [{"from": None, "value": "q"}]},
+        {"conversations": None},
+        {"conversations": [1]},
+        {"schemaVersion": "bedrock-conversation-2024", "messages": "x", "system": "s"},
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "messages": [{"role": "user", "content": [{"image": {}}]}],
+        },
+        {"instruction": None, "output": "b"},
+        {"instruction": "a", "output": "b", "history": "x", "system": 3},
+        {"instruction": "a", "output": "b", "history": [["x"]]},
+        {"input": {"messages": []}},
+        {"input": 3, "output": []},
+        {"sentence1": "a", "sentence2": "b", "score": 0.5},
+        {"premise": "a", "hypothesis": "b", "label": "neutral"},
+        {"question": "a", "context": "c", "answers": {"text": ["x"]}},
+        {"input": "x", "label": "y"},
+        {"input": "x", "expected": "y"},
+    ],
+)
+def test_what_is_no_such_form_is_refused_by_rule(tmp_path: Path, record: dict[str, Any]) -> None:
+    for problem in problems_of(write(tmp_path, record)):
+        assert problem.rule in RULES
+        assert problem.message and problem.fix
+
+
+def test_a_form_may_have_a_system_prompt_in_some_rows_only(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"instruction": "a", "output": "b", "system": ""},
+        {"instruction": "a", "output": "b", "system": "be kind"},
+    )
+    assert [type(row) for row in load_rows(path)] == [PromptCompletion, Conversation]
+
+
+def test_judgements_stay_beside_a_form(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "a", "answer": "b", "rating": 3})
+    assert load_rows(path)[0].rating == 3.0
+
+
+# --- names of columns ------------------------------------------------------------------------------
+
+
+def test_columns_are_renamed_before_anything_is_recognized(tmp_path: Path) -> None:
+    path = write(tmp_path, {"q": "x", "text": "whole", "a": "y", "id": 1})
+    columns = {"prompt": "q", "completion": "a", "text": ""}
+    (row,) = load_rows(path, columns)
+    assert row == PromptCompletion(str(path), 1, "x", "y")
+    (row,) = load_rows(path, {"text": "q"})
+    assert row.text == "x"
+    (row,) = load_prompts(path, columns)
+    assert (row.prompt, row.expected) == ("x", "y")
+
+
+def test_a_form_keeps_its_columns_under_a_mapping_that_agrees(tmp_path: Path) -> None:
+    alpaca = {"instruction": "add", "input": "1 and 2", "output": "3", "kind": "sum"}
+    path = write(tmp_path, alpaca, {"instruction": "hi", "output": "ho", "kind": "talk"})
+    agreeing = {"prompt": "instruction", "completion": "output"}
+    rows, recognized = recognize(path, agreeing)
+    assert [row.prompt for row in rows] == ["add\n\n1 and 2", "hi"]
+    assert recognized.form == "Alpaca" and recognized.unread == ("kind",)
+    assert recognize(path)[1].unread == ("kind",)
+    # Set aside by name, or another column named: then it is as the mapping says.
+    assert load_rows(path, {**agreeing, "input": ""})[0].prompt == "add"
+    path = write(tmp_path, alpaca)
+    assert load_rows(path, {"prompt": "input", "completion": "output"})[0].prompt == "1 and 2"
+
+
+def test_columns_beside_a_mapping_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path, {"q": "x", "a": "y", "hint": "z", "id": 1}, {"q": "x", "a": "y", "b": 1})
+    _, recognized = recognize(path, {"prompt": "q", "completion": "a"})
+    assert recognized.unread == ("hint", "b")
+
+
+def test_columns_may_swap_and_files_may_have_our_names_already(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "x", "completion": "y"})
+    (row,) = load_rows(path, {"prompt": "completion", "completion": "prompt"})
+    assert (row.prompt, row.completion) == ("y", "x")
+    assert load_rows(path, {"prompt": "question", "completion": "answer"}) == load_rows(path)
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, {"q": "x", "completion": "y"}, {"completion": "y"})
+    (problem,) = problems_of(path, {"prompt": "q"})
+    assert (problem.line, problem.rule) == (2, "column.missing")
+    assert 'column "q" is not there; the keys are "completion"' in problem.message
+    assert "`data.columns.prompt=q`" in problem.fix
+
+
+def test_a_misspelt_key_of_ours_in_a_mapping_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, {"q": "x", "a": "y"})
+    (problem,) = problems_of(path, {"promt": "q", "completion": "a"})
+    assert "`data.columns.prompt=q`" in problem.fix
+
+
+def test_messages_name_the_column_that_was_mapped(tmp_path: Path) -> None:
+    (problem,) = problems_of(
+        write(tmp_path, {"q": "", "a": "y"}), {"prompt": "q", "completion": "a"}
+    )
+    assert problem.message == '"q" is empty.'
+
+
+# --- several files of one source -------------------------------------------------------------------
+
+
+def test_files_of_a_source_are_of_one_form(tmp_path: Path) -> None:
+    write(tmp_path, {"question": "a", "answer": "b", "id": 1}, name="a.jsonl")
+    write(tmp_path, {"question": "c", "answer": "d", "id": 1}, name="b.jsonl")
+    (tmp_path / "c.csv").write_text("question,answer\ne,f\n")
+    rows, recognized = recognize(tmp_path)
+    assert [row.prompt for row in rows] == ["a", "c", "e"]
+    assert str(recognized) == "jsonl; csv, question and answer, 3 rows in 3 files"
+    write(tmp_path, {"prompt": "a", "completion": "b"}, name="b.jsonl")
+    (problem,) = problems_of(tmp_path)
+    assert problem.file.endswith("b.jsonl") and problem.rule == "row.mixed_shapes"
+    assert f"first row ({tmp_path / 'a.jsonl'}:1) is question and answer" in problem.message
+
+
+def test_plain_text_files_are_a_row_each(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"{name} \u2028\n")
+    rows, recognized = recognize(tmp_path)
+    assert [row.text for row in rows] == ["a.txt \u2028\n", "b.txt \u2028\n"]
+    assert str(recognized) == 'text, {"text"}, 2 rows in 2 files'
+
+
+def test_a_model_that_reads_images_takes_every_form_of_them(tmp_path: Path) -> None:
+    Image.new("L", (4, 3)).save(tmp_path / "1.png")
+    for key, name in (
+        ("file_name", "metadata.jsonl"),
+        ("image-ref", "a.jsonl"),
+        ("image", "b.jsonl"),
+        ("path", "c.jsonl"),
+    ):
+        record = {key: "1.png", "text": "yes"}
+        (tmp_path / name).write_text(json.dumps(record) + "\n")
+        ((found, row),) = load_inputs(tmp_path if key == "file_name" else tmp_path / name)
+        (tmp_path / name).unlink()
+        assert found == record and isinstance(row, BareImage)
+        assert row.media.path == str(tmp_path / "1.png")

@@ -1,0 +1,489 @@
+"""Exported folders, opened by the software they are meant for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+
+from luthier.cli.models import remove_model
+from luthier.engine.train import train
+from luthier.errors import CorruptFile, LuthierError, RecipeError, RunConflict
+from luthier.exports.peft_parity import check_peft
+from luthier.exports.writer import export, export_gguf
+from luthier.files import hashes_of
+from luthier.inference.generation import Generator
+from luthier.library.models import (
+    added_tokens,
+    chat_format,
+    content_hash,
+    find,
+    load,
+)
+from luthier.models import gguf
+from luthier.models.heads import prompt_ids
+from luthier.models.prefix import prefix_tokens
+from luthier.models.sampling import Sampling
+from luthier.recipe import Recipe
+
+CPU = torch.device("cpu")
+PROMPTS = ["say fox", "The quick brown", "What is the capital of France?"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Path]:
+    """A store with models tuned in float32: ``adapter``, ``whole``, ``plain``, ``stacked``, and two
+    whose rows all stand behind something: ``prefix`` and ``prompt``."""
+    home = tmp_path_factory.mktemp("home")
+    data = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"say {word}", "completion": word.upper()} for word in ("fox", "dog", "cat")]
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_HOME", str(home))
+        for name, base, adaptation, template in (
+            (
+                "adapter",
+                str(tiny_model_folder),
+                {"method": "lora", "rank": 4, "alpha": 9.5},
+                "auto",
+            ),
+            ("whole", str(tiny_model_folder), "full", "auto"),
+            ("plain", str(tiny_model_folder), "full", "plain"),
+            ("stacked", "tiny-llama:adapter", {"method": "lora", "rank": 2}, "auto"),
+            ("prefix", str(tiny_model_folder), {"method": "prefix", "virtual_tokens": 7}, "auto"),
+            ("prompt", str(tiny_model_folder), {"method": "prompt", "virtual_tokens": 7}, "auto"),
+        ):
+            fields = {
+                "base": base, "name": name, "data": {"train": str(data), "validation_share": 0},
+                "adaptation": adaptation, "objective": {"method": "sft", "template": template},
+                "training": {
+                    "max_steps": 5, "learning_rate": 0.02, "precision": "float32", "threads": 1
+                },
+            }  # fmt: skip
+            train(Recipe.parse(fields))
+    torch.set_num_threads(threads)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def store(home: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+
+
+def greedy(folder: Path, prompt: str, tokens: int = 16) -> list[int]:
+    """As someone with nothing but transformers would ask."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(**encoded, max_new_tokens=tokens, do_sample=False)
+    return list(out[0, encoded["input_ids"].shape[1] :].tolist())
+
+
+def text(folder: Path, ids: list[int]) -> str:
+    from transformers import AutoTokenizer
+
+    return str(AutoTokenizer.from_pretrained(folder).decode(ids, skip_special_tokens=True))
+
+
+def text_of(generator: Generator, ids: list[int]) -> str:
+    """The whole characters before the first stop token."""
+    stops = [place for place, token in enumerate(ids) if token in generator.chat.stop_ids]
+    return generator.chat.decode(ids[: stops[0]] if stops else ids).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("name", ["adapter", "stacked", "whole", "plain"])
+def test_merged_exports_give_the_same_tokens_in_transformers(name: str, tmp_path: Path) -> None:
+    stored = find(f"tiny-llama:{name}")
+    folder = export(stored, tmp_path / "out", merged=True)
+    weights = load_file(folder / "model.safetensors")
+    served = load(stored, torch.float32, CPU).state_dict()
+    assert weights.keys() <= served.keys()
+    assert all(torch.equal(weights[key], served[key]) for key in weights)
+    generator = Generator.open(stored)
+    for prompt in PROMPTS:
+        served_text = generator.replies([prompt], Sampling(max_tokens=16))[0]
+        assert text(folder, greedy(folder, prompt)).rstrip("\ufffd") == served_text
+    base = Generator.open(find(str(stored.root)))
+    assert base.replies(PROMPTS, Sampling(max_tokens=16)) != generator.replies(
+        PROMPTS, Sampling(max_tokens=16)
+    )
+
+
+def test_the_exported_model_stops_where_the_served_one_does(tmp_path: Path) -> None:
+    """``fox`` was learned with its end-of-turn token."""
+    folder = export(find("tiny-llama:whole"), tmp_path / "out", merged=True)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == chat_format(find("tiny-llama:whole")).stop_ids[0]
+    assert settings["pad_token_id"] is not None
+
+
+def test_an_adapter_loads_with_peft(tmp_path: Path, tiny_model_folder: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stored = find("tiny-llama:adapter")
+    folder = export(stored, tmp_path / "out", merged=False)
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert "model.safetensors" not in names
+    assert "luthier.json" not in names
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_model_folder)
+    assert (config["r"], config["lora_alpha"]) == (4, 9.5)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    model: Any = PeftModel.from_pretrained(base, folder).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(PROMPTS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        ours = load(stored, torch.float32, CPU).eval()(ids).logits
+        theirs = model(ids).logits
+        with model.disable_adapter():
+            plain = model(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+
+
+def test_adapter_that_peft_reads_otherwise_is_refused(tmp_path: Path) -> None:
+    """PEFT gives no error for a layer that ``target_modules`` leaves out, or for another scale."""
+    stored = find("tiny-llama:adapter")
+    folder = export(stored, tmp_path / "out", merged=False)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    layer = "model.layers.1.mlp.up_proj"
+    assert layer in config["target_modules"]
+    rest = [name for name in config["target_modules"] if name != layer]
+    path.write_text(json.dumps({**config, "target_modules": rest}))
+    with pytest.raises(RecipeError, match=rf"modules of tiny-llama:adapter: {layer}\."):
+        check_peft(stored, folder)
+    path.write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+    with pytest.raises(RecipeError, match="other outputs"):
+        check_peft(stored, folder)
+
+
+def test_adapter_of_earlier_versions_is_exported_with_full_names(tmp_path: Path) -> None:
+    """Earlier versions stored the ends of names."""
+    stored = find("tiny-llama:adapter")
+    path = stored.folder / "adapter_config.json"
+    before = path.read_bytes()
+    files = {**stored.manifest.files}
+    files.pop("adapter_config.json")
+    old = replace(stored, manifest=stored.manifest.model_copy(update={"files": files}))
+    try:
+        path.write_text(json.dumps({**json.loads(before), "target_modules": ["q_proj"]}))
+        folder = export(old, tmp_path / "out", merged=False)
+    finally:
+        path.write_bytes(before)
+    written = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert written == json.loads(before)["target_modules"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [(None, torch.bfloat16), ("f32", torch.float32), ("f16", torch.float16)],
+)
+def test_merged_weights_have_the_precision_of_the_base(
+    precision: str | None, expected: torch.dtype, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    """Not that of the exporting machine, which computes in float32 here."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_folder, base)
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {k: w.bfloat16() for k, w in weights.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    adapter = find("tiny-llama:adapter")
+    stored = replace(adapter, parent=find(str(base)))
+    folder = export(stored, tmp_path / "out", merged=True, precision=precision)
+    found = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in found.values()} == {expected}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(expected)[6:]
+    served = load(stored, expected if precision is None else torch.float32, CPU).state_dict()
+    for name, weight in found.items():
+        assert torch.equal(weight, served[name].to(expected)), name
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_what_stands_before_every_row_goes_into_peft(
+    name: str, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    stored = find(f"tiny-llama:{name}")
+    with pytest.raises(RecipeError, match="cannot be merged"):
+        export(stored, tmp_path / "merged", merged=True)
+    folder = export(stored, tmp_path / "out", merged=False)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    model: Any = PeftModel.from_pretrained(base, folder).eval()
+    generator, sampling = Generator.open(stored), Sampling(max_tokens=12)
+    plain = Generator.open(find(str(stored.root))).replies(PROMPTS, sampling)
+    replies = generator.replies(PROMPTS, sampling)
+    assert replies != plain
+    for prompt, reply in zip(PROMPTS, replies, strict=True):
+        ids = torch.from_numpy(generator._encode(prompt, sampling, 0))[None]
+        ids = ids[:, len(generator.prompt_ids) :]
+        settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        assert reply == text_of(generator, out[0, ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_a_second_one_before_every_row_is_refused(name: str, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "say fox", "completion": "FOX"}\n' * 3)
+    fields = {
+        "base": f"tiny-llama:{name}", "name": "again", "data": {"train": str(data)},
+        "adaptation": name, "training": {"max_steps": 2, "precision": "float32", "threads": 1},
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match="already, which a second one would replace"):
+        train(Recipe.parse(fields))
+    assert added_tokens(find(f"tiny-llama:{name}")) == 7
+    further = Recipe.parse({**fields, "adaptation": {"method": "lora", "rank": 2}})
+    train(further)
+    both = find("tiny-llama:again")
+    assert added_tokens(both) == 7
+    model: Any = load(both, torch.float32, CPU)
+    assert len(prompt_ids(model)) + prefix_tokens(model) == 7
+    with pytest.raises(RecipeError, match=f"tuned with {name}, which cannot be merged"):
+        export(both, tmp_path / "merged", merged=True)
+    remove_model("tiny-llama:again", json_=True)
+
+
+def test_an_adapter_on_an_adapter_is_exported_merged_only(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="tiny-llama:stacked is an adapter on the adapter"):
+        export(find("tiny-llama:stacked"), tmp_path / "out", merged=False)
+    assert list(tmp_path.glob("*out*")) == []
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_base_model_is_exported_as_it_is(
+    tmp_path: Path, tiny_model_folder: Path, merged: bool
+) -> None:
+    folder = export(find(str(tiny_model_folder)), tmp_path / "out", merged)
+    before, after = (load_file(f / "model.safetensors") for f in (tiny_model_folder, folder))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert greedy(folder, PROMPTS[0]) == greedy(tiny_model_folder, PROMPTS[0])
+
+
+def test_the_plain_format_goes_along(tmp_path: Path) -> None:
+    """Trained without the chat template, exported without it, so nobody applies it by mistake."""
+    folder = export(find("tiny-llama:plain"), tmp_path / "out", merged=False)
+    from transformers import AutoTokenizer
+
+    assert not AutoTokenizer.from_pretrained(folder).chat_template
+    assert AutoTokenizer.from_pretrained(
+        export(find("tiny-llama:whole"), tmp_path / "other", merged=False)
+    ).chat_template
+
+
+def test_an_export_can_be_tuned_and_served_as_a_local_model(tmp_path: Path) -> None:
+    folder = export(find("tiny-llama:adapter"), tmp_path / "out", merged=True)
+    sampling = Sampling(max_tokens=12)
+    again = Generator.open(find(str(folder))).replies(PROMPTS, sampling)
+    assert again == Generator.open(find("tiny-llama:adapter")).replies(PROMPTS, sampling)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    stored = find("tiny-llama:adapter")
+    full, file, empty = tmp_path / "full", tmp_path / "file", tmp_path / "empty"
+    full.mkdir()
+    (full / "mine").write_text("x")
+    file.write_text("x")
+    empty.mkdir()
+    for target in (full, file):
+        with pytest.raises(RunConflict, match="exists already"):
+            export(stored, target, merged=False)
+    with pytest.raises(LuthierError, match="cannot be written"):
+        export(stored, file / "below", merged=False)
+    assert export(stored, empty, merged=False) == empty
+    assert (empty / "adapter_config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+    assert [path.name for path in full.iterdir()] == ["mine"]
+
+
+def test_progress_is_what_is_on_the_disk_of_each_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that has its size before its content only what was written counts."""
+    from luthier.exports import writer as module
+
+    honest, seen, told = module.save_network, threading.Event(), list[tuple[str, int, int]]()
+
+    def slow(*given: Any) -> None:
+        with (given[2] / "sparse").open("wb") as file:
+            file.truncate(1 << 40)
+        assert seen.wait(60)
+        honest(*given)
+
+    def on_progress(phase: Any, done: int, total: int) -> None:
+        told.append((phase, done, total))
+        if len([each for each in told if each[0] == "write"]) > 1:
+            seen.set()
+
+    monkeypatch.setattr(module, "save_network", slow)
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.01)
+    export(find("tiny-llama:stacked"), tmp_path / "out", True, on_progress)
+    assert [each for each in told if each[0] == "merge"] == [("merge", n, 3) for n in range(4)]
+    written = [(done, total) for phase, done, total in told if phase == "write"]
+    (total,) = {total for _, total in written}
+    weights = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert total == sum(weight.nbytes for weight in weights)
+    assert written[1][0] < total // 100 and written[-1] == (total, total)
+
+
+def test_a_link_stays_one_and_a_mounted_disk_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, link = find("tiny-llama:adapter"), tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    export(stored, link, merged=False)
+    assert link.is_symlink() and (tmp_path / "elsewhere" / "adapter_config.json").is_file()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(RunConflict, match="name a folder inside it"):
+        export(stored, tmp_path / "disk", merged=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+
+
+def test_what_came_to_be_at_the_target_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.exports import writer as module
+
+    honest, target = module.save_format, tmp_path / "out"
+
+    def slow(*given: Any) -> None:
+        honest(*given)
+        target.mkdir()
+        (target / "mine").write_text("x")
+
+    monkeypatch.setattr(module, "save_format", slow)
+    with pytest.raises(RunConflict, match="meanwhile"):
+        export(find("tiny-llama:adapter"), target, merged=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in target.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_files_that_are_not_those_of_the_record_are_not_exported(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.exports import writer as module
+
+    stored = find("tiny-llama:adapter")
+    file = stored.folder / "adapter_model.safetensors"
+    whole, honest = file.read_bytes(), module.save_format
+    changed = whole[:-1] + bytes([whole[-1] ^ 1])
+
+    def slow(*given: Any) -> None:
+        honest(*given)
+        file.write_bytes(changed)
+
+    monkeypatch.setattr(module, "save_format", slow)
+    if when == "before":
+        file.write_bytes(changed)
+    try:
+        with pytest.raises(CorruptFile, match="is not what was stored"):
+            export(stored, tmp_path / "out", merged=False)
+    finally:
+        file.write_bytes(whole)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from luthier.exports import writer as module
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(module, "save_network", fail)
+    with pytest.raises(RuntimeError):
+        export(find("tiny-llama:adapter"), tmp_path / "out", merged=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "luthier-home"] or not list(tmp_path.iterdir())
+
+
+def test_gguf_gives_a_file_that_llama_cpp_answers_from(tmp_path: Path) -> None:
+    record = export_gguf(find("tiny-llama:adapter"), tmp_path / "out", quantization="Q8_0")
+    parity = record.tokens
+    assert record.name == "gguf q8_0" and record.files == hashes_of(tmp_path / "out")
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["Modelfile", "tiny-llama-adapter-Q8_0.gguf"]
+    lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./tiny-llama-adapter-Q8_0.gguf"
+    known = GGUFReader(tmp_path / "out" / files[1]).fields
+    assert known["general.name"].contents() == "tiny-llama:adapter"
+    assert known["luthier.model.sha256"].contents() == content_hash(find("tiny-llama:adapter"))
+    if find_spec("xllamacpp") is None:
+        assert parity is None
+        pytest.skip("llama.cpp is not installed")
+    assert parity is not None and parity.agreement > 0.9 and parity.tokens > 20
+
+
+def test_a_lora_adapter_goes_alone_into_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = export_gguf(find("tiny-llama:adapter"), tmp_path / "out", merged=False)
+    parity = record.tokens
+    assert record.name == "gguf f32 adapter"
+    folder = tmp_path / "out"
+    adapter = "tiny-llama-adapter-F32-LoRA.gguf"
+    assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", adapter]
+    lines = (folder / "Modelfile").read_text().splitlines()
+    assert lines[1:3] == ["FROM ./tiny-llama-F16.gguf", f"ADAPTER ./{adapter}"]
+    reader = GGUFReader(folder / adapter)
+    known = {name: each.contents() for name, each in reader.fields.items()}
+    assert (known["general.type"], known["adapter.type"]) == ("adapter", "lora")
+    assert known["adapter.lora.alpha"] == 9.5
+    tensors = {each.name: each.data for each in reader.tensors}
+    saved = load_file(find("tiny-llama:adapter").folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    assert np.array_equal(tensors["blk.0.ffn_up.weight.lora_b"], saved[name].numpy())
+    if find_spec("xllamacpp") is None:
+        pytest.skip("llama.cpp is not installed")
+    assert parity is not None and parity.mean_kl < 1e-4
+    monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
+    with pytest.raises(RecipeError, match="answers otherwise"):
+        export_gguf(find("tiny-llama:adapter"), tmp_path / "wrong", merged=False)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_gguf_is_for_models_that_llama_cpp_runs(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    for model, words, given in (
+        ("tiny-llama:whole", "is no adapter but a whole network", {"merged": False}),
+        ("tiny-llama:stacked", "is an adapter on the adapter", {"merged": False}),
+        (
+            "tiny-llama:prefix",
+            "loads plain LoRA adapters only; export it merged",
+            {"merged": False},
+        ),
+        ("tiny-llama:adapter", "written in float32", {"merged": False, "quantization": "q8_0"}),
+        ("tiny-llama:prefix", "prefix, which cannot be merged", {}),
+        ("tiny-llama:whole", "no type 'q3' of weights", {"quantization": "q3"}),
+        (str(family_folder("bert")), "does not write, and GGUF files are of models that", {}),
+        (str(family_folder("palm")), "network of type palm, and GGUF files are written of", {}),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            export_gguf(find(model), tmp_path / "none", **given)
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,473 @@
+"""Custom models that are adapters share one base network, in memory and in each step."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from luthier.engine.train import train
+from luthier.errors import CorruptFile
+from luthier.inference.decoder import Decoder
+from luthier.inference.generation import Generator
+from luthier.inference.inference import Chat, GenerationRequest, InferenceFailed, TokenChunk
+from luthier.inference.pool import ModelPool
+from luthier.library.models import attach_adapter, find, load, shares_base
+from luthier.models import save as model_files
+from luthier.models.lora_batch import LoraBatchLayer
+from luthier.models.manifest import MANIFEST
+from luthier.models.sampling import Sampling
+from luthier.models.save import ADAPTER, read_adapter
+from luthier.recipe import Recipe
+from luthier.types import Message
+
+BASE = "tiny-llama"
+METHODS: dict[str, Any] = {
+    "one": {"method": "lora", "rank": 4},
+    "two": {"method": "lora", "rank": 4},
+    "rslora": {"method": "lora", "rank": 2, "rslora": True},
+    "bottleneck": {"method": "adapters"},
+    "soft": {"method": "prompt", "virtual_tokens": 4},
+    "prefix": {"method": "prefix", "virtual_tokens": 4},
+    "dora": {"method": "lora", "rank": 4, "dora": True},
+    "sparse": {"method": "sparse"},
+}
+NAMES = [f"{BASE}:{name}" for name in METHODS]
+SHARING = NAMES[:3]
+
+
+def tune(home: Path, base: str, name: str, adaptation: dict[str, Any], seed: int = 0) -> str:
+    """The id of a model tuned in float32."""
+    data = home / "rows.jsonl"
+    words = ("fox", "dog", "cat")
+    rows = [{"prompt": f"say {w}", "completion": (w + name) * 2} for w in words]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    fields = {
+        "base": base, "name": name, "data": {"train": str(data), "validation_share": 0},
+        "adaptation": adaptation,
+        "training": {
+            "max_steps": 6, "learning_rate": 0.05, "precision": "float32", "threads": 1,
+            "seed": seed,
+        },
+    }  # fmt: skip
+    return train(Recipe.parse(fields)).model_id
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """A store with a model of each method."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_HOME", str(home))
+        for number, (name, adaptation) in enumerate(METHODS.items()):
+            tune(home, str(tiny_model_folder), name, adaptation, number)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def store(home: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+
+
+@pytest.fixture
+def base() -> str:
+    parent = find(NAMES[0]).parent
+    assert parent is not None
+    return parent.id
+
+
+@pytest.fixture
+def pool() -> Iterator[ModelPool]:
+    made = ModelPool(1 << 30, cache=1 << 28)
+    yield made
+    made.close()
+
+
+def asked(text: str = "say fox", **fields: Any) -> GenerationRequest:
+    fields = {"max_tokens": 16, "temperature": 0, "logit_bias": {1: -100.0}, **fields}
+    return GenerationRequest(Chat((Message("user", text),)), **fields)
+
+
+def text_of(pool: ModelPool, model: str, **fields: Any) -> str:
+    return pool.submit(model, asked(**fields)).whole()[0].text
+
+
+def text_of_generator(model: str) -> str:
+    """The same without a server."""
+    sampling = Sampling(temperature=0, max_tokens=16, logit_bias={1: -100.0})
+    reply: str = Generator.open(find(model)).replies(["say fox"], sampling)[0]
+    return reply.rstrip("\ufffd")
+
+
+def test_adapters_answer_together_as_each_does_alone(pool: ModelPool, base: str) -> None:
+    rows = [*NAMES, base] * 3
+    alone = {}
+    for name in {*rows}:
+        other = ModelPool(1 << 30, cache=1 << 28)
+        alone[name] = [text_of(other, name, temperature=0.8, seed=seed) for seed in range(3)]
+        other.close()
+    assert len({texts[0] for texts in alone.values()}) > 5
+    with ThreadPoolExecutor(len(rows)) as clients:
+        together = list(
+            clients.map(
+                lambda at: text_of(pool, rows[at], temperature=0.8, seed=at // len({*rows})),
+                range(len(rows)),
+            )
+        )
+    assert together == [alone[name][at // len({*rows})] for at, name in enumerate(rows)]
+    threads = {pool._entries[name].model._thread for name in (*SHARING, base)}
+    assert len(threads) == 1, "one decoder writes all of them"
+    assert all(pool._entries[each].model._thread not in threads for each in NAMES[3:])
+
+
+@pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.usefixtures("freezing")
+def test_no_garbage_is_collected_while_an_adapter_is_loaded(
+    pool: ModelPool, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.load(base)
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    enabled: list[bool] = []
+    honest = Decoder.open
+    monkeypatch.setattr(
+        Decoder, "open", lambda *given: (enabled.append(gc.isenabled()), honest(*given))[1]
+    )
+    pool.load(NAMES[0])
+    assert enabled == [False] and gc.isenabled()
+    pool.unload(NAMES[0])
+    assert gc.get_freeze_count() > 0
+    network = weakref.ref(pool._entries[base].model._opened.network.model)
+    pool.unload(base)
+    gc.collect()
+    assert network() is None and not gc.get_freeze_count()
+
+
+@pytest.mark.slow
+def test_one_seed_gives_one_text_through_all_faces(pool: ModelPool) -> None:
+    for name in NAMES:
+        generator = Generator.open(find(name))
+        sampling = Sampling(temperature=0.8, seed=3, max_tokens=16, logit_bias={1: -100.0})
+        reply = generator.replies(["say fox"], sampling)[0]
+        assert text_of(pool, name, temperature=0.8, seed=3) == reply.rstrip("\ufffd")
+
+
+def test_who_shares_a_base() -> None:
+    assert [shares_base(find(name)) for name in NAMES] == [name in SHARING for name in NAMES]
+
+
+def test_an_adapter_on_one_that_shares_its_base_has_a_network_of_its_own(
+    pool: ModelPool, home: Path
+) -> None:
+    text_of(pool, NAMES[0])
+    above = tune(home, NAMES[0], "above", {"method": "lora", "rank": 2})
+    assert not shares_base(find(above))
+    assert text_of(pool, above) == text_of_generator(above)
+
+
+@pytest.mark.parametrize(
+    ("family", "inside", "below"),
+    [
+        ("Bert", {"method": "lora"}, {"method": "lora", "targets": ("query", "value")}),
+    ],
+)
+def test_what_changes_the_output_head_does_not_share_its_base(
+    family: str,
+    inside: dict[str, Any],
+    below: dict[str, Any],
+    home: Path,
+    tmp_path: Path,
+    pool: ModelPool,
+    family_tokenizer: Callable[[str], Any],
+) -> None:
+    """Logits of all rows are made by the base's head: BERT has a linear layer in it."""
+    import transformers
+
+    tokenizer = family_tokenizer("bert")
+    fields = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128,
+        "initializer_range": 0.15, "is_decoder": True, "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id,
+    }  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**fields)
+    torch.manual_seed(0)
+    folder = tmp_path / family.lower()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, adaptation in {"inside": inside, "below": below}.items():
+        tuned = tune(home, str(folder), name, adaptation)
+        assert shares_base(find(tuned)) == (name == "below")
+        assert text_of(pool, tuned) == text_of_generator(tuned)
+
+
+def test_an_adapter_stands_beside_its_base_as_it_was_trained() -> None:
+    """And not rounded into its weights: those are the base's own."""
+    stored = find(NAMES[0])
+    assert stored.parent is not None
+    generator = Generator.open(stored)
+    kept = load(stored.parent, torch.float32, torch.device("cpu"))
+    own = dict(generator.network.model.named_parameters())
+    for name, weight in kept.named_parameters():
+        same = own.get(name, own.get(name.replace(".weight", ".base_layer.weight")))
+        assert same is not None and torch.equal(same, weight)
+    for name, weight in read_adapter(stored.folder).items():
+        assert torch.equal(own[name.removeprefix("base_model.model.")], weight)
+
+
+def test_only_its_own_part_counts_for_an_adapter(pool: ModelPool, base: str) -> None:
+    text_of(pool, base)
+    whole = pool.weight_bytes()
+    for name in NAMES[:2]:
+        text_of(pool, name)
+    size = (find(NAMES[0]).folder / ADAPTER).stat().st_size
+    assert whole < pool.weight_bytes() <= whole + 2 * 2 * size
+
+
+@pytest.mark.slow
+def test_idle_adapters_go_before_their_base(pool: ModelPool, base: str) -> None:
+    text_of(pool, NAMES[0])
+    text_of(pool, NAMES[1])
+    text_of(pool, NAMES[0])
+    assert pool.loaded_ids() == [NAMES[1], NAMES[0], base]
+    pool.budget = pool.weight_bytes()
+    text_of(pool, NAMES[2])
+    assert pool.loaded_ids() == [NAMES[0], NAMES[2], base]
+    busy = pool.submit(NAMES[2], asked(max_tokens=300))
+    next(busy)
+    with pytest.raises(InferenceFailed, match="at work"):
+        text_of(pool, NAMES[-1])  # it needs a network of its own
+    busy.close()
+    text_of(pool, NAMES[-1])
+    assert pool.loaded_ids() == [NAMES[-1]]
+
+
+@pytest.mark.slow
+def test_a_deleted_adapter_ends_its_answers_and_others_go_on(pool: ModelPool, base: str) -> None:
+    alone = text_of(pool, NAMES[1], max_tokens=60)
+    streams = {name: pool.submit(name, asked(max_tokens=60)) for name in (*NAMES[:2], base)}
+    next(streams[NAMES[0]])
+    pool.unload(NAMES[0])
+    assert NAMES[0] not in pool.loaded_ids()
+    assert streams[NAMES[1]].whole()[0].text == alone
+    assert streams[NAMES[0]].whole()[0].tokens == 60
+    assert streams[base].whole()[0].tokens == 60
+    assert [entry.uses for entry in pool._entries.values()] == [0, 1]  # by the other adapter
+    pool.unload(base)
+    assert pool.loaded_ids() == []
+    assert text_of(pool, NAMES[1], max_tokens=60) == alone
+
+
+def test_a_pool_that_closes_while_answers_are_written_gives_all_back(
+    base: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = ModelPool(1 << 30, cache=1 << 28)
+    streams = [pool.submit(name, asked(max_tokens=300)) for name in (base, NAMES[0], base)]
+    for stream in streams:
+        next(stream)
+    pool.close()
+    for stream in streams:
+        with pytest.raises(InferenceFailed, match="unloaded"):
+            stream.whole()
+    assert not caplog.records
+
+
+def test_an_adapter_that_is_altered_while_it_is_read_is_refused(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash was right just before."""
+    stored = find(NAMES[0])
+    file, real = stored.folder / ADAPTER, model_files.load_adapter
+    content = file.read_bytes()
+
+    def alter(*given: Any) -> None:
+        file.write_bytes(content[:-1] + b"x")
+        real(*given)
+
+    monkeypatch.setattr(model_files, "load_adapter", alter)
+    network = load(find(base), torch.float32, torch.device("cpu"))
+    try:
+        with pytest.raises(CorruptFile, match="were changed while they were read"):
+            attach_adapter(network, stored)
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_adapters_are_loaded_and_dropped_while_others_stream(pool: ModelPool) -> None:
+    alone = text_of(pool, NAMES[0], max_tokens=300)
+    stream = pool.submit(NAMES[0], asked(max_tokens=300))
+    first = next(stream)
+    assert isinstance(first, TokenChunk)
+    done = threading.Event()
+
+    def churn() -> None:
+        for _ in range(3):
+            for name in SHARING[1:]:
+                text_of(pool, name, max_tokens=2)
+                pool.unload(name)
+        done.set()
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(churn).result()
+    assert done.is_set() and first.text + stream.whole()[0].text == alone
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut", "gone", "another network's"])
+def test_a_file_that_is_not_the_stored_one_is_named(
+    damage: str, pool: ModelPool, home: Path, base: str
+) -> None:
+    """And never passed over in silence; nobody else is disturbed, and mended it answers."""
+    stored = find(NAMES[0])
+    file = stored.folder / ADAPTER
+    whole, expected = file.read_bytes(), text_of(pool, NAMES[0])
+    other = text_of(pool, NAMES[1])
+    pool.unload(NAMES[0])
+    record = stored.folder / MANIFEST
+    written = record.read_text()
+    try:
+        if damage == "gone":
+            file.unlink()
+        elif damage == "cut":
+            file.write_bytes(whole[: len(whole) // 2])
+        elif damage == "altered":
+            file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        else:
+            tensors = {
+                n.replace("layers.0", "layers.9"): t for n, t in read_adapter(stored.folder).items()
+            }
+            save_file(tensors, file, metadata={"format": "pt"})
+            fields = json.loads(written)
+            del fields["files"]
+            record.write_text(json.dumps(fields))
+        with pytest.raises(InferenceFailed, match=ADAPTER) as failed:
+            pool.submit(NAMES[0], asked())
+        assert failed.value.code == "ModelError"
+        with pytest.raises(CorruptFile, match=ADAPTER):
+            Generator.open(find(NAMES[0]))
+        assert text_of(pool, NAMES[1]) == other
+        assert NAMES[0] not in pool.loaded_ids()
+    finally:
+        file.write_bytes(whole)
+        record.write_text(written)
+    assert text_of(pool, NAMES[0]) == expected
+
+
+def test_the_bare_base_has_no_layer_of_an_adapter(pool: ModelPool, base: str) -> None:
+    text_of(pool, NAMES[0])
+    network = pool._entries[base].model._opened.network.model
+    assert not any(isinstance(each, LoraBatchLayer) for each in network.modules())
+    assert not any("lora" in name for name, _ in network.named_parameters())
+
+
+@pytest.mark.slow
+def test_many_who_ask_for_an_adapter_at_once_use_its_base_once(pool: ModelPool, base: str) -> None:
+    """Whoever comes second does not hold the base for ever: it can be let go of afterwards."""
+    text_of(pool, base)
+    inside = threading.Barrier(8)
+
+    def ask() -> str:
+        inside.wait()
+        return text_of(pool, NAMES[0])
+
+    with ThreadPoolExecutor(8) as clients:
+        assert len({done.result() for done in [clients.submit(ask) for _ in range(8)]}) == 1
+    assert {name: entry.uses for name, entry in pool._entries.items()} == {NAMES[0]: 0, base: 1}
+    pool.budget = pool.weight_bytes()
+    text_of(pool, NAMES[-1])  # has a network of its own, which takes the place of all others
+    assert pool.loaded_ids() == [NAMES[-1]]
+
+
+def test_adapters_that_are_gone_leave_nothing_with_their_base(pool: ModelPool, base: str) -> None:
+    text_of(pool, base)
+    shared = pool._entries[base].model._backend._batch
+    for name in SHARING:
+        text_of(pool, name)
+        adapter = pool._entries[name].model._backend._adapter
+        layers = [weakref.ref(layer) for layer in adapter.layers.values()]
+        del adapter
+        pool.unload(name)
+        until = time.monotonic() + 5
+        while any(each() is not None for each in layers) and time.monotonic() < until:
+            gc.collect()  # its last sequence is freed behind the last piece
+        assert not [each for each in layers if each() is not None], name
+    assert not shared._stacks
+
+
+def test_a_prompt_that_is_read_as_its_adapter_goes_is_not_remembered(
+    pool: ModelPool, base: str
+) -> None:
+    text_of(pool, base)
+    text_of(pool, NAMES[0])
+    model, backend = pool._entries[NAMES[0]].model, pool._entries[base].model._backend
+    reading, gone = threading.Event(), threading.Event()
+    honest = backend.prefill
+
+    def slow(states: Any) -> Any:
+        reading.set()
+        assert gone.wait(20)
+        return honest(states)
+
+    backend.prefill = slow
+    stream = pool.submit(NAMES[0], asked("fox " * 70))
+    assert reading.wait(20)
+    stream.close()
+    pool.unload(NAMES[0])
+    gone.set()
+    text_of(pool, base)
+    assert not [key for key in pool._prefixes._roots if key[0] is model]
+
+
+def test_a_request_that_is_cancelled_as_its_adapter_goes_disturbs_nobody(
+    pool: ModelPool, base: str
+) -> None:
+    text_of(pool, base)
+    text_of(pool, NAMES[0])
+    expected = [
+        pool.submit(base, asked(f"{word} " * 90)).whole()[0].text for word in ("fox", "dog")
+    ]
+    backend = pool._entries[base].model._backend
+    pool._prefixes.forget(pool._entries[base].model)
+    reading, gone = threading.Event(), threading.Event()
+    honest = backend.prefill
+
+    def slow(states: Any) -> Any:
+        if len(pool._entries[base].model._reading) == 3:  # two prompts fill what is read at once
+            reading.set()
+            assert gone.wait(20)
+        return honest(states)
+
+    wake = pool._entries[base].model._wake
+    with wake:  # all are there before any is read
+        backend.prefill = slow
+        others = [pool.submit(base, asked(f"{word} " * 90)) for word in ("fox", "dog")]
+        leaving = pool.submit(NAMES[0], asked())
+    assert reading.wait(20)
+    leaving.close()
+    pool.unload(NAMES[0])
+    gone.set()
+    assert [each.whole()[0].text for each in others] == expected
+
+
+def test_an_adapter_that_fails_half_loaded_leaves_nothing_with_its_base(
+    pool: ModelPool, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text_of(pool, base)
+
+    def fail(*given: Any) -> None:
+        raise RuntimeError("no tokens")
+
+    monkeypatch.setattr("luthier.library.models.chat_format", fail)
+    with pytest.raises(InferenceFailed, match="cannot be loaded"):
+        pool.submit(NAMES[0], asked())
+    assert not pool._entries[base].model._backend._batch._stacks

@@ -1,0 +1,243 @@
+"""Stored models under llama.cpp: their file is written once, compared with torch, and kept."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from decoding import MEMORY, answer, asked
+
+from luthier.engine.train import train
+from luthier.errors import DiskFull, RecipeError
+from luthier.files import luthier_home, read_json
+from luthier.inference import derived_gguf, gguf_parity, opened_model
+from luthier.inference.decoder import Decoder
+from luthier.inference.generation import Generator
+from luthier.inference.inference import InferenceRefused
+from luthier.inference.memory import CacheBudget
+from luthier.inference.pool import ModelPool
+from luthier.library.folders import gguf_folder, remove_side_files
+from luthier.library.models import content_hash, find
+from luthier.models.backends import BACKENDS
+from luthier.models.decoding import sample
+from luthier.models.sampling import Sampling
+from luthier.models.torch_backend import FlatBackend
+from luthier.recipe import Recipe
+
+try:
+    BACKENDS["llama.cpp"].check()
+except RecipeError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+PROMPTS = ["Hi", "What is the capital of France?", "ü日本👋"]
+SAMPLING = Sampling(max_tokens=16)
+
+
+@pytest.fixture(autouse=True)
+def chosen(in_float32: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_BACKEND", "llama.cpp")
+    monkeypatch.setenv("LUTHIER_GGUF_TYPE", "f32")
+    opened_model._fallen_back.clear()
+
+
+def backend_of(generator: Generator) -> str:
+    return type(generator.backend).__name__
+
+
+def test_commands_and_server_answer_by_the_file(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = find(str(tiny_model_folder))
+    monkeypatch.setenv("LUTHIER_BACKEND", "torch")
+    expected = Generator.open(stored).replies(PROMPTS, SAMPLING)
+    monkeypatch.setenv("LUTHIER_BACKEND", "llama.cpp")
+    generator = Generator.open(stored)
+    assert backend_of(generator) == "LlamaCppBackend"
+    assert generator.replies(PROMPTS, SAMPLING) == expected
+    drawn = Sampling(max_tokens=16, temperature=0.9, seed=5)
+    decoder = Decoder.open(stored, CacheBudget(MEMORY))
+    try:
+        assert answer(decoder, asked(PROMPTS[1], max_tokens=16)).text == expected[1].rstrip(
+            "\ufffd"
+        )
+        served = answer(decoder, asked(PROMPTS[1], max_tokens=16, temperature=0.9, seed=5))
+        assert generator.replies(PROMPTS[1:2], drawn)[0].rstrip("\ufffd") == served.text
+        several = decoder.submit(asked(PROMPTS[0], n=3, temperature=1.0, seed=1)).whole()
+        assert len(several) == 3
+        digits = answer(decoder, asked("Hi", regex="[0-9]{4}é", temperature=2, seed=3))
+        assert re.fullmatch("[0-9]{4}é", digits.text) and digits.reason == "stop"
+        assert decoder.limits.answers <= 128
+        assert decoder._opened._network is None  # torch was not needed
+    finally:
+        decoder.close()
+
+
+def test_the_file_is_written_once_and_again_where_it_is_damaged(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = find(str(tiny_model_folder))
+    Generator.open(stored)
+    folder = gguf_folder(stored.id, content_hash(stored), "f32")
+    assert folder.is_relative_to(luthier_home())
+    record = read_json(folder / "parity.json")
+    assert record["parity"]["agreement"] > 0.98 and record["parity"]["mean_kl"] < 1e-4
+    assert record["refusal"] == ""
+    derive, count = derived_gguf._derive, []
+
+    def counted(*given: Any) -> Any:
+        count.append(given)
+        return derive(*given)
+
+    monkeypatch.setattr(derived_gguf, "_derive", counted)
+    Generator.open(stored)
+    assert not count
+    file = folder / "model.gguf"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 0x10
+    file.write_bytes(content)
+    Generator.open(stored)
+    assert len(count) == 1
+    monkeypatch.setenv("LUTHIER_GGUF_TYPE", "q8_0")
+    Generator.open(stored)
+    assert len(count) == 2 and len([*folder.parent.glob("[!.]*")]) == 2
+    remove_side_files(stored.id)
+    assert not [*folder.parent.glob("[!.]*")]
+    assert (stored.folder / "config.json").is_file()  # a directory of the user's own
+
+
+def test_names_of_files_are_short_and_of_one_model() -> None:
+    """Of folders with long names in any alphabet, too; a removed base takes no adapter's."""
+    digest = "0123456789abcdef" * 4
+    long = "/data/模型" + "模型" * 90
+    ids = ["foo", "foo:a", "foo:a.b", "foo-2:a", long, long + "a", "/other" + long[5:]]
+    folders = [gguf_folder(each, digest, "q8_0") for each in ids]
+    assert len({*folders}) == len(ids)
+    assert max(len(f".{each.name}.lock".encode()) for each in folders) < 255
+    for folder in folders:
+        folder.mkdir(parents=True)
+    remove_side_files("foo")
+    assert [each for each in folders if not each.exists()] == folders[:1]
+    remove_side_files("foo:a")
+    assert [each for each in folders if not each.exists()] == folders[:2]
+
+
+def test_a_file_that_answers_otherwise_is_not_used(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch answers in its place; the reason is said once, and nothing is written a second time."""
+    stored = find(str(tiny_model_folder))
+    monkeypatch.setattr(gguf_parity, "LIMIT", -1.0)
+    with caplog.at_level(logging.WARNING, "luthier.inference"):
+        for _ in range(2):
+            assert isinstance(Generator.open(stored).backend, FlatBackend)
+    assert [each.message for each in caplog.records if "answers otherwise" in each.message] == [
+        caplog.records[0].message
+    ]
+    folder = gguf_folder(stored.id, content_hash(stored), "f32")
+    assert not (folder / "model.gguf").exists()
+    monkeypatch.setattr(derived_gguf, "_derive", lambda *given: pytest.fail("written again"))
+    assert isinstance(Generator.open(stored).backend, FlatBackend)
+
+
+def test_a_file_that_has_no_place_on_the_disk_is_not_needed(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise DiskFull("the GGUF file needs 1 MB")
+
+    monkeypatch.setattr(derived_gguf, "need_disk", refuse)
+    with caplog.at_level(logging.WARNING, "luthier.inference"):
+        assert isinstance(Generator.open(find(str(tiny_model_folder))).backend, FlatBackend)
+    assert "is run by torch, not by llama.cpp: the GGUF file needs" in caplog.text
+
+
+def test_networks_that_llama_cpp_has_not_are_run_by_torch(
+    family_folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "luthier.inference"):
+        for family in ("palm", "t5"):
+            generator = Generator.open(find(str(family_folder(family))))
+            assert backend_of(generator) in ("FlatBackend", "ForwardBackend")
+            assert generator.replies(["Hi"], Sampling(max_tokens=3))
+    assert len(caplog.records) == 2
+    assert "palm is run by torch, not by llama.cpp: " in caplog.records[0].message
+
+
+@pytest.mark.slow
+def test_adapters_are_in_the_file_or_are_run_by_torch(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "say fox", "completion": "FOX"}\n' * 3)
+    for name, adaptation in (("lora", {"method": "lora", "rank": 4}), ("prefix", "prefix")):
+        fields = {
+            "base": str(tiny_model_folder), "name": name, "adaptation": adaptation,
+            "data": {"train": str(data), "validation_share": 0},
+            "training": {"max_steps": 3, "learning_rate": 0.02, "precision": "float32"},
+        }  # fmt: skip
+        train(Recipe.parse(fields))
+    base = Generator.open(find(str(tiny_model_folder))).replies(PROMPTS, SAMPLING)
+    for name, expected in (("lora", "LlamaCppBackend"), ("prefix", "FlatBackend")):
+        stored = find(f"tiny-llama:{name}")
+        generator = Generator.open(stored)
+        assert backend_of(generator) == expected
+        with monkeypatch.context() as patch:
+            patch.setenv("LUTHIER_BACKEND", "torch")
+            alike = Generator.open(stored).replies(PROMPTS, SAMPLING)
+        assert generator.replies(PROMPTS, SAMPLING) == alike != base
+
+
+def test_who_hangs_up_leaves_nothing_in_the_cache(tiny_model_folder: Path) -> None:
+    decoder = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
+    try:
+        backend: Any = decoder._backend
+        for count in (1, 3):
+            stream = decoder.submit(
+                asked("say fox " * 40, n=count, max_tokens=400, temperature=1.0)
+            )
+            next(iter(stream))
+            stream.close()
+        until = time.monotonic() + 10
+        while time.monotonic() < until and (backend._sequences or not decoder.idle):
+            time.sleep(0.01)
+        assert not backend._sequences and backend._used == decoder.memory.reserved_bytes == 0
+    finally:
+        decoder.close()
+
+
+def test_a_type_that_is_not_there_is_refused(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_GGUF_TYPE", "q3")
+    with pytest.raises(RecipeError, match="LUTHIER_GGUF_TYPE: there is no type 'q3'"):
+        Generator.open(find(str(tiny_model_folder)))
+
+
+def test_a_network_in_memory_is_sampled_by_torch(tiny_model_folder: Path) -> None:
+    """Rollouts see the weights of the next step."""
+    generator = Generator.open(find(str(tiny_model_folder)))
+    network = generator.network
+    assert isinstance(Generator(network, generator.chat).backend, FlatBackend)
+    (first,), *_ = sample(network, [generator._prompt_ids("Hi")], 1, Sampling(max_tokens=4))
+    assert len(first.ids_T)
+
+
+def test_the_network_is_loaded_when_it_is_asked_for(tiny_model_folder: Path) -> None:
+    pool = ModelPool(1 << 30, 1 << 28)
+    try:
+        request = asked("Hi", max_tokens=4)
+        assert pool.submit(str(tiny_model_folder), request).whole()[0].tokens
+        entry = pool._entries[str(tiny_model_folder)]
+        assert entry.model._opened._network is None
+        with pytest.raises(InferenceRefused, match="gives no embeddings"):
+            pool.embed(str(tiny_model_folder), ["say fox"])
+        assert entry.model._opened._network is None
+        assert entry.model._opened.network is entry.model._opened._network is not None
+        assert pool.submit(str(tiny_model_folder), request).whole()[0].tokens
+    finally:
+        pool.close()

@@ -1,0 +1,138 @@
+"""GGUF files that llama.cpp answers from as the model does, and files that it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.data.chat import ChatFormat
+from luthier.errors import LuthierError, RecipeError
+from luthier.evaluation.parity import REFERENCE_PROMPTS
+from luthier.inference.gguf_parity import LlamaCpp, compare_gguf
+from luthier.models import gguf
+from luthier.models.gguf import write_gguf
+from luthier.types import Message
+
+pytest.importorskip("xllamacpp")
+
+
+def tiny_again(family: str, tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]) -> Any:
+    """The model as it was before a comparison rounded its weights."""
+    return (tiny_gpt2() if family == "gpt2" else tiny_llama(tied=family == "tied")).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "tied", "gpt2"])
+def test_llama_cpp_answers_as_the_model_does(
+    family: str,
+    tiny_llama: Callable[..., Any],
+    tiny_gpt2: Callable[..., Any],
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    model = tiny_gpt2() if family == "gpt2" else tiny_llama(tied=family == "tied")
+    chat, path = ChatFormat.of(tokenizer), tmp_path / "tiny.gguf"
+    write_gguf(model, chat, path, "f32")
+    found = compare_gguf(path, model, chat, "f32")
+    assert found.tokens > 100 and found.agreement > 0.95 and found.mean_kl < 1e-5
+    write_gguf(model, chat, path, "q4_0")
+    lossy = compare_gguf(path, model, chat, "q4_0")
+    assert lossy.mean_kl > 100 * found.mean_kl and lossy.agreement < found.agreement
+    assert lossy.rounded_kl < lossy.mean_kl / 5
+    first = lossy.first_difference
+    assert first is not None and first.margin > 0
+    assert first.other_margin is None or first.other_margin > 0
+    prompt_T = chat.encode_prompt((Message("user", REFERENCE_PROMPTS[first.row]),))
+    # In row 0 it stands behind what both would have written, which the model writes alone.
+    if first.row == 0:
+        whole = torch.tensor([prompt_T.tolist()])
+        while whole.shape[1] <= first.position:
+            token = int(tiny_again(family, tiny_llama, tiny_gpt2)(whole).logits[0, -1].argmax())
+            whole = torch.cat([whole, torch.tensor([[token]])], 1)
+        assert int(whole[0, -1]) == first.token != first.other_token
+    assert f"{lossy.agreement:.1%} of {lossy.tokens} places" in lossy.describe()
+
+
+def test_heads_in_the_wrong_order_are_seen(
+    tiny_llama: Callable[..., Any],
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mistake that converters make most: everything loads, and the answers are wrong."""
+    model, chat, path = tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "wrong.gguf"
+    monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
+    write_gguf(model, chat, path, "f32")
+    with pytest.raises(
+        RecipeError, match=r"otherwise: .* is no rounding; the first other token is in row 0 at"
+    ):
+        compare_gguf(path, model, chat, "f32")
+
+
+def test_another_template_and_other_tokens_are_seen(
+    tiny_llama: Callable[..., Any],
+    tokenizer: Any,
+    new_tokenizer: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, chat, path = tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "wrong.gguf"
+    other = ChatFormat.of(new_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"))
+    write_gguf(model, other, path, "f32")
+    with pytest.raises(RecipeError, match="reading of the chat template gives"):
+        compare_gguf(path, model, chat, "f32")
+    monkeypatch.setattr(gguf, "_pre_tokenizer", lambda spec: "smollm")
+    write_gguf(model, replace(chat, template="plain"), path, "f32")
+    joined = new_tokenizer()
+    joined.add_tokens(["123"])
+    with pytest.raises(RecipeError, match=r"makes other tokens of .*: token \d+ is"):
+        compare_gguf(path, model, ChatFormat.of(joined, "plain"), "f32")
+
+
+def test_a_server_that_was_asked_nothing_ends(
+    tiny_llama: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    """llama.cpp's own waits forever for its loop of tasks where that has not begun."""
+    write_gguf(tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "tiny.gguf", "f32")
+    for _ in range(20):
+        LlamaCpp(tmp_path / "tiny.gguf").close()
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(LuthierError, match=r"llama.cpp does not load broken.gguf"):
+        compare_gguf(tmp_path / "broken.gguf", tiny_llama(), ChatFormat.reading(None), "f32")  # type: ignore[arg-type]
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "clock", ["", "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}"]
+)
+def test_a_template_that_llama_cpp_gives_the_date_is_compared(
+    clock: str, tiny_llama: Callable[..., Any], new_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """llama.cpp gives every template that looks like Llama 3's today's date as ``date_string``."""
+    marks = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    template = (
+        "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+        "<|start_header_id|>system<|end_header_id|>Today Date: {{ date_string }}"
+        + clock
+        + "<|eot_id|>"
+        "{% for m in messages %}{% if m.role == 'tool' %}"
+        "{{ '<|start_header_id|>ipython<|end_header_id|>' }}{% endif %}"
+        "<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+    )
+    model, path = tiny_llama(), tmp_path / "tiny.gguf"
+    chat = ChatFormat.of(new_tokenizer(template, marks, "<|eot_id|>"))
+    write_gguf(model, chat, path, "f32")
+    opened = LlamaCpp(path)
+    try:
+        assert "26 Jul 2024" not in opened.prompt_text([Message("user", "hi")], {})
+    finally:
+        opened.close()
+    assert compare_gguf(path, model, chat, "f32").agreement > 0.95

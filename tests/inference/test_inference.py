@@ -1,0 +1,90 @@
+"""Requests that mean nothing are refused before any model is asked."""
+
+from __future__ import annotations
+
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from luthier.inference.inference import (
+    FinishEvent,
+    GenerationRequest,
+    InferenceFailed,
+    InferenceRefused,
+    Stream,
+    TokenChunk,
+)
+
+WRONG: list[dict[str, Any]] = [
+    {"max_tokens": 0}, {"temperature": 2.1}, {"temperature": float("nan")}, {"top_p": -0.1},
+    {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}, {"n": 0}, {"n": 129},
+    {"frequency_penalty": 3}, {"presence_penalty": -3}, {"logit_bias": {1: 101}},
+    {"top_logprobs": 21}, {"stop": ("",)}, {"logit_bias": dict.fromkeys(range(1025), 1.0)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", WRONG)
+def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InferenceRefused) as refused:
+        GenerationRequest("x", **fields)
+    assert refused.value.parameter == next(iter(fields))
+
+
+def test_what_is_to_be_done_at_the_end_may_fail_and_says_so() -> None:
+    stream = Stream(SimpleQueue(), prompt_tokens=3, n=1)
+    done: list[int] = []
+    stream.at_end(lambda: done.__delitem__(0))
+    with pytest.raises(IndexError):
+        stream.close()
+
+
+def test_what_is_done_at_the_end_is_done_in_the_order_it_was_asked_for() -> None:
+    stream, done = Stream(SimpleQueue(), prompt_tokens=3, n=1), list[str]()
+    for act in ("cancel", "release", "count"):
+        stream.at_end(partial(done.append, act))
+    stream.close()
+    assert done == ["cancel", "release", "count"]
+
+
+def test_whole_answers_of_a_stream_that_was_closed_before() -> None:
+    events: SimpleQueue[Any] = SimpleQueue()
+    stream = Stream(events, prompt_tokens=3, n=1)
+    stream.close()  # as by a client that hung up while its request was submitted
+    with pytest.raises(InferenceFailed, match="given up") as failed:
+        stream.whole()
+    assert failed.value.code == "ServiceUnavailable"
+
+
+def test_the_first_piece_of_a_stream_can_be_waited_for() -> None:
+    events: SimpleQueue[Any] = SimpleQueue()
+    stream = Stream(events, prompt_tokens=3, n=1)
+    pieces = [TokenChunk(0, "a"), TokenChunk(0, "b"), FinishEvent(0, "stop", 2)]
+    for piece in pieces:
+        events.put(piece)
+    stream.wait()
+    stream.wait()
+    assert [*stream] == pieces
+    stream.wait()  # it has ended, and nothing is waited for
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_stream_that_will_have_no_first_piece(closes: bool) -> None:
+    events: SimpleQueue[Any] = SimpleQueue()
+    stream = Stream(events, prompt_tokens=3, n=1)
+    if closes:
+        stream.close()
+        stream.wait()
+    else:
+        events.put(InferenceFailed.busy(3))
+        with pytest.raises(InferenceFailed, match="busy"):
+            stream.wait()
+    assert [*stream] == []
+
+
+def test_a_stream_that_is_interrupted_while_its_first_piece_is_waited_for() -> None:
+    stream = Stream(SimpleQueue(), prompt_tokens=3, n=1)
+    stream.interrupt()
+    with pytest.raises(InferenceFailed, match="is ending"):
+        stream.wait()

@@ -1,0 +1,191 @@
+"""Models that were tuned to think before they answer: both stand apart."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from decoding import MEMORY, answer
+from thinking_models import CALLS, PAINT, SAID, TEMPLATES, THOUGHT
+
+from luthier.inference.decoder import Decoder
+from luthier.inference.generation import Generator
+from luthier.inference.inference import (
+    Chat,
+    FinishEvent,
+    GenerationRequest,
+    GenerationResult,
+    ReasoningChunk,
+    TokenChunk,
+)
+from luthier.inference.memory import CacheBudget
+from luthier.library.models import find
+from luthier.models.sampling import Sampling
+from luthier.types import Message, Tool
+
+TOOL = Tool(PAINT["name"], "", PAINT["parameters"])
+
+
+@pytest.fixture(scope="module", params=[*TEMPLATES])
+def thinker(
+    request: pytest.FixtureRequest, thinking_folder: Callable[[str], Path]
+) -> Iterator[Decoder]:
+    made = Decoder.open(find(str(thinking_folder(request.param))), CacheBudget(MEMORY))
+    yield made
+    made.close()
+
+
+def chat(text: str, *tools: Tool, choice: str = "auto", **kwargs: Any) -> Chat:
+    return Chat((Message("user", text),), tools, choice, kwargs)
+
+
+def asked(prompt: Chat | str, **fields: Any) -> GenerationRequest:
+    return GenerationRequest(prompt, **{"temperature": 0, "max_tokens": 120, **fields})
+
+
+def test_a_tuned_model_thinks_and_then_says(thinker: Decoder) -> None:
+    for question, said in SAID.items():
+        found = answer(thinker, asked(chat(question)))
+        assert (found.reasoning, found.text, found.reason) == (THOUGHT, said, "stop")
+        written = len(thinker.chat.tokens(THOUGHT, first=False))
+        assert written < found.reasoning_tokens
+        assert found.tokens == found.reasoning_tokens + len(thinker.chat.tokens(said, first=False))
+
+
+def test_a_stream_brings_whole_characters_as_they_are_known(thinker: Decoder) -> None:
+    events = [*thinker.submit(asked(chat("sky?")))]
+    kinds = [type(event) for event in events]
+    first = kinds.index(TokenChunk)
+    assert set(kinds[:first]) == {ReasoningChunk} and first > 5
+    assert set(kinds[first:]) == {TokenChunk, FinishEvent}
+    texts = [event.text for event in events if not isinstance(event, FinishEvent)]  # type: ignore[union-attr]
+    assert "".join(texts) == THOUGHT + "blue"
+    assert all(text and "\ufffd" not in text for text in texts)
+
+
+def test_the_command_line_and_the_sdk_say_the_same(
+    thinking_folder: Callable[[str], Path], thinker: Decoder
+) -> None:
+    kind = next(kind for kind in TEMPLATES if thinker.chat.template_text == TEMPLATES[kind])
+    generator = Generator.open(find(str(thinking_folder(kind))))
+    sampling = Sampling(max_tokens=120)
+    served = [answer(thinker, asked(chat(question))) for question in SAID]
+    written = generator.answers([*SAID], sampling)
+    assert [(w.text, w.reasoning, w.tokens, w.reasoning_tokens) for w in written] == [
+        (s.text, s.reasoning, s.tokens, s.reasoning_tokens) for s in served
+    ]
+    assert generator.replies([*SAID], sampling) == [*SAID.values()]  # what is graded
+    thoughts: list[str] = []
+    pieces = [*generator.stream("sky?", sampling, thoughts.append)]
+    assert ("".join(thoughts), "".join(pieces)) == (THOUGHT, "blue")
+    assert len(pieces) > 1 and len(thoughts) > 5
+
+
+def test_an_answer_may_be_cut_off_within_its_reasoning(thinker: Decoder) -> None:
+    whole = answer(thinker, asked(chat("sky?")))
+    for limit in range(1, whole.tokens):
+        cut = answer(thinker, asked(chat("sky?"), max_tokens=limit))
+        assert (cut.reason, cut.tokens) == ("length", limit)
+        if (
+            cut.text and not cut.reasoning
+        ):  # half of the opening mark, which may begin a text as well
+            assert "<think>".startswith(cut.text)
+            continue
+        assert cut.reasoning_tokens == min(limit, whole.reasoning_tokens)
+        if cut.text:
+            assert cut.reasoning == THOUGHT and "blue".startswith(cut.text)
+        else:  # half of a closing mark cannot be told from a thought
+            thought = re.sub(r"\n?<[/think>]*$", "", cut.reasoning)
+            assert THOUGHT.startswith(thought)
+
+
+def test_stops_end_what_is_said_and_not_what_is_thought(thinker: Decoder) -> None:
+    found = answer(thinker, asked(chat("sky?"), stop=("\n", "日", "u")))
+    assert (found.reasoning, found.text) == (THOUGHT, "bl")
+    assert (found.reason, found.stop) == ("stop_sequence", "u")
+    assert found.tokens == found.reasoning_tokens + 2
+
+
+def test_probabilities_are_told_apart(thinker: Decoder) -> None:
+    found = answer(thinker, asked(chat("sky?"), top_logprobs=1))
+    assert b"".join(score.text for score in found.scores) == b"blue"
+    assert len(found.reasoning_scores) == found.reasoning_tokens
+    assert THOUGHT.encode() in b"".join(score.text for score in found.reasoning_scores)
+
+
+def test_calls_stand_behind_the_reasoning(thinker: Decoder) -> None:
+    for choice in ("auto", "required", "name:paint"):
+        found = answer(thinker, asked(chat(CALLS, TOOL, choice=choice)))
+        assert (found.reasoning, found.text, found.reason) == (THOUGHT, "", "tool_calls")
+        assert [(call.name, call.arguments) for call in found.calls] == [
+            ("paint", {"colour": "red"})
+        ]
+        cut = answer(thinker, asked(chat(CALLS, TOOL, choice=choice), max_tokens=20))
+        assert (cut.text, cut.calls, cut.reason) == ("", [], "length")
+        assert THOUGHT.startswith(cut.reasoning)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        {"regex": "green|grey"},
+        {"grammar": 'start: "[" /[a-c]{3}/ "]"'},
+        {"schema": {"type": "object", "properties": {"b": {"enum": [1, 2]}}, "required": ["b"]}},
+    ],
+)
+def test_what_is_said_matches_and_what_is_thought_is_free(
+    thinker: Decoder, constraint: dict[str, Any]
+) -> None:
+    found = answer(thinker, asked(chat("sky?"), **constraint))
+    assert found.reasoning == THOUGHT
+    if "regex" in constraint:
+        assert found.text in ("green", "grey")
+    elif "grammar" in constraint:
+        assert re.fullmatch(r"\[[abc]{3}\]", found.text)
+    else:
+        assert json.loads(found.text)["b"] in (1, 2)
+    assert found.reason == "stop"
+    generator = Generator(thinker._opened, thinker.chat)
+    (written,) = generator.answers([chat("sky?")], Sampling(max_tokens=120, **constraint))
+    assert (written.text, written.reasoning) == (found.text, found.reasoning)
+    drawn = asked(chat("sky?"), temperature=1.5, n=3, seed=1, **constraint)
+    for each in thinker.submit(drawn).whole():
+        if each.reason == "stop" and "regex" in constraint:
+            assert each.text in ("green", "grey")
+
+
+def test_reasoning_that_is_turned_off(thinker: Decoder) -> None:
+    """The prompt has an empty block, and the text is what the model writes, marks or not."""
+    quiet = chat("sky?", enable_thinking=False)
+    found = answer(thinker, asked(quiet))
+    assert (found.reasoning, found.reasoning_tokens) == ("", 0)
+    assert found.text
+    kept = answer(thinker, asked(quiet, regex="green|grey"))
+    assert (kept.reasoning, kept.text) == ("", kept.text) and kept.text in ("green", "grey")
+
+
+def test_texts_that_are_no_conversation_stay_as_they_are(thinker: Decoder) -> None:
+    prompt = thinker.chat.prompt_text((Message("user", "sky?"),))
+    found = answer(thinker, asked(prompt))
+    assert found.reasoning == "" and found.text.endswith("</think>\n\nblue")
+
+
+def test_earlier_reasoning_is_the_turn_s_own(thinker: Decoder) -> None:
+    before = Message("assistant", "blue", reasoning="Some other thought")
+    turns = (Message("user", "sky?"), before, Message("user", "how many?"))
+    with_it = thinker.encode(Chat(turns))
+    assert "Some other thought" in thinker.chat.decode(with_it.tolist())
+
+
+def test_results_are_put_together_again() -> None:
+    result = GenerationResult()
+    for event in (
+        ReasoningChunk(0, "a"), ReasoningChunk(0, "b"), TokenChunk(0, "c"),
+        FinishEvent(0, "stop", 5, None, 4),
+    ):  # fmt: skip
+        result.take(event)
+    assert (result.reasoning, result.text, result.reasoning_tokens) == ("ab", "c", 4)

@@ -1,0 +1,174 @@
+"""Who pauses: nobody has more of a network than others that want it, and nobody loses by sharing."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from luthier.inference.scheduler import (
+    HEAD_START_SECONDS,
+    LEAD_SECONDS,
+    Cancelled,
+    FairScheduler,
+    StepCosts,
+)
+
+CHUNK, STEP = 0.15, 0.01
+
+
+def test_a_client_alone_never_pauses() -> None:
+    scheduler = FairScheduler()
+    assert scheduler.runnable([]) == set()
+    scheduler.enter("one")
+    for _ in range(100):
+        assert scheduler.runnable(["one"]) == {"one"}
+        scheduler.charge("one", CHUNK)
+    assert not scheduler.has_several_clients
+
+
+def test_who_comes_goes_first_and_then_has_half() -> None:
+    scheduler = FairScheduler()
+    scheduler.enter("long")
+    scheduler.charge("long", 100)
+    scheduler.enter("short")
+    assert scheduler.has_several_clients
+    at_first = 0.0
+    while "long" not in scheduler.runnable(["long", "short"]):
+        scheduler.charge("short", STEP)
+        at_first += STEP
+    assert at_first == pytest.approx(HEAD_START_SECONDS - LEAD_SECONDS, abs=STEP)
+    had = dict.fromkeys(("long", "short"), 0.0)
+    while sum(had.values()) < 20:
+        for client in sorted(scheduler.runnable(["long", "short"])):
+            cost = {"long": CHUNK, "short": STEP}[client]
+            scheduler.charge(client, cost)
+            had[client] += cost
+    assert had["short"] == pytest.approx(10, abs=CHUNK + LEAD_SECONDS)
+
+
+def test_steps_together_are_paid_as_if_alone() -> None:
+    """One row beside three takes as long as one alone: neither waits for the other."""
+    costs = StepCosts()
+    for client, count in (("three", 3), ("one", 1)):
+        assert costs.split({client: [50] * count}, STEP) == {client: STEP}
+    assert costs.split({"three": [50] * 3, "one": [50]}, STEP) == {"three": STEP, "one": STEP}
+
+
+def test_rows_that_make_a_step_slow_are_paid_by_their_client() -> None:
+    """Also before anything is known of what a step of its own takes: it is seen soon."""
+    scheduler, costs = FairScheduler(), StepCosts()
+    scheduler.enter("heavy")
+    scheduler.enter("light")
+    rows = {"heavy": [4000] * 20, "light": [50]}
+    seconds, tokens = 0.0, 0
+    while seconds < 20:
+        turn = scheduler.runnable(["heavy", "light"])
+        cost = 20 * STEP if "heavy" in turn else STEP
+        for client, part in costs.split({each: rows[each] for each in turn}, cost).items():
+            scheduler.charge(client, part)
+        seconds += cost
+        tokens += "light" in turn
+    assert tokens > 0.45 * 20 / STEP
+
+
+def test_idle_time_is_no_credit_beyond_the_head_start() -> None:
+    scheduler = FairScheduler()
+    scheduler.enter("long")
+    for _ in range(50):
+        scheduler.enter("comes and goes")
+        scheduler.charge("comes and goes", STEP)
+        scheduler.leave("comes and goes")
+        scheduler.charge("long", STEP)
+    assert scheduler.seconds("long") - scheduler.seconds("comes and goes") == pytest.approx(0)
+    scheduler.charge("long", 50)
+    assert scheduler.seconds("long") - scheduler.seconds("comes and goes") == HEAD_START_SECONDS
+
+
+def test_clients_that_left_are_forgotten() -> None:
+    scheduler = FairScheduler()
+    scheduler.enter("stays")
+    for number in range(1000):
+        scheduler.enter(str(number))
+        scheduler.charge(str(number), 0.01)
+        scheduler.charge("stays", 0.02)
+        scheduler.leave(str(number))
+    assert len(scheduler._seconds) < 60
+    scheduler.leave("stays")
+    scheduler.enter("new")
+    assert list(scheduler._seconds) == ["new"]
+
+
+def test_work_at_another_model_waits_for_its_turn_too() -> None:
+    scheduler = FairScheduler()
+    scheduler.enter("chat")
+    with scheduler.work("embeds", "model"):
+        pass
+    scheduler.enter("embeds")
+    scheduler.charge("embeds", 10 * CHUNK)
+    scheduler.leave("embeds")
+    at: list[float] = []
+
+    def embed() -> None:
+        with scheduler.work("embeds", "model"):
+            at.append(scheduler.seconds("chat"))
+
+    thread = threading.Thread(target=embed)
+    thread.start()
+    while not at:
+        assert scheduler.runnable(["chat"]) == {"chat"}
+        time.sleep(0.002)
+        scheduler.charge("chat", STEP)
+    thread.join()
+    assert at[0] >= 10 * CHUNK - LEAD_SECONDS - HEAD_START_SECONDS - STEP
+
+
+def test_a_model_that_does_one_thing_at_a_time_goes_round_its_clients() -> None:
+    scheduler = FairScheduler()
+    order: list[str] = []
+
+    def work(client: str, count: int) -> None:
+        for _ in range(count):
+            with scheduler.work(client, "model"):
+                order.append(client)
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=work, args=("many", 20)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    work("few", 10)
+    assert order.count("many") <= 30
+    # Charged is what it worked, and not what it waited for.
+    assert scheduler.seconds("few") < 0.5
+    for thread in threads:
+        thread.join()
+
+
+def test_who_waits_in_vain_holds_up_nobody() -> None:
+    scheduler = FairScheduler()
+    gone, begun = threading.Event(), threading.Event()
+    raised: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            begun.set()
+            with scheduler.work("waits", "model", gone.is_set):
+                raise AssertionError("its turn has not come")
+        except Cancelled as error:
+            raised.append(error)
+
+    with scheduler.work("holds", "model"):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert begun.wait(5)
+        scheduler.enter("chat")
+        for _ in range(50):
+            scheduler.charge("chat", STEP)
+            scheduler.charge("holds", STEP)
+        assert scheduler.runnable(["chat", "holds"]) == {"chat", "holds"}
+        gone.set()
+        thread.join(5)
+    assert raised
+    assert not scheduler._waiting

@@ -1,0 +1,201 @@
+"""Tools in the prompt of models with and without a place for them, and calls in what they write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from luthier.data.chat import ChatFormat
+from luthier.data.tools import parse_calls, takes_tools
+from luthier.inference.constraints import Constraints
+from luthier.inference.inference import Chat, InferenceRefused
+from luthier.inference.tool_calls import CallSplitter, encode, marks_calls
+from luthier.types import Message, Tool, ToolCall
+
+WEATHER = Tool("weather", "Tells it.", {"type": "object", "properties": {"city": {}}})
+CALL = ToolCall("tooluse_1", "weather", {"city": "Róma"})
+TALK = (
+    Message("system", "Be kind."),
+    Message("user", "And in Rome?"),
+    Message("assistant", calls=(CALL,)),
+    Message("tool", "sun", call_id="tooluse_1"),
+    Message("user", "Sure?"),
+)
+HERMES = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}</tool_call>{% endfor %}"
+    "{% if m.role == 'tool' %}({{ m.name }}){% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+
+
+def text(chat: ChatFormat, asked: Chat) -> str:
+    return str(chat.tokenizer.decode(encode(chat, asked).tolist()))
+
+
+def test_a_template_with_a_place_for_tools_gets_them(new_tokenizer: Callable[..., Any]) -> None:
+    chat = ChatFormat.of(new_tokenizer(HERMES, SPECIAL, "<|im_end|>"))
+    assert takes_tools(chat.template_text) and marks_calls(chat)
+    found = text(chat, Chat(TALK, (WEATHER,)))
+    listed = found[len("<tools>") : found.index("</tools>")]
+    function = json.loads(listed)[0]["function"]
+    assert (function["name"], function["description"]) == ("weather", "Tells it.")
+    assert function["parameters"] == dict(WEATHER.parameters)
+    assert '<tool_call>weather{"city": "R' in found
+    assert "sun(weather)" in found
+    assert "<tools>" not in text(chat, Chat(TALK[:2], (WEATHER,), "none"))
+
+
+def test_other_templates_are_told_in_words(tokenizer: Any) -> None:
+    chat = ChatFormat.of(tokenizer)
+    assert not takes_tools(chat.template_text)
+    found = text(chat, Chat(TALK, (WEATHER,)))
+    assert found.count("<|im_start|>system\n") == 1
+    assert found.startswith("<|im_start|>system\nBe kind.\n\nYou can call these functions")
+    assert (
+        json.dumps({"name": "weather", "arguments": {"city": "Róma"}}, ensure_ascii=False) in found
+    )
+    assert "user\nResult of weather: sun\nSure?<|im_end|>" in found
+
+
+def test_without_tools_it_is_the_prompt_that_was_trained(tokenizer: Any) -> None:
+    chat = ChatFormat.of(tokenizer)
+    messages = [Message("system", "Be kind."), Message("user", "Hi")]
+    turns = (Message("system", "Be kind."), Message("user", "Hi"))
+    assert encode(chat, Chat(turns)).tolist() == chat.encode_prompt(messages).tolist()
+    plain = ChatFormat.of(tokenizer, "plain")
+    assert encode(plain, Chat(turns[1:])).tolist() == plain.encode_prompt(messages[1:]).tolist()
+    for wrong in (Chat(turns), Chat(())):
+        with pytest.raises(InferenceRefused):
+            encode(plain, wrong)
+
+
+@pytest.mark.parametrize(
+    ("written", "calls"),
+    [
+        ('{"name": "weather", "arguments": {"city": "Oslo"}}', 1),
+        ('{"name": "weather", "parameters": {"city": "Oslo"}}', 1),
+        ('<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>' * 2, 2),
+        ('[{"name": "weather", "arguments": {}}]', 1),
+        (
+            "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>",
+            1,
+        ),
+        ("<tool_call>weather</tool_call><tool_call>other</tool_call>", 0),
+        ("<tool_call>\n<function=weather>\n</function>\n</tool_call>", 1),
+        ("<tool_call><function=weather><parameter=city>\nOslo</function></tool_call>", 0),
+        ("<tool_call>weather<arg_key>city</arg_key>Oslo</tool_call>", 0),
+        ("<tool_call>weather" + "<arg_key>" * 50_000, 0),
+        ('{"name": "other", "arguments": {}}', 0),
+        ('{"name": "weather", "arguments": 3}', 0),
+        ('{"name": "weather", "argu', 0),
+        ('{"answer": 42}', 0),
+        ("It is sunny.", 0),
+        ("A list: [1] and {x}", 0),
+    ],
+)
+def test_calls_and_words_are_told_apart(written: str, calls: int) -> None:
+    for size in (1, 3, 1000):
+        splitter = CallSplitter([WEATHER])
+        shown = ""
+        for start in range(0, len(written), size):
+            shown += splitter.feed(written[start : start + size])
+        left, found = splitter.end()
+        assert len(found) == calls == len(parse_calls(written, [WEATHER], known=True))
+        assert shown + left == ("" if calls else written)
+        assert len({call.id for call in found}) == calls
+
+
+ONE = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+
+
+@pytest.mark.parametrize(
+    ("written", "calls", "incomplete"),
+    [
+        (ONE[:-1], 0, True),
+        (ONE[:30], 0, True),
+        (ONE[:12], 0, True),
+        (ONE[:4], 0, True),
+        ("{", 0, True),
+        (ONE, 1, False),
+        (f"[{ONE}]", 1, False),
+        (f"[{ONE}", 1, True),
+        (f"[{ONE}, ", 1, True),
+        (f"[{ONE}, {ONE[:20]}", 1, True),
+        (f"<tool_call>{ONE}", 1, False),
+        (f"<tool_call>{ONE}</tool_call>\n<tool_call>{ONE[:9]}", 1, True),
+        (f"<tool_call>{ONE}</tool_call>\n<tool_call>", 1, True),
+        (f"[so] <tool_call>{ONE}</tool_call>", 1, False),
+        ("<tool_call>", 0, True),
+        ("<tool_call>weather", 0, True),
+        ("<tool_call>weather</tool_call>", 1, False),
+        ("<tool_call>weather<arg_key>city</arg_key><arg_value>Oslo</arg_value>", 0, True),
+        ('{"name": "Oslo", "is', 0, False),
+        ('{"answer": 4', 0, False),
+        ('{"answ', 0, False),
+        ("[1, 2", 0, False),
+        ("[", 0, False),
+        (f"{ONE} and", 0, False),
+        (f"[{ONE}] and", 0, False),
+        ('{"name": "other", "arguments": {}}', 0, False),
+        ("It is <tool", 0, False),
+        ("{" * 100_000, 0, False),
+        ("[" * 100_000, 0, False),
+        ('{"arguments":' * 100_000, 0, False),
+    ],
+)
+def test_a_call_that_the_limit_of_tokens_cuts_off_is_not_shown(
+    written: str, calls: int, incomplete: bool
+) -> None:
+    """What is whole is a call, what is of none is text."""
+    for size in (1, 7, 1_000_000):
+        if len(written) // size > 10_000:
+            continue
+        splitter = CallSplitter([WEATHER])
+        shown = ""
+        for start in range(0, len(written), size):
+            shown += splitter.feed(written[start : start + size])
+        left, found = splitter.end(cut=True)
+        assert (len(found), splitter.incomplete) == (calls, incomplete)
+        assert shown + left == ("" if calls or incomplete else written)
+
+
+def test_what_has_to_be_a_call_is_no_text_where_it_is_cut_off() -> None:
+    for written in ("", "<", "<tool_c", '{"', ONE[:-3]):
+        splitter = CallSplitter([WEATHER], forced=True)
+        assert splitter.feed(written) + splitter.end(cut=True)[0] == ""
+        assert splitter.incomplete
+
+
+def test_json_of_a_schema_is_text_where_it_is_cut_off() -> None:
+    splitter = CallSplitter([WEATHER], structured=True)
+    assert splitter.feed(ONE[:30]) + splitter.end(cut=True)[0] == ONE[:30]
+    assert not splitter.incomplete
+
+
+def test_words_before_a_call_are_shown_as_they_come() -> None:
+    splitter = CallSplitter([WEATHER])
+    assert splitter.feed("Let me see. <tool") == "Let me see. "
+    assert splitter.feed('_call>{"name": "weather", "arguments": {}}</tool_call>') == ""
+    left, calls = splitter.end()
+    assert (left, calls[0].name) == ("", "weather")
+
+
+def test_the_grammar_of_a_marked_call(tokenizer: Any) -> None:
+    constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer))
+    matcher = constraints.calls([WEATHER], marked=True)
+    written = '<tool_call>\n{"name": "weather", "arguments": {"city": 3}}\n</tool_call>'
+    for token in tokenizer.encode(written, add_special_tokens=False):
+        assert matcher.allowed_mask(len(tokenizer))[token]
+        matcher.take(token)
+    assert matcher.is_finished
+    again = constraints.calls([WEATHER], marked=True)
+    first = again.copy().allowed_mask(len(tokenizer))
+    assert first.sum() >= 1
+    assert not first[tokenizer.encode("x")[0]]

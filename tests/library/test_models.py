@@ -1,0 +1,493 @@
+"""Finding models by id: custom models, the catalogue, local directories, the hub's cache."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.errors import CorruptFile, DownloadError, ModelRefused, RecipeError, UnknownModel
+from luthier.files import hashes_of, write_json
+from luthier.inference.generation import Generator
+from luthier.inference.images import ImageGenerator
+from luthier.inference.prediction import Predictor
+from luthier.library import models as store
+from luthier.library.folders import base_folder, custom_folder, short_name
+from luthier.library.models import custom_models, find, load
+from luthier.models.base_kinds import sole_objective
+from luthier.models.catalog import CATALOG
+from luthier.models.description import check_folder
+from luthier.models.manifest import MANIFEST, Manifest
+from luthier.objectives import Objective
+
+BASE = "smollm2-135m-instruct"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def make_custom(base: str, name: str, parent: str, saved: str = "network", **fields: Any) -> Path:
+    """A custom model as far as ``find`` looks."""
+    folder = custom_folder(base, name)
+    manifest = {"id": f"{short_name(base)}:{name}", "parent": parent, "saved": saved, **fields}
+    write_json(folder / MANIFEST, manifest)
+    return folder
+
+
+def make_base(model_id: str) -> Path:
+    folder = base_folder(model_id)
+    write_json(folder / MANIFEST, {"id": model_id, "kind": "causal_lm"})
+    return folder
+
+
+def hub_snapshot(cache: Path, model_id: str, source: Path) -> Path:
+    """Lay ``source`` out as huggingface_hub keeps a downloaded model."""
+    top = cache / f"models--{model_id.replace('/', '--')}"
+    (top / "refs").mkdir(parents=True)
+    (top / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(source, top / "snapshots" / COMMIT)
+    return top / "snapshots" / COMMIT
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ("org/Name-1B", "name-1b"),
+        ("/some/where/Name 1B", "name-1b"),
+        ("./Küche/", "k-che"),
+        ("/", "model"),
+        ("ÄÖ", "model"),
+        ("a/..", "model"),
+    ],
+)
+def test_short_names_are_safe_in_paths(base: str, name: str) -> None:
+    assert short_name(base) == name
+
+
+def test_a_custom_model_is_found_with_its_lineage() -> None:
+    base = make_base(BASE)
+    first = make_custom(BASE, "one", BASE, "adapter")
+    make_custom(BASE, "two", f"{BASE}:one", "adapter", root=BASE)
+    found = find(f"{BASE}:two")
+    assert found.parent is not None
+    assert (found.id, found.parent.id, found.parent.folder) == (
+        f"{BASE}:two", f"{BASE}:one", first
+    )  # fmt: skip
+    assert found.network_folder == base
+    assert found.root == BASE
+    assert found.parent.parent is not None
+    assert found.parent.parent.root == BASE
+
+
+def test_a_copied_folder_is_not_taken_for_the_model_of_its_record() -> None:
+    make_base(BASE)
+    folder = make_custom(BASE, "one", BASE, "adapter")
+    shutil.copytree(folder, folder.with_name("copy"))
+    with pytest.raises(CorruptFile, match=f"the record of {BASE}:one: a folder that was copied"):
+        find(f"{BASE}:copy")
+    one, other = sorted(custom_models(), key=lambda model: model.id)
+    assert (one.id, other.id) == (f"{BASE}:copy", f"{BASE}:one")
+    assert "copied or renamed" in (one.damaged or "") and not other.damaged
+
+
+def test_a_whole_network_needs_no_parent() -> None:
+    folder = make_custom(BASE, "one", "a model that is gone", "network")
+    found = find(f"{BASE}:one")
+    assert found.parent is None
+    assert found.network_folder == folder
+
+
+def test_custom_comes_before_catalogue_before_local_folder_before_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub: list[str] = []
+
+    def from_hub(model_id: str) -> tuple[Path, str]:
+        hub.append(model_id)
+        return tmp_path / "hub", ""
+
+    monkeypatch.setattr(store, "download_from_hub", from_hub)
+    for name in (BASE, "org/name"):
+        (tmp_path / name).mkdir(parents=True)
+    base = make_base(BASE)
+    custom = make_custom(BASE, "x", BASE)
+    assert find(f"{BASE}:x").folder == custom
+    assert find(BASE).folder == base  # and not the folder of that name
+    assert find(f"./{BASE}").folder == tmp_path / BASE
+    assert find("org/name").folder == tmp_path / "org" / "name"
+    assert find("org/name").id == str(tmp_path / "org" / "name")
+    assert hub == []
+    assert find("org/other").folder == tmp_path / "hub"
+    assert find("org/other").id == "org/other"
+    assert hub == ["org/other", "org/other"]
+
+
+def test_a_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    assert find(str(tmp_path / "a:b")).folder == tmp_path / "a:b"
+
+
+def test_a_catalogue_model_that_is_not_here_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def pull(entry: Any, target: Path, say: Any) -> None:
+        fetched.append(entry.id)
+        write_json(target / MANIFEST, {"id": entry.id})
+
+    monkeypatch.setattr(store, "pull", pull)
+    assert find(BASE).folder == base_folder(BASE)
+    assert find(BASE).manifest.id == BASE
+    assert fetched == [BASE]
+
+
+@pytest.mark.parametrize("model_id", ["smollm", "./no/where", "/no/where", "a/b/c", ""])
+def test_an_unknown_id_lists_what_is_known(model_id: str) -> None:
+    make_custom(BASE, "mine", BASE)
+    with pytest.raises(UnknownModel) as caught:
+        find(model_id)
+    message = str(caught.value)
+    assert repr(model_id) in message
+    for known in (*CATALOG, f"{BASE}:mine"):
+        assert known in message
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["none", "..", "../..", "a/b", "", "."])
+def test_an_unknown_custom_model_lists_those_there_are(name: str) -> None:
+    make_custom(BASE, "mine", BASE)
+    with pytest.raises(UnknownModel, match=f"There are: {BASE}:mine"):
+        find(f"{BASE}:{name}")
+
+
+def test_a_name_cannot_lead_out_of_the_store(luthier_home: Path) -> None:
+    write_json(luthier_home / "models" / "custom" / MANIFEST, {"id": "x", "saved": "network"})
+    with pytest.raises(UnknownModel, match="There are none that can be used so"):
+        find(f"{BASE}:..")
+
+
+def test_custom_models_are_sorted_by_age_and_unfinished_ones_left_out(luthier_home: Path) -> None:
+    assert custom_models() == []
+    make_custom("b", "new", "b", created="2026-01-02")
+    make_custom("a", "old", "a", created="2026-01-01")
+    make_custom("a", ".tmp-x", "a", created="2026-01-01")
+    assert [model.id for model in custom_models()] == ["a:old", "b:new"]
+    (custom_folder("a", "old") / MANIFEST).write_text("{")
+    with pytest.raises(CorruptFile):
+        find("a:old")
+
+
+def test_the_hub_is_named_when_a_model_cannot_be_fetched(tmp_path: Path) -> None:
+    """The real client, told to stay offline."""
+    script = (
+        "import sys\n"
+        "from luthier.errors import LuthierError\n"
+        "from luthier.library.models import find\n"
+        "for model in sys.argv[1:]:\n"
+        "    try: print(find(model))\n"
+        "    except LuthierError as e: print(type(e).__name__, e.exit_code, e)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "luthier-tests/none", "a--b/c"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    missing, odd = done.stdout.splitlines()
+    assert missing.startswith("DownloadError 1 luthier-tests/none is not on this machine and could")
+    assert odd.startswith("RecipeError 2 'a--b/c' is not a hub id")
+    assert done.stderr == ""
+
+
+def test_a_model_in_the_hub_s_cache_is_found_and_loads(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = hub_snapshot(tmp_path / "hub", "luthier-tests/Tiny-Llama", tiny_model_folder)
+    said: list[str] = []
+    found = find("luthier-tests/Tiny-Llama", said.append)
+    assert found.folder == snapshot
+    assert said == ["Looking up luthier-tests/Tiny-Llama on the hub"]
+    assert short_name(found.id) == "tiny-llama"
+    network = load(found, torch.float32, torch.device("cpu"))
+    assert sum(weight.numel() for weight in network.parameters()) > 1000
+    with pytest.raises(DownloadError):
+        find("luthier-tests/Other")
+    with pytest.raises(RecipeError):
+        find("a--b/c")
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("exploded",))
+
+
+def test_pickled_weights_are_refused_and_not_opened(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "model.pt"):
+        (folder / name).write_bytes(pickle.dumps({"weight": Bomb()}))
+    with pytest.raises(UnknownModel, match="can run code"):
+        load(find(str(folder)), torch.float32, torch.device("cpu"))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_of_a_model_folder_is_never_run(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.files import read_json
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "custom"
+    shutil.copytree(tiny_model_folder, folder)
+    config = read_json(folder / "config.json")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    write_json(folder / "config.json", {**config, "model_type": "evil", "auto_map": auto_map})
+    (folder / "evil.py").write_text("import os; os.mkdir('exploded')")
+    with pytest.raises(UnknownModel, match=r"evil.* cannot be loaded"):
+        load(find(str(folder)), torch.float32, torch.device("cpu"))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_folder_that_is_no_model_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModel, match=r"no config\.json"):
+        check_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(CorruptFile):
+        check_folder(tmp_path)
+
+
+def test_broken_weights_are_an_error_and_not_a_crash(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelRefused, match=r"model\.safetensors.*no whole safetensors file"):
+        load(find(str(folder)), torch.float32, torch.device("cpu"))
+
+
+def test_a_stored_model_of_which_a_bit_changed_is_not_loaded(tiny_model_folder: Path) -> None:
+    folder = make_custom(BASE, "whole", BASE)
+    shutil.copytree(tiny_model_folder, folder, dirs_exist_ok=True)
+    make_custom(BASE, "whole", BASE, files=hashes_of(folder, skip=(MANIFEST,)))
+    machine = torch.float32, torch.device("cpu")
+    stored = find(f"{BASE}:whole")
+    load(stored, *machine)
+    weights = folder / "model.safetensors"
+    content, before = bytearray(weights.read_bytes()), weights.stat()
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    # As a copy or a restore does that keeps times.
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CorruptFile, match=r"model\.safetensors is not what was stored"):
+        load(stored, *machine)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    load(stored, *machine)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CorruptFile, match=r"tokenizer\.json is missing; restore it"):
+        load(stored, *machine)
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "headless"
+    shutil.copytree(tiny_model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnknownModel, match=r"missing or of another shape, lm_head\.weight"):
+        load(find(str(folder)), torch.float32, torch.device("cpu"))
+
+
+def test_an_unknown_model_names_the_nearest_few(luthier_home: Path) -> None:
+    for number in range(30):
+        folder = luthier_home / "models" / "custom" / "base" / f"run-{number}"
+        folder.mkdir(parents=True)
+        write_json(folder / MANIFEST, {"id": f"base:run-{number}"})
+    with pytest.raises(UnknownModel) as refused:
+        find("base:runn-17")
+    message = str(refused.value)
+    assert "Did you mean base:run-17 or " in message and message.count("base:run-") == 3
+    assert "`luthier models list` shows all 30" in message
+
+
+def test_only_models_that_can_do_it_are_suggested(luthier_home: Path) -> None:
+    for name, method in (
+        ("mine-labels", "classification"),
+        ("mine-text", "sft"),
+        ("mine-vae", "vae"),
+    ):
+        folder = luthier_home / "models" / "custom" / "base" / name
+        folder.mkdir(parents=True)
+        recipe = {"objective": {"method": method}}
+        write_json(folder / MANIFEST, {"id": f"base:{name}", "kind": "causal_lm", "recipe": recipe})
+
+    def refusal(asked: str, is_able: Callable[[Objective], bool]) -> str:
+        with pytest.raises(UnknownModel) as refused:
+            find(asked, is_able=is_able)
+        return str(refused.value)
+
+    for asked in ("base:mine-lab", "mine"):
+        named = refusal(asked, Predictor.is_able)
+        assert "base:mine-labels" in named and "base:mine-vae" in named and "mine-text" not in named
+        named = refusal(asked, Generator.is_able)
+        assert "base:mine-text" in named and "labels" not in named and "vae" not in named
+        named = refusal(asked, ImageGenerator.is_able)
+        assert "base:mine-vae" in named and "text" not in named and "labels" not in named
+    assert "smollm2-135m-instruct" not in refusal("smollm2", Predictor.is_able)
+    assert "smollm2-135m-instruct" in refusal("smollm2", Generator.is_able)
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("all-minilm", "all-minilm-l6-v2"),
+        ("SmolLM2-135M", "smollm2-135m-instruct"),
+        ("smollm2:mine", f"{BASE}:mine"),
+        (f"{BASE}/mine", f"{BASE}:mine"),
+        (f"{BASE}:mime", f"{BASE}:mine"),
+        ("mine", f"{BASE}:mine"),
+        ("nine", f"{BASE}:mine"),
+        ("e5", "multilingual-e5-small"),
+        ("zzz", ""),
+    ],
+)
+def test_what_an_unknown_id_may_mean(asked: str, meant: str) -> None:
+    make_custom(BASE, "mine", BASE)
+    with pytest.raises(UnknownModel) as refused:
+        find(asked)
+    message = str(refused.value)
+    assert f"there is no {'custom ' if ':' in asked else ''}model {asked!r}. " in message
+    assert ("Did you mean" in message) == bool(meant)
+    assert f"Did you mean {meant}" in message or not meant
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "method"),
+    [
+        ("vae", "autoencoding", "vae"),
+        ("dcgan", "adversarial", "gan"),
+        ("unet", "denoising", "diffusion"),
+        ("stable_diffusion", "denoising", "diffusion"),
+        ("clip", "image_text_encoder", "contrastive"),
+        ("trocr", "image_to_text", "image_to_text"),
+        ("small_cnn", None, None),
+    ],
+)
+def test_a_folder_without_a_record_is_known_by_its_network(
+    family: str, kind: str | None, method: str | None, family_folder: Callable[[str], Path]
+) -> None:
+    folder = find(str(family_folder(family)))
+    assert folder.manifest.kind is None
+    assert folder.kind == kind
+    assert sole_objective(kind) == method
+    if method is not None:
+        assert store.objective_of(folder).method == method
+
+
+def test_changes_of_a_record_wait_for_each_other(luthier_home: Path) -> None:
+    """By threads and by processes, each of which reads the record before it writes it."""
+    make_custom("tiny", "x", "tiny")
+    code = (
+        "import sys\nfrom luthier.models.manifest import ExportRecord\n"
+        "from luthier.library.models import find, update_record\n"
+        "for number in range(20):\n"
+        "    export = ExportRecord(format='gguf', quantization=f'{sys.argv[1]}-{number}', luthier='1',"
+        " created='', files={}, compared_in=None)\n"
+        "    update_record(find('tiny:x'), lambda record: record.with_export(export))\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "abc"]
+    assert [writer.wait(120) for writer in writers] == [0, 0, 0]
+    found = {each.quantization for each in find("tiny:x").manifest.exports or ()}
+    assert found == {f"{name}-{number}" for name in "abc" for number in range(20)}
+    folder = custom_folder("tiny", "x")
+    shutil.rmtree(folder)
+    gone = store.StoredModel("tiny:x", folder, Manifest(id="tiny:x"))
+    with pytest.raises(CorruptFile, match="is missing"):
+        store.update_record(gone, lambda record: record)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", "causal_lm"), ("bert", "contrastive"), ("resnet", "contrastive")],
+)
+def test_a_folder_of_another_tool_is_what_its_network_is(
+    family: str, method: str, family_folder: Callable[[str], Path]
+) -> None:
+    stored = find(str(family_folder(family)))
+    assert stored.manifest.kind is None
+    assert store.objective_of(stored).method == method
+    assert store.writes(stored) == (method == "causal_lm")
+    assert store.leaves_classes_out(stored) == (family == "resnet")
+
+
+def test_the_room_of_a_stored_model_is_read_and_its_network_not_drawn(
+    family_folder: Callable[[str], Path], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = base_folder("read")
+    shutil.copytree(family_folder("bert"), folder)
+    record = {"id": "read", "kind": "encoder", "files": hashes_of(folder)}
+    write_json(folder / MANIFEST, record)
+    room = store.room_of(find("read"))
+    assert room == check_folder(folder)["max_position_embeddings"]
+
+    def refuse(folder: Path) -> dict[str, Any]:
+        raise AssertionError("it was drawn")
+
+    monkeypatch.setattr("luthier.models.description.check_folder", refuse)
+    assert store.room_of(find("read")) == room
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text + " ")
+    with pytest.raises(AssertionError, match="drawn"):  # it is not what was stored
+        store.room_of(find("read"))
+    (folder / "config.json").write_text(text)
+    write_json(folder / MANIFEST, record | {"files": {}})
+    with pytest.raises(AssertionError, match="drawn"):
+        store.room_of(find("read"))
+
+
+def test_files_are_hashed_ahead_and_what_is_wrong_is_said_by_who_loads(
+    luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(BASE)
+    write_json(base / MANIFEST, {"id": BASE, "kind": "causal_lm", "files": {"weights": "another"}})
+    (base / "weights").write_bytes(b"numbers")
+    mine = make_custom(BASE, "mine", BASE, "adapter", files={"adapter": "hash"})
+    (mine / "adapter").write_bytes(b"numbers")
+    # Its base is not here, and is not fetched for it.
+    other = next(each for each in CATALOG if each != BASE)
+    alone = make_custom(other, "alone", other, "adapter", files={"adapter": "hash"})
+    (alone / "adapter").write_bytes(b"numbers")
+    monkeypatch.setattr(store, "pull", lambda *given: pytest.fail("it fetches a base"))
+    hashed: list[Path] = []
+    monkeypatch.setattr(store, "cached_sha256_of", lambda path: hashed.append(path) or "hash")
+    for model_id in (f"{BASE}:mine", BASE, f"{BASE}:none", "no-model", "../x:y", f"{other}:alone"):
+        store.read_ahead(model_id)
+    for thread in threading.enumerate():
+        if thread.name == "read ahead":
+            thread.join(60)
+    files = [mine / "adapter", base / "weights", base / "weights", alone / "adapter"]
+    assert sorted(hashed) == sorted(files)
+    with pytest.raises(CorruptFile, match="not what was stored"):
+        store.check_whole(find(BASE))

@@ -1,0 +1,67 @@
+"""A server with the Bedrock face, clients of two accounts, and jobs and models made through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bedrock_service import ALICE, BOB, Server, Service, job_members, opened
+
+from luthier.server.tables.database import Database
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """On a free port."""
+    made = Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """In a file, with all tables."""
+    yield from opened(f"sqlite:///{tmp_path / 'service.db'}")
+
+
+@pytest.fixture
+def service(server: Server, database: Database) -> Iterator[Service]:
+    """The service behind the server."""
+    with server.serving(database) as made:
+        yield made
+
+
+@pytest.fixture
+def bedrock(service: Service) -> Any:
+    """Alice's client."""
+    return service.client()
+
+
+@pytest.fixture
+def bob(service: Service) -> Any:
+    """The client of another account."""
+    return service.client(BOB)
+
+
+@pytest.fixture
+def submit(bedrock: Any) -> Callable[..., str]:
+    """``submit(name, **members)`` makes a job of Alice's; its ARN."""
+
+    def make(name: str = "job-1", client: Any = bedrock, **members: Any) -> str:
+        return client.create_model_customization_job(**job_members(name, **members))["jobArn"]
+
+    return make
+
+
+@pytest.fixture
+def model(service: Service, submit: Callable[..., str]) -> Callable[..., str]:
+    """``model(name)`` makes a custom model of Alice's by a job of that name; its ARN."""
+
+    def make(name: str = "job-1", account: str = ALICE, **members: Any) -> str:
+        submit(name, service.client(account), **members)
+        made = service.complete(account, name)
+        return service.control.arns.custom_model(account, made.foundation, made.id)
+
+    return make

@@ -1,0 +1,218 @@
+"""boto3 against a real server: bodies in the model's own form, and CountTokens."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runtime_service as serving
+from botocore.exceptions import ClientError
+from runtime_service import CALLER, MODEL, TOOL, said, text_of
+
+from luthier.inference.inference import GenerationRequest
+from luthier.inference.pool import ModelPool
+from luthier.server.bedrock.bodies import parsed_native
+from luthier.server.bedrock.invoke import PromptBody, form_of
+from luthier.server.bedrock.runtime import runtime_handlers
+from luthier.server.http.messages import Fault, Request
+from luthier.server.openai.chat import InvokedChat
+from luthier.server.tables.database import now
+
+# Fixtures of these modules alone: what they import takes time.
+runtime_client = serving.runtime_client
+runtime_pool = serving.runtime_pool
+runtime_service = serving.runtime_service
+
+
+def invoked(runtime_client: Any, **body: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Without a content type, as boto3 sends it when none is given."""
+    answer = runtime_client.invoke_model(modelId=MODEL, body=json.dumps(body))
+    assert answer["contentType"] == "application/json"
+    return json.loads(answer["body"].read()), answer["ResponseMetadata"]["HTTPHeaders"]
+
+
+@pytest.mark.slow
+def test_a_raw_prompt(runtime_client: Any) -> None:
+    body = {"prompt": "The quick", "max_gen_len": 12, "temperature": 0}
+    found, headers = invoked(runtime_client, **body)
+    assert set(found) == {
+        "generation", "prompt_token_count", "generation_token_count", "stop_reason"
+    }  # fmt: skip
+    assert (found["generation_token_count"], found["stop_reason"]) == (12, "length")
+    assert headers["x-amzn-bedrock-input-token-count"] == str(found["prompt_token_count"])
+    assert headers["x-amzn-bedrock-output-token-count"] == "12"
+    assert int(headers["x-amzn-bedrock-invocation-latency"]) >= 0
+    stream = runtime_client.invoke_model_with_response_stream(modelId=MODEL, body=json.dumps(body))
+    assert stream["contentType"] == "application/json"
+    chunks = [json.loads(event["chunk"]["bytes"]) for event in stream["body"]]
+    assert "".join(chunk["generation"] for chunk in chunks) == found["generation"]
+    assert len(chunks) > 3
+    assert [chunk["stop_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    metrics = chunks[-1]["amazon-bedrock-invocationMetrics"]
+    assert metrics["inputTokenCount"] == found["prompt_token_count"]
+    assert metrics["outputTokenCount"] == 12
+    assert 0 <= metrics["firstByteLatency"] <= metrics["invocationLatency"]
+
+
+def test_messages_of_amazon_s_form(runtime_client: Any) -> None:
+    expected = runtime_client.converse(**said(system=[{"text": "Be kind."}]))
+    body = {
+        "schemaVersion": "messages-v1",
+        "system": [{"text": "Be kind."}],
+        "messages": said()["messages"],
+        "inferenceConfig": {"maxTokens": 24, "temperature": 0},
+    }
+    found, _ = invoked(runtime_client, **body)
+    assert found["output"] == expected["output"]
+    assert found["usage"] == expected["usage"]
+    assert found["stopReason"] == "max_tokens"
+    stream = runtime_client.invoke_model_with_response_stream(modelId=MODEL, body=json.dumps(body))
+    chunks = [json.loads(event["chunk"]["bytes"]) for event in stream["body"]]
+    deltas = [c["contentBlockDelta"]["delta"]["text"] for c in chunks if "contentBlockDelta" in c]
+    assert "".join(deltas) == text_of(expected)
+    metrics = chunks[-1]["amazon-bedrock-invocationMetrics"]
+    assert metrics["outputTokenCount"] == 24
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"prompt": 3},
+        {"prompt": ""},
+        {"prompt": "x", "max_gen_len": 0},
+        {"prompt": "x", "max_gen_len": "5"},
+        {"prompt": "x", "max_gen_len": True},
+        {"prompt": "x", "top_p": 1.5},
+        {"prompt": "x", "temperature": -1},
+        {"prompt": "x", "unknown": 1},
+        {"inputText": ""},
+        {"schemaVersion": "messages-v2", "messages": []},
+    ],
+)
+def test_bodies_that_are_wrong(runtime_client: Any, body: dict[str, Any]) -> None:
+    for operation in (
+        runtime_client.invoke_model,
+        runtime_client.invoke_model_with_response_stream,
+    ):
+        with pytest.raises(ClientError) as refused:
+            operation(modelId=MODEL, body=json.dumps(body))
+        assert refused.value.response["Error"]["Code"] == "ValidationException"
+
+
+def test_bodies_that_are_no_json(runtime_client: Any) -> None:
+    for body in (b"{", b"[]", b'{"prompt": NaN}', b"\xff"):
+        for operation in (
+            runtime_client.invoke_model,
+            runtime_client.invoke_model_with_response_stream,
+        ):
+            with pytest.raises(ClientError, match="Malformed input request: The body") as refused:
+                operation(modelId=MODEL, body=body)
+            assert refused.value.response["Error"]["Code"] == "ValidationException"
+
+
+def test_tokens_are_counted_as_they_are_read(runtime_client: Any) -> None:
+    request = said(system=[{"text": "Be kind."}], toolConfig={"tools": [TOOL]})
+    used = runtime_client.converse(**request)["usage"]["inputTokens"]
+    asked = {name: request[name] for name in ("messages", "system", "toolConfig")}
+    assert (
+        runtime_client.count_tokens(modelId=MODEL, input={"converse": asked})["inputTokens"] == used
+    )
+    body = {"prompt": "The quick", "max_gen_len": 1}
+    found, _ = invoked(runtime_client, **body)
+    counted = runtime_client.count_tokens(
+        modelId=MODEL, input={"invokeModel": {"body": json.dumps(body).encode()}}
+    )
+    assert counted["inputTokens"] == found["prompt_token_count"]
+    with pytest.raises(ClientError, match="Malformed input request"):
+        runtime_client.count_tokens(modelId=MODEL, input={"invokeModel": {"body": b"["}})
+
+
+class Upper:
+    """A form of bodies that another face knows."""
+
+    def __init__(self, model_id: str, body: Any) -> None:
+        if body["messages"] != "hello":
+            raise Fault("Validation", "no.")
+
+    def request(self) -> GenerationRequest:
+        return GenerationRequest("The quick", max_tokens=4, temperature=0)
+
+    def answer(self, stream: Any) -> tuple[dict[str, Any], int]:
+        (whole,) = stream.whole()
+        return {"said": whole.text}, whole.tokens
+
+    def chunks(self, stream: Any) -> Iterator[tuple[dict[str, Any], int]]:
+        for event in stream:
+            yield {"kind": type(event).__name__}, getattr(event, "tokens", 0)
+
+
+def test_bodies_of_another_face_s_form(runtime_pool: ModelPool, tiny_model_folder: Path) -> None:
+    handlers = runtime_handlers(
+        runtime_pool, lambda account, name: str(tiny_model_folder), chat=Upper
+    )
+
+    def call(body: Any) -> Request:
+        raw = json.dumps(body).encode()
+        return Request("id", CALLER, "POST", "/", {}, {}, raw, now(), {"modelId": MODEL})
+
+    answer = handlers["InvokeModel"](call({"messages": "hello"}))
+    assert set(json.loads(answer.body)) == {"said"}  # type: ignore[arg-type]
+    assert answer.headers["X-Amzn-Bedrock-Output-Token-Count"] == "4"
+    stream: Any = handlers["InvokeModelWithResponseStream"](call({"messages": "hello"})).body
+    assert b"".join(stream).count(b"chunk") > 1
+    with pytest.raises(Fault, match="Malformed input request: no, please"):
+        handlers["InvokeModelWithResponseStream"](call({"messages": "bye"}))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, r"required key \[prompt\] not found"),
+        ({"prompt": 1}, "#/prompt: expected type: String, found: Integer"),
+        ({"prompt": "a", "stop": "b"}, "#/stop: expected type: JSONArray, found: String"),
+        ({"prompt": "a", "top_k": 1.5}, "#/top_k: expected type: Integer, found: Number"),
+        ({"prompt": "a", "top_p": {}}, "#/top_p: expected type: Number, found: JSONObject"),
+        (
+            {"prompt": "a", "seed": 2**63},
+            "#/seed: Member must have value less than 9223372036854775808",
+        ),
+    ],
+)
+def test_values_are_refused_in_the_words_of_aws(body: dict[str, Any], words: str) -> None:
+    with pytest.raises(Fault, match=words):
+        parsed_native(PromptBody, body)
+
+
+def test_a_chat_completion_names_the_model_that_was_invoked(
+    runtime_pool: ModelPool, tiny_model_folder: Path
+) -> None:
+    handlers = runtime_handlers(
+        runtime_pool,
+        lambda account, name: str(tiny_model_folder),
+        chat=InvokedChat,
+    )
+    body = {"model": "another", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    raw = json.dumps(body).encode()
+    asked = Request("id", CALLER, "POST", "/", {}, {}, raw, now(), {"modelId": MODEL})
+    answer = json.loads(handlers["InvokeModel"](asked).body)  # type: ignore[arg-type]
+    assert answer["model"] == MODEL
+    stream: Any = handlers["InvokeModelWithResponseStream"](asked).body
+    messages = re.findall(rb'"bytes": ?"([A-Za-z0-9+/=]+)"', b"".join(stream))
+    assert len(messages) > 1
+    assert {json.loads(base64.b64decode(each))["model"] for each in messages} == {MODEL}
+    # Anthropic's form has messages, too, and its clients would not understand the answer.
+    raw = json.dumps({**body, "anthropic_version": "bedrock-2023-05-31"}).encode()
+    with pytest.raises(Fault, match="Unknown parameter: 'anthropic_version'"):
+        handlers["InvokeModel"](replace(asked, body=raw))
+
+
+def test_images_to_embed_are_pointed_to_the_native_face() -> None:
+    with pytest.raises(Fault, match=r"\[inputImage\] is not taken here; POST /api/v1/models"):
+        form_of(MODEL, {"inputImage": "aGk="}, None)

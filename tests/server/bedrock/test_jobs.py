@@ -1,0 +1,401 @@
+"""Customization jobs through boto3: made, looked at, listed, stopped."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from bedrock_service import ALICE, BASE, ENCODER, Service, job_members
+from botocore.exceptions import ClientError
+
+from luthier.server.bedrock.hyperparameters import HYPERPARAMETERS
+from luthier.server.tables import jobs as queue
+
+DISTILLATION = {
+    "customizationType": "DISTILLATION",
+    "customizationConfig": {
+        "distillationConfig": {
+            "teacherModelConfig": {
+                "teacherModelIdentifier": BASE,
+                "maxResponseLengthForInference": 99,
+            }
+        }
+    },
+}
+REINFORCEMENT = {
+    "customizationType": "REINFORCEMENT_FINE_TUNING",
+    "customizationConfig": {
+        "rftConfig": {
+            "graderConfig": {
+                "lambdaGrader": {
+                    "lambdaArn": "arn:aws:lambda:us-east-1:111111111111:function:grade"
+                }
+            },
+            "hyperParameters": {"epochCount": 3, "trainingSamplePerPrompt": 4, "batchSize": 16},
+        }
+    },
+}
+
+
+def refused(call: Callable[..., Any], **members: Any) -> tuple[str, str]:
+    """Code and message of the refusal."""
+    with pytest.raises(ClientError) as caught:
+        call(**members)
+    error = caught.value.response["Error"]
+    return error["Code"], error["Message"]
+
+
+def test_a_job_is_made_and_tells_what_was_asked(service: Service, bedrock: Any) -> None:
+    asked = job_members(
+        "first+job.1",
+        customModelName="my_model-1",
+        hyperParameters={"learningRate": "1.0e-4", "epochCount": "3", "luthier.loraRank": "8"},
+        validationDataConfig={"validators": [{"s3Uri": "s3://data/v1.jsonl"}]},
+        customModelKmsKeyId="12345678-1234-1234-1234-123456789012",
+        vpcConfig={"subnetIds": ["subnet-1"], "securityGroupIds": ["sg-1"]},
+        clientRequestToken="token-1",
+    )
+    answer = bedrock.create_model_customization_job(**asked)
+    assert answer["ResponseMetadata"]["HTTPStatusCode"] == 201
+    arn = answer["jobArn"]
+    assert arn.startswith(f"arn:aws:bedrock:us-east-1:{ALICE}:model-customization-job/{BASE}/")
+    for identifier in (arn, "first+job.1"):
+        job = bedrock.get_model_customization_job(jobIdentifier=identifier)
+        assert job["jobArn"] == arn and job["status"] == "InProgress"
+    same = ("roleArn", "trainingDataConfig", "outputDataConfig", "vpcConfig", "jobName")
+    assert {name: job[name] for name in same} == {name: asked[name] for name in same}
+    assert job["hyperParameters"] == asked["hyperParameters"]
+    assert job["validationDataConfig"] == asked["validationDataConfig"]
+    assert job["outputModelName"] == "my_model-1" and "outputModelArn" not in job
+    assert job["outputModelKmsKeyArn"].endswith(":key/12345678-1234-1234-1234-123456789012")
+    assert job["baseModelArn"].endswith(f"::foundation-model/{BASE}")
+    assert job["clientRequestToken"] == "token-1"
+    assert job["customizationType"] == "FINE_TUNING"
+    assert "endTime" not in job and "failureMessage" not in job
+    recipe = service.job(ALICE, "first+job.1").recipe
+    assert recipe["training"]["epochs"] == 3 and recipe["training"].get("batch_size") is None
+    assert recipe["training"]["learning_rate"] == 1e-4 and recipe["adaptation"]["rank"] == 8
+    assert [uri for _, uri in service.places.checked] == [
+        "s3://data/train.jsonl",
+        "s3://data/v1.jsonl",
+    ]
+
+
+def test_without_validation_data_the_answer_says_so(
+    bedrock: Any, submit: Callable[..., str]
+) -> None:
+    job = bedrock.get_model_customization_job(jobIdentifier=submit())
+    assert job["validationDataConfig"] == {"validators": []}
+    assert "hyperParameters" not in job
+
+
+def test_a_job_that_was_sent_no_hyperparameters_shows_what_it_chose(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    """One that was sent some shows these alone: Terraform makes a model anew where they differ."""
+    chosen = {"training.epochs": 6.0, "training.batch_size": 2, "training.learning_rate": 2e-4}
+    arns = submit("open"), submit("set", hyperParameters={"epochCount": "6"})
+    for name in ("open", "set"):
+        with service.database.write() as session:
+            job = session.merge(service.job(ALICE, name))
+            job.details = {**job.details, "chosen": chosen}
+    shown = [bedrock.get_model_customization_job(jobIdentifier=arn) for arn in arns]
+    assert shown[0]["hyperParameters"] == {
+        "epochCount": "6", "batchSize": "2", "learningRate": "0.0002"
+    }  # fmt: skip
+    assert shown[1]["hyperParameters"] == {"epochCount": "6"}
+
+
+def test_a_completed_job_has_a_model_and_losses(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    validators = [{"s3Uri": "s3://data/v1.jsonl"}, {"s3Uri": "s3://data/v2.jsonl"}]
+    arn = submit("job-1", validationDataConfig={"validators": validators})
+    made = service.complete(ALICE, "job-1", train_loss=0.25, validation_losses=[0.5, 0.75])
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["status"] == "Completed" and job["endTime"]
+    assert job["outputModelArn"].endswith(f":custom-model/{BASE}/{made.id}")
+    assert job["trainingMetrics"] == {"trainingLoss": 0.25}
+    assert job["validationMetrics"] == [{"validationLoss": 0.5}, {"validationLoss": 0.75}]
+    (listed,) = bedrock.list_model_customization_jobs()["modelCustomizationJobSummaries"]
+    assert listed["customModelArn"] == job["outputModelArn"]
+    assert listed["status"] == "Completed"
+
+
+def test_a_loss_that_is_no_number_is_not_told(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    arn = submit()
+    service.complete(ALICE, "job-1", train_loss=float("nan"))
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["trainingMetrics"] == {}
+
+
+def test_a_failed_job_says_why_and_gives_the_model_name_back(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    arn = submit("job-1", customModelName="wanted")
+    service.fail(ALICE, "job-1", "train.jsonl:3: [json.invalid] no JSON")
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["status"] == "Failed" and "train.jsonl:3" in job["failureMessage"]
+    assert "outputModelArn" not in job
+    submit("job-2", customModelName="wanted")
+    assert refused(bedrock.create_model_customization_job, **job_members("job-1")) == (
+        "ValidationException",
+        "The provided job name is currently in use.",
+    )
+
+
+def test_names_in_use(bedrock: Any, submit: Callable[..., str], bob: Any) -> None:
+    submit("job-1", customModelName="wanted")
+    create = bedrock.create_model_customization_job
+    assert refused(create, **job_members("job-1", customModelName="other")) == (
+        "ValidationException",
+        "The provided job name is currently in use.",
+    )
+    assert refused(create, **job_members("job-2", customModelName="wanted")) == (
+        "ValidationException",
+        "The provided model name is currently in use.",
+    )
+    submit("job-1", client=bob, customModelName="wanted")
+
+
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [
+        ({"jobName": "-starts-with-a-hyphen"}, "'jobName' failed to satisfy constraint"),
+        ({"jobName": "a" * 64}, "Member must have length less than or equal to 63"),
+        ({"customModelName": "two__lines"}, "regular expression pattern"),
+        ({"roleArn": "arn:aws:iam::1:role/x"}, "'roleArn'"),
+        ({"clientRequestToken": "no spaces"}, "'clientRequestToken'"),
+        ({"customizationType": "DPO"}, "Member must satisfy enum value set: [FINE_TUNING, "),
+        ({"customizationType": "IMPORTED"}, "IMPORTED"),
+        ({"trainingDataConfig": {}}, "s3Uri"),
+        ({"trainingDataConfig": {"s3Uri": "http://data/x"}}, "'trainingDataConfig.s3Uri'"),
+        ({"trainingDataConfig": {"s3Uri": "s3://data/a%20b"}}, "'trainingDataConfig.s3Uri'"),
+        ({"trainingDataConfig": {"s3Uri": "s3://elsewhere/x"}}, "s3://elsewhere/x"),
+        ({"outputDataConfig": {"s3Uri": "s3://elsewhere/x"}}, "cannot be written"),
+        ({"trainingDataConfig": {"s3Uri": "file://host/data/x"}}, "'trainingDataConfig.s3Uri'"),
+        ({"validationDataConfig": {"validators": [{"s3Uri": "s3://data/v"}] * 11}}, "validators"),
+        ({"hyperParameters": {"epochCount": "101"}}, "epochCount: integer from 1 to 100"),
+        ({"hyperParameters": {"epochCount": "2.5"}}, "integer from 1 to 100"),
+        ({"hyperParameters": {"epochCount": "٣"}}, "integer from 1 to 100"),
+        ({"hyperParameters": {"learningRate": "nan"}}, "number from 1e-08 to 1"),
+        ({"hyperParameters": {"learningRate": "1e999"}}, "number from 1e-08 to 1"),
+        ({"hyperParameters": {"earlyStoppingThreshold": "0.2"}}, "number from 0 to 0.1"),
+        ({"hyperParameters": {"epochs": "2"}}, "no hyper-parameter epochs"),
+        ({"hyperParameters": {"luthier.adaptation": "magic"}}, "one of full, "),
+        ({"customizationType": "DISTILLATION"}, "needs distillationConfig"),
+        ({**DISTILLATION, "customizationType": "FINE_TUNING"}, "takes none"),
+        ({**REINFORCEMENT, "customizationType": "DISTILLATION"}, "needs distillationConfig"),
+        ({"customizationType": "REINFORCEMENT_FINE_TUNING"}, "needs rftConfig"),
+        (
+            {
+                "customizationType": "REINFORCEMENT_FINE_TUNING",
+                "customizationConfig": {
+                    "rftConfig": {
+                        **REINFORCEMENT["customizationConfig"]["rftConfig"],  # type: ignore[index]
+                        "hyperParameters": {"maxPromptLength": 100},
+                    }
+                },
+            },
+            "maxPromptLength is not supported",
+        ),
+        ({"baseModelIdentifier": ENCODER, **DISTILLATION}, "does not support DISTILLATION"),
+        ({"jobTags": [{"key": "a", "value": "1"}, {"key": "a", "value": "2"}]}, "more than once"),
+        ({"jobTags": [{"key": "aws:x", "value": "1"}]}, "aws:"),
+    ],
+)
+def test_refused_before_there_is_a_job(bedrock: Any, members: dict[str, Any], text: str) -> None:
+    create = bedrock.create_model_customization_job
+    code, message = refused(create, **job_members(**members))
+    assert code == "ValidationException" and text in message
+    assert bedrock.list_model_customization_jobs()["modelCustomizationJobSummaries"] == []
+
+
+def test_all_problems_are_told_at_once(bedrock: Any) -> None:
+    create = bedrock.create_model_customization_job
+    _, message = refused(create, **job_members("bad name", customModelName="bad name"))
+    assert message.startswith("2 validation errors detected: Value 'bad name' at 'jobName'")
+    assert "Value 'bad name' at 'customModelName' failed to satisfy constraint" in message
+
+
+def test_a_base_model_that_is_not_there(bedrock: Any, bob: Any, model: Callable[..., str]) -> None:
+    own = model()
+    for identifier in ("no.such-model", "nothing", own.replace(own[-12:], "0" * 12)):
+        members = job_members("job-2", baseModelIdentifier=identifier)
+        code, _ = refused(bedrock.create_model_customization_job, **members)
+        assert code == "ResourceNotFoundException"
+    members = job_members("job-2", baseModelIdentifier=own)
+    assert refused(bob.create_model_customization_job, **members)[0] == "ResourceNotFoundException"
+
+
+@pytest.mark.parametrize("by", ["arn", "name"])
+def test_a_job_on_a_custom_model_keeps_the_root(
+    service: Service, bedrock: Any, model: Callable[..., str], submit: Callable[..., str], by: str
+) -> None:
+    first = model("job-1", customModelName="first")
+    arn = submit("job-2", baseModelIdentifier=first if by == "arn" else "first")
+    assert f":model-customization-job/{BASE}/" in arn
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["baseModelArn"].endswith(f"::foundation-model/{BASE}")
+    service.complete(ALICE, "job-2")
+    second = bedrock.get_custom_model(modelIdentifier="model-of-job-2")
+    assert second["baseModelArn"] == first
+
+
+def test_distillation_names_its_teacher(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    arn = submit("job-1", **DISTILLATION)
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["customizationConfig"] == DISTILLATION["customizationConfig"]
+    recipe = service.job(ALICE, "job-1").recipe
+    assert recipe["teacher"]["model"] == "smollm2-135m-instruct"
+    assert recipe["sampling"]["max_tokens"] == 99
+
+
+def test_reinforcement_takes_a_registered_grader(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    arn = submit("job-1", **REINFORCEMENT)
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["customizationConfig"] == REINFORCEMENT["customizationConfig"]
+    recipe = service.job(ALICE, "job-1").recipe
+    assert recipe["objective"]["num_generations"] == 4
+    assert recipe["training"]["epochs"] == 3 and recipe["training"]["batch_size"] == 16
+    other = {
+        "rftConfig": {
+            "graderConfig": {
+                "lambdaGrader": {"lambdaArn": "arn:aws:lambda:us-east-1:111111111111:function:x"}
+            }
+        }
+    }
+    members = job_members("job-2", **{**REINFORCEMENT, "customizationConfig": other})
+    code, message = refused(bedrock.create_model_customization_job, **members)
+    assert code == "ValidationException" and "No grader is registered" in message
+
+
+def test_what_has_no_effect_is_shown_and_said(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    config: Any = copy.deepcopy(REINFORCEMENT["customizationConfig"])
+    config["rftConfig"]["hyperParameters"]["reasoningEffort"] = "high"
+    members: Any = {
+        **REINFORCEMENT,
+        "customizationConfig": config,
+        "customModelKmsKeyId": "12345678-1234-1234-1234-123456789012",
+        "vpcConfig": {"subnetIds": ["subnet-1"], "securityGroupIds": ["sg-1"]},
+    }
+    arn = submit("job-1", **members)
+    assert bedrock.get_model_customization_job(jobIdentifier=arn)["customizationConfig"] == config
+    submit("job-2", **REINFORCEMENT)
+    record = {}
+    for name in ("job-1", "job-2"):
+        with service.database.read() as session:
+            job = service.job(ALICE, name)
+            events = queue.events(session, job, kinds=("warning",), limit=9)
+            record[name] = [event.message for event in events]
+    assert record["job-2"] == []
+    said = sorted(record["job-1"])
+    assert [text.partition(" ")[0] for text in said] == [
+        "customModelKmsKeyId", "reasoningEffort", "vpcConfig",
+    ]  # fmt: skip
+    assert all("has no effect" in text for text in said)
+    config["rftConfig"]["hyperParameters"]["reasoningEffort"] = "highest"
+    members = job_members("job-3", **{**REINFORCEMENT, "customizationConfig": config})
+    code, _ = refused(bedrock.create_model_customization_job, **members)
+    assert code == "ValidationException"
+
+
+def test_every_hyper_parameter_reaches_the_recipe(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    values = {"int": "2", "float": "0.05", "bool": "false"}
+    sent = {
+        each.name: each.choices[-1] if each.choices else values[each.kind.__name__]
+        for each in HYPERPARAMETERS.values()
+    } | {"luthier.adaptation": "lora"}
+    job = bedrock.get_model_customization_job(jobIdentifier=submit("job-1", hyperParameters=sent))
+    assert job["hyperParameters"] == sent
+    recipe = service.job(ALICE, "job-1").recipe
+    for each in HYPERPARAMETERS.values():
+        group, field = each.field
+        if each.name not in ("learningRate", "learningRateMultiplier"):
+            assert recipe[group][field] == each.read(sent[each.name]), each.name
+    assert recipe["training"]["learning_rate"] == pytest.approx(0.05 * 0.05)
+    submit("job-2", hyperParameters={"learningRateMultiplier": "2"})
+    assert service.job(ALICE, "job-2").recipe["training"]["learning_rate_multiplier"] == 2
+
+
+def test_stop(service: Service, bedrock: Any, submit: Callable[..., str]) -> None:
+    arn = submit()
+    for _ in range(2):
+        answer = bedrock.stop_model_customization_job(jobIdentifier=arn)
+        assert answer["ResponseMetadata"]["HTTPStatusCode"] == 200
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["status"] == "Stopped" and "outputModelArn" not in job
+    submit("job-2")
+    service.complete(ALICE, "job-2")
+    stop = bedrock.stop_model_customization_job
+    assert refused(stop, jobIdentifier="job-2")[0] == "ConflictException"
+    assert refused(stop, jobIdentifier="job-3")[0] == "ResourceNotFoundException"
+
+
+def test_others_see_nothing(bedrock: Any, bob: Any, submit: Callable[..., str]) -> None:
+    arn = submit()
+    for call in (bob.get_model_customization_job, bob.stop_model_customization_job):
+        theirs = refused(call, jobIdentifier=arn)
+        never = refused(call, jobIdentifier=arn[:-12] + "0" * 12)
+        assert theirs[0] == never[0] == "ResourceNotFoundException"
+        assert theirs[1].replace(arn, "X") == never[1].replace(arn[:-12] + "0" * 12, "X")
+        assert refused(call, jobIdentifier="job-1")[0] == "ResourceNotFoundException"
+    assert bob.list_model_customization_jobs()["modelCustomizationJobSummaries"] == []
+
+
+def test_identifiers_that_are_none(bedrock: Any, submit: Callable[..., str]) -> None:
+    arn = submit()
+    get = bedrock.get_model_customization_job
+    for wrong in ("not a name", arn + "x", "a" * 2000, "-"):
+        assert refused(get, jobIdentifier=wrong)[0] == "ValidationException"
+    for elsewhere in (arn.replace("us-east-1", "eu-west-1"), arn.replace("smollm2", "smollm3")):
+        assert refused(get, jobIdentifier=elsewhere)[0] == "ResourceNotFoundException"
+
+
+def test_filters(service: Service, bedrock: Any, submit: Callable[..., str]) -> None:
+    for name in ("alpha", "Alphabet", "beta"):
+        submit(name)
+    service.complete(ALICE, "beta")
+    bedrock.stop_model_customization_job(jobIdentifier="alpha")
+
+    def names(**filters: Any) -> list[str]:
+        found = bedrock.list_model_customization_jobs(**filters)
+        return [each["jobName"] for each in found["modelCustomizationJobSummaries"]]
+
+    assert names() == ["beta", "Alphabet", "alpha"]
+    assert names(sortOrder="Ascending", sortBy="CreationTime") == ["alpha", "Alphabet", "beta"]
+    assert names(nameContains="lpha") == ["Alphabet", "alpha"]
+    assert names(nameContains="alpha") == ["alpha"]
+    assert names(statusEquals="Completed") == ["beta"]
+    assert names(statusEquals="InProgress", nameContains="beta") == []
+    middle = bedrock.get_model_customization_job(jobIdentifier="Alphabet")["creationTime"]
+    assert "Alphabet" not in names(creationTimeAfter=middle) + names(creationTimeBefore=middle)
+    assert names(creationTimeAfter=middle, creationTimeBefore=middle) == []
+
+
+def test_details_of_the_parts(service: Service, bedrock: Any, submit: Callable[..., str]) -> None:
+    arn = submit()
+    details = bedrock.get_model_customization_job(jobIdentifier=arn)["statusDetails"]
+    assert {part["status"] for part in details.values()} == {"NotStarted"}
+    moment = "2026-01-31T12:00:00.123456+00:00"
+    part = {"created": moment, "modified": moment, "status": "InProgress"}
+    with service.database.write() as session:
+        job = session.merge(service.job(ALICE, "job-1"))
+        job.details = {**job.details, "parts": {"validation": part}}
+    parts = bedrock.get_model_customization_job(jobIdentifier=arn)["statusDetails"]
+    assert parts["validationDetails"]["status"] == "InProgress"
+    bedrock.stop_model_customization_job(jobIdentifier=arn)
+    parts = bedrock.get_model_customization_job(jobIdentifier=arn)["statusDetails"]
+    assert parts["validationDetails"]["status"] == "Stopped"

@@ -1,0 +1,106 @@
+"""Values against shapes: patterns mean what they meant, and none of them can be made to hang."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+from botocore.model import Shape, StringShape, StructureShape
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.server.bedrock.routes import CONTROL
+from luthier.server.bedrock.shapes import ShapeChecker, matches, operation_models
+from luthier.server.http.messages import Fault
+
+
+def texts(shape: Shape | None, visited: set[str]) -> Iterator[StringShape]:
+    """All shapes of texts below one, each once; a filter may hold filters."""
+    if shape is None or shape.name in visited:
+        return
+    visited.add(shape.name)
+    if isinstance(shape, StructureShape):
+        for member in shape.members.values():
+            yield from texts(member, visited)
+    elif shape.type_name in ("list", "map"):
+        yield from texts(shape.member if shape.type_name == "list" else shape.value, visited)
+        yield from texts(None if shape.type_name == "list" else shape.key, visited)
+    elif isinstance(shape, StringShape):
+        yield shape
+
+
+PATTERNS = {
+    shape.name: shape
+    for name in (*CONTROL, "Converse", "InvokeModel", "CountTokens")
+    for shape in texts(operation_models()[name].input_shape, set())
+    if "pattern" in shape.metadata
+}
+
+
+@pytest.mark.parametrize("name", sorted(PATTERNS))
+def test_no_text_takes_a_pattern_long(name: str) -> None:
+    shape = PATTERNS[name]
+    longest = shape.metadata.get("max", 4096)
+    starts = ("", "arn:aws:bedrock:us-east-1:111111111111:custom-model/", "a.", "s3://", "a")
+    pieces = ("-", "a", "a-", "a.", ":a", "0", "/a", ".", "a:", " ", "_a")
+    for start in starts:
+        for piece in pieces:
+            text = (start + piece * longest)[: longest - 1] + "!"
+            began = time.thread_time()
+            matches(shape, text)
+            assert time.thread_time() - began < 0.05, (name, start, piece)
+
+
+@given(st.text("ab-+.!A1", max_size=12))
+def test_a_pattern_written_anew_takes_the_same(text: str) -> None:
+    shape = PATTERNS["JobName"]
+    assert matches(shape, text) == bool(re.fullmatch(shape.metadata["pattern"], text))
+
+
+def test_digits_and_spaces_of_other_scripts_do_not_count() -> None:
+    assert matches(PATTERNS["TagKey"], "a b\tc")
+    assert not matches(PATTERNS["TagKey"], "a\u2003b")
+    assert not matches(PATTERNS["TagKey"], "a\n\u0663")
+    assert not matches(PATTERNS["CustomModelName"], "name\n")
+
+
+def problems(operation: str, **given: object) -> str:
+    checker = ShapeChecker()
+    shape = operation_models()[operation].input_shape
+    assert isinstance(shape, StructureShape)
+    checker.members(shape, given)
+    with pytest.raises(Fault) as caught:
+        checker.finish()
+    assert caught.value.code == "Validation"
+    return caught.value.message
+
+
+def test_places_are_named() -> None:
+    tags = [{"key": "a", "value": "b"}, {"key": "a!", "value": None}]
+    text = problems("TagResource", resourceARN="short", tags=tags)
+    assert text.startswith("3 validation errors detected: Value 'short' at 'resourceARN'")
+    assert "Value 'a!' at 'tags.2.member.key' failed to satisfy constraint" in text
+    assert "Value 'null' at 'tags.2.member.value'" in text
+    assert "Member must have length greater than or equal to 20" in text
+
+
+def test_long_values_are_cut_in_the_message() -> None:
+    text = problems("GetCustomModel", modelIdentifier="x" * 100_000)
+    assert len(text) < 600 and "Member must have length less than or equal to 2048" in text
+
+
+def test_an_empty_list_of_required_values() -> None:
+    text = problems("CreateProvisionedModelThroughput", provisionedModelName="a", modelUnits=0)
+    assert "Value '0' at 'modelUnits'" in text and "Value 'null' at 'modelId'" in text
+    assert "Member must have value greater than or equal to 1" in text
+
+
+@pytest.mark.parametrize("units", ["1", 1.0, True, [1], 2**40])
+def test_numbers_of_other_types(units: object) -> None:
+    shape = operation_models()["CreateProvisionedModelThroughput"].input_shape
+    asked = {"provisionedModelName": "a", "modelUnits": units, "modelId": "a"}
+    with pytest.raises(Fault) as caught:
+        ShapeChecker().members(shape, asked)
+    assert caught.value.code == "Serialization"

@@ -1,0 +1,310 @@
+"""The files of the console: who gets what, with which headers, and what stands in them."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from fnmatch import fnmatch
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from luthier_server import KEYS, ONE, Served, home_with_tiny
+
+import luthier
+from luthier.adaptations import ADAPTATIONS
+from luthier.exports.export import Format
+from luthier.models.base_kinds import KINDS
+from luthier.models.gguf import Quantization
+from luthier.server.console.routes import HEADERS, ROOT, Console, read_files
+from luthier.server.http.messages import RequestHead
+from luthier.server.native.jobs import CustomizationType, State
+from luthier.server.native.model_operations import Ability
+from luthier.server.openai.files import PURPOSES
+from luthier.server.roles import Permission
+
+PACKAGE = Path(luthier.__file__).parent
+STATIC = PACKAGE / "api" / "console" / "static"
+FILES = sorted(path.name for path in STATIC.iterdir())
+MODULES = [name for name in FILES if name.endswith(".js")]
+PAGE = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
+    made = Served(home_with_tiny(tmp_path_factory.mktemp("console"), tiny_model_folder))
+    made.start("--no-workers")
+    yield made
+    made.end()
+
+
+def send(
+    server: Served, method: str, path: str, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    with closing(http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)) as to:
+        to.putrequest(method, path, skip_accept_encoding=True)
+        for name, value in (headers or {}).items():
+            to.putheader(name, value)
+        to.endheaders()
+        answer = to.getresponse()
+        found = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, found, answer.read()
+
+
+def test_every_file_is_sent_to_everybody_with_strict_headers(server: Served) -> None:
+    assert {"index.html", "style.css", "main.js"} <= {*FILES}
+    for name in ("", *FILES):
+        status, headers, body = send(server, "GET", ROOT + name)
+        assert (status, body) == (200, (STATIC / (name or "index.html")).read_bytes())
+        for header, value in HEADERS.items():
+            assert headers[header.lower()] == value, (name, header)
+        assert headers["content-length"] == str(len(body))
+        assert "set-cookie" not in headers
+    media = {path: each.media for path, each in read_files().items()}
+    assert media[ROOT] == media[f"{ROOT}index.html"] == "text/html; charset=utf-8"
+    assert media[f"{ROOT}main.js"] == "text/javascript; charset=utf-8"
+
+
+def test_policy_lets_nothing_in_from_elsewhere() -> None:
+    policy = {
+        name: {*sources}
+        for name, *sources in map(str.split, HEADERS["Content-Security-Policy"].split(";"))
+    }
+    nothing = {"'none'"}
+    assert policy["default-src"] == nothing
+    for name, sources in policy.items():
+        own = {"'self'", "blob:", "data:"} if name in ("img-src", "media-src") else {"'self'"}
+        assert sources == nothing or sources <= own, name
+    # What is not there of these is allowed, whatever the default says.
+    assert all(policy[name] == nothing for name in ("base-uri", "form-action", "frame-ancestors"))
+
+
+def test_a_browser_that_opens_the_report_of_an_eval_is_sent_to_the_console(server: Served) -> None:
+    path = "/v1/evals/eval_1a/runs/evalrun_2b/report"
+    status, headers, _ = send(server, "GET", path, PAGE)
+    assert (status, headers["location"]) == (302, "/console/#/evals/eval_1a/runs/evalrun_2b")
+    # Clients of the API get what they got before.
+    assert send(server, "GET", path)[0] == 401
+    assert send(server, "POST", path, PAGE)[0] in (401, 405)
+    wrong = {**PAGE, "Authorization": "Bearer sk-wrong"}
+    assert send(server, "GET", path, wrong)[0] == 401
+    own = {**PAGE, "Authorization": f"Bearer {KEYS[ONE]['api_key']}"}
+    assert send(server, "GET", path, own)[0] == 404
+    for other in (f"{path}s", "/v1/evals/a%2Fb/runs/c/report", "/v1/evals/eval_1a/runs/evalrun_2b"):
+        assert send(server, "GET", other, PAGE)[0] == 401
+
+
+def test_the_console_asks_for_permissions_that_the_server_has() -> None:
+    code = "".join((STATIC / name).read_text() for name in FILES if name.endswith((".js", ".html")))
+    named = {*re.findall(r'(?:\bmay\(|data-permission=)"(\w+)"', code)}
+    assert named == {Permission.READ, Permission.INVOKE, Permission.DEVELOP}
+
+
+def test_what_a_browser_has_is_not_sent_again(server: Served) -> None:
+    status, headers, _ = send(server, "GET", f"{ROOT}main.js")
+    etag = headers["etag"]
+    for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+        status, headers, body = send(server, "GET", f"{ROOT}main.js", {"If-None-Match": known})
+        assert (status, body, headers["etag"]) == (304, b"", etag)
+    status, _, body = send(server, "GET", f"{ROOT}main.js", {"If-None-Match": '"other"'})
+    assert status == 200 and body
+
+
+def test_the_head_of_a_file_is_that_of_the_file(server: Served) -> None:
+    _, expected, body = send(server, "GET", ROOT)
+    status, headers, none = send(server, "HEAD", ROOT)
+    assert (status, none) == (200, b"")
+    assert headers["content-length"] == str(len(body))
+    assert {**headers, "date": ""} == {**expected, "date": ""}
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_files_are_only_read(server: Served, method: str) -> None:
+    for path in (ROOT, f"{ROOT}main.js"):
+        status, headers, _ = send(server, method, path)
+        assert (status, headers["allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "x.js", "static/main.js", "../main.js", "..%2f..%2fface.py", "%2e%2e/face.py", "main.js%00",
+        "main.js/", "/main.js", "../../../../etc/passwd", "..\\face.py", "face.py", "__init__.py",
+        "main%2ejs", "MAIN.JS", "%FF", "main.js;x",
+    ],
+)  # fmt: skip
+def test_other_paths_are_not_there(server: Served, path: str) -> None:
+    status, headers, body = send(server, "GET", ROOT + path)
+    assert status == 404 and headers["content-type"].startswith("text/plain")
+    assert b"root:" not in body and path.encode() not in body
+
+
+def test_queries_change_nothing(server: Served) -> None:
+    assert send(server, "GET", f"{ROOT}?x=1")[2] == send(server, "GET", ROOT)[2]
+
+
+def test_a_browser_at_the_root_is_sent_to_the_console(server: Served) -> None:
+    for path in ("/", "/console"):
+        status, headers, _ = send(server, "GET", path, PAGE)
+        assert (status, headers["location"]) == (302, "/console/")
+
+
+def test_clients_of_the_apis_notice_nothing(server: Served) -> None:
+    key = f"Bearer {KEYS[ONE]['api_key']}"
+    for headers in ({}, {"Accept": "*/*"}, {"Accept": "application/xml"}):
+        assert send(server, "GET", "/", headers)[0] == 403
+    for method, path in (
+        ("POST", "/"),
+        ("GET", "/?Action=GetCallerIdentity"),
+        ("GET", "/consoles"),
+    ):
+        assert send(server, method, path, PAGE)[0] != 302
+    assert send(server, "GET", "/", {**PAGE, "Authorization": key})[0] == 404
+    s3 = server.client("s3")
+    with pytest.raises(s3.exceptions.ClientError, match="InvalidBucketName"):
+        s3.create_bucket(Bucket="console")
+    s3.create_bucket(Bucket="data")
+    s3.put_object(Bucket="data", Key="page.html", Body=b"mine", ContentType="text/html")
+    found = s3.get_object(Bucket="data", Key="page.html")
+    headers = found["ResponseMetadata"]["HTTPHeaders"]
+    # What somebody stored is a page of the same origin: it may do nothing there.
+    assert headers["content-type"] == "text/html"
+    assert headers["content-security-policy"] == "sandbox"
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_nothing_else_is_open(server: Served) -> None:
+    for path in ("/api/v1/jobs", "/api/v1/whoami", "/v1/models", "/v1/files", "/foundation-models"):
+        assert send(server, "GET", path, PAGE)[0] in (401, 403)
+
+
+def test_a_claim_of_authorization_is_for_the_other_faces() -> None:
+    console = Console()
+
+    def serves(path: str, service: str = "", *headers: tuple[str, str]) -> bool:
+        return console.serves(RequestHead("GET", path, "", headers, tls=False), service)
+
+    assert serves("/console/main.js") and not serves("/console/main.js", "s3")
+    assert not serves("/console/main.js", "", ("authorization", "AWS4-HMAC-SHA256 nonsense"))
+    assert not serves("/", "", *PAGE.items()) and serves("/", "", ("accept", "text/html"))
+
+
+class _Page(HTMLParser):
+    """Names of files, and what must not stand in a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named: set[str] = set()
+        self.inline: list[str] = []
+        self._in_script = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.inline += [name for name in given if name.startswith("on") or name == "style"]
+        if (tag == "script" and "src" not in given) or tag == "style":
+            self.inline.append(tag)
+        named = given.get("src") or (given.get("href") if tag == "link" else None)
+        if named:
+            self.named.add(named)
+
+
+def imports_of(text: str) -> set[str]:
+    """Modules that one names, in statements or in calls."""
+    statements = re.findall(r'^import (?:[^"]*? from )?"([^"]+)"', text, re.MULTILINE)
+    return {*statements, *re.findall(r'\bimport\("([^"]+)"\)', text)}
+
+
+def test_the_page_and_all_it_reaches_are_there_and_nothing_is_inline() -> None:
+    page = _Page()
+    page.feed((STATIC / "index.html").read_text("utf-8"))
+    assert not page.inline
+    left, reached = [*page.named], set[str]()
+    while left:
+        name = left.pop().removeprefix("./")
+        if name in reached:
+            continue
+        assert name in FILES, name
+        reached.add(name)
+        if name.endswith(".js"):
+            left += imports_of((STATIC / name).read_text("utf-8"))
+    assert reached | {"index.html"} == {*FILES}, "files that nothing names"
+
+
+def test_modules_name_what_others_export() -> None:
+    exported = {
+        name: {
+            *re.findall(
+                r"^export (?:async )?(?:function\*?|class|const|let) (\w+)",
+                (STATIC / name).read_text("utf-8"),
+                re.MULTILINE,
+            )
+        }
+        for name in MODULES
+    }
+    for name in MODULES:
+        text = (STATIC / name).read_text("utf-8")
+        for names, module in re.findall(r'import \{([^}]*)\} from "\./([\w.]+)"', text):
+            wanted = {each.split(" as ")[0].strip() for each in names.split(",") if each.strip()}
+            assert wanted <= exported[module], (name, module, wanted - exported[module])
+
+
+def names_in(module: str, constant: str) -> list[str]:
+    """What a constant lists: texts, the first text of each list, or the keys of an object."""
+    text = (STATIC / module).read_text("utf-8")
+    found = re.search(
+        rf"^(?:export )?const {constant} = (?=[\[{{])(.*?)[\]}}]\)?;$", text, re.M | re.S
+    )
+    assert found, (module, constant)
+    if found[1].startswith("{"):
+        return re.findall(r"^  (\w+):", found[1], re.M)
+    return re.findall(r'^  \["(\w*)"', found[1], re.M) or re.findall(r'"(\w+)"', found[1])
+
+
+@pytest.mark.parametrize(
+    ("module", "constant", "names"),
+    [
+        ("exports.js", "FORMATS", get_args(Format)),
+        ("exports.js", "TYPES", get_args(Quantization)),
+        ("new_job.js", "ADAPTATIONS", ("", *ADAPTATIONS)),
+        ("job_states.js", "STATES", get_args(State)),
+        ("job_states.js", "CUSTOMIZATIONS", get_args(CustomizationType)),
+        ("models.js", "MADE_FOR", KINDS),
+        ("playground.js", "TABS", get_args(Ability)),
+    ],
+)
+def test_lists_of_modules_are_those_of_the_server(
+    module: str, constant: str, names: Iterable[str]
+) -> None:
+    assert sorted(names_in(module, constant)) == sorted(names)
+
+
+def test_files_are_sent_for_a_purpose_that_the_server_knows() -> None:
+    texts = [(STATIC / name).read_text("utf-8") for name in MODULES]
+    given = re.findall(r'purpose(?: =|:) "([^"]+)"', "".join(texts))
+    assert given and {*given} <= {*PURPOSES}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".js", ".html"))])
+def test_data_is_never_parsed_as_code(name: str) -> None:
+    text = (STATIC / name).read_text("utf-8")
+    for bad in (
+        r"\.(inner|outer)HTML\b", r"insertAdjacentHTML", r"document\.write", r"\beval\(",
+        r"new Function", r"javascript:", r"DOMParser", r"createContextualFragment", r"srcdoc",
+        r"setAttribute\(\"(style|on)", r"\bstyle:", r"localStorage", r"document\.cookie",
+    ):  # fmt: skip
+        assert not re.search(bad, text), (name, bad)
+    addresses = {*re.findall(r"https?://[\w.]+", text)} - {"http://www.w3.org"}
+    assert not addresses, "nothing is fetched from elsewhere"
+
+
+def test_the_package_holds_all_files() -> None:
+    project = PACKAGE.parent.parent / "pyproject.toml"
+    patterns = tomllib.loads(project.read_text("utf-8"))["tool"]["setuptools"]["package-data"][
+        "luthier"
+    ]
+    for path in STATIC.iterdir():
+        assert any(fnmatch(str(path.relative_to(PACKAGE)), each) for each in patterns), path

@@ -1,0 +1,469 @@
+"""What the console's pages about models ask of the native face, and their logic without a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import browser
+from served import served
+
+from luthier.engine.train import train
+from luthier.library.models import find
+from luthier.models.catalog import CATALOG
+from luthier.recipe import Recipe
+from luthier.server.native.model_operations import abilities_of, abilities_of_base
+from luthier.server.service import Service
+from luthier.server.settings import Settings
+from luthier.server.tables.custom_models import ACTIVE, CREATING, CustomModel
+from luthier.server.tables.database import new_id, now
+from luthier.workflows.certificate.certificate import read_certificate
+
+ACCOUNT = "000000000000"
+HOSTILE = '<img src=x onerror="window.hit=1">\''
+ROWS = [{"text": f"fox {n}", "label": ("cat", "dog")[n % 2]} for n in range(12)]
+Get = Callable[[str], tuple[int, bytes]]
+TRAINING = {"max_steps": 1, "batch_size": 4, "precision": "float32", "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def home(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    family_folder: Callable[[str], Path],
+) -> Path:
+    """A store with a writer, a classifier, and a model whose files are not there yet."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "rows.jsonl").write_text('{"prompt": "say fox", "completion": "fox fox"}\n' * 3)
+    (home / "labels.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    sources = {
+        "writer": ("rows.jsonl", str(tiny_model_folder), {"method": "lora", "rank": 4}),
+        "labeller": ("labels.jsonl", str(family_folder("bert")), {"method": "full"}),
+        "sorter": ("labels.jsonl", str(tiny_model_folder), {"method": "lora", "rank": 4}),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_HOME", str(home))
+        stored: dict[str, str | None] = {"coming": None}
+        for name, (file, base, adaptation) in sources.items():
+            fields: dict[str, Any] = {"base": base, "name": name, "training": TRAINING}
+            fields |= {"data": {"train": str(home / file)}, "adaptation": adaptation}
+            stored[name] = train(Recipe.parse(fields)).model_id
+        service = Service(Settings())
+        with service.database.write() as session:
+            for name, stored_id in stored.items():
+                model = CustomModel(
+                    id=new_id(), account=ACCOUNT, name=name, foundation="luthier.x", root="luthier.x",
+                    base_model="", stored_id=stored_id, status=ACTIVE if stored_id else CREATING,
+                    created=now(),
+                )  # fmt: skip
+                session.add(model)
+        assert service.issued is not None
+        (home / "keys.json").write_text(json.dumps(vars(service.issued)))
+        (home / "stored.json").write_text(json.dumps(stored))
+        service.close()
+    return home
+
+
+@pytest.fixture
+def url(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    service = Service(Settings(work=False))
+    with served(service.application) as url:
+        yield url
+    service.close()
+
+
+@pytest.fixture
+def root_key(home: Path) -> str:
+    return str(json.loads((home / "keys.json").read_text())["api_key"])
+
+
+@pytest.fixture
+def get(url: str, root_key: str) -> Get:
+    """``get(path)``: status and bytes of what the server answers to the root user."""
+
+    def ask(path: str) -> tuple[int, bytes]:
+        headers = {"Authorization": f"Bearer {root_key}"}
+        request = urllib.request.Request(f"{url}/api/v1/{path}", None, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as refused:
+            return refused.code, refused.read()
+
+    return ask
+
+
+def test_a_model_says_what_it_can_be_asked_for(get: Get) -> None:
+    def abilities(name: str) -> Any:
+        return json.loads(get(f"models/{name}")[1]).get("abilities")
+
+    expected = {
+        "method": "sft",
+        "does": ["write"],
+        "reads": ["text"],
+        "labels": [],
+        "reads_prompts": False,
+    }
+    assert abilities("writer") == expected
+    assert abilities("labeller") == {**expected, "method": "classification", "does": ["predict"]}
+    assert abilities("coming") is None
+    assert abilities("small-dcgan")["does"] == ["make_images"]
+    listed = json.loads(get("models")[1])["models"]
+    assert len(listed) > 3 and not any("abilities" in each for each in listed)
+    assert {each["name"]: each["base_kind"] for each in listed}["small-unet"] == "denoising"
+
+
+def test_the_list_says_of_each_model_whether_it_writes(get: Get) -> None:
+    listed = json.loads(get("models")[1])["models"]
+    told = {each["name"]: each["writes"] for each in listed}
+    # A classifier that was tuned on a network that writes is none to chat with.
+    assert (told["writer"], told["labeller"], told["sorter"]) == (True, False, False)
+    kinds = {each["name"]: each["base_kind"] for each in listed}
+    assert kinds["sorter"] == kinds["writer"] == kinds["coming"] == "causal_lm"
+    for each in listed:
+        found = json.loads(get(f"models/{each['id']}")[1])
+        assert found["writes"] == each["writes"]
+        if found.get("abilities"):
+            assert each["writes"] == ("write" in found["abilities"]["does"]), each["name"]
+
+
+def test_a_certificate_comes_with_what_its_measures_are(get: Get) -> None:
+    view = json.loads(get("models/writer/certificate")[1])
+    assert {"accuracy", "agreement", "cer", "entity_f1"} <= {*view["shares"]}
+    assert "loss" not in view["shares"] and {"loss", "mean_absolute_error"} <= {*view["errors"]}
+
+
+def test_the_bytes_of_a_certificate_are_those_that_are_certified(get: Get, home: Path) -> None:
+    stored = json.loads((home / "stored.json").read_text())
+    status, raw = get("models/writer/certificate.json")
+    certificate = read_certificate(find(stored["writer"]))
+    assert status == 200 and raw == certificate.text().encode()
+    assert json.loads(raw)["sha256"] == certificate.digest()
+    # A browser would write 32.0 as 32, which has another hash.
+    assert re.search(rb'"alpha": ?32\.0[,\s}]', raw)
+    for name, refused in {"coming": 409, "nobody": 404, "small-dcgan": 404}.items():
+        assert get(f"models/{name}/certificate.json")[0] == refused
+        assert get(f"models/{name}/certificate")[0] == refused
+
+
+def test_what_a_base_model_does_is_told_without_fetching_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path))
+    found = {name: abilities_of_base(name) for name in CATALOG}
+    assert not any(tmp_path.rglob("*.safetensors"))
+    told = {name: (each.does, each.reads) for name, each in found.items()}
+    assert told["smollm2-135m-instruct"] == (("write",), ("text",))
+    assert told["all-minilm-l6-v2"] == (("embed",), ("text",))
+    assert told["small-audio-cnn"] == (("embed",), ("audio",))
+    assert told["small-vae"] == (("predict", "make_images", "reconstruct"), ("image",))
+    # An autoencoder of time series finds what is unusual, and makes no images.
+    assert told["small-window-vae"] == (("predict",), ("window",))
+
+
+@pytest.mark.parametrize(
+    ("family", "does", "reads"),
+    [
+        ("clip", ("embed",), ("image", "text")),
+        ("vae", ("predict", "make_images", "reconstruct"), ("image",)),
+        ("t5", ("write",), ("text",)),
+        ("unet", ("make_images",), ("image",)),
+    ],
+)
+def test_what_models_of_other_tools_do(
+    family: str, does: tuple[str, ...], reads: tuple[str, ...], family_folder: Callable[[str], Path]
+) -> None:
+    found = abilities_of(find(str(family_folder(family))))
+    assert (found.does, found.reads) == (does, reads)
+
+
+def test_a_model_in_a_browser(url: str, root_key: str, tmp_path: Path) -> None:
+    with browser(tmp_path) as page:
+        page.get(f"{url}/console/")
+        page.until_text("Sign in", "h1")
+        page.fill("#key", root_key)
+        page.click(".sign-in button")
+        page.until_text("Sign out", "#account")
+
+        def show(place: str, text: str, selector: str = "main") -> None:
+            page.script("location.hash = arguments[0]", f"#/{place}")
+            page.until_text(text, selector)
+
+        show("models", "labeller")
+        page.fill("#filter", "writ")
+        page.until("!document.querySelector('main').textContent.includes('labeller')")
+
+        show("models/writer", "Did it learn?")
+        said = page.text("main")
+        assert "This model, SHA-256" in said and "Trained on 3 rows" in said
+        snippet = "return document.querySelector('details.rule pre').textContent"
+        assert f"{url}/v1" in page.script(snippet)
+
+        show("playground/writer", "Ask side by side")
+        page.fill("#message", f"say fox {HOSTILE}")
+        page.click(".ask .primary")
+        page.until_text("first token after", ".turn.model")
+        assert HOSTILE in page.text(".turn.user")
+        page.script("document.querySelector('main details').open = true")
+        page.fill("#temperature", "9")
+        page.fill("#message", "again")
+        page.click(".ask .primary")
+        page.until_text("Expected a value <= 2", ".turn.model:last-child [role=alert]")
+        assert page.script("return document.querySelector('#message').value") == "again"
+
+        show("playground/labeller", "Text", "#try label")
+        page.click(".ask .primary")
+        page.until_text("Write a text first.", "[role=alert]")
+        page.fill("#input", HOSTILE)
+        page.click(".ask .primary")
+        page.until_text("Label:")
+        assert sorted(page.texts(".bars .name")) == ["cat", "dog"]
+
+        show("playground/coming", "is creating and cannot be asked")
+        show("models/nobody", "There is no model 'nobody'.", "[role=alert]")
+        show("usage", "Custom models")
+        page.until_text("Usage – luthier", "#status")
+        assert page.script("return document.activeElement.textContent") == "Usage"
+        page.fill("#from", "")
+        page.script("document.querySelector('#from').dispatchEvent(new Event('change'))")
+        page.until_text("Requests by day", "figcaption")
+        assert "NaN" not in page.script("return document.querySelector('figure.chart').outerHTML")
+        for place, heading in {"models": "Models", "models/writer": "writer"}.items():
+            show(place, heading, "h1")
+            page.until("document.activeElement.tagName === 'H1'")
+            page.until_text(page.script("return document.title"), "#status")
+        assert page.script("return window.hit ?? null") is None
+
+
+STUBBED = """
+return (async () => {
+  const asked = [];
+  const answers = {};
+  const signal = new AbortController().signal;
+  const root = document.querySelector("main");
+  const wait = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
+  const until = async (what) => { for (let n = 0; n < 200 && !what(); n += 1) await wait(0.1); };
+  const real = window.fetch;
+  window.fetch = async (url, options) => {
+    asked.push(`${options.method} ${url.pathname}${url.search}`);
+    const found = await answers[`${options.method} ${url.pathname}`](url, options.signal);
+    options.signal?.throwIfAborted();
+    return new Response(JSON.stringify(found), { headers: { "Content-Type": "application/json" } });
+  };
+  try { %s } finally { window.fetch = real; }
+})();
+"""
+"""A script with answers of its own in place of the server's."""
+
+EXPORTS = """
+const { exportsSection } = await import("/console/exports.js");
+const made = { format: "gguf", output: "s3://b/", created: "2026-01-01T00:00:00Z" };
+const row = (id, state) => ({ id, state, ...made });
+let now = [row("one", "Running")];
+answers["GET /api/v1/exports"] = () => ({ exports: now });
+root.replaceChildren(exportsSection({ id: "m", arn: "arn:m" }, signal));
+await until(() => root.querySelector("[data-export]"));
+root.querySelector("[data-export]").focus();
+now = [row("one", "Completed")];
+await until(() => root.innerText.includes("Completed"));
+const focused = document.activeElement.className;
+
+let late;
+answers["GET /api/v1/exports"] = () => new Promise((done) => { late ??= () => done({ exports: [] }); });
+root.replaceChildren(exportsSection({ id: "m", arn: "arn:m" }, signal));
+await until(() => late);
+answers["POST /api/v1/models/m/exports"] = () => row("two", "Queued");
+answers["GET /api/v1/exports"] = () => ({ exports: [row("two", "Stopped")] });
+root.querySelector("details").open = true;
+root.querySelector("#export-output").value = "s3://b/";
+root.querySelector("form").requestSubmit();
+await until(() => asked.at(-1).startsWith("POST"));
+await wait(0.2);
+late();
+await until(() => root.innerText.includes("Stopped"));
+return { asked, focused, text: root.innerText };
+"""
+
+DAYS = """
+const { render } = await import("/console/usage.js");
+answers["GET /api/v1/usage"] = () => ({ account: "a", quotas: {} });
+const counts = { requests: 1, prompt_tokens: 0, generated_tokens: 0, bytes_in: 0, bytes_out: 0 };
+const day = (model, day) => ({ model, day, ...counts });
+const report = (first, last, ...days) => ({ first, last, days });
+const today = day("today", "2026-01-01");
+answers["GET /api/v1/usage/days"] = () => report("2020-01-01", "2026-01-01", today);
+await render(root, {}, signal);
+const long = root.querySelector("figure").outerHTML;
+const from = root.querySelector("#from");
+const choose = (value) => { from.value = value; from.dispatchEvent(new Event("change")); };
+let aborted = false;
+answers["GET /api/v1/usage/days"] = async (url, given) => {
+  const from = url.searchParams.get("from");
+  if (from !== "2026-01-02") return report("2026-01-03", "2026-01-04", day("new", "2026-01-03"));
+  given.addEventListener("abort", () => { aborted = true; });
+  await wait(1);
+  return report("2026-01-02", "2026-01-04", day("old", "2026-01-02"));
+};
+choose("2026-01-02");
+choose("2026-01-03");
+await wait(1.5);
+return { long, aborted, text: root.innerText };
+"""
+
+SOUNDS = """
+const { renderPrediction } = await import("/console/predictions.js");
+const [made, freed] = [[], []];
+const { createObjectURL, revokeObjectURL } = URL;
+URL.createObjectURL = (file) => { made.push(createObjectURL(file)); return made.at(-1); };
+URL.revokeObjectURL = (address) => { freed.push(address); revokeObjectURL(address); };
+answers["POST /api/v1/models/m/predictions"] = () => ({ answers: [{ label: `l${made.length}` }] });
+const left = new AbortController();
+await renderPrediction(root, { id: "m", abilities: { reads: ["audio"] } }, left.signal);
+const files = new DataTransfer();
+files.items.add(new File(["x"], "x.wav"));
+root.querySelector("input").files = files.files;
+const counts = [];
+for (let n = 0; n < 2; n += 1) {
+  root.querySelector("form").requestSubmit();
+  await until(() => root.innerText.includes(`l${n}`));
+  counts.push(freed.length);
+}
+left.abort();
+Object.assign(URL, { createObjectURL, revokeObjectURL });
+return { counts, made, freed };
+"""
+
+CERTIFICATE = """
+const { certificateSections } = await import("/console/certificate.js");
+const kept = { cer: 0.25, accuracy: 0.9996, reward: 0.5 };
+const compared = (measure, tuned, other) =>
+  ({ measure, rows: 9, tuned, baselines: [{ name: "other", score: other, error: 0.1, seconds: 1 }] });
+const draw = (comparison) => {
+  const metrics = { verdict: { text: "it learned", kept, kept_step: 3 }, comparison };
+  const certificate = { record: { metrics } };
+  const view = { certificate, lineage: [], shares: ["accuracy", "cer"], errors: ["cer"] };
+  root.replaceChildren(...certificateSections(view, []).filter(Boolean));
+  return [...root.querySelectorAll("tbody tr")].map((each) => each.innerText);
+};
+const remark = "wrong most often: <b>travel</b> for sports (2 of 25), sports for travel (1 of 40)";
+const result = {
+  rows: 204, scores: { accuracy: 0.8382 }, intervals: { accuracy: [0.7799, 0.8836] },
+  mistakes: [{ label: "travel", answer: "sports", rows: 4 }], labels: { travel: { rows: 40 } },
+  remarks: [remark],
+};
+const data = { "/a/t.jsonl": "0" };
+const report = { kind: "evaluation", created: "2026-01-01T00:00:00Z", data, result };
+const reports = [{ file: "reports/evaluation-0.json", report }];
+const kept_with = { certificate: { record: {}, reports }, lineage: [], shares: [], errors: [] };
+root.replaceChildren(...certificateSections(kept_with, []).filter(Boolean));
+root.querySelector("summary").click();
+const texts = (name) => [...root.querySelectorAll(name)].map((each) => each.innerText);
+const [facts, rows, said] = ["details .facts > div", "details tbody tr", "details p"].map(texts);
+const opened = { facts, rows, said };
+return { opened, error: draw(compared("cer", 0.4, 0.2)), share: draw(compared("accuracy", 0.25, 0.5)) };
+"""
+
+POLICY = """
+return (async () => {
+  const found = new Set();
+  document.addEventListener("securitypolicyviolation", (event) => found.add(event.effectiveDirective));
+  const add = (tag, values, text = "") => {
+    const made = Object.assign(document.createElement(tag), values);
+    made.textContent = text;
+    document.body.append(made);
+    return made;
+  };
+  const elsewhere = "http://127.0.0.1:9/x";
+  add("script", {}, "window.hit = 1");
+  add("script", { src: `${elsewhere}.js` });
+  add("script", { src: "data:text/javascript,window.hit=1" });
+  add("style", {}, "body { color: red }");
+  add("img", { src: elsewhere });
+  add("iframe", { src: elsewhere });
+  add("base", { href: elsewhere });
+  add("div", {}).setAttribute("onclick", "window.hit = 1");
+  add("form", { action: elsewhere, target: "_blank" }).requestSubmit();
+  await fetch(elsewhere).catch(() => {});
+  // The driver's own scripts may make code of texts; what runs later is not the driver's.
+  setTimeout("window.hit = 1");
+  await new Promise((done) => setTimeout(done, 500));
+  return { found: [...found], hit: window.hit ?? null };
+})();
+"""
+
+
+def test_pages_with_answers_that_are_rare(url: str, root_key: str, tmp_path: Path) -> None:
+    with browser(tmp_path) as page:
+        page.get(f"{url}/console/")
+        page.until_text("Sign in", "h1")
+        page.fill("#key", root_key)
+        page.click(".sign-in button")
+        page.until_text("There are no jobs yet", "main")
+
+        found = page.script(STUBBED % EXPORTS)
+        assert found["focused"] == "scroll"
+        assert "Stopped" in found["text"]
+        listed = [each for each in found["asked"] if each.startswith("GET /api/v1/exports")]
+        assert {*listed} == {"GET /api/v1/exports?model=arn%3Am"} and len(listed) == 4
+
+        found = page.script(STUBBED % DAYS)
+        assert "NaN" not in found["long"] and 'class="bar series-0"' in found["long"]
+        assert "The latest 400 days are drawn." in found["long"]
+        assert found["aborted"] and "new" in found["text"] and "old" not in found["text"]
+
+        found = page.script(STUBBED % SOUNDS)
+        assert found["counts"] == [0, 1] and found["made"] == found["freed"]
+
+        found = page.script(STUBBED % CERTIFICATE)
+        scores = ["Cer\t–\t25.0 %", "Accuracy\t–\t100.0 %", "Reward\t–\t0.5"]
+        assert found["error"][:3] == scores
+        assert [each.split("\t")[:2] for each in found["error"][3:]] == [
+            ["other", "0.2 ± 0.1"], ["this model", "0.4"],
+        ]  # fmt: skip
+        assert [each.split("\t")[:2] for each in found["share"][3:]] == [
+            ["other", "50.0 % ± 10.0 %"], ["this model", "25.0 %"],
+        ]  # fmt: skip
+
+        opened = found["opened"]
+        assert {"Rows\n204", "Accuracy\n0.8382", "Accuracy\n0.7799, 0.8836"} <= {*opened["facts"]}
+        assert "Measured on\nt.jsonl" in opened["facts"]
+        assert opened["rows"] == ["travel\tsports\t4", "travel\t40"]
+        assert [said for said in opened["said"] if "<b>travel</b> for sports" in said]
+
+        found = page.script(POLICY)
+        assert found["hit"] is None
+        assert {*found["found"]} == {
+            "script-src-elem", "script-src-attr", "style-src-elem", "img-src", "frame-src", "base-uri",
+            "form-action", "connect-src", "script-src",
+        }  # fmt: skip
+
+
+def test_the_logic_of_the_modules(tmp_path: Path) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed, by which the console's modules are tested")
+    # Browsers take what a module is from its element, node from the package above it.
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    for each in resources.files("luthier.server.console").joinpath("static").iterdir():
+        if each.name.endswith(".js"):
+            (tmp_path / each.name).write_bytes(each.read_bytes())
+    script = Path(__file__).with_name("modules.test.mjs")
+    modules = {**os.environ, "CONSOLE_MODULES": str(tmp_path)}
+    found = subprocess.run(
+        [node, "--test", str(script)], env=modules, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    for module in sorted(tmp_path.glob("*.js")):
+        checked = subprocess.run([node, "--check", str(module)], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr

@@ -1,0 +1,23 @@
+"""Text that no database stores: U+0000 and broken UTF-8."""
+
+from __future__ import annotations
+
+import pytest
+
+from luthier.server.http.messages import Fault, RequestHead, check_text, parse_json
+
+
+@pytest.mark.parametrize("text", ["%00", "a%00b", "%FF", "%ED%A0%80"])
+def test_paths_and_queries_are_refused(text: str) -> None:
+    for path, query, place in ((f"/{text}", "", "path"), ("/", f"after={text}", "query")):
+        with pytest.raises(Fault) as refused:
+            check_text(RequestHead("GET", path, query, [], False))
+        assert (refused.value.code, refused.value.details["place"]) == ("Validation", place)
+    check_text(RequestHead("GET", "/%C3%A9", "after=%F0%9F%98%80", [], False))
+
+
+@pytest.mark.parametrize("body", [rb'{"a": ["\u0000"]}', rb'{"\ud800": 1}', b'"\xff"', b"NaN"])
+def test_json_is_refused(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"UTF-8|surrogate|character|JSON"):
+        parse_json(body)
+    assert parse_json(rb'"\ud83d\ude00 \\u0000"') == "\U0001f600 \\u0000"

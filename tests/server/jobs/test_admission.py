@@ -1,0 +1,180 @@
+"""One account of memory: jobs and imports that are at work together fit the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import pytest
+
+from luthier.errors import Interrupted, ModelRefused
+from luthier.server.jobs import processes
+from luthier.server.jobs.admission import Capacity
+from luthier.server.jobs.import_worker import ImportWorker
+from luthier.server.jobs.kinds import IMPORT, TRAINING
+from luthier.server.jobs.runners import free
+from luthier.server.jobs.scheduler import Scheduler
+from luthier.server.jobs.submit import submit_import
+from luthier.server.tables import imports, jobs
+from luthier.server.tables import queue as leased_work
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.database import now
+from luthier.server.tables.imports import ModelImport
+from luthier.server.tables.jobs import Job
+from luthier.server.tables.locations import Locations
+from luthier.server.tables.queue import PATIENCE
+
+ACCOUNT = "000000000000"
+GIB = 1 << 30
+LONG_AGO = PATIENCE + timedelta(seconds=10)
+
+
+class Machine:
+    """Two schedulers, of jobs and of imports, that share a capacity of 4 GiB, and whom they start."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue, self.database = queue, queue.database
+        capacity = Capacity(memory=4 * GIB, cores=8)
+        sleep = ["/bin/sh", "-c", "sleep 60"]
+        self.scheduler = Scheduler(self.database, capacity, kinds=[TRAINING], command=sleep)
+        self.importer = Scheduler(self.database, capacity, kinds=[IMPORT], command=sleep)
+
+    def job(self, name: str, memory: int, waited: timedelta = timedelta()) -> str:
+        job_id: str = self.queue.submit(name)
+        with self.database.write() as session:
+            session.query(Job).filter_by(id=job_id).update(
+                {"memory": memory, "modified": now() - waited}
+            )
+        return job_id
+
+    def model(self, name: str, memory: int = 0, waited: timedelta = timedelta()) -> str:
+        with self.database.write() as session:
+            model = submit_import(session, ACCOUNT, name, "s3://x/y", {})
+            session.query(ModelImport).filter_by(id=model.id).update(
+                {"memory": memory, "since": now() - waited}
+            )
+            return model.id
+
+    def tick(self) -> None:
+        self.scheduler.tick()
+        self.importer.tick()
+
+    def at_work(self) -> set[str]:
+        with self.database.read() as session:
+            names = {job.name for job in leased_work.leased_rows(session, Job)}
+            ids = [each.id for each in leased_work.leased_rows(session, ModelImport)]
+            models = session.query(CustomModel.name).filter(CustomModel.id.in_(ids))
+            return names | {name for (name,) in models}
+
+    def end(self, name: str) -> None:
+        """Whoever worked on ``name`` is done."""
+        with self.database.write() as session:
+            for job in leased_work.leased_rows(session, Job):
+                if job.name == name:
+                    jobs.fail(session, job.id, str(job.lease), "x")
+            for each in leased_work.leased_rows(session, ModelImport):
+                if session.query(CustomModel).filter_by(id=each.id).one().name == name:
+                    imports.fail(session, each.id, str(each.lease), "x")
+
+
+@pytest.fixture
+def machine(queue: Any) -> Iterator[Machine]:
+    made = Machine(queue)
+    yield made
+    for supervisor in (made.scheduler, made.importer):
+        for child in supervisor.children.values():
+            child.kill()
+            child.wait()
+
+
+def test_what_an_import_takes_is_not_given_to_a_job(machine: Machine) -> None:
+    machine.model("model", memory=3 * GIB)
+    machine.importer.tick()
+    machine.job("large", memory=2 * GIB)
+    machine.job("small", memory=1 * GIB)
+    machine.tick()
+    assert machine.at_work() == {"model", "small"}
+    machine.end("model")
+    machine.tick()
+    assert machine.at_work() == {"large", "small"}
+
+
+def test_what_a_job_takes_is_not_given_to_an_import(machine: Machine) -> None:
+    machine.job("job", memory=2 * GIB)
+    machine.scheduler.tick()
+    machine.model("large", memory=3 * GIB)
+    machine.model("small", memory=1 * GIB)
+    machine.tick()
+    assert machine.at_work() == {"job", "small"}
+    machine.end("small")
+    machine.tick()
+    assert machine.at_work() == {"job"}
+    machine.end("job")
+    machine.tick()
+    assert machine.at_work() == {"large"}
+
+
+def test_an_import_whose_files_are_not_known_counts_for_its_process(machine: Machine) -> None:
+    machine.model("model")
+    machine.importer.tick()
+    with machine.database.write() as session:
+        left = free(session, machine.importer.capacity)
+    assert (left.memory, left.cores, left.idle) == (4 * GIB - ModelImport.unknown_memory, 8, False)
+    assert left.at_work == {ModelImport: 1}
+    machine.job("large", memory=4 * GIB)
+    machine.tick()
+    assert machine.at_work() == {"model"}
+
+
+def test_what_fits_only_alone_is_started_alone(machine: Machine) -> None:
+    machine.model("model", memory=9 * GIB)
+    machine.importer.tick()
+    machine.job("job", memory=1)
+    machine.tick()
+    assert machine.at_work() == {"model"}
+
+
+def worker_of(machine: Machine, model_id: str) -> tuple[ImportWorker, ModelImport]:
+    """The process of an import that was claimed."""
+    with machine.database.write() as session:
+        found = leased_work.claim(session, ModelImport, processes.this_process(), 10**15)
+    assert found is not None and found.id == model_id
+    made = ImportWorker(
+        machine.database, Locations(machine.database), model_id, str(found.lease),
+        capacity=machine.importer.capacity,
+    )  # fmt: skip
+    return made, found
+
+
+def noted(machine: Machine) -> int:
+    with machine.database.read() as session:
+        return int(session.query(ModelImport).one().memory)
+
+
+def test_an_import_says_what_it_takes_and_waits_where_others_have_it(machine: Machine) -> None:
+    worker, found = worker_of(machine, machine.model("model"))
+    machine.job("job", memory=2 * GIB)
+    machine.scheduler.tick()
+    worker._have_memory(found, 2 * GIB)
+    assert noted(machine) == 2 * GIB
+    with pytest.raises(Interrupted, match="3,072 MiB are not free"):
+        worker._have_memory(found, 3 * GIB)
+    assert noted(machine) == 3 * GIB
+    with machine.database.write() as session:
+        leased_work.release(session, ModelImport, found.id, str(found.lease))
+    machine.tick()
+    assert machine.at_work() == {"job"}
+    machine.end("job")
+    machine.tick()
+    assert machine.at_work() == {"model"}
+
+
+def test_an_import_that_grows_each_time_is_refused(machine: Machine) -> None:
+    worker, found = worker_of(machine, machine.model("model", memory=GIB))
+    with pytest.raises(ModelRefused, match=r"model\.changed"):
+        worker._have_memory(found, GIB + 1)
+    with pytest.raises(ModelRefused, match=r"model\.memory"):
+        worker._have_memory(found, psutil.virtual_memory().total + 1)
+    worker._have_memory(found, GIB)

@@ -1,0 +1,92 @@
+"""``luthier worker`` as the scheduler starts it, from one end of a job to the other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from luthier.cli.admin import admin_app
+from luthier.limits import AccountQuotas
+from luthier.server.http.messages import Caller, Fault, Request, RequestHead
+from luthier.server.jobs.admission import Capacity
+from luthier.server.jobs.folders import LOG_TAIL, JobFolders
+from luthier.server.jobs.scheduler import Scheduler
+from luthier.server.native.jobs import operations
+from luthier.server.native.operations import Context, NativeFace
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.database import now
+from luthier.server.tables.locations import Locations
+from luthier.server.tables.objects import StoredObject
+
+pytest.importorskip("luthier.server.tables.locations")
+COMMAND = "import typer; from luthier.cli.worker import worker; typer.run(worker)"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_command_does_a_job(queue: Any) -> None:
+    training = [queue.stored("rows.jsonl", queue.pairs())]
+    inside = queue.submit("inside", training=training, output="s3://rows/out/", steps=2)
+    refused = queue.submit("outside", training=["s3://none/rows.jsonl"], steps=2)
+    scheduler = Scheduler(
+        queue.database,
+        Capacity(memory=10**12, cores=2),
+        command=[sys.executable, "-c", COMMAND],
+    )
+    scheduler.start()
+    queue.schedulers.append(scheduler)
+    job = queue.ended(inside)
+    assert job.state == "Completed", job.failure
+    with queue.database.read() as session:
+        keys = [each.key for each in session.query(StoredObject)]
+    assert any(key.startswith("out/") and key.endswith(".csv") for key in keys)
+    job = queue.until(refused, lambda job: job.state == "Failed")
+    assert "no bucket none" in job.failure
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, monkeypatch: Any) -> None:
+    job_id = queue.submit(steps=2)
+    crash = (
+        "import ctypes; from luthier.server.jobs.training import TrainingWorker; "
+        "TrainingWorker.work = lambda self, row: ctypes.string_at(0); "
+    )
+    scheduler = Scheduler(
+        queue.database, Capacity(memory=10**12, cores=2),
+        command=[sys.executable, "-c", crash + COMMAND],
+    )  # fmt: skip
+    scheduler.start()
+    queue.schedulers.append(scheduler)
+    job = queue.ended(job_id)
+    assert (job.state, job.crashes) == ("Failed", 3)
+    assert "signal 11" in job.failure and "string_at" in "".join(JobFolders(job_id).log_tail())
+    assert "memory" not in job.failure
+    # The API and the command line show the end of the log.
+    context = Context(
+        queue.database, Arns(), Locations(queue.database),
+        lambda account: AccountQuotas(), lambda: None, lambda model: None,
+    )  # fmt: skip
+    face = NativeFace(operations(context))
+    for account, found in ((job.account, True), ("222222222222", False)):
+        route = face.route(RequestHead("GET", f"/api/v1/jobs/{job.name}", "", [], tls=False))
+        caller = Caller(account, "anna", ("administrator",))
+        call = Request("r", caller, "GET", "/", {}, {}, b"", now(), route.params)
+        assert route.operation.handler is not None
+        if not found:
+            with pytest.raises(Fault):
+                route.operation.handler(call)
+            continue
+        log = json.loads(route.operation.handler(call).body)["log"]
+        assert log == JobFolders(job_id).log_tail() and 5 < len(log) <= LOG_TAIL
+    monkeypatch.setattr(
+        "luthier.server.tables.schema.upgrade", lambda database: None
+    )  # has all tables
+    command = ["jobs", "show", job.name, "--database", queue.database.url, "--json"]
+    shown = json.loads(CliRunner().invoke(admin_app, command).stdout)
+    assert (shown["failure"], shown["log"]) == (job.failure, log)
+    command = ["jobs", "list", "--database", queue.database.url, "--json"]
+    (listed,) = json.loads(CliRunner().invoke(admin_app, command).stdout)["jobs"]
+    assert (listed["name"], listed["state"], listed["suffix"]) == (job.name, "Failed", None)

@@ -1,0 +1,78 @@
+"""Deletion of jobs and of their models, with all files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from luthier.chat_models.base import Reply
+from luthier.errors import WrongState
+from luthier.inference.reply_log import Journal, asking_for, journal_path
+from luthier.server.jobs import deletion
+from luthier.server.jobs.deletion import delete_job
+from luthier.server.tables import removal
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.jobs import Job, JobEvent, run_name
+
+pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+def rows(queue: Any, table: Any) -> int:
+    with queue.database.read() as session:
+        return session.scalar(select(func.count()).select_from(table)) or 0
+
+
+def files_of(job: Job, home: Path) -> list[Path]:
+    """Files and folders of the job and of its model, the teacher's replies included."""
+    found = [path for path in home.rglob("*") if job.id in str(path.relative_to(home))]
+    journals = [path for path in home.glob("teachers/*/*.jsonl") if job.id in path.read_text()]
+    return found + journals
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.slow
+def test_model_and_job_leave_no_files(
+    queue: Any, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue.scheduler()
+    job = queue.ended(queue.submit("one", steps=2))
+    assert job.state == "Completed", job.failure
+    with asking_for(job.account, run_name(job.id)):
+        path = journal_path({"model": "a"}, "a")
+        with Journal.open(path) as journal:
+            journal.append("key", Reply("reply", "stop"))
+    with pytest.raises(WrongState, match="Delete the model first"):
+        delete_job(queue.database, Arns(), job)
+    with queue.database.read() as session:
+        model = session.scalars(select(CustomModel)).one()
+    removal.delete(queue.database, Arns(), model)
+    assert not list((luthier_home / "models" / "custom").rglob("*.*")) and rows(queue, Job) == 1
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deletion, "forget", killed)
+        with pytest.raises(Killed):
+            delete_job(queue.database, Arns(), job)
+    assert rows(queue, Job) == 1 and files_of(job, luthier_home)
+    delete_job(queue.database, Arns(), job)
+    assert files_of(job, luthier_home) == []
+    assert (rows(queue, Job), rows(queue, JobEvent), rows(queue, CustomModel)) == (0, 0, 0)
+    assert queue.submit("one", steps=2)
+
+
+def test_a_job_that_has_not_ended_is_not_deleted(queue: Any) -> None:
+    queue.submit("one", steps=2)
+    with queue.database.read() as session:
+        job = session.scalars(select(Job)).one()
+    with pytest.raises(WrongState, match="has not ended"):
+        delete_job(queue.database, Arns(), job)
+    assert rows(queue, Job) == 1

@@ -1,0 +1,372 @@
+"""The worker of exports, on a model of a real store: what it writes, and what ends it anywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from luthier.engine.train import train
+from luthier.errors import Interrupted, LeaseLost
+from luthier.files import sha256_of, write_json
+from luthier.library.folders import base_folder
+from luthier.library.models import find
+from luthier.limits import AccountQuotas
+from luthier.models.manifest import MANIFEST
+from luthier.recipe import Recipe
+from luthier.server.jobs import export_worker
+from luthier.server.jobs.admission import Capacity
+from luthier.server.jobs.export_worker import INDEX, ExportWorker
+from luthier.server.jobs.kinds import EXPORT
+from luthier.server.jobs.processes import LOST, this_process
+from luthier.server.jobs.scheduler import Scheduler
+from luthier.server.jobs.submit import submit_export
+from luthier.server.tables import exports, queue
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import ACTIVE, CustomModel
+from luthier.server.tables.database import Database, now
+from luthier.server.tables.exports import ModelExport
+from luthier.server.tables.jobs import COMPLETED, FAILED, QUEUED, RUNNING, STOPPED
+from luthier.server.tables.locations import Locations
+from luthier.server.tables.objects import Objects
+
+pytestmark = pytest.mark.usefixtures("in_float32")
+ACCOUNT = "000000000000"
+
+
+@pytest.fixture
+def database_url(luthier_home: Path) -> str:
+    """One kind of database: what both do is tested with the tables."""
+    return f"sqlite:///{luthier_home / 'luthier.db'}"
+
+
+def tune(home: Path, tiny_model_folder: Path) -> None:
+    """Put the base model ``tiny`` and ``tiny:job-x``, a LoRA adapter on it, into the store."""
+    shutil.copytree(tiny_model_folder, base_folder("tiny"))
+    manifest = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
+    write_json(base_folder("tiny") / MANIFEST, manifest)
+    rows = home.parent / "rows.jsonl"
+    rows.write_text('{"prompt": "say fox", "completion": "FOX"}\n' * 4)
+    fields = {
+        "base": "tiny", "name": "job-x", "data": {"train": str(rows), "validation_share": 0},
+        "adaptation": {"method": "lora", "rank": 2},
+        "training": {"max_steps": 2, "precision": "float32", "threads": 1},
+    }  # fmt: skip
+    train(Recipe.parse(fields))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """The models of a store, to be copied."""
+    home = tmp_path_factory.mktemp("trained") / "home"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_HOME", str(home))
+        tune(home, tiny_model_folder)
+    return home / "models"
+
+
+@pytest.fixture
+def model(database: Database, luthier_home: Path, models: Path) -> CustomModel:
+    """A LoRA model in the store, with its row, and a bucket."""
+    shutil.copytree(models, luthier_home / "models")
+    return with_row(database)
+
+
+def with_row(database: Database) -> CustomModel:
+    Objects(database).create_bucket(ACCOUNT, "bucket")
+    with database.write() as session:
+        made = CustomModel(
+            id="model", account=ACCOUNT, name="mine", foundation="luthier.tiny", root="luthier.tiny",
+            base_model="arn", stored_id="tiny:job-x", status=ACTIVE, details={}, created=now(),
+        )  # fmt: skip
+        session.add(made)
+    return made
+
+
+def submit(database: Database, output: str = "s3://bucket/out/", **fields: Any) -> str:
+    with database.write() as session:
+        model = session.query(CustomModel).one()
+        given = {"format": "safetensors", "merged": None, **fields}
+        return submit_export(session, model, model.arn(Arns()), output, **given).id
+
+
+def claimed(database: Database, locations: Any = None, **settings: Any) -> ExportWorker:
+    """The worker of the next export."""
+    with database.write() as session:
+        found = queue.claim(session, ModelExport, this_process(), 10**15)
+    assert found is not None
+    places = locations or Locations(database)
+    return ExportWorker(database, places, found.id, str(found.lease), **settings)
+
+
+def row(database: Database, export_id: str) -> ModelExport:
+    with database.read() as session:
+        return session.query(ModelExport).filter_by(id=export_id).one()
+
+
+def stop(database: Database, export_id: str) -> None:
+    with database.write() as session:
+        found = exports.get(session, ACCOUNT, export_id, lock=True)
+        assert found is not None
+        exports.stop(session, found)
+
+
+def objects(database: Database, folder: Path) -> dict[str, Path]:
+    """Copies of what is in the bucket, by key."""
+    places = Locations(database)
+    keys = [key for key, _ in places._own.below(ACCOUNT, "bucket", "")]
+    for number, key in enumerate(keys):
+        places._own.fetch(ACCOUNT, "bucket", key, folder / str(number))
+    return {key: folder / str(number) for number, key in enumerate(keys)}
+
+
+def left(home: Path) -> list[str]:
+    return sorted(path.name for path in (home / "jobs").iterdir())
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_the_files_lie_at_the_address_and_the_index_names_them(
+    database: Database, model: CustomModel, luthier_home: Path, tmp_path: Path, merged: bool
+) -> None:
+    made = submit(database, merged=merged)
+    assert claimed(database).run() == 0
+    done = row(database, made)
+    assert done.state == COMPLETED, done.failure
+    assert done.result is not None and done.progress is None
+    assert done.result["address"] == f"s3://bucket/out/model-export-{made}"
+    found = objects(database, tmp_path / "found")
+    prefix = f"out/model-export-{made}/"
+    index = json.loads(found.pop(f"{prefix}{INDEX}").read_text())
+    assert index["files"] == done.result["files"] and index["model"] == model.arn(Arns())
+    assert {f"{prefix}{each['name']}": each["sha256"] for each in index["files"]} == {
+        key: sha256_of(path) for key, path in found.items()
+    }
+    weights = "model.safetensors" if merged else "adapter_model.safetensors"
+    assert load_file(found[f"{prefix}{weights}"])
+    if not merged:
+        same = find("tiny:job-x").folder / weights
+        assert same.read_bytes() == found[f"{prefix}{weights}"].read_bytes()
+    assert left(luthier_home) == []
+
+
+def test_progress_names_the_part_and_how_much_of_it_is_done(
+    database: Database, model: CustomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    honest = export_worker.ProgressEstimate.update
+
+    def update(progress: Any, phase: str, done: int, total: int) -> None:
+        honest(progress, phase, done, total)
+        told.append((phase, done, total))
+
+    monkeypatch.setattr(export_worker.ProgressEstimate, "update", update)
+    made = submit(database, merged=True)
+    claimed(database).run()
+    result = row(database, made).result
+    assert result is not None
+    phases = list(dict.fromkeys(phase for phase, _, _ in told))
+    assert phases == ["merge", "write", "upload"]
+    assert [each[1:] for each in told if each[0] == "merge"] == [(0, 2), (1, 2), (2, 2)]
+    assert told[-1] == ("upload", result["bytes"], result["bytes"])
+    for phase in phases:
+        shares = [done / total for each, done, total in told if each == phase]
+        assert shares == sorted(shares) and shares[-1] == 1
+
+
+def test_an_estimate_of_the_end_comes_with_the_second_share() -> None:
+    progress = export_worker.ProgressEstimate()
+    assert progress.current() is None
+    progress.update("write", 0, 10)
+    assert "estimated_finish" not in (progress.current() or {})
+    time.sleep(1)
+    progress.update("write", 5, 10)
+    assert "estimated_finish" in (progress.current() or {})
+    time.sleep(1.1)  # it takes longer than that: no end in the past is named
+    assert "estimated_finish" not in (progress.current() or {})
+
+
+class Killed(BaseException):
+    """Stands for ``kill -9``: nothing of the worker runs behind it."""
+
+
+class DyingLocations(Locations):
+    """Those of a worker that is killed when it has written so many files."""
+
+    def __init__(self, database: Database, files: int, act: Callable[[], None]) -> None:
+        super().__init__(database)
+        self.files, self.act = files, act
+
+    def write(self, account: str, uri: str, name: str, data: bytes | Path) -> str:
+        if self.files == 0:
+            self.act()
+        self.files -= 1
+        return super().write(account, uri, name, data)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def test_after_a_kill_the_next_worker_makes_the_export_whole(
+    database: Database, model: CustomModel, luthier_home: Path, tmp_path: Path
+) -> None:
+    made = submit(database)
+    worker = claimed(database, DyingLocations(database, 2, kill))
+    with pytest.raises(Killed):
+        worker.run()
+    assert len(objects(database, tmp_path / "half")) == 2
+    assert (luthier_home / "jobs" / f"export-{made}").is_dir()
+    with database.write() as session:
+        queue.expire(session, ModelExport, made, worker.lease, "signal 9")
+    assert row(database, made).state == QUEUED
+    assert claimed(database).run() == 0
+    done = row(database, made)
+    assert done.state == COMPLETED and done.result is not None
+    assert len(objects(database, tmp_path / "whole")) == len(done.result["files"]) + 1
+    assert left(luthier_home) == []
+
+
+def test_a_stop_in_the_middle_leaves_nothing_at_the_address(
+    database: Database, model: CustomModel, luthier_home: Path, tmp_path: Path
+) -> None:
+    made = submit(database)
+
+    def interrupt() -> None:
+        stop(database, made)
+        worker._stopping = True
+        raise Interrupted("as by the signal that the heartbeat sends")
+
+    worker = claimed(database, DyingLocations(database, 2, interrupt))
+    assert worker.run() == 0
+    assert row(database, made).state == STOPPED
+    assert objects(database, tmp_path / "found") == {} and left(luthier_home) == []
+
+
+def test_a_stop_in_the_last_moment_counts(
+    database: Database, model: CustomModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = submit(database)
+    honest = ExportWorker._write
+
+    def write(worker: ExportWorker, found: ModelExport) -> Any:
+        result = honest(worker, found)
+        stop(database, made)
+        return result
+
+    monkeypatch.setattr(ExportWorker, "_write", write)
+    assert claimed(database).run() == 0
+    assert row(database, made).state == STOPPED
+    assert objects(database, tmp_path / "found") == {}
+
+
+def test_what_is_left_of_a_killed_one_that_was_stopped_is_taken_back(
+    database: Database, model: CustomModel, tmp_path: Path
+) -> None:
+    made = submit(database)
+    worker = claimed(database, DyingLocations(database, 2, kill))
+    with pytest.raises(Killed):
+        worker.run()
+    stop(database, made)
+    with database.write() as session:
+        queue.expire(session, ModelExport, made, worker.lease, "signal 9")
+    assert claimed(database).run() == 0
+    assert row(database, made).state == STOPPED
+    assert objects(database, tmp_path / "found") == {}
+
+
+def test_a_server_that_ends_gets_it_back(database: Database, model: CustomModel) -> None:
+    made = submit(database)
+
+    def end() -> None:
+        raise Interrupted("stopped before the next step")
+
+    assert claimed(database, DyingLocations(database, 1, end)).run() == 0
+    assert row(database, made).state == QUEUED
+    assert claimed(database).run() == 0
+    assert row(database, made).state == COMPLETED
+
+
+@pytest.mark.parametrize(
+    ("fields", "quotas", "words"),
+    [
+        ({"format": "onnx"}, {}, "mine"),
+        ({}, {"stored_bytes": 10}, "quota stored_bytes"),
+        ({"output": "s3://nobody-has-this/x"}, {}, "There is no bucket nobody-has-this"),
+    ],
+    ids=["model", "quota", "place"],
+)
+def test_a_failure_names_its_cause_and_leaves_nothing(
+    database: Database,
+    model: CustomModel,
+    luthier_home: Path,
+    tmp_path: Path,
+    fields: dict[str, Any],
+    quotas: dict[str, int],
+    words: str,
+) -> None:
+    made = submit(database, **fields)
+    assert claimed(database, quotas=AccountQuotas(**quotas)).run() == 0
+    failed = row(database, made)
+    assert failed.state == FAILED and words in str(failed.failure)
+    for own in ("job-x", str(luthier_home)):
+        assert own not in str(failed.failure)
+    assert objects(database, tmp_path / "found") == {} and left(luthier_home) == []
+
+
+def test_a_model_that_is_gone_is_named_as_its_owner_does(
+    database: Database, model: CustomModel
+) -> None:
+    made = submit(database)
+    shutil.rmtree(find("tiny:job-x").folder)
+    claimed(database).run()
+    assert row(database, made).failure == "the model mine is no longer there."
+
+
+def test_it_waits_for_memory_that_others_have(database: Database, model: CustomModel) -> None:
+    made, other = submit(database, merged=True), submit(database)
+    worker = claimed(database, capacity=Capacity(memory=1 << 29, cores=1))
+    with database.write() as session:  # another one is at work
+        assert queue.claim(session, ModelExport, this_process(), 10**15) is not None
+    assert worker.run() == 0
+    waiting = row(database, made)
+    assert waiting.state == QUEUED and waiting.memory > 1 << 29
+    assert row(database, other).state == RUNNING
+
+
+def test_a_lost_lease_ends_the_process_without_a_word_to_the_row(
+    database: Database, model: CustomModel
+) -> None:
+    made = submit(database)
+    worker = claimed(database)
+    with database.write() as session:
+        queue.release(session, ModelExport, made, worker.lease)
+    assert worker.run() == LOST
+    worker.progress = export_worker.ProgressEstimate()
+    with pytest.raises(LeaseLost):
+        worker.beat()
+    assert row(database, made).state == QUEUED
+
+
+def test_what_dead_workers_left_goes_at_the_next_look(
+    database: Database, model: CustomModel, luthier_home: Path
+) -> None:
+    made = submit(database)
+    worker = claimed(database, DyingLocations(database, 0, kill))
+    with pytest.raises(Killed):
+        worker.run()
+    looking = Scheduler(
+        database, Capacity(memory=10**12, cores=1), kinds=[EXPORT], command=["/no/such/program"]
+    )
+    EXPORT.prepare(database)
+    assert f"export-{made}" in left(luthier_home)  # it goes on
+    with database.write() as session:
+        found = session.query(ModelExport).filter_by(id=made).one()
+        found.end(session)
+    looking.tick()
+    assert left(luthier_home) == []

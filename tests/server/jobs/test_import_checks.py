@@ -1,0 +1,207 @@
+"""What is known of a model from outside before it is loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import thinking_models
+import torch
+from safetensors.torch import save_file
+
+from luthier.data.chat import ChatFormat
+from luthier.errors import ModelRefused
+from luthier.library.models import StoredModel
+from luthier.models.external import ImportedFiles, choose
+from luthier.models.known_templates import KNOWN_TEMPLATES
+from luthier.models.manifest import Manifest
+from luthier.server.jobs.import_checks import accept_network, memory_needed
+from tokenizers_of_families import GLM, TEMPLATES
+
+GIB = 1 << 30
+PROCESS = GIB // 2
+
+
+def adapter(folder: Path, base: str) -> ImportedFiles:
+    """Of an adapter whose weights are not there yet."""
+    fields = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return choose([("adapter_config.json", 60), ("adapter_model.safetensors", 7 * GIB)])
+
+
+def test_memory_is_told_by_the_sizes_of_weights(tmp_path: Path, tiny_model_folder: Path) -> None:
+    base = StoredModel("tiny", tiny_model_folder, Manifest(id="tiny", kind="causal_lm"))
+    entries = [("config.json", 10), ("tokenizer.json", 10), ("model.safetensors", 2 * GIB)]
+    assert memory_needed(tmp_path, choose(entries), lambda name: None) == 6 * GIB + PROCESS
+    # All of the adapter's file is read, whatever stands in it; its base is there twice.
+    size = (tiny_model_folder / "model.safetensors").stat().st_size
+    named: list[str] = []
+
+    def base_of(name: str) -> StoredModel:
+        named.append(name)
+        return base
+
+    chosen = adapter(tmp_path, "somebody/Tiny")
+    assert memory_needed(tmp_path, chosen, base_of) == 3 * (7 * GIB + 2 * size) + PROCESS
+    assert named == ["tiny"]
+
+
+def test_an_adapter_on_nothing_is_refused_before_its_weights_come(tmp_path: Path) -> None:
+    with pytest.raises(ModelRefused, match=r"adapter\.base"):
+        memory_needed(tmp_path, adapter(tmp_path, "nobody/knows"), lambda name: None)
+    encoder = StoredModel("bert", tmp_path, Manifest(id="bert", kind="encoder"))
+    with pytest.raises(ModelRefused, match=r"adapter\.base"):
+        memory_needed(tmp_path, adapter(tmp_path, "a/bert"), lambda name: encoder)
+
+
+MANY = 100_000_000
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 320, "max_position_embeddings": 512,
+}  # fmt: skip
+HOSTILE: dict[str, tuple[dict[str, Any], str, str]] = {
+    "nested": (
+        {"model_type": "gemma3", "text_config": {**SMALL, "num_hidden_layers": MANY}},
+        "model.layers", "text_config.num_hidden_layers is 100,000,000",
+    ),
+    "encoder": (
+        {"model_type": "encoder-decoder", "encoder": {"model_type": "bert", "num_layers": 1001},
+         "decoder": {"model_type": "bert"}}, "model.layers", "encoder.num_layers is 1,001",
+    ),
+    "names": ({"model_type": "bart", "d_model": 64, "encoder_layers": MANY},
+              "model.layers", "encoder_layers"),
+    "labels": ({**SMALL, "model_type": "llama", "num_labels": MANY},
+               "model.network", "256 MiB of memory"),
+    "lists": ({"model_type": "gpt_neo", "attention_types": [[["global", "local"], MANY]]},
+              "model.network", "256 MiB of memory"),
+    "groups": ({**SMALL, "model_type": "albert", "num_hidden_groups": MANY},
+               "model.network", ""),
+    "width": ({**SMALL, "model_type": "llama", "vocab_size": MANY, "hidden_size": 65_536},
+              "model.weights", "numbers, and the .safetensors hold 16"),
+    "depth": ({**SMALL, "model_type": "llama", "text_config": 900}, "model.network", "recursion"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_configuration_costs_little(name: str, tmp_path: Path) -> None:
+    config, rule, said = HOSTILE[name]
+    if name == "depth":
+        for _ in range(900):
+            config = {**config, "text_config": {"text_config": config["text_config"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(16)}, tmp_path / "model.safetensors")
+    began = time.process_time()
+    with pytest.raises(ModelRefused) as caught:
+        accept_network(tmp_path, "imported:x")
+    assert caught.value.problem.rule == rule and said in str(caught.value)
+    assert caught.value.problem.file == "config.json" and "Fix: " in str(caught.value)
+    assert time.process_time() - began < 20
+
+
+CLASSIFIER = {"classes", "dimensions"}
+ACCEPTED = {
+    "resnet": ("image_encoder", CLASSIFIER), "vit": ("image_encoder", CLASSIFIER),
+    "vgg": ("image_encoder", {"dimensions"}), "ast": ("audio_encoder", CLASSIFIER),
+    "wav2vec2": ("audio_encoder", CLASSIFIER), "clip": ("image_text_encoder", {"dimensions"}),
+    "bert": ("encoder", {"dimensions", "layout"}), "vae": ("autoencoding", {"made", "pixels"}),
+    "dcgan": ("adversarial", {"made", "pixels"}), "unet": ("denoising", {"made", "pixels"}),
+    "stable_diffusion": ("denoising", {"made", "pixels"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ACCEPTED)
+def test_networks_of_images_and_sounds_are_tried_as_they_are_served(
+    family: str, family_folder: Callable[[str], Path]
+) -> None:
+    found = accept_network(family_folder(family), "imported:x").manifest
+    assert (found.kind, {*(found.checks or {})}) == ACCEPTED[family]
+    with_texts = family in ("bert", "clip", "stable_diffusion")
+    assert found.tokenizer_from == ("imported:x" if with_texts else None)
+
+
+def test_what_is_wrong_with_a_part_of_a_pipeline_is_named(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(family_folder("stable_diffusion"), folder)
+    config = folder / "vae" / "config.json"
+    text = config.read_text()
+    config.write_text("[]")
+    with pytest.raises(ModelRefused, match=r"^vae/config\.json: \[model\.config"):
+        accept_network(folder, "imported:x")
+    config.write_text(text)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ModelRefused, match=r"^unet/diffusion_\S+: \[model\.weights"):
+        accept_network(folder, "imported:x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["clip", "trocr"])
+def test_a_network_for_images_and_texts_needs_its_tokenizer(
+    family: str, family_folder: Callable[[str], Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / family
+    shutil.copytree(family_folder(family), folder)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ModelRefused, match=r"model\.tokenizer\].*texts beside images"):
+        accept_network(folder, "imported:x")
+    tokenizer.save_pretrained(folder)
+    found = accept_network(folder, "imported:x").manifest
+    assert found.kind == {"clip": "image_text_encoder", "trocr": "image_to_text"}[family]
+
+
+def test_inputs_that_take_far_more_than_the_weights_are_refused(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "resnet"
+    shutil.copytree(family_folder("resnet"), folder)
+    path = folder / "preprocessor_config.json"
+    fields = json.loads(path.read_text())
+    fields["size"] = {"height": 8192, "width": 8192}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ModelRefused, match=r"^preprocessor_config.json: \[model.input\].*8,192 x"):
+        accept_network(folder, "imported:x")
+    path.write_text("{}")
+    with pytest.raises(ModelRefused, match=r"^preprocessor_config.json: \[model.input\]"):
+        accept_network(folder, "imported:x")
+
+
+def test_a_pipeline_whose_images_are_no_numbers_is_refused(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(family_folder("stable_diffusion"), folder)
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 1e-300}))
+    with pytest.raises(ModelRefused, match=r"model.load.*invalid value"):
+        accept_network(folder, "imported:x")
+
+
+def test_the_template_of_a_model_that_nobody_trusts_does_not_run(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    assert accept_network(folder, "imported:x").manifest.template_approved  # it is known
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('it ran') }}")
+    found = accept_network(folder, "imported:x").manifest
+    assert (found.tokenizer_from, found.template_approved) == ("imported:x", False)
+    with pytest.raises(ModelRefused, match=r"model\.template\].*it ran"):
+        accept_network(folder, "imported:x", trusted=True)
+
+
+@pytest.mark.parametrize(
+    "template", [*TEMPLATES.values(), GLM, *thinking_models.TEMPLATES.values()]
+)
+def test_templates_of_the_fixtures_are_known(template: str, tokenizer: Any) -> None:
+    made = copy.copy(tokenizer)
+    made.chat_template = template
+    assert ChatFormat.of(made).template_sha256 in KNOWN_TEMPLATES

@@ -1,0 +1,44 @@
+"""What of a run becomes events of its job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.server.jobs.job_reporter import JobReporter
+from luthier.server.tables.jobs import Job
+
+
+def events(*lines: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Message and data of what a reporter makes of ``lines`` of the metrics."""
+    reporter = JobReporter(Job(id="j", details={}), str)
+    for line in lines:
+        reporter.metrics(line, 10)
+    return [(event.message, event.data) for event in reporter.take().events]
+
+
+def test_scores_of_validation_rows_stand_beside_those_of_training() -> None:
+    train = {"event": "train", "step": 2, "loss": 0.5, "accuracy": 0.75, "measure": "loss"}
+    held = {"event": "validation", "step": 2, "loss": 0.25, "accuracy": 1.0, "measure": "loss"}
+    (first, trained), (second, measured) = events(train, held)
+    assert first == "Step 2/10: train loss 0.5000" and trained["accuracy"] == 0.75
+    assert second == "Step 2/10: validation loss 0.2500" and measured["valid_accuracy"] == 1.0
+    assert "accuracy" not in measured and (trained | measured)["accuracy"] == 0.75
+
+
+def test_a_reward_is_called_a_reward() -> None:
+    held = {"event": "validation", "step": 2, "loss": -0.2, "reward": 0.2, "measure": "reward"}
+    ((message, data),) = events(held)
+    assert message == "Step 2/10: validation reward 0.2000"
+    assert data["valid_loss"] == -0.2 and data["reward"] == 0.2
+
+
+def test_settings_of_each_stage_stay() -> None:
+    reporter = JobReporter(Job(id="j", details={}), str)
+    reporter.settings([("training.epochs", 3, "few rows"), ("precision", "float32", "the CPU")])
+    reporter.settings([("objective.threshold", 1.5, "set by 40 rows")])
+    chosen = {"training.epochs": 3, "precision": "float32", "objective.threshold": 1.5}
+    details = reporter.take().details
+    assert details["chosen"] == chosen
+    assert details["reasons"] == {
+        "training.epochs": "few rows", "precision": "the CPU", "objective.threshold": "set by 40 rows",
+    }  # fmt: skip

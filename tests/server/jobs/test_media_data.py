@@ -1,0 +1,280 @@
+"""Rows of jobs that are images or sounds: prefixes, archives, and what tables name."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from luthier.data.rows import load_rows
+from luthier.data.shapes.media import CaptionedImage, LabelledImage
+from luthier.errors import DataError, LocationRefused
+from luthier.gate.report import list_places
+from luthier.gate.rules import Place
+from luthier.server.jobs.data import JobData, _check_lines, fetch_data
+from luthier.server.jobs.folders import JobFolders
+from luthier.server.jobs.submit import Submission, recipe_of
+from luthier.server.tables.database import Base, Database
+from luthier.server.tables.foundation import foundation_model
+from luthier.server.tables.locations import Locations
+from luthier.server.tables.objects import ObjectMetadata, Objects
+
+ONE, OTHER = "000000000001", "000000000002"
+
+
+def png(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8), value, np.uint8)).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+class Bucket:
+    """Objects of two accounts, and jobs on them."""
+
+    def __init__(self, database: Database) -> None:
+        self.objects, self.locations = Objects(database), Locations(database)
+        for account, name in ((ONE, "data"), (OTHER, "theirs")):
+            self.objects.create_bucket(account, name)
+
+    def put(self, key: str, body: bytes, account: str = ONE, bucket: str = "data") -> None:
+        with self.objects.files.begin(account) as writing:
+            writing.write(body)
+            written = writing.finish()
+        self.objects.put(account, bucket, key, written, ObjectMetadata())
+
+    def rows(self, key: str, *records: Any) -> str:
+        self.put(key, "".join(json.dumps(each) + "\n" for each in records).encode())
+        return f"s3://data/{key}"
+
+    def fetch(self, uri: str, face: str = "bedrock", base: str = "small-cnn") -> JobData:
+        job: Any = SimpleNamespace(
+            id="job1",
+            account=ONE,
+            face=face,
+            recipe={"base": base, "data": {}},
+            details={"sources": [uri]},
+            validators=[],
+        )
+        return fetch_data(job, JobFolders(job.id), self.locations)
+
+
+@pytest.fixture
+def bucket(luthier_home: Path, tmp_path: Path) -> Iterator[Bucket]:
+    database = Database(f"sqlite:///{tmp_path / 'service.db'}")
+    Base.metadata.create_all(database.engine)
+    yield Bucket(database)
+    database.close()
+
+
+def labels(data: JobData) -> list[tuple[str, int]]:
+    """Label and colour of each row, as training reads them."""
+    rows = load_rows(data.source)
+    assert all(isinstance(row, LabelledImage) for row in rows)
+    return [(row.label, int(row.media.pixels()[0, 0, 0])) for row in rows]  # type: ignore
+
+
+EXPECTED = [("cat", 10), ("dog", 20), ("dog", 30)]
+
+
+@pytest.mark.parametrize("face", ["bedrock", "openai", "native"])
+def test_a_prefix_with_a_folder_for_each_class(bucket: Bucket, face: str) -> None:
+    for key, value in (("cat/1.png", 10), ("dog/1.png", 20), ("dog/2.png", 30)):
+        bucket.put(f"photos/{key}", png(value))
+    bucket.put("photos/.hidden/x.png", b"no image")
+    bucket.put("photos/README.txt", b"passed over")
+    bucket.locations.check(ONE, "s3://data/photos/")
+    data = bucket.fetch("s3://data/photos/", face)
+    assert labels(data) == EXPECTED
+    text = data.show_addresses(f"see {data.source}/cat/1.png")
+    assert text == "see s3://data/photos/cat/1.png"
+
+
+def test_other_files_below_a_prefix_of_images_are_refused(bucket: Bucket) -> None:
+    bucket.put("photos/_other/_DSC1.png", png(10))
+    assert labels(bucket.fetch("s3://data/photos/", "native")) == [("_other", 10)]
+    bucket.put("photos/_other/2.heic", b"x")
+    with pytest.raises(LocationRefused, match=r"_other/2\.heic.*NEW\.jpg"):
+        bucket.locations.check(ONE, "s3://data/photos/")
+
+
+def test_archives_and_arrays_whatever_they_are_called(bucket: Bucket) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, value in (("cat/1.png", 10), ("dog/1.png", 20), ("dog/2.png", 30)):
+            file.writestr(name, png(value))
+    arrays = io.BytesIO()
+    images = np.stack([np.full((8, 8), value, np.uint8) for _, value in EXPECTED])
+    np.savez(arrays, images=images, labels=np.array([label for label, _ in EXPECTED]))
+    # The last two are called as uploads of OpenAI's clients are: by an id.
+    for number, (key, body) in enumerate(
+        (("a.zip", archive), ("a.npz", arrays), ("file-1", archive), ("file-2", arrays))
+    ):
+        bucket.put(f"{number}/{key}", body.getvalue())
+        assert labels(_fresh(bucket).fetch(f"s3://data/{number}/{key}", "openai")) == EXPECTED
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_tables_that_clients_of_openai_upload_are_read_as_tables(
+    bucket: Bucket, pack: Callable[[bytes], bytes]
+) -> None:
+    series = b"timestamp,value\n2026-11-23,1.5\n2026-11-24,-2\n"
+    bucket.put("file-1", pack(series))
+    rows = load_rows(bucket.fetch("s3://data/file-1", "openai", "small-window-vae").source)
+    assert [row.media.values()[-1] for row in rows] == [1.5, -2]  # type: ignore
+    address = f"data:image/png;base64,{base64.b64encode(png(10)).decode()}"
+    bucket.put("file-2", pack(f'image,label\n"{address}",cat\n'.encode()))
+    assert labels(_fresh(bucket).fetch("s3://data/file-2", "openai")) == EXPECTED[:1]
+
+
+def _fresh(bucket: Bucket) -> Bucket:
+    """The same, for a job that has fetched nothing yet."""
+    shutil.rmtree(JobFolders("job1").data, ignore_errors=True)
+    return bucket
+
+
+def test_rows_that_name_images_beside_them_and_by_address(bucket: Bucket) -> None:
+    for key, value in (("set/img/a.png", 10), ("elsewhere/b.png", 20), ("set/c.png", 30)):
+        bucket.put(key, png(value))
+    address = bucket.rows(
+        "set/rows.jsonl",
+        {"image": "img/a.png", "label": "cat"},
+        {"image": "s3://data/elsewhere/b.png", "label": "dog"},
+        {"image": "./img/../c.png", "label": "dog"},
+    )
+    assert labels(bucket.fetch(address)) == EXPECTED
+    # The same where the address is the prefix: images beside rows are what the rows name.
+    assert labels(_fresh(bucket).fetch("s3://data/set/")) == EXPECTED
+    bucket.put("set/table.csv", b"image,label\nimg/a.png,cat\n")
+    assert labels(_fresh(bucket).fetch("s3://data/set/table.csv", "native")) == [("cat", 10)]
+
+
+def test_tables_below_a_prefix_are_called_by_their_own_addresses(bucket: Bucket) -> None:
+    for number, (name, value) in enumerate(EXPECTED):
+        bucket.put(f"set/{number}/a.png", png(value))
+        bucket.rows(f"set/{number}/rows.jsonl", {"image": "a.png", "label": name})
+    data = bucket.fetch("s3://data/set/")
+    assert labels(data) == EXPECTED
+    places = [Place(str(data.folder / name), 7) for name in data.addresses]
+    assert data.show_addresses(list_places([*places, places[0]], 9)) == (
+        "s3://data/set/0/rows.jsonl:7, s3://data/set/1/rows.jsonl:7, s3://data/set/2/rows.jsonl:7, "
+        "s3://data/set/0/rows.jsonl:7"
+    )
+    assert [*data.addresses.values()] == [f"s3://data/set/{n}/rows.jsonl" for n in range(3)]
+
+
+def test_bedrock_s_form_of_images_with_captions(bucket: Bucket) -> None:
+    bucket.put("images/1.png", png(10))
+    address = bucket.rows(
+        "train.jsonl", {"image-ref": "s3://data/images/1.png", "caption": "a grey square"}
+    )
+    (row,) = load_rows(bucket.fetch(address).source)
+    assert isinstance(row, CaptionedImage) and row.caption == "a grey square"
+    assert row.media.name == "s3://data/images/1.png"
+    assert int(row.media.pixels()[0, 0, 0]) == 10
+
+
+def test_only_what_the_account_may_read_is_fetched(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put("secret.png", png(1), OTHER, "theirs")
+    (tmp_path / "here.png").write_bytes(png(2))
+    for reference, words in (
+        ("s3://theirs/secret.png", "There is no bucket theirs"),
+        ("s3://data/none.png", "There is no object"),
+        ("s3://data/../secret.png", "s3://data/../secret.png"),
+        ("img/none.png", "There is no object s3://data/img/none.png"),
+        (f"file://{tmp_path}/here.png", "There is no object"),
+    ):
+        address = bucket.rows("rows.jsonl", {"image": reference, "label": "x"})
+        with pytest.raises(DataError) as refused:
+            load_rows(_fresh(bucket).fetch(address).source)
+        (problem,) = refused.value.problems
+        assert (problem.line, problem.rule) == (1, "media.missing"), reference
+        assert words in problem.message
+    for reference in (str(tmp_path / "here.png"), "../other.png", "img/../../x.png"):
+        address = bucket.rows("set/rows.jsonl", {"image": reference, "label": "x"})
+        with pytest.raises(DataError) as refused:
+            load_rows(_fresh(bucket).fetch(address).source)
+        assert refused.value.problems[0].rule == "media.outside"
+
+
+def test_keys_that_are_no_paths_are_refused(bucket: Bucket) -> None:
+    for number, keys in enumerate((["a/../b.png"], ["a//b.png"], ["a.png", "a.png/b.png"])):
+        for key in keys:
+            bucket.put(f"{number}/{key}", png(1))
+        with pytest.raises(LocationRefused):
+            bucket.fetch(f"s3://data/{number}/")
+
+
+def test_more_than_can_be_looked_at(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        bucket.put(f"many/{number}.png", png(number))
+    monkeypatch.setattr("luthier.server.tables.locations.MOST_MEDIA_FILES", 3)
+    with pytest.raises(LocationRefused, match="more than 3 objects"):
+        bucket.fetch("s3://data/many/")
+    monkeypatch.setattr("luthier.server.tables.locations.MOST_MEDIA_FILES", 4)
+    monkeypatch.setattr("luthier.server.tables.locations.MOST_MEDIA_BYTES", 10)
+    with pytest.raises(LocationRefused, match="at most 10"):
+        bucket.fetch("s3://data/many/")
+    monkeypatch.setattr("luthier.server.jobs.data.MOST_REFERENCES", 2)
+    rows = [{"image": f"many/{number}.png", "label": "x"} for number in range(3)]
+    with pytest.raises(DataError, match="more than 2 images"):
+        bucket.fetch(bucket.rows("rows.jsonl", *rows))
+    monkeypatch.setattr("luthier.server.jobs.data.MOST_MEDIA_BYTES", 10)
+    with pytest.raises(DataError, match="more than 10 bytes"):
+        bucket.fetch(bucket.rows("rows.jsonl", rows[0]))
+
+
+@pytest.mark.parametrize("base", ["small-audio-cnn", "small-ocr", "small-vae"])
+def test_bases_that_read_no_texts_take_tables_on_every_face(bucket: Bucket, base: str) -> None:
+    bucket.put("lines/1.png", png(10))
+    bucket.put("lines/rows.csv", b"image,caption\n1.png,one\n")
+    (row,) = load_rows(bucket.fetch("s3://data/lines/rows.csv", "openai", base).source)
+    assert isinstance(row, CaptionedImage) and int(row.media.pixels()[0, 0, 0]) == 10
+
+
+def test_a_base_of_texts_takes_json_lines_alone(
+    bucket: Bucket, tiny_model_folder: Path, luthier_home: Path
+) -> None:
+    bucket.put("rows.csv", b"prompt,completion\na,b\n")
+    bucket.put("file-1", b"prompt,completion\na,b\n")  # as it is uploaded to OpenAI's face
+    for key in ("rows.csv", "file-1"):
+        with pytest.raises(DataError, match="is csv, and JSON Lines are wanted"):
+            bucket.fetch(f"s3://data/{key}", base=str(tiny_model_folder))
+        _fresh(bucket)
+
+
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        ("small-vae", "vae"),
+        ("small-dcgan", "gan"),
+        ("small-unet", "diffusion"),
+        ("small-cnn", None),
+    ],
+)
+def test_a_base_that_is_made_for_one_thing_learns_it(base: str, method: str | None) -> None:
+    found = foundation_model(base)
+    assert found is not None
+    asked = Submission(
+        account=ONE, face="bedrock", job_name="x", model_name="x", customization_type="FINE_TUNING",
+        base=found, training=["s3://data/x.npz"],
+    )  # fmt: skip
+    objective = recipe_of(asked, "1").objective
+    assert (objective and objective.method) == method
+
+
+def test_a_base_of_texts_is_not_said_to_want_folders_rewritten(tmp_path: Path) -> None:
+    (tmp_path / "train/00/00001").mkdir(parents=True)
+    data = JobData(tmp_path, ["train/00/00001"], [], {"train/00/00001": "s3://b/photos/"})
+    with pytest.raises(DataError, match=r"images or sounds, and the base model reads texts"):
+        _check_lines(data)

@@ -1,0 +1,112 @@
+"""Training on a real Ray cluster: nodes that are processes of this machine, started by `ray start`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from job_checks import bits, running
+from ray_cluster import Cluster
+
+from luthier.errors import RefusedInput
+from luthier.server.jobs.ray_runner import RayRunner
+from luthier.server.jobs.scheduler import Scheduler
+from luthier.server.tables.jobs import Job, JobEvent, get, stop
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'luthier[ray]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),  # a node alone takes half a minute to start on two busy cores
+    pytest.mark.parametrize("database_url", ["sqlite"], indirect=True),
+]
+ACCOUNT = "000000000000"
+STEPS = 300
+
+
+def scheduler(queue: Any, cluster: Cluster) -> Scheduler:
+    """A server's, whose training runs on the cluster by the command of a real server."""
+    made = Scheduler(
+        queue.database,
+        environment={"OMP_NUM_THREADS": "1"},
+        runner=RayRunner(cluster.address),
+    )
+    queue.schedulers.append(made)
+    made.start()
+    return made
+
+
+def submit_rows(queue: Any, name: str, steps: int) -> str:
+    address = queue.stored("rows.jsonl", queue.pairs())
+    return str(queue.submit(name, training=[address], steps=steps))
+
+
+def actor_of(job: Job) -> psutil.Process:
+    """The process of Ray's that the worker of a job runs below."""
+    parent = psutil.Process(job.worker["pid"]).parent()
+    assert parent is not None and "RayWorker" in " ".join(parent.cmdline())
+    return parent
+
+
+def trained_steps(queue: Any, job_id: str) -> list[int]:
+    with queue.database.read() as session:
+        found = session.query(JobEvent).filter_by(job_id=job_id, kind="metrics")
+        return [e.data["step"] for e in found.order_by(JobEvent.seq) if "train_loss" in e.data]
+
+
+def test_killed_workers_and_a_killed_node_change_no_bit(queue: Any, cluster: Cluster) -> None:
+    # Two servers, which start no job twice.
+    for _ in range(2):
+        scheduler(queue, cluster)
+    whole, broken = (submit_rows(queue, name, STEPS) for name in ("whole", "broken"))
+    job = queue.until(broken, running(10))
+    # Its worker and Ray's process above it, as the system does that runs out of memory.
+    actor, worker = actor_of(job), psutil.Process(job.worker["pid"])
+    actor.kill()
+    worker.wait(20)  # nobody signals it: its standard input ends
+    job = queue.until(broken, lambda job: job.attempts == 2 and running(20)(job))
+    psutil.Process(job.worker["pid"]).kill()
+    job = queue.until(broken, lambda job: job.attempts == 3 and running(30)(job))
+    raylet = actor_of(job).parent()
+    assert raylet is not None and "raylet" in raylet.name()
+    worker = psutil.Process(job.worker["pid"])
+    raylet.kill()
+    worker.wait(60)
+    jobs = [queue.ended(each, 600) for each in (whole, broken)]
+    assert [job.state for job in jobs] == ["Completed", "Completed"]
+    assert jobs[1].attempts >= 4
+    assert bits(queue.job(whole)) == bits(queue.job(broken))
+    assert trained_steps(queue, broken) == list(range(1, STEPS + 1))
+    cluster.wait_for(1)
+    cluster.add_until(2)
+
+
+def test_a_stopped_job_ends_and_its_node_is_free_again(queue: Any, cluster: Cluster) -> None:
+    made = scheduler(queue, cluster)
+    job_id = submit_rows(queue, "stopped", 100_000)
+    worker = psutil.Process(queue.until(job_id, running()).worker["pid"])
+    with queue.database.write() as session:
+        job = get(session, ACCOUNT, job_id, lock=True)
+        assert job is not None
+        stop(session, job)
+    assert queue.ended(job_id).state == "Stopped"
+    worker.wait(60)
+    cluster.wait_for_idle(2)
+    # A server that ends and takes its workers along: the driver passes the signal on.
+    again = submit_rows(queue, "given-back", 100_000)
+    queue.until(again, running(5))
+    (driver,) = made.children.values()
+    driver.terminate()
+    queue.until(again, lambda job: job.state == "Queued" or job.attempts == 2)
+    with queue.database.read() as session:
+        texts = [e.message for e in session.query(JobEvent).filter_by(job_id=again)]
+    assert "The worker made a checkpoint and gave the job back." in texts
+
+
+def test_a_server_whose_cluster_is_not_there_does_not_start(
+    cluster: Cluster, database: Any, luthier_home: Path
+) -> None:
+    RayRunner(cluster.address).check(database)
+    with pytest.raises(RefusedInput, match=r"cannot be reached .* `ray start --head`"):
+        RayRunner("127.0.0.1:1").check(database)

@@ -1,0 +1,238 @@
+"""From a request to the queue: names, quota, recipe."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from luthier.errors import NameInUse, QuotaExceeded, RecipeError
+from luthier.limits import AccountQuotas
+from luthier.recipe import parse
+from luthier.server.jobs.submit import submit
+from luthier.server.tables import jobs
+from luthier.server.tables import queue as leased_work
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import CustomModel
+from luthier.server.tables.database import new_id, now
+from luthier.server.tables.foundation import foundation_model
+from luthier.server.tables.jobs import Job, get, move
+from luthier.workflows.pipeline import KINDS
+
+ACCOUNT, OTHER = "000000000000", "111111111111"
+ROWS = ["s3://bucket/rows.jsonl"]
+
+
+def asked(queue: Any, name: str = "one", **fields: Any) -> Any:
+    return queue.submission(name, **{"training": ROWS, **fields})
+
+
+def put(queue: Any, *arguments: Any, limits: AccountQuotas | None = None, **fields: Any) -> Job:
+    with queue.database.write() as session:
+        return submit(session, asked(queue, *arguments, **fields), Arns("eu-west-1"), limits)
+
+
+def test_a_job_and_the_name_of_its_model(queue: Any) -> None:
+    job = put(queue, "one", model_name="mine", openai_id="ft:x:y:z:1", request={"a": 1}, priority=3)
+    assert (job.state, job.attempts, job.memory, job.lease) == ("Queued", 0, 0, None)
+    assert (job.foundation, job.base_model) == (
+        "luthier.tiny", "arn:aws:bedrock:eu-west-1::foundation-model/luthier.tiny",
+    )  # fmt: skip
+    assert job.recipe["base"] == "tiny" and job.recipe["name"] == f"job-{job.id}"
+    assert job.recipe["data"]["validation_share"] == 0.0
+    assert (job.cores, job.recipe["training"]["threads"]) == (1, 1)
+    assert (job.request, job.priority) == ({"a": 1}, 3)
+    with queue.database.read() as session:
+        (model,) = session.query(CustomModel)
+    assert (model.status, model.name, model.job_id) == ("Reserved", "mine", job.id)
+    assert (model.openai_id, model.stored_id, model.root) == ("ft:x:y:z:1", None, "luthier.tiny")
+
+
+def test_names_are_taken_in_their_account_only(queue: Any) -> None:
+    first = put(queue, "one", model_name="model")
+    put(queue, "one", model_name="model", account=OTHER)
+    with pytest.raises(NameInUse) as caught:
+        put(queue, "one", model_name="other")
+    assert (caught.value.kind, str(caught.value)) == (
+        "job", "The provided job name is currently in use.",
+    )  # fmt: skip
+    with pytest.raises(NameInUse) as caught:
+        put(queue, "two", model_name="model")
+    assert (caught.value.kind, str(caught.value)) == (
+        "model", "The provided model name is currently in use.",
+    )  # fmt: skip
+    with queue.database.write() as session:
+        held = get(session, ACCOUNT, first.id, lock=True)
+        assert held is not None
+        move(session, held, "Failed", "why")
+    assert put(queue, "two", model_name="model")
+    with pytest.raises(NameInUse):
+        put(queue, "one", model_name="third")
+    with queue.database.read() as session:
+        assert session.query(Job).count() == 3 and session.query(CustomModel).count() == 2
+
+
+def test_of_many_at_once_one_gets_the_name(queue: Any) -> None:
+    outcomes: list[str] = []
+
+    def try_it() -> None:
+        try:
+            outcomes.append(put(queue, "same").name)
+        except NameInUse as error:
+            outcomes.append(error.kind)
+
+    threads = [threading.Thread(target=try_it) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["job"] * 7 + ["same"]
+
+
+def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:
+    limits = AccountQuotas(jobs_in_flight=2)
+    first = put(queue, "a", limits=limits)
+    put(queue, "b", limits=limits)
+    with pytest.raises(QuotaExceeded, match="2 customization jobs"):
+        put(queue, "c", limits=limits)
+    assert put(queue, "c", limits=limits, account=OTHER)
+    with queue.database.write() as session:
+        held = get(session, ACCOUNT, first.id, lock=True)
+        assert held is not None
+        move(session, held, "Stopped", "why")
+    assert put(queue, "c", limits=limits)
+
+
+def test_the_quota_counts_models_with_those_in_the_making(queue: Any) -> None:
+    limits = AccountQuotas(custom_models=1)
+    put(queue, "a", face="openai", limits=limits)
+    with pytest.raises(QuotaExceeded, match="1 custom models"):
+        put(queue, "b", face="openai", limits=limits)
+    assert put(queue, "b", limits=limits, account=OTHER)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_objective_follows_the_type(queue: Any) -> None:
+    grader = {"method": "regex", "pattern": "x"}
+    base = queue.submission().base
+    tuned = put(queue, "a")
+    raw = put(queue, "b", customization_type="CONTINUED_PRE_TRAINING")
+    reinforced = put(queue, "c", customization_type="REINFORCEMENT_FINE_TUNING", grader=grader)
+    distilled = put(queue, "d", customization_type="DISTILLATION", teacher=base)
+    assert "objective" not in tuned.recipe
+    assert raw.recipe["objective"]["method"] == "causal_lm"
+    assert reinforced.recipe["objective"]["method"] == "grpo"
+    assert reinforced.recipe["objective"]["grader"]["pattern"] == "x"
+    assert (distilled.command, distilled.recipe["teacher"]["model"]) == ("distil", "tiny")
+    for job in (tuned, raw, reinforced, distilled):
+        assert parse(KINDS[job.command].recipe, job.recipe).plain() == job.recipe
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("root", "details", "method"),
+    [
+        ("sentence-transformers.all-minilm-l6-v2", {}, "masked_lm"),
+        ("luthier.tiny", {}, "causal_lm"),
+        ("luthier.imported-0123456789ab", {"kind": "causal_lm"}, "causal_lm"),
+        ("luthier.imported-0123456789ab", {"kind": "encoder"}, "masked_lm"),
+    ],
+)
+def test_pre_training_goes_on_as_the_custom_model_began(
+    queue: Any, root: str, details: dict[str, Any], method: str
+) -> None:
+    tuned = CustomModel(
+        id=new_id(), account=ACCOUNT, name="mine", foundation="a.b", root=root, base_model="arn",
+        stored_id="tiny:mine", status="Active", created=now(), details=details,
+    )  # fmt: skip
+    job = put(queue, "b", base=tuned, customization_type="CONTINUED_PRE_TRAINING")
+    assert job.recipe["objective"]["method"] == method
+    with queue.database.read() as session:
+        made = session.query(CustomModel).filter_by(job_id=job.id).one()
+    assert (made.root, made.details) == (root, details)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"settings": {"base": "/etc"}}, "cannot set base"),
+        ({"settings": {"name": "x"}}, "cannot set name"),
+        ({"settings": {"data": {"policy": "/etc/passwd"}}}, r"cannot set data\.policy"),
+        ({"settings": {"data": {"train": "/etc/passwd"}}}, r"cannot set data\.train"),
+        (
+            {"settings": {"objective": {"method": "gan", "feature_model": "theirs"}}},
+            r"cannot set objective\.feature_model",
+        ),
+        ({"settings": {"teacher": {"url": "http://x"}}}, r"cannot set teacher\.url"),
+        (
+            {"settings": {"forgetting": {"probes": ["/etc/passwd"]}}},
+            r"cannot set forgetting\.probes",
+        ),
+        ({"settings": {"training": {"epochs": -1}}}, "epochs"),
+        ({"settings": {"training": {"epoch": 1}}}, "epoch"),
+        ({"customization_type": "IMPORTED"}, "IMPORTED"),
+        ({"customization_type": "DISTILLATION"}, "teacher"),
+        ({"customization_type": "REINFORCEMENT_FINE_TUNING"}, "grader"),
+    ],
+)
+def test_what_no_job_can_be_is_refused_and_leaves_no_trace(
+    queue: Any, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        put(queue, **fields)
+    with queue.database.read() as session:
+        assert session.query(Job).count() == session.query(CustomModel).count() == 0
+
+
+def taken(queue: Any) -> list[str]:
+    """Names of the jobs that wait, in the order in which workers take them; each ends at once."""
+    names = []
+    with queue.database.write() as session:
+        session.execute(update(Job).values(memory=1))
+        while (
+            job := leased_work.claim(session, Job, {"host": "here", "pid": 1, "born": 0.0}, 10, 10)
+        ) is not None:
+            jobs.fail(session, job.id, str(job.lease), "why")
+            names.append(job.name)
+    return names
+
+
+def test_accounts_take_turns(queue: Any) -> None:
+    """One account's queue of five makes another's two wait for one each."""
+    for number in range(5):
+        put(queue, f"mine-{number}")
+    for number in range(2):
+        put(queue, f"theirs-{number}", account=OTHER)
+    put(queue, "hurried", priority=1)
+    assert taken(queue) == [
+        "hurried", "mine-0", "theirs-0", "mine-1", "theirs-1", "mine-2", "mine-3", "mine-4",
+    ]  # fmt: skip
+
+
+def test_who_comes_late_comes_in_where_the_others_are(queue: Any) -> None:
+    early = [put(queue, f"mine-{number}") for number in range(4)]
+    with queue.database.write() as session:
+        paused = get(session, ACCOUNT, early[0].id, lock=True)
+        assert paused is not None
+        move(session, paused, "Paused", "a job that rests holds no turn back")
+        session.execute(update(Job).values(memory=1))
+        job = leased_work.claim(session, Job, {"host": "here", "pid": 1, "born": 0.0}, 10, 10)
+        assert job is not None and job.name == "mine-1"
+    for number in range(2):
+        put(queue, f"theirs-{number}", account=OTHER)
+    assert taken(queue) == ["theirs-0", "mine-2", "theirs-1", "mine-3"]
+
+
+def test_all_of_a_base_of_random_weights_learns_unless_something_else_is_asked_for(
+    queue: Any,
+) -> None:
+    made = foundation_model("luthier.fasttext")
+    assert made is not None
+    assert put(queue, "one", base=made).recipe["adaptation"] == {"method": "full"}
+    asked_for = {"adaptation": {"method": "feature_extraction"}}
+    job = put(queue, "two", base=made, settings=asked_for)
+    assert job.recipe["adaptation"]["method"] == "feature_extraction"
+    assert put(queue, "three").recipe["adaptation"]["method"] == "lora"

@@ -1,0 +1,179 @@
+"""What goes wrong under a worker and is no reason for its job to end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.server.jobs.folders import LOG_TAIL, JobFolders
+from luthier.server.tables.accounts import create_account
+from luthier.server.tables.jobs import JobEvent, get, stop
+from luthier.server.tables.objects import Objects
+
+ACCOUNT = "000000000000"
+
+sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+DIES = """
+from luthier.server.jobs.training import TrainingWorker
+def work(self, row):
+    {how}
+TrainingWorker.work = work
+"""
+AFTER_STEPS = """
+import os
+from luthier.engine.metrics import MetricsFile
+append = MetricsFile.append
+def die(self, values):
+    append(self, values)
+    if values["step"] >= 3:
+        import time; time.sleep(1.5)  # until the step is reported
+        os._exit(7)
+MetricsFile.append = die
+"""
+
+
+@sqlite
+@pytest.mark.parametrize(
+    ("before", "step", "why", "lines", "memory"),
+    [
+        (DIES.format(how="raise SystemError('the library broke')"), 0, "status 1",
+         "SystemError: the library broke", False),
+        (DIES.format(how="import os; os.kill(os.getpid(), 9)"), 0, "signal 9", "", True),
+        (DIES.format(how="import os; os.kill(os.getpid(), 11)"), 0, "signal 11", "", False),
+        (AFTER_STEPS, 2, "status 7", "", False),
+    ],
+)  # fmt: skip
+def test_a_job_ends_at_the_third_death_at_one_step_and_says_how(
+    queue: Any, before: str, step: int, why: str, lines: str, memory: bool
+) -> None:
+    job_id = queue.submit(steps=6)
+    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": before})
+    job = queue.ended(job_id)
+    assert (job.state, job.attempts, job.crashes) == ("Failed", 3, 3)
+    assert f"3 workers died one after the other at step {step}: its worker ended" in job.failure
+    assert why in job.failure and lines in job.failure
+    assert ("memory" in job.failure) is memory
+    tail = JobFolders(job_id).log_tail()
+    assert len(tail) <= LOG_TAIL and lines in "\n".join(tail)
+    with queue.database.read() as session:
+        warned = session.query(JobEvent).filter_by(job_id=job_id, kind="warning").all()
+    deaths = [each.message for each in warned if "its worker ended" in each.message]
+    assert len(deaths) == 2 and all(why in text for text in deaths)
+
+
+FLAKY = """
+from worker_forks import Folders
+from luthier.errors import LuthierError
+calls = 0
+def flaky(method):
+    def call(*arguments):
+        global calls
+        calls += 1
+        if calls % 3:
+            raise LuthierError("the bucket does not answer")
+        return method(*arguments)
+    return call
+Folders.fetch, Folders.write = flaky(Folders.fetch), flaky(Folders.write)
+"""
+
+
+@pytest.mark.slow
+@sqlite
+def test_a_bucket_that_fails_now_and_then_costs_no_job(queue: Any) -> None:
+    output = queue.folder / "out"
+    job_id = queue.submit(output=f"file://{output}", steps=2)
+    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": FLAKY})
+    job = queue.ended(job_id)
+    assert job.state == "Completed", job.failure
+    assert list(output.rglob("step_wise_training_metrics.csv"))
+
+
+FULL = """
+import pathlib
+from luthier.engine.metrics import MetricsFile
+from luthier.files import disk_errors
+append, flag = MetricsFile.append, pathlib.Path({flag!r})
+def full(self, values):
+    if flag.exists() or values["step"] < 3:
+        return append(self, values)
+    flag.touch()
+    with disk_errors(flag.parent):
+        raise OSError({number}, "no")
+MetricsFile.append = full
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_no_more_under_a_run_costs_no_job(
+    queue: Any, tmp_path: Path, monkeypatch: Any, number: int
+) -> None:
+    monkeypatch.setattr("luthier.server.jobs.scheduler.FULL_LATER", (0.2, 1.0))
+    job_id = queue.submit(steps=6)
+    before = FULL.format(flag=str(tmp_path / "flag"), number=number)
+    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": before})
+    job = queue.ended(job_id)
+    assert (job.state, job.attempts, job.crashes) == ("Completed", 2, 0)
+    with queue.database.read() as session:
+        said = [each.message for each in session.query(JobEvent).filter_by(job_id=job_id)]
+    (values,) = [text for text in said if "disk cannot take" in text]
+    assert "goes on from its last checkpoint" in values
+
+
+ENDING = """
+import pathlib, time
+from worker_forks import Folders
+write, flag = Folders.write, pathlib.Path({flag!r})
+def ending(self, *arguments):
+    if not flag.exists():
+        flag.touch()
+        return write(self, *arguments)
+    while not {fails}:  # it is stopped meanwhile
+        time.sleep(0.1)
+    raise RuntimeError("no further output")
+Folders.write = ending
+"""
+
+
+@sqlite
+@pytest.mark.parametrize("fails", [True, False])
+def test_of_a_job_that_ends_without_a_model_no_output_is_left(
+    queue: Any, tmp_path: Path, fails: bool
+) -> None:
+    objects, flag = Objects(queue.database), tmp_path / "flag"
+    with queue.database.write() as session:
+        create_account(session, ACCOUNT)
+    objects.create_bucket(ACCOUNT, "rows")
+    job_id = queue.submit(steps=2, output="s3://rows/out/")
+    before = ENDING.format(flag=str(flag), fails=fails)
+    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": before})
+    queue.until(job_id, lambda job: flag.exists() or job.state == "Failed")
+    if not fails:
+        with queue.database.write() as session:
+            job = get(session, ACCOUNT, job_id, lock=True)
+            assert job is not None
+            stop(session, job)
+    assert queue.ended(job_id).state == ("Failed" if fails else "Stopped")
+    assert flag.exists()
+    assert not [path for path in objects.files.folder.rglob("*") if path.is_file()]
+
+
+@sqlite
+def test_a_worker_that_comes_after_the_end_leaves_nothing(queue: Any, luthier_home: Path) -> None:
+    job_id = queue.submit(steps=2)
+    queue.scheduler()
+    queue.ended(job_id)
+    address = queue.database.engine.url.render_as_string(hide_password=False)
+    late = subprocess.run(
+        [*queue.command, "--kind", "training", "--id", job_id, "--lease", "an older one"],
+        env={**os.environ, "LUTHIER_DATABASE": address}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert late.returncode == 75
+    assert [path.name for path in (luthier_home / "jobs").iterdir()] == [f"{job_id}.log"]

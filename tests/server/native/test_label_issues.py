@@ -1,0 +1,89 @@
+"""Rows with label issues of a job, page by page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from luthier.engine.runs import LABEL_ISSUES, run_of
+from luthier.limits import AccountQuotas
+from luthier.server.http.messages import Fault
+from luthier.server.jobs.submit import Submission, submit
+from luthier.server.native.jobs import LabelIssuesPage, _Jobs
+from luthier.server.native.operations import Context
+from luthier.server.tables import removal
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.database import Database
+from luthier.server.tables.foundation import foundation_model
+from luthier.server.tables.jobs import Job
+from luthier.server.tables.schema import upgrade
+
+ACCOUNT = "000000000000"
+
+
+@pytest.fixture
+def jobs(luthier_home: Path) -> Iterator[_Jobs]:
+    """Handlers over a database with one job, whose run recorded three label issues."""
+    database, arns = Database(), Arns()
+    upgrade(database)
+    nowhere: Any = SimpleNamespace()
+    base = foundation_model("smollm2-135m-instruct")
+    assert base is not None
+    sent = Submission(ACCOUNT, "native", "mine", "model", "FINE_TUNING", base, ["s3://a/b"])
+    with database.write() as session:
+        job = submit(session, sent, arns)
+        stored_id = f"smollm2-135m-instruct:job-{job.id}"
+        job.result = {"stored_id": stored_id, "label_issues": {"issues": 3, "rows": 240}}
+    run = run_of(stored_id)
+    run.folder.mkdir(parents=True)
+    run.write_label_issue_records(
+        [
+            {"file": "s3://a/b", "line": line, "label": "cat", "likely_label": "dog",
+             "probability": 0.9, "text": f"row {line}"}
+            for line in (3, 1, 2)
+        ]
+    )  # fmt: skip
+    yield _Jobs(
+        Context(
+            database, arns, nowhere, lambda account: AccountQuotas(), lambda: None,
+            partial(removal.delete, database, arns),
+        )
+    )  # fmt: skip
+    database.close()
+
+
+def call(jobs: _Jobs, **page: int) -> dict[str, Any]:
+    request: Any = SimpleNamespace(account=ACCOUNT, params={"job": "mine"})
+    view = jobs.label_issues(request, LabelIssuesPage(**page))
+    return view.model_dump(mode="json", exclude_none=True)
+
+
+def test_rows_are_listed_page_by_page(jobs: _Jobs) -> None:
+    first = call(jobs, limit=2)
+    assert [each["line"] for each in first["issues"]] == [3, 1]
+    assert (first["total"], first["next"]) == (3, 2)
+    assert first["issues"][0] == {
+        "file": "s3://a/b", "line": 3, "label": "cat", "likely_label": "dog", "probability": 0.9,
+        "text": "row 3",
+    }  # fmt: skip
+    second = call(jobs, limit=2, position=first["next"])
+    assert [each["line"] for each in second["issues"]] == [2] and "next" not in second
+    assert json.dumps(call(jobs, position=9)["issues"]) == "[]"
+
+
+def test_rows_on_another_machine_are_a_conflict_and_no_rows_are_an_empty_list(jobs: _Jobs) -> None:
+    with jobs.context.database.write() as session:
+        job = session.query(Job).one()
+        (run_of(job.result["stored_id"]).folder / LABEL_ISSUES).unlink()
+    with pytest.raises(Fault) as refused:
+        call(jobs)
+    assert refused.value.code == "Conflict"
+    with jobs.context.database.write() as session:
+        session.query(Job).one().result = None
+    assert call(jobs) == {"issues": [], "total": 0}

@@ -1,0 +1,181 @@
+"""Names of jobs and models in the native API, and the deletion of models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from sqlalchemy import update
+
+from luthier.errors import WrongState
+from luthier.files import write_json
+from luthier.inference.pool import ModelPool
+from luthier.library.folders import custom_folder
+from luthier.limits import AccountQuotas
+from luthier.server.http.messages import Caller, Fault, Request, RequestHead
+from luthier.server.jobs.submit import Submission, submit
+from luthier.server.native.operations import Context
+from luthier.server.native.routes import native_face
+from luthier.server.openai.models import Catalogue
+from luthier.server.tables import removal
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import ACTIVE, CustomModel
+from luthier.server.tables.database import Database
+from luthier.server.tables.foundation import foundation_model
+from luthier.server.tables.jobs import Job
+from luthier.server.tables.schema import upgrade
+
+ACCOUNT = "000000000000"
+
+
+ANNA = Caller(ACCOUNT, "anna", ("administrator",))
+
+
+@pytest.fixture
+def context() -> Iterator[Context]:
+    database = Database()
+    upgrade(database)
+    nowhere: Any = SimpleNamespace()
+    yield Context(
+        database,
+        Arns(),
+        nowhere,
+        lambda account: AccountQuotas(),
+        lambda: None,
+        partial(removal.delete, database, Arns()),
+    )
+    database.close()
+
+
+@pytest.fixture
+def arn(context: Context) -> str:
+    base = foundation_model("smollm2-135m-instruct")
+    assert base is not None
+    asked = Submission(ACCOUNT, "native", "mine", "model", "FINE_TUNING", base, ["s3://a/b"])
+    with context.database.write() as session:
+        job = submit(session, asked, context.arns)
+        return context.arns.job(ACCOUNT, job.foundation, job.id)
+
+
+def ask(context: Context, method: str, path: str, body: Any = None, headers: Any = None) -> Any:
+    face = native_face(context, "1", ModelPool(0))
+    route = face.route(RequestHead(method, path, "", [], tls=False))
+    moment, text = datetime.now(UTC), b"" if body is None else json.dumps(body).encode()
+    headers = headers or {}
+    call = Request("r", ANNA, method, path, {}, headers, text, moment, route.params, "192.0.2.7")
+    return route.operation.handler(call)
+
+
+def test_a_model_has_one_set_of_names_on_every_face(context: Context, arn: str) -> None:
+    openai_id = "ft:smollm2:org-1::x1"
+    with context.database.write() as session:
+        model = session.query(CustomModel).one()
+        model.status, model.openai_id, model.stored_id = ACTIVE, openai_id, "smollm2:model"
+        arn, own_id = model.arn(context.arns), model.id
+    catalogue = Catalogue(context.database, context.arns)
+    for name in ("model", own_id, openai_id, arn):
+        path = f"/api/v1/models/{quote(name, safe='')}"
+        assert json.loads(ask(context, "GET", path).body)["id"] == own_id
+        found = catalogue.find(ACCOUNT, name)
+        assert isinstance(found, CustomModel) and found.id == own_id
+
+
+def test_an_id_comes_before_a_name(context: Context, arn: str) -> None:
+    with context.database.write() as session:
+        first = session.query(CustomModel).one()
+        asked = Submission(
+            ACCOUNT, "native", "other", "another", "FINE_TUNING",
+            foundation_model("smollm2-135m-instruct"), ["s3://a/b"],
+        )  # fmt: skip
+        submit(session, asked, context.arns)
+        second = session.query(CustomModel).filter_by(name="another").one()
+        first.status = second.status = ACTIVE
+        session.flush()
+        first.name = second.id
+        session.flush()
+        assert context.custom(session, ACCOUNT, second.id) is second
+        assert context.custom(session, ACCOUNT, first.id) is first
+
+
+def test_an_event_that_no_number_names_is_none(context: Context, arn: str) -> None:
+    path = "/api/v1/jobs/mine/events"
+    for known in ("²", "٣", "x", "-1", "9" * 30):
+        answer = ask(context, "GET", path, headers={"last-event-id": known})
+        assert answer.status == 200
+
+
+class Kept:
+    """A completed job and its model."""
+
+    def __init__(self, context: Context, arn: str) -> None:
+        self.context = context
+        with context.database.write() as session:
+            job = session.query(Job).one()
+            job.state, job.result = "Completed", {"stored_id": f"x:job-{job.id}"}
+            model = session.query(CustomModel).one()
+            model.status, model.stored_id = ACTIVE, f"x:job-{job.id}"
+            self.model = model.arn(context.arns)
+            manifest = {"id": model.stored_id, "saved": "network", "files": {}}
+            write_json(custom_folder("x", f"job-{job.id}") / "luthier.json", manifest)
+
+    def models(self) -> set[str]:
+        with self.context.database.read() as session:
+            return {model.name for model in session.query(CustomModel)}
+
+
+@pytest.fixture
+def kept(context: Context, arn: str) -> Kept:
+    return Kept(context, arn)
+
+
+def test_a_model_is_deleted_with_its_files(kept: Kept) -> None:
+    path = "/api/v1/models/model"
+    answer = ask(kept.context, "DELETE", path)
+    assert json.loads(answer.body) == {"model": kept.model}
+    assert "model" not in kept.models() and not [*custom_folder("x", "y").parent.iterdir()]
+    with pytest.raises(Fault) as refused:
+        ask(kept.context, "DELETE", path)
+    assert refused.value.code == "ResourceNotFound"
+
+
+def test_a_job_is_deleted_after_its_model(kept: Kept) -> None:
+    path = "/api/v1/jobs/mine"
+    with pytest.raises(WrongState, match="model model"):
+        ask(kept.context, "DELETE", path)
+    ask(kept.context, "DELETE", "/api/v1/models/model")
+    assert len(json.loads(ask(kept.context, "DELETE", path).body)["job"]) == 12
+    with pytest.raises(Fault) as refused:
+        ask(kept.context, "GET", path)
+    assert refused.value.code == "ResourceNotFound"
+
+
+def test_a_model_in_use_is_not_deleted(kept: Kept) -> None:
+    asked = Submission(
+        ACCOUNT, "native", "next", "further", "FINE_TUNING", foundation_model("smollm2-135m-instruct"),
+        ["s3://a/b"],
+    )  # fmt: skip
+    with kept.context.database.write() as session:
+        job = submit(session, asked, kept.context.arns)
+        job.base_model = kept.model
+    with pytest.raises(WrongState, match="A job that has not ended starts from the model model"):
+        ask(kept.context, "DELETE", "/api/v1/models/model")
+    assert "model" in kept.models()
+
+
+def test_an_export_is_created_read_stopped_and_listed(context: Context, arn: str) -> None:
+    with context.database.write() as session:
+        session.execute(update(CustomModel).values(status=ACTIVE, stored_id="tiny:model"))
+    context.locations.check_writable = lambda account, uri: None  # type: ignore[method-assign]
+    body = {"output": "s3://bucket/x"}
+    made = json.loads(ask(context, "POST", "/api/v1/models/model/exports", body).body)
+    one = f"/api/v1/exports/{made['id']}"
+    assert json.loads(ask(context, "GET", one).body) == made
+    assert json.loads(ask(context, "POST", f"{one}/stop").body)["state"] == "Stopped"
+    listed = ask(context, "GET", "/api/v1/exports")
+    assert [each["id"] for each in json.loads(listed.body)["exports"]] == [made["id"]]

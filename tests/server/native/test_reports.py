@@ -1,0 +1,99 @@
+"""What estimates are made of, and whether they tell where rows lie on the server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stored_objects import put_objects
+
+from luthier.limits import AccountQuotas
+from luthier.server.http.messages import Caller, Fault, Request, RequestHead
+from luthier.server.native import reports
+from luthier.server.native.operations import Context, NativeFace
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.database import Base, Database
+from luthier.server.tables.locations import Locations
+
+ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+
+
+def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
+    """What the native face answers to a request whose files lie in ``folder``."""
+    database = Database()
+    Base.metadata.create_all(database.engine)
+    files = {file.name: file.read_bytes() for file in folder.glob("*.jsonl")}
+    put_objects(database, "111111111111", files)
+    context = Context(
+        database,
+        Arns("us-east-1"),
+        Locations(database),
+        lambda account: AccountQuotas(),
+        lambda: None,
+        lambda model: None,
+    )
+    face = NativeFace(reports.operations(context))
+    route = face.route(RequestHead("POST", path, "", [], tls=False))
+    caller, sent = Caller("111111111111", "anna", ("administrator",)), json.dumps(body).encode()
+    call = Request("r1", caller, "POST", path, {}, {}, sent, datetime.now(UTC), route.params)
+    assert route.operation.handler is not None
+    try:
+        return route.operation.handler(call)
+    finally:
+        database.close()
+
+
+@pytest.mark.parametrize("named", [{}, {"base": "smollm2-135m-instruct"}])
+def test_rows_decide_on_the_base_that_they_are_looked_at_for(
+    luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: dict[str, str]
+) -> None:
+    luthier_home.mkdir(exist_ok=True)
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    commands: list[list[str]] = []
+
+    def answer(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        report = json.dumps({"verdict": "passed", "base": "a-base"})
+        return subprocess.CompletedProcess(command, 0, report, "")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    answered = ask(tmp_path, "/api/v1/inspections", {"training": "s3://rows/rows.jsonl", **named})
+    assert json.loads(answered.body)["report"]["base"] == "a-base"
+    assert ("--base" in commands[0]) is bool(named)
+
+
+def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
+    luthier_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    luthier_home.mkdir(exist_ok=True)
+    names = ("rows", "held", "also")
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text(ROW)
+    training, *validation = [f"s3://rows/{name}.jsonl" for name in names]
+    seen: list[str] = []
+
+    def refuse(command: list[str], **options: Any) -> Any:
+        recipe = Path(next(each for each in command if each.endswith("recipe.toml")))
+        held = Path(tomllib.loads(recipe.read_text())["data"]["validation"])
+        files = sorted(held.rglob("*.jsonl"))
+        seen.extend(file.name for file in files)
+        result = "\n".join(f"{each} is wrong" for each in (*files, held))
+        answer = json.dumps({"error": {"message": result}})
+        return subprocess.CompletedProcess(command, 2, answer, "what is on the terminal")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    body = {"training": training, "validation": validation}
+    with pytest.raises(Fault) as refused:
+        ask(tmp_path, "/api/v1/estimates", body)
+    assert sorted(seen) == ["also.jsonl", "held.jsonl"]
+    held, also = validation
+    assert refused.value.message.splitlines() == [
+        f"{held} is wrong",
+        f"{also} is wrong",
+        f"{held}, {also} is wrong",
+    ]

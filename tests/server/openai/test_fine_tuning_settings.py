@@ -1,0 +1,73 @@
+"""Hyperparameters of a fine-tuning job as fields of a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from luthier.engine.defaults import DataFacts, choose
+from luthier.recipe import Recipe
+from luthier.server.openai.fine_tuning import CreateJob, settings_of, without_effect
+
+BASE = {"model": "tiny", "training_file": "file-a"}
+FACTS = DataFacts(rows=40, longest=64, validation_rows=0, hidden=64)
+
+
+def settings(kind: str, writes: bool = True, **arm: Any) -> dict[str, Any]:
+    asked = CreateJob.model_validate({**BASE, "method": {"type": kind, kind: arm}})
+    asked.check()
+    return settings_of(asked, 5, writes)
+
+
+def test_what_is_auto_is_left_open() -> None:
+    assert settings("supervised") == {"training": {"seed": 5}, "objective": {"method": "sft"}}
+    # The rows of an encoder say what is learned.
+    assert settings("supervised", writes=False) == {"training": {"seed": 5}}
+    assert settings("dpo") == {"training": {"seed": 5}, "objective": {"method": "dpo"}}
+
+
+def test_what_is_given_arrives() -> None:
+    given = {"n_epochs": 3, "batch_size": 7, "learning_rate_multiplier": 2}
+    made = settings("dpo", hyperparameters={**given, "beta": 0.3})
+    assert made["training"] == {
+        "seed": 5,
+        "epochs": 3,
+        "batch_size": 7,
+        "learning_rate_multiplier": 2,
+    }
+    assert made["objective"] == {"method": "dpo", "beta": 0.3}
+    rewards = {"compute_multiplier": 2, "eval_interval": 9, "eval_samples": 3}
+    made = settings("reinforcement", grader={}, hyperparameters=rewards)
+    assert made["training"] == {"seed": 5, "evaluate_every": 9}
+    assert made["objective"] == {"num_generations": 16}
+
+
+def test_what_changes_nothing_is_said() -> None:
+    def said(**rewards: Any) -> list[str]:
+        arm = {"grader": {}, "hyperparameters": rewards}
+        method = {"type": "reinforcement", "reinforcement": arm}
+        return without_effect(CreateJob.model_validate({**BASE, "method": method}))
+
+    assert said() == said(eval_interval=9, reasoning_effort="default") == []
+    effort, samples = said(reasoning_effort="low", eval_samples=3)
+    assert "reasoning_effort is low" in effort and "eval_samples is 3" in samples
+
+
+def test_the_old_place_of_hyperparameters() -> None:
+    asked = CreateJob.model_validate({**BASE, "hyperparameters": {"n_epochs": 4}})
+    assert asked.kind == "supervised"
+    assert settings_of(asked, 1, True)["training"] == {"seed": 1, "epochs": 4}
+
+
+def test_the_multiplier_is_one_of_the_rate_that_is_chosen() -> None:
+    def rate(**training: Any) -> tuple[float | None, list[Any]]:
+        recipe = Recipe.parse({"data": {"train": "rows.jsonl"}, "training": training})
+        made, choices = choose(recipe, FACTS)
+        return made.training.learning_rate, choices
+
+    usual, _ = rate()
+    doubled, choices = rate(learning_rate_multiplier=2)
+    assert usual and doubled == pytest.approx(2 * usual)
+    assert any(name == "training.learning_rate" and "times 2" in why for name, _, why in choices)
+    assert rate(learning_rate_multiplier=2, learning_rate=1e-3)[0] == 1e-3

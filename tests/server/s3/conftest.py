@@ -1,0 +1,173 @@
+"""A service on loopback, over http and https, whose object store unmodified clients use."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from served import served
+from trails import Remembered
+
+from luthier.server.http.application import Application
+from luthier.server.http.messages import Caller, RequestHead, Signed
+from luthier.server.http.metrics import Metrics
+from luthier.server.http.server import Ports
+from luthier.server.s3.routes import S3Face
+from luthier.server.sigv4 import Credential, verify
+from luthier.server.tables.database import Base, Database, now
+from luthier.server.tables.object_files import ObjectFiles
+from luthier.server.tables.objects import Objects
+
+ACCOUNTS = {"AKONE": "000000000001", "AKTWO": "000000000002"}
+SECRET = "a secret of thirty letters, or so"
+
+
+class Names:
+    """Lets two users in, each of an account of its own, if their signatures are right."""
+
+    def authenticate(self, head: RequestHead, body: bytes | None) -> Signed:
+        return verify(head, body, self.look_up, now())
+
+    def recognize(self, head: RequestHead) -> Signed | None:
+        return self.authenticate(head, b"")
+
+    def look_up(self, access: str) -> Credential | None:
+        account = ACCOUNTS.get(access)
+        return (
+            Credential(SECRET, Caller(account, "somebody", ("administrator",))) if account else None
+        )
+
+
+@dataclass
+class Service:
+    """One server and what is behind it."""
+
+    url: str
+    objects: Objects
+    verify: Any = None
+    """Certificate of an https server."""
+
+    def client(self, access: str = "AKONE", **settings: Any) -> Any:
+        """boto3's client."""
+        config = Config(
+            retries={"max_attempts": 1, "mode": "standard"}, max_pool_connections=20, **settings
+        )
+        return boto3.client(
+            "s3", endpoint_url=self.url, region_name="us-east-1", aws_access_key_id=access,
+            aws_secret_access_key=SECRET, config=config, verify=self.verify,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "luthier")])
+    start = datetime.now(UTC) - timedelta(hours=1)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(start + timedelta(days=2))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    form = serialization.PrivateFormat.PKCS8
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain))
+    return folder / "cert.pem", folder / "key.pem"
+
+
+class AnyS3(S3Face):
+    """The face, for requests that nobody signed, too."""
+
+    def serves(self, head: RequestHead, service: str) -> bool:
+        return True
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Over http."""
+    home = tmp_path_factory.mktemp("service")
+    database = Database(f"sqlite:///{home}/luthier.db")
+    Base.metadata.create_all(database.engine)
+    objects = Objects(database, ObjectFiles(home / "objects"))
+
+    app = Application(
+        (AnyS3(objects, "us-east-1"),),
+        Names(),
+        lambda caller: None,
+        Metrics(dict),
+        Remembered(),
+        lambda: None,
+    )
+    with served(app) as url:
+        found = Service(url, objects)
+        found.app = app  # type: ignore[attr-defined]
+        yield found
+    database.close()
+
+
+@pytest.fixture(scope="session")
+def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service]:
+    """The same service over https."""
+    app = service.app  # type: ignore[attr-defined]
+    # An application belongs to one loop: the second server has its own over the same store.
+    other = Application(
+        (AnyS3(service.objects, "us-east-1"),),
+        app.authenticator,
+        app.admit,
+        app.metrics,
+        app.trail,
+        app.ready,
+    )
+    with served(other, ports=Ports(tls_certificate=certificate[0], tls_key=certificate[1])) as url:
+        yield replace(service, url=url, verify=str(certificate[0]))
+
+
+@pytest.fixture(params=["http", "https"])
+def either(request: pytest.FixtureRequest) -> Service:
+    """The service by http, and by https, where bodies are sent in another coding."""
+    return request.getfixturevalue("service" if request.param == "http" else "secure")
+
+
+@pytest.fixture
+def bucket(service: Service) -> str:
+    """A new bucket of the first account."""
+    name = f"bucket-{time.monotonic_ns()}"
+    service.client().create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def refused() -> Callable[..., tuple[str, int]]:
+    """``refused(call, **arguments)`` gives code and status of what the server refuses."""
+    return code_of
+
+
+def code_of(call: Callable[..., Any], **arguments: Any) -> tuple[str, int]:
+    from botocore.exceptions import ClientError
+
+    with pytest.raises(ClientError) as caught:
+        call(**arguments)
+    answer = caught.value.response
+    return answer["Error"]["Code"], answer["ResponseMetadata"]["HTTPStatusCode"]

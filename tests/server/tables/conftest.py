@@ -1,0 +1,26 @@
+"""A database, and an object store, of its own for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from luthier.server.tables.database import Database
+from luthier.server.tables.objects import Objects
+from luthier.server.tables.schema import METADATA
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """All tables, and nothing in them: once of each kind of database."""
+    made = Database(database_url)
+    METADATA.create_all(made.engine)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def objects(database: Database) -> Objects:
+    """Nothing is in it."""
+    return Objects(database)

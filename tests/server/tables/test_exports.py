@@ -1,0 +1,190 @@
+"""Exports: each is worked on by one process, ends once, and nobody forgets what was written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from luthier.errors import LeaseLost, RecipeError, WrongState
+from luthier.server.jobs.submit import submit_export
+from luthier.server.tables import exports, queue
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import ACTIVE, RESERVED, CustomModel
+from luthier.server.tables.database import Database, now
+from luthier.server.tables.exports import MOST_CRASHES, ExportResult, ModelExport
+from luthier.server.tables.jobs import COMPLETED, FAILED, QUEUED, RUNNING, STOPPED, STOPPING
+from luthier.server.tables.removal import ModelInUse, remove
+
+ACCOUNT, OTHER = "000000000000", "111111111111"
+WORKER = {"host": "here", "pid": 1, "born": 0.0}
+RESULT = ExportResult(address="s3://b/x", files=[], bytes=0, network="llama", compared=None)
+
+
+@pytest.fixture
+def database(database: Database) -> Database:
+    """With an active model of one account and of another."""
+    for account in (ACCOUNT, OTHER):
+        with database.write() as session:
+            session.add(
+                CustomModel(
+                    id=f"model{account[:3]}", account=account, name="mine", foundation="luthier.tiny",
+                    root="luthier.tiny", base_model="arn", stored_id="tiny:mine", status=ACTIVE,
+                    details={}, created=now(),
+                )
+            )  # fmt: skip
+    return database
+
+
+def model(session: Any, account: str = ACCOUNT) -> CustomModel:
+    found: CustomModel = session.query(CustomModel).filter_by(account=account).one()
+    return found
+
+
+def submit(database: Database, account: str = ACCOUNT) -> str:
+    with database.write() as session:
+        asked = model(session, account)
+        return submit_export(session, asked, asked.arn(Arns()), "s3://b", "gguf").id
+
+
+def claimed(database: Database) -> tuple[str, str]:
+    """Id and lease of the next one."""
+    with database.write() as session:
+        found = queue.claim(session, ModelExport, WORKER, 10**12)
+        assert found is not None
+        return found.id, str(found.lease)
+
+
+def row(database: Database, export_id: str) -> ModelExport:
+    with database.read() as session:
+        return session.query(ModelExport).filter_by(id=export_id).one()
+
+
+def stop(database: Database, export_id: str) -> str:
+    with database.write() as session:
+        found = exports.get(session, ACCOUNT, export_id, lock=True)
+        assert found is not None
+        return exports.stop(session, found).state
+
+
+def test_an_export_is_done_once_by_who_holds_it(database: Database) -> None:
+    made = submit(database)
+    assert row(database, made).state == QUEUED
+    export_id, lease = claimed(database)
+    assert export_id == made and row(database, made).state == RUNNING
+    with database.write() as session:
+        assert queue.claim(session, ModelExport, WORKER, 10**12) is None
+        exports.renew(session, made, lease, {"phase": "write", "done": 1, "total": 2})
+    assert row(database, made).progress == {"phase": "write", "done": 1, "total": 2}
+    with database.write() as session:
+        queue.release(session, ModelExport, made, lease, "given back")
+    assert (row(database, made).state, row(database, made).progress) == (QUEUED, None)
+    _, again = claimed(database)
+    writes: list[tuple[Any, Any]] = [
+        (exports.complete, RESULT),
+        (exports.plan_writing, []),
+        (exports.fail, None),
+        (exports.renew, None),
+    ]
+    for write, given in writes:
+        with pytest.raises(LeaseLost), database.write() as session:
+            write(session, made, lease, given)
+    with database.write() as session:
+        exports.complete(session, made, again, RESULT)
+    done = row(database, made)
+    assert (done.state, done.result, done.lease) == (COMPLETED, RESULT, None)
+    assert done.ended is not None
+    with pytest.raises(WrongState, match="cannot be stopped"):
+        stop(database, made)
+
+
+def test_who_waits_stops_at_once_and_who_works_takes_back_what_is_written(
+    database: Database,
+) -> None:
+    waiting = submit(database)
+    assert stop(database, waiting) == STOPPED == stop(database, waiting)
+    made = submit(database)
+    _, lease = claimed(database)
+    with database.write() as session:
+        exports.plan_writing(session, made, lease, ["s3://b/x"])
+    assert stop(database, made) == STOPPING == stop(database, made)
+    with pytest.raises(WrongState), database.write() as session:
+        exports.complete(session, made, lease, RESULT)
+    # Its worker dies before it has taken anything back: another one is started for that.
+    with database.write() as session:
+        queue.expire(session, ModelExport, made, lease, "its worker is gone")
+    assert row(database, made).state == STOPPING
+    again, lease = claimed(database)
+    assert again == made and row(database, made).written == ["s3://b/x"]
+    with database.write() as session:
+        exports.fail(session, made, lease, None)
+    ended = row(database, made)
+    assert (ended.state, ended.failure, ended.written) == (STOPPED, None, [])
+
+
+def test_one_that_was_given_back_after_it_wrote_is_not_stopped_without_a_worker(
+    database: Database,
+) -> None:
+    made = submit(database)
+    _, lease = claimed(database)
+    with database.write() as session:
+        exports.plan_writing(session, made, lease, ["s3://b/x"])
+        queue.release(session, ModelExport, made, lease, "given back")
+    assert stop(database, made) == STOPPING
+    assert claimed(database)[0] == made
+
+
+@pytest.mark.parametrize("written", [[], ["s3://b/x"]], ids=["nothing written", "written"])
+def test_workers_that_die_again_and_again_end_it(database: Database, written: list[str]) -> None:
+    made, states = submit(database), []
+    while row(database, made).ended is None:
+        _, lease = claimed(database)
+        with database.write() as session:
+            exports.plan_writing(session, made, lease, written)
+            queue.expire(session, ModelExport, made, lease, "its worker ended by signal 9")
+        states.append(row(database, made).state)
+    many = MOST_CRASHES if not written else 2 * MOST_CRASHES
+    assert len(states) == many and states[-1] == FAILED
+    assert states[: MOST_CRASHES - 1] == [QUEUED] * (MOST_CRASHES - 1)
+    assert "signal 9" in str(row(database, made).failure)
+
+
+def test_a_model_stays_while_it_is_exported(database: Database) -> None:
+    made = submit(database)
+    with database.write() as session:
+        asked = model(session)
+        with pytest.raises(ModelInUse, match="is being exported"):
+            remove(session, asked, asked.arn(Arns()))
+    stop(database, made)
+    with database.write() as session:
+        asked = model(session)
+        remove(session, asked, asked.arn(Arns()))
+
+
+def test_accounts_see_their_own_newest_first(database: Database) -> None:
+    made = [submit(database) for _ in range(3)]
+    theirs = submit(database, OTHER)
+    stop(database, made[1])
+    with database.read() as session:
+        listed = exports.list_exports(session, ACCOUNT, limit=2)
+        assert [each.id for each in listed] == made[:0:-1]
+        rest = exports.list_exports(session, ACCOUNT, limit=2, position=listed[-1].seq)
+        assert [each.id for each in rest] == made[:1]
+        stopped = exports.list_exports(session, ACCOUNT, (STOPPED,), limit=9)
+        assert [each.id for each in stopped] == [made[1]]
+        assert exports.get(session, ACCOUNT, theirs) is None
+
+
+def test_what_goes_with_no_model_is_refused_at_once(database: Database) -> None:
+    with database.write() as session:
+        asked = model(session)
+        for settings, words in (
+            (("safetensors", None, "q8_0"), "chosen for GGUF files"),
+            (("onnx", False, None), "export the adapter merged"),
+            (("pickle", None, None), "there is no format"),
+        ):
+            with pytest.raises(RecipeError, match=words):
+                submit_export(session, asked, "arn", "s3://b", *settings)
+        asked.status, asked.stored_id = RESERVED, None
+        with pytest.raises(RecipeError, match="wait until it is Active"):
+            submit_export(session, asked, "arn", "s3://b", "gguf")

@@ -1,0 +1,34 @@
+"""Answers to requests that come again."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from sqlalchemy import update
+
+from luthier.server.tables.database import Base, Database, now
+from luthier.server.tables.idempotency import RETENTION, AnsweredRequest, Attempt, recall, remember
+
+
+def test_an_answer_is_kept_for_a_day(database_url: str) -> None:
+    database = Database(database_url)
+    Base.metadata.create_all(database.engine)
+    first, second, other = (
+        Attempt.of(account, "create", token, {"name": "a"})
+        for account, token in (("1", "one"), ("1", "two"), ("2", "one"))
+    )
+    with database.write() as session:
+        remember(session, first, {"arn": "first"})
+        remember(session, other, {"arn": "other"})
+    with database.write() as session:
+        assert recall(session, first) == {"arn": "first"}
+        session.execute(
+            update(AnsweredRequest).values(created=now() - RETENTION - timedelta(hours=1))
+        )
+    with database.write() as session:
+        remember(session, second, {"arn": "second"})
+    with database.write() as session:
+        assert recall(session, first) is None
+        assert recall(session, second) == {"arn": "second"}
+        assert recall(session, other) == {"arn": "other"}
+    database.close()

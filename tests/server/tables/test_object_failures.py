@@ -1,0 +1,116 @@
+"""Databases that fail while rows of new objects are written: no file stays that no row names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
+
+from luthier.server.tables.database import Database
+from luthier.server.tables.multipart import MultipartUploads
+from luthier.server.tables.object_files import WrittenFile
+from luthier.server.tables.objects import ObjectMetadata, Objects
+from luthier.server.tables.uploaded_files import UploadedFiles
+
+ONE = "000000000001"
+GONE = OperationalError("COMMIT", {}, Exception("the database is away"))
+
+
+def written(objects: Objects, body: bytes = b"bytes") -> WrittenFile:
+    with objects.files.begin(ONE) as writing:
+        writing.write(body)
+        return writing.finish()
+
+
+def files(objects: Objects) -> list[Path]:
+    return [path for path in objects.files.folder.rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def data(objects: Objects) -> Objects:
+    objects.create_bucket(ONE, "data")
+    return objects
+
+
+def put(data: Objects) -> Callable[[], Any]:
+    return lambda: data.put(ONE, "data", "k", written(data), ObjectMetadata())
+
+
+def put_part(data: Objects) -> Callable[[], Any]:
+    uploads = MultipartUploads(data)
+    upload = uploads.create(ONE, "data", "k", ObjectMetadata(), ("", "")).id
+    return lambda: uploads.put_part(ONE, "data", "k", upload, 1, written(data), {})
+
+
+def add(data: Objects) -> Callable[[], Any]:
+    store = UploadedFiles(data.database, data)
+    store.begin(ONE).__exit__(None, None, None)
+    return lambda: store.add(ONE, [b"bytes"], "name", "batch")
+
+
+def copy(data: Objects) -> Callable[[], Any]:
+    data.put(ONE, "data", "from", written(data), ObjectMetadata())
+    return lambda: data.copy(ONE, ("data", "from"), ("data", "to"), lambda found: ObjectMetadata())
+
+
+WORKS = [put, put_part, add, copy]
+
+
+@contextmanager
+def failing(database: Database, table: str) -> Iterator[None]:
+    """While the block runs, rows of a table are not written."""
+
+    def refuse(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith(f"INSERT INTO {table}"):
+            raise GONE
+
+    event.listen(database.engine, "before_cursor_execute", refuse)
+    yield
+    event.remove(database.engine, "before_cursor_execute", refuse)
+
+
+@pytest.mark.parametrize("prepare", WORKS)
+def test_rows_that_are_not_written_leave_no_file(data: Objects, prepare: Any) -> None:
+    work = prepare(data)
+    before = files(data)
+    with failing(data.database, "object_pieces"), pytest.raises(OperationalError):
+        work()
+    assert files(data) == before
+    work()
+    assert len(files(data)) == len(before) + 1
+
+
+def test_a_file_whose_row_is_not_written_is_no_object_either(data: Objects) -> None:
+    store = UploadedFiles(data.database, data)
+    with failing(data.database, "uploaded_files"), pytest.raises(OperationalError):
+        store.add(ONE, [b"bytes"], "name", "batch")
+    assert files(data) == [] and store.list(ONE, 10) == []
+    data.delete_bucket(ONE, "luthier-files")
+
+
+def test_a_file_is_deleted_with_its_object_or_not_at_all(data: Objects) -> None:
+    store = UploadedFiles(data.database, data)
+    row = store.add(ONE, [b"bytes"], "name", "batch")
+
+    def refuse(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith(("DELETE FROM objects", "DELETE FROM object_pieces")):
+            raise GONE
+
+    event.listen(data.database.engine, "before_cursor_execute", refuse)
+    with pytest.raises(OperationalError):
+        store.delete(ONE, row.id)
+    event.remove(data.database.engine, "before_cursor_execute", refuse)
+    found = store.get(ONE, row.id)
+    assert found is not None and b"".join(store.read(found)) == b"bytes"
+    assert store.delete(ONE, row.id) and not store.delete(ONE, row.id)
+    assert files(data) == []
+    # Its bytes were deleted before, and the bucket with them.
+    row = store.add(ONE, [b"bytes"], "name", "batch")
+    data.delete(ONE, "luthier-files", [row.id])
+    data.delete_bucket(ONE, "luthier-files")
+    assert store.delete(ONE, row.id) and store.get(ONE, row.id) is None

@@ -1,0 +1,166 @@
+"""What a request's name of a model means, as one small query finds it: never what was true before.
+
+Another ``Database`` on the same address stands for another server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from luthier.server.http.messages import Fault
+from luthier.server.identifiers import find_model, invocable, invocable_model
+from luthier.server.tables.arns import Arns
+from luthier.server.tables.custom_models import ACTIVE, CREATING, RESERVED, CustomModel
+from luthier.server.tables.database import Database, new_id, now
+from luthier.server.tables.endpoints import CREATING as BEING_CREATED
+from luthier.server.tables.endpoints import DEPLOYMENT, FAILED, PROVISIONED, READY, Endpoint
+from luthier.server.tables.schema import METADATA
+
+OWN, OTHER = "000000000000", "111111111111"
+ARNS = Arns("us-east-1")
+FOUNDATION = "huggingfacetb.smollm2-135m-instruct"
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    made = Database(database_url)
+    METADATA.create_all(made.engine)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def elsewhere(database: Database) -> Iterator[Database]:
+    """The same database as another server has it."""
+    made = Database(database.url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def add(elsewhere: Database) -> Callable[..., CustomModel]:
+    """``add(name, **columns)``: a model, on the other server."""
+
+    def make(name: str, **columns: Any) -> CustomModel:
+        fields = {
+            "id": new_id(), "account": OWN, "foundation": FOUNDATION, "root": FOUNDATION,
+            "base_model": "", "stored_id": f"tiny:{name}", "status": ACTIVE, "created": now(),
+        }  # fmt: skip
+        made = CustomModel(name=name, **{**fields, **columns})
+        with elsewhere.write() as session:
+            session.add(made)
+        return made
+
+    return make
+
+
+def deploy(database: Database, model: CustomModel | str, **columns: Any) -> Endpoint:
+    arn = model if isinstance(model, str) else model.arn(ARNS)
+    fields = {"id": new_id(), "account": OWN, "kind": DEPLOYMENT, "name": "d", "status": READY}
+    made = Endpoint(
+        model=arn, foundation=FOUNDATION, created=now(), modified=now(), **{**fields, **columns}
+    )
+    with database.write() as session:
+        session.add(made)
+    return made
+
+
+def stored(database: Database, name: str, account: str = OWN) -> str | None:
+    found = invocable_model(database, ARNS, account, name)
+    return None if found is None else found.stored_id
+
+
+def refusal(database: Database, model_id: str, account: str = OWN) -> str:
+    with pytest.raises(Fault) as refused:
+        invocable(database, ARNS, account, model_id)
+    return refused.value.code
+
+
+def test_a_change_by_another_server_is_seen_at_once(
+    database: Database, elsewhere: Database, add: Callable[..., CustomModel]
+) -> None:
+    first = add("support")
+    assert stored(database, "support") == "tiny:support"
+    with elsewhere.write() as session:
+        session.delete(session.get_one(CustomModel, first.seq))
+    assert stored(database, "support") is stored(database, first.id) is None
+    add("support", stored_id="tiny:second")
+    assert stored(database, "support") == "tiny:second"
+    with elsewhere.write() as session:
+        # By no object of the mapping, as a migration or an administrator might.
+        session.execute(update(CustomModel).values(account=OTHER))
+    assert stored(database, "support") is None
+    assert stored(database, "support", OTHER) == "tiny:second"
+    with elsewhere.write() as session:
+        session.execute(update(CustomModel).values(status=CREATING))
+    assert stored(database, "support", OTHER) is None
+
+
+def test_a_change_of_an_endpoint_by_another_server_is_seen_at_once(
+    database: Database, elsewhere: Database, add: Callable[..., CustomModel]
+) -> None:
+    one, other = add("one"), add("other")
+    endpoint = deploy(elsewhere, one)
+    arn = ARNS.of(OWN, DEPLOYMENT, endpoint.id)
+    found = invocable(database, ARNS, OWN, arn)
+    assert (found.stored_id, found.arn, found.model) == ("tiny:one", arn, one.arn(ARNS))
+    steps: list[tuple[dict[str, Any], str]] = [
+        ({"status": FAILED}, "Validation"),
+        ({"status": BEING_CREATED}, "ModelNotReady"),
+        ({"kind": PROVISIONED, "status": READY}, "ResourceNotFound"),
+    ]
+    for values, code in steps:
+        with elsewhere.write() as session:
+            session.execute(update(Endpoint).values(**values))
+        assert refusal(database, arn) == code
+    with elsewhere.write() as session:
+        session.execute(update(Endpoint).values(kind=DEPLOYMENT, model=other.arn(ARNS)))
+    assert invocable(database, ARNS, OWN, arn).stored_id == "tiny:other"
+    with elsewhere.write() as session:
+        session.delete(session.get_one(CustomModel, other.seq))
+    assert refusal(database, arn) == "ResourceNotFound"
+    with elsewhere.write() as session:
+        session.delete(session.get_one(Endpoint, endpoint.seq))
+    assert refusal(database, arn) == "ResourceNotFound"
+
+
+def test_endpoints_of_others_and_of_foundation_models(
+    database: Database, add: Callable[..., CustomModel]
+) -> None:
+    endpoint = deploy(database, add("one"))
+    assert refusal(database, ARNS.of(OWN, DEPLOYMENT, endpoint.id), OTHER) == "ResourceNotFound"
+    for wrong in (
+        ARNS.of(OTHER, DEPLOYMENT, endpoint.id),
+        ARNS.of(OWN, PROVISIONED, endpoint.id),
+        Arns("eu-west-1").of(OWN, DEPLOYMENT, endpoint.id),
+    ):
+        assert refusal(database, wrong) == "ResourceNotFound"
+    provisioned = deploy(database, ARNS.foundation_model(FOUNDATION), kind=PROVISIONED)
+    arn = ARNS.of(OWN, PROVISIONED, provisioned.id)
+    assert invocable(database, ARNS, OWN, arn).stored_id == "smollm2-135m-instruct"
+
+
+def test_it_is_what_the_control_plane_finds(
+    database: Database, add: Callable[..., CustomModel]
+) -> None:
+    one = add("one", openai_id="ft:tiny:org::abc")
+    add(one.id, stored_id="tiny:named-as-an-id")
+    add("ft:tiny:org::abc", stored_id="tiny:named-as-an-ft-id")
+    add("theirs", account=OTHER)
+    add("waiting", status=RESERVED, stored_id=None)
+    arn = one.arn(ARNS)
+    names = [
+        "one", one.id, "ft:tiny:org::abc", arn, arn.replace(FOUNDATION, "imported"),
+        arn.replace(OWN, OTHER), arn.replace("us-east-1", "eu-west-1"), "theirs", "waiting", "none",
+        "", "arn:aws:s3:::one",
+    ]  # fmt: skip
+    for name in names:
+        with database.read() as session:
+            model = find_model(session, ARNS, OWN, name)
+        assert stored(database, name) == (None if model is None else model.stored_id), name
+    assert [stored(database, name) for name in names[:4]] == ["tiny:one"] * 4
+    assert [stored(database, name) for name in names[4:]] == [None] * 8

@@ -1,0 +1,105 @@
+"""Models from outside whose folder is at another S3 endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+from luthier_server import BASE, Served, home_with_tiny, until
+from moto_server import KEYS, moto_client, moto_server
+
+from luthier.errors import LocationRefused
+from luthier.server.tables.database import Base, Database
+from luthier.server.tables.locations import Locations
+
+ACCOUNT = "000000000000"
+GREEDY = {"maxTokens": 8, "temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[int]:
+    with moto_server() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def bucket(moto: int, tiny_model_folder: Path) -> Any:
+    """The tiny model, and one with a pickle, in the bucket ``models``."""
+    s3 = moto_client(moto)
+    s3.create_bucket(Bucket="models")
+    for path in tiny_model_folder.iterdir():
+        s3.upload_file(str(path), "models", f"some/tiny/{path.name}")
+        s3.upload_file(str(path), "models", f"some/pickled/{path.name}")
+    s3.put_object(Bucket="models", Key="some/tiny/below/x.bin", Body=b"x")
+    s3.put_object(Bucket="models", Key="some/pickled/pytorch_model.bin", Body=b"\x80\x04.")
+    return s3
+
+
+def test_a_folder_elsewhere_is_listed_and_copied(
+    moto: int, bucket: Any, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    database = Database()
+    Base.metadata.create_all(database.engine)
+    locations = Locations(database, f"http://127.0.0.1:{moto}")
+    sizes = {path.name: path.stat().st_size for path in tiny_model_folder.iterdir()}
+    for uri in ("s3://models/some/tiny", "s3://models/some/tiny/"):
+        assert dict(locations.folder(ACCOUNT, uri)) == sizes
+        locations.fetch_from(ACCOUNT, uri, "model.safetensors", tmp_path / "weights")
+        whole = (tiny_model_folder / "model.safetensors").read_bytes()
+        assert (tmp_path / "weights").read_bytes() == whole
+    for uri in ("s3://models/some/none", "s3://nobodys/some/tiny", "s3://models/some/tin"):
+        with pytest.raises(LocationRefused):
+            locations.folder(ACCOUNT, uri)
+    with pytest.raises(LocationRefused):
+        locations.fetch_from(ACCOUNT, "s3://models/some/tiny", "none", tmp_path / "x")
+    monkeypatch.setattr("luthier.server.tables.locations.MOST_ENTRIES", len(sizes))
+    with pytest.raises(LocationRefused, match=f"more than {len(sizes)} objects below"):
+        locations.folder(ACCOUNT, "s3://models/some/tiny")
+
+
+@pytest.mark.slow
+def test_a_model_of_another_endpoint_answers_like_the_same_one_here(
+    moto: int, bucket: Any, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    server = Served(home_with_tiny(tmp_path / "home", tiny_model_folder))
+    server.start("--s3-endpoint", f"http://127.0.0.1:{moto}", **KEYS)
+    try:
+        bedrock = server.client("bedrock")
+        arn, pickled = (
+            bedrock.create_custom_model(
+                modelName=name,
+                modelSourceConfig={"s3DataSource": {"s3Uri": f"s3://models/some/{name}/"}},
+            )["modelArn"]
+            for name in ("tiny", "pickled")
+        )
+        for name in ("some/none/", "none"):
+            source = {"s3DataSource": {"s3Uri": f"s3://models/{name}"}}
+            with pytest.raises(ClientError, match="ValidationException"):
+                bedrock.create_custom_model(modelName="nowhere", modelSourceConfig=source)
+        get = bedrock.get_custom_model
+        for each in (arn, pickled):
+            until(lambda each=each: get(modelIdentifier=each)["modelStatus"] != "Creating")
+        assert get(modelIdentifier=arn)["modelStatus"] == "Active"
+        failed = get(modelIdentifier=pickled)
+        assert failed["modelStatus"] == "Failed" and "model.pickle" in failed["failureMessage"]
+        deployment = bedrock.create_custom_model_deployment(
+            modelDeploymentName="elsewhere", modelArn=arn
+        )["customModelDeploymentArn"]
+        ready = bedrock.get_custom_model_deployment
+        asked = {"customModelDeploymentIdentifier": deployment}
+        until(lambda: ready(**asked)["status"] == "Active")
+        answers = [
+            server.client("bedrock-runtime").converse(
+                modelId=model, inferenceConfig=GREEDY,
+                messages=[{"role": "user", "content": [{"text": "What is the capital?"}]}],
+            )["output"]["message"]["content"]
+            for model in (deployment, BASE)
+        ]  # fmt: skip
+        assert answers[0] == answers[1]
+    finally:
+        server.end()

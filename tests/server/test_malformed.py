@@ -1,0 +1,184 @@
+"""What no client should send: bodies that are broken somewhere. It is never an error of the server.
+
+Each request is one that is fine, with something in it replaced, removed or added.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from broken_requests import (
+    ACCOUNT,
+    CUSTOMIZATION,
+    JOB,
+    NATIVE,
+    OPENAI,
+    ROWS,
+    RUNTIME,
+    broken,
+    control,
+)
+from hypothesis import HealthCheck, given, settings
+from jsonschema import Draft202012Validator
+from luthier_server import add_base
+from served import served
+
+from luthier.server.service import Service
+from luthier.server.settings import Settings
+
+EXAMPLES = int(os.environ.get("LUTHIER_TEST_EXAMPLES", "150"))
+
+
+class Running:
+    def __init__(self, url: str, key: str) -> None:
+        self.place, self.key = url.removeprefix("http://"), key
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
+        self.file = client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
+
+    def ask(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(self.place, timeout=60)
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def survives(self, method: str, path: str, body: Any) -> None:
+        """Every answer is the request's fault, and a whole one."""
+        text = None if body is None else json.dumps(body).replace("file-none", self.file).encode()
+        status, answer = self.ask(method, path, text)
+        assert status < 500, (method, path, text, answer)
+        if status >= 400:
+            assert json.loads(answer), answer
+
+
+@pytest.fixture(scope="module")
+def started(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    family_folder: Callable[[str], Path],
+) -> Iterator[tuple[Running, Path]]:
+    home = tmp_path_factory.mktemp("malformed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_HOME", str(home))
+        add_base(home, "tiny", "causal_lm", tiny_model_folder)
+        add_base(home, "encoder", "encoder", family_folder("bert"))
+        # Refused requests of one address are slowed down, and here are hundreds of them.
+        service = Service(Settings())
+        assert service.issued is not None
+        with served(service.application) as url:
+            service.start(work=False)
+            service.objects.create_bucket(ACCOUNT, "rows")
+            service.locations.write(ACCOUNT, "s3://rows/", "train.jsonl", ROWS)
+            yield Running(url, service.issued.api_key), home
+        service.close()
+
+
+@pytest.fixture
+def running(
+    started: tuple[Running, Path], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Running:
+    """The server, on the store that it began with: each test has another one."""
+    running, home = started
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    return running
+
+
+many = settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+
+
+def test_answers_of_the_native_face_are_as_documented(running: Running) -> None:
+    document = json.loads(running.ask("GET", "/api/v1/openapi.json", None)[1])
+    asked = [("POST", "/api/v1/jobs", {**JOB, "name": f"told-{n}", "model_name": f"told-{n}"})
+             for n in range(2)]  # fmt: skip
+    one = "/api/v1/jobs/{job}"
+    asked += [("GET", one, None), ("POST", f"{one}/pause", None), ("POST", f"{one}/resume", None)]
+    asked += [("POST", f"{one}/stop", None), ("POST", f"{one}/resume", None)]
+    asked += [("GET", "/api/v1/jobs?limit=1", None), ("GET", "/api/v1/jobs?state=Gone", None)]
+    asked += [("GET", f"/api/v1/{each}", None) for each in ("models", "whoami", "jobs")]
+    for method, path, body in asked:
+        text = None if body is None else json.dumps(body).encode()
+        status, answer = running.ask(method, path.replace("{job}", "told-1"), text)
+        result = document["paths"][path.partition("?")[0]][method.lower()]["responses"]
+        schema = result[str(status)]["content"]["application/json"]["schema"]
+        whole = {**schema, "components": document["components"]}
+        Draft202012Validator(whole).validate(json.loads(answer))
+
+
+def test_a_number_without_end_is_refused_by_the_name_it_has(running: Running) -> None:
+    for value in (1e308, 10**400):
+        job = {**JOB, "settings": {"training": {"epochs": value}}}
+        status, text = running.ask("POST", "/api/v1/jobs", json.dumps(job).encode())
+        error = json.loads(text)["error"]
+        assert (status, error["parameter"]) == (400, "settings.training.epochs"), error
+        assert "settings.training.epochs" in error["message"]
+        settings = {"n_epochs": value}
+        body = {"model": "tiny", "training_file": running.file, "hyperparameters": settings}
+        status, text = running.ask("POST", "/v1/fine_tuning/jobs", json.dumps(body).encode())
+        assert (status, json.loads(text)["error"]["param"]) == (400, "hyperparameters.n_epochs")
+        job = {**CUSTOMIZATION, "hyperParameters": {"epochCount": str(value)}}
+        status, text = running.ask("POST", "/model-customization-jobs", json.dumps(job).encode())
+        assert status == 400 and "hyper-parameter epochCount" in json.loads(text)["message"]
+
+
+TOO_LARGE = (b"1e400", b"-1e400", b"9" * 400 + b"e1", b"1" + b"0" * 400 + b".5")
+
+
+def test_a_number_that_is_too_large_to_hold_is_refused_for_that(running: Running) -> None:
+    said = {"role": "user", "content": [{"text": "x"}]}
+    tool = {"toolSpec": {"name": "a", "inputSchema": {"json": {"maximum": "LARGE"}}}}
+    converse = {"messages": [said], "toolConfig": {"tools": [tool]}}
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "large": "LARGE"}
+    for path, body, word in (
+        ("/model/luthier.tiny/converse", converse, "too large to hold"),
+        ("/model/luthier.tiny/invoke", {"prompt": "x", "temperature": "LARGE"}, "Malformed input"),
+        ("/v1/chat/completions", chat, "too large to hold"),
+        ("/api/v1/jobs", {**JOB, "settings": {"training": {"epochs": "LARGE"}}}, "too large"),
+    ):
+        for number in TOO_LARGE:
+            text = json.dumps(body).encode().replace(b'"LARGE"', number)
+            status, answer = running.ask("POST", path, text)
+            assert status == 400 and word in answer.decode(), answer
+            assert b"infinity" not in answer.lower()
+    config = {"messages": [said], "inferenceConfig": {"temperature": 10**400}}
+    status, answer = running.ask(
+        "POST", "/model/luthier.tiny/converse", json.dumps(config).encode()
+    )
+    assert status == 400 and b"inferenceConfig.temperature" in answer
+
+
+@many
+@given(case=broken(OPENAI))
+def test_the_openai_face(running: Running, case: tuple[str, str, Any]) -> None:
+    running.survives(*case)
+
+
+@pytest.mark.slow
+@many
+@given(case=broken(RUNTIME))
+def test_the_runtime_of_bedrock(running: Running, case: tuple[str, str, Any]) -> None:
+    running.survives(*case)
+
+
+@many
+@given(case=broken(NATIVE))
+def test_the_native_face(running: Running, case: tuple[str, str, Any]) -> None:
+    running.survives(*case)
+
+
+@many
+@given(case=broken(control()))
+def test_the_control_plane_of_bedrock(running: Running, case: tuple[str, str, Any]) -> None:
+    running.survives(*case)
