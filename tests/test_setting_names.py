@@ -22,7 +22,7 @@ from luthier.server.openai.fine_tuning import setting_name as openai
 APIS: dict[str, Callable[[str], str]] = {"bedrock": bedrock, "openai": openai, "native": native}
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
-COMMANDS = ("cli", "sdk/hub", "sdk/imports", "workflows/advise", "workflows/estimate", "limits.py",
+COMMANDS = ("cli", "sdk/hub", "migrate", "workflows/advise", "workflows/estimate", "limits.py",
             "pretrain_recipe.py", "server/http/server.py", "escaping.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (

@@ -236,7 +236,6 @@ def set_quotas(
         except ValueError:
             raise RefusedInput(f"{setting!r}: write NAME=VALUE, with a number") from None
     if values:
-        # As text: the chain of the log is over whole numbers and no fractions.
         details = {name: "default" if each is None else str(each) for name, each in values.items()}
         with audited_write(database, "quotas.set", account, "", details) as session:
             accounts.set_quota(session, account, **values)

@@ -90,11 +90,12 @@ def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedMo
     A LoRA adapter that can share its base stays an adapter; other adapters are merged. ``base`` is its
     parent, if that is open.
     """
+    from luthier.engine.machine import open_network
+    from luthier.library.models import attach_adapter, objective_of, room_of, shares_base
+
     entry = chosen_backend()
     if entry.open_file is not None:
-        from luthier.engine.machine import open_network
         from luthier.inference.derived_gguf import gguf_of, gguf_type
-        from luthier.library.models import room_of
         from luthier.models.description import check_folder
 
         kind = gguf_type()
@@ -108,22 +109,7 @@ def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedMo
                 _log.warning("%s is run by torch, not by %s: %s", stored.id, entry.id, error)
         else:
             return OpenedModel(backend, vocabulary, lambda: open_network(stored))
-    return open_by_torch(stored, base)
-
-
-def open_by_torch(
-    stored: StoredModel,
-    base: OpenedModel | None = None,
-    beside: bool | None = None,
-) -> OpenedModel:
-    """As :func:`open_model`, whatever backend runs files.
-
-    ``beside`` says whether an adapter stands beside its base; what the environment says, if not given.
-    """
-    from luthier.engine.machine import open_network
-    from luthier.library.models import attach_adapter, objective_of, shares_base
-
-    if not (shares_base(stored) if beside is None else beside):
+    if not shares_base(stored):
         return OpenedModel.of(open_network(stored))
     assert stored.parent is not None
     if base is not None:

@@ -51,8 +51,7 @@ RECENT = timedelta(minutes=1)
 _LOADED_TWICE = 2.5
 """Of the weights' bytes: they are kept a second time in the kernels' order."""
 _STACKED = 2.0
-"""The same of an adapter beside its base: its own, and a place in the stack of those that have written.
-DoRA has vectors of its outputs on top, and a stack a spare place, or an eighth more."""
+"""Memory of an adapter next to its base, as a multiple of its file: weights and a slot of a stack."""
 
 
 @dataclass(eq=False)

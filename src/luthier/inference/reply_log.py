@@ -17,16 +17,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from luthier.chat_models.base import Done, Failure, ModelSpec, Reply, SamplingSpec, Writer
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import disk_errors, lock, luthier_home, write_bytes
 from luthier.library.models import content_hash, find
 from luthier.types import Message
-
-if TYPE_CHECKING:
-    pass
 
 RUN = "run"
 """Of a line: the run that asked, where a service did."""

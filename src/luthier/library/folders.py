@@ -7,6 +7,10 @@ runs/<base>/<name>/             what a custom model was trained in; pretraining/
 distillations/<base>/<name>/    a teacher's answers
 cache/gguf/                     what llama.cpp runs
 cache/tokenizers/               tokenizers as the library ``tokenizers`` reads them
+cache/networks/                 task and size of networks
+probes/                         trials of networks that passed
+
+Everything in cache/ and probes/ may be deleted at any time; the next use writes what is needed.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from luthier.data.chat import ChatFormat, Template
+from luthier.data.chat import ChatFormat
 from luthier.data.processors import Processor, read_processor
 from luthier.data.sentence import read_sentence_pipeline
 from luthier.data.tokenization import panics_refused
@@ -19,7 +19,7 @@ from luthier.errors import LuthierError, RecipeError, UnknownModel
 from luthier.files import cached_sha256_of, luthier_home, read_json, write_bytes
 from luthier.models import nets
 from luthier.models.description import import_transformers
-from luthier.models.manifest import MANIFEST
+from luthier.models.manifest import OWN_FILES
 from luthier.models.modalities import text_fields
 from luthier.models.pipelines import (
     is_pipeline,
@@ -76,7 +76,7 @@ def remove_stored_tokenizer(folder: Path) -> None:
 def _stored_folder(folder: Path) -> Path:
     """Return the folder of the stored tokenizer, which the content of the files in ``folder`` names."""
     found = folder.iterdir() if folder.is_dir() else ()
-    files = (path for path in found if path.suffix in _READ and path.name != MANIFEST)
+    files = (path for path in found if path.suffix in _READ and path.name not in OWN_FILES)
     hashes = {path.name: cached_sha256_of(path) for path in files if path.is_file()}
     known = json.dumps([1, version("transformers"), version("tokenizers"), sorted(hashes.items())])
     name = hashlib.sha256(known.encode()).hexdigest()
@@ -191,7 +191,7 @@ def tokenizer_difference(one: ChatFormat, other: ChatFormat) -> str | None:
     )
 
 
-def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
+def load_chat_format(folder: Path) -> ChatFormat:
     """Tokenizer, template and stop tokens of a model folder.
 
     Stop tokens are those of ``generation_config.json`` and the tokenizer's own end-of-text token.
@@ -206,7 +206,7 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     stops = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
     start_id, causal = _start_id(folder), is_causal(folder)
-    chat = ChatFormat.of(tokenizer, template, listed, start_id, processor, is_causal=causal)
+    chat = ChatFormat.of(tokenizer, "auto", listed, start_id, processor, is_causal=causal)
     if processor is not None:  # TrOCR is pre-trained without the tokenizer's special tokens
         return chat
     try:

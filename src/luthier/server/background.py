@@ -43,6 +43,8 @@ LOOK = 1.0
 """Seconds between two looks whether a row is still to be worked on: a piece may take minutes."""
 MOMENT = 0.5
 """Seconds for pieces in hand that are about to end, before they are given up."""
+SLICE = 15.0
+"""Seconds that a row is worked on while others wait: then it gives way to those of other accounts."""
 _SWEEP = 600.0
 """Seconds between two calls of :meth:`BackgroundRunner.sweep`."""
 _log = logging.getLogger("luthier.server")
@@ -141,11 +143,12 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         left: Iterable[tuple[int, Piece]],
         do: Callable[[Piece], Done],
     ) -> bool:
-        """Do the pieces that are ``left``, by their numbers.
+        """Do the pieces that are ``left``, by their numbers; whether that is all.
 
-        Returns False if this server ends, or another server continues the work.
+        It is not where another server goes on with them, or this one after a turn of other accounts: no
+        row keeps them waiting for longer than a moment, however much is left of it.
         """
-        pieces = iter(left)
+        pieces, began, gives_way = iter(left), time.monotonic(), False
         running: dict[Future[Done], tuple[int, CancelScope]] = {}
 
         def work_on(piece: Piece, scope: CancelScope) -> Done:
@@ -156,12 +159,14 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             state = self._keep(row, {})
             while state is not None:
                 goes_on = state == self.working and not self._closed.is_set()
-                if goes_on:
+                if goes_on and not gives_way:
                     for number, piece in islice(pieces, self.at_once - len(running)):
                         scope = CancelScope()
                         running[threads.submit(work_on, piece, scope)] = number, scope
                 if not running or state != self.working or (self.gives_up and not goes_on):
                     break
+                if not gives_way and time.monotonic() - began >= SLICE:
+                    gives_way = self._give_way(row)
                 ended, _ = wait(running, self.renewal, FIRST_COMPLETED)
                 state = self._keep(row, {running.pop(each)[0]: each for each in ended})
             if running and state is not None:
@@ -169,6 +174,8 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
                 state = self._keep(row, {running.pop(each)[0]: each for each in ended})
             for _, scope in running.values():
                 scope.close()
+        if gives_way and next(pieces, None) is not None:
+            return False
         return state is not None and not self._closed.is_set()
 
     def lock_held(self, session: Session, row: Work) -> Work | None:
@@ -219,6 +226,12 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             silent = [each for each in held if self.watch.silent(*each)]
             self.watch.forget_others({row_id for row_id, _ in held})
             return queue.claim_next(session, self.kind, self._token, silent)
+
+    def _give_way(self, row: Work) -> bool:
+        """Whether rows of other accounts wait, before which this one does not come again."""
+        with suppress(LeaseLost), self.database.write() as session:
+            return queue.give_way(session, self.kind, row.id, self._token)
+        return False
 
     def _keep(self, row: Work, done: Mapping[int, Future[Done]]) -> str | None:
         """Go on holding the row and write down what is done, by its numbers.

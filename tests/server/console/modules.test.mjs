@@ -1,4 +1,4 @@
-// Logic of the console's modules that needs no browser; tests/api/console/test_pages.py runs it by `node --test`.
+// Logic of the console's modules that needs no browser; tests/server/console/test_pages.py runs it by `node --test`.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";

@@ -28,7 +28,7 @@ from luthier.server.openai.files import PURPOSES
 from luthier.server.roles import Permission
 
 PACKAGE = Path(luthier.__file__).parent
-STATIC = PACKAGE / "api" / "console" / "static"
+STATIC = PACKAGE / "server" / "console" / "static"
 FILES = sorted(path.name for path in STATIC.iterdir())
 MODULES = [name for name in FILES if name.endswith(".js")]
 PAGE = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}

@@ -27,7 +27,7 @@ from luthier.server.tables.database import Base, Database
 from luthier.server.tables.foundation import foundation_model
 from luthier.server.tables.jobs import Job
 
-FORKS = Path(__file__).parents[1] / "plugins" / "worker_forks.py"
+FORKS = Path(__file__).parents[2] / "plugins" / "worker_forks.py"
 ACCOUNT = "000000000000"
 OTHER = "111111111111"
 

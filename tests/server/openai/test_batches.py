@@ -14,6 +14,7 @@ import pytest
 
 from luthier.cancellation import KillHandle, cancellable
 from luthier.errors import DoesNotFit
+from luthier.server import background
 from luthier.server.http.messages import Fault
 from luthier.server.openai import batches as batches_module
 from luthier.server.openai.batches import AT_ONCE, BatchRunner
@@ -120,6 +121,27 @@ def test_accounts_take_turns(client: openai.OpenAI, other: openai.OpenAI, servic
     assert [next(iter(now - before)) for before, now in pairwise([set(), *order])] == [
         mine[0], theirs, mine[1], mine[2],
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_long_batch_gives_way_to_other_accounts(
+    client: openai.OpenAI, other: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = service.face.batches.at_once + 3
+    mine = created(client, [line(n) for n in range(count)]).id
+    second = created(client, [line(1)]).id
+    theirs = created(other, [line(1)]).id
+    monkeypatch.setattr(background, "SLICE", 0.0)
+    statuses = []
+    while service.face.batches.run_once():
+        statuses.append([client.batches.retrieve(each).status for each in (mine, second)])
+        statuses[-1].append(other.batches.retrieve(theirs).status)
+    # What was begun of the long one is kept; its account's next waits as before.
+    assert [each.count("completed") for each in statuses] == [0, 1, 2, 3]
+    assert statuses[1][2] == statuses[2][0] == "completed"
+    done = client.batches.retrieve(mine)
+    assert done.request_counts.model_dump() == {"total": count, "completed": count, "failed": 0}
+    assert len({each["id"] for each in lines_of(client, done.output_file_id)}) == count
 
 
 @pytest.mark.slow

@@ -32,9 +32,11 @@ def delete_job(database: Database, arns: Arns, job: Job) -> None:
     with folders.hold() as is_free:
         if not is_free:
             raise WrongState(f"A process still uses files of the job {job.name}. Try again later.")
-        folders.drop_all()
-        folders.log.unlink(missing_ok=True)
+        # First, as a running job that uses the same teacher keeps the replies locked.
         forget(job.account, {run_name(job.id)})
+        # The folder of a deleted model stays in models/ while other models are built on the model.
+        folders.drop_run()
+        folders.log.unlink(missing_ok=True)
     with database.write() as session:
         tags.drop(session, arns.job(job.account, job.foundation, job.id))
         session.execute(delete(JobEvent).where(JobEvent.job_id == job.id))

@@ -60,14 +60,19 @@ class JobFolders:
             (folder / SAMPLES).unlink(missing_ok=True)
             shutil.rmtree(folder / GRIDS, ignore_errors=True)
 
+    def drop_run(self) -> None:
+        """Remove the run and the working files."""
+        self.drop_working_files()
+        for folder in self.below("runs"):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def drop_all(self) -> None:
         """Remove everything but the log: the job has made no model."""
-        self.drop_working_files()
+        self.drop_run()
         for parent in (luthier_home() / "models" / "custom").glob("*"):
             sweep(parent, run_name(self.job_id))
-        for place in ("models/custom", "runs"):
-            for folder in self.below(place):
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in self.below("models/custom"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def open_log(self) -> int:
         """A file descriptor to append to the log by."""

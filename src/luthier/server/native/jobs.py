@@ -266,7 +266,7 @@ class _Jobs:
         return DeletedJobView(job=job.id)
 
     def label_issues(self, request: Request, page: LabelIssuesPage) -> LabelIssuesView:
-        job = self._job(request, "ReadLabelIssues")
+        job = self._job(request, "ListLabelIssues")
         result = job.result
         records = [] if result is None else run_of(result["stored_id"]).read_label_issues()
         if result is not None and not records and result.get("label_issues", {}).get("issues"):

@@ -46,7 +46,7 @@ from luthier.server.tables.database import Database, now, page_of
 from luthier.server.tables.evaluations import Eval, EvaluationRow, EvaluationRun
 
 _CONTENT = "evals.runs.content"
-"""Action in the audit log for reading the rows of a run."""
+"""Action for reading the rows of a run."""
 _STATUSES = (store.QUEUED, store.IN_PROGRESS, store.COMPLETED, store.CANCELED, store.FAILED)
 _FILTERS = {"pass": store.PASS, "fail": store.FAIL, "failed": store.FAIL, "error": store.ERROR}
 """``failed`` is what OpenAI's documentation says, and ``fail`` what its types do."""

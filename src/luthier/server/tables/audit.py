@@ -47,7 +47,7 @@ class Event:
     request_id: str = ""
     address: str = ""
     details: dict[str, Any] = field(default_factory=dict)
-    """Plain values: strings, whole numbers, booleans."""
+    """Strings, numbers, booleans."""
     at: datetime = field(default_factory=now)
 
 

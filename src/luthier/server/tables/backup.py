@@ -7,8 +7,7 @@ A backup is a folder:
     objects/ models/ runs/    files of the store; runs only if they have ended, without checkpoints
     server.key     only on request: the key opens the secrets of access keys
 
-Files of objects and models never change, so a backup on the disk of the store shares their bytes
-(hard links); other files are copied.
+A backup on the disk of the store shares the bytes of objects and models (hard links).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import shutil
 import sqlite3
 import subprocess
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +78,9 @@ def backup(database: Database, target: Path, with_key: bool = False) -> int:
         if with_key:
             shutil.copyfile(home / KEY_FILE, folder / KEY_FILE)
         hashes = hashes_of(folder)
-        known = {name: digest for name, digest in expected.items() if digest}
-        _check(known, hashes, home, _LOST)
-        index = {"format": _FORMAT, "created": now().isoformat(), "hashes": hashes}
-        write_json(folder / INDEX, index)
+        _check({name: digest for name, digest in expected.items() if digest}, hashes, home, _LOST)
+        about = {"format": _FORMAT, "created": now().isoformat(), "hashes": hashes}
+        write_json(folder / INDEX, about)
         os.sync()  # files and folders are on the disk before the backup has its name
         os.rename(folder, target)
     return len(hashes)
@@ -96,7 +94,7 @@ def restore(source: Path, database: str | None = None) -> int:
     Raises:
         RunConflict: if the store is not empty, or the PostgreSQL database has tables.
         CorruptFile: if ``source`` is not a complete backup, or a file is missing or has changed.
-        RefusedInput: if the store is a mount point, or the backup needs a PostgreSQL database.
+        RefusedInput: if the store is a mount point, or ``database`` and backup are of two kinds.
         LuthierError: if the disk is full, or ``pg_restore`` fails.
     """
     home = luthier_home().resolve()
@@ -117,6 +115,10 @@ def restore(source: Path, database: str | None = None) -> int:
         raise RefusedInput(
             f"{source} has a dump of PostgreSQL. Name an empty database: --database postgresql://…"
         )
+    if DUMP not in hashes and database:
+        raise RefusedInput(
+            f"{source} has an SQLite database. Leave out --database and its variable"
+        )
     _check(hashes, hashes_of(source, skip=(INDEX,)), source, "Use an earlier backup")
     with new_folder(home, private=True, replace=False) as folder:
         for name in hashes.keys() - {DUMP}:
@@ -126,8 +128,7 @@ def restore(source: Path, database: str | None = None) -> int:
             with closing(Database(database)) as empty:
                 url = empty.engine.url
                 if empty.tables():
-                    text = f"{url.render_as_string()} has tables. Name an empty database"
-                    raise RunConflict(text)
+                    raise RunConflict(f"{url.render_as_string()} has tables. Name an empty one")
                 options = "--single-transaction", "--exit-on-error"
                 _run(url, "pg_restore", *options, str(source / DUMP))
     return len(hashes)
@@ -137,7 +138,7 @@ def _copy(database: Database, home: Path, folder: Path) -> dict[str, str | None]
     """Copy one state of the database and its files; return the names with the known SHA-256."""
     missing: set[str] = set()
     for _ in range(_TRIES):
-        with database.read() as session:
+        with suppress(FileNotFoundError), database.read() as session:
             named = _named_files(session, home)
             before, missing = missing, _link(named, home, folder)
             if not missing:

@@ -271,6 +271,26 @@ def claim_next(
     return row
 
 
+def give_way(session: Session, kind: type[Background], row_id: str, lease: str) -> bool:
+    """Put the row behind the next waiting one of each other account; whether there is one.
+
+    Raises:
+        LeaseLost: as :func:`hold`.
+    """
+    row = hold(session, kind, row_id, lease)
+    firsts = (
+        select(func.min(kind.turn).label("turn"))
+        .where(kind.is_unfinished(), kind.lease.is_(None), kind.account != row.account)
+        .group_by(kind.account)
+        .subquery()
+    )
+    last = session.scalar(select(func.max(firsts.c.turn)))
+    if last is None:
+        return False
+    row.turn = max(row.turn, int(last)) + 1
+    return True
+
+
 def leased_rows(session: Session, kind: type[Row]) -> list[Row]:
     """Every row that somebody holds."""
     return list(session.scalars(select(kind).where(kind.lease.is_not(None)).order_by(kind.seq)))

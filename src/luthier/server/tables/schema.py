@@ -57,8 +57,8 @@ def upgrade(database: Database) -> None:
         script = ScriptDirectory.from_config(config)
         if found is not None and found not in {each.revision for each in script.walk_revisions()}:
             raise LuthierError(
-                f"the database {database.engine.url.render_as_string()} was made by a newer version of "
-                f"luthier (revision {found}); start that version, or use another database"
+                f"the database {database.engine.url.render_as_string()} was made by another version "
+                f"of luthier (revision {found}). Start that version, or use another database"
             )
         if found != script.get_current_head():
             config.attributes["connection"] = connection

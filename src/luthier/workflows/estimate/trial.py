@@ -55,7 +55,6 @@ class StepSize:
     largest: int
     sizes: frozenset[int]
     """Sizes of the micro-batches as they are computed. Matrix kernels are made for one size each."""
-    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def step_of(job: TrainingJob, rows: Sequence[Example], shares: bool) -> StepSize
         for part in (split_to_budget(seen, budget, shares) if seen else [])
     ]
     rounded = frozenset(-(-size // SIZE_STEP) for size in sizes)
-    return StepSize(sum(sizes), max(sizes, default=0), rounded, max(1, len(sizes)))
+    return StepSize(sum(sizes), max(sizes, default=0), rounded)
 
 
 def _largest(job: TrainingJob, rows: Sequence[Example]) -> list[Example]:

@@ -1,4 +1,4 @@
-"""The tables of the first databases. What is changed of them has a migration of its own."""
+"""Tables of the first release."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Go to this revision."""
+    """Create all tables."""
     op.create_table(
         "accounts",
         sa.Column("id", sa.String(), nullable=False),
@@ -30,15 +30,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("account", "operation", "token"),
     )
     op.create_table(
-        "audit_head",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("seq", sa.Integer(), nullable=False),
-        sa.Column("hash", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id"),
-    )
-    op.create_table(
         "audit_log",
-        sa.Column("seq", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("at", Moment(), nullable=False),
         sa.Column("account", sa.String(), nullable=False),
         sa.Column("user", sa.String(), nullable=False),
@@ -48,8 +41,6 @@ def upgrade() -> None:
         sa.Column("request_id", sa.String(), nullable=False),
         sa.Column("address", sa.String(), nullable=False),
         sa.Column("details", Plain, nullable=False),
-        sa.Column("previous", sa.String(), nullable=False),
-        sa.Column("hash", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("seq"),
     )
     op.create_index("ix_audit_log_account", "audit_log", ["account"])
@@ -57,23 +48,23 @@ def upgrade() -> None:
         "batches",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(), nullable=False),
-        sa.Column("account", sa.String(), nullable=False),
-        sa.Column("turn", sa.Integer(), nullable=False),
-        sa.Column("caller", Plain, nullable=False),
         sa.Column("endpoint", sa.String(), nullable=False),
         sa.Column("window", sa.String(), nullable=False),
         sa.Column("input_file", sa.String(), nullable=False),
         sa.Column("output_file", sa.String(), nullable=True),
         sa.Column("error_file", sa.String(), nullable=True),
-        sa.Column("status", sa.String(), nullable=False),
         sa.Column("errors", Plain, nullable=False),
         sa.Column("user_metadata", Plain, nullable=False),
         sa.Column("total", sa.Integer(), nullable=False),
         sa.Column("succeeded", sa.Integer(), nullable=False),
         sa.Column("failed", sa.Integer(), nullable=False),
         sa.Column("moments", Plain, nullable=False),
+        sa.Column("caller", Plain, nullable=False),
+        sa.Column("status", sa.String(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
         sa.Column("expires", Moment(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
         sa.Column("lease", sa.String(), nullable=True),
         sa.Column("lease_ends", Moment(), nullable=True),
         sa.PrimaryKeyConstraint("seq"),
@@ -108,7 +99,6 @@ def upgrade() -> None:
         sa.Column("failure", sa.String(), nullable=True),
         sa.Column("details", Plain, nullable=False),
         sa.Column("stored_bytes", sa.BigInteger(), nullable=True),
-        sa.Column("pinned", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("account", "name"),
@@ -143,6 +133,21 @@ def upgrade() -> None:
     op.create_index("ix_endpoints_model", "endpoints", ["model"])
     op.create_index("ix_endpoints_next_model", "endpoints", ["next_model"])
     op.create_table(
+        "evals",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("definition", sa.Text(), nullable=False),
+        sa.Column("user_metadata", Plain, nullable=False),
+        sa.Column("stored_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.Column("updated", Moment(), nullable=False),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("id"),
+    )
+    op.create_index("ix_evals_account", "evals", ["account"])
+    op.create_table(
         "jobs",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(), nullable=False),
@@ -158,7 +163,7 @@ def upgrade() -> None:
         sa.Column("output", sa.String(), nullable=True),
         sa.Column("validators", Plain, nullable=False),
         sa.Column("state", sa.String(), nullable=False),
-        sa.Column("failure", sa.String(), nullable=True),
+        sa.Column("failure", QuotingText(), nullable=True),
         sa.Column("result", Plain, nullable=True),
         sa.Column("details", Plain, nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
@@ -170,12 +175,12 @@ def upgrade() -> None:
         sa.Column("modified", Moment(), nullable=False),
         sa.Column("started", Moment(), nullable=True),
         sa.Column("ended", Moment(), nullable=True),
-        sa.Column("account", sa.String(), nullable=False),
         sa.Column("priority", sa.Integer(), nullable=False),
-        sa.Column("turn", sa.Integer(), nullable=False),
         sa.Column("memory", sa.BigInteger(), nullable=False),
         sa.Column("crashes", sa.Integer(), nullable=False),
         sa.Column("worker", Plain, nullable=True),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
         sa.Column("lease", sa.String(), nullable=True),
         sa.Column("lease_ends", Moment(), nullable=True),
         sa.PrimaryKeyConstraint("seq"),
@@ -185,18 +190,52 @@ def upgrade() -> None:
     op.create_index("ix_jobs_account", "jobs", ["account"])
     op.create_index("ix_jobs_state", "jobs", ["state"])
     op.create_table(
-        "model_imports",
+        "model_exports",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(), nullable=False),
-        sa.Column("seq", sa.Integer(), nullable=False),
-        sa.Column("source", sa.String(), nullable=False),
-        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("model", sa.String(), nullable=False),
+        sa.Column("model_name", sa.String(), nullable=False),
+        sa.Column("stored_id", sa.String(), nullable=False),
+        sa.Column("format", sa.String(), nullable=False),
+        sa.Column("merged", sa.Boolean(), nullable=True),
+        sa.Column("quantization", sa.String(), nullable=True),
+        sa.Column("output", sa.String(), nullable=False),
+        sa.Column("written", Plain, nullable=False),
+        sa.Column("state", sa.String(), nullable=False),
+        sa.Column("failure", QuotingText(), nullable=True),
+        sa.Column("progress", Plain, nullable=True),
+        sa.Column("result", Plain, nullable=True),
+        sa.Column("created", Moment(), nullable=False),
+        sa.Column("started", Moment(), nullable=True),
+        sa.Column("ended", Moment(), nullable=True),
         sa.Column("priority", sa.Integer(), nullable=False),
-        sa.Column("turn", sa.Integer(), nullable=False),
         sa.Column("since", Moment(), nullable=False),
         sa.Column("memory", sa.BigInteger(), nullable=False),
         sa.Column("cores", sa.Integer(), nullable=False),
         sa.Column("crashes", sa.Integer(), nullable=False),
         sa.Column("worker", Plain, nullable=True),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
+        sa.Column("lease", sa.String(), nullable=True),
+        sa.Column("lease_ends", Moment(), nullable=True),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("id"),
+    )
+    op.create_index("ix_model_exports_account", "model_exports", ["account"])
+    op.create_index("ix_model_exports_state", "model_exports", ["state"])
+    op.create_table(
+        "model_imports",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("seq", sa.Integer(), nullable=False),
+        sa.Column("source", sa.String(), nullable=False),
+        sa.Column("priority", sa.Integer(), nullable=False),
+        sa.Column("since", Moment(), nullable=False),
+        sa.Column("memory", sa.BigInteger(), nullable=False),
+        sa.Column("cores", sa.Integer(), nullable=False),
+        sa.Column("crashes", sa.Integer(), nullable=False),
+        sa.Column("worker", Plain, nullable=True),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
         sa.Column("lease", sa.String(), nullable=True),
         sa.Column("lease_ends", Moment(), nullable=True),
         sa.PrimaryKeyConstraint("id"),
@@ -213,10 +252,6 @@ def upgrade() -> None:
         "storage",
         sa.Column("account", sa.String(), nullable=False),
         sa.Column("stored_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("objects", sa.Integer(), nullable=False),
-        sa.Column("files", sa.Integer(), nullable=False),
-        sa.Column("buckets", sa.Integer(), nullable=False),
-        sa.Column("uploads_in_progress", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("account"),
     )
     op.create_table(
@@ -262,7 +297,7 @@ def upgrade() -> None:
         sa.Column("batch_id", sa.String(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
         sa.Column("failed", sa.Boolean(), nullable=False),
-        sa.Column("result", Plain, nullable=False),
+        sa.Column("result", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(
             ["batch_id"],
             ["batches.id"],
@@ -272,34 +307,13 @@ def upgrade() -> None:
     )
     op.create_index("ix_batch_lines_batch_id", "batch_lines", ["batch_id"])
     op.create_table(
-        "evals",
-        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
-        sa.Column("id", sa.String(), nullable=False),
-        sa.Column("account", sa.String(), nullable=False),
-        sa.Column("name", sa.String(), nullable=False),
-        sa.Column("sealed", Plain, nullable=False),
-        sa.Column("user_metadata", Plain, nullable=False),
-        sa.Column("stored_bytes", sa.BigInteger(), nullable=False),
-        sa.Column("created", Moment(), nullable=False),
-        sa.Column("updated", Moment(), nullable=False),
-        sa.PrimaryKeyConstraint("seq"),
-        sa.UniqueConstraint("id"),
-    )
-    op.create_index("ix_evals_account", "evals", ["account"])
-    op.create_table(
         "evaluation_runs",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(), nullable=False),
-        sa.Column("account", sa.String(), nullable=False),
-        sa.Column("turn", sa.Integer(), nullable=False),
-        sa.Column("caller", Plain, nullable=False),
-        sa.Column("face", sa.String(), nullable=False),
-        sa.Column("application", sa.String(), nullable=True),
-        sa.Column("eval_id", sa.String(), nullable=True),
+        sa.Column("eval_id", sa.String(), nullable=False),
         sa.Column("name", sa.String(), nullable=False),
-        sa.Column("sealed", Plain, nullable=False),
+        sa.Column("request", sa.Text(), nullable=False),
         sa.Column("user_metadata", Plain, nullable=False),
-        sa.Column("status", sa.String(), nullable=False),
         sa.Column("error_code", sa.String(), nullable=True),
         sa.Column("error_message", QuotingText(), nullable=True),
         sa.Column("total", sa.Integer(), nullable=False),
@@ -307,11 +321,14 @@ def upgrade() -> None:
         sa.Column("failed", sa.Integer(), nullable=False),
         sa.Column("errored", sa.Integer(), nullable=False),
         sa.Column("tallies", Plain, nullable=False),
-        sa.Column("source_hash", sa.String(), nullable=False),
         sa.Column("stored_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("completed", Moment(), nullable=True),
+        sa.Column("caller", Plain, nullable=False),
+        sa.Column("status", sa.String(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
         sa.Column("expires", Moment(), nullable=False),
-        sa.Column("completed", Moment(), nullable=True),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
         sa.Column("lease", sa.String(), nullable=True),
         sa.Column("lease_ends", Moment(), nullable=True),
         sa.ForeignKeyConstraint(
@@ -321,49 +338,16 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("id"),
     )
-    for column in ("account", "eval_id", "status"):
-        op.create_index(f"ix_evaluation_runs_{column}", "evaluation_runs", [column])
-    op.create_table(
-        "evaluation_rows",
-        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
-        sa.Column("run_id", sa.String(), nullable=False),
-        sa.Column("number", sa.Integer(), nullable=False),
-        sa.Column("status", sa.String(), nullable=False),
-        sa.Column("sealed", Plain, nullable=False),
-        sa.Column("graded", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["run_id"],
-            ["evaluation_runs.id"],
-        ),
-        sa.PrimaryKeyConstraint("seq"),
-        sa.UniqueConstraint("run_id", "number"),
-    )
-    op.create_index("ix_evaluation_rows_run_id", "evaluation_rows", ["run_id"])
-    op.create_table(
-        "iam_roles",
-        sa.Column("id", sa.String(), nullable=False),
-        sa.Column("account", sa.String(), nullable=False),
-        sa.Column("name", sa.String(), nullable=False),
-        sa.Column("trust", Plain, nullable=False),
-        sa.Column("policies", Plain, nullable=False),
-        sa.Column("max_session_seconds", sa.Integer(), nullable=False),
-        sa.Column("origin", sa.String(), nullable=False),
-        sa.Column("created", Moment(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["account"],
-            ["accounts.id"],
-        ),
-        sa.PrimaryKeyConstraint("id"),
-        sa.UniqueConstraint("account", "name"),
-    )
-    op.create_index("ix_iam_roles_account", "iam_roles", ["account"])
+    op.create_index("ix_evaluation_runs_account", "evaluation_runs", ["account"])
+    op.create_index("ix_evaluation_runs_eval_id", "evaluation_runs", ["eval_id"])
+    op.create_index("ix_evaluation_runs_status", "evaluation_runs", ["status"])
     op.create_table(
         "job_events",
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("job_id", sa.String(), nullable=False),
         sa.Column("at", Moment(), nullable=False),
         sa.Column("kind", sa.String(), nullable=False),
-        sa.Column("message", sa.String(), nullable=False),
+        sa.Column("message", QuotingText(), nullable=False),
         sa.Column("data", Plain, nullable=False),
         sa.ForeignKeyConstraint(
             ["job_id"],
@@ -422,14 +406,6 @@ def upgrade() -> None:
         sa.Column("deployments", sa.Integer(), nullable=True),
         sa.Column("requests_per_second", sa.Double(), nullable=True),
         sa.Column("stored_bytes", sa.BigInteger(), nullable=True),
-        sa.Column("objects", sa.Integer(), nullable=True),
-        sa.Column("files", sa.Integer(), nullable=True),
-        sa.Column("buckets", sa.Integer(), nullable=True),
-        sa.Column("uploads_in_progress", sa.Integer(), nullable=True),
-        sa.Column("imported_models", sa.Integer(), nullable=True),
-        sa.Column("imports_in_flight", sa.Integer(), nullable=True),
-        sa.Column("batches_in_flight", sa.Integer(), nullable=True),
-        sa.Column("evaluations_in_flight", sa.Integer(), nullable=True),
         sa.Column("provisioned_throughputs", sa.Integer(), nullable=True),
         sa.ForeignKeyConstraint(
             ["account"],
@@ -442,8 +418,7 @@ def upgrade() -> None:
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("account", sa.String(), nullable=False),
         sa.Column("name", sa.String(), nullable=False),
-        sa.Column("role", sa.String(), nullable=True),
-        sa.Column("policies", Plain, nullable=False),
+        sa.Column("role", sa.String(), nullable=False),
         sa.Column("disabled", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
         sa.ForeignKeyConstraint(
@@ -460,6 +435,7 @@ def upgrade() -> None:
         sa.Column("account", sa.String(), nullable=False),
         sa.Column("user", sa.Integer(), nullable=False),
         sa.Column("sealed", sa.LargeBinary(), nullable=False),
+        sa.Column("role", sa.String(), nullable=True),
         sa.Column("origin", sa.String(), nullable=False),
         sa.Column("disabled", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
@@ -479,6 +455,7 @@ def upgrade() -> None:
         sa.Column("label", sa.String(), nullable=False),
         sa.Column("account", sa.String(), nullable=False),
         sa.Column("user", sa.Integer(), nullable=False),
+        sa.Column("role", sa.String(), nullable=True),
         sa.Column("origin", sa.String(), nullable=False),
         sa.Column("expires", Moment(), nullable=True),
         sa.Column("disabled", sa.Boolean(), nullable=False),
@@ -492,6 +469,22 @@ def upgrade() -> None:
     )
     op.create_index("ix_api_keys_account", "api_keys", ["account"])
     op.create_index("ix_api_keys_user", "api_keys", ["user"])
+    op.create_table(
+        "evaluation_rows",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("run_id", sa.String(), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("status", sa.String(), nullable=False),
+        sa.Column("record", sa.Text(), nullable=False),
+        sa.Column("graded", Moment(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["run_id"],
+            ["evaluation_runs.id"],
+        ),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("run_id", "number"),
+    )
+    op.create_index("ix_evaluation_rows_run_id", "evaluation_rows", ["run_id"])
     op.create_table(
         "object_pieces",
         sa.Column("id", sa.String(), nullable=False),
