@@ -268,13 +268,13 @@ def test_the_seed_decides_the_draws(generator: Generator, streamed: bool) -> Non
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"max_tokens": 0}, "max-tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
-        ({"top_p": -0.1}, "top-p"),
-        ({"top_p": 1.1}, "top-p"),
-        ({"top_p": math.nan}, "top-p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
     ],

@@ -12,6 +12,7 @@ from luthier.data.chat import BROKEN
 from luthier.data.reasoning import ReasoningFormat, ReasoningMarks
 from luthier.inference.inference import Score
 from luthier.inference.text import AnswerText, Detokenizer, StopFinder
+from luthier.models.sampling import Sampling
 
 
 @settings(deadline=None, max_examples=60)
@@ -72,7 +73,7 @@ def test_no_more_is_held_back_than_may_be_a_stop() -> None:
 )
 def test_tokens_are_counted_that_begin_in_what_is_shown(stop: str, tokens: int, text: str) -> None:
     words = ["ab", "cd", "ef"]
-    answer = AnswerText(lambda ids: "".join(words[i] for i in ids), [stop])
+    answer = AnswerText(lambda ids: "".join(words[i] for i in ids), Sampling(stop=(stop,)))
     shown, scores = "", []
     for token, word in enumerate(words):
         delta = answer.feed(token, Score(word.encode(), -1.0))
@@ -91,7 +92,7 @@ def test_tokens_are_counted_that_begin_in_what_is_shown(stop: str, tokens: int, 
 def test_a_token_that_closes_the_reasoning_and_begins_the_answer_is_the_answer_s() -> None:
     words = ["<thi", "nk>hm", "\n</", "think>\nab", "c", "d"]
     way = ReasoningFormat(ReasoningMarks("<think>", "</think>"), is_open=False)
-    answer = AnswerText(lambda ids: "".join(words[i] for i in ids), ["d"], way)
+    answer = AnswerText(lambda ids: "".join(words[i] for i in ids), Sampling(stop=("d",)), way)
     deltas = [answer.feed(n, Score(word.encode(), -1.0)) for n, word in enumerate(words)]
     deltas.append(answer.end())
     assert "".join(delta.reasoning for delta in deltas) == "hm"

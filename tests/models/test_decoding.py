@@ -335,13 +335,13 @@ def test_rows_choose_together_what_each_chooses_alone(settings: dict[str, float]
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_tokens": 0}, "at least 1"),
-        ({"max_tokens": None}, "at least 1"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": None}, "max_tokens"),
         ({"count": 0}, "at least 1"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": -0.1}, "top-p"),
-        ({"top_p": 1.5}, "top-p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
         ({"max_tokens": 1022}, "prompt 1 has 3 tokens; with 1022 .* context of 1024"),
         ({"prompts": [SHORT, SHORT[:0]]}, "prompt 2 has no tokens"),
     ],

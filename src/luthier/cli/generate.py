@@ -33,6 +33,7 @@ from luthier.cli.options import (
     Overwrite,
     RayAddress,
     RayGpus,
+    with_sampling,
 )
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput, data_errors
 from luthier.files import read_text
@@ -52,6 +53,7 @@ ReplyTokens = Annotated[
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 
 
+@with_sampling
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
@@ -70,10 +72,6 @@ def generate(
         ),
     ] = None,
     columns: Columns = None,
-    max_tokens: ReplyTokens = None,
-    temperature: Temperature = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     schema: Annotated[
         Path | None, typer.Option(help="File of a JSON schema that each reply matches.")
     ] = None,
@@ -88,6 +86,7 @@ def generate(
     ray_address: RayAddress = None,
     ray_gpus: RayGpus = 0.0,
     json_: Json = False,
+    **sampling_fields: Any,
 ) -> None:
     """Generate replies to a prompt or a file of prompts."""
     with heavy_imports(model):
@@ -113,10 +112,7 @@ def generate(
     if input_ is None and (output is not None or columns):
         raise RecipeError(f"--{'map' if output is None else 'output'} goes with --input")
     sampling = Sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        **sampling_fields,
         schema=None if schema is None else _read_schema(schema),
         regex=regex,
         grammar=None if grammar is None else read_text(grammar),

@@ -5,11 +5,14 @@ Nothing heavy is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
+
+from luthier.models.sampling import MOST_TOKENS, Sampling, limited_fields
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
@@ -176,3 +179,28 @@ def read_recipe(data: str, options: Mapping[str, Any], settings: Sequence[str] |
     from luthier.recipe import Recipe
 
     return Recipe.parse(recipe_fields(data, options, settings))
+
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def with_sampling(command: Command) -> Command:
+    """Give ``command`` an option for each field of :class:`Sampling` that has limits.
+
+    The command receives the fields as its keywords ``**sampling_fields``.
+    """
+    own = inspect.signature(command, eval_str=True)
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=getattr(Sampling, name),
+            annotation=Annotated[
+                kind, typer.Option(help=text, min=low, max=high if high < MOST_TOKENS else None)
+            ],
+        )
+        for name, (kind, (low, high, text)) in limited_fields(Sampling).items()
+    ]
+    kept = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    command.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    return command

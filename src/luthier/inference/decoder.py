@@ -131,13 +131,13 @@ class RunningAnswer:
         self.last_token_at: float | None = None
         """When that was, or a pause ended in which its client read too slowly, in seconds of
         ``time.perf_counter``; ``None`` before the first token."""
-        self._stop_ids, self._token_bytes = frozenset(chat.stop_ids), token_bytes
-        self._sampler = TokenSampler(request, seed, index, job.ids_T, matcher)
+        self._token_bytes = token_bytes
+        self._sampler = TokenSampler(request, seed, index, job.ids_T, matcher, chat.stop_ids)
         self._matcher = matcher
         prompt = request.prompt
         form = chat if isinstance(prompt, Chat) else chat.with_template("plain")
         before = form.decoding_context(job.ids_T[-job.prompt_tokens :])
-        self._text = AnswerText(chat.decode, request.stop, reasoning, before)
+        self._text = AnswerText(chat.decode, request, reasoning, before)
         self._splitter: CallSplitter | None = None
         if isinstance(prompt, Chat) and prompt.tools and prompt.tool_choice != "none":
             self._splitter = CallSplitter(
@@ -152,7 +152,7 @@ class RunningAnswer:
             self.last = best
         else:
             self.last = sampler.choose(logits_V)
-        if self.last in self._stop_ids:
+        if self.last in sampler.stop_ids:
             return self._end("stop")
         if matcher is not None:
             matcher.take(self.last)

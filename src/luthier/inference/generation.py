@@ -193,7 +193,7 @@ class Generator:
     def _answer_text(self, ids_T: IntArray, sampling: Sampling) -> AnswerText:
         before = self.chat.decoding_context(ids_T[len(self.prompt_ids) :])
         reasoning = reasoning_after(self.chat, ids_T)
-        return AnswerText(self.chat.decode, sampling.stop, reasoning, before)
+        return AnswerText(self.chat.decode, sampling, reasoning, before)
 
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
         ids_T = self._prompt_ids(prompt)

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from luthier.errors import LuthierError, RefusedInput
-from luthier.models.sampling import Sampling
+from luthier.models.sampling import Limits, Sampling
 from luthier.types import Message, TemplateKwargs, Tool, ToolCall
 
 STOPS = 2500
@@ -21,11 +21,6 @@ BIASES = 1024
 """Tokens of which the logits of one request are changed."""
 CHOICES = 128
 """Answers to one request at most."""
-MOST_TOKENS = 2**31 - 1
-"""Of any length or count of tokens that a request names: more than any context, and still a number
-that everything below computes with."""
-MOST_PENALTY = 1000.0
-"""Repetition penalty at most, and one over it at least: far beyond, logits are no longer finite."""
 TOP_LOGPROBS = 20
 """Likeliest tokens that are told beside each token at most."""
 
@@ -83,39 +78,31 @@ class GenerationRequest(Sampling):
     """A prompt, and how it is to be answered; without ``max_tokens`` in the rest of the context."""
 
     prompt: Prompt
-    temperature: float = field(default=1.0, kw_only=True)
-    """0 takes the likeliest token; higher draws more freely."""
+    temperature: Annotated[float, Limits(0, 2, "")] = field(default=1.0, kw_only=True)
+    """Divisor of the logits; 0 takes the most likely token."""
     seed: int | None = field(default=None, kw_only=True)
-    """Of the draws: the same one gives the same answer. A random one where not given."""
-    n: int = field(default=1, kw_only=True)
-    """Answers, each drawn with its own seed."""
-    top_logprobs: int | None = field(default=None, kw_only=True)
-    """How many of the likeliest tokens are told beside each token; not even its own when ``None``."""
+    """Seed of the draws; a random seed when ``None``."""
+    n: Annotated[int, Limits(1, CHOICES, "")] = field(default=1, kw_only=True)
+    """Number of answers, each drawn with its own seed."""
+    top_logprobs: Annotated[int | None, Limits(0, TOP_LOGPROBS, "")] = field(
+        default=None, kw_only=True
+    )
+    """Number of likely tokens reported next to each token; ``None`` reports no log-probability."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        _in("max_tokens", 1 if self.max_tokens is None else self.max_tokens, 1, MOST_TOKENS)
-        _in("temperature", self.temperature, 0, 2)
-        _in("top_p", self.top_p, 0, 1)
-        _in("top_k", self.top_k, 0, MOST_TOKENS)
-        _in("min_p", self.min_p, 0, 1)
-        _in("repetition_penalty", self.repetition_penalty, 1 / MOST_PENALTY, MOST_PENALTY)
-        _in("frequency_penalty", self.frequency_penalty, -2, 2)
-        _in("presence_penalty", self.presence_penalty, -2, 2)
+        super().__post_init__()
         if len(self.logit_bias) > BIASES:
             raise InferenceRefused(f"logit_bias must be at most {BIASES:,} tokens", "logit_bias")
         for value in self.logit_bias.values():
             _in("logit_bias", value, -100, 100)
-        _in("n", self.n, 1, CHOICES)
-        _in("top_logprobs", self.top_logprobs or 0, 0, TOP_LOGPROBS)
-        if len(self.stop) > STOPS or not all(self.stop):
-            raise InferenceRefused(
-                f"stop must be at most {STOPS} texts, none of them empty", "stop"
-            )
-        if [self.schema, self.regex, self.grammar].count(None) < 2:
-            raise InferenceRefused(
-                "Give only one of schema, regex and grammar for an answer to match.", "grammar"
-            )
+        if len(self.stop) > STOPS:
+            raise InferenceRefused(f"stop must be at most {STOPS} texts", "stop")
+
+    @staticmethod
+    def refusal(message: str, field: str) -> Exception:
+        """Return the error for a wrong value of ``field``."""
+        return InferenceRefused(message, field)
 
 
 @dataclass(frozen=True)

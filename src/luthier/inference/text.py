@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from luthier.data.chat import BROKEN
 from luthier.data.reasoning import ReasoningFormat, ReasoningSplitter, overlap
 from luthier.inference.inference import Score
+from luthier.models.sampling import Sampling
 
 
 class Detokenizer:
@@ -89,12 +90,12 @@ class AnswerText:
     def __init__(
         self,
         decode: Callable[[Sequence[int]], str],
-        stops: Sequence[str],
+        sampling: Sampling,
         reasoning: ReasoningFormat | None = None,
         before: Sequence[int] = (),
     ) -> None:
         """``before`` are the tokens that the answer is decoded behind (:class:`Detokenizer`)."""
-        self._characters, self._stops = Detokenizer(decode, before), StopFinder(stops)
+        self._characters, self._stops = Detokenizer(decode, before), StopFinder(sampling.stop)
         self._splitter = ReasoningSplitter(reasoning)
         self._came = 0
         self._begins: list[tuple[int, Score | None]] = []

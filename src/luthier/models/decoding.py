@@ -83,9 +83,11 @@ class TokenSampler:
         index: int,
         prompt_T: IntArray,
         mask: TokenMask | None = None,
+        stop_ids: Collection[int] = (),
     ) -> None:
-        """``index`` is its number among the completions of ``prompt_T``."""
+        """``index`` numbers the completions of ``prompt_T``; ``stop_ids`` end a completion."""
         self.sampling, self.mask = sampling, mask
+        self.stop_ids = frozenset(stop_ids)
         self._random = random.Random(f"{seed}/{index}")
         self._written: Counter[int] = Counter()
         repeats = sampling.repetition_penalty != 1
@@ -248,8 +250,7 @@ class Decoding:
         log-probability of each token (see :class:`Completion`); ``masks`` are of their grammars,
         one for each completion.
         """
-        self._backend, self._max_tokens = backend, max_tokens
-        self._stop_ids, self._logps = frozenset(stop_ids), logps
+        self._backend, self._max_tokens, self._logps = backend, max_tokens, logps
         states, self._logits_RV = (
             backend.prefill_batch(prompts, count)
             if together
@@ -257,7 +258,7 @@ class Decoding:
         )
         self.rows = [
             RunningCompletion(
-                TokenSampler(sampling, seed, first + index, prompt_T, mask),
+                TokenSampler(sampling, seed, first + index, prompt_T, mask, stop_ids),
                 states[place * count + index],
             )
             for place, (prompt_T, seed) in enumerate(zip(prompts, seeds, strict=True))
@@ -284,7 +285,7 @@ class Decoding:
                 row.logps.append(logp)
         for row, token in zip(rows, tokens, strict=True):
             row.ids.append(token)
-            row.stopped = token in self._stop_ids
+            row.stopped = token in row.sampler.stop_ids
             if (mask := row.sampler.mask) is not None and not row.stopped:
                 mask.take(token)
                 row.complete = mask.is_finished

@@ -1,13 +1,26 @@
-"""How the next token is chosen: the settings that every way to decode shares. Imports nothing heavy."""
+"""Sampling settings: one dataclass that the CLI, the SDK and the APIs read. Imports nothing heavy."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from luthier.errors import RecipeError
+
+MOST_TOKENS = 2**31 - 1
+"""Largest length or token count of a request: longer than any context, and safe to compute with."""
+MOST_PENALTY = 1000.0
+"""Largest repetition penalty, and the inverse of the smallest: logits stay finite."""
+
+
+class Limits(NamedTuple):
+    """Range of a sampling field, and the help text of its command line option."""
+
+    low: float
+    high: float
+    help: str
 
 
 @dataclass(frozen=True)
@@ -27,28 +40,33 @@ class Constraint:
 class Sampling:
     """How an answer is written: the same model, prompt, settings and seed give the same text."""
 
-    max_tokens: int | None = None
-    """Tokens of an answer at most; whoever asks says what holds where it is not given."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; higher draws more freely."""
-    top_p: float = 1.0
-    """Draw only from the likeliest tokens that together have this probability; 0 leaves one."""
-    top_k: int = 0
-    """Draw only from so many tokens; 0 for all."""
-    min_p: float = 0.0
+    max_tokens: Annotated[
+        int | None,
+        Limits(1, MOST_TOKENS, "Most tokens of a reply; 256, or half of a smaller context."),
+    ] = None
+    """Most tokens of an answer; without a number, each caller has its own limit."""
+    temperature: Annotated[float, Limits(0, 1000, "0 takes the most likely token.")] = 0.0
+    """Divisor of the logits; 0 takes the most likely token."""
+    top_p: Annotated[float, Limits(0, 1, "Draw from the most likely tokens only.")] = 1.0
+    """Draw only from the most likely tokens that together have this probability; 0 leaves one."""
+    top_k: Annotated[int, Limits(0, MOST_TOKENS, "Draw from this many tokens; 0 for all.")] = 0
+    """Draw only from this many of the most likely tokens; 0 for all."""
+    min_p: Annotated[float, Limits(0, 1, "Lowest share of the top token's probability.")] = 0.0
     """Draw no token that is less likely than this share of the likeliest (arXiv:2407.01082)."""
-    repetition_penalty: float = 1.0
-    """Logits of tokens that stand before are divided by it, negative ones multiplied (Keskar et al.
-    2019, arXiv:1909.05858)."""
-    frequency_penalty: float = 0.0
-    """Taken from a logit for each time the token was written already."""
-    presence_penalty: float = 0.0
-    """Taken from the logits of tokens that were written already."""
+    repetition_penalty: Annotated[
+        float, Limits(1 / MOST_PENALTY, MOST_PENALTY, "Above 1 avoids tokens that stand before.")
+    ] = 1.0
+    """Divisor of the logits of tokens that stand before; negative logits are multiplied (Keskar et
+    al. 2019, arXiv:1909.05858)."""
+    frequency_penalty: Annotated[float, Limits(-2, 2, "Penalty per use of a token.")] = 0.0
+    """Subtracted from a token's logit for each time that the answer has the token already."""
+    presence_penalty: Annotated[float, Limits(-2, 2, "Penalty of tokens in the reply.")] = 0.0
+    """Subtracted from the logits of tokens that the answer has already."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of tokens."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, and are no part of it; its reasoning is not searched for them."""
-    seed: int | None = 0
+    seed: Annotated[int | None, Limits(0, 2**63 - 1, "Seed of the draws.")] = 0
     """Seed of the draws, the same for every prompt; a random one where it is ``None``."""
     schema: Mapping[str, Any] | bool | None = None
     """JSON schema that answers have to match; ``True`` for any JSON object."""
@@ -59,22 +77,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise RecipeError("max-tokens must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise RecipeError("temperature must be 0 or more")
-        if not 0 <= self.top_p <= 1:
-            raise RecipeError("top-p must be from 0 to 1")
-        if self.top_k < 0 or not 0 <= self.min_p <= 1:
-            raise RecipeError("top-k must be 0 or more, and min-p from 0 to 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise RecipeError("repetition-penalty must be above 0")
+        # mypy takes the hash of a frozen dataclass for the hash of its class.
+        for name, (_, (low, high, _)) in limited_fields(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            # Written so that NaN is refused too.
+            if value is not None and not low <= value <= high:
+                raise self.refusal(f"{name} must be between {low:,} and {high:,}", name)
         if not all(self.stop):
-            raise RecipeError("a stop sequence must not be empty")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise RecipeError("seed must be 0 or more, and below 2**63")
+            raise self.refusal("a stop sequence must not be empty", "stop")
         if [self.schema, self.regex, self.grammar].count(None) < 2:
-            raise RecipeError("give only one of schema, regex and grammar for an answer to match")
+            text = "give only one of schema, regex and grammar for an answer to match"
+            raise self.refusal(text, "grammar")
+
+    @staticmethod
+    def refusal(message: str, field: str) -> Exception:
+        """Return the error for a wrong value of ``field``."""
+        return RecipeError(message)
 
     @property
     def constraint(self) -> Constraint | None:
@@ -84,3 +102,11 @@ class Sampling:
         if self.regex is not None:
             return Constraint("regex", self.regex)
         return None if self.grammar is None else Constraint("grammar", self.grammar)
+
+
+@cache
+def limited_fields(kind: type) -> dict[str, tuple[Any, Limits]]:
+    """Return type and limits of each field of ``kind`` that has limits, by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: (hints[name].__origin__, limits[0]) for name, limits in found.items() if limits}

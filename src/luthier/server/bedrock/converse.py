@@ -18,8 +18,6 @@ from pydantic import Field
 from luthier.data.template_kwargs import TemplateSettings
 from luthier.data.tools import find_unmatched_call
 from luthier.inference.inference import (
-    MOST_PENALTY,
-    MOST_TOKENS,
     Chat,
     GenerationRequest,
     GenerationResult,
@@ -32,6 +30,7 @@ from luthier.models.sampling import Constraint
 from luthier.server.bedrock.bodies import NativeBody, parsed_native
 from luthier.server.bedrock.eventstream import event
 from luthier.server.http.messages import Fault
+from luthier.server.sampling_fields import sampling_of, with_sampling
 from luthier.server.structured_outputs import StructuredOutputs
 from luthier.types import Message, Tool, ToolCall
 
@@ -48,14 +47,10 @@ _FRAGMENT = 64
 """Characters of a call's arguments in one event."""
 
 
+@with_sampling
 class Further(NativeBody):
     """Members that only some models have: ``additionalModelRequestFields``."""
 
-    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     chat_template_kwargs: TemplateSettings | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -94,9 +89,8 @@ def generation_request(members: Mapping[str, Any]) -> GenerationRequest:
         top_p=config.get("topP", TOP_P),
         stop=tuple(config.get("stopSequences", ())),
         **(constraint.fields if constraint else {}),
-        **further.model_dump(
-            exclude_none=True, exclude={"chat_template_kwargs", "structured_outputs"}
-        ),
+        seed=further.seed,
+        **sampling_of(further),
     )
 
 

@@ -19,8 +19,6 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field
 
 from luthier.inference.inference import (
-    MOST_PENALTY,
-    MOST_TOKENS,
     FinishEvent,
     GenerationRequest,
     GenerationResult,
@@ -29,6 +27,7 @@ from luthier.inference.inference import (
     Stream,
     TokenChunk,
 )
+from luthier.models.sampling import MOST_TOKENS
 from luthier.server.bedrock.bodies import NativeBody, malformed_input, parsed_native
 from luthier.server.bedrock.converse import (
     TEMPERATURE,
@@ -41,6 +40,7 @@ from luthier.server.bedrock.converse import (
 from luthier.server.bedrock.eventstream import event
 from luthier.server.bedrock.shapes import body_members, operation_models
 from luthier.server.http.messages import PREDICTIONS, Fault
+from luthier.server.sampling_fields import sampling_of, with_sampling
 
 LENGTH = 512
 """``max_gen_len`` where a request names none, as Llama's is on Bedrock."""
@@ -66,6 +66,7 @@ ChatForm = Callable[[str, Mapping[str, Any]], NativeForm]
 """Reads a body of OpenAI's chat completions to a model; it is the OpenAI face that knows them."""
 
 
+@with_sampling
 class PromptBody(NativeBody):
     """Meta's form."""
 
@@ -73,9 +74,6 @@ class PromptBody(NativeBody):
     max_gen_len: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = LENGTH
     temperature: Annotated[float, Field(ge=0, le=1)] = TEMPERATURE
     top_p: Annotated[float, Field(ge=0, le=1)] = TOP_P
-    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=2500)] = Field(
         default_factory=list
@@ -83,14 +81,14 @@ class PromptBody(NativeBody):
 
     def request(self) -> GenerationRequest:
         """The text as it is."""
-        further = self.model_dump(include={"temperature", "top_p", "top_k", "min_p"})
         return GenerationRequest(
             self.prompt,
             max_tokens=self.max_gen_len,
-            repetition_penalty=self.repetition_penalty,
+            temperature=self.temperature,
+            top_p=self.top_p,
             seed=self.seed,
             stop=tuple(self.stop),
-            **further,
+            **sampling_of(self),
         )
 
     def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:

@@ -12,7 +12,6 @@ from luthier.data.template_kwargs import TemplateSettings
 from luthier.data.tools import find_unmatched_call
 from luthier.graders.json_schema import depth_of
 from luthier.inference.inference import (
-    MOST_TOKENS,
     TURNS,
     Chat,
     Event,
@@ -25,7 +24,7 @@ from luthier.inference.inference import (
     TokenChunk,
     ToolCallEvent,
 )
-from luthier.models.sampling import Constraint
+from luthier.models.sampling import MOST_TOKENS, Constraint
 from luthier.server.http.messages import JSON_DEPTH, Caller, Response
 from luthier.server.openai.generation import (
     FINISH,

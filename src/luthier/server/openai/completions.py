@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.inference.inference import (
-    MOST_TOKENS,
     FinishEvent,
     GenerationRequest,
     Prompt,
@@ -17,6 +16,7 @@ from luthier.inference.inference import (
     Stream,
     TokenChunk,
 )
+from luthier.models.sampling import MOST_TOKENS
 from luthier.server.http.messages import Caller, Response
 from luthier.server.identifiers import Invocable
 from luthier.server.openai.generation import (

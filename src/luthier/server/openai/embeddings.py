@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.inference.inference import MOST_TOKENS
+from luthier.models.sampling import MOST_TOKENS
 from luthier.server.http.messages import Caller
 from luthier.server.openai.generation import GenerationResource, refusals, split_inputs
 from luthier.server.openai.protocol import StrictBody, invalid

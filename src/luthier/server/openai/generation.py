@@ -13,8 +13,6 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from luthier.errors import UnknownModel
 from luthier.inference.inference import (
-    MOST_PENALTY,
-    MOST_TOKENS,
     GenerationRequest,
     InferenceFailed,
     InferenceRefused,
@@ -24,7 +22,7 @@ from luthier.inference.inference import (
     TooLong,
 )
 from luthier.inference.pool import ModelPool
-from luthier.models.sampling import Constraint
+from luthier.models.sampling import MOST_TOKENS, Constraint
 from luthier.server.audit import record_action
 from luthier.server.http.messages import (
     Caller,
@@ -47,6 +45,7 @@ from luthier.server.openai.protocol import (
     model_not_found,
     validate,
 )
+from luthier.server.sampling_fields import sampling_of, with_sampling
 from luthier.server.structured_outputs import StructuredOutputs
 
 Asked = TypeVar("Asked", bound=Body)
@@ -82,15 +81,14 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+@with_sampling
 class SamplingFields(StrictBody):
     """Members that chat and text completions share, OpenAI's and some of vLLM's."""
 
     without_effect = frozenset({"user"})
     model: Annotated[str, Field(min_length=1)]
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, float] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: int | None = None
     stop: Annotated[list[str] | None, BeforeValidator(_stops), AfterValidator(_some)] = None
     stream: bool | None = None
@@ -98,9 +96,7 @@ class SamplingFields(StrictBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
-    """Of vLLM, as the three that follow; 0 and -1 take all tokens."""
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] | None = None
+    """vLLM's field; 0 and -1 draw from all tokens."""
     structured_outputs: StructuredOutputs | None = None
 
     @property
@@ -128,13 +124,10 @@ class SamplingFields(StrictBody):
                 raise invalid(f"{key!r} is no id of a token.", "logit_bias", "invalid_value")
             bias[token] = value
         given: dict[str, Any] = {
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
+            **sampling_of(self),
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(0, self.top_k),
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
             "n": self.n,
             # Any whole number is a seed; the engine's have 63 bits.
             "seed": None if self.seed is None else self.seed % 2**63,

@@ -18,7 +18,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from luthier.inference.inference import (
-    MOST_TOKENS,
     TURNS,
     Chat,
     FinishEvent,
@@ -28,7 +27,7 @@ from luthier.inference.inference import (
     TokenChunk,
     ToolCallEvent,
 )
-from luthier.models.sampling import Constraint
+from luthier.models.sampling import MOST_TOKENS, Constraint
 from luthier.server.http.messages import Caller, Fault, Response
 from luthier.server.http.streams import GeneratedPieces
 from luthier.server.openai.chat import (
