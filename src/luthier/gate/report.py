@@ -13,6 +13,7 @@ from luthier.data.sources import stem_of
 from luthier.errors import Problem
 from luthier.escaping import printable
 from luthier.gate.check import Split
+from luthier.gate.checks import all_rules
 from luthier.gate.pii import KINDS
 from luthier.gate.rules import (
     MOST_EXAMPLES,
@@ -244,18 +245,6 @@ def has_content(summary: Any) -> bool:
     return isinstance(summary, int | float) and not isinstance(summary, bool) and summary > 0
 
 
-_DROPPED = (
-    "label.contradiction",
-    "label.several",
-    "preference.contradiction",
-    "target.says_nothing",
-    "target.equals_input",
-    "encoding.replacement",
-    "row.nothing_learned",
-    "row.empty",
-)
-"""Rules whose rows nothing but a person mends; without them nothing is wrong."""
-
 FIXES: Mapping[str, tuple[str, str]] = {
     **{
         rule.id: ("--drop", "unreadable")
@@ -265,7 +254,7 @@ FIXES: Mapping[str, tuple[str, str]] = {
     **{f"encoding.{name}": ("--normalize", "") for name in ("control", "invisible", "not_nfc")},
     **{f"{group}.{kind}": ("--redact", kind) for group in ("privacy", "secret") for kind in KINDS},
     **{f"leakage.{name}": ("--drop", "leakage.*") for name in ("exact", "input", "near", "many")},
-    **{name: ("--drop", name) for name in _DROPPED},
+    **{rule.id: ("--drop", rule.id) for rule in all_rules().values() if rule.drop},
     "duplicate.exact": ("--dedupe", "exact"),
     "duplicate.near": ("--dedupe", "near"),
     "label.spelling": ("--merge-labels", ""),

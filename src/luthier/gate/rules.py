@@ -42,6 +42,8 @@ class Rule:
     """What other validators call it."""
     whole: bool = False
     """Whether it speaks of the data as a whole, so that no row can be removed for it."""
+    drop: bool = False
+    """Whether cleaning drops the rows that break the rule, because only a person can fix them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +246,7 @@ NOTHING_LEARNED = Rule(
     "No token of the row is learned.",
     "The row costs time and teaches nothing.",
     "Add what is to be learned, or remove the row.",
+    drop=True,
 )
 TEMPLATE = Rule(
     "row.template",
@@ -292,7 +295,7 @@ ENCODING_RULES: Mapping[str, Rule] = {
         TEMPLATE,
         PROMPT_TOKENS,
         SHAPE,
-        Rule("row.empty", "error", "The tokenizer makes nothing of the text."),
+        Rule("row.empty", "error", "The tokenizer makes nothing of the text.", drop=True),
         TOO_FEW,
         ONE_CLASS,
         UNSEEN,

@@ -51,6 +51,7 @@ SEVERAL = Rule(
     "A row has several labels, or none, and nearly all others have one.",
     "For these few rows the whole model is made to give any number of labels to a row, also none.",
     "Write one label in each row; where several are meant, say `objective.multi_label=true`.",
+    drop=True,
 )
 COMBINED = Rule(
     "label.combined",

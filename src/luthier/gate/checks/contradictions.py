@@ -29,6 +29,7 @@ LABEL = Rule(
     "Rows with the same text have different labels, tags, ratings or judgements.",
     "The model learns the mean of both and is wrong about one of them.",
     "Decide which is right; where both are, write an array of labels.",
+    drop=True,
 )
 PREFERENCE = Rule(
     "preference.contradiction",
@@ -36,6 +37,7 @@ PREFERENCE = Rule(
     "Of two answers to one prompt, one row prefers what another rejects.",
     "The two rows cancel each other.",
     "Keep the one that people meant, or neither.",
+    drop=True,
 )
 ANSWERS = Rule(
     "answer.several",

@@ -26,6 +26,7 @@ REPLACEMENT = Rule(
     "The text holds U+FFFD, which stands where a character was lost.",
     "What was lost is not in the data any more; the model learns the gap.",
     "Export the data again with the encoding that it has.",
+    drop=True,
 )
 MOJIBAKE = Rule(
     "encoding.mojibake",

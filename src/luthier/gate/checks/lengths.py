@@ -31,6 +31,7 @@ EMPTYISH = Rule(
     "The answer is a stand-in for none: N/A, -, null.",
     "The model learns that this is an answer.",
     "Write the answer, or remove the row.",
+    drop=True,
 )
 ECHO = Rule(
     "target.equals_input",
@@ -38,6 +39,7 @@ ECHO = Rule(
     "The answer repeats the prompt.",
     "The model learns to copy.",
     "Write the answer, or remove the row.",
+    drop=True,
 )
 SAME_START = Rule(
     "target.same_start",
