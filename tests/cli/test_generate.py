@@ -30,6 +30,13 @@ def test_generate_answers_one_prompt(home: Path) -> None:
     assert cut.out != "blue\n" and "cut off: --max-tokens allows more" in cut.err
 
 
+def test_generate_writes_the_least_tokens(home: Path) -> None:
+    ask = ("generate", MODEL, "colour of sky?", "--max-tokens", "9")
+    longer = Answer(*ask, "--min-tokens", "9").good().out
+    assert longer.startswith("blue") and len(longer) > len("blue\n")
+    assert "min_tokens" in Answer(*ask, "--min-tokens", "10").refused()
+
+
 @pytest.mark.slow
 def test_generate_keeps_replies_to_what_they_have_to_match(home: Path, tmp_path: Path) -> None:
     ask = ["generate", MODEL, "colour of sky?"]

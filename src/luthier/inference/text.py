@@ -60,6 +60,11 @@ class StopFinder:
             at = len(self._held) - overlap(self._held, self._stops)
         return self._pass(at)
 
+    def skip(self, text: str) -> str:
+        """Let ``text`` through without a search."""
+        self._held += text
+        return self._pass(len(self._held))
+
     def end(self) -> str:
         """What is left when no more comes."""
         return self._pass(len(self._held)) if self.found is None else ""
@@ -97,6 +102,7 @@ class AnswerText:
         """``before`` are the tokens that the answer is decoded behind (:class:`Detokenizer`)."""
         self._characters, self._stops = Detokenizer(decode, before), StopFinder(sampling.stop)
         self._splitter = ReasoningSplitter(reasoning)
+        self._min_tokens = sampling.min_tokens
         self._came = 0
         self._begins: list[tuple[int, Score | None]] = []
         self._given = 0
@@ -133,13 +139,18 @@ class AnswerText:
         text = self._characters.feed(token)
         self._came += len(text)
         reasoning, said = self._splitter.feed(text)
-        return self._delta(reasoning, self._stops.feed(said), self._stops.passed)
+        return self._delta(reasoning, self._search(said), self._stops.passed)
 
     def end(self) -> AnswerDelta:
         """What is left when no more comes."""
         reasoning, said = self._splitter.end()
-        shown = self._stops.feed(said) + self._stops.end()
+        shown = self._search(said) + self._stops.end()
         return self._delta(reasoning, shown, None)
+
+    def _search(self, said: str) -> str:
+        """Return what can be shown of the next characters; those of the least tokens end nothing."""
+        few = len(self._begins) <= self._min_tokens
+        return self._stops.skip(said) if few else self._stops.feed(said)
 
     def _delta(self, reasoning: str, shown: str, passed: int | None) -> AnswerDelta:
         """``passed`` characters of the answer were shown; ``None`` for all that ever will be."""

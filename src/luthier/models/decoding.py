@@ -98,8 +98,15 @@ class TokenSampler:
         self._penalised = bool(sampling.frequency_penalty or sampling.presence_penalty or bias)
         self.greedy = sampling.temperature < COLDEST
         """Whether it takes the highest logit and draws nothing."""
-        self.plain = mask is None and not repeats and not self._penalised
-        """Whether it takes the logits as they are."""
+        self._adjusts = mask is not None or repeats or self._penalised
+        self._stops_N = torch.tensor(sorted(self.stop_ids), dtype=torch.int64)
+        self._barred = sampling.min_tokens if self.stop_ids else 0
+        """Tokens to choose before a stop token may be chosen."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes the next logits as they are."""
+        return not (self._adjusts or self._barred)
 
     def choose(self, logits_V: Tensor) -> int:
         """The next token.
@@ -116,6 +123,7 @@ class TokenSampler:
             raise RecipeError("The model gave no probabilities.")
         if self._penalised or self._read is not None:
             self._written[token] += 1
+        self._barred = max(0, self._barred - 1)
         return token
 
     def uniform(self) -> float:
@@ -145,11 +153,20 @@ class TokenSampler:
             at = torch.tensor(written, device=logits_V.device)
             times = torch.tensor([float(self._written[i]) for i in written], device=at.device)
             logits_V[at] -= sampling.frequency_penalty * times + sampling.presence_penalty
-        if self.mask is not None:
-            logits_V.masked_fill_(
-                ~self.mask.allowed_mask(len(logits_V)).to(logits_V.device), -torch.inf
-            )
+        if (allowed_V := self._allowed(len(logits_V))) is not None:
+            logits_V.masked_fill_(~allowed_V.to(logits_V.device), -torch.inf)
         return logits_V
+
+    def _allowed(self, size: int) -> Tensor | None:
+        """Return which of ``size`` tokens may be chosen next, ``[V]``; ``None`` for all."""
+        allowed_V = None if self.mask is None else self.mask.allowed_mask(size)
+        if not self._barred:
+            return allowed_V
+        kept_V = ~torch.isin(torch.arange(size), self._stops_N)
+        if allowed_V is not None:
+            kept_V &= allowed_V
+        # A grammar may allow nothing but the end, and then the answer ends.
+        return kept_V if allowed_V is None or kept_V.any() else allowed_V
 
     def _draw(self, logits_V: Tensor) -> int:
         sampling = self.sampling

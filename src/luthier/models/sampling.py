@@ -45,6 +45,9 @@ class Sampling:
         Limits(1, MOST_TOKENS, "Most tokens of a reply; 256, or half of a smaller context."),
     ] = None
     """Most tokens of an answer; without a number, each caller has its own limit."""
+    min_tokens: Annotated[int, Limits(0, MOST_TOKENS, "Tokens before a reply may stop.")] = 0
+    """Tokens of an answer before a stop token or a stop sequence may end it; the end of a grammar
+    ends the answer earlier."""
     temperature: Annotated[float, Limits(0, 1000, "0 takes the most likely token.")] = 0.0
     """Divisor of the logits; 0 takes the most likely token."""
     top_p: Annotated[float, Limits(0, 1, "Draw from the most likely tokens only.")] = 1.0
@@ -83,6 +86,9 @@ class Sampling:
             # Written so that NaN is refused too.
             if value is not None and not low <= value <= high:
                 raise self.refusal(f"{name} must be between {low:,} and {high:,}", name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            text = f"min_tokens must not be above max_tokens, which is {self.max_tokens:,}"
+            raise self.refusal(text, "min_tokens")
         if not all(self.stop):
             raise self.refusal("a stop sequence must not be empty", "stop")
         if [self.schema, self.regex, self.grammar].count(None) < 2:

@@ -75,6 +75,24 @@ def test_seeds_and_further_fields(runtime_client: Any) -> None:
         text(tok=1)
 
 
+def test_no_stop_before_min_tokens(runtime_client: Any) -> None:
+    def ended(least: int, most: int = 24) -> tuple[str, str]:
+        config = {"stopSequences": [whole[:1]], "maxTokens": most, "temperature": 0.0}
+        request = said(inferenceConfig=config, additionalModelRequestFields={"min_tokens": least})
+        answer = runtime_client.converse(**request)
+        return text_of(answer), answer["stopReason"]
+
+    whole = text_of(runtime_client.converse(**said()))
+    assert ended(24) == (whole, "max_tokens")
+    cut, reason = ended(4)
+    assert whole.startswith(cut) and cut and (reason == "stop_sequence") == (cut != whole)
+    for least, most in ((25, 24), (-1, 24)):
+        with pytest.raises(ClientError) as refused:
+            ended(least, most)
+        assert refused.value.response["Error"]["Code"] == "ValidationException"
+        assert "min_tokens" in refused.value.response["Error"]["Message"]
+
+
 def formatted(schema: str) -> dict[str, Any]:
     structure = {"jsonSchema": {"schema": schema, "name": "x"}}
     return {"outputConfig": {"textFormat": {"type": "json_schema", "structure": structure}}}

@@ -403,6 +403,19 @@ def test_members_that_change_nothing_here_are_taken(client: openai.OpenAI) -> No
     assert again != plain
 
 
+def test_no_stop_before_min_tokens(client: openai.OpenAI, tokenizer: Any) -> None:
+    stops = {str(tokenizer.eos_token_id): 100}
+    assert chat(client, logit_bias=stops).usage.completion_tokens == 0
+    made = chat(client, logit_bias=stops, extra_body={"min_tokens": 5})
+    assert (made.usage.completion_tokens, made.choices[0].finish_reason) == (5, "stop")
+    whole = chat(client).choices[0].message.content
+    kept = chat(client, stop=[whole[:1]], extra_body={"min_tokens": 8})
+    assert kept.choices[0].message.content == whole
+    with pytest.raises(openai.BadRequestError) as refused:
+        chat(client, extra_body={"min_tokens": 9})
+    assert refused.value.param == "min_tokens"
+
+
 def test_a_checkpoint_is_no_model(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="ask the model of the job"):
         chat(client, model="ft:tiny:org-1:a:b:ckpt-step-24")

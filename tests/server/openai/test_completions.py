@@ -27,6 +27,16 @@ def test_a_text_is_continued_without_a_template(client: openai.OpenAI) -> None:
     assert complete(client, max_tokens=None).usage.completion_tokens == 16
 
 
+def test_no_stop_before_min_tokens(client: openai.OpenAI, tokenizer: Any) -> None:
+    stops = {str(tokenizer.eos_token_id): 100}
+    assert complete(client, logit_bias=stops).usage.completion_tokens == 0
+    made = complete(client, logit_bias=stops, extra_body={"min_tokens": 3})
+    assert (made.usage.completion_tokens, made.choices[0].finish_reason) == (3, "stop")
+    with pytest.raises(openai.BadRequestError) as refused:
+        complete(client, extra_body={"min_tokens": 7})
+    assert refused.value.param == "min_tokens"
+
+
 def test_several_prompts_with_several_answers_each(client: openai.OpenAI) -> None:
     prompts = ["The quick", "What is the", "My card"]
     made = complete(client, prompt=prompts, n=2, temperature=1, seed=3)
