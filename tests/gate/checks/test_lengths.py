@@ -61,11 +61,6 @@ def test_answers_that_have_little_to_say_are_answers() -> None:
     ).findings.counts
 
 
-def test_answers_that_repeat_the_prompt() -> None:
-    report = gate(("Say it again", " say it again "), ("yes", "no"), ("no", "no"))
-    assert dict(report.findings.counts) == {"target.equals_input": 1}
-
-
 def test_only_answers_are_judged() -> None:
     rows = [LabelledText("f", 1, text="N/A", label="none"), RawText("f", 2, text="-")]
     turns = (Message("user", "hi"), Message("assistant", "N/A"))

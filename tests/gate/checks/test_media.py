@@ -204,7 +204,7 @@ def test_where_no_row_has_a_text_checks_of_texts_are_left_out_of_the_report() ->
     known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
     chosen, _ = checks_for(known, skip=["learning", "amount", "balance"])
     report = inspect_rows({"train": [image(noise(1))]}, chosen)
-    of_texts = {"conversations", "encoding", "language", "lengths", "markers", "privacy"}
+    of_texts = {"conversations", "echo", "encoding", "language", "lengths", "markers", "privacy"}
     assert {*report.left_out} == of_texts
     assert not {*report.left_out} & {*report.summaries} and "media" in report.summaries
     assert not report.findings.counts

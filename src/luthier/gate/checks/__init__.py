@@ -13,6 +13,7 @@ from luthier.gate.checks.base_language import BaseLanguage
 from luthier.gate.checks.contradictions import Contradictions
 from luthier.gate.checks.conversations import Conversations
 from luthier.gate.checks.duplicates import Duplicates
+from luthier.gate.checks.echo import Echo
 from luthier.gate.checks.encoding import Encoding
 from luthier.gate.checks.language import Language
 from luthier.gate.checks.learning import Learning
@@ -30,6 +31,7 @@ _KINDS: tuple[type[Check], ...] = (
     Markers,
     WhiteSpace,
     Conversations,
+    Echo,
     Duplicates,
     Contradictions,
     Amount,

@@ -33,14 +33,6 @@ EMPTYISH = Rule(
     "Write the answer, or remove the row.",
     drop=True,
 )
-ECHO = Rule(
-    "target.equals_input",
-    "warning",
-    "The answer repeats the prompt.",
-    "The model learns to copy.",
-    "Write the answer, or remove the row.",
-    drop=True,
-)
 SAME_START = Rule(
     "target.same_start",
     "note",
@@ -88,7 +80,7 @@ class Lengths(SpotCheck):
 
     name: ClassVar[str] = "lengths"
     of_texts: ClassVar[bool] = True
-    rules: ClassVar[tuple[Rule, ...]] = (OUTLIER, EMPTYISH, ECHO, SAME_START)
+    rules: ClassVar[tuple[Rule, ...]] = (OUTLIER, EMPTYISH, SAME_START)
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +98,7 @@ class Lengths(SpotCheck):
         spots: list[Spot] = []
         answers = 0
         for index, row in enumerate(batch.rows):
-            asked, answer = "", None
+            answer = None
             for text in row.texts():
                 if text.part == "other":
                     continue
@@ -115,13 +107,11 @@ class Lengths(SpotCheck):
                 words_2N[side, index] += text.content.count(" ") + 1
                 if side and text.field != "text" and not isinstance(row, TextPair):
                     answer = text
-                elif not side:
-                    asked = text.content
             if answer is None:
                 continue
             answers += 1
             starts[" ".join(answer.content[:200].split()[:WORDS]).casefold()] += 1
-            spot = _find_empty_answer(index, row, asked, answer.field, answer.content)
+            spot = _find_empty_answer(index, row, answer.field, answer.content)
             if spot:
                 spots.append(spot)
         logs_2N = np.log1p(sizes_2N).astype(np.float32)
@@ -204,12 +194,10 @@ _SIDES = ("input", "target")
 _NAMES = ("input_characters", "input_words", "target_characters", "target_words")
 
 
-def _find_empty_answer(index: int, row: Row, asked: str, field: str, answer: str) -> Spot | None:
+def _find_empty_answer(index: int, row: Row, field: str, answer: str) -> Spot | None:
     if not row.turns():
         return None
     stripped = answer.strip()
     if _NOTHING.fullmatch(stripped[:64]) and len(stripped) < 64 and stripped:
         return Spot(index, EMPTYISH.id, f"{field} is {stripped!r}.")
-    if len(stripped) > 3 and stripped.casefold() == asked.strip().casefold():
-        return Spot(index, ECHO.id, f"{field} is the prompt itself.", excerpt(stripped))
     return None

@@ -1,0 +1,74 @@
+"""Replies that repeat the prompt before they answer, or instead of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from luthier.data.shapes.preferences import JudgedReply
+from luthier.gate.batch_text import Spot, SpotCheck, Spots, excerpt
+from luthier.gate.check import RowBatch
+from luthier.gate.rules import Rule
+from luthier.types import Row
+
+REPEATED = Rule(
+    "reply.repeats_prompt",
+    "warning",
+    "A reply is the prompt, or begins with the whole prompt.",
+    "The model learns to repeat the prompt before the answer.",
+    "Remove the prompt from the reply, or remove the row.",
+    drop=True,
+)
+LEAST_PROMPT = 24
+"""Characters of a prompt, without white space, from which a reply may not begin with the prompt: a
+reply to "Hello" often begins with "Hello"."""
+LEAST_COPY = 4
+"""Characters of a prompt, without white space, from which a reply may not equal the prompt."""
+
+
+class Echo(SpotCheck):
+    """A check for replies that equal the prompt or begin with the prompt.
+
+    Letter case and white space make no difference. The prompt is the user's turn before the reply.
+    """
+
+    name: ClassVar[str] = "echo"
+    of_texts: ClassVar[bool] = True
+    rules: ClassVar[tuple[Rule, ...]] = (REPEATED,)
+
+    def measure(self, batch: RowBatch) -> Spots:
+        """Return the rows of a batch with a reply that repeats its prompt."""
+        spots: list[Spot] = []
+        for index, row in enumerate(batch.rows):
+            for prompt, reply in _exchanges(row):
+                if message := _find_repetition(prompt, reply):
+                    spots.append(Spot(index, REPEATED.id, message, excerpt(reply)))
+                    break
+        return Spots(spots)
+
+    def summary(self) -> Mapping[str, Any]:
+        """Return the number of rows that break the rule."""
+        return {"rows": self.rows_by_rule()}
+
+
+def _exchanges(row: Row) -> Iterator[tuple[str, str]]:
+    """Yield each turn of the user with the reply that is learned for the turn."""
+    if isinstance(row, JudgedReply):  # a bad reply belongs among replies that people judged
+        return
+    for before, turn in pairwise(row.turns()):
+        if before.role == "user" and turn.role == "assistant" and turn.learned:
+            yield before.content, turn.content
+
+
+def _find_repetition(prompt: str, reply: str) -> str | None:
+    """Describe how ``reply`` repeats ``prompt``; ``None`` if it does not."""
+    # Most replies begin with another character, and long texts are not copied for them.
+    if prompt.lstrip()[:1].casefold() != reply.lstrip()[:1].casefold():
+        return None
+    given, said = ("".join(text.casefold().split()) for text in (prompt, reply))
+    if given == said and len(given) >= LEAST_COPY:
+        return "The reply is the prompt."
+    if said.startswith(given) and len(given) >= LEAST_PROMPT:
+        return "The reply begins with the prompt."
+    return None
