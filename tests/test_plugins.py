@@ -32,11 +32,19 @@ from luthier.models.catalog import CATALOG
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import Recipe
 from luthier.server.tables.foundation import foundation_model, foundation_models
+from luthier.trackers import TRACKERS
 from luthier.types import Message
 from luthier.workflows.capabilities import capabilities
 
 SAMPLE = Path(__file__).parent / "sample_plugin"
-TABLES: tuple[plugins.PluginTable[Any], ...] = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG, BACKENDS)
+TABLES: tuple[plugins.PluginTable[Any], ...] = (
+    OBJECTIVES,
+    ADAPTATIONS,
+    GRADERS,
+    CATALOG,
+    BACKENDS,
+    TRACKERS,
+)
 
 
 @pytest.fixture(scope="module")

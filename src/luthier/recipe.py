@@ -34,6 +34,7 @@ from luthier.errors import RecipeError
 from luthier.escaping import did_you_mean, nearest_name
 from luthier.files import read_toml
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.trackers import TRACKERS
 from luthier.validation import StrictModel, describe_constraint
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -194,6 +195,17 @@ class Training(StrictModel):
     """CPU threads, which processes on one machine share; all cores when not given."""
     fully_shard: bool = False
     """Whether several processes cut the layers into shards (FSDP2), of which each holds one."""
+    track: tuple[str, ...] = ()
+    """Trackers that also receive the metrics: ``mlflow``, ``tensorboard``, ``wandb`` or a plugin's."""
+
+    @field_validator("track")
+    @classmethod
+    def _known_trackers(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in TRACKERS:
+                hint = did_you_mean(name, TRACKERS, f"choose one of {', '.join(TRACKERS)}")
+                raise ValueError(f"{name!r} is no tracker; {hint}")
+        return tuple(dict.fromkeys(names))
 
 
 class ForgettingLimits(StrictModel):

@@ -130,6 +130,7 @@ FIELDS: Mapping[str, str] = {
     "batch_size": "training.batch_size",
     "learning_rate": "training.learning_rate",
     "seed": "training.seed",
+    "track": "training.track",
     "size": "network.size",
     "family": "network.family",
     "config": "network.config",

@@ -15,8 +15,9 @@ def plugins(json_: Json = False) -> None:
     from luthier.models.backends import BACKENDS
     from luthier.models.catalog import CATALOG
     from luthier.objectives import OBJECTIVES
+    from luthier.trackers import TRACKERS
 
-    tables = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG, BACKENDS)
+    tables = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG, BACKENDS, TRACKERS)
     found = [plugin for table in tables for plugin in table.plugins()]
     if json_:
         print_json({"plugins": [asdict(plugin) for plugin in found]})

@@ -52,6 +52,12 @@ def tune(
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the row order and new weights.")] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Report to mlflow, tensorboard or wandb; again for more."
+        ),
+    ] = None,
     set_: Settings = None,
     resume: Resume = False,
     processes: Processes = 1,

@@ -55,6 +55,7 @@ from luthier.engine.runs import (
 )
 from luthier.engine.sample_grids import SampleGrids
 from luthier.engine.timings import Clock, record_actual
+from luthier.engine.tracking import tracked
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
 from luthier.errors import (
     CorruptFile,
@@ -210,9 +211,14 @@ def train_first(
                 f"some may have nothing to do; take fewer processes, or "
                 f"`training.batch_size={group.size}`"
             )
+    recipe = job.recipe
+    names, settings = recipe.training.track, recipe.plain()
     try:
-        with _explain_changed_rows():
-            result = Trainer(job, run, reporter, clock, group).run(resume)
+        with (
+            _explain_changed_rows(),
+            tracked(reporter, names, run.model_id, run.folder, settings) as tracking,
+        ):
+            result = Trainer(job, run, tracking, clock, group).run(resume)
         group.first(asdict(result))
         return result
     except RefusedInput:

@@ -18,7 +18,7 @@ LOG_FROM = 10
 """A range whose ends are this far apart is searched by orders of magnitude."""
 RATE_FACTOR = 5
 RANKS = (8, 16, 32)
-FIXED_FIELDS = ("seed", "evaluate_every", "micro_batch_tokens", "precision", "threads")
+FIXED_FIELDS = ("seed", "evaluate_every", "micro_batch_tokens", "precision", "threads", "track")
 """Settings of the training that change what is compared, or only how it is computed."""
 
 

@@ -1,0 +1,115 @@
+"""Forwarding of a run's metrics to experiment trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from luthier.engine.metrics import Reporter
+from luthier.errors import Interrupted
+from luthier.trackers import TRACKERS, Status, TrackedRun, Tracker
+
+
+class TrackingReporter(Reporter):
+    """A reporter that also logs metrics to trackers.
+
+    A tracker that fails is left out from then on, with one warning: training continues.
+    """
+
+    def __init__(self, reporter: Reporter, run: TrackedRun, names: Sequence[str]) -> None:
+        self._reporter = reporter
+        self._trackers: dict[str, Tracker] = {}
+        for name in names:
+            with self._warn_of(name):
+                self._trackers[name] = TRACKERS[name].open(run)
+
+    @contextmanager
+    def _warn_of(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        # Trackers and their servers fail with errors of many libraries.
+        except Exception as error:
+            self._trackers.pop(name, None)
+            reason = (str(error).splitlines() or [""])[0]
+            self.note(
+                f"warning: the tracker {name} failed and receives no more metrics: "
+                f"{type(error).__name__}: {reason}"
+            )
+
+    def _track(self, act: Callable[[Tracker], None]) -> None:
+        for name, tracker in [*self._trackers.items()]:
+            with self._warn_of(name):
+                act(tracker)
+
+    def end(self, status: Status) -> None:
+        """Report to each tracker how the run ended."""
+        self._track(lambda tracker: tracker.end(status))
+
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+        """Forward the line, and log its numbers to each tracker."""
+        self._reporter.metrics(line, steps)
+        values = {
+            f"{line['event']}/{name}": float(value)
+            for name, value in line.items()
+            if name != "step" and isinstance(value, int | float)
+        }
+        self._track(lambda tracker: tracker.log(int(line["step"]), values))
+
+    def stage(self, text: str) -> None:
+        """See :class:`Reporter`."""
+        self._reporter.stage(text)
+
+    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+        """See :class:`Reporter`."""
+        self._reporter.settings(defaults)
+
+    def note(self, text: str) -> None:
+        """See :class:`Reporter`."""
+        self._reporter.note(text)
+
+    def nothing_to_resume(self, model_id: str) -> None:
+        """See :class:`Reporter`."""
+        self._reporter.nothing_to_resume(model_id)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """See :class:`Reporter`."""
+        self._reporter.progress(done, total, what)
+
+
+@contextmanager
+def tracked(
+    reporter: Reporter, names: Sequence[str], model_id: str, folder: Path, recipe: Mapping[str, Any]
+) -> Iterator[Reporter]:
+    """Yield a reporter that also logs to the trackers ``names`` until the block ends.
+
+    Raises:
+        RecipeError: if the library of a tracker is not installed.
+    """
+    if not names:
+        yield reporter
+        return
+    for name in names:
+        TRACKERS[name].check()
+    tracking = TrackingReporter(reporter, TrackedRun(model_id, folder, flatten(recipe)), names)
+    status: Status = "failed"
+    try:
+        yield tracking
+        status = "finished"
+    except (Interrupted, KeyboardInterrupt):
+        status = "interrupted"
+        raise
+    finally:
+        tracking.end(status)
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested ``fields`` by dotted name, such as ``training.epochs``."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            found |= flatten(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

@@ -1,0 +1,99 @@
+"""Experiment trackers: where a run reports its settings and metrics besides its own folder.
+
+A tracker is one class in one file and one entry of the table :data:`TRACKERS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from luthier.errors import RecipeError
+from luthier.plugins import PluginTable
+
+Status = Literal["finished", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run that begins or resumes."""
+
+    model_id: str
+    """Id of the custom model, which names the run."""
+    folder: Path
+    """Folder of the run. It lasts until the run or its model is removed."""
+    settings: Mapping[str, Any]
+    """Each setting of the recipe by its dotted name."""
+
+    def stored_id(self, tracker: str, create: Callable[[], str]) -> str:
+        """Return the id that ``tracker`` has for the run, so that a resumed run keeps the id.
+
+        ``create`` returns a new id.
+        """
+        path = self.folder / f"{tracker}.run"
+        if not path.is_file():
+            path.write_text(create(), encoding="utf-8")
+        return path.read_text(encoding="utf-8")
+
+
+class Tracker(ABC):
+    """Connection to one tracker for one run. Each method may raise any error."""
+
+    @abstractmethod
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record ``values``, which have names such as ``train/loss``, at an optimizer step."""
+
+    @abstractmethod
+    def end(self, status: Status) -> None:
+        """Record how the run ended, and close the connection."""
+
+
+@dataclass(frozen=True)
+class TrackerEntry:
+    """A tracker by name."""
+
+    id: str
+    open: Callable[[TrackedRun], Tracker]
+    package: str = ""
+    """Import name of the library that the tracker needs."""
+
+    def check(self) -> None:
+        """Raise :class:`RecipeError` if the library is not installed."""
+        if self.package and find_spec(self.package) is None:
+            raise RecipeError(
+                f"`training.track`: {self.id} needs the package {self.package}. "
+                f"Run pip install 'luthier[{self.id}]'"
+            )
+
+
+def _open_mlflow(run: TrackedRun) -> Tracker:
+    from luthier.trackers.mlflow import MlflowTracker
+
+    return MlflowTracker(run)
+
+
+def _open_tensorboard(run: TrackedRun) -> Tracker:
+    from luthier.trackers.tensorboard import TensorBoardTracker
+
+    return TensorBoardTracker(run)
+
+
+def _open_wandb(run: TrackedRun) -> Tracker:
+    from luthier.trackers.wandb import WandbTracker
+
+    return WandbTracker(run)
+
+
+TRACKERS: PluginTable[TrackerEntry] = PluginTable(
+    "trackers",
+    TrackerEntry,
+    {
+        "mlflow": TrackerEntry("mlflow", _open_mlflow, "mlflow"),
+        "tensorboard": TrackerEntry("tensorboard", _open_tensorboard, "tensorboard"),
+        "wandb": TrackerEntry("wandb", _open_wandb, "wandb"),
+    },
+)
