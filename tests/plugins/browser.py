@@ -55,7 +55,8 @@ class Browser(Chrome):
 
     def choose(self, selector: str, value: str) -> None:
         """Choose an option by its value."""
-        self.click(f'{selector} option[value="{value}"]')
+        options = self.find_elements(By.CSS_SELECTOR, f"{selector} option")
+        next(each for each in options if each.get_property("value") == value).click()
 
     def accept_dialog(self) -> str:
         """Accept a dialog and return its question."""

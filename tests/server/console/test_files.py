@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from fnmatch import fnmatch
 from html.parser import HTMLParser
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import get_args
 
 import pytest
@@ -29,8 +29,20 @@ from luthier.server.roles import Permission
 
 PACKAGE = Path(luthier.__file__).parent
 STATIC = PACKAGE / "server" / "console" / "static"
-FILES = sorted(path.name for path in STATIC.iterdir())
-MODULES = [name for name in FILES if name.endswith(".js")]
+FILES = sorted(
+    path.relative_to(STATIC).as_posix()
+    for path in STATIC.rglob("*")
+    if path.is_file() and path.suffix != ".txt"
+)
+OWN = [name for name in FILES if not name.startswith("vendor/")]
+MODULES = [name for name in OWN if name.endswith(".js")]
+IMPORTED = re.compile(r"\bfrom[ ]?\"(\./[^\"]+)\"")
+PACKAGES = {
+    "preact.js": "preact",
+    "preact-hooks.js": "preact/hooks",
+    "signals-core.js": "@preact/signals-core",
+}
+"""Packages that vendored files import by their names, which browsers do not know."""
 PAGE = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
@@ -99,8 +111,8 @@ def test_a_browser_that_opens_the_report_of_an_eval_is_sent_to_the_console(serve
 
 
 def test_the_console_asks_for_permissions_that_the_server_has() -> None:
-    code = "".join((STATIC / name).read_text() for name in FILES if name.endswith((".js", ".html")))
-    named = {*re.findall(r'(?:\bmay\(|data-permission=)"(\w+)"', code)}
+    code = "".join((STATIC / name).read_text() for name in MODULES)
+    named = {*re.findall(r'\bmay\("(\w+)"', code)}
     assert named == {Permission.READ, Permission.INVOKE, Permission.DEVELOP}
 
 
@@ -212,39 +224,30 @@ class _Page(HTMLParser):
             self.named.add(named)
 
 
-def imports_of(text: str) -> set[str]:
-    """Modules that one names, in statements or in calls."""
-    statements = re.findall(r'^import (?:[^"]*? from )?"([^"]+)"', text, re.MULTILINE)
-    return {*statements, *re.findall(r'\bimport\("([^"]+)"\)', text)}
-
-
 def test_the_page_and_all_it_reaches_are_there_and_nothing_is_inline() -> None:
     page = _Page()
     page.feed((STATIC / "index.html").read_text("utf-8"))
     assert not page.inline
     left, reached = [*page.named], set[str]()
     while left:
-        name = left.pop().removeprefix("./")
+        name = left.pop()
         if name in reached:
             continue
         assert name in FILES, name
         reached.add(name)
         if name.endswith(".js"):
-            left += imports_of((STATIC / name).read_text("utf-8"))
+            found = IMPORTED.findall((STATIC / name).read_text("utf-8"))
+            left += [(PurePosixPath(name).parent / each).as_posix() for each in found]
     assert reached | {"index.html"} == {*FILES}, "files that nothing names"
 
 
 def test_modules_name_what_others_export() -> None:
-    exported = {
-        name: {
-            *re.findall(
-                r"^export (?:async )?(?:function\*?|class|const|let) (\w+)",
-                (STATIC / name).read_text("utf-8"),
-                re.MULTILINE,
-            )
-        }
-        for name in MODULES
-    }
+    exported = {}
+    for name in MODULES:
+        text = (STATIC / name).read_text("utf-8")
+        declared = r"^export (?:async )?(?:function\*?|class|const|let) (\w+)"
+        again = "".join(re.findall(r"^export \{([^}]*)\};", text, re.MULTILINE))
+        exported[name] = {*re.findall(declared, text, re.MULTILINE), *re.findall(r"\w+", again)}
     for name in MODULES:
         text = (STATIC / name).read_text("utf-8")
         for names, module in re.findall(r'import \{([^}]*)\} from "\./([\w.]+)"', text):
@@ -270,8 +273,8 @@ def names_in(module: str, constant: str) -> list[str]:
         ("exports.js", "FORMATS", get_args(Format)),
         ("exports.js", "TYPES", get_args(Quantization)),
         ("new_job.js", "ADAPTATIONS", ("", *ADAPTATIONS)),
-        ("job_states.js", "STATES", get_args(State)),
-        ("job_states.js", "CUSTOMIZATIONS", get_args(CustomizationType)),
+        ("jobs.js", "STATES", get_args(State)),
+        ("jobs.js", "CUSTOMIZATIONS", get_args(CustomizationType)),
         ("models.js", "MADE_FOR", KINDS),
         ("playground.js", "TABS", get_args(Ability)),
     ],
@@ -288,13 +291,14 @@ def test_files_are_sent_for_a_purpose_that_the_server_knows() -> None:
     assert given and {*given} <= {*PURPOSES}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".js", ".html"))])
+@pytest.mark.parametrize("name", [name for name in OWN if name.endswith((".js", ".html"))])
 def test_data_is_never_parsed_as_code(name: str) -> None:
     text = (STATIC / name).read_text("utf-8")
     for bad in (
         r"\.(inner|outer)HTML\b", r"insertAdjacentHTML", r"document\.write", r"\beval\(",
         r"new Function", r"javascript:", r"DOMParser", r"createContextualFragment", r"srcdoc",
-        r"setAttribute\(\"(style|on)", r"\bstyle:", r"localStorage", r"document\.cookie",
+        r"setAttribute\(\"(style|on)", r"\bstyle[:=]", r"dangerously", r"localStorage",
+        r"document\.cookie",
     ):  # fmt: skip
         assert not re.search(bad, text), (name, bad)
     addresses = {*re.findall(r"https?://[\w.]+", text)} - {"http://www.w3.org"}
@@ -306,5 +310,16 @@ def test_the_package_holds_all_files() -> None:
     patterns = tomllib.loads(project.read_text("utf-8"))["tool"]["setuptools"]["package-data"][
         "luthier"
     ]
-    for path in STATIC.iterdir():
-        assert any(fnmatch(str(path.relative_to(PACKAGE)), each) for each in patterns), path
+    for path in STATIC.rglob("*.*"):
+        assert any(path.relative_to(PACKAGE).match(each) for each in patterns), path
+
+
+def test_vendored_files_are_those_that_were_published() -> None:
+    text = (PACKAGE.parent.parent / "docs" / "dependencies.md").read_text("utf-8")
+    rows = re.findall(r"^\| `vendor/(\S+)` \|.* `([0-9a-f]{64})` \|$", text, re.MULTILINE)
+    assert {f"vendor/{name}" for name, _ in rows} == {*FILES} - {*OWN}
+    for name, digest in rows:
+        content = (STATIC / "vendor" / name).read_bytes()
+        for file, package in PACKAGES.items():
+            content = content.replace(f'from"./{file}"'.encode(), f'from"{package}"'.encode())
+        assert hashlib.sha256(content).hexdigest() == digest, name

@@ -1,1 +1,1 @@
-"""The web console: static files for a browser, which asks the native face for everything it shows."""
+"""The web console: static files for a browser, which query the native and OpenAI APIs."""

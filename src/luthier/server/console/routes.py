@@ -1,10 +1,8 @@
-"""Serves the files of the console to everybody: they hold nobody's data, and take no key.
+"""Routes of the console's static files, which contain no data and need no key.
 
-They are read once, at the start, into a table by name; no path of a request ever reaches the disk. What
-the pages show they ask of ``/api/v1`` and ``/v1`` with the key of their user.
-
-Its path is no bucket of S3, where the name is reserved; and a request that is signed, or shows any
-other authorization, is left to the other faces.
+The server reads the files once, at the start; no path of a request reaches the disk. The pages
+query ``/api/v1`` and ``/v1`` with the key of their user. The path of the console is reserved and
+cannot name a bucket. Signed or otherwise authorized requests belong to the other APIs.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-"""Media types by the ending of a name; what ends otherwise is not served."""
+"""Media types by suffix; other files are not served."""
 _REPORT = re.compile(r"(?:/\w+)+/evals/(?P<eval>\w+)/runs/(?P<run>\w+)/report", re.ASCII)
-"""``report_url`` of a run of an eval."""
+"""The path of the ``report_url`` of an eval run."""
 HEADERS = {
-    # No script but ours, nothing from elsewhere, no inline code, no frame around it.
+    # Scripts only of this server, no other origins, no inline code, no frames.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
         "media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -37,15 +35,15 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # Asked for again each time, and answered with 304: a page loaded after an update has its modules.
+    # Browsers ask again each time, so that a page loaded after an update gets the new modules.
     "Cache-Control": "no-cache",
 }
-"""Of every answer."""
+"""Headers of every response."""
 
 
 @dataclass(frozen=True)
 class StaticFile:
-    """A file as it is sent."""
+    """The content and headers of a file."""
 
     content: bytes
     media: str
@@ -53,21 +51,25 @@ class StaticFile:
 
 
 def read_files() -> dict[str, StaticFile]:
-    """The files of the package, by the paths that name them."""
+    """Return the files of the package, by the paths of requests."""
+    folder = resources.files(__package__).joinpath("static")
     found = {}
-    for each in resources.files(__package__).joinpath("static").iterdir():
+    for prefix, each in (
+        *(("", each) for each in folder.iterdir()),
+        *(("vendor/", each) for each in folder.joinpath("vendor").iterdir()),
+    ):
         media = _TYPES.get(f".{each.name.rpartition('.')[2]}")
         if media is None:
             continue
         content = each.read_bytes()
         etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-        found[ROOT + each.name] = StaticFile(content, media, etag)
+        found[f"{ROOT}{prefix}{each.name}"] = StaticFile(content, media, etag)
     found[ROOT] = found[f"{ROOT}index.html"]
     return found
 
 
 class Console:
-    """Answers to browsers, before anything is asked about who they are."""
+    """The API that serves browsers without authentication."""
 
     name = "console"
 
@@ -86,7 +88,7 @@ class Console:
         return f"{head.path}/" == ROOT or head.path.startswith(ROOT)
 
     def respond(self, head: RequestHead) -> Response:
-        """The file that the path names; nothing here waits for a disk or a database."""
+        """Return the file of the path, without access to disk or database."""
         if head.method not in ("GET", "HEAD"):
             return _text(405, "The console's files are read with GET.", Allow="GET, HEAD")
         if head.path in ("/", ROOT.rstrip("/")):
@@ -106,12 +108,12 @@ class Console:
 
 
 def _wants_page(head: RequestHead) -> bool:
-    """Whether a browser asks for a page: clients of APIs take JSON, XML or anything."""
+    """Return whether a browser requests a page; clients of APIs accept JSON, XML or anything."""
     return any(name == "accept" and "text/html" in value for name, value in head.headers)
 
 
 def _is_known(head: RequestHead, etag: str) -> bool:
-    """Whether the browser has this very version (RFC 9110, section 13.1.2)."""
+    """Return whether the browser has this version (RFC 9110, section 13.1.2)."""
     given = ",".join(value for name, value in head.headers if name == "if-none-match")
     tags = {each.strip().removeprefix("W/") for each in given.split(",")}
     return etag in tags or "*" in tags

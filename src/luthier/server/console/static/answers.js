@@ -1,10 +1,14 @@
-// What models answer, made ready to be shown: no element is touched here, so that it is tested without a browser.
+// Answers of models, prepared for display without the DOM.
+
+/** Why an answer ended early. */
+export const ENDINGS = {
+  length: "cut at the maximum number of tokens or the context length of the model",
+  content_filter: "stopped by a content filter",
+};
 
 /**
- * Cut a text at the entities that a tagger found in it.
- * @param {string} text as it was sent
- * @param {Array<{label: string, start: number, end: number}>} entities places in code points, as Python counts
- * @returns {Array<{text: string, label: ?string}>} the whole text in order; what overlaps an earlier one is left out
+ * Split a text at entities `{label, start, end}` whose positions count code points, as Python does. Returns all parts
+ * of the text as `{text, label}`; overlapping entities are left out.
  */
 export function spansOf(text, entities) {
   // An emoji is one code point and two units of a JavaScript string.
@@ -21,43 +25,27 @@ export function spansOf(text, entities) {
   return found;
 }
 
-/**
- * Scores by class, the likeliest first.
- * @param {Object<string, number>} scores
- * @param {number} [most]
- * @returns {{shown: Array<[string, number]>, further: number}} `further` classes are left out
- */
+/** Return `most` pairs of label and score, the highest score first, and the number of `further` labels. */
 export function likeliest(scores, most = 20) {
   const all = Object.entries(scores ?? {})
-    .filter(([, score]) => typeof score === "number" && Number.isFinite(score))
+    .filter(([, score]) => Number.isFinite(score))
     .sort((a, b) => b[1] - a[1]);
   return { shown: all.slice(0, most), further: Math.max(0, all.length - most) };
 }
 
-/**
- * @param {Array<number>} first
- * @param {Array<number>} second as long
- * @returns {number} cosine of the angle between both, from -1 to 1; NaN where one is zero or another length
- */
+/** Return the cosine of two vectors; NaN for a zero vector or different lengths. */
 export function cosine(first, second) {
   if (first.length !== second.length) return NaN;
-  let [dot, one, two] = [0, 0, 0];
-  for (let i = 0; i < first.length; i += 1) {
-    dot += first[i] * second[i];
-    one += first[i] ** 2;
-    two += second[i] ** 2;
-  }
-  return dot / Math.sqrt(one * two);
+  const dot = (a, b) => a.reduce((sum, value, index) => sum + value * b[index], 0);
+  return dot(first, second) / Math.sqrt(dot(first, first) * dot(second, second));
 }
 
-/** An answer that grows by the chunks of a chat stream. */
+/** An answer that grows by the chunks of a chat stream. Times are in milliseconds. */
 export class StreamedAnswer {
-  /** @param {number} sent when the question was sent, in milliseconds */
   constructor(sent) {
     this.sent = sent;
     this.text = "";
     this.reasoning = "";
-    /** Names of the tools that the model calls, with what it gives them. */
     this.tools = [];
     this.finish = null;
     this.usage = null;
@@ -65,12 +53,7 @@ export class StreamedAnswer {
     this.lastAt = null;
   }
 
-  /**
-   * Add what one chunk brought.
-   * @param {Object} chunk as OpenAI has it
-   * @param {number} now in milliseconds
-   * @returns {{text: string, reasoning: string}} what is new
-   */
+  /** Add a chunk of the OpenAI API and return its text and reasoning. */
   add(chunk, now) {
     if (chunk?.usage) this.usage = chunk.usage;
     const choice = chunk?.choices?.find((each) => (each.index ?? 0) === 0);
@@ -79,13 +62,9 @@ export class StreamedAnswer {
     const text = textOf(choice.delta?.content);
     const reasoning = textOf(choice.delta?.reasoning_content);
     const calls = choice.delta?.tool_calls ?? [];
-    for (const call of calls) {
-      const place = call.index ?? 0;
-      const known = this.tools[place] ?? { name: "", given: "" };
-      this.tools[place] = {
-        name: known.name + textOf(call.function?.name),
-        given: known.given + textOf(call.function?.arguments),
-      };
+    for (const { index = 0, function: called } of calls) {
+      const { name, given } = this.tools[index] ?? { name: "", given: "" };
+      this.tools[index] = { name: name + textOf(called?.name), given: given + textOf(called?.arguments) };
     }
     if (text || reasoning || calls.length) {
       this.firstAt ??= now;
@@ -96,12 +75,11 @@ export class StreamedAnswer {
     return { text, reasoning };
   }
 
-  /** @returns {?number} seconds to the first token */
   get firstTokenSeconds() {
     return this.firstAt === null ? null : (this.firstAt - this.sent) / 1000;
   }
 
-  /** @returns {?number} tokens a second after the first; none of fewer than two */
+  /** Tokens per second after the first token; null for fewer than two tokens. */
   get tokensPerSecond() {
     const count = this.usage?.completion_tokens ?? 0;
     const seconds = ((this.lastAt ?? 0) - (this.firstAt ?? 0)) / 1000;
@@ -109,24 +87,10 @@ export class StreamedAnswer {
   }
 }
 
-/** Why an answer ended, where a person should know it. */
-export const ENDINGS = {
-  length: "cut at the most tokens that were asked for, or at the end of the model's context",
-  content_filter: "held back by a filter",
-};
-
-/**
- * The turns that are sent with a new message.
- * @param {Array<{role: string, content: string}>} history
- * @param {string} system instructions; left out where empty
- * @param {string} message
- * @returns {Array<{role: string, content: string}>}
- */
+/** Return the turns of a request: the system prompt unless empty, the history and the new message. */
 export function turnsOf(history, system, message) {
   const first = system.trim() ? [{ role: "system", content: system }] : [];
   return [...first, ...history, { role: "user", content: message }];
 }
 
-function textOf(value) {
-  return typeof value === "string" ? value : "";
-}
+const textOf = (value) => (typeof value === "string" ? value : "");

@@ -1,11 +1,9 @@
-// What is certified of a model, in words, tables and a chart: whether it learned, from what, and what was checked.
+// The certificate of a model: whether the model learned, its checks, its data and its training.
 
 import { call, messageOf } from "./api.js";
-import { lineChart } from "./chart.js";
-import { h, replace } from "./dom.js";
+import { LineChart } from "./charts.js";
 import { bytes, duration, number, shortName, time, words } from "./format.js";
-import { link } from "./router.js";
-import { facts, table } from "./table.js";
+import { Chip, Facts, Section, Table, html, link, useAction } from "./ui.js";
 
 /** Rows of a table of a report that are shown. */
 const MOST_ROWS = 100;
@@ -13,131 +11,88 @@ const MOST_ROWS = 100;
 const LONG_TEXT = 60;
 /** Colours of the outcomes of luthier/engine/verdict.py. */
 const OUTCOMES = {
-  learned: "good",
-  still_improving: "good",
-  overfitted: "warning",
-  declined: "warning",
-  hardly_learned: "warning",
-  worse: "error",
-  unmeasured: "note",
+  learned: "good", still_improving: "good", overfitted: "warning", declined: "warning", hardly_learned: "warning",
+  worse: "error", unmeasured: "note",
 };
 const GATES = { passed: "good", warnings: "warning", refused: "error" };
 
 /**
- * All that a certificate says.
- * @param {Object} view as `GET /api/v1/models/ID/certificate` answers
- * @param {Array<Object>} models those of the account, to name the lineage; none where the key may not list them
- * @param {?string} job id of the job that made the model
- * @returns {Array<HTMLElement>}
+ * All parts of a certificate. `view` is the answer of `GET /api/v1/models/ID/certificate`; `models` of the account have
+ * the names of the lineage; `job` created the model.
  */
-export function certificateSections({ certificate, lineage, shares, errors }, models, job = null) {
+export function Certificate({ view, models, job = null }) {
+  const { certificate, lineage, shares, errors } = view;
   const record = certificate.record ?? {};
   const metrics = record.metrics ?? {};
-  return [
-    section(
-      "Did it learn?",
-      verdict(record, metrics),
-      scores(metrics, new Set(shares)),
-      baselines(metrics.comparison, new Set(errors)),
-      curves(certificate),
-    ),
-    section(
-      "What was checked",
-      gate(record.data_report),
-      labelIssues(metrics.label_issues, job),
-      parity(record.parity),
-      imported(record.checks),
-      reports(certificate.reports),
-    ),
-    section("Where it comes from", chain(certificate, lineage, models), dataFiles(record)),
-    section(
-      "How it was made",
-      made(record, certificate),
-      settings(record.recipe),
-      forecast(certificate.forecast),
-      energy(certificate.compute),
-    ),
-    certificate.missing?.length
-      ? section(
-          "Not known",
-          h(
-            "ul",
-            null,
-            certificate.missing.map((each) => h("li", null, each)),
-          ),
-        )
-      : null,
-  ];
+  return html`
+    <${Section} title="Verdict">
+      ${verdict(record, metrics)} ${scores(metrics, new Set(shares))}
+      ${baselines(metrics.comparison, new Set(errors))} ${curves(certificate)}
+    <//>
+    <${Section} title="Checks">
+      ${gate(record.data_report)} ${labelIssues(metrics.label_issues, job)} ${parity(record.parity)}
+      ${imported(record.checks)} ${reports(certificate.reports)}
+    <//>
+    <${Section} title="Lineage and data">${chain(certificate, lineage, models)} ${dataFiles(record)}<//>
+    <${Section} title="Training">
+      ${made(record, certificate)} ${settings(record.recipe)} ${forecast(certificate.forecast)} ${energy(certificate.compute)}
+    <//>
+    <${Section} title="Unknown">
+      ${certificate.missing?.length > 0 && html`<ul>${certificate.missing.map((each) => html`<li>${each}</li>`)}</ul>`}
+    <//>
+  `;
 }
 
-/**
- * A button that saves certificate.json with the bytes that are certified.
- * @param {Object} model
- * @param {AbortSignal} signal
- * @returns {HTMLElement}
- */
-export function certificateDownload(model, signal) {
-  const problem = h("span", { class: "error", role: "alert" });
-  const save = async () => {
-    replace(problem);
-    try {
-      const path = `/api/v1/models/${encodeURIComponent(model.id)}/certificate.json`;
-      const file = URL.createObjectURL(await call("GET", path, { signal, accept: "application/octet-stream" }));
-      h("a", { href: file, download: `${model.name}-certificate.json` }).click();
-      setTimeout(() => URL.revokeObjectURL(file), 10_000);
-    } catch (error) {
-      if (error.name !== "AbortError") problem.textContent = messageOf(error);
-    }
-  };
-  return h("span", null, h("button", { type: "button", onclick: save }, "Download certificate.json"), " ", problem);
+/** A button that saves certificate.json with the exact bytes that are certified. */
+export function CertificateDownload({ model }) {
+  const { error, run } = useAction(async () => {
+    const path = `/api/v1/models/${encodeURIComponent(model.id)}/certificate.json`;
+    const file = URL.createObjectURL(await call("GET", path, { accept: "application/octet-stream" }));
+    Object.assign(document.createElement("a"), { href: file, download: `${model.name}-certificate.json` }).click();
+    setTimeout(() => URL.revokeObjectURL(file), 10_000);
+  });
+  return html`
+    <button type="button" onclick=${run}>Download certificate.json</button>
+    ${error && html`<span class="error" role="alert">${messageOf(error)}</span>`}
+  `;
 }
 
-/** A value of a measure: shares have one decimal, as on the command line, so that 99.96 % is not all. */
+/** Format a measure: shares have one decimal as in the CLI, so that 99.96 % does not read as 100 %. */
 function measureText(value, isShare) {
   return isShare ? `${(100 * value).toFixed(1)} %` : number(value, 4);
 }
 
-function section(title, ...content) {
-  return content.some(Boolean) ? h("section", null, h("h2", null, title), content) : null;
-}
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 function verdict(record, metrics) {
   const found = metrics.verdict;
   const limits = record.withheld
-    ? h("p", { class: "box error" }, `Withheld, not to be used: ${record.withheld}.`)
-    : record.accepted
-      ? h("p", { class: "box warning" }, `Accepted outside its limits: ${record.accepted}.`)
-      : null;
-  if (!found?.text) return [limits, h("p", { class: "soft" }, "Nothing was measured that says whether it learned.")];
+    ? html`<p class="box error">Withheld, do not use: ${record.withheld}.</p>`
+    : record.accepted && html`<p class="box warning">Accepted outside its limits: ${record.accepted}.</p>`;
+  if (!found?.text) return [limits, html`<p class="soft">No measurement shows whether the model learned.</p>`];
   return [
     limits,
-    h(
-      "div",
-      { class: `box ${OUTCOMES[found.outcome] ?? "note"}` },
-      h("p", null, h("strong", null, found.text.charAt(0).toUpperCase() + found.text.slice(1)), "."),
-      found.advice ? h("p", null, found.advice.replace(/\.?$/, ".")) : null,
-    ),
+    html`
+      <div class=${`box ${OUTCOMES[found.outcome] ?? "note"}`}>
+        <p><strong>${capital(found.text)}</strong>.</p>
+        ${found.advice && html`<p>${found.advice.replace(/\.?$/, ".")}</p>`}
+      </div>
+    `,
   ];
 }
 
 function scores(metrics, shares) {
-  const { before = {}, kept = {}, kept_step: step } = metrics.verdict ?? {};
+  const { before, kept, kept_step: step } = metrics.verdict ?? {};
   const names = Object.keys(kept ?? {}).filter((name) => typeof kept[name] === "number");
   if (!names.length) return null;
-  return table({
-    caption: "Held-out rows, before and after",
-    showCaption: true,
-    columns: [
-      "Measure",
-      { name: "Before training", kind: "number" },
-      { name: `Kept (step ${number(step)})`, kind: "number" },
-    ],
-    rows: names.map((name) => [
+  const columns = ["Measure", "Before training", `Stored model (step ${number(step)})`];
+  return html`<${Table} caption="Scores on validation rows" showCaption
+    columns=${columns.map((name, index) => ({ name, kind: index ? "number" : null }))}
+    rows=${names.map((name) => [
       words(name),
       typeof before?.[name] === "number" ? measureText(before[name], shares.has(name)) : "–",
       measureText(kept[name], shares.has(name)),
-    ]),
-  });
+    ])} />`;
 }
 
 function baselines(comparison, errors) {
@@ -147,27 +102,23 @@ function baselines(comparison, errors) {
     ["this model", comparison.tuned, null, null],
     ...comparison.baselines.map((each) => [each.name, each.score, each.error, each.seconds]),
   ];
-  // What is compared is a share, or else an error. The best stands first, and what has no score last.
+  // The measure is a share or an error. The best row is first; rows without a score are last.
   const isError = errors.has(measure);
   const cost = ([, score]) => (typeof score === "number" ? (isError ? score : -score) : Infinity);
   rows.sort((a, b) => (cost(a) === cost(b) ? 0 : cost(a) - cost(b)));
+  const scoreOf = (score, error) =>
+    typeof score === "number" ? `${measureText(score, !isError)}${error ? ` ± ${measureText(error, !isError)}` : ""}` : "–";
   return [
-    table({
-      caption: `Beside simple baselines: ${words(measure).toLowerCase()} on the same ${number(comparison.rows)} rows`,
-      showCaption: true,
-      columns: ["Model", { name: words(measure), kind: "number" }, { name: "Fitted in", kind: "number" }],
-      rows: rows.map(([name, score, error, seconds]) => [
-        name === "this model" ? h("strong", null, name) : name,
-        typeof score === "number"
-          ? `${measureText(score, !isError)}${error ? ` ± ${measureText(error, !isError)}` : ""}`
-          : "–",
-        seconds === null ? "–" : duration(seconds),
-      ]),
-    }),
-    comparison.verdict
-      ? h("p", null, `${comparison.verdict.charAt(0).toUpperCase()}${comparison.verdict.slice(1)}.`)
-      : null,
-    comparison.left_out?.length ? h("p", { class: "soft" }, `Left out: ${comparison.left_out.join("; ")}.`) : null,
+    html`<${Table} showCaption
+      caption=${`Comparison with simple baselines: ${words(measure).toLowerCase()} on the same ${number(comparison.rows)} rows`}
+      columns=${["Model", { name: words(measure), kind: "number" }, { name: "Fitting time", kind: "number" }]}
+      rows=${rows.map(([name, score, error, seconds]) => [
+        name === "this model" ? html`<strong>${name}</strong>` : name,
+        scoreOf(score, error),
+        duration(seconds),
+      ])} />`,
+    comparison.verdict && html`<p>${capital(comparison.verdict)}.</p>`,
+    comparison.left_out?.length > 0 && html`<p class="soft">Left out: ${comparison.left_out.join("; ")}.</p>`,
   ];
 }
 
@@ -178,120 +129,81 @@ function curves(certificate) {
     marks: name === "validation",
   }));
   if (!series.some((each) => each.points.length)) return null;
-  const chart = lineChart({ title: "Loss while it was trained", x: "step", y: "loss" });
-  chart.update(series);
-  return chart.element;
+  return html`<${LineChart} title="Loss during training" x="step" series=${series} />`;
 }
 
 function gate(report) {
   if (!report) return null;
-  const rules = report.rules ?? [];
+  const { rules = [], checks = [] } = report;
   return [
-    h(
-      "p",
-      null,
-      "The rows: ",
-      h("span", { class: `chip ${GATES[report.verdict] ?? ""}` }, words(report.verdict)),
-      " ",
-      report.checks?.length
-        ? h(
-            "span",
-            { class: "soft" },
-            `${report.checks.length} checks: ${report.checks.map((each) => each.replaceAll("_", " ")).join(", ")}.`,
-          )
-        : null,
-    ),
-    rules.length
-      ? table({
-          caption: "What the data gate found",
-          columns: [{ name: "Rule", kind: "code" }, "Severity", { name: "Rows", kind: "number" }, "First places"],
-          rows: rules.map((each) => [
-            h("code", null, each.rule),
-            h("span", { class: `chip ${each.severity}` }, words(each.severity)),
-            number(each.count),
-            (each.first ?? []).map(shortName).join(", "),
-          ]),
-        })
-      : null,
+    html`
+      <p>
+        Data checks: <${Chip} kind=${GATES[report.verdict]}>${words(report.verdict)}<//>${" "}
+        ${checks.length > 0 && html`
+          <span class="soft">${checks.length} checks: ${checks.map((each) => each.replaceAll("_", " ")).join(", ")}.</span>
+        `}
+      </p>
+    `,
+    rules.length > 0 && html`<${Table} caption="Findings of the data checks"
+      columns=${[{ name: "Rule", kind: "code" }, "Severity", { name: "Rows", kind: "number" }, "First locations"]}
+      rows=${rules.map((each) => [
+        html`<code>${each.rule}</code>`,
+        html`<${Chip} kind=${each.severity}>${words(each.severity)}<//>`,
+        number(each.count),
+        (each.first ?? []).map(shortName).join(", "),
+      ])} />`,
   ];
 }
 
 function labelIssues(found, job) {
   if (!found) return null;
-  const { issues, rows } = found;
-  return h(
-    "p",
-    null,
-    `${number(issues)} of ${number(rows)} labels are worth a look.`,
-    issues && job ? [" ", h("a", { href: link("jobs", job) }, "Show the rows"), "."] : null,
-  );
+  const rows = found.issues > 0 && job && html`${" "}<a href=${link("jobs", job)}>Show the rows</a>`;
+  return html`<p>Label issues: ${number(found.issues)} of ${number(found.rows)} labels.${rows}</p>`;
 }
 
 function parity(found) {
   if (!found) return null;
-  const difference = Math.abs(found.trained - found.reloaded);
-  const next = found.next_tokens;
+  const { trained, reloaded, next_tokens: next, greedy, rounded } = found;
+  const apart = `${number(Math.abs(trained - reloaded), 2)} apart${rounded ? ", merged weights are rounded" : ""}`;
   return [
-    h(
-      "p",
-      null,
-      `Trained and read back from disk, its loss is ${number(found.trained, 4)} and ${number(found.reloaded, 4)} `,
-      `on ${number(found.rows)} rows`,
-      ` (${number(difference, 2)} apart${found.rounded ? ", its merged weights are rounded" : ""}).`,
-    ),
-    next
-      ? h(
-          "p",
-          null,
-          `The likeliest next token is the same at ${measureText(next.agreement, true)} of ${number(next.tokens)} places.`,
-        )
-      : null,
-    found.greedy
-      ? h(
-          "p",
-          null,
-          `In what it writes greedily, at ${measureText(found.greedy.agreement, true)} of ${number(found.greedy.tokens)} places.`,
-        )
-      : null,
+    html`
+      <p>
+        Loss after training: ${number(trained, 4)}. Loss after loading the stored model: ${number(reloaded, 4)} on${" "}
+        ${number(found.rows)} rows (${apart}).
+      </p>
+    `,
+    next && html`<p>Most likely next token: equal for ${measureText(next.agreement, true)} of ${number(next.tokens)} tokens.</p>`,
+    greedy && html`<p>Greedy generation: equal for ${measureText(greedy.agreement, true)} of ${number(greedy.tokens)} tokens.</p>`,
   ];
 }
 
-/** What a model from outside was tried with before it was taken. */
+/** The checks of an imported model. */
 function imported(checks) {
   const rows = Object.entries(checks ?? {});
   if (!rows.length) return null;
-  return table({
-    caption: "Checked when it was imported",
-    showCaption: true,
-    columns: ["What", "Outcome"],
-    rows: rows.map(([name, value]) => [
-      words(name),
-      shorten(typeof value === "string" ? value : JSON.stringify(value)),
-    ]),
-  });
+  return html`<${Table} caption="Checks at import" showCaption columns=${["Check", "Outcome"]}
+    rows=${rows.map(([name, value]) => [words(name), shorten(textOf(value))])} />`;
 }
 
 function reports(kept) {
   if (!kept?.length) return null;
-  return [
-    h("h3", null, "Reports kept with the model"),
-    kept.map(({ file, report }) =>
-      h(
-        "details",
-        { class: "rule" },
-        h("summary", null, words(report.kind), h("span", { class: "soft" }, ` · ${time(report.created)}`)),
-        h(
-          "div",
-          { class: "inside" },
-          facts([
-            ["File", h("code", null, file)],
-            ["Measured on", Object.keys(report.data).map((name) => h("div", null, shortName(name)))],
-          ]),
-          resultView(report.result),
-        ),
-      ),
-    ),
-  ];
+  return html`
+    <h3>Reports stored with the model</h3>
+    ${kept.map(
+      ({ file, report }) => html`
+        <details class="rule">
+          <summary>${words(report.kind)}<span class="soft"> · ${time(report.created)}</span></summary>
+          <div class="inside">
+            <${Facts} pairs=${[
+              ["File", html`<code>${file}</code>`],
+              ["Measured on", Object.keys(report.data).map((name) => html`<div>${shortName(name)}</div>`)],
+            ]} />
+            ${resultView(report.result)}
+          </div>
+        </details>
+      `,
+    )}
+  `;
 }
 
 /** The result of a report: single values as facts, lists of objects as tables, the rest by its parts. */
@@ -307,131 +219,96 @@ function resultView(result) {
   const single = parts.filter(([, value]) => !isObject(value)).map(([name, value]) => [words(name), shown(value)]);
   const isLong = ([, text]) => text.length > LONG_TEXT;
   return [
-    facts(single.filter((each) => !isLong(each))),
-    single.filter(isLong).map(([name, text]) => h("p", null, h("strong", null, name), ": ", text)),
+    html`<${Facts} pairs=${single.filter((each) => !isLong(each))} />`,
+    single.filter(isLong).map(([name, text]) => html`<p><strong>${name}</strong>: ${text}</p>`),
     parts.filter(([, value]) => isObject(value)).map(([name, value]) => {
       const entries = Object.entries(value);
       if (!entries.length) return null;
-      const title = h("h4", null, words(name));
+      const title = html`<h4>${words(name)}</h4>`;
       if (!entries.every(([, each]) => isObject(each))) return [title, resultView(value)];
       const columns = [...new Set(entries.flatMap(([, each]) => Object.keys(each)))];
       const named = Array.isArray(value) ? [] : ["name"];
+      const cells = ([key, each]) => [...named.map(() => key), ...columns.map((column) => shown(each[column]))];
+      const rows = entries.slice(0, MOST_ROWS).map(cells);
       return [
         title,
-        table({
-          caption: words(name),
-          columns: [...named, ...columns].map(words),
-          rows: entries
-            .slice(0, MOST_ROWS)
-            .map(([key, each]) => [...named.map(() => key), ...columns.map((column) => shown(each[column]))]),
-        }),
-        entries.length > MOST_ROWS
-          ? h("p", { class: "soft" }, `${MOST_ROWS} of ${number(entries.length)} rows are shown.`)
-          : null,
+        html`<${Table} caption=${words(name)} columns=${[...named, ...columns].map(words)} rows=${rows} />`,
+        entries.length > MOST_ROWS && html`<p class="soft">Showing ${MOST_ROWS} of ${number(entries.length)} rows.</p>`,
       ];
     }),
   ];
 }
 
+/** The model itself first, its base last. */
 function chain(certificate, lineage, models) {
   const relatives = certificate.lineage ?? [];
   const parents = relatives.filter((each) => !each.helped);
   const helpers = relatives.filter((each) => each.helped);
+  const below = parents.slice(lineage.length - 1);
   const known = new Map(models.map((each) => [each.arn, each]));
-  const steps = lineage.map((arn, index) => ({
-    arn,
-    model: known.get(arn),
-    // The certificate begins behind the model itself.
-    relative: index === 0 ? { content_sha256: certificate.content_sha256, part: "this model" } : parents[index - 1],
-  }));
-  const named = ({ arn, model }) =>
-    model
-      ? h("a", { href: link("models", model.id) }, h("bdi", null, model.name))
-      : h(
-          "span",
-          null,
-          h("bdi", null, shortName(arn)),
-          models.length ? h("span", { class: "soft" }, " (deleted since)") : null,
-        );
-  return [
-    h(
-      "ol",
-      { class: "lineage" },
-      steps.map((step) => h("li", null, named(step), step.relative ? relativeFacts(step.relative) : null)),
-    ),
-    parents.length > lineage.length - 1
-      ? h(
-          "p",
-          { class: "soft" },
-          `Below: ${parents
-            .slice(lineage.length - 1)
-            .map((each) => each.id)
-            .join(", ")}.`,
-        )
-      : null,
-    helpers.length
-      ? [
-          h("h3", null, "What helped"),
-          h(
-            "ul",
-            null,
-            helpers.map((each) => h("li", null, each.id, relativeFacts(each))),
-          ),
-        ]
-      : null,
-  ];
+  const named = (arn) => {
+    const model = known.get(arn);
+    if (model) return html`<a href=${link("models", model.id)}><bdi>${model.name}</bdi></a>`;
+    return html`<span><bdi>${shortName(arn)}</bdi>${models.length > 0 && html`<span class="soft"> (deleted)</span>`}</span>`;
+  };
+  // The lineage in the certificate begins with the parent of the model.
+  const self = { content_sha256: certificate.content_sha256, part: "this model" };
+  return html`
+    <ol class="lineage">
+      ${lineage.map((arn, index) => html`<li>${named(arn)} ${relativeFacts(index ? parents[index - 1] : self)}</li>`)}
+    </ol>
+    ${below.length > 0 && html`<p class="soft">Earlier models: ${below.map((each) => each.id).join(", ")}.</p>`}
+    ${helpers.length > 0 && html`
+      <h3>Teachers and other models</h3>
+      <ul>${helpers.map((each) => html`<li>${each.id} ${relativeFacts(each)}</li>`)}</ul>
+    `}
+  `;
 }
 
 function relativeFacts(relative) {
-  return h("small", { class: "soft" }, [
-    words(relative.part ?? ""),
-    relative.source ? [", from ", h("code", null, relative.source)] : null,
-    relative.licence ? `, licence ${relative.licence}` : null,
-    relative.content_sha256
-      ? [", SHA-256 ", h("code", { title: relative.content_sha256 }, relative.content_sha256.slice(0, 16), "…")]
-      : null,
-  ]);
+  if (!relative) return null;
+  const { part = "", source, licence, content_sha256: hash } = relative;
+  return html`
+    <small class="soft">
+      ${words(part)}${source && html`, from <code>${source}</code>`}${licence && `, licence ${licence}`}
+      ${hash && html`, SHA-256 <code title=${hash}>${hash.slice(0, 16)}…</code>`}
+    </small>
+  `;
 }
 
 function dataFiles(record) {
   const files = Object.entries(record.data?.sha256 ?? {});
   if (!files.length) return null;
   const { rows, validation_rows: held, dropped, truncated, tokens } = record.data;
-  const held_out = held ? `, measured on ${number(held)} others` : "";
-  return [
-    h("h3", null, "Data"),
-    h(
-      "p",
-      null,
-      `Trained on ${number(rows)} rows (${number(tokens)} tokens)${held_out}.`,
-      dropped ? ` ${number(dropped)} too long rows were left out.` : null,
-      truncated ? ` ${number(truncated)} were cut.` : null,
-    ),
-    table({
-      caption: "Hashes of the files of the data",
-      columns: ["File", { name: "SHA-256", kind: "code" }],
-      rows: files.map(([name, digest]) => [shortName(name), h("code", null, digest)]),
-    }),
-  ];
+  return html`
+    <h3>Data</h3>
+    <${Facts} pairs=${[
+      ["Training rows", number(rows)],
+      ["Tokens", number(tokens)],
+      ["Validation rows", held ? number(held) : null],
+      ["Rows left out (too long)", dropped ? number(dropped) : null],
+      ["Rows truncated", truncated ? number(truncated) : null],
+    ]} />
+    <${Table} caption="Hashes of the data files" columns=${["File", { name: "SHA-256", kind: "code" }]}
+      rows=${files.map(([name, digest]) => [shortName(name), html`<code>${digest}</code>`])} />
+  `;
 }
 
-function made(record, certificate) {
-  const metrics = record.metrics ?? {};
-  return facts([
+function made({ metrics = {}, ...record }, certificate) {
+  const known = (name, show) => (metrics[name] === undefined ? null : show(metrics[name]));
+  const torch = record.torch ? `, torch ${record.torch}` : "";
+  return html`<${Facts} pairs=${[
     ["Objective", record.recipe?.objective?.method],
     ["Adaptation", record.recipe?.adaptation?.method],
-    ["Steps", metrics.steps === undefined ? null : number(metrics.steps)],
-    ["Tokens read", metrics.tokens === undefined ? null : number(metrics.tokens)],
-    [
-      "Weights trained",
-      metrics.trained_weights === undefined ? null : `${number(metrics.trained_weights)} of ${number(metrics.weights)}`,
-    ],
-    ["Training took", metrics.seconds === undefined ? null : duration(metrics.seconds)],
-    ["Peak memory", metrics.peak_memory_bytes === undefined ? null : bytes(metrics.peak_memory_bytes)],
+    ["Steps", known("steps", number)],
+    ["Tokens", known("tokens", number)],
+    ["Trained weights", known("trained_weights", (count) => `${number(count)} of ${number(metrics.weights)}`)],
+    ["Training time", known("seconds", duration)],
+    ["Peak memory", known("peak_memory_bytes", bytes)],
     ["Precision", record.precision],
     ["Machine", certificate.machine],
-    ["Made by", record.luthier ? `luthier ${record.luthier}${record.torch ? `, torch ${record.torch}` : ""}` : null],
-  ]);
+    ["Created with", record.luthier ? `luthier ${record.luthier}${torch}` : null],
+  ]} />`;
 }
 
 function settings(recipe) {
@@ -441,20 +318,14 @@ function settings(recipe) {
       ? Object.entries(fields).map(([name, value]) => [`${group}.${name}`, value])
       : [[group, fields]],
   );
-  const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-  return h(
-    "details",
-    null,
-    h("summary", null, "All settings"),
-    table({
-      caption: "Settings",
-      columns: ["Setting", "Value"],
-      rows: rows.map(([name, value]) => [
-        h("code", null, name),
-        shorten(name.startsWith("data.") && typeof value === "string" ? shortName(value) : shown(value)),
-      ]),
-    }),
-  );
+  const shown = (name, value) => (name.startsWith("data.") && typeof value === "string" ? shortName(value) : textOf(value));
+  return html`
+    <details>
+      <summary>All settings</summary>
+      <${Table} caption="Settings" columns=${["Setting", "Value"]}
+        rows=${rows.map(([name, value]) => [html`<code>${name}</code>`, shorten(shown(name, value))])} />
+    </details>
+  `;
 }
 
 function forecast(found) {
@@ -465,48 +336,32 @@ function forecast(found) {
     if (name === "seconds") return duration(value);
     return name.endsWith("bytes") ? bytes(value) : number(value);
   };
-  return table({
-    caption: "Estimate, and what it took",
-    showCaption: true,
-    columns: [
-      "What",
-      { name: "Estimated", kind: "number" },
-      { name: "Between", kind: "number" },
-      { name: "Took", kind: "number" },
-    ],
-    rows: asked.map((each) => [
-      words(each.quantity.replace(/_bytes$/, "")),
-      amount(each.quantity, each.estimate),
-      each.low === null || each.low === undefined
-        ? "–"
-        : `${amount(each.quantity, each.low)} to ${amount(each.quantity, each.high)}`,
-      amount(each.quantity, each.actual),
-    ]),
-  });
+  const columns = ["Quantity", "Estimate", "Interval", "Measured"];
+  return html`<${Table} caption="Estimate and measurement" showCaption
+    columns=${columns.map((name, index) => ({ name, kind: index ? "number" : null }))}
+    rows=${asked.map(({ quantity, estimate, low, high, actual }) => [
+      words(quantity.replace(/_bytes$/, "")),
+      amount(quantity, estimate),
+      typeof low === "number" ? `${amount(quantity, low)} to ${amount(quantity, high)}` : "–",
+      amount(quantity, actual),
+    ])} />`;
 }
 
 function energy(compute) {
   if (!compute) return null;
-  return [
-    h("h3", null, "Compute and energy"),
-    facts([
+  const assumed = compute.watts_assumed && html`<small>assumed, not measured</small>`;
+  return html`
+    <h3>Compute and energy</h3>
+    <${Facts} pairs=${[
       ["Operations", compute.flops ? `${compute.flops.toExponential(2)} FLOPs` : null],
       ["Energy", typeof compute.kilowatt_hours === "number" ? `${number(1000 * compute.kilowatt_hours)} Wh` : null],
-      [
-        "Power",
-        compute.watts
-          ? h(
-              "span",
-              null,
-              `${number(compute.watts)} W`,
-              compute.watts_assumed ? h("small", null, "assumed, not measured") : null,
-            )
-          : null,
-      ],
+      ["Power", compute.watts ? [`${number(compute.watts)} W`, assumed] : null],
       ["Time", compute.seconds ? duration(compute.seconds) : null],
-    ]),
-  ];
+    ]} />
+  `;
 }
+
+const textOf = (value) => (typeof value === "string" ? value : JSON.stringify(value));
 
 function shorten(text) {
   return text.length > 200 ? `${text.slice(0, 200)}…` : text;

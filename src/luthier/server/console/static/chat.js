@@ -1,303 +1,211 @@
-// A chat with a model that writes, alone or beside another one that gets the same messages.
+// A chat with one model, or with two models that get the same messages.
 
-import { call, chat, messageOf } from "./api.js";
 import { ENDINGS, StreamedAnswer, turnsOf } from "./answers.js";
-import { announce, h, replace } from "./dom.js";
+import { call, chat, messageOf } from "./api.js";
 import { duration, number } from "./format.js";
 import { writes } from "./models.js";
+import { Field, announce, html, options, signal, useData, useEffect, useLeaving, useRef, useSignal } from "./ui.js";
 
-/** Draw the chat with `model`. */
-export async function render(root, model, signal) {
-  const others = await otherWriters(model, signal);
-  const main = side(model);
-  let beside = null;
-  let stop = null;
-  /** Settled once the answers that are under way have ended. */
-  let running = Promise.resolve();
+/** The chat with `model`. */
+export function Chat({ model }) {
+  const others = useData((left) => otherWriters(model, left));
+  const sides = useSignal(null);
+  sides.value ??= [new Side(model)];
+  const stop = useSignal(null);
+  const running = useRef(Promise.resolve());
+  const left = useLeaving();
+  const message = useRef(null);
+  useEffect(() => message.current.focus(), []);
+  useEffect(() => left.addEventListener("abort", () => stop.value?.abort()), []);
 
-  const columns = h("div", { class: "sides" }, main.element);
-  const message = h("textarea", {
-    id: "message",
-    rows: "3",
-    placeholder: "Write a message",
-    dir: "auto",
-    "aria-describedby": "message-help",
-  });
-  const send = h("button", { type: "submit", class: "primary" }, "Send");
-  const halt = h("button", { type: "button", hidden: true, onclick: () => stop?.abort() }, "Stop");
-  const clear = h("button", { type: "button", onclick: () => restart() }, "Start anew");
-  const system = h("textarea", { id: "system", rows: "2", dir: "auto", placeholder: "None" });
-  const temperature = h("input", { id: "temperature", type: "number", min: "0", max: "2", step: "0.1", value: "0" });
-  const most = h("input", { id: "most-tokens", type: "number", min: "1", max: "100000", step: "1", value: "256" });
-  const seed = h("input", { id: "seed", type: "number", min: "0", step: "1", placeholder: "drawn" });
-  const picker = h(
-    "select",
-    { id: "beside", onchange: () => setBeside(picker.value) },
-    h("option", { value: "" }, "no other model"),
-    others.map((each) =>
-      h(
-        "option",
-        { value: each.id },
-        `${each.name}${each.arn === model.base ? " (its base)" : each.kind === "custom" ? "" : " (base model)"}`,
-      ),
-    ),
-  );
-
-  const setBeside = (id) => {
-    const other = others.find((each) => each.id === id);
-    // Both models need the same earlier turns, or their answers cannot be compared.
-    beside = other ? side(other, main) : null;
-    replace(columns, main.element, beside?.element);
-    columns.classList.toggle("two", Boolean(beside));
+  const choose = ({ target }) => {
+    const other = others.data.find((each) => each.id === target.value);
+    // Answers can be compared only if both models get the same earlier turns.
+    sides.value = [sides.value[0], ...(other ? [new Side(other, sides.value[0])] : [])];
   };
   const restart = async () => {
-    stop?.abort();
-    // What is stopped still writes down the turn that it has begun.
-    await running;
-    main.clear();
-    beside?.clear();
-    message.focus();
+    stop.value?.abort();
+    // An answer that is stopped still adds its turn.
+    await running.current;
+    for (const each of sides.value) each.clear();
+    message.current?.focus();
   };
   const submit = async (event) => {
-    event?.preventDefault();
-    const text = message.value;
-    if (stop || !text.trim()) return;
-    const settings = {
-      // What is no number is the server's to refuse, in its own words.
-      temperature: temperature.value === "" ? undefined : temperature.valueAsNumber,
-      max_tokens: most.value === "" ? undefined : most.valueAsNumber,
-      seed: seed.value === "" ? undefined : seed.valueAsNumber,
-    };
-    const own = new AbortController();
-    stop = own;
-    const left = () => own.abort();
-    signal.addEventListener("abort", left, { once: true });
-    // A model that is added during an answer would lack that turn.
-    send.disabled = picker.disabled = true;
-    halt.hidden = false;
-    message.value = "";
-    try {
-      const sides = [main, beside].filter(Boolean);
-      const answers = Promise.all(sides.map((each) => each.ask(text, system.value, settings, own.signal)));
-      running = answers.catch(() => {});
-      const ends = await answers;
-      announce(ends.every(Boolean) ? "The answer is complete." : "There is no complete answer.");
-      // A message that nobody answered is not lost to who wrote it.
-      if (!ends.some(Boolean) && !own.signal.aborted && !message.value) message.value = text;
-    } finally {
-      signal.removeEventListener("abort", left);
-      if (stop === own) stop = null;
-      send.disabled = picker.disabled = false;
-      halt.hidden = true;
-      if (!signal.aborted) message.focus();
-    }
+    event.preventDefault();
+    const text = message.current.value;
+    if (stop.value || !text.trim()) return;
+    const field = (id) => document.getElementById(id);
+    const numberOf = (id) => (field(id).value === "" ? undefined : field(id).valueAsNumber);
+    const body = { temperature: numberOf("temperature"), max_tokens: numberOf("most"), seed: numberOf("seed") };
+    const own = (stop.value = new AbortController());
+    message.current.value = "";
+    const answers = Promise.all(sides.value.map((each) => each.ask(text, field("system").value, body, own.signal)));
+    running.current = answers;
+    const complete = await answers;
+    stop.value = null;
+    if (left.aborted) return;
+    announce(complete.every(Boolean) ? "The answer is complete." : "The answer is incomplete.");
+    // The user keeps a message without an answer.
+    if (!complete.some(Boolean) && !own.signal.aborted && !message.current.value) message.current.value = text;
+    message.current.focus();
   };
-  message.addEventListener("keydown", (event) => {
-    // An input method takes Enter for itself while it composes.
+  const pressed = (event) => {
+    // An input method uses Enter itself while it composes.
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
-    if (event.key === "Escape") stop?.abort();
-  });
-  replace(
-    root,
-    h(
-      "details",
-      { class: "rule" },
-      h("summary", null, "Settings"),
-      h(
-        "div",
-        { class: "inside" },
-        h(
-          "div",
-          { class: "fields" },
-          h(
-            "div",
-            null,
-            h("label", { for: "temperature" }, "Temperature"),
-            temperature,
-            h("p", { class: "help" }, "0 takes the likeliest token each time; 1 draws as the model has learned."),
-          ),
-          h("div", null, h("label", { for: "most-tokens" }, "Tokens at most"), most),
-          h(
-            "div",
-            null,
-            h("label", { for: "seed" }, "Seed"),
-            seed,
-            h("p", { class: "help" }, "The same one gives the same answer."),
-          ),
-        ),
-        h("div", null, h("label", { for: "system" }, "System prompt"), system),
-      ),
-    ),
-    h("div", { class: "narrow" }, h("label", { for: "beside" }, "Ask side by side"), picker),
-    columns,
-    h(
-      "form",
-      { class: "ask", onsubmit: submit },
-      h("label", { for: "message", class: "visually-hidden" }, "Message"),
-      message,
-      h(
-        "div",
-        { class: "actions" },
-        send,
-        halt,
-        clear,
-        h("span", { id: "message-help", class: "help" }, "Enter sends, Shift and Enter start a line."),
-      ),
-    ),
-  );
-  message.focus();
+    if (event.key === "Escape") stop.value?.abort();
+  };
+  const about = (each) => (each.arn === model.base ? " (base of this model)" : each.kind === "custom" ? "" : " (base model)");
+  return html`
+    <details class="rule">
+      <summary>Settings</summary>
+      <div class="inside">
+        <div class="fields">
+          <${Field} id="temperature" label="Temperature" help="0: the most likely token. 1: the distribution of the model.">
+            <input id="temperature" type="number" min="0" max="2" step="0.1" defaultValue="0" />
+          <//>
+          <${Field} id="most" label="Maximum tokens"><input id="most" type="number" min="1" max="100000" defaultValue="256" /><//>
+          <${Field} id="seed" label="Seed" help="An equal seed gives an equal answer.">
+            <input id="seed" type="number" min="0" step="1" placeholder="random" />
+          <//>
+        </div>
+        <${Field} id="system" label="System prompt"><textarea id="system" rows="2" dir="auto" placeholder="None" /><//>
+      </div>
+    </details>
+    <div class="narrow">
+      <${Field} id="beside" label="Compare with">
+        <select id="beside" disabled=${stop.value !== null} onchange=${choose}>
+          ${options([["", "no other model"], ...(others.data ?? []).map((each) => [each.id, each.name + about(each)])])}
+        </select>
+      <//>
+    </div>
+    <div class=${`sides ${sides.value.length > 1 ? "two" : ""}`}>
+      ${sides.value.map((each) => html`<${SideView} key=${each.model.id} side=${each} />`)}
+    </div>
+    <form class="ask" onsubmit=${submit}>
+      <label for="message" class="visually-hidden">Message</label>
+      <textarea id="message" rows="3" placeholder="Write a message" dir="auto" aria-describedby="message-help" ref=${message}
+        onkeydown=${pressed} />
+      <div class="actions">
+        <button type="submit" class="primary" disabled=${stop.value !== null}>Send</button>
+        ${stop.value && html`<button type="button" onclick=${() => stop.value.abort()}>Stop</button>`}
+        <button type="button" onclick=${restart}>New chat</button>
+        <span id="message-help" class="help">Enter sends the message, Shift+Enter starts a new line.</span>
+      </div>
+    </form>
+  `;
 }
 
-async function otherWriters(model, signal) {
-  try {
-    const { models } = await call("GET", "/api/v1/models", { signal });
-    const found = models.filter((each) => each.id !== model.id && writes(each) && /^active$/i.test(each.status));
-    // What it was trained from is what most people compare it with.
-    return found.sort(
-      (a, b) =>
-        Number(b.arn === model.base) - Number(a.arn === model.base) ||
-        Number(b.kind === "custom") - Number(a.kind === "custom"),
-    );
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    return [];
+/** Return the other models that chat, the base of the model first. */
+async function otherWriters(model, left) {
+  const { models } = await call("GET", "/api/v1/models", { signal: left });
+  const rank = (each) => 2 * (each.arn === model.base) + (each.kind === "custom");
+  return models
+    .filter((each) => each.id !== model.id && writes(each) && /^active$/i.test(each.status))
+    .sort((a, b) => rank(b) - rank(a));
+}
+
+/** The turns with one model; `before` is another side whose turns come first. */
+class Side {
+  constructor(model, before = null) {
+    this.model = model;
+    this.copied = before?.history.length ? before.model.name : null;
+    this.history = [...(before?.history ?? [])];
+    this.turns = signal([...(before?.turns.value ?? [])]);
   }
-}
 
-/** One model's part of the page, with its turns; `before` is another part whose turns it starts with. */
-function side(model, before = null) {
-  const log = h("div", { class: "turns" });
-  if (before?.history.length)
-    log.append(
-      h("p", { class: "help" }, "These earlier turns are those of ", h("bdi", null, before.name), "."),
-      ...before.turns(),
-    );
-  const element = h(
-    "section",
-    { class: "side", "aria-label": `Chat with ${model.name}` },
-    h("h2", null, h("bdi", null, model.name)),
-    log,
-  );
-  const history = [...(before?.history ?? [])];
-  const turns = () => [...log.children].map((each) => each.cloneNode(true));
+  clear() {
+    this.history = [];
+    this.turns.value = [];
+    this.copied = null;
+  }
 
-  const ask = async (text, system, settings, signal) => {
+  /** Send a message and show the answer; returns whether the answer is complete. */
+  async ask(text, system, settings, stopped) {
     const answer = new StreamedAnswer(performance.now());
-    const shown = turn(answer);
-    log.append(
-      h("div", { class: "turn user", dir: "auto" }, h("p", { class: "who" }, "You"), h("p", { class: "said" }, text)),
-      shown.element,
-    );
-    shown.element.scrollIntoView({ block: "nearest" });
-    const body = {
-      model: model.id,
-      messages: turnsOf(history, system, text),
-      stream_options: { include_usage: true },
-      ...settings,
+    const state = signal({ answer, text: "", reasoning: "", busy: true, problem: null });
+    const draw = (more) => {
+      state.value = { ...state.value, text: answer.text, reasoning: answer.reasoning, ...more };
     };
+    this.turns.value = [...this.turns.value, { text, state }];
+    const messages = turnsOf(this.history, system, text);
+    const body = { model: this.model.id, messages, stream_options: { include_usage: true }, ...settings };
     let problem = null;
+    let frame = 0;
     try {
-      for await (const chunk of chat("/v1/chat/completions", body, { signal })) {
-        shown.add(answer.add(chunk, performance.now()));
+      for await (const chunk of chat("/v1/chat/completions", body, { signal: stopped })) {
+        answer.add(chunk, performance.now());
+        // One update for each frame keeps the page responsive during long and fast answers.
+        frame ||= requestAnimationFrame(() => {
+          frame = 0;
+          draw({});
+        });
       }
-      // A server that is killed in the middle may close the connection as if all was said.
-      if (!answer.finish)
-        problem = "The server ended the answer before it was complete. Check that it runs, then ask again.";
+      // A server that is killed may close the connection as if the answer were complete.
+      if (!answer.finish) problem = "The server ended the answer before it was complete. Check that the server runs, then ask again.";
     } catch (error) {
       problem = error.name === "AbortError" ? "Stopped." : messageOf(error);
     }
-    shown.end(problem);
-    // What was begun and stopped is a turn of the chat; a question without any answer is none.
-    if (answer.text) history.push({ role: "user", content: text }, { role: "assistant", content: answer.text });
-    return problem === null;
-  };
-  const clear = () => {
-    history.length = 0;
-    replace(log);
-  };
-  return { element, name: model.name, history, turns, ask, clear };
-}
-
-/** An answer that grows; text is added once a frame, so that a long and fast one does not stop the page. */
-function turn(answer) {
-  const said = document.createTextNode("");
-  const thought = document.createTextNode("");
-  const reasoning = h(
-    "details",
-    { class: "reasoning", hidden: true },
-    h("summary", null, "Reasoning"),
-    h("p", { class: "said", dir: "auto" }, thought),
-  );
-  const waiting = h("p", { class: "soft" }, "…");
-  const about = h("p", { class: "help" });
-  const tools = h("div");
-  const element = h(
-    "div",
-    { class: "turn model", "aria-busy": "true" },
-    h("p", { class: "who" }, "Model"),
-    reasoning,
-    waiting,
-    h("p", { class: "said", dir: "auto" }, said),
-    tools,
-    about,
-  );
-  let [text, reason] = ["", ""];
-  let frame = 0;
-
-  const flush = () => {
-    frame = 0;
-    const follows = window.innerHeight + window.scrollY >= document.documentElement.scrollHeight - 40;
-    if (reason) {
-      reasoning.hidden = false;
-      thought.appendData(reason);
-    }
-    if (text) said.appendData(text);
-    if (text || reason) waiting.remove();
-    [text, reason] = ["", ""];
-    if (follows) window.scrollTo(0, document.documentElement.scrollHeight);
-  };
-  const add = (more) => {
-    text += more.text;
-    reason += more.reasoning;
-    // Frames do not come in a hidden tab, whose text is added when the answer is complete.
-    if (!frame && !document.hidden) frame = requestAnimationFrame(flush);
-  };
-  const end = (problem) => {
     cancelAnimationFrame(frame);
-    flush();
-    waiting.remove();
-    element.removeAttribute("aria-busy");
-    if (!answer.text && !answer.tools.length && !problem)
-      replace(tools, h("p", { class: "soft" }, "The answer is empty."));
-    if (answer.tools.length) {
-      replace(
-        tools,
-        answer.tools
-          .filter(Boolean)
-          .map((each) => h("p", null, "Calls ", h("code", null, each.name), h("pre", { class: "row" }, each.given))),
-      );
-    }
-    replace(about, measures(answer));
-    if (ENDINGS[answer.finish]) about.append(`${about.textContent ? "; " : ""}${ENDINGS[answer.finish]}`);
-    if (problem)
-      element.append(
-        h(
-          "p",
-          { class: problem === "Stopped." ? "soft" : "box error", role: problem === "Stopped." ? null : "alert" },
-          problem,
-        ),
-      );
-  };
-  return { element, add, end };
+    draw({ busy: false, problem });
+    // A question without any answer is no turn of the chat.
+    if (answer.text) this.history.push({ role: "user", content: text }, { role: "assistant", content: answer.text });
+    return problem === null;
+  }
 }
 
-function measures(answer) {
-  const { prompt_tokens: read, completion_tokens: written, prompt_tokens_details: details } = answer.usage ?? {};
-  const cached = details?.cached_tokens ? ` (${number(details.cached_tokens)} of them known)` : "";
+function SideView({ side }) {
+  const name = html`<bdi>${side.model.name}</bdi>`;
+  return html`
+    <section class="side" aria-label=${`Chat with ${side.model.name}`}>
+      <h2>${name}</h2>
+      ${side.copied && side.turns.value.length > 0 && html`<p class="help">Earlier turns are with <bdi>${side.copied}</bdi>.</p>`}
+      <div class="turns">
+        ${side.turns.value.map(
+          ({ text, state }, index) => html`
+            <div class="turn user" dir="auto"><p class="who">You</p><p class="said">${text}</p></div>
+            <${Turn} key=${index} state=${state} />
+          `,
+        )}
+      </div>
+    </section>
+  `;
+}
+
+/** An answer of the model while it grows. */
+function Turn({ state }) {
+  const place = useRef(null);
+  const { answer, text, reasoning, busy, problem } = state.value;
+  useEffect(() => place.current.scrollIntoView({ block: "nearest" }), []);
+  useEffect(() => {
+    // The page follows the answer while its end is visible.
+    if (busy && document.documentElement.scrollHeight - window.innerHeight - window.scrollY < 120)
+      window.scrollTo(0, document.documentElement.scrollHeight);
+  }, [text, reasoning]);
+  const tools = busy ? [] : answer.tools.filter(Boolean);
+  return html`
+    <div class="turn model" aria-busy=${busy ? "true" : null} ref=${place}>
+      <p class="who">Model</p>
+      ${reasoning && html`<details class="reasoning"><summary>Reasoning</summary><p class="said" dir="auto">${reasoning}</p></details>`}
+      ${busy && !text && !reasoning && html`<p class="soft">…</p>`}
+      <p class="said" dir="auto">${text}</p>
+      ${tools.map((each) => html`<p>Tool call: <code>${each.name}</code></p><pre class="row">${each.given}</pre>`)}
+      ${!busy && !text && !tools.length && !problem && html`<p class="soft">The answer is empty.</p>`}
+      ${!busy && html`<p class="help">${measures(answer)}</p>`}
+      ${problem && html`
+        <p class=${problem === "Stopped." ? "soft" : "box error"} role=${problem === "Stopped." ? null : "alert"}>${problem}</p>
+      `}
+    </div>
+  `;
+}
+
+function measures({ usage, finish, firstTokenSeconds: first, tokensPerSecond: speed }) {
+  const { prompt_tokens: input, completion_tokens: output, prompt_tokens_details: details } = usage ?? {};
+  const cached = details?.cached_tokens ? ` (${number(details.cached_tokens)} cached)` : "";
   return [
-    read === undefined ? null : `${number(read)} tokens read${cached}, ${number(written)} written`,
-    answer.firstTokenSeconds === null ? null : `first token after ${duration(answer.firstTokenSeconds)}`,
-    answer.tokensPerSecond === null ? null : `${number(answer.tokensPerSecond)} tokens a second`,
+    input === undefined ? null : `${number(input)} input tokens${cached}, ${number(output)} output tokens`,
+    first === null ? null : `first token after ${duration(first)}`,
+    speed === null ? null : `${number(speed)} tokens per second`,
+    ENDINGS[finish],
   ]
     .filter(Boolean)
     .join(" · ");

@@ -1,174 +1,119 @@
-// A field for rows: a file that is uploaded, one that was uploaded before, or an address.
+// A field for rows: a new file, a file that was uploaded before, or an address.
 
 import { call, upload } from "./api.js";
-import { h, replace } from "./dom.js";
 import { addressOf, remember } from "./files.js";
-import { bytes, percent } from "./format.js";
+import { bytes, percent, shortName } from "./format.js";
+import { html, options, useData, useLeaving, useRef, useSignal } from "./ui.js";
 
 const EARLIER = 100;
+/** The value of a field: the address of the rows or null, a name to show, and the state of the upload. */
+export const EMPTY = { address: null, name: "", said: "", busy: false, problem: "" };
 
-/**
- * @param {{id: string, label: string, help: string, signal: AbortSignal, onChange: function()}} options
- * @returns {{element: HTMLElement, address: function(): ?string, busy: function(): boolean, name: function(): string,
- *   refuse: function(string)}} `address` is null where nothing was chosen
- */
-export function dataField({ id, label, help, signal, onChange }) {
-  const state = { address: null, name: "", sending: null };
-  const input = h("input", {
-    type: "file",
-    id: `${id}-file`,
-    class: "visually-hidden",
-    accept: ".jsonl,.json,.csv,.tsv,.txt,.md,.parquet,.gz,.zst",
-    "aria-describedby": `${id}-help`,
+/** The field; `field` is a signal with its value, `onchange` is called after each choice. */
+export function DataField({ id, label, help, field, onchange }) {
+  const over = useSignal(false);
+  const sending = useRef(null);
+  const [file, earlier, address] = [useRef(null), useRef(null), useRef(null)];
+  const left = useLeaving();
+  const files = useData(async (signal) => {
+    const found = await call("GET", "/v1/files", { query: { limit: EARLIER, purpose: "fine-tune" }, signal });
+    found.data.forEach(remember);
+    return found.data;
   });
-  const earlier = h("select", { id: `${id}-earlier` }, h("option", { value: "" }, "Uploaded earlier …"));
-  const address = h("input", {
-    type: "text",
-    id: `${id}-address`,
-    placeholder: "s3://bucket/key",
-    spellcheck: "false",
-    autocomplete: "off",
-  });
-  const status = h("p", { class: "help", role: "status" });
-  const problem = h("p", { class: "problem", id: `${id}-problem`, hidden: true });
-  const drop = h(
-    "div",
-    { class: "drop" },
-    // The browser's own text beside the field says "No file chosen" once a file is uploaded.
-    h("label", { class: "button" }, "Choose a file", input),
-    h("span", { class: "soft" }, " or drop one here."),
-    status,
-  );
-
-  const choose = (value, name, said) => {
-    state.address = value;
-    state.name = name;
-    replace(status, said);
-    problem.hidden = true;
-    onChange();
+  const choose = (value) => {
+    field.value = { ...EMPTY, ...value };
+    onchange();
+  };
+  /** Stop an upload because the user chose something else. */
+  const clear = (...others) => {
+    sending.current?.abort();
+    sending.current = null;
+    for (const each of [file, ...others]) each.current.value = "";
   };
 
-  /** Give up an upload for something else that was chosen; what it still says is not listened to. */
-  const giveUp = () => {
-    state.sending?.abort();
-    state.sending = null;
-    input.value = "";
-  };
-
-  async function send(file) {
-    state.sending?.abort();
-    const sending = new AbortController();
-    const leave = () => sending.abort();
-    signal.addEventListener("abort", leave);
-    state.sending = sending;
-    earlier.value = address.value = "";
-    const bar = h("progress", { max: 1, value: 0, "aria-label": `Uploading ${file.name}` });
-    const done = h("span", null, "0 %");
-    const cancel = h("button", { type: "button", class: "quiet", onclick: () => sending.abort() }, "Cancel");
-    choose(null, "", [`Uploading ${file.name} (${bytes(file.size)}) `, done, " ", cancel, bar]);
+  const send = async (chosen) => {
+    clear(earlier, address);
+    const own = (sending.current = new AbortController());
+    left.addEventListener("abort", () => own.abort(), { once: true });
+    const progress = (sent, of) => {
+      const said = html`<${Sending} file=${chosen} sent=${sent} of=${of} cancel=${() => own.abort()} />`;
+      field.value = { ...EMPTY, busy: true, said };
+    };
+    progress(0, chosen.size);
+    onchange();
+    let found;
     try {
-      const kept = await upload(file, {
-        signal: sending.signal,
-        onProgress: (sent, of) => {
-          bar.value = of ? sent / of : 0;
-          done.textContent = sent < of ? percent(sent / of) : "kept by the server …";
-        },
-      });
-      if (state.sending !== sending) return;
+      const onProgress = (...sent) => sending.current === own && progress(...sent);
+      const kept = await upload(chosen, { signal: own.signal, onProgress });
       remember(kept);
-      choose(addressOf(kept.id), kept.filename, `${kept.filename} is uploaded (${bytes(kept.bytes)}).`);
+      const said = `${kept.filename} is uploaded (${bytes(kept.bytes)}).`;
+      found = { address: addressOf(kept.id), name: kept.filename, said };
     } catch (error) {
-      if (state.sending !== sending) return;
-      if (error.name === "AbortError") choose(null, "", "The upload was cancelled.");
-      else {
-        choose(null, "", "");
-        refuse(error.message);
-      }
-    } finally {
-      signal.removeEventListener("abort", leave);
-      if (state.sending === sending) {
-        state.sending = null;
-        input.value = "";
-        onChange();
-      }
+      found = error.name === "AbortError" ? { said: "The upload was cancelled." } : { problem: error.message };
     }
-  }
-
-  function refuse(text) {
-    problem.textContent = text;
-    problem.hidden = false;
-  }
-
-  input.addEventListener("change", () => input.files[0] && send(input.files[0]));
-  for (const kind of ["dragenter", "dragover"]) {
-    drop.addEventListener(kind, (event) => {
-      event.preventDefault();
-      drop.classList.add("over");
-    });
-  }
-  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-  drop.addEventListener("drop", (event) => {
-    event.preventDefault();
-    drop.classList.remove("over");
-    const files = event.dataTransfer.files;
-    if (files.length > 1) refuse("Drop one file. Several are named by an address that ends with a slash.");
-    else if (files.length) send(files[0]);
-  });
-  earlier.addEventListener("change", () => {
-    giveUp();
-    address.value = "";
-    const name = earlier.selectedOptions[0].textContent;
-    if (earlier.value) choose(addressOf(earlier.value), name, `${name} is used.`);
-    else choose(null, "", "");
-  });
-  address.addEventListener("change", () => {
-    giveUp();
-    earlier.value = "";
-    const value = address.value.trim();
-    choose(
-      value || null,
-      value.replace(/\/+$/, "").split("/").pop(),
-      value ? "The rows at this address are used." : "",
-    );
-  });
-  fillEarlier(earlier, signal);
-
-  return {
-    element: h(
-      "div",
-      { class: "data-field", role: "group", "aria-labelledby": `${id}-label` },
-      h("label", { for: `${id}-file`, id: `${id}-label` }, label),
-      drop,
-      h(
-        "div",
-        { class: "fields others" },
-        h(
-          "div",
-          null,
-          h("label", { for: `${id}-earlier`, class: "visually-hidden" }, `${label}: uploaded earlier`),
-          earlier,
-        ),
-        h("div", null, h("label", { for: `${id}-address`, class: "visually-hidden" }, `${label}: address`), address),
-      ),
-      problem,
-      h("p", { class: "help", id: `${id}-help` }, help),
-    ),
-    address: () => state.address,
-    busy: () => state.sending !== null,
-    name: () => state.name,
-    refuse,
+    // Another choice was made during the upload.
+    if (sending.current !== own) return;
+    clear();
+    choose(found);
   };
+  const drop = (event) => {
+    event.preventDefault();
+    over.value = event.type !== "drop";
+    if (event.type !== "drop") return;
+    const dropped = event.dataTransfer.files;
+    if (dropped.length > 1)
+      field.value = { ...field.value, problem: "Drop one file. For several files, write an address that ends with a slash." };
+    else if (dropped.length) send(dropped[0]);
+  };
+  const chooseEarlier = () => {
+    clear(address);
+    const name = earlier.current.selectedOptions[0].textContent;
+    choose(earlier.current.value ? { address: addressOf(earlier.current.value), name, said: `Selected: ${name}.` } : {});
+  };
+  const chooseAddress = () => {
+    clear(earlier);
+    const value = address.current.value.trim();
+    choose(value ? { address: value, name: shortName(value), said: "The rows at this address are used." } : {});
+  };
+  const { said, problem } = field.value;
+  return html`
+    <div class="data-field" role="group" aria-labelledby=${`${id}-label`}>
+      <label for=${`${id}-file`} id=${`${id}-label`}>${label}</label>
+      <div class=${`drop ${over.value ? "over" : ""}`} ondragenter=${drop} ondragover=${drop} ondrop=${drop}
+        ondragleave=${() => (over.value = false)}>
+        <label class="button">
+          Choose a file
+          <input type="file" id=${`${id}-file`} class="visually-hidden" ref=${file} aria-describedby=${`${id}-help`}
+            accept=".jsonl,.json,.csv,.tsv,.txt,.md,.parquet,.gz,.zst"
+            onchange=${(event) => event.target.files[0] && send(event.target.files[0])} />
+        </label>
+        <span class="soft"> or drop a file here.</span>
+        <p class="help" role="status">${said}</p>
+      </div>
+      <div class="fields others">
+        <div>
+          <label for=${`${id}-earlier`} class="visually-hidden">${label}: uploaded earlier</label>
+          <select id=${`${id}-earlier`} ref=${earlier} disabled=${files.error !== null} onchange=${chooseEarlier}>
+            <option value="">Uploaded earlier …</option>
+            ${options((files.data ?? []).map((each) => [each.id, `${each.filename} (${bytes(each.bytes)})`]))}
+          </select>
+        </div>
+        <div>
+          <label for=${`${id}-address`} class="visually-hidden">${label}: address</label>
+          <input type="text" id=${`${id}-address`} ref=${address} placeholder="s3://bucket/key" spellcheck="false"
+            autocomplete="off" onchange=${chooseAddress} />
+        </div>
+      </div>
+      ${problem && html`<p class="problem" id=${`${id}-problem`}>${problem}</p>`}
+      <p class="help" id=${`${id}-help`}>${help}</p>
+    </div>
+  `;
 }
 
-async function fillEarlier(select, signal) {
-  try {
-    const found = await call("GET", "/v1/files", { query: { limit: EARLIER, purpose: "fine-tune" }, signal });
-    for (const file of found.data) {
-      remember(file);
-      select.append(h("option", { value: file.id }, `${file.filename} (${bytes(file.bytes)})`));
-    }
-  } catch {
-    // Who may not list files can still upload one, or name an address.
-    select.disabled = true;
-  }
+function Sending({ file, sent, of, cancel }) {
+  return html`
+    Uploading ${file.name} (${bytes(file.size)}) <span>${sent < of ? percent(sent / of) : "The server stores the file …"}</span>
+    <button type="button" class="quiet" onclick=${cancel}>Cancel</button>
+    <progress max="1" value=${of ? sent / of : 0} aria-label=${`Uploading ${file.name}`} />
+  `;
 }

@@ -1,34 +1,33 @@
-// The report about a run of an eval: `report_url` leads browsers here.
+// The report of an eval run. Browsers that open the `report_url` of a run are redirected here.
 
 import { call } from "./api.js";
-import { h, replace } from "./dom.js";
 import { number } from "./format.js";
-import { facts, hiddenName, table } from "./table.js";
+import { Facts, Heading, Pending, Table, html, useData } from "./ui.js";
 
-/** Draw the page. */
-export async function render(root, params, signal) {
+/** The page. */
+export function EvalRun({ params }) {
   const path = `/v1/evals/${encodeURIComponent(params.eval)}/runs/${encodeURIComponent(params.run)}/report`;
-  const report = await call("GET", path, { query: { format: "json" }, signal });
-  document.title = `${report.name} – luthier`;
-  replace(
-    root,
-    h("h1", null, h("bdi", null, report.name)),
-    h("p", { class: "soft" }, report.model ? ["Run of an eval of ", h("bdi", null, report.model)] : "Run of an eval"),
-    facts(report.facts.map(([name, value, more]) => [name, [value, more ? h("small", null, more) : null]])),
-    report.tables.map((each) => [
-      h("h2", null, each.caption),
-      table({
-        caption: each.caption,
-        columns: each.columns.map(({ name, kind }) => ({ ...(name ? { name } : hiddenName("As a bar")), kind })),
-        rows: each.rows.map((row) => row.map((value, index) => cell(value, each.columns[index].kind))),
-      }),
-      each.further ? h("p", { class: "soft" }, `${number(each.further)} more rows are not shown.`) : null,
-    ]),
-  );
+  const found = useData((signal) => call("GET", path, { query: { format: "json" }, signal }));
+  const report = found.data;
+  if (!report) return html`<${Pending} title="Eval run" ...${found} />`;
+  return html`
+    <${Heading} title=${report.name} />
+    <p class="soft">Eval run${report.model && html` of <bdi>${report.model}</bdi>`}</p>
+    <${Facts} pairs=${report.facts.map(([name, value, more]) => [name, [value, more && html`<small>${more}</small>`]])} />
+    ${report.tables.map(
+      ({ caption, columns, rows, further }) => html`
+        <h2>${caption}</h2>
+        <${Table} caption=${caption}
+          columns=${columns.map(({ name, kind }) => ({ name: name || "Bar", hidden: !name, kind }))}
+          rows=${rows.map((row) => row.map((value, index) => cellOf(value, columns[index].kind)))} />
+        ${further > 0 && html`<p class="soft">${number(further)} more rows are not shown.</p>`}
+      `,
+    )}
+  `;
 }
 
-function cell(value, kind) {
+function cellOf(value, kind) {
   if (value === "") return null;
-  if (kind === "bar") return h("progress", { max: 100, value, "aria-hidden": "true" });
-  return h(kind === "code" ? "code" : "bdi", null, String(value));
+  if (kind === "bar") return html`<progress max="100" value=${value} aria-hidden="true" />`;
+  return kind === "code" ? html`<code>${value}</code>` : html`<bdi>${String(value)}</bdi>`;
 }

@@ -1,54 +1,36 @@
-// Names of uploaded files. Jobs know them by addresses; people know them as they called them.
+// Names of uploaded files. Jobs store the addresses of files.
 
 import { call } from "./api.js";
 
 const ADDRESS = /s3:\/\/luthier-files\/(file-[A-Za-z0-9]+)/g;
 const names = new Map();
-// Another account may be used next in this tab.
+// The next user of the tab may have another account.
 globalThis.addEventListener?.("luthier:signed-out", () => names.clear());
 
-/**
- * @param {string} id of an uploaded file
- * @returns {string} how jobs name it
- */
+/** Return the address of an uploaded file. */
 export function addressOf(id) {
   return `s3://luthier-files/${id}`;
 }
 
-/**
- * Remember what a file is called.
- * @param {{id: string, filename: string}} file
- */
+/** Store the name of a file object. */
 export function remember(file) {
   names.set(file.id, file.filename);
 }
 
-/**
- * Find out the names of all files that texts mention.
- * @param {Array<string>} texts
- * @param {AbortSignal} [signal]
- */
+/** Load the names of all files that texts mention. */
 export async function learnNames(texts, signal) {
   const ids = new Set(texts.flatMap((text) => [...text.matchAll(ADDRESS)].map((found) => found[1])));
-  const unknown = [...ids].filter((id) => !names.has(id));
-  await Promise.all(
-    unknown.map(async (id) => {
-      try {
-        remember(await call("GET", `/v1/files/${encodeURIComponent(id)}`, { signal }));
-      } catch (error) {
-        if (error.name === "AbortError") throw error;
-        // A file that is gone, or that this key may not see, keeps its address; after other failures it is asked again.
-        if (error.status === 403 || error.status === 404) names.set(id, null);
-      }
-    }),
-  );
+  const load = async (id) => {
+    try {
+      remember(await call("GET", `/v1/files/${encodeURIComponent(id)}`, { signal }));
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      // A file that was deleted or that the key may not read keeps its address. Other failures are tried again.
+      if (error.status === 403 || error.status === 404) names.set(id, null);
+    }
+  };
+  await Promise.all([...ids].filter((id) => !names.has(id)).map(load));
 }
 
-/**
- * A text with the names of files in place of their addresses, as far as they are known.
- * @param {string} text
- * @returns {string}
- */
-export function withNames(text) {
-  return text.replace(ADDRESS, (address, id) => names.get(id) ?? address);
-}
+/** Return a text with the known names of files instead of their addresses. */
+export const withNames = (text) => text.replace(ADDRESS, (address, id) => names.get(id) ?? address);

@@ -1,155 +1,154 @@
-// What the data gate says: the verdict, each rule with its places, and rows as the model will learn them.
+// Results before a job: the report of the data checks, and the estimate.
 
-import { h } from "./dom.js";
 import { withNames } from "./files.js";
-import { number, words } from "./format.js";
-import { facts } from "./table.js";
+import { bytes, duration, number, shortName, words } from "./format.js";
+import { Chip, Facts, Table, html } from "./ui.js";
 
 const VERDICTS = {
-  passed: "The data can be learned from. Nothing speaks against it.",
-  warnings: "The data can be learned from. Look at the warnings first.",
-  refused: "The data cannot be learned from as they are. Mend the errors.",
+  passed: "The data are ready for training.", warnings: "The data can be used for training. Read the warnings first.",
+  refused: "The data cannot be used for training. Fix the errors.",
 };
 const ORDER = ["error", "warning", "note"];
 const MOST_ROWS = 3;
-/** Tokens of a row that are shown: from its start, and before its end. */
+/** Tokens of a long row that are shown at its start and at its end. */
 const HEAD = 120;
 const TAIL = 240;
+/** Parts of the training time. */
+const PARTS = {
+  data: "Reading the data", load: "Loading the model", begin: "Measuring before the first step", baselines: "Baselines",
+  calibrate: "Calibration", ahead: "Precomputation", steps: "Training steps", validation: "Validation",
+  checkpoints: "Checkpoints", store: "Storing the model",
+};
 
-/**
- * @param {string} verdict `passed`, `warnings` or `refused`
- * @param {Object} report as the API gives it
- * @returns {HTMLElement}
- */
-export function inspectionView(verdict, report) {
+/** The verdict on the data, findings with locations, and rows as the model learns them. */
+export function Inspection({ verdict, report }) {
   const splits = report.summaries?.learning?.splits ?? {};
   const rules = [...report.rules].sort((a, b) => ORDER.indexOf(a.severity) - ORDER.indexOf(b.severity));
-  const count = (name) =>
-    report.rules.filter((rule) => rule.severity === name).reduce((sum, rule) => sum + rule.count, 0);
-  return h(
-    "section",
-    { class: "inspection" },
-    h("h2", null, "Inspection"),
-    h("p", { class: `box ${verdict}` }, h("strong", null, words(verdict)), ". ", VERDICTS[verdict]),
-    facts([
-      ["Training rows", number(report.rows.train)],
-      ["Validation rows", report.rows.validation === undefined ? null : number(report.rows.validation)],
-      ["Tokens to learn from", splits.train ? number(splits.train.tokens) : null],
-      ["Errors", number(count("error"))],
-      ["Warnings", number(count("warning"))],
-      ["Taken for", report.forms?.train],
-      ["Read for", report.base ? withNames(report.base) : null],
-    ]),
-    rules.length ? h("h3", null, "What was found") : null,
-    rules.map(ruleView),
-    Object.entries(splits).map(([split, found]) => rowsView(split, found.shown ?? [])),
-    Object.keys(report.left_out ?? {}).length
-      ? h(
-          "p",
-          { class: "soft" },
-          "Not looked at: ",
-          Object.entries(report.left_out)
-            .map(([name, why]) => `${name} (${why})`)
-            .join(", "),
-          ".",
-        )
-      : null,
-  );
+  const count = (name) => rules.filter((rule) => rule.severity === name).reduce((sum, rule) => sum + rule.count, 0);
+  const skipped = Object.entries(report.left_out ?? {}).map(([name, why]) => `${name} (${why})`);
+  return html`
+    <section class="inspection">
+      <h2>Inspection</h2>
+      <p class=${`box ${verdict}`}><strong>${words(verdict)}</strong>. ${VERDICTS[verdict]}</p>
+      <${Facts} pairs=${[
+        ["Training rows", number(report.rows.train)],
+        ["Validation rows", report.rows.validation === undefined ? null : number(report.rows.validation)],
+        ["Learned tokens", splits.train ? number(splits.train.tokens) : null],
+        ["Errors", number(count("error"))],
+        ["Warnings", number(count("warning"))],
+        ["Form of the rows", report.forms?.train],
+        ["Base model", report.base ? withNames(report.base) : null],
+      ]} />
+      ${rules.length > 0 && html`<h3>Findings</h3>`}
+      ${rules.map((rule) => html`<${Rule} rule=${rule} />`)}
+      ${Object.entries(splits).map(([split, found]) => html`<${Rows} split=${split} rows=${found.shown ?? []} />`)}
+      ${skipped.length > 0 && html`<p class="soft">Not checked: ${skipped.join(", ")}.</p>`}
+    </section>
+  `;
 }
 
-function ruleView(rule) {
+function Rule({ rule }) {
   const times = rule.count === 1 ? "once" : `${number(rule.count)} times`;
-  return h(
-    "details",
-    { class: "rule", open: rule.severity === "error" },
-    h(
-      "summary",
-      null,
-      h("span", { class: `chip ${rule.severity}` }, words(rule.severity)),
-      " ",
-      rule.about,
-      " ",
-      h("span", { class: "soft" }, `${times} · `, h("code", null, rule.rule)),
-    ),
-    h(
-      "div",
-      { class: "inside" },
-      rule.why ? h("p", null, h("strong", null, "Why: "), rule.why) : null,
-      rule.fix ? h("p", null, h("strong", null, "Fix: "), rule.fix) : null,
-      h(
-        "ul",
-        { class: "places" },
-        rule.places.map((place) =>
-          h(
-            "li",
-            null,
-            h("code", null, placeOf(place)),
-            " ",
-            withNames(place.message ?? ""),
-            // Of some rules each place has a fix of its own.
-            place.fix && place.fix !== rule.fix ? [" ", h("strong", null, "Fix: "), withNames(place.fix)] : null,
-            place.excerpt ? h("pre", { class: "row" }, place.excerpt) : null,
-          ),
-        ),
-      ),
-      rule.places.length < rule.count
-        ? h("p", { class: "soft" }, `${number(rule.places.length)} of ${number(rule.count)} are shown.`)
-        : null,
-    ),
-  );
+  return html`
+    <details class="rule" open=${rule.severity === "error"}>
+      <summary>
+        <${Chip} kind=${rule.severity}>${words(rule.severity)}<//> ${rule.about}${" "}
+        <span class="soft">${times} · <code>${rule.rule}</code></span>
+      </summary>
+      <div class="inside">
+        ${rule.why && html`<p><strong>Why: </strong>${rule.why}</p>`}
+        ${rule.fix && html`<p><strong>Fix: </strong>${rule.fix}</p>`}
+        <ul class="places">
+          ${rule.places.map(
+            (place) => html`
+              <li>
+                <code>${placeOf(place)}</code> ${withNames(place.message ?? "")}
+                ${place.fix && place.fix !== rule.fix && html` <strong>Fix: </strong>${withNames(place.fix)}`}
+                ${place.excerpt && html`<pre class="row">${place.excerpt}</pre>`}
+              </li>
+            `,
+          )}
+        </ul>
+        ${rule.places.length < rule.count && html`
+          <p class="soft">Showing ${number(rule.places.length)} of ${number(rule.count)} locations.</p>
+        `}
+      </div>
+    </details>
+  `;
 }
 
 function placeOf({ file, line }) {
-  const name = withNames(file ?? "")
-    .split("/")
-    .pop();
+  const name = shortName(withNames(file ?? ""));
   return line ? `${name}:${line}` : name;
 }
 
-function rowsView(split, rows) {
+function Rows({ split, rows }) {
   if (!rows.length) return null;
-  return h(
-    "div",
-    null,
-    h("h3", null, split === "train" ? "Rows as the model reads them" : `Rows of ${split}`),
-    h("p", { class: "soft" }, "What is marked is learned; the rest is read."),
-    rows
-      .slice(0, MOST_ROWS)
-      .map((row) =>
-        h(
-          "figure",
-          { class: "example" },
-          h(
-            "figcaption",
-            { class: "soft" },
-            placeOf(row),
-            row.taught ? [" · learned: ", h("mark", null, String(row.taught))] : null,
-          ),
-          h("pre", { class: "row" }, tokensView(row.tokens ?? [], row.learned ?? [])),
-        ),
-      ),
-  );
+  return html`
+    <h3>${split === "train" ? "Rows as input of the model" : `Rows of ${split}`}</h3>
+    <p class="soft">The model learns the marked tokens and reads the others.</p>
+    ${rows.slice(0, MOST_ROWS).map(
+      (row) => html`
+        <figure class="example">
+          <figcaption class="soft">
+            ${placeOf(row)}${row.taught && html` · learned: <mark>${String(row.taught)}</mark>`}
+          </figcaption>
+          <pre class="row">${tokensView(row.tokens ?? [], row.learned ?? [])}</pre>
+        </figure>
+      `,
+    )}
+  `;
 }
 
-/** Tokens, with those that are learned marked, in as few pieces as there are changes. */
+/** Return tokens with learned tokens marked, in as few elements as there are changes. */
 function tokensView(tokens, learned) {
-  const cut = tokens.length > HEAD + TAIL;
-  const parts = cut
-    ? [
-        [0, HEAD],
-        [tokens.length - TAIL, tokens.length],
-      ]
-    : [[0, tokens.length]];
-  const found = [];
-  parts.forEach(([from, to], index) => {
-    if (index) found.push(h("em", null, ` … ${number(tokens.length - HEAD - TAIL)} tokens … `));
+  const cut = tokens.length - HEAD - TAIL;
+  const parts = cut > 0 ? [[0, HEAD], [tokens.length - TAIL, tokens.length]] : [[0, tokens.length]];
+  return parts.map(([from, to], index) => {
+    const found = index ? [html`<em> … ${number(cut)} tokens … </em>`] : [];
     for (let at = from; at < to;) {
       let end = at;
       while (end < to && learned[end] === learned[at]) end += 1;
       const text = tokens.slice(at, end).join("");
-      found.push(learned[at] ? h("mark", null, text) : text);
+      found.push(learned[at] ? html`<mark>${text}</mark>` : text);
       at = end;
     }
+    return found;
   });
-  return found;
+}
+
+/** The estimated time, memory and cost of a job, each with its interval. */
+export function Estimate({ estimate }) {
+  const range = (figure, format) => {
+    if (!figure) return null;
+    const interval = figure.low !== figure.high && html`<small>${format(figure.low)} to ${format(figure.high)}</small>`;
+    return [format(figure.value), interval];
+  };
+  const cost = estimate.cost ?? estimate.energy;
+  const parts = Object.entries(estimate.parts ?? {}).filter(([, figure]) => figure.high > 0);
+  return html`
+    <section class="estimate">
+      <h2>Estimate</h2>
+      <${Facts} pairs=${[
+        ["Time", range(estimate.seconds, duration)],
+        ["Memory", range(estimate.memory, bytes)],
+        ["Disk", range(estimate.disk, bytes)],
+        ["Cost", cost?.value === undefined ? null : range(cost, number)],
+        ["Steps", number(estimate.steps)],
+        ["Epochs", number(estimate.epochs)],
+        ["Rows", number(estimate.rows)],
+        ["Tokens", range(estimate.tokens, (value) => number(Math.round(value)))],
+      ]} />
+      <p class="soft">
+        Objective ${estimate.objective}, adaptation ${estimate.adaptation}, on ${estimate.machine}. The figures come from a
+        few real steps on these rows. Other work on the machine makes the job slower.
+      </p>
+      <details>
+        <summary>Time by part</summary>
+        <${Table} caption="Time by part"
+          columns=${["Part", ...["Time", "Minimum", "Maximum"].map((name) => ({ name, kind: "number" }))]}
+          rows=${parts.map(([name, { value, low, high }]) => [PARTS[name] ?? words(name), ...[value, low, high].map(duration)])} />
+      </details>
+    </section>
+  `;
 }

@@ -1,166 +1,133 @@
-// The jobs of the account, the newest first.
+// The list of jobs, and the states and progress of jobs.
 
 import { call, may } from "./api.js";
-import { announce, h, replace, replaceKeepingFocus } from "./dom.js";
-import { age, time } from "./format.js";
-import { STATES, customizationOf, hasEnded, modelNames, progressOf, stateChip } from "./job_states.js";
-import { errorBox, go, link, pause } from "./router.js";
-import { table } from "./table.js";
+import { age, dateOf, duration, number, shortName, time } from "./format.js";
+import { Chip, ErrorBox, Heading, Table, announce, html, link, options, useData, usePolling, useSignal } from "./ui.js";
 
 const PAGE = 25;
 const BUSY_SECONDS = 4;
 const CALM_SECONDS = 20;
+const COLUMNS = [
+  "Name", "State", "Base model", "Model", "Method", { name: "Progress", kind: "wide" }, { name: "Created", kind: "nowrap" },
+];
+export const STATES = ["Queued", "Running", "Paused", "Stopping", "Completed", "Failed", "Stopped"];
+const ENDED = ["Completed", "Failed", "Stopped"];
+const COLOURS = { Running: "note", Completed: "good", Failed: "error", Paused: "warning", Stopping: "warning" };
 
-/** Draw the list, and keep it up to date. */
-export async function render(root, params, signal) {
-  const wanted = STATES.includes(params.query.get("state")) ? params.query.get("state") : null;
-  // What is shown: jobs of a state from a position on, and the positions of the pages before it, to go back to.
-  let place = { state: wanted, position: null, before: [] };
-  // What was asked for last, which is shown once it has come.
-  let going = place;
-  const filter = h(
-    "select",
-    {
-      id: "state",
-      value: wanted ?? "",
-      onchange: () => {
-        // Only the list is drawn anew: who is at the filter stays there.
-        history.pushState(null, "", filter.value ? `${link("jobs")}?state=${filter.value}` : link("jobs"));
-        turn({ state: filter.value || null, position: null, before: [] });
-      },
-    },
-    h("option", { value: "" }, "All states"),
-    STATES.map((state) => h("option", { value: state }, state)),
-  );
-  const list = h("div", { "aria-busy": "true" }, h("p", { class: "soft" }, "Loading …"));
-  // What polling failed at goes when it works again; that a page could not be turned, when one is.
-  const problem = h("div");
-  const refusal = h("div");
-  const older = h("button", { type: "button", hidden: true }, "Older");
-  const newer = h("button", { type: "button", hidden: true }, "Newer");
-  replace(
-    root,
-    h(
-      "div",
-      { class: "heading" },
-      h("h1", null, "Jobs"),
-      h(
-        "div",
-        { class: "actions" },
-        h("label", { for: "state", class: "visually-hidden" }, "State"),
-        filter,
-        may("develop") ? h("a", { class: "button primary", href: link("new") }, "New job") : null,
-      ),
-    ),
-    refusal,
-    problem,
-    list,
-    h("div", { class: "actions pages" }, newer, older),
-  );
+/** Methods of customization: the name and what the method is for. */
+export const CUSTOMIZATIONS = {
+  FINE_TUNING: { name: "Fine-tuning", about: "the form of the rows decides what the model learns" },
+  CONTINUED_PRE_TRAINING: { name: "Continued pre-training", about: "continue to learn from plain text" },
+  DISTILLATION: { name: "Distillation", about: "learn the answers of a teacher model" },
+  REINFORCEMENT_FINE_TUNING: { name: "Reinforcement fine-tuning", about: "learn to score well with a grader" },
+};
 
-  let shown = "";
-  let following = null;
-  let jobs = [];
-  const naming = modelNames(signal);
-  const load = async (to) => {
-    const query = { limit: PAGE, state: to.state, position: to.position };
-    const [found, nameOf] = await Promise.all([call("GET", "/api/v1/jobs", { query, signal }), naming]);
-    // Somebody has turned to another page meanwhile.
-    if (to !== going) return;
-    place = to;
-    jobs = found.jobs;
-    following = found.next ?? null;
-    older.hidden = following === null;
-    newer.hidden = place.before.length === 0;
-    const now = JSON.stringify([to.state, found]);
-    // What has not changed is left alone but for its ages, with what somebody has marked in it.
-    if (now !== shown) draw(list, jobs, place.state, nameOf);
-    else for (const each of list.querySelectorAll("time")) each.textContent = age(each.getAttribute("datetime"));
-    shown = now;
-    list.removeAttribute("aria-busy");
+/** The page. */
+export function Jobs({ query }) {
+  const state = STATES.includes(query.get("state")) ? query.get("state") : "";
+  const choose = (event) => {
+    const chosen = event.target.value;
+    window.location.hash = chosen ? `${link("jobs")}?state=${chosen}` : link("jobs");
   };
-  const turn = async (to) => {
-    const pressed = document.activeElement;
-    going = to;
-    try {
-      await load(to);
-      if (to !== going) return;
-      replace(refusal);
-      window.scrollTo(0, 0);
-      // At either end, the button that led there is gone.
-      if (pressed === older && older.hidden) newer.focus();
-      if (pressed === newer && newer.hidden) older.focus();
-      announce(
-        to.before.length ? "Older jobs" : to.state ? `Jobs that are ${to.state.toLowerCase()}` : "The newest jobs",
-      );
-    } catch (error) {
-      if (error.name === "AbortError" || to !== going) return;
-      going = place;
-      replace(
-        refusal,
-        errorBox(error, () => turn(to)),
-      );
-    }
-  };
-  older.addEventListener("click", () =>
-    turn({ ...place, position: following, before: [...place.before, place.position] }),
-  );
-  newer.addEventListener("click", () =>
-    turn({ ...place, position: place.before.at(-1) ?? null, before: place.before.slice(0, -1) }),
-  );
-
-  await load(going);
-  // The page stands; what follows keeps it up to date until it is left.
-  keepUpToDate();
-
-  async function keepUpToDate() {
-    while (await pause(jobs.every((job) => hasEnded(job.state)) ? CALM_SECONDS : BUSY_SECONDS, signal)) {
-      try {
-        await load(going);
-        replace(problem);
-      } catch (error) {
-        if (error.name === "AbortError") return;
-        replace(problem, errorBox(error));
-      }
-    }
-  }
+  return html`
+    <${Heading} title="Jobs">
+      <label for="state" class="visually-hidden">State</label>
+      <select id="state" value=${state} onchange=${choose}>
+        ${options([["", "All states"], ...STATES.map((each) => [each, each])])}
+      </select>
+      ${may("develop") && html`<a class="button primary" href=${link("new")}>New job</a>`}
+    <//>
+    <${List} key=${state} state=${state} />
+  `;
 }
 
-function draw(list, jobs, wanted, nameOf) {
-  const empty = wanted
-    ? `No job is ${wanted.toLowerCase()}.`
-    : [
-        "There are no jobs yet. ",
-        may("develop")
-          ? h("button", { type: "button", class: "quiet", onclick: () => go("new") }, "Train the first model")
-          : null,
-      ];
-  replaceKeepingFocus(
-    list,
-    table({
-      caption: "Jobs, the newest first",
-      columns: [
-        "Name",
-        "State",
-        "Base model",
-        "Model",
-        "Kind",
-        { name: "Progress", kind: "wide" },
-        { name: "Created", kind: "nowrap" },
-      ],
-      rows: jobs.map((job) => [
-        [
-          h("a", { href: link("jobs", job.name) }, job.name),
-          job.suffix ? h("span", { class: "soft" }, ` ${job.suffix}`) : null,
-        ],
-        stateChip(job.state),
-        nameOf(job.base),
-        job.state === "Completed" ? h("a", { href: link("models", job.model_name) }, job.model_name) : job.model_name,
-        customizationOf(job),
-        progressOf(job) ?? h("span", { class: "soft" }, "–"),
-        h("time", { datetime: job.created, title: time(job.created) }, age(job.created)),
-      ]),
-      empty,
-    }),
+function List({ state }) {
+  // Positions in the list at which the pages begin, up to the page that is shown.
+  const pages = useSignal([null]);
+  const position = pages.value.at(-1);
+  const names = useData(modelNames);
+  const { data, error, read } = useData(
+    (signal) => call("GET", "/api/v1/jobs", { query: { limit: PAGE, state, position }, signal }),
+    [position],
   );
+  usePolling(data?.jobs.every((each) => hasEnded(each.state)) ? CALM_SECONDS : BUSY_SECONDS, read);
+  const turn = (to) => {
+    pages.value = to;
+    window.scrollTo(0, 0);
+    announce(`Page ${to.length} of the jobs`);
+  };
+  if (!data || !names.data) return error ? html`<${ErrorBox} error=${error} again=${read} />` : html`<p class="soft">Loading …</p>`;
+  const empty = state
+    ? `No job is ${state.toLowerCase()}.`
+    : ["There are no jobs yet. ", may("develop") && html`<a href=${link("new")}>Train the first model</a>`];
+  return html`
+    <${ErrorBox} error=${error} again=${read} />
+    <${Table} caption="Jobs, the newest first" columns=${COLUMNS} empty=${empty}
+      rows=${data.jobs.map((job) => rowOf(job, names.data))} />
+    <div class="actions pages">
+      ${pages.value.length > 1 && html`<button type="button" onclick=${() => turn(pages.value.slice(0, -1))}>Newer</button>`}
+      ${data.next && html`<button type="button" onclick=${() => turn([...pages.value, data.next])}>Older</button>`}
+    </div>
+  `;
+}
+
+function rowOf(job, nameOf) {
+  return [
+    [html`<a href=${link("jobs", job.name)}>${job.name}</a>`, job.suffix && html`<span class="soft"> ${job.suffix}</span>`],
+    html`<${StateChip} state=${job.state} />`,
+    nameOf(job.base),
+    job.state === "Completed" ? html`<a href=${link("models", job.model_name)}>${job.model_name}</a>` : job.model_name,
+    customizationOf(job),
+    job.details?.progress ? html`<${Progress} job=${job} />` : html`<span class="soft">–</span>`,
+    html`<time datetime=${job.created} title=${time(job.created)}>${age(job.created)}</time>`,
+  ];
+}
+
+/** Return the name of a job's method. */
+export function customizationOf(job) {
+  return CUSTOMIZATIONS[job.customization_type]?.name ?? job.customization_type;
+}
+
+/** Return a function from the ARN of a model to its name. */
+export async function modelNames(signal) {
+  const names = new Map();
+  try {
+    for (const each of (await call("GET", "/api/v1/models", { signal })).models) names.set(each.arn, each.name);
+  } catch (error) {
+    // Keys that may not list models see the last part of the ARN.
+    if (error.name === "AbortError" || error.status === 401) throw error;
+  }
+  return (arn) => names.get(arn) ?? shortName(arn);
+}
+
+/** Return whether a job or an export is over. */
+export const hasEnded = (state) => ENDED.includes(state);
+
+export const StateChip = ({ state }) => html`<${Chip} kind=${COLOURS[state]}>${state}<//>`;
+
+/** The progress of a job as a bar and in words; nothing if the progress is unknown. */
+export function Progress({ job }) {
+  const { progress } = job.details ?? {};
+  if (!progress) return null;
+  const label = `Step ${number(progress.step)} of ${number(progress.steps)}`;
+  const left = job.state === "Running" ? timeLeft(progress.estimated_finish) : "";
+  return html`
+    <div class="progress">
+      ${!hasEnded(job.state) && html`<progress max=${progress.steps || 1} value=${progress.step} aria-label=${label} />`}
+      <small class="soft">${label}${left && `, ${left}`}</small>
+    </div>
+  `;
+}
+
+/** Return the time since the start of a job, or between its start and end; null before the start. */
+export function timeTaken(job) {
+  const [from, to] = [dateOf(job.started), dateOf(job.ended) ?? new Date()];
+  return from ? duration((to - from) / 1000) : null;
+}
+
+function timeLeft(finish) {
+  const at = dateOf(finish);
+  if (!at) return "";
+  const seconds = (at - Date.now()) / 1000;
+  return seconds > 0 ? `about ${duration(Math.max(1, Math.round(seconds)))} left` : "nearly done";
 }

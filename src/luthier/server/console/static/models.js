@@ -1,214 +1,138 @@
-// All models: the account's own, then the base models that jobs start from.
+// All models: the custom models of the account, then the base models.
 
 import { call, may } from "./api.js";
-import { h, replace } from "./dom.js";
 import { age, bytes, shortName, time } from "./format.js";
-import { errorBox, link, pause } from "./router.js";
-import { hiddenName, table } from "./table.js";
+import { Chip, ErrorBox, Heading, Pending, Table, bound, html, link, useData, usePolling, useRef, useSignal } from "./ui.js";
 
 const SECONDS = 15;
-/** How many models a list may have to be asked for again each time; one twice as long is asked for half as often. */
+/** Models that are listed again in each round; a list twice as long is loaded half as often. */
 const EACH_TIME = 200;
-/** Rounds between two questions for the longest lists: they wait five minutes. */
+/** Rounds between two requests for the longest lists: five minutes. */
 const MOST_ROUNDS = 20;
 /** Rows of a table: an account may have ten thousand models. */
 const MOST_ROWS = 200;
 const STATUS = { Active: "good", ACTIVE: "good", Creating: "note", Failed: "error" };
+/** Kinds of base models (luthier/models/base_kinds.py) and their use. */
+export const MADE_FOR = {
+  causal_lm: "text generation",
+  masked_lm: "text classification (masked language model)",
+  encoder: "text embeddings",
+  image_encoder: "image classification",
+  audio_encoder: "audio classification",
+  image_text_encoder: "matching images and text",
+  autoencoding: "compression and anomaly detection",
+  adversarial: "image generation",
+  denoising: "image generation",
+  image_to_text: "text about images",
+};
 
-/** Draw the page. */
-export async function render(root, params, signal) {
-  const { models: found } = await call("GET", "/api/v1/models", { signal });
-  let state = { models: found, loaded: await loadedModels(signal) };
-  let shown = JSON.stringify(state);
-  const filter = h("input", {
-    type: "search",
-    id: "filter",
-    placeholder: "name, id, base or status",
-    autocomplete: "off",
-    oninput: () => draw(),
+/** The page. */
+export function Models() {
+  const wanted = useSignal("");
+  const round = useRef(0);
+  const models = useData(async (signal) => (await call("GET", "/api/v1/models", { signal })).models);
+  const loaded = useData(loadedModels);
+  usePolling(SECONDS, async () => {
+    round.current += 1;
+    const due = round.current % roundsBetween(models.data?.length ?? 0) === 0;
+    await Promise.all([due && models.read(), loaded.read()]);
   });
-  const problem = h("div");
-  const lists = h("div");
-  replace(
-    root,
-    h(
-      "div",
-      { class: "heading" },
-      h("h1", null, "Models"),
-      may("develop")
-        ? h("div", { class: "actions" }, h("a", { class: "button primary", href: "#/new" }, "New job"))
-        : null,
-    ),
-    h("div", { class: "narrow" }, h("label", { for: "filter" }, "Filter"), filter),
-    problem,
-    lists,
-  );
-  const draw = () => {
-    const wanted = filter.value.trim().toLowerCase();
-    const kept = state.models.filter((model) => textOf(model).includes(wanted));
-    const custom = kept.filter((model) => model.kind === "custom").reverse();
-    const base = kept.filter((model) => model.kind !== "custom");
-    const none = wanted ? "No model has this in its name, id, base or status." : null;
-    replace(
-      lists,
-      h("h2", null, "Custom models"),
-      customTable(custom, state, none),
-      h("h2", null, "Base models"),
-      baseTable(base, none),
-    );
-  };
-  draw();
-  // The page stands; what follows keeps it up to date until it is left.
-  keepUpToDate();
-
-  async function keepUpToDate() {
-    for (let round = 1; await pause(SECONDS, signal); round += 1) {
-      try {
-        const due = round % roundsBetween(state.models.length) === 0;
-        const [models, memory] = await Promise.all([
-          due ? call("GET", "/api/v1/models", { signal }).then((next) => next.models) : state.models,
-          loadedModels(signal),
-        ]);
-        replace(problem);
-        state = { models, loaded: memory };
-        // A table that is drawn anew takes the focus from who walks through its links: it waits for them.
-        if (lists.contains(document.activeElement)) continue;
-        const now = JSON.stringify(state);
-        if (now !== shown) draw();
-        shown = now;
-      } catch (error) {
-        if (error.name === "AbortError") return;
-        replace(problem, errorBox(error));
-      }
-    }
-  }
+  if (!models.data || !loaded.data)
+    return html`<${Pending} title="Models" error=${models.error ?? loaded.error} read=${() => (models.read(), loaded.read())} />`;
+  const text = wanted.value.trim().toLowerCase();
+  const kept = models.data.filter((model) => textOf(model).includes(text));
+  const none = text && "No model has this name, id, base, job or status.";
+  return html`
+    <${Heading} title="Models">${may("develop") && html`<a class="button primary" href="#/new">New job</a>`}<//>
+    <div class="narrow">
+      <label for="filter">Filter</label>
+      <input type="search" id="filter" placeholder="name, id, base or status" autocomplete="off" ...${bound(wanted, "oninput")} />
+    </div>
+    <${ErrorBox} error=${models.error ?? loaded.error} />
+    <h2>Custom models</h2>
+    <${Custom} models=${kept.filter(isCustom).reverse()} all=${models.data} loaded=${loaded.data} none=${none} />
+    <h2>Base models</h2>
+    <${Base} models=${kept.filter((each) => !isCustom(each))} none=${none} />
+  `;
 }
 
-/**
- * After how many rounds a list is asked for again: thousands of models are a long answer.
- * @param {number} models
- * @returns {number}
- */
-export function roundsBetween(models) {
-  return Math.min(MOST_ROUNDS, Math.max(1, Math.ceil(models / EACH_TIME)));
-}
+/** Return the number of rounds between two requests for a list of this length. */
+export const roundsBetween = (models) => Math.min(MOST_ROUNDS, Math.max(1, Math.ceil(models / EACH_TIME)));
 
-/**
- * Whether a model of the list answers chats: a classifier that was tuned on a network that writes does not.
- * @param {Object} model
- * @returns {boolean}
- */
-export function writes(model) {
-  return model.writes === true;
-}
+/** Return whether a model of the list answers chats. A classifier tuned from a language model does not. */
+export const writes = (model) => model.writes === true;
 
-/**
- * The account's models in memory, by id.
- * @param {AbortSignal} signal
- * @returns {Promise<Object>}
- */
+/** Return the account's models in memory, by id. */
 export async function loadedModels(signal) {
   const { models } = await call("GET", "/api/v1/loaded-models", { signal });
   return Object.fromEntries(models.map((each) => [each.id, each]));
 }
 
-/** Where a model stands, as a coloured word. */
-export function statusChip(status) {
-  const shown = status === "ACTIVE" ? "Active" : status;
-  return h("span", { class: `chip ${STATUS[status] ?? ""}` }, shown);
+export function StatusChip({ status }) {
+  return html`<${Chip} kind=${STATUS[status]}>${status === "ACTIVE" ? "Active" : status}<//>`;
 }
 
-/** The end of an ARN as people know it, with a link to its model. */
-export function baseLink(arn, models = []) {
+/** A link to the model of an ARN. */
+export function BaseLink({ arn, models }) {
   if (!arn) return "–";
   const id = shortName(arn);
-  const known = models.find((each) => each.arn === arn);
-  return h("a", { href: link("models", id) }, h("bdi", null, known?.name ?? id));
+  return html`<a href=${link("models", id)}><bdi>${models.find((each) => each.arn === arn)?.name ?? id}</bdi></a>`;
 }
 
 function textOf(model) {
-  return [model.name, model.id, model.status, model.base ?? "", model.job ?? "", model.base_kind]
-    .join(" ")
-    .toLowerCase();
+  return [model.name, model.id, model.status, model.base ?? "", model.job ?? "", model.base_kind].join(" ").toLowerCase();
 }
 
-function customTable(models, { models: all, loaded }, none) {
-  const rows = models
-    .slice(0, MOST_ROWS)
-    .map((model) => [
-      h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
-      statusChip(model.status),
-      baseLink(model.base, all),
-      model.job ? h("a", { href: link("jobs", model.job) }, model.job) : model.source ? "from outside" : "–",
-      h("span", { title: time(model.created) }, age(model.created)),
-      memoryOf(loaded[model.id]),
-      model.status === "Active" && may("invoke")
-        ? h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try")
-        : null,
-    ]);
-  return [
-    table({
-      caption: "Custom models, the newest first",
-      columns: [
-        "Name",
-        "Status",
-        "Base",
-        "Made by",
-        { name: "Age", kind: "nowrap" },
-        { name: "In memory", kind: "nowrap" },
-        hiddenName("Try it"),
-      ],
-      rows,
-      empty: none ?? [
-        "This account has no custom models yet. ",
-        may("develop") ? h("a", { href: "#/new" }, "Train one") : null,
-      ],
-    }),
-    cutText(models, "newest"),
+const isCustom = (model) => model.kind === "custom";
+
+const nameLink = (model) => html`<a href=${link("models", model.id)}><bdi>${model.name}</bdi></a>`;
+
+function tryLink(model) {
+  return may("invoke") && html`<a href=${link("playground", model.id)} aria-label=${`Try ${model.name}`}>Try</a>`;
+}
+
+function Custom({ models, all, loaded, none }) {
+  const columns = [
+    "Name", "Status", "Base", "Created by", { name: "Age", kind: "nowrap" }, { name: "In memory", kind: "nowrap" },
+    { name: "Playground", hidden: true },
   ];
+  const empty = none || ["This account has no custom models yet. ", may("develop") && html`<a href="#/new">Train a model</a>`];
+  const rows = models.slice(0, MOST_ROWS).map((model) => [
+    nameLink(model),
+    html`<${StatusChip} status=${model.status} />`,
+    html`<${BaseLink} arn=${model.base} models=${all} />`,
+    model.job ? html`<a href=${link("jobs", model.job)}>${model.job}</a>` : model.source ? "import" : "–",
+    html`<span title=${time(model.created)}>${age(model.created)}</span>`,
+    memoryOf(loaded[model.id]),
+    model.status === "Active" && tryLink(model),
+  ]);
+  return html`
+    <${Table} caption="Custom models, the newest first" columns=${columns} rows=${rows} empty=${empty} />
+    <${Cut} models=${models} which="newest" />
+  `;
 }
 
-function baseTable(models, none) {
-  return [
-    table({
-      caption: "Base models",
-      columns: ["Name", "Id", "Made for", hiddenName("Try it")],
-      rows: models
-        .slice(0, MOST_ROWS)
-        .map((model) => [
-          h("a", { href: link("models", model.id) }, h("bdi", null, model.name)),
-          h("code", null, model.id),
-          MADE_FOR[model.base_kind] ?? model.base_kind,
-          may("invoke") ? h("a", { href: link("playground", model.id), "aria-label": `Try ${model.name}` }, "Try") : null,
-        ]),
-      empty: none ?? "The server offers no base models.",
-    }),
-    cutText(models, "first"),
-  ];
+function Base({ models, none }) {
+  return html`
+    <${Table} caption="Base models" columns=${["Name", "Id", "Use", { name: "Playground", hidden: true }]}
+      rows=${models.slice(0, MOST_ROWS).map((model) => [
+        nameLink(model),
+        html`<code>${model.id}</code>`,
+        MADE_FOR[model.base_kind] ?? model.base_kind,
+        tryLink(model),
+      ])}
+      empty=${none || "The server offers no base models."} />
+    <${Cut} models=${models} which="first" />
+  `;
 }
 
-function cutText(models, which) {
-  return models.length > MOST_ROWS
-    ? h("p", { class: "soft" }, `The ${which} ${MOST_ROWS} of ${models.length} are shown. Filter to find others.`)
-    : null;
+function Cut({ models, which }) {
+  if (models.length <= MOST_ROWS) return null;
+  return html`<p class="soft">Showing the ${which} ${MOST_ROWS} of ${models.length} models. Filter to find others.</p>`;
 }
-
-/** Kinds of base models (luthier/models/base_kinds.py) in words. */
-export const MADE_FOR = {
-  causal_lm: "writing text",
-  masked_lm: "reading texts (masked language model)",
-  encoder: "reading texts",
-  image_encoder: "reading images",
-  audio_encoder: "reading sounds",
-  image_text_encoder: "comparing images and texts",
-  autoencoding: "compressing, and finding what is unusual",
-  adversarial: "making images",
-  denoising: "making images",
-  image_to_text: "writing about images",
-};
 
 function memoryOf(loaded) {
   if (!loaded?.loaded) return "no";
-  const answers = loaded.requests ? `, answers ${loaded.requests}` : "";
-  return `${bytes(loaded.memory_bytes)}${answers}`;
+  const requests = loaded.requests ? `, ${loaded.requests} active requests` : "";
+  return `${bytes(loaded.memory_bytes)}${requests}`;
 }

@@ -1,219 +1,278 @@
-// What a model that reads says of a text, an image, a sound or values: labels, tags, numbers, embeddings.
+// Forms of the playground: predictions for text, images, sound and values, similarity, and image generation.
 
-import { call } from "./api.js";
 import { cosine, likeliest, spansOf } from "./answers.js";
-import { asking, base64Of } from "./asking.js";
-import { announce, h } from "./dom.js";
+import { InputError, call } from "./api.js";
 import { number, percent } from "./format.js";
-import { hiddenName, table } from "./table.js";
+import { Chip, ErrorBox, Field, Table, announce, html, options, useAction, useEffect, useLeaving, useSignal } from "./ui.js";
 
-const ACCEPT = { image: "image/*", audio: "audio/*" };
-const NOUN = { text: "text", image: "image", audio: "sound", window: "values" };
+/** Bytes of a file that is sent. base64 is a third longer, and the server rejects larger bodies. */
+const LARGEST_FILE = 18_000_000;
+/** Forms of input: label, media type of a file, and the name in messages. */
+const INPUTS = {
+  text: ["Text"], window: ["Values"], image: ["Image", "image/*", "an image"],
+  audio: ["Audio", "audio/*", "an audio file"],
+};
 const COLOURS = 6;
+const MOST_TEXTS = 20;
 
-/** Draw the form of a model that answers with labels, tags, numbers or texts. */
-export async function renderPrediction(root, model, signal) {
-  const input = inputOf(model.abilities.reads, "input", signal);
-  asking(root, input.element, "Ask", signal, async () => {
-    const asked = await input.read();
-    const [answer] = await predict(model, [asked], signal);
-    return [input.preview(), answerOf(answer, asked.text)];
+/** A form with one button and the result below. `ask` gets the fields of the form and an AbortSignal. */
+function Asking({ verb, ask, children }) {
+  const result = useSignal(null);
+  const left = useLeaving();
+  const { busy, error, run } = useAction(async (event) => {
+    result.value = null;
+    result.value = await ask(event.target.elements, left);
   });
+  return html`
+    <form class="ask" onsubmit=${run}>
+      ${children}
+      <div class="actions"><button type="submit" class="primary" disabled=${busy}>${verb}</button></div>
+    </form>
+    <div aria-live="polite" id="answer">
+      ${busy && html`<p class="soft">Waiting for the model …</p>`}
+      <${ErrorBox} error=${error} />
+      ${result.value}
+    </div>
+  `;
 }
 
-/** Draw the form of a model that gives embeddings: how alike inputs are. */
-export async function renderSimilarity(root, model, signal) {
+/** Return a file as base64; `noun` is what the user has to choose. */
+async function base64Of(file, noun) {
+  if (!file) throw new InputError(`Choose a file: ${noun}.`);
+  if (file.size > LARGEST_FILE) throw new InputError(`The file is larger than ${LARGEST_FILE / 1e6} MB. Choose a smaller file.`);
+  const reader = new FileReader();
+  await new Promise((done) => {
+    reader.onloadend = done;
+    reader.readAsDataURL(file);
+  });
+  if (reader.error) throw new InputError("The file cannot be read because it was moved or changed. Choose the file again.");
+  return reader.result.slice(reader.result.indexOf(",") + 1);
+}
+
+/** The form of a model that returns labels, tags, numbers or text. */
+export function Prediction({ model }) {
+  const [kind] = model.abilities.reads;
+  const ask = async ({ input }, signal) => {
+    const sent = await read(input, kind);
+    const [answer] = await predict(model, [sent], signal);
+    if (answer.label !== undefined) announce(`Label: ${[answer.label].flat().join(", ")}`);
+    const file = INPUTS[kind][1] && input.files[0];
+    return html`
+      ${file && html`<${FileImage} class="preview" file=${file} audio=${kind === "audio"} />`}
+      <${Answer} answer=${answer} text=${sent.text ?? ""} />
+    `;
+  };
+  return html`<${Asking} verb="Predict" ask=${ask}><${Input} kind=${kind} id="input" /><//>`;
+}
+
+/** The form of a model that returns embeddings: the similarity of inputs. */
+export function Similarity({ model }) {
+  const [kind] = model.abilities.reads;
   if (!model.abilities.reads.includes("text")) {
-    const first = inputOf(model.abilities.reads, "first", signal, "First");
-    const second = inputOf(model.abilities.reads, "second", signal, "Second");
-    asking(root, [first.element, second.element], "Compare", signal, async () => {
-      const asked = [await first.read(), await second.read()];
-      return similarity(await predict(model, asked, signal), ["First", "Second"]);
-    });
-    return;
+    const askTwo = async ({ first, second }, signal) => {
+      const sent = [await read(first, kind), await read(second, kind)];
+      return html`<${Pairs} answers=${await predict(model, sent, signal)} names=${["First", "Second"]} />`;
+    };
+    return html`
+      <${Asking} verb="Compare" ask=${askTwo}>
+        <${Input} kind=${kind} id="first" label="First" /><${Input} kind=${kind} id="second" label="Second" />
+      <//>
+    `;
   }
-  const texts = h("textarea", {
-    id: "texts",
-    rows: "6",
-    dir: "auto",
-    placeholder: "My card has not arrived\nWhere is my new card?\nHow do I change my PIN?",
-  });
-  const form = h(
-    "div",
-    null,
-    h("label", { for: "texts" }, "Texts, one a line"),
-    texts,
-    h("p", { class: "help" }, "Two to twenty; each is compared with each."),
-  );
-  asking(root, form, "Compare", signal, async () => {
-    const lines = texts.value
-      .split("\n")
-      .map((each) => each.trim())
-      .filter(Boolean);
-    if (lines.length < 2) throw new RangeError("Write two texts or more, one a line.");
-    if (lines.length > 20) throw new RangeError(`Compare twenty texts at most; these are ${lines.length}.`);
-    return similarity(
-      await predict(
-        model,
-        lines.map((text) => ({ text })),
-        signal,
-      ),
-      lines,
-    );
-  });
+  const ask = async ({ texts }, signal) => {
+    const lines = texts.value.split("\n").map((each) => each.trim()).filter(Boolean);
+    if (lines.length < 2) throw new InputError("Write at least two texts, one per line.");
+    if (lines.length > MOST_TEXTS) throw new InputError(`Write at most ${MOST_TEXTS} texts; the field has ${lines.length}.`);
+    return html`<${Pairs} answers=${await predict(model, lines.map((text) => ({ text })), signal)} names=${lines} />`;
+  };
+  const placeholder = "My card has not arrived\nWhere is my new card?\nHow do I change my PIN?";
+  return html`
+    <${Asking} verb="Compare" ask=${ask}>
+      <${Field} id="texts" label="Texts, one per line" help=${`2 to ${MOST_TEXTS} texts. Each text is compared with all others.`}>
+        <textarea id="texts" rows="6" dir="auto" placeholder=${placeholder} />
+      <//>
+    <//>
+  `;
 }
 
 async function predict(model, inputs, signal) {
-  const { answers } = await call("POST", `/api/v1/models/${encodeURIComponent(model.id)}/predictions`, {
-    body: { inputs },
-    signal,
-  });
-  return answers;
+  const path = `/api/v1/models/${encodeURIComponent(model.id)}/predictions`;
+  return (await call("POST", path, { body: { inputs }, signal })).answers;
 }
 
-function inputOf(reads, id, signal, label = null) {
-  const kind = reads[0];
-  const name = label ?? NOUN[kind].charAt(0).toUpperCase() + NOUN[kind].slice(1);
-  if (kind === "text" || kind === "window") {
-    const field = h("textarea", { id, rows: kind === "text" ? "4" : "3", dir: "auto" });
-    const help =
-      kind === "window"
-        ? h("p", { class: "help" }, "Numbers in their order, between blanks, commas or lines; the last is judged.")
-        : null;
-    const read = async () => {
-      if (!field.value.trim())
-        throw new RangeError(kind === "text" ? "Write a text first." : "Write some numbers first.");
-      return kind === "text" ? { text: field.value } : { window: numbersIn(field.value) };
-    };
-    return { element: h("div", null, h("label", { for: id }, name), field, help), read, preview: () => null };
-  }
-  const field = h("input", { id, type: "file", accept: ACCEPT[kind] });
-  const read = async () => ({ [kind]: await base64Of(field.files[0], NOUN[kind]) });
-  // A sound is read from its address as long as it can be played: until another takes its place, or the form goes.
-  let address = null;
-  const free = () => {
-    if (address) URL.revokeObjectURL(address);
-    address = null;
-  };
-  signal.addEventListener("abort", free);
-  const preview = () => {
-    free();
-    if (!field.files[0]) return null;
-    address = URL.createObjectURL(field.files[0]);
-    return kind === "image"
-      ? h("img", { class: "preview", src: address, alt: "The image that was asked about" })
-      : h("audio", { controls: true, src: address });
-  };
-  return { element: h("div", { class: "drop" }, h("label", { for: id }, name), field), read, preview };
+function Input({ kind, id, label }) {
+  const [name, accept] = INPUTS[kind];
+  if (accept) return html`<${FileField} id=${id} label=${label ?? name} accept=${accept} />`;
+  const help = kind === "window" && "Numbers in order, separated by spaces, commas or lines. The last number is judged.";
+  return html`<${Field} id=${id} label=${label ?? name} help=${help}><textarea id=${id} rows="4" dir="auto" /><//>`;
 }
 
-function numbersIn(text) {
-  const found = text
-    .split(/[\s,;]+/)
-    .filter(Boolean)
-    .map(Number);
-  if (!found.length || found.some((each) => !Number.isFinite(each)))
-    throw new RangeError("Write numbers alone, such as 1.0 1.2 0.9.");
-  return found;
+function FileField({ id, label, accept }) {
+  return html`<div class="drop"><label for=${id}>${label}</label><input id=${id} type="file" accept=${accept} /></div>`;
 }
 
-function answerOf(answer, text) {
-  const parts = [];
-  if (answer.entities) parts.push(entities(text ?? "", answer.entities));
-  else if (answer.tags) parts.push(h("p", { class: "row", dir: "auto" }, answer.tags.join(" ")));
-  if (answer.label !== undefined) {
-    const labels = Array.isArray(answer.label) ? answer.label : [answer.label];
-    const said = labels.length ? labels.join(", ") : "none of its labels";
-    parts.push(h("p", null, "Label: ", h("strong", null, h("bdi", null, said))));
-    announce(`Label: ${said}`);
-  }
-  if (answer.scores) parts.push(scoreBars(answer.scores));
-  if (typeof answer.rating === "number")
-    parts.push(h("p", null, "Rating: ", h("strong", null, number(answer.rating, 4))));
-  if (typeof answer.score === "number") parts.push(h("p", null, "Score: ", h("strong", null, number(answer.score, 4))));
-  if (typeof answer.anomalous === "boolean") {
-    parts.push(
-      h(
-        "p",
-        null,
-        h("span", { class: `chip ${answer.anomalous ? "warning" : "good"}` }, answer.anomalous ? "unusual" : "usual"),
-      ),
-    );
-  }
-  if (typeof answer.text === "string") {
-    parts.push(h("p", { class: "box said", dir: "auto" }, answer.text || "(an empty text)"));
-    if (typeof answer.probability === "number")
-      parts.push(h("p", { class: "soft" }, `Probability ${percent(answer.probability)}`));
-  }
-  if (!parts.length || answer.embedding) parts.push(h("pre", { class: "row" }, JSON.stringify(answer)));
-  return h("section", null, h("h2", null, "Answer"), parts);
+/** Return the value of an input as the API expects it. */
+async function read(field, kind) {
+  const [, accept, noun] = INPUTS[kind];
+  if (accept) return { [kind]: await base64Of(field.files[0], noun) };
+  if (!field.value.trim()) throw new InputError(kind === "text" ? "Write a text." : "Write some numbers.");
+  if (kind === "text") return { text: field.value };
+  const found = field.value.split(/[\s,;]+/).filter(Boolean).map(Number);
+  if (!found.length || !found.every(Number.isFinite)) throw new InputError("Write only numbers, such as 1.0 1.2 0.9.");
+  return { window: found };
 }
 
-function scoreBars(scores) {
+function Answer({ answer, text }) {
+  const { label, scores, entities, tags, rating, score, anomalous } = answer;
+  const known = [label, scores, entities, tags, rating, score, anomalous, answer.text].some((each) => each !== undefined);
+  const figure = (name, value) => typeof value === "number" && html`<p>${name}: <strong>${number(value, 4)}</strong></p>`;
+  return html`
+    <section>
+      <h2>Answer</h2>
+      ${entities ? html`<${Entities} text=${text} found=${entities} />` : tags && html`<p class="row" dir="auto">${tags.join(" ")}</p>`}
+      ${label !== undefined && html`<p>Label: <strong><bdi>${[label].flat().join(", ") || "none"}</bdi></strong></p>`}
+      ${scores && html`<${Scores} scores=${scores} />`}
+      ${figure("Rating", rating)} ${figure("Score", score)}
+      ${typeof anomalous === "boolean" && html`
+        <p><${Chip} kind=${anomalous ? "warning" : "good"}>${anomalous ? "unusual" : "usual"}<//></p>
+      `}
+      ${typeof answer.text === "string" && html`
+        <p class="box said" dir="auto">${answer.text || "(empty text)"}</p>
+        ${typeof answer.probability === "number" && html`<p class="soft">Probability ${percent(answer.probability)}</p>`}
+      `}
+      ${(!known || answer.embedding) && html`<pre class="row">${JSON.stringify(answer)}</pre>`}
+    </section>
+  `;
+}
+
+function Scores({ scores }) {
   const { shown, further } = likeliest(scores);
-  return [
-    h(
-      "div",
-      { class: "bars", role: "list", "aria-label": "Scores of the labels" },
-      shown.map(([label, score]) =>
-        h(
-          "div",
-          { role: "listitem" },
-          h("bdi", { class: "name" }, label),
-          h("progress", { max: 1, value: score, "aria-hidden": "true" }),
-          h("span", { class: "figure" }, percent(score)),
-        ),
-      ),
-    ),
-    further ? h("p", { class: "soft" }, `${number(further)} less likely labels are left out.`) : null,
-  ];
+  return html`
+    <div class="bars" role="list" aria-label="Scores of the labels">
+      ${shown.map(([label, score]) => html`
+        <div role="listitem">
+          <bdi class="name">${label}</bdi>
+          <progress max="1" value=${score} aria-hidden="true" />
+          <span class="figure">${percent(score)}</span>
+        </div>
+      `)}
+    </div>
+    ${further > 0 && html`<p class="soft">${number(further)} labels with lower scores are not shown.</p>`}
+  `;
 }
 
-function entities(text, found) {
+function Entities({ text, found }) {
   const labels = [...new Set(found.map((each) => each.label))];
-  const spans = spansOf(text, found);
-  return [
-    h(
-      "p",
-      { class: "box said", dir: "auto" },
-      spans.map((span) =>
-        span.label === null
-          ? span.text
-          : h(
-              "mark",
-              { class: `tag tag-${labels.indexOf(span.label) % COLOURS}` },
-              h("bdi", null, span.text),
-              h("small", null, ` ${span.label}`),
-            ),
-      ),
-    ),
-    found.length ? null : h("p", { class: "soft" }, "It finds nothing in this text."),
-  ];
+  const mark = (span) => html`
+    <mark class=${`tag tag-${labels.indexOf(span.label) % COLOURS}`}><bdi>${span.text}</bdi><small> ${span.label}</small></mark>
+  `;
+  return html`
+    <p class="box said" dir="auto">${spansOf(text, found).map((span) => (span.label === null ? span.text : mark(span)))}</p>
+    ${!found.length && html`<p class="soft">The model found no entities in this text.</p>`}
+  `;
 }
 
-function similarity(answers, names) {
+function Pairs({ answers, names }) {
   const vectors = answers.map((each) => each.embedding);
-  if (vectors.some((each) => !Array.isArray(each)))
-    return h("pre", { class: "row" }, JSON.stringify(answers).slice(0, 10_000));
-  const pairs = [];
-  for (let a = 0; a < vectors.length; a += 1) {
-    for (let b = a + 1; b < vectors.length; b += 1) pairs.push([names[a], names[b], cosine(vectors[a], vectors[b])]);
-  }
+  if (!vectors.every(Array.isArray)) return html`<pre class="row">${JSON.stringify(answers).slice(0, 10_000)}</pre>`;
+  const others = (a) => vectors.map((_, b) => b).filter((b) => b > a);
+  const pairs = vectors.flatMap((first, a) => others(a).map((b) => [names[a], names[b], cosine(first, vectors[b])]));
   pairs.sort((a, b) => b[2] - a[2]);
-  return h(
-    "section",
-    null,
-    h("h2", null, "The most alike first"),
-    table({
-      caption: "Cosine of each pair",
-      columns: ["One", "Other", hiddenName("As a bar"), { name: "Cosine", kind: "number" }],
-      rows: pairs.map(([a, b, value]) => [
-        h("bdi", null, a),
-        h("bdi", null, b),
-        h("progress", { max: 1, value: Math.max(0, value || 0), "aria-hidden": "true" }),
-        number(value, 3),
-      ]),
-    }),
-    h("p", { class: "soft" }, `Embeddings of ${number(vectors[0].length)} numbers.`),
-  );
+  const rows = pairs.map(([first, second, value]) => [
+    html`<bdi>${first}</bdi>`,
+    html`<bdi>${second}</bdi>`,
+    html`<progress max="1" value=${Math.max(0, value || 0)} aria-hidden="true" />`,
+    number(value, 3),
+  ]);
+  return html`
+    <section>
+      <h2>Most similar pairs first</h2>
+      <${Table} caption="Cosine similarity of each pair" rows=${rows}
+        columns=${["First", "Second", { name: "Bar", hidden: true }, { name: "Cosine", kind: "number" }]} />
+      <p class="soft">Embeddings have ${number(vectors[0].length)} dimensions.</p>
+    </section>
+  `;
+}
+
+/** The form of a model that generates images. */
+export function Samples({ model }) {
+  const { labels, reads_prompts: prompts, method } = model.abilities;
+  const ask = async (fields, signal) => {
+    const body = { count: fields.count.valueAsNumber };
+    for (const name of ["seed", "steps"]) if (fields[name]?.value) body[name] = fields[name].valueAsNumber;
+    for (const name of ["label", "prompt"]) if (fields[name]?.value.trim()) body[name] = fields[name].value;
+    const made = await call("POST", `/api/v1/models/${encodeURIComponent(model.id)}/images`, { body, signal });
+    return html`
+      <section>
+        <h2>Images</h2>
+        <div class="pictures">
+          ${made.images.map((each, index) => html`<${Picture} png=${each.png} caption=${each.label ?? body.prompt} index=${index} />`)}
+        </div>
+        <p class="soft">${number(made.width)} × ${number(made.height)} pixels. Seed ${made.seed} gives the same images again.</p>
+      </section>
+    `;
+  };
+  const whole = (id, attributes) => html`<input id=${id} type="number" step="1" ...${attributes} />`;
+  return html`
+    <${Asking} verb="Generate images" ask=${ask}>
+      <div class="fields">
+        ${prompts && html`<${Field} id="prompt" label="Prompt"><input id="prompt" dir="auto" autocomplete="off" /><//>`}
+        ${labels.length > 0 && html`
+          <${Field} id="label" label="Class">
+            <select id="label">${options([["", "each class in turn"], ...labels.map((each) => [each, each])])}</select>
+          <//>
+        `}
+        <${Field} id="count" label="Number of images">${whole("count", { min: 1, max: 64, defaultValue: 8 })}<//>
+        ${method === "diffusion" && html`
+          <${Field} id="steps" label="Denoising steps">${whole("steps", { min: 1, max: 10000, placeholder: "as stored" })}<//>
+        `}
+        <${Field} id="seed" label="Seed">${whole("seed", { min: 0, placeholder: "random" })}<//>
+      </div>
+    <//>
+  `;
+}
+
+/** The form of an autoencoder. */
+export function Reconstruction({ model }) {
+  const ask = async ({ image }, signal) => {
+    const file = image.files[0];
+    const body = { images: [await base64Of(file, "an image")] };
+    const found = await call("POST", `/api/v1/models/${encodeURIComponent(model.id)}/reconstructions`, { body, signal });
+    return html`
+      <section>
+        <h2>Original and reconstruction</h2>
+        <div class="pictures">
+          <figure><${FileImage} file=${file} /><figcaption>original</figcaption></figure>
+          ${found.images.map((each, index) => html`<${Picture} png=${each.png} caption=${`error ${number(each.error)}`} index=${index} />`)}
+        </div>
+        <p class="soft">Compression: ${number(found.compression_ratio)} values of the image for each stored value.</p>
+      </section>
+    `;
+  };
+  return html`
+    <${Asking} verb="Reconstruct" ask=${ask}>
+      <${FileField} id="image" label="Image" accept="image/*" />
+    <//>
+  `;
+}
+
+/** A file of the user as an image or, with `audio`, as a player. */
+function FileImage({ file, audio, ...props }) {
+  const address = useSignal("");
+  useEffect(() => {
+    const made = (address.value = URL.createObjectURL(file));
+    // Players read from the address as long as they are shown.
+    return () => URL.revokeObjectURL(made);
+  }, [file]);
+  if (!address.value) return null;
+  return audio ? html`<audio controls src=${address} />` : html`<img src=${address} alt="The chosen file" ...${props} />`;
+}
+
+function Picture({ png, caption, index }) {
+  return html`
+    <figure>
+      <img src=${`data:image/png;base64,${png}`} alt=${`Image ${index + 1}${caption ? `: ${caption}` : ""}`} />
+      ${caption && html`<figcaption><bdi>${caption}</bdi></figcaption>`}
+    </figure>
+  `;
 }

@@ -1,0 +1,206 @@
+// Preact, htm and signals, with the hooks and components that all pages share. Text of data is never parsed as HTML.
+
+import { messageOf } from "./api.js";
+import htm from "./vendor/htm.js";
+import { useEffect, useLayoutEffect, useRef } from "./vendor/preact-hooks.js";
+import { h, render } from "./vendor/preact.js";
+import { signal, useSignal } from "./vendor/signals.js";
+
+export { render, signal, useEffect, useRef, useSignal };
+export const html = htm.bind(h);
+
+/** Return the address of a page, from segments such as `"jobs", name`. */
+export const link = (...segments) => `#/${segments.map(encodeURIComponent).join("/")}`;
+
+/** Open a page. */
+export function go(...segments) {
+  window.location.hash = link(...segments);
+}
+
+/** Report a text to screen readers. */
+export function announce(text) {
+  const status = document.getElementById("status");
+  if (status) status.textContent = text;
+}
+
+/**
+ * Call `load` with an AbortSignal when the component appears and when `deps` change. Returns `{data, error, read}`:
+ * `data` stay until new data are loaded, and `read` loads again.
+ */
+export function useData(load, deps = []) {
+  const found = useSignal({ data: null, error: null });
+  const running = useRef(null);
+  const latest = useRef(load);
+  latest.current = load;
+  const read = useRef(async () => {
+    running.current?.abort();
+    const { signal: left } = (running.current = new AbortController());
+    try {
+      const data = await latest.current(left);
+      if (!left.aborted) found.value = { data, error: null };
+    } catch (error) {
+      if (!left.aborted && error.name !== "AbortError") found.value = { ...found.value, error };
+    }
+  }).current;
+  useEffect(() => {
+    read();
+    return () => running.current.abort();
+  }, deps);
+  return { ...found.value, read };
+}
+
+/** Call `act` with an AbortSignal every `seconds` while the component and the tab are visible. */
+export function usePolling(seconds, act) {
+  const latest = useRef(null);
+  latest.current = { seconds, act };
+  useEffect(() => {
+    const left = new AbortController();
+    (async () => {
+      while (await pause(latest.current.seconds, left.signal)) await latest.current.act(left.signal);
+    })();
+    return () => left.abort();
+  }, []);
+}
+
+/** Return a signal that is aborted when the component disappears. */
+export function useLeaving() {
+  const leaving = useRef(null);
+  leaving.current ??= new AbortController();
+  useEffect(() => () => leaving.current.abort(), []);
+  return leaving.current.signal;
+}
+
+/** An action of the user. Returns `{busy, error, run}`: `run` calls `act` unless an earlier call is busy. */
+export function useAction(act) {
+  const state = useSignal({ busy: false, error: null });
+  const run = async (...given) => {
+    given[0]?.preventDefault?.();
+    if (state.value.busy) return;
+    state.value = { busy: true, error: null };
+    const error = await act(...given).then(() => null, (failure) => failure);
+    state.value = { busy: false, error: error?.name === "AbortError" ? null : error };
+  };
+  return { ...state.value, run };
+}
+
+/** Wait for at least 3 seconds, then until the tab is visible. Returns false once `left` is aborted. */
+export async function pause(seconds, left) {
+  await new Promise((done) => {
+    const timer = setTimeout(done, 1000 * Math.max(3, seconds));
+    left.addEventListener("abort", () => (clearTimeout(timer), done()), { once: true });
+  });
+  while (document.hidden && !left.aborted)
+    await new Promise((done) => {
+      document.addEventListener("visibilitychange", done, { once: true, signal: left });
+      left.addEventListener("abort", done, { once: true });
+    });
+  return !left.aborted;
+}
+
+/** The heading of a page. A page that appears is announced, and its heading gets the focus. */
+export function Heading({ title, tab = title, chips, children }) {
+  const heading = useRef(null);
+  useEffect(() => {
+    document.title = `${tab} – luthier`;
+    announce(document.title);
+    // A user who was faster than the page keeps the focus.
+    if (!document.getElementById("main").contains(document.activeElement)) heading.current.focus();
+  }, [tab]);
+  return html`
+    <div class="heading">
+      <h1 tabindex="-1" ref=${heading}><bdi>${title}</bdi></h1>
+      ${chips}
+      <div class="actions">${children}</div>
+    </div>
+  `;
+}
+
+/** A page whose data are still loaded, or cannot be loaded. */
+export function Pending({ title, error, read }) {
+  if (!error) return html`<p class="soft">Loading …</p>`;
+  return html`<${Heading} title=${title} /><${ErrorBox} error=${error} again=${read} />`;
+}
+
+/** An error with its location and, if `again` is given, a button. */
+export function ErrorBox({ error, again, children }) {
+  if (!error) return null;
+  return html`
+    <div class="box error" role="alert">
+      <p>${messageOf(error)}</p>
+      ${error.parameter && html`<p class="soft">Parameter: <code>${error.parameter}</code></p>`}
+      ${children && html`<p class="soft">${children}</p>`}
+      ${again && html`<button type="button" onclick=${again}>Try again</button>`}
+    </div>
+  `;
+}
+
+/** A coloured word; `kind` is good, note, warning, error or empty. */
+export const Chip = ({ kind = "", children }) => html`<span class=${`chip ${kind}`}>${children}</span>`;
+
+/** A labelled form field. */
+export function Field({ id, label, help, hidden, hideLabel, problem, children }) {
+  return html`
+    <div hidden=${hidden}>
+      <label for=${id} class=${hideLabel ? "visually-hidden" : null}>${label}</label>
+      ${children}
+      ${help && html`<p class="help" id=${`${id}-help`}>${help}</p>`}
+      ${problem && html`<p class="problem" id=${`problem-${id}`}>${problem}</p>`}
+    </div>
+  `;
+}
+
+/** Attributes of a field whose value is a signal. */
+export const bound = (value, kind = "onchange") => ({ value, [kind]: (event) => (value.value = event.target.value) });
+
+/** Options of a select, from pairs of value and label. */
+export function options(pairs) {
+  return pairs.map(([value, label]) => html`<option value=${value}>${label}</option>`);
+}
+
+/**
+ * A table. On a narrow screen each row is a block of lines, named by the columns (style.css). Columns are names or
+ * `{name, kind, hidden}`, with the kinds number, code, nowrap and wide. The first cell of a row is its heading.
+ */
+export function Table({ caption, showCaption, columns, rows, empty = "Nothing to show." }) {
+  const region = useRef(null);
+  const focused = region.current?.contains(document.activeElement);
+  useLayoutEffect(() => {
+    // The focus of a button that disappeared stays in the table.
+    if (focused && document.activeElement === document.body) region.current?.focus({ preventScroll: true });
+  });
+  if (!rows.length) return html`<p class="empty soft">${empty}</p>`;
+  const all = columns.map((each) => (typeof each === "string" ? { name: each } : each));
+  const hide = (hidden) => (hidden ? "visually-hidden" : null);
+  return html`
+    <div class="scroll" tabindex="0" role="region" aria-label=${caption} ref=${region}>
+      <table>
+        <caption class=${hide(!showCaption)}>${caption}</caption>
+        <thead><tr>
+          ${all.map((each) => html`<th scope="col" class=${each.kind}><span class=${hide(each.hidden)}>${each.name}</span></th>`)}
+        </tr></thead>
+        <tbody>${rows.map((row) => html`<tr>${row.map((cell, index) => cellOf(cell, index, all[index]))}</tr>`)}</tbody>
+      </table>
+    </div>
+  `;
+}
+
+function cellOf(cell, index, { name, kind, hidden }) {
+  const label = hidden ? null : name;
+  return index
+    ? html`<td class=${kind} data-name=${label}>${cell}</td>`
+    : html`<th scope="row" class=${kind} data-name=${label}>${cell}</th>`;
+}
+
+/** A list of names and values; pairs without a value are left out. */
+export function Facts({ pairs }) {
+  const known = pairs.filter((pair) => pair && (pair[1] ?? "") !== "");
+  return html`<dl class="facts">
+    ${known.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}
+  </dl>`;
+}
+
+/** A heading with content; nothing without content. */
+export function Section({ title, children }) {
+  const shown = [children].flat(9).some(Boolean);
+  return shown ? html`<section><h2>${title}</h2>${children}</section>` : null;
+}
