@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
+from typing import Any, cast
 
 import wandb
 
@@ -25,7 +26,7 @@ class WandbTracker(Tracker):
             resume="allow",
             dir=os.environ.get("WANDB_DIR", str(run.folder)),
             config=dict(run.settings),
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=cast("Any", os.environ.get("WANDB_MODE", "offline")),
             # Output of the terminal is not part of the run, and the machine is nobody's business.
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
