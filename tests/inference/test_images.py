@@ -25,7 +25,7 @@ from luthier.inference.inference import ImageRequest, InferenceFailed, Inference
 from luthier.inference.prediction import Predictor
 from luthier.inference.sequential import SerialModel
 from luthier.library.models import find
-from luthier.objectives.capabilities import DenoisingSettings
+from luthier.objectives.diffusion import DenoisingSettings
 from luthier.recipe import Recipe
 
 

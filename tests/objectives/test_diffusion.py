@@ -17,8 +17,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives.capabilities import DenoisingSettings
-from luthier.objectives.diffusion import Diffusion
+from luthier.objectives.diffusion import DenoisingSettings, Diffusion
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")

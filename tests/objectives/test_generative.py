@@ -79,7 +79,7 @@ def test_each_maker_measures_the_distance_of_what_it_makes(
 
 
 def _twenty_steps() -> Any:
-    from luthier.objectives.capabilities import DenoisingSettings
+    from luthier.objectives.diffusion import DenoisingSettings
 
     return DenoisingSettings(steps=20)
 

@@ -23,8 +23,7 @@ from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_model, sketch
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives.capabilities import DenoisingSettings
-from luthier.objectives.diffusion import Diffusion
+from luthier.objectives.diffusion import DenoisingSettings, Diffusion
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")

@@ -63,7 +63,7 @@ def sample(
     from luthier.files import write_bytes
     from luthier.inference.images import ImageGenerator
     from luthier.library.models import check_active, find
-    from luthier.objectives.capabilities import DenoisingSettings
+    from luthier.objectives.diffusion import DenoisingSettings
 
     _check_samples(output)
     with heavy_imports():

@@ -123,7 +123,8 @@ def print_result(result: Result) -> None:
     from luthier.data.media import PLURAL
     from luthier.engine.runs import GRIDS
     from luthier.library.models import chat_format, find, objective_of
-    from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling
+    from luthier.objectives.capabilities import SupportsPrediction
+    from luthier.objectives.generative import Generative
 
     stored = find(result.model_id)
     objective, chat = objective_of(stored), chat_format(stored)
@@ -180,7 +181,7 @@ def print_result(result: Result) -> None:
             use = f"nearest {result.model_id} DATA {asked}"
             if chat.reads != "text" and chat.has_tokenizer:
                 use += f'\n              luthier nearest {result.model_id} DATA "some text"'
-    elif isinstance(objective, SupportsSampling):
+    elif isinstance(objective, Generative):
         use = f"sample {result.model_id} --output samples.png"
     elif objective.task != "causal_lm":
         use = f"tune DATA --base {result.model_id}"

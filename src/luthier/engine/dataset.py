@@ -33,11 +33,7 @@ from luthier.models.manifest import LossMask
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.by_shape import objective_for
-from luthier.objectives.capabilities import (
-    SupportsPacking,
-    SupportsPrediction,
-    longest_completion,
-)
+from luthier.objectives.capabilities import SupportsPacking, SupportsPrediction, longest_completion
 from luthier.recipe import DataSpec
 from luthier.types import Example, IntArray, Row
 

@@ -44,11 +44,7 @@ from luthier.models.random_numbers import derive_seed, drawn_from, seed_torch
 from luthier.models.save import adapter_buffers
 from luthier.models.sharding import gather_to_first, is_sharded, local_shard, shard_like
 from luthier.objectives.base import Means, Objective
-from luthier.objectives.capabilities import (
-    SupportsRollouts,
-    SupportsSchedule,
-    SupportsStepReport,
-)
+from luthier.objectives.capabilities import SupportsRollouts, SupportsSchedule, SupportsStepReport
 from luthier.recipe import Training
 from luthier.types import Example
 

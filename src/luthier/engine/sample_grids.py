@@ -15,8 +15,7 @@ from luthier.engine.runs import GRIDS
 from luthier.files import new_file
 from luthier.models.network import Network
 from luthier.objectives.base import Objective
-from luthier.objectives.capabilities import SupportsSampling
-from luthier.objectives.generative import Generative, images_at_once, in_few_steps
+from luthier.objectives.generative import Generative, images_at_once
 from luthier.types import Example
 
 IMAGES = 30
@@ -31,7 +30,7 @@ class SampleGrids:
 
     folder: Path
     network: Network
-    objective: SupportsSampling
+    objective: Generative
     processor: ImageProcessor
     labels: Sequence[str]
     """What each image is asked to show: classes in turn, captions of rows, or anything."""
@@ -45,16 +44,14 @@ class SampleGrids:
         examples: Sequence[Example] = (),
     ) -> SampleGrids | None:
         """``None`` for models that make no images; captions are those of ``examples``, in turn."""
-        if not isinstance(objective, SupportsSampling) or not isinstance(
-            chat.media, ImageProcessor
-        ):
+        if not isinstance(objective, Generative) or not isinstance(chat.media, ImageProcessor):
             return None
-        maker = in_few_steps(objective)
+        maker = objective.in_few_steps()
         count = min(IMAGES, images_at_once(chat.media))
         labels = [*maker.sample_labels[: min(MOST_CLASSES, count)]]
         if labels:
             labels *= count // len(labels)
-        elif isinstance(objective, Generative) and examples:
+        elif examples:
             own = [objective.label_of(each, chat) for each in examples[:count]]
             labels = [own[index % len(own)] for index in range(count)]
         return SampleGrids(run_folder / GRIDS, network, maker, chat.media, labels or [""] * count)

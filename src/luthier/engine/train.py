@@ -86,11 +86,9 @@ from luthier.objectives.capabilities import (
     SupportsHeadStart,
     SupportsPrecomputation,
     SupportsPreparation,
-    SupportsReconstruction,
-    SupportsSampling,
     SupportsThreshold,
 )
-from luthier.objectives.generative import MOST_COMPARED
+from luthier.objectives.generative import MOST_COMPARED, Generative
 from luthier.recipe import Recipe
 
 
@@ -436,23 +434,19 @@ class Trainer:
         """Return the advised number of steps if training from random weights was short; else 0."""
         objective = self.job.data.objective
         usual = max(objective.min_steps, objective.defaults.scratch_steps)
-        makes = isinstance(objective, SupportsSampling | SupportsReconstruction)
+        makes = isinstance(objective, Generative)
         few = makes and self.job.base.manifest.is_random and 2 * steps <= usual
         return usual if few else 0
 
     @torch.no_grad()
     def _describe_copies(self, network: Network) -> str:
-        """How small the network makes its inputs, and how well it gives them back; empty of others."""
+        """Return the compression and the error of copies of an autoencoder; else an empty text."""
         objective = self.job.data.objective
-        examples = self.job.data.validation[:MOST_COMPARED]
-        if not isinstance(objective, SupportsReconstruction):
+        if not isinstance(objective, Generative):
             return ""
-        text = f"Each row is {objective.compression(network)}"
-        if examples:
-            network.model.eval()
-            error = objective.copy_error(network, examples, self._reading_budget)
-            text += f"; copies of held-out ones have a mean squared error of {error:.5f}"
-        return text
+        network.model.eval()
+        examples = self.job.data.validation[:MOST_COMPARED]
+        return objective.describe_copies(network, examples, self._reading_budget)
 
     @torch.no_grad()
     def _with_threshold(self, job: TrainingJob, network: Network) -> TrainingJob:

@@ -13,15 +13,9 @@ import numpy as np
 from luthier.data.processors import ImageProcessor
 from luthier.errors import RecipeError
 from luthier.escaping import list_some
-from luthier.objectives.capabilities import (
-    Compression,
-    DenoisingSettings,
-    SupportsDenoising,
-    SupportsPrompts,
-    SupportsReconstruction,
-    SupportsSampling,
-)
-from luthier.objectives.generative import images_at_once
+from luthier.objectives.diffusion import DenoisingSettings, Diffusion
+from luthier.objectives.generative import Generative, images_at_once
+from luthier.objectives.vae import VAE, Compression
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +69,7 @@ class ImageGenerator:
     @staticmethod
     def is_able(objective: Objective) -> bool:
         """Whether models of ``objective`` make images."""
-        return isinstance(objective, SupportsSampling)
+        return isinstance(objective, Generative)
 
     @staticmethod
     def open(stored: StoredModel, name: str = "") -> ImageGenerator:
@@ -88,7 +82,7 @@ class ImageGenerator:
         from luthier.library.models import chat_format, objective_of
 
         objective = objective_of(stored)
-        if not isinstance(objective, SupportsSampling):
+        if not isinstance(objective, Generative):
             raise RecipeError(
                 f"{stored.id} was not trained to make images; train one with "
                 "`objective.method=vae`, which also gives images back, `objective.method=gan` or "
@@ -119,10 +113,10 @@ class ImageGenerator:
         import torch
 
         objective = self.objective
-        if not isinstance(objective, SupportsSampling):
+        if not isinstance(objective, Generative):
             raise RecipeError(f"{self.name} was not trained to make images")
         if settings is not None and settings != DenoisingSettings():
-            if not isinstance(objective, SupportsDenoising):
+            if not isinstance(objective, Diffusion):
                 raise RecipeError(
                     f"{self.name} makes an image in one go: steps, guidance_scale, eta and "
                     "negative_prompt are for models that were trained with "
@@ -140,7 +134,7 @@ class ImageGenerator:
             text = f"{self.name} cannot make images of {label[:64]!r}: it knows {names}"
             raise RecipeError(text, "label")
         if prompt is not None:
-            if not isinstance(objective, SupportsPrompts) or not objective.reads_prompts:
+            if not objective.reads_prompts:
                 use = f"use label, one of {', '.join(known)}" if known else "leave the prompt out"
                 raise RecipeError(f"{self.name} did not learn from captions; {use}", "prompt")
             objective.check_prompt(prompt)
@@ -211,8 +205,8 @@ class ImageGenerator:
                 ways.append(way if batch.tree.examples[0].row == pair[0].row else way[::-1])
         return ways
 
-    def _reconstructor(self) -> SupportsReconstruction:
-        if not isinstance(self.objective, SupportsReconstruction):
+    def _reconstructor(self) -> VAE:
+        if not isinstance(self.objective, VAE):
             raise RecipeError(
                 f"{self.name} makes images of nothing but noise, and cannot give one back. Train a "
                 "model for that with `objective.method=vae`"

@@ -21,7 +21,8 @@ from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
 from luthier.evaluation.significance import RowScores
 from luthier.inference.evaluation import FittingRows, LongRows, fit_rows
-from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling, SupportsThreshold
+from luthier.objectives.capabilities import SupportsPrediction, SupportsThreshold
+from luthier.objectives.generative import Generative
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Predictor:
 
         objective = objective_of(stored)
         if not isinstance(objective, SupportsPrediction):
-            samples = isinstance(objective, SupportsSampling)
+            samples = isinstance(objective, Generative)
             if not samples and not writes(stored):
                 raise RecipeError(
                     f"{stored.id} reads, and what it answers is not known, as another tool made it. "

@@ -38,13 +38,10 @@ from luthier.inference.memory import RETRY_SECONDS, CacheBudget
 from luthier.inference.prompt_limits import PromptLimit
 from luthier.inference.scheduler import Cancelled, FairScheduler, current_client
 from luthier.limits import ModelLimits
-from luthier.objectives.capabilities import (
-    DenoisingSettings,
-    SupportsPrediction,
-    SupportsPrompts,
-    SupportsReconstruction,
-    SupportsSampling,
-)
+from luthier.objectives.capabilities import SupportsPrediction
+from luthier.objectives.diffusion import DenoisingSettings
+from luthier.objectives.generative import Generative
+from luthier.objectives.vae import VAE
 
 if TYPE_CHECKING:
     from luthier.inference.images import ImageGenerator, Reconstruction, SampledImage
@@ -132,7 +129,7 @@ class SerialModel:
         from luthier.library.models import objective_of
 
         objective = objective_of(stored)
-        makes = isinstance(objective, SupportsSampling | SupportsReconstruction)
+        makes = isinstance(objective, Generative)
         if not isinstance(objective, SupportsPrediction) and makes:
             return SerialModel(None, ImageGenerator.open(stored, THIS_MODEL), limits, scheduler)
         predictor = Predictor.open(stored)
@@ -164,7 +161,7 @@ class SerialModel:
     @property
     def makes_images(self) -> bool:
         """Whether it makes new images."""
-        return isinstance(self._generator and self._generator.objective, SupportsSampling)
+        return isinstance(self._generator and self._generator.objective, Generative)
 
     @property
     def reads(self) -> str:
@@ -245,7 +242,7 @@ class SerialModel:
             InferenceFailed: as :meth:`predict`.
         """
         generator = self._generator
-        if generator is None or not isinstance(generator.objective, SupportsReconstruction):
+        if generator is None or not isinstance(generator.objective, VAE):
             raise InferenceRefused(
                 f"This model {self.purpose}, and gives none back. A vae does.", "model"
             )
@@ -275,11 +272,11 @@ class SerialModel:
             InferenceFailed: where it takes too long, or nobody waits for it.
         """
         generator = self._generator
-        if generator is None or not isinstance(generator.objective, SupportsSampling):
+        if generator is None or not isinstance(generator.objective, Generative):
             raise InferenceRefused(f"This model {self.purpose} and makes no images.", "model")
         objective = generator.objective
         label, prompt = request.label or None, None
-        if isinstance(objective, SupportsPrompts) and objective.reads_prompts:
+        if objective.reads_prompts:
             label, prompt = None, label
         size = generator.processor.height, generator.processor.width
         if request.size is not None and request.size != size:

@@ -16,16 +16,11 @@ Each capability is a protocol: an objective has it by defining its methods, and 
     SupportsSchedule         settings that change in the course of a run
     SupportsThreshold        a border between answers that is drawn when training is over
     SupportsPrediction       answers that are labels, numbers, embeddings, or the text of an image
-    SupportsSampling         new images
-    SupportsPrompts          the same of what a text says
-    SupportsDenoising        the same from noise, step by step
-    SupportsReconstruction   images that went through the network and back
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
 
 from luthier.types import Example
@@ -33,8 +28,7 @@ from luthier.types import Example
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
@@ -238,120 +232,6 @@ class SupportsPrediction(Protocol):
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """What a trained network says of each row of the batch, in the order of its tree."""
-
-
-@runtime_checkable
-class SupportsSampling(Protocol):
-    """Its models make new images."""
-
-    @property
-    def sample_labels(self) -> tuple[str, ...]:
-        """Classes that can be asked for; empty where it knows none."""
-
-    def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
-        """An image of each of ``labels``, ``[R, C, H, W]`` as the network reads them.
-
-        All that is drawn comes from ``generator``, on the CPU. Labels are empty texts where the model
-        knows none, and prompts where it reads those.
-        """
-
-
-@runtime_checkable
-class SupportsPrompts(SupportsSampling, Protocol):
-    """Its models make images of what a text says, where they learned from captions."""
-
-    @property
-    def reads_prompts(self) -> bool:
-        """Whether this one did."""
-
-    def check_prompt(self, prompt: str) -> None:
-        """Refuse a text that says nothing to the model.
-
-        Raises:
-            RecipeError: with the reason.
-        """
-
-
-@dataclass(frozen=True)
-class DenoisingSettings:
-    """How images are made from noise; what is ``None`` is left to the model."""
-
-    steps: int | None = None
-    """From noise to image."""
-    guidance_scale: float | None = None
-    """How much is made of what is asked for; 1 is as in the training rows."""
-    eta: float | None = None
-    """Share of new noise in each step."""
-    negative_prompt: str | None = None
-    """What the images are moved away from, in the place of images of anything."""
-
-
-@runtime_checkable
-class SupportsDenoising(SupportsSampling, Protocol):
-    """Its models make new images from noise, step by step."""
-
-    @property
-    def most_steps(self) -> int:
-        """Steps from noise to image that there are."""
-        ...
-
-    def with_sampling(self, settings: DenoisingSettings) -> Self:
-        """This objective with what is asked for in the place of what it was stored with.
-
-        Raises:
-            RecipeError: for what it cannot do, more than :attr:`most_steps` among it.
-        """
-
-
-@dataclass(frozen=True)
-class Compression:
-    """How much less an autoencoder keeps of an input than there is."""
-
-    numbers: int
-    """In an input, as the network reads it."""
-    latent_numbers: int
-    """In what it becomes."""
-    bytes_each: int
-    """Of a number of the input: 1 of a pixel's colour, 4 of a value of a time series."""
-
-    @property
-    def ratio(self) -> float:
-        """Numbers of an input for each that is kept."""
-        return self.numbers / self.latent_numbers
-
-    @property
-    def bytes_ratio(self) -> float:
-        """The same in bytes: latents are float32."""
-        return self.ratio * self.bytes_each / LATENT_BYTES
-
-    def __str__(self) -> str:
-        """``3,072 numbers, as the network reads them, kept as 32: 96 : 1 (24 : 1 in bytes)``."""
-        return (
-            f"{self.numbers:,} numbers, as the network reads them, kept as {self.latent_numbers:,}: "
-            f"{self.ratio:.3g} : 1 ({self.bytes_ratio:.3g} : 1 in bytes)"
-        )
-
-
-LATENT_BYTES = 4
-"""Of a latent number, in float32."""
-
-
-@runtime_checkable
-class SupportsReconstruction(Protocol):
-    """Its models give images back as they understood them."""
-
-    def compression(self, network: Network) -> Compression:
-        """What the network keeps of an input."""
-
-    def copy_error(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """Mean squared difference of copies from ``examples``: of pixels from 0 to 1, or of values as
-        they are scaled."""
-
-    def reconstruct(self, network: Network, batch: TreeBatch) -> Tensor:
-        """The rows of the batch, ``[R, C, H, W]``, after the way through the network."""
-
-    def interpolate(self, network: Network, batch: TreeBatch, steps: int) -> Tensor:
-        """``steps`` images ``[steps, C, H, W]`` on the way from the first of two rows to the second."""
 
 
 def longest_completion(objective: Objective) -> int:

@@ -41,7 +41,6 @@ from luthier.models.modalities import input_shape
 from luthier.models.pipelines import is_pipeline, noise_settings, read_pipeline
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Objective, TrainingDefaults, chat_of
-from luthier.objectives.capabilities import DenoisingSettings
 from luthier.objectives.class_conditions import class_target, classes_of, words_of, words_target
 from luthier.objectives.generative import Generative, draw_noise
 from luthier.objectives.noise_schedule import (
@@ -87,6 +86,24 @@ class Guidance:
     condition: Tensor | None
     nothing: Tensor | None
     """The same where nothing is asked for, or of the negative prompt: they are moved away from it."""
+
+
+FEW_STEPS = 20
+"""Steps from noise to an image that is only compared or shown in training."""
+
+
+@dataclass(frozen=True)
+class DenoisingSettings:
+    """Settings of one request for images; ``None`` keeps the model's own."""
+
+    steps: int | None = None
+    """Steps from noise to an image."""
+    guidance_scale: float | None = None
+    """Strength of the class or prompt; 1 is the strength in the training rows."""
+    eta: float | None = None
+    """Share of new noise in each step."""
+    negative_prompt: str | None = None
+    """Prompt that images are moved away from."""
 
 
 class Diffusion(Generative):
@@ -356,10 +373,10 @@ class Diffusion(Generative):
         weight_R = schedule.weights(drawn.time_R, weighting, self.snr_gamma)
         return Loss.of_rows(error_R * weight_R, {})
 
-    @property
-    def most_steps(self) -> int:
-        """Those that it was trained with."""
-        return self.num_train_timesteps
+    def in_few_steps(self) -> Self:
+        """Return this objective with at most :data:`FEW_STEPS` steps from noise to an image."""
+        steps = min(FEW_STEPS, self.num_train_timesteps)
+        return self.with_sampling(DenoisingSettings(steps=steps))
 
     def with_sampling(self, settings: DenoisingSettings) -> Self:
         """This objective with what is asked for in the place of its own ``settings``."""
@@ -370,10 +387,10 @@ class Diffusion(Generative):
             "negative_prompt": settings.negative_prompt,
         }
         given = {name: value for name, value in asked.items() if value is not None}
-        if settings.steps is not None and settings.steps > self.most_steps:
+        if settings.steps is not None and settings.steps > self.num_train_timesteps:
             raise RecipeError(
-                f"steps: the model knows {self.most_steps:,} steps from noise to an image, and "
-                f"{settings.steps:,} are more",
+                f"steps: the model knows {self.num_train_timesteps:,} steps from noise to an image, "
+                f"and {settings.steps:,} are more",
                 "steps",
             )
         try:

@@ -19,7 +19,6 @@ from luthier.data.processors import ImageProcessor
 from luthier.errors import RecipeError
 from luthier.evaluation.frechet import frechet_distance
 from luthier.objectives.base import Objective, chat_of
-from luthier.objectives.capabilities import DenoisingSettings, SupportsDenoising, SupportsSampling
 from luthier.types import Example
 
 if TYPE_CHECKING:
@@ -37,8 +36,6 @@ AT_ONCE = 32
 """Images that are made, and read, at once, where they are small."""
 PIXELS_AT_ONCE = 1 << 20
 """Pixels of all that are made at once: four images of 512 x 512."""
-STEPS = 20
-"""Of :func:`in_few_steps`, from noise to an image: a few are enough to see."""
 
 
 class Generative(Objective):
@@ -48,6 +45,39 @@ class Generative(Objective):
     """Classifier of images, in whose features the Fréchet distance of made images is measured."""
 
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def sample_labels(self) -> tuple[str, ...]:
+        """Classes that :meth:`sample` accepts; empty without classes."""
+        return ()
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether :meth:`sample` accepts prompts, because the training rows had captions."""
+        return False
+
+    def check_prompt(self, prompt: str) -> None:
+        """Reject a prompt without a known word.
+
+        Raises:
+            RecipeError: with the reason.
+        """
+
+    def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
+        """Return one new image for each of ``labels``, ``[R, C, H, W]`` in the network's scale.
+
+        ``labels`` are classes, prompts, or empty for a model with neither. All random numbers come
+        from ``generator``, on the CPU.
+        """
+        raise NotImplementedError
+
+    def in_few_steps(self) -> Self:
+        """Return this objective with the settings for images that are compared or shown in training."""
+        return self
+
+    def describe_copies(self, network: Network, examples: Sequence[Example], budget: int) -> str:
+        """Return a sentence about copies of ``examples`` for the verdict; empty without copies."""
+        return ""
 
     @property
     def other_models(self) -> Mapping[str, str]:
@@ -87,10 +117,9 @@ class Generative(Objective):
         examples = examples[:MOST_COMPARED]
         if classifier is None or len(examples) < 2:
             return {}
-        assert isinstance(self, SupportsSampling)
         chat = chat_of(network)
         assert isinstance(chat.media, ImageProcessor)
-        maker, to_pixels = in_few_steps(self), chat.media.to_pixels
+        maker, to_pixels = self.in_few_steps(), chat.media.to_pixels
         generator = torch.Generator().manual_seed(0)
         at_once = images_at_once(chat.media)
         real_RD: list[NDArray[np.float32]] = []
@@ -108,17 +137,9 @@ class Generative(Objective):
 
     def label_of(self, example: Example, chat: ChatFormat) -> str:
         """What :meth:`sample` is asked for to show what a row shows: its class, or an empty text."""
-        assert isinstance(self, SupportsSampling)
         if not self.sample_labels or example.target is None:
             return ""
         return self.sample_labels[int(example.target[0])]
-
-
-def in_few_steps(maker: SupportsSampling) -> SupportsSampling:
-    """``maker`` as it makes images that are only compared, or drawn as training goes."""
-    if not isinstance(maker, SupportsDenoising):
-        return maker
-    return maker.with_sampling(DenoisingSettings(steps=min(STEPS, maker.most_steps)))
 
 
 def draw_latents(count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -34,7 +34,6 @@ from luthier.models.heads import Task
 from luthier.models.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import TrainingDefaults, chat_of
-from luthier.objectives.capabilities import Compression
 from luthier.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.types import Example, Loss, Row
 
@@ -46,6 +45,39 @@ if TYPE_CHECKING:
 
 ACTIVE = 0.01
 """Variance of a latent's mean over the rows from which on it is in use (Burda et al. 2016)."""
+
+
+LATENT_BYTES = 4
+"""Size of a latent number, in float32."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Sizes of an input and of its latents."""
+
+    numbers: int
+    """Numbers in an input, after the processor."""
+    latent_numbers: int
+    """Numbers in the latents of an input."""
+    bytes_each: int
+    """Bytes of a number of the input: 1 of a pixel's colour, 4 of a value of a time series."""
+
+    @property
+    def ratio(self) -> float:
+        """Numbers of an input for each latent number."""
+        return self.numbers / self.latent_numbers
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Bytes of an input for each byte of its latents."""
+        return self.ratio * self.bytes_each / LATENT_BYTES
+
+    def __str__(self) -> str:
+        """``3,072 numbers, as the network reads them, kept as 32: 96 : 1 (24 : 1 in bytes)``."""
+        return (
+            f"{self.numbers:,} numbers, as the network reads them, kept as {self.latent_numbers:,}: "
+            f"{self.ratio:.3g} : 1 ({self.bytes_ratio:.3g} : 1 in bytes)"
+        )
 
 
 class VAE(Generative):
@@ -179,11 +211,6 @@ class VAE(Generative):
             for score, example in zip(scores, batch.tree.examples, strict=True)
         ]
 
-    @property
-    def sample_labels(self) -> tuple[str, ...]:
-        """None: labels are not read."""
-        return ()
-
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
         """New images ``[R, C, H, W]``, of latents drawn from where all of them lie."""
         size = int(network.model.config.latent_size)
@@ -198,6 +225,14 @@ class VAE(Generative):
         return Compression(
             channels * height * width, int(network.model.config.latent_size), 1 if is_image else 4
         )
+
+    def describe_copies(self, network: Network, examples: Sequence[Example], budget: int) -> str:
+        """Return the compression, and the error of copies where ``examples`` are held out."""
+        text = f"Each row is {self.compression(network)}"
+        if examples:
+            error = self.copy_error(network, examples, budget)
+            text += f"; copies of held-out ones have a mean squared error of {error:.5f}"
+        return text
 
     def copy_error(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """Mean squared difference of :meth:`reconstruct` from the rows, which stay as they are read."""

@@ -30,7 +30,8 @@ class Model:
         from luthier.inference.images import ImageGenerator
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find, objective_of
-        from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling
+        from luthier.objectives.capabilities import SupportsPrediction
+        from luthier.objectives.generative import Generative
 
         self.stored = check_active(find(model_id)) if isinstance(model_id, str) else model_id
         objective = objective_of(self.stored)
@@ -39,7 +40,7 @@ class Model:
         self.opened: Predictor | ImageGenerator | Generator
         if self.reads:
             self.opened = Predictor.open(self.stored)
-        elif isinstance(objective, SupportsSampling):
+        elif isinstance(objective, Generative):
             self.opened = ImageGenerator.open(self.stored)
         else:
             self.opened = Generator.open(self.stored)
@@ -90,7 +91,7 @@ class Model:
         diffusion models, in the place of what they were stored with, and so is ``negative_prompt`` for
         those that learned from captions: what the images are to be unlike.
         """
-        from luthier.objectives.capabilities import DenoisingSettings
+        from luthier.objectives.diffusion import DenoisingSettings
 
         settings = DenoisingSettings(steps, guidance_scale, eta, negative_prompt)
         return self.image_generator.sample(count, seed, label, settings=settings, prompt=prompt)

@@ -16,12 +16,9 @@ from luthier.inference.embeddings import gives_embeddings
 from luthier.library.folders import is_base_here
 from luthier.models.base_kinds import KINDS
 from luthier.models.catalog import CATALOG, CatalogEntry
-from luthier.objectives.capabilities import (
-    SupportsPrediction,
-    SupportsPrompts,
-    SupportsReconstruction,
-    SupportsSampling,
-)
+from luthier.objectives.capabilities import SupportsPrediction
+from luthier.objectives.generative import Generative
+from luthier.objectives.vae import VAE
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.foundation import AnyModel, kind_of
 
@@ -120,11 +117,11 @@ def _abilities(stored: StoredModel, reads: tuple[Reads, ...]) -> Abilities:
         does.append("write")
     labels: tuple[str, ...] = ()
     prompts = False
-    if isinstance(objective, SupportsSampling) and reads == ("image",):
+    if isinstance(objective, Generative) and reads == ("image",):
         does.append("make_images")
         labels = objective.sample_labels
-        prompts = isinstance(objective, SupportsPrompts) and objective.reads_prompts
-    if isinstance(objective, SupportsReconstruction) and reads == ("image",):
+        prompts = objective.reads_prompts
+    if isinstance(objective, VAE) and reads == ("image",):
         does.append("reconstruct")
     return Abilities(objective.method, tuple(does), reads, labels, prompts)
 
