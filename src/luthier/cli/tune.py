@@ -123,7 +123,7 @@ def print_result(result: Result) -> None:
     from luthier.data.media import PLURAL
     from luthier.engine.runs import GRIDS
     from luthier.library.models import chat_format, find, objective_of
-    from luthier.objectives.capabilities import SupportsPrediction
+    from luthier.objectives.base import predicts
     from luthier.objectives.generative import Generative
 
     stored = find(result.model_id)
@@ -170,7 +170,7 @@ def print_result(result: Result) -> None:
     if (Path(result.run_dir) / GRIDS).is_dir():
         out.print(f"  samples     {result.run_dir}/{GRIDS}/")
     use = f"chat {result.model_id}"
-    if isinstance(objective, SupportsPrediction):
+    if predicts(objective):
         asked = {
             "image": "photo.png",
             "audio": "sound.wav",

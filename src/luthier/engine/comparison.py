@@ -27,7 +27,6 @@ from luthier.evaluation.labels import row_scores
 from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
 from luthier.models.network import Network, TreeBatch
 from luthier.objectives import Contrastive, Objective
-from luthier.objectives.capabilities import SupportsPrediction
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -174,7 +173,6 @@ def measure_tuned(
     budget: int,
 ) -> Comparison:
     """The tuned network beside the baselines, on the same rows."""
-    assert isinstance(objective, SupportsPrediction)
     network.model.eval()
     views = [view for example in held.examples for view in objective.sequences(example)]
     answers = network.read_rows(views, budget, partial(objective.predict, network))

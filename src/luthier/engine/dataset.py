@@ -31,9 +31,12 @@ from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.models.manifest import LossMask
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.base import check_base
+from luthier.objectives.base import check_base, predicts
 from luthier.objectives.by_shape import objective_for
-from luthier.objectives.capabilities import SupportsPacking, SupportsPrediction, longest_completion
+from luthier.objectives.capabilities import (
+    SupportsPacking,
+    longest_completion,
+)
 from luthier.recipe import DataSpec
 from luthier.types import Example, IntArray, Row
 
@@ -156,9 +159,7 @@ def prepare(
         counts["tokens"] += view.tokens
         counts["learned_tokens"] += int(np.count_nonzero(view.weight_T))
     able = objective.compared_shapes
-    answers = isinstance(objective, SupportsPrediction) and (
-        able is None or {row.shape for row in rows} <= able
-    )
+    answers = predicts(objective) and (able is None or {row.shape for row in rows} <= able)
     learned = concatenate(map(_rows_of, (rows, *further), sets)) if answers else ()
     compared = (
         ComparedRows.of(learned, encoded if answers else (), seed),

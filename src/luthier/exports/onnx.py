@@ -165,7 +165,7 @@ def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) ->
     """What models of ``objective`` answer."""
 
     def predict(network: Network, batch: TreeBatch) -> Iterator[FloatArray]:
-        for each in objective.predict(network, batch):  # type: ignore[attr-defined]
+        for each in objective.predict(network, batch):
             (value,) = each.values()
             yield np.asarray(value, dtype=np.float32)
 

@@ -40,8 +40,7 @@ from luthier.library.models import StoredModel
 from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import CATALOG, WORD_READER, bases_for
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.base import check_base
-from luthier.objectives.capabilities import SupportsPrediction
+from luthier.objectives.base import check_base, predicts
 from luthier.recipe import DataSpec, Recipe
 from luthier.types import Row
 
@@ -72,7 +71,7 @@ def default_base(
     """
     plain = DEFAULT_BASE, "the default"
     bases = objective.defaults.bases if objective is not None else {}
-    if objective is not None and not bases and not isinstance(objective, SupportsPrediction):
+    if objective is not None and not bases and not predicts(objective):
         return plain
     try:
         row = next(iter(RowReader(source, columns)), None)

@@ -21,7 +21,10 @@ from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
 from luthier.evaluation.significance import RowScores
 from luthier.inference.evaluation import FittingRows, LongRows, fit_rows
-from luthier.objectives.capabilities import SupportsPrediction, SupportsThreshold
+from luthier.objectives.base import predicts
+from luthier.objectives.capabilities import (
+    SupportsThreshold,
+)
 from luthier.objectives.generative import Generative
 from luthier.types import Example, Row
 
@@ -64,7 +67,7 @@ class Predictor:
     @staticmethod
     def is_able(objective: Objective) -> bool:
         """Whether models of ``objective`` answer so."""
-        return isinstance(objective, SupportsPrediction)
+        return predicts(objective)
 
     @staticmethod
     def open(stored: StoredModel) -> Predictor:
@@ -82,7 +85,7 @@ class Predictor:
         from luthier.library.models import objective_of, writes
 
         objective = objective_of(stored)
-        if not isinstance(objective, SupportsPrediction):
+        if not predicts(objective):
             samples = isinstance(objective, Generative)
             if not samples and not writes(stored):
                 raise RecipeError(
@@ -368,7 +371,6 @@ class Predictor:
         """Answers to ``examples``, in their order."""
         import torch
 
-        assert isinstance(self.objective, SupportsPrediction)
         objective, finished = self.objective, 0
 
         def predict(batch: TreeBatch) -> list[dict[str, Any]]:

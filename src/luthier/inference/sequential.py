@@ -38,7 +38,7 @@ from luthier.inference.memory import RETRY_SECONDS, CacheBudget
 from luthier.inference.prompt_limits import PromptLimit
 from luthier.inference.scheduler import Cancelled, FairScheduler, current_client
 from luthier.limits import ModelLimits
-from luthier.objectives.capabilities import SupportsPrediction
+from luthier.objectives.base import predicts
 from luthier.objectives.diffusion import DenoisingSettings
 from luthier.objectives.generative import Generative
 from luthier.objectives.vae import VAE
@@ -130,7 +130,7 @@ class SerialModel:
 
         objective = objective_of(stored)
         makes = isinstance(objective, Generative)
-        if not isinstance(objective, SupportsPrediction) and makes:
+        if not predicts(objective) and makes:
             return SerialModel(None, ImageGenerator.open(stored, THIS_MODEL), limits, scheduler)
         predictor = Predictor.open(stored)
         generator = None

@@ -301,6 +301,14 @@ class Objective(StrictModel):
         """What must be the same before and after saving: a function of network and rows alone."""
         return self.mean_loss(network, examples, budget)
 
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """Return the answer to each row of the batch, in the order of its tree.
+
+        An answer has labels, numbers, an embedding, or the text of an image. Models of an objective
+        without this method write text after a prompt.
+        """
+        raise NotImplementedError
+
     def describe(self, example: Example) -> str:
         """What one row teaches beside its tokens, for people; empty where tokens are all."""
         return ""
@@ -373,6 +381,11 @@ def chat_of(network: Network) -> ChatFormat:
     """How texts become tokens of ``network``, and images or sounds what it reads."""
     assert network.chat is not None
     return network.chat
+
+
+def predicts(objective: Objective | None) -> bool:
+    """Return whether models of ``objective`` answer with labels, numbers or embeddings."""
+    return objective is not None and type(objective).predict is not Objective.predict
 
 
 def check_base(objective: Objective, chat: ChatFormat) -> None:

@@ -15,7 +15,6 @@ Each capability is a protocol: an objective has it by defining its methods, and 
     SupportsStepReport       what a step found out, for the metrics
     SupportsSchedule         settings that change in the course of a run
     SupportsThreshold        a border between answers that is drawn when training is over
-    SupportsPrediction       answers that are labels, numbers, embeddings, or the text of an image
 """
 
 from __future__ import annotations
@@ -223,15 +222,6 @@ class SupportsThreshold(Protocol):
         Called without a gradient or dropout before the model is stored, with the rows that were held
         out; where they are too few, also with those that were learned from.
         """
-
-
-@runtime_checkable
-class SupportsPrediction(Protocol):
-    """Its models answer to a row with labels, numbers, embeddings, or the text of an image; those of
-    the others write text behind a prompt."""
-
-    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """What a trained network says of each row of the batch, in the order of its tree."""
 
 
 def longest_completion(objective: Objective) -> int:

@@ -93,7 +93,7 @@ def evaluate(
     from luthier.inference.prediction import Predictor
     from luthier.library.models import objective_of
     from luthier.library.reports import check_attachable
-    from luthier.objectives.capabilities import SupportsPrediction
+    from luthier.objectives.base import predicts
 
     chosen = {} if graders is None else parse_graders(graders)
     rows = load_graded(data, columns, chosen.values(), turns)
@@ -110,7 +110,7 @@ def evaluate(
         on_progress(count, total)
 
     started = time.monotonic()
-    if isinstance(objective, SupportsPrediction):
+    if predicts(objective):
         predictor = model.opened if isinstance(model, Model) else Predictor.open(stored)
         assert isinstance(predictor, Predictor)
         started = time.monotonic()

@@ -30,12 +30,12 @@ class Model:
         from luthier.inference.images import ImageGenerator
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find, objective_of
-        from luthier.objectives.capabilities import SupportsPrediction
+        from luthier.objectives.base import predicts
         from luthier.objectives.generative import Generative
 
         self.stored = check_active(find(model_id)) if isinstance(model_id, str) else model_id
         objective = objective_of(self.stored)
-        self.reads = isinstance(objective, SupportsPrediction)
+        self.reads = predicts(objective)
         """Whether it answers with labels (:meth:`predict`) or writes (:meth:`generate`)."""
         self.opened: Predictor | ImageGenerator | Generator
         if self.reads:

@@ -16,7 +16,7 @@ from luthier.inference.embeddings import gives_embeddings
 from luthier.library.folders import is_base_here
 from luthier.models.base_kinds import KINDS
 from luthier.models.catalog import CATALOG, CatalogEntry
-from luthier.objectives.capabilities import SupportsPrediction
+from luthier.objectives.base import predicts
 from luthier.objectives.generative import Generative
 from luthier.objectives.vae import VAE
 from luthier.server.tables.custom_models import CustomModel
@@ -98,20 +98,20 @@ def _kind_writes(kind: str) -> bool:
     from luthier.objectives import OBJECTIVES
 
     objective = OBJECTIVES[KINDS[kind].objective].model_validate({})
-    return objective.task == "causal_lm" and not isinstance(objective, SupportsPrediction)
+    return objective.task == "causal_lm" and not predicts(objective)
 
 
 def _writes(stored: StoredModel, objective: Objective) -> bool:
     from luthier.library import models
 
-    return not isinstance(objective, SupportsPrediction) and models.writes(stored)
+    return not predicts(objective) and models.writes(stored)
 
 
 def _abilities(stored: StoredModel, reads: tuple[Reads, ...]) -> Abilities:
     from luthier.library.models import objective_of
 
     objective, does = objective_of(stored), list[Ability]()
-    if isinstance(objective, SupportsPrediction):
+    if predicts(objective):
         does.append("embed" if gives_embeddings(objective) else "predict")
     elif _writes(stored, objective):
         does.append("write")

@@ -21,7 +21,7 @@ from luthier.data.tree import READING_BUDGET
 from luthier.errors import LuthierError
 from luthier.evaluation.significance import RowScores
 from luthier.files import TEMPORARY
-from luthier.objectives.capabilities import SupportsPrediction
+from luthier.objectives.base import predicts
 from luthier.types import Row
 from luthier.workflows.prompting import (
     Prompted,
@@ -153,7 +153,7 @@ def gather(
     try:
         run = Run(base.root, "advice", rehearsal=folder)
         network, loop = Trainer(job, run, reporter, Clock()).start(resume=False)
-        reads = isinstance(job.data.objective, SupportsPrediction)
+        reads = predicts(job.data.objective)
         ways: _Labels | _Answers = (
             _Labels(network, job, train, held)
             if reads

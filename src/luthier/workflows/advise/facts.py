@@ -18,7 +18,7 @@ from luthier.data.shapes.base import Labelled
 from luthier.data.shapes.media import MediaRow
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError, RefusedInput
-from luthier.objectives.capabilities import SupportsPrediction
+from luthier.objectives.base import predicts
 from luthier.types import Row
 from luthier.workflows.advise.evidence import HELD, HELD_LABELS, SEED, Evidence, gather
 
@@ -266,7 +266,7 @@ def _model_facts(
         recipe.adaptation.attach(model)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     megabytes = weights * machine.dtype.itemsize / 1e6
-    writes = not isinstance(recipe.objective, SupportsPrediction)
+    writes = not predicts(recipe.objective)
     return _Model(weights, trained_numbers(model), megabytes, writes)
 
 
@@ -347,7 +347,7 @@ def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Seq
     from luthier.data.splitting import split_rows, strata_of
     from luthier.gate.row_keys import group_related
 
-    count = HELD_LABELS if isinstance(recipe.objective, SupportsPrediction) else HELD
+    count = HELD_LABELS if predicts(recipe.objective) else HELD
     if recipe.data.validation:
         held = load_rows(recipe.data.validation, recipe.data.columns)
         if len(held) > count:  # in the order of the file it might be one label alone
