@@ -322,22 +322,22 @@ def test_the_threshold_is_what_few_other_pairs_are_above(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = Contrastive(false_alarms=0.25)
-    assert (objective.rows_for_threshold, Contrastive().rows_for_threshold) == (3, 11)
+    assert (objective.rows_to_finish, Contrastive().rows_to_finish) == (3, 11)
     network, examples = ready(family_folder("bert"), objective)
     network.model.eval()
     with torch.no_grad():
         (batch,) = objective.annotate(network, examples, 1000)
         embedded = objective.embed(network, batch).double().numpy()
-        done = objective.with_threshold(network, examples, 16)
-        assert objective.with_threshold(network, examples[:1], 1000) is objective
-        assert done.with_threshold(network, examples[:2], 1000) is done
+        done = objective.finish(network, examples, 16)
+        assert objective.finish(network, examples[:1], 1000) is objective
+        assert done.finish(network, examples[:2], 1000) is done
     order = np.argsort([side.row for side in batch.tree.examples])
     scores = embedded[order[::2]] @ embedded[order[1::2]].T
     others = scores[~np.eye(len(examples), dtype=bool)]  # 20, of which 5 may be above
     assert done.threshold == pytest.approx(np.sort(others)[-5], abs=1e-6)
     chat = load_chat_format(family_folder("small_cnn"))
     views = [objective.encode(row, n, chat) for n, row in enumerate(image_rows())]
-    assert objective.with_threshold(network, views, 16) is objective
+    assert objective.finish(network, views, 16) is objective
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
         torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=3e-5)
     if objective.kl_coef:
         kl = sum(float((one - other).sum()) for one, other in zip(old, start, strict=True))
-        metrics = objective.step_metrics(network, batches)
+        metrics = objective.report(network, batches).metrics
         assert metrics["kl"] == pytest.approx(kl / sum(SIZES), abs=1e-5)
 
 

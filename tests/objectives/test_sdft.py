@@ -119,8 +119,8 @@ def test_a_step_learns_the_students_own_answers(
     total = sum(objective.loss(network, batch).total for batch in batches)
     total.backward()  # type: ignore[union-attr]
     assert float(network.model.lm_head.weight.grad.abs().sum()) > 0
-    assert objective.step_metrics(network, batches)["answer_tokens"] >= 1
-    assert objective.step_samples(network, batches)[0]["expected"]
+    assert objective.report(network, batches).metrics["answer_tokens"] >= 1
+    assert objective.report(network, batches).samples[0]["expected"]
 
 
 def test_both_must_have_room(chat: ChatFormat, tiny_llama: Callable[..., Any]) -> None:

@@ -86,7 +86,7 @@ def test_noise_is_new_in_training_and_else_of_the_image(
 
     def noise(rows: list[Example], budget: int = 100) -> torch.Tensor:
         batches = objective.annotate(network, rows, budget)
-        drawn = torch.cat([batch.extra for batch in batches])
+        drawn = torch.cat([batch.extra.noise_RZ for batch in batches])
         return drawn[np.argsort([each.row for batch in batches for each in batch.tree.examples])]
 
     network.model.eval()
@@ -101,10 +101,19 @@ def test_noise_is_new_in_training_and_else_of_the_image(
     assert torch.equal(noise(examples), drawn)
 
 
-def test_the_weight_of_the_divergence_grows() -> None:
+def test_the_weight_of_the_divergence_grows(network: Network, examples: list[Example]) -> None:
     objective = VAE(beta=4.0, kl_warmup=0.5)
-    assert [objective.at(done).beta for done in (0.0, 0.25, 0.5, 0.9)] == [0.0, 2.0, 4.0, 4.0]
-    assert VAE(kl_warmup=0.0).at(0.0).beta == 1.0
+
+    def weight(objective: VAE, done: float) -> float:
+        network.done = done
+        (batch,) = objective.annotate(network, examples[:2], 100)
+        return float(batch.extra.beta)
+
+    network.model.eval()
+    assert weight(objective, 0.0) == 4.0  # measurements have the whole weight
+    network.model.train()
+    assert [weight(objective, done) for done in (0.0, 0.25, 0.5, 0.9)] == [0.0, 2.0, 4.0, 4.0]
+    assert weight(VAE(kl_warmup=0.0), 0.0) == 1.0
 
 
 def test_labels_are_passed_over() -> None:
@@ -155,7 +164,7 @@ def test_windows_of_too_few_values_are_not_judged(tmp_path: Path) -> None:
     rows = [BareWindow("f", n, each) for n, each in enumerate(windows)]
     objective = VAE(false_alarms=0.0).fit(rows, chat)
     examples = [objective.encode(row, n, chat) for n, row in enumerate(rows)]
-    fitted = objective.with_threshold(network, examples, 100)
+    fitted = objective.finish(network, examples, 100)
     (batch,) = network.batches(examples, 100)
     answers: list[Any] = fitted.predict(network, batch)
     of_row = {example.row: each for example, each in zip(batch.tree.examples, answers, strict=True)}
@@ -170,14 +179,14 @@ def test_the_threshold_keeps_the_budget_of_false_alarms(
 ) -> None:
     objective = VAE(false_alarms=0.4)
     network.model.eval()
-    fitted = objective.with_threshold(network, examples, 100)
+    fitted = objective.finish(network, examples, 100)
     (batch,) = network.batches(examples, 100)
     answers: list[Any] = fitted.predict(network, batch)
     assert [set(each) for each in answers] == [{"score", "anomalous"}] * 6
     assert sum(each["anomalous"] for each in answers) == 2  # of 6 at most 40 %
     assert fitted.threshold in [each["score"] for each in answers]
-    assert (objective.rows_for_threshold, VAE().rows_for_threshold) == (3, 100)
-    assert VAE(threshold=1.0).with_threshold(network, examples, 100).threshold == 1.0
+    assert (objective.rows_to_finish, VAE().rows_to_finish) == (3, 100)
+    assert VAE(threshold=1.0).finish(network, examples, 100).threshold == 1.0
     assert {"score"} == {*objective.predict(network, batch)[0]}
 
 

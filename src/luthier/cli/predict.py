@@ -29,7 +29,6 @@ from luthier.errors import RecipeError, data_errors
 if TYPE_CHECKING:
     from luthier.data.parsing import Record
     from luthier.library.models import StoredModel
-    from luthier.objectives import Objective
     from luthier.types import Row
 
 SHOWN = 5
@@ -80,6 +79,7 @@ def predict(
         from luthier.data.writers import json_records, write_packed
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find
+        from luthier.objectives.base import threshold_of
         from luthier.recipe import parse_columns
         from luthier.workflows.inference_tasks import PredictTask, anomaly_counts, prediction_lines
 
@@ -108,7 +108,7 @@ def predict(
         if json_:
             print_json(report)
         else:
-            _print_written(found.rows, found.counts, batch.output, _threshold(objective))
+            _print_written(found.rows, found.counts, batch.output, threshold_of(objective))
         return
     rows: list[tuple[Record, Row]]
     if input_ is None:
@@ -127,7 +127,7 @@ def predict(
     in_terminal = output is None and not shows_all and (text or sys.stdout.isatty())
     if top is None and not json_ and in_terminal:
         top = SHOWN
-    threshold = _threshold(predictor.objective)
+    threshold = threshold_of(predictor.objective)
     started = time.monotonic()
     with show_progress(len(rows), "predict") as done, data_errors("nothing was predicted"):
         answers = predictor.answers([row for _, row in rows], done, top)
@@ -175,13 +175,6 @@ def _holds_rows(text: str) -> bool:
         return path.is_dir() or (path.is_file() and not is_media(path.name))
     except (OSError, ValueError):  # a text longer than a name can be, or with a NUL
         return False
-
-
-def _threshold(objective: Objective) -> float | None:
-    """The score above which the model's answers say yes."""
-    from luthier.objectives.capabilities import SupportsThreshold
-
-    return objective.threshold if isinstance(objective, SupportsThreshold) else None
 
 
 def _render(answer: dict[str, Any], threshold: float | None) -> str:

@@ -53,7 +53,6 @@ from luthier.objectives.capabilities import (
     SupportsPreparation,
     SupportsReferenceCache,
     SupportsRollouts,
-    SupportsStepReport,
     other_models,
     with_completions,
 )
@@ -309,14 +308,13 @@ def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) ->
     def stands_alone(kind: type[Objective]) -> bool:
         plain = all(
             getattr(kind, name) is getattr(Objective, name)
-            for name in ("annotate", "turns", "validation_metrics")
+            for name in ("annotate", "turns", "report", "validation_metrics")
         )
         return plain and not issubclass(
             kind,
             SupportsPreparation
             | SupportsPrecomputation
             | SupportsReferenceCache
-            | SupportsStepReport
             | SupportsExtraWeights,
         )
 

@@ -44,7 +44,9 @@ from luthier.models.random_numbers import derive_seed, drawn_from, seed_torch
 from luthier.models.save import adapter_buffers
 from luthier.models.sharding import gather_to_first, is_sharded, local_shard, shard_like
 from luthier.objectives.base import Means, Objective
-from luthier.objectives.capabilities import SupportsRollouts, SupportsSchedule, SupportsStepReport
+from luthier.objectives.capabilities import (
+    SupportsRollouts,
+)
 from luthier.recipe import Training
 from luthier.types import Example
 
@@ -254,8 +256,7 @@ class Loop:
             self.training.warmup_steps,
         )
         objective = self.objective
-        if isinstance(objective, SupportsSchedule):
-            objective = objective.at(self.progress.step / self.steps)
+        self.network.done = self.progress.step / self.steps
         # What is drawn in a step follows from seed and step, as its rows do.
         seed_torch(derive_seed(self.training.seed, self.progress.step))
         with torch.no_grad(), self._reading(chosen), self.network.split_work():
@@ -289,12 +290,8 @@ class Loop:
         progress.rows += len(chosen)
         progress.last_loss = loss
         progress.first_loss = loss if progress.first_loss is None else progress.first_loss
-        found: dict[str, float] = {}
-        samples: list[dict[str, Any]] = []
-        if isinstance(self.objective, SupportsStepReport):
-            with self.network.split_work():
-                found = self.objective.step_metrics(self.network, batches)
-                samples = self.objective.step_samples(self.network, batches)
+        with self.network.split_work():
+            report = objective.report(self.network, batches)
         self.record(
             "train",
             loss=loss,
@@ -305,10 +302,10 @@ class Loop:
             tokens_per_second=tokens / seconds,
             **({"rows_per_second": len(chosen) / seconds} if chosen[0].media else {}),
             **metrics,
-            **found,
+            **report.metrics,
         )
         if self.samples is not None:
-            for record in samples:
+            for record in report.samples:
                 line = {"step": progress.step, **record}
                 progress.sample_lines = self.samples.append(line)
 

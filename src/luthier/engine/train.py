@@ -81,12 +81,12 @@ from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.save import adapter_tensors, stored_bytes, trained_weights
 from luthier.models.sentence_head import attach_sentence_head
 from luthier.models.sharding import gather_to_first, local_shard, shard_layers
+from luthier.objectives.base import threshold_of
 from luthier.objectives.capabilities import (
     SupportsExtraWeights,
     SupportsHeadStart,
     SupportsPrecomputation,
     SupportsPreparation,
-    SupportsThreshold,
 )
 from luthier.objectives.generative import MOST_COMPARED, Generative
 from luthier.recipe import Recipe
@@ -452,18 +452,18 @@ class Trainer:
     def _with_threshold(self, job: TrainingJob, network: Network) -> TrainingJob:
         """``job`` with the border that the objective draws by what the trained network says."""
         objective = job.data.objective
-        if not isinstance(objective, SupportsThreshold):
+        examples, wanted = self.job.data.validation, objective.rows_to_finish
+        if not wanted:
             return job
-        examples, wanted = self.job.data.validation, objective.rows_for_threshold
         count, again = len(examples), job is not self.job
         if count < wanted:
             examples = concatenate([examples, job.data.train])
         network.model.eval()
-        done = objective.with_threshold(network, examples, self._reading_budget)
+        done = objective.finish(network, examples, self._reading_budget)
         if done is objective:
             return job
         reason = f"set by what the model says of {len(examples):,} rows"
-        self.reporter.settings([("objective.threshold", done.threshold, reason)])
+        self.reporter.settings([("objective.threshold", threshold_of(done), reason)])
         if count < wanted or again:
             why = f"{count:,} are held out, and {wanted:,} would do (`data.validation_share`)"
             if again:

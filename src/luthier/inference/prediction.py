@@ -21,10 +21,7 @@ from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
 from luthier.evaluation.significance import RowScores
 from luthier.inference.evaluation import FittingRows, LongRows, fit_rows
-from luthier.objectives.base import predicts
-from luthier.objectives.capabilities import (
-    SupportsThreshold,
-)
+from luthier.objectives.base import predicts, threshold_of
 from luthier.objectives.generative import Generative
 from luthier.types import Example, Row
 
@@ -222,8 +219,7 @@ class Predictor:
     @property
     def _threshold(self) -> float | None:
         """Above which an answer stands out, where the objective draws such a border."""
-        objective = self.objective
-        return objective.threshold if isinstance(objective, SupportsThreshold) else None
+        return threshold_of(self.objective)
 
     def scores(
         self,

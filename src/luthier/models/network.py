@@ -139,6 +139,8 @@ class Network:
         """Further networks the objective asked for, by the name it gave them: a teacher, a judge."""
         self.cache: Any = None
         """What the objective computed ahead for the rows."""
+        self.done = 1.0
+        """Share of the run's steps before the current one, for settings that change during a run."""
         self.chat: ChatFormat | None = None
         """How texts become its tokens; objectives that let it write or read texts need it."""
         self.group = ALONE

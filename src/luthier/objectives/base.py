@@ -77,6 +77,16 @@ class TrainingDefaults:
     """Base model by what rows hold, where the rows alone would name one that cannot learn it."""
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """Results of one step that are known after its last turn, beyond the loss."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Means over the rows of all processes, by name."""
+    samples: Sequence[Mapping[str, Any]] = ()
+    """One record for each text of ``samples.jsonl`` that the network wrote in the step."""
+
+
 class Objective(StrictModel):
     """Base of all objectives: one paper, one file, one class."""
 
@@ -301,6 +311,27 @@ class Objective(StrictModel):
         """What must be the same before and after saving: a function of network and rows alone."""
         return self.mean_loss(network, examples, budget)
 
+    def report(self, network: Network, batches: Sequence[TreeBatch]) -> StepReport:
+        """Return further metrics and samples of a step; called after its last turn.
+
+        ``batches`` are the micro-batches of this process as :meth:`annotate` returned them. Every
+        process calls the method, so it may exchange numbers with the other processes.
+        """
+        return StepReport()
+
+    @property
+    def rows_to_finish(self) -> int:
+        """Number of held-out rows that :meth:`finish` needs; 0 if it is not called."""
+        return 0
+
+    def finish(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
+        """Return this objective with settings drawn from the trained network, such as a threshold.
+
+        Called without a gradient or dropout before the model is stored. ``examples`` are the held-out
+        rows, and the training rows too if the held-out rows are fewer than :attr:`rows_to_finish`.
+        """
+        return self
+
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """Return the answer to each row of the batch, in the order of its tree.
 
@@ -381,6 +412,13 @@ def chat_of(network: Network) -> ChatFormat:
     """How texts become tokens of ``network``, and images or sounds what it reads."""
     assert network.chat is not None
     return network.chat
+
+
+def threshold_of(objective: Objective) -> float | None:
+    """Return the score above which an answer stands out, for objectives that draw such a threshold."""
+    drawn = type(objective).finish is not Objective.finish
+    found: float | None = getattr(objective, "threshold", None) if drawn else None
+    return found
 
 
 def predicts(objective: Objective | None) -> bool:

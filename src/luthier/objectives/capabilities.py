@@ -12,9 +12,6 @@ Each capability is a protocol: an objective has it by defining its methods, and 
     SupportsPrecomputation   what is computed once for all rows and kept in files
     SupportsReferenceCache   what the reference model says of rows that are read more than once
     SupportsRollouts         texts that the network writes in the step
-    SupportsStepReport       what a step found out, for the metrics
-    SupportsSchedule         settings that change in the course of a run
-    SupportsThreshold        a border between answers that is drawn when training is over
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network, TreeBatch
+    from luthier.models.network import Network
     from luthier.objectives.base import Objective
 
 
@@ -174,53 +171,6 @@ class SupportsRollouts(Protocol):
         """What people should know of the course of a run so far, from its metrics; empty for nothing.
 
         Asked from time to time; ``lines`` are the records of the last training steps, 200 at most.
-        """
-
-
-@runtime_checkable
-class SupportsStepReport(Protocol):
-    """Finds out something about a batch before its loss, which people want to follow."""
-
-    def step_metrics(self, network: Network, batches: Sequence[TreeBatch]) -> dict[str, float]:
-        """What ``annotate`` found out about a batch: means, by name.
-
-        ``batches`` are those of this process, as everywhere: the means are of all processes.
-        """
-
-    def step_samples(self, network: Network, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
-        """What the network wrote in the step, one record for each text, to be looked at later."""
-
-
-@runtime_checkable
-class SupportsSchedule(Protocol):
-    """Has settings that change in the course of a run."""
-
-    def at(self, done: float) -> Self:
-        """This objective for the step after ``done`` of the run, from 0 up to, not including, 1.
-
-        Measurements are made with the objective as it is.
-        """
-
-
-@runtime_checkable
-class SupportsThreshold(Protocol):
-    """Draws a border between answers by what the trained network says of rows."""
-
-    @property
-    def threshold(self) -> float | None:
-        """The border; ``None`` before it is drawn."""
-        ...
-
-    @property
-    def rows_for_threshold(self) -> int:
-        """The fewest rows that tell where the border lies."""
-        ...
-
-    def with_threshold(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
-        """This objective, as it is stored with the model.
-
-        Called without a gradient or dropout before the model is stored, with the rows that were held
-        out; where they are too few, also with those that were learned from.
         """
 
 

@@ -304,11 +304,11 @@ class Contrastive(Objective):
         return Loss.of_rows(each_P, {"chance_loss": chance}, ratios)
 
     @property
-    def rows_for_threshold(self) -> int:
+    def rows_to_finish(self) -> int:
         """As many as have one false alarm: each anchor stands beside the partners of all others."""
         return 1 + math.ceil(math.sqrt(1 / self.false_alarms)) if self.false_alarms else 2
 
-    def with_threshold(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
+    def finish(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
         """This objective with the cosine that at most :attr:`false_alarms` of other pairs are above.
 
         Those are the anchors of ``examples`` beside the partners of others. Of images and sounds none

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
+from luthier.objectives.base import StepReport
 from luthier.objectives.distillation import Distillation, DivergenceName, TokenDivergence
 from luthier.objectives.rollout_checks import SAMPLES_PER_STEP
 from luthier.objectives.rollouts import sample_record
@@ -116,22 +117,22 @@ class OwnAnswers(TokenDivergence):
         )
         return [answers[0] for answers in found]
 
-    def step_samples(self, network: Network, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
-        """The first answers of the step; of several processes, those of this one."""
-        texts = [text for batch in batches if batch.extra is not None for text in batch.extra.texts]
-        return texts[:SAMPLES_PER_STEP]
+    def report(self, network: Network, batches: Sequence[TreeBatch]) -> StepReport:
+        """Return mean tokens per answer, the share of answers that ended, and the first answers.
 
-    def step_metrics(self, network: Network, batches: Sequence[TreeBatch]) -> dict[str, float]:
-        """Tokens of an answer, and how many of the answers ended by themselves, as means."""
+        The means are of all processes; the answers are those of this process.
+        """
         written = [batch.extra for batch in batches if batch.extra is not None]
+        texts = [text for each in written for text in each.texts][:SAMPLES_PER_STEP]
         processes = network.processes
         answers, tokens, ended = (
             processes.sum(sum(getattr(each, name) for each in written))
             for name in ("answers", "tokens", "stopped")
         )
         if not answers:
-            return {}
-        return {"answer_tokens": tokens / answers, "answers_ended": ended / answers}
+            return StepReport(samples=texts)
+        metrics = {"answer_tokens": tokens / answers, "answers_ended": ended / answers}
+        return StepReport(metrics, texts)
 
 
 class OnPolicyDistillation(OwnAnswers, Distillation):

@@ -26,7 +26,13 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_answers
 from luthier.objectives import rollout_checks
-from luthier.objectives.base import Objective, TrainingDefaults, WritesReplies, chat_of
+from luthier.objectives.base import (
+    Objective,
+    StepReport,
+    TrainingDefaults,
+    WritesReplies,
+    chat_of,
+)
 from luthier.objectives.scoring import LocalModels, check_grader_model, silent
 from luthier.types import Example, FloatArray, IntArray, Row
 
@@ -397,9 +403,21 @@ class Reinforcement(WritesReplies):
 
         return mean_nll(network, [_read(example) for example in examples], budget)
 
-    def step_metrics(self, network: Network, batches: Sequence[TreeBatch]) -> dict[str, float]:
-        """Rewards and lengths of the rollouts, and means over the tokens that were learned from."""
+    def report(self, network: Network, batches: Sequence[TreeBatch]) -> StepReport:
+        """Return rewards, lengths and means over the learned tokens; the best and worst completions."""
         policies: list[PolicyBatch] = [batch.extra for batch in batches]
+        metrics = self._step_metrics(network, policies)
+        own = [item for policy in policies for item in policy.kl_R.items()]
+        kl = {place: value for part in network.processes.gather(own) for place, value in part}
+        if not policies:
+            return StepReport(metrics)
+        each = policies[0].rollouts.each
+        order = sorted(range(len(each)), key=lambda place: (-each[place].score, place))
+        chosen = rollout_checks.extremes(order)
+        return StepReport(metrics, [_record(each[place], kl.get(place)) for place in chosen])
+
+    def _step_metrics(self, network: Network, policies: Sequence[PolicyBatch]) -> dict[str, float]:
+        """Return the metrics of the step over the micro-batches of all processes."""
         own = [(len(policy.weight_M), policy.sums) for policy in policies]
         everywhere = [part for each in network.processes.gather(own) for part in each]
         tokens = sum(count for count, _ in everywhere)
@@ -413,17 +431,6 @@ class Reinforcement(WritesReplies):
     def advise(self, lines: Sequence[Mapping[str, Any]]) -> str:
         """Whether the reward has stopped rising, or nothing is left to tell completions apart by."""
         return rollout_checks.advice(lines)
-
-    def step_samples(self, network: Network, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
-        """The best and the worst completions of the step."""
-        policies: list[PolicyBatch] = [batch.extra for batch in batches]
-        own = [item for policy in policies for item in policy.kl_R.items()]
-        kl = {place: value for part in network.processes.gather(own) for place, value in part}
-        if not policies:
-            return []
-        each = policies[0].rollouts.each
-        order = sorted(range(len(each)), key=lambda place: (-each[place].score, place))
-        return [_record(each[place], kl.get(place)) for place in rollout_checks.extremes(order)]
 
 
 def fixed_generator() -> torch.Generator:

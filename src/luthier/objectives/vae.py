@@ -80,6 +80,14 @@ class Compression:
         )
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Noise of a micro-batch, and the weight of the divergence in its step."""
+
+    noise_RZ: Tensor
+    beta: float
+
+
 class VAE(Generative):
     """How images look: an autoencoder to sample from, and to find odd images by."""
 
@@ -135,23 +143,26 @@ class VAE(Generative):
         seed = draw_seed() if network.model.training else None
         for batch in super().annotate(network, examples, budget):
             noise_RZ = draw_noise(row_generators(batch.tree.examples, seed), size)
-            found.append(replace(batch, extra=noise_RZ.to(network.device)))
+            drawn = Draw(
+                noise_RZ.to(network.device), self._beta_after(network.done, seed is not None)
+            )
+            found.append(replace(batch, extra=drawn))
         return found
 
-    def at(self, done: float) -> Self:
-        """The objective after ``done`` of the run: with less weight of the divergence at first."""
-        share = min(1.0, done / self.kl_warmup) if self.kl_warmup else 1.0
-        return self.model_copy(update={"beta": self.beta * share})
+    def _beta_after(self, done: float, training: bool) -> float:
+        """Return the weight of the divergence after the share ``done`` of a run."""
+        share = min(1.0, done / self.kl_warmup) if training and self.kl_warmup else 1.0
+        return self.beta * share
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed minus evidence lower bound, of one draw a row."""
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
-        noise_RZ: Tensor = batch.extra
-        latent_RZ = mean_RZ + (0.5 * log_variance_RZ).exp() * noise_RZ
+        drawn: Draw = batch.extra
+        latent_RZ = mean_RZ + (0.5 * log_variance_RZ).exp() * drawn.noise_RZ
         copy_R = self._copy_error(network, batch, latent_RZ)
         kl_R = divergence(mean_RZ, log_variance_RZ)
         metrics = {"reconstruction": float(copy_R.detach().sum()), "kl": float(kl_R.detach().sum())}
-        return Loss.of_rows(copy_R + self.beta * kl_R, metrics, states=mean_RZ.detach())
+        return Loss.of_rows(copy_R + drawn.beta * kl_R, metrics, states=mean_RZ.detach())
 
     def _copy_error(self, network: Network, batch: TreeBatch, latent_RZ: Tensor) -> Tensor:
         """Nats ``[R]`` that the copies are off by."""
@@ -174,11 +185,11 @@ class VAE(Generative):
         return found | self.distance_metrics(network, examples)
 
     @property
-    def rows_for_threshold(self) -> int:
+    def rows_to_finish(self) -> int:
         """As many as have one false alarm."""
         return math.ceil(1 / self.false_alarms) if self.false_alarms else 1
 
-    def with_threshold(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
+    def finish(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
         """This objective with the score that at most :attr:`false_alarms` of ``examples`` are above."""
         if self.threshold is not None:
             return self
