@@ -44,8 +44,8 @@ from luthier.models.pipelines import is_pipeline
 from luthier.models.save import save_adapter, save_format, save_network, stored_bytes
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.objectives.base import add_modules
 from luthier.objectives.capabilities import (
-    SupportsExtraWeights,
     SupportsPacking,
     SupportsPrecomputation,
     other_models,
@@ -379,7 +379,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
         model = sketch(folder, fitted.head())
         with torch.device("meta"):
             adaptation.attach(model)
-        fitted.check_network(model)
+        fitted.attach(model)
     except RecipeError as error:
         return str(error)
     return ""
@@ -412,8 +412,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     adaptation.attach(model)
     promised = stored_bytes(model, adaptation)
     join_others(network, objective, folder, examples, tmp_path / "kept")
-    if isinstance(objective, SupportsExtraWeights):
-        objective.add_weights(model)
+    extra = add_modules(model, objective.attach(model))
 
     def loss_of(network: Network) -> float:
         # With a reference model the loss depends on where the network began.
@@ -442,8 +441,8 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     trained = loss_of(network)
     assert abs(trained - untrained) > 2e-5 * untrained  # twice what the comparisons below allow
 
-    if isinstance(objective, SupportsExtraWeights):
-        objective.remove_weights(model)
+    for each in extra:
+        delattr(model, each)
     save(model, adaptation, chat, folder, tmp_path / "custom")
     stored = [load_file(path) for path in (tmp_path / "custom").rglob("*.safetensors")]
     assert sum(tensor.nbytes for part in stored for tensor in part.values()) == promised

@@ -21,6 +21,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, EncoderDistillation
+from luthier.objectives.base import add_modules
 from luthier.recipe import Recipe
 from luthier.types import Example, Row
 
@@ -72,7 +73,7 @@ def test_the_triple_loss_row_by_row(
     objective = EncoderDistillation(teacher="t", temperature=3.0, soft=0.7, hard=0.2, hidden=0.4)
     objective = objective.bind_model("teacher", Classification(labels=("animal", "bank")), 32)
     objective = objective.fit(ROWS, chat)
-    objective.add_weights(network.model)
+    extra = add_modules(network.model, objective.attach(network.model))
     assert hasattr(network.model, "teacher_map") == (student == "narrow")
     examples = [objective.encode(row, n, chat) for n, row in enumerate(ROWS)]
     expected = 0.0
@@ -94,8 +95,8 @@ def test_the_triple_loss_row_by_row(
         expected += 0.4 * float((1 - cosines).mean())
     found = objective.mean_loss(network, examples, budget)
     assert found == pytest.approx(expected / len(ROWS), rel=1e-5)
-    objective.remove_weights(network.model)
-    assert not hasattr(network.model, "teacher_map")
+    for name in extra:
+        delattr(network.model, name)
     network.others = {}
     assert objective.parity_loss(network, examples, budget) > 0
 

@@ -21,6 +21,7 @@ from luthier.models.network import Network
 from luthier.models.process_group import ALONE
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import PPO
+from luthier.objectives.base import add_modules
 from luthier.objectives.ppo import HEAD, advantages, whiten
 from luthier.objectives.rollouts import Rollout, Rollouts
 from luthier.types import Example
@@ -125,7 +126,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     plain: Any = load_model(family_folder("llama"), torch.float32, CPU)
     objective = PPO(**fields, grader=LETTER)
     for model in (network.model, plain):
-        objective.add_weights(model)
+        add_modules(model, objective.attach(model))
     prompted = prompts(objective, network)
     rollouts = written(prompted)
     monkeypatch.setattr(PPO, "roll_out", lambda *a, **k: rollouts)
@@ -184,7 +185,7 @@ def test_steps_are_epochs_times_minibatches(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objective = PPO(num_ppo_epochs=3, num_mini_batches=2, grader=LETTER)
-    objective.add_weights(network.model)
+    add_modules(network.model, objective.attach(network.model))
     prompted = prompts(objective, network)
     monkeypatch.setattr(PPO, "roll_out", lambda *a, **k: written(prompted))
     with torch.no_grad():
@@ -196,8 +197,8 @@ def test_steps_are_epochs_times_minibatches(
 def test_the_value_head_comes_and_goes(network: Network) -> None:
     names = network.model.state_dict().keys()
     objective = PPO()
-    objective.add_weights(network.model)
+    add_modules(network.model, objective.attach(network.model))
     added = network.model.state_dict().keys() - names
     assert added == {f"{HEAD}.weight", f"{HEAD}.bias"}
-    objective.remove_weights(network.model)
+    del network.model.value_head
     assert network.model.state_dict().keys() == names

@@ -26,7 +26,10 @@ from luthier.models.process_group import ProcessGroup
 from luthier.models.sharding import full_tensor, is_sharded, local_shard, shard_layers, shard_like
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
-from luthier.objectives.capabilities import SupportsExtraWeights, SupportsPacking
+from luthier.objectives.base import add_modules
+from luthier.objectives.capabilities import (
+    SupportsPacking,
+)
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -58,8 +61,7 @@ def train(
     network.chat = chat
     adaptation.attach(model)
     pairs.join_others(network, objective, folder, examples, own / "cache")
-    if isinstance(objective, SupportsExtraWeights):
-        objective.add_weights(model)
+    add_modules(model, objective.attach(model))
     training = pairs.training_of(examples).model_copy(update={"learning_rate": 1e-4})
     gradients = row_gradients(network, objective, examples, training, Reporter())
     adaptation.calibrate(network, gradients)

@@ -46,7 +46,6 @@ from luthier.models.network import Network
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.capabilities import (
-    SupportsExtraWeights,
     SupportsModelCheck,
     SupportsOtherModels,
     SupportsPrecomputation,
@@ -308,14 +307,11 @@ def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) ->
     def stands_alone(kind: type[Objective]) -> bool:
         plain = all(
             getattr(kind, name) is getattr(Objective, name)
-            for name in ("annotate", "turns", "report", "validation_metrics")
+            for name in ("annotate", "attach", "turns", "report", "validation_metrics")
         )
         return plain and not issubclass(
             kind,
-            SupportsPreparation
-            | SupportsPrecomputation
-            | SupportsReferenceCache
-            | SupportsExtraWeights,
+            SupportsPreparation | SupportsPrecomputation | SupportsReferenceCache,
         )
 
     problem = ""

@@ -24,7 +24,7 @@ from luthier.models.modalities import (
     text_config,
 )
 from luthier.objectives import Objective
-from luthier.objectives.capabilities import SupportsExtraWeights
+from luthier.objectives.base import add_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -257,9 +257,7 @@ def sketch_training(
         adaptation = adaptation.bind_network(model)
         with torch.device("meta"):
             adaptation.attach(model)
-            if isinstance(objective, SupportsExtraWeights):
-                objective.add_weights(model)
-        objective.check_network(model)
+            add_modules(model, objective.attach(model))
         memory = estimate_memory(model, size, plain, adaptation.calibration_bytes(model), reads)
         start = trained_numbers(model) * size if objective.uses_reference else 0
     return TrainingSketch(model, memory.beside(start), adaptation)

@@ -81,9 +81,8 @@ from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.save import adapter_tensors, stored_bytes, trained_weights
 from luthier.models.sentence_head import attach_sentence_head
 from luthier.models.sharding import gather_to_first, local_shard, shard_layers
-from luthier.objectives.base import threshold_of
+from luthier.objectives.base import add_modules, threshold_of
 from luthier.objectives.capabilities import (
-    SupportsExtraWeights,
     SupportsHeadStart,
     SupportsPrecomputation,
     SupportsPreparation,
@@ -328,6 +327,8 @@ class Trainer:
         self.clock = clock or Clock()
         self.calibration_rows = 0
         """Rows whose gradients the adaptation asked for."""
+        self.extra_modules: Sequence[str] = ()
+        """Names of the objective's modules that only training needs."""
         self.fitted_head = False
         """Whether the head started from logistic regression."""
         self.baselines: FittedBaselines | None = None
@@ -575,8 +576,8 @@ class Trainer:
         network.bottom, network.others, network.cache = None, {}, None
         if isinstance(network.layout, MediaLayout):
             network.layout.forget()
-        if isinstance(self.job.data.objective, SupportsExtraWeights):
-            self.job.data.objective.remove_weights(network.model)
+        for name in self.extra_modules:
+            delattr(network.model, name)
         self._activations.unlink(missing_ok=True)
 
     def _calibrate(self, network: Network) -> None:
@@ -641,8 +642,7 @@ class Trainer:
         adaptation.attach(model)
         try_training(network, adaptation.method)
         size = stored_bytes(model, self.recipe.adaptation)
-        if isinstance(self.job.data.objective, SupportsExtraWeights):
-            self.job.data.objective.add_weights(model)
+        self.extra_modules = add_modules(model, self.job.data.objective.attach(model))
         return_freed_memory()  # of what loading and attaching made on the way
         self.trained = sum(p.numel() for p in trained_weights(model).values())
         # Weights that were quantized are parameters no longer.

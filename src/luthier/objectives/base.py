@@ -142,14 +142,16 @@ class Objective(StrictModel):
             RecipeError: with the reason, and what to use.
         """
 
-    def check_network(self, model: nn.Module) -> None:
-        """Refuse a network of which nothing trains that has to.
+    def attach(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Return the modules that only training needs, by their names in ``model``.
 
-        ``model`` has no numbers; an adaptation has marked what trains.
+        Called after the adaptation is attached, when the weights that train are marked. ``model`` may
+        be on the meta device. The engine adds the modules and removes them before the model is stored.
 
         Raises:
-            RecipeError: with the reason, and what to use.
+            RecipeError: if weights that this objective must train are frozen.
         """
+        return {}
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The rows of one file as they are learned from: judged answers become pairs.
@@ -412,6 +414,13 @@ def chat_of(network: Network) -> ChatFormat:
     """How texts become tokens of ``network``, and images or sounds what it reads."""
     assert network.chat is not None
     return network.chat
+
+
+def add_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Add the modules of :meth:`Objective.attach` to ``model`` and return their names."""
+    for name, module in modules.items():
+        model.add_module(name, module)
+    return [*modules]
 
 
 def threshold_of(objective: Objective) -> float | None:

@@ -6,7 +6,6 @@ Each capability is a protocol: an objective has it by defining its methods, and 
     SupportsOtherModels      a teacher or a judge beside the network
     SupportsModelCheck       the same, where it reads the rows too
     SupportsPacking          rows cut and joined to one length
-    SupportsExtraWeights     weights that only training needs (a value head)
     SupportsHeadStart        a new head that starts from what the network says of the rows
     SupportsPreparation      rows that the network completes before the first step
     SupportsPrecomputation   what is computed once for all rows and kept in files
@@ -23,8 +22,6 @@ from luthier.types import Example
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from torch import nn
 
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network
@@ -68,17 +65,6 @@ class SupportsPacking(Protocol):
 
     def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
         """Regroup encoded rows into rows of at most ``context`` tokens, the model's limit."""
-
-
-@runtime_checkable
-class SupportsExtraWeights(Protocol):
-    """Trains weights with the network that are not part of the custom model."""
-
-    def add_weights(self, model: nn.Module) -> None:
-        """Add them, after the adaptation was attached; ``model`` may be on the meta device."""
-
-    def remove_weights(self, model: nn.Module) -> None:
-        """Take them away before the model is stored."""
 
 
 @runtime_checkable

@@ -109,25 +109,17 @@ class EncoderDistillation(Taught, Classification):
         example = chat.encode_input(row, index)
         return replace(example, target=np.array([NO_LABEL]))
 
-    def add_weights(self, model: nn.Module) -> None:
-        """Where the widths differ, a linear map from the student's hidden states to the teacher's."""
+    def attach(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return a linear map from the student's hidden states to the teacher's, if widths differ."""
         from torch import nn
 
         width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
-        if self.hidden and self.teacher_width not in (None, width):
-            like = next(model.parameters())
-            model.teacher_map = nn.Linear(
-                width,
-                int(self.teacher_width or 0),
-                bias=False,
-                device=like.device,
-                dtype=like.dtype,
-            )
-
-    def remove_weights(self, model: nn.Module) -> None:
-        """Take the map away."""
-        if hasattr(model, "teacher_map"):
-            del model.teacher_map
+        if not self.hidden or self.teacher_width in (None, width):
+            return {}
+        like = next(model.parameters())
+        theirs = int(self.teacher_width or 0)
+        layer = nn.Linear(width, theirs, bias=False, device=like.device, dtype=like.dtype)
+        return {"teacher_map": layer}
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed triple loss; the share of texts on which both agree is shown."""

@@ -116,8 +116,8 @@ class GAN(Generative):
         """Both players, and the classes they know."""
         return Head(self.task, self.labels or ())
 
-    def check_network(self, model: nn.Module) -> None:
-        """Both players must have weights that train, and the discriminator whole ones."""
+    def attach(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Reject a network unless both players train, and the discriminator's weights are whole."""
         players: Any = model.players
         if not model.measures_whole_weights:
             raise RecipeError(
@@ -130,6 +130,7 @@ class GAN(Generative):
                     f"the adaptation leaves the {name} no weights to learn by, and both players of a "
                     "gan must learn. Use full or bitfit"
                 )
+        return {}
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """See which classes there are; none where a row has no label."""

@@ -93,23 +93,18 @@ class ImageToText(Objective):
         columns = encoder.get("model_type") == "line_encoder" and learned is None
         return self.model_copy(update={"ctc_weight": CTC_WEIGHT if columns else 0.0})
 
-    def add_weights(self, model: nn.Module) -> None:
-        """Add the layer that names the letter of each column, where CTC is learned."""
+    def attach(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the layer that names the letter of each column, if CTC is learned."""
         from torch import nn
 
-        if self.ctc_weight:
-            weight = next(model.parameters())
-            config: Any = model.config
-            # As wide as what the decoder reads, which may be projected before.
-            project: Any = getattr(model, "enc_to_dec_proj", None)
-            width = project.out_features if project else config.encoder.hidden_size
-            layer = nn.Linear(width, config.decoder.vocab_size, device=weight.device)
-            model.add_module(CTC_LAYER, layer)
-
-    def remove_weights(self, model: nn.Module) -> None:
-        """Take the layer away: the decoder writes."""
-        if self.ctc_weight:
-            delattr(model, CTC_LAYER)
+        if not self.ctc_weight:
+            return {}
+        weight = next(model.parameters())
+        config: Any = model.config
+        # As wide as the decoder's input, which may be projected before.
+        project: Any = getattr(model, "enc_to_dec_proj", None)
+        width = project.out_features if project else config.encoder.hidden_size
+        return {CTC_LAYER: nn.Linear(width, config.decoder.vocab_size, device=weight.device)}
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The image, and the tokens of its text; of an image alone, what the decoder starts from."""

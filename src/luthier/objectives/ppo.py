@@ -75,8 +75,8 @@ class PPO(Reinforcement):
         """Only a divergence needs the reference model."""
         return self.kl_coef > 0
 
-    def add_weights(self, model: nn.Module) -> None:
-        """Add the value's layer, at 0."""
+    def attach(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the value's layer, at 0."""
         import torch
         from torch import nn
 
@@ -85,11 +85,7 @@ class PPO(Reinforcement):
         head = nn.Linear(width, 1, device=weight.device, dtype=torch.float32)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        model.add_module(HEAD, head)
-
-    def remove_weights(self, model: nn.Module) -> None:
-        """Take the value's layer away: the custom model only writes."""
-        delattr(model, HEAD)
+        return {HEAD: head}
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
