@@ -48,7 +48,6 @@ from luthier.objectives.base import add_modules
 from luthier.objectives.capabilities import (
     SupportsPacking,
     SupportsPrecomputation,
-    other_models,
 )
 from luthier.recipe import Training
 from luthier.types import Example, Message, Row
@@ -358,7 +357,7 @@ def join_others(
     network: Network, objective: Objective, folder: Path, examples: list[Example], kept: Path
 ) -> None:
     """Give the network the further models it asks for: of its own family, and of other weights."""
-    for name in other_models(objective):
+    for name in objective.other_models:
         torch.manual_seed(7)
         other = load_model(folder, torch.float32, CPU, objective.head())
         for weight in other.parameters():

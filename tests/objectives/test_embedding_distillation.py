@@ -20,6 +20,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, Contrastive, EmbeddingDistillation
+from luthier.objectives.base import OtherModel
 from luthier.objectives.embedding_distillation import project, turn
 from luthier.recipe import Recipe
 
@@ -134,10 +135,11 @@ def test_a_narrow_student_has_its_teachers_cosines(
     assert after < 0.25 * before
 
 
-def test_the_teacher_must_embed() -> None:
+def test_the_teacher_must_embed(family_folder: Callable[[str], Path]) -> None:
     objective = EmbeddingDistillation(teacher="base:router")
+    chat = load_chat_format(family_folder("bert"))
+    classifier = OtherModel(Classification(labels=("a", "b")), 32, chat)
     with pytest.raises(RecipeError, match=r"base:router is for classification.*encoder_distill"):
-        objective.bind_model("teacher", Classification(labels=("a", "b")), 32)
-    assert (
-        objective.bind_model("teacher", Contrastive(pooling="first"), 32).teacher_pooling == "first"
-    )
+        objective.bind_model("teacher", classifier, chat)
+    encoder = OtherModel(Contrastive(pooling="first"), 32, chat)
+    assert objective.bind_model("teacher", encoder, chat).teacher_pooling == "first"

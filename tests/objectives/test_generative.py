@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from luthier.models.heads import Head
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
+from luthier.objectives.base import OtherModel
 from luthier.objectives.classification import Classification
 from luthier.objectives.diffusion import Diffusion
 from luthier.objectives.gan import GAN
@@ -106,13 +108,13 @@ def test_only_a_classifier_of_images_has_such_features(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = GAN(feature_model="other")
-    with pytest.raises(RecipeError, match="classifier of images, and other has no classes; tune"):
-        objective.bind_model("features", SFT(), 8)
-    assert objective.bind_model("features", Classification(), 8) is objective
     images, texts = (load_chat_format(family_folder(name)) for name in ("dcgan", "bert"))
-    objective.check_model("features", images, images)
+    with pytest.raises(RecipeError, match="classifier of images, and other has no classes; tune"):
+        objective.bind_model("features", OtherModel(SFT(), 8, images), images)
+    classifier = OtherModel(Classification(), 8, images)
+    assert objective.bind_model("features", classifier, images) is objective
     with pytest.raises(RecipeError, match="reads texts"):
-        objective.check_model("features", texts, images)
+        objective.bind_model("features", replace(classifier, chat=texts), images)
 
 
 def test_features_are_what_the_head_of_the_classifier_reads(

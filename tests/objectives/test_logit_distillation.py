@@ -19,7 +19,8 @@ from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.load import as_network
 from luthier.models.network import Network
-from luthier.objectives import LogitDistillation
+from luthier.objectives import SFT, LogitDistillation
+from luthier.objectives.base import OtherModel
 from luthier.objectives.distillation import note_sizes
 from luthier.objectives.teacher import TopK, whole_distribution
 from luthier.recipe import Recipe
@@ -253,12 +254,11 @@ def test_what_cannot_teach_is_refused_before_training(
         RecipeError, match=r"320 tokens, 0 of the fewer.*2 with another id.*`method="
     ):
         train(recipe(tiny_model_folder, data, teacher=str(swapped)), reporter=Silent())
+    teacher = OtherModel(SFT(), 8, ChatFormat.of(tokens, start_id=0))
     with pytest.raises(RecipeError, match="an encoder-decoder and"):
-        objective().check_model(
-            "teacher", ChatFormat.of(tokens, start_id=0), ChatFormat.of(tokens, start_id=None)
-        )
+        objective().bind_model("teacher", teacher, ChatFormat.of(tokens, start_id=None))
     plain = ChatFormat.of(tokens, "plain")
     with pytest.raises(RecipeError, match=r"objective\.template=plain"):
-        objective().check_model("teacher", plain, ChatFormat.of(tokens))
+        objective().bind_model("teacher", OtherModel(SFT(), 8, plain), ChatFormat.of(tokens))
     with pytest.raises(RecipeError, match=r"no teacher.*objective.teacher=ID"):
         train(recipe(tiny_model_folder, data), reporter=Silent())

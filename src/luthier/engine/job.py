@@ -45,14 +45,12 @@ from luthier.models.modalities import context_length
 from luthier.models.network import Network
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.objectives.base import OtherModel
 from luthier.objectives.capabilities import (
-    SupportsModelCheck,
-    SupportsOtherModels,
     SupportsPrecomputation,
     SupportsPreparation,
     SupportsReferenceCache,
     SupportsRollouts,
-    other_models,
     with_completions,
 )
 from luthier.recipe import Recipe
@@ -251,7 +249,7 @@ def prepare_job(
             f"{context - room} added tokens leave no room in the model's context of {context}; use "
             "fewer"
         )
-    objective = bind_models(recipe.objective, reporter.stage)
+    objective = bind_models(recipe.objective, chat, reporter.stage)
 
     reads = chat.media
 
@@ -315,7 +313,7 @@ def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) ->
         )
 
     problem = ""
-    asks = objective.uses_reference or other_models(objective)
+    asks = objective.uses_reference or objective.other_models
     if asks or not stands_alone(type(objective)):
         able = ", ".join(name for name, kind in OBJECTIVES.items() if stands_alone(kind))
         problem = f"is not made for {objective.method}, but for these objectives: {able}"
@@ -404,7 +402,7 @@ def resolve_job(
     reads = chat.media.shape if chat.media is not None else None
     drawn = sketch_training(config, data.objective, recipe.adaptation, size, reads=reads)
     model, recipe = drawn.model, recipe.model_copy(update={"adaptation": drawn.adaptation})
-    others = _others(data.objective, chat, reporter)
+    others = {name: store.find(each, reporter.stage) for name, each in bound.other_models.items()}
     if recipe.training.dropout is not None:
         check_dropout(model)
     if recipe.training.fully_shard:
@@ -505,28 +503,19 @@ def _readings(recipe: Recipe, data: Dataset, steps: int) -> tuple[int, int, int]
     return steps * (training.batch_size or 1), times * len(data.validation), calibrated
 
 
-def bind_models(objective: Objective | None, say: Callable[[str], None]) -> Objective | None:
-    """``objective`` with what the further models it asks for were trained for taken in."""
-    for name, each in other_models(objective).items():
-        assert isinstance(objective, SupportsOtherModels)
+def bind_models(
+    objective: Objective | None, chat: ChatFormat, say: Callable[[str], None]
+) -> Objective | None:
+    """Return ``objective`` with the settings that follow from its other models."""
+    if objective is None:
+        return None
+    for name, each in objective.other_models.items():
         found = store.find(each, say)
         learned = store.objective_of(found)
         width = width_of(sketch(found.network_folder, learned.head()))
-        objective = objective.bind_model(name, learned, width)
+        other = OtherModel(learned, width, store.chat_format(found))
+        objective = objective.bind_model(name, other, objective.format(chat))
     return objective
-
-
-def _others(
-    objective: Objective, chat: ChatFormat, reporter: Reporter
-) -> dict[str, store.StoredModel]:
-    """The further models of the objective, each checked against the format of the one that trains."""
-    found = {
-        name: store.find(each, reporter.stage) for name, each in other_models(objective).items()
-    }
-    if isinstance(objective, SupportsModelCheck):
-        for name, other in found.items():
-            objective.check_model(name, store.chat_format(other), objective.format(chat))
-    return found
 
 
 def load_frozen(stored: store.StoredModel, machine: Machine, reporter: Reporter) -> Network:

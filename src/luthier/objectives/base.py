@@ -78,6 +78,18 @@ class TrainingDefaults:
 
 
 @dataclass(frozen=True)
+class OtherModel:
+    """A model next to the network that trains, such as a teacher or a judge, before it is loaded."""
+
+    objective: Objective
+    """Objective that the model was trained for."""
+    width: int
+    """Numbers in a hidden state."""
+    chat: ChatFormat
+    """Format of the model's rows."""
+
+
+@dataclass(frozen=True)
 class StepReport:
     """Results of one step that are known after its last turn, beyond the loss."""
 
@@ -134,6 +146,21 @@ class Objective(StrictModel):
     def head(self) -> Head:
         """The head the network needs; complete after :meth:`fit`."""
         return Head(self.task)
+
+    @property
+    def other_models(self) -> Mapping[str, str]:
+        """Ids of the models next to the network, by their names in ``network.others``."""
+        return {}
+
+    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
+        """Return this objective with the settings that follow from a model of :attr:`other_models`.
+
+        Called once for each model, before the rows are read. ``chat`` is the format of the network.
+
+        Raises:
+            RecipeError: if the model was trained for another purpose or has other tokens.
+        """
+        return self
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks that cannot learn this, as far as their tokenizer and format tell.

@@ -3,8 +3,6 @@
 Each capability is a protocol: an objective has it by defining its methods, and whoever uses it asks
 ``isinstance(objective, SupportsPacking)`` in the one place that concerns it. In the order of a run:
 
-    SupportsOtherModels      a teacher or a judge beside the network
-    SupportsModelCheck       the same, where it reads the rows too
     SupportsPacking          rows cut and joined to one length
     SupportsHeadStart        a new head that starts from what the network says of the rows
     SupportsPreparation      rows that the network completes before the first step
@@ -16,47 +14,15 @@ Each capability is a protocol: an objective has it by defining its methods, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from luthier.types import Example
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from luthier.data.chat import ChatFormat
     from luthier.models.network import Network
     from luthier.objectives.base import Objective
-
-
-@runtime_checkable
-class SupportsOtherModels(Protocol):
-    """Learns with the help of further models, which are found in ``network.others``."""
-
-    @property
-    def other_models(self) -> Mapping[str, str]:
-        """Their ids, by the name they have in ``network.others``; empty where this one needs none."""
-
-    def bind_model(self, name: str, learned: Objective, width: int) -> Self:
-        """This objective with what the model ``name`` was trained for taken in.
-
-        Called before ``fit`` with the objective of the model (a teacher has classes) and the width of
-        its hidden states.
-
-        Raises:
-            RecipeError: where the model is for something else, with what to use.
-        """
-
-
-@runtime_checkable
-class SupportsModelCheck(Protocol):
-    """Reads rows through the other model, too, whose tokens must be those of the network."""
-
-    def check_model(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
-        """Refuse a model that does not go with the network of format ``chat``.
-
-        Raises:
-            RecipeError: with the reason, and what to use.
-        """
 
 
 @runtime_checkable
@@ -177,8 +143,3 @@ def with_completions(objective: Objective, rows: Sequence[Example]) -> list[Exam
     if not isinstance(objective, SupportsRollouts):
         return list(rows)
     return [larger for row in rows for larger in objective.with_longest_completions(row)]
-
-
-def other_models(objective: Objective | None) -> Mapping[str, str]:
-    """Ids of the models that ``objective`` needs beside the network, by their names."""
-    return objective.other_models if isinstance(objective, SupportsOtherModels) else {}

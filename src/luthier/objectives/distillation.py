@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.objectives.base import Objective, WritesReplies
+from luthier.objectives.base import Objective, OtherModel, WritesReplies
 from luthier.objectives.sft import encode_replies
 from luthier.types import Example, Loss, Row
 
@@ -40,9 +40,10 @@ class Taught(Objective):
         if not self.teacher:
             raise RecipeError("there is no teacher; give one with `objective.teacher=ID`")
 
-    def check_model(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
-        """The teacher must read the same tokens, as it is asked about each of them."""
-        check_same_tokens(other, chat)
+    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
+        """Reject a teacher whose tokens are not those of the student."""
+        check_same_tokens(other.chat, chat)
+        return self
 
     def prepare(
         self,
@@ -93,30 +94,28 @@ class TokenDivergence(WritesReplies):
 class Distillation(Taught, TokenDivergence):
     """A teacher, and how far a student is from it."""
 
-    def bind_model(self, name: str, other: Objective, width: int) -> Self:
-        """The teacher must write text."""
-        if other.task != "causal_lm":
+    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
+        """Reject a teacher that writes no text, or reads other tokens or another template."""
+        learned, theirs = other.objective, other.chat
+        if learned.task != "causal_lm":
             raise RecipeError(
-                f"the teacher {self.teacher} is for {other.method}, and gives no distribution over the "
-                "next token. Take a model that writes text; classifiers are distilled with "
+                f"the teacher {self.teacher} is for {learned.method}, and gives no distribution over "
+                "the next token. Take a model that writes text; classifiers are distilled with "
                 "encoder_distillation, and encoders with embedding_distillation."
             )
-        return self
-
-    def check_model(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
-        """The teacher must read the same tokens, in the same form."""
-        super().check_model(name, other, chat)
-        if (other.start_id is None) != (chat.start_id is None):
+        bound = super().bind_model(name, other, chat)
+        if (theirs.start_id is None) != (chat.start_id is None):
             raise RecipeError(
                 "one of teacher and student is an encoder-decoder and the other is not, so they do not "
                 "read the same rows. Let the student learn from what the teacher writes: "
                 "`method=responses`."
             )
-        if other.template != chat.template:
+        if theirs.template != chat.template:
             raise RecipeError(
-                f"the teacher was tuned with template={other.template}, and the student is to read "
-                f"rows with template={chat.template}. Use `objective.template={other.template}`."
+                f"the teacher was tuned with template={theirs.template}, and the student is to read "
+                f"rows with template={chat.template}. Use `objective.template={theirs.template}`."
             )
+        return bound
 
 
 def check_same_tokens(teacher: ChatFormat, student: ChatFormat) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
-from luthier.objectives.base import Objective, cut_text
+from luthier.objectives.base import OtherModel, cut_text
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
@@ -52,15 +52,18 @@ class EmbeddingDistillation(Taught):
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair"})
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
-    def bind_model(self, name: str, other: Objective, width: int) -> Self:
-        """The teacher must be an encoder; its pooling is taken over."""
-        if other.task != self.task:
+    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
+        """Use the pooling of the teacher, which must be an encoder."""
+        learned = other.objective
+        if learned.task != self.task:
             raise RecipeError(
-                f"the teacher {self.teacher} is for {other.method}, and gives no embeddings of texts. "
-                "Take an encoder, such as all-minilm-l6-v2; classifiers are distilled with "
+                f"the teacher {self.teacher} is for {learned.method}, and gives no embeddings of "
+                "texts. Take an encoder, such as all-minilm-l6-v2; classifiers are distilled with "
                 "encoder_distillation, models that write with logit_distillation."
             )
-        return self.model_copy(update={"teacher_pooling": getattr(other, "pooling", "auto")})
+        bound = super().bind_model(name, other, chat)
+        pooling = getattr(learned, "pooling", "auto")
+        return bound.model_copy(update={"teacher_pooling": pooling})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text, of weight 1."""

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from luthier.data.shapes.texts import LabelledText
 from luthier.errors import RecipeError, RowRefused
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, OtherModel
 from luthier.objectives.classification import NO_LABEL, Classification
 from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
@@ -71,14 +71,15 @@ class EncoderDistillation(Taught, Classification):
         bound = super().bind_base(folder, learned)
         return bound.model_copy(update={"probe": bool(self.probe)})
 
-    def bind_model(self, name: str, other: Objective, width: int) -> Self:
-        """The teacher must be a classifier of one label a text; its classes are learned."""
-        head = other.head()
+    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
+        """Learn the classes of the teacher, which must be a classifier of one label per text."""
+        learned = other.objective
+        head = learned.head()
         single = head.problem == "single_label_classification" and head.labels
         if head.task != self.task or not single:
             raise RecipeError(
-                f"the teacher {self.teacher} is for {other.method}, and gives no probabilities of one "
-                "class for a text. Take a custom model of objective classification; models that write "
+                f"the teacher {self.teacher} is for {learned.method}, and gives no probabilities of "
+                "one class for a text. Take a custom model of objective classification; models that write "
                 "are distilled with logit_distillation, encoders with embedding_distillation."
             )
         if self.labels not in (None, head.labels):
@@ -86,7 +87,8 @@ class EncoderDistillation(Taught, Classification):
                 f"the teacher {self.teacher} has the classes {', '.join(head.labels)}, in this order, "
                 "and objective.labels names others. Leave it out."
             )
-        return self.model_copy(update={"labels": head.labels, "teacher_width": width})
+        bound = super().bind_model(name, other, chat)
+        return bound.model_copy(update={"labels": head.labels, "teacher_width": other.width})
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the classes of the rows, where no teacher has told them."""

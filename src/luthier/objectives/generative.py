@@ -18,7 +18,7 @@ from luthier.data.media import PLURAL, Media
 from luthier.data.processors import ImageProcessor
 from luthier.errors import RecipeError
 from luthier.evaluation.frechet import frechet_distance
-from luthier.objectives.base import Objective, chat_of
+from luthier.objectives.base import Objective, OtherModel, chat_of
 from luthier.types import Example
 
 if TYPE_CHECKING:
@@ -84,23 +84,20 @@ class Generative(Objective):
         """The classifier, where one is named."""
         return {"features": self.feature_model} if self.feature_model else {}
 
-    def bind_model(self, name: str, learned: Objective, width: int) -> Self:
-        """It must be a classifier."""
-        if learned.task != "sequence_classification":
+    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
+        """Reject a feature model that is no classifier of images, and a network of other inputs."""
+        if other.objective.task != "sequence_classification":
             raise RecipeError(
                 f"objective.feature_model is a classifier of images, and {self.feature_model} has no "
                 "classes; tune it on images with labels, and name the model that comes of it"
             )
-        return self
-
-    def check_model(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
-        """It must read images, and so must the network."""
-        for each in (other, chat):
+        for each in (other.chat, chat):
             if each.reads != "image":
                 raise RecipeError(
                     "objective.feature_model compares images, and one of both networks reads "
                     f"{PLURAL[each.reads]}; leave it out"
                 )
+        return self
 
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int

@@ -27,7 +27,7 @@ from luthier.errors import RecipeError
 from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_answers
 from luthier.objectives import rollout_checks
 from luthier.objectives.base import (
-    Objective,
+    OtherModel,
     StepReport,
     TrainingDefaults,
     WritesReplies,
@@ -224,9 +224,9 @@ class Reinforcement(WritesReplies):
         self.grader.check()
         super().check(chat)
 
-    def bind_model(self, name: str, other: Objective, width: int) -> Self:
-        """Refuse a model that cannot do what the grader asks of it."""
-        check_grader_model(name, self.grader.models[name], other)
+    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
+        """Reject a model without the task that the grader needs."""
+        check_grader_model(name, self.grader.models[name], other.objective)
         return self
 
     def describe_cost(self, rows: int, measured: int, calibrated: int) -> str:

@@ -38,7 +38,6 @@ from pydantic import ConfigDict, Field, model_validator
 from luthier.errors import RecipeError
 from luthier.files import read_toml
 from luthier.models.manifest import MANIFEST, Manifest
-from luthier.objectives.capabilities import other_models
 from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import ModelName, Recipe, parse, with_paths
 from luthier.validation import StrictModel
@@ -317,7 +316,7 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
     if not isinstance(recipe, Recipe):
         return
     root = next(_roots(stage, stages), None)
-    if root is None or other_models(recipe.objective):
+    if root is None or (recipe.objective is not None and recipe.objective.other_models):
         load_rows(recipe.data.train, recipe.data.columns)
         return
     model = find(root)

@@ -57,7 +57,6 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.models.load import catalogue_config, read_config, sketch_of
     from luthier.models.tokenizer import load_processor
     from luthier.objectives import OBJECTIVES
-    from luthier.objectives.capabilities import other_models
     from luthier.recipe import Recipe, parse
     from luthier.workflows.pipeline import KINDS
 
@@ -79,7 +78,7 @@ def _memory_of(command: str, fields: str) -> int:
         if own.task == "causal_lm":
             return OBJECTIVES["sft"].model_validate({})
         # A model distilled from another one learns on without its teacher.
-        return OBJECTIVES["contrastive"].model_validate({}) if other_models(own) else own
+        return OBJECTIVES["contrastive"].model_validate({}) if own.other_models else own
 
     def reads_media(model_id: str) -> bool:
         if entry := described(model_id):
@@ -96,7 +95,7 @@ def _memory_of(command: str, fields: str) -> int:
     network = config(parsed.base, objective.head())
     memory = sketch_training(network, objective, parsed.adaptation, size).memory
     teacher = recipe.get("teacher", {})
-    others = list(other_models(objective).values())
+    others = list(objective.other_models.values())
     if teacher and not teacher.get("url"):
         others.append(teacher["model"])
     for other in others:

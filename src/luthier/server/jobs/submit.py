@@ -21,7 +21,6 @@ from luthier.limits import AccountQuotas
 from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import begins_random
 from luthier.models.manifest import MANIFEST
-from luthier.objectives.capabilities import other_models
 from luthier.server.tables import exports, imports, storage
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import (
@@ -387,7 +386,7 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
         # As the engine chooses where a recipe names none.
         fields.setdefault("adaptation", {"method": "full"})
     recipe = parse(DistilRecipe if kind == DISTILLATION else Recipe, fields)
-    if kind != DISTILLATION and recipe.objective is not None and other_models(recipe.objective):
+    if kind != DISTILLATION and recipe.objective is not None and recipe.objective.other_models:
         raise RecipeError(f"objective {recipe.objective.method} needs DISTILLATION and a teacher")
     return recipe
 
