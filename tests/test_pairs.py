@@ -45,10 +45,6 @@ from luthier.models.save import save_adapter, save_format, save_network, stored_
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import add_modules
-from luthier.objectives.capabilities import (
-    SupportsPacking,
-    SupportsPrecomputation,
-)
 from luthier.recipe import Training
 from luthier.types import Example, Message, Row
 
@@ -364,9 +360,8 @@ def join_others(
             weight.data += 0.2 * weight.abs().mean() * torch.randn_like(weight)
         other.requires_grad_(False).eval()
         network.others[name] = as_network(other, CPU, torch.float32)
-    if isinstance(objective, SupportsPrecomputation):
-        with torch.no_grad():
-            objective.precompute(network, examples, 1000, kept, lambda text: None)
+    with torch.no_grad():
+        objective.precompute(network, examples, 1000, kept, lambda text: None)
 
 
 def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
@@ -400,9 +395,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     rows = rows_of(objective, folder)
     objective = objective.fit(rows, chat)
     encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
-    examples = encoded
-    if isinstance(objective, SupportsPacking):
-        examples = objective.pack(encoded, context=30)
+    examples = [*objective.pack(encoded, context=30)]
     torch.manual_seed(0)
     model = load_model(folder, torch.float32, CPU, objective.head())
     plain = model.state_dict().keys()

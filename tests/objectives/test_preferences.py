@@ -24,6 +24,7 @@ from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import DPO, KTO, ORPO, ListwiseDPO, Objective, RewardModel
 from luthier.objectives.kto import mismatch_answers
 from luthier.objectives.orpo import _log_one_minus_exp
+from luthier.objectives.references import with_reference_logps
 from luthier.types import Example, Message, Row
 
 CPU = torch.device("cpu")
@@ -177,7 +178,7 @@ def test_rewards_known_ahead_change_nothing(
     plain, gradients, _, _ = measured(setup.network, objective, examples, 60)
     gradients = {name: gradient.clone() for name, gradient in gradients.items()}
     with torch.no_grad():
-        ahead = objective.with_reference_logps(setup.network, examples, 1000)
+        ahead = with_reference_logps(setup.network, examples, 1000)
     assert all(e.reference is not None and e.partner is not None for e in ahead)
     calls: list[int] = []
     at_start = setup.network.at_start
@@ -443,7 +444,7 @@ def test_two_ranked_answers_are_learned_as_by_dpo(family_folder: Callable[[str],
     for objective in (ranked, paired_):
         examples = encoded(objective, setup.chat)
         with torch.no_grad():
-            examples = list(objective.with_reference_logps(setup.network, examples, 1000))
+            examples = list(with_reference_logps(setup.network, examples, 1000))
         loss, gradients, _, _ = measured(setup.network, objective, examples, 1000)
         losses.append((loss, torch.cat([each.flatten() for each in gradients.values()])))
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)

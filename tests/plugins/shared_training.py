@@ -27,9 +27,6 @@ from luthier.models.sharding import full_tensor, is_sharded, local_shard, shard_
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import add_modules
-from luthier.objectives.capabilities import (
-    SupportsPacking,
-)
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -48,8 +45,7 @@ def train(
     rows = pairs.rows_of(objective, folder)
     objective = objective.fit(rows, chat)
     examples = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
-    if isinstance(objective, SupportsPacking):
-        examples = objective.pack(examples, context=30)
+    examples = [*objective.pack(examples, context=30)]
     torch.manual_seed(0)
     model = load_model(folder, torch.float32, CPU, objective.head())
     for module in model.modules():

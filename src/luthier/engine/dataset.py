@@ -33,10 +33,6 @@ from luthier.models.manifest import LossMask
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base, predicts
 from luthier.objectives.by_shape import objective_for
-from luthier.objectives.capabilities import (
-    SupportsPacking,
-    longest_completion,
-)
 from luthier.recipe import DataSpec
 from luthier.types import Example, IntArray, Row
 
@@ -165,9 +161,8 @@ def prepare(
         ComparedRows.of(learned, encoded if answers else (), seed),
         ComparedRows.of(_rows_of(held, validation), validation, seed, MOST_ROWS // 5),
     )
-    if isinstance(objective, SupportsPacking):
-        sets = [objective.pack(each, context) if each else [] for each in sets]
-        validation = objective.pack(validation, context) if validation else []
+    sets = [objective.pack(each, context) if each else [] for each in sets]
+    validation = objective.pack(validation, context) if validation else []
     train, mixed = _mix(spec, sets)
     choices += _shares(spec, mixed, len(train) - sum(each.rows for each in mixed))
     return Dataset(
@@ -175,7 +170,7 @@ def prepare(
         train=train,
         validation=validation,
         longest=max(view.tokens for view in _sequences(objective, train))
-        + longest_completion(objective),
+        + objective.completions[1],
         hashes={str(path): sha256_of(path) for path in spec.files}
         | _hash_named_media(spec, chain(rows, held, *further)),
         choices=choices,

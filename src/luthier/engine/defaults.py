@@ -12,7 +12,6 @@ from luthier.engine.memory import MemoryEstimate
 from luthier.engine.metrics import SCORES
 from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.objectives import Objective
-from luthier.objectives.capabilities import SupportsHeadStart
 from luthier.recipe import Recipe
 from luthier.types import Example
 
@@ -111,7 +110,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         batch = max(1, round((training.batch_size or 1) / facts.mix_factor))
         fill("epochs", *_epochs(objective, facts.rows, batch, facts.from_scratch))
     # A rate that was given is meant for all weights.
-    starts_head = isinstance(objective, SupportsHeadStart) and objective.starts_head
+    starts_head = objective.starts_head
     apart = facts.new_head and not starts_head and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
     if facts.from_scratch:

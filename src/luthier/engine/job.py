@@ -45,14 +45,8 @@ from luthier.models.modalities import context_length
 from luthier.models.network import Network
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.base import OtherModel
-from luthier.objectives.capabilities import (
-    SupportsPrecomputation,
-    SupportsPreparation,
-    SupportsReferenceCache,
-    SupportsRollouts,
-    with_completions,
-)
+from luthier.objectives.base import OtherModel, with_completions
+from luthier.objectives.references import ReferenceObjective, with_reference_logps
 from luthier.recipe import Recipe
 from luthier.types import Example
 
@@ -303,14 +297,16 @@ def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) ->
     """
 
     def stands_alone(kind: type[Objective]) -> bool:
-        plain = all(
-            getattr(kind, name) is getattr(Objective, name)
-            for name in ("annotate", "attach", "turns", "report", "validation_metrics")
+        hooks = (
+            "attach",
+            "prepare",
+            "precompute",
+            "annotate",
+            "turns",
+            "report",
+            "validation_metrics",
         )
-        return plain and not issubclass(
-            kind,
-            SupportsPreparation | SupportsPrecomputation | SupportsReferenceCache,
-        )
+        return all(getattr(kind, name) is getattr(Objective, name) for name in hooks)
 
     problem = ""
     asks = objective.uses_reference or objective.other_models
@@ -468,10 +464,8 @@ def resolve_job(
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.settings([("precision", number, machine.reason), *data.choices, *choices])
     steps = defaults.steps_of(recipe, data.main, data.mixed)
-    if isinstance(data.objective, SupportsRollouts):
-        cost = data.objective.describe_cost(*_readings(recipe, data, steps))
-        if cost:
-            reporter.note(cost)
+    if cost := data.objective.describe_cost(*_readings(recipe, data, steps)):
+        reporter.note(cost)
     chat = data.objective.format(chat)
     expected = estimate.peak(tokens)
     refit_steps = 0
@@ -549,11 +543,11 @@ def add_reference_logps(job: TrainingJob, network: Network, reporter: Reporter) 
     # The last batch of a pass may be smaller.
     again = job.steps > -(-job.rows // (training.batch_size or 1))
     objective = data.objective
-    if not isinstance(objective, SupportsReferenceCache) or not (again or data.validation):
+    if not isinstance(objective, ReferenceObjective) or not (again or data.validation):
         return job
     network.model.eval()
     reporter.stage("Asking the reference model")
     budget = max(training.micro_batch_tokens or 1, READING_BUDGET)
-    held = objective.with_reference_logps(network, data.validation, budget)
-    train = objective.with_reference_logps(network, data.train, budget) if again else data.train
+    held = with_reference_logps(network, data.validation, budget)
+    train = with_reference_logps(network, data.train, budget) if again else data.train
     return replace(job, data=replace(data, train=train, validation=held))

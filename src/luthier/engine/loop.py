@@ -44,9 +44,6 @@ from luthier.models.random_numbers import derive_seed, drawn_from, seed_torch
 from luthier.models.save import adapter_buffers
 from luthier.models.sharding import gather_to_first, is_sharded, local_shard, shard_like
 from luthier.objectives.base import Means, Objective
-from luthier.objectives.capabilities import (
-    SupportsRollouts,
-)
 from luthier.recipe import Training
 from luthier.types import Example
 
@@ -317,7 +314,7 @@ class Loop:
         samples and is not ended.
         """
         alone = self.processes.size == 1  # others would wait for what this process leaves undone
-        if rows[0].media is None or isinstance(self.objective, SupportsRollouts) or not alone:
+        if rows[0].media is None or self.objective.completions[1] or not alone:
             yield
             return
         self._is_reading = True
@@ -410,7 +407,7 @@ class Loop:
 
     def _advise(self) -> None:
         """Tell people what the objective makes of the course so far, where that is something new."""
-        if self.progress.step % ADVICE_EVERY or not isinstance(self.objective, SupportsRollouts):
+        if self.progress.step % ADVICE_EVERY:
             return
         lines = [*self.train_lines]
         parts = lines[-ADVICE_LINES:], lines[:-ADVICE_EVERY]

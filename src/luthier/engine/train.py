@@ -82,11 +82,6 @@ from luthier.models.save import adapter_tensors, stored_bytes, trained_weights
 from luthier.models.sentence_head import attach_sentence_head
 from luthier.models.sharding import gather_to_first, local_shard, shard_layers
 from luthier.objectives.base import add_modules, threshold_of
-from luthier.objectives.capabilities import (
-    SupportsHeadStart,
-    SupportsPrecomputation,
-    SupportsPreparation,
-)
 from luthier.objectives.generative import MOST_COMPARED, Generative
 from luthier.recipe import Recipe
 
@@ -687,22 +682,18 @@ class Trainer:
         note = self.reporter.note
         train = self.job.data.train
         with self.clock.part("begin"):
-            if self.job.new_head and isinstance(objective, SupportsHeadStart):
+            if self.job.new_head and objective.starts_head:
                 done = objective.start_head(network, self.prepared_rows, budget)
                 self.fitted_head = bool(done)
                 if done:
                     note(done)
-            if isinstance(objective, SupportsPreparation):
-                train = objective.prepare(network, train, budget, note)
+            train = objective.prepare(network, train, budget, note)
         self.prepared_rows = train
         self.job = self.job.with_rows(train)
-        if isinstance(objective, SupportsPrecomputation):
-            with self.clock.part("ahead"):
-                # rows of a pre-training are read from disk
-                rows = chain(self.job.data.train, self.job.data.validation)
-                objective.precompute(
-                    network, rows, budget, self.run_folder.folder / PRECOMPUTED, note
-                )
+        with self.clock.part("ahead"):
+            # rows of a pre-training are read from disk
+            rows = chain(self.job.data.train, self.job.data.validation)
+            objective.precompute(network, rows, budget, self.run_folder.folder / PRECOMPUTED, note)
         return_freed_memory()  # a teacher may have been let go
 
     def _compare(self, network: Network) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import itemgetter
@@ -31,7 +31,6 @@ from luthier.data.shapes import SHAPES
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.significance import RowScores
 from luthier.models.heads import Head, Task
-from luthier.objectives.capabilities import SupportsPacking, longest_completion
 from luthier.types import Example, IntArray, Loss, Row
 from luthier.validation import StrictModel
 
@@ -224,6 +223,73 @@ class Objective(StrictModel):
         """
         return self
 
+    @property
+    def completions(self) -> tuple[int, int]:
+        """Completions per row that the network writes in a step, and tokens of each at most."""
+        return 0, 0
+
+    @property
+    def starts_head(self) -> bool:
+        """Whether :meth:`start_head` sets a new head with the current settings."""
+        return False
+
+    def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
+        """Set a new head from the states of the training rows and return a note about it.
+
+        Called right before :meth:`prepare`, under the same conditions, if the base model has no such
+        head. An empty note says that the head keeps its random numbers.
+        """
+        return ""
+
+    def prepare(
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        budget: int,
+        note: Callable[[str], None],
+    ) -> Sequence[Example]:
+        """Return the training rows, completed from the network at its starting weights.
+
+        Called without a gradient or dropout at each start of a run, before the weights of a resumed
+        run are restored. The method must not draw random numbers, and must keep the number and order
+        of the rows. ``budget`` is the number of tokens of one micro-batch; ``note`` prints a line.
+        """
+        return examples
+
+    def precompute(
+        self,
+        network: Network,
+        rows: Iterable[Example],
+        budget: int,
+        folder: Path,
+        note: Callable[[str], None],
+    ) -> None:
+        """Compute once what every epoch needs of ``rows``, the training and held-out rows.
+
+        Called after :meth:`prepare`, under the same conditions. The result belongs into
+        ``network.cache``. Files belong into ``folder``, which does not exist yet: a resumed run finds
+        the files again, and the engine deletes the folder at the end of the run.
+        """
+
+    def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
+        """Return encoded rows regrouped into rows of at most ``context`` tokens.
+
+        No row is too long for an objective that overrides this method.
+        """
+        return examples
+
+    def describe_cost(self, rows: int, measured: int, calibrated: int) -> str:
+        """Return the largest cost of a run outside this machine, such as verdicts of a judge.
+
+        ``rows`` is the number of rows read in all steps, ``measured`` in all measurements, and
+        ``calibrated`` by the adaptation. Empty for no cost.
+        """
+        return ""
+
+    def advise(self, lines: Sequence[Mapping[str, Any]]) -> str:
+        """Return advice from the metrics of the last training steps, at most 200; empty for none."""
+        return ""
+
     def sequences(self, example: Example) -> list[Example]:
         """The rows the network is to see for one example: itself, unless the method says otherwise."""
         return [example]
@@ -257,9 +323,9 @@ class Objective(StrictModel):
     def length_problem(self, example: Example, context: int) -> RowRefused | None:
         """Why a row has no room in ``context`` tokens; ``None`` where it has, or needs none."""
         views = self.sequences(example)
-        added = longest_completion(self)
+        added = self.completions[1]
         longest = max(max(view.longest, len(view) + added) for view in views)
-        if longest <= context or isinstance(self, SupportsPacking):
+        if longest <= context or type(self).pack is not Objective.pack:
             return None
         text = f"{longest} tokens are more than the model's context of {context}; "
         if written := longest - max(view.longest for view in views):
@@ -441,6 +507,24 @@ def chat_of(network: Network) -> ChatFormat:
     """How texts become tokens of ``network``, and images or sounds what it reads."""
     assert network.chat is not None
     return network.chat
+
+
+def with_completions(objective: Objective, rows: Sequence[Example]) -> list[Example]:
+    """Return ``rows`` as large as a step of ``objective`` can make them: all completions differ."""
+    count, tokens = objective.completions
+    if not tokens:
+        return list(rows)
+    written_GT = np.arange(count)[:, None].repeat(tokens, 1)
+    return [
+        Example(
+            np.concatenate([row.ids_T, written_T]),
+            np.zeros(len(row) + tokens, dtype=np.float32),
+            row.row,
+            source_T=row.source_T,
+        )
+        for row in rows
+        for written_T in written_GT
+    ]
 
 
 def add_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -79,8 +79,8 @@ class EncoderDistillation(Taught, Classification):
         if head.task != self.task or not single:
             raise RecipeError(
                 f"the teacher {self.teacher} is for {learned.method}, and gives no probabilities of "
-                "one class for a text. Take a custom model of objective classification; models that write "
-                "are distilled with logit_distillation, encoders with embedding_distillation."
+                "one class for a text. Take a custom model of objective classification; models that "
+                "write are distilled with logit_distillation, encoders with embedding_distillation."
             )
         if self.labels not in (None, head.labels):
             raise RecipeError(

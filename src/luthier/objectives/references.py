@@ -1,8 +1,8 @@
 """The reference model's view of rows: log-probabilities at the weights a run starts from.
 
-No second network is held: ``network.at_start()`` runs the one that trains at its starting values. What
-it says of a row is asked once where rows come again (:class:`~luthier.objectives.capabilities.
-SupportsReferenceCache`), and else in the step itself.
+No second network is in memory: ``network.at_start()`` runs the network that trains at its starting
+values. If rows come more than once, the engine calls :func:`with_reference_logps` before the first
+step. Otherwise :meth:`ReferenceObjective.annotate` runs the reference model in the step.
 """
 
 from __future__ import annotations
@@ -63,12 +63,6 @@ class ReferenceObjective(Objective):
     """Base of the objectives that compare answers with what the reference model says of them."""
 
     uses_reference: ClassVar[bool] = True
-
-    def with_reference_logps(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> Sequence[Example]:
-        """The rows, all sides of them, with the reference log-probability of the answers."""
-        return with_reference_logps(network, examples, budget)
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int

@@ -257,22 +257,9 @@ class Reinforcement(WritesReplies):
         return Example(ids_T, weight_T, index, source_T=source_T, given=row)
 
     @property
-    def longest_completion(self) -> int:
-        """``max_completion_tokens``."""
-        return self.max_completion_tokens
-
-    def with_longest_completions(self, view: Example) -> list[Example]:
-        """The prompt with the longest completions there may be, all of them different."""
-        numbers = np.arange(self.generations)[:, None].repeat(self.longest_completion, 1)
-        return [
-            Example(
-                np.concatenate([view.ids_T, written_T]),
-                np.zeros(len(view) + len(written_T), dtype=np.float32),
-                view.row,
-                source_T=view.source_T,
-            )
-            for written_T in numbers
-        ]
+    def completions(self) -> tuple[int, int]:
+        """``generations`` completions of at most ``max_completion_tokens``."""
+        return self.generations, self.max_completion_tokens
 
     def truncate(self, example: Example, context: int) -> Example:
         """A prompt without its end asks something else: what comes back has nothing to learn."""

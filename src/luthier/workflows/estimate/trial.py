@@ -39,7 +39,7 @@ from luthier.files import TEMPORARY, folder_size
 from luthier.library import models as store
 from luthier.models.layouts import SIZE_STEP
 from luthier.models.network import Network
-from luthier.objectives.capabilities import with_completions
+from luthier.objectives.base import with_completions
 from luthier.recipe import Recipe
 from luthier.types import Example
 
