@@ -468,5 +468,6 @@ MEDIA_SHAPES = {
 def test_an_objective_names_itself_and_what_it_learns_from(name: str) -> None:
     objective = OBJECTIVES[name]()
     assert objective.method == name
-    assert objective.shapes and objective.shapes <= {*ROWS, "rated", *MEDIA_SHAPES}
+    able = objective.shapes | objective.further_shapes
+    assert able and objective.shapes <= {*ROWS, "rated", *MEDIA_SHAPES}
     assert not objective.further_shapes & objective.shapes

@@ -31,7 +31,7 @@ from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.models.manifest import LossMask
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.base import check_base, predicts
+from luthier.objectives.base import check_base, predicts, room_of
 from luthier.objectives.by_shape import objective_for
 from luthier.recipe import DataSpec
 from luthier.types import Example, IntArray, Row
@@ -111,7 +111,7 @@ def prepare(
         )
     check_base(objective, chat)
     check_shapes(rows, held, concatenate(further), objective, chat)
-    context = objective.room(objective.format(chat), context)
+    context = room_of(objective, objective.format(chat), context)
     try:
         chat.check_reads(SHAPES[rows[0].shape].reads)  # once, where else each row would be refused
     except RowRefused as bad:
@@ -154,7 +154,8 @@ def prepare(
     for view in _sequences(objective, encoded):
         counts["tokens"] += view.tokens
         counts["learned_tokens"] += int(np.count_nonzero(view.weight_T))
-    able = objective.compared_shapes
+    # Of rows with one side, simple baselines have no embedding to compare.
+    able = {"history", "pair"} if objective.task == "embedding" else None
     answers = predicts(objective) and (able is None or {row.shape for row in rows} <= able)
     learned = concatenate(map(_rows_of, (rows, *further), sets)) if answers else ()
     compared = (
@@ -403,4 +404,4 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
 
 def checker_for(objective: Objective | None) -> type[Checker]:
     """What reads rows: those that the network answers itself are read for what they ask."""
-    return PromptChecker if objective and "prompt_only" in objective.shapes else Checker
+    return PromptChecker if objective and "prompt_only" in objective.further_shapes else Checker

@@ -219,8 +219,14 @@ def _with_mixed(size: int, reason: str, facts: DataFacts) -> tuple[int, str]:
     ), f"{reason}; {size} of the main file, the others beside them"
 
 
+def least_steps(objective: Objective) -> int:
+    """Return the number of steps that a run of few rows should reach."""
+    chosen = objective.defaults
+    return chosen.min_steps + chosen.steps_per_class * len(objective.head().labels)
+
+
 def _epochs(objective: Objective, rows: int, batch: int, from_scratch: bool) -> tuple[float, str]:
-    least, most = objective.min_steps, objective.defaults.max_epochs
+    least, most = least_steps(objective), objective.defaults.max_epochs
     if from_scratch:
         least = max(least, objective.defaults.scratch_steps)
         most = max(most, objective.defaults.scratch_epochs)

@@ -16,6 +16,7 @@ import torch
 from luthier.data.disk_sequence import concatenate
 from luthier.data.media import PLURAL
 from luthier.data.tree import READING_BUDGET
+from luthier.engine import defaults
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.dataset import check_sources
@@ -429,7 +430,7 @@ class Trainer:
     def _advised_steps(self, steps: int) -> int:
         """Return the advised number of steps if training from random weights was short; else 0."""
         objective = self.job.data.objective
-        usual = max(objective.min_steps, objective.defaults.scratch_steps)
+        usual = max(defaults.least_steps(objective), objective.defaults.scratch_steps)
         makes = isinstance(objective, Generative)
         few = makes and self.job.base.manifest.is_random and 2 * steps <= usual
         return usual if few else 0

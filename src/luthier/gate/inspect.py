@@ -86,7 +86,7 @@ def default_base(
     if isinstance(row, MediaRow):
         for kind in OBJECTIVES.values():
             own = kind.defaults.bases.get(row.media.kind)
-            if own and row.shape in kind.shapes and kind.chosen_by_shape:
+            if own and row.shape in kind.shapes:
                 return own, f"the rows are {describe_shapes([row.shape])}, which it learns from"
         known = MEDIA_BASES[row.media.kind]
         return known, f"the rows are {PLURAL[row.media.kind]}, which it reads"

@@ -21,7 +21,7 @@ from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
 from luthier.evaluation.significance import RowScores
 from luthier.inference.evaluation import FittingRows, LongRows, fit_rows
-from luthier.objectives.base import predicts, threshold_of
+from luthier.objectives.base import predicts, room_of, threshold_of
 from luthier.objectives.generative import Generative
 from luthier.types import Example, Row
 
@@ -57,7 +57,7 @@ class Predictor:
         self, network: Network, objective: Objective, chat: ChatFormat, context: int
     ) -> None:
         self.network, self.objective, self.chat = network, objective, chat
-        self.context = objective.room(chat, context)
+        self.context = room_of(objective, chat, context)
         network.model.eval()
         network.chat = chat
 

@@ -63,7 +63,11 @@ class TrainingDefaults:
     min_epochs: int = 1
     """Passes over the rows where they are not too many."""
     max_epochs: int = 5
-    """Passes over few rows, to come to :attr:`Objective.min_steps`."""
+    """Passes over few rows, to reach :attr:`min_steps`."""
+    min_steps: int = 150
+    """Optimizer steps to reach by passes over few rows, if the number of passes is open."""
+    steps_per_class: int = 0
+    """Further steps for each class of the head."""
     scratch_steps: int = 0
     """Steps to come to where all weights start from random numbers, if that is more."""
     scratch_epochs: int = 0
@@ -106,36 +110,27 @@ class Objective(StrictModel):
 
     task: ClassVar[Task] = "causal_lm"
     """What the head of the network is for."""
-    shapes: ClassVar[frozenset[str]]
-    """Row shapes it can learn from, by their names in ``luthier.data.shapes``."""
+    shapes: ClassVar[frozenset[str]] = frozenset()
+    """Row shapes for which this objective may be chosen, by their names in ``luthier.data.shapes``."""
     further_shapes: ClassVar[frozenset[str]] = frozenset()
-    """Further shapes it learns from when it is asked for by name; another is chosen for these."""
+    """Further row shapes that the objective learns from, if a recipe names the objective."""
     mixed_shapes: ClassVar[frozenset[str]] = frozenset()
     """Further row shapes that the sets of ``data.mix`` may have."""
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
         {"choices", "messages", "preference", "prompt", "prompt_only", "rated", "text", "thumb"}
     )
     """Row shapes that its models are measured on."""
-    compared_shapes: ClassVar[frozenset[str] | None] = None
-    """Row shapes of which simple baselines give the same answers; all that they know if ``None``."""
     same_each_epoch: ClassVar[bool] = True
     """Whether the network sees the same tokens of a row in every epoch."""
     contrasts_rows: ClassVar[bool] = False
     """Whether the rows of a batch are learned against each other, so that its size matters."""
     allows_augmentation: ClassVar[bool] = False
     """Whether words of a row may move or fall away without changing what it teaches."""
-    chosen_by_shape: ClassVar[bool] = True
-    """Whether it may be chosen by the shape of the rows alone, where no objective was asked for."""
     measure: ClassVar[str] = "loss"
     """Which of :meth:`validation_metrics` decides what weights are kept: ``loss``, or a score, of which
     more is better (where it is ``reward``, the loss is minus it)."""
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults()
     """What suits it where the recipe leaves the training open."""
-
-    @property
-    def min_steps(self) -> int:
-        """Optimizer steps to come to by passes over few rows, if no number of passes is given."""
-        return 150
 
     @property
     def uses_reference(self) -> bool:
@@ -206,10 +201,6 @@ class Objective(StrictModel):
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Token ids and loss weights of one row; ``index`` becomes ``Example.row``."""
         raise NotImplementedError
-
-    def room(self, chat: ChatFormat, context: int) -> int:
-        """Return the largest number of tokens of a row for a network of ``context`` tokens."""
-        return chat.longest_embedded(context) if self.task == "embedding" else context
 
     def bind_base(self, folder: Path, learned: Objective | None) -> Self:
         """This objective with what follows from the base model.
@@ -539,6 +530,11 @@ def threshold_of(objective: Objective) -> float | None:
     drawn = type(objective).finish is not Objective.finish
     found: float | None = getattr(objective, "threshold", None) if drawn else None
     return found
+
+
+def room_of(objective: Objective, chat: ChatFormat, context: int) -> int:
+    """Return the largest number of tokens of a row for a network of ``context`` tokens."""
+    return chat.longest_embedded(context) if objective.task == "embedding" else context
 
 
 def predicts(objective: Objective | None) -> bool:

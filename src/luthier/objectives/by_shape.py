@@ -19,9 +19,7 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
         DataError: where there is nothing to learn in such rows.
     """
     tasks = ("masked_lm", "causal_lm") if chat.fills_masks else ("causal_lm", "masked_lm")
-    kinds = [
-        kind for kind in OBJECTIVES.values() if row.shape in kind.shapes and kind.chosen_by_shape
-    ]
+    kinds = [kind for kind in OBJECTIVES.values() if row.shape in kind.shapes]
     if not kinds:
         message = f"there is nothing to learn in {describe_shapes([row.shape])}."
         fix = (

@@ -77,13 +77,13 @@ class Classification(Objective):
     measure: ClassVar[str] = "accuracy"
     allows_augmentation: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        min_epochs=3, max_epochs=20, scratch_steps=700, scratch_epochs=40
+        min_epochs=3,
+        max_epochs=20,
+        min_steps=300,
+        steps_per_class=6,  # a head that starts at random sees few rows of each class in a step
+        scratch_steps=700,
+        scratch_epochs=40,
     )
-
-    @property
-    def min_steps(self) -> int:
-        """More for many classes: a head that starts at random sees few rows of each in a step."""
-        return 300 + 6 * len(self.labels or ())
 
     @field_validator("class_weights", mode="before")
     @classmethod

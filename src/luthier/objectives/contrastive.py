@@ -106,7 +106,6 @@ class Contrastive(Objective):
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
         {"captioned_image", "history", "label", "labelled_audio", "labelled_image", "pair"}
     )
-    compared_shapes: ClassVar[frozenset[str] | None] = frozenset({"history", "pair"})
     contrasts_rows: ClassVar[bool] = True
     allows_augmentation: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(scratch_steps=1_000, scratch_epochs=100)

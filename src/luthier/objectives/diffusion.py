@@ -148,9 +148,9 @@ class Diffusion(Generative):
     """Whether the base model has a text encoder, which reads captions whole; as it has one."""
 
     task: ClassVar[Task] = "denoising"
-    shapes: ClassVar[frozenset[str]] = frozenset({"image"})
-    further_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image", "labelled_image"})
-    chosen_by_shape: ClassVar[bool] = False
+    further_shapes: ClassVar[frozenset[str]] = frozenset(
+        {"captioned_image", "image", "labelled_image"}
+    )
     same_each_epoch: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
         pretrained_rate_multiplier=0.15,
@@ -161,9 +161,8 @@ class Diffusion(Generative):
         max_epochs=100,
         scratch_steps=4_000,
         bases={"image": "small-unet"},
+        min_steps=1_000,  # each step says little, of one amount of noise for each row
     )
-    min_steps: ClassVar[int] = 1_000
-    """Each step says little, of one amount of noise for each row."""
 
     @property
     def sample_labels(self) -> tuple[str, ...]:

@@ -48,7 +48,6 @@ class EmbeddingDistillation(Taught):
     """The same of the teacher; read from it."""
 
     task: ClassVar[Task] = "embedding"
-    compared_shapes: ClassVar[frozenset[str] | None] = frozenset({"history", "pair"})
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair"})
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 

@@ -83,9 +83,9 @@ class GAN(Generative):
     """The classes in the order of the network; from the training rows when not given."""
 
     task: ClassVar[Task] = "adversarial"
-    shapes: ClassVar[frozenset[str]] = frozenset({"image"})
-    further_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image", "labelled_image"})
-    chosen_by_shape: ClassVar[bool] = False
+    further_shapes: ClassVar[frozenset[str]] = frozenset(
+        {"captioned_image", "image", "labelled_image"}
+    )
     same_each_epoch: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
         learning_rate_multiplier=0.2,
@@ -94,9 +94,8 @@ class GAN(Generative):
         min_epochs=10,
         max_epochs=100,
         bases={"image": "small-dcgan"},
+        min_steps=3_000,  # two players that start from random numbers take long
     )
-    min_steps: ClassVar[int] = 3_000
-    """Two players that start from random numbers take long."""
 
     @property
     def sample_labels(self) -> tuple[str, ...]:

@@ -63,10 +63,11 @@ class ImageToText(Objective):
     measure: ClassVar[str] = "cer"
     allows_augmentation: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        min_epochs=3, max_epochs=20, bases={"image": "small-ocr"}
+        min_epochs=3,
+        max_epochs=20,
+        bases={"image": "small-ocr"},
+        min_steps=3_000,  # where to look has to be learned before any letter is
     )
-    min_steps: ClassVar[int] = 3_000
-    """Where to look has to be learned before any letter is."""
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks that write nothing."""

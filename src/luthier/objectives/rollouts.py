@@ -196,9 +196,8 @@ class Reinforcement(WritesReplies):
     force: bool = False
     """Train although the samples before the first step advise against it."""
 
-    shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "prompt_only", "messages"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "prompt_only", "messages"})
     same_each_epoch: ClassVar[bool] = False
-    chosen_by_shape: ClassVar[bool] = False
     measure: ClassVar[str] = "reward"
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
         learning_rate_multiplier=0.1,

@@ -49,7 +49,8 @@ class SDFT(OwnAnswers):
     demonstration: str = f"\n\nAn example of a good answer:\n{REPLY}\n\nNow give your own answer."
     """What the teacher reads behind the prompt; ``{reply}`` stands for the row's own."""
 
-    chosen_by_shape: ClassVar[bool] = False
+    shapes: ClassVar[frozenset[str]] = frozenset()
+    further_shapes: ClassVar[frozenset[str]] = OwnAnswers.shapes
     uses_reference: ClassVar[bool] = True
 
     @field_validator("demonstration")

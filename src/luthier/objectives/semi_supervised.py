@@ -83,11 +83,6 @@ class SemiSupervised(Classification):
     mixed_shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
     defaults: ClassVar[TrainingDefaults] = Objective.defaults
 
-    @property
-    def min_steps(self) -> int:
-        """No more for many classes: a pass over the labelled rows brings many texts along."""
-        return super(Classification, self).min_steps
-
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the classes of the labelled rows, and check that there are others."""
         labelled = [row for row in rows if isinstance(row, LabelledText)]

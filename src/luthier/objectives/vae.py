@@ -114,9 +114,8 @@ class VAE(Generative):
         min_epochs=3,
         max_epochs=20,
         bases={"image": "small-vae", "window": "small-window-vae"},
+        min_steps=1_000,  # all weights start from random numbers
     )
-    min_steps: ClassVar[int] = 1_000
-    """All weights start from random numbers."""
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The images, or windows of time series, alone."""

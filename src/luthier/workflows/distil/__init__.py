@@ -91,7 +91,7 @@ def _objective(recipe: DistilRecipe) -> Objective:
 
 def _has_bare_prompts(recipe: DistilRecipe, objective: Objective) -> bool:
     """Whether the rows are prompts, and what is learned are replies."""
-    if "prompt" not in objective.shapes:
+    if "prompt" not in objective.shapes | objective.further_shapes:
         return False
     first = load_rows(recipe.data.train, recipe.data.columns)[0]
     return not isinstance(first, PromptCompletion | Conversation)

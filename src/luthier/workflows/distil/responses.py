@@ -293,7 +293,7 @@ def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
     from luthier.models.load import sketch
 
     objective = recipe.objective or OBJECTIVES["sft"].model_validate({})
-    if "prompt" not in objective.shapes:
+    if "prompt" not in objective.shapes | objective.further_shapes:
         raise RecipeError(
             f"distillation by responses teaches replies to prompts, and objective {objective.method} "
             "does not learn from such rows. Leave it out, or use sft"
