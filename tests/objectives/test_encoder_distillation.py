@@ -22,6 +22,7 @@ from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, EncoderDistillation
 from luthier.objectives.base import OtherModel, add_modules
+from luthier.objectives.means import mean_loss
 from luthier.recipe import Recipe
 from luthier.types import Example, Row
 
@@ -94,7 +95,7 @@ def test_the_triple_loss_row_by_row(
             states = states @ network.model.teacher_map.weight.detach().t()
         cosines = F.cosine_similarity(states, theirs.hidden_states[-1][0], dim=-1)
         expected += 0.4 * float((1 - cosines).mean())
-    found = objective.mean_loss(network, examples, budget)
+    found = mean_loss(objective, network, examples, budget)
     assert found == pytest.approx(expected / len(ROWS), rel=1e-5)
     for name in extra:
         delattr(network.model, name)

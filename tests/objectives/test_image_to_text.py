@@ -19,6 +19,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.image_to_text import ImageToText
+from luthier.objectives.means import mean_loss
 from luthier.types import Example
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_the_loss_is_that_of_transformers(
         wanted += float(found.loss) * labels.numel()
     weight = sum(example.weight for example in examples)
     assert weight == sum(len(text) + 1 for text in TEXTS)  # one token a letter, and the end
-    loss = ImageToText().mean_loss(network, examples, budget)
+    loss = mean_loss(ImageToText(), network, examples, budget)
     assert loss == pytest.approx(wanted / weight, rel=1e-5)
 
 

@@ -22,6 +22,7 @@ from luthier.models.network import Network
 from luthier.objectives import SFT, LogitDistillation
 from luthier.objectives.base import OtherModel
 from luthier.objectives.distillation import note_sizes
+from luthier.objectives.means import mean_loss
 from luthier.objectives.teacher import TopK, whole_distribution
 from luthier.recipe import Recipe
 from luthier.types import Example, Message
@@ -111,7 +112,7 @@ def test_a_teacher_as_the_student_has_nothing_to_teach(
 ) -> None:
     network = pair(tiny_llama(), tiny_llama())
     for kind in ("forward", "reverse", "jsd"):
-        assert abs(objective(divergence=kind).mean_loss(network, examples, 1000)) < 1e-5
+        assert abs(mean_loss(objective(divergence=kind), network, examples, 1000)) < 1e-5
 
 
 def test_a_soft_prompt_of_the_student_is_not_read_by_the_teacher(
@@ -139,19 +140,19 @@ def test_kept_on_disk_with_all_tokens_it_is_the_same_loss(
     divergence: str, examples: list[Example], tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole = objective(divergence=divergence, temperature=2.0, mix=0.1)
-    expected = whole.mean_loss(pair(tiny_llama(), tiny_llama(seed=4)), examples, 1000)
+    expected = mean_loss(whole, pair(tiny_llama(), tiny_llama(seed=4)), examples, 1000)
     network = pair(tiny_llama(), tiny_llama(seed=4))
     learner = whole.model_copy(update={"cache_top_k": 10_000})
     note = keep(network, learner, [*examples, examples[0]], tmp_path / "kept")
     tokens = sum(int(example.weight) for example in examples)
     size = sum(path.stat().st_size for path in (tmp_path / "kept").glob("*.bin"))
     assert size == tokens * (8 * 320 + 4) and f"{size / 1e6:,.1f} MB" in note
-    assert learner.mean_loss(network, examples, 1000) == pytest.approx(expected, rel=1e-4)
+    assert mean_loss(learner, network, examples, 1000) == pytest.approx(expected, rel=1e-4)
     # Any part of the rows, in any order.
     few = [examples[4], examples[1]]
     fresh = pair(tiny_llama(), tiny_llama(seed=4))
-    assert learner.mean_loss(network, few, 1000) == pytest.approx(
-        whole.mean_loss(fresh, few, 1000), rel=1e-4
+    assert mean_loss(learner, network, few, 1000) == pytest.approx(
+        mean_loss(whole, fresh, few, 1000), rel=1e-4
     )
 
 
@@ -161,12 +162,12 @@ def test_what_is_kept_is_a_lower_bound_and_is_found_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = objective().mean_loss(pair(tiny_llama(), tiny_llama(seed=4)), examples, 1000)
+    whole = mean_loss(objective(), pair(tiny_llama(), tiny_llama(seed=4)), examples, 1000)
     network, found = pair(tiny_llama(), tiny_llama(seed=4)), list[float]()
     for k in (1, 8, 64):
         network.others["teacher"] = as_network(tiny_llama(seed=4), CPU, torch.float32)
         keep(network, objective(cache_top_k=k), examples, tmp_path / str(k))
-        found.append(objective(cache_top_k=k).mean_loss(network, examples, 1000))
+        found.append(mean_loss(objective(cache_top_k=k), network, examples, 1000))
     assert 0 < found[0] < found[1] < found[2] < whole
     written: list[int] = []
     monkeypatch.setattr(TopK, "_write", lambda self, *_: written.append(self.k))

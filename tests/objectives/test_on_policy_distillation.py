@@ -19,6 +19,7 @@ from luthier.engine.train import train
 from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.objectives import LogitDistillation, OnPolicyDistillation
+from luthier.objectives.means import mean_loss
 from luthier.objectives.on_policy_distillation import prompt_of, with_answer
 from luthier.recipe import Recipe
 from luthier.types import Example, Message
@@ -116,8 +117,8 @@ def test_the_share_of_rows_that_are_answered(
 
 def test_measured_on_the_rows_own_replies(chat: ChatFormat, tiny_llama: Callable[..., Any]) -> None:
     network, examples = pair(tiny_llama(), tiny_llama(seed=4)), encoded(chat)
-    expected = LogitDistillation(teacher="teacher", divergence="reverse").mean_loss(
-        network, examples, 1000
+    expected = mean_loss(
+        LogitDistillation(teacher="teacher", divergence="reverse"), network, examples, 1000
     )
     state = torch.get_rng_state()
     found = learner(chat).validation_metrics(network, examples, 1000)["loss"]

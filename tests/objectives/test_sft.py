@@ -21,6 +21,7 @@ from luthier.engine.loop import Loop
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.models.load import as_network
 from luthier.objectives import SFT
+from luthier.objectives.means import mean_loss
 from luthier.recipe import Training
 from luthier.types import Example, Message
 
@@ -96,7 +97,7 @@ def test_the_loss_is_a_sum_over_learned_tokens(
     assert float(SFT().loss(network, batch).total.detach()) == pytest.approx(expected, rel=1e-5)
     learned = sum(int(e.weight_T.sum()) for e in examples)
     assert batch.weight == learned
-    assert SFT().mean_loss(network, examples, 40) == pytest.approx(expected / learned, rel=1e-5)
+    assert mean_loss(SFT(), network, examples, 40) == pytest.approx(expected / learned, rel=1e-5)
 
 
 def train_one_step(

@@ -18,6 +18,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, EncoderDistillation, SemiSupervised
+from luthier.objectives.means import mean_loss
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_the_first_step_begins_where_the_regression_ended(
 def test_classes_that_come_together(family_folder: Callable[[str], Path]) -> None:
     network, objective, examples, _ = started(family_folder("bert"), several=True)
     alone, *_ = started(family_folder("bert"), several=True, probe=False)
-    losses = [objective.mean_loss(each, examples, 2048) for each in (network, alone)]
+    losses = [mean_loss(objective, each, examples, 2048) for each in (network, alone)]
     assert losses[0] < 0.7 * losses[1]
 
 

@@ -24,6 +24,7 @@ from luthier.models.network import Network
 from luthier.models.random_numbers import row_generators
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.generative import draw_noise
+from luthier.objectives.means import mean_loss
 from luthier.objectives.vae import VAE, divergence
 from luthier.types import Example
 
@@ -287,5 +288,5 @@ def test_images_are_measured_a_few_at_a_time(
     monkeypatch.setattr("luthier.models.network.IMAGES_HELD", 2)
     monkeypatch.setattr(MediaLayout, "plan", count_up)
     monkeypatch.setattr(VAE, "loss", count_down)
-    assert VAE().mean_loss(network, examples, 1) == pytest.approx(whole["loss"], rel=1e-5)
+    assert mean_loss(VAE(), network, examples, 1) == pytest.approx(whole["loss"], rel=1e-5)
     assert most == 2

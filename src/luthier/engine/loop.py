@@ -43,7 +43,8 @@ from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.random_numbers import derive_seed, drawn_from, seed_torch
 from luthier.models.save import adapter_buffers
 from luthier.models.sharding import gather_to_first, is_sharded, local_shard, shard_like
-from luthier.objectives.base import Means, Objective
+from luthier.objectives.base import Objective
+from luthier.objectives.means import Means
 from luthier.recipe import Training
 from luthier.types import Example
 

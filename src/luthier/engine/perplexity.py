@@ -16,6 +16,7 @@ from luthier.data.shapes.texts import RawText
 from luthier.gate.checks.base_language import ENGLISH
 from luthier.gate.language_identification import detect_languages
 from luthier.objectives.causal_lm import CausalLM
+from luthier.objectives.means import mean_loss
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -80,5 +81,5 @@ def bits_per_character(
     examples = [objective.truncate(each, longest) for each in whole if len(each) > 1]
     decoded = [chat.decode_tokens(example.ids_T[1:].tolist()) for example in examples]
     tokens = sum(len(example) - 1 for example in examples)
-    nats = objective.mean_loss(network, examples, BUDGET) * tokens
+    nats = mean_loss(objective, network, examples, BUDGET) * tokens
     return nats / math.log(2) / max(1, sum(map(len, decoded)))

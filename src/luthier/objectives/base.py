@@ -16,12 +16,8 @@ suits the network), ``bind_base`` (how the base model is read), ``regroup`` (row
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -29,8 +25,8 @@ import numpy as np
 from luthier.data.media import PLURAL
 from luthier.data.shapes import SHAPES
 from luthier.errors import RecipeError, RowRefused
-from luthier.evaluation.significance import RowScores
 from luthier.models.heads import Head, Task
+from luthier.objectives.means import loss_metrics, mean_loss
 from luthier.types import Example, IntArray, Loss, Row
 from luthier.validation import StrictModel
 
@@ -41,11 +37,6 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
-    from luthier.models.process_group import ProcessGroup
-
-
-MOST_ROW_SCORES = 2_000
-"""Held-out rows whose single scores are noted; the scores of more are known well enough."""
 
 
 @dataclass(frozen=True)
@@ -341,31 +332,6 @@ class Objective(StrictModel):
         """Summed loss of one micro-batch."""
         raise NotImplementedError
 
-    def mean_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """The loss on ``examples`` without dropout or a gradient, averaged over their weight."""
-        return self._means(network, examples, budget).values()["loss"]
-
-    def _means(
-        self,
-        network: Network,
-        examples: Sequence[Example],
-        budget: int,
-        on_loss: Callable[[Loss], None] = lambda loss: None,
-    ) -> Means:
-        import torch
-
-        network.model.eval()
-        means = Means()
-        parts = [examples] if self.contrasts_rows else network.parts(examples)
-        with torch.no_grad(), network.split_work() as processes:
-            for number, part in enumerate(parts):
-                for batch in self.annotate(network, part, budget):
-                    loss = self.loss(network, batch)
-                    if not batch.is_filler:
-                        means.add(loss, batch.weight, number, batch.place)
-                        on_loss(loss)
-        return means.of_all(processes)
-
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, Any]:
@@ -374,28 +340,11 @@ class Objective(StrictModel):
         The best by :attr:`measure` are kept. Where the loss tells its rows apart, the standard error
         is given, too, and under ``rows`` what each of at most :data:`MOST_ROW_SCORES` rows adds.
         """
-        return self._metrics(network, examples, budget)
-
-    def _metrics(
-        self,
-        network: Network,
-        examples: Sequence[Example],
-        budget: int,
-        on_loss: Callable[[Loss], None] = lambda loss: None,
-    ) -> dict[str, Any]:
-        """:meth:`validation_metrics` of the loss; ``on_loss`` sees that of each micro-batch."""
-        means = self._means(network, examples, budget, on_loss)
-        found: dict[str, Any] = means.values()
-        scores = means.row_scores()
-        if self.measure in scores:
-            found[f"{self.measure}_error"] = scores[self.measure].error
-        if scores and len(examples) <= MOST_ROW_SCORES:
-            found["rows"] = {name: each.plain() for name, each in scores.items()}
-        return found
+        return loss_metrics(self, network, examples, budget)
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """What must be the same before and after saving: a function of network and rows alone."""
-        return self.mean_loss(network, examples, budget)
+        return mean_loss(self, network, examples, budget)
 
     def report(self, network: Network, batches: Sequence[TreeBatch]) -> StepReport:
         """Return further metrics and samples of a step; called after its last turn.
@@ -444,54 +393,6 @@ class WritesReplies(Objective):
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""
         return chat.with_template(self.template)
-
-
-_Part = tuple[Sequence[int], float, dict[str, float], dict[str, list[list[float]]]]
-"""Place, weight, sums and ratios of a micro-batch, which processes exchange as JSON."""
-
-
-class Means:
-    """Means of the loss and of all metrics over micro-batches, from their sums."""
-
-    def __init__(self) -> None:
-        self._parts: list[_Part] = []
-
-    def add(self, loss: Loss, weight: float, *place: int) -> None:
-        """Count in a micro-batch of ``weight``; by ``place`` those of several processes are ordered."""
-        ratios = {
-            name: [np.asarray(side, dtype=np.float64).tolist() for side in pair]
-            for name, pair in loss.ratios.items()
-        }
-        sums = {"loss": float(loss.total.detach()), **loss.metrics}
-        self._parts.append((place, weight, sums, ratios))
-
-    def of_all(self, processes: ProcessGroup) -> Means:
-        """These means with the micro-batches of the other processes, in the order of one process."""
-        if processes.size == 1:
-            return self
-        means = Means()
-        parts = chain.from_iterable(processes.gather(self._parts))
-        means._parts = sorted(parts, key=itemgetter(0))
-        return means
-
-    def values(self) -> dict[str, float]:
-        """``loss`` and each metric by its name."""
-        totals: defaultdict[str, float] = defaultdict(float)
-        for _, _, sums, _ in self._parts:
-            for name, value in sums.items():
-                totals[name] += value
-        weight = math.fsum(each for _, each, _, _ in self._parts)
-        found = {name: total / weight for name, total in totals.items()}
-        scores = self.row_scores()
-        return found | {name: each.value for name, each in scores.items() if name != "loss"}
-
-    def row_scores(self) -> dict[str, RowScores]:
-        """What each row adds to the scores, in the order of the micro-batches."""
-        scores: defaultdict[str, list[RowScores]] = defaultdict(list)
-        for _, _, _, ratios in self._parts:
-            for name, (parts_R, wholes_R) in ratios.items():
-                scores[name].append(RowScores.of(parts_R, wholes_R, name != "loss"))
-        return {name: RowScores.concatenate(each) for name, each in scores.items()}
 
 
 def chat_of(network: Network) -> ChatFormat:

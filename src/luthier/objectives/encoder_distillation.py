@@ -28,6 +28,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.objectives.base import Objective, OtherModel
 from luthier.objectives.classification import NO_LABEL, Classification
 from luthier.objectives.distillation import Taught
+from luthier.objectives.means import mean_loss
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class EncoderDistillation(Taught, Classification):
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """The cross-entropy of the label, of the first class where a row has none; asks no teacher."""
         known = [replace(e, target=np.maximum(np.asarray(e.target), 0)) for e in examples]
-        return Classification(labels=self.labels).mean_loss(network, known, budget)
+        return mean_loss(Classification(labels=self.labels), network, known, budget)
 
 
 def _apart(network: Network, batch: TreeBatch, ours_NH: Tensor, theirs_MH: Tensor) -> Tensor:

@@ -36,9 +36,10 @@ from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, Task
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import Means, TrainingDefaults
+from luthier.objectives.base import TrainingDefaults
 from luthier.objectives.class_conditions import class_target, classes_of
 from luthier.objectives.generative import MOST_COMPARED, Generative, draw_latents, draw_noise
+from luthier.objectives.means import Means
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from luthier.errors import RecipeError
 from luthier.evaluation.transcription import character_errors, word_errors
 from luthier.files import read_json
 from luthier.models.heads import Task
-from luthier.objectives.base import MOST_ROW_SCORES, Objective, TrainingDefaults, chat_of
+from luthier.objectives.base import Objective, TrainingDefaults, chat_of
+from luthier.objectives.means import MOST_ROW_SCORES
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:

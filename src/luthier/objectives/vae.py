@@ -35,6 +35,7 @@ from luthier.models.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import TrainingDefaults, chat_of
 from luthier.objectives.generative import Generative, draw_latents, draw_noise
+from luthier.objectives.means import loss_metrics
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -176,7 +177,9 @@ class VAE(Generative):
         import torch
 
         means: list[Tensor] = []
-        found = self._metrics(network, examples, budget, lambda loss: means.append(loss.states))
+        found = loss_metrics(
+            self, network, examples, budget, lambda loss: means.append(loss.states)
+        )
         if len(examples) > 1:
             none = torch.zeros(0, int(network.model.config.latent_size), device=network.device)
             means_RZ = network.group.concatenate(torch.cat([none, *means]))
