@@ -1,17 +1,16 @@
 """The seam between what is learned and how it is trained.
 
 An objective is one frozen object: its fields are the hyper-parameters of its paper, with the vetted
-setting as default. Four methods say what is learned:
+setting as default. Four methods define it:
 
     encode    rows to token ids with a loss weight for each token
     annotate  all that takes no gradient: sampling, rewards, teacher or reference scores, noise
-    turns     the optimizer steps of one batch; one, unless the method says otherwise
+    turns     the optimizer steps of one batch; one step unless overridden
     loss      a **sum** over a micro-batch; only the engine divides, once, by the global weight
 
-The others have defaults that most keep. Around them, before any row is encoded: ``check`` (whether it
-suits the network), ``bind_base`` (how the base model is read), ``regroup`` (rows learned together) and
-``fit`` (what it must know of all rows). What more a method needs, it has as a capability: see
-``luthier.objectives.capabilities``.
+A preference loss needs ``loss`` alone (``objectives/simpo.py``). All other methods of
+:class:`Objective` are hooks with defaults, in the order in which a run calls them. Objectives that
+make images have further methods: :class:`~luthier.objectives.generative.Generative`.
 """
 
 from __future__ import annotations
@@ -94,43 +93,41 @@ class StepReport:
 
 
 class Objective(StrictModel):
-    """Base of all objectives: one paper, one file, one class."""
+    """Base of all objectives: one paper, one file, one class.
+
+    Methods follow in the order of a run. ``chat`` is the format of the network's rows. Letters of
+    shapes: ``R`` rows of a micro-batch, ``T`` tokens of a row, ``N`` distinct tokens of a micro-batch,
+    ``H`` numbers of a hidden state. ``budget`` is the number of tokens of one micro-batch.
+    """
 
     method: str
     """Name of the objective in recipes and on the command line."""
 
     task: ClassVar[Task] = "causal_lm"
-    """What the head of the network is for."""
+    """Purpose of the network's head."""
     shapes: ClassVar[frozenset[str]] = frozenset()
     """Row shapes for which this objective may be chosen, by their names in ``luthier.data.shapes``."""
     further_shapes: ClassVar[frozenset[str]] = frozenset()
     """Further row shapes that the objective learns from, if a recipe names the objective."""
     mixed_shapes: ClassVar[frozenset[str]] = frozenset()
-    """Further row shapes that the sets of ``data.mix`` may have."""
+    """Row shapes of the files of ``data.mix``, in addition to the others."""
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
         {"choices", "messages", "preference", "prompt", "prompt_only", "rated", "text", "thumb"}
     )
-    """Row shapes that its models are measured on."""
+    """Row shapes that ``luthier evaluate`` measures models of this objective on."""
     same_each_epoch: ClassVar[bool] = True
     """Whether the network sees the same tokens of a row in every epoch."""
     contrasts_rows: ClassVar[bool] = False
-    """Whether the rows of a batch are learned against each other, so that its size matters."""
+    """Whether the loss compares the rows of a batch, so that the batch size matters."""
     allows_augmentation: ClassVar[bool] = False
-    """Whether words of a row may move or fall away without changing what it teaches."""
+    """Whether words of a row may be moved or removed without a change of its label or target."""
     measure: ClassVar[str] = "loss"
-    """Which of :meth:`validation_metrics` decides what weights are kept: ``loss``, or a score, of which
-    more is better (where it is ``reward``, the loss is minus it)."""
+    """Metric of :meth:`validation_metrics` that chooses the weights: ``loss``, or a score where more is
+    better. If the score is ``reward``, the loss is minus the reward."""
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults()
-    """What suits it where the recipe leaves the training open."""
+    """Training settings for recipes that leave them open."""
 
-    @property
-    def uses_reference(self) -> bool:
-        """Whether it runs the network at its starting weights, ``network.at_start()``."""
-        return False
-
-    def head(self) -> Head:
-        """The head the network needs; complete after :meth:`fit`."""
-        return Head(self.task)
+    # 1. Before the rows are read.
 
     @property
     def other_models(self) -> Mapping[str, str]:
@@ -140,7 +137,7 @@ class Objective(StrictModel):
     def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
         """Return this objective with the settings that follow from a model of :attr:`other_models`.
 
-        Called once for each model, before the rows are read. ``chat`` is the format of the network.
+        Called once for each model.
 
         Raises:
             RecipeError: if the model was trained for another purpose or has other tokens.
@@ -148,11 +145,110 @@ class Objective(StrictModel):
         return self
 
     def check(self, chat: ChatFormat) -> None:
-        """Refuse networks that cannot learn this, as far as their tokenizer and format tell.
+        """Reject a network that cannot learn this objective, by its tokenizer and format.
 
         Raises:
-            RecipeError: with the reason, and what to use.
+            RecipeError: with the reason and an alternative.
         """
+
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """Return the format that rows are encoded with and that the custom model is served with."""
+        return chat
+
+    # 2. From rows to examples.
+
+    def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Return the rows of one file as the objective learns from them, such as answers as pairs.
+
+        Raises:
+            DataError: for rows without a counterpart.
+        """
+        return rows
+
+    def fitted_choices(self, rows: Sequence[Row]) -> list[tuple[str, Any, str]]:
+        """Return the settings of :meth:`fit` that a user should see: field, value and reason."""
+        return []
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """Return this objective with the settings that follow from all training rows, such as labels.
+
+        Raises:
+            RowRefused: if nothing can be learned from the rows together.
+        """
+        return self
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """Return token ids ``[T]`` and loss weights ``[T]`` of one row.
+
+        ``chat`` is the result of :meth:`format`, and ``index`` becomes ``Example.row``.
+
+        Raises:
+            RowRefused: with the rule, the reason and the fix.
+        """
+        raise NotImplementedError
+
+    def length_problem(self, example: Example, context: int) -> RowRefused | None:
+        """Return the error for a row of more than ``context`` tokens; ``None`` if the row fits."""
+        views = self.sequences(example)
+        added = self.completions[1]
+        longest = max(max(view.longest, len(view) + added) for view in views)
+        if longest <= context or type(self).pack is not Objective.pack:
+            return None
+        text = f"{longest} tokens are more than the model's context of {context}; "
+        if written := longest - max(view.longest for view in views):
+            text += f"{written} of them are for what the network is to write."
+            return RowRefused(
+                "row.too_long",
+                text,
+                "Shorten the prompt, write less, or choose `data.long_rows=drop`.",
+            )
+        weight = sum(view.weight for view in views)
+        if example.source_T is not None and len(example.source_T) == longest:
+            text += f"cutting the prompt would lose {1 - context / longest:.0%} of it."
+        elif max(np.count_nonzero(view.weight_T) for view in views) > 1:
+            lost = sum(float(view.weight_T[context:].sum()) for view in views) / weight
+            text += f"cutting the row would lose {lost:.0%} of what it teaches."
+        else:  # what it teaches is one label, rating or partner of the whole text
+            text += f"cutting the row would lose {1 - context / longest:.0%} of its longest text."
+        fix = "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`."
+        return RowRefused("row.too_long", text, fix)
+
+    def truncate(self, example: Example, context: int) -> Example:
+        """Return ``example`` cut to ``context`` tokens; called for ``data.long_rows=truncate``."""
+        return cut_end(example, context)
+
+    def describe(self, example: Example) -> str:
+        """Return the target of a row that its tokens do not show, such as a label, for reports."""
+        return ""
+
+    def sequences(self, example: Example) -> list[Example]:
+        """Return the rows that the network reads for one example, such as both answers of a pair."""
+        return [example]
+
+    def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
+        """Return the examples of one file regrouped into rows of at most ``context`` tokens.
+
+        No row is too long for an objective that overrides this method.
+        """
+        return examples
+
+    # 3. The network, on the meta device first, and before the first step.
+
+    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
+        """Return this objective with the settings that follow from the base model.
+
+        Args:
+            folder: the Hugging Face directory of the network.
+            learned: objective of the base model, if that is a custom model.
+
+        Raises:
+            RecipeError: if the network cannot be read with the current settings.
+        """
+        return self
+
+    def head(self) -> Head:
+        """Return the head of the network; complete after :meth:`fit`."""
+        return Head(self.task)
 
     def attach(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """Return the modules that only training needs, by their names in ``model``.
@@ -165,50 +261,23 @@ class Objective(StrictModel):
         """
         return {}
 
-    def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """The rows of one file as they are learned from: judged answers become pairs.
-
-        Raises:
-            DataError: for rows that cannot be brought together.
-        """
-        return rows
-
-    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """This objective with what it learns from all training rows filled in.
-
-        Raises:
-            RowRefused: when the rows together cannot teach it anything.
-        """
-        return self
-
-    def fitted_choices(self, rows: Sequence[Row]) -> list[tuple[str, Any, str]]:
-        """What :meth:`fit` chooses by ``rows`` and changes the task: the field, its value and why."""
-        return []
-
-    def format(self, chat: ChatFormat) -> ChatFormat:
-        """The format rows are encoded with and the custom model is served with."""
-        return chat
-
-    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Token ids and loss weights of one row; ``index`` becomes ``Example.row``."""
-        raise NotImplementedError
-
-    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
-        """This objective with what follows from the base model.
-
-        Args:
-            folder: the Hugging Face directory of its network.
-            learned: what it was tuned for, where it is a custom model.
-
-        Raises:
-            RecipeError: where the network cannot be read as asked.
-        """
-        return self
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the objective runs the network at its starting weights, ``network.at_start()``."""
+        return False
 
     @property
     def completions(self) -> tuple[int, int]:
         """Completions per row that the network writes in a step, and tokens of each at most."""
         return 0, 0
+
+    def describe_cost(self, rows: int, measured: int, calibrated: int) -> str:
+        """Return the largest cost of a run outside this machine, such as verdicts of a judge.
+
+        ``rows`` is the number of rows read in all steps, ``measured`` in all measurements, and
+        ``calibrated`` by the adaptation. Empty for no cost.
+        """
+        return ""
 
     @property
     def starts_head(self) -> bool:
@@ -234,7 +303,7 @@ class Objective(StrictModel):
 
         Called without a gradient or dropout at each start of a run, before the weights of a resumed
         run are restored. The method must not draw random numbers, and must keep the number and order
-        of the rows. ``budget`` is the number of tokens of one micro-batch; ``note`` prints a line.
+        of the rows. ``note`` prints a line.
         """
         return examples
 
@@ -253,98 +322,36 @@ class Objective(StrictModel):
         the files again, and the engine deletes the folder at the end of the run.
         """
 
-    def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
-        """Return encoded rows regrouped into rows of at most ``context`` tokens.
-
-        No row is too long for an objective that overrides this method.
-        """
-        return examples
-
-    def describe_cost(self, rows: int, measured: int, calibrated: int) -> str:
-        """Return the largest cost of a run outside this machine, such as verdicts of a judge.
-
-        ``rows`` is the number of rows read in all steps, ``measured`` in all measurements, and
-        ``calibrated`` by the adaptation. Empty for no cost.
-        """
-        return ""
-
-    def advise(self, lines: Sequence[Mapping[str, Any]]) -> str:
-        """Return advice from the metrics of the last training steps, at most 200; empty for none."""
-        return ""
-
-    def sequences(self, example: Example) -> list[Example]:
-        """The rows the network is to see for one example: itself, unless the method says otherwise."""
-        return [example]
+    # 4. Each step.
 
     def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
-        """All rows the network is to see for ``examples`` in one step.
+        """Return all rows that the network reads for ``examples`` in one step.
 
-        A method that draws them anew each time (noise, augmentation) draws from torch's global
-        generator while ``training``, as checkpoints keep its state, and else always the same.
+        Random changes come from torch's global generator if ``training``, because checkpoints store
+        its state. Otherwise the same changes are drawn each time.
         """
         return [view for example in examples for view in self.sequences(example)]
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """The micro-batches of a batch of rows, with what is computed without a gradient.
+        """Return the micro-batches of a batch of rows, with everything that takes no gradient.
 
-        Each holds at most ``budget`` tokens. ``network.model.training`` tells whether it is for a step
-        or for a measurement.
+        Such are samples, rewards, scores of a teacher or of the reference model, and noise; they
+        belong into ``TreeBatch.extra``. ``network.model.training`` tells a step from a measurement.
         """
         return [*network.batches(self.augment(examples, network.model.training), budget)]
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
-        """Yield the micro-batches of each optimizer step that one batch of rows gives."""
+        """Yield the micro-batches of each optimizer step: one step unless overridden."""
         yield batches
 
-    def truncate(self, example: Example, context: int) -> Example:
-        """``example`` with at most ``context`` tokens, its end cut off."""
-        return cut_end(example, context)
-
-    def length_problem(self, example: Example, context: int) -> RowRefused | None:
-        """Why a row has no room in ``context`` tokens; ``None`` where it has, or needs none."""
-        views = self.sequences(example)
-        added = self.completions[1]
-        longest = max(max(view.longest, len(view) + added) for view in views)
-        if longest <= context or type(self).pack is not Objective.pack:
-            return None
-        text = f"{longest} tokens are more than the model's context of {context}; "
-        if written := longest - max(view.longest for view in views):
-            text += f"{written} of them are for what the network is to write."
-            return RowRefused(
-                "row.too_long",
-                text,
-                "Shorten the prompt, write less, or choose `data.long_rows=drop`.",
-            )
-        weight = sum(view.weight for view in views)
-        if example.source_T is not None and len(example.source_T) == longest:
-            text += f"cutting the prompt would lose {1 - context / longest:.0%} of it."
-        elif max(np.count_nonzero(view.weight_T) for view in views) > 1:
-            lost = sum(float(view.weight_T[context:].sum()) for view in views) / weight
-            text += f"cutting the row would lose {lost:.0%} of what it teaches."
-        else:  # what it teaches is one label, rating or partner of the whole text
-            text += f"cutting the row would lose {1 - context / longest:.0%} of its longest text."
-        fix = "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`."
-        return RowRefused("row.too_long", text, fix)
-
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed loss of one micro-batch."""
-        raise NotImplementedError
+        """Return the loss of one micro-batch as a **sum** over rows or tokens, a scalar tensor.
 
-    def validation_metrics(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> dict[str, Any]:
-        """What is measured on held-out rows: ``loss``, and the further metrics of :meth:`loss`.
-
-        The best by :attr:`measure` are kept. Where the loss tells its rows apart, the standard error
-        is given, too, and under ``rows`` what each of at most :data:`MOST_ROW_SCORES` rows adds.
+        The engine alone divides, once, by the weight of all micro-batches of the step.
         """
-        return loss_metrics(self, network, examples, budget)
-
-    def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """What must be the same before and after saving: a function of network and rows alone."""
-        return mean_loss(self, network, examples, budget)
+        raise NotImplementedError
 
     def report(self, network: Network, batches: Sequence[TreeBatch]) -> StepReport:
         """Return further metrics and samples of a step; called after its last turn.
@@ -353,6 +360,21 @@ class Objective(StrictModel):
         process calls the method, so it may exchange numbers with the other processes.
         """
         return StepReport()
+
+    def advise(self, lines: Sequence[Mapping[str, Any]]) -> str:
+        """Return advice from the metrics of the last training steps, at most 200; empty for none."""
+        return ""
+
+    def validation_metrics(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> dict[str, Any]:
+        """Return metrics of held-out rows: ``loss`` and the metrics of :meth:`loss`.
+
+        ``NAME_error`` is the standard error of a score, and ``rows`` has the scores of single rows.
+        """
+        return loss_metrics(self, network, examples, budget)
+
+    # 5. The custom model.
 
     @property
     def rows_to_finish(self) -> int:
@@ -367,6 +389,10 @@ class Objective(StrictModel):
         """
         return self
 
+    def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """Return a function of network and rows alone, which must be equal after saving and loading."""
+        return mean_loss(self, network, examples, budget)
+
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """Return the answer to each row of the batch, in the order of its tree.
 
@@ -374,10 +400,6 @@ class Objective(StrictModel):
         without this method write text after a prompt.
         """
         raise NotImplementedError
-
-    def describe(self, example: Example) -> str:
-        """What one row teaches beside its tokens, for people; empty where tokens are all."""
-        return ""
 
 
 class WritesReplies(Objective):
