@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 _OBJECTIVES = (
     "sft, sdft, causal_lm, masked_lm, span_corruption, bilm, classification, semi_supervised, "
-    "regression, token_classification, contrastive, dpo, listwise_dpo, kto, orpo, reward_model, grpo, "
-    "ppo, vae, gan, diffusion or image_to_text; chosen by the rows when not given. With a teacher "
-    "(--set objective.teacher=ID): logit_distillation, on_policy_distillation, encoder_distillation or "
-    "embedding_distillation."
+    "regression, token_classification, contrastive, dpo, listwise_dpo, kto, orpo, simpo, "
+    "reward_model, grpo, ppo, vae, gan, diffusion or image_to_text; chosen by the rows when not "
+    "given. With a teacher (--set objective.teacher=ID): logit_distillation, "
+    "on_policy_distillation, encoder_distillation or embedding_distillation."
 )
 _ADAPTATIONS = (
     "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters, prompt or prefix."

@@ -24,6 +24,7 @@ from luthier.objectives.reward_model import RewardModel
 from luthier.objectives.sdft import SDFT
 from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
+from luthier.objectives.simpo import SimPO
 from luthier.objectives.span_corruption import SpanCorruption
 from luthier.objectives.token_classification import TokenClassification
 from luthier.objectives.vae import VAE
@@ -52,6 +53,7 @@ OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
         "listwise_dpo": ListwiseDPO,
         "kto": KTO,
         "orpo": ORPO,
+        "simpo": SimPO,
         "reward_model": RewardModel,
         "grpo": GRPO,
         "ppo": PPO,
@@ -89,6 +91,7 @@ __all__ = [
     "Regression",
     "RewardModel",
     "SemiSupervised",
+    "SimPO",
     "SpanCorruption",
     "TokenClassification",
 ]
