@@ -42,8 +42,14 @@ class Served:
         """All operations of the OpenAI, native and Bedrock APIs."""
         application: Any = self.service.application
         openai, native, _, _, bedrock = application.faces
-        routers = (openai.router, native.router, bedrock._router)
-        return [each for router in routers for each in router.operations]
+        routers = (openai.router, bedrock._router)
+        described = [
+            Operation(each["operationId"], method.upper(), path,
+                      action="luthier:" + each["operationId"][0].upper() + each["operationId"][1:])
+            for path, methods in native.app.openapi()["paths"].items()
+            for method, each in methods.items()
+        ]  # fmt: skip
+        return [*described, *(each for router in routers for each in router.operations)]
 
     def key(self, role: str, key_role: str | None = None) -> str:
         with self.service.database.write() as session:

@@ -38,8 +38,7 @@ _OPERATIONS = {
         "sts": "GetCallerIdentity",
         "bedrock": "GetFoundationModel GetFoundationModelAvailability ListFoundationModels Unsupported",
         "luthier": (
-            "WhoAmI Describe ListModels GetModel ListLoadedModels openai.models.list "
-            "openai.models.retrieve"
+            "WhoAmI ListModels GetModel ListLoadedModels openai.models.list openai.models.retrieve"
         ),
     },
     Permission.INVOKE: {

@@ -31,14 +31,14 @@ from luthier.server.console.routes import Console
 from luthier.server.http.application import Application
 from luthier.server.http.limits import RateLimits
 from luthier.server.http.metrics import Meter, Metrics
-from luthier.server.http.routing import Face
+from luthier.server.http.routing import Face, MountedApplication
 from luthier.server.identifiers import ModelIds
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.ray_runner import RayRunner
 from luthier.server.jobs.runners import LocalRunner, Runner
 from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.native.operations import Context
-from luthier.server.native.routes import native_face
+from luthier.server.native.routes import native_api
 from luthier.server.openai import OpenAIFace
 from luthier.server.openai.chat import InvokedChat
 from luthier.server.s3.routes import S3Face
@@ -179,7 +179,7 @@ class Service:
             # The database or the disk is away; nothing but room depends on it.
             _log.exception("files of the object store could not be tidied")
 
-    def _faces(self) -> Sequence[Face]:
+    def _faces(self) -> Sequence[Face | MountedApplication]:
         control = Control(
             self.database,
             self.arns,
@@ -200,10 +200,11 @@ class Service:
             self._quotas,
             self.scheduler.wake,
             self._delete,
+            self.pool,
         )
         return (
             self.openai,
-            native_face(context, __version__, self.pool),
+            native_api(context, __version__),
             S3Face(self.objects, self.settings.region),
             STSFace(),
             BedrockFace(control, runtime),

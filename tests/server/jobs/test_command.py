@@ -7,18 +7,17 @@ import sys
 from typing import Any
 
 import pytest
+from native_client import native_client
 from typer.testing import CliRunner
 
 from luthier.cli.admin import admin_app
+from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
-from luthier.server.http.messages import Caller, Fault, Request, RequestHead
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.folders import LOG_TAIL, JobFolders
 from luthier.server.jobs.scheduler import Scheduler
-from luthier.server.native.jobs import operations
-from luthier.server.native.operations import Context, NativeFace
+from luthier.server.native.operations import Context
 from luthier.server.tables.arns import Arns
-from luthier.server.tables.database import now
 from luthier.server.tables.locations import Locations
 from luthier.server.tables.objects import StoredObject
 
@@ -67,20 +66,12 @@ def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, monkeypatc
     # The API and the command line show the end of the log.
     context = Context(
         queue.database, Arns(), Locations(queue.database),
-        lambda account: AccountQuotas(), lambda: None, lambda model: None,
+        lambda account: AccountQuotas(), lambda: None, lambda model: None, ModelPool(0),
     )  # fmt: skip
-    face = NativeFace(operations(context))
-    for account, found in ((job.account, True), ("222222222222", False)):
-        route = face.route(RequestHead("GET", f"/api/v1/jobs/{job.name}", "", [], tls=False))
-        caller = Caller(account, "anna", ("administrator",))
-        call = Request("r", caller, "GET", "/", {}, {}, b"", now(), route.params)
-        assert route.operation.handler is not None
-        if not found:
-            with pytest.raises(Fault):
-                route.operation.handler(call)
-            continue
-        log = json.loads(route.operation.handler(call).body)["log"]
-        assert log == JobFolders(job_id).log_tail() and 5 < len(log) <= LOG_TAIL
+    path = f"/api/v1/jobs/{job.name}"
+    assert native_client(context, "222222222222").get(path).status_code == 404
+    log = native_client(context, job.account).get(path).json()["log"]
+    assert log == JobFolders(job_id).log_tail() and 5 < len(log) <= LOG_TAIL
     monkeypatch.setattr(
         "luthier.server.tables.schema.upgrade", lambda database: None
     )  # has all tables

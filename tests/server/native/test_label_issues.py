@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from luthier.engine.runs import LABEL_ISSUES, run_of
+from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
-from luthier.server.http.messages import Fault
+from luthier.server.http.messages import Caller, Fault
 from luthier.server.jobs.submit import Submission, submit
-from luthier.server.native.jobs import LabelIssuesPage, _Jobs
-from luthier.server.native.operations import Context
+from luthier.server.native.jobs import LabelIssuesPage, list_label_issues
+from luthier.server.native.operations import Call, Context
 from luthier.server.tables import removal
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database
@@ -28,8 +29,8 @@ ACCOUNT = "000000000000"
 
 
 @pytest.fixture
-def jobs(luthier_home: Path) -> Iterator[_Jobs]:
-    """Handlers over a database with one job, whose run recorded three label issues."""
+def jobs(luthier_home: Path) -> Iterator[Call]:
+    """A call of an operation on a database with one job, whose run recorded three label issues."""
     database, arns = Database(), Arns()
     upgrade(database)
     nowhere: Any = SimpleNamespace()
@@ -49,22 +50,20 @@ def jobs(luthier_home: Path) -> Iterator[_Jobs]:
             for line in (3, 1, 2)
         ]
     )  # fmt: skip
-    yield _Jobs(
-        Context(
-            database, arns, nowhere, lambda account: AccountQuotas(), lambda: None,
-            partial(removal.delete, database, arns),
-        )
+    context = Context(
+        database, arns, nowhere, lambda account: AccountQuotas(), lambda: None,
+        partial(removal.delete, database, arns), ModelPool(0),
     )  # fmt: skip
+    yield Call(context, Caller(ACCOUNT, "anna", ("administrator",)))
     database.close()
 
 
-def call(jobs: _Jobs, **page: int) -> dict[str, Any]:
-    request: Any = SimpleNamespace(account=ACCOUNT, params={"job": "mine"})
-    view = jobs.label_issues(request, LabelIssuesPage(**page))
+def call(jobs: Call, **page: int) -> dict[str, Any]:
+    view = list_label_issues(jobs, "mine", LabelIssuesPage(**page))
     return view.model_dump(mode="json", exclude_none=True)
 
 
-def test_rows_are_listed_page_by_page(jobs: _Jobs) -> None:
+def test_rows_are_listed_page_by_page(jobs: Call) -> None:
     first = call(jobs, limit=2)
     assert [each["line"] for each in first["issues"]] == [3, 1]
     assert (first["total"], first["next"]) == (3, 2)
@@ -77,7 +76,7 @@ def test_rows_are_listed_page_by_page(jobs: _Jobs) -> None:
     assert json.dumps(call(jobs, position=9)["issues"]) == "[]"
 
 
-def test_rows_on_another_machine_are_a_conflict_and_no_rows_are_an_empty_list(jobs: _Jobs) -> None:
+def test_rows_on_another_machine_are_a_conflict_and_no_rows_are_an_empty_list(jobs: Call) -> None:
     with jobs.context.database.write() as session:
         job = session.query(Job).one()
         (run_of(job.result["stored_id"]).folder / LABEL_ISSUES).unlink()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import tomllib
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from native_client import native_client
 from stored_objects import put_objects
 
+from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
-from luthier.server.http.messages import Caller, Fault, Request, RequestHead
-from luthier.server.native import reports
-from luthier.server.native.operations import Context, NativeFace
+from luthier.server.native.operations import Context
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Base, Database
 from luthier.server.tables.locations import Locations
@@ -36,14 +35,10 @@ def ask(folder: Path, path: str, body: dict[str, Any]) -> Any:
         lambda account: AccountQuotas(),
         lambda: None,
         lambda model: None,
+        ModelPool(0),
     )
-    face = NativeFace(reports.operations(context))
-    route = face.route(RequestHead("POST", path, "", [], tls=False))
-    caller, sent = Caller("111111111111", "anna", ("administrator",)), json.dumps(body).encode()
-    call = Request("r1", caller, "POST", path, {}, {}, sent, datetime.now(UTC), route.params)
-    assert route.operation.handler is not None
     try:
-        return route.operation.handler(call)
+        return native_client(context, "111111111111").post(path, json=body)
     finally:
         database.close()
 
@@ -63,7 +58,7 @@ def test_rows_decide_on_the_base_that_they_are_looked_at_for(
 
     monkeypatch.setattr(subprocess, "run", answer)
     answered = ask(tmp_path, "/api/v1/inspections", {"training": "s3://rows/rows.jsonl", **named})
-    assert json.loads(answered.body)["report"]["base"] == "a-base"
+    assert answered.json()["report"]["base"] == "a-base"
     assert ("--base" in commands[0]) is bool(named)
 
 
@@ -88,11 +83,10 @@ def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
 
     monkeypatch.setattr(subprocess, "run", refuse)
     body = {"training": training, "validation": validation}
-    with pytest.raises(Fault) as refused:
-        ask(tmp_path, "/api/v1/estimates", body)
+    refused = ask(tmp_path, "/api/v1/estimates", body)
     assert sorted(seen) == ["also.jsonl", "held.jsonl"]
     held, also = validation
-    assert refused.value.message.splitlines() == [
+    assert refused.json()["error"]["message"].splitlines() == [
         f"{held} is wrong",
         f"{also} is wrong",
         f"{held}, {also} is wrong",

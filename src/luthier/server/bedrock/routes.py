@@ -63,7 +63,7 @@ class BedrockFace:
         Raises:
             Fault: UnknownOperation where the service models have nothing there.
         """
-        route = self._router.routes(head.path).get(head.method)
+        route = self._router.route(head.method, head.path)
         if route is None:
             raise Fault("UnknownOperation", "There is no operation at this path.")
         return route

@@ -10,11 +10,11 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from sqlalchemy.exc import OperationalError
@@ -42,7 +42,7 @@ from luthier.server.http.messages import (
     service_of,
 )
 from luthier.server.http.metrics import Metrics, RequestRecord
-from luthier.server.http.routing import Face, Operation, Route
+from luthier.server.http.routing import Face, MountedApplication, Operation, Route
 from luthier.server.http.streams import (
     ClientDisconnected,
     ConnectionGuard,
@@ -76,9 +76,11 @@ _log = logging.getLogger("luthier.server")
 class _Exchange:
     """One request on its way to its response."""
 
-    face: Face
+    face: Face | MountedApplication
     head: RequestHead
+    scope: Scope
     receive: Receive
+    send: Send
     record: RequestRecord
     until_sent: AsyncExitStack
     """Ends what the response needs until it is sent."""
@@ -131,7 +133,7 @@ class Application:
 
     def __init__(
         self,
-        faces: Sequence[Face],
+        faces: Sequence[Face | MountedApplication],
         authenticator: Authenticator,
         admit: Callable[[Caller], None],
         metrics: Metrics,
@@ -177,7 +179,10 @@ class Application:
         face = next(each for each in self.faces if each.serves(head, service))
         try:
             async with AsyncExitStack() as until_sent:
-                exchange = _Exchange(face, head, receive, record, until_sent, self._wait)
+                exchange = _Exchange(
+                    face, head, scope, receive, send, record, until_sent, self._wait
+                )
+                response: Response | None
                 if head.path in OPEN_PATHS:
                     response = await self._run(self._status, head.path)
                 elif self._console is not None and self._console.serves(head, service):
@@ -187,6 +192,8 @@ class Application:
                     record.face = face.name
                     record.of_console = _reads_for_console(head)
                     response = await self._respond_or_refuse(exchange)
+                if response is None:
+                    return
                 if not record.body_requested and any(name == "expect" for name, _ in head.headers):
                     # The client does not send the body, and the server would wait for the body.
                     headers = {**response.headers, "Connection": "close"}
@@ -206,17 +213,22 @@ class Application:
         reason = self.ready() if path == "/readyz" else None
         return Response.json({"status": reason or "ok"}, 503 if reason else 200)
 
-    async def _respond_or_refuse(self, exchange: _Exchange) -> Response:
+    async def _respond_or_refuse(self, exchange: _Exchange) -> Response | None:
         request_id = exchange.record.request_id
         try:
-            response = await self._respond(exchange)
+            if isinstance(exchange.face, MountedApplication):
+                await self._call_mounted(exchange, exchange.face)
+                return None
+            response = await self._respond(exchange, exchange.face)
             if isinstance(response.body, GeneratedPieces):
                 await self._wait_for_first(exchange, response.body)
         except ClientDisconnected:
             raise
         except (Exception, asyncio.CancelledError) as error:
-            fault = _fault_of(error, request_id)
-            await self._run(self._audit_refusal, exchange.record, fault)
+            if exchange.record.status:
+                raise  # a mounted application has begun to respond
+            fault = fault_of(error, request_id)
+            await self._run(self._audit_refusal, exchange.record, fault.code)
             return self._refusal(exchange, fault)
         headers = {exchange.face.request_id_header: request_id, **response.headers}
         return Response(response.status, response.body, headers)
@@ -230,25 +242,74 @@ class Application:
             headers.setdefault("Retry-After", str(fault.details["retry_after"]))
         return Response(response.status, response.body, headers)
 
-    async def _respond(self, exchange: _Exchange) -> Response:
-        head = exchange.head
+    async def _call_mounted(self, exchange: _Exchange, face: MountedApplication) -> None:
+        head, record = exchange.head, exchange.record
         check_text(head)
-        try:
-            exchange.route = exchange.face.route(head)
-        except Fault as fault:
-            exchange.unknown = fault
-        operation, length = exchange.operation, head.body_length
-        limit = operation.body_limit if operation else UNKNOWN_BODY_BYTES
-        signed: Signed | None = None
-        if operation is not None and operation.hashed:
-            # The body is compared with its signed hash as it is read.
-            signed = await self._run(self.authenticator.authenticate, head, None)
-        elif length is None or length > UNKNOWN_BODY_BYTES:
+        recognized, body = await self._recognize(exchange, BODY_BYTES)
+        data = await body.read()
+        signed = await self._run(self._admit_caller, exchange, recognized, data)
+        state = {
+            "record": record,
+            "caller": signed.caller,
+            "model_turn": partial(self._model_turn, exchange),
+            "stream_turn": partial(self._streams.turn, record.account, 0),
+        }
+        unread = [{"type": "http.request", "body": data}]
+
+        async def receive() -> MutableMapping[str, Any]:
+            return unread.pop() if unread else await exchange.receive()
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                await self._run(self._audit_result, record, message["status"])
+                record.status = message["status"]
+                name = face.request_id_header.encode()
+                headers = [*message["headers"], (name, record.request_id.encode())]
+                message = {**message, "headers": headers}
+            await exchange.send(message)
+
+        with (
+            record_actions() as record.actions,
+            meter(record.add_tokens),
+            working_for(record.account),
+        ):
+            # Routes see the raw path: an ARN in it has encoded slashes.
+            await face.app({**exchange.scope, "path": head.path, "state": state}, receive, send)
+
+    @asynccontextmanager
+    async def _model_turn(self, exchange: _Exchange) -> AsyncIterator[None]:
+        turn = self._model_slots.turn(exchange.record.account, self.limits.queue_seconds)
+        async with turn, self._guarded(exchange):
+            yield
+
+    async def _recognize(
+        self, exchange: _Exchange, limit: int
+    ) -> tuple[Signed | None, RequestBody]:
+        """Return the caller if the head of the request proves it, and the body, which is not read."""
+        head, length, signed = exchange.head, exchange.head.body_length, None
+        if length is None or length > UNKNOWN_BODY_BYTES:
             # A signature covers the body: a large body is read only if its key is known.
             signed = await self._run(self.authenticator.recognize, head)
             if signed is None:
                 limit = min(limit, BODY_BYTES)
-        body = RequestBody(head, exchange.receive, limit)
+        return signed, RequestBody(head, exchange.receive, limit)
+
+    async def _respond(self, exchange: _Exchange, face: Face) -> Response:
+        head = exchange.head
+        check_text(head)
+        try:
+            exchange.route = face.route(head)
+        except Fault as fault:
+            exchange.unknown = fault
+        operation = exchange.operation
+        limit = operation.body_limit if operation else UNKNOWN_BODY_BYTES
+        signed: Signed | None
+        if operation is not None and operation.hashed:
+            # The body is compared with its signed hash as it is read.
+            signed = await self._run(self.authenticator.authenticate, head, None)
+            body = RequestBody(head, exchange.receive, limit)
+        else:
+            signed, body = await self._recognize(exchange, limit)
         if exchange.route is not None and exchange.route.operation.stream is not None:
             return await self._stream(exchange, exchange.route, signed, body)
         data = await body.read()
@@ -262,9 +323,9 @@ class Application:
             exchange.identify(signed)
             exchange.record.operation = operation.name
             slots = self._grading_slots if operation.grading else self._model_slots
-            async with slots.turn(signed.caller.account, self.limits.queue_seconds):
-                work = partial(self._handle, exchange, signed, data)
-                response = await self._run_guarded(work, exchange)
+            turn = slots.turn(signed.caller.account, self.limits.queue_seconds)
+            async with turn, self._guarded(exchange):
+                response = await self._run(self._handle, exchange, signed, data)
         if not isinstance(response.body, bytes):
             try:
                 # The thread that a stream needs until its end.
@@ -275,11 +336,15 @@ class Application:
                 raise
         return response
 
-    def _handle(self, exchange: _Exchange, signed: Signed | None, body: bytes) -> Response:
-        record = exchange.record
+    def _admit_caller(self, exchange: _Exchange, signed: Signed | None, body: bytes) -> Signed:
         signed = signed or self.authenticator.authenticate(exchange.head, body)
         exchange.identify(signed)
         self.admit(signed.caller)
+        return signed
+
+    def _handle(self, exchange: _Exchange, signed: Signed | None, body: bytes) -> Response:
+        record = exchange.record
+        signed = self._admit_caller(exchange, signed, body)
         route = exchange.route
         if route is None or route.operation.handler is None:
             raise exchange.unknown or Fault("UnknownOperation", "There is no such operation.")
@@ -294,24 +359,28 @@ class Application:
         self._audit(record)
         return response
 
-    async def _run_guarded(self, work: Callable[[], Response], exchange: _Exchange) -> Response:
-        """What a model may write for, and stops writing for when the client hangs up."""
+    @asynccontextmanager
+    async def _guarded(self, exchange: _Exchange) -> AsyncIterator[None]:
+        """End what models generate in the block when the client hangs up.
+
+        Raises:
+            ClientDisconnected: if the client hung up.
+        """
         guard = ConnectionGuard(exchange.receive, self._wait)
         try:
             with cancelled_by(guard.take):
-                response = await self._run(work)
+                yield
         except Exception as error:
             if await guard.end():
                 # It is in the log, and nobody is there to be told.
-                fault = _fault_of(error, exchange.record.request_id)
-                await self._run(self._audit_refusal, exchange.record, fault)
+                fault = fault_of(error, exchange.record.request_id)
+                await self._run(self._audit_refusal, exchange.record, fault.code)
                 raise ClientDisconnected from error
             raise
         finally:
             gone = await guard.end()
         if gone:
             raise ClientDisconnected
-        return response
 
     async def _wait_for_first(self, exchange: _Exchange, pieces: GeneratedPieces) -> None:
         """Send no status before a model has begun to write: what fails until then has its own."""
@@ -352,22 +421,29 @@ class Application:
     def _audit(self, record: RequestRecord, outcome: str = "ok") -> None:
         """Write changes into the audit log before the response is sent."""
         caller = Caller(record.account, record.user, ())
-        for action, resource in record.actions:
+        actions, record.actions = record.actions, []  # each is written once
+        for action, resource in actions:
             self.trail.record(caller, action, resource, outcome, record.request_id, record.address)
 
-    def _audit_refusal(self, record: RequestRecord, fault: Fault) -> None:
-        record.error = fault.code
-        if fault.code not in FAILURES:
+    def _audit_result(self, record: RequestRecord, status: int) -> None:
+        if status < 400 or status == 499:
+            self._audit(record)
+        else:
+            self._audit_refusal(record, record.error)
+
+    def _audit_refusal(self, record: RequestRecord, code: str) -> None:
+        record.error = code
+        if code not in FAILURES:
             # Only what was asked for last can have been refused.
             record.actions = record.actions[-1:]
         try:
-            self._audit(record, fault.code)
+            self._audit(record, code)
         except Exception:
             _log.exception("the audit log could not be written")
 
 
-def _fault_of(error: BaseException, request_id: str) -> Fault:
-    """What a client is told of an error."""
+def fault_of(error: BaseException, request_id: str) -> Fault:
+    """Return the fault that a client is told of an error; log errors of the service."""
     if isinstance(error, Fault):
         return error
     if isinstance(error, RefusedInput):

@@ -66,6 +66,28 @@ class Face(Protocol):
         """``fault`` as this face's clients expect it."""
 
 
+@dataclass(frozen=True)
+class MountedApplication:
+    """An API with an ASGI application of its own, which the server calls once it knows the caller.
+
+    The application finds in ``scope["state"]``: ``caller``, ``record`` (whose ``operation`` and
+    ``error`` it sets), and the context managers ``model_turn`` and ``stream_turn``. The path in
+    its scope is the raw path.
+    """
+
+    name: str
+    prefix: str
+    """Beginning of the paths of the API."""
+    app: Callable[..., Awaitable[None]]
+    refusal: Callable[[Fault, str], Response]
+    """Writes a fault in the API's form; the second argument is the id of the request."""
+    request_id_header: str = "x-request-id"
+
+    def serves(self, head: RequestHead, service: str) -> bool:
+        """Return whether a request is for this API."""
+        return head.path.startswith(self.prefix)
+
+
 @dataclass
 class _Branch:
     """Operations whose paths begin alike; ``any`` takes a segment of any text."""
@@ -92,23 +114,22 @@ class Router:
                     branch = branch.literal.setdefault(segment, _Branch())
             branch.operations[operation.method] = operation
 
-    def routes(self, path: str) -> dict[str, Route]:
-        """What answers at ``path``, by method; a segment that is named goes before one of any text."""
+    def route(self, method: str, path: str) -> Route | None:
+        """Return what answers at ``path``; a literal segment goes before one of any text."""
         segments = [unquote(each) for each in _segments(path)]
         branches = [self._root]
         for segment in segments:
             below = [(each.any, each.literal.get(segment)) for each in branches]
             branches = [each for pair in below for each in pair if each is not None]
-        found = {}
-        for branch in branches:
-            for method, operation in branch.operations.items():
+        for branch in reversed(branches):
+            if (operation := branch.operations.get(method)) is not None:
                 pairs = zip(_segments(operation.path), segments, strict=True)
                 params = {
                     name[1:-1].rstrip("+"): text for name, text in pairs if name.startswith("{")
                 }
                 if self._empty or all(params.values()):
-                    found[method] = Route(operation, params)
-        return found
+                    return Route(operation, params)
+        return None
 
 
 def _segments(path: str) -> list[str]:

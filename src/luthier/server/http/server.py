@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from anyio import to_thread
 
 from luthier.errors import RefusedInput
 from luthier.limits import ServerLimits
@@ -69,6 +70,8 @@ async def _run(
     application: Any, ports: Ports, limits: ServerLimits, ready: Callable[[str], None]
 ) -> None:
     server = Server(server_config(application, limits, ports))
+    # FastAPI calls what blocks in these threads: requests that wait for models leave some free.
+    to_thread.current_default_thread_limiter().total_tokens += limits.model_requests
     try:
         server.config.load()
     except OSError as error:

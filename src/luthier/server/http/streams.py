@@ -21,8 +21,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Run = Callable[..., Awaitable[Any]]
 """Calls something that blocks, in a thread."""
-POLL_SECONDS = 0.5
-"""After an empty piece: there is nothing yet, and it is asked for again."""
 INTERRUPTED_SECONDS = 5.0
 """For the end of a stream that the server cuts because it ends itself."""
 HELD = 1 << 20
@@ -134,11 +132,8 @@ async def _stream(
             await asyncio.wait((piece,))
             if (found := piece.result()) is None:
                 break
-            if found:
-                sent += len(found)
-                await send({"type": "http.response.body", "body": found, "more_body": True})
-            else:
-                await asyncio.wait((gone,), timeout=POLL_SECONDS)
+            sent += len(found)
+            await send({"type": "http.response.body", "body": found, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
     except asyncio.CancelledError:
         if (interrupt := getattr(pieces, "interrupt", None)) is not None:

@@ -1,1 +1,1 @@
-"""The native face, ``/api/v1``: what the other two cannot say, with its own OpenAPI document."""
+"""The native API, ``/api/v1``: operations that the APIs of AWS and OpenAI do not have."""

@@ -1,20 +1,28 @@
-"""Exports of the native face: custom models written for other software, as work of the queue."""
+"""Exports of the native API: the queue writes custom models for other software."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fastapi import Query
 from pydantic import Field
 
 from luthier.exports.export import Format
-from luthier.server.http.messages import Request
 from luthier.server.jobs.submit import submit_export
-from luthier.server.native.operations import Context, Input, NativeOperation, View, not_found
+from luthier.server.native.operations import (
+    Input,
+    Name,
+    NativeCall,
+    View,
+    native_router,
+    not_found,
+)
 from luthier.server.tables import exports
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.exports import ModelExport
 
+router = native_router()
 State = Literal["Queued", "Running", "Stopping", "Completed", "Failed", "Stopped"]
 """Where an export may stand."""
 
@@ -76,88 +84,61 @@ class ExportsPage(Input):
     """``next`` of the page before."""
 
 
-def operations(context: Context) -> list[NativeOperation]:
-    """Everything about exports."""
-    face, one = _Exports(context), "/api/v1/exports/{export}"
-    return [
-        NativeOperation(
-            "createExport", "POST", "/api/v1/models/{model}/exports", face.create,
-            "Have a custom model written for other software.", ExportView, body=NewExport, status=201,
-        ),
-        NativeOperation(
-            "listExports", "GET", "/api/v1/exports", face.list_exports, "Exports, the newest first.",
-            ExportsView, query=ExportsPage,
-        ),
-        NativeOperation("getExport", "GET", one, face.get, "One export by its id.", ExportView),
-        NativeOperation(
-            "stopExport", "POST", f"{one}/stop", face.stop,
-            "Stop an export; one that has ended is a conflict.", ExportView,
-        ),
-    ]  # fmt: skip
+@router.post("/models/{model}/exports", status_code=201)
+def create_export(call: NativeCall, model: Name, body: NewExport) -> ExportView:
+    """Have a custom model written for other software."""
+    context = call.context
+    with context.database.read() as session:
+        asked = call.model(session, "CreateExport", model, active=True)
+    context.locations.check_writable(call.account, body.output)
+    with context.database.write() as session:
+        found = session.get(CustomModel, asked.seq, with_for_update=True)
+        if found is None:  # deleted meanwhile
+            raise not_found("model", model)
+        arn, kind = found.arn(context.arns), body.format
+        made = submit_export(session, found, arn, body.output, kind, body.merged, body.quantization)
+        view = _view(made)
+    context.wake()
+    return view
 
 
-class _Exports:
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def create(self, request: Request, body: NewExport) -> ExportView:
-        context = self.context
-        with context.database.read() as session:
-            asked = context.asked_model(request, session, "CreateExport", active=True)
-        context.locations.check_writable(request.account, body.output)
-        with context.database.write() as session:
-            model = session.get(CustomModel, asked.seq, with_for_update=True)
-            if model is None:  # deleted meanwhile
-                raise not_found("model", request.params["model"])
-            made = submit_export(
-                session,
-                model,
-                model.arn(context.arns),
-                body.output,
-                body.format,
-                body.merged,
-                body.quantization,
-            )
-            view = _view(made)
-        context.wake()
-        return view
-
-    def list_exports(self, request: Request, page: ExportsPage) -> ExportsView:
-        self.context.record(request, "ListExports", "*")
-        states = (page.state,) if page.state else ()
-        with self.context.database.read() as session:
-            found = exports.list_exports(
-                session,
-                request.account,
-                states,
-                model=page.model,
-                limit=page.limit + 1,
-                position=page.position,
-            )
-        following = found[page.limit - 1].seq if len(found) > page.limit else None
-        return ExportsView(exports=[_view(each) for each in found[: page.limit]], next=following)
-
-    def get(self, request: Request) -> ExportView:
-        self._record(request, "GetExport")
-        with self.context.database.read() as session:
-            found = exports.get(session, request.account, request.params["export"])
-        return _view(_existing(request, found))
-
-    def stop(self, request: Request) -> ExportView:
-        self._record(request, "StopExport")
-        with self.context.database.write() as session:
-            found = exports.get(session, request.account, request.params["export"], lock=True)
-            view = _view(exports.stop(session, _existing(request, found)))
-        self.context.wake()
-        return view
-
-    def _record(self, request: Request, action: str) -> None:
-        self.context.record(request, action, f"model-export/{request.params['export']}")
+@router.get("/exports")
+def list_exports(call: NativeCall, page: Annotated[ExportsPage, Query()]) -> ExportsView:
+    """List exports, the newest first."""
+    call.record("ListExports", "*")
+    states = (page.state,) if page.state else ()
+    with call.context.database.read() as session:
+        limit, position = page.limit + 1, page.position
+        found = exports.list_exports(
+            session, call.account, states, model=page.model, limit=limit, position=position
+        )
+    following = found[page.limit - 1].seq if len(found) > page.limit else None
+    return ExportsView(exports=[_view(each) for each in found[: page.limit]], next=following)
 
 
-def _existing(request: Request, found: ModelExport | None) -> ModelExport:
+@router.get("/exports/{export}")
+def get_export(call: NativeCall, export: Name) -> ExportView:
+    """Return an export by its id."""
+    call.record("GetExport", f"model-export/{export}")
+    with call.context.database.read() as session:
+        found = exports.get(session, call.account, export)
+    return _view(_existing(export, found))
+
+
+@router.post("/exports/{export}/stop")
+def stop_export(call: NativeCall, export: Name) -> ExportView:
+    """Stop an export; an export that has ended is a conflict."""
+    call.record("StopExport", f"model-export/{export}")
+    with call.context.database.write() as session:
+        found = exports.get(session, call.account, export, lock=True)
+        view = _view(exports.stop(session, _existing(export, found)))
+    call.context.wake()
+    return view
+
+
+def _existing(name: str, found: ModelExport | None) -> ModelExport:
     if found is None:
-        raise not_found("export", request.params["export"])
+        raise not_found("export", name)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Asking models of the native face: what they say of what they read, and images they make."""
+"""Predictions, embeddings, generated images and reconstructions of the native API."""
 
 from __future__ import annotations
 
@@ -8,22 +8,29 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
+from fastapi import Header, Response
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
 from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, MediaKind
 from luthier.inference.inference import ImageRequest
-from luthier.inference.pool import ModelPool
-from luthier.server.http.messages import Fault, Request, Response, inference_faults
+from luthier.server.http.messages import Fault, inference_faults
 from luthier.server.identifiers import find_foundation
 from luthier.server.native.operations import (
-    Context,
+    MODEL_TURN,
+    Call,
     Input,
-    NativeOperation,
+    Name,
+    NativeCall,
     View,
-    content_kind,
+    native_router,
+    uploads,
 )
 
+router = native_router()
 PNG = "image/png"
+PICTURES: dict[int | str, dict[str, Any]] = {200: {"content": {PNG: {}}}}
+Accept = Annotated[str, Header()]
+"""A client that accepts PNG gets a picture in place of JSON."""
 WindowValue = Annotated[
     float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST_VALUE, le=LARGEST_VALUE)
 ]
@@ -57,6 +64,11 @@ class PredictionRequest(Input):
     """Each is answered by itself; at most ``inputs`` of the server's limits."""
     top: StrictInt | None = Field(default=None, ge=1)
     """Leave so many classes in ``scores``, the likeliest first."""
+
+    @classmethod
+    def from_file(cls, kind: str, data: bytes) -> Any:
+        """Return one input, which is the file."""
+        return {"inputs": [{kind: _base64(data)}]}
 
 
 class PredictionsView(View):
@@ -114,6 +126,11 @@ class ReconstructionRequest(Input):
     images: tuple[str, ...] = Field(min_length=1)
     """Files in base64, also as ``data:`` addresses."""
 
+    @classmethod
+    def from_file(cls, kind: str, data: bytes) -> Any:
+        """Return one image, which is the file."""
+        return {"images": [_base64(data)]}
+
 
 class ReconstructionView(View):
     """What the model gives back of one image."""
@@ -133,110 +150,93 @@ class ReconstructionsView(View):
     """Numbers of an image for each that the model keeps of it."""
 
 
-def operations(context: Context, pool: ModelPool) -> list[NativeOperation]:
-    """Everything that a model is asked for."""
-    models, one = _Inference(context, pool), "/api/v1/models/{model}"
-    return [
-        NativeOperation(
-            "predict", "POST", f"{one}/predictions", models.predict,
-            "What a model that reads says of texts, images, sounds or values of a time series.",
-            PredictionsView,
-            body=PredictionRequest, upload=_uploaded_input, uploads=("image", "audio"), long=True,
-        ),
-        NativeOperation(
-            "sampleImages", "POST", f"{one}/images", models.sample,
-            "New images from a model that makes them.", SamplesView, body=SampleRequest,
-            pictures=True, long=True,
-        ),
-        NativeOperation(
-            "reconstructImages", "POST", f"{one}/reconstructions", models.reconstruct,
-            "Images after the way through an autoencoder.", ReconstructionsView,
-            body=ReconstructionRequest, upload=_uploaded_image, uploads=("image",), pictures=True,
-            long=True,
-        ),
-    ]  # fmt: skip
+@router.post(
+    "/models/{model}/predictions",
+    dependencies=[MODEL_TURN],
+    openapi_extra=uploads("image", "audio"),
+)
+def predict(call: NativeCall, model: Name, asked: PredictionRequest) -> PredictionsView:
+    """Return what a model predicts for texts, images, audio or values of a time series."""
+    stored_id = _stored_id(call, model, "Predict")
+    inputs: list[str | Media] = []
+    for index, each in enumerate(asked.inputs):
+        if each.image is not None:
+            inputs.append(_media(each.image, "image", f"inputs.{index}.image"))
+        elif each.audio is not None:
+            inputs.append(_media(each.audio, "audio", f"inputs.{index}.audio"))
+        elif each.window is not None:
+            values = np.array(each.window, np.float64)
+            inputs.append(Media("window", f"inputs.{index}.window", array=values))
+        else:
+            inputs.append(each.text or "")
+    with inference_faults():
+        answers = call.context.pool.predict(stored_id, inputs, asked.top)
+    return PredictionsView(model=model, answers=answers)
 
 
-class _Inference:
-    def __init__(self, context: Context, pool: ModelPool) -> None:
-        self.context, self.pool = context, pool
+@router.post(
+    "/models/{model}/images",
+    dependencies=[MODEL_TURN],
+    response_model=SamplesView,
+    responses=PICTURES,
+)
+def sample_images(
+    call: NativeCall, model: Name, asked: SampleRequest, accept: Accept = ""
+) -> SamplesView | Response:
+    """Return new images from a model that makes images."""
+    from luthier.data.pictures import encode_png
 
-    def predict(self, request: Request, asked: PredictionRequest) -> PredictionsView:
-        stored_id = self._model(request, "Predict")
-        inputs: list[str | Media] = []
-        for index, each in enumerate(asked.inputs):
-            if each.image is not None:
-                inputs.append(_media(each.image, "image", f"inputs.{index}.image"))
-            elif each.audio is not None:
-                inputs.append(_media(each.audio, "audio", f"inputs.{index}.audio"))
-            elif each.window is not None:
-                values = np.array(each.window, np.float64)
-                inputs.append(Media("window", f"inputs.{index}.window", array=values))
-            else:
-                inputs.append(each.text or "")
-        with inference_faults():
-            answers = self.pool.predict(stored_id, inputs, asked.top)
-        return PredictionsView(model=request.params["model"], answers=answers)
-
-    def sample(self, request: Request, asked: SampleRequest) -> SamplesView | Response:
-        from luthier.data.pictures import encode_png
-
-        stored_id = self._model(request, "SampleImages")
-        with inference_faults():
-            wanted = ImageRequest(
-                asked.count, asked.prompt or asked.label, asked.seed, None, asked.steps,
-                asked.guidance_scale, asked.negative_prompt,
-            )  # fmt: skip
-            made = self.pool.sample(stored_id, wanted)
-        pixels = [each.pixels for each in made.images]
-        if _wants_picture(request):
-            return _picture(pixels, {"X-Luthier-Seed": str(made.seed)})
-        height, width, _ = pixels[0].shape
-        views = [
-            SampleView(png=_base64(encode_png(each.pixels)), label=each.label or None)
-            for each in made.images
-        ]
-        name = request.params["model"]
-        return SamplesView(model=name, seed=made.seed, width=width, height=height, images=views)
-
-    def reconstruct(
-        self, request: Request, asked: ReconstructionRequest
-    ) -> ReconstructionsView | Response:
-        from luthier.data.pictures import encode_png
-
-        stored_id = self._model(request, "ReconstructImages")
-        images = [
-            _media(each, "image", f"images.{index}") for index, each in enumerate(asked.images)
-        ]
-        with inference_faults():
-            found = self.pool.reconstruct(stored_id, images)
-        if _wants_picture(request):
-            return _picture([pixels for each in found for pixels in (each.original, each.copy)])
-        views = [
-            ReconstructionView(png=_base64(encode_png(each.copy)), error=each.error)
-            for each in found
-        ]
-        ratio = found[0].compression.ratio
-        return ReconstructionsView(
-            model=request.params["model"], images=views, compression_ratio=ratio
-        )
-
-    def _model(self, request: Request, action: str) -> str:
-        """Return the stored id of the model that is queried."""
-        name, context = request.params["model"], self.context
-        base = find_foundation(context.arns, name)
-        if base is not None:
-            context.record_base(action, base)
-            return base.base
-        return context.invoked_model(request, action).stored_id
+    stored_id = _stored_id(call, model, "SampleImages")
+    with inference_faults():
+        wanted = ImageRequest(
+            asked.count, asked.prompt or asked.label, asked.seed, None, asked.steps,
+            asked.guidance_scale, asked.negative_prompt,
+        )  # fmt: skip
+        made = call.context.pool.sample(stored_id, wanted)
+    pixels = [each.pixels for each in made.images]
+    if PNG in accept:
+        return _picture(pixels, {"X-Luthier-Seed": str(made.seed)})
+    height, width, _ = pixels[0].shape
+    views = [
+        SampleView(png=_base64(encode_png(each.pixels)), label=each.label or None)
+        for each in made.images
+    ]
+    return SamplesView(model=model, seed=made.seed, width=width, height=height, images=views)
 
 
-def _uploaded_input(request: Request) -> dict[str, Any]:
-    return {"inputs": [{content_kind(request): _base64(request.body)}]}
+@router.post(
+    "/models/{model}/reconstructions",
+    dependencies=[MODEL_TURN],
+    response_model=ReconstructionsView,
+    responses=PICTURES,
+    openapi_extra=uploads("image"),
+)
+def reconstruct_images(
+    call: NativeCall, model: Name, asked: ReconstructionRequest, accept: Accept = ""
+) -> ReconstructionsView | Response:
+    """Return images after encoding and decoding by an autoencoder."""
+    from luthier.data.pictures import encode_png
+
+    stored_id = _stored_id(call, model, "ReconstructImages")
+    images = [_media(each, "image", f"images.{index}") for index, each in enumerate(asked.images)]
+    with inference_faults():
+        found = call.context.pool.reconstruct(stored_id, images)
+    if PNG in accept:
+        return _picture([pixels for each in found for pixels in (each.original, each.copy)])
+    views = [
+        ReconstructionView(png=_base64(encode_png(each.copy)), error=each.error) for each in found
+    ]
+    ratio = found[0].compression.ratio
+    return ReconstructionsView(model=model, images=views, compression_ratio=ratio)
 
 
-def _uploaded_image(request: Request) -> dict[str, Any]:
-    return {"images": [_base64(request.body)]}
+def _stored_id(call: Call, name: str, action: str) -> str:
+    """Return the stored id of the queried model."""
+    base = find_foundation(call.context.arns, name)
+    if base is not None:
+        call.record_base(action, base)
+        return base.base
+    return call.invoked_model(action, name).stored_id
 
 
 def _media(text: str, kind: MediaKind, parameter: str) -> Media:
@@ -264,13 +264,9 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _wants_picture(request: Request) -> bool:
-    return PNG in request.headers.get("accept", "")
-
-
 def _picture(pixels: Sequence[Any], headers: dict[str, str] | None = None) -> Response:
     """One image as it is, several side by side."""
     from luthier.data.pictures import encode_png, grid
 
     whole = pixels[0] if len(pixels) == 1 else grid(pixels)
-    return Response(200, encode_png(whole), {"Content-Type": PNG, **(headers or {})})
+    return Response(encode_png(whole), headers=headers, media_type=PNG)

@@ -1,43 +1,49 @@
-"""Jobs of the native face: a whole recipe goes in, progress comes out as it happens."""
+"""Jobs of the native API: create, read, stop and delete jobs, and stream their events."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fastapi import Depends, Header, Query
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import Field
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.escaping import map_code
 from luthier.graders import parse_graders
-from luthier.server.http.messages import Fault, Request, Response, parse_digits
-from luthier.server.jobs.deletion import delete_job
+from luthier.server.http.messages import Fault, parse_digits
+from luthier.server.jobs import deletion
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import Submission, check_client_grader, submit
 from luthier.server.native.operations import (
-    Context,
+    STREAM_TURN,
+    Call,
     Input,
-    NativeOperation,
+    Name,
+    NativeCall,
     View,
+    native_router,
     not_found,
     setting_name,
 )
 from luthier.server.tables import jobs as queue
 from luthier.server.tables.custom_models import LONGEST_NAME, NAME
-from luthier.server.tables.jobs import ENDED, Job
+from luthier.server.tables.jobs import ENDED, Job, JobEvent
 
+router = native_router()
 _NAME = r"[a-zA-Z0-9](-*[a-zA-Z0-9+\-.])*"
+POLL_SECONDS = 0.5
+"""Interval between two looks for new events of a job, in seconds."""
 State = Literal["Queued", "Running", "Paused", "Stopping", "Completed", "Failed", "Stopped"]
 """Where a job may stand: the states of :data:`luthier.server.tables.jobs.TRANSITIONS`."""
 CustomizationType = Literal[
     "FINE_TUNING", "CONTINUED_PRE_TRAINING", "DISTILLATION", "REINFORCEMENT_FINE_TUNING"
 ]
-QUIET_SECONDS = 15.0
-"""After so long without an event a comment is sent, so that nothing between closes the stream."""
 
 
 class NewJob(Input):
@@ -163,182 +169,171 @@ class Since(Input):
     """Stay until the job has ended; else only what is there now."""
 
 
-def operations(context: Context) -> list[NativeOperation]:
-    """Everything about jobs."""
-    jobs = _Jobs(context)
-    one = "/api/v1/jobs/{job}"
-    acts = {"stop": queue.stop, "pause": queue.pause, "resume": queue.resume}
-    changes = [
-        NativeOperation(
-            f"{name}Job", "POST", f"{one}/{name}", jobs.transition_handler(name, act),
-            f"{name.capitalize()} a job; one that has ended is a conflict.", JobView,
+@router.post("/jobs", status_code=201)
+def create_job(call: NativeCall, body: NewJob) -> JobView:
+    """Put a job into the queue."""
+    context = call.context
+    call.record("CreateJob", "model-customization-job/*")
+    for address in (*body.training, *body.validation):
+        context.locations.check(call.account, address)
+    if body.output is not None:
+        context.locations.check_writable(call.account, body.output)
+    grader = check_client_grader(body.grader) if body.grader else None
+    if grader is not None:
+        parse_graders({"grader": grader})  # its patterns and schemas, outside of a transaction
+    with context.database.write() as session:
+        job = submit(
+            session,
+            Submission(
+                account=call.account,
+                face="native",
+                job_name=body.name,
+                model_name=body.model_name,
+                customization_type=body.customization_type,
+                base=context.base(session, call.account, body.base),
+                training=body.training,
+                validators=body.validation,
+                settings=body.settings,
+                teacher=context.base(session, call.account, body.teacher) if body.teacher else None,
+                grader=grader,
+                output=body.output,
+                request=body.model_dump(mode="json", exclude_unset=True),
+                priority=body.priority,
+                time_limit=body.time_limit_seconds,
+            ),
+            context.arns,
+            context.quotas(call.account),
         )
-        for name, act in acts.items()
-    ]  # fmt: skip
-    return [
-        NativeOperation(
-            "createJob", "POST", "/api/v1/jobs", jobs.create, "Put a job into the queue.", JobView,
-            body=NewJob, status=201,
-        ),
-        NativeOperation(
-            "listJobs", "GET", "/api/v1/jobs", jobs.list_jobs, "Jobs, the newest first.", JobsView,
-            query=JobsPage,
-        ),
-        NativeOperation("getJob", "GET", one, jobs.get, "One job by its name or id.", JobView),
-        NativeOperation(
-            "deleteJob", "DELETE", one, jobs.delete,
-            "Delete a job that has ended and whose model is deleted, with its events and files.",
-            DeletedJobView,
-        ),
-        *changes,
-        NativeOperation(
-            "listLabelIssues", "GET", f"{one}/label-issues", jobs.label_issues,
-            "Rows whose label is worth a look.", LabelIssuesView, query=LabelIssuesPage,
-        ),
-        NativeOperation(
-            "jobEvents", "GET", f"{one}/events", jobs.events,
-            "What happens to a job, as server-sent events: states, messages, metrics of each step.",
-            query=Since, media="text/event-stream",
-        ),
-    ]  # fmt: skip
+        view = _view(job)
+    context.wake()
+    return view
 
 
-class _Jobs:
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def create(self, request: Request, body: NewJob) -> JobView:
-        context = self.context
-        context.record(request, "CreateJob", "model-customization-job/*")
-        for address in (*body.training, *body.validation):
-            context.locations.check(request.account, address)
-        if body.output is not None:
-            context.locations.check_writable(request.account, body.output)
-        grader = check_client_grader(body.grader) if body.grader else None
-        if grader is not None:
-            parse_graders({"grader": grader})  # its patterns and schemas, outside of a transaction
-        with context.database.write() as session:
-            job = submit(
-                session,
-                Submission(
-                    account=request.account,
-                    face="native",
-                    job_name=body.name,
-                    model_name=body.model_name,
-                    customization_type=body.customization_type,
-                    base=context.base(session, request.account, body.base),
-                    training=body.training,
-                    validators=body.validation,
-                    settings=body.settings,
-                    teacher=context.base(session, request.account, body.teacher)
-                    if body.teacher
-                    else None,
-                    grader=grader,
-                    output=body.output,
-                    request=body.model_dump(mode="json", exclude_unset=True),
-                    priority=body.priority,
-                    time_limit=body.time_limit_seconds,
-                ),
-                context.arns,
-                context.quotas(request.account),
-            )
-            view = _view(job)
-        context.wake()
-        return view
-
-    def list_jobs(self, request: Request, page: JobsPage) -> JobsView:
-        self.context.record(request, "ListJobs", "*")
-        wanted = queue.JobFilter(states=(page.state,) if page.state else ())
-        with self.context.database.read() as session:
-            found = queue.list_jobs(
-                session, request.account, wanted, limit=page.limit + 1, position=page.position
-            )
-        following = found[page.limit - 1].seq if len(found) > page.limit else None
-        return JobsView(jobs=[_view(job) for job in found[: page.limit]], next=following)
-
-    def get(self, request: Request) -> JobView:
-        job = self._job(request, "GetJob")
-        return _view(job, JobFolders(job.id).log_tail())
-
-    def delete(self, request: Request) -> DeletedJobView:
-        job = self._job(request, "DeleteJob")
-        delete_job(self.context.database, self.context.arns, job)
-        return DeletedJobView(job=job.id)
-
-    def label_issues(self, request: Request, page: LabelIssuesPage) -> LabelIssuesView:
-        job = self._job(request, "ListLabelIssues")
-        result = job.result
-        records = [] if result is None else run_of(result["stored_id"]).read_label_issues()
-        if result is not None and not records and result.get("label_issues", {}).get("issues"):
-            raise Fault(
-                "Conflict",
-                f"The label issues of the job {job.name} are on the machine that trained it. Read "
-                f"{LABEL_ISSUES} below the `output` of the job, or ask the server on that machine.",
-            )
-        end = page.position + page.limit
-        return LabelIssuesView(
-            issues=[LabelIssueView(**each) for each in records[page.position : end]],
-            total=len(records),
-            next=end if end < len(records) else None,
+@router.get("/jobs")
+def list_jobs(call: NativeCall, page: Annotated[JobsPage, Query()]) -> JobsView:
+    """List jobs, the newest first."""
+    call.record("ListJobs", "*")
+    wanted = queue.JobFilter(states=(page.state,) if page.state else ())
+    with call.context.database.read() as session:
+        found = queue.list_jobs(
+            session, call.account, wanted, limit=page.limit + 1, position=page.position
         )
+    following = found[page.limit - 1].seq if len(found) > page.limit else None
+    return JobsView(jobs=[_view(job) for job in found[: page.limit]], next=following)
 
-    def transition_handler(
-        self, name: str, act: Callable[[Session, Job], Job]
-    ) -> Callable[[Request], JobView]:
-        """The handler that does ``act`` to a job."""
 
-        def run(request: Request) -> JobView:
-            with self.context.database.write() as session:
-                job = queue.get(session, request.account, request.params["job"], lock=True)
-                job = self._existing(request, f"{name.capitalize()}Job", job)
-                view = _view(act(session, job))
-            self.context.wake()
-            return view
+@router.get("/jobs/{job}")
+def get_job(call: NativeCall, job: Name) -> JobView:
+    """Return a job by its name or id."""
+    found = _find(call, job, "GetJob")
+    return _view(found, JobFolders(found.id).log_tail())
 
-        return run
 
-    def events(self, request: Request, since: Since) -> Response:
-        job = self._job(request, "GetJob")
-        # A number beyond what databases hold is nobody's event.
-        known = parse_digits(request.headers.get("last-event-id", ""))
-        after = since.after if known is None else known
-        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
-        return Response(200, self._stream(job, min(after, 2**62), since.follow), headers)
+@router.delete("/jobs/{job}")
+def delete_job(call: NativeCall, job: Name) -> DeletedJobView:
+    """Delete a job that has ended and whose model is deleted, with its events and files."""
+    found = _find(call, job, "DeleteJob")
+    deletion.delete_job(call.context.database, call.context.arns, found)
+    return DeletedJobView(job=found.id)
 
-    def _stream(self, job: Job, after: int, follow: bool) -> Iterator[bytes]:
-        quiet = time.monotonic()
-        while True:
-            with self.context.database.read() as session:
-                # The state is read first: events of the end are never missed.
-                state = session.get_one(Job, job.seq).state
-                found = queue.events(session, job, limit=500, position=after, ascending=True)
-            for event in found:
-                after, quiet = event.seq, time.monotonic()
-                message = map_code(event.message, setting_name)
-                entry = {"at": event.at.isoformat(), "message": message, **event.data}
-                line = json.dumps(entry, ensure_ascii=False)
-                yield f"id: {event.seq}\nevent: {event.kind}\ndata: {line}\n\n".encode()
-            if not found and (state in ENDED or not follow):
+
+@router.post("/jobs/{job}/stop")
+def stop_job(call: NativeCall, job: Name) -> JobView:
+    """Stop a job; a job that has ended is a conflict."""
+    return _change(call, job, "StopJob", queue.stop)
+
+
+@router.post("/jobs/{job}/pause")
+def pause_job(call: NativeCall, job: Name) -> JobView:
+    """Pause a job; a job that has ended is a conflict."""
+    return _change(call, job, "PauseJob", queue.pause)
+
+
+@router.post("/jobs/{job}/resume")
+def resume_job(call: NativeCall, job: Name) -> JobView:
+    """Resume a job; a job that has ended is a conflict."""
+    return _change(call, job, "ResumeJob", queue.resume)
+
+
+@router.get("/jobs/{job}/label-issues")
+def list_label_issues(
+    call: NativeCall, job: Name, page: Annotated[LabelIssuesPage, Query()]
+) -> LabelIssuesView:
+    """List rows whose label is worth a look."""
+    found = _find(call, job, "ListLabelIssues")
+    result = found.result
+    records = [] if result is None else run_of(result["stored_id"]).read_label_issues()
+    if result is not None and not records and result.get("label_issues", {}).get("issues"):
+        raise Fault(
+            "Conflict",
+            f"The label issues of the job {found.name} are on the machine that trained it. Read "
+            f"{LABEL_ISSUES} below the `output` of the job, or ask the server on that machine.",
+        )
+    end = page.position + page.limit
+    return LabelIssuesView(
+        issues=[LabelIssueView(**each) for each in records[page.position : end]],
+        total=len(records),
+        next=end if end < len(records) else None,
+    )
+
+
+def _read_job(call: NativeCall, job: Name) -> Job:
+    return _find(call, job, "GetJob")
+
+
+@router.get("/jobs/{job}/events", response_class=EventSourceResponse, dependencies=[STREAM_TURN])
+async def job_events(
+    call: NativeCall,
+    job: Annotated[Job, Depends(_read_job)],
+    since: Annotated[Since, Query()],
+    last_event_id: Annotated[str, Header()] = "",
+) -> AsyncIterator[ServerSentEvent]:
+    """Stream states, messages and metrics of each step as server-sent events."""
+    known = parse_digits(last_event_id)
+    # Databases hold no larger number.
+    after = min(since.after if known is None else known, 2**62)
+    while True:
+        state, found = await run_in_threadpool(_events, call, job, after)
+        for event in found:
+            after = event.seq
+            message = map_code(event.message, setting_name)
+            entry = {"at": event.at.isoformat(), "message": message, **event.data}
+            yield ServerSentEvent(data=entry, event=event.kind, id=str(event.seq))
+        if not found:
+            if state in ENDED or not since.follow:
                 return
-            if not found:
-                if time.monotonic() - quiet > QUIET_SECONDS:
-                    quiet = time.monotonic()
-                    yield b": still here\n\n"
-                # Nothing yet: the application asks again, and no thread waits.
-                yield b""
+            await asyncio.sleep(POLL_SECONDS)
 
-    def _job(self, request: Request, action: str) -> Job:
-        with self.context.database.read() as session:
-            job = queue.get(session, request.account, request.params["job"])
-        return self._existing(request, action, job)
 
-    def _existing(self, request: Request, action: str, job: Job | None) -> Job:
-        """Return the job that the path names, and record its ARN for the audit log."""
-        path = f"{job.foundation}/{job.id}" if job else request.params["job"]
-        self.context.record(request, action, f"model-customization-job/{path}")
-        if job is None:
-            raise not_found("job", request.params["job"])
-        return job
+def _events(call: Call, job: Job, after: int) -> tuple[str, Sequence[JobEvent]]:
+    """Return the state of ``job`` and its events behind ``after``."""
+    with call.context.database.read() as session:
+        # The state is read first: events of the end are never missed.
+        state = session.get_one(Job, job.seq).state
+        return state, queue.events(session, job, limit=500, position=after, ascending=True)
+
+
+def _change(call: Call, name: str, action: str, act: Callable[[Session, Job], Job]) -> JobView:
+    with call.context.database.write() as session:
+        job = queue.get(session, call.account, name, lock=True)
+        view = _view(act(session, _existing(call, name, action, job)))
+    call.context.wake()
+    return view
+
+
+def _find(call: Call, name: str, action: str) -> Job:
+    with call.context.database.read() as session:
+        job = queue.get(session, call.account, name)
+    return _existing(call, name, action, job)
+
+
+def _existing(call: Call, name: str, action: str, job: Job | None) -> Job:
+    """Return the job of this name, and record its ARN for the audit log."""
+    path = f"{job.foundation}/{job.id}" if job else name
+    call.record(action, f"model-customization-job/{path}")
+    if job is None:
+        raise not_found("job", name)
+    return job
 
 
 def _view(job: Job, log: list[str] | None = None) -> JobView:

@@ -6,11 +6,20 @@ from datetime import datetime
 
 from sqlalchemy import select
 
-from luthier.inference.pool import LoadedModel, ModelPool
-from luthier.server.http.messages import Fault, Request, inference_faults
+from luthier.server.http.messages import Fault, inference_faults
 from luthier.server.identifiers import find_foundation
-from luthier.server.native.operations import Context, NativeOperation, View, not_found
+from luthier.server.native.operations import (
+    MODEL_TURN,
+    Call,
+    Name,
+    NativeCall,
+    View,
+    native_router,
+    not_found,
+)
 from luthier.server.tables.custom_models import CustomModel
+
+router = native_router()
 
 
 class LoadedModelView(View):
@@ -42,93 +51,73 @@ class LoadedModelsView(View):
     models: list[LoadedModelView]
 
 
-def operations(context: Context, pool: ModelPool) -> list[NativeOperation]:
-    """Everything about models in memory."""
-    models, one = _LoadedModels(context, pool), "/api/v1/models/{model}"
-    return [
-        NativeOperation(
-            "listLoadedModels", "GET", "/api/v1/loaded-models", models.list_models,
-            "The account's models in the memory of this server.",
-            LoadedModelsView,
-        ),
-        NativeOperation(
-            "loadModel", "POST", f"{one}/load", models.load,
-            "Have a custom model in memory before it is asked.", LoadedModelView, long=True,
-        ),
-        NativeOperation(
-            "unloadModel", "POST", f"{one}/unload", models.unload,
-            "Let a custom model go once its last answer has ended.",
-            LoadedModelView,
-        ),
-    ]  # fmt: skip
+@router.get("/loaded-models")
+def list_loaded_models(call: NativeCall) -> LoadedModelsView:
+    """List the account's models in the memory of this server."""
+    call.record("ListLoadedModels", "*")
+    loaded = {each.id: each for each in call.context.pool.loaded_models()}
+    own = select(CustomModel).where(
+        CustomModel.account == call.account, CustomModel.stored_id.in_([*loaded])
+    )
+    with call.context.database.read() as session:
+        found = list(session.scalars(own.order_by(CustomModel.seq)))
+    order = {model_id: place for place, model_id in enumerate(loaded)}
+    found.sort(key=lambda model: order.get(model.stored_id or "", len(order)))
+    return LoadedModelsView(models=[_view(call, each) for each in found])
 
 
-class _LoadedModels:
-    def __init__(self, context: Context, pool: ModelPool) -> None:
-        self.context, self.pool = context, pool
+@router.post("/models/{model}/load", dependencies=[MODEL_TURN])
+def load_model(call: NativeCall, model: Name) -> LoadedModelView:
+    """Load a custom model into memory before its first request."""
+    found, stored_id = _find(call, model, "LoadModel")
+    with inference_faults():
+        call.context.pool.load(stored_id)
+    return _view(call, found)
 
-    def list_models(self, request: Request) -> LoadedModelsView:
-        self.context.record(request, "ListLoadedModels", "*")
-        loaded = {each.id: each for each in self.pool.loaded_models()}
-        own = select(CustomModel).where(
-            CustomModel.account == request.account,
-            CustomModel.stored_id.in_([*loaded]),
+
+@router.post("/models/{model}/unload")
+def unload_model(call: NativeCall, model: Name) -> LoadedModelView:
+    """Unload a custom model once its last answer has ended."""
+    found, stored_id = _find(call, model, "UnloadModel")
+    call.context.pool.unload(stored_id)
+    return _view(call, found)
+
+
+def _find(call: Call, name: str, action: str) -> tuple[CustomModel, str]:
+    """Return the account's model and its id in the library."""
+    base = find_foundation(call.context.arns, name)
+    if base is not None:
+        call.record_base(action, base)
+        raise Fault(
+            "Validation",
+            f"{name} is a foundation model, which all accounts share. Name a custom model.",
+            parameter="model",
         )
-        with self.context.database.read() as session:
-            found = list(session.scalars(own.order_by(CustomModel.seq)))
-        order = {model_id: place for place, model_id in enumerate(loaded)}
-        found.sort(key=lambda model: order.get(model.stored_id or "", len(order)))
-        return LoadedModelsView(
-            models=[self._view(each, loaded.get(each.stored_id or "")) for each in found]
-        )
+    with call.context.database.read() as session:
+        model = call.model(session, action, name, active=True)
+    if model.stored_id is None:
+        raise not_found("model", name)
+    return model, model.stored_id
 
-    def load(self, request: Request) -> LoadedModelView:
-        model, stored_id = self._model(request, "LoadModel")
-        with inference_faults():
-            self.pool.load(stored_id)
-        return self._current_view(model, stored_id)
 
-    def unload(self, request: Request) -> LoadedModelView:
-        model, stored_id = self._model(request, "UnloadModel")
-        self.pool.unload(stored_id)
-        return self._current_view(model, stored_id)
-
-    def _model(self, request: Request, action: str) -> tuple[CustomModel, str]:
-        """Return the account's model and its id in the store."""
-        name = request.params["model"]
-        base = find_foundation(self.context.arns, name)
-        if base is not None:
-            self.context.record_base(action, base)
-            raise Fault(
-                "Validation",
-                f"{name} is a foundation model, which all accounts share. Name a custom model.",
-                parameter="model",
-            )
-        with self.context.database.read() as session:
-            model = self.context.asked_model(request, session, action, active=True)
-        if model.stored_id is None:
-            raise not_found("model", name)
-        return model, model.stored_id
-
-    def _current_view(self, model: CustomModel, stored_id: str) -> LoadedModelView:
-        loaded = {each.id: each for each in self.pool.loaded_models()}
-        return self._view(model, loaded.get(stored_id))
-
-    def _view(self, model: CustomModel, loaded: LoadedModel | None) -> LoadedModelView:
-        arn = model.arn(self.context.arns)
-        guessed = None if loaded is None else loaded.speculation
-        if loaded is None:
-            return LoadedModelView(id=model.id, name=model.name, arn=arn, loaded=False)
-        return LoadedModelView(
-            id=model.id,
-            name=model.name,
-            arn=arn,
-            loaded=True,
-            base=None if loaded.base is None else model.base_model,
-            memory_bytes=loaded.bytes,
-            loaded_at=loaded.loaded,
-            last_used=loaded.last_used,
-            requests=loaded.requests,
-            proposed_tokens=None if guessed is None else guessed.proposed,
-            accepted_tokens=None if guessed is None else guessed.accepted,
-        )
+def _view(call: Call, model: CustomModel) -> LoadedModelView:
+    arn = model.arn(call.context.arns)
+    loaded = next(
+        (each for each in call.context.pool.loaded_models() if each.id == model.stored_id), None
+    )
+    if loaded is None:
+        return LoadedModelView(id=model.id, name=model.name, arn=arn, loaded=False)
+    guessed = loaded.speculation
+    return LoadedModelView(
+        id=model.id,
+        name=model.name,
+        arn=arn,
+        loaded=True,
+        base=None if loaded.base is None else model.base_model,
+        memory_bytes=loaded.bytes,
+        loaded_at=loaded.loaded,
+        last_used=loaded.last_used,
+        requests=loaded.requests,
+        proposed_tokens=None if guessed is None else guessed.proposed,
+        accepted_tokens=None if guessed is None else guessed.accepted,
+    )

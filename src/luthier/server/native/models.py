@@ -1,4 +1,4 @@
-"""Models of the native face: what there is, where each came from, and what is certified of it."""
+"""Models of the native API, their lineage and their certificates."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from fastapi import Response
 from sqlalchemy import select
 
 from luthier.engine.metrics import SHARES
 from luthier.errors import LuthierError
 from luthier.evaluation.significance import LESS_IS_BETTER
-from luthier.server.http.messages import Fault, Request, Response
+from luthier.server.http.messages import Fault
 from luthier.server.identifiers import find_foundation
 from luthier.server.native.model_operations import (
     Ability,
@@ -21,9 +22,12 @@ from luthier.server.native.model_operations import (
     abilities_of_base,
     writes,
 )
-from luthier.server.native.operations import Context, NativeOperation, View
+from luthier.server.native.operations import Name, NativeCall, View, native_router
+from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.foundation import FoundationModel, foundation_models, kind_of
+
+router = native_router()
 
 
 class AbilitiesView(View):
@@ -96,124 +100,109 @@ class CertificateView(View):
     """Measures of which less is better."""
 
 
-def operations(context: Context) -> list[NativeOperation]:
-    """Everything about models."""
-    models, one = _Models(context), "/api/v1/models/{model}"
-    return [
-        NativeOperation(
-            "listModels", "GET", "/api/v1/models", models.list_models, "All models there are.",
-            ModelsView,
-        ),
-        NativeOperation("getModel", "GET", one, models.get, "One model by id, name or ARN.", ModelView),
-        NativeOperation(
-            "deleteModel", "DELETE", one, models.delete,
-            "Delete a custom model that nothing answers with and no job starts from; its job stays.",
-            DeletedModelView,
-        ),
-        NativeOperation(
-            "getCertificate", "GET", f"{one}/certificate", models.certificate,
-            "What is certified of a custom model, and its lineage.", CertificateView,
-        ),
-        NativeOperation(
-            "downloadCertificate", "GET", f"{one}/certificate.json", models.certificate_file,
-            "The bytes of a custom model's certificate.json, as `luthier verify` reads them.",
-        ),
-    ]  # fmt: skip
+@router.get("/models")
+def list_models(call: NativeCall) -> ModelsView:
+    """List foundation models and the account's own models."""
+    call.record("ListModels", "*")
+    own = select(CustomModel).where(
+        CustomModel.account == call.account, CustomModel.status != RESERVED
+    )
+    with call.context.database.read() as session:
+        found = list(session.scalars(own.order_by(CustomModel.seq)))
+    arns = call.context.arns
+    views = [_foundation(arns, each) for each in foundation_models()]
+    return ModelsView(models=views + [_custom(arns, each) for each in found])
 
 
-class _Models:
-    def __init__(self, context: Context) -> None:
-        self.context = context
+@router.get("/models/{model}")
+def get_model(call: NativeCall, model: Name) -> ModelView:
+    """Return a model by id, name or ARN."""
+    arns = call.context.arns
+    with call.context.database.read() as session:
+        found = find_foundation(arns, model) or call.model(session, "GetModel", model)
+    if isinstance(found, FoundationModel):
+        call.record_base("GetModel", found)
+        view = _foundation(arns, found)
+    else:
+        view = _custom(arns, found)
+    return view.model_copy(update={"abilities": _abilities(found)})
 
-    def list_models(self, request: Request) -> ModelsView:
-        self.context.record(request, "ListModels", "*")
-        own = select(CustomModel).where(
-            CustomModel.account == request.account, CustomModel.status != RESERVED
-        )
-        with self.context.database.read() as session:
-            found = list(session.scalars(own.order_by(CustomModel.seq)))
-        views = [self._foundation(each) for each in foundation_models()]
-        return ModelsView(models=views + [self._custom(each) for each in found])
 
-    def get(self, request: Request) -> ModelView:
-        with self.context.database.read() as session:
-            base = find_foundation(self.context.arns, request.params["model"])
-            found = base or self.context.asked_model(request, session, "GetModel")
-        if isinstance(found, FoundationModel):
-            self.context.record_base("GetModel", found)
-            view = self._foundation(found)
-        else:
-            view = self._custom(found)
-        return view.model_copy(update={"abilities": _abilities(found)})
+@router.delete("/models/{model}")
+def delete_model(call: NativeCall, model: Name) -> DeletedModelView:
+    """Delete a custom model that nothing answers with and no job starts from; its job stays."""
+    with call.context.database.read() as session:
+        found = call.model(session, "DeleteModel", model)
+    call.context.delete_model(found)
+    return DeletedModelView(model=found.arn(call.context.arns))
 
-    def delete(self, request: Request) -> DeletedModelView:
-        with self.context.database.read() as session:
-            model = self.context.asked_model(request, session, "DeleteModel")
-        self.context.delete_model(model)
-        return DeletedModelView(model=model.arn(self.context.arns))
 
-    def certificate(self, request: Request) -> CertificateView:
-        lineage: list[str] = []
-        with self.context.database.read() as session:
-            model = below = self.context.asked_model(request, session, "GetModel")
-            lineage.append(below.arn(self.context.arns))
-            # A whole network from outside has nothing below it.
-            while below.base_model:
-                lineage.append(below.base_model)
-                if ":custom-model/" not in lineage[-1]:
-                    break
-                try:
-                    below = self.context.custom(session, request.account, lineage[-1])
-                except Fault:
-                    break  # deleted since; its ARN is all that is left of it here
-        certificate = json.loads(_certificate_text(model))
-        return CertificateView(
-            model=lineage[0],
-            certificate=certificate,
-            lineage=lineage,
-            shares=sorted(SHARES),
-            errors=sorted(LESS_IS_BETTER),
-        )
+@router.get("/models/{model}/certificate")
+def get_certificate(call: NativeCall, model: Name) -> CertificateView:
+    """Return the certificate of a custom model, and its lineage."""
+    lineage: list[str] = []
+    with call.context.database.read() as session:
+        found = below = call.model(session, "GetModel", model)
+        lineage.append(below.arn(call.context.arns))
+        # A whole network from outside has nothing below it.
+        while below.base_model:
+            lineage.append(below.base_model)
+            if ":custom-model/" not in lineage[-1]:
+                break
+            try:
+                below = call.context.custom(session, call.account, lineage[-1])
+            except Fault:
+                break  # deleted since; its ARN is all that is left of it here
+    return CertificateView(
+        model=lineage[0],
+        certificate=json.loads(_certificate_text(found)),
+        lineage=lineage,
+        shares=sorted(SHARES),
+        errors=sorted(LESS_IS_BETTER),
+    )
 
-    def certificate_file(self, request: Request) -> Response:
-        with self.context.database.read() as session:
-            model = self.context.asked_model(request, session, "GetModel")
-        # Its hash is of these bytes: JavaScript, which reads 32.0 and writes 32, would change them.
-        headers = {
-            "Content-Type": "application/json",
-            "Content-Disposition": 'attachment; filename="certificate.json"',
-        }
-        return Response(200, _certificate_text(model).encode("utf-8", "replace"), headers)
 
-    def _foundation(self, model: FoundationModel) -> ModelView:
-        return ModelView(
-            id=model.id,
-            name=model.base,
-            arn=self.context.arns.foundation_model(model.id),
-            kind="foundation",
-            status="ACTIVE",
-            created=model.created,
-            base_kind=model.kind,
-            writes=writes(model),
-        )
+@router.get("/models/{model}/certificate.json")
+def download_certificate(call: NativeCall, model: Name) -> Response:
+    """Return the bytes of a custom model's certificate.json, as `luthier verify` reads them."""
+    with call.context.database.read() as session:
+        found = call.model(session, "GetModel", model)
+    # Its hash is of these bytes: JavaScript, which reads 32.0 and writes 32, would change them.
+    headers = {"Content-Disposition": 'attachment; filename="certificate.json"'}
+    text = _certificate_text(found).encode("utf-8", "replace")
+    return Response(text, headers=headers, media_type="application/json")
 
-    def _custom(self, model: CustomModel) -> ModelView:
-        sent = model.details.get("request", {}).get("modelSourceConfig", {})
-        source: str | None = sent.get("s3DataSource", {}).get("s3Uri")
-        return ModelView(
-            id=model.id,
-            name=model.name,
-            arn=model.arn(self.context.arns),
-            kind="custom",
-            status=model.status,
-            base=model.base_model or None,
-            job=model.job_id,
-            source=source,
-            failure=model.failure,
-            created=model.created,
-            base_kind=kind_of(model),
-            writes=writes(model),
-        )
+
+def _foundation(arns: Arns, model: FoundationModel) -> ModelView:
+    return ModelView(
+        id=model.id,
+        name=model.base,
+        arn=arns.foundation_model(model.id),
+        kind="foundation",
+        status="ACTIVE",
+        created=model.created,
+        base_kind=model.kind,
+        writes=writes(model),
+    )
+
+
+def _custom(arns: Arns, model: CustomModel) -> ModelView:
+    sent = model.details.get("request", {}).get("modelSourceConfig", {})
+    source: str | None = sent.get("s3DataSource", {}).get("s3Uri")
+    return ModelView(
+        id=model.id,
+        name=model.name,
+        arn=model.arn(arns),
+        kind="custom",
+        status=model.status,
+        base=model.base_model or None,
+        job=model.job_id,
+        source=source,
+        failure=model.failure,
+        created=model.created,
+        base_kind=kind_of(model),
+        writes=writes(model),
+    )
 
 
 def _certificate_text(model: CustomModel) -> str:

@@ -1,30 +1,31 @@
-"""Operations of the native face, the face that finds and checks them, and its OpenAPI 3.1 document.
-
-An operation names its parts once: path, query, body and answer are pydantic models, from which requests
-are checked, answers written and the document made.
-"""
+"""Common parts of the native API: routes of FastAPI, the authenticated call, and error responses."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic.json_schema import models_json_schema
+from fastapi import APIRouter, Depends, Path, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.params import Depends as Dependency
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
+from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
 from luthier.server.audit import record_action
-from luthier.server.http.messages import (
-    Fault,
-    Request,
-    RequestHead,
-    Response,
-)
-from luthier.server.http.routing import Operation, Route, Router
+from luthier.server.http.application import fault_of
+from luthier.server.http.messages import Caller, Fault, parse_json
+from luthier.server.http.messages import Response as Answer
+from luthier.server.http.streams import ClientDisconnected
 from luthier.server.identifiers import (
     Invocable,
     find_foundation,
@@ -34,6 +35,7 @@ from luthier.server.identifiers import (
     resolve_name,
 )
 from luthier.server.jobs.submit import SETTABLE_DATA
+from luthier.server.roles import authorize
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database
@@ -52,70 +54,40 @@ STATUS = {
 """HTTP status of each fault; 400 for others."""
 MOST_ERRORS = 10
 """Errors of a body that a response names."""
-_REFERENCE = "#/components/schemas/{model}"
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["code", "message"],
-            "properties": {
-                "code": {"type": "string"},
-                "message": {"type": "string"},
-                "parameter": {"type": "string", "description": "The field that is meant."},
-            },
-        }
-    },
-}
 
 
 class Input(BaseModel):
-    """What is sent: its fields are known, others are refused."""
+    """Body or query of a request; unknown fields are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class View(BaseModel):
-    """What is answered."""
+    """Body of a response."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
-class Empty(Input):
-    """Nothing is sent."""
+class ErrorDetail(View):
+    """A refusal or failure."""
+
+    code: str
+    message: str
+    parameter: str | None = None
+    """Field of the request that has the error."""
 
 
-@dataclass(frozen=True)
-class NativeOperation:
-    """One thing that clients can ask for, with the models of its parts."""
+class ErrorView(View):
+    """Response to a request that is refused or fails."""
 
-    name: str
-    method: str
-    path: str
-    """With names in braces: ``/api/v1/jobs/{job}``."""
-    run: Callable[..., Any]
-    """Called with the request, and with its query or body if it has one; gives an ``answer``, or a
-    :class:`Response` that is sent as it is."""
-    about: str
-    """One sentence for the document."""
-    answer: type[BaseModel] | None = None
-    """``None`` where an :class:`Response` is given."""
-    query: type[BaseModel] = Empty
-    body: type[BaseModel] | None = None
-    status: int = 200
-    media: str = "application/json"
-    """Of the answer."""
-    pictures: bool = False
-    """Whether ``Accept: image/png`` gets a picture instead."""
-    upload: Callable[[Request], dict[str, Any]] | None = None
-    """Makes the members of ``body`` from one that is an image or a sound itself, and no JSON."""
-    uploads: tuple[str, ...] = ()
-    """What such a body may be: ``image``, ``audio``."""
-    long: bool = False
-    """Whether it takes a model's time."""
+    error: ErrorDetail
 
 
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorView, "description": f"Refused with status {status}."}
+    for status in sorted(set(STATUS.values()))
+}
+ERRORS["4XX"] = {"model": ErrorView}  # in place of FastAPI's own form of errors
 _ABOVE = {"base": "base", "data.train": "training", "data.validation": "validation",
           "teacher.model": "teacher", "objective.grader": "grader"}  # fmt: skip
 """What is no setting of a job but a member of its own."""
@@ -133,240 +105,246 @@ def setting_name(setting: str) -> str:
     return f"settings.{setting}" if setting.startswith(_SETTINGS) else setting
 
 
-class NativeFace:
-    """Finds operations by method and path."""
-
-    name, request_id_header = "native", "x-request-id"
-
-    def __init__(self, operations: Sequence[NativeOperation]) -> None:
-        self.router = Router(
-            Operation(
-                f"native.{each.name}",
-                each.method,
-                each.path,
-                partial(_run, each),
-                long=each.long,
-                action=f"luthier:{each.name[0].upper()}{each.name[1:]}",
-            )
-            for each in operations
-        )
-
-    def serves(self, head: RequestHead, service: str) -> bool:
-        """What is below its path."""
-        return head.path.startswith("/api/")
-
-    def route(self, head: RequestHead) -> Route:
-        """What answers to a request; :class:`Fault` where nothing does."""
-        routes = self.router.routes(head.path)
-        if head.method in routes:
-            return routes[head.method]
-        if routes:
-            methods = ", ".join(sorted(routes))
-            raise Fault("MethodNotAllowed", f"{head.path} takes {methods}.", allow=methods)
-        text = f"There is no {head.method} {head.path}; see /api/v1/openapi.json."
-        raise Fault("UnknownOperation", text)
-
-    def refusal(self, fault: Fault, request_id: str) -> Response:
-        """``{"error": {"code", "message", "parameter"}}``."""
-        fault = fault.with_setting_names(setting_name)
-        error = {"code": fault.code, "message": fault.message, "parameter": fault.parameter}
-        headers = {"Allow": fault.details["allow"]} if "allow" in fault.details else {}
-        body = {key: value for key, value in error.items() if value is not None}
-        return Response.json({"error": body}, STATUS.get(fault.code, 400), **headers)
+def refusal(fault: Fault, request_id: str) -> Answer:
+    """Return the response ``{"error": {"code", "message", "parameter"}}``."""
+    fault = fault.with_setting_names(setting_name)
+    error = ErrorDetail(code=fault.code, message=fault.message, parameter=fault.parameter)
+    headers = {"Allow": fault.details["allow"]} if "allow" in fault.details else {}
+    if "retry_after" in fault.details:
+        headers["Retry-After"] = str(fault.details["retry_after"])
+    body = {"error": error.model_dump(exclude_none=True)}
+    return Answer.json(body, STATUS.get(fault.code, 400), **headers)
 
 
-def _run(operation: NativeOperation, request: Request) -> Response:
-    query = {key: values[-1] for key, values in request.query.items()}
-    parts = [_parse(operation.query, query)] if operation.query is not Empty or query else []
-    if operation.body is not None:
-        uploaded = operation.upload and content_kind(request) in operation.uploads
-        sent = operation.upload(request) if operation.upload and uploaded else _json(request)
-        parts.append(_parse(operation.body, sent))
-    given = operation.run(request, *parts)
-    if isinstance(given, Response):
-        return given
-    return Response.json(given.model_dump(mode="json", exclude_none=True), operation.status)
+async def refuse(request: Request, error: Exception) -> Response:
+    """Respond to an exception of a route or of the router."""
+    record = request.state.record
+    if isinstance(error, ClientDisconnected):
+        record.error = "ClientDisconnected"
+        return Response(status_code=499)
+    fault = _fault(error, request)
+    record.error = fault.code
+    answer = refusal(fault, record.request_id)
+    return Response(answer.body, answer.status, answer.headers)
 
 
-def content_kind(request: Request) -> str:
-    """What the body is by its header: ``application``, ``image``, ``audio``, …."""
-    return request.headers.get("content-type", "").partition("/")[0].strip().lower()
-
-
-def _json(request: Request) -> Any:
-    try:
-        return request.json if request.body.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise Fault("Serialization", f"The body is no JSON: {error}.") from error
-
-
-def _parse(kind: type[BaseModel], value: Any) -> Any:
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[:MOST_ERRORS]
-        places = [".".join(map(str, each["loc"])) for each in first]
+def _fault(error: Exception, request: Request) -> Fault:
+    path = request.scope["path"]
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[:MOST_ERRORS]
+        places = [".".join(map(str, each["loc"][1:])) for each in first]
         text = "; ".join(
             f"{place or 'the body'}{describe_error(each)}"
             for place, each in zip(places, first, strict=True)
         )
-        raise Fault("Validation", text, parameter=places[0] or None) from error
+        return Fault("Validation", text, parameter=places[0] or None)
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        # Starlette names the methods of one route alone.
+        found = [
+            each for each in request.app.routes if each.matches(request.scope)[0] is not Match.NONE
+        ]
+        allow = ", ".join(sorted(set().union(*(each.methods for each in found))))
+        return Fault("MethodNotAllowed", f"{path} takes {allow}.", allow=allow)
+    if isinstance(error, HTTPException):
+        text = f"There is no {request.method} {path}; see /api/v1/openapi.json."
+        return Fault("UnknownOperation", text)
+    return fault_of(error, request.state.record.request_id)
 
 
-def document(operations: Sequence[NativeOperation], version: str) -> dict[str, Any]:
-    """The whole document, ready for JSON."""
-    bodies = [each.body for each in operations if each.body is not None]
-    answers = [each.answer for each in operations if each.answer is not None]
-    wanted: list[tuple[type[BaseModel], Any]] = [(each, "validation") for each in bodies]
-    wanted += [(each, "serialization") for each in answers]
-    references, found = models_json_schema(
-        list(dict.fromkeys(wanted)),
-        ref_template=_REFERENCE,  # each model once
-    )
-    schemas = {"Error": _ERROR, **found.get("$defs", {})}
-    paths: dict[str, dict[str, Any]] = {}
-    for each in operations:
-        paths.setdefault(each.path, {})[each.method.lower()] = _operation(each, references)
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "luthier",
-            "version": version,
-            "description": "Jobs, reports, estimates, models and certificates of a luthier server.",
-        },
-        "security": [{"key": []}],
-        "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
-    }
+class _ParsedRequest(Request):
+    """A request whose body is parsed into ``state.json``."""
+
+    async def body(self) -> bytes:
+        """Return any text: FastAPI asks for JSON if there is text."""
+        return b"{}"
+
+    async def json(self) -> Any:
+        """Return the parsed body."""
+        return self.state.json
 
 
-def _operation(each: NativeOperation, references: Any) -> dict[str, Any]:
-    content: dict[str, Any] = {"schema": {"type": "object"}}
-    if each.answer is not None:
-        content = {"schema": references[each.answer, "serialization"]}
-    elif each.media != "application/json":
-        content = {"schema": {"type": "string"}}
-    answers = {each.media: content}
-    if each.pictures:
-        answers["image/png"] = {"schema": {"format": "binary"}}
-    described: dict[str, Any] = {
-        "operationId": each.name,
-        "summary": each.about,
-        "parameters": [*_path(each), *_query(each.query)],
-        "responses": {
-            str(each.status): {"description": each.about, "content": answers},
-            **{str(status): _error_response(status) for status in sorted(set(STATUS.values()))},
-        },
-    }
-    if each.body is not None:
-        schema = references[each.body, "validation"]
-        sent = {f"{kind}/*": {"schema": {"format": "binary"}} for kind in each.uploads}
-        described["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": schema}, **sent},
+class NativeRoute(APIRoute):
+    """A route whose function names the operation and the action that the caller's role must allow."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        first, *rest = endpoint.__name__.split("_")
+        name = first + "".join(map(str.capitalize, rest))
+        options |= {
+            "operation_id": name,
+            "response_model_exclude_none": True,
+            "dependencies": [_permitted(name), *(options.get("dependencies") or ())],
         }
-    return described
+        super().__init__(path, endpoint, **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap FastAPI's handler: parse the body with limits, and raise faults only."""
+        handle = super().get_route_handler()
+
+        async def respond(request: Request) -> Response:
+            try:
+                unknown = next(iter(request.query_params), None)
+                if unknown is not None and not self.dependant.query_params:
+                    text = f"{unknown} is not known here"
+                    raise Fault("Validation", text, parameter=unknown)
+                if self.body_field is not None:
+                    request.state.json = await self._parse(request)
+                    MutableHeaders(scope=request.scope)["content-type"] = "application/json"
+                    request = _ParsedRequest(request.scope)
+                return await handle(request)
+            except Exception as error:
+                raise _fault(error, request) from None
+
+        return respond
+
+    async def _parse(self, request: Request) -> Any:
+        body = await request.body()
+        kind = request.headers.get("content-type", "").partition("/")[0].strip().lower()
+        sent = (self.openapi_extra or {}).get("requestBody", {"content": ()})
+        if self.body_field is not None and f"{kind}/*" in sent["content"]:
+            model: Any = self.body_field.field_info.annotation
+            return model.from_file(kind, body)
+        try:
+            return await run_in_threadpool(parse_json, body) if body.strip() else {}
+        except ValueError as error:
+            raise Fault("Serialization", f"The body is no JSON: {error}.") from error
 
 
-def _error_response(status: int) -> dict[str, Any]:
-    schema = {"$ref": _REFERENCE.format(model="Error")}
-    return {
-        "description": f"Refused with status {status}.",
-        "content": {"application/json": {"schema": schema}},
-    }
+def _permitted(name: str) -> Dependency:
+    """Return the dependency that rejects callers whose role does not allow the operation ``name``."""
+    action = f"luthier:{name[0].upper()}{name[1:]}"
+
+    async def check(request: Request) -> None:
+        request.state.record.operation = f"native.{name}"
+        authorize(request.state.caller, action, request.scope["path"])
+
+    return Dependency(check)
 
 
-def _path(each: NativeOperation) -> list[dict[str, Any]]:
-    names = re.findall(r"\{(\w+)\}", each.path)
-    schema = {"type": "string", "minLength": 1}
-    return [{"name": name, "in": "path", "required": True, "schema": schema} for name in names]
+async def _model_turn(request: Request) -> AsyncIterator[None]:
+    async with request.state.model_turn():
+        yield
 
 
-def _query(kind: type[BaseModel]) -> list[dict[str, Any]]:
-    schema = kind.model_json_schema()
-    needed = schema.get("required", [])
-    return [
-        {"name": name, "in": "query", "required": name in needed, "schema": value}
-        for name, value in schema.get("properties", {}).items()
-    ]
+async def _stream_turn(request: Request) -> AsyncIterator[None]:
+    async with request.state.stream_turn():
+        yield
+
+
+MODEL_TURN = Depends(_model_turn, scope="function")
+"""Waits for one of the requests that models work on at the same time."""
+STREAM_TURN = Depends(_stream_turn)
+"""Keeps one of the responses that are streamed at the same time until the response is sent."""
+Name = Annotated[str, Path(min_length=1), AfterValidator(unquote)]
+"""Segment of the raw path: an ARN has encoded slashes."""
+
+
+def uploads(*kinds: str) -> dict[str, Any]:
+    """Allow bodies that are files of ``kinds`` (``image``, ``audio``), read by ``from_file``."""
+    file = {"schema": {"type": "string", "format": "binary"}}
+    return {"requestBody": {"content": {f"{kind}/*": file for kind in kinds}}}
+
+
+def native_router() -> APIRouter:
+    """Return an empty router of operations below ``/api/v1``."""
+    key = Security(HTTPBearer(auto_error=False))  # for the document: the key is verified already
+    return APIRouter(
+        prefix="/api/v1", route_class=NativeRoute, dependencies=[key], responses=ERRORS
+    )
 
 
 @dataclass(frozen=True)
 class Context:
-    """The service, as one face sees it."""
+    """Parts of the service that operations use."""
 
     database: Database
     arns: Arns
     locations: Locations
     quotas: Callable[[str], AccountQuotas]
-    """Of an account."""
+    """Quotas of an account."""
     wake: Callable[[], None]
     """Tells the scheduler that there is something to do."""
     delete_model: Callable[[CustomModel], None]
     """Deletes a model, wherever it is; raises ``WrongState`` where it is in use."""
-
-    def record(self, request: Request, action: str, path: str) -> None:
-        """Note ``action`` for the audit log; ``path`` is the end of an ARN, or ``*`` for everything."""
-        kind, _, rest = path.partition("/")
-        resource = path if path == "*" else self.arns.of(request.account, kind, rest)
-        record_action(f"luthier:{action}", resource)
-
-    def record_base(self, action: str, model: FoundationModel) -> None:
-        """Note for the audit log an action on a foundation model."""
-        record_action(f"luthier:{action}", self.arns.foundation_model(model.id))
+    pool: ModelPool
 
     def base(
         self, session: Session, account: str, identifier: str
     ) -> FoundationModel | CustomModel:
-        """The foundation model, or the account's custom model, of an id, alias, name or ARN."""
+        """Return the foundation model, or the account's custom model, of an id, alias, name or ARN."""
         found = find_foundation(self.arns, identifier)
         return found or self.custom(session, account, identifier, active=True)
-
-    def asked_model(
-        self, request: Request, session: Session, action: str, *, active: bool = False
-    ) -> CustomModel:
-        """Return the account's model that the path names, and record its ARN for the audit log."""
-        name = request.params["model"]
-        model = find_model(session, self.arns, request.account, name)
-        if model is not None and active and model.status != ACTIVE:
-            model = None
-        path = f"{model.foundation}/{model.id}" if model else name
-        self.record(request, action, f"custom-model/{path}")
-        if model is None:
-            raise not_found("model", name)
-        return model
-
-    def invoked_model(self, request: Request, action: str) -> Invocable:
-        """Return the model that answers to the name in the path.
-
-        The name is of a deployment or of a custom model; see
-        :func:`luthier.server.identifiers.resolve_name`.
-        """
-        name = request.params["model"]
-        named = resolve_name(self.database, self.arns, request.account, name)
-        if named != name:
-            self.record(request, action, named.rpartition(":")[2])
-            return invocable(self.database, self.arns, request.account, named)
-        found = invocable_model(self.database, self.arns, request.account, name)
-        path = f"custom-model/{name}" if found is None else found.arn.rpartition(":")[2]
-        self.record(request, action, path)
-        if found is None:
-            raise not_found("model", name)
-        return found
 
     def custom(
         self, session: Session, account: str, identifier: str, active: bool = False
     ) -> CustomModel:
-        """The account's custom model of this name, id, ``ft:`` id or ARN."""
+        """Return the account's custom model of this name, id, ``ft:`` id or ARN."""
         model = find_model(session, self.arns, account, identifier)
         if model is None or (active and model.status != ACTIVE):
             raise not_found("model", identifier)
         return model
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of an operation by an authenticated caller."""
+
+    context: Context
+    caller: Caller
+
+    @property
+    def account(self) -> str:
+        """Account of the caller."""
+        return self.caller.account
+
+    def record(self, action: str, path: str) -> None:
+        """Note ``action`` for the audit log; ``path`` is the end of an ARN, or ``*`` for everything."""
+        kind, _, rest = path.partition("/")
+        resource = path if path == "*" else self.context.arns.of(self.account, kind, rest)
+        record_action(f"luthier:{action}", resource)
+
+    def record_base(self, action: str, model: FoundationModel) -> None:
+        """Note for the audit log an action on a foundation model."""
+        record_action(f"luthier:{action}", self.context.arns.foundation_model(model.id))
+
+    def model(
+        self, session: Session, action: str, name: str, *, active: bool = False
+    ) -> CustomModel:
+        """Return the account's model, and record its ARN for the audit log."""
+        model = find_model(session, self.context.arns, self.account, name)
+        if model is not None and active and model.status != ACTIVE:
+            model = None
+        path = f"{model.foundation}/{model.id}" if model else name
+        self.record(action, f"custom-model/{path}")
+        if model is None:
+            raise not_found("model", name)
+        return model
+
+    def invoked_model(self, action: str, name: str) -> Invocable:
+        """Return the model that answers to ``name``.
+
+        The name is of a deployment or of a custom model; see
+        :func:`luthier.server.identifiers.resolve_name`.
+        """
+        database, arns = self.context.database, self.context.arns
+        named = resolve_name(database, arns, self.account, name)
+        if named != name:
+            self.record(action, named.rpartition(":")[2])
+            return invocable(database, arns, self.account, named)
+        found = invocable_model(database, arns, self.account, name)
+        path = f"custom-model/{name}" if found is None else found.arn.rpartition(":")[2]
+        self.record(action, path)
+        if found is None:
+            raise not_found("model", name)
+        return found
+
+
 def not_found(noun: str, name: str) -> Fault:
-    """Nothing of this account is called so."""
+    """Return the fault for a name that nothing of the account has."""
     return Fault("ResourceNotFound", f"There is no {noun} {name!r}.")
+
+
+async def _call(request: Request) -> Call:
+    return Call(request.app.state.context, request.state.caller)
+
+
+NativeCall = Annotated[Call, Depends(_call)]

@@ -19,11 +19,18 @@ from pydantic import Field
 
 from luthier.child_python import python_command
 from luthier.escaping import map_code
-from luthier.server.http.messages import Fault, Request
+from luthier.server.http.messages import Fault
 from luthier.server.jobs.data import base_reads_media, fetch_references
 from luthier.server.jobs.processes import worker_environment
 from luthier.server.jobs.submit import Submission, check_client_grader, recipe_of
-from luthier.server.native.operations import Context, Input, NativeOperation, View, setting_name
+from luthier.server.native.operations import (
+    Call,
+    Input,
+    NativeCall,
+    View,
+    native_router,
+    setting_name,
+)
 from luthier.server.tables.custom_models import CustomModel
 from luthier.types import map_texts
 
@@ -31,6 +38,8 @@ AT_ONCE = 2
 """Reports and estimates that run at the same time; more are asked to come again."""
 SECONDS = 600.0
 """Of one report or estimate at most."""
+router = native_router()
+_free = threading.BoundedSemaphore(AT_ONCE)
 
 
 class Inspection(Input):
@@ -78,128 +87,114 @@ class EstimateView(View):
     """Tokens, steps, seconds, memory and disk, each with its interval."""
 
 
-def operations(context: Context) -> list[NativeOperation]:
-    """Reports and estimates."""
-    reports = _Reports(context)
-    return [
-        NativeOperation(
-            "inspectData", "POST", "/api/v1/inspections", reports.inspect,
-            "Say whether data can teach a model, and what is wrong row by row.", ReportView,
-            body=Inspection,
-        ),
-        NativeOperation(
-            "estimateJob", "POST", "/api/v1/estimates", reports.estimate,
-            "Say what a job will take, from a few real steps on its rows.", EstimateView,
-            body=Planned,
-        ),
-    ]  # fmt: skip
+@router.post("/inspections")
+def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
+    """Report whether data can teach a model, and what is wrong row by row."""
+    call.record("InspectData", "*")
+    base = None if body.base is None else _stored_id(call, body.base)
+    with _report_folder() as folder:
+        media = base is None or base_reads_media(base)
+        rows = _fetch(call, body.training, folder / "training", media)
+        command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
+        addresses = {str(rows): body.training}
+        if body.validation is not None:
+            held = _fetch(call, body.validation, folder / "validation", media)
+            command += ["--validation", str(held)]
+            addresses[str(held)] = body.validation
+        if body.objective is not None:
+            command += ["--objective", body.objective]
+        report = _run_command(command, addresses, (0, 1, 2))
+    return ReportView(verdict=report["verdict"], report=report)
 
 
-class _Reports:
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self._free = threading.BoundedSemaphore(AT_ONCE)
+@router.post("/estimates")
+def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
+    """Estimate what a job will take, from a few real steps on its rows."""
+    from luthier.recipe import to_toml
 
-    def inspect(self, request: Request, body: Inspection) -> ReportView:
-        self.context.record(request, "InspectData", "*")
-        base = None if body.base is None else self._model(request, body.base)
-        with self._folder() as folder:
-            media = base is None or base_reads_media(base)
-            rows = self._fetch(request, body.training, folder / "training", media)
-            command = ["inspect", str(rows)] + ([] if base is None else ["--base", base])
-            addresses = {str(rows): body.training}
-            if body.validation is not None:
-                held = self._fetch(request, body.validation, folder / "validation", media)
-                command += ["--validation", str(held)]
-                addresses[str(held)] = body.validation
-            if body.objective is not None:
-                command += ["--objective", body.objective]
-            report = _run_command(command, addresses, (0, 1, 2))
-        return ReportView(verdict=report["verdict"], report=report)
+    call.record("EstimateJob", "*")
+    grader = check_client_grader(body.grader) if body.grader else None
+    with call.context.database.read() as session:
+        base = call.context.base(session, call.account, body.base)
+    with _report_folder() as folder:
+        media = base_reads_media(_stored_id(call, body.base))
+        rows = _fetch(call, body.training, folder / "training", media)
+        addresses = {str(rows): body.training}
+        held = _fetch_held_out(call, body.validation, folder / "held", addresses, media)
+        submission = Submission(
+            account=call.account,
+            face="native",
+            job_name="estimate",
+            model_name="estimate",
+            customization_type=body.customization_type,
+            base=base,
+            training=[str(rows)],
+            validators=list(body.validation),
+            settings=body.settings,
+            grader=grader,
+        )
+        fields = recipe_of(submission, "estimate").plain()
+        if held is not None:
+            fields["data"]["validation"] = str(held)
+        recipe = folder / "recipe.toml"
+        recipe.write_text(to_toml(fields), encoding="utf-8")
+        found = _run_command(["estimate", str(recipe)], addresses, (0,))
+    return EstimateView(estimate=found)
 
-    def estimate(self, request: Request, body: Planned) -> EstimateView:
-        from luthier.recipe import to_toml
 
-        self.context.record(request, "EstimateJob", "*")
-        grader = check_client_grader(body.grader) if body.grader else None
-        with self.context.database.read() as session:
-            base = self.context.base(session, request.account, body.base)
-        with self._folder() as folder:
-            media = base_reads_media(self._model(request, body.base))
-            rows = self._fetch(request, body.training, folder / "training", media)
-            addresses = {str(rows): body.training}
-            held = self._fetch_held_out(request, body.validation, folder / "held", addresses, media)
-            submission = Submission(
-                account=request.account,
-                face="native",
-                job_name="estimate",
-                model_name="estimate",
-                customization_type=body.customization_type,
-                base=base,
-                training=[str(rows)],
-                validators=list(body.validation),
-                settings=body.settings,
-                grader=grader,
-            )
-            fields = recipe_of(submission, "estimate").plain()
-            if held is not None:
-                fields["data"]["validation"] = str(held)
-            recipe = folder / "recipe.toml"
-            recipe.write_text(to_toml(fields), encoding="utf-8")
-            found = _run_command(["estimate", str(recipe)], addresses, (0,))
-        return EstimateView(estimate=found)
+def _stored_id(call: Call, identifier: str) -> str:
+    with call.context.database.read() as session:
+        found = call.context.base(session, call.account, identifier)
+    return str(found.stored_id) if isinstance(found, CustomModel) else found.base
 
-    def _model(self, request: Request, identifier: str) -> str:
-        with self.context.database.read() as session:
-            found = self.context.base(session, request.account, identifier)
-        return str(found.stored_id) if isinstance(found, CustomModel) else found.base
 
-    def _fetch_held_out(
-        self,
-        request: Request,
-        named: Sequence[str],
-        folder: Path,
-        addresses: dict[str, str],
-        media: bool,
-    ) -> Path | None:
-        """The held-out rows of all addresses, below ``folder``; what is where goes to ``addresses``."""
-        if not named:
-            return None
-        folder.mkdir()
-        found: list[Path] = []
-        for number, address in enumerate(named):
-            found.append(self._fetch(request, address, folder / f"{number:02d}", media))
-            addresses[str(found[-1])] = address
-        # Behind those within it: what is said of all of them names them all.
-        addresses[str(folder)] = ", ".join(named)
-        return found[0] if len(found) == 1 else folder
+def _fetch_held_out(
+    call: Call,
+    named: Sequence[str],
+    folder: Path,
+    addresses: dict[str, str],
+    media: bool,
+) -> Path | None:
+    """Fetch the held-out rows below ``folder``, and add their files to ``addresses``."""
+    if not named:
+        return None
+    folder.mkdir()
+    found: list[Path] = []
+    for number, address in enumerate(named):
+        found.append(_fetch(call, address, folder / f"{number:02d}", media))
+        addresses[str(found[-1])] = address
+    # Behind those within it: what is said of all of them names them all.
+    addresses[str(folder)] = ", ".join(named)
+    return found[0] if len(found) == 1 else folder
 
-    def _fetch(self, request: Request, address: str, folder: Path, media: bool) -> Path:
-        """The rows of an address on this machine: a file, or a folder of several.
 
-        With ``media`` what the rows of one file name is put beside them.
-        """
-        folder.mkdir()
-        locations = self.context.locations
-        locations.check(request.account, address)
-        files = locations.fetch(request.account, address, folder)
-        if len(files) > 1:
-            return folder
-        ((table, file),) = files
-        if media and file.is_file():
-            fetch_references(locations, request.account, file, table)
-        return file
+def _fetch(call: Call, address: str, folder: Path, media: bool) -> Path:
+    """Fetch the rows of an address: return a file, or a folder of several files.
 
-    @contextmanager
-    def _folder(self) -> Iterator[Path]:
-        if not self._free.acquire(blocking=False):
-            text = f"{AT_ONCE} reports and estimates are being made; ask again in a few seconds."
-            raise Fault("Throttling", text, retry_after=5)
-        try:
-            with tempfile.TemporaryDirectory(prefix="luthier-report-") as folder:
-                yield Path(folder)
-        finally:
-            self._free.release()
+    With ``media``, also fetch the files that the rows of a single file name.
+    """
+    folder.mkdir()
+    locations = call.context.locations
+    locations.check(call.account, address)
+    files = locations.fetch(call.account, address, folder)
+    if len(files) > 1:
+        return folder
+    ((table, file),) = files
+    if media and file.is_file():
+        fetch_references(locations, call.account, file, table)
+    return file
+
+
+@contextmanager
+def _report_folder() -> Iterator[Path]:
+    if not _free.acquire(blocking=False):
+        text = f"{AT_ONCE} reports and estimates are being made; ask again in a few seconds."
+        raise Fault("Throttling", text, retry_after=5)
+    try:
+        with tempfile.TemporaryDirectory(prefix="luthier-report-") as folder:
+            yield Path(folder)
+    finally:
+        _free.release()
 
 
 def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:

@@ -1,24 +1,29 @@
-"""All operations of the native API."""
+"""The native API: a FastAPI application of all its operations, and the OpenAPI document of them."""
 
 from __future__ import annotations
 
-from luthier.inference.pool import ModelPool
-from luthier.server.http.messages import Request, Response
-from luthier.server.native import (
-    exports,
-    inference,
-    jobs,
-    loaded_models,
-    models,
-    reports,
-    usage,
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+from luthier.server.http.messages import Fault
+from luthier.server.http.routing import MountedApplication
+from luthier.server.http.streams import ClientDisconnected
+from luthier.server.native import exports, inference, jobs, loaded_models, models, reports, usage
+from luthier.server.native.operations import (
+    Context,
+    NativeCall,
+    View,
+    native_router,
+    refusal,
+    refuse,
 )
-from luthier.server.native.operations import Context, NativeFace, NativeOperation, View, document
 from luthier.server.roles import Permission, permissions_of
+
+router = native_router()
 
 
 class WhoView(View):
-    """Who sends the call."""
+    """Caller of the operation."""
 
     account: str
     user: str
@@ -29,35 +34,34 @@ class WhoView(View):
     """Classes of operations that all of these roles allow."""
 
 
-def native_face(context: Context, version: str, pool: ModelPool) -> NativeFace:
-    """All operations, and the document of them."""
+@router.get("/whoami")
+def who_am_i(call: NativeCall) -> WhoView:
+    """Return the account and user of the key."""
+    caller = call.caller
+    return WhoView(
+        account=caller.account,
+        user=caller.user,
+        arn=caller.arn,
+        roles=list(caller.roles),
+        permissions=sorted(permissions_of(caller)),
+    )
 
-    def who(request: Request) -> WhoView:
-        caller = request.caller
-        return WhoView(
-            account=caller.account,
-            user=caller.user,
-            arn=caller.arn,
-            roles=list(caller.roles),
-            permissions=sorted(permissions_of(caller)),
-        )
 
-    def serve_document(request: Request) -> Response:
-        return Response.json(document(operations, version))
-
-    operations = [
-        NativeOperation(
-            "whoAmI", "GET", "/api/v1/whoami", who, "The account and user of the key.", WhoView
-        ),
-        NativeOperation(
-            "describe", "GET", "/api/v1/openapi.json", serve_document, "This document."
-        ),
-        *jobs.operations(context),
-        *models.operations(context),
-        *exports.operations(context),
-        *loaded_models.operations(context, pool),
-        *inference.operations(context, pool),
-        *reports.operations(context),
-        *usage.operations(context),
-    ]  # fmt: skip
-    return NativeFace(operations)
+def native_api(context: Context, version: str) -> MountedApplication:
+    """Return the application of all operations."""
+    modules = (jobs, models, exports, loaded_models, inference, reports, usage)
+    routers = (router, *(module.router for module in modules))
+    app = FastAPI(
+        routes=[route for each in routers for route in each.routes],
+        title="luthier",
+        version=version,
+        description="Jobs, reports, estimates, models and certificates of a luthier server.",
+        openapi_url="/api/v1/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers=dict.fromkeys((Fault, HTTPException, ClientDisconnected), refuse),
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.state.context = context
+    return MountedApplication("native", "/api/", app, refusal)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from datetime import date, timedelta
+from typing import Annotated
 
+from fastapi import Query
 from pydantic import Field
 
-from luthier.server.http.messages import Request
-from luthier.server.native.operations import Context, Input, NativeOperation, View
+from luthier.server.native.operations import Input, NativeCall, View, native_router
 from luthier.server.tables.database import now
 from luthier.server.tables.quota_usage import quota_usage
 from luthier.server.tables.usage import report
 
+router = native_router()
 DAYS = 30
 """Of a report whose first day is not named."""
 
@@ -71,40 +73,26 @@ class DaysView(View):
     days: list[DayView]
 
 
-def operations(context: Context) -> list[NativeOperation]:
-    """Everything about quotas and usage."""
-    handlers = _Usage(context)
-    return [
-        NativeOperation(
-            "getUsage", "GET", "/api/v1/usage", handlers.quotas,
-            "What the account stores and has in hand, beside its quotas.", UsageView,
-        ),
-        NativeOperation(
-            "getDailyUsage", "GET", "/api/v1/usage/days", handlers.days,
-            "What the account used, by day and model.", DaysView, query=Days,
-        ),
-    ]  # fmt: skip
+@router.get("/usage")
+def get_usage(call: NativeCall) -> UsageView:
+    """Return what the account stores and uses now, next to its quotas."""
+    call.record("GetUsage", "*")
+    quotas = call.context.quotas(call.account)
+    with call.context.database.read() as session:
+        found = quota_usage(session, call.account)
+    views = {
+        name: QuotaView(used=used, quota=getattr(quotas, name)) for name, used in found.items()
+    }
+    return UsageView(account=call.account, quotas=views)
 
 
-class _Usage:
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def quotas(self, request: Request) -> UsageView:
-        self.context.record(request, "GetUsage", "*")
-        quotas = self.context.quotas(request.account)
-        with self.context.database.read() as session:
-            found = quota_usage(session, request.account)
-        views = {
-            name: QuotaView(used=used, quota=getattr(quotas, name)) for name, used in found.items()
-        }
-        return UsageView(account=request.account, quotas=views)
-
-    def days(self, request: Request, asked: Days) -> DaysView:
-        self.context.record(request, "GetUsage", "*")
-        last = asked.last or now().date()
-        first = asked.first or last - timedelta(days=DAYS)
-        with self.context.database.read() as session:
-            found = report(session, first, last, request.account)
-        days = [DayView(**each) for each in found]
-        return DaysView(account=request.account, first=first, last=last, days=days)
+@router.get("/usage/days")
+def get_daily_usage(call: NativeCall, asked: Annotated[Days, Query()]) -> DaysView:
+    """Return what the account used, by day and model."""
+    call.record("GetUsage", "*")
+    last = asked.last or now().date()
+    first = asked.first or last - timedelta(days=DAYS)
+    with call.context.database.read() as session:
+        found = report(session, first, last, call.account)
+    days = [DayView(**each) for each in found]
+    return DaysView(account=call.account, first=first, last=last, days=days)

@@ -131,7 +131,7 @@ class OpenAIFace:
     def route(self, head: RequestHead) -> Route:
         """What answers to a request; raises :class:`Fault` where nothing does."""
         rest = next((head.path[len(p) :] for p in PREFIXES if head.path.startswith(p)), "")
-        route = self.router.routes(rest.rstrip("/")).get(head.method)
+        route = self.router.route(head.method, rest.rstrip("/"))
         if route is None:
             text = f"Unknown request URL: {head.method} {head.path}."
             raise Fault("UnknownOperation", text)
