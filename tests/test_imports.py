@@ -13,7 +13,10 @@ import pytest
 import luthier
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "transformers", "peft", "matplotlib", "safetensors", "huggingface_hub", "psutil")
+HEAVY = (
+    "torch", "transformers", "peft", "matplotlib", "safetensors", "huggingface_hub", "psutil",
+    "scipy", "sklearn",
+)  # fmt: skip
 
 
 def loaded_after(code: str) -> set[str]:

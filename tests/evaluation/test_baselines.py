@@ -109,6 +109,23 @@ def test_rows_with_several_labels() -> None:
     assert found["logistic regression on the base model"] == 1.0
 
 
+@pytest.mark.parametrize("labels", [("fish",), ()])
+def test_rows_with_at_most_one_of_several_labels(labels: tuple[str, ...]) -> None:
+    train, held = (
+        [row(text=r.text, label=labels if r.label == "fish" else ()) for r in labelled(n)]
+        for n in (60, 30)
+    )
+    found = scores(compared(train, held, states_of(labelled(60), labelled(30))))
+    assert found.pop("always the most frequent labels") == pytest.approx(2 / 3 if labels else 1)
+    assert [*found.values()] == ([1.0, 1.0] if labels else [])
+
+
+def test_texts_without_words_have_no_naive_bayes() -> None:
+    train, held = ([replace(r, text="?") for r in labelled(n)] for n in (60, 30))
+    found = scores(compared(train, held, states_of(labelled(60), labelled(30), read=1)))
+    assert "naive Bayes on words" not in found and len(found) == 4
+
+
 def test_ratings_are_compared_by_their_error() -> None:
     train, held = (
         [row(text=r.text, rating=4.0 if r.label == "fish" else 1.0) for r in labelled(n)]
@@ -150,7 +167,7 @@ def test_rows_of_other_shapes_have_none() -> None:
 
 def test_naive_bayes_weighs_words_by_class_and_falls_back_to_the_frequent_one() -> None:
     texts, classes = ["cold rain", "cold snow", "warm sun"], [0, 0, 1]
-    assert naive_bayes(texts, classes, 2, ["Cold!", "a warm sun", "unheard"]) == [0, 1, 0]
+    assert naive_bayes(texts, classes, ["Cold!", "a warm sun", "unheard"]).tolist() == [0, 1, 0]
 
 
 def test_a_row_that_was_cut_is_not_compared() -> None:

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from luthier.data.shapes.texts import LabelledText
 from luthier.evaluation import breakdown
@@ -27,7 +28,6 @@ def labelled(truth: list[str]) -> list[LabelledText]:
 
 
 def test_labels_score_as_scikit_learn_has_it() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
     draw = random.Random(0)
     truth = [draw.choice("abcd") for _ in range(200)]
     given = [each if draw.random() < 0.6 else draw.choice("abce") for each in truth]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+from sklearn import metrics
 
 from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords
 from luthier.errors import DataError
@@ -13,7 +15,6 @@ from luthier.evaluation.significance import values
 
 
 def test_accuracy_and_f1_are_scikit_learn_s() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
     draw = random.Random(0)
     truth = [draw.choice("abcd") for _ in range(200)]
     given = [t if draw.random() < 0.6 else draw.choice("abcde") for t in truth]
@@ -22,6 +23,13 @@ def test_accuracy_and_f1_are_scikit_learn_s() -> None:
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(truth, given))
     macro = metrics.f1_score(truth, given, average="macro", zero_division=0)
     assert found["macro_f1"] == pytest.approx(macro)
+
+
+def test_macro_f1_of_drawn_rows_is_over_the_labels_of_these_rows() -> None:
+    rows = [LabelledText("f", n, text="x", label=t) for n, t in enumerate("aabc")]
+    macro = scores(rows, [{"label": g} for g in "abbd"])["macro_f1"]
+    assert macro.value == pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)
+    assert macro.take(np.array([0, 1, 1])).value == pytest.approx((1 / 2 + 0) / 2)
 
 
 def test_several_labels_a_row() -> None:

@@ -55,6 +55,30 @@ def test_classes_that_come_together_are_told_one_by_one(
     assert right_NC.float().mean() > 0.97
 
 
+def test_classes_without_rows_and_classes_of_all_rows(
+    clusters: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    points_NH, classes_N = clusters
+    for given_N, classes in ((classes_N, 5), (classes_N.clamp(max=1), 4), (classes_N * 0 + 2, 4)):
+        model = fit_logistic(points_NH, given_N, classes)
+        assert model.weight_CH.shape == (classes, 8)
+        assert (model.scores(points_NH).argmax(-1) == given_N).float().mean() > 0.97
+    always, never = torch.ones(90), torch.zeros(90)
+    model = fit_logistic(points_NH, torch.stack([always, classes_N == 0, never], 1), 3)
+    likely_NC = model.scores(points_NH) > 0
+    assert likely_NC[:, 0].all() and not likely_NC[:, 2].any()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_without_a_bias_the_scores_are_products_alone(
+    clusters: tuple[torch.Tensor, torch.Tensor], classes: int
+) -> None:
+    points_NH, classes_N = clusters
+    model = fit_logistic(points_NH - 50, classes_N.clamp(max=classes - 1), classes, bias=False)
+    assert not model.bias_C.any()
+    torch.testing.assert_close(model.scores(points_NH), points_NH @ model.weight_CH.T)
+
+
 def test_centroids_answer_by_direction(clusters: tuple[torch.Tensor, torch.Tensor]) -> None:
     points_NH, classes_N = clusters
     found_N = fit_centroids(points_NH, classes_N, 3).scores(points_NH).argmax(-1)

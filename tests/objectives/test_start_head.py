@@ -84,6 +84,16 @@ def test_the_same_rows_give_the_same_head(family_folder: Callable[[str], Path]) 
     assert torch.equal(heads[0].weight, heads[1].weight)
 
 
+def test_a_network_that_overflows_keeps_its_random_head(
+    family_folder: Callable[[str], Path],
+) -> None:
+    network, objective, examples, _ = started(family_folder("bert"), probe=False)
+    objective = objective.model_copy(update={"probe": True})
+    next(network.model.parameters()).data.fill_(torch.inf)
+    with torch.no_grad():
+        assert not objective.start_head(network, examples, 2048)
+
+
 @pytest.mark.parametrize("kind", [SemiSupervised, EncoderDistillation])
 def test_rows_without_a_label_are_left_out(
     kind: type[Classification], family_folder: Callable[[str], Path]

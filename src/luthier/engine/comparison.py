@@ -96,9 +96,9 @@ def base_states(
     seconds: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> States | None:
-    """One state for each row, or for each word of rows with tags, that of its first piece.
+    """Return one state for each row, or for each word of rows with tags, that of its first piece.
 
-    ``None`` where not even ``held`` could be read in ``seconds``.
+    ``None`` if the time ends before ``held`` is read, or if the network overflows.
     """
     began = time.monotonic()
     network.model.eval()
@@ -135,7 +135,10 @@ def base_states(
     learned = read(train.examples[:most], budget, began + seconds)
     if not learned:
         return None
-    return States(torch.cat(learned), torch.cat(asked), len(learned), time.monotonic() - began)
+    train_NH, held_QH = torch.cat(learned), torch.cat(asked)
+    if not (train_NH.isfinite().all() and held_QH.isfinite().all()):
+        return None
+    return States(train_NH, held_QH, len(learned), time.monotonic() - began)
 
 
 def _states(

@@ -11,14 +11,13 @@ import re
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
@@ -29,7 +28,6 @@ from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic, 
 from luthier.evaluation.retrieval import (
     bm25_ranks,
     item_ranks,
-    nearest,
     partner_ranks,
     popularity_ranks,
     retrieval_scores,
@@ -62,8 +60,6 @@ LINEAR_PROBE = "logistic regression on the base model"
 NAIVE_BAYES = "naive Bayes on words"
 """Needs no base model, as ``fasttext`` needs none: both learn words and pairs of words."""
 _WORD = re.compile(r"\w+")
-AnyLabel = TypeVar("AnyLabel", bound=Hashable)
-"""A label, or all labels of a row."""
 
 
 @dataclass(frozen=True)
@@ -324,35 +320,27 @@ def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
 
 
 def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[_Method]:
-    labels = [row.labels[0] for row in train]
-    names = sorted(set(labels))
-    frequent = Counter(labels).most_common(1)[0][0]
-    yield _Method(
-        "always the most frequent label", lambda _: [{"label": frequent}] * len(held), constant=True
-    )
+    """Yield the methods for rows with one label each."""
+    import sklearn.naive_bayes  # noqa: F401 - before the clock of the first method starts
 
-    def name_classes(classes: Sequence[int]) -> Answers:
-        return [{"label": names[index]} for index in classes]
-
+    names = sorted({row.labels[0] for row in train})
     places = {name: place for place, name in enumerate(names)}
-    classes = [places[label] for label in labels]
+    class_N = np.array([places[row.labels[0]] for row in train])
     texts, asked = [row.plain_text() for row in train], [row.plain_text() for row in held]
-    if any(texts):  # images have no words
-        yield _Method(
-            NAIVE_BAYES,
-            lambda _: name_classes(naive_bayes(texts, classes, len(names), asked)),
-        )
 
-    def by_neighbours(states: States) -> Answers:
-        return [{"label": label} for label in nearest_labels(states, labels)]
+    def answer(classes: ArrayLike) -> Answers:
+        return [{"label": names[place]} for place in np.asarray(classes).tolist()]
 
     def by_model(fit: Callable[..., LinearModel], states: States) -> Answers:
-        targets_N = states.train_NH.new_tensor(classes[: len(states.train_NH)]).long()
-        model = fit(states.train_NH, targets_N, len(names))
-        return name_classes(model.scores(states.held_QH).argmax(-1).tolist())
+        target_N = states.train_NH.new_tensor(class_N[: states.rows]).long()
+        return answer(fit(states.train_NH, target_N, len(names)).scores(states.held_QH).argmax(-1))
 
+    frequent_Q = np.full(len(held), np.bincount(class_N).argmax())
+    yield _Method("always the most frequent label", lambda _: answer(frequent_Q), constant=True)
+    if any(map(_WORD.search, texts)):  # images have no words
+        yield _Method(NAIVE_BAYES, lambda _: answer(naive_bayes(texts, class_N, asked)))
     for name, answers in (
-        (NEAREST, by_neighbours),
+        (NEAREST, lambda states: answer(nearest_classes(states, class_N))),
         ("class centroids of the base model", partial(by_model, fit_centroids)),
         (LINEAR_PROBE, partial(by_model, fit_logistic)),
     ):
@@ -360,34 +348,36 @@ def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Itera
 
 
 def _label_set_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[_Method]:
-    """Rows that may have several labels."""
+    """Yield the methods for rows that may have several labels."""
+    from sklearn.preprocessing import MultiLabelBinarizer
+
     sets = [row.targets() for row in train]
-    frequent = list(Counter(sets).most_common(1)[0][0])
-    yield _Method(
-        "always the most frequent labels",
-        lambda _: [{"label": frequent}] * len(held),
-        constant=True,
-    )
-    names = sorted({name for each in sets for name in each})
+    binarizer = MultiLabelBinarizer()
+    target_NC = binarizer.fit_transform(sets)
+    names = binarizer.classes_.tolist()
 
-    def by_neighbours(states: States) -> Answers:
-        return [{"label": [*each]} for each in nearest_labels(states, sets)]
-
-    yield _Method(NEAREST, by_neighbours, reads_states=True)
-
-    def by_regression(states: States) -> Answers:
-        known = sets[: len(states.train_NH)]
-        targets_NC = states.train_NH.new_tensor(
-            [[name in each for name in names] for each in known]
-        )
-        model = fit_logistic(states.train_NH, targets_NC, len(names))
-        likely_QC = (model.scores(states.held_QH) > 0).tolist()
+    def answer(chosen_QC: NDArray[Any]) -> Answers:
         return [
-            {"label": [name for name, likely in zip(names, row, strict=True) if likely]}
-            for row in likely_QC
+            {"label": [name for name, own in zip(names, chosen_C, strict=True) if own]}
+            for chosen_C in chosen_QC.tolist()
         ]
 
-    yield _Method(LINEAR_PROBE, by_regression, reads_states=True)
+    def by_neighbours(states: States) -> Answers:
+        classes = target_NC if len(names) > 1 else target_NC[:, 0]
+        return answer(nearest_classes(states, classes).reshape(len(held), -1))
+
+    def by_regression(states: States) -> Answers:
+        targets = states.train_NH.new_tensor(target_NC[: states.rows])
+        model = fit_logistic(states.train_NH, targets, len(names))
+        return answer(model.scores(states.held_QH).numpy() > 0)
+
+    frequent = {"label": [*Counter(sets).most_common(1)[0][0]]}
+    yield _Method(
+        "always the most frequent labels", lambda _: [frequent] * len(held), constant=True
+    )
+    if names:
+        yield _Method(NEAREST, by_neighbours, reads_states=True)
+        yield _Method(LINEAR_PROBE, by_regression, reads_states=True)
 
 
 def _rating_methods(train: Sequence[RatedText], held: Sequence[RatedText]) -> Iterator[_Method]:
@@ -450,39 +440,29 @@ def _frequent_tags(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) ->
     return [{"tags": [tags.get(word, "O") for word in row.tokens]} for row in held]
 
 
-def nearest_labels(states: States, labels: Sequence[AnyLabel]) -> list[AnyLabel]:
-    """Labels by vote of the nearest training rows: k-NN by the cosine of their states."""
-    from torch.nn.functional import normalize
+def nearest_classes(states: States, classes: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the classes of held-out rows by vote of the nearest training rows (cosine of states).
 
-    train_NH, held_QH = normalize(states.train_NH, dim=-1), normalize(states.held_QH, dim=-1)
-    places_QK, _ = nearest(held_QH.numpy(), train_NH.numpy(), NEIGHBOURS)
-    return [
-        Counter(labels[index] for index in near).most_common(1)[0][0] for near in places_QK.tolist()
-    ]
+    ``classes`` has the class of each training row, or a row ``[N, C]`` of 0 and 1.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.preprocessing import normalize
 
-
-def words_and_pairs(text: str) -> list[str]:
-    """The words of a text in lower case, and every two that follow each other."""
-    words = _WORD.findall(text.lower())
-    return [*words, *(f"{one} {other}" for one, other in pairwise(words))]
+    model = KNeighborsClassifier(min(NEIGHBOURS, states.rows), algorithm="brute")
+    model.fit(normalize(states.train_NH.numpy()), classes[: states.rows])
+    found: NDArray[np.int64] = model.predict(normalize(states.held_QH.numpy()))
+    return found
 
 
 def naive_bayes(
-    texts: Sequence[str], classes: Sequence[int], count: int, asked: Sequence[str]
-) -> list[int]:
-    """Classes of the texts ``asked``: multinomial naive Bayes on words and pairs of words."""
-    rows = [words_and_pairs(text) for text in texts]
-    frequency = Counter(word for row in rows for word in row)
-    kept = frequency.most_common(LARGEST_TABLE // count)
-    places = {word: place for place, (word, _) in enumerate(kept)}
-    counts_CV: NDArray[np.float32] = np.full((count, len(places)), SMOOTHING, np.float32)
-    for row, index in zip(rows, classes, strict=True):
-        np.add.at(counts_CV[index], [places[word] for word in row if word in places], 1)
-    log_CV = np.log(counts_CV)
-    log_CV -= np.log(counts_CV.sum(1, keepdims=True))
-    prior_C = np.log(np.maximum(np.bincount(classes, minlength=count), 1e-9) / len(classes))
-    found = []
-    for text in asked:
-        known = [places[word] for word in words_and_pairs(text) if word in places]
-        found.append(int((prior_C + log_CV[:, known].sum(1)).argmax()))
+    texts: Sequence[str], class_N: ArrayLike, asked: Sequence[str]
+) -> NDArray[np.int64]:
+    """Return classes of the texts ``asked``: multinomial naive Bayes on words and pairs of words."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+
+    most = LARGEST_TABLE // len(np.unique(class_N))
+    words = CountVectorizer(ngram_range=(1, 2), token_pattern=_WORD.pattern, max_features=most)
+    model = MultinomialNB(alpha=SMOOTHING).fit(words.fit_transform(texts), class_N)
+    found: NDArray[np.int64] = model.predict(words.transform(asked))
     return found

@@ -103,18 +103,16 @@ class LabelCounts:
 
     @staticmethod
     def of(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> LabelCounts | None:
-        """Of rows with one label each; ``None`` for others."""
+        """Count rows with one label each; ``None`` for other rows."""
+        from sklearn.metrics import confusion_matrix
+
         pairs = [(label, answer["label"]) for label, answer in single_labels(rows, answers)]
         if not pairs:
             return None
         wanted = Counter(truth for truth, _ in pairs)
         further = {answer for _, answer in pairs} - wanted.keys()
         labels = [*(name for name, _ in wanted.most_common()), *sorted(further)]
-        places = {name: place for place, name in enumerate(labels)}
-        count_TA: NDArray[np.int64] = np.zeros((len(labels), len(labels)), dtype=np.int64)
-        for truth, answer in pairs:
-            count_TA[places[truth], places[answer]] += 1
-        return LabelCounts(labels, count_TA)
+        return LabelCounts(labels, confusion_matrix(*zip(*pairs, strict=True), labels=labels))
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Rows, precision, recall and F1 of each label; precision is left out where none was given."""

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from luthier.data.shapes import of_shape
 from luthier.data.shapes.base import Labelled
 from luthier.evaluation.linear import fit_logistic
-from luthier.evaluation.retrieval import nearest
 from luthier.types import Row
 
 if TYPE_CHECKING:
@@ -151,15 +150,14 @@ def out_of_sample(
 def neighbour_votes(
     states_NH: Tensor, class_N: NDArray[np.int64], classes: int
 ) -> NDArray[np.int64]:
-    """How many of the nearest other rows are of each class, ``[N, C]``, by the cosine of states."""
-    from torch.nn.functional import normalize
+    """Return how many of the nearest other rows are of each class, ``[N, C]``, by cosine of states."""
+    from sklearn.neighbors import NearestNeighbors
+    from sklearn.preprocessing import normalize
 
-    unit_NH = normalize(states_NH, dim=-1).numpy()
-    place_NK, _ = nearest(unit_NH, unit_NH, NEIGHBOURS + 1)
-    itself_NK = place_NK == np.arange(len(class_N))[:, None]
-    # Where more copies than are looked at come before the row, the last of them is left out instead.
-    itself_NK[~itself_NK.any(1), -1] = True
-    near_NK = place_NK[~itself_NK].reshape(len(class_N), -1)
+    count = min(NEIGHBOURS, len(class_N) - 1)
+    search = NearestNeighbors(n_neighbors=count, algorithm="brute")
+    # Without rows to look up, each row is left out of its own neighbours.
+    near_NK = search.fit(normalize(states_NH.numpy())).kneighbors(return_distance=False)
     votes_NC = np.zeros((len(class_N), classes), np.int64)
     np.add.at(votes_NC, (np.arange(len(class_N))[:, None], class_N[near_NK]), 1)
     return votes_NC

@@ -1,24 +1,28 @@
-"""Linear models on fixed features: logistic regression and ridge regression, a *linear probe*.
+"""Linear models on fixed features, fitted by scikit-learn: a *linear probe*.
 
-Features are centred and brought to one scale, not each to its own: directions of a network in which
-texts differ little say little (on the sets of ``docs/results.md`` a scale for each loses). Nothing is
-drawn at random, so the same rows give the same weights.
+Features are centred and divided by one number, not each feature by its own: directions of a network
+in which texts differ little say little (a scale for each loses on the sets of ``docs/results.md``).
+The fits are deterministic: the same rows give the same weights, on any number of threads.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PENALTY = 1e-2
-"""Weight of half the squared norm beside the mean loss of a row, for features of variance 1."""
+"""Weight of half the squared norm compared with the mean loss of a row, for features of variance 1."""
 ITERATIONS = 100
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Of ridge regression, for each row; the one of the least leave-one-out error is taken."""
+"""Candidate penalties per row of ridge regression, chosen by leave-one-out error."""
 
 
 @dataclass(frozen=True)
@@ -29,30 +33,8 @@ class LinearModel:
     bias_C: Tensor
 
     def scores(self, features_NH: Tensor) -> Tensor:
-        """Scores ``[N, C]``."""
+        """Return scores ``[N, C]``."""
         return features_NH @ self.weight_CH.T + self.bias_C
-
-
-@dataclass(frozen=True)
-class _Scaling:
-    """Features of mean 0 (as they are, where no bias can make up for it) and a mean square of 1."""
-
-    mean_H: Tensor
-    spread: Tensor
-
-    @staticmethod
-    def of(features_NH: Tensor, centred: bool = True) -> _Scaling:
-        mean_H = features_NH.mean(0) * centred
-        spread = (features_NH - mean_H).square().mean().sqrt().clamp(min=1e-12)
-        return _Scaling(mean_H, spread)
-
-    def scale(self, features_NH: Tensor) -> Tensor:
-        return (features_NH - self.mean_H) / self.spread
-
-    def unscale(self, weight_CH: Tensor, bias_C: Tensor) -> LinearModel:
-        """The model of scaled features as one of the features themselves."""
-        weight_CH = weight_CH / self.spread
-        return LinearModel(weight_CH, bias_C - weight_CH @ self.mean_H)
 
 
 def fit_logistic(
@@ -63,54 +45,60 @@ def fit_logistic(
     bias: bool = True,
     weights: Sequence[float] = (),
 ) -> LinearModel:
-    """Logistic regression with an L2 penalty, by L-BFGS.
+    """Fit a logistic regression with an L2 penalty.
 
     Args:
         features_NH: float32.
-        targets: ``[N]`` classes, one for each row, or ``[N, C]`` of 0 and 1 where a row may have
-            several; each class is then told from the rest by itself.
-        classes: how many there are.
-        penalty: weight of half the squared norm of the weights beside the mean loss of a row.
-        bias: whether there is one; else it is 0.
-        weights: what a row of each class counts, where each row has one; all alike when not given.
+        targets: ``[N]`` classes, one per row, or ``[N, C]`` of 0 and 1 if a row may have several
+            classes; then one binary regression is fitted per class.
+        classes: number of classes, also of classes without rows.
+        penalty: weight of half the squared norm of the weights compared with the mean loss of a row.
+        bias: whether to fit a bias; otherwise the bias is 0.
+        weights: weight of the rows of each class, if each row has one class; 1 by default.
     """
-    import torch
-    from torch.nn import functional as F
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
-    scaling = _Scaling.of(features_NH, bias)
-    scaled_NH = scaling.scale(features_NH)
-    weight_CH = scaled_NH.new_zeros(classes, scaled_NH.shape[1], requires_grad=True)
-    bias_C = scaled_NH.new_zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight_CH, *([bias_C] if bias else [])],
-        max_iter=ITERATIONS,
-        history_size=10,  # each holds as many numbers as the weights, twice
-        line_search_fn="strong_wolfe",
-    )
+    mean_H = features_NH.mean(0) * bias
+    spread = (features_NH - mean_H).square().mean().sqrt().clamp(min=1e-12)
+    scaled_NH = ((features_NH - mean_H) / spread).numpy()
 
-    weight_C = scaled_NH.new_tensor(weights) if weights else None
+    def fit(class_N: NDArray[Any], weight_N: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        strength = 1 / (penalty * weight_N.sum())
+        model = LogisticRegression(C=strength, fit_intercept=bias, max_iter=ITERATIONS)
+        # Two threads of OpenBLAS took five times as long as one on a busy machine.
+        with threadpool_limits(1, "blas"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(scaled_NH, class_N, weight_N)
+        return model.coef_, model.intercept_
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        scores_NC = scaled_NH @ weight_CH.T + bias_C
-        if targets.ndim == 1:
-            total = F.cross_entropy(scores_NC, targets, weight=weight_C)
-        else:
-            each_NC = F.binary_cross_entropy_with_logits(
-                scores_NC, targets.float(), reduction="none"
-            )
-            total = each_NC.sum(-1).mean()
-        total = total + penalty / 2 * weight_CH.square().sum()
-        total.backward()
-        return total
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return scaling.unscale(weight_CH.detach(), bias_C.detach())
+    target, same_N = targets.numpy(), np.ones(len(targets))
+    weight_CH = np.zeros((classes, scaled_NH.shape[1]), np.float32)
+    # The log-odds of a class that no row has, or that every row has: scikit-learn fits neither.
+    bias_C = np.full(classes, -np.log(len(target) + 1), np.float32)
+    if target.ndim == 2:
+        for place, class_N in enumerate(target.T):
+            if class_N.min() < class_N.max():
+                weight_CH[place], bias_C[place : place + 1] = fit(class_N, same_N)
+            elif class_N.min():
+                bias_C[place] *= -1
+    elif len(seen := np.unique(target)) == 1:
+        bias_C[seen] = 0
+    else:
+        coefficients, intercepts = fit(target, np.array(weights)[target] if weights else same_N)
+        # Of two classes scikit-learn has the scores of the second one alone.
+        half = np.array([-0.5, 0.5]) if len(seen) == 2 else np.ones(1)
+        weight_CH[seen], bias_C[seen] = half[:, None] * coefficients, half * intercepts
+    weight = features_NH.new_tensor(weight_CH) / spread
+    return LinearModel(weight, features_NH.new_tensor(bias_C) * bias - weight @ mean_H)
 
 
 def fit_centroids(features_NH: Tensor, classes_N: Tensor, classes: int) -> LinearModel:
-    """The nearest centroid by cosine, as scores: the unit vector to the mean of each class."""
+    """Return the nearest centroid by cosine as scores: the unit vector to the mean of each class.
+
+    scikit-learn's ``NearestCentroid`` has no cosine, and fails on constant features.
+    """
     from torch.nn.functional import normalize
 
     mean_H = features_NH.mean(0)
@@ -121,25 +109,11 @@ def fit_centroids(features_NH: Tensor, classes_N: Tensor, classes: int) -> Linea
 
 
 def fit_ridge(features_NH: Tensor, targets_N: Tensor) -> LinearModel:
-    """Ridge regression of one number, with the penalty of the least leave-one-out error."""
-    import torch
+    """Fit a ridge regression of one number, with the penalty of the least leave-one-out error."""
+    from sklearn.linear_model import RidgeCV
 
-    scaling = _Scaling.of(features_NH)
-    scaled_NH = scaling.scale(features_NH).double()
-    center = targets_N.double().mean()
-    error_N = targets_N.double() - center
-    left_NK, values_K, right_KH = torch.linalg.svd(scaled_NH, full_matrices=False)
-    along_K = left_NK.T @ error_N
-    best: tuple[float, Tensor] | None = None
-    for penalty in PENALTIES:
-        shrink_K = values_K.square() / (values_K.square() + penalty * len(error_N))
-        fitted_N = left_NK @ (shrink_K * along_K)
-        # The diagonal of the hat matrix, and the mean that every row helped to make.
-        share_N = left_NK.square() @ shrink_K + 1 / len(error_N)
-        left_out_N = (error_N - fitted_N) / (1 - share_N).clamp(min=1e-6)
-        error = float(left_out_N.square().mean())
-        if best is None or error < best[0]:
-            best = error, (shrink_K / values_K.clamp(min=1e-12) * along_K) @ right_KH
-    assert best is not None
-    weight_CH = best[1][None].to(features_NH.dtype)
-    return scaling.unscale(weight_CH, center.to(features_NH.dtype)[None])
+    square = float((features_NH - features_NH.mean(0)).square().mean().clamp(min=1e-12))
+    model = RidgeCV([penalty * len(targets_N) * square for penalty in PENALTIES])
+    model.fit(features_NH.double().numpy(), targets_N.double().numpy())
+    weight_CH = features_NH.new_tensor(model.coef_[None])
+    return LinearModel(weight_CH, features_NH.new_tensor([model.intercept_]))

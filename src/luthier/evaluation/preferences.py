@@ -84,12 +84,6 @@ def _thumb_scores(
 
 
 def _auc(value_K: NDArray[np.float64], up_K: NDArray[np.bool_]) -> float:
-    """The area under the ROC curve from ranks (Mann and Whitney 1947); nan where one side is empty."""
-    up, down = np.count_nonzero(up_K), np.count_nonzero(~up_K)
-    if not up or not down:
-        return float("nan")
-    sorted_K = np.sort(value_K)
-    # The mean of the first and the last place of equal values, so that ties count one half.
-    ends = [np.searchsorted(sorted_K, value_K[up_K], side) for side in ("left", "right")]
-    rank_sum = float((ends[0] + ends[1] + 1).sum()) / 2
-    return (rank_sum - up * (up + 1) / 2) / (up * down)
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(up_K, value_K)) if up_K.any() and not up_K.all() else float("nan")

@@ -237,29 +237,22 @@ def popularity_ranks(known: Sequence[str], texts: Sequence[str]) -> NDArray[np.i
 def item_ranks(
     histories: Sequence[Sequence[str]], asked: Sequence[Sequence[str]], texts: Sequence[str]
 ) -> NDArray[np.int64]:
-    """As :func:`partner_ranks`, by how often items stand in one of ``histories`` together.
+    """Return ranks as :func:`partner_ranks`, by how often items occur together in ``histories``.
 
     Item-to-item collaborative filtering (Linden et al. 2003): the cosine of two items over the
-    histories that have them, summed over the items that ``asked`` has.
+    histories that have them, summed over the items of ``asked``.
     """
-    distinct, own_P = [*dict.fromkeys(texts)], number_keys(texts)
-    rows_of: defaultdict[str, set[int]] = defaultdict(set)
-    for number, history in enumerate(histories):
-        for item in history:
-            rows_of[item].add(number)
-    ranks_P = np.empty(len(asked), np.int64)
-    for place, items in enumerate(asked):
-        scores_U = np.zeros(len(distinct))
-        for item in {*items} & rows_of.keys():
-            near = Counter(
-                each for number in rows_of[item] for each in {*histories[number]} - {item}
-            )
-            scores_U += [
-                near[text] / (len(rows_of[item]) * len(rows_of[text])) ** 0.5 if near[text] else 0.0
-                for text in distinct
-            ]
-        ranks_P[place] = _rank(scores_U, own_P[place])
-    return ranks_P
+    from sklearn.preprocessing import MultiLabelBinarizer, normalize
+
+    distinct = [*dict.fromkeys(texts)]
+    items = MultiLabelBinarizer(sparse_output=True).fit([*histories, *asked, distinct])
+    known_NI = normalize(items.transform(histories).astype(float), axis=0)
+    asked_PI = items.transform(asked)
+    place_U = np.searchsorted(items.classes_, distinct)
+    scores_PU = asked_PI @ known_NI.T @ known_NI[:, place_U]
+    # An item is not its own company. Rounded: sums in another order must not tell equal items apart.
+    scores_PU -= asked_PI[:, place_U].multiply(known_NI[:, place_U].max(0).toarray() > 0)
+    return _ranks(scores_PU.toarray().round(9), number_keys(texts))
 
 
 def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[str, RowScores]:

@@ -294,9 +294,11 @@ class Classification(Objective):
                 targets += batch.tree.targets
         finally:
             tap.remove()
-        target = torch.from_numpy(np.stack(targets))
+        target, features_NH = torch.from_numpy(np.stack(targets)), torch.cat(features)
+        if not features_NH.isfinite().all():
+            return ""
         found = fit_logistic(
-            torch.cat(features),
+            features_NH,
             target if self.multi_label else target[:, 0],
             classes,
             bias=layer.bias is not None,
