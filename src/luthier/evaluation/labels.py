@@ -134,9 +134,10 @@ def _macro_f1(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Statist
     from sklearn.metrics import f1_score
     from sklearn.preprocessing import MultiLabelBinarizer
 
-    binarizer = MultiLabelBinarizer(sparse_output=True)
-    binarizer.fit([truth | answer for truth, answer in pairs])
-    truth_RC, answer_RC = (binarizer.transform(sets) for sets in zip(*pairs, strict=True))
+    names = sorted({name for truth, answer in pairs for name in truth | answer})
+    # scikit-learn accepts no sparse single column; a class without rows does not count.
+    binarizer = MultiLabelBinarizer(classes=[*names, None], sparse_output=True)
+    truth_RC, answer_RC = (binarizer.fit_transform(sets) for sets in zip(*pairs, strict=True))
 
     def measure(row_K: NDArray[np.int64]) -> float:
         given = truth_RC[row_K], answer_RC[row_K]
