@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,19 +88,17 @@ HOSTILE: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_configuration_costs_little(name: str, tmp_path: Path) -> None:
+def test_a_hostile_configuration_is_rejected(name: str, tmp_path: Path) -> None:
     config, rule, said = HOSTILE[name]
     if name == "depth":
         for _ in range(900):
             config = {**config, "text_config": {"text_config": config["text_config"]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"a": torch.zeros(16)}, tmp_path / "model.safetensors")
-    began = time.process_time()
     with pytest.raises(ModelRefused) as caught:
         accept_network(tmp_path, "imported:x")
     assert caught.value.problem.rule == rule and said in str(caught.value)
     assert caught.value.problem.file == "config.json" and "Fix: " in str(caught.value)
-    assert time.process_time() - began < 20
 
 
 CLASSIFIER = {"classes", "dimensions"}
