@@ -84,6 +84,15 @@ def test_what_is_wrong_is_named(client: TestClient, body: Any, parameter: str | 
     assert len(error["message"]) < 1000
 
 
+def test_the_log_names_the_operation_of_a_body_that_is_no_json(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="luthier.server"):
+        refused(client.post("/api/v1/jobs", content=b"{"))
+    (line,) = [each.fields for each in caplog.records if each.message == "request"]  # type: ignore[attr-defined]
+    assert (line["operation"], line["error"]) == ("native.createJob", "Serialization")
+
+
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", None])
 def test_a_body_is_json_whatever_its_type_says(client: TestClient, kind: str | None) -> None:
     headers = {"Content-Type": kind} if kind else {}

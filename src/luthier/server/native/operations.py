@@ -181,6 +181,7 @@ class NativeRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def respond(request: Request) -> Response:
+            request.state.record.operation = f"native.{self.operation_id}"
             try:
                 unknown = next(iter(request.query_params), None)
                 if unknown is not None and not self.dependant.query_params:
@@ -214,7 +215,6 @@ def _permitted(name: str) -> Dependency:
     action = f"luthier:{name[0].upper()}{name[1:]}"
 
     async def check(request: Request) -> None:
-        request.state.record.operation = f"native.{name}"
         authorize(request.state.caller, action, request.scope["path"])
 
     return Dependency(check)
