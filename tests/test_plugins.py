@@ -150,7 +150,7 @@ def test_what_is_installed_is_listed_and_checked_as_the_rest() -> None:
     assert "cannot be a causal language model" in cells["sft", "norms"].reason
     with pytest.raises(RecipeError, match=r"`objective.gamma`.*number"):
         Recipe.parse({"data": {"train": "x"}, "objective": {"method": "focal", "gamma": "much"}})
-    with pytest.raises(RecipeError, match=r"belongs to objective ppo or focal"):
+    with pytest.raises(RecipeError, match=r"belongs to objective simpo or ppo or focal"):
         Recipe.parse({"data": {"train": "x"}, "objective": {"method": "sft", "gamma": 1}})
     assert GRADERS["brief"].model_validate({"words": 3})
     assert OBJECTIVES.package_of("focal") == "luthier-sample 0.3"
