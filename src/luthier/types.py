@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from luthier.data.processors import MediaInput
 
 IntArray = NDArray[np.int64]
@@ -361,22 +363,22 @@ class Example:
 class Loss:
     """A **sum** over the micro-batch. Only the engine divides, once, by the global weight."""
 
-    total: Any
+    total: Tensor
     """Scalar tensor with a gradient."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Further sums, divided by the same weight before they are shown."""
     ratios: Mapping[str, tuple[ArrayLike, ArrayLike]] = field(default_factory=dict)
     """A part and a whole for each row, whose sums are divided: F1 is no mean over rows. ``loss`` is the
     loss of each row, where that is one number: its mean is known less well than one over tokens."""
-    states: Any = None
-    """What it computed of each row, ``[R, …]`` without a gradient, for metrics of all rows."""
+    states: Tensor | None = None
+    """States of the rows ``[R, …]`` without a gradient, for metrics of all rows."""
 
     @staticmethod
     def of_rows(
-        each_R: Any,
+        each_R: Tensor,
         metrics: Mapping[str, float],
         ratios: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
-        states: Any = None,
+        states: Tensor | None = None,
     ) -> Loss:
         """The sum of the losses ``[R]`` of single rows."""
         own = {"loss": (each_R.tolist(), [1] * len(each_R))}

@@ -53,8 +53,8 @@ class TreeBatch:
     """Sum of all weights: this batch's part of what the engine divides by."""
     child_E: IntArray
     """Flat index of the token each edge predicts."""
-    extra: Any = None
-    """What the objective adds to it."""
+    extra: object = None
+    """Annotation of the objective, in a type of its own."""
     place: int = 0
     """Its number among the micro-batches of all processes."""
     as_given: bool = True

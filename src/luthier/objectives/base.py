@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 
@@ -421,6 +421,15 @@ def chat_of(network: Network) -> ChatFormat:
     """How texts become tokens of ``network``, and images or sounds what it reads."""
     assert network.chat is not None
     return network.chat
+
+
+Extra = TypeVar("Extra")
+
+
+def extra_of(batch: TreeBatch, kind: type[Extra]) -> Extra:
+    """Return the annotation of ``batch``, which is of type ``kind``."""
+    assert isinstance(batch.extra, kind)
+    return batch.extra
 
 
 def with_completions(objective: Objective, rows: Sequence[Example]) -> list[Example]:

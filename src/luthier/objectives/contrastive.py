@@ -44,7 +44,7 @@ from luthier.evaluation.retrieval import number_keys
 from luthier.evaluation.thresholds import are_apart, draw_threshold
 from luthier.models.heads import Task
 from luthier.models.random_numbers import derive_seed, draw_seed, drawn_from
-from luthier.objectives.base import Objective, TrainingDefaults, cut_text
+from luthier.objectives.base import Objective, TrainingDefaults, cut_text, extra_of
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -225,15 +225,16 @@ class Contrastive(Objective):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed InfoNCE over the anchors of the batch."""
-        cached = batch.extra
-        if cached is None:
+        if batch.extra is None:
             embeddings_RH = self.embed(network, batch)
             return self._sum_loss(network, embeddings_RH, batch.tree.examples)
+        cached = extra_of(batch, _Cached)
         with drawn_from(cached.seed, network.device):
             embeddings_RH = self.embed(network, batch)
         product = (embeddings_RH * cached.gradient_RH).sum()
-        if cached.scale_gradient is not None:
-            product = product + network.logit_scale * cached.scale_gradient
+        scale = network.logit_scale
+        if scale is not None and cached.scale_gradient is not None:
+            product = product + scale * cached.scale_gradient
         # The value is the loss, the gradient that of the embeddings and the scale.
         value = product + (cached.loss - product.detach())
         return Loss(value, cached.metrics)

@@ -40,7 +40,7 @@ from luthier.models.heads import Head, Task
 from luthier.models.modalities import input_shape
 from luthier.models.pipelines import is_pipeline, noise_settings, read_pipeline
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import Objective, TrainingDefaults, chat_of
+from luthier.objectives.base import Objective, TrainingDefaults, chat_of, extra_of
 from luthier.objectives.class_conditions import class_target, classes_of, words_of, words_target
 from luthier.objectives.generative import Generative, draw_noise
 from luthier.objectives.noise_schedule import (
@@ -360,7 +360,7 @@ class Diffusion(Generative):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed over the rows: the mean squared error of the prediction for each."""
-        drawn: NoisyImages = batch.extra
+        drawn = extra_of(batch, NoisyImages)
         denoiser: Denoiser = network.model
         schedule = self.schedule
         noisy = schedule.add_noise(drawn.latents, drawn.noise, drawn.time_R)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
+from luthier.objectives.base import extra_of
 from luthier.objectives.pairs import Pairwise, Sides, answer_lengths
 from luthier.objectives.references import ReferenceObjective
 from luthier.types import Loss
@@ -52,11 +53,13 @@ class DPO(ReferenceObjective, Pairwise):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss over the pairs."""
+        import torch
+
         from luthier.objectives.logprobs import row_logps
 
         logp_R = row_logps(network, batch)
         length_R, sides = answer_lengths(batch), Sides.of(batch)
-        reward_R = self.beta * self._ratios(logp_R, batch.extra, length_R)
+        reward_R = self.beta * self._ratios(logp_R, extra_of(batch, torch.Tensor), length_R)
         each_P = self._of_margin(reward_R[sides.chosen_P] - reward_R[sides.rejected_P])
         if self.sft_weight:
             mean_R = logp_R / length_R

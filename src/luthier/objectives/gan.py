@@ -36,7 +36,7 @@ from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, Task
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import TrainingDefaults
+from luthier.objectives.base import TrainingDefaults, extra_of
 from luthier.objectives.class_conditions import class_target, classes_of
 from luthier.objectives.generative import MOST_COMPARED, Generative, draw_latents, draw_noise
 from luthier.objectives.means import Means
@@ -181,14 +181,15 @@ class GAN(Generative):
                 replace(
                     batch,
                     extra=replace(
-                        batch.extra,
+                        game,
                         player=player,
-                        latent_TRZ=batch.extra.latent_TRZ[turn : turn + 1],
-                        between_TR=batch.extra.between_TR[turn : turn + 1],
+                        latent_TRZ=game.latent_TRZ[turn : turn + 1],
+                        between_TR=game.between_TR[turn : turn + 1],
                         ends_turn=number == len(batches),
                     ),
                 )
                 for number, batch in enumerate(batches, 1)
+                for game in [extra_of(batch, Game)]
             ]
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
@@ -196,7 +197,7 @@ class GAN(Generative):
 
         Metrics are the loss of each player, and how often a real image has the higher score.
         """
-        game: Game = batch.extra
+        game = extra_of(batch, Game)
         if game.player == "generator":
             found = self._generator_loss(network, game)
         else:
@@ -267,7 +268,7 @@ class GAN(Generative):
         means = Means()
         with torch.no_grad():
             for batch in batches:
-                game: Game = batch.extra
+                game = extra_of(batch, Game)
                 means.add(self.loss(network, batch), batch.weight)
                 real.append(batch.plan.float().flatten(1))
                 images = network.model.generate(game.latent_TRZ[0], game.class_R)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from luthier.objectives.base import extra_of
 from luthier.objectives.rollouts import PolicyBatch, Reinforcement, Rollouts
 from luthier.types import Example, FloatArray, Loss
 
@@ -100,7 +101,9 @@ class GRPO(Reinforcement):
         if self.beta and taught:
             with network.at_start():
                 for batch in batches:
-                    batch.extra.reference_M = token_logps(network, batch, self.temperature)
+                    extra_of(batch, PolicyBatch).reference_M = token_logps(
+                        network, batch, self.temperature
+                    )
         return batches
 
     def advantages(self, score_PG: FloatArray) -> FloatArray:
@@ -139,7 +142,7 @@ class GRPO(Reinforcement):
         """Summed clipped surrogate, and the divergence from the reference."""
         from luthier.objectives.logprobs import token_logps
 
-        policy: PolicyBatch = batch.extra
+        policy = extra_of(batch, PolicyBatch)
         logp_M = token_logps(network, batch, self.temperature)
         ratio_M, advantage_M = policy.compare(logp_M), policy.advantage_M
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high

@@ -11,7 +11,7 @@ gradient; the batch is the whole of a step, not the micro-batch. A batch of one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -21,6 +21,7 @@ from pydantic import Field
 from luthier.data.disk_sequence import spool
 from luthier.data.shapes.preferences import Preference, ThumbedReply
 from luthier.errors import RowRefused
+from luthier.objectives.base import extra_of
 from luthier.objectives.pairs import Judged, encode_answer
 from luthier.objectives.references import ReferenceObjective, reference_logps
 from luthier.types import Example, Loss, Row
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Reference log-probabilities of the rows of a micro-batch, and ``z`` of the whole batch."""
+
+    logp_R: Tensor
+    point: float
 
 
 class KTO(ReferenceObjective, Judged):
@@ -73,9 +82,14 @@ class KTO(ReferenceObjective, Judged):
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
         """Micro-batches with the reference log-probabilities ``[R]`` and ``z`` as ``extra``."""
+        import torch
+
         point = self._reference_point(network, examples, budget)
         batches = super().annotate(network, examples, budget)
-        return [replace(batch, extra=(batch.extra, point)) for batch in batches]
+        return [
+            replace(batch, extra=_Reference(extra_of(batch, torch.Tensor), point))
+            for batch in batches
+        ]
 
     def _reference_point(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """``z``: the mean reward of mismatched answers before ``beta``, at least 0."""
@@ -94,10 +108,11 @@ class KTO(ReferenceObjective, Judged):
         """Summed loss over the rows."""
         from luthier.objectives.logprobs import row_logps
 
-        reference_R, point = batch.extra
+        reference = extra_of(batch, _Reference)
+        point = reference.point
         logp_R = row_logps(network, batch)
         wanted_R = logp_R.new_tensor([bool(row.desirable) for row in batch.tree.examples]).bool()
-        ratio_R = logp_R - reference_R
+        ratio_R = logp_R - reference.logp_R
         each_R = self._losses(ratio_R, wanted_R, point)
         reward_R = self.beta * ratio_R.detach()
         right_R = (ratio_R.detach() > point) == wanted_R

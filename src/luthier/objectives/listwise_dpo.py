@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from luthier.data.shapes.preferences import MOST_ANSWERS, JudgedAnswers
+from luthier.objectives.base import extra_of
 from luthier.objectives.pairs import Judged, check_different, encode_answer
 from luthier.objectives.references import ReferenceObjective
 from luthier.types import Example, Loss, Row
@@ -68,7 +69,7 @@ class ListwiseDPO(ReferenceObjective, Judged):
         from luthier.objectives.logprobs import row_logps
 
         logp_R = row_logps(network, batch)
-        reward_R = self.beta * (logp_R - batch.extra)
+        reward_R = self.beta * (logp_R - extra_of(batch, torch.Tensor))
         places: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         for place, row in enumerate(batch.tree.examples):
             assert row.group is not None

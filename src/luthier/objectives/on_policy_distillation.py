@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.objectives.base import StepReport
+from luthier.objectives.base import StepReport, extra_of
 from luthier.objectives.distillation import Distillation, DivergenceName, TokenDivergence
 from luthier.objectives.rollout_checks import SAMPLES_PER_STEP
 from luthier.objectives.rollouts import sample_record
@@ -122,7 +122,7 @@ class OwnAnswers(TokenDivergence):
 
         The means are of all processes; the answers are those of this process.
         """
-        written = [batch.extra for batch in batches if batch.extra is not None]
+        written = [extra_of(batch, _Written) for batch in batches if batch.extra is not None]
         texts = [text for each in written for text in each.texts][:SAMPLES_PER_STEP]
         processes = network.processes
         answers, tokens, ended = (

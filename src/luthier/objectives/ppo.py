@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.objectives.base import TrainingDefaults
+from luthier.objectives.base import TrainingDefaults, extra_of
 from luthier.objectives.rollouts import PolicyBatch, Reinforcement, Rollouts
 from luthier.types import Example, Loss
 
@@ -98,7 +98,8 @@ class PPO(Reinforcement):
         batches = []
         for part in range(parts):
             for batch in self.make_batches(network, rollouts, rows[part::parts], nothing, budget):
-                batch.extra.part, batch.extra.parts = part, parts
+                policy = extra_of(batch, PolicyBatch)
+                policy.part, policy.parts = part, parts
                 batches.append(batch)
         training = network.model.training
         network.model.eval()  # what is old is without dropout, as the sampler is
@@ -112,7 +113,7 @@ class PPO(Reinforcement):
         """Log-probabilities and values before the step, and log-probabilities of the reference."""
         from luthier.objectives.logprobs import token_logps
 
-        policy: PolicyBatch = batch.extra
+        policy = extra_of(batch, PolicyBatch)
         hidden_SH = network.hidden(batch, batch.source_S)
         policy.old_M = token_logps(network, batch, self.temperature, hidden_SH)
         policy.value_M = _values(network, batch, hidden_SH)
@@ -125,7 +126,7 @@ class PPO(Reinforcement):
         """Advantages and returns of all tokens; whitening is over all of them together."""
         import torch
 
-        policies: list[PolicyBatch] = [batch.extra for batch in batches]
+        policies = [extra_of(batch, PolicyBatch) for batch in batches]
         none_M = torch.zeros(0, device=network.device)
         reward_M = torch.cat([none_M, *(self._rewards(rollouts, batch) for batch in batches)])
         value_M = torch.cat([none_M, *(_filled_in(policy.value_M) for policy in policies)])
@@ -150,7 +151,7 @@ class PPO(Reinforcement):
         """Rewards ``[M]`` of the tokens: the price of divergence, and the score at the last token."""
         import torch
 
-        policy: PolicyBatch = batch.extra
+        policy = extra_of(batch, PolicyBatch)
         reward_M = torch.zeros_like(policy.weight_M)
         if policy.reference_M is not None:
             reward_M = -self.kl_coef * (_filled_in(policy.old_M) - policy.reference_M)
@@ -166,16 +167,16 @@ class PPO(Reinforcement):
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
         """Epochs times minibatches."""
         # Of several processes, one may have no row of a minibatch.
-        parts = batches[0].extra.parts if batches else 0
+        parts = extra_of(batches[0], PolicyBatch).parts if batches else 0
         for _ in range(self.num_ppo_epochs):
             for part in range(parts):
-                yield [batch for batch in batches if batch.extra.part == part]
+                yield [batch for batch in batches if extra_of(batch, PolicyBatch).part == part]
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed clipped surrogate and value loss."""
         from luthier.objectives.logprobs import token_logps
 
-        policy: PolicyBatch = batch.extra
+        policy = extra_of(batch, PolicyBatch)
         hidden_SH = network.hidden(batch, batch.source_S)
         ratio_M = policy.compare(token_logps(network, batch, self.temperature, hidden_SH))
         advantage_M = policy.advantage_M

@@ -32,6 +32,7 @@ from luthier.objectives.base import (
     TrainingDefaults,
     WritesReplies,
     chat_of,
+    extra_of,
 )
 from luthier.objectives.scoring import LocalModels, check_grader_model, silent
 from luthier.types import Example, FloatArray, IntArray, Row
@@ -391,7 +392,7 @@ class Reinforcement(WritesReplies):
 
     def report(self, network: Network, batches: Sequence[TreeBatch]) -> StepReport:
         """Return rewards, lengths and means over the learned tokens; the best and worst completions."""
-        policies: list[PolicyBatch] = [batch.extra for batch in batches]
+        policies = [extra_of(batch, PolicyBatch) for batch in batches]
         metrics = self._step_metrics(network, policies)
         own = [item for policy in policies for item in policy.kl_R.items()]
         kl = {place: value for part in network.processes.gather(own) for place, value in part}

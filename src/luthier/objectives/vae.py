@@ -33,7 +33,7 @@ from luthier.evaluation.thresholds import draw_threshold
 from luthier.models.heads import Task
 from luthier.models.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import TrainingDefaults, chat_of
+from luthier.objectives.base import TrainingDefaults, chat_of, extra_of
 from luthier.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.objectives.means import loss_metrics
 from luthier.types import Example, Loss, Row
@@ -157,7 +157,7 @@ class VAE(Generative):
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed minus evidence lower bound, of one draw a row."""
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
-        drawn: Draw = batch.extra
+        drawn = extra_of(batch, Draw)
         latent_RZ = mean_RZ + (0.5 * log_variance_RZ).exp() * drawn.noise_RZ
         copy_R = self._copy_error(network, batch, latent_RZ)
         kl_R = divergence(mean_RZ, log_variance_RZ)
@@ -177,9 +177,12 @@ class VAE(Generative):
         import torch
 
         means: list[Tensor] = []
-        found = loss_metrics(
-            self, network, examples, budget, lambda loss: means.append(loss.states)
-        )
+
+        def collect(loss: Loss) -> None:
+            if loss.states is not None:
+                means.append(loss.states)
+
+        found = loss_metrics(self, network, examples, budget, collect)
         if len(examples) > 1:
             none = torch.zeros(0, int(network.model.config.latent_size), device=network.device)
             means_RZ = network.group.concatenate(torch.cat([none, *means]))
