@@ -155,6 +155,15 @@ def test_changed_files_are_loaded_again(folder: Path) -> None:
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens.json"])
+def test_a_damaged_copy_is_written_again(folder: Path, luthier_home: Path, name: str) -> None:
+    wanted = load_tokenizer(folder).encode("the house")
+    (copy,) = luthier_home.glob(f"cache/tokenizers/*/{name}")
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:100])
+    assert load_tokenizer(folder).encode("the house") == wanted and copy.read_bytes() == whole
+
+
 def test_a_store_that_cannot_be_written(folder: Path, luthier_home: Path) -> None:
     luthier_home.write_text("no folder")
     assert load_tokenizer(folder).encode("Hello")

@@ -130,7 +130,7 @@ def _described(folder: Path, versions: Any, home: Path) -> DescribedNetwork:
     libraries = [__version__, *map(version, ("torch", "transformers"))]
     known = json.dumps([str(folder.absolute()), versions, fields, libraries])
     record = home / "cache" / "networks" / f"{hashlib.sha256(known.encode()).hexdigest()}.json"
-    if record.is_file():
+    with suppress(OSError, LuthierError, TypeError, KeyError):  # not stored, or damaged
         stored = read_json(record)
         return DescribedNetwork(**stored | {"heads": tuple(stored["heads"])})
     described = _draw_described(folder, fields)

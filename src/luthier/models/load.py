@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,15 @@ def sketch_of(config: Any, head: Head) -> nn.Module:
         return draw(config, head)
 
 
+_CONSTRUCTING = threading.Lock()
+# While transformers loads a network, PreTrainedModel.tie_weights is replaced for the whole process: a
+# network that another thread draws would have an output layer of its own.
+
+
 def draw(config: Any, head: Head) -> nn.Module:
     """The network of ``config`` on no device; errors are those of its family."""
     kind = auto_class(config, head.task)
-    with torch.device("meta"):
+    with _CONSTRUCTING, torch.device("meta"):
         model: nn.Module = kind.from_config(config, trust_remote_code=False)
     mark(model, head.task)
     return model
@@ -137,7 +143,7 @@ def load_model(
     message = f"the network in {folder} ({kind}) cannot be loaded"
     try:
         logging.set_verbosity_error()  # transformers reports a new head as a defect
-        with refuse_configuration(UnknownModel, message):
+        with _CONSTRUCTING, refuse_configuration(UnknownModel, message):
             found: Any = auto_class(config, head.task).from_pretrained(
                 str(folder),
                 config=config,

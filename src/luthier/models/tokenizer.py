@@ -51,7 +51,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     folder = tokenizer_folder(folder)
     stored = _stored_folder(folder)
-    with suppress(OSError):  # not stored, or just removed
+    with suppress(OSError, ValueError):  # not stored, just removed, or damaged
         content, fields = (stored / TOKENIZER).read_bytes(), (stored / SPECIAL_TOKENS).read_bytes()
         return StoredTokenizer(content, json.loads(fields), folder)
     own = load_with_transformers(folder)
