@@ -1,8 +1,7 @@
 """Scores of models that read: how often their labels, ratings and tags are those of the data.
 
 Entities are counted as in CoNLL-2003 (Tjong Kim Sang & De Meulder 2003): right only with the right
-kind, first and last word; an I- tag that continues nothing begins an entity. seqeval counts alike, and
-has had no release since 2020.
+kind, first and last word; an I- tag that continues nothing begins an entity. seqeval counts alike.
 """
 
 from __future__ import annotations
