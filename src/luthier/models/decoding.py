@@ -371,7 +371,7 @@ def sample(
     """
     max_tokens = sampling.max_tokens
     if count < 1 or max_tokens is None:
-        raise RecipeError("completions and their tokens must be at least 1")
+        raise RecipeError("the number of completions and max_tokens must be at least 1")
     if sampling.constraint is not None:
         raise RecipeError("what is sampled here follows no schema, regex or grammar")
     context = _check(network, prompts, max_tokens)
