@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Annotated, Any, Literal
 
 from luthier.errors import LuthierError, RefusedInput
-from luthier.models.sampling import Limits, Sampling
+from luthier.models.sampling import FieldLimits, Sampling
 from luthier.types import Message, TemplateKwargs, Tool, ToolCall
 
 STOPS = 2500
@@ -78,13 +78,13 @@ class GenerationRequest(Sampling):
     """A prompt, and how it is to be answered; without ``max_tokens`` in the rest of the context."""
 
     prompt: Prompt
-    temperature: Annotated[float, Limits(0, 2, "")] = field(default=1.0, kw_only=True)
+    temperature: Annotated[float, FieldLimits(0, 2, "")] = field(default=1.0, kw_only=True)
     """Divisor of the logits; 0 takes the most likely token."""
     seed: int | None = field(default=None, kw_only=True)
     """Seed of the draws; a random seed when ``None``."""
-    n: Annotated[int, Limits(1, CHOICES, "")] = field(default=1, kw_only=True)
+    n: Annotated[int, FieldLimits(1, CHOICES, "")] = field(default=1, kw_only=True)
     """Number of answers, each drawn with its own seed."""
-    top_logprobs: Annotated[int | None, Limits(0, TOP_LOGPROBS, "")] = field(
+    top_logprobs: Annotated[int | None, FieldLimits(0, TOP_LOGPROBS, "")] = field(
         default=None, kw_only=True
     )
     """Number of likely tokens reported next to each token; ``None`` reports no log-probability."""

@@ -15,7 +15,7 @@ MOST_PENALTY = 1000.0
 """Largest repetition penalty, and the inverse of the smallest: logits stay finite."""
 
 
-class Limits(NamedTuple):
+class FieldLimits(NamedTuple):
     """Range of a sampling field, and the help text of its command line option."""
 
     low: float
@@ -42,34 +42,35 @@ class Sampling:
 
     max_tokens: Annotated[
         int | None,
-        Limits(1, MOST_TOKENS, "Most tokens of a reply; 256, or half of a smaller context."),
+        FieldLimits(1, MOST_TOKENS, "Most tokens of a reply; 256, or half of a smaller context."),
     ] = None
     """Most tokens of an answer; without a number, each caller has its own limit."""
-    min_tokens: Annotated[int, Limits(0, MOST_TOKENS, "Tokens before a reply may stop.")] = 0
+    min_tokens: Annotated[int, FieldLimits(0, MOST_TOKENS, "Tokens before a reply may stop.")] = 0
     """Tokens of an answer before a stop token or a stop sequence may end it; the end of a grammar
     ends the answer earlier."""
-    temperature: Annotated[float, Limits(0, 1000, "0 takes the most likely token.")] = 0.0
+    temperature: Annotated[float, FieldLimits(0, 1000, "0 takes the most likely token.")] = 0.0
     """Divisor of the logits; 0 takes the most likely token."""
-    top_p: Annotated[float, Limits(0, 1, "Draw from the most likely tokens only.")] = 1.0
+    top_p: Annotated[float, FieldLimits(0, 1, "Draw from the most likely tokens only.")] = 1.0
     """Draw only from the most likely tokens that together have this probability; 0 leaves one."""
-    top_k: Annotated[int, Limits(0, MOST_TOKENS, "Draw from this many tokens; 0 for all.")] = 0
+    top_k: Annotated[int, FieldLimits(0, MOST_TOKENS, "Draw from this many tokens; 0 for all.")] = 0
     """Draw only from this many of the most likely tokens; 0 for all."""
-    min_p: Annotated[float, Limits(0, 1, "Lowest share of the top token's probability.")] = 0.0
+    min_p: Annotated[float, FieldLimits(0, 1, "Lowest share of the top token's probability.")] = 0.0
     """Draw no token that is less likely than this share of the likeliest (arXiv:2407.01082)."""
     repetition_penalty: Annotated[
-        float, Limits(1 / MOST_PENALTY, MOST_PENALTY, "Above 1 avoids tokens that stand before.")
+        float,
+        FieldLimits(1 / MOST_PENALTY, MOST_PENALTY, "Above 1 avoids tokens that stand before."),
     ] = 1.0
     """Divisor of the logits of tokens that stand before; negative logits are multiplied (Keskar et
     al. 2019, arXiv:1909.05858)."""
-    frequency_penalty: Annotated[float, Limits(-2, 2, "Penalty per use of a token.")] = 0.0
+    frequency_penalty: Annotated[float, FieldLimits(-2, 2, "Penalty per use of a token.")] = 0.0
     """Subtracted from a token's logit for each time that the answer has the token already."""
-    presence_penalty: Annotated[float, Limits(-2, 2, "Penalty of tokens in the reply.")] = 0.0
+    presence_penalty: Annotated[float, FieldLimits(-2, 2, "Penalty of tokens in the reply.")] = 0.0
     """Subtracted from the logits of tokens that the answer has already."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of tokens."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, and are no part of it; its reasoning is not searched for them."""
-    seed: Annotated[int | None, Limits(0, 2**63 - 1, "Seed of the draws.")] = 0
+    seed: Annotated[int | None, FieldLimits(0, 2**63 - 1, "Seed of the draws.")] = 0
     """Seed of the draws, the same for every prompt; a random one where it is ``None``."""
     schema: Mapping[str, Any] | bool | None = None
     """JSON schema that answers have to match; ``True`` for any JSON object."""
@@ -111,7 +112,7 @@ class Sampling:
 
 
 @cache
-def limited_fields(kind: type) -> dict[str, tuple[Any, Limits]]:
+def limited_fields(kind: type) -> dict[str, tuple[Any, FieldLimits]]:
     """Return type and limits of each field of ``kind`` that has limits, by name."""
     hints = get_type_hints(kind, include_extras=True)
     found = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
