@@ -1,4 +1,4 @@
-"""Write docs/reference.md, the table of limits in docs/access.md, and JSON schemas from the code.
+"""Write docs/reference.md, the table of limits in docs/guide/limits.md, and JSON schemas from the code.
 
 With --check, fail when they are not what would be written.
 
@@ -45,7 +45,7 @@ from luthier.workflows.distil.insights import RULES as INSIGHT_RULES
 from luthier.workflows.distil.recipe import DistilRecipe, InsightSpec, TeacherSpec
 
 TARGET = Path(__file__).parent / "reference.md"
-ACCESS = Path(__file__).parent / "access.md"
+LIMITS = Path(__file__).parent / "guide" / "limits.md"
 SCHEMA = Path(__file__).parent / "certificate.schema.json"
 LIMITS_BEGIN, LIMITS_END = "<!-- limits: written by make docs -->\n", "<!-- end of limits -->"
 
@@ -70,15 +70,15 @@ def main() -> int:
         )
         + "\n"
     )
-    before, begin, rest = ACCESS.read_text(encoding="utf-8").partition(LIMITS_BEGIN)
+    before, begin, rest = LIMITS.read_text(encoding="utf-8").partition(LIMITS_BEGIN)
     _, end, after = rest.partition(LIMITS_END)
-    pages = {TARGET: text, ACCESS: before + begin + _limits() + end + after}
+    pages = {TARGET: text, LIMITS: before + begin + _limits() + end + after}
     pages[SCHEMA] = json.dumps(certificate_schema(), indent=2, ensure_ascii=False) + "\n"
     if "--check" in sys.argv:
         for path, page in pages.items():
             if not path.is_file() or path.read_text(encoding="utf-8") != page:
                 print(
-                    f"docs/{path.name} is not what the code says; run `make docs`", file=sys.stderr
+                    f"docs/{path.name} is out of date; run `make docs`", file=sys.stderr
                 )
                 return 1
         return 0

@@ -214,7 +214,7 @@ def set_quotas(
         typer.Argument(
             metavar="[NAME=VALUE]...",
             help="Quotas to set, such as stored_bytes=1000000000; NAME= goes back to the server's "
-            "default. docs/access.md lists them, and requests_per_second is one as well.",
+            "default. docs/guide/limits.md lists them, and requests_per_second is one as well.",
         ),
     ] = None,
     reset: Annotated[

@@ -64,7 +64,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="A limit of the server other than its default (docs/access.md lists them). "
+            help="Change a limit of the server (docs/guide/limits.md). "
             "May be repeated.",
         ),
     ] = None,
