@@ -77,9 +77,7 @@ def main() -> int:
     if "--check" in sys.argv:
         for path, page in pages.items():
             if not path.is_file() or path.read_text(encoding="utf-8") != page:
-                print(
-                    f"docs/{path.name} is out of date; run `make docs`", file=sys.stderr
-                )
+                print(f"docs/{path.name} is out of date; run `make docs`", file=sys.stderr)
                 return 1
         return 0
     for path, page in pages.items():

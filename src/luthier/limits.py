@@ -18,10 +18,10 @@ from luthier.validation import StrictModel, describe_constraint
 
 KIB, MIB = 1 << 10, 1 << 20
 BODY_BYTES = 25_000_000
-"""Largest request body that is read into memory, and largest line of a batch, in bytes (AWS's limit)."""
+"""Largest request body that is read into memory and largest line of a batch, in bytes, as on AWS."""
 TEXT_CHARACTERS = 262_144
-"""Largest text that a grader compares, in characters. Comparing two texts takes time proportional to the
-product of their lengths."""
+"""Largest text that a grader compares, in characters. The time to compare two texts is proportional to
+the product of their lengths."""
 SCHEMA_CHARACTERS = 200_000
 """Largest JSON schema, regular expression or grammar of a structured output, in characters."""
 

@@ -64,8 +64,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="Change a limit of the server (docs/guide/limits.md). "
-            "May be repeated.",
+            help="Change a limit of the server (docs/guide/limits.md). May be repeated.",
         ),
     ] = None,
     deterministic: Annotated[
