@@ -14,7 +14,7 @@ from luthier.models import packing
 from luthier.models.kv_cache import CHUNK
 from luthier.models.llama_forward import LlamaForward
 from luthier.models.load import as_network
-from luthier.models.packing import PackedGroup, packed_linears
+from luthier.models.packing import PackedGroup, PackedLinears
 from luthier.models.torch_backend import FlatBackend
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def test_a_group_and_its_layers_do_not_hold_copies_at_once(
     torch.manual_seed(0)
     layers = torch.nn.ModuleList([torch.nn.Linear(256, 256), torch.nn.Linear(256, 512, bias=False)])
     x = torch.randn(1, 8, 256)
-    with torch.no_grad(), packed_linears(layers):
+    with torch.no_grad(), PackedLinears(layers):
         expected = [layer(x) for layer in layers]
         members = [layer.__dict__["packed_weight"] for layer in layers]
         group = PackedGroup([*layers])

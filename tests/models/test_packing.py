@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from luthier.adaptations.lora_layer import DoRALinear, LoRALinear
-from luthier.models.packing import packed_linears, packed_weight
+from luthier.models.packing import PackedLinears, packed_weight
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products here"
@@ -32,18 +32,18 @@ def test_products_are_those_of_the_plain_weight(
     for rows in (1, 3, 64, 65):
         x = torch.randn(1, rows, 320).to(dtype)
         plain = layer(x)
-        with packed_linears(layer):
+        with PackedLinears(layer):
             assert packed_weight(base) is not None
             got = layer(x)
         assert packed_weight(base) is None and "forward" not in base.__dict__
         torch.testing.assert_close(got, plain, rtol=0.01, atol=0.01)
         base.weight.neg_()  # type: ignore[operator]
-        with packed_linears(layer):
+        with PackedLinears(layer):
             assert (layer(x) - plain).abs().max() > 1, "packed anew each time"
         base.weight.neg_()  # type: ignore[operator]
 
 
 def test_other_types_and_small_weights_stay() -> None:
     for layer in (nn.Linear(320, 256, dtype=torch.float64), nn.Linear(16, 16)):
-        with packed_linears(layer):
+        with PackedLinears(layer):
             assert packed_weight(layer) is None

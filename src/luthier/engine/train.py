@@ -569,7 +569,9 @@ class Trainer:
 
     def release(self, network: Network) -> None:
         """Let go of what only training needed."""
-        network.bottom, network.others, network.cache = None, {}, None
+        for other in network.others.values():
+            other.close()
+        network.bottom, network.others, network.cache, network.backend = None, {}, None, None
         if isinstance(network.layout, MediaLayout):
             network.layout.forget()
         for name in self.extra_modules:

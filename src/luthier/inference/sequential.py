@@ -111,9 +111,9 @@ class SerialModel:
             self._batcher = RowBatcher(
                 predictor, self._limits, self._scheduler, memory, deterministic
             )
-            from luthier.models.packing import packed_linears
+            from luthier.models.packing import PackedLinears
 
-            self._open.enter_context(packed_linears(self._network.model))
+            self._open.enter_context(PackedLinears(self._network.model))
 
     @staticmethod
     def open(

@@ -139,6 +139,15 @@ class Speculates(Protocol):
 
 
 @runtime_checkable
+class ReopenableBackend(Backend, Protocol):
+    """A backend of a network in memory that can be used again after :meth:`Backend.close`."""
+
+    def reopen(self) -> None:
+        """Allow new sequences, which use the weights that the network has now."""
+        ...
+
+
+@runtime_checkable
 class AdapterBackend(Backend, Protocol):
     """A backend whose steps have rows of several adapters on its network."""
 

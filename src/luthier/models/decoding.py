@@ -25,7 +25,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.models import heads
-from luthier.models.backends import backend_of, read_prompts, reply_room
+from luthier.models.backends import ReopenableBackend, backend_of, read_prompts, reply_room
 from luthier.models.forward_backend import ForwardBackend
 
 if TYPE_CHECKING:
@@ -358,7 +358,7 @@ def sample(
     """``count`` completions of each of ``prompts`` (token ids), in their order.
 
     The weights are the very ones of the next training step, adapters and soft prompts in place: nothing
-    is copied, merged or exported. Runs in eval mode, without gradients, and leaves each module in the
+    is merged or exported. Runs in eval mode, without gradients, and leaves each module in the
     mode it found it in. ``seeds`` has one for each prompt; without them all have that of ``sampling``.
     Where an encoder has read the prompts already (images), its states are ``encoded_RSH``, and a prompt
     is the number of its row there.
@@ -384,7 +384,7 @@ def sample(
     finished = 0
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     together = max(1, batch_size // count)
-    with _eval_mode(network.model), closing(_backend(network, context, encoded_RSH)) as backend:
+    with _eval_mode(network.model), _open_backend(network, context, encoded_RSH) as backend:
         for start, first in itertools.product(
             range(0, len(order), together), range(0, count, batch_size)
         ):
@@ -448,10 +448,24 @@ def seed_of(sampling: Sampling) -> int:
     return secrets.randbits(63) if sampling.seed is None else sampling.seed
 
 
-def _backend(network: Network, context: int, encoded_RSH: Tensor | None) -> Backend:
-    if encoded_RSH is None:
-        return backend_of(network, context)
-    return ForwardBackend(network, context, encoded_RSH)
+@contextmanager
+def _open_backend(network: Network, context: int, encoded_RSH: Tensor | None) -> Iterator[Backend]:
+    """Yield the backend of ``network``, and close it afterwards.
+
+    A backend that can be opened again stays with the network: comparing a faster forward pass with the
+    network's modules takes as long as a short completion, in each step of a reinforcement learner.
+    """
+    if encoded_RSH is not None:
+        backend: Backend = ForwardBackend(network, context, encoded_RSH)
+    elif network.backend is not None:
+        backend = network.backend
+        network.backend.reopen()
+    else:
+        backend = backend_of(network, context)
+        if isinstance(backend, ReopenableBackend):
+            network.backend = backend
+    with closing(backend):
+        yield backend
 
 
 def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> int:

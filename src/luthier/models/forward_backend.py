@@ -127,7 +127,10 @@ class ForwardBackend:
         state.group = None
 
     def close(self) -> None:
-        """Nothing is kept here."""
+        """Do nothing: sequences hold their own caches."""
+
+    def reopen(self) -> None:
+        """Do nothing: the backend computes nothing from the weights ahead."""
 
     @torch.no_grad()
     def _read(self, rows: list[_ForwardSequence], group: _Group | None = None) -> Tensor:

@@ -30,6 +30,7 @@ from luthier.types import Example, IntArray
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
+    from luthier.models.backends import ReopenableBackend
 
 _Read = TypeVar("_Read")
 
@@ -143,6 +144,8 @@ class Network:
         """Share of the run's steps before the current one, for settings that change during a run."""
         self.chat: ChatFormat | None = None
         """How texts become its tokens; objectives that let it write or read texts need it."""
+        self.backend: ReopenableBackend | None = None
+        """Backend of :func:`luthier.models.decoding.sample`, kept between the steps that sample."""
         self.group = ALONE
         """The processes that train it."""
         self.is_sharded = False
@@ -277,7 +280,7 @@ class Network:
 
     def close(self) -> None:
         """Let go of the weights, so that their memory can be used again."""
-        self.model = None
+        self.model = self.backend = None
         self._start, self.others, self.cache, self.base = [], {}, None, None
         self.__dict__.pop("_backbone", None)
 

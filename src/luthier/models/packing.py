@@ -3,13 +3,12 @@
 With a few rows a product takes as long as reading its weight, and oneDNN brings one of bfloat16 into
 the order it wants in each call. Done once ahead, such a product of 1 to 16 rows takes half the time, of
 32 two thirds; the sums are the same but for their order, and rounded once. A second copy of the weights
-lives while :func:`packed_linears` is open: the weights may change afterwards.
+lives while a :class:`PackedLinears` is entered: the weights may change afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -189,36 +188,42 @@ def _product_plus(x: Tensor, packed: Tensor, update: Tensor) -> Tensor:
 
 
 def packed_weight(layer: Any) -> PackedWeight | None:
-    """What :func:`packed_linears` made for ``layer``; ``None`` outside of it."""
+    """Return the packed weight of ``layer``; ``None`` outside of :class:`PackedLinears`."""
     found: PackedWeight | None = layer.__dict__.get(_NAME)
     return found
 
 
-@contextmanager
-def packed_linears(model: nn.Module) -> Iterator[None]:
-    """Pack the linear layers of a network on a CPU; other networks stay as they are.
+class PackedLinears:
+    """The linear layers of a network on a CPU, packed while the context is entered.
 
-    Without gradients only. Layers that wrap a linear one ask :func:`packed_weight` for it.
+    Without gradients only. Layers that wrap a linear layer ask :func:`packed_weight`. The context can
+    be entered again: weights that changed in between are packed again.
     """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _gains(layer)]
-    # A network that several adapters share is plain here: they stand in networks of their own.
-    branched = {
-        module.base_layer
-        for module in model.modules()
-        if {"base_layer", "lora_A"} <= module._modules.keys()
-    }
-    try:
-        for layer in layers:
-            weight = PackedWeight(layer, layer in branched)
-            layer.__dict__[_NAME] = weight
-            layer.__dict__["forward"] = weight.product
-        yield
-    finally:
-        for layer in layers:
-            packed: PackedWeight = layer.__dict__.pop(_NAME)
+
+    def __init__(self, model: nn.Module) -> None:
+        # A network that several adapters share is plain here: they stand in networks of their own.
+        branched = {
+            module.base_layer
+            for module in model.modules()
+            if {"base_layer", "lora_A"} <= module._modules.keys()
+        }
+        self._packed = {
+            layer: PackedWeight(layer, layer in branched)
+            for layer in model.modules()
+            if type(layer) is nn.Linear and _gains(layer)
+        }
+
+    def __enter__(self) -> None:
+        for layer, packed in self._packed.items():
+            layer.__dict__[_NAME] = packed
+            layer.__dict__["forward"] = packed.product
+
+    def __exit__(self, *error: object) -> None:
+        for layer, packed in self._packed.items():
+            layer.__dict__.pop(_NAME, None)
             layer.__dict__.pop("forward", None)
             packed.release()
-            if packed.group is not None:  # they know each other, and would wait for the collector
+            if packed.group is not None:
                 packed.group.release()
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +46,7 @@ from luthier.models.layouts import Flat
 from luthier.models.llama_forward import LlamaForward
 from luthier.models.lora_batch import Adapter, LoraBatch
 from luthier.models.modalities import head_size, key_heads
-from luthier.models.packing import packed_linears, packed_weight
+from luthier.models.packing import PackedLinears, packed_weight
 from luthier.models.prefix import prefix_tokens
 from luthier.models.speculation import PromptLookup, Speculation
 from luthier.types import Example
@@ -148,9 +148,8 @@ class FlatBackend:
         # Guesses may stand behind it, where a table of positions ends.
         self._last = self._first + network.context - 1
         self._before = prefix_tokens(network.model)
-        self._open = ExitStack()
-        if packs:
-            self._open.enter_context(packed_linears(network.model))
+        self._packed = PackedLinears(network.model) if packs else nullcontext()
+        self._packed.__enter__()
         self._banks = Banks()
         config = network.model.config
         numbers = 2 * int(config.num_hidden_layers) * key_heads(config) * head_size(config)
@@ -353,8 +352,12 @@ class FlatBackend:
 
     def close(self) -> None:
         """Drop all keys and values, the adapters, and the packed weights."""
-        self._open.close()
+        self._packed.__exit__(None, None, None)
         self._banks, self._batch = Banks(), LoraBatch(self.network)
+
+    def reopen(self) -> None:
+        """Allow new sequences on current weights; the faster forward pass is not tried again."""
+        self._packed.__enter__()
 
     def _step(self, states: Sequence[Any], tokens: Sequence[int]) -> list[Tensor]:
         """Return logits ``[V]`` behind a token of each; those behind guesses stay with the states."""
