@@ -20,7 +20,7 @@ import pytest
 import torch
 from forked_commands import forker
 
-pytest_plugins = ["openai_endpoint", "postgres", "principals_of", "ray_cluster"]
+pytest_plugins = ["job_queue", "openai_endpoint", "postgres", "principals_of", "ray_cluster"]
 
 torch.set_num_threads(1)
 

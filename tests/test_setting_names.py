@@ -22,13 +22,13 @@ from luthier.server.openai.fine_tuning import setting_name as openai
 APIS: dict[str, Callable[[str], str]] = {"bedrock": bedrock, "openai": openai, "native": native}
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
-COMMANDS = ("cli", "sdk/hub", "migrate", "workflows/advise", "workflows/estimate", "limits.py",
-            "pretrain_recipe.py", "server/http/server.py", "escaping.py")  # fmt: skip
+COMMANDS = ("cli", "cluster", "sdk/hub", "migrate", "workflows/advise", "workflows/estimate",
+            "limits.py", "pretrain_recipe.py", "server/http/server.py", "escaping.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
     "data/convert.py", "data/writers.py", "exports/writer.py", "workflows/learning_curve.py",
     "workflows/pretrain.py", "workflows/search.py", "workflows/space.py",
-    "workflows/trial_processes.py", "workflows/launch.py",
+    "workflows/trial_processes.py",
     "models/build.py", "models/student.py", "models/width.py", "models/width_bert.py",
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",
     "gate/row_selection.py", "gate/splits.py", "server/tables/backup.py",
@@ -43,7 +43,7 @@ OF_COMMANDS = {
     "workflows/distil/recipe.py": "--(resume|set teacher)",
     # A server is started by a command, and a driver by arguments.
     "server/service.py": "--(job-processes|runner)", "inference/opened_model.py": "student --from",
-    "server/jobs/ray_runner.py": "--[a-z]",
+    "server/jobs/runners.py": "--(runner|ray-address)",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip
 """Texts of other files that clients of the API never come to."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.server.jobs.ray_runner import RayRunner
+from luthier.cluster.ray_cluster import RayCluster
 
 RAY = Path(sys.executable).with_name("ray")
 MEMORY = 2_000_000_000
@@ -76,7 +76,7 @@ class Cluster:
                     time.sleep(0.5)
                     continue
             try:
-                found = [each for each in RayRunner(self.address).nodes() if each.cores]
+                found = RayCluster(self.address).nodes()
             except Exception:  # it is starting
                 found = None
             if found is not None and len(found) == count:
@@ -87,7 +87,7 @@ class Cluster:
     def wait_for_idle(self, count: int, seconds: float = 60) -> None:
         """Wait until so many nodes have all of their resources free."""
         deadline = time.monotonic() + seconds
-        while sum(n.idle for n in RayRunner(self.address).nodes() if n.cores) != count:
+        while sum(n.idle for n in RayCluster(self.address).nodes()) != count:
             assert time.monotonic() < deadline
             time.sleep(0.5)
 

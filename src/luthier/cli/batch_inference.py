@@ -59,7 +59,7 @@ class BatchInference:
         runner: InferenceRunner | None = None
         if self.ray_address is not None:
             with extra("server"):
-                from luthier.server.jobs.ray_inference import RayInferenceRunner
+                from luthier.cluster.ray_commands import RayInferenceRunner
 
             runner = RayInferenceRunner(self.ray_address, self.ray_gpus)
         with show_progress(0, task.kind, rate="rows/s") as show:

@@ -89,7 +89,7 @@ def search(
     runner: TrialRunner | None = None
     if ray_address is not None:
         with extra("server"):
-            from luthier.server.jobs.ray_trials import RayTrialRunner
+            from luthier.cluster.ray_commands import RayTrialRunner
 
         runner = RayTrialRunner(ray_address, ray_gpus)
     with LiveReporter() as reporter:

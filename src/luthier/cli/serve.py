@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,13 +16,6 @@ from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
     from luthier.server.tables.bootstrap import IssuedKeys
-
-
-class RunnerName(StrEnum):
-    """Where training runs."""
-
-    local = "local"
-    ray = "ray"
 
 
 def serve(
@@ -83,8 +75,8 @@ def serve(
         ),
     ] = None,
     runner: Annotated[
-        RunnerName, typer.Option(help="Where training runs: on this machine, or on a Ray cluster.")
-    ] = RunnerName.local,
+        str, typer.Option(help="Where training runs: local, ray or a plugin's runner.")
+    ] = "local",
     ray_address: Annotated[
         str | None,
         typer.Option(
@@ -124,6 +116,7 @@ def serve(
         from luthier.models.backends import chosen_backend, merges_adapters
         from luthier.server.http import server
         from luthier.server.http.metrics import log_as_json
+        from luthier.server.jobs.runners import open_runner
         from luthier.server.service import Service
         from luthier.server.settings import Settings
         from luthier.server.tables.removal import count_without_account
@@ -145,8 +138,7 @@ def serve(
                 f"--requests-per-second {requests_per_second:g}: write a number from 0 on; without "
                 "the option there is no limit"
             )
-        if (runner is RunnerName.ray) != (ray_address is not None):
-            raise RefusedInput("--runner ray and --ray-address HOST:PORT belong together")
+        job_runner = open_runner(runner, ray_address, ray_gpus)
         settings = Settings(
             region=region,
             account=account,
@@ -158,13 +150,11 @@ def serve(
             cors_origins=tuple(cors_origin or ()),
             limits=parse_limits(limit or ()),
             deterministic=deterministic,
-            ray_address=ray_address,
-            ray_gpus=ray_gpus,
             job_processes=job_processes,
             work=not no_workers,
         )
         log_as_json()
-        service = Service(settings)
+        service = Service(settings, job_runner)
 
         def ready(address: str) -> None:
             service.start(work=not no_workers)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
+    from luthier.cluster.launch import Target
     from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
     from luthier.recipe import Recipe
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from luthier.workflows.advise.recommend import Advice
     from luthier.workflows.distil.responses import Distilled
     from luthier.workflows.estimate.estimate import Estimate
-    from luthier.workflows.launch import Target
     from luthier.workflows.learning_curve import LearningCurve
     from luthier.workflows.student import Student
 
@@ -215,8 +215,8 @@ def launch(
     Raises:
         RefusedInput: for what cannot be launched, and as :func:`luthier.tune` does.
     """
+    from luthier.cluster.launch import LaunchRequest, launch_file
     from luthier.engine.dataset import check_sources
-    from luthier.workflows.launch import LaunchRequest, launch_file
 
     request = LaunchRequest(on, processes, nodes, gpu, image, seconds)
     recipe = recipe_of(data, fields)

@@ -34,7 +34,6 @@ from luthier.server.http.metrics import Meter, Metrics
 from luthier.server.http.routing import Face, MountedApplication
 from luthier.server.identifiers import ModelIds
 from luthier.server.jobs.admission import Capacity
-from luthier.server.jobs.ray_runner import RayRunner
 from luthier.server.jobs.runners import LocalRunner, Runner
 from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.native.operations import Context
@@ -68,8 +67,10 @@ LAMBDA = re.compile(
 class Service:
     """The parts of a server. :meth:`start` begins what works in the background."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Open the database, bring its tables up to date, and build every face.
+    def __init__(self, settings: Settings, runner: Runner | None = None) -> None:
+        """Open the database, upgrade its tables, and build every API.
+
+        Training runs on the machines of ``runner``, by default on this machine.
 
         Raises:
             LuthierError: where the database cannot be reached, or is of a newer version.
@@ -101,12 +102,15 @@ class Service:
         self.memory = FreedMemory()
         self.locations = Locations(self.database, settings.s3_endpoint, quotas=limits)
         self.activation = Activation(self.database, partial(check_and_load, self.pool))
+        runner = runner or LocalRunner()
+        if settings.work:
+            _check_runner(settings, runner, self.database)
         capacity = Capacity()
         self.scheduler = Scheduler(
             self.database,
             capacity,
             options=_worker_options(settings, capacity),
-            runner=_checked_runner(settings, self.database),
+            runner=runner,
             shared_by=settings.job_processes,
         )
         self.trail = AuditTrail(self.database)
@@ -267,25 +271,20 @@ def _metric_label(stored: StoredModel) -> str:
     return stored.root if stored.root in CATALOG else OTHER
 
 
-def _checked_runner(settings: Settings, database: Database) -> Runner:
-    """Where training runs, refused at the start where it could not."""
-    if settings.job_processes != 1 and settings.work:
+def _check_runner(settings: Settings, runner: Runner, database: Database) -> None:
+    """Raise :class:`RefusedInput` if no job could run."""
+    if settings.job_processes != 1:
         option = f"--job-processes {settings.job_processes} (LUTHIER_JOB_PROCESSES)"
-        if settings.ray_address is not None:
+        if not isinstance(runner, LocalRunner):
             raise RefusedInput(
-                f"{option} is for jobs of this machine: on a Ray cluster each is trained by one "
-                "process. Leave it out, or --runner ray"
+                f"{option} is for jobs of this machine: on a cluster one process trains each job. "
+                "Leave out --job-processes or --runner"
             )
         try:
             check_room(settings.job_processes)
         except RecipeError as error:
             raise RefusedInput(f"{option}: {error}") from error
-    if settings.ray_address is None:
-        return LocalRunner()
-    runner = RayRunner(settings.ray_address, settings.ray_gpus)
-    if settings.work:
-        runner.check(database)
-    return runner
+    runner.check(database)
 
 
 def _worker_options(settings: Settings, capacity: Capacity) -> list[str]:

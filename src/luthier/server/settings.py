@@ -29,10 +29,6 @@ class Settings:
     """Refuse signatures whose scope names another region."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the service from a browser; none by default."""
-    ray_address: str | None = None
-    """Head of the Ray cluster whose nodes do the training; on this machine where it is ``None``."""
-    ray_gpus: float = 0.0
-    """GPUs that each training reserves there."""
     job_processes: int = 1
     """Processes of this machine that share the training of each job."""
     work: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from typing import Any
 
@@ -81,3 +82,20 @@ def test_a_crash_of_a_library_leaves_its_lines_in_the_log(queue: Any, monkeypatc
     command = ["jobs", "list", "--database", queue.database.url, "--json"]
     (listed,) = json.loads(CliRunner().invoke(admin_app, command).stdout)["jobs"]
     assert (listed["name"], listed["state"], listed["suffix"]) == (job.name, "Failed", None)
+
+
+def test_a_worker_ends_with_its_standard_input() -> None:
+    # Its database does not answer.
+    code = (
+        "import sys, time; from luthier.server.jobs import processes; "
+        "processes.inherited_database = lambda: time.sleep(60); "
+        "from luthier.cli.app import main; main()"
+    )
+    options = ("--kind", "training", "--id", "x", "--lease", "x", "--until-stdin-closes")
+    command = [sys.executable, "-c", code, "worker", *options]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(1)
+    assert worker.stdin is not None
+    worker.stdin.close()
+    assert worker.wait(60) == 75

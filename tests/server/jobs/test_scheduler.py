@@ -17,10 +17,8 @@ from luthier.server.jobs import processes
 from luthier.server.jobs.admission import Capacity, memory_of
 from luthier.server.jobs.folders import LONGEST_LOG, JobFolders
 from luthier.server.jobs.kinds import TRAINING
-from luthier.server.jobs.ray_runner import RayRunner
 from luthier.server.jobs.scheduler import RoomWaits, Scheduler
 from luthier.server.tables import queue as leased_work
-from luthier.server.tables.foundation import foundation_model
 from luthier.server.tables.jobs import Job
 from luthier.server.tables.queue import LeaseWatch
 
@@ -275,17 +273,6 @@ def test_the_memory_of_a_job_is_that_of_the_objective_its_rows_lead_to(
         assert chosen == pytest.approx(found, rel=0.02)
     smaller = memory_of("tune", {**fields, "training": {"micro_batch_tokens": 8}})
     assert smaller < found
-
-
-@sqlite
-def test_a_job_of_an_encoder_reserves_its_memory_here_and_on_a_cluster(queue: Any) -> None:
-    base = foundation_model("sentence-transformers.all-minilm-l6-v2")
-    job_id = queue.submit("labels", base=base, settings={})
-    TRAINING.prepare(queue.database)
-    job = queue.job(job_id)
-    assert job.memory > 0.5e9
-    command = RayRunner("127.0.0.1:1").command(["worker"], TRAINING, job)
-    assert int(command[command.index("--memory") + 1]) == job.memory
 
 
 def test_a_log_is_cut_and_not_lost(luthier_home: Path) -> None:

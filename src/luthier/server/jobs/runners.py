@@ -1,69 +1,79 @@
-"""Where the processes of workers run, and how much more fits there.
+"""Job runners: the machines that worker processes run on, and the free capacity there.
 
-All else about leased work is in the database, and the same for every runner: leases, heartbeats, what
-is asked of a job meanwhile, its events and its end. A runner only says what room there is, and which
-child process of the server stands for a worker: it lives as long as the worker does and ends as it did.
+Leases, heartbeats, events and ends of jobs are in the database and the same for every runner. A runner
+reports the free capacity and gives the child process of the server that stands for a worker: the child
+process lives as long as the worker and ends with its exit status.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
+from luthier.errors import RefusedInput
+from luthier.plugins import PluginTable
 from luthier.server.jobs import processes
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.kinds import WORK_KINDS, WorkKind
 from luthier.server.tables import queue
+from luthier.server.tables.database import Database
 from luthier.server.tables.queue import QueuedWork
 
 
 @dataclass(frozen=True)
 class FreeCapacity:
-    """What is left of a capacity."""
+    """The unused part of a capacity."""
 
     memory: int
     cores: int
     at_work: Counter[type[QueuedWork]]
-    """How much of each kind goes on here."""
+    """Number of works of each kind that use the machine."""
 
     @property
     def idle(self) -> bool:
-        """Whether nothing goes on here."""
+        """Whether no work uses the machine."""
         return not self.at_work
 
 
 class Runner(ABC):
-    """Where workers run."""
+    """The machines that workers run on."""
+
+    @abstractmethod
+    def check(self, database: Database) -> None:
+        """Raise :class:`RefusedInput` if no job could run, before the server starts."""
 
     @abstractmethod
     def refresh(self) -> None:
-        """Find out what room there is, where others have to be asked: before a transaction begins.
+        """Query other machines for their free capacity, before a transaction begins.
 
         Raises:
-            LuthierError: they do not answer.
+            LuthierError: if the machines do not answer.
         """
 
     @abstractmethod
     def free(self, session: Session, capacity: Capacity) -> Sequence[FreeCapacity]:
-        """What is free for the next worker, one member for each machine; none where none may start.
+        """Return the free capacity of each machine; an empty sequence if no worker may start now.
 
-        No other server claims anything before the transaction ends. ``capacity`` is this machine's.
+        No other server claims work before the transaction ends. ``capacity`` is that of this machine.
         """
 
     @abstractmethod
     def command(self, worker: Sequence[str], kind: WorkKind, row: QueuedWork) -> list[str]:
-        """The command line of the child process that stands for ``worker``, the worker's own."""
+        """Return the command of the child process that stands for the command ``worker``."""
 
 
 class LocalRunner(Runner):
-    """Workers are child processes of the server, on its machine."""
+    """Workers as child processes of the server."""
+
+    def check(self, database: Database) -> None:
+        """Accept any database."""
 
     def refresh(self) -> None:
-        """Nobody is to be asked."""
+        """Query no machine."""
 
     def free(self, session: Session, capacity: Capacity) -> Sequence[FreeCapacity]:
         """See :class:`Runner`."""
@@ -74,16 +84,42 @@ class LocalRunner(Runner):
         return list(worker)
 
 
-def free(session: Session, capacity: Capacity, but: str | None = None) -> FreeCapacity:
-    """What work of all kinds on this machine leaves of ``capacity``.
+@dataclass(frozen=True)
+class RunnerEntry:
+    """A job runner by the name in ``luthier serve --runner``."""
 
-    No other server claims anything before the transaction ends, so that what is claimed in it was free.
-    ``but`` is the id of work that is not counted.
+    id: str
+    open: Callable[[str, float], Runner]
+    """Takes the address of the machines and the number of GPUs that each worker reserves."""
+
+
+RUNNERS: PluginTable[RunnerEntry] = PluginTable(
+    "runners", RunnerEntry, {"local": RunnerEntry("local", lambda address, gpus: LocalRunner())}
+)
+
+
+def open_runner(name: str, address: str | None, gpus: float) -> Runner:
+    """Return the job runner called ``name``.
+
+    Raises:
+        RefusedInput: for an unknown name, or an address that is missing or without effect.
+    """
+    if name not in RUNNERS:
+        raise RefusedInput(f"--runner {name}: choose one of {', '.join(RUNNERS)}")
+    if (name == "local") != (address is None):
+        raise RefusedInput("--runner ray and --ray-address HOST:PORT belong together")
+    return RUNNERS[name].open(address or "", gpus)
+
+
+def free(session: Session, capacity: Capacity, but: str | None = None) -> FreeCapacity:
+    """Return the part of ``capacity`` that no work on this machine uses.
+
+    No other server claims work before the transaction ends. ``but`` is the id of work to leave out.
     """
     rows = [
         row
         for row in claimed_rows(session)
-        # Of one without a worker nothing is known: it may be here.
+        # Work without a recorded worker may run on this machine.
         if row.id != but and (row.worker is None or processes.is_here(row.worker))
     ]
     memory = capacity.memory - sum(row.needed_memory for row in rows)
@@ -92,6 +128,6 @@ def free(session: Session, capacity: Capacity, but: str | None = None) -> FreeCa
 
 
 def claimed_rows(session: Session) -> list[QueuedWork]:
-    """What is worked on, of all kinds, and stays so until the transaction ends: others wait."""
+    """Return the leased work of all kinds, and lock claims until the transaction ends."""
     queue.lock_claims(session)
     return [row for kind in WORK_KINDS.values() for row in queue.leased_rows(session, kind.table)]

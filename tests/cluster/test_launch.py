@@ -23,11 +23,7 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.cli.launch import launch
-from luthier.engine.machine import Machine
-from luthier.errors import RecipeError, UnknownModel
-from luthier.recipe import Recipe
-from luthier.workflows.estimate.estimate import Estimate, PredictionInterval
-from luthier.workflows.launch import (
+from luthier.cluster.launch import (
     HOME,
     LaunchRequest,
     Target,
@@ -36,6 +32,10 @@ from luthier.workflows.launch import (
     render,
     size_job,
 )
+from luthier.engine.machine import Machine
+from luthier.errors import RecipeError, UnknownModel
+from luthier.recipe import Recipe
+from luthier.workflows.estimate.estimate import Estimate, PredictionInterval
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 FOUND = Estimate(

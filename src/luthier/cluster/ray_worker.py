@@ -1,8 +1,8 @@
-"""The actor of Ray that runs a worker as its child process, on the node that has room for it.
+"""The actor that runs a worker as a child process on a node of a Ray cluster.
 
-A process of its own has what a worker needs and an actor's has not: the main thread for its signals,
-the environment of a worker and nothing of Ray's. It reads from a pipe whose other end the actor holds,
-and ends where that closes: with the actor, which Ray ends with its driver, its node or its raylet.
+A worker needs the main thread for its signals and an environment without Ray's variables, which an
+actor lacks. The worker reads from a pipe that the actor holds and ends when the pipe closes: with the
+actor, which Ray ends together with its driver, its node or its raylet.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class RayWorker:
         log: str,
         needs: Sequence[str] = (),
     ) -> None:
-        """Start the worker; it appends what it prints to the file ``log``.
+        """Start the worker, which appends its output to the file ``log``.
 
-        ``python`` is the starter's interpreter: in its place the node's own is taken.
+        ``python`` is the driver's interpreter, which the node's own interpreter replaces.
 
         Raises:
-            FileNotFoundError: this node does not see the store that the log is in, or one of ``needs``.
+            FileNotFoundError: if this node does not see ``log`` or one of ``needs``.
         """
         for path in needs:
             os.stat(path)
-        # Without O_CREAT: the starter has made the file, so that a node with a store of its own shows.
+        # Without O_CREAT: the driver has created the file, which shows a node with another file system.
         opened = os.open(log, os.O_WRONLY | os.O_APPEND)
         program = [sys.executable if part == python else part for part in command]
         try:
@@ -53,7 +53,7 @@ class RayWorker:
             os.close(opened)
 
     def poll(self) -> int | None:
-        """How the worker ended; ``None`` while it works."""
+        """Return the exit status of the worker; ``None`` while it works."""
         assert self._process is not None
         return self._process.poll()
 

@@ -1,6 +1,6 @@
 """Launch files: a recipe as a job of Slurm, Kubernetes, SkyPilot or Ray, as estimated.
 
-The text of each file is a template in ``templates/launch``. Nothing of a recipe, a path or an option
+The text of each file is a template in ``templates``. Nothing of a recipe, a path or an option
 comes into a file but through a filter that quotes it for the place where it stands: the environment
 refuses any other text, so that a template which forgets one fails at once and for everybody.
 """
@@ -353,11 +353,11 @@ class Quoted(str):
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """A template of ``templates/launch``; text that no filter has quoted is an error."""
+    """A template of ``templates``; text that no filter has quoted is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("luthier.workflows", "templates/launch"),
+        loader=PackageLoader("luthier.cluster", "templates"),
         autoescape=False,  # noqa: S701 - no HTML: each filter quotes for its place
         finalize=_only_quoted,
         undefined=StrictUndefined,

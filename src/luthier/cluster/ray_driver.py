@@ -1,13 +1,13 @@
-"""The process that stands on its starter's machine for a worker on a Ray cluster.
+"""The process that stands on this machine for a process on a Ray cluster.
 
-    lease → an actor on a node with room → the worker below it → its exit status
+    lease → an actor on a node with room → the worker below the actor → the worker's exit status
 
-It holds the lease until the worker is there, and gives the work back where no node takes it. When it
-dies Ray ends the actor, and the worker with it; when the actor or its node dies, it ends in turn, which
-the scheduler sees as that of any worker.
+For a job, the driver holds the lease until the worker has taken over, and gives the job back if no
+node takes the worker. A process of a command (:mod:`luthier.cluster.ray_commands`) has no lease: the
+driver waits until a node has room, and ends the process when its own standard input closes.
 
-Without a lease it stands for a process of a command (:mod:`luthier.server.jobs.ray_processes`): it
-waits until a node has room, and ends its worker where its own standard input closes.
+When the driver dies, Ray ends the actor and with it the worker. When the actor or its node dies, the
+driver ends with an exit status that the scheduler handles as the death of a worker.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from contextlib import chdir, suppress
 from typing import Any
 
 from luthier.cancellation import on_stdin_end
+from luthier.cluster.ray_worker import RayWorker
 from luthier.errors import LeaseLost
 from luthier.files import luthier_home
 from luthier.server.jobs.kinds import WORK_KINDS
@@ -36,43 +37,42 @@ from luthier.server.jobs.processes import (
     inherited_database,
     this_process,
 )
-from luthier.server.jobs.ray_worker import RayWorker
 from luthier.server.jobs.worker import RENEWAL
 from luthier.server.tables import queue
 from luthier.server.tables.database import Database
 
 PLACEMENT_SECONDS = 60.0
-"""Until work is given back that no node has taken."""
+"""Time until a job that no node has taken is given back, in seconds."""
 LOOK = 0.5
-"""Seconds between two looks at the worker."""
+"""Interval between two polls of the worker, in seconds."""
 ANSWER_SECONDS = 60.0
-"""An actor that does not answer for so long is left to the lease, which its worker renews or loses."""
+"""Time limit for one reply of the actor, in seconds."""
 PASSED_ON = ("LUTHIER_", "HF_", "AWS_")
-"""How the variables begin that workers have from the server; the others are their node's."""
+"""Prefixes of the variables that workers get from the server; other variables are the node's own."""
 
-_log = logging.getLogger("luthier.server.jobs.ray_driver")
+_log = logging.getLogger("luthier.cluster.ray_driver")
 
 
 class Starter:
-    """Who has the work until its worker is there; this one waits, and keeps it where none takes it."""
+    """Holds the work of a command until its process has started; there is no lease to renew."""
 
     placement_seconds = math.inf
-    """Until it is given back where no node has taken it."""
+    """Time until the work is given back, in seconds."""
 
     def take(self) -> None:
-        """Stand for the worker."""
+        """Hold the work in place of the process."""
 
     def renew(self) -> bool:
-        """Whether the worker has taken over."""
+        """Keep holding the work. Returns whether the process has taken over."""
         return True
 
     def give_back(self, message: str) -> None:
-        """Say why no node takes the work."""
+        """Report why no node takes the work."""
         _log.error("%s", message)
 
 
 class LeaseHolder(Starter):
-    """Holds the lease of a row until its worker has taken it over."""
+    """Holds the lease of a job until its worker has taken over."""
 
     placement_seconds = PLACEMENT_SECONDS
 
@@ -83,14 +83,14 @@ class LeaseHolder(Starter):
         self._renewed = 0.0
 
     def take(self) -> None:
-        """Stand for the worker in place of the server, which may end meanwhile."""
+        """Hold the lease in place of the server, which may end meanwhile."""
         with self.database.write() as session:
             row = queue.renew(session, self.table, self.row_id, self.lease)
             row.worker = self._process
         self._renewed = time.monotonic()
 
     def renew(self) -> bool:
-        """Renew the lease, when it is time; whether the worker has taken it over."""
+        """Renew the lease when due. Returns whether the worker has taken over."""
         if time.monotonic() - self._renewed < RENEWAL:
             return False
         with self.database.write() as session:
@@ -102,7 +102,7 @@ class LeaseHolder(Starter):
         return False
 
     def give_back(self, message: str) -> None:
-        """Put the work back into the queue, and say why."""
+        """Put the job back into the queue with the reason."""
         with suppress(LeaseLost), self.database.write() as session:
             queue.release(session, self.table, self.row_id, self.lease, message)
 
@@ -112,55 +112,51 @@ class Driver:
 
     def __init__(self, options: argparse.Namespace, starter: Starter) -> None:
         self.options, self.starter = options, starter
-        self.asked_to_end = False
+        self.ending = False
         self.actor: Any = None
 
     def run(self) -> int:
-        """Start the worker and wait for its end; its exit status."""
+        """Start the worker, wait for its end and return its exit status."""
         try:
             self.starter.take()
-            self._connect()
+            connect(self.options.address)
+            # Ray's own handlers would end this process at once.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
             refusal = self._place()
         except LeaseLost as error:
             _log.error("%s", error)
             return LOST
         except Exception as error:
-            # Of Ray, or of the way to it: nothing of the job was tried, so it costs the job nothing.
+            # The error is one of Ray or the network: the job was not tried, so no attempt counts.
             _log.exception("the cluster took no worker")
             refusal = f"The Ray cluster took no worker: {_first_line(error)}"
         if refusal is not None:
             self.starter.give_back(refusal)
-            return 0 if self.asked_to_end else NO_NODE
+            return 0 if self.ending else NO_NODE
         return self._wait()
 
-    def _connect(self) -> None:
-        connect(self.options.address)
-        # Ray has handlers of its own, which end the process where it stands.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.asked_to_end = True
+        self.ending = True
 
     def end(self) -> None:
-        """Have the worker end: nobody waits for it."""
-        self.asked_to_end = True
+        """End the worker because the command is gone."""
+        self.ending = True
         if self.actor is None:
-            os._exit(0)  # nothing runs yet, and a head that is gone is waited for
+            os._exit(0)  # connecting to a head that is gone would block until its time limit
 
     def _place(self) -> str | None:
-        """Have the worker started by an actor; why not, where no node took it."""
+        """Start an actor and its worker. Returns the reason if no node takes the worker."""
         import ray
 
         options = self.options
-        made = ray.remote(RayWorker).options(
+        actor = ray.remote(RayWorker).options(
             num_cpus=options.cores,
             num_gpus=options.gpus,
             memory=options.memory,
-            # Whoever goes on holds another lease: new starts are the scheduler's.
-            max_restarts=0,
+            max_restarts=0,  # the scheduler starts workers again, with another lease
         )
-        self.actor = made.remote()
+        self.actor = actor.remote()
         environment = {
             name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)
         }
@@ -172,40 +168,39 @@ class Driver:
         deadline = time.monotonic() + self.starter.placement_seconds
         while not ray.wait([started], timeout=LOOK)[0]:
             self.starter.renew()
-            if self.asked_to_end or time.monotonic() > deadline:
+            if self.ending or time.monotonic() > deadline:
                 ray.kill(self.actor)
-                if self.asked_to_end:
-                    return "It was to end before a node had room."
+                if self.ending:
+                    return "The worker was ended before a node had room."
                 seconds = self.starter.placement_seconds
                 return f"No node of the Ray cluster had room within {seconds:g} seconds."
         try:
             ray.get(started)
         except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, FileNotFoundError):
+            if isinstance(error.cause, FileNotFoundError):
                 return (
-                    f"A node of the Ray cluster does not see {cause.filename}: data, local base models "
-                    "and the store (LUTHIER_HOME) have to be on storage that all nodes share, at the "
-                    "same path."
+                    f"A node of the Ray cluster does not see {error.cause.filename}: data, local base "
+                    "models and LUTHIER_HOME have to be on storage that all nodes share, at the same "
+                    "path."
                 )
             raise
         return None
 
     def _wait(self) -> int:
-        """The exit status of the worker."""
+        """Return the exit status of the worker."""
         import ray
 
-        begun, passed_on = False, False
+        begun, signalled = False, False
         deadline = time.monotonic() + BEGIN_SECONDS
         while True:
-            if self.asked_to_end and not passed_on:
-                passed_on = True
+            if self.ending and not signalled:
+                signalled = True
                 self.actor.send.remote(signal.SIGTERM)
             if not begun:
                 try:
                     begun = self.starter.renew()
                 except LeaseLost as error:
-                    # Its worker may have begun and ended between two looks, which its status tells.
+                    # The worker may have begun and ended between two polls: its exit status tells.
                     _log.info("%s", error)
                     begun = True
                 except Exception as error:
@@ -230,7 +225,7 @@ def connect(address: str) -> None:
     """Make this process a driver of the cluster at ``address``."""
     import ray
 
-    # Ray lets actors import from the working directory of their driver, which may hold anything.
+    # Ray lets actors import from the working directory of their driver, which may hold any file.
     with chdir(sys.prefix):
         ray.init(
             address=address,
@@ -245,19 +240,19 @@ def _first_line(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run by ``python -m luthier.server.jobs.ray_driver``; the exit status of the worker."""
+    """Run ``python -m luthier.cluster.ray_driver`` and return the exit status of the worker."""
     parser = argparse.ArgumentParser(prog="ray_driver")
     parser.add_argument("--address", required=True, help="HOST:PORT of the head")
-    parser.add_argument("--probe", action="store_true", help="only try to connect")
+    parser.add_argument("--probe", action="store_true", help="only connect")
     parser.add_argument("--cores", type=float, default=1.0)
     parser.add_argument("--memory", type=int, default=0, help="bytes")
     parser.add_argument("--gpus", type=float, default=0.0)
     parser.add_argument("--kind")
     parser.add_argument("--id")
     parser.add_argument("--lease")
-    parser.add_argument("--log", help="file of a worker without a lease, for what it prints")
-    parser.add_argument("--needs", action="append", default=[], help="a path its node has to see")
-    parser.add_argument("command", nargs="*", help="of the worker, after --")
+    parser.add_argument("--log", help="output file of a worker without a lease")
+    parser.add_argument("--needs", action="append", default=[], help="path that the node must see")
+    parser.add_argument("command", nargs="*", help="command of the worker, after --")
     options = parser.parse_args(arguments)
     os.umask(0o077)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
@@ -274,7 +269,7 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     _status = main(sys.argv[1:])
-    if _status < 0:  # as the worker ended, so that the scheduler can say it
+    if _status < 0:  # end by the worker's signal, so that the scheduler can report the signal
         signal.signal(-_status, signal.SIG_DFL) if -_status != signal.SIGKILL else None
         os.kill(os.getpid(), -_status)
     sys.exit(_status)

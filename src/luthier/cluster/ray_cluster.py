@@ -1,0 +1,174 @@
+"""A Ray cluster: the room on its nodes, and the command that runs a process on one of them.
+
+The server and the commands never connect to the cluster as drivers, because Ray ends the process of a
+driver whose head goes away. They ask the head what is free and start a small driver
+(:mod:`luthier.cluster.ray_driver`) for each process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from luthier.child_python import python_command
+from luthier.errors import LuthierError, RefusedInput
+from luthier.files import luthier_home
+from luthier.workflows.child_processes import Resources
+
+CONNECT_SECONDS = 5.0
+"""Time limit for a connection to the head, in seconds. Ray itself tries for 40."""
+PROBE_SECONDS = 120
+"""Time limit for the connection of a first driver, in seconds."""
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """A node of the cluster, as Ray counts its resources."""
+
+    address: str
+    cores: float
+    free_cores: float
+    memory: int
+    free_memory: int
+
+    @property
+    def idle(self) -> bool:
+        """Whether all of its resources are free."""
+        return self.free_cores == self.cores and self.free_memory == self.memory
+
+
+class RayCluster:
+    """A Ray cluster by the address of its head."""
+
+    def __init__(self, address: str, gpus: float = 0) -> None:
+        """Set the ``HOST:PORT`` of the head and the number of GPUs that each process reserves.
+
+        Raises:
+            RefusedInput: for an address or a number that cannot be.
+        """
+        self.host, _, port = address.rpartition(":")
+        if not self.host or not port.isdigit():
+            raise RefusedInput(
+                f"--ray-address {address}: write HOST:PORT, as `ray start` prints it"
+            )
+        if not gpus >= 0:
+            raise RefusedInput(f"--ray-gpus {gpus}: write a number from 0 on")
+        self.address, self.port, self.gpus = address, int(port), gpus
+
+    def check(self) -> list[RayNode]:
+        """Return the nodes, after a driver of this machine has connected.
+
+        Raises:
+            RefusedInput: if Ray is missing, the cluster cannot be reached or has no node with CPUs, or
+                this machine is not a node of the cluster.
+        """
+        try:
+            nodes = self.nodes()
+        except LuthierError as error:
+            raise RefusedInput(str(error)) from error
+        if not nodes:
+            raise RefusedInput(
+                f"the Ray cluster at {self.address} has no node with CPUs: add one with "
+                f"`ray start --address={self.address} --num-cpus=…`"
+            )
+        try:
+            probe = subprocess.run(
+                [*self._driver(), "--probe"],
+                capture_output=True,
+                text=True,
+                timeout=PROBE_SECONDS,
+                env=driver_environment(),
+            )
+        except subprocess.TimeoutExpired:
+            failure = f"no connection within {PROBE_SECONDS} seconds"
+        else:
+            if probe.returncode == 0:
+                return nodes
+            failure = next(reversed(probe.stderr.strip().splitlines()), "no message")
+        raise RefusedInput(
+            f"no process can be started on the Ray cluster at {self.address} from here ({failure}). "
+            "This machine has to be a node of the cluster: run "
+            f"`ray start --address={self.address} --num-cpus=0` here"
+        )
+
+    def nodes(self) -> list[RayNode]:
+        """Return the living nodes that take work, sorted by free cores, most first.
+
+        Raises:
+            RefusedInput: if Ray is not installed.
+            LuthierError: if the head does not answer.
+        """
+        try:
+            socket.create_connection((self.host, self.port), CONNECT_SECONDS).close()
+        except OSError as error:
+            raise LuthierError(
+                f"the Ray cluster at {self.address} cannot be reached ({error}). Start it with "
+                "`ray start --head`, or give its address by --ray-address"
+            ) from error
+        try:
+            from ray.autoscaler.v2.sdk import get_cluster_status
+        except ModuleNotFoundError as error:
+            raise RefusedInput("this needs ray: pip install 'luthier[ray]'") from error
+        from ray.exceptions import RayError
+
+        try:
+            status = get_cluster_status(self.address)
+        except RayError as error:
+            raise LuthierError(
+                f"the Ray cluster at {self.address} does not answer: {error}"
+            ) from error
+        nodes = []
+        for state in [*status.active_nodes, *status.idle_nodes]:
+            if state.resource_usage is None:
+                continue
+            usage = {each.resource_name: each for each in state.resource_usage.usage}
+            cpu, memory, gpu = (usage.get(name) for name in ("CPU", "memory", "GPU"))
+            if cpu is None or not cpu.total or memory is None:
+                continue  # a node without CPUs takes no work, such as the server's own
+            if self.gpus and (gpu is None or gpu.total - gpu.used < self.gpus):
+                continue
+            node = RayNode(
+                state.ip_address,
+                cpu.total,
+                cpu.total - cpu.used,
+                int(memory.total),
+                int(memory.total - memory.used),
+            )
+            nodes.append(node)
+        return sorted(nodes, key=lambda node: (node.free_cores, node.free_memory), reverse=True)
+
+    def driver_command(
+        self,
+        process: Sequence[str],
+        resources: Resources,
+        nodes: Sequence[RayNode],
+        *options: str,
+    ) -> list[str]:
+        """Return the command of a driver whose actor runs ``process``.
+
+        A process that fits none of ``nodes`` reserves all that the largest node has.
+        """
+        memory = min([resources.memory, max((n.memory for n in nodes), default=resources.memory)])
+        cores = min([resources.cores, max((n.cores for n in nodes), default=resources.cores)])
+        return [
+            *self._driver(),
+            *("--cores", str(float(cores)), "--memory", str(memory), "--gpus", str(self.gpus)),
+            *options,
+            "--",
+            *process,
+        ]
+
+    def _driver(self) -> list[str]:
+        return python_command("luthier.cluster.ray_driver", "--address", self.address)
+
+
+def driver_environment() -> dict[str, str]:
+    """Return the environment of a driver: Ray's telemetry is off, the home folder is absolute."""
+    return {
+        **os.environ,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "LUTHIER_HOME": str(luthier_home().absolute()),
+    }

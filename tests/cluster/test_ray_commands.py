@@ -1,0 +1,249 @@
+"""Searches and batch inference on a real Ray cluster, of which workers and nodes are killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray_cluster import Cluster
+
+from luthier.cluster.ray_commands import RayInferenceRunner, RayTrialRunner
+from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.errors import LuthierError
+from luthier.files import read_json
+from luthier.inference.prediction import BLOCK_PROMPTS
+from luthier.models.sampling import Sampling
+from luthier.recipe import Recipe
+from luthier.workflows.batch_inference import answer_file, shards_folder
+from luthier.workflows.inference_tasks import GenerateTask
+from luthier.workflows.search import SearchResult, search
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+SPACE = ["training.learning_rate=1e-6..3e-1", "adaptation.rank=2,4"]
+TRIALS = 6
+SHARDS = 12
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_folder: Path) -> Callable[..., Recipe]:
+    rows = tmp_path / "rows.jsonl"
+    lines = [
+        {"prompt": f"say {word} {n}", "completion": f"{word.upper()} {n}"}
+        for n in range(8)
+        for word in ("fox", "dog", "card")
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def build(name: str, **training: Any) -> Recipe:
+        settings = {"max_steps": 8, "batch_size": 4, "precision": "float32", "threads": 1}
+        return Recipe.parse(
+            {
+                "base": str(tiny_model_folder),
+                "name": name,
+                "data": {"train": str(rows), "validation_share": 0.2},
+                "training": {**settings, **training},
+            }
+        )
+
+    return build
+
+
+class Notes(Reporter):
+    """Notes and steps of a command."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps: list[int] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def metrics(self, line: Any, steps: int) -> None:
+        self.steps.append(line["step"])
+
+
+def measured(found: SearchResult) -> list[list[float]]:
+    """Losses on the validation rows of each trial."""
+    folders = sorted((Path(found.folder) / "trials").iterdir())
+    lines = [MetricsFile(folder / "metrics.jsonl").read() for folder in folders]
+    return [[x["loss"] for x in each if x["event"] == "validation"] for each in lines]
+
+
+def weights(found: SearchResult) -> str:
+    return str(read_json(Path(found.result.model_dir) / "luthier.json")["trained_weights_sha256"])
+
+
+def process_of(number: int | str, home: Path) -> psutil.Process | None:
+    """The process on a node that carries out a trial."""
+    own = f"{home}/searches"
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "--" not in line and line[-4:-2] == ["-m", "luthier.workflows.trial_processes"]:
+            folder, name = line[-2:]
+            if folder.startswith(own) and name == str(number):
+                return process
+    return None
+
+
+def when(condition: Callable[[], Any], seconds: float = 900) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def test_killed_workers_and_a_killed_node_change_no_trial(
+    self, cluster: Cluster, recipe: Callable[..., Recipe], luthier_home: Path
+) -> None:
+    alone = search(recipe("alone"), TRIALS, SPACE, parallel=2)
+    reporter = Notes()
+
+    def kill() -> None:
+        when(lambda: process_of(1, luthier_home)).kill()
+        raylet = when(lambda: process_of(3, luthier_home)).parent().parent()
+        assert "raylet" in raylet.name()
+        raylet.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    runner = RayTrialRunner(cluster.address)
+    found = search(recipe("spread"), TRIALS, SPACE, reporter=reporter, runner=runner)
+    killer.join()
+    assert found.trials == alone.trials
+    assert measured(found) == measured(alone)
+    assert weights(found) == weights(alone)
+    assert read_json(Path(found.folder) / "search.json")["parallel"] == 2
+    again = [note for note in reporter.notes if "goes on after its last checkpoint" in note]
+    assert any("002 ended by signal 9" in note for note in again)
+    assert any("ended as its node or its actor did" in note for note in again)
+    # The first trial and the best one have nobody beside them, and are shown as they go.
+    assert reporter.steps.count(8) >= 2 * 2
+    cluster.wait_for(1)
+    cluster.add_until(2)
+
+
+def test_a_stopped_search_ends_all_of_its_trials_and_goes_on(
+    self, cluster: Cluster, recipe: Callable[..., Recipe], luthier_home: Path
+) -> None:
+    script = (
+        "import sys, json; from luthier.recipe import Recipe; "
+        "from luthier.cluster.ray_commands import RayTrialRunner; "
+        "from luthier.workflows.search import search; "
+        "search(Recipe.parse(json.loads(sys.argv[1])), 3, sys.argv[3:], resume=True, "
+        "runner=RayTrialRunner(sys.argv[2]))"
+    )
+    mine = recipe("stopped", max_steps=400)
+    fields = mine.model_dump(mode="json", exclude_unset=True)
+    command = [sys.executable, "-c", script, json.dumps(fields), cluster.address, SPACE[0]]
+    folder = luthier_home / "searches" / "stopped" / "trials"
+    second, third = (folder / each / "metrics.jsonl" for each in ("002", "003"))
+    # Trials that were cut short are others to the study, with numbers of their own.
+    for number, names in ((signal.SIGTERM, (1, 2)), (signal.SIGKILL, (3, 4))):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                when(lambda: second.is_file() and third.is_file())
+                workers = [when(lambda n=n: process_of(n, luthier_home)) for n in names]
+                process.send_signal(number)
+                _, errors = process.communicate()
+            finally:
+                process.kill()
+        if number == signal.SIGTERM:
+            assert "Interrupted: stopped; the same command with --resume goes on" in errors
+            assert not any(each.is_running() for each in workers)
+        psutil.wait_procs(workers, 60)
+        cluster.wait_for_idle(2)
+    found = search(mine, 3, SPACE[:1], resume=True, runner=RayTrialRunner(cluster.address))
+    alone = search(recipe("alone", max_steps=400), 3, SPACE[:1], parallel=2)
+    assert found.trials == alone.trials and weights(found) == weights(alone)
+
+
+def test_what_a_node_does_not_see_is_named(
+    self, cluster: Cluster, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "luthier.cluster.ray_commands._local_paths", lambda recipe: ["/nowhere/rows.jsonl"]
+    )
+    with pytest.raises(LuthierError, match=r"does not see /nowhere/rows.jsonl: data, local"):
+        search(recipe("unseen"), 2, SPACE, runner=RayTrialRunner(cluster.address))
+
+
+@pytest.fixture
+def task(tmp_path: Path, tiny_model_folder: Path) -> GenerateTask:
+    prompts = ({"prompt": f"say fox {n}", "id": n} for n in range(SHARDS * BLOCK_PROMPTS))
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps(each) + "\n" for each in prompts))
+    sampling = Sampling(max_tokens=48, temperature=0.7)
+    return GenerateTask(model=str(tiny_model_folder), source=str(source), sampling=sampling)
+
+
+def inference_process(output: Path, number: int) -> psutil.Process | None:
+    """The process on a node that answers rows."""
+    own = ["luthier.workflows.batch_inference", str(shards_folder(output)), f"process-{number}"]
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "--" not in line and line[-3:] == own:  # and not the command that stands for it here
+            return process
+    return None
+
+
+def answered(output: Path) -> int:
+    return len([*shards_folder(output).glob("*.answers")])
+
+
+def test_killed_workers_leave_no_row_out(
+    self, cluster: Cluster, task: GenerateTask, tmp_path: Path
+) -> None:
+    alone, spread, reporter = tmp_path / "alone.jsonl", tmp_path / "spread.jsonl", Notes()
+    answer_file(task, alone, 1)
+
+    def kill() -> None:
+        when(lambda: answered(spread) >= 1)
+        when(lambda: inference_process(spread, 1)).kill()
+        actor = when(lambda: inference_process(spread, 2)).parent()
+        actor.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    runner = RayInferenceRunner(cluster.address)
+    found = answer_file(task, spread, runner=runner, reporter=reporter)
+    killer.join()
+    assert spread.read_bytes() == alone.read_bytes()
+    assert (found.rows, found.processes) == (SHARDS * BLOCK_PROMPTS, 2)
+    notes = "\n".join(reporter.notes)
+    assert "process-1 ended by signal 9 (Killed), and goes on with the rows" in notes
+    assert "process-2 ended as its node or its actor did" in notes
+    cluster.wait_for_idle(2)
+
+
+def test_a_killed_command_goes_on(
+    self, cluster: Cluster, task: GenerateTask, tmp_path: Path
+) -> None:
+    alone, spread = tmp_path / "alone.jsonl", tmp_path / "spread.jsonl"
+    command = [
+        sys.executable, "-m", "luthier", "generate", task.model, "--input", task.source,
+        "--output", str(spread), "--max-tokens", "48", "--temperature", "0.7",
+        "--ray-address", cluster.address, "--json",
+    ]  # fmt: skip
+    with subprocess.Popen(command) as process:
+        when(lambda: answered(spread) >= 2)
+        workers = [each for n in (1, 2) if (each := inference_process(spread, n))]
+        process.kill()
+    _, alive = psutil.wait_procs(workers, 60)
+    assert not alive  # what they were answering is answered anew
+    assert answered(spread) < SHARDS and not spread.exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["resumed_rows"] >= 2 * BLOCK_PROMPTS and report["rows"] == SHARDS * BLOCK_PROMPTS
+    answer_file(task, alone, 1)
+    assert spread.read_bytes() == alone.read_bytes()
+    cluster.wait_for_idle(2)
