@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.processors import ImageProcessor
 from luthier.data.rows import load_inputs
 from luthier.data.shapes.media import MediaRow
 from luthier.engine.machine import choose_machine
-from luthier.evaluation.frechet import frechet_distance
 from luthier.library.models import chat_format, find, load
+from luthier.media.frechet import frechet_distance
+from luthier.media.objectives.generative import features_of
+from luthier.media.processors import ImageProcessor
 from luthier.models.load import as_network
-from luthier.objectives.generative import features_of
 
 AT_ONCE = 100
 

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from luthier.data.media import Media
-from luthier.data.processors import read_processor
+from luthier.media.processors import read_processor
 from luthier.models import nets
 from peer import SETTINGS, Clock
 

@@ -25,9 +25,9 @@ from PIL import Image
 
 import luthier
 from children import table
-from luthier.data import processors
 from luthier.engine.metrics import Reporter
 from luthier.files import luthier_home
+from luthier.media import processors
 from luthier.models import layouts
 
 BATCH = 16

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from luthier.data.media import Media
-from luthier.data.processors import ImageProcessor
 from luthier.evaluation.retrieval import ClassRetrieval
+from luthier.media.processors import ImageProcessor
 
 
 def main() -> None:

@@ -33,11 +33,11 @@ from children import table
 from luthier.data.augmentation import Augmentation
 from luthier.data.loader import RowOrder
 from luthier.data.media import Media
-from luthier.data.processors import ImageProcessor, read_processor
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.optimizers import schedule_factor
 from luthier.library.models import find
+from luthier.media.processors import ImageProcessor, read_processor
 from luthier.models.heads import Head
 from luthier.models.load import load_model
 

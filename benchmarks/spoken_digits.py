@@ -21,8 +21,8 @@ import torch
 
 from children import run, table
 from luthier.data.media import Media
-from luthier.data.processors import AudioProcessor
 from luthier.evaluation.linear import fit_logistic
+from luthier.media.processors import AudioProcessor
 
 RATE = 8000
 FRAMES = 20

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import luthier
 from children import table
-from luthier.data.pictures import encode_png, grid
 from luthier.data.rows import load_inputs
+from luthier.media.image_grid import encode_png, grid
 
 SHOWN, SAMPLES = 8, 16
 

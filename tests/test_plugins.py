@@ -143,7 +143,7 @@ def test_a_backend_from_a_package_decodes(
 
 @pytest.mark.usefixtures("installed")
 def test_what_is_installed_is_listed_and_checked_as_the_rest() -> None:
-    assert list(OBJECTIVES)[-1] == "focal" and len(OBJECTIVES) == len(OBJECTIVES.built_in) + 1
+    assert list(OBJECTIVES)[-1] == "focal" and len(OBJECTIVES) == len({*OBJECTIVES}) > 20
     found = capabilities("sample-tiny")
     cells = {(each.objective, each.adaptation): each for each in found.verdicts}
     assert not found.here and cells["focal", "norms"].fits

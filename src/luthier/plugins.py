@@ -17,14 +17,27 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from luthier.errors import RecipeError
 
 log = logging.getLogger(__name__)
 
 Component = TypeVar("Component")
+
+BUNDLED = ("luthier.media",)
+"""Packages of luthier that register their parts as installed packages do. Each has ``ENTRY_POINTS``."""
+
+
+def bundled(group: str) -> dict[str, EntryPoint]:
+    """Return the entry points of the packages in :data:`BUNDLED` by name, for one group."""
+    return {
+        name: EntryPoint(name, value, group)
+        for package in BUNDLED
+        for name, value in import_module(package).ENTRY_POINTS.get(group, {}).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class Plugin:
 
 
 class PluginTable(Mapping[str, Component], Generic[Component]):
-    """Parts of one kind by name: the built-in ones, then those of the entry points of ``group``.
+    """Parts of one kind by name: built-in, then bundled, then those of installed packages.
 
     A name that is broken is ``in`` the table and raises where it is looked up; iterating leaves it out.
     """
@@ -49,6 +62,10 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
         """``kind`` is the class that parts are subclasses or instances of."""
         self.group, self.kind, self.built_in = f"luthier.{group}", kind, dict(built_in)
         self._loaded: dict[str, Component | Plugin] = {}
+
+    @cached_property
+    def _bundled(self) -> dict[str, EntryPoint]:
+        return bundled(self.group)
 
     @cached_property
     def _points(self) -> dict[str, EntryPoint]:
@@ -61,8 +78,11 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
         return [self._plugin(name) for name in self._points]
 
     def package_of(self, name: str) -> str | None:
-        """Name and version of the package that brings ``name``; ``None`` for what is built in."""
-        return None if name in self.built_in else _package(self._points[name])
+        """Return name and version of the package that adds ``name``; ``None`` for luthier's own."""
+        return None if self._is_own(name) else _package(self._points[name])
+
+    def _is_own(self, name: object) -> bool:
+        return name in self.built_in or name in self._bundled
 
     def __getitem__(self, name: str) -> Component:
         """The part called ``name``.
@@ -73,6 +93,8 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
         """
         if name in self.built_in:
             return self.built_in[name]
+        if name in self._bundled:
+            return cast(Component, self._bundled[name].load())
         part = self._load(name)
         if isinstance(part, Plugin):
             raise RecipeError(
@@ -82,19 +104,20 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
         return part
 
     def __contains__(self, name: object) -> bool:
-        return name in self.built_in or name in self._points
+        return self._is_own(name) or name in self._points
 
     def __iter__(self) -> Iterator[str]:
         yield from self.built_in
+        yield from self._bundled
         for name in self._points:
-            if name not in self.built_in and not isinstance(self._load(name), Plugin):
+            if not self._is_own(name) and not isinstance(self._load(name), Plugin):
                 yield name
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def _plugin(self, name: str) -> Plugin:
-        if name in self.built_in:
+        if self._is_own(name):
             problem = "the name is that of a built-in one; it needs another"
             return Plugin(self.group, name, _package(self._points[name]), problem)
         part = self._load(name)

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.data.processors import MediaInput
+    from luthier.media.processors import MediaInput
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]

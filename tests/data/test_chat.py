@@ -20,11 +20,11 @@ from luthier.data.chat import (
     EncodedReply,
 )
 from luthier.data.media import PLURAL
-from luthier.data.processors import AudioProcessor, ImageProcessor
 from luthier.data.rows import load_rows
 from luthier.data.shapes.base import InputKind
 from luthier.data.template_kwargs import TEMPLATE_PARAMETERS, TemplateSettings, names_read
 from luthier.errors import RecipeError, RowRefused
+from luthier.media.processors import AudioProcessor, ImageProcessor
 from luthier.types import Message
 
 PROPERTY = settings(max_examples=80, deadline=None, database=None)

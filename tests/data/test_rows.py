@@ -15,12 +15,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from written_rows import CHAT, PAIR, TEXT, chat, problems_of, row_of, write
 
-from luthier.data.pictures import encode_png
 from luthier.data.rows import RowReader, load_documents, load_rows
 from luthier.data.rules import RULES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.shapes.texts import RawText
 from luthier.errors import DataError
+from luthier.media.image_grid import encode_png
 from luthier.types import Message, Row
 
 PROPERTY = settings(max_examples=150, deadline=None, database=None)

@@ -15,7 +15,6 @@ from written_rows import problems_of, write
 from luthier.data import (
     containers,
     documents,
-    media_files,
     parsing,
     read,
     rows,
@@ -23,12 +22,13 @@ from luthier.data import (
     shapes,
     sources,
     tables,
-    time_series,
     tool_forms,
 )
 from luthier.data import field_checks as fields
 from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
 from luthier.gate.rules import DOUBTS
+from luthier.media import files as media_files
+from luthier.media import time_series
 
 
 @pytest.mark.parametrize(("rule", "records", "line", "said", "fix"), EXAMPLES)

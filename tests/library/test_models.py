@@ -18,11 +18,11 @@ import torch
 from luthier.errors import CorruptFile, DownloadError, ModelRefused, RecipeError, UnknownModel
 from luthier.files import hashes_of, write_json
 from luthier.inference.generation import Generator
-from luthier.inference.images import ImageGenerator
 from luthier.inference.prediction import Predictor
 from luthier.library import models as store
 from luthier.library.folders import base_folder, custom_folder, short_name
 from luthier.library.models import custom_models, find, load
+from luthier.media.image_generation import ImageGenerator
 from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import CATALOG
 from luthier.models.description import check_folder

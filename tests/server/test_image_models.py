@@ -545,8 +545,8 @@ def test_work_that_takes_too_long_is_ended() -> None:
 def test_others_get_their_turn_while_many_images_are_made(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.inference import images
-    from luthier.objectives import generative
+    from luthier.media import image_generation as images
+    from luthier.media.objectives import generative
 
     monkeypatch.setattr(generative, "AT_ONCE", 1)
     monkeypatch.setattr(images.ImageGenerator, "_pixels", _slowly(images.ImageGenerator._pixels))

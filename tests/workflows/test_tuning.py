@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
-from luthier.data.pictures import encode_png
 from luthier.errors import DataError, RecipeError
 from luthier.library.models import check_active, find
+from luthier.media.image_grid import encode_png
 from luthier.models.manifest import UNMEASURED
 from luthier.recipe import ForgettingLimits, Recipe, read_recipe
 from luthier.workflows import forgetting, tuning

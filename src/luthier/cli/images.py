@@ -16,7 +16,7 @@ from luthier.errors import RecipeError, data_errors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from luthier.inference.images import SampledImage
+    from luthier.media.image_generation import SampledImage
 
 Model = Annotated[str, typer.Argument(help="Model that makes images, such as one of a vae.")]
 
@@ -59,11 +59,11 @@ def sample(
 
     A model with classes writes one image of each class into a folder.
     """
-    from luthier.data.pictures import encode_png, grid
     from luthier.files import write_bytes
-    from luthier.inference.images import ImageGenerator
     from luthier.library.models import check_active, find
-    from luthier.objectives.diffusion import DenoisingSettings
+    from luthier.media.image_generation import ImageGenerator
+    from luthier.media.image_grid import encode_png, grid
+    from luthier.media.objectives.diffusion import DenoisingSettings
 
     _check_samples(output)
     with heavy_imports():
@@ -108,8 +108,8 @@ def _check_samples(output: Path) -> None:
 
 def _write_folder(made: Sequence[SampledImage], folder: Path) -> None:
     """A PNG for each image, below the name of its class where there is one."""
-    from luthier.data.pictures import encode_png
     from luthier.files import write_bytes
+    from luthier.media.image_grid import encode_png
 
     for number, each in enumerate(made, 1):
         name = each.label.replace("/", "_").lstrip(".") or ("_" if each.label else "")
@@ -133,12 +133,12 @@ def reconstruct(
     json_: Json = False,
 ) -> None:
     """Reconstruct images, or interpolate between images."""
-    from luthier.data.media_files import is_media
-    from luthier.data.pictures import encode_png, grid
     from luthier.data.rows import input_row, load_inputs
     from luthier.files import write_bytes
-    from luthier.inference.images import ImageGenerator
     from luthier.library.models import check_active, find
+    from luthier.media.files import is_media
+    from luthier.media.image_generation import ImageGenerator
+    from luthier.media.image_grid import encode_png, grid
     from luthier.recipe import parse_columns
 
     if output.suffix.lower() != ".png":

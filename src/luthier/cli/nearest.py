@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from luthier.data.parsing import Record
-    from luthier.data.processors import ImageProcessor
+    from luthier.media.processors import ImageProcessor
     from luthier.types import Row
 
 WORTH_KEEPING = 1_000
@@ -52,9 +52,9 @@ def nearest(
     json_: Json = False,
 ) -> None:
     """Find the rows most similar to a query."""
-    from luthier.data.processors import ImageProcessor
     from luthier.data.rows import input_row, load_inputs
     from luthier.library.models import check_active, find
+    from luthier.media.processors import ImageProcessor
     from luthier.recipe import parse_columns
 
     if not query.strip():
@@ -110,9 +110,9 @@ def _id_and_label(record: Record) -> dict[str, Any]:
 
 def _write_sheet(rows: Sequence[Row], processor: ImageProcessor, output: Path) -> None:
     """The query, then its neighbours, as the model reads them."""
-    from luthier.data.pictures import encode_png, grid
     from luthier.data.shapes.media import MediaRow
     from luthier.files import write_bytes
+    from luthier.media.image_grid import encode_png, grid
 
     images = [processor.resize(row.media) for row in rows if isinstance(row, MediaRow)]
     write_bytes(output, encode_png(grid(images)))

@@ -123,8 +123,8 @@ def print_result(result: Result) -> None:
     from luthier.data.media import PLURAL
     from luthier.engine.runs import GRIDS
     from luthier.library.models import chat_format, find, objective_of
+    from luthier.media.objectives.generative import Generative
     from luthier.objectives.base import predicts
-    from luthier.objectives.generative import Generative
 
     stored = find(result.model_id)
     objective, chat = objective_of(stored), chat_format(stored)

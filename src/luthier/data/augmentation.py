@@ -176,7 +176,7 @@ class Augmentation(StrictModel):
         import numpy as np
 
         if self.speed:
-            from luthier.data.processors import resample
+            from luthier.media.processors import resample
 
             steps = 1000  # of a rate that means nothing
             rate = round(steps * random.uniform(1 - self.speed, 1 + self.speed))

@@ -20,15 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.media import PLURAL
-from luthier.data.media_files import is_media
 from luthier.data.parsing import quote
-from luthier.data.processors import (
-    AudioProcessor,
-    FeatureExtractor,
-    ImageProcessor,
-    MediaInput,
-    Processor,
-)
 from luthier.data.reasoning import (
     TAIL,
     DecodedReply,
@@ -58,6 +50,14 @@ from luthier.data.tools import (
     uses_tools,
 )
 from luthier.errors import RecipeError, RowRefused
+from luthier.media.files import is_media
+from luthier.media.processors import (
+    AudioProcessor,
+    FeatureExtractor,
+    ImageProcessor,
+    MediaInput,
+    Processor,
+)
 from luthier.types import Example, IntArray, Message, Row, TemplateKwargs, Tool, map_texts
 
 Template = Literal["auto", "chat", "plain"]

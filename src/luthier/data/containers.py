@@ -23,9 +23,9 @@ from typing import BinaryIO, Literal
 
 from luthier.data.formats import KEYS
 from luthier.data.media import conversion_fix
-from luthier.data.media_files import holds_media, is_media
 from luthier.data.parsing import Unreadable, quote, read_line
-from luthier.data.time_series import is_series_header
+from luthier.media.files import holds_media, is_media
+from luthier.media.time_series import is_series_header
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "text", "folder", "zip", "npz"]
 Packing = Literal["", "gzip", "zstd"]

@@ -26,12 +26,12 @@ from luthier.data.containers import (
     unpack,
 )
 from luthier.data.documents import read_document
-from luthier.data.media_files import read_folder, read_npz, read_zip
 from luthier.data.parsing import PieceDecoder, Record, Unreadable, decode, parse_line, read_line
 from luthier.data.tables import read_parquet, read_table
-from luthier.data.time_series import read_series
 from luthier.errors import Problem
 from luthier.files import folder_size
+from luthier.media.files import read_folder, read_npz, read_zip
+from luthier.media.time_series import read_series
 
 _CHUNK_BYTES = 64 * 1024
 _PROGRESS_EVERY = 256

@@ -24,7 +24,6 @@ from luthier.data.field_checks import (
 )
 from luthier.data.formats import Form, extra_keys, forms_of
 from luthier.data.media import Media, media_kind
-from luthier.data.media_files import media_below
 from luthier.data.parsing import Record, quote
 from luthier.data.read import find_container, read_records, source_size
 from luthier.data.row_context import is_blank, join_context, parse_turns
@@ -42,6 +41,7 @@ from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.escaping import list_some, nearest_name
+from luthier.media.files import media_below
 from luthier.types import Row
 
 Columns = Mapping[str, str]

@@ -1,10 +1,10 @@
 """What a path names: one function from a file, a folder, a pattern or an address to local files.
 
 A folder stands for the data files in it, at any depth, in the order of their names. Hidden files and
-known clutter are ignored (:func:`luthier.data.media_files.is_clutter`). A folder that holds
+known clutter are ignored (:func:`luthier.media.files.is_clutter`). A folder that holds
 other files too, rows beside plain text, or training beside test files, is refused with their names: a
 pattern says what is meant. Images and sounds beside rows are what the rows name; a folder of nothing
-else is one source (:mod:`luthier.data.media_files`).
+else is one source (:mod:`luthier.media.files`).
 """
 
 from __future__ import annotations
@@ -18,16 +18,10 @@ from urllib.parse import unquote, urlsplit
 
 from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT, unpacked_name
 from luthier.data.media import conversion_fix
-from luthier.data.media_files import (
-    SPLIT_NAME,
-    are_splits,
-    is_clutter,
-    is_media,
-    other_files_problem,
-)
 from luthier.errors import DataError, Problem
 from luthier.escaping import list_some
 from luthier.files import names_below, sha256_of
+from luthier.media.files import SPLIT_NAME, are_splits, is_clutter, is_media, other_files_problem
 
 Source = str | Path
 

@@ -177,8 +177,8 @@ def preparation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = N
         return 0
     import torch
 
+    from luthier.media.networks.stable_diffusion import PIXELS_AT_ONCE
     from luthier.models.layouts import MOST_IMAGES
-    from luthier.models.nets.stable_diffusion import PIXELS_AT_ONCE
 
     shape = reads or input_shape(model.config)
     largest = 0

@@ -54,7 +54,6 @@ from luthier.engine.runs import (
     Run,
     automatic_name,
 )
-from luthier.engine.sample_grids import SampleGrids
 from luthier.engine.timings import Clock, record_actual
 from luthier.engine.tracking import tracked
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
@@ -70,6 +69,8 @@ from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import folder_size, need_disk
 from luthier.gate.checks.base_language import UNTRAINED
 from luthier.library import models as store
+from luthier.media.objectives.generative import MOST_COMPARED, Generative
+from luthier.media.sample_grids import SampleGrids
 from luthier.models.dropout import set_dropout
 from luthier.models.frozen_layer_cache import Bottom, frozen_layers, is_frozen
 from luthier.models.heads import new_weights
@@ -83,7 +84,6 @@ from luthier.models.save import adapter_tensors, stored_bytes, trained_weights
 from luthier.models.sentence_head import attach_sentence_head
 from luthier.models.sharding import gather_to_first, local_shard, shard_layers
 from luthier.objectives.base import add_modules, threshold_of
-from luthier.objectives.generative import MOST_COMPARED, Generative
 from luthier.recipe import Recipe
 
 

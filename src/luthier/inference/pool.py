@@ -39,9 +39,9 @@ from luthier.models.speculation import Speculation
 if TYPE_CHECKING:
     from luthier.data.media import Media
     from luthier.inference.decoder import Decoder
-    from luthier.inference.images import Reconstruction
     from luthier.inference.latency import LatencyTable
     from luthier.library.models import StoredModel
+    from luthier.media.image_generation import Reconstruction
     from luthier.models.sampling import Constraint
 
 LOADING_SECONDS = 300.0

@@ -21,8 +21,8 @@ from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
 from luthier.evaluation.significance import RowScores
 from luthier.inference.evaluation import FittingRows, LongRows, fit_rows
+from luthier.media.objectives.generative import Generative
 from luthier.objectives.base import predicts, room_of, threshold_of
-from luthier.objectives.generative import Generative
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ class Predictor:
 
     def _score_texts(self, measured: FittingRows, first: list[dict[str, Any]]) -> Evaluation:
         """How much of the texts of images is wrong."""
-        from luthier.evaluation.transcription import transcription_remarks, transcription_scores
+        from luthier.media.transcription import transcription_remarks, transcription_scores
 
         rows = cast("Sequence[CaptionedImage]", measured.rows)
         written = [(a["text"], row.caption) for a, row in zip(first, rows, strict=True)]

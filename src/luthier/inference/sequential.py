@@ -4,7 +4,7 @@ Whose turn it is, :mod:`luthier.inference.scheduler` says. What is to be read go
 together with the rows of others who wait (:mod:`luthier.inference.batcher`); images are made for one
 request after the other, and its place is given away between parts of a long one. The network is asked
 through the same objects as by the command line (:mod:`luthier.inference.prediction`,
-:mod:`luthier.inference.images`).
+:mod:`luthier.media.image_generation`).
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from luthier.inference.memory import RETRY_SECONDS, CacheBudget
 from luthier.inference.prompt_limits import PromptLimit
 from luthier.inference.scheduler import Cancelled, FairScheduler, current_client
 from luthier.limits import ModelLimits
+from luthier.media.objectives.diffusion import DenoisingSettings
+from luthier.media.objectives.generative import Generative
+from luthier.media.objectives.vae import VAE
 from luthier.objectives.base import predicts
-from luthier.objectives.diffusion import DenoisingSettings
-from luthier.objectives.generative import Generative
-from luthier.objectives.vae import VAE
 
 if TYPE_CHECKING:
-    from luthier.inference.images import ImageGenerator, Reconstruction, SampledImage
     from luthier.inference.prediction import Predictor
     from luthier.library.models import StoredModel
+    from luthier.media.image_generation import ImageGenerator, Reconstruction, SampledImage
     from luthier.models.network import Network
     from luthier.types import Example, Row
 
@@ -124,9 +124,9 @@ class SerialModel:
         deterministic: bool = False,
     ) -> SerialModel:
         """Load ``stored`` on the best device of this machine."""
-        from luthier.inference.images import ImageGenerator
         from luthier.inference.prediction import Predictor
         from luthier.library.models import objective_of
+        from luthier.media.image_generation import ImageGenerator
 
         objective = objective_of(stored)
         makes = isinstance(objective, Generative)

@@ -179,7 +179,7 @@ def _from_file(path: Path) -> StoredModel:
     name = f"{short_name(path.stem)}-{digest[:8]}"
     folder = base_folder(name)
     if not (folder / MANIFEST).is_file():
-        from luthier.models.nets.vgg import write_folder
+        from luthier.media.networks.vgg import write_folder
 
         need_disk(folder, path.stat().st_size, f"copying {path}")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -712,7 +712,7 @@ def _is_format_of(chat: ChatFormat, model: StoredModel) -> bool:
 
 def _read_format(model: StoredModel) -> ChatFormat:
     from luthier.data.chat import ChatFormat
-    from luthier.data.processors import read_processor
+    from luthier.media.processors import read_processor
     from luthier.models.tokenizer import is_causal, load_chat_format, load_tokenizer
 
     stored = model.manifest.format

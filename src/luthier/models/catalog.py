@@ -21,13 +21,6 @@ from typing import Any, NotRequired, Protocol, TypedDict
 
 from luthier.child_python import python_command
 from luthier.data.media import MediaKind
-from luthier.data.processors import (
-    AudioProcessor,
-    ImageProcessor,
-    Processor,
-    WindowProcessor,
-    save_processor,
-)
 from luthier.errors import DownloadError, RecipeError
 from luthier.files import (
     hashes_of,
@@ -36,6 +29,13 @@ from luthier.files import (
     new_folder,
     sha256_of,
     sweep,
+)
+from luthier.media.processors import (
+    AudioProcessor,
+    ImageProcessor,
+    Processor,
+    WindowProcessor,
+    save_processor,
 )
 from luthier.models.base_kinds import base_kind
 from luthier.models.heads import Task
@@ -245,7 +245,7 @@ def _convert_efficientnet_lite(folder: Path, target: Path) -> None:
     import torch
     from transformers.utils import logging
 
-    from luthier.models.nets import efficientnet_lite as net
+    from luthier.media.networks import efficientnet_lite as net
 
     # Torch's restricted reader makes tensors and nothing else; the bytes have the pinned hash.
     published = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)

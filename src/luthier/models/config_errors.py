@@ -69,7 +69,12 @@ def refuse_configuration(refusal: type[RefusedInput], message: str) -> Iterator[
 
 
 _PROGRAMMING = (AssertionError, AttributeError, LookupError, TypeError)
-_INTERPRET = ("luthier.models.nets", "luthier.models.modalities", "luthier.models.heads")
+_INTERPRET = (
+    "luthier.models.nets",
+    "luthier.media.networks",
+    "luthier.models.modalities",
+    "luthier.models.heads",
+)
 """Modules of luthier in which a wrong value of a configuration can show first."""
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from luthier import __version__
 from luthier.data.media import MOST_PIXELS
-from luthier.data.processors import read_processor
 from luthier.errors import LuthierError, ModelRefused, UnknownModel
 from luthier.files import luthier_home, read_json, write_bytes
+from luthier.media.processors import read_processor
 from luthier.models.base_kinds import kind_of_network
 from luthier.models.config_errors import refuse_configuration
 from luthier.models.external import (
@@ -146,7 +146,7 @@ def _draw_described(folder: Path, fields: dict[str, Any]) -> DescribedNetwork:
 
     import_transformers()
     if is_pipeline(folder):
-        from luthier.models.nets.stable_diffusion import part_classes
+        from luthier.media.networks.stable_diffusion import part_classes
 
         part_classes()
     kind = fields.get("model_type", "of unknown type")

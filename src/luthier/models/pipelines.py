@@ -12,8 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from luthier.data.processors import ImageProcessor
 from luthier.errors import CorruptFile, UnknownModel
+from luthier.media.processors import ImageProcessor
 from luthier.models.external import MODEL_INDEX, read_fields, read_network_fields
 
 PIPELINE = "StableDiffusionPipeline"
@@ -61,7 +61,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def read_pipeline(folder: Path) -> dict[str, Any]:
-    """Fields of :class:`~luthier.models.nets.stable_diffusion.StableDiffusionConfig`.
+    """Fields of :class:`~luthier.media.networks.stable_diffusion.StableDiffusionConfig`.
 
     Raises:
         UnknownModel: for another pipeline, or one with parts that are not known or pickled.

@@ -5,13 +5,10 @@ from luthier.objectives.bilm import BiLM
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
-from luthier.objectives.diffusion import Diffusion
 from luthier.objectives.dpo import DPO
 from luthier.objectives.embedding_distillation import EmbeddingDistillation
 from luthier.objectives.encoder_distillation import EncoderDistillation
-from luthier.objectives.gan import GAN
 from luthier.objectives.grpo import GRPO
-from luthier.objectives.image_to_text import ImageToText
 from luthier.objectives.kto import KTO
 from luthier.objectives.listwise_dpo import ListwiseDPO
 from luthier.objectives.logit_distillation import LogitDistillation
@@ -27,7 +24,6 @@ from luthier.objectives.sft import SFT
 from luthier.objectives.simpo import SimPO
 from luthier.objectives.span_corruption import SpanCorruption
 from luthier.objectives.token_classification import TokenClassification
-from luthier.objectives.vae import VAE
 from luthier.plugins import PluginTable
 
 OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
@@ -57,16 +53,11 @@ OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
         "reward_model": RewardModel,
         "grpo": GRPO,
         "ppo": PPO,
-        "vae": VAE,
-        "gan": GAN,
-        "diffusion": Diffusion,
-        "image_to_text": ImageToText,
     },
 )
 
 __all__ = [
     "DPO",
-    "GAN",
     "GRPO",
     "KTO",
     "OBJECTIVES",
@@ -74,15 +65,12 @@ __all__ = [
     "PPO",
     "SDFT",
     "SFT",
-    "VAE",
     "BiLM",
     "CausalLM",
     "Classification",
     "Contrastive",
-    "Diffusion",
     "EmbeddingDistillation",
     "EncoderDistillation",
-    "ImageToText",
     "ListwiseDPO",
     "LogitDistillation",
     "MaskedLM",

@@ -10,7 +10,7 @@ setting as default. Four methods define it:
 
 A preference loss needs ``loss`` alone (``objectives/simpo.py``). All other methods of
 :class:`Objective` are hooks with defaults, in the order in which a run calls them. Objectives that
-make images have further methods: :class:`~luthier.objectives.generative.Generative`.
+make images have further methods: :class:`~luthier.media.objectives.generative.Generative`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from luthier.inference.generation import GeneratedReply, Generator
-    from luthier.inference.images import ImageGenerator, Reconstruction, SampledImage
     from luthier.library.models import StoredModel
+    from luthier.media.image_generation import ImageGenerator, Reconstruction, SampledImage
     from luthier.types import Message, Row
     from luthier.workflows.nearest import Neighbour
 
@@ -27,11 +27,11 @@ class Model:
     def __init__(self, model_id: str | StoredModel) -> None:
         """Open a base or custom model by id; see :func:`load`."""
         from luthier.inference.generation import Generator
-        from luthier.inference.images import ImageGenerator
         from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find, objective_of
+        from luthier.media.image_generation import ImageGenerator
+        from luthier.media.objectives.generative import Generative
         from luthier.objectives.base import predicts
-        from luthier.objectives.generative import Generative
 
         self.stored = check_active(find(model_id)) if isinstance(model_id, str) else model_id
         objective = objective_of(self.stored)
@@ -49,7 +49,7 @@ class Model:
     def generator(self) -> Generator:
         """What writes; refuses models that read."""
         from luthier.inference.generation import Generator
-        from luthier.inference.images import ImageGenerator
+        from luthier.media.image_generation import ImageGenerator
 
         if isinstance(self.opened, ImageGenerator):
             raise RecipeError(f"{self.stored.id} makes images; use sample()")
@@ -61,8 +61,8 @@ class Model:
     @property
     def image_generator(self) -> ImageGenerator:
         """What makes images; refuses models that make none."""
-        from luthier.inference.images import ImageGenerator
         from luthier.inference.prediction import Predictor
+        from luthier.media.image_generation import ImageGenerator
 
         opened = self.opened
         if isinstance(opened, Predictor):
@@ -91,7 +91,7 @@ class Model:
         diffusion models, in the place of what they were stored with, and so is ``negative_prompt`` for
         those that learned from captions: what the images are to be unlike.
         """
-        from luthier.objectives.diffusion import DenoisingSettings
+        from luthier.media.objectives.diffusion import DenoisingSettings
 
         settings = DenoisingSettings(steps, guidance_scale, eta, negative_prompt)
         return self.image_generator.sample(count, seed, label, settings=settings, prompt=prompt)
@@ -209,8 +209,8 @@ class Model:
             return self.predict([texts], top=top, columns=columns)[0]
         from luthier.data.rows import PREDICTED, InputChecker, input_row
         from luthier.data.shapes.texts import TaggedWords
-        from luthier.inference.images import ImageGenerator
         from luthier.inference.prediction import Predictor
+        from luthier.media.image_generation import ImageGenerator
 
         if not isinstance(self.opened, Predictor):
             does = "writes text; use generate()"

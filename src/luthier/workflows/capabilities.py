@@ -14,13 +14,13 @@ from typing import Any
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.chat import ChatFormat
-from luthier.data.processors import AudioProcessor, ImageProcessor, WindowProcessor
 from luthier.engine.defaults import SMALLEST_BUDGET
 from luthier.engine.machine import available_memory, choose_machine
 from luthier.engine.memory import PROCESS, sketch_training
 from luthier.errors import RefusedInput
 from luthier.library.folders import is_base_here
 from luthier.library.models import chat_format, find
+from luthier.media.processors import AudioProcessor, ImageProcessor, WindowProcessor
 from luthier.models import nets
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer

@@ -35,7 +35,7 @@ class MediaRow(Shape):
         """The hash of its bytes: what makes two rows the same; its name where it cannot be read."""
         try:
             return (self.media.digest(),)
-        except RowRefused:  # the gate says why (gate/checks/media.py)
+        except RowRefused:  # the gate says why (media/checks/media_files.py)
             return (self.media.name,)
 
     def excerpt(self) -> str:

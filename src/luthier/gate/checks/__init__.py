@@ -19,11 +19,11 @@ from luthier.gate.checks.language import Language
 from luthier.gate.checks.learning import Learning
 from luthier.gate.checks.lengths import Lengths
 from luthier.gate.checks.markers import Markers
-from luthier.gate.checks.media import MediaFiles
 from luthier.gate.checks.privacy import Privacy
-from luthier.gate.checks.time_series import TimeSeries
 from luthier.gate.checks.white_space import WhiteSpace
 from luthier.gate.rules import DOUBTS, READING_RULES, Rule
+from luthier.media.checks.media_files import MediaFiles
+from luthier.media.checks.time_series import TimeSeries
 
 _KINDS: tuple[type[Check], ...] = (
     Learning,

@@ -188,7 +188,7 @@ class _Runtime:
         return {"embedding": vector, "inputTextTokenCount": found.tokens}, found.tokens
 
     def _sample(self, stored_id: str, form: ImageBody) -> dict[str, Any]:
-        from luthier.data.pictures import encode_png
+        from luthier.media.image_grid import encode_png
 
         with inference_faults():
             try:

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 from luthier.data.containers import Container, container_of
 from luthier.data.media import MOST_MEDIA_BYTES
-from luthier.data.media_files import REFERENCES, is_media, media_references, object_name
 from luthier.data.parsing import Unreadable
 from luthier.data.read import read_records
 from luthier.errors import DataError, LocationRefused, Problem
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.library.models import find
+from luthier.media.files import REFERENCES, is_media, media_references, object_name
 from luthier.models.catalog import CATALOG
 from luthier.models.tokenizer import load_processor
 from luthier.server.jobs.folders import JobFolders

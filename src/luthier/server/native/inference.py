@@ -184,7 +184,7 @@ def sample_images(
     call: NativeCall, model: Name, asked: SampleRequest, accept: Accept = ""
 ) -> SamplesView | Response:
     """Return new images from a model that makes images."""
-    from luthier.data.pictures import encode_png
+    from luthier.media.image_grid import encode_png
 
     stored_id = _stored_id(call, model, "SampleImages")
     with inference_faults():
@@ -215,7 +215,7 @@ def reconstruct_images(
     call: NativeCall, model: Name, asked: ReconstructionRequest, accept: Accept = ""
 ) -> ReconstructionsView | Response:
     """Return images after encoding and decoding by an autoencoder."""
-    from luthier.data.pictures import encode_png
+    from luthier.media.image_grid import encode_png
 
     stored_id = _stored_id(call, model, "ReconstructImages")
     images = [_media(each, "image", f"images.{index}") for index, each in enumerate(asked.images)]
@@ -266,7 +266,7 @@ def _base64(data: bytes) -> str:
 
 def _picture(pixels: Sequence[Any], headers: dict[str, str] | None = None) -> Response:
     """One image as it is, several side by side."""
-    from luthier.data.pictures import encode_png, grid
+    from luthier.media.image_grid import encode_png, grid
 
     whole = pixels[0] if len(pixels) == 1 else grid(pixels)
     return Response(encode_png(whole), headers=headers, media_type=PNG)

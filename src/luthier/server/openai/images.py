@@ -78,7 +78,7 @@ class Images(GenerationResource[ImageGenerationRequest]):
 
     def whole(self, caller: Caller, asked: ImageGenerationRequest) -> dict[str, Any]:
         """The images, as PNG files in base64."""
-        from luthier.data.pictures import encode_png
+        from luthier.media.image_grid import encode_png
 
         target = self.inference.target(caller, self.action, asked.model)
         asked.check()

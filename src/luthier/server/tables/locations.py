@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
 from luthier.data.media import MOST_MEDIA_BYTES
-from luthier.data.media_files import is_clutter, is_media, other_files_problem
 from luthier.data.s3 import connection_settings, is_file_name, local_name, split_address
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import new_file
 from luthier.limits import AccountQuotas
+from luthier.media.files import is_clutter, is_media, other_files_problem
 from luthier.server.tables.database import Database
 from luthier.server.tables.listing import page
 from luthier.server.tables.object_files import READ_SIZE, ObjectFiles

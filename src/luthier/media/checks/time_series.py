@@ -1,0 +1,136 @@
+"""Times of a series that are missing, stand twice or run backwards, and series that are too short.
+
+A network reads a row as its value with those of the lines before it, as if they followed each other
+evenly. :mod:`luthier.media.time_series` reads the times; rows without times are checked by line only.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.shapes.media import BareWindow
+from luthier.gate.check import BatchLines, Check, Places, RowBatch
+from luthier.gate.rules import Finding, Findings, Place, Rule
+
+FEW = Rule(
+    "window.few",
+    "error",
+    "A time series has too few values to learn from.",
+    "Windows of so few values are nearly all the same, and those of the first lines are not whole.",
+    "Give a longer series.",
+    whole=True,
+)
+REVERSED = Rule(
+    "window.reversed",
+    "error",
+    "The times of a series run backwards.",
+    "Each value would be judged by those that came after it.",
+    "Sort the lines by time, the earliest first.",
+    whole=True,
+)
+ORDER = Rule(
+    "window.order",
+    "warning",
+    "A line of a time series is earlier than the one before it.",
+    "The values before it are not those that it followed.",
+    "Sort the lines by time; where clocks were set back, write times of one zone, such as UTC.",
+)
+DUPLICATE = Rule(
+    "window.duplicate",
+    "warning",
+    "Two lines of a time series have the same time.",
+    "They are read as if one followed the other.",
+    "Keep one of them, or their mean.",
+)
+GAP = Rule(
+    "window.gap",
+    "warning",
+    "Times are missing between two lines of a series.",
+    "The values on both sides are read as if they followed each other.",
+    "Fill in estimates, or learn from a stretch without a gap.",
+)
+LEAST_VALUES = 100
+"""Lines of a series, of which some are held out, that anything can be learned from."""
+USUAL_QUANTILE = 0.9
+"""Share of steps that are as long as the usual one, or shorter: five of seven days are working days."""
+LEAST_CLOCK_TIME = 1e8
+"""Seconds of a time in 1973; lower numbers are counts of something."""
+MOST_FINDINGS = 10_000
+"""Lines of a file that break a rule, of which each is counted."""
+GAP_RATIO = 1.5
+"""Times the usual step from which on one is a gap."""
+
+
+class TimeSeries(Check):
+    """Compares the time of each line with that of the line before."""
+
+    name: ClassVar[str] = "time_series"
+    rules: ClassVar[tuple[Rule, ...]] = (FEW, REVERSED, ORDER, DUPLICATE, GAP)
+
+    def __init__(self) -> None:
+        self._batches: dict[tuple[str, str], list[tuple[BatchLines, NDArray[np.float64]]]] = {}
+        """Times of the windows of each file of a split."""
+
+    def measure(self, batch: RowBatch) -> NDArray[np.float64]:
+        """Seconds of each window, nan where its time is not known; empty without windows."""
+        rows = [row for row in batch.rows if isinstance(row, BareWindow)]
+        times = [np.nan if row.media.time is None else row.media.time for row in rows]
+        return np.array(times, np.float64)
+
+    def take(self, where: BatchLines, measured: NDArray[np.float64], findings: Findings) -> None:
+        """Keep the times until all are there: which step is usual shows then."""
+        if len(measured):
+            self._batches.setdefault((where.split, where.file), []).append((where, measured))
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """Name what is wrong with each file."""
+        lengths = {at: sum(len(times) for _, times in each) for at, each in self._batches.items()}
+        count = sum(length for (split, _), length in lengths.items() if split == "train")
+        if 0 < count < LEAST_VALUES:
+            file = next(file for split, file in lengths if split == "train")
+            message = f"There are {count:,} values; {LEAST_VALUES:,} are the least."
+            findings.add(Finding(FEW, Place(file, 0), message))
+        for (_, file), batches in self._batches.items():
+            self._check_times(file, batches, findings)
+
+    def _check_times(
+        self, file: str, batches: list[tuple[BatchLines, NDArray[np.float64]]], findings: Findings
+    ) -> None:
+        all_times = np.concatenate([times for _, times in batches])
+        steps = np.diff(all_times)
+        known = steps[np.isfinite(steps)]
+        if not len(known):
+            return
+        if len(known) > 1 and (known < 0).mean() > 0.5:
+            count = int((known < 0).sum())
+            message = f"{count:,} of {len(known):,} lines are earlier than the one before."
+            findings.add(Finding(REVERSED, Place(file, 0), message))
+            return
+        forward = known[known > 0]
+        usual = float(np.quantile(forward, USUAL_QUANTILE, method="lower")) if len(forward) else 0.0
+        say = _duration if np.nanmax(all_times) > LEAST_CLOCK_TIME else "{:.4g}".format
+        found = (
+            (ORDER, steps < 0, "It is {} earlier than the line before."),
+            (DUPLICATE, steps == 0, "It has the time of the line before."),
+            (GAP, steps > GAP_RATIO * usual, "It is {} later than the line before; {} are usual."),
+        )
+        ends = np.cumsum([len(times) for _, times in batches])
+        for rule, wrong, text in found:
+            rows = np.flatnonzero(wrong) + 1
+            for row in rows[:MOST_FINDINGS].tolist():
+                batch = int(np.searchsorted(ends, row, side="right"))
+                where, times = batches[batch]
+                message = text.format(say(abs(steps[row - 1])), say(usual))
+                place = where.place(row - int(ends[batch]) + len(times))
+                findings.add(Finding(rule, place, message))
+
+
+def _duration(seconds: float) -> str:
+    """A number of seconds in the unit in which it is short."""
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds:.4g} seconds"

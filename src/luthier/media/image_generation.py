@@ -1,0 +1,217 @@
+"""Making images with a model: new ones, and copies of given ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luthier.errors import RecipeError
+from luthier.escaping import list_some
+from luthier.media.objectives.diffusion import DenoisingSettings, Diffusion
+from luthier.media.objectives.generative import Generative, images_at_once
+from luthier.media.objectives.vae import VAE, Compression
+from luthier.media.processors import ImageProcessor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.data.media import Pixels
+    from luthier.library.models import StoredModel
+    from luthier.models.network import Network, TreeBatch
+    from luthier.objectives import Objective
+    from luthier.types import Row
+
+MOST_SAMPLES = 100_000
+"""Of one request; they are held in memory."""
+LABELS_SHOWN = 20
+"""Classes that a refusal names."""
+
+
+@dataclass(frozen=True)
+class SampledImage:
+    """A new image."""
+
+    pixels: Pixels
+    label: str = ""
+    """The class it was made for, where the model knows classes."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """An image and what the model gives back of it."""
+
+    original: Pixels
+    """As the model reads it."""
+    copy: Pixels
+    error: float
+    """Mean squared difference of pixels from 0 to 1."""
+    compression: Compression
+    """How much less the model keeps of the image than there is."""
+
+
+class ImageGenerator:
+    """One model in memory that makes images."""
+
+    def __init__(self, network: Network, objective: Objective, chat: ChatFormat, name: str) -> None:
+        if not isinstance(chat.media, ImageProcessor):
+            raise RecipeError(f"{name} reads no images, so it makes none")
+        self.network, self.objective, self.chat, self.name = network, objective, chat, name
+        self.processor = chat.media
+        network.chat = chat
+        network.model.eval()
+
+    @staticmethod
+    def is_able(objective: Objective) -> bool:
+        """Whether models of ``objective`` make images."""
+        return isinstance(objective, Generative)
+
+    @staticmethod
+    def open(stored: StoredModel, name: str = "") -> ImageGenerator:
+        """Load ``stored`` on the best device of this machine; refusals call it ``name`` or by its id.
+
+        Raises:
+            RecipeError: where it makes no images.
+        """
+        from luthier.engine.machine import open_network
+        from luthier.library.models import chat_format, objective_of
+
+        objective = objective_of(stored)
+        if not isinstance(objective, Generative):
+            raise RecipeError(
+                f"{stored.id} was not trained to make images; train one with "
+                "`objective.method=vae`, which also gives images back, `objective.method=gan` or "
+                "`objective.method=diffusion`"
+            )
+        chat = chat_format(stored)
+        return ImageGenerator(open_network(stored), objective, chat, name or stored.id)
+
+    def sample(
+        self,
+        count: int,
+        seed: int = 0,
+        label: str | None = None,
+        done: Callable[[int], None] = lambda count: None,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+        settings: DenoisingSettings | None = None,
+        prompt: str | None = None,
+    ) -> list[SampledImage]:
+        """New images: the same for the same seed.
+
+        A model that knows classes makes those of ``label``, or as many of each class in turn; one that
+        learned from captions makes what ``prompt`` says. The network works in a ``turn`` for each part
+        of them.
+
+        Raises:
+            RecipeError: for a label, prompt or settings that the model has no use for.
+        """
+        import torch
+
+        objective = self.objective
+        if not isinstance(objective, Generative):
+            raise RecipeError(f"{self.name} was not trained to make images")
+        if settings is not None and settings != DenoisingSettings():
+            if not isinstance(objective, Diffusion):
+                raise RecipeError(
+                    f"{self.name} makes an image in one go: steps, guidance_scale, eta and "
+                    "negative_prompt are for models that were trained with "
+                    "`objective.method=diffusion`",
+                    next(name for name, value in asdict(settings).items() if value is not None),
+                )
+            objective = objective.with_sampling(settings)
+        if not 1 <= count <= MOST_SAMPLES:
+            raise RecipeError(f"count must be from 1 to {MOST_SAMPLES:,}, and is {count:,}")
+        if not -(2**63) <= seed < 2**64:
+            raise RecipeError(f"a seed has 64 bits, and {seed} has more")
+        known = objective.sample_labels
+        if label is not None and label not in known:
+            names = list_some(known, LABELS_SHOWN) or "no classes"
+            text = f"{self.name} cannot make images of {label[:64]!r}: it knows {names}"
+            raise RecipeError(text, "label")
+        if prompt is not None:
+            if not objective.reads_prompts:
+                use = f"use label, one of {', '.join(known)}" if known else "leave the prompt out"
+                raise RecipeError(f"{self.name} did not learn from captions; {use}", "prompt")
+            objective.check_prompt(prompt)
+        asked = label if label is not None else prompt
+        classes = [asked] if asked is not None else list(known) or [""]
+        wanted = [classes[index % len(classes)] for index in range(count)]
+        generator = torch.Generator().manual_seed(seed)
+        made: list[SampledImage] = []
+        at_once = images_at_once(self.processor)
+        for start in range(0, count, at_once):
+            part = wanted[start : start + at_once]
+            with turn(), torch.inference_mode():
+                images = self._pixels(objective.sample(self.network, part, generator))
+            made += [
+                SampledImage(image, name if name in known else "")
+                for image, name in zip(images, part, strict=True)
+            ]
+            done(len(made))
+        return made
+
+    def reconstruct(
+        self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
+    ) -> list[Reconstruction]:
+        """Each image after the way through the network, in the order given.
+
+        Raises:
+            RecipeError: where the model gives no images back.
+        """
+        import torch
+
+        objective, finished = self._reconstructor(), 0
+        compression = objective.compression(self.network)
+        examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
+
+        def read(batch: TreeBatch) -> list[Reconstruction]:
+            nonlocal finished
+            copies = self._pixels(objective.reconstruct(self.network, batch))
+            found = []
+            for original, copy in zip(self._pixels(batch.plan), copies, strict=True):
+                difference = (original.astype(np.float64) - copy) / 255
+                error = float(np.square(difference).mean())
+                found.append(Reconstruction(original, copy, error, compression))
+            finished += len(found)
+            done(finished)
+            return found
+
+        with torch.inference_mode():
+            return self.network.read_rows(examples, images_at_once(self.processor), read)
+
+    def interpolate(self, rows: Sequence[Row], steps: int) -> list[list[Pixels]]:
+        """``steps`` images on the way from each image to the next, both ends among them.
+
+        Raises:
+            RecipeError: where the model gives no images back.
+        """
+        import torch
+
+        objective = self._reconstructor()
+        if len(rows) < 2 or steps < 2:
+            raise RecipeError("a way needs two images and two steps at least")
+        examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
+        ways: list[list[Pixels]] = []
+        with torch.inference_mode():
+            for pair in pairwise(examples):
+                (batch,) = self.network.batches(list(pair), 2)
+                way = self._pixels(objective.interpolate(self.network, batch, steps))
+                # Rows of a batch are in the order of its tree.
+                ways.append(way if batch.tree.examples[0].row == pair[0].row else way[::-1])
+        return ways
+
+    def _reconstructor(self) -> VAE:
+        if not isinstance(self.objective, VAE):
+            raise RecipeError(
+                f"{self.name} makes images of nothing but noise, and cannot give one back. Train a "
+                "model for that with `objective.method=vae`"
+            )
+        return self.objective
+
+    def _pixels(self, images: Tensor) -> list[Pixels]:
+        return [self.processor.to_pixels(each) for each in images.float().cpu().numpy()]

@@ -1,0 +1,1 @@
+"""Networks for images that transformers does not have."""

@@ -1,0 +1,246 @@
+"""Stable Diffusion 1 and 2 as one network (Rombach et al. 2022, arXiv:2112.10752).
+
+A U-Net denoises latents of images; an autoencoder makes latents of images, and images of latents; a
+text encoder reads captions. They are diffusers' and transformers' own classes. Only the U-Net learns.
+A latent is the mean that the autoencoder gives, where diffusers' scripts draw one around it: so the
+same image is the same latent each time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from luthier.errors import RecipeError
+from luthier.media.networks.image_stages import ChannelsLastGroupNorm, ImagePreTrainedModel
+from luthier.media.networks.unet import UNetOutput
+from luthier.models.external import MODEL_INDEX
+from luthier.models.pipelines import MODEL_TYPE, PIPELINE
+
+if TYPE_CHECKING:
+    from luthier.models.modalities import Shape
+    from luthier.types import IntArray
+
+PIXELS_AT_ONCE = 1 << 20
+"""That the autoencoder works on: its maps have some hundred numbers for each."""
+
+
+class StableDiffusionConfig(PreTrainedConfig):
+    """The configurations of the parts, as their own files have them, and the size of images."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        unet: dict[str, Any] | None = None,
+        vae: dict[str, Any] | None = None,
+        text_encoder: dict[str, Any] | None = None,
+        scheduler: dict[str, Any] | None = None,
+        image_size: int | tuple[int, int] = 512,
+        max_position_embeddings: int = 77,
+        **kwargs: Any,
+    ) -> None:
+        self.unet = unet or {}
+        self.vae = vae or {}
+        self.text_encoder = text_encoder or {}
+        self.scheduler = scheduler or {}
+        self.image_size = image_size
+        self.max_position_embeddings = max_position_embeddings
+        super().__init__(**kwargs)
+
+    @property
+    def embedding_size(self) -> int:
+        """Channels of the innermost maps of the U-Net."""
+        return int(self.unet.get("block_out_channels", [1280])[-1])
+
+
+class StableDiffusionPreTrainedModel(ImagePreTrainedModel):
+    """What both models share."""
+
+    config_class = StableDiffusionConfig
+    base_model_prefix = "unet"
+
+
+class StableDiffusion(StableDiffusionPreTrainedModel):
+    """A U-Net with what reads images and captions for it.
+
+    A :class:`~luthier.media.networks.denoiser.Denoiser` on latents, whose conditions are texts.
+    """
+
+    luthier_task = "denoising"
+    frozen_parts = ("vae", "text_encoder")
+    usual_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of attention, as diffusers' scripts do
+    latent_bound = None
+    unet: Any
+    vae: Any
+    text_encoder: Any
+
+    def __init__(self, config: Any, parts: Sequence[nn.Module] | None = None) -> None:
+        super().__init__(config)
+        self.unet, self.vae, self.text_encoder = parts or _draw_parts(config)
+        for module in self.unet.modules():
+            if type(module) is nn.GroupNorm:
+                module.__class__ = ChannelsLastGroupNorm
+        self.vae.requires_grad_(False)
+        self.text_encoder.requires_grad_(False)
+        self.train(False)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: str, *, config: Any, dtype: torch.dtype, **_: Any
+    ) -> tuple[StableDiffusion, dict[str, Any]]:
+        """The network of a folder of diffusers, and the weights that the folder lacks."""
+        classes = part_classes()
+        missing: list[str] = []
+        parts = []
+        for name, kind in classes.items():
+            place = Path(folder) / name
+            half = all(".fp16." in path.name for path in place.glob("*.safetensors"))
+            typed = {"dtype": dtype} if name == "text_encoder" else {"torch_dtype": dtype}
+            part, loaded = kind.from_pretrained(
+                str(place),
+                **typed,
+                variant="fp16" if half else None,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            missing += [f"{name}.{each}" for each in loaded["missing_keys"]]
+            parts.append(part)
+        return cls(config, parts), {"missing_keys": missing, "mismatched_keys": []}
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:  # type: ignore[override]
+        """Write a folder that diffusers loads; the tokenizer comes beside it."""
+        from diffusers import __version__
+
+        folder = Path(folder)
+        scheduler = self.config.scheduler
+        index: dict[str, Any] = {
+            "_class_name": PIPELINE,
+            "_diffusers_version": __version__,
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", scheduler.get("_class_name", "DDIMScheduler")],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        for name in part_classes():
+            getattr(self, name).save_pretrained(folder / name)
+        (folder / "scheduler").mkdir()
+        for path, fields in (
+            (folder / "scheduler" / "scheduler_config.json", scheduler),
+            (folder / MODEL_INDEX, index),
+        ):
+            path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+    def train(self, mode: bool = True) -> StableDiffusion:
+        """Set the mode of the U-Net; what is frozen stays in that of evaluation."""
+        super().train(mode)
+        self.vae.train(False)
+        self.text_encoder.train(False)
+        return self
+
+    def latent_shape(self, image: Shape) -> Shape:
+        """Latents are smaller than images by what the autoencoder halves."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        _, height, width = image
+        if height % factor or width % factor:
+            raise RecipeError(
+                f"sides of images must be multiples of {factor}, and these are {height} x {width}"
+            )
+        channels = int(self.vae.config.latent_channels)
+        return (channels, height // factor, width // factor)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Means of what the autoencoder makes of images, scaled to a deviation of about 1."""
+        means = [self.vae.encode(part).latent_dist.mean for part in _parts(images)]
+        latents: Tensor = torch.cat(means) * self.vae.config.scaling_factor
+        return latents
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The way back."""
+        scaled = latents / self.vae.config.scaling_factor
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return torch.cat([self.vae.decode(part).sample for part in _parts(scaled, factor)])
+
+    @torch.no_grad()
+    def encode_conditions(self, targets: Sequence[IntArray]) -> Tensor:
+        """States ``[R, T, H]`` of texts of ``T`` tokens, padding among them, as diffusers does."""
+        ids_RT = torch.stack([torch.from_numpy(each) for each in targets])
+        states_RTH: Tensor = self.text_encoder(ids_RT.to(self.device)).last_hidden_state
+        return states_RTH
+
+    def denoise(self, mixture: Tensor, time_R: Tensor, condition: Tensor | None) -> Tensor:
+        """What the U-Net predicts from mixtures ``[R, C, H, W]``."""
+        predicted: Tensor = self(None, mixture, time_R, condition).prediction
+        return predicted
+
+    def forward(
+        self,
+        pixel_values: Tensor | None,
+        mixture: Tensor | None = None,
+        time_R: Tensor | None = None,
+        condition: Tensor | None = None,
+        **_: Any,
+    ) -> UNetOutput:
+        """What the U-Net predicts from mixtures, or from images at step 0 and without a text."""
+        if mixture is None:
+            assert pixel_values is not None
+            mixture = self.encode_images(pixel_values)
+            rows, width = len(mixture), int(self.text_encoder.config.hidden_size)
+            condition = mixture.new_zeros(rows, self.config.max_position_embeddings, width)
+            time_R = torch.zeros(rows, dtype=torch.int64, device=mixture.device)
+        return UNetOutput(self.unet(mixture, time_R, encoder_hidden_states=condition).sample)
+
+
+def _parts(images: Tensor, factor: int = 1) -> Sequence[Tensor]:
+    """``images`` in parts of so many pixels as are worked on at once."""
+    pixels = images.shape[2] * images.shape[3] * factor**2
+    parts: Sequence[Tensor] = images.split(max(1, PIXELS_AT_ONCE // pixels))
+    return parts
+
+
+def part_classes() -> dict[str, Any]:
+    """Class of each part by its name.
+
+    Raises:
+        RecipeError: where diffusers is not installed.
+    """
+    if find_spec("diffusers") is None:
+        raise RecipeError(
+            "pipelines of diffusers need its package: pip install 'luthier[diffusers]'"
+        )
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.utils import logging
+    from transformers import CLIPTextModel
+
+    logging.disable_progress_bar()
+    return {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+
+
+def _draw_parts(config: Any) -> list[nn.Module]:
+    """The parts with random weights, or none on the ``meta`` device."""
+    from transformers import CLIPTextConfig
+
+    unet, vae, text_encoder = part_classes().values()
+    text = text_encoder(CLIPTextConfig(**config.text_encoder))
+    return [unet.from_config(config.unet), vae.from_config(config.vae), text]
+
+
+Config = StableDiffusionConfig
+CLASSES = {"AutoModelForImageToImage": StableDiffusion}
+"""Model of each automatic class of transformers."""

@@ -1,0 +1,1 @@
+"""Objectives that generate images, or text from images."""

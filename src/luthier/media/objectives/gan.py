@@ -1,0 +1,330 @@
+"""Generative adversarial networks of images (Goodfellow et al. 2014, arXiv:1406.2661).
+
+Two players learn in turns from each batch of rows, as those of DCGAN (Radford et al. 2016,
+arXiv:1511.06434). With ``D`` the score of an image and ``G`` the image of some noise,
+``non_saturating`` has the losses
+
+    discriminator  softplus(-D(x)) + softplus(D(G(z)))        generator  softplus(-D(G(z)))
+
+with the weights of the discriminator divided by their spectral norms (Miyato et al. 2018,
+arXiv:1802.05957), and ``wgan_gp`` (Gulrajani et al. 2017, arXiv:1704.00028)
+
+    discriminator  D(G(z)) - D(x) + 10 (|grad D(between)| - 1)^2        generator  -D(G(z))
+
+where ``between`` lies at random between the real image and the made one, and the discriminator takes
+more steps than the generator (five in that paper, two here). Those steps see the same rows with new
+noise. Where rows have labels both players know them (:mod:`luthier.media.networks.dcgan`).
+
+Neither loss says how good the images are. What is measured on held-out rows, and decides which weights
+are kept, is a distance between them and as many made images: the sliced Wasserstein distance of their
+pixels (Rabin et al. 2011), along directions that are always the same. ``diversity`` is how far made
+images of a class are apart, as a share of how far real ones are: near 0, the generator makes one image
+for all noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from luthier.data.chat import ChatFormat
+from luthier.errors import RecipeError
+from luthier.media.objectives.class_conditions import class_target, classes_of
+from luthier.media.objectives.generative import MOST_COMPARED, Generative, draw_latents, draw_noise
+from luthier.models.heads import Head, Task
+from luthier.models.random_numbers import draw_seed, row_generators
+from luthier.objectives.base import TrainingDefaults, extra_of
+from luthier.objectives.means import Means
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from luthier.models.network import Network, TreeBatch
+
+PENALTY = 10.0
+"""Weight of the gradient penalty (the paper's lambda)."""
+DIRECTIONS = 256
+"""Along which the pixels of images are compared."""
+
+
+@dataclass(frozen=True)
+class Game:
+    """What a micro-batch needs for all its turns, or for one of them."""
+
+    class_R: Tensor | None
+    """Classes of the rows, where there are some."""
+    latent_TRZ: Tensor
+    """Noise of each turn, the generator's last."""
+    between_TR: Tensor
+    """Where between real and made images the gradient is looked at, in each turn."""
+    player: Literal["discriminator", "generator", "both"] = "both"
+    """Whose turn it is; ``both`` to measure, without a gradient."""
+    ends_turn: bool = False
+    """Whether it is the last micro-batch that this process has in the turn."""
+
+
+class GAN(Generative):
+    """How images look, learned by a generator from a discriminator that learns to tell them apart."""
+
+    method: Literal["gan"] = "gan"
+    loss_type: Literal["wgan_gp", "non_saturating"] = "wgan_gp"
+    """Losses of both players; non_saturating is faster, and collapsed on digits."""
+    discriminator_steps: int | None = Field(default=None, ge=1, le=100)
+    """Steps of the discriminator for each of the generator; 2 of wgan_gp, else 1 when not given."""
+    spectral_norm: bool | None = None
+    """Divide the discriminator's weights by their spectral norms; not with wgan_gp when not given."""
+    labels: tuple[str, ...] | None = None
+    """The classes in the order of the network; from the training rows when not given."""
+
+    task: ClassVar[Task] = "adversarial"
+    further_shapes: ClassVar[frozenset[str]] = frozenset(
+        {"captioned_image", "image", "labelled_image"}
+    )
+    same_each_epoch: ClassVar[bool] = False
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
+        learning_rate_multiplier=0.2,
+        beta1=0.5,
+        patience=0,
+        min_epochs=10,
+        max_epochs=100,
+        bases={"image": "small-dcgan"},
+        min_steps=3_000,  # two players that start from random numbers take long
+    )
+
+    @property
+    def sample_labels(self) -> tuple[str, ...]:
+        """The classes."""
+        return self.labels or ()
+
+    @property
+    def _turns(self) -> int:
+        """Steps of the discriminator."""
+        return self.discriminator_steps or (2 if self.loss_type == "wgan_gp" else 1)
+
+    @property
+    def _spectral(self) -> bool:
+        return self.loss_type != "wgan_gp" if self.spectral_norm is None else self.spectral_norm
+
+    def head(self) -> Head:
+        """Both players, and the classes they know."""
+        return Head(self.task, self.labels or ())
+
+    def attach(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Reject a network unless both players train, and the discriminator's weights are whole."""
+        players: Any = model.players
+        if not model.measures_whole_weights:
+            raise RecipeError(
+                "the spectral norm of a discriminator is that of its whole weights, and the adaptation "
+                "puts a part beside them. Use full or bitfit"
+            )
+        for name, modules in players.items():
+            if not any(w.requires_grad for module in modules for w in module.parameters()):
+                raise RecipeError(
+                    f"the adaptation leaves the {name} no weights to learn by, and both players of a "
+                    "gan must learn. Use full or bitfit"
+                )
+        return {}
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """See which classes there are; none where a row has no label."""
+        found = classes_of(rows, "a gan")
+        return self.model_copy(update={"labels": found if self.labels is None else self.labels})
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The image, and its class where classes are known."""
+        example = chat.encode_input(row, index)
+        if not self.labels:
+            return example
+        return replace(example, target=class_target(row, self.labels))
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """Noise for each turn: new in training, and else of the images alone."""
+        import torch
+
+        size, turns = int(network.model.config.latent_size), self._turns + 1
+        seed = draw_seed() if network.model.training else None
+        found = []
+        for batch in super().annotate(network, examples, budget):
+            rows = batch.tree.examples
+            generators = row_generators(rows, seed)
+            if seed is not None:
+                noise_RZ = draw_noise(generators, turns * size)
+                latent_TRZ = noise_RZ.unflatten(1, (turns, size)).transpose(0, 1)
+                share_RT = np.stack([each.random(turns, np.float32) for each in generators])
+                between_TR = torch.from_numpy(share_RT).t()
+            else:
+                latent_TRZ = draw_noise(generators, size).expand(turns, -1, -1)
+                between_TR = torch.full((turns, len(rows)), 0.5)
+            class_R = None
+            if self.labels:
+                targets = np.concatenate([np.asarray(row.target) for row in rows])
+                class_R = torch.from_numpy(targets).to(network.device)
+            latent_TRZ = latent_TRZ.to(network.device, network.dtype)
+            between_TR = between_TR.to(network.device, network.dtype)
+            found.append(replace(batch, extra=Game(class_R, latent_TRZ, between_TR)))
+        return found
+
+    def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
+        """The discriminator's steps, then the generator's."""
+        for turn in range(self._turns + 1):
+            player: Any = "generator" if turn == self._turns else "discriminator"
+            yield [
+                replace(
+                    batch,
+                    extra=replace(
+                        game,
+                        player=player,
+                        latent_TRZ=game.latent_TRZ[turn : turn + 1],
+                        between_TR=game.between_TR[turn : turn + 1],
+                        ends_turn=number == len(batches),
+                    ),
+                )
+                for number, batch in enumerate(batches, 1)
+                for game in [extra_of(batch, Game)]
+            ]
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed loss of the player whose turn it is; it alone gets a gradient.
+
+        Metrics are the loss of each player, and how often a real image has the higher score.
+        """
+        game = extra_of(batch, Game)
+        if game.player == "generator":
+            found = self._generator_loss(network, game)
+        else:
+            found = self._discriminator_loss(network, batch, game)
+        if game.player == "both":
+            other = self._generator_loss(network, game)
+            return Loss(found.total + other.total, {**found.metrics, **other.metrics})
+        if game.ends_turn and self._spectral:
+            # In each process alike, so that all have the norms of one.
+            network.model.iterate_norms()
+        return found
+
+    def _generator_loss(self, network: Network, game: Game) -> Loss:
+        from torch.nn import functional as F
+
+        model = network.model
+        with _frozen(model.players["discriminator"]):
+            images = model.generate(game.latent_TRZ[-1], game.class_R)
+            made_R = model.discriminate(images, game.class_R, self._spectral).float()
+        each_R = -made_R if self.loss_type == "wgan_gp" else F.softplus(-made_R)
+        total: Tensor = each_R.sum()
+        return Loss(total, {"generator_loss": float(total.detach())})
+
+    def _discriminator_loss(self, network: Network, batch: TreeBatch, game: Game) -> Loss:
+        import torch
+        from torch.nn import functional as F
+
+        model = network.model
+        with torch.no_grad():
+            images = model.generate(game.latent_TRZ[0], game.class_R)
+        class_2R = None if game.class_R is None else torch.cat([game.class_R] * 2)
+        both_2R = model.discriminate(torch.cat([batch.plan, images]), class_2R, self._spectral)
+        real_R, made_R = both_2R.float().chunk(2)
+        right = (real_R > made_R).sum()  # the score of wgan_gp has no zero
+        if self.loss_type == "wgan_gp":
+            each_R = made_R - real_R
+            if game.player == "discriminator":
+                each_R = each_R + PENALTY * self._penalty(network, batch, game, images)
+        else:
+            each_R = F.softplus(-real_R) + F.softplus(made_R)
+        total: Tensor = each_R.sum()
+        found = {
+            "discriminator_loss": float(total.detach()),
+            "discriminator_accuracy": float(right),
+        }
+        return Loss(total, found)
+
+    def _penalty(self, network: Network, batch: TreeBatch, game: Game, images: Tensor) -> Tensor:
+        """How far the gradient ``[R]`` between real and made images is from the length 1, squared."""
+        import torch
+
+        share_R111 = game.between_TR[0][:, None, None, None]
+        between = torch.lerp(images, batch.plan, share_R111).requires_grad_(True)
+        score_R = network.model.discriminate(between, game.class_R, self._spectral)
+        (slope,) = torch.autograd.grad(score_R.sum(), between, create_graph=True)
+        penalty_R: Tensor = (slope.float().flatten(1).norm(dim=1) - 1).square()
+        return penalty_R
+
+    def validation_metrics(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> dict[str, Any]:
+        """As ``loss`` the distance of made images from held-out ones; diversity; the players."""
+        import torch
+
+        network.model.eval()
+        batches = self.annotate(network, examples[:MOST_COMPARED], budget)
+        real, made, classes = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+        means = Means()
+        with torch.no_grad():
+            for batch in batches:
+                game = extra_of(batch, Game)
+                means.add(self.loss(network, batch), batch.weight)
+                real.append(batch.plan.float().flatten(1))
+                images = network.model.generate(game.latent_TRZ[0], game.class_R)
+                made.append(images.float().flatten(1))
+                none = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+                classes.append(none if game.class_R is None else game.class_R)
+        real_RD, made_RD, class_R = torch.cat(real), torch.cat(made), torch.cat(classes)
+        spread = _spread(real_RD, class_R)
+        return {
+            **means.values(),
+            "loss": sliced_distance(real_RD, made_RD),
+            "diversity": _spread(made_RD, class_R) / spread if spread else 0.0,
+            **self.distance_metrics(network, examples),
+        }
+
+    def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
+        """New images ``[R, C, H, W]`` of the classes asked for."""
+        import torch
+
+        size = int(network.model.config.latent_size)
+        latent_RZ = draw_latents(len(labels), size, generator)
+        class_R = None
+        if self.labels:
+            known = [self.labels.index(label) for label in labels]
+            class_R = torch.tensor(known, device=network.device)
+        latent_RZ = latent_RZ.to(network.device, network.dtype)
+        images: Tensor = network.model.generate(latent_RZ, class_R)
+        return images
+
+
+@contextmanager
+def _frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """What is computed meanwhile leaves no gradient on the weights of ``modules``."""
+    weights = [w for module in modules for w in module.parameters() if w.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def sliced_distance(one_RD: Tensor, other_RD: Tensor) -> float:
+    """Sliced Wasserstein distance of as many rows, along directions that are always the same."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    direction_DS = torch.randn(one_RD.shape[1], DIRECTIONS, generator=generator)
+    direction_DS = (direction_DS / direction_DS.norm(dim=0)).to(one_RD.device)
+    sorted_RS = [(each @ direction_DS).sort(0).values for each in (one_RD, other_RD)]
+    return float((sorted_RS[0] - sorted_RS[1]).square().mean().sqrt())
+
+
+def _spread(each_RD: Tensor, class_R: Tensor) -> float:
+    """Root of the mean squared distance of rows from the mean of their class."""
+    off = [each_RD[class_R == name] - each_RD[class_R == name].mean(0) for name in class_R.unique()]
+    squares = sum(float(each.square().sum()) for each in off)
+    return float(np.sqrt(squares / len(each_RD)))

@@ -1,0 +1,176 @@
+"""What objectives have in common whose models make images: the noise that held-out rows are measured
+with, and how far made images are from real ones.
+
+Losses of such objectives say little of that. Where a classifier of such images is named, each
+measurement makes as many images as there are held-out rows, of the same classes or captions and from
+the same noise each time, and compares both in what the classifier's head reads
+(:func:`~luthier.media.frechet.frechet_distance`). Both are seen as files of the network's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from luthier.data.media import PLURAL, Media
+from luthier.errors import RecipeError
+from luthier.media.frechet import frechet_distance
+from luthier.media.processors import ImageProcessor
+from luthier.objectives.base import Objective, OtherModel, chat_of
+from luthier.types import Example
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.data.media import Pixels
+    from luthier.models.network import Network
+
+MOST_COMPARED = 1_000
+"""Held-out rows that made images are compared with."""
+AT_ONCE = 32
+"""Images that are made, and read, at once, where they are small."""
+PIXELS_AT_ONCE = 1 << 20
+"""Pixels of all that are made at once: four images of 512 x 512."""
+
+
+class Generative(Objective):
+    """Base of the objectives whose models make images."""
+
+    feature_model: str | None = None
+    """Classifier of images, in whose features the Fréchet distance of made images is measured."""
+
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def sample_labels(self) -> tuple[str, ...]:
+        """Classes that :meth:`sample` accepts; empty without classes."""
+        return ()
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether :meth:`sample` accepts prompts, because the training rows had captions."""
+        return False
+
+    def check_prompt(self, prompt: str) -> None:
+        """Reject a prompt without a known word.
+
+        Raises:
+            RecipeError: with the reason.
+        """
+
+    def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
+        """Return one new image for each of ``labels``, ``[R, C, H, W]`` in the network's scale.
+
+        ``labels`` are classes, prompts, or empty for a model with neither. All random numbers come
+        from ``generator``, on the CPU.
+        """
+        raise NotImplementedError
+
+    def in_few_steps(self) -> Self:
+        """Return this objective with the settings for images that are compared or shown in training."""
+        return self
+
+    def describe_copies(self, network: Network, examples: Sequence[Example], budget: int) -> str:
+        """Return a sentence about copies of ``examples`` for the verdict; empty without copies."""
+        return ""
+
+    @property
+    def other_models(self) -> Mapping[str, str]:
+        """The classifier, where one is named."""
+        return {"features": self.feature_model} if self.feature_model else {}
+
+    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
+        """Reject a feature model that is no classifier of images, and a network of other inputs."""
+        if other.objective.task != "sequence_classification":
+            raise RecipeError(
+                f"objective.feature_model is a classifier of images, and {self.feature_model} has no "
+                "classes; tune it on images with labels, and name the model that comes of it"
+            )
+        for each in (other.chat, chat):
+            if each.reads != "image":
+                raise RecipeError(
+                    "objective.feature_model compares images, and one of both networks reads "
+                    f"{PLURAL[each.reads]}; leave it out"
+                )
+        return self
+
+    def validation_metrics(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> dict[str, Any]:
+        """What the loss measures, and the distance where a classifier is named."""
+        found = super().validation_metrics(network, examples, budget)
+        return found | self.distance_metrics(network, examples)
+
+    def distance_metrics(self, network: Network, examples: Sequence[Example]) -> dict[str, float]:
+        """Of made images from those of ``examples``; nothing where no classifier is named."""
+        import torch
+
+        classifier = network.others.get("features")
+        examples = examples[:MOST_COMPARED]
+        if classifier is None or len(examples) < 2:
+            return {}
+        chat = chat_of(network)
+        assert isinstance(chat.media, ImageProcessor)
+        maker, to_pixels = self.in_few_steps(), chat.media.to_pixels
+        generator = torch.Generator().manual_seed(0)
+        at_once = images_at_once(chat.media)
+        real_RD: list[NDArray[np.float32]] = []
+        made_RD: list[NDArray[np.float32]] = []
+        with torch.no_grad():
+            for start in range(0, len(examples), at_once):
+                part = examples[start : start + at_once]
+                real = [each.media.array() for each in part if each.media is not None]
+                labels = [self.label_of(each, chat) for each in part]
+                made = maker.sample(network, labels, generator)
+                real_RD.append(features_of(classifier, map(to_pixels, real)))
+                made_RD.append(features_of(classifier, map(to_pixels, made.float().cpu().numpy())))
+        distance = frechet_distance(np.concatenate(real_RD), np.concatenate(made_RD))
+        return {"frechet_distance": distance}
+
+    def label_of(self, example: Example, chat: ChatFormat) -> str:
+        """What :meth:`sample` is asked for to show what a row shows: its class, or an empty text."""
+        if not self.sample_labels or example.target is None:
+            return ""
+        return self.sample_labels[int(example.target[0])]
+
+
+def draw_latents(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """What ``count`` new images are made of, ``[R, size]``; each by itself, as what torch draws for
+    the first rows else depends on how many there are."""
+    import torch
+
+    return torch.stack([torch.randn(size, generator=generator) for _ in range(count)])
+
+
+def draw_noise(generators: Sequence[np.random.Generator], size: int) -> Tensor:
+    """Normal noise ``[R, size]`` of the rows that have these generators."""
+    import torch
+
+    return torch.from_numpy(np.stack([g.standard_normal(size, np.float32) for g in generators]))
+
+
+def images_at_once(processor: ImageProcessor) -> int:
+    """How many images of the size of ``processor`` are made at once."""
+    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // (processor.height * processor.width)))
+
+
+def features_of(classifier: Network, images: Iterable[Pixels]) -> NDArray[np.float32]:
+    """What the head of ``classifier`` reads of each image ``[H, W, 3]``: ``[R, D]``."""
+    import torch
+
+    from luthier.models.layouts import read_states
+
+    assert classifier.chat is not None and isinstance(classifier.chat.media, ImageProcessor)
+    read = classifier.chat.media.array
+    arrays = np.stack([read(Media("image", "compared", array=image)) for image in images])
+    pixels = torch.from_numpy(arrays).to(classifier.device, classifier.dtype)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        states_RD = read_states(classifier.model.base_model, pixels)
+    found: NDArray[np.float32] = states_RD.float().cpu().numpy()
+    return found

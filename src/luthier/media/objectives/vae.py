@@ -1,0 +1,294 @@
+"""A variational autoencoder of images (Kingma and Welling 2014, arXiv:1312.6114).
+
+An image ``x`` becomes a normal distribution over a few latent numbers ``z``, and one drawn from it
+becomes an image again. The loss of an image is minus the evidence lower bound, in nats:
+
+    -log N(x; decode(z), sigma^2)  +  beta KL(N(mean, variance) || N(0, 1))
+
+without the constant ``D log(sigma sqrt(2 pi))``, so 0 is a perfect copy. ``beta`` above 1 makes latents
+that mean one thing each, at the price of the copy (Higgins et al. 2017); it grows from 0 over the first
+part of a run, as else the latents may stay unused (Bowman et al. 2016, arXiv:1511.06349, section 3.1).
+What is unlike the training images is copied badly and lies far from where they do: minus the bound at
+the mean is the anomaly score. Its threshold is the smallest that at most ``false_alarms`` of the
+held-out rows are above, fixed when training is over. Windows of a time series that have too few values
+are not judged.
+
+Left out: the Bernoulli likelihood, which is for pixels of 0 and 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from luthier.data.chat import ChatFormat
+from luthier.data.disk_sequence import spool
+from luthier.data.shapes.media import BareWindow
+from luthier.evaluation.thresholds import draw_threshold
+from luthier.media.objectives.generative import Generative, draw_latents, draw_noise
+from luthier.media.processors import ImageProcessor
+from luthier.models.heads import Task
+from luthier.models.modalities import input_shape
+from luthier.models.random_numbers import draw_seed, row_generators
+from luthier.objectives.base import TrainingDefaults, chat_of, extra_of
+from luthier.objectives.means import loss_metrics
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from luthier.models.network import Network, TreeBatch
+
+ACTIVE = 0.01
+"""Variance of a latent's mean over the rows from which on it is in use (Burda et al. 2016)."""
+
+
+LATENT_BYTES = 4
+"""Size of a latent number, in float32."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Sizes of an input and of its latents."""
+
+    numbers: int
+    """Numbers in an input, after the processor."""
+    latent_numbers: int
+    """Numbers in the latents of an input."""
+    bytes_each: int
+    """Bytes of a number of the input: 1 of a pixel's colour, 4 of a value of a time series."""
+
+    @property
+    def ratio(self) -> float:
+        """Numbers of an input for each latent number."""
+        return self.numbers / self.latent_numbers
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Bytes of an input for each byte of its latents."""
+        return self.ratio * self.bytes_each / LATENT_BYTES
+
+    def __str__(self) -> str:
+        """``3,072 numbers, as the network reads them, kept as 32: 96 : 1 (24 : 1 in bytes)``."""
+        return (
+            f"{self.numbers:,} numbers, as the network reads them, kept as {self.latent_numbers:,}: "
+            f"{self.ratio:.3g} : 1 ({self.bytes_ratio:.3g} : 1 in bytes)"
+        )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Noise of a micro-batch, and the weight of the divergence in its step."""
+
+    noise_RZ: Tensor
+    beta: float
+
+
+class VAE(Generative):
+    """How images look: an autoencoder to sample from, and to find odd images by."""
+
+    method: Literal["vae"] = "vae"
+    beta: float = Field(default=1.0, ge=0, le=1e6)
+    """Weight of the divergence of the latents; above 1 they are fewer and mean more."""
+    kl_warmup: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps over which that weight grows from 0."""
+    sigma: float = Field(default=1.0, gt=0, le=1e3)
+    """Deviation of what is read around its copy: less makes sharper copies; 0.3 for time series."""
+    score_over: Literal["all", "last"] | None = None
+    """What is scored: all of a row, or its last value; that of a time series when not given."""
+    false_alarms: float = Field(default=0.01, ge=0, lt=1)
+    """Share of ordinary rows that may count as anomalous."""
+    threshold: float | None = None
+    """Score above which a row is anomalous; from held-out rows after training when not given."""
+
+    task: ClassVar[Task] = "autoencoding"
+    shapes: ClassVar[frozenset[str]] = frozenset({"window"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset(
+        {"captioned_image", "image", "labelled_image"}
+    )
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
+        min_epochs=3,
+        max_epochs=20,
+        bases={"image": "small-vae", "window": "small-window-vae"},
+        min_steps=1_000,  # all weights start from random numbers
+    )
+
+    def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The images, or windows of time series, alone."""
+        return spool(row.bare() for row in rows)
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """What suits the rows: windows of a time series have few values, of deviation 1."""
+        windows = all(isinstance(row, BareWindow) for row in rows)
+        chosen: dict[str, Any] = {} if self.score_over else {"score_over": "all"}
+        if windows:
+            usual = {"score_over": "last", "sigma": 0.3}
+            chosen = {name: usual[name] for name in usual.keys() - self.model_fields_set}
+        return self.model_copy(update=chosen)
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The image."""
+        return chat.encode_input(row, index)
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """The noise of each row: new in training, and else of the image alone."""
+        size, found = int(network.model.config.latent_size), []
+        seed = draw_seed() if network.model.training else None
+        for batch in super().annotate(network, examples, budget):
+            noise_RZ = draw_noise(row_generators(batch.tree.examples, seed), size)
+            drawn = Draw(
+                noise_RZ.to(network.device), self._beta_after(network.done, seed is not None)
+            )
+            found.append(replace(batch, extra=drawn))
+        return found
+
+    def _beta_after(self, done: float, training: bool) -> float:
+        """Return the weight of the divergence after the share ``done`` of a run."""
+        share = min(1.0, done / self.kl_warmup) if training and self.kl_warmup else 1.0
+        return self.beta * share
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed minus evidence lower bound, of one draw a row."""
+        mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
+        drawn = extra_of(batch, Draw)
+        latent_RZ = mean_RZ + (0.5 * log_variance_RZ).exp() * drawn.noise_RZ
+        copy_R = self._copy_error(network, batch, latent_RZ)
+        kl_R = divergence(mean_RZ, log_variance_RZ)
+        metrics = {"reconstruction": float(copy_R.detach().sum()), "kl": float(kl_R.detach().sum())}
+        return Loss.of_rows(copy_R + drawn.beta * kl_R, metrics, states=mean_RZ.detach())
+
+    def _copy_error(self, network: Network, batch: TreeBatch, latent_RZ: Tensor) -> Tensor:
+        """Nats ``[R]`` that the copies are off by."""
+        copies = network.model.decode(latent_RZ.to(network.dtype)).float()
+        off: Tensor = (copies - batch.plan.float()).square().flatten(1).sum(-1)
+        return off / (2 * self.sigma**2)
+
+    def validation_metrics(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> dict[str, Any]:
+        """The loss and its parts, and how many latents are in use."""
+        import torch
+
+        means: list[Tensor] = []
+
+        def collect(loss: Loss) -> None:
+            if loss.states is not None:
+                means.append(loss.states)
+
+        found = loss_metrics(self, network, examples, budget, collect)
+        if len(examples) > 1:
+            none = torch.zeros(0, int(network.model.config.latent_size), device=network.device)
+            means_RZ = network.group.concatenate(torch.cat([none, *means]))
+            found["active_units"] = int((means_RZ.var(0) > ACTIVE).sum())
+        return found | self.distance_metrics(network, examples)
+
+    @property
+    def rows_to_finish(self) -> int:
+        """As many as have one false alarm."""
+        return math.ceil(1 / self.false_alarms) if self.false_alarms else 1
+
+    def finish(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
+        """This objective with the score that at most :attr:`false_alarms` of ``examples`` are above."""
+        if self.threshold is not None:
+            return self
+        whole = [example for example in examples if _is_whole(example)]
+        batches = network.batches(whole or examples, budget)
+        scores = [score for batch in batches for score in self._scores(network, batch).tolist()]
+        return self.model_copy(update={"threshold": draw_threshold(scores, self.false_alarms)})
+
+    def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
+        """Minus the bound ``[R]`` at the means of the latents; of the last value its error alone."""
+        mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
+        if self.score_over == "last":
+            copies = network.model.decode(mean_RZ.to(network.dtype)).float()
+            off_RCH = (copies - batch.plan.float())[..., -1]
+            off_R: Tensor = off_RCH.square().flatten(1).sum(-1) / (2 * self.sigma**2)
+            return off_R
+        return self._copy_error(network, batch, mean_RZ) + divergence(mean_RZ, log_variance_RZ)
+
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """For each row in the order of the tree: how odd it is, and whether that is too much.
+
+        A window of too few values is not judged: ``anomalous`` is ``None``.
+        """
+        scores = self._scores(network, batch).tolist()
+        threshold = self.threshold
+        if threshold is None:  # a base model that was never trained
+            return [{"score": score} for score in scores]
+        return [
+            {"score": score, "anomalous": score > threshold if _is_whole(example) else None}
+            for score, example in zip(scores, batch.tree.examples, strict=True)
+        ]
+
+    def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
+        """New images ``[R, C, H, W]``, of latents drawn from where all of them lie."""
+        size = int(network.model.config.latent_size)
+        latent_RZ = draw_latents(len(labels), size, generator)
+        images: Tensor = network.model.decode(latent_RZ.to(network.device, network.dtype))
+        return images
+
+    def compression(self, network: Network) -> Compression:
+        """Numbers of an input, and latents."""
+        channels, height, width = input_shape(network.model.config)
+        is_image = isinstance(chat_of(network).media, ImageProcessor)
+        return Compression(
+            channels * height * width, int(network.model.config.latent_size), 1 if is_image else 4
+        )
+
+    def describe_copies(self, network: Network, examples: Sequence[Example], budget: int) -> str:
+        """Return the compression, and the error of copies where ``examples`` are held out."""
+        text = f"Each row is {self.compression(network)}"
+        if examples:
+            error = self.copy_error(network, examples, budget)
+            text += f"; copies of held-out ones have a mean squared error of {error:.5f}"
+        return text
+
+    def copy_error(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """Mean squared difference of :meth:`reconstruct` from the rows, which stay as they are read."""
+        import torch
+
+        processor = chat_of(network).media
+        # Pixels have a deviation for each colour, and are cut off at black and white.
+        spread = torch.ones(1)
+        low, high = torch.tensor(-math.inf), torch.tensor(math.inf)
+        if isinstance(processor, ImageProcessor):
+            mean = torch.tensor(processor.mean)[:, None, None]
+            spread = torch.tensor(processor.std)[:, None, None]
+            low, high = -mean / spread, (1 - mean) / spread
+        errors: list[float] = []
+        for batch in network.batches(examples, budget):
+            pair = (self.reconstruct(network, batch), batch.plan)
+            copies, rows = (each.float().cpu().clamp(low, high) * spread for each in pair)
+            errors += (copies - rows).square().flatten(1).mean(1).tolist()
+        return math.fsum(errors) / len(errors)
+
+    def reconstruct(self, network: Network, batch: TreeBatch) -> Tensor:
+        """The copies ``[R, C, H, W]`` of the rows, at the means of their latents."""
+        copies: Tensor = network.model(pixel_values=batch.plan).reconstruction
+        return copies
+
+    def interpolate(self, network: Network, batch: TreeBatch, steps: int) -> Tensor:
+        """Images ``[steps, C, H, W]`` on the straight line between the latents of two rows."""
+        import torch
+
+        mean_2Z = network.model.encode(batch.plan)[0]
+        share_S1 = torch.linspace(0, 1, steps, device=mean_2Z.device, dtype=mean_2Z.dtype)[:, None]
+        images: Tensor = network.model.decode(torch.lerp(mean_2Z[:1], mean_2Z[1:], share_S1))
+        return images
+
+
+def _is_whole(example: Example) -> bool:
+    return example.media is None or example.media.is_whole
+
+
+def divergence(mean_RZ: Tensor, log_variance_RZ: Tensor) -> Tensor:
+    """``KL(N(mean, variance) || N(0, 1))`` of each row, ``[R]`` in nats (the paper's appendix B)."""
+    each_RZ = mean_RZ.square() + log_variance_RZ.exp() - 1 - log_variance_RZ
+    return 0.5 * each_RZ.sum(-1)

@@ -1,0 +1,227 @@
+"""What the gate finds in images and sounds, a rule at a time."""
+
+from __future__ import annotations
+
+import io
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from luthier.data.chat import ChatFormat
+from luthier.data.media import Media
+from luthier.data.shapes.media import CaptionedImage, LabelledAudio, LabelledImage
+from luthier.gate.check import CheckContext
+from luthier.gate.checks import checks_for
+from luthier.gate.checks.duplicates import Duplicates
+from luthier.gate.report import Report, next_steps
+from luthier.gate.scan import inspect_rows
+from luthier.media.checks.media_files import MediaFiles
+from luthier.media.processors import AudioProcessor, FeatureExtractor, ImageProcessor
+from luthier.types import Row
+
+
+def noise(seed: int, size: int = 48) -> NDArray[np.uint8]:
+    """A picture of its own: soft patches of colour."""
+    patches = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(patches).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def image(data: bytes | NDArray[np.uint8], label: str = "a", line: int = 1, file: str = "t") -> Row:
+    name = f"{line}.png"
+    if isinstance(data, bytes):
+        return LabelledImage(file, line, Media("image", name, data=data), label)
+    return LabelledImage(file, line, Media("image", name, array=data), label)
+
+
+def encoded(pixels: NDArray[np.uint8], form: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def sound(samples: NDArray[np.float64], rate: int = 16_000) -> Row:
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return LabelledAudio("t", 1, Media("audio", "1.wav", data=stream.getvalue()), "a")
+
+
+def check(*rows: Row, reads: Any = None, **splits: list[Row]) -> Report:
+    return inspect_rows({"train": [*rows], **splits}, [MediaFiles(reads)])
+
+
+def messages(report: Report) -> dict[str, list[str]]:
+    kept = report.findings.examples.items()
+    return {rule: [f"{each.place}: {each.message}" for each in places] for rule, places in kept}
+
+
+TONE = 0.5 * np.sin(np.arange(16_000) / 9)
+
+
+def test_good_files_are_fine_and_their_sizes_are_told() -> None:
+    report = check(*(image(noise(n), line=n) for n in range(1, 5)), reads=ImageProcessor(48, 48))
+    assert not report.findings.counts
+    assert report.summaries["media"]["splits"]["train"]["sizes"]["counts"] == {"48 x 48": 4}
+    report = check(sound(TONE), reads=AudioProcessor())
+    assert not report.findings.counts
+    assert report.summaries["media"]["splits"]["train"]["sizes"]["counts"] == {"16,000 Hz": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        (image(b"a text"), "media.unreadable"),
+        (image(encoded(noise(1))[:-400]), "media.unreadable"),
+        (image(np.zeros((2, 2), np.complex64)), "media.unreadable"),  # type: ignore[arg-type]
+        (LabelledAudio("t", 1, Media("audio", "1", data=b"a text"), "a"), "media.unreadable"),
+        (sound(np.zeros(601), rate=1), "media.too_large"),
+    ],
+    ids=["text", "cut off", "no image", "no sound", "long"],
+)
+def test_what_cannot_be_read_is_an_error(row: Row, rule: str) -> None:
+    report = check(row, image(noise(2), line=2))
+    assert dict(report.findings.counts) == {rule: 1} and report.exit_code == 2
+    ((_, (message,)),) = messages(report).items()
+    assert row.media.name in message  # type: ignore[attr-defined]
+
+
+def test_an_unreadable_file_is_no_crash_of_the_checks_beside(tmp_path: Path) -> None:
+    rows = [LabelledImage("t", 1, Media("image", "gone.png", tmp_path / "gone.png"), "a"),
+            image(noise(1), line=2)]  # fmt: skip
+    report = inspect_rows({"train": rows}, [Duplicates(), MediaFiles()])
+    assert report.findings.counts["media.unreadable"] == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        encoded(noise(1), "JPEG", quality=60),
+        encoded(noise(1, 96)),
+    ],
+    ids=["form", "size"],
+)
+def test_pictures_that_look_alike(other: bytes) -> None:
+    one, two = image(encoded(noise(1))), image(other, line=2)
+    assert messages(check(one, two)) == {"media.similar": ["t:2: It looks like t:1."]}
+    assert messages(check(one, image(other, "b", 2))) == {
+        "media.contradiction": ["t:2: It looks like t:1, which has the label a in place of b."]
+    }
+    held = image(other, line=9, file="v")
+    assert messages(check(one, validation=[held])) == {
+        "media.leakage": ["v:9: It looks like t:1 of train."]
+    }
+
+
+def test_pictures_that_only_their_colour_tells_apart_are_not_alike() -> None:
+    """A red and a green light of the same brightness."""
+    lights = np.zeros((2, 32, 32, 3), np.uint8)
+    lights[0, 8:24, 8:24] = (200, 0, 0)
+    lights[1, 8:24, 8:24] = (0, 102, 0)
+    report = check(image(lights[0], "stop"), image(lights[1], "go", 2))
+    assert not report.findings.counts
+    many = check(*(image(noise(n), line=n) for n in range(1, 200)))
+    assert not many.findings.counts
+
+
+def test_where_a_photograph_was_taken_is_told() -> None:
+    fields = Image.Exif()
+    place = fields.get_ifd(0x8825)
+    place[1], place[2], place[3], place[4] = "S", (33.0, 54.0, 0.0), "W", (70.0, 42.0, 0.0)
+    report = check(image(encoded(noise(1), "JPEG", exif=fields)))
+    assert messages(report) == {"media.location": ["t:1: 1.png was taken at 33.9 S, 70.7 W."]}
+
+
+def test_small_pictures_are_told_where_the_size_that_is_read_is_known() -> None:
+    small = image(noise(1, 12))
+    assert messages(check(small, reads=ImageProcessor(64, 64))) == {
+        "media.low_resolution": ["t:1: 1.png has 12 x 12 pixels; 64 x 64 are read."]
+    }
+    for reads in (None, ImageProcessor(48, 48)):
+        assert not check(small, reads=reads).findings.counts
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "rule", "words"),
+    [
+        (TONE * 0.001, 16_000, "media.silent", "never louder than 0.0%"),
+        (np.clip(TONE * 3, -1, 1), 16_000, "media.clipped", "of 1.wav is at full scale"),
+        (np.tile(TONE, 2), 16_000, "media.cut", "lasts 2.0 s; 1 s are read"),
+        (TONE[:8000], 8_000, "media.rate", "has 8,000 samples a second; 16,000 are read"),
+    ],
+)
+def test_what_is_odd_about_a_sound(
+    samples: NDArray[np.float64], rate: int, rule: str, words: str
+) -> None:
+    report = check(sound(samples, rate), reads=AudioProcessor())
+    assert list(report.findings.counts) == [rule] and words in messages(report)[rule][0]
+
+
+def test_the_command_to_train_reads_sounds_at_their_rate() -> None:
+    """A network of random weights reads half of nothing otherwise, which the notes alone said."""
+    slow = check(sound(TONE, 8_000), sound(TONE[:9000], 11_025), reads=AudioProcessor())
+    assert slow.summaries["media"]["highest_rate"] == 11_025
+    assert next_steps(slow)[-1][1].endswith(" --set data.sampling_rate=11025")
+    some = check(sound(TONE, 8_000), sound(TONE), reads=AudioProcessor())
+    assert "sampling_rate" not in next_steps(some)[-1][1]
+    made_for_one = object.__new__(FeatureExtractor)
+    object.__setattr__(made_for_one, "sampling_rate", 16_000)
+    object.__setattr__(made_for_one, "max_seconds", 1.0)
+    found = check(sound(TONE[:8000], 8_000), reads=made_for_one)
+    assert "highest_rate" not in found.summaries["media"] and not found.findings.counts
+
+
+def test_rows_of_texts_are_passed_over() -> None:
+    from luthier.data.shapes.texts import LabelledText
+
+    report = check(LabelledText("t", 1, "words", "a"))
+    assert not report.findings.counts and not report.summaries["media"]["splits"]
+
+
+def test_captions_are_checked_as_texts_are_also_for_a_base_without_a_tokenizer() -> None:
+    known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
+    chosen, left = checks_for(known, skip=["learning"])
+    assert "base_language" in left and "tokenizer" not in left["base_language"]
+    captions = ["<|im_end|> a red disc", "Call ann.doe@nowhere.de", "a caf\u00c3\u00a9", "As an AI"]
+    rows = [
+        CaptionedImage("t", n, Media("image", f"{n}.png", array=noise(n)), text)
+        for n, text in enumerate(captions, 1)
+    ]
+    report = inspect_rows({"train": rows}, chosen)
+    assert {"privacy.email", "encoding.mojibake", "marker.other_template"} <= {
+        *report.findings.counts
+    }
+    assert not any("ann.doe" in line for found in messages(report).values() for line in found)
+    assert not {"privacy", "encoding", "markers", "language", "lengths"} & {*report.left_out}
+
+
+def test_where_no_row_has_a_text_checks_of_texts_are_left_out_of_the_report() -> None:
+    known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
+    chosen, _ = checks_for(known, skip=["learning", "amount", "balance"])
+    report = inspect_rows({"train": [image(noise(1))]}, chosen)
+    of_texts = {"conversations", "echo", "encoding", "language", "lengths", "markers", "privacy"}
+    assert {*report.left_out} == of_texts
+    assert not {*report.left_out} & {*report.summaries} and "media" in report.summaries
+    assert not report.findings.counts
+
+
+def test_every_rule_is_met_here() -> None:
+    source = Path(__file__).read_text()
+    for rule in MediaFiles.rules:
+        assert f'"{rule.id}"' in source, rule.id
+
+
+def test_a_file_is_read_once_for_all_that_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(noise(1)))
+    reads, read = list[Media](), Media.read
+    monkeypatch.setattr(Media, "read", lambda media: reads.append(media) or read(media))
+    check(LabelledImage("t", 1, Media("image", "a.png", str(path)), "a"))
+    assert len([each for each in reads if each.data is None]) == 1

@@ -1,0 +1,98 @@
+"""What the gate finds in the times of a series, a rule at a time."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from luthier.data.rows import load_rows
+from luthier.gate.rules import Finding
+from luthier.gate.scan import inspect_rows
+from luthier.media.checks.time_series import LEAST_VALUES, TimeSeries
+from luthier.types import Row
+
+START = datetime(2026, 1, 1)
+
+
+def rows_of(folder: Path, times: list[str]) -> list[Row]:
+    path = folder / "series.csv"
+    lines = [f"{time},{number % 7}" for number, time in enumerate(times)]
+    path.write_text("\n".join(["timestamp,value", *lines]) + "\n")
+    return load_rows(path)
+
+
+def hours(*numbers: float) -> list[str]:
+    return [str(START + timedelta(hours=number)) for number in numbers]
+
+
+def found(folder: Path, times: list[str], split: str = "train") -> dict[str, list[Finding]]:
+    return dict(inspect_rows({split: rows_of(folder, times)}, [TimeSeries()]).findings.examples)
+
+
+def places(findings: dict[str, list[Finding]]) -> dict[str, list[int]]:
+    return {rule: [each.place.line for each in own] for rule, own in findings.items()}
+
+
+def test_an_even_series_has_no_fault(tmp_path: Path) -> None:
+    assert not found(tmp_path, hours(*range(LEAST_VALUES)))
+
+
+def test_too_few_values_are_an_error_where_they_are_learned_from(tmp_path: Path) -> None:
+    few = hours(*range(LEAST_VALUES - 1))
+    ((finding,),) = found(tmp_path, few).values()
+    assert (finding.rule.id, finding.rule.severity) == ("window.few", "error")
+    assert finding.message == "There are 99 values; 100 are the least."
+    assert not found(tmp_path, few, "validation")
+
+
+def test_gaps_copies_and_steps_back_are_named_by_their_line(tmp_path: Path) -> None:
+    numbers = [*range(50), 49, *range(60, 100), *range(99, 140)]
+    numbers[20] = 18.5
+    findings = found(tmp_path, hours(*numbers))
+    assert places(findings) == {
+        "window.order": [22],
+        "window.duplicate": [52, 93],
+        "window.gap": [23, 53],
+    }
+    assert {each.rule.severity for own in findings.values() for each in own} == {"warning"}
+    assert findings["window.order"][0].message == "It is 30 minutes earlier than the line before."
+    last = findings["window.gap"][-1].message
+    assert last == "It is 11 hours later than the line before; 60 minutes are usual."
+
+
+def test_a_series_that_runs_backwards_is_an_error(tmp_path: Path) -> None:
+    ((finding,),) = found(tmp_path, hours(*range(120, 0, -1))).values()
+    assert (finding.rule.id, finding.rule.severity) == ("window.reversed", "error")
+    assert finding.message == "119 of 119 lines are earlier than the one before."
+
+
+def test_working_days_and_months_are_even(tmp_path: Path) -> None:
+    days = [day for day in range(200) if (START + timedelta(days=day)).weekday() < 5]
+    assert not found(tmp_path, hours(*(24 * day for day in days)))
+    dates = [f"{year}{month:02}01" for year in range(2000, 2010) for month in range(1, 13)]
+    assert not found(tmp_path, dates)
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (0, "It is 660 later than the line before; 60 are usual."),
+        (1_711_112_200, "It is 11 minutes later than the line before; 60 seconds are usual."),
+    ],
+)
+def test_times_may_be_numbers(first: int, message: str, tmp_path: Path) -> None:
+    numbers = [first + 60 * n for n in [*range(100), *range(110, 120)]]
+    ((finding,),) = found(tmp_path, [str(each) for each in numbers]).values()
+    assert (finding.rule.id, finding.place.line, finding.message) == ("window.gap", 102, message)
+
+
+def test_times_of_other_forms_are_passed_over(tmp_path: Path) -> None:
+    assert not found(tmp_path, [f"{1 + n % 12}/{1 + n % 28}/2026 10:00" for n in range(120)])
+
+
+def test_every_rule_is_met_here() -> None:
+    source = Path(__file__).read_text()
+    for rule in TimeSeries.rules:
+        assert f'"{rule.id}"' in source, rule.id

@@ -1,0 +1,206 @@
+"""Denoising diffusion: its loss from its parts, what is drawn when, conditions, the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.data.media import Media
+from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledImage
+from luthier.errors import RecipeError, RowRefused
+from luthier.media.objectives.diffusion import DenoisingSettings, Diffusion
+from luthier.media.processors import ImageProcessor, save_processor
+from luthier.models.load import as_network, load_model
+from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
+from luthier.types import Example, Row
+
+CPU = torch.device("cpu")
+NAMES = ("cat", "dog", "fox")
+CAPTIONS = ("a red Cat", "A red dog, asleep", "two dogs and a cat")
+
+
+def image(number: int) -> Media:
+    pixels = np.random.default_rng(number).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    return Media("image", f"i[{number}]", array=pixels)
+
+
+ROWS: dict[str, list[Row]] = {
+    "labels": [LabelledImage("f", n, image(n), NAMES[n % 3]) for n in range(6)],
+    "captions": [CaptionedImage("f", n, image(n), CAPTIONS[n % 3]) for n in range(6)],
+    "images": [BareImage("f", n, image(n)) for n in range(6)],
+}
+Prepare = Callable[..., tuple[Diffusion, Network, list[Example]]]
+
+
+@pytest.fixture
+def prepared(family_folder: Callable[[str], Path]) -> Prepare:
+    def prepare(rows: str = "labels", **fields: Any) -> tuple[Diffusion, Network, list[Example]]:
+        folder = family_folder("unet")
+        chat = load_chat_format(folder)
+        objective = Diffusion(**fields).fit(ROWS[rows], chat)
+        torch.manual_seed(0)
+        model = load_model(folder, torch.float32, CPU, objective.head())
+        examples = [objective.encode(row, index, chat) for index, row in enumerate(ROWS[rows])]
+        return objective, as_network(model, CPU, torch.float32), examples
+
+    return prepare
+
+
+def test_the_simple_loss_is_the_error_of_the_noise(prepared: Prepare) -> None:
+    objective, network, examples = prepared(
+        prediction_type="epsilon",
+        loss_weighting="none",
+        beta_schedule="linear",
+        condition_dropout=0.0,
+    )
+    network.model.train()
+    (batch,) = objective.annotate(network, examples, 100)
+    beta_T = torch.linspace(1e-4, 0.02, 1000)
+    wanted = 0.0
+    for row, example in enumerate(batch.tree.examples):
+        time, noise = int(batch.extra.time_R[row]), batch.extra.noise[row]
+        left = float(torch.prod(1 - beta_T[: time + 1]))
+        noisy = left**0.5 * batch.plan[row] + (1 - left) ** 0.5 * noise
+        told = torch.eye(3)[int(np.asarray(example.target)[0])][None]
+        found = network.model(noisy[None], torch.tensor([time]), told).prediction[0]
+        wanted += float((found - noise).square().mean().detach())
+    assert float(objective.loss(network, batch).total.detach()) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_noise_is_new_in_training_and_else_of_the_image(prepared: Prepare) -> None:
+    objective, network, examples = prepared()
+    network.model.train()
+    one, other = (objective.annotate(network, examples, 100)[0].extra for _ in range(2))
+    assert not torch.equal(one.noise, other.noise) and not torch.equal(one.time_R, other.time_R)
+    network.model.eval()
+    one, other = (objective.annotate(network, examples, 100)[0].extra for _ in range(2))
+    assert torch.equal(one.noise, other.noise) and torch.equal(one.time_R, other.time_R)
+    assert len(set(one.time_R.tolist())) > 1 and abs(float(one.noise.mean())) < 0.1
+    parity = [objective.parity_loss(network, examples, budget) for budget in (100, 2)]
+    assert parity[0] == pytest.approx(parity[1], rel=1e-5)
+
+
+def test_a_share_of_the_rows_is_not_told_in_training(prepared: Prepare) -> None:
+    objective, network, examples = prepared(condition_dropout=0.4)
+    network.model.train()
+    torch.manual_seed(0)
+    seen = torch.cat(
+        [objective.annotate(network, examples, 100)[0].extra.condition for _ in range(50)]
+    )
+    assert float((seen.sum(1) == 0).float().mean()) == pytest.approx(0.4, abs=0.1)
+    network.model.eval()
+    told = objective.annotate(network, examples, 100)[0].extra.condition
+    assert torch.equal(told.sum(1), torch.ones(6))
+
+
+def test_the_words_of_captions_are_known_and_others_are_not(prepared: Prepare) -> None:
+    objective, network, examples = prepared("captions")
+    assert objective.words == ("a", "and", "asleep", "cat", "dog", "dogs", "red", "two")
+    assert objective.reads_prompts and objective.sample_labels == ()
+    network.model.eval()
+    told = objective.annotate(network, examples[:1], 100)[0].extra.condition
+    wanted = torch.zeros(8)
+    wanted[[0, 3, 6]] = 3**-0.5
+    torch.testing.assert_close(told[0], wanted)
+    with pytest.raises(RecipeError, match="has a word of 'zebra'"):
+        objective.check_prompt("zebra")
+    objective.check_prompt("a zebra")
+    once = Diffusion().fit(ROWS["captions"][:2], None)  # type: ignore[arg-type]
+    assert once.words == ("a", "red")  # a word of one caption says no more than its image
+
+
+def test_rows_without_labels_are_learned_from_as_they_are(
+    prepared: Prepare, family_folder: Callable[[str], Path]
+) -> None:
+    objective, network, examples = prepared("images")
+    assert objective.labels == objective.words == () and not objective.reads_prompts
+    assert network.model.conditions is None
+    network.model.train()
+    (batch,) = objective.annotate(network, examples, 100)
+    assert batch.extra.condition is None
+    assert float(objective.loss(network, batch).total.detach()) > 0
+    made = objective.sample(network, ["", ""], torch.Generator().manual_seed(0))
+    assert made.shape == (2, 3, 9, 7)
+    with pytest.raises(RowRefused, match="no label that the training rows have"):
+        prepared()[0].encode(ROWS["images"][0], 0, load_chat_format(family_folder("unet")))
+
+
+@torch.no_grad()
+def test_an_image_is_its_own_whoever_is_made_beside_it(prepared: Prepare) -> None:
+    objective, network, _ = prepared(num_inference_steps=4, eta=1.0)
+    network.model.eval()
+    cats, dogs = (
+        objective.sample(network, [name], torch.Generator().manual_seed(0)) for name in NAMES[:2]
+    )
+    both = objective.sample(network, NAMES[:2], torch.Generator().manual_seed(0))
+    torch.testing.assert_close(both[:1], cats)
+    assert not torch.equal(cats, dogs)
+    assert cats.abs().max() <= 1
+
+
+@torch.no_grad()
+def test_guidance_goes_on_from_what_is_told_without_the_class(prepared: Prepare) -> None:
+    objective, network, _ = prepared()
+    network.model.eval()
+    noisy, time_R = torch.randn(3, 3, 9, 7), torch.tensor([5, 500, 900])
+    conditional = network.model(noisy, time_R, torch.eye(3)).prediction
+    unconditional = network.model(noisy, time_R).prediction
+    for scale in (0.0, 1.0, 3.0):
+        asked = objective.with_sampling(DenoisingSettings(guidance_scale=scale))
+        guidance = asked._guidance(network, NAMES)
+        found = asked._predict(network, noisy, time_R, guidance)
+        torch.testing.assert_close(found, unconditional + scale * (conditional - unconditional))
+
+
+@torch.no_grad()
+def test_a_negative_prompt_stands_in_the_place_of_nothing(prepared: Prepare) -> None:
+    objective, network, _ = prepared("captions")
+    network.model.eval()
+    word = (objective.words or ())[0]
+    noisy, time_R = torch.randn(3, 3, 9, 7), torch.tensor([5, 500, 900])
+    settings = DenoisingSettings(guidance_scale=3.0, negative_prompt=f"{word.upper()} unheard-of")
+    found = objective.with_sampling(settings)._guidance(network, CAPTIONS)
+    away = network.model.encode_conditions([np.array([0])] * 3)
+    assert found.nothing is not None and torch.equal(found.nothing, away)
+    conditional, negative = (
+        network.model.denoise(noisy, time_R, each) for each in (found.condition, away)
+    )
+    predicted = objective.with_sampling(settings)._predict(network, noisy, time_R, found)
+    torch.testing.assert_close(predicted, negative + 3.0 * (conditional - negative))
+    stored = objective.model_copy(update={"negative_prompt": word})
+    kept = stored.with_sampling(DenoisingSettings(guidance_scale=3.0))._guidance(network, CAPTIONS)
+    assert kept.nothing is not None and torch.equal(kept.nothing, away)
+
+
+def test_a_negative_prompt_that_says_nothing_is_refused(prepared: Prepare) -> None:
+    for rows, text, words in (
+        ("labels", "cat", "for models that learned from captions"),
+        ("captions", "unheard-of", "no caption of the training rows has a word of"),
+    ):
+        objective, _, _ = prepared(rows)
+        with pytest.raises(RecipeError, match=words) as refused:
+            objective.with_sampling(DenoisingSettings(negative_prompt=text))
+        assert refused.value.setting == "negative_prompt"
+        with pytest.raises(RecipeError, match=words):
+            prepared(rows, negative_prompt=text)
+
+
+def test_what_is_asked_for_stands_in_for_what_was_stored() -> None:
+    stored = Diffusion(num_inference_steps=7)
+    asked = stored.with_sampling(DenoisingSettings(guidance_scale=3.0))
+    assert (asked.num_inference_steps, asked.guidance_scale) == (7, 3.0)
+    with pytest.raises(RecipeError, match=r"eta must be 1 or less"):
+        stored.with_sampling(DenoisingSettings(eta=2.0))
+
+
+def test_pixels_of_another_range_are_refused(tmp_path: Path) -> None:
+    save_processor(ImageProcessor(9, 7), tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "unet"}')
+    with pytest.raises(RecipeError, match="pixels from -1 to 1"):
+        Diffusion().check(load_chat_format(tmp_path))

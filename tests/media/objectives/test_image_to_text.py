@@ -1,0 +1,145 @@
+"""Image to text: the loss and the greedy text of transformers' own network, and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import VisionEncoderDecoderModel
+
+from luthier.data.chat import ChatFormat
+from luthier.data.media import Media
+from luthier.data.shapes.media import BareImage, CaptionedImage
+from luthier.errors import RecipeError
+from luthier.media.objectives.image_to_text import ImageToText
+from luthier.models.load import as_network, load_model
+from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
+from luthier.objectives.means import mean_loss
+from luthier.types import Example
+
+CPU = torch.device("cpu")
+TEXTS = ["yes", "Đây là một dòng chữ.", "no", "ba"]
+
+
+def rows() -> list[CaptionedImage]:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (len(TEXTS), 20, 31), dtype=np.uint8)
+    return [
+        CaptionedImage("f", n, Media("image", f"i[{n}]", array=image), text)
+        for n, (image, text) in enumerate(zip(images, TEXTS, strict=True), 1)
+    ]
+
+
+@pytest.fixture
+def chat(family_folder: Callable[[str], Path]) -> ChatFormat:
+    return load_chat_format(family_folder("trocr"))
+
+
+@pytest.fixture
+def network(family_folder: Callable[[str], Path], chat: ChatFormat) -> Network:
+    model = load_model(family_folder("trocr"), torch.float32, CPU, ImageToText().head())
+    torch.manual_seed(1)
+    for weight in model.parameters():  # so that greedy texts are no repetition of one token
+        weight.data += 0.3 * torch.randn_like(weight)
+    found = as_network(model, CPU, torch.float32)
+    found.chat = chat
+    return found
+
+
+@pytest.fixture
+def examples(chat: ChatFormat) -> list[Example]:
+    return [ImageToText().encode(row, index, chat) for index, row in enumerate(rows())]
+
+
+def pixels_of(examples: list[Example]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([each.media.array() for each in examples if each.media]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [100, 2])
+def test_the_loss_is_that_of_transformers(
+    network: Network, examples: list[Example], budget: int
+) -> None:
+    model: VisionEncoderDecoderModel = network.model
+    wanted = 0.0
+    for example in examples:
+        # It shifts the labels behind the decoder's first token itself, and gives a mean.
+        labels = torch.from_numpy(example.ids_T[1:])[None]
+        found = model(pixel_values=pixels_of([example]), labels=labels)
+        wanted += float(found.loss) * labels.numel()
+    weight = sum(example.weight for example in examples)
+    assert weight == sum(len(text) + 1 for text in TEXTS)  # one token a letter, and the end
+    loss = mean_loss(ImageToText(), network, examples, budget)
+    assert loss == pytest.approx(wanted / weight, rel=1e-5)
+
+
+@torch.no_grad()
+def test_texts_are_those_that_transformers_writes(
+    network: Network, examples: list[Example], chat: ChatFormat
+) -> None:
+    model: Any = network.model
+    own = model.generate(
+        pixel_values=pixels_of(examples), max_new_tokens=12, do_sample=False, num_beams=1
+    )
+    objective = ImageToText(max_tokens=12)
+    found: dict[int, dict[str, Any]] = {}
+    for batch in network.batches(examples, 3):  # a network of several micro-batches
+        answers = objective.predict(network, batch)
+        found |= {e.row: a for e, a in zip(batch.tree.examples, answers, strict=True)}
+    texts = [found[row]["text"] for row in range(len(examples))]
+    assert texts == [chat.decode(ids) for ids in own]
+    assert len({*texts}) > 1
+    for row, answer in found.items():
+        ids = own[row]
+        logits = model(
+            pixel_values=pixels_of([examples[row]]), decoder_input_ids=ids[None, :-1]
+        ).logits
+        logp = logits[0].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        ends = (ids[1:] == 2).nonzero()[:, 0].tolist()
+        logp = logp[: ends[0] + 1] if ends else logp
+        assert answer["probability"] == pytest.approx(float(logp.sum().exp()), rel=1e-3)
+        assert ("cut" in answer) == (not ends)
+
+
+def test_a_text_has_room_for_a_quarter_more_than_the_longest(chat: ChatFormat) -> None:
+    longest = max(map(len, TEXTS))
+    assert ImageToText().fit(rows(), chat).max_tokens == int(1.25 * longest) + 1
+    assert ImageToText(max_tokens=7).fit(rows(), chat).max_tokens == 7
+
+
+def test_held_out_rows_are_measured_in_characters_and_words(
+    network: Network, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = {"yes": "yes", "no": "on", "ba": "ba", TEXTS[1]: "Đây la một dòng"}
+
+    def predict(self: ImageToText, network: Network, batch: Any) -> list[dict[str, Any]]:
+        assert network.chat is not None
+        texts = [network.chat.decode(row.ids_T[1:]) for row in batch.tree.examples]
+        return [{"text": written[text]} for text in texts]
+
+    monkeypatch.setattr(ImageToText, "predict", predict)
+    with torch.no_grad():
+        found = ImageToText().validation_metrics(network, examples, 2)
+    characters, words = sum(map(len, TEXTS)), sum(len(text.split()) for text in TEXTS)
+    assert found["cer"] == pytest.approx((2 + 6) / characters)  # no: two; là and " chữ."
+    assert found["wer"] == pytest.approx((1 + 2) / words)
+    assert found["loss"] > 0
+    assert found["cer_error"] > 0
+    assert sum(found["rows"]["cer"]["parts"]) == 2 + 6
+
+
+def test_an_image_alone_is_read_from_the_first_token_on(chat: ChatFormat) -> None:
+    row = rows()[0]
+    example = ImageToText().encode(BareImage("f", 1, row.media), 0, chat)
+    assert example.ids_T.tolist() == [1] and not example.weight_T.any()
+    assert example.media is not None and example.tokens == 1
+
+
+def test_a_network_without_a_decoder_is_refused(family_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(RecipeError, match="an encoder of images and a decoder"):
+        ImageToText().check(load_chat_format(family_folder("vae")))

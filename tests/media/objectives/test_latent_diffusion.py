@@ -1,0 +1,294 @@
+"""Diffusion on a pipeline of diffusers: its loss and its images are those of diffusers' own parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.adaptations.lora import LoRA
+from luthier.data.chat import ChatFormat
+from luthier.data.media import Media
+from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledImage
+from luthier.engine.memory import estimate_memory, preparation_bytes
+from luthier.errors import RecipeError
+from luthier.media.objectives.diffusion import DenoisingSettings, Diffusion
+from luthier.models.load import as_network, load_model, sketch
+from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
+from luthier.types import Example, Row
+
+CPU = torch.device("cpu")
+CAPTIONS = ("a red cat", "two dogs", "a red cat asleep")
+
+
+def image(number: int) -> Media:
+    pixels = np.random.default_rng(number).integers(0, 256, (20, 18, 3), dtype=np.uint8)
+    return Media("image", f"i[{number}]", array=pixels)
+
+
+ROWS: list[Row] = [CaptionedImage("f", n, image(n), text) for n, text in enumerate(CAPTIONS)]
+
+
+@dataclass
+class Prepared:
+    """A pipeline with an adapter that is not at its start."""
+
+    objective: Diffusion
+    network: Network
+    examples: list[Example]
+    chat: ChatFormat
+    folder: Path
+
+
+@pytest.fixture
+def prepared(family_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Prepared]:
+    def prepare(scheduler: dict[str, Any] | None = None, **fields: Any) -> Prepared:
+        folder = family_folder("stable_diffusion")
+        if scheduler:
+            folder = shutil.copytree(folder, tmp_path / "pipeline")
+            path = folder / "scheduler" / "scheduler_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **scheduler}))
+        chat = load_chat_format(folder)
+        objective = Diffusion(**fields).fit(ROWS, chat)
+        examples = [objective.encode(row, index, chat) for index, row in enumerate(ROWS)]
+        objective = objective.bind_base(folder, None)
+        torch.manual_seed(0)
+        model = load_model(folder, torch.float32, CPU, objective.head())
+        network = as_network(model, CPU, torch.float32)
+        network.chat = chat
+        LoRA(rank=2).attach(model)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(0, 0.1)
+        return Prepared(objective, network, examples, chat, folder)
+
+    return prepare
+
+
+def pipeline_of(prepared: Prepared, spacing: str | None = None) -> Any:
+    """diffusers' own, with the adapter merged into its U-Net."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(prepared.folder)
+    more = {"timestep_spacing": spacing} if spacing else {}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **more)
+    pipe.set_progress_bar_config(disable=True)
+    LoRA(rank=2).merge(prepared.network.model)
+    pipe.unet.load_state_dict(prepared.network.model.unet.state_dict())
+    return pipe
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_that_of_diffusers_training_script(
+    prediction: str, prepared: Callable[..., Prepared]
+) -> None:
+    from diffusers import DDPMScheduler
+
+    one = prepared({"prediction_type": prediction}, condition_dropout=0.0)
+    assert one.objective.prediction_type == prediction
+    one.network.model.train()
+    (batch,) = one.objective.annotate(one.network, one.examples, 100)
+    found = one.objective.loss(one.network, batch).total.detach()
+
+    pipe, drawn = pipeline_of(one), batch.extra
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    texts = [CAPTIONS[example.row] for example in batch.tree.examples]
+    ids = pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        latents = pipe.vae.encode(batch.plan).latent_dist.mode() * pipe.vae.config.scaling_factor
+        noisy = scheduler.add_noise(latents, drawn.noise, drawn.time_R)
+        states = pipe.text_encoder(ids)[0]
+        predicted = pipe.unet(noisy, drawn.time_R, states).sample
+    target = drawn.noise
+    if prediction == "v_prediction":
+        target = scheduler.get_velocity(latents, drawn.noise, drawn.time_R)
+    wanted = (predicted - target).square().mean((1, 2, 3)).sum()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("prediction", "spacing", "scale", "negative"),
+    [
+        ("epsilon", "leading", 3.0, None),
+        ("v_prediction", "trailing", 3.0, None),
+        ("epsilon", "trailing", 1.0, None),
+        ("epsilon", "leading", 3.0, "a blue bird"),
+    ],
+)
+def test_images_are_those_of_diffusers_pipeline(
+    prediction: str,
+    spacing: str,
+    scale: float,
+    negative: str | None,
+    prepared: Callable[..., Prepared],
+) -> None:
+    one = prepared({"prediction_type": prediction, "timestep_spacing": spacing})
+    one.network.model.eval()
+    noise, texts = torch.randn(2, 4, 8, 8), ["two dogs", "a red cat"]
+    asked = one.objective.with_sampling(DenoisingSettings(5, scale, negative_prompt=negative))
+    found = asked.denoise(one.network, noise, texts, lambda: noise)
+    made = pipeline_of(one)(
+        texts,
+        latents=noise.clone(),
+        num_inference_steps=5,
+        guidance_scale=scale,
+        negative_prompt=negative and [negative] * 2,
+        output_type="pt",
+        height=16,
+        width=16,
+    )
+    wanted = made.images
+    assert wanted.std() > 0.05
+    torch.testing.assert_close((found / 2 + 0.5).clamp(0, 1), wanted, rtol=1e-3, atol=1e-4)
+    if negative is not None:
+        plain = one.objective.with_sampling(DenoisingSettings(5, scale))
+        other = plain.denoise(one.network, noise, texts, lambda: noise)
+        assert (found - other).abs().max() > 1e-2
+
+
+def test_a_negative_prompt_must_fit_and_change_something(prepared: Callable[..., Prepared]) -> None:
+    one = prepared(num_inference_steps=2)
+    long = one.objective.with_sampling(DenoisingSettings(negative_prompt="a b " * 60))
+    with pytest.raises(RecipeError, match=r"the negative prompt has \d+ tokens") as refused:
+        long.sample(one.network, ["a cat"], torch.Generator().manual_seed(0))
+    assert refused.value.setting == "negative_prompt"
+    with pytest.raises(RecipeError, match="changes nothing where guidance_scale is 1"):
+        one.objective.with_sampling(DenoisingSettings(guidance_scale=1, negative_prompt="a"))
+
+
+@torch.no_grad()
+def test_an_image_is_its_own_whoever_is_made_beside_it(prepared: Callable[..., Prepared]) -> None:
+    one = prepared(num_inference_steps=3)
+    one.network.model.eval()
+    cat, dogs = (
+        one.objective.sample(one.network, [text], torch.Generator().manual_seed(0))
+        for text in CAPTIONS[:2]
+    )
+    both = one.objective.sample(one.network, CAPTIONS[:2], torch.Generator().manual_seed(0))
+    assert both.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(both[:1], cat, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(cat, dogs)
+
+
+def test_the_noise_and_its_use_are_those_of_the_base(prepared: Callable[..., Prepared]) -> None:
+    bound = prepared().objective
+    assert (bound.beta_start, bound.beta_schedule) == (0.00085, "scaled_linear")
+    assert (bound.timestep_spacing, bound.steps_offset) == ("leading", 1)
+    assert bound.reads_prompts and bound.sample_labels == () and bound.words == ()
+    assert (bound._scale, bound._eta) == (7.5, 0.0)
+    assert (Diffusion()._scale, Diffusion()._eta) == (2.0, 1.0)
+    with pytest.raises(RecipeError, match="trained with prediction_type=epsilon"):
+        prepared(prediction_type="v_prediction")
+    stored = Diffusion.model_validate(bound.model_dump())
+    assert stored.bind_base(prepared().folder, None) == bound
+
+
+def test_a_schedule_that_is_not_known_is_named(prepared: Callable[..., Prepared]) -> None:
+    with pytest.raises(RecipeError, match="has beta_schedule=laplace, which is not known"):
+        prepared({"beta_schedule": "laplace"})
+
+
+def test_what_an_image_shows_is_said_by_caption_or_label(prepared: Callable[..., Prepared]) -> None:
+    one = prepared()
+    rows: list[Row] = [
+        CaptionedImage("f", 0, image(0), "two dogs"),
+        LabelledImage("f", 1, image(0), "two dogs"),
+        BareImage("f", 2, image(0)),
+    ]
+    caption, label, none = (one.objective.encode(row, 0, one.chat).target for row in rows)
+    np.testing.assert_array_equal(caption, label)
+    np.testing.assert_array_equal(none, one.objective._nothing(one.network))
+    assert len(none) == len(caption) == 48
+    asked = [one.objective.label_of(each, one.chat) for each in one.examples]
+    assert asked == [*CAPTIONS]
+
+
+def test_a_share_of_the_captions_is_withheld_in_training(prepared: Callable[..., Prepared]) -> None:
+    one = prepared(condition_dropout=0.4)
+    nothing = one.network.model.encode_conditions([one.objective._nothing(one.network)])
+    one.network.model.train()
+    drawn = [one.objective.annotate(one.network, one.examples, 100)[0].extra for _ in range(30)]
+    hidden = [torch.equal(row[None], nothing) for each in drawn for row in each.condition]
+    assert np.mean(hidden) == pytest.approx(0.4, abs=0.15)
+    one.network.model.eval()
+    shown = one.objective.annotate(one.network, one.examples, 100)[0].extra.condition
+    assert not any(torch.equal(row[None], nothing) for row in shown)
+
+
+def test_a_caption_that_is_too_long_is_refused_or_cut(prepared: Callable[..., Prepared]) -> None:
+    one = prepared()
+    row = CaptionedImage("f", 0, image(0), "z" * 60)
+    example = one.objective.encode(row, 0, one.chat)
+    problem = one.objective.length_problem(example, 48)
+    assert problem is not None and "62 tokens, and the text encoder" in str(problem)
+    cut = one.objective.truncate(example, 48)
+    assert len(cut.target) == 48 and cut.target[-1] == example.target[-1]  # type: ignore[arg-type]
+    assert one.objective.length_problem(cut, 48) is None
+    one.network.model.eval()
+    with pytest.raises(
+        RecipeError, match="the prompt has 62 tokens, and the text encoder reads 48"
+    ):
+        one.objective.sample(one.network, ["z" * 60], torch.Generator())
+
+
+def test_lora_is_on_attention_and_nothing_else_moves(prepared: Callable[..., Prepared]) -> None:
+    one = prepared()
+    one.network.model.train()
+    (batch,) = one.objective.annotate(one.network, one.examples, 100)
+    one.objective.loss(one.network, batch).total.backward()
+    trained = {n for n, weight in one.network.model.named_parameters() if weight.requires_grad}
+    ends = {name.rpartition(".lora_")[0].partition(".attn")[2][2:] for name in trained}
+    assert ends == {"to_q", "to_k", "to_v", "to_out.0"}
+    for name, weight in one.network.model.named_parameters():
+        assert (weight.grad is not None and bool(weight.grad.any())) == (name in trained), name
+
+
+def test_a_caption_that_was_cut_inside_a_word_can_be_read_again(
+    family_folder: Callable[[str], Path],
+) -> None:
+    chat = load_chat_format(family_folder("stable_diffusion"))
+    merged = dataclasses.replace(chat, tokenizer=CutWords(chat.tokenizer))
+    ids_T = np.array(merged.tokenizer("a" * 60).input_ids)
+    row = CaptionedImage("f", 1, image(1), "a" * 60)
+    example = dataclasses.replace(chat.encode_input(row, 0), target=ids_T[:48])
+    objective = Diffusion().fit(ROWS, chat)
+    text = objective.label_of(example, merged)
+    assert text == "a" * 46 and len(merged.tokenizer(text).input_ids) == 48
+
+
+class CutWords:
+    """A tokenizer that reads the end of a word as one token more."""
+
+    def __init__(self, own: Any) -> None:
+        self.own, self.model_max_length = own, own.model_max_length
+
+    def __call__(self, text: str, **settings: Any) -> Any:
+        return self.own(text, **settings)
+
+    def decode(self, ids_T: Any, **settings: Any) -> str:
+        return str(self.own.decode(ids_T, **settings)) + "a"
+
+
+@pytest.mark.parametrize(("side", "at_once"), [(16, 32), (512, 4), (2048, 1)])
+def test_memory_is_counted_for_the_largest_map_of_the_autoencoder(
+    side: int, at_once: int, family_folder: Callable[[str], Path]
+) -> None:
+    """The last stage of its decoder enlarges maps before it has fewer channels."""
+    model = sketch(family_folder("stable_diffusion"), Diffusion().head())
+    channels = 16
+    found = preparation_bytes(model, 2, (3, side, side))
+    assert found == 4 * channels * side * side * at_once * 2
+    fixed = [estimate_memory(model, 2, reads=(3, each, each)).fixed for each in (16, side)]
+    assert fixed[1] - fixed[0] == found - preparation_bytes(model, 2, (3, 16, 16))
+    assert preparation_bytes(sketch(family_folder("unet"), Diffusion().head()), 2) == 0

@@ -1,0 +1,229 @@
+"""Words that fall away or change places, and what must stay."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from luthier.data.augmentation import Augmentation
+from luthier.data.media import Media
+from luthier.media.processors import ImageProcessor, MediaInput
+from luthier.types import Example
+
+WORD_T = np.array([-1, 0, 1, 1, 2, 3, 3, 3, 4, -1])
+"""[CLS], five words of one, two, one, three and one pieces, [SEP]."""
+
+
+def example() -> Example:
+    weight_T = np.zeros(10, dtype=np.float32)
+    weight_T[-1] = 0.5
+    return Example(np.arange(100, 110), weight_T, 7, target=np.array([3]), word_T=WORD_T)
+
+
+def changed(delete: float, swap: float, seed: int) -> Example:
+    return Augmentation(delete=delete, swap=swap).change(example(), np.random.default_rng(seed))
+
+
+def words(made: Example) -> list[tuple[int, ...]]:
+    """The tokens of each word, in the order in which they stand."""
+    assert made.word_T is not None
+    found: list[tuple[int, ...]] = []
+    last = -1
+    for token, word in zip(made.ids_T.tolist(), made.word_T.tolist(), strict=True):
+        if word >= 0 and word == last:
+            found[-1] += (token,)
+        elif word >= 0:
+            found.append((token,))
+        last = word
+    return found
+
+
+WORDS = [(101,), (102, 103), (104,), (105, 106, 107), (108,)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_swapping_keeps_every_word_whole_and_the_frame_in_place(seed: int) -> None:
+    made = changed(0.0, 0.5, seed)
+    assert Counter(words(made)) == Counter(WORDS)
+    assert made.ids_T[0] == 100 and made.ids_T[-1] == 109
+    assert (made.row, made.weight, made.weight_T[-1]) == (7, 0.5, 0.5)
+    assert made.target is not None and made.target.tolist() == [3]
+
+
+def test_a_swap_moves_two_words_most_of_the_time() -> None:
+    orders = [words(changed(0.0, 0.1, seed)) for seed in range(200)]
+    moved = [sum(a != b for a, b in zip(order, WORDS, strict=True)) for order in orders]
+    assert set(moved) <= {0, 2}
+    # A word is swapped with itself one time in five.
+    assert 0.7 < np.mean([count == 2 for count in moved]) < 0.9
+
+
+def test_words_fall_away_with_the_chance_asked_for() -> None:
+    left = [len(words(changed(0.3, 0.0, seed))) for seed in range(400)]
+    assert np.mean(left) == pytest.approx(0.7 * len(WORDS), abs=0.15)
+    kept = [words(changed(0.3, 0.0, seed)) for seed in range(50)]
+    assert all(order == [w for w in WORDS if w in order] for order in kept)
+
+
+def test_one_word_always_stays() -> None:
+    assert all(len(words(changed(0.99, 0.0, seed))) >= 1 for seed in range(200))
+
+
+def test_the_same_numbers_change_a_row_alike() -> None:
+    one, other = changed(0.3, 0.3, 5), changed(0.3, 0.3, 5)
+    assert one.ids_T.tolist() == other.ids_T.tolist()
+    assert any(changed(0.3, 0.3, s).ids_T.tolist() != one.ids_T.tolist() for s in range(6, 12))
+
+
+def test_off_unless_asked_for() -> None:
+    assert not Augmentation()
+    assert Augmentation(delete=0.1) and Augmentation(swap=0.1)
+
+
+def test_a_row_without_words_cannot_be_changed() -> None:
+    plain = Example(np.arange(3), np.zeros(3, dtype=np.float32), 0)
+    with pytest.raises(ValueError, match="words"):
+        Augmentation(delete=0.1).change(plain, np.random.default_rng(0))
+    framed = Example(np.arange(2), np.zeros(2, np.float32), 0, word_T=np.array([-1, -1]))
+    assert Augmentation(delete=0.9).change(framed, np.random.default_rng(0)) is framed
+
+
+# Images and sounds.
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+PIXELS[4:12, 8:20] = (250, 30, 10)
+SOUND = np.sin(np.arange(4000) / 9).astype(np.float32)
+SPECTROGRAM = np.random.default_rng(0).standard_normal((64, 101)).astype(np.float32)
+OF_IMAGES: list[dict[str, float]] = [
+    {"crop": 0.5}, {"flip": 1.0}, {"colour": 0.4}, {"randaugment": 2},
+]  # fmt: skip
+
+
+def view(seed: int, **settings: float) -> np.ndarray:
+    return Augmentation.model_validate(settings).change_image(PIXELS, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("settings", OF_IMAGES, ids=str)
+def test_each_change_of_images_does_something_and_the_same_for_a_seed(
+    settings: dict[str, float],
+) -> None:
+    views = [view(seed, **settings) for seed in range(12)]
+    assert all(each.shape == PIXELS.shape and each.dtype == np.uint8 for each in views)
+    assert sum((each != PIXELS).any() for each in views) >= 10
+    assert all((view(seed, **settings) == each).all() for seed, each in enumerate(views))
+    if "flip" not in settings:
+        assert len({each.tobytes() for each in views}) >= 10
+
+
+def test_a_mirror_image_is_one() -> None:
+    assert (view(0, flip=1.0) == PIXELS[:, ::-1]).all()
+    half = [(view(seed, flip=0.5) == PIXELS).all() for seed in range(200)]
+    assert 0.4 < np.mean(half) < 0.6
+
+
+def test_a_crop_cuts_no_more_than_it_may() -> None:
+    """Of a slope from 0 to 255 the range that is left is that of the part, which is at its old size."""
+    slope = np.broadcast_to(np.linspace(0, 255, 100).astype(np.uint8)[None, :, None], (100, 100, 3))
+    least = 1.0
+    for seed in range(100):
+        part = Augmentation(crop=0.3).change_image(
+            np.ascontiguousarray(slope), np.random.default_rng(seed)
+        )
+        assert part.shape == slope.shape
+        least = min(least, (int(part.max()) - int(part.min())) / 255)
+    # The area is at least 0.7, so at an aspect of 3/4 the width is at least sqrt(0.7 * 0.75).
+    assert np.sqrt(0.7 * 0.75) - 0.03 < least < 0.85
+
+
+def test_grey_stays_grey_under_changes_of_colour() -> None:
+    grey = np.full((8, 8, 3), 100, np.uint8)
+    for seed in range(10):
+        made = Augmentation(colour=0.4).change_image(grey, np.random.default_rng(seed))
+        assert (made == made[..., :1]).all() and 30 < made.mean() < 200
+
+
+@pytest.mark.parametrize("magnitude", [0, 30])
+def test_every_operation_of_randaugment_runs_at_both_ends(magnitude: int) -> None:
+    settings = Augmentation(randaugment=10, magnitude=magnitude)
+    for seed in range(30):
+        made = settings.change_image(PIXELS, np.random.default_rng(seed))
+        assert made.shape == PIXELS.shape
+
+
+def test_a_sound_is_moved_by_no_more_than_it_may() -> None:
+    wanted = len(SOUND)
+    moves = set()
+    for seed in range(60):
+        made = Augmentation(shift=0.1).change_sound(SOUND, wanted, np.random.default_rng(seed))
+        spare = len(made) - wanted
+        middle = made[spare // 2 :][:wanted]  # what the processor reads
+        best = int(np.argmax([np.dot(middle, np.roll(SOUND, by)) for by in range(-410, 411)])) - 410
+        assert abs(best) <= 0.1 * wanted + 1
+        moves.add(best > 0)
+    assert moves == {True, False}
+
+
+def test_a_sound_is_played_slower_or_faster_by_no_more_than_it_may() -> None:
+    lengths = []
+    for seed in range(40):
+        made = Augmentation(speed=0.2).change_sound(SOUND, 4000, np.random.default_rng(seed))
+        pitch = int(np.argmax(np.abs(np.fft.rfft(made)))) / len(made)
+        assert pitch == pytest.approx(len(SOUND) / len(made) / 9 / 2 / np.pi, rel=0.02)
+        lengths.append(len(made) / len(SOUND))
+    assert 1 / 1.2 - 0.01 < min(lengths) < 0.88 and 1.15 < max(lengths) < 1 / 0.8 + 0.01
+
+
+def test_noise_is_as_strong_as_it_may_be_and_no_stronger() -> None:
+    strengths = []
+    for seed in range(60):
+        made = Augmentation(noise=0.1).change_sound(SOUND, 4000, np.random.default_rng(seed))
+        strengths.append(float((made - SOUND).std() / SOUND.std()))
+        assert made.dtype == np.float32
+    assert max(strengths) < 0.105 and max(strengths) > 0.08 and min(strengths) < 0.02
+    silent = np.zeros(100, np.float32)
+    assert not Augmentation(noise=0.1).change_sound(silent, 100, np.random.default_rng(0)).any()
+
+
+def test_masks_cover_bands_of_pitch_and_spans_of_time() -> None:
+    covered = []
+    for seed in range(60):
+        made = Augmentation(masks=1).mask_spectrogram(SPECTROGRAM, np.random.default_rng(seed))
+        bands, spans = (made == 0).all(1), (made == 0).all(0)
+        assert bands.sum() <= 16 and spans.sum() <= 20
+        same = ~((made == 0) & (bands[:, None] | spans[None, :]))
+        assert (made[same] == SPECTROGRAM[same]).all()
+        covered.append((bands.any(), spans.any()))
+    assert all(np.mean(covered, axis=0) > 0.8)
+    assert (SPECTROGRAM != 0).all()
+
+
+def test_only_what_the_network_sees_is_changed() -> None:
+    media = MediaInput(Media("image", "x", array=PIXELS), ImageProcessor(16, 16))
+    row = Example(np.array([5]), np.ones(1, np.float32), 3, target=np.array([2]), media=media)
+    settings = Augmentation(crop=0.5)
+    made, again = (settings.change(row, np.random.default_rng(4)) for _ in range(2))
+    other = settings.change(row, np.random.default_rng(5))
+    assert made.target is not None and made.target.tolist() == [2]
+    assert (made.ids_T.tolist(), made.row, made.weight) == ([5], 3, 1.0)
+    assert made.media is not None and again.media is not None and other.media is not None
+    assert (made.media.array() == again.media.array()).all()
+    assert (made.media.array() != other.media.array()).any()
+    assert row.media is media and (media.array() != made.media.array()).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({}, set()),
+        ({"magnitude": 5}, set()),
+        ({"delete": 0.1}, {"text"}),
+        ({"flip": 0.5, "masks": 1}, {"image", "audio"}),
+    ],
+)
+def test_it_says_what_it_changes(settings: dict[str, float], kinds: set[str]) -> None:
+    augmentation = Augmentation.model_validate(settings)
+    assert augmentation.kinds == kinds and bool(augmentation) == bool(kinds)
+    assert Augmentation.usual("image").kinds == {"image"}
+    assert Augmentation.usual("audio").kinds == {"audio"}

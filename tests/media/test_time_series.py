@@ -1,0 +1,187 @@
+"""Tables of times and values become windows; other tables stay what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from luthier.data.media import LONGEST_WINDOW, Media
+from luthier.data.rows import RowReader, load_inputs, load_rows
+from luthier.data.shapes.base import Shape
+from luthier.data.shapes.media import BareWindow
+from luthier.data.shapes.texts import RawText
+from luthier.errors import DataError
+from luthier.gate.row_keys import STRETCH, group_related
+from luthier.media.processors import (
+    LARGEST_DEVIATION,
+    WindowProcessor,
+    read_processor,
+    save_processor,
+)
+
+
+def write(folder: Path, lines: list[str], header: str = "timestamp,value") -> Path:
+    path = folder / "series.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def times(values: list[float]) -> list[str]:
+    return [f"2026-11-23 {n // 60:02}:{n % 60:02},{value}" for n, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("header", ["timestamp,value", "Date,temperature", "ds,y"])
+def test_a_row_is_a_value_with_those_before_it(tmp_path: Path, header: str) -> None:
+    rows = load_rows(write(tmp_path, times([1.5, -2, 3e2]), header))
+    assert [type(row) for row in rows] == [BareWindow] * 3
+    windows = [row.media.values().tolist() for row in rows if isinstance(row, BareWindow)]
+    assert windows == [[1.5], [1.5, -2.0], [1.5, -2.0, 300.0]]
+    assert [row.line for row in rows] == [2, 3, 4]
+
+
+def test_both_columns_are_read(tmp_path: Path) -> None:
+    reader = RowReader(write(tmp_path, times([1.5, -2])))
+    assert len(list(reader)) == 2 and reader.recognition.unread == ()
+
+
+def test_a_history_has_an_end(tmp_path: Path) -> None:
+    count = LONGEST_WINDOW + 3
+    rows = load_rows(write(tmp_path, [f"{n},{n}" for n in range(count)]))
+    last = rows[-1]
+    assert isinstance(last, BareWindow) and len(rows) == count
+    assert last.media.values().tolist() == list(range(3, count))
+
+
+def test_a_counter_of_billions_keeps_its_last_digits(tmp_path: Path) -> None:
+    counts = [1_700_000_000.0 + n for n in range(4)]  # float32 knows every 128th of these
+    for row in (load_rows(write(tmp_path, times(counts)))[-1], rows_of(tmp_path, counts)):
+        assert isinstance(row, BareWindow)
+        assert row.media.values().tolist() == counts
+        small = WindowProcessor(4).array(window([0.0, 1.0, 2.0, 3.0]))
+        np.testing.assert_allclose(WindowProcessor(4).array(row.media), small)
+
+
+@pytest.mark.parametrize("start", ["", "nan", "N/A", "inf"])
+def test_a_series_may_begin_without_values_which_are_named(tmp_path: Path, start: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, [f"1,{start}", f"2,{start}", "3,3", "4,4"]))
+    found = [(each.rule, each.line) for each in caught.value.problems]
+    assert found == [("window.value", 2), ("window.value", 3)]
+
+
+@pytest.mark.parametrize("bad", ["", "x", "nan", "inf", "1e308"])
+def test_a_value_that_is_missing_is_named(tmp_path: Path, bad: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, ["1,1", f"noon,{bad}", "3,3"]))
+    (problem,) = caught.value.problems
+    assert (problem.rule, problem.line) == ("window.value", 3) and "noon" in problem.message
+
+
+@pytest.mark.parametrize("value", ["1_000", "١٢", "0x1F", "1 000"])
+def test_a_value_that_only_python_reads_is_no_number(tmp_path: Path, value: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, ["1,1", f"2,{value}", "3,3"]))
+    assert [(each.rule, each.line) for each in caught.value.problems] == [("window.value", 3)]
+
+
+def test_a_series_of_values_with_underscores_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, ["1,1_000", "2,2_000"]))
+    assert [each.rule for each in caught.value.problems] == ["window.value"] * 2
+
+
+@pytest.mark.parametrize(
+    "time", ["nan", "-inf", "", "NA", "2020-02-30", "2020-13-01 00:00", "20200230", "1_000",
+             "2020-02-03T25:00:00", "2020-02-03 10:60"],
+)  # fmt: skip
+def test_a_time_that_no_calendar_has_is_named(tmp_path: Path, time: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, ["2020-02-03,1", f"{time},2", "2020-02-05,3"]))
+    (problem,) = caught.value.problems
+    assert (problem.rule, problem.line) == ("window.time", 3)
+    assert repr(time)[1:-1] in problem.message
+
+
+@pytest.mark.parametrize(
+    "time", ["2020-02-29", "20200229", "2020-02-03T04:05:06.789+01:00", "2020-02-03 04:05 UTC",
+             "03.02.2020", "noon", "17", "-1.5e3", "1580688000000"],
+)  # fmt: skip
+def test_other_times_are_read_or_passed_over(tmp_path: Path, time: str) -> None:
+    assert len(load_rows(write(tmp_path, ["2020-02-03,1", f"{time},2"]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("header", "line", "kind"),
+    [("date,text", "1,2", RawText), ("date,comment", "1,good", None), ("id,value", "1,2", None)],
+)
+def test_other_tables_are_none(
+    tmp_path: Path, header: str, line: str, kind: type[Shape] | None
+) -> None:
+    path = write(tmp_path, [line], header)
+    if kind is None:
+        with pytest.raises(DataError) as caught:
+            load_rows(path)
+        assert {each.rule for each in caught.value.problems} == {"row.unknown_shape"}
+    else:
+        assert [type(row) for row in load_rows(path)] == [kind]
+
+
+def test_rows_hold_windows_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"window": [1, 2.5, 3], "id": 4}) + "\n")
+    ((record, row),) = load_inputs(path)
+    assert record["id"] == 4 and isinstance(row, BareWindow)
+    assert row.media.values().tolist() == [1.0, 2.5, 3.0]
+    for bad in ([], [1, "2"], [True], "1,2", [float("nan")], None, [10**400], [1e308]):
+        path.write_text(json.dumps({"window": bad}) + "\n")
+        with pytest.raises(DataError) as caught:
+            load_rows(path)
+        assert {each.rule for each in caught.value.problems} <= {"media.type", "json.not_finite"}
+
+
+def rows_of(folder: Path, values: list[float]) -> BareWindow:
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps({"window": values}) + "\n")
+    (row,) = load_rows(path)
+    assert isinstance(row, BareWindow)
+    return row
+
+
+def window(values: list[float]) -> Media:
+    return Media("window", "w", array=np.array(values))
+
+
+def test_a_window_is_scaled_by_what_came_before() -> None:
+    history = np.random.default_rng(0).normal(5, 2, 40)
+    (((read,),),) = [WindowProcessor(8).array(window(history.tolist()))]
+    before = history[-8:-1].astype(np.float32)
+    wanted = (history[-8:] - before.mean()) / (before.std() + 0.1 * history.std())
+    np.testing.assert_allclose(read, wanted, rtol=1e-4, atol=1e-5)
+    # The same anywhere, and at any scale.
+    moved = WindowProcessor(8).array(window((history * 3 + 100).tolist()))
+    np.testing.assert_allclose(moved[0, 0], read, rtol=1e-3, atol=1e-4)
+
+
+def test_windows_that_hardly_vary_or_are_short_are_finite() -> None:
+    processor = WindowProcessor(4)
+    assert processor.array(window([7.0] * 9)).tolist() == [[[0.0] * 4]]
+    assert processor.array(window([7.0])).tolist() == [[[0.0] * 4]]
+    assert processor.array(window([1.0, 2.0, 3.0])).shape == (1, 1, 4)
+    jump = processor.array(window([0.0] * 200 + [5.0]))
+    assert jump[0, 0, -1] == LARGEST_DEVIATION
+
+
+def test_a_processor_is_stored(tmp_path: Path) -> None:
+    save_processor(WindowProcessor(12), tmp_path)
+    assert read_processor(tmp_path) == WindowProcessor(12)
+
+
+def test_windows_beside_each_other_stay_on_one_side(tmp_path: Path) -> None:
+    rows = load_rows(write(tmp_path, [f"{n},{n % 7}" for n in range(5 * STRETCH)]))
+    groups = group_related(rows)
+    assert len(set(groups.tolist())) == 6  # lines are counted from the header
+    for part in ([0, 9, STRETCH - 3], [STRETCH - 2, STRETCH, 2 * STRETCH - 3]):
+        assert len({groups[n] for n in part}) == 1
