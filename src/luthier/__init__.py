@@ -12,10 +12,12 @@ __version__ = "0.1.0"
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:
+    from luthier.cli.data import inspect
+    from luthier.cli.tune import tune
     from luthier.migrate import import_openai, import_promptfoo
     from luthier.recipe import Recipe
     from luthier.sdk.certificate import certificate, verify
-    from luthier.sdk.data import clean, convert, inspect, split
+    from luthier.sdk.data import clean, convert, split
     from luthier.sdk.evaluation import compare, evaluate, forgetting
     from luthier.sdk.export import export
     from luthier.sdk.hub import push
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
         learning_curve,
         pretrain,
         student,
-        tune,
     )
 
 __all__ = [
@@ -64,7 +65,7 @@ _HOMES = {
     for module, names in {
         "recipe": ["Recipe"],
         "sdk.certificate": ["certificate", "verify"],
-        "sdk.data": ["clean", "convert", "inspect", "split"],
+        "sdk.data": ["clean", "convert", "split"],
         "sdk.evaluation": ["compare", "evaluate", "forgetting"],
         "sdk.export": ["export"],
         "sdk.hub": ["push"],
@@ -72,8 +73,9 @@ _HOMES = {
         "sdk.model": ["Model", "load"],
         "sdk.training": [
             "advise", "distil", "estimate", "launch", "learning_curve", "pretrain", "student",
-            "tune",
         ],
+        "cli.data": ["inspect"],
+        "cli.tune": ["tune"],
     }.items()
     for name in names
 }  # fmt: skip

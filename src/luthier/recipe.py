@@ -314,17 +314,23 @@ def map_sources(fields: dict[str, Any], change: Callable[[str], str]) -> dict[st
     return fields
 
 
-def set_field(fields: dict[str, Any], assignment: str) -> None:
-    """Apply one ``KEY=VALUE`` of the command line, for example ``adaptation.rank=8``.
+def parse_setting(assignment: str) -> tuple[str, Any]:
+    """Parse one ``KEY=VALUE`` of the command line, for example ``adaptation.rank=8``.
 
-    The value is read as TOML where that works (numbers, true, lists) and as text elsewhere.
+    The value is parsed as TOML (numbers, true, lists), and is text if it is no TOML.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
         raise RecipeError(
             f"--set takes KEY=VALUE, for example adaptation.rank=8; got {assignment!r}"
         )
-    assign(fields, key.strip().split("."), toml_value(text))
+    return key.strip(), toml_value(text)
+
+
+def set_field(fields: dict[str, Any], assignment: str) -> None:
+    """Set the field that ``KEY=VALUE`` names."""
+    key, value = parse_setting(assignment)
+    assign(fields, key.split("."), value)
 
 
 def parse_mix(text: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_the_command_to_train_reads_the_same_columns(tmp_path: Path) -> None:
         {"sentence": "bad", "class": "b"},
     )
     named = ["--map", "text=sentence", "--map", "label=class"]
-    out = Answer("inspect", str(path), "--validation", str(path), *named, "--no-base").out
+    out = Answer("inspect", str(path), "--validation", str(path), *named, "--base", "none").out
     last = next(line for line in out.splitlines() if "luthier tune" in line)
     assert " ".join([str(path), "--validation", str(path), *named]) in last
 
@@ -76,13 +76,12 @@ def test_inspect_ends_with_what_it_found(tmp_path: Path, tiny_model_folder: Path
 
 def test_inspect_works_without_a_model(tmp_path: Path, luthier_home: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *ROWS)
-    few = Answer("inspect", str(path), "--no-base")
+    few = Answer("inspect", str(path), "--base", "none")
     assert few.code == 1 and "46 more would make 50." in " ".join(few.out.split())
-    answer = Answer("inspect", str(path), "--no-base", *ANY_NUMBER).good()
+    answer = Answer("inspect", str(path), "--base", "none", *ANY_NUMBER).good()
     left_out = "not checked: learning, white_space, base_language (needs a base model)"
     assert "4 rows" in answer.out and left_out in answer.out
     assert not luthier_home.exists()
-    assert "contradict" in Answer("inspect", str(path), "--no-base", "--base", "x").refused()
 
 
 def test_inspect_warns_where_the_default_model_cannot_be_fetched(

@@ -164,7 +164,7 @@ def test_the_command_says_that_a_model_is_withheld(base: str, tmp_path: Path) ->
     assert "luthier models accept llama:m" in answer.output
     answer = CliRunner().invoke(app, [*run, "--name", "n", "--json"])
     assert "are allowed" in json.loads(answer.stdout)["withheld"]
-    answer = CliRunner().invoke(app, [*run, "--name", "o", "--accept", "forgetting", "--json"])
+    answer = CliRunner().invoke(app, [*run, "--name", "o", "--accept-forgetting", "--json"])
     assert "withheld" not in json.loads(answer.stdout)
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.audit import audit
-from luthier.cli.console import CommandGroup, note
+from luthier.cli.bridge import CommandGroup
+from luthier.cli.console import note
 from luthier.cli.options import Json
 from luthier.cli.registration import service_models_app
 from luthier.cli.service import (

@@ -15,12 +15,13 @@ from typing import Annotated
 import typer
 
 from luthier.child_python import use_safe_path
+from luthier.cli import console
 from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise
+from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.certificate import certificate, verify
 from luthier.cli.compare import compare
-from luthier.cli.console import CommandGroup
-from luthier.cli.data import clean, convert, inspect, split
+from luthier.cli.data import clean, convert, inspect, show_report, split
 from luthier.cli.demo import demo
 from luthier.cli.distil import distil, student
 from luthier.cli.embed import embed
@@ -42,7 +43,7 @@ from luthier.cli.push import push
 from luthier.cli.samples import samples
 from luthier.cli.search import search
 from luthier.cli.serve import serve
-from luthier.cli.tune import tune
+from luthier.cli.tune import print_result, tune
 from luthier.cli.worker import worker
 from luthier.escaping import escape_unencodable
 
@@ -56,19 +57,29 @@ app = CommandGroup(
 COMMAND_GROUPS = {
     import_app: "import", admin_app: "admin", models_app: "models"
 }  # fmt: skip
-PANELS: dict[str, Sequence[Callable[..., None] | CommandGroup]] = {
-    "Data": (inspect, clean, convert, split, import_app),
-    "Train": (tune, pretrain, distil, student, search, pipeline, launch),
+PANELS: dict[str, Sequence[Command | Callable[..., None] | CommandGroup]] = {
+    "Data": (Command(inspect, show_report), clean, convert, split, import_app),
+    "Train": (
+        Command(tune, print_result, shares_work=True),
+        pretrain,
+        distil,
+        student,
+        search,
+        pipeline,
+        launch,
+    ),
     "Decide": (estimate, advise, learning_curve),
     "Use": (generate, chat, predict, embed, nearest, sample, reconstruct),
     "Evaluate": (evaluate, compare, forgetting, samples, certificate, verify),
     "Serve": (serve, admin_app),
     "Manage": (models_app, push, plugins, demo),
-}
+}  # fmt: skip
 """Commands by the heading in ``luthier --help``."""
 for panel, commands in PANELS.items():
     for command in commands:
-        if isinstance(command, CommandGroup):
+        if isinstance(command, Command):
+            app.add(command, panel)
+        elif isinstance(command, CommandGroup):
             app.add_typer(command, name=COMMAND_GROUPS[command], rich_help_panel=panel)
         else:
             app.command(rich_help_panel=panel)(command)
@@ -102,4 +113,5 @@ def main() -> None:
     escape_unencodable(sys.stdout, sys.stderr)
     # Where it is installed, PEFT imports it, and it logs advice about a kernel that is not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    console.owns_process = True
     app()

@@ -10,17 +10,15 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from luthier.errors import DataError, Interrupted, LuthierError, RecipeError, RefusedInput
 from luthier.escaping import (
@@ -39,85 +37,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+owns_process = False
+"""Whether this process runs a command, and no program of a user that calls :mod:`luthier`."""
 UNBROKEN = 10_000
 """Columns of what is no terminal."""
-_RANGE_OR_LIST = re.compile(r"^<(?:list\[(.*)\]|(.*) range)>$")
-"""How typer shows the type of a number with bounds, and of an option that may be repeated."""
 
 
-class _Group(TyperGroup):
-    """Suggests the command of the top level where one of that name is missing below."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, everywhere = args[0], ctx.find_root().command
-        if self.get_command(ctx, name) is None and everywhere.get_command(ctx, name) is not None:
-            ctx.fail(f"No such command {name!r}. Did you mean `luthier {name}`?")
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the commands by panel, with the first sentence of each.
-
-        Click's own method cuts the sentence at the width that is left of 80 columns.
-        """
-        panels: dict[str, list[tuple[str, str]]] = {}
-        for name in self.list_commands(ctx):
-            command: Any = self.get_command(ctx, name)
-            if not command.hidden:
-                panel = command.rich_help_panel
-                rows = panels.setdefault(panel if isinstance(panel, str) else "Commands", [])
-                rows.append((name, command.get_short_help_str(UNBROKEN)))
-        for panel, rows in panels.items():
-            with formatter.section(panel):
-                formatter.write_dl(rows)
-
-
-class _Command(TyperCommand):
-    """Shows an option's value by its type alone: its range stands behind the help, and what may be
-    repeated is given one at a time."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        parameters: list[Any] = list(self.params)
-        for each in parameters:
-            if hasattr(each, "display_type"):  # older versions of typer leave the type to click
-                text = _RANGE_OR_LIST.sub(r"<\1\2>", each.display_type(ctx))
-                shown = text.replace("Path", "path")
-                each.display_type = lambda ctx, shown=shown: shown
-        super().format_options(ctx, formatter)
-
-
-class CommandGroup(typer.Typer):
-    """Commands whose errors are a message, or with ``--json`` an object, and an exit code."""
-
-    def __init__(self, help: str, extra: str = "", **settings: Any) -> None:
-        """``extra`` is the extra of the package that has the libraries these commands need."""
-        # Commands below have the width of the first; click's own is 80 columns at most.
-        width = {"max_content_width": UNBROKEN}
-        super().__init__(
-            help=help, no_args_is_help=True, cls=_Group, context_settings=width, **settings
-        )
-        self.extra = extra
-
-    def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
-        """As of typer; the parameter ``json_`` of a command says whether a program reads."""
-        register = super().command(name, cls=_Command, **settings)
-
-        def add(function: Callable[..., None]) -> Callable[..., None]:
-            @wraps(function)
-            def run(**options: Any) -> None:
-                with errors(options.get("json_", False)), extra(self.extra):
-                    check_processes(function.__name__)
-                    function(**options)
-
-            register(run)
-            return function
-
-        return add
-
-
-def check_processes(command: str) -> None:
-    """Refuse a command that a launcher has started several times, and that does not share its work."""
+def check_processes(shares_work: bool) -> None:
+    """Refuse a command that a launcher has started several times, unless it shares its work."""
     size = ProcessGroup.of_environment().size
-    if size > 1 and command not in ("tune", "pretrain"):
+    if size > 1 and not shares_work:
         raise RefusedInput(
             f"a launcher started {size} processes (WORLD_SIZE), and `luthier tune` and `luthier "
             "pretrain` alone share work among several. Start this command once, without the launcher"
@@ -259,7 +188,8 @@ def heavy_imports(model: str = "") -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
+        if owns_process:  # a user's own garbage may be among the objects
+            gc.freeze()
         gc.enable()
 
 

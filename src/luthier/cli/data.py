@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from luthier.cli import console
+from luthier.cli.bridge import FromText
 from luthier.cli.console import (
     check_output,
     heavy_imports,
@@ -18,144 +19,112 @@ from luthier.cli.console import (
     print_json,
     print_text,
 )
-from luthier.cli.options import Columns, Json, Objective, Overwrite
-from luthier.errors import RecipeError
+from luthier.cli.options import Columns, Json, Mapped, Overwrite
 from luthier.escaping import one_line
+from luthier.files import write_bytes
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.gate.clean import CleaningSummary
+    from luthier.gate.report import Report
     from luthier.gate.scan import ScanProgress
 
+NoneAsText = Annotated[str | None, FromText(str, lambda text: None if text == "none" else text)]
+Method = Annotated[str | Mapping[str, object] | None, FromText(str)]
+
+
+def parse_severities(texts: list[str]) -> dict[str, str]:
+    """Parse each ``RULE=SEVERITY`` of ``--severity``."""
+    from luthier.gate.policy import parse_severity
+
+    return {rule: value for text in texts for rule, value in parse_severity(text).items()}
+
+
+Severities = Annotated[
+    Mapping[str, str] | None,
+    FromText(list[str], parse_severities),
+    typer.Option(metavar="RULE=SEVERITY"),
+]
 Source = Annotated[str, typer.Argument(help="File, folder, 'pattern*' or s3:// to read.")]
 
 
 def inspect(
-    data: Annotated[
-        str, typer.Argument(help="File, folder, 'pattern*' or s3:// with rows or text.")
-    ],
-    validation: Annotated[str | None, typer.Option(help="Rows to measure on.")] = None,
-    test: Annotated[str | None, typer.Option(help="Rows kept for the last measurement.")] = None,
-    columns: Columns = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Model the rows are encoded for; smollm2-135m-instruct if not given."),
-    ] = None,
-    no_base: Annotated[
-        bool, typer.Option("--no-base", help="Only the checks that need no model.")
-    ] = False,
-    objective: Objective = None,
-    rows: Annotated[
-        int, typer.Option(min=0, help="Rows of each split whose tokens are shown.")
-    ] = 3,
-    html: Annotated[
-        Path | None, typer.Option(help="Write the whole report as one HTML page.")
-    ] = None,
-    severity: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RULE=SEVERITY", help="off, note, warning or error for a rule; again for more."
-        ),
-    ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="TOML file with severities and checks to skip.")
-    ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(metavar="CHECK", help="Leave a check out; again for more.")
-    ] = None,
-    json_: Json = False,
-) -> None:
+    data: str | Path,
+    *,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    columns: Mapped = None,
+    base: NoneAsText = "auto",
+    objective: Method = None,
+    rows: Annotated[int, typer.Option(min=0)] = 5,
+    html: Path | None = None,
+    severity: Severities = None,
+    policy: Path | None = None,
+    skip: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> Report:
     """Check data: errors, warnings, tokens and learned text.
 
     Exit codes: 0 passed, 1 warnings, 2 errors (`luthier tune` rejects the data, too).
+
+    Args:
+        data: Data file, folder, 'pattern*' or s3://.
+        validation: Rows for validation.
+        test: Rows for the final test.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        base: Model for counting tokens; none for no such checks.
+        objective: Objective, e.g. dpo; chosen from the rows by default.
+        rows: Rows of each split to show with their tokens.
+        html: Write the report as an HTML page.
+        severity: off, note, warning or error for a rule; repeatable.
+        policy: TOML file with severities and checks to skip.
+        skip: Name of a check to leave out; repeatable.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The report, with ``exit_code``, ``plain()`` and ``html()``. Invalid rows raise no error.
+
+    Raises:
+        RefusedInput: for an unknown base, objective, rule or check.
+        DownloadError: for a base model that cannot be fetched.
     """
-    if no_base and base:
-        raise RecipeError("--no-base and --base contradict each other; give one of them")
     check_output(html)
     with heavy_imports():
+        from luthier.engine.metrics import Reporter
         from luthier.gate import inspect as gate
-        from luthier.gate.policy import parse_severity
-        from luthier.recipe import parse_columns
 
-    severities: dict[str, str] = {}
-    for each in severity or ():
-        severities |= parse_severity(each)
+    reporter = reporter or Reporter()
+
+    def move(at: ScanProgress) -> None:
+        text = f"inspect, {at.rows:,} rows, {at.findings:,} findings (%)"
+        reporter.progress(100 * at.done_bytes // max(1, at.total_bytes), 100, text)
+
     request = gate.InspectionRequest(
-        data,
-        validation,
-        test,
-        parse_columns(columns) if columns else None,
-        None if no_base else base or gate.AUTO,
+        str(data),
+        None if validation is None else str(validation),
+        None if test is None else str(test),
+        columns,
+        base,
         objective,
-        max(rows, 5),  # the page shows some, whatever the terminal does
-        severities,
+        rows,
+        severity or {},
         policy,
-        tuple(skip or ()),
+        tuple(skip),
     )
-    from luthier.cli.progress import can_draw
-
-    messages = new_console(stderr=True)
-
-    def on_stage(text: str) -> None:
-        if can_draw():
-            messages.print(f"[bold]{text}[/bold] …", highlight=False)
-
-    with inspection_progress() as progress:
-        report = gate.inspect(request, on_stage, progress, os.cpu_count() or 1)
+    # A program of a user may lack the main guard that further processes need.
+    processes = os.cpu_count() if console.owns_process else 1
+    report = gate.inspect(request, reporter.stage, move, processes or 1)
     if html is not None:
-        from luthier.files import write_bytes
-
-        html.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(html, report.html().encode())
-    if json_:
-        print_json(report.plain())
-    else:
-        from luthier.gate.report_text import print_report
-
-        print_report(report, new_console(highlight=False), rows)
-        if html is not None:
-            messages.print(f"written to {html}", style="dim", markup=False, soft_wrap=True)
-    raise typer.Exit(report.exit_code)
+        reporter.note(f"page: {html}")
+    return report
 
 
-@contextmanager
-def inspection_progress() -> Iterator[Callable[[ScanProgress], None]]:
-    """A bar with bytes, rows, findings and time left; lines where there is no terminal."""
-    from luthier.cli.progress import SECONDS_TO_SECOND_LINE, ProgressLines, can_draw
+def show_report(report: Report, rows: int) -> None:
+    """Print the report on the data."""
+    from luthier.gate.report_text import print_report
 
-    if not can_draw():
-        lines = ProgressLines("inspected", first=SECONDS_TO_SECOND_LINE, percent=True)
-
-        def print_line(at: ScanProgress) -> None:
-            text = f"{at.rows:,} rows, {at.findings:,} finding{'s' * (at.findings != 1)}"
-            text += " so far" if at.done_bytes < at.total_bytes else ""
-            lines.update(at.done_bytes, at.total_bytes, text)
-
-        yield print_line
-        return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    with Bars(
-        DownloadColumn(),
-        BarColumn(bar_width=20),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[rows]:,} rows  {task.fields[findings]:,} findings"),
-        console=new_console(stderr=True),
-        transient=True,
-    ) as bars:
-        task = bars.add_task("", total=None, rows=0, findings=0, visible=False)
-
-        def move(at: ScanProgress) -> None:
-            bars.update(
-                task,
-                total=at.total_bytes,
-                completed=at.done_bytes,
-                rows=at.rows,
-                findings=at.findings,
-                visible=True,
-            )
-
-        yield move
+    print_report(report, new_console(highlight=False), rows)
 
 
 def clean(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import CommandGroup, print_json, print_text
+from luthier.cli.bridge import CommandGroup
+from luthier.cli.console import print_json, print_text
 from luthier.cli.options import Json
 
 if TYPE_CHECKING:

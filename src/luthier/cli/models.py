@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from luthier.cli.bridge import CommandGroup
 from luthier.cli.console import (
-    CommandGroup,
     heavy_imports,
     new_console,
     new_table,

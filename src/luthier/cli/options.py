@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from luthier.cli.bridge import FromText, KeywordOptions
+from luthier.errors import RecipeError
 from luthier.models.sampling import MOST_TOKENS, Sampling, limited_fields
 
 if TYPE_CHECKING:
@@ -205,3 +208,129 @@ def with_sampling(command: Command) -> Command:
     kept = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
     command.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
     return command
+
+
+def parse_columns(texts: list[str]) -> dict[str, str]:
+    """Parse each ``KEY=COLUMN`` of ``--map``."""
+    from luthier.recipe import parse_columns
+
+    return parse_columns(texts)
+
+
+def parse_mix(texts: list[str]) -> list[dict[str, Any]]:
+    """Parse each ``FILE=RATIO`` of ``--mix``."""
+    from luthier.recipe import parse_mix
+
+    return [parse_mix(text) for text in texts]
+
+
+DataSource = Annotated["str | Path | Recipe", FromText(str)]
+Mapped = Annotated[
+    Mapping[str, str] | None,
+    FromText(list[str], parse_columns),
+    typer.Option("--map", metavar="KEY=COLUMN"),
+]
+
+
+@dataclass(frozen=True)
+class RecipeField:
+    """A field of a recipe that a command accepts by a short name."""
+
+    path: str
+    help: str
+    type: Any = str
+    convert: Callable[[Any], Any] = lambda value: value
+    flag: str | None = None
+    metavar: str | None = None
+
+    @property
+    def option(self) -> Any:
+        """The annotated type of the command's option."""
+        flags = [self.flag] if self.flag else []
+        info = typer.Option(*flags, metavar=self.metavar, help=self.help)
+        return Annotated[self.type, FromText(self.type, self.convert), info]
+
+
+TUNING: Mapping[str, RecipeField] = {
+    "validation": RecipeField("data.validation", "Rows for validation."),
+    "columns": RecipeField(
+        "data.columns", "Column of a key, e.g. prompt=question; repeatable.", list[str],
+        parse_columns, "--map", "KEY=COLUMN",
+    ),
+    "mix": RecipeField(
+        "data.mix", "Mix in another file; repeatable.", list[str], parse_mix, None, "FILE=RATIO"
+    ),
+    "long_rows": RecipeField(
+        "data.long_rows", "How to handle rows longer than the context.",
+        Literal["error", "drop", "truncate"],
+    ),
+    "base": RecipeField("base", "Base model; chosen from the rows by default."),
+    "name": RecipeField("name", "Name of the custom model."),
+    "objective": RecipeField(
+        "objective.method", "Objective, e.g. dpo; chosen from the rows by default."
+    ),
+    "adaptation": RecipeField("adaptation.method", "Adaptation: lora, qlora, full or another."),
+    "epochs": RecipeField("training.epochs", "Passes over the rows.", float),
+    "batch_size": RecipeField("training.batch_size", "Rows per step.", int),
+    "learning_rate": RecipeField("training.learning_rate", "Peak learning rate.", float),
+    "seed": RecipeField("training.seed", "Random seed.", int),
+    "track": RecipeField(
+        "training.track", "Tracker: mlflow, tensorboard or wandb; repeatable.", list[str],
+        metavar="NAME",
+    ),
+}  # fmt: skip
+"""Fields of a tuning's recipe that have a short name."""
+
+
+def recipe_keywords(fields: Mapping[str, RecipeField]) -> KeywordOptions:
+    """Return the options of ``fields`` and ``--set`` for all other fields."""
+    options = {name: field.option for name, field in fields.items()}
+    return KeywordOptions(options, "Any field of the recipe, e.g. adaptation.rank=8.")
+
+
+TuningFields = Annotated[Any, recipe_keywords(TUNING)]
+
+
+def tuning_recipe(data: str | Path | Recipe, fields: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a data file, a TOML file or a recipe, with ``fields`` set.
+
+    Raises:
+        RecipeError: for an unknown or invalid field, or for fields in addition to a ``Recipe``.
+    """
+    from luthier.recipe import Recipe
+
+    if not isinstance(data, Recipe):
+        return Recipe.parse(plain_recipe(data, fields, TUNING))
+    if fields:
+        raise RecipeError("a Recipe object is complete: set the fields in the object")
+    return data
+
+
+def plain_recipe(
+    data: str | Path | Sequence[str | Path],
+    fields: Mapping[str, Any],
+    short_names: Mapping[str, RecipeField],
+) -> dict[str, Any]:
+    """Return the values of a recipe, with ``fields`` by short name or by path.
+
+    Raises:
+        RecipeError: for a field that is given twice.
+    """
+    from luthier.recipe import assign, fields_of
+
+    plain = fields_of(data)
+    names: dict[str, str] = {}
+    for name, value in fields.items():
+        path = field_path(name, value, short_names)
+        if path in names:
+            raise RecipeError(f"{names[path]} and {name} are the same field: give one of them")
+        names[path] = name
+        assign(plain, path.split("."), value)
+    return plain
+
+
+def field_path(name: str, value: Any, short_names: Mapping[str, RecipeField]) -> str:
+    """Return the dotted path of a field from its keyword, such as ``training__epochs``."""
+    path = short_names[name].path if name in short_names else name.replace("__", ".")
+    # A table replaces the whole group, a name its method.
+    return path.removesuffix(".method") if isinstance(value, Mapping) else path

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import CommandGroup, note
+from luthier.cli.bridge import CommandGroup
+from luthier.cli.console import note
 from luthier.cli.options import Json
 from luthier.cli.service import (
     FIRST,

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.cli.console import CommandGroup, print_text
+from luthier.cli.bridge import CommandGroup
+from luthier.cli.console import print_text
 from luthier.cli.options import Json
 from luthier.cli.service import (
     FIRST,

@@ -4,118 +4,77 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, print_json, train_beside_first
-from luthier.cli.options import (
-    Adaptation,
-    Base,
-    BatchSize,
-    Columns,
-    Data,
-    Epochs,
-    Json,
-    LearningRate,
-    LongRows,
-    Mix,
-    Name,
-    Objective,
-    Prices,
-    Processes,
-    Resume,
-    Settings,
-    Validation,
-    read_recipe,
-    recipe_options,
-)
+from luthier.cli.console import heavy_imports, new_console
+from luthier.cli.options import DataSource, Processes, TuningFields, tuning_recipe
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
     from luthier.evaluation.baselines import Comparison
 
+Limit = Annotated[float | None, typer.Option(min=0)]
+
 
 def tune(
-    data: Data,
-    validation: Validation = None,
-    columns: Columns = None,
-    mix: Mix = None,
-    long_rows: LongRows = None,
-    base: Base = None,
-    name: Name = None,
-    objective: Objective = None,
-    adaptation: Adaptation = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the row order and new weights.")] = None,
-    track: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME", help="Report to mlflow, tensorboard or wandb; again for more."
-        ),
-    ] = None,
-    set_: Settings = None,
-    resume: Resume = False,
+    data: DataSource,
+    *,
+    resume: bool = False,
     processes: Processes = 1,
-    estimate_: Annotated[
-        bool, typer.Option("--estimate", help="First say what it will take, from a few steps.")
-    ] = False,
-    max_minutes: Annotated[
-        float | None, typer.Option(min=0, help="Refuse a run that is estimated to take longer.")
-    ] = None,
-    max_cost: Annotated[
-        float | None, typer.Option(min=0, help="Refuse a run that is estimated to cost more.")
-    ] = None,
-    prices: Prices = None,
-    check_forgetting: Annotated[
-        bool,
-        typer.Option(
-            "--check-forgetting", help="Withhold a model that forgot too much (recipe: forgetting)."
-        ),
-    ] = False,
-    accept: Annotated[
-        Literal["forgetting"] | None,
-        typer.Option(help="Activate the model although it is outside these limits."),
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Tune a model on your data."""
-    settings = [*(["forgetting={}"] if check_forgetting else []), *(set_ or ())]
-    settings += [f"{accept}.accept=true"] if accept else []
-    recipe = read_recipe(data, recipe_options(locals()), settings)
-    from luthier.engine.dataset import check_sources
+    max_minutes: Limit = None,
+    max_cost: Limit = None,
+    prices: Path | None = None,
+    check_forgetting: bool = False,
+    accept_forgetting: bool = False,
+    reporter: Reporter | None = None,
+    **fields: TuningFields,
+) -> Result:
+    """Tune a model on your data.
 
+    Args:
+        data: Data file, folder, 'pattern*', s3:// or recipe (.toml).
+        resume: Resume an interrupted run.
+        processes: Processes of this machine that share each step.
+        max_minutes: Reject a run that is estimated to take longer.
+        max_cost: Reject a run that is estimated to cost more.
+        prices: Price table; prices.toml in LUTHIER_HOME by default.
+        check_forgetting: Withhold a model that forgot too much.
+        accept_forgetting: Activate the model outside these limits, too.
+        reporter: Receives progress; silent if not given.
+        **fields: Fields of the recipe, such as ``base="..."``, ``name="..."``, ``epochs=3`` or
+            ``adaptation__rank=8``, with ``__`` for the dot.
+
+    Returns:
+        Model id, folders, losses, time and memory of the run.
+
+    Raises:
+        RefusedInput: before training, for invalid data or settings.
+    """
+    if check_forgetting:
+        fields = {"forgetting": {}, **fields}
+    if accept_forgetting:
+        fields = {**fields, "forgetting.accept": True}
+    recipe = tuning_recipe(data, fields)
+    from luthier.engine.dataset import check_sources
+    from luthier.engine.metrics import Reporter
+
+    reporter = reporter or Reporter()
     check_sources(recipe.data, recipe.objective)
-    estimate: dict[str, Any] = {}
-    if not resume and (estimate_ or max_minutes is not None or max_cost is not None):
-        from luthier.cli.estimate import as_plain, run_estimate, show
+    if not resume and (max_minutes is not None or max_cost is not None):
         from luthier.workflows.estimate.budget import check_limits, read_prices
+        from luthier.workflows.estimate.estimate import estimate
 
         table = read_prices(prices)
-        found = run_estimate(recipe)
-        if not json_:
-            show(found, table)
-        check_limits(found, max_minutes, max_cost, table)
-        estimate = {"estimate": as_plain(found, table)}
-    # Loads torch, which takes seconds: only for a recipe that parses, and data that is there.
+        check_limits(estimate(recipe, reporter), max_minutes, max_cost, table)
+    # Loads torch, which takes seconds: only for a valid recipe and existing data.
     with heavy_imports():
-        from luthier.cli.progress import LiveReporter
-        from luthier.library.models import find
         from luthier.workflows.tuning import tune as run
 
-    if train_beside_first(lambda: run(recipe, resume, processes=processes)):
-        return
-    with LiveReporter(resume) as reporter:
-        result = run(recipe, resume, reporter, processes)
-    if json_:
-        withheld = find(result.model_id).manifest.withheld
-        print_json(asdict(result) | estimate | ({"withheld": withheld} if withheld else {}))
-    else:
-        print_result(result)
+    return run(recipe, resume, reporter, processes)
 
 
 def print_result(result: Result) -> None:

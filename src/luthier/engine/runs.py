@@ -115,6 +115,8 @@ class Result:
     refit: Refit | None = None
     """The second training, on all rows, where it made the stored weights. Steps, tokens and seconds
     are those of both trainings, what was measured is of the first."""
+    withheld: str | None = None
+    """Reason why the model may not be used, if it forgot too much."""
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Result:

@@ -2,67 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from luthier.data.convert import Conversion, Format
     from luthier.gate.clean import CleaningSummary
-    from luthier.gate.report import Report
-
-
-def inspect(
-    data: str | Path,
-    *,
-    validation: str | Path | None = None,
-    test: str | Path | None = None,
-    columns: Mapping[str, str] | None = None,
-    base: str | None = "auto",
-    objective: str | Mapping[str, Any] | None = None,
-    rows: int = 5,
-    severity: Mapping[str, Any] | None = None,
-    policy: str | Path | None = None,
-    skip: Sequence[str] = (),
-) -> Report:
-    """Say whether data can teach a model, and what is wrong row by row; nothing is trained.
-
-    Args:
-        data: rows to learn from: a file, a folder, a pattern, ``file://`` or ``s3://``.
-        validation, test: rows of the other splits, which must not stand in ``data`` too.
-        columns: the file's name for each of our keys, such as ``{"prompt": "question"}``.
-        base: model that the rows are encoded for, by default the one that :func:`tune` would take;
-            ``None`` leaves out what needs a tokenizer.
-        objective: what is to be learned: a name, or a table of ``method`` and fields; chosen by the
-            rows when not given.
-        rows: rows of each split whose tokens the report keeps, with what of them is learned.
-        severity: ``off``, ``note``, ``warning`` or ``error`` by rule, over those of ``policy``.
-        policy: TOML file with a table ``severity`` and an array ``skip``.
-        skip: names of checks that are not run.
-
-    Returns:
-        The report: ``exit_code`` (0 passed, 1 warnings, 2 refused), ``plain()`` for JSON, ``html()``
-        as one page. Data that is refused raises nothing.
-
-    Raises:
-        RefusedInput: for a base, an objective, a rule or a check that there is not.
-        DownloadError: for a base model, other than the default, that cannot be fetched.
-    """
-    from luthier.gate import inspect as gate
-
-    request = gate.InspectionRequest(
-        str(data),
-        None if validation is None else str(validation),
-        None if test is None else str(test),
-        columns,
-        base,
-        objective,
-        rows,
-        severity or {},
-        None if policy is None else Path(policy),
-        tuple(skip),
-    )
-    return gate.inspect(request)
 
 
 def clean(

@@ -25,36 +25,6 @@ if TYPE_CHECKING:
     from luthier.workflows.student import Student
 
 
-def tune(
-    data: str | Path | Recipe,
-    *,
-    resume: bool = False,
-    reporter: Reporter | None = None,
-    processes: int = 1,
-    **fields: Any,
-) -> Result:
-    """Tune a base model and store the custom model.
-
-    Args:
-        data: a data file, a TOML recipe, or a :class:`~luthier.recipe.Recipe`.
-        resume: go on with an interrupted run of the same name and settings.
-        reporter: receives progress; nothing is printed without one.
-        processes: of this machine that share the rows of each step; one for each GPU or socket.
-        **fields: fields of the recipe by dotted name with ``__`` for the dot, for example
-            ``base="..."``, ``name="..."``, ``training__evaluate_every=50``, ``adaptation__rank=8``;
-            ``epochs``, ``batch_size``, ``learning_rate`` and ``seed`` need no ``training__``.
-
-    Returns:
-        Model id, folders, losses, time and memory of the finished run.
-
-    Raises:
-        RefusedInput: before any training, for data or settings that cannot work.
-    """
-    from luthier.workflows.tuning import tune as run
-
-    return run(recipe_of(data, fields), resume, reporter, processes)
-
-
 def distil(
     prompts: str | Path,
     *,

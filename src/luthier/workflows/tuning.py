@@ -11,6 +11,7 @@ are off where they are not asked for: measuring takes as long as a small tuning 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from luthier.engine.metrics import Reporter
@@ -52,6 +53,7 @@ def tune(
         stored = find(result.model_id)
         if stored.manifest.withheld == UNMEASURED:
             _activate_within(stored, limits, reporter)
+        result = replace(result, withheld=find(stored.id).manifest.withheld)
     certify(result.model_id)
     return result
 

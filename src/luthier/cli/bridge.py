@@ -1,0 +1,286 @@
+"""Typer commands built from the signatures of public functions.
+
+A command is a function such as :func:`luthier.tune`, and ``app.py`` lists the functions. The bridge
+reads each function as follows:
+
+- A parameter before ``*`` is an argument, and a keyword-only parameter is an option.
+- The entry of a parameter under ``Args:`` is the help text.
+- ``reporter`` is no option: the terminal's progress display is passed.
+- ``**keywords`` with :class:`KeywordOptions` are options and ``--set KEY=VALUE``.
+- ``Annotated`` types add what a signature cannot say: another flag, bounds, or :class:`FromText`.
+
+The result goes to the command's renderer, and with ``--json`` to standard output.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.models import ArgumentInfo, OptionInfo
+
+from luthier.cli.console import (
+    UNBROKEN,
+    check_processes,
+    errors,
+    extra,
+    print_json,
+    train_beside_first,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+_SECTION = re.compile(r"^(?:Args|Returns|Raises):$", re.MULTILINE)
+_ENTRY = re.compile(r"^    \*{0,2}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class FromText:
+    """The type that a parameter has on the command line, and its conversion for the function."""
+
+    type: Any
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class KeywordOptions:
+    """Options for the entries of ``**keywords``."""
+
+    options: Mapping[str, Any]
+    """An annotated type with its help text, by keyword."""
+    settings: str = ""
+    """Help text of ``--set KEY=VALUE``, which sets entries by dotted name; no such option if empty."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A public function with the renderer of its result."""
+
+    function: Callable[..., Any]
+    show: Callable[..., None] | None = None
+    """Prints the result. A renderer receives the result, and each option that its signature names. A
+    command without a renderer has no ``--json``."""
+    name: str | None = None
+    shares_work: bool = False
+    """Whether the processes of a launcher such as torchrun run the command together."""
+
+    def typer_function(self, extra_name: str) -> Callable[..., None]:
+        """Return a function that typer can register; ``extra_name`` is the extra that it needs."""
+        parameters = _Parameters(self.function)
+        wanted = [*inspect.signature(self.show).parameters][1:] if self.show else []
+
+        def run(**options: Any) -> None:
+            as_json = options.pop("json_", False)
+            with errors(as_json), extra(extra_name):
+                check_processes(self.shares_work)
+                result = self._call(parameters.keywords(options))
+                if as_json:
+                    print_json(plain(result))
+                elif self.show is not None:
+                    self.show(result, **{name: options[name] for name in wanted})
+                raise typer.Exit(getattr(result, "exit_code", 0))
+
+        run.__name__ = self.function.__name__
+        run.__doc__ = _SECTION.split(inspect.getdoc(self.function) or "")[0].strip()
+        shown = [*parameters.shown]
+        if self.show is not None:
+            shown.append(_keyword("json_", Json, False))
+        run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        return run
+
+    def _call(self, keywords: dict[str, Any]) -> Any:
+        if "reporter" not in inspect.signature(self.function).parameters:
+            return self.function(**keywords)
+        if self.shares_work and train_beside_first(lambda: self.function(**keywords)):
+            raise typer.Exit(0)
+        from luthier.cli.progress import LiveReporter
+
+        with LiveReporter(keywords.get("resume", False)) as reporter:
+            return self.function(**keywords, reporter=reporter)
+
+
+class _Parameters:
+    """The parameters of a function as typer needs them, and the way back to keywords."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.shown: list[inspect.Parameter] = []
+        """Arguments, then options: those of keywords first, the parameters of the function last."""
+        self._convert: dict[str, Callable[[Any], Any]] = {}
+        self._settings = False
+        text = _SECTION.split(inspect.getdoc(function) or "")
+        entries = {
+            name: " ".join(value.split())
+            for part in text[1:]
+            for name, value in _ENTRY.findall(part)
+        }
+        found = inspect.signature(function).parameters.values()
+        order = [inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_KEYWORD]
+        for each in sorted(found, key=lambda one: one.kind not in order):
+            if each.name == "reporter":
+                continue
+            annotation = each.annotation
+            if isinstance(annotation, str):
+                # Only of options: other types are imported for type checks alone.
+                annotation = eval(annotation, function.__globals__)  # noqa: S307 - our own source
+            if each.kind is each.VAR_KEYWORD:
+                self._add_keywords(annotation)
+                continue
+            is_option = each.kind is each.KEYWORD_ONLY
+            self._add(each.name, annotation, each.default, is_option, entries.get(each.name))
+
+    def keywords(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keywords of the function; what was not given keeps its default."""
+        found = {
+            name: self._convert[name](value)
+            for name, value in options.items()
+            if value is not None and name != "set_"
+        }
+        if self._settings:
+            from luthier.recipe import parse_setting
+
+            found |= dict(parse_setting(text) for text in options["set_"] or ())
+        return found
+
+    def _add_keywords(self, annotation: Any) -> None:
+        (keywords,) = (each for each in get_args(annotation) if isinstance(each, KeywordOptions))
+        for name, kind in keywords.options.items():
+            self._add(name, kind, None, True, None)
+        if keywords.settings:
+            option = typer.Option("--set", metavar="KEY=VALUE", help=keywords.settings)
+            self.shown.append(_keyword("set_", Annotated[list[str] | None, option], None))
+            self._settings = True
+
+    def _add(
+        self, name: str, annotation: Any, default: Any, is_option: bool, text: str | None
+    ) -> None:
+        info: Any = typer.Option() if is_option else typer.Argument()
+        kind = annotation
+        converted = None
+        if get_origin(annotation) is Annotated:
+            kind, *metadata = get_args(annotation)
+            for each in metadata:
+                if isinstance(each, OptionInfo | ArgumentInfo):
+                    info = copy.copy(each)
+                elif isinstance(each, FromText):
+                    converted = each
+        self._convert[name] = converted.convert if converted else lambda value: value
+        kind = _text_type(converted.type if converted else kind)
+        info.help = text or info.help
+        if kind is bool and not info.param_decls:
+            info.param_decls = (f"--{name.replace('_', '-')}",)
+        if default == () or isinstance(default, Mapping):
+            default = None
+        if default is None:
+            kind = kind | None
+        self.shown.append(_keyword(name, Annotated[kind, info], default))
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _text_type(kind: Any) -> Any:
+    """Return the command-line type of a parameter: text wherever a function accepts text."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        given = [each for each in parts if each is not type(None)]
+        return str if str in given else _text_type(given[0])
+    if origin is not None and origin is not Literal and issubclass(origin, Sequence):
+        return list[_text_type(parts[0])]  # type: ignore[misc]
+    return kind
+
+
+_RANGE_OR_LIST = re.compile(r"^<(?:list\[(.*)\]|(.*) range)>$")
+"""How typer shows the type of a number with bounds, and of an option that may be repeated."""
+
+
+class _Group(TyperGroup):
+    """Suggests the command of the top level where one of that name is missing below."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, everywhere = args[0], ctx.find_root().command
+        if self.get_command(ctx, name) is None and everywhere.get_command(ctx, name) is not None:
+            ctx.fail(f"No such command {name!r}. Did you mean `luthier {name}`?")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands by panel, with the first sentence of each.
+
+        Click's own method cuts the sentence at the width that is left of 80 columns.
+        """
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command: Any = self.get_command(ctx, name)
+            if not command.hidden:
+                panel = command.rich_help_panel
+                rows = panels.setdefault(panel if isinstance(panel, str) else "Commands", [])
+                rows.append((name, command.get_short_help_str(UNBROKEN)))
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
+
+class _Command(TyperCommand):
+    """Shows an option's value by its type alone: its range stands behind the help, and what may be
+    repeated is given one at a time."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        parameters: list[Any] = list(self.params)
+        for each in parameters:
+            if hasattr(each, "display_type"):  # older versions of typer leave the type to click
+                text = _RANGE_OR_LIST.sub(r"<\1\2>", each.display_type(ctx))
+                shown = text.replace("Path", "path")
+                each.display_type = lambda ctx, shown=shown: shown
+        super().format_options(ctx, formatter)
+
+
+class CommandGroup(typer.Typer):
+    """Commands whose errors are a message, or with ``--json`` an object, and an exit code."""
+
+    def __init__(self, help: str, extra: str = "", **settings: Any) -> None:
+        """``extra`` is the extra of the package that has the libraries these commands need."""
+        # Commands below have the width of the first; click's own is 80 columns at most.
+        width = {"max_content_width": UNBROKEN}
+        super().__init__(
+            help=help, no_args_is_help=True, cls=_Group, context_settings=width, **settings
+        )
+        self.extra = extra
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
+        """As of typer; the parameter ``json_`` of a command says whether a program reads."""
+        register = super().command(name, cls=_Command, **settings)
+
+        def add(function: Callable[..., None]) -> Callable[..., None]:
+            @wraps(function)
+            def run(**options: Any) -> None:
+                with errors(options.get("json_", False)), extra(self.extra):
+                    check_processes(False)
+                    function(**options)
+
+            register(run)
+            return function
+
+        return add
+
+    def add(self, command: Command, panel: str | None = None) -> None:
+        """Register a command under a heading of the group's help."""
+        run = command.typer_function(self.extra)
+        super().command(command.name, cls=_Command, rich_help_panel=panel)(run)
+
+
+def plain(result: Any) -> Any:
+    """Return a result as values for JSON."""
+    if hasattr(result, "plain"):
+        return result.plain()
+    from pydantic_core import to_jsonable_python
+
+    return to_jsonable_python(result)
