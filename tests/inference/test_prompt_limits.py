@@ -170,7 +170,7 @@ def test_time_has_a_limit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> No
         return honest(self, text, first=first)
 
     monkeypatch.setattr(ChatFormat, "tokens", slow)
-    with pytest.raises(InferenceRefused, match=r"more than 0\.01 seconds for this prompt"):
+    with pytest.raises(InferenceRefused):
         limit.check_text("word " * 600_000)
 
 
@@ -191,7 +191,7 @@ class TestConversations:
             Chat((said,), (Tool("f", large),)),
             Chat((said,), (Tool("f", "", {"description": large}),)),
         ):
-            with pytest.raises(TooLong, match=r"^Input is too long for requested model\."):
+            with pytest.raises(TooLong):
                 opened.encode(conversation)
 
     def test_what_is_refused_by_its_length_names_the_messages(self, opened: Decoder) -> None:

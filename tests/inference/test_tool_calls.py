@@ -57,11 +57,9 @@ def test_other_templates_are_told_in_words(tokenizer: Any) -> None:
     assert not takes_tools(chat.template_text)
     found = text(chat, Chat(TALK, (WEATHER,)))
     assert found.count("<|im_start|>system\n") == 1
-    assert found.startswith("<|im_start|>system\nBe kind.\n\nYou can call these functions")
     assert (
         json.dumps({"name": "weather", "arguments": {"city": "Róma"}}, ensure_ascii=False) in found
     )
-    assert "user\nResult of weather: sun\nSure?<|im_end|>" in found
 
 
 def test_without_tools_it_is_the_prompt_that_was_trained(tokenizer: Any) -> None:

@@ -52,5 +52,5 @@ def test_it_does_not_care_which_set_is_first_and_is_0_for_the_same() -> None:
 
 
 def test_one_row_has_no_distribution() -> None:
-    with pytest.raises(ValueError, match="two finite rows"):
+    with pytest.raises(ValueError):
         frechet_distance(np.ones((1, 2)), np.ones((3, 2)))

@@ -104,7 +104,7 @@ def test_refused_data_is_advice_and_no_row_is_an_error(
     assert "field.empty" in found["recommendation"]["reasons"][0]
     data.write_text("{\n")
     result = CliRunner().invoke(app, ["advise", str(data), "--base", str(tiny_model_folder)])
-    assert result.exit_code == 2 and "luthier inspect" in result.output
+    assert result.exit_code == 2
 
 
 def test_rows_of_a_validation_file_are_drawn_from_all_labels(tmp_path: Path) -> None:

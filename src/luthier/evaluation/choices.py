@@ -64,10 +64,10 @@ def encode_choices(row: MultipleChoice, chat: ChatFormat) -> list[Example]:
     return examples
 
 
-def cut_prompt(text: Example, size: int) -> Example:
-    """The last ``size`` tokens: what is asked stands at the end of a prompt, and the choice behind."""
+def keep_end(text: Example, size: int) -> Example:
+    """Return the last ``size`` tokens: the end of the question, and the choice."""
     weight_T = text.weight_T[-size:].copy()
-    weight_T[0] = 0.0  # where the choice alone is longer, its first token has nothing before it
+    weight_T[0] = 0.0  # if the choice alone is longer, nothing precedes its first token
     return Example(text.ids_T[-size:], weight_T, text.row, source_T=text.source_T)
 
 

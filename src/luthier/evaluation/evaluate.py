@@ -113,6 +113,16 @@ class Evaluation:
             int(number) for number in worst_rows(first, certain_R, name in LESS_IS_BETTER)[:count]
         ]
 
+    @property
+    def long_rows_text(self) -> str:
+        """How many rows were longer than the context; empty if none was."""
+        if self.dropped:
+            total = len(self.rows) + self.dropped
+            return f"{self.dropped} of {total} rows are longer than the context and were dropped"
+        if self.truncated:
+            return f"{self.truncated} of {len(self.rows)} rows were truncated to the context"
+        return ""
+
     def plain(self) -> dict[str, Any]:
         """Scores, counts and slices, without the answers; what there is none of is left out."""
         counts = {

@@ -17,8 +17,8 @@ import numpy as np
 from luthier import __version__
 from luthier.engine.machine import open_network
 from luthier.errors import RecipeError
+from luthier.evaluation.long_rows import fit_rows
 from luthier.evaluation.significance import Difference, RowScores, paired_differences
-from luthier.inference.evaluation import fit_rows, text_logps
 from luthier.library.models import (
     StoredModel,
     ancestors,
@@ -40,6 +40,7 @@ from luthier.models.manifest import QuantizationRecord, created_now
 from luthier.objectives import CausalLM
 from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, Row
+from luthier.workflows.evaluate import text_logps
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat

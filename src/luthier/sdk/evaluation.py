@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError, data_errors
-from luthier.sdk.model import Model, stored_model
+from luthier.sdk.model import Model
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation, TurnChoice
     from luthier.evaluation.judges import JudgeAgreement
+    from luthier.evaluation.long_rows import LongRows
     from luthier.graders import OnError, Ruler, Spec
-    from luthier.inference.evaluation import LongRows
     from luthier.library.models import StoredModel
-    from luthier.types import Row
     from luthier.workflows.compare import HeadToHead
     from luthier.workflows.forgetting import Forgetting
 
@@ -74,105 +71,24 @@ def evaluate(
         RefusedInput: before anything is written, for rows or graders that cannot work.
         GradingFailed: with ``fail``, naming the row.
     """
-    from luthier.data.shapes import of_shape
-    from luthier.data.shapes.choices import MultipleChoice
-    from luthier.data.shapes.preferences import JudgedAnswers
-    from luthier.data.shapes.texts import RawText
-    from luthier.evaluation.breakdown import slice_scores
-    from luthier.evaluation.evaluate import check, check_shapes, default_graders, load_graded
-    from luthier.graders import parse_graders
-    from luthier.inference.evaluation import (
-        measure,
-        multiple_choice,
-        open_graders,
-        perplexity,
-        preference_scores,
-        row_remarks,
-        slice_keys,
+    from luthier.workflows.evaluate import evaluate as run
+
+    opened = model.opened if isinstance(model, Model) else None
+    return run(
+        model.stored if isinstance(model, Model) else model,
+        data,
+        graders,
+        max_tokens,
+        on_error,
+        note,
+        long_rows,
+        turns=turns,
+        columns=columns,
+        slices=slices,
+        on_progress=on_progress,
+        attach=attach,
+        opened=opened,
     )
-    from luthier.inference.prediction import Predictor
-    from luthier.library.models import objective_of
-    from luthier.library.reports import check_attachable
-    from luthier.objectives.base import predicts
-
-    chosen = {} if graders is None else parse_graders(graders)
-    rows = load_graded(data, columns, chosen.values(), turns)
-    total = len(rows)
-    stored = stored_model(model)
-    if attach:
-        check_attachable(stored)
-    objective = objective_of(stored)
-    check_shapes(rows, objective)
-    for by in slices:  # before anything is answered
-        slice_keys(rows, by)
-
-    def done(count: int) -> None:
-        on_progress(count, total)
-
-    started = time.monotonic()
-    if predicts(objective):
-        predictor = model.opened if isinstance(model, Model) else Predictor.open(stored)
-        assert isinstance(predictor, Predictor)
-        started = time.monotonic()
-        found = predictor.scores(rows, done, long_rows)
-        if not of_shape(JudgedAnswers, rows):
-            records = [
-                {**_row_input(row), "expected": _expected_answer(row), **answer}
-                for row, answer in zip(found.rows, found.records, strict=True)
-            ]
-            found = replace(found, records=records)
-    elif of_shape(JudgedAnswers, rows):
-        found = preference_scores(stored, rows, done, long_rows)
-    elif of_shape(RawText, rows):
-        found = perplexity(stored, rows)
-    elif choices := of_shape(MultipleChoice, rows):
-        found = multiple_choice(stored, choices, done, long_rows)
-    else:
-        if graders is None:
-            chosen = default_graders(rows, note)
-        check(rows, chosen)
-        writer = model if isinstance(model, Model) else Model(stored)
-        chosen = open_graders(chosen, total, note)
-        started = time.monotonic()
-        found = measure(writer.generator, rows, chosen, max_tokens, done, on_error, long_rows)
-    found = replace(
-        found,
-        seconds=time.monotonic() - started,
-        remarks=[*row_remarks(stored, data, found.rows), *found.remarks],
-    )
-    if slices:
-        if of_shape(RawText, found.rows):  # which is packed: no score belongs to one text
-            raise RecipeError(
-                "raw text is scored as it is packed, not text by text: leave slices away"
-            )
-        whole = {n: each for n, each in found.row_scores.items() if len(each) == len(found.rows)}
-        if not whole:
-            raise RecipeError(
-                f"{stored.id} is not scored row by row on such rows: leave slices away"
-            )
-        parts = [slice_scores(whole, by, slice_keys(found.rows, by)) for by in slices]
-        found = replace(found, slices=[each for part in parts for each in part])
-    if attach:
-        _attach([stored], "evaluation", [data], found, note)
-    return found
-
-
-def _attach(
-    models: Sequence[StoredModel],
-    kind: str,
-    data: Sequence[str | Path],
-    found: Evaluation | HeadToHead | Forgetting,
-    note: Callable[[str], None],
-) -> None:
-    """Keep what was measured on ``data`` with each of ``models``, where their certificates find it."""
-    from luthier.library.reports import hashes_of_data, write_report
-    from luthier.workflows.certificate.certificate import certify
-
-    hashes, result = hashes_of_data(*data), found.plain()
-    for each in models:
-        write_report(each, kind, hashes, result)
-        certify(each.id)
-        note(f"kept with {each.id}, for `luthier certificate {each.id}`")
 
 
 @data_errors("nothing was judged")
@@ -206,7 +122,7 @@ def judge_agreement(
     from luthier.data.rows import load_rows
     from luthier.data.shapes.preferences import Preference, RankedReplies
     from luthier.evaluation.judges import check_pairs, measure_agreement
-    from luthier.inference.evaluation import open_graders
+    from luthier.workflows.evaluate import open_graders
 
     columns = dict(columns or {})
     if human not in (*Preference.keys, *RankedReplies.keys, *columns.values()):
@@ -280,6 +196,7 @@ def compare(
     from luthier.library.reports import check_attachable
     from luthier.workflows.compare import compare as run
     from luthier.workflows.estimate.budget import read_prices
+    from luthier.workflows.evaluate import attach_report
 
     models = [find(each) for each in tuned]
     if not models:
@@ -309,7 +226,7 @@ def compare(
         on_progress,
     )
     if attach:
-        _attach(models, "comparison", [data], found, note)
+        attach_report(models, "comparison", [data], found.plain(), note)
     return found
 
 
@@ -342,6 +259,7 @@ def forgetting(
     """
     from luthier.library.models import find
     from luthier.library.reports import check_attachable
+    from luthier.workflows.evaluate import attach_report
     from luthier.workflows.forgetting import load_probes, measure_forgetting
 
     stored = find(model)
@@ -361,40 +279,5 @@ def forgetting(
         on_progress,
     )
     if attach:
-        _attach([stored], "forgetting", probes, found, note)
+        attach_report([stored], "forgetting", probes, found.plain(), note)
     return found
-
-
-def _row_input(row: Row) -> dict[str, Any]:
-    """What a row gives a model that reads, ready for JSON."""
-    from luthier.data.shapes.conversations import PromptCompletion
-    from luthier.data.shapes.media import MediaRow
-    from luthier.data.shapes.texts import TaggedWords
-
-    if isinstance(row, PromptCompletion):
-        return row.record()
-    if isinstance(row, MediaRow):
-        return {row.key(): str(row.media)}
-    if isinstance(row, TaggedWords) and row.tags is not None:
-        return {"tokens": list(row.tokens)}
-    return {"text": row.plain_text()}
-
-
-def _expected_answer(row: Row) -> Any:
-    """What a row says that the model should have answered."""
-    from luthier.data.shapes.base import Labelled
-    from luthier.data.shapes.media import CaptionedImage
-    from luthier.data.shapes.texts import RatedText, TaggedWords, TextPair
-
-    match row:
-        case CaptionedImage():
-            return row.caption
-        case TaggedWords():
-            return list(row.tags or ())
-        case RatedText():
-            return row.rating
-        case Labelled():
-            return row.label
-        case TextPair():
-            return row.positive
-    return None

@@ -80,8 +80,8 @@ def _measure_cost(
     from luthier.data.rows import load_rows
     from luthier.exports.quantization import measure_quantization
     from luthier.exports.writer import new_target
-    from luthier.inference.evaluation import row_remarks
     from luthier.library.reports import hashes_of_data
+    from luthier.workflows.training_overlap import row_remarks
 
     new_target(target)  # refuses a folder that is not empty
     rows = load_rows(data, columns)

@@ -44,10 +44,10 @@ from luthier.gate.row_keys import match_questions, repeated_rows
 from luthier.graders import Exact
 from luthier.graders.base import Answer
 from luthier.graders.ruler import judge_pairs
-from luthier.inference.evaluation import measure, open_graders
 from luthier.inference.prediction import Predictor
 from luthier.models.sampling import Sampling
 from luthier.types import Example, Message, Row
+from luthier.workflows.evaluate import grade_replies, open_graders
 from luthier.workflows.prompting import (
     NearestExamples,
     Question,
@@ -57,6 +57,7 @@ from luthier.workflows.prompting import (
     questions_of,
     ways_to_ask,
 )
+from luthier.workflows.score_predictions import score_predictions
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -462,7 +463,7 @@ class _Contest:
         resting = begin_peak_memory()
         predictor = Predictor.open(stored)
         began = time.perf_counter()
-        found = predictor.scores(rows, self._done)
+        found = score_predictions(predictor, rows, self._done)
         self.finished += len(rows)
         return found, (time.perf_counter() - began) / len(rows), peak_memory() - resting
 
@@ -497,7 +498,7 @@ class _Contest:
                 continue
             tokens = sum(generator.prompt_tokens(prompt) for prompt in prompts) / len(prompts)
             begin_peak_memory()
-            graded = measure(generator, asked, self.graders, self.max_tokens, self._done)
+            graded = grade_replies(generator, asked, self.graders, self.max_tokens, self._done)
             seconds = graded.reply_seconds / len(rows)
             self.finished += len(rows)
             technique: Technique = way.technique

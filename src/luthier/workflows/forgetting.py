@@ -38,11 +38,8 @@ from luthier.evaluation.significance import (
     paired_differences,
     perplexity_of,
 )
-from luthier.inference.evaluation import (
-    choice_likelihoods,
-    fit_choices,
-)
 from luthier.types import Example, Message
+from luthier.workflows.evaluate import choice_likelihoods, fit_choices
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -291,11 +291,13 @@ class _Labels:
     def measure_trained(self, name: str) -> TechniqueResult:
         """The head's own labels."""
         from luthier.inference.prediction import Predictor
+        from luthier.workflows.score_predictions import score_predictions
 
         objective = self.job.data.objective
         predictor = Predictor(self.network, objective, self.job.chat, _context(self.job))
         began = time.perf_counter()
-        rows = next(iter(predictor.scores(self.held).row_scores.values()))
+        scored = score_predictions(predictor, self.held)
+        rows = next(iter(scored.row_scores.values()))
         assert isinstance(rows, RowScores)
         seconds = (time.perf_counter() - began) / len(self.held)
         return TechniqueResult(

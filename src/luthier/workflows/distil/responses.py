@@ -223,7 +223,7 @@ class _Responses:
 
     def _graders(self, answers: int) -> Mapping[str, Grader]:
         """The grader of the insights, if any, with the models it names opened and tried."""
-        from luthier.inference.evaluation import open_graders
+        from luthier.workflows.evaluate import open_graders
 
         grader = self.recipe.insights.grader
         given = {} if grader is None else {grader.method: grader}

@@ -1,0 +1,79 @@
+"""Rows longer than a model's context: rejected, dropped or truncated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.evaluation.evaluate import Evaluation
+from luthier.evaluation.significance import Score
+from luthier.types import Example, Row
+
+LongRows = Literal["error", "drop", "truncate"]
+"""How to handle rows longer than the context, as ``data.long_rows`` in training."""
+
+
+@dataclass(frozen=True)
+class FittingRows:
+    """Rows that fit into the context."""
+
+    rows: list[Row]
+    examples: list[list[Example]]
+    """Encoded texts of each row: one, or two for rows with two sides."""
+    dropped: int = 0
+    truncated: int = 0
+
+    def evaluation(
+        self,
+        scores: Mapping[str, Score],
+        records: Sequence[Mapping[str, Any]],
+        remarks: Sequence[str] = (),
+    ) -> Evaluation:
+        """Return the evaluation of the rows."""
+        return Evaluation(
+            scores, self.rows, remarks=[*remarks], records=[dict(each) for each in records],
+            dropped=self.dropped, truncated=self.truncated,
+        )  # fmt: skip
+
+
+def fit_rows(
+    rows: Sequence[Row],
+    examples: Sequence[list[Example]],
+    context: int,
+    long_rows: LongRows,
+    truncate: Callable[[Example, int], Example],
+) -> FittingRows:
+    """Return the rows whose texts have at most ``context`` tokens.
+
+    Raises:
+        DataError: with every long row, if ``long_rows`` is ``error``.
+        RecipeError: if every row was dropped.
+    """
+    problems: list[Problem] = []
+    kept: list[tuple[Row, list[Example]]] = []
+    dropped = truncated = 0
+    for row, texts in zip(rows, examples, strict=True):
+        longest = max(len(text) for text in texts)
+        if longest <= context:
+            kept.append((row, texts))
+        elif long_rows == "truncate":
+            truncated += 1
+            kept.append((row, [truncate(t, context) if len(t) > context else t for t in texts]))
+        elif long_rows == "drop":
+            dropped += 1
+        else:
+            message = f"{longest} tokens are more than the model's context of {context}."
+            fix = "Shorten the row, or set `long_rows=drop` or `long_rows=truncate`."
+            problems.append(Problem(row.file, row.line, "row.too_long", message, fix))
+    reject_long_rows(problems, len(kept), dropped)
+    return FittingRows([r for r, _ in kept], [texts for _, texts in kept], dropped, truncated)
+
+
+def reject_long_rows(problems: Sequence[Problem], kept: int, dropped: int) -> None:
+    """Raise :class:`DataError` for ``problems``, and :class:`RecipeError` if no row is left."""
+    if problems:
+        raise DataError(problems, "nothing was evaluated")
+    if dropped and not kept:
+        raise RecipeError(f"all {dropped} rows are longer than the model's context; none is left")

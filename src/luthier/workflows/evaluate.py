@@ -1,0 +1,488 @@
+"""Evaluation of a stored model on held-out rows.
+
+The kind of rows decides what is measured:
+
+* prompts with replies: greedy replies, scored by graders;
+* raw text: perplexity;
+* choices: the likelihood of each choice (:mod:`luthier.evaluation.choices`);
+* judged answers: how often the better answer is the likelier one. The log-probability and DPO's
+  implicit reward are compared: the log-probability minus the parent model's (Rafailov et al. 2023,
+  section 4). Adapters are merged in float32, because rounded weights move small rewards;
+* labels, ratings, tags, pairs and media: :mod:`luthier.workflows.score_predictions`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from luthier.data.read import read_records
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.choices import MultipleChoice
+from luthier.data.shapes.conversations import PromptCompletion
+from luthier.data.shapes.media import CaptionedImage, MediaRow
+from luthier.data.shapes.preferences import JudgedAnswers, ThumbedReply
+from luthier.data.shapes.texts import RatedText, RawText, TaggedWords, TextPair
+from luthier.data.tree import READING_BUDGET
+from luthier.errors import DataError, Problem, RecipeError, RowRefused, data_errors
+from luthier.evaluation.breakdown import length_keys, slice_scores
+from luthier.evaluation.choices import ChoiceLikelihood, choice_scores, encode_choices, keep_end
+from luthier.evaluation.evaluate import (
+    Evaluation,
+    TurnChoice,
+    check,
+    check_shapes,
+    default_graders,
+    grade,
+    load_graded,
+    questions,
+)
+from luthier.evaluation.long_rows import FittingRows, LongRows, fit_rows, reject_long_rows
+from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
+from luthier.evaluation.significance import (
+    LESS_IS_BETTER,
+    RowScores,
+    Score,
+    Statistic,
+    perplexity_of,
+)
+from luthier.gate.language_identification import detect_languages
+from luthier.graders import parse_graders
+from luthier.inference.generation import Generator
+from luthier.inference.inference import Chat
+from luthier.inference.prediction import Predictor
+from luthier.inference.reply_log import journal_verdicts
+from luthier.library import models as library
+from luthier.library.reports import check_attachable, hashes_of_data, write_report
+from luthier.models.sampling import Sampling
+from luthier.objectives import DPO, KTO, CausalLM
+from luthier.objectives.base import cut_end, predicts
+from luthier.types import Example, Row
+from luthier.workflows.certificate.certificate import certify
+from luthier.workflows.score_predictions import score_predictions
+from luthier.workflows.training_overlap import row_remarks
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+    from luthier.graders import Grader, OnError, Spec
+    from luthier.library.models import StoredModel
+    from luthier.media.image_generation import ImageGenerator
+    from luthier.models.network import Network, TreeBatch
+
+AnyGrader = TypeVar("AnyGrader", bound="Grader")
+Done = Callable[[int], None]
+"""Called with the number of finished rows."""
+
+
+@data_errors("nothing was evaluated")
+def evaluate(
+    model: str | StoredModel,
+    data: str | Path,
+    graders: Sequence[Spec] | Mapping[str, Spec] | None = None,
+    max_tokens: int = 128,
+    on_error: OnError = "fail",
+    note: Callable[[str], None] = lambda text: None,
+    long_rows: LongRows = "error",
+    *,
+    turns: TurnChoice = "last",
+    columns: Mapping[str, str] | None = None,
+    slices: Sequence[str] = (),
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    attach: bool = False,
+    opened: Predictor | Generator | ImageGenerator | None = None,
+) -> Evaluation:
+    """Evaluate ``model`` on the rows of ``data``; ``luthier.evaluate`` describes the arguments.
+
+    ``opened`` is the model in memory, if it is loaded already.
+    """
+    chosen = {} if graders is None else parse_graders(graders)
+    rows = load_graded(data, columns, chosen.values(), turns)
+    total = len(rows)
+    stored = library.find(model) if isinstance(model, str) else model
+    if attach:
+        check_attachable(stored)
+    objective = library.objective_of(stored)
+    check_shapes(rows, objective)
+    for by in slices:  # reject unknown columns before the model is loaded
+        slice_keys(rows, by)
+
+    def done(count: int) -> None:
+        on_progress(count, total)
+
+    started = time.monotonic()
+    if predicts(objective):
+        predictor = opened if isinstance(opened, Predictor) else Predictor.open(stored)
+        started = time.monotonic()
+        found = _with_inputs(score_predictions(predictor, rows, done, long_rows))
+    elif of_shape(JudgedAnswers, rows):
+        found = preference_scores(stored, rows, done, long_rows)
+    elif of_shape(RawText, rows):
+        found = perplexity(stored, rows)
+    elif choices := of_shape(MultipleChoice, rows):
+        found = multiple_choice(stored, choices, done, long_rows)
+    else:
+        if graders is None:
+            chosen = default_graders(rows, note)
+        check(rows, chosen)
+        generator = opened if isinstance(opened, Generator) else Generator.open(stored)
+        chosen = open_graders(chosen, total, note)
+        started = time.monotonic()
+        found = grade_replies(generator, rows, chosen, max_tokens, done, on_error, long_rows)
+    found = replace(
+        found,
+        seconds=time.monotonic() - started,
+        remarks=[*row_remarks(stored, data, found.rows), *found.remarks],
+    )
+    if slices:
+        found = _with_slices(found, slices)
+    if attach:
+        attach_report([stored], "evaluation", [data], found.plain(), note)
+    return found
+
+
+def attach_report(
+    models: Sequence[StoredModel],
+    kind: str,
+    data: Sequence[str | Path],
+    result: Mapping[str, Any],
+    note: Callable[[str], None],
+) -> None:
+    """Store ``result`` with each of ``models``, where their certificates find it."""
+    hashes = hashes_of_data(*data)
+    for each in models:
+        write_report(each, kind, hashes, dict(result))
+        certify(each.id)
+        note(f"stored with {each.id}: `luthier certificate {each.id}` shows it")
+
+
+def open_graders(
+    graders: Mapping[str, AnyGrader], answers: int, note: Callable[[str], None]
+) -> dict[str, AnyGrader]:
+    """Return ``graders`` with their models loaded and tried, ready for ``answers`` answers.
+
+    Verdicts of a judge are stored in its journal, so that no prompt is sent twice.
+
+    Raises:
+        UnknownModel, RecipeError: for a model that is missing or has another purpose, a rejected key,
+            or a grader with the name of an error metric.
+        LuthierError: if an endpoint does not answer.
+    """
+    if errors := sorted(graders.keys() & LESS_IS_BETTER):
+        raise RecipeError(
+            f"`{errors[0]}` is the name of an error metric, for which less is better; give the grader "
+            "another name"
+        )
+    verdicts = sum(grader.judgements for grader in graders.values())
+    if verdicts:
+        note(f"at most {verdicts * (answers + 1):,} verdicts are requested from the judge")
+    if not verdicts and not any(grader.models for grader in graders.values()):
+        return dict(graders)
+    from luthier.engine.job import load_frozen
+    from luthier.engine.machine import choose_machine
+    from luthier.engine.metrics import Reporter
+    from luthier.objectives.scoring import LocalModels, check_grader_model
+
+    stored = {n: library.find(n, note) for each in graders.values() for n in each.models}
+    for grader in graders.values():
+        for name, task in grader.models.items():
+            check_grader_model(name, task, library.objective_of(stored[name]))
+    machine = choose_machine()
+    networks = {name: load_frozen(each, machine, Reporter()) for name, each in stored.items()}
+    models = LocalModels(networks, note, journal_verdicts)
+    ready = {name: grader.with_models(models) for name, grader in graders.items()}
+    for name, grader in ready.items():
+        if warning := grader.rehearse():
+            note(f"warning: grader {name}: {warning}")
+    return ready
+
+
+def grade_replies(
+    generator: Generator,
+    rows: Sequence[Row],
+    graders: Mapping[str, Grader],
+    max_tokens: int,
+    done: Done = lambda count: None,
+    on_error: OnError = "fail",
+    long_rows: LongRows = "error",
+) -> Evaluation:
+    """Generate a greedy reply to each row and grade the replies.
+
+    Prompts without room for a reply are rejected or dropped. They are never truncated, because the
+    question is at their end.
+
+    Raises:
+        DataError: with every prompt that is too long, if ``long_rows`` is ``error``.
+        RecipeError: for ``truncate``.
+    """
+    if long_rows == "truncate":
+        raise RecipeError(
+            "a truncated prompt loses its question, so prompts are not truncated; set "
+            "`long_rows=drop`",
+            "long_rows",
+        )
+    prompts = [Chat(each, row.tools) for row, each in zip(rows, questions(rows), strict=True)]
+    sampling = Sampling(max_tokens=max_tokens)
+    refusals = [generator.refusal(prompt, sampling) for prompt in prompts]
+    kept = [index for index, refusal in enumerate(refusals) if refusal is None]
+    fix = "Shorten the row, set `long_rows=drop`, or lower `max_tokens`."
+    problems = [
+        Problem(row.file, row.line, "row.too_long", refusal, fix)
+        for row, refusal in zip(rows, refusals, strict=True)
+        if refusal is not None and long_rows == "error"
+    ]
+    dropped = len(rows) - len(kept)
+    reject_long_rows(problems, len(kept), dropped)
+    began = time.perf_counter()
+    replies = generator.replies([prompts[index] for index in kept], sampling, done=done)
+    seconds = time.perf_counter() - began
+    graded = grade([rows[index] for index in kept], replies, graders, on_error)
+    return replace(graded, dropped=dropped, reply_seconds=seconds)
+
+
+def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:
+    """Score how well a causal language model predicts raw text, packed as in training.
+
+    ``loss`` is in nats per token without the first token of each sequence. ``bits_per_character``
+    compares models of different tokenizers. Standard errors are those of a mean over sequences.
+    """
+    library.check_writes(stored, "so raw text has no perplexity under it")
+    trained = library.objective_of(stored)
+    objective = trained if isinstance(trained, CausalLM) else CausalLM()
+    chat = library.chat_format(stored)
+    encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
+    sequences = objective.pack(encoded, library.room_of(stored))
+    weight_S = np.array([sequence.weight for sequence in sequences])
+    loss = RowScores.of(-np.array(_stored_logps(stored, sequences)), weight_S, is_share=False)
+    tokens = float(weight_S.sum())
+    bits = tokens / math.log(2) / max(1, sum(len(row.plain_text()) for row in rows))
+
+    def of_loss(change: Callable[[float], float]) -> Statistic:
+        return Statistic.of(lambda row_K: change(loss.take(row_K).value), len(loss), is_share=False)
+
+    scores: dict[str, Score] = {
+        "perplexity": of_loss(perplexity_of),
+        "loss": loss,
+        "bits_per_character": of_loss(lambda nats: nats * bits),
+    }
+    return Evaluation(scores, list(rows), tokens=int(tokens))
+
+
+def preference_scores(
+    stored: StoredModel,
+    rows: Sequence[Row],
+    done: Done = lambda count: None,
+    long_rows: LongRows = "error",
+) -> Evaluation:
+    """Score how a model ranks the answers of pairs, ratings or thumbs.
+
+    Raises:
+        DataError: with every row longer than the context, if ``long_rows`` is ``error``.
+    """
+    library.check_writes(stored, "so answers have no probability under it")
+    objective = KTO() if isinstance(rows[0], ThumbedReply) else DPO()
+    rows = objective.regroup(rows)
+    chat = library.chat_format(stored)
+    texts = [objective.encode(row, index, chat).sides for index, row in enumerate(rows)]
+    fitting = fit_rows(rows, texts, library.room_of(stored), long_rows, cut_end)
+    rows, sides = fitting.rows, [side for each in fitting.examples for side in each]
+    logps = _stored_logps(stored, sides)
+    done(len(rows))
+    parent = stored.manifest.parent
+    references: Sequence[float | None] = [None] * len(sides)
+    if parent:
+        references = _stored_logps(library.find(str(parent)), sides)
+    answers = [
+        Likelihood(logp, int(np.count_nonzero(side.weight_T)), reference)
+        for logp, side, reference in zip(logps, sides, references, strict=True)
+    ]
+    records: list[dict[str, Any]]
+    if thumbed := of_shape(ThumbedReply, rows):
+        scores = thumb_scores(answers, [row.desirable for row in thumbed])
+        records = [{"line": r.line, **a.plain()} for r, a in zip(rows, answers, strict=True)]
+        return fitting.evaluation(scores, records)
+    pairs = list(zip(answers[::2], answers[1::2], strict=True))
+    records = [
+        {"line": row.line, "chosen": chosen.plain(), "rejected": rejected.plain()}
+        for row, (chosen, rejected) in zip(rows, pairs, strict=True)
+    ]
+    return fitting.evaluation(pair_scores(pairs), records)
+
+
+def multiple_choice(
+    stored: StoredModel,
+    rows: Sequence[MultipleChoice],
+    done: Done = lambda count: None,
+    long_rows: LongRows = "error",
+) -> Evaluation:
+    """Score how often the right choice is the likeliest.
+
+    Prompts are continued as text, without the chat template, as in lm-evaluation-harness. Shared
+    beginnings of choices are computed once. ``truncate`` cuts the beginning of a prompt.
+
+    Raises:
+        DataError: with every row longer than the context, if ``long_rows`` is ``error``.
+    """
+    from luthier.engine.machine import open_network
+
+    library.check_writes(stored, "so choices have no probability under it")
+    fitting = fit_choices(rows, library.chat_format(stored), library.room_of(stored), long_rows)
+    network = open_network(stored, precise=True)
+    found = choice_likelihoods(network, fitting.examples)
+    network.close()
+    done(len(rows))
+    return fitting.evaluation(*choice_scores(of_shape(MultipleChoice, fitting.rows) or (), found))
+
+
+def fit_choices(
+    rows: Sequence[MultipleChoice], chat: ChatFormat, context: int, long_rows: LongRows
+) -> FittingRows:
+    """Encode the choices of ``rows`` and apply ``long_rows``.
+
+    Raises:
+        DataError: with each row that has a choice without tokens.
+    """
+    problems: list[Problem] = []
+    texts: list[list[Example]] = []
+    for row in rows:
+        try:
+            texts.append(encode_choices(row, chat))
+        except RowRefused as bad:
+            problems.append(bad.at(row.file, row.line))
+    if problems:
+        raise DataError(problems, "nothing was evaluated")
+    return fit_rows(rows, texts, context, long_rows, keep_end)
+
+
+def choice_likelihoods(
+    network: Network, choices: Sequence[Sequence[Example]]
+) -> list[list[ChoiceLikelihood]]:
+    """Return the likelihoods of the choices of each row."""
+    import torch
+
+    from luthier.objectives.logprobs import greedy_token_logps, row_sums
+
+    def read(batch: TreeBatch) -> Iterator[ChoiceLikelihood]:
+        logp_M, best_M = greedy_token_logps(network, batch)
+        logp_R = row_sums(batch, logp_M).tolist()
+        missed_R = row_sums(batch, (~best_M).float()).tolist()
+        return (
+            ChoiceLikelihood(logp, not missed)
+            for logp, missed in zip(logp_R, missed_R, strict=True)
+        )
+
+    with torch.no_grad():
+        found = iter(network.read_rows([*chain(*choices)], READING_BUDGET, read))
+    return [[next(found) for _ in of_row] for of_row in choices]
+
+
+def text_logps(network: Network, texts: Sequence[Example]) -> list[float]:
+    """Return the log-probability of the learned tokens of each text, in nats."""
+    import torch
+
+    from luthier.objectives.references import with_reference_logps
+
+    with torch.no_grad():
+        found = with_reference_logps(network, texts, READING_BUDGET)
+    return [float(each.reference or 0.0) for each in found]
+
+
+def slice_keys(rows: Sequence[Row], by: str) -> list[str]:
+    """Return the slice of each row by its label, length (thirds), language or a column of its file.
+
+    Raises:
+        RecipeError: if no row has a label or such a column.
+    """
+    if by == "label":
+        keys = [", ".join(row.classes()) for row in rows]
+    elif by == "length":
+        return length_keys(
+            [sum(len(each) for each in row.inputs()) or len(row.plain_text()) for row in rows]
+        )
+    elif by == "language":
+        texts = [" ".join(row.inputs()) or row.plain_text() for row in rows]
+        return [code or "unknown" for code in detect_languages(texts)]
+    else:
+        # Rows store only what models use, so the column is read from the file.
+        columns = {file: _read_column(Path(file), by) for file in {r.file: None for r in rows}}
+        keys = [columns[row.file].get(row.line, "") for row in rows]
+    if not any(keys):
+        raise RecipeError(
+            f"no row has a value for the slice {by!r}; slice by label, length, language or a column "
+            "with text or numbers",
+            "slices",
+        )
+    return [key or "none" for key in keys]
+
+
+def _read_column(file: Path, name: str) -> dict[int, str]:
+    found = {line: record.get(name) for line, record in read_records(file, [])}
+    return {line: str(each) for line, each in found.items() if isinstance(each, str | int | float)}
+
+
+def _with_slices(found: Evaluation, slices: Sequence[str]) -> Evaluation:
+    """Return ``found`` with the scores of each slice.
+
+    Raises:
+        RecipeError: if the scores are not scores of single rows.
+    """
+    # Raw text is packed, so no score belongs to one text.
+    packed = of_shape(RawText, found.rows)
+    whole = {n: s for n, s in found.row_scores.items() if len(s) == len(found.rows)}
+    if packed or not whole:
+        raise RecipeError("these rows are not scored one by one; leave `slices` out", "slices")
+    parts = [slice_scores(whole, by, slice_keys(found.rows, by)) for by in slices]
+    return replace(found, slices=[each for part in parts for each in part])
+
+
+def _stored_logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
+    from luthier.engine.machine import open_network
+
+    network = open_network(stored, precise=True)
+    found = text_logps(network, texts)
+    network.close()
+    return found
+
+
+def _with_inputs(found: Evaluation) -> Evaluation:
+    """Return ``found`` with input and expected answer in each record."""
+    if of_shape(JudgedAnswers, found.rows):
+        return found
+    records = [
+        {**_input_of(row), "expected": _expected_of(row), **answer}
+        for row, answer in zip(found.rows, found.records, strict=True)
+    ]
+    return replace(found, records=records)
+
+
+def _input_of(row: Row) -> dict[str, Any]:
+    match row:
+        case PromptCompletion():
+            return row.record()
+        case MediaRow():
+            return {row.key(): str(row.media)}
+        case TaggedWords() if row.tags is not None:
+            return {"tokens": list(row.tokens)}
+    return {"text": row.plain_text()}
+
+
+def _expected_of(row: Row) -> Any:
+    match row:
+        case CaptionedImage():
+            return row.caption
+        case TaggedWords():
+            return list(row.tags or ())
+        case RatedText():
+            return row.rating
+        case Labelled():
+            return row.label
+        case TextPair():
+            return row.positive
+    return None

@@ -1,0 +1,164 @@
+"""Scores of models that predict: labels, ratings, tags, rewards, embeddings and transcriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from luthier.data.shapes import of_shape
+from luthier.data.shapes.base import Labelled
+from luthier.data.shapes.media import CaptionedImage
+from luthier.data.shapes.preferences import JudgedAnswers
+from luthier.data.shapes.texts import History, RawText, TaggedWords, TextPair
+from luthier.errors import DataError, Problem
+from luthier.evaluation.breakdown import Calibration
+from luthier.evaluation.evaluate import Evaluation, check_shapes
+from luthier.evaluation.labels import label_remarks, scores
+from luthier.evaluation.long_rows import FittingRows, LongRows, fit_rows
+from luthier.evaluation.preferences import ranking_scores
+from luthier.evaluation.retrieval import (
+    ClassRetrieval,
+    pair_ranks,
+    partner_ranks,
+    retrieval_scores,
+)
+from luthier.evaluation.significance import RowScores
+from luthier.evaluation.thresholds import threshold_scores
+from luthier.inference.prediction import Predictor
+from luthier.media.transcription import transcription_remarks, transcription_scores
+from luthier.types import Row
+
+Predictions = list[dict[str, Any]]
+
+
+def score_predictions(
+    predictor: Predictor,
+    rows: Sequence[Row],
+    done: Callable[[int], None] = lambda count: None,
+    long_rows: LongRows = "error",
+) -> Evaluation:
+    """Return the predictions for ``rows`` and their scores.
+
+    Raises:
+        DataError: for rows without what the model predicts, and for long rows with ``error``.
+    """
+    objective = predictor.objective
+    check_shapes(rows, objective)
+    rows = objective.regroup(rows)
+    # An image-to-text model reads one side of a row and predicts the other side.
+    two_sided = objective.task != "image_to_text"
+    examples = [
+        [predictor.encode(side, index) for side in (row.sides() if two_sided else [row])]
+        for index, row in enumerate(rows)
+    ]
+    fitting = fit_rows(rows, examples, predictor.context, long_rows, objective.truncate)
+    count = len(fitting.examples[0]) if fitting.rows else 1
+    flat = [text for texts in fitting.examples for text in texts]
+    found = predictor.read(flat, lambda finished: done(finished // count))
+    sides = [found[side::count] for side in range(count)]
+    if fitting.rows:
+        kinds: tuple[tuple[type[Row], str, Callable[..., Evaluation]], ...] = (
+            (JudgedAnswers, "reward", _score_rewards),
+            (TextPair, "embedding", _score_partners),
+            (Labelled, "embedding", _score_classes),
+            (CaptionedImage, "embedding", _score_captions),
+            (CaptionedImage, "text", _score_transcriptions),
+        )
+        for shape, answer, score in kinds:
+            if of_shape(shape, fitting.rows) and answer in sides[0][0]:
+                return score(predictor, fitting, *sides)
+    return _score_labels(predictor, fitting, *sides)
+
+
+def _score_rewards(
+    predictor: Predictor, fitting: FittingRows, first: Predictions, second: Predictions
+) -> Evaluation:
+    """Score how often the better of two answers has the higher reward."""
+    pairs = [(c["reward"], r["reward"]) for c, r in zip(first, second, strict=True)]
+    records = [
+        {"line": row.line, "chosen": c, "rejected": r}
+        for row, (c, r) in zip(fitting.rows, pairs, strict=True)
+    ]
+    return fitting.evaluation(ranking_scores(pairs, "reward"), records)
+
+
+def _score_partners(
+    predictor: Predictor, fitting: FittingRows, first: Predictions, second: Predictions
+) -> Evaluation:
+    """Score how often a text, or a history of items, finds its partner."""
+    rows = cast("Sequence[TextPair]", fitting.rows)
+    anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
+    known = {row.positive for row in rows}
+    # Items that are no row's next item can be found as well.
+    earlier = [item for row in rows if isinstance(row, History) for item in row.items]
+    items = [item for item in dict.fromkeys(earlier) if item not in known]
+    bare = [RawText(rows[0].file, 0, item) for item in items]
+    others = [answer["embedding"] for answer in predictor.answers(bare)]
+    ranks = partner_ranks(anchors, partners, [row.positive for row in rows], others)
+    what = "next item" if isinstance(rows[0], History) else "partner"
+    remark = f"each {what} is searched among {len(known) + len(others):,} different ones"
+    found = retrieval_scores(ranks)
+    if predictor.threshold is not None:
+        texts = [row.text for row in rows], [row.positive for row in rows]
+        found |= threshold_scores(anchors, partners, *texts, predictor.threshold)
+    return fitting.evaluation(found, first, [remark])
+
+
+def _score_classes(predictor: Predictor, fitting: FittingRows, first: Predictions) -> Evaluation:
+    """Score how often a row finds other rows with its label.
+
+    Raises:
+        DataError: if no two rows have the same label.
+    """
+    rows = cast("Sequence[Labelled]", fitting.rows)
+    found = ClassRetrieval.of([a["embedding"] for a in first], [str(row.label) for row in rows])
+    count = len(found.rank_R)
+    if not count:
+        message = "no two rows have the same label, so no row can find another of its label."
+        fix = "Give several rows of the same label."
+        problem = Problem(rows[0].file, rows[0].line, "row.no_label", message, fix)
+        raise DataError([problem], "nothing was evaluated")
+    remark = f"each row searches the {len(rows) - 1:,} other rows for its label"
+    if count < len(rows):
+        remark += f"; {len(rows) - count:,} rows are alone with their label and do not search"
+    return fitting.evaluation(found.scores, first, [remark])
+
+
+def _score_captions(
+    predictor: Predictor, fitting: FittingRows, first: Predictions, second: Predictions
+) -> Evaluation:
+    """Score how often an image finds one of its captions, and a caption one of its images."""
+    rows = cast("Sequence[CaptionedImage]", fitting.rows)
+    keys = [row.media.digest() for row in rows], [row.caption for row in rows]
+    sides = [[answer["embedding"] for answer in side] for side in (first, second)]
+    found = dict[str, RowScores]()
+    for name, (query, item) in {"image_to_text": (0, 1), "text_to_image": (1, 0)}.items():
+        ranks = pair_ranks(sides[query], sides[item], keys[query], keys[item])
+        found |= {f"{name}_{key}": value for key, value in retrieval_scores(ranks).items()}
+    images, texts = (len({*each}) for each in keys)
+    remark = f"each of {images:,} images searches {texts:,} texts, and each text the images"
+    return fitting.evaluation(found, first, [remark])
+
+
+def _score_transcriptions(
+    predictor: Predictor, fitting: FittingRows, first: Predictions
+) -> Evaluation:
+    """Score the character and word errors of texts read from images."""
+    rows = cast("Sequence[CaptionedImage]", fitting.rows)
+    pairs = [(a["text"], row.caption) for a, row in zip(first, rows, strict=True)]
+    return fitting.evaluation(
+        transcription_scores(pairs), first, transcription_remarks(rows, first)
+    )
+
+
+def _score_labels(predictor: Predictor, fitting: FittingRows, first: Predictions) -> Evaluation:
+    """Score labels, ratings or tags."""
+    rows = fitting.rows
+    for row, answer in zip(rows, first, strict=True):
+        if isinstance(row, TaggedWords):
+            # The model did not read the words behind the cut, so no entity was found there.
+            answer["tags"] += ["O"] * (len(row.tokens) - len(answer["tags"]))
+    found = scores(rows, first)
+    if calibration := Calibration.of(rows, first):
+        found["expected_calibration_error"] = calibration.score()
+    return fitting.evaluation(found, first, label_remarks(rows, first))

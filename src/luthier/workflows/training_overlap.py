@@ -1,0 +1,85 @@
+"""Rows of an evaluation that the model was trained on, and rows that repeat each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+from luthier.data.rows import RowReader
+from luthier.engine.dataset import checker_for
+from luthier.engine.runs import HELD_OUT
+from luthier.files import read_json, sha256_of
+from luthier.gate.row_keys import match_questions, question_of, repeated_rows
+from luthier.library.folders import working_folders
+from luthier.library.models import StoredModel, objective_of
+from luthier.types import Row
+
+MOST_COMPARED_BYTES = 64_000_000
+"""Size of the training files that are searched for evaluated rows: a few seconds."""
+
+
+def row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> list[str]:
+    """Return the reasons why scores of ``rows`` say less than their standard errors do."""
+    remarks = []
+    trained = _training_files(stored)
+    if trained and Path(data).is_file() and sha256_of(Path(data)) in trained.values():
+        remarks.append(
+            f"{stored.id} was trained on these rows, so the scores measure memory. Evaluate the model "
+            "on other rows"
+        )
+    elif seen := _trained_rows(stored, trained, rows):
+        number, location = next(iter(seen.items()))
+        remarks.append(
+            f"{len(seen):,} of {len(rows):,} rows have the question of a training row "
+            f"({rows[number].file}:{rows[number].line} and {location}, for example), so their scores "
+            "measure memory. `luthier split` keeps such rows apart"
+        )
+    if repeats := repeated_rows(rows):
+        remarks.append(
+            f"{len(repeats):,} of {len(rows):,} rows repeat other rows word for word, so the intervals "
+            "are too narrow"
+        )
+    return remarks
+
+
+def _training_files(stored: StoredModel) -> dict[str, str]:
+    """Return the SHA-256 of each training file by path."""
+    if stored.manifest.data is None:
+        return {}
+    data = (stored.manifest.recipe or {}).get("data", {})
+    held_out = set[str]()
+    for each in (data.get("validation"), data.get("test")):
+        held_out.update([each] if isinstance(each, str) else each or ())
+    return {p: digest for p, digest in stored.manifest.data.sha256.items() if p not in held_out}
+
+
+def _trained_rows(
+    stored: StoredModel, trained: Mapping[str, str], rows: Sequence[Row]
+) -> dict[int, str]:
+    """Return the places of ``rows`` with the question of a training row, and its location.
+
+    Files that are missing or changed are skipped, as are files beyond :data:`MOST_COMPARED_BYTES` in
+    all and held-out lines.
+    """
+    if not trained or not any(map(question_of, rows)):
+        return {}
+    held_out = [stored.manifest.data.held_out] if stored.manifest.data else []
+    for folder in working_folders(stored.id)[:1]:
+        if (folder / HELD_OUT).is_file():  # also has the lines of a test split
+            held_out += read_json(folder / HELD_OUT).values()
+    columns = (stored.manifest.recipe or {}).get("data", {}).get("columns")
+    checker = checker_for(objective_of(stored))
+
+    def rows_of(path: str) -> Iterator[Row]:
+        skipped = {line for files in held_out for line in files.get(path, ())}
+        return (row for row in RowReader(path, columns, checker) if row.line not in skipped)
+
+    usable, left = list[str](), MOST_COMPARED_BYTES
+    for path in filter(os.path.isfile, trained):
+        if (size := os.path.getsize(path)) <= left:
+            left -= size
+            usable.append(path)
+    same = (path for path in usable if sha256_of(Path(path)) == trained[path])
+    return match_questions(rows, chain.from_iterable(map(rows_of, same)))
