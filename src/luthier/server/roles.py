@@ -65,10 +65,7 @@ _OPERATIONS = {
             "openai.evals.runs.list openai.evals.runs.retrieve openai.evals.runs.output_items.list "
             "openai.evals.runs.output_items.retrieve"
         ),
-        "s3": (
-            "ListAllMyBuckets ListBucket GetBucketLocation GetObject ListBucketMultipartUploads "
-            "ListMultipartUploadParts"
-        ),
+        "s3": "ListAllMyBuckets ListBucket GetBucketLocation GetObject",
     },
     Permission.DEVELOP: {
         "bedrock": (

@@ -314,6 +314,7 @@ def test_documents_that_are_bombs(raw: Raw) -> None:
     )
     assert post(b"<Delete>" + b"<x>" * 100) == (400, "MalformedXML")
     assert post(b"<Delete>" + b"<x/>" * 200_000 + b"</Delete>") == (400, "MalformedXML")
+    assert post(b"<x>" * 500_000) == (400, "MalformedXML")
     for coding in (b"utf-99", b"utf-7", b"shift_jis"):
         declared = b'<?xml version="1.0" encoding="' + coding + b'"?><Delete/>'
         assert post(declared) == (400, "MalformedXML")

@@ -241,8 +241,7 @@ def test_accounts_do_not_see_each_other(data: Objects) -> None:
         lambda: data.delete_bucket(TWO, "data"),
         lambda: data.copy(TWO, ("data", "k"), ("data", "l"), lambda found: ObjectMetadata()),
         lambda: page(data.database, TWO, "data"),
-        lambda: uploads.parts(TWO, "data", "k", upload.id),
-        lambda: uploads.of_bucket(TWO, "data"),
+        lambda: uploads.part(TWO, "data", "k", upload.id, 1),
         lambda: uploads.abort(TWO, "data", "k", upload.id),
     ]
     for call in calls:
@@ -252,8 +251,9 @@ def test_accounts_do_not_see_each_other(data: Objects) -> None:
     assert data.buckets(TWO) == []
     data.create_bucket(TWO, "data")
     assert page(data.database, TWO, "data").entries == ()
-    with pytest.raises(ObjectRefused, match="upload does not exist"):
-        uploads.parts(TWO, "data", "k", upload.id)
+    with pytest.raises(ObjectRefused) as caught:
+        uploads.part(TWO, "data", "k", upload.id, 1)
+    assert caught.value.code == "NoSuchUpload"
 
 
 def test_parts_leave_the_disk_unless_they_are_chosen(data: Objects) -> None:

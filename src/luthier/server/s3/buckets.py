@@ -18,21 +18,16 @@ MOST_KEYS = 1000
 
 
 def list_buckets(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """The account's buckets by name."""
-    most = request.number("max-buckets", 10_000, 10_000, least=1)
-    start = decoded_token(request.query.get("continuation-token", ""))
+    """List the account's buckets by name, all on one page."""
     prefix = request.query.get("prefix", "")
     found = [
-        each
-        for each in stores.objects.buckets(request.account)
-        if each.name.startswith(prefix) and each.name >= start
+        each for each in stores.objects.buckets(request.account) if each.name.startswith(prefix)
     ]
     shown = [
         ("Bucket", [("Name", each.name), ("CreationDate", timestamp(each.created))])
-        for each in found[:most]
+        for each in found
     ]
-    rest = [("ContinuationToken", encoded_token(found[most].name))] if found[most:] else []
-    return xml_response("ListAllMyBucketsResult", [owner(request), ("Buckets", shown), *rest])
+    return xml_response("ListAllMyBucketsResult", [owner(request), ("Buckets", shown)])
 
 
 def create_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -106,9 +101,9 @@ def list_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
     return xml_response("ListBucketResult", [*content, *entries])
 
 
-def owner(request: S3Request, name: str = "Owner") -> Element:
-    """The account, as documents name it."""
-    return (name, [("ID", request.account), ("DisplayName", request.account)])
+def owner(request: S3Request) -> Element:
+    """Return the element of the account."""
+    return ("Owner", [("ID", request.account), ("DisplayName", request.account)])
 
 
 def encoding(request: S3Request) -> Callable[[str], str]:

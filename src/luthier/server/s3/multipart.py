@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from luthier.server.audit import record_action
-from luthier.server.http.messages import Fault, Response, parse_digits, timestamp
+from luthier.server.http.messages import Fault, Response, parse_digits
 from luthier.server.s3 import documents
 from luthier.server.s3.body import (
     COMPOSITE,
@@ -19,15 +19,12 @@ from luthier.server.s3.body import (
     full,
     sent_checksums,
 )
-from luthier.server.s3.buckets import encoding, owner
 from luthier.server.s3.documents import Element, xml_response
 from luthier.server.s3.objects import check_read, check_write, copy_elements, span
 from luthier.server.s3.request import S3Request, Stores, arn, copy_source, describe_object
 from luthier.server.tables.multipart import MOST_PARTS, CompletedPart
 from luthier.server.tables.object_files import WrittenFile
 from luthier.server.tables.objects import ObjectPiece, Upload
-
-_PAGE = 1000
 
 
 def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -49,7 +46,7 @@ def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     headers = {}
     if algorithm:
         headers = {"x-amz-checksum-algorithm": algorithm.upper(), "x-amz-checksum-type": kind}
-    content = [*_bucket_and_key(request), _id(made)]
+    content = [*_bucket_and_key(request), ("UploadId", made.id)]
     return xml_response("InitiateMultipartUploadResult", content, **headers)
 
 
@@ -120,71 +117,6 @@ def abort_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     return Response(204)
 
 
-def list_parts(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """The parts that have come."""
-    upload_id = request.query["uploadId"]
-    most = request.number("max-parts", _PAGE, _PAGE)
-    after = request.number("part-number-marker", 0, MOST_PARTS)
-    every = stores.uploads.parts(request.account, request.bucket, request.key, upload_id)
-    left = [piece for piece in every if piece.number > after]
-    shown = left[:most]
-    content: list[Element | None] = [
-        *_bucket_and_key(request),
-        ("UploadId", upload_id),
-        owner(request, "Initiator"),
-        owner(request),
-        ("StorageClass", "STANDARD"),
-        ("PartNumberMarker", after),
-        ("NextPartNumberMarker", shown[-1].number) if shown else None,
-        ("MaxParts", most),
-        ("IsTruncated", len(left) > len(shown)),
-    ]
-    return xml_response("ListPartsResult", [*content, *map(_part, shown)])
-
-
-def list_uploads(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """The uploads of a bucket that are not done."""
-    asked, encode = request.query, encoding(request)
-    if asked.get("delimiter"):
-        raise Fault("NotImplemented", "Uploads are listed without delimiter.")
-    most, prefix = request.number("max-uploads", _PAGE, _PAGE, least=1), asked.get("prefix", "")
-    marker, of_key = asked.get("key-marker", ""), asked.get("upload-id-marker", "")
-    every = stores.uploads.of_bucket(request.account, request.bucket)
-    left = [each for each in every if each.key.startswith(prefix) and each.key > marker]
-    if of_key:
-        same = [each for each in every if each.key == marker]
-        ids = [each.id for each in same]
-        left = (same[ids.index(of_key) + 1 :] if of_key in ids else []) + left
-    shown = left[:most]
-    more = len(left) > len(shown)
-    content: list[Element | None] = [
-        ("Bucket", request.bucket),
-        ("KeyMarker", encode(marker)),
-        ("UploadIdMarker", of_key),
-        ("NextKeyMarker", encode(shown[-1].key)) if more else None,
-        ("NextUploadIdMarker", shown[-1].id) if more else None,
-        ("EncodingType", "url") if "encoding-type" in asked else None,
-        ("Prefix", encode(prefix)),
-        ("MaxUploads", most),
-        ("IsTruncated", more),
-    ]
-    uploads: list[Element] = [
-        (
-            "Upload",
-            [
-                ("Key", encode(each.key)),
-                _id(each),
-                owner(request, "Initiator"),
-                owner(request),
-                ("StorageClass", "STANDARD"),
-                ("Initiated", timestamp(each.created)),
-            ],
-        )
-        for each in shown
-    ]
-    return xml_response("ListMultipartUploadsResult", [*content, *uploads])
-
-
 def _put_part(
     stores: Stores, request: S3Request, written: WrittenFile, checksums: Mapping[str, str]
 ) -> ObjectPiece:
@@ -208,16 +140,14 @@ def _number(request: S3Request) -> int:
 
 
 def _parse_parts(body: bytes) -> list[CompletedPart]:
-    parts = documents.parse(body, "CompleteMultipartUpload").all("Part")
+    parts = documents.parse(body, "CompleteMultipartUpload").findall("Part")
     if not 1 <= len(parts) <= MOST_PARTS:
         raise documents.malformed_xml()
     chosen = []
     for part in parts:
-        values = {child.name: child.text.strip() for child in part.children}
-        number, etag = (
-            parse_digits(values.get("PartNumber", ""), 9),
-            values.get("ETag", "").strip('"'),
-        )
+        values = {child.tag: (child.text or "").strip() for child in part}
+        number = parse_digits(values.get("PartNumber", ""), 9)
+        etag = values.get("ETag", "").strip('"')
         if number is None or not etag:
             raise documents.malformed_xml()
         chosen.append(CompletedPart(number, etag, from_elements(values)))
@@ -247,22 +177,5 @@ def _of_whole(
     return made
 
 
-def _part(piece: ObjectPiece) -> Element:
-    return (
-        "Part",
-        [
-            ("PartNumber", piece.number),
-            ("LastModified", timestamp(piece.modified)),
-            ("ETag", f'"{piece.md5}"'),
-            *as_elements(piece.checksums),
-            ("Size", piece.size),
-        ],
-    )
-
-
 def _bucket_and_key(request: S3Request) -> list[Element]:
     return [("Bucket", request.bucket), ("Key", request.key)]
-
-
-def _id(upload: Upload) -> Element:
-    return ("UploadId", upload.id)

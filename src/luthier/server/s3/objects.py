@@ -98,7 +98,7 @@ def _moment(text: str) -> datetime | None:
     try:
         moment = parsedate_to_datetime(text)
     except ValueError:
-        return None  # passed over, as the RFC asks
+        return None  # RFC 9110: ignore a date that cannot be parsed
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
@@ -167,11 +167,11 @@ def delete_object(stores: Stores, request: S3Request, body: bytes) -> Response:
 def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Remove the objects that a document names."""
     tree = documents.parse(body, "Delete")
-    named = tree.all("Object")
-    keys = [each.value("Key") or "" for each in named]
+    named = tree.findall("Object")
+    keys = [each.findtext("Key") or "" for each in named]
     if not keys or len(keys) > MOST_DELETED or not all(keys):
         raise documents.malformed_xml()
-    if any(each.value("VersionId") for each in named):
+    if any(each.findtext("VersionId") for each in named):
         raise Fault("NotImplemented", "Objects have no versions here.")
     stores.objects.bucket(request.account, request.bucket)
     allowed: list[str] = []
@@ -186,7 +186,7 @@ def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
         else:
             allowed.append(key)
     stores.objects.delete(request.account, request.bucket, allowed)
-    if (tree.value("Quiet") or "").strip() != "true":
+    if tree.findtext("Quiet", "").strip() != "true":
         results = [("Deleted", [("Key", key)]) for key in allowed] + results
     return xml_response("DeleteResult", results)
 

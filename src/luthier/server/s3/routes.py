@@ -61,10 +61,8 @@ _RESPONSE = _keys(
     "response-cache-control response-content-disposition response-content-encoding "
     "response-content-language response-content-type response-expires"
 )
-_UPLOADS = _keys("prefix delimiter key-marker upload-id-marker max-uploads encoding-type")
-_PART, _OF_PART = _keys("uploadId partNumber"), _keys("max-parts part-number-marker")
+_PART = _keys("uploadId partNumber")
 _UPLOAD, _NEW = _keys("uploadId"), _keys("uploads")
-_LIST_UPLOADS, _LIST_PARTS = "s3:ListBucketMultipartUploads", "s3:ListMultipartUploadParts"
 
 OPERATIONS = (
     S3Operation("ListBuckets", "GET", "service", "s3:ListAllMyBuckets", buckets.list_buckets,
@@ -77,8 +75,6 @@ OPERATIONS = (
     S3Operation("ListObjectsV2", "GET", "bucket", "s3:ListBucket", buckets.list_objects_v2,
               needs=_keys("list-type"), may=_V2),
     S3Operation("ListObjects", "GET", "bucket", "s3:ListBucket", buckets.list_objects, may=_V1),
-    S3Operation("ListMultipartUploads", "GET", "bucket", _LIST_UPLOADS, multipart.list_uploads,
-              needs=_NEW, may=_UPLOADS),
     S3Operation("DeleteObjects", "POST", "bucket", "s3:DeleteObject", objects.delete_objects,
               needs=_keys("delete")),
     S3Operation("PutObject", "PUT", "object", "s3:PutObject", keeps=objects.put_object,
@@ -97,8 +93,6 @@ OPERATIONS = (
               multipart.complete_upload, needs=_UPLOAD, whole=True),
     S3Operation("AbortMultipartUpload", "DELETE", "object", "s3:AbortMultipartUpload",
               multipart.abort_upload, needs=_UPLOAD),
-    S3Operation("ListParts", "GET", "object", _LIST_PARTS, multipart.list_parts,
-              needs=_UPLOAD, may=_OF_PART),
 )  # fmt: skip
 
 

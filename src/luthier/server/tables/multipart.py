@@ -73,11 +73,6 @@ class MultipartUploads:
             storage.check(session, account, quotas, stored_bytes=1)
         return made
 
-    def upload(self, account: str, bucket: str, key: str, upload_id: str) -> Upload:
-        """The upload; ``NoSuchBucket`` or ``NoSuchUpload`` where there is none for this key."""
-        with self.database.read() as session:
-            return _upload(session, account, bucket, key, upload_id)
-
     def put_part(
         self,
         account: str,
@@ -119,18 +114,6 @@ class MultipartUploads:
             )
             found: ObjectPiece | None = session.scalar(query)
             return found
-
-    def parts(self, account: str, bucket: str, key: str, upload_id: str) -> list[ObjectPiece]:
-        """The parts that have come, by number."""
-        with self.database.read() as session:
-            return pieces_of(session, _upload(session, account, bucket, key, upload_id))
-
-    def of_bucket(self, account: str, bucket: str) -> list[Upload]:
-        """Uploads that are not done, by key and then by age."""
-        with self.database.read() as session:
-            seq = get_bucket(session, account, bucket).seq
-            query = select(Upload).where(Upload.bucket_seq == seq)
-            return list(session.scalars(query.order_by(Upload.key, Upload.created, Upload.id)))
 
     def complete(
         self,
