@@ -172,22 +172,20 @@ def test_bodies_of_another_face_s_form(runtime_pool: ModelPool, tiny_model_folde
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "place"),
     [
-        ({}, r"required key \[prompt\] not found"),
-        ({"prompt": 1}, "#/prompt: expected type: String, found: Integer"),
-        ({"prompt": "a", "stop": "b"}, "#/stop: expected type: JSONArray, found: String"),
-        ({"prompt": "a", "top_k": 1.5}, "#/top_k: expected type: Integer, found: Number"),
-        ({"prompt": "a", "top_p": {}}, "#/top_p: expected type: Number, found: JSONObject"),
-        (
-            {"prompt": "a", "seed": 2**63},
-            "#/seed: Member must have value less than 9223372036854775808",
-        ),
+        ({}, "#/prompt "),
+        ({"prompt": 1}, "#/prompt "),
+        ({"prompt": "a", "stop": "b"}, "#/stop "),
+        ({"prompt": "a", "stop": ["b", ""]}, "#/stop/1 "),
+        ({"prompt": "a", "top_k": 1.5}, "#/top_k "),
+        ({"prompt": "a", "seed": 2**63}, "#/seed "),
     ],
 )
-def test_values_are_refused_in_the_words_of_aws(body: dict[str, Any], words: str) -> None:
-    with pytest.raises(Fault, match=words):
+def test_a_malformed_body_names_the_member(body: dict[str, Any], place: str) -> None:
+    with pytest.raises(Fault) as caught:
         parsed_native(PromptBody, body)
+    assert caught.value.code == "Validation" and place in caught.value.message
 
 
 def test_a_chat_completion_names_the_model_that_was_invoked(

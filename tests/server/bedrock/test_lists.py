@@ -71,12 +71,8 @@ def test_filters_hold_on_every_page(bedrock: Any, submit: Callable[..., str]) ->
     assert page_of(bedrock, maxResults=2, nameContains="odd", nextToken=token) == (["odd-1"], None)
 
 
-def test_malformed_tokens_are_refused(bedrock: Any, submit: Callable[..., str]) -> None:
-    for number in range(3):
-        submit(f"job-{number}")
-    _, token = page_of(bedrock, maxResults=1)
-    assert token
-    for given in (token[:-4], "1"):
+def test_malformed_tokens_are_refused(bedrock: Any) -> None:
+    for given in ("x", "2026-01-01_x", "2026-13-01T00:00:00+00:00_1"):
         assert refused(bedrock.list_model_customization_jobs, nextToken=given)[0] == (
             "ValidationException"
         )

@@ -71,7 +71,7 @@ def test_seeds_and_further_fields(runtime_client: Any) -> None:
     assert text(seed=7) == text(seed=7) != text(seed=8)
     assert text(top_k=1) == text_of(runtime_client.converse(**said()))
     assert text(seed=7, repetition_penalty=1.9) != text(seed=7)
-    with pytest.raises(ClientError, match=r"extraneous key \[tok\] is not permitted"):
+    with pytest.raises(ClientError, match="#/tok "):
         text(tok=1)
 
 

@@ -1,22 +1,16 @@
-"""What the operations of the control plane work with: who may, once for each token, pages of lists.
-
-A token of a list is the place of the last row, not a count: what is made or deleted between two pages
-moves nothing.
-"""
+"""Requests to the control plane: parts of the server, idempotent creation, pages of lists."""
 
 from __future__ import annotations
 
-import base64
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from botocore.model import OperationModel
-from sqlalchemy import ColumnElement, Select, func, tuple_
+from sqlalchemy import ColumnElement, func, select, tuple_
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 
 from luthier.limits import AccountQuotas
 from luthier.server.audit import record_action
@@ -27,17 +21,18 @@ from luthier.server.http.routing import Handler
 from luthier.server.tables.arns import Arn, Arns
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database
+from luthier.server.tables.endpoints import Endpoint
 from luthier.server.tables.idempotency import Attempt, recall, remember
+from luthier.server.tables.jobs import Job
 from luthier.server.tables.locations import Locations
 from luthier.server.tables.tags import TooManyTags
 
 TOKEN = "clientRequestToken"  # noqa: S105  (the name of a member)
 _ATTEMPTS = 3
 Row = TypeVar("Row")
+Listed = TypeVar("Listed", Job, CustomModel, Endpoint)
 DEFAULT_RESULTS = 100
-_PLACE = struct.Struct(">qq")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND, _MILLISECOND = timedelta(microseconds=1), timedelta(milliseconds=1)
+_MILLISECOND = timedelta(milliseconds=1)
 LONGEST_FAILURE = 2048
 """Characters of a failure message, by the shape that Bedrock has for it."""
 
@@ -198,81 +193,48 @@ def failure_message(text: str | None) -> str | None:
     return text[:LONGEST_FAILURE] if text else None
 
 
-@dataclass(frozen=True)
-class ListColumns:
-    """What a list is ordered by, time and then order of creation, and the names it is searched by."""
-
-    created: InstrumentedAttribute[datetime]
-    seq: InstrumentedAttribute[int]
-    name: InstrumentedAttribute[str]
-
-    def conditions(self, request: ControlRequest) -> list[ColumnElement[bool]]:
-        """What a request asks of name and time of creation, both bounds of which are excluded."""
-        found: list[ColumnElement[bool]] = []
-        if text := request.get("nameContains"):
-            # LIKE would tell small letters from capitals on one database alone.
-            found.append(func.replace(self.name, text, "") != self.name)
-        after = request.get("creationTimeAfter", request.get("createdAfter"))
-        before = request.get("creationTimeBefore", request.get("createdBefore"))
-        try:
-            # Clients know times to the millisecond, and compare with what they were told.
-            if after is not None:
-                found.append(self.created >= _floor(after) + _MILLISECOND)
-            if before is not None:
-                exact = _floor(before) == before
-                found.append(self.created < (before if exact else _floor(before) + _MILLISECOND))
-        except OverflowError as error:
-            raise Fault("Validation", "The time is out of range.") from error
-        return found
-
-
 def page(
-    request: ControlRequest, session: Session, wanted: Select[Row], columns: ListColumns
-) -> tuple[Sequence[Row], str | None]:
-    """Rows of the page that is asked for, and the token of the next one.
+    request: ControlRequest, table: type[Listed], *conditions: ColumnElement[bool]
+) -> tuple[Sequence[Listed], str | None]:
+    """Return one page of the account's rows in order of creation, and the token of the next page.
+
+    A token names the last row: rows created or deleted between two pages move nothing.
 
     Raises:
         Fault: Validation, for a malformed token.
     """
-    limit = request.get("maxResults", DEFAULT_RESULTS)
+    request.record("*")
+    query = select(table).where(table.account == request.account, *conditions)
+    if text := request.get("nameContains"):
+        # LIKE ignores case on SQLite only.
+        query = query.where(func.replace(table.name, text, "") != table.name)
+    if (after := request.get("creationTimeAfter", request.get("createdAfter"))) is not None:
+        # Clients know the millisecond only, so a row of the same millisecond is not later.
+        after = min(after, datetime.max.replace(tzinfo=UTC) - _MILLISECOND)
+        query = query.where(table.created >= after + _MILLISECOND)
+    if (before := request.get("creationTimeBefore", request.get("createdBefore"))) is not None:
+        query = query.where(table.created < before)
     ascending = request.get("sortOrder") == "Ascending"
     if token := request.get("nextToken"):
-        place, last_shown = tuple_(columns.created, columns.seq), _place_of(token)
-        wanted = wanted.where(place > last_shown if ascending else place < last_shown)
-    sorted_by = [
-        each.asc() if ascending else each.desc() for each in (columns.created, columns.seq)
-    ]
-    rows = session.scalars(wanted.order_by(*sorted_by).limit(limit + 1)).all()
+        place, last = tuple_(table.created, table.seq), _position(token)
+        query = query.where(place > last if ascending else place < last)
+    order = (table.created, table.seq) if ascending else (table.created.desc(), table.seq.desc())
+    limit = request.get("maxResults", DEFAULT_RESULTS)
+    with request.control.database.read() as session:
+        rows = session.scalars(query.order_by(*order).limit(limit + 1)).all()
     if len(rows) <= limit:
         return rows, None
-    last = rows[limit - 1]
-    place_of_last = getattr(last, columns.created.key), getattr(last, columns.seq.key)
-    return rows[:limit], _token_of(place_of_last)
+    return rows[:limit], f"{rows[limit - 1].created.isoformat()}_{rows[limit - 1].seq}"
 
 
-def _floor(moment: datetime) -> datetime:
-    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
-
-
-def _token_of(place: tuple[datetime, int]) -> str:
-    moment, seq = place
-    packed = _PLACE.pack((moment - _EPOCH) // _MICROSECOND, seq)
-    return base64.urlsafe_b64encode(packed).decode()
-
-
-def _place_of(token: str) -> tuple[datetime, int]:
+def _position(token: str) -> tuple[datetime, int]:
+    moment, _, seq = token.rpartition("_")
     try:
-        packed = base64.b64decode(token.encode(), altchars=b"-_", validate=True)
-        microseconds, seq = _PLACE.unpack(packed)
-        return _EPOCH + microseconds * _MICROSECOND, seq
-    except (OverflowError, ValueError, struct.error) as error:
-        raise _invalid_token() from error
-
-
-def _invalid_token() -> Fault:
-    return Fault("Validation", "The provided nextToken is not valid.", parameter="nextToken")
+        return datetime.fromisoformat(moment).astimezone(UTC), int(seq)
+    except (ValueError, OverflowError):
+        raise invalid("nextToken", "The provided nextToken is not valid.") from None
 
 
 def list_answer(member: str, summaries: list[dict[str, Any]], token: str | None) -> dict[str, Any]:
-    """The answer of a list; at its end there is no token."""
+    """Return the response of a list; the last page has no token."""
     return {member: summaries, "nextToken": token}

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import false, select
 from sqlalchemy.orm import Session
 
 from luthier.server.bedrock.control import (
     ControlRequest,
-    ListColumns,
     Operate,
     failure_message,
     invalid,
@@ -32,7 +31,6 @@ from luthier.server.tables import tags
 from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.jobs import Job
 
-_COLUMNS = ListColumns(CustomModel.created, CustomModel.seq, CustomModel.name)
 _SHOWN = ("modelSourceConfig", "roleArn", "modelKmsKeyArn", "clientRequestToken")
 """Members of a request for a model from outside that are kept with it."""
 
@@ -81,26 +79,21 @@ def get_model(request: ControlRequest) -> dict[str, Any]:
 
 
 def list_models(request: ControlRequest) -> dict[str, Any]:
-    """Models of the account by creation; nobody shares theirs."""
-    request.record("*")
-    query = select(CustomModel).where(
-        CustomModel.account == request.account,
-        CustomModel.status != RESERVED,
-        *_COLUMNS.conditions(request),
-    )
-    if not request.get("isOwned", True):
-        query = query.where(CustomModel.account != request.account)
+    """List the models of the account."""
+    conditions = [CustomModel.status != RESERVED]
+    if not request.get("isOwned", True):  # models that other accounts share: there are none
+        conditions.append(false())
     if base := request.get("baseModelArnEquals"):
-        query = query.where(CustomModel.base_model == base)
+        conditions.append(CustomModel.base_model == base)
     if foundation := request.get("foundationModelArnEquals"):
         arn = own(request.arns, "", FOUNDATION, foundation)
-        query = query.where(CustomModel.root == (arn.path if arn else None))
+        conditions.append(CustomModel.root == (arn.path if arn else None))
     if status := request.get("modelStatus"):
-        query = query.where(CustomModel.status == status)
+        conditions.append(CustomModel.status == status)
+    rows, token = page(request, CustomModel, *conditions)
     with request.control.database.read() as session:
-        rows, token = page(request, session, query, _COLUMNS)
         jobs = _jobs(session, rows)
-        summaries = [_summary(request, model, jobs.get(str(model.job_id))) for model in rows]
+    summaries = [_summary(request, model, jobs.get(str(model.job_id))) for model in rows]
     return list_answer("modelSummaries", summaries, token)
 
 

@@ -17,7 +17,6 @@ from sqlalchemy.orm import Session
 from luthier.errors import NameInUse
 from luthier.server.bedrock.control import (
     ControlRequest,
-    ListColumns,
     Operate,
     failure_message,
     invalid,
@@ -45,7 +44,6 @@ from luthier.server.tables.endpoints import (
     Endpoint,
 )
 
-_COLUMNS = ListColumns(Endpoint.created, Endpoint.seq, Endpoint.name)
 _COMMITMENT = {"OneMonth": timedelta(days=30), "SixMonths": timedelta(days=182)}
 
 
@@ -135,17 +133,6 @@ def _find(
     return request.found(found, arn, kind.arn, identifier, kind.resource)
 
 
-def _page(
-    request: ControlRequest, kind: _Kind, *conditions: ColumnElement[bool]
-) -> tuple[list[Endpoint], str | None]:
-    """Endpoints of the account by creation, and the token of the next page."""
-    request.record("*")
-    query = select(Endpoint).where(*_own(request, kind), *_COLUMNS.conditions(request), *conditions)
-    with request.control.database.read() as session:
-        rows, token = page(request, session, query, _COLUMNS)
-    return list(rows), token
-
-
 def _delete(request: ControlRequest, kind: _Kind) -> dict[str, Any]:
     """Delete an endpoint; its model stays."""
     with request.control.database.write() as session:
@@ -206,7 +193,7 @@ def list_deployments(request: ControlRequest) -> dict[str, Any]:
         wanted.append(Endpoint.status == (READY if status == _DEPLOYMENT.ready else status))
     if model := request.get("modelArnEquals"):
         wanted.append(Endpoint.model == model)
-    rows, token = _page(request, _DEPLOYMENT, *wanted)
+    rows, token = page(request, Endpoint, Endpoint.kind == DEPLOYMENT, *wanted)
     summaries = [
         {**_deployment_summary(request, each), "customModelDeploymentName": each.name}
         for each in rows
@@ -303,7 +290,7 @@ def list_provisioned(request: ControlRequest) -> dict[str, Any]:
     if model := request.get("modelArnEquals"):
         about_to = and_(Endpoint.next_model == model, updating)
         wanted.append(or_(Endpoint.model == model, about_to))
-    rows, token = _page(request, _PROVISIONED, *wanted)
+    rows, token = page(request, Endpoint, Endpoint.kind == PROVISIONED, *wanted)
     summaries = [_provisioned_summary(request, each) for each in rows]
     return list_answer("provisionedModelSummaries", summaries, token)
 

@@ -14,7 +14,6 @@ from luthier.escaping import map_code
 from luthier.server.bedrock import hyperparameters
 from luthier.server.bedrock.control import (
     ControlRequest,
-    ListColumns,
     Operate,
     failure_message,
     invalid,
@@ -72,7 +71,6 @@ _PARTS = {
     "dataProcessingDetails": "data_processing",
     "trainingDetails": "training",
 }
-_COLUMNS = ListColumns(Job.created, Job.seq, Job.name)
 _KEY_ID = re.compile("[a-zA-Z0-9-]{36}")
 _KEY_ARN = re.compile("arn:aws(-[^:]+)?:kms:[a-zA-Z0-9-]*:[0-9]{12}:key/[a-zA-Z0-9-]{36}")
 
@@ -229,18 +227,14 @@ def get_job(request: ControlRequest) -> dict[str, Any]:
 
 
 def list_jobs(request: ControlRequest) -> dict[str, Any]:
-    """Jobs of the account by creation."""
-    request.record("*")
-    query = select(Job).where(
-        Job.account == request.account,
-        *_COLUMNS.conditions(request),
-    )
+    """List the jobs of the account."""
+    conditions = []
     if status := request.get("statusEquals"):
-        query = query.where(Job.state.in_([s for s, shown in _STATUS.items() if shown == status]))
+        conditions.append(Job.state.in_([s for s, shown in _STATUS.items() if shown == status]))
+    rows, token = page(request, Job, *conditions)
     with request.control.database.read() as session:
-        rows, token = page(request, session, query, _COLUMNS)
         models = _models(session, rows)
-        summaries = [_summary(request, job, models.get(job.id)) for job in rows]
+    summaries = [_summary(request, job, models.get(job.id)) for job in rows]
     return list_answer("modelCustomizationJobSummaries", summaries, token)
 
 
