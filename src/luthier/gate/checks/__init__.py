@@ -51,7 +51,7 @@ BASE_MISSING = Rule(
     "warning",
     "The base model could not be fetched, so no row was encoded.",
     "Template, lengths in tokens and what is learned are not checked.",
-    "Run `luthier models pull ID` where there is a network, or `luthier inspect --no-base`.",
+    "Run `luthier models pull ID` where there is a network, or `luthier inspect --base none`.",
     whole=True,
 )
 
