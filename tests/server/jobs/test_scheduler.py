@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import pytest
 
 from luthier.server.jobs import processes
 from luthier.server.jobs.admission import Capacity, memory_of
-from luthier.server.jobs.folders import LONGEST_LOG, JobFolders
+from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.kinds import TRAINING
-from luthier.server.jobs.scheduler import RoomWaits, Scheduler
+from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.tables import queue as leased_work
 from luthier.server.tables.jobs import Job
 from luthier.server.tables.queue import LeaseWatch
@@ -218,22 +217,23 @@ def test_no_worker_is_started_on_a_full_disk(queue: Any, monkeypatch: Any) -> No
     assert queue.ended(job).state == "Completed"
 
 
-def test_a_job_that_finds_no_room_waits_longer_each_time() -> None:
-    clock = [100.0]
-    waits = RoomWaits(lambda: clock[0])
-    seconds = []
-    for lease in ("a", "b", "c"):
-        waits.begin(lease, "job")
-        waits.end(lease, no_room=True)
-        began = clock[0]
-        while waits.backed_off() == {"job"}:
-            clock[0] += 1
-        seconds.append(clock[0] - began)
-    assert seconds == [5, 10, 20]
-    waits.begin("d", "job")
-    waits.end("d", no_room=False)
-    waits.end("of another server", no_room=True)
-    assert waits.backed_off() == set()
+@sqlite
+def test_no_worker_is_started_for_a_while_after_one_found_the_disk_full(
+    queue: Any, monkeypatch: Any
+) -> None:
+    job_id = queue.submit()
+    exits = [sys.executable, "-c", f"raise SystemExit({processes.NO_DISK})"]
+    scheduler = Scheduler(queue.database, ONCE, command=exits)
+    scheduler.tick()
+    (child,) = scheduler.children.values()
+    child.wait(20)
+    scheduler.tick()
+    assert (queue.job(job_id).attempts, scheduler.children) == (1, {})
+    monkeypatch.setattr("luthier.server.jobs.scheduler.LATER", 0.0)
+    scheduler._not_before.clear()
+    scheduler.tick()
+    assert queue.job(job_id).attempts == 2
+    next(iter(scheduler.children.values())).wait(20)
 
 
 @sqlite
@@ -273,17 +273,3 @@ def test_the_memory_of_a_job_is_that_of_the_objective_its_rows_lead_to(
         assert chosen == pytest.approx(found, rel=0.02)
     smaller = memory_of("tune", {**fields, "training": {"micro_batch_tokens": 8}})
     assert smaller < found
-
-
-def test_a_log_is_cut_and_not_lost(luthier_home: Path) -> None:
-    folders = JobFolders("abc")
-    log = folders.open_log()
-    for number in range(50):
-        os.write(log, b"%05d " % number + b"x" * (LONGEST_LOG // 40) + b"\n")
-    folders.trim_log()
-    os.write(log, b"the end\n")
-    os.close(log)
-    text = folders.log.read_bytes()
-    assert len(text) < LONGEST_LOG * 0.6
-    assert text.startswith(b"...\n0") and text.endswith(b"the end\n")
-    assert b"\0" not in text and b"\n00049 " in text

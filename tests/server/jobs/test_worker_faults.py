@@ -115,7 +115,7 @@ MetricsFile.append = full
 def test_a_disk_that_takes_no_more_under_a_run_costs_no_job(
     queue: Any, tmp_path: Path, monkeypatch: Any, number: int
 ) -> None:
-    monkeypatch.setattr("luthier.server.jobs.scheduler.FULL_LATER", (0.2, 1.0))
+    monkeypatch.setattr("luthier.server.jobs.scheduler.LATER", 0.2)
     job_id = queue.submit(steps=6)
     before = FULL.format(flag=str(tmp_path / "flag"), number=number)
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": before})

@@ -27,8 +27,6 @@ from luthier.server.tables.database import Database
 from luthier.server.tables.jobs import COMPLETED, Job, run_name
 from luthier.server.tables.queue import log_file
 
-LONGEST_LOG = 4_000_000
-"""Bytes of a log; of a longer one the first half is cut."""
 LOG_TAIL, DEATH_TAIL = 20, 5
 """Lines of a log that clients see with a job, and those that stand in the reason of a failure."""
 
@@ -79,15 +77,6 @@ class JobFolders:
         with disk_errors(self.parent):
             self.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-
-    def trim_log(self) -> None:
-        """Cut the older half of a log that is too long; who appends to it goes on at its end."""
-        if self.log.is_file() and self.log.stat().st_size > LONGEST_LOG:
-            kept = self.log.read_bytes()[-LONGEST_LOG // 2 :]
-            with self.log.open("r+b") as file:
-                file.truncate()
-                file.write(b"...\n" + kept.partition(b"\n")[2])
-                file.truncate()
 
     def log_tail(self, lines: int = LOG_TAIL) -> list[str]:
         """Return the last lines of the log on this machine, without the path of the store."""

@@ -1,19 +1,19 @@
-"""Starts a process for each piece of work that fits, and notices those that die.
+"""The scheduler, which starts a worker process for each work that fits, and detects dead workers.
 
-A scheduler keeps nothing that matters in memory: what it has to know is in the database. A server that
-is killed leaves its workers at work; the next one finds them by their leases, and starts no second one
-beside a living one.
+The state is in the database. The workers of a killed server continue, and the next server finds them by
+their leases.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from sqlalchemy.orm import Session
@@ -32,21 +32,19 @@ from luthier.server.tables.database import Database, now
 from luthier.server.tables.queue import LEASE, LeaseWatch, QueuedWork
 
 TICK = 1.0
-"""Seconds between two looks at what waits, where nobody asks for one."""
+"""Interval between two scheduling rounds, in seconds."""
 RETURN = 60.0
-"""Seconds that workers are given to come to an end when the server ends."""
+"""Time that workers have to end when the server ends, in seconds."""
 LATER = 10.0
-"""Seconds until the next try, where the machine cannot start a process."""
+"""Time until a runner starts workers again after a start failed or the disk was full, in seconds."""
 ROOM = 16_000_000
-"""Bytes that are free on the disk of the store where a worker is started."""
-FULL_LATER = (5.0, 300.0)
-"""Seconds until work that found the disk full is started again: at first, and at most."""
+"""Free disk space that the start of a worker needs, in bytes."""
 
 _log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """The thread of a server that turns the queue into work, each by a process that holds its lease."""
+    """The thread of a server that starts a worker process for each work in the queue."""
 
     def __init__(
         self,
@@ -60,17 +58,17 @@ class Scheduler:
         runner: Runner | None = None,
         shared_by: int = 1,
     ) -> None:
-        """Prepare; :meth:`start` begins.
+        """Prepare the scheduler; :meth:`start` starts its thread.
 
         Args:
-            database: where the queue is.
-            capacity: what workers may take; the machine's when not given.
-            kinds: of work that is done here, first come first.
-            command: what starts a worker; ``--kind NAME --id ID --lease TOKEN`` follows.
-            options: what every worker is told beside that, such as ``--region NAME``.
-            environment: variables that workers have beside this process's own.
-            runner: where work runs of the kinds that may run elsewhere; on this machine when not given.
-            shared_by: among how many processes work is shared, of the kinds where it can be.
+            database: database of the queue.
+            capacity: resources for workers; by default those of the machine.
+            kinds: kinds of work, by falling priority.
+            command: command of a worker, to which ``--kind NAME --id ID --lease TOKEN`` is added.
+            options: further options of each worker, such as ``--region NAME``.
+            environment: further variables of workers.
+            runner: runner of the kinds that may run on other machines; by default this machine.
+            shared_by: number of processes for each work of the kinds that several processes can share.
         """
         self.database, self.kinds = database, kinds
         self._local = LocalRunner()
@@ -79,31 +77,30 @@ class Scheduler:
         self.command = [*command, *options]
         self.environment = {**processes.database_environment(database), **(environment or {})}
         self.children: dict[str, subprocess.Popen[bytes]] = {}
-        """Workers that were started here and not seen to end, by their leases."""
-        self._began: dict[str, float] = {}
-        """When these workers were started, by their leases."""
+        """Running workers of this server by lease."""
+        self._starts: dict[str, tuple[float, Runner]] = {}
+        """Time of the start and runner of these workers by lease."""
         self.watch = LeaseWatch(LEASE.total_seconds())
-        self._waits = RoomWaits()
         self._not_before: dict[Runner, float] = {}
-        """When workers may be started again, after one could not."""
+        """Time at which a runner may start workers again."""
         self._thread: threading.Thread | None = None
         self._wanted = threading.Event()
         self._ending = False
 
     def start(self) -> None:
-        """Begin to look at what waits, in a thread."""
+        """Start the thread."""
         self._thread = threading.Thread(target=self._loop, name="scheduler", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """Look now: something was asked for."""
+        """Start a scheduling round now."""
         self._wanted.set()
 
     def stop(self, give_back: bool = False) -> None:
-        """End the thread. Workers go on, and the next server finds them.
+        """End the thread. Workers continue unless ``give_back`` is set.
 
-        ``give_back`` makes those of this machine give back what they hold first, training at a
-        checkpoint: for where all processes end with the server, as in a container.
+        With ``give_back``, workers write a checkpoint and give their work back, for servers whose
+        processes all end together, as in a container.
         """
         self._ending = True
         self.wake()
@@ -118,7 +115,7 @@ class Scheduler:
             if worker and processes.is_here(worker):
                 processes.send(worker, signal.SIGTERM)
                 here.append(worker)
-            elif lease in self.children:  # which stands for a worker on another machine
+            elif lease in self.children:  # the child stands for a worker on another machine
                 self.children[lease].terminate()
                 drivers.append(self.children[lease])
         deadline = time.monotonic() + RETURN
@@ -135,20 +132,20 @@ class Scheduler:
             try:
                 self.tick()
             except Exception:
-                # The database or the disk is away: whatever is missed is found at the next look.
-                _log.exception("nothing can be scheduled now")
+                # The database or the disk is unavailable: the next round sees the same rows.
+                _log.exception("the scheduling round failed")
             self._wanted.wait(TICK)
             self._wanted.clear()
 
     def tick(self) -> None:
-        """One look: who died, what is left to tidy, what can be started."""
+        """Run one scheduling round: expire dead workers, prepare the queue, start workers."""
         self.expire_dead()
         for kind in self.kinds:
             try:
                 kind.prepare(self.database)
             except Exception:
-                # What is wrong with one kind of work keeps no other from going on.
-                _log.exception("%s cannot be prepared now", kind.name)
+                # An error in one kind of work must not stop the other kinds.
+                _log.exception("%s cannot be prepared", kind.name)
             while not self._ending and self._start_next(kind):
                 pass
 
@@ -156,7 +153,7 @@ class Scheduler:
         return [row for kind in self.kinds for row in queue.leased_rows(session, kind.table)]
 
     def expire_dead(self) -> None:
-        """Take the leases of workers that died, and end those that no longer answer."""
+        """Take the leases of dead workers, and kill workers that do not renew their lease."""
         with self.database.read() as session:
             held = self._leased_rows(session)
         ended = {lease: child.poll() for lease, child in self.children.items()}
@@ -168,7 +165,8 @@ class Scheduler:
             elif worker.get("starting") and self._renew_start(row, lease):
                 continue
             elif (
-                lease not in self.children  # the status of a child says more, at the next look
+                lease
+                not in self.children  # the exit status of a child tells more in the next round
                 and worker
                 and processes.is_here(worker)
                 and not processes.is_alive(worker)
@@ -178,31 +176,30 @@ class Scheduler:
                 if worker and not worker.get("starting"):
                     processes.send(worker, signal.SIGKILL)
                     if not processes.is_here(worker) and lease in self.children:
-                        self.children[lease].kill()  # and what it stands for on another machine
+                        self.children[lease].kill()  # and so the worker on another machine
                 why = "its worker was not heard from any more"
             else:
                 continue
             cause = _cause_of_death(ended.get(lease), row, folders[type(row)](row.id))
-            try:
+            with suppress(LeaseLost):  # the worker gave the lease back meanwhile
                 with self.database.write() as session:
                     text = queue.expire(session, type(row), row.id, lease, why, cause)
                 _log.warning("%s %s: %s; %s", row.noun, row.id, why, text)
-            except LeaseLost:
-                pass  # it gave the lease back meanwhile
         self.watch.forget_others({str(row.lease) for row in held})
         for lease, status in ended.items():
             if status is not None:
                 del self.children[lease]
-                self._began.pop(lease, None)
-                self._waits.end(lease, status in processes.NO_ROOM)
+                _, runner = self._starts.pop(lease)
+                if status in processes.NO_ROOM:
+                    self._not_before[runner] = time.monotonic() + LATER
 
     def _renew_start(self, row: QueuedWork, lease: str) -> bool:
-        """Renew the lease of a worker of this server that still starts.
+        """Renew the lease of a starting worker of this server.
 
         Returns False for workers of other servers, and after :data:`BEGIN_SECONDS`.
         """
-        began = self._began.get(lease)
-        if began is None or time.monotonic() - began > processes.BEGIN_SECONDS:
+        began, _ = self._starts.get(lease, (-math.inf, None))
+        if time.monotonic() - began > processes.BEGIN_SECONDS:
             return False
         if row.lease_ends is not None and row.lease_ends - now() < LEASE / 2:
             with suppress(LeaseLost), self.database.write() as session:
@@ -210,73 +207,53 @@ class Scheduler:
         return True
 
     def _start_next(self, kind: WorkKind) -> bool:
-        """Start a worker for the next work of a kind that fits; whether there was one."""
-        runner = self._runner_of(kind)
+        """Start a worker for the next work of ``kind`` that fits. Returns whether one was started."""
+        runner = self._runner if kind.elsewhere else self._local
         if time.monotonic() < self._not_before.get(runner, 0.0):
             return False
-        if room(luthier_home()) < ROOM:
-            _log.error("the disk of %s is full or read-only: no worker is started", luthier_home())
-            self._not_before[runner] = time.monotonic() + LATER
-            return False
+        row = None
         try:
+            if room(luthier_home()) < ROOM:
+                raise LuthierError(f"the disk of {luthier_home()} is full or read-only")
             runner.refresh()
-        except LuthierError as error:
+            row = self._claim_next(kind, runner)
+            if row is None:
+                return False
+            self._spawn(kind, row, runner)
+        except (OSError, LuthierError) as error:
             _log.error("no worker is started for %s: %s", kind.name, error)
             self._not_before[runner] = time.monotonic() + LATER
-            return False
-        row = self._claim_next(kind, runner)
-        if row is None:
-            return False
-        lease = str(row.lease)
-        try:
-            self.children[lease] = self._spawn(kind, row, lease, runner)
-            self._began[lease] = time.monotonic()
-            self._waits.begin(lease, row.id)
-        except (OSError, LuthierError) as error:
-            _log.error("no worker could be started for %s %s: %s", kind.name, row.id, error)
-            self._not_before[runner] = time.monotonic() + LATER
-            with self.database.write() as session:
-                queue.release(session, kind.table, row.id, lease, f"No worker could start: {error}")
+            if row is not None:
+                message = f"No worker could start: {error}"
+                with self.database.write() as session:
+                    queue.release(session, kind.table, row.id, str(row.lease), message)
             return False
         return True
 
-    def _processes_of(self, kind: WorkKind) -> int:
-        return self.shared_by if kind.shared else 1
-
-    def _runner_of(self, kind: WorkKind) -> Runner:
-        return self._runner if kind.elsewhere else self._local
-
     def _claim_next(self, kind: WorkKind, runner: Runner) -> QueuedWork | None:
-        """The next work of a kind that fits, held by a lease of its own; ``None`` where none does."""
-        # Until the worker is there, the server stands for it.
-        process = {**processes.this_process(self._processes_of(kind)), "starting": True}
+        """Lease the next work of ``kind`` that fits; ``None`` if there is none."""
+        # The server holds the lease until the worker has started.
+        among = self.shared_by if kind.shared else 1
+        process = {**processes.this_process(among), "starting": True}
         with self.database.write() as session:
             for left in runner.free(session, self.capacity):
                 if kind.at_once is not None and left.at_work[kind.table] >= kind.at_once:
                     continue
                 row = queue.claim(
-                    session,
-                    kind.table,
-                    process,
-                    left.memory,
-                    left.cores,
-                    idle=left.idle,
-                    passed_over=self._waits.backed_off(),
+                    session, kind.table, process, left.memory, left.cores, idle=left.idle
                 )
                 if row is not None:
                     return row
         return None
 
-    def _spawn(
-        self, kind: WorkKind, row: QueuedWork, lease: str, runner: Runner
-    ) -> subprocess.Popen[bytes]:
-        folders: JobFolders = kind.folders(row.id)
-        log = folders.open_log()
+    def _spawn(self, kind: WorkKind, row: QueuedWork, runner: Runner) -> None:
+        lease = str(row.lease)
+        log = kind.folders(row.id).open_log()
         try:
             work = ["--kind", kind.name, "--id", row.id, "--lease", lease]
-            if (among := self._processes_of(kind)) > 1:
-                work += ["--processes", str(among)]
-            return subprocess.Popen(
+            if row.processes > 1:
+                work += ["--processes", str(row.processes)]
+            self.children[lease] = subprocess.Popen(
                 runner.command([*self.command, *work], kind, row),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -284,44 +261,16 @@ class Scheduler:
                 env={**processes.worker_environment(), **self.environment},
                 start_new_session=True,
             )
+            self._starts[lease] = time.monotonic(), runner
         finally:
             os.close(log)
 
 
 def _cause_of_death(status: int | None, row: QueuedWork, folders: JobFolders) -> str:
-    """Return what the exit status and the log of a worker that died tell of the reason."""
+    """Return the reason of a death as far as the exit status and the log tell."""
     found = []
     if status == -signal.SIGKILL:
         found.append(f"If memory was short and the system ended the worker, {row.memory_advice}")
     if lines := folders.log_tail(DEATH_TAIL):
         found.append("\n".join(["The log ends with:", *lines]))
     return " ".join(found)
-
-
-class RoomWaits:
-    """Work that found no room, on disk or in a cluster, and when it is tried next: later each time."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self._of_lease: dict[str, str] = {}
-        self._waits: dict[str, tuple[float, float]] = {}
-        """By id: seconds of its last wait, and when that ends."""
-
-    def begin(self, lease: str, row_id: str) -> None:
-        """A worker began with this lease."""
-        self._of_lease[lease] = row_id
-
-    def end(self, lease: str, no_room: bool) -> None:
-        """It ended, for want of room or otherwise."""
-        row_id = self._of_lease.pop(lease, None)
-        if row_id is None:
-            return
-        before, _ = self._waits.pop(row_id, (0.0, 0.0))
-        if no_room:
-            first, most = FULL_LATER
-            seconds = min(most, max(first, 2 * before))
-            self._waits[row_id] = seconds, self.clock() + seconds
-
-    def backed_off(self) -> set[str]:
-        """Ids of work that is not to be started yet."""
-        return {row_id for row_id, (_, until) in self._waits.items() if until > self.clock()}

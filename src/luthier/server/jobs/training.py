@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import select
@@ -41,7 +40,7 @@ from luthier.library.models import StoredModel, find
 from luthier.recipe import DataSpec, parse
 from luthier.server.jobs import output_files as outputs
 from luthier.server.jobs.data import JobData, JobLocations, fetch_data
-from luthier.server.jobs.folders import JobFolders, tidy
+from luthier.server.jobs.folders import tidy
 from luthier.server.jobs.job_reporter import JobReporter, copy_event
 from luthier.server.jobs.processes import NO_DISK
 from luthier.server.jobs.worker import (
@@ -116,8 +115,6 @@ class JobHeartbeat(Heartbeat):
             self.reporter.give_back(pending)
             raise
         self._obey(job)
-        with suppress(OSError):  # a log that cannot be cut is no reason to let go of the job
-            JobFolders(self.job_id).trim_log()
 
     def _obey(self, job: Job) -> None:
         wanted = {STOPPING: "stop", PAUSED: "pause"}.get(job.state)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -175,7 +175,6 @@ def claim(
     free_cores: int = 0,
     *,
     idle: bool = False,
-    passed_over: Collection[str] = (),
 ) -> Work | None:
     """Take the next work of a kind that fits: by priority, then by turns of the accounts.
 
@@ -188,11 +187,13 @@ def claim(
         free_cores: threads that it may run.
         idle: nothing else runs on this machine: what does not fit is not going to fit later, and
             says so itself.
-        passed_over: ids that are not to be started now.
     """
     lock_claims(session)
     processes = worker.get("processes", 1)
-    for row in _in_turn(session, kind, passed_over):
+    waiting = select(kind.seq, kind.memory, kind.cores, kind.since)
+    waiting = waiting.where(kind.lease.is_(None), *kind.ready())
+    in_turn = waiting.order_by(kind.priority.desc(), kind.turn, kind.seq).limit(LOOKED_AT)
+    for row in session.execute(in_turn).all():
         need, cores = kind.needs(row.memory, row.cores, processes)
         if not (idle or (need <= free_memory and cores <= max(free_cores, 0))):
             if now() - row.since > PATIENCE:
@@ -205,16 +206,6 @@ def claim(
             found.start(session, secrets.token_hex(16), worker)
             return found
     return None
-
-
-def _in_turn(
-    session: Session, kind: type[QueuedWork], passed_over: Collection[str]
-) -> Sequence[Any]:
-    """Return the first rows that may be started, in their order."""
-    waiting = select(kind.seq, kind.memory, kind.cores, kind.since)
-    waiting = waiting.where(kind.lease.is_(None), kind.id.not_in(passed_over), *kind.ready())
-    in_order = waiting.order_by(kind.priority.desc(), kind.turn, kind.seq)
-    return session.execute(in_order.limit(LOOKED_AT)).all()
 
 
 def next_turn(
