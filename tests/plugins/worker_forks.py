@@ -44,9 +44,6 @@ class Folders:
         write_bytes(Path(uri.removeprefix("file://")) / name, content)
         return f"{uri}/{name}"
 
-    def remove(self, account: str, addresses: list[str]) -> None:
-        self.stored.remove(account, [each for each in addresses if each.startswith("s3://")])
-
 
 def work(arguments: list[str]) -> int:
     """What a worker does that a scheduler started with ``arguments``."""

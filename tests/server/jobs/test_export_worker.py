@@ -1,10 +1,9 @@
-"""The worker of exports, on a model of a real store: what it writes, and what ends it anywhere."""
+"""The worker of exports on a stored model."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from luthier.library.models import find
 from luthier.limits import AccountQuotas
 from luthier.models.manifest import MANIFEST
 from luthier.recipe import Recipe
-from luthier.server.jobs import export_worker
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.export_worker import INDEX, ExportWorker
 from luthier.server.jobs.kinds import EXPORT
@@ -159,13 +157,7 @@ def test_progress_names_the_part_and_how_much_of_it_is_done(
     database: Database, model: CustomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[str, int, int]] = []
-    honest = export_worker.ProgressEstimate.update
-
-    def update(progress: Any, phase: str, done: int, total: int) -> None:
-        honest(progress, phase, done, total)
-        told.append((phase, done, total))
-
-    monkeypatch.setattr(export_worker.ProgressEstimate, "update", update)
+    monkeypatch.setattr(ExportWorker, "_show", lambda self, *progress: told.append(progress))
     made = submit(database, merged=True)
     claimed(database).run()
     result = row(database, made).result
@@ -177,18 +169,6 @@ def test_progress_names_the_part_and_how_much_of_it_is_done(
     for phase in phases:
         shares = [done / total for each, done, total in told if each == phase]
         assert shares == sorted(shares) and shares[-1] == 1
-
-
-def test_an_estimate_of_the_end_comes_with_the_second_share() -> None:
-    progress = export_worker.ProgressEstimate()
-    assert progress.current() is None
-    progress.update("write", 0, 10)
-    assert "estimated_finish" not in (progress.current() or {})
-    time.sleep(1)
-    progress.update("write", 5, 10)
-    assert "estimated_finish" in (progress.current() or {})
-    time.sleep(1.1)  # it takes longer than that: no end in the past is named
-    assert "estimated_finish" not in (progress.current() or {})
 
 
 class Killed(BaseException):
@@ -232,52 +212,21 @@ def test_after_a_kill_the_next_worker_makes_the_export_whole(
     assert left(luthier_home) == []
 
 
-def test_a_stop_in_the_middle_leaves_nothing_at_the_address(
+def test_a_stop_ends_the_export_without_its_index(
     database: Database, model: CustomModel, luthier_home: Path, tmp_path: Path
 ) -> None:
     made = submit(database)
 
     def interrupt() -> None:
         stop(database, made)
-        worker._stopping = True
         raise Interrupted("as by the signal that the heartbeat sends")
 
     worker = claimed(database, DyingLocations(database, 2, interrupt))
     assert worker.run() == 0
     assert row(database, made).state == STOPPED
-    assert objects(database, tmp_path / "found") == {} and left(luthier_home) == []
-
-
-def test_a_stop_in_the_last_moment_counts(
-    database: Database, model: CustomModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = submit(database)
-    honest = ExportWorker._write
-
-    def write(worker: ExportWorker, found: ModelExport) -> Any:
-        result = honest(worker, found)
-        stop(database, made)
-        return result
-
-    monkeypatch.setattr(ExportWorker, "_write", write)
-    assert claimed(database).run() == 0
-    assert row(database, made).state == STOPPED
-    assert objects(database, tmp_path / "found") == {}
-
-
-def test_what_is_left_of_a_killed_one_that_was_stopped_is_taken_back(
-    database: Database, model: CustomModel, tmp_path: Path
-) -> None:
-    made = submit(database)
-    worker = claimed(database, DyingLocations(database, 2, kill))
-    with pytest.raises(Killed):
-        worker.run()
-    stop(database, made)
-    with database.write() as session:
-        queue.expire(session, ModelExport, made, worker.lease, "signal 9")
-    assert claimed(database).run() == 0
-    assert row(database, made).state == STOPPED
-    assert objects(database, tmp_path / "found") == {}
+    assert not any(key.endswith(INDEX) for key in objects(database, tmp_path / "found"))
+    EXPORT.prepare(database)
+    assert left(luthier_home) == []
 
 
 def test_a_server_that_ends_gets_it_back(database: Database, model: CustomModel) -> None:
@@ -347,7 +296,7 @@ def test_a_lost_lease_ends_the_process_without_a_word_to_the_row(
     with database.write() as session:
         queue.release(session, ModelExport, made, worker.lease)
     assert worker.run() == LOST
-    worker.progress = export_worker.ProgressEstimate()
+    worker._renewed = 0.0
     with pytest.raises(LeaseLost):
         worker.beat()
     assert row(database, made).state == QUEUED

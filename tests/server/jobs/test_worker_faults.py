@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 
 from luthier.server.jobs.folders import LOG_TAIL, JobFolders
-from luthier.server.tables.accounts import create_account
-from luthier.server.tables.jobs import JobEvent, get, stop
-from luthier.server.tables.objects import Objects
+from luthier.server.tables.jobs import JobEvent
 
 ACCOUNT = "000000000000"
 
@@ -125,44 +123,6 @@ def test_a_disk_that_takes_no_more_under_a_run_costs_no_job(
         said = [each.message for each in session.query(JobEvent).filter_by(job_id=job_id)]
     (values,) = [text for text in said if "disk cannot take" in text]
     assert "goes on from its last checkpoint" in values
-
-
-ENDING = """
-import pathlib, time
-from worker_forks import Folders
-write, flag = Folders.write, pathlib.Path({flag!r})
-def ending(self, *arguments):
-    if not flag.exists():
-        flag.touch()
-        return write(self, *arguments)
-    while not {fails}:  # it is stopped meanwhile
-        time.sleep(0.1)
-    raise RuntimeError("no further output")
-Folders.write = ending
-"""
-
-
-@sqlite
-@pytest.mark.parametrize("fails", [True, False])
-def test_of_a_job_that_ends_without_a_model_no_output_is_left(
-    queue: Any, tmp_path: Path, fails: bool
-) -> None:
-    objects, flag = Objects(queue.database), tmp_path / "flag"
-    with queue.database.write() as session:
-        create_account(session, ACCOUNT)
-    objects.create_bucket(ACCOUNT, "rows")
-    job_id = queue.submit(steps=2, output="s3://rows/out/")
-    before = ENDING.format(flag=str(flag), fails=fails)
-    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": before})
-    queue.until(job_id, lambda job: flag.exists() or job.state == "Failed")
-    if not fails:
-        with queue.database.write() as session:
-            job = get(session, ACCOUNT, job_id, lock=True)
-            assert job is not None
-            stop(session, job)
-    assert queue.ended(job_id).state == ("Failed" if fails else "Stopped")
-    assert flag.exists()
-    assert not [path for path in objects.files.folder.rglob("*") if path.is_file()]
 
 
 @sqlite

@@ -40,9 +40,6 @@ class JobLocations(Protocol):
     def write(self, account: str, uri: str, name: str, content: bytes, /) -> str:
         """Put ``content`` at ``name`` below ``uri``; the address of what was written."""
 
-    def remove(self, account: str, addresses: Sequence[str], /) -> None:
-        """Take back what was written there, where this service keeps it."""
-
 
 @dataclass(frozen=True)
 class JobData:

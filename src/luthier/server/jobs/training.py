@@ -58,7 +58,6 @@ from luthier.server.tables.jobs import (
     ENDED,
     PAUSED,
     RUNNING,
-    STOPPED,
     STOPPING,
     Job,
     JobResult,
@@ -134,8 +133,6 @@ class TrainingWorker(Worker[Job, JobLocations]):
     table = Job
     given_back = "The worker made a checkpoint and gave the job back."
 
-    _outputs: list[str]
-    """Addresses of what was written for the job's owner."""
     _model_bytes = 0
     _withheld: str | None = None
     """Why the model that was made is not to be used."""
@@ -150,7 +147,6 @@ class TrainingWorker(Worker[Job, JobLocations]):
 
     def work(self, row: Job) -> int:
         """Train, verify, write the outputs; the exit status."""
-        self._outputs = []
         reporter = JobReporter(row, self._rename)
         with self.database.read() as session:
             reporter.remember(session)
@@ -232,7 +228,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
             ):
 
                 def write(name: str = name, content: bytes = content) -> None:
-                    self._outputs.append(self.locations.write(job.account, address, name, content))
+                    self.locations.write(job.account, address, name, content)
 
                 self.retry(write)
         return result
@@ -253,7 +249,6 @@ class TrainingWorker(Worker[Job, JobLocations]):
                 f"the time limit of {heartbeat.limit} seconds was reached ({error}). Ask for fewer "
                 "epochs or for more time."
             )
-            self._remove_outputs(job)
             return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
         return self._end(heartbeat, lambda s: self.give_back(s, self.given_back))
 
@@ -266,7 +261,6 @@ class TrainingWorker(Worker[Job, JobLocations]):
             message = self._rename(explain_wait(error))
             self._end(heartbeat, lambda s: self.give_back(s, message))
             return NO_DISK
-        self._remove_outputs(job)
         _log.exception("job %s failed", self.row_id)
         failure = self._rename(explain(error))
         return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
@@ -290,16 +284,9 @@ class TrainingWorker(Worker[Job, JobLocations]):
         except (QuotaExceeded, WrongState):
             heartbeat.reporter.give_back(pending)
             raise
-        if job.state == STOPPED:
-            self._remove_outputs(job)
         if job.state in ENDED:
             tidy(self.database, job, self.folders)
         return 0
-
-    def _remove_outputs(self, job: Job) -> None:
-        """Of a job that makes no model nothing is left at its owner's address."""
-        self.locations.remove(job.account, self._outputs)
-        self._outputs = []
 
     def _rename(self, text: str) -> str:
         """``text`` with the names that the owner of the job knows."""

@@ -1,14 +1,13 @@
-"""Exports: custom models that are written for other software, below an address of their account.
+"""Exports: custom models written for other software, below an address of their account.
 
-An export goes on as a customization job does: it waits, a worker holds it by a lease, and it ends once.
-What a worker is about to write stands in its row first, so that whoever ends it can take that back.
+The life cycle of an export is that of a customization job without a pause.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NotRequired, TypedDict
+from typing import TypedDict
 
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -21,81 +20,75 @@ from luthier.server.tables.queue import QueuedWork, hold, log_file, next_turn
 from luthier.server.tables.queue import renew as renew_lease
 
 MOST_CRASHES = 3
-"""So many workers may die over one export, and as many again as they remove what it has written."""
+"""Deaths of workers after which an export fails."""
 _LONGEST = 2048
-"""Letters of a failure message."""
+"""Maximum length of a failure message, in characters."""
 
 
 class ExportProgress(TypedDict):
-    """Where an export stands."""
+    """Progress of a running export."""
 
     phase: str
     """``merge``, ``trace``, ``write``, ``compare`` or ``upload``."""
     done: int
     total: int
     """Bytes of ``write`` and ``upload``; else networks, prompts or batches."""
-    estimated_finish: NotRequired[str]
-    """Of this part: a moment in ISO 8601."""
 
 
 class ExportedFile(TypedDict):
     """One file of an export."""
 
     name: str
-    """Below the address of the export."""
+    """Path below the address of the export."""
     bytes: int
     sha256: str
 
 
 class ExportResult(TypedDict):
-    """What came of a completed export."""
+    """Result of a completed export."""
 
     address: str
-    """Below which its files are."""
+    """Address of the folder of the files."""
     files: list[ExportedFile]
     bytes: int
     network: str
-    """Its type, as transformers calls it."""
+    """Type of the network in transformers."""
     compared: str | None
-    """How near the answers from the files are; none of forms that hold the model's own weights."""
+    """Difference between the replies from the files and the model's; ``None`` for the model's own
+    weights."""
 
 
 class ModelExport(QueuedWork, Base):
-    """One export of a custom model."""
+    """An export of a custom model."""
 
     __tablename__ = "model_exports"
     noun = "the export"
     memory_advice = "ask for another format, or for a server with more memory."
     unknown_memory = 1 << 29
-    """What its process takes by itself, until the model was looked at."""
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    """Order of creation."""
     id: Mapped[str] = mapped_column(unique=True)
     """Twelve letters and digits."""
     model: Mapped[str]
     """ARN of the custom model."""
     model_name: Mapped[str]
     stored_id: Mapped[str]
-    """Id under which the store opens it."""
+    """Id of the model in the library."""
     format: Mapped[str]
     """``safetensors``, ``onnx`` or ``gguf``."""
     merged: Mapped[bool | None]
-    """Whether an adapter is folded into its base; ``None`` for what the format does by itself."""
+    """Whether an adapter is merged into its base; ``None`` for the default of the format."""
     quantization: Mapped[str | None]
     """Type of the weights of a GGUF file."""
     output: Mapped[str]
-    """Address below which its files are written."""
-    written: Mapped[list[Any]] = mapped_column(default=list)
-    """Addresses of what may have been written."""
+    """Address below which the folder of the export is written."""
     state: Mapped[str] = mapped_column(default=QUEUED, index=True)
-    """As of a customization job that cannot be paused."""
     failure: Mapped[str | None] = mapped_column(QuotingText)
     progress: Mapped[ExportProgress | None] = mapped_column(Plain)
     result: Mapped[ExportResult | None] = mapped_column(Plain)
     created: Mapped[datetime]
     started: Mapped[datetime | None]
-    """When the first worker began."""
+    """Start of the first worker."""
     ended: Mapped[datetime | None]
 
     @classmethod
@@ -105,49 +98,50 @@ class ModelExport(QueuedWork, Base):
 
     @classmethod
     def ready(cls) -> tuple[ColumnElement[bool], ...]:
-        """Queued, or with files to be taken back before it ends."""
-        return (cls.state.in_((QUEUED, STOPPING)),)
+        """See :meth:`luthier.server.tables.queue.QueuedWork.ready`."""
+        return (cls.state == QUEUED,)
 
-    def start(self, session: Session, lease: str, worker: Mapping[str, Any]) -> None:
-        """Let ``worker`` hold it by ``lease``."""
-        if self.state == QUEUED:
-            self.state = RUNNING
-        self.started = self.started or now()
+    def start(self, session: Session, lease: str, worker: Mapping[str, object]) -> None:
+        """See :meth:`luthier.server.tables.queue.QueuedWork.start`."""
+        self.state, self.started = RUNNING, self.started or now()
         super().start(session, lease, worker)
 
     def give_back(self, session: Session, message: str) -> None:
-        """Let another worker begin anew, or take back what was written of one that is stopped."""
-        if self.state == RUNNING:
-            self.state, self.since, self.progress = QUEUED, now(), None
+        """Queue the export again, or end a stopped export."""
+        if self.state == STOPPING:
+            self.end(session)
+            return
+        self.state, self.since, self.progress = QUEUED, now(), None
         super().give_back(session, message)
 
     def expire(self, session: Session, why: str, cause: str = "") -> str:
-        """Take the export from a worker that died; the export fails after several deaths."""
+        """Take the export from a dead worker; the export fails after :data:`MOST_CRASHES` deaths."""
         self.crashes += 1
-        if self.crashes >= MOST_CRASHES and self.failure is None and self.state == RUNNING:
-            self.failure = (
-                f"{self.crashes} workers died one after the other over the export (the last one: "
-                f"{why}). {cause}"
-            ).rstrip()
-            self.state = STOPPING
-        if self.state == STOPPING and (not self.written or self.crashes >= 2 * MOST_CRASHES):
-            self.end(session)
-            # The process may have died before it locked its files, so that nobody else would.
+        if self.crashes >= MOST_CRASHES and self.state == RUNNING:
+            self.end(
+                session,
+                failure=f"{self.crashes} workers died one after the other over the export (the last "
+                f"one: {why}). {cause}".rstrip(),
+            )
+            # The worker may have died before it locked its files.
             log_file(files_name(self.id)).unlink(missing_ok=True)
-            return f"it is {self.state}"
-        self.give_back(session, why)
+        else:
+            self.give_back(session, why)
         return f"it is {self.state}"
 
-    def end(self, session: Session, result: ExportResult | None = None) -> None:
-        """Completed with a ``result``; without one failed, or stopped where nothing failed."""
+    def end(
+        self, session: Session, result: ExportResult | None = None, failure: str | None = None
+    ) -> None:
+        """End the export: completed with a ``result``, failed with a ``failure``, else stopped."""
         self.result, self.progress, self.ended = result, None, now()
-        self.state = COMPLETED if result is not None else FAILED if self.failure else STOPPED
+        self.failure = failure and failure[:_LONGEST]
+        self.state = COMPLETED if result is not None else FAILED if failure else STOPPED
         self.lease = self.lease_ends = self.worker = None
         session.flush()
 
 
 def files_name(export_id: str) -> str:
-    """What the folder, the lock and the log of an export are called."""
+    """Return the name of the folder, the lock and the log of an export."""
     return f"export-{export_id}"
 
 
@@ -160,7 +154,7 @@ def create_export(
     merged: bool | None,
     quantization: str | None,
 ) -> ModelExport:
-    """Have ``model``, which is ``Active`` and has this ``arn``, written below ``output``."""
+    """Queue an export of ``model``, which is ``Active`` and has the ARN ``arn``, to ``output``."""
     assert model.stored_id is not None
     moment = now()
     made = ModelExport(
@@ -186,7 +180,7 @@ def create_export(
 
 
 def is_exported(session: Session, arn: str) -> bool:
-    """Whether an export that has not ended reads the model of this ARN."""
+    """Return whether an unfinished export reads the model of this ARN."""
     found = select(ModelExport.seq).where(ModelExport.model == arn, ModelExport.is_unfinished())
     return session.scalar(found.limit(1)) is not None
 
@@ -194,7 +188,7 @@ def is_exported(session: Session, arn: str) -> bool:
 def get(
     session: Session, account: str, export_id: str, *, lock: bool = False
 ) -> ModelExport | None:
-    """The account's export of this id; ``lock`` keeps it as it is until the transaction ends."""
+    """Return the account's export of this id; ``lock`` holds the row until the transaction ends."""
     found = select(ModelExport).where(ModelExport.account == account, ModelExport.id == export_id)
     return find_row(session, found, lock=lock)
 
@@ -208,9 +202,9 @@ def list_exports(
     limit: int,
     position: int | None = None,
 ) -> list[ModelExport]:
-    """At most ``limit`` exports, the newest first: those before the one whose ``seq`` is given.
+    """Return at most ``limit`` exports, the newest first, that were created before ``position``.
 
-    With ``model``, an ARN, those of one custom model.
+    ``model`` is the ARN of a custom model.
     """
     query = select(ModelExport).where(ModelExport.account == account)
     if states:
@@ -221,69 +215,43 @@ def list_exports(
 
 
 def stop(session: Session, export: ModelExport) -> ModelExport:
-    """End an export without files: at once, or as soon as its worker has taken them back.
-
-    ``export`` was read with ``lock``. One that is stopping or stopped stays as it is.
+    """Stop an export, which was read with ``lock``: now, or when its worker gives the lease back.
 
     Raises:
-        WrongState: where it is completed or failed.
+        WrongState: for a completed or failed export.
     """
     if export.state in (STOPPING, STOPPED):
         return export
     if export.state in ENDED:
         raise WrongState(f"export {export.id} is {export.state} and cannot be stopped")
-    if export.lease is None and not export.written:
+    if export.lease is None:
         export.end(session)
-        return export
-    export.state = STOPPING
-    session.flush()
+    else:
+        export.state = STOPPING
+        session.flush()
     return export
 
 
 def renew(
     session: Session, export_id: str, lease: str, progress: ExportProgress | None
 ) -> ModelExport:
-    """Hear from the worker: the lease is longer, and it stands at ``progress``.
-
-    Raises:
-        LeaseLost: where ``lease`` does not hold it.
-    """
+    """Renew the lease and store the progress; raises :class:`LeaseLost`."""
     export = renew_lease(session, ModelExport, export_id, lease)
     export.progress = progress
     session.flush()
     return export
 
 
-def plan_writing(session: Session, export_id: str, lease: str, addresses: Sequence[str]) -> None:
-    """Note ``addresses`` that are written next.
+def finish(session: Session, export_id: str, lease: str, end: ExportResult | str) -> None:
+    """End a running export with its result, or a failure; a stopped export ends as stopped.
 
     Raises:
-        LeaseLost: where ``lease`` does not hold it.
-    """
-    hold(session, ModelExport, export_id, lease).written = list(addresses)
-
-
-def complete(session: Session, export_id: str, lease: str, result: ExportResult) -> None:
-    """End an export whose files are all written.
-
-    Raises:
-        LeaseLost: where ``lease`` does not hold it.
-        WrongState: where it was stopped meanwhile.
+        LeaseLost: if ``lease`` does not hold the export.
     """
     export = hold(session, ModelExport, export_id, lease)
-    if export.state != RUNNING:
-        raise WrongState(f"export {export.id} is {export.state}")
-    export.end(session, result)
-
-
-def fail(session: Session, export_id: str, lease: str, failure: str | None) -> None:
-    """End an export without files: for ``failure``, or for what was noted before; else it is stopped.
-
-    Raises:
-        LeaseLost: where ``lease`` does not hold it.
-    """
-    export = hold(session, ModelExport, export_id, lease)
-    if export.state == RUNNING and failure is not None:
-        export.failure = failure[:_LONGEST]
-    export.written = []
-    export.end(session)
+    if export.state == STOPPING:
+        export.end(session)
+    elif isinstance(end, str):
+        export.end(session, failure=end)
+    else:
+        export.end(session, end)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -59,9 +59,6 @@ class Buckets(Protocol):
 
     def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
         """Let the key name these bytes, or those of a file."""
-
-    def remove(self, account: str, bucket: str, key: str) -> None:
-        """Take back what was written, where this service keeps it."""
 
 
 class Locations:
@@ -168,15 +165,6 @@ class Locations:
         key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
         self._buckets(address.bucket).write(account, address.bucket, key, data)
         return f"s3://{address.bucket}/{key}"
-
-    def remove(self, account: str, addresses: Sequence[str]) -> None:
-        """Take back what :meth:`write` wrote there; what lies outside of this service stays."""
-        for uri in addresses:
-            try:
-                address = _address(uri)
-            except LocationRefused:
-                continue  # nothing could be written there
-            self._buckets(address.bucket).remove(account, address.bucket, address.key)
 
     def _buckets(self, bucket: str) -> Buckets:
         """Files that were uploaded through the OpenAI API are here, whatever ``s3://`` else means."""
@@ -286,11 +274,6 @@ class BuiltInBuckets:
         except QuotaExceeded as refused:
             text = f"s3://{bucket}/{key} cannot be written: {refused}"
             raise QuotaExceeded(text, refused.quota) from None
-
-    def remove(self, account: str, bucket: str, key: str) -> None:
-        """Remove an object; one that is not there, or whose bucket is not, is no error."""
-        with suppress(ObjectRefused):
-            self._objects.delete(account, bucket, [key])
 
     def _verify(self, account: str, piece: ObjectPiece) -> Iterator[bytes]:
         digest = hashlib.sha256()
@@ -426,9 +409,6 @@ class ExternalBuckets:
 
         with _translate_errors(f"s3://{bucket}/{key}"):
             obstore.put(self._store(bucket), key, content)
-
-    def remove(self, account: str, bucket: str, key: str) -> None:
-        """Nothing: what lies elsewhere is its owner's."""
 
     def _store(self, bucket: str) -> Any:
         from obstore.store import S3Store

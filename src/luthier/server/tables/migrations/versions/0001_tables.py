@@ -200,7 +200,6 @@ def upgrade() -> None:
         sa.Column("merged", sa.Boolean(), nullable=True),
         sa.Column("quantization", sa.String(), nullable=True),
         sa.Column("output", sa.String(), nullable=False),
-        sa.Column("written", Plain, nullable=False),
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("failure", QuotingText(), nullable=True),
         sa.Column("progress", Plain, nullable=True),
