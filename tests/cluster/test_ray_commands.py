@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import psutil
 import pytest
 from ray_cluster import Cluster
 
-from luthier.cluster.ray_commands import RayInferenceRunner, RayTrialRunner
+from luthier.cluster.ray_commands import RayTrialRunner
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import LuthierError
 from luthier.files import read_json
@@ -132,41 +131,6 @@ def test_killed_workers_and_a_killed_node_change_no_trial(
     cluster.add_until(2)
 
 
-def test_a_stopped_search_ends_all_of_its_trials_and_goes_on(
-    self, cluster: Cluster, recipe: Callable[..., Recipe], luthier_home: Path
-) -> None:
-    script = (
-        "import sys, json; from luthier.recipe import Recipe; "
-        "from luthier.cluster.ray_commands import RayTrialRunner; "
-        "from luthier.workflows.search import search; "
-        "search(Recipe.parse(json.loads(sys.argv[1])), 3, sys.argv[3:], resume=True, "
-        "runner=RayTrialRunner(sys.argv[2]))"
-    )
-    mine = recipe("stopped", max_steps=400)
-    fields = mine.model_dump(mode="json", exclude_unset=True)
-    command = [sys.executable, "-c", script, json.dumps(fields), cluster.address, SPACE[0]]
-    folder = luthier_home / "searches" / "stopped" / "trials"
-    second, third = (folder / each / "metrics.jsonl" for each in ("002", "003"))
-    # Trials that were cut short are others to the study, with numbers of their own.
-    for number, names in ((signal.SIGTERM, (1, 2)), (signal.SIGKILL, (3, 4))):
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            try:
-                when(lambda: second.is_file() and third.is_file())
-                workers = [when(lambda n=n: process_of(n, luthier_home)) for n in names]
-                process.send_signal(number)
-                _, errors = process.communicate()
-            finally:
-                process.kill()
-        if number == signal.SIGTERM:
-            assert "Interrupted: stopped; the same command with --resume goes on" in errors
-            assert not any(each.is_running() for each in workers)
-        psutil.wait_procs(workers, 60)
-        cluster.wait_for_idle(2)
-    found = search(mine, 3, SPACE[:1], resume=True, runner=RayTrialRunner(cluster.address))
-    alone = search(recipe("alone", max_steps=400), 3, SPACE[:1], parallel=2)
-    assert found.trials == alone.trials and weights(found) == weights(alone)
-
-
 def test_what_a_node_does_not_see_is_named(
     self, cluster: Cluster, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,31 +162,6 @@ def inference_process(output: Path, number: int) -> psutil.Process | None:
 
 def answered(output: Path) -> int:
     return len([*shards_folder(output).glob("*.answers")])
-
-
-def test_killed_workers_leave_no_row_out(
-    self, cluster: Cluster, task: GenerateTask, tmp_path: Path
-) -> None:
-    alone, spread, reporter = tmp_path / "alone.jsonl", tmp_path / "spread.jsonl", Notes()
-    answer_file(task, alone, 1)
-
-    def kill() -> None:
-        when(lambda: answered(spread) >= 1)
-        when(lambda: inference_process(spread, 1)).kill()
-        actor = when(lambda: inference_process(spread, 2)).parent()
-        actor.kill()
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    runner = RayInferenceRunner(cluster.address)
-    found = answer_file(task, spread, runner=runner, reporter=reporter)
-    killer.join()
-    assert spread.read_bytes() == alone.read_bytes()
-    assert (found.rows, found.processes) == (SHARDS * BLOCK_PROMPTS, 2)
-    notes = "\n".join(reporter.notes)
-    assert "process-1 ended by signal 9 (Killed), and goes on with the rows" in notes
-    assert "process-2 ended as its node or its actor did" in notes
-    cluster.wait_for_idle(2)
 
 
 def test_a_killed_command_goes_on(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
 from botocore.exceptions import ClientError
-from luthier_server import BASE, KEYS, ONE, Served, home_with_tiny, until
+from luthier_server import BASE, KEYS, ONE, Served, home_with_tiny
 from small_disk import Disk
 
 PIECE = b"x" * 4_000_000
@@ -96,42 +95,3 @@ def test_a_full_disk_is_told_and_nothing_is_lost(server: Served, disk: Disk) -> 
         assert s3.get_object(Bucket="rows", Key=key)["Body"].read() == PIECE
     found = sorted(each.name for each in disk.folder.rglob(".tmp-*"))
     assert found == []
-
-
-@pytest.mark.slow
-def test_a_run_of_an_eval_waits_for_room_and_grades_no_row_twice(
-    server: Served, disk: Disk
-) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"], max_retries=0)
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    made = client.evals.create(
-        data_source_config={"type": "custom", "item_schema": schema},
-        testing_criteria=[{
-            "type": "string_check", "name": "says", "operation": "like", "reference": "a",
-            "input": "{{sample.output_text}}",
-        }],
-    )  # fmt: skip
-    run = client.evals.runs.create(
-        made.id,
-        data_source={
-            "type": "completions", "model": "tiny",
-            "source": {"type": "file_content", "content": [{"item": {"n": n}} for n in range(40)]},
-            "input_messages": {"type": "template", "template": [
-                {"role": "user", "content": "Say {{item.n}}"}]},
-            "sampling_params": {"max_completion_tokens": 16},
-        },
-    )  # fmt: skip
-
-    def now() -> Any:
-        return client.evals.runs.retrieve(run.id, eval_id=made.id)
-
-    until(lambda: now().result_counts.total > 2)
-    disk.fill()
-    with pytest.raises(openai.InternalServerError, match="no room"):
-        client.evals.runs.cancel(run.id, eval_id=made.id)
-    assert now().status == "in_progress" and now().error is None
-    disk.free()
-    until(lambda: now().status == "completed")
-    assert now().result_counts.total == 40 and now().result_counts.errored == 0
-    found = client.evals.runs.output_items.list(run.id, eval_id=made.id, limit=100).data
-    assert [each.datasource_item["n"] for each in found] == [*range(40)]

@@ -6,10 +6,8 @@ it was, its processes end with their work, and a neighbour is answered meanwhile
 
 from __future__ import annotations
 
-import http.client
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import botocore.exceptions
-import psutil
 import pytest
-from luthier_server import KEYS, ONE, OTHER, Served, home_with_tiny, until
+from luthier_server import KEYS, ONE, Served, home_with_tiny, until
 from resident_memory import Growth, processes
 
 pytestmark = pytest.mark.slow
@@ -112,11 +109,6 @@ def test_long_comparisons(server: Served, metric: str) -> None:
     assert time.monotonic() - started < 10
 
 
-def test_comparisons_that_are_too_long(server: Served) -> None:
-    said = refusal(grade(server, similarity(), "ab" * 500_000, {"a": "ba" * 500_000}))
-    assert "at most 65,536" in said
-
-
 def send(server: Served, path: str, body: Any, size: int | None = None) -> socket.socket:
     """A request whose answer is not waited for; ``size`` is what it says that its body has."""
     parts = urlsplit(server.url)
@@ -128,45 +120,6 @@ def send(server: Served, path: str, body: Any, size: int | None = None) -> socke
     connection = socket.create_connection((str(parts.hostname), parts.port or 0), 30)
     connection.sendall(head.encode() + data)
     return connection
-
-
-SLEEP = {
-    "type": "python",
-    "name": "py",
-    "source": "import time\ndef grade(sample, item):\n    time.sleep(9)\n    return 1",
-}
-
-
-def at_work(server: Served, told: str) -> psutil.Process | None:
-    """The process with ``told`` in its command line that has worked most, once it has begun."""
-    # One that was idle for long has ended, and is waited for when the next is needed.
-    alive = (each for each in processes(server)[1:] if each.status() != psutil.STATUS_ZOMBIE)
-    found = [each for each in alive if told in " ".join(each.cmdline())]
-    return max(found, key=lambda each: sum(each.cpu_times()[:2]), default=None)
-
-
-def test_a_source_ends_when_its_client_hangs_up(server: Served) -> None:
-    body = {"grader": SLEEP, "model_sample": "ab"}
-    with send(server, RUN, body):
-        worker = until(lambda: at_work(server, "Runs in the sandbox"), 30)
-    left = time.monotonic()
-    until(lambda: not worker.is_running(), 20)
-    assert time.monotonic() - left < 3  # its own limits are seconds away
-
-
-def test_a_neighbour_is_graded_meanwhile(server: Served) -> None:
-    body = {"grader": similarity(), "model_sample": "ab" * 32_000, "item": {"a": "ba" * 32_000}}
-    attack = [send(server, RUN, body) for _ in range(12)]
-    try:
-        time.sleep(1)
-        started = time.monotonic()
-        status, answer = grade(server, similarity(), "Paris", {"a": "Pari"}, OTHER)
-        assert (status, answer["reward"]) == (200, 8 / 9)
-        assert server.ask("GET", "/v1/models", account=OTHER)[0] == 200
-        assert time.monotonic() - started < 15
-    finally:
-        for connection in attack:
-            connection.close()
 
 
 REFERENCES = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(25)}
@@ -278,62 +231,6 @@ def test_patterns_and_schemas_of_graders(server: Served) -> None:
     assert time.monotonic() - started < 30
 
 
-DEEPEST = '{"items":' * 10_000 + "{}" + "}" * 10_000
-LARGEST = '{"enum":["' + "a" * 10 * MEGABYTE + '"]}'
-
-
-@pytest.mark.parametrize(
-    ("schema", "result"), [(DEEPEST, "nested"), (LARGEST, "more than 200,000")]
-)
-def test_the_deepest_and_the_largest_schemas(server: Served, schema: str, result: str) -> None:
-    started = time.monotonic()
-    for path, body in (
-        (CHAT, '"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "response_format": '
-         f'{{"type": "json_schema", "json_schema": {{"name": "f", "schema": {schema}}}}}'),
-        ("/v1/evals", '"name": "a", "testing_criteria": [], "data_source_config": '
-         f'{{"type": "custom", "item_schema": {schema}}}'),
-    ):  # fmt: skip
-        status, answer = ask_raw(server, path, f"{{{body}}}".encode())
-        assert status in (400, 413), answer
-        if status == 400:
-            assert result in answer["error"]["message"]
-    assert time.monotonic() - started < 15
-    assert chat(server)[0] == 200
-
-
-def ask_raw(server: Served, path: str, body: bytes) -> tuple[int, Any]:
-    parts = urlsplit(server.url)
-    connection = http.client.HTTPConnection(str(parts.hostname), parts.port or 0, timeout=60)
-    headers = {"Authorization": f"Bearer {KEYS[ONE]['api_key']}"}
-    try:
-        connection.request("POST", path, body, {**headers, "Content-Type": "application/json"})
-        answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
-    finally:
-        connection.close()
-
-
-def test_a_pattern_of_exponential_time(server: Served) -> None:
-    """``(a+)+$`` ends at the time limit of one search."""
-    item = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(a+)+$"}}}
-    made = server.ask("POST", "/v1/evals", {
-        "name": "a", "data_source_config": {"type": "custom", "item_schema": item},
-        "testing_criteria": [{"type": "string_check", "name": "same", "input": "{{item.a}}",
-                              "reference": "a", "operation": "eq"}]})  # fmt: skip
-    assert made[0] == 201 or made[0] == 200, made
-    runs = f"/v1/evals/{made[1]['id']}/runs"
-    rows = [{"item": {"a": "a" * 5000 + "!"}}]
-    source = {"type": "jsonl", "source": {"type": "file_content", "content": rows}}
-    started = time.monotonic()
-    run = server.ask("POST", runs, {"name": "a", "data_source": source})[1]
-    ended = until(lambda: (found := server.ask("GET", f"{runs}/{run['id']}")[1])["status"]
-                  in ("failed", "completed") and found, 60)  # fmt: skip
-    assert ended["status"] == "failed" and "took more than 1 s" in ended["error"]["message"]
-    assert time.monotonic() - started < 20
-    status, answer = chat(server, structured_outputs={"regex": "(a+)+"})
-    assert status == 200, answer
-
-
 def test_bodies_that_are_nested_too_deeply(server: Served) -> None:
     deep = '{"a":' * 800 + "1" + "}" * 800
     inside: Any = json.loads(deep)
@@ -348,22 +245,3 @@ def test_bodies_that_are_nested_too_deeply(server: Served) -> None:
     ]  # fmt: skip
     status, answer = server.ask("POST", CHAT, {"model": "tiny", "messages": turns})
     assert status == 400, answer
-
-
-def test_many_at_once_leave_the_server_as_it_was(server: Served) -> None:
-    """Schemas, templates and comparisons together, from one account."""
-    slow = {"type": "json_schema", "json_schema": {"name": "f", "schema": {}}}
-    statuses: list[int] = []
-
-    def attack(number: int) -> None:
-        schema = {"type": "integer", "multipleOf": 999_983 + number}
-        form = {**slow, "json_schema": {"name": "f", "schema": schema}}
-        statuses.append(chat(server, form)[0])
-        statuses.append(grade(server, similarity("bleu"), "ab " * 300_000, {"a": "ba " * 9})[0])
-
-    threads = [threading.Thread(target=attack, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert set(statuses) <= {200, 400, 429}

@@ -104,37 +104,6 @@ def test_an_archive_becomes_a_model_that_makes_images_through_openai(server: Ser
         assert Image.open(file).size == (32, 32)
 
 
-def test_a_series_becomes_a_model_that_judges_its_values(server: Served) -> None:
-    lines = [f"2026-01-01 {n // 60:02}:{n % 60:02}:00,{n % 9}" for n in range(300)]
-    body = "\n".join(["timestamp,value", *lines, ""]).encode()
-    server.client("s3").put_object(Bucket="data", Key="load.csv", Body=body)
-    bedrock = server.client("bedrock")
-    arn = bedrock.create_model_customization_job(
-        roleArn=ROLE, baseModelIdentifier="luthier.small-window-vae", jobName="series",
-        customModelName="series", trainingDataConfig={"s3Uri": "s3://data/load.csv"},
-        outputDataConfig={"s3Uri": "s3://data/out/"}, hyperParameters={"epochCount": "2"},
-    )["jobArn"]  # fmt: skip
-    asked = lambda: bedrock.get_model_customization_job(jobIdentifier=arn)  # noqa: E731
-    until(lambda: asked()["status"] != "InProgress")
-    assert asked()["status"] == "Completed", asked().get("failureMessage")
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])
-    with client:
-        uploaded = client.files.create(file=("load.csv", body), purpose="fine-tune")
-        job = client.fine_tuning.jobs.create(
-            model="small-window-vae", training_file=uploaded.id,
-            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
-        )  # fmt: skip
-        until(lambda: client.fine_tuning.jobs.retrieve(job.id).finished_at)
-        ended = client.fine_tuning.jobs.retrieve(job.id)
-        assert ended.status == "succeeded" and ended.fine_tuned_model, ended.error
-    inputs = [{"window": [float(n % 9) for n in range(48)]}]
-    for model in ("series", ended.fine_tuned_model):
-        status, answer = server.ask(
-            "POST", f"/api/v1/models/{model}/predictions", {"inputs": inputs}
-        )
-        assert status == 200 and {*answer["answers"][0]} == {"score", "anomalous"}, answer
-
-
 def test_a_pipeline_from_outside_learns_and_makes_images(
     server: Served, family_folder: Callable[[str], Path]
 ) -> None:
@@ -177,28 +146,3 @@ def test_a_pipeline_from_outside_learns_and_makes_images(
         made[name] = Image.open(io.BytesIO(base64.b64decode(image)))
     assert made["painter"].size == made["style"].size
     assert made["painter"].tobytes() != made["style"].tobytes()
-
-
-def test_lines_of_writing_become_a_reader(server: Served) -> None:
-    s3, bedrock, rows = server.client("s3"), server.client("bedrock"), []
-    for number in range(16):
-        image = Image.new("L", (96, 24), 255)
-        ImageDraw.Draw(image).text((4, 6), f"no {number % 4}", fill=0)
-        stream = io.BytesIO()
-        image.save(stream, format="PNG")
-        s3.put_object(Bucket="data", Key=f"lines/{number}.png", Body=stream.getvalue())
-        rows.append({"image": f"s3://data/lines/{number}.png", "text": f"no {number % 4}"})
-    body = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    s3.put_object(Bucket="data", Key="lines.jsonl", Body=body)
-    arn = bedrock.create_model_customization_job(
-        roleArn=ROLE, baseModelIdentifier="luthier.small-ocr", jobName="reader",
-        customModelName="reader", trainingDataConfig={"s3Uri": "s3://data/lines.jsonl"},
-        outputDataConfig={"s3Uri": "s3://data/out/"}, hyperParameters={"epochCount": "1"},
-    )["jobArn"]  # fmt: skip
-    asked = lambda: bedrock.get_model_customization_job(jobIdentifier=arn)  # noqa: E731
-    until(lambda: asked()["status"] != "InProgress")
-    assert asked()["status"] == "Completed", asked().get("failureMessage")
-    image = base64.b64encode(s3.get_object(Bucket="data", Key="lines/1.png")["Body"].read())
-    inputs = [{"image": image.decode()}]
-    status, answer = server.ask("POST", "/api/v1/models/reader/predictions", {"inputs": inputs})
-    assert status == 200 and isinstance(answer["answers"][0]["text"], str), answer

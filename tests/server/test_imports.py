@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from imported_models import (
     ended,
     nothing_left,
     put,
-    put_into,
     says,
 )
 from luthier_server import BASE, OTHER, Served, home_with_tiny, until
@@ -142,20 +140,6 @@ def test_it_is_a_base_like_any_other(server: Served, imported: str, tuned: str) 
     bedrock.delete_provisioned_model_throughput(provisionedModelId=made)
 
 
-@pytest.mark.slow
-def test_the_command_line_has_it_too(server: Served, imported: str) -> None:
-    name = f"imported:model-{imported.rpartition('/')[2]}"
-
-    def luthier(*arguments: str) -> Any:
-        return json.loads(server.command(*arguments, "--json").stdout)
-
-    listed = {each["id"]: each for each in luthier("models", "list")["custom"]}
-    assert listed[name]["adaptation"] == "imported network" and "damaged" not in listed[name]
-    shown = luthier("models", "show", name)
-    assert all(each["intact"] for each in shown["files"].values() if each["intact"] is not None)
-    assert luthier("models", "capabilities", name)
-
-
 def test_the_same_request_makes_one_model(server: Served, imported: str) -> None:
     members: dict[str, Any] = {
         "modelTags": [{"key": "team", "value": "one"}],
@@ -196,28 +180,6 @@ def test_a_killed_server_and_a_killed_worker_lose_nothing(server: Served) -> Non
     text = says(server, deployed(server, "orphan", arn))
     assert text == says(server, BASE)
     until(lambda: nothing_left(server.home))
-
-
-@pytest.mark.slow
-def test_an_account_with_many_imports_does_not_keep_another_waiting(
-    server: Served, tiny_model_folder: Path
-) -> None:
-    s3 = server.client("s3", OTHER)
-    s3.create_bucket(Bucket="theirs")
-    put_into(s3, "theirs", tiny_model_folder, "same", {})
-    mine = [create(server, f"many-{number}", f"s3://{BUCKET}/same/") for number in range(6)]
-    theirs = create(server, "theirs", "s3://theirs/same/", OTHER)
-
-    def statuses() -> list[str]:
-        get = server.client("bedrock").get_custom_model
-        return [str(get(modelIdentifier=arn)["modelStatus"]) for arn in mine]
-
-    get = server.client("bedrock", OTHER).get_custom_model
-    until(lambda: get(modelIdentifier=theirs)["modelStatus"] != "Creating")
-    # The one that ran, and one more that may have begun since.
-    assert statuses().count("Creating") >= 4
-    assert get(modelIdentifier=theirs)["modelStatus"] == "Active"
-    until(lambda: statuses() == ["Active"] * 6)
 
 
 def workers(arn: str) -> list[psutil.Process]:
@@ -297,20 +259,6 @@ def test_addresses_are_looked_at_at_once(server: Served, tmp_path: Path) -> None
         )
     with pytest.raises(ClientError, match="ResourceNotFound"):
         bedrock.get_custom_model(modelIdentifier="nowhere")
-
-
-@pytest.mark.slow
-def test_encoders_are_taken_too(
-    server: Served, family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    folder = tmp_path / "bert"
-    shutil.copytree(family_folder("bert"), folder)
-    found = ended(server, create(server, "encoder", put(server, folder, "bert")))
-    assert found["modelStatus"] == "Active", found
-    deployment = deployed(server, "encoder", found["modelArn"])
-    body = json.dumps({"inputText": "My card has not arrived yet."})
-    answer = server.client("bedrock-runtime").invoke_model(modelId=deployment, body=body)
-    assert len(json.loads(answer["body"].read())["embedding"]) == 32
 
 
 @pytest.mark.slow

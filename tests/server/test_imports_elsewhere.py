@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError
-from luthier_server import BASE, Served, home_with_tiny, until
 from moto_server import KEYS, moto_client, moto_server
 
 from luthier.errors import LocationRefused
@@ -16,7 +14,6 @@ from luthier.server.tables.database import Base, Database
 from luthier.server.tables.locations import Locations
 
 ACCOUNT = "000000000000"
-GREEDY = {"maxTokens": 8, "temperature": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -60,46 +57,3 @@ def test_a_folder_elsewhere_is_listed_and_copied(
     monkeypatch.setattr("luthier.server.tables.locations.MOST_ENTRIES", len(sizes))
     with pytest.raises(LocationRefused, match=f"more than {len(sizes)} objects below"):
         locations.folder(ACCOUNT, "s3://models/some/tiny")
-
-
-@pytest.mark.slow
-def test_a_model_of_another_endpoint_answers_like_the_same_one_here(
-    moto: int, bucket: Any, tmp_path: Path, tiny_model_folder: Path
-) -> None:
-    server = Served(home_with_tiny(tmp_path / "home", tiny_model_folder))
-    server.start("--s3-endpoint", f"http://127.0.0.1:{moto}", **KEYS)
-    try:
-        bedrock = server.client("bedrock")
-        arn, pickled = (
-            bedrock.create_custom_model(
-                modelName=name,
-                modelSourceConfig={"s3DataSource": {"s3Uri": f"s3://models/some/{name}/"}},
-            )["modelArn"]
-            for name in ("tiny", "pickled")
-        )
-        for name in ("some/none/", "none"):
-            source = {"s3DataSource": {"s3Uri": f"s3://models/{name}"}}
-            with pytest.raises(ClientError, match="ValidationException"):
-                bedrock.create_custom_model(modelName="nowhere", modelSourceConfig=source)
-        get = bedrock.get_custom_model
-        for each in (arn, pickled):
-            until(lambda each=each: get(modelIdentifier=each)["modelStatus"] != "Creating")
-        assert get(modelIdentifier=arn)["modelStatus"] == "Active"
-        failed = get(modelIdentifier=pickled)
-        assert failed["modelStatus"] == "Failed" and "model.pickle" in failed["failureMessage"]
-        deployment = bedrock.create_custom_model_deployment(
-            modelDeploymentName="elsewhere", modelArn=arn
-        )["customModelDeploymentArn"]
-        ready = bedrock.get_custom_model_deployment
-        asked = {"customModelDeploymentIdentifier": deployment}
-        until(lambda: ready(**asked)["status"] == "Active")
-        answers = [
-            server.client("bedrock-runtime").converse(
-                modelId=model, inferenceConfig=GREEDY,
-                messages=[{"role": "user", "content": [{"text": "What is the capital?"}]}],
-            )["output"]["message"]["content"]
-            for model in (deployment, BASE)
-        ]  # fmt: skip
-        assert answers[0] == answers[1]
-    finally:
-        server.end()

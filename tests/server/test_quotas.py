@@ -21,7 +21,7 @@ from forked_commands import run
 from served import served
 
 from luthier.files import write_json
-from luthier.limits import AccountQuotas, ServerLimits
+from luthier.limits import ServerLimits
 from luthier.models.manifest import MANIFEST
 from luthier.server.service import Service
 from luthier.server.settings import Settings
@@ -124,25 +124,6 @@ def test_object_storage_refuses_in_the_words_of_ceph(server: Server) -> None:
     assert not [path for path in objects.rglob("*") if path.is_file()]
 
 
-@pytest.mark.slow
-def test_openai_refuses_files_once_and_no_client_tries_again(server: Server) -> None:
-    def create(size: int) -> Any:
-        file = ("rows.jsonl", b"x" * size)
-        return server.openai.files.create(file=file, purpose="fine-tune")
-
-    kept = create(15 * MIB)
-    for tries, size in enumerate((6 * MIB, 40 * MIB), 1):
-        with pytest.raises(openai.RateLimitError) as refused:
-            create(size)
-        assert (refused.value.code, refused.value.type) == ("insufficient_quota",) * 2
-        assert "stored_bytes" in refused.value.message
-        answer = f'operation="openai.files.create",status="429"}} {float(tries)}'
-        assert answer in server.metrics()
-    server.openai.files.delete(kept.id)
-    create(1)
-    assert server.stored() == 1
-
-
 def batch_of(server: Server, models: list[str]) -> Any:
     """A batch with a line for each model, once it has ended."""
     lines = [
@@ -202,26 +183,6 @@ def test_bedrock_refuses_jobs_and_imports_for_which_there_is_no_room(server: Ser
     assert code == "ServiceQuotaExceededException"
     server.quota(custom_models=None)
     assert create(**job)["jobArn"]
-
-
-@pytest.mark.slow
-def test_quotas_are_shown_beside_what_there_is(server: Server) -> None:
-    server.aws("s3").put_object(Bucket="rows", Key="a", Body=b"12345")
-    printed = server.luthier(
-        "accounts", "quota", ACCOUNT, "deployments=7", "stored_bytes=30_000_000"
-    )
-    assert "7" in printed
-    server.luthier("accounts", "quota", ACCOUNT, "stored_bytes=")
-    status, body = server.ask("/api/v1/usage")
-    assert (status, body["account"]) == (200, ACCOUNT)
-    assert body["quotas"]["stored_bytes"] == {"used": 5, "quota": 20 * MIB}
-    assert body["quotas"]["deployments"] == {"used": 0, "quota": 7}
-    assert set(body["quotas"]) == set(AccountQuotas.model_fields)
-    rows = json.loads(server.luthier("accounts", "usage", ACCOUNT, "--json"))["usage"]
-    found = {row["quota"]: (row["used"], row["most"], row["from"]) for row in rows}
-    assert found["deployments"] == (0, 7, "account")
-    assert found["custom_models"] == (0, AccountQuotas().custom_models, "built-in default")
-    assert set(found) == {*AccountQuotas.model_fields, "requests_per_second"}
 
 
 @pytest.mark.slow

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -14,16 +11,12 @@ from bedrock_service import (
     BASE,
     BOB,
     ENCODER,
-    Server,
     Service,
     eventually,
-    job_members,
-    opened,
 )
 from botocore.exceptions import ClientError
 
 from luthier.limits import AccountQuotas
-from luthier.server.bedrock import endpoints
 from luthier.server.http.messages import Fault
 from luthier.server.identifiers import ModelIds, invocable, invoked_arn
 
@@ -200,35 +193,6 @@ def test_quota_of_deployments(
         assert refused(create, **again) == "ServiceQuotaExceededException"
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_endpoints_made_at_once_keep_the_quota(
-    server: Server, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both, honest = threading.Barrier(2), endpoints.new_id
-
-    def new_id() -> str:
-        """Behind the count: nobody else comes so far while it is held."""
-        with suppress(threading.BrokenBarrierError):
-            both.wait(1)
-        return honest()
-
-    def create(name: str) -> str:
-        members = {"provisionedModelName": name, "modelId": BASE, "modelUnits": 1}
-        try:
-            client.create_provisioned_model_throughput(**members)
-        except ClientError as error:
-            return str(error.response["Error"]["Code"])
-        return ""
-
-    monkeypatch.setattr(endpoints, "new_id", new_id)
-    quotas = AccountQuotas(provisioned_throughputs=1)
-    with contextmanager(opened)(database_url) as database, server.serving(database, quotas) as made:
-        client = made.client()
-        with ThreadPoolExecutor(2) as threads:
-            codes = sorted(threads.map(create, ("one", "two")))
-    assert codes == ["", "ServiceQuotaExceededException"]
-
-
 def test_a_name_is_no_part_of_an_arn(bedrock: Any, model: Callable[..., str]) -> None:
     arn = model()
     name = "asidlookedid"
@@ -245,23 +209,6 @@ def test_a_name_is_no_part_of_an_arn(bedrock: Any, model: Callable[..., str]) ->
     other = deploy(bedrock, arn, last)
     assert deployment(bedrock, last)["customModelDeploymentArn"] == other
     assert deployment(bedrock, deployed)["modelDeploymentName"] == name
-
-
-@pytest.mark.parametrize(
-    "quotas", [AccountQuotas(custom_models=1), AccountQuotas(jobs_in_flight=1)]
-)
-def test_quotas_of_models_and_jobs(
-    service: Service, bedrock: Any, database: Any, quotas: AccountQuotas
-) -> None:
-    create = bedrock.create_model_customization_job
-    with service.server.serving(database, quotas) as limited:
-        create(**job_members("job-1"))
-        assert limited.told_of.is_set()
-        limited.told_of.clear()
-        assert refused(create, **job_members("job-2")) == "ServiceQuotaExceededException"
-        assert not limited.told_of.is_set()
-    found = bedrock.list_model_customization_jobs()["modelCustomizationJobSummaries"]
-    assert [job["jobName"] for job in found] == ["job-1"]
 
 
 def test_a_server_that_starts_goes_on(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import runtime_service as serving
 from botocore.exceptions import ClientError
 from runtime_service import CALLER, MODEL, TOOL, said, text_of
 
-from luthier.inference.inference import GenerationRequest
 from luthier.inference.pool import ModelPool
 from luthier.server.bedrock.bodies import parsed_native
 from luthier.server.bedrock.invoke import PromptBody, form_of
@@ -80,32 +78,6 @@ def test_messages_of_amazon_s_form(runtime_client: Any) -> None:
     assert metrics["outputTokenCount"] == 24
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        {},
-        {"prompt": 3},
-        {"prompt": ""},
-        {"prompt": "x", "max_gen_len": 0},
-        {"prompt": "x", "max_gen_len": "5"},
-        {"prompt": "x", "max_gen_len": True},
-        {"prompt": "x", "top_p": 1.5},
-        {"prompt": "x", "temperature": -1},
-        {"prompt": "x", "unknown": 1},
-        {"inputText": ""},
-        {"schemaVersion": "messages-v2", "messages": []},
-    ],
-)
-def test_bodies_that_are_wrong(runtime_client: Any, body: dict[str, Any]) -> None:
-    for operation in (
-        runtime_client.invoke_model,
-        runtime_client.invoke_model_with_response_stream,
-    ):
-        with pytest.raises(ClientError) as refused:
-            operation(modelId=MODEL, body=json.dumps(body))
-        assert refused.value.response["Error"]["Code"] == "ValidationException"
-
-
 def test_bodies_that_are_no_json(runtime_client: Any) -> None:
     for body in (b"{", b"[]", b'{"prompt": NaN}', b"\xff"):
         for operation in (
@@ -132,43 +104,6 @@ def test_tokens_are_counted_as_they_are_read(runtime_client: Any) -> None:
     assert counted["inputTokens"] == found["prompt_token_count"]
     with pytest.raises(ClientError, match="Malformed input request"):
         runtime_client.count_tokens(modelId=MODEL, input={"invokeModel": {"body": b"["}})
-
-
-class Upper:
-    """A form of bodies that another face knows."""
-
-    def __init__(self, model_id: str, body: Any) -> None:
-        if body["messages"] != "hello":
-            raise Fault("Validation", "no.")
-
-    def request(self) -> GenerationRequest:
-        return GenerationRequest("The quick", max_tokens=4, temperature=0)
-
-    def answer(self, stream: Any) -> tuple[dict[str, Any], int]:
-        (whole,) = stream.whole()
-        return {"said": whole.text}, whole.tokens
-
-    def chunks(self, stream: Any) -> Iterator[tuple[dict[str, Any], int]]:
-        for event in stream:
-            yield {"kind": type(event).__name__}, getattr(event, "tokens", 0)
-
-
-def test_bodies_of_another_face_s_form(runtime_pool: ModelPool, tiny_model_folder: Path) -> None:
-    handlers = runtime_handlers(
-        runtime_pool, lambda account, name: str(tiny_model_folder), chat=Upper
-    )
-
-    def call(body: Any) -> Request:
-        raw = json.dumps(body).encode()
-        return Request("id", CALLER, "POST", "/", {}, {}, raw, now(), {"modelId": MODEL})
-
-    answer = handlers["InvokeModel"](call({"messages": "hello"}))
-    assert set(json.loads(answer.body)) == {"said"}  # type: ignore[arg-type]
-    assert answer.headers["X-Amzn-Bedrock-Output-Token-Count"] == "4"
-    stream: Any = handlers["InvokeModelWithResponseStream"](call({"messages": "hello"})).body
-    assert b"".join(stream).count(b"chunk") > 1
-    with pytest.raises(Fault, match="Malformed input request: no, please"):
-        handlers["InvokeModelWithResponseStream"](call({"messages": "bye"}))
 
 
 @pytest.mark.parametrize(

@@ -54,15 +54,6 @@ def test_nothing_repeats_or_is_lost_between_pages(
         assert seen == [f"job-{each}" for each in range(len(seen))] and len(seen) >= 7
 
 
-def test_a_full_last_page_has_no_token(bedrock: Any, submit: Callable[..., str]) -> None:
-    for number in range(4):
-        submit(f"job-{number}")
-    names, token = page_of(bedrock, maxResults=2)
-    assert names == ["job-3", "job-2"] and token
-    assert page_of(bedrock, maxResults=2, nextToken=token) == (["job-1", "job-0"], None)
-    assert page_of(bedrock, maxResults=4)[1] is None
-
-
 def test_filters_hold_on_every_page(bedrock: Any, submit: Callable[..., str]) -> None:
     for number in range(6):
         submit(f"{'odd' if number % 2 else 'even'}-{number}")
@@ -112,20 +103,6 @@ def test_many_senders_make_one_job(service: Service, bedrock: Any) -> None:
     with ThreadPoolExecutor(16) as threads:
         arns = set(threads.map(create, range(32)))
     assert len(arns) == 1 and page_of(bedrock) == (["job-1"], None)
-
-
-def test_many_senders_of_one_name_make_one_job(bedrock: Any) -> None:
-    def create(number: int) -> str:
-        try:
-            bedrock.create_model_customization_job(**job_members("job-1"))
-        except ClientError as error:
-            return str(error.response["Error"]["Message"])
-        return "made"
-
-    with ThreadPoolExecutor(8) as threads:
-        answer = list(threads.map(create, range(16)))
-    assert answer.count("made") == 1
-    assert set(answer) == {"made", "The provided job name is currently in use."}
 
 
 def test_tokens_of_deployments_and_throughput(

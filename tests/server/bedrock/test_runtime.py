@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ import pytest
 import runtime_service as serving
 from botocore.exceptions import ClientError, EventStreamError
 from jsonschema import validate
-from runtime_service import CALLER, MODEL, SCHEMA, TOOL, Service, said, streamed, text_of
+from runtime_service import MODEL, SCHEMA, TOOL, Service, said, streamed, text_of
 
 from luthier.inference.inference import InferenceFailed
 from luthier.inference.pool import ModelPool
-from luthier.server.http.messages import Request
-from luthier.server.tables.database import now
 
 # Fixtures of these modules alone: what they import takes time.
 runtime_client = serving.runtime_client
@@ -170,24 +167,6 @@ def test_a_call_that_is_cut_off_is_not_shown(runtime_client: Any, choice: dict[s
         assert events[-1]["metadata"]["usage"] == answer["usage"]
 
 
-def test_points_to_cache_at_make_no_difference(runtime_client: Any) -> None:
-    point = {"cachePoint": {"type": "default"}}
-    plain, hinted = said(system=[{"text": "Be kind."}]), said(system=[{"text": "Be kind."}, point])
-    for request, points in ((plain, []), (hinted, [point])):
-        request["toolConfig"] = {"tools": [TOOL, *points]}
-        (asked,) = request["messages"]
-        use = {"toolUseId": "a", "name": "mood", "input": {}}
-        request["messages"] = [
-            {**asked, "content": [*asked["content"], *points]},
-            {"role": "assistant", "content": [{"toolUse": use}, *points]},
-            {"role": "user", "content": [RESULT, *points]},
-        ]
-    answer, same = runtime_client.converse(**plain), runtime_client.converse(**hinted)
-    assert (answer["output"], answer["usage"]) == (same["output"], same["usage"])
-    with pytest.raises(ClientError, match=r"at messages\.0 is empty"):
-        runtime_client.converse(**{**said(), **blocks(point)})
-
-
 def blocks(*content: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(content)}]}
 
@@ -262,22 +241,6 @@ def test_an_unknown_model_is_not_found(runtime_client: Any) -> None:
     assert unknown.value.response["Error"]["Code"] == "ResourceNotFoundException"
 
 
-def test_64_streams_at_once(runtime_client: Any) -> None:
-    def text(number: int) -> str:
-        events = streamed(runtime_client, **said(f"Hi {number}", inferenceConfig={"maxTokens": 30}))
-        deltas = [
-            e["contentBlockDelta"]["delta"]["text"] for e in events if "contentBlockDelta" in e
-        ]
-        return "".join(deltas)
-
-    with ThreadPoolExecutor(64) as threads:
-        together = list(threads.map(text, range(64)))
-    for number in range(0, 64, 9):
-        assert together[number] == text_of(
-            runtime_client.converse(**said(f"Hi {number}", inferenceConfig={"maxTokens": 30}))
-        )
-
-
 def test_who_hangs_up_frees_the_place(
     runtime_service: tuple[Service, str],
     runtime_client: Any,
@@ -322,11 +285,3 @@ def test_a_failure_in_mid_stream_is_an_event(
     with pytest.raises(ClientError) as failed:
         runtime_client.converse(**said())
     assert failed.value.response["Error"]["Code"] == "ModelErrorException"
-
-
-def test_streams_closed_unread_end_too(runtime_service: tuple[Service, str]) -> None:
-    body = json.dumps(said()).encode()
-    call = Request("id", CALLER, "POST", "/", {}, {}, body, now(), {"modelId": MODEL})
-    events: Any = runtime_service[0].handlers["ConverseStream"](call).body
-    events.close()
-    assert list(events) == []

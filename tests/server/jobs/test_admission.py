@@ -24,11 +24,9 @@ from luthier.server.tables.database import now
 from luthier.server.tables.imports import ModelImport
 from luthier.server.tables.jobs import Job
 from luthier.server.tables.locations import Locations
-from luthier.server.tables.queue import PATIENCE
 
 ACCOUNT = "000000000000"
 GIB = 1 << 30
-LONG_AGO = PATIENCE + timedelta(seconds=10)
 
 
 class Machine:

@@ -30,7 +30,7 @@ from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.exports import ModelExport
-from luthier.server.tables.jobs import COMPLETED, FAILED, QUEUED, RUNNING, STOPPED
+from luthier.server.tables.jobs import COMPLETED, FAILED, QUEUED, STOPPED
 from luthier.server.tables.locations import Locations
 from luthier.server.tables.objects import Objects
 
@@ -266,26 +266,6 @@ def test_a_failure_names_its_cause_and_leaves_nothing(
     for own in ("job-x", str(luthier_home)):
         assert own not in str(failed.failure)
     assert objects(database, tmp_path / "found") == {} and left(luthier_home) == []
-
-
-def test_a_model_that_is_gone_is_named_as_its_owner_does(
-    database: Database, model: CustomModel
-) -> None:
-    made = submit(database)
-    shutil.rmtree(find("tiny:job-x").folder)
-    claimed(database).run()
-    assert row(database, made).failure == "the model mine is no longer there."
-
-
-def test_it_waits_for_memory_that_others_have(database: Database, model: CustomModel) -> None:
-    made, other = submit(database, merged=True), submit(database)
-    worker = claimed(database, capacity=Capacity(memory=1 << 29, cores=1))
-    with database.write() as session:  # another one is at work
-        assert queue.claim(session, ModelExport, this_process(), 10**15) is not None
-    assert worker.run() == 0
-    waiting = row(database, made)
-    assert waiting.state == QUEUED and waiting.memory > 1 << 29
-    assert row(database, other).state == RUNNING
 
 
 def test_a_lost_lease_ends_the_process_without_a_word_to_the_row(

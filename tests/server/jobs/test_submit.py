@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -72,23 +71,6 @@ def test_names_are_taken_in_their_account_only(queue: Any) -> None:
         put(queue, "one", model_name="third")
     with queue.database.read() as session:
         assert session.query(Job).count() == 3 and session.query(CustomModel).count() == 2
-
-
-def test_of_many_at_once_one_gets_the_name(queue: Any) -> None:
-    outcomes: list[str] = []
-
-    def try_it() -> None:
-        try:
-            outcomes.append(put(queue, "same").name)
-        except NameInUse as error:
-            outcomes.append(error.kind)
-
-    threads = [threading.Thread(target=try_it) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes) == ["job"] * 7 + ["same"]
 
 
 def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:

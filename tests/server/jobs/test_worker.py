@@ -22,10 +22,8 @@ from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.jobs import (
     JobEvent,
-    JobFilter,
     events,
     get,
-    list_jobs,
     pause,
     resume,
     stop,
@@ -137,17 +135,6 @@ def test_bad_rows_fail_the_job_with_the_line_and_leave_nothing(
     assert models(queue) == [] and files(luthier_home, job_id) == []
     # The name of the model is free, that of the job is not.
     assert queue.submit("two", model_name="one")
-
-
-def test_two_accounts_have_the_same_names(queue: Any) -> None:
-    first = queue.submit("same")
-    second = queue.submit("same", account=OTHER)
-    queue.scheduler()
-    assert {queue.ended(each).state for each in (first, second)} == {"Completed"}
-    with queue.database.read() as session:
-        assert [job.id for job in list_jobs(session, OTHER, JobFilter(), limit=9)] == [second]
-        assert get(session, OTHER, first) is None
-    assert len({model.stored_id for model in models(queue)}) == 2
 
 
 def test_a_stopped_job_leaves_nothing(queue: Any, luthier_home: Path) -> None:
@@ -371,20 +358,6 @@ def test_other_files_than_lines_are_refused_by_the_name_their_owner_knows(queue:
     assert job.state == "Failed" and f"{array}: [file.form]" in job.failure
     native = queue.ended(queue.submit("native", training=[array], face="native", steps=2))
     assert native.state == "Completed", native.failure
-
-
-@sqlite
-def test_rows_to_measure_on_may_be_those_that_are_learned(queue: Any) -> None:
-    address = queue.file("same.jsonl", queue.pairs(12))
-    job_id = queue.submit(training=[address], validators=[address], steps=2)
-    queue.scheduler()
-    job = queue.ended(job_id)
-    assert job.state == "Completed", job.failure
-    with queue.database.read() as session:
-        values = [event.message for event in events(session, job, limit=99)]
-    assert any("leakage.many" in text or "are in the training rows" in text for text in values), (
-        values
-    )
 
 
 def test_a_heartbeat_outlives_what_goes_wrong_and_ends_after_a_silence(

@@ -13,8 +13,6 @@ import pytest
 from luthier.server.jobs.folders import LOG_TAIL, JobFolders
 from luthier.server.tables.jobs import JobEvent
 
-ACCOUNT = "000000000000"
-
 sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 

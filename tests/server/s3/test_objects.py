@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -204,27 +203,6 @@ def test_a_link(service: Any, bucket: str) -> None:
         assert answer.headers["Content-Disposition"] == 'attachment; filename="x.txt"'
         # The web console has the same origin.
         assert answer.headers["Content-Security-Policy"] == "sandbox"
-
-
-def test_puts_of_one_key_at_once(service: Any, bucket: str) -> None:
-    client = service.client()
-    bodies = [os.urandom(300_000) for _ in range(8)]
-
-    def put(body: bytes) -> None:
-        client.put_object(Bucket=bucket, Key="k", Body=body)
-
-    def get(number: int) -> bytes:
-        return client.get_object(Bucket=bucket, Key="k")["Body"].read()
-
-    put(bodies[0])
-    with ThreadPoolExecutor(8) as pool:
-        puts, gets = [pool.submit(put, each) for each in bodies], pool.map(get, range(24))
-        assert all(got in bodies for got in gets)
-        for each in puts:
-            each.result()
-    seq = service.objects.open("000000000001", bucket, "k")
-    assert len(seq.pieces) == 1
-    assert service.objects.files.path("000000000001", seq.pieces[0].id).read_bytes() in bodies
 
 
 def test_what_is_not_there(service: Any, bucket: str, refused: Any) -> None:

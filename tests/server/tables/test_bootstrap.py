@@ -18,7 +18,7 @@ from luthier.errors import CorruptFile, LuthierError, RefusedInput
 from luthier.server.tables import principals
 from luthier.server.tables.accounts import version
 from luthier.server.tables.audit import entries
-from luthier.server.tables.bootstrap import ALLOW_ALL, prepare
+from luthier.server.tables.bootstrap import prepare
 from luthier.server.tables.database import Database
 from luthier.server.tables.secrets import Sealing, server_key
 
@@ -88,14 +88,6 @@ def test_a_file_gives_principals(
     with database.read() as session:
         assert version(session) == before, "the same file again changes nothing"
         assert len(entries(session)) == 1
-
-
-def test_a_policy_that_allows_everything_stands_for_an_administrator(
-    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    boot(database, tmp_path, monkeypatch, {**ROOT, "role": None, "policies": [ALLOW_ALL]})
-    with database.read() as session:
-        assert principals.user_of(session, FIRST, "root").role == "administrator"
 
 
 def test_a_file_brings_principals_up_to_date(

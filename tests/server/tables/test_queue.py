@@ -1,20 +1,17 @@
-"""Leases: each job has one worker, and only that one writes."""
+"""Order, leases and ends of jobs in the queue."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
-from collections import Counter
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from job_rows import add_job
 
 from luthier.errors import LeaseLost, WrongState
 from luthier.server.tables import jobs, queue
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
-from luthier.server.tables.database import Database, new_id, now
+from luthier.server.tables.database import Database, now
 from luthier.server.tables.jobs import (
     COMPLETED,
     FAILED,
@@ -27,42 +24,11 @@ from luthier.server.tables.jobs import (
     JobEvent,
 )
 
-ACCOUNT, OTHER = "000000000000", "111111111111"
 WORKER = {"host": "here", "pid": 1, "born": 0.0}
-CLAIM_ALL = """
-import sys
-from luthier.server.tables import queue
-from luthier.server.tables.database import Database
-from luthier.server.tables.jobs import Job
-database = Database(sys.argv[1])
-while True:
-    with database.write() as session:
-        job = queue.claim(session, Job, {"host": "x", "pid": 1, "born": 0.0}, 10**12, 10**6)
-        if job is None:
-            break
-        print(job.id, job.lease)
-"""
 
 
 def add(database: Database, name: str, **fields: Any) -> str:
-    moment = now()
-    job = Job(
-        **{
-            "id": new_id(), "account": ACCOUNT, "name": name, "model_name": name, "face": "bedrock",
-            "customization_type": "FINE_TUNING", "foundation": "luthier.tiny", "base_model": "arn",
-            "command": "tune", "recipe": {}, "request": {}, "validators": [], "state": QUEUED,
-            "details": {}, "created": moment, "modified": moment, "cores": 1, "memory": 1, **fields,
-        }
-    )  # fmt: skip
-    model = CustomModel(
-        id=new_id(), account=job.account, name=job.model_name, foundation="luthier.tiny",
-        root="luthier.tiny", base_model="arn", job_id=job.id, details={}, created=moment,
-    )  # fmt: skip
-    with database.write() as session:
-        session.add(job)
-        session.flush()
-        session.add(model)
-    return job.id
+    return add_job(database, name, **fields).id
 
 
 def claim(
@@ -128,36 +94,6 @@ def test_what_is_held_or_not_queued_is_not_claimed(database: Database) -> None:
     assert claim(database, idle=True) is None
     put(database, held, memory=1)
     assert claim(database)[0] == held  # type: ignore[index]
-
-
-def test_many_threads_claim_each_job_once(database: Database) -> None:
-    wanted = [add(database, f"job-{n}") for n in range(24)]
-    taken: list[tuple[str, str]] = []
-
-    def work() -> None:
-        while (found := claim(database)) is not None:
-            taken.append(found)
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert Counter(job for job, _ in taken) == Counter(wanted)
-    assert all(job_of(database, job).lease == lease for job, lease in taken)
-
-
-def test_many_processes_claim_each_job_once(database: Database) -> None:
-    wanted = [add(database, f"job-{n}") for n in range(12)]
-    command = [sys.executable, "-c", CLAIM_ALL, database.url]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    taken = [
-        line.split()[0]
-        for process in started
-        for line in process.communicate()[0].split("\n")
-        if line
-    ]
-    assert Counter(taken) == Counter(wanted)
 
 
 def test_the_holder_is_heard_and_nobody_else(database: Database) -> None:

@@ -54,8 +54,8 @@ class ExportView(View):
     output: str
     state: State
     progress: dict[str, Any] | None = None
-    """Progress of a running export: ``phase`` (``merge``, ``trace``, ``write``, ``compare``, ``upload``),
-    ``done`` and ``total`` (bytes of ``write`` and ``upload``)."""
+    """Progress of a running export: ``phase`` (``merge``, ``trace``, ``write``, ``compare`` or
+    ``upload``), ``done`` and ``total`` (bytes of ``write`` and ``upload``)."""
     result: dict[str, Any] | None = None
     """Of a completed one: its ``address``, its ``files`` with bytes and SHA-256, and how near their
     answers are to those of the model (``compared``)."""
