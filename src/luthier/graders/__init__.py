@@ -1,12 +1,9 @@
-"""Text to a score. The same grader measures a model and rewards one in training.
-
-A file for each way to score, or for ways that share one; this table is the map of the package.
-"""
+"""Graders: scores of replies, for evaluation and as rewards in training."""
 
 from __future__ import annotations
 
 from luthier.chat_models.base import Writer
-from luthier.graders.base import Answer, Grader, GraderModels, Scorer, Trouble, Ungraded
+from luthier.graders.base import Answer, Grader, GraderModels, Scorer, Ungraded
 from luthier.graders.code import Code
 from luthier.graders.embedding_similarity import EmbeddingSimilarity
 from luthier.graders.exact import Exact, FirstLine
@@ -85,7 +82,6 @@ __all__ = [
     "StringCheck",
     "TextSimilarity",
     "ToolCalls",
-    "Trouble",
     "Ungraded",
     "Writer",
     "check_rows",

@@ -1,16 +1,16 @@
-"""The seam between a text and its score.
+"""The interface between a text and its score.
 
-A grader is one frozen object: its fields are its settings, with the vetted ones as default. The same
-object measures a model (``luthier evaluate``) and rewards one in training:
+A grader is one frozen object whose fields are its settings. The same object measures a model
+(``luthier evaluate``) and rewards a model in training:
 
-    check           what it needs and is not there, before anything is written
-    with_models     the same with the models it names opened
-    rehearse        one trial of them, before it matters
-    check_expected  whether it can compare with the expected text of a row
-    grade           a score for each answer of a batch
-    score           the same for one answer, for graders that look at one at a time
+    check           reject missing requirements before anything is generated
+    with_models     return the grader with its models opened
+    rehearse        try the models once
+    check_expected  reject an expected text that cannot be compared
+    grade           score a batch of answers
+    score           score one answer, for graders that look at one answer at a time
 
-Whoever grades calls :func:`luthier.graders.grade.grade_answers`, which guards all of this.
+Callers use :func:`luthier.graders.grade.grade_answers`, which handles errors and time limits.
 """
 
 from __future__ import annotations
@@ -37,88 +37,65 @@ TOO_LONG = "grader.too_long"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said to a prompt, and what was expected of it."""
+    """A reply to a prompt, and the expected text."""
 
     prompt: Sequence[Message]
-    """The turns it was asked."""
     reply: str
     expected: str | None
-    """The text of the row to compare with; what it means is the grader's: a label, a number, tests."""
+    """Text of the row to compare with: a label, a number or tests, as the grader requires."""
     row: Row
-    """Where the prompt comes from, for messages."""
+    """The row of the prompt, for messages."""
     text_characters: int = TEXT_CHARACTERS
-    """Characters of each text that is compared, or put together from a template, at most."""
+    """Maximum length of each compared or rendered text, in characters."""
     passages: Sequence[str] | None = None
-    """Texts that the reply rests on or cites, for a judge whose rubric asks about them."""
+    """Texts that the reply is based on, for a judge whose rubric asks about sources."""
 
     @staticmethod
     def of(row: Row, reply: str) -> Answer:
-        """``reply`` to what a row asks, beside what the row expects."""
+        """Return ``reply`` as the answer to a row."""
         return Answer(row.prompt_turns(), reply, row.expected_reply(), row)
 
     def check_length(self, text: str, what: str) -> str:
-        """``text``, where it is not too long to be compared.
-
-        Raises:
-            RowRefused: with its length and the limit.
-        """
+        """Return ``text``, or raise :class:`RowRefused` if it is too long to be compared."""
         if len(text) > self.text_characters:
             raise too_long(what, len(text), self.text_characters)
         return text
 
 
 def too_long(what: str, characters: int, limit: int) -> RowRefused:
-    """The refusal of a text that is too long to be graded."""
-    return RowRefused(
-        TOO_LONG,
-        f"{what} has {characters:,} characters, and graders compare at most {limit:,}.",
-        "Grade shorter texts.",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """Why one answer has no score, and what mends that."""
-
-    rule: str
-    message: str
-    fix: str
+    """Return the error for a text that is too long to be graded."""
+    message = f"{what} has {characters:,} characters, and graders compare at most {limit:,}."
+    return RowRefused(TOO_LONG, message, "Grade shorter texts.")
 
 
 Scorer = Callable[[Sequence[Answer]], list[float]]
-"""What a model in memory gives for answers, in their order."""
+"""A reward model in memory: answers to numbers, in their order."""
 Embedder = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Embeddings ``[N, H]`` of length 1 that a model in memory gives for texts."""
+"""An encoder in memory: texts to embeddings ``[N, H]`` of length 1."""
 
 
 class GraderModels(Protocol):
-    """Opens the models that graders name, for whoever grades."""
+    """Opens the models that graders name."""
 
     def scorer(self, model: str) -> Scorer:
-        """The reward model of this id."""
+        """Open a reward model."""
 
     def embedder(self, model: str) -> Embedder:
-        """The encoder of this id."""
+        """Open an encoder."""
 
     def writer(
         self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
     ) -> Writer:
-        """The model that writes verdicts, of ``schema`` where it can be kept to one.
-
-        It asks nothing twice.
-        """
+        """Open a judge, constrained to ``schema`` if possible. No prompt is sent twice."""
 
 
 class Ungraded(LuthierError):
-    """Some answers of a batch have no score; those of the others are not lost.
+    """Some answers of a batch have no score; the scores of the others are kept."""
 
-    Raised by :meth:`Grader.grade` on its way to :func:`~luthier.graders.grade.grade_answers`.
-    """
-
-    def __init__(self, scores: Sequence[float], troubles: Mapping[int, Trouble]) -> None:
-        """``scores`` for all answers, NaN for those that ``troubles`` names by their index."""
-        super().__init__("; ".join(trouble.message for trouble in troubles.values()))
-        self.scores, self.troubles = list(scores), dict(troubles)
+    def __init__(self, scores: Sequence[float], faults: Mapping[int, RowRefused]) -> None:
+        """``scores`` has NaN for the answers that ``faults`` names by index."""
+        super().__init__("; ".join(fault.message for fault in faults.values()))
+        self.scores, self.faults = list(scores), dict(faults)
 
 
 class Grader(StrictModel):
@@ -128,73 +105,62 @@ class Grader(StrictModel):
     """Name of the grader in recipes and on the command line."""
 
     needs_expected: ClassVar[bool] = True
-    """Whether it compares with the expected text of the row."""
-    watched: ClassVar[bool] = True
-    """Whether it may take long or hang, and so runs in a thread of its own, under the time limit.
-
-    A thread has its own gradient mode and its own OpenMP threads: a grader that computes with torch is
-    better off without.
-    """
+    """Whether the grader compares with the expected text of the row."""
 
     @property
     def is_share(self) -> bool:
-        """Whether scores are from 0 to 1; those of a reward model are not."""
+        """Whether scores are from 0 to 1."""
         return True
 
     @property
     def grades_prompts(self) -> bool:
-        """Whether rows may be prompts alone, with whatever members it names (``{{item.answer}}``)."""
+        """Whether rows may be prompts with members that templates name (``{{item.answer}}``)."""
         return not self.needs_expected
 
     @property
     def prefers_batches(self) -> bool:
-        """Whether :meth:`grade` gains from many answers at once (an endpoint, a network)."""
+        """Whether :meth:`grade` is faster with many answers, as for an endpoint or a network."""
         return False
 
     @property
     def has_time_limit(self) -> bool:
-        """Whether the time limit of whoever grades holds; what waits for an endpoint has its own."""
-        return self.watched
+        """Whether the grader may hang and runs in a thread under the caller's time limit.
+
+        False for graders with limits of their own, and for graders that compute with torch: a
+        thread has its own gradient mode and OpenMP threads.
+        """
+        return True
 
     @property
     def models(self) -> Mapping[str, Task]:
-        """What it scores with: ids of models of this machine, which whoever grades loads, and what each
-        must have been trained for."""
+        """Ids of models of this machine that the grader uses, and the task of each."""
         return {}
 
     @property
     def judgements(self) -> int:
-        """How many verdicts of a language model one answer takes."""
+        """Number of judge verdicts per answer."""
         return 0
 
     def with_models(self, models: GraderModels) -> Self:
-        """The same with the models it names opened."""
+        """Return the grader with its models opened."""
         return self
 
     def rehearse(self) -> str:
-        """Grade something, so that a model that is no judge is found before it matters.
+        """Grade a sample, so that an unsuitable model is found early.
 
         Returns:
-            What people should know before they rely on it; empty where all is well.
+            A warning, or an empty string.
 
         Raises:
-            LuthierError: where a model cannot be asked, with the reason.
+            LuthierError: if a model does not answer.
         """
         return ""
 
     def check(self) -> None:
-        """Refuse to start without what it needs: a model, a file, a permission.
-
-        Raises:
-            RecipeError: with what is missing, and how to give it.
-        """
+        """Raise :class:`RecipeError` if a model, file or permission is missing."""
 
     def check_expected(self, expected: str | None) -> None:
-        """Refuse an expected text that no reply can be compared with.
-
-        Raises:
-            RowRefused: with the rule and the fix.
-        """
+        """Raise :class:`RowRefused` for an expected text that cannot be compared."""
         if self.needs_expected and expected is None:
             raise RowRefused(
                 "grader.no_expected",
@@ -203,30 +169,28 @@ class Grader(StrictModel):
             )
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """A score for each answer, in their order; more is better.
+        """Return a score for each answer; more is better.
 
         Raises:
-            Ungraded: when some of them have none, with the scores of the others.
-            Exception: any other one means that no answer of the batch has a score.
+            Ungraded: if some answers have no score.
+            Exception: any other error means that no answer of the batch has a score.
         """
         return [self.score(answer) for answer in answers]
 
     def score(self, answer: Answer) -> float:
-        """The score of one answer."""
+        """Return the score of one answer."""
         raise NotImplementedError
 
     def expected_of(self, answer: Answer) -> str:
-        """The expected text of an answer, which has one or is refused."""
+        """Return the expected text of an answer."""
         self.check_expected(answer.expected)
         return answer.expected or ""
 
 
 class NetworkGrader(Grader):
-    """Base of graders that score by a network in memory: any number, a batch at a time."""
+    """Base of graders that score a batch with a network in memory, without bounds."""
 
     needs_expected = False
-    watched = False
+    has_time_limit: ClassVar[bool] = False
     is_share: ClassVar[bool] = False
-    """Rewards have no bounds, and a cosine may be negative."""
     prefers_batches: ClassVar[bool] = True
-    """All texts of a batch are read at once."""

@@ -1,4 +1,4 @@
-"""Fenced blocks of Markdown, in which models write code and JSON."""
+"""Fenced code blocks of Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Block(NamedTuple):
-    """What stands between two fences."""
+    """The text between two fences."""
 
     language: str
     """First word after the opening fence, in lower case."""
@@ -14,7 +14,7 @@ class Block(NamedTuple):
 
 
 def code_blocks(reply: str) -> list[Block]:
-    """The blocks of ``reply``; one that is never closed goes on to the end."""
+    """Return the fenced blocks of ``reply``; an unclosed block ends with the reply."""
     blocks: list[Block] = []
     language: str | None = None
     lines: list[str] = []

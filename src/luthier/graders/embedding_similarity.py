@@ -1,4 +1,4 @@
-"""Grading by meaning: how near an encoder places two texts."""
+"""Grading by the cosine of embeddings."""
 
 from __future__ import annotations
 
@@ -17,35 +17,34 @@ if TYPE_CHECKING:
 
 
 class EmbeddingSimilarity(NetworkGrader):
-    """The cosine of two embeddings, from -1 to 1.
+    """The cosine of the embeddings of two texts, from -1 to 1.
 
-    What it means depends on the encoder: for texts that have nothing in common all-minilm-l6-v2 gives
-    about 0, for one that says the same in other words 0.7 and more. It says little of facts: "is open"
-    and "is not open" are near each other. Of a text longer than the encoder's context the beginning
-    counts.
+    The scale depends on the encoder: all-minilm-l6-v2 gives about 0 for unrelated texts and 0.7 or
+    more for a paraphrase. The cosine says little about facts: "is open" and "is not open" are
+    similar. Texts are truncated to the encoder's context.
     """
 
     method: Literal["embedding_similarity"] = "embedding_similarity"
     model: str = Field(default="all-minilm-l6-v2", min_length=1)
     """Id of the encoder."""
     input: Template = "{{sample.output_text}}"
-    """The text that is graded."""
+    """Template of the graded text."""
     reference: Template = "{{item.expected}}"
-    """The text it is compared with."""
+    """Template of the text to compare with."""
     embedder: SkipJsonSchema[Embedder | None] = Field(default=None, exclude=True, repr=False)
-    """The encoder itself: texts to embeddings. Not stored."""
+    """The opened encoder: texts to embeddings. Not stored."""
 
     @property
     def models(self) -> Mapping[str, Task]:
-        """The encoder."""
+        """The encoder and its task."""
         return {self.model: "embedding"}
 
     def with_models(self, models: GraderModels) -> Self:
-        """The same with its encoder in memory."""
+        """Return the grader with its encoder opened."""
         return self.model_copy(update={"embedder": models.embedder(self.model)})
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """The cosines."""
+        """Return the cosines."""
         if self.embedder is None:
             raise RecipeError(f"grader `{self.method}` needs {self.model} in memory")
         pairs = [

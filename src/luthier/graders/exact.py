@@ -1,27 +1,27 @@
-"""Graders that compare texts as they are."""
+"""Exact comparison of texts."""
 
 from __future__ import annotations
 
 import string
 import unicodedata
-from typing import Literal
+from typing import ClassVar, Literal
 
 from luthier.graders.base import Answer, Grader
 
 
 class Exact(Grader):
-    """1 when both texts are equal but for white space at their ends."""
+    """1 if both texts are equal, without white space at their ends."""
 
     method: Literal["exact"] = "exact"
     ignore_case: bool = False
-    """Take upper and lower case for the same letter."""
+    """Ignore case."""
     ignore_punctuation: bool = False
-    """Leave out punctuation, and take any run of white space for one blank."""
+    """Ignore punctuation and the amount of white space."""
 
-    watched = False
+    has_time_limit: ClassVar[bool] = False
 
     def score(self, answer: Answer) -> float:
-        """1 or 0."""
+        """Return 1 or 0."""
         return float(self._plain(answer.reply) == self._plain(self.expected_of(answer)))
 
     def _plain(self, text: str) -> str:
@@ -32,7 +32,7 @@ class Exact(Grader):
 
 
 class FirstLine(Exact):
-    """1 when the first lines are equal: for replies that begin with a label."""
+    """1 if the first lines are equal, for replies that begin with a label."""
 
     method: Literal["first_line"] = "first_line"  # type: ignore[assignment]
 
@@ -41,7 +41,7 @@ class FirstLine(Exact):
 
 
 def without_punctuation(text: str) -> str:
-    """``text`` without ASCII's punctuation and symbols, and all that Unicode calls punctuation."""
+    """Return ``text`` without ASCII symbols and Unicode punctuation."""
     return "".join(
         c for c in text if c not in string.punctuation and unicodedata.category(c)[0] != "P"
     )

@@ -1,4 +1,4 @@
-"""Running a grader that may raise, hang or give nonsense, for training and evaluation alike."""
+"""Grading with graders that may raise, hang or return nonsense, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from luthier.errors import DataError, GradingFailed, Problem, RecipeError, RowRefused, UnknownModel
-from luthier.graders.base import Answer, Grader, Trouble, Ungraded
+from luthier.graders.base import Answer, Grader, Ungraded
 
 OnError = Literal["fail", "zero"]
 TIME_LIMIT_S = 60.0
-"""Seconds for one answer: a slow judge takes less, and a rule takes microseconds."""
+"""Seconds per answer: a slow judge takes less, and a rule takes microseconds."""
 
-Scored = tuple[list[float], dict[int, Trouble]]
-"""Scores of a batch, NaN where there is none, and the reasons by index."""
+Scored = tuple[list[float], dict[int, RowRefused]]
+"""Scores of a batch, NaN if missing, and the fault of each missing score by index."""
 
 
 @dataclass(frozen=True)
 class Grades:
-    """Scores of answers, and what went wrong with those that were set to 0."""
+    """Scores of answers, and the faults of answers that score 0 because they could not be
+    graded."""
 
     scores: list[float]
     problems: list[Problem] = field(default_factory=list)
-    """One for each answer without a score of its own."""
     places: list[int] = field(default_factory=list)
-    """Which answers those are."""
+    """Index of the answer of each problem."""
 
 
 def grade_answers(
@@ -38,50 +38,41 @@ def grade_answers(
     on_error: OnError = "fail",
     time_limit_s: float = TIME_LIMIT_S,
 ) -> Grades:
-    """Scores of ``answers``, all of them finite numbers.
+    """Grade ``answers``; all scores are finite.
 
     Args:
-        grader: gives the scores.
-        answers: what is graded.
-        on_error: an answer without a score stops everything (``fail``), or has score 0 and is counted
-            in :attr:`Grades.problems` (``zero``).
-        time_limit_s: seconds for one answer; a batch that is graded at once has as many times that.
-
-    Returns:
-        One score for each answer: from 0 to 1 where the grader is bounded.
+        grader: the grader. answers: the answers. on_error: what an answer without a score does:
+        ``fail`` raises an error, ``zero`` gives score 0
+            and an entry in :attr:`Grades.problems`.
+        time_limit_s: seconds per answer.
 
     Raises:
-        GradingFailed: with ``fail``, naming the row, the grader and the fix.
-        RecipeError: always, where the grader lacks something: a model, a valid key.
+        GradingFailed: with ``fail``, for answers without a score.
+        RecipeError: if the grader lacks a model or a valid key.
 
-    A Python thread cannot be killed: a grader that hangs is left behind, and goes on using a core until
-    it ends by itself or the process does.
+    Python cannot kill a thread: a grader that hangs keeps using a core until the process ends.
     """
     if not grader.has_time_limit:
-        scores, troubles = attempt(grader, answers)
+        scores, faults = attempt(grader, answers)
     else:
-        groups = (
-            [answers]
-            if grader.prefers_batches
-            else [answers[i : i + 1] for i in range(len(answers))]
-        )
-        scores, troubles = _grade_within(grader, [group for group in groups if group], time_limit_s)
+        groups = [answers] if grader.prefers_batches else [[answer] for answer in answers]
+        scores, faults = _grade_within(grader, [group for group in groups if group], time_limit_s)
     problems = [
-        Problem(answers[i].row.file, answers[i].row.line, t.rule, t.message, t.fix)
-        for i, t in sorted(troubles.items())
+        fault.at(answers[index].row.file, answers[index].row.line)
+        for index, fault in sorted(faults.items())
     ]
     if problems and on_error == "fail":
         raise GradingFailed(problems)
-    scores = [0.0 if i in troubles else s for i, s in enumerate(scores)]
-    return Grades(scores, problems, sorted(troubles))
+    scores = [0.0 if index in faults else score for index, score in enumerate(scores)]
+    return Grades(scores, problems, sorted(faults))
 
 
 def check_rows(graders: Sequence[Grader], answers: Sequence[Answer]) -> None:
-    """Refuse, before anything is written, graders that lack something and rows they cannot grade.
+    """Reject graders that lack something, and rows that they cannot grade.
 
     Raises:
-        RecipeError: from the grader.
-        DataError: naming every row.
+        RecipeError: from a grader.
+        DataError: with every such row.
     """
     problems = []
     for grader in graders:
@@ -96,59 +87,57 @@ def check_rows(graders: Sequence[Grader], answers: Sequence[Answer]) -> None:
 
 
 def attempt(grader: Grader, answers: Sequence[Answer]) -> Scored:
-    """Scores without a time limit; whatever is no usable score becomes NaN and a reason."""
+    """Grade without a time limit; unusable scores become NaN with a fault."""
     try:
-        scores, troubles = list(grader.grade(answers)), dict[int, Trouble]()
+        scores, faults = list(grader.grade(answers)), dict[int, RowRefused]()
     except Ungraded as error:
-        scores, troubles = error.scores, error.troubles
-    except (RecipeError, UnknownModel):  # of the grader itself: no row is to blame
+        scores, faults = error.scores, error.faults
+    except (RecipeError, UnknownModel):  # a fault of the grader, not of a row
         raise
     except (Exception, SystemExit) as error:
-        if len(answers) > 1:  # one by one, to find the row, and to keep the others
+        if len(answers) > 1:  # grade one by one to find the row and to keep the other scores
             return _join([attempt(grader, [answer]) for answer in answers])
-        return [math.nan], {0: _trouble_of(grader, error)}
+        return [math.nan], {0: _fault_of(grader, error)}
     if len(scores) != len(answers):
-        text = f"grader `{grader.method}` gave {len(scores)} scores for {len(answers)} answers."
-        fault = Trouble("grader.count", text, "Return one score for each answer, in their order.")
+        text = f"grader `{grader.method}` returned {len(scores)} scores for {len(answers)} answers."
+        fault = RowRefused("grader.count", text, "Return one score per answer, in their order.")
         return [math.nan] * len(answers), dict.fromkeys(range(len(answers)), fault)
     for index, score in enumerate(scores):
-        trouble = None if index in troubles else _fault(grader, score)
-        if trouble:
-            troubles[index] = trouble
-    return [math.nan if i in troubles else float(s) for i, s in enumerate(scores)], troubles
+        if index not in faults and (found := _bad_score(grader, score)):
+            faults[index] = found
+    return [math.nan if i in faults else float(s) for i, s in enumerate(scores)], faults
 
 
-def _fault(grader: Grader, score: object) -> Trouble | None:
-    """What is wrong with a score, if anything."""
+def _bad_score(grader: Grader, score: object) -> RowRefused | None:
+    text = f"grader `{grader.method}` returned {score!r}, which is not"
     if not isinstance(score, (int, float)) or not math.isfinite(score):
-        text = f"grader `{grader.method}` gave {score!r}, which is no finite number."
-        return Trouble("grader.not_finite", text, "Mend the grader; 0 is the score of a bad reply.")
+        fix = "Fix the grader; a bad reply scores 0."
+        return RowRefused("grader.not_finite", f"{text} a finite number.", fix)
     if grader.is_share and not 0 <= score <= 1:
-        text = f"grader `{grader.method}` gave {score!r}, which is not from 0 to 1."
-        return Trouble("grader.range", text, "Scale the score, or say that it is not `bounded`.")
+        return RowRefused("grader.range", f"{text} from 0 to 1.", "Scale the score.")
     return None
 
 
-def _trouble_of(grader: Grader, error: BaseException) -> Trouble:
+def _fault_of(grader: Grader, error: BaseException) -> RowRefused:
     if isinstance(error, RowRefused):
-        return Trouble(error.rule, error.message, error.fix)
+        return error
     text = f"grader `{grader.method}` raised {type(error).__name__}: {str(error)[:300]}"
-    return Trouble("grader.raised", text, "Mend the grader or the row, or score such answers 0.")
+    return RowRefused("grader.raised", text, "Fix the grader or the row, or score such answers 0.")
 
 
 def _join(parts: Sequence[Scored]) -> Scored:
     scores: list[float] = []
-    troubles: dict[int, Trouble] = {}
+    faults: dict[int, RowRefused] = {}
     for some, wrong in parts:
-        troubles |= {len(scores) + index: trouble for index, trouble in wrong.items()}
+        faults |= {len(scores) + index: fault for index, fault in wrong.items()}
         scores += some
-    return scores, troubles
+    return scores, faults
 
 
 def _grade_within(grader: Grader, groups: Sequence[Sequence[Answer]], limit_s: float) -> Scored:
-    """``groups`` one after the other in a thread; one that hangs is left behind with its thread.
+    """Grade ``groups`` in a thread, and abandon the thread if a group hangs.
 
-    Of a group that hangs as a whole, each answer is tried by itself, to find the row.
+    The answers of a group that hangs are tried one by one, to find the row.
     """
     done: list[Scored] = []
     while len(done) < len(groups):
@@ -158,57 +147,48 @@ def _grade_within(grader: Grader, groups: Sequence[Sequence[Answer]], limit_s: f
             if found is not None:
                 done.append(found)
                 continue
-            singles = [[answer] for answer in group]
-            done.append(
-                _grade_within(grader, singles, limit_s)
-                if len(group) > 1
-                else ([math.nan], {0: _too_long(grader, limit_s)})
-            )
-            break  # with a new thread for those that follow
+            if len(group) > 1:
+                done.append(_grade_within(grader, [[answer] for answer in group], limit_s))
+            else:
+                text = f"grader `{grader.method}` took more than {limit_s:g} s."
+                fix = "Make the grader faster, raise its time limit, or score such answers 0."
+                done.append(([math.nan], {0: RowRefused("grader.time", text, fix)}))
+            break  # the next groups need a new thread
     return _join(done)
 
 
-def _too_long(grader: Grader, limit_s: float) -> Trouble:
-    return Trouble(
-        "grader.time",
-        f"grader `{grader.method}` took more than {limit_s:g} s.",
-        "Make the grader faster, raise its time limit, or score such answers 0.",
-    )
-
-
 class _Worker:
-    """A thread that grades groups in their order until nobody wants them any more.
+    """A thread that grades groups in order, in the context of the caller.
 
-    It has the context of whoever asks: who may cancel the work, and whose journal a verdict belongs to.
+    The context has the cancellation handle of the work and the journal of verdicts.
     """
 
     def __init__(self, grader: Grader, groups: Sequence[Sequence[Answer]]) -> None:
         self._found: queue.SimpleQueue[Scored | BaseException] = queue.SimpleQueue()
-        self._left = threading.Event()
-        thread = threading.Thread(
+        self._abandoned = threading.Event()
+        threading.Thread(
             target=copy_context().run,
             args=(self._run, grader, groups),
             name=f"grader {grader.method}",
             daemon=True,
-        )
-        thread.start()
+        ).start()
 
     def _run(self, grader: Grader, groups: Sequence[Sequence[Answer]]) -> None:
         for group in groups:
-            if self._left.is_set():
+            if self._abandoned.is_set():
                 return
             try:
                 self._found.put(attempt(grader, group))
-            except BaseException as error:  # it would end the thread without a word
+            except BaseException as error:  # raised again in the caller's thread
                 self._found.put(error)
                 return
 
     def next(self, limit_s: float) -> Scored | None:
-        """The next group's scores; nothing when they are not there in time."""
+        """Return the scores of the next group, or None after ``limit_s`` seconds."""
         try:
             found = self._found.get(timeout=limit_s)
         except queue.Empty:
-            self._left.set()
+            self._abandoned.set()
             return None
         if isinstance(found, BaseException):
             raise found

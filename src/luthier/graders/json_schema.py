@@ -1,10 +1,10 @@
-"""Grading replies that are to be JSON of a given form."""
+"""Grading of replies that must be JSON of a given schema."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
@@ -16,109 +16,89 @@ from luthier.graders.code_blocks import code_blocks
 from luthier.graders.regex import check_pattern, matches
 
 SCHEMA_CHARACTERS, SCHEMA_DEPTH = 65_536, 100
-"""Of a schema as JSON, and levels of objects and lists in it."""
 TIME_LIMIT_S = 5.0
-"""Seconds for one reply; a long one takes milliseconds. References and alternatives within each other
-can take exponential time."""
+"""Seconds per reply. Nested references and alternatives can take exponential time."""
 VALUES = ("enum", "const", "default", "examples")
+"""Keywords with values, whose objects are not schemas."""
 _deadline: ContextVar[float] = ContextVar("deadline")
-"""Of the reply that is checked, by the monotonic clock."""
 
 
 class JsonSchema(Grader):
-    """1 when the reply is JSON, bare or in one fenced block, that a JSON Schema accepts.
+    """1 if the reply is JSON, bare or in one fenced block, that a JSON Schema accepts.
 
-    Checked by the ``jsonschema`` library, by the draft that ``$schema`` names and else 2020-12.
-    ``format`` is not checked, which is the standard's default. Other documents are not fetched: a
-    ``$ref`` must stay inside the schema. The time is bounded: a schema that takes more than 5 s on a
-    reply is an error. ``patternProperties`` is refused.
+    The ``jsonschema`` library checks by the draft that ``$schema`` names, or else by 2020-12.
+    ``format`` is not checked, which is the standard's default. A ``$ref`` must stay inside the
+    schema. ``patternProperties`` is rejected, and a schema that takes more than 5 s on a reply is
+    an error.
     """
 
     method: Literal["json_schema"] = "json_schema"
     against: dict[str, Any] | Path
-    """The JSON Schema as a table, or the file that holds it."""
+    """The JSON Schema as a table, or its file."""
 
     needs_expected = False
 
     def check(self) -> None:
-        """Refuse a schema that cannot be read, is none, or could take unbounded time."""
+        """Raise :class:`RecipeError` for a schema that is invalid or could take unbounded time."""
         from jsonschema import SchemaError
-        from referencing import Registry
         from referencing.exceptions import Unresolvable
 
         schema = self._schema
         if depth_of(schema) > SCHEMA_DEPTH:
-            raise RecipeError(
-                f"grader `json_schema`: the schema is nested deeper than {SCHEMA_DEPTH} levels"
-            )
+            raise _bad_schema(f"more than {SCHEMA_DEPTH} levels of nesting")
         if (size := len(json.dumps(schema, ensure_ascii=False))) > SCHEMA_CHARACTERS:
-            raise RecipeError(
-                f"grader `json_schema`: the schema has {size:,} characters, and may have "
-                f"{SCHEMA_CHARACTERS:,}"
-            )
-        if "patternProperties" in _keys(schema):
-            raise RecipeError(
-                "grader `json_schema` does not take patternProperties: texts could make it run for "
-                "ever. Name the keys under properties, or bound them with propertyNames and pattern"
-            )
+            raise _bad_schema(f"{size:,} characters; at most {SCHEMA_CHARACTERS:,} are allowed")
         if not isinstance(schema, (dict, bool)):
-            raise RecipeError("grader `json_schema`: a schema is an object, true or false")
+            raise _bad_schema("a schema is an object, true or false")
         if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
-            raise RecipeError(
-                "grader `json_schema`: $schema must be a text, the address of a draft"
-            )
+            raise _bad_schema("$schema must be the address of a draft")
         try:
-            for pattern in _patterns(schema):
-                check_pattern(pattern)
+            for each in subschemas(schema):
+                if "patternProperties" in each:
+                    # Python's `re`, which the library uses for names, has no time limit.
+                    raise _bad_schema("patternProperties is not supported; list the properties")
+                if isinstance(each.get("pattern"), str):
+                    check_pattern(each["pattern"])
             type(self._validator).check_schema(schema)
-            _check_references(schema, Registry().resolver_with_root(_resource(schema)))
-        except ValueError as error:
-            raise RecipeError(f"grader `json_schema`: {error}") from error
-        except RecursionError as error:
-            raise RecipeError("grader `json_schema`: a pattern is nested too deeply") from error
+            _check_references(schema, self._validator._resolver)
+        except (ValueError, RecursionError) as error:
+            raise _bad_schema(str(error) or "a pattern is nested too deeply") from error
         except Unresolvable as error:
-            raise RecipeError(
-                f"grader `json_schema`: $ref {error.ref!r} leads nowhere in the schema, and nothing "
-                "is fetched: put what it means under $defs"
+            raise _bad_schema(
+                f"$ref {error.ref!r} has no target in the schema; define it under $defs"
             ) from error
         except SchemaError as error:
-            where = "/".join(map(str, error.absolute_path)) or "the top"
-            raise RecipeError(
-                f"grader `json_schema`: no valid JSON Schema at {where}: {error.message}"
-            ) from error
+            place = "/".join(map(str, error.absolute_path)) or "the top"
+            raise _bad_schema(f"invalid at {place}: {error.message}") from error
 
     def score(self, answer: Answer) -> float:
-        """1 or 0.
-
-        Raises:
-            TimeoutError: after :data:`TIME_LIMIT_S`.
-        """
+        """Return 1 or 0; raise :class:`TimeoutError` after :data:`TIME_LIMIT_S`."""
         blocks = code_blocks(answer.check_length(answer.reply, "the reply"))
         text = blocks[0].text if len(blocks) == 1 else answer.reply
         try:
-            value = json.loads(text, parse_constant=_no_constant)
+            value = json.loads(text, parse_constant=_reject_constant)
         except (ValueError, RecursionError):
             return 0.0
         return float(self.first_error(value) is None)
 
     def first_error(self, value: Any) -> str | None:
-        """What is wrong with a value ready for JSON; ``None`` where the schema accepts it.
+        """Return why the schema rejects a JSON value, or None.
 
         Raises:
             TimeoutError: after :data:`TIME_LIMIT_S`.
         """
-        validator = self._validator  # imports the library, which is not the reply's time
+        validator = self._validator  # importing the library does not count
         token = _deadline.set(time.monotonic() + TIME_LIMIT_S)
         try:
             error = next(validator.iter_errors(value), None)
-            if error is None:
-                return None
-            where = "".join(f"[{part!r}]" for part in error.absolute_path)
-            return f"{where}: {error.message}" if where else str(error.message)
         except RecursionError:
-            raise ValueError("the schema's references go round in a circle") from None
+            raise ValueError("the schema's references form a circle") from None
         finally:
             _deadline.reset(token)
+        if error is None:
+            return None
+        place = "".join(f"[{part!r}]" for part in error.absolute_path)
+        return f"{place}: {error.message}" if place else str(error.message)
 
     @cached_property
     def _schema(self) -> Any:
@@ -127,10 +107,7 @@ class JsonSchema(Grader):
         try:
             return json.loads(self.against.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"grader `json_schema` cannot read the schema {self.against}: {error}. "
-                "Give a JSON file, or the schema itself as a table"
-            ) from error
+            raise _bad_schema(f"{self.against} cannot be read: {error}") from error
 
     @cached_property
     def _validator(self) -> Any:
@@ -141,21 +118,44 @@ class JsonSchema(Grader):
         draft = validator_for(self._schema, default=Draft202012Validator)
         keywords = {name: _with_deadline(check) for name, check in draft.VALIDATORS.items()}
         keywords |= {"pattern": _pattern, "uniqueItems": _unique}
+        # An empty registry fetches nothing.
         return extend(draft, keywords)(self._schema, registry=Registry())
 
 
-def _resource(schema: Any) -> Any:
-    from referencing import Resource
-    from referencing.jsonschema import DRAFT202012
+def _bad_schema(reason: str) -> RecipeError:
+    return RecipeError(f"grader `json_schema`: bad schema: {reason}", "against")
 
-    return Resource.from_contents(schema, default_specification=DRAFT202012)
+
+def subschemas(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield each object of a schema except the values that it compares with."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            yield each
+            waiting += [inner for key, inner in each.items() if key not in VALUES]
+        elif isinstance(each, list):
+            waiting += each
+
+
+def depth_of(value: Any) -> int:
+    """Return how deep lists and objects of JSON are nested, without recursion."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, (dict, list))]:
+        depth += 1
+        level = [
+            item for each in level for item in (each.values() if isinstance(each, dict) else each)
+        ]
+    return depth
 
 
 def _check_references(schema: Any, resolver: Any) -> None:
-    """Look each reference up, as the first reply would."""
+    """Look up each reference, which raises ``Unresolvable`` if the target is missing."""
+    from referencing.jsonschema import DRAFT202012
+
     if isinstance(schema, dict):
         if isinstance(schema.get("$id"), str):
-            resolver = resolver.in_subresource(_resource(schema))
+            resolver = resolver.in_subresource(DRAFT202012.create_resource(schema))
         for key, value in schema.items():
             if key in ("$ref", "$dynamicRef") and isinstance(value, str):
                 resolver.lookup(value)
@@ -167,33 +167,29 @@ def _check_references(schema: Any, resolver: Any) -> None:
 
 
 Keyword = Callable[[Any, Any, Any, Any], Iterator[Any] | None]
-"""A keyword of JSON Schema as ``jsonschema`` calls it: validator, its value, instance, schema."""
+"""A keyword as ``jsonschema`` calls it: validator, value of the keyword, instance, schema."""
 
 
 def _with_deadline(check: Keyword) -> Keyword:
-    """A keyword that ends with the time of the reply."""
-
-    def check_in_time(
-        validator: Any, value: Any, instance: Any, schema: Any
-    ) -> Iterator[Any] | None:
+    def check_in_time(*given: Any) -> Iterator[Any] | None:
         if time.monotonic() > _deadline.get():
             raise TimeoutError(f"the schema took more than {TIME_LIMIT_S:g} s on this reply")
-        return check(validator, value, instance, schema)
+        return check(*given)
 
     return check_in_time
 
 
 def _unique(validator: Any, unique: bool, instance: Any, schema: Any) -> Iterator[Any]:
-    """The keyword ``uniqueItems``: the library compares lists of objects pair by pair."""
+    """Check ``uniqueItems``; the library compares objects pair by pair, in quadratic time."""
     from jsonschema import ValidationError
 
-    several = unique and validator.is_type(instance, "array")
-    if several and len(set(map(_hashable, instance))) < len(instance):
+    is_list = unique and validator.is_type(instance, "array")
+    if is_list and len(set(map(_hashable, instance))) < len(instance):
         yield ValidationError("the list has equal items")
 
 
 def _hashable(value: Any) -> Any:
-    """``value`` of JSON as something that is equal where JSON Schema says so: 1 and 1.0, not true."""
+    """Return a value that is equal if JSON Schema says so: 1 equals 1.0 and not true."""
     if isinstance(value, bool):
         return ("bool", value)
     if isinstance(value, list):
@@ -203,43 +199,13 @@ def _hashable(value: Any) -> Any:
     return value
 
 
-def depth_of(value: Any) -> int:
-    """How deep lists and objects of JSON are nested; does not call itself, so that any depth does."""
-    depth, level = 0, [value]
-    while level := [each for each in level if isinstance(each, (dict, list))]:
-        depth += 1
-        level = [
-            item for each in level for item in (each.values() if isinstance(each, dict) else each)
-        ]
-    return depth
-
-
-def _patterns(schema: Any) -> Iterator[str]:
-    """All patterns of a schema, at any depth; values that it compares with are no schemas."""
-    if isinstance(schema, Mapping):
-        if isinstance(pattern := schema.get("pattern"), str):
-            yield pattern
-        inner = [each for key, each in schema.items() if key not in VALUES]
-    else:
-        inner = schema if isinstance(schema, list) else []
-    for each in inner:
-        yield from _patterns(each)
-
-
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
-    """The keyword ``pattern``, under a time limit."""
+    """Check ``pattern`` with a time limit."""
     from jsonschema import ValidationError
 
     if validator.is_type(instance, "string") and not matches(pattern, instance):
         yield ValidationError(f"{instance!r} does not match {pattern!r}")
 
 
-def _keys(value: Any) -> set[str]:
-    """All keys at any depth."""
-    if isinstance(value, Mapping):
-        return set(value).union(*map(_keys, value.values()))
-    return set().union(*map(_keys, value)) if isinstance(value, list) else set()
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

@@ -1,4 +1,4 @@
-"""Grading by the handler of an AWS Lambda function, as Bedrock's reinforcement fine-tuning calls it."""
+"""Grading by an AWS Lambda handler, as in Bedrock's reinforcement fine-tuning."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from luthier.graders.base import Answer, Trouble
-from luthier.graders.python_source import SandboxedFunction, defines, no_end
+from luthier.errors import RowRefused
+from luthier.graders.base import Answer
+from luthier.graders.python_source import SandboxedFunction, defined_function, timeout_fault
 from luthier.graders.sandbox import Limits, side_by_side, value_of
 from luthier.graders.templates import scope_of
 
 AT_ONCE = 16
-"""Answers in one event: their scores fit into what a sandbox may say."""
+"""Answers per event: their scores fit into the output of a sandbox."""
 _CALL = """
 import json as _json, math as _math, time as _time
 _given = _json.loads(%r)
@@ -37,56 +38,57 @@ except Exception as error:
     result = {"error": f"{type(error).__name__}: {error}"[:500]}
 """
 _FIX = (
-    "Mend the function or the row: it returns a list of {id, aggregate_reward_score}, one for each "
-    "element of its event, with a finite number; 0 is the score of a bad answer."
+    "Fix the function or the row: the function returns a list of {id, aggregate_reward_score}, one per "
+    "element of the event, with a finite number."
 )
 
 
-def _defines_handler(source: str) -> str:
-    return defines(source, "lambda_handler", "event, context")
+def _check_handler(source: str) -> str:
+    defined_function(source, "lambda_handler", "event, context")
+    return source
 
 
 class LambdaFunction(SandboxedFunction):
-    """What ``lambda_handler(event, context)`` of the source gives: any finite number.
+    """The finite number that ``lambda_handler(event, context)`` of the source returns.
 
-    The event is a list of up to 16 answers: ``{"id", "messages", "metadata"}``, the answer as the last
-    message, the other members of the row in ``metadata`` and beside it. It returns a list of ``{"id",
-    "aggregate_reward_score"}``; a ``metrics_list`` may be there and is not kept. The source runs in a
-    sandbox (:mod:`luthier.graders.sandbox`) with the standard library alone, without network and keys,
-    in a new process for each event.
+    The event is a list of up to 16 answers: ``{"id", "messages", "metadata"}`` and the members of
+    the row. The reply is the last message, and ``metadata`` has the members again. The handler
+    returns a list of ``{"id", "aggregate_reward_score"}``; ``metrics_list`` is ignored. The source
+    runs in a sandbox (:mod:`luthier.graders.sandbox`) with the standard library, without network
+    and keys, in a new process per event.
     """
 
     method: Literal["lambda"] = "lambda"
-    source: Annotated[str, AfterValidator(_defines_handler)]
+    source: Annotated[str, AfterValidator(_check_handler)]
     """Python that defines ``lambda_handler``."""
     name: str = Field(default="lambda", pattern=r"^[a-zA-Z0-9_-]{1,140}$")
-    """Name of the function, for messages and its context."""
+    """Name of the function in messages and in its context."""
     seconds: float = Field(default=10.0, gt=0, le=900)
-    """Wall-clock time for one event."""
+    """Wall-clock time per event."""
     memory_mb: int = Field(default=512, ge=64, le=4096)
-    """Memory of all its processes together, and address space of each, in MiB."""
+    """Memory of all processes together, and address space of each, in MiB."""
 
     @property
     def limits(self) -> Limits:
-        """Those of the fields."""
+        """Limits of one call."""
         return Limits(self.seconds, self.memory_mb)
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """A number for each; :class:`Ungraded` where the function raised or took too long."""
+        """Return the scores; raise :class:`Ungraded` if the function raised or took too long."""
         starts = range(0, len(answers), AT_ONCE)
         return side_by_side(self._score_events, [answers[i : i + AT_ONCE] for i in starts])
 
-    def _score_events(self, answers: Sequence[Answer]) -> list[float | Trouble]:
+    def _score_events(self, answers: Sequence[Answer]) -> list[float | RowRefused]:
         event = [_element(number, answer) for number, answer in enumerate(answers)]
         given = {"event": event, **self.model_dump(include={"name", "seconds", "memory_mb"})}
         result = value_of(self.source, _CALL % json.dumps(given), self.limits)
         if result is not None and "scores" in result:
             return list(map(float, result["scores"]))
-        if len(answers) > 1:  # which of them is it?
+        if len(answers) > 1:  # find the answer that failed
             return [each for answer in answers for each in self._score_events([answer])]
         if result is None:
-            return [no_end(self.name, self.seconds)]
-        return [Trouble("grader.raised", f"grader `{self.name}` raised {result['error']}", _FIX)]
+            return [timeout_fault(self.name, self.seconds)]
+        return [RowRefused("grader.raised", f"grader `{self.name}` raised {result['error']}", _FIX)]
 
 
 def _element(number: int, answer: Answer) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Grading a number at the end of a reply, as for GSM8K."""
+"""Grading of the number at the end of a reply, as for GSM8K."""
 
 from __future__ import annotations
 
 import re
 from collections import deque
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from luthier.errors import RowRefused
 from luthier.graders.base import Answer, Grader
 
 MARKER = "####"
-"""What stands before the result in GSM8K's answers."""
+"""Mark before the result in GSM8K's answers."""
 _NUMBER = re.compile(
     r"(?<![^\W_])(?<![0-9]\.)"  # not in the middle of a word or of a number
     r"(?P<sign>(?:(?<![)\]%])[-+−])?)[$€£¥]?"  # 16-3 is a difference, = -3 a negative number
@@ -25,40 +25,41 @@ _EXACT = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
 class FoundNumber(NamedTuple):
-    """A number of a text."""
+    """A number in a text."""
 
     value: Decimal
     percent: bool
 
 
 class Number(Grader):
-    r"""1 when the last number of the reply is the last number of the expected text.
+    r"""1 if the last number of the reply equals the last number of the expected text.
 
-    In a text with GSM8K's ``####`` it is the number after the last of them (Cobbe et al. 2021,
-    "Training Verifiers to Solve Math Word Problems"). Read are signs, decimals, thousands set off by
-    commas, currency signs, powers of ten (``1.5e3``) and percent: ``50%`` equals ``50``, as GSM8K
-    writes it, and ``0.5``. Not read are fractions (``3/4`` ends in 4), words ("twelve") and the
-    decimal comma. A reply without a number scores 0.
+    In a text with GSM8K's ``####``, the number after the last mark counts (Cobbe et al. 2021,
+    "Training Verifiers to Solve Math Word Problems"). Supported: signs, decimals, commas between
+    thousands, currency signs, powers of ten (``1.5e3``) and percent: ``50%`` equals ``50`` and
+    ``0.5``. Not supported: fractions (``3/4`` ends in 4), words ("twelve") and the decimal comma. A
+    reply without a number scores 0.
     """
 
     method: Literal["number"] = "number"
     tolerance: float = Field(default=0.0, ge=0, le=1e300)
-    """Largest difference that counts as equal, as a share of the expected number (of 1 below 1)."""
+    """Largest difference that counts as equal, relative to the expected number or to 1, if
+    larger."""
 
-    watched = False
+    has_time_limit: ClassVar[bool] = False
 
     def check_expected(self, expected: str | None) -> None:
-        """Refuse an expected text without a number."""
+        """Raise :class:`RowRefused` for an expected text without a number."""
         super().check_expected(expected)
         if last_number(expected or "") is None:
             raise RowRefused(
                 "grader.no_number",
-                "the expected reply has no number to compare with.",
-                "End it with the result, for example `#### 42`, or use another grader.",
+                "the expected reply has no number.",
+                "End the expected reply with the result, such as `#### 42`, or use another grader.",
             )
 
     def score(self, answer: Answer) -> float:
-        """1 or 0."""
+        """Return 1 or 0."""
         expected, given = last_number(self.expected_of(answer)), last_number(answer.reply)
         if expected is None or given is None:
             return 0.0
@@ -75,7 +76,7 @@ class Number(Grader):
 
 
 def last_number(text: str) -> FoundNumber | None:
-    """The number after the last ``####``, and without one there the last number of all."""
+    """Return the number after the last ``####``, or else the last number."""
     _, marker, tail = text.rpartition(MARKER)
     if marker and (first := _NUMBER.search(tail)):
         return _parse(first)

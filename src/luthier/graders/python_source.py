@@ -1,4 +1,4 @@
-"""Grading by a Python function that comes with the grader, as OpenAI's ``python`` does."""
+"""Grading by a Python function of the grader, as OpenAI's ``python`` grader."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Grader, Trouble
+from luthier.errors import RecipeError, RowRefused
+from luthier.graders.base import Answer, Grader
 from luthier.graders.sandbox import Limits, check_sandbox, side_by_side, value_of
 from luthier.graders.templates import scope_of
 
@@ -34,118 +34,111 @@ except BaseException as error:
     result = f"{type(error).__name__}: {error}"[:300]
 """
 START_S = 2.0
-"""Seconds in which a source is tried before it is used; what takes longer may be right."""
+"""Seconds to try a source before it is used; a slower source may be correct."""
 
 
-def defines(source: str, name: str, arguments: str) -> str:
-    """``source``, where it is Python that defines a function ``name``; else :class:`ValueError`."""
+def defined_function(source: str, name: str, arguments: str) -> ast.FunctionDef:
+    """Return the function ``name`` of a Python source, or raise :class:`ValueError`."""
     if len(source.encode()) > MOST_SOURCE:
         raise ValueError(f"the source has more than {MOST_SOURCE:,} bytes")
     try:
-        tree = ast.parse(source)
+        body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"the source is no Python: {error}") from error
-    if not any(isinstance(each, ast.FunctionDef) and each.name == name for each in tree.body):
+        raise ValueError(f"the source is not Python: {error}") from error
+    found = [each for each in body if isinstance(each, ast.FunctionDef) and each.name == name]
+    if not found:
         raise ValueError(f"the source defines no function {name}({arguments})")
-    return source
+    return found[-1]
 
 
-def no_end(grader: str, seconds: float) -> Trouble:
-    """That a grader in its sandbox said nothing."""
-    return Trouble(
-        "grader.time",
-        f"grader `{grader}` did not end within {seconds:g} s, or ended its process.",
-        "Make it faster, or raise `seconds` of the grader.",
-    )
+def timeout_fault(grader: str, seconds: float) -> RowRefused:
+    """Return the fault of a sandbox that returned nothing."""
+    text = f"grader `{grader}` did not end within {seconds:g} s, or ended its process."
+    return RowRefused("grader.time", text, "Make the grader faster, or raise its `seconds`.")
 
 
-def _defines_grade(source: str) -> str:
-    defines(source, "grade", "sample, item")
-    functions = [each for each in ast.parse(source).body if isinstance(each, ast.FunctionDef)]
-    grade = next(each for each in reversed(functions) if each.name == "grade")
-    given = grade.args
-    names = [each.arg for each in (*given.args, *given.kwonlyargs)]
-    needed = [each.arg for each in (*given.posonlyargs, *given.args)]
-    needed = needed[: len(needed) - len(given.defaults)] + [
-        each.arg
-        for each, default in zip(given.kwonlyargs, given.kw_defaults, strict=True)
-        if default is None
-    ]
-    lacks = {"sample", "item"} - set(names) if given.kwarg is None else set()
-    if not grade.decorator_list and (lacks or set(needed) - {"sample", "item"}):
+def _check_grade(source: str) -> str:
+    given = defined_function(source, "grade", "sample, item").args
+    known = {"sample", "item"}
+    names = {each.arg for each in (*given.args, *given.kwonlyargs)}
+    required = given.args[: len(given.args) - len(given.defaults)]
+    if given.posonlyargs or not {each.arg for each in required} <= known:
+        raise ValueError("the arguments of grade are called sample and item")
+    if given.kwarg is None and not known <= names:
         raise ValueError("the arguments of grade are called sample and item")
     return source
 
 
 @lru_cache(maxsize=32)
 def _error_at_start(source: str, limits: Limits) -> str:
-    """What ``source`` raises before ``grade`` is called; empty where it does not, or takes long."""
+    """Return what ``source`` raises when it is read; empty if it raises nothing, or takes long."""
     limits = replace(limits, seconds=min(limits.seconds, START_S))
     return str(value_of("", _START % json.dumps(source), limits) or "")
 
 
 class SandboxedFunction(Grader):
-    """Base of graders that call a function of a source, in a sandbox; it may give any number."""
+    """Base of graders that call a function in a sandbox; scores may have any value."""
 
     needs_expected = False
     is_share: ClassVar[bool] = False
-    prefers_batches: ClassVar[bool] = True
-    """As many sandboxes at once as there are cores."""
+    prefers_batches: ClassVar[bool] = True  # one sandbox per core at a time
 
     @property
     @abstractmethod
     def limits(self) -> Limits:
-        """What one call may take."""
+        """Limits of one call."""
 
     def check(self) -> None:
-        """Refuse machines that cannot isolate the source."""
+        """Raise :class:`RecipeError` if this machine cannot isolate the source."""
         check_sandbox(self.limits)
 
     def score(self, answer: Answer) -> float:
-        """The number of one answer."""
+        """Return the score of one answer."""
         return self.grade([answer])[0]
 
 
 class PythonSource(SandboxedFunction):
-    """What ``grade(sample, item)`` of the source gives: any finite number.
+    """The finite number that ``grade(sample, item)`` of the source returns.
 
-    ``sample`` has ``output_text``, and ``output_json`` where the reply is JSON; ``item`` has the
-    members of the row. The source runs in a sandbox (:mod:`luthier.graders.sandbox`) with the standard
-    library alone, in a new process for each answer.
+    ``sample`` has ``output_text``, and ``output_json`` if the reply is JSON. ``item`` has the
+    members of the row. The source runs in a sandbox (:mod:`luthier.graders.sandbox`) with the
+    standard library, in a new process per answer.
     """
 
     method: Literal["python"] = "python"
-    source: Annotated[str, AfterValidator(_defines_grade)]
+    source: Annotated[str, AfterValidator(_check_grade)]
     """Python that defines ``grade``."""
     seconds: float = Field(default=10.0, gt=0, le=120)
-    """Wall-clock time for one answer."""
+    """Wall-clock time per answer."""
     memory_mb: int = Field(default=512, ge=64, le=4096)
-    """Memory of all its processes together, and address space of each, in MiB."""
+    """Memory of all processes together, and address space of each, in MiB."""
 
     def check(self) -> None:
-        """Refuse machines that cannot isolate the source, and a source that raises when it is read."""
+        """Raise :class:`RecipeError` if the source cannot be isolated, or raises when it is
+        read."""
         super().check()
-        if said := _error_at_start(self.source, self.limits):
+        if error := _error_at_start(self.source, self.limits):
             raise RecipeError(
-                f"grader `{self.method}`: the source raises {said.rstrip('.: ')}. It runs with the "
-                "standard library alone"
+                f"grader `{self.method}`: the source raises {error.rstrip('.: ')}. Only the standard "
+                "library is available",
+                "source",
             )
 
     @property
     def limits(self) -> Limits:
-        """Those of the fields."""
+        """Limits of one call."""
         return Limits(self.seconds, self.memory_mb)
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """A number for each; :class:`Ungraded` where the function raised or took too long."""
+        """Return the scores; raise :class:`Ungraded` if the function raised or took too long."""
         return side_by_side(self._score_row, [[answer] for answer in answers])
 
-    def _score_row(self, answers: Sequence[Answer]) -> list[float | Trouble]:
+    def _score_row(self, answers: Sequence[Answer]) -> list[float | RowRefused]:
         given = json.dumps(dict(scope_of(answers[0])))
         result = value_of(self.source, _CALL % given, self.limits)
         if result is None:
-            return [no_end(self.method, self.seconds)]
+            return [timeout_fault(self.method, self.seconds)]
         if "error" in result:
             text = f"grader `{self.method}` raised {result['error']}"
-            return [Trouble("grader.raised", text, "Mend the grader or the row.")]
+            return [RowRefused("grader.raised", text, "Fix the grader or the row.")]
         return [float(result["score"])]

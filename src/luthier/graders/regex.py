@@ -1,7 +1,4 @@
-"""Grading the form of a reply, and regular expressions under a time limit.
-
-Some patterns take exponential time on some texts.
-"""
+"""Regular expressions with a time limit: some patterns take exponential time on some texts."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ from pydantic import AfterValidator
 from luthier.graders.base import Answer, Grader
 
 TIME_LIMIT_S = 1.0
-"""Seconds for one search; a sane pattern takes less than a millisecond on a long reply."""
+"""Seconds per search; a good pattern takes less than a millisecond on a long reply."""
 PATTERN_CHARACTERS = 4096
-"""Characters of a pattern: to compile one takes time too, and knows no limit."""
+"""Length of a pattern: compiling has no time limit."""
 UNROLLED_CHARACTERS = 100_000
-"""The same with all counted repeats written out, as ``regex`` does to compile it: 50 ms and 25 MB."""
+"""Length with all counted repeats written out, as ``regex`` compiles them: 50 ms and 25 MB."""
 _CLASS_END = re.compile(r"(?:\\.|[^\]\\])*\]", re.DOTALL)
 _ESCAPE = re.compile(r"[pPNgLkx]\{[^}]*\}|.", re.DOTALL)
 _COUNT = r"((?:[\d\s]|#[^\n]*\n)*)"  # of verbose patterns, too
@@ -26,37 +23,35 @@ _NO_DIGITS = re.compile(r"#[^\n]*\n|\s")
 
 
 def check_pattern(pattern: str) -> str:
-    """``pattern``, when it is one; :class:`ValueError` with the reason when it is not."""
+    """Return ``pattern``, or raise :class:`ValueError` with the fault."""
     import regex
 
     if len(pattern) > PATTERN_CHARACTERS:
         raise ValueError(
-            f"the pattern has {len(pattern):,} characters, and may have {PATTERN_CHARACTERS:,}"
+            f"the pattern has {len(pattern):,} characters; at most {PATTERN_CHARACTERS:,} are allowed"
         )
     if unrolled_size(pattern) > UNROLLED_CHARACTERS:
         raise ValueError(
             f"the counts of the pattern {pattern[:200]!r} repeat more than {UNROLLED_CHARACTERS:,} "
-            "characters: lower them, or use * or +"
+            "characters; lower the counts, or use * or +"
         )
     try:
         regex.compile(pattern)
     except RecursionError as error:
         raise ValueError("the pattern is nested too deeply") from error
     except regex.error as error:
-        raise ValueError(f"{pattern[:200]!r} is no regular expression: {error}") from error
+        raise ValueError(f"{pattern[:200]!r} is not a regular expression: {error}") from error
     return pattern
 
 
 def unrolled_size(pattern: str) -> int:
-    """Characters and classes of a pattern, each as often as counts in braces repeat it.
+    """Return the length of a pattern with all counts in braces written out.
 
-    Read without knowing all of the syntax: what is not known counts as so many characters.
+    Classes count as one character. Unknown syntax counts as its characters.
     """
-    sizes, last, place = [0], 0, 0  # of the groups that are open; of what a count would repeat
+    sizes, last, place = [0], 0, 0  # open groups; size of the item that a count would repeat
     while place < len(pattern):
-        near = (
-            place + PATTERN_CHARACTERS
-        )  # else hostile patterns of JSON schemas take quadratic time
+        near = place + PATTERN_CHARACTERS  # bounds the search of hostile JSON schemas
         char, counts = pattern[place], _COUNTS.match(pattern, place, near)
         place += 1
         if counts and last:
@@ -79,7 +74,7 @@ def unrolled_size(pattern: str) -> int:
             end = _CLASS_END.match(pattern, start)
             place, last = end.end() if end else len(pattern), 1
         else:
-            if char == "\\":  # with a name in braces, which are no count
+            if char == "\\":  # may be followed by a name in braces, which is not a count
                 name = _ESCAPE.match(pattern, place, near)
                 place = name.end() if name else place
             last = 1
@@ -88,10 +83,10 @@ def unrolled_size(pattern: str) -> int:
 
 
 def matches(pattern: str, text: str, whole: bool = False) -> bool:
-    """Whether ``pattern`` matches somewhere in ``text``, or all of it with ``whole``.
+    """Return whether ``pattern`` matches somewhere in ``text``, or all of it with ``whole``.
 
     Raises:
-        TimeoutError: after :data:`TIME_LIMIT_S`, which the standard library's ``re`` cannot.
+        TimeoutError: after :data:`TIME_LIMIT_S`; the standard library's ``re`` has no time limit.
     """
     import regex
 
@@ -100,29 +95,28 @@ def matches(pattern: str, text: str, whole: bool = False) -> bool:
         return search(pattern, text, timeout=TIME_LIMIT_S) is not None
     except TimeoutError:
         raise TimeoutError(
-            f"the pattern {pattern!r} took more than {TIME_LIMIT_S:g} s on a text of {len(text)} "
-            "characters; nested repeats such as (a+)+ do that"
+            f"the pattern {pattern!r} took more than {TIME_LIMIT_S:g} s on {len(text)} characters; "
+            "avoid nested repeats such as (a+)+"
         ) from None
 
 
 class Regex(Grader):
-    r"""1 when a regular expression matches the reply: for its form, whatever it says.
+    r"""1 if a regular expression matches the reply.
 
-    For R1's format (DeepSeek-AI 2025, section 2.2.2), for example:
-    ``pattern = '(?s)\s*<think>.+</think>\s*<answer>.+</answer>\s*'`` with ``match = "whole"``.
-    Patterns are those of the ``regex`` library, which knows a time limit: one search that takes more
-    than a second is an error.
+    For R1's format (DeepSeek-AI 2025, section 2.2.2), for example: ``pattern =
+    '(?s)\s*<think>.+</think>\s*<answer>.+</answer>\s*'`` with ``match = "whole"``. Patterns have
+    the syntax of the ``regex`` library. A search that takes more than a second is an error.
     """
 
     method: Literal["regex"] = "regex"
     pattern: Annotated[str, AfterValidator(check_pattern)]
-    """The regular expression; ``(?s)`` in front lets the dot match line ends, ``(?i)`` ignores case."""
+    """The regular expression; ``(?s)`` lets the dot match line ends, ``(?i)`` ignores case."""
     match: Literal["search", "whole"] = "search"
-    """Whether it must match somewhere in the reply or the whole of it."""
+    """Match somewhere in the reply, or the whole reply."""
 
     needs_expected = False
 
     def score(self, answer: Answer) -> float:
-        """1 or 0."""
+        """Return 1 or 0."""
         reply = answer.check_length(answer.reply, "the reply")
         return float(matches(self.pattern, reply, whole=self.match == "whole"))

@@ -1,4 +1,4 @@
-"""Grading the answers to one prompt beside each other, by one verdict of a language model."""
+"""Listwise LLM judge (RULER)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from luthier.chat_models.base import Failure
-from luthier.errors import LuthierError
-from luthier.graders.base import Answer, Trouble, Ungraded
-from luthier.graders.judge import Judge, quote_text, verdict_end, verdict_trouble
+from luthier.errors import LuthierError, RowRefused
+from luthier.graders.base import Answer, Ungraded
+from luthier.graders.judge import Judge, quote_text, verdict_end, verdict_fault
 from luthier.types import Message, Row
 
 SYSTEM = (
@@ -26,20 +26,21 @@ _SCORE = re.compile(r"\breply\W{0,6}(\d{1,4})\W{1,6}(100|\d{1,2})(?!\w|\.\d)", r
 
 
 class Ruler(Judge):
-    """How good a language model finds each of several replies to one prompt beside the others.
+    """A language model's grades of several replies to one prompt, compared with each other.
 
-    RULER, Relative Universal LLM-Elicited Rewards (OpenPipe 2025): to rank is easier than to score, and
-    GRPO asks only how an answer compares with the others of its group. One verdict sees all different
-    replies to a row, so that a group of eight takes one call where `judge` takes eight. Scores of two
-    rows cannot be compared. Left out: replies of several turns.
+    RULER, Relative Universal LLM-Elicited Rewards (OpenPipe 2025): ranking is easier than scoring,
+    and GRPO only compares the answers of a group. One verdict sees all different replies to a row,
+    so a group of eight takes one call, where `judge` takes eight. Scores of different rows cannot
+    be compared. Left out: replies of several turns.
 
-    What `judge` says of models, endpoints and replies that talk to the judge holds here too.
+    The notes on models, endpoints and manipulative replies of `judge` apply.
     """
 
     method: Literal["ruler"] = "ruler"  # type: ignore[assignment]
 
     def rehearse(self) -> str:
-        """Have two replies compared: whether there is a model, takes the key, and tells them apart."""
+        """Compare two replies, to find a missing model, a wrong key or a judge that cannot
+        compare."""
         question = (Message("user", "What is 2 + 2?"),)
         row = Row("a trial", 0)
         pair = [Answer(question, reply, "4", row) for reply in ("2 + 2 is 4.", "2 + 2 is 7.")]
@@ -47,13 +48,13 @@ class Ruler(Judge):
         right, wrong = parse_scores(verdict, 2)
         if right is None or wrong is None:
             end = verdict_end(verdict)
-            return f"the judge {self.model} gave a trial of two replies no scores: {end}"
+            return f"the judge {self.model} gave two trial replies no scores: {end}"
         if right <= wrong:
-            return f"the judge {self.model} found 2 + 2 = 7 as good as 2 + 2 = 4; do not rely on it"
+            return f"the judge {self.model} rates 2 + 2 = 7 as high as 2 + 2 = 4; do not rely on it"
         return ""
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """A score for each answer; :class:`Ungraded` where a verdict has none."""
+        """Return a score for each answer; raise :class:`Ungraded` if a verdict has no scores."""
         groups: dict[tuple[str, int], dict[str, list[int]]] = {}
         for index, answer in enumerate(answers):
             replies = groups.setdefault((answer.row.file, answer.row.line), {})
@@ -62,21 +63,21 @@ class Ruler(Judge):
             self.comparison([answers[places[0]] for places in replies.values()])
             for replies in groups.values()
         ]
-        scores, troubles = [math.nan] * len(answers), dict[int, Trouble]()
+        scores, faults = [math.nan] * len(answers), dict[int, RowRefused]()
         for replies, verdict in zip(groups.values(), self.verdicts(comparisons), strict=True):
             found = parse_scores("" if isinstance(verdict, Failure) else verdict, len(replies))
             for score, places in zip(found, replies.values(), strict=True):
                 for index in places:
                     if score is None:
-                        troubles[index] = verdict_trouble(self.method, verdict)
+                        faults[index] = verdict_fault(self.method, verdict)
                     else:
                         scores[index] = score / 100
-        if troubles:
-            raise Ungraded(scores, troubles)
+        if faults:
+            raise Ungraded(scores, faults)
         return scores
 
     def comparison(self, answers: Sequence[Answer]) -> list[Message]:
-        """What the judge reads of the different replies to one row."""
+        """Return the conversation that compares the different replies to one row."""
         parts = self.context(answers[0])
         parts += [quote_text(f"reply {n}", answer.reply) for n, answer in enumerate(answers, 1)]
         system = SYSTEM.format(rubric=self.rubric.strip())
@@ -85,40 +86,40 @@ class Ruler(Judge):
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """Which of two replies a judge prefers, asked in both orders."""
+    """A judge's preference between two replies, shown in both orders."""
 
     shown_first: int
-    """What it says where the first of both stands first: 1 for it, -1 for the other, 0 for neither."""
+    """Verdict with the first reply first: 1 for the first reply, -1 for the second, 0 for a tie."""
     shown_second: int
-    """What it says of the same reply where it stands second."""
+    """The same verdict with the first reply second."""
     unread: int = 0
-    """Verdicts without scores among both, which count for neither."""
+    """Number of verdicts without scores, which count as ties."""
     is_asked: bool = True
-    """Whether the judge was: of equal replies nobody asks it."""
+    """False for equal replies, which are a tie without a verdict."""
 
     @property
     def win(self) -> float:
-        """1 where the first is preferred in both orders, 0 where the other is, else one half."""
+        """1 if the first reply wins in both orders, 0 if the second does, else one half."""
         if self.shown_first * self.shown_second > 0:
             return float(self.shown_first > 0)
         return 0.5
 
     @property
     def is_consistent(self) -> bool | None:
-        """Whether the order changed nothing; ``None`` where not both verdicts are there to tell."""
+        """Whether both orders agree; None without two verdicts."""
         if self.unread or not self.is_asked:
             return None
         return self.shown_first == self.shown_second
 
 
 def judge_pairs(judge: Ruler, pairs: Sequence[tuple[Answer, Answer]]) -> list[PairVerdict]:
-    """What ``judge`` prefers of two replies to each row.
+    """Ask ``judge`` which of two replies to each row is better.
 
-    Both orders are asked, and what changes with the order is a tie: judges favour what stands first
-    (Zheng et al. 2023, section 3.4). Equal replies are a tie that nobody is asked for.
+    Each pair is shown in both orders, and a preference that changes with the order is a tie,
+    because judges favour the first reply (Zheng et al. 2023, section 3.4). Equal replies are a tie.
 
     Raises:
-        LuthierError: where the judge does not answer, or gives no scores to half of all pairs.
+        LuthierError: if the judge does not answer, or gives no scores to half of all verdicts.
     """
     asked = [place for place, (one, other) in enumerate(pairs) if one.reply != other.reply]
     orders = [[judge.comparison(pairs[place]) for place in asked]]
@@ -148,6 +149,6 @@ def judge_pairs(judge: Ruler, pairs: Sequence[tuple[Answer, Answer]]) -> list[Pa
 
 
 def parse_scores(verdict: str, count: int) -> list[int | None]:
-    """The last number from 0 to 100 behind each of ``Reply 1:`` to ``Reply {count}:``."""
+    """Return the last number from 0 to 100 after each of ``Reply 1:`` to ``Reply {count}:``."""
     found = {int(match[1]): int(match[2]) for match in _SCORE.finditer(verdict)}
     return [found.get(number) for number in range(1, count + 1)]

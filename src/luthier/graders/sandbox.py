@@ -1,20 +1,18 @@
-"""Running code that nobody has read, as far from everything as an ordinary process can be put.
+"""A sandbox for untrusted code, made of Linux namespaces (user, mount, process, network, IPC).
 
-With Linux namespaces (user, mount, process, network, IPC): the code sees a file system of its own,
-in memory, with the interpreter and the system's libraries read-only; no network, not even loopback; no
-other process, and no environment variables. Limits hold for processor time, memory, file size, open
-files and processes; when the wall-clock time is over, or all processes together have taken the memory,
-the first process of the namespace is killed, and all others die with it. As root, the code runs under a
-user id that nobody has. A filter of system calls (seccomp) allows sockets of AF_UNIX, AF_INET and
-AF_INET6 alone, and no memory outside of processes.
+The code has an in-memory file system with the interpreter and the system's libraries read-only. It
+has no network, no other process and no environment variable. Processor time, memory, file size,
+open files and processes are limited. At the end of the wall-clock time, or if all processes
+together exceed the memory, the first process of the namespace is killed, and all others end with
+it. As root, the code runs under an unused user id. A filter of system calls (seccomp) allows
+sockets of AF_UNIX, AF_INET and AF_INET6 only, and no memory outside of processes.
 
-What this does not protect from: errors of the kernel, which it shares (a virtual machine would), and
-reading other programs' secrets from the processor's caches. It may use a core until its time is over.
-What the code says of itself cannot be trusted either: it runs in the process that reports the verdict.
+Not covered: faults of the shared kernel, and reading secrets from the processor's caches. The code
+runs in the process that reports the verdict, so the verdict cannot be trusted either.
 
-Without namespaces (macOS; containers and systems that forbid them), where that was waived: the limits
-and the empty environment remain, but the code reads and writes what the user may, reaches the network,
-and can kill the user's other processes, those that limit it among them.
+Without namespaces (macOS, some containers), if the user allows it, only the limits and the empty
+environment remain: the code reads and writes the user's files, reaches the network, and can kill
+the user's processes.
 """
 
 from __future__ import annotations
@@ -37,57 +35,56 @@ from pathlib import Path
 from typing import Any
 
 from luthier.cancellation import KillHandle, cancellable
-from luthier.errors import LuthierError, RecipeError
-from luthier.graders.base import Answer, Trouble, Ungraded
+from luthier.errors import LuthierError, RecipeError, RowRefused
+from luthier.graders.base import Answer, Ungraded
 
 MOST_SAID = 4096
-"""Bytes that a process may say: less than any pipe holds, so that it never waits for a reader."""
+"""Bytes that a process may write: less than any pipe holds, so that it never waits for a reader."""
 START_S = 10.0
-"""Seconds that a loaded machine may take to build the sandbox, beside the time of the code."""
+"""Additional seconds to build the sandbox on a loaded machine."""
 
 
 class SandboxError(LuthierError):
-    """The sandbox could not be built; nothing of the code has run."""
+    """The sandbox could not be built, and no code has run."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What code may use."""
+    """Limits of the code."""
 
     seconds: float
     memory_mb: int
-    """MiB that all processes may have together, and addresses of each."""
+    """Memory of all processes together, and address space of each, in MiB."""
     isolated: bool = True
-    """Refuse to run it where namespaces cannot be had."""
+    """Require namespaces."""
 
 
 @lru_cache(maxsize=8)
 def check_sandbox(limits: Limits) -> None:
-    """Refuse machines on which the sandbox cannot be built."""
+    """Raise :class:`RecipeError` if the sandbox cannot be built on this machine."""
     try:
         passes("", "pass", limits)
     except SandboxError as error:
         raise RecipeError(
-            f"code of replies cannot be isolated on this machine ({error}). Run as an ordinary user "
-            "where user namespaces are allowed, or set unisolated=true in a virtual machine or "
-            "container that holds nothing of value"
+            f"this machine cannot isolate code ({error}). Allow user namespaces, or set "
+            "`unisolated=true` in a virtual machine or container without valuable data"
         ) from error
 
 
 def passes(code: str, tests: str, limits: Limits) -> bool:
-    """Whether ``code`` and then ``tests`` run to their end in a process of their own.
+    """Return whether ``code`` and then ``tests`` run to their end in a new process.
 
     Raises:
-        SandboxError: when the process could not be prepared.
+        SandboxError: if the sandbox could not be built.
     """
     return _result_of(code, tests, limits) is not None
 
 
 def value_of(code: str, call: str, limits: Limits) -> Any:
-    """What ``call`` leaves in the name ``result``, by way of JSON; ``None`` where it did not end.
+    """Return the JSON value that ``call`` stores in ``result``, or None if the code did not end.
 
     Raises:
-        SandboxError: when the process could not be prepared.
+        SandboxError: if the sandbox could not be built.
     """
     said = _result_of(code, call, limits, value=True)
     try:
@@ -97,7 +94,7 @@ def value_of(code: str, call: str, limits: Limits) -> Any:
 
 
 def _result_of(code: str, tests: str, limits: Limits, value: bool = False) -> bytes | None:
-    """What the process wrote behind its token; ``None`` where it did not get so far."""
+    """Return the output after the token, or None if the process did not get so far."""
     token = secrets.token_hex(16)
     wanted = {"token": token, "code": code, "tests": tests, "value": value}
     verdict, writes = os.pipe()
@@ -132,7 +129,7 @@ def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
         [*map(str, command), json.dumps(settings)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,  # of the preparation alone; the code has none
+        stderr=subprocess.PIPE,  # of the preparation; the code has no stderr
         cwd=folder,
         env={},
         pass_fds=(writes,),
@@ -147,7 +144,7 @@ def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
     try:
         _, said = process.communicate(wanted, timeout=limits.seconds + START_S)
     except subprocess.TimeoutExpired:
-        said = f"it was not built in {START_S:g} s; the machine may be overloaded".encode()
+        said = f"not built in {START_S:g} s; the machine may be overloaded".encode()
     finally:
         running.close()
         process.communicate()
@@ -157,23 +154,24 @@ def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
 
 
 def side_by_side(
-    grade: Callable[[Sequence[Answer]], Sequence[float | Trouble]],
+    grade: Callable[[Sequence[Answer]], Sequence[float | RowRefused]],
     groups: Sequence[Sequence[Answer]],
 ) -> list[float]:
-    """Scores of the answers of all groups, in their order, as many groups at once as there are cores.
+    """Grade groups of answers at the same time, one per core, and return the scores in order.
 
     Raises:
-        Ungraded: where some answers have none. A batch that fails as a whole would be graded again,
-            one by one, and each answer that takes too long would do so twice.
+        Ungraded: if some answers have no score. A batch that fails as a whole would be graded again
+        one
+            by one, and each slow answer would take its time twice.
     """
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        # In the context of who asks, who may cancel it.
+        # The caller's context has the handle that cancels the work.
         futures = [pool.submit(copy_context().run, grade, group) for group in groups]
         found = [each for future in futures for each in future.result()]
-    troubles = {i: each for i, each in enumerate(found) if isinstance(each, Trouble)}
-    scores = [math.nan if isinstance(each, Trouble) else each for each in found]
-    if troubles:
-        raise Ungraded(scores, troubles)
+    faults = {i: each for i, each in enumerate(found) if isinstance(each, RowRefused)}
+    scores = [math.nan if isinstance(each, RowRefused) else each for each in found]
+    if faults:
+        raise Ungraded(scores, faults)
     return scores
 
 

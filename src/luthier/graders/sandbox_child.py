@@ -1,9 +1,9 @@
 """Builds the sandbox around itself, then becomes the program in it. Runs as ``python -c``, alone.
 
-Three processes: this one waits, and watches how much memory all of the code's processes take together;
-``guard`` is the first of its process namespace and keeps the time; the third is the code. When
-``guard`` ends, the kernel kills whatever is left in the namespace. Whatever goes wrong before the code
-runs is written to standard error, which the code itself does not have.
+Three processes: this one waits, and watches how much memory all of the code's processes take
+together; ``guard`` is the first of its process namespace and keeps the time; the third is the code.
+When ``guard`` ends, the kernel kills whatever is left in the namespace. Whatever goes wrong before
+the code runs is written to standard error, which the code itself does not have.
 """
 
 import ctypes
@@ -28,7 +28,8 @@ WATCH_SECONDS = 0.01
 """Between two looks at the memory of all processes: a core writes some 20 MB meanwhile."""
 DISK = 32 * 2**20
 FIRST_UID = 1_900_000_000
-"""User ids that nobody has; each sandbox of root's has its own, so that processes are counted apart."""
+"""User ids that nobody has; each sandbox of root's has its own, so that processes are counted
+apart."""
 
 
 FAMILIES = (1, 2, 10)
@@ -39,8 +40,8 @@ SYSCALLS = {
     "aarch64": (0xC00000B7, (198, 199), (279, 447, 425, 194, 186)),
 }
 """Of each kind of processor: its name in filters; ``socket`` and ``socketpair``; and what the code
-does without: ``memfd_create``, ``memfd_secret``, ``shmget`` and ``msgget`` make memory that no process
-is seen to have, ``io_uring_setup`` makes sockets that no filter sees."""
+does without: ``memfd_create``, ``memfd_secret``, ``shmget`` and ``msgget`` make memory that no
+process is seen to have, ``io_uring_setup`` makes sockets that no filter sees."""
 NO_SYSTEM_CALL, NO_FAMILY = 38, 97
 """``ENOSYS`` and ``EAFNOSUPPORT``: what a kernel without these says."""
 
@@ -74,7 +75,8 @@ def main() -> None:
 
 
 def watch(proc: int, first: int, memory: int) -> None:
-    """Wait for ``guard``, and kill it where the processes below it take more than ``memory`` bytes."""
+    """Wait for ``guard``, and kill it where the processes below it take more than ``memory``
+    bytes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while os.waitpid(first, os.WNOHANG)[0] == 0:
         signal.sigtimedwait({signal.SIGCHLD}, WATCH_SECONDS)
@@ -90,8 +92,8 @@ def watch(proc: int, first: int, memory: int) -> None:
 def memory_in_use(proc: int, first: int, memory: int) -> int:
     """Bytes of all processes below ``first``.
 
-    Pages that several share count for each of them, unless that makes more than ``memory``: to divide
-    them takes the kernel milliseconds.
+    Pages that several share count for each of them, unless that makes more than ``memory``: to
+    divide them takes the kernel milliseconds.
     """
     pids, waiting = [], children(proc, first)
     while waiting:

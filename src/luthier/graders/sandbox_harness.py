@@ -6,7 +6,8 @@ import sys
 
 
 def main(writes: int) -> None:
-    """Read what to run from standard input; write the token when it has run, and what was asked for."""
+    """Read what to run from standard input; write the token when it has run, and what was asked
+    for."""
     wanted = json.load(sys.stdin)
     names = {"__name__": "reply"}
     exec(compile(wanted["code"], "reply.py", "exec"), names)  # noqa: S102

@@ -1,6 +1,5 @@
-"""Grading by a model that is asked in words of one's own, as OpenAI's ``score_model`` and
-``label_model`` do.
-"""
+"""Grading by a model with your own prompt, as OpenAI's ``score_model`` and ``label_model``
+graders."""
 
 from __future__ import annotations
 
@@ -25,29 +24,29 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
 
 
 class Turn(BaseModel):
-    """One message to the model that grades."""
+    """A message to the model that grades."""
 
     model_config = ModelSpec.model_config
 
     role: Literal["system", "developer", "user", "assistant"]
-    """Who speaks."""
+    """Role of the speaker."""
     content: Template
-    """What is said; may hold places."""
+    """Text of the message, which may have placeholders."""
 
 
 class PromptedModel(LanguageModelGrader):
-    """Base of graders that ask a model in words of one's own."""
+    """Base of graders with a prompt of your own."""
 
     input: Annotated[tuple[Turn, ...], Field(min_length=1)]
-    """What the model is asked."""
+    """Messages to the model."""
 
     @property
     @abstractmethod
     def closing(self) -> str:
-        """The line that is put behind what the model is asked."""
+        """Line after the messages that asks for the verdict."""
 
     def question(self, answer: Answer) -> list[Message]:
-        """What the model reads."""
+        """Return the conversation that asks for the verdict."""
         scope, characters = scope_of(answer), 0
         turns = []
         for turn in self.input:
@@ -62,10 +61,10 @@ class PromptedModel(LanguageModelGrader):
 
 
 class ScoreModel(PromptedModel):
-    """The last number of what a model answers to ``input``.
+    """The last number in a model's answer to ``input``.
 
-    The messages say what is to be graded and how; a line that asks for a number in ``range`` is put
-    behind them. An answer without a number in that range is an error, never a guess.
+    A line that asks for a number in ``range`` follows the messages. An answer without such a number
+    is an error.
     """
 
     method: Literal["score_model"] = "score_model"
@@ -75,75 +74,66 @@ class ScoreModel(PromptedModel):
     @model_validator(mode="after")
     def _check_range(self) -> Self:
         if self.range[0] >= self.range[1]:
-            raise ValueError("the range's first number must be below its second")
+            raise ValueError("the first number of range must be below the second")
         return self
 
     @property
     def is_share(self) -> bool:
-        """Whether its range is."""
+        """Whether the range is within 0 and 1."""
         return self.range[0] >= 0 and self.range[1] <= 1
 
     @property
     def closing(self) -> str:
-        """Asks for a number."""
+        """Line after the messages that asks for the verdict."""
         low, high = self.range
         return f"End your answer with one number from {low:g} to {high:g}: the score."
 
     def score_of(self, verdict: str) -> float | None:
-        """The last number, where it is in range."""
-        return number_in(verdict, self.range)
-
-
-def number_in(text: str, span: tuple[float, float]) -> float | None:
-    """The last number in ``text``, if it lies within ``span``."""
-    found = _NUMBER.findall(text)
-    value = float(found[-1]) if found else math.nan
-    return value if span[0] <= value <= span[1] else None
+        """Return the last number of a verdict, if it is in the range."""
+        found = _NUMBER.findall(verdict)
+        value = float(found[-1]) if found else math.nan
+        return value if self.range[0] <= value <= self.range[1] else None
 
 
 class LabelModel(PromptedModel):
-    """1 when a model answers ``input`` with one of ``passing_labels``, else 0.
+    """1 if a model answers ``input`` with one of ``passing_labels``, else 0.
 
-    The messages say what is to be labelled; a line that names the ``labels`` is put behind them. A
-    model of a server is kept to them as it writes; of another one, an answer that is none of them is an
-    error, never a guess.
+    A line with the ``labels`` follows the messages. Models of the server are constrained to the
+    labels; another answer of another model is an error.
     """
 
     method: Literal["label_model"] = "label_model"
     labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=100)]
-    """The labels to choose from."""
+    """Labels to choose from."""
     passing_labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=100)]
-    """Those of them that count as 1."""
+    """Labels that score 1."""
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
         if unknown := sorted(set(self.passing_labels) - set(self.labels)):
-            raise ValueError(f"passing_labels are some of the labels, and {unknown} are none")
+            raise ValueError(f"passing_labels {unknown} are not in labels")
         return self
 
     @property
     def answer_schema(self) -> Mapping[str, Any]:
-        """One of the labels, as JSON."""
+        """JSON schema of a verdict."""
         return {"enum": list(self.labels)}
 
     @property
     def closing(self) -> str:
-        """Asks for a label."""
+        """Line after the messages that asks for the verdict."""
         return f"Answer with one of these labels and nothing else: {', '.join(self.labels)}."
 
     def score_of(self, verdict: str) -> float | None:
-        """Whether the label that the verdict is, in any case, passes."""
+        """Return whether the label passes, in any case and with or without quotes."""
         try:
             label = str(json.loads(verdict))
         except ValueError:
             label = verdict
-        if label in self.labels:
-            return float(label in self.passing_labels)
-        wanted = _bare(label)
-        chosen = next((each for each in self.labels if _bare(each) == wanted), None)
-        return None if chosen is None else float(chosen in self.passing_labels)
+        if label not in self.labels:
+            label = next((each for each in self.labels if _bare(each) == _bare(label)), "")
+        return float(label in self.passing_labels) if label else None
 
 
 def _bare(label: str) -> str:
-    """In small letters, without quotes and a full stop."""
     return label.strip(" \t\n.\"'").casefold()

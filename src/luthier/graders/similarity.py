@@ -1,4 +1,5 @@
-"""Grading how alike two texts are: a reply and the expected text, or any two with places in them."""
+"""Grading how alike two texts are: a reply and the expected text, or any two with places in
+them."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Similarity(Grader):
     - ``token_f1``: words in common, in any order, without case, punctuation and the articles a, an,
       the (Rajpurkar et al. 2016, "SQuAD", section 6.1, and its evaluation script).
     - ``rouge_l``: longest common subsequence of words, without case (Lin 2004, "ROUGE", section 3.1;
-      F with beta 1, as the ``rouge-score`` package has it). Not stemmed; words of all scripts count.
+      F with beta 1, as the ``rouge-score`` package has it). Not stemmed; words of all scripts
+      count.
     - ``chrf``: n-grams of 1 to 6 characters without white space, recall counted twice (Popović 2015,
       "chrF", as ``sacrebleu`` has it); for translations, and languages with many forms of a word.
     - ``characters``: longest common subsequence of characters, case and all; for short answers and

@@ -15,11 +15,11 @@ from luthier.graders.base import Grader
 from luthier.validation import describe_constraint
 
 Spec = str | Mapping[str, Any] | Grader
-"""A method by name, a table with ``method`` and its fields, or the grader itself."""
+"""A method name, a table with ``method`` and fields, or a grader."""
 
 
 def grader_from(value: Any) -> Any:
-    """The grader that a :data:`Spec` describes; :class:`ValueError` where there is none."""
+    """Return the grader of a :data:`Spec`, or raise :class:`ValueError`."""
     from luthier.graders import GRADERS
 
     if isinstance(value, str):
@@ -37,15 +37,15 @@ def grader_from(value: Any) -> Any:
 
 
 AnyGrader = Annotated[SerializeAsAny[Grader], BeforeValidator(grader_from)]
-"""Type of a field that holds a grader: any of the table, from a name or a table of fields."""
+"""Type of a field with any grader, given as a name or a table of fields."""
 
 
 def parse_graders(specs: Sequence[Spec] | Mapping[str, Spec]) -> dict[str, Grader]:
-    """Graders by name: those given, or their methods.
+    """Return graders by the given names, or by method.
 
     Raises:
-        RecipeError: for a method or field that there is not, a value that cannot be, and two
-            different graders of the same name.
+        RecipeError: for an unknown method or field, a bad value, and two different graders of one
+        name.
     """
     if isinstance(specs, Mapping):
         return {name: _build(spec, name) for name, spec in specs.items()}
@@ -54,27 +54,26 @@ def parse_graders(specs: Sequence[Spec] | Mapping[str, Spec]) -> dict[str, Grade
         grader = _build(spec, "")
         if chosen.setdefault(grader.method, grader) != grader:
             raise RecipeError(
-                f"two different graders are called {grader.method!r}; give them names of their own, "
-                'as in {"name": grader}'
+                f'two graders have the method {grader.method!r}; name each, as in {{"name": grader}}'
             )
     return chosen
 
 
 def read_graders(path: Path) -> dict[str, Spec]:
-    """Tables of a TOML file, each a grader with its ``method`` and fields.
+    """Return the graders of a TOML file, one per table.
 
-    The file of a JSON Schema is relative to the TOML's folder.
+    Paths of JSON Schemas are relative to the file.
     """
     tables = read_toml(path, "graders")
     if not tables:
-        raise RecipeError(f"{path} has no graders; write [NAME] and method = ... for each")
+        raise RecipeError(f"{path} has no graders; write [NAME] and method = ... for each grader")
     for table in tables.values():
         _anchor(table, path.parent)
     return tables
 
 
 def _anchor(table: Any, folder: Path) -> None:
-    """Make the path of a schema absolute, in the parts of ``mix`` and ``multi``, too."""
+    """Make the path of a schema absolute, also in the parts of ``mix`` and ``multi``."""
     if not isinstance(table, dict):
         return
     if isinstance(table.get("against"), str):
@@ -92,7 +91,9 @@ def _build(spec: Spec, name: str) -> Grader:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     if not isinstance(grader, Grader):
-        raise RecipeError(f"{spec!r} is no grader; give a name, a table with `method`, or a Grader")
+        raise RecipeError(
+            f"{spec!r} is not a grader; give a name, a table with `method`, or a Grader"
+        )
     grader.check()
     return grader
 
@@ -103,6 +104,6 @@ def _explain(error: ValidationError, name: str) -> str:
         where = ".".join(map(str, item["loc"])) or "fields"
         text = describe_constraint(item)
         if item["type"] == "extra_forbidden":
-            text = "there is no such field"
+            text = "unknown field"
         lines.append(f"  {where}: {text}")
     return "\n".join(lines)

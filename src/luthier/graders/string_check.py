@@ -1,33 +1,33 @@
-"""Comparing two texts with places in them, as OpenAI's ``string_check`` does."""
+"""Comparison of two templates, as OpenAI's ``string_check`` grader."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from luthier.graders.base import Answer, Grader
 from luthier.graders.templates import Template, fill_template, scope_of
 
 
 class StringCheck(Grader):
-    """1 when ``input`` and ``reference`` stand to each other as ``operation`` says.
+    """1 if ``operation`` holds for ``input`` and ``reference``.
 
-    Both may hold places such as ``{{sample.output_text}}`` (the reply) and ``{{item.answer}}`` (a
+    Both may have placeholders: ``{{sample.output_text}}`` (the reply), ``{{item.answer}}`` (a
     member of the row).
     """
 
     method: Literal["string_check"] = "string_check"
     input: Template = "{{sample.output_text}}"
-    """The text that is looked at."""
+    """Template of the graded text."""
     reference: Template
-    """The text it is compared with."""
+    """Template of the text to compare with."""
     operation: Literal["eq", "ne", "like", "ilike"] = "eq"
-    """Equal, not equal, contains it, or contains it in any case."""
+    """``input`` equals, differs from, contains, or contains in any case ``reference``."""
 
     needs_expected = False
-    watched = False
+    has_time_limit: ClassVar[bool] = False
 
     def score(self, answer: Answer) -> float:
-        """1 or 0."""
+        """Return 1 or 0."""
         scope = scope_of(answer)
         text, wanted = (fill_template(each, scope, answer) for each in (self.input, self.reference))
         if self.operation == "ilike":

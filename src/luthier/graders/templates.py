@@ -1,8 +1,9 @@
-"""Texts with places in them: ``{{item.answer}}`` of the row, ``{{sample.output_text}}`` of the reply.
+"""Texts with places in them: ``{{item.answer}}`` of the row, ``{{sample.output_text}}`` of the
+reply.
 
-As in OpenAI's graders. A place names one of the two namespaces and a path into it; texts are put in as
-they are, anything else as JSON. Nothing is executed. How long the text would be is known before it is
-put together: a short template can stand for gigabytes.
+As in OpenAI's graders. A place names one of the two namespaces and a path into it; texts are put in
+as they are, anything else as JSON. Nothing is executed. How long the text would be is known before
+it is put together: a short template can stand for gigabytes.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def names_nothing(place: str, schema: Mapping[str, Any]) -> bool:
 
 
 def scope_of(answer: Answer) -> Scope:
-    """What places can name: all members of the row, and the reply as text and, if it is, as JSON."""
+    """What places can name: all members of the row, and the reply as text and, if it is, as
+    JSON."""
     turns = [{"role": turn.role, "content": turn.content} for turn in answer.prompt]
     item: dict[str, Any] = {"messages": turns, **(answer.row.members or {})}
     if answer.expected is not None:
@@ -111,7 +113,8 @@ def fill_template(template: str, scope: Scope, answer: Answer) -> str:
     """``template`` with its places filled from the ``scope`` of ``answer``.
 
     Raises:
-        RowRefused: for a place that names something the row or the reply does not have, and where the
+        RowRefused: for a place that names something the row or the reply does not have, and where
+        the
             text would be longer than the answer allows; nothing is put together then.
     """
     # Texts between places, and places, by turns; the same place has the same text.

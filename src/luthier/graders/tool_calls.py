@@ -1,9 +1,9 @@
-"""Grading the calls of tools in a reply."""
+"""Grading of tool calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from luthier.data.tools import parse_calls
 from luthier.graders.base import Answer, Grader
@@ -11,20 +11,20 @@ from luthier.types import Tool
 
 
 class ToolCalls(Grader):
-    """1 when the reply calls what the expected reply calls: the same functions with equal arguments.
+    """1 if the reply calls the same functions with the same arguments as the expected reply.
 
-    Calls are what stands between ``<tool_call>`` tags, in JSON or XML, or a JSON object with ``name``
-    and ``arguments``. Their order does not matter, nor do words beside them. Where the expected reply
-    calls nothing, a reply is right that calls nothing either. The AST check of the Berkeley
-    Function-Calling Leaderboard accepts several values for an argument; here they must be equal.
+    A call stands between ``<tool_call>`` tags, in JSON or XML, or is a JSON object with ``name``
+    and ``arguments``. Order and other text do not matter. Without an expected call, a reply without
+    a call is right. The AST check of the Berkeley Function-Calling Leaderboard accepts several
+    values for an argument; here the values must be equal.
     """
 
     method: Literal["tool_calls"] = "tool_calls"
 
-    watched = False
+    has_time_limit: ClassVar[bool] = False
 
     def score(self, answer: Answer) -> float:
-        """1 or 0."""
+        """Return 1 or 0."""
         tools, expected = answer.row.tools, self.expected_of(answer)
         return float(_calls(answer.reply, tools) == _calls(expected, tools))
 

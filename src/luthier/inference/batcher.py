@@ -1,9 +1,9 @@
 """Dynamic batching for models that read: rows of all who wait go through the network together.
 
-Nobody waits for a batch to fill. Whoever has the model's turn reads what has come while the last pass
-ran, one row of each request after the other until the pass is full: of a request of a thousand rows and
-one of a single row, the latter is answered with the next pass. Passes grow as long as they take less
-than :data:`PASS_SECONDS`, so that who comes next need not wait long for the end of one.
+Nobody waits for a batch to fill. Whoever has the model's turn reads what has come while the last
+pass ran, one row of each request after the other until the pass is full: of a request of a thousand
+rows and one of a single row, the latter is answered with the next pass. Passes grow as long as they
+take less than :data:`PASS_SECONDS`, so that who comes next need not wait long for the end of one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from luthier.types import Example
 
 PASS_SECONDS = 0.2
-"""What a pass takes at most, about: one of half its size comes next, and one of twice its size behind
-one that took less than half of this."""
+"""What a pass takes at most, about: one of half its size comes next, and one of twice its size
+behind one that took less than half of this."""
 FEWEST_TOKENS = 32
 """Of a pass that is full: fewer take as long, as they are filled up."""
 
@@ -40,8 +40,8 @@ class Work:
     """What a model does for one request: in turns, and for so many seconds in all."""
 
     def __init__(self, seconds: float = math.inf, queue_seconds: float = math.inf) -> None:
-        """It is given up when the client of the thread hangs up, or its first turn has not come within
-        ``queue_seconds``."""
+        """It is given up when the client of the thread hangs up, or its first turn has not come
+        within ``queue_seconds``."""
         self._seconds, self._used, self._began = seconds, 0.0, 0.0
         self.queue_seconds = queue_seconds
         self._turn_until = time.monotonic() + queue_seconds
@@ -168,7 +168,8 @@ class RowBatcher:
         memory: CacheBudget,
         deterministic: bool = False,
     ) -> None:
-        """What a pass keeps between layers is taken from ``memory``; one row if ``deterministic``."""
+        """What a pass keeps between layers is taken from ``memory``; one row if
+        ``deterministic``."""
         from luthier.models.layouts import MOST_IMAGES
 
         network = predictor.network
@@ -208,7 +209,8 @@ class RowBatcher:
 
     @contextmanager
     def next_pass(self, first: ReadRequest) -> Iterator[list[PassRow]]:
-        """The rows that are read next, those of ``first`` among them; to be asked in the model's turn.
+        """The rows that are read next, those of ``first`` among them; to be asked in the model's
+        turn.
 
         There are none as long as others have all the memory.
         """
@@ -224,7 +226,8 @@ class RowBatcher:
                 self._memory.give(row.request.client, row.nbytes)
 
     def read(self, rows: Sequence[PassRow]) -> None:
-        """Read ``rows`` together; where that fails each by itself, as only one of them may be wrong."""
+        """Read ``rows`` together; where that fails each by itself, as only one of them may be
+        wrong."""
         answers = self._try(rows)
         if not isinstance(answers, Exception):
             for row, answer in zip(rows, answers, strict=True):
@@ -293,7 +296,8 @@ class RowBatcher:
         return rows
 
     def _able(self, first: ReadRequest) -> list[ReadRequest]:
-        """Requests that may be in a pass with ``first``: of clients that are not ahead of others."""
+        """Requests that may be in a pass with ``first``: of clients that are not ahead of
+        others."""
         scheduler = self._scheduler
         clients = sorted(scheduler.runnable(self._waiting.clients), key=scheduler.seconds)
         others = [

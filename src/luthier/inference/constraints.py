@@ -1,7 +1,8 @@
 """Constrained decoding: the tokens that may follow in answers of a JSON schema, regex or grammar.
 
-All three become a grammar of the library llguidance, which bounds the work to read most grammars and
-to find the tokens that may follow. :func:`check_schema` refuses the schemas that it does not bound.
+All three become a grammar of the library llguidance, which bounds the work to read most grammars
+and to find the tokens that may follow. :func:`check_schema` refuses the schemas that it does not
+bound.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ LEXER_STATES = 100_000
 """States of a grammar's lexer, some 360 bytes each, that an answer may lead to. A text of limited
 length has 18 for each token, one of any length few, ``\\w*a\\w{60}`` 200."""
 ROW_ITEMS, STEP_ITEMS = 500, 5000
-"""Of the parser, in one place of a grammar's text and for one token. Each rule that may have begun at
-each place before is an item of an ambiguous grammar: of ``s: s s s | "a" |`` the library's own limits
-(2,000 and 50,000) let 167 tokens take a minute, and these 0.4 s."""
+"""Of the parser, in one place of a grammar's text and for one token. Each rule that may have begun
+at each place before is an item of an ambiguous grammar: of ``s: s s s | "a" |`` the library's own
+limits (2,000 and 50,000) let 167 tokens take a minute, and these 0.4 s."""
 _FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """White space as Python writes it, and no other: a model cannot fill an answer with line breaks."""
 
@@ -290,8 +291,8 @@ def _named_lark(text: str) -> str:
 def _behind_reasoning(grammar: str, reasoning: ReasoningFormat) -> str:
     """``grammar`` for what follows the reasoning, which may be any text up to its closing mark.
 
-    Where the prompt has not begun it, an answer may do without. The marks are the tokens that they are;
-    a model that writes them letter by letter has them as texts.
+    Where the prompt has not begun it, an answer may do without. The marks are the tokens that they
+    are; a model that writes them letter by letter has them as texts.
     """
     marks = reasoning.marks
     opening, close = json.dumps(marks.open), json.dumps(marks.close)
@@ -355,7 +356,8 @@ def check_depth(schema: Any, kind: str = "schema") -> None:
 
 
 def check_schema(schema: Any, kind: str = "schema") -> None:
-    """Refuse a schema, given in the field ``kind``, that would take too much time or memory to read.
+    """Refuse a schema, given in the field ``kind``, that would take too much time or memory to
+    read.
 
     Raises:
         InferenceRefused: with the reason.
@@ -389,7 +391,8 @@ def check_schema(schema: Any, kind: str = "schema") -> None:
 
 
 def _check_repeats(pattern: str, kind: str) -> None:
-    """Refuse counted repeats that stand for a long text: the library keeps 165 MiB for a million."""
+    """Refuse counted repeats that stand for a long text: the library keeps 165 MiB for a
+    million."""
     most = max(UNROLLED_CHARACTERS, len(pattern))
     if unrolled_size(pattern) > most:
         text = (

@@ -228,14 +228,14 @@ class Decoder:
     ) -> None:
         """What sequences keep is taken from ``memory``; ``opened`` is closed with this.
 
-        The clients of all models that
-        share a ``scheduler`` have equal parts of their time together. Prompts that begin as an earlier
-        one go on from what ``prefixes`` has of it. Where ``opened`` is an adapter on the network of
-        ``base``, that decoder's thread writes the answers, together with its own. How soon tokens are
-        written, and how well they are guessed, is counted in ``latency``.
+        The clients of all models that share a ``scheduler`` have equal parts of their time
+        together. Prompts that begin as an earlier one go on from what ``prefixes`` has of it. Where
+        ``opened`` is an adapter on the network of ``base``, that decoder's thread writes the
+        answers, together with its own. How soon tokens are written, and how well they are guessed,
+        is counted in ``latency``.
 
-        Each step and each pass over a prompt is of one sequence if ``deterministic``, so that no reply
-        depends on other requests; ``prefixes`` should be None then.
+        Each step and each pass over a prompt is of one sequence if ``deterministic``, so that no
+        reply depends on other requests; ``prefixes`` should be None then.
         """
         from luthier.inference.constraints import Constraints
 
@@ -285,7 +285,8 @@ class Decoder:
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine.
 
-        ``base`` is the decoder of its parent, where ``stored`` is an adapter that shares its network.
+        ``base`` is the decoder of its parent, where ``stored`` is an adapter that shares its
+        network.
         """
         from luthier.inference.opened_model import open_model
         from luthier.library.models import chat_format
@@ -337,9 +338,10 @@ class Decoder:
         """Begin to answer ``request``.
 
         Raises:
-            InferenceRefused: for a request that is wrong; nothing was begun.
-            InferenceFailed: where too many requests wait. The stream raises ``Throttling`` where its
-                turn has not come within ``queue_seconds``, ``ModelTimeout`` after ``answer_seconds``.
+            InferenceRefused: for a request that is wrong; nothing was begun. InferenceFailed: where
+            too many requests wait. The stream raises ``Throttling`` where its
+                turn has not come within ``queue_seconds``, ``ModelTimeout`` after
+                ``answer_seconds``.
         """
         job = self._job(request)
         writer = self._base or self
@@ -364,7 +366,8 @@ class Decoder:
         self._scheduler.wake()
 
     def close(self) -> None:
-        """End all work and let go of the network; of an adapter, of that alone, which nobody asks."""
+        """End all work and let go of the network; of an adapter, of that alone, which nobody
+        asks."""
         if self._base is not None:
             self._base, self._closed = None, True
             if self._prefixes is not None:
@@ -504,7 +507,8 @@ class Decoder:
         return [*self._reading, *self._writing]
 
     def _next_waiting(self) -> RunningRequest | None:
-        """Of the clients that wait and may have more at work, the next of who had the least done."""
+        """Of the clients that wait and may have more at work, the next of who had the least
+        done."""
         heads = [next(iter(self._waiting.of(client))) for client in self._waiting.clients]
         able = [job for job in heads if self._may_begin(job)]
         return min(able, key=lambda job: self._scheduler.seconds(job.client), default=None)
@@ -638,7 +642,8 @@ class Decoder:
             job.cached_tokens = max(0, len(start) - len(model._soft))
 
     def _read_chunks(self, jobs: list[RunningRequest]) -> list[int]:
-        """Read on in their prompts; how many tokens of each. With the last of them answers begin."""
+        """Read on in their prompts; how many tokens of each. With the last of them answers
+        begin."""
         for job in jobs:
             self._reading.remove(job)
             self._reading.append(job)

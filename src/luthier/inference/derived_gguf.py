@@ -3,10 +3,11 @@
     cache/gguf/<id>~<hash of the model>~<type>/
         model.gguf, and parity.json: how it answers beside torch
 
-It is written once, from the network with all adapters merged, and under the hash of all that decides
-what the model answers, so that another model never finds it. Before anybody gets it, it is asked beside
-torch (:func:`luthier.evaluation.parity.compare_backends`); one that answers otherwise is not kept, and
-its record says so. It holds the network alone: texts are tokenized, and answers decoded, as elsewhere.
+It is written once, from the network with all adapters merged, and under the hash of all that
+decides what the model answers, so that another model never finds it. Before anybody gets it, it is
+asked beside torch (:func:`luthier.evaluation.parity.compare_backends`); one that answers otherwise
+is not kept, and its record says so. It holds the network alone: texts are tokenized, and answers
+decoded, as elsewhere.
 """
 
 from __future__ import annotations

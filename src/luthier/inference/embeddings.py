@@ -34,7 +34,8 @@ _GROUP_ROWS = 10_000
 
 
 def gives_embeddings(objective: Objective) -> bool:
-    """Whether a model of ``objective`` gives embeddings; of one that writes, its states are none."""
+    """Whether a model of ``objective`` gives embeddings; of one that writes, its states are
+    none."""
     return objective.task == "embedding"
 
 
@@ -89,15 +90,16 @@ def embedding_format(target: Path) -> EmbeddingFormat:
 
 @contextmanager
 def embedding_writer(target: Path, rows: Sequence[tuple[Record, Row]]) -> Iterator[EmbeddingWriter]:
-    """What writes the embeddings of ``rows`` to ``target``, which is there when the block ends well.
+    """What writes the embeddings of ``rows`` to ``target``, which is there when the block ends
+    well.
 
-    JSON Lines and Parquet hold all fields of a row and its embedding, NumPy's form an array ``[N, H]``
-    of float32 in the order of the rows. What a file cannot hold is refused here, before rows are
-    embedded.
+    JSON Lines and Parquet hold all fields of a row and its embedding, NumPy's form an array ``[N,
+    H]`` of float32 in the order of the rows. What a file cannot hold is refused here, before rows
+    are embedded.
 
     Raises:
-        RecipeError: for an ending that names no form, or where the library that writes it is missing.
-        DataError: naming every row that has two sides, or a field that cannot be written.
+        RecipeError: for an ending that names no form, or where the library that writes it is
+        missing. DataError: naming every row that has two sides, or a field that cannot be written.
     """
     form = embedding_format(target)
     check_sides([row for _, row in rows])

@@ -1,8 +1,8 @@
 """Answering with a model: the same weights, template and stop tokens it was trained with.
 
-A custom model is decoded as the server decodes it (:mod:`luthier.models.decoding`): both give the same
-reply to a request that runs alone. A LoRA adapter that can share its base stays an adapter; other
-adapters are merged, as ``models export --merged`` writes them.
+A custom model is decoded as the server decodes it (:mod:`luthier.models.decoding`): both give the
+same reply to a request that runs alone. A LoRA adapter that can share its base stays an adapter;
+other adapters are merged, as ``models export --merged`` writes them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class GeneratedReply:
 
     text: str
     finished: bool
-    """Whether the model, a stop sequence or a grammar ended it; else the limit of tokens cut it off."""
+    """Whether the model, a stop sequence or a grammar ended it; else the limit of tokens cut it
+    off."""
     tokens: int
     """Tokens of reasoning and text."""
     reasoning: str = ""
@@ -75,8 +76,8 @@ class Generator:
         """A soft prompt that stands before every prompt."""
         self.backend = opened.backend
         self.context = self.backend.context
-        """Tokens of prompt and reply together: what a prefix leaves of the network's context, and no
-        more than a window of its attention."""
+        """Tokens of prompt and reply together: what a prefix leaves of the network's context, and
+        no more than a window of its attention."""
         self._constraints = Constraints(chat, opened.vocabulary)
 
     @property
@@ -118,7 +119,8 @@ class Generator:
         return made
 
     def max_tokens(self, sampling: Sampling) -> int:
-        """Tokens of a reply at most; where that is not said, half of the context is the prompt's."""
+        """Tokens of a reply at most; where that is not said, half of the context is the
+        prompt's."""
         return sampling.max_tokens or max(1, min(MAX_TOKENS, self.context // 2))
 
     def replies(
@@ -172,7 +174,8 @@ class Generator:
         """The reply to one prompt, in pieces as they are decoded; returns whether it is finished.
 
         A piece is given out once the text before it can no longer change, so characters of more
-        than one token arrive whole. ``on_reasoning`` hears the pieces of what the model thinks before.
+        than one token arrive whole. ``on_reasoning`` hears the pieces of what the model thinks
+        before.
         """
         ids_T = self._encode(prompt, sampling, 0)
         with self._decoding([ids_T], sampling) as decoding:
@@ -280,5 +283,6 @@ class Generator:
 
 
 def _is_finished(row: RunningCompletion, text: AnswerText) -> bool:
-    """Whether the model, a stop sequence or a grammar ended the reply; else the limit cut it off."""
+    """Whether the model, a stop sequence or a grammar ended the reply; else the limit cut it
+    off."""
     return row.stopped or row.complete or text.stop is not None

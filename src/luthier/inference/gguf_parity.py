@@ -35,8 +35,8 @@ CONTEXT = 512
 LIKELIEST = 64
 """Tokens of which llama.cpp tells the probability, in each place."""
 LIMIT, QUANTIZED_LIMIT = 0.005, 0.08
-"""Of :func:`largest_divergence`: seven times what was measured or more (docs/log/service.md). Weights
-of less than 16 bits are multiplied by numbers that llama.cpp rounds to 8."""
+"""Of :func:`largest_divergence`: seven times what was measured or more (docs/log/service.md).
+Weights of less than 16 bits are multiplied by numbers that llama.cpp rounds to 8."""
 
 
 def largest_divergence(quantization: Quantization) -> float:
@@ -61,8 +61,8 @@ class Continuation:
 
     tokens: list[int]
     token_logps: list[TokenLogps]
-    """What is known of some of them, in their order: llama.cpp tells nothing of tokens that end within
-    a character."""
+    """What is known of some of them, in their order: llama.cpp tells nothing of tokens that end
+    within a character."""
     tokens_per_second: float
 
 
@@ -157,16 +157,18 @@ def compare_gguf(
     adapter: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GgufParity:
-    """Whether llama.cpp answers from ``file`` as ``network`` does, a model of transformers in float32.
+    """Whether llama.cpp answers from ``file`` as ``network`` does, a model of transformers in
+    float32.
 
-    Prompts are the same texts and the same tokens in both; behind each, llama.cpp writes greedily, and
-    in each place the probabilities are compared that both give the next token. What the type of the
-    weights loses is told, and is no fault. So the network is then rounded as the file is, and what
-    is left between the two has to be small: it stays rounded. ``on_progress`` hears how many readings
-    of prompts are done, of how many: each is written once and read twice.
+    Prompts are the same texts and the same tokens in both; behind each, llama.cpp writes greedily,
+    and in each place the probabilities are compared that both give the next token. What the type of
+    the weights loses is told, and is no fault. So the network is then rounded as the file is, and
+    what is left between the two has to be small: it stays rounded. ``on_progress`` hears how many
+    readings of prompts are done, of how many: each is written once and read twice.
 
     Raises:
-        RecipeError: with the first text or token that differs, or where llama.cpp computes otherwise.
+        RecipeError: with the first text or token that differs, or where llama.cpp computes
+        otherwise.
     """
     network.eval()
     total = 3 * len(REFERENCE_PROMPTS)
@@ -269,8 +271,8 @@ def _places(written: Continuation, chat: ChatFormat) -> list[int]:
 
 
 def _divergence(logp_V: torch.Tensor, other: Mapping[int, float]) -> float:
-    """Kullback-Leibler divergence in nats between our probabilities and those that llama.cpp told; all
-    other tokens count as one."""
+    """Kullback-Leibler divergence in nats between our probabilities and those that llama.cpp told;
+    all other tokens count as one."""
     ours = logp_V[list(other)].double().exp().numpy()
     theirs = np.exp(np.array([*other.values()], dtype=np.float64))
     ours, theirs = (np.append(each, max(1.0 - each.sum(), 1e-9)) for each in (ours, theirs))

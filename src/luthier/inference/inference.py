@@ -1,4 +1,5 @@
-"""What is asked of a model that writes or makes images, and what comes back. Imports nothing heavy."""
+"""What is asked of a model that writes or makes images, and what comes back. Imports nothing
+heavy."""
 
 from __future__ import annotations
 
@@ -111,8 +112,8 @@ class ImageRequest:
 
     count: int = 1
     label: str = ""
-    """Name of a class, or what a model that learned from captions is to show; empty for each class in
-    turn, or of a model that knows none."""
+    """Name of a class, or what a model that learned from captions is to show; empty for each class
+    in turn, or of a model that knows none."""
     seed: int | None = None
     """Of the draws: the same one gives the same images. A random one where not given."""
     size: tuple[int, int] | None = None
@@ -232,8 +233,8 @@ ENDED: Any = object()
 
 
 Meter = Callable[[str, int, int], None]
-"""Told the stored id of a model, tokens that it read, and tokens that it wrote. An image or a sound is
-one token, read or made."""
+"""Told the stored id of a model, tokens that it read, and tokens that it wrote. An image or a sound
+is one token, read or made."""
 _metered: ContextVar[Meter | None] = ContextVar("metered", default=None)
 
 
@@ -344,7 +345,8 @@ class Stream:
         self._events.put(ENDED)  # for one who waits for the next piece
 
     def interrupt(self) -> None:
-        """End it as a failure, for who reads it: the service ends before the answer. Any thread may."""
+        """End it as a failure, for who reads it: the service ends before the answer. Any thread
+        may."""
         text = "The service is ending. Ask again; the answer is not whole."
         self._interruption = InferenceFailed("ServiceUnavailable", text)
         self._events.put(ENDED)  # for one who waits for the next piece

@@ -1,7 +1,7 @@
 """How much memory may hold the keys and values of sequences, and the kernels that read them.
 
-And how it is given back: what is freed stays with the allocator, which keeps a heap for each of many
-threads, and gives back of each only what lies at its end.
+And how it is given back: what is freed stays with the allocator, which keeps a heap for each of
+many threads, and gives back of each only what lies at its end.
 """
 
 from __future__ import annotations

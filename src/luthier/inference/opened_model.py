@@ -1,8 +1,9 @@
-"""A stored model that is open to write: the backend that was chosen, and what stands before prompts.
+"""A stored model that is open to write: the backend that was chosen, and what stands before
+prompts.
 
-A backend that runs files (llama.cpp) gets the model's own (:mod:`luthier.inference.derived_gguf`), and
-its network is not loaded in torch until something asks for it. A model that it cannot run is run by
-torch, and the log says why, once.
+A backend that runs files (llama.cpp) gets the model's own (:mod:`luthier.inference.derived_gguf`),
+and its network is not loaded in torch until something asks for it. A model that it cannot run is
+run by torch, and the log says why, once.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class OpenedModel:
 def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedModel:
     """``stored``, which writes text, on the best device of this machine.
 
-    A LoRA adapter that can share its base stays an adapter; other adapters are merged. ``base`` is its
-    parent, if that is open.
+    A LoRA adapter that can share its base stays an adapter; other adapters are merged. ``base`` is
+    its parent, if that is open.
     """
     from luthier.engine.machine import open_network
     from luthier.library.models import attach_adapter, objective_of, room_of, shares_base

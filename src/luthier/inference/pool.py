@@ -51,7 +51,8 @@ RECENT = timedelta(minutes=1)
 _LOADED_TWICE = 2.5
 """Of the weights' bytes: they are kept a second time in the kernels' order."""
 _STACKED = 2.0
-"""Memory of an adapter next to its base, as a multiple of its file: weights and a slot of a stack."""
+"""Memory of an adapter next to its base, as a multiple of its file: weights and a slot of a
+stack."""
 
 
 @dataclass(eq=False)
@@ -107,8 +108,8 @@ class ModelPool:
         deterministic: bool = False,
     ) -> None:
         """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
-        sequences; by default shares of the free memory. ``limits`` hold for each model. How soon models
-        write is counted in ``latencies``. Models run one sequence or row at a time if
+        sequences; by default shares of the free memory. ``limits`` hold for each model. How soon
+        models write is counted in ``latencies``. Models run one sequence or row at a time if
         ``deterministic``.
         """
         self._latencies, self._deterministic = latencies, deterministic
@@ -148,7 +149,8 @@ class ModelPool:
         return cancellable(metered_stream(stream, model_id))
 
     def encode(self, model_id: str, prompt: Prompt) -> list[int]:
-        """Tokens of ``prompt`` as the model reads it; ``TooLong`` for twice its context and more."""
+        """Tokens of ``prompt`` as the model reads it; ``TooLong`` for twice its context and
+        more."""
         with self._borrow(model_id) as entry:
             return [int(token) for token in _writer(entry).encode(prompt)]
 
@@ -200,12 +202,13 @@ class ModelPool:
     ) -> list[dict[str, Any]]:
         """What a model that reads says of each input: ``label`` and ``scores``, ``score``, ….
 
-        ``top`` leaves so many classes in ``scores``, the likeliest first. An image or a sound counts
-        as one token that was read. Inputs of all who ask at once are read together, as by
+        ``top`` leaves so many classes in ``scores``, the likeliest first. An image or a sound
+        counts as one token that was read. Inputs of all who ask at once are read together, as by
         :meth:`embed`.
 
         Raises:
-            UnknownModel, InferenceRefused, InferenceFailed: as :meth:`submit`; ``ModelTimeout`` where
+            UnknownModel, InferenceRefused, InferenceFailed: as :meth:`submit`; ``ModelTimeout``
+            where
                 it takes more than ``image_seconds``.
         """
         self._check_count(len(inputs), "inputs")
@@ -247,7 +250,8 @@ class ModelPool:
             raise InferenceRefused(text, parameter)
 
     def _work(self, seconds: float | None = None) -> Work:
-        """What a model reads or draws for one request, for ``image_seconds`` where none are given."""
+        """What a model reads or draws for one request, for ``image_seconds`` where none are
+        given."""
         queue_seconds = math.inf if in_background() else self.limits.queue_seconds
         return Work(self.limits.image_seconds if seconds is None else seconds, queue_seconds)
 
@@ -272,7 +276,8 @@ class ModelPool:
             self._release(entry)
 
     def _take_out(self, model_id: str) -> list[_Entry]:
-        """Give up the places of a model and its adapters; called with the lock. Release them after."""
+        """Give up the places of a model and its adapters; called with the lock. Release them
+        after."""
         first = self._entries.get(model_id)
         gone = [each for each in self._entries.values() if first and first in (each, each.base)]
         for entry in gone:
@@ -381,8 +386,8 @@ class ModelPool:
     ) -> tuple[_Entry, bool]:
         """A place for the model, made free where needed, and whether it has to be loaded.
 
-        With it goes the use of its ``base``, unless there is a place already. Where it is ``unasked``
-        models that were asked lately keep their places.
+        With it goes the use of its ``base``, unless there is a place already. Where it is
+        ``unasked`` models that were asked lately keep their places.
         """
         recent = datetime.now(UTC) - RECENT
         with self._lock:
@@ -543,8 +548,8 @@ def _serial(entry: _Entry, lack: str = "gives no labels, and makes no images") -
 
 
 def _weights(stored: StoredModel, shares_base: bool) -> int:
-    """Bytes that a model takes in memory, without what its sequences keep; those of the network that
-    it shares are its base's."""
+    """Bytes that a model takes in memory, without what its sequences keep; those of the network
+    that it shares are its base's."""
     from luthier.engine.machine import choose_machine
     from luthier.models.save import ADAPTER
     from luthier.models.tensors import tensor_headers

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 BLOCK_PROMPTS = 64
 """Prompts of a file that are sorted by length before they are batched: two batches."""
 BLOCK_ROWS = 1024
-"""Rows that are encoded together. Rows of a micro-batch change each other's last bits (4 % of answers
-in bfloat16), so a file read in blocks of this size always has the same answers. Predictions of a block
-are Python numbers for a while, eight times the size of the array."""
+"""Rows that are encoded together. Rows of a micro-batch change each other's last bits (4 % of
+answers in bfloat16), so a file read in blocks of this size always has the same answers. Predictions
+of a block are Python numbers for a while, eight times the size of the array."""
 
 Done = Callable[[int], None]
 
@@ -232,7 +232,8 @@ class Predictor:
         return [row]
 
     def _combine(self, sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the prediction for a row; for a pair, the cosine and whether the sides are similar."""
+        """Return the prediction for a row; for a pair, the cosine and whether the sides are
+        similar."""
         if len(sides) == 1:
             return sides[0]
         one, other = (side["embedding"] for side in sides)

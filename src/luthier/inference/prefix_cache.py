@@ -1,8 +1,9 @@
 """Keys and values of prompts that were read, for later ones that begin alike.
 
-They lie in a radix tree of token ids for each model and client, as in SGLang's RadixAttention (Zheng et
-al. 2023, arXiv:2312.07104): what two prompts share is there once. Clients do not share, as the time to
-a first token would tell one of them what others asked. Only prompts are kept, and no replies.
+They lie in a radix tree of token ids for each model and client, as in SGLang's RadixAttention
+(Zheng et al. 2023, arXiv:2312.07104): what two prompts share is there once. Clients do not share,
+as the time to a first token would tell one of them what others asked. Only prompts are kept, and no
+replies.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Prompts before they are tokens: what cannot fit into the context is refused before it costs much.
 
 Tokenizing takes about a microsecond and 200 bytes for each token, so that a body of digits takes
-seconds and gigabytes. A text is therefore judged in three steps: by its size, which no token can make
-up for; by pieces of it, which are tokenized one after the other until there are too many tokens; and
-then it is tokenized as a whole, which alone decides, and gives the ids.
+seconds and gigabytes. A text is therefore judged in three steps: by its size, which no token can
+make up for; by pieces of it, which are tokenized one after the other until there are too many
+tokens; and then it is tokenized as a whole, which alone decides, and gives the ids.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from luthier.limits import ModelLimits
 
 SLACK, CUT = 2, 128
-"""A text's pieces have at most so many times the tokens of the whole, and so many for each cut. It is
-cut where there is white space; elsewhere a few tokens are cut in two, or a word that was one unknown
-token as a whole is known in part (of word pieces that has 100 letters at most)."""
+"""A text's pieces have at most so many times the tokens of the whole, and so many for each cut. It
+is cut where there is white space; elsewhere a few tokens are cut in two, or a word that was one
+unknown token as a whole is known in part (of word pieces that has 100 letters at most)."""
 PIECE = 1 << 13
 """Characters of a piece at least: some 10 ms of work, between which others get their turn."""
 
@@ -35,7 +35,8 @@ OWN_THREAD = ("TOKENIZERS_PARALLELISM", "false")
 def tokenize_in_own_thread() -> None:
     """Let each request tokenize in its own thread; to be called before the first one does.
 
-    By default all share as many threads as there are cores, and a short prompt stands behind long ones.
+    By default all share as many threads as there are cores, and a short prompt stands behind long
+    ones.
     """
     os.environ.setdefault(*OWN_THREAD)
 

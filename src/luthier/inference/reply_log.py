@@ -1,9 +1,10 @@
-"""Journals of the replies of teachers and judges: no prompt is sent twice, and a kill loses no reply.
+"""Journals of the replies of teachers and judges: no prompt is sent twice, and a kill loses no
+reply.
 
-A journal, ``teachers/NAME-HASH.jsonl``, has one object per line. A line is on the disk before the next
-prompt is sent in its place. Every run with the same prompt and settings reads the journal. In a service
-each account has its own folder below ``teachers``, and a line names the run that sent the prompt first:
-the line is deleted with the data of that run.
+A journal, ``teachers/NAME-HASH.jsonl``, has one object per line. A line is on the disk before the
+next prompt is sent in its place. Every run with the same prompt and settings reads the journal. In
+a service each account has its own folder below ``teachers``, and a line names the run that sent the
+prompt first: the line is deleted with the data of that run.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ class Journal:
     ) -> list[Reply | Failure]:
         """What came of each of ``keys``, of which only what is missing is asked, equal ones once.
 
-        ``ask`` is given the places of those, and calls ``done`` with the place of each and what came of
-        it: an answer is on the disk then, and a failure is forgotten.
+        ``ask`` is given the places of those, and calls ``done`` with the place of each and what
+        came of it: an answer is on the disk then, and a failure is forgotten.
         """
         missing = {key: place for place, key in enumerate(keys) if key not in self.replies}
         failures: dict[str, Failure] = {}
@@ -157,7 +158,8 @@ def _is_of(line: bytes, runs: Collection[str]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Reply]:
-    """All answers; what a kill left of a last line is cut off, so that the next one stands alone."""
+    """All answers; what a kill left of a last line is cut off, so that the next one stands
+    alone."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):

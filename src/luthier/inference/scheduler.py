@@ -1,8 +1,9 @@
 """Whose work is next on a machine whose models several clients ask at the same time.
 
-Every client has a counter of the seconds in which models worked for it. Whoever is behind goes first,
-and whoever is ahead pauses until the others have caught up: a client with twenty long prompts and one
-with a short chat have the same part of the machine, whether they ask one model or two.
+Every client has a counter of the seconds in which models worked for it. Whoever is behind goes
+first, and whoever is ahead pauses until the others have caught up: a client with twenty long
+prompts and one with a short chat have the same part of the machine, whether they ask one model or
+two.
 
 The idea is that of the virtual token counters of Sheng et al., "Fairness in Serving Large Language
 Models" (OSDI 2024), with two differences. Seconds are counted instead of tokens: one of a prompt
@@ -25,7 +26,8 @@ from luthier.inference.inference import InferenceFailed
 LEAD_SECONDS = 0.1
 """By which a client may be ahead of another one: less, and they would seldom share a step."""
 HEAD_START_SECONDS = 0.5
-"""By which one that comes back is behind those at work, at most: a short answer is not interrupted."""
+"""By which one that comes back is behind those at work, at most: a short answer is not
+interrupted."""
 CANCELLATION_SECONDS = 0.5
 """How often one that waits looks whether its client hung up."""
 
@@ -41,7 +43,8 @@ _background: ContextVar[bool] = ContextVar("background", default=False)
 def working_for(client: str, background: bool = False) -> Iterator[None]:
     """What is done in the block is done for ``client``, such as an account.
 
-    In the ``background`` nobody is there to ask again later: it waits for its turn as long as it takes.
+    In the ``background`` nobody is there to ask again later: it waits for its turn as long as it
+    takes.
     """
     token, background_token = _client.set(client), _background.set(background)
     try:
@@ -176,7 +179,8 @@ class FairScheduler:
             return max(self._floor(present), self._seconds.get(client, 0.0))
 
     def runnable(self, clients: Collection[str]) -> set[str]:
-        """Those of ``clients`` that go on now: whoever is too far ahead pauses, or is not at work."""
+        """Those of ``clients`` that go on now: whoever is too far ahead pauses, or is not at
+        work."""
         with self._changed:
             limit = self._limit()
             known = [client for client in clients if client in self._seconds]
@@ -284,9 +288,9 @@ class StepCosts:
     def split(self, rows: Mapping[str, list[int]], seconds: float) -> dict[str, float]:
         """The seconds that each client pays for a step of ``seconds``, by the lengths of its rows.
 
-        A client pays for what a step of its own would have taken, which is more than its part of this
-        one: to write together is cheaper, and must not count as being behind. It is known from earlier
-        steps of that size that a client had for itself.
+        A client pays for what a step of its own would have taken, which is more than its part of
+        this one: to write together is cheaper, and must not count as being behind. It is known from
+        earlier steps of that size that a client had for itself.
         """
         if len(rows) == 1:
             ((client, lengths),) = rows.items()

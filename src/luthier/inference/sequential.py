@@ -1,10 +1,10 @@
 """Models in memory that do one thing at a time: they read texts, images or sounds, or make images.
 
-Whose turn it is, :mod:`luthier.inference.scheduler` says. What is to be read goes through the network
-together with the rows of others who wait (:mod:`luthier.inference.batcher`); images are made for one
-request after the other, and its place is given away between parts of a long one. The network is asked
-through the same objects as by the command line (:mod:`luthier.inference.prediction`,
-:mod:`luthier.media.image_generation`).
+Whose turn it is, :mod:`luthier.inference.scheduler` says. What is to be read goes through the
+network together with the rows of others who wait (:mod:`luthier.inference.batcher`); images are
+made for one request after the other, and its place is given away between parts of a long one. The
+network is asked through the same objects as by the command line
+(:mod:`luthier.inference.prediction`, :mod:`luthier.media.image_generation`).
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ class SerialModel:
         """The vectors of ``examples``, as :meth:`texts` made them.
 
         Raises:
-            InferenceFailed: where too many requests wait, its client hung up before its turn has come,
+            InferenceFailed: where too many requests wait, its client hung up before its turn has
+            come,
                 or after :meth:`close`.
         """
         answers = self._read(examples, work or Work())
@@ -225,8 +226,8 @@ class SerialModel:
         """What the model says of each of ``examples``, as :meth:`inputs` made them.
 
         Raises:
-            InferenceRefused: for an image or a sound that cannot be decoded.
-            InferenceFailed: where it takes too long, too many requests wait, or nobody waits for it.
+            InferenceRefused: for an image or a sound that cannot be decoded. InferenceFailed: where
+            it takes too long, too many requests wait, or nobody waits for it.
         """
         from luthier.inference.prediction import keep_likeliest
 
@@ -238,8 +239,8 @@ class SerialModel:
         """Each image after the way through the network.
 
         Raises:
-            InferenceRefused: where the model gives no images back, or for one that cannot be decoded.
-            InferenceFailed: as :meth:`predict`.
+            InferenceRefused: where the model gives no images back, or for one that cannot be
+            decoded. InferenceFailed: as :meth:`predict`.
         """
         generator = self._generator
         if generator is None or not isinstance(generator.objective, VAE):
@@ -391,7 +392,8 @@ class SerialModel:
 
     @contextmanager
     def _network_turn(self, is_over: Callable[[], bool]) -> Iterator[Counter[str]]:
-        """The network, when it is the turn of the thread's client: see :meth:`FairScheduler.work`."""
+        """The network, when it is the turn of the thread's client: see
+        :meth:`FairScheduler.work`."""
         with self._scheduler.work(current_client(), self, is_over) as parts, self._lock:
             if self._closed:
                 raise _unloaded_failure()
@@ -416,7 +418,8 @@ def _unloaded_failure() -> InferenceFailed:
 
 
 def _undecodable(part: Sequence[Row], refused: RowRefused) -> InferenceRefused:
-    """What is told of the one of ``part`` that a reader ``refused``: it is read again to know which."""
+    """What is told of the one of ``part`` that a reader ``refused``: it is read again to know
+    which."""
     for row in part:
         media: Media = row.media  # type: ignore[attr-defined]
         try:

@@ -37,8 +37,8 @@ class Detokenizer:
 class StopFinder:
     """Lets text through up to the first stop sequence; what may be its beginning is held back.
 
-    The first is the one that is whole first, and of those that end together the longest: how the text
-    is cut into pieces makes no difference.
+    The first is the one that is whole first, and of those that end together the longest: how the
+    text is cut into pieces makes no difference.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -148,7 +148,8 @@ class AnswerText:
         return self._delta(reasoning, shown, None)
 
     def _search(self, said: str) -> str:
-        """Return what can be shown of the next characters; those of the least tokens end nothing."""
+        """Return what can be shown of the next characters; those of the least tokens end
+        nothing."""
         few = len(self._begins) <= self._min_tokens
         return self._stops.skip(said) if few else self._stops.feed(said)
 

@@ -92,7 +92,8 @@ class CallSplitter:
         return shown
 
     def end(self, cut: bool = False) -> tuple[str, list[ToolCall]]:
-        """Words that are left, and the calls; ``cut`` says that a limit of tokens ended the answer."""
+        """Words that are left, and the calls; ``cut`` says that a limit of tokens ended the
+        answer."""
         if cut and self._may_hide and (self._calling or self._forced):
             found, self.incomplete = parse_cut_calls(self._held, self._tools)
             self.incomplete |= self._forced and not found

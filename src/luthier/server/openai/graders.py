@@ -12,14 +12,13 @@ from pydantic import ValidationError
 
 from luthier.chat_models.base import CachedWriter, Failure, ModelSpec, SamplingSpec, Writer
 from luthier.data.shapes.conversations import PromptOnly
-from luthier.errors import LuthierError, RecipeError
+from luthier.errors import LuthierError, RecipeError, RowRefused
 from luthier.graders import (
     Answer,
     Grader,
     GraderModels,
     Multi,
     Scorer,
-    Trouble,
     Ungraded,
     grader_from,
     parse_graders,
@@ -140,26 +139,28 @@ class Graders:
         )
 
 
-def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float], Trouble | None]:
-    """Return the reward of one reply, those of a formula's graders, and why there is none (then 0)."""
-    troubles: dict[int, Trouble] = {}
+def graded_once(
+    grader: Grader, sample: Answer
+) -> tuple[float, dict[str, float], RowRefused | None]:
+    """Return the reward of one reply, the rewards of a formula's graders, and the fault (then 0)."""
+    faults: dict[int, RowRefused] = {}
     parts: dict[str, float] = {}
     score = math.nan
     try:
         if isinstance(grader, Multi):
-            each = grader.each([sample], troubles)
+            each = grader.grade_parts([sample], faults)
             parts = {name: _finite(scores[0]) for name, scores in each.items()}
-            (score,) = grader.combine(each, 1, troubles)
+            (score,) = grader.combine(each, 1, faults)
         else:
-            (score,), troubles = attempt(grader, [sample])
+            (score,), faults = attempt(grader, [sample])
     except Ungraded as ungraded:
-        troubles = ungraded.troubles
+        faults = ungraded.faults
     except LuthierError as error:
-        troubles = {0: Trouble("grader.raised", str(error), "Mend the grader.")}
-    if not troubles and not math.isfinite(score):
-        text = f"the formula gave {score!r}, which is no finite number."
-        troubles = {0: Trouble("grader.not_finite", text, "Mend the formula.")}
-    return (0.0 if troubles else score), parts, troubles.get(0)
+        faults = {0: RowRefused("grader.raised", str(error), "Fix the grader.")}
+    if not faults and not math.isfinite(score):
+        text = f"the formula gave {score!r}, which is not finite."
+        faults = {0: RowRefused("grader.not_finite", text, "Fix the formula.")}
+    return (0.0 if faults else score), parts, faults.get(0)
 
 
 def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
@@ -246,7 +247,7 @@ def text_content(given: Any) -> Any:
     return "".join(known) if len(known) == len(texts) else given
 
 
-def _errors(kind: str, trouble: Trouble | None) -> dict[str, Any]:
+def _errors(kind: str, trouble: RowRefused | None) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(_ERRORS, False)
     details: dict[str, Any] = {
         "python_grader_server_error_type": None,
