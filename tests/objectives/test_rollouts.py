@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ class Share(Grader):
     method: Literal["share"] = "share"
     letter: str = "e"
     needs_expected = False
-    watched = False
+    has_time_limit: ClassVar[bool] = False
 
     def score(self, answer: Answer) -> float:
         return answer.reply.count(self.letter) / max(1, len(answer.reply))

@@ -89,13 +89,12 @@ def show(advice: Advice) -> None:
             title=f"Tried on {evidence.held} rows that nothing was learned from",
             title_justify="left", box=None, padding=(0, 2, 0, 0),
         )  # fmt: skip
-        for name in ("", "right", "loss", "tokens read", "s an answer"):
+        for name in ("", "right", "tokens read", "s an answer"):
             tried.add_column(name, justify="left" if not name else "right")
         for each in evidence.tried:
             tried.add_row(
                 f"{each.technique}: {each.name}",
-                "" if each.score is None else f"{each.score:.0%}",
-                "" if each.loss is None else f"{each.loss:.3f}",
+                f"{each.score:.0%}",
                 f"{each.prompt_tokens:,.0f}",
                 f"{each.seconds:.2f}",
             )

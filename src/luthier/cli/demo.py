@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from luthier.cli.console import new_console, print_json
 from luthier.cli.options import Json
@@ -74,7 +74,7 @@ def _measure(model_id: str, test: Path, label: str) -> Evaluation:
         """1 when the reply has a label line, and is signed as the sample's replies are."""
 
         method: Literal["house_style"] = "house_style"
-        watched = False
+        has_time_limit: ClassVar[bool] = False
 
         def score(self, answer: Answer) -> float:
             """1 or 0."""

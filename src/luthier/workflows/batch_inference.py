@@ -2,14 +2,15 @@
 
     source → shards of rows → processes with the model loaded once → a file for each shard → output
 
-The rows are read one after the other and never all held, by this process to check them and by each of
-the others to answer its shards. A process takes the next shard that nobody holds or has answered
-(``flock``, so that what a killed one held is free again), and writes its answers whole or not at all,
-into a folder beside the output. A shard is named by the hash of what decides its answers: the rows, the
-settings and the files of the model. So the same command goes on where it was cut short. Of a row that
-was edited its shard is answered anew; of one that was put in or taken out, all behind it, too. The
-output is put together from the shards in the order of the rows, to the bytes of any other number of
-processes on machines of one kind: processors and graphics cards round in different ways.
+The rows are read one after the other and never all held, by this process to check them and by each
+of the others to answer its shards. A process takes the next shard that nobody holds or has answered
+(``flock``, so that what a killed one held is free again), and writes its answers whole or not at
+all, into a folder beside the output. A shard is named by the hash of what decides its answers: the
+rows, the settings and the files of the model. So the same command goes on where it was cut short.
+Of a row that was edited its shard is answered anew; of one that was put in or taken out, all behind
+it, too. The output is put together from the shards in the order of the rows, to the bytes of any
+other number of processes on machines of one kind: processors and graphics cards round in different
+ways.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ class Shard:
 
     @contextmanager
     def open_answers(self) -> Iterator[tuple[dict[str, int], BinaryIO]]:
-        """What was counted, and a file of which what is written for the rows is still to be read."""
+        """What was counted, and a file of which what is written for the rows is still to be
+        read."""
         with self.answers.open("rb") as file:
             yield json.loads(file.readline()), file
 
@@ -198,7 +200,8 @@ def answer_file(
     again.
 
     Raises:
-        DataError: naming every row that cannot be read, before anything is answered, or that cannot be
+        DataError: naming every row that cannot be read, before anything is answered, or that cannot
+        be
             answered; the answers to the others are kept for the next call.
         RunConflict: another command answers rows for the same output now.
         Interrupted: on Ctrl-C or SIGTERM; the same call goes on.
@@ -408,7 +411,8 @@ class _Progress(Reporter):
         self._begun[what] = done
 
     def ends(self) -> bool:
-        """Whether no more is to be done (:attr:`is_done`), after a look where it is time for one."""
+        """Whether no more is to be done (:attr:`is_done`), after a look where it is time for
+        one."""
         if time.monotonic() >= self._next:
             self.update()
         return self.is_done
@@ -434,7 +438,8 @@ class _Progress(Reporter):
 
 
 def _memory_of(model: StoredModel) -> int:
-    """Bytes that a process takes that answers with ``model``: twice its files while they are loaded."""
+    """Bytes that a process takes that answers with ``model``: twice its files while they are
+    loaded."""
     return PROCESS_BYTES + 2 * sum(folder_size(f, ".safetensors") for f in _folders_of(model))
 
 
@@ -527,7 +532,8 @@ def _answer_free(
 
 
 def _answer(shard: Shard, rows: Sequence[InputRow], answer: Answer, reporter: Reporter) -> None:
-    """Write the answers to the rows of a shard, or why there are none; ``reporter`` hears how far."""
+    """Write the answers to the rows of a shard, or why there are none; ``reporter`` hears how
+    far."""
     next_report = time.monotonic() + LOOK_SECONDS
 
     def report(done: int) -> None:

@@ -1,7 +1,8 @@
-"""What a model can be trained for, in which ways, and whether that fits, before anything is fetched.
+"""What a model can be trained for, in which ways, and whether that fits, before anything is
+fetched.
 
-The refusals are those of a run: the objective looks at the tokenizer, the head and the adaptation are
-put on a network without numbers. Nothing here says by itself what goes with what.
+The refusals are those of a run: the objective looks at the tokenizer, the head and the adaptation
+are put on a network without numbers. Nothing here says by itself what goes with what.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Capability:
     reason: str = ""
     """Why it is refused; empty where it is not."""
     memory: int = 0
-    """Estimated peak in bytes with micro-batches of ``SMALLEST_BUDGET`` tokens, without a teacher."""
+    """Estimated peak in bytes with micro-batches of ``SMALLEST_BUDGET`` tokens, without a
+    teacher."""
     fits: bool = False
     """Whether that is free on this machine."""
 
@@ -89,7 +91,8 @@ def capabilities(model_id: str) -> Capabilities:
 def table(config: Config, chat: ChatFormat, size: int) -> list[Capability]:
     """Each objective with each adaptation on a network; ``size`` is the bytes of a number.
 
-    Networks differ by the task of their head alone, so each is drawn once for all objectives of a task.
+    Networks differ by the task of their head alone, so each is drawn once for all objectives of a
+    task.
     """
     drawn: dict[tuple[Any, ...], Capability] = {}
     found = []
@@ -110,7 +113,8 @@ def table(config: Config, chat: ChatFormat, size: int) -> list[Capability]:
 
 
 def default_objective(kind: type[Objective]) -> Objective:
-    """An objective with its defaults; a teacher has none, and any id does for what is asked here."""
+    """An objective with its defaults; a teacher has none, and any id does for what is asked
+    here."""
     return kind.model_validate({"teacher": "ID"} if "teacher" in kind.model_fields else {})
 
 

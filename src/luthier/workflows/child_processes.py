@@ -1,9 +1,10 @@
 """Processes of a command, on this machine or elsewhere: their start, new starts and their end.
 
-Each lives as long as the command: it ends where its standard input closes (the process itself sees to
-that, :func:`luthier.cancellation.on_stdin_end`), and one that is killed is started again. Where they
-run a :class:`ProcessRunner` says. A runner of another machine gives a command that stands for the
-process here: it lives as long, ends as it does, and ends it where its own standard input closes.
+Each lives as long as the command: it ends where its standard input closes (the process itself sees
+to that, :func:`luthier.cancellation.on_stdin_end`), and one that is killed is started again. Where
+they run a :class:`ProcessRunner` says. A runner of another machine gives a command that stands for
+the process here: it lives as long, ends as it does, and ends it where its own standard input
+closes.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class ChildProcess:
             self._process.stdin.close()
 
     def wait(self, deadline: float) -> None:
-        """Wait for its end, after :meth:`release`; kill it where ``time.monotonic`` is ``deadline``."""
+        """Wait for its end, after :meth:`release`; kill it where ``time.monotonic`` is
+        ``deadline``."""
         if self._process is not None:
             try:
                 self._process.wait(max(0.0, deadline - time.monotonic()))

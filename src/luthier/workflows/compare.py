@@ -1,9 +1,9 @@
 """Was it worth it: tuned models beside what needs no training, on the same held-out rows.
 
-A base model that writes is asked as it is, with examples in the prompt, with the nearest examples, and
-with passages of documents (:mod:`luthier.workflows.prompting`); beside one that reads, the simple
-baselines are fitted (:mod:`luthier.evaluation.baselines`), and for both the answer of the nearest
-training row is taken over. Tuned models are asked as they are, and with the passages. All
+A base model that writes is asked as it is, with examples in the prompt, with the nearest examples,
+and with passages of documents (:mod:`luthier.workflows.prompting`); beside one that reads, the
+simple baselines are fitted (:mod:`luthier.evaluation.baselines`), and for both the answer of the
+nearest training row is taken over. Tuned models are asked as they are, and with the passages. All
 answer the same rows, so differences are known row by row: which are more than chance is said with
 Holm's correction for all that are compared. What an answer costs is measured in the same run.
 
@@ -20,7 +20,6 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.shapes import of_shape
-from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText, TaggedWords
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.machine import begin_peak_memory, peak_memory
@@ -46,21 +45,20 @@ from luthier.graders.base import Answer
 from luthier.graders.ruler import judge_pairs
 from luthier.inference.prediction import Predictor
 from luthier.models.sampling import Sampling
-from luthier.types import Example, Message, Row
+from luthier.types import Example, Row
 from luthier.workflows.evaluate import grade_replies, open_graders
 from luthier.workflows.prompting import (
-    NearestExamples,
     Question,
     Technique,
     Way,
-    conversation_of,
+    nearest_examples,
     questions_of,
+    rows_of_way,
     ways_to_ask,
 )
 from luthier.workflows.score_predictions import score_predictions
 
 if TYPE_CHECKING:
-    from luthier.data.chat import ChatFormat
     from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import Grader, Ruler
     from luthier.inference.inference import Chat
@@ -75,7 +73,8 @@ TIMES_ALIKE = 1.5
 FREQUENT = 0.05
 """Share of the training rows with one reply from which that reply alone is a rival."""
 NEARLY_NONE = 0.1
-"""The best score, where all are shares, up to which the grader or the model may be the wrong one."""
+"""The best score, where all are shares, up to which the grader or the model may be the wrong
+one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +94,8 @@ class Contender:
     model_bytes: int = 0
     """Size of the weights that answer, all of the base included."""
     memory_bytes: int = 0
-    """Resident at the peak of its answering, weights included, beyond what was before it was opened."""
+    """Resident at the peak of its answering, weights included, beyond what was before it was
+    opened."""
     preparation_seconds: float = 0.0
     """Time that tuning took, in seconds."""
     replies: Sequence[str] = ()
@@ -256,12 +256,10 @@ def compare(
     """Let all answer ``rows``.
 
     Args:
-        rows: that nothing was learned from.
-        base: what is asked without training.
-        tuned: models to compare with it.
-        train: where examples are taken from, and what baselines learn.
-        documents: texts that answers should be true to.
-        graders: of replies, the first of which decides; of rows with labels replies are compared with
+        rows: that nothing was learned from. base: what is asked without training. tuned: models to
+        compare with it. train: where examples are taken from, and what baselines learn. documents:
+        texts that answers should be true to. graders: of replies, the first of which decides; of
+        rows with labels replies are compared with
             them.
         max_tokens: of a reply at most.
         prices: of the machine, for what 1,000 answers cost.
@@ -459,7 +457,8 @@ class _Contest:
         self.on_progress(self.finished + count, self.total)
 
     def read(self, stored: StoredModel, rows: Sequence[Row]) -> tuple[Evaluation, float, int]:
-        """The labels, ratings or tags of a model that reads, the seconds of each, and the memory."""
+        """The labels, ratings or tags of a model that reads, the seconds of each, and the
+        memory."""
         resting = begin_peak_memory()
         predictor = Predictor.open(stored)
         began = time.perf_counter()
@@ -485,7 +484,7 @@ class _Contest:
         found = []
         for way in ways:
             name = "" if way.technique == "as it is" else f"with {way.name}"
-            asked = _rows_of(rows, questions, way, generator.chat)
+            asked = rows_of_way(rows, questions, way, generator.chat)
             prompts = _prompts(asked)
             sampling = Sampling(max_tokens=self.max_tokens)
             long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
@@ -518,7 +517,7 @@ class _Contest:
     ) -> Contender:
         """What the nearest training question has for an answer, word for word."""
         began = time.perf_counter()
-        replies = [nearest.answer for (nearest,) in NearestExamples(known).of(questions, 1)]
+        replies = [nearest.answer for (nearest,) in nearest_examples(questions, known, 1)]
         seconds = (time.perf_counter() - began) / len(rows)
         return self._simple("the nearest row by words", rows, replies, seconds)
 
@@ -542,7 +541,8 @@ class _Contest:
         train: Sequence[Row],
         remarks: list[str],
     ) -> list[Contender]:
-        """What simple methods make of the training rows, some of them by the base model's states."""
+        """What simple methods make of the training rows, some of them by the base model's
+        states."""
         self.note("Fitting simple baselines")
         fitted = self._fit_baselines(base, rows, train, remarks)
         if fitted is None:
@@ -597,25 +597,3 @@ def _prompts(rows: Sequence[Row]) -> list[Chat]:
     from luthier.inference.inference import Chat
 
     return [Chat(tuple(row.prompt_turns()), row.tools) for row in rows]
-
-
-def _rows_of(
-    rows: Sequence[Row], questions: Sequence[Question], way: Way, chat: ChatFormat
-) -> list[Row]:
-    """The rows as they are asked in one way; what a grader reads of them stays."""
-    if way.technique == "as it is" and not isinstance(rows[0], LabelledText):
-        return list(rows)
-    asked: list[Row] = []
-    for row, question, context in zip(rows, questions, way.context, strict=True):
-        turns = conversation_of(question, context, chat)
-        asked.append(
-            Conversation(
-                row.file,
-                row.line,
-                (*turns, Message("assistant", question.answer)),
-                question.answer,
-                members=row.members,
-                tools=row.tools,
-            )
-        )
-    return asked

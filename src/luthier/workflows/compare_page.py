@@ -1,4 +1,5 @@
-"""A comparison as one HTML page: the verdict, a chart of scores with their intervals, and the table."""
+"""A comparison as one HTML page: the verdict, a chart of scores with their intervals, and the
+table."""
 
 from __future__ import annotations
 

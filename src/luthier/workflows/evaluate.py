@@ -171,7 +171,8 @@ def open_graders(
     Verdicts of a judge are stored in its journal, so that no prompt is sent twice.
 
     Raises:
-        UnknownModel, RecipeError: for a model that is missing or has another purpose, a rejected key,
+        UnknownModel, RecipeError: for a model that is missing or has another purpose, a rejected
+        key,
             or a grader with the name of an error metric.
         LuthierError: if an endpoint does not answer.
     """

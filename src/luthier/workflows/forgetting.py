@@ -1,14 +1,16 @@
 """What tuning took away: a tuned model beside the model that it was tuned from.
 
 * **Drift** without any data: the base answers general prompts of ours, drawn at temperature 1, and of
-  each token of its answers the divergence ``KL(base || tuned)`` is computed over the whole vocabulary.
-  It is 0 for the base itself, and large where the tuned model would not write such answers any more.
+  each token of its answers the divergence ``KL(base || tuned)`` is computed over the whole
+  vocabulary. It is 0 for the base itself, and large where the tuned model would not write such
+  answers any more.
 * **Probes**: rows with choices, by log-likelihood (:mod:`luthier.evaluation.choices`).
 
 Both models answer the same rows, so differences are known row by row; which are more than chance is
-said with Holm's correction for all at once. One model is in memory at a time: of the base its states
-and its output head stay. Left out: bias, toxicity and refusals (lm-evaluation-harness has data sets of
-thousands of rows), languages other than English for our prompts, and changes over several turns.
+said with Holm's correction for all at once. One model is in memory at a time: of the base its
+states and its output head stay. Left out: bias, toxicity and refusals (lm-evaluation-harness has
+data sets of thousands of rows), languages other than English for our prompts, and changes over
+several turns.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What is asked of each row of a file: labels and the like, an embedding, or a reply.
 
-A task reads its source one row after the other, and answers rows a shard at a time. A shard is answered
-to the same bits by any process on machines of one kind, so that the shards of a file make what one
-process writes of it.
+A task reads its source one row after the other, and answers rows a shard at a time. A shard is
+answered to the same bits by any process on machines of one kind, so that the shards of a file make
+what one process writes of it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class ShardAnswer:
 OnDone = Callable[[int], None]
 """Hears how many rows are answered."""
 Answer = Callable[[Sequence[InputRow], OnDone], ShardAnswer]
-"""The answers to the rows of a shard; :class:`DataError` names every row that cannot be answered."""
+"""The answers to the rows of a shard; :class:`DataError` names every row that cannot be
+answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,8 @@ class InferenceTask(ABC):
         return {key: value for key, value in self.plain().items() if key not in ("model", "source")}
 
     def rows(self, problems: list[Problem]) -> Iterator[InputRow]:
-        """The rows of the source in order, never all in memory; what is wrong goes to ``problems``."""
+        """The rows of the source in order, never all in memory; what is wrong goes to
+        ``problems``."""
         for record, row in stream_inputs(self.source, problems, self.columns, self.answer_key):
             yield InputRow(row.file, row.line, record, row)
 
@@ -127,7 +129,8 @@ class InferenceTask(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictTask(InferenceTask):
-    """A label, rating, tags, text or embedding beside each row, as ``luthier predict`` writes them."""
+    """A label, rating, tags, text or embedding beside each row, as ``luthier predict`` writes
+    them."""
 
     kind: ClassVar[str] = "predict"
     outcome: ClassVar[str] = "nothing was predicted"
@@ -219,7 +222,8 @@ class GenerateTask(InferenceTask):
             yield InputRow(row.file, row.line, record, row)
 
     def records(self, rows: Sequence[InputRow]) -> list[Record]:
-        """See :class:`InferenceTask`; the prompt is one of the fields, a reply it had ``expected``."""
+        """See :class:`InferenceTask`; the prompt is one of the fields, a reply it had
+        ``expected``."""
         return json_records([(_record_beside(row), row) for row in rows])
 
     def open(self) -> Answer:
@@ -302,7 +306,8 @@ def prediction_lines(records: Sequence[Record], answers: Sequence[dict[str, Any]
 
 
 def anomaly_counts(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """How many rows were judged, how many of them are anomalous, and how many could not be judged."""
+    """How many rows were judged, how many of them are anomalous, and how many could not be
+    judged."""
     verdicts = [answer["anomalous"] for answer in answers if "anomalous" in answer]
     return {
         "verdicts": len(verdicts),

@@ -4,8 +4,8 @@
 
 with ``n`` training rows (POW3 of Viering and Loog 2023, "The Shape of Learning Curves",
 arXiv:2103.10948). All shares are measured on the same held-out rows. The interval of the gain comes
-from fits to 1,000 curves with noise as large as the residuals and the standard errors. The interval is
-wide: in simulations 97 to 100 % of the intervals contained the true gain.
+from fits to 1,000 curves with noise as large as the residuals and the standard errors. The interval
+is wide: in simulations 97 to 100 % of the intervals contained the true gain.
 """
 
 from __future__ import annotations

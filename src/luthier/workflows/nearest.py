@@ -1,9 +1,9 @@
 """Nearest neighbours: which rows of a collection are nearest to a query, by a model's embeddings.
 
-The search is exact: one matrix product (:func:`luthier.evaluation.retrieval.nearest`). What takes time
-is to embed the collection, so a file can keep that. It holds the embedding of each content by its
-SHA-256 and nothing of the content itself, and belongs to one model with its weights; whatever was
-renamed is still known, and whatever was changed is new.
+The search is exact: one matrix product (:func:`luthier.evaluation.retrieval.nearest`). What takes
+time is to embed the collection, so a file can keep that. It holds the embedding of each content by
+its SHA-256 and nothing of the content itself, and belongs to one model with its weights; whatever
+was renamed is still known, and whatever was changed is new.
 """
 
 from __future__ import annotations

@@ -20,10 +20,11 @@ A TOML file names the stages in the order they run::
     data.train = "preferences.jsonl"
     objective.method = "dpo"
 
-A stage has the fields of a recipe, or those of another command where ``command`` says so: ``pretrain``,
-``student`` (``teacher``, ``layers``, ...) or ``distil`` (``teacher``, ``method``, and ``base`` for the
-student). Wherever a model id stands, ``stage:NAME`` is the model of an earlier stage. All stages are
-parsed, and their rows checked, before the first one trains; those that are done are not done again.
+A stage has the fields of a recipe, or those of another command where ``command`` says so:
+``pretrain``, ``student`` (``teacher``, ``layers``, ...) or ``distil`` (``teacher``, ``method``, and
+``base`` for the student). Wherever a model id stands, ``stage:NAME`` is the model of an earlier
+stage. All stages are parsed, and their rows checked, before the first one trains; those that are
+done are not done again.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ REFERENCE = "stage:"
 
 
 class StageSpec(StrictModel):
-    """One stage as it is written: its name, its command, and the fields of that command's recipe."""
+    """One stage as it is written: its name, its command, and the fields of that command's
+    recipe."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
@@ -182,7 +184,8 @@ class Pipeline:
         return outcomes
 
     def check(self, reporter: Reporter) -> None:
-        """Refuse stages whose rows cannot be learned, or whose model is older than what it needs."""
+        """Refuse stages whose rows cannot be learned, or whose model is older than what it
+        needs."""
         made: dict[str, str] = {}
         for stage in self.stages:
             manifest = _manifest(stage.model_id)
@@ -299,7 +302,8 @@ KINDS: dict[str, _Kind] = {
 
 
 def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
-    """Encode the rows of ``stage`` as its run will, with the base model at the bottom of its lineage.
+    """Encode the rows of ``stage`` as its run will, with the base model at the bottom of its
+    lineage.
 
     The base model of a stage that is made by another one is not there yet. What a teacher has to be
     asked for is checked when its stage begins; here only that its rows can be read.

@@ -1,8 +1,8 @@
 """From raw text to a base model: tokenizer, network, token file, training, store.
 
 A new network of random weights, or one that is gone on from with its own tokenizer: continued
-pre-training (Gururangan et al. 2020, arXiv:2004.10964) of all weights, or of an adapter beside them,
-on text of any size.
+pre-training (Gururangan et al. 2020, arXiv:2004.10964) of all weights, or of an adapter beside
+them, on text of any size.
 
 Everything up to the training is made once, in the run's folder, each part whole or not at all and
 from the request alone: a run that was killed goes on where it was, to the same bits. What trains is

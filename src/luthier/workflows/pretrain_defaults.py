@@ -1,4 +1,5 @@
-"""Settings of a pre-training chosen from the text and the network, each with its published reason."""
+"""Settings of a pre-training chosen from the text and the network, each with its published
+reason."""
 
 from __future__ import annotations
 
@@ -136,7 +137,8 @@ def _passes(facts: NetworkFacts) -> tuple[float, str]:
 def _batch(facts: NetworkFacts, passes: float) -> tuple[int, str]:
     """A thousand steps or more, and not more than pays from the first of them.
 
-    ``2e8 / loss^(1 / 0.21)`` tokens pay at a loss (Kaplan et al. 2020, section 5.1): 39,000 at 6 nats.
+    ``2e8 / loss^(1 / 0.21)`` tokens pay at a loss (Kaplan et al. 2020, section 5.1): 39,000 at 6
+    nats.
     """
     tokens = 1 << int(math.log2(max(1.0, facts.tokens * passes / 1000)))
     tokens = min(max(tokens, SMALLEST_BATCH), LARGEST_BATCH)

@@ -1,80 +1,54 @@
-"""What a model does without training: asked as it is, with examples, with what a search finds.
+"""Techniques without training: prompts, examples and retrieval, which fine-tuning has to beat.
 
-These are what fine-tuning has to beat. Examples come as earlier turns of the conversation (Brown et al.
-2020, few-shot), drawn once for all questions, or for each question the nearest by BM25 (Liu et al.
-2022, "What makes good in-context examples for GPT-3?", which uses embeddings; BM25 needs no second
-model, and is joined with one where it is given). Documents are cut into passages and put before the
-question (Lewis et al. 2020, without its trained retriever). Held-out rows only are measured, and the
-answers are never searched.
+Examples are earlier turns of the conversation (Brown et al. 2020, few-shot): drawn once for all
+questions, or the nearest ones for each question (Liu et al. 2022, "What makes good in-context
+examples for GPT-3?"). Passages of documents stand before the question (Lewis et al. 2020, without a
+trained retriever). Nearest means by BM25, joined with an encoder if one is given.
 """
 
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
+from luthier.data.shapes.conversations import Conversation
 from luthier.data.shapes.texts import LabelledText
-from luthier.data.tree import READING_BUDGET
 from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import Retriever
-from luthier.evaluation.significance import RowScores
 from luthier.graders.base import Embedder
-from luthier.types import Example, Message, Row
+from luthier.types import Message, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network
 
 EXAMPLES = 4
-"""Examples in a prompt; more help less and less, and every one is read again for each answer."""
+"""Examples in a prompt: more examples help less and less, and are read again for each answer."""
 PASSAGES = 2
 """Passages of documents in a prompt."""
 WORDS = 150
 """Words of a passage."""
-SHORT = 24
-"""Answers of at most so many tokens are compared as they are; longer ones have a loss only."""
-ROOM = 4
-"""Tokens that an answer may have beyond the longest right one."""
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """What one way to ask gives on held-out rows."""
-
-    name: str
-    loss: float
-    """Nats for each token of the right answers: how much they surprise the model."""
-    exact: RowScores | None
-    """Whether greedy answers are the right ones, white space aside; of short answers only."""
-    prompt_tokens: float
-    """Mean tokens that are read for one answer."""
-    seconds: float
-    """Seconds for one answer on this machine, in batches; of reading alone where none is written."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row as something to ask."""
+    """A row as a question with its answer."""
 
     asked: tuple[Message, ...]
     answer: str
 
     @property
     def text(self) -> str:
-        """What is asked, without what the system says."""
+        """The question without the system message."""
         return "\n".join(turn.content for turn in self.asked if turn.role != "system")
 
 
 def questions_of(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Question]:
-    """Rows with one right answer as questions; classes are asked for by their names.
+    """Return the question of each row; questions about labels list ``labels``.
 
     Raises:
-        RecipeError: for rows that hold no question, such as raw text.
+        RecipeError: for rows without one right answer, such as raw text.
     """
     return [_question(row, labels) for row in rows]
 
@@ -85,27 +59,26 @@ def _question(row: Row, labels: Sequence[str]) -> Question:
     if turns and (expected := row.expected_reply()) is not None:
         return Question(turns, expected)
     if isinstance(row, LabelledText) and isinstance(row.label, str):
-        # By the system, as examples would repeat it, and what is nearest is found by the texts alone.
+        # In the system message: examples would repeat the list, and search uses the text alone.
         ask = f"Which one of these is each text: {', '.join(labels)}? Answer with the name alone."
         return Question((Message("system", ask), Message("user", row.text)), row.label)
-    raise RecipeError("these rows ask nothing with one right answer")
+    raise RecipeError("these rows have no question with one right answer")
 
 
 PromptTechnique = Literal["as it is", "prompt engineering", "RAG"]
 Technique = PromptTechnique | Literal["simple baselines", "fine-tuning", "fine-tuning and RAG"]
-"""How rows are answered, as advice and comparisons call it."""
+"""Name of a technique in advice and comparisons."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to ask several questions of a model that was not trained for them."""
+    """A technique with the examples or passages for each question."""
 
     technique: PromptTechnique
     name: str
     context: Sequence[Sequence[Question | str]]
-    """Examples or passages for each question."""
     shows_training_rows: bool = False
-    """Whether examples are given; a tuned model has learned from these."""
+    """Whether the context has training rows, which a tuned model has learned already."""
 
 
 def ways_to_ask(
@@ -114,9 +87,9 @@ def ways_to_ask(
     documents: Sequence[str],
     embed: Embedder | None = None,
 ) -> list[Way]:
-    """As it is, with examples of ``train``, the nearest of them, and passages of ``documents``.
+    """Return the ways: as it is, with examples, with the nearest examples, and with passages.
 
-    What is nearest is found by words, and once more by words and meaning where there is ``embed``.
+    The nearest ones are found by words, and with ``embed`` also by words and meaning.
     """
     ways = [Way("as it is", "asked as it is", [()] * len(questions))]
     searches: dict[str, Embedder | None] = {"": None}
@@ -128,7 +101,7 @@ def ways_to_ask(
             Way("prompt engineering", f"{len(shown)} examples", [shown] * len(questions), True)
         )
         for by, search in searches.items():
-            nearest = NearestExamples(train, search).of(questions, EXAMPLES)
+            nearest = nearest_examples(questions, train, EXAMPLES, search)
             name = f"{EXAMPLES} nearest examples{by}"
             ways.append(Way("prompt engineering", name, nearest, True))
     if documents:
@@ -138,90 +111,31 @@ def ways_to_ask(
     return ways
 
 
-class Prompting:
-    """A network in memory that is asked the held-out questions in several ways."""
-
-    def __init__(self, network: Network, chat: ChatFormat, context: int) -> None:
-        self.network, self.chat, self.context = network, chat, context
-
-    def fitting(
-        self, questions: Sequence[Question], context: Sequence[Sequence[Question | str]]
-    ) -> list[int]:
-        """Places of the questions that fit into the context with the ``context`` of each."""
-        room = self.context - ROOM
-        encoded = (self._encode(*each) for each in self._prompt_answer_pairs(questions, context))
-        return [place for place, example in enumerate(encoded) if len(example) <= room]
-
-    def measure(
-        self,
-        name: str,
-        questions: Sequence[Question],
-        context: Sequence[Sequence[Question | str]],
-        done: Callable[[int], None] = lambda _: None,
-    ) -> Prompted:
-        """Loss and answers with the ``context`` of each question: examples, or passages.
-
-        All of them must fit, one at least: see :meth:`fitting`.
-        """
-        from luthier.objectives.logprobs import mean_nll
-
-        pairs = self._prompt_answer_pairs(questions, context)
-        examples = [self._encode(*pair, index) for index, pair in enumerate(pairs)]
-        began = time.perf_counter()
-        loss = mean_nll(self.network, examples, READING_BUDGET)
-        seconds = (time.perf_counter() - began) / len(examples)
-        learned = [int(np.count_nonzero(example.weight_T)) for example in examples]
-        read = sum(map(len, examples)) - sum(learned)
-        exact = None
-        if np.median(learned) <= SHORT:
-            began = time.perf_counter()
-            exact = self._exact(pairs, max(learned), done)
-            seconds = (time.perf_counter() - began) / len(examples)
-        return Prompted(name, loss, exact, read / len(examples), seconds)
-
-    def _prompt_answer_pairs(
-        self, questions: Sequence[Question], context: Sequence[Sequence[Question | str]]
-    ) -> list[tuple[tuple[Message, ...], str]]:
-        """What stands before each answer, and the answer."""
-        return [
-            (conversation_of(each, with_, self.chat), each.answer)
-            for each, with_ in zip(questions, context, strict=True)
-        ]
-
-    def _encode(self, turns: tuple[Message, ...], answer: str, index: int = 0) -> Example:
-        encoded = self.chat.encode_reply((*turns, Message("assistant", answer)), len(turns))
-        return Example(encoded.ids_T, encoded.learned_T.astype(np.float32), index)
-
-    def _exact(
-        self,
-        pairs: Sequence[tuple[tuple[Message, ...], str]],
-        longest: int,
-        done: Callable[[int], None],
-    ) -> RowScores:
-        from luthier.models.decoding import sample
-        from luthier.models.sampling import Sampling
-
-        prompts = [self.chat.encode_prompt(turns) for turns, _ in pairs]
-        written = sample(
-            self.network, prompts, 1, Sampling(max_tokens=longest + ROOM),
-            stop_ids=self.chat.stop_ids, batch_size=32, done=done,
-        )  # fmt: skip
-        replies = [
-            self.chat.decode_reply(prompt_T, found.text_ids).text
-            for prompt_T, (found,) in zip(prompts, written, strict=True)
-        ]
-        return RowScores.of([
-            reply.strip() == answer.strip()
-            for reply, (_, answer) in zip(replies, pairs, strict=True)
-        ])  # fmt: skip
+def rows_of_way(
+    rows: Sequence[Row], questions: Sequence[Question], way: Way, chat: ChatFormat
+) -> list[Row]:
+    """Return ``rows`` as conversations of one way, with the members that graders use."""
+    if way.technique == "as it is" and not isinstance(rows[0], LabelledText):
+        return list(rows)
+    return [
+        Conversation(
+            row.file,
+            row.line,
+            (*conversation_of(question, context, chat), Message("assistant", question.answer)),
+            question.answer,
+            members=row.members,
+            tools=row.tools,
+        )
+        for row, question, context in zip(rows, questions, way.context, strict=True)
+    ]
 
 
 def conversation_of(
     question: Question, context: Sequence[Question | str], chat: ChatFormat
 ) -> tuple[Message, ...]:
-    """What stands before the answer: examples as turns before, passages inside the last question.
+    """Return the prompt: examples as earlier turns, and passages inside the last question.
 
-    For the ``plain`` template, which has no turns, all is one text.
+    The ``plain`` template has no turns, so all parts become one text.
     """
     turns: list[Message] = []
     passages = [each for each in context if isinstance(each, str)]
@@ -246,31 +160,44 @@ def conversation_of(
 
 
 def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]:
-    """``count`` examples with answers as different as can be, in a random order."""
+    """Return ``count`` random examples, with as many different answers as possible."""
     order = random.Random(seed).sample(range(len(train)), len(train))
     first: dict[str, int] = {}
     for number in order:
         first.setdefault(train[number].answer, number)
-    fresh = list(first.values())
     others = [number for number in order if first[train[number].answer] != number]
-    return [train[number] for number in [*fresh, *others][:count]]
+    return [train[number] for number in [*first.values(), *others][:count]]
 
 
-class NearestExamples:
-    """Training questions that are nearest to others."""
+def nearest_examples(
+    questions: Sequence[Question],
+    train: Sequence[Question],
+    count: int,
+    embed: Embedder | None = None,
+) -> list[list[Question]]:
+    """Return the ``count`` nearest training questions for each question, the nearest last.
 
-    def __init__(self, train: Sequence[Question], embed: Embedder | None = None) -> None:
-        self.train = train
-        self._retriever = Retriever([each.text for each in train], embed)
+    Models attend most to the last example.
+    """
+    retriever = Retriever([each.text for each in train], embed)
+    places = retriever.nearest([each.text for each in questions], count)
+    return [[train[place] for place in reversed(each)] for each in places]
 
-    def of(self, questions: Sequence[Question], count: int) -> list[list[Question]]:
-        """The ``count`` nearest to each with their answers; what stands last is heeded most."""
-        places = self._retriever.nearest([each.text for each in questions], count)
-        return [[self.train[place] for place in reversed(each)] for each in places]
+
+def retrieve_passages(
+    questions: Sequence[Question],
+    documents: Sequence[str],
+    count: int = PASSAGES,
+    embed: Embedder | None = None,
+) -> list[list[str]]:
+    """Return the ``count`` nearest passages for each question, the nearest last."""
+    passages = cut_passages(documents)
+    places = Retriever(passages, embed).nearest([each.text for each in questions], count)
+    return [[passages[place] for place in reversed(each)] for each in places]
 
 
 def cut_passages(documents: Sequence[str]) -> list[str]:
-    """Documents in passages of some :data:`WORDS` words, cut at the ends of lines where there are."""
+    """Cut documents into passages of about :data:`WORDS` words, at line ends if possible."""
     return [passage for document in documents for passage in _cut(document)]
 
 
@@ -287,15 +214,3 @@ def _cut(document: str) -> Iterator[str]:
             held = held[WORDS:]
     if held:
         yield " ".join(held)
-
-
-def retrieve_passages(
-    questions: Sequence[Question],
-    documents: Sequence[str],
-    count: int = PASSAGES,
-    embed: Embedder | None = None,
-) -> list[list[str]]:
-    """For each question the ``count`` passages nearest to it, the nearest last."""
-    passages = cut_passages(documents)
-    places = Retriever(passages, embed).nearest([each.text for each in questions], count)
-    return [[passages[place] for place in reversed(each)] for each in places]

@@ -1,4 +1,5 @@
-"""Search for settings: trials of a recipe, compared on the same validation rows; the best is stored.
+"""Search for settings: trials of a recipe, compared on the same validation rows; the best is
+stored.
 
 Optuna (Akiba et al. 2019, arXiv:1907.10902) proposes the settings and stops hopeless trials; the
 engine that runs them does not know it. What a search needs to go on after a kill lies in
@@ -11,14 +12,14 @@ engine that runs them does not know it. What a search needs to go on after a kil
     best.toml        the recipe found
 
 A trial's settings follow from the seed, its place and the trials finished before it, never from a
-random state that a kill would lose: each place has a sampler of its own. So a search that was killed
-and resumed makes the trials of one that was not.
+random state that a kill would lose: each place has a sampler of its own. So a search that was
+killed and resumed makes the trials of one that was not.
 
 The custom model is one more ordinary run of the recipe found, not the weights of the best trial: it
 costs one run more, and keeps no second way to store, verify and resume models, nor a copy of the
 weights of every trial that led for a while. The engine being exact, it measures what the trial did.
-Trials are compared by what decides which weights of a run are kept: a score where there is one, else
-the validation loss.
+Trials are compared by what decides which weights of a run are kept: a score where there is one,
+else the validation loss.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class SearchResult:
     name: str
     folder: str
     trials: list[Trial]
-    """Best first: complete ones by what they measured, then those pruned, then those that failed."""
+    """Best first: complete ones by what they measured, then those pruned, then those that
+    failed."""
     recipe: str
     """TOML file of the recipe found, without a name."""
     result: Result
@@ -103,9 +105,9 @@ def search(
 ) -> SearchResult:
     """Try ``trials`` settings of ``recipe`` and store the best as a custom model.
 
-    ``space`` holds texts for :func:`parse_space`; when empty, the learning rate is searched and, for
-    LoRA, the rank. The recipe as it stands is the first trial wherever it lies in the space, so what
-    is found is at least as good on the validation rows.
+    ``space`` holds texts for :func:`parse_space`; when empty, the learning rate is searched and,
+    for LoRA, the rank. The recipe as it stands is the first trial wherever it lies in the space, so
+    what is found is at least as good on the validation rows.
 
     ``parallel`` trials are a round and run at once where there is room: what is tried, and what is
     stopped, follows from the rounds before, not from who ends first. ``runner`` says where, and how
@@ -296,7 +298,8 @@ class _Search:
         return recipe.model_copy(update={"training": training})
 
     def _ask(self, study: optuna.Study, place: int) -> optuna.Trial:
-        """Settings for the trial at ``place``, which follow from it and the trials before its round."""
+        """Settings for the trial at ``place``, which follow from it and the trials before its
+        round."""
         import optuna
 
         seeds = np.random.SeedSequence([self.recipe.training.seed, place])
@@ -331,7 +334,8 @@ class _Search:
         self.reporter.note(f"trial {done.number} of {self.count} {done.state}{value}")
 
     def _write_recipe(self, recipe: Recipe, best: Trial) -> Path:
-        """``best.toml``: no name, so that it can be tuned again as it is; paths that work anywhere."""
+        """``best.toml``: no name, so that it can be tuned again as it is; paths that work
+        anywhere."""
         fields = portable(recipe.model_copy(update={"base": self.base.id}))
         head = (
             f"# Found by `luthier search`: trial {best.number} of {self.count}, validation "

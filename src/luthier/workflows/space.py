@@ -1,7 +1,7 @@
 """The space of a search: which fields of a recipe are tried, and between what.
 
-On the command line a dimension is ``KEY=LOW..HIGH`` or ``KEY=a,b,c``. Light to import, so that a wrong
-space is refused at once.
+On the command line a dimension is ``KEY=LOW..HIGH`` or ``KEY=a,b,c``. Light to import, so that a
+wrong space is refused at once.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def parse_space(texts: Sequence[str], recipe: Recipe) -> list[Dimension]:
 def searchable(recipe: Recipe) -> list[str]:
     """Fields that may be searched.
 
-    Not those of data and objective, nor the seed: trials are compared by their loss on the same rows.
+    Not those of data and objective, nor the seed: trials are compared by their loss on the same
+    rows.
     """
     training = [f"training.{name}" for name in Training.model_fields if name not in FIXED_FIELDS]
     return [*training, *(f"adaptation.{name}" for name in type(recipe.adaptation).model_fields)]
@@ -121,8 +122,8 @@ def default_space(recipe: Recipe, resolved: Recipe) -> list[Dimension]:
     """What is searched when nothing is named: the rate, and the rank of LoRA.
 
     ``resolved`` is ``recipe`` with what a run of it would choose. The rate decides most, and its
-    best value depends on rows and network. LoRA's ``alpha`` stays, and so the best rate is nearly the
-    same for all ranks (Schulman et al. 2025, "LoRA Without Regret").
+    best value depends on rows and network. LoRA's ``alpha`` stays, and so the best rate is nearly
+    the same for all ranks (Schulman et al. 2025, "LoRA Without Regret").
     """
     rate = start_of("training.learning_rate", resolved)
     low, high = (float(f"{end:.4g}") for end in (rate / RATE_FACTOR, rate * RATE_FACTOR))
@@ -143,7 +144,8 @@ def start_of(key: str, resolved: Recipe) -> Any:
 
 
 def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """``recipe`` with the fields named in ``settings`` replaced; :class:`RecipeError` if it cannot be.
+    """``recipe`` with the fields named in ``settings`` replaced; :class:`RecipeError` if it cannot
+    be.
 
     Only what was asked for is kept beside them, so that another adaptation can take the first one's
     place without inheriting its fields.

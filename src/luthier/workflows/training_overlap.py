@@ -60,8 +60,8 @@ def _trained_rows(
 ) -> dict[int, str]:
     """Return the places of ``rows`` with the question of a training row, and its location.
 
-    Files that are missing or changed are skipped, as are files beyond :data:`MOST_COMPARED_BYTES` in
-    all and held-out lines.
+    Files that are missing or changed are skipped, as are files beyond :data:`MOST_COMPARED_BYTES`
+    in all and held-out lines.
     """
     if not trained or not any(map(question_of, rows)):
         return {}

@@ -1,9 +1,10 @@
 """Processes of a search: its trials side by side, and on a cluster the run of the best as well.
 
-Each is ``python -m luthier.workflows.trial_processes FOLDER NUMBER``. It holds the lock of its folder,
-so that one left over by a killed search ends before the next begins there, and it stops at a checkpoint
-when the process that started it is gone. How a trial ended it writes to ``outcome.json``; only the
-search itself tells the study. One that is killed is started again, and goes on from its checkpoint.
+Each is ``python -m luthier.workflows.trial_processes FOLDER NUMBER``. It holds the lock of its
+folder, so that one left over by a killed search ends before the next begins there, and it stops at
+a checkpoint when the process that started it is gone. How a trial ended it writes to
+``outcome.json``; only the search itself tells the study. One that is killed is started again, and
+goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ _REQUEST = "trials.json"
 class TrialRunner(ProcessRunner):
     """Where the processes of a search run: on this machine, as its children.
 
-    Where a runner has a ``name``, as ``search.json`` has it, every run of the search is a process, the
-    first trial and that of the best among them.
+    Where a runner has a ``name``, as ``search.json`` has it, every run of the search is a process,
+    the first trial and that of the best among them.
     """
 
     def shares(self, recipe: Recipe, parallel: int | None) -> tuple[int, int]:
@@ -65,7 +66,8 @@ class TrialRunner(ProcessRunner):
 def _process(
     runner: TrialRunner, folder: Path, name: str, work: Path, recipe: Recipe
 ) -> ChildProcess:
-    """A process for the trial number ``name`` of the study in ``folder``, or the best; in ``work``."""
+    """A process for the trial number ``name`` of the study in ``folder``, or the best; in
+    ``work``."""
     process = python_command("luthier.workflows.trial_processes", str(folder), name)
     goes_on = "goes on after its last checkpoint"
     return ChildProcess(runner, process, runner.resources(recipe), work, goes_on)

@@ -1,12 +1,12 @@
 """Tuning, and what is asked of a model before it may be used: that it did not forget too much.
 
-With ``forgetting`` in its recipe a model is stored withheld. It is held beside what it was tuned from
-(:mod:`luthier.workflows.forgetting`, drift and probes alone), the report is kept with it, and only a
-model within the limits is activated. A run that is cut short in between leaves it withheld, and
-measures on when it is resumed.
+With ``forgetting`` in its recipe a model is stored withheld. It is held beside what it was tuned
+from (:mod:`luthier.workflows.forgetting`, drift and probes alone), the report is kept with it, and
+only a model within the limits is activated. A run that is cut short in between leaves it withheld,
+and measures on when it is resumed.
 
-The limits lie between what was measured of sound and of ruined models (docs/log/evaluation.md). They
-are off where they are not asked for: measuring takes as long as a small tuning itself.
+The limits lie between what was measured of sound and of ruined models (docs/log/evaluation.md).
+They are off where they are not asked for: measuring takes as long as a small tuning itself.
 """
 
 from __future__ import annotations

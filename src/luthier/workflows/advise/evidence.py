@@ -1,88 +1,80 @@
-"""Small real tries of what competes with fine-tuning, and of fine-tuning itself, on held-out rows.
+"""Measurements for advice: fine-tuning and its rivals on held-out rows.
 
-All are asked the same questions. Models that write are asked as they are, with examples, with the
-nearest examples, and with passages of documents where there are some; models that read are held
-against the simple baselines that every run is compared with. Then the job itself is trained for
-a few steps on a copy that is thrown away, and asked again.
+Generative models answer as they are, with examples, and with passages
+(:mod:`luthier.workflows.prompting`). Models that predict are compared with the simple baselines of
+every run. The job then trains for a few steps on a temporary copy, and is measured again.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.shapes.base import Labelled
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import LuthierError
+from luthier.evaluation.evaluate import default_graders
 from luthier.evaluation.significance import RowScores
-from luthier.files import TEMPORARY
+from luthier.graders import Exact
+from luthier.inference.inference import Chat
+from luthier.models.sampling import Sampling
 from luthier.objectives.base import predicts
 from luthier.types import Row
-from luthier.workflows.prompting import (
-    Prompted,
-    Prompting,
-    Question,
-    Technique,
-    questions_of,
-    ways_to_ask,
-)
+from luthier.workflows.evaluate import grade_replies
+from luthier.workflows.prompting import Technique, Way, questions_of, rows_of_way, ways_to_ask
+from luthier.workflows.trial_training import trial_training
 
 if TYPE_CHECKING:
     from luthier.engine.job import TrainingJob
     from luthier.engine.loop import Loop
     from luthier.engine.metrics import Reporter
+    from luthier.inference.generation import Generator
     from luthier.models.network import Network
     from luthier.recipe import Recipe
 
 HELD = 40
-"""Rows that are asked; the standard error of a share of 50 % among them is 8 points."""
+"""Held-out rows for generative models: the standard error of 50 % is 8 points."""
 HELD_LABELS = 400
-"""The same for models that read labels, which takes far less; 2.5 points."""
+"""Held-out rows for labels, which take far less time: 2.5 points."""
 LEAST_FITTING = 0.5
-"""Share of the questions that must fit into the context for a technique to be tried."""
+"""Share of the questions that must fit into the context for a technique to be measured."""
 BASELINE_SECONDS = 60.0
-"""For all simple baselines of models that read."""
+"""Time limit of all simple baselines."""
 SEED = 0
+ROOM = 16
+"""Tokens of a reply beyond the longest expected reply."""
 
 
 @dataclass(frozen=True)
 class TechniqueResult:
-    """One way, measured."""
+    """The measurement of one technique."""
 
     technique: Technique
     name: str
-    loss: float | None
-    """Nats for each token of the right answers, for models that write."""
-    score: float | None
-    """Share of right answers, where they are short enough to compare, or labels."""
+    score: float
+    """Share of right answers, or ROUGE-L of long answers."""
     prompt_tokens: float
-    """Tokens read for one answer."""
+    """Tokens that the model takes as input per answer."""
     seconds: float
-    """For one answer, in a batch, on this machine."""
+    """Seconds per answer on this machine, in a batch."""
     constant: bool = False
-    """Whether it answers every row alike: something to compare with, and no way to answer."""
+    """Whether every row has the same answer, which is a baseline and not a technique."""
     row_scores: RowScores | None = None
-    """What :attr:`score` is the share of, row by row."""
+    """The score row by row."""
 
     @property
     def result(self) -> str:
-        """Score and loss, as people read them."""
-        parts = [] if self.score is None else [f"{self.score:.0%} right"]
-        parts += [] if self.loss is None else [f"a loss of {self.loss:.2f}"]
-        return ", ".join(parts)
+        """The score as text."""
+        return f"{self.score:.0%} right"
 
     def describe(self) -> str:
-        """The same with its name and what it reads."""
-        read = f"{self.prompt_tokens:,.0f} tokens read for an answer"
-        return f"{self.name}: {self.result}; {read}"
+        """Return name, score and input size."""
+        return f"{self.name}: {self.result}; {self.prompt_tokens:,.0f} tokens of input per answer"
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON, without the rows."""
+        """Return JSON values without the rows."""
         found = asdict(self)
         del found["row_scores"]
         return found
@@ -90,30 +82,23 @@ class TechniqueResult:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that was tried, on ``held`` rows."""
+    """All measurements on ``held`` rows."""
 
     held: int
     tried: list[TechniqueResult]
     steps: int = 0
-    """Optimizer steps of the trial of fine-tuning, of ``all_steps``."""
+    """Optimizer steps of the trial training, of ``all_steps``."""
     all_steps: int = 0
     left_out: tuple[str, ...] = ()
-    """What could not be tried, with the reason."""
-
-    def of(self, *techniques: Technique) -> list[TechniqueResult]:
-        """What was tried of some techniques."""
-        return [each for each in self.tried if each.technique in techniques]
+    """Techniques that were not measured, with the reason."""
 
     def best(self, *techniques: Technique) -> TechniqueResult | None:
-        """The best of some techniques: by right answers where all have them, else by loss."""
-        found = [each for each in self.of(*techniques) if not each.constant]
-        scored = [each for each in found if each.score is not None]
-        if scored:
-            return max(scored, key=lambda each: (each.score or 0.0, -(each.loss or 0.0)))
-        return min(found, key=lambda each: each.loss or 0.0, default=None)
+        """Return the best result of some techniques."""
+        found = [each for each in self.tried if each.technique in techniques and not each.constant]
+        return max(found, key=lambda each: each.score, default=None)
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return JSON values."""
         return {
             "held_rows": self.held,
             "tried": [each.plain() for each in self.tried],
@@ -131,47 +116,28 @@ def gather(
     seconds: float,
     reporter: Reporter,
 ) -> Evidence:
-    """Try everything on ``held``; the trial of fine-tuning ``recipe`` takes about ``seconds``.
+    """Measure all techniques on ``held``; the trial training takes about ``seconds``.
 
     Raises:
         RefusedInput: as :func:`luthier.engine.train.train` does for the recipe.
     """
-    from luthier.engine.job import prepare_job
-    from luthier.engine.machine import choose_machine
-    from luthier.engine.runs import Run
-    from luthier.engine.timings import Clock
-    from luthier.engine.train import Trainer
-    from luthier.files import luthier_home
-    from luthier.library import models as store
-
-    machine = choose_machine(recipe.training.precision, recipe.training.threads)
-    base = store.find(recipe.base, reporter.stage)
-    job = prepare_job(recipe, base, machine, reporter)
-    home = luthier_home() / "advice"
-    home.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=home))
-    try:
-        run = Run(base.root, "advice", rehearsal=folder)
-        network, loop = Trainer(job, run, reporter, Clock()).start(resume=False)
-        reads = predicts(job.data.objective)
-        ways: _Labels | _Answers = (
-            _Labels(network, job, train, held)
-            if reads
-            else _Answers(network, job, train, held, documents)
-        )
-        reporter.stage(f"Asking {len(held)} held-out rows without training")
+    with trial_training(recipe, "advice", reporter) as (job, network, loop):
+        ways: _Predictions | _Replies
+        if predicts(job.data.objective):
+            ways = _Predictions(network, job, held)
+        else:
+            ways = _Replies(network, job, train, held, documents)
+        reporter.stage(f"Measuring {len(held)} held-out rows without training")
         tried = ways.measure_untrained(reporter.note)
-        steps = _steps(loop, job.steps, seconds, reporter)
+        steps = _train(loop, job.steps, seconds, reporter)
         if steps:
-            reporter.stage("Asking them again")
+            reporter.stage("Measuring the trained model")
             tried.append(ways.measure_trained(f"after {steps} steps"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return Evidence(len(ways.held), tried, steps, job.steps, tuple(ways.left_out))
 
 
-def _steps(loop: Loop, most: int, seconds: float, reporter: Reporter) -> int:
-    """Train for about ``seconds``; how many steps that were."""
+def _train(loop: Loop, most: int, seconds: float, reporter: Reporter) -> int:
+    """Train for about ``seconds`` and return the number of steps."""
     if seconds <= 0:
         return 0
     began, done = time.monotonic(), 0
@@ -186,8 +152,8 @@ def _steps(loop: Loop, most: int, seconds: float, reporter: Reporter) -> int:
     return done
 
 
-class _Answers:
-    """A model that writes."""
+class _Replies:
+    """Measurements of a generative model."""
 
     def __init__(
         self,
@@ -197,124 +163,134 @@ class _Answers:
         held: Sequence[Row],
         documents: Sequence[str],
     ) -> None:
-        labels = sorted(
-            {row.label for row in train if isinstance(row, Labelled) and isinstance(row.label, str)}
-        )
-        self.train = questions_of(train, labels)
-        self.held = questions_of(held, labels)
-        self.documents = documents
-        self.asking = Prompting(network, job.chat, _context(job))
+        labels = {
+            row.label for row in train if isinstance(row, Labelled) and isinstance(row.label, str)
+        }
+        self.network, self.chat, self.held = network, job.chat, list(held)
+        self.questions = questions_of(held, sorted(labels))
+        self.ways = ways_to_ask(self.questions, questions_of(train, sorted(labels)), documents)
         self.left_out: list[str] = []
+        longest = max(len(self.chat.tokenizer.encode(each.answer)) for each in self.questions)
+        self.sampling = Sampling(max_tokens=longest + ROOM)
 
     def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
-        """As it is, with examples, with the nearest ones, with documents."""
-        ways = ways_to_ask(self.held, self.train, self.documents)
-        # All are asked the same rows: a technique that leaves out the long ones would look best.
-        rows = able = self.asking.fitting(self.held, ways[0].context)
+        """Measure every way on the same rows; long prompts would make a way look better."""
+        from luthier.inference.generation import Generator
+
+        generator = Generator(self.network, self.chat)
+        rows = able = self._fitting(generator, self.ways[0])
         tried = []
-        for way in ways:
-            places = set(self.asking.fitting(self.held, way.context))
+        for way in self.ways:
+            places = {*self._fitting(generator, way)}
             common = [place for place in rows if place in places]
             if not common or len(common) < LEAST_FITTING * len(able):
                 self.left_out.append(
-                    f"{way.name}: only {len(places)} of {len(self.held)} questions fit into the "
-                    "context with them"
+                    f"{way.name}: {len(places)} of {len(self.held)} questions fit into the context"
                 )
             else:
                 rows = common
                 tried.append(way)
         if len(rows) < len(self.held):
-            note(
-                f"{len(rows)} of the {len(self.held)} questions are asked, which fit into the context "
-                "with all that is tried"
-            )
+            note(f"{len(rows)} of {len(self.held)} questions fit into the context in every way")
         self.held = [self.held[place] for place in rows]
+        self.questions = [self.questions[place] for place in rows]
         found = []
         for way in tried:
-            context = [way.context[place] for place in rows]
-            prompted = self.asking.measure(way.name, self.held, context)
-            found.append(_attempt_of(way.technique, prompted))
+            own = Way(way.technique, way.name, [way.context[place] for place in rows])
+            found.append(self._measure(generator, own, way.technique, way.name))
             note(found[-1].describe())
+        generator.backend.close()
         return found
 
     def measure_trained(self, name: str) -> TechniqueResult:
-        """Asked as it is, once trained."""
+        """Measure the trained model as it is."""
+        from luthier.inference.generation import Generator
+
         if not self.held:
             raise LuthierError("no held-out row fits into the model's context")
-        nothing: list[list[Question]] = [[] for _ in self.held]
-        return _attempt_of("fine-tuning", self.asking.measure(name, self.held, nothing))
+        way = Way("as it is", name, [()] * len(self.held))
+        generator = Generator(self.network, self.chat)
+        found = self._measure(generator, way, "fine-tuning", name)
+        generator.backend.close()
+        return found
+
+    def _prompts(self, way: Way) -> list[Chat]:
+        rows = rows_of_way(self.held, self.questions, way, self.chat)
+        return [Chat(tuple(row.prompt_turns()), row.tools) for row in rows]
+
+    def _fitting(self, generator: Generator, way: Way) -> list[int]:
+        prompts = self._prompts(way)
+        return [n for n, p in enumerate(prompts) if generator.refusal(p, self.sampling) is None]
+
+    def _measure(
+        self, generator: Generator, way: Way, technique: Technique, name: str
+    ) -> TechniqueResult:
+        rows = rows_of_way(self.held, self.questions, way, self.chat)
+        tokens = sum(map(generator.prompt_tokens, self._prompts(way))) / len(rows)
+        graders = default_graders(rows, lambda text: None)
+        if isinstance(self.held[0], Labelled):  # untrained models write labels with capitals
+            graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
+        graded = grade_replies(generator, rows, graders, self.sampling.max_tokens or 1)
+        (score,) = graded.row_scores.values()
+        assert isinstance(score, RowScores)
+        seconds = graded.reply_seconds / len(rows)
+        return TechniqueResult(technique, name, score.value, tokens, seconds, row_scores=score)
 
 
-class _Labels:
-    """A model that reads labels; before it is trained its head says nothing."""
+class _Predictions:
+    """Measurements of a model that predicts; its head is random before the training."""
 
-    def __init__(
-        self, network: Network, job: TrainingJob, train: Sequence[Row], held: Sequence[Row]
-    ) -> None:
-        self.network, self.job, self.train, self.held = network, job, train, held
+    def __init__(self, network: Network, job: TrainingJob, held: Sequence[Row]) -> None:
+        self.network, self.job, self.held = network, job, held
         self.left_out: list[str] = []
+        self.tokens = sum(len(row.plain_text()) for row in held) / 4 / len(held)
+        """Tokens of a row, estimated from its characters."""
 
     def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
-        """The baselines that go with such rows; their seconds are for each row that was read."""
+        """Measure the simple baselines; their seconds are per row that was read."""
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.evaluation.baselines import ComparedRows
 
-        objective, context = self.job.data.objective, _context(self.job)
-        # A label that no training row has is a wrong answer here, not a refusal.
-        asked = [row.bare() for row in self.held]
-        held = ComparedRows(self.held, encode_cut(objective, asked, self.job.chat, context))
-        train = self.job.data.compared[0]
+        # Bare rows: a label without training rows is a wrong answer here, not a fault.
+        bare, chat = [row.bare() for row in self.held], self.job.chat
+        examples = encode_cut(self.job.data.objective, bare, chat, self._context)
+        held, train = ComparedRows(self.held, examples), self.job.data.compared[0]
         fitted = fit_baselines(
-            self.network, objective, train, held, READING_BUDGET, BASELINE_SECONDS
+            self.network, self.job.data.objective, train, held, READING_BUDGET, BASELINE_SECONDS
         )
         if fitted is None:
             self.left_out.append("simple baselines: there are none for such rows")
             return []
         compared = fitted.comparison
-        self.left_out += [f"{name}: there was no time for it" for name in compared.left_out]
+        self.left_out += [f"{name}: not enough time" for name in compared.left_out]
         found = []
         for each, rows in zip(compared.baselines, fitted.row_scores, strict=True):
             technique: Technique = "as it is" if each.constant else "simple baselines"
             seconds = each.seconds / (compared.train_rows + compared.rows)
-            result = TechniqueResult(
-                technique, each.name, None, each.score, self._tokens, seconds, each.constant, rows
+            found.append(
+                TechniqueResult(
+                    technique, each.name, each.score, self.tokens, seconds, each.constant, rows
+                )
             )
-            found.append(result)
-            note(result.describe())
+            note(found[-1].describe())
         return found
 
-    @property
-    def _tokens(self) -> float:
-        """Tokens of a row, roughly."""
-        return sum(len(row.plain_text()) for row in self.held) / 4 / len(self.held)
-
     def measure_trained(self, name: str) -> TechniqueResult:
-        """The head's own labels."""
+        """Measure the trained head."""
         from luthier.inference.prediction import Predictor
         from luthier.workflows.score_predictions import score_predictions
 
-        objective = self.job.data.objective
-        predictor = Predictor(self.network, objective, self.job.chat, _context(self.job))
+        predictor = Predictor(self.network, self.job.data.objective, self.job.chat, self._context)
         began = time.perf_counter()
-        scored = score_predictions(predictor, self.held)
-        rows = next(iter(scored.row_scores.values()))
+        rows = next(iter(score_predictions(predictor, self.held).row_scores.values()))
         assert isinstance(rows, RowScores)
         seconds = (time.perf_counter() - began) / len(self.held)
         return TechniqueResult(
-            "fine-tuning", name, None, rows.value, self._tokens, seconds, row_scores=rows
+            "fine-tuning", name, rows.value, self.tokens, seconds, row_scores=rows
         )
 
+    @property
+    def _context(self) -> int:
+        from luthier.library.models import room_of
 
-def _context(job: TrainingJob) -> int:
-    """Tokens that a question may have with its answer."""
-    from luthier.library.models import room_of
-
-    return room_of(job.base, job.recipe.adaptation)
-
-
-def _attempt_of(technique: Technique, found: Prompted) -> TechniqueResult:
-    score = None if found.exact is None else found.exact.value
-    return TechniqueResult(
-        technique, found.name, found.loss, score, found.prompt_tokens, found.seconds,
-        row_scores=found.exact,
-    )  # fmt: skip
+        return room_of(self.job.base, self.job.recipe.adaptation)

@@ -1,4 +1,5 @@
-"""What advice is given on: the data, the model, the machine, what is wanted, and what was measured."""
+"""What advice is given on: the data, the model, the machine, what is wanted, and what was
+measured."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ PAIRS = 500
 LEAST_TRIAL = 0.1
 """Share of all steps of a trial that says how fast a model learns."""
 SURE = 0.95
-"""Bedrock's guide to reinforcement: where the reward is that high already, there is nothing to gain."""
+"""Bedrock's guide to reinforcement: where the reward is that high already, there is nothing to
+gain."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def prompting(facts: AdviceFacts) -> Judgement:
         reason = (
             "labels are read off by a head; for a model to write them, give prompt and completion"
         )
-    elif best and best.score is not None and best.score >= SURE:
+    elif best and best.score >= SURE:
         fit, reason = "yes", f"{best.name} is right {best.score:.0%} of the time already"
     else:
         fit, reason = "perhaps", "no training; every answer reads the examples again"
@@ -84,7 +85,7 @@ def prompting(facts: AdviceFacts) -> Judgement:
 def baselines(facts: AdviceFacts) -> Judgement:
     """A simple classifier on words or on the base model's states, for models that read."""
     best = facts.evidence and facts.evidence.best("simple baselines")
-    fit: Fit = "yes" if best and (best.score or 0) >= SURE else "perhaps"
+    fit: Fit = "yes" if best and best.score >= SURE else "perhaps"
     reason = "fitted in seconds, and no weight of the base model moves"
     return Judgement(
         "simple baselines", fit, reason, f"labelled rows; {facts.rows:,} are here",
@@ -220,7 +221,8 @@ def overfitting(facts: AdviceFacts) -> Risk:
 
 
 def forgetting(facts: AdviceFacts) -> Risk:
-    """By how much of the network moves (Biderman et al. 2024: LoRA learns less and forgets less)."""
+    """By how much of the network moves (Biderman et al. 2024: LoRA learns less and forgets
+    less)."""
     share = facts.trained_weights / max(1, facts.weights)
     if not facts.writes:
         return "none"
@@ -248,8 +250,6 @@ def _best_measured(facts: AdviceFacts, *techniques: Technique) -> str:
     return f"{best.result} ({best.name})" if best else ""
 
 
-MARGIN = 0.05
-"""Difference of losses, as a share, that is taken for one."""
 LEAST_HELD = 20
 """Held-out rows below which no difference is taken for one: each row is more than 5 %."""
 EXPENSIVE = 3.0
@@ -385,7 +385,8 @@ def _nearest_served(facts: AdviceFacts, command: str) -> str:
 
 
 def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
-    """What does as well without training, if anything; the reasons either way; whether it is sure."""
+    """What does as well without training, if anything; the reasons either way; whether it is
+    sure."""
     evidence = facts.evidence
     best = evidence and evidence.best("as it is", "prompt engineering", "RAG", "simple baselines")
     tuned = evidence and evidence.best("fine-tuning")
@@ -393,7 +394,7 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
         return "", ["nothing was tried without training"], True
     enough = evidence.held >= LEAST_HELD
     gain, sure = _gain(tuned, best, evidence.held) if tuned else (0.0, False)
-    if best.score is not None and best.score >= SURE and not (gain > 0 and sure):
+    if best.score >= SURE and not (gain > 0 and sure):
         return best.technique, [f"{best.name}: {best.score:.1%} right without training"], enough
     if not tuned:
         return "", [f"without training the best is {best.result}"], enough
@@ -405,12 +406,7 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
     if gain > 0:
         return "", [said], sure and enough
     most = _most_reachable(evidence, tuned)
-    if (
-        most is not None
-        and best.score is not None
-        and most < best.score
-        and differ(most, best.score, evidence.held)
-    ):
+    if most is not None and most < best.score and differ(most, best.score, evidence.held):
         pace = f"at this pace all {evidence.all_steps:,} steps would give at most {most:.0%}"
         return best.technique, [said, pace], sure and enough
     dear = best.prompt_tokens > EXPENSIVE * max(1.0, tuned.prompt_tokens)
@@ -433,22 +429,17 @@ def _most_reachable(evidence: Evidence, tuned: TechniqueResult) -> float | None:
     """
     probe = next((each.score for each in evidence.tried if each.name == LINEAR_PROBE), None)
     share = evidence.steps / max(1, evidence.all_steps)
-    if probe is None or tuned.score is None or share < LEAST_TRIAL:
+    if probe is None or share < LEAST_TRIAL:
         return None
     return min(1.0, tuned.score + max(0.0, tuned.score - probe) * (1 - share) / share)
 
 
 def _gain(tuned: TechniqueResult, best: TechniqueResult, held: int) -> tuple[float, bool]:
     """How much better the tuned one is, and whether that is more than noise."""
-    if tuned.score is not None and best.score is not None:
-        one, other, gain = tuned.row_scores, best.row_scores, tuned.score - best.score
-        if one is None or other is None:
-            return gain, differ(tuned.score, best.score, held)
-        return gain, abs(gain) >= CHANCE * one.difference_error(other)  # of the same rows
-    if tuned.loss is None or best.loss is None:
-        return 1.0, False
-    gain = (best.loss - tuned.loss) / best.loss
-    return (gain if gain > MARGIN else 0.0), abs(gain) > MARGIN
+    one, other, gain = tuned.row_scores, best.row_scores, tuned.score - best.score
+    if one is None or other is None:
+        return gain, differ(tuned.score, best.score, held)
+    return gain, abs(gain) >= CHANCE * one.difference_error(other)  # of the same rows
 
 
 def without_option(command: str, option: str) -> str:

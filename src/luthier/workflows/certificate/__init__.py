@@ -1,1 +1,2 @@
-"""The certificate of a model, what it looks like in the forms of others, and whether it still holds."""
+"""The certificate of a model, what it looks like in the forms of others, and whether it still
+holds."""

@@ -1,12 +1,12 @@
 """The certificate of a model: ``certificate.json`` in its folder, which others can check.
 
-It gathers what is known of a model: its record with recipe, data report and parity, the models below
-it, the curves of its run, what the run was estimated to take and took, operations and energy, and the
-reports that were kept with it. Nothing is measured for it, and what it says is compared with where it
-comes from by :mod:`luthier.workflows.certificate.verify`.
+It gathers what is known of a model: its record with recipe, data report and parity, the models
+below it, the curves of its run, what the run was estimated to take and took, operations and energy,
+and the reports that were kept with it. Nothing is measured for it, and what it says is compared
+with where it comes from by :mod:`luthier.workflows.certificate.verify`.
 
-The record of the model and the list of its files are as they were: a certificate is another file beside
-them, which :func:`luthier.library.models.content_hash` does not read.
+The record of the model and the list of its files are as they were: a certificate is another file
+beside them, which :func:`luthier.library.models.content_hash` does not read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Relative(Record):
 
 
 class Forecast(Record):
-    """What a run was estimated to take, with the range that holds it nine times in ten, and took."""
+    """What a run was estimated to take, with the range that holds it nine times in ten, and
+    took."""
 
     quantity: Literal["seconds", "peak_memory_bytes", "disk_bytes", "tokens"]
     actual: float
@@ -87,11 +88,13 @@ class Certificate(Record):
     record_sha256: str
     """Of ``luthier.json``."""
     record: Manifest
-    """The model's record: recipe and seed, data report, hashes of files and data, parity, metrics."""
+    """The model's record: recipe and seed, data report, hashes of files and data, parity,
+    metrics."""
     lineage: list[Relative]
     """What it comes from, the nearest first, then what helped."""
     curves: dict[str, list[tuple[int, float]]]
-    """Step and loss (or minus the reward) of ``train`` and ``validation``; none if the run is gone."""
+    """Step and loss (or minus the reward) of ``train`` and ``validation``; none if the run is
+    gone."""
     machine: str | None
     """That trained it."""
     forecast: list[Forecast]
@@ -271,7 +274,8 @@ def _missing(
 def certify(model_id: str) -> None:
     """Bring the certificate of a model up to date, as its making or its judging has ended.
 
-    One that is signed stays: who signed it makes another one. Power that was measured is taken over.
+    One that is signed stays: who signed it makes another one. Power that was measured is taken
+    over.
     """
     # Of two that judge it at once neither may leave out the other's report.
     with lock_record(find(model_id)):

@@ -1,8 +1,9 @@
 """Floating-point operations and energy of a training run.
 
-Operations per token are 2 for each weight in the forward pass and 4 in the backward pass. Two of the
-four are the weight's gradient, which frozen weights do not need (Kaplan et al. 2020, arXiv:2001.08361,
-section 2.1: 6ND if all weights train). The formula holds if each token meets each weight once.
+Operations per token are 2 for each weight in the forward pass and 4 in the backward pass. Two of
+the four are the weight's gradient, which frozen weights do not need (Kaplan et al. 2020,
+arXiv:2001.08361, section 2.1: 6ND if all weights train). The formula holds if each token meets each
+weight once.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ class Compute(Record):
     """Operations and energy of one run; ``None`` if unknown."""
 
     flops: float | None
-    """Floating-point operations of the training steps; an upper bound, since shared prefixes count in
-    each row and frozen layers at each step. Sampling and other models are not counted."""
+    """Floating-point operations of the training steps; an upper bound, since shared prefixes count
+    in each row and frozen layers at each step. Sampling and other models are not counted."""
     seconds: float | None
     """Duration of the run."""
     watts: float | None
@@ -30,7 +31,8 @@ class Compute(Record):
 
 
 def training_flops(manifest: Manifest) -> float | None:
-    """Return the operations of the training in ``manifest``, or ``None`` if they cannot be counted."""
+    """Return the operations of the training in ``manifest``, or ``None`` if they cannot be
+    counted."""
     measured = manifest.metrics
     if not measured or not measured.get("tokens"):
         return None
@@ -43,7 +45,8 @@ def training_flops(manifest: Manifest) -> float | None:
 def measure_compute(
     manifest: Manifest, seconds: float | None, on_gpu: bool, watts: float | None = None
 ) -> Compute:
-    """Return operations and energy of a run that took ``seconds``; ``watts`` is a measured power."""
+    """Return operations and energy of a run that took ``seconds``; ``watts`` is a measured
+    power."""
     power = None if seconds is None else watts or ASSUMED_WATTS["gpu" if on_gpu else "cpu"]
     return Compute(
         flops=training_flops(manifest),

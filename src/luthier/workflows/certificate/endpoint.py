@@ -1,8 +1,8 @@
 """Comparison of an endpoint's greedy replies with a model's own replies.
 
-A model is deterministic at temperature 0, so an endpoint that serves the model gives the same replies.
-Other servers round differently: at a near tie one token may differ, and the rest of that reply with the
-token. Therefore only a share of the replies must be identical.
+A model is deterministic at temperature 0, so an endpoint that serves the model gives the same
+replies. Other servers round differently: at a near tie one token may differ, and the rest of that
+reply with the token. Therefore only a share of the replies must be identical.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def _objective(certificate: Certificate) -> str:
 def model_card(certificate: Certificate, library: str | None = None) -> str:
     """Return ``README.md`` for the Hugging Face hub: metadata with ``model-index``, then text.
 
-    ``library`` is the hub's name of the library that loads the model; the default is ``peft`` for an
-    adapter and ``transformers`` otherwise.
+    ``library`` is the hub's name of the library that loads the model; the default is ``peft`` for
+    an adapter and ``transformers`` otherwise.
     """
     from huggingface_hub import EvalResult, ModelCardData
 

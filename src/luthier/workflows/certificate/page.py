@@ -227,7 +227,8 @@ def _report(kept: KeptReport) -> dict[str, Any]:
 
 
 def _result_table(result: Mapping[str, Any]) -> Table | None:
-    """Scores with their intervals, ways that were compared, or the single values of another report."""
+    """Scores with their intervals, ways that were compared, or the single values of another
+    report."""
     scores, intervals = result.get("scores"), result.get("intervals") or {}
     if isinstance(scores, Mapping):
         rows = [

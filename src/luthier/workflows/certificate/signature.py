@@ -1,9 +1,10 @@
-"""Signatures of a model's folder by OpenSSF Model Signing (``model-signing``), with keys kept offline.
+"""Signatures of a model's folder by OpenSSF Model Signing (``model-signing``), with keys kept
+offline.
 
-All files of the folder are signed: weights, record, certificate and reports; those of the base below an
-adapter are named by hash in the certificate. The signature is a Sigstore bundle with an in-toto
-statement, ``model.sig``, which ``model_signing verify key`` reads without luthier. Keys are elliptic
-ones (P-256, P-384, P-521) in PEM; no service is asked.
+All files of the folder are signed: weights, record, certificate and reports; those of the base
+below an adapter are named by hash in the certificate. The signature is a Sigstore bundle with an
+in-toto statement, ``model.sig``, which ``model_signing verify key`` reads without luthier. Keys are
+elliptic ones (P-256, P-384, P-521) in PEM; no service is asked.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def _hashing(signing: Any, signature: Path) -> Any:
 
 
 def _mismatches(text: str, folder: Path) -> list[str]:
-    """What the package says of files; nothing where it is the signature itself that does not fit."""
+    """What the package says of files; nothing where it is the signature itself that does not
+    fit."""
     _, named, listed = text.partition("Signature mismatch: ")
     if not named:
         return []

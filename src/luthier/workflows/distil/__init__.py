@@ -1,9 +1,10 @@
 """A teacher's knowledge into a smaller student.
 
-By ``responses`` the student is tuned on what the teacher answers (``responses.py``). The other methods
-use what the teacher thinks, not only what it says, and an objective does the work: the rows' own
-replies are what both networks read. Where rows are prompts alone, the teacher answers them first, as
-for ``responses``, and the student learns the teacher's distribution on those answers.
+By ``responses`` the student is tuned on what the teacher answers (``responses.py``). The other
+methods use what the teacher thinks, not only what it says, and an objective does the work: the
+rows' own replies are what both networks read. Where rows are prompts alone, the teacher answers
+them first, as for ``responses``, and the student learns the teacher's distribution on those
+answers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prompt insights: which prompts and answers the student learns from, and why not from the others.
 
-The name and the idea are Amazon Bedrock's; the rules are our own. Every rule is a plain check that can
-be checked by eye; ``answer.refusal`` is a heuristic on English phrases, and misses others.
+The name and the idea are Amazon Bedrock's; the rules are our own. Every rule is a plain check that
+can be checked by eye; ``answer.refusal`` is a heuristic on English phrases, and misses others.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def reject_prompts(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]
 def judge_answer(
     row: Row, outcome: Reply | Failure, spec: InsightSpec, overflow: Callable[[Row, str], str]
 ) -> Insight:
-    """What an answer is worth before it is graded. ``overflow`` says what does not fit the student."""
+    """What an answer is worth before it is graded. ``overflow`` says what does not fit the
+    student."""
     if isinstance(outcome, Failure):
         return Insight(row, None, outcome.rule, outcome.reason)
     answer = outcome.text.strip()

@@ -1,4 +1,5 @@
-"""The recipe of a distillation: that of tuning the student, its teacher, and what answers must be."""
+"""The recipe of a distillation: that of tuning the student, its teacher, and what answers must
+be."""
 
 from __future__ import annotations
 
@@ -45,16 +46,18 @@ class InsightSpec(StrictModel):
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Score that an answer needs with ``grader``."""
     minimum: int = Field(default=10, ge=2, le=1_000_000_000)
-    """Refuse to train on fewer accepted answers (10 is the least that OpenAI's fine-tuning takes)."""
+    """Refuse to train on fewer accepted answers (10 is the least that OpenAI's fine-tuning
+    takes)."""
 
 
 class DistilRecipe(Recipe):
-    """Everything that decides what a student becomes: ``base`` is the student, ``data.train`` asks."""
+    """Everything that decides what a student becomes: ``base`` is the student, ``data.train``
+    asks."""
 
     method: str = "responses"
-    """How the student learns: ``responses`` tunes it on what the teacher answers, ``logits`` on what it
-    thinks of every token, ``on_policy`` on what it thinks of the student's own answers; ``encoder`` and
-    ``embedding`` are for networks that read."""
+    """How the student learns: ``responses`` tunes it on what the teacher answers, ``logits`` on
+    what it thinks of every token, ``on_policy`` on what it thinks of the student's own answers;
+    ``encoder`` and ``embedding`` are for networks that read."""
     teacher: TeacherSpec
     """Who answers."""
     sampling: SamplingSpec = SamplingSpec()

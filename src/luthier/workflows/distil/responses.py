@@ -1,8 +1,9 @@
 """Distillation by responses: the student is tuned on what the teacher answers.
 
-Kim and Rush 2016, Sequence-Level Knowledge Distillation (arXiv:1606.07947), section 3.2: the mode of
-the teacher's distribution over sequences, found by greedy search here and by beam search there, takes
-the place of the data. Left out: interpolation with the data's own replies (their section 3.3).
+Kim and Rush 2016, Sequence-Level Knowledge Distillation (arXiv:1606.07947), section 3.2: the mode
+of the teacher's distribution over sequences, found by greedy search here and by beam search there,
+takes the place of the data. Left out: interpolation with the data's own replies (their section
+3.3).
 
 What a distillation needs to go on after a kill lies in ``distillations/STUDENT/NAME``:
 
@@ -287,7 +288,8 @@ class _Responses:
 
 
 def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
-    """Refuse what could not be trained, before the teacher works for nothing; the student's weights."""
+    """Refuse what could not be trained, before the teacher works for nothing; the student's
+    weights."""
     import torch
 
     from luthier.models.load import sketch

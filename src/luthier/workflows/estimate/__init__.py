@@ -1,1 +1,2 @@
-"""What a job will take, before it is run: time, memory, disk, money, and whether it can run at all."""
+"""What a job will take, before it is run: time, memory, disk, money, and whether it can run at
+all."""

@@ -113,8 +113,8 @@ class BudgetPlan:
 def plan(found: Estimate, seconds: float) -> BudgetPlan:
     """How many steps of the job fit into ``seconds``.
 
-    Reading, loading and storing take their time whatever is trained; measurements and checkpoints go
-    with the steps.
+    Reading, loading and storing take their time whatever is trained; measurements and checkpoints
+    go with the steps.
     """
     upper = found.seconds.high / found.seconds.value
     fixed = found.fixed_seconds * upper

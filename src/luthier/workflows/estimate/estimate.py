@@ -1,4 +1,5 @@
-"""What a job will take: from a few measured steps to the whole run, each number with its interval."""
+"""What a job will take: from a few measured steps to the whole run, each number with its
+interval."""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ class FittedLine:
 
 
 DRIFT = 0.1
-"""How much the speed of a machine wanders by itself: what ``docs/results.md`` saw on a virtual one."""
+"""How much the speed of a machine wanders by itself: what ``docs/results.md`` saw on a virtual
+one."""
 MEMORY_SLACK = 0.1
 """Peaks grow a little beyond the first steps, as freed memory is kept in pieces."""
 COUNTED = 0.1
@@ -257,7 +259,8 @@ def _new_sizes(measured: Measurement) -> float:
 
 
 def measurements(steps: int, every: int | None) -> int:
-    """How often a run of ``steps`` measures on its validation rows, the first time before it begins."""
+    """How often a run of ``steps`` measures on its validation rows, the first time before it
+    begins."""
     every = every or steps
     return 1 + steps // every + (steps % every > 0)
 
@@ -282,7 +285,8 @@ def _baselines(measured: Measurement) -> PredictionInterval:
 
 
 def _checkpoints(seconds: float, steps: int, cost: float) -> int:
-    """How many are written in ``seconds`` of steps, by the rules of the engine for the cost of one."""
+    """How many are written in ``seconds`` of steps, by the rules of the engine for the cost of
+    one."""
     each = seconds / max(1, steps)
     if not each:
         return 0

@@ -1,19 +1,16 @@
 """A few real steps of a real job, on a copy that is thrown away, and which steps stand for all.
 
-Everything goes through the code that trains (:class:`luthier.engine.train.Trainer`): the rows are read
-and checked, the model is loaded, what is computed ahead is computed for the rows that are tried, steps
-run on batches that stand for the run, a measurement, a checkpoint and the storing are done and timed.
-Only the rows are fewer. What is left in the store is nothing.
+Everything goes through the code that trains (:class:`luthier.engine.train.Trainer`): the rows are
+read and checked, the model is loaded, what is computed ahead is computed for the rows that are
+tried, steps run on batches that stand for the run, a measurement, a checkpoint and the storing are
+done and timed. Only the rows are fewer. What is left in the store is nothing.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -32,16 +29,17 @@ from luthier.engine.machine import (
 )
 from luthier.engine.metrics import Reporter
 from luthier.engine.model_writer import PARITY_ROWS
-from luthier.engine.runs import PRECOMPUTED, Run
-from luthier.engine.timings import Clock, estimates_folder, request_key
+from luthier.engine.runs import PRECOMPUTED
+from luthier.engine.timings import Clock, request_key
 from luthier.engine.train import Trainer
-from luthier.files import TEMPORARY, folder_size
+from luthier.files import folder_size
 from luthier.library import models as store
 from luthier.models.layouts import SIZE_STEP
 from luthier.models.network import Network
 from luthier.objectives.base import with_completions
 from luthier.recipe import Recipe
 from luthier.types import Example
+from luthier.workflows.trial_training import temporary_run
 
 LOOKED_AT = 200
 """Steps whose token trees are built to know the whole run; a longer run is sampled evenly."""
@@ -49,12 +47,14 @@ LOOKED_AT = 200
 
 @dataclass(frozen=True)
 class StepSize:
-    """What one step computes: distinct tokens, those of its largest micro-batch, and their sizes."""
+    """What one step computes: distinct tokens, those of its largest micro-batch, and their
+    sizes."""
 
     tokens: int
     largest: int
     sizes: frozenset[int]
-    """Sizes of the micro-batches as they are computed. Matrix kernels are made for one size each."""
+    """Sizes of the micro-batches as they are computed. Matrix kernels are made for one size
+    each."""
 
 
 @dataclass(frozen=True)
@@ -225,16 +225,11 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
         job = prepare_job(recipe, base, machine, reporter)
     work, batches = workload_of(job), representative(job, BATCHES)
     rows = [row for batch in batches for row in batch]
-    estimates_folder().mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=estimates_folder()))
-    try:
-        run = Run(base.root, "estimate", rehearsal=folder)
+    with temporary_run(base.root, "estimates") as run:
         trainer = Trainer(job.with_sample(rows, _validation_sample(job)), run, reporter, clock)
         network, loop = trainer.start(resume=False)
         shares = network.shares
         trial = _try(trainer, network, loop, len(batches))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     asked = trainer.calibration_rows
     begun = replace(job, data=replace(job.data, train=trainer.prepared_rows))
     order = order_of(begun)
