@@ -12,7 +12,15 @@ __version__ = "0.1.0"
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:
+    from luthier.cli.advise import advise
     from luthier.cli.data import inspect
+    from luthier.cli.distil import distil, student
+    from luthier.cli.estimate import estimate
+    from luthier.cli.launch import launch
+    from luthier.cli.learning_curve import learning_curve
+    from luthier.cli.pipeline import pipeline
+    from luthier.cli.pretrain import pretrain
+    from luthier.cli.search import search
     from luthier.cli.tune import tune
     from luthier.migrate import import_openai, import_promptfoo
     from luthier.recipe import Recipe
@@ -22,15 +30,6 @@ if TYPE_CHECKING:
     from luthier.sdk.export import export
     from luthier.sdk.hub import push
     from luthier.sdk.model import Model, load
-    from luthier.sdk.training import (
-        advise,
-        distil,
-        estimate,
-        launch,
-        learning_curve,
-        pretrain,
-        student,
-    )
 
 __all__ = [
     "Model",
@@ -52,8 +51,10 @@ __all__ = [
     "launch",
     "learning_curve",
     "load",
+    "pipeline",
     "pretrain",
     "push",
+    "search",
     "split",
     "student",
     "tune",
@@ -71,10 +72,15 @@ _HOMES = {
         "sdk.hub": ["push"],
         "migrate": ["import_openai", "import_promptfoo"],
         "sdk.model": ["Model", "load"],
-        "sdk.training": [
-            "advise", "distil", "estimate", "launch", "learning_curve", "pretrain", "student",
-        ],
         "cli.data": ["inspect"],
+        "cli.advise": ["advise"],
+        "cli.distil": ["distil", "student"],
+        "cli.estimate": ["estimate"],
+        "cli.launch": ["launch"],
+        "cli.learning_curve": ["learning_curve"],
+        "cli.pipeline": ["pipeline"],
+        "cli.pretrain": ["pretrain"],
+        "cli.search": ["search"],
         "cli.tune": ["tune"],
     }.items()
     for name in names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
-from luthier.cli.options import recipe_fields, recipe_options
+from luthier.cli.options import assign_fields
+from luthier.cli.pretrain import PRETRAINING
 from luthier.pretrain_recipe import PretrainRecipe
+from luthier.recipe import fields_of
 
 TEXT = "The quick brown fox jumps over the lazy dog. My card has not arrived yet. " * 80
 SHORT = ["--size", "tiny", "--context", "32", "--vocabulary", "300", "--batch-size", "2",
@@ -35,7 +36,7 @@ def text(tmp_path: Path) -> Path:
 def test_a_model_is_made_listed_measured_used_and_removed(text: Path, tmp_path: Path) -> None:
     made = json.loads(run("pretrain", str(text), "--name", "mine", *SHORT, "--json").stdout)
     assert made["model_id"] == "mine" and made["steps"] == 3
-    assert made["perplexity"] == pytest.approx(math.exp(made["validation_loss"]))
+    assert made["validation_loss"] > 0
     listed = json.loads(run("models", "list", "--json").stdout)["base"]
     mine = next(model for model in listed if model["id"] == "mine")
     assert mine["here"] and mine["context"] == 32 and mine["parameters"] > 500_000
@@ -61,8 +62,8 @@ def test_what_came_out_is_printed(text: Path) -> None:
 
 def test_options_and_settings_reach_the_recipe(tmp_path: Path) -> None:
     texts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
-    options = recipe_options({"name": "x", "family": "palm", "seed": None})
-    recipe = PretrainRecipe.parse(recipe_fields(texts, options, ["training.beta2=0.99"]))
+    fields = {"name": "x", "family": "palm", "training__beta2": 0.99}
+    recipe = PretrainRecipe.parse(assign_fields(fields_of(texts), fields, PRETRAINING))
     assert [path.name for path in recipe.data.train] == ["a.txt", "b.txt"]
     assert recipe.network.family == "palm"
     assert recipe.training.beta2 == 0.99 and recipe.training.weight_decay == 0.1
@@ -71,23 +72,24 @@ def test_options_and_settings_reach_the_recipe(tmp_path: Path) -> None:
 def test_a_recipe_file_names_texts_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('name = "x"\n[data]\ntrain = ["a.txt", "b.md"]\nvalidation = ["c.txt"]\n')
-    recipe = PretrainRecipe.parse(recipe_fields([str(path)], {}, []))
+    recipe = PretrainRecipe.parse(fields_of([str(path)]))
     assert recipe.data.train == (tmp_path / "a.txt", tmp_path / "b.md")
     assert recipe.data.validation == (tmp_path / "c.txt",)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "setting"),
     [
-        ([], "say what the base model that is made is called: --name"),
-        (["--name", "x", "--vocabulary", "100"], "must be 257 or more"),
+        ([], "name"),
+        (["--name", "x", "--vocabulary", "100"], "tokenizer.vocabulary"),
         (["--name", "x", "--size", "7b"], "network.size"),
         (["--name", "x", "--family", "rwkv"], "network.family"),
-        (["--name", "x", "--config", "c.json", "--size", "tiny"], "--config, or --family and"),
+        (["--name", "x", "--config", "c.json", "--size", "tiny"], None),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_made(
-    arguments: list[str], said: str, text: Path, luthier_home: Path
+    arguments: list[str], setting: str | None, text: Path, luthier_home: Path
 ) -> None:
-    assert said in run("pretrain", str(text), *arguments, code=2).output
+    refused = run("pretrain", str(text), *arguments, "--json", code=2)
+    assert json.loads(refused.stdout)["error"].get("setting") == setting
     assert not luthier_home.exists()

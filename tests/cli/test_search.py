@@ -62,7 +62,7 @@ def manifest(home: Path) -> dict[str, Any]:
 
 def test_json_has_the_trials_best_first_and_the_model(whole: tuple[Path, dict[str, Any]]) -> None:
     home, found = whole
-    assert found["model_id"] == "tiny-llama:x" and found["name"] == "x"
+    assert found["result"]["model_id"] == "tiny-llama:x" and found["name"] == "x"
     assert found["folder"] == str(home / "searches" / "x")
     assert sorted(trial["number"] for trial in found["trials"]) == [1, 2, 3, 4]
     complete = [trial["value"] for trial in found["trials"] if trial["state"] == "complete"]

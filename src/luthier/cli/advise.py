@@ -1,84 +1,78 @@
-"""``luthier advise``: what to do with this data, computed and measured."""
+"""``luthier advise``: a recommended technique, computed and measured."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, new_console, print_json
-from luthier.cli.options import (
-    Adaptation,
-    Base,
-    Columns,
-    Data,
-    Documents,
-    Json,
-    Objective,
-    Settings,
-    Validation,
-    read_recipe,
-    recipe_options,
-)
+from luthier.cli.console import check_output, heavy_imports, new_console
+from luthier.cli.options import TUNING, TuningFields, field_path, tuning_recipe
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.workflows.advise.recommend import Advice
 
 
 def advise(
-    data: Data,
-    validation: Validation = None,
-    columns: Columns = None,
-    base: Base = None,
-    objective: Objective = None,
-    adaptation: Adaptation = None,
-    documents: Documents = None,
-    goal: Annotated[
-        Literal["quality", "cost", "latency", "knowledge", "style"],
-        typer.Option(help="What matters most; knowledge is facts that stand in documents."),
-    ] = "quality",
-    max_minutes: Annotated[float | None, typer.Option(help="Training may take so long.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="An answer may take so long.")] = None,
-    max_megabytes: Annotated[float | None, typer.Option(help="The model may be so large.")] = None,
-    trial: Annotated[
-        float, typer.Option(min=0, help="Seconds to train on trial; 0 trains nothing.")
-    ] = 60.0,
-    set_: Settings = None,
-    recipe_file: Annotated[
-        Path | None, typer.Option("--recipe", help="Write the recipe that is advised (TOML).")
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Recommend a technique, measured on your rows."""
-    options = recipe_options(locals())
-    from luthier.recipe import portable, to_toml
-    from luthier.workflows.advise import tuning_command
-    from luthier.workflows.advise.facts import Wishes
+    data: str | Path,
+    *,
+    documents: Sequence[str | Path] = (),
+    goal: Literal["quality", "cost", "latency", "knowledge", "style"] = "quality",
+    max_minutes: float | None = None,
+    max_seconds: float | None = None,
+    max_megabytes: float | None = None,
+    trial: Annotated[float, typer.Option(min=0)] = 60.0,
+    recipe: Path | None = None,
+    reporter: Reporter | None = None,
+    **fields: TuningFields,
+) -> Advice:
+    """Recommend a technique, measured on your rows.
 
-    recipe = read_recipe(data, options, set_)
-    check_output(recipe_file)
-    command = tuning_command(data, options, set_ or ())
-    wishes = Wishes(goal, max_minutes, max_seconds, max_megabytes)
+    Args:
+        data: Data file, folder, 'pattern*', s3:// or recipe (.toml).
+        documents: Text with the facts for replies; repeatable.
+        goal: Main goal; knowledge is facts in documents.
+        max_minutes: Time limit of training.
+        max_seconds: Time limit of a reply.
+        max_megabytes: Size limit of the model.
+        trial: Seconds of trial training; 0 for none.
+        recipe: Write the recommended recipe (TOML) to this file.
+        reporter: Receives progress; silent if not given.
+        **fields: Fields of the recipe, as in :func:`luthier.tune`.
+
+    Returns:
+        ``judgements`` of each technique, the ``recommendation`` with reasons and commands, and the
+        ``facts`` behind them.
+
+    Raises:
+        RefusedInput: for an invalid recipe or invalid documents.
+    """
+    chosen = tuning_recipe(data, fields)
+    check_output(recipe)
     with heavy_imports():
-        from luthier.cli.progress import LiveReporter
+        from luthier.engine.metrics import Reporter
+        from luthier.recipe import portable, to_toml
         from luthier.workflows.advise import advise as run
+        from luthier.workflows.advise import command_of
+        from luthier.workflows.advise.facts import Wishes
 
-        with LiveReporter() as reporter:
-            found = run(recipe, command, documents or (), wishes, trial, reporter)
-    if recipe_file is not None:
+    dotted = {field_path(name, value, TUNING): value for name, value in fields.items()}
+    wishes = Wishes(goal, max_minutes, max_seconds, max_megabytes)
+    texts = [str(source) for source in documents]
+    found = run(chosen, command_of(str(data), dotted), texts, wishes, trial, reporter or Reporter())
+    if recipe is not None:
         from luthier.files import write_bytes
 
         reasons = "".join(f"# {reason}\n" for reason in found.recommendation.reasons)
-        write_bytes(recipe_file, (reasons + to_toml(portable(recipe))).encode())
-    if json_:
-        print_json(found.plain())
-    else:
-        show(found)
+        write_bytes(recipe, (reasons + to_toml(portable(chosen))).encode())
+    return found
 
 
-def show(advice: Advice) -> None:
-    """The comparison as tables, and the recommendation below."""
+def show_advice(advice: Advice) -> None:
+    """Print the techniques as tables, and the recommendation below."""
     from rich.table import Table
 
     out = new_console(highlight=False)

@@ -17,31 +17,31 @@ import typer
 from luthier.child_python import use_safe_path
 from luthier.cli import console
 from luthier.cli.admin import admin_app
-from luthier.cli.advise import advise
+from luthier.cli.advise import advise, show_advice
 from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.certificate import certificate, verify
 from luthier.cli.compare import compare
 from luthier.cli.data import clean, convert, inspect, show_report, split
 from luthier.cli.demo import demo
-from luthier.cli.distil import distil, student
+from luthier.cli.distil import distil, show_distillation, show_student, student
 from luthier.cli.embed import embed
-from luthier.cli.estimate import estimate
+from luthier.cli.estimate import estimate, show_estimate
 from luthier.cli.evaluate import evaluate
 from luthier.cli.forgetting import forgetting
 from luthier.cli.generate import chat, generate
 from luthier.cli.images import reconstruct, sample
 from luthier.cli.imports import import_app
-from luthier.cli.launch import launch
-from luthier.cli.learning_curve import learning_curve
+from luthier.cli.launch import launch, print_launch_file
+from luthier.cli.learning_curve import learning_curve, show_learning_curve
 from luthier.cli.models import models_app
 from luthier.cli.nearest import nearest
-from luthier.cli.pipeline import pipeline
+from luthier.cli.pipeline import pipeline, show_stages
 from luthier.cli.plugins import plugins
 from luthier.cli.predict import predict
-from luthier.cli.pretrain import pretrain
+from luthier.cli.pretrain import pretrain, show_pretraining
 from luthier.cli.push import push
 from luthier.cli.samples import samples
-from luthier.cli.search import search
+from luthier.cli.search import search, show_search
 from luthier.cli.serve import serve
 from luthier.cli.tune import print_result, tune
 from luthier.cli.worker import worker
@@ -61,14 +61,18 @@ PANELS: dict[str, Sequence[Command | Callable[..., None] | CommandGroup]] = {
     "Data": (Command(inspect, show_report), clean, convert, split, import_app),
     "Train": (
         Command(tune, print_result, shares_work=True),
-        pretrain,
-        distil,
-        student,
-        search,
-        pipeline,
-        launch,
+        Command(pretrain, show_pretraining, shares_work=True),
+        Command(distil, show_distillation),
+        Command(student, show_student),
+        Command(search, show_search),
+        Command(pipeline, show_stages),
+        Command(launch, print_launch_file, has_json=False),
     ),
-    "Decide": (estimate, advise, learning_curve),
+    "Decide": (
+        Command(estimate, show_estimate),
+        Command(advise, show_advice),
+        Command(learning_curve, show_learning_curve),
+    ),
     "Use": (generate, chat, predict, embed, nearest, sample, reconstruct),
     "Evaluate": (evaluate, compare, forgetting, samples, certificate, verify),
     "Serve": (serve, admin_app),

@@ -65,11 +65,11 @@ class Command:
 
     function: Callable[..., Any]
     show: Callable[..., None] | None = None
-    """Prints the result. A renderer receives the result, and each option that its signature names. A
-    command without a renderer has no ``--json``."""
+    """Prints the result. A renderer receives the result, and each option that its signature names."""
     name: str | None = None
     shares_work: bool = False
     """Whether the processes of a launcher such as torchrun run the command together."""
+    has_json: bool = True
 
     def typer_function(self, extra_name: str) -> Callable[..., None]:
         """Return a function that typer can register; ``extra_name`` is the extra that it needs."""
@@ -90,7 +90,7 @@ class Command:
         run.__name__ = self.function.__name__
         run.__doc__ = _SECTION.split(inspect.getdoc(self.function) or "")[0].strip()
         shown = [*parameters.shown]
-        if self.show is not None:
+        if self.has_json:
             shown.append(_keyword("json_", Json, False))
         run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         return run

@@ -1,122 +1,138 @@
-"""``luthier distil`` and ``luthier student``: what a large model knows in a smaller one."""
+"""``luthier distil`` and ``luthier student``: the knowledge of a large model in a smaller model."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, print_json
+from luthier.cli.bridge import FromText
+from luthier.cli.console import heavy_imports, new_console
 from luthier.cli.options import (
-    Adaptation,
-    BatchSize,
-    Columns,
-    Epochs,
-    Json,
-    LearningRate,
-    Name,
-    Resume,
-    Validation,
-    recipe_fields,
-    recipe_options,
+    TUNING,
+    RecipeField,
+    assign_fields,
+    parse_whole_numbers,
+    recipe_keywords,
 )
-from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+    from luthier.workflows.distil.responses import Distilled
+    from luthier.workflows.student import Student
+
+
+DISTILLATION: Mapping[str, RecipeField] = {
+    "teacher": RecipeField("teacher", "Model id, or https://host/v1#model of an endpoint."),
+    "student": RecipeField("base", "Model that learns."),
+    "method": RecipeField("method", "responses, logits, on_policy, encoder or embedding."),
+    "max_tokens": RecipeField("sampling.max_tokens", "Token limit of a reply.", int),
+    "temperature": RecipeField("sampling.temperature", "Sampling temperature.", float),
+    "grader": RecipeField("insights.grader", "Accept only replies that this grader accepts."),
+    **{
+        name: TUNING[name]
+        for name in (
+            "validation", "columns", "name", "adaptation", "epochs", "batch_size", "learning_rate"
+        )
+    },
+}  # fmt: skip
+"""Fields of a distillation's recipe that have a short name."""
 
 
 def distil(
-    data: Annotated[
-        str, typer.Argument(metavar="PROMPTS", help="Prompts or rows, or a recipe (.toml).")
-    ],
-    teacher: Annotated[
-        str | None, typer.Option(help="Model id, or https://host/v1#model of an endpoint.")
-    ] = None,
-    student: Annotated[str | None, typer.Option(help="Model that learns.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="responses, logits, on_policy, encoder or embedding.")
-    ] = None,
-    teacher_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint.")] = None,
-    teacher_model: Annotated[str | None, typer.Option(help="Its name for the teacher.")] = None,
-    teacher_key_env: Annotated[
-        str | None,
-        typer.Option(help="Environment variable with its key; OPENAI_API_KEY if not given."),
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
-    grader: Annotated[str | None, typer.Option(help="Accept answers by this grader only.")] = None,
-    validation: Validation = None,
-    columns: Columns = None,
-    name: Name = None,
-    adaptation: Adaptation = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any field: KEY=VALUE, e.g. teacher.concurrency=8."),
-    ] = None,
-    resume: Resume = False,
-    json_: Json = False,
-) -> None:
-    """Distil a teacher into a student."""
-    options = recipe_options(locals())
+    prompts: str | Path,
+    *,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Annotated[Any, recipe_keywords(DISTILLATION)],
+) -> Distilled:
+    """Distil a teacher into a student.
+
+    Args:
+        prompts: Prompts, conversations or rows, or a recipe (.toml).
+        resume: Resume an interrupted distillation.
+        reporter: Receives progress; silent if not given.
+        **fields: Fields of the recipe, such as ``teacher="..."``, ``student="..."`` or
+            ``sampling__max_tokens=256``, with ``__`` for the dot.
+
+    Returns:
+        The ``result`` of the student's run, and ``details`` of the distillation.
+
+    Raises:
+        RefusedInput: for invalid prompts or settings, or too few accepted replies.
+        LuthierError: if the teacher is not reachable. The replies so far are kept.
+    """
     from luthier.chat_models.base import address_fields
+    from luthier.recipe import fields_of
     from luthier.workflows.distil.recipe import DistilRecipe
 
-    address = address_fields(teacher) if teacher else {}
-    parts = {"url": teacher_url, "model": teacher_model, "key_env": teacher_key_env}
-    address |= {part: value for part, value in parts.items() if value}
-    options = {f"teacher.{part}": value for part, value in address.items()} | options
-    recipe = DistilRecipe.parse(recipe_fields(data, options, set_))
+    plain = fields_of(prompts)
+    if isinstance(plain.get("teacher"), str):
+        plain["teacher"] = address_fields(plain["teacher"])
+    if isinstance(teacher := fields.pop("teacher", None), str):
+        address = {f"teacher.{part}": value for part, value in address_fields(teacher).items()}
+        fields = {**address, **fields}
+    recipe = DistilRecipe.parse(assign_fields(plain, fields, DISTILLATION))
     with heavy_imports():
-        from luthier.cli.progress import LiveReporter
-        from luthier.cli.tune import print_result
         from luthier.workflows.distil import distil as run
 
-    with LiveReporter() as reporter:
-        found = run(recipe, resume, reporter)
-    if json_:
-        print_json({**asdict(found.result), "distillation": found.details})
-        return
+    return run(recipe, resume, reporter)
+
+
+def show_distillation(found: Distilled) -> None:
+    """Print the student's run, and the file with the replies."""
+    from luthier.cli.tune import print_result
+
     print_result(found.result)
     if insights := found.details.get("insights"):
         new_console(highlight=False).print(f"  insights    {insights['file']}", soft_wrap=True)
 
 
 def student(
-    teacher: Annotated[str, typer.Option("--from", help="Model it is made of.")],
-    name: Annotated[str, typer.Option(help="Name of the student.")],
-    layers: Annotated[
-        int | None, typer.Option(help="Layers, spread evenly over the teacher's.")
-    ] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="Or the layers themselves, from 0: 0,2,4,7,9,11.")
-    ] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads of each layer.")] = None,
-    intermediate: Annotated[int | None, typer.Option(help="Neurons of each MLP.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Channels of the residual stream.")] = None,
-    json_: Json = False,
-) -> None:
-    """Make a smaller model from a teacher's weights."""
+    teacher: Annotated[str, typer.Option("--from")],
+    *,
+    name: str,
+    layers: int | None = None,
+    keep: Annotated[Sequence[int] | None, FromText(str, parse_whole_numbers)] = None,
+    heads: int | None = None,
+    intermediate: int | None = None,
+    hidden: int | None = None,
+    reporter: Reporter | None = None,
+) -> Student:
+    """Make a smaller model from a teacher's weights.
+
+    The student must be tuned before use.
+
+    Args:
+        teacher: Model whose weights are copied.
+        name: Name of the student.
+        layers: Number of layers, spread evenly over the teacher.
+        keep: Or the layers by number from 0, e.g. 0,2,4,7,9,11.
+        heads: Attention heads of each layer.
+        intermediate: Neurons of each MLP.
+        hidden: Width of the residual stream.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        Model id, folder and number of weights.
+
+    Raises:
+        RefusedInput: for invalid sizes, an unknown family, a used name or too little disk space.
+    """
     from luthier.models.student import StudentShape
 
-    try:
-        numbers = None if keep is None else tuple(int(part) for part in keep.split(","))
-    except ValueError as error:
-        raise RecipeError(
-            f"--keep {keep}: give numbers of layers with commas between them, such as 0,2,4"
-        ) from error
-    shape = StudentShape(layers, numbers, heads, intermediate, hidden)
+    shape = StudentShape(layers, None if keep is None else tuple(keep), heads, intermediate, hidden)
     shape.check()
     with heavy_imports():
-        from luthier.cli.progress import LiveReporter
         from luthier.workflows.student import make_student
 
-    with LiveReporter() as reporter:
-        made = make_student(teacher, name, shape, reporter)
-    if json_:
-        print_json(asdict(made))
-        return
+    return make_student(teacher, name, shape, reporter)
+
+
+def show_student(made: Student) -> None:
+    """Print the size of the student and the next command."""
     out = new_console(highlight=False, soft_wrap=True)
     out.print(
         f"[bold green]{made.model_id}[/bold green] is stored and verified: "

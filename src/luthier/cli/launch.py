@@ -3,85 +3,75 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from luthier.cli.bridge import FromText
+from luthier.cli.console import check_output, heavy_imports, is_standard_output, stream_text
+from luthier.cli.options import DataSource, TuningFields, parse_duration, tuning_recipe
 
-from luthier.cli.console import check_output, heavy_imports, is_standard_output, note, stream_text
-from luthier.cli.options import (
-    Adaptation,
-    Base,
-    BatchSize,
-    Columns,
-    Data,
-    Epochs,
-    Mix,
-    Name,
-    Objective,
-    Settings,
-    Validation,
-    read_recipe,
-    recipe_options,
-)
+if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
 
 
 def launch(
-    data: Data,
-    on: Annotated[
-        Literal["slurm", "kubernetes", "skypilot", "ray"],
-        typer.Option("--on", help="What runs the job."),
-    ],
-    processes: Annotated[int, typer.Option(help="On each node; each trains on its share.")] = 1,
-    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            help="GPU of each process, by the cluster's name (H100), or none; if not given, as here."
-        ),
-    ] = None,
-    image: Annotated[
-        str | None, typer.Option(help="Container image; what deploy/Dockerfile makes if not given.")
-    ] = None,
-    time: Annotated[
-        str | None, typer.Option(help="Time limit, e.g. 2h or 90m; from the estimate if not given.")
-    ] = None,
-    validation: Validation = None,
-    columns: Columns = None,
-    mix: Mix = None,
-    base: Base = None,
-    name: Name = None,
-    objective: Objective = None,
-    adaptation: Adaptation = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    set_: Settings = None,
-    output: Annotated[
-        Path | None, typer.Option(help="File to write; standard output if not given.")
-    ] = None,
-) -> None:
+    data: DataSource,
+    *,
+    on: Literal["slurm", "kubernetes", "skypilot", "ray"],
+    processes: int = 1,
+    nodes: int = 1,
+    gpu: str | None = None,
+    image: str | None = None,
+    time: Annotated[float | None, FromText(str, parse_duration)] = None,
+    output: Path | None = None,
+    reporter: Reporter | None = None,
+    **fields: TuningFields,
+) -> str:
     """Print a launch file for a cluster.
 
     Resources come from an estimate, with a reason for each number.
-    """
-    from luthier.workflows.estimate.budget import duration
 
-    recipe = read_recipe(data, recipe_options(locals()), set_)
+    Args:
+        data: Data file, folder, 'pattern*', s3:// or recipe (.toml).
+        on: Software that runs the job.
+        processes: Processes on each node.
+        nodes: Number of machines.
+        gpu: GPU of each process, e.g. H100, or none; by default as here.
+        image: Container image, by default from deploy/Dockerfile.
+        time: Time limit, e.g. 2h; estimated by default; in Python seconds.
+        output: File for the result; standard output by default.
+        reporter: Receives progress; silent if not given.
+        **fields: Fields of the recipe, as in :func:`luthier.tune`.
+
+    Returns:
+        The text of the launch file.
+
+    Raises:
+        RefusedInput: for a job that the cluster cannot run, and for invalid data or settings.
+    """
+    recipe = tuning_recipe(data, fields)
     output = None if is_standard_output(output) else output
     check_output(output)
-    seconds = duration(time) if time else None
     with heavy_imports():
-        from luthier.cli.progress import LiveReporter
-        from luthier.sdk.training import launch as run
+        from luthier.cluster.launch import LaunchRequest, launch_file
+        from luthier.engine.dataset import check_sources
+        from luthier.engine.machine import choose_machine
+        from luthier.workflows.estimate.estimate import estimate
 
-    with LiveReporter() as reporter:
-        text = run(
-            recipe, on=on, processes=processes, nodes=nodes, gpu=gpu, image=image, seconds=seconds,
-            reporter=reporter,
-        )  # fmt: skip
-    if output is None:
+    request = LaunchRequest(on, processes, nodes, gpu, image, time)
+    check_sources(recipe.data, recipe.objective)
+    found = estimate(recipe, reporter)
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    text = launch_file(recipe, found, request, machine)
+    if output is not None:
+        from luthier.files import write_bytes
+
+        write_bytes(output, text.encode())
+        if reporter is not None:
+            reporter.note(f"{output} is written; its first lines say how to submit the job")
+    return text
+
+
+def print_launch_file(text: str, output: Path | None) -> None:
+    """Print the launch file, unless a file has the text."""
+    if output is None or is_standard_output(output):
         stream_text(text)
-        return
-    from luthier.files import write_bytes
-
-    write_bytes(output, text.encode())
-    note(f"{output} is written; its first lines say how to submit it")

@@ -1,69 +1,54 @@
-"""``luthier learning-curve``: would more data help?"""
+"""``luthier learning-curve``: the effect of more rows."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from luthier.cli.bridge import FromText
+from luthier.cli.console import heavy_imports, new_table, print_table, print_text
+from luthier.cli.options import DataSource, TuningFields, parse_numbers, tuning_recipe
 
-from luthier.cli.console import heavy_imports, new_table, print_json, print_table, print_text
-from luthier.cli.options import (
-    Adaptation,
-    Base,
-    Columns,
-    Data,
-    Json,
-    LongRows,
-    Mix,
-    Objective,
-    Resume,
-    Settings,
-    Validation,
-    read_recipe,
-    recipe_options,
-)
-from luthier.errors import RecipeError
+if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+    from luthier.workflows.learning_curve import LearningCurve
 
 
 def learning_curve(
-    data: Data,
-    shares: Annotated[
-        str | None,
-        typer.Option(help="Shares of the rows, such as 0.125,0.25,0.5,1."),
-    ] = None,
-    validation: Validation = None,
-    columns: Columns = None,
-    mix: Mix = None,
-    long_rows: LongRows = None,
-    base: Base = None,
-    name: Annotated[str | None, typer.Option(help="Name of the learning curve.")] = None,
-    objective: Objective = None,
-    adaptation: Adaptation = None,
-    set_: Settings = None,
-    resume: Resume = False,
-    json_: Json = False,
-) -> None:
+    data: DataSource,
+    *,
+    shares: Annotated[Sequence[float], FromText(str, parse_numbers)] = (),
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: TuningFields,
+) -> LearningCurve:
     """Estimate the effect of more rows.
 
     The command trains on growing shares of the rows and stores no model.
-    """
-    recipe = read_recipe(data, recipe_options(locals()), set_)
-    try:
-        numbers = None if shares is None else [float(part) for part in shares.split(",")]
-    except ValueError as error:
-        raise RecipeError(
-            f"--shares {shares}: give shares of the rows with commas between them, such as "
-            "0.125,0.25,0.5,1"
-        ) from error
-    with heavy_imports():
-        from luthier.cli.progress import LiveReporter
-        from luthier.sdk.training import learning_curve as run
 
-    with LiveReporter() as reporter:
-        found = run(recipe, shares=numbers, resume=resume, reporter=reporter)
-    if json_:
-        print_json(found.plain())
-        return
+    Args:
+        data: Data file, folder, 'pattern*', s3:// or recipe (.toml).
+        shares: Shares of the rows, e.g. 0.125,0.25,0.5,1.
+        resume: Resume an interrupted learning curve.
+        reporter: Receives progress; silent if not given.
+        **fields: Fields of the recipe, as in :func:`luthier.tune`.
+
+    Returns:
+        ``points``, the ``gain`` of twice the rows with its ``interval``, and ``verdict()``.
+
+    Raises:
+        RefusedInput: before training, for invalid data, settings or shares.
+    """
+    recipe = tuning_recipe(data, fields)
+    with heavy_imports():
+        from luthier.workflows.learning_curve import SHARES
+        from luthier.workflows.learning_curve import learning_curve as run
+
+    return run(recipe, shares or SHARES, resume, reporter)
+
+
+def show_learning_curve(found: LearningCurve) -> None:
+    """Print the score of each share, the verdict and the plot's path."""
     measure = found.points[-1].measure.replace("_", " ")
     table = new_table("rows", measure, "±", numbers=("rows", "±"))
     for point in found.points:

@@ -224,6 +224,31 @@ def parse_mix(texts: list[str]) -> list[dict[str, Any]]:
     return [parse_mix(text) for text in texts]
 
 
+def parse_duration(text: str) -> float:
+    """Parse a duration such as ``90m``, in seconds."""
+    from luthier.workflows.estimate.budget import duration
+
+    return duration(text)
+
+
+def parse_numbers(text: str) -> list[float]:
+    """Parse numbers with commas between them."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RecipeError(f"{text!r} is not a list of numbers such as 0.125,0.25,0.5,1") from error
+
+
+def parse_whole_numbers(text: str) -> list[int]:
+    """Parse whole numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RecipeError(f"{text!r} is not a list of whole numbers such as 0,2,4") from error
+
+
+AtLeastOne = Annotated[int, typer.Option(min=1)]
+OptionalAtLeastOne = Annotated[int | None, typer.Option(min=1)]
 DataSource = Annotated["str | Path | Recipe", FromText(str)]
 Mapped = Annotated[
     Mapping[str, str] | None,
@@ -297,28 +322,25 @@ def tuning_recipe(data: str | Path | Recipe, fields: Mapping[str, Any]) -> Recip
     Raises:
         RecipeError: for an unknown or invalid field, or for fields in addition to a ``Recipe``.
     """
-    from luthier.recipe import Recipe
+    from luthier.recipe import Recipe, fields_of
 
     if not isinstance(data, Recipe):
-        return Recipe.parse(plain_recipe(data, fields, TUNING))
+        return Recipe.parse(assign_fields(fields_of(data), fields, TUNING))
     if fields:
         raise RecipeError("a Recipe object is complete: set the fields in the object")
     return data
 
 
-def plain_recipe(
-    data: str | Path | Sequence[str | Path],
-    fields: Mapping[str, Any],
-    short_names: Mapping[str, RecipeField],
+def assign_fields(
+    plain: dict[str, Any], fields: Mapping[str, Any], short_names: Mapping[str, RecipeField]
 ) -> dict[str, Any]:
-    """Return the values of a recipe, with ``fields`` by short name or by path.
+    """Set ``fields``, by short name or by path, in the values of a recipe, and return the values.
 
     Raises:
         RecipeError: for a field that is given twice.
     """
-    from luthier.recipe import assign, fields_of
+    from luthier.recipe import assign
 
-    plain = fields_of(data)
     names: dict[str, str] = {}
     for name, value in fields.items():
         path = field_path(name, value, short_names)

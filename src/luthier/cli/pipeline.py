@@ -2,57 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from luthier.cli.console import heavy_imports, new_console, new_table, print_json, print_table
-from luthier.cli.options import Json
+from luthier.cli.console import heavy_imports, new_table, print_table
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.workflows.pipeline import StageOutcome
 
 
+@dataclass(frozen=True)
+class PipelineResult:
+    """The outcome of each stage."""
+
+    stages: list[StageOutcome]
+
+
 def pipeline(
-    file: Annotated[Path, typer.Argument(help="TOML file with the stages.")],
-    check: Annotated[bool, typer.Option("--check", help="Check all stages, train none.")] = False,
-    json_: Json = False,
-) -> None:
+    file: Path, *, check: bool = False, reporter: Reporter | None = None
+) -> PipelineResult:
     """Run several tunings in order.
 
     Each stage starts from the model of an earlier stage. Completed stages are not repeated.
+
+    Args:
+        file: TOML file with the stages.
+        check: Check all stages without training.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The model and the figures of each stage; empty if stages are only checked.
+
+    Raises:
+        RefusedInput: before training, for an invalid stage.
     """
     from luthier.workflows.pipeline import Pipeline
 
     stages = Pipeline.read(file)
-    out = new_console(highlight=False)
-    if not json_:
-        for number, stage in enumerate(stages.stages, 1):
-            needs = f"  [dim]from {', '.join(stage.after)}[/dim]" if stage.after else ""
-            out.print(
-                f"{number}. [bold]{stage.name}[/bold] → {stage.model_id}{needs}", soft_wrap=True
-            )
-    # Loads torch, which takes seconds: only for a pipeline that parses.
+    # Loads torch, which takes seconds: only for a valid file.
     with heavy_imports():
         import luthier.engine.train  # noqa: F401
-        from luthier.cli.progress import LiveReporter
+        from luthier.engine.metrics import Reporter
 
-    with LiveReporter() as reporter:
-        if check:
-            stages.check(reporter)
-            return
-        outcomes = stages.run(reporter)
-    if json_:
-        print_json({"stages": [asdict(outcome) for outcome in outcomes]})
+    reporter = reporter or Reporter()
+    for number, stage in enumerate(stages.stages, 1):
+        needs = f", from {', '.join(stage.after)}" if stage.after else ""
+        reporter.note(f"{number}. {stage.name} → {stage.model_id}{needs}")
+    if check:
+        stages.check(reporter)
+        return PipelineResult([])
+    return PipelineResult(stages.run(reporter))
+
+
+def show_stages(result: PipelineResult) -> None:
+    """Print the model and the figures of each stage."""
+    if not result.stages:
         return
     numbers = ("steps", "validation", "time")
     table = new_table("stage", "model", *numbers, "outcome", numbers=numbers)
-    for outcome in outcomes:
+    for outcome in result.stages:
         model = f"[bold green]{outcome.model_id}[/bold green]"
         table.add_row(outcome.stage, model, *_cells(outcome))
-    out.print()
     print_table(table)
 
 

@@ -1,106 +1,95 @@
-"""``luthier pretrain``."""
+"""``luthier pretrain``: a base model from raw text."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from luthier.cli.console import heavy_imports, new_console, print_json, train_beside_first
+from luthier.cli.bridge import FromText
+from luthier.cli.console import heavy_imports, new_console
 from luthier.cli.options import (
-    Adaptation,
-    Json,
-    LearningRate,
-    Processes,
-    Resume,
-    recipe_fields,
-    recipe_options,
+    TUNING,
+    AtLeastOne,
+    RecipeField,
+    assign_fields,
+    recipe_keywords,
 )
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Result
+
+PRETRAINING: Mapping[str, RecipeField] = {
+    "name": RecipeField("name", "Name of the new model."),
+    "size": RecipeField("network.size", "Size: tiny, 3m, 10m, 30m or 135m weights."),
+    "base": RecipeField("network.base", "Base model for continued pre-training."),
+    "adaptation": TUNING["adaptation"],
+    "family": RecipeField("network.family", "Network: llama, gpt2, palm or transfo_xl."),
+    "config": RecipeField("network.config", "A config.json, instead of size and family.", Path),
+    "vocabulary": RecipeField("tokenizer.vocabulary", "Number of tokens of the tokenizer.", int),
+    "context": RecipeField("network.context", "Context length in tokens.", int),
+    "validation": RecipeField("data.validation", "Text for validation; repeatable.", list[str]),
+    "epochs": TUNING["epochs"],
+    "batch_size": RecipeField("training.batch_size", "Sequences per step.", int),
+    "learning_rate": TUNING["learning_rate"],
+    "seed": TUNING["seed"],
+}
+"""Fields of a pre-training's recipe that have a short name."""
 
 
 def pretrain(
-    data: Annotated[
-        list[str],
-        typer.Argument(help="Files of raw text (.txt, .md, JSONL), or a recipe (.toml)."),
-    ],
-    name: Annotated[
-        str | None,
-        typer.Option(
-            help="Id of the new base model; with an adaptation, name of the new custom model."
-        ),
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="tiny, 3m, 10m, 30m or 135m weights.")] = None,
-    from_base: Annotated[
-        str | None,
-        typer.Option(
-            "--base", help="Model to go on from (continued pre-training), instead of a new network."
-        ),
-    ] = None,
-    adaptation: Adaptation = None,
-    family: Annotated[str | None, typer.Option(help="llama, gpt2, palm or transfo_xl.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="A config.json to build from, instead of size and family.")
-    ] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="Tokens of the tokenizer.")] = None,
-    context: Annotated[int | None, typer.Option(help="Longest input in tokens.")] = None,
-    validation: Annotated[
-        list[str] | None, typer.Option(help="Raw text to measure on; may be repeated.")
-    ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the text.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences in one step.")] = None,
-    learning_rate: LearningRate = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the weights and of the order.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. training.beta2=0.99."),
-    ] = None,
-    resume: Resume = False,
-    processes: Processes = 1,
-    json_: Json = False,
-) -> None:
+    data: Annotated[str | Path | Sequence[str | Path], FromText(list[str])],
+    *,
+    resume: bool = False,
+    processes: AtLeastOne = 1,
+    reporter: Reporter | None = None,
+    **fields: Annotated[Any, recipe_keywords(PRETRAINING)],
+) -> Result:
     """Train a base model on raw text.
 
     Training starts from random weights with a new tokenizer, or continues from --base. All weights of
     the base are trained unless --adaptation names an adapter. The text may exceed the memory.
+
+    Args:
+        data: Files of raw text (.txt, .md, JSONL), or a recipe (.toml).
+        resume: Resume an interrupted run.
+        processes: Processes of this machine that share each step.
+        reporter: Receives progress; silent if not given.
+        **fields: Fields of the recipe, such as ``name="..."``, which is required, or
+            ``training__beta2=0.99``, with ``__`` for the dot.
+
+    Returns:
+        Model id, folders, losses, time and memory of the run.
+
+    Raises:
+        RefusedInput: before training, for invalid text or settings.
     """
-    options = recipe_options(locals())
     from luthier.pretrain_recipe import PretrainRecipe
+    from luthier.recipe import fields_of
 
-    given = recipe_fields(data, options, set_)
+    plain = fields_of([data] if isinstance(data, str | Path) else data)
+    given = assign_fields(plain, fields, PRETRAINING)
     if "name" not in given:
-        raise RecipeError("say what the base model that is made is called: --name my-base")
+        raise RecipeError("the new model needs a name: --name my-base", "name")
     recipe = PretrainRecipe.parse(given)
-    # Loads torch, which takes seconds: only for a recipe that parses.
+    # Loads torch, which takes seconds: only for a valid recipe.
     with heavy_imports():
-        from luthier.cli.progress import LiveReporter
-        from luthier.evaluation.significance import perplexity_of
-        from luthier.workflows.pretrain import pretrain as train
+        from luthier.workflows.pretrain import pretrain as run
 
-    if train_beside_first(lambda: train(recipe, resume, processes=processes)):
-        return
-    with LiveReporter() as reporter:
-        result = train(recipe, resume, reporter, processes)
-    loss = result.validation_loss
-    perplexity = None if loss is None else perplexity_of(loss)
-    if json_:
-        print_json(asdict(result) | {"perplexity": perplexity})
-    else:
-        _print(result, perplexity)
+    return run(recipe, resume, reporter, processes)
 
 
-def _print(result: Result, perplexity: float | None) -> None:
+def show_pretraining(result: Result) -> None:
+    """Print the result of a pre-training and the next commands."""
     from luthier.cli.tune import loss_figures, print_verdict
+    from luthier.evaluation.significance import perplexity_of
 
     out = new_console(highlight=False, soft_wrap=True)
     held = ""
-    if perplexity is not None:
-        held = f"loss {result.validation_loss:.4f} (perplexity {perplexity:.1f})"
+    if (loss := result.validation_loss) is not None:
+        held = f"loss {loss:.4f} (perplexity {perplexity_of(loss):.1f})"
     kind = "an adapter" if ":" in result.model_id else "a base model here"
     out.print(f"\n[bold green]{result.model_id}[/bold green] is {kind}, stored and verified")
     speed = result.tokens / max(result.seconds, 1e-9)

@@ -1,90 +1,68 @@
-"""``luthier search``."""
+"""``luthier search``: hyperparameter search."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from luthier.cli.console import (
-    extra,
-    heavy_imports,
-    new_console,
-    new_table,
-    print_json,
-    print_table,
-)
+from luthier.cli.console import extra, heavy_imports, new_console, new_table, print_table
 from luthier.cli.options import (
-    Adaptation,
-    Base,
-    Columns,
-    Data,
-    Json,
-    LongRows,
-    Mix,
-    Objective,
+    AtLeastOne,
+    DataSource,
+    OptionalAtLeastOne,
     RayAddress,
-    RayGpus,
-    Resume,
-    Settings,
-    Validation,
-    read_recipe,
-    recipe_options,
+    TuningFields,
+    tuning_recipe,
 )
 from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.workflows.search import SearchResult
     from luthier.workflows.trial_processes import TrialRunner
 
 
 def search(
-    data: Data,
-    trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = 12,
-    space: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Field to search: KEY=LOW..HIGH or KEY=a,b,c; the rate if none is given."
-        ),
-    ] = None,
-    validation: Validation = None,
-    columns: Columns = None,
-    mix: Mix = None,
-    long_rows: LongRows = None,
-    base: Base = None,
-    name: Annotated[str | None, typer.Option(help="Name of search and custom model.")] = None,
-    objective: Objective = None,
-    adaptation: Adaptation = None,
-    set_: Settings = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Trials at once, each with a share of the cores. One here, on a cluster as many as "
-            "it has room for, at most five.",
-        ),
-    ] = None,
+    data: DataSource,
+    *,
+    trials: AtLeastOne = 12,
+    space: Sequence[str] = (),
+    parallel: OptionalAtLeastOne = None,
     ray_address: RayAddress = None,
-    ray_gpus: RayGpus = 0.0,
-    resume: Resume = False,
-    json_: Json = False,
-) -> None:
+    ray_gpus: float = 0.0,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: TuningFields,
+) -> SearchResult:
     """Search for the best settings.
 
     Poor trials stop early, and the best trial becomes a custom model.
+
+    Args:
+        data: Data file, folder, 'pattern*', s3:// or recipe (.toml).
+        trials: Number of settings to try.
+        space: Field to search: KEY=LOW..HIGH or KEY=a,b,c; repeatable.
+        parallel: Trials at the same time; at most 5 on a cluster.
+        ray_address: Head of a Ray cluster that runs the trials.
+        ray_gpus: GPUs that each trial reserves on a node.
+        resume: Resume an interrupted search.
+        reporter: Receives progress; silent if not given.
+        **fields: Fields of the recipe, as in :func:`luthier.tune`.
+
+    Returns:
+        The trials, best first, the recipe found and the run that stored its model.
+
+    Raises:
+        RefusedInput: before training, for invalid data, settings or space.
     """
     from luthier.workflows.space import parse_space
 
-    recipe = read_recipe(data, recipe_options(locals()), set_)
+    recipe = tuning_recipe(data, fields)
     if ray_gpus and ray_address is None:
-        raise RefusedInput("--ray-gpus says what trials reserve on a cluster: give --ray-address")
-    ranges: Sequence[str] = space or ()
-    parse_space(ranges, recipe)  # a wrong space is refused before torch is loaded
+        raise RefusedInput("--ray-gpus reserves GPUs on a cluster: give --ray-address, too")
+    parse_space(space, recipe)  # an invalid space is an error before torch is loaded
     with heavy_imports():
-        from luthier.cli.progress import LiveReporter
-        from luthier.workflows.search import search as find_settings
+        from luthier.workflows.search import search as run
 
     runner: TrialRunner | None = None
     if ray_address is not None:
@@ -92,15 +70,11 @@ def search(
             from luthier.cluster.ray_commands import RayTrialRunner
 
         runner = RayTrialRunner(ray_address, ray_gpus)
-    with LiveReporter() as reporter:
-        found = find_settings(recipe, trials, ranges, resume, reporter, parallel, runner)
-    if json_:
-        print_json({**asdict(found), "model_id": found.result.model_id})
-    else:
-        _print(found)
+    return run(recipe, trials, space, resume, reporter, parallel, runner)
 
 
-def _print(found: SearchResult) -> None:
+def show_search(found: SearchResult) -> None:
+    """Print the trials, the best run and the recipe's path."""
     from luthier.cli.tune import print_result
 
     keys = list(found.trials[0].settings)
@@ -113,8 +87,8 @@ def _print(found: SearchResult) -> None:
             state = ""
         style = "bold green" if place == 0 else None
         table.add_row(str(trial.number), trial.measurement, *settings, state, style=style)
-    out = new_console(highlight=False)
+    out = new_console(highlight=False, soft_wrap=True)
     print_table(table)
     print_result(found.result)
-    out.print(f"  recipe      {found.recipe}", soft_wrap=True)
-    out.print(f"  again       luthier tune {found.recipe} --name NAME", soft_wrap=True)
+    out.print(f"  recipe      {found.recipe}")
+    out.print(f"  tune again  luthier tune {found.recipe} --name NAME")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.cli.console import heavy_imports, new_console
-from luthier.cli.options import DataSource, Processes, TuningFields, tuning_recipe
+from luthier.cli.options import AtLeastOne, DataSource, TuningFields, tuning_recipe
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -24,7 +24,7 @@ def tune(
     data: DataSource,
     *,
     resume: bool = False,
-    processes: Processes = 1,
+    processes: AtLeastOne = 1,
     max_minutes: Limit = None,
     max_cost: Limit = None,
     prices: Path | None = None,

@@ -333,7 +333,7 @@ def test_after_kill_9_nothing_is_asked_twice(
     endpoint.actions[PROMPTS[0]] = ["drop"]
     endpoint.actions[PROMPTS[1]] = [(429, {"retry-after": "1"})]
     command = [
-        "distil", str(prompts), "--teacher-url", endpoint.url, "--teacher-model", "big",
+        "distil", str(prompts), "--teacher", f"{endpoint.url}#big",
         "--student", str(tiny_model_folder), "--name", "s", "--set", "teacher.concurrency=2",
         "--set", "training.max_steps=2", "--set", "training.threads=1",
     ]  # fmt: skip

@@ -324,6 +324,10 @@ class Distilled:
     details: dict[str, Any]
     """What the manifest holds under ``distillation``, ready for JSON."""
 
+    def plain(self) -> dict[str, Any]:
+        """Return the run's result and the details as JSON values."""
+        return {**asdict(self.result), "distillation": self.details}
+
 
 class LocalTeacher(ChatModel):
     """A base or custom model of this machine, a batch at a time."""

@@ -16,23 +16,6 @@ from luthier.files import luthier_home, read_toml
 from luthier.validation import StrictModel, describe_constraint
 from luthier.workflows.estimate.estimate import Estimate
 
-EXAMPLE = """\
-# Prices of this machine: ~/.luthier/prices.toml, or luthier estimate --prices FILE.
-# Leave out what does not apply; what is given is added up.
-
-currency = "EUR"
-
-# Rent of the machine for an hour.
-per_hour = 0.42
-
-# Electricity: the price of a kilowatt-hour, and what the machine draws while it computes.
-per_kwh = 0.30
-watts = 120
-
-# Where tokens are charged, as services do: for a million tokens of training rows, over all epochs.
-per_million_tokens = 0.0
-"""
-
 
 class Prices(StrictModel):
     """Prices in one currency; what is not given costs nothing."""
@@ -53,6 +36,27 @@ class Prices(StrictModel):
         hours = seconds / 3600
         energy = hours * self.watts / 1000 * self.per_kwh
         return hours * self.per_hour + energy + tokens / 1e6 * self.per_million_tokens
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a run, with the ends of its interval."""
+
+    currency: str
+    value: float
+    low: float
+    high: float
+
+
+def cost_of(found: Estimate, prices: Prices) -> Cost:
+    """Return what the estimated run costs."""
+    times, tokens = found.seconds, found.tokens
+    return Cost(
+        prices.currency,
+        prices.cost(times.value, tokens.value),
+        prices.cost(times.low, tokens.low),
+        prices.cost(times.high, tokens.high),
+    )
 
 
 def prices_file() -> Path:
@@ -76,9 +80,7 @@ def read_prices(path: Path | None = None) -> Prices | None:
         wrong = "; ".join(
             f"{'.'.join(map(str, e['loc']))}: {describe_constraint(e)}" for e in error.errors()
         )
-        raise RecipeError(
-            f"{path}: {wrong}. `luthier estimate --prices-example` prints a table that works"
-        ) from error
+        raise RecipeError(f"{path}: {wrong}. docs/guide/decisions.md has an example") from error
     if bool(found.per_kwh) != bool(found.watts):
         raise RecipeError(
             f"{path}: electricity costs per_kwh times watts; give both or none of them"
@@ -171,8 +173,7 @@ def check_limits(
         return
     if prices is None:
         raise RecipeError(
-            "a cost can be limited where prices are known; `luthier estimate --prices-example` prints "
-            "a table to begin with"
+            "a limit of cost needs a price table; docs/guide/decisions.md has an example"
         )
     cost = prices.cost(found.seconds.high, found.tokens.high)
     if cost > max_cost:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from luthier.files import write_json
 from luthier.models.manifest import created_now
 from luthier.recipe import Recipe
 from luthier.workflows.estimate.trial import Measurement, measure
+
+if TYPE_CHECKING:
+    from luthier.workflows.estimate.budget import BudgetPlan, Cost
 
 _T90 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
 """Student's t for a two-sided interval of 90 %, for 1 to 10 degrees of freedom."""
@@ -147,6 +150,8 @@ class Estimate:
     """What the engine expects from the sizes alone, before anything is loaded."""
     tried: list[tuple[int, float]]
     """Distinct tokens and seconds of each step that was run."""
+    cost: Cost | None = None
+    plan: BudgetPlan | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
