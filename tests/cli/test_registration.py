@@ -86,8 +86,6 @@ def test_clients_ask_a_model_of_the_command_line(
             unregister = ("models", "unregister", MODEL)
             assert "is deployed as answers" in refused(*unregister)
             assert f"name it by its id: {MODEL}" in refused("models", "unregister", "colours")
-            other = ("--region", "eu-west-1")
-            assert "name the region us-east-1: give" in refused(*unregister, *other)
             assert ask() == "black"
             named = {"customModelDeploymentIdentifier": deployed}
             until = time.monotonic() + 60

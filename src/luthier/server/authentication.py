@@ -144,10 +144,10 @@ def _caller(found: Principal) -> Caller:
 
 
 def _bearer_key(head: RequestHead) -> str | None:
-    """The key that a request shows instead of a signature."""
+    """Return the API key in the header ``Authorization``; ``None`` without one."""
     given = [value for name, value in head.headers if name == "authorization"]
-    shown = len(given) == 1 and given[0][:7].lower() == "bearer "
-    return given[0][7:].strip() if shown else None
+    scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+    return key.strip() if scheme.lower() == "bearer" else None
 
 
 def _no_entry() -> Fault:

@@ -9,7 +9,7 @@ from datetime import datetime
 from itertools import count
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, MetaData, delete, event, func, select
+from sqlalchemy import BigInteger, ForeignKey, delete, event, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput
@@ -197,13 +197,11 @@ def quotas_of(session: Session, account: str, defaults: AccountQuotas) -> Accoun
 
 
 def _count_owned(session: Session, account: str) -> list[tuple[str, int]]:
-    # As the database has them: not every part of the service need be loaded here.
-    tables = MetaData()
-    tables.reflect(session.connection())
-    counted = []
-    for table in tables.sorted_tables:
-        if "account" in table.c and table.name not in _OWN:
-            query = select(func.count()).select_from(table).where(table.c.account == account)
-            number = session.scalar(query) or 0
-            counted.append((table.name, number))
-    return counted
+    from luthier.server.tables.schema import METADATA  # imports the modules of all tables
+
+    owning = [t for t in METADATA.sorted_tables if "account" in t.c and t.name not in _OWN]
+    counted = {
+        table.name: select(func.count()).select_from(table).where(table.c.account == account)
+        for table in owning
+    }
+    return [(name, session.scalar(query) or 0) for name, query in counted.items()]

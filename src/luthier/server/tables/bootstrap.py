@@ -18,7 +18,6 @@ from luthier.server.tables.audit import Event, append
 from luthier.server.tables.database import Database, lock_by_name
 from luthier.server.tables.principals import (
     BOOTSTRAP,
-    ROLES,
     AccessKey,
     ApiKey,
     User,
@@ -37,13 +36,8 @@ from luthier.server.tables.secrets import Sealing
 
 ENVIRONMENT = "LUTHIER_BOOTSTRAP"
 ROOT = "root"
-ALLOW_ALL = {
-    "Version": "2012-10-17",
-    "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
-}
-"""The one policy document that a file may name in place of the role ``administrator``."""
 _MEMBERS = (
-    "account", "user", "access_key_id", "secret_access_key", "api_key", "policies", "role"
+    "account", "user", "access_key_id", "secret_access_key", "api_key", "role"
 )  # fmt: skip
 
 
@@ -121,7 +115,7 @@ def apply(session: Session, entries: list[Mapping[str, Any]], sealing: Sealing) 
         account, name = entry["account"], entry["user"]
         if session.get(Account, account) is None:
             create_account(session, account)
-        role = entry.get("role") or "administrator"  # by the policy ALLOW_ALL
+        role = entry["role"]
         user = find_user(session, account, name) or create_user(session, account, name, role)
         if user.role != role:
             set_role(session, user, role)
@@ -134,16 +128,12 @@ def _check_principal(entry: Any, where: str) -> None:
         raise RefusedInput(f"{where} is not an object")
     if unknown := set(entry) - set(_MEMBERS):
         raise RefusedInput(f"{where}: unknown member {', '.join(sorted(unknown))}")
-    for name in ("account", "user", "access_key_id", "secret_access_key"):
+    for name in ("account", "user", "access_key_id", "secret_access_key", "role"):
         if not isinstance(entry.get(name), str) or not entry[name]:
             raise RefusedInput(f"{where}.{name} is missing, or not a string")
-    for name in ("api_key", "role"):
-        if not isinstance(entry.get(name), str | None):
-            raise RefusedInput(f"{where}.{name} is neither a string nor null")
-    if entry.get("role"):
-        check_role(entry["role"])
-    elif entry.get("policies") != [ALLOW_ALL]:
-        raise RefusedInput(f"{where}.role is missing: one of {', '.join(ROLES)}")
+    if not isinstance(entry.get("api_key"), str | None):
+        raise RefusedInput(f"{where}.api_key is neither a string nor null")
+    check_role(entry["role"])
 
 
 def _set_access_key(

@@ -153,9 +153,11 @@ class Database:
             with self.engine.connect():
                 pass
         except OperationalError as error:
-            raise LuthierError(
-                f"the database {self.engine.url.render_as_string()} cannot be reached: {error.orig}"
-            ) from error
+            fault = f"the database {self.engine.url.render_as_string()} cannot be "
+            fault += f"opened: {error.orig}. " if self.is_sqlite else f"reached: {error.orig}"
+            if self.is_sqlite:
+                fault += "Check that its disk has space and that you may write to its folder"
+            raise LuthierError(fault) from error
 
     @property
     def is_sqlite(self) -> bool:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.errors import CorruptFile, RecipeError, WrongState
+from luthier.errors import CorruptFile, WrongState
 from luthier.files import write_bytes
 from luthier.library.folders import (
     custom_folders,
@@ -25,7 +25,7 @@ from luthier.library.folders import (
 from luthier.library.models import custom_models, lock_record
 from luthier.models.manifest import MANIFEST
 from luthier.server.tables import exports, storage, tags
-from luthier.server.tables.arns import Arn, Arns
+from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import CREATING, RESERVED, CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.endpoints import DEPLOYMENT, Endpoint, endpoint_that_uses
@@ -109,7 +109,6 @@ def unregister(session: Session, model: CustomModel, arns: Arns) -> None:
     Raises:
         WrongState: for a model that the service made or took in: its files are the account's alone.
             :class:`ModelInUse`: see :func:`remove`.
-        RecipeError: where ``arns`` are of another region than the one that its server names.
     """
     own = model.job_id is not None or split_id(model.stored_id or "")[1] in (
         "",
@@ -121,16 +120,7 @@ def unregister(session: Session, model: CustomModel, arns: Arns) -> None:
             "and was never one of the command line. Its clients delete it; `luthier models export` "
             "writes a copy"
         )
-    arn, path = model.arn(arns), f":{model.account}:custom-model/{model.foundation}/{model.id}"
-    # By ARNs of another region nothing would be found that uses it.
-    for column in (Endpoint.model, Endpoint.next_model, Job.base_model, exports.ModelExport.model):
-        named = session.scalar(select(column).where(column.endswith(path), column != arn).limit(1))
-        if named is not None and (found := Arn.parse(named)) is not None:
-            raise RecipeError(
-                f"the server's ARNs of {model.name} name the region {found.region}: give `--region "
-                f"{found.region}`"
-            )
-    remove(session, model, arn)
+    remove(session, model, model.arn(arns))
 
 
 def users_of_base(database: Database, base: FoundationModel) -> list[str]:

@@ -66,34 +66,18 @@ class Sealing:
         self._cipher = AESGCM(hmac.digest(key, b"luthier: secrets of access keys", "sha256"))
 
     def seal(self, secret: str, name: str) -> bytes:
-        """``secret`` encrypted, as :meth:`seal_bytes` does it."""
-        return self.seal_bytes(secret.encode(), name)
-
-    def open(self, sealed: bytes, name: str) -> str:
-        """What was sealed for ``name``; raises as :meth:`open_bytes`."""
-        return self.open_bytes(sealed, name).decode()
-
-    def opens(self, sealed: bytes, name: str) -> bool:
-        """Whether :meth:`open` tells what was sealed for ``name``."""
-        try:
-            self.open_bytes(sealed, name)
-        except CorruptFile:
-            return False
-        return True
-
-    def seal_bytes(self, data: bytes, name: str) -> bytes:
-        """Return ``data`` encrypted: version (1 byte), nonce (12), ciphertext and tag.
+        """Return ``secret`` encrypted: version (1 byte), nonce (12), ciphertext and tag.
 
         Random nonces are safe for 2**32 messages under one key.
         """
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        return _VERSION + nonce + self._cipher.encrypt(nonce, data, name.encode())
+        return _VERSION + nonce + self._cipher.encrypt(nonce, secret.encode(), name.encode())
 
-    def open_bytes(self, sealed: bytes, name: str) -> bytes:
-        """What was sealed for ``name``.
+    def open(self, sealed: bytes, name: str) -> str:
+        """Return the secret that was sealed for ``name``.
 
         Raises:
-            CorruptFile: where it was sealed under another key or for another name, or was changed.
+            CorruptFile: if the secret was sealed under another key or name, or was changed.
         """
         from cryptography.exceptions import InvalidTag
 
@@ -101,12 +85,20 @@ class Sealing:
             if sealed[:1] != _VERSION:
                 raise InvalidTag
             nonce, encrypted = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
-            return self._cipher.decrypt(nonce, encrypted, name.encode())
+            return self._cipher.decrypt(nonce, encrypted, name.encode()).decode()
         except (InvalidTag, ValueError) as error:
             raise CorruptFile(
                 f"the secret of {name} does not open with this server's key; give back the "
                 f"server.key or {ENVIRONMENT} that it was made under"
             ) from error
+
+    def opens(self, sealed: bytes, name: str) -> bool:
+        """Return whether :meth:`open` succeeds."""
+        try:
+            self.open(sealed, name)
+        except CorruptFile:
+            return False
+        return True
 
 
 def _parse_key(text: str, where: str) -> bytes:
