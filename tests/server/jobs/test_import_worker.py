@@ -1,46 +1,19 @@
-"""What ends a process that takes a model from outside."""
+"""The worker of imports."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 from stored_objects import put_objects
 
-from luthier.server.jobs import import_worker
 from luthier.server.jobs.import_worker import ImportWorker
-from luthier.server.jobs.processes import LOST, this_process
+from luthier.server.jobs.processes import this_process
 from luthier.server.jobs.submit import submit_import
-from luthier.server.jobs.worker import Heartbeat
 from luthier.server.tables import queue
 from luthier.server.tables.database import Database
 from luthier.server.tables.imports import ModelImport
 from luthier.server.tables.locations import Locations
-
-
-class _Ended(BaseException):
-    pass
-
-
-def test_work_that_no_signal_reaches_ends_by_the_heartbeat(
-    luthier_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A library that stays in native code hears no alarm; the lease would be kept for ever."""
-    database = Database()
-    worker = ImportWorker(database, Locations(database), "m", "lease")
-    worker._began = time.monotonic()
-    status: list[int] = []
-
-    def leave(code: int) -> None:
-        status.append(code)
-        raise _Ended
-
-    monkeypatch.setattr(import_worker, "SECONDS", -import_worker.GRACE)
-    monkeypatch.setattr(import_worker.os, "_exit", leave)
-    with pytest.raises(_Ended):
-        Heartbeat(worker.beat, 0.01).run()
-    assert status == [LOST]
 
 
 class _Asked(Exception):
@@ -69,7 +42,7 @@ def test_memory_is_asked_for_before_any_weights_come(
     worker, found = begun(database, tiny_model_folder)
     there: list[str] = []
 
-    def asked(worker: ImportWorker, found: ModelImport, size: int) -> None:
+    def asked(worker: ImportWorker, size: int) -> None:
         there.extend(path.name for path in luthier_home.rglob("models/**/*") if path.is_file())
         assert size == 3 * (tiny_model_folder / "model.safetensors").stat().st_size + (1 << 29)
         raise _Asked

@@ -13,7 +13,7 @@ def events(*lines: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     reporter = JobReporter(Job(id="j", details={}), str)
     for line in lines:
         reporter.metrics(line, 10)
-    return [(event.message, event.data) for event in reporter.take().events]
+    return [(event["message"], event["data"]) for event in reporter.take().events]
 
 
 def test_scores_of_validation_rows_stand_beside_those_of_training() -> None:

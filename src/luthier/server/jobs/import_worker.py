@@ -1,23 +1,21 @@
-"""The process that takes one model from outside: files, rules, a trial, then the store.
+"""The worker of an import: copies, checks and tries a model, and stores it in the library.
 
-    lock, lease → names and sizes → texts → memory → weights → trial → manifest
-    → Active, in one transaction
+    lock, lease → names and sizes → texts → memory → weights → trial → manifest → Active
 
-It writes into a temporary folder that becomes the model's at the very end, and may be killed anywhere:
-the next process begins anew. It is a process of its own because files from outside are read by
-libraries that were not all made for that, and because a network may take much memory: what goes wrong
-here ends no server.
+The worker writes into a temporary folder, which becomes that of the model at the end, and may be killed
+anywhere: the next worker starts again. An import has a process of its own because files of a model may
+crash a library or need much memory, which must not end the server.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +54,6 @@ from luthier.server.jobs.import_checks import (
     accept_network,
     memory_needed,
 )
-from luthier.server.jobs.processes import LOST
 from luthier.server.jobs.worker import Heartbeat, Worker
 from luthier.server.tables import imports, queue, storage
 from luthier.server.tables.accounts import quotas_of
@@ -66,34 +63,24 @@ from luthier.server.tables.locations import Locations
 from luthier.workflows.certificate.certificate import certify
 
 SECONDS = 3600
-"""That one model may take."""
-GRACE = 60.0
-"""Seconds after which a process ends that did not hear of it."""
+"""Time limit for one model, in seconds."""
 MEMORY_SECONDS = 600.0
-"""How long memory is waited for that others have taken."""
+"""Time limit for memory that models in use hold, in seconds."""
 
 _log = logging.getLogger(__name__)
 
 
 class ImportWorker(Worker[ModelImport, Locations]):
-    """One process and the model it takes."""
+    """A process that imports one model."""
 
     table = ModelImport
     folders_type = ImportFolders
     folders: ImportFolders
 
-    def run(self) -> int:
-        """Take the model; see :meth:`Worker.run`."""
-        # Where memory ends, this process is the one to go.
-        with suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-        return super().run()
-
     def work(self, row: ModelImport) -> int:
-        """Take the model; the exit status."""
+        """Import the model and return the exit status."""
         signal.signal(signal.SIGALRM, _too_long)
         signal.alarm(SECONDS)
-        self._began = time.monotonic()
         self.heartbeat = Heartbeat(self.beat)
         self.heartbeat.start()
         try:
@@ -104,10 +91,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         return 0
 
     def beat(self) -> None:
-        """Renew the lease; end the process where its main thread does not hear the alarm."""
-        if time.monotonic() - self._began > SECONDS + GRACE:
-            _log.error("model %s takes too long, and cannot be interrupted", self.row_id)
-            os._exit(LOST)
+        """Renew the lease."""
         with self.database.write() as session:
             queue.renew(session, ModelImport, self.row_id, self.lease)
 
@@ -146,7 +130,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
             self.folders.log.unlink(missing_ok=True)
 
     def _store(self, found: ModelImport) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Store the model; what changes of its row, and its details."""
+        """Store the model; return changed columns of its row, and its details."""
         chosen = choose(self._entries(found))
         with self.database.read() as session:
             quotas = quotas_of(session, found.account, self.quotas)
@@ -167,7 +151,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         return changes, {"kind": accepted.manifest.kind}
 
     def _entries(self, found: ModelImport) -> list[tuple[str, int]]:
-        """Names and sizes of the files in the folder of a model, and in those of a pipeline's parts."""
+        """Return the names and sizes of the files of a model, parts of a pipeline included."""
         entries = self.locations.folder(found.account, found.source)
         if MODEL_INDEX in dict(entries):
             for part in PART_FOLDERS:
@@ -189,11 +173,11 @@ class ImportWorker(Worker[ModelImport, Locations]):
         return entries
 
     def _try(self, found: ModelImport, chosen: ImportedFiles, folder: Path) -> AcceptedModel:
-        """Copy the model into ``folder``, the weights last, and try it there."""
+        """Copy the model into ``folder``, the weights last, and try the model there."""
         texts = [each for each in chosen.files if not is_weights(each[0])]
         self._copy(found, texts, folder)
         size = memory_needed(folder, chosen, _base)
-        self._have_memory(found, size)
+        self._have_memory(size)
         self._copy(found, [each for each in chosen.files if is_weights(each[0])], folder)
         with self.database.read() as session:
             trusted = imports.is_trusted(session, self.row_id)
@@ -201,12 +185,12 @@ class ImportWorker(Worker[ModelImport, Locations]):
             return accept_adapter(folder, self.folders.stored_id, _base, trusted)
         return accept_network(folder, self.folders.stored_id, trusted)
 
-    def _have_memory(self, found: ModelImport, size: int) -> None:
-        """Come back when the model may have ``size`` bytes, by the account of jobs and imports.
+    def _have_memory(self, size: int) -> None:
+        """Reserve ``size`` bytes, and wait until so much memory is free.
 
         Raises:
-            ModelRefused: where the machine has not as much.
-            Interrupted: where others have it: the import is started again when it fits.
+            ModelRefused: if the machine has less memory.
+            Interrupted: if other work has the memory: the import is queued again.
         """
         if size > total_memory():
             raise ModelRefused(
@@ -214,11 +198,6 @@ class ImportWorker(Worker[ModelImport, Locations]):
                 f"Trying the model takes about {size >> 20:,} MiB of memory, which are not there.",
                 "Take a smaller model, or a server with more memory.",
             )  # fmt: skip
-        if found.memory and size > found.memory:
-            # It would be given back for ever.
-            raise _changed_refusal(
-                "*.safetensors", "The files were smaller when they were looked at first."
-            )
         self.reserve_memory(size)
         _wait_for_memory(size)
 
@@ -241,17 +220,19 @@ class ImportWorker(Worker[ModelImport, Locations]):
 
     def _copy(self, found: ModelImport, files: Iterable[tuple[str, int]], folder: Path) -> None:
         for name, size in files:
-            self._copy_file(found, name, size, folder / name)
-
-    def _copy_file(self, found: ModelImport, name: str, size: int, target: Path) -> None:
-        self.retry(lambda: self.locations.fetch_from(found.account, found.source, name, target))
-        if (copied := target.stat().st_size) != size:
-            raise _changed_refusal(
-                name, f"It had {size:,} bytes at the beginning, and then {copied:,}."
+            fetch = partial(
+                self.locations.fetch_from, found.account, found.source, name, folder / name
             )
+            self.retry(fetch)
+            if (copied := (folder / name).stat().st_size) != size:
+                raise ModelRefused(
+                    name, "model.changed",
+                    f"The file had {size:,} bytes at first, and then {copied:,}.",
+                    "Create the model again when no process writes to the folder any more.",
+                )  # fmt: skip
 
     def _explain(self, error: Exception, source: str) -> str:
-        """Why there is no model, in words for its owner: without the server's own paths."""
+        """Return the failure for the owner, without paths of the server."""
         if isinstance(error, DoesNotFit):
             text = "The server has no room for the model now. Create it again later."
         elif isinstance(error, LuthierError):
@@ -263,7 +244,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         return without_home(text)
 
     def _end(self, change: Callable[[Session], None]) -> None:
-        """The last transaction."""
+        """Write the last transaction."""
         self.ending = True
         signal.alarm(0)
         self.heartbeat.finish()
@@ -271,18 +252,13 @@ class ImportWorker(Worker[ModelImport, Locations]):
 
 
 def _base(name: str) -> StoredModel | None:
-    """A base model of this server that an adapter may be for."""
+    """Return the base model of an adapter by its name."""
     known = foundation_model(name)
     return find(known.base) if known else None
 
 
-def _changed_refusal(file: str, what: str) -> ModelRefused:
-    fix = "Create the model again when nobody writes to the folder any more."
-    return ModelRefused(file, "model.changed", what, fix)
-
-
 def _wait_for_memory(size: int) -> None:
-    """Wait for memory that what is in no account has, such as models that answer."""
+    """Wait for memory that no lease counts, such as that of models in use."""
     deadline = time.monotonic() + MEMORY_SECONDS
     while available_memory() < size:
         if time.monotonic() > deadline:

@@ -1,7 +1,7 @@
-"""What a run reports, on its way into the events of its job: each thing once, however often it ran.
+"""The reporter of a job's run, which turns reports into events of the job.
 
-A worker that goes on after a crash hears of the steps since the last checkpoint again, with the same
-numbers. The reporter knows what was written before, and leaves it out.
+A worker that resumes after a crash reports the steps since the last checkpoint again, with the same
+numbers. The reporter skips events that are in the database.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from luthier.server.tables.database import now
 from luthier.server.tables.jobs import Job, JobDetails, JobEvent, JobPart, JobProgress
 
 PARTS = ("validation", "data_processing", "training")
-"""What the work on a job is divided into, as Bedrock shows it."""
+"""Parts of a job, as Bedrock shows them."""
 _NAMES = {"train": "train_loss", "validation": "valid_loss"}
 
 
 @dataclass
 class Pending:
-    """What is not in the database yet."""
+    """Events and details that are not in the database yet."""
 
-    events: list[JobEvent] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Columns of :class:`JobEvent`."""
     details: JobDetails = field(default_factory=JobDetails)
 
     def __bool__(self) -> bool:
@@ -38,14 +39,10 @@ class Pending:
 
 
 class JobReporter(Reporter):
-    """Keeps what a run says until it is written. Two threads may use it."""
+    """Keeps the reports of a run until the heartbeat, another thread, writes them."""
 
-    def __init__(
-        self,
-        job: Job,
-        rename: Callable[[str], str],
-    ) -> None:
-        """``rename`` puts the names that the owner knows into a text."""
+    def __init__(self, job: Job, rename: Callable[[str], str]) -> None:
+        """``rename`` replaces names of the server in a text by those that the owner knows."""
         self.job_id, self.rename = job.id, rename
         self.details = job.details.copy()
         self._pending = Pending()
@@ -53,11 +50,11 @@ class JobReporter(Reporter):
         self._messages: set[str] = set()
         self._steps = dict.fromkeys(_NAMES, -1)
         self._train_loss: tuple[int, Any] = (0, None)
-        """The last step that was trained, and its loss."""
+        """Last trained step and its loss."""
         self._began: tuple[float, int] | None = None
 
     def remember(self, session: Session) -> None:
-        """Learn what earlier workers wrote."""
+        """Read the events of earlier workers."""
         written = select(JobEvent.kind, JobEvent.message, JobEvent.data)
         for kind, message, data in session.execute(written.where(JobEvent.job_id == self.job_id)):
             if kind == "metrics":
@@ -69,11 +66,11 @@ class JobReporter(Reporter):
                 self._messages.add(message)
 
     def stage(self, text: str) -> None:
-        """A part of the work begins."""
+        """Report the start of a stage."""
         self.note(text)
 
     def note(self, text: str) -> None:
-        """A message, once."""
+        """Report a message once."""
         text = self.rename(text)
         if text in self._messages:
             return
@@ -82,7 +79,7 @@ class JobReporter(Reporter):
         self._add(kind, text, {})
 
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
-        """Settings that were left open are part of what the job shows; its data are fine."""
+        """Store the chosen settings; the checks of the data have passed."""
         chosen = {name: _plain(value) for name, value, _ in defaults}
         reasons = {name: self.rename(reason) for name, _, reason in defaults if reason}
         self._detail(
@@ -94,7 +91,7 @@ class JobReporter(Reporter):
         self.part("training", "InProgress")
 
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """A line of the metrics becomes an event; the progress of the job is that of its last step."""
+        """Report a line of the metrics, and the progress of the job by its step."""
         event, step = line["event"], int(line["step"])
         if event not in _NAMES:
             return
@@ -105,20 +102,20 @@ class JobReporter(Reporter):
             return
         self._steps[event] = step
         values = {
-            # In files with a line a step, a score of validation rows stands beside that of training.
+            # In OpenAI's files a line has scores of validation and of training rows.
             f"valid_{key}" if event == "validation" and key in SCORES else key: _plain(value)
             for key, value in line.items()
             if key not in ("event", "loss")
         }
         data = {"step": step, _NAMES[event]: _plain(line["loss"]), "total_steps": steps, **values}
         if event == "validation" and self._train_loss[0]:
-            # Clients of OpenAI read the training loss of every event with metrics.
+            # OpenAI's clients expect a training loss in each event with metrics.
             data["train_loss"] = self._train_loss[1]
         measure = line.get("measure", "loss")
         self._add("metrics", f"Step {step}/{steps}: {event} {measure} {line[measure]:.4f}", data)
 
     def part(self, name: str, status: str) -> None:
-        """A part of the work begins, or is over: ``status`` in Bedrock's words."""
+        """Set the status of a part, in Bedrock's words."""
         moment = now().isoformat()
         parts = dict(self.details.get("parts", {}))
         before = parts.get(name)
@@ -128,21 +125,20 @@ class JobReporter(Reporter):
             self._detail(parts=parts)
 
     def catch_up(self, lines: Sequence[Mapping[str, Any]], steps: int) -> None:
-        """Record what is in the metrics of the run and was lost on its way here."""
+        """Report metrics of the run that a killed worker had not stored."""
         for line in lines:
             self.metrics(line, steps)
 
     def take(self) -> Pending:
-        """What is to be written now; :meth:`give_back` it where that failed."""
+        """Return the pending reports; call :meth:`give_back` if they could not be written."""
         with self._lock:
             taken, self._pending = self._pending, Pending()
         return taken
 
     def give_back(self, taken: Pending) -> None:
-        """Keep ``taken`` for the next time, before what came since."""
-        copies = [copy_event(event) for event in taken.events]
+        """Keep ``taken`` for the next time, before later reports."""
         with self._lock:
-            self._pending.events[:0] = copies
+            self._pending.events[:0] = taken.events
             self._pending.details = {**taken.details, **self._pending.details}
 
     def _progress(self, line: Mapping[str, Any], step: int, steps: int) -> None:
@@ -161,18 +157,12 @@ class JobReporter(Reporter):
             self._pending.details |= values
 
     def _add(self, kind: str, message: str, data: dict[str, Any]) -> None:
-        event = JobEvent(job_id=self.job_id, at=now(), kind=kind, message=message, data=data)
+        event = {"job_id": self.job_id, "at": now(), "kind": kind, "message": message, "data": data}
         with self._lock:
             self._pending.events.append(event)
 
 
-def copy_event(event: JobEvent) -> JobEvent:
-    """The same event, unknown to any session."""
-    names = ("job_id", "at", "kind", "message", "data")
-    return JobEvent(**{name: getattr(event, name) for name in names})
-
-
 def _plain(value: Any) -> Any:
-    """A number or text ready for JSON."""
+    """Return a value ready for JSON."""
     known = isinstance(value, (bool, int, float, str, type(None)))
     return finite_or_none(value) if known else str(value)

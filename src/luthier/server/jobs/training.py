@@ -41,7 +41,7 @@ from luthier.recipe import DataSpec, parse
 from luthier.server.jobs import output_files as outputs
 from luthier.server.jobs.data import JobData, JobLocations, fetch_data
 from luthier.server.jobs.folders import tidy
-from luthier.server.jobs.job_reporter import JobReporter, copy_event
+from luthier.server.jobs.job_reporter import JobReporter
 from luthier.server.jobs.processes import NO_DISK
 from luthier.server.jobs.worker import (
     AGAIN,
@@ -105,7 +105,7 @@ class JobHeartbeat(Heartbeat):
                         worked=self.seconds_worked,
                         **pending.details,
                     )
-                    session.add_all(pending.events)
+                    jobs.add_events(session, pending.events)
                 self._renewed = time.monotonic()
             else:
                 with self.database.read() as session:
@@ -274,8 +274,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
             ended = jobs.renew(
                 session, self.row_id, self.lease, worked=heartbeat.seconds_worked, **pending.details
             )
-            session.add_all(copy_event(event) for event in pending.events)
-            session.flush()
+            jobs.add_events(session, pending.events)
             change(session)
             return ended
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NotRequired, TypedDict, Unpack
 
-from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, delete, select, update
+from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, delete, insert, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column, synonym
 
 from luthier.errors import LeaseLost, WrongState
@@ -306,6 +306,12 @@ def record(session: Session, job_id: str, kind: str, message: str, **data: Any) 
     """Add an event."""
     session.add(JobEvent(job_id=job_id, at=now(), kind=kind, message=message, data=data))
     session.flush()
+
+
+def add_events(session: Session, events: Sequence[Mapping[str, Any]]) -> None:
+    """Add events by their columns."""
+    if events:
+        session.execute(insert(JobEvent), events)
 
 
 def get(session: Session, account: str, identifier: str, *, lock: bool = False) -> Job | None:
