@@ -15,7 +15,6 @@ from sqlalchemy import event
 
 from luthier.server.authentication import Authenticator
 from luthier.server.http.messages import Fault, RequestHead
-from luthier.server.settings import Settings
 from luthier.server.tables import accounts, principals
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.secrets import Sealing
@@ -23,7 +22,7 @@ from luthier.server.tables.secrets import Sealing
 
 @pytest.fixture
 def authenticator(database: Database, api_key: str) -> Authenticator:
-    return Authenticator(database, Settings(), KEY)
+    return Authenticator(database, KEY)
 
 
 def bearing(key: str, path: str = "/v1/models", query: str = "") -> RequestHead:
@@ -244,14 +243,8 @@ def test_removed_keys_and_users(
     assert authenticator.authenticate(bearing(api_key), b"").caller.user == "root"
 
 
-def test_only_one_region(database: Database, api_key: str) -> None:
-    strict = Authenticator(database, Settings(region="eu-west-1", strict_region=True), KEY)
-    assert code_of(strict, signed()) == "InvalidSignature"
-    assert strict.authenticate(signed(region="eu-west-1"), b"").caller.user == "root"
-
-
 def test_another_servers_key_opens_nothing(database: Database, api_key: str) -> None:
-    other = Authenticator(database, Settings(), bytes(32))
+    other = Authenticator(database, bytes(32))
     for head in (signed(), signed(service="sts")):
         assert code_of(other, head) == "UnrecognizedClient"
     # As an access key that nobody has.

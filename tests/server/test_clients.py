@@ -26,7 +26,6 @@ from luthier.server.http.messages import Fault, Request, RequestHead, Response, 
 from luthier.server.http.metrics import Metrics
 from luthier.server.http.routing import Operation, Route
 from luthier.server.http.streams import RequestBody, Run
-from luthier.server.settings import Settings
 from luthier.server.tables import accounts, principals
 from luthier.server.tables.database import Database
 from luthier.server.tables.secrets import Sealing
@@ -107,7 +106,7 @@ def server(database: Database, api_key: str) -> Iterator[Running]:
     face = Plain()
     application = Application(
         (face,),
-        Authenticator(database, Settings(), KEY),
+        Authenticator(database, KEY),
         RateLimits(database).admit,
         Metrics(dict),
         Remembered(),

@@ -15,7 +15,6 @@ from signing import (
     NOW,
     SECRET,
     header,
-    keys,
     presigned,
     refused,
     signed,
@@ -25,7 +24,6 @@ from signing import (
 
 from luthier.server import sigv4
 from luthier.server.http.messages import Fault, RequestHead
-from luthier.server.sigv4 import verify
 
 # --- forged, changed, ambiguous
 
@@ -262,13 +260,6 @@ def test_a_date_header_alone() -> None:
             assert refused(whole) == "InvalidSignature"
         else:
             assert verified(whole).moment == "20260131T120000Z"
-
-
-def test_only_the_servers_region_where_that_is_asked() -> None:
-    head = signed(at=NOW, region="eu-west-1")
-    assert verify(head, b"", keys, NOW, "eu-west-1").caller == CALLER
-    with pytest.raises(Fault, match="region us-east-1"):
-        verify(head, b"", keys, NOW, "us-east-1")
 
 
 # --- any single byte

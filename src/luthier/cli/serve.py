@@ -104,9 +104,6 @@ def serve(
             help="At the end workers write a checkpoint and their jobs wait; without it they go on.",
         ),
     ] = False,
-    strict_region: Annotated[
-        bool, typer.Option("--strict-region", help="Refuse signatures for other regions.")
-    ] = False,
 ) -> None:
     """Serve the Bedrock, OpenAI, S3 and native APIs."""
     with extra("server"):
@@ -144,7 +141,6 @@ def serve(
             account=account,
             database=database,
             s3_endpoint=s3_endpoint,
-            strict_region=strict_region,
             graders=parse_graders(grader or (), check=not no_workers),
             requests_per_second=requests_per_second,
             cors_origins=tuple(cors_origin or ()),

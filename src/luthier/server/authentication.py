@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
 from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
-from luthier.server.settings import Settings
 from luthier.server.sigv4 import Credential, check_claim, claim_of, verify
 from luthier.server.tables.accounts import PrincipalsWatch
 from luthier.server.tables.database import Database, now
@@ -40,10 +39,9 @@ class Authenticator:
     (:data:`luthier.server.tables.accounts.FRESH_SECONDS`).
     """
 
-    def __init__(self, database: Database, settings: Settings, key: bytes) -> None:
+    def __init__(self, database: Database, key: bytes) -> None:
         """``key`` is the server's."""
         self._database = database
-        self._region = settings.region if settings.strict_region else None
         self._sealing = Sealing(key)
         self._watch = PrincipalsWatch(database)
         self._lock = threading.Lock()
@@ -67,7 +65,7 @@ class Authenticator:
             if "X-Amz-Signature" in head.query or body is None:
                 raise Fault("IncompleteSignature", "A request carries one authorization.")
             return Signed(self._bearer(key))
-        return verify(head, body, self._credential, now(), self._region)
+        return verify(head, body, self._credential, now())
 
     def recognize(self, head: RequestHead) -> Signed | None:
         """The caller by the head alone; ``None`` for a signature, which covers the body still to come.
@@ -77,7 +75,7 @@ class Authenticator:
         """
         if _bearer_key(head) is not None:
             return self.authenticate(head, b"")
-        check_claim(head, self._credential, now(), self._region)
+        check_claim(head, self._credential, now())
         return None
 
     def _bearer(self, key: str) -> Caller:
@@ -110,7 +108,7 @@ class Authenticator:
             claim = claim_of(head)
             if claim.service != "bedrock" or (claim.expires or 0) > LONGEST_SHORT_TERM:
                 raise _no_entry()
-            signed = verify(head, b"", self._credential, now(), self._region)
+            signed = verify(head, b"", self._credential, now())
         except Fault as fault:
             raise _no_entry() from fault
         return signed.caller

@@ -36,7 +36,7 @@ ROLES: Mapping[str, frozenset[Permission]] = MappingProxyType(
 _OPERATIONS = {
     Permission.IDENTIFY: {
         "sts": "GetCallerIdentity",
-        "bedrock": "GetFoundationModel GetFoundationModelAvailability ListFoundationModels Unsupported",
+        "bedrock": "GetFoundationModel ListFoundationModels Unsupported",
         "luthier": (
             "WhoAmI ListModels GetModel ListLoadedModels openai.models.list openai.models.retrieve"
         ),

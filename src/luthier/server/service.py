@@ -117,7 +117,7 @@ class Service:
         self.openai = self._openai()
         self.application: Callable[..., Awaitable[None]] = Application(
             self._faces(),
-            Authenticator(self.database, settings, key),
+            Authenticator(self.database, key),
             RateLimits(self.database, settings.requests_per_second).admit,
             Metrics(
                 self._gauges,

@@ -25,8 +25,6 @@ class Settings:
     """Method and fields of the graders that rewards name as Lambda functions, by function name."""
     requests_per_second: float | None = None
     """Rate of each account that has no quota of its own; ``None`` for no limit."""
-    strict_region: bool = False
-    """Refuse signatures whose scope names another region."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the service from a browser; none by default."""
     job_processes: int = 1

@@ -120,7 +120,6 @@ def verify(
     body: bytes | None,
     look_up: LookUp,
     moment: datetime,
-    region: str | None = None,
 ) -> Signed:
     """Who signed a request.
 
@@ -129,7 +128,6 @@ def verify(
         body: the whole body; ``None`` only for ``s3``, whose body is compared as it is read.
         look_up: returns the credential of an access key.
         moment: now.
-        region: the only region whose scope is taken; ``None`` takes any.
 
     Raises:
         Fault: ``MissingAuthenticationToken``, ``IncompleteSignature``, ``UnrecognizedClient``,
@@ -137,7 +135,7 @@ def verify(
             ``SignatureDoesNotMatch``, ``RequestTimeTooSkewed``, and ``AccessDenied`` for a presigned
             request that is over.
     """
-    claim, service = _valid_claim(head, body is None, moment, region)
+    claim, service = _valid_claim(head, body is None, moment)
     payload = _payload(head, body, claim, service)
     credential = look_up(claim.access_key)
     # The same work for an unknown key, whose secret nobody has.
@@ -158,20 +156,17 @@ def check_claim(
     head: RequestHead,
     look_up: LookUp,
     moment: datetime,
-    region: str | None,
 ) -> None:
     """Refuse a request whose body is still to come for all that its head is reason for.
 
     Its signature is not verified: that takes the body. Arguments and faults as of :func:`verify`.
     """
-    claim, _ = _valid_claim(head, False, moment, region)
+    claim, _ = _valid_claim(head, False, moment)
     if look_up(claim.access_key) is None:
         raise Fault("UnrecognizedClient", _UNKNOWN)
 
 
-def _valid_claim(
-    head: RequestHead, objects: bool, moment: datetime, region: str | None
-) -> tuple[Claim, SignedService]:
+def _valid_claim(head: RequestHead, objects: bool, moment: datetime) -> tuple[Claim, SignedService]:
     claim = claim_of(head)
     service = SERVICES.get(claim.service)
     if service is None:
@@ -180,7 +175,8 @@ def _valid_claim(
         raise Fault(
             "InvalidSignature", "Credential should be scoped to the service that is called."
         )
-    _check_scope(claim, region)
+    if claim.day != claim.moment[:8]:
+        raise Fault(service.refusal, "Date in Credential scope is not the day of the request.")
     _check_time(claim, service, moment)
     _check_headers(head, claim, service)
     return claim, service
@@ -336,14 +332,6 @@ def _check_moment(moment: str) -> str:
     except ValueError:
         pass
     raise _incomplete("Date must be in ISO-8601 basic format, yyyymmddThhmmssZ.")
-
-
-def _check_scope(claim: Claim, region: str | None) -> None:
-    code = SERVICES[claim.service].refusal
-    if claim.day != claim.moment[:8]:
-        raise Fault(code, "Date in Credential scope is not the day of the request.")
-    if region is not None and claim.region != region:
-        raise Fault(code, f"Credential should be scoped to the region {region}.")
 
 
 def _check_time(claim: Claim, service: SignedService, moment: datetime) -> None:

@@ -74,14 +74,6 @@ def test_one_foundation_model(bedrock: Any, identifier: str) -> None:
     assert answer["modelArn"] == FOUNDATION and answer["modelLifecycle"] == {"status": "ACTIVE"}
 
 
-def test_availability(bedrock: Any) -> None:
-    answer = bedrock.get_foundation_model_availability(modelId=BASE)
-    assert answer["agreementAvailability"] == {"status": "AVAILABLE"}
-    assert answer["authorizationStatus"] == "AUTHORIZED"
-    missing = refused(bedrock.get_foundation_model_availability, modelId="no.such-model")
-    assert missing == "ResourceNotFoundException"
-
-
 def test_foundation_models_that_are_not_there(bedrock: Any) -> None:
     get = bedrock.get_foundation_model
     for unknown in (

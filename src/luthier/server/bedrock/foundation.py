@@ -38,18 +38,6 @@ def get_foundation_model(request: ControlRequest) -> dict[str, Any]:
     return {"modelDetails": _model_details(request, _find(request, identifier))}
 
 
-def get_availability(request: ControlRequest) -> dict[str, Any]:
-    """What is here can be used: nobody has to agree to anything first."""
-    model = _find(request, request["modelId"])
-    return {
-        "modelId": model.id,
-        "agreementAvailability": {"status": "AVAILABLE"},
-        "authorizationStatus": "AUTHORIZED",
-        "entitlementAvailability": "AVAILABLE",
-        "regionAvailability": "AVAILABLE",
-    }
-
-
 def customizations(model: FoundationModel) -> tuple[str, ...]:
     """Kinds of customization that start from ``model``, as far as Bedrock's clients know them."""
     if model.modalities not in (("TEXT", "TEXT"), ("TEXT", "EMBEDDING")):
@@ -86,5 +74,4 @@ def _model_details(request: ControlRequest, model: FoundationModel) -> dict[str,
 OPERATIONS: dict[str, Operate] = {
     "ListFoundationModels": list_foundation_models,
     "GetFoundationModel": get_foundation_model,
-    "GetFoundationModelAvailability": get_availability,
 }
