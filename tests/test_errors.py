@@ -1,39 +1,100 @@
-"""How errors speak to people."""
+"""Errors carry their problems, compose one message, and survive the way to another process."""
 
-from __future__ import annotations
+import json
 
 import pytest
 
-from luthier.errors import DataError, Problem, data_errors
+from luthier.errors import (
+    MOST_PROBLEMS,
+    BoundedProblems,
+    DataError,
+    GradingFailed,
+    Location,
+    LuthierError,
+    ModelRefused,
+    NameInUse,
+    ObjectRefused,
+    Problem,
+    RecipeError,
+    RefusedInput,
+    RowRefused,
+    UnknownModel,
+    report_error,
+    restore_error,
+)
 
 
-def problem(line: int, message: str = "m", file: str = "f") -> Problem:
-    return Problem(file, line, "rule", message, "fix it.")
+def problem(line: int, rule: str = "json.invalid") -> Problem:
+    return Problem(rule, "m.", "x.", Location("a.jsonl", line))
 
 
-def test_one_cause_is_told_once_with_its_first_lines() -> None:
-    found = [problem(line) for line in range(1, 31)] + [problem(7, "other"), problem(9, file="g")]
-    assert str(DataError(found, "nothing was read")).splitlines() == [
-        "32 problems in the data; nothing was read.",
-        "  f:1: [rule] m Fix: fix it. (also lines 2, 3, 4 and 26 more)",
-        "  f:7: [rule] other Fix: fix it.",
-        "  g:9: [rule] m Fix: fix it.",
+def test_rows_with_one_cause_share_a_line_of_the_message() -> None:
+    found = [problem(line) for line in range(1, 8)]
+    found += [problem(n, f"rule.{n}") for n in range(25)]
+    assert str(DataError(found)).splitlines() == [
+        "32 problems in the data.",
+        "  a.jsonl:1: [json.invalid] m. Fix: x. (also lines 2, 3, 4 and 3 more)",
+        "  a.jsonl: [rule.0] m. Fix: x.",
+        *(f"  a.jsonl:{n}: [rule.{n}] m. Fix: x." for n in range(1, 19)),
+        "  … and 6 more.",
     ]
-    assert str(DataError([problem(1), problem(5)])).endswith("fix it. (also line 5)")
+    assert str(DataError([problem(1), problem(9)])).endswith("(also line 9)")
+    graded = GradingFailed([problem(3), problem(3)])
+    assert str(graded).splitlines()[1:] == ["  a.jsonl:3: [json.invalid] m. Fix: x."]
 
 
-def test_causes_beyond_the_first_twenty_are_counted_by_their_rows() -> None:
-    found = [problem(line, f"m{line % 22}") for line in range(44)]
-    lines = str(DataError(found)).splitlines()
-    assert len(lines) == 22 and lines[-1] == "  … and 4 more."
+def test_data_with_many_problems_is_read_no_further() -> None:
+    found = BoundedProblems(problem(line) for line in range(1, MOST_PROBLEMS))
+    with pytest.raises(DataError) as caught:
+        found.append(problem(MOST_PROBLEMS))
+    assert caught.value.capped and len(caught.value.problems) == MOST_PROBLEMS
+    assert str(caught.value).splitlines()[-1].endswith(f"and at least {MOST_PROBLEMS - 4} more)")
 
 
-def test_a_count_at_which_reading_stopped_says_so() -> None:
-    error = DataError([problem(line) for line in range(1, 101)], "nothing was written", capped=True)
-    assert str(error).splitlines() == [
-        "100 or more problems in the data; nothing was written.",
-        "  f:1: [rule] m Fix: fix it. (also lines 2, 3, 4 and at least 96 more)",
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RecipeError("unknown"), "unknown"),
+        (RecipeError("unknown", advice="Drop it."), "[recipe.invalid] unknown Fix: Drop it."),
+        (RowRefused("a.b", "m.", "x."), "[a.b] m. Fix: x."),
+        (ModelRefused("c.json", "a.b", "m.", "x."), "c.json: [a.b] m. Fix: x."),
+        (RefusedInput("m.", location=Location("c.json")), "c.json: m."),
+        (RefusedInput("m.", location=Location(field="top_p")), "m."),
+    ],
+)
+def test_message(error: LuthierError, text: str) -> None:
+    assert str(error) == text
+
+
+ERRORS = [
+    DataError([problem(1), problem(2)]),
+    GradingFailed([problem(1)]),
+    RecipeError("m", setting="training.epochs", value=object),
+    RowRefused("a.b", "m.", "x.", Location("a.jsonl", 3)),
+    NameInUse("job"),
+    ObjectRefused("NoSuchKey", "m."),
+    UnknownModel("m", advice="x."),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_cross_processes_with_class_and_problems(error: LuthierError) -> None:
+    restored = restore_error(json.loads(json.dumps(report_error(error, "process 1: "))))
+    assert type(restored) is type(error) and restored.reported
+    assert str(restored) == f"process 1: {error}"
+    assert [each.to_dict() for each in restored.problems] == [
+        each.to_dict() for each in error.problems
     ]
-    again = pytest.raises(DataError, match="100 or more problems in the data; nothing was split")
-    with again, data_errors("nothing was split"):
-        raise error
+    assert (restored.rule, restored.setting) == (error.rule, error.setting)
+
+
+def test_foreign_classes_are_restored_as_the_nearest_base() -> None:
+    class Closer(RecipeError):
+        """An error of another module."""
+
+        def __init__(self, code: int) -> None:
+            super().__init__(f"code {code}", rule="closer")
+
+    restored = restore_error(report_error(Closer(3)))
+    assert (type(restored), restored.rule, str(restored)) == (RecipeError, "closer", "code 3")
+    assert type(restore_error(report_error(ValueError("x")))) is LuthierError

@@ -1,301 +1,393 @@
-"""One tree of errors. The command line turns each into its exit code.
+"""The errors that luthier raises on purpose, and the problem that each error carries.
 
-    LuthierError                exit 1: something failed while we worked
-    ├── RefusedInput            exit 2: refused before any work was done
-    │   ├── DataError           rows that would fail or mislead; carries each problem
+    LuthierError                exit 1: a failure during the work
+    ├── RefusedInput            exit 2: rejected before any work
+    │   ├── DataError           rows or files that cannot be used; one problem for each
     │   ├── RowRefused          one such row, on its way to a DataError
-    │   ├── RecipeError         unknown option, impossible value, pair that cannot work
-    │   ├── UnknownModel        no such base or custom model
-    │   ├── ModelRefused        a model from outside breaks a rule; carries file, rule and fix
-    │   ├── DoesNotFit          not enough memory or disk for what was asked
-    │   │   └── DiskFull        exit 1: no room is left now; with some it would go on
-    │   ├── RunConflict         the name is taken, or there is nothing to resume
+    │   ├── RecipeError         unknown option, impossible value or combination
+    │   ├── UnknownModel        no base or custom model of this id
+    │   ├── ModelRefused        an imported model that breaks a rule
+    │   ├── DoesNotFit          not enough memory or disk space
+    │   │   └── DiskFull        exit 1: a full disk; the same request fits after a cleanup
+    │   ├── RunConflict         the run's name is taken, or no run to resume
     │   ├── NameInUse           another job or model of the account has the name
-    │   ├── QuotaExceeded       the account has as many as it may have
-    │   ├── WrongState          what is asked of a job is not possible where it stands
-    │   ├── LocationRefused     an address of data that cannot be read from, or written to
-    │   └── ObjectRefused       what the object store does not do; carries S3's name for it
-    ├── ReadOnlyDisk            the disk takes no more writes; when it does again it would go on
-    ├── DownloadError           a source could not be read, or gave other bytes than pinned
-    ├── UploadError             a model could not be put where others fetch it
-    ├── CorruptFile             a stored file no longer matches its recorded hash
-    ├── GradingFailed           a grader raised, hung, or gave no score; carries each problem
-    ├── Diverged                the loss is no longer a finite number
-    ├── ProcessLost             another process of the run is gone or hangs; a new start goes on
-    ├── LeaseLost               a worker no longer holds its job; it must not write
+    │   ├── QuotaExceeded       a quota of the account is used up
+    │   ├── WrongState          an operation that the job's state does not allow
+    │   ├── LocationRefused     an address that the service cannot read or write
+    │   └── ObjectRefused       an operation of the object store; the rule is S3's error code
+    ├── ReadOnlyDisk            a disk that accepts no writes
+    ├── DownloadError           a source that cannot be read, or has other bytes than pinned
+    ├── UploadError             a model that cannot be uploaded
+    ├── CorruptFile             a stored file that does not match its recorded hash
+    ├── GradingFailed           answers that a grader could not grade; one problem for each
+    ├── Diverged                a loss that is not finite
+    ├── ProcessLost             another process of the run ended or hangs
+    ├── LeaseLost               a worker that no longer holds its job
     └── Interrupted             exit 130: stopped by the user; the run can be resumed
 
-To add an error, subclass the nearest branch; the exit code is inherited.
+To add an error, subclass the nearest branch and give it a ``default_rule``.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
 
 
-class LuthierError(Exception):
-    """Base of all errors raised on purpose. ``exit_code`` is what a command ends with."""
+@dataclass(frozen=True, slots=True)
+class Location:
+    """The place of a problem: a file with a line, or a field of a request."""
 
-    exit_code = 1
-    reported = False
-    """Whether another process of the run raised it, and reported it to this one."""
+    file: str = ""
+    line: int = 0
+    """1-based line in ``file``; 0 for the whole file."""
+    field: str = ""
+    """Field of a request, such as ``messages[2].content``."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file or self.field
 
 
-class RefusedInput(LuthierError):
-    """The request was refused before any work; nothing was written."""
-
-    exit_code = 2
-
-
-class RowRefused(RefusedInput):
-    """One row cannot be used: rule, message and fix. Where file and line are known, a `Problem`."""
-
-    def __init__(self, rule: str, message: str, fix: str, place: str = "") -> None:
-        """``place`` says in words which row it is, where that is known when it is refused."""
-        super().__init__(f"{place}{': ' if place else ''}[{rule}] {message} Fix: {fix}")
-        self.rule, self.message, self.fix, self.place = rule, message, fix, place
-
-    def at(self, file: str, line: int) -> Problem:
-        """The same as a problem of a file; line 0 is the file as a whole."""
-        return Problem(file, line, self.rule, self.message, self.fix)
+NOWHERE = Location()
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with one row: where, which rule, and how to mend it."""
+    """One rule that an input or a step of the work breaks, with the place and the fix."""
 
-    file: str
-    line: int
-    """1-based line in the file; 0 when the whole file is meant."""
     rule: str
-    """Stable id of the rule, for example ``json.invalid``."""
+    """Stable id, for example ``json.invalid``."""
     message: str
-    fix: str
+    advice: str = ""
+    """How to fix the problem."""
+    location: Location = NOWHERE
+    setting: str | None = None
+    """Name of the wrong setting in a recipe, such as ``training.epochs``."""
+    value: object = None
+    """Wrong value of ``setting`` or of the field at ``location``."""
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}" if self.line else self.file
-        return f"{where}: [{self.rule}] {self.message} Fix: {self.fix}"
+        if not self.advice:
+            return f"{self.location}: {self.message}" if self.location.file else self.message
+        where = f"{self.location}: " if self.location.file else ""
+        return f"{where}[{self.rule}] {self.text}"
+
+    @property
+    def text(self) -> str:
+        """The message with the advice, for APIs that return rule and location in their own fields."""
+        return f"{self.message} Fix: {self.advice}" if self.advice else self.message
+
+    @property
+    def file(self) -> str:
+        """File of the location."""
+        return self.location.file
+
+    @property
+    def line(self) -> int:
+        """Line of the location."""
+        return self.location.line
+
+    def at(self, file: str, line: int = 0) -> Problem:
+        """Return the problem with another location."""
+        return replace(self, location=Location(file, line))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the problem in JSON types, with the location's fields next to the others."""
+        fields = asdict(self)
+        # A value of a recipe may be any object.
+        fields["value"] = json.loads(json.dumps(self.value, default=str))
+        return {**fields.pop("location"), **fields}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Problem:
+        """Return the problem of :meth:`to_dict`."""
+        place = {"file", "line", "field"}
+        rest = {name: value for name, value in fields.items() if name not in place}
+        return cls(**rest, location=Location(fields["file"], fields["line"], fields["field"]))
 
 
-class DataError(RefusedInput):
-    """Data that would fail or mislead. All problems are kept, the first twenty causes are printed."""
+class LuthierError(Exception):
+    """Base of all errors raised on purpose. ``exit_code`` is the exit code of a command."""
 
-    shown = 20
-    shown_lines = 3
-    """Further lines that are named of rows with the same cause."""
+    exit_code = 1
+    default_rule: ClassVar[str] = "internal"
+    """Rule of errors that are raised without a closer one."""
+    reported = False
+    """True for an error that another process of the run raised and reported."""
+
+    problem: Problem
+    """The first problem."""
+    problems: Sequence[Problem]
+    """All problems; more than one only for errors about many rows."""
 
     def __init__(
         self,
-        problems: Iterable[Problem],
-        outcome: str = "nothing was trained",
-        capped: bool = False,
+        message: str = "",
+        *,
+        rule: str = "",
+        location: Location = NOWHERE,
+        setting: str | None = None,
+        value: object = None,
+        advice: str = "",
     ) -> None:
-        """``capped`` says that reading stopped at so many problems, and there may be more."""
-        self.problems: Sequence[Problem] = tuple(problems)
-        self.outcome, self.capped = outcome, capped
-        super().__init__(self._text())
+        rule = rule or self.default_rule
+        self.problem = Problem(rule, message, advice, location, setting, value)
+        self.problems = (self.problem,)
+        super().__init__(str(self.problem))
 
-    def _text(self) -> str:
-        count = len(self.problems)
-        counted = (
-            f"{count} or more problems" if self.capped else f"{count} problem{'s' * (count != 1)}"
-        )
-        lines = [f"{counted} in the data; {self.outcome}."]
-        causes: dict[Problem, list[int]] = {}
-        for problem in self.problems:
-            causes.setdefault(replace(problem, line=0), []).append(problem.line)
-        for cause, found in list(causes.items())[: self.shown]:
-            lines.append(f"  {replace(cause, line=found[0])}{self._also(found[1:])}")
-        if left := sum(len(found) for found in list(causes.values())[self.shown :]):
-            lines.append(f"  … and {self._at_least(left)} more.")
-        return "\n".join(lines)
+    @property
+    def rule(self) -> str:
+        """Rule of the first problem."""
+        return self.problem.rule
 
-    def _also(self, further: Sequence[int]) -> str:
-        """The lines of further rows that the same is wrong with."""
-        if not further:
-            return ""
-        named = ", ".join(map(str, further[: self.shown_lines]))
-        more = len(further) - self.shown_lines
-        return f" (also line{'s' * (len(further) > 1)} {named}" + (
-            f" and {self._at_least(more)} more)" if more > 0 else ")"
-        )
+    @property
+    def setting(self) -> str | None:
+        """Setting of the first problem."""
+        return self.problem.setting
 
-    def _at_least(self, count: int) -> str:
-        return f"{'at least ' if self.capped else ''}{count}"
+    @classmethod
+    def of_problems(cls, problems: Iterable[Problem], text: str = "") -> Self:
+        """Return an error of this class for ``problems``; ``text`` replaces the composed message."""
+        error = cls.__new__(cls)
+        LuthierError._carry(error, problems, text)
+        return error
+
+    def _carry(self, problems: Iterable[Problem], text: str = "") -> None:
+        self.problems = tuple(problems)
+        self.problem = next(iter(self.problems), Problem(self.default_rule, text))
+        self.args = (text or str(self.problem),)
+
+
+class RefusedInput(LuthierError):
+    """An input that is rejected before any work; no file was written."""
+
+    exit_code = 2
+    default_rule = "input.refused"
+
+
+class RowRefused(RefusedInput):
+    """One row that cannot be used. The caller adds file and line if they are known."""
+
+    def __init__(self, rule: str, message: str, advice: str, location: Location = NOWHERE) -> None:
+        super().__init__(message, rule=rule, advice=advice, location=location)
+
+    def at(self, file: str, line: int) -> Problem:
+        """Return the problem at a line of a file; line 0 is the whole file."""
+        return self.problem.at(file, line)
+
+
+class DataError(RefusedInput):
+    """Data that training would fail on or learn nothing useful from."""
+
+    default_rule = "data.invalid"
+    capped = False
+    """True if reading stopped before the end of the data."""
+
+    def __init__(
+        self, problems: Iterable[Problem], *, capped: bool = False, advice: str = ""
+    ) -> None:
+        found = tuple(problems)
+        self.capped = capped
+        count = f"{len(found)}{' or more' * capped} problem{'s' * (capped or len(found) != 1)}"
+        text = _list_problems(f"{count} in the data.", found, 20, capped)
+        self._carry(found, f"{text}\n{advice}".rstrip())
+
+
+def _list_problems(title: str, problems: Sequence[Problem], most: int, capped: bool = False) -> str:
+    """Return ``title`` and below it the first ``most`` causes, each with the lines of the next rows."""
+    least = "at least " * capped
+    lines_of_cause: dict[Problem, dict[int, None]] = {}
+    for problem in problems:
+        cause = problem.at(problem.location.file)
+        lines_of_cause.setdefault(cause, {})[problem.location.line] = None
+    text = [title]
+    for cause, found in list(lines_of_cause.items())[:most]:
+        first, *others = found
+        also = f" (also line{'s' * (len(others) > 1)} {', '.join(map(str, others[:3]))}"
+        more = f" and {least}{len(others) - 3} more)" if len(others) > 3 else ")"
+        where = cause.at(cause.location.file, first)
+        text.append(f"  {where}{also + more if others else ''}")
+    if left := sum(len(found) for found in list(lines_of_cause.values())[most:]):
+        text.append(f"  … and {least}{left} more.")
+    return "\n".join(text)
 
 
 MOST_PROBLEMS = 100
-"""Reading stops after so many: a file of another format may hold millions."""
+"""Number of problems after which reading stops: a file of another format may have millions."""
 
 
 class BoundedProblems(list[Problem]):
-    """Problems of data that may hold millions; at :data:`MOST_PROBLEMS` it refuses the data."""
+    """A list of problems that raises :class:`DataError` at :data:`MOST_PROBLEMS`."""
 
     def append(self, problem: Problem) -> None:
-        """Add ``problem``, and raise where no more fit."""
+        """Add ``problem``, and raise if the list is full."""
         super().append(problem)
         if len(self) >= MOST_PROBLEMS:
             raise DataError(self, capped=True)
 
     def refuse(self) -> None:
-        """Raise where there are any."""
+        """Raise if the list has a problem."""
         if self:
             raise DataError(self)
 
 
-@contextmanager
-def data_errors(outcome: str) -> Iterator[None]:
-    """End refusals of data with ``outcome``, where something else than training was asked for."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(error.problems, outcome, error.capped) from error
-
-
 class RecipeError(RefusedInput):
-    """A recipe that cannot be carried out: unknown option, impossible value or pair.
+    """A recipe or option that cannot work: unknown name, impossible value or combination."""
 
-    ``setting`` is the first wrong setting by its name in a recipe, such as ``training.epochs``, and
-    ``value`` its value, if they are known.
-    """
-
-    def __init__(self, message: str, setting: str | None = None, value: object = None) -> None:
-        super().__init__(message)
-        self.setting, self.value = setting, value
+    default_rule = "recipe.invalid"
 
 
 class UnknownModel(RefusedInput):
-    """No base or custom model answers to this id."""
+    """An id of no base and no custom model."""
+
+    default_rule = "model.unknown"
 
 
 class ModelRefused(RefusedInput):
-    """A model from outside that cannot be taken: its file, the rule that it breaks, and the fix."""
+    """A model that was trained elsewhere and cannot be imported."""
 
-    def __init__(self, file: str, rule: str, message: str, fix: str) -> None:
-        self.problem = Problem(file, 0, rule, message, fix)
-        super().__init__(str(self.problem))
+    default_rule = "model.refused"
+
+    def __init__(self, file: str, rule: str, message: str, advice: str) -> None:
+        super().__init__(message, rule=rule, advice=advice, location=Location(file))
 
 
 class DoesNotFit(RefusedInput):
-    """The estimate says that memory or disk would not be enough."""
+    """An estimate that exceeds the memory or the disk space."""
+
+    default_rule = "machine.too_small"
 
 
 class DiskFull(DoesNotFit):
-    """A disk has no room now. What was asked would fit on it, so it is no fault of the request."""
+    """A disk without free space. The request itself is not at fault."""
 
     exit_code = 1
+    default_rule = "disk.full"
 
 
 class ReadOnlyDisk(LuthierError):
-    """A disk takes no writes now: it is mounted so, or the system found errors on it."""
+    """A disk that accepts no writes: mounted read-only, or after an error of the file system."""
+
+    default_rule = "disk.read_only"
 
 
 class RunConflict(RefusedInput):
-    """The name is taken by another run, or there is no run to resume."""
+    """A name that another run has, or a run that does not exist and cannot be resumed."""
+
+    default_rule = "run.conflict"
 
 
 class NameInUse(RefusedInput):
-    """A name is taken in this account. ``kind`` is what has it: ``job`` or ``model``."""
+    """A name that is taken in this account: ``job.name_taken`` or ``model.name_taken``."""
+
+    default_rule = "model.name_taken"
 
     def __init__(self, kind: str) -> None:
-        # Clients compare this text byte for byte (Airflow's operator of Bedrock).
-        super().__init__(f"The provided {kind} name is currently in use.")
-        self.kind = kind
+        # Airflow's operator of Bedrock compares this message byte for byte.
+        text = f"The provided {kind} name is currently in use."
+        super().__init__(text, rule=f"{kind}.name_taken")
 
 
 class QuotaExceeded(RefusedInput):
-    """The account has as many of something as it may have; ``quota`` names it, where it is known."""
+    """A used-up quota of the account; ``setting`` is the name of the quota, if there is one."""
 
-    def __init__(self, message: str, quota: str = "") -> None:
-        super().__init__(message)
-        self.quota = quota
+    default_rule = "quota.exceeded"
 
 
 class WrongState(RefusedInput):
-    """What is asked of a job or a model is not possible in the state it is in."""
+    """An operation that the state of a job or a model does not allow."""
+
+    default_rule = "state.wrong"
 
 
 class LocationRefused(RefusedInput):
-    """Data cannot be read from, or written to, an address of the service's clients."""
+    """An address that the service cannot read or write for its clients."""
+
+    default_rule = "location.refused"
 
 
 class ObjectRefused(RefusedInput):
-    """The object store refuses: ``code`` is S3's name for it, such as ``NoSuchKey``."""
+    """A refusal of the object store; ``rule`` is S3's error code, such as ``NoSuchKey``."""
+
+    default_rule = "InvalidRequest"
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code, self.message = code, message
+        super().__init__(message, rule=code)
 
 
 class ProcessLost(LuthierError):
-    """Another process of the same run is gone, hangs, or failed; a new start of all goes on."""
+    """Another process of the run that ended, failed or hangs; a restart of all resumes."""
+
+    default_rule = "process.lost"
 
 
 class LeaseLost(LuthierError):
-    """A worker wrote for a job that it no longer holds; nothing was written."""
+    """A write of a worker that no longer holds its job; the write was rejected."""
+
+    default_rule = "lease.lost"
 
 
 class DownloadError(LuthierError):
-    """A source could not be read, or its bytes are not the pinned ones."""
+    """A source that cannot be read, or whose bytes differ from the pinned ones."""
+
+    default_rule = "download.failed"
 
 
 class UploadError(LuthierError):
-    """A model could not be put where others fetch it; what arrived there is not sent again."""
+    """An upload that failed; a retry sends only the missing files."""
+
+    default_rule = "upload.failed"
 
 
 class CorruptFile(LuthierError):
-    """A stored file no longer matches the hash recorded beside it."""
+    """A stored file that does not match its recorded hash."""
+
+    default_rule = "file.corrupt"
 
 
 class GradingFailed(LuthierError):
-    """A grader raised, hung, or gave no usable score. All problems are kept, five different printed."""
+    """Answers without a usable score, because a grader raised or timed out."""
 
-    shown = 5
+    default_rule = "grading.failed"
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems: Sequence[Problem] = tuple(problems)
-        count = len(self.problems)
-        lines = [f"{count} answer{'s' if count != 1 else ''} could not be graded."]
-        # A row is answered several times; what goes wrong with it is told once.
-        counts = list(Counter(map(str, self.problems)).items())[: self.shown]
-        lines += [f"  {text}" + f" ({n} times)" * (n > 1) for text, n in counts]
-        if left := count - sum(times for _, times in counts):
-            lines.append(f"  … and {left} more.")
-        super().__init__("\n".join(lines))
+        found = tuple(problems)
+        title = f"{len(found)} answer{'s' * (len(found) != 1)} could not be graded."
+        self._carry(found, _list_problems(title, found, 5))
 
 
 class Diverged(LuthierError):
-    """The loss or a gradient is no longer finite."""
+    """A loss or a gradient that is not finite."""
+
+    default_rule = "training.diverged"
 
 
 class Interrupted(LuthierError):
-    """Stopped by the user at a step boundary; a checkpoint was written."""
+    """A run that the user stopped; the last checkpoint is kept."""
 
     exit_code = 130
+    default_rule = "run.interrupted"
 
 
-def report_error(error: Exception) -> dict[str, str]:
-    """What other processes are told of ``error``: the class to restore and the message, as JSON.
+def report_error(error: Exception, prefix: str = "") -> dict[str, Any]:
+    """Return ``error`` as JSON for another process; ``prefix`` comes before its message.
 
-    Of a class from another module it is the first of its bases that this module defines.
+    The class is the first of the bases that this module defines.
     """
     known = [kind.__name__ for kind in type(error).__mro__ if globals().get(kind.__name__) is kind]
-    return {"error": (known or [type(error).__name__])[0], "message": str(error)}
+    report: dict[str, Any] = {"error": (known or [type(error).__name__])[0]}
+    if isinstance(error, LuthierError):
+        report["problems"] = [problem.to_dict() for problem in error.problems]
+    return report | {"message": f"{prefix}{error}"}
 
 
-def restore_error(name: str, message: str) -> LuthierError | None:
-    """The error that :func:`report_error` names; ``None`` where nobody raised it on purpose.
-
-    Of a class that carries more than its message it is the branch.
-    """
-    kind = globals().get(name)
+def restore_error(report: Mapping[str, Any]) -> LuthierError:
+    """Return the error of :func:`report_error`; a plain :class:`LuthierError` for an unknown class."""
+    kind = globals().get(report["error"])
     if not (isinstance(kind, type) and issubclass(kind, LuthierError)):
-        return None
-    if kind.__init__ not in (LuthierError.__init__, RecipeError.__init__):
-        kind = RefusedInput if issubclass(kind, RefusedInput) else LuthierError
-    error = kind(message)
+        return LuthierError(report["message"])
+    error = kind.of_problems(map(Problem.from_dict, report["problems"]), report["message"])
     error.reported = True
     return error

@@ -273,7 +273,9 @@ def parse(kind: type[Parsed], fields: Mapping[str, Any]) -> Parsed:
     except ValidationError as error:
         first = error.errors()[0]
         setting = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(_explain(error, kind), setting or None, first["input"]) from error
+        raise RecipeError(
+            _explain(error, kind), setting=setting or None, value=first["input"]
+        ) from error
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

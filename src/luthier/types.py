@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from luthier.errors import Location
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -189,6 +191,11 @@ class Row:
     file: str
     line: int
     """1-based line in ``file``; 1 for a plain-text file, which is one row."""
+
+    @property
+    def location(self) -> Location:
+        """File and line of the row."""
+        return Location(self.file, self.line)
 
     @property
     def members(self) -> Mapping[str, Any] | None:

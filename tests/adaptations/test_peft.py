@@ -39,4 +39,4 @@ def test_resized_embeddings_are_refused(tiny_llama: Any) -> None:
     problem = refusal.value.problem
     assert problem.rule == "adapter.vocabulary"
     assert f"{rows:,}" in problem.message and f"{rows - 1:,}" in problem.message
-    assert "merge_and_unload" in problem.fix
+    assert "merge_and_unload" in problem.advice

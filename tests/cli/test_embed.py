@@ -119,7 +119,6 @@ def test_rows_that_cannot_be_embedded_are_named(
         odd.write_text("".join(json.dumps({"text": "fine"} | line) + "\n" for line in lines))
         answer = Answer("embed", model_id, str(odd), "--output", str(output))
         assert answer.code == 2 and not output.exists(), answer.out
-        assert "nothing was embedded" in answer.err
         return answer.err
 
     said = refusal({}, {"text": "word " * 3_000})
@@ -157,8 +156,7 @@ def test_tables_keep_what_their_cells_hold(
         assert 'given.parquet:2: [convert.container] The row has a value in the field "share"' in (
             refused
         )
-        said = "embedded" if command[0] == "embed" else "predicted"
-        assert f"nothing was {said}" in refused and not target.exists()
+        assert not target.exists()
     table = tmp_path / "out.parquet"
     Answer("embed", model_id, str(given), "--output", str(table)).good()
     first, second = pyarrow.parquet.read_table(table).to_pylist()
@@ -180,14 +178,11 @@ def test_all_files_that_cannot_be_read_are_named(
     whole = (photos / "left" / "0.png").read_bytes()
     (photos / "left" / "0.png").write_bytes(whole[: len(whole) // 2])
     refused = Answer("embed", model_id, str(photos), "--output", str(target)).refused()
-    assert "2 problems in the data; nothing was embedded" in refused
     assert "photos/above/1.png: " in refused and "photos/left/0.png: " in refused
     assert "Replace the file" in refused and not target.exists()
     query = str(photos / "left" / "1.png")
-    refused = Answer("nearest", model_id, str(photos), query).refused()
-    assert "2 problems in the data; nothing was looked up" in refused
-    refused = Answer("predict", model_id, "--input", str(photos)).refused()
-    assert "2 problems in the data; nothing was predicted" in refused
+    assert Answer("nearest", model_id, str(photos), query).refused() == refused
+    assert Answer("predict", model_id, "--input", str(photos)).refused() == refused
 
 
 def test_embeddings_of_random_weights_are_remarked(

@@ -254,7 +254,11 @@ def test_a_system_prompt_without_a_place_is_refused_with_the_fix(
     messages = conversation("Hi", "Paris", system="Be brief.")
     with pytest.raises((RowRefused, RecipeError)) as refused:
         chat.encode_reply(messages)
-    fix = refused.value.fix if isinstance(refused.value, RowRefused) else str(refused.value)
+    fix = (
+        refused.value.problem.advice
+        if isinstance(refused.value, RowRefused)
+        else str(refused.value)
+    )
     assert SYSTEM_FIX in fix
     assert len(chat.encode_reply(messages[1:]).ids_T)
 

@@ -166,4 +166,4 @@ def test_a_missing_package_is_named_with_how_to_get_it(
     path.write_bytes(data)
     (problem,) = read(path)[1]
     assert problem.rule == "file.extra" and problem.rule in RULES
-    assert f"luthier[{extra}]" in problem.fix
+    assert f"luthier[{extra}]" in problem.advice

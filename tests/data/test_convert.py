@@ -170,7 +170,7 @@ def test_what_cannot_be_written_is_refused_with_its_row(
 ) -> None:
     (problem,) = problems_of(write(tmp_path, *records), tmp_path / name)
     assert (problem.rule, problem.line) == (rule, line)
-    assert message in problem.message and problem.fix
+    assert message in problem.message and problem.advice
 
 
 def test_a_further_key_with_the_name_of_one_that_is_written(tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_a_file_is_of_one_shape(tmp_path: Path) -> None:
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "system": "s"}]
     source = write(tmp_path, *rows)
     (problem,) = problems_of(source, tmp_path / "o.jsonl")
-    assert (problem.rule, problem.line) == ("convert.form", 2) and "--to chat" in problem.fix
-    with pytest.raises(DataError, match="nothing was written"):
+    assert (problem.rule, problem.line) == ("convert.form", 2) and "--to chat" in problem.advice
+    with pytest.raises(DataError):
         convert(source, tmp_path / "o.jsonl")
     convert(source, tmp_path / "o.jsonl", "chat")
     assert len(load_rows(tmp_path / "o.jsonl")) == 2

@@ -355,7 +355,7 @@ def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:
 def test_what_is_no_such_form_is_refused_by_rule(tmp_path: Path, record: dict[str, Any]) -> None:
     for problem in problems_of(write(tmp_path, record)):
         assert problem.rule in RULES
-        assert problem.message and problem.fix
+        assert problem.message and problem.advice
 
 
 def test_a_form_may_have_a_system_prompt_in_some_rows_only(tmp_path: Path) -> None:
@@ -418,13 +418,13 @@ def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     (problem,) = problems_of(path, {"prompt": "q"})
     assert (problem.line, problem.rule) == (2, "column.missing")
     assert 'column "q" is not there; the keys are "completion"' in problem.message
-    assert "`data.columns.prompt=q`" in problem.fix
+    assert "`data.columns.prompt=q`" in problem.advice
 
 
 def test_a_misspelt_key_of_ours_in_a_mapping_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, {"q": "x", "a": "y"})
     (problem,) = problems_of(path, {"promt": "q", "completion": "a"})
-    assert "`data.columns.prompt=q`" in problem.fix
+    assert "`data.columns.prompt=q`" in problem.advice
 
 
 def test_messages_name_the_column_that_was_mapped(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_each_rule(
         load(tmp_path, record)
     (problem,) = caught.value.problems
     assert (problem.rule, problem.line) == (rule, 1)
-    assert message in problem.message and fix in problem.fix, problem
+    assert message in problem.message and fix in problem.advice, problem
 
 
 def test_a_disliked_answer_may_be_empty(tmp_path: Path) -> None:

@@ -149,4 +149,4 @@ def test_rows_that_nothing_can_be_read_of_are_named(
         load_inputs(write(path, {"text": "fine"}, row), reserved="predicted")
     (problem,) = refused.value.problems
     assert (problem.line, problem.rule) == (2, rule)
-    assert fix in problem.fix
+    assert fix in problem.advice

@@ -38,7 +38,7 @@ def read_path(path: Path) -> tuple[Records, list[Problem]]:
 
 def only(problems: list[Problem], path: Path, line: int, rule: str) -> Problem:
     assert [(p.file, p.line, p.rule) for p in problems] == [(str(path), line, rule)]
-    assert problems[0].fix.endswith((".", "NEW"))
+    assert problems[0].advice.endswith((".", "NEW"))
     str(problems[0]).encode()
     return problems[0]
 
@@ -76,7 +76,7 @@ def test_byte_order_mark_later_is_refused_by_name(folder: Path) -> None:
     records, problems = read_bytes(folder, b'{"a":1}\n\xef\xbb\xbf{"a":2}\n')
     assert records == [(1, {"a": 1})]
     problem = only(problems, folder / "data.jsonl", 2, "json.invalid")
-    assert "byte order mark" in problem.fix
+    assert "byte order mark" in problem.advice
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json-lines", "a.JSONL", "a.b.jsonl"])
@@ -141,7 +141,7 @@ def test_missing_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(problems, path, 0, "file.missing")
     monkeypatch.chdir(folder)
     relative = Path("nowhere.jsonl")
-    assert str(folder) in only(read_path(relative)[1], relative, 0, "file.missing").fix
+    assert str(folder) in only(read_path(relative)[1], relative, 0, "file.missing").advice
 
 
 def test_file_as_folder_and_nul_in_the_path_are_missing(folder: Path) -> None:
@@ -185,7 +185,7 @@ def test_permission_denied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_single_image_or_sound_is_no_data_set(folder: Path, name: str) -> None:
     _, problems = read_bytes(folder, b"RIFF or else", name)
     problem = only(problems, folder / name, 0, "file.unknown_format")
-    assert "single image or sound" in problem.message and "folder" in problem.fix
+    assert "single image or sound" in problem.message and "folder" in problem.advice
 
 
 @pytest.mark.parametrize(("name", "ending"), [("a.bin", '".bin"'), ("a", "no ending")])
@@ -196,7 +196,7 @@ def test_unknown_format(folder: Path, name: str, ending: str, data: bytes) -> No
     problem = only(problems, folder / name, 0, "file.unknown_format")
     assert ending in problem.message
     for supported in (".jsonl", ".ndjson", ".json-lines", ".csv", ".parquet", ".txt", ".md", ".gz"):
-        assert supported in problem.fix
+        assert supported in problem.advice
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_binary_file(folder: Path, name: str, data: bytes, said: str) -> None:
     assert records == []
     problem = only(problems, folder / name, 0, "file.binary")
     assert said in problem.message
-    assert ".jsonl" in problem.fix and ".txt" in problem.fix
+    assert ".jsonl" in problem.advice and ".txt" in problem.advice
 
 
 @pytest.mark.parametrize("start", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
@@ -240,7 +240,7 @@ def test_utf_16_names_the_command_that_converts_it(folder: Path, start: bytes) -
     assert records == []
     problem = only(problems, folder / "b.csv", 0, "file.binary")
     assert "UTF-16 text" in problem.message
-    assert "iconv -f UTF-16 -t UTF-8 " in problem.fix
+    assert "iconv -f UTF-16 -t UTF-8 " in problem.advice
 
 
 def test_nul_after_the_head_is_found_where_it_stands(folder: Path) -> None:
@@ -301,7 +301,7 @@ def test_bad_line_between_good_ones(
     assert records == [(1, {"a": 1}), (3, {"a": 2})]
     problem = only(problems, folder / "data.jsonl", 2, rule)
     assert said in problem.message
-    assert fix in problem.fix
+    assert fix in problem.advice
     assert len(str(problem)) < 500
 
 

@@ -97,7 +97,7 @@ def rule_of(folder: Path, record: Written) -> str:
     with pytest.raises(DataError) as caught:
         read(folder, record).read_all()
     (problem,) = caught.value.problems
-    assert problem.line == 1 and problem.fix
+    assert problem.line == 1 and problem.advice
     return problem.rule
 
 
@@ -397,7 +397,7 @@ def test_the_fix_of_questions_about_a_passage_keeps_the_passage(
         read(tmp_path, record).read_all()
     (problem,) = caught.value.problems
     assert problem.rule == "row.unknown_shape"
-    assert "context" in problem.fix
+    assert "context" in problem.advice
     found = row(tmp_path, {"question": "q", "context": "c", "answer": "a"})
     assert found.record() == {"prompt": "q\n\nc", "completion": "a"}
 
@@ -408,7 +408,7 @@ def test_spans_of_doccano_are_named(tmp_path: Path, label: object) -> None:
         read(tmp_path, {"text": "Rita sings", "label": label}).read_all()
     (problem,) = caught.value.problems
     assert problem.rule == "label.type"
-    assert "[0, 4" in problem.message and '"tokens"' in problem.fix
+    assert "[0, 4" in problem.message and '"tokens"' in problem.advice
 
 
 @pytest.mark.parametrize("rating", ["4,5", "nan", ""])
@@ -419,7 +419,7 @@ def test_ratings_that_are_no_numbers_show_their_text(tmp_path: Path, rating: str
         load_rows(path)
     (problem,) = caught.value.problems
     assert problem.rule == "rating.type" and (rating or "empty") in problem.message
-    assert ("4.5" in problem.fix) is (rating == "4,5")
+    assert ("4.5" in problem.advice) is (rating == "4,5")
 
 
 def test_a_decimal_comma_does_not_turn_ratings_into_examples(tmp_path: Path) -> None:

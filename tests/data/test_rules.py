@@ -38,7 +38,7 @@ def test_rule(
     found = [p for p in problems_of(write(folder, *records)) if p.rule == rule]
     assert [(p.line, p.rule) for p in found] == [(line, rule)]
     assert said in found[0].message
-    assert fix in found[0].fix
+    assert fix in found[0].advice
 
 
 # Whole files that the examples cannot write as rows; their texts are in test_read.py.

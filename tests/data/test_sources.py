@@ -91,7 +91,7 @@ def test_a_folder_that_is_not_only_data(
     tmp_path: Path, found: list[str], rule: str, said: str, fix: str
 ) -> None:
     problem = refusal(make(tmp_path, *found))
-    assert (problem.rule, said in problem.message, fix in problem.fix) == (rule, True, True)
+    assert (problem.rule, said in problem.message, fix in problem.advice) == (rule, True, True)
 
 
 def test_names_that_only_look_like_splits(tmp_path: Path) -> None:
@@ -255,4 +255,4 @@ def test_what_is_not_there_or_not_reached_is_refused(
     problem = refusal("s3://no-such-bucket-here/none.jsonl")
     assert problem.rule in ("file.remote", "file.no_match")
     monkeypatch.setitem(sys.modules, "obstore", None)
-    assert "luthier[s3]" in refusal(f"s3://{bucket}/a.jsonl").fix
+    assert "luthier[s3]" in refusal(f"s3://{bucket}/a.jsonl").advice

@@ -260,7 +260,7 @@ def test_lone_carriage_returns_are_converted_by_the_command_that_is_named(tmp_pa
     _, problems = read_csv(tmp_path, b"a,b\n1,2\r3,4\n")
     assert (problems[0].line, problems[0].rule) == (2, "table.invalid")
     assert "universal-newline" not in problems[0].message
-    command = problems[0].fix.split("LF: ")[1].split(";")[0]
+    command = problems[0].advice.split("LF: ")[1].split(";")[0]
     old, new = tmp_path / "old.csv", tmp_path / "new.csv"
     old.write_bytes(b"a,b\r1,2\r3,4\r")
     subprocess.run(

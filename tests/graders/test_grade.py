@@ -141,8 +141,7 @@ def test_a_grader_works_in_the_context_of_whoever_asks(kind: type[Own]) -> None:
 def test_many_problems_are_counted_and_the_first_are_shown() -> None:
     with pytest.raises(GradingFailed) as caught:
         grade_answers(Own(each=by_name), answers(*["nan"] * 9))
-    assert len(caught.value.problems) == 9
-    assert "data.jsonl:5" in str(caught.value) and "data.jsonl:6" not in str(caught.value)
+    assert [problem.line for problem in caught.value.problems] == list(range(1, 10))
 
 
 def test_no_answers_have_no_scores() -> None:
@@ -153,8 +152,10 @@ def test_no_answers_have_no_scores() -> None:
 def test_an_answer_without_an_expected_text_is_refused() -> None:
     row = Row("data.jsonl", 3)
     bare = Answer((Message("user", "?"),), "x", None, row)
-    with pytest.raises(GradingFailed, match=r"data\.jsonl:3: \[grader\.no_expected\]"):
+    with pytest.raises(GradingFailed) as failed:
         grade_answers(Exact(), [bare])
+    [problem] = failed.value.problems
+    assert (problem.rule, problem.location) == ("grader.no_expected", row.location)
     with pytest.raises(DataError) as caught:
         check_rows([Exact(), Number()], [bare, *answers("x")])
     rules = [problem.rule for problem in caught.value.problems]

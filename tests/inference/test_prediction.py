@@ -224,8 +224,9 @@ def test_rows_keep_all_they_have_and_get_the_answer_beside_it(
     }
     with pytest.raises(RecipeError):
         model.predict(["x"], top=0)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as refused:
         model.predict([{"text": "x", "predicted": 1}])
+    assert refused.value.rule == "row.predicted"
     assert "row.predicted" in command("predict", model_id, "--input", output, code=2)
     missing = command("predict", model_id, "--input", given, code=2)
     assert "--map text=said" in missing and "given.jsonl:1" in missing

@@ -116,7 +116,7 @@ def test_other_files_of_an_archive_are_refused_as_in_a_folder(name: str, tmp_pat
     (problem,) = refused.value.problems
     assert problem.rule == "file.directory" and name in problem.message
     if name == "cat/2.heic":
-        assert "NEW.jpg" in problem.fix
+        assert "NEW.jpg" in problem.advice
         assert rules_of(write(tmp_path / "folder", "cat/1.png", name)) == {"file.directory"}
 
 
@@ -126,7 +126,7 @@ def test_files_to_convert_alone_name_the_command(name: str, tmp_path: Path) -> N
     for source in (tmp_path / "x", tmp_path / "x" / name, pack(tmp_path / "x.zip", name)):
         with pytest.raises(DataError) as refused:
             load_rows(source)
-        assert "OLD" + Path(name.lower()).suffix in refused.value.problems[0].fix
+        assert "OLD" + Path(name.lower()).suffix in refused.value.problems[0].advice
 
 
 @pytest.mark.parametrize(

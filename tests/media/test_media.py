@@ -18,7 +18,7 @@ from PIL import Image
 
 from luthier.data import media
 from luthier.data.media import Media, decode_audio, decode_image, read_place
-from luthier.errors import RowRefused
+from luthier.errors import Problem, RowRefused
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -37,10 +37,10 @@ def picture(height: int = 6, width: int = 9) -> NDArray[np.uint8]:
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
 
 
-def refusal(data: bytes) -> RowRefused:
+def refusal(data: bytes) -> Problem:
     with pytest.raises(RowRefused) as refused:
         decode_image(data)
-    return refused.value
+    return refused.value.problem
 
 
 @pytest.mark.parametrize(("form", "error"), [("PNG", 0), ("BMP", 0), ("TIFF", 0), ("JPEG", 8)])
@@ -99,7 +99,7 @@ def test_floats_of_another_range_are_refused(values: list[float]) -> None:
 
 def test_a_heic_file_names_the_conversion_whatever_its_name_is() -> None:
     data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
-    assert "NEW.jpg" in refusal(data).fix
+    assert "NEW.jpg" in refusal(data).advice
 
 
 def test_pixels_that_are_no_numbers_are_black() -> None:
@@ -370,7 +370,7 @@ def test_a_recording_that_was_cut_off_is_read_as_far_as_it_goes() -> None:
 def test_what_is_no_sound_is_refused(data: bytes, rule: str, words: str) -> None:
     with pytest.raises(RowRefused) as refused:
         decode_audio(data)
-    assert refused.value.rule == f"media.{rule}" and words in refused.value.message
+    assert refused.value.rule == f"media.{rule}" and words in refused.value.problem.message
 
 
 def test_other_forms_of_sound_need_soundfile() -> None:
@@ -403,7 +403,7 @@ def test_m4a_names_the_conversion() -> None:
     pytest.importorskip("soundfile")
     with pytest.raises(RowRefused) as refused:
         decode_audio(b"\0\0\0\x20ftypM4A \0\0\0\0M4A mp42isom" + bytes(100))
-    assert "NEW.flac" in refused.value.fix
+    assert "NEW.flac" in refused.value.problem.advice
 
 
 def test_silence_that_packs_to_nothing_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +413,10 @@ def test_silence_that_packs_to_nothing_is_not_unpacked(monkeypatch: pytest.Monke
     soundfile.write(stream, np.zeros((6000, 2)), 8000, format="FLAC")
     with pytest.raises(RowRefused) as refused:
         decode_audio(stream.getvalue())
-    assert refused.value.rule == "media.too_large" and "12,000 samples" in refused.value.message
+    assert (
+        refused.value.rule == "media.too_large"
+        and "12,000 samples" in refused.value.problem.message
+    )
 
 
 def test_damaged_sounds_raise_nothing_else() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from luthier.engine.metrics import Reporter
-from luthier.errors import DataError, LuthierError, Problem
+from luthier.errors import DataError, Location, LuthierError, Problem
 from luthier.library.models import StoredModel
 from luthier.workflows import batch_inference
 from luthier.workflows.batch_inference import FileAnswers, InferenceRunner
@@ -43,7 +43,6 @@ class UpperTask(InferenceTask):
     """The text of each row in capitals; one of "?" cannot be answered, and one of "!" ends all."""
 
     kind: ClassVar[str] = "upper"
-    outcome: ClassVar[str] = "nothing was answered"
     shard_rows: ClassVar[int] = SHARD_ROWS
     answer_key: ClassVar[str] = "upper"
 
@@ -73,7 +72,12 @@ class UpperTask(InferenceTask):
                 (folder / KILL).unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
             problems = [
-                Problem(row.file, row.line, "row.unknown", "It asks nothing.", "Ask something.")
+                Problem(
+                    "row.unknown",
+                    "It asks nothing.",
+                    "Ask something.",
+                    Location(row.file, row.line),
+                )
                 for row in rows
                 if row.record["text"] == "?"
             ]

@@ -42,7 +42,7 @@ def row_of(file: str, line: int, **fields: Any) -> Row:
 def problems_of(path: Path) -> list[Problem]:
     with pytest.raises(DataError) as caught:
         load_rows(path)
-    assert all(p.file == str(path) and p.message and p.fix for p in caught.value.problems)
+    assert all(p.file == str(path) and p.message and p.advice for p in caught.value.problems)
     str(caught.value).encode()
     return list(caught.value.problems)
 

@@ -81,9 +81,9 @@ def _in_blocks(model: nn.Module, numbers: Collection[int]) -> tuple[str, ...]:
     if missing := sorted(set(numbers) - there):
         raise RecipeError(
             f"this network has no block {missing[0]}; its blocks have the numbers 0 to {max(there)}",
-            "adaptation.layers_to_transform",
+            setting="adaptation.layers_to_transform",
         )
     chosen = tuple(f"{stack}.{number}." for stack, number in blocks if int(number) in numbers)
     if not chosen:
-        raise RecipeError("name at least one block", "adaptation.layers_to_transform")
+        raise RecipeError("name at least one block", setting="adaptation.layers_to_transform")
     return chosen

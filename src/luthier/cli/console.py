@@ -13,14 +13,13 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from luthier.errors import DataError, Interrupted, LuthierError, RecipeError, RefusedInput
+from luthier.errors import Interrupted, LuthierError, RecipeError, RefusedInput
 from luthier.escaping import (
     command_option,
     finite_or_none,
@@ -213,11 +212,7 @@ def errors(as_json: bool) -> Iterator[None]:
     except LuthierError as error:
         if as_json:
             body: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
-            if isinstance(error, RecipeError) and error.setting:
-                body |= {"setting": error.setting, "value": error.value}
-            if isinstance(error, DataError):
-                body["count"] = len(error.problems)
-                body["problems"] = [asdict(problem) for problem in error.problems]
+            body["problems"] = [problem.to_dict() for problem in error.problems]
             print_json({"error": body})
         note(f"luthier: {map_code(str(error), command_option)}")
         raise typer.Exit(error.exit_code) from error

@@ -11,7 +11,6 @@ import typer
 
 from luthier.cli.console import check_output, heavy_imports, note, print_json, print_text
 from luthier.cli.options import Columns, InferenceProcesses, Json, Overwrite, RayAddress, RayGpus
-from luthier.errors import data_errors
 
 
 def embed(
@@ -56,12 +55,11 @@ def embed(
     form = embedding_format(output)
     batch = BatchInference.of_options(data, output, processes, ray_address, ray_gpus)
     check_output(output, data, overwrite=overwrite)
-    with data_errors("nothing was embedded"):
-        rows = [] if batch is not None else load_inputs(data, parse_columns(columns), EMBEDDING)
-        stored = check_active(find(model, is_able=gives_embeddings))
-        check_embeds(stored, objective_of(stored))
-        for text in embedding_notes(stored):
-            note(text)
+    rows = [] if batch is not None else load_inputs(data, parse_columns(columns), EMBEDDING)
+    stored = check_active(find(model, is_able=gives_embeddings))
+    check_embeds(stored, objective_of(stored))
+    for text in embedding_notes(stored):
+        note(text)
     if batch is not None:
         own = parse_columns(columns)
         task = EmbedTask(model=stored.id, source=data, columns=own, form=form)
@@ -69,7 +67,7 @@ def embed(
         dimension = found.counts[NUMBERS] // found.rows
         _print_result(stored.id, found.rows, dimension, report, json_)
         return
-    with data_errors("nothing was embedded"), embedding_writer(output, rows) as write:
+    with embedding_writer(output, rows) as write:
         with heavy_imports():
             from luthier.cli.progress import show_progress
             from luthier.inference.prediction import Predictor

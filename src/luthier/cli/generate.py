@@ -35,7 +35,7 @@ from luthier.cli.options import (
     RayGpus,
     with_sampling,
 )
-from luthier.errors import DataError, Problem, RecipeError, RefusedInput, data_errors
+from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.files import read_text
 
 if TYPE_CHECKING:
@@ -138,12 +138,11 @@ def generate(
     rows: list[InputRow] = []
     records: list[Record] = []
     if input_ is not None:
-        with data_errors(GenerateTask.outcome):  # before anything is written
-            problems: list[Problem] = []
-            rows = [*task.rows(problems)]
-            if problems:
-                raise DataError(problems)
-            records = task.records(rows)
+        problems: list[Problem] = []
+        rows = [*task.rows(problems)]
+        if problems:
+            raise DataError(problems)
+        records = task.records(rows)
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
@@ -159,8 +158,7 @@ def generate(
         return
     started = time.monotonic()
     with show_progress(len(rows), "generate") as done:
-        with data_errors(GenerateTask.outcome):
-            prompts = fitting_prompts(rows, generator, sampling)
+        prompts = fitting_prompts(rows, generator, sampling)
         answers = generator.answers(prompts, sampling, done=done)
     text = reply_lines(records, answers)
     if output is not None:

@@ -11,7 +11,7 @@ import typer
 
 from luthier.cli.console import check_output, heavy_imports, print_json, print_text, print_written
 from luthier.cli.options import Columns, Json
-from luthier.errors import RecipeError, data_errors
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,11 +144,10 @@ def reconstruct(
     if output.suffix.lower() != ".png":
         raise RecipeError(f"images are written as PNG: name {output.with_suffix('.png')}")
     check_output(output, input_)
-    with data_errors("nothing was read"):
-        if is_media(input_) and Path(input_).is_file():
-            rows = [input_row(input_, "the command line")]
-        else:
-            rows = [row for _, row in load_inputs(input_, parse_columns(columns))]
+    if is_media(input_) and Path(input_).is_file():
+        rows = [input_row(input_, "the command line")]
+    else:
+        rows = [row for _, row in load_inputs(input_, parse_columns(columns))]
     there, rows = len(rows), rows[:count]
     with heavy_imports():
         from luthier.cli.progress import show_progress

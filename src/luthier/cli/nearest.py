@@ -17,7 +17,7 @@ from luthier.cli.console import (
     print_written,
 )
 from luthier.cli.options import Columns, Json
-from luthier.errors import RecipeError, data_errors
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,8 +61,7 @@ def nearest(
         raise RecipeError("the query is empty")
     check_output(output, data)
     check_output(index, data)
-    with data_errors("nothing was looked up"):
-        records = load_inputs(data, parse_columns(columns))
+    records = load_inputs(data, parse_columns(columns))
     rows = [row for _, row in records]
     with heavy_imports():
         from luthier.cli.progress import show_progress
@@ -76,7 +75,7 @@ def nearest(
         note(text)
     asked = input_row(query, "the command line")
     started = time.monotonic()
-    with show_progress(len(rows), "embed") as done, data_errors("nothing was looked up"):
+    with show_progress(len(rows), "embed") as done:
         found = find_nearest(predictor, stored, [asked], rows, top, index, done)
     report = [
         {"name": each.name, "score": each.score, **_id_and_label(records[each.place][0])}

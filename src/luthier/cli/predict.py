@@ -24,7 +24,7 @@ from luthier.cli.console import (
     write_json,
 )
 from luthier.cli.options import Columns, InferenceProcesses, Json, Overwrite, RayAddress, RayGpus
-from luthier.errors import RecipeError, data_errors
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.data.parsing import Record
@@ -114,10 +114,8 @@ def predict(
     if input_ is None:
         rows = [({}, input_row(text or "", "the command line"))]
     else:
-        with data_errors("nothing was predicted"):
-            rows = load_inputs(input_, parse_columns(columns), PREDICTED)
-    with data_errors("nothing was predicted"):
-        records = json_records(rows)
+        rows = load_inputs(input_, parse_columns(columns), PREDICTED)
+    records = json_records(rows)
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
@@ -129,7 +127,7 @@ def predict(
         top = SHOWN
     threshold = threshold_of(predictor.objective)
     started = time.monotonic()
-    with show_progress(len(rows), "predict") as done, data_errors("nothing was predicted"):
+    with show_progress(len(rows), "predict") as done:
         answers = predictor.answers([row for _, row in rows], done, top)
     lines = prediction_lines(records, answers)
     if output is not None:

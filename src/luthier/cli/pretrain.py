@@ -72,7 +72,7 @@ def pretrain(
     plain = fields_of([data] if isinstance(data, str | Path) else data)
     given = assign_fields(plain, fields, PRETRAINING)
     if "name" not in given:
-        raise RecipeError("the new model needs a name: --name my-base", "name")
+        raise RecipeError("the new model needs a name: --name my-base", setting="name")
     recipe = PretrainRecipe.parse(given)
     # Loads torch, which takes seconds: only for a valid recipe.
     with heavy_imports():

@@ -20,7 +20,7 @@ from luthier.data.shapes.media import MediaRow
 from luthier.data.sources import Source
 from luthier.data.turn_marks import mark_sense
 from luthier.data.writers import ColumnNames, Writer, check_target, writer_of
-from luthier.errors import BoundedProblems, DataError, RecipeError, RowRefused, data_errors
+from luthier.errors import BoundedProblems, DataError, RecipeError, RowRefused
 from luthier.escaping import did_you_mean
 from luthier.types import Row
 
@@ -59,7 +59,6 @@ def format_of(target: Path) -> Format:
     )
 
 
-@data_errors("nothing was written")
 def convert(
     source: Source,
     target: Path,

@@ -54,7 +54,7 @@ def pieces(paths: Sequence[Path]) -> Iterator[CorpusPiece]:
             if not isinstance(row, RawText):
                 message = "The row is more than a text; this learns from raw text only."
                 fix = 'Rewrite the row as {"text"}.'
-                problems.append(Problem(row.file, row.line, "row.objective", message, fix))
+                problems.append(Problem("row.objective", message, fix, row.location))
                 continue
             for part, last in _parts(row.text):
                 yield CorpusPiece(part, document, start, ends and last)

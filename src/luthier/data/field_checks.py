@@ -24,7 +24,7 @@ from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, M
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
 from luthier.data.turn_marks import read_marks
-from luthier.errors import Problem, RowRefused
+from luthier.errors import Location, Problem, RowRefused
 from luthier.escaping import list_some, nearest_name
 from luthier.media.files import object_name
 from luthier.types import Message, Tool, ToolCall
@@ -280,7 +280,7 @@ class FieldChecker:
 
     def report(self, rule: str, message: str, fix: str) -> None:
         """Note what is wrong with the row in hand."""
-        self.problems.append(Problem(self.file, self.line, rule, message, fix))
+        self.problems.append(Problem(rule, message, fix, Location(self.file, self.line)))
 
     def text(
         self, holder: Record, key: str, number: int = 0, *, target: bool = False
@@ -423,7 +423,7 @@ class FieldChecker:
             learned = self.learned(item, "messages", role == "assistant")
             item = {**item, "content": join_parts(item["content"])} if "content" in item else item
         except RowRefused as bad:
-            self.report(bad.rule, f"Message {number}: {bad.message}", bad.fix)
+            self.report(bad.rule, f"Message {number}: {bad.problem.message}", bad.problem.advice)
             return None
         calls: tuple[ToolCall, ...] = tuple(item.get("tool_calls") or ())
         if calls or role == "tool":  # what a tool gives back may be nothing

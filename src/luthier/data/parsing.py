@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import jiter
 
-from luthier.errors import Problem
+from luthier.errors import Location, Problem
 
 Record = dict[str, object]
 
@@ -37,7 +37,7 @@ class Unreadable(Exception):
 
     def at(self, file: str, line: int) -> Problem:
         """The same as a problem of a file."""
-        return Problem(file, line, self.rule, self.message, self.fix)
+        return Problem(self.rule, self.message, self.fix, Location(file, line))
 
 
 def json_kind(value: object) -> str:

@@ -39,7 +39,7 @@ from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage, Med
 from luthier.data.shapes.preferences import JudgedAnswers, Preference
 from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
 from luthier.data.sources import Source, files_of
-from luthier.errors import DataError, Problem, RowRefused
+from luthier.errors import DataError, Location, Problem, RowRefused
 from luthier.escaping import list_some, nearest_name
 from luthier.media.files import media_below
 from luthier.types import Row
@@ -149,7 +149,7 @@ class Checker(FieldChecker):
                 self._check_meaning(kind)
             return row
         except RowRefused as bad:
-            self.report(bad.rule, bad.message, bad.fix)
+            self.report(bad.rule, bad.problem.message, bad.problem.advice)
             return None
 
     def _check_meaning(self, kind: type[Shape]) -> None:
@@ -186,7 +186,7 @@ class Checker(FieldChecker):
         try:
             self.given = mapped = parse_turns(mapped)
         except RowRefused as bad:
-            self.report(bad.rule, bad.message, bad.fix)
+            self.report(bad.rule, bad.problem.message, bad.problem.advice)
             return None
         found = forms_of(mapped)
         used = frozenset().union(*(form.used for form in found))
@@ -383,7 +383,7 @@ class PromptChecker(Checker):
         try:
             row = self._read_prompt(PromptOnly if key == "prompt" else Conversation, record)
         except RowRefused as bad:
-            self.report(bad.rule, bad.message, bad.fix)
+            self.report(bad.rule, bad.problem.message, bad.problem.advice)
             return None
         members = {key: value for key, value in self.given.items() if key != "messages"}
         return row and replace(row, members=members)
@@ -500,7 +500,7 @@ class InputChecker(Checker):
             try:
                 return TaggedWords(self.file, line, read_words(own["tokens"], "tokens"), None)
             except RowRefused as bad:
-                self.report(bad.rule, bad.message, bad.fix)
+                self.report(bad.rule, bad.problem.message, bad.problem.advice)
                 return None
         self.text(own, "text")
         return None
@@ -626,7 +626,7 @@ class RowReader:
             some = list_some(sorted(os.path.relpath(p, self._folder) for p in self._unnamed), 3)
             message = f"No row names {len(self._unnamed):,} of the files, such as {some}."
             fix = "Add a row for each file, or move the files."
-            self.doubts.append(Problem(str(self._folder), 0, "media.unnamed", message, fix))
+            self.doubts.append(Problem("media.unnamed", message, fix, Location(str(self._folder))))
             self._unnamed = set()
 
     def _add_unread(self, row: Row) -> None:
@@ -650,7 +650,7 @@ class RowReader:
                     f"The column {quote(name)} names speakers, and rows are held out at random."
                 )
                 fix = f"Keep speakers apart by `data.group_column={name}`."
-                self.doubts.append(Problem(row.file, 0, "column.speaker", message, fix))
+                self.doubts.append(Problem("column.speaker", message, fix, Location(row.file)))
 
     def _add_group(self, row: Row, record: Record, column: str) -> None:
         value = record.get(column)
@@ -662,7 +662,7 @@ class RowReader:
         if {*record} <= {"image", "audio", "window", "label"}:
             fix += " Of files in folders and archives, write a table with their paths."
         message = f"{problem}; the keys are {list_keys(record)}."
-        self.problems.append(Problem(row.file, row.line, "column.missing", message, fix))
+        self.problems.append(Problem("column.missing", message, fix, row.location))
 
     def read_all(self) -> Sequence[Row]:
         """All rows, on disk where they are many; ``DataError`` with every problem if there is any."""
@@ -713,7 +713,7 @@ def load_documents(sources: Iterable[Source]) -> list[str]:
             found = [(row, row.plain_text()) for row in load_rows(source)]
         except DataError as error:
             problems += [
-                replace(each, fix=_DOCUMENT_FIX) if each.rule in _NO_DOCUMENT else each
+                replace(each, advice=_DOCUMENT_FIX) if each.rule in _NO_DOCUMENT else each
                 for each in error.problems
             ]
             continue
@@ -721,7 +721,7 @@ def load_documents(sources: Iterable[Source]) -> list[str]:
         for row, text in found:
             if not text.strip():
                 message = "The document has no text."
-                problems.append(Problem(row.file, row.line, "file.empty", message, _DOCUMENT_FIX))
+                problems.append(Problem("file.empty", message, _DOCUMENT_FIX, row.location))
     if problems:
         raise DataError(problems)
     return texts
@@ -840,4 +840,6 @@ def _stream_lines(
                 yield record, row
     if not any_row and not problems:
         fix = f"Write one {key} on each line."
-        problems.append(Problem(str(source), 0, "file.empty", f"The file holds no {key}s.", fix))
+        problems.append(
+            Problem("file.empty", f"The file holds no {key}s.", fix, Location(str(source)))
+        )

@@ -14,7 +14,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
             try:
                 return files_of(tree)
             except DataError as bad:  # of the copies, where nobody would look
-                named = [replace(each, file=address) for each in bad.problems]
+                named = [each.at(address, each.line) for each in bad.problems]
                 raise DataError(named) from None
         return copies
     except (BaseError, OSError, PermissionError) as error:

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT, unpacked_name
 from luthier.data.media import conversion_fix
-from luthier.errors import DataError, Problem
+from luthier.errors import DataError, Location, Problem
 from luthier.escaping import list_some
 from luthier.files import names_below, sha256_of
 from luthier.media.files import SPLIT_NAME, are_splits, is_clutter, is_media, other_files_problem
@@ -184,4 +184,4 @@ def _pattern(where: str, example: str) -> str:
 
 def source_refusal(source: str, rule: str, message: str, fix: str) -> DataError:
     """The refusal of a source as a whole."""
-    return DataError([Problem(source, 0, rule, message, fix)])
+    return DataError([Problem(rule, message, fix, Location(source))])

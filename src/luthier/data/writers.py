@@ -17,7 +17,7 @@ from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.shapes import SHAPES
 from luthier.data.sources import Source, files_of
 from luthier.data.tables import JSON_COLUMNS, NUMBER, NUMBER_COLUMNS, OPTIONAL_COLUMNS
-from luthier.errors import DataError, Problem, RecipeError, RowRefused
+from luthier.errors import DataError, Location, Problem, RecipeError, RowRefused
 from luthier.files import check_creatable, new_file
 
 _BATCH_ROWS = 1000
@@ -161,9 +161,10 @@ def json_records(rows: Sequence[tuple[Record, HasPlace]], finite: bool = True) -
                 made[name] = json.loads(json.dumps(value, default=str, allow_nan=not finite))
             except (TypeError, ValueError) as error:
                 said = str(error).split(":", 1)[0]
-                bad = _no_place("JSON", f"a value in the field {quote(name)} ({said})")
+                bad = _no_place("JSON", f"a value in the field {quote(name)} ({said})").problem
                 fix = "Remove that field, or mend its value."
-                problems.append(Problem(row.file, row.line, bad.rule, bad.message, fix))
+                place = Location(row.file, row.line)
+                problems.append(Problem(bad.rule, bad.message, fix, place))
         found.append(made)
     if problems:
         raise DataError(problems)

@@ -127,7 +127,7 @@ def run_in_processes(
                 elastic_launch(config, program)(*arguments)
         except ChildFailedError as error:
             if _outcomes(folder):
-                raise _error_of(read_json(_outcomes(folder)[0])) from error
+                raise restore_error(read_json(_outcomes(folder)[0])) from error
             rank, failure = error.get_first_failure()
             how = format_exit(failure.exitcode)
             raise LuthierError(
@@ -145,7 +145,7 @@ def run_in_processes(
         outcome = read_json(_outcomes(folder)[0])
     if "result" in outcome:
         return Result.parse(outcome["result"])
-    raise _error_of(outcome)
+    raise restore_error(outcome)
 
 
 Training = Callable[[Mapping[str, Any], Reporter], Result]
@@ -185,11 +185,9 @@ def work(folder: Path, train: Training = _train) -> None:
         print(error, file=sys.stderr)
         sys.exit(1)
     except LuthierError as error:  # a new start would fail in the same way
-        outcome = report_error(error)
+        outcome = report_error(error, "" if first else f"process {group.rank} of {group.size}: ")
         if not first and (error.reported or isinstance(error, Interrupted)):
             return  # the first process reports the same error
-        if not first:
-            outcome["message"] = f"process {group.rank} of {group.size}: {error}"
     if first:
         write_json(folder / _OUTCOME.format(0), outcome)
     elif "error" in outcome:
@@ -301,12 +299,6 @@ def _quiet_agent(processes: int) -> Iterator[None]:
             log.disabled = False
         if threads is None:
             del os.environ["OMP_NUM_THREADS"]
-
-
-def _error_of(outcome: Mapping[str, str]) -> LuthierError:
-    """The error that a process ended with."""
-    message = outcome["message"]
-    return restore_error(outcome["error"], message) or LuthierError(message)
 
 
 def _outcomes(folder: Path) -> list[Path]:

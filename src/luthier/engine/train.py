@@ -268,9 +268,9 @@ def _explain_changed_rows() -> Iterator[None]:
         yield
     except RowRefused as bad:
         raise CorruptFile(
-            f"{bad.place or 'a row'} was read before and cannot be any more: {bad.message} Put its "
-            "file back as it was and resume the run, which goes on after its last checkpoint; or "
-            "remove the row, and begin anew"
+            f"the file changed after the data check: {bad.problem.message}",
+            location=bad.problem.location,
+            advice="Restore the file and resume the run, or remove the row and start a new run.",
         ) from bad
 
 

@@ -162,18 +162,17 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
     wanted = describe_shapes(objective.evaluation_shapes)
     problems = [
         Problem(
-            row.file,
-            row.line,
             "row.objective",
             f"models of objective {objective.method} are evaluated on {wanted}, and this row is "
             f"{describe_shapes([row.shape])}.",
             "Bring the rows into the other form, or name a model that was trained for such rows.",
+            row.location,
         )
         for row in rows
         if row.shape not in objective.evaluation_shapes
     ]
     if problems:
-        raise DataError(problems, "nothing was evaluated")
+        raise DataError(problems)
 
 
 def questions(rows: Sequence[Row]) -> list[tuple[Message, ...]]:
@@ -185,13 +184,12 @@ def questions(rows: Sequence[Row]) -> list[tuple[Message, ...]]:
     asked = [row.prompt_turns() for row in rows]
     if mute := next((row for row, turns in zip(rows, asked, strict=True) if not turns), None):
         problem = Problem(
-            mute.file,
-            mute.line,
             "row.no_reply",
             "the row asks nothing that could be answered.",
             "Give rows of prompt and completion, of prompt and expected, or messages.",
+            mute.location,
         )
-        raise DataError([problem], "nothing was evaluated")
+        raise DataError([problem])
     return asked
 
 

@@ -85,7 +85,7 @@ def check_pairs(rows: Sequence[Row]) -> list[tuple[Answer, Answer]]:
         if len(answers) < 2:
             message = "people have not judged two replies here."
             fix = "Give rows of prompt, chosen and rejected, or of prompt and ranked replies."
-            problems.append(Problem(row.file, row.line, "judge.pair", message, fix))
+            problems.append(Problem("judge.pair", message, fix, row.location))
             continue
         assert isinstance(row, JudgedAnswers)
         chosen, rejected = (
@@ -94,7 +94,7 @@ def check_pairs(rows: Sequence[Row]) -> list[tuple[Answer, Answer]]:
         )
         pairs.append((chosen, rejected))
     if problems or not pairs:
-        raise DataError(problems, "nothing was judged")
+        raise DataError(problems)
     return pairs
 
 

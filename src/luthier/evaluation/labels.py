@@ -36,15 +36,8 @@ def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[st
     missing = [row for row in rows if not row.annotated]
     if missing:
         fix = "Give rows of text and label, text and rating, or tokens and tags."
-        raise DataError(
-            [
-                Problem(
-                    row.file, row.line, "row.no_label", "there is nothing to compare with.", fix
-                )
-                for row in missing
-            ],
-            "nothing was evaluated",
-        )
+        message = "there is nothing to compare with."
+        raise DataError([Problem("row.no_label", message, fix, row.location) for row in missing])
     if rated := of_shape(RatedText, rows):
         return _ratings([(r.rating, a["rating"]) for r, a in zip(rated, answers, strict=True)])
     if tagged := of_shape(TaggedWords, rows):

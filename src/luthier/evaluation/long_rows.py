@@ -66,7 +66,7 @@ def fit_rows(
         else:
             message = f"{longest} tokens are more than the model's context of {context}."
             fix = "Shorten the row, or set `long_rows=drop` or `long_rows=truncate`."
-            problems.append(Problem(row.file, row.line, "row.too_long", message, fix))
+            problems.append(Problem("row.too_long", message, fix, row.location))
     reject_long_rows(problems, len(kept), dropped)
     return FittingRows([r for r, _ in kept], [texts for _, texts in kept], dropped, truncated)
 
@@ -74,6 +74,6 @@ def fit_rows(
 def reject_long_rows(problems: Sequence[Problem], kept: int, dropped: int) -> None:
     """Raise :class:`DataError` for ``problems``, and :class:`RecipeError` if no row is left."""
     if problems:
-        raise DataError(problems, "nothing was evaluated")
+        raise DataError(problems)
     if dropped and not kept:
         raise RecipeError(f"all {dropped} rows are longer than the model's context; none is left")

@@ -35,7 +35,6 @@ from luthier.errors import (
     Problem,
     RecipeError,
     RowRefused,
-    data_errors,
 )
 from luthier.files import new_file, write_json
 from luthier.gate.check import CheckContext, Split
@@ -86,7 +85,6 @@ def summary_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.summary.json")
 
 
-@data_errors("nothing was written")
 def clean(
     source: Source,
     target: Path,

@@ -67,7 +67,7 @@ class RowEncoder:
                 other = objective_for(row, self.chat).method
                 fix = f"Use `objective.method={other}`, or bring the rows into the other form."
             except DataError as error:
-                fix = error.problems[0].fix
+                fix = error.problem.advice
         return RowRefused(SHAPE.id, message, fix)
 
     def encode(self, row: Row, index: int) -> Example:

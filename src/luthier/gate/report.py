@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.sources import stem_of
-from luthier.errors import Problem
+from luthier.errors import Location, Problem
 from luthier.escaping import printable
 from luthier.gate.check import Split
 from luthier.gate.checks import all_rules
@@ -324,7 +324,7 @@ def refusals(report: Report) -> tuple[list[Problem], bool]:
     """What the gate refuses, as encoding would say it, and whether there is more than is kept."""
     found = report.findings
     problems = [
-        Problem(each.place.file, each.place.line, rule.id, each.message, each.closest_fix)
+        Problem(rule.id, each.message, each.closest_fix, Location(each.place.file, each.place.line))
         for rule in found.rules()
         if found.severity(rule) == "error"
         for each in found.examples[rule.id]

@@ -233,7 +233,7 @@ class Gate:
         """What reading found, as findings; the list is emptied."""
         for each in problems:
             place = Place(each.file, each.line)
-            self.findings.add(Finding(rule_of(each.rule), place, each.message, each.fix))
+            self.findings.add(Finding(rule_of(each.rule), place, each.message, each.advice))
         problems.clear()
 
     def report(self, files: Mapping[Split, Sequence[str]]) -> Report:

@@ -14,7 +14,7 @@ from luthier.data.containers import Container
 from luthier.data.read import find_container
 from luthier.data.rows import stream_rows
 from luthier.data.splitting import Strata, split_rows
-from luthier.errors import DataError, Problem, RecipeError, RunConflict, data_errors
+from luthier.errors import DataError, Problem, RecipeError, RunConflict
 from luthier.files import check_creatable, copy_lines, new_folder, sha256_of, write_json
 from luthier.gate.row_keys import BATCH, RelatedRows
 from luthier.types import IntArray
@@ -24,7 +24,6 @@ LABELS = 1000
 """Labels whose counts the record holds, the most frequent first."""
 
 
-@data_errors("nothing was written")
 def split_file(
     source: Path, output: Path, shares: Mapping[str, float], seed: int
 ) -> dict[str, Any]:

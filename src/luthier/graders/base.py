@@ -94,7 +94,7 @@ class Ungraded(LuthierError):
 
     def __init__(self, scores: Sequence[float], faults: Mapping[int, RowRefused]) -> None:
         """``scores`` has NaN for the answers that ``faults`` names by index."""
-        super().__init__("; ".join(fault.message for fault in faults.values()))
+        super().__init__("; ".join(fault.problem.message for fault in faults.values()))
         self.scores, self.faults = list(scores), dict(faults)
 
 

@@ -123,7 +123,7 @@ class JsonSchema(Grader):
 
 
 def _bad_schema(reason: str) -> RecipeError:
-    return RecipeError(f"grader `json_schema`: bad schema: {reason}", "against")
+    return RecipeError(f"grader `json_schema`: bad schema: {reason}", setting="against")
 
 
 def subschemas(value: Any) -> Iterator[dict[str, Any]]:

@@ -95,7 +95,7 @@ class LanguageModelGrader(ModelSpec, Grader):
                 f"grader `{self.method}` needs `model`: the id of a local model, or "
                 f"https://host/v1#NAME for an endpoint. In Python, give {type(self).__name__}"
                 "(writer=...), a function from conversations to replies",
-                "model",
+                setting="model",
             )
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:

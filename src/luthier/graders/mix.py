@@ -81,8 +81,8 @@ class CompositeGrader(Grader):
         for name, part in self._parts.items():
             scores[name], wrong = attempt(part, answers)
             for index, fault in wrong.items():
-                text = f"part `{name}`: {fault.message}"
-                faults.setdefault(index, RowRefused(fault.rule, text, fault.fix))
+                text = f"part `{name}`: {fault.problem.message}"
+                faults.setdefault(index, RowRefused(fault.rule, text, fault.problem.advice))
         return scores
 
 

@@ -121,7 +121,7 @@ class PythonSource(SandboxedFunction):
             raise RecipeError(
                 f"grader `{self.method}`: the source raises {error.rstrip('.: ')}. Only the standard "
                 "library is available",
-                "source",
+                setting="source",
             )
 
     @property

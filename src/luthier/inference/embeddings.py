@@ -143,7 +143,7 @@ def _parquet(
     def refuse(number: int, bad: RowRefused) -> None:
         row = rows[number][1]
         fix = "Write JSON Lines (.jsonl), or the embeddings alone (.npy), or remove that field."
-        problems.append(Problem(row.file, row.line, bad.rule, bad.message, fix))
+        problems.append(Problem(bad.rule, bad.problem.message, fix, row.location))
 
     columns = arrow_columns(records, refuse)
     if problems:
@@ -165,7 +165,7 @@ def check_sides(rows: Sequence[Row]) -> None:
     message = "The row has two sides to embed, and one embedding is written for each row."
     fix = "Set one aside, as with `--map other=` (empty), or write each into a row of its own."
     problems = [
-        Problem(row.file, row.line, "row.ambiguous", message, fix)
+        Problem("row.ambiguous", message, fix, row.location)
         for row in rows
         if isinstance(row, TextPair | CaptionedImage)
     ]

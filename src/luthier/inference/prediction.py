@@ -204,8 +204,8 @@ class Predictor:
                 try:
                     processor.array(row.media)
                 except RowRefused as bad:
-                    message = f"{row.media.name}: {bad.message}"
-                    problems.append(Problem(row.file, row.line, bad.rule, message, bad.fix))
+                    message = f"{row.media.name}: {bad.problem.message}"
+                    problems.append(Problem(bad.rule, message, bad.problem.advice, row.location))
             if not problems:
                 raise
             raise DataError(problems) from refused

@@ -216,7 +216,9 @@ class SerialModel:
                 else:
                     examples.append(self._encode_text(each, index))
             except (InferenceRefused, RowRefused) as refused:
-                message = refused.message if isinstance(refused, RowRefused) else str(refused)
+                message = (
+                    refused.problem.message if isinstance(refused, RowRefused) else str(refused)
+                )
                 raise _refusal_of(index, each, message) from None
         return examples, sum(1 if each.media is not None else len(each) for each in examples)
 
@@ -355,7 +357,7 @@ class SerialModel:
             assert isinstance(error, Exception)
             media = examples[failed.place].media
             if isinstance(error, RowRefused) and media is not None:
-                raise _refusal_of(failed.place, media.media, error.message) from error
+                raise _refusal_of(failed.place, media.media, error.problem.message) from error
             raise error from None
         except Cancelled:
             raise _unloaded_failure() from None
@@ -425,8 +427,8 @@ def _undecodable(part: Sequence[Row], refused: RowRefused) -> InferenceRefused:
         try:
             media.pixels() if media.kind == "image" else media.samples()
         except RowRefused as bad:
-            return _refusal_of(row.line - 1, media, bad.message)
-    return InferenceRefused(refused.message, "inputs")
+            return _refusal_of(row.line - 1, media, bad.problem.message)
+    return InferenceRefused(refused.problem.message, "inputs")
 
 
 def _refusal_of(index: int, given: ModelInput, message: str) -> InferenceRefused:

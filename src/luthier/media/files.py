@@ -257,7 +257,9 @@ def read_npz(
     try:
         white = white_of(images)
     except RowRefused as bad:
-        raise Unreadable("media.npz", f"`images`: {bad.message}", bad.fix) from None
+        raise Unreadable(
+            "media.npz", f"`images`: {bad.problem.message}", bad.problem.advice
+        ) from None
     stem = Path(file).name
     for index, image in enumerate(images):
         if images.dtype != np.uint8:

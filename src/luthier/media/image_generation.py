@@ -121,7 +121,9 @@ class ImageGenerator:
                     f"{self.name} makes an image in one go: steps, guidance_scale, eta and "
                     "negative_prompt are for models that were trained with "
                     "`objective.method=diffusion`",
-                    next(name for name, value in asdict(settings).items() if value is not None),
+                    setting=next(
+                        name for name, value in asdict(settings).items() if value is not None
+                    ),
                 )
             objective = objective.with_sampling(settings)
         if not 1 <= count <= MOST_SAMPLES:
@@ -132,11 +134,13 @@ class ImageGenerator:
         if label is not None and label not in known:
             names = list_some(known, LABELS_SHOWN) or "no classes"
             text = f"{self.name} cannot make images of {label[:64]!r}: it knows {names}"
-            raise RecipeError(text, "label")
+            raise RecipeError(text, setting="label")
         if prompt is not None:
             if not objective.reads_prompts:
                 use = f"use label, one of {', '.join(known)}" if known else "leave the prompt out"
-                raise RecipeError(f"{self.name} did not learn from captions; {use}", "prompt")
+                raise RecipeError(
+                    f"{self.name} did not learn from captions; {use}", setting="prompt"
+                )
             objective.check_prompt(prompt)
         asked = label if label is not None else prompt
         classes = [asked] if asked is not None else list(known) or [""]

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from luthier.data.media import LONGEST_WINDOW, MOST_SECONDS, MediaKind
-from luthier.errors import CorruptFile, RowRefused, UnknownModel
+from luthier.errors import CorruptFile, Location, RowRefused, UnknownModel
 from luthier.files import read_json, write_json
 from luthier.validation import describe_constraint
 
@@ -587,5 +587,7 @@ class MediaInput:
         try:
             return self.processor.array(self.media, self.augmentation, self.seed)
         except RowRefused as bad:
-            place = f"row {self.line} of {self.file} ({self.media.name})"
-            raise RowRefused(bad.rule, bad.message, bad.fix, place) from bad
+            why = bad.problem
+            raise RowRefused(
+                why.rule, why.message, why.advice, Location(self.file, self.line)
+            ) from bad

@@ -18,7 +18,7 @@ import numpy as np
 from luthier.data.formats import KEYS
 from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, Media
 from luthier.data.parsing import Record, quote
-from luthier.errors import Problem
+from luthier.errors import Location, Problem
 
 TIME_COLUMNS = ("timestamp", "time", "date", "datetime", "ds")
 FIRST_LINES = 1_000
@@ -112,11 +112,11 @@ def _read_windows(
                 f"up to {LARGEST_VALUE:.0e}."
             )
             fix = "Fill in what was measured, or an estimate of it: a series has no gaps."
-            problems.append(Problem(file, line, "window.value", message, fix))
+            problems.append(Problem("window.value", message, fix, Location(file, line)))
         elif _is_no_time(time):
             message = f"The time is {quote(str(time))}, which is missing or on no calendar."
             fix = "Write the time of the value, as in 2026-11-23 14:05, or remove the line."
-            problems.append(Problem(file, line, "window.time", message, fix))
+            problems.append(Problem("window.time", message, fix, Location(file, line)))
         else:
             lines.append(line)
             read.append(record)

@@ -225,7 +225,7 @@ class _Configuration:
             record for _, record in read_records(self._file(name), problems)
         ]
         if problems:
-            raise RecipeError(str(DataError(problems, "nothing was imported")))
+            raise RecipeError(str(DataError(problems)))
         return found
 
     def _tests(self) -> Iterator[_Test]:

@@ -53,7 +53,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     except ModelRefused as refused:  # whose file is named as seen from the folder
         why = refused.problem
         place = str(folder / why.file)
-        raise ModelRefused(place, why.rule, why.message, why.fix) from refused
+        raise ModelRefused(place, why.rule, why.message, why.advice) from refused
     return fields
 
 

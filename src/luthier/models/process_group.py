@@ -114,12 +114,12 @@ class ProcessGroup:
         if self.size == 1:
             return
         self.connect()
-        for rank, report in enumerate(self.gather(report_error(problem) if problem else None)):
+        own = report_error(problem, f"process {self.rank}: ") if problem else None
+        for rank, report in enumerate(self.gather(own)):
             if report is not None:
                 if problem is not None and rank == self.rank:
                     raise problem
-                message = f"process {rank}: {report['message']}"
-                raise restore_error(report["error"], message) or LuthierError(message)
+                raise restore_error(report)
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:

@@ -40,7 +40,7 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
             choices = [f"`objective.method={name}`" for name in named]
             choices.append("give each a label, as with `data.columns.label=COLUMN`")
             fix = f"Say what is to be learned: {', or '.join(choices)}."
-        raise DataError([Problem(row.file, row.line, "row.objective", message, fix)])
+        raise DataError([Problem("row.objective", message, fix, row.location)])
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
     able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]
     return able[0] if able else kinds[0].model_validate({})

@@ -193,14 +193,15 @@ class Classification(Objective):
             raise RecipeError(
                 f"`{setting}` is for rows of one label each; with several, each class is told from the "
                 "rest by itself. Leave it out",
-                setting,
+                setting=setting,
             )
         if not isinstance(weights, dict):
             return balanced_weights(labels, seen)
         if unknown := [name for name in weights if name not in labels]:
             nearest = did_you_mean(unknown[0], labels, f"the labels are {list_some(labels, 20)}")
             raise RecipeError(
-                f"`{setting}` names {unknown[0]!r}, and no row has that label: {nearest}", setting
+                f"`{setting}` names {unknown[0]!r}, and no row has that label: {nearest}",
+                setting=setting,
             )
         return weights
 

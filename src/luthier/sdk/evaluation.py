@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.errors import RecipeError, data_errors
+from luthier.errors import RecipeError
 from luthier.sdk.model import Model
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from luthier.workflows.forgetting import Forgetting
 
 
-@data_errors("nothing was evaluated")
 def evaluate(
     model: str | Model | StoredModel,
     data: str | Path,
@@ -91,7 +90,6 @@ def evaluate(
     )
 
 
-@data_errors("nothing was judged")
 def judge_agreement(
     data: str | Path,
     judge: Spec,
@@ -144,7 +142,6 @@ def _parse_judge(judge: Spec) -> Ruler:
     return ruler
 
 
-@data_errors("nothing was compared")
 def compare(
     data: str | Path,
     tuned: Sequence[str],
@@ -230,7 +227,6 @@ def compare(
     return found
 
 
-@data_errors("nothing was measured")
 def forgetting(
     model: str,
     base: str | None = None,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.errors import RecipeError, data_errors
+from luthier.errors import RecipeError
 from luthier.exports.export import Export, Format, change_record, check_settings, export_model
 from luthier.sdk.model import stored_model
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from luthier.sdk.model import Model
 
 
-@data_errors("nothing was exported")
 def export(
     model: str | Model | StoredModel,
     folder: str | Path,

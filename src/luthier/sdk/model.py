@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from luthier.errors import DataError, Problem, RecipeError, data_errors
+from luthier.errors import DataError, Problem, RecipeError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,6 @@ class Model:
         settings = DenoisingSettings(steps, guidance_scale, eta, negative_prompt)
         return self.image_generator.sample(count, seed, label, settings=settings, prompt=prompt)
 
-    @data_errors("nothing was reconstructed")
     def reconstruct(self, images: Sequence[str]) -> list[Reconstruction]:
         """Each image, by its path, beside what the model gives back of it, and the error."""
         from luthier.data.rows import input_row
@@ -181,7 +180,6 @@ class Model:
         top: int | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]: ...
-    @data_errors("nothing was predicted")
     def predict(
         self,
         texts: str | Mapping[str, Any] | Sequence[str | Sequence[str] | Mapping[str, Any]],
@@ -277,7 +275,6 @@ class Model:
             raise RecipeError(f"{self.stored.id} gives labels; use predict()")
         return np.array([answer["embedding"] for answer in answers], dtype=np.float32)
 
-    @data_errors("nothing was looked up")
     def nearest(
         self,
         query: str | Sequence[str],

@@ -49,7 +49,6 @@ from luthier.errors import (
     RefusedInput,
     RowRefused,
     RunConflict,
-    data_errors,
 )
 from luthier.files import folder_size, lock, new_file, read_json, sweep, write_bytes, write_json
 from luthier.library.models import StoredModel, content_hash
@@ -262,21 +261,20 @@ def _shards(
     decides = [luthier.__version__, task.settings(), [content_hash(model) for model in models]]
     problems = BoundedProblems()
     checked, next_note = 0, time.monotonic() + CHECK_SECONDS
-    with data_errors(task.outcome):
-        for number, rows in enumerate(_cut(task, problems)):
-            checked += len(rows)
-            if time.monotonic() >= next_note:
-                next_note = time.monotonic() + CHECK_SECONDS
-                reporter.note(f"{checked:,} rows are checked")
-            try:
-                digest = _digest(task, rows)
-            except DataError as error:
-                for problem in error.problems:
-                    problems.append(problem)
-                continue
-            own = hashlib.sha256(json.dumps([decides, digest]).encode()).hexdigest()
-            yield Shard(folder, f"{number:06}-{own[:32]}", len(rows), digest)
-        problems.refuse()
+    for number, rows in enumerate(_cut(task, problems)):
+        checked += len(rows)
+        if time.monotonic() >= next_note:
+            next_note = time.monotonic() + CHECK_SECONDS
+            reporter.note(f"{checked:,} rows are checked")
+        try:
+            digest = _digest(task, rows)
+        except DataError as error:
+            for problem in error.problems:
+                problems.append(problem)
+            continue
+        own = hashlib.sha256(json.dumps([decides, digest]).encode()).hexdigest()
+        yield Shard(folder, f"{number:06}-{own[:32]}", len(rows), digest)
+    problems.refuse()
 
 
 def _cut(task: InferenceTask, problems: list[Problem]) -> Iterator[list[InputRow]]:
@@ -453,14 +451,14 @@ def _check_problems(shards: Sequence[Shard], output: Path) -> None:
     found = list[Problem]()
     for shard in shards:
         if shard.problems.exists() and len(found) < MOST_PROBLEMS:
-            found += [Problem(**each) for each in read_json(shard.problems)]
+            found += [Problem.from_dict(each) for each in read_json(shard.problems)]
     if found:
         answered = sum(shard.rows for shard in shards if shard.answers.exists())
-        kept = (
-            f"{output} is not written; the answers to {answered:,} rows are kept. Mend these in their "
-            "lines, and the same command goes on"
+        advice = (
+            f"The answers to {answered:,} rows are kept. Fix the other rows in their lines and run the "
+            "same command again."
         )
-        raise DataError(found, kept, capped=len(found) >= MOST_PROBLEMS)
+        raise DataError(found, capped=len(found) >= MOST_PROBLEMS, advice=advice)
 
 
 def _write_output(task: InferenceTask, shards: Sequence[Shard], output: Path) -> dict[str, int]:

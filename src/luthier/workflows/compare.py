@@ -404,10 +404,7 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
     if leaked and len(leaked) >= TOO_MANY * len(rows):
         fix = "Compare on rows that are not among the training rows; `luthier split` keeps some apart."
         message = "the row asks what a training row asks, so what is measured on it is memory."
-        raise DataError(
-            [Problem(row.file, row.line, "leakage.input", message, fix) for row in leaked],
-            "nothing was compared",
-        )
+        raise DataError([Problem("leakage.input", message, fix, row.location) for row in leaked])
     if not leaked:
         return []
     return [f"{len(leaked):,} of {len(rows):,} rows ask what training rows ask, which flatters"]

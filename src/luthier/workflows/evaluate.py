@@ -32,7 +32,7 @@ from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers, ThumbedReply
 from luthier.data.shapes.texts import RatedText, RawText, TaggedWords, TextPair
 from luthier.data.tree import READING_BUDGET
-from luthier.errors import DataError, Problem, RecipeError, RowRefused, data_errors
+from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.breakdown import length_keys, slice_scores
 from luthier.evaluation.choices import ChoiceLikelihood, choice_scores, encode_choices, keep_end
 from luthier.evaluation.evaluate import (
@@ -82,7 +82,6 @@ Done = Callable[[int], None]
 """Called with the number of finished rows."""
 
 
-@data_errors("nothing was evaluated")
 def evaluate(
     model: str | StoredModel,
     data: str | Path,
@@ -227,7 +226,7 @@ def grade_replies(
         raise RecipeError(
             "a truncated prompt loses its question, so prompts are not truncated; set "
             "`long_rows=drop`",
-            "long_rows",
+            setting="long_rows",
         )
     prompts = [Chat(each, row.tools) for row, each in zip(rows, questions(rows), strict=True)]
     sampling = Sampling(max_tokens=max_tokens)
@@ -235,7 +234,7 @@ def grade_replies(
     kept = [index for index, refusal in enumerate(refusals) if refusal is None]
     fix = "Shorten the row, set `long_rows=drop`, or lower `max_tokens`."
     problems = [
-        Problem(row.file, row.line, "row.too_long", refusal, fix)
+        Problem("row.too_long", refusal, fix, row.location)
         for row, refusal in zip(rows, refusals, strict=True)
         if refusal is not None and long_rows == "error"
     ]
@@ -358,7 +357,7 @@ def fit_choices(
         except RowRefused as bad:
             problems.append(bad.at(row.file, row.line))
     if problems:
-        raise DataError(problems, "nothing was evaluated")
+        raise DataError(problems)
     return fit_rows(rows, texts, context, long_rows, keep_end)
 
 
@@ -418,7 +417,7 @@ def slice_keys(rows: Sequence[Row], by: str) -> list[str]:
         raise RecipeError(
             f"no row has a value for the slice {by!r}; slice by label, length, language or a column "
             "with text or numbers",
-            "slices",
+            setting="slices",
         )
     return [key or "none" for key in keys]
 
@@ -438,7 +437,9 @@ def _with_slices(found: Evaluation, slices: Sequence[str]) -> Evaluation:
     packed = of_shape(RawText, found.rows)
     whole = {n: s for n, s in found.row_scores.items() if len(s) == len(found.rows)}
     if packed or not whole:
-        raise RecipeError("these rows are not scored one by one; leave `slices` out", "slices")
+        raise RecipeError(
+            "these rows are not scored one by one; leave `slices` out", setting="slices"
+        )
     parts = [slice_scores(whole, by, slice_keys(found.rows, by)) for by in slices]
     return replace(found, slices=[each for part in parts for each in part])
 

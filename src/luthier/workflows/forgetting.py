@@ -263,7 +263,7 @@ def load_probes(paths: Sequence[str | Path]) -> dict[str, list[MultipleChoice]]:
             if not isinstance(row, MultipleChoice):
                 message = "the row is no prompt with choices, which a probe is made of."
                 fix = 'Write {"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}.'
-                raise DataError([Problem(row.file, row.line, "row.objective", message, fix)])
+                raise DataError([Problem("row.objective", message, fix, row.location)])
             task = records.get(row.line, {}).get("task")
             name = task if isinstance(task, str) and task else path.name.partition(".")[0]
             sets.setdefault(name, []).append(row)

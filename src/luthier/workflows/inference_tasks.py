@@ -20,7 +20,7 @@ from luthier.data.parsing import Record
 from luthier.data.rows import PREDICTED, stream_inputs, stream_prompts
 from luthier.data.shapes.conversations import Conversation, PromptOnly
 from luthier.data.writers import json_records, pack
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.errors import DataError, Location, Problem, RecipeError
 from luthier.files import json_lines
 from luthier.inference.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
 from luthier.inference.inference import Chat
@@ -72,8 +72,6 @@ class InferenceTask(ABC):
     """A model, a source of rows, and what is asked of each."""
 
     kind: ClassVar[str]
-    outcome: ClassVar[str]
-    """What is said of data that is refused."""
     shard_rows: ClassVar[int]
     answer_key: ClassVar[str]
     """The field of the answer, which no row may have."""
@@ -133,7 +131,6 @@ class PredictTask(InferenceTask):
     them."""
 
     kind: ClassVar[str] = "predict"
-    outcome: ClassVar[str] = "nothing was predicted"
     shard_rows: ClassVar[int] = BLOCK_ROWS
     answer_key: ClassVar[str] = PREDICTED
 
@@ -156,7 +153,6 @@ class EmbedTask(InferenceTask):
     """The embedding of each row, as ``luthier embed`` writes them to JSON Lines or NumPy's form."""
 
     kind: ClassVar[str] = "embed"
-    outcome: ClassVar[str] = "nothing was embedded"
     shard_rows: ClassVar[int] = BLOCK_ROWS
     answer_key: ClassVar[str] = EMBEDDING
 
@@ -210,7 +206,6 @@ class GenerateTask(InferenceTask):
     """A reply to each prompt, as ``luthier generate`` writes them."""
 
     kind: ClassVar[str] = "generate"
-    outcome: ClassVar[str] = "nothing was answered"
     shard_rows: ClassVar[int] = BLOCK_PROMPTS
     answer_key: ClassVar[str] = "completion"
 
@@ -277,7 +272,7 @@ def fitting_prompts(
     for row, prompt in zip(rows, prompts, strict=True):
         if refusal := generator.refusal(prompt, sampling):
             fix = "Shorten it, or ask for fewer tokens of a reply."
-            problems.append(Problem(row.file, row.line, "row.too_long", refusal, fix))
+            problems.append(Problem("row.too_long", refusal, fix, Location(row.file, row.line)))
     if problems:
         raise DataError(problems)
     return prompts

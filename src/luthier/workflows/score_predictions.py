@@ -116,8 +116,8 @@ def _score_classes(predictor: Predictor, fitting: FittingRows, first: Prediction
     if not count:
         message = "no two rows have the same label, so no row can find another of its label."
         fix = "Give several rows of the same label."
-        problem = Problem(rows[0].file, rows[0].line, "row.no_label", message, fix)
-        raise DataError([problem], "nothing was evaluated")
+        problem = Problem("row.no_label", message, fix, rows[0].location)
+        raise DataError([problem])
     remark = f"each row searches the {len(rows) - 1:,} other rows for its label"
     if count < len(rows):
         remark += f"; {len(rows) - count:,} rows are alone with their label and do not search"

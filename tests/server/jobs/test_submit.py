@@ -54,13 +54,13 @@ def test_names_are_taken_in_their_account_only(queue: Any) -> None:
     put(queue, "one", model_name="model", account=OTHER)
     with pytest.raises(NameInUse) as caught:
         put(queue, "one", model_name="other")
-    assert (caught.value.kind, str(caught.value)) == (
-        "job", "The provided job name is currently in use.",
+    assert (caught.value.rule, str(caught.value)) == (
+        "job.name_taken", "The provided job name is currently in use.",
     )  # fmt: skip
     with pytest.raises(NameInUse) as caught:
         put(queue, "two", model_name="model")
-    assert (caught.value.kind, str(caught.value)) == (
-        "model", "The provided model name is currently in use.",
+    assert (caught.value.rule, str(caught.value)) == (
+        "model.name_taken", "The provided model name is currently in use.",
     )  # fmt: skip
     with queue.database.write() as session:
         held = get(session, ACCOUNT, first.id, lock=True)

@@ -195,7 +195,7 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
 
 
 def _no_room(*given: Any, **named: Any) -> None:
-    raise QuotaExceeded("The account has no room.", "stored_bytes")
+    raise QuotaExceeded("The account has no room.", setting="stored_bytes")
 
 
 def _number(event_id: str) -> int:

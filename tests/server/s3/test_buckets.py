@@ -49,7 +49,7 @@ def test_names_that_no_bucket_has(service: Any, name: str) -> None:
 
     with pytest.raises(ObjectRefused) as caught:
         service.objects.create_bucket("000000000001", name)
-    assert caught.value.code == "InvalidBucketName"
+    assert caught.value.rule == "InvalidBucketName"
 
 
 def test_another_accounts_bucket_is_not_there(service: Any, bucket: str) -> None:

@@ -221,7 +221,7 @@ def test_a_bucket_is_made_once(objects: Objects) -> None:
         try:
             objects.create_bucket(ONE, "data")
         except ObjectRefused as refused:
-            return refused.code
+            return refused.rule
         return ""
 
     with ThreadPoolExecutor(8) as pool:
@@ -247,7 +247,7 @@ def test_accounts_do_not_see_each_other(data: Objects) -> None:
     for call in calls:
         with pytest.raises(ObjectRefused) as caught:
             call()
-        assert caught.value.code == "NoSuchBucket"
+        assert caught.value.rule == "NoSuchBucket"
     assert data.buckets(TWO) == []
     data.create_bucket(TWO, "data")
     assert page(data.database, TWO, "data").entries == ()

@@ -120,7 +120,7 @@ def test_what_goes_beyond_a_quota_changes_nothing(store: Store) -> None:
         QuotaExceeded, match=r"10 bytes \(quota stored_bytes\) and has 6"
     ) as refused:
         store.put("b", 5)
-    assert refused.value.quota == "stored_bytes"
+    assert refused.value.setting == "stored_bytes"
     store.put("a", 10)  # what it replaces is gone then
     store.put("b", 0)
     with pytest.raises(QuotaExceeded, match="bytes"):

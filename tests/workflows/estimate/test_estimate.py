@@ -346,8 +346,3 @@ def test_nine_of_ten_runs_are_inside_the_interval() -> None:
         trials += 1
     # Five points are few, and lines are kept from being negative; 4 standard errors of 400 draws.
     assert abs(inside / trials - 0.9) < 4 * math.sqrt(0.09 / trials) + 0.02
-
-
-def test_data_that_is_not_there_is_not_said_to_be_untrained(tmp_path: Path) -> None:
-    refused = invoke("estimate", str(tmp_path / "none.jsonl"))
-    assert refused.exit_code == 2

@@ -470,11 +470,10 @@ def pair_answers(rows: Sequence[Row]) -> Sequence[Preference]:
     pairs = spool(_pairs(rows, groups))
     problems = [
         Problem(
-            pair.file,
-            pair.line,
             "preference.equal",
             "the same answer to the same prompt has another judgement in another row.",
             "Keep one of the two rows.",
+            pair.location,
         )
         for pair in pairs
         if pair.chosen == pair.rejected
@@ -505,17 +504,15 @@ def _incomparable(group: Sequence[JudgedReply]) -> Problem | None:
         return None
     if len(group) == 1:
         return Problem(
-            first.file,
-            first.line,
             "rating.single",
             "this is the only answer to its prompt, so there is nothing to compare it with.",
             "Add another answer with another rating, remove the row, learn from thumbs one by one "
             "with objective kto, or from every answer alike with objective sft.",
+            first.location,
         )
     return Problem(
-        first.file,
-        first.line,
         "rating.tied",
         f"all {len(group)} answers to this prompt have the same rating ({first.worth:g}).",
         "Rate one of them differently, or remove the rows.",
+        first.location,
     )

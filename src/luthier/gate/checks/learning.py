@@ -163,16 +163,16 @@ class Learning(SpotCheck):
         tokens_N, learned_N, times_N = np.zeros((3, len(batch)), np.int64)
         spots: list[Spot] = []
 
-        def refuse(index: int, bad: RowRefused | Problem) -> None:
+        def refuse(index: int, bad: Problem) -> None:
             start = excerpt_of(batch.rows[index])
-            spots.append(Spot(index, bad.rule, bad.message, start, bad.fix))
+            spots.append(Spot(index, bad.rule, bad.message, start, bad.advice))
 
         try:
             objective = self.objective or objective_for(batch.rows[0], self.chat)
         except DataError as error:
             for index, row in enumerate(batch.rows):
                 if row.shape == batch.rows[0].shape:
-                    refuse(index, error.problems[0])
+                    refuse(index, error.problem)
             return EncodedBatch(tokens_N, learned_N, times_N, tuple(spots))
         encoder = RowEncoder(objective, self.chat)
         gathered: list[tuple[int, Row]] = []
@@ -182,7 +182,7 @@ class Learning(SpotCheck):
                 encoder.check_shape(row)
                 gathered += [(index, each) for each in objective.regroup([row])]
             except RowRefused as bad:
-                refuse(index, bad)
+                refuse(index, bad.problem)
             except DataError:
                 waiting.append(row)
         fitted = self._fit(objective, [row for _, row in gathered])
@@ -195,15 +195,15 @@ class Learning(SpotCheck):
             try:
                 example = encoder.encode(row, index)
             except RowRefused as bad:
-                refuse(index, bad)
+                refuse(index, bad.problem)
                 continue
             views, room = fitted.sequences(example), room_of(fitted, encoder.format, self.context)
             learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
             if too_long := fitted.length_problem(example, room):
-                refuse(index, too_long)
+                refuse(index, too_long.problem)
             if not learned and fitted.same_each_epoch:
                 nothing = "no token of the row is learned."
-                refuse(index, RowRefused(NOTHING_LEARNED.id, nothing, NOTHING_LEARNED.fix))
+                refuse(index, Problem(NOTHING_LEARNED.id, nothing, NOTHING_LEARNED.fix))
             times_N[index] = times
             tokens_N[index] += sum(view.tokens for view in views)
             learned_N[index] += learned
@@ -287,7 +287,7 @@ class Learning(SpotCheck):
             except DataError as error:
                 for bad in error.problems:
                     place = Place(bad.file, bad.line)
-                    findings.add(Finding(rule_of(bad.rule), place, bad.message, bad.fix))
+                    findings.add(Finding(rule_of(bad.rule), place, bad.message, bad.advice))
                 continue
             lines_N = np.array([row.line for row in pairs], np.int64)
             measured = self.measure(RowBatch(split, file, pairs))
@@ -418,12 +418,12 @@ class ObjectiveFit:
             return []
         file = next(iter(train.values()))[0].file
         if self._lines["train"] == 1 and (bad := refuse_single(rows[0])):
-            return [(Finding(TOO_FEW, Place(file, rows[0].line), bad.message), 1)]
+            return [(Finding(TOO_FEW, Place(file, rows[0].line), bad.problem.message), 1)]
         try:
             fitted = objective.fit(rows, chat)
         except RowRefused as bad:
-            message = bad.message if len(train) > 1 else _describe_single_class(rows[0])
-            return [(Finding(rule_of(bad.rule), Place(file, 0), message, bad.fix), 1)]
+            message = bad.problem.message if len(train) > 1 else _describe_single_class(rows[0])
+            return [(Finding(rule_of(bad.rule), Place(file, 0), message, bad.problem.advice), 1)]
         except RecipeError:
             if objective.mixed_shapes:  # it needs a second file, which only a job names
                 return []
@@ -444,7 +444,10 @@ class ObjectiveFit:
                 fitted.encode(witness.row, 0, chat)
             except RowRefused as bad:
                 if bad.rule.startswith("label."):
-                    yield Finding(rule_of(bad.rule), place, bad.message, bad.fix), witness.count
+                    yield (
+                        Finding(rule_of(bad.rule), place, bad.problem.message, bad.problem.advice),
+                        witness.count,
+                    )
             except RecipeError:
                 continue
 

@@ -182,8 +182,8 @@ class MediaFiles(SpotCheck):
             try:
                 measured.append(measure(index, row, spots))
             except RowRefused as bad:
-                message = f"{row.media.name}: {bad.message}"
-                spots.append(Spot(index, bad.rule, message, fix=bad.fix))
+                message = f"{row.media.name}: {bad.problem.message}"
+                spots.append(Spot(index, bad.rule, message, fix=bad.problem.advice))
         return spots, measured
 
     def _measure_image(self, index: int, row: MediaRow, spots: list[Spot]) -> MeasuredMedia:

@@ -208,7 +208,7 @@ class Diffusion(Generative):
             raise RecipeError(
                 f"no caption of the training rows has a word of {prompt[:64]!r}, so it says nothing to "
                 "the model",
-                "prompt",
+                setting="prompt",
             )
 
     def check(self, chat: ChatFormat) -> None:
@@ -235,7 +235,7 @@ class Diffusion(Generative):
                 raise RecipeError(
                     f"the base model was trained with {name}={value}, and reads no other noise; "
                     f"leave objective.{name} out",
-                    f"objective.{name}",
+                    setting=f"objective.{name}",
                 )
         try:
             return self.model_validate(self.model_dump() | noise | {"reads_texts": True})
@@ -268,18 +268,19 @@ class Diffusion(Generative):
         """Refuse the negative prompt, called ``name``, where it would change nothing."""
         if not self.reads_prompts:
             raise RecipeError(
-                f"{name} is for models that learned from captions, and this one did not", name
+                f"{name} is for models that learned from captions, and this one did not",
+                setting=name,
             )
         if not self.reads_texts and not len(words_target(self.negative_prompt, self.words or ())):
             raise RecipeError(
                 f"no caption of the training rows has a word of {self.negative_prompt[:64]!r}, so "
                 f"{name} says nothing to the model",
-                name,
+                setting=name,
             )
         if self._scale == 1:
             raise RecipeError(
                 f"{name} changes nothing where guidance_scale is 1: images are not moved away then",
-                name,
+                setting=name,
             )
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
@@ -395,14 +396,14 @@ class Diffusion(Generative):
             raise RecipeError(
                 f"steps: the model knows {self.num_train_timesteps:,} steps from noise to an image, "
                 f"and {settings.steps:,} are more",
-                "steps",
+                setting="steps",
             )
         try:
             found = self.model_validate(self.model_dump() | given)
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
-            raise RecipeError(f"{name} {describe_constraint(first)}", name) from error
+            raise RecipeError(f"{name} {describe_constraint(first)}", setting=name) from error
         if settings.negative_prompt:
             found._check_negative_prompt("negative_prompt")
         return found
@@ -544,7 +545,7 @@ def _check_length(text: str, chat: ChatFormat, name: str) -> IntArray:
     if len(ids_T) > most:
         raise RecipeError(
             f"the {name.replace('_', ' ')} has {len(ids_T)} tokens, and the text encoder reads {most}",
-            name,
+            setting=name,
         )
     return ids_T
 

@@ -14,7 +14,7 @@ from luthier.data.containers import Container, container_of
 from luthier.data.media import MOST_MEDIA_BYTES
 from luthier.data.parsing import Unreadable
 from luthier.data.read import read_records
-from luthier.errors import DataError, LocationRefused, Problem
+from luthier.errors import DataError, Location, LocationRefused, Problem
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.library.models import find
 from luthier.media.files import REFERENCES, is_media, media_references, object_name
@@ -115,7 +115,7 @@ def _check_lines(data: JobData) -> None:
         if (data.folder / name).is_dir():
             message = "It holds images or sounds, and the base model reads texts."
             fix = "Name a base model that reads them, or an object with rows of text."
-            problems.append(Problem(address, 0, "media.base", message, fix))
+            problems.append(Problem("media.base", message, fix, Location(address)))
             continue
         try:
             found = container_of(data.folder / name)
@@ -125,7 +125,7 @@ def _check_lines(data: JobData) -> None:
         if found != Container("jsonl"):
             message = f"The file is {found}, and JSON Lines are wanted: one object a line."
             fix = "Write it anew as JSON Lines, and do not pack it."
-            problems.append(Problem(address, 0, "file.form", message, fix))
+            problems.append(Problem("file.form", message, fix, Location(address)))
     if problems:
         raise DataError(problems)
 
@@ -208,7 +208,9 @@ def fetch_references(
             wanted.setdefault(reference, line)
         if len(wanted) > MOST_REFERENCES:
             message = f"Its rows name more than {MOST_REFERENCES:,} images or sounds."
-            raise DataError([Problem(address, line, "media.count", message, "Split the file.")])
+            raise DataError(
+                [Problem("media.count", message, "Split the file.", Location(address, line))]
+            )
     problems: list[Problem] = []
     incoming = table.parent / ".incoming"
     for reference, line in wanted.items():
@@ -227,7 +229,7 @@ def fetch_references(
                 str(error) if isinstance(error, LocationRefused) else f"{reference} has no place."
             )
             fix = "Mend the path, upload the file, or remove the row."
-            problems.append(Problem(address, line, "media.missing", text, fix))
+            problems.append(Problem("media.missing", text, fix, Location(address, line)))
         if len(problems) >= MOST_REFUSED:
             break
     shutil.rmtree(incoming, ignore_errors=True)

@@ -402,7 +402,7 @@ def _in_folder(part: Path) -> Iterator[None]:
     except ModelRefused as refused:
         why = refused.problem
         place = (part / why.file).as_posix()
-        raise ModelRefused(place, why.rule, why.message, why.fix) from refused
+        raise ModelRefused(place, why.rule, why.message, why.advice) from refused
 
 
 @contextmanager

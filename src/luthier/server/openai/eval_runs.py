@@ -379,7 +379,7 @@ class EvalTask(EvaluationTask):
             try:
                 messages = self.source.messages(answer)
             except RowRefused as refused:
-                raise invalid(refused.message) from refused
+                raise invalid(refused.problem.message) from refused
             body = self.source.chat_body(messages)
             sample = _sample(body, self.parts.answers(caller, body))
         text = "".join(each["content"] or "" for each in sample["output"])
@@ -415,7 +415,7 @@ class EvalTask(EvaluationTask):
         if parts:
             found["sub_scores"] = parts
         if trouble is not None:
-            found["error"] = {"code": trouble.rule, "message": trouble.message}
+            found["error"] = {"code": trouble.rule, "message": trouble.problem.message}
         return found
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:

@@ -120,7 +120,9 @@ class Graders:
         sample = Answer((), parameters.model_sample, None, row, longest)
         score, parts, trouble = graded_once(grader, sample)
         if trouble is not None and trouble.rule == TOO_LONG:
-            raise invalid(f"The grader refuses this: {trouble.message}", "grader", "invalid_grader")
+            raise invalid(
+                f"The grader refuses this: {trouble.problem.message}", "grader", "invalid_grader"
+            )
         return Response.json(
             {
                 "reward": score,
@@ -265,9 +267,9 @@ def _errors(kind: str, trouble: RowRefused | None) -> dict[str, Any]:
         }
         found[name.get(trouble.rule) or kinds.get(kind, "other_error")] = True
         if kind == "python":
-            details["python_grader_runtime_error_details"] = trouble.message
+            details["python_grader_runtime_error_details"] = trouble.problem.message
         elif kind in _ASKING:
-            details["model_grader_server_error_details"] = trouble.message
+            details["model_grader_server_error_details"] = trouble.problem.message
     return {**found, **details}
 
 

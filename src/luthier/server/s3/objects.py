@@ -114,7 +114,7 @@ def before_put(stores: Stores, request: S3Request) -> int:
     try:
         found = stores.objects.head(request.account, request.bucket, request.key)
     except ObjectRefused as refused:
-        if refused.code != "NoSuchKey":
+        if refused.rule != "NoSuchKey":
             raise
         return 0
     return found.size
@@ -181,7 +181,8 @@ def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
             record_action("s3:DeleteObject", arn(request.bucket, key))
             check_key(key)
         except (Fault, ObjectRefused) as refused:
-            fields = [("Key", key), ("Code", refused.code), ("Message", refused.message)]
+            code = refused.code if isinstance(refused, Fault) else refused.rule
+            fields = [("Key", key), ("Code", code), ("Message", refused.problem.message)]
             results.append(("Error", fields))
         else:
             allowed.append(key)

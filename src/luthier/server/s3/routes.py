@@ -185,7 +185,7 @@ class S3Face:
             # AWS has no code for this; Ceph's gateway has.
             raise Fault("QuotaExceeded", str(refused)) from refused
         except ObjectRefused as refused:
-            raise Fault(refused.code, refused.message) from refused
+            raise Fault(refused.rule, refused.problem.message) from refused
 
     def refusal(self, fault: Fault, request_id: str) -> Response:
         """``fault`` as clients of S3 expect it.

@@ -269,11 +269,11 @@ class BuiltInBuckets:
                 written = writing.finish()
             self._objects.put(account, bucket, key, written, ObjectMetadata())
         except ObjectRefused as refused:
-            text = f"s3://{bucket}/{key} cannot be written: {refused.message}"
+            text = f"s3://{bucket}/{key} cannot be written: {refused.problem.message}"
             raise LocationRefused(text) from None
         except QuotaExceeded as refused:
             text = f"s3://{bucket}/{key} cannot be written: {refused}"
-            raise QuotaExceeded(text, refused.quota) from None
+            raise QuotaExceeded(text, setting=refused.setting) from None
 
     def _verify(self, account: str, piece: ObjectPiece) -> Iterator[bytes]:
         digest = hashlib.sha256()
@@ -305,7 +305,7 @@ def _address(uri: str) -> _Address:
         if key:
             check_key(key)
     except ObjectRefused as refused:
-        raise LocationRefused(refused.message) from None
+        raise LocationRefused(refused.problem.message) from None
     return _Address(bucket, key, uri.endswith("/"))
 
 

@@ -90,7 +90,9 @@ def check_count(used: int, quotas: AccountQuotas, name: str, what: str, remedy: 
     """
     quota = getattr(quotas, name)
     if used >= quota:
-        raise QuotaExceeded(f"The account has {quota:,} {what} (quota {name}). {remedy}", name)
+        raise QuotaExceeded(
+            f"The account has {quota:,} {what} (quota {name}). {remedy}", setting=name
+        )
 
 
 def _check(used: int, quotas: AccountQuotas, more: int) -> None:
@@ -99,7 +101,7 @@ def _check(used: int, quotas: AccountQuotas, more: int) -> None:
             f"The account may have {quotas.stored_bytes:,} bytes (quota stored_bytes) and has "
             f"{used:,}. Delete some of what it stores, or have the operator of the server raise the "
             "quota.",
-            "stored_bytes",
+            setting="stored_bytes",
         )
 
 

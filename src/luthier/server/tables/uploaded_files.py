@@ -88,7 +88,7 @@ class UploadedFiles:
         try:
             self.objects.create_bucket(account, UPLOADS)
         except ObjectRefused as refused:
-            if refused.code != "BucketAlreadyOwnedByYou":
+            if refused.rule != "BucketAlreadyOwnedByYou":
                 raise
         return self.objects.begin(account, size)
 

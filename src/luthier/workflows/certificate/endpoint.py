@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from luthier.chat_models.base import Failure, ModelSpec, Reply, SamplingSpec
 from luthier.chat_models.endpoint import EndpointModel
-from luthier.errors import DataError, LuthierError, Problem, RecipeError
+from luthier.errors import DataError, Location, LuthierError, Problem, RecipeError
 from luthier.library.models import StoredModel, chat_format, writes
 from luthier.types import Message, Row
 
@@ -91,11 +91,10 @@ def select_prompts(
         turns for row in rows if not row.tools and (turns := row.prompt_turns())
     ]
     if len(prompts) < MIN_PROMPTS:
-        problem = Problem(
-            str(source), 1, "row.no_reply", "fewer than three rows have a prompt.",
-            "Give rows of prompt and completion, or messages, without tools.",
-        )  # fmt: skip
-        raise DataError([problem], "no prompt was sent")
+        message = "fewer than three rows have a prompt."
+        fix = "Give rows of prompt and completion, or messages, without tools."
+        problem = Problem("row.no_reply", message, fix, Location(str(source), 1))
+        raise DataError([problem])
     count = min(count, len(prompts))
     return [prompts[index * len(prompts) // count] for index in range(count)]
 

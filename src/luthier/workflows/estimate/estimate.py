@@ -13,7 +13,6 @@ import numpy as np
 from luthier.engine import checkpoints
 from luthier.engine.metrics import Reporter
 from luthier.engine.timings import PARTS, estimates_folder
-from luthier.errors import data_errors
 from luthier.files import write_json
 from luthier.models.manifest import created_now
 from luthier.recipe import Recipe
@@ -164,7 +163,6 @@ class Estimate:
         return sum(part.value for name, part in self.parts.items() if name not in changing)
 
 
-@data_errors("nothing was estimated")
 def estimate(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
     """Try the job of ``recipe`` and say what all of it will take.
 
