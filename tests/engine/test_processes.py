@@ -228,8 +228,8 @@ def test_an_error_that_one_process_has_alone_ends_them_all_by_its_name(
     with pytest.raises(SystemExit):
         work(tmp_path)
     message = "process 1 of 2: row 3 cannot be read any more"
-    said = {"error": "CorruptFile", "message": message}
-    assert read_json(tmp_path / "outcome-1.json") == said
+    reported = read_json(tmp_path / "outcome-1.json")
+    assert (reported["error"], reported["message"]) == ("CorruptFile", message)
     work(tmp_path)  # started again, it does not begin anew
     assert [path.name for path in tmp_path.glob("outcome*")] == ["outcome-1.json"]
 
