@@ -197,13 +197,10 @@ def test_choices_are_told_with_their_reasons(recipe: Callable[..., Recipe]) -> N
     for name in ("batch_size", "learning_rate", "evaluate_every", "micro_batch_tokens"):
         assert stored[name] == reporter.choices[f"training.{name}"][0]
     (said,) = [note for note in reporter.notes if "weights train" in note]
-    share = f"{result.trained_weights / result.weights:.2%}"
-    assert said.startswith(
-        f"{result.trained_weights:,} of {result.weights:,} weights train ({share})"
-    )
+    assert f"{result.trained_weights:,} of {result.weights:,}" in said
     adapter = Path(result.model_dir, "adapter_model.safetensors")
     tensors = load_file(adapter).values()
-    assert said.endswith(f"stored in {sum(tensor.nbytes for tensor in tensors) / 1e6:,.2f} MB")
+    assert f"{sum(tensor.nbytes for tensor in tensors) / 1e6:,.2f} MB" in said
     assert sum(tensor.numel() for tensor in tensors) == result.trained_weights
     metrics = manifest_of(result)["metrics"]
     assert metrics["saved_bytes"] == result.saved_bytes == adapter.stat().st_size

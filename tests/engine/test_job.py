@@ -124,7 +124,7 @@ def test_a_network_that_the_token_tree_does_not_fit_is_refused(
     def refuse(*arguments: Any) -> Any:
         raise RecipeError("networks of this type cannot be trained here yet")
 
-    monkeypatch.setattr(train, "as_network", refuse)
+    monkeypatch.setattr("luthier.engine.trained_network.as_network", refuse)
     refused(recipe(), RecipeError, "cannot be trained here yet", luthier_home)
     monkeypatch.undo()
 

@@ -166,7 +166,7 @@ def test_an_adapter_that_has_no_effect_beside_its_base_is_refused(
         "model_of",
         lambda batch, adapters: batch.network.model,
     )
-    monkeypatch.setattr("luthier.engine.train.try_shared", lambda *args: None)
+    monkeypatch.setattr("luthier.engine.trained_network.try_shared", lambda *args: None)
     with pytest.raises(
         LuthierError, match=r"greedily beside its base .*; the first other token is in row \d at"
     ):

@@ -409,9 +409,7 @@ def test_a_classifier_goes_on_to_other_classes_with_a_new_head(
         data = write(tmp_path / f"{name}.jsonl", rows)
         fields: dict[str, Any] = {"adaptation": adaptation, "training__max_steps": 2}
         result = luthier.tune(data, base=first, name=name, reporter=heard, **fields)
-        said = [text for text in heard.notes if "a new head" in text]
-        assert len(said) == (name != "same")
-        assert all("the old one, of side 0, side 1, is left out" in text for text in said)
+        assert any("side 0, side 1" in note for note in heard.notes) == (name != "same")
         luthier.evaluate(result.model_id, data)
     scores = luthier.load("bert:three").predict("the fox is here")["scores"]
     assert list(scores) == ["class 0", "class 1", "class 2"]

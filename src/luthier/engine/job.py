@@ -15,7 +15,6 @@ from luthier.data.chat import ChatFormat
 from luthier.data.loader import RowOrder
 from luthier.data.media import PLURAL, SINGULAR
 from luthier.data.template_kwargs import DATE
-from luthier.data.tree import READING_BUDGET
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset, prepare
 from luthier.engine.machine import Machine, available_memory
@@ -40,13 +39,11 @@ from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights, scratch_rate, width_of
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES, is_flat
-from luthier.models.load import as_network, read_config, sketch
+from luthier.models.load import read_config, sketch
 from luthier.models.modalities import context_length
-from luthier.models.network import Network
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import OtherModel, with_completions
-from luthier.objectives.references import ReferenceObjective, with_reference_logps
 from luthier.recipe import Recipe
 from luthier.types import Example
 
@@ -512,16 +509,6 @@ def bind_models(
     return objective
 
 
-def load_frozen(stored: store.StoredModel, machine: Machine, reporter: Reporter) -> Network:
-    """A model that helps to train: as it is served, frozen."""
-    reporter.stage(f"Loading {stored.id}")
-    model = store.load(stored, machine.dtype, machine.device)
-    model.requires_grad_(False).eval()
-    network = as_network(model, machine.device, machine.dtype)
-    network.chat = store.chat_format(stored)
-    return network
-
-
 def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:
     """Rows of the run's first steps, to choose settings by."""
     training = recipe.training
@@ -531,23 +518,3 @@ def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[E
     chosen = [[data.train[index] for index in order.batch(step)] for step in steps]
     objective = data.objective
     return [with_completions(objective, objective.augment(batch) or batch) for batch in chosen]
-
-
-@torch.no_grad()
-def add_reference_logps(job: TrainingJob, network: Network, reporter: Reporter) -> TrainingJob:
-    """``job`` with what the reference model says of the rows that are read more than once.
-
-    Training rows that come once are asked about in their step, with no delay before the first.
-    """
-    data, training = job.data, job.recipe.training
-    # The last batch of a pass may be smaller.
-    again = job.steps > -(-job.rows // (training.batch_size or 1))
-    objective = data.objective
-    if not isinstance(objective, ReferenceObjective) or not (again or data.validation):
-        return job
-    network.model.eval()
-    reporter.stage("Asking the reference model")
-    budget = max(training.micro_batch_tokens or 1, READING_BUDGET)
-    held = with_reference_logps(network, data.validation, budget)
-    train = with_reference_logps(network, data.train, budget) if again else data.train
-    return replace(job, data=replace(data, train=train, validation=held))

@@ -11,5 +11,9 @@ ENTRY_POINTS = {
         "diffusion": "luthier.media.objectives.diffusion:Diffusion",
         "image_to_text": "luthier.media.objectives.image_to_text:ImageToText",
     },
+    "luthier.training_steps": {
+        "sample_pictures": "luthier.media.training_steps:SamplePictures",
+        "generative_verdict": "luthier.media.training_steps:GenerativeVerdict",
+    },
 }
 """Parts of this package by group and name, each as ``module:class``."""

@@ -185,9 +185,9 @@ def open_graders(
         note(f"at most {verdicts * (answers + 1):,} verdicts are requested from the judge")
     if not verdicts and not any(grader.models for grader in graders.values()):
         return dict(graders)
-    from luthier.engine.job import load_frozen
     from luthier.engine.machine import choose_machine
     from luthier.engine.metrics import Reporter
+    from luthier.engine.trained_network import load_frozen
     from luthier.objectives.scoring import LocalModels, check_grader_model
 
     stored = {n: library.find(n, note) for each in graders.values() for n in each.models}

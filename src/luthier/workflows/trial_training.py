@@ -13,7 +13,7 @@ from luthier.engine.loop import Loop
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Run
-from luthier.engine.timings import Clock
+from luthier.engine.steps import select_steps
 from luthier.engine.train import Trainer
 from luthier.files import TEMPORARY, luthier_home
 from luthier.library.models import find
@@ -46,5 +46,6 @@ def trial_training(
     recipe = with_base(recipe, reporter)
     job = prepare_job(recipe, find(recipe.base, reporter.stage), machine, reporter)
     with temporary_run(job.base.root, kind) as run:
-        network, loop = Trainer(job, run, reporter, Clock()).start(resume=False)
-        yield job, network, loop
+        trainer = Trainer(job, run, reporter, select_steps(job, trial=True))
+        loop = trainer.start(resume=False)
+        yield job, trainer.network, loop

@@ -30,12 +30,12 @@ from luthier.engine.machine import (
 from luthier.engine.metrics import Reporter
 from luthier.engine.model_writer import PARITY_ROWS
 from luthier.engine.runs import PRECOMPUTED
+from luthier.engine.steps import select_steps
 from luthier.engine.timings import Clock, request_key
 from luthier.engine.train import Trainer
 from luthier.files import folder_size
 from luthier.library import models as store
 from luthier.models.layouts import SIZE_STEP
-from luthier.models.network import Network
 from luthier.objectives.base import with_completions
 from luthier.recipe import Recipe
 from luthier.types import Example
@@ -226,10 +226,11 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     work, batches = workload_of(job), representative(job, BATCHES)
     rows = [row for batch in batches for row in batch]
     with temporary_run(base.root, "estimates") as run:
-        trainer = Trainer(job.with_sample(rows, _validation_sample(job)), run, reporter, clock)
-        network, loop = trainer.start(resume=False)
-        shares = network.shares
-        trial = _try(trainer, network, loop, len(batches))
+        sampled = job.with_sample(rows, _validation_sample(job))
+        trainer = Trainer(sampled, run, reporter, select_steps(sampled, trial=True), clock)
+        loop = trainer.start(resume=False)
+        shares = trainer.network.shares
+        trial = _try(trainer, loop, len(batches))
     asked = trainer.calibration_rows
     begun = replace(job, data=replace(job.data, train=trainer.prepared_rows))
     order = order_of(begun)
@@ -253,9 +254,9 @@ def _validation_sample(job: TrainingJob) -> list[int]:
     return [int(place * there / count) for place in range(count)]
 
 
-def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun:
+def _try(trainer: Trainer, loop: Loop, count: int) -> TrialRun:
     """Run ``count`` batches and what belongs to a run, in the order a run does it."""
-    job, folder = trainer.job, trainer.run_folder
+    job, folder, network = trainer.job, trainer.run_folder, trainer.network
     batches = [[job.data.train[row] for row in loop.order.batch(step)] for step in range(count)]
     steps = [step_of(job, batch, network.shares) for batch in batches]
     kept = network.bottom.bytes if network.bottom is not None else 0
@@ -267,12 +268,12 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun
     held = loop.clock.parts["validation"] - before
     loop.checkpoint()
     sizes = folder_size(loop.checkpoints.folder), folder_size(folder.folder / PRECOMPUTED)
-    lines = loop.metrics.read()
+    trainer.progress, trainer.lines = loop.progress, loop.metrics.read()
     asked = workload_of(replace(job, steps=len(tries)))
-    trainer.release(network)
+    trainer.release()
     # The copy is thrown away: that it is stored and verified is nothing to tell.
     trainer.reporter = Reporter()
-    trainer.store(network, loop.progress, lines)
+    trainer.store()
     model = folder_size(folder.model_folder)  # in the folder of the run, for a trial
     return TrialRun(
         batches=steps,

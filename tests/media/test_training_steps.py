@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from luthier.engine.train import Trainer
+from luthier.media.training_steps import GenerativeVerdict, advised_steps
 from luthier.objectives import OBJECTIVES
 
 
@@ -20,15 +20,14 @@ from luthier.objectives import OBJECTIVES
         ("diffusion", 2_001, True, 0),
         ("gan", 1_501, True, 0),
         ("diffusion", 172, False, 0),
-        ("classification", 40, True, 0),
-        ("sft", 40, True, 0),
+        ("sft", 40, False, 0),
     ],
 )
 def test_few_steps_from_random_weights_are_told(
     method: str, steps: int, random: bool, expected: int
 ) -> None:
-    trainer: Any = object.__new__(Trainer)
     objective = OBJECTIVES[method].model_validate({})
     base = SimpleNamespace(manifest=SimpleNamespace(is_random=random))
-    trainer.job = SimpleNamespace(base=base, data=SimpleNamespace(objective=objective))
-    assert trainer._advised_steps(steps) == expected
+    job: Any = SimpleNamespace(base=base, data=SimpleNamespace(objective=objective))
+    assert GenerativeVerdict.applies(job) == (method in ("diffusion", "gan", "vae"))
+    assert advised_steps(job, steps) == expected

@@ -1,0 +1,421 @@
+"""The steps of a run around the training loop, in the order in which a run calls them.
+
+A step prepares the rows or the network, measures next to the loop, or decides about the stored model.
+Each step says for which jobs it runs (:meth:`TrainingStep.applies`); :func:`select_steps` makes the
+list of a run. A package adds a step by an entry point in the group ``luthier.training_steps``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from luthier.data.disk_sequence import concatenate
+from luthier.data.media import PLURAL
+from luthier.engine.comparison import fit_baselines, measure_tuned
+from luthier.engine.job import TrainingJob, prepare_refit
+from luthier.engine.loop import row_gradients
+from luthier.engine.machine import available_memory, return_freed_memory
+from luthier.engine.metrics import MetricsFile
+from luthier.engine.perplexity import find_unfamiliar_text
+from luthier.engine.runs import ACTIVATIONS, METRICS, PRECOMPUTED, REFIT, Run
+from luthier.engine.verdict import Refit, RunVerdict, judge_run
+from luthier.files import need_disk
+from luthier.gate.checks.base_language import UNTRAINED
+from luthier.models.frozen_layer_cache import Bottom, frozen_layers, is_frozen
+from luthier.models.layers import layer_names
+from luthier.models.layouts import MediaLayout
+from luthier.objectives.base import threshold_of
+from luthier.objectives.references import ReferenceObjective, with_reference_logps
+from luthier.plugins import PluginTable
+
+if TYPE_CHECKING:
+    from luthier.engine.train import Trainer
+
+
+class TrainingStep:
+    """A part of a run beside the loop. Each method is called once per run, unless it says otherwise."""
+
+    first_process_only: ClassVar[bool] = False
+    """Whether only the process that stores the model takes the step."""
+    in_trials: ClassVar[bool] = True
+    """Whether runs whose model is thrown away take the step."""
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return whether the recipe and the data of ``job`` ask for the step."""
+        return True
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Act on the network at its starting weights, at each start of a run, resumed or not."""
+
+    def after_evaluation(self, trainer: Trainer, step: int) -> None:
+        """Act on the network after each measurement of the held-out rows."""
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Act on the network with its best weights, after the memory of the optimizer is free."""
+
+    def before_storing(self, trainer: Trainer) -> None:
+        """Decide about the model that is stored next; only in the process that stores."""
+
+
+class UnfamiliarText(TrainingStep):
+    """A warning if the base model hardly knows the language of the rows."""
+
+    first_process_only = True
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return whether the network writes and the gate has not warned already."""
+        report = job.data.report
+        warned = report is not None and UNTRAINED in report.findings.rules()
+        return job.data.objective.task == "causal_lm" and not warned
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Print the warning once, not again where a run is resumed."""
+        if trainer.resumes:
+            return
+        job = trainer.job
+        with trainer.clock.part("load"):
+            warning = find_unfamiliar_text(trainer.network, job.chat, job.data.train)
+        if warning:
+            trainer.reporter.note(f"warning: {warning}")
+
+
+class Preparation(TrainingStep):
+    """Everything that the objective computes from the network before the first step."""
+
+    @torch.no_grad()
+    def before_training(self, trainer: Trainer) -> None:
+        """Set a new head, complete the training rows, and let a teacher read all rows."""
+        job, network, note = trainer.job, trainer.network, trainer.reporter.note
+        objective, budget = job.data.objective, trainer.reading_budget
+        network.model.eval()
+        with trainer.clock.part("begin"):
+            if job.new_head and objective.starts_head:
+                done = objective.start_head(network, job.data.train, budget)
+                trainer.fitted_head = bool(done)
+                if done:
+                    note(done)
+            trainer.prepared_rows = objective.prepare(network, job.data.train, budget, note)
+        trainer.job = job = job.with_rows(trainer.prepared_rows)
+        with trainer.clock.part("ahead"):
+            rows = chain(job.data.train, job.data.validation)
+            folder = trainer.run_folder.folder / PRECOMPUTED
+            objective.precompute(network, rows, budget, folder, note)
+        return_freed_memory()  # a teacher may be closed by now
+
+
+class Baselines(TrainingStep):
+    """Simple baselines on the same rows, and rows whose label may be wrong."""
+
+    first_process_only, in_trials = True, False
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return whether there are rows of both sides and time to fit baselines."""
+        return all(job.data.compared) and bool(job.recipe.training.baseline_seconds)
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Fit the baselines on the states of the base model before any weight has moved."""
+        if trainer.network.is_sharded:
+            trainer.reporter.note("no baselines are fitted: one process cannot run shards alone")
+            return
+        job, media = trainer.job, trainer.job.chat.media
+        train, held = job.data.compared
+
+        def on_progress(done: int, total: int) -> None:
+            if media is not None:  # text is read at once
+                trainer.reporter.progress(done, total, f"{PLURAL[media.kind]} read")
+
+        with trainer.clock.part("baselines"):
+            trainer.reporter.stage("Fitting simple baselines to compare with")
+            found = fit_baselines(
+                trainer.network,
+                job.data.objective,
+                train,
+                held,
+                trainer.reading_budget,
+                job.recipe.training.baseline_seconds,
+                on_progress,
+                label_issues=True,
+            )
+        trainer.baselines = found
+        if found is not None:
+            trainer.reporter.note(found.describe())
+        issues = found.label_issues if found is not None else None
+        trainer.run_folder.write_label_issues(issues.issues if issues is not None else ())
+        return_freed_memory()
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Measure the trained model on the rows that the baselines were measured on."""
+        if trainer.baselines is None:
+            return
+        data, budget = trainer.job.data, trainer.reading_budget
+        with trainer.clock.part("baselines"):
+            trainer.comparison = measure_tuned(
+                trainer.network, data.objective, data.compared[1], trainer.baselines, budget
+            )
+
+
+class Calibration(TrainingStep):
+    """Weights that the adaptation chooses by gradients of single rows."""
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Calibrate the adaptation.
+
+        A checkpoint stores the result of the calibration, but not the starting weights of a reference.
+        """
+        job = trainer.job
+        if trainer.found is not None and not job.data.objective.uses_reference:
+            return
+        read_rows = row_gradients(
+            trainer.network,
+            job.data.objective,
+            job.data.train,
+            job.recipe.training,
+            trainer.reporter,
+        )
+
+        def gradients(rows: int) -> Iterator[None]:
+            trainer.calibration_rows += rows
+            return read_rows(rows)
+
+        with trainer.clock.part("calibrate"):
+            job.recipe.adaptation.calibrate(trainer.network, gradients)
+            return_freed_memory()
+
+
+class FrozenLayers(TrainingStep):
+    """Frozen lower layers that are computed once, if rows come more than once."""
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return whether the network reads the same rows again."""
+        seen = job.steps * (job.recipe.training.batch_size or 1)
+        fixed = job.data.objective.same_each_epoch and not job.recipe.data.augmentation
+        return fixed and seen >= 2 * job.rows
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Compute the frozen layers for all rows and store the states in memory or on disk."""
+        network, data, reporter = trainer.network, trainer.job.data, trainer.reporter
+        media = network.layout if isinstance(network.layout, MediaLayout) else None
+        if media is not None:
+            frozen = is_frozen(network.model.base_model)
+            count = len(layer_names(network.model)) if frozen else 0
+        else:
+            count = frozen_layers(network.model) if network.layout.flat else 0
+        if not count or network.is_sharded:
+            return
+        with trainer.clock.part("ahead"):
+            started = time.monotonic()
+            rows = data.objective.augment([*data.train, *data.validation])
+            size = sum(map(len, rows)) * network.width * network.dtype.itemsize
+            file = None
+            if size > available_memory() // 4:
+                folder = trainer.run_folder.folder
+                need_disk(folder, size, "keeping the activations of the frozen layers")
+                file = folder / ACTIVATIONS
+            reporter.stage(f"Computing the {count} frozen layers once for {len(rows):,} rows")
+            kept = f"{size / 1e6:,.1f} MB of states are stored {'on disk' if file else 'in memory'}"
+            if media is not None:
+                media.compute_ahead(network, rows, trainer.reading_budget, file)
+                reporter.note(f"{kept}; each epoch runs the head alone")
+            else:
+                network.bottom = Bottom.of(network, count, rows, trainer.reading_budget, file)
+                reporter.note(f"{kept}; each epoch starts at layer {count + 1}")
+            seconds = time.monotonic() - started
+        trainer.first_lines["frozen_layers"] = {"layers": count, "seconds": seconds}
+
+
+class ReferenceScores(TrainingStep):
+    """Scores of the reference model for rows that are read more than once."""
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return whether the objective compares with a reference model."""
+        return isinstance(job.data.objective, ReferenceObjective)
+
+    @torch.no_grad()
+    def before_training(self, trainer: Trainer) -> None:
+        """Add the scores to the held-out rows, and to training rows of several epochs.
+
+        Training rows of one epoch are scored in their step, which does not delay the first step.
+        """
+        job = trainer.job
+        # The last batch of an epoch may be smaller.
+        repeats = job.steps > -(-job.rows // (job.recipe.training.batch_size or 1))
+        if not (repeats or job.data.validation):
+            return
+        network, data, budget = trainer.network, job.data, trainer.reading_budget
+        network.model.eval()
+        with trainer.clock.part("ahead"):
+            trainer.reporter.stage("Scoring rows with the reference model")
+            held = with_reference_logps(network, data.validation, budget)
+            train = with_reference_logps(network, data.train, budget) if repeats else data.train
+        trainer.job = replace(job, data=replace(data, train=train, validation=held))
+
+
+class RefitTraining(TrainingStep):
+    """A refit: a second training from the base on all rows, whose weights are stored."""
+
+    in_trials = False
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return whether the recipe asks for a refit."""
+        return bool(job.refit_steps)
+
+    def after_training(self, trainer: Trainer) -> None:
+        """Train on all rows for as many passes as led to the best weights, if they learned anything.
+
+        The refit has a folder and checkpoints of its own, so that a killed run resumes there. Its lines
+        join the metrics of the run.
+        """
+        measured, group, clock = trainer.progress, trainer.group, trainer.clock
+        if not group.first(None if group.rank else judge(trainer).learned):
+            why = "more rows would not improve the model"
+            if not measured.best_step:
+                why = "the weights from before training are the best"
+            trainer.reporter.note(f"refit skipped: {why}")
+            return
+        trainer.network.close()
+        base, name = trainer.job.base.root, trainer.run_folder.name
+        run = Run(base, name, rehearsal=trainer.run_folder.folder / REFIT)
+        with clock.part("data"):
+            job = prepare_refit(
+                trainer.job,
+                measured.best_step or 0,
+                measured.step,
+                group.size,
+                run.checkpoint_bytes(),
+            )
+        trainer.reporter.stage(
+            f"Refit: training again on all {job.data.counts['rows']:,} rows, for {job.until:,} steps"
+        )
+        resume = bool(group.first(run.has_metrics()))
+        run.begin(job.request(), resume=True)
+        again = trainer.of_refit(job, run)
+        again.learn(resume)
+        metrics = MetricsFile(trainer.run_folder.folder / METRICS)
+        for line in again.lines:
+            metrics.append(line)
+        trainer.run_folder.hold_out(job.data.held_out)
+        trainer.network, trainer.stored_job = again.network, job
+        trainer.progress = replace(
+            again.progress,
+            step=measured.step + again.progress.step,
+            tokens=measured.tokens + again.progress.tokens,
+            rows=measured.rows + again.progress.rows,
+            seconds=measured.seconds + again.progress.seconds,
+            best_loss=measured.best_loss,
+        )
+        held_out = trainer.job.data.counts["validation_rows"]
+        trainer.refit = Refit(job.data.counts["rows"], held_out, job.until)
+
+
+class Threshold(TrainingStep):
+    """A decision threshold that the objective draws from scores of the trained network."""
+
+    @classmethod
+    def applies(cls, job: TrainingJob) -> bool:
+        """Return whether the objective draws a threshold."""
+        return bool(job.data.objective.rows_to_finish)
+
+    @torch.no_grad()
+    def before_storing(self, trainer: Trainer) -> None:
+        """Draw the threshold from the held-out rows, and from the training rows if they are few."""
+        job, network = trainer.stored_job, trainer.network
+        examples = trainer.job.data.validation
+        wanted, count = job.data.objective.rows_to_finish, len(examples)
+        if count < wanted:
+            examples = concatenate([examples, job.data.train])
+        network.model.eval()
+        done = job.data.objective.finish(network, examples, trainer.reading_budget)
+        if done is job.data.objective:
+            return
+        reason = f"from the scores of {len(examples):,} rows"
+        trainer.reporter.settings([("objective.threshold", threshold_of(done), reason)])
+        if count < wanted or trainer.refit is not None:
+            why = f"{count:,} rows are held out, and {wanted:,} suffice (`data.validation_share`)"
+            if trainer.refit is not None:
+                why = "the refit learned from the held-out rows"
+            trainer.reporter.note(
+                "warning: the threshold comes from rows that the model learned from, so more of other "
+                f"rows will be above it; {why}"
+            )
+        recipe = job.recipe.model_copy(update={"objective": done})
+        origin = {**job.origin, "recipe": recipe.plain()}
+        data = replace(job.data, objective=done)
+        trainer.stored_job = replace(job, recipe=recipe, data=data, origin=origin)
+
+
+class Verdict(TrainingStep):
+    """The verdict on the run, from its measurements."""
+
+    def before_storing(self, trainer: Trainer) -> None:
+        """Judge the measured training."""
+        trainer.verdict = judge(trainer, trainer.refit)
+
+
+STEPS: PluginTable[type[TrainingStep]] = PluginTable(
+    "training_steps",
+    TrainingStep,
+    {
+        "unfamiliar_text": UnfamiliarText,
+        "preparation": Preparation,
+        "baselines": Baselines,
+        "calibration": Calibration,
+        "frozen_layers": FrozenLayers,
+        "reference_scores": ReferenceScores,
+        "refit": RefitTraining,
+        "threshold": Threshold,
+        "verdict": Verdict,
+    },
+)
+
+
+def select_steps(
+    job: TrainingJob, *, trial: bool = False, stores: bool = True
+) -> list[TrainingStep]:
+    """Return the steps of a run of ``job``, in order.
+
+    Args:
+        job: the job, as it was prepared.
+        trial: whether the model is thrown away.
+        stores: whether this process stores the model.
+    """
+    return [
+        step()
+        for step in STEPS.values()
+        if step.applies(job)
+        and (step.in_trials or not trial)
+        and (stores or not step.first_process_only)
+    ]
+
+
+def judge(trainer: Trainer, refit: Refit | None = None) -> RunVerdict:
+    """Return the verdict on the measured training; ``refit`` is the training after it, if any."""
+    job = trainer.job
+    report = job.data.report
+    language = report.findings.examples.get(UNTRAINED.id) if report is not None else None
+    baselines, comparison = trainer.baselines, trainer.comparison
+    informed = baselines.best_informative if baselines is not None else None
+    return judge_run(
+        trainer.lines,
+        job.data.objective.measure,
+        job.recipe.training,
+        job.steps,
+        len(job.data.validation),
+        job.rows / (job.recipe.training.batch_size or 1),
+        trainer.fitted_head,
+        uninformative=comparison is not None and comparison.uninformative,
+        informed=informed.name if informed is not None else "",
+        other_base=language[0].closest_fix if language else "",
+        refit=refit,
+    )
