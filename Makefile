@@ -53,6 +53,7 @@ check: $(INSTALLED)  ## lint, types, import order, documentation
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python docs/prose.py
 	$(BIN)/mkdocs build --quiet
 
 format: $(INSTALLED)  ## let ruff rewrite what it can
