@@ -1,13 +1,11 @@
-"""Was it worth it: tuned models beside what needs no training, on the same held-out rows.
+"""Tuned models compared with techniques without training, on the same held-out rows.
 
-A base model that writes is asked as it is, with examples in the prompt, with the nearest examples,
-and with passages of documents (:mod:`luthier.workflows.prompting`); beside one that reads, the
-simple baselines are fitted (:mod:`luthier.evaluation.baselines`), and for both the answer of the
-nearest training row is taken over. Tuned models are asked as they are, and with the passages. All
-answer the same rows, so differences are known row by row: which are more than chance is said with
-Holm's correction for all that are compared. What an answer costs is measured in the same run.
+A generative base model answers in several ways (:mod:`luthier.workflows.prompting`). For other base
+models, the simple baselines are fitted (:mod:`luthier.evaluation.baselines`). Copying the answer of
+the nearest training row is always a rival. All answer the same rows, so differences are known row
+by row, with Holm's correction. The cost of an answer is measured in the same run.
 
-Left out: a search for the best prompt (DSPy and GEPA do that), several samples of an answer.
+Left out: a search for the best prompt (DSPy and GEPA do that), several samples per answer.
 """
 
 from __future__ import annotations
@@ -31,18 +29,15 @@ from luthier.evaluation.baselines import (
     is_comparable,
 )
 from luthier.evaluation.evaluate import default_graders, grade
-from luthier.evaluation.significance import (
-    Difference,
-    RowScores,
-    as_gain,
-    differences,
-)
+from luthier.evaluation.significance import Difference, RowScores, as_gain, differences
 from luthier.files import folder_size
 from luthier.gate.checks.leakage import TOO_MANY
 from luthier.gate.row_keys import match_questions, repeated_rows
 from luthier.graders import Exact
 from luthier.graders.base import Answer
 from luthier.graders.ruler import judge_pairs
+from luthier.inference.generation import Generator
+from luthier.inference.inference import Chat
 from luthier.inference.prediction import Predictor
 from luthier.models.sampling import Sampling
 from luthier.types import Example, Row
@@ -61,113 +56,98 @@ from luthier.workflows.score_predictions import score_predictions
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import Grader, Ruler
-    from luthier.inference.inference import Chat
     from luthier.library.models import StoredModel
     from luthier.workflows.estimate.budget import Prices
 
 BASELINE_SECONDS = 120.0
-"""For all simple baselines together."""
+"""Time limit of all simple baselines."""
 SEED = 0
 TIMES_ALIKE = 1.5
-"""Times of answers that are closer to each other are called the same: each is measured once."""
+"""Ratio of times below which they count as equal: each is measured once."""
 FREQUENT = 0.05
-"""Share of the training rows with one reply from which that reply alone is a rival."""
+"""Share of the training rows with one reply from which that reply is a rival."""
 NEARLY_NONE = 0.1
-"""The best score, where all are shares, up to which the grader or the model may be the wrong
-one."""
+"""Best score up to which the grader or the model may be unsuitable."""
 
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """One way to answer the rows, measured."""
+    """The measurement of one way to answer the rows."""
 
     name: str
     technique: Technique
     score: RowScores
-    """What all are compared by."""
+    """The score that is compared."""
     scores: dict[str, float]
-    """All measures that go with such rows."""
+    """All scores of such rows."""
     seconds: float
-    """For one answer, in batches, on this machine."""
+    """Seconds per answer, in batches, on this machine."""
     prompt_tokens: float | None = None
-    """Read for one answer, on average; ``None`` where no text is written."""
+    """Mean input tokens per answer of a generative model."""
     model_bytes: int = 0
-    """Size of the weights that answer, all of the base included."""
+    """Size of the weights, including the base model's."""
     memory_bytes: int = 0
-    """Resident at the peak of its answering, weights included, beyond what was before it was
-    opened."""
+    """Peak of resident memory with weights, beyond the memory before loading."""
     preparation_seconds: float = 0.0
-    """Time that tuning took, in seconds."""
+    """Duration of the tuning."""
     replies: Sequence[str] = ()
-    """To the rows, of what writes."""
+    """Replies to the rows, of a generative model."""
 
     @property
     def is_tuned(self) -> bool:
-        """Whether weights were trained for it."""
+        """Whether weights were trained."""
         return self.technique.startswith("fine-tuning")
 
 
 @dataclass(frozen=True, eq=False)
 class HeadToHead:
-    """Several ways to answer the same rows."""
+    """A comparison on the same rows."""
 
     measure: str
-    """What is compared: ``accuracy``, or the name of a grader or a measure."""
+    """``accuracy``, or the name of a grader or measure."""
     rows: int
     contenders: list[Contender]
-    """The best first."""
+    """Contenders, the best first."""
     remarks: list[str] = field(default_factory=list)
-    """What was left out, and what the rows do not say."""
     prices: Prices | None = None
 
     @property
     def best(self) -> Contender:
-        """The highest score, or the lowest error."""
+        """The contender with the best score."""
         return self.contenders[0]
 
     def behind(self) -> dict[str, Difference]:
-        """How all others differ from the best."""
-        others = {each.name: each.score for each in self.contenders[1:]}
-        return differences(self.best.score, others)
+        """Return the difference of each other contender to the best one."""
+        return differences(self.best.score, {each.name: each.score for each in self.contenders[1:]})
 
     def cost_per_thousand(self, contender: Contender) -> float | None:
-        """Of 1,000 answers, at the prices that were given."""
+        """Return the price of 1,000 answers, if prices are known."""
         return None if self.prices is None else self.prices.cost(1000 * contender.seconds, 0)
-
-    def break_even(self, tuned: Contender, other: Contender) -> float | None:
-        """Answers after which the time that tuning took is saved; ``None`` where it never is.
-
-        Machine time stands for money here: both run on the same machine.
-        """
-        saved = other.seconds - tuned.seconds
-        spent = tuned.preparation_seconds - other.preparation_seconds
-        return spent / saved if saved > 0 and spent > 0 else None
 
     @property
     def rivals(self) -> tuple[Contender, Contender] | None:
-        """The best that was tuned, and the best that was not; ``None`` where one is missing."""
+        """The best tuned contender and the best other one, if both exist."""
         tuned = next((each for each in self.contenders if each.is_tuned), None)
         rival = next((each for each in self.contenders if not each.is_tuned), None)
         return None if tuned is None or rival is None else (tuned, rival)
 
     @property
     def worth_it(self) -> bool | None:
-        """Whether tuning was: no where it is worse, ``None`` where the rows do not decide it."""
+        """Whether the tuned model is better (True) or worse (False) beyond chance, else None."""
         if self.rivals is None:
             return None
         gain = self._gain(*self.rivals)
         return gain.value > 0 if gain.significant else None
 
     def _gain(self, tuned: Contender, rival: Contender) -> Difference:
-        """How much better ``tuned`` is, as :meth:`behind` has it: one of the two is the best."""
+        """Return the advantage of ``tuned``; one of the two is the best contender."""
         leads = tuned is self.best
         found = self.behind()[rival.name if leads else tuned.name]
-        # Subtracted, as of no difference minus 0 would be left.
-        value = 0.0 - found.value if leads else found.value
+        value = 0.0 - found.value if leads else found.value  # not -0.0
         return replace(found, value=as_gain(self.measure, value))
 
     def verdict(self) -> str:
-        """Whether tuning was worth it, in a sentence or two."""
+        """Return in one or two sentences whether tuning was worth it."""
         if self.rivals is None:
             return f"{self.best.name} is the best of them"
         tuned, rival = self.rivals
@@ -175,45 +155,42 @@ class HeadToHead:
         apart = (
             f"{self._text(gain.value, signed=True)} \N{PLUS-MINUS SIGN} {self._text(gain.error)}"
         )
-        own, theirs = self._text(tuned.score.value), self._text(rival.score.value)
-        scores = f"{tuned.name} has {own} against {theirs} of {rival.name} ({apart})"
+        scores = (
+            f"{tuned.name} has {self._text(tuned.score.value)} against "
+            f"{self._text(rival.score.value)} of {rival.name} ({apart})"
+        )
         if self.worth_it:
             said = f"Tuning was worth it: {scores}."
         elif self.worth_it is False:
             said = f"Do not use the tuned model: {scores}, which needs no tuning."
         else:
-            apart_by = NormalDist().inv_cdf(1 - 0.025 / (len(self.contenders) - 1))
-            least = self._text(apart_by * gain.error)
+            least = NormalDist().inv_cdf(1 - 0.025 / (len(self.contenders) - 1)) * gain.error
             said = (
                 f"Tuning is not shown to be better: {scores}, which may be chance; {self.rows:,} rows "
-                f"tell differences of {least} and more."
+                f"show differences of {self._text(least)} and more."
             )
-        return f"{said} {self._cost_text(tuned, rival)}".strip()
+        return f"{said} {self._speed_text(tuned, rival)}".strip()
 
-    def _cost_text(self, tuned: Contender, rival: Contender) -> str:
-        """What an answer of both takes, where that is no matter of chance."""
+    def _speed_text(self, tuned: Contender, rival: Contender) -> str:
+        """Compare the times of an answer, if they differ by more than the error of measurement."""
         quick, slow = sorted((tuned.seconds, rival.seconds))
-        if not quick:  # what answers without looking
+        if not quick or slow / quick < TIMES_ALIKE:  # a constant answer takes no time
             return ""
+        faster = rival if tuned.seconds > rival.seconds else tuned
         ratio = slow / quick
-        if ratio < TIMES_ALIKE:
-            return ""
-        times = f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
-        if tuned.seconds > rival.seconds:
-            return f"Answers of {rival.name} come {times} as fast."
-        paid = self.break_even(tuned, rival)
-        text = f"Answers of {tuned.name} come {times} as fast"
-        if paid is None:
-            return f"{text}."
-        return f"{text}: tuning has paid its time after {paid:,.0f} answers."
+        text = f"{faster.name} is {ratio:,.{1 if ratio < 10 else 0}f} times as fast"
+        spent = tuned.preparation_seconds - rival.preparation_seconds
+        if faster is tuned and spent > 0:
+            answers = spent / (rival.seconds - tuned.seconds)
+            text += f", which pays for the time of tuning after {answers:,.0f} answers"
+        return f"{text}."
 
     def _text(self, score: float, signed: bool = False) -> str:
-        is_share = self.best.score.is_share
         sign = "+" if signed else ""
-        return f"{score:{sign}.1%}" if is_share else f"{score:{sign}.3g}"
+        return f"{score:{sign}.1%}" if self.best.score.is_share else f"{score:{sign}.3g}"
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return JSON values."""
         behind = self.behind()
         contenders = []
         for each in self.contenders:
@@ -253,24 +230,25 @@ def compare(
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadToHead:
-    """Let all answer ``rows``.
+    """Compare models and techniques on ``rows``.
 
     Args:
-        rows: that nothing was learned from. base: what is asked without training. tuned: models to
-        compare with it. train: where examples are taken from, and what baselines learn. documents:
-        texts that answers should be true to. graders: of replies, the first of which decides; of
-        rows with labels replies are compared with
-            them.
-        max_tokens: of a reply at most.
-        prices: of the machine, for what 1,000 answers cost.
-        encoder: a model with embeddings, by which examples and passages are found, too.
-        judge: by its preferences replies are compared with those of the base as it is then.
-        note: hears what is done.
-        on_progress: hears how many answers there are, and of how many.
+        rows: held-out rows.
+        base: the model without training.
+        tuned: tuned models.
+        train: rows for examples and baselines.
+        documents: texts for retrieval.
+        graders: graders of replies; the first one decides.
+        max_tokens: maximum length of a reply.
+        prices: prices of the machine.
+        encoder: embedding model for the search of examples and passages.
+        judge: compares the replies with the base model's replies.
+        note: called with progress messages.
+        on_progress: called with the number of answers and their total.
 
     Raises:
-        DataError: where a tenth of ``rows`` stand in ``train``.
-        RecipeError: where there is nothing to compare.
+        DataError: if a tenth of ``rows`` are training rows.
+        RecipeError: if there is nothing to compare.
     """
     from luthier.library.models import writes
 
@@ -278,276 +256,237 @@ def compare(
         raise RecipeError("there are no rows to compare on")
     names = [base.id, *(each.id for each in tuned)]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"{twice} would be compared with itself; name each model once")
-    if repeats := {*repeated_rows(rows)}:
-        rows = [row for number, row in enumerate(rows) if number not in repeats]
+        raise RecipeError(f"{twice} is given twice; name each model once")
+    repeats = {*repeated_rows(rows)}
+    rows = [row for number, row in enumerate(rows) if number not in repeats]
     remarks = check_leakage(rows, train)
     if repeats:
-        remarks.append(
-            f"{len(repeats):,} rows repeat others word for word and were left out, as they would make "
-            "chance look smaller"
-        )
+        remarks.append(f"{len(repeats):,} rows repeat other rows and were left out")
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
-    base_writes = writes(base)
-    if judge is not None and (labelled or not base_writes):
-        raise RecipeError("a judge compares replies with those of the base: it is for rows of prompt "
-                          "and reply, and a base that writes")  # fmt: skip
+    generative = [base] if writes(base) else []
+    if judge is not None and (labelled or not generative):
+        raise RecipeError(
+            "a judge needs rows of prompt and reply, and a generative base", setting="judge"
+        )
     writers = [each for each in tuned if writes(each)]
     readers = [each for each in tuned if not writes(each)]
-    asked = [*writers, base] if base_writes else writers
+    asked = [*writers, *generative]
+    if len(readers) + len(asked) < 2 and not train:
+        raise RecipeError(
+            "there is nothing to compare: give a generative base model, training rows for baselines, "
+            "or several tuned models"
+        )
     held, known = _questions(rows, train) if asked else ([], [])
     embed = None if encoder is None or not asked else Predictor.open(encoder).embed
     ways = ways_to_ask(held, known, documents, embed) if asked else []
-    without_examples = [way for way in ways if not way.shows_training_rows]
-    for what, named in (("the documents", documents), ("the graders", graders)):
-        if named and not asked:
-            remarks.append(f"{what} were not used: none of these models writes")
+    tuned_ways = [way for way in ways if not way.shows_training_rows]
+    for what, given in (("the documents", documents), ("the graders", graders)):
+        if given and not asked:
+            remarks.append(f"{what} were not used: no model generates text")
     if graders is None and labelled:
-        # A base model that was not tuned writes labels with capitals and stops.
+        # A base model without tuning writes labels with capitals and full stops.
         graders = {"exact": Exact(ignore_case=True, ignore_punctuation=True)}
     elif graders is None:
         graders = default_graders(rows, note if asked else lambda text: None)
-    written = len(writers) * len(without_examples) + base_writes * len(ways)
+    written = len(writers) * len(tuned_ways) + len(generative) * len(ways)
     replies = len(rows) * (written + 2 * bool(known))
     opened = open_graders(graders, replies, note) if asked else {}
-    if judge is not None:  # in both orders
+    if judge is not None:  # each pair in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
-    total = len(rows) * (len(readers) + written)
-    run = _Contest(opened, max_tokens, note, on_progress, total)
-    if len(readers) + len(writers) + base_writes < 2 and not train:
-        raise RecipeError(
-            "there is nothing to compare: give a base model that writes, training rows for "
-            "baselines, or several tuned models"
-        )
+    contest = _Contest(
+        opened, max_tokens, note, on_progress, len(rows) * (len(readers) + written), remarks
+    )
     contenders: list[Contender] = []
-    measures: dict[str, str] = {}
+    measures = {each.id: "accuracy" if labelled else next(iter(opened)) for each in asked}
     for stored in readers:
-        found, seconds, memory = run.read(stored, rows)
-        measures[stored.id], score = next(iter(found.row_scores.items()))
-        if not isinstance(score, RowScores) or not len(score) == len(found.rows) == len(rows):
-            raise RecipeError(f"{stored.id} is not scored row by row on such rows")
-        contenders.append(_contender(stored, "fine-tuning", score, found.scores, seconds, memory))
-    if train and (labelled or not base_writes):
-        fitted = run.baselines(base, rows, train, remarks)
+        contender, measures[stored.id] = contest.predict(stored, rows)
+        contenders.append(contender)
+    if train and (labelled or not generative):
+        fitted = contest.baselines(base, rows, train)
         measures |= {each.name: next(iter(each.scores)) for each in fitted}
         contenders += fitted
-    for each in [*writers, *([base] if base_writes else [])]:
-        measures[each.id] = "accuracy" if labelled else next(iter(run.graders))
-    _check_measures(measures)
+    check_measures(measures)
     for stored in writers:
-        contenders += run.write(stored, rows, held, without_examples, remarks, is_tuned=True)
-    if base_writes:
-        contenders += run.write(base, rows, held, ways, remarks)
+        contenders += contest.generate(stored, rows, held, tuned_ways, is_tuned=True)
+    for stored in generative:
+        contenders += contest.generate(stored, rows, held, ways)
     if known and not labelled:
-        contenders.append(run.copy_nearest(rows, held, known))
-        reply, count = Counter(each.answer for each in known).most_common(1)[0]
-        if count > max(1, FREQUENT * len(known)):
-            contenders.append(run.always(rows, reply))
-    measure_name = next(iter(measures.values()))
+        contenders += contest.copies(rows, held, known)
+    measure = next(iter(measures.values()))
     if judge is not None:
-        measure_name, contenders = "win_rate", _judge(judge, rows, contenders, remarks)
+        measure, contenders = "win_rate", _judge(judge, rows, contenders, remarks)
     if len(contenders) < 2:
         raise RecipeError("; ".join(["nothing is left to compare", *remarks]))
-    contenders.sort(key=lambda each: -as_gain(measure_name, each.score.value))
+    contenders.sort(key=lambda each: -as_gain(measure, each.score.value))
     best = contenders[0].score
     if asked and best.is_share and best.value <= NEARLY_NONE:
         remarks.append(
-            f"nearly all replies score 0 by {measure_name}: read some of them, and choose another "
-            "grader where they are right in other words"
+            f"nearly all replies score 0 by {measure}; read some replies, and choose another grader if "
+            "they are right in other words"
         )
-    return HeadToHead(measure_name, len(rows), contenders, remarks, prices)
+    return HeadToHead(measure, len(rows), contenders, remarks, prices)
 
 
-def _check_measures(measures: Mapping[str, str]) -> None:
-    """Refuse what is told by different ``measures``, such as labels beside embeddings of labels."""
+def check_measures(measures: Mapping[str, str]) -> None:
+    """Raise :class:`RecipeError` for contenders with different measures."""
     first, *others = measures.items()
     for name, other in others:
         if other != first[1]:
             raise RecipeError(
-                f"{first[0]} is measured by {first[1].replace('_', ' ')} on such rows, and {name} by "
-                f"{other.replace('_', ' ')}: compare each with models of its own kind"
+                f"{first[0]} is measured by {first[1]} on such rows, and {name} by {other}; compare "
+                "models of one kind"
             )
+
+
+def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
+    """Return a remark on rows that have the question of a training row.
+
+    Raises:
+        DataError: with each of them, if they are a tenth of the rows.
+    """
+    leaked = [rows[number] for number in match_questions(rows, train)]
+    if leaked and len(leaked) >= TOO_MANY * len(rows):
+        message = "the row has the question of a training row, so its score measures memory."
+        fix = "Compare on other rows; `luthier split` keeps some apart."
+        raise DataError([Problem("leakage.input", message, fix, row.location) for row in leaked])
+    if not leaked:
+        return []
+    return [f"{len(leaked):,} of {len(rows):,} rows have the question of a training row"]
 
 
 def _judge(
     judge: Ruler, rows: Sequence[Row], contenders: Sequence[Contender], remarks: list[str]
 ) -> list[Contender]:
-    """How often the replies of each are preferred to those of the base as it is."""
+    """Replace the scores by win rates against the base model as it is."""
     reference = next(each for each in contenders if each.technique == "as it is")
 
     def answers(contender: Contender) -> list[Answer]:
         pairs = zip(rows, contender.replies, strict=True)
         return [Answer.of(row, reply) for row, reply in pairs]
 
-    found, same = [], list[bool]()
+    found, consistent = [], list[bool]()
     for each in contenders:
-        pairs = [*zip(answers(each), answers(reference), strict=True)]
-        verdicts = judge_pairs(judge, pairs)
+        verdicts = judge_pairs(judge, [*zip(answers(each), answers(reference), strict=True)])
         score = RowScores.of([verdict.win for verdict in verdicts])
         found.append(replace(each, score=score, scores={"win_rate": score.value, **each.scores}))
-        same += [each.is_consistent for each in verdicts if each.is_consistent is not None]
-    remark = f"the win rate is against {reference.name}, each pair judged in both orders"
-    if same:
-        changed = 1 - sum(same) / len(same)
+        consistent += [v.is_consistent for v in verdicts if v.is_consistent is not None]
+    remark = f"the win rate is against {reference.name}, with each pair in both orders"
+    if consistent:
+        changed = 1 - sum(consistent) / len(consistent)
         remark += f"; the order changed {changed:.0%} of the verdicts, which count one half"
     remarks.append(remark)
     return found
 
 
-def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
-    """Remarks on rows that stand among the training rows.
-
-    Raises:
-        DataError: with each of them, where they are a tenth.
-    """
-    leaked = [rows[number] for number in match_questions(rows, train)]
-    if leaked and len(leaked) >= TOO_MANY * len(rows):
-        fix = "Compare on rows that are not among the training rows; `luthier split` keeps some apart."
-        message = "the row asks what a training row asks, so what is measured on it is memory."
-        raise DataError([Problem("leakage.input", message, fix, row.location) for row in leaked])
-    if not leaked:
-        return []
-    return [f"{len(leaked):,} of {len(rows):,} rows ask what training rows ask, which flatters"]
-
-
 def _questions(rows: Sequence[Row], train: Sequence[Row]) -> tuple[list[Question], list[Question]]:
-    """Both as questions; classes are asked for by the names of all."""
     both = [*(of_shape(LabelledText, rows) or ()), *(of_shape(LabelledText, train) or ())]
     labels = sorted({row.label for row in both if isinstance(row.label, str)})
     return questions_of(rows, labels), questions_of(train, labels)
 
 
-def _training_seconds(stored: StoredModel) -> float:
-    return float((stored.manifest.metrics or {}).get("seconds", 0.0))
-
-
-def _contender(
-    stored: StoredModel, technique: Technique, score: RowScores, scores: Mapping[str, float],
-    seconds: float, memory: int, name: str = "", prompt_tokens: float | None = None,
-) -> Contender:  # fmt: skip
-    folders = {stored.network_folder, stored.folder}
-    size = sum(folder_size(folder, ".safetensors") for folder in folders)
-    trained = _training_seconds(stored) if technique.startswith("fine-tuning") else 0.0
-    return Contender(
-        f"{stored.id} {name}".strip(), technique, score, dict(scores), seconds, prompt_tokens, size,
-        memory, trained,
-    )  # fmt: skip
-
-
+@dataclass
 class _Contest:
-    """What stays the same while one contender after the other answers."""
+    """The state of a comparison while the contenders answer one after the other."""
 
-    def __init__(
-        self,
-        graders: Mapping[str, Grader],
-        max_tokens: int,
-        note: Callable[[str], None],
-        on_progress: Callable[[int, int], None],
-        total: int,
-    ) -> None:
-        """``total`` answers are expected of all."""
-        self.graders, self.max_tokens, self.note = graders, max_tokens, note
-        self.on_progress, self.total = on_progress, total
-        self.finished = 0
+    graders: Mapping[str, Grader]
+    max_tokens: int
+    note: Callable[[str], None]
+    on_progress: Callable[[int, int], None]
+    total: int
+    """Expected number of answers."""
+    remarks: list[str]
+    finished: int = 0
 
-    def _done(self, count: int) -> None:
-        self.on_progress(self.finished + count, self.total)
-
-    def read(self, stored: StoredModel, rows: Sequence[Row]) -> tuple[Evaluation, float, int]:
-        """The labels, ratings or tags of a model that reads, the seconds of each, and the
-        memory."""
+    def predict(self, stored: StoredModel, rows: Sequence[Row]) -> tuple[Contender, str]:
+        """Measure a model that predicts; also return the name of the measure."""
         resting = begin_peak_memory()
         predictor = Predictor.open(stored)
         began = time.perf_counter()
         found = score_predictions(predictor, rows, self._done)
+        seconds = (time.perf_counter() - began) / len(rows)
         self.finished += len(rows)
-        return found, (time.perf_counter() - began) / len(rows), peak_memory() - resting
+        measure, score = next(iter(found.row_scores.items()))
+        if not isinstance(score, RowScores) or not len(score) == len(found.rows) == len(rows):
+            raise RecipeError(f"{stored.id} is not scored row by row on such rows")
+        contender = Contender(
+            stored.id, "fine-tuning", score, found.scores, seconds,
+            model_bytes=_weight_bytes(stored), memory_bytes=peak_memory() - resting,
+            preparation_seconds=_training_seconds(stored),
+        )  # fmt: skip
+        return contender, measure
 
-    def write(
+    def generate(
         self,
         stored: StoredModel,
         rows: Sequence[Row],
         questions: Sequence[Question],
         ways: Sequence[Way],
-        remarks: list[str],
-        *,
         is_tuned: bool = False,
     ) -> list[Contender]:
-        """Measure a model that writes, asked in several ways."""
-        from luthier.inference.generation import Generator
-
+        """Measure a generative model in several ways."""
         resting = begin_peak_memory()
         generator = Generator.open(stored)
+        sampling = Sampling(max_tokens=self.max_tokens)
         found = []
         for way in ways:
-            name = "" if way.technique == "as it is" else f"with {way.name}"
+            technique: Technique = way.technique
+            name = stored.id if technique == "as it is" else f"{stored.id} with {way.name}"
+            if is_tuned:
+                technique = "fine-tuning" if technique == "as it is" else "fine-tuning and RAG"
             asked = rows_of_way(rows, questions, way, generator.chat)
-            prompts = _prompts(asked)
-            sampling = Sampling(max_tokens=self.max_tokens)
+            prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in asked]
             long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
             if long:
-                name = f"{stored.id} {name}".strip()
-                remarks.append(
-                    f"{name} was left out: {long:,} questions do not fit into its context"
-                )
+                self.remarks.append(f"{name} was left out: {long:,} prompts exceed the context")
                 self.finished += len(rows)
                 continue
-            tokens = sum(generator.prompt_tokens(prompt) for prompt in prompts) / len(prompts)
+            tokens = sum(map(generator.prompt_tokens, prompts)) / len(prompts)
             begin_peak_memory()
             graded = grade_replies(generator, asked, self.graders, self.max_tokens, self._done)
-            seconds = graded.reply_seconds / len(rows)
             self.finished += len(rows)
-            technique: Technique = way.technique
-            if is_tuned:
-                technique = "fine-tuning" if way.technique == "as it is" else "fine-tuning and RAG"
-            score = _deciding(graded)
-            memory = peak_memory() - resting
-            contender = _contender(
-                stored, technique, score, graded.scores, seconds, memory, name, tokens
-            )
-            contender = replace(contender, replies=[each["reply"] for each in graded.records])
-            found.append(contender)
+            found.append(
+                Contender(
+                    name, technique, _first_score(graded), graded.scores,
+                    graded.reply_seconds / len(rows), tokens, _weight_bytes(stored),
+                    peak_memory() - resting, _training_seconds(stored) if is_tuned else 0.0,
+                    [each["reply"] for each in graded.records],
+                )
+            )  # fmt: skip
         return found
 
-    def copy_nearest(
+    def copies(
         self, rows: Sequence[Row], questions: Sequence[Question], known: Sequence[Question]
-    ) -> Contender:
-        """What the nearest training question has for an answer, word for word."""
+    ) -> list[Contender]:
+        """Measure copies of training replies: the nearest row's, and a frequent reply."""
         began = time.perf_counter()
         replies = [nearest.answer for (nearest,) in nearest_examples(questions, known, 1)]
         seconds = (time.perf_counter() - began) / len(rows)
-        return self._simple("the nearest row by words", rows, replies, seconds)
+        found = [self._copy("the nearest row by words", rows, replies, seconds)]
+        reply, count = Counter(each.answer for each in known).most_common(1)[0]
+        if count > max(1, FREQUENT * len(known)):
+            name = "always the most frequent reply"
+            found.append(self._copy(name, rows, [reply] * len(rows), 0.0))
+        return found
 
-    def always(self, rows: Sequence[Row], reply: str) -> Contender:
-        """The same reply to all: what a model that learned nothing else is worth."""
-        return self._simple("always the most frequent reply", rows, [reply] * len(rows), 0.0)
-
-    def _simple(
+    def _copy(
         self, name: str, rows: Sequence[Row], replies: Sequence[str], seconds: float
     ) -> Contender:
-        """Replies that no model wrote; ``seconds`` for one."""
         graded = grade(rows, replies, self.graders)
         return Contender(
-            name, "simple baselines", _deciding(graded), graded.scores, seconds, replies=replies
+            name, "simple baselines", _first_score(graded), graded.scores, seconds, replies=replies
         )
 
     def baselines(
-        self,
-        base: StoredModel,
-        rows: Sequence[Row],
-        train: Sequence[Row],
-        remarks: list[str],
+        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row]
     ) -> list[Contender]:
-        """What simple methods make of the training rows, some of them by the base model's
-        states."""
+        """Fit and measure simple baselines on the training rows."""
         self.note("Fitting simple baselines")
-        fitted = self._fit_baselines(base, rows, train, remarks)
+        fitted = self._fit_baselines(base, rows, train)
         if fitted is None:
             return []
         compared = fitted.comparison
-        remarks += [
-            f"{name} was left out: there was no time for it, or no room for what the base makes of so "
-            "many rows"
+        self.remarks += [
+            f"{name} was left out: not enough time, or memory for the states of all rows"
             for name in compared.left_out
         ]
         answers = compared.rows + compared.train_rows
@@ -557,14 +496,14 @@ class _Contest:
         ]
 
     def _fit_baselines(
-        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row], remarks: list[str]
+        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row]
     ) -> FittedBaselines | None:
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.engine.machine import open_network
         from luthier.library.models import chat_format, room_of
         from luthier.objectives import Contrastive, TokenClassification
 
-        tagged = of_shape(TaggedWords, rows)  # of which each word has a state of its own
+        tagged = of_shape(TaggedWords, rows)  # one state per word
         encoder = TokenClassification() if tagged else Contrastive()
         network = open_network(base, Contrastive().head())
         chat, room = chat_format(base), room_of(base)
@@ -575,22 +514,27 @@ class _Contest:
         known = ComparedRows.of(train, encode(train), SEED)
         asked = ComparedRows(rows, encode(rows))
         cut = sum(not is_comparable(*each) for each in zip(rows, asked.examples, strict=True))
-        if tagged and cut:  # words without a state
-            remarks.append(
-                f"{cut:,} rows are longer than the context of {base.id}: no baseline reads them with it"
+        if tagged and cut:  # words behind the cut have no state
+            self.remarks.append(
+                f"{cut:,} rows are longer than the context of {base.id}, so no baseline uses its states"
             )
             return fit_and_score(known.rows, rows, None, time.monotonic() + BASELINE_SECONDS)
         return fit_baselines(network, encoder, known, asked, READING_BUDGET, BASELINE_SECONDS)
 
+    def _done(self, count: int) -> None:
+        self.on_progress(self.finished + count, self.total)
 
-def _deciding(graded: Evaluation) -> RowScores:
-    """The scores by the first grader."""
+
+def _weight_bytes(stored: StoredModel) -> int:
+    folders = {stored.network_folder, stored.folder}
+    return sum(folder_size(folder, ".safetensors") for folder in folders)
+
+
+def _training_seconds(stored: StoredModel) -> float:
+    return float((stored.manifest.metrics or {}).get("seconds", 0.0))
+
+
+def _first_score(graded: Evaluation) -> RowScores:
     score = next(iter(graded.row_scores.values()))
     assert isinstance(score, RowScores)
     return score
-
-
-def _prompts(rows: Sequence[Row]) -> list[Chat]:
-    from luthier.inference.inference import Chat
-
-    return [Chat(tuple(row.prompt_turns()), row.tools) for row in rows]

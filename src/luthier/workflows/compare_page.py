@@ -1,20 +1,14 @@
-"""A comparison as one HTML page: the verdict, a chart of scores with their intervals, and the
-table."""
+"""A comparison as one HTML page (``templates/compare.html``)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from luthier import __version__
 from luthier.pages import Table, interval_text, render_page
 from luthier.workflows.compare import HeadToHead
 
-WIDTH, NAMES, LINE = 760, 330, 26
-"""Pixels of the chart, of the names in it, and of a line."""
-
 
 def page(comparison: HeadToHead, data: str) -> str:
-    """The whole page, on the rows of ``data``."""
+    """Return the HTML page of a comparison on the rows of ``data``."""
     return render_page(
         "luthier.workflows",
         "compare.html",
@@ -24,42 +18,16 @@ def page(comparison: HeadToHead, data: str) -> str:
         measure=comparison.measure.replace("_", " "),
         verdict=comparison.verdict(),
         remarks=comparison.remarks,
-        chart=_draw_chart(comparison),
         scores=_scores(comparison),
         costs=_costs(comparison),
     )
 
 
-def _draw_chart(comparison: HeadToHead) -> dict[str, Any]:
-    """A point with the interval of its score for each, on one axis."""
-    intervals = [each.score.interval for each in comparison.contenders]
-    low = 0.0 if comparison.best.score.is_share else min(low for low, _ in intervals)
-    high = 1.0 if comparison.best.score.is_share else max(high for _, high in intervals)
-
-    def x(score: float) -> str:
-        return f"{NAMES + (WIDTH - NAMES - 20) * (score - low) / ((high - low) or 1):.1f}"
-
-    lines = [
-        {
-            "name": each.name if len(each.name) <= 46 else f"{each.name[:45]}…",
-            "y": 20 + LINE * place, "low": x(interval[0]), "high": x(interval[1]),
-            "x": x(each.score.value), "kind": "bar" if each.is_tuned else "untuned",
-            "title": f"{each.name}: {each.score.value:.3f} ({interval_text(interval)})",
-        }
-        for place, (each, interval) in enumerate(zip(comparison.contenders, intervals, strict=True))
-    ]  # fmt: skip
-    ticks = [{"x": x(low + share * (high - low)), "text": f"{low + share * (high - low):.3g}"}
-             for share in (0, 0.25, 0.5, 0.75, 1)]  # fmt: skip
-    floor = 20 + LINE * len(lines)
-    return {"width": WIDTH, "height": floor + 24, "names": NAMES, "floor": floor, "lines": lines,
-            "ticks": ticks}  # fmt: skip
-
-
 def _scores(comparison: HeadToHead) -> Table:
     behind = comparison.behind()
     columns = {
-        "way": "text", "": "name", "score": "number", "95 %": "number", "to the best": "number",
-        "beyond chance": "text",
+        "technique": "text", "": "name", "score": "number", "95 %": "number", "to the best": "number",
+        "significant": "text",
     }  # fmt: skip
     rows = []
     for each in comparison.contenders:
@@ -72,16 +40,16 @@ def _scores(comparison: HeadToHead) -> Table:
                 "" if apart is None else "yes" if apart.significant else "no",
             ]
         )  # fmt: skip
-    return Table.of("All that were compared", columns, rows)
+    return Table.of("Scores", columns, rows)
 
 
 def _costs(comparison: HeadToHead) -> Table:
     columns = {
-        "": "name", "tokens read": "number", "ms an answer": "number", "memory, MB": "number",
-        "before, s": "number",
+        "": "name", "input tokens": "number", "ms per answer": "number", "memory, MB": "number",
+        "preparation, s": "number",
     }  # fmt: skip
     prices = comparison.prices
-    columns |= {} if prices is None else {f"{prices.currency} for 1,000": "number"}
+    columns |= {} if prices is None else {f"{prices.currency} per 1,000": "number"}
     rows = []
     for each in comparison.contenders:
         cost = comparison.cost_per_thousand(each)
@@ -94,4 +62,4 @@ def _costs(comparison: HeadToHead) -> Table:
                 *([] if cost is None else [f"{cost:.3g}"]),
             ]
         )  # fmt: skip
-    return Table.of("What an answer takes", columns, rows)
+    return Table.of("Cost of an answer", columns, rows)

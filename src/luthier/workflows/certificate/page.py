@@ -1,7 +1,4 @@
-"""A certificate as one HTML page.
-
-What is shown is chosen here; how it is written stands in ``templates/certificate.html``.
-"""
+"""The certificate as one HTML page (``templates/certificate.html``)."""
 
 from __future__ import annotations
 
@@ -14,16 +11,14 @@ from luthier.pages import Table, interval_text, render_page, shorten
 from luthier.types import dotted_items
 from luthier.workflows.certificate.certificate import Certificate, Forecast, KeptReport
 
-BOX, GAP, HEIGHT, LINE = 230, 44, 46, 78
-"""Pixels of a box of the lineage, between two, of its height, and from one row to the next."""
 WIDTH, FLOOR, LEFT = 700, 220, 52
-"""Pixels of the chart of the losses, of its floor, and left of it."""
+"""Pixels of the loss chart: width, height of the axis, and left margin."""
 MOST_VALUES = 40
-"""Values of a report that are shown."""
+"""Values of a report on the page."""
 
 
 def page(certificate: Certificate) -> str:
-    """The whole page."""
+    """Return the HTML page."""
     record = certificate.record
     return render_page(
         "luthier.workflows",
@@ -32,7 +27,7 @@ def page(certificate: Certificate) -> str:
         certificate=certificate,
         record=record,
         facts=list(_facts(certificate)),
-        lineage=draw_lineage(certificate),
+        lineage=_lineage_table(certificate) if certificate.lineage else None,
         tables=list(_tables(certificate)),
         chart=_draw_curves(certificate.curves),
         rules=_rule_table(record.data_report),
@@ -67,49 +62,21 @@ def _facts(certificate: Certificate) -> Iterator[tuple[str, str, str]]:
         yield "validation loss", f"{metrics['validation_loss']:.4f}", f"{metrics['steps']:,} steps"
 
 
-def draw_lineage(certificate: Certificate) -> dict[str, Any]:
-    """Boxes and arrows: the base at the left, this model at the right, helpers below."""
-    chain = certificate.parents[::-1]
-    columns = {each.id: number for number, each in enumerate(chain)} | {certificate.id: len(chain)}
-    boxes = [
-        _box(each.id, each.part if each.content_sha256 else f"{each.part}, not here", number, 0)
-        for number, each in enumerate(chain)
+def _lineage_table(certificate: Certificate) -> Table:
+    """Return the models below this one, the nearest first, and the models that helped in training."""
+    rows = [
+        [
+            each.id,
+            each.part + (f" of {each.helped}" if each.helped else ""),
+            each.content_sha256 or "not on this machine",
+        ]
+        for each in certificate.lineage
     ]
-    boxes.append(_box(certificate.id, "this model", len(chain), 0))
-    arrows = [
-        {
-            "x1": number * (BOX + GAP) + BOX, "y1": HEIGHT // 2 + 1,
-            "x2": (number + 1) * (BOX + GAP), "y2": HEIGHT // 2 + 1, "kind": "interval",
-        }
-        for number in range(len(chain))
-    ]  # fmt: skip
-    rows: dict[int, int] = {}
-    for each in certificate.lineage:
-        column = columns.get(each.helped or "")
-        if column is not None:
-            rows[column] = rows.get(column, 0) + 1
-            boxes.append(_box(each.id, each.part, column, rows[column]))
-            middle = column * (BOX + GAP) + BOX // 2
-            top = rows[column] * LINE
-            arrows.append(
-                {"x1": middle, "y1": top, "x2": middle, "y2": top - LINE + HEIGHT, "kind": "mark"}
-            )
-    return {
-        "width": len(columns) * (BOX + GAP) - GAP + 2,
-        "height": max(rows.values(), default=0) * LINE + HEIGHT + 2,
-        "boxes": boxes,
-        "arrows": arrows,
-    }
-
-
-def _box(name: str, part: str, column: int, row: int) -> dict[str, Any]:
-    short = name if len(name) <= 34 else f"…{name[-33:]}"
-    x, y = column * (BOX + GAP) + 1, row * LINE + 1
-    return {"x": x, "y": y, "name": short, "part": part, "title": f"{name} ({part})"}
+    return Table.of("Lineage", {"model": "name", "part": "text", "SHA-256": "code"}, rows)
 
 
 def _draw_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, Any] | None:
-    """Losses of training and validation by step."""
+    """Return the coordinates of training and validation losses by step."""
     points = [point for curve in curves.values() for point in curve]
     if not points:
         return None
