@@ -18,12 +18,10 @@ from safetensors.torch import save_file
 
 from luthier.engine.train import train
 from luthier.errors import CorruptFile
-from luthier.inference.decoder import Decoder
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat, GenerationRequest, InferenceFailed, TokenChunk
 from luthier.inference.pool import ModelPool
-from luthier.library.models import attach_adapter, find, load, shares_base
-from luthier.models import save as model_files
+from luthier.library.models import find, load, shares_base
 from luthier.models.lora_batch import LoraBatchLayer
 from luthier.models.manifest import MANIFEST
 from luthier.models.sampling import Sampling
@@ -130,42 +128,6 @@ def test_adapters_answer_together_as_each_does_alone(pool: ModelPool, base: str)
     assert all(pool._entries[each].model._thread not in threads for each in NAMES[3:])
 
 
-@pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.usefixtures("freezing")
-def test_no_garbage_is_collected_while_an_adapter_is_loaded(
-    pool: ModelPool, base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool.load(base)
-    assert gc.isenabled() and gc.get_freeze_count() > 0
-    enabled: list[bool] = []
-    honest = Decoder.open
-    monkeypatch.setattr(
-        Decoder, "open", lambda *given: (enabled.append(gc.isenabled()), honest(*given))[1]
-    )
-    pool.load(NAMES[0])
-    assert enabled == [False] and gc.isenabled()
-    pool.unload(NAMES[0])
-    assert gc.get_freeze_count() > 0
-    network = weakref.ref(pool._entries[base].model._opened.network.model)
-    pool.unload(base)
-    gc.collect()
-    assert network() is None and not gc.get_freeze_count()
-
-
-@pytest.mark.slow
-def test_one_seed_gives_one_text_through_all_faces(pool: ModelPool) -> None:
-    for name in NAMES:
-        generator = Generator.open(find(name))
-        sampling = Sampling(temperature=0.8, seed=3, max_tokens=16, logit_bias={1: -100.0})
-        reply = generator.replies(["say fox"], sampling)[0]
-        assert text_of(pool, name, temperature=0.8, seed=3) == reply.rstrip("\ufffd")
-
-
-def test_who_shares_a_base() -> None:
-    assert [shares_base(find(name)) for name in NAMES] == [name in SHARING for name in NAMES]
-
-
 def test_an_adapter_on_one_that_shares_its_base_has_a_network_of_its_own(
     pool: ModelPool, home: Path
 ) -> None:
@@ -225,15 +187,6 @@ def test_an_adapter_stands_beside_its_base_as_it_was_trained() -> None:
         assert torch.equal(own[name.removeprefix("base_model.model.")], weight)
 
 
-def test_only_its_own_part_counts_for_an_adapter(pool: ModelPool, base: str) -> None:
-    text_of(pool, base)
-    whole = pool.weight_bytes()
-    for name in NAMES[:2]:
-        text_of(pool, name)
-    size = (find(NAMES[0]).folder / ADAPTER).stat().st_size
-    assert whole < pool.weight_bytes() <= whole + 2 * 2 * size
-
-
 @pytest.mark.slow
 def test_idle_adapters_go_before_their_base(pool: ModelPool, base: str) -> None:
     text_of(pool, NAMES[0])
@@ -280,27 +233,6 @@ def test_a_pool_that_closes_while_answers_are_written_gives_all_back(
         with pytest.raises(InferenceFailed, match="unloaded"):
             stream.whole()
     assert not caplog.records
-
-
-def test_an_adapter_that_is_altered_while_it_is_read_is_refused(
-    base: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its hash was right just before."""
-    stored = find(NAMES[0])
-    file, real = stored.folder / ADAPTER, model_files.load_adapter
-    content = file.read_bytes()
-
-    def alter(*given: Any) -> None:
-        file.write_bytes(content[:-1] + b"x")
-        real(*given)
-
-    monkeypatch.setattr(model_files, "load_adapter", alter)
-    network = load(find(base), torch.float32, torch.device("cpu"))
-    try:
-        with pytest.raises(CorruptFile):
-            attach_adapter(network, stored)
-    finally:
-        file.write_bytes(content)
 
 
 @pytest.mark.slow
@@ -368,24 +300,6 @@ def test_the_bare_base_has_no_layer_of_an_adapter(pool: ModelPool, base: str) ->
     network = pool._entries[base].model._opened.network.model
     assert not any(isinstance(each, LoraBatchLayer) for each in network.modules())
     assert not any("lora" in name for name, _ in network.named_parameters())
-
-
-@pytest.mark.slow
-def test_many_who_ask_for_an_adapter_at_once_use_its_base_once(pool: ModelPool, base: str) -> None:
-    """Whoever comes second does not hold the base for ever: it can be let go of afterwards."""
-    text_of(pool, base)
-    inside = threading.Barrier(8)
-
-    def ask() -> str:
-        inside.wait()
-        return text_of(pool, NAMES[0])
-
-    with ThreadPoolExecutor(8) as clients:
-        assert len({done.result() for done in [clients.submit(ask) for _ in range(8)]}) == 1
-    assert {name: entry.uses for name, entry in pool._entries.items()} == {NAMES[0]: 0, base: 1}
-    pool.budget = pool.weight_bytes()
-    text_of(pool, NAMES[-1])  # has a network of its own, which takes the place of all others
-    assert pool.loaded_ids() == [NAMES[-1]]
 
 
 def test_adapters_that_are_gone_leave_nothing_with_their_base(pool: ModelPool, base: str) -> None:

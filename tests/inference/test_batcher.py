@@ -247,40 +247,6 @@ def test_passes_take_their_memory_of_the_budget_for_sequences(
     pool.memory.total = total
 
 
-@pytest.mark.slow
-def test_who_waits_with_others_pays_for_its_own_rows(
-    pool: ModelPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two clients whose rows go through together: whoever has three times the rows pays that much."""
-    model = name_of("classes")
-    passes = Passes(pool, model, monkeypatch)
-    honest = passes.honest
-
-    def slow(rows: Any, **settings: Any) -> Any:
-        time.sleep(0.1)
-        return honest(rows, **settings)
-
-    passes.honest = slow
-    scheduler = pool._scheduler
-
-    with ThreadPoolExecutor(3) as clients, scheduler.work("holds", "another model"):
-        clients.submit(ask_for, pool, "blocks", model)
-        assert passes.begun.wait(20)
-        before = {}
-        running = [
-            clients.submit(ask_for, pool, client, model, count)
-            for client, count in (("large", 6), ("small", 2))
-        ]
-        passes.wait_for(3)
-        for client in ("large", "small"):
-            before[client] = scheduler._seconds[client]
-        passes.go_on.set()
-        for each in running:
-            each.result(20)
-        large, small = (scheduler._seconds[each] - before[each] for each in ("large", "small"))
-    assert 2 < large / small < 4
-
-
 @pytest.mark.usefixtures("pool")
 def test_deterministic_reads_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     made = ModelPool(1 << 30, cache=1 << 28, deterministic=True)

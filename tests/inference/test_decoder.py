@@ -17,8 +17,6 @@ import pytest
 import torch
 from decoding import MEMORY, answer, asked, settled, submit
 
-from luthier.engine import machine as machines
-from luthier.engine.machine import Machine
 from luthier.errors import RecipeError
 from luthier.inference import decoder as module
 from luthier.inference.decoder import Decoder
@@ -96,28 +94,6 @@ def test_one_seed_gives_one_text_everywhere(
                 assert generator.chat.decode(ids).rstrip("\ufffd") == each.text
 
 
-def test_streamed_pieces_are_the_whole_text(opened: Decoder) -> None:
-    for question in QUESTIONS:
-        pieces = [e.text for e in opened.submit(asked(question)) if isinstance(e, TokenChunk)]
-        assert len(pieces) > 1
-        assert "".join(pieces) == answer(opened, asked(question)).text
-        assert all(pieces)
-
-
-@pytest.mark.slow
-def test_64_clients_get_what_each_gets_alone(opened: Decoder) -> None:
-    requests = [
-        asked(QUESTIONS[i % 5] + str(i), temperature=(i % 3) / 2, seed=i, max_tokens=5 + i)
-        for i in range(64)
-    ]
-    alone = [answer(opened, request) for request in requests[::7]]
-    with ThreadPoolExecutor(64) as threads:
-        together = list(threads.map(lambda request: answer(opened, request), requests))
-    assert together[::7] == alone
-    assert len({each.text for each in together}) > 50
-    assert settled(opened)
-
-
 def test_seeds(opened: Decoder) -> None:
     def text(**fields: Any) -> str:
         return answer(opened, asked("Hi", temperature=1, **fields)).text
@@ -127,12 +103,6 @@ def test_seeds(opened: Decoder) -> None:
     several = opened.submit(asked("Hi", temperature=1, seed=1, n=5)).whole()
     assert several[0].text == text(seed=1)
     assert len({each.text for each in several}) == 5
-
-
-@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}])
-def test_draws_among_one_take_the_likeliest(opened: Decoder, fields: dict[str, Any]) -> None:
-    drawn = answer(opened, asked("Hi", temperature=2, **fields))
-    assert drawn.text == answer(opened, asked("Hi")).text
 
 
 def first_tokens(opened: Decoder, count: int, **fields: Any) -> set[bytes]:
@@ -345,17 +315,6 @@ def test_clients_that_pause_change_no_answer(
     assert settled(opened)
 
 
-def test_whoever_is_alone_never_waits_for_others(
-    opened: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(opened._scheduler, "wait", waits.append)
-    for tokens in (1, 2, 9):
-        answer(opened, asked("Hi", max_tokens=tokens))
-    assert settled(opened)
-    assert not waits
-
-
 def test_more_answers_than_there_may_be_are_refused(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,16 +322,6 @@ def test_more_answers_than_there_may_be_are_refused(
     with pytest.raises(InferenceRefused):
         opened.submit(asked("Hi", n=5))
     assert len(opened.submit(asked("Hi", n=4)).whole()) == 4
-
-
-@pytest.mark.parametrize("fields", [{}, {"logit_bias": {5: 100.0}, "presence_penalty": 2}])
-def test_the_coldest_temperatures_take_the_likeliest(
-    opened: Decoder, fields: dict[str, Any]
-) -> None:
-    """Logits divided by them are infinite."""
-    likeliest = answer(opened, asked("Hi", temperature=0, **fields))
-    for temperature in (1e-300, 1e-39, 1e-37, 1e-7):
-        assert answer(opened, asked("Hi", temperature=temperature, **fields)) == likeliest
 
 
 def test_what_fails_in_one_answer_is_told_to_its_client_alone(
@@ -542,23 +491,6 @@ def test_a_closed_decoder_says_so(tiny_model_folder: Path, in_float32: None) -> 
         list(stream)
     with pytest.raises(InferenceFailed, match="unloaded"):
         made.submit(asked("Hi"))
-
-
-def test_generators_of_other_shapes(family_folder: Callable[[str], Path]) -> None:
-    """An encoder-decoder and a recurrent network, each stepping alone."""
-    for family in ("t5", "transfo_xl"):
-        with pytest.MonkeyPatch.context() as patch:
-            machine = Machine(CPU, torch.float32, 1, "a test")
-            patch.setattr(machines, "choose_machine", lambda *arguments, m=machine: m)
-            made = Decoder.open(find(str(family_folder(family))), CacheBudget(MEMORY))
-        stored = find(str(family_folder(family)))
-        generator = Generator(
-            as_network(load(stored, torch.float32, CPU), CPU, torch.float32), chat_format(stored)
-        )
-        expected = "".join(generator.stream("What is it?", Sampling(max_tokens=12)))
-        found = [made.submit(asked("What is it?", max_tokens=12, n=2)).whole()[1]]
-        assert found[0].text == expected.rstrip("\ufffd")
-        made.close()
 
 
 def test_who_waits_too_long_is_told_that_the_model_is_busy(

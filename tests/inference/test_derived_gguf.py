@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from decoding import MEMORY, answer, asked
 
 from luthier.engine.train import train
-from luthier.errors import DiskFull, RecipeError
+from luthier.errors import RecipeError
 from luthier.files import luthier_home, read_json
 from luthier.inference import derived_gguf, gguf_parity, opened_model
 from luthier.inference.decoder import Decoder
@@ -24,7 +23,6 @@ from luthier.inference.pool import ModelPool
 from luthier.library.folders import gguf_folder, remove_side_files
 from luthier.library.models import content_hash, find
 from luthier.models.backends import BACKENDS
-from luthier.models.decoding import sample
 from luthier.models.sampling import Sampling
 from luthier.models.torch_backend import FlatBackend
 from luthier.recipe import Recipe
@@ -110,22 +108,6 @@ def test_the_file_is_written_once_and_again_where_it_is_damaged(
     assert (stored.folder / "config.json").is_file()  # a directory of the user's own
 
 
-def test_names_of_files_are_short_and_of_one_model() -> None:
-    """Of folders with long names in any alphabet, too; a removed base takes no adapter's."""
-    digest = "0123456789abcdef" * 4
-    long = "/data/模型" + "模型" * 90
-    ids = ["foo", "foo:a", "foo:a.b", "foo-2:a", long, long + "a", "/other" + long[5:]]
-    folders = [gguf_folder(each, digest, "q8_0") for each in ids]
-    assert len({*folders}) == len(ids)
-    assert max(len(f".{each.name}.lock".encode()) for each in folders) < 255
-    for folder in folders:
-        folder.mkdir(parents=True)
-    remove_side_files("foo")
-    assert [each for each in folders if not each.exists()] == folders[:1]
-    remove_side_files("foo:a")
-    assert [each for each in folders if not each.exists()] == folders[:2]
-
-
 def test_a_file_that_answers_otherwise_is_not_used(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,17 +124,6 @@ def test_a_file_that_answers_otherwise_is_not_used(
     assert not (folder / "model.gguf").exists()
     monkeypatch.setattr(derived_gguf, "_derive", lambda *given: pytest.fail("written again"))
     assert isinstance(Generator.open(stored).backend, FlatBackend)
-
-
-def test_a_file_that_has_no_place_on_the_disk_is_not_needed(
-    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(*given: Any) -> None:
-        raise DiskFull("the GGUF file needs 1 MB")
-
-    monkeypatch.setattr(derived_gguf, "need_disk", refuse)
-    with caplog.at_level(logging.WARNING, "luthier.inference"):
-        assert isinstance(Generator.open(find(str(tiny_model_folder))).backend, FlatBackend)
 
 
 def test_networks_that_llama_cpp_has_not_are_run_by_torch(
@@ -190,39 +161,12 @@ def test_adapters_are_in_the_file_or_are_run_by_torch(
         assert generator.replies(PROMPTS, SAMPLING) == alike != base
 
 
-def test_who_hangs_up_leaves_nothing_in_the_cache(tiny_model_folder: Path) -> None:
-    decoder = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
-    try:
-        backend: Any = decoder._backend
-        for count in (1, 3):
-            stream = decoder.submit(
-                asked("say fox " * 40, n=count, max_tokens=400, temperature=1.0)
-            )
-            next(iter(stream))
-            stream.close()
-        until = time.monotonic() + 10
-        while time.monotonic() < until and (backend._sequences or not decoder.idle):
-            time.sleep(0.01)
-        assert not backend._sequences and backend._used == decoder.memory.reserved_bytes == 0
-    finally:
-        decoder.close()
-
-
 def test_a_type_that_is_not_there_is_refused(
     tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LUTHIER_GGUF_TYPE", "q3")
     with pytest.raises(RecipeError):
         Generator.open(find(str(tiny_model_folder)))
-
-
-def test_a_network_in_memory_is_sampled_by_torch(tiny_model_folder: Path) -> None:
-    """Rollouts see the weights of the next step."""
-    generator = Generator.open(find(str(tiny_model_folder)))
-    network = generator.network
-    assert isinstance(Generator(network, generator.chat).backend, FlatBackend)
-    (first,), *_ = sample(network, [generator._prompt_ids("Hi")], 1, Sampling(max_tokens=4))
-    assert len(first.ids_T)
 
 
 def test_the_network_is_loaded_when_it_is_asked_for(tiny_model_folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,15 +54,6 @@ def stopping(generator: Generator, *stops: int) -> Generator:
     return Generator(
         generator.network, ChatFormat(chat.tokenizer, chat.template, (*chat.stop_ids, *stops))
     )
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_streamed_pieces_joined_are_the_batch_s_reply(generator: Generator, prompt: str) -> None:
-    sampling = Sampling(max_tokens=24)
-    pieces = list(generator.stream(prompt, sampling))
-    assert all(pieces)
-    assert len(pieces) > 1
-    assert "".join(pieces) == generator.replies([prompt], sampling)[0]
 
 
 def test_a_reply_that_ends_within_a_character_leaves_it_out(
@@ -217,14 +207,6 @@ def test_characters_of_several_tokens_arrive_whole(tokenizer: Any, text: str) ->
     assert scripted.backend.calls == len(ids) + 1  # nothing is computed after the stop token
 
 
-def test_pieces_come_as_they_are_made(tokenizer: Any) -> None:
-    ids = tokenizer.encode("one two three", add_special_tokens=False)
-    scripted = script(tokenizer, [*ids, tokenizer.eos_token_id])
-    stream = scripted.stream("x", Sampling())
-    assert next(stream) == tokenizer.decode(ids[:1])
-    assert scripted.backend.calls == 1
-
-
 def test_special_tokens_within_a_reply_are_not_shown(tokenizer: Any) -> None:
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     ids = tokenizer.encode("ab", add_special_tokens=False)
@@ -263,25 +245,6 @@ def test_the_seed_decides_the_draws(generator: Generator, streamed: bool) -> Non
     assert answer(temperature=1.0, top_p=1e-6, seed=5) == greedy
     assert answer(temperature=1e-4, seed=5) == greedy
     assert answer() == greedy
-
-
-@pytest.mark.parametrize(
-    ("fields", "name"),
-    [
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"temperature": -0.1}, "temperature"),
-        ({"temperature": math.nan}, "temperature"),
-        ({"temperature": math.inf}, "temperature"),
-        ({"top_p": -0.1}, "top_p"),
-        ({"top_p": 1.1}, "top_p"),
-        ({"top_p": math.nan}, "top_p"),
-        ({"seed": -1}, "seed"),
-        ({"seed": 2**63}, "seed"),
-    ],
-)
-def test_settings_without_meaning_are_refused(fields: dict[str, Any], name: str) -> None:
-    with pytest.raises(RecipeError, match=name):
-        Sampling(**fields)
 
 
 def test_the_base_s_own_generation_settings_do_not_interfere(

@@ -32,14 +32,6 @@ def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
     assert refused.value.parameter == next(iter(fields))
 
 
-def test_what_is_to_be_done_at_the_end_may_fail_and_says_so() -> None:
-    stream = Stream(SimpleQueue(), prompt_tokens=3, n=1)
-    done: list[int] = []
-    stream.at_end(lambda: done.__delitem__(0))
-    with pytest.raises(IndexError):
-        stream.close()
-
-
 def test_what_is_done_at_the_end_is_done_in_the_order_it_was_asked_for() -> None:
     stream, done = Stream(SimpleQueue(), prompt_tokens=3, n=1), list[str]()
     for act in ("cancel", "release", "count"):

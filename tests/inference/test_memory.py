@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from luthier.engine.machine import KERNEL_CACHES, limit_kernels
-from luthier.server.jobs.processes import worker_environment
+from luthier.engine.machine import KERNEL_CACHES
 
 SIZES = """
 import psutil
@@ -38,17 +37,6 @@ def test_new_sizes_take_no_further_memory() -> None:
         )
         grown.append(int(done.stdout))
     assert grown[-1] < 120, grown
-
-
-def test_limits_hold_for_the_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in KERNEL_CACHES:
-        monkeypatch.setenv(name, "1")  # so that it is put back
-        monkeypatch.delenv(name)
-    monkeypatch.setenv(KERNEL_CACHES[1], "77")
-    limit_kernels()
-    assert os.environ[KERNEL_CACHES[0]] == "128"
-    passed_on = worker_environment()
-    assert KERNEL_CACHES[0] not in passed_on and passed_on[KERNEL_CACHES[1]] == "77"
 
 
 FREED = """

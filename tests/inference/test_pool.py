@@ -128,41 +128,6 @@ def test_a_model_that_is_loaded_ahead_answers_without_loading(
     pool.unload(folders[0])  # it is not there, which is no error
 
 
-@pytest.mark.slow
-def test_models_that_were_unloaded_and_answer_still_count(
-    pool: ModelPool, folders: list[str]
-) -> None:
-    busy = []
-    for _ in range(2):  # room for two
-        request = GenerationRequest("x", max_tokens=900, logit_bias={1: -100.0})
-        busy.append(pool.submit(folders[0], request))
-        pool.unload(folders[0])
-    assert pool.loaded_models() == [] and 0 < pool.weight_bytes() <= pool.budget
-    with pytest.raises(InferenceFailed):
-        pool.submit(folders[0], REQUEST)
-    for stream in busy:
-        stream.close()
-    assert len(pool.submit(folders[0], REQUEST).whole()) == 1
-    pool.unload(folders[0])
-    deadline = time.monotonic() + 30
-    while pool.weight_bytes() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert pool.weight_bytes() == 0
-
-
-def test_what_was_unloaded_and_answers_still_ends_with_the_pool(
-    pool: ModelPool, folders: list[str]
-) -> None:
-    before = len(decoder_threads())
-    request = GenerationRequest("x", max_tokens=900, logit_bias={1: -100.0})
-    stream = pool.submit(folders[0], request)
-    pool.unload(folders[0])
-    assert len(decoder_threads()) == before + 1
-    pool.close()
-    assert len(decoder_threads()) == before
-    stream.close()
-
-
 def decoder_threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "luthier-decoder"]
 
@@ -254,12 +219,6 @@ def test_a_model_that_is_fetched_or_closed_holds_no_other_back(
                 go_on.set()
         assert asked.result() == 4
     assert set(pool.loaded_ids()) == set(folders[1:])
-
-
-def test_texts_are_read_while_another_model_is_loaded(pool: ModelPool, encoder: str) -> None:
-    expected = pool.embed(encoder, ["fox"])
-    with ThreadPoolExecutor(1) as threads, pool._loading:
-        assert threads.submit(pool.embed, encoder, ["fox"]).result(10) == expected
 
 
 def test_a_model_that_fails_half_loaded_is_closed(
@@ -457,15 +416,3 @@ def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[st
         time.sleep(0.01)
     assert pool.memory.reserved_bytes == 0
     assert first.whole()[0].tokens == 300
-
-
-@pytest.mark.slow
-def test_a_model_that_is_deleted_is_let_go_of(pool: ModelPool, folders: list[str]) -> None:
-    stream = pool.submit(folders[0], REQUEST)
-    model = pool._entries[folders[0]].model
-    assert model is not None
-    pool.unload(folders[0])
-    pool.unload("never loaded")
-    assert pool.loaded_ids() == []
-    assert stream.whole()[0].tokens == 4
-    assert not model._thread.is_alive()

@@ -232,17 +232,6 @@ def test_rows_keep_all_they_have_and_get_the_answer_beside_it(
     assert "--map text=said" in missing and "given.jsonl:1" in missing
 
 
-def test_a_terminal_is_shown_the_likeliest_classes(tuned: Callable[..., tuple[str, Path]]) -> None:
-    rows = [{"text": f"the {word}", "label": word} for word in WORDS for _ in range(2)]
-    model_id, _ = tuned(rows, adaptation="bitfit")
-    assert len(command("predict", model_id, "the fox").splitlines()) == 5
-    assert len(command("predict", model_id, "the fox", "--top", "6").splitlines()) == 6
-    (answer,) = command("predict", model_id, "the fox", "--json")["answers"]
-    assert len(answer["scores"]) == len(WORDS)
-    for wrong in (("--map", "text=x"), ("--output", "x.jsonl")):
-        command("predict", model_id, "the fox", *wrong, code=2)
-
-
 def test_what_reads_does_not_write_and_the_other_way_round(
     tuned: Callable[..., tuple[str, Path]],
     tiny_model_folder: Path,
@@ -310,14 +299,6 @@ def test_an_evaluation_is_told_by_slices_and_as_a_page(
     # What cannot be sliced is refused before anything is answered.
     for by in ("nothing", "rating"):
         command("evaluate", model_id, data, "--slice", by, code=2)
-
-
-def test_a_model_that_writes_is_not_evaluated_on_labels(
-    tiny_model_folder: Path, tmp_path: Path
-) -> None:
-    for kind, rows in KINDS.items():
-        data = write(tmp_path / f"{kind}.jsonl", rows)
-        assert "row.objective" in command("evaluate", tiny_model_folder, data, code=2)
 
 
 @pytest.mark.parametrize("kind", ["label", "tags", "pair"])
@@ -427,12 +408,3 @@ def test_an_encoder_without_a_head_for_masked_words_gets_a_new_one(
     fields: dict[str, Any] = {"objective": "masked_lm", "training__max_steps": 2}
     result = luthier.tune(text, base=str(bare), name="words", **fields)
     assert result.steps == 2
-
-
-def test_an_encoder_is_told_not_to_write_once(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    rows = [{"prompt": f"say {word}", "completion": word} for word in WORDS]
-    data = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(RecipeError):
-        luthier.tune(data, base=str(family_folder("bert")), name="x")

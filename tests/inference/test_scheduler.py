@@ -12,7 +12,6 @@ from luthier.inference.scheduler import (
     LEAD_SECONDS,
     Cancelled,
     FairScheduler,
-    StepCosts,
 )
 
 CHUNK, STEP = 0.15, 0.01
@@ -46,31 +45,6 @@ def test_who_comes_goes_first_and_then_has_half() -> None:
             scheduler.charge(client, cost)
             had[client] += cost
     assert had["short"] == pytest.approx(10, abs=CHUNK + LEAD_SECONDS)
-
-
-def test_steps_together_are_paid_as_if_alone() -> None:
-    """One row beside three takes as long as one alone: neither waits for the other."""
-    costs = StepCosts()
-    for client, count in (("three", 3), ("one", 1)):
-        assert costs.split({client: [50] * count}, STEP) == {client: STEP}
-    assert costs.split({"three": [50] * 3, "one": [50]}, STEP) == {"three": STEP, "one": STEP}
-
-
-def test_rows_that_make_a_step_slow_are_paid_by_their_client() -> None:
-    """Also before anything is known of what a step of its own takes: it is seen soon."""
-    scheduler, costs = FairScheduler(), StepCosts()
-    scheduler.enter("heavy")
-    scheduler.enter("light")
-    rows = {"heavy": [4000] * 20, "light": [50]}
-    seconds, tokens = 0.0, 0
-    while seconds < 20:
-        turn = scheduler.runnable(["heavy", "light"])
-        cost = 20 * STEP if "heavy" in turn else STEP
-        for client, part in costs.split({each: rows[each] for each in turn}, cost).items():
-            scheduler.charge(client, part)
-        seconds += cost
-        tokens += "light" in turn
-    assert tokens > 0.45 * 20 / STEP
 
 
 def test_idle_time_is_no_credit_beyond_the_head_start() -> None:

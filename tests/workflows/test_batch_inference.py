@@ -124,13 +124,6 @@ def test_rows_that_are_refused_do_not_count_as_answered(source: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_more_processes_than_parts_are_left_out_with_a_note(source: Path, tmp_path: Path) -> None:
-    source.write_text('{"text": "one"}\n')
-    heard = Heard()
-    assert run(source, tmp_path / "out.jsonl", 3, reporter=heard).processes == 1
-
-
-@pytest.mark.slow
 def test_a_process_that_was_stopped_does_not_hold_up_the_end(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,11 +279,6 @@ def test_files_of_somebody_else_stay(source: Path, tmp_path: Path) -> None:
         run(source, tmp_path / f"{'x' * 250}.jsonl", 2)
 
 
-def test_what_each_process_reads_elsewhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError):
-        run(Path("/dev/stdin"), tmp_path / "out.jsonl", 1)
-
-
 def test_long_rows_make_small_shards(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,22 +294,6 @@ def test_lines_are_packed_by_the_ending_of_the_output(source: Path, tmp_path: Pa
     output = tmp_path / "out.jsonl.gz"
     run(source, output, 2)
     assert gzip.decompress(output.read_bytes()).decode() == expected(source)
-
-
-def test_folders_that_were_made_for_nothing_go(source: Path, tmp_path: Path) -> None:
-    source.write_text('{"id": 31}\n')
-    with pytest.raises(DataError):
-        run(source, tmp_path / "new" / "deep" / "out.jsonl", 1)
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.slow
-def test_an_output_within_the_folder_that_is_read_is_no_data(tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write(folder / "rows.jsonl")
-    run(folder, folder / "out.jsonl", 2)
-    assert (folder / "out.jsonl").read_text() == expected(folder / "rows.jsonl")
 
 
 def test_processes_are_as_many_as_memory_and_shards_have_room_for() -> None:

@@ -117,14 +117,6 @@ def test_encoder_decoders_read_the_prompt_and_write_the_choice(
         assert logp == pytest.approx(-float(loss), abs=1e-3)
 
 
-def test_rows_are_written_as_they_are_read(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "a", "choices": ["b", "c"], "answer": 1},
-        {"prompt": ["a", "b"], "choices": ["c", "c"], "answer": 0},
-    ]
-    assert [row.record() for row in load_rows(write(tmp_path / "c.jsonl", rows))] == rows
-
-
 @pytest.mark.parametrize(
     ("change", "rule", "message"),
     [
@@ -164,26 +156,6 @@ def test_choices_are_for_models_that_write_and_nothing_is_learned_from_them(
         luthier.evaluate(str(family_folder("bert")), data)
     with pytest.raises(DataError):
         luthier.tune(data, base=base, name="m")
-
-
-@pytest.mark.slow
-def test_lm_evaluation_harness_itself_says_the_same(base: str, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    rows = made_rows(100)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    harness = HFLM(model, tokenizer=AutoTokenizer.from_pretrained(base), batch_size=8)
-    pairs = [
-        (row["prompt"], ("" if row["prompt"][-1].isspace() else " ") + choice)
-        for row in rows
-        for choice in row["choices"]
-    ]
-    asked = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
-    theirs = [logp for logp, _ in harness.loglikelihood(asked, disable_tqdm=True)]
-    ours = luthier.evaluate(base, write(tmp_path / "c.jsonl", rows)).records
-    assert [logp for record in ours for logp in record["logps"]] == pytest.approx(theirs, abs=1e-3)
 
 
 def test_the_command_prints_accuracies_by_task(base: str, tmp_path: Path) -> None:

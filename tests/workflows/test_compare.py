@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
-from luthier.cli.compare import show
 from luthier.data.shapes.conversations import Conversation, PromptCompletion
 from luthier.data.shapes.texts import LabelledText
 from luthier.errors import DataError, RecipeError
@@ -99,15 +98,6 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     assert head_to_head(tuned, contender("other", "fine-tuning", 10)).worth_it is None
     assert head_to_head(tuned).worth_it is None
 
-
-def test_the_verdict_says_chance_where_the_table_does() -> None:
-    best = contender("words", "simple baselines", 106)
-    tuned = contender("tuned", "fine-tuning", 100)
-    assert head_to_head(best, tuned).worth_it is False
-    # Who is best of many rivals is so by chance, too.
-    rivals = [contender(f"same {number}", "simple baselines", 100) for number in range(4)]
-    found = head_to_head(best, tuned, *rivals)
-    assert not found.behind()["tuned"].significant and found.worth_it is None
     # 2.58 standard errors of 1.4 %, for one of five
 
 
@@ -125,14 +115,6 @@ def test_prices_and_the_page() -> None:
     html = page(found, "rows.jsonl")
     assert "base &lt;b&gt;" in html and "<b>" not in html and plain["verdict"].split(":")[0] in html
     assert "EUR per 1,000" in html
-
-
-def test_a_name_in_brackets_is_no_style(capsys: pytest.CaptureFixture[str]) -> None:
-    show(head_to_head(contender("a[red]b", "as it is", 100), contender("t[/]", "fine-tuning", 150)))
-    printed = capsys.readouterr().out
-    assert (
-        "a[red]b" in printed.split("tokens read")[0] and "t[/]" in printed.split("tokens read")[0]
-    )
 
 
 def test_rows_that_were_trained_on_are_remarked_or_refused() -> None:

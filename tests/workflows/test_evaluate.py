@@ -218,13 +218,6 @@ def test_an_endpoint_judges(judged: Any, endpoint: Any, key: str, tmp_path: Path
     ]
 
 
-def test_what_fails_in_passing_is_asked_again_as_a_teacher_is(judged: Any, endpoint: Any) -> None:
-    endpoint.action = lambda asked: (503, {}) if endpoint.asked[asked] == 1 else "ok"
-    endpoint.answer = lambda asked: "Score: 4"
-    done = judged("--json", model=f"{endpoint.url}#big")
-    assert done.exit_code == 0 and json.loads(done.stdout)["scores"]["judge"] == 3 / 9
-
-
 @pytest.mark.parametrize("given", [None, "wrong"])
 def test_without_a_valid_key_nothing_is_answered_first(
     given: str | None, judged: Any, endpoint: Any, key: str, monkeypatch: pytest.MonkeyPatch
@@ -238,20 +231,6 @@ def test_without_a_valid_key_nothing_is_answered_first(
     assert ("JUDGE_KEY is not set" in done.stderr) == (given is None)
     assert endpoint.asked.total() == 1  # the trial
     assert "evaluate" not in done.stdout and key not in done.output
-
-
-def test_an_unknown_model_of_the_endpoint_is_refused(judged: Any, endpoint: Any) -> None:
-    endpoint.models = {"big"}
-    done = judged("--on-grader-error", "zero", model=f"{endpoint.url}#bigger")
-    assert done.exit_code == 2
-
-
-def test_an_endpoint_that_is_down_is_said_before_the_model_answers(
-    judged: Any, endpoint: Any
-) -> None:
-    endpoint.server.server_close()  # nobody listens any more
-    done = judged("--on-grader-error", "zero", model=f"{endpoint.url}#big", retries=0)
-    assert done.exit_code == 1
 
 
 def test_verdicts_without_a_score_follow_the_policy(judged: Any, endpoint: Any) -> None:

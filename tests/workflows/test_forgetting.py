@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
-from luthier.cli.forgetting import show
 from luthier.errors import DataError, RecipeError
 from luthier.library.models import chat_format, find
 from luthier.workflows import forgetting
@@ -183,15 +182,3 @@ def test_what_a_verdict_says_is_corrected_for_all_that_is_measured() -> None:
         found = Forgetting("m", "b", drift, changes)
         wrong += bool(found.regressions or found.improvements)
     assert wrong <= 10
-
-
-def test_a_name_in_brackets_is_no_style(capsys: pytest.CaptureFixture[str]) -> None:
-    scores = forgetting.RowScores.of([1.0, 0.0])
-    perplexity = forgetting.Statistic.of(lambda row_K: 2.0, 2, is_share=False)
-    drift = forgetting.Drift(2, 9, scores, perplexity, perplexity)
-    changes = [
-        forgetting.MetricChange(name, "accuracy", scores, scores) for name in ("a[red]b", "t[/]")
-    ]
-    show(Forgetting("m", "b", drift, changes))
-    printed = capsys.readouterr().out
-    assert "a[red]b" in printed and "t[/]" in printed

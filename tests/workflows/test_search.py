@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.runs import METRICS
 from luthier.engine.train import train
-from luthier.errors import DataError, Diverged, RecipeError, RefusedInput, RunConflict
-from luthier.files import lock, read_json, write_json
+from luthier.errors import DataError, RecipeError, RefusedInput, RunConflict
+from luthier.files import lock, read_json
 from luthier.library.models import custom_models
 from luthier.recipe import Recipe
 from luthier.workflows import search as searching
@@ -258,13 +258,6 @@ def test_a_trial_that_diverges_fails_with_its_reason(recipe: Callable[..., Recip
     assert found.trials[0].settings["training.learning_rate"] == 0.001
 
 
-def test_a_search_in_which_all_diverge_says_so(recipe: Callable[..., Recipe]) -> None:
-    mine = recipe(warmup_ratio=0.0)
-    with pytest.raises(Diverged):
-        search(mine, 2, ["training.learning_rate=1e30,1e31"])
-    assert custom_models() == []
-
-
 def test_without_validation_rows_nothing_begins(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
@@ -295,17 +288,6 @@ def test_names_that_are_taken_are_refused(recipe: Callable[..., Recipe]) -> None
         search(recipe("begun"), 2, [RATES])
     with pytest.raises(RunConflict):
         search(recipe("begun"), 2, [RANKS], resume=True)
-
-
-@pytest.mark.slow
-def test_a_search_without_a_name_is_found_again(recipe: Callable[..., Recipe]) -> None:
-    mine = recipe(max_steps=2).model_copy(update={"name": None})
-    with pytest.raises(Broken):
-        search(mine, 2, [RATES], reporter=BreakingReporter(5))
-    first = search(mine, 2, [RATES], resume=True)
-    second = search(mine, 1, [RATES])
-    assert (first.name, second.name) == ("rows-1", "rows-2")
-    assert first.result.model_id == "tiny-llama:rows-1"
 
 
 def test_two_processes_do_not_work_on_one_search(
@@ -341,17 +323,6 @@ def test_settings_that_do_not_fit_fail_alone(
         )
 
 
-@pytest.mark.slow
-def test_the_recipe_found_is_a_recipe(recipe: Callable[..., Recipe]) -> None:
-    found = search(recipe(), 2, [RATES, RANKS])
-    again = Recipe.read(Path(found.recipe))
-    assert again.name is None and again.data.train.startswith("/")
-    best = found.trials[0]
-    assert again.training.learning_rate == best.settings["training.learning_rate"]
-    result = train(again)
-    assert result.validation_loss == best.value
-
-
 def test_without_optuna_it_says_what_to_install(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, luthier_home: Path
 ) -> None:
@@ -364,32 +335,6 @@ def test_without_optuna_it_says_what_to_install(
     with pytest.raises(RefusedInput):
         search(recipe(), 2)
     assert not luthier_home.exists()
-
-
-def test_what_is_said_on_the_way(recipe: Callable[..., Recipe]) -> None:
-    said: list[str] = []
-
-    class Listening(Reporter):
-        def note(self, text: str) -> None:
-            said.append(text)
-
-        def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
-            said.append("chosen")
-
-    search(recipe(max_steps=2), 2, reporter=Listening())
-    assert said[1] == "search adaptation.rank: 8, 16, 32 (how much LoRA can take up)"
-    assert said.count("chosen") == 1  # by the run of the best, not by each trial
-
-
-def test_metrics_of_a_rehearsal_are_no_run(
-    recipe: Callable[..., Recipe], luthier_home: Path
-) -> None:
-    progress = trials.rehearse(recipe(max_steps=2), luthier_home / "here")
-    assert progress.step == 2 and progress.best_loss == min(measured(luthier_home / "here"))
-    assert not (luthier_home / "runs").exists() and not (luthier_home / "models").exists()
-    write_json(luthier_home / "here" / "request.json", {"recipe": {}})
-    with pytest.raises(RunConflict):
-        trials.rehearse(recipe(max_steps=2), luthier_home / "here")
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from luthier.workflows.space import (
     default_space,
     parse_space,
     searchable,
-    start_of,
     with_settings,
 )
 
@@ -60,24 +59,6 @@ def test_what_cannot_be_searched_is_refused(text: str, part: str) -> None:
     with pytest.raises(RecipeError) as caught:
         parse_space([text], recipe())
     assert part in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "training.learning_rte",
-        "training.seed",
-        "training.evaluate_every",
-        "data.validation_share",
-        "objective.method",
-        "base",
-        "adaptation.layers",
-    ],
-)
-def test_a_field_that_is_not_there_names_those_that_are(key: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        parse_space([f"{key}=1,2"], recipe())
-    assert "adaptation.rank" in str(caught.value)
 
 
 def test_the_fields_of_another_adaptation_are_its_own() -> None:
@@ -133,12 +114,3 @@ def test_only_lora_has_a_rank_to_search() -> None:
     full = recipe(adaptation="full")
     [rate] = default_space(full, resolved(full, 1e-5))
     assert rate.key == "training.learning_rate"
-
-
-def test_where_a_search_starts() -> None:
-    found = resolved(recipe(), 3e-4)
-    assert start_of("training.learning_rate", found) == 3e-4
-    assert start_of("adaptation.rank", found) == 16
-    assert start_of("training.epochs", found) == 2
-    around = Dimension("training.epochs", low=1, high=3)
-    assert 1 in around and 3 in around and 4 not in around and None not in around

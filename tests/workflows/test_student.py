@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stored_files import files_in
-from transformers import AutoModelForSequenceClassification
 
 import luthier
 from luthier.engine.metrics import Reporter
@@ -145,15 +143,6 @@ def test_a_tuned_teacher_is_merged_and_keeps_its_head(
     assert ours == pytest.approx(teachers, abs=2e-2)
 
 
-def test_a_student_of_a_classifier_from_outside_is_known_to_read(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    folder = shutil.copytree(family_folder("bert"), tmp_path / "outside")
-    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).save_pretrained(folder)
-    made = store.find(make_student(str(folder), "small", StudentShape(layers=2)).model_id)
-    assert made.kind == "encoder" and store.objective_of(made).task == "embedding"
-
-
 def test_a_masked_language_model_keeps_its_head_from_student_to_student(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -192,13 +181,6 @@ def test_a_taken_name_is_refused(tiny_model_folder: Path, tmp_path: Path) -> Non
     luthier.tune(data, base=str(tiny_model_folder), name="run", **SHORT)
     with pytest.raises(RunConflict):
         make_student(str(tiny_model_folder), "run", shape)
-
-
-@pytest.mark.parametrize("name", ["", "..", "A", "a/b"])
-def test_a_name_is_one_of_a_model(name: str, tiny_model_folder: Path, luthier_home: Path) -> None:
-    with pytest.raises(RecipeError, match="lower-case"):
-        make_student(str(tiny_model_folder), name, StudentShape(layers=2))
-    assert not luthier_home.exists()
 
 
 def test_a_refusal_leaves_nothing(tiny_model_folder: Path, luthier_home: Path) -> None:

@@ -1,9 +1,9 @@
-"""One model in memory that answers many requests at once: the engine behind every face.
+"""A generative model in memory that answers many requests at once.
 
-One thread owns the network. In each round it reads a little of the prompts that came, then every
-answer that is being written grows by one token; those of a client that is ahead of others pause
-(:mod:`luthier.inference.scheduler`). A reply to a request that runs alone is the same through every
-API, streamed or not; next to others, kernels may round in another order.
+One thread owns the network. In each round, the thread reads a little of the waiting prompts, and
+then every running answer grows by one token. Answers of a client that is ahead of others pause
+(:mod:`luthier.inference.scheduler`). A request that runs alone has the same reply through every
+API, streamed or not; next to other requests, kernels may round differently.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from luthier.inference.prefix_cache import PrefixCache
 from luthier.inference.prompt_limits import PromptLimit
 from luthier.inference.scheduler import (
     FairScheduler,
-    StepCosts,
     WaitingRequests,
     current_client,
     discount,
@@ -69,9 +68,9 @@ if TYPE_CHECKING:
     from luthier.types import IntArray
 
 READ = 512
-"""Tokens of prompts that are read between two tokens of those who write."""
+"""Prompt tokens that are read between two tokens of the running answers."""
 UNREAD = 4096
-"""Pieces of an answer that wait to be read; then no more of it is written."""
+"""Unread pieces of an answer at which the answer pauses."""
 
 _log = logging.getLogger("luthier.inference")
 
@@ -79,7 +78,7 @@ TokenBytes = Callable[[int], bytes]
 
 
 class RunningRequest:
-    """A request while it is answered."""
+    """A request while the model answers."""
 
     def __init__(
         self,
@@ -91,27 +90,27 @@ class RunningRequest:
         memory: int,
         model: Decoder,
     ) -> None:
-        """``model`` is what was asked; one on the same base may write its answers."""
+        """``model`` is the requested model; the decoder of its base may run the request."""
         self.request, self.client, self.model = request, client, model
         self.ids_T, self.prompt_tokens = ids_T, prompt_tokens
         self.room, self.memory = room, memory
         self.events: SimpleQueue[Any] = SimpleQueue()
         self.answers: list[RunningAnswer] = []
         self.state: Any = None
-        """While its prompt is read."""
+        """State of the backend while the prompt is read."""
         self.cached_tokens = 0
-        """Of its prompt, which an earlier one had read."""
+        """Prompt tokens from the prefix cache."""
         self.arrived = self.began = time.perf_counter()
-        """When it came, and when it was let in."""
+        """Times of arrival and admission, in seconds of ``time.perf_counter``."""
         self.background = in_background()
-        """Whether it waits for its turn as long as it takes."""
+        """Whether the request may wait without limit."""
         self.cancelled = False
         self.unread = False
-        """Whether its client reads too slowly for more to be written."""
+        """Whether the client reads too slowly, so that the answers pause."""
 
 
 class RunningAnswer:
-    """One answer to it: token by token, from logits to what the client sees."""
+    """One answer of a request: from logits to the events for the client."""
 
     def __init__(
         self,
@@ -127,10 +126,9 @@ class RunningAnswer:
         self.state: Any = None
         self.last, self.count, self.done = 0, 0, False
         self.last_step = 0
-        """The number of the model's step that wrote its last token."""
+        """Number of the model's step of the last token."""
         self.last_token_at: float | None = None
-        """When that was, or a pause ended in which its client read too slowly, in seconds of
-        ``time.perf_counter``; ``None`` before the first token."""
+        """Time of the last token, or of the end of a pause; None before the first token."""
         self._token_bytes = token_bytes
         self._sampler = TokenSampler(request, seed, index, job.ids_T, matcher, chat.stop_ids)
         self._matcher = matcher
@@ -146,7 +144,7 @@ class RunningAnswer:
         self._scores: list[Score] = []
 
     def advance(self, logits_V: Tensor, best: int | None) -> None:
-        """The next token, from its logits; ``best`` is their highest, where that is known."""
+        """Choose and show the next token; ``best`` is the likeliest token, if known."""
         sampler, matcher = self._sampler, self._matcher
         if best is not None and best < len(logits_V) and sampler.plain and sampler.greedy:
             self.last = best
@@ -212,7 +210,7 @@ class RunningAnswer:
 
 
 class Decoder:
-    """Answers requests to one model. Safe to share between threads."""
+    """Runs the requests to one model. Safe to share between threads."""
 
     def __init__(
         self,
@@ -226,16 +224,15 @@ class Decoder:
         latency: ModelMetrics | None = None,
         deterministic: bool = False,
     ) -> None:
-        """What sequences keep is taken from ``memory``; ``opened`` is closed with this.
+        """Start the decoder's thread.
 
-        The clients of all models that share a ``scheduler`` have equal parts of their time
-        together. Prompts that begin as an earlier one go on from what ``prefixes`` has of it. Where
-        ``opened`` is an adapter on the network of ``base``, that decoder's thread writes the
-        answers, together with its own. How soon tokens are written, and how well they are guessed,
-        is counted in ``latency``.
-
-        Each step and each pass over a prompt is of one sequence if ``deterministic``, so that no
-        reply depends on other requests; ``prefixes`` should be None then.
+        Args:
+            opened: the model, closed with the decoder. chat: its chat format. memory: budget for
+            keys and values. limits: limits of requests. scheduler: shared by all models, whose
+            clients get equal parts of the time. prefixes: cache of prompts; None for
+            ``deterministic``. base: decoder of the base model if ``opened`` is an adapter; its
+            thread runs the requests. latency: metrics of the model. deterministic: run one sequence
+            at a time, so that no reply depends on other requests.
         """
         from luthier.inference.constraints import Constraints
 
@@ -249,15 +246,15 @@ class Decoder:
         self._limit = PromptLimit(chat, self.context, self.limits)
         backend = opened.backend
         self._rows = 1 if deterministic else backend.rows
-        """Sequences in one step at most."""
+        """Maximum number of sequences in a step."""
         self._reuse = backend if isinstance(backend, ReusesKeyValues) and backend.reuses else None
         self._speculates = backend if isinstance(backend, Speculates) else None
         self.latency = latency
         self.speculation = Speculation()
-        """What was guessed for its own answers that have ended."""
+        """Guessed tokens of finished answers."""
         self._prefixes = prefixes
         self._wake = threading.Condition()
-        self._scheduler, self._costs = scheduler or FairScheduler(), StepCosts()
+        self._scheduler = scheduler or FairScheduler()
         self._steps = 0
         self._waiting: WaitingRequests[RunningRequest] = WaitingRequests(limits.waiting_requests)
         self._reading: deque[RunningRequest] = deque()
@@ -283,17 +280,13 @@ class Decoder:
         latency: ModelMetrics | None = None,
         deterministic: bool = False,
     ) -> Decoder:
-        """Load ``stored``, which writes text, on the best device of this machine.
-
-        ``base`` is the decoder of its parent, where ``stored`` is an adapter that shares its
-        network.
-        """
+        """Load a generative model on the best device of this machine; see :meth:`__init__`."""
         from luthier.inference.opened_model import open_model
         from luthier.library.models import chat_format
 
         with ExitStack() as opening:
             opened = open_model(stored, None if base is None else base._opened)
-            opening.callback(opened.close)  # else an adapter stays in its base where this fails
+            opening.callback(opened.close)  # an adapter must leave its base if the rest fails
             chat = chat_format(stored, None if base is None else base.chat)
             made = Decoder(
                 opened, chat, memory, limits, scheduler, prefixes, base, latency, deterministic
@@ -303,16 +296,16 @@ class Decoder:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is asked of it."""
+        """Whether there is no request."""
         with self._wake:
             return not (self._waiting or self._reading or self._writing)
 
     def encode(self, prompt: Prompt) -> IntArray:
-        """Token ids of ``prompt``; as many are counted as its tokens.
+        """Return the token ids of ``prompt``.
 
         Raises:
-            InferenceRefused: where there is nothing to go on from, or the template refuses it.
-            TooLong: for more than twice as many tokens as the context has, which are not counted.
+            InferenceRefused: for an empty prompt, or one that the template rejects.
+            TooLong: for more than twice the tokens of the context.
         """
         from luthier.inference.tool_calls import encode
 
@@ -331,17 +324,16 @@ class Decoder:
             self._limit.check_ids(prompt, self.vocabulary)
             ids_T = np.asarray(prompt, dtype=np.int64)
         if not len(ids_T):
-            raise InferenceRefused("The prompt has no tokens to go on from.", "prompt")
+            raise InferenceRefused("The prompt has no tokens.", "prompt")
         return ids_T
 
     def submit(self, request: GenerationRequest) -> Stream:
-        """Begin to answer ``request``.
+        """Queue ``request`` and return its stream.
 
         Raises:
-            InferenceRefused: for a request that is wrong; nothing was begun. InferenceFailed: where
-            too many requests wait. The stream raises ``Throttling`` where its
-                turn has not come within ``queue_seconds``, ``ModelTimeout`` after
-                ``answer_seconds``.
+            InferenceRefused: for a bad request.
+            InferenceFailed: if too many requests wait. The stream raises ``Throttling`` after
+                ``queue_seconds`` in the queue, and ``ModelTimeout`` after ``answer_seconds``.
         """
         job = self._job(request)
         writer = self._base or self
@@ -366,8 +358,7 @@ class Decoder:
         self._scheduler.wake()
 
     def close(self) -> None:
-        """End all work and let go of the network; of an adapter, of that alone, which nobody
-        asks."""
+        """End all work and close the model; for an adapter without requests, only the adapter."""
         if self._base is not None:
             self._base, self._closed = None, True
             if self._prefixes is not None:
@@ -381,7 +372,7 @@ class Decoder:
         self._thread.join()
 
     def _job(self, request: GenerationRequest) -> RunningRequest:
-        # First: a schema that is refused is not tokenized as a part of the prompt.
+        # First, so that a rejected schema is not tokenized as a part of the prompt.
         matcher = self._matcher(request)
         ids_T = self.encode(request.prompt)
         reasoning = reasoning_after(self.chat, ids_T) if isinstance(request.prompt, Chat) else None
@@ -391,24 +382,24 @@ class Decoder:
         if room < 1:
             raise self._limit.too_long()
         if any(not 0 <= token < self.vocabulary for token in request.logit_bias):
-            raise InferenceRefused("logit_bias names ids that are no tokens.", "logit_bias")
+            raise InferenceRefused("logit_bias has ids that are not tokens.", "logit_bias")
         if request.n > self.limits.answers:
             raise InferenceRefused(
-                f"This server writes {self.limits.answers} answers at once. Ask for fewer.", "n"
+                f"This server runs {self.limits.answers} answers at once. Request fewer.", "n"
             )
         longest = min(request.max_tokens or room, room)
         scores = 0 if request.top_logprobs is None else 1 + request.top_logprobs
         if request.n * longest * scores > self.limits.logprobs:
             raise InferenceRefused(
                 f"This request may have {request.n * longest * scores:,} log probabilities, and "
-                f"{self.limits.logprobs:,} are allowed. Ask for fewer tokens or answers.",
+                f"{self.limits.logprobs:,} are allowed. Request fewer tokens or answers.",
                 "top_logprobs",
             )
         memory = request.n * self._backend.bytes_of(len(self._soft) + len(ids_T) + longest)
         if memory > self.memory.total:
             raise InferenceRefused(
-                f"This request may need {memory >> 20} MiB of memory, and there are "
-                f"{self.memory.total >> 20} MiB. Ask for fewer tokens or answers.",
+                f"This request may need {memory >> 20} MiB of memory; {self.memory.total >> 20} are "
+                "available. Request fewer tokens or answers.",
                 "max_tokens",
             )
         ids_P = np.concatenate([self._soft, ids_T])
@@ -444,14 +435,14 @@ class Decoder:
             job.cancelled = True
             self._wake.notify()
 
-    # What follows runs in the decoder's own thread.
+    # The methods below run in the decoder's thread.
 
     def _run(self) -> None:
-        with torch.inference_mode():  # also what its sequences have kept is given back in it
+        with torch.inference_mode():  # sequences must be freed in the mode that made them
             try:
                 self._decode()
             finally:
-                # However it ends: nobody waits for an answer, or for a client that is not at work.
+                # However the loop ends, no request may wait for an answer.
                 self._end()
                 if self._prefixes is not None:
                     self._prefixes.forget(self)
@@ -463,14 +454,14 @@ class Decoder:
                 self._sweep()
                 self._read()
                 if not self._write() and self._at_work() and not self._runnable():
-                    # It is the turn of others, at another model, or of those who read.
+                    # Clients of other models have their turn.
                     self._scheduler.wait(RETRY_SECONDS)
             except Exception as error:
                 _log.exception("decoding failed")
                 self._fail(error)
 
     def _next(self) -> bool:
-        """Wait for work and let in what there is room for; whether there will be any more."""
+        """Wait for requests and admit those that fit; return False when the decoder closes."""
         with self._wake:
             while not (self._closed or self._waiting or self._reading or self._writing):
                 self._wake.wait()
@@ -480,12 +471,12 @@ class Decoder:
             while (job := self._next_waiting()) and self._lets_in(job):
                 self._waiting.remove(job)
             if not (self._reading or self._writing):
-                # Other models hold the memory; they do not tell when they give it back.
+                # Other models use the memory, and do not notify when they free it.
                 self._wake.wait(RETRY_SECONDS)
         return True
 
     def _end(self) -> None:
-        """Nothing is answered any more."""
+        """Fail all requests."""
         gone = InferenceFailed("ServiceUnavailable", "The model was unloaded.")
         with self._wake:
             self._closed = True
@@ -495,33 +486,32 @@ class Decoder:
         self._forget_all(gone)
 
     def _forget_all(self, reason: InferenceFailed) -> None:
-        """Tell all that are at work, and let go of them, whatever fails."""
+        """Fail and forget all admitted requests, whatever fails."""
         for job in self._at_work():
             job.events.put(reason)
             try:
                 self._forget(job)
             except Exception:
-                _log.exception("what a sequence kept cannot be given back")
+                _log.exception("a sequence cannot be freed")
 
     def _at_work(self) -> list[RunningRequest]:
         return [*self._reading, *self._writing]
 
     def _next_waiting(self) -> RunningRequest | None:
-        """Of the clients that wait and may have more at work, the next of who had the least
-        done."""
+        """Return the next request of the waiting client with the least seconds."""
         heads = [next(iter(self._waiting.of(client))) for client in self._waiting.clients]
         able = [job for job in heads if self._may_begin(job)]
         return min(able, key=lambda job: self._scheduler.seconds(job.client), default=None)
 
     def _may_begin(self, job: RunningRequest) -> bool:
-        """Whether the client's part of all answers and of the memory allows it."""
+        """Return whether the client's share of answers and memory allows the request."""
         answers = self._answers[job.client]
         most = self.limits.share_of(self.limits.answers)
         within = not answers or answers + job.request.n <= most
         return job.cancelled or (within and self.memory.allows(job.client, job.memory))
 
     def _lets_in(self, job: RunningRequest) -> bool:
-        """Begin ``job`` where there is room for it; whether it need not wait any longer."""
+        """Admit ``job`` if there is room; return whether the request leaves the queue."""
         if job.cancelled:
             return True
         if self._answers.total() + job.request.n > self.limits.answers:
@@ -535,7 +525,7 @@ class Decoder:
         return True
 
     def _sweep(self) -> None:
-        """Forget the requests of clients who hung up, and those whose time is over."""
+        """Forget requests whose client hung up, and requests beyond their time limit."""
         now, limits = time.perf_counter(), self.limits
         with self._wake:
             for job in self._waiting:
@@ -546,14 +536,14 @@ class Decoder:
                     self._waiting.remove(job)
         for job in self._at_work():
             if now - job.began > limits.answer_seconds and not job.cancelled:
-                text = f"The answer is not whole after {limits.answer_seconds:g} seconds."
-                job.events.put(InferenceFailed("ModelTimeout", f"{text} Ask for fewer tokens."))
+                text = f"The answer took more than {limits.answer_seconds:g} seconds."
+                job.events.put(InferenceFailed("ModelTimeout", f"{text} Request fewer tokens."))
                 job.cancelled = True
             if job.cancelled:
                 self._forget(job)
 
     def _forget(self, job: RunningRequest) -> None:
-        # First what others wait for: to give back what it keeps takes memory, and may fail.
+        # First update the queues and budgets: freeing a state needs memory and may fail.
         if job in self._reading:
             self._reading.remove(job)
         else:
@@ -569,12 +559,12 @@ class Decoder:
             self._end_state(answer)
 
     def _runnable(self) -> set[str]:
-        """The clients whose requests to this model go on now."""
+        """Return the clients whose requests to this model may run now."""
         clients = {job.client for job in self._at_work() if not job.unread}
         return self._scheduler.runnable(clients)
 
     def _note_readers(self) -> None:
-        """Pause answers that nobody reads, which take memory with each token."""
+        """Pause answers that the client does not read, since each token takes memory."""
         for job in self._writing:
             unread = job.events.qsize() > UNREAD
             if unread != job.unread:
@@ -584,7 +574,7 @@ class Decoder:
                     answer.last_token_at = time.perf_counter()
 
     def _read(self) -> None:
-        """A few chunks of prompts, in turns; one where another request has come meanwhile."""
+        """Read a few chunks of prompts; only one if another request arrived meanwhile."""
         spent = 0
         while spent < READ and not (spent and self._arrived):
             jobs = self._next_to_read()
@@ -599,9 +589,9 @@ class Decoder:
                 self._settle(job)
 
     def _next_to_read(self) -> list[RunningRequest]:
-        """Prompts that are read together, those of the clients furthest behind first."""
+        """Return prompts to read together, of the clients furthest behind first."""
         runnable = self._runnable()
-        # Of one that was cancelled meanwhile the adapter may be gone.
+        # The adapter of a cancelled request may be gone.
         able = [job for job in self._reading if job.client in runnable and not job.cancelled]
         able.sort(key=lambda job: self._scheduler.seconds(job.client))
         jobs: list[RunningRequest] = []
@@ -616,34 +606,29 @@ class Decoder:
         return jobs
 
     def _try_open(self, job: RunningRequest) -> bool:
-        """Begin with its prompt; whether that went well. What fails is told to its client alone."""
+        """Open the prompt, behind its cached prefix; a failure ends this request only."""
         if job.cancelled:  # meanwhile: its adapter may be gone
             return False
         try:
-            self._open(job)
+            start, model = None, job.model
+            reuse = model._reuse
+            if self._prefixes is not None and reuse is not None:
+                start = self._prefixes.longest(model, job.client, job.ids_T)
+            if start is None or reuse is None:
+                job.state = model._backend.open(job.ids_T)
+            else:
+                job.state = reuse.open(job.ids_T, start)
+                job.cached_tokens = max(0, len(start) - len(model._soft))
         except Exception as error:
-            _log.exception("a prompt cannot be begun")
-            failure = f"The model failed: {type(error).__name__}."
-            job.events.put(InferenceFailed("ModelError", failure))
+            _log.exception("a prompt cannot be opened")
+            job.events.put(_failure_of(error))
             job.cancelled = True
             return False
         return True
 
-    def _open(self, job: RunningRequest) -> None:
-        """Begin with its prompt, behind what is known of it."""
-        start, model = None, job.model
-        reuse = model._reuse
-        if self._prefixes is not None and reuse is not None:
-            start = self._prefixes.longest(model, job.client, job.ids_T)
-        if start is None or reuse is None:
-            job.state = model._backend.open(job.ids_T)
-        else:
-            job.state = reuse.open(job.ids_T, start)
-            job.cached_tokens = max(0, len(start) - len(model._soft))
-
     def _read_chunks(self, jobs: list[RunningRequest]) -> list[int]:
-        """Read on in their prompts; how many tokens of each. With the last of them answers
-        begin."""
+        """Read a chunk of each prompt, and begin the answers of finished ones; return the tokens
+        read."""
         for job in jobs:
             self._reading.remove(job)
             self._reading.append(job)
@@ -655,7 +640,7 @@ class Decoder:
                 self._begin_answers(job, logits_V)
         device = self._backend.device
         if self._scheduler.has_several_clients and device.type != "cpu":
-            torch.accelerator.synchronize(device)  # else the next client to wait for it pays
+            torch.accelerator.synchronize(device)  # or the next client pays for this work
         return read
 
     def _begin_answers(self, job: RunningRequest, logits_V: Tensor) -> None:
@@ -663,10 +648,10 @@ class Decoder:
         if self._prefixes is not None and reuse is not None:
             copy = partial(reuse.key_values, job.state, end=len(job.ids_T))
             self._prefixes.add(job.model, job.client, job.ids_T, copy)
-            if job.model._closed:  # meanwhile, by another thread
+            if job.model._closed:  # by another thread, meanwhile
                 self._prefixes.forget(job.model)
         states = self._backend.fork(job.state, len(job.answers))
-        job.state = None  # not before: where there is no memory for copies, it is still to be freed
+        job.state = None  # not before: a failed fork leaves the state to be freed
         self._reading.remove(job)
         self._writing.append(job)
         for answer, own in zip(job.answers, states, strict=True):
@@ -675,10 +660,7 @@ class Decoder:
             self._advance(answer, logits_V, None)
 
     def _write(self) -> bool:
-        """One token for as many answers as step together, those furthest behind first.
-
-        Returns whether any had its turn.
-        """
+        """Run one step of as many answers as fit; return whether there were any."""
         self._note_readers()
         runnable = self._runnable()
         jobs = [job for job in self._writing if job.client in runnable and not job.unread]
@@ -686,7 +668,7 @@ class Decoder:
         if not writing:
             return False
         if len(writing) > self._rows:
-            # Who is behind goes first: one row need not wait for all those of another client.
+            # Clients that are behind go first: one row must not wait for all rows of a client.
             seconds_of = {job.client: self._scheduler.seconds(job.client) for job in jobs}
             writing.sort(key=lambda answer: (seconds_of[answer.job.client], answer.last_step))
             del writing[self._rows :]
@@ -694,43 +676,36 @@ class Decoder:
         for answer in writing:
             answer.last_step = self._steps
         began = time.perf_counter()
-        rows: dict[str, list[int]] = {}
-        for answer in writing:
-            rows.setdefault(answer.job.client, []).append(len(answer.job.ids_T) + answer.count)
         logits_RV = self._backend.step([a.state for a in writing], [a.last for a in writing])
         best = likeliest_tokens(logits_RV)
         for answer, logits_V, token in zip(writing, logits_RV, best, strict=True):
             self._advance(answer, logits_V, token)
-        for client, seconds in self._costs.split(rows, time.perf_counter() - began).items():
-            self._scheduler.charge(client, seconds)
+        seconds = time.perf_counter() - began
+        for client, count in Counter(answer.job.client for answer in writing).items():
+            self._scheduler.charge(client, seconds * count / len(writing))
         for job in jobs:
             self._settle(job)
         return True
 
     def _advance(self, answer: RunningAnswer, logits_V: Tensor, best: int | None) -> None:
-        if answer.job.cancelled:  # between any two answers: one may take long
+        if answer.job.cancelled:  # checked for each answer: one may take long
             return
         count = answer.count
         try:
             answer.advance(logits_V, best)
         except Exception as error:
-            # Of this answer alone: its settings, its grammar, or what its tokens are decoded to.
-            if isinstance(error, RecipeError):
-                failed = InferenceFailed("ModelError", str(error))
-            elif isinstance(error, InferenceFailed):
-                failed = error
-            else:
+            # Fails this answer only: its settings, its grammar, or the decoding of its tokens.
+            if not isinstance(error, RecipeError | InferenceFailed):
                 _log.exception("an answer failed")
-                failed = InferenceFailed("ModelError", f"The model failed: {type(error).__name__}.")
-            answer.job.events.put(failed)
+            answer.job.events.put(_failure_of(error))
             answer.job.cancelled = answer.done = True
-        if answer.count > count:  # a token that ends an answer is none of it
+        if answer.count > count:  # a stop token does not count
             self._measure(answer)
         if answer.done:
             self._end_state(answer)
 
     def _measure(self, answer: RunningAnswer) -> None:
-        """Observe the time of a token that was written to it."""
+        """Record the time of a new token."""
         moment, latency = time.perf_counter(), answer.job.model.latency
         if latency is None:
             return
@@ -756,6 +731,13 @@ class Decoder:
             self._forget(job)
 
     def _fail(self, error: Exception) -> None:
-        """Everything that was running is told, and let go of."""
-        failure = InferenceFailed("ModelError", f"The model failed: {type(error).__name__}.")
-        self._forget_all(failure)
+        """Fail everything that was running."""
+        self._forget_all(_failure_of(error))
+
+
+def _failure_of(error: Exception) -> InferenceFailed:
+    if isinstance(error, InferenceFailed):
+        return error
+    name = type(error).__name__
+    text = str(error) if isinstance(error, RecipeError) else f"The model failed: {name}."
+    return InferenceFailed("ModelError", text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from command_line import start
 import luthier
 from luthier.engine.metrics import Reporter
 from luthier.errors import (
-    DataError,
     GradingFailed,
     Interrupted,
     LuthierError,
@@ -264,13 +262,6 @@ def test_a_stop_in_training_asks_nothing_again(prompts: Path, distil: Any, endpo
     assert again.result == found.result
 
 
-def test_an_automatic_name_goes_on_by_itself(prompts: Path, distil: Any) -> None:
-    first = distil(prompts, name=None)
-    assert first.result.model_id == "tiny-llama:prompts-1"
-    assert distil(prompts, name=None, resume=True).result == first.result
-    assert distil(prompts, name=None).result.model_id == "tiny-llama:prompts-2"
-
-
 def test_a_local_teacher(
     prompts: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,21 +291,6 @@ def test_a_local_teacher(
     monkeypatch.setattr(Generator, "open", never)
     with pytest.raises(RefusedInput, match=r"answer\.cut"):
         luthier.distil(prompts, teacher=folder, student=folder, **given)
-
-
-def test_a_student_larger_than_its_teacher_is_a_warning(
-    prompts: Path, tmp_path: Path, tiny_llama: Any, tokenizer: Any, tiny_model_folder: Path
-) -> None:
-    small = tmp_path / "small"
-    tiny_llama(num_hidden_layers=1, eos_token_id=tokenizer.eos_token_id).save_pretrained(small)
-    tokenizer.save_pretrained(small)
-    reporter = Notes()
-    with pytest.raises(RefusedInput):
-        luthier.distil(
-            prompts, teacher=str(small), student=str(tiny_model_folder), name="s",
-            reporter=reporter, sampling__max_tokens=1, **QUICK,
-        )  # fmt: skip
-    assert any("larger than its teacher" in note for note in reporter.notes)
 
 
 def test_a_teacher_that_does_not_write_is_refused(prompts: Path, family_folder: Any) -> None:
@@ -366,20 +342,3 @@ def test_after_kill_9_nothing_is_asked_twice(
     assert found["distillation"]["insights"]["accepted"] == 12
     assert len(lines(journal)) == 12
     assert read_json(Path(found["model_dir"]) / "luthier.json")["distillation"]
-
-
-def test_a_missing_package_is_named(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    from luthier.chat_models.endpoint import EndpointModel
-    from luthier.workflows.distil.recipe import TeacherSpec
-
-    with pytest.raises(RecipeError):
-        EndpointModel(TeacherSpec(model="m", url="https://h/v1"))
-
-
-def test_tuning_on_prompts_alone_points_here(prompts: Path, tiny_model_folder: Path) -> None:
-    with pytest.raises(DataError):
-        luthier.tune(prompts, base=str(tiny_model_folder))
-    with pytest.raises(DataError):
-        luthier.tune(prompts, base=str(tiny_model_folder), objective="sft")

@@ -172,29 +172,9 @@ def test_steps_and_tokens_do_not_depend_on_which_rows_are_tried(
     assert len(less.tried) == 4
 
 
-def test_fewer_rows_than_a_batch_are_estimated_too(recipe: Callable[..., Recipe]) -> None:
-    found = estimate(recipe(count=3, batch_size=8, epochs=3))
-    assert found.steps == 3 and found.rows == 3 and len(found.tried) == 2
-
-
-def test_what_is_tried_is_not_shown_as_steps_of_the_run(recipe: Callable[..., Recipe]) -> None:
-    shown: list[tuple[str, int, int]] = []
-
-    class Shown(Reporter):
-        def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-            assert line["event"] != "train"
-
-        def progress(self, done: int, total: int, what: str) -> None:
-            shown.append((what, done, total))
-
-    estimate(recipe(), Shown())
-    assert shown[-1] == ("steps tried", 10, 10)
-
-
 def test_only_batches_that_a_run_comes_to_are_tried(recipe: Callable[..., Recipe]) -> None:
     from luthier.engine.job import prepare_job
     from luthier.engine.machine import choose_machine
-    from luthier.engine.metrics import Reporter
     from luthier.library.models import find
     from luthier.workflows.estimate.trial import order_of, representative
 
