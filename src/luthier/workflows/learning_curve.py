@@ -21,23 +21,15 @@ from numpy.typing import NDArray
 
 from luthier.engine.job import prepare_job, with_base
 from luthier.engine.machine import choose_machine
-from luthier.engine.metrics import (
-    SCORES,
-    MetricsFile,
-    Reporter,
-    best_measurement,
-    cost_of,
-    measured_of,
-    new_figure,
-    save_figure,
-)
-from luthier.engine.runs import METRICS, automatic_name, is_resumed, lock_folder
+from luthier.engine.metrics import SCORES, Reporter, measured_of, new_figure, save_figure
+from luthier.engine.runs import automatic_name, is_resumed, lock_folder
 from luthier.engine.train import rehearse
 from luthier.errors import RecipeError
 from luthier.evaluation.significance import as_gain
 from luthier.files import luthier_home, read_json, write_json
 from luthier.library.models import find
 from luthier.recipe import Recipe
+from luthier.workflows.trials import Measured, validation_lines
 
 SHARES = tuple(2 ** (-step / 2) for step in range(6, -1, -1))
 """Shares from an eighth to all; together they take as long as three runs on all rows."""
@@ -150,12 +142,8 @@ def learning_curve(
             part = data.model_copy(update={"train_share": share * (data.train_share or 1.0)})
             work = folder / f"share-{len(points)}"
             rehearse(recipe.model_copy(update={"data": part}), work, reporter)
-            every = MetricsFile(work / METRICS).read()
-            lines = [line for line in every if line["event"] == "validation"]
-            measure = lines[0].get("measure", "loss")
-            best = best_measurement(lines, measure)
-            error = float(best.get(f"{measure}_error", 0.0))
-            points.append(CurvePoint(share, count, measure, cost_of(best, measure), error))
+            found = Measured.of(validation_lines(work))
+            points.append(CurvePoint(share, count, found.measure, found.cost, found.error))
             write_json(done, list(map(asdict, points)))
             shutil.rmtree(work)
         gain, interval = extrapolate(points)

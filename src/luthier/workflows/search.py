@@ -1,25 +1,21 @@
-"""Search for settings: trials of a recipe, compared on the same validation rows; the best is
-stored.
+"""Hyperparameter search: trials of a recipe on the same validation rows; the best recipe is
+trained.
 
-Optuna (Akiba et al. 2019, arXiv:1907.10902) proposes the settings and stops hopeless trials; the
-engine that runs them does not know it. What a search needs to go on after a kill lies in
-``searches/NAME``:
+Optuna (Akiba et al. 2019, arXiv:1907.10902) proposes settings and stops hopeless trials. The folder
+``searches/NAME`` has what a search needs to resume:
 
-    search.json      what was asked for
-    study.journal    Optuna's journal of trials, append-only
+    search.json      the request
+    study.journal    Optuna's journal of trials
     trials/001/      metrics of each trial; its checkpoints while it runs
-    best/            what a process wrote that tuned the best on a cluster
-    best.toml        the recipe found
+    best/            output of a cluster process that trained the best recipe
+    best.toml        the best recipe
 
-A trial's settings follow from the seed, its place and the trials finished before it, never from a
-random state that a kill would lose: each place has a sampler of its own. So a search that was
-killed and resumed makes the trials of one that was not.
+The settings of a trial follow from the seed, its place and the trials before its round. Each place
+has its own sampler, so a resumed search makes the same trials.
 
-The custom model is one more ordinary run of the recipe found, not the weights of the best trial: it
-costs one run more, and keeps no second way to store, verify and resume models, nor a copy of the
-weights of every trial that led for a while. The engine being exact, it measures what the trial did.
-Trials are compared by what decides which weights of a run are kept: a score where there is one,
-else the validation loss.
+The custom model is an ordinary run of the best recipe, not the weights of the best trial: one more
+run, but no second way to store and resume models. The engine is exact, so the run repeats the
+trial.
 """
 
 from __future__ import annotations
@@ -37,14 +33,7 @@ from luthier import __version__
 from luthier.engine.job import prepare_job, with_base
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
-from luthier.engine.runs import (
-    METRICS,
-    Result,
-    Run,
-    automatic_name,
-    is_resumed,
-    lock_folder,
-)
+from luthier.engine.runs import METRICS, Result, Run, automatic_name, is_resumed, lock_folder
 from luthier.errors import Diverged, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
 from luthier.library.models import StoredModel, find
@@ -76,22 +65,21 @@ if TYPE_CHECKING:
     import optuna
 
 RANDOM_TRIALS = 5
-"""Trials before the sampler begins to learn from them; the first is the recipe as it stands."""
+"""Trials before the sampler learns from them; the first is the given recipe."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a finished search gives back."""
+    """The result of a search."""
 
     name: str
     folder: str
     trials: list[Trial]
-    """Best first: complete ones by what they measured, then those pruned, then those that
-    failed."""
+    """Trials, the best first: complete, pruned, failed."""
     recipe: str
-    """TOML file of the recipe found, without a name."""
+    """TOML file of the best recipe."""
     result: Result
-    """The run of the recipe found, whose model is stored."""
+    """Run of the best recipe."""
 
 
 def search(
@@ -103,19 +91,19 @@ def search(
     parallel: int | None = None,
     runner: TrialRunner | None = None,
 ) -> SearchResult:
-    """Try ``trials`` settings of ``recipe`` and store the best as a custom model.
+    """Try ``trials`` settings of ``recipe`` and train the best as a custom model.
 
-    ``space`` holds texts for :func:`parse_space`; when empty, the learning rate is searched and,
-    for LoRA, the rank. The recipe as it stands is the first trial wherever it lies in the space, so
-    what is found is at least as good on the validation rows.
-
-    ``parallel`` trials are a round and run at once where there is room: what is tried, and what is
-    stopped, follows from the rounds before, not from who ends first. ``runner`` says where, and how
-    many where ``parallel`` does not; on this machine it is one, and several share its cores.
+    Args:
+        recipe: the first trial, if it lies in the space. trials: number of trials. space:
+        dimensions for :func:`parse_space`; by default the learning rate and LoRA's rank. resume:
+        continue the same search. reporter: receives progress. parallel: trials per round, which run
+        at once. The settings of a round follow from the rounds
+            before.
+        runner: where trials run; by default on this machine, where they share the cores.
 
     Raises:
         RefusedInput: before any training, for space, data, recipe or name.
-        Interrupted: on Ctrl-C or SIGTERM; with ``resume`` the same call goes on.
+        Interrupted: on Ctrl-C or SIGTERM.
     """
     reporter = reporter or Reporter()
     need_optuna()
@@ -136,9 +124,9 @@ def search(
             certify(found.result.model_id)
             return found
         except RefusedInput as error:
-            # Refused before the first trial began: nothing is there that could be resumed.
+            # Without a trial there is nothing to resume.
             begun = (work.folder / "trials").exists()
-            if begun and not isinstance(error, RunConflict):  # a process of it was refused
+            if begun and not isinstance(error, RunConflict):  # a process rejected its trial
                 begun = any((work.folder / "trials").glob(f"*/{METRICS}"))
             if not begun:
                 shutil.rmtree(work.folder, ignore_errors=True)
@@ -146,13 +134,13 @@ def search(
 
 
 def need_optuna() -> None:
-    """Refuse with what to install where Optuna is missing."""
+    """Raise :class:`RefusedInput` if Optuna is not installed."""
     if importlib.util.find_spec("optuna") is None:
         raise RefusedInput("a search needs Optuna: pip install 'luthier[search]'")
 
 
 class _Search:
-    """One search in its folder."""
+    """A search in its folder."""
 
     def __init__(
         self,
@@ -171,7 +159,7 @@ class _Search:
         self.dimensions = list(dimensions) or default_space(recipe, resolved)
         keys = {dimension.key for dimension in self.dimensions}
         if "training.learning_rate" in keys and "adaptation.method" not in keys:
-            # Without it a rate that is given is one for the head, too, and no trial the default run.
+            # A given rate would also be the rate of the head, and no trial would be the default run.
             recipe = with_settings(
                 recipe, {"training.head_rate_multiplier": resolved.training.head_rate_multiplier}
             )
@@ -184,10 +172,10 @@ class _Search:
         self.start = {d.key: starts[d.key] for d in self.dimensions if starts[d.key] in d}
 
     def begin(self, resume: bool) -> None:
-        """Claim the name of search and model, or check that the same is asked for again."""
+        """Claim the name of search and model, or check that the request is the same."""
         path = self.folder / "search.json"
         if self.runner.name and resume and path.is_file():
-            # The cluster may have grown or shrunk, and rounds and sums stay what they were.
+            # Rounds and sums stay the same even if the cluster has grown or shrunk.
             before = read_json(path)
             self.threads = before.get("threads", self.threads)
             if self._chosen_by_runner:
@@ -196,34 +184,33 @@ class _Search:
         started = self.run_folder.folder.exists() or self.run_folder.model_folder.exists()
         asked = request
         if path.is_file() and not started:
-            # More trials may be added until their best is on its way to a model.
+            # Trials may be added until the best recipe is trained.
             asked = {**request, "trials": read_json(path)["trials"]}
         if not is_resumed(path, asked, f"search {self.recipe.name}", resume) and started:
             raise RunConflict(
-                f"there is a run or a model {self.run_folder.model_id} already, and the best of the "
-                "trials would be stored there; choose another --name"
+                f"{self.run_folder.model_id} exists, and the best model would get that name; choose "
+                "another --name"
             )
         write_json(path, request)
 
     def run(self) -> SearchResult:
-        """All trials that are left, and the run of the best."""
+        """Run the remaining trials and train the best recipe."""
         for dimension in self.dimensions:
             self.reporter.note(f"search {dimension.key}: {dimension} ({dimension.reason})")
         if self.runner.name and self.parallel > 1:
             self.reporter.note(
-                f"{self.parallel} trials are a round, as --parallel {self.parallel} has it, of "
-                f"{self.threads} threads each"
+                f"rounds of {self.parallel} trials (--parallel {self.parallel}) with {self.threads} "
+                "threads each"
             )
         study = self._study()
         while len(ended_trials(study)) < self.count:
             self._round(study)
-        trials = _table(ended_trials(study))
+        order = ("complete", "pruned", "failed")
+        trials = [trial_of(n, each) for n, each in enumerate(ended_trials(study), start=1)]
+        trials.sort(key=lambda trial: (order.index(trial.state), trial.value or 0.0))
         best = trials[0]
         if best.value is None or best.state != "complete":
-            raise Diverged(
-                f"none of the {len(trials)} trials came to its end; the first failed because "
-                f"{trials[0].reason}"
-            )
+            raise Diverged(f"none of the {len(trials)} trials finished; the first: {best.reason}")
         recipe = with_settings(self.recipe, best.settings)
         file = self._write_recipe(recipe, best)
         self.reporter.note(
@@ -233,13 +220,12 @@ class _Search:
         if self.runner.name:
             recipe = self._with_threads(recipe)
             run_best(self.folder, recipe, self.runner, reporter)
-            reporter = Reporter()  # only the result is read
+            reporter = Reporter()  # `tune` only reads the result
         result = tune(recipe, resume=True, reporter=reporter)
         return SearchResult(str(recipe.name), str(self.folder), trials, str(file), result)
 
     def _request(self) -> dict[str, Any]:
-        data = self.recipe.data
-        files = [path for path in data.files if path.is_file()]
+        files = [path for path in self.recipe.data.files if path.is_file()]
         return {
             "recipe": self.recipe.plain(),
             "space": {dimension.key: str(dimension) for dimension in self.dimensions},
@@ -255,7 +241,7 @@ class _Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         for folder in (*(self.folder / "trials").glob("*"), *self.folder.glob(BEST)):
-            with lock(folder / ".lock", wait=True):  # one left over by a kill is about to stop
+            with lock(folder / ".lock", wait=True):  # a process of a killed search is about to stop
                 pass
         storage = optuna.storages.JournalStorage(open_journal(self.folder / "study.journal"))
         study = optuna.create_study(
@@ -266,14 +252,14 @@ class _Search:
             pruner=pruner(),
         )
         for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            # Cut short; its place is free, and the next trial there gets the same settings.
+            # The trial was killed; the next trial at its place gets the same settings.
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         return study
 
     def _round(self, study: optuna.Study) -> None:
-        """The next trials that run at once. The first of all runs alone: it may be refused."""
+        """Run the next round. The first trial runs alone, because it may be rejected."""
         first = len(ended_trials(study))
-        # Rounds begin where they would have begun had the search not been cut short.
+        # A resumed search has the same rounds.
         size = self.parallel - (first - 1) % self.parallel if first else 1
         asked = [self._ask(study, first + index) for index in range(min(size, self.count - first))]
         trials = [
@@ -293,13 +279,12 @@ class _Search:
             self._tell(study, trial, each, outcome)
 
     def _with_threads(self, recipe: Recipe) -> Recipe:
-        """``recipe`` for one of several processes at once, which share the cores."""
+        """Return ``recipe`` with the threads of one of several processes."""
         training = recipe.training.model_copy(update={"threads": self.threads})
         return recipe.model_copy(update={"training": training})
 
     def _ask(self, study: optuna.Study, place: int) -> optuna.Trial:
-        """Settings for the trial at ``place``, which follow from it and the trials before its
-        round."""
+        """Return settings for the trial at ``place``."""
         import optuna
 
         seeds = np.random.SeedSequence([self.recipe.training.seed, place])
@@ -318,7 +303,7 @@ class _Search:
     def _tell(
         self, study: optuna.Study, trial: Trial, asked: optuna.Trial, outcome: TrialOutcome
     ) -> None:
-        """Give the trial its place in the study, and let go of its checkpoints."""
+        """Record the outcome in the study, and remove the trial's checkpoints."""
         import optuna
 
         if outcome.state == "complete":
@@ -334,8 +319,7 @@ class _Search:
         self.reporter.note(f"trial {done.number} of {self.count} {done.state}{value}")
 
     def _write_recipe(self, recipe: Recipe, best: Trial) -> Path:
-        """``best.toml``: no name, so that it can be tuned again as it is; paths that work
-        anywhere."""
+        """Write ``best.toml`` without a name, with paths that work anywhere."""
         fields = portable(recipe.model_copy(update={"base": self.base.id}))
         head = (
             f"# Found by `luthier search`: trial {best.number} of {self.count}, validation "
@@ -354,9 +338,3 @@ def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution
     if dimension.whole:
         return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
     return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-
-
-def _table(frozen: Sequence[optuna.trial.FrozenTrial]) -> list[Trial]:
-    order = ("complete", "pruned", "failed")
-    trials = [trial_of(number, trial) for number, trial in enumerate(frozen, start=1)]
-    return sorted(trials, key=lambda trial: (order.index(trial.state), trial.value or 0.0))

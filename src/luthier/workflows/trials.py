@@ -1,4 +1,4 @@
-"""Trials of a search: where they are kept, and how one is carried out and reported to the study."""
+"""Trials: trainings that store no model and are measured, for searches and learning curves."""
 
 from __future__ import annotations
 
@@ -25,34 +25,59 @@ if TYPE_CHECKING:
     import optuna
 
 TRIALS_BEFORE_PRUNING = 3
-"""The median of fewer says little."""
+"""The median of fewer trials says little."""
 MEASUREMENTS_BEFORE_PRUNING = 2
-"""Of about eight in a run. At the first the rate has hardly left its warm-up."""
+"""Of about eight in a run. At the first one, the learning rate is still in its warm-up."""
 PLACE = "place"
 """Attribute of a trial in the study: its place in the search, from 0."""
 MEASURE = "measure"
-"""The same: what is measured."""
+"""Attribute of a trial in the study: ``loss``, ``reward`` or a score."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The best measurement of a training on its validation rows."""
+
+    measure: str
+    """``loss``, ``reward`` or a score."""
+    cost: float
+    """The measurement as a number to minimize (:func:`luthier.engine.metrics.cost_of`)."""
+    error: float
+    """Standard error of a score."""
+
+    @staticmethod
+    def of(lines: list[dict[str, Any]]) -> Measured:
+        """Return the best of some validation lines."""
+        measure = lines[0].get("measure", "loss")
+        best = best_measurement(lines, measure)
+        error = float(best.get(f"{measure}_error", 0.0))
+        return Measured(measure, cost_of(best, measure), error)
+
+
+def validation_lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the validation measurements of the training in ``folder``."""
+    lines = MetricsFile(folder / METRICS).read(rows=True)
+    return [line for line in lines if line["event"] == "validation"]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial that ended."""
+    """A finished trial of a search."""
 
     number: int
     """Place in the search, from 1."""
     settings: dict[str, Any]
     value: float | None
-    """What is to be low, as :func:`~luthier.engine.metrics.cost_of` has it; of the weights that
-    a run would keep, or the last one where it was pruned."""
+    """Cost of the best weights, or of the last measurement of a pruned trial."""
     state: Literal["complete", "pruned", "failed"]
     reason: str = ""
-    """Why it failed."""
+    """Reason of a failure."""
     measure: str = "loss"
-    """What is measured: ``loss``, ``reward`` or a score."""
+    """``loss``, ``reward`` or a score."""
 
     @property
     def measurement(self) -> str:
-        """What was measured, for people."""
+        """The measurement as text."""
         if self.value is None:
             return ""
         shown = measured_of(self.value, self.measure)
@@ -64,15 +89,15 @@ class TrialOutcome:
     """How a trial ended."""
 
     state: Literal["complete", "pruned", "failed", "refused"]
-    """``refused`` is the first trial alone, whose settings are the recipe's own."""
+    """``refused``: the recipe itself was rejected; only for the first trial."""
     value: float | None = None
-    """:attr:`Trial.value`, where it is complete."""
+    """Cost of a complete trial."""
     reason: str = ""
-    """Why it failed, or was refused."""
+    """Reason of a failure or rejection."""
 
 
 def open_study(folder: Path) -> optuna.Study:
-    """The study in ``folder``, as another process may have it open too."""
+    """Open the study in ``folder``, which another process may also have open."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -85,7 +110,7 @@ def open_study(folder: Path) -> optuna.Study:
 
 
 def pruner() -> optuna.pruners.BasePruner:
-    """Stops trials that are worse than the median of those that came to their end."""
+    """Return a pruner of trials that are worse than the median of complete trials."""
     import optuna
 
     return optuna.pruners.MedianPruner(
@@ -94,23 +119,23 @@ def pruner() -> optuna.pruners.BasePruner:
 
 
 def trial_folder(folder: Path, number: int) -> Path:
-    """Where trial ``number`` (from 1) of the search in ``folder`` works."""
+    """Return the folder of trial ``number`` (from 1) of the search in ``folder``."""
     return folder / "trials" / f"{number:03d}"
 
 
 def carry_out(
     recipe: Recipe, folder: Path, trial: optuna.Trial, reporter: Reporter, reported: int = 0
 ) -> TrialOutcome:
-    """Rehearse ``recipe`` in ``folder``, as one trial of a study.
+    """Train ``recipe`` in ``folder`` as one trial of a study.
 
-    ``reported`` is how many measurements the study has of it, from a process that was killed.
+    ``reported`` is the number of measurements that a killed process has reported to the study.
 
     Raises:
-        RefusedInput: by the first trial, whose settings are the recipe's own.
+        RefusedInput: from the first trial, whose settings are the recipe's.
     """
     import optuna
 
-    watch = Watch(reporter, trial, folder / METRICS, reported)
+    watch = Watch(reporter, trial, folder, reported)
     try:
         rehearse(recipe, folder, watch)
     except optuna.TrialPruned:
@@ -124,23 +149,19 @@ def carry_out(
 
 
 class Watch(Reporter):
-    """Hands each measurement of a trial to the study, and stops the trial when that says so."""
+    """Reports each measurement of a trial to the study, and stops hopeless trials."""
 
     def __init__(
-        self, outer: Reporter, trial: optuna.Trial, metrics: Path, reported: int = 0
+        self, outer: Reporter, trial: optuna.Trial, folder: Path, reported: int = 0
     ) -> None:
-        """``reported`` is how many measurements the study has of it already."""
-        self.outer, self.trial, self.file = outer, trial, MetricsFile(metrics)
+        """``reported`` is the number of measurements that the study has."""
+        self.outer, self.trial, self.folder = outer, trial, folder
         self.reported = reported
         self.value: float | None = None
-        """What the weights that would be kept so far cost."""
+        """Cost of the best weights so far."""
 
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """Report by the number of the measurement: trials may have different numbers of steps.
-
-        The metrics file has those of before a kill, too. Without them, a resumed trial would be
-        judged by other measurements than one that was never cut short.
-        """
+        """Report by the number of the measurement: trials may have different numbers of steps."""
         self.outer.metrics(line, steps)
         if line["event"] != "validation":
             return
@@ -151,25 +172,28 @@ class Watch(Reporter):
             raise optuna.TrialPruned
 
     def report(self) -> None:
-        """Tell the study what it does not know yet."""
-        lines = self.file.read(rows=True)
-        measured = [line for line in lines if line["event"] == "validation"]
-        if not measured:
+        """Report new measurements.
+
+        The metrics file also has the measurements before a kill, so a resumed trial is judged like
+        one that was never killed.
+        """
+        lines = validation_lines(self.folder)
+        if not lines:
             return
-        measure = measured[0].get("measure", "loss")
+        best = Measured.of(lines)
         if not self.reported:
-            self.trial.set_user_attr(MEASURE, measure)
-        for number, line in enumerate(measured[self.reported :], start=self.reported):
-            self.trial.report(cost_of(line, measure), number)
-        self.reported = max(self.reported, len(measured))
-        self.value = cost_of(best_measurement(measured, measure), measure)
+            self.trial.set_user_attr(MEASURE, best.measure)
+        for number, line in enumerate(lines[self.reported :], start=self.reported):
+            self.trial.report(cost_of(line, best.measure), number)
+        self.reported = max(self.reported, len(lines))
+        self.value = best.cost
 
 
 def open_journal(path: Path) -> Any:
-    """Optuna's journal file; what a kill left in it is put right first.
+    """Open Optuna's journal after a possible kill; only for the owner of the search's lock.
 
-    Only for who holds the lock of the search: then a lock on the journal is a dead process's, which
-    Optuna would wait 30 s for, and a last line without an end is one that was cut short.
+    A lock on the journal then belongs to a dead process, for which Optuna would wait 30 s, and a
+    last line without an end was cut short.
     """
     from optuna.storages.journal import JournalFileBackend
 
@@ -182,7 +206,7 @@ def open_journal(path: Path) -> Any:
 
 
 def ended_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Trials that hold a place, in order; those cut short do not."""
+    """Return the finished trials by place."""
     from optuna.trial import TrialState
 
     found = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
@@ -190,7 +214,7 @@ def ended_trials(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def trial_of(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
-    """What the study knows of a trial that ended."""
+    """Return a finished trial of the study."""
     reason = frozen.user_attrs.get("reason", "")
     complete = frozen.state.name == "COMPLETE"
     state: Any = "failed" if reason else "complete" if complete else "pruned"
@@ -199,6 +223,6 @@ def trial_of(number: int, frozen: optuna.trial.FrozenTrial) -> Trial:
 
 
 def describe_trial(trial: Trial) -> str:
-    """The settings of a trial, for people."""
+    """Return the settings of a trial as text."""
     shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in trial.settings.items()}
     return ", ".join(f"{key}={value}" for key, value in shown.items())
