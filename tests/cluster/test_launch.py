@@ -220,17 +220,6 @@ def test_slurm_queues_again_when_its_time_is_nearly_over(
         assert [each["argv"][1:] for each in said] == [["requeue", "12"]] * again
 
 
-def test_a_container_of_slurm_sees_the_store_and_the_data(
-    recipe: Callable[..., Recipe], tmp_path: Path, luthier_home: Path
-) -> None:
-    request = LaunchRequest("slurm", image="registry.example/luthier:1")
-    text = launch_file(recipe(), FOUND, request, PROCESSOR)
-    assert "--container-image=registry.example/luthier:1" in text
-    assert f"{luthier_home}:{luthier_home},{tmp_path}/my data:{tmp_path}/my data" in text
-    with pytest.raises(RecipeError, match="comma or colon"):
-        launch_file(recipe("a:b"), FOUND, request, PROCESSOR)
-
-
 @pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (2, 3)])
 def test_the_job_fits_the_schema_of_kubernetes(
     processes: int, nodes: int, recipe: Callable[..., Recipe]
@@ -439,8 +428,3 @@ def test_the_command_names_what_is_wrong(recipe: Callable[..., Recipe], tmp_path
     assert "is a folder" in refusal(rows, "--on", "ray", "--output", str(tmp_path))
     with pytest.raises(UnknownModel):
         luthier.launch(rows, on="ray", base="nobody")
-
-
-def test_the_command_offers_every_target() -> None:
-    text = CliRunner().invoke(app, ["launch", "--help"]).stdout
-    assert f"<{'|'.join(TARGETS)}>" in text

@@ -16,7 +16,6 @@ from bedrock_service import (
 )
 from botocore.exceptions import ClientError
 
-from luthier.limits import AccountQuotas
 from luthier.server.http.messages import Fault
 from luthier.server.identifiers import ModelIds, invocable, invoked_arn
 
@@ -176,39 +175,6 @@ def test_filters_of_deployments(service: Service, bedrock: Any, model: Callable[
     assert names(statusEquals="Failed") == []
     middle = deployment(bedrock, "beta")["createdAt"]
     assert names(createdAfter=middle) == ["Alpha"] and names(createdBefore=middle) == ["alpha"]
-
-
-def test_quota_of_deployments(
-    service: Service, bedrock: Any, model: Callable[..., str], database: Any
-) -> None:
-    arn = model()
-    with service.server.serving(database, AccountQuotas(deployments=1, provisioned_throughputs=1)):
-        deploy(bedrock, arn, "one")
-        create = bedrock.create_custom_model_deployment
-        members = {"modelDeploymentName": "two", "modelArn": arn}
-        assert refused(create, **members) == "ServiceQuotaExceededException"
-        throughput(bedrock, arn, "one")
-        again = {"provisionedModelName": "two", "modelId": arn, "modelUnits": 1}
-        create = bedrock.create_provisioned_model_throughput
-        assert refused(create, **again) == "ServiceQuotaExceededException"
-
-
-def test_a_name_is_no_part_of_an_arn(bedrock: Any, model: Callable[..., str]) -> None:
-    arn = model()
-    name = "asidlookedid"
-    deployed, provided = deploy(bedrock, arn, name), throughput(bedrock, arn, name)
-    by_name = f"{deployed.rpartition('/')[0]}/{name}"
-    get = bedrock.get_custom_model_deployment
-    refusal = refused(get, customModelDeploymentIdentifier=by_name)
-    assert refusal == "ResourceNotFoundException"
-    by_name = f"{provided.rpartition('/')[0]}/{name}"
-    refusal = refused(bedrock.get_provisioned_model_throughput, provisionedModelId=by_name)
-    assert refusal == "ResourceNotFoundException"
-    # What one is called may look like the id of another.
-    last = deployed.rpartition("/")[2]
-    other = deploy(bedrock, arn, last)
-    assert deployment(bedrock, last)["customModelDeploymentArn"] == other
-    assert deployment(bedrock, deployed)["modelDeploymentName"] == name
 
 
 def test_a_server_that_starts_goes_on(

@@ -62,12 +62,6 @@ def test_filters_of_foundation_models(bedrock: Any, filters: Any, expected: list
     assert [model["modelId"] for model in found] == expected
 
 
-def test_filters_that_do_not_exist(bedrock: Any) -> None:
-    assert (
-        refused(bedrock.list_foundation_models, byOutputModality="SMELL") == "ValidationException"
-    )
-
-
 @pytest.mark.parametrize("identifier", [BASE, FOUNDATION, "smollm2-135m-instruct"])
 def test_one_foundation_model(bedrock: Any, identifier: str) -> None:
     answer = bedrock.get_foundation_model(modelIdentifier=identifier)["modelDetails"]

@@ -153,24 +153,6 @@ def test_the_files_lie_at_the_address_and_the_index_names_them(
     assert left(luthier_home) == []
 
 
-def test_progress_names_the_part_and_how_much_of_it_is_done(
-    database: Database, model: CustomModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[tuple[str, int, int]] = []
-    monkeypatch.setattr(ExportWorker, "_show", lambda self, *progress: told.append(progress))
-    made = submit(database, merged=True)
-    claimed(database).run()
-    result = row(database, made).result
-    assert result is not None
-    phases = list(dict.fromkeys(phase for phase, _, _ in told))
-    assert phases == ["merge", "write", "upload"]
-    assert [each[1:] for each in told if each[0] == "merge"] == [(0, 2), (1, 2), (2, 2)]
-    assert told[-1] == ("upload", result["bytes"], result["bytes"])
-    for phase in phases:
-        shares = [done / total for each, done, total in told if each == phase]
-        assert shares == sorted(shares) and shares[-1] == 1
-
-
 class Killed(BaseException):
     """Stands for ``kill -9``: nothing of the worker runs behind it."""
 
@@ -227,18 +209,6 @@ def test_a_stop_ends_the_export_without_its_index(
     assert not any(key.endswith(INDEX) for key in objects(database, tmp_path / "found"))
     EXPORT.prepare(database)
     assert left(luthier_home) == []
-
-
-def test_a_server_that_ends_gets_it_back(database: Database, model: CustomModel) -> None:
-    made = submit(database)
-
-    def end() -> None:
-        raise Interrupted("stopped before the next step")
-
-    assert claimed(database, DyingLocations(database, 1, end)).run() == 0
-    assert row(database, made).state == QUEUED
-    assert claimed(database).run() == 0
-    assert row(database, made).state == COMPLETED
 
 
 @pytest.mark.parametrize(

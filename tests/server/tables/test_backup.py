@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 from postgres import Postgres
 from principals_of import FIRST, made_at
-from small_disk import Disk
 from sqlalchemy import select
 
-from luthier.errors import CorruptFile, DiskFull, LuthierError, RefusedInput, RunConflict
+from luthier.errors import CorruptFile, LuthierError, RefusedInput, RunConflict
 from luthier.files import sha256_of, write_json
 from luthier.server.tables import accounts, principals
 from luthier.server.tables import backup as backups
@@ -336,27 +335,6 @@ def test_a_killed_backup_or_restore_leaves_nothing_that_looks_complete(
             restore_to(home, source)
     assert not home.exists()
     restore_to(home, source)
-
-
-@pytest.mark.parametrize("size", ["64k", "384k"])  # full with the objects, or with the database
-def test_a_full_disk(
-    database: Database, store: Path, tmp_path: Path, home: Path, size: str
-) -> None:
-    put(database, b"x" * 100_000)
-    backup(database, tmp_path / "backup")
-    disk = Disk(tmp_path / "disk")
-    disk.folder.mkdir()
-    if not disk.mount(f"size={size}"):
-        pytest.skip("only root may mount a small file system")
-    try:
-        with pytest.raises(LuthierError, match=r"full|bytes are free"):
-            backup(database, disk.folder / "backup")
-        disk.fill()
-        with pytest.raises(DiskFull):
-            restore_to(disk.folder / "home", tmp_path / "backup")
-        assert names(disk.folder) == {"filler"}
-    finally:
-        disk.unmount()
 
 
 def test_postgresql(

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from luthier.errors import CorruptFile, DoesNotFit, ObjectRefused
-from luthier.server.tables.listing import beyond, page
+from luthier.server.tables.listing import beyond
 from luthier.server.tables.locations import Locations
 from luthier.server.tables.multipart import CompletedPart, MultipartUploads
 from luthier.server.tables.object_files import WrittenFile
 from luthier.server.tables.objects import Content, ObjectMetadata, Objects
 
-ONE, TWO = "000000000001", "000000000002"
+ONE = "000000000001"
 
 
 def written(objects: Objects, body: bytes, account: str = ONE) -> WrittenFile:
@@ -191,13 +191,6 @@ def test_a_file_that_is_cut_short_is_found_out(data: Objects) -> None:
     assert files(data) == []
 
 
-def test_writers_of_one_key_at_once(data: Objects) -> None:
-    bodies = [str(number).encode() for number in range(24)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda body: put(data, "k", body), bodies))
-    assert read(data, "k") in bodies and len(files(data)) == 1
-
-
 def test_writers_of_which_one_may_make_the_key(data: Objects) -> None:
     def absent(found: object) -> None:
         if found is not None:
@@ -214,46 +207,6 @@ def test_writers_of_which_one_may_make_the_key(data: Objects) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(make, range(16))) == 1
     assert len(files(data)) == 1
-
-
-def test_a_bucket_is_made_once(objects: Objects) -> None:
-    def make(number: int) -> str:
-        try:
-            objects.create_bucket(ONE, "data")
-        except ObjectRefused as refused:
-            return refused.rule
-        return ""
-
-    with ThreadPoolExecutor(8) as pool:
-        said = sorted(pool.map(make, range(8)))
-    assert said == ["", *["BucketAlreadyOwnedByYou"] * 7]
-
-
-def test_accounts_do_not_see_each_other(data: Objects) -> None:
-    put(data, "k", b"secret")
-    uploads = MultipartUploads(data)
-    upload = uploads.create(ONE, "data", "k", ObjectMetadata(), ("", ""))
-    calls = [
-        lambda: data.bucket(TWO, "data"),
-        lambda: data.head(TWO, "data", "k"),
-        lambda: data.open(TWO, "data", "k"),
-        lambda: data.delete(TWO, "data", ["k"]),
-        lambda: data.delete_bucket(TWO, "data"),
-        lambda: data.copy(TWO, ("data", "k"), ("data", "l"), lambda found: ObjectMetadata()),
-        lambda: page(data.database, TWO, "data"),
-        lambda: uploads.part(TWO, "data", "k", upload.id, 1),
-        lambda: uploads.abort(TWO, "data", "k", upload.id),
-    ]
-    for call in calls:
-        with pytest.raises(ObjectRefused) as caught:
-            call()
-        assert caught.value.rule == "NoSuchBucket"
-    assert data.buckets(TWO) == []
-    data.create_bucket(TWO, "data")
-    assert page(data.database, TWO, "data").entries == ()
-    with pytest.raises(ObjectRefused) as caught:
-        uploads.part(TWO, "data", "k", upload.id, 1)
-    assert caught.value.code == "NoSuchUpload"
 
 
 def test_parts_leave_the_disk_unless_they_are_chosen(data: Objects) -> None:

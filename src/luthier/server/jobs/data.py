@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from luthier.data.containers import Container, container_of
 from luthier.data.media import MOST_MEDIA_BYTES
@@ -22,23 +22,13 @@ from luthier.models.catalog import CATALOG
 from luthier.models.tokenizer import load_processor
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.tables.jobs import Job
+from luthier.server.tables.locations import Locations
 
 MOST_REFERENCES = 100_000
 """Images and sounds that the rows of one file name."""
 MOST_REFUSED = 20
 """Of them that are named when they are not there; then no more are looked for."""
 _SOURCES = "sources.json"
-
-
-class JobLocations(Protocol):
-    """Reads and writes what addresses name, with the rights of an account."""
-
-    def fetch(self, account: str, uri: str, folder: Path, /) -> list[tuple[str, Path]]:
-        """Addresses and local copies, made in ``folder``, of what ``uri`` names; of images or sounds
-        one folder."""
-
-    def write(self, account: str, uri: str, name: str, content: bytes, /) -> str:
-        """Put ``content`` at ``name`` below ``uri``; the address of what was written."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ class JobData:
         return str(self.folder / (names[0] if len(names) == 1 else part))
 
 
-def fetch_data(job: Job, folders: JobFolders, locations: JobLocations) -> JobData:
+def fetch_data(job: Job, folders: JobFolders, locations: Locations) -> JobData:
     """The data of ``job``, fetched unless they are here: a job never sees other rows when it goes on.
 
     Raises:
@@ -130,7 +120,7 @@ def _check_lines(data: JobData) -> None:
         raise DataError(problems)
 
 
-def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None:
+def _fetch(job: Job, folder: Path, locations: Locations, media: bool) -> None:
     addresses: dict[str, str] = {}
     incoming = folder / "incoming"
 
@@ -177,7 +167,7 @@ def _ending(path: Path) -> str:
 
 
 def fetch_references(
-    locations: JobLocations,
+    locations: Locations,
     account: str,
     table: Path,
     address: str,

@@ -37,7 +37,6 @@ from luthier.server.tables import exports, queue, storage
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.exports import ExportedFile, ExportProgress, ExportResult, ModelExport
 from luthier.server.tables.jobs import STOPPING
-from luthier.server.tables.locations import Locations
 
 INDEX = "export.json"
 """File that is uploaded last: the settings of the export and the hashes of the other files."""
@@ -45,7 +44,7 @@ INDEX = "export.json"
 _log = logging.getLogger(__name__)
 
 
-class ExportWorker(Worker[ModelExport, Locations]):
+class ExportWorker(Worker[ModelExport]):
     """A process that writes one export."""
 
     table = ModelExport

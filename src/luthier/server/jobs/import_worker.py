@@ -59,7 +59,6 @@ from luthier.server.tables import imports, queue, storage
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.foundation import foundation_model
 from luthier.server.tables.imports import ModelImport
-from luthier.server.tables.locations import Locations
 from luthier.workflows.certificate.certificate import certify
 
 SECONDS = 3600
@@ -70,7 +69,7 @@ MEMORY_SECONDS = 600.0
 _log = logging.getLogger(__name__)
 
 
-class ImportWorker(Worker[ModelImport, Locations]):
+class ImportWorker(Worker[ModelImport]):
     """A process that imports one model."""
 
     table = ModelImport

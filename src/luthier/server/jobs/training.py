@@ -39,7 +39,7 @@ from luthier.library import models
 from luthier.library.models import StoredModel, find
 from luthier.recipe import DataSpec, parse
 from luthier.server.jobs import output_files as outputs
-from luthier.server.jobs.data import JobData, JobLocations, fetch_data
+from luthier.server.jobs.data import JobData, fetch_data
 from luthier.server.jobs.folders import tidy
 from luthier.server.jobs.job_reporter import JobReporter
 from luthier.server.jobs.processes import NO_DISK
@@ -127,7 +127,7 @@ class JobHeartbeat(Heartbeat):
         self.ask_to_stop()
 
 
-class TrainingWorker(Worker[Job, JobLocations]):
+class TrainingWorker(Worker[Job]):
     """Trains one customization job."""
 
     table = Job

@@ -36,11 +36,10 @@ from luthier.server.jobs.runners import free
 from luthier.server.tables import queue
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database
+from luthier.server.tables.locations import Locations
 from luthier.server.tables.queue import QueuedWork
 
 Work = TypeVar("Work", bound=QueuedWork)
-Places = TypeVar("Places")
-"""What reads and writes data by address."""
 Done = TypeVar("Done")
 
 BEAT = 1.0
@@ -103,7 +102,7 @@ class Heartbeat(threading.Thread):
         self.join()
 
 
-class Worker(ABC, Generic[Work, Places]):
+class Worker(ABC, Generic[Work]):
     """One worker and the row that it holds. A kind of work says what is done."""
 
     table: type[Work]
@@ -116,7 +115,7 @@ class Worker(ABC, Generic[Work, Places]):
     def __init__(
         self,
         database: Database,
-        locations: Places,
+        locations: Locations,
         row_id: str,
         lease: str,
         *,

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ COMPOSITE, FULL_OBJECT = "COMPOSITE", "FULL_OBJECT"
 _LINE = 4096
 """Bytes of a line between chunks at most."""
 _TRAILERS = 16
+_HEAD = re.compile(r"([0-9a-fA-F]{1,12})(?:;chunk-signature=([0-9a-f]{64}))?")
 _NOTHING = hashlib.sha256(b"").hexdigest()
 _SIGNATURE = "x-amz-trailer-signature"
 OBJECT_LIMIT = 5 << 30
@@ -199,103 +200,83 @@ def _base64(text: str, size: int) -> bytes:
 
 
 class Chunked:
-    """Takes the coded bytes as they come and gives what they stand for.
+    """Decodes the aws-chunked encoding as bytes arrive.
 
-    The signature of a chunk is compared at its end: nothing may be kept before :meth:`finish`.
+    The signature of a chunk is compared at the end of the chunk, so a caller must store nothing before
+    :meth:`finish`.
     """
 
     def __init__(self, signed: Signed | None, trailers: Sequence[str]) -> None:
-        """``signed`` where the chunks are signed; ``trailers`` are the names that were announced."""
+        """Set the signature of the head, if chunks are signed, and the announced trailers."""
         self._signed, self._announced = signed, set(trailers)
         self._previous = signed.signature if signed else ""
-        self._buffer = bytearray()
-        self._left = 0
-        """Bytes of the chunk that are still to come."""
-        self._state = "head"
-        self._chunk = hashlib.sha256()
-        self._chunk_signature = ""
-        """Signature that the chunk came with."""
+        self._buffer, self._decoded = bytearray(), list[bytes]()
         self._lines: list[str] = []
+        self._received = self._ended = False
         self.trailers: dict[str, str] = {}
-        """By names in lower case, once they have come."""
+        """Trailers by their names in lower case."""
+        self._parser = self._parse()
 
     def decode(self, data: bytes) -> bytes:
-        """What ``data`` goes on with.
+        """Return the decoded bytes of ``data``.
 
         Raises:
-            Fault: ``InvalidChunk`` where the coding is broken, ``SignatureDoesNotMatch``.
+            Fault: ``InvalidChunk`` for a wrong encoding, ``SignatureDoesNotMatch``.
         """
         self._buffer += data
-        out: list[bytes] = []
-        while self._state != "end" and self._step(out):
-            pass
-        if self._state == "end" and self._buffer:
+        self._decoded.clear()
+        next(self._parser, None)
+        if self._ended and self._buffer:
             raise _broken()
-        return b"".join(out)
+        return b"".join(self._decoded)
 
     def finish(self) -> None:
-        """The body has ended; raises where it should not have."""
-        if self._state == "trailers" and not self._buffer:
-            self._check_trailers()  # some clients leave out the last empty line
-        if self._state != "end":
+        """End the body; raises :class:`Fault` if the body is not complete."""
+        self._received = True
+        next(self._parser, None)
+        if not self._ended:
             text = "You did not provide the number of bytes specified by the chunks of the body."
             raise Fault("IncompleteBody", text)
 
-    def _step(self, out: list[bytes]) -> bool:
-        """Take one line, or what there is of a chunk; whether that was possible."""
-        if self._state == "data":
-            return self._data(out)
-        line = self._line()
-        if line is None:
-            return False
-        if self._state == "head":
-            self._head(line)
-        elif self._state == "after":
-            if line:
+    def _parse(self) -> Generator[None, None, None]:
+        """Parse the body; yields when more bytes are needed."""
+        size = -1
+        while size:
+            head = _HEAD.fullmatch((yield from self._line()))
+            if head is None:
                 raise _broken()
-            self._check(
-                self._chunk_signature, "AWS4-HMAC-SHA256-PAYLOAD", _NOTHING, self._chunk.hexdigest()
-            )
-            self._state = "head"
-        elif line:
+            size = left = int(head[1], 16)
+            digest = hashlib.sha256()
+            while left:
+                if not self._buffer:
+                    yield
+                piece = bytes(self._buffer[:left])
+                del self._buffer[:left]
+                left -= len(piece)
+                digest.update(piece)
+                self._decoded.append(piece)
+            if size and (yield from self._line()):
+                raise _broken()
+            kind = "AWS4-HMAC-SHA256-PAYLOAD"
+            self._check(head[2] or "", kind, _NOTHING, digest.hexdigest())
+        while line := (yield from self._line(optional=True)):
             self._trailer(line)
-        else:
-            self._check_trailers()
-        return True
+        self._check_trailers()
+        self._ended = True
 
-    def _line(self) -> str | None:
-        end = self._buffer.find(b"\r\n")
-        if end > _LINE or (end < 0 and len(self._buffer) > _LINE):
+    def _line(self, optional: bool = False) -> Generator[None, None, str]:
+        """Return the next line. Some clients leave out the empty last line, which is ``optional``."""
+        while (end := self._buffer.find(b"\r\n")) < 0:
+            if len(self._buffer) > _LINE:
+                raise _broken()
+            if optional and self._received and not self._buffer:
+                return ""
+            yield
+        if end > _LINE:
             raise _broken()
-        if end < 0:
-            return None
         line = self._buffer[:end].decode("latin-1")
         del self._buffer[: end + 2]
         return line
-
-    def _head(self, line: str) -> None:
-        found = re.fullmatch(r"([0-9a-fA-F]{1,12})(?:;chunk-signature=([0-9a-f]{64}))?", line)
-        if found is None:
-            raise _broken()
-        self._left, self._chunk_signature = int(found[1], 16), found[2] or ""
-        self._chunk = hashlib.sha256()
-        self._state = "data"
-        if not self._left:
-            self._check(self._chunk_signature, "AWS4-HMAC-SHA256-PAYLOAD", _NOTHING, _NOTHING)
-            self._state = "trailers"
-
-    def _data(self, out: list[bytes]) -> bool:
-        piece = bytes(self._buffer[: self._left])
-        if not piece:
-            return False
-        del self._buffer[: len(piece)]
-        self._left -= len(piece)
-        if self._signed:
-            self._chunk.update(piece)
-        out.append(piece)
-        if not self._left:
-            self._state = "after"
-        return True
 
     def _trailer(self, line: str) -> None:
         name, colon, value = line.partition(":")
@@ -315,7 +296,6 @@ class Chunked:
             digest = hashlib.sha256("".join(self._lines).encode("latin-1")).hexdigest()
             signature = self.trailers.get(_SIGNATURE, "")
             self._check(signature, "AWS4-HMAC-SHA256-TRAILER", digest)
-        self._state = "end"
 
     def _check(self, signature: str, kind: str, *hashes: str) -> None:
         """Compare a signature with that of the chunk, which goes on from the one before."""

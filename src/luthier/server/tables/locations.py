@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from luthier.data.media import MOST_MEDIA_BYTES
 from luthier.data.s3 import connection_settings, is_file_name, local_name, split_address
@@ -37,30 +37,6 @@ MOST_MEDIA_FILES = 100_000
 Entry = TypeVar("Entry")
 
 
-class Buckets(Protocol):
-    """What ``s3://`` means. Everything raises :class:`LocationRefused`."""
-
-    def check_bucket(self, account: str, bucket: str) -> None:
-        """Refuse a bucket that the account cannot use."""
-
-    def holds(self, account: str, bucket: str, key: str) -> bool:
-        """Whether the key names an object."""
-
-    def below(
-        self, account: str, bucket: str, prefix: str, most: int | None = None
-    ) -> Iterable[tuple[str, int]]:
-        """The keys that begin with ``prefix``, in order, and the sizes of their objects in bytes.
-
-        Not many more are looked for than ``most``.
-        """
-
-    def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
-        """Copy an object to a file."""
-
-    def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
-        """Let the key name these bytes, or those of a file."""
-
-
 class Locations:
     """Reads and writes data by address.
 
@@ -80,8 +56,8 @@ class Locations:
         ``files`` of the built-in buckets are below the store unless said otherwise; ``quotas`` are
         those of accounts without quotas of their own.
         """
-        self._own: Buckets = BuiltInBuckets(Objects(database, files, quotas))
-        self._given: Buckets = ExternalBuckets(s3_endpoint) if s3_endpoint else self._own
+        self._own = BuiltInBuckets(Objects(database, files, quotas))
+        self._given = ExternalBuckets(s3_endpoint) if s3_endpoint else self._own
 
     def check(self, account: str, uri: str) -> None:
         """Refuse an address that is malformed, names nothing, or that the account cannot read."""
@@ -166,7 +142,7 @@ class Locations:
         self._buckets(address.bucket).write(account, address.bucket, key, data)
         return f"s3://{address.bucket}/{key}"
 
-    def _buckets(self, bucket: str) -> Buckets:
+    def _buckets(self, bucket: str) -> BuiltInBuckets | ExternalBuckets:
         """Files that were uploaded through the OpenAI API are here, whatever ``s3://`` else means."""
         return self._own if bucket == UPLOADS else self._given
 
