@@ -1,9 +1,8 @@
-"""The queue of leased work: what waits, and who works on what.
+"""Leased work: rows of the database that one process at a time works on.
 
-Each kind of work is a table with the columns of :class:`QueuedWork`. A worker holds a row by the token
-of its lease, and writes only with it. One that is not heard from is taken for dead: its lease is taken
-away, and another one goes on. Whatever the old one still writes is refused
-(:class:`~luthier.errors.LeaseLost`).
+A process claims a row by a lease, renews the lease, and writes only while the lease holds. A process
+that does not renew its lease counts as dead: another process continues the work. A later write of the
+dead process fails with :class:`~luthier.errors.LeaseLost`.
 """
 
 from __future__ import annotations
@@ -23,61 +22,59 @@ from luthier.files import luthier_home
 from luthier.server.tables.database import count_rows, find_row, lock_by_name, now
 
 LEASE = timedelta(seconds=30)
-"""How long a worker is believed alive after it was last heard from."""
+"""Time until a worker that does not renew its lease counts as dead."""
 PATIENCE = timedelta(minutes=10)
-"""How long work that does not fit now is overtaken by smaller work."""
+"""Time during which smaller work may overtake work that does not fit."""
 LOOKED_AT = 500
-"""Waiting rows of which one is started, each second: however many wait behind them."""
+"""Number of waiting rows that one claim reads."""
 
 
 class Leased:
-    """Columns of a row that one process at a time works on."""
+    """Columns of a row that is worked on under a lease."""
 
     noun: ClassVar[str]
-    """What a row is called in messages."""
+    """Name of a row in messages."""
     lease_time: ClassVar[timedelta] = LEASE
 
     seq: Mapped[int]
     id: Mapped[str]
     lease: Mapped[str | None]
-    """Token of who holds it; what anybody else writes is refused."""
+    """Token of the holder."""
     lease_ends: Mapped[datetime | None]
-    """The holder is taken for dead after this moment, unless it has been heard from."""
+    """Moment at which the holder counts as dead unless it renews the lease."""
 
     def give_back(self, session: Session, message: str) -> None:
-        """Let somebody else go on with it; ``message`` says why."""
+        """Release the row for another process, with the reason ``message``."""
         self.lease = self.lease_ends = None
         session.flush()
 
 
 class TakesTurns(Leased):
-    """Columns of work that accounts take turns with."""
+    """Columns of work that is shared fairly between accounts."""
 
     account: Mapped[str] = mapped_column(index=True)
     turn: Mapped[int] = mapped_column(default=0)
-    """Lower ones are first, of one priority; those of an account have turns one after the other."""
+    """Order among works of one priority, lowest first."""
 
     @classmethod
     def is_unfinished(cls) -> ColumnElement[bool]:
-        """What holds of rows whose work has not ended; all of them, where its end deletes a row."""
+        """Return the condition of unfinished rows; all rows, if the end of a work deletes its row."""
         return true()
 
 
 class BackgroundWork(TakesTurns):
-    """Columns of work that servers do themselves, in the background, as their models answer for it."""
+    """Columns of work that a server does in the background with its own models."""
 
     lease_time: ClassVar[timedelta] = timedelta(seconds=60)
-    """How long a server may be silent before another one goes on."""
     ended: ClassVar[tuple[str, ...]]
-    """Values of ``status`` of work that is over."""
+    """Values of ``status`` of finished work."""
 
     caller: Mapped[dict[str, Any]]
-    """Who asked: ``account``, ``user``, whether by a ``bearer`` key, and the ``session`` of temporary
-    credentials. Models answer with the rights that the user has when their turn comes."""
+    """Client that created the work: ``account`` and ``user``, whose current rights the work has."""
     status: Mapped[str] = mapped_column(index=True)
     created: Mapped[datetime]
     expires: Mapped[datetime]
-    """When the work is given up, however much of it is done."""
+    """Time limit of the work."""
 
     @classmethod
     def is_unfinished(cls) -> ColumnElement[bool]:
@@ -86,47 +83,47 @@ class BackgroundWork(TakesTurns):
 
 
 class QueuedWork(TakesTurns):
-    """Columns of work that a scheduler starts a process for."""
+    """Columns of work for which a scheduler starts a process."""
 
     memory_advice: ClassVar[str] = "use a smaller model, or a server with more memory."
     """Advice to a client whose work needs too much memory."""
     unknown_memory: ClassVar[int] = 0
-    """Bytes that it counts for as long as its memory is 0."""
+    """Bytes that a row reserves while its memory is unknown."""
 
     priority: Mapped[int] = mapped_column(default=0)
-    """Higher is started first."""
+    """Higher priorities start first."""
     since: Mapped[datetime]
-    """Since when it waits."""
+    """Start of the wait."""
     memory: Mapped[int] = mapped_column(BigInteger, default=0)
-    """Bytes that it takes at its peak, for admission; 0 while that is unknown."""
+    """Estimated peak in bytes; 0 if unknown."""
     cores: Mapped[int] = mapped_column(default=0)
-    """Threads that it computes with, for admission."""
+    """Number of threads."""
     crashes: Mapped[int] = mapped_column(default=0)
-    """Workers that died over it."""
+    """Number of workers that died."""
     worker: Mapped[dict[str, Any] | None]
-    """The process that holds the lease: ``host``, ``pid``, when it was ``born``, and on how many
-    ``processes`` it works, where these are several."""
+    """Process of the holder: ``host``, ``pid``, time of its start (``born``), and the number of
+    ``processes`` that share the work if there are several."""
 
     @classmethod
     def ready(cls) -> tuple[ColumnElement[bool], ...]:
-        """What has to hold, beside that nobody holds it, for a row to be started."""
+        """Return further conditions of rows without a lease that may start."""
         return ()
 
     def start(self, session: Session, lease: str, worker: Mapping[str, Any]) -> None:
-        """Let ``worker`` hold it by ``lease``."""
+        """Give the lease to ``worker``."""
         self.lease, self.lease_ends, self.worker = lease, now() + self.lease_time, dict(worker)
         session.flush()
 
     def give_back(self, session: Session, message: str) -> None:
-        """Let somebody else go on with it; ``message`` says why."""
+        """Release the row for another process, with the reason ``message``."""
         self.worker = None
         super().give_back(session, message)
 
     def expire(self, session: Session, why: str, cause: str = "") -> str:
-        """Take the row from a worker that died, and return the new state for the server's log.
+        """Take the row from a dead worker and return the new state for the server's log.
 
-        ``why`` says how the worker ended. ``cause`` is a sentence about the reason, empty where
-        nothing is known. Kinds of work that give up after several deaths override this method.
+        ``why`` says how the worker ended; ``cause`` is a sentence about the reason, or empty. Kinds of
+        work that fail after several deaths override this method.
         """
         self.crashes += 1
         self.give_back(session, why)
@@ -134,26 +131,26 @@ class QueuedWork(TakesTurns):
 
     @property
     def processes(self) -> int:
-        """Among how many its worker shares the work."""
+        """Number of processes that share the work."""
         return int((self.worker or {}).get("processes", 1))
 
     @classmethod
     def needs(cls, memory: int, cores: int, processes: int) -> tuple[int, int]:
-        """Bytes and threads that such work counts for, shared among ``processes``.
+        """Return the bytes and threads that a work of ``processes`` reserves.
 
-        Each of several holds a whole network; they share the threads, and have one each at least.
+        Each process holds the whole network. The processes share the threads, at least one each.
         """
         least = processes if processes > 1 else 0
         return (memory or cls.unknown_memory) * processes, max(cores, least)
 
     @property
     def needed_memory(self) -> int:
-        """Bytes that it counts for now."""
+        """Reserved bytes."""
         return self.needs(self.memory, self.cores, self.processes)[0]
 
     @property
     def needed_cores(self) -> int:
-        """Threads that it counts for now."""
+        """Reserved threads."""
         return self.needs(self.memory, self.cores, self.processes)[1]
 
 
@@ -163,7 +160,7 @@ Background = TypeVar("Background", bound=BackgroundWork)
 
 
 def lock_claims(session: Session) -> None:
-    """Keep every other server from claiming until the transaction ends, on PostgreSQL; SQLite does."""
+    """Lock claims until the transaction ends. SQLite has one writer at a time anyway."""
     lock_by_name(session, "claim")
 
 
@@ -176,17 +173,16 @@ def claim(
     *,
     idle: bool = False,
 ) -> Work | None:
-    """Take the next work of a kind that fits: by priority, then by turns of the accounts.
+    """Lease the next work that fits, by priority and then by turns of the accounts.
 
     Args:
-        session: one that writes.
-        kind: its table.
-        worker: the process that holds the lease until the worker itself is there; its ``processes``
-            are those that the work would be shared among.
-        free_memory: bytes that it may take.
-        free_cores: threads that it may run.
-        idle: nothing else runs on this machine: what does not fit is not going to fit later, and
-            says so itself.
+        session: session of a write transaction.
+        kind: table of the work.
+        worker: process that holds the lease until the worker has started.
+        free_memory: free bytes.
+        free_cores: free threads.
+        idle: whether the machine is idle. Work that does not fit an idle machine starts nevertheless,
+            and fails with its own message.
     """
     lock_claims(session)
     processes = worker.get("processes", 1)
@@ -200,7 +196,7 @@ def claim(
                 return None
             continue
         taken = select(kind).where(kind.seq == row.seq, kind.lease.is_(None), *kind.ready())
-        # A row that somebody changes now, such as by stopping a job, is passed over.
+        # Skip a row that another transaction changes now, such as a stop of the job.
         found: Work | None = session.scalars(taken.with_for_update(skip_locked=True)).first()
         if found is not None:
             found.start(session, secrets.token_hex(16), worker)
@@ -211,11 +207,11 @@ def claim(
 def next_turn(
     session: Session, kind: type[TakesTurns], account: str, *going_on: ColumnElement[bool]
 ) -> int:
-    """The turn after the last one of ``account``; where it has none, the one the others are at.
+    """Return the turn of new work: after the account's last turn, or the lowest turn of all accounts.
 
-    So an account that asks for one thing waits for one of each other account at most, however many
-    those asked for before (start-time fair queueing, Goyal, Vin and Cheng 1996, with equal shares).
-    ``going_on`` is what holds of work that takes part, where that is not all that has not ended.
+    An account without work waits for at most one work of each other account (start-time fair queueing,
+    Goyal, Vin and Cheng 1996, with equal shares). ``going_on`` are the conditions of rows that take
+    part; by default unfinished rows.
     """
     going_on = going_on or (kind.is_unfinished(),)
     lowest = select(func.min(kind.turn)).where(*going_on)
@@ -225,18 +221,18 @@ def next_turn(
 
 
 def in_flight(session: Session, kind: type[TakesTurns], account: str) -> int:
-    """How much work of an account has not ended."""
+    """Return the number of unfinished works of an account."""
     return count_rows(session, kind.account == account, kind.is_unfinished())
 
 
 def has_unfinished(session: Session, kind: type[TakesTurns], row_id: str) -> bool:
-    """Whether there is anything to do for the row of this id, if there is one."""
+    """Return whether a row of this id exists and is unfinished."""
     found = select(kind.seq).where(kind.id == row_id, kind.is_unfinished())
     return session.scalar(found) is not None
 
 
 def leases(session: Session, kind: type[BackgroundWork]) -> list[tuple[str, datetime | None]]:
-    """Ids of the rows that servers work on, each with what its lease says of its end."""
+    """Return the ids of leased rows and the ends of their leases."""
     query = select(kind.id, kind.lease_ends).where(kind.is_unfinished(), kind.lease.is_not(None))
     return [(row_id, ends) for row_id, ends in session.execute(query)]
 
@@ -247,10 +243,10 @@ def claim_next(
     token: str,
     silent: Iterable[tuple[str, datetime | None]] = (),
 ) -> Background | None:
-    """The next row that nobody works on, by turns of the accounts, now held by ``token``.
+    """Lease the next free row, by turns of the accounts, with the lease ``token``.
 
-    ``silent`` are those of :func:`leases` that are taken from their servers, unless one was heard from
-    since. No end of a lease is compared with a clock: those of two servers may be an hour apart.
+    ``silent`` are leases of :func:`leases` to take over unless they were renewed since. The end of a
+    lease is not compared with a clock, because the clocks of two servers may differ.
     """
     lost = [and_(kind.id == row_id, kind.lease_ends == ends) for row_id, ends in silent]
     free = or_(kind.lease.is_(None), *lost)
@@ -263,7 +259,7 @@ def claim_next(
 
 
 def give_way(session: Session, kind: type[Background], row_id: str, lease: str) -> bool:
-    """Put the row behind the next waiting one of each other account; whether there is one.
+    """Move the row behind the next waiting row of each other account. Returns whether there is one.
 
     Raises:
         LeaseLost: as :func:`hold`.
@@ -283,17 +279,17 @@ def give_way(session: Session, kind: type[Background], row_id: str, lease: str) 
 
 
 def leased_rows(session: Session, kind: type[Row]) -> list[Row]:
-    """Every row that somebody holds."""
+    """Return all leased rows."""
     return list(session.scalars(select(kind).where(kind.lease.is_not(None)).order_by(kind.seq)))
 
 
 def read_leased(
     session: Session, kind: type[Row], row_id: str, lease: str, *, lock: bool = False
 ) -> Row:
-    """The row as it stands now; with ``lock`` it stays so until the transaction ends.
+    """Return the row that ``lease`` holds; ``lock`` holds the row until the transaction ends.
 
     Raises:
-        LeaseLost: where ``lease`` does not hold it.
+        LeaseLost: if ``lease`` does not hold the row.
     """
     held = select(kind).where(kind.id == row_id, kind.lease == lease)
     row = find_row(session, held, lock=lock)
@@ -303,20 +299,12 @@ def read_leased(
 
 
 def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
-    """The row, kept as it is until the transaction ends.
-
-    Raises:
-        LeaseLost: as :func:`read_leased`.
-    """
+    """Return the row that ``lease`` holds, locked; raises as :func:`read_leased`."""
     return read_leased(session, kind, row_id, lease, lock=True)
 
 
 def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
-    """Hear from the holder: it is believed alive for longer.
-
-    Raises:
-        LeaseLost: as :func:`hold`.
-    """
+    """Renew the lease and return the row; raises as :func:`hold`."""
     row = hold(session, kind, row_id, lease)
     row.lease_ends = now() + row.lease_time
     return row
@@ -325,35 +313,27 @@ def renew(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
 def release(
     session: Session, kind: type[Leased], row_id: str, lease: str, message: str = ""
 ) -> None:
-    """Let somebody else go on with it; ``message`` says why.
-
-    Raises:
-        LeaseLost: as :func:`hold`.
-    """
+    """Release the row for another process with a reason; raises as :func:`hold`."""
     hold(session, kind, row_id, lease).give_back(session, message)
 
 
 def expire(
     session: Session, kind: type[QueuedWork], row_id: str, lease: str, why: str, cause: str = ""
 ) -> str:
-    """Take a row from a worker that died; see :meth:`QueuedWork.expire`.
-
-    Raises:
-        LeaseLost: as :func:`hold`.
-    """
+    """Take a row from a dead worker, see :meth:`QueuedWork.expire`; raises as :func:`hold`."""
     return hold(session, kind, row_id, lease).expire(session, why, cause)
 
 
 def log_file(work: str) -> Path:
-    """What the workers of a job print, by its id; of an import, by the name of its files."""
+    """Return the path of the log of a work."""
     return luthier_home() / "jobs" / f"{work}.log"
 
 
 class LeaseWatch:
-    """Tells which leases are no longer renewed, by this process's own clock.
+    """Detects leases that are not renewed, by the clock of this process.
 
-    Whether ``lease_ends`` changes is what counts, not what it says: a clock that is set forward makes
-    no worker look dead, and one that is set back keeps no dead one alive.
+    Only a change of ``lease_ends`` counts, not its value: a changed system clock neither kills a living
+    worker nor keeps a dead worker alive.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -361,7 +341,7 @@ class LeaseWatch:
         self._seen: dict[str, tuple[object, float]] = {}
 
     def silent(self, lease: str, ends: object) -> bool:
-        """Whether ``ends`` of this lease has been the same for too long."""
+        """Return whether ``ends`` of this lease has not changed for too long."""
         before, since = self._seen.get(lease, (None, 0.0))
         if before != ends:
             self._seen[lease] = (ends, self.clock())
@@ -369,5 +349,5 @@ class LeaseWatch:
         return self.clock() - since > self.seconds
 
     def forget_others(self, leases: Collection[str]) -> None:
-        """Drop what is known of all but these ``leases``."""
+        """Forget all leases but these ``leases``."""
         self._seen = {lease: seen for lease, seen in self._seen.items() if lease in leases}
