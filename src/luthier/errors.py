@@ -147,6 +147,12 @@ class LuthierError(Exception):
         """Setting of the first problem."""
         return self.problem.setting
 
+    @property
+    def text(self) -> str:
+        """The message without rule and request field, for APIs with separate fields for both."""
+        alone = len(self.problems) == 1 and not self.problem.location.file
+        return self.problem.text if alone else str(self)
+
     @classmethod
     def of_problems(cls, problems: Iterable[Problem], text: str = "") -> Self:
         """Return an error of this class for ``problems``; ``text`` replaces the composed message."""

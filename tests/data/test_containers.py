@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from luthier.data.containers import Container, container_of
-from luthier.data.parsing import Unreadable
 from luthier.data.read import read_records
 from luthier.data.rows import load_rows
 from luthier.data.rules import RULES
-from luthier.errors import DataError, Problem
+from luthier.errors import DataError, Problem, RowRefused
 
 zstandard = pytest.importorskip("zstandard")
 
@@ -98,10 +97,10 @@ def test_the_header_tells_the_delimiter(tmp_path: Path, data: bytes, delimiter: 
 
 
 def test_words_of_unknown_kind_are_refused_and_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(Unreadable) as caught:
+    with pytest.raises(RowRefused) as caught:
         container(tmp_path, "a.dat", b"some words, some more\nand so on, and on\n")
     assert caught.value.rule == "file.unknown_format"
-    assert "rename" in caught.value.fix
+    assert "rename" in caught.value.problem.advice
 
 
 @pytest.mark.parametrize("packing", ["gzip", "zstd"])

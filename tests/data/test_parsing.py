@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from luthier.data import parsing
-from luthier.data.parsing import Unreadable, parse_line
+from luthier.data.parsing import parse_line
 from luthier.data.read import read_records
-from luthier.errors import Problem
+from luthier.errors import Problem, RowRefused
 
 PROPERTY = settings(max_examples=600, deadline=None, database=None)
 
@@ -22,8 +22,8 @@ def outcome(raw: bytes, strict: bool) -> object:
     try:
         # repr tells 1 from 1.0 and True, and shows the order of keys.
         return repr(parsing._strict(raw, 2) if strict else parse_line(raw, 2))
-    except Unreadable as bad:
-        return (bad.rule, bad.message, bad.fix)
+    except RowRefused as bad:
+        return (bad.rule, bad.problem.message, bad.problem.advice)
 
 
 scalars = (

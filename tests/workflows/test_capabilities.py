@@ -49,8 +49,7 @@ def test_each_verdict_is_what_the_refusals_themselves_say(
             check_base(objective, chat)
             reason = refusal(objective.task, verdict.adaptation)
         except RefusedInput as error:
-            reason = str(error)
-        reason = reason.partition(". Choose another objective than")[0]
+            reason = error.problem.message
         assert verdict.reason == reason
         assert (verdict.memory > 0) == verdict.fits == (not reason)
 

@@ -23,7 +23,8 @@ from typing import BinaryIO, Literal
 
 from luthier.data.formats import KEYS
 from luthier.data.media import conversion_fix
-from luthier.data.parsing import Unreadable, quote, read_line
+from luthier.data.parsing import quote, read_line
+from luthier.errors import RowRefused
 from luthier.media.files import holds_media, is_media
 from luthier.media.time_series import is_series_header
 
@@ -89,7 +90,7 @@ def container_of(path: Path) -> Container:
     """Return what the file at ``path`` is made of.
 
     Raises:
-        Unreadable: for what is no regular file, no text, or of no known kind.
+        RowRefused: for what is no regular file, no text, or of no known kind.
         OSError: where it cannot be read.
     """
     if path.is_dir() and holds_media(path):
@@ -100,7 +101,7 @@ def container_of(path: Path) -> Container:
         message = "This is a single image or sound, and no data set."
         fix = "Name the folder that it lies in; of folders in it, the name of each is a label."
         fix = f"{convert} {fix}".strip()
-        raise Unreadable("file.unknown_format", message, fix)
+        raise RowRefused("file.unknown_format", message, fix)
     packing: Packing = ""
     with path.open("rb") as raw:
         head = raw.read(_HEAD_BYTES)
@@ -150,7 +151,7 @@ def _lacks_quoting(path: Path, packing: Packing, delimiter: str) -> bool:
     unless it holds delimiters too. Doubled quotes and a quoted header show that cells are quoted.
     """
     columns, is_open = 0, False
-    with path.open("rb") as raw, suppress(Unreadable, *BROKEN):  # the reader reports damage
+    with path.open("rb") as raw, suppress(RowRefused, *BROKEN):  # the reader reports damage
         stream = unpack(raw, packing)
         while line := read_line(stream, ""):
             line = line.removeprefix(codecs.BOM_UTF8) if not columns else line
@@ -185,7 +186,7 @@ def unpack(raw: BinaryIO, packing: Packing) -> BinaryIO:
 
 
 def refuse_binary(data: bytes) -> None:
-    """:class:`Unreadable` where ``data`` cannot be the start of UTF-8 text."""
+    """:class:`RowRefused` where ``data`` cannot be the start of UTF-8 text."""
     kind = next((name for magic, name in _MAGIC if data.startswith(magic)), None)
     controls = len(data) - len(data.translate(None, _CONTROL))
     if kind is None and b"\0" not in data and controls * 10 <= len(data):
@@ -194,20 +195,20 @@ def refuse_binary(data: bytes) -> None:
     fix = f"Unpack or convert it, then name the result. {_SUPPORTED}."
     if kind == "UTF-16 text":
         fix = "Save the file as UTF-8, or run: iconv -f UTF-16 -t UTF-8 OLD > NEW."
-    raise Unreadable("file.binary", message, fix)
+    raise RowRefused("file.binary", message, fix)
 
 
-def damage_refusal(error: Exception) -> Unreadable:
+def damage_refusal(error: Exception) -> RowRefused:
     """The refusal of packed data that cannot be unpacked."""
     said = str(error).rstrip(".")
     message = f"The packed file is damaged or cut off: {said[:1].lower()}{said[1:]}."
-    return Unreadable("file.damaged", message, "Pack or fetch the file again.")
+    return RowRefused("file.damaged", message, "Pack or fetch the file again.")
 
 
-def needs(package: str, extra: str, what: str) -> Unreadable:
+def needs(package: str, extra: str, what: str) -> RowRefused:
     """The refusal of ``what`` takes an optional package."""
     message = f"{what} needs the package {package}, which is not installed."
-    return Unreadable("file.extra", message, f"Install it: pip install 'luthier[{extra}]'.")
+    return RowRefused("file.extra", message, f"Install it: pip install 'luthier[{extra}]'.")
 
 
 class _Zstd(io.RawIOBase):
@@ -258,13 +259,13 @@ def _refuse_irregular(path: Path) -> None:
         fix = "Check the path for a spelling mistake."
         if not path.is_absolute():
             fix = f"Check the path for a spelling mistake; it is looked up from {Path.cwd()}."
-        raise Unreadable("file.missing", "There is no file at this path.", fix) from None
+        raise RowRefused("file.missing", "There is no file at this path.", fix) from None
     if stat.S_ISDIR(mode):
         fix = "Name one file inside the folder."
-        raise Unreadable("file.directory", "This is a folder, not a file.", fix)
+        raise RowRefused("file.directory", "This is a folder, not a file.", fix)
     if not stat.S_ISREG(mode):
         message = "This is a pipe, a socket or a device, not a regular file."
-        raise Unreadable(
+        raise RowRefused(
             "file.unreadable", message, "Write the data to a file first, and name that."
         )
 
@@ -322,13 +323,13 @@ def _cells(line: str, delimiter: str) -> list[str]:
         return []
 
 
-def empty_refusal(what: str) -> Unreadable:
+def empty_refusal(what: str) -> RowRefused:
     """Why a file without rows is refused; ``what`` it is or holds."""
-    return Unreadable("file.empty", f"The file {what}.", "Add rows to it, or name another file.")
+    return RowRefused("file.empty", f"The file {what}.", "Add rows to it, or name another file.")
 
 
-def _unknown(suffix: str) -> Unreadable:
+def _unknown(suffix: str) -> RowRefused:
     ending = f"The file ending {quote(suffix)} is not known" if suffix else "The file has no ending"
     message = f"{ending}, and its content is neither JSON nor a table with known columns."
     fix = f"Convert the file, or rename it if only its ending is wrong. {_SUPPORTED}."
-    return Unreadable("file.unknown_format", message, fix)
+    return RowRefused("file.unknown_format", message, fix)

@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 from luthier.data import parsing
 from luthier.data.containers import empty_refusal
-from luthier.data.parsing import DECODER, Record, Unreadable, decode, json_kind
-from luthier.errors import Problem
+from luthier.data.parsing import DECODER, Record, decode, json_kind
+from luthier.errors import Location, Problem, RowRefused
 
 _WHITE = " \t\r\n"
 
@@ -35,8 +35,8 @@ def read_document(
         line = text.line
         try:
             yield line, text.record()
-        except Unreadable as bad:
-            if bad.line:
+        except RowRefused as bad:
+            if bad.problem.line:
                 raise
             problems.append(bad.at(file, line))
     if start != ("]" if array else ""):
@@ -75,18 +75,18 @@ class _Text:
             raise self.invalid(error.msg, error.pos) from None
         except RecursionError:
             raise parsing.too_deep(self.line) from None
-        except (Unreadable, ValueError) as error:  # of the value, not of the text: skip the value
+        except (RowRefused, ValueError) as error:  # of the value, not of the text: skip the value
             self.place = self._end(start)
-            if isinstance(error, Unreadable):
+            if isinstance(error, RowRefused):
                 raise
             raise parsing.too_many_digits() from None
         if self.place - start > parsing.MAX_LINE_BYTES:
             message = f"The row has more than {parsing.MAX_LINE_BYTES:,} characters."
-            raise Unreadable("line.too_long", message, "Split the row into shorter ones.")
+            raise RowRefused("line.too_long", message, "Split the row into shorter ones.")
         if not isinstance(value, dict):
             message = f"The element is {json_kind(value)}; a row is an object, like {{...}}."
             fix = 'Write each row as an object, for example [{"text": "..."}].'
-            raise Unreadable("json.not_object", message, fix)
+            raise RowRefused("json.not_object", message, fix)
         if parsing.may_hold_surrogates(self.text[start : self.place]):
             parsing.refuse_surrogates(value)
         return value
@@ -98,10 +98,10 @@ class _Text:
         except json.JSONDecodeError as error:
             raise self.invalid(error.msg, error.pos) from None
 
-    def invalid(self, reason: str, place: int) -> Unreadable:
+    def invalid(self, reason: str, place: int) -> RowRefused:
         """Return the error for a syntax error at ``place``."""
         line = self.text.count("\n", 0, place) + 1
         column = place - self.text.rfind("\n", 0, place)
         message = f"The file is not valid JSON: {parsing.json_reason(reason)}, at column {column}."
         fix = "Correct that place, or write the file again with a JSON library."
-        return Unreadable("json.invalid", message, fix, line)
+        return RowRefused("json.invalid", message, fix, Location(line=line))

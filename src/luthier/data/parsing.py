@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import jiter
 
-from luthier.errors import Location, Problem
+from luthier.errors import Location, RowRefused
 
 Record = dict[str, object]
 
@@ -26,18 +26,6 @@ MAX_LINE_BYTES = 16 * 1024 * 1024
 _PIECE_BYTES = 64 * 1024
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class Unreadable(Exception):
-    """What is wrong with the line or file in hand; becomes a ``Problem`` where both are known."""
-
-    def __init__(self, rule: str, message: str, fix: str, line: int = 0) -> None:
-        super().__init__(rule)
-        self.rule, self.message, self.fix, self.line = rule, message, fix, line
-
-    def at(self, file: str, line: int) -> Problem:
-        """The same as a problem of a file."""
-        return Problem(self.rule, self.message, self.fix, Location(file, line))
 
 
 def json_kind(value: object) -> str:
@@ -67,7 +55,7 @@ def read_line(stream: BinaryIO, fix: str) -> bytes:
     """The next line with its end; empty at the end of ``stream``.
 
     Raises:
-        Unreadable: for a line of more than :data:`MAX_LINE_BYTES`, which is read past in small pieces;
+        RowRefused: for a line of more than :data:`MAX_LINE_BYTES`, which is read past in small pieces;
             ``fix`` says what else may be done about it.
     """
     raw = stream.readline(MAX_LINE_BYTES + 1)
@@ -79,11 +67,11 @@ def read_line(stream: BinaryIO, fix: str) -> bytes:
         if piece.endswith(b"\n"):
             break
     message = f"The line has {size:,} bytes; at most {MAX_LINE_BYTES:,} are read."
-    raise Unreadable("line.too_long", message, f"Split the row into shorter ones; {fix}.")
+    raise RowRefused("line.too_long", message, f"Split the row into shorter ones; {fix}.")
 
 
 def decode(data: bytes, line: int) -> str:
-    """UTF-8 that begins on ``line``; :class:`Unreadable` names the first byte that is none."""
+    """UTF-8 that begins on ``line``; :class:`RowRefused` names the first byte that is none."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -92,7 +80,7 @@ def decode(data: bytes, line: int) -> str:
         found = f"0x{data[error.start]:02X}"
         message = f"Byte {error.start - start + 1} of the line ({found}) is not valid UTF-8."
         fix = "Save the file as UTF-8; from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW."
-        raise Unreadable("encoding.utf8", message, fix, number) from None
+        raise RowRefused("encoding.utf8", message, fix, Location(line=number)) from None
 
 
 class PieceDecoder:
@@ -107,7 +95,7 @@ class PieceDecoder:
         """The text of the next piece; a character that it ends in the middle of comes with the next.
 
         Raises:
-            Unreadable: for what is no UTF-8, also where the ``last`` piece ends within a character.
+            RowRefused: for what is no UTF-8, also where the ``last`` piece ends within a character.
         """
         before = self._decoder.getstate()[0]
         try:
@@ -163,7 +151,7 @@ def _strict(raw: bytes, number: int) -> Record | None:
     if not isinstance(value, dict):
         message = f"The line holds {json_kind(value)}; a row is an object, like {{...}}."
         fix = 'Write each row as one object on its own line, for example {"text": "..."}.'
-        raise Unreadable("json.not_object", message, fix)
+        raise RowRefused("json.not_object", message, fix)
     if may_hold_surrogates(text):
         refuse_surrogates(value)
     return value
@@ -175,13 +163,13 @@ def may_hold_surrogates(text: str) -> bool:
 
 
 def loads(text: str) -> object:
-    """One JSON value on one line; :class:`Unreadable` where it is none, or cannot be held."""
+    """One JSON value on one line; :class:`RowRefused` where it is none, or cannot be held."""
     try:
         value: object = DECODER.decode(text)
     except json.JSONDecodeError as error:
         reason = json_reason(error.msg)
         message = f"The line is not valid JSON: {reason}, at column {error.pos + 1}."
-        raise Unreadable("json.invalid", message, _json_fix(text, error)) from None
+        raise RowRefused("json.invalid", message, _json_fix(text, error)) from None
     except RecursionError:
         raise too_deep() from None
     except ValueError:  # Python refuses to convert integers of more than 4,300 digits
@@ -214,27 +202,29 @@ def _unique(pairs: list[tuple[str, object]]) -> Record:
         for key, _ in pairs:
             if key in seen:
                 message = f"The key {quote(key)} occurs twice in one object."
-                raise Unreadable(
+                raise RowRefused(
                     "json.duplicate_key", message, "Keep one of them, or rename the other."
                 )
             seen.add(key)
     return record
 
 
-def too_deep(line: int = 0) -> Unreadable:
+def too_deep(line: int = 0) -> RowRefused:
     """The refusal of what is nested too deeply."""
     message = "Arrays or objects are nested too deeply to be read."
-    return Unreadable("json.too_deep", message, "Flatten or remove the nested value.", line)
+    return RowRefused(
+        "json.too_deep", message, "Flatten or remove the nested value.", Location(line=line)
+    )
 
 
-def too_many_digits() -> Unreadable:
+def too_many_digits() -> RowRefused:
     """The refusal of an integer that Python does not convert."""
     return _not_finite("A number with thousands of digits is too large to hold.")
 
 
-def _not_finite(message: str) -> Unreadable:
+def _not_finite(message: str) -> RowRefused:
     fix = "Write null or a finite number, or remove the field."
-    return Unreadable("json.not_finite", message, fix)
+    return RowRefused("json.not_finite", message, fix)
 
 
 def _constant(literal: str) -> object:
@@ -249,7 +239,7 @@ def _finite(literal: str) -> float:
 
 
 def refuse_surrogates(record: Record) -> None:
-    """:class:`Unreadable` where a string holds half of a character."""
+    """:class:`RowRefused` where a string holds half of a character."""
     for field, content in record.items():
         stack: list[object] = [field, content]
         while stack:
@@ -263,7 +253,7 @@ def refuse_surrogates(record: Record) -> None:
                 code = f"\\u{ord(found.group()):04x}"
                 message = f"Field {quote(field)} holds {code}, which is half of a character."
                 fix = "Write the whole character; text cut in the middle of an emoji does this."
-                raise Unreadable("encoding.surrogate", message, fix)
+                raise RowRefused("encoding.surrogate", message, fix)
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
@@ -295,8 +285,8 @@ def decode_embedded(text: str, at: int = 0) -> tuple[object, int]:
         value, end = _EMBEDDED.raw_decode(text, start)
         if may_hold_surrogates(text[start:end]):  # escapes that the text around them hid
             refuse_surrogates({"": value})
-    except Unreadable as bad:
-        raise ValueError(bad.message) from None
+    except RowRefused as bad:
+        raise ValueError(bad.problem.message) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return value, end

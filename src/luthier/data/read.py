@@ -26,9 +26,9 @@ from luthier.data.containers import (
     unpack,
 )
 from luthier.data.documents import read_document
-from luthier.data.parsing import PieceDecoder, Record, Unreadable, decode, parse_line, read_line
+from luthier.data.parsing import PieceDecoder, Record, decode, parse_line, read_line
 from luthier.data.tables import read_parquet, read_table
-from luthier.errors import Problem
+from luthier.errors import Problem, RowRefused
 from luthier.files import folder_size
 from luthier.media.files import read_folder, read_npz, read_zip
 from luthier.media.time_series import read_series
@@ -77,8 +77,8 @@ def read_records(
                     on_progress(raw.tell())
             if on_progress is not None:
                 on_progress(raw.seek(0, 2))
-    except Unreadable as bad:
-        problems.append(bad.at(file, bad.line))
+    except RowRefused as bad:
+        problems.append(bad.at(file, bad.problem.line))
     except BROKEN as error:
         problems.append(damage_refusal(error).at(file, 0))
     except OSError as error:
@@ -130,18 +130,18 @@ def _records(
     return _read_lines(stream, file, problems)
 
 
-def _read_failure(error: OSError) -> Unreadable:
+def _read_failure(error: OSError) -> RowRefused:
     reason = error.strerror or type(error).__name__
     fix = "Check the permissions of the file and of its folder, and the disk."
-    return Unreadable("file.unreadable", f"The file could not be read: {reason}.", fix)
+    return RowRefused("file.unreadable", f"The file could not be read: {reason}.", fix)
 
 
 def find_container(path: Path, problems: list[Problem]) -> Container | None:
     """What the file at ``path`` is made of; ``None`` after its problem was appended."""
     try:
         return container_of(path)
-    except Unreadable as bad:
-        problems.append(bad.at(str(path), bad.line))
+    except RowRefused as bad:
+        problems.append(bad.at(str(path), bad.problem.line))
     except OSError as error:
         problems.append(_read_failure(error).at(str(path), 0))
     return None
@@ -199,7 +199,7 @@ def _read_lines(
             if not raw:
                 break
             record = parse_line(raw, number)
-        except Unreadable as bad:
+        except RowRefused as bad:
             problems.append(bad.at(file, number))
             blank = False
             continue

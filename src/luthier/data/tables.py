@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 
 from luthier.data import parsing
 from luthier.data.containers import SEPARATOR, empty_refusal, needs
-from luthier.data.parsing import Record, Unreadable, decode, loads, quote
+from luthier.data.parsing import Record, decode, loads, quote
 from luthier.data.shapes import SHAPES
-from luthier.errors import Problem
+from luthier.errors import Problem, RowRefused
 
 JSON_COLUMNS = frozenset(("conversations",)).union(*(kind.json_keys for kind in SHAPES.values()))
 NUMBER_COLUMNS = frozenset[str]().union(*(kind.number_keys for kind in SHAPES.values()))
@@ -75,8 +75,8 @@ def read_table(
             break
         except csv.Error as error:
             problems.append(_not_csv(error, names is not None).at(file, line))
-        except Unreadable as bad:
-            problems.append(bad.at(file, bad.line or line))
+        except RowRefused as bad:
+            problems.append(bad.at(file, bad.problem.line or line))
         else:
             joined = len(lines.cells) > 1 and all(n == len(names) > 1 for n in lines.cells)
             if joined and doubts is not None:
@@ -91,10 +91,10 @@ def read_table(
         raise empty_refusal("holds a header and no rows" if names else "holds no rows")
 
 
-def _joined(first: int, last: int) -> Unreadable:
+def _joined(first: int, last: int) -> RowRefused:
     message = f"Quotes join the lines {first} to {last}, and each has as many cells as the header."
     fix = 'If each line is a row, quote cells that begin with a quote, and write " in them as "".'
-    return Unreadable("table.joined", message, fix)
+    return RowRefused("table.joined", message, fix)
 
 
 class _Lines:
@@ -137,7 +137,7 @@ def _header(cells: Sequence[str]) -> Sequence[str]:
             else "empty names"
         )
         message = f"The first row has to name the columns, and holds {what}."
-        raise Unreadable(
+        raise RowRefused(
             "table.header",
             message,
             "Write the name of each column once in the first row, as prompt.",
@@ -147,7 +147,7 @@ def _header(cells: Sequence[str]) -> Sequence[str]:
 
 def _record(names: Sequence[str], cells: Sequence[str]) -> Record:
     if len(cells) != len(names):
-        raise Unreadable(
+        raise RowRefused(
             "table.cells",
             f"The row has {len(cells)} cells, and the header {len(names)}.",
             "Put cells with a delimiter, a quote or a line break in double quotes, quotes doubled.",
@@ -172,15 +172,15 @@ def _json_cell(name: str, text: str) -> object:
         return text
     try:
         value = loads(text)
-    except Unreadable as bad:
-        message = f"Column {quote(name)}: {bad.message}"
-        raise Unreadable(bad.rule, message, bad.fix) from None
+    except RowRefused as bad:
+        message = f"Column {quote(name)}: {bad.problem.message}"
+        raise RowRefused(bad.rule, message, bad.problem.advice) from None
     if parsing.may_hold_surrogates(text):
         parsing.refuse_surrogates({name: value})
     return value
 
 
-def _not_csv(error: csv.Error, begun: bool) -> Unreadable:
+def _not_csv(error: csv.Error, begun: bool) -> RowRefused:
     what = "row" if begun else "header"
     if "new-line character" in str(error):
         message = (
@@ -191,10 +191,10 @@ def _not_csv(error: csv.Error, begun: bool) -> Unreadable:
             "Write line ends as LF: tr '\\r' '\\n' < OLD > NEW; or put a cell with a CR in double "
             "quotes."
         )
-        return Unreadable("table.invalid", message, fix)
+        return RowRefused("table.invalid", message, fix)
     message = f"The {what} is no CSV: {error}."
     fix = 'Close each quote; inside of quotes, write " as "".'
-    return Unreadable("table.invalid", message, fix)
+    return RowRefused("table.invalid", message, fix)
 
 
 def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
@@ -216,7 +216,7 @@ def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
                 yield number, _present(record)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         said = str(error).split("\n", 1)[0].rstrip(".")
-        raise Unreadable(
+        raise RowRefused(
             "file.damaged",
             f"The Parquet file is damaged: {said}.",
             "Write or fetch the file again.",

@@ -365,8 +365,7 @@ class _Parquet:
 
 
 def _missing(package: str, extra: str, what: str) -> RecipeError:
-    refusal = needs(package, extra, what)
-    return RecipeError(f"{refusal.message} {refusal.fix}")
+    return RecipeError.of_problems(needs(package, extra, what).problems)
 
 
 def _no_place(where: str, what: str) -> RowRefused:

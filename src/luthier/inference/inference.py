@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Annotated, Any, Literal
 
-from luthier.errors import LuthierError, RefusedInput
+from luthier.errors import Location, LuthierError, RefusedInput
 from luthier.models.sampling import FieldLimits, Sampling
 from luthier.types import Message, TemplateKwargs, Tool, ToolCall
 
@@ -30,7 +30,7 @@ class InferenceRefused(RefusedInput):
     """A request that cannot be answered as it is. ``parameter`` is the field that is wrong."""
 
     def __init__(self, message: str, parameter: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message, location=Location(field=parameter or ""))
         self.parameter = parameter
 
 

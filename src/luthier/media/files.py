@@ -33,7 +33,7 @@ from luthier.data.media import (
     scale_pixels,
     white_of,
 )
-from luthier.data.parsing import Record, Unreadable, quote
+from luthier.data.parsing import Record, quote
 from luthier.errors import RowRefused
 from luthier.escaping import list_some
 from luthier.files import names_below
@@ -151,20 +151,20 @@ def read_zip(
             names, others = _members(archive.namelist())
     except (zipfile.BadZipFile, OSError, RuntimeError, ValueError) as error:
         message = f"The archive cannot be read: {str(error).rstrip('.')}."
-        raise Unreadable("file.damaged", message, "Pack or fetch the file again.") from error
+        raise RowRefused("file.damaged", message, "Pack or fetch the file again.") from error
     if not names:
         only = f", only {list_some(others, _SHOWN)}" if others else ""
         fix = f"Put files into it that end with {', '.join(MEDIA_ENDINGS)}, or unpack it."
         fix = conversion_fix(others) or fix
-        raise Unreadable("file.empty", f"The archive holds no images or sounds{only}.", fix)
+        raise RowRefused("file.empty", f"The archive holds no images or sounds{only}.", fix)
     if others:
-        raise Unreadable("file.directory", *other_files_problem(len(names), others))
+        raise RowRefused("file.directory", *other_files_problem(len(names), others))
     inside = _without_common_folders(names)
     kind, labelled = _kind_of(names), _has_labels(inside)
     classes = {PurePosixPath(name).parts[0] for name in inside}
     if labelled and are_splits(classes):
         message = f"Its folders are the splits {', '.join(sorted(classes))}, which do not mix."
-        raise Unreadable("media.folder", message, "Pack each into an archive of its own.")
+        raise RowRefused("media.folder", message, "Pack each into an archive of its own.")
     archive_path = str(path)
     for number, (name, below) in enumerate(zip(names, inside, strict=True), 1):
         media = Media(kind, f"{path.name}/{name}", archive_path, name)
@@ -196,7 +196,7 @@ def _kind_of(names: Iterable[str]) -> MediaKind:
     kinds = set(map(media_kind, endings))
     if {"image", "audio"} <= kinds:
         message = f"It holds images and sounds: {', '.join(sorted(endings))}."
-        raise Unreadable("media.mixed", message, "Put them into two folders.")
+        raise RowRefused("media.mixed", message, "Put them into two folders.")
     return "image" if "image" in kinds else "audio"
 
 
@@ -206,7 +206,7 @@ def _has_labels(names: Iterable[str]) -> bool:
     if len(inside) > 1:
         message = f"{quote(inside[False])} lies in no folder, and {quote(inside[True])} does."
         fix = "The folder of a file is its label: move it into one, or all files out of theirs."
-        raise Unreadable("media.folder", message, fix)
+        raise RowRefused("media.folder", message, fix)
     return True in inside
 
 
@@ -226,7 +226,7 @@ def read_npz(
                 message = (
                     f"The file has no array `images`, only {', '.join(sorted(names)) or 'none'}."
                 )
-                raise Unreadable("media.npz", message, "Save it with images=… and labels=….")
+                raise RowRefused("media.npz", message, "Save it with images=… and labels=….")
             # numpy gives a member that is no array as bytes.
             images = np.asarray(arrays["images"])
             labels = np.asarray(arrays["labels"]) if "labels" in names else None
@@ -235,7 +235,7 @@ def read_npz(
         lzma.LZMAError,
     ) as error:  # fmt: skip
         message = f"The file holds no plain arrays: {str(error).rstrip('.')}."
-        raise Unreadable(
+        raise RowRefused(
             "file.damaged", message, "Save it with numpy.savez, without objects."
         ) from None
     if (
@@ -244,20 +244,20 @@ def read_npz(
         or images.shape[3:] not in _COLOURS
     ):
         message = f"`images` is {images.dtype} of shape {images.shape}."
-        raise Unreadable("media.npz", message, "It must hold numbers, [N, H, W] or [N, H, W, 3].")
+        raise RowRefused("media.npz", message, "It must hold numbers, [N, H, W] or [N, H, W, 3].")
     if 0 in images.shape[1:]:
         message = f"`images` has the shape {images.shape}."
-        raise Unreadable("media.npz", message, "Save images that have pixels.")
+        raise RowRefused("media.npz", message, "Save images that have pixels.")
     if labels is not None and labels.shape != images.shape[:1]:
         message = f"`labels` has the shape {labels.shape} beside {len(images)} images."
-        raise Unreadable("media.npz", message, "Give one label for each image.")
+        raise RowRefused("media.npz", message, "Give one label for each image.")
     if labels is not None and labels.dtype.kind not in "iuU":
         message = f"`labels` is {labels.dtype}."
-        raise Unreadable("media.npz", message, "Give whole numbers or texts.")
+        raise RowRefused("media.npz", message, "Give whole numbers or texts.")
     try:
         white = white_of(images)
     except RowRefused as bad:
-        raise Unreadable(
+        raise RowRefused(
             "media.npz", f"`images`: {bad.problem.message}", bad.problem.advice
         ) from None
     stem = Path(file).name

@@ -485,9 +485,11 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
     if known and chat.reads not in known:
         learned = " and ".join(PLURAL[kind] for kind in sorted(known))
         raise RecipeError(
-            f"this base model reads {PLURAL[chat.reads]}, and the objective learns from {learned}. "
-            f"Choose another objective than {objective.method}, or a base that reads such rows "
-            "(`luthier models list`)"
+            f"this base model reads {PLURAL[chat.reads]}, and the objective learns from {learned}.",
+            rule="base.kind",
+            setting="objective.method",
+            value=objective.method,
+            advice="Choose another objective, or a base for such rows (`luthier models list`).",
         )
     if objective.task == "causal_lm":
         chat.check_decoder()

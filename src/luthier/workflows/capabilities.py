@@ -122,8 +122,8 @@ def _refusal(objective: Objective, chat: ChatFormat) -> str:
     try:
         check_base(objective, chat)
     except RefusedInput as error:
-        # What the base reads is the same for many objectives, which are named together.
-        return str(error).partition(". Choose another objective than")[0]
+        # Objectives with the same message are listed together; the advice names the objective.
+        return error.problem.message
     return ""
 
 

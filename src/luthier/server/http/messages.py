@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote_to_bytes
 
 from sqlalchemy.exc import OperationalError
@@ -27,7 +27,6 @@ from luthier.errors import (
     LuthierError,
     QuotaExceeded,
     ReadOnlyDisk,
-    RecipeError,
     RefusedInput,
     UnknownModel,
     WrongState,
@@ -242,10 +241,18 @@ class Fault(LuthierError):
     the request that is meant, where it is one.
     """
 
+    default_rule: ClassVar[str] = ""
+
     def __init__(
-        self, code: str, message: str, *, parameter: str | None = None, **details: Any
+        self,
+        code: str,
+        message: str,
+        *,
+        parameter: str | None = None,
+        rule: str = "",
+        **details: Any,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, rule=rule)
         self.code, self.message, self.parameter, self.details = code, message, parameter, details
 
     @staticmethod
@@ -273,8 +280,8 @@ class Fault(LuthierError):
             return Fault("ResourceNotFound", "The files of the model are not there.")
         kinds = ((QuotaExceeded, "ServiceQuotaExceeded"), (WrongState, "Conflict"))
         code = next((name for kind, name in kinds if isinstance(error, kind)), "Validation")
-        field = error.setting if isinstance(error, RecipeError) else None
-        return Fault(code, str(error), parameter=field, refused=True)
+        field = error.setting or error.problem.location.field or None
+        return Fault(code, error.text, parameter=field, rule=error.rule, refused=True)
 
     @staticmethod
     def of_inference(failed: InferenceFailed) -> Fault:
@@ -289,7 +296,8 @@ class Fault(LuthierError):
             return self
         text = map_code(self.message, name)
         parameter = self.parameter and name(self.parameter)
-        return Fault(self.code, text, parameter=parameter, **{**self.details, "refused": False})
+        details = {**self.details, "refused": False}
+        return Fault(self.code, text, parameter=parameter, rule=self.rule, **details)
 
 
 def refusal_text(refused: InferenceRefused) -> str:

@@ -12,9 +12,8 @@ from typing import Any
 
 from luthier.data.containers import Container, container_of
 from luthier.data.media import MOST_MEDIA_BYTES
-from luthier.data.parsing import Unreadable
 from luthier.data.read import read_records
-from luthier.errors import DataError, Location, LocationRefused, Problem
+from luthier.errors import DataError, Location, LocationRefused, Problem, RowRefused
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.library.models import find
 from luthier.media.files import REFERENCES, is_media, media_references, object_name
@@ -109,7 +108,7 @@ def _check_lines(data: JobData) -> None:
             continue
         try:
             found = container_of(data.folder / name)
-        except Unreadable as bad:
+        except RowRefused as bad:
             problems.append(bad.at(address, 0))
             continue
         if found != Container("jsonl"):
@@ -161,7 +160,7 @@ def _ending(path: Path) -> str:
         return path.suffix
     try:
         kind = container_of(path).kind
-    except Unreadable:
+    except RowRefused:
         return ".jsonl"  # what is wrong is said when the rows are read
     return ".jsonl" if kind == "json" else f".{kind}"
 

@@ -75,6 +75,8 @@ class ErrorDetail(View):
     message: str
     parameter: str | None = None
     """Field of the request that has the error."""
+    rule: str | None = None
+    """Id of the rule that the request breaks, if a check rejected the request."""
 
 
 class ErrorView(View):
@@ -106,9 +108,10 @@ def setting_name(setting: str) -> str:
 
 
 def refusal(fault: Fault, request_id: str) -> Answer:
-    """Return the response ``{"error": {"code", "message", "parameter"}}``."""
+    """Return the response ``{"error": {"code", "message", "parameter", "rule"}}``."""
     fault = fault.with_setting_names(setting_name)
-    error = ErrorDetail(code=fault.code, message=fault.message, parameter=fault.parameter)
+    parameter, rule = fault.parameter, fault.rule or None
+    error = ErrorDetail(code=fault.code, message=fault.message, parameter=parameter, rule=rule)
     headers = {"Allow": fault.details["allow"]} if "allow" in fault.details else {}
     if "retry_after" in fault.details:
         headers["Retry-After"] = str(fault.details["retry_after"])

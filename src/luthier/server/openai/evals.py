@@ -146,8 +146,7 @@ class Evals:
         try:
             JsonSchema(against=config.item_schema).check()
         except RecipeError as error:
-            text = str(error).removeprefix("grader `json_schema`: ")
-            raise invalid(text, "data_source_config.item_schema", "invalid_value") from error
+            raise invalid(error.text, "data_source_config.item_schema", "invalid_value") from error
         if config.item_schema.get("type", "object") not in ("object", ["object"]):
             text = "An item is an object: no row could match this item_schema."
             raise invalid(text, "data_source_config.item_schema.type", "invalid_value")

@@ -64,7 +64,7 @@ export async function call(method, path, { accept, ...options } = {}) {
     return accept ? await response.blob() : await response.json();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(response.status, "Unreadable", "The answer of the server is incomplete. Try again.");
+    throw new ApiError(response.status, "RowRefused", "The answer of the server is incomplete. Try again.");
   }
 }
 
@@ -83,7 +83,7 @@ export async function* chat(path, body, { signal: left } = {}) {
   for await (const { data } of read(response)) {
     if (data === "[DONE]") return;
     const chunk = parsed(data);
-    if (chunk === undefined) throw new ApiError(response.status, "Unreadable", "A part of the answer cannot be read. Try again.");
+    if (chunk === undefined) throw new ApiError(response.status, "RowRefused", "A part of the answer cannot be read. Try again.");
     if (chunk.error) throw errorOf(response.status, chunk);
     yield chunk;
   }
