@@ -73,11 +73,11 @@ def inspect_rows(count: int, folder: Path, base: str) -> Spent:
 
 def prepare_rows(count: int, folder: Path, base: str) -> Spent:
     from luthier.engine.dataset import prepare
-    from luthier.library.models import chat_format, find, room_of
+    from luthier.library.models import find
     from luthier.recipe import DataSpec
 
     stored = find(base)
-    chat, room = chat_format(stored), room_of(stored)
+    chat, room = stored.chat, stored.room
     spec = DataSpec.model_validate({"train": str(write_rows(count, folder))})
     return timed(lambda: prepare(spec, None, chat, room, 0), count)
 

@@ -17,7 +17,7 @@ import numpy as np
 from luthier.data.rows import load_inputs
 from luthier.data.shapes.media import MediaRow
 from luthier.engine.machine import choose_machine
-from luthier.library.models import chat_format, find, load
+from luthier.library.models import find, load
 from luthier.media.frechet import frechet_distance
 from luthier.media.objectives.generative import features_of
 from luthier.media.processors import ImageProcessor
@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     machine, stored = choose_machine("float32", 1), find(options.classifier)
     network = as_network(load(stored, machine.dtype, machine.device), machine.device, machine.dtype)
-    network.chat = chat_format(stored)
+    network.chat = stored.chat
     network.model.eval()
     processor = ImageProcessor(options.size, options.size)
     sets: list[Any] = []

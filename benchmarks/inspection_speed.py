@@ -53,9 +53,9 @@ def main() -> None:
     asked = parser.parse_args()
     chat = None
     if asked.base:
-        from luthier.library.models import chat_format, find
+        from luthier.library.models import find
 
-        chat = chat_format(find(asked.base))
+        chat = find(asked.base).chat
     checks: dict[str, Callable[[], Check]] = {
         "encoding": Encoding,
         "duplicates": Duplicates,

@@ -61,7 +61,7 @@ def luthier(folder: Path, train: Path, test: Path, epochs: int) -> tuple[list[fl
     from luthier.data.rows import load_rows
     from luthier.engine.machine import Machine
     from luthier.inference.prediction import Predictor
-    from luthier.library.models import chat_format, find, objective_of
+    from luthier.library.models import find
     from luthier.models.load import as_network, load_model
 
     result = luthier.tune(
@@ -81,11 +81,11 @@ def luthier(folder: Path, train: Path, test: Path, epochs: int) -> tuple[list[fl
     events = map(json.loads, Path(result.run_dir, "metrics.jsonl").read_text().splitlines())
     losses = [event["loss"] for event in events if event["event"] == "train"]
     stored = find(result.model_id)
-    objective = objective_of(stored)
+    objective = stored.objective
     cpu = Machine(torch.device("cpu"), torch.float32, 1, "as the other side")
     model = load_model(stored.folder, cpu.dtype, cpu.device, objective.head())
     network = as_network(model, cpu.device, cpu.dtype)
-    reader = Predictor(network, objective, chat_format(stored), context=512)
+    reader = Predictor(network, objective, stored.chat, context=512)
     return losses, reader.answers(load_rows(test))
 
 

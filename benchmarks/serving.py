@@ -36,7 +36,7 @@ from luthier.engine.machine import choose_machine, limit_kernels, release_worker
 from luthier.inference.inference import Chat, GenerationRequest, TokenChunk
 from luthier.inference.memory import resident_bytes
 from luthier.inference.pool import ModelPool
-from luthier.library.models import StoredModel, chat_format, find
+from luthier.library.models import StoredModel, find
 from luthier.models.load import load_model
 from luthier.sdk.export import export
 from luthier.types import Message
@@ -106,7 +106,7 @@ def luthier_round(pool: ModelPool, model: StoredModel, asked: Sequence[str], tok
 
 
 def generate_round(theirs: torch.nn.Module, model: StoredModel) -> Callable[..., Round]:
-    chat = chat_format(model)
+    chat = model.chat
 
     def run(asked: Sequence[str], tokens: int) -> Round:
         rows = [chat.encode_prompt([Message("user", text)]) for text in asked]

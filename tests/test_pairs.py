@@ -37,7 +37,8 @@ from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.errors import RecipeError
 from luthier.library import models as store
-from luthier.models.load import as_network, load_model, sketch
+from luthier.models.folder import ModelFolder
+from luthier.models.load import as_network, load_model
 from luthier.models.manifest import Manifest
 from luthier.models.network import Network
 from luthier.models.pipelines import is_pipeline
@@ -371,7 +372,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
         chat = objective.format(load_chat_format(folder))
         objective.check(chat)
         fitted = objective.fit(rows_of(objective, folder), chat)
-        model = sketch(folder, fitted.head())
+        model = ModelFolder(folder).sketch(fitted.head())
         with torch.device("meta"):
             adaptation.attach(model)
         fitted.attach(model)

@@ -14,7 +14,7 @@ import luthier
 from luthier.adaptations import Adapters, BitFit
 from luthier.adaptations.adapter_layer import Bottleneck, ConvBottleneck
 from luthier.errors import RecipeError
-from luthier.library.models import adaptation_of, find
+from luthier.library.models import find
 from luthier.models.heads import Head
 from luthier.models.load import load_model
 from luthier.models.modalities import input_shape, run_media
@@ -221,7 +221,7 @@ def test_the_record_names_the_placement_that_was_taken(
         }
     )  # fmt: skip
     stored = find(luthier.tune(recipe).model_id)
-    assert adaptation_of(stored).placement == "pfeiffer"
+    assert stored.adaptation.placement == "pfeiffer"
     for family, placement in {"resnet": "houlsby", "vgg": "pfeiffer"}.items():
         model = load_model(family_folder(family), torch.float32, CPU, Head("embedding"))
         assert Adapters().bind_network(model).placement == placement

@@ -20,8 +20,9 @@ from luthier.adaptations.lora_layer import LoRALinear
 from luthier.adaptations.qlora_layer import Packing, QLoRALinear, QuantizedLinear
 from luthier.engine.memory import PROCESS, estimate_memory, weight_bytes
 from luthier.errors import RecipeError
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import CAUSAL_LM
-from luthier.models.load import as_network, load_model, sketch
+from luthier.models.load import as_network, load_model
 from luthier.models.rounding import Rounding
 from luthier.models.save import save_adapter
 
@@ -221,12 +222,12 @@ def test_a_packed_base_is_smaller_and_the_sketch_knows_by_how_much(
     assert 0 < 2 * linear - (before - after) < most * 2 * linear
     assert sum(m.packed.nbytes > 0 for m in model.modules() if hasattr(m, "packed")) == 14
 
-    drawn = sketch(tmp_path, CAUSAL_LM)
+    drawn = ModelFolder(tmp_path).sketch(CAUSAL_LM)
     plain = weight_bytes(drawn, 2)
     with torch.device("meta"):
         adaptation.attach(drawn)
     assert weight_bytes(drawn, 2) == after + branches
-    beside = sketch(tmp_path, CAUSAL_LM)
+    beside = ModelFolder(tmp_path).sketch(CAUSAL_LM)
     with torch.device("meta"):
         LoRA(rank=4).attach(beside)
     estimate = estimate_memory(drawn, 2, plain)

@@ -12,7 +12,7 @@ import pytest
 
 from luthier.data import disk_sequence as spool
 from luthier.engine.dataset import Dataset, loss_mask, prepare
-from luthier.library.models import chat_format, find
+from luthier.library.models import find
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import DataSpec
 
@@ -34,7 +34,7 @@ def test_the_mask_says_that_replies_are_learned_whole_and_nothing_else(
     data = tmp_path / "rows.jsonl"
     rows = [{"messages": [{"role": r, "content": c} for r, c in turns]} for turns in TURNS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chat = chat_format(find(str(tiny_model_folder)))
+    chat = find(str(tiny_model_folder)).chat
     spec = DataSpec(train=data, validation_share=0)
     made = prepare(spec, OBJECTIVES["sft"](), chat, 256, 0)
     mask = made.mask
@@ -57,7 +57,7 @@ def test_a_mask_that_is_off_by_one_token_shows(tmp_path: Path, tiny_model_folder
     data.write_text(
         "".join(json.dumps({"prompt": f"{n}?", "completion": f"a{n}"}) + "\n" for n in range(5))
     )
-    chat = chat_format(find(str(tiny_model_folder)))
+    chat = find(str(tiny_model_folder)).chat
     train = prepare(
         DataSpec(train=data, validation_share=0), OBJECTIVES["sft"](), chat, 256, 0
     ).train
@@ -87,7 +87,7 @@ def test_rows_on_disk_are_split_mixed_packed_and_encoded_as_those_in_memory(
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
 
-    chat = chat_format(find(str(tiny_model_folder)))
+    chat = find(str(tiny_model_folder)).chat
     fields = {"sequence_length": 32} if method == "causal_lm" else {}
     spec = DataSpec(
         train=write("main", 60),
@@ -133,7 +133,7 @@ def test_a_choice_says_that_a_row_may_have_several_labels(
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f"{json.dumps(r)}\n" for r in (*rows, {"text": "x", "label": last})))
     spec = DataSpec.model_validate({"train": str(path), "validation_share": 0.0})
-    chat = chat_format(find(str(tiny_model_folder)))
+    chat = find(str(tiny_model_folder)).chat
     made = prepare(spec, None, chat, 256, 0)
     said = [why for name, value, why in made.choices if name == "objective.multi_label" and value]
     assert said == ([reason] if reason else [])

@@ -17,7 +17,7 @@ from luthier.data.rows import load_rows
 from luthier.engine.dataset import check_sources, prepare
 from luthier.errors import DataError, RecipeError
 from luthier.files import read_json
-from luthier.library.models import chat_format, find
+from luthier.library.models import find
 from luthier.objectives import Classification
 from luthier.recipe import DataSpec, Recipe
 
@@ -83,7 +83,7 @@ def test_rows_of_one_group_are_on_one_side(
 ) -> None:
     """A network that has seen every person is measured on persons."""
     data = recorded(tmp_path, 6, form)
-    chat = chat_format(find(str(family_folder("llama" if form == "text" else "small_cnn"))))
+    chat = find(str(family_folder("llama" if form == "text" else "small_cnn"))).chat
 
     def held(seed: int, **fields: Any) -> dict[str, list[int]]:
         spec = DataSpec(train=str(data), **fields)
@@ -107,7 +107,7 @@ def test_columns_that_make_no_groups_are_refused(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
     data = recorded(tmp_path, 6, "text")
-    chat = chat_format(find(str(family_folder("llama"))))
+    chat = find(str(family_folder("llama"))).chat
 
     def refusal(**fields: Any) -> str:
         with pytest.raises((DataError, RecipeError)) as caught:
@@ -132,7 +132,7 @@ def test_a_test_share_beside_a_validation_file(tmp_path: Path, tiny_model_folder
     spec = {"train": str(data), "validation": str(write(tmp_path / "v.jsonl")), "test_share": 0.2}
     spec |= {"severity": {"leakage.many": "note"}}
     recipe = Recipe.parse({"data": spec})
-    chat = chat_format(find(str(tiny_model_folder)))
+    chat = find(str(tiny_model_folder)).chat
     dataset, again = (prepare(recipe.data, None, chat, 1024, 5) for _ in range(2))
     assert (len(dataset.train), len(dataset.validation)) == (32, 40)
     assert list(dataset.held_out) == ["test"] and dataset.held_out == again.held_out

@@ -28,7 +28,7 @@ from luthier.engine import train
 from luthier.engine.runs import Result
 from luthier.errors import DataError, Diverged, RecipeError, RunConflict, UnknownModel
 from luthier.files import verify
-from luthier.library.models import chat_format, find
+from luthier.library.models import find
 from luthier.objectives import Objective
 from luthier.recipe import Recipe
 
@@ -370,13 +370,13 @@ def test_custom_models_are_tuned_further_and_know_where_they_come_from(
 def test_a_format_chosen_in_training_is_kept(recipe: Callable[..., Recipe]) -> None:
     """A model tuned on plain text is served plain, and so is what is tuned from it."""
     result = train.train(recipe(objective={"method": "sft", "template": "plain"}))
-    chat = chat_format(find(result.model_id))
+    chat = find(result.model_id).chat
     assert chat.template == "plain"
     assert not (Path(result.model_dir) / "chat_template.jinja").exists()
     further = train.train(recipe(name="y", base=result.model_id))
     assert manifest_of(further)["format"]["template"] == "plain"
     assert np.array_equal(
-        chat_format(find(further.model_id)).encode_prompt([luthier_message("say fox")]),
+        find(further.model_id).chat.encode_prompt([luthier_message("say fox")]),
         chat.encode_prompt([luthier_message("say fox")]),
     )
 
@@ -392,10 +392,10 @@ def test_a_switch_of_the_template_is_kept(
     data = {**recipe().plain()["data"], "chat_template_kwargs": {"enable_thinking": True}}
     result = train.train(recipe(base=str(base), data=data))
     asked = [luthier_message("say fox")]
-    assert chat_format(find(str(base))).prompt_text(asked)[:6] != "Think!"
-    assert chat_format(find(result.model_id)).prompt_text(asked)[:6] == "Think!"
+    assert find(str(base)).chat.prompt_text(asked)[:6] != "Think!"
+    assert find(result.model_id).chat.prompt_text(asked)[:6] == "Think!"
     further = train.train(recipe(name="y", base=result.model_id))
-    assert chat_format(find(further.model_id)).prompt_text(asked)[:6] == "Think!"
+    assert find(further.model_id).chat.prompt_text(asked)[:6] == "Think!"
     data["chat_template_kwargs"] = {"enable_thoughts": True}
     with pytest.raises(RecipeError, match="chat template reads no `enable_thoughts`"):
         train.train(recipe(name="z", base=str(base), data=data))

@@ -21,7 +21,7 @@ from luthier.exports import onnx as onnx_export
 from luthier.exports.onnx import ONNX_CONFIG, ONNX_FILE, README, export_onnx
 from luthier.files import hashes_of, read_json
 from luthier.inference.prediction import Predictor
-from luthier.library.models import StoredModel, chat_format, custom_models, find
+from luthier.library.models import StoredModel, custom_models, find
 from luthier.media.processors import read_processor
 from luthier.recipe import Recipe
 
@@ -228,7 +228,7 @@ def test_onnx_gives_the_scores_of_a_classifier_of_texts(
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx")
     texts = ["fox 9", "a dog and a fox and a dog", "dog"]
-    read = [chat_format(stored).encode_input(RawText("f", 1, text), 0).ids_T for text in texts]
+    read = [stored.chat.encode_input(RawText("f", 1, text), 0).ids_T for text in texts]
     answers = Predictor.open(stored).answers([RawText("f", 1, text) for text in texts])
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / ONNX_FILE))
     labels = json.loads((tmp_path / "onnx" / "config.json").read_text())["id2label"]
@@ -238,7 +238,7 @@ def test_onnx_gives_the_scores_of_a_classifier_of_texts(
         scores = np.exp(logits - logits.max())
         by_name = {labels[str(n)]: p for n, p in enumerate(scores / scores.sum())}
         assert by_name == pytest.approx(answer["scores"], abs=1e-4), text
-    assert tokenizer.vocab_size == chat_format(stored).tokenizer.vocab_size
+    assert tokenizer.vocab_size == stored.chat.tokenizer.vocab_size
 
 
 @pytest.mark.slow

@@ -24,13 +24,7 @@ from luthier.exports.peft_parity import check_peft
 from luthier.exports.writer import export, export_gguf
 from luthier.files import hashes_of
 from luthier.inference.generation import Generator
-from luthier.library.models import (
-    added_tokens,
-    chat_format,
-    content_hash,
-    find,
-    load,
-)
+from luthier.library.models import content_hash, find, load
 from luthier.models import gguf
 from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
@@ -133,7 +127,7 @@ def test_the_exported_model_stops_where_the_served_one_does(tmp_path: Path) -> N
     """``fox`` was learned with its end-of-turn token."""
     folder = export(find("tiny-llama:whole"), tmp_path / "out", merged=True)
     settings = json.loads((folder / "generation_config.json").read_text())
-    assert settings["eos_token_id"] == chat_format(find("tiny-llama:whole")).stop_ids[0]
+    assert settings["eos_token_id"] == find("tiny-llama:whole").chat.stop_ids[0]
     assert settings["pad_token_id"] is not None
 
 
@@ -257,11 +251,11 @@ def test_a_second_one_before_every_row_is_refused(name: str, tmp_path: Path) -> 
     }  # fmt: skip
     with pytest.raises(RecipeError, match="already, which a second one would replace"):
         train(Recipe.parse(fields))
-    assert added_tokens(find(f"tiny-llama:{name}")) == 7
+    assert find(f"tiny-llama:{name}").added_tokens == 7
     further = Recipe.parse({**fields, "adaptation": {"method": "lora", "rank": 2}})
     train(further)
     both = find("tiny-llama:again")
-    assert added_tokens(both) == 7
+    assert both.added_tokens == 7
     model: Any = load(both, torch.float32, CPU)
     assert len(prompt_ids(model)) + prefix_tokens(model) == 7
     with pytest.raises(RecipeError, match=f"tuned with {name}, which cannot be merged"):

@@ -21,7 +21,7 @@ from luthier.errors import CorruptFile
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat, GenerationRequest, InferenceFailed, TokenChunk
 from luthier.inference.pool import ModelPool
-from luthier.library.models import find, load, shares_base
+from luthier.library.models import StoredModel, find, load, shares_base
 from luthier.models.lora_batch import LoraBatchLayer
 from luthier.models.manifest import MANIFEST
 from luthier.models.sampling import Sampling
@@ -381,7 +381,7 @@ def test_an_adapter_that_fails_half_loaded_leaves_nothing_with_its_base(
     def fail(*given: Any) -> None:
         raise RuntimeError("no tokens")
 
-    monkeypatch.setattr("luthier.library.models.chat_format", fail)
+    monkeypatch.setattr(StoredModel, "chat_beside", fail)
     with pytest.raises(InferenceFailed):
         pool.submit(NAMES[0], asked())
     assert not pool._entries[base].model._backend._batch._stacks

@@ -30,7 +30,7 @@ from luthier.inference.inference import (
 )
 from luthier.inference.memory import CacheBudget
 from luthier.inference.scheduler import WaitingRequests, working_for
-from luthier.library.models import chat_format, find, load
+from luthier.library.models import find, load
 from luthier.limits import ModelLimits
 from luthier.models.decoding import TokenSampler, sample
 from luthier.models.load import as_network
@@ -50,7 +50,7 @@ QUESTIONS = [
 
 def generator_of(stored: Any) -> Generator:
     network = as_network(load(stored, torch.float32, CPU), CPU, torch.float32)
-    return Generator(network, chat_format(stored))
+    return Generator(network, stored.chat)
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -59,7 +59,7 @@ def test_the_likeliest_answer_is_the_generator_s(
 ) -> None:
     stored = find(str(tiny_model_folder))
     generator = Generator(
-        as_network(load(stored, torch.float32, CPU), CPU, torch.float32), chat_format(stored)
+        as_network(load(stored, torch.float32, CPU), CPU, torch.float32), stored.chat
     )
     expected = generator.answers([question], Sampling(max_tokens=24))[0]
     found = answer(opened, asked(question))

@@ -17,7 +17,7 @@ from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.inference.generation import Generator
 from luthier.inference.inference import Chat
-from luthier.library.models import chat_format, find, load
+from luthier.library.models import find, load
 from luthier.models.decoding import Decoding
 from luthier.models.load import as_network
 from luthier.models.sampling import Sampling
@@ -45,7 +45,7 @@ def generator(tiny_model_folder: Path) -> Generator:
 def open_float32(folder: Path) -> Generator:
     stored = find(str(folder))
     network = as_network(load(stored, torch.float32, CPU), CPU, torch.float32)
-    return Generator(network, chat_format(stored))
+    return Generator(network, stored.chat)
 
 
 def stopping(generator: Generator, *stops: int) -> Generator:

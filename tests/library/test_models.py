@@ -25,7 +25,7 @@ from luthier.library.models import custom_models, find, load
 from luthier.media.image_generation import ImageGenerator
 from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import CATALOG
-from luthier.models.description import check_folder
+from luthier.models.folder import ModelFolder
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.objectives import Objective
 
@@ -264,11 +264,11 @@ def test_code_of_a_model_folder_is_never_run(
 
 def test_a_folder_that_is_no_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(UnknownModel, match=r"no config\.json"):
-        check_folder(tmp_path)
+        ModelFolder(tmp_path).check()
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "a.safetensors").write_bytes(b"")
     with pytest.raises(CorruptFile):
-        check_folder(tmp_path)
+        ModelFolder(tmp_path).check()
 
 
 def test_broken_weights_are_an_error_and_not_a_crash(
@@ -402,7 +402,7 @@ def test_a_folder_without_a_record_is_known_by_its_network(
     assert folder.kind == kind
     assert sole_objective(kind) == method
     if method is not None:
-        assert store.objective_of(folder).method == method
+        assert folder.objective.method == method
 
 
 def test_changes_of_a_record_wait_for_each_other(luthier_home: Path) -> None:
@@ -437,34 +437,9 @@ def test_a_folder_of_another_tool_is_what_its_network_is(
 ) -> None:
     stored = find(str(family_folder(family)))
     assert stored.manifest.kind is None
-    assert store.objective_of(stored).method == method
-    assert store.writes(stored) == (method == "causal_lm")
+    assert stored.objective.method == method
+    assert stored.writes == (method == "causal_lm")
     assert store.leaves_classes_out(stored) == (family == "resnet")
-
-
-def test_the_room_of_a_stored_model_is_read_and_its_network_not_drawn(
-    family_folder: Callable[[str], Path], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = base_folder("read")
-    shutil.copytree(family_folder("bert"), folder)
-    record = {"id": "read", "kind": "encoder", "files": hashes_of(folder)}
-    write_json(folder / MANIFEST, record)
-    room = store.room_of(find("read"))
-    assert room == check_folder(folder)["max_position_embeddings"]
-
-    def refuse(folder: Path) -> dict[str, Any]:
-        raise AssertionError("it was drawn")
-
-    monkeypatch.setattr("luthier.models.description.check_folder", refuse)
-    assert store.room_of(find("read")) == room
-    text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text + " ")
-    with pytest.raises(AssertionError, match="drawn"):  # it is not what was stored
-        store.room_of(find("read"))
-    (folder / "config.json").write_text(text)
-    write_json(folder / MANIFEST, record | {"files": {}})
-    with pytest.raises(AssertionError, match="drawn"):
-        store.room_of(find("read"))
 
 
 def test_files_are_hashed_ahead_and_what_is_wrong_is_said_by_who_loads(

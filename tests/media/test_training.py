@@ -141,7 +141,7 @@ def test_three_kinds_of_pictures_are_learned(
     result = tuned[1]
     assert result["model_id"] == "tiny-cnn:x" and result["steps"] == 60
     stored = store.find("tiny-cnn:x")
-    assert store.chat_format(stored).media == ImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3)
+    assert stored.chat.media == ImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3)
     assert stored.manifest.kind == "sequence_classification"
 
 
@@ -435,7 +435,7 @@ def test_a_part_of_random_weights_is_warned_of(pictures: Path, base: Path) -> No
         fields = {"base": str(base), "data": {"train": str(pictures / "learn")}}
         recipe = Recipe.parse({**fields, "adaptation": {"method": adaptation}})
         reporter = Notes()
-        with_reading_defaults(recipe, stored, store.chat_format(stored), reporter)
+        with_reading_defaults(recipe, stored, stored.chat, reporter)
         return [note for note in reporter.notes if "random numbers" in note]
 
     assert not notes("full")

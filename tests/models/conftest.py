@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head, decoder_of, head_in, task_of
-from luthier.models.load import load_model, read_config
+from luthier.models.load import load_model
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,7 @@ def teacher_of(family_folder: Callable[[str], Path]) -> Callable[..., Any]:
     def teacher(family: str, head: Head | None = None) -> Any:
         folder = family_folder(family)
         torch.manual_seed(3)
-        head = head or head_in(read_config(folder, Head("causal_lm")))
+        head = head or head_in(ModelFolder(folder).config(Head("causal_lm")))
         model: Any = load_model(folder, torch.float32, torch.device("cpu"), head).eval()
         with torch.no_grad():
             for weight in model.parameters():

@@ -133,7 +133,7 @@ def new_folder(tmp_path: Path) -> Callable[..., Path]:
 def _open(folder: Path) -> Network:
     stored = store.find(str(folder))
     network = as_network(store.load(stored, torch.float32, CPU).eval(), CPU, torch.float32)
-    network.chat = store.chat_format(stored)
+    network.chat = stored.chat
     return network
 
 

@@ -12,8 +12,9 @@ import torch
 
 from luthier.errors import RecipeError
 from luthier.models.dropout import check_dropout, set_dropout
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head
-from luthier.models.load import as_network, load_model, sketch
+from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.types import Example
 
@@ -73,7 +74,7 @@ def test_the_share_is_the_one_asked_for(family_folder: Callable[[str], Path]) ->
 def test_a_network_without_dropout_is_refused(family_folder: Callable[[str], Path]) -> None:
     folder = family_folder("llama")
     with pytest.raises(RecipeError, match=r"of type llama drop nothing.*adaptation\.dropout"):
-        check_dropout(sketch(folder, CLASSIFIER))
+        check_dropout(ModelFolder(folder).sketch(CLASSIFIER))
     with pytest.raises(RecipeError, match="of type llama drop nothing"):
         set_dropout(network_of(folder), 0.1)
-    check_dropout(sketch(family_folder("bert"), CLASSIFIER))
+    check_dropout(ModelFolder(family_folder("bert")).sketch(CLASSIFIER))

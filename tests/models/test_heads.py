@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from luthier.data.shapes.texts import LabelledText, RatedText, RawText, TaggedWords
 from luthier.errors import RecipeError
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head, head_modules, head_weights
-from luthier.models.load import as_network, load_model, sketch
+from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.types import Example, Row
@@ -157,7 +158,9 @@ def test_a_masked_language_model_is_transformers_own(
 def test_a_new_head_is_not_part_of_the_network(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
-    model = sketch(family_folder(family), Head("sequence_classification", ("a", "b", "c")))
+    model = ModelFolder(family_folder(family)).sketch(
+        Head("sequence_classification", ("a", "b", "c"))
+    )
     names = head_weights(model)
     assert names
     prefix = model.base_model_prefix
@@ -165,13 +168,13 @@ def test_a_new_head_is_not_part_of_the_network(
         not name.startswith(f"{prefix}.") or ".pooler" in name or ".mix." in name for name in names
     )
     assert not any("layers.0" in name or ".h.0" in name for name in names)
-    assert head_modules(sketch(family_folder("llama"), Head("causal_lm"))) == []
+    assert head_modules(ModelFolder(family_folder("llama")).sketch(Head("causal_lm"))) == []
 
 
 def test_a_head_that_a_family_has_not_is_refused_with_what_it_has(
     family_folder: Callable[[str], Path],
 ) -> None:
     with pytest.raises(RecipeError, match=r"type llama cannot be a masked language model.*causal"):
-        sketch(family_folder("llama"), Head("masked_lm"))
+        ModelFolder(family_folder("llama")).sketch(Head("masked_lm"))
     with pytest.raises(RecipeError, match=r"type bert cannot be a causal language model.*masked"):
-        sketch(family_folder("bert"), Head("causal_lm"))
+        ModelFolder(family_folder("bert")).sketch(Head("causal_lm"))

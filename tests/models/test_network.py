@@ -12,10 +12,9 @@ import torch
 from transformers import PretrainedConfig
 
 from luthier.adaptations import ADAPTATIONS
-from luthier.models.description import check_folder
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import CAUSAL_LM, Head
 from luthier.models.load import as_network, load_model
-from luthier.models.modalities import context_length
 from luthier.models.network import Network
 from luthier.objectives.logprobs import mean_nll, token_logps
 from luthier.types import Example
@@ -44,7 +43,7 @@ def test_a_network_in_memory_has_the_context_of_its_files(
     for family, head in (("gpt2", CAUSAL_LM), ("t5", CAUSAL_LM), ("roberta", Head("masked_lm"))):
         folder = family_folder(family)
         network = as_network(load_model(folder, torch.float32, CPU, head), CPU, torch.float32)
-        assert network.context == context_length(check_folder(folder))
+        assert network.context == ModelFolder(folder).context
     network = as_network(load_model(family_folder("llama"), torch.float32, CPU), CPU, torch.float32)
     network.model.config = PretrainedConfig()  # as of networks without positions
     del network.context

@@ -14,7 +14,7 @@ from luthier.errors import RecipeError
 from luthier.models import nets
 from luthier.models.build import build, read_configuration
 from luthier.models.heads import Head
-from luthier.models.load import sketch_of
+from luthier.models.load import sketch
 from luthier.models.modalities import context_length
 from luthier.models.presets import SHAPES, configuration
 
@@ -32,7 +32,7 @@ def test_a_size_has_about_as_many_weights_as_its_name(family: Any, size: Any) ->
     nets.register(family)
     shape = SHAPES[family][size]
     config = AutoConfig.for_model(**configuration(family, shape, 0))
-    weights = sum(w.numel() for w in sketch_of(config, Head("causal_lm")).parameters())
+    weights = sum(w.numel() for w in sketch(config, Head("causal_lm")).parameters())
     said = 1.3e6 if size == "tiny" else float(size.removesuffix("m")) * 1e6
     assert 0.85 < weights / said < 1.2
     assert context_length(config.to_dict()) == shape.context
@@ -43,7 +43,7 @@ def test_the_llama_of_135_million_is_smollm2() -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**configuration("llama", SHAPES["llama"]["135m"], 0))
-    model = sketch_of(config, Head("causal_lm"))
+    model = sketch(config, Head("causal_lm"))
     assert sum(w.numel() for w in model.parameters()) == 134_515_008  # as the catalogue says
 
 

@@ -53,9 +53,8 @@ TURNS: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tokenizer: Any) -> Path:
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
+def folder(tmp_path: Path, tiny_model_folder: Path) -> Path:
+    return shutil.copytree(tiny_model_folder, tmp_path / "tokenizer")
 
 
 def check_alike(stored: Any, own: Any) -> None:

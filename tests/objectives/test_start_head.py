@@ -13,6 +13,7 @@ import torch
 import luthier
 from luthier.data.shapes.texts import LabelledText, RawText
 from luthier.evaluation.significance import RowScores
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import score_layer
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
@@ -119,10 +120,10 @@ def test_texts_are_read_as_the_base_was_trained_to_be(
     kind: type[Classification], family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(family_folder("bert"), tmp_path / "base"))
-    assert kind().bind_base(folder, None).head().pooling is None
+    assert kind().bind_base(ModelFolder(folder), None).head().pooling is None
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    bound = kind().bind_base(folder, None)
+    bound = kind().bind_base(ModelFolder(folder), None)
     assert bound.head().pooling == "mean"
     assert bound.model_copy(update={"labels": ("a", "b")}).starts_head == (
         kind is not EncoderDistillation

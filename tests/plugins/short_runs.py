@@ -14,7 +14,7 @@ from luthier.engine.dataset import prepare
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result
 from luthier.files import read_json
-from luthier.library.models import chat_format, find, load
+from luthier.library.models import find, load
 from luthier.models.load import as_network
 from luthier.objectives.means import mean_loss
 from luthier.recipe import Recipe
@@ -88,7 +88,7 @@ def stored_loss(model_id: str, data: Path) -> float:
     stored = find(model_id)
     network = as_network(load(stored, torch.float32, CPU), CPU, torch.float32)
     spec = Recipe.parse({"data": {"train": str(data), "validation_share": 0}})
-    dataset = prepare(spec.data, None, chat_format(stored), 1024, 0)
+    dataset = prepare(spec.data, None, stored.chat, 1024, 0)
     return mean_loss(dataset.objective, network, dataset.train, 512)
 
 

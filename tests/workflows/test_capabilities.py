@@ -15,8 +15,9 @@ from luthier.engine.defaults import SMALLEST_BUDGET
 from luthier.engine.machine import choose_machine
 from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
 from luthier.models.catalog import CATALOG
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import CAUSAL_LM, Head, Task
-from luthier.models.load import catalogue_config, sketch, sketch_of
+from luthier.models.load import catalogue_config, sketch
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import check_base
@@ -36,7 +37,7 @@ def test_each_verdict_is_what_the_refusals_themselves_say(
     @cache
     def refusal(task: Task, adaptation: str) -> str:
         try:
-            model = sketch(folder, Head(task, ("a", "b")))
+            model = ModelFolder(folder).sketch(Head(task, ("a", "b")))
             with torch.device("meta"):
                 ADAPTATIONS[adaptation].model_validate({}).attach(model)
         except RefusedInput as error:
@@ -84,7 +85,7 @@ def test_a_model_of_the_catalogue_is_judged_before_it_is_fetched(
 def test_the_catalogue_knows_the_shape_of_what_it_names(name: str) -> None:
     entry = CATALOG[name]
     task = "embedding" if entry.kind.endswith("encoder") else entry.kind
-    model = sketch_of(catalogue_config(entry, CAUSAL_LM), Head(task))
+    model = sketch(catalogue_config(entry, CAUSAL_LM), Head(task))
     assert sum(weight.numel() for weight in model.parameters()) == entry.parameters
 
 

@@ -20,7 +20,7 @@ from luthier.data.shapes.texts import LabelledText
 from luthier.errors import DataError, RecipeError
 from luthier.evaluation.significance import RowScores, differences
 from luthier.graders import Exact
-from luthier.library.models import find, room_of
+from luthier.library.models import find
 from luthier.library.reports import reports_of
 from luthier.types import Message
 from luthier.workflows import prompting
@@ -171,7 +171,7 @@ def test_a_model_that_writes_beside_prompts_and_documents(
         alone = luthier.evaluate(model, held, max_tokens=4)
         assert by_way[way].score.value == alone.scores["exact"]
     # What does not fit into the context is left out with its reason.
-    room = room_of(find(tuned.model_id))
+    room = find(tuned.model_id).room
     monkeypatch.setattr(prompting, "WORDS", room)
     notes.write_text("a fox " * room)
     long = luthier.compare(held, [tuned.model_id], documents=[notes], max_tokens=4)
@@ -275,7 +275,7 @@ def test_a_tagger_beside_the_linear_probe_of_each_word(
     # A base that reads less of a row than the tuned model has no state for each of its words.
     monkeypatch.setattr(
         "luthier.library.models.room_of",
-        lambda stored: room_of(stored) if stored.id == "bert:tags" else 8,
+        lambda stored: stored.room if stored.id == "bert:tags" else 8,
     )
     found = luthier.compare(test, tuned=["bert:tags"])
     names = [each.name for each in found.contenders]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.errors import DataError, RecipeError
-from luthier.library.models import chat_format, find
+from luthier.library.models import find
 from luthier.workflows import forgetting
 from luthier.workflows.forgetting import Forgetting, load_probes
 
@@ -80,7 +80,7 @@ def test_drift_is_the_divergence_over_the_whole_vocabulary(base: str, tmp_path: 
     from luthier.inference.generation import Generator
 
     answers = forgetting._answers(
-        Generator(open_network(find(base), precise=True), chat_format(find(base)))
+        Generator(open_network(find(base), precise=True), find(base).chat)
     )
     kl, losses = [], np.zeros(2)
     for each in answers:

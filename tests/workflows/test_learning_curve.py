@@ -18,7 +18,7 @@ import luthier
 from luthier.cli.app import app
 from luthier.engine.dataset import prepare
 from luthier.errors import RecipeError, RunConflict
-from luthier.library.models import chat_format, custom_models, find
+from luthier.library.models import custom_models, find
 from luthier.recipe import DataSpec
 from luthier.workflows import learning_curve as module
 from luthier.workflows.learning_curve import SHARES, CurvePoint, extrapolate, learning_curve
@@ -95,7 +95,7 @@ def labelled(tmp_path: Path) -> Path:
 
 
 def test_a_share_of_the_rows_holds_a_smaller_one(labelled: Path, family_folder: Any) -> None:
-    chat = chat_format(find(str(family_folder("bert"))))
+    chat = find(str(family_folder("bert"))).chat
 
     def rows_of(share: float | None) -> tuple[Counter[bytes], int]:
         spec = DataSpec(train=str(labelled), validation_share=0.25, train_share=share)

@@ -32,7 +32,7 @@ from luthier.errors import (
     UnknownModel,
 )
 from luthier.files import read_json
-from luthier.library.models import adaptation_of, ancestors, find, objective_of
+from luthier.library.models import ancestors, find
 from luthier.pretrain_recipe import PretrainRecipe
 from luthier.workflows import pretrain as engine
 from luthier.workflows import pretrain_defaults as defaults
@@ -121,7 +121,7 @@ def test_a_base_model_comes_out_that_everything_else_takes(
     )
 
     stored = find("mine")
-    assert stored.root == "mine" and objective_of(stored).method == "causal_lm"
+    assert stored.root == "mine" and stored.objective.method == "causal_lm"
     assert stored.manifest.parameters == 300 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 64) + 32
     reply = luthier.load("mine").generate(["The fox sees"], max_tokens=8)[0]
     assert reply.strip()
@@ -214,7 +214,7 @@ def test_an_adapter_of_a_base_is_a_custom_model(
     assert result.model_id == stored.id and stored.manifest.saved == "adapter"
     assert stored.manifest.parity is not None and stored.manifest.parity.greedy_beside_base
     assert (stored.root, stored.manifest.parent) == ("mine", "mine")
-    assert adaptation_of(stored).rank == 4
+    assert stored.adaptation.rank == 4
     assert result.trained_weights < result.weights / 5 and weights_of("mine") == before
     assert not (Path(result.run_dir) / "tokens").exists()
     assert not (luthier_home / "pretraining" / "more").exists()

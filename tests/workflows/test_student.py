@@ -78,7 +78,7 @@ def test_a_student_speaks_as_its_teacher_does(tiny_model_folder: Path) -> None:
     assert ours.generate(["What is the"], max_tokens=8) == theirs.generate(
         ["What is the"], max_tokens=8
     )
-    formats = [store.chat_format(store.find(m)) for m in (made.model_id, str(tiny_model_folder))]
+    formats = [store.find(m).chat for m in (made.model_id, str(tiny_model_folder))]
     assert formats[0].stop_ids == formats[1].stop_ids
     assert formats[0].template == formats[1].template
 

@@ -48,7 +48,7 @@ def embed(
             embedding_writer,
             gives_embeddings,
         )
-        from luthier.library.models import check_active, find, objective_of
+        from luthier.library.models import check_active, find
         from luthier.recipe import parse_columns
         from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
 
@@ -57,7 +57,7 @@ def embed(
     check_output(output, data, overwrite=overwrite)
     rows = [] if batch is not None else load_inputs(data, parse_columns(columns), EMBEDDING)
     stored = check_active(find(model, is_able=gives_embeddings))
-    check_embeds(stored, objective_of(stored))
+    check_embeds(stored, stored.objective)
     for text in embedding_notes(stored):
         note(text)
     if batch is not None:

@@ -440,7 +440,7 @@ def pull_model(model: str, json_: Json = False) -> None:
     """Fetch a base model."""
     from luthier.cli.progress import LiveReporter
     from luthier.files import verify
-    from luthier.library.models import chat_format, find
+    from luthier.library.models import find
     from luthier.models.catalog import CATALOG
 
     with LiveReporter() as reporter:
@@ -453,7 +453,7 @@ def pull_model(model: str, json_: Json = False) -> None:
             reporter.note("a file was damaged; fetching it again")
             shutil.rmtree(stored.folder)
             stored = find(model, reporter.stage)
-        chat_format(stored)  # stores the tokenizer for commands that need only tokens
+        _ = stored.chat  # stores the tokenizer for commands that need only tokens
     if json_:
         print_json({"id": stored.id, "folder": str(stored.folder)})
     else:
@@ -593,9 +593,9 @@ def _print_record(written: Export, record: ExportRecord) -> None:
 
 def _token_text(model: str) -> Callable[[int], str]:
     """The text of a token of ``model``, which is on this machine."""
-    from luthier.library.models import chat_format, find
+    from luthier.library.models import find
 
-    return lambda token: chat_format(find(model)).decode([token])
+    return lambda token: find(model).chat.decode([token])
 
 
 def _print_cost(cost: QuantizationCost) -> None:

@@ -71,12 +71,12 @@ def show_stages(result: PipelineResult) -> None:
 def _cells(outcome: StageOutcome) -> list[str]:
     """Steps, validation, seconds and outcome, where the stage had some."""
     from luthier.cli.tune import validation_result
-    from luthier.library.models import find, objective_of
+    from luthier.library.models import find
 
     details = outcome.details
     if "steps" not in details:
         return []
-    measure = objective_of(find(outcome.model_id)).measure
+    measure = find(outcome.model_id).objective.measure
     verdict, refit = details.get("verdict") or {}, details.get("refit") or {}
     return [
         f"{details['steps']:,}",

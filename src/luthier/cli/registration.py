@@ -120,7 +120,7 @@ def trust(
     """
     from sqlalchemy import select
 
-    from luthier.library.models import chat_format, find, trust_template
+    from luthier.library.models import find, trust_template
     from luthier.server.tables.custom_models import CustomModel
 
     stored = find(model)
@@ -128,7 +128,7 @@ def trust(
         raise RecipeError(
             f"{model} has no chat template of an imported model: no approval is needed"
         )
-    sha256 = chat_format(stored).template_sha256
+    sha256 = stored.chat.template_sha256
     with open_database(database) as service, service.read() as session:
         found = session.scalar(select(CustomModel).where(CustomModel.stored_id == model))
     account, name = ("", model) if found is None else (found.account, found.name)

@@ -81,12 +81,12 @@ def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
     from luthier.data.media import PLURAL
     from luthier.engine.runs import GRIDS
-    from luthier.library.models import chat_format, find, objective_of
+    from luthier.library.models import find
     from luthier.media.objectives.generative import Generative
     from luthier.objectives.base import predicts
 
     stored = find(result.model_id)
-    objective, chat = objective_of(stored), chat_format(stored)
+    objective, chat = stored.objective, stored.chat
     # The picture of the loss has the scores, too; that of rewards is one of its own.
     curve = "reward" if objective.measure == "reward" else "loss"
     held = ""

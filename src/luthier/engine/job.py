@@ -34,13 +34,10 @@ from luthier.library import models as store
 from luthier.library.folders import base_folder
 from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import begins_random
-from luthier.models.description import check_folder
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights, scratch_rate, width_of
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES, is_flat
-from luthier.models.load import read_config, sketch
-from luthier.models.modalities import context_length
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import OtherModel, with_completions
@@ -215,9 +212,9 @@ def prepare_job(
     """
     settled = settled or {}
     reporter.stage("Checking the data")
-    config = check_folder(base.network_folder)
+    base.network.check()
     kwargs = recipe.data.chat_template_kwargs or {}
-    chat = store.chat_format(base).with_template_kwargs(kwargs)
+    chat = base.chat.with_template_kwargs(kwargs)
     asked = recipe
     if chat.prints_date and chat.date is None:
         # Training rows, the parity check and a resumed run must have the same tokens on every day.
@@ -233,8 +230,8 @@ def prepare_job(
     if recipe.data.sampling_rate or recipe.data.max_seconds:
         chat = chat.with_sounds(recipe.data.sampling_rate, recipe.data.max_seconds)
     recipe = with_reading_defaults(recipe, base, chat, reporter)
-    check_vocabulary(chat, config, base.id)
-    context, room = context_length(config), store.room_of(base, recipe.adaptation)
+    check_vocabulary(chat, base.network.fields, base.id)
+    context, room = base.network.context, base.room - recipe.adaptation.added_tokens
     if room < 1:
         raise RecipeError(
             f"{context - room} added tokens leave no room in the model's context of {context}; use "
@@ -387,11 +384,11 @@ def resolve_job(
     """
     asked = recipe
     size = machine.dtype.itemsize
-    own = store.objective_of(base)
+    own = base.objective
     learned = own if base.manifest.recipe else None
-    bound = data.objective.bind_base(base.network_folder, learned)
+    bound = data.objective.bind_base(base.network, learned)
     data = replace(data, objective=bound)
-    config = read_config(base.network_folder, data.objective.head())
+    config = base.network.config(data.objective.head())
     reads = chat.media.shape if chat.media is not None else None
     drawn = sketch_training(config, data.objective, recipe.adaptation, size, reads=reads)
     model, recipe = drawn.model, recipe.model_copy(update={"adaptation": drawn.adaptation})
@@ -429,10 +426,7 @@ def resolve_job(
     open_rate = recipe.training.model_copy(update={"learning_rate": None})
     usual, _ = defaults.choose(recipe.model_copy(update={"training": open_rate}), facts)
     recipe, choices = defaults.choose(recipe, facts)
-    beside = sum(
-        weight_bytes(sketch(o.network_folder, store.objective_of(o).head()), size)
-        for o in others.values()
-    )
+    beside = sum(weight_bytes(o.network.sketch(o.objective.head()), size) for o in others.values())
     estimate = drawn.memory.beside(beside)
     shards = processes if recipe.training.fully_shard else 1
     if shards > 1:
@@ -502,9 +496,9 @@ def bind_models(
         return None
     for name, each in objective.other_models.items():
         found = store.find(each, say)
-        learned = store.objective_of(found)
-        width = width_of(sketch(found.network_folder, learned.head()))
-        other = OtherModel(learned, width, store.chat_format(found))
+        learned = found.objective
+        width = width_of(found.network.sketch(learned.head()))
+        other = OtherModel(learned, width, found.chat)
         objective = objective.bind_model(name, other, objective.format(chat))
     return objective
 

@@ -247,9 +247,9 @@ def sketch_training(
     # Rows are refused by what stands here before torch is imported.
     import torch
 
-    from luthier.models.load import sketch_of
+    from luthier.models.load import sketch
 
-    model = sketch_of(config, head or objective.head())
+    model = sketch(config, head or objective.head())
     # Families of several parts have their sizes elsewhere (PaliGemma), or no embedding (HuBERT).
     message = f"networks of type {config.model_type} cannot be trained here yet"
     with refuse_configuration(UnknownModel, message):

@@ -279,7 +279,7 @@ class ModelWriter:
             (lambda token: chat.decode([token])) if chat.has_tokenizer else None,
             self._base_rounding,
         )
-        if store.chat_format(stored).stop_ids != chat.stop_ids:
+        if stored.chat.stop_ids != chat.stop_ids:
             raise LuthierError(
                 "the saved tokenizer has other stop tokens than the one trained with"
             )

@@ -145,7 +145,7 @@ def _check_free(run: Run, recipe: Recipe, base: store.StoredModel) -> None:
     try:
         run.check_free()
     except RunConflict:
-        check_sources(recipe.data, recipe.objective, store.chat_format(base))
+        check_sources(recipe.data, recipe.objective, base.chat)
         raise
 
 

@@ -57,7 +57,7 @@ def load_trained_network(
     if new_weights(model):
         classes = f" of {len(head.labels)} classes" if len(head.labels) > 1 else ""
         why = f": {job.base.id} has no head that fits"
-        if old := store.objective_of(job.base).head().labels:
+        if old := job.base.objective.head().labels:
             some = ", ".join(old[:5]) + (", …" if len(old) > 5 else "")
             why = f"; the old head, of {some}, is dropped"
         note(f"new head{classes}{why}")
@@ -112,5 +112,5 @@ def load_frozen(stored: store.StoredModel, machine: Machine, reporter: Reporter)
     model = store.load(stored, machine.dtype, machine.device)
     model.requires_grad_(False).eval()
     network = as_network(model, machine.device, machine.dtype)
-    network.chat = store.chat_format(stored)
+    network.chat = stored.chat
     return network

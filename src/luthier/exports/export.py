@@ -116,14 +116,12 @@ def export_model(
     """
     from luthier.exports.onnx import export_onnx, suits_onnx
     from luthier.exports.writer import export, export_gguf, ignore_progress
-    from luthier.library.models import check_active, objective_of
-    from luthier.models.load import read_config
-    from luthier.models.pipelines import is_pipeline
+    from luthier.library.models import check_active
 
     check_settings(format, merged, quantization)
     check_active(stored)
     tell = on_progress or ignore_progress
-    network = read_config(stored.network_folder, objective_of(stored).head()).model_type
+    network = stored.network.config(stored.objective.head()).model_type
     record = None
     if format == "onnx":
         record = export_onnx(stored, target, tell)
@@ -135,7 +133,7 @@ def export_model(
         stored, lambda manifest: manifest.with_export(record)
     )
     files = sorted(path.name for path in target.iterdir())
-    pipeline = is_pipeline(stored.network_folder)
+    pipeline = stored.network.is_pipeline
     suits = suits_onnx(stored, network)
     return Export(stored.id, target, format, files, network, pipeline, record, is_recorded, suits)
 
@@ -155,12 +153,9 @@ def memory_needed(
     written, and what ONNX Runtime loads. Safetensors of a model without a parent are copied.
     """
     from luthier.engine.machine import choose_machine
-    from luthier.library.models import objective_of
-    from luthier.models.load import read_config, sketch_of
 
-    head = objective_of(stored).head()
-    sketch = sketch_of(read_config(stored.network_folder, head), head)
-    count = sum(weight.numel() for weight in sketch.parameters())
+    network = stored.network.sketch(stored.objective.head())
+    count = sum(weight.numel() for weight in network.parameters())
     if format == "gguf":
         each = 16 if merged is False else choose_machine().dtype.itemsize + 8
     elif format == "onnx":

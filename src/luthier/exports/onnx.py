@@ -39,13 +39,7 @@ from luthier.exports.writer import (
 )
 from luthier.files import hashes_of, write_bytes, write_json
 from luthier.inference.prediction import Predictor
-from luthier.library.models import (
-    StoredModel,
-    chat_format,
-    check_mergeable,
-    objective_of,
-    room_of,
-)
+from luthier.library.models import StoredModel, check_mergeable
 from luthier.models.heads import filling_id
 from luthier.models.layouts import read_states
 from luthier.models.load import as_network
@@ -242,7 +236,7 @@ _UNTRACED = ("elmo", "xlnet")
 
 def suits_onnx(stored: StoredModel, network: str) -> bool:
     """Whether :func:`export_onnx` writes a model of this type of network, as far as is known before."""
-    if objective_of(stored).task not in _TASKS or network in _UNTRACED:
+    if stored.objective.task not in _TASKS or network in _UNTRACED:
         return False
     try:
         check_mergeable(stored, "an ONNX file holds nothing else")
@@ -268,7 +262,7 @@ def export_onnx(
         RunConflict: where something is at ``target``.
     """
     target = new_target(target)
-    objective = objective_of(stored)
+    objective = stored.objective
     if objective.task not in _TASKS:
         raise RecipeError(
             f"{stored.id} gives no classes, tags, ratings, rewards or embeddings, and ONNX files are "
@@ -281,7 +275,7 @@ def export_onnx(
             raise RecipeError(
                 f"writing for ONNX needs the package {package}: pip install 'luthier[onnx]'"
             )
-    chat = chat_format(stored)
+    chat = stored.chat
     network = as_network(load_merged(stored, torch.float32, _CPU, on_progress), _CPU, torch.float32)
     if is_dual_encoder(network.model.config):
         raise RecipeError(
@@ -322,7 +316,7 @@ def export_onnx(
             "objective": objective.method,
             "inputs": {name: ["batch", *_axes(name)[1:]] for name in inputs},
             "output": {"name": answer.name, "axes": [*answer.axes], "meaning": answer.meaning},
-            "max_tokens": None if chat.media else room_of(stored),
+            "max_tokens": None if chat.media else stored.room,
             "template": None if chat.media else chat.template,
             "pad_token_id": None if chat.media else filling_id(model),
             **answer.details,
@@ -352,7 +346,7 @@ def _read_texts(
     network: Network, objective: Objective, chat: ChatFormat, stored: StoredModel, read: Read
 ) -> list[_Row]:
     """What luthier answers to :data:`TEXTS`, on the layout that it serves with."""
-    room = room_of(stored)
+    room = stored.room
     predictor = Predictor(network, objective, chat, room)
     examples: list[Example] = []
     for number, text in enumerate(TEXTS):

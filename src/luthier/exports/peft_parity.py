@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.adaptations.lora import LoRA
 from luthier.errors import RecipeError
-from luthier.library.models import adaptation_of, load, objective_of
+from luthier.library.models import load
 from luthier.models.save import read_adapter
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def check_peft(stored: StoredModel, folder: Path) -> None:
     assert stored.parent is not None
     cpu = torch.device("cpu")
     fix = "Export the model merged, or tune with other `adaptation.targets`"
-    head = objective_of(stored).head()
+    head = stored.objective.head()
     base: Any = load(stored.parent, torch.float32, cpu, head)
     plain = _outputs(base)
     try:
@@ -58,7 +58,7 @@ def check_peft(stored: StoredModel, folder: Path) -> None:
             f"PEFT does not load these modules of {stored.id}: {', '.join(lost[:NAMED])}{more}. "
             f"{fix}"
         )
-    if not isinstance(adaptation_of(stored), LoRA):
+    if not isinstance(stored.adaptation, LoRA):
         return  # QLoRA was trained on a quantized base, which PEFT does not know
     found = _outputs(adapted)
     del adapted, base

@@ -22,11 +22,8 @@ from luthier.evaluation.significance import Difference, RowScores, paired_differ
 from luthier.library.models import (
     StoredModel,
     ancestors,
-    chat_format,
     check_mergeable,
     check_writes,
-    objective_of,
-    room_of,
 )
 from luthier.models.gguf import (
     Quantization,
@@ -35,7 +32,6 @@ from luthier.models.gguf import (
     file_size,
     round_weights,
 )
-from luthier.models.load import read_config
 from luthier.models.manifest import QuantizationRecord, created_now
 from luthier.objectives import CausalLM
 from luthier.objectives.by_shape import objective_for
@@ -147,10 +143,10 @@ def measure_quantization(
     """
     kind = check_quantization(quantization)
     check_writes(stored, "and only the weights of models that write are quantized here")
-    head = objective_of(stored).head()
-    check_writable(read_config(stored.network_folder, head).model_type, stored.id)
+    head = stored.objective.head()
+    check_writable(stored.network.config(head).model_type, stored.id)
     check_mergeable(stored, "those are what is quantized")
-    texts = _encode(rows, chat_format(stored), room_of(stored)) if rows else ()
+    texts = _encode(rows, stored.chat, stored.room) if rows else ()
     if len(texts) < 2:
         raise RecipeError("one text is too few for the interval of a loss; give more rows")
     above = ancestors(stored)

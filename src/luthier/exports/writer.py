@@ -40,15 +40,12 @@ from luthier.inference.gguf_parity import compare_gguf, largest_divergence
 from luthier.library.folders import short_name, split_id
 from luthier.library.models import (
     StoredModel,
-    adaptation_of,
     ancestors,
-    chat_format,
     check_mergeable,
     check_whole,
     check_writes,
     content_hash,
     load,
-    objective_of,
 )
 from luthier.models.backends import LLAMA_CPP, llama_cpp_library
 from luthier.models.external import ADAPTER_CONFIG
@@ -60,9 +57,9 @@ from luthier.models.gguf import (
     write_gguf,
     write_lora,
 )
-from luthier.models.load import read_config, sketch, stored_dtype
+from luthier.models.load import stored_dtype
 from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
-from luthier.models.pipelines import is_pipeline, network_folders
+from luthier.models.pipelines import network_folders
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.models.sentence_head import attach_sentence_head, sentence_head
 
@@ -129,13 +126,13 @@ def export(
             model = load_merged(stored, wide, device, on_progress).to(dtype)
             size = sum(weight.nbytes for weight in model.parameters())
             with _report_written(fresh, size, on_progress):
-                save_network(model, chat_format(stored), fresh)
-        elif is_pipeline(stored.network_folder):
+                save_network(model, stored.chat, fresh)
+        elif stored.network.is_pipeline:
             _write_diffusers_lora(stored, fresh)
         else:
             for name in (ADAPTER_CONFIG, ADAPTER):
                 shutil.copyfile(stored.folder / name, fresh / name)
-            save_format(chat_format(stored), fresh)
+            save_format(stored.chat, fresh)
             _save_sentence_head(stored, fresh)
             if isinstance(_lora_of(stored), LoRA):
                 config = read_json(fresh / ADAPTER_CONFIG)
@@ -198,10 +195,10 @@ def _written_size(folder: Path) -> int:
 
 def _save_sentence_head(stored: StoredModel, folder: Path) -> None:
     """Write the pipeline of a sentence encoder next to its adapter."""
-    pipeline, head = chat_format(stored).sentence, objective_of(stored).head()
+    pipeline, head = stored.chat.sentence, stored.objective.head()
     if pipeline is None or head.task != "embedding":
         return
-    network: Any = sketch(stored.network_folder, head)
+    network: Any = stored.network.sketch(head)
     attach_sentence_head(network, pipeline, stored.network_folder)
     found = sentence_head(network)
     assert found is not None
@@ -235,7 +232,7 @@ def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
 
 def _lora_of(stored: StoredModel) -> Adaptation:
     """The adaptation of ``stored``, of a quantized base the LoRA on it."""
-    adaptation = adaptation_of(stored)
+    adaptation = stored.adaptation
     return adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
 
 
@@ -306,9 +303,9 @@ def export_gguf(
         )
     kind = check_quantization(quantization or "f16")
     check_writes(stored, "and GGUF files are of models that write text")
-    config = read_config(stored.network_folder, objective_of(stored).head())
+    config = stored.network.config(stored.objective.head())
     check_writable(config.model_type, stored.id)
-    chat = chat_format(stored)
+    chat = stored.chat
     if merged:
         check_mergeable(stored, "a GGUF file holds nothing else")
         machine = machines.choose_machine()

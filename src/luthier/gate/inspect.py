@@ -39,6 +39,7 @@ from luthier.library.folders import is_base_here
 from luthier.library.models import StoredModel
 from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import CATALOG, WORD_READER, bases_for
+from luthier.models.tokenizer import is_tokenizer_stored
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base, predicts
 from luthier.recipe import DataSpec, Recipe
@@ -234,11 +235,11 @@ def load_format(model: StoredModel, apart: bool = False) -> tuple[ChatFormat, in
     Raises:
         UnknownModel, RecipeError: for a model that cannot be used.
     """
-    light = not apart or store.reads_without_transformers(model)
+    light = not apart or is_tokenizer_stored(model.folder)
     if apart and light:
         start_measuring()
     if light:
-        return store.chat_format(model), store.room_of(model)
+        return model.chat, model.room
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         packed = pool.submit(_pickle_format, model).result()
     # Only now, as both would be in memory while that process ends.

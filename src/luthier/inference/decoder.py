@@ -282,12 +282,11 @@ class Decoder:
     ) -> Decoder:
         """Load a generative model on the best device of this machine; see :meth:`__init__`."""
         from luthier.inference.opened_model import open_model
-        from luthier.library.models import chat_format
 
         with ExitStack() as opening:
             opened = open_model(stored, None if base is None else base._opened)
             opening.callback(opened.close)  # an adapter must leave its base if the rest fails
-            chat = chat_format(stored, None if base is None else base.chat)
+            chat = stored.chat if base is None else stored.chat_beside(base.chat)
             made = Decoder(
                 opened, chat, memory, limits, scheduler, prefixes, base, latency, deterministic
             )

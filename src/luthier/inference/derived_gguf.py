@@ -24,7 +24,7 @@ from luthier.evaluation.parity import REFERENCE_PROMPTS, compare_backends
 from luthier.files import lock, need_disk, new_folder, read_json, sha256_of, write_json
 from luthier.inference.gguf_parity import TOKENS, largest_divergence
 from luthier.library.folders import gguf_folder
-from luthier.library.models import StoredModel, chat_format, check_mergeable, content_hash, room_of
+from luthier.library.models import StoredModel, check_mergeable, content_hash
 from luthier.models.backends import LLAMA_CPP_VERSION, OpenFile
 from luthier.models.manifest import Record, TokenParity
 from luthier.types import Message
@@ -74,10 +74,9 @@ def check_derivable(stored: StoredModel) -> None:
     Raises:
         RecipeError: with the reason.
     """
-    from luthier.models.description import check_folder
     from luthier.models.gguf import check_writable
 
-    check_writable(str(check_folder(stored.network_folder).get("model_type")), stored.id)
+    check_writable(str(stored.network.fields.get("model_type")), stored.id)
     check_mergeable(stored, "a GGUF file holds nothing else")
 
 
@@ -120,7 +119,7 @@ def _derive(
         need_disk(folder, file_size(network.model, kind), f"the GGUF file of {stored.id}")
         with new_folder(folder) as fresh:
             write_gguf(network.model, None, fresh / FILE, kind, GeneralMetadata(stored.id))
-            context, vocabulary = room_of(stored), int(network.model.config.vocab_size)
+            context, vocabulary = stored.room, int(network.model.config.vocab_size)
             prompts = _prompts(stored, context // 2)
             reference = torch_backend(network, context)
             try:
@@ -149,7 +148,7 @@ def _derive(
 
 def _prompts(stored: StoredModel, longest: int) -> list[IntArray]:
     """Sample prompts as the model reads them."""
-    chat = chat_format(stored)
+    chat = stored.chat
     found = [chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS]
     return [np.asarray(ids_T[:longest], dtype=np.int64) for ids_T in found]
 

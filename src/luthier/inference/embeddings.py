@@ -45,12 +45,12 @@ def check_embeds(stored: StoredModel, objective: Objective) -> None:
     Raises:
         RecipeError: naming the base model it was made from, where that one has them.
     """
-    from luthier.library.models import find, objective_of
+    from luthier.library.models import find
 
     if gives_embeddings(objective):
         return
     base = stored.root
-    embeds = base != stored.id and gives_embeddings(objective_of(find(base)))
+    embeds = base != stored.id and gives_embeddings(find(base).objective)
     named = f"the base model it was made from, {base}" if embeds else "a model that does"
     raise RecipeError(f"{stored.id} gives no embeddings; name {named}")
 

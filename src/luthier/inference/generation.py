@@ -93,12 +93,11 @@ class Generator:
     @staticmethod
     def check(stored: StoredModel) -> None:
         """Refuse a model that writes no text, before it is loaded; :class:`RecipeError`."""
-        from luthier.library.models import objective_of
 
-        if not Generator.is_able(objective_of(stored)):
+        if not Generator.is_able(stored.objective):
             raise RecipeError(
                 f"{stored.id} does not write text: it was trained for "
-                f"{objective_of(stored).method}. Use luthier predict."
+                f"{stored.objective.method}. Use luthier predict."
             )
 
     @staticmethod
@@ -108,13 +107,12 @@ class Generator:
         Raises:
             UnknownModel, RecipeError: for a model that generates no text, or cannot be found.
         """
-        from luthier.library.models import chat_format
 
         Generator.check(stored)
         with ExitStack() as opening:
             opened = open_model(stored)
             opening.callback(opened.close)
-            made = Generator(opened, chat_format(stored))
+            made = Generator(opened, stored.chat)
             opening.pop_all()
         return made
 

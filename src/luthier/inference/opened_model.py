@@ -92,18 +92,17 @@ def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedMo
     its parent, if that is open.
     """
     from luthier.engine.machine import open_network
-    from luthier.library.models import attach_adapter, objective_of, room_of, shares_base
+    from luthier.library.models import attach_adapter, shares_base
 
     entry = chosen_backend()
     if entry.open_file is not None:
         from luthier.inference.derived_gguf import gguf_of, gguf_type
-        from luthier.models.description import check_folder
 
         kind = gguf_type()
         try:
-            vocabulary = int(check_folder(stored.network_folder)["vocab_size"])
+            vocabulary = int(stored.network.fields["vocab_size"])
             file = gguf_of(stored, kind, entry.open_file)
-            backend = entry.open_file(file, room_of(stored), vocabulary)
+            backend = entry.open_file(file, stored.room, vocabulary)
         except RefusedInput as error:
             if stored.id not in _fallen_back:
                 _fallen_back.add(stored.id)
@@ -116,6 +115,6 @@ def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedMo
     if base is not None:
         parent = base.network
     else:
-        parent = open_network(stored.parent, objective_of(stored).head())
+        parent = open_network(stored.parent, stored.objective.head())
     network = parent.with_adapter(lambda model: attach_adapter(model, stored))
     return OpenedModel.of(network, base)

@@ -178,7 +178,7 @@ class ModelPool:
         """Whether it writes text, and does not read it only."""
         from luthier.library import models as store
 
-        return store.writes(store.find(model_id))
+        return store.find(model_id).writes
 
     def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
         """Vectors of texts, or of texts as tokens.
@@ -433,7 +433,7 @@ class ModelPool:
         try:
             stored = store.check_active(store.find(model_id))
             with self._loading, nullcontext() if entry.base is None else _collector_paused():
-                if store.writes(stored):
+                if stored.writes:
                     from luthier.inference.decoder import Decoder
 
                     entry.model = Decoder.open(

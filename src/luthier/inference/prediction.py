@@ -68,23 +68,21 @@ class Predictor:
             RecipeError: for a model that generates text or images.
         """
         from luthier.engine.machine import open_network
-        from luthier.library.models import chat_format, room_of
 
         objective = Predictor.check(stored)
-        chat = chat_format(stored)
-        return Predictor(open_network(stored), objective, chat, room_of(stored))
+        chat = stored.chat
+        return Predictor(open_network(stored), objective, chat, stored.room)
 
     @staticmethod
     def check(stored: StoredModel) -> Objective:
         """Return the objective of a model that predicts; raise :class:`RecipeError` for others."""
-        from luthier.library.models import objective_of, writes
 
-        objective = objective_of(stored)
+        objective = stored.objective
         if predicts(objective):
             return objective
         if isinstance(objective, Generative):
             raise RecipeError(f"{stored.id} generates images. Use luthier sample.")
-        if writes(stored):
+        if stored.writes:
             raise RecipeError(f"{stored.id} generates text. Use luthier generate.")
         raise RecipeError(
             f"{stored.id} is an encoder of another tool, and what it predicts is unknown. Tune the "

@@ -125,10 +125,9 @@ class SerialModel:
     ) -> SerialModel:
         """Load ``stored`` on the best device of this machine."""
         from luthier.inference.prediction import Predictor
-        from luthier.library.models import objective_of
         from luthier.media.image_generation import ImageGenerator
 
-        objective = objective_of(stored)
+        objective = stored.objective
         makes = isinstance(objective, Generative)
         if not predicts(objective) and makes:
             return SerialModel(None, ImageGenerator.open(stored, THIS_MODEL), limits, scheduler)

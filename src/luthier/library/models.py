@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +46,9 @@ from luthier.library.folders import (
     split_id,
     unfinished_run_ids,
 )
-from luthier.models.base_kinds import base_kind, kind_of_network
+from luthier.models.base_kinds import base_kind
 from luthier.models.catalog import CATALOG, CatalogEntry, download_from_hub, pull
-from luthier.models.external import check_lone_weights
+from luthier.models.external import ADAPTER_CONFIG, CONFIG, check_lone_weights
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat, created_now
 from luthier.models.pipelines import is_pipeline
 from luthier.plugins import Component, PluginTable
@@ -59,42 +59,118 @@ if TYPE_CHECKING:
 
     from luthier.adaptations import Adaptation
     from luthier.data.chat import ChatFormat
+    from luthier.models.folder import ModelFolder
     from luthier.models.heads import Head
     from luthier.objectives import Objective
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model whose files are on this machine."""
+    """A model whose files are on this machine, opened once.
+
+    Configuration, tokenizer, objective and adaptation are parsed when first needed. Code that runs
+    later receives the object instead of opening the folder again.
+    """
 
     id: str
     folder: Path
     manifest: Manifest
-    """Its record; nothing but the id for a directory that luthier did not write."""
+    """Record of the model; only the id for a folder that luthier did not write."""
     parent: StoredModel | None = None
-    """What an adapter was trained on; ``None`` where the folder holds a whole network."""
+    """Model that an adapter was trained on; ``None`` if the folder has a whole network."""
     damaged: str = ""
-    """Why its record cannot be read, where it cannot."""
+    """Reason why the record cannot be read; empty if it can."""
+
+    @cached_property
+    def network(self) -> ModelFolder:
+        """Folder of the network's own weights, below all adapters."""
+        from luthier.models.folder import ModelFolder
+
+        return self.parent.network if self.parent else ModelFolder(self.folder)
 
     @property
     def network_folder(self) -> Path:
-        """The folder with the network's own weights, below any adapters."""
+        """Path of the folder of the network's own weights."""
         return self.parent.network_folder if self.parent else self.folder
 
     @property
     def tokenizer_from(self) -> str | None:
-        """Id of the model from outside that its tokenizer and template come from, if they do."""
+        """Id of the imported model that tokenizer and chat template come from, if any."""
         return self.manifest.tokenizer_from
 
     @property
     def kind(self) -> str | None:
-        """What it is made for, as its record says, or else by its network; ``None`` if unknown."""
-        return self.manifest.kind or kind_of_network(self.folder)
+        """Kind of the model by its record or by its network's family; ``None`` if unknown."""
+        if self.manifest.kind is not None or self.parent is not None:
+            return self.manifest.kind
+        is_network = (self.folder / CONFIG).is_file() or is_pipeline(self.folder)
+        return self.network.family_kind if is_network else None
 
     @property
     def root(self) -> str:
         """Id of the base model at the bottom of the lineage."""
         return self.manifest.root or self.id
+
+    @cached_property
+    def objective(self) -> Objective:
+        """Objective of a custom model; of a base model, the objective that its kind is made for."""
+        from luthier.objectives import OBJECTIVES
+
+        fields = self.manifest.objective
+        if fields is not None:
+            return _method(OBJECTIVES, fields, self).model_validate(fields)
+        # Folders of other tools have no record with a kind.
+        kind = base_kind(self.kind or self.network.kind)
+        objective = OBJECTIVES[kind.objective].model_validate({})
+        # A pipeline of diffusers stores how it makes images.
+        return objective.bind_base(self.network, None) if is_pipeline(self.folder) else objective
+
+    @cached_property
+    def adaptation(self) -> Adaptation:
+        """Adaptation that a custom model was trained with."""
+        from luthier.adaptations import ADAPTATIONS
+
+        fields = (self.manifest.recipe or {})["adaptation"]
+        return _method(ADAPTATIONS, fields, self).model_validate(fields)
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """Tokenizer, chat template and stop tokens that the model was trained and is served with.
+
+        The template of an imported model is refused until it is approved.
+        """
+        chat = _read_format(self)
+        if self.tokenizer_from is None or self.manifest.template_approved:
+            return chat
+        check = partial(_check_template, self.id, self.folder, chat.template_sha256)
+        return replace(chat, check_template=check)
+
+    def chat_beside(self, parent: ChatFormat) -> ChatFormat:
+        """Return ``parent``, the format of the parent, if this model has the same format.
+
+        Reading a tokenizer takes longer than loading an adapter.
+        """
+        shared = self.tokenizer_from is None and _is_format_of(parent, self)
+        return parent if shared else self.chat
+
+    @property
+    def added_tokens(self) -> int:
+        """Positions of the context that the adapters of the lineage take in every row."""
+        if self.parent is None:
+            return 0
+        return int(self.adaptation.added_tokens) + self.parent.added_tokens
+
+    @property
+    def room(self) -> int:
+        """Tokens that a row may have: the context without the positions of adapters."""
+        return self.network.context - self.added_tokens
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model generates text."""
+        if self.kind is None and self.manifest.objective is None:
+            return self.network.description.task == "causal_lm"
+        return self.objective.task == "causal_lm"
 
 
 def described_base(entry: CatalogEntry) -> StoredModel:
@@ -167,7 +243,7 @@ def _ids_of_able(
 
 def _is_model_able(model: StoredModel, is_able: Callable[[Objective], bool]) -> bool:
     try:
-        return is_able(objective_of(model))
+        return is_able(model.objective)
     except (LuthierError, ValueError):  # it is damaged, or of a plugin that is gone
         return False
 
@@ -357,15 +433,15 @@ def load(
     from luthier.models.sentence_head import attach_sentence_head
 
     check_whole(model)
-    head = head or objective_of(model).head()
+    head = head or model.objective.head()
     if model.parent is None:
-        network = load_model(model.folder, dtype, device, head)
+        network = load_model(model.folder, dtype, device, head, model.network)
     else:
         network = load(model.parent, dtype, device, head, on_merged)
         attach_adapter(network, model)
-        adaptation_of(model).merge(network)
+        model.adaptation.merge(network)
     if head.task == "causal_lm" and decoder_of(network) is not None:
-        form = model.manifest.format or chat_format(model)
+        form = model.manifest.format or model.chat
         if form.start_id is not None:
             mark_decoder_opening(network, (form.start_id, *form.opening_ids))
     if head.task == "embedding":
@@ -442,7 +518,7 @@ def attach_adapter(network: nn.Module, model: StoredModel) -> None:
 
     before = versions()
     check_whole(model)
-    load_adapter(network, adaptation_of(model), model.folder)
+    load_adapter(network, model.adaptation, model.folder)
     if versions() != before:
         raise CorruptFile(
             f"files of {model.folder} were changed while they were read; load it again"
@@ -461,22 +537,20 @@ def shares_base(model: StoredModel) -> bool:
 
 def can_share_base(model: StoredModel) -> bool:
     """Return whether ``model`` is an adapter that can share its parent's network."""
-    from luthier.models.description import described_network
-
     parent = below = model.parent
     while below is not None and below.parent is not None:
-        if not adaptation_of(below).mergeable:  # its layers would be under those of the adapter
+        if not below.adaptation.mergeable:  # its layers would be under those of the adapter
             return False
         below = below.parent
     if (
         parent is None
-        or not adaptation_of(model).shares_base
-        or not (writes(model) and writes(parent))
+        or not model.adaptation.shares_base
+        or not (model.writes and parent.writes)
         or parent.manifest.withheld
         or can_share_base(parent)  # it has no network of its own that could be shared
     ):
         return False
-    network = described_network(parent.network_folder)
+    network = parent.network.description
     return network.flat and not _changes(model, network.heads)
 
 
@@ -486,7 +560,7 @@ def _changes(model: StoredModel, parts: Sequence[str]) -> bool:
     from luthier.models.save import ADAPTER
     from luthier.models.tensors import tensor_headers
 
-    stored_parts = [*map(adaptation_of(model).stored_name, parts)]
+    stored_parts = [*map(model.adaptation.stored_name, parts)]
     with suppress(LuthierError):  # whoever loads the file says what is wrong with it
         return any(is_inside(name, stored_parts) for name in tensor_headers(model.folder / ADAPTER))
     return False
@@ -516,61 +590,12 @@ def ancestors(model: StoredModel) -> list[StoredModel | str]:
     return found
 
 
-def added_tokens(model: StoredModel) -> int:
-    """Positions that the adapters of the lineage of ``model`` take of its context, for every row."""
-    if model.parent is None:
-        return 0
-    return int(adaptation_of(model).added_tokens) + added_tokens(model.parent)
-
-
-def room_of(model: StoredModel, adaptation: Adaptation | None = None) -> int:
-    """Tokens that a row of ``model`` may have: its context, less what its adapters take of it.
-
-    With an ``adaptation``, which is still to be trained, less what that takes, too.
-    """
-    from luthier.models.description import check_folder, read_model_fields
-    from luthier.models.modalities import context_length
-
-    more = adaptation.added_tokens if adaptation is not None else 0
-    # What was stored was a network then; to draw one takes seconds for families other than Llama's.
-    fields = (read_model_fields if _has_stored_config(model) else check_folder)(
-        model.network_folder
-    )
-    return context_length(fields) - added_tokens(model) - more
-
-
-def reads_without_transformers(model: StoredModel) -> bool:
-    """Whether :func:`chat_format` and :func:`room_of` import no heavy library for ``model``."""
-    from luthier.models.tokenizer import is_tokenizer_stored
-
-    return _has_stored_config(model) and is_tokenizer_stored(model.folder)
-
-
-def _has_stored_config(model: StoredModel) -> bool:
-    """Whether the configuration of its network is the one that was stored."""
-    from luthier.models.external import CONFIG
-
-    base = model
-    while base.parent is not None:
-        base = base.parent
-    stored, path = base.manifest.files.get(CONFIG), base.folder / CONFIG
-    return stored is not None and path.is_file() and cached_sha256_of(path) == stored
-
-
 def tokenizer_origin(model: StoredModel) -> dict[str, Any]:
     """Return the fields of a record about the origin of the tokenizer of ``model``."""
     if model.tokenizer_from is None:
         return {}
     approved = model.manifest.template_approved
     return {"tokenizer_from": model.tokenizer_from, "template_approved": approved}
-
-
-def adaptation_of(model: StoredModel) -> Adaptation:
-    """The adaptation a custom model was trained with."""
-    from luthier.adaptations import ADAPTATIONS
-
-    fields = (model.manifest.recipe or {})["adaptation"]
-    return _method(ADAPTATIONS, fields, model).model_validate(fields)
 
 
 def check_mergeable(model: StoredModel, need: str) -> None:
@@ -582,7 +607,7 @@ def check_mergeable(model: StoredModel, need: str) -> None:
         RecipeError: with the adapter, and what can be taken.
     """
     while model.parent is not None:
-        adaptation = adaptation_of(model)
+        adaptation = model.adaptation
         if not adaptation.mergeable:
             raise RecipeError(
                 f"{model.id} was tuned with {adaptation.method}, which cannot be merged into the "
@@ -592,40 +617,12 @@ def check_mergeable(model: StoredModel, need: str) -> None:
         model = model.parent
 
 
-def objective_of(model: StoredModel) -> Objective:
-    """The objective a custom model was trained with; for a base model, what its kind is made for."""
-    from luthier.models.description import described_kind
-    from luthier.objectives import OBJECTIVES
-
-    fields = model.manifest.objective
-    if fields is None:
-        # A folder of another tool has no record that says it.
-        kind = model.kind or described_kind(model.folder)
-        objective = OBJECTIVES[base_kind(kind).objective].model_validate({})
-        # A pipeline says itself how it makes images.
-        return objective.bind_base(model.folder, None) if is_pipeline(model.folder) else objective
-    return _method(OBJECTIVES, fields, model).model_validate(fields)
-
-
 def leaves_classes_out(model: StoredModel) -> bool:
     """Whether it is another tool's classifier of images or sounds, which gives embeddings here."""
-    from luthier.models.description import described_network
-
     if model.manifest.kind is not None or model.manifest.objective is not None:
         return False
-    return (
-        objective_of(model).task == "embedding"
-        and described_network(model.folder).task == "sequence_classification"
-    )
-
-
-def writes(model: StoredModel) -> bool:
-    """Whether it answers with text; of a folder of another tool its configuration says it."""
-    from luthier.models.description import described_network
-
-    if model.kind is None and model.manifest.objective is None:
-        return described_network(model.folder).task == "causal_lm"
-    return objective_of(model).task == "causal_lm"
+    stored_task = model.network.description.task
+    return model.objective.task == "embedding" and stored_task == "sequence_classification"
 
 
 def check_writes(model: StoredModel, lack: str) -> None:
@@ -634,7 +631,7 @@ def check_writes(model: StoredModel, lack: str) -> None:
     Raises:
         RecipeError: always for such a one.
     """
-    if not writes(model):
+    if not model.writes:
         raise RecipeError(f"{model.id} does not write, {lack}")
 
 
@@ -649,24 +646,6 @@ def _method(
             f"here ({table.group}). Install it to use the model"
         )
     return table[method]
-
-
-def chat_format(model: StoredModel, of_parent: ChatFormat | None = None) -> ChatFormat:
-    """Return tokenizer, template and stop tokens that ``model`` was trained and is served with.
-
-    The template of an imported model is refused until it is approved. ``of_parent`` is the format of
-    the parent, which is returned if it is the same: to read a tokenizer takes longer than to load an
-    adapter.
-    """
-    if model.tokenizer_from is None:
-        if of_parent is not None and _is_format_of(of_parent, model):
-            return of_parent
-        return _read_format(model)
-    chat = _read_format(model)
-    if model.manifest.template_approved:
-        return chat
-    check = partial(_check_template, model.id, model.folder, chat.template_sha256)
-    return replace(chat, check_template=check)
 
 
 def _check_template(model_id: str, folder: Path, sha256: str) -> None:
@@ -693,7 +672,6 @@ def trust_template(model: StoredModel) -> StoredModel:
 
 def _is_format_of(chat: ChatFormat, model: StoredModel) -> bool:
     """Return whether ``chat``, of the parent, is the format of ``model``, by hashes of all files."""
-    from luthier.models.external import ADAPTER_CONFIG
     from luthier.models.save import ADAPTER
 
     assert model.parent is not None
@@ -717,17 +695,16 @@ def _read_format(model: StoredModel) -> ChatFormat:
 
     stored = model.manifest.format
     if stored is None or stored.template == "none":
-        return load_chat_format(model.folder)
-    tokenizer = load_tokenizer(model.folder)
+        return load_chat_format(model.folder, model.network)
     return ChatFormat.of(
-        tokenizer,
+        load_tokenizer(model.folder),
         stored.template,
         stored.stop_ids,
         stored.start_id,
         read_processor(model.folder),
         stored.opening_ids,
         stored.closing_ids,
-        is_causal=is_causal(model.network_folder),
+        is_causal=is_causal(model.network.fields),
         sentence=stored.sentence,
     )
 

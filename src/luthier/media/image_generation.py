@@ -79,16 +79,15 @@ class ImageGenerator:
             RecipeError: where it makes no images.
         """
         from luthier.engine.machine import open_network
-        from luthier.library.models import chat_format, objective_of
 
-        objective = objective_of(stored)
+        objective = stored.objective
         if not isinstance(objective, Generative):
             raise RecipeError(
                 f"{stored.id} was not trained to make images; train one with "
                 "`objective.method=vae`, which also gives images back, `objective.method=gan` or "
                 "`objective.method=diffusion`"
             )
-        chat = chat_format(stored)
+        chat = stored.chat
         return ImageGenerator(open_network(stored), objective, chat, name or stored.id)
 
     def sample(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from luthier.errors import UnknownModel
-from luthier.files import read_json
-from luthier.models.pipelines import MODEL_TYPE, is_pipeline
+from luthier.models.pipelines import MODEL_TYPE
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,6 @@ def sole_objective(kind: str | None) -> str | None:
     return None if known is None or known.rows_decide else known.objective
 
 
-def kind_of_network(folder: Path) -> str | None:
-    """The kind of the network in ``folder`` where that is made for one thing; else ``None``."""
-    config = folder / "config.json"
-    family = MODEL_TYPE if is_pipeline(folder) else None
-    if family is None and config.is_file():
-        family = read_json(config).get("model_type")
-    return next((name for name, kind in KINDS.items() if family in kind.families), None)
+def kind_of_family(model_type: str | None) -> str | None:
+    """Return the kind of a family that is made for one task; ``None`` for other families."""
+    return next((name for name, kind in KINDS.items() if model_type in kind.families), None)

@@ -16,8 +16,8 @@ from luthier.models import nets
 from luthier.models.catalog import CatalogEntry
 from luthier.models.config_errors import DOES_NOT_RUN, refuse_configuration
 from luthier.models.convolutions import mend_convolutions
-from luthier.models.description import check_folder, import_transformers
 from luthier.models.external import check_complete, weight_files
+from luthier.models.folder import ModelFolder, for_head, import_transformers
 from luthier.models.heads import (
     CAUSAL_LM,
     Head,
@@ -38,51 +38,18 @@ from luthier.models.layouts import (
 )
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
 from luthier.models.network import Network
-from luthier.models.pipelines import is_pipeline
 from luthier.models.probe import check_finite, probed_network, relative_error
 from luthier.models.tensors import tensor_headers
 from luthier.types import Example
 
 
-def configuration(folder: Path, fields: dict[str, Any]) -> Any:
-    """transformers' configuration of the network in ``folder``, of the ``fields`` of its file."""
-    import_transformers()
-    from transformers import AutoConfig
-
-    nets.register(fields.get("model_type"))
-    if is_pipeline(folder):
-        return AutoConfig.for_model(**fields)
-    return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-
-
-def read_config(folder: Path, head: Head) -> Any:
-    """Return transformers' configuration of the network in ``folder``, set up for ``head``."""
-    return for_head(configuration(folder, check_folder(folder)), head)
-
-
 def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
-    """The same of a model of the catalogue, whether it was fetched or not."""
+    """Return the configuration of a base model of the catalogue, which need not be on this machine."""
     from transformers import AutoConfig
 
     fields = dict(entry.config)
     nets.register(str(fields["model_type"]))
     return for_head(AutoConfig.for_model(fields.pop("model_type"), **fields), head)
-
-
-def for_head(config: Any, head: Head) -> Any:
-    """``config``, set up for ``head``."""
-    if head.pooling == "mean" and config.model_type == "bert":
-        from luthier.models.nets import mean_pooling_bert
-
-        nets.register(mean_pooling_bert.Config.model_type)
-        fields = config.to_dict()
-        config = mean_pooling_bert.Config(**{k: v for k, v in fields.items() if k != "model_type"})
-    if hasattr(config, "apply_spec_augment"):
-        # Wav2Vec2 would draw masks from numpy's own stream, which no checkpoint holds.
-        config.apply_spec_augment = False
-    for key, value in head.settings().items():
-        setattr(config, key, value)
-    return config
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -95,29 +62,23 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
-def sketch(folder: Path, head: Head) -> nn.Module:
-    """The network without its numbers, for counting and for early refusals."""
-    return sketch_of(read_config(folder, head), head)
-
-
-def sketch_of(config: Any, head: Head) -> nn.Module:
-    """The same from a configuration that :func:`read_config` gave."""
-    with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)):
-        return draw(config, head)
-
-
 _CONSTRUCTING = threading.Lock()
 # While transformers loads a network, PreTrainedModel.tie_weights is replaced for the whole process: a
-# network that another thread draws would have an output layer of its own.
+# network that another thread constructs then would get an output layer of its own.
 
 
-def draw(config: Any, head: Head) -> nn.Module:
-    """The network of ``config`` on no device; errors are those of its family."""
-    kind = auto_class(config, head.task)
-    with _CONSTRUCTING, torch.device("meta"):
-        model: nn.Module = kind.from_config(config, trust_remote_code=False)
-    mark(model, head.task)
-    return model
+def sketch(config: Any, head: Head) -> nn.Module:
+    """Construct the network of ``config`` without numbers, on the meta device.
+
+    Raises:
+        UnknownModel: for a configuration that describes no network.
+    """
+    with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)):
+        kind = auto_class(config, head.task)
+        with _CONSTRUCTING, torch.device("meta"):
+            model: nn.Module = kind.from_config(config, trust_remote_code=False)
+        mark(model, head.task)
+        return model
 
 
 def load_model(
@@ -125,18 +86,19 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     head: Head = CAUSAL_LM,
+    opened: ModelFolder | None = None,
 ) -> nn.Module:
     """Load a network of transformers with the given head and its plain attention.
 
     A head that the folder lacks, or that has other classes, starts from random weights. Any other
-    missing weight is an error.
+    missing weight is an error. ``opened`` is ``folder``, if it is open already.
     """
     from safetensors import SafetensorError
 
     import_transformers()
     from transformers.utils import logging
 
-    config = read_config(folder, head)
+    config = (opened or ModelFolder(folder)).config(head)
     kind = config.model_type
     logging.disable_progress_bar()
     quiet = logging.get_verbosity()

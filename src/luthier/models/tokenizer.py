@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,15 +19,10 @@ from luthier.errors import LuthierError, RecipeError, UnknownModel
 from luthier.files import cached_sha256_of, luthier_home, read_json, write_bytes
 from luthier.media.processors import Processor, read_processor
 from luthier.models import nets
-from luthier.models.description import import_transformers
+from luthier.models.folder import ModelFolder, import_transformers
 from luthier.models.manifest import OWN_FILES
 from luthier.models.modalities import text_fields
-from luthier.models.pipelines import (
-    is_pipeline,
-    pipeline_processor,
-    read_pipeline,
-    tokenizer_folder,
-)
+from luthier.models.pipelines import tokenizer_folder
 from luthier.models.stored_tokenizer import StoredTokenizer
 
 TOKENIZER, SPECIAL_TOKENS = "tokenizer.json", "special_tokens.json"
@@ -191,48 +187,41 @@ def tokenizer_difference(one: ChatFormat, other: ChatFormat) -> str | None:
     )
 
 
-def load_chat_format(folder: Path) -> ChatFormat:
-    """Tokenizer, template and stop tokens of a model folder.
+def load_chat_format(folder: Path, network: ModelFolder | None = None) -> ChatFormat:
+    """Return tokenizer, template and stop tokens of a model folder.
 
-    Stop tokens are those of ``generation_config.json`` and the tokenizer's own end-of-text token.
+    ``network`` is the opened folder of the network, ``folder`` itself if ``None``. Stop tokens are
+    those of ``generation_config.json`` and the tokenizer's own end-of-text token.
     """
-    processor = load_processor(folder)
+    network = network or ModelFolder(folder)
+    config = network.fields
+    processor = network.processor if network.path == folder else read_processor(folder)
     if processor is not None and not reads_texts(folder, processor):
         return ChatFormat.reading(processor)
     tokenizer = load_tokenizer(folder)
-    if is_pipeline(folder):  # files of older pipelines do not say how long a text may be
-        tokenizer.model_max_length = read_pipeline(folder)["max_position_embeddings"]
-    path = folder / "generation_config.json"
-    stops = read_json(path).get("eos_token_id") if path.is_file() else None
+    if network.is_pipeline:  # files of older pipelines do not name the longest text
+        tokenizer.model_max_length = config["max_position_embeddings"]
+    generation = _generation_config(folder)
+    stops = generation.get("eos_token_id")
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    start_id, causal = _start_id(folder), is_causal(folder)
-    chat = ChatFormat.of(tokenizer, "auto", listed, start_id, processor, is_causal=causal)
+    chat = ChatFormat.of(
+        tokenizer, "auto", listed, _start_id(config), processor, is_causal=is_causal(config)
+    )
     if processor is not None:  # TrOCR is pre-trained without the tokenizer's special tokens
         return chat
     try:
         chat = replace(chat, sentence=read_sentence_pipeline(folder))
     except RecipeError as error:  # only embeddings need the pipeline
         chat = replace(chat, sentence_problem=str(error))
-    return chat if chat.start_id is None else _with_frame(chat, folder)
-
-
-def load_processor(folder: Path) -> Processor | None:
-    """How the model in ``folder`` reads images or sounds; ``None`` where it reads texts alone.
-
-    A pipeline need not say it: its networks do.
-    """
-    processor = read_processor(folder)
-    if processor is None and is_pipeline(folder):
-        return pipeline_processor(read_pipeline(folder))
-    return processor
+    return chat if chat.start_id is None else _with_frame(chat, folder, config, generation)
 
 
 def reads_texts(folder: Path, processor: Processor | None) -> bool:
-    """Whether the model in ``folder`` has texts, beside what its ``processor`` reads or alone."""
+    """Return whether the model in ``folder`` reads texts, next to the inputs of its ``processor``."""
     if processor is None:
         return True
     if processor.kind == "audio":
-        return False  # beside networks of sounds lies the tokenizer of what they once transcribed
+        return False  # the tokenizer of a network of sounds is for transcriptions
     place = tokenizer_folder(folder)
     return any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
@@ -243,22 +232,21 @@ _STARTS_FROM_LAST = frozenset({"mbart", "plbart"})
 """Families whose ``shift_tokens_right`` starts the decoder from the last token of the labels."""
 
 
-def _fields_of(folder: Path, name: str) -> dict[str, Any]:
-    """Return the fields of a JSON file in ``folder``; none if the file is missing."""
-    path = folder / name
+def _generation_config(folder: Path) -> dict[str, Any]:
+    """Return the fields of ``generation_config.json``; none if the file is missing."""
+    path = folder / "generation_config.json"
     fields: dict[str, Any] = read_json(path) if path.is_file() else {}
     return fields
 
 
-def is_causal(folder: Path) -> bool:
-    """Return whether ``config.json`` in ``folder`` names the class of a causal language model."""
-    named = _fields_of(folder, "config.json").get("architectures") or ()
+def is_causal(config: Mapping[str, Any]) -> bool:
+    """Return whether the fields of a ``config.json`` name the class of a causal language model."""
+    named = config.get("architectures") or ()
     return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in named)
 
 
-def _start_id(folder: Path) -> int | None:
+def _start_id(config: Mapping[str, Any]) -> int | None:
     """Return the first token of the decoder of an encoder-decoder; ``None`` for other networks."""
-    config = _fields_of(folder, "config.json")
     if not config.get("is_encoder_decoder"):
         return None
     if config.get("model_type") in _STARTS_FROM_BOS:
@@ -270,9 +258,12 @@ def _start_id(folder: Path) -> int | None:
     return None
 
 
-def _with_frame(chat: ChatFormat, folder: Path) -> ChatFormat:
+def _with_frame(
+    chat: ChatFormat, folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> ChatFormat:
     """Return ``chat`` with the special tokens that its tokenizer puts around a target text."""
-    if problem := _language_problem(chat.tokenizer, folder):
+    forced_id = generation.get("forced_bos_token_id", config.get("forced_bos_token_id"))
+    if problem := _language_problem(chat.tokenizer, folder, forced_id):
         return replace(chat, decoder_problem=problem)
     text = "a"
     switches = hasattr(chat.tokenizer, "_switch_to_target_mode")
@@ -283,7 +274,7 @@ def _with_frame(chat: ChatFormat, folder: Path) -> ChatFormat:
         problem = f"{folder}: the tokenizer's special tokens around a target text are not known."
         return replace(chat, decoder_problem=f"{problem} Use a T5, BART or M2M-100.")
     opening, closing = whole[: starts[0]], whole[starts[0] + len(inner) :]
-    start_id, kind = chat.start_id, _fields_of(folder, "config.json").get("model_type")
+    start_id, kind = chat.start_id, config.get("model_type")
     if kind in _STARTS_FROM_LAST:
         start_id = whole[-1]
     elif kind in _STARTS_FROM_BOS and opening[:1] == [start_id]:
@@ -293,17 +284,14 @@ def _with_frame(chat: ChatFormat, folder: Path) -> ChatFormat:
     return replace(chat, start_id=start_id, opening_ids=tuple(opening), closing_ids=tuple(closing))
 
 
-def _language_problem(tokenizer: Any, folder: Path) -> str:
-    """Set the target language of a multilingual tokenizer; return what is missing, if anything.
+def _language_problem(tokenizer: Any, folder: Path, forced_id: int | None) -> str:
+    """Set the target language of a multilingual tokenizer; return the fault if none is named.
 
-    The language is ``tgt_lang`` of the tokenizer, or else ``forced_bos_token_id`` of the network.
+    The language is ``tgt_lang`` of the tokenizer, or else the network's ``forced_bos_token_id``.
     """
     if isinstance(tokenizer, StoredTokenizer) or not hasattr(tokenizer, "tgt_lang"):
         return ""
     named = tokenizer.init_kwargs
-    files = ("generation_config.json", "config.json")
-    forced = [_fields_of(folder, name).get("forced_bos_token_id") for name in files]
-    forced_id = next((each for each in forced if each is not None), None)
     if not named.get("tgt_lang") and forced_id is not None:
         tokenizer.tgt_lang = tokenizer.convert_ids_to_tokens(forced_id).strip("_")
     elif not named.get("tgt_lang"):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from luthier.data.chat import ChatFormat
+    from luthier.models.folder import ModelFolder
     from luthier.models.network import Network, TreeBatch
 
 
@@ -234,11 +235,11 @@ class Objective(StrictModel):
 
     # 3. The network, on the meta device first, and before the first step.
 
-    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
+    def bind_base(self, folder: ModelFolder, learned: Objective | None) -> Self:
         """Return this objective with the settings that follow from the base model.
 
         Args:
-            folder: the Hugging Face directory of the network.
+            folder: folder of the network.
             learned: objective of the base model, if that is a custom model.
 
         Raises:

@@ -23,7 +23,6 @@ from pydantic import Field, field_validator, model_validator
 from luthier.data.shapes.base import Labelled, takes_several_labels
 from luthier.errors import RecipeError, RowRefused
 from luthier.escaping import did_you_mean, list_some
-from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
 from luthier.objectives.base import Objective, TrainingDefaults, cut_text
 from luthier.objectives.class_priors import (
@@ -37,12 +36,11 @@ from luthier.objectives.class_priors import (
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import ArrayLike
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
+    from luthier.models.folder import ModelFolder
     from luthier.models.network import Network, TreeBatch
 
 
@@ -130,9 +128,9 @@ class Classification(Objective):
             return []
         return [self.class_weights.get(name, 1.0) for name in self.labels or ()]
 
-    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
+    def bind_base(self, folder: ModelFolder, learned: Objective | None) -> Self:
         """Read texts as the base model was trained to be read."""
-        kind = read_json(folder / "config.json").get("model_type")
+        kind = folder.fields.get("model_type")
         if self.pooling == "mean" and kind not in MEAN_POOLED:
             raise RecipeError(
                 f"objective.pooling=mean reads a BERT; the base model is of type {kind}"
@@ -147,7 +145,7 @@ class Classification(Objective):
         elif pooling is None and getattr(learned, "pooling", None) in ("auto", "mean"):
             pooling = "mean" if kind in MEAN_POOLED else None
         elif pooling is None:
-            pooling = declared_pooling(folder)
+            pooling = declared_pooling(folder.path)
         probe = pooling == "mean" if self.probe is None else self.probe
         return self.model_copy(update={"pooling": pooling, "probe": probe})
 

@@ -32,11 +32,10 @@ from luthier.objectives.means import mean_loss
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
+    from luthier.models.folder import ModelFolder
     from luthier.models.network import Network, TreeBatch
 
 
@@ -67,7 +66,7 @@ class EncoderDistillation(Taught, Classification):
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
     allows_augmentation: ClassVar[bool] = False
 
-    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
+    def bind_base(self, folder: ModelFolder, learned: Objective | None) -> Self:
         """Read texts as the student was trained to be read; rows may have no label to start from."""
         bound = super().bind_base(folder, learned)
         return bound.model_copy(update={"probe": bool(self.probe)})

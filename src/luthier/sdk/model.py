@@ -28,13 +28,13 @@ class Model:
         """Open a base or custom model by id; see :func:`load`."""
         from luthier.inference.generation import Generator
         from luthier.inference.prediction import Predictor
-        from luthier.library.models import check_active, find, objective_of
+        from luthier.library.models import check_active, find
         from luthier.media.image_generation import ImageGenerator
         from luthier.media.objectives.generative import Generative
         from luthier.objectives.base import predicts
 
         self.stored = check_active(find(model_id)) if isinstance(model_id, str) else model_id
-        objective = objective_of(self.stored)
+        objective = self.stored.objective
         self.reads = predicts(objective)
         """Whether it answers with labels (:meth:`predict`) or writes (:meth:`generate`)."""
         self.opened: Predictor | ImageGenerator | Generator

@@ -20,14 +20,14 @@ from luthier.engine.machine import available_memory, choose_machine
 from luthier.engine.memory import PROCESS, sketch_training
 from luthier.errors import RefusedInput
 from luthier.library.folders import is_base_here
-from luthier.library.models import chat_format, find
+from luthier.library.models import find
 from luthier.media.processors import AudioProcessor, ImageProcessor, WindowProcessor
 from luthier.models import nets
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
 from luthier.models.heads import Head
 from luthier.models.layouts import MOST_IMAGES
-from luthier.models.load import catalogue_config, read_config
+from luthier.models.load import catalogue_config
 from luthier.models.modalities import input_shape, media_config, reads_sound, text_config
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
@@ -79,7 +79,7 @@ def capabilities(model_id: str) -> Capabilities:
         chat = format_of(config(Head("causal_lm")))
     else:
         stored = find(model_id)
-        chat, config = chat_format(stored), partial(read_config, stored.network_folder)
+        chat, config = stored.chat, stored.network.config
     verdicts = table(config, chat, size)
     judged = [
         replace(each, fits=not each.reason and each.memory - PROCESS <= available)

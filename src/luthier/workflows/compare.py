@@ -250,7 +250,6 @@ def compare(
         DataError: if a tenth of ``rows`` are training rows.
         RecipeError: if there is nothing to compare.
     """
-    from luthier.library.models import writes
 
     if not rows:
         raise RecipeError("there are no rows to compare on")
@@ -263,13 +262,13 @@ def compare(
     if repeats:
         remarks.append(f"{len(repeats):,} rows repeat other rows and were left out")
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
-    generative = [base] if writes(base) else []
+    generative = [base] if base.writes else []
     if judge is not None and (labelled or not generative):
         raise RecipeError(
             "a judge needs rows of prompt and reply, and a generative base", setting="judge"
         )
-    writers = [each for each in tuned if writes(each)]
-    readers = [each for each in tuned if not writes(each)]
+    writers = [each for each in tuned if each.writes]
+    readers = [each for each in tuned if not each.writes]
     asked = [*writers, *generative]
     if len(readers) + len(asked) < 2 and not train:
         raise RecipeError(
@@ -500,13 +499,12 @@ class _Contest:
     ) -> FittedBaselines | None:
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.engine.machine import open_network
-        from luthier.library.models import chat_format, room_of
         from luthier.objectives import Contrastive, TokenClassification
 
         tagged = of_shape(TaggedWords, rows)  # one state per word
         encoder = TokenClassification() if tagged else Contrastive()
         network = open_network(base, Contrastive().head())
-        chat, room = chat_format(base), room_of(base)
+        chat, room = base.chat, base.room
 
         def encode(some: Sequence[Row]) -> list[Example]:
             return encode_cut(encoder, [row.bare() for row in some], chat, room)

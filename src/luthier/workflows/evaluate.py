@@ -108,7 +108,7 @@ def evaluate(
     stored = library.find(model) if isinstance(model, str) else model
     if attach:
         check_attachable(stored)
-    objective = library.objective_of(stored)
+    objective = stored.objective
     check_shapes(rows, objective)
     for by in slices:  # reject unknown columns before the model is loaded
         slice_keys(rows, by)
@@ -193,7 +193,7 @@ def open_graders(
     stored = {n: library.find(n, note) for each in graders.values() for n in each.models}
     for grader in graders.values():
         for name, task in grader.models.items():
-            check_grader_model(name, task, library.objective_of(stored[name]))
+            check_grader_model(name, task, stored[name].objective)
     machine = choose_machine()
     networks = {name: load_frozen(each, machine, Reporter()) for name, each in stored.items()}
     models = LocalModels(networks, note, journal_verdicts)
@@ -254,11 +254,11 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:
     compares models of different tokenizers. Standard errors are those of a mean over sequences.
     """
     library.check_writes(stored, "so raw text has no perplexity under it")
-    trained = library.objective_of(stored)
+    trained = stored.objective
     objective = trained if isinstance(trained, CausalLM) else CausalLM()
-    chat = library.chat_format(stored)
+    chat = stored.chat
     encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
-    sequences = objective.pack(encoded, library.room_of(stored))
+    sequences = objective.pack(encoded, stored.room)
     weight_S = np.array([sequence.weight for sequence in sequences])
     loss = RowScores.of(-np.array(_stored_logps(stored, sequences)), weight_S, is_share=False)
     tokens = float(weight_S.sum())
@@ -289,9 +289,9 @@ def preference_scores(
     library.check_writes(stored, "so answers have no probability under it")
     objective = KTO() if isinstance(rows[0], ThumbedReply) else DPO()
     rows = objective.regroup(rows)
-    chat = library.chat_format(stored)
+    chat = stored.chat
     texts = [objective.encode(row, index, chat).sides for index, row in enumerate(rows)]
-    fitting = fit_rows(rows, texts, library.room_of(stored), long_rows, cut_end)
+    fitting = fit_rows(rows, texts, stored.room, long_rows, cut_end)
     rows, sides = fitting.rows, [side for each in fitting.examples for side in each]
     logps = _stored_logps(stored, sides)
     done(len(rows))
@@ -333,7 +333,7 @@ def multiple_choice(
     from luthier.engine.machine import open_network
 
     library.check_writes(stored, "so choices have no probability under it")
-    fitting = fit_choices(rows, library.chat_format(stored), library.room_of(stored), long_rows)
+    fitting = fit_choices(rows, stored.chat, stored.room, long_rows)
     network = open_network(stored, precise=True)
     found = choice_likelihoods(network, fitting.examples)
     network.close()

@@ -203,7 +203,7 @@ def measure_forgetting(
     """
     from luthier.engine.machine import open_network
     from luthier.inference.generation import Generator
-    from luthier.library.models import chat_format, check_writes
+    from luthier.library.models import check_writes
 
     for each in (tuned, base):
         check_writes(
@@ -211,7 +211,7 @@ def measure_forgetting(
             "so it has no distributions over texts to drift. What a model that reads forgot, `luthier "
             "evaluate` says on rows of the earlier task",
         )
-    chats = chat_format(base), chat_format(tuned)
+    chats = base.chat, tuned.chat
     if chats[0].tokenizer.get_vocab() != chats[1].tokenizer.get_vocab():
         raise RecipeError(
             f"{tuned.id} and {base.id} have other tokens, so their distributions are not "

@@ -310,7 +310,7 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
     """
     from luthier.data.rows import load_prompts, load_rows
     from luthier.engine.dataset import prepare
-    from luthier.library.models import chat_format, find, room_of
+    from luthier.library.models import find
 
     recipe = stage.recipe
     if isinstance(recipe, DistilRecipe):
@@ -324,8 +324,8 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
         load_rows(recipe.data.train, recipe.data.columns)
         return
     model = find(root)
-    room = room_of(model, recipe.adaptation)
-    chat = chat_format(model).with_template_kwargs(recipe.data.chat_template_kwargs or {})
+    room = model.room - recipe.adaptation.added_tokens
+    chat = model.chat.with_template_kwargs(recipe.data.chat_template_kwargs or {})
     prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
 
 

@@ -65,7 +65,6 @@ from luthier.files import (
 from luthier.library import models as store
 from luthier.models import bpe
 from luthier.models.build import build, read_configuration
-from luthier.models.load import sketch
 from luthier.models.manifest import Manifest
 from luthier.models.presets import SHAPES, configuration
 from luthier.models.process_group import ProcessGroup
@@ -191,8 +190,8 @@ def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
     found = _survey(recipe, run, reporter)
     recipe, choices = plan(recipe, found)
     start = _start(recipe, run, found, reporter)
-    chat = store.chat_format(start).with_date()
-    context = room = store.room_of(start, recipe.adaptation)
+    chat = start.chat.with_date()
+    context = room = start.room - recipe.adaptation.added_tokens
     if recipe.network.base is not None:
         CausalLM().check(chat)
         if (recipe.network.context or 0) > room:
@@ -253,7 +252,7 @@ def _job(
         origin |= {"root": start.root}
     else:
         licence = start.manifest.licence if recipe.network.base is not None else None
-        context = store.room_of(start)
+        context = start.room
         origin |= {"parameters": weights, "context": context, "licence": licence}
     return replace(job, origin=origin)
 
@@ -405,7 +404,7 @@ def _report_progress(
 
 def _count(start: store.StoredModel) -> tuple[int, int]:
     """Weights of the network, and those of its embedding tables."""
-    model: Any = sketch(start.network_folder, store.objective_of(start).head())
+    model: Any = start.network.sketch(start.objective.head())
     tables = {
         id(m.weight): m.weight
         for m in (model.get_input_embeddings(), model.get_output_embeddings())

@@ -15,11 +15,10 @@ from luthier.engine.runs import Run
 from luthier.errors import LuthierError, RecipeError
 from luthier.files import folder_size, hashes_of, need_disk, new_folder, sha256_of
 from luthier.library import models as store
-from luthier.models.description import check_folder
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head, head_in
-from luthier.models.load import read_config, sketch_of, stored_dtype
+from luthier.models.load import sketch, stored_dtype
 from luthier.models.manifest import Manifest, created_now
-from luthier.models.modalities import context_length
 from luthier.models.save import save_network
 from luthier.models.student import StudentPlan, StudentShape, plan, shrink
 from luthier.models.tokenizer import check_vocabulary
@@ -118,17 +117,16 @@ def describe_draft(draft: _Draft) -> list[str]:
 
 def _draft(teacher: store.StoredModel, shape: StudentShape) -> _Draft:
     store.check_mergeable(teacher, "a student is made of these")
-    folder = teacher.network_folder
-    chat = store.chat_format(teacher)
-    check_vocabulary(chat, check_folder(folder), teacher.id)
+    network = teacher.network
+    check_vocabulary(teacher.chat, network.fields, teacher.id)
     learned = teacher.manifest.objective
     bare = Head("causal_lm")  # adds nothing to the configuration
-    head = store.objective_of(teacher).head() if learned else head_in(read_config(folder, bare))
-    whole: Any = sketch_of(read_config(folder, head), head)
+    head = teacher.objective.head() if learned else head_in(network.config(bare))
+    whole: Any = network.sketch(head)
     planned = plan(whole, shape)
-    smaller = sketch_of(planned.config, head)
+    smaller = sketch(planned.config, head)
     counts = [sum(weight.numel() for weight in model.parameters()) for model in (smaller, whole)]
-    return _Draft(teacher, head, planned, stored_dtype(folder), *counts)
+    return _Draft(teacher, head, planned, stored_dtype(network.path), *counts)
 
 
 def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
@@ -144,7 +142,7 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
     student = shrink(store.load(teacher, precision, CPU, head).to(draft.dtype), draft.planned)
     stage("Storing and verifying the student")
     with new_folder(run.model_folder) as fresh:
-        save_network(student, store.chat_format(teacher), fresh)
+        save_network(student, teacher.chat, fresh)
         manifest = _manifest(draft, run, fresh)
         stored = store.StoredModel(run.model_id, fresh, manifest)
         again = store.load(stored, draft.dtype, CPU, head).state_dict()
@@ -178,7 +176,7 @@ def _manifest(draft: _Draft, run: Run, folder: Path) -> Manifest:
         created=created_now(),
         luthier=__version__,
         torch=torch.__version__,
-        format=store.text_format(store.chat_format(teacher)),
+        format=store.text_format(teacher.chat),
         kind=teacher.kind or ("causal_lm" if draft.head.task == "causal_lm" else "encoder"),
         saved="network",
         parent=teacher.id,
@@ -196,6 +194,6 @@ def _manifest(draft: _Draft, run: Run, folder: Path) -> Manifest:
             },
         },
         parameters=draft.weights,
-        context=context_length(check_folder(folder)),
+        context=ModelFolder(folder).context,
         precision=str(draft.dtype).removeprefix("torch."),
     )

@@ -13,7 +13,7 @@ from luthier.engine.runs import HELD_OUT
 from luthier.files import read_json, sha256_of
 from luthier.gate.row_keys import match_questions, question_of, repeated_rows
 from luthier.library.folders import working_folders
-from luthier.library.models import StoredModel, objective_of
+from luthier.library.models import StoredModel
 from luthier.types import Row
 
 MOST_COMPARED_BYTES = 64_000_000
@@ -70,7 +70,7 @@ def _trained_rows(
         if (folder / HELD_OUT).is_file():  # also has the lines of a test split
             held_out += read_json(folder / HELD_OUT).values()
     columns = (stored.manifest.recipe or {}).get("data", {}).get("columns")
-    checker = checker_for(objective_of(stored))
+    checker = checker_for(stored.objective)
 
     def rows_of(path: str) -> Iterator[Row]:
         skipped = {line for files in held_out for line in files.get(path, ())}

@@ -23,9 +23,10 @@ from luthier.exports.onnx import export_onnx
 from luthier.exports.writer import export
 from luthier.library.models import find
 from luthier.media.processors import FeatureExtractor, read_processor
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head, row_scores
 from luthier.models.layouts import read_states
-from luthier.models.load import as_network, load_model, read_config
+from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
 
@@ -147,7 +148,7 @@ def test_memory_is_counted_for_sounds_as_long_as_they_are_read(
     family_folder: FamilyFolder,
 ) -> None:
     objective = Classification(labels=("a", "b"))
-    config = read_config(family_folder("wav2vec2"), objective.head())
+    config = ModelFolder(family_folder("wav2vec2")).config(objective.head())
     counted = {
         samples: sketch_training(config, objective, Full(), 4, reads=(1, 1, samples)).memory
         for samples in (8_000, 16_000, 32_000)

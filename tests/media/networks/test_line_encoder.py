@@ -13,8 +13,9 @@ from luthier.media.networks.line_encoder import LineEncoderConfig, LineEncoderMo
 from luthier.media.processors import ImageProcessor, read_processor
 from luthier.models.catalog import CATALOG, pull
 from luthier.models.characters import LETTERS, letter_tokenizer
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head, head_in, width_of
-from luthier.models.load import load_model, read_config
+from luthier.models.load import load_model
 from luthier.models.modalities import context_length, is_dual_encoder, media_config, text_config
 
 
@@ -52,7 +53,7 @@ def test_the_base_of_the_catalogue_loads_as_a_class_of_transformers(tmp_path: Pa
     model = VisionEncoderDecoderModel.from_pretrained(tmp_path)
     assert sum(weight.numel() for weight in model.parameters()) == entry.parameters
     assert isinstance(model.encoder, LineEncoderModel)
-    config = read_config(tmp_path, Head("image_to_text"))
+    config = ModelFolder(tmp_path).config(Head("image_to_text"))
     assert media_config(config) is config.encoder and text_config(config) is config.decoder
     assert not is_dual_encoder(config)
     assert head_in(config) == Head("image_to_text")

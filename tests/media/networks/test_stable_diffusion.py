@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.errors import RecipeError, UnknownModel
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head, frozen_parts, head_weights
-from luthier.models.load import load_model, sketch
+from luthier.models.load import load_model
 from luthier.models.save import save_network
 from luthier.models.tokenizer import load_chat_format
 
@@ -88,7 +89,7 @@ def test_sizes_that_latents_cannot_have_are_refused(model: Any) -> None:
 def test_a_sketch_has_the_weights_of_the_network(
     model: Any, family_folder: Callable[[str], Path]
 ) -> None:
-    drawn = sketch(family_folder("stable_diffusion"), HEAD)
+    drawn = ModelFolder(family_folder("stable_diffusion")).sketch(HEAD)
     shapes = {name: weight.shape for name, weight in drawn.named_parameters()}
     assert shapes == {name: weight.shape for name, weight in model.named_parameters()}
     assert {weight.device.type for weight in drawn.parameters()} == {"meta"}

@@ -21,7 +21,8 @@ from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledImage
 from luthier.engine.memory import estimate_memory, preparation_bytes
 from luthier.errors import RecipeError
 from luthier.media.objectives.diffusion import DenoisingSettings, Diffusion
-from luthier.models.load import as_network, load_model, sketch
+from luthier.models.folder import ModelFolder
+from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.types import Example, Row
@@ -60,7 +61,7 @@ def prepared(family_folder: Callable[[str], Path], tmp_path: Path) -> Callable[.
         chat = load_chat_format(folder)
         objective = Diffusion(**fields).fit(ROWS, chat)
         examples = [objective.encode(row, index, chat) for index, row in enumerate(ROWS)]
-        objective = objective.bind_base(folder, None)
+        objective = objective.bind_base(ModelFolder(folder), None)
         torch.manual_seed(0)
         model = load_model(folder, torch.float32, CPU, objective.head())
         network = as_network(model, CPU, torch.float32)
@@ -191,7 +192,7 @@ def test_the_noise_and_its_use_are_those_of_the_base(prepared: Callable[..., Pre
     with pytest.raises(RecipeError, match="trained with prediction_type=epsilon"):
         prepared(prediction_type="v_prediction")
     stored = Diffusion.model_validate(bound.model_dump())
-    assert stored.bind_base(prepared().folder, None) == bound
+    assert stored.bind_base(ModelFolder(prepared().folder), None) == bound
 
 
 def test_a_schedule_that_is_not_known_is_named(prepared: Callable[..., Prepared]) -> None:
@@ -285,10 +286,10 @@ def test_memory_is_counted_for_the_largest_map_of_the_autoencoder(
     side: int, at_once: int, family_folder: Callable[[str], Path]
 ) -> None:
     """The last stage of its decoder enlarges maps before it has fewer channels."""
-    model = sketch(family_folder("stable_diffusion"), Diffusion().head())
+    model = ModelFolder(family_folder("stable_diffusion")).sketch(Diffusion().head())
     channels = 16
     found = preparation_bytes(model, 2, (3, side, side))
     assert found == 4 * channels * side * side * at_once * 2
     fixed = [estimate_memory(model, 2, reads=(3, each, each)).adviceed for each in (16, side)]
     assert fixed[1] - fixed[0] == found - preparation_bytes(model, 2, (3, 16, 16))
-    assert preparation_bytes(sketch(family_folder("unet"), Diffusion().head()), 2) == 0
+    assert preparation_bytes(ModelFolder(family_folder("unet")).sketch(Diffusion().head()), 2) == 0

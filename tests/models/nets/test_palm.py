@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from luthier.models import nets
+from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head
-from luthier.models.load import as_network, load_model, read_config
+from luthier.models.load import as_network, load_model
 
 CPU = torch.device("cpu")
 HEADS, WIDTH, HEAD = 4, 32, 8
@@ -149,4 +150,4 @@ def test_registering_twice_is_harmless_and_unknown_types_are_left_alone(
     tiny_palm().save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.model_type == "palm"
-    assert type(read_config(tmp_path, Head("causal_lm"))) is type(config)
+    assert type(ModelFolder(tmp_path).config(Head("causal_lm"))) is type(config)

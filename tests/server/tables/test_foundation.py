@@ -10,7 +10,7 @@ import pytest
 from luthier.errors import UnknownModel
 from luthier.files import write_json
 from luthier.library.folders import base_folder
-from luthier.library.models import find, objective_of
+from luthier.library.models import find
 from luthier.models.base_kinds import KINDS, sole_objective
 from luthier.models.catalog import CATALOG, HubSource
 from luthier.models.manifest import MANIFEST, Manifest
@@ -57,7 +57,7 @@ def test_models_of_the_hub_join_once_they_are_here(luthier_home: Path) -> None:
         name for name, entry in CATALOG.items() if entry.kind == "causal_lm"
     ]
     # What does not write gives embeddings, also an encoder with a head for words.
-    assert objective_of(find("bert-base-uncased")).method == "contrastive"
+    assert find("bert-base-uncased").objective.method == "contrastive"
 
 
 def test_a_masked_language_model_made_here_writes_nothing(luthier_home: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_kind_that_is_not_known_is_refused_and_not_offered(luthier_home: Path)
     write_json(base_folder("odd") / MANIFEST, {"id": "odd", "kind": "oracle"})
     assert foundation_model("odd") is None
     with pytest.raises(UnknownModel, match="no kind of base models called 'oracle'"):
-        objective_of(find("odd"))
+        _ = find("odd").objective
     with pytest.raises(UnknownModel, match="'oracle'"):
         replace(CATALOG[ALIAS], kind="oracle")
 

@@ -53,20 +53,19 @@ from luthier.media.objectives.noise_schedule import (
 from luthier.media.processors import ImageProcessor
 from luthier.models.heads import Head, Task
 from luthier.models.modalities import input_shape
-from luthier.models.pipelines import is_pipeline, noise_settings, read_pipeline
+from luthier.models.pipelines import noise_settings
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Objective, TrainingDefaults, chat_of, extra_of
 from luthier.types import Example, IntArray, Loss, Row
 from luthier.validation import describe_constraint
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
     from luthier.media.networks.denoiser import Denoiser
+    from luthier.models.folder import ModelFolder
     from luthier.models.network import Network, TreeBatch
 
 
@@ -220,15 +219,15 @@ class Diffusion(Generative):
                 "image_mean and image_std to 0.5 in its preprocessor_config.json"
             )
 
-    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
+    def bind_base(self, folder: ModelFolder, learned: Objective | None) -> Self:
         """This objective with the noise that the base model was trained with.
 
         Raises:
             RecipeError: where another is asked for than a pipeline knows.
         """
-        if not is_pipeline(folder):
+        if not folder.is_pipeline:
             return self
-        noise = noise_settings(read_pipeline(folder))
+        noise = noise_settings(folder.fields)
         for name, value in noise.items():
             # A recipe that was stored names all fields.
             if getattr(self, name) not in (value, type(self).model_fields[name].default):

@@ -26,7 +26,6 @@ from pydantic import Field
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.errors import RecipeError
-from luthier.files import read_json
 from luthier.media.transcription import character_errors, word_errors
 from luthier.models.heads import Task
 from luthier.objectives.base import Objective, TrainingDefaults, chat_of
@@ -34,11 +33,10 @@ from luthier.objectives.means import MOST_ROW_SCORES
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
+    from luthier.models.folder import ModelFolder
     from luthier.models.network import Network, TreeBatch
 
 CTC_LAYER = "columns_to_letters"
@@ -87,11 +85,11 @@ class ImageToText(Objective):
         longest = max(len(chat.tokens(text, first=False)) for text in texts)
         return self.model_copy(update={"max_tokens": int(LENGTH_MARGIN * longest) + 1})
 
-    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
+    def bind_base(self, folder: ModelFolder, learned: Objective | None) -> Self:
         """This objective with the weight of CTC that goes with the encoder."""
         if self.ctc_weight is not None:
             return self
-        encoder = read_json(folder / "config.json").get("encoder", {})
+        encoder = folder.fields.get("encoder", {})
         columns = encoder.get("model_type") == "line_encoder" and learned is None
         return self.model_copy(update={"ctc_weight": CTC_WEIGHT if columns else 0.0})
 

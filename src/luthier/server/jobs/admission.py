@@ -50,12 +50,11 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.engine.machine import choose_machine
     from luthier.engine.memory import sketch_training, weight_bytes
     from luthier.library.folders import is_base_here
-    from luthier.library.models import find, objective_of
+    from luthier.library.models import find
     from luthier.models.base_kinds import base_kind
     from luthier.models.catalog import CATALOG
     from luthier.models.layouts import MOST_IMAGES
-    from luthier.models.load import catalogue_config, read_config, sketch_of
-    from luthier.models.tokenizer import load_processor
+    from luthier.models.load import catalogue_config, sketch
     from luthier.objectives import OBJECTIVES
     from luthier.recipe import Recipe, parse
     from luthier.workflows.pipeline import KINDS
@@ -67,14 +66,14 @@ def _memory_of(command: str, fields: str) -> int:
     def config(model_id: str, head: Any) -> Any:
         if entry := described(model_id):
             return catalogue_config(entry, head)
-        return read_config(find(model_id).network_folder, head)
+        return find(model_id).network.config(head)
 
     def usual_objective(model_id: str) -> Any:
         entry = described(model_id)
         if entry is not None:
             own = OBJECTIVES[base_kind(entry.kind).objective].model_validate({})
         else:
-            own = objective_of(find(model_id))
+            own = find(model_id).objective
         if own.task == "causal_lm":
             return OBJECTIVES["sft"].model_validate({})
         # A model distilled from another one learns on without its teacher.
@@ -83,7 +82,7 @@ def _memory_of(command: str, fields: str) -> int:
     def reads_media(model_id: str) -> bool:
         if entry := described(model_id):
             return entry.media is not None
-        return load_processor(find(model_id).network_folder) is not None
+        return find(model_id).network.processor is not None
 
     recipe = json.loads(fields)
     parsed = parse(KINDS[command].recipe, recipe)
@@ -101,7 +100,7 @@ def _memory_of(command: str, fields: str) -> int:
     for other in others:
         head = OBJECTIVES["causal_lm"].model_validate({}).head()
         if ":" in other:
-            head = objective_of(find(other)).head()
-        memory = memory.beside(weight_bytes(sketch_of(config(other, head), head), size))
+            head = find(other).objective.head()
+        memory = memory.beside(weight_bytes(sketch(config(other, head), head), size))
     usual = MOST_IMAGES if reads_media(parsed.base) else TOKENS
     return memory.peak(parsed.training.micro_batch_tokens or usual)

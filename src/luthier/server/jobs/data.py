@@ -18,7 +18,6 @@ from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.library.models import find
 from luthier.media.files import REFERENCES, is_media, media_references, object_name
 from luthier.models.catalog import CATALOG
-from luthier.models.tokenizer import load_processor
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.tables.jobs import Job
 from luthier.server.tables.locations import Locations
@@ -94,7 +93,7 @@ def base_reads_media(base: str) -> bool:
     """Whether the rows of a base model are images or sounds; no base is fetched to know."""
     if base in CATALOG:
         return CATALOG[base].media is not None
-    return load_processor(find(base).network_folder) is not None
+    return find(base).network.processor is not None
 
 
 def _check_lines(data: JobData) -> None:

@@ -29,7 +29,7 @@ from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
 from luthier.files import folder_size
 from luthier.inference.inference import Chat, GenerationRequest, ImageRequest, Prompt
 from luthier.library.folders import short_name
-from luthier.library.models import StoredModel, chat_format, load, text_format
+from luthier.library.models import StoredModel, load, text_format
 from luthier.media.processors import PREPROCESSOR_CONFIG, Processor, read_processor
 from luthier.models.external import (
     ADAPTER_CONFIG,
@@ -108,19 +108,11 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
         ModelRefused: where it cannot be taken.
     """
     from luthier.models.config_errors import bounded_memory
-    from luthier.models.description import (
-        described_kind,
-        described_network,
-        import_transformers,
-        read_model_fields,
-    )
-    from luthier.models.modalities import context_length, text_fields
-    from luthier.models.tokenizer import (
-        check_vocabulary,
-        load_chat_format,
-        load_processor,
-        reads_texts,
-    )
+    from luthier.models.folder import ModelFolder, import_transformers
+    from luthier.models.modalities import text_fields
+    from luthier.models.tokenizer import check_vocabulary, load_chat_format, reads_texts
+
+    opened = ModelFolder(folder)
 
     for part in network_folders(folder):
         with _in_folder(part.relative_to(folder)):
@@ -134,12 +126,11 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
     if is_pipeline(folder):
         index, fix = MODEL_INDEX, "Take a Stable Diffusion 1 or 2, as diffusers saves it."
     with _as(index, "model.network", fix):
-        fields = read_model_fields(folder)
+        fields = opened.fields
         import_transformers()
         with bounded_memory():
-            network = described_network(folder)
-        context = context_length(fields)
-        kind = described_kind(folder)
+            network = opened.description
+        context, kind = opened.context, opened.kind
         if kind is None:
             raise ModelRefused(
                 CONFIG, "model.task", f"The network is a {network.task.replace('_', ' ')} model.",
@@ -149,12 +140,12 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
     if kind == "causal_lm":
         # What it may read of images is not taken in here.
         (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
-    with_texts, form = reads_texts(folder, load_processor(folder)), None
+    with_texts, form = reads_texts(folder, opened.processor), None
     approved = False
     if with_texts:
         fix = "Save the model's own tokenizer into the folder."
         with _as("tokenizer.json", "model.tokenizer", fix):
-            chat = load_chat_format(folder)
+            chat = load_chat_format(folder, opened)
             approved = _try_format(chat, trusted)
             check_vocabulary(chat, fields.get("text_encoder", fields), "the model")
             if chat.start_id is not None:
@@ -208,8 +199,6 @@ def accept_adapter(
     import torch
 
     from luthier.adaptations.peft import lora_of
-    from luthier.models.description import check_folder
-    from luthier.models.load import read_config, sketch
     from luthier.models.save import read_adapter
     from luthier.models.tokenizer import check_vocabulary
     from luthier.objectives import OBJECTIVES
@@ -219,12 +208,12 @@ def accept_adapter(
     check_weights(folder)
     check_tokenizer(folder)
     head = OBJECTIVES["causal_lm"].model_validate({}).head()
-    lora = lora_of(fields, read_adapter(folder), sketch(base.network_folder, head))
+    lora = lora_of(fields, read_adapter(folder), base.network.sketch(head))
     fix = "Save the base model's tokenizer into the folder."
     with _as("tokenizer.json", "model.tokenizer", fix):
         chat = _adapter_format(folder, base)
         approved = _try_format(chat, trusted)
-        check_vocabulary(chat, check_folder(base.network_folder), "the adapter")
+        check_vocabulary(chat, base.network.fields, "the adapter")
     manifest = Manifest(
         id=model_id,
         kind="causal_lm",
@@ -238,7 +227,7 @@ def accept_adapter(
         adapter_of=_base_name(fields),
     )
     candidate = StoredModel(model_id, folder, manifest, base)
-    config = read_config(base.network_folder, head)
+    config = base.network.config(head)
     with _as(ADAPTER, "adapter.weights", "Save the adapter anew with PEFT's save_pretrained."):
         expected = _by_peft(folder, base, int(config.vocab_size))
         ours = load(candidate, torch.float32, torch.device("cpu"))
@@ -352,7 +341,7 @@ def _adapter_format(folder: Path, base: StoredModel) -> ChatFormat:
     from luthier.models.tokenizer import load_tokenizer
 
     template: Template = "auto"
-    chat = chat_format(base)
+    chat = base.chat
     if not (folder / "tokenizer_config.json").is_file():
         save_format(chat, folder)
         template = chat.template

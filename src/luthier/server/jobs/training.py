@@ -319,7 +319,7 @@ def _validation_losses(
     from luthier.engine.machine import choose_machine
     from luthier.models.load import as_network
 
-    objective, chat = models.objective_of(model), models.chat_format(model)
+    objective, chat = model.objective, model.chat
     training = job.recipe.get("training", {})
     machine = choose_machine(training.get("precision", "auto"), training.get("threads"))
     loaded = models.load(model, machine.dtype, machine.device, objective.head())
@@ -331,6 +331,6 @@ def _validation_losses(
     losses = []
     for number in range(len(data.validators)):
         rows = DataSpec.model_validate({**fields, "train": data.validator(number)})
-        examples = prepare(rows, objective, chat, models.room_of(model), 0).train
+        examples = prepare(rows, objective, chat, model.room, 0).train
         losses.append(objective.validation_metrics(network, examples, READING_BUDGET)["loss"])
     return [finite_or_none(loss) for loss in losses]

@@ -86,10 +86,10 @@ def writes(model: AnyModel) -> bool:
 @lru_cache(maxsize=1 << 14)
 def _stored_writes(home: Path, stored_id: str, created: datetime) -> bool:
     """Of a model in the store ``home``; ``created`` tells it from an earlier one of its id."""
-    from luthier.library.models import find, objective_of
+    from luthier.library.models import find
 
     stored = find(stored_id)
-    return _writes(stored, objective_of(stored))
+    return _writes(stored, stored.objective)
 
 
 @lru_cache
@@ -102,15 +102,13 @@ def _kind_writes(kind: str) -> bool:
 
 
 def _writes(stored: StoredModel, objective: Objective) -> bool:
-    from luthier.library import models
 
-    return not predicts(objective) and models.writes(stored)
+    return not predicts(objective) and stored.writes
 
 
 def _abilities(stored: StoredModel, reads: tuple[Reads, ...]) -> Abilities:
-    from luthier.library.models import objective_of
 
-    objective, does = objective_of(stored), list[Ability]()
+    objective, does = stored.objective, list[Ability]()
     if predicts(objective):
         does.append("embed" if gives_embeddings(objective) else "predict")
     elif _writes(stored, objective):

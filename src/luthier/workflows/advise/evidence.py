@@ -291,6 +291,5 @@ class _Predictions:
 
     @property
     def _context(self) -> int:
-        from luthier.library.models import room_of
 
-        return room_of(self.job.base, self.job.recipe.adaptation)
+        return self.job.base.room - self.job.recipe.adaptation.added_tokens

@@ -147,7 +147,7 @@ def collect(
     _check_texts(recipe)
     recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
-    chat = store.chat_format(base).with_template_kwargs(recipe.data.chat_template_kwargs or {})
+    chat = base.chat.with_template_kwargs(recipe.data.chat_template_kwargs or {})
     report = _inspect(recipe, reporter)
     refused = _rules(report, "error")
     rows = _rows(recipe, refused)
@@ -250,18 +250,16 @@ def _model_facts(
 
     from luthier.engine.machine import choose_machine
     from luthier.engine.memory import trained_numbers
-    from luthier.library.models import objective_of
     from luthier.models.heads import Head
-    from luthier.models.load import sketch
 
-    own = objective_of(base)
+    own = base.objective
     head = own.head()
     if recipe.objective is not None:
         try:
             head = recipe.objective.fit(rows, chat).head()
         except RefusedInput:
             head = Head(own.task)
-    model = sketch(base.network_folder, head)
+    model = base.network.sketch(head)
     weights = sum(weight.numel() for weight in model.parameters())
     with torch.device("meta"):
         recipe.adaptation.attach(model)

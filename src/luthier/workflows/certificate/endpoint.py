@@ -15,7 +15,7 @@ from typing import ClassVar
 from luthier.chat_models.base import Failure, ModelSpec, Reply, SamplingSpec
 from luthier.chat_models.endpoint import EndpointModel
 from luthier.errors import DataError, Location, LuthierError, Problem, RecipeError
-from luthier.library.models import StoredModel, chat_format, writes
+from luthier.library.models import StoredModel
 from luthier.types import Message, Row
 
 MIN_PROMPTS, MAX_PROMPTS, MAX_TOKENS = 3, 256, 512
@@ -57,7 +57,7 @@ def check_generates(model: StoredModel) -> None:
     Raises:
         RecipeError: for classifiers, embedding models and other models without replies.
     """
-    if not writes(model) or not chat_format(model).has_tokenizer:
+    if not model.writes or not model.chat.has_tokenizer:
         raise RecipeError(
             f"{model.id} does not generate text, so there are no replies to compare; leave the "
             "endpoint out to verify its files"

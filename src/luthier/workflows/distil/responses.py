@@ -40,7 +40,7 @@ from luthier.inference.reply_log import (
     key_of,
 )
 from luthier.library.folders import short_name
-from luthier.library.models import StoredModel, chat_format, content_hash, find, room_of
+from luthier.library.models import StoredModel, content_hash, find
 from luthier.objectives import OBJECTIVES
 from luthier.types import Message, Row
 from luthier.workflows.distil.insights import (
@@ -234,8 +234,8 @@ class _Responses:
         """Says what of a prompt and its answer the student's context does not hold."""
         if self.recipe.data.long_rows != "error":
             return lambda row, answer: ""  # as the user asked, training cuts or drops them
-        chat = chat_format(self.student)
-        context = room_of(self.student, self.recipe.adaptation)
+        chat = self.student.chat
+        context = self.student.room - self.recipe.adaptation.added_tokens
         objective = self.recipe.objective or OBJECTIVES["sft"].model_validate({})
 
         def overflow(row: Row, answer: str) -> str:
@@ -292,16 +292,14 @@ def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
     weights."""
     import torch
 
-    from luthier.models.load import sketch
-
     objective = recipe.objective or OBJECTIVES["sft"].model_validate({})
     if "prompt" not in objective.shapes | objective.further_shapes:
         raise RecipeError(
             f"distillation by responses teaches replies to prompts, and objective {objective.method} "
             "does not learn from such rows. Leave it out, or use sft"
         )
-    objective.check(chat_format(student))
-    network = sketch(student.network_folder, objective.head())
+    objective.check(student.chat)
+    network = student.network.sketch(objective.head())
     weights = sum(weight.numel() for weight in network.parameters())
     with torch.device("meta"):
         recipe.adaptation.attach(network)
@@ -333,12 +331,11 @@ class LocalTeacher(ChatModel):
     """A base or custom model of this machine, a batch at a time."""
 
     def __init__(self, spec: TeacherSpec, stored: StoredModel) -> None:
-        from luthier.library.models import check_writes, objective_of
-        from luthier.models.load import sketch
+        from luthier.library.models import check_writes
 
         check_writes(stored, "so it cannot teach by its answers")
         self.name, self.spec, self.stored = stored.id, spec, stored
-        network = sketch(stored.network_folder, objective_of(stored).head())
+        network = stored.network.sketch(stored.objective.head())
         self.weights = sum(weight.numel() for weight in network.parameters())
         self._digest = content_hash(stored)
 
