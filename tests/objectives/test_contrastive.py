@@ -130,7 +130,7 @@ def test_views_of_images_are_contrasted_with_all_others(
     network = as_network(model, CPU, torch.float32)
     network.model.eval()
     examples = [objective.encode(row, n, chat) for n, row in enumerate(rows)]
-    views = objective.augment(examples)
+    views = objective.views(examples, "fixed")
     pixels = np.stack([view.media.array() for view in views if view.media])
     with torch.no_grad():
         states = model(pixel_values=torch.from_numpy(pixels)).pooler_output.double().numpy()
@@ -163,7 +163,13 @@ def test_views_are_drawn_in_training_and_else_always_the_same(
     examples = [objective.encode(row, n, chat) for n, row in enumerate(image_rows())]
 
     def seen(rows: list[Example], training: bool = False) -> np.ndarray[Any, Any]:
-        return np.stack([v.media.array() for v in objective.augment(rows, training) if v.media])
+        return np.stack(
+            [
+                v.media.array()
+                for v in objective.views(rows, "random" if training else "fixed")
+                if v.media
+            ]
+        )
 
     fixed = seen(examples)
     assert len(fixed) == 12
@@ -322,22 +328,26 @@ def test_the_threshold_is_what_few_other_pairs_are_above(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = Contrastive(false_alarms=0.25)
-    assert (objective.rows_to_finish, Contrastive().rows_to_finish) == (3, 11)
     network, examples = ready(family_folder("bert"), objective)
     network.model.eval()
     with torch.no_grad():
         (batch,) = objective.annotate(network, examples, 1000)
         embedded = objective.embed(network, batch).double().numpy()
-        done = objective.finish(network, examples, 16)
-        assert objective.finish(network, examples[:1], 1000) is objective
-        assert done.finish(network, examples[:2], 1000) is done
+        finished = objective.finish(network, examples, [], 16)
+        assert (finished.rows, finished.wanted) == (len(examples), 3)
+        few = objective.finish(network, examples[:2], examples[2:], 16)
+        assert few.rows == len(examples)  # the training rows, too
+        assert objective.finish(network, examples[:1], [], 1000).objective is objective
+        done = finished.objective
+        assert isinstance(done, Contrastive)
+        assert done.finish(network, examples[:2], [], 1000).objective is done
     order = np.argsort([side.row for side in batch.tree.examples])
     scores = embedded[order[::2]] @ embedded[order[1::2]].T
     others = scores[~np.eye(len(examples), dtype=bool)]  # 20, of which 5 may be above
     assert done.threshold == pytest.approx(np.sort(others)[-5], abs=1e-6)
     chat = load_chat_format(family_folder("small_cnn"))
     views = [objective.encode(row, n, chat) for n, row in enumerate(image_rows())]
-    assert objective.finish(network, views, 16) is objective
+    assert objective.finish(network, views, [], 16).objective is objective
 
 
 @pytest.mark.slow

@@ -244,7 +244,7 @@ def test_groups_of_equal_rewards_give_no_gradient(
         objective.loss(network, batch).total.backward()
     gradients = [w.grad for w in network.model.parameters() if w.grad is not None]
     assert gradients and all(float(g.abs().max()) < 1e-7 for g in gradients)
-    report = objective.report(network, batches).metrics
+    report = objective.report(network, batches, []).metrics
     assert report["equal_groups"] == 1 and report["reward"] == pytest.approx(0.4)
     # Only a divergence makes it worth running such completions at all.
     assert sum(len(batch.tree.examples) for batch in batches) == (6 if beta else 1)
@@ -258,7 +258,7 @@ def test_groups_that_teach_nothing_count_unless_they_are_left_out(
     fixed(monkeypatch, written(objective, network))
     batches = objective.annotate(network, prompts(objective, network), 1000)
     assert sum(batch.weight for batch in batches) == pytest.approx(divisor)
-    assert objective.report(network, batches).metrics["equal_groups"] == 0.5
+    assert objective.report(network, batches, []).metrics["equal_groups"] == 0.5
     # The completions of the other group are computed behind one prompt, and nothing else is.
     (batch,) = batches
     prompt = prompts(objective, network)[0]
@@ -283,7 +283,7 @@ def test_a_batch_of_nothing_but_masked_completions_moves_nothing(
     loss = sum(objective.loss(network, batch).total for batch in batches)
     loss.backward()  # type: ignore[union-attr]
     assert all(w.grad is None or not w.grad.any() for w in network.model.parameters())
-    assert objective.report(network, batches).metrics["truncated"] == 1
+    assert objective.report(network, batches, []).metrics["truncated"] == 1
 
 
 def test_several_steps_are_taken_on_the_same_completions(network: Network) -> None:

@@ -74,7 +74,7 @@ def rows_of_a_step(
     with torch.no_grad():
         batches = objective.annotate(network, examples, 60)
     rows = [row for batch in batches for row in batch.tree.examples]
-    return sorted(rows, key=lambda row: row.row), objective.report(network, batches).metrics
+    return sorted(rows, key=lambda row: row.row), objective.report(network, batches, []).metrics
 
 
 def test_answers_are_the_students_own(chat: ChatFormat, tiny_llama: Callable[..., Any]) -> None:

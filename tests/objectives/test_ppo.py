@@ -177,7 +177,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
         torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=3e-5)
     if objective.kl_coef:
         kl = sum(float((one - other).sum()) for one, other in zip(old, start, strict=True))
-        metrics = objective.report(network, batches).metrics
+        metrics = objective.report(network, batches, []).metrics
         assert metrics["kl"] == pytest.approx(kl / sum(SIZES), abs=1e-5)
 
 

@@ -283,7 +283,7 @@ def test_log_probabilities_of_both_sides_agree_at_any_temperature(tiny_model_fol
             logp_M = logprobs.token_logps(network, batch, 0.6)
             torch.testing.assert_close(logp_M, batch.extra.sampler_M, rtol=1e-4, atol=1e-4)
             objective.loss(network, batch)
-    assert 0 < objective.report(network, batches).metrics["sampler_difference"] < 1e-5
+    assert 0 < objective.report(network, batches, []).metrics["sampler_difference"] < 1e-5
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])

@@ -48,7 +48,7 @@ def test_the_teacher_reads_the_reply_behind_the_prompt(chat: ChatFormat) -> None
     example = encoded(chat, demonstration=" (say {reply})")[2]
     assert chat.tokenizer.decode(answer_of(example)) == "the dog<|im_end|>"
     assert example.weight == len(answer_of(example))  # the first reply is read, not learned
-    student, teacher = SDFT().sequences(example)
+    student, teacher = SDFT().views([example])
     assert chat.tokenizer.decode(prompt_of(student)).endswith(
         "c<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -65,7 +65,7 @@ def divergence(student: Any, teacher: Any, objective: SDFT, example: Example) ->
     reply = len(answer_of(example))
     own, shown = (
         model(torch.from_numpy(each.ids_T)[None]).logits[0].log_softmax(-1)[-reply - 1 : -1]
-        for model, each in zip((student, teacher), objective.sequences(example), strict=True)
+        for model, each in zip((student, teacher), objective.views([example]), strict=True)
     )
     return float((own.exp() * (own - shown)).sum())
 
@@ -119,13 +119,13 @@ def test_a_step_learns_the_students_own_answers(
     total = sum(objective.loss(network, batch).total for batch in batches)
     total.backward()  # type: ignore[union-attr]
     assert float(network.model.lm_head.weight.grad.abs().sum()) > 0
-    assert objective.report(network, batches).metrics["answer_tokens"] >= 1
-    assert objective.report(network, batches).samples[0]["expected"]
+    assert objective.report(network, batches, []).metrics["answer_tokens"] >= 1
+    assert objective.report(network, batches, []).samples[0]["expected"]
 
 
 def test_both_must_have_room(chat: ChatFormat, tiny_llama: Callable[..., Any]) -> None:
     objective, example = SDFT(), encoded(chat)[0]
-    student, teacher = objective.sequences(example)
+    student, teacher = objective.views([example])
     assert objective.length_problem(example, len(teacher)) is None
     refused = objective.length_problem(example, len(teacher) - 1)
     assert refused is not None and f"{len(teacher)} tokens" in str(refused)

@@ -19,6 +19,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import SemiSupervised, semi_supervised
+from luthier.objectives.base import RunStart
 from luthier.objectives.semi_supervised import neighbour_graph, propagate
 from luthier.types import Example, Row
 
@@ -57,7 +58,9 @@ def begun(
     """The label of each row after the network has read all of them, and what was said."""
     notes: list[str] = []
     with torch.no_grad():
-        after = objective.prepare(network, examples, budget, notes.append)
+        after = objective.prepare(
+            RunStart(network, examples, budget, False, 0, 0, 0, notes.append)
+        ).examples
     assert [(e.row, e.weight) for e in after] == [(e.row, e.weight) for e in examples]
     return [int(example.target[0]) for example in after if example.target is not None], notes
 
@@ -129,7 +132,7 @@ def total_and_gradients(
     network: Network, objective: SemiSupervised, examples: list[Example], budget: int
 ) -> tuple[float, float, dict[str, torch.Tensor], int]:
     network.model.zero_grad(set_to_none=True)
-    batches = [*network.batches(objective.augment(examples, training=True), budget)]
+    batches = [*network.batches(objective.views(examples, "random"), budget)]
     total = 0.0
     for batch in batches:
         loss = objective.loss(network, batch).total
@@ -178,12 +181,12 @@ def test_a_step_without_any_label_moves_nothing(family_folder: Callable[[str], P
     total, weight, gradients, _ = total_and_gradients(network, objective, bare, 40)
     assert (total, weight) == (0.0, 1.0)
     assert all(not gradient.any() for gradient in gradients.values())
-    assert objective.augment(bare) == []
+    assert objective.views(bare, "fixed") == []
 
 
 def test_only_labelled_rows_are_measured(family_folder: Callable[[str], Path]) -> None:
     _, objective, examples = ready(family_folder("bert"), SemiSupervised())
-    assert [example.row for example in objective.augment(examples)] == [0, 1]
+    assert [example.row for example in objective.views(examples, "fixed")] == [0, 1]
     assert objective.describe(examples[0]) == "animal"
     assert objective.describe(examples[3]) == "without a label"
 

@@ -52,7 +52,7 @@ def pieces(size: int, count: int = 1, **fields: Any) -> tuple[SpanCorruption, li
 def test_source_and_target_hold_the_whole_text(size: int) -> None:
     chosen, (example,) = pieces(size)
     torch.manual_seed(size)
-    (seen,) = chosen.augment([example], training=True)
+    (seen,) = chosen.views([example], "random")
     assert restored(seen) == example.ids_T.tolist()
     assert seen.ids_T[0] == START and seen.ids_T[-1] == seen.source_T[-1] == END  # type: ignore[index]
     assert seen.weight_T.tolist() == [0.0] + [1.0] * (len(seen) - 1)
@@ -61,7 +61,7 @@ def test_source_and_target_hold_the_whole_text(size: int) -> None:
 
 def test_share_and_length_of_spans_are_those_asked_for() -> None:
     chosen, (example,) = pieces(200, noise_density=0.15, mean_span_length=3.0)
-    (seen,) = chosen.augment([example], training=True)
+    (seen,) = chosen.views([example], "random")
     taken = [token for token in seen.ids_T[1:-1].tolist() if token not in SENTINELS]
     marks = [token for token in seen.source_T.tolist() if token in SENTINELS]  # type: ignore[union-attr]
     assert len(taken) == 30 and marks == list(SENTINELS[:10])
@@ -70,15 +70,15 @@ def test_share_and_length_of_spans_are_those_asked_for() -> None:
 def test_spans_are_drawn_anew_in_training_and_never_for_measuring() -> None:
     chosen, examples = pieces(64, count=3)
     torch.manual_seed(1)
-    first, second = (chosen.augment(examples, training=True) for _ in range(2))
+    first, second = (chosen.views(examples, "random") for _ in range(2))
     assert any(
         a.source_T.tolist() != b.source_T.tolist() for a, b in zip(first, second, strict=True)
     )  # type: ignore[union-attr]
     torch.manual_seed(1)
-    again = chosen.augment(examples, training=True)
+    again = chosen.views(examples, "random")
     assert [e.ids_T.tolist() for e in again] == [e.ids_T.tolist() for e in first]
     state = torch.get_rng_state()
-    fixed = [[e.ids_T.tolist() for e in chosen.augment(examples)] for _ in range(2)]
+    fixed = [[e.ids_T.tolist() for e in chosen.views(examples, "fixed")] for _ in range(2)]
     assert fixed[0] == fixed[1] and torch.equal(torch.get_rng_state(), state)
 
 
@@ -87,7 +87,7 @@ def test_every_token_is_taken_out_equally_often_away_from_the_edges() -> None:
     torch.manual_seed(0)
     counts = np.zeros(60)
     for _ in range(1500):
-        (seen,) = chosen.augment([example], training=True)
+        (seen,) = chosen.views([example], "random")
         taken = [t - 100 for t in seen.ids_T.tolist() if t not in (*SENTINELS, START, END)]
         counts[taken] += 1
     # The authors' partitions begin with text and end with a span: 2 of the 3 spans lie inside.

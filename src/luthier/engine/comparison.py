@@ -122,7 +122,7 @@ def base_states(
     of_batch = words if isinstance(held.rows[0], TaggedWords) else texts
     read = partial(_states, network, of_batch, on_read)
     if isinstance(held.rows[0], TextPair):
-        views = [view for example in held.examples for view in encoder.sequences(example)]
+        views = encoder.views(held.examples)
         both = read(views, budget, began + seconds)
         if len(both) < len(views):
             return None
@@ -177,7 +177,7 @@ def measure_tuned(
 ) -> Comparison:
     """The tuned network beside the baselines, on the same rows."""
     network.model.eval()
-    views = [view for example in held.examples for view in objective.sequences(example)]
+    views = objective.views(held.examples)
     answers = network.read_rows(views, budget, partial(objective.predict, network))
     if pairs := of_shape(TextPair, held.rows):
         embeddings = [answer["embedding"] for answer in answers]

@@ -132,12 +132,16 @@ def prepare(
     held_out = {"validation": _lines(chosen), "test": _lines(tested)}
     held = held if spec.validation else chosen
     learned = concatenate([rows, *further])
-    own = objective.fitted_choices(learned)
-    choices += [(f"objective.{name}", value, reason) for name, value, reason in own]
+    given = objective
     try:
-        objective = objective.fit(learned, chat)
+        objective = given.fit(learned, chat)
     except RowRefused as bad:
         raise DataError([bad.at(str(spec.train), 0)]) from bad
+    choices += [
+        (f"objective.{name}", True, "the rows say so")
+        for name, value in objective
+        if value is True and getattr(given, name) is None
+    ]
     encoder = RowEncoder(objective, chat)
     encode = partial(encoder.encode_all, context=context, long_rows=spec.long_rows)
     sets, validation = [encode(each) for each in (rows, *further)], encode(held)
@@ -193,7 +197,7 @@ def prepare(
 
 def _sequences(objective: Objective, examples: Iterable[Example]) -> Iterator[Example]:
     """What the network is to see of ``examples``, one after the other."""
-    return chain.from_iterable(map(objective.sequences, examples))
+    return chain.from_iterable(objective.views([example]) for example in examples)
 
 
 def _rows_of(rows: Sequence[Row], examples: Sequence[Example]) -> Sequence[Row]:

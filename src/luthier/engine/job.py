@@ -289,23 +289,9 @@ def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) ->
     Raises:
         RecipeError: with what would do.
     """
-
-    def stands_alone(kind: type[Objective]) -> bool:
-        hooks = (
-            "attach",
-            "prepare",
-            "precompute",
-            "annotate",
-            "turns",
-            "report",
-            "validation_metrics",
-        )
-        return all(getattr(kind, name) is getattr(Objective, name) for name in hooks)
-
     problem = ""
-    asks = objective.uses_reference or objective.other_models
-    if asks or not stands_alone(type(objective)):
-        able = ", ".join(name for name, kind in OBJECTIVES.items() if stands_alone(kind))
+    if not objective.can_shard:
+        able = ", ".join(name for name, kind in OBJECTIVES.items() if kind.can_shard)
         problem = f"is not made for {objective.method}, but for these objectives: {able}"
     elif type(adaptation).calibrate is not Adaptation.calibrate:
         problem = (
@@ -455,8 +441,6 @@ def resolve_job(
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.settings([("precision", number, machine.reason), *data.choices, *choices])
     steps = defaults.steps_of(recipe, data.main, data.mixed)
-    if cost := data.objective.describe_cost(*_readings(recipe, data, steps)):
-        reporter.note(cost)
     chat = data.objective.format(chat)
     expected = estimate.peak(tokens)
     refit_steps = 0
@@ -476,16 +460,6 @@ def resolve_job(
         refit_steps=refit_steps,
         usual_rate=usual.training.learning_rate or 0.0,
     )
-
-
-def _readings(recipe: Recipe, data: Dataset, steps: int) -> tuple[int, int, int]:
-    """How often rows are read at most: in steps, in measurements, and to calibrate the adaptation."""
-    training = recipe.training
-    every = training.evaluate_every or steps
-    # Before the first step, each so many, and after the last.
-    times = 1 + -(-steps // every)
-    calibrated = min(recipe.adaptation.calibration_rows, len(data.train))
-    return steps * (training.batch_size or 1), times * len(data.validation), calibrated
 
 
 def bind_models(
@@ -511,4 +485,6 @@ def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[E
     steps = range(min(count, order.steps_per_epoch))
     chosen = [[data.train[index] for index in order.batch(step)] for step in steps]
     objective = data.objective
-    return [with_completions(objective, objective.augment(batch) or batch) for batch in chosen]
+    return [
+        with_completions(objective, objective.views(batch, "fixed") or batch) for batch in chosen
+    ]

@@ -52,9 +52,9 @@ _BEST, _BUFFER = "best.", "buffer."
 MANY_HELD_OUT = 50
 """Held-out rows whose first measurement is said to begin: of long ones it takes minutes."""
 ADVICE_EVERY = 10
-"""Steps between looks at the course of a run."""
+"""Steps between two pieces of advice."""
 ADVICE_LINES = 200
-"""Of its last steps, which an objective is shown."""
+"""Last steps whose metrics the objective gets with each report."""
 
 
 ROWS_FOR_PERFECT = 30
@@ -137,8 +137,10 @@ class Loop:
         self.best: dict[str, torch.Tensor] = {}
         self.measured: list[Mapping[str, Any]] = []
         """What was measured on the validation rows, in order."""
-        self.train_lines: deque[Mapping[str, Any]] = deque(maxlen=ADVICE_LINES + ADVICE_EVERY)
+        self.train_lines: deque[Mapping[str, Any]] = deque(maxlen=ADVICE_LINES)
         """What the metrics say of the last training steps."""
+        self._advice = ""
+        """Last advice of the objective, which is printed when it is new."""
 
     def resume(self, progress: TrainingProgress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from what :meth:`Checkpoints.latest` gave."""
@@ -200,7 +202,6 @@ class Loop:
                     every = self.training.evaluate_every or self.steps
                     if last or self.progress.step % every == 0:
                         self.evaluate()
-                    self._advise()
                 if self.processes.any(stopped()):
                     if self.progress.step:  # a run that has not trained begins anew
                         self.checkpoint()
@@ -289,7 +290,7 @@ class Loop:
         progress.last_loss = loss
         progress.first_loss = loss if progress.first_loss is None else progress.first_loss
         with self.network.split_work():
-            report = objective.report(self.network, batches)
+            report = objective.report(self.network, batches, [*self.train_lines])
         self.record(
             "train",
             loss=loss,
@@ -302,6 +303,10 @@ class Loop:
             **metrics,
             **report.metrics,
         )
+        if progress.step % ADVICE_EVERY == 0:
+            if report.advice and not self._advice:
+                self.reporter.note(report.advice)
+            self._advice = report.advice
         if self.samples is not None:
             for record in report.samples:
                 line = {"step": progress.step, **record}
@@ -405,16 +410,6 @@ class Loop:
             f"Lower the learning rate (it was {self.rate:g} at its highest), or look for rows with "
             "extreme content."
         )
-
-    def _advise(self) -> None:
-        """Tell people what the objective makes of the course so far, where that is something new."""
-        if self.progress.step % ADVICE_EVERY:
-            return
-        lines = [*self.train_lines]
-        parts = lines[-ADVICE_LINES:], lines[:-ADVICE_EVERY]
-        advice, before = map(self.objective.advise, parts)
-        if advice and not before:
-            self.reporter.note(advice)
 
     def record(self, event: str, **values: Any) -> None:
         """Add a line to the metrics and tell the reporter."""
@@ -521,7 +516,7 @@ def row_gradients(
         steps = range(order.steps_per_epoch)
         whole = (examples[index] for step in steps for index in order.batch(step))
         # A row may teach nothing by itself: a text whose label nobody knows.
-        chosen = list(islice((row for row in whole if objective.augment([row])), rows))
+        chosen = list(islice((row for row in whole if objective.views([row], "fixed")), rows))
         reporter.stage(
             f"Reading gradients of {len(chosen):,} rows, to choose the weights that train"
         )

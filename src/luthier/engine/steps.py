@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from luthier.data.disk_sequence import concatenate
 from luthier.data.media import PLURAL
 from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.job import TrainingJob, prepare_refit
@@ -30,7 +29,7 @@ from luthier.gate.checks.base_language import UNTRAINED
 from luthier.models.frozen_layer_cache import Bottom, frozen_layers, is_frozen
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MediaLayout
-from luthier.objectives.base import threshold_of
+from luthier.objectives.base import RunStart, threshold_of
 from luthier.objectives.references import ReferenceObjective, with_reference_logps
 from luthier.plugins import PluginTable
 
@@ -92,17 +91,24 @@ class Preparation(TrainingStep):
 
     @torch.no_grad()
     def before_training(self, trainer: Trainer) -> None:
-        """Set a new head, complete the training rows, and let a teacher read all rows."""
+        """Prepare the objective, then compute what every epoch needs."""
         job, network, note = trainer.job, trainer.network, trainer.reporter.note
         objective, budget = job.data.objective, trainer.reading_budget
         network.model.eval()
         with trainer.clock.part("begin"):
-            if job.new_head and objective.starts_head:
-                done = objective.start_head(network, job.data.train, budget)
-                trainer.fitted_head = bool(done)
-                if done:
-                    note(done)
-            trainer.prepared_rows = objective.prepare(network, job.data.train, budget, note)
+            steps, measured, calibrated = rows_read(job)
+            start = RunStart(
+                network,
+                job.data.train,
+                budget,
+                job.new_head,
+                steps,
+                measured,
+                calibrated,
+                note,
+            )
+            prepared = objective.prepare(start)
+        trainer.fitted_head, trainer.prepared_rows = prepared.head_fitted, prepared.examples
         trainer.job = job = job.with_rows(trainer.prepared_rows)
         with trainer.clock.part("ahead"):
             rows = chain(job.data.train, job.data.validation)
@@ -214,7 +220,7 @@ class FrozenLayers(TrainingStep):
             return
         with trainer.clock.part("ahead"):
             started = time.monotonic()
-            rows = data.objective.augment([*data.train, *data.validation])
+            rows = data.objective.views([*data.train, *data.validation], "fixed")
             size = sum(map(len, rows)) * network.width * network.dtype.itemsize
             file = None
             if size > available_memory() // 4:
@@ -320,38 +326,33 @@ class RefitTraining(TrainingStep):
 
 
 class Threshold(TrainingStep):
-    """A decision threshold that the objective draws from scores of the trained network."""
-
-    @classmethod
-    def applies(cls, job: TrainingJob) -> bool:
-        """Return whether the objective draws a threshold."""
-        return bool(job.data.objective.rows_to_finish)
+    """Settings that the objective draws from the trained network, such as a decision threshold."""
 
     @torch.no_grad()
     def before_storing(self, trainer: Trainer) -> None:
-        """Draw the threshold from the held-out rows, and from the training rows if they are few."""
+        """Complete the objective of the stored model."""
         job, network = trainer.stored_job, trainer.network
-        examples = trainer.job.data.validation
-        wanted, count = job.data.objective.rows_to_finish, len(examples)
-        if count < wanted:
-            examples = concatenate([examples, job.data.train])
+        held = trainer.job.data.validation
         network.model.eval()
-        done = job.data.objective.finish(network, examples, trainer.reading_budget)
-        if done is job.data.objective:
+        objective, budget = job.data.objective, trainer.reading_budget
+        done = objective.finish(network, held, job.data.train, budget)
+        if done.objective is objective:
             return
-        reason = f"from the scores of {len(examples):,} rows"
-        trainer.reporter.settings([("objective.threshold", threshold_of(done), reason)])
-        if count < wanted or trainer.refit is not None:
-            why = f"{count:,} rows are held out, and {wanted:,} suffice (`data.validation_share`)"
+        reason = f"from the scores of {done.rows:,} rows"
+        threshold = threshold_of(done.objective)
+        trainer.reporter.settings([("objective.threshold", threshold, reason)])
+        if len(held) < done.wanted or trainer.refit is not None:
+            why = f"{len(held):,} rows are held out, and {done.wanted:,} suffice"
+            why += " (`data.validation_share`)"
             if trainer.refit is not None:
                 why = "the refit learned from the held-out rows"
             trainer.reporter.note(
                 "warning: the threshold comes from rows that the model learned from, so more of other "
                 f"rows will be above it; {why}"
             )
-        recipe = job.recipe.model_copy(update={"objective": done})
+        recipe = job.recipe.model_copy(update={"objective": done.objective})
         origin = {**job.origin, "recipe": recipe.plain()}
-        data = replace(job.data, objective=done)
+        data = replace(job.data, objective=done.objective)
         trainer.stored_job = replace(job, recipe=recipe, data=data, origin=origin)
 
 
@@ -418,4 +419,17 @@ def judge(trainer: Trainer, refit: Refit | None = None) -> RunVerdict:
         informed=informed.name if informed is not None else "",
         other_base=language[0].closest_fix if language else "",
         refit=refit,
+    )
+
+
+def rows_read(job: TrainingJob) -> tuple[int, int, int]:
+    """Return the most rows that all steps read, all measurements, and the calibration."""
+    training, rows = job.recipe.training, len(job.data.train)
+    # The first measurement comes before the first step, the last after the last step.
+    measurements = 1 + -(-job.steps // (training.evaluate_every or job.steps))
+    calibrated = min(job.recipe.adaptation.calibration_rows, rows)
+    return (
+        job.steps * (training.batch_size or 1),
+        measurements * len(job.data.validation),
+        calibrated,
     )

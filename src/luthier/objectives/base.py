@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 
+from luthier.data.disk_sequence import concatenate
 from luthier.data.media import PLURAL
 from luthier.data.shapes import SHAPES
 from luthier.errors import RecipeError, RowRefused
@@ -83,6 +84,41 @@ class OtherModel:
     """Format of the model's rows."""
 
 
+Changes = Literal["none", "fixed", "random"]
+"""Changes to the rows of a step: none, the same each time, or drawn from torch's global generator."""
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """A run before its first step, for :meth:`Objective.prepare`."""
+
+    network: Network
+    """Network at its starting weights."""
+    examples: Sequence[Example]
+    """All training rows."""
+    budget: int
+    """Tokens of one micro-batch."""
+    new_head: bool
+    """Whether the head has random numbers, because the base model has no such head."""
+    rows_read: int
+    """Rows that all steps read."""
+    rows_measured: int
+    """Rows that all measurements read."""
+    rows_calibrated: int
+    """Rows that the adaptation reads before the first step."""
+    note: Callable[[str], None]
+    """Prints a line."""
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """Training rows that are complete, as :meth:`Objective.prepare` returns them."""
+
+    examples: Sequence[Example]
+    head_fitted: bool = False
+    """Whether the new head was set from the rows."""
+
+
 @dataclass(frozen=True)
 class StepReport:
     """Results of one step that are known after its last turn, beyond the loss."""
@@ -91,6 +127,19 @@ class StepReport:
     """Means over the rows of all processes, by name."""
     samples: Sequence[Mapping[str, Any]] = ()
     """One record for each text of ``samples.jsonl`` that the network wrote in the step."""
+    advice: str = ""
+    """Advice from the last steps; empty for none."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An objective that is complete, as :meth:`Objective.finish` returns it."""
+
+    objective: Objective
+    rows: int = 0
+    """Rows that its settings were drawn from."""
+    wanted: int = 0
+    """Held-out rows that suffice; with fewer, training rows were read too."""
 
 
 class Objective(StrictModel):
@@ -122,18 +171,35 @@ class Objective(StrictModel):
     """Whether the loss compares the rows of a batch, so that the batch size matters."""
     allows_augmentation: ClassVar[bool] = False
     """Whether words of a row may be moved or removed without a change of its label or target."""
+    can_shard: ClassVar[bool] = False
+    """Whether each micro-batch is one pass that needs no other pass, so that layers can be sharded."""
     measure: ClassVar[str] = "loss"
     """Metric of :meth:`validation_metrics` that chooses the weights: ``loss``, or a score where more is
     better. If the score is ``reward``, the loss is minus the reward."""
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults()
     """Training settings for recipes that leave them open."""
 
-    # 1. Before the rows are read.
-
     @property
     def other_models(self) -> Mapping[str, str]:
         """Ids of the models next to the network, by their names in ``network.others``."""
         return {}
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the objective runs the network at its starting weights, ``network.at_start()``."""
+        return False
+
+    @property
+    def completions(self) -> tuple[int, int]:
+        """Completions per row that the network writes in a step, and tokens of each at most."""
+        return 0, 0
+
+    @property
+    def starts_head(self) -> bool:
+        """Whether :meth:`prepare` sets a new head from the rows with the current settings."""
+        return False
+
+    # 1. Before the rows are read.
 
     def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
         """Return this objective with the settings that follow from a model of :attr:`other_models`.
@@ -166,10 +232,6 @@ class Objective(StrictModel):
         """
         return rows
 
-    def fitted_choices(self, rows: Sequence[Row]) -> list[tuple[str, Any, str]]:
-        """Return the settings of :meth:`fit` that a user should see: field, value and reason."""
-        return []
-
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Return this objective with the settings that follow from all training rows, such as labels.
 
@@ -190,7 +252,7 @@ class Objective(StrictModel):
 
     def length_problem(self, example: Example, context: int) -> RowRefused | None:
         """Return the error for a row of more than ``context`` tokens; ``None`` if the row fits."""
-        views = self.sequences(example)
+        views = self.views([example])
         added = self.completions[1]
         longest = max(max(view.longest, len(view) + added) for view in views)
         if longest <= context or type(self).pack is not Objective.pack:
@@ -222,9 +284,13 @@ class Objective(StrictModel):
         """Return the target of a row that its tokens do not show, such as a label, for reports."""
         return ""
 
-    def sequences(self, example: Example) -> list[Example]:
-        """Return the rows that the network reads for one example, such as both answers of a pair."""
-        return [example]
+    def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
+        """Return the rows that the network reads for ``examples``, such as both answers of a pair.
+
+        A step reads ``random`` changes, because checkpoints store the state of torch's generator, and
+        a measurement ``fixed`` changes. Reports and checks of the data read rows without changes.
+        """
+        return list(examples)
 
     def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
         """Return the examples of one file regrouped into rows of at most ``context`` tokens.
@@ -262,51 +328,14 @@ class Objective(StrictModel):
         """
         return {}
 
-    @property
-    def uses_reference(self) -> bool:
-        """Whether the objective runs the network at its starting weights, ``network.at_start()``."""
-        return False
-
-    @property
-    def completions(self) -> tuple[int, int]:
-        """Completions per row that the network writes in a step, and tokens of each at most."""
-        return 0, 0
-
-    def describe_cost(self, rows: int, measured: int, calibrated: int) -> str:
-        """Return the largest cost of a run outside this machine, such as verdicts of a judge.
-
-        ``rows`` is the number of rows read in all steps, ``measured`` in all measurements, and
-        ``calibrated`` by the adaptation. Empty for no cost.
-        """
-        return ""
-
-    @property
-    def starts_head(self) -> bool:
-        """Whether :meth:`start_head` sets a new head with the current settings."""
-        return False
-
-    def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
-        """Set a new head from the states of the training rows and return a note about it.
-
-        Called right before :meth:`prepare`, under the same conditions, if the base model has no such
-        head. An empty note says that the head keeps its random numbers.
-        """
-        return ""
-
-    def prepare(
-        self,
-        network: Network,
-        examples: Sequence[Example],
-        budget: int,
-        note: Callable[[str], None],
-    ) -> Sequence[Example]:
-        """Return the training rows, completed from the network at its starting weights.
+    def prepare(self, start: RunStart) -> PreparedRows:
+        """Set a new head, and complete the training rows from the network at its starting weights.
 
         Called without a gradient or dropout at each start of a run, before the weights of a resumed
         run are restored. The method must not draw random numbers, and must keep the number and order
-        of the rows. ``note`` prints a line.
+        of the rows.
         """
-        return examples
+        return PreparedRows(start.examples)
 
     def precompute(
         self,
@@ -325,14 +354,6 @@ class Objective(StrictModel):
 
     # 4. Each step.
 
-    def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
-        """Return all rows that the network reads for ``examples`` in one step.
-
-        Random changes come from torch's global generator if ``training``, because checkpoints store
-        its state. Otherwise the same changes are drawn each time.
-        """
-        return [view for example in examples for view in self.sequences(example)]
-
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
@@ -341,7 +362,8 @@ class Objective(StrictModel):
         Such are samples, rewards, scores of a teacher or of the reference model, and noise; they
         belong into ``TreeBatch.extra``. ``network.model.training`` tells a step from a measurement.
         """
-        return [*network.batches(self.augment(examples, network.model.training), budget)]
+        changes: Changes = "random" if network.model.training else "fixed"
+        return [*network.batches(self.views(examples, changes), budget)]
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
         """Yield the micro-batches of each optimizer step: one step unless overridden."""
@@ -354,17 +376,19 @@ class Objective(StrictModel):
         """
         raise NotImplementedError
 
-    def report(self, network: Network, batches: Sequence[TreeBatch]) -> StepReport:
-        """Return further metrics and samples of a step; called after its last turn.
+    def report(
+        self,
+        network: Network,
+        batches: Sequence[TreeBatch],
+        lines: Sequence[Mapping[str, Any]],
+    ) -> StepReport:
+        """Return further metrics, samples and advice; called after the last turn of a step.
 
-        ``batches`` are the micro-batches of this process as :meth:`annotate` returned them. Every
-        process calls the method, so it may exchange numbers with the other processes.
+        ``batches`` are the micro-batches of this process as :meth:`annotate` returned them, and
+        ``lines`` the metrics of at most 200 steps before. Every process calls the method, so it may
+        exchange numbers with the other processes.
         """
         return StepReport()
-
-    def advise(self, lines: Sequence[Mapping[str, Any]]) -> str:
-        """Return advice from the metrics of the last training steps, at most 200; empty for none."""
-        return ""
 
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -377,18 +401,14 @@ class Objective(StrictModel):
 
     # 5. The custom model.
 
-    @property
-    def rows_to_finish(self) -> int:
-        """Number of held-out rows that :meth:`finish` needs; 0 if it is not called."""
-        return 0
-
-    def finish(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
+    def finish(
+        self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
+    ) -> Finished:
         """Return this objective with settings drawn from the trained network, such as a threshold.
 
-        Called without a gradient or dropout before the model is stored. ``examples`` are the held-out
-        rows, and the training rows too if the held-out rows are fewer than :attr:`rows_to_finish`.
+        Called without a gradient or dropout before the model is stored.
         """
-        return self
+        return Finished(self)
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """Return a function of network and rows alone, which must be equal after saving and loading."""
@@ -517,6 +537,13 @@ def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> N
         "tokenizer names no token that ends a text, as those of encoders do not. "
         f"Use {instead}a base that writes, such as `base=smollm2-135m-instruct`"
     )
+
+
+def rows_to_finish(
+    held: Sequence[Example], train: Sequence[Example], wanted: int
+) -> Sequence[Example]:
+    """Return the held-out rows, and the training rows too if fewer than ``wanted`` are held out."""
+    return held if len(held) >= wanted else concatenate([held, train])
 
 
 def cut_end(example: Example, context: int) -> Example:

@@ -31,6 +31,7 @@ class CausalLM(Objective):
     sequence_length: int = Field(default=512, ge=3, le=10_000_000)
     """Tokens in a packed sequence; at most the model's context."""
 
+    can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def check(self, chat: ChatFormat) -> None:

@@ -24,7 +24,13 @@ from luthier.data.shapes.base import Labelled, takes_several_labels
 from luthier.errors import RecipeError, RowRefused
 from luthier.escaping import did_you_mean, list_some
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
-from luthier.objectives.base import Objective, TrainingDefaults, cut_text
+from luthier.objectives.base import (
+    Objective,
+    PreparedRows,
+    RunStart,
+    TrainingDefaults,
+    cut_text,
+)
 from luthier.objectives.class_priors import (
     LARGEST_WEIGHT,
     balanced_weights,
@@ -70,6 +76,7 @@ class Classification(Objective):
     """Start a new head from logistic regression on the base model; done where it reads means."""
 
     task: ClassVar[Task] = "sequence_classification"
+    can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "labelled_audio", "labelled_image"})
     evaluation_shapes: ClassVar[frozenset[str]] = shapes
     measure: ClassVar[str] = "accuracy"
@@ -174,14 +181,6 @@ class Classification(Objective):
             update["class_weights"] = self._fit_class_weights(found, seen, multi)
         return self.model_copy(update=update)
 
-    def fitted_choices(self, rows: Sequence[Row]) -> list[tuple[str, Any, str]]:
-        """Several labels a row, where the rows say so."""
-        if self.multi_label is not None or not learns_several(rows):
-            return []
-        count = sum(isinstance(row, Labelled) and not row.has_one_label for row in rows)
-        reason = f"not one label, but several or none: {count:,} of {len(rows):,} rows"
-        return [("multi_label", True, reason if count else "each row has an array of labels")]
-
     def _fit_class_weights(
         self, labels: Sequence[str], seen: Mapping[str, int], multi: bool
     ) -> dict[str, float]:
@@ -265,8 +264,8 @@ class Classification(Objective):
         right_R = scores_RC.argmax(-1) == class_R
         return Loss(total, ratios=_accuracy(right_R))
 
-    def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
-        """Logistic regression on what the head's last layer reads of the training rows, as it starts.
+    def prepare(self, start: RunStart) -> PreparedRows:
+        """Set a new head by logistic regression on the inputs of the head's last layer.
 
         Linear probing, then fine-tuning (Kumar et al. 2022, arXiv:2202.10054): the first gradients of a
         random head would pull the states of the network apart for nothing.
@@ -276,26 +275,27 @@ class Classification(Objective):
         from luthier.evaluation.linear import fit_logistic
         from luthier.models.heads import score_layer
 
+        network, examples, plain = start.network, start.examples, PreparedRows(start.examples)
         layer, classes = score_layer(network.model), len(self.labels or ())
-        if not self.starts_head or layer is None:
-            return ""
+        if not start.new_head or not self.starts_head or layer is None:
+            return plain
         labelled = [n for n, e in enumerate(examples) if np.asarray(e.target).min() != NO_LABEL]
         if not labelled:
-            return ""
+            return plain
         chosen = [examples[row] for row in labelled[:: -(-len(labelled) // PROBED_ROWS)]]
         features, targets = list[torch.Tensor](), list[np.ndarray[Any, Any]]()
         tap = layer.register_forward_pre_hook(
             lambda _, given: features.append(given[0].flatten(0, -2).float().cpu())
         )
         try:
-            for batch in network.batches(chosen, budget):
+            for batch in network.batches(chosen, start.budget):
                 network.row_scores(batch)
                 targets += batch.tree.targets
         finally:
             tap.remove()
         target, features_NH = torch.from_numpy(np.stack(targets)), torch.cat(features)
         if not features_NH.isfinite().all():
-            return ""
+            return plain
         found = fit_logistic(
             features_NH,
             target if self.multi_label else target[:, 0],
@@ -306,7 +306,8 @@ class Classification(Objective):
         layer.weight.copy_(found.weight_CH)
         if layer.bias is not None:
             layer.bias.copy_(found.bias_C)
-        return f"the new head starts from logistic regression on {len(chosen):,} rows"
+        start.note(f"the new head starts from logistic regression on {len(chosen):,} rows")
+        return PreparedRows(examples, head_fitted=True)
 
     def describe(self, example: Example) -> str:
         """The labels of the row, where it has one."""

@@ -44,7 +44,15 @@ from luthier.evaluation.retrieval import number_keys
 from luthier.evaluation.thresholds import are_apart, draw_threshold
 from luthier.models.heads import Task
 from luthier.models.random_numbers import derive_seed, draw_seed, drawn_from
-from luthier.objectives.base import Objective, TrainingDefaults, cut_text, extra_of
+from luthier.objectives.base import (
+    Changes,
+    Finished,
+    Objective,
+    TrainingDefaults,
+    cut_text,
+    extra_of,
+    rows_to_finish,
+)
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -159,11 +167,11 @@ class Contrastive(Objective):
 
     def truncate(self, example: Example, context: int) -> Example:
         """Keep start and closing token of both sides."""
-        anchor, partner = (cut_text(side, context) for side in self.sequences(example))
+        anchor, partner = (cut_text(side, context) for side in self._sides(example))
         return replace(anchor, row=example.row, target=partner.ids_T)
 
-    def sequences(self, example: Example) -> list[Example]:
-        """Both sides as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
+    def _sides(self, example: Example) -> list[Example]:
+        """Return both sides as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
         assert example.target is not None
         ids_T, empty = np.asarray(example.target, dtype=np.int64), np.zeros(0)
         nothing = np.zeros(len(ids_T), dtype=np.float32)
@@ -172,13 +180,15 @@ class Contrastive(Objective):
         # Without a class the partner of an image is a text.
         return [anchor, other if example.given is not None else replace(other, media=None)]
 
-    def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
-        """Both sides of each row; an image or a sound without a caption is seen in two views.
+    def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
+        """Return both sides of each row; an image or audio without a caption is seen in two views.
 
-        Where ``data.augmentation`` is off, those of :meth:`Augmentation.views` are drawn; where nothing
-        is learned always the same ones, so that measurements can be compared.
+        The views are those of ``data.augmentation``, or of :meth:`Augmentation.views` if that is off.
         """
-        return [_view(side, training) for side in super().augment(examples)]
+        sides = [side for example in examples for side in self._sides(example)]
+        if changes == "none":
+            return sides
+        return [_view(side, changes == "random") for side in sides]
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -188,7 +198,7 @@ class Contrastive(Objective):
 
         from luthier.models.sentence_head import embedding_width
 
-        sides = self.augment(examples, network.model.training)
+        sides = self.views(examples, "random" if network.model.training else "fixed")
         first = draw_seed() if network.model.training else 0
         batches = [*network.batches(sides, budget)]
         processes = network.processes
@@ -303,30 +313,33 @@ class Contrastive(Objective):
         ratios = {"accuracy": (right_P.tolist(), [1] * count)}
         return Loss.of_rows(each_P, {"chance_loss": chance}, ratios)
 
-    @property
-    def rows_to_finish(self) -> int:
-        """As many as have one false alarm: each anchor stands beside the partners of all others."""
-        return 1 + math.ceil(math.sqrt(1 / self.false_alarms)) if self.false_alarms else 2
+    def finish(
+        self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
+    ) -> Finished:
+        """Draw the cosine that at most :attr:`false_alarms` of other pairs are above.
 
-    def finish(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
-        """This objective with the cosine that at most :attr:`false_alarms` of other pairs are above.
-
-        Those are the anchors of ``examples`` beside the partners of others. Of images and sounds none
-        is drawn: their sides are views of one.
+        Other pairs are an anchor and the partner of another row. Images and audio get no threshold:
+        their sides are views of one image.
         """
         import torch
 
+        if self.threshold is not None:
+            return Finished(self)
+        wanted = 1 + math.ceil(math.sqrt(1 / self.false_alarms)) if self.false_alarms else 2
+        examples = rows_to_finish(held, train, wanted)
         rows = [replace(each, row=n) for n, each in enumerate(examples[:MOST_COMPARED])]
-        if self.threshold is not None or any(row.given is not None for row in rows):
-            return self
-        sides = [side for row in rows for side in self.sequences(row)]
+        if any(row.given is not None for row in rows):
+            return Finished(self)
+        sides = self.views(rows)
         found = network.read_rows(sides, budget, lambda batch: self.embed(network, batch).cpu())
         scores_PP = (torch.stack(found[::2]) @ torch.stack(found[1::2]).t()).numpy()
         text_V = number_keys([side.ids_T.tobytes() for side in sides])
         others = scores_PP[are_apart(text_V[::2], text_V[1::2])]
         if not len(others):
-            return self
-        return self.model_copy(update={"threshold": draw_threshold(others, self.false_alarms)})
+            return Finished(self)
+        threshold = draw_threshold(others, self.false_alarms)
+        done = self.model_copy(update={"threshold": threshold})
+        return Finished(done, len(examples), wanted)
 
     def describe(self, example: Example) -> str:
         """How long the partner is; its text is in the file."""

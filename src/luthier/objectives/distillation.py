@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.objectives.base import Objective, OtherModel, WritesReplies
+from luthier.objectives.base import (
+    Objective,
+    OtherModel,
+    PreparedRows,
+    RunStart,
+    WritesReplies,
+)
 from luthier.objectives.sft import encode_replies
 from luthier.types import Example, Loss, Row
 
@@ -45,16 +51,10 @@ class Taught(Objective):
         check_same_tokens(other.chat, chat)
         return self
 
-    def prepare(
-        self,
-        network: Network,
-        examples: Sequence[Example],
-        budget: int,
-        note: Callable[[str], None],
-    ) -> Sequence[Example]:
-        """Say so where the student is larger than the teacher."""
-        note_sizes(network, network.others["teacher"], note)
-        return examples
+    def prepare(self, start: RunStart) -> PreparedRows:
+        """Print a note if the student is larger than the teacher."""
+        note_sizes(start.network, start.network.others["teacher"], start.note)
+        return super().prepare(start)
 
 
 class TokenDivergence(WritesReplies):

@@ -63,6 +63,7 @@ class EncoderDistillation(Taught, Classification):
     """Numbers in a hidden state of the teacher; read from it."""
 
     measure: ClassVar[str] = Objective.measure
+    can_shard: ClassVar[bool] = False
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
     allows_augmentation: ClassVar[bool] = False
 

@@ -10,6 +10,7 @@ experiment with it. Left out: ties, which the model cannot say.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from luthier.data.shapes.preferences import MOST_ANSWERS, JudgedAnswers
-from luthier.objectives.base import extra_of
+from luthier.objectives.base import Changes, extra_of
 from luthier.objectives.pairs import Judged, check_different, encode_answer
 from luthier.objectives.references import ReferenceObjective
 from luthier.types import Example, Loss, Row
@@ -50,11 +51,11 @@ class ListwiseDPO(ReferenceObjective, Judged):
             check_different(one, other)
         return Example.of_sides(sides)
 
-    def sequences(self, example: Example) -> list[Example]:
-        """The answers as rows of their own that are never parted, in their order by number."""
-        first = MOST_ANSWERS * example.row
+    def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
+        """Return the answers as rows of their own that are never parted, in their order by number."""
         return [
-            replace(side, row=first + place, group=example.row)
+            replace(side, row=MOST_ANSWERS * example.row + place, group=example.row)
+            for example in examples
             for place, side in enumerate(example.sides)
         ]
 

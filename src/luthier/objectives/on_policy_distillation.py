@@ -117,7 +117,12 @@ class OwnAnswers(TokenDivergence):
         )
         return [answers[0] for answers in found]
 
-    def report(self, network: Network, batches: Sequence[TreeBatch]) -> StepReport:
+    def report(
+        self,
+        network: Network,
+        batches: Sequence[TreeBatch],
+        lines: Sequence[Mapping[str, Any]],
+    ) -> StepReport:
         """Return mean tokens per answer, the share of answers that ended, and the first answers.
 
         The means are of all processes; the answers are those of this process.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from luthier.data.shapes.preferences import Preference, pair_answers
 from luthier.errors import RowRefused
-from luthier.objectives.base import TrainingDefaults, WritesReplies, check_writes, cut_end
+from luthier.objectives.base import Changes, TrainingDefaults, WritesReplies, check_writes, cut_end
 from luthier.types import Example, FloatArray, Message, Row, Tool
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Judged(WritesReplies):
     (Tunstall et al. 2023, arXiv:2310.16944, section 4), TRL's defaults 1/20, ORPO's authors about 1/3.
     """
 
+    can_shard: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(learning_rate_multiplier=0.1)
 
     def check(self, chat: ChatFormat) -> None:
@@ -50,7 +51,7 @@ class Judged(WritesReplies):
         """Negative log-likelihood of the answers: no reference, and no other row, enters."""
         from luthier.objectives.logprobs import mean_nll
 
-        return mean_nll(network, self.augment(examples), budget)
+        return mean_nll(network, self.views(examples), budget)
 
 
 class Pairwise(Judged):
@@ -71,9 +72,9 @@ class Pairwise(Judged):
         check_different(chosen, rejected)
         return replace(chosen, partner=rejected)
 
-    def sequences(self, example: Example) -> list[Example]:
-        """Both answers as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
-        return sides_of(example)
+    def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
+        """Return both answers as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
+        return [side for example in examples for side in sides_of(example)]
 
     def describe(self, example: Example) -> str:
         """How long the other answer is; its text is in the file."""

@@ -63,6 +63,7 @@ class ReferenceObjective(Objective):
     """Base of the objectives that compare answers with what the reference model says of them."""
 
     uses_reference: ClassVar[bool] = True
+    can_shard: ClassVar[bool] = False
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int

@@ -37,6 +37,7 @@ class Regression(Objective):
 
     task: ClassVar[Task] = "sequence_classification"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
+    can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"rating"})
     allows_augmentation: ClassVar[bool] = True
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from pydantic import Field
 
 from luthier.data.shapes.preferences import Preference, pair_answers
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective, cut_text
+from luthier.objectives.base import Changes, Objective, cut_text
 from luthier.objectives.pairs import Sides, check_different, sides_of
 from luthier.types import Example, Loss, Row
 
@@ -40,6 +41,7 @@ class RewardModel(Objective):
 
     task: ClassVar[Task] = "sequence_classification"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated", "thumb"})
+    can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"preference", "rated"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
 
@@ -70,9 +72,10 @@ class RewardModel(Objective):
         partner = None if partner is None else cut_text(partner, context)
         return replace(cut_text(example, context), partner=partner)
 
-    def sequences(self, example: Example) -> list[Example]:
-        """Both answers as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
-        return [example] if example.partner is None else sides_of(example)
+    def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
+        """Return both answers as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
+        sides = ([each] if each.partner is None else sides_of(each) for each in examples)
+        return list(chain.from_iterable(sides))
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss over the pairs."""

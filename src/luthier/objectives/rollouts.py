@@ -28,6 +28,8 @@ from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_ans
 from luthier.objectives import rollout_checks
 from luthier.objectives.base import (
     OtherModel,
+    PreparedRows,
+    RunStart,
     StepReport,
     TrainingDefaults,
     WritesReplies,
@@ -229,18 +231,6 @@ class Reinforcement(WritesReplies):
         check_grader_model(name, self.grader.models[name], other.objective)
         return self
 
-    def describe_cost(self, rows: int, measured: int, calibrated: int) -> str:
-        """How many verdicts a judge is asked for."""
-        each = self.grader.judgements
-        if not each:
-            return ""
-        first = rollout_checks.PROMPTS * self._tries + 1
-        count = (rows + calibrated) * self.generations + measured + first
-        return (
-            f"the judge will be asked for {count * each:,} verdicts at most; {first * each:,} of them "
-            "come before the first step, and again where the run is resumed"
-        )
-
     @property
     def _tries(self) -> int:
         """Completions of each prompt before the first step."""
@@ -352,23 +342,30 @@ class Reinforcement(WritesReplies):
             batches.append(replace(batch, extra=policy))
         return batches
 
-    def prepare(
-        self,
-        network: Network,
-        examples: Sequence[Example],
-        budget: int,
-        note: Callable[[str], None],
-    ) -> Sequence[Example]:
-        """Sample a few prompts first: rewards of 0, or near 1, say that training is not due."""
-        if warning := self._open_grader(network, note).rehearse():
-            note(f"warning: {warning}")
-        chosen = rollout_checks.sample_evenly(examples)
-        rollouts = self.roll_out(network, chosen, self._tries, fixed_generator())
+    def prepare(self, start: RunStart) -> PreparedRows:
+        """Grade samples of a few prompts: rewards of 0, or near 1, leave nothing to learn."""
+        count, first = self.verdicts(start)
+        if count:
+            start.note(
+                f"the judge gives at most {count:,} verdicts; {first:,} of them come before the first "
+                "step, and again if the run is resumed"
+            )
+        if warning := self._open_grader(start.network, start.note).rehearse():
+            start.note(f"warning: {warning}")
+        chosen = rollout_checks.sample_evenly(start.examples)
+        rollouts = self.roll_out(start.network, chosen, self._tries, fixed_generator())
         verdict = rollout_checks.precheck(rollouts.score_PG, self.grader.is_share)
         if verdict.refused and not self.force:
             raise RecipeError(verdict.text + " To train all the same, set `objective.force=true`")
-        note(verdict.text)
-        return examples
+        start.note(verdict.text)
+        return super().prepare(start)
+
+    def verdicts(self, start: RunStart) -> tuple[int, int]:
+        """Return the most verdicts that a judge gives in the run, and those before the first step."""
+        first = rollout_checks.PROMPTS * self._tries + 1
+        count = (start.rows_read + start.rows_calibrated) * self.generations
+        each = self.grader.judgements
+        return (count + start.rows_measured + first) * each, first * each
 
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -390,18 +387,29 @@ class Reinforcement(WritesReplies):
 
         return mean_nll(network, [_read(example) for example in examples], budget)
 
-    def report(self, network: Network, batches: Sequence[TreeBatch]) -> StepReport:
-        """Return rewards, lengths and means over the learned tokens; the best and worst completions."""
+    def report(
+        self,
+        network: Network,
+        batches: Sequence[TreeBatch],
+        lines: Sequence[Mapping[str, Any]],
+    ) -> StepReport:
+        """Return rewards, lengths and means over the learned tokens; the best and worst completions.
+
+        The advice is about rewards that stopped rising, or completions that all score the same.
+        """
         policies = [extra_of(batch, PolicyBatch) for batch in batches]
         metrics = self._step_metrics(network, policies)
         own = [item for policy in policies for item in policy.kl_R.items()]
         kl = {place: value for part in network.processes.gather(own) for place, value in part}
+        advice = rollout_checks.advice(lines)
         if not policies:
-            return StepReport(metrics)
+            return StepReport(metrics, advice=advice)
         each = policies[0].rollouts.each
         order = sorted(range(len(each)), key=lambda place: (-each[place].score, place))
         chosen = rollout_checks.extremes(order)
-        return StepReport(metrics, [_record(each[place], kl.get(place)) for place in chosen])
+        return StepReport(
+            metrics, [_record(each[place], kl.get(place)) for place in chosen], advice
+        )
 
     def _step_metrics(self, network: Network, policies: Sequence[PolicyBatch]) -> dict[str, float]:
         """Return the metrics of the step over the micro-batches of all processes."""
@@ -414,10 +422,6 @@ class Reinforcement(WritesReplies):
         }
         # A process may have no micro-batch; the first, which reports, has one.
         return (policies[0].rollouts.report() if policies else {}) | means
-
-    def advise(self, lines: Sequence[Mapping[str, Any]]) -> str:
-        """Whether the reward has stopped rising, or nothing is left to tell completions apart by."""
-        return rollout_checks.advice(lines)
 
 
 def fixed_generator() -> torch.Generator:

@@ -24,13 +24,14 @@ Held-out rows are measured on their own replies. Of a conversation the last repl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import field_validator
 
-from luthier.objectives.base import cut_end
+from luthier.objectives.base import Changes, cut_end
 from luthier.objectives.on_policy_distillation import OwnAnswers, answer_of, with_answer
 from luthier.types import Example, Loss, Message, Row
 
@@ -76,13 +77,17 @@ class SDFT(OwnAnswers):
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         return replace(own, partner=Example(ids_T, weight_T, index, source_T=source_T))
 
-    def sequences(self, example: Example) -> list[Example]:
-        """What the student reads, and what the teacher reads, of which nothing is learned."""
-        if example.partner is None:
-            return [example]
-        shown = with_answer(example.partner, answer_of(example))
-        unlearned = replace(shown, weight_T=np.zeros_like(shown.weight_T))
-        return [replace(example, partner=None), unlearned]
+    def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
+        """Return what the student reads, and what the teacher reads without learning."""
+        found: list[Example] = []
+        for example in examples:
+            if example.partner is None:
+                found.append(example)
+                continue
+            shown = with_answer(example.partner, answer_of(example))
+            unlearned = replace(shown, weight_T=np.zeros_like(shown.weight_T))
+            found += [replace(example, partner=None), unlearned]
+        return found
 
     def length_problem(self, example: Example, context: int) -> RowRefused | None:
         """Why the teacher has no room for a row: what it reads is the longer text."""
@@ -92,7 +97,7 @@ class SDFT(OwnAnswers):
 
     def truncate(self, example: Example, context: int) -> Example:
         """The row with so much less of its reply that the teacher has room for it."""
-        over = max(map(len, self.sequences(example))) - context
+        over = max(map(len, self.views([example]))) - context
         assert example.partner is not None
         own = cut_end(example, min(context, len(example) - max(0, over)))
         return replace(own, partner=cut_end(example.partner, context))

@@ -29,7 +29,7 @@ before, and lost to the labelled rows alone (``docs/log/objectives.md``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -38,7 +38,13 @@ from pydantic import Field
 
 from luthier.data.shapes.texts import LabelledText
 from luthier.errors import RecipeError
-from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.objectives.base import (
+    Changes,
+    Objective,
+    PreparedRows,
+    RunStart,
+    TrainingDefaults,
+)
 from luthier.objectives.classification import NO_LABEL, Classification
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.types import Example, Loss, Row
@@ -78,6 +84,7 @@ class SemiSupervised(Classification):
     alpha: float = Field(default=0.9, gt=0, lt=1)
     """How far labels spread: what a text takes from its neighbours; 0.99 in the paper."""
 
+    can_shard: ClassVar[bool] = False
     shapes: ClassVar[frozenset[str]] = frozenset({"label"})
     evaluation_shapes: ClassVar[frozenset[str]] = shapes
     mixed_shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
@@ -102,18 +109,15 @@ class SemiSupervised(Classification):
         weight_T = example.weight_T * np.float32(self.unlabelled_weight)
         return replace(example, weight_T=weight_T, target=np.array([NO_LABEL]))
 
-    def prepare(
-        self,
-        network: Network,
-        examples: Sequence[Example],
-        budget: int,
-        note: Callable[[str], None],
-    ) -> list[Example]:
-        """Give texts the label that spreads to them, where it is sure enough."""
+    def prepare(self, start: RunStart) -> PreparedRows:
+        """Give each text the label that spreads to it, if the share of the label is high enough."""
         import torch
 
+        prepared = super().prepare(start)
+        network, examples = start.network, start.examples
+
         # Mean states, of both ways or not: without dropout.
-        points_NH = read_embeddings(network, Contrastive(pooling="mean"), examples, budget)
+        points_NH = read_embeddings(network, Contrastive(pooling="mean"), examples, start.budget)
         graph_NN = neighbour_graph(points_NH, self.neighbours)
         known_N = torch.tensor([_label(example) for example in examples], device=network.device)
 
@@ -130,21 +134,24 @@ class SemiSupervised(Classification):
             hidden_N = _fold(known_N, fold)
             _, label_N = spread(torch.where(hidden_N, NO_LABEL, known_N))
             again_N |= hidden_N & (label_N == known_N)
-        note(
+        start.note(
             f"{int(sure_N.sum()):,} of {int(bare_N.sum()):,} texts have a label of "
             f"{self.threshold:g} or more from their neighbours; with a fifth of the labels hidden, "
             f"{int(again_N.sum()) / int((~bare_N).sum()):.0%} of those are found again"
         )
         labels = torch.where(sure_N, found_N, known_N).tolist()
-        return [
+        labelled = [
             replace(example, target=np.array([label]))
             for example, label in zip(examples, labels, strict=True)
         ]
+        return replace(prepared, examples=labelled)
 
-    def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
-        """The rows that have a label by now; in a training step at least one row."""
+    def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
+        """Return the rows with a label in a step or a measurement; in a step at least one row."""
+        if changes == "none":
+            return list(examples)
         found = [example for example in examples if _label(example) != NO_LABEL]
-        return found or list(examples[:1] if training else ())
+        return found or list(examples[:1] if changes == "random" else ())
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed cross-entropy, each row times its weight; a row without a label gives none."""

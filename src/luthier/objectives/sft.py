@@ -24,6 +24,7 @@ class SFT(WritesReplies):
     """Supervised fine-tuning on prompt and completion pairs or conversations."""
 
     method: Literal["sft"] = "sft"
+    can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"rated"})
 

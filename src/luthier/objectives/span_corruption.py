@@ -20,7 +20,7 @@ from luthier.data.disk_sequence import spool
 from luthier.data.tokens import cut_stream
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Changes, Objective
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class SpanCorruption(Objective):
     end_id: int | None = Field(default=None, ge=0, le=10_000_000)
     """The token that closes both sides; found when not given."""
 
+    can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
     same_each_epoch: ClassVar[bool] = False
 
@@ -104,9 +105,11 @@ class SpanCorruption(Objective):
         spans = max(round(noise / self.mean_span_length), 1)
         return noise, min(spans, max(size - noise, 1))
 
-    def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
-        """Each piece with its spans taken out: anew in training, else always the same."""
-        generators = row_generators(examples, draw_seed() if training else 0)
+    def views(self, examples: Sequence[Example], changes: Changes = "none") -> list[Example]:
+        """Return each piece with spans taken out; whole pieces without ``changes``."""
+        if changes == "none":
+            return list(examples)
+        generators = row_generators(examples, draw_seed() if changes == "random" else 0)
         return [
             self._corrupt(example, generator)
             for example, generator in zip(examples, generators, strict=True)

@@ -43,6 +43,7 @@ class TokenClassification(Objective):
     task: ClassVar[Task] = "token_classification"
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
     measure: ClassVar[str] = "entity_f1"
+    can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"tags"})
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(min_epochs=3)
 

@@ -165,7 +165,8 @@ def test_windows_of_too_few_values_are_not_judged(tmp_path: Path) -> None:
     rows = [BareWindow("f", n, each) for n, each in enumerate(windows)]
     objective = VAE(false_alarms=0.0).fit(rows, chat)
     examples = [objective.encode(row, n, chat) for n, row in enumerate(rows)]
-    fitted = objective.finish(network, examples, 100)
+    fitted = objective.finish(network, examples, [], 100).objective
+    assert isinstance(fitted, VAE)
     (batch,) = network.batches(examples, 100)
     answers: list[Any] = fitted.predict(network, batch)
     of_row = {example.row: each for example, each in zip(batch.tree.examples, answers, strict=True)}
@@ -180,14 +181,17 @@ def test_the_threshold_keeps_the_budget_of_false_alarms(
 ) -> None:
     objective = VAE(false_alarms=0.4)
     network.model.eval()
-    fitted = objective.finish(network, examples, 100)
+    fitted = objective.finish(network, examples, [], 100).objective
+    assert isinstance(fitted, VAE)
     (batch,) = network.batches(examples, 100)
     answers: list[Any] = fitted.predict(network, batch)
     assert [set(each) for each in answers] == [{"score", "anomalous"}] * 6
     assert sum(each["anomalous"] for each in answers) == 2  # of 6 at most 40 %
     assert fitted.threshold in [each["score"] for each in answers]
-    assert (objective.rows_to_finish, VAE().rows_to_finish) == (3, 100)
-    assert VAE(threshold=1.0).finish(network, examples, 100).threshold == 1.0
+    assert objective.finish(network, examples, [], 100).wanted == 3
+    assert VAE().finish(network, examples, [], 100).wanted == 100
+    given = VAE(threshold=1.0)
+    assert given.finish(network, examples, [], 100).objective is given
     assert {"score"} == {*objective.predict(network, batch)[0]}
 
 

@@ -197,7 +197,7 @@ class Learning(SpotCheck):
             except RowRefused as bad:
                 refuse(index, bad.problem)
                 continue
-            views, room = fitted.sequences(example), room_of(fitted, encoder.format, self.context)
+            views, room = fitted.views([example]), room_of(fitted, encoder.format, self.context)
             learned = int(sum(np.count_nonzero(view.weight_T) for view in views))
             if too_long := fitted.length_problem(example, room):
                 refuse(index, too_long.problem)
@@ -242,9 +242,11 @@ class Learning(SpotCheck):
         private = private_items(text.content for text in row.texts())
         if private and not objective.same_each_epoch:
             return None  # random changes may stand in the middle of a number
-        views = objective.sequences(example)
+        views = objective.views([example])
         first = (
-            views[0] if objective.same_each_epoch else (objective.augment([example]) or views)[0]
+            views[0]
+            if objective.same_each_epoch
+            else (objective.views([example], "fixed") or views)[0]
         )
         # A target for each token; that of one token, an image or a sound, is of the row.
         whole = first.target is None or len(first.target) == len(first) > 1

@@ -34,7 +34,13 @@ from luthier.media.processors import ImageProcessor
 from luthier.models.heads import Task
 from luthier.models.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import TrainingDefaults, chat_of, extra_of
+from luthier.objectives.base import (
+    Finished,
+    TrainingDefaults,
+    chat_of,
+    extra_of,
+    rows_to_finish,
+)
 from luthier.objectives.means import loss_metrics
 from luthier.types import Example, Loss, Row
 
@@ -189,19 +195,20 @@ class VAE(Generative):
             found["active_units"] = int((means_RZ.var(0) > ACTIVE).sum())
         return found | self.distance_metrics(network, examples)
 
-    @property
-    def rows_to_finish(self) -> int:
-        """As many as have one false alarm."""
-        return math.ceil(1 / self.false_alarms) if self.false_alarms else 1
-
-    def finish(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
-        """This objective with the score that at most :attr:`false_alarms` of ``examples`` are above."""
+    def finish(
+        self, network: Network, held: Sequence[Example], train: Sequence[Example], budget: int
+    ) -> Finished:
+        """Draw the score that at most :attr:`false_alarms` of the rows are above."""
         if self.threshold is not None:
-            return self
+            return Finished(self)
+        wanted = math.ceil(1 / self.false_alarms) if self.false_alarms else 1
+        examples = rows_to_finish(held, train, wanted)
         whole = [example for example in examples if _is_whole(example)]
         batches = network.batches(whole or examples, budget)
         scores = [score for batch in batches for score in self._scores(network, batch).tolist()]
-        return self.model_copy(update={"threshold": draw_threshold(scores, self.false_alarms)})
+        threshold = draw_threshold(scores, self.false_alarms)
+        done = self.model_copy(update={"threshold": threshold})
+        return Finished(done, len(examples), wanted)
 
     def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
         """Minus the bound ``[R]`` at the means of the latents; of the last value its error alone."""

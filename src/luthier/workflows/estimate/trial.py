@@ -135,7 +135,7 @@ def step_of(job: TrainingJob, rows: Sequence[Example], shares: bool) -> StepSize
 def _largest(job: TrainingJob, rows: Sequence[Example]) -> list[Example]:
     """All that the rows may become in a step."""
     objective = job.data.objective
-    return with_completions(objective, objective.augment(rows) or rows)
+    return with_completions(objective, objective.views(rows, "fixed") or rows)
 
 
 def _tokens(job: TrainingJob, rows: Sequence[Example]) -> int:
@@ -143,7 +143,7 @@ def _tokens(job: TrainingJob, rows: Sequence[Example]) -> int:
 
 
 def _learned_tokens(job: TrainingJob, row: Example) -> int:
-    return sum(int(np.count_nonzero(view.weight_T)) for view in job.data.objective.sequences(row))
+    return sum(int(np.count_nonzero(view.weight_T)) for view in job.data.objective.views([row]))
 
 
 BATCHES = 5
