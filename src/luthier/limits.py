@@ -112,8 +112,6 @@ class ServerLimits(AccountQuotas, ModelLimits):
     """Open connections, and concurrent requests; more requests get 503."""
     shutdown_seconds: float = Field(default=30, ge=0)
     """Time for running requests when the server stops; then the requests end with an error."""
-    grading_body_bytes: int = Field(default=4 * MIB, ge=1024)
-    """Body of a request that runs or validates a grader; a larger body gets 413."""
     grading_requests: int = Field(default=4, ge=1)
     """Concurrent requests that run or validate a grader; one account uses at most a quarter,
     and more requests wait."""
@@ -124,8 +122,6 @@ class ServerLimits(AccountQuotas, ModelLimits):
     """Concurrent requests that use a model; more requests wait."""
     streams: int = Field(default=256, ge=1)
     """Concurrent streamed replies; more requests get 429."""
-    transfers: int = Field(default=8, ge=1)
-    """Concurrent reads and writes of object and file parts; more wait."""
 
 
 def parse_limits(settings: Sequence[str]) -> ServerLimits:

@@ -20,7 +20,7 @@ from luthier.limits import AccountQuotas
 from luthier.server.audit import AuditTrail
 from luthier.server.bedrock.activation import Activation
 from luthier.server.bedrock.control import Control
-from luthier.server.bedrock.routes import BedrockFace
+from luthier.server.bedrock.routes import bedrock_api
 from luthier.server.http.application import Application
 from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.server.http.metrics import Metrics
@@ -110,7 +110,7 @@ class Service:
             lambda account: quotas,
             self.told_of.set,
         )
-        self.face = BedrockFace(self.control, handlers)
+        self.api = bedrock_api(self.control, handlers)
 
     def job(self, account: str, name: str) -> Job:
         with self.database.read() as session:
@@ -203,7 +203,7 @@ class Server:
         """The service on ``database``, as after each of its starts."""
         made = Service(self, database, quotas or AccountQuotas(), handlers or {})
         self.app = Application(
-            (made.face,),
+            (made.api,),
             ByAccessKey(),
             lambda caller: None,
             Metrics(dict),

@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from handler_api import Endpoint, handler_api
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
 from trails import Remembered
 
 from luthier.limits import ServerLimits
 from luthier.server.audit import record_action
-from luthier.server.http.application import Application
+from luthier.server.http.application import Api, Application
 from luthier.server.http.messages import Caller, Fault, Request, RequestHead, Response, Signed
 from luthier.server.http.metrics import Metrics
-from luthier.server.http.routing import Operation, Route
-from luthier.server.http.streams import RequestBody, Run
+from luthier.server.http.routes import handler_endpoint, read_head
+from luthier.server.http.streams import to_starlette
 
 ANNA = Caller("111111111111", "anna", ("administrator",))
 ACTION = "luthier:WhoAmI"
@@ -102,14 +106,8 @@ class Echo:
         self.error = Exception()
         self.waiting = Waiting()
 
-    name, request_id_header = "echo", "x-echo-id"
-
-    def serves(self, head: RequestHead, service: str) -> bool:
-        return True
-
-    def route(self, head: RequestHead) -> Route:
-        method, path = head.method, head.path
-        name = path.rpartition("/")[2]
+    def choose(self, head: RequestHead) -> Endpoint:
+        name = head.path.rpartition("/")[2]
         works = {"echo": self.echo, "fail": self.fail, "stream": self.stream, "full": self.full}
         works |= {"deny": self.deny, "half": self.half}
         works["large"] = lambda call: Response.json(len(call.body))
@@ -117,15 +115,11 @@ class Echo:
         works["nap"] = self.nap
         works["wait"] = lambda call: Response(200, self.waiting)
         if name == "take":
-            taken = Operation(
-                "test.take", method, path, None, 8_000_000, stream=self.taken, action=ACTION
-            )
-            return Route(taken)
+            return self.taken
         if name not in works:
             raise Fault("UnknownOperation", "There is no such operation.")
         limit = 10_000_000 if name == "large" else 1000
-        found = Operation(f"test.{name}", method, path, works[name], limit, action=ACTION)
-        return Route(found, {"name": name})
+        return handler_endpoint(works[name], f"test.{name}", ACTION, limit)
 
     def refusal(self, fault: Fault, request_id: str) -> Response:
         return Response.json({"code": fault.code, "message": fault.message, "id": request_id}, 400)
@@ -133,18 +127,19 @@ class Echo:
     def echo(self, request: Request) -> Response:
         record_action("test:Echo", request.path)
         record = {"path": request.path, "query": dict(request.query), "body": request.body.decode()}
-        return Response.json(
-            {**record, "user": request.caller.user, "params": dict(request.params)}
-        )
+        return Response.json({**record, "user": request.caller.user})
 
     def fail(self, request: Request) -> Response:
         raise RuntimeError("the password is hunter2")
 
-    async def taken(self, request: Request, body: RequestBody, run: Run) -> Response:
-        with await run(self.taking.open, request) as taking:
-            await body.write_to(taking.write, run)
+    async def taken(self, sent: HttpRequest) -> HttpResponse:
+        sent.state.record.operation = "test.take"
+        sent.state.body.limit = 8_000_000
+        request = read_head(sent)
+        with await run_in_threadpool(self.taking.open, request) as taking:
+            await sent.state.body.write_to(taking.write)
             assert not request.body and not self.taking.closed.is_set()
-            return Response.json(sum(taking.pieces))
+            return to_starlette(Response.json(sum(taking.pieces)))
 
     def nap(self, request: Request) -> Response:
         time.sleep(2.5)  # longer than a head may take, in the tests of that
@@ -183,22 +178,20 @@ class Echo:
             self.closed.set()
 
 
-class Objects:
+async def nothing(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(status_code=204)
+
+
+def objects_api() -> Api:
     """Stands where object storage does."""
-
-    name, request_id_header = "s3", "x-amz-request-id"
-
-    def serves(self, head: RequestHead, service: str) -> bool:
-        return service == "s3" and not head.path.startswith(("/v1/", "/api/"))
-
-    def route(self, head: RequestHead) -> Route:
-        return Route(Operation("s3.any", head.method, "/", stream=self.respond, hashed=True))
-
-    async def respond(self, request: Request, body: RequestBody, run: Run) -> Response:
-        return Response(204)
-
-    def refusal(self, fault: Fault, request_id: str) -> Response:
-        return Response(403, b"<Error/>", {"Content-Type": "application/xml"})
+    return handler_api(
+        "s3",
+        lambda head: nothing,
+        lambda fault, request_id: Response(403, b"<Error/>", {"Content-Type": "application/xml"}),
+        lambda head, service: service == "s3" and not head.path.startswith(("/v1/", "/api/")),
+        request_id_header="x-amz-request-id",
+        signs_body_hash=True,
+    )
 
 
 class Server:
@@ -206,11 +199,13 @@ class Server:
         self.door, self.echo = Door(), Echo()
         self.missing: str | None = None
         self.admitted: list[str] = []
-        faces = (Objects(), self.echo)
+        echo = handler_api(
+            "echo", self.echo.choose, self.echo.refusal, request_id_header="x-echo-id"
+        )
         self.observer = Metrics(lambda: {"jobs": {"Queued": 3.0}, "free": {"": 1.0}})
         self.trail = Remembered()
         self.app = Application(
-            faces, self.door, self.admit, self.observer, self.trail,
+            (objects_api(), echo), self.door, self.admit, self.observer, self.trail,
             lambda: self.missing, limits,
         )  # fmt: skip
         self.address = ""
@@ -240,6 +235,6 @@ class Server:
             try:
                 while piece := connection.recv(65536):
                     found += piece
-            except TimeoutError:
+            except (TimeoutError, ConnectionResetError):
                 pass
             return found

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote
 
-import anyio
 import boto3
 import pytest
 import torch
-import uvicorn
 from botocore.config import Config
+from served import served
+from trails import Remembered
 
 from luthier.engine import machine as machines
 from luthier.engine.machine import Machine
 from luthier.inference.pool import ModelPool
+from luthier.server.bedrock.routes import bedrock_api
 from luthier.server.bedrock.runtime import runtime_handlers
-from luthier.server.http.messages import Caller, Fault, Request, Response, head_of
-from luthier.server.http.streams import send_response
-from luthier.server.tables.database import now
+from luthier.server.http.application import Application
+from luthier.server.http.messages import Caller, Fault, Signed
+from luthier.server.http.metrics import Metrics
 
 CALLER = Caller("000000000000", "root", ("administrator",))
 MODEL = "test.tiny"
-STATUS = {"AccessDenied": 403, "ResourceNotFound": 404, "Throttling": 429, "ModelError": 424}
-OPERATIONS = {
-    "converse": "Converse",
-    "converse-stream": "ConverseStream",
-    "invoke": "InvokeModel",
-    "invoke-with-response-stream": "InvokeModelWithResponseStream",
-    "count-tokens": "CountTokens",
-}
-
 SCHEMA = {
     "type": "object",
     "properties": {"mood": {"enum": ["good", "bad"]}, "age": {"type": "integer", "maximum": 120}},
@@ -47,7 +36,7 @@ TOOL = {"toolSpec": {"name": "mood", "description": "Tells it.", "inputSchema": 
 
 
 class Service:
-    """The smallest application around the handlers: one caller, faults as botocore reads them."""
+    """The application around the handlers of the runtime, for one caller."""
 
     def __init__(self, pool: ModelPool, models: dict[str, str]) -> None:
         def resolve(account: str, model_id: str) -> str:
@@ -57,37 +46,16 @@ class Service:
             return models[model_id]
 
         self.handlers = runtime_handlers(pool, resolve, lambda account, name: f"arn:x/{name}")
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        head, body = head_of(scope), b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
-        _, _, model, operation = head.path.split("/")
-        call = Request(
-            "id", CALLER, head.method, head.path, {}, dict(head.headers), body, now(),
-            {"modelId": unquote(model)},
+        nothing: Any = None
+        signed = Signed(CALLER)
+        anybody: Any = SimpleNamespace(
+            authenticate=lambda head, body: signed, recognize=lambda head: signed
+        )
+        trail: Any = Remembered()
+        self.application = Application(
+            [bedrock_api(nothing, self.handlers)], anybody, lambda caller: None, Metrics(dict), trail,
+            lambda: None,
         )  # fmt: skip
-        answer = await anyio.to_thread.run_sync(self.answer, OPERATIONS[operation], call)
-        await send_response(send, receive, answer, run)
-
-    def answer(self, operation: str, request: Request) -> Response:
-        try:
-            return self.handlers[operation](request)
-        except Fault as fault:
-            headers = {"x-amzn-ErrorType": f"{fault.code}Exception"}
-            return Response.json({"message": fault.message}, STATUS.get(fault.code, 400), **headers)
-
-
-LIMITER = anyio.CapacityLimiter(128)
-
-
-async def run(function: Callable[..., Any], *arguments: Any) -> Any:
-    return await anyio.to_thread.run_sync(function, *arguments, limiter=LIMITER)
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +78,8 @@ def runtime_service(
 def serve(pool: ModelPool, folder: str) -> Iterator[tuple[Service, str]]:
     """A service of the model in ``folder`` behind a server, and its address."""
     made = Service(pool, {MODEL: folder, "arn:aws:a/b": folder})
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    server = uvicorn.Server(
-        uvicorn.Config(made, "127.0.0.1", port, log_level="error", timeout_graceful_shutdown=1)
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield made, f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with served(made.application) as url:
+        yield made, url
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,21 @@ import openai
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from handler_api import Endpoint, handler_api
 from principals_of import FIRST, KEY, OTHER
 from served import served
 from signing import ACCESS_KEY, SECRET, presigned, short_term_key, signed
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
 from trails import Remembered
 
 from luthier.server.audit import record_action
 from luthier.server.authentication import Authenticator
-from luthier.server.http.application import Application
+from luthier.server.http.application import Api, Application
 from luthier.server.http.limits import RateLimits
-from luthier.server.http.messages import Fault, Request, RequestHead, Response, Signed, service_of
+from luthier.server.http.messages import Fault, Request, RequestHead, Response, Signed
 from luthier.server.http.metrics import Metrics
-from luthier.server.http.routing import Operation, Route
-from luthier.server.http.streams import RequestBody, Run
+from luthier.server.http.routes import handler_endpoint
 from luthier.server.tables import accounts, principals
 from luthier.server.tables.database import Database
 from luthier.server.tables.secrets import Sealing
@@ -40,19 +42,10 @@ class Plain:
 
     calls: list[Request] = field(default_factory=list)
     objects: list[tuple[Signed, RequestHead]] = field(default_factory=list)
-    name: str = "plain"
 
-    request_id_header = "x-request-id"
-
-    def serves(self, head: RequestHead, service: str) -> bool:
-        return True
-
-    def route(self, head: RequestHead) -> Route:
-        name = f"{head.method}Anything"
-        if service_of(head) == "s3" and not head.path.startswith("/v1/"):  # OpenAI's paths go first
-            return Route(Operation(name, head.method, "/", stream=self.handle, hashed=True))
+    def choose(self, head: RequestHead) -> Endpoint:
         action = "bedrock:ListCustomModels" if head.method == "GET" else "bedrock:DeleteCustomModel"
-        return Route(Operation(name, head.method, "/", self.answer, action=action))
+        return handler_endpoint(self.answer, f"{head.method}Anything", action, 100_000)
 
     def answer(self, request: Request) -> Response:
         record_action(f"bedrock:{request.method}", ARN)
@@ -63,11 +56,22 @@ class Plain:
         headers = {"x-amzn-ErrorType": fault.code + "Exception", "x-amzn-RequestId": request_id}
         return Response.json({"message": fault.message}, STATUS.get(fault.code, 403), **headers)
 
-    async def handle(self, request: Request, body: RequestBody, run: Run) -> Response:
-        await body.read()
-        assert request.signed is not None
-        self.objects.append((request.signed, body.head))
-        return Response()
+    async def handle(self, request: HttpRequest) -> HttpResponse:
+        await request.state.body.read()
+        self.objects.append((request.state.signed, request.state.body.head))
+        return HttpResponse()
+
+    def apis(self) -> tuple[Api, Api]:
+        """Object storage, and everything else."""
+        storage = handler_api(
+            "s3",
+            lambda head: self.handle,
+            self.refusal,
+            # OpenAI's paths go first
+            lambda head, service: service == "s3" and not head.path.startswith("/v1/"),
+            signs_body_hash=True,
+        )
+        return storage, handler_api("plain", self.choose, self.refusal)
 
 
 @dataclass
@@ -105,7 +109,7 @@ class Running:
 def server(database: Database, api_key: str) -> Iterator[Running]:
     face = Plain()
     application = Application(
-        (face,),
+        face.apis(),
         Authenticator(database, KEY),
         RateLimits(database).admit,
         Metrics(dict),

@@ -19,7 +19,8 @@ from served import served
 
 from luthier.server.audit import record_action, record_actions
 from luthier.server.http.messages import Caller
-from luthier.server.http.routing import Operation
+from luthier.server.http.routes import ApiRoute
+from luthier.server.openai.routes import ROUTERS
 from luthier.server.roles import PERMISSIONS, ROLES, Permission, permissions_of
 from luthier.server.s3.routes import OPERATIONS
 from luthier.server.service import Service
@@ -38,18 +39,19 @@ class Served:
     service: Service
     url: str
 
-    def operations(self) -> list[Operation]:
-        """All operations of the OpenAI, native and Bedrock APIs."""
+    def operations(self) -> list[tuple[str, str, str]]:
+        """Action, method and path of all operations of the OpenAI, native and Bedrock APIs."""
         application: Any = self.service.application
-        openai, native, _, _, bedrock = application.faces
-        routers = (openai.router, bedrock._router)
-        described = [
-            Operation(each["operationId"], method.upper(), path,
-                      action="luthier:" + each["operationId"][0].upper() + each["operationId"][1:])
-            for path, methods in native.app.openapi()["paths"].items()
-            for method, each in methods.items()
-        ]  # fmt: skip
-        return [*described, *(each for router in routers for each in router.operations)]
+        _, native, _, _, bedrock = application.apis
+        routes = [route for router in ROUTERS for route in router.routes] + native.app.routes
+        return [
+            (route.action if isinstance(route, ApiRoute) else route.name, method, route.path)
+            for route in [
+                *(each for each in routes if isinstance(each, ApiRoute)),
+                *bedrock.app.routes,
+            ]
+            for method in route.methods - {"HEAD"}
+        ]
 
     def key(self, role: str, key_role: str | None = None) -> str:
         with self.service.database.write() as session:
@@ -87,7 +89,7 @@ def server(luthier_home: Any) -> Iterator[Served]:
 
 
 def test_every_operation_of_every_api_has_a_permission(server: Served) -> None:
-    actions = {each.action for each in server.operations()}
+    actions = {action for action, _, _ in server.operations()}
     actions |= {each.action for each in OPERATIONS} | {ACTION}
     assert actions == {*PERMISSIONS}
 
@@ -95,17 +97,16 @@ def test_every_operation_of_every_api_has_a_permission(server: Served) -> None:
 def test_every_operation_is_refused_without_its_permission(server: Served) -> None:
     """Each is sent by each role; a body that no operation takes ends what a role allows."""
     keys = {role: server.key(role) for role in ROLES}
-    for operation in server.operations():
-        if operation.action == UNSUPPORTED:
+    for action, method, route in server.operations():
+        if action == UNSUPPORTED:
             continue
-        segments = operation.path.strip("/").split("/")
-        path = "/".join("none" if each.startswith("{") else each for each in segments)
-        path = f"/v1/{path}" if "openai." in operation.action else f"/{path}"
+        segments = route.strip("/").split("/")
+        path = "/" + "/".join("none" if each.startswith("{") else each for each in segments)
         for role, key in keys.items():
-            allowed = PERMISSIONS[operation.action] in ROLES[role]
-            status, text = server.send(operation.method, path, key)
+            allowed = PERMISSIONS[action] in ROLES[role]
+            status, text = server.send(method, path, key)
             refused = "is not authorized to perform" in text
-            assert (status == 403) is refused is not allowed, (operation, role, text)
+            assert (status == 403) is refused is not allowed, (action, role, text)
 
 
 def test_roles_of_users_and_keys() -> None:

@@ -25,24 +25,23 @@ from luthier.server.audit import AuditTrail
 from luthier.server.authentication import Authenticator
 from luthier.server.bedrock.activation import Activation, check_and_load
 from luthier.server.bedrock.control import Control
-from luthier.server.bedrock.routes import BedrockFace
+from luthier.server.bedrock.routes import bedrock_api
 from luthier.server.bedrock.runtime import runtime_handlers
 from luthier.server.console.routes import Console
-from luthier.server.http.application import Application
+from luthier.server.http.application import Api, Application
 from luthier.server.http.limits import RateLimits
 from luthier.server.http.metrics import Meter, Metrics
-from luthier.server.http.routing import Face, MountedApplication
 from luthier.server.identifiers import ModelIds
 from luthier.server.jobs.admission import Capacity
 from luthier.server.jobs.runners import LocalRunner, Runner
 from luthier.server.jobs.scheduler import Scheduler
 from luthier.server.native.operations import Context
 from luthier.server.native.routes import native_api
-from luthier.server.openai import OpenAIFace
+from luthier.server.openai import OpenAIService
 from luthier.server.openai.chat import InvokedChat
-from luthier.server.s3.routes import S3Face
+from luthier.server.s3.routes import s3_api
 from luthier.server.settings import Settings
-from luthier.server.sts import STSFace
+from luthier.server.sts import sts_api
 from luthier.server.tables import bootstrap, removal
 from luthier.server.tables.accounts import quotas_of
 from luthier.server.tables.arns import Arns
@@ -116,7 +115,7 @@ class Service:
         self.trail = AuditTrail(self.database)
         self.openai = self._openai()
         self.application: Callable[..., Awaitable[None]] = Application(
-            self._faces(),
+            self._apis(),
             Authenticator(self.database, key),
             RateLimits(self.database, settings.requests_per_second).admit,
             Metrics(
@@ -183,7 +182,7 @@ class Service:
             # The database or the disk is away; nothing but room depends on it.
             _log.exception("files of the object store could not be tidied")
 
-    def _faces(self) -> Sequence[Face | MountedApplication]:
+    def _apis(self) -> Sequence[Api]:
         control = Control(
             self.database,
             self.arns,
@@ -207,15 +206,15 @@ class Service:
             self.pool,
         )
         return (
-            self.openai,
+            self.openai.api,
             native_api(context, __version__),
-            S3Face(self.objects, self.settings.region),
-            STSFace(),
-            BedrockFace(control, runtime),
+            s3_api(self.objects, self.settings.region),
+            sts_api(),
+            bedrock_api(control, runtime),
         )
 
-    def _openai(self) -> OpenAIFace:
-        return OpenAIFace(
+    def _openai(self) -> OpenAIService:
+        return OpenAIService(
             self.database,
             self.settings,
             self.pool,

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl
 
+from starlette.routing import request_response
+
 from luthier.server.audit import record_action
-from luthier.server.http.messages import Fault, Request, RequestHead, Response
-from luthier.server.http.routing import Operation, Route
+from luthier.server.http.application import Api
+from luthier.server.http.messages import Fault, Request, Response
+from luthier.server.http.routes import handler_endpoint
 from luthier.server.s3.documents import Element, document
 
 NAMESPACE = "https://sts.amazonaws.com/doc/2011-06-15/"
@@ -34,34 +37,27 @@ _ERRORS = {
 """STS's code and status of each fault of the service."""
 
 
-class STSFace:
-    """The API that ``aws sts get-caller-identity`` calls."""
+def sts_api() -> Api:
+    """Return the API that ``aws sts get-caller-identity`` calls: requests that are signed for STS."""
+    app = request_response(handler_endpoint(_answer, "sts", ACTION, BODY_LIMIT))
+    return Api("sts", app, lambda head, service: service == "sts", refusal, "x-amzn-RequestId")
 
-    name, request_id_header = "sts", "x-amzn-RequestId"
 
-    def serves(self, head: RequestHead, service: str) -> bool:
-        """Return whether the request is signed for STS."""
-        return service == "sts"
-
-    def route(self, head: RequestHead) -> Route:
-        """Return the one route: the form names the action."""
-        if head.method not in ("GET", "POST"):
-            raise Fault("UnknownOperation", "STS takes GET and POST.")
-        return Route(Operation("sts", head.method, "/", _answer, BODY_LIMIT, action=ACTION))
-
-    def refusal(self, fault: Fault, request_id: str) -> Response:
-        """Return ``fault`` as botocore expects errors of STS."""
-        code, status = _ERRORS.get(fault.code, (fault.code, 400))
-        error: list[Element | None] = [
-            ("Type", "Sender" if status < 500 else "Receiver"),
-            ("Code", code),
-            ("Message", fault.message),
-        ]
-        body = document("ErrorResponse", [("Error", error), ("RequestId", request_id)], NAMESPACE)
-        return Response(status, body, {"Content-Type": "text/xml"})
+def refusal(fault: Fault, request_id: str) -> Response:
+    """Return ``fault`` as botocore expects errors of STS."""
+    code, status = _ERRORS.get(fault.code, (fault.code, 400))
+    error: list[Element | None] = [
+        ("Type", "Sender" if status < 500 else "Receiver"),
+        ("Code", code),
+        ("Message", fault.message),
+    ]
+    body = document("ErrorResponse", [("Error", error), ("RequestId", request_id)], NAMESPACE)
+    return Response(status, body, {"Content-Type": "text/xml"})
 
 
 def _answer(request: Request) -> Response:
+    if request.method not in ("GET", "POST"):
+        raise Fault("UnknownOperation", "STS takes GET and POST.")
     if request.signed is None or not request.signed.service:
         raise Fault("IncompleteSignature", "STS takes signatures only, and no API keys.")
     action = _action(request)

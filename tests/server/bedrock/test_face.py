@@ -12,11 +12,11 @@ import pytest
 from bedrock_service import ALICE, BASE, Service
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from starlette.routing import Match
 
-from luthier.server.bedrock.routes import CONTROL
+from luthier.server.bedrock.routes import CONTROL, bedrock_api, routes_of
 from luthier.server.bedrock.shapes import operation_models
 from luthier.server.http.messages import Fault, Request, Response
-from luthier.server.http.routing import Operation, Router
 
 ARN = f"arn:aws:bedrock:us-east-1:{ALICE}:custom-model/{BASE}/abcdefghij12"
 AUTHORIZATION = f"AWS4-HMAC-SHA256 Credential={ALICE}/20260131/us-east-1/bedrock/aws4_request"
@@ -33,30 +33,35 @@ def send(service: Service, method: str, path: str, body: bytes = b"") -> tuple[i
     return found
 
 
-ROUTER = Router(
-    (
-        Operation(each.name, each.http["method"], each.http["requestUri"])
-        for each in operation_models().values()
-    ),
-    empty=True,
-)
+ROUTES = routes_of(operation_models().values(), {})
+
+
+def found(method: str, path: str) -> tuple[str, dict[str, str]] | None:
+    """Path of the route for a request, and the segments of the request by name."""
+    scope = {"type": "http", "method": method, "path": path, "path_params": {}}
+    for route in ROUTES:
+        match, child = route.matches(scope)
+        if match is Match.FULL:
+            return route.path, child["path_params"]
+    return None
 
 
 @pytest.mark.parametrize("name", sorted(operation_models()))
 def test_every_operation_is_found_at_its_path(name: str) -> None:
     operation = operation_models()[name]
-    parts = operation.http["requestUri"].split("/")
+    uri = operation.http["requestUri"]
+    parts = uri.split("/")
     filled = [quote(ARN, safe="") if part.startswith("{") else part for part in parts]
-    found = ROUTER.route(operation.http["method"], "/".join(filled))
-    assert found is not None and found.operation.name == name
-    assert set(found.params.values()) <= {ARN}
-    assert len(found.params) == sum(part.startswith("{") for part in parts)
+    route = found(operation.http["method"], "/".join(filled))
+    assert route is not None and route[0].replace(":segment", "") == uri
+    assert set(route[1].values()) <= {ARN}
+    assert len(route[1]) == sum(part.startswith("{") for part in parts)
 
 
 def test_a_path_is_decoded_once_and_after_it_is_split() -> None:
-    found = ROUTER.route("GET", "/custom-models/a%252Fb%2Fc")
-    assert found is not None and found.params == {"modelIdentifier": "a%2Fb/c"}
-    assert ROUTER.route("GET", "/custom-models/a/b") is None
+    route = found("GET", "/custom-models/a%252Fb%2Fc")
+    assert route is not None and route[1] == {"modelIdentifier": "a%2Fb/c"}
+    assert found("GET", "/custom-models/a/b") is None
 
 
 def test_what_is_not_there(service: Service) -> None:
@@ -175,7 +180,7 @@ def test_operations_of_the_runtime_are_plugged_in(service: Service, database: An
 
 def test_handlers_are_of_operations_that_exist(service: Service) -> None:
     with pytest.raises(ValueError, match="Conversation"):
-        type(service.face)(service.control, {"Conversation": lambda call: Response()})
+        bedrock_api(service.control, {"Conversation": lambda call: Response()})
 
 
 def test_statuses_and_details_of_refusals(service: Service) -> None:
@@ -192,10 +197,10 @@ def test_statuses_and_details_of_refusals(service: Service) -> None:
         ("UnrecognizedClient", 403),
         ("RequestEntityTooLarge", 413),
     ):
-        answer = service.face.refusal(Fault(code, "text"), "id-1")
+        answer = service.api.refusal(Fault(code, "text"), "id-1")
         assert answer.status == status
         assert answer.headers["x-amzn-ErrorType"] == f"{code}Exception"
-    many = service.face.refusal(Fault("TooManyTags", "text", resourceName=ARN), "id-1")
+    many = service.api.refusal(Fault("TooManyTags", "text", resourceName=ARN), "id-1")
     assert json.loads(many.body) == {"message": "text", "resourceName": ARN}  # type: ignore[arg-type]
 
 

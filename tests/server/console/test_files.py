@@ -24,7 +24,7 @@ from luthier.server.console.routes import HEADERS, ROOT, Console, read_files
 from luthier.server.http.messages import RequestHead
 from luthier.server.native.jobs import CustomizationType, State
 from luthier.server.native.model_operations import Ability
-from luthier.server.openai.files import PURPOSES
+from luthier.server.openai.files import Purpose
 from luthier.server.roles import Permission
 
 PACKAGE = Path(luthier.__file__).parent
@@ -288,7 +288,7 @@ def test_lists_of_modules_are_those_of_the_server(
 def test_files_are_sent_for_a_purpose_that_the_server_knows() -> None:
     texts = [(STATIC / name).read_text("utf-8") for name in MODULES]
     given = re.findall(r'purpose(?: =|:) "([^"]+)"', "".join(texts))
-    assert given and {*given} <= {*PURPOSES}
+    assert given and {*given} <= {*get_args(Purpose)}
 
 
 @pytest.mark.parametrize("name", [name for name in OWN if name.endswith((".js", ".html"))])

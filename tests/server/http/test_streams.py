@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, MutableMapping
+import contextlib
+import time
+from collections.abc import Iterator, MutableMapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from luthier.server.http.messages import Response
-from luthier.server.http.streams import ClientDisconnected, send_response
+from luthier.server.http.streams import DISCONNECTED, StreamedResponse
 
 
 @pytest.mark.parametrize("length", [10, 11, None])
@@ -26,18 +28,13 @@ def test_a_client_that_has_the_whole_answer_may_hang_up(length: int | None) -> N
         if sum(map(len, sent)) == 10:
             left.set()
 
-    async def run(work: Callable[..., Any], *arguments: Any) -> Any:
-        await asyncio.sleep(0.02)  # the client is seen to leave before the end of the pieces
-        return work(*arguments)
-
     def pieces() -> Iterator[bytes]:
         yield from (b"12345", b"67890")
+        time.sleep(0.02)  # the client is seen to leave before the end of the pieces
 
     headers = {} if length is None else {"Content-Length": str(length)}
-    sending = send_response(send, receive, Response(200, pieces(), headers), run)
-    if length == 10:
-        assert asyncio.run(sending) == 200
-    else:
-        with pytest.raises(ClientDisconnected):
-            asyncio.run(sending)
+    record = SimpleNamespace(error="")
+    state = {"stream_turn": contextlib.AsyncExitStack, "record": record}
+    asyncio.run(StreamedResponse(pieces(), headers)({"state": state}, receive, send))
+    assert record.error == ("" if length == 10 else DISCONNECTED)
     assert b"".join(sent) == b"1234567890"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from handler_api import Endpoint, handler_api
 from served import served
 from trails import Remembered
 
@@ -19,7 +20,7 @@ from luthier.server.http.application import Application
 from luthier.server.http.limits import Slots
 from luthier.server.http.messages import Caller, Fault, Request, RequestHead, Response, Signed
 from luthier.server.http.metrics import Metrics
-from luthier.server.http.routing import Operation, Route
+from luthier.server.http.routes import handler_endpoint
 
 BUSY, QUIET = "111111111111", "222222222222"
 LIMITS = ServerLimits()
@@ -88,24 +89,16 @@ class Slow:
     def __init__(self) -> None:
         self.go, self.begun = threading.Event(), 0
 
-    name, request_id_header = "slow", "x-request-id"
-
-    def serves(self, head: RequestHead, service: str) -> bool:
-        return True
-
-    def route(self, head: RequestHead) -> Route:
-        path = head.path
+    def choose(self, head: RequestHead) -> Endpoint:
         works = {
             "/long": self.long,
             "/stream": self.stream,
             "/short": lambda call: Response.json(1),
         }
-        return Route(
-            Operation(
-                path[1:], head.method, path, works[path], long=path != "/short",
-                action="luthier:WhoAmI",
-            )
-        )  # fmt: skip
+        path = head.path
+        return handler_endpoint(
+            works[path], path[1:], "luthier:WhoAmI", 1000, uses_model=path != "/short"
+        )
 
     def long(self, request: Request) -> Response:
         self.begun += 1
@@ -136,8 +129,13 @@ def face() -> Iterator[Slow]:
 @pytest.fixture
 def place(face: Slow) -> Iterator[str]:
     application = Application(
-        (face,), Door(), lambda caller: None, Metrics(dict), Remembered(), lambda: None
-    )
+        (handler_api("slow", face.choose, face.refusal),),
+        Door(),
+        lambda caller: None,
+        Metrics(dict),
+        Remembered(),
+        lambda: None,
+    )  # fmt: skip
     with served(application) as url:
         yield url.removeprefix("http://")
         face.go.set()

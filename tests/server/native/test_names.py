@@ -77,7 +77,7 @@ def test_a_model_has_one_set_of_names_on_every_face(context: Context, arn: str) 
     for name in ("model", own_id, openai_id, arn):
         path = f"/api/v1/models/{quote(name, safe='')}"
         assert ask(context, "GET", path).json()["id"] == own_id
-        found = catalogue.find(ACCOUNT, name)
+        found = catalogue.base(ACCOUNT, name)
         assert isinstance(found, CustomModel) and found.id == own_id
 
 

@@ -117,12 +117,9 @@ def test_no_word_of_pydantics_is_left_in_what_requests_are_told(client: TestClie
 def test_the_query_is_checked_too(client: TestClient, query: str) -> None:
     name = query.partition("=")[0]
     assert refused(client.get(f"/api/v1/jobs?{query}"))["parameter"] == name
-    assert refused(client.get("/api/v1/whoami?other=1"))["parameter"] == "other"
 
 
 def test_faults_have_their_status() -> None:
-    slow = refusal(Fault("Throttling", "slow down", retry_after=3), "r1")
-    assert (slow.status, slow.headers["Retry-After"]) == (429, "3")
     statuses = {code: refusal(Fault(code, "no"), "r").status for code in (
         "AccessDenied", "ResourceNotFound", "Conflict", "UnrecognizedClient", "InternalServer", "New"
     )}  # fmt: skip

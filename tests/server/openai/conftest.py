@@ -1,32 +1,27 @@
-"""The face behind a real server, tiny models in the pool, and the unmodified client."""
+"""The OpenAI API in this process, tiny models in the pool, and the unmodified client."""
 
 from __future__ import annotations
 
 import shutil
-import socket
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
-import anyio.to_thread
 import openai
 import pytest
-import uvicorn
+from starlette.testclient import TestClient
 
-from luthier.errors import RefusedInput
 from luthier.files import write_json
 from luthier.inference.pool import ModelPool
 from luthier.library.folders import base_folder
 from luthier.limits import AccountQuotas
 from luthier.models.manifest import MANIFEST
-from luthier.server.http.messages import Caller, Fault, Request, RequestHead, Response
-from luthier.server.http.streams import RequestBody
-from luthier.server.openai import OpenAIFace
+from luthier.server.audit import AuditTrail
+from luthier.server.http.application import Application
+from luthier.server.http.messages import Caller, Fault, RequestHead, Signed
+from luthier.server.http.metrics import Metrics
+from luthier.server.openai import OpenAIService
 from luthier.server.settings import Settings
 from luthier.server.tables.accounts import Account
 from luthier.server.tables.custom_models import CustomModel
@@ -39,85 +34,42 @@ ACCOUNT, OTHER = "000000000000", "111111111111"
 KEYS = {"sk-one": ACCOUNT, "sk-other": OTHER, "sk-fast": ACCOUNT}
 
 
-class Server:
-    """A face over HTTP: keys name accounts, bodies are read whole, answers are sent as they come."""
+class Keys:
+    """Authentication by the keys above."""
 
-    def __init__(self, face: OpenAIFace) -> None:
-        self.face = face
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        request_id = str(uuid.uuid4())
-        headers = {k.decode().lower(): v.decode() for k, v in scope["headers"]}
-        path = scope["raw_path"].decode()
-        try:
-            caller = self._caller(headers)
-            query = scope["query_string"].decode()
-            head = RequestHead(scope["method"], path, query, [*headers.items()], tls=False)
-            route = self.face.route(head)
-            body = RequestBody(head, receive, route.operation.body_limit)
-            stream = route.operation.stream
-            data = b"" if stream else await body.read()
-            call = Request(
-                request_id,
-                caller,
-                scope["method"],
-                path,
-                parse_qs(query, keep_blank_values=True),
-                headers,
-                data,
-                now(),
-                route.params,
-            )
-            if stream is not None:
-                answer = await stream(call, body, anyio.to_thread.run_sync)
-            else:
-                answer = await anyio.to_thread.run_sync(route.operation.handler, call)
-        except Fault as fault:
-            answer = self.face.refusal(fault, request_id)
-        except RefusedInput as refused:
-            answer = self.face.refusal(Fault.of(refused), request_id)
-        await _send(send, answer, request_id)
-
-    def _caller(self, headers: Mapping[str, str]) -> Caller:
-        key = headers.get("authorization", "").removeprefix("Bearer ")
+    def authenticate(self, head: RequestHead, body: bytes | None) -> Signed:
+        key = dict(head.headers).get("authorization", "").removeprefix("Bearer ")
         if key not in KEYS:
             raise Fault("UnrecognizedClient", "Incorrect API key provided.")
         if key == "sk-fast":
             raise Fault("Throttling", "Too many requests.", retry_after=3)
-        return Caller(KEYS[key], "somebody", ("developer",))
+        return Signed(Caller(KEYS[key], "somebody", ("developer",)))
 
-
-async def _send(send: Any, answer: Response, request_id: str) -> None:
-    sent = {"x-request-id": request_id, **answer.headers}
-    headers = [(k.lower().encode(), v.encode()) for k, v in sent.items()]
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    if isinstance(answer.body, bytes):
-        await send({"type": "http.response.body", "body": answer.body})
-        return
-    while True:
-        piece = await anyio.to_thread.run_sync(next, answer.body, None)
-        if piece is None:
-            break
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
-    await send({"type": "http.response.body", "body": b""})
+    def recognize(self, head: RequestHead) -> Signed | None:
+        return self.authenticate(head, b"")
 
 
 @dataclass
 class Service:
-    """A running face and what is behind it."""
+    """The application in this process and what is behind it."""
 
-    face: OpenAIFace
+    openai: OpenAIService
+    application: Application
     database: Database
     objects: Objects
     pool: ModelPool
-    url: str
     deleted: list[str] = field(default_factory=list)
+
+    @property
+    def http(self) -> TestClient:
+        """A client without a key."""
+        return TestClient(self.application, base_url="http://luthier")
 
     def client(self, key: str = "sk-one", retries: int = 0) -> openai.OpenAI:
         """An unmodified client."""
-        return openai.OpenAI(api_key=key, base_url=self.url, max_retries=retries, timeout=60)
+        return openai.OpenAI(
+            api_key=key, base_url="http://luthier/v1", max_retries=retries, http_client=self.http
+        )
 
 
 @pytest.fixture
@@ -162,7 +114,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
-    """A face on a free port, with an empty database."""
+    """The API with an empty database."""
     luthier_home.mkdir(exist_ok=True)
     shutil.copy(empty_database, luthier_home / "luthier.db")
     database = Database()
@@ -174,31 +126,20 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
             session.delete(session.merge(model))
         deleted.append(model.id)
 
-    face = OpenAIFace(
+    made = OpenAIService(
         database,
         Settings(),
         pool,
         objects,
         delete_model,
         quotas=lambda account: AccountQuotas(jobs_in_flight=20),
-        file_limit=2_000_000,
     )
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        Server(face), log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=1
+    keys: Any = Keys()
+    application = Application(
+        [made.api], keys, lambda caller: None, Metrics(dict), AuditTrail(database), lambda: None
     )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-    yield Service(face, database, objects, pool, url, deleted)
-    face.close()
-    server.should_exit = True
-    thread.join()
-    listening.close()
+    yield Service(made, application, database, objects, pool, deleted)
+    made.close()
     pool.close()
     database.close()
 

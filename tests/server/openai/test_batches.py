@@ -69,7 +69,7 @@ def lines_of(client: openai.OpenAI, file_id: str | None) -> list[Any]:
 
 @pytest.mark.slow
 def test_successes_and_failures_have_a_file_each(client: openai.OpenAI, service: Any) -> None:
-    service.face.start()
+    service.openai.start()
     asked = [
         line(1),
         line(2, model="no-such-model", messages=[{"role": "user", "content": "a"}]),
@@ -98,7 +98,7 @@ def test_successes_and_failures_have_a_file_each(client: openai.OpenAI, service:
 
 
 def test_other_endpoints(client: openai.OpenAI, service: Any, tiny_encoder: str) -> None:
-    service.face.start()
+    service.openai.start()
     for url, body, kind in (
         ("/v1/embeddings", {"model": "tiny-encoder", "input": "a card"}, "list"),
         ("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 2}, "text_completion"),
@@ -114,7 +114,7 @@ def test_accounts_take_turns(client: openai.OpenAI, other: openai.OpenAI, servic
     mine = [created(client, [line(n)]).id for n in range(3)]
     theirs = created(other, [line(1)]).id
     order = []
-    while service.face.batches.run_once():
+    while service.openai.batches.run_once():
         with service.database.read() as session:
             done = session.query(store.Batch).filter(store.Batch.status.in_(store.ENDED))
             order.append({each.id for each in done})
@@ -127,13 +127,13 @@ def test_accounts_take_turns(client: openai.OpenAI, other: openai.OpenAI, servic
 def test_a_long_batch_gives_way_to_other_accounts(
     client: openai.OpenAI, other: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = service.face.batches.at_once + 3
+    count = service.openai.batches.at_once + 3
     mine = created(client, [line(n) for n in range(count)]).id
     second = created(client, [line(1)]).id
     theirs = created(other, [line(1)]).id
     monkeypatch.setattr(background, "SLICE", 0.0)
     statuses = []
-    while service.face.batches.run_once():
+    while service.openai.batches.run_once():
         statuses.append([client.batches.retrieve(each).status for each in (mine, second)])
         statuses[-1].append(other.batches.retrieve(theirs).status)
     # What was begun of the long one is kept; its account's next waits as before.
@@ -159,7 +159,7 @@ def test_a_file_is_written_page_by_page(
 
     monkeypatch.setattr(store, "results", results)
     made = created(client, [line(number) for number in range(5)])
-    assert service.face.batches.run_once()
+    assert service.openai.batches.run_once()
     batch = client.batches.retrieve(made.id)
     found = lines_of(client, batch.output_file_id)
     assert [each["custom_id"] for each in found] == [f"r{number}" for number in range(5)]
@@ -180,7 +180,7 @@ UNUSABLE: list[tuple[list[Any], str, int | None]] = [
 def test_a_file_that_cannot_be_used_fails_the_batch(client: openai.OpenAI, service: Any) -> None:
     for lines, code, number in UNUSABLE:
         made = created(client, lines)
-        assert service.face.batches.run_once()
+        assert service.openai.batches.run_once()
         batch = client.batches.retrieve(made.id)
         assert batch.status == "failed"
         assert batch.failed_at
@@ -202,7 +202,7 @@ def test_a_killed_server_answers_no_line_twice(client: openai.OpenAI, service: A
         answered.append(body["messages"][0]["content"])
         return {"answer": len(answered)}
 
-    first = BatchRunner(service.database, service.face.files, {CHAT: answer})
+    first = BatchRunner(service.database, service.openai.files, {CHAT: answer})
     with pytest.raises(Killed):
         first.run_once()
     before = client.batches.retrieve(made.id)
@@ -218,7 +218,7 @@ def test_a_killed_server_answers_no_line_twice(client: openai.OpenAI, service: A
         again.append(body["messages"][0]["content"])
         return {"answer": "second"}
 
-    second = BatchRunner(service.database, service.face.files, {CHAT: other})
+    second = BatchRunner(service.database, service.openai.files, {CHAT: other})
     assert second.run_once()
     batch = client.batches.retrieve(made.id)
     assert batch.status == "completed"
@@ -232,7 +232,7 @@ def test_a_held_batch_is_left_alone(client: openai.OpenAI, service: Any) -> None
     created(client, [line(1)])
     with service.database.write() as session:
         assert queue.claim_next(session, store.Batch, "another server") is not None
-    assert not service.face.batches.run_once()
+    assert not service.openai.batches.run_once()
 
 
 @pytest.mark.parametrize("hours", [1, -1])
@@ -240,7 +240,7 @@ def test_a_clock_that_jumps_takes_no_batch_away_and_leaves_none(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
     made = created(client, [line(1)])
-    runner = BatchRunner(service.database, service.face.files, {CHAT: lambda caller, body: {}})
+    runner = BatchRunner(service.database, service.openai.files, {CHAT: lambda caller, body: {}})
     clock = [100.0]
     runner.watch = LeaseWatch(60, lambda: clock[0])
     with service.database.write() as session:
@@ -268,7 +268,7 @@ def test_who_lost_a_batch_does_not_end_it(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = created(client, [line(1)])
-    runner = BatchRunner(service.database, service.face.files, {})
+    runner = BatchRunner(service.database, service.openai.files, {})
 
     def taken(*given: Any) -> Any:
         with service.database.write() as session:
@@ -297,7 +297,7 @@ def test_a_cancelled_batch_keeps_what_was_answered(client: openai.OpenAI, servic
         together.wait(30)
         return {}
 
-    assert BatchRunner(service.database, service.face.files, {CHAT: answer}).run_once()
+    assert BatchRunner(service.database, service.openai.files, {CHAT: answer}).run_once()
     batch = client.batches.retrieve(made.id)
     assert batch.status == "cancelled"
     assert batch.cancelling_at and batch.cancelled_at
@@ -321,7 +321,7 @@ def test_lines_in_hand_are_given_up_where_their_batch_is_cancelled(
         given_up.append(gone.wait(60))
         raise Fault("ServiceUnavailable", "The answer was given up.")
 
-    runner = BatchRunner(service.database, service.face.files, {CHAT: answer})
+    runner = BatchRunner(service.database, service.openai.files, {CHAT: answer})
     runner.start()
     begun.wait(30)
     began = time.monotonic()
@@ -356,7 +356,7 @@ def test_lines_have_the_role_that_their_user_has_when_they_are_answered(
             else:
                 account_of(session, "000000000000").disabled = True
 
-    chat = service.face.batches.endpoints[CHAT]
+    chat = service.openai.batches.endpoints[CHAT]
     first = threading.Barrier(AT_ONCE, action=take_away)
     taken = threading.Event()
 
@@ -367,7 +367,7 @@ def test_lines_have_the_role_that_their_user_has_when_they_are_answered(
         taken.set()
         return {}
 
-    assert BatchRunner(service.database, service.face.files, {CHAT: answer}).run_once()
+    assert BatchRunner(service.database, service.openai.files, {CHAT: answer}).run_once()
     batch = client.batches.retrieve(made.id)
     assert batch.status == "completed"
     failed = lines_of(client, batch.error_file_id)
@@ -401,7 +401,7 @@ def test_lists_tenants_and_refusals(client: openai.OpenAI, other: openai.OpenAI)
 
 def test_a_batch_whose_time_is_over(client: openai.OpenAI, service: Any) -> None:
     made = created(client, [line(number) for number in range(2 * AT_ONCE)])
-    runner = BatchRunner(service.database, service.face.files, {})
+    runner = BatchRunner(service.database, service.openai.files, {})
     expire_after(service, made.id, runner)
     assert runner.run_once()
     batch = client.batches.retrieve(made.id)
@@ -414,14 +414,14 @@ def test_an_expired_batch_killed_at_its_end_stays_expired(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = created(client, [line(number) for number in range(AT_ONCE + 1)])
-    runner = BatchRunner(service.database, service.face.files, {})
+    runner = BatchRunner(service.database, service.openai.files, {})
     expire_after(service, made.id, runner)
 
     def full(*given: Any, **named: Any) -> Any:
         raise DoesNotFit("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(service.face.files, "add", full)
+        patched.setattr(service.openai.files, "add", full)
         with pytest.raises(DoesNotFit):
             runner.run_once()
     # The full disk has lost nothing, and the next attempt ends as the first would have.
@@ -454,7 +454,7 @@ def test_a_failure_of_ours_fails_one_batch_only(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, later = created(client, [line(1)]), created(client, [line(1)])
-    runner = BatchRunner(service.database, service.face.files, {CHAT: lambda caller, body: {}})
+    runner = BatchRunner(service.database, service.openai.files, {CHAT: lambda caller, body: {}})
     with monkeypatch.context() as patched:
         patched.setattr(runner, "_problems", lambda *given: 1 / 0)
         assert runner.run_once()
@@ -472,7 +472,7 @@ def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
     monkeypatch.setattr(store.Batch, "lease_time", timedelta(seconds=1.0))
     made = created(client, [line(number) for number in range(AT_ONCE + 1)])
     seen: list[Any] = []
-    other = BatchRunner(service.database, service.face.files, {})
+    other = BatchRunner(service.database, service.openai.files, {})
 
     def completed() -> int:
         counts = client.batches.retrieve(made.id).request_counts
@@ -491,7 +491,7 @@ def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
             seen.append(completed())
         return {}
 
-    assert BatchRunner(service.database, service.face.files, {CHAT: answer}).run_once()
+    assert BatchRunner(service.database, service.openai.files, {CHAT: answer}).run_once()
     assert seen == [AT_ONCE]
     assert client.batches.retrieve(made.id).status == "completed"
 
@@ -510,7 +510,7 @@ def test_a_line_without_end_is_not_read_to_its_end(
             yield number, text
 
     monkeypatch.setattr(batches_module, "numbered_lines", lines)
-    assert service.face.batches.run_once()
+    assert service.openai.batches.run_once()
     batch = client.batches.retrieve(made.id)
     assert batch.status == "failed" and batch.errors and batch.errors.data
     assert [(each.code, each.line) for each in batch.errors.data] == [("line_too_large", 2)]

@@ -122,7 +122,7 @@ def created(client: openai.OpenAI, *criteria: Any, **further: Any) -> EvalCreate
 def done(service: Any, client: openai.OpenAI, made: Any, source: Any) -> RunRetrieveResponse:
     run = client.evals.runs.create(made.id, data_source=source)
     assert run.status == "queued"
-    assert service.face.evaluations.run_once()
+    assert service.openai.evaluations.run_once()
     return client.evals.runs.retrieve(run.id, eval_id=made.id)
 
 
@@ -253,7 +253,7 @@ def test_pages(client: openai.OpenAI, service: Any) -> None:
     runs = [client.evals.runs.create(evals[0], data_source=content(rows(3, output_text="a1")))
             for _ in range(3)]  # fmt: skip
     RunCreateResponse.model_validate({**runs[0].to_dict(), "error": {"code": "", "message": ""}})
-    while service.face.evaluations.run_once():
+    while service.openai.evaluations.run_once():
         pass
     ids = [each.id for each in runs]
     listed = list(client.evals.runs.list(evals[0], limit=2))
@@ -279,7 +279,7 @@ def test_a_killed_server_asks_no_row_twice(client: openai.OpenAI, service: Any) 
     count = 3 * AT_ONCE
     run = client.evals.runs.create(made.id, data_source=asking(rows(count)))
     asked: list[Any] = []
-    parts = service.face.evaluations.make_task.args[0]
+    parts = service.openai.evaluations.make_task.args[0]
 
     class Killed(BaseException):
         pass
@@ -346,7 +346,7 @@ def test_what_a_killed_process_has_written_stays(
     process.send_signal(signal.SIGKILL)
     process.wait()
     clock = [0.0]
-    runner = service.face.evaluations
+    runner = service.openai.evaluations
     runner.watch = queue.LeaseWatch(60, lambda: clock[0])
     assert not runner.run_once()
     clock[0] = 61.0
@@ -369,10 +369,10 @@ def test_a_run_is_canceled_and_deleted(client: openai.OpenAI, service: Any) -> N
     assert client.evals.runs.cancel(waiting.id, eval_id=made.id).status == "canceled"
     with pytest.raises(openai.BadRequestError, match="is canceled"):
         client.evals.runs.cancel(waiting.id, eval_id=made.id)
-    assert not service.face.evaluations.run_once()
+    assert not service.openai.evaluations.run_once()
     # Rows that are on their way when it is canceled are dropped.
     run = client.evals.runs.create(made.id, data_source=asking(rows(3 * AT_ONCE)))
-    task = service.face.evaluations.make_task
+    task = service.openai.evaluations.make_task
     asked: list[Any] = []
 
     def canceling(caller: Any, body: Any) -> Any:
@@ -414,7 +414,7 @@ def test_rows_that_take_long_are_given_up(client: openai.OpenAI, service: Any, h
         given_up.append(gone.wait(60))
         raise Fault("ServiceUnavailable", "The answer was given up.")
 
-    parts = replace(service.face.evaluations.make_task.args[0], answers=slow)
+    parts = replace(service.openai.evaluations.make_task.args[0], answers=slow)
     runner = EvaluationRunner(
         service.database, partial(eval_runs.EvalTask, parts), service.objects.quotas
     )
@@ -431,7 +431,7 @@ def test_rows_that_take_long_are_given_up(client: openai.OpenAI, service: Any, h
     assert after.status == {"cancel": "canceled", "close": "in_progress"}[how]
     assert after.result_counts.total == 0
     if how == "close":
-        assert service.face.evaluations.run_once()
+        assert service.openai.evaluations.run_once()
         after = client.evals.runs.retrieve(run.id, eval_id=made.id)
         assert (after.status, after.result_counts.errored) == ("completed", 0)
 
@@ -489,7 +489,7 @@ def test_a_run_has_the_role_that_its_user_has_when_its_turn_comes(
             principals.remove_user(session, user)
         else:
             principals.set_role(session, user, change)
-    assert service.face.evaluations.run_once()
+    assert service.openai.evaluations.run_once()
     ended = client.evals.runs.retrieve(run.id, eval_id=made.id)
     assert ended.status == "failed" and reason in ended.error.message
 
@@ -640,7 +640,7 @@ def test_rows_that_cannot_be_evaluated_fail_the_run_before_anything_is_asked(
         made.id, data_source={"type": "jsonl", "source": {"type": "file_id", "id": file.id}}
     )
     client.files.delete(file.id)
-    assert service.face.evaluations.run_once()
+    assert service.openai.evaluations.run_once()
     assert "is gone" in client.evals.runs.retrieve(waits.id, eval_id=made.id).error.message
 
 
@@ -664,14 +664,14 @@ def test_quotas_and_time(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rows that end together are stored together.
-    monkeypatch.setattr(service.face.evaluations, "at_once", 1)
+    monkeypatch.setattr(service.openai.evaluations, "at_once", 1)
     account = "000000000000"
     made = created(client)
     first = client.evals.runs.create(made.id, data_source=content(rows(2, output_text="a")))
     with service.database.write() as session:
         used = stored_by(session, account)
         set_quota(session, account, stored_bytes=used + 700)
-    assert service.face.evaluations.run_once()
+    assert service.openai.evaluations.run_once()
     run = client.evals.runs.retrieve(first.id, eval_id=made.id)
     # The first row is graded, and there is no room for the second.
     assert (run.status, run.error.code) == ("failed", "insufficient_quota")
@@ -685,7 +685,7 @@ def test_quotas_and_time(
         held = store.get_run(session, account, late.id)
         assert held is not None
         held.expires = now() - timedelta(seconds=1)
-    assert service.face.evaluations.run_once()
+    assert service.openai.evaluations.run_once()
     run = client.evals.runs.retrieve(late.id, eval_id=made.id)
     assert (run.status, run.error.code) == ("failed", "expired")
 

@@ -99,7 +99,7 @@ def test_an_eval_of_this_service_is_taken_over_whole(
 
     def run(source: Any) -> Any:
         begun = client.evals.runs.create(made.id, data_source=source)
-        assert service.face.evaluations.run_once()
+        assert service.openai.evaluations.run_once()
         return client.evals.runs.retrieve(begun.id, eval_id=made.id)
 
     replies = ("a0", "x", "something long")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +9,7 @@ import openai
 import pytest
 from sqlalchemy import update
 
+from luthier.server.openai.files import UploadRoute
 from luthier.server.tables.database import now
 from luthier.server.tables.uploaded_files import UploadedFile, UploadedFiles
 
@@ -117,24 +116,16 @@ def test_a_form_without_a_file_and_no_form_at_all(service: Any) -> None:
         ("multipart/form-data; boundary=x", form, "file"),
         ("multipart/form-data; boundary=y", form, None),
         ("multipart/form-data", form, None),
-        ("application/json", b"{}", None),
+        ("application/json", b"{}", "file"),
     ):
-        request = urllib.request.Request(
-            f"{service.url}/files",
-            body,
-            {"Authorization": "Bearer sk-one", "Content-Type": kind},
-        )
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request)
-        with refused.value as answer:
-            assert answer.code == 400
-            assert json.load(answer)["error"]["param"] == param
+        headers = {"Authorization": "Bearer sk-one", "Content-Type": kind}
+        answer = service.http.post("/v1/files", content=body, headers=headers)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
 
 
-def test_a_file_beyond_the_limit(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.files.create(file=("a", b"x" * 2_000_001), purpose="batch")
-    assert refused.value.param == "file"
+def test_a_file_beyond_the_limit(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UploadRoute, "body_limit", 3_000_000)
     with pytest.raises(openai.APIStatusError) as too_large:
         client.files.create(file=("a", b"x" * 4_000_000), purpose="batch")
     assert too_large.value.status_code == 413
@@ -151,8 +142,8 @@ def test_files_that_expire(client: openai.OpenAI, service: Any) -> None:
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(made.id)
     assert [each.id for each in client.files.list()] == [kept]
-    assert service.face.files.remove_expired() == 1
-    assert service.face.files.remove_expired() == 0
+    assert service.openai.files.remove_expired() == 1
+    assert service.openai.files.remove_expired() == 0
     for wrong in ({"anchor": "created_at", "seconds": 3599}, {"anchor": "now", "seconds": 3600}):
         with pytest.raises(openai.BadRequestError) as refused:
             client.files.create(file=("a", DATA), purpose="batch", expires_after=wrong)  # type: ignore[arg-type]

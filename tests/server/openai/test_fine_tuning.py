@@ -138,7 +138,7 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
     parts = name.split(":")
     assert parts[:4] == ["ft", "tiny", "org-000000000000", "My-model"] and len(parts) == 5
 
-    files = service.face.files
+    files = service.openai.files
     with pytest.MonkeyPatch.context() as full:
         full.setattr(files, "ever", lambda *given: False)
         full.setattr(files, "add", _no_room)

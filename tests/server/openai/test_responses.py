@@ -198,7 +198,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "web_search", "name": "a"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [*TOOLS, *TOOLS]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -265,7 +265,7 @@ def test_a_failure_in_mid_stream_is_the_last_event(
 
 @pytest.mark.slow
 def test_batches_take_them_too(client: openai.OpenAI, service: Any) -> None:
-    service.face.start()
+    service.openai.start()
     bodies = [
         {"model": "tiny", "input": QUESTION, "max_output_tokens": 8, "temperature": 0},
         {"model": "tiny", "input": []},

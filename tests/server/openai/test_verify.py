@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from served import served
 from typer.testing import CliRunner
 
 import luthier
@@ -75,11 +77,14 @@ def serve(name: str) -> None:
 
 
 @pytest.fixture
-def url(store: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> str:
+def url(
+    store: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch, request: Any
+) -> Iterator[str]:
     shutil.copytree(store, luthier_home)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-one")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    return request.getfixturevalue("service").url
+    with served(request.getfixturevalue("service").application) as address:
+        yield f"{address}/v1"
 
 
 def test_only_the_model_itself_is_reported_as_served(url: str) -> None:

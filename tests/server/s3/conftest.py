@@ -20,11 +20,11 @@ from cryptography.x509.oid import NameOID
 from served import served
 from trails import Remembered
 
-from luthier.server.http.application import Application
+from luthier.server.http.application import Api, Application
 from luthier.server.http.messages import Caller, RequestHead, Signed
 from luthier.server.http.metrics import Metrics
 from luthier.server.http.server import Ports
-from luthier.server.s3.routes import S3Face
+from luthier.server.s3.routes import s3_api
 from luthier.server.sigv4 import Credential, verify
 from luthier.server.tables.database import Base, Database, now
 from luthier.server.tables.object_files import ObjectFiles
@@ -97,11 +97,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "cert.pem", folder / "key.pem"
 
 
-class AnyS3(S3Face):
-    """The face, for requests that nobody signed, too."""
-
-    def serves(self, head: RequestHead, service: str) -> bool:
-        return True
+def any_s3(objects: Objects) -> Api:
+    """The API, for requests that nobody signed, too."""
+    return replace(s3_api(objects, "us-east-1"), serves=lambda head, service: True)
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +111,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     objects = Objects(database, ObjectFiles(home / "objects"))
 
     app = Application(
-        (AnyS3(objects, "us-east-1"),),
+        (any_s3(objects),),
         Names(),
         lambda caller: None,
         Metrics(dict),
@@ -133,7 +131,7 @@ def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service
     app = service.app  # type: ignore[attr-defined]
     # An application belongs to one loop: the second server has its own over the same store.
     other = Application(
-        (AnyS3(service.objects, "us-east-1"),),
+        (any_s3(service.objects),),
         app.authenticator,
         app.admit,
         app.metrics,

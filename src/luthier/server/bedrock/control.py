@@ -17,7 +17,7 @@ from luthier.server.audit import record_action
 from luthier.server.bedrock.activation import Activation
 from luthier.server.bedrock.shapes import answer_of, members_of
 from luthier.server.http.messages import Fault, Request, Response
-from luthier.server.http.routing import Handler
+from luthier.server.http.routes import Handler
 from luthier.server.tables.arns import Arn, Arns
 from luthier.server.tables.custom_models import CustomModel
 from luthier.server.tables.database import Database

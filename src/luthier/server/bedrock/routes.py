@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 from botocore.model import OperationModel
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.routing import Route, Router
 
 from luthier.limits import BODY_BYTES
 from luthier.server.bedrock import custom_models, endpoints, foundation, jobs, tags
 from luthier.server.bedrock.control import Control, Operate, handler
 from luthier.server.bedrock.hyperparameters import setting_name
 from luthier.server.bedrock.shapes import error_statuses, operation_models
-from luthier.server.http.messages import Fault, Request, RequestHead, Response
-from luthier.server.http.routing import Handler, Operation, Route, Router
+from luthier.server.http.application import Api
+from luthier.server.http.messages import Fault, Request, Response
+from luthier.server.http.routes import Handler, handler_endpoint
 
 CONTROL: Mapping[str, Operate] = {
     **foundation.OPERATIONS,
@@ -39,62 +43,76 @@ _STATUS = {
 """Of what every service of AWS answers, and no service model names."""
 
 
-class BedrockFace:
-    """What clients of ``bedrock`` and ``bedrock-runtime`` talk to."""
+class _Segment(Convertor[str]):
+    """A segment of the raw path, decoded once; an ARN in it has encoded slashes.
 
-    name, request_id_header = "bedrock", "x-amzn-RequestId"
+    An empty segment matches too: the operation then reports an invalid identifier, as AWS does.
+    """
 
-    def __init__(self, control: Control, runtime: Mapping[str, Handler]) -> None:
-        """``runtime`` answers to the operations of the runtime, by their names."""
-        models = operation_models()
-        handlers = {name: handler(control, models[name], act) for name, act in CONTROL.items()}
-        handlers |= runtime
-        if unknown := handlers.keys() - models.keys():
-            raise ValueError(f"no operations of Bedrock: {', '.join(sorted(unknown))}")
-        self._router = Router(map(partial(_operation, handlers), models.values()), empty=True)
+    regex = "[^/]*"
 
-    def serves(self, head: RequestHead, service: str) -> bool:
-        """Whatever is for no other face."""
-        return True
+    def convert(self, value: str) -> str:
+        """Return the decoded segment."""
+        return unquote(value)
 
-    def route(self, head: RequestHead) -> Route:
-        """What answers to a request.
-
-        Raises:
-            Fault: UnknownOperation where the service models have nothing there.
-        """
-        route = self._router.route(head.method, head.path)
-        if route is None:
-            raise Fault("UnknownOperation", "There is no operation at this path.")
-        return route
-
-    def refusal(self, fault: Fault, request_id: str) -> Response:
-        """``fault`` as botocore reads it: its code in a header, its message in the body."""
-        fault = fault.with_setting_names(setting_name)
-        status = error_statuses().get(fault.code) or _STATUS.get(fault.code, 400)
-        body: dict[str, Any] = {"message": fault.message}
-        headers = {"x-amzn-ErrorType": f"{fault.code}Exception"}
-        if fault.code in ("Throttling", "ModelNotReady", "ServiceUnavailable"):
-            headers["Retry-After"] = str(fault.details.get("retry_after", 1))
-        for name in ("resourceName", "originalStatusCode", "originalMessage"):
-            if name in fault.details:
-                body[name] = fault.details[name]
-        return Response.json(body, status, **headers)
+    def to_string(self, value: str) -> str:
+        """Return ``value``: no path is made from routes."""
+        return value
 
 
-def _operation(handlers: Mapping[str, Handler], model: OperationModel) -> Operation:
-    """The operation of a service model; what has no handler refuses what it is sent."""
+register_url_convertor("segment", _Segment())
 
-    def refuse(request: Request) -> Response:
-        raise Fault("Validation", f"{model.name} is not supported by this server.")
 
-    runtime = model.service_model.service_name == "bedrock-runtime"
-    return Operation(
-        model.name,
-        model.http["method"],
-        model.http["requestUri"],
-        handlers.get(model.name, refuse),
-        BODY_BYTES if runtime else CONTROL_BODY,
-        long=runtime,
-        action=f"bedrock:{model.name if model.name in handlers else 'Unsupported'}",
-    )
+def bedrock_api(control: Control, runtime: Mapping[str, Handler]) -> Api:
+    """Return the API that clients of ``bedrock`` and ``bedrock-runtime`` call.
+
+    ``runtime`` has the handlers of the runtime by the names of operations. The API serves all requests
+    that no other API serves.
+    """
+    models = operation_models()
+    handlers = {name: handler(control, models[name], act) for name, act in CONTROL.items()}
+    handlers |= runtime
+    if unknown := handlers.keys() - models.keys():
+        raise ValueError(f"no operations of Bedrock: {', '.join(sorted(unknown))}")
+    router = Router(routes_of(models.values(), handlers), redirect_slashes=False)
+    return Api("bedrock", router, lambda head, service: True, refusal, "x-amzn-RequestId")
+
+
+def routes_of(models: Iterable[OperationModel], handlers: Mapping[str, Handler]) -> list[Route]:
+    """Return the routes of operations. A path with a fixed segment precedes a path with any text."""
+    paths = {model.name: model.http["requestUri"].replace("}", ":segment}") for model in models}
+    routes = []
+    for model in sorted(
+        models, key=lambda each: ["{" in part for part in paths[each.name].split("/")]
+    ):
+        runtime = model.service_model.service_name == "bedrock-runtime"
+        action = f"bedrock:{model.name if model.name in handlers else 'Unsupported'}"
+        endpoint = handler_endpoint(
+            handlers.get(model.name) or partial(_refuse, model.name),
+            model.name,
+            action,
+            BODY_BYTES if runtime else CONTROL_BODY,
+            uses_model=runtime,
+        )
+        routes.append(
+            Route(paths[model.name], endpoint, methods=[model.http["method"]], name=action)
+        )
+    return routes
+
+
+def _refuse(name: str, request: Request) -> Response:
+    raise Fault("Validation", f"{name} is not supported by this server.")
+
+
+def refusal(fault: Fault, request_id: str) -> Response:
+    """Return ``fault`` as botocore reads it: its code in a header, its message in the body."""
+    fault = fault.with_setting_names(setting_name)
+    status = error_statuses().get(fault.code) or _STATUS.get(fault.code, 400)
+    body: dict[str, Any] = {"message": fault.message}
+    headers = {"x-amzn-ErrorType": f"{fault.code}Exception"}
+    if fault.code in ("Throttling", "ModelNotReady", "ServiceUnavailable"):
+        headers["Retry-After"] = str(fault.details.get("retry_after", 1))
+    for name in ("resourceName", "originalStatusCode", "originalMessage"):
+        if name in fault.details:
+            body[name] = fault.details[name]
+    return Response.json(body, status, **headers)

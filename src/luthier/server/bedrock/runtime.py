@@ -34,7 +34,7 @@ from luthier.server.bedrock.invoke import (
 )
 from luthier.server.bedrock.shapes import body_members, operation_models
 from luthier.server.http.messages import Fault, Request, Response, inference_faults
-from luthier.server.http.routing import Handler
+from luthier.server.http.routes import Handler
 from luthier.server.http.streams import GeneratedPieces
 
 INVOKE, STREAM = "bedrock:InvokeModel", "bedrock:InvokeModelWithResponseStream"

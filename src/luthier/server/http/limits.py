@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from luthier.server.http.messages import Caller, Fault
 from luthier.server.tables.accounts import PrincipalsWatch, quota_of
 from luthier.server.tables.database import Database
 
-T = TypeVar("T")
-
 BURST_SECONDS = 2.0
 """An account may send the requests of this many seconds at once."""
-
-
-class Threads:
-    """Calls functions in threads, with the context of the calling task.
-
-    A plain executor: anyio's takes a fifth of the time of a short request to find the running loop.
-    """
-
-    def __init__(self, most: int, name: str) -> None:
-        """Run at most ``most`` functions at the same time; the others wait."""
-        self._pool = ThreadPoolExecutor(most, name)
-
-    async def __call__(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Return or raise what ``function`` returns or raises."""
-        context = contextvars.copy_context()
-        work = partial(context.run, function, *arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 
 class Slots:

@@ -8,10 +8,12 @@ tells is verified here.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +22,8 @@ from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote_to_bytes
 
 from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from luthier.errors import (
     DiskFull,
@@ -36,6 +40,8 @@ from luthier.graders.json_schema import depth_of
 from luthier.inference.inference import InferenceFailed, InferenceRefused, PredictionsOnly
 from luthier.server.tables.text import check_storable, decode_storable
 
+HEAD_BYTES = 64 << 10
+"""Maximum size of the headers of a request, in bytes."""
 JSON_DEPTH = 200
 """Levels of objects and lists in a body."""
 JSON_VALUES = 500_000
@@ -43,8 +49,7 @@ JSON_VALUES = 500_000
 PREDICTIONS = "POST /api/v1/models/NAME/predictions"
 """How models that read are asked, of every face."""
 _FORM = "application/x-www-form-urlencoded"
-Scope = MutableMapping[str, Any]
-"""What an ASGI server says of a request."""
+_log = logging.getLogger("luthier.server")
 
 
 def parse_digits(text: str, most: int = 18) -> int | None:
@@ -85,6 +90,11 @@ class RequestHead:
     headers: Sequence[tuple[str, str]]
     """Names in lower case, in their order; a name that was sent twice stands here twice."""
     tls: bool
+
+    @property
+    def has_two_lengths(self) -> bool:
+        """Whether the head has both ``Content-Length`` and ``Transfer-Encoding``."""
+        return {"content-length", "transfer-encoding"} <= {name for name, _ in self.headers}
 
     @property
     def body_length(self) -> int | None:
@@ -300,6 +310,29 @@ class Fault(LuthierError):
         return Fault(self.code, text, parameter=parameter, rule=self.rule, **details)
 
 
+def fault_of(error: BaseException, request_id: str) -> Fault:
+    """Return the fault that an API reports for an error, and log errors of the service."""
+    if isinstance(error, Fault):
+        return error
+    if isinstance(error, RefusedInput):
+        return Fault.of(error)
+    if isinstance(error, HTTPException):
+        # Starlette found no route, or a form in the body that cannot be read.
+        unknown = error.status_code in (404, 405)
+        return Fault("UnknownOperation" if unknown else "Validation", str(error.detail))
+    if isinstance(error, asyncio.CancelledError):
+        text = "The service is ending. Ask again; what was asked may have been done."
+        return Fault("ServiceUnavailable", text, retry_after=5)
+    if isinstance(error, OperationalError | ReadOnlyDisk):
+        # The database or the disk may come back: clients are told to retry.
+        _log.error("database or disk trouble", exc_info=error, extra={"request_id": request_id})
+        return Fault.unavailable(error)
+    # Only the log has the details of an error inside the service.
+    _log.error("request failed", exc_info=error, extra={"request_id": request_id})
+    text = f"Something failed inside the service; its log has request {request_id}."
+    return Fault("InternalServer", text)
+
+
 def refusal_text(refused: InferenceRefused) -> str:
     """Why a model cannot be asked so, and how it can be, where that is by an operation of ours."""
     hint = f" Ask it by {PREDICTIONS}." if isinstance(refused, PredictionsOnly) else ""
@@ -335,6 +368,22 @@ def query_pairs(query: str) -> list[tuple[bytes, bytes]]:
 
 def _unquote(text: str) -> bytes:
     return unquote_to_bytes(text.replace("+", " ").encode("latin-1"))
+
+
+def check_head(head: RequestHead) -> None:
+    """Reject a head that is too large, and a body with two lengths.
+
+    A proxy that believes ``Content-Length`` and a server that believes ``Transfer-Encoding`` would
+    disagree where the next request begins.
+
+    Raises:
+        Fault: ``RequestEntityTooLarge`` or ``Validation``.
+    """
+    if sum(len(name) + len(value) for name, value in head.headers) > HEAD_BYTES:
+        raise Fault("RequestEntityTooLarge", f"The headers have more than {HEAD_BYTES:,} bytes.")
+    if head.has_two_lengths:
+        raise Fault("Validation", "Send either Content-Length or Transfer-Encoding.")
+    check_text(head)
 
 
 def check_text(head: RequestHead) -> None:

@@ -12,15 +12,15 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
+from starlette.types import Message, Receive, Send
 
 from luthier.inference.latency import BUCKETS
-from luthier.server.http.streams import Receive, Send
 from luthier.server.tables.database import Database, now
 from luthier.server.tables.storage import Storage
 from luthier.server.tables.usage import CountUsage, Usage, add_usage
@@ -80,13 +80,13 @@ class RequestRecord:
     def count_bytes(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
         """The same, with the bytes of both bodies counted here."""
 
-        async def count_received() -> MutableMapping[str, Any]:
+        async def count_received() -> Message:
             self.body_requested = True
             message = await receive()
             self.bytes_in += len(message.get("body", b""))
             return message
 
-        async def count_sent(message: MutableMapping[str, Any]) -> None:
+        async def count_sent(message: Message) -> None:
             self.bytes_out += len(message.get("body", b""))
             await send(message)
 

@@ -1,168 +1,114 @@
-"""Bodies over a connection: requests are read up to their limit, responses sent whole or in pieces.
+"""Bodies over a connection: requests are read up to a limit, responses are streamed in pieces.
 
-Where the client hangs up its work ends, also where nothing is sent yet: a stream is watched while it is
-sent, and what is sent whole while a thread works on it, from the moment that a model or a process
-begins. All other requests cost nothing.
+When a client hangs up, the work for its request ends. Streamed responses are watched while they are
+sent; other responses are watched from the moment that a model or process begins to work.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
+import math
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response as StarletteResponse
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
 from luthier.cancellation import Cancellable, CancelScope
 from luthier.inference.inference import Stream
-from luthier.server.http.messages import Fault, RequestHead, Response
+from luthier.server.http.messages import (
+    Fault,
+    RequestHead,
+    Response,
+    inference_faults,
+)
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Run = Callable[..., Awaitable[Any]]
-"""Calls something that blocks, in a thread."""
+DISCONNECTED = "ClientDisconnected"
+"""Name of the error in the request log for a client that hung up."""
 INTERRUPTED_SECONDS = 5.0
-"""For the end of a stream that the server cuts because it ends itself."""
-HELD = 1 << 20
-"""Bytes of a body that is handed on as it comes: so many wait before a thread takes them."""
+"""Time limit for the last pieces of a stream that the server cuts at shutdown, in seconds."""
+WRITE_BYTES = 1 << 20
+"""Number of bytes of a streamed body that are collected for one call in a thread."""
+_waiting = CapacityLimiter(math.inf)
+"""Threads that wait for models. Slots bound their number, and other requests need no such thread."""
 
 
-class ClientDisconnected(Exception):
-    """The client hung up before its request or its answer was whole."""
+async def run_waiting(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call ``function``, which may wait for a model, in a thread."""
+    return await to_thread.run_sync(function, *arguments, limiter=_waiting)
 
 
 class RequestBody:
-    """The body of one request, of ``limit`` bytes at most, which is read once: whole, or as it comes.
+    """The body of one request, of at most ``limit`` bytes.
 
-    Reading raises :class:`Fault` ``RequestEntityTooLarge`` for a longer body, before it is read if its
-    length is known, and :class:`ClientDisconnected` for a body that ends early.
+    Reading a longer body raises :class:`Fault` ``RequestEntityTooLarge``: if the head has the length,
+    before the body is read.
     """
 
     def __init__(self, head: RequestHead, receive: Receive, limit: int) -> None:
-        self.head, self._receive, self._limit = head, receive, limit
+        self.head, self.limit = head, limit
+        self._receive, self._size = receive, 0
         self._whole: bytes | None = None
 
+    async def receive(self) -> Message:
+        """Return the next message of ASGI."""
+        if max(self._size, self.head.body_length or 0) > self.limit:
+            raise _too_large(self.limit)
+        if self._whole is not None:
+            whole, self._whole = self._whole, None
+            return {"type": "http.request", "body": whole}
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        if self._size > self.limit:
+            raise _too_large(self.limit)
+        return message
+
     async def read(self) -> bytes:
-        """All of it."""
+        """Return the whole body, which :meth:`receive` returns again.
+
+        Raises:
+            ClientDisconnect: if the body ends early.
+        """
         self._whole = b"".join([piece async for piece in self._pieces()])
         return self._whole
 
-    async def write_to(self, write: Callable[[bytes], Any], run: Run) -> None:
-        """Hand it on as it comes to ``write``, which is called in threads.
+    async def write_to(self, write: Callable[[bytes], Any]) -> None:
+        """Call ``write`` in threads with the pieces of the body as the client sends them.
 
-        Raises what ``write`` raises; what was written counts for nothing then.
+        Raises:
+            ClientDisconnect: if the body ends early.
         """
-        if self._whole is not None:
-            await run(write, self._whole)
-            return
-        held: list[bytes] = []
-        size = 0
+        collected = bytearray()
         async for piece in self._pieces():
-            held.append(piece)
-            size += len(piece)
-            if size >= HELD:
-                await run(write, b"".join(held))
-                held, size = [], 0
-        if size:
-            await run(write, b"".join(held))
+            collected += piece
+            if len(collected) >= WRITE_BYTES:
+                await to_thread.run_sync(write, bytes(collected))
+                collected.clear()
+        if collected:
+            await to_thread.run_sync(write, bytes(collected))
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        size, more = 0, True
-        if (self.head.body_length or 0) > self._limit:
-            raise _too_large(self._limit)
+        more = True
         while more:
-            message = await self._receive()
+            message = await self.receive()
             if message["type"] == "http.disconnect":
-                raise ClientDisconnected
-            piece: bytes = message.get("body", b"")
-            size += len(piece)
-            if size > self._limit:
-                raise _too_large(self._limit)
-            yield piece
+                raise ClientDisconnect
+            yield message.get("body", b"")
             more = bool(message.get("more_body"))
 
 
 def _too_large(limit: int) -> Fault:
-    text = f"The body of the request is larger than the {limit:,} bytes that are taken here."
+    text = f"The body of the request is larger than the limit of {limit:,} bytes."
     return Fault("RequestEntityTooLarge", text)
 
 
-async def send_response(send: Send, receive: Receive, answer: Response, run: Run) -> int:
-    """Send an answer, whole or piece by piece as ``run`` gets them; its status.
-
-    Raises:
-        ClientDisconnected: where nobody reads it any more.
-    """
-    headers = [
-        (k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in answer.headers.items()
-    ]
-    body = answer.body
-    if isinstance(body, bytes) and not any(name == b"content-length" for name, _ in headers):
-        headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    if isinstance(body, bytes):
-        await send({"type": "http.response.body", "body": body})
-    else:
-        length = next((int(value) for name, value in headers if name == b"content-length"), None)
-        await _stream(send, receive, body, run, length)
-    return answer.status
-
-
-async def _stream(
-    send: Send, receive: Receive, pieces: Iterator[bytes], run: Run, length: int | None
-) -> None:
-    """Send pieces as they come; end the work as soon as the client has hung up.
-
-    One that has all of its ``length`` bytes may hang up: it has its answer. Where the server ends
-    first, the last piece is an error in the words of the face, if it has them.
-    """
-    gone = asyncio.ensure_future(hung_up(receive))
-    piece: asyncio.Future[bytes | None] | None = None
-    sent = 0
-    try:
-        while True:
-            piece = asyncio.ensure_future(run(partial(next, pieces, None)))
-            await asyncio.wait((piece, gone), return_when=asyncio.FIRST_COMPLETED)
-            if gone.done() and sent != length:
-                # It may wait long for its next piece; closing wakes those that can be woken.
-                await run(close_pieces, pieces)
-                with suppress(Exception):
-                    await piece
-                raise ClientDisconnected
-            await asyncio.wait((piece,))
-            if (found := piece.result()) is None:
-                break
-            sent += len(found)
-            await send({"type": "http.response.body", "body": found, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-    except asyncio.CancelledError:
-        if (interrupt := getattr(pieces, "interrupt", None)) is not None:
-            await run(interrupt)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(_rest(send, pieces, piece, run), INTERRUPTED_SECONDS)
-        raise
-    finally:
-        gone.cancel()
-        with suppress(asyncio.CancelledError):
-            await gone
-        await run(close_pieces, pieces)
-
-
-async def _rest(
-    send: Send, pieces: Iterator[bytes], piece: asyncio.Future[bytes | None] | None, run: Run
-) -> None:
-    """Send what is left of pieces that were interrupted; a thread may be at ``piece`` still."""
-    while True:
-        found = await (piece or run(partial(next, pieces, None)))
-        if found is None:
-            break
-        await send({"type": "http.response.body", "body": found, "more_body": True})
-        piece = None
-    await send({"type": "http.response.body", "body": b""})
-
-
 class GeneratedPieces:
-    """Pieces of what models write; closing them ends the work, also where nothing was read yet."""
+    """Pieces of a response that models generate. Closing the pieces ends the work of the models."""
 
     def __init__(self, pieces: Iterator[bytes], streams: Sequence[Stream]) -> None:
         self._pieces, self._streams = pieces, streams
@@ -177,12 +123,12 @@ class GeneratedPieces:
         """Block until the first stream has a piece, or is closed.
 
         Raises:
-            InferenceFailed: where it will have none.
+            InferenceFailed: if the stream fails before its first piece.
         """
         self._streams[0].wait()
 
     def interrupt(self) -> None:
-        """Make an error the next piece, and the last: the service ends."""
+        """Make an error the next and last piece, because the server shuts down."""
         for stream in self._streams:
             stream.interrupt()
 
@@ -190,45 +136,140 @@ class GeneratedPieces:
         """End the work."""
         for stream in self._streams:
             stream.close()
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()
+        close_pieces(self._pieces)
 
 
 def close_pieces(pieces: Iterator[bytes]) -> None:
-    """End the work on pieces that nobody will read."""
+    """End the work on pieces that are not read further."""
     close = getattr(pieces, "close", None)
-    # A generator that is at work cannot be closed by another thread; it is closed after its piece.
+    # Another thread may be inside a generator, which then closes after its current piece.
     with suppress(ValueError):
         if close is not None:
             close()
 
 
+class StreamedResponse(StreamingResponse):
+    """A response of pieces that threads make.
+
+    A client that hangs up ends the work at once, also between two pieces: Starlette's own class would
+    wait for the next piece. A model that fails before its first piece fails with its own HTTP status.
+    """
+
+    def __init__(
+        self, pieces: Iterator[bytes], headers: Mapping[str, str], status_code: int = 200
+    ) -> None:
+        super().__init__((), status_code, headers)
+        self._pieces = pieces
+        length = self.headers.get("content-length")
+        self._length = None if length is None else int(length)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the pieces while one of the slots for streams is free.
+
+        Raises:
+            Fault: if no slot is free, or a model fails before its first piece.
+            ClientDisconnect: if the client hangs up before the first piece.
+        """
+        try:
+            async with scope["state"]["stream_turn"]():
+                if isinstance(self._pieces, GeneratedPieces):
+                    await self._wait_for_first(self._pieces, receive)
+                status, headers = self.status_code, self.raw_headers
+                await send({"type": "http.response.start", "status": status, "headers": headers})
+                if await self._send_pieces(receive, send):
+                    scope["state"]["record"].error = DISCONNECTED
+        finally:
+            await run_waiting(close_pieces, self._pieces)
+
+    async def _wait_for_first(self, pieces: GeneratedPieces, receive: Receive) -> None:
+        guard = ConnectionGuard(receive)
+        guard.take(pieces)
+        try:
+            with inference_faults():
+                await run_waiting(pieces.wait)
+        finally:
+            gone = await guard.end()
+        if gone:
+            raise ClientDisconnect
+
+    async def _send_pieces(self, receive: Receive, send: Send) -> bool:
+        """Send all pieces; return whether the client hung up before it had the whole response."""
+        gone = asyncio.ensure_future(hung_up(receive))
+        piece: asyncio.Future[bytes | None] | None = None
+        sent = 0
+        try:
+            while True:
+                piece = asyncio.ensure_future(run_waiting(partial(next, self._pieces, None)))
+                await asyncio.wait((piece, gone), return_when=asyncio.FIRST_COMPLETED)
+                if gone.done() and sent != self._length:
+                    # The next piece may take long. Closing wakes a thread that waits for a model.
+                    await run_waiting(close_pieces, self._pieces)
+                    with suppress(Exception):
+                        await piece
+                    return True
+                found = await piece
+                await send(_body_message(found))
+                if found is None:
+                    return False
+                sent += len(found)
+        except asyncio.CancelledError:
+            if isinstance(self._pieces, GeneratedPieces):
+                await run_waiting(self._pieces.interrupt)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._send_rest(send, piece), INTERRUPTED_SECONDS)
+            raise
+        finally:
+            gone.cancel()
+            with suppress(asyncio.CancelledError):
+                await gone
+
+    async def _send_rest(self, send: Send, piece: asyncio.Future[bytes | None] | None) -> None:
+        """Send the last pieces of an interrupted stream; a thread may still make ``piece``."""
+        found: bytes | None = b""
+        while found is not None:
+            found = await (piece or run_waiting(partial(next, self._pieces, None)))
+            await send(_body_message(found))
+            piece = None
+
+
+def to_starlette(answer: Response) -> StarletteResponse:
+    """Return the response of Starlette for a response of a handler."""
+    if isinstance(answer.body, bytes):
+        return StarletteResponse(answer.body, answer.status, answer.headers)
+    return StreamedResponse(answer.body, answer.headers, answer.status)
+
+
+def _body_message(piece: bytes | None) -> Message:
+    return {"type": "http.response.body", "body": piece or b"", "more_body": piece is not None}
+
+
 async def hung_up(receive: Receive) -> None:
-    """Come back when the client is gone."""
+    """Return when the client has hung up."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class ConnectionGuard:
-    """Stands beside one request. Make it in the event loop; :meth:`take` is called by any thread."""
+    """A watch on the connection of one request that ends the request's work when the client hangs up.
 
-    def __init__(self, receive: Receive, run: Run) -> None:
-        """``run`` calls what may block, in a thread."""
+    Create the guard in the event loop. Any thread may call :meth:`take`.
+    """
+
+    def __init__(self, receive: Receive) -> None:
         self._loop = asyncio.get_running_loop()
-        self._receive, self._run = receive, run
+        self._receive = receive
         self._scope = CancelScope()
         self._gone = self._ended = False
         self._watching: asyncio.Task[None] | None = None
 
     def take(self, work: Cancellable) -> None:
-        """Close ``work`` when the client hangs up, or at once where it has."""
+        """Close ``work`` when the client hangs up, or at once if the client has hung up."""
         self._scope.take(work)
         if self._watching is None:
             self._loop.call_soon_threadsafe(self._watch)
 
     async def end(self) -> bool:
-        """Watch no longer: the answer is there. Whether the client is gone."""
+        """Stop watching and return whether the client hung up."""
         self._ended = True
         if self._watching is not None:
             if not self._gone:
@@ -238,11 +279,11 @@ class ConnectionGuard:
         return self._gone
 
     def _watch(self) -> None:
-        # Work that began before the first look was noticed asks for it again.
+        # Several threads may have called `take` before the first watch began.
         if not self._ended and self._watching is None:
             self._watching = asyncio.ensure_future(self._wait())
 
     async def _wait(self) -> None:
         await hung_up(self._receive)
         self._gone = True
-        await self._run(self._scope.close)
+        await run_waiting(self._scope.close)

@@ -9,10 +9,10 @@ from fastapi import Query
 from pydantic import Field
 
 from luthier.exports.export import Format
+from luthier.server.http.routes import Name
 from luthier.server.jobs.submit import submit_export
 from luthier.server.native.operations import (
     Input,
-    Name,
     NativeCall,
     View,
     native_router,

@@ -14,12 +14,11 @@ from pydantic import Field, StrictFloat, StrictInt, model_validator
 from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, MediaKind
 from luthier.inference.inference import ImageRequest
 from luthier.server.http.messages import Fault, inference_faults
+from luthier.server.http.routes import MODEL_TURN, Name
 from luthier.server.identifiers import find_foundation
 from luthier.server.native.operations import (
-    MODEL_TURN,
     Call,
     Input,
-    Name,
     NativeCall,
     View,
     native_router,

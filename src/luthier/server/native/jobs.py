@@ -17,14 +17,13 @@ from luthier.engine.runs import LABEL_ISSUES, run_of
 from luthier.escaping import map_code
 from luthier.graders import parse_graders
 from luthier.server.http.messages import Fault, parse_digits
+from luthier.server.http.routes import STREAM_TURN, Name
 from luthier.server.jobs import deletion
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import Submission, check_client_grader, submit
 from luthier.server.native.operations import (
-    STREAM_TURN,
     Call,
     Input,
-    Name,
     NativeCall,
     View,
     native_router,

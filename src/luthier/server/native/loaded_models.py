@@ -7,11 +7,10 @@ from datetime import datetime
 from sqlalchemy import select
 
 from luthier.server.http.messages import Fault, inference_faults
+from luthier.server.http.routes import MODEL_TURN, Name
 from luthier.server.identifiers import find_foundation
 from luthier.server.native.operations import (
-    MODEL_TURN,
     Call,
-    Name,
     NativeCall,
     View,
     native_router,

@@ -14,6 +14,7 @@ from luthier.engine.metrics import SHARES
 from luthier.errors import LuthierError
 from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.server.http.messages import Fault
+from luthier.server.http.routes import Name
 from luthier.server.identifiers import find_foundation
 from luthier.server.native.model_operations import (
     Ability,
@@ -22,7 +23,7 @@ from luthier.server.native.model_operations import (
     abilities_of_base,
     writes,
 )
-from luthier.server.native.operations import Name, NativeCall, View, native_router
+from luthier.server.native.operations import NativeCall, View, native_router
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.foundation import FoundationModel, foundation_models, kind_of

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
-from urllib.parse import unquote
 
-from fastapi import APIRouter, Depends, Path, Request, Response, Security
+from fastapi import APIRouter, Depends, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.params import Depends as Dependency
-from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders
-from starlette.exceptions import HTTPException
-from starlette.routing import Match
 
 from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
 from luthier.server.audit import record_action
-from luthier.server.http.application import fault_of
-from luthier.server.http.messages import Caller, Fault, parse_json
+from luthier.server.http.messages import Caller, Fault
 from luthier.server.http.messages import Response as Answer
-from luthier.server.http.streams import ClientDisconnected
+from luthier.server.http.routes import ApiRoute
 from luthier.server.identifiers import (
     Invocable,
     find_foundation,
@@ -35,7 +27,6 @@ from luthier.server.identifiers import (
     resolve_name,
 )
 from luthier.server.jobs.submit import SETTABLE_DATA
-from luthier.server.roles import authorize
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database
@@ -113,27 +104,24 @@ def refusal(fault: Fault, request_id: str) -> Answer:
     parameter, rule = fault.parameter, fault.rule or None
     error = ErrorDetail(code=fault.code, message=fault.message, parameter=parameter, rule=rule)
     headers = {"Allow": fault.details["allow"]} if "allow" in fault.details else {}
-    if "retry_after" in fault.details:
-        headers["Retry-After"] = str(fault.details["retry_after"])
     body = {"error": error.model_dump(exclude_none=True)}
     return Answer.json(body, STATUS.get(fault.code, 400), **headers)
 
 
-async def refuse(request: Request, error: Exception) -> Response:
-    """Respond to an exception of a route or of the router."""
-    record = request.state.record
-    if isinstance(error, ClientDisconnected):
-        record.error = "ClientDisconnected"
-        return Response(status_code=499)
-    fault = _fault(error, request)
-    record.error = fault.code
-    answer = refusal(fault, record.request_id)
-    return Response(answer.body, answer.status, answer.headers)
+class NativeRoute(ApiRoute):
+    """A route whose function names the operation and the action that the caller's role must allow."""
 
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        first, *rest = endpoint.__name__.split("_")
+        name = first + "".join(map(str.capitalize, rest))
+        self.operation = f"native.{name}"
+        self.action = f"luthier:{name[0].upper()}{name[1:]}"
+        super().__init__(
+            path, endpoint, **{**options, "operation_id": name, "response_model_exclude_none": True}
+        )
 
-def _fault(error: Exception, request: Request) -> Fault:
-    path = request.scope["path"]
-    if isinstance(error, RequestValidationError):
+    def invalid(self, error: RequestValidationError) -> Fault:
+        """Return a fault that names the first errors."""
         first = error.errors()[:MOST_ERRORS]
         places = [".".join(map(str, each["loc"][1:])) for each in first]
         text = "; ".join(
@@ -141,104 +129,15 @@ def _fault(error: Exception, request: Request) -> Fault:
             for place, each in zip(places, first, strict=True)
         )
         return Fault("Validation", text, parameter=places[0] or None)
-    if isinstance(error, HTTPException) and error.status_code == 405:
-        # Starlette names the methods of one route alone.
-        found = [
-            each for each in request.app.routes if each.matches(request.scope)[0] is not Match.NONE
-        ]
-        allow = ", ".join(sorted(set().union(*(each.methods for each in found))))
-        return Fault("MethodNotAllowed", f"{path} takes {allow}.", allow=allow)
-    if isinstance(error, HTTPException):
-        text = f"There is no {request.method} {path}; see /api/v1/openapi.json."
-        return Fault("UnknownOperation", text)
-    return fault_of(error, request.state.record.request_id)
 
-
-class _ParsedRequest(Request):
-    """A request whose body is parsed into ``state.json``."""
-
-    async def body(self) -> bytes:
-        """Return any text: FastAPI asks for JSON if there is text."""
-        return b"{}"
-
-    async def json(self) -> Any:
-        """Return the parsed body."""
-        return self.state.json
-
-
-class NativeRoute(APIRoute):
-    """A route whose function names the operation and the action that the caller's role must allow."""
-
-    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        first, *rest = endpoint.__name__.split("_")
-        name = first + "".join(map(str.capitalize, rest))
-        options |= {
-            "operation_id": name,
-            "response_model_exclude_none": True,
-            "dependencies": [_permitted(name), *(options.get("dependencies") or ())],
-        }
-        super().__init__(path, endpoint, **options)
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap FastAPI's handler: parse the body with limits, and raise faults only."""
-        handle = super().get_route_handler()
-
-        async def respond(request: Request) -> Response:
-            request.state.record.operation = f"native.{self.operation_id}"
-            try:
-                unknown = next(iter(request.query_params), None)
-                if unknown is not None and not self.dependant.query_params:
-                    text = f"{unknown} is not known here"
-                    raise Fault("Validation", text, parameter=unknown)
-                if self.body_field is not None:
-                    request.state.json = await self._parse(request)
-                    MutableHeaders(scope=request.scope)["content-type"] = "application/json"
-                    request = _ParsedRequest(request.scope)
-                return await handle(request)
-            except Exception as error:
-                raise _fault(error, request) from None
-
-        return respond
-
-    async def _parse(self, request: Request) -> Any:
-        body = await request.body()
+    async def parse(self, request: Request) -> Any:
+        """Return the JSON of the body, or the fields for a file in its place."""
         kind = request.headers.get("content-type", "").partition("/")[0].strip().lower()
         sent = (self.openapi_extra or {}).get("requestBody", {"content": ()})
         if self.body_field is not None and f"{kind}/*" in sent["content"]:
             model: Any = self.body_field.field_info.annotation
-            return model.from_file(kind, body)
-        try:
-            return await run_in_threadpool(parse_json, body) if body.strip() else {}
-        except ValueError as error:
-            raise Fault("Serialization", f"The body is no JSON: {error}.") from error
-
-
-def _permitted(name: str) -> Dependency:
-    """Return the dependency that rejects callers whose role does not allow the operation ``name``."""
-    action = f"luthier:{name[0].upper()}{name[1:]}"
-
-    async def check(request: Request) -> None:
-        authorize(request.state.caller, action, request.scope["path"])
-
-    return Dependency(check)
-
-
-async def _model_turn(request: Request) -> AsyncIterator[None]:
-    async with request.state.model_turn():
-        yield
-
-
-async def _stream_turn(request: Request) -> AsyncIterator[None]:
-    async with request.state.stream_turn():
-        yield
-
-
-MODEL_TURN = Depends(_model_turn, scope="function")
-"""Waits for one of the requests that models work on at the same time."""
-STREAM_TURN = Depends(_stream_turn)
-"""Keeps one of the responses that are streamed at the same time until the response is sent."""
-Name = Annotated[str, Path(min_length=1), AfterValidator(unquote)]
-"""Segment of the raw path: an ARN has encoded slashes."""
+            return model.from_file(kind, await request.body())
+        return await super().parse(request)
 
 
 def uploads(*kinds: str) -> dict[str, Any]:

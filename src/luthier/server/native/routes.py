@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
-from starlette.exceptions import HTTPException
-
-from luthier.server.http.messages import Fault
-from luthier.server.http.routing import MountedApplication
-from luthier.server.http.streams import ClientDisconnected
+from luthier.server.http.application import Api
+from luthier.server.http.routes import api_application
 from luthier.server.native import exports, inference, jobs, loaded_models, models, reports, usage
 from luthier.server.native.operations import (
     Context,
@@ -15,7 +11,6 @@ from luthier.server.native.operations import (
     View,
     native_router,
     refusal,
-    refuse,
 )
 from luthier.server.roles import Permission, permissions_of
 
@@ -47,21 +42,16 @@ def who_am_i(call: NativeCall) -> WhoView:
     )
 
 
-def native_api(context: Context, version: str) -> MountedApplication:
-    """Return the application of all operations."""
+def native_api(context: Context, version: str) -> Api:
+    """Return the API of all operations."""
     modules = (jobs, models, exports, loaded_models, inference, reports, usage)
     routers = (router, *(module.router for module in modules))
-    app = FastAPI(
-        routes=[route for each in routers for route in each.routes],
+    app = api_application(
+        [route for each in routers for route in each.routes],
+        context,
         title="luthier",
         version=version,
         description="Jobs, reports, estimates, models and certificates of a luthier server.",
         openapi_url="/api/v1/openapi.json",
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        exception_handlers=dict.fromkeys((Fault, HTTPException, ClientDisconnected), refuse),
-        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.state.context = context
-    return MountedApplication("native", "/api/", app, refusal)
+    return Api("native", app, lambda head, service: head.path.startswith("/api/"), refusal)

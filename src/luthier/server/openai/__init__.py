@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from luthier.server.openai.routes import OpenAIFace
+from luthier.server.openai.routes import OpenAIService
 
-__all__ = ["OpenAIFace"]
+__all__ = ["OpenAIService"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -18,18 +18,17 @@ from luthier.inference.inference import meter
 from luthier.inference.scheduler import working_for
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.server.background import BackgroundRunner, caller_fields
-from luthier.server.http.messages import Caller, Fault, Request, Response, parse_json
-from luthier.server.http.routing import Operation
+from luthier.server.http.messages import Fault, parse_json
+from luthier.server.http.routes import Name
+from luthier.server.openai.generation import Answers
+from luthier.server.openai.operations import Limit, OpenAICall, openai_router, page
 from luthier.server.openai.protocol import (
     Body,
+    JsonObject,
     Metadata,
-    Recorder,
     absent,
-    body,
     error_of,
     invalid,
-    page,
-    page_query,
     seconds,
     shape_of,
 )
@@ -40,10 +39,7 @@ from luthier.server.tables.database import Database, now
 from luthier.server.tables.uploaded_files import UploadedFiles
 from luthier.server.tables.usage import CountUsage, Usage
 
-Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
-"""Answers a body of an endpoint with the rights of a caller."""
-
-Answered = tuple[bool, dict[str, Any]]
+Answered = tuple[bool, JsonObject]
 """Whether a line failed, and its line of the file."""
 
 AT_ONCE = 8
@@ -52,6 +48,7 @@ MOST_LINES = 50_000
 LONGEST_LINE = BODY_BYTES
 MOST_ERRORS = 50
 """What is wrong with more lines is not told."""
+router = openai_router()
 _log = logging.getLogger("luthier.server")
 _MOMENTS = {
     "in_progress_at": store.IN_PROGRESS,
@@ -129,9 +126,9 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
 
     def _problems(
         self, lines: Iterable[tuple[int, bytes]], endpoint: str
-    ) -> tuple[int, list[dict[str, Any]]]:
+    ) -> tuple[int, list[JsonObject]]:
         """How many lines an input file has, and what is wrong with them."""
-        count, found = 0, list[dict[str, Any]]()
+        count, found = 0, list[JsonObject]()
         first: dict[str, int] = {}
         for number, line in lines:
             count += 1
@@ -160,7 +157,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
             found.append(_error("empty_file", "The input file has no lines.", None))
         return count, found
 
-    def _answer(self, batch: Batch, line: bytes) -> tuple[bool, dict[str, Any]]:
+    def _answer(self, batch: Batch, line: bytes) -> tuple[bool, JsonObject]:
         members = json.loads(line)
         refused: Fault | None = None
         try:
@@ -168,7 +165,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
             self.count(batch.account, "", Usage(requests=1))
             count = partial(self.count_tokens, batch.account)
             with meter(count), working_for(batch.account, background=True):
-                answer = self.endpoints[batch.endpoint](caller, members["body"])
+                answer = self.endpoints[batch.endpoint](caller.account, members["body"])
         except Fault as fault:
             refused = fault
         except Exception as error:
@@ -238,7 +235,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                 yield json.dumps(result, ensure_ascii=False).encode() + b"\n"
             after = found[-1][0]
 
-    def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
+    def _fail(self, batch: Batch, errors: list[JsonObject]) -> None:
         with self.database.write() as session:
             held = self.lock_held(session, batch)
             if held is not None and held.status not in store.ENDED:
@@ -269,7 +266,7 @@ def _problem(
     return "", "", None
 
 
-def _error(code: str, text: str, line: int | None, param: str | None = None) -> dict[str, Any]:
+def _error(code: str, text: str, line: int | None, param: str | None = None) -> JsonObject:
     return {"code": code, "message": text, "param": param, "line": line}
 
 
@@ -282,98 +279,80 @@ class CreateBatch(Body):
     metadata: Metadata = None
 
 
-class Batches:
-    """The resource."""
-
-    def __init__(
-        self, database: Database, files: UploadedFiles, recorder: Recorder, runner: BatchRunner
-    ) -> None:
-        self.database, self.files, self.recorder, self.runner = database, files, recorder, runner
-
-    def operations(self) -> Iterable[Operation]:
-        """What can be done with batches."""
-        return (
-            Operation("batches.create", "POST", "batches", self.create),
-            Operation("batches.list", "GET", "batches", self.list),
-            Operation("batches.retrieve", "GET", "batches/{batch}", self.retrieve),
-            Operation("batches.cancel", "POST", "batches/{batch}/cancel", self.cancel),
+@router.post("/batches", name="batches.create")
+def create(call: OpenAICall, body: CreateBatch) -> JsonObject:
+    """Create a batch; the server reads its lines in the background."""
+    call.record("batch")
+    context, account = call.context, call.account
+    found = context.files.get(account, body.input_file_id)
+    if found is None:
+        text = f"No such file: {body.input_file_id}."
+        raise invalid(text, "input_file_id", "file_not_found")
+    if found.purpose != "batch":
+        text = f"File {found.id} was uploaded for '{found.purpose}' and not for 'batch'."
+        raise invalid(text, "input_file_id", "invalid_file_purpose")
+    with context.database.write() as session:
+        quotas = context.files.objects.quotas(session, account)
+        # Results become files: an account without space learns that before the work.
+        storage.check(session, account, quotas, stored_bytes=1)
+        batch = store.create(
+            session,
+            account,
+            caller_fields(call.caller),
+            body.endpoint,
+            body.completion_window,
+            body.input_file_id,
+            dict(body.metadata or {}),
         )
+    context.batches.wake()
+    return batch_object(batch, (0, 0))
 
-    def create(self, request: Request) -> Response:
-        """Take a batch; its lines are looked at in the background."""
-        parameters = body(request, CreateBatch)
-        self.recorder.record(request, "batches.create", "batch")
-        account = request.caller.account
-        found = self.files.get(account, parameters.input_file_id)
+
+@router.get("/batches", name="batches.list")
+def list_batches(call: OpenAICall, limit: Limit = 20, after: str | None = None) -> JsonObject:
+    """List batches, the newest first."""
+    with call.context.database.read() as session:
+        position = None
+        if after is not None:
+            place = store.get(session, call.account, after)
+            if place is None:
+                raise invalid(f"No such batch: {after}.", "after")
+            position = place.seq
+        found = store.list_batches(session, call.account, limit + 1, position)
+        return page([_view(session, batch) for batch in found], limit)
+
+
+@router.get("/batches/{batch}", name="batches.retrieve")
+def retrieve(call: OpenAICall, batch: Name) -> JsonObject:
+    """Return one batch."""
+    with call.context.database.read() as session:
+        found = store.get(session, call.account, batch)
         if found is None:
-            text = f"No such file: {parameters.input_file_id}."
-            raise invalid(text, "input_file_id", "file_not_found")
-        if found.purpose != "batch":
-            text = f"File {found.id} was uploaded for '{found.purpose}' and not for 'batch'."
-            raise invalid(text, "input_file_id", "invalid_file_purpose")
-        with self.database.write() as session:
-            quotas = self.files.objects.quotas(session, account)
-            # What is answered becomes files: whoever has no room for any learns it before the work.
-            storage.check(session, account, quotas, stored_bytes=1)
-            batch = store.create(
-                session,
-                account,
-                caller_fields(request.caller),
-                parameters.endpoint,
-                parameters.completion_window,
-                parameters.input_file_id,
-                dict(parameters.metadata or {}),
-            )
-        self.runner.wake()
-        return Response.json(batch_object(batch, (0, 0)))
-
-    def list(self, request: Request) -> Response:
-        """A page of batches, the newest first."""
-        self.recorder.record(request, "batches.list")
-        limit, after = page_query(request)
-        account = request.caller.account
-        with self.database.read() as session:
-            position = None
-            if after is not None:
-                place = store.get(session, account, after)
-                if place is None:
-                    raise invalid(f"No such batch: {after}.", "after")
-                position = place.seq
-            found = store.list_batches(session, account, limit + 1, position)
-            seen = [_view(session, batch) for batch in found]
-        return page(seen, limit, dict)
-
-    def retrieve(self, request: Request) -> Response:
-        """One batch."""
-        batch_id = request.params["batch"]
-        self.recorder.record(request, "batches.retrieve", "batch", batch_id)
-        with self.database.read() as session:
-            batch = store.get(session, request.caller.account, batch_id)
-            if batch is None:
-                raise absent("batch", batch_id, "id")
-            return Response.json(_view(session, batch))
-
-    def cancel(self, request: Request) -> Response:
-        """Answer no further lines; those that are answered are in the files."""
-        batch_id = request.params["batch"]
-        self.recorder.record(request, "batches.cancel", "batch", batch_id)
-        with self.database.write() as session:
-            batch = store.get(session, request.caller.account, batch_id, lock=True)
-            if batch is None:
-                raise absent("batch", batch_id, "id")
-            if not store.cancel(batch):
-                text = f"The batch is {batch.status}; it cannot be cancelled any more."
-                raise invalid(text, reason="invalid_state")
-            answer = Response.json(_view(session, batch))
-        self.runner.wake()
-        return answer
+            raise absent("batch", batch, "id")
+        return _view(session, found)
 
 
-def _view(session: Session, batch: Batch) -> dict[str, Any]:
+@router.post("/batches/{batch}/cancel", name="batches.cancel")
+def cancel(call: OpenAICall, batch: Name) -> JsonObject:
+    """Cancel a batch; its files have the results of the lines that are done."""
+    call.record("batch", batch)
+    with call.context.database.write() as session:
+        found = store.get(session, call.account, batch, lock=True)
+        if found is None:
+            raise absent("batch", batch, "id")
+        if not store.cancel(found):
+            text = f"The batch is {found.status}; it cannot be cancelled any more."
+            raise invalid(text, reason="invalid_state")
+        view = _view(session, found)
+    call.context.batches.wake()
+    return view
+
+
+def _view(session: Session, batch: Batch) -> JsonObject:
     return batch_object(batch, store.counts(session, batch))
 
 
-def batch_object(batch: Batch, counts: tuple[int, int]) -> dict[str, Any]:
+def batch_object(batch: Batch, counts: tuple[int, int]) -> JsonObject:
     """A batch as clients see it."""
     errors = {"object": "list", "data": batch.errors} if batch.errors else None
     return {

@@ -7,10 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier.data.parsing import parse_embedded
 from luthier.data.template_kwargs import TemplateSettings
 from luthier.data.tools import find_unmatched_call
-from luthier.graders.json_schema import depth_of
 from luthier.inference.inference import (
     TURNS,
     Chat,
@@ -25,10 +23,11 @@ from luthier.inference.inference import (
     ToolCallEvent,
 )
 from luthier.models.sampling import MOST_TOKENS, Constraint
-from luthier.server.http.messages import JSON_DEPTH, Caller, Response
+from luthier.server.http.routes import MODEL_TURN
+from luthier.server.http.streams import StreamedResponse
 from luthier.server.openai.generation import (
     FINISH,
-    GenerationResource,
+    Inference,
     SamplingFields,
     chat_logprobs,
     check_only_form,
@@ -37,13 +36,22 @@ from luthier.server.openai.generation import (
     stream_events,
     usage,
 )
-from luthier.server.openai.protocol import Body, invalid, missing, validate
-from luthier.types import Message, Tool, ToolCall
+from luthier.server.openai.operations import OpenAICall, openai_router
+from luthier.server.openai.protocol import Body, JsonObject, invalid, missing, validate
+from luthier.server.openai.tools import (
+    MOST_TOOLS,
+    JsonSchemaFormat,
+    ToolChoice,
+    ToolSpec,
+    arguments,
+    call_id,
+    check_tools,
+    engine_choice,
+    engine_tools,
+)
+from luthier.types import Message, ToolCall
 
-MOST_TOOLS = 128
-NAME = r"^[a-zA-Z0-9_-]{1,64}$"
-NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
-"""Of a tool that was sent without any."""
+router = openai_router()
 _ROLES: Mapping[str, Any] = {"developer": "system"}
 
 
@@ -111,44 +119,6 @@ class ChatMessage(Body):
         return join_texts(self.content, ("text",), f"{where}.content")
 
 
-class Function(Body):
-    """A function that may be called."""
-
-    name: Annotated[str, Field(pattern=NAME)]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ToolSpec(Body):
-    """A tool."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class Named(Body):
-    """A name."""
-
-    name: str
-
-
-class ToolChoice(Body):
-    """The one tool that has to be called."""
-
-    type: Literal["function"]
-    function: Named
-
-
-class JsonSchemaFormat(Body):
-    """A schema that answers match."""
-
-    name: Annotated[str, Field(pattern=NAME)]
-    description: str | None = None
-    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None
-
-
 class ResponseFormat(Body):
     """The form of answers."""
 
@@ -187,10 +157,7 @@ class ChatRequest(SamplingFields):
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
-        choice = self.tool_choice
-        named = choice.function.name if isinstance(choice, ToolChoice) else None
-        names = [tool.function.name for tool in self.tools or ()]
-        check_tool_choice(choice, names, named, "tool_choice.function.name")
+        check_tools([tool.function for tool in self.tools or ()], self.tool_choice)
         form = self.response_format
         if form is not None and form.type == "json_schema" and form.json_schema is None:
             raise missing("response_format.json_schema")
@@ -203,22 +170,14 @@ class ChatRequest(SamplingFields):
             message.turn(f"messages[{index}]") for index, message in enumerate(self.messages)
         )
         _check_calls(turns)
-        tools = tuple(
-            Tool(
-                each.function.name,
-                each.function.description or "",
-                each.function.parameters or NO_PARAMETERS,
-            )
-            for each in self.tools or ()
-        )
-        choice: str
-        if isinstance(self.tool_choice, ToolChoice):
-            choice = f"name:{self.tool_choice.function.name}"
-        else:
-            choice = self.tool_choice or "auto"
         tokens = self.max_completion_tokens or self.max_tokens
         return self.request(
-            Chat(turns, tools, choice, self.chat_template_kwargs or {}),
+            Chat(
+                turns,
+                engine_tools(tool.function for tool in self.tools or ()),
+                engine_choice(self.tool_choice),
+                self.chat_template_kwargs or {},
+            ),
             max_tokens=tokens,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
@@ -249,19 +208,6 @@ def _check_calls(turns: Sequence[Message]) -> None:
     raise invalid(text, f"messages[{index}].tool_calls", "invalid_value")
 
 
-def check_tool_choice(choice: Any, names: Sequence[str], named: str | None, where: str) -> None:
-    """Refuse tools whose ``names`` are the same, and a choice between them that means none.
-
-    ``named`` is the tool that the choice names, if it does, and ``where`` the member that names it.
-    """
-    if choice not in (None, "none", "auto") and not names:
-        raise invalid("'tool_choice' needs 'tools'.", "tool_choice")
-    if named is not None and named not in names:
-        raise invalid(f"There is no tool '{named}' to choose.", where)
-    if len(set(names)) != len(names):
-        raise invalid("Two tools have the same name.", "tools")
-
-
 def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -> str:
     """The text of ``parts``, which are refusals or of one of ``kinds``."""
     texts = []
@@ -274,40 +220,31 @@ def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -
     return "".join(texts)
 
 
-def arguments(text: str | None, where: str) -> Mapping[str, Any]:
-    """The arguments of a call, which clients send as text; raises :class:`Fault` for no JSON object."""
-    try:
-        found = parse_embedded(text or "{}")
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or depth_of(found) > JSON_DEPTH:
-        raise invalid("The arguments of a call are a JSON object.", where)
-    return found
+@router.post(
+    "/chat/completions",
+    name="chat.completions.create",
+    dependencies=[MODEL_TURN],
+    response_model=JsonObject,
+)
+def create(call: OpenAICall, body: ChatRequest) -> JsonObject | StreamedResponse:
+    """Continue a conversation."""
+    inference, account = call.context.inference, call.account
+    if not body.stream:
+        return complete(inference, account, body)
+    stream = _begin(inference, account, body)
+    return stream_events(_Chunks(body).of(stream, stream), [stream], body.model)
 
 
-class Chats(GenerationResource[ChatRequest]):
-    """Continues conversations."""
+def complete(inference: Inference, account: str, asked: ChatRequest) -> JsonObject:
+    """Return the whole completion."""
+    return _completion(asked, _begin(inference, account, asked))
 
-    path, action, body = "chat/completions", "chat.completions.create", ChatRequest
 
-    def whole(self, caller: Caller, parameters: ChatRequest) -> dict[str, Any]:
-        """The whole completion."""
-        return _completion(parameters, self._begin(caller, parameters))
-
-    def stream(self, caller: Caller, parameters: ChatRequest) -> Response:
-        """Its chunks as they are written."""
-        stream = self._begin(caller, parameters)
-        return stream_events(_Chunks(parameters).of(stream, stream), [stream], parameters.model)
-
-    def _begin(self, caller: Caller, parameters: ChatRequest) -> Stream:
-        target = self.inference.target(caller, self.action, parameters.model)
-        parameters.check()
-        return self.inference.submit(
-            target,
-            parameters.model,
-            parameters.generation_request,
-            structured=parameters.structured_outputs is not None,
-        )
+def _begin(inference: Inference, account: str, asked: ChatRequest) -> Stream:
+    target = inference.target(account, asked.model)
+    asked.check()
+    structured = asked.structured_outputs is not None
+    return inference.submit(target, asked.model, asked.generation_request, structured=structured)
 
 
 class InvokedChat:
@@ -322,12 +259,12 @@ class InvokedChat:
         """The request for the engine."""
         return self._parameters.generation_request()
 
-    def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
+    def answer(self, stream: Stream) -> tuple[JsonObject, int]:
         """The whole completion, and how many tokens were written."""
         found = _completion(self._parameters, stream)
         return found, found["usage"]["completion_tokens"]
 
-    def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
+    def chunks(self, stream: Stream) -> Iterator[tuple[JsonObject, int]]:
         """Its chunks, each with the tokens that are known to be written."""
         ended = [0]
         for chunk in _Chunks(self._parameters).of(_add_up_tokens(stream, ended), stream):
@@ -342,7 +279,7 @@ def _add_up_tokens(stream: Stream, ended: list[int]) -> Iterator[Event]:
         yield each
 
 
-def _completion(parameters: ChatRequest, stream: Stream) -> dict[str, Any]:
+def _completion(parameters: ChatRequest, stream: Stream) -> JsonObject:
     with refusals(parameters.model):
         answers = stream.whole()
     tokens = sum(each.tokens for each in answers)
@@ -353,7 +290,7 @@ def _completion(parameters: ChatRequest, stream: Stream) -> dict[str, Any]:
     }
 
 
-def _choice(index: int, answer: GenerationResult, parameters: ChatRequest) -> dict[str, Any]:
+def _choice(index: int, answer: GenerationResult, parameters: ChatRequest) -> JsonObject:
     message: dict[str, Any] = {
         "role": "assistant",
         "content": answer.text if answer.text or not answer.calls else None,
@@ -373,7 +310,7 @@ def _choice(index: int, answer: GenerationResult, parameters: ChatRequest) -> di
     }
 
 
-def _logprobs(scores: Sequence[Score], reasoning: Sequence[Score] = ()) -> dict[str, Any]:
+def _logprobs(scores: Sequence[Score], reasoning: Sequence[Score] = ()) -> JsonObject:
     """How likely the tokens of a message were; DeepSeek names the member for those of its reasoning."""
     logprobs: dict[str, Any] = {"content": chat_logprobs(scores), "refusal": None}
     if reasoning:
@@ -381,14 +318,9 @@ def _logprobs(scores: Sequence[Score], reasoning: Sequence[Score] = ()) -> dict[
     return logprobs
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
+def _call(call: ToolCall) -> JsonObject:
     function = {"name": call.name, "arguments": call.arguments_json}
     return {"id": call_id(call), "type": "function", "function": function}
-
-
-def call_id(call: ToolCall) -> str:
-    """The id of a call, as this API begins them."""
-    return "call_" + call.id.removeprefix("tooluse_")
 
 
 class _Chunks:

@@ -17,11 +17,12 @@ from luthier.inference.inference import (
     TokenChunk,
 )
 from luthier.models.sampling import MOST_TOKENS
-from luthier.server.http.messages import Caller, Response
+from luthier.server.http.routes import MODEL_TURN
+from luthier.server.http.streams import StreamedResponse
 from luthier.server.identifiers import Invocable
 from luthier.server.openai.generation import (
     FINISH,
-    GenerationResource,
+    Inference,
     SamplingFields,
     completion_head,
     refusals,
@@ -30,8 +31,10 @@ from luthier.server.openai.generation import (
     token_text,
     usage,
 )
-from luthier.server.openai.protocol import invalid
+from luthier.server.openai.operations import OpenAICall, openai_router
+from luthier.server.openai.protocol import JsonObject, invalid
 
+router = openai_router()
 MOST_PROMPTS = 128
 DEFAULT_TOKENS = 16
 _HEAD = ("cmpl", "text_completion")
@@ -73,70 +76,67 @@ class CompletionRequest(SamplingFields):
         return self.request(prompt, max_tokens=tokens, top_logprobs=self.logprobs)
 
 
-class Completions(GenerationResource[CompletionRequest]):
-    """Continues texts."""
-
-    path, action, body = "completions", "completions.create", CompletionRequest
-
-    def whole(self, caller: Caller, parameters: CompletionRequest) -> dict[str, Any]:
-        """The whole completion."""
-        return _completion(parameters, *self._begin(caller, parameters))
-
-    def stream(self, caller: Caller, parameters: CompletionRequest) -> Response:
-        """Its chunks as they are written."""
-        streams, echoes = self._begin(caller, parameters)
-        return stream_events(_chunks(parameters, streams, echoes), streams, parameters.model)
-
-    def _begin(
-        self, caller: Caller, parameters: CompletionRequest
-    ) -> tuple[list[Stream], list[str]]:
-        """A stream for each prompt, and the text that stands before its answers."""
-        target = self.inference.target(caller, self.action, parameters.model)
-        parameters.check()
-        echoes = [self._echo(target, parameters, prompt) for prompt in parameters.prompts]
-        streams: list[Stream] = []
-        try:
-            for prompt in parameters.prompts:
-                streams.append(
-                    self.inference.submit(
-                        target,
-                        parameters.model,
-                        partial(parameters.generation_request, prompt),
-                        "prompt",
-                        structured=True,
-                    )
-                )
-        except BaseException:
-            for stream in streams:
-                stream.close()
-            raise
-        return streams, echoes
-
-    def _echo(
-        self, target: Invocable, parameters: CompletionRequest, prompt: str | list[int]
-    ) -> str:
-        if not parameters.echo:
-            return ""
-        if isinstance(prompt, str):
-            return prompt
-        with refusals(parameters.model, "prompt"):
-            return token_text(b"".join(self.inference.pool.token_bytes(target.stored_id, prompt)))
+@router.post(
+    "/completions",
+    name="completions.create",
+    dependencies=[MODEL_TURN],
+    response_model=JsonObject,
+)
+def create(call: OpenAICall, body: CompletionRequest) -> JsonObject | StreamedResponse:
+    """Continue one or several prompts."""
+    inference, account = call.context.inference, call.account
+    if not body.stream:
+        return complete(inference, account, body)
+    streams, echoes = _begin(inference, account, body)
+    return stream_events(_chunks(body, streams, echoes), streams, body.model)
 
 
-def _completion(
-    parameters: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
-) -> dict[str, Any]:
-    choices: list[dict[str, Any]] = []
+def complete(inference: Inference, account: str, asked: CompletionRequest) -> JsonObject:
+    """Return the whole completion."""
+    streams, echoes = _begin(inference, account, asked)
+    choices: list[JsonObject] = []
     written = 0
-    with refusals(parameters.model, "prompt"):
+    with refusals(asked.model, "prompt"):
         for stream, echo in zip(streams, echoes, strict=True):
             for answer in stream.whole():
                 written += answer.tokens
-                scores = _logprobs(answer.scores, 0) if parameters.logprobs is not None else None
+                scores = _logprobs(answer.scores, 0) if asked.logprobs is not None else None
                 reason = FINISH.get(answer.reason, "stop")
                 choices.append(_choice(len(choices), echo + answer.text, scores, reason))
-    head = completion_head(*_HEAD, parameters.model)
+    head = completion_head(*_HEAD, asked.model)
     return {**head, "choices": choices, "usage": usage(streams, written)}
+
+
+def _begin(
+    inference: Inference, account: str, asked: CompletionRequest
+) -> tuple[list[Stream], list[str]]:
+    """Return a stream for each prompt, and the echo of each prompt."""
+    target = inference.target(account, asked.model)
+    asked.check()
+    echoes = [_echo(inference, target, asked, prompt) for prompt in asked.prompts]
+    streams: list[Stream] = []
+    try:
+        for prompt in asked.prompts:
+            request = partial(asked.generation_request, prompt)
+            streams.append(
+                inference.submit(target, asked.model, request, "prompt", structured=True)
+            )
+    except BaseException:
+        for stream in streams:
+            stream.close()
+        raise
+    return streams, echoes
+
+
+def _echo(
+    inference: Inference, target: Invocable, asked: CompletionRequest, prompt: str | list[int]
+) -> str:
+    if not asked.echo:
+        return ""
+    if isinstance(prompt, str):
+        return prompt
+    with refusals(asked.model, "prompt"):
+        return token_text(b"".join(inference.pool.token_bytes(target.stored_id, prompt)))
 
 
 def _chunks(
@@ -169,11 +169,11 @@ def _chunks(
 
 def _choice(
     index: int, text: str, scores: Mapping[str, Any] | None, reason: str | None
-) -> dict[str, Any]:
+) -> JsonObject:
     return {"index": index, "text": text, "logprobs": scores, "finish_reason": reason}
 
 
-def _logprobs(scores: Sequence[Score], offset: int) -> dict[str, Any]:
+def _logprobs(scores: Sequence[Score], offset: int) -> JsonObject:
     """How likely each token was, as text completions tell it; ``offset`` is where the first begins."""
     offsets, tops = [], []
     for score in scores:

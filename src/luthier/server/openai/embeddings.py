@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
 from luthier.models.sampling import MOST_TOKENS
-from luthier.server.http.messages import Caller
-from luthier.server.openai.generation import GenerationResource, refusals, split_inputs
-from luthier.server.openai.protocol import StrictBody, invalid
+from luthier.server.http.routes import MODEL_TURN
+from luthier.server.openai.generation import Inference, refusals, split_inputs
+from luthier.server.openai.operations import OpenAICall, openai_router
+from luthier.server.openai.protocol import JsonObject, StrictBody, invalid
 from luthier.types import FloatArray
 
+router = openai_router()
 MOST_INPUTS = 2048
 
 
@@ -39,35 +41,36 @@ class EmbeddingRequest(StrictBody):
             raise invalid(f"At most {MOST_INPUTS} texts are taken.", "input")
 
 
-class Embeddings(GenerationResource[EmbeddingRequest]):
-    """Vectors of texts."""
+@router.post("/embeddings", name="embeddings.create", dependencies=[MODEL_TURN])
+def create(call: OpenAICall, body: EmbeddingRequest) -> JsonObject:
+    """Return an embedding for each text."""
+    return complete(call.context.inference, call.account, body)
 
-    path, action, body = "embeddings", "embeddings.create", EmbeddingRequest
 
-    def whole(self, caller: Caller, parameters: EmbeddingRequest) -> dict[str, Any]:
-        """A vector for each text."""
-        target = self.inference.target(caller, self.action, parameters.model)
-        parameters.check()
-        with refusals(parameters.model, "input"):
-            found = self.inference.pool.embed(target.stored_id, parameters.texts)
-        tokens = sum(each.tokens for each in found)
-        data = [
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": _encode(
-                    _shorten(np.asarray(each.vector, dtype="<f4"), parameters.dimensions),
-                    parameters.encoding_format,
-                ),
-            }
-            for index, each in enumerate(found)
-        ]
-        return {
-            "object": "list",
-            "data": data,
-            "model": parameters.model,
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+def complete(inference: Inference, account: str, asked: EmbeddingRequest) -> JsonObject:
+    """Return an embedding for each text."""
+    target = inference.target(account, asked.model)
+    asked.check()
+    with refusals(asked.model, "input"):
+        found = inference.pool.embed(target.stored_id, asked.texts)
+    tokens = sum(each.tokens for each in found)
+    data = [
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": _encode(
+                _shorten(np.asarray(each.vector, dtype="<f4"), asked.dimensions),
+                asked.encoding_format,
+            ),
         }
+        for index, each in enumerate(found)
+    ]
+    return {
+        "object": "list",
+        "data": data,
+        "model": asked.model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
 
 
 def _shorten(vector_D: FloatArray, dimensions: int | None) -> FloatArray:

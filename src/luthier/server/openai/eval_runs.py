@@ -38,7 +38,7 @@ from luthier.server.openai.eval_runner import (
     EvaluationTask,
     parse_row,
 )
-from luthier.server.openai.generation import STRUCTURED, Judge
+from luthier.server.openai.generation import STRUCTURED, Answers, Judge
 from luthier.server.openai.graders import graded_once, grader_fields, text_content
 from luthier.server.openai.protocol import Body, error_of, invalid, missing, validate
 from luthier.server.tables import evaluations as store
@@ -51,8 +51,8 @@ MOST_MISMATCH = 300
 TOKENS, TEMPERATURE, TOP_P, SEED = 2048, 1.0, 1.0, 42
 """How answers are sampled where a run does not say."""
 
-Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+Label = Annotated[str, Field(min_length=1, max_length=256)]
+"""Name of an eval or a run."""
 
 
 class ContentRow(Body):
@@ -325,8 +325,9 @@ class EvalParts:
 
     files: UploadedFiles
     answers: Answers
-    """Answers bodies of chat completions."""
-    judges: Callable[[Caller], Judge]
+    """Return the chat completion for a body."""
+    judges: Callable[[str], Judge]
+    """Return the function that finds models of an account that grade."""
     models: GraderModels
     limits: ServerLimits
 
@@ -340,7 +341,7 @@ class EvalTask(EvaluationTask):
         request = run.request
         self.source = validate(request["data_source"], DataSource, "data_source")
         self.schema = JsonSchema(against=request["item_schema"])
-        judge, names = parts.judges(caller), dict[str, str]()
+        judge, names = parts.judges(caller.account), dict[str, str]()
 
         def find(name: str, where: str) -> str:
             stored = judge(name, where)
@@ -381,7 +382,7 @@ class EvalTask(EvaluationTask):
             except RowRefused as refused:
                 raise invalid(refused.problem.message) from refused
             body = self.source.chat_body(messages)
-            sample = _sample(body, self.parts.answers(caller, body))
+            sample = _sample(body, self.parts.answers(caller.account, body))
         text = "".join(each["content"] or "" for each in sample["output"])
         results = [self._result(each, self._answer(number, item, text)) for each in self.criteria]
         statuses = {each["name"]: _status(each) for each in results}

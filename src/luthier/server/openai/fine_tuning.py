@@ -15,6 +15,7 @@ from datetime import datetime
 from itertools import groupby, islice
 from typing import Annotated, Any, ClassVar, Literal
 
+from fastapi import Request
 from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -22,26 +23,21 @@ from sqlalchemy.orm import Session
 from luthier.errors import DiskFull, QuotaExceeded, ReadOnlyDisk, WrongState
 from luthier.escaping import map_code
 from luthier.ids import random_id
-from luthier.limits import AccountQuotas
-from luthier.server.http.messages import Request, Response, parse_digits
-from luthier.server.http.routing import Operation
+from luthier.server.http.messages import parse_digits
+from luthier.server.http.routes import Name
 from luthier.server.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
-from luthier.server.openai.generation import Inference
 from luthier.server.openai.graders import grader_fields
+from luthier.server.openai.operations import Call, Limit, OpenAICall, openai_router, page
 from luthier.server.openai.protocol import (
     CHECKPOINT,
+    JsonObject,
     Metadata,
-    Recorder,
     StrictBody,
     absent,
-    body,
     invalid,
-    page,
-    page_query,
     seconds,
 )
 from luthier.server.tables import jobs
-from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database, new_id
 from luthier.server.tables.foundation import (
@@ -52,7 +48,7 @@ from luthier.server.tables.foundation import (
     writes,
 )
 from luthier.server.tables.jobs import Job, JobEvent
-from luthier.server.tables.uploaded_files import UploadedFiles, file_address
+from luthier.server.tables.uploaded_files import file_address
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -74,6 +70,9 @@ _RULE = re.compile(r"\[[a-z_]+\.[a-z_]+\]")
 _LEVELS = {"warning": "warn", "error": "error"}
 _COLUMNS = ("step", "train_loss", "valid_loss")
 FACE = "openai"
+router = openai_router()
+_KIND = "fine-tuning-job"
+"""Kind of a job in ARNs of the audit log."""
 _AT_ONCE = 1000
 """Events that are read at once."""
 
@@ -222,7 +221,7 @@ def without_effect(parameters: CreateJob) -> list[str]:
     return found
 
 
-def settings_of(parameters: CreateJob, seed: int, writes: bool) -> dict[str, Any]:
+def settings_of(parameters: CreateJob, seed: int, writes: bool) -> JsonObject:
     """Fields of the recipe by group; what is ``auto`` is left for the recipe to choose.
 
     ``writes`` says whether the model writes text; for an encoder its rows say what is learned.
@@ -255,9 +254,7 @@ def organization(account: str) -> str:
     return f"org-{account}"
 
 
-def job_object(
-    job: Job, model_name: str | None = None, results: Sequence[str] = ()
-) -> dict[str, Any]:
+def job_object(job: Job, model_name: str | None = None, results: Sequence[str] = ()) -> JsonObject:
     """Return the object of the API.
 
     ``model_name`` is the name of the model that the job made. Values that OpenAI's API has no word
@@ -320,14 +317,14 @@ def _kind(fields: Mapping[str, Any]) -> str:
     return str((fields.get("method") or {}).get("type", "supervised"))
 
 
-def _sent_hyperparameters(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _sent_hyperparameters(fields: Mapping[str, Any]) -> JsonObject:
     """Return the hyperparameters as they were sent."""
     arm = (fields.get("method") or {}).get(_kind(fields), {})
     found: dict[str, Any] = arm.get("hyperparameters") or fields.get("hyperparameters") or {}
     return found
 
 
-def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> dict[str, Any]:
+def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> JsonObject:
     """The same with what was chosen for the data and the model, once it has been."""
     found: dict[str, Any] = {}
     if "chosen" in job.details or job.face != FACE:
@@ -345,7 +342,7 @@ def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> dict[str, Any]
     return {**dict.fromkeys(given, "auto"), **known, **asked}
 
 
-def _method(fields: Mapping[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+def _method(fields: Mapping[str, Any], resolved: dict[str, Any]) -> JsonObject:
     kind = _kind(fields)
     arm = fields.get("method", {}).get(kind, {})
     names = arm.get("hyperparameters") or ("n_epochs", "batch_size", "learning_rate_multiplier")
@@ -388,7 +385,7 @@ def position_of(identifier: str) -> int | None:
     return parse_digits(identifier.removeprefix("ftevent-")) if known else None
 
 
-def event_object(event: JobEvent) -> dict[str, Any]:
+def event_object(event: JobEvent) -> JsonObject:
     """An event as clients see it.
 
     What is measured before the first step has no training loss, and clients read that of every event
@@ -406,7 +403,7 @@ def event_object(event: JobEvent) -> dict[str, Any]:
     }
 
 
-def checkpoints(job: Job, metrics: Iterable[JobEvent], model: str) -> Iterator[dict[str, Any]]:
+def checkpoints(job: Job, metrics: Iterable[JobEvent], model: str) -> Iterator[JsonObject]:
     """The end of each epoch, the newest first, of a job that made ``model``.
 
     The weights of the last one are the model's own. Those of earlier epochs are not kept, and their
@@ -465,7 +462,7 @@ def _epochs(job: Job) -> int:
     return max(1, round(float(job.setting("training.epochs") or 1)))
 
 
-def _losses(values: dict[str, Any]) -> dict[str, Any]:
+def _losses(values: dict[str, Any]) -> JsonObject:
     return {key: value for key, value in values.items() if key in ("train_loss", "valid_loss")}
 
 
@@ -478,240 +475,223 @@ class JobWithModel:
     results: Sequence[str]
 
 
-class FineTuning:
-    """The resource."""
-
-    def __init__(
-        self,
-        database: Database,
-        files: UploadedFiles,
-        inference: Inference,
-        recorder: Recorder,
-        arns: Arns,
-        quotas: Callable[[str], AccountQuotas],
-        wake: Callable[[], None],
-    ) -> None:
-        """``wake`` tells the scheduler that there is a job to work on."""
-        self.database, self.files, self.inference = database, files, inference
-        self.catalogue, self.recorder = inference.catalogue, recorder
-        self.arns, self.quotas = arns, quotas
-        self._wake = wake
-
-    def operations(self) -> Iterable[Operation]:
-        """What can be done with jobs."""
-        root, one = "fine_tuning/jobs", "fine_tuning/jobs/{job}"
-        name = "fine_tuning.jobs"
-        return (
-            Operation(f"{name}.create", "POST", root, self.create),
-            Operation(f"{name}.list", "GET", root, self.list),
-            Operation(f"{name}.retrieve", "GET", one, self.retrieve),
-            Operation(f"{name}.cancel", "POST", f"{one}/cancel", self.cancel),
-            Operation(f"{name}.pause", "POST", f"{one}/pause", self.pause),
-            Operation(f"{name}.resume", "POST", f"{one}/resume", self.resume),
-            Operation(f"{name}.list_events", "GET", f"{one}/events", self.events),
-            Operation(f"{name}.list_checkpoints", "GET", f"{one}/checkpoints", self.checkpoints),
+@router.post("/fine_tuning/jobs", name="fine_tuning.jobs.create")
+def create(call: OpenAICall, body: CreateJob) -> JsonObject:
+    """Put a job into the queue."""
+    call.record(_KIND)
+    body.check()
+    context, account = call.context, call.account
+    base = context.inference.catalogue.base(account, body.model)
+    _check_file(call, body.training_file, "training_file")
+    if body.validation_file is not None:
+        _check_file(call, body.validation_file, "validation_file")
+    grader = None
+    if body.method is not None and body.method.reinforcement is not None:
+        grader = grader_fields(
+            body.method.reinforcement.grader,
+            "method.reinforcement.grader",
+            context.inference.judge(account),
         )
+    seed = body.seed if body.seed is not None else secrets.randbelow(2**31)
+    submission = _submission(account, body, base, seed, grader)
+    with context.database.write() as session:
+        job = submit(session, submission, context.inference.catalogue.arns, context.quotas(account))
+        seen = _with_model(session, job)
+    context.wake()
+    return _object(call, seen)
 
-    def create(self, request: Request) -> Response:
-        """Put a job into the queue."""
-        parameters = body(request, CreateJob)
-        self.recorder.record(request, "fine_tuning.jobs.create", "fine-tuning-job")
-        parameters.check()
-        account = request.caller.account
-        base = self.catalogue.base(account, parameters.model)
-        self._check_file(account, parameters.training_file, "training_file")
-        if parameters.validation_file is not None:
-            self._check_file(account, parameters.validation_file, "validation_file")
-        grader = None
-        if parameters.method is not None and parameters.method.reinforcement is not None:
-            grader = grader_fields(
-                parameters.method.reinforcement.grader,
-                "method.reinforcement.grader",
-                self.inference.judge(request.caller),
-            )
-        seed = parameters.seed if parameters.seed is not None else secrets.randbelow(2**31)
-        submission = self._submission(account, parameters, base, seed, grader)
-        with self.database.write() as session:
-            job = submit(session, submission, self.arns, self.quotas(account))
-            seen = _with_model(session, job)
-        self._wake()
-        return Response.json(self._object(seen))
 
-    def _submission(
-        self,
-        account: str,
-        parameters: CreateJob,
-        base: FoundationModel | CustomModel,
-        seed: int,
-        grader: dict[str, Any] | None,
-    ) -> Submission:
-        job_name = "ftjob-" + random_id(24)
-        root = root_of(base)
-        suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", parameters.suffix or "").strip("-")
-        name = root.base if root is not None else "imported"
-        request = parameters.model_dump(mode="json", exclude_none=True)
-        return Submission(
-            account=account,
-            face=FACE,
-            job_name=job_name,
-            model_name=job_name,
-            customization_type=REINFORCEMENT if grader is not None else FINE_TUNING,
-            base=base,
-            training=[file_address(parameters.training_file)],
-            validators=[file_address(parameters.validation_file)]
-            if parameters.validation_file
-            else [],
-            settings=settings_of(parameters, seed, writes(base)),
-            grader=grader,
-            request={**request, "seed": seed, "metadata": parameters.metadata or {}},
-            without_effect=without_effect(parameters),
-            openai_id=":".join(("ft", name, organization(account), suffix, new_id())),
-        )
+def _submission(
+    account: str,
+    asked: CreateJob,
+    base: FoundationModel | CustomModel,
+    seed: int,
+    grader: dict[str, Any] | None,
+) -> Submission:
+    job_name = "ftjob-" + random_id(24)
+    root = root_of(base)
+    suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", asked.suffix or "").strip("-")
+    name = root.base if root is not None else "imported"
+    request = asked.model_dump(mode="json", exclude_none=True)
+    return Submission(
+        account=account,
+        face=FACE,
+        job_name=job_name,
+        model_name=job_name,
+        customization_type=REINFORCEMENT if grader is not None else FINE_TUNING,
+        base=base,
+        training=[file_address(asked.training_file)],
+        validators=[file_address(asked.validation_file)] if asked.validation_file else [],
+        settings=settings_of(asked, seed, writes(base)),
+        grader=grader,
+        request={**request, "seed": seed, "metadata": asked.metadata or {}},
+        without_effect=without_effect(asked),
+        openai_id=":".join(("ft", name, organization(account), suffix, new_id())),
+    )
 
-    def _check_file(self, account: str, file_id: str, parameter: str) -> None:
-        found = self.files.get(account, file_id)
-        if found is None:
-            raise invalid(f"No such file: {file_id}.", parameter, "file_not_found")
-        if found.purpose != "fine-tune":
-            text = f"File {file_id} was uploaded for '{found.purpose}' and not for 'fine-tune'."
-            raise invalid(text, parameter, "invalid_file_purpose")
 
-    def list(self, request: Request) -> Response:
-        """Return a page of the jobs of the account, the newest first."""
-        self.recorder.record(request, "fine_tuning.jobs.list")
-        limit, after = page_query(request)
-        metadata = {
-            key[len("metadata[") : -1]: values[-1]
-            for key, values in request.query.items()
-            if key.startswith("metadata[") and key.endswith("]")
-        }
-        wanted = jobs.JobFilter(metadata=metadata)
-        with self.database.read() as session:
-            position = None
-            if after is not None:
-                place = _job(session, request.caller.account, after)
-                if place is None:
-                    raise invalid(f"No such job: {after}.", "after")
-                position = place.seq
-            found = jobs.list_jobs(
-                session, request.caller.account, wanted, limit=limit + 1, position=position
-            )
-            seen = [_with_model(session, job) for job in found]
-        return page([self._with_results(each) for each in seen], limit, self._object)
+def _check_file(call: Call, file_id: str, parameter: str) -> None:
+    found = call.context.files.get(call.account, file_id)
+    if found is None:
+        raise invalid(f"No such file: {file_id}.", parameter, "file_not_found")
+    if found.purpose != "fine-tune":
+        text = f"File {file_id} was uploaded for '{found.purpose}' and not for 'fine-tune'."
+        raise invalid(text, parameter, "invalid_file_purpose")
 
-    def retrieve(self, request: Request) -> Response:
-        """Return one job."""
-        return Response.json(self._object(self._with_results(self._find(request, "retrieve"))))
 
-    def cancel(self, request: Request) -> Response:
-        """Stop a job: no model is made. It is ``running`` until its worker has let go of it."""
-        return self._change(request, "cancel", jobs.stop)
-
-    def pause(self, request: Request) -> Response:
-        """Let a job wait; its worker makes a checkpoint first."""
-        return self._change(request, "pause", jobs.pause)
-
-    def resume(self, request: Request) -> Response:
-        """Let a paused job go on."""
-        return self._change(request, "resume", jobs.resume)
-
-    def _change(
-        self, request: Request, verb: str, change: Callable[[Session, Job], Job]
-    ) -> Response:
-        job_id = request.params["job"]
-        self.recorder.record(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
-        with self.database.write() as session:
-            job = _job(session, request.caller.account, job_id, lock=True)
-            if job is None:
-                raise absent("fine-tuning job", job_id, "id")
-            stopping = job.state == jobs.STOPPING
-            if job.state in jobs.ENDED or (stopping and verb != "cancel"):
-                status = "being cancelled" if stopping else job_object(job)["status"]
-                text = f"The job {job_id} is {status}; you cannot {verb} it any more."
-                raise invalid(text, reason="invalid_state")
-            try:
-                job = change(session, job)
-            except WrongState as refused:
-                raise invalid(str(refused), reason="invalid_state") from refused
-            return Response.json(self._object(_with_model(session, job)))
-
-    def events(self, request: Request) -> Response:
-        """A page of what happened, the newest first."""
-        limit, after = page_query(request)
-        seen = self._find(request, "list_events")
+@router.get("/fine_tuning/jobs", name="fine_tuning.jobs.list")
+def list_jobs(
+    call: OpenAICall, request: Request, limit: Limit = 20, after: str | None = None
+) -> JsonObject:
+    """List the jobs of the account, the newest first; ``metadata[KEY]=VALUE`` selects jobs."""
+    metadata = {
+        key[len("metadata[") : -1]: value
+        for key, value in request.query_params.items()
+        if key.startswith("metadata[") and key.endswith("]")
+    }
+    wanted = jobs.JobFilter(metadata=metadata)
+    with call.context.database.read() as session:
         position = None
         if after is not None:
-            position = position_of(after)
-            if position is None:
-                raise invalid(f"No such event: {after}.", "after")
-        with self.database.read() as session:
-            found = jobs.events(session, seen.job, limit=limit + 1, position=position)
-        return page(found, limit, event_object)
+            place = _job(session, call.account, after)
+            if place is None:
+                raise invalid(f"No such job: {after}.", "after")
+            position = place.seq
+        found = jobs.list_jobs(session, call.account, wanted, limit=limit + 1, position=position)
+        seen = [_with_model(session, job) for job in found]
+    return page(
+        [_with_results(call, each) for each in seen], limit, lambda each: _object(call, each)
+    )
 
-    def checkpoints(self, request: Request) -> Response:
-        """A page of the ends of epochs, the newest first; none before there is a model."""
-        limit, after = page_query(request, default=10)
-        seen = self._find(request, "list_checkpoints")
-        found: Iterator[dict[str, Any]] = iter(())
-        if seen.job.state == jobs.COMPLETED and seen.model is not None:
-            name = self.catalogue.id_of(seen.model, foundation_models())
-            found = checkpoints(seen.job, self._metrics(seen.job), name)
-        if after is not None and not any(each["id"] == after for each in found):
-            raise invalid(f"No such checkpoint: {after}.", "after")
-        return page(list(islice(found, limit + 1)), limit, dict)
 
-    def _find(self, request: Request, verb: str) -> JobWithModel:
-        job_id = request.params["job"]
-        self.recorder.record(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
-        with self.database.read() as session:
-            job = _job(session, request.caller.account, job_id)
-            if job is None:
-                raise absent("fine-tuning job", job_id, "id")
-            return _with_model(session, job)
+@router.get("/fine_tuning/jobs/{job}", name="fine_tuning.jobs.retrieve")
+def retrieve(call: OpenAICall, job: Name) -> JsonObject:
+    """Return one job."""
+    return _object(call, _with_results(call, _find(call, job)))
 
-    def _object(self, seen: JobWithModel) -> dict[str, Any]:
-        model = seen.model
-        name = None if model is None else self.catalogue.id_of(model, foundation_models())
-        return job_object(seen.job, name, seen.results)
 
-    def _metrics(self, job: Job, *, ascending: bool = False) -> Iterator[JobEvent]:
-        """What was measured, the newest first unless ``ascending``, read page by page."""
-        position = None
-        while True:
-            with self.database.read() as session:
-                found = jobs.events(
-                    session,
-                    job,
-                    kinds=("metrics",),
-                    limit=_AT_ONCE,
-                    position=position,
-                    ascending=ascending,
-                )
-            yield from found
-            if len(found) < _AT_ONCE:
-                return
-            position = found[-1].seq
+@router.post("/fine_tuning/jobs/{job}/cancel", name="fine_tuning.jobs.cancel")
+def cancel(call: OpenAICall, job: Name) -> JsonObject:
+    """Stop a job without a model. The job is ``running`` until its worker has ended."""
+    return _change(call, job, "cancel", jobs.stop)
 
-    def _with_results(self, seen: JobWithModel) -> JobWithModel:
-        """The same with the file of results, which is written when it is first asked for.
 
-        Its id follows from the job's, so that it is one file however often and by how many it is
-        asked for; deleted, it stays so. Without room for it the job has none until there is some.
-        """
-        job = seen.job
-        # Jobs of other APIs write their metrics to an address that their client chose.
-        if job.state != jobs.COMPLETED or job.face != FACE:
+@router.post("/fine_tuning/jobs/{job}/pause", name="fine_tuning.jobs.pause")
+def pause(call: OpenAICall, job: Name) -> JsonObject:
+    """Pause a job; its worker writes a checkpoint first."""
+    return _change(call, job, "pause", jobs.pause)
+
+
+@router.post("/fine_tuning/jobs/{job}/resume", name="fine_tuning.jobs.resume")
+def resume(call: OpenAICall, job: Name) -> JsonObject:
+    """Resume a paused job."""
+    return _change(call, job, "resume", jobs.resume)
+
+
+def _change(
+    call: Call, job_id: str, verb: str, change: Callable[[Session, Job], Job]
+) -> JsonObject:
+    call.record(_KIND, job_id)
+    with call.context.database.write() as session:
+        job = _job(session, call.account, job_id, lock=True)
+        if job is None:
+            raise absent("fine-tuning job", job_id, "id")
+        stopping = job.state == jobs.STOPPING
+        if job.state in jobs.ENDED or (stopping and verb != "cancel"):
+            status = "being cancelled" if stopping else job_object(job)["status"]
+            text = f"The job {job_id} is {status}; you cannot {verb} it any more."
+            raise invalid(text, reason="invalid_state")
+        try:
+            job = change(session, job)
+        except WrongState as refused:
+            raise invalid(str(refused), reason="invalid_state") from refused
+        return _object(call, _with_model(session, job))
+
+
+@router.get("/fine_tuning/jobs/{job}/events", name="fine_tuning.jobs.list_events")
+def list_events(
+    call: OpenAICall, job: Name, limit: Limit = 20, after: str | None = None
+) -> JsonObject:
+    """List the events of a job, the newest first."""
+    seen = _find(call, job)
+    position = None
+    if after is not None:
+        position = position_of(after)
+        if position is None:
+            raise invalid(f"No such event: {after}.", "after")
+    with call.context.database.read() as session:
+        found = jobs.events(session, seen.job, limit=limit + 1, position=position)
+    return page(found, limit, event_object)
+
+
+@router.get("/fine_tuning/jobs/{job}/checkpoints", name="fine_tuning.jobs.list_checkpoints")
+def list_checkpoints(
+    call: OpenAICall, job: Name, limit: Limit = 10, after: str | None = None
+) -> JsonObject:
+    """List the ends of epochs of a job with a model, the newest first."""
+    seen = _find(call, job)
+    found: Iterator[JsonObject] = iter(())
+    if seen.job.state == jobs.COMPLETED and seen.model is not None:
+        name = call.context.inference.catalogue.id_of(seen.model, foundation_models())
+        found = checkpoints(seen.job, _metrics(call.context.database, seen.job), name)
+    if after is not None and not any(each["id"] == after for each in found):
+        raise invalid(f"No such checkpoint: {after}.", "after")
+    return page(list(islice(found, limit + 1)), limit)
+
+
+def _find(call: Call, job_id: str) -> JobWithModel:
+    with call.context.database.read() as session:
+        job = _job(session, call.account, job_id)
+        if job is None:
+            raise absent("fine-tuning job", job_id, "id")
+        return _with_model(session, job)
+
+
+def _object(call: Call, seen: JobWithModel) -> JsonObject:
+    model, catalogue = seen.model, call.context.inference.catalogue
+    name = None if model is None else catalogue.id_of(model, foundation_models())
+    return job_object(seen.job, name, seen.results)
+
+
+def _metrics(database: Database, job: Job, *, ascending: bool = False) -> Iterator[JobEvent]:
+    """Yield the metrics of a job page by page, the newest first unless ``ascending``."""
+    position = None
+    while True:
+        with database.read() as session:
+            found = jobs.events(
+                session,
+                job,
+                kinds=("metrics",),
+                limit=_AT_ONCE,
+                position=position,
+                ascending=ascending,
+            )
+        yield from found
+        if len(found) < _AT_ONCE:
+            return
+        position = found[-1].seq
+
+
+def _with_results(call: Call, seen: JobWithModel) -> JobWithModel:
+    """Return ``seen`` with its result file, which the first request for the job writes.
+
+    The id of the file follows from the id of the job, so that a job has one file. A deleted file is not
+    written again. Without space on the disk or in the quota, the job has no file yet.
+    """
+    job, files = seen.job, call.context.files
+    # Jobs of other APIs write their metrics to an address that their client chose.
+    if job.state != jobs.COMPLETED or job.face != FACE:
+        return seen
+    file_id = f"file-results{job.id}"
+    if not files.ever(job.account, file_id):
+        pieces = result_file(_metrics(call.context.database, job, ascending=True))
+        name = f"{job.name}_results.csv"
+        try:
+            files.add(job.account, pieces, name, "fine-tune-results", file_id=file_id)
+        except (QuotaExceeded, DiskFull, ReadOnlyDisk):
             return seen
-        file_id = f"file-results{job.id}"
-        if not self.files.ever(job.account, file_id):
-            pieces = result_file(self._metrics(job, ascending=True))
-            name = f"{job.name}_results.csv"
-            try:
-                self.files.add(job.account, pieces, name, "fine-tune-results", file_id=file_id)
-            except (QuotaExceeded, DiskFull, ReadOnlyDisk):
-                return seen
-        there = self.files.get(job.account, file_id)
-        return JobWithModel(job, seen.model, [file_id] if there else [])
+    found = files.get(job.account, file_id)
+    return JobWithModel(job, seen.model, [file_id] if found else [])
 
 
 def _job(session: Session, account: str, job_id: str, *, lock: bool = False) -> Job | None:

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -23,23 +23,14 @@ from luthier.inference.inference import (
 )
 from luthier.inference.pool import ModelPool
 from luthier.models.sampling import MOST_TOKENS, Constraint
-from luthier.server.audit import record_action
-from luthier.server.http.messages import (
-    Caller,
-    Fault,
-    Request,
-    Response,
-    parse_digits,
-    refusal_text,
-)
-from luthier.server.http.routing import Operation
-from luthier.server.http.streams import GeneratedPieces
+from luthier.server.http.messages import Fault, parse_digits, refusal_text
+from luthier.server.http.streams import GeneratedPieces, StreamedResponse
 from luthier.server.identifiers import Invocable
 from luthier.server.openai.models import Catalogue
 from luthier.server.openai.protocol import (
     Body,
+    JsonObject,
     StrictBody,
-    body,
     error_of,
     invalid,
     model_not_found,
@@ -48,12 +39,12 @@ from luthier.server.openai.protocol import (
 from luthier.server.sampling_fields import sampling_of, with_sampling
 from luthier.server.structured_outputs import StructuredOutputs
 
-Asked = TypeVar("Asked", bound=Body)
+Asked = TypeVar("Asked", bound=Body, contravariant=True)
+Answers = Callable[[str, Mapping[str, Any]], JsonObject]
+"""Return the response to a body of an endpoint for an account."""
 Judge = Callable[[str, str], str]
 """Given a model's name and the member that holds it: its id in the store; raises where it has none."""
 MOST_STOPS = 4
-INVOKE = "bedrock:InvokeModel"
-"""What the audit log calls each use of a model, whatever the API."""
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 """Of server-sent events."""
 FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
@@ -142,30 +133,37 @@ class SamplingFields(StrictBody):
         )
 
 
+class Complete(Protocol[Asked]):
+    """A function that generates the whole response to a body."""
+
+    def __call__(self, inference: Inference, account: str, asked: Asked, /) -> JsonObject:
+        """Return the response for an account."""
+
+
 class Inference:
     """Finds models by the names of an account and queries them."""
 
     def __init__(self, catalogue: Catalogue, pool: ModelPool) -> None:
         self.catalogue, self.pool = catalogue, pool
 
-    def target(self, caller: Caller, action: str, name: str) -> Invocable:
-        """Return the model that ``name`` means.
+    def target(self, account: str, name: str) -> Invocable:
+        """Return the model of ``account`` that ``name`` means.
 
         Raises:
             Fault: 404 ``model_not_found``.
         """
-        found = self._resolve(caller, name, f"luthier:openai.{action}", INVOKE)
+        found = self.catalogue.target(account, name)
         if found is None:
             raise model_not_found(name)
         return found
 
-    def check(self, caller: Caller, action: str, name: str, where: str) -> None:
-        """Refuse a model that writes no text.
+    def check(self, account: str, name: str, where: str) -> None:
+        """Reject a model that generates no text.
 
         Raises:
             Fault: as :meth:`target`; 400, naming the member ``where``.
         """
-        self._check_writes(self.target(caller, action, name).stored_id, name, where)
+        self._check_writes(self.target(account, name).stored_id, name, where)
 
     def check_constraint(self, constraint: Constraint, where: str) -> None:
         """Refuse what no model's answers can be kept to, without asking any.
@@ -180,11 +178,11 @@ class Inference:
         except InferenceFailed as failed:
             raise Fault.of_inference(failed) from failed
 
-    def judge(self, caller: Caller) -> Judge:
-        """Return a function that finds the models of the caller's account that grade."""
+    def judge(self, account: str) -> Judge:
+        """Return a function that finds the models of ``account`` that grade."""
 
         def find(name: str, where: str) -> str:
-            found = self._resolve(caller, name, INVOKE)
+            found = self.catalogue.target(account, name)
             if found is None:
                 text = f"The model `{name}` does not exist."
                 raise Fault("Validation", text, parameter=where, reason="model_not_found")
@@ -200,15 +198,6 @@ class Inference:
             raise model_not_found(name) from unknown
         if not writes:
             raise invalid(f"The model `{name}` writes no text.", where, "invalid_value")
-
-    def _resolve(self, caller: Caller, name: str, *actions: str) -> Invocable | None:
-        """Return what ``name`` means, and record ``actions`` on its ARN; ``None`` for nothing."""
-        name = self.catalogue.resolve(caller.account, name)
-        found = self.catalogue.target(caller.account, name)
-        arn = name if name.startswith("arn:") else self.catalogue.arns.foundation_model(name)
-        for action in actions:
-            record_action(action, arn if found is None else found.arn)
-        return found
 
     def submit(
         self,
@@ -226,41 +215,15 @@ class Inference:
             return self.pool.submit(target.stored_id, build())
 
 
-class GenerationResource(Generic[Asked]):
-    """A resource whose one operation has a model answer: at once, as it is written, or in a batch."""
+def answers(inference: Inference, kind: type[Asked], complete: Complete[Asked]) -> Answers:
+    """Return the function that ``complete`` is for bodies that come another way; never a stream."""
 
-    path: str
-    action: str
-    """Name of the operation in the audit log, after ``openai.``."""
-    body: type[Asked]
-
-    def __init__(self, inference: Inference) -> None:
-        self.inference = inference
-
-    def operations(self) -> Iterable[Operation]:
-        """What can be done."""
-        return (Operation(self.action, "POST", self.path, self.create, long=True),)
-
-    def create(self, request: Request) -> Response:
-        """Answer a request."""
-        parameters = body(request, self.body)
-        if getattr(parameters, "stream", False):
-            return self.stream(request.caller, parameters)
-        return Response.json(self.whole(request.caller, parameters))
-
-    def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a body that came another way; never a stream."""
-        if "stream" in self.body.model_fields:
+    def answer(account: str, given: Mapping[str, Any]) -> JsonObject:
+        if "stream" in kind.model_fields:
             given = {**given, "stream": False}
-        return self.whole(caller, validate(given, self.body))
+        return complete(inference, account, validate(given, kind))
 
-    def whole(self, caller: Caller, asked: Asked) -> dict[str, Any]:
-        """The whole answer."""
-        raise NotImplementedError
-
-    def stream(self, caller: Caller, asked: Asked) -> Response:
-        """The answer as it is written."""
-        raise NotImplementedError
+    return answer
 
 
 def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
@@ -272,7 +235,7 @@ def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[s
     return list(given)  # type: ignore[arg-type]
 
 
-def completion_head(prefix: str, kind: str, model: str) -> dict[str, Any]:
+def completion_head(prefix: str, kind: str, model: str) -> JsonObject:
     """What a completion begins with, and each of its chunks; its id begins with ``prefix``."""
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
@@ -312,7 +275,7 @@ def refusals(model: str, member: str = "messages", structured: bool = False) -> 
 
 def stream_events(
     chunks: Iterator[Mapping[str, Any]], streams: Sequence[Stream], model: str
-) -> Response:
+) -> StreamedResponse:
     """Server-sent events: a chunk each, then ``[DONE]``; a failure is the last one, as an error."""
 
     def pieces() -> Iterator[bytes]:
@@ -327,7 +290,7 @@ def stream_events(
             for stream in streams:
                 stream.close()
 
-    return Response(200, GeneratedPieces(pieces(), streams), STREAM_HEADERS)
+    return StreamedResponse(GeneratedPieces(pieces(), streams), STREAM_HEADERS)
 
 
 def event(value: Mapping[str, Any]) -> bytes:
@@ -336,7 +299,7 @@ def event(value: Mapping[str, Any]) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
-def usage(streams: Iterable[Stream], completion: int, reasoning: int = 0) -> dict[str, Any]:
+def usage(streams: Iterable[Stream], completion: int, reasoning: int = 0) -> JsonObject:
     """Tokens that were read for ``streams``, which have ended, and written, some of them reasoning."""
     streams = [*streams]
     prompt = sum(stream.prompt_tokens for stream in streams)
@@ -360,7 +323,7 @@ def token_text(token: bytes) -> str:
     return token.decode("utf-8", "replace")
 
 
-def chat_logprobs(scores: Sequence[Score]) -> list[dict[str, Any]]:
+def chat_logprobs(scores: Sequence[Score]) -> list[JsonObject]:
     """How likely each token was, as chat completions tell it."""
     return [
         {
@@ -371,5 +334,5 @@ def chat_logprobs(scores: Sequence[Score]) -> list[dict[str, Any]]:
     ]
 
 
-def _token(text: bytes, logprob: float) -> dict[str, Any]:
+def _token(text: bytes, logprob: float) -> JsonObject:
     return {"token": token_text(text), "logprob": logprob, "bytes": list(text)}

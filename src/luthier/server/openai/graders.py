@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +16,6 @@ from luthier.errors import LuthierError, RecipeError, RowRefused
 from luthier.graders import (
     Answer,
     Grader,
-    GraderModels,
     Multi,
     Scorer,
     Ungraded,
@@ -27,11 +26,10 @@ from luthier.graders.base import TOO_LONG, Embedder
 from luthier.graders.grade import attempt
 from luthier.inference.inference import Chat, GenerationRequest, InferenceRefused
 from luthier.inference.pool import ModelPool
-from luthier.limits import ServerLimits
-from luthier.server.http.messages import Caller, Request, Response
-from luthier.server.http.routing import Operation
+from luthier.server.http.routes import GRADING_TURN
 from luthier.server.openai.generation import Judge
-from luthier.server.openai.protocol import Body, Recorder, body, invalid
+from luthier.server.openai.operations import GraderRoute, OpenAICall, openai_router
+from luthier.server.openai.protocol import Body, JsonObject, invalid
 from luthier.types import Message
 
 _MEMBERS = {
@@ -57,6 +55,9 @@ _ERRORS = (
 )  # fmt: skip
 
 
+router = openai_router(GraderRoute)
+
+
 class RunGrader(Body):
     """The body of a trial."""
 
@@ -71,74 +72,55 @@ class ValidateGrader(Body):
     grader: dict[str, Any]
 
 
-class Graders:
-    """The resource."""
+@router.post(
+    "/fine_tuning/alpha/graders/validate",
+    name="fine_tuning.alpha.graders.validate",
+    dependencies=[GRADING_TURN],
+)
+def validate(call: OpenAICall, body: ValidateGrader) -> JsonObject:
+    """Check a grader and return it."""
+    grader_fields(body.grader, "grader", call.context.inference.judge(call.account))
+    return {"grader": body.grader}
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        judges: Callable[[Caller], Judge],
-        models: GraderModels,
-        limits: ServerLimits,
-    ) -> None:
-        """``judges`` finds the models that graders of a caller ask, ``models`` opens them."""
-        self.recorder, self.judges, self.models = recorder, judges, models
-        self.limits = limits
 
-    def operations(self) -> Iterable[Operation]:
-        """What can be done with graders."""
-        root, name = "fine_tuning/alpha/graders", "fine_tuning.alpha.graders"
-        return tuple(
-            Operation(f"{name}.{each}", "POST", f"{root}/{each}", handler,
-                body_limit=self.limits.grading_body_bytes, grading=True,
-            )
-            for each, handler in (("run", self.run), ("validate", self.validate))
-        )  # fmt: skip
+@router.post(
+    "/fine_tuning/alpha/graders/run",
+    name="fine_tuning.alpha.graders.run",
+    dependencies=[GRADING_TURN],
+)
+def run(call: OpenAICall, body: RunGrader) -> JsonObject:
+    """Grade one reply. The response of a grader that fails has the error and the reward 0.
 
-    def validate(self, request: Request) -> Response:
-        """Give a grader back that can be used; 400 for one that cannot."""
-        self.recorder.record(request, "fine_tuning.alpha.graders.validate")
-        given = body(request, ValidateGrader).grader
-        grader_fields(given, "grader", self.judges(request.caller))
-        return Response.json({"grader": given})
-
-    def run(self, request: Request) -> Response:
-        """Grade one reply. What goes wrong in the grader is told in the answer, with reward 0.
-
-        Raises:
-            Fault: 400 for texts that are too long.
-        """
-        self.recorder.record(request, "fine_tuning.alpha.graders.run")
-        parameters = body(request, RunGrader)
-        fields = grader_fields(parameters.grader, "grader", self.judges(request.caller))
-        grader = grader_from(fields)
-        if grader.models:
-            grader = grader.with_models(self.models)
-        began = time.perf_counter()
-        row = PromptOnly("item", 1, "", members=parameters.item or {})
-        longest = self.limits.grading_text_characters
-        sample = Answer((), parameters.model_sample, None, row, longest)
-        score, parts, trouble = graded_once(grader, sample)
-        if trouble is not None and trouble.rule == TOO_LONG:
-            raise invalid(
-                f"The grader refuses this: {trouble.problem.message}", "grader", "invalid_grader"
-            )
-        return Response.json(
-            {
-                "reward": score,
-                "sub_rewards": parts,
-                "model_grader_token_usage_per_model": {},
-                "metadata": {
-                    "name": str(parameters.grader.get("name", parameters.grader["type"])),
-                    "type": parameters.grader["type"],
-                    "errors": _errors(parameters.grader["type"], trouble),
-                    "execution_time": time.perf_counter() - began,
-                    "scores": parts,
-                    "token_usage": None,
-                    "sampled_model_name": parameters.grader.get("model"),
-                },
-            }
+    Raises:
+        Fault: 400 for texts that are too long.
+    """
+    context, given = call.context, body.grader
+    grader = grader_from(grader_fields(given, "grader", context.inference.judge(call.account)))
+    if grader.models:
+        grader = grader.with_models(context.eval_parts.models)
+    began = time.perf_counter()
+    row = PromptOnly("item", 1, "", members=body.item or {})
+    longest = context.limits.grading_text_characters
+    sample = Answer((), body.model_sample, None, row, longest)
+    score, parts, trouble = graded_once(grader, sample)
+    if trouble is not None and trouble.rule == TOO_LONG:
+        raise invalid(
+            f"The grader refuses this: {trouble.problem.message}", "grader", "invalid_grader"
         )
+    return {
+        "reward": score,
+        "sub_rewards": parts,
+        "model_grader_token_usage_per_model": {},
+        "metadata": {
+            "name": str(given.get("name", given["type"])),
+            "type": given["type"],
+            "errors": _errors(given["type"], trouble),
+            "execution_time": time.perf_counter() - began,
+            "scores": parts,
+            "token_usage": None,
+            "sampled_model_name": given.get("model"),
+        },
+    }
 
 
 def graded_once(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import re
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from luthier.inference.inference import ImageRequest, InferenceRefused
-from luthier.server.http.messages import Caller, Response
-from luthier.server.openai.generation import GenerationResource, refusals
-from luthier.server.openai.protocol import StrictBody, invalid
+from luthier.server.http.routes import MODEL_TURN
+from luthier.server.openai.generation import refusals
+from luthier.server.openai.operations import OpenAICall, openai_router
+from luthier.server.openai.protocol import JsonObject, StrictBody, invalid
 
+router = openai_router()
 MOST_IMAGES = 10
 _MEMBERS = {"label": "prompt", "count": "n"}
 """What clients call the parts of a request."""
@@ -38,7 +40,9 @@ class ImageGenerationRequest(StrictBody):
     stream: bool | None = None
 
     def check(self) -> None:
-        """Refuse what OpenAI's models can, and those here cannot."""
+        """Reject features of OpenAI's models that the models here lack."""
+        if self.stream:
+            raise invalid("Images are not streamed.", "stream", "unsupported_value")
         if self.response_format == "url":
             text = "No addresses of images are given out; 'b64_json' is."
             raise invalid(text, "response_format", "unsupported_value")
@@ -67,41 +71,34 @@ class ImageGenerationRequest(StrictBody):
         return ImageRequest(self.n or 1, self.prompt, seed, size)
 
 
-class Images(GenerationResource[ImageGenerationRequest]):
-    """New images of models that make them."""
+@router.post("/images/generations", name="images.generate", dependencies=[MODEL_TURN])
+def generate(call: OpenAICall, body: ImageGenerationRequest) -> JsonObject:
+    """Generate images, and return PNG files in base64."""
+    from luthier.media.image_grid import encode_png
 
-    path, action, body = "images/generations", "images.generate", ImageGenerationRequest
-
-    def stream(self, caller: Caller, asked: ImageGenerationRequest) -> Response:
-        """Refused."""
-        raise invalid("Images are not streamed.", "stream", "unsupported_value")
-
-    def whole(self, caller: Caller, asked: ImageGenerationRequest) -> dict[str, Any]:
-        """The images, as PNG files in base64."""
-        from luthier.media.image_grid import encode_png
-
-        target = self.inference.target(caller, self.action, asked.model)
-        asked.check()
-        with refusals(asked.model, "prompt"):
-            try:
-                made = self.inference.pool.sample(target.stored_id, asked.request())
-            except InferenceRefused as refused:
-                parameter = refused.parameter or ""
-                parameter = _MEMBERS.get(parameter, parameter)
-                raise invalid(str(refused), parameter or None, "invalid_value") from refused
-        height, width, _ = made.images[0].pixels.shape
-        count = len(made.images)
-        files = (encode_png(each.pixels) for each in made.images)
-        return {
-            "created": int(time.time()),
-            "data": [{"b64_json": base64.b64encode(file).decode()} for file in files],
-            "output_format": "png",
-            "size": f"{width}x{height}",
-            "usage": {
-                "input_tokens": 0,
-                "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-                "output_tokens": count,
-                "output_tokens_details": {"image_tokens": count, "text_tokens": 0},
-                "total_tokens": count,
-            },
-        }
+    inference = call.context.inference
+    target = inference.target(call.account, body.model)
+    body.check()
+    with refusals(body.model, "prompt"):
+        try:
+            made = inference.pool.sample(target.stored_id, body.request())
+        except InferenceRefused as refused:
+            parameter = refused.parameter or ""
+            parameter = _MEMBERS.get(parameter, parameter)
+            raise invalid(str(refused), parameter or None, "invalid_value") from refused
+    height, width, _ = made.images[0].pixels.shape
+    count = len(made.images)
+    files = (encode_png(each.pixels) for each in made.images)
+    return {
+        "created": int(time.time()),
+        "data": [{"b64_json": base64.b64encode(file).decode()} for file in files],
+        "output_format": "png",
+        "size": f"{width}x{height}",
+        "usage": {
+            "input_tokens": 0,
+            "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+            "output_tokens": count,
+            "output_tokens_details": {"image_tokens": count, "text_tokens": 0},
+            "total_tokens": count,
+        },
+    }

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from sqlalchemy import select
 
-from luthier.server.http.messages import Fault, Request, Response
-from luthier.server.http.routing import Operation
+from luthier.server.http.messages import Fault
+from luthier.server.http.routes import Name
 from luthier.server.identifiers import (
     Invocable,
     find_foundation,
@@ -17,14 +16,15 @@ from luthier.server.identifiers import (
     invocable_model,
     resolve_name,
 )
-from luthier.server.openai.protocol import Recorder, model_not_found, page, seconds
+from luthier.server.openai.operations import OpenAICall, openai_router, page
+from luthier.server.openai.protocol import JsonObject, model_not_found, seconds
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.foundation import FoundationModel, foundation_models
 
 OWNER = "luthier"
-
+router = openai_router()
 
 DeleteModel = Callable[[CustomModel], None]
 """Deletes a custom model with all that belongs to it.
@@ -41,11 +41,12 @@ class Catalogue:
         self.database, self.arns = database, arns
 
     def target(self, account: str, name: str) -> Invocable | None:
-        """What answers to ``name``; ``None`` where nothing does.
+        """Return the model or deployment that ``name`` means, or None.
 
         Raises:
-            Fault: ModelNotReady, where an endpoint of this ARN is being made ready.
+            Fault: ``ModelNotReady`` for the ARN of an endpoint that is being created.
         """
+        name = resolve_name(self.database, self.arns, account, name)
         base = find_foundation(self.arns, name)
         if base is not None:
             arn = self.arns.foundation_model(base.id)
@@ -60,27 +61,18 @@ class Catalogue:
                 return None
             raise
 
-    def resolve(self, account: str, name: str) -> str:
-        """Return the ARN of the deployment with this name; ``name`` where there is none."""
-        return resolve_name(self.database, self.arns, account, name)
+    def base(self, account: str, name: str) -> FoundationModel | CustomModel:
+        """Return the base model of an alias, id or ARN, or a model of the account by any of its names.
 
-    def find(self, account: str, name: str) -> FoundationModel | CustomModel | None:
-        """The base model of this alias, id or ARN; or the account's own by any of its names."""
+        Raises:
+            Fault: 404 ``model_not_found``.
+        """
         base = find_foundation(self.arns, name)
         if base is not None:
             return base
         with self.database.read() as session:
             found = find_model(session, self.arns, account, name)
-        return found if found is not None and found.status == ACTIVE else None
-
-    def base(self, account: str, name: str) -> FoundationModel | CustomModel:
-        """What a fine-tuning job starts from.
-
-        Raises:
-            Fault: 404 ``model_not_found``.
-        """
-        found = self.find(account, name)
-        if found is None:
+        if found is None or found.status != ACTIVE:
             raise model_not_found(name)
         return found
 
@@ -103,54 +95,33 @@ class Catalogue:
         return model.arn(self.arns) if taken else model.name
 
 
-class Models:
-    """The resource."""
-
-    def __init__(self, catalogue: Catalogue, recorder: Recorder, delete_model: DeleteModel) -> None:
-        self.catalogue, self.recorder, self._delete = catalogue, recorder, delete_model
-
-    def operations(self) -> Iterable[Operation]:
-        """What can be done with models."""
-        return (
-            Operation("models.list", "GET", "models", self.list),
-            Operation("models.retrieve", "GET", "models/{model}", self.retrieve),
-            Operation("models.delete", "DELETE", "models/{model}", self.delete),
-        )
-
-    def list(self, request: Request) -> Response:
-        """Every base model by its alias, and the account's own."""
-        self.recorder.record(request, "models.list")
-        named: list[tuple[FoundationModel | CustomModel, str]]
-        bases = foundation_models()
-        named = [(each, each.base) for each in bases]
-        for model in self.catalogue.own(request.caller.account):
-            named.append((model, self.catalogue.id_of(model, bases)))
-        return page(named, len(named), lambda each: model_object(*each))
-
-    def retrieve(self, request: Request) -> Response:
-        """One of them, by any of its names."""
-        found = self._find(request, "models.retrieve")
-        return Response.json(model_object(found, request.params["model"]))
-
-    def delete(self, request: Request) -> Response:
-        """Delete an own model; base models belong to everybody."""
-        name, found = request.params["model"], self._find(request, "models.delete")
-        if isinstance(found, FoundationModel):
-            raise Fault("AccessDenied", f"The base model `{name}` cannot be deleted.")
-        self._delete(found)
-        return Response.json({"id": name, "object": "model", "deleted": True})
-
-    def _find(self, request: Request, action: str) -> FoundationModel | CustomModel:
-        """Return the model that the path names, and record it for the audit log."""
-        name = request.params["model"]
-        self.recorder.record(request, action, "model", name)
-        found = self.catalogue.find(request.caller.account, name)
-        if found is None:
-            raise model_not_found(name)
-        return found
+@router.get("/models", name="models.list")
+def list_models(call: OpenAICall) -> JsonObject:
+    """List all base models by their aliases, and the models of the account."""
+    catalogue, bases = call.context.inference.catalogue, foundation_models()
+    named: list[tuple[FoundationModel | CustomModel, str]] = [(each, each.base) for each in bases]
+    named += [(each, catalogue.id_of(each, bases)) for each in catalogue.own(call.account)]
+    return page(named, len(named), lambda each: model_object(*each))
 
 
-def model_object(model: FoundationModel | CustomModel, name: str) -> dict[str, Any]:
+@router.get("/models/{model}", name="models.retrieve")
+def retrieve(call: OpenAICall, model: Name) -> JsonObject:
+    """Return a model by any of its names."""
+    return model_object(call.context.inference.catalogue.base(call.account, model), model)
+
+
+@router.delete("/models/{model}", name="models.delete")
+def delete(call: OpenAICall, model: Name) -> JsonObject:
+    """Delete a model of the account; base models are shared by all accounts."""
+    call.record("model", model)
+    found = call.context.inference.catalogue.base(call.account, model)
+    if isinstance(found, FoundationModel):
+        raise Fault("AccessDenied", f"The base model `{model}` cannot be deleted.")
+    call.context.delete_model(found)
+    return {"id": model, "object": "model", "deleted": True}
+
+
+def model_object(model: FoundationModel | CustomModel, name: str) -> JsonObject:
     """A model as clients see it; those of the catalogue were made before all time."""
     owner = OWNER if isinstance(model, FoundationModel) else f"org-{model.account}"
     return {

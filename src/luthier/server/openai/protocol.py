@@ -1,25 +1,19 @@
-"""OpenAI's protocol: bodies checked, queries, permissions, pages of lists, and refusals."""
+"""OpenAI's protocol: checks of bodies, and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from luthier.server.audit import record_action
-from luthier.server.http.messages import (
-    Fault,
-    Request,
-    Response,
-    parse_digits,
-)
+from luthier.server.http.messages import Fault, Response
 from luthier.server.openai.validation import describe_error
-from luthier.server.tables.arns import Arns
 from luthier.validation import expected_type
 
+JsonObject = dict[str, Any]
 INVALID, SERVER = "invalid_request_error", "server_error"
 METADATA_KEYS = 16
 
@@ -46,6 +40,7 @@ _SHAPES = {
     "AccessDenied": _Shape(403, "permission_error", "permission_denied"),
     "ResourceNotFound": _Shape(404, INVALID, "not_found"),
     "UnknownOperation": _Shape(404, INVALID, "unknown_url"),
+    "MethodNotAllowed": _Shape(404, INVALID, "unknown_url"),
     # The client repeats a 409 by itself; what is in use stays so for longer than that.
     "Conflict": _Shape(409, INVALID, "conflict", retry=False),
     "RequestEntityTooLarge": _Shape(413, INVALID, "request_too_large"),
@@ -151,41 +146,30 @@ class StrictBody(Body):
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
-def body(request: Request, kind: type[Parsed]) -> Parsed:
-    """The body of ``request`` as ``kind``.
-
-    Raises:
-        Fault: 400, for what is no JSON object and for the first member that is missing or wrong.
-    """
-    try:
-        given = request.json
-    except ValueError as error:
-        raise invalid(f"The body of the request is not valid JSON: {error}.") from error
-    if not isinstance(given, dict):
-        raise invalid("The body of the request must be a JSON object.")
-    return validate(given, kind)
-
-
 def validate(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> Parsed:
-    """``given`` as ``kind``; ``under`` is where it stands in the request."""
+    """Return ``given`` as ``kind``; ``under`` is the location of ``given`` in the request."""
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        errors = _errors_of_one_member(error, given)
-        where = _format_location([part for part in (under, *errors[0]["loc"]) if part != ""])
-        text, code = describe_error(errors, where)
-        raise invalid(text, where or None, code) from error
+        raise invalid_member(error.errors(include_url=False), given, under) from error
 
 
-def _errors_of_one_member(error: ValidationError, given: Mapping[str, Any]) -> list[Any]:
-    """All errors about the first member that is wrong.
+def invalid_member(errors: Sequence[Mapping[str, Any]], given: Any, under: str = "") -> Fault:
+    """Return the fault for pydantic's ``errors``, which names the first wrong member of ``given``."""
+    found = _errors_of_one_member(errors, given)
+    where = _format_location([part for part in (under, *found[0]["loc"]) if part != ""])
+    if not where:
+        return invalid("The body of the request must be a JSON object.")
+    text, code = describe_error(found, where)
+    return invalid(text, where, code)
 
-    Of one with alternatives it is the error about its value and not its type, else the innermost.
+
+def _errors_of_one_member(errors: Sequence[Mapping[str, Any]], given: Any) -> list[Any]:
+    """Return all errors about the first wrong member.
+
+    Of a member with alternatives, the error about its value precedes errors about its type.
     """
-    found: list[dict[str, Any]] = [
-        {**each, "loc": _without_tags(each["loc"], given)}
-        for each in error.errors(include_url=False)
-    ]
+    found = [{**each, "loc": _without_tags(each["loc"], given)} for each in errors]
     same = [each for each in found if each["loc"][:1] == found[0]["loc"][:1]]
     value = [
         each for each in same if expected_type(each) is None and each["type"] != "literal_error"
@@ -229,13 +213,6 @@ def _format_location(location: Sequence[str | int]) -> str:
 _ARMS = {"str", "int", "float", "bool", "list", "dict", "none", "constrained"}
 
 
-def one_of(name: str, value: str, known: Sequence[str]) -> str:
-    """``value``, when it is one of ``known``."""
-    if value not in known:
-        raise invalid(f"'{value}' is not one of {', '.join(known)}.", name, "invalid_value")
-    return value
-
-
 def _metadata(value: dict[str, str] | None) -> dict[str, str] | None:
     if value is not None and len(value) > METADATA_KEYS:
         raise ValueError(f"at most {METADATA_KEYS} keys are taken")
@@ -248,62 +225,6 @@ def _metadata(value: dict[str, str] | None) -> dict[str, str] | None:
 Metadata = Annotated[dict[str, str] | None, AfterValidator(_metadata)]
 
 
-def text_of(request: Request, name: str) -> str | None:
-    """A member of the query; ``None`` where it is not there."""
-    values = request.query.get(name)
-    return values[-1] if values else None
-
-
-def number_of(request: Request, name: str, default: int, most: int) -> int:
-    """A whole number of the query, from 1 to ``most``."""
-    text = text_of(request, name)
-    if text is None:
-        return default
-    number = parse_digits(text)
-    if number is None or not 1 <= number <= most:
-        raise invalid(f"'{name}' must be a whole number from 1 to {most}.", name, "invalid_value")
-    return number
-
-
-def page_query(request: Request, default: int = 20, most: int = 100) -> tuple[int, str | None]:
-    """How many rows the page of a list may have, and the id that it goes on after."""
-    return number_of(request, "limit", default, most), text_of(request, "after")
-
-
-def is_ascending(request: Request, default: Literal["asc", "desc"]) -> bool:
-    """Whether a list is asked for with the oldest first."""
-    return one_of("order", text_of(request, "order") or default, ("asc", "desc")) == "asc"
-
-
-def page(found: Sequence[Any], limit: int, shown: Callable[[Any], dict[str, Any]]) -> Response:
-    """A list of at most ``limit``, from rows of which one more was asked for."""
-    data = [shown(each) for each in found[:limit]]
-    return Response.json(
-        {
-            "object": "list",
-            "data": data,
-            "has_more": len(found) > limit,
-            "first_id": data[0]["id"] if data else None,
-            "last_id": data[-1]["id"] if data else None,
-        }
-    )
-
-
 def seconds(moment: datetime | None) -> int | None:
     """Unix time."""
     return None if moment is None else int(moment.timestamp())
-
-
-class Recorder:
-    """Notes the actions of the OpenAI API for the audit log."""
-
-    def __init__(self, region: str) -> None:
-        self._arns = Arns(region)
-
-    def record(self, request: Request, action: str, kind: str = "", identifier: str = "") -> None:
-        """Note ``openai.<action>`` on one resource of a ``kind``, or in general."""
-        resource = "*"
-        if kind:
-            account = request.caller.account
-            resource = self._arns.openai(account, kind, identifier or "*")
-        record_action(f"luthier:openai.{action}", resource)

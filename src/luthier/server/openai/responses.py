@@ -28,32 +28,44 @@ from luthier.inference.inference import (
     ToolCallEvent,
 )
 from luthier.models.sampling import MOST_TOKENS, Constraint
-from luthier.server.http.messages import Caller, Fault, Response
-from luthier.server.http.streams import GeneratedPieces
-from luthier.server.openai.chat import (
-    MOST_TOOLS,
-    NAME,
-    NO_PARAMETERS,
-    ContentPart,
-    arguments,
-    call_id,
-    check_tool_choice,
-    join_texts,
-)
+from luthier.server.http.messages import Fault
+from luthier.server.http.routes import MODEL_TURN
+from luthier.server.http.streams import GeneratedPieces, StreamedResponse
+from luthier.server.openai.chat import ContentPart, join_texts
 from luthier.server.openai.generation import (
     STREAM_HEADERS,
-    GenerationResource,
+    Inference,
     chat_logprobs,
     check_only_form,
     refusals,
 )
-from luthier.server.openai.protocol import Body, Metadata, StrictBody, error_of, invalid, missing
+from luthier.server.openai.operations import OpenAICall, openai_router
+from luthier.server.openai.protocol import (
+    Body,
+    JsonObject,
+    Metadata,
+    StrictBody,
+    error_of,
+    invalid,
+    missing,
+)
+from luthier.server.openai.tools import (
+    MOST_TOOLS,
+    FunctionTool,
+    JsonSchemaFormat,
+    NamedFunction,
+    arguments,
+    call_id,
+    check_tools,
+    engine_choice,
+    engine_tools,
+)
 from luthier.server.structured_outputs import StructuredOutputs
-from luthier.types import Message, Tool, ToolCall
+from luthier.types import Message, ToolCall
 
+router = openai_router()
 LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "reasoning_text", "text")
-JsonObject = dict[str, Any]
 
 
 class InputItem(Body):
@@ -68,31 +80,10 @@ class InputItem(Body):
     output: str | Annotated[list[ContentPart], Field(max_length=TURNS)] | None = None
 
 
-class FunctionTool(Body):
-    """A function that may be called."""
-
-    type: str
-    name: Annotated[str, Field(pattern=NAME)] | None = None
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class NamedFunction(Body):
-    """The one tool that has to be called."""
-
-    type: Literal["function"]
-    name: str
-
-
-class OutputFormat(Body):
+class OutputFormat(JsonSchemaFormat):
     """The form of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: Annotated[str, Field(pattern=NAME)] | None = None
-    description: str | None = None
-    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
-    strict: bool | None = None
 
 
 class TextOptions(Body):
@@ -143,16 +134,7 @@ class ResponseRequest(StrictBody):
 
     def check(self) -> None:
         """Refuse what means nothing here, and what does not belong together."""
-        for index, tool in enumerate(self.tools or ()):
-            if tool.type != "function":
-                where = f"tools[{index}].type"
-                raise invalid(f"Tools are functions of yours, and no '{tool.type}'.", where)
-            if tool.name is None:
-                raise missing(f"tools[{index}].name")
-        choice = self.tool_choice
-        named = choice.name if isinstance(choice, NamedFunction) else None
-        names = [tool.name or "" for tool in self.tools or ()]
-        check_tool_choice(choice, names, named, "tool_choice.name")
+        check_tools(self.tools or (), self.tool_choice)
         if self.top_logprobs is not None and not self.wants_logprobs:
             raise invalid(f"'top_logprobs' needs 'include' to name {LOGPROBS}.", "top_logprobs")
         form = self.text.format if self.text else None
@@ -163,15 +145,9 @@ class ResponseRequest(StrictBody):
 
     def generation_request(self) -> GenerationRequest:
         """The request for the engine."""
-        tools = tuple(
-            Tool(each.name or "", each.description or "", each.parameters or NO_PARAMETERS)
-            for each in self.tools or ()
-        )
-        choice = self.tool_choice or "auto"
-        named = f"name:{choice.name}" if isinstance(choice, NamedFunction) else choice
         given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
         return GenerationRequest(
-            Chat(self._turns(), tools, named),
+            Chat(self._turns(), engine_tools(self.tools or ()), engine_choice(self.tool_choice)),
             max_tokens=self.max_output_tokens,
             top_logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
             **(self._constraint.fields if self._constraint else {}),
@@ -245,39 +221,34 @@ def _text(content: str | list[ContentPart], where: str) -> str:
     return content if isinstance(content, str) else join_texts(content, _TEXTS, where)
 
 
-class Responses(GenerationResource[ResponseRequest]):
-    """Answers with items."""
-
-    path, action, body = "responses", "responses.create", ResponseRequest
-
-    def whole(self, caller: Caller, parameters: ResponseRequest) -> JsonObject:
-        """The whole response."""
-        return _whole(parameters, self._begin(caller, parameters))
-
-    def stream(self, caller: Caller, parameters: ResponseRequest) -> Response:
-        """Its events as they happen."""
-        stream = self._begin(caller, parameters)
-        pieces = GeneratedPieces(_pieces(parameters, stream), [stream])
-        return Response(200, pieces, STREAM_HEADERS)
-
-    def _begin(self, caller: Caller, parameters: ResponseRequest) -> Stream:
-        target = self.inference.target(caller, self.action, parameters.model)
-        parameters.check()
-        return self.inference.submit(
-            target,
-            parameters.model,
-            parameters.generation_request,
-            "input",
-            structured=parameters.structured_outputs is not None,
-        )
+@router.post(
+    "/responses", name="responses.create", dependencies=[MODEL_TURN], response_model=JsonObject
+)
+def create(call: OpenAICall, body: ResponseRequest) -> JsonObject | StreamedResponse:
+    """Return a response as items, or stream its events."""
+    inference, account = call.context.inference, call.account
+    if not body.stream:
+        return complete(inference, account, body)
+    stream = _begin(inference, account, body)
+    return StreamedResponse(GeneratedPieces(_pieces(body, stream), [stream]), STREAM_HEADERS)
 
 
-def _whole(parameters: ResponseRequest, stream: Stream) -> JsonObject:
-    response = _Response(parameters, stream)
-    with refusals(parameters.model, "input"):
+def complete(inference: Inference, account: str, asked: ResponseRequest) -> JsonObject:
+    """Return the whole response."""
+    response = _Response(asked, _begin(inference, account, asked))
+    with refusals(asked.model, "input"):
         for _ in response.events():
             pass
     return response.to_dict()
+
+
+def _begin(inference: Inference, account: str, asked: ResponseRequest) -> Stream:
+    target = inference.target(account, asked.model)
+    asked.check()
+    structured = asked.structured_outputs is not None
+    return inference.submit(
+        target, asked.model, asked.generation_request, "input", structured=structured
+    )
 
 
 def _pieces(parameters: ResponseRequest, stream: Stream) -> Iterator[bytes]:

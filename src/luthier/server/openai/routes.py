@@ -1,32 +1,43 @@
-"""All resources of the OpenAI API, put together."""
+"""The OpenAI API: a FastAPI application of all its operations, and the work in the background."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from luthier.inference.pool import ModelPool
 from luthier.limits import AccountQuotas
-from luthier.server.http.messages import Fault, RequestHead, Response
-from luthier.server.http.routing import Operation, Route, Router
-from luthier.server.openai import protocol
-from luthier.server.openai.batches import Batches, BatchRunner
-from luthier.server.openai.chat import Chats
-from luthier.server.openai.completions import Completions
-from luthier.server.openai.embeddings import Embeddings
+from luthier.server.http.application import Api
+from luthier.server.http.messages import Fault, Response
+from luthier.server.http.routes import api_application
+from luthier.server.openai import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    evals,
+    files,
+    fine_tuning,
+    graders,
+    images,
+    models,
+    protocol,
+    responses,
+)
+from luthier.server.openai.batches import BatchRunner
+from luthier.server.openai.chat import ChatRequest
+from luthier.server.openai.completions import CompletionRequest
+from luthier.server.openai.embeddings import EmbeddingRequest
 from luthier.server.openai.eval_runner import EvaluationRunner
 from luthier.server.openai.eval_runs import EvalParts, EvalTask
-from luthier.server.openai.evals import Evals
-from luthier.server.openai.files import Files
-from luthier.server.openai.fine_tuning import FineTuning, setting_name
-from luthier.server.openai.generation import Inference
-from luthier.server.openai.graders import Graders, PooledModels
-from luthier.server.openai.images import Images
-from luthier.server.openai.models import Catalogue, DeleteModel, Models
-from luthier.server.openai.protocol import Recorder
-from luthier.server.openai.responses import Responses
+from luthier.server.openai.generation import Inference, answers
+from luthier.server.openai.graders import PooledModels
+from luthier.server.openai.models import Catalogue, DeleteModel
+from luthier.server.openai.operations import Context
+from luthier.server.openai.responses import ResponseRequest
 from luthier.server.settings import Settings
 from luthier.server.tables.arns import Arns
 from luthier.server.tables.database import Database
@@ -34,22 +45,16 @@ from luthier.server.tables.objects import Objects
 from luthier.server.tables.uploaded_files import UploadedFiles
 from luthier.server.tables.usage import CountUsage
 
-PREFIXES = ("/openai/v1/", "/v1/")
-FILE_LIMIT = 512_000_000
-"""Bytes of an uploaded file at most."""
+PREFIXES = ("/v1/", "/openai/v1/")
+_MODULES = (
+    batches, chat, completions, embeddings, evals, files, fine_tuning, graders, images, models,
+    responses,
+)  # fmt: skip
+ROUTERS = (*(module.router for module in _MODULES), files.uploads, evals.graders)
 
 
-class Resource(Protocol):
-    """A part of the API."""
-
-    def operations(self) -> Iterable[Operation]:
-        """What it can do, by paths below the prefix."""
-
-
-class OpenAIFace:
-    """What the ``openai`` client talks to."""
-
-    name, request_id_header = "openai", "x-request-id"
+class OpenAIService:
+    """The parts of the OpenAI API. :meth:`start` begins the work in the background."""
 
     def __init__(
         self,
@@ -60,93 +65,81 @@ class OpenAIFace:
         delete_model: DeleteModel,
         *,
         quotas: Callable[[str], AccountQuotas],
-        file_limit: int = FILE_LIMIT,
         wake: Callable[[], None] = lambda: None,
         count: CountUsage = lambda account, model, used: None,
     ) -> None:
-        """Put the face together; :meth:`start` begins the work in the background.
+        """Put the parts together.
 
         Args:
-            database: where everything is kept.
-            settings: of the server.
-            pool: the models that answer.
-            objects: the built-in object store, which holds the bytes of files.
-            delete_model: deletes a custom model with all that belongs to it.
-            quotas: of an account.
-            file_limit: bytes of an uploaded file at most.
-            wake: tells the scheduler that there is a job to work on.
-            count: told what lines of batches and rows of evaluations use.
+            database: The server's database.
+            settings: Settings of the server.
+            pool: Models in memory.
+            objects: The built-in object store, which has the bytes of files.
+            delete_model: Deletes a custom model with all that belongs to it.
+            quotas: Returns the quotas of an account.
+            wake: Tells the scheduler that there is a job.
+            count: Counts the usage of batches and evals.
         """
-        arns = Arns(settings.region)
-        recorder = Recorder(settings.region)
         self.files = UploadedFiles(database, objects)
-        catalogue = Catalogue(database, arns)
-        inference = Inference(catalogue, pool)
-        limited = settings.limits
-        chats, completions, embeddings = (
-            Chats(inference),
-            Completions(inference),
-            Embeddings(inference),
-        )
-        responses = Responses(inference)
+        inference = Inference(Catalogue(database, Arns(settings.region)), pool)
+        complete_chat = answers(inference, ChatRequest, chat.complete)
         self.batches = BatchRunner(
             database,
             self.files,
             {
-                "/v1/chat/completions": chats.answer,
-                "/v1/completions": completions.answer,
-                "/v1/embeddings": embeddings.answer,
-                "/v1/responses": responses.answer,
+                "/v1/chat/completions": complete_chat,
+                "/v1/completions": answers(inference, CompletionRequest, completions.complete),
+                "/v1/embeddings": answers(inference, EmbeddingRequest, embeddings.complete),
+                "/v1/responses": answers(inference, ResponseRequest, responses.complete),
             },
             count,
             settings.limits,
         )
-        parts = EvalParts(self.files, chats.answer, inference.judge, PooledModels(pool), limited)
+        parts = EvalParts(
+            self.files, complete_chat, inference.judge, PooledModels(pool), settings.limits
+        )
         self.evaluations = EvaluationRunner(
             database, partial(EvalTask, parts), objects.quotas, count
         )
-        resources: Sequence[Resource] = (
-            Files(self.files, recorder, file_limit),
-            FineTuning(database, self.files, inference, recorder, arns, quotas, wake),
-            Graders(recorder, inference.judge, PooledModels(pool), limited),
-            Models(catalogue, recorder, delete_model),
-            chats,
-            responses,
-            completions,
-            embeddings,
-            Images(inference),
-            Batches(database, self.files, recorder, self.batches),
-            Evals(database, parts, inference, recorder, self.evaluations, limited),
+        context = Context(
+            database,
+            self.files,
+            inference,
+            self.batches,
+            self.evaluations,
+            parts,
+            settings.limits,
+            delete_model,
+            quotas,
+            wake,
         )
-        operations = (each for resource in resources for each in resource.operations())
-        self.router = Router(
-            replace(each, name=f"openai.{each.name}", action=f"luthier:openai.{each.name}")
-            for each in operations
-        )
-
-    def serves(self, head: RequestHead, service: str) -> bool:
-        """What is below its paths."""
-        return head.path.startswith(PREFIXES)
-
-    def route(self, head: RequestHead) -> Route:
-        """What answers to a request; raises :class:`Fault` where nothing does."""
-        rest = next((head.path[len(p) :] for p in PREFIXES if head.path.startswith(p)), "")
-        route = self.router.route(head.method, rest.rstrip("/"))
-        if route is None:
-            text = f"Unknown request URL: {head.method} {head.path}."
-            raise Fault("UnknownOperation", text)
-        return route
-
-    def refusal(self, fault: Fault, request_id: str) -> Response:
-        """``fault`` in OpenAI's envelope."""
-        return protocol.refusal(fault.with_setting_names(setting_name))
+        self.api = _api(context)
 
     def start(self) -> None:
-        """Begin to work on batches and evaluations, those of an earlier server first."""
+        """Begin to work on batches and evals, and resume the work of an earlier server."""
         self.batches.start()
         self.evaluations.start()
 
     def close(self) -> None:
-        """Stop working on batches and evaluations."""
+        """Stop working on batches and evals."""
         self.batches.close()
         self.evaluations.close()
+
+
+def _api(context: Context) -> Api:
+    routes = [route for router in ROUTERS for route in router.routes]
+    fastapi: FastAPI = api_application(
+        routes, context, title="luthier: OpenAI API", openapi_url="/v1/openapi.json"
+    )
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        # Bedrock's clients of the OpenAI API use the longer prefix.
+        path = scope["path"].removeprefix("/openai").rstrip("/")
+        await fastapi({**scope, "path": path}, receive, send)
+
+    return Api("openai", app, lambda head, service: head.path.startswith(PREFIXES), refusal)
+
+
+def refusal(fault: Fault, request_id: str) -> Response:
+    """Return ``fault`` as OpenAI's error object."""
+    return protocol.refusal(fault.with_setting_names(fine_tuning.setting_name))

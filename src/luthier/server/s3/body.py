@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from luthier.server.http.messages import Fault, Signed, parse_digits
-from luthier.server.http.streams import RequestBody, Run
+from luthier.server.http.streams import RequestBody
 from luthier.server.sigv4 import STREAMED, STREAMED_UNSIGNED, UNSIGNED
 
 PREFIX = "x-amz-checksum-"
@@ -354,16 +354,14 @@ class SignedBody:
         if (self.length or 0) > limit:
             raise _too_large()
 
-    async def receive(
-        self, body: RequestBody, sink: Callable[[bytes], Any], run: Run
-    ) -> dict[str, str]:
+    async def receive(self, body: RequestBody, sink: Callable[[bytes], Any]) -> dict[str, str]:
         """Read the body into ``sink``, which is called in a thread; the checksums that were verified.
 
         Raises:
             Fault: where it is not as it was signed or told: what went into ``sink`` counts for nothing.
             ClientDisconnected: where it ends too early.
         """
-        await body.write_to(partial(self._take, sink), run)
+        await body.write_to(partial(self._take, sink))
         return self._verify()
 
     def _take(self, sink: Callable[[bytes], Any], data: bytes) -> None:

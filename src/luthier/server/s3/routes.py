@@ -6,11 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
+from starlette.routing import request_response
+
 from luthier.errors import ObjectRefused, QuotaExceeded
 from luthier.server.audit import record_action
-from luthier.server.http.messages import Fault, Request, RequestHead, Response
-from luthier.server.http.routing import Operation, Route
-from luthier.server.http.streams import RequestBody, Run
+from luthier.server.http.application import Api
+from luthier.server.http.messages import Fault, Request, Response
+from luthier.server.http.routes import read_head
+from luthier.server.http.streams import RequestBody, to_starlette
 from luthier.server.roles import authorize
 from luthier.server.s3 import buckets, multipart, objects
 from luthier.server.s3.body import OBJECT_LIMIT, SignedBody
@@ -153,83 +159,79 @@ _CODES = {
 """Codes of S3 by the names that the rest of the service has for the same."""
 
 
-class S3Face:
-    """Path-style S3 on the built-in object store."""
+def s3_api(objects: Objects, region: str) -> Api:
+    """Return path-style S3 on the built-in object store, for all requests that are signed for S3."""
+    stores = Stores(objects, MultipartUploads(objects), region)
 
-    name, request_id_header = "s3", "x-amz-request-id"
-
-    def __init__(self, objects: Objects, region: str) -> None:
-        self.stores = Stores(objects, MultipartUploads(objects), region)
-
-    def serves(self, head: RequestHead, service: str) -> bool:
-        """Whatever is signed for S3."""
-        return service == "s3"
-
-    def route(self, head: RequestHead) -> Route:
-        """One route: keys may be called anything, and the query says what is asked."""
-        # In the coding of chunks a body is longer than what it stands for.
-        limit, name = 2 * OBJECT_LIMIT, f"s3.{head.method}"
-        return Route(
-            Operation(name, head.method, "", None, limit, stream=self.respond, hashed=True)
-        )
-
-    async def respond(self, request: Request, body: RequestBody, run: Run) -> Response:
-        """Answer a request that was let in, all work by ``run``.
-
-        Raises:
-            Fault: what the caller is to be told with :meth:`refusal`; nothing was changed.
-        """
+    async def endpoint(sent: HttpRequest) -> HttpResponse:
+        sent.state.record.operation = f"s3.{sent.method}"
+        # In the coding of chunks a body is longer than the object.
+        sent.state.body.limit = 2 * OBJECT_LIMIT
         try:
-            return await self._respond(request, body, run)
+            return to_starlette(await _respond(stores, read_head(sent), sent.state.body))
         except QuotaExceeded as refused:
             # AWS has no code for this; Ceph's gateway has.
             raise Fault("QuotaExceeded", str(refused)) from refused
         except ObjectRefused as refused:
             raise Fault(refused.rule, refused.problem.message) from refused
 
-    def refusal(self, fault: Fault, request_id: str) -> Response:
-        """``fault`` as clients of S3 expect it.
+    return Api(
+        "s3",
+        request_response(endpoint),
+        lambda head, service: service == "s3",
+        refusal,
+        "x-amz-request-id",
+        signs_body_hash=True,
+    )
 
-        Of its details, ``headers`` are sent with it, and ``fields`` stand in the document.
-        """
-        code = _CODES.get(fault.code.removesuffix("Exception"), fault.code)
-        place = str(fault.details.get("place"))
-        code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(place, code)
-        headers = fault.details.get("headers", {})
-        status = _STATUS.get(code, 400)
-        if status == 304:
-            return Response(status, b"", headers)
-        fields = fault.details.get("fields", {}).items()
-        content = [("Code", code), ("Message", fault.message), *fields, ("RequestId", request_id)]
-        body = document("Error", content, namespace=None)
-        return Response(status, body, {"Content-Type": "application/xml", **headers})
 
-    async def _respond(self, sent: Request, received: RequestBody, run: Run) -> Response:
-        request = read_request(received.head, sent.caller)
-        operation = operation_of(request)
-        authorize(request.caller, operation.action, request.resource)
-        if operation.works is not objects.delete_objects:  # which records each key
-            record_action(operation.action, request.resource)
-        if request.bucket == UPLOADS and request.method not in ("GET", "HEAD"):
-            # Their other half is a row that this face does not know.
-            text = f"{UPLOADS} holds OpenAI files: write and delete them through that API."
-            raise Fault("AccessDenied", text)
-        limit = OBJECT_LIMIT if operation.keeps else DOCUMENT_LIMIT
-        assert sent.signed is not None
-        body = SignedBody(request.headers, sent.signed, limit, not operation.whole)
-        if operation.works is not None:
-            text_of_it = bytearray()
-            await body.receive(received, text_of_it.extend, run)
-            made: Response = await run(operation.works, self.stores, request, bytes(text_of_it))
-            return made
-        assert operation.keeps is not None
-        freed = await run(operation.before, self.stores, request)
-        if not body.has_length:
-            text = "You must provide the Content-Length HTTP header."
-            raise Fault("MissingContentLength", text)
-        begin = partial(self.stores.objects.begin, freed=freed)
-        with await run(begin, request.account, body.length) as writing:
-            checksums = await body.receive(received, writing.write, run)
-            written = await run(writing.finish)
-            kept: Response = await run(operation.keeps, self.stores, request, written, checksums)
-            return kept
+def refusal(fault: Fault, request_id: str) -> Response:
+    """Return ``fault`` as clients of S3 expect it.
+
+    Of its details, ``headers`` are sent with it, and ``fields`` stand in the document.
+    """
+    code = _CODES.get(fault.code.removesuffix("Exception"), fault.code)
+    place = str(fault.details.get("place"))
+    code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(place, code)
+    headers = fault.details.get("headers", {})
+    status = _STATUS.get(code, 400)
+    if status == 304:
+        return Response(status, b"", headers)
+    fields = fault.details.get("fields", {}).items()
+    content = [("Code", code), ("Message", fault.message), *fields, ("RequestId", request_id)]
+    body = document("Error", content, namespace=None)
+    return Response(status, body, {"Content-Type": "application/xml", **headers})
+
+
+async def _respond(stores: Stores, sent: Request, received: RequestBody) -> Response:
+    """Respond to a request, with all blocking work in threads.
+
+    Raises:
+        Fault: for :func:`refusal`; the request changed nothing.
+    """
+    request = read_request(received.head, sent.caller)
+    operation = operation_of(request)
+    authorize(request.caller, operation.action, request.resource)
+    if operation.works is not objects.delete_objects:  # which records each key
+        record_action(operation.action, request.resource)
+    if request.bucket == UPLOADS and request.method not in ("GET", "HEAD"):
+        # Their other half is a row of the OpenAI API's files.
+        text = f"{UPLOADS} holds OpenAI files: write and delete them through that API."
+        raise Fault("AccessDenied", text)
+    limit = OBJECT_LIMIT if operation.keeps else DOCUMENT_LIMIT
+    assert sent.signed is not None
+    body = SignedBody(request.headers, sent.signed, limit, not operation.whole)
+    if operation.works is not None:
+        text_of_it = bytearray()
+        await body.receive(received, text_of_it.extend)
+        return await run_in_threadpool(operation.works, stores, request, bytes(text_of_it))
+    assert operation.keeps is not None
+    freed = await run_in_threadpool(operation.before, stores, request)
+    if not body.has_length:
+        text = "You must provide the Content-Length HTTP header."
+        raise Fault("MissingContentLength", text)
+    begin = partial(stores.objects.begin, freed=freed)
+    with await run_in_threadpool(begin, request.account, body.length) as writing:
+        checksums = await body.receive(received, writing.write)
+        written = await run_in_threadpool(writing.finish)
+        return await run_in_threadpool(operation.keeps, stores, request, written, checksums)

@@ -1,0 +1,123 @@
+"""Common parts of the OpenAI API: routes of FastAPI, the authenticated call, and pages of lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+
+from luthier.limits import MIB, AccountQuotas, ServerLimits
+from luthier.server.audit import record_action
+from luthier.server.http.messages import Caller, Fault
+from luthier.server.http.routes import ApiRoute
+from luthier.server.openai.protocol import JsonObject, invalid, invalid_member
+from luthier.server.tables.database import Database
+
+if TYPE_CHECKING:
+    from luthier.server.openai.batches import BatchRunner
+    from luthier.server.openai.eval_runner import EvaluationRunner
+    from luthier.server.openai.eval_runs import EvalParts
+    from luthier.server.openai.generation import Inference
+    from luthier.server.openai.models import DeleteModel
+    from luthier.server.tables.uploaded_files import UploadedFiles
+
+GRADER_BODY_BYTES = 4 * MIB
+"""Maximum size of a request with graders, in bytes."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Parts of the service that operations use."""
+
+    database: Database
+    files: UploadedFiles
+    inference: Inference
+    batches: BatchRunner
+    evaluations: EvaluationRunner
+    eval_parts: EvalParts
+    limits: ServerLimits
+    delete_model: DeleteModel
+    quotas: Callable[[str], AccountQuotas]
+    """Return the quotas of an account."""
+    wake: Callable[[], None]
+    """Tell the scheduler that there is a job."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an operation by an authenticated caller."""
+
+    context: Context
+    caller: Caller
+    action: str
+    """Action of the operation in the audit log."""
+
+    @property
+    def account(self) -> str:
+        """Account of the caller."""
+        return self.caller.account
+
+    def record(self, kind: str, identifier: str = "*") -> None:
+        """Note for the audit log that the operation changes a resource of ``kind``."""
+        arns = self.context.inference.catalogue.arns
+        record_action(self.action, arns.openai(self.account, kind, identifier))
+
+
+async def _call(request: Request) -> Call:
+    route: OpenAIRoute = request.scope["route"]
+    return Call(request.app.state.context, request.state.caller, route.action)
+
+
+OpenAICall = Annotated[Call, Depends(_call)]
+
+
+class OpenAIRoute(ApiRoute):
+    """A route whose name is the name of the operation, such as ``batches.create``."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        self.operation = f"openai.{options['name']}"
+        self.action = f"luthier:{self.operation}"
+        super().__init__(path, endpoint, **options)
+
+    def invalid(self, error: RequestValidationError) -> Fault:
+        """Return a fault that names the first wrong member."""
+        return invalid_member(
+            [{**each, "loc": each["loc"][1:]} for each in error.errors()], error.body
+        )
+
+    def not_json(self, error: ValueError) -> Fault:
+        """Return the fault for a body that is not JSON."""
+        return invalid(f"The body of the request is not valid JSON: {error}.")
+
+
+class GraderRoute(OpenAIRoute):
+    """A route for requests with graders."""
+
+    body_limit = GRADER_BODY_BYTES
+
+
+def openai_router(route_class: type[OpenAIRoute] = OpenAIRoute) -> APIRouter:
+    """Return an empty router of operations below ``/v1``."""
+    key = Security(HTTPBearer(auto_error=False))  # for the document: the key is verified already
+    return APIRouter(prefix="/v1", route_class=route_class, dependencies=[key])
+
+
+Limit = Annotated[int, Query(ge=1, le=100)]
+"""Maximum number of rows of a page."""
+Order = Literal["asc", "desc"]
+
+
+def page(found: Sequence[Any], limit: int, shown: Callable[[Any], JsonObject] = dict) -> JsonObject:
+    """Return a list of at most ``limit`` rows; ``found`` has one more row if the list continues."""
+    data = [shown(each) for each in found[:limit]]
+    return {
+        "object": "list",
+        "data": data,
+        "has_more": len(found) > limit,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+    }
