@@ -129,7 +129,7 @@ app({arguments!r})
                   ["admin", "audit", "--json"]],
 )  # fmt: skip
 def test_without_the_extra_commands_name_it(arguments: list[str], luthier_home: Path) -> None:
-    names = ["alembic", "botocore", "cryptography", "httptools", "sqlalchemy", "uvicorn"]
+    names = ["alembic", "botocore", "cryptography", "sqlalchemy", "uvicorn"]
     program = WITHOUT.format(names=names, arguments=arguments)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import uvicorn
+
 from luthier.limits import ServerLimits
-from luthier.server.http.server import Ports, Server, listen, server_config
-
-
-class ClosingServer(Server):
-    """A server that leaves no connection open to clients that read no more."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().shutdown(sockets)
-        for connection in list(self.server_state.connections):
-            if connection.transport is not None:
-                connection.transport.abort()
-        await asyncio.sleep(0.01)
+from luthier.server.http.server import Ports, listen, server_config
 
 
 @contextlib.contextmanager
@@ -31,16 +20,16 @@ def served(
 ) -> Iterator[str]:
     """``http://127.0.0.1:PORT`` of ``application``, until the block ends; https with a certificate."""
     limits = (limits or ServerLimits()).model_copy(update={"shutdown_seconds": 1})
-    server = ClosingServer(server_config(application, limits, ports or Ports()))
-    sockets = listen("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
+    server = uvicorn.Server(server_config(application, limits, ports or Ports()))
+    listening = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     deadline = time.monotonic() + 20
     while not server.started:
         if not thread.is_alive() or time.monotonic() > deadline:
             raise RuntimeError("the server did not start")
         time.sleep(0.01)
-    port = sockets[0].getsockname()[1]
+    port = listening.getsockname()[1]
     try:
         yield f"http{'s' if server.config.is_ssl else ''}://127.0.0.1:{port}"
     finally:
