@@ -152,7 +152,7 @@ def test_what_cannot_judge_is_refused_before_training(
     shutil.rmtree(luthier_home / "runs")  # the last one had begun, and has the name
     with pytest.raises(UnknownModel, match="nobody"):
         tuned({"model": "nobody:knows"})
-    with pytest.raises(RecipeError, match="needs a model that judges"):
+    with pytest.raises(RecipeError, match="`model`"):
         tuned({})
     assert not list(luthier_home.glob("models/custom/**/luthier.json"))
 
