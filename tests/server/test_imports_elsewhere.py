@@ -55,5 +55,5 @@ def test_a_folder_elsewhere_is_listed_and_copied(
     with pytest.raises(LocationRefused):
         locations.fetch_from(ACCOUNT, "s3://models/some/tiny", "none", tmp_path / "x")
     monkeypatch.setattr("luthier.server.tables.locations.MOST_ENTRIES", len(sizes))
-    with pytest.raises(LocationRefused, match=f"more than {len(sizes)} objects below"):
+    with pytest.raises(LocationRefused):
         locations.folder(ACCOUNT, "s3://models/some/tiny")

@@ -120,7 +120,7 @@ def test_roles_of_users_and_keys() -> None:
     assert permissions("administrator", "invoker") == permissions("invoker")
     assert permissions("invoker", "administrator") == permissions("invoker")
     assert permissions("invoker", "read-only") == {"identify"}
-    with pytest.raises(ValueError, match="not enough values"):
+    with pytest.raises(ValueError):
         permissions()
 
 

@@ -84,7 +84,7 @@ def test_bodies_that_are_no_json(runtime_client: Any) -> None:
             runtime_client.invoke_model,
             runtime_client.invoke_model_with_response_stream,
         ):
-            with pytest.raises(ClientError, match="Malformed input request: The body") as refused:
+            with pytest.raises(ClientError) as refused:
                 operation(modelId=MODEL, body=body)
             assert refused.value.response["Error"]["Code"] == "ValidationException"
 
@@ -102,7 +102,7 @@ def test_tokens_are_counted_as_they_are_read(runtime_client: Any) -> None:
         modelId=MODEL, input={"invokeModel": {"body": json.dumps(body).encode()}}
     )
     assert counted["inputTokens"] == found["prompt_token_count"]
-    with pytest.raises(ClientError, match="Malformed input request"):
+    with pytest.raises(ClientError, match="ValidationException"):
         runtime_client.count_tokens(modelId=MODEL, input={"invokeModel": {"body": b"["}})
 
 
@@ -142,10 +142,10 @@ def test_a_chat_completion_names_the_model_that_was_invoked(
     assert {json.loads(base64.b64decode(each))["model"] for each in messages} == {MODEL}
     # Anthropic's form has messages, too, and its clients would not understand the answer.
     raw = json.dumps({**body, "anthropic_version": "bedrock-2023-05-31"}).encode()
-    with pytest.raises(Fault, match="Unknown parameter: 'anthropic_version'"):
+    with pytest.raises(Fault, match="anthropic_version"):
         handlers["InvokeModel"](replace(asked, body=raw))
 
 
 def test_images_to_embed_are_pointed_to_the_native_face() -> None:
-    with pytest.raises(Fault, match=r"\[inputImage\] is not taken here; POST /api/v1/models"):
+    with pytest.raises(Fault, match="inputImage"):
         form_of(MODEL, {"inputImage": "aGk="}, None)

@@ -120,10 +120,10 @@ def test_blocks_go_back_as_they_came(client: Any) -> None:
     signed = {"reasoningText": {"text": THOUGHT, "signature": "elsewhere"}}
     assert read({"reasoningContent": signed}, {"text": "blue"}) == read(*came["content"])
     assert read(reasoning(THOUGHT)) == read(*came["content"]) - len("blue")
-    with pytest.raises(ClientError, match="support the redactedContent field"):
+    with pytest.raises(ClientError, match="redactedContent"):
         read({"reasoningContent": {"redactedContent": b"x"}}, {"text": "blue"})
     turns = [{"role": "user", "content": [reasoning("x"), {"text": "sky?"}]}]
-    with pytest.raises(ClientError, match="user role cannot have the reasoningContent block"):
+    with pytest.raises(ClientError, match="reasoningContent"):
         client.converse(**{**said(), "messages": turns})
 
 

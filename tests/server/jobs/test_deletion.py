@@ -48,7 +48,7 @@ def test_model_and_job_leave_no_files(
         path = journal_path({"model": "a"}, "a")
         with Journal.open(path) as journal:
             journal.append("key", Reply("reply", "stop"))
-    with pytest.raises(WrongState, match="Delete the model first"):
+    with pytest.raises(WrongState):
         delete_job(queue.database, Arns(), job)
     with queue.database.read() as session:
         model = session.scalars(select(CustomModel)).one()
@@ -73,6 +73,6 @@ def test_a_job_that_has_not_ended_is_not_deleted(queue: Any) -> None:
     queue.submit("one", steps=2)
     with queue.database.read() as session:
         job = session.scalars(select(Job)).one()
-    with pytest.raises(WrongState, match="has not ended"):
+    with pytest.raises(WrongState):
         delete_job(queue.database, Arns(), job)
     assert rows(queue, Job) == 1

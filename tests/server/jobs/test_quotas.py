@@ -58,7 +58,7 @@ def test_a_job_without_room_for_its_model_or_its_outputs_leaves_nothing(
     for name, room in (("outputs", on_disk + 1000), ("model", 1000)):
         quota(database, stored_bytes=on_disk + room)
         job = queue.ended(queue.submit(name, output="s3://rows/out/"))
-        assert job.state == "Failed" and "quota stored_bytes" in job.failure
+        assert job.state == "Failed" and "stored_bytes" in job.failure
         with database.read() as session:
             assert [each.name for each in session.query(CustomModel)] == ["whole"]
         assert len(list(files.rglob("luthier.json"))) == 1
@@ -91,7 +91,7 @@ def test_an_import_without_room_fails_before_it_is_copied(
         if name == "small":
             assert not list((luthier_home / "models").rglob("*.safetensors"))
     failed, whole = models
-    assert failed.status == "Failed" and "quota stored_bytes" in str(failed.failure)
+    assert failed.status == "Failed" and "stored_bytes" in str(failed.failure)
     assert whole.status == "Active"
     weights = (tiny_model_folder / "model.safetensors").stat().st_size
     assert stored(database) - there == whole.stored_bytes > weights

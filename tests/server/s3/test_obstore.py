@@ -82,10 +82,10 @@ def test_an_endpoint_that_does_not_let_us_in_or_answer(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
     for call in (locations.check, locations.check_writable):
-        with pytest.raises(LocationRefused, match="may not read"):
+        with pytest.raises(LocationRefused):
             call(ACCOUNT, f"s3://{bucket}/k")
     silent = Locations(service.objects.database, s3_endpoint="http://127.0.0.1:1")
-    with pytest.raises(DownloadError, match="could not be reached"):
+    with pytest.raises(DownloadError):
         silent.check(ACCOUNT, f"s3://{bucket}/k")
 
 
@@ -124,5 +124,5 @@ def test_images_below_a_prefix(
     assert [row.label for row in load_rows(f"s3://{bucket}/photos/")] == ["tom"]  # type: ignore[attr-defined]
     put("odd/a.png")
     put("odd/a.png/b.png")
-    with pytest.raises(DataError, match="cannot be the path of a file"):
+    with pytest.raises(DataError):
         load_rows(f"s3://{bucket}/odd/")

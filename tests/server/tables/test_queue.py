@@ -195,8 +195,8 @@ def test_a_job_whose_workers_keep_dying_fails_and_says_why(database: Database) -
         job = die(5)
     assert job.state == FAILED
     assert job.failure is not None
-    assert "workers died one after the other at step 5" in job.failure
-    assert "its worker ended by signal 9" in job.failure
+    assert "step 5" in job.failure
+    assert "signal 9" in job.failure
     with database.read() as session:
         warned = session.query(JobEvent).filter_by(job_id=job_id, kind="warning").count()
         assert session.query(CustomModel).count() == 0

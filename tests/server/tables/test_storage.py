@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from luthier.errors import QuotaExceeded
+from luthier.errors import QuotaExceeded, RefusedInput
 from luthier.limits import AccountQuotas
 from luthier.server.tables import accounts
 from luthier.server.tables.accounts import create_account, set_quota
@@ -116,21 +116,19 @@ def test_parts_of_uploads_are_counted_until_they_are_objects_or_gone(store: Stor
 def test_what_goes_beyond_a_quota_changes_nothing(store: Store) -> None:
     store.quota(stored_bytes=10)
     store.put("a", 6)
-    with pytest.raises(
-        QuotaExceeded, match=r"10 bytes \(quota stored_bytes\) and has 6"
-    ) as refused:
+    with pytest.raises(QuotaExceeded, match="stored_bytes") as refused:
         store.put("b", 5)
     assert refused.value.setting == "stored_bytes"
     store.put("a", 10)  # what it replaces is gone then
     store.put("b", 0)
-    with pytest.raises(QuotaExceeded, match="bytes"):
+    with pytest.raises(QuotaExceeded, match="stored_bytes"):
         store.begin("d")
     with pytest.raises(QuotaExceeded):
         store.objects.begin(ONE, 1)
     store.objects.begin(ONE, 10, freed=10).__exit__(None, None, None)
     store.objects.delete(ONE, "rows", ["a"])
     upload = store.begin("d")
-    with pytest.raises(QuotaExceeded, match="bytes"):
+    with pytest.raises(QuotaExceeded, match="stored_bytes"):
         store.part("d", upload, 1, 11)
     store.part("d", upload, 1, 10)
     store.part("d", upload, 1, 9)
@@ -189,7 +187,7 @@ def test_of_those_who_come_at_once_as_many_get_in_as_there_is_room(store: Store)
 
 def test_an_account_that_stores_nothing_can_be_removed(store: Store) -> None:
     store.put("a", 1)
-    with pytest.raises(Exception, match="still has"), store.database.write() as session:
+    with pytest.raises(RefusedInput), store.database.write() as session:
         accounts.remove_account(session, ONE)
     store.objects.delete(ONE, "rows", ["a"])
     store.objects.delete_bucket(ONE, "rows")
