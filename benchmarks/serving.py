@@ -32,13 +32,13 @@ from urllib.request import Request, urlopen
 import torch
 
 from children import table
+from luthier.cli.export import export
 from luthier.engine.machine import choose_machine, limit_kernels, release_workers
 from luthier.inference.inference import Chat, GenerationRequest, TokenChunk
 from luthier.inference.memory import resident_bytes
 from luthier.inference.pool import ModelPool
 from luthier.library.models import StoredModel, find
 from luthier.models.load import load_model
-from luthier.sdk.export import export
 from luthier.types import Message
 
 BASE = "smollm2-135m-instruct"

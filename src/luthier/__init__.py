@@ -13,23 +13,24 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:
     from luthier.cli.advise import advise
-    from luthier.cli.data import inspect
+    from luthier.cli.certificate import certificate, verify
+    from luthier.cli.compare import compare
+    from luthier.cli.data import clean, convert, inspect, split
     from luthier.cli.distil import distil, student
     from luthier.cli.estimate import estimate
+    from luthier.cli.evaluate import evaluate, judge
+    from luthier.cli.export import export, push
+    from luthier.cli.forgetting import forgetting
     from luthier.cli.launch import launch
     from luthier.cli.learning_curve import learning_curve
+    from luthier.cli.model import Model, load
     from luthier.cli.pipeline import pipeline
     from luthier.cli.pretrain import pretrain
+    from luthier.cli.samples import samples
     from luthier.cli.search import search
     from luthier.cli.tune import tune
     from luthier.migrate import import_openai, import_promptfoo
     from luthier.recipe import Recipe
-    from luthier.sdk.certificate import certificate, verify
-    from luthier.sdk.data import clean, convert, split
-    from luthier.sdk.evaluation import compare, evaluate, forgetting
-    from luthier.sdk.export import export
-    from luthier.sdk.hub import push
-    from luthier.sdk.model import Model, load
 
 __all__ = [
     "Model",
@@ -48,12 +49,14 @@ __all__ = [
     "import_openai",
     "import_promptfoo",
     "inspect",
+    "judge",
     "launch",
     "learning_curve",
     "load",
     "pipeline",
     "pretrain",
     "push",
+    "samples",
     "search",
     "split",
     "student",
@@ -64,27 +67,28 @@ __all__ = [
 _HOMES = {
     name: f"luthier.{module}"
     for module, names in {
-        "recipe": ["Recipe"],
-        "sdk.certificate": ["certificate", "verify"],
-        "sdk.data": ["clean", "convert", "split"],
-        "sdk.evaluation": ["compare", "evaluate", "forgetting"],
-        "sdk.export": ["export"],
-        "sdk.hub": ["push"],
-        "migrate": ["import_openai", "import_promptfoo"],
-        "sdk.model": ["Model", "load"],
-        "cli.data": ["inspect"],
         "cli.advise": ["advise"],
+        "cli.certificate": ["certificate", "verify"],
+        "cli.compare": ["compare"],
+        "cli.data": ["clean", "convert", "inspect", "split"],
         "cli.distil": ["distil", "student"],
         "cli.estimate": ["estimate"],
+        "cli.evaluate": ["evaluate", "judge"],
+        "cli.export": ["export", "push"],
+        "cli.forgetting": ["forgetting"],
         "cli.launch": ["launch"],
         "cli.learning_curve": ["learning_curve"],
+        "cli.model": ["Model", "load"],
         "cli.pipeline": ["pipeline"],
         "cli.pretrain": ["pretrain"],
+        "cli.samples": ["samples"],
         "cli.search": ["search"],
         "cli.tune": ["tune"],
+        "migrate": ["import_openai", "import_promptfoo"],
+        "recipe": ["Recipe"],
     }.items()
     for name in names
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:

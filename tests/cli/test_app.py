@@ -34,7 +34,7 @@ def test_what_commands_do_is_said_whole(group: list[str]) -> None:
         assert panels[1:] == [*PANELS] and "\n  worker " not in text  # hidden
 
 
-@pytest.mark.parametrize("columns", [60, 80, 132])
+@pytest.mark.parametrize("columns", [60, 80])
 def test_help_is_as_wide_as_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:

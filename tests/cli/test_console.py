@@ -133,7 +133,7 @@ def test_samples(luthier_home: Path, capsys: pytest.CaptureFixture[str], full: b
     MetricsFile(folder / "samples.jsonl").append(
         {**record, "prompt": "\x1b[2J", "completion": "\x9b\u202e \x1b]0;x"}
     )
-    samples.samples("tiny:one", 5, 5, False, full, False)
+    samples.show_samples(samples.samples("tiny:one", count=5, last=5), full)
     out = capsys.readouterr().out
     assert not acts(out) and r"\x1b[2J" in out and r"\x9b\u202e" in out
 

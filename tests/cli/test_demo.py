@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.cli.demo import _measure, _print
+from luthier.cli.demo import _measure, print_replies
 from luthier.data.shapes.conversations import PromptCompletion
 from luthier.evaluation.evaluate import Evaluation
 from luthier.evaluation.significance import RowScores
@@ -19,7 +19,7 @@ def test_replies_and_scores_stand_side_by_side(capsys: pytest.CaptureFixture[str
         records = [{"prompt": row.prompt, "reply": reply} for row in rows]
         return Evaluation({"label": RowScores.of([score] * 60)}, [*rows], records=records)
 
-    _print("base:tuned", evaluation("no idea", 0.0), evaluation("[route: a] Hello", 1.0))
+    print_replies("base:tuned", evaluation("no idea", 0.0), evaluation("[route: a] Hello", 1.0))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["on", "60", "unseen", "rows", "base", "tuned"] in lines
     assert ["label", "0%", "100%"] in lines
@@ -33,6 +33,6 @@ def test_replies_are_graded_by_label_and_style(
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
     rows = [{"prompt": f"question {n}", "completion": "[route: a]\n\nBye"} for n in range(2)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = _measure(str(tiny_model_folder), tmp_path / "test.jsonl", "base")
+    found = _measure(str(tiny_model_folder), tmp_path / "test.jsonl")
     assert found.scores == {"routing label": 0.0, "house style": 0.0}
     assert [record["prompt"] for record in found.records] == ["question 0", "question 1"]

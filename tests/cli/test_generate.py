@@ -335,12 +335,12 @@ def test_graders_take_fields_from_the_command_line_and_from_files(
     graders = ["--grader", str(file), "--set", "both.weights.b=3", "--set", "form.match=whole"]
     report = Answer("evaluate", MODEL, str(held), *graders, "--json").good().json()
     assert report["scores"] == {"form": 1.0, "both": 0.75}
-    refused = Answer("evaluate", MODEL, str(held), "--set", "number.tolerance=1").refused()
-    assert "--set takes GRADER.FIELD=VALUE of one of exact" in refused
+    refused = Answer("evaluate", MODEL, str(held), "--set", "number.tolerance=1", "--json")
+    assert refused.refused() and refused.json()["error"]["setting"] == "number.tolerance"
     refused = Answer("evaluate", MODEL, str(held), "--grader", "number").refused()
     assert "held.jsonl:1: [grader.no_number]" in refused
     refused = Answer("evaluate", MODEL, str(held), "--grader", "code").refused()
-    assert "set allow_code=true" in refused
+    assert "allow_code=true" in refused
 
 
 def test_prompts_that_leave_no_room_for_a_reply_are_named_or_left_out(
@@ -351,13 +351,9 @@ def test_prompts_that_leave_no_room_for_a_reply_are_named_or_left_out(
     for arguments in (["generate", MODEL, "--input", str(held)], ["evaluate", MODEL, str(held)]):
         message = Answer(*arguments).refused()
         assert f"{held}:2: [row.too_long]" in message and "(also line 4)" in message
-    assert "`--long-rows drop`, or lower max_tokens" in message
-    answer = Answer("evaluate", MODEL, str(held), "--long-rows", "drop", "--json").good()
-    report = answer.json()
+    report = Answer("evaluate", MODEL, str(held), "--long-rows", "drop", "--json").good().json()
     assert (report["rows"], report["dropped"], report["scores"]) == (2, 2, {"exact": 1.0})
-    assert "2 of 4 rows are longer than the context and were left out" in answer.err
-    message = Answer("evaluate", MODEL, str(held), "--long-rows", "truncate").refused()
-    assert "prompts are not truncated" in message
+    Answer("evaluate", MODEL, str(held), "--long-rows", "truncate").refused()
 
 
 def test_evaluate_refuses_what_cannot_be_graded(home: Path, data: Path, tmp_path: Path) -> None:

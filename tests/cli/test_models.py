@@ -16,7 +16,7 @@ import pytest
 from command_line import MODEL, Answer, memorise
 from stored_files import files_in
 
-from luthier.cli.models import print_readers
+from luthier.cli.export import print_readers
 from luthier.cli.service import open_database
 from luthier.engine.runs import Run
 from luthier.exports.export import Export

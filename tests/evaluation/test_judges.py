@@ -19,7 +19,6 @@ from luthier.errors import DataError, LuthierError, RecipeError
 from luthier.evaluation.judges import check_pairs, measure_agreement
 from luthier.graders import Exact, Ruler
 from luthier.graders.ruler import judge_pairs
-from luthier.sdk.evaluation import judge_agreement
 from luthier.types import Message
 
 Conversations = Sequence[Sequence[Message]]
@@ -118,7 +117,7 @@ def test_an_endpoint_beside_people_and_as_the_judge_of_a_comparison(
     data = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"the {n}", "chosen": "a fox", "rejected": "a dog"} for n in range(4)]
     data.write_text("".join(json.dumps(each) + "\n" for each in pairs))
-    asked = ["evaluate", str(data), "--judge", f"{endpoint.url}#big", "--human", "chosen"]
+    asked = ["judge", str(data), f"{endpoint.url}#big", "--human", "chosen"]
     done = CliRunner().invoke(app, [*asked, "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["scores"]["agreement"] == 1
@@ -126,13 +125,12 @@ def test_an_endpoint_beside_people_and_as_the_judge_of_a_comparison(
     CliRunner().invoke(app, asked)
     assert endpoint.asked.total() == calls, "the judge was asked twice"
     with pytest.raises(RecipeError):
-        judge_agreement(data, Exact())
-    for wrong in ([str(data)], ["--attach"]):
-        assert CliRunner().invoke(app, [*asked, *wrong]).exit_code == 2
-    assert CliRunner().invoke(app, asked[:4]).exit_code == 2
+        luthier.judge(data, Exact())
     named = [{"prompt": f"the {n}", "best": "a fox", "worst": "a dog"} for n in range(4)]
     data.write_text("".join(json.dumps(each) + "\n" for each in named))
-    renamed = judge_agreement(data, f"{endpoint.url}#big", "best", columns={"rejected": "worst"})
+    renamed = luthier.judge(
+        data, f"{endpoint.url}#big", human="best", columns={"rejected": "worst"}
+    )
     assert renamed.agreement.value == 1
     # Of a comparison: the copied training answer has the word, what the tiny model writes has not.
     train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
@@ -147,10 +145,7 @@ def test_an_endpoint_beside_people_and_as_the_judge_of_a_comparison(
         training__max_steps=1,
         data__validation_share=0,
     ).model_id
-    said: list[str] = []
-    found = luthier.compare(
-        held, [tuned], max_tokens=3, judge=f"{endpoint.url}#big", note=said.append
-    )
+    found = luthier.compare(held, [tuned], max_tokens=3, judge=f"{endpoint.url}#big")
     assert found.measure == "win_rate"
     by_name = {each.name: each.score.value for each in found.contenders}
     assert by_name["the nearest row by words"] == 1 and by_name[str(tiny_model_folder)] == 0.5

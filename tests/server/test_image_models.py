@@ -27,10 +27,10 @@ from botocore.exceptions import ClientError
 from PIL import Image
 from served import served
 
+from luthier.cli.model import load
 from luthier.engine.train import train
 from luthier.limits import ServerLimits
 from luthier.recipe import Recipe
-from luthier.sdk.model import load
 from luthier.server.service import Service
 from luthier.server.settings import Settings
 from luthier.server.tables.bootstrap import IssuedKeys

@@ -19,15 +19,25 @@ from luthier.cli import console
 from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise, show_advice
 from luthier.cli.bridge import Command, CommandGroup
-from luthier.cli.certificate import certificate, verify
-from luthier.cli.compare import compare
-from luthier.cli.data import clean, convert, inspect, show_report, split
-from luthier.cli.demo import demo
+from luthier.cli.certificate import certificate, show_certificate, show_verification, verify
+from luthier.cli.compare import compare, show_comparison
+from luthier.cli.data import (
+    clean,
+    convert,
+    inspect,
+    show_cleaning,
+    show_conversion,
+    show_report,
+    show_split,
+    split,
+)
+from luthier.cli.demo import demo, show_demo
 from luthier.cli.distil import distil, show_distillation, show_student, student
 from luthier.cli.embed import embed
 from luthier.cli.estimate import estimate, show_estimate
-from luthier.cli.evaluate import evaluate
-from luthier.cli.forgetting import forgetting
+from luthier.cli.evaluate import evaluate, judge, show_agreement, show_evaluation
+from luthier.cli.export import push, show_push
+from luthier.cli.forgetting import forgetting, show_forgetting
 from luthier.cli.generate import chat, generate
 from luthier.cli.images import reconstruct, sample
 from luthier.cli.imports import import_app
@@ -36,11 +46,10 @@ from luthier.cli.learning_curve import learning_curve, show_learning_curve
 from luthier.cli.models import models_app
 from luthier.cli.nearest import nearest
 from luthier.cli.pipeline import pipeline, show_stages
-from luthier.cli.plugins import plugins
+from luthier.cli.plugins import plugins, show_plugins
 from luthier.cli.predict import predict
 from luthier.cli.pretrain import pretrain, show_pretraining
-from luthier.cli.push import push
-from luthier.cli.samples import samples
+from luthier.cli.samples import samples, show_samples
 from luthier.cli.search import search, show_search
 from luthier.cli.serve import serve
 from luthier.cli.tune import print_result, tune
@@ -58,7 +67,13 @@ COMMAND_GROUPS = {
     import_app: "import", admin_app: "admin", models_app: "models"
 }  # fmt: skip
 PANELS: dict[str, Sequence[Command | Callable[..., None] | CommandGroup]] = {
-    "Data": (Command(inspect, show_report), clean, convert, split, import_app),
+    "Data": (
+        Command(inspect, show_report),
+        Command(clean, show_cleaning),
+        Command(convert, show_conversion),
+        Command(split, show_split),
+        import_app,
+    ),
     "Train": (
         Command(tune, print_result, shares_work=True),
         Command(pretrain, show_pretraining, shares_work=True),
@@ -74,9 +89,22 @@ PANELS: dict[str, Sequence[Command | Callable[..., None] | CommandGroup]] = {
         Command(learning_curve, show_learning_curve),
     ),
     "Use": (generate, chat, predict, embed, nearest, sample, reconstruct),
-    "Evaluate": (evaluate, compare, forgetting, samples, certificate, verify),
+    "Evaluate": (
+        Command(evaluate, show_evaluation),
+        Command(compare, show_comparison),
+        Command(judge, show_agreement),
+        Command(forgetting, show_forgetting),
+        Command(samples, show_samples),
+        Command(certificate, show_certificate),
+        Command(verify, show_verification),
+    ),
     "Serve": (serve, admin_app),
-    "Manage": (models_app, push, plugins, demo),
+    "Manage": (
+        models_app,
+        Command(push, show_push),
+        Command(plugins, show_plugins),
+        Command(demo, show_demo),
+    ),
 }  # fmt: skip
 """Commands by the heading in ``luthier --help``."""
 for panel, commands in PANELS.items():

@@ -128,7 +128,8 @@ class _Parameters:
             annotation = each.annotation
             if isinstance(annotation, str):
                 # Only of options: other types are imported for type checks alone.
-                annotation = eval(annotation, function.__globals__)  # noqa: S307 - our own source
+                names = inspect.unwrap(function).__globals__
+                annotation = eval(annotation, names)  # noqa: S307 - our own source
             if each.kind is each.VAR_KEYWORD:
                 self._add_keywords(annotation)
                 continue

@@ -1,4 +1,4 @@
-"""``luthier certificate`` and ``luthier verify``: what others can check of a model."""
+"""``luthier certificate`` and ``luthier verify``: the record of a model for third parties."""
 
 from __future__ import annotations
 
@@ -7,60 +7,89 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import check_output, note, print_json, print_text, write_page
-from luthier.cli.options import Html, Json
+from luthier.cli.console import check_output, print_text
+from luthier.cli.model import stored_model
+from luthier.cli.options import ModelSource
+from luthier.errors import RecipeError
+from luthier.files import write_bytes
 from luthier.pages import shorten
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+    from luthier.workflows.certificate.certificate import Certificate
     from luthier.workflows.certificate.verify import Verification
 
 
 def certificate(
-    model: Annotated[str, typer.Argument(help="Id of a model that luthier made or imported.")],
-    watts: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="Measured power of the machine that trained it; assumed if not given."
-        ),
-    ] = None,
-    sign: Annotated[
-        Path | None, typer.Option(help="Private key (PEM, elliptic) to sign the model with.")
-    ] = None,
-    html: Html = None,
-    card: Annotated[
-        Path | None, typer.Option(help="Write the Hugging Face model card to this file.")
-    ] = None,
-    json_: Json = False,
-) -> None:
+    model: ModelSource,
+    *,
+    watts: Annotated[float | None, typer.Option(min=0)] = None,
+    sign: Path | None = None,
+    html: Path | None = None,
+    card: Path | None = None,
+    reporter: Reporter | None = None,
+) -> Certificate:
     """Write the certificate of a model.
 
     The certificate of a signed model stays as it is, unless --sign or --watts is given.
-    """
-    import json
 
-    from luthier.files import write_bytes
-    from luthier.library.models import find
-    from luthier.models.manifest import CERTIFICATE, SIGNATURE
-    from luthier.sdk.certificate import certificate as make
-    from luthier.workflows.certificate.certificate import read_certificate
+    Args:
+        model: Id of a model that luthier made or imported.
+        watts: Measured power of the training machine, in watts.
+        sign: Private key (PEM, elliptic) to sign the model.
+        html: Write the certificate as an HTML page.
+        card: Write the Hugging Face model card to this file.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The certificate, which ``certificate.json`` in the model's folder stores, too.
+
+    Raises:
+        RecipeError: for a model without a record, or a key that cannot sign.
+    """
+    from luthier.engine.metrics import Reporter
+    from luthier.library.models import find, lock_record
+    from luthier.models.manifest import SIGNATURE
+    from luthier.workflows.certificate.certificate import (
+        check_recorded,
+        make_certificate,
+        read_certificate,
+        write_certificate,
+    )
     from luthier.workflows.certificate.model_card import model_card
     from luthier.workflows.certificate.page import page
+    from luthier.workflows.certificate.signature import Signer
 
     check_output(html)
     check_output(card)
-    stored = find(model)
+    reporter = reporter or Reporter()
+    stored = stored_model(model)
     if sign is None and watts is None and (stored.folder / SIGNATURE).is_file():
         made = read_certificate(stored)
     else:
-        made = make(stored.id, watts=watts, sign=sign)
+        check_recorded(stored)
+        signer = None if sign is None else Signer(Path(sign))
+        with lock_record(stored):
+            stored = find(stored.id)  # the record may have changed since
+            made = make_certificate(stored, watts)
+            write_certificate(stored, made)
+            if signer is not None:
+                signer.sign(stored)
     if html is not None:
-        write_page(html, page(made))
+        write_bytes(html, page(made).encode())
+        reporter.note(f"page: {html}")
     if card is not None:
         write_bytes(card, model_card(made).encode())
-        note(f"model card: {card}")
-    if json_:
-        print_json(json.loads(made.text()))
-        return
+        reporter.note(f"model card: {card}")
+    return made
+
+
+def show_certificate(made: Certificate, sign: Path | None) -> None:
+    """Print the main facts of a certificate."""
+    from luthier.library.models import find
+    from luthier.models.manifest import CERTIFICATE, SIGNATURE
+
+    stored = find(made.id)
     print_text(f"{made.id}: {stored.folder / CERTIFICATE}")
     print_text(f"content {made.content_sha256}")
     if stored.manifest.limits_text:
@@ -68,9 +97,9 @@ def certificate(
     if made.record.verdict:
         print_text(made.record.verdict)
     if sign is not None:
-        print_text(f"signed: {stored.folder / SIGNATURE}")
+        print_text(f"signature: {stored.folder / SIGNATURE}")
     if made.parents:
-        print_text(f"made from {', from '.join(each.id for each in made.parents)}")
+        print_text(f"made from {', '.join(each.id for each in made.parents)}")
     found = made.compute
     if found.flops is not None:
         print_text(f"{found.flops:.3g} floating-point operations")
@@ -78,57 +107,86 @@ def certificate(
         how = "assumed" if found.watts_assumed else "measured"
         print_text(f"{found.kilowatt_hours:.3g} kWh, at {how} {found.watts:,.0f} W")
     for export in made.record.exports or ():
-        print_text(f"written as {export.name} on {export.created[:10]}: {export.describe()}")
+        print_text(f"export {export.name} of {export.created[:10]}: {export.describe()}")
     for weights in made.record.quantized or ():
-        print_text(f"with weights of {weights.quantization}: {weights.describe()}")
+        print_text(f"weights of {weights.quantization}: {weights.describe()}")
     for each in made.reports:
-        print_text(f"with {each.report.kind} of {each.report.created[:10]} ({each.file})")
+        print_text(f"{each.report.kind} of {each.report.created[:10]}: {each.file}")
     for line in made.missing:
-        print_text(f"not known: {line}")
+        print_text(f"unknown: {line}")
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="Model id.")],
-    public_key: Annotated[
-        Path | None, typer.Option(help="Public key (PEM) to check the signature with.")
-    ] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(help="Base URL of an OpenAI-compatible server (…/v1)."),
-    ] = None,
-    endpoint_model: Annotated[
-        str | None, typer.Option(help="Name of the model on the server; its id by default.")
-    ] = None,
-    key_env: Annotated[
-        str, typer.Option(help="Environment variable that holds the server's key.")
-    ] = "OPENAI_API_KEY",
-    plain_http: Annotated[
-        bool, typer.Option("--plain-http", help="Allow http:// to another machine.")
-    ] = False,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Rows with prompts; the held-out rows by default."),
-    ] = None,
-    prompts: Annotated[int, typer.Option(min=3, max=256, help="Number of prompts.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=1, max=512, help="Token limit of a reply.")] = 32,
-    json_: Json = False,
-) -> None:
-    """Verify a model's files, certificate and server."""
-    from luthier.sdk.certificate import verify as run
+    model: ModelSource,
+    *,
+    public_key: Path | None = None,
+    endpoint: str | None = None,
+    endpoint_model: str | None = None,
+    key_env: str = "OPENAI_API_KEY",
+    plain_http: bool = False,
+    data: str | Path | None = None,
+    prompts: Annotated[int, typer.Option(min=3, max=256)] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, max=512)] = 32,
+    reporter: Reporter | None = None,
+) -> Verification:
+    """Verify a model's files, certificate and server.
 
-    found = run(
-        model, public_key=public_key, endpoint=endpoint, endpoint_model=endpoint_model, key_env=key_env,
-        plain_http=plain_http, data=data, prompts=prompts, max_tokens=max_tokens, note=note,
-    )  # fmt: skip
-    if json_:
-        print_json(found.plain())
-    else:
-        _show(found)
-    if not found.holds:
-        raise typer.Exit(1)
+    Args:
+        model: Model id.
+        public_key: Public key (PEM) to check the signature.
+        endpoint: Base URL of an OpenAI-compatible server (…/v1).
+        endpoint_model: Name of the model on the server; the id by default.
+        key_env: Environment variable with the server's key.
+        plain_http: Allow http:// to another machine.
+        data: Rows with prompts; the held-out rows by default.
+        prompts: Number of prompts.
+        max_tokens: Token limit of a reply.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        ``is_intact`` with the files that differ, and ``endpoint`` with the compared replies.
+
+    Raises:
+        RecipeError: for a model that generates no text, or an invalid address, key or name.
+        LuthierError: if the server does not answer.
+    """
+    from dataclasses import replace
+
+    from pydantic import ValidationError
+
+    from luthier.engine.metrics import Reporter
+    from luthier.validation import describe_error
+    from luthier.workflows.certificate.endpoint import (
+        EndpointSpec,
+        check_generates,
+        select_prompts,
+        verify_endpoint,
+    )
+    from luthier.workflows.certificate.verify import verify_files
+
+    reporter = reporter or Reporter()
+    stored = stored_model(model)
+    if endpoint is not None:
+        check_generates(stored)
+    found = verify_files(stored, None if public_key is None else Path(public_key))
+    if endpoint is None:
+        return found
+    try:
+        spec = EndpointSpec(
+            model=endpoint_model or stored.id, url=endpoint, key_env=key_env, plain_http=plain_http
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = first["loc"][0] if first["loc"] else "endpoint"
+        raise RecipeError(f"{place}{describe_error(first)}", setting=str(place)) from error
+    selected = select_prompts(stored, data, prompts)
+    return replace(
+        found, endpoint=verify_endpoint(stored, spec, selected, max_tokens, reporter.note)
+    )
 
 
-def _show(found: Verification) -> None:
+def show_verification(found: Verification) -> None:
+    """Print what differs, and the replies of the server that differ."""
     for line in found.differences:
         print_text(f"differs: {line}")
     for line in found.remarks:

@@ -1,94 +1,123 @@
-"""``luthier compare``: tuned models beside what needs no training."""
+"""``luthier compare``: tuned models compared with prompting and baselines."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import (
-    check_output,
-    new_table,
-    note,
-    print_json,
-    print_table,
-    print_text,
-    write_page,
-)
-from luthier.cli.evaluate import parse_grader_options, parse_judge_option
-from luthier.cli.options import (
-    Attach,
-    Columns,
-    Documents,
+from luthier.cli.console import check_output, heavy_imports, new_table, print_table, print_text
+from luthier.cli.evaluate import (
     Graders,
     GraderSettings,
-    Html,
-    Json,
-    MaxTokens,
-    Prices,
+    OptionalJudge,
+    chosen_graders,
+    chosen_judge,
 )
+from luthier.cli.options import Mapped
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.workflows.compare import HeadToHead
 
 
 def compare(
-    data: Annotated[
-        str,
-        typer.Argument(help="Rows that nothing was learned from: prompts and replies, or labels."),
-    ],
-    tuned: Annotated[list[str], typer.Option(help="A tuned model's id; again for more.")],
-    base: Annotated[
-        str | None,
-        typer.Option(help="What is asked without training; by default the tuned model's."),
-    ] = None,
-    train: Annotated[
-        str | None,
-        typer.Option(help="Rows that examples are taken from; by default those of the tuning."),
-    ] = None,
-    documents: Documents = None,
-    grader: Graders = None,
-    set_: GraderSettings = None,
-    max_tokens: MaxTokens = 64,
-    prices: Prices = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(help="Model with embeddings, by which examples and passages are found, too."),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(help="Who prefers replies: a model, https://host/v1#model, or a TOML file."),
-    ] = None,
-    html: Html = None,
-    attach: Attach = False,
-    columns: Columns = None,
-    json_: Json = False,
-) -> None:
-    """Compare tuned models with prompting and baselines."""
-    from luthier.cli.progress import show_progress
-    from luthier.recipe import parse_columns
-    from luthier.sdk.evaluation import compare as run
+    data: str | Path,
+    tuned: Annotated[Sequence[str], typer.Option("--tuned", metavar="ID")],
+    *,
+    base: str | None = None,
+    train: str | Path | None = None,
+    documents: Sequence[str | Path] = (),
+    graders: Graders = None,
+    grader_settings: GraderSettings = None,
+    max_tokens: int = 64,
+    prices: Path | None = None,
+    encoder: str | None = None,
+    judge: OptionalJudge = None,
+    html: Path | None = None,
+    attach: bool = False,
+    columns: Mapped = None,
+    reporter: Reporter | None = None,
+) -> HeadToHead:
+    """Compare tuned models with prompting and baselines.
 
+    Args:
+        data: Held-out rows: prompts and replies, or labels.
+        tuned: Id of a tuned model; repeatable.
+        base: Model without tuning; the base of the first by default.
+        train: Rows for examples; the training rows by default.
+        documents: Text with the facts for replies; repeatable.
+        graders: Grader such as exact, or a TOML file; the first decides.
+        grader_settings: Setting of a grader, e.g. number.tolerance=0.01.
+        max_tokens: Token limit of a reply.
+        prices: Price table; prices.toml in LUTHIER_HOME by default.
+        encoder: Model whose embeddings also select examples.
+        judge: Judge of replies: model, https://host/v1#model or TOML.
+        html: Write the comparison as an HTML page.
+        attach: Store the result with the models, for certificates.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        ``contenders``, best first, ``behind()`` with the differences, and ``verdict()``.
+
+    Raises:
+        RefusedInput: without a tuned model, or if a tenth of the rows are training rows.
+    """
     check_output(html, data)
-    graders = parse_grader_options(grader, set_ or ()) if grader else None
-    with show_progress(0, "compare") as done:
-        found = run(
-            data, tuned, base, train, documents or (), graders, max_tokens, prices, note,
-            judge=None if judge is None else parse_judge_option(judge),
-            encoder=encoder, columns=parse_columns(columns), on_progress=done, attach=attach,
-        )  # fmt: skip
+    with heavy_imports():
+        from luthier.data.rows import load_documents, load_rows
+        from luthier.engine.metrics import Reporter
+        from luthier.evaluation.evaluate import load_graded
+        from luthier.library.models import find
+        from luthier.library.reports import check_attachable
+        from luthier.workflows.compare import compare as run
+        from luthier.workflows.estimate.budget import read_prices
+        from luthier.workflows.evaluate import attach_report
+
+    reporter = reporter or Reporter()
+    models = [find(each) for each in tuned]
+    if not models:
+        raise RecipeError("name a tuned model")
+    for each in models if attach else ():
+        check_attachable(each)
+    chosen = chosen_graders(graders, grader_settings or {})
+    rows = load_graded(data, columns, (chosen or {}).values())
+    known, train_columns = models[0].manifest.recipe or {}, columns
+    learned = known.get("data", {}).get("train")
+    if train is None and isinstance(learned, str) and Path(learned).exists():
+        train, train_columns = learned, known["data"].get("columns")
+        reporter.note(f"Examples: {learned}, the training rows of {models[0].id}")
+    found = run(
+        rows,
+        find(base or models[0].root),
+        models,
+        load_rows(train, train_columns) if train is not None else (),
+        load_documents(map(str, documents)),
+        chosen,
+        max_tokens,
+        read_prices(prices),
+        None if encoder is None else find(encoder),
+        None if judge is None else chosen_judge(judge),
+        reporter.note,
+        lambda done, total: reporter.progress(done, total, "compare"),
+    )
+    if attach:
+        attach_report(models, "comparison", [data], found.plain(), reporter.note)
     if html is not None:
+        from luthier.files import write_bytes
         from luthier.workflows.compare_page import page
 
-        write_page(html, page(found, data))
-    if json_:
-        print_json({"data": data, **found.plain()})
-    else:
-        show(found)
+        write_bytes(html, page(found, str(data)).encode())
+        reporter.note(f"page: {html}")
+    return found
 
 
-def show(found: HeadToHead) -> None:
-    """A line for each, the best first, and the verdict below."""
+def show_comparison(found: HeadToHead) -> None:
+    """Print a line for each contender, best first, and the verdict."""
     from rich.text import Text
 
     print_text(f"{found.measure.replace('_', ' ')} on {found.rows:,} rows")

@@ -1,30 +1,26 @@
-"""Commands that look at data and write it anew: ``inspect``, ``clean``, ``convert``, ``split``."""
+"""Commands for data sets: ``inspect``, ``clean``, ``convert`` and ``split``."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from luthier.cli import console
 from luthier.cli.bridge import FromText
-from luthier.cli.console import (
-    check_output,
-    heavy_imports,
-    new_console,
-    print_json,
-    print_text,
-)
-from luthier.cli.options import Columns, Json, Mapped, Overwrite
+from luthier.cli.console import check_output, heavy_imports, new_console, print_text
+from luthier.cli.options import Mapped
 from luthier.escaping import one_line
 from luthier.files import write_bytes
 
 if TYPE_CHECKING:
+    from luthier.data.convert import Conversion
+    from luthier.data.sources import Source
     from luthier.engine.metrics import Reporter
+    from luthier.gate.check import Split
     from luthier.gate.clean import CleaningSummary
     from luthier.gate.report import Report
     from luthier.gate.scan import ScanProgress
@@ -45,7 +41,6 @@ Severities = Annotated[
     FromText(list[str], parse_severities),
     typer.Option(metavar="RULE=SEVERITY"),
 ]
-Source = Annotated[str, typer.Argument(help="File, folder, 'pattern*' or s3:// to read.")]
 
 
 def inspect(
@@ -128,80 +123,77 @@ def show_report(report: Report, rows: int) -> None:
 
 
 def clean(
-    source: Source,
-    target: Annotated[
-        Path,
-        typer.Argument(
-            help="New file: .jsonl, .json, .csv, .tsv, .parquet or, of text, .txt; .gz, .zst pack it."
-        ),
-    ],
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="Remove hidden characters; CRLF to LF; NFC.")
-    ] = False,
-    merge_labels: Annotated[
-        bool,
-        typer.Option(
-            "--merge-labels",
-            help="Write labels that differ in case, blanks or marks alone in one way.",
-        ),
-    ] = False,
-    redact: Annotated[
-        list[str] | None,
-        typer.Option(help="Pseudonyms for email, phone, card ..., or all; may be repeated."),
-    ] = None,
-    drop: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RULE",
-            help="Drop rows that break a rule of inspect, or 'group.*'; unreadable; may be repeated.",
-        ),
-    ] = None,
-    dedupe: Annotated[
-        Literal["exact", "near"] | None, typer.Option(help="Keep the first of copies.")
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="TOML file with these options; those given here win.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Model for rules such as row.too_long.")] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="What is to be learned; chosen by the rows if not given.")
-    ] = None,
-    validation: Annotated[str | None, typer.Option(help="Held-out rows, for leakage.*.")] = None,
-    test: Annotated[str | None, typer.Option(help="Held-out rows, for leakage.*.")] = None,
-    columns: Columns = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")
-    ] = False,
-    overwrite: Overwrite = False,
-    json_: Json = False,
-) -> None:
+    source: str | Path,
+    target: Path,
+    *,
+    normalize: bool = False,
+    merge_labels: bool = False,
+    redact: Sequence[str] = (),
+    drop: Annotated[Sequence[str], typer.Option(metavar="RULE")] = (),
+    dedupe: Literal["exact", "near"] | None = None,
+    plan: Path | None = None,
+    base: str | None = None,
+    objective: str | None = None,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    columns: Mapped = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> CleaningSummary:
     """Apply fixes to a data set and write a new one.
 
-    A log lists each changed or removed row.
+    A log, ``TARGET.changes.jsonl``, lists each changed or removed row.
+
+    Args:
+        source: Data file, folder, 'pattern*' or s3://.
+        target: New file, e.g. rows.jsonl, rows.csv or rows.jsonl.gz.
+        normalize: Remove hidden characters, write CRLF as LF and NFC.
+        merge_labels: Merge labels that differ in case or marks only.
+        redact: Pseudonyms for email, phone, card or all; repeatable.
+        drop: Drop rows by rule, 'group.*' or unreadable; repeatable.
+        dedupe: Keep the first of equal or similar rows.
+        plan: TOML file with these options; options given here win.
+        base: Model for rules such as row.too_long.
+        objective: Objective, e.g. dpo; chosen from the rows by default.
+        validation: Rows for validation, for leakage rules.
+        test: Rows for the final test, for leakage rules.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        dry_run: Report the changes and write no file.
+        overwrite: Replace existing files.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        Rows in and out, and the number of rows changed or dropped by each fix.
+
+    Raises:
+        RefusedInput: for invalid fixes, or rows that stay invalid.
     """
-    from luthier.cli.progress import show_progress
-    from luthier.recipe import parse_columns
-    from luthier.sdk.data import clean as run
+    from luthier.engine.metrics import Reporter
+    from luthier.files import read_toml
+    from luthier.gate.clean import clean as run
+    from luthier.gate.clean_plan import CleaningPlan
 
-    fixes = {
-        "normalize": normalize or None, "merge_labels": merge_labels or None, "redact": redact,
-        "drop": drop, "dedupe": dedupe,
-        "base": base, "objective": objective,
+    reporter = reporter or Reporter()
+    given = {
+        "normalize": normalize, "merge_labels": merge_labels, "redact": redact, "drop": drop,
+        "dedupe": dedupe, "base": base, "objective": objective,
     }  # fmt: skip
-    given = {name: value for name, value in fixes.items() if value is not None}
-    with show_progress(100, "clean") as done:
-        summary = run(
-            source, target, validation=validation, test=test, columns=parse_columns(columns),
-            overwrite=overwrite, dry_run=dry_run, plan=plan, **given,
-            on_progress=lambda read, size: done(100 * read // max(1, size)),
-        )  # fmt: skip
-    if json_:
-        print_json(summary.plain())
-    else:
-        _print_summary(summary)
+    planned = {} if plan is None else read_toml(plan, "a cleaning plan")
+    chosen = CleaningPlan.of(planned | {name: value for name, value in given.items() if value})
+    held: dict[Split, Source] = {}
+    if validation is not None:
+        held["validation"] = str(validation)
+    if test is not None:
+        held["test"] = str(test)
+    return run(
+        str(source), Path(target), chosen, held, columns, overwrite, dry_run, reporter.stage,
+        lambda read, size: reporter.progress(100 * read // max(1, size), 100, "clean (%)"),
+    )  # fmt: skip
 
 
-def _print_summary(summary: CleaningSummary) -> None:
+def show_cleaning(summary: CleaningSummary) -> None:
+    """Print the number of rows that each fix changed or dropped."""
     from rich.table import Table
 
     out = new_console(highlight=False)
@@ -214,87 +206,106 @@ def _print_summary(summary: CleaningSummary) -> None:
     for name, count in summary.changed.items():
         did = ", ".join(f"{n:,} {what}" for what, n in summary.edits.get(name, {}).items())
         table.add_row(f"{count:,}", f"changed: {name} ({did})")
-    table.add_row(
-        f"{summary.rows_out:,}", "rows would be written" if summary.dry_run else "rows written"
-    )
+    written = "rows in the result (dry run)" if summary.dry_run else "rows written"
+    table.add_row(f"{summary.rows_out:,}", written)
     out.print(table)
     if not summary.dry_run:
-        out.print(f"{summary.target}; what became of each row: {summary.changes}", soft_wrap=True)
+        out.print(f"{summary.target}; log of changes: {summary.changes}", soft_wrap=True)
 
 
 def convert(
-    source: Source,
-    target: Annotated[
-        Path,
-        typer.Argument(
-            help="New file: .jsonl, .json, .csv, .tsv or .parquet; .gz and .zst pack it."
-        ),
-    ],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="rows (luthier's own), prompt-completion, chat, openai, bedrock, "
-            "bedrock-conversation, sharegpt, alpaca or text."
-        ),
-    ] = "rows",
-    format_: Annotated[
-        Literal["jsonl", "json", "csv", "tsv", "parquet"] | None,
-        typer.Option("--format", help="Where the ending does not tell it."),
-    ] = None,
-    columns: Columns = None,
-    drop_extra_keys: Annotated[
-        bool, typer.Option("--drop-extra-keys", help="Leave out keys that are no part of the form.")
-    ] = False,
-    overwrite: Overwrite = False,
-    json_: Json = False,
-) -> None:
+    source: str | Path,
+    target: Path,
+    *,
+    to: str = "rows",
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet"] | None = None,
+    columns: Mapped = None,
+    drop_extra_keys: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Conversion:
     """Convert rows to another format or file type.
 
-    Fields that the target cannot store are an error unless dropped explicitly.
-    """
-    from luthier.cli.progress import show_progress
-    from luthier.recipe import parse_columns
-    from luthier.sdk.data import convert as run
+    Fields that the target cannot store are an error unless dropped explicitly. The formats are rows
+    (the format of luthier), prompt-completion, chat, openai, bedrock, bedrock-conversation, sharegpt,
+    alpaca and text.
 
-    with show_progress(100, "convert") as done:
-        found = run(
-            source, target, to=to, format=format_, columns=parse_columns(columns),
-            drop_extra_keys=drop_extra_keys, overwrite=overwrite,
-            on_progress=lambda read, size: done(100 * read // max(1, size)),
-        )  # fmt: skip
-    if json_:
-        print_json({**asdict(found), "target": str(target)})
-        return
+    Args:
+        source: Data file, folder, 'pattern*' or s3://.
+        target: New file, e.g. rows.jsonl, rows.csv or rows.jsonl.gz.
+        to: Format of the rows, e.g. chat or alpaca.
+        format: File type, if the name of the file does not tell.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        drop_extra_keys: Drop keys that the format does not have.
+        overwrite: Replace an existing file.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The recognized format of the source, the number of rows, and extra keys kept or dropped.
+
+    Raises:
+        RefusedInput: for an unknown format, or with each row that is not readable or storable.
+    """
+    from luthier.data.convert import convert as run
+    from luthier.engine.metrics import Reporter
+
+    reporter = reporter or Reporter()
+
+    def move(read: int, size: int) -> None:
+        reporter.progress(100 * read // max(1, size), 100, "convert (%)")
+
+    return run(str(source), Path(target), to, format, columns, drop_extra_keys, overwrite, move)
+
+
+def show_conversion(found: Conversion, target: Path) -> None:
+    """Print the formats and the number of rows."""
     print_text(f"Recognized: {found.recognized}")
     print_text(f"{found.rows:,} rows written to {target} ({found.format}, {found.form})")
-    for names, what in ((found.kept, "kept beside the form"), (found.left_out, "left out")):
+    for names, what in ((found.kept, "extra keys kept"), (found.left_out, "extra keys dropped")):
         if names:
             print_text(f"{what}: {', '.join(map(one_line, names))}")
 
 
+Share = Annotated[float, typer.Option(min=0, max=0.99)]
+
+
 def split(
-    source: Annotated[Path, typer.Argument(help="JSON Lines file to split.")],
-    output: Annotated[Path, typer.Option(help="Folder for the new files; must not exist.")],
-    validation: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the rows.")] = 0.1,
-    test: Annotated[float, typer.Option(min=0, max=0.99, help="Share of the rows.")] = 0.1,
-    seed: Annotated[int, typer.Option(min=0, help="Which rows are chosen.")] = 0,
-    json_: Json = False,
-) -> None:
+    source: Path,
+    output: Annotated[Path, typer.Option("--output")],
+    *,
+    validation: Share = 0.1,
+    test: Share = 0.1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> dict[str, Any]:
     """Split a file into training and held-out rows.
 
     Labels keep their proportions, and near-duplicates stay on one side.
-    """
-    from luthier.sdk.data import split as run
 
-    record = run(source, output, validation=validation, test=test, seed=seed)
-    if json_:
-        print_json(record)
-        return
-    out = new_console(highlight=False, soft_wrap=True)
+    Args:
+        source: JSON Lines file.
+        output: New folder for the files.
+        validation: Share of the validation rows.
+        test: Share of the test rows.
+        seed: Random seed.
+
+    Returns:
+        The content of ``split.json``: file, rows, hash and labels of each split.
+
+    Raises:
+        RefusedInput: for unreadable rows, or shares without training rows.
+        RunConflict: if the folder exists.
+    """
+    from luthier.gate.splits import split_file
+
+    return split_file(Path(source), Path(output), {"validation": validation, "test": test}, seed)
+
+
+def show_split(record: dict[str, Any], output: Path) -> None:
+    """Print the files and the number of rows of each split."""
     for name, part in record["splits"].items():
-        out.print(f"  {part['rows']:>9,} rows  {output / part['file']}  ({name})")
+        print_text(f"  {part['rows']:>9,} rows  {output / part['file']}  ({name})")
     kept = record["kept_together"]
-    out.print(
-        f"{kept['rows']:,} rows in {kept['groups']:,} groups ask the same or nearly the same, and each "
-        f"group is on one side. Counts by label: {output / 'split.json'}"
+    print_text(
+        f"{kept['rows']:,} similar rows in {kept['groups']:,} groups; each group is in one split. "
+        f"Labels: {output / 'split.json'}"
     )

@@ -1,15 +1,17 @@
-"""``luthier demo``: the main job on the sample data, with base and tuned replies side by side."""
+"""``luthier demo``: tuning on the sample data, with base and tuned replies side by side."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from luthier.cli.console import new_console, print_json
-from luthier.cli.options import Json
+from luthier.cli.console import new_console
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+    from luthier.engine.runs import Result
     from luthier.evaluation.evaluate import Evaluation
 
 BASE = "smollm2-135m-instruct"
@@ -19,12 +21,24 @@ SHOWN = 4
 """Replies."""
 
 
-def demo(json_: Json = False) -> None:
+@dataclass(frozen=True)
+class Demo:
+    """The tuned model, and the replies of both models to unseen prompts."""
+
+    result: Result
+    base: Evaluation
+    tuned: Evaluation
+
+    def plain(self) -> dict[str, Any]:
+        """Return model id, seconds and scores."""
+        scores = {"base": self.base.scores, "tuned": self.tuned.scores}
+        return {"model_id": self.result.model_id, "seconds": self.result.seconds, "scores": scores}
+
+
+def demo(*, reporter: Reporter | None = None) -> Demo:
     """Tune the default model on the sample data."""
     from importlib.resources import as_file, files
 
-    from luthier.cli.progress import LiveReporter
-    from luthier.cli.tune import print_result
     from luthier.engine.runs import Run
     from luthier.library.folders import custom_folder
     from luthier.recipe import Recipe
@@ -43,60 +57,55 @@ def demo(json_: Json = False) -> None:
                     "train": str(folder / "train.jsonl"),
                     "validation": str(folder / "validation.jsonl"),
                 },
-                # The upper third of the layers learns labels and voice as well as all of them, in half
+                # The upper third of the layers learns labels and voice as well as all layers, in half
                 # of the time (docs/results.md).
                 "adaptation": {"method": "lora", "layers_to_transform": UPPER_LAYERS},
                 "training": {"epochs": 3, "evaluate_every": 27},
             }
         )
-        with LiveReporter() as reporter:
-            result = tune(recipe, Run(BASE, name).folder.exists(), reporter)
-        if not json_:
-            print_result(result)
-        scores = {
-            label: _measure(model, folder / "test.jsonl", label)
-            for label, model in (("base", BASE), ("tuned", result.model_id))
-        }
-    if json_:
-        report = {label: graded.scores for label, graded in scores.items()}
-        print_json({"model_id": result.model_id, "seconds": result.seconds, "scores": report})
-    else:
-        _print(result.model_id, scores["base"], scores["tuned"])
+        result = tune(recipe, Run(BASE, name).folder.exists(), reporter)
+        test = folder / "test.jsonl"
+        base, tuned = (_measure(model, test, reporter) for model in (BASE, result.model_id))
+    return Demo(result, base, tuned)
 
 
-def _measure(model_id: str, test: Path, label: str) -> Evaluation:
-    """Scores of a model on unseen prompts."""
-    from luthier.cli.progress import show_progress
+def _measure(model_id: str, test: Path, reporter: Reporter | None = None) -> Evaluation:
+    """Evaluate a model on unseen prompts."""
+    from luthier.cli.evaluate import evaluate
     from luthier.graders import Answer, FirstLine, Grader
-    from luthier.sdk.evaluation import evaluate
 
     class HouseStyle(Grader):
-        """1 when the reply has a label line, and is signed as the sample's replies are."""
+        """Score 1 for a reply with a label line and the signature of the sample data."""
 
         method: Literal["house_style"] = "house_style"
         has_time_limit: ClassVar[bool] = False
 
         def score(self, answer: Answer) -> float:
-            """1 or 0."""
+            """Return 1 or 0."""
             lines = answer.reply.strip().split("\n")
             labelled = lines[0].startswith("[route: ") and lines[0].endswith("]")
             signature = self.expected_of(answer).strip().split("\n")[-1]
             return float(labelled and lines[-1].strip() == signature)
 
     graders = {"routing label": FirstLine(), "house style": HouseStyle()}
-    with show_progress(0, f"asking the {label} model") as done:
-        return evaluate(model_id, test, graders, max_tokens=80, on_progress=done)
+    return evaluate(model_id, test, graders=graders, max_tokens=80, reporter=reporter)
 
 
-def _print(model_id: str, base: Evaluation, tuned: Evaluation) -> None:
-    """Replies and scores side by side, and what to type next."""
+def show_demo(found: Demo) -> None:
+    """Print the run, the replies and the next commands."""
+    from luthier.cli.tune import print_result
+
+    print_result(found.result)
+    print_replies(found.result.model_id, found.base, found.tuned)
+
+
+def print_replies(model_id: str, base: Evaluation, tuned: Evaluation) -> None:
+    """Print replies and scores side by side, and the next commands."""
     from rich.markup import escape
     from rich.table import Table
 
     out = new_console(highlight=False)
-    out.print(
-        f"\n[bold]Unseen customers, the same question to both[/bold]  ({time.strftime('%H:%M')})"
-    )
+    out.print(f"\n[bold]Unseen prompts[/bold]  ({time.strftime('%H:%M')})")
     table = Table("customer", "base model", model_id, show_lines=True, expand=True)
     for before, after in list(zip(base.records, tuned.records, strict=True))[:SHOWN]:
         replies = escape(before["reply"]), f"[green]{escape(after['reply'])}[/green]"

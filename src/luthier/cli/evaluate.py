@@ -1,128 +1,109 @@
-"""``luthier evaluate``."""
+"""``luthier evaluate`` and ``luthier judge``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from luthier.cli.console import (
-    check_output,
-    note,
-    print_json,
-    print_text,
-    print_written,
-    write_page,
-)
-from luthier.cli.options import (
-    Attach,
-    Columns,
-    Graders,
-    GraderSettings,
-    Json,
-    LongRows,
-    MaxTokens,
-)
+from luthier.cli.bridge import FromText
+from luthier.cli.console import check_output, heavy_imports, print_text, print_written
+from luthier.cli.options import Mapped, ModelSource, parse_settings
 from luthier.errors import RecipeError
 from luthier.escaping import one_line
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.evaluation.evaluate import Evaluation
-    from luthier.graders import Grader, Spec
+    from luthier.evaluation.judges import JudgeAgreement
+    from luthier.graders import Grader, Ruler, Spec
+
+Graders = Annotated[
+    "Sequence[Spec] | Mapping[str, Spec] | None",
+    FromText(list[str]),
+    typer.Option("--grader", metavar="NAME"),
+]
+GraderSettings = Annotated[
+    Mapping[str, Any] | None,
+    FromText(list[str], parse_settings),
+    typer.Option("--set", metavar="NAME.FIELD=VALUE"),
+]
+JudgeSource = Annotated["Spec", FromText(str)]
+OptionalJudge = Annotated["Spec | None", FromText(str)]
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="Model id, local directory or hub id; with --judge the rows.")
-    ],
-    data: Annotated[
-        str | None,
-        typer.Argument(help="Prompts and replies, labelled texts, or raw text; file or folder."),
-    ] = None,
-    grader: Graders = None,
-    set_: GraderSettings = None,
-    on_grader_error: Annotated[
-        Literal["fail", "zero"],
-        typer.Option(
-            help="What a reply that cannot be graded does: fail, or score zero and be counted."
-        ),
-    ] = "fail",
-    max_tokens: MaxTokens = 128,
-    output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
-    turns: Annotated[
-        Literal["last", "calls", "all"],
-        typer.Option(
-            help="Replies of a conversation to ask for: the last, each that calls tools, or all."
-        ),
-    ] = "last",
-    slice_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--slice",
-            metavar="<label|length|language|COLUMN>",
-            help="Scores of parts of the rows, too; again for more.",
-        ),
-    ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(help="Write slices, labels, certainty and the worst rows as one HTML page."),
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(help="Compare a judge with people: a model, https://host/v1#model, or TOML."),
-    ] = None,
-    human: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="Column of the replies that people chose or ranked."),
-    ] = None,
-    attach: Attach = False,
-    columns: Columns = None,
-    long_rows: LongRows = "error",
-    json_: Json = False,
-) -> None:
+    model: ModelSource,
+    data: str | Path,
+    *,
+    graders: Graders = None,
+    grader_settings: GraderSettings = None,
+    on_grader_error: Literal["fail", "zero"] = "fail",
+    max_tokens: int = 128,
+    output: Path | None = None,
+    turns: Literal["last", "calls", "all"] = "last",
+    slices: Annotated[Sequence[str], typer.Option("--slice", metavar="NAME")] = (),
+    html: Path | None = None,
+    attach: bool = False,
+    columns: Mapped = None,
+    long_rows: Literal["error", "drop", "truncate"] = "error",
+    reporter: Reporter | None = None,
+) -> Evaluation:
     """Evaluate a model on held-out rows.
 
-    Replies are graded, labels are scored, and raw text gives a perplexity.
-    """
-    from luthier.cli.progress import show_progress
-    from luthier.recipe import parse_columns
-    from luthier.sdk.evaluation import evaluate as run
+    Replies are graded, labels are scored, and raw text gives a perplexity. Rows with judged replies
+    measure how often the model ranks the replies as people did. Finished replies are stored: the same
+    call after an interruption continues.
 
-    if judge is not None or human is not None:
-        if judge is None or human is None:
-            raise RecipeError(
-                "a judge is compared with people: give both --judge and --human COLUMN"
-            )
-        if data is not None or any((grader, set_, output, slice_, html, attach)):
-            raise RecipeError(
-                "--judge compares replies that stand in the rows: give the rows alone, without a "
-                "model, graders or outputs"
-            )
-        _evaluate_judge(model, judge, human, columns, json_)
-        return
-    if data is None:
-        raise RecipeError(f"give rows to evaluate {model} on: luthier evaluate {model} ROWS")
-    graders = parse_grader_options(grader or ["exact"], set_ or ()) if grader or set_ else None
+    Args:
+        model: Model id, local directory or hub id.
+        data: Held-out rows: file or folder.
+        graders: Grader such as exact, or a TOML file; repeatable.
+        grader_settings: Setting of a grader, e.g. number.tolerance=0.01.
+        on_grader_error: Effect of a reply that a grader cannot grade.
+        max_tokens: Token limit of a reply.
+        output: Write each reply to this file (JSONL).
+        turns: Replies of a conversation to generate.
+        slices: Score slices: label, length, language or a column.
+        html: Write an HTML report with slices and the worst rows.
+        attach: Store the result with the model, for the certificate.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        long_rows: How to handle rows longer than the context.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        Scores by the names of the graders, with errors and intervals, and each reply.
+
+    Raises:
+        RefusedInput: before generation, for invalid rows or graders.
+        GradingFailed: with ``fail``, for a reply that a grader cannot grade.
+    """
     check_output(output, data)
     check_output(html, data)
-    with show_progress(0, "evaluate") as done:
-        found = run(
-            model,
-            data,
-            graders,
-            max_tokens,
-            on_grader_error,
-            note,
-            long_rows or "error",
-            turns=turns,
-            columns=parse_columns(columns),
-            slices=slice_ or (),
-            on_progress=done,
-            attach=attach,
-        )
+    with heavy_imports():
+        from luthier.cli.model import Model
+        from luthier.engine.metrics import Reporter
+        from luthier.workflows.evaluate import evaluate as run
+
+    reporter = reporter or Reporter()
+    found = run(
+        model.stored if isinstance(model, Model) else model,
+        data,
+        chosen_graders(graders, grader_settings or {}),
+        max_tokens,
+        on_grader_error,
+        reporter.note,
+        long_rows,
+        turns=turns,
+        columns=columns,
+        slices=slices,
+        on_progress=lambda done, total: reporter.progress(done, total, "evaluate"),
+        attach=attach,
+        opened=model.opened if isinstance(model, Model) else None,
+    )
     if output is not None:
         from luthier.files import write_bytes
 
@@ -130,15 +111,19 @@ def evaluate(
         write_bytes(output, "".join(lines).encode())
     if html is not None:
         from luthier.evaluation.report_page import page
+        from luthier.files import write_bytes
 
-        write_page(html, page(found, model, data))
+        write_bytes(html, page(found, str(model), str(data)).encode())
+        reporter.note(f"page: {html}")
     if text := found.long_rows_text:
-        note(text)
-    if json_:
-        print_json({"model": model, **found.plain(), "seconds": found.seconds})
-        return
-    if grader and not found.is_graded:
-        note("the graders were not used: they grade replies, and this is measured otherwise")
+        reporter.note(text)
+    if graders and not found.is_graded:
+        reporter.note("graders ignored: only replies are graded, and these rows need no replies")
+    return found
+
+
+def show_evaluation(found: Evaluation, data: str | Path, output: Path | None) -> None:
+    """Print scores, slices and replies without a grade."""
     spent = f" of {len(found.rows):,} rows ({found.seconds:.0f} s)" if found.is_graded else ""
     for name, score in found.scores.items():
         style = ".2%" if found.row_scores[name].is_share else ".4f"
@@ -148,8 +133,7 @@ def evaluate(
         name, (low, high) = next(iter(found.intervals.items()))
         style = ".1%" if found.row_scores[name].is_share else ".3g"
         print_text(
-            f"± is one standard error; with 95 % confidence {name} is between {low:{style}} and "
-            f"{high:{style}}"
+            f"± one standard error; 95 % interval of {name}: {low:{style}} to {high:{style}}"
         )
     for remark in found.remarks:
         print_text(remark)
@@ -159,15 +143,15 @@ def evaluate(
     elif not found.is_graded:
         print_text(f"{len(found.rows):,} rows of {data} in {found.seconds:.0f} s")
     for problem in found.problems[:5]:
-        print_text(f"scored 0: {problem}")
+        print_text(f"score 0: {problem}")
     if found.problems:
-        print_text(f"{len(found.problems)} replies could not be graded and score 0")
+        print_text(f"{len(found.problems)} replies without a grade have score 0")
     if output is not None:
-        print_written(len(found.records), "answers", output)
+        print_written(len(found.records), "replies", output)
 
 
 def _print_slices(found: Evaluation) -> None:
-    """A line a slice: its first score, and whether it is unlike that of the other rows."""
+    """Print the first score of each slice, and mark significant differences."""
     names = [one_line(each.value) for each in found.slices]
     width = min(40, max(map(len, names), default=0))
     by = ""
@@ -177,60 +161,108 @@ def _print_slices(found: Evaluation) -> None:
             print_text(f"by {by}:")
         name, score = next(iter(each.scores.items()))
         low, high = each.interval
-        apart = "  unlike the others, by more than chance" if each.stands_out else ""
+        apart = "  significantly different" if each.stands_out else ""
         style = ".1%" if found.row_scores[name].is_share else ".3f"
         rows = f"{each.rows:>6,} row{' ' if each.rows == 1 else 's'}"
         interval = f"({low:{style}} to {high:{style}})"
         print_text(f"  {label:<{width}}  {rows}  {name} {score:{style}} {interval}{apart}")
 
 
-def _evaluate_judge(
-    rows: str, judge: str, human: str, columns: list[str] | None, as_json: bool
-) -> None:
-    """Print how far a judge agrees with people."""
-    from luthier.cli.progress import show_progress
-    from luthier.recipe import parse_columns
-    from luthier.sdk.evaluation import judge_agreement
+def judge(
+    data: str | Path,
+    judge: JudgeSource,
+    *,
+    human: str = "chosen",
+    columns: Mapped = None,
+    reporter: Reporter | None = None,
+) -> JudgeAgreement:
+    """Measure how far a judge agrees with people.
 
-    spec = parse_judge_option(judge)
-    with show_progress(0, "judge") as done:
-        found = judge_agreement(
-            rows, spec, human, note, columns=parse_columns(columns), on_progress=done
-        )
-    if as_json:
-        print_json({"data": rows, **found.plain()})
-        return
-    print_text(found.verdict())
-    if found.unread:
-        print_text(f"{found.unread:,} verdicts had no scores and count one half")
+    The judge compares the chosen with the rejected reply, or the best with the worst ranked reply.
 
+    Args:
+        data: Rows with replies that people chose or ranked.
+        judge: Model, https://host/v1#model, or a TOML file.
+        human: Column of the replies that people chose or ranked.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        reporter: Receives progress; silent if not given.
 
-def parse_judge_option(value: str) -> Spec:
-    """A model that judges, or the grader of a TOML file.
+    Returns:
+        Agreement, consistency and biases of the judge, and ``verdict()``.
 
     Raises:
-        RecipeError: for a file with more graders than one.
+        RefusedInput: for rows without two compared replies.
     """
-    if not value.endswith(".toml"):
-        return value
-    graders = list(parse_grader_options([value], ()).values())
-    if len(graders) != 1:
-        raise RecipeError(f"{value} has {len(graders)} graders; the judge is one, of method ruler")
-    return graders[0]
+    with heavy_imports():
+        from luthier.data.rows import load_rows
+        from luthier.data.shapes.preferences import Preference, RankedReplies
+        from luthier.engine.metrics import Reporter
+        from luthier.evaluation.judges import check_pairs, measure_agreement
+        from luthier.workflows.evaluate import open_graders
+
+    reporter = reporter or Reporter()
+    names = dict(columns or {})
+    if human not in (*Preference.keys, *RankedReplies.keys, *names.values()):
+        names["chosen"] = human
+    pairs = check_pairs(load_rows(data, names))
+    # The judge sees each pair in both orders.
+    ruler = open_graders({"judge": chosen_judge(judge)}, 2 * len(pairs), reporter.note)["judge"]
+    return measure_agreement(
+        ruler, pairs, lambda done: reporter.progress(done, len(pairs), "judge")
+    )
 
 
-def parse_grader_options(names: Sequence[str], assignments: Sequence[str]) -> dict[str, Grader]:
-    """Graders by name or from TOML files, with fields from ``NAME.FIELD=VALUE``."""
+def show_agreement(found: JudgeAgreement) -> None:
+    """Print the verdict on the judge."""
+    print_text(found.verdict())
+    if found.unread:
+        print_text(f"{found.unread:,} verdicts without scores count one half")
+
+
+def chosen_judge(judge: Spec) -> Ruler:
+    """Return the judge that a model id, a TOML file or a table names.
+
+    Raises:
+        RecipeError: for a grader that does not compare replies.
+    """
+    from luthier.graders import Ruler
+
+    if isinstance(judge, str) and not judge.endswith(".toml"):
+        judge = {"method": "ruler", "model": judge}
+    found = chosen_graders([judge], {}) or {}
+    (ruler, *others) = found.values()
+    if others or not isinstance(ruler, Ruler):
+        raise RecipeError("the judge is one grader of method ruler, or a model")
+    return ruler
+
+
+def chosen_graders(
+    graders: Sequence[Spec] | Mapping[str, Spec] | None, settings: Mapping[str, Any]
+) -> dict[str, Grader] | None:
+    """Return graders by name, with ``settings`` such as ``number.tolerance``; none for the default.
+
+    Raises:
+        RecipeError: for an unknown grader or setting.
+    """
     from luthier.graders import parse_graders, read_graders
-    from luthier.recipe import set_field
+    from luthier.recipe import assign
 
-    specs: dict[str, Spec] = {}
-    for name in names:
-        specs |= read_graders(Path(name)) if name.endswith(".toml") else {name: name}
-    for assignment in assignments:
-        if assignment.partition("=")[0].partition(".")[0].strip() not in specs:
+    if graders is None and not settings:
+        return None
+    specs: dict[str, Any] = {}
+    if isinstance(graders, Mapping):
+        specs |= graders
+    else:
+        for each in graders or ["exact"]:
+            if isinstance(each, str):
+                specs |= read_graders(Path(each)) if each.endswith(".toml") else {each: each}
+            else:
+                specs |= parse_graders([each])
+    for key, value in settings.items():
+        name = key.partition(".")[0]
+        if name not in specs:
             raise RecipeError(
-                f"--set takes GRADER.FIELD=VALUE of one of {', '.join(specs)}; got {assignment!r}"
+                f"{key}: {name} is no grader; the graders are {', '.join(specs)}", setting=key
             )
-        set_field(specs, assignment)
+        assign(specs, key.split("."), value)
     return parse_graders(specs)

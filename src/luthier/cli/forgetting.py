@@ -2,59 +2,80 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import typer
-
-from luthier.cli.console import (
-    check_output,
-    heavy_imports,
-    new_table,
-    note,
-    print_json,
-    print_table,
-    print_text,
-    write_page,
-)
-from luthier.cli.options import Attach, Html, Json
+from luthier.cli.console import check_output, heavy_imports, new_table, print_table, print_text
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.workflows.forgetting import Forgetting
 
 
 def forgetting(
-    model: Annotated[str, typer.Argument(help="A tuned model's id.")],
-    base: Annotated[
-        str | None, typer.Option(help="What it is held against; by default what it was tuned from.")
-    ] = None,
-    probes: Annotated[
-        list[str] | None,
-        typer.Option(help="Rows with choices, or text and target; again for more."),
-    ] = None,
-    html: Html = None,
-    attach: Attach = False,
-    json_: Json = False,
-) -> None:
-    """Measure what tuning made a model forget."""
-    from luthier.cli.progress import show_progress
+    model: str,
+    *,
+    base: str | None = None,
+    probes: Sequence[str | Path] = (),
+    html: Path | None = None,
+    attach: bool = False,
+    reporter: Reporter | None = None,
+) -> Forgetting:
+    """Measure what tuning made a model forget.
 
-    with heavy_imports():
-        from luthier.sdk.evaluation import forgetting as run
+    Args:
+        model: Id of a tuned model.
+        base: Model before tuning; the parent model by default.
+        probes: Rows with choices, or text and target; repeatable.
+        html: Write the result as an HTML page.
+        attach: Store the result with the model, for the certificate.
+        reporter: Receives progress; silent if not given.
 
+    Returns:
+        ``drift``, ``changes`` with their ``differences``, and ``verdict()``.
+
+    Raises:
+        RefusedInput: for a model that was not tuned or generates no text, or invalid probes.
+    """
     check_output(html)
-    with show_progress(0, "forgetting") as done:
-        found = run(model, base, probes or (), note, on_progress=done, attach=attach)
+    with heavy_imports():
+        from luthier.engine.metrics import Reporter
+        from luthier.library.models import find
+        from luthier.library.reports import check_attachable
+        from luthier.workflows.evaluate import attach_report
+        from luthier.workflows.forgetting import load_probes, measure_forgetting
+
+    reporter = reporter or Reporter()
+    stored = find(model)
+    if attach:
+        check_attachable(stored)
+    before = base or stored.manifest.parent
+    if before is None:
+        raise RecipeError(
+            f"{stored.id} has no record of its parent. Name a tuned model, or give the model before "
+            "tuning as `base`"
+        )
+    found = measure_forgetting(
+        stored,
+        find(before),
+        load_probes(probes),
+        reporter.note,
+        lambda done, total: reporter.progress(done, total, "forgetting"),
+    )
+    if attach:
+        attach_report([stored], "forgetting", probes, found.plain(), reporter.note)
     if html is not None:
+        from luthier.files import write_bytes
         from luthier.workflows.forgetting_page import page
 
-        write_page(html, page(found))
-    if json_:
-        print_json(found.plain())
-    else:
-        show(found)
+        write_bytes(html, page(found).encode())
+        reporter.note(f"page: {html}")
+    return found
 
 
-def show(found: Forgetting) -> None:
+def show_forgetting(found: Forgetting) -> None:
     """Print the drift, a line for each measure, and the verdict."""
     from rich.text import Text
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.bridge import CommandGroup
+from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.console import (
     heavy_imports,
     new_console,
@@ -21,21 +21,18 @@ from luthier.cli.console import (
     print_table,
     print_text,
 )
-from luthier.cli.options import Columns, Json
+from luthier.cli.export import export, show_export
+from luthier.cli.options import Json
 from luthier.cli.service import ServiceDatabase, open_database, service_names
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 
 if TYPE_CHECKING:
-    from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Run
-    from luthier.exports.export import Export
-    from luthier.exports.quantization import QuantizationCost
-    from luthier.exports.writer import OnProgress, Phase
     from luthier.library.models import StoredModel
-    from luthier.models.manifest import ExportRecord
     from luthier.workflows.capabilities import Capabilities
 
 models_app = CommandGroup("List, show, fetch, export and remove models.")
+models_app.add(Command(export, show_export))
 
 
 @models_app.command("list")
@@ -316,8 +313,8 @@ def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[t
         yield "context", f"{record.context:,} tokens"
     if record.licence:
         yield "licence", record.licence
-    for export in record.exports or ():
-        yield "exported", f"{export.name} on {export.created[:10]}"
+    for each in record.exports or ():
+        yield "exported", f"{each.name} on {each.created[:10]}"
     for weights in record.quantized or ():
         yield f"as {weights.quantization}", weights.describe()
     if not model.folder.is_dir():
@@ -471,155 +468,6 @@ def accept_model(model: str, json_: Json = False) -> None:
         print_json({"id": stored.id, "accepted": stored.manifest.accepted})
     else:
         print_text(f"{stored.id} is active, although {stored.manifest.accepted}")
-
-
-@models_app.command("export")
-def export_model(
-    model: str,
-    folder: Path,
-    format_: Annotated[
-        Literal["safetensors", "onnx", "gguf"],
-        typer.Option(
-            "--format",
-            help="For transformers, PEFT and diffusers; for ONNX Runtime; for llama.cpp and Ollama.",
-        ),
-    ] = "safetensors",
-    merged: Annotated[
-        bool | None,
-        typer.Option(
-            "--merged/--adapter",
-            help="Fold the adapter in, or write it alone, as safetensors if not given.",
-        ),
-    ] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option(help="Weights of GGUF (f16) or of merged safetensors (as in the base)."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Rows to measure the loss of quantization on; file or folder."),
-    ] = None,
-    columns: Columns = None,
-    json_: Json = False,
-) -> None:
-    """Export a model for other software."""
-    from luthier.cli.progress import LiveReporter
-    from luthier.recipe import parse_columns
-    from luthier.sdk.export import export
-
-    with LiveReporter() as reporter:
-        written = export(
-            model,
-            folder,
-            format=format_,
-            merged=merged,
-            quantization=quantization,
-            data=data,
-            columns=parse_columns(columns),
-            note=reporter.note,
-            on_progress=export_progress(reporter),
-        )
-    if json_:
-        print_json(written.plain())
-        return
-    print_text(f"{model} was written to {folder}")
-    if written.record is not None:
-        _print_record(written, written.record)
-    if written.format == "gguf":
-        _print_gguf(written)
-    elif written.format == "safetensors":
-        print_readers(written)
-
-
-def print_readers(written: Export) -> None:
-    """What reads safetensors that transformers and PEFT alone do not, and what to write instead."""
-    from luthier.files import read_json
-
-    if written.of_diffusers:
-        whole = "model_index.json" in written.files
-        call = "StableDiffusionPipeline.from_pretrained" if whole else "pipe.load_lora_weights"
-        print_text(f"diffusers loads it: {call}({str(written.folder)!r})")
-        return
-    is_adapter, own = "adapter_config.json" in written.files, written.own_network
-    if is_adapter and "luthier" in read_json(written.folder / "adapter_config.json"):
-        print_text("PEFT has no adapter of this kind: nothing but luthier reads it.")
-    elif is_adapter and own:
-        print_text(f"PEFT does not know its network, {written.network}, which is one of luthier's:")
-        print_text("nothing but luthier reads this adapter.")
-    elif own:
-        print_text(
-            f"Its network, {written.network}, is one of luthier's: transformers loads it where"
-        )
-        print_text("luthier is installed, after `luthier.models.nets.register()`.")
-    else:
-        return
-    command = f"luthier models export {written.model} FOLDER"
-    if written.suits_onnx:
-        print_text(f"For ONNX Runtime, without luthier: {command} --format onnx")
-    elif is_adapter and not own:
-        print_text(f"For transformers, where it can be folded into its base: {command} --merged")
-
-
-def export_progress(reporter: Reporter) -> OnProgress:
-    """What shows the parts of an export, those of bytes in megabytes."""
-
-    def show(phase: Phase, done: int, total: int) -> None:
-        if phase == "write":
-            whole = max(1, round(total / 1e6))
-            reporter.progress(done * whole // total, whole, "write (MB)")
-        else:
-            reporter.progress(done, total, phase)
-
-    return show
-
-
-def _print_record(written: Export, record: ExportRecord) -> None:
-    """Its files, and how near the answers from them are."""
-    for name in record.files:
-        if name.endswith((".gguf", ".onnx")):
-            size = (written.folder / name).stat().st_size
-            print_text(f"  {name} ({size / 1e6:,.1f} MB)")
-    if record.compared_in is None:
-        print_text(
-            "Not compared with llama.cpp, which is not installed: pip install 'luthier[llama-cpp]'"
-        )
-    else:
-        print_text(f"Compared: {record.describe(_token_text(written.model))}")
-    if not written.is_recorded:
-        print_text(
-            "The record of the model does not say so: it is signed, or not one of this store."
-        )
-
-
-def _token_text(model: str) -> Callable[[int], str]:
-    """The text of a token of ``model``, which is on this machine."""
-    from luthier.library.models import find
-
-    return lambda token: find(model).chat.decode([token])
-
-
-def _print_cost(cost: QuantizationCost) -> None:
-    """Print the losses with intervals of 95 %, the size, and the verdict."""
-    table = new_table("weights", "loss", "95 %", "MB", numbers=("loss", "MB"))
-    sizes = ("", f"{cost.file_bytes / 1e6:,.1f}")
-    for name, loss, size in zip(
-        ("unquantized", cost.quantization), cost.losses, sizes, strict=True
-    ):
-        low, high = loss.interval
-        table.add_row(name, f"{loss.value:.4f}", f"{low:.4f} to {high:.4f}", size)
-    print_table(table)
-    print_text(cost.verdict())
-
-
-def _print_gguf(written: Export) -> None:
-    """Print the cost of the type, and how to give the file to Ollama."""
-    from luthier.exports.ollama import FROM_BASE
-
-    if written.cost is not None:
-        _print_cost(written.cost)
-    if any(name.endswith("-LoRA.gguf") for name in written.files):
-        print_text(FROM_BASE)
-    print_text(f"Ollama takes it: ollama create NAME -f {written.folder / 'Modelfile'}")
 
 
 def _check_no_account(model: str, database: str | None) -> None:

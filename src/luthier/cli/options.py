@@ -18,6 +18,8 @@ from luthier.errors import RecipeError
 from luthier.models.sampling import MOST_TOKENS, Sampling, limited_fields
 
 if TYPE_CHECKING:
+    from luthier.cli.model import Model
+    from luthier.library.models import StoredModel
     from luthier.recipe import Recipe
 
 _OBJECTIVES = (
@@ -247,8 +249,16 @@ def parse_whole_numbers(text: str) -> list[int]:
         raise RecipeError(f"{text!r} is not a list of whole numbers such as 0,2,4") from error
 
 
+def parse_settings(texts: list[str]) -> dict[str, Any]:
+    """Parse each ``KEY=VALUE`` of ``--set``."""
+    from luthier.recipe import parse_setting
+
+    return dict(parse_setting(text) for text in texts)
+
+
 AtLeastOne = Annotated[int, typer.Option(min=1)]
 OptionalAtLeastOne = Annotated[int | None, typer.Option(min=1)]
+ModelSource = Annotated["str | Model | StoredModel", FromText(str)]
 DataSource = Annotated["str | Path | Recipe", FromText(str)]
 Mapped = Annotated[
     Mapping[str, str] | None,

@@ -1,14 +1,24 @@
-"""``luthier plugins``: what other installed packages add."""
+"""``luthier plugins``: entry points of installed packages."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from luthier.cli.console import print_json, print_text
-from luthier.cli.options import Json
+from luthier.cli.console import print_text
+
+if TYPE_CHECKING:
+    from luthier.plugins import Plugin
 
 
-def plugins(json_: Json = False) -> None:
+@dataclass(frozen=True)
+class Plugins:
+    """Plugins of installed packages."""
+
+    plugins: list[Plugin]
+
+
+def plugins() -> Plugins:
     """List installed plugins."""
     from luthier.adaptations import ADAPTATIONS
     from luthier.graders import GRADERS
@@ -18,12 +28,13 @@ def plugins(json_: Json = False) -> None:
     from luthier.trackers import TRACKERS
 
     tables = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG, BACKENDS, TRACKERS)
-    found = [plugin for table in tables for plugin in table.plugins()]
-    if json_:
-        print_json({"plugins": [asdict(plugin) for plugin in found]})
-        return
-    for plugin in found:
-        state = f"cannot be used: {plugin.problem}" if plugin.problem else "usable"
+    return Plugins([plugin for table in tables for plugin in table.plugins()])
+
+
+def show_plugins(found: Plugins) -> None:
+    """Print a line for each plugin."""
+    for plugin in found.plugins:
+        state = f"unusable: {plugin.problem}" if plugin.problem else "usable"
         print_text(f"{plugin.group}  {plugin.name}  ({plugin.package})  {state}")
-    if not found:
-        print_text("No installed package adds anything. docs/guide/plugins.md shows how one does.")
+    if not found.plugins:
+        print_text("No plugins are installed. docs/guide/plugins.md explains plugins.")

@@ -1,19 +1,19 @@
-"""``luthier samples``: what a model wrote while it learned from rewards, or from a teacher.
+"""``luthier samples``: text that a model generated during training with rewards or a teacher.
 
-Rewards that rise can mean a better model or a grader that was talked round. The texts with the highest
-rewards tell; so does a reward that goes with length, and a divergence that grows without an end.
+A rising reward means a better model, or a grader with a loophole. Signs of a loophole are the texts
+with the highest rewards, a correlation of reward and length, and a divergence that grows steadily.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from luthier.cli.console import new_console, print_json
-from luthier.cli.options import Json
+from luthier.cli.console import new_console
 from luthier.errors import RecipeError
 from luthier.escaping import printable
 
@@ -33,17 +33,38 @@ _TREND = {
 _NUMBERS = {"reward": ".3f", "step": "d", "line": "d", "tokens": "d", "kl": ".2f"}
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Texts of a run with their rewards, and the course of the run."""
+
+    samples: list[Line]
+    trend: list[Line]
+    reward_length_correlation: float | None
+
+
 def samples(
-    run: Annotated[str, typer.Argument(help="Custom model or its run: base:name, or a folder.")],
-    count: Annotated[int, typer.Option(min=1, help="Texts to show.")] = 20,
-    last: Annotated[int, typer.Option(min=1, help="Only of so many last steps.")] = 20,
-    worst_first: Annotated[bool, typer.Option("--worst-first", help="The worst first.")] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="Whole texts, not their beginnings.")
-    ] = False,
-    json_: Json = False,
-) -> None:
-    """Show text sampled during training."""
+    run: str,
+    *,
+    count: Annotated[int, typer.Option(min=1)] = 20,
+    last: Annotated[int, typer.Option(min=1)] = 20,
+    worst_first: bool = False,
+    full: bool = False,
+) -> Samples:
+    """Show text sampled during training.
+
+    Args:
+        run: Model id, or folder of the run.
+        count: Number of texts.
+        last: Number of last steps with these texts.
+        worst_first: Sort by reward, lowest first.
+        full: Print whole texts.
+
+    Returns:
+        The texts, the means of consecutive parts of the run, and the correlation of reward and length.
+
+    Raises:
+        RecipeError: for an unknown run, or a run without samples.
+    """
     from luthier.engine.metrics import MetricsFile
     from luthier.engine.runs import METRICS, SAMPLES
     from luthier.files import luthier_home
@@ -56,28 +77,20 @@ def samples(
         runs = [id_of(each) for each in luthier_home().glob("runs/*/*/")]
         raise RecipeError(
             f"there is no run {run!r}. {suggest_models(run, sorted(runs))} "
-            "The folder of a run works too."
+            "The folder of a run works, too."
         )
     records = MetricsFile(folder / SAMPLES).read()
     if not records:
         raise RecipeError(
-            f"{run} has no samples: they are kept by objectives that learn from what the model writes "
+            f"{run} has no samples: only objectives that generate text store samples "
             "(grpo, ppo, on_policy_distillation)"
         )
     lines = [line for line in MetricsFile(folder / METRICS).read() if line["event"] == "train"]
     newest = records[-1]["step"]
     recent = [record for record in records if record["step"] > newest - last]
-    # Where nothing was rewarded, the newest come first.
-    rewarded = all("reward" in record for record in recent)
-    recent.sort(
-        key=lambda record: record["reward" if rewarded else "step"], reverse=not worst_first
-    )
-    trend, correlation = trend_of(lines), length_correlation(recent)
-    if json_:
-        report = {"samples": recent[:count], "trend": trend}
-        print_json(report | {"reward_length_correlation": correlation})
-        return
-    _print(recent[:count], trend, correlation, full)
+    key = "reward" if all("reward" in record for record in recent) else "step"
+    recent.sort(key=lambda record: record[key], reverse=not worst_first)
+    return Samples(recent[:count], trend_of(lines), length_correlation(recent))
 
 
 def trend_of(lines: Sequence[Line]) -> list[Line]:
@@ -109,11 +122,13 @@ def length_correlation(records: Sequence[Line]) -> float | None:
     return statistics.correlation(rewards, lengths)
 
 
-def _print(
-    records: Sequence[Line], trend: Sequence[Line], correlation: float | None, full: bool
-) -> None:
+def show_samples(found: Samples, full: bool) -> None:
+    """Print the texts and the course of the run."""
     from rich.table import Table
     from rich.text import Text
+
+    records, trend = found.samples, found.trend
+    correlation = found.reward_length_correlation
 
     out = new_console(highlight=False)
     table = Table(box=None, expand=True)
@@ -138,6 +153,4 @@ def _print(
     out.print()
     out.print(course)
     if correlation is not None:
-        out.print(
-            f"\nReward and length of these texts go together with a correlation of {correlation:+.2f}."
-        )
+        out.print(f"\nCorrelation of reward and length: {correlation:+.2f}")

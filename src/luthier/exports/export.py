@@ -108,7 +108,7 @@ def export_model(
     quantization: str | None,
     on_progress: OnProgress | None = None,
 ) -> Export:
-    """Write ``stored`` to the new folder ``target``; see :func:`luthier.sdk.export.export`.
+    """Write ``stored`` to the new folder ``target``; see :func:`luthier.export`.
 
     Raises:
         RecipeError: for a model that the other software cannot run, or that answers otherwise there.

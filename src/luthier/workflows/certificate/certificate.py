@@ -121,11 +121,14 @@ class Certificate(Record):
         rest = self.model_copy(update={"sha256": ""})
         return hashlib.sha256(rest.text().encode("utf-8", "replace")).hexdigest()
 
+    def plain(self) -> dict[str, Any]:
+        """Return the certificate as JSON values."""
+        plain: dict[str, Any] = finite_or_none(self.model_dump(mode="json"))
+        return {**plain, "record": finite_or_none(self.record.plain())}
+
     def text(self) -> str:
-        """The bytes of its file, as a text: the same for equal certificates."""
-        plain = finite_or_none(self.model_dump(mode="json"))
-        plain["record"] = finite_or_none(self.record.plain())
-        return json_text(plain)
+        """Return the content of the certificate's file, which is the same for equal certificates."""
+        return json_text(self.plain())
 
 
 def certificate_schema() -> dict[str, Any]:

@@ -44,6 +44,11 @@ class Verification:
         """Whether no file differs, and the server that was asked, if any, serves the model."""
         return self.is_intact and (self.endpoint is None or self.endpoint.is_served)
 
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command: 1 if something differs."""
+        return 0 if self.holds else 1
+
     def plain(self) -> dict[str, Any]:
         """For JSON."""
         return {

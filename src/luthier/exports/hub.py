@@ -1,4 +1,4 @@
-"""Models for others: ``push`` uploads one to the Hugging Face hub, with a card from its certificate."""
+"""Uploads to the Hugging Face hub, with a model card from the certificate."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError, UploadError
-from luthier.exports.export import Export, Format
+from luthier.exports.export import Export, Format, export_model
 from luthier.files import read_json, write_json
-from luthier.sdk.export import export
-from luthier.sdk.model import stored_model
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from luthier.library.models import StoredModel
-    from luthier.sdk.model import Model
 
 SCHEME = "hub:"
 CARD, PEFT_CONFIG = "README.md", "adapter_config.json"
@@ -49,35 +46,15 @@ class Push:
 
 
 def push(
-    model: str | Model | StoredModel,
+    stored: StoredModel,
     to: str,
-    *,
-    format: Format = "safetensors",
-    merged: bool | None = None,
-    quantization: str | None = None,
-    public: bool = False,
-    note: Callable[[str], None] = lambda text: None,
+    format: Format,
+    merged: bool | None,
+    quantization: str | None,
+    public: bool,
+    note: Callable[[str], None],
 ) -> Push:
-    """Upload a model to a repository of the Hugging Face hub, as :func:`luthier.export` writes it.
-
-    The card, ``README.md``, is made from the model's certificate. The repository is made, and private,
-    where it is not there; files of other names in it stay. The token is that of ``HF_TOKEN``, or of
-    ``hf auth login``. After a failure the same call sends what is missing.
-
-    Args:
-        model: an id, a model in memory, or one on this machine that luthier has a record of.
-        to: ``hub:owner/name``; of the hub, or of the one that ``HF_ENDPOINT`` names.
-        format: as of :func:`luthier.export`.
-        merged: as of :func:`luthier.export`.
-        quantization: as of :func:`luthier.export`.
-        public: whether everybody may see it; as it is already, where the repository is there.
-        note: hears what is done.
-
-    Raises:
-        RecipeError: without a token, for an address that is none, for a public repository without
-            ``public`` or a private one with it, and as :func:`luthier.export`; nothing was sent.
-        UploadError: where the hub does not answer, or refuses.
-    """
+    """Upload a model to ``hub:owner/name``; :func:`luthier.push` describes the arguments."""
     from huggingface_hub import HfApi, get_token
 
     from luthier import __version__
@@ -93,7 +70,7 @@ def push(
             "uploading to the hub needs a token that may write: set HF_TOKEN to one of "
             "https://huggingface.co/settings/tokens, or run `hf auth login`"
         )
-    stored, api = stored_model(model), HfApi(token=token)
+    api = HfApi(token=token)
     check_recorded(stored)
     with _upload_errors(repository, api.endpoint):
         private = _visibility(api, repository)
@@ -111,7 +88,7 @@ def push(
     with TemporaryDirectory() as scratch:
         note(f"Writing {stored.id} for upload")
         folder = Path(scratch) / "model"
-        written = export(stored, folder, format=format, merged=merged, quantization=quantization)
+        written = export_model(stored, folder, format, merged, quantization)
         certificate = make_certificate(stored)
         card = model_card(certificate, library_name(written))
         (folder / CARD).write_text(card, encoding="utf-8")

@@ -1,0 +1,245 @@
+"""``luthier models export`` and ``luthier push``: models for other software."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from luthier.cli.console import new_table, print_table, print_text
+from luthier.cli.model import stored_model
+from luthier.cli.options import Mapped, ModelSource
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+    from luthier.exports.export import Export
+    from luthier.exports.hub import Push
+    from luthier.exports.quantization import QuantizationCost
+    from luthier.exports.writer import Phase
+    from luthier.library.models import StoredModel
+    from luthier.models.manifest import ExportRecord
+
+Merged = Annotated[bool | None, typer.Option("--merged/--adapter")]
+
+
+def export(
+    model: ModelSource,
+    folder: Path,
+    *,
+    format: Literal["safetensors", "onnx", "gguf"] = "safetensors",
+    merged: Merged = None,
+    quantization: str | None = None,
+    data: str | Path | None = None,
+    columns: Mapped = None,
+    reporter: Reporter | None = None,
+) -> Export:
+    """Export a model for other software.
+
+    Safetensors are for transformers, PEFT and diffusers, ONNX files for ONNX Runtime, and GGUF files
+    for llama.cpp and Ollama. GGUF weights are f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m or q4_0.
+
+    Args:
+        model: Model id.
+        folder: New or empty folder.
+        format: File format.
+        merged: Merge the adapter into its base, or export it alone.
+        quantization: Type of the weights, e.g. q4_k_m.
+        data: Unseen rows for the loss before and after quantization.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The files, the comparison with the model, and the ``cost`` of quantization on ``data``.
+
+    Raises:
+        DataError: for unreadable or too long rows of ``data``.
+        RecipeError: for a model that the other software cannot run, or whose replies differ there.
+        RunConflict: if the folder is not empty.
+    """
+    from luthier.engine.metrics import Reporter
+    from luthier.exports.export import check_settings, export_model
+
+    reporter = reporter or Reporter()
+    stored, target = stored_model(model), Path(folder).expanduser()
+    cost = None
+    if data is not None:
+        if format != "gguf" or quantization is None:
+            raise RecipeError(
+                "`data` measures quantized GGUF weights: give --format gguf and --quantization"
+            )
+        check_settings(format, merged, quantization)
+        cost = _measure_cost(stored, target, data, columns, quantization, reporter)
+
+    def move(phase: Phase, done: int, total: int) -> None:
+        if phase == "write":
+            whole = max(1, round(total / 1e6))
+            reporter.progress(done * whole // total, whole, "write (MB)")
+        else:
+            reporter.progress(done, total, phase)
+
+    return replace(export_model(stored, target, format, merged, quantization, move), cost=cost)
+
+
+def _measure_cost(
+    stored: StoredModel,
+    target: Path,
+    data: str | Path,
+    columns: Mapping[str, str] | None,
+    quantization: str,
+    reporter: Reporter,
+) -> QuantizationCost:
+    """Measure the cost of quantization before the export, and store the cost in the record."""
+    from luthier.data.rows import load_rows
+    from luthier.exports.export import change_record
+    from luthier.exports.quantization import measure_quantization
+    from luthier.exports.writer import new_target
+    from luthier.library.reports import hashes_of_data
+    from luthier.workflows.training_overlap import row_remarks
+
+    new_target(target)  # refuses a folder that is not empty
+    rows = load_rows(data, columns)
+    remarks = row_remarks(stored, data, rows)
+    for remark in remarks:
+        reporter.note(remark)
+    cost = measure_quantization(stored, rows, quantization, remarks)
+    record = cost.record(hashes_of_data(data))
+    change_record(stored, lambda manifest: manifest.with_quantized(record))
+    return cost
+
+
+def show_export(written: Export) -> None:
+    """Print the files, the comparison and the software that loads the files."""
+    print_text(f"{written.model} was written to {written.folder}")
+    if written.record is not None:
+        _print_record(written, written.record)
+    if written.format == "gguf":
+        _print_gguf(written)
+    elif written.format == "safetensors":
+        print_readers(written)
+
+
+def print_readers(written: Export) -> None:
+    """What reads safetensors that transformers and PEFT alone do not, and what to write instead."""
+    from luthier.files import read_json
+
+    if written.of_diffusers:
+        whole = "model_index.json" in written.files
+        call = "StableDiffusionPipeline.from_pretrained" if whole else "pipe.load_lora_weights"
+        print_text(f"diffusers loads it: {call}({str(written.folder)!r})")
+        return
+    is_adapter, own = "adapter_config.json" in written.files, written.own_network
+    if is_adapter and "luthier" in read_json(written.folder / "adapter_config.json"):
+        print_text("PEFT has no adapter of this kind: nothing but luthier reads it.")
+    elif is_adapter and own:
+        print_text(f"PEFT does not know its network, {written.network}, which is one of luthier's:")
+        print_text("nothing but luthier reads this adapter.")
+    elif own:
+        print_text(
+            f"Its network, {written.network}, is one of luthier's: transformers loads it where"
+        )
+        print_text("luthier is installed, after `luthier.models.nets.register()`.")
+    else:
+        return
+    command = f"luthier models export {written.model} FOLDER"
+    if written.suits_onnx:
+        print_text(f"For ONNX Runtime, without luthier: {command} --format onnx")
+    elif is_adapter and not own:
+        print_text(f"For transformers, where it can be folded into its base: {command} --merged")
+
+
+def _print_record(written: Export, record: ExportRecord) -> None:
+    """Its files, and how near the answers from them are."""
+    for name in record.files:
+        if name.endswith((".gguf", ".onnx")):
+            size = (written.folder / name).stat().st_size
+            print_text(f"  {name} ({size / 1e6:,.1f} MB)")
+    if record.compared_in is None:
+        print_text(
+            "Not compared with llama.cpp, which is not installed: pip install 'luthier[llama-cpp]'"
+        )
+    else:
+        print_text(f"Compared: {record.describe(_token_text(written.model))}")
+    if not written.is_recorded:
+        print_text(
+            "The record of the model does not say so: it is signed, or not one of this store."
+        )
+
+
+def _token_text(model: str) -> Callable[[int], str]:
+    """The text of a token of ``model``, which is on this machine."""
+    from luthier.library.models import find
+
+    return lambda token: find(model).chat.decode([token])
+
+
+def _print_cost(cost: QuantizationCost) -> None:
+    """Print the losses with intervals of 95 %, the size, and the verdict."""
+    table = new_table("weights", "loss", "95 %", "MB", numbers=("loss", "MB"))
+    sizes = ("", f"{cost.file_bytes / 1e6:,.1f}")
+    for name, loss, size in zip(
+        ("unquantized", cost.quantization), cost.losses, sizes, strict=True
+    ):
+        low, high = loss.interval
+        table.add_row(name, f"{loss.value:.4f}", f"{low:.4f} to {high:.4f}", size)
+    print_table(table)
+    print_text(cost.verdict())
+
+
+def _print_gguf(written: Export) -> None:
+    """Print the cost of the type, and how to give the file to Ollama."""
+    from luthier.exports.ollama import FROM_BASE
+
+    if written.cost is not None:
+        _print_cost(written.cost)
+    if any(name.endswith("-LoRA.gguf") for name in written.files):
+        print_text(FROM_BASE)
+    print_text(f"Ollama takes it: ollama create NAME -f {written.folder / 'Modelfile'}")
+
+
+def push(
+    model: ModelSource,
+    to: Annotated[str, typer.Option("--to")],
+    *,
+    format: Literal["safetensors", "onnx", "gguf"] = "safetensors",
+    merged: Merged = None,
+    quantization: str | None = None,
+    public: bool = False,
+    reporter: Reporter | None = None,
+) -> Push:
+    """Upload a model to the Hugging Face hub.
+
+    The model card comes from the certificate. A new repository is private, and other files in a
+    repository stay. The token is HF_TOKEN, or the token of `hf auth login`. After a failure, the same
+    command sends only what is missing.
+
+    Args:
+        model: Id of a model with a certificate.
+        to: Repository on the Hugging Face hub: hub:owner/name.
+        format: File format.
+        merged: Merge the adapter into its base, or upload it alone.
+        quantization: Type of the weights of a GGUF file.
+        public: Make the repository public.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The address of the repository, the commit and the files.
+
+    Raises:
+        RecipeError: before the upload, without a token or for an invalid or unsuitable repository.
+        UploadError: if the hub does not answer or rejects the upload.
+    """
+    from luthier.engine.metrics import Reporter
+    from luthier.exports.hub import push as run
+
+    note = (reporter or Reporter()).note
+    return run(stored_model(model), to, format, merged, quantization, public, note)
+
+
+def show_push(done: Push) -> None:
+    """Print the address of the repository."""
+    visible = "private" if done.private else "public"
+    print_text(f"{done.model}: {done.url} ({visible}), commit {done.commit}")

@@ -1,1 +1,0 @@
-"""The Python face: the functions of ``import luthier``, which the command line shows."""
