@@ -336,7 +336,10 @@ def test_graders_take_fields_from_the_command_line_and_from_files(
     report = Answer("evaluate", MODEL, str(held), *graders, "--json").good().json()
     assert report["scores"] == {"form": 1.0, "both": 0.75}
     refused = Answer("evaluate", MODEL, str(held), "--set", "number.tolerance=1", "--json")
-    assert refused.refused() and refused.json()["error"]["setting"] == "number.tolerance"
+    assert (
+        refused.refused()
+        and refused.json()["error"]["problems"][0]["setting"] == "number.tolerance"
+    )
     refused = Answer("evaluate", MODEL, str(held), "--grader", "number").refused()
     assert "held.jsonl:1: [grader.no_number]" in refused
     refused = Answer("evaluate", MODEL, str(held), "--grader", "code").refused()

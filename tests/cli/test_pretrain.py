@@ -91,5 +91,5 @@ def test_mistakes_are_refused_before_anything_is_made(
     arguments: list[str], setting: str | None, text: Path, luthier_home: Path
 ) -> None:
     refused = run("pretrain", str(text), *arguments, "--json", code=2)
-    assert json.loads(refused.stdout)["error"].get("setting") == setting
+    assert json.loads(refused.stdout)["error"]["problems"][0]["setting"] == setting
     assert not luthier_home.exists()
