@@ -19,7 +19,6 @@ from luthier.data.chat import (
     ChatFormat,
     EncodedReply,
 )
-from luthier.data.media import PLURAL
 from luthier.data.rows import load_rows
 from luthier.data.shapes.base import InputKind
 from luthier.data.template_kwargs import TEMPLATE_PARAMETERS, TemplateSettings, names_read
@@ -112,8 +111,9 @@ def test_llama3_headers(new_tokenizer: Callable[..., Any]) -> None:
 
 def test_llama3_without_its_end_of_turn_is_refused(new_tokenizer: Callable[..., Any]) -> None:
     tokenizer = new_tokenizer(LLAMA3, LLAMA3_SPECIAL, eos="<|end_of_text|>")
-    with pytest.raises(RecipeError, match="without a stop token"):
+    with pytest.raises(RecipeError) as refused:
         ChatFormat.of(tokenizer).encode_reply(conversation("Hi", "Paris"))
+    assert refused.value.rule == "template.no_stop"
 
 
 def test_mistral_instructions(new_tokenizer: Callable[..., Any]) -> None:
@@ -126,8 +126,9 @@ def test_a_template_that_refuses_a_role_is_a_refusal_of_the_row(
     new_tokenizer: Callable[..., Any],
 ) -> None:
     tokenizer = new_tokenizer(MISTRAL, ("<s>", "</s>"), eos="</s>")
-    with pytest.raises(RecipeError, match="Only user and assistant roles are supported!"):
+    with pytest.raises(RecipeError) as refused:
         ChatFormat.of(tokenizer).encode_reply(conversation("Q", "A", system="Be brief."))
+    assert refused.value.rule == "template.refused"
 
 
 def test_plain_text_learns_the_completion_and_its_end(tokenizer: Any) -> None:
@@ -141,8 +142,9 @@ def test_the_format_follows_the_tokenizer(
 ) -> None:
     assert ChatFormat.of(tokenizer).template == "chat"
     assert ChatFormat.of(new_tokenizer(template=None)).template == "plain"
-    with pytest.raises(RecipeError, match="no chat template"):
+    with pytest.raises(RecipeError) as refused:
         ChatFormat.of(new_tokenizer(template=None), "chat")
+    assert refused.value.rule == "template.missing"
 
 
 def test_stop_tokens_are_listed_once_the_tokenizers_own_first(tokenizer: Any) -> None:
@@ -156,10 +158,12 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(new_tokenizer: Callable[.
     chat = ChatFormat.of(tokenizer, "plain")
     assert chat.stop_ids == ()
     assert len(chat.encode_whole("yes"))  # encoders need none
-    with pytest.raises(RecipeError, match="end-of-text"):
+    with pytest.raises(RecipeError) as refused:
         chat.encode_text("yes")
-    with pytest.raises(RecipeError, match="end-of-text"):
+    assert refused.value.rule == "tokenizer.no_end_of_text"
+    with pytest.raises(RecipeError) as refused:
         chat.encode_reply(conversation("Q", "A"))
+    assert refused.value.rule == "tokenizer.no_end_of_text"
 
 
 BEGINS_WITH_THOUGHTS = FORGETS_THOUGHTS.replace("assistant\n' }}", "assistant\n<think>\n' }}")
@@ -178,21 +182,25 @@ def test_a_turn_that_a_template_rewrites_is_read_only(new_tokenizer: Callable[..
     )
     assert three.count("«") == 2 and "«A1<|im_end|>»" in three and "«A3<|im_end|>»" in three
     other = ChatFormat.of(new_tokenizer(BEGINS_WITH_THOUGHTS))
-    with pytest.raises(RecipeError, match="begins an answer in another way"):
+    with pytest.raises(RecipeError) as refused:
         other.encode_reply(conversation("Q1", "A1"))
+    assert refused.value.rule == "template.rewrites"
 
 
 def test_a_template_without_a_stop_token_is_refused(new_tokenizer: Callable[..., Any]) -> None:
-    with pytest.raises(RecipeError, match="without a stop token"):
+    with pytest.raises(RecipeError) as refused:
         ChatFormat.of(new_tokenizer(NEVER_STOPS)).encode_reply(conversation("Q", "A"))
+    assert refused.value.rule == "template.no_stop"
 
 
 def test_plain_text_takes_no_conversation(tokenizer: Any) -> None:
     chat = ChatFormat.of(tokenizer, "plain")
-    with pytest.raises(RecipeError, match="longer conversation"):
+    with pytest.raises(RecipeError) as refused:
         chat.encode_reply(conversation("Q1", "A1", "Q2", "A2"))
-    with pytest.raises(RecipeError, match="takes one prompt"):
+    assert refused.value.rule == "template.plain"
+    with pytest.raises(RecipeError) as refused:
         chat.encode_prompt(conversation("Q1", "A1", "Q2"))
+    assert refused.value.rule == "template.plain"
 
 
 @PROPERTY
@@ -231,8 +239,9 @@ def test_whatever_a_template_runs_into_is_a_refusal(
     template: str, new_tokenizer: Callable[..., Any]
 ) -> None:
     chat = ChatFormat.of(new_tokenizer(template))
-    with pytest.raises(RecipeError, match=r"refuses this conversation: .+"):
+    with pytest.raises(RecipeError) as refused:
         chat.prompt_text([Message("user", "Hi")])
+    assert refused.value.rule == "template.refused"
 
 
 GEMMA = (
@@ -254,12 +263,7 @@ def test_a_system_prompt_without_a_place_is_refused_with_the_fix(
     messages = conversation("Hi", "Paris", system="Be brief.")
     with pytest.raises((RowRefused, RecipeError)) as refused:
         chat.encode_reply(messages)
-    fix = (
-        refused.value.problem.advice
-        if isinstance(refused.value, RowRefused)
-        else str(refused.value)
-    )
-    assert SYSTEM_FIX in fix
+    assert SYSTEM_FIX in str(refused.value)
     assert len(chat.encode_reply(messages[1:]).ids_T)
 
 
@@ -280,14 +284,17 @@ def test_names_that_a_template_reads_get_defaults(new_tokenizer: Callable[..., A
     assert chat.prompt_text(asked) == 'LOUD Zoë "%}{{ 1 }}" \\ \n😀Hi2.5'
     assert chat.prompt_text(asked, (), {"loud": False, "level": 2}) == "Hi3"
     assert made.chat_template == SWITCHED  # of the base model, which others may be using
-    with pytest.raises(RecipeError, match="refuses this conversation"):
+    with pytest.raises(RecipeError) as refused:
         chat.prompt_text(asked, (), {"level": "high"})
+    assert refused.value.rule == "template.refused"
     for name in ("quiet", "loud or 1", "messages", "chat_template", "add_generation_prompt"):
-        with pytest.raises(RecipeError, match="reads no `"):
+        with pytest.raises(RecipeError) as refused:
             chat.with_template_kwargs({name: True})
+        assert refused.value.setting == f"data.chat_template_kwargs.{name}"
         assert chat.prompt_text(asked, (), {name: True}) == chat.prompt_text(asked)
-    with pytest.raises(RecipeError, match="reads no `loud`"):
+    with pytest.raises(RecipeError) as refused:
         ChatFormat.of(made, "plain").with_template_kwargs({"loud": True})
+    assert refused.value.setting == "data.chat_template_kwargs.loud"
 
 
 @pytest.mark.parametrize(
@@ -314,8 +321,9 @@ def test_what_a_template_sets_itself_it_does_not_read(
         assert again.tokenizer.chat_template.count("is not defined") >= 2
         return
     for name in ("x", "raise_exception", "strftime_now", "range"):
-        with pytest.raises(RecipeError, match=f"reads no `{name}`"):
+        with pytest.raises(RecipeError) as refused:
             chat.with_template_kwargs({name: True})
+        assert refused.value.setting == f"data.chat_template_kwargs.{name}"
 
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, None, float("nan"), float("inf"), "x" * 1001])
@@ -428,10 +436,12 @@ def test_a_tokenizer_that_panics_is_an_error_like_others(tokenizer: Any) -> None
     hostile.backend_tokenizer.pre_tokenizer = endless
     chat = ChatFormat.of(hostile, "plain")
     text = "a" * 40 + "b"
-    with pytest.raises(RecipeError, match="cannot take this text"):
+    with pytest.raises(RecipeError) as refused:
         chat.encode_text(text)
-    with pytest.raises(RecipeError, match="cannot take this text"):
+    assert refused.value.rule == "tokenizer.failed"
+    with pytest.raises(RecipeError) as refused:
         chat.encode_whole(text)
+    assert refused.value.rule == "tokenizer.failed"
 
 
 @pytest.mark.parametrize("wanted", ["text", "image", "audio", "window"])
@@ -449,8 +459,7 @@ def test_rows_that_a_base_does_not_read_are_refused_in_one_wording(
         if wanted in reads:
             chat.check_reads(wanted)
             continue
-        words = f"{' and '.join(PLURAL[each] for each in reads)}, and the rows are {PLURAL[wanted]}"
-        with pytest.raises(RowRefused, match=f"this base reads {words}") as refused:
+        with pytest.raises(RowRefused) as refused:
             chat.check_reads(wanted)
         assert refused.value.rule == "media.base"
 

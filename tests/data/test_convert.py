@@ -148,29 +148,29 @@ def test_further_keys_are_kept_or_left_out_as_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("records", "name", "rule", "line", "message"),
+    ("records", "name", "rule", "line"),
     [
-        ([{"text": "a"}, {"text": "b", "x": {"y": 1}}], "o.csv", "convert.container", 2, "object"),
-        ([{"text": "a", "n": 1}], "o.csv", "convert.container", 1, 'a number in the column "n"'),
-        ([{"text": "a", "n": "x"}, {"text": "b"}], "o.csv", "convert.container", 2, 'no "n"'),
-        ([{"text": "a", "n": "x"}, {"text": "b"}], "o.parquet", "convert.container", 2, 'no "n"'),
-        ([{"text": "a", "n": "x"}, {"text": "b", "n": 1}], "o.parquet", "convert.container", 0, "t"),
-        ([{"text": "a", "score": "4"}], "o.csv", "convert.container", 1, '"score"'),
-        ([{"text": "a\0"}], "o.tsv", "convert.container", 1, '"text"'),
-        ([{**turns("a", "b"), "prompt": "c", "x": 1}], "o.jsonl", "row.ambiguous", 1, ""),
+        ([{"text": "a"}, {"text": "b", "x": {"y": 1}}], "o.csv", "convert.container", 2),
+        ([{"text": "a", "n": 1}], "o.csv", "convert.container", 1),
+        ([{"text": "a", "n": "x"}, {"text": "b"}], "o.csv", "convert.container", 2),
+        ([{"text": "a", "n": "x"}, {"text": "b"}], "o.parquet", "convert.container", 2),
+        ([{"text": "a", "n": "x"}, {"text": "b", "n": 1}], "o.parquet", "convert.container", 0),
+        ([{"text": "a", "score": "4"}], "o.csv", "convert.container", 1),
+        ([{"text": "a\0"}], "o.tsv", "convert.container", 1),
+        ([{**turns("a", "b"), "prompt": "c", "x": 1}], "o.jsonl", "row.ambiguous", 1),
         (
             [{"messages": [{"role": "user", "content": "a", "name": "Bo"}, REPLY]}],
-            "o.jsonl", "convert.message", 1, 'key "name"',
+            "o.jsonl", "convert.message", 1,
         ),
-        ([{"text": "a"}, {"text": ""}], "o.jsonl", "field.empty", 2, "empty"),
+        ([{"text": "a"}, {"text": ""}], "o.jsonl", "field.empty", 2),
     ],
 )  # fmt: skip
 def test_what_cannot_be_written_is_refused_with_its_row(
-    tmp_path: Path, records: list[dict[str, Any]], name: str, rule: str, line: int, message: str
+    tmp_path: Path, records: list[dict[str, Any]], name: str, rule: str, line: int
 ) -> None:
     (problem,) = problems_of(write(tmp_path, *records), tmp_path / name)
     assert (problem.rule, problem.line) == (rule, line)
-    assert message in problem.message and problem.advice
+    assert problem.advice
 
 
 def test_a_further_key_with_the_name_of_one_that_is_written(tmp_path: Path) -> None:
@@ -228,21 +228,23 @@ def test_tools_and_calls_stay_or_the_row_is_refused(tmp_path: Path) -> None:
         assert json.loads(target.read_text()) == row
     for form in ("sharegpt", "alpaca", "bedrock-conversation", "prompt-completion"):
         for drop in (False, True):
-            with pytest.raises(DataError, match="has tools, calls or reasoning"):
+            with pytest.raises(DataError) as refused:
                 convert(source, tmp_path / "x.jsonl", form, drop_extra_keys=drop)
+            assert refused.value.rule == "convert.form"
 
 
 def test_targets_that_cannot_be(tmp_path: Path) -> None:
     source = write(tmp_path, {"text": "a"})
-    for options, said_ in (
-        ({"form": "xml"}, "there are rows, prompt-completion"),
-        ({"target": tmp_path / "o.bin"}, "--format"),
-        ({"target": source}, "another file"),
-        ({"target": tmp_path, "format_": "jsonl"}, "is a folder"),
+    for options, rule, setting in (
+        ({"form": "xml"}, "recipe.invalid", "form"),
+        ({"target": tmp_path / "o.bin"}, "recipe.invalid", "format"),
+        ({"target": source}, "target.is_source", None),
+        ({"target": tmp_path, "format_": "jsonl"}, "target.folder", None),
     ):
         given_: dict[str, Any] = {"target": tmp_path / "o.jsonl", **options}
-        with pytest.raises(RecipeError, match=said_.replace("[", "\\[")):
+        with pytest.raises(RecipeError) as refused:
             convert(source, **given_)
+        assert (refused.value.rule, refused.value.setting) == (rule, setting)
     assert source.read_text() == '{"text": "a"}\n'
     assert format_of(Path("a.b.NDJSON.gz")) == "jsonl"
 
@@ -251,8 +253,9 @@ def test_a_target_inside_its_source_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     write(folder, {"text": "a"})
-    with pytest.raises(RecipeError, match="name a file elsewhere"):
+    with pytest.raises(RecipeError) as refused:
         convert(folder, folder / "o.jsonl")
+    assert refused.value.rule == "target.inside_source"
 
 
 def test_reading_stops_at_a_hundred_problems(tmp_path: Path) -> None:

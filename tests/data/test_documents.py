@@ -60,30 +60,29 @@ def test_any_objects_come_back(
 
 
 @pytest.mark.parametrize(
-    ("data", "before", "line", "rule", "said"),
+    ("data", "before", "line", "rule"),
     [
-        (b'[\n{"a": 1},\n{"a": 1, "a": 2},\n{"a": 3}]', 2, 3, "json.duplicate_key", '"a"'),
-        (b'[\n{"a": 1},\n{"a": [NaN]},\n{"a": 3}]', 2, 3, "json.not_finite", "NaN"),
-        (b'[{"a": 1},\n{"a": 1e999}, {"a": 3}]', 2, 2, "json.not_finite", "1e999"),
-        (b'[{"a": 1},\n{"a": ' + b"9" * 5000 + b'}, {"a": 3}]', 2, 2, "json.not_finite", "digits"),
-        (b'[{"a": 1},\n{"a": "\\ud83d"},\n{"a": 3}]', 2, 2, "encoding.surrogate", "\\ud83d"),
-        (b'[{"a": 1},\n[1, 2],\n{"a": 3}]', 2, 2, "json.not_object", "an array"),
-        (b'[{"a": 1},\n{"a" 2},\n{"a": 3}]', 1, 2, "json.invalid", "at column 6"),
-        (b'[{"a": 1}\n{"a": 3}]', 1, 2, "json.invalid", "comma, at column 1"),
-        (b'[{"a": 1},\n{"a": 3}', 2, 2, "json.invalid", "no end"),
-        (b'[{"a": 1},\n{"a": "x', 1, 2, "json.invalid", "at column 7"),
-        (b'[{"a": 1}] x', 1, 1, "json.invalid", "follows the array, at column 12"),
-        (b'[{"a": 1}\n,]', 1, 2, "json.invalid", "at column 2"),
-        (b'[{"a": 1},\n{"a": "\xff"}]', 0, 2, "encoding.utf8", "Byte 8"),
-        (b'[{"a": 1},\n' + b"[" * 100_000, 1, 2, "json.too_deep", "nested"),
-        (b"[\n]", 0, 0, "file.empty", "no rows"),
+        (b'[\n{"a": 1},\n{"a": 1, "a": 2},\n{"a": 3}]', 2, 3, "json.duplicate_key"),
+        (b'[\n{"a": 1},\n{"a": [NaN]},\n{"a": 3}]', 2, 3, "json.not_finite"),
+        (b'[{"a": 1},\n{"a": 1e999}, {"a": 3}]', 2, 2, "json.not_finite"),
+        (b'[{"a": 1},\n{"a": ' + b"9" * 5000 + b'}, {"a": 3}]', 2, 2, "json.not_finite"),
+        (b'[{"a": 1},\n{"a": "\\ud83d"},\n{"a": 3}]', 2, 2, "encoding.surrogate"),
+        (b'[{"a": 1},\n[1, 2],\n{"a": 3}]', 2, 2, "json.not_object"),
+        (b'[{"a": 1},\n{"a" 2},\n{"a": 3}]', 1, 2, "json.invalid"),
+        (b'[{"a": 1}\n{"a": 3}]', 1, 2, "json.invalid"),
+        (b'[{"a": 1},\n{"a": 3}', 2, 2, "json.invalid"),
+        (b'[{"a": 1},\n{"a": "x', 1, 2, "json.invalid"),
+        (b'[{"a": 1}] x', 1, 1, "json.invalid"),
+        (b'[{"a": 1}\n,]', 1, 2, "json.invalid"),
+        (b'[{"a": 1},\n{"a": "\xff"}]', 0, 2, "encoding.utf8"),
+        (b'[{"a": 1},\n' + b"[" * 100_000, 1, 2, "json.too_deep"),
+        (b"[\n]", 0, 0, "file.empty"),
     ],
 )
-def test_mistakes(path: Path, data: bytes, before: int, line: int, rule: str, said: str) -> None:
+def test_mistakes(path: Path, data: bytes, before: int, line: int, rule: str) -> None:
     records, problems = read(path, data)
     assert len(records) == before
     assert [(p.line, p.rule) for p in problems] == [(line, rule)]
-    assert said in problems[0].message
 
 
 def test_a_long_element_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,71 +121,43 @@ def test_other_remarks_leave_a_row_to_be_learned(remark: dict[str, Any], tmp_pat
 
 A, B = {"prompt": "Hi", "completion": "Yes."}, {"prompt": "Hi", "completion": "No."}
 P = {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}
-EXAMPLES: list[tuple[str, dict[str, Any], str, str]] = [
-    # rule, record, part of the message, part of the fix
-    ("preference.missing", {"prompt": "Hi", "chosen": "Yes."}, '"rejected" is missing', "Add"),
-    ("preference.missing", {"prompt": "Hi", "rejected": "No."}, '"chosen" is missing', "Add"),
-    ("preference.missing", {"preferred_output": [YES]}, '"input" is missing', 'Add "input"'),
-    ("preference.type", {**P, "chosen": 3}, "a number", '"chosen": "text"'),
-    ("preference.type", {**P, "rejected": None}, "null", '"rejected": "text"'),
-    ("preference.type", {**P, "prompt": []}, "array", '"prompt": "text"'),
-    ("preference.type", {**P, "chosen": {"role": "assistant"}}, "without a text", "content"),
-    ("preference.type", {**P, "chosen": {**YES, "tool_calls": [1]}}, "calls a tool", "as text"),
-    (
-        "preference.type",
-        {**P, "chosen": {"role": "assistant", "content": None, "tool_calls": [1]}},
-        "calls a tool",
-        "as text",
-    ),
-    (
-        "preference.type",
-        {"input": [USER], "preferred_output": [YES], "non_preferred_output": [NO]},
-        '"input" must be an object',
-        '"messages"',
-    ),
-    ("preference.empty", {**P, "chosen": " \n"}, "assistant is empty", "remove the row"),
-    ("preference.empty", {**P, "prompt": ""}, "user is empty", "remove the row"),
-    ("preference.empty", {"prompt": "Hi", "completion": "", "rating": 1}, "empty", "remove"),
-    ("preference.empty", {"prompt": "Hi", "completion": "", "label": True}, "empty", "remove"),
-    ("preference.equal", {**P, "rejected": " Yes.\n"}, "are the same", "mend one"),
-    ("preference.equal", {**P, "chosen": "", "rejected": ""}, "are the same", "mend one"),
-    ("preference.no_beginning", {"chosen": "Yes.", "rejected": "No."}, "no prompt", "Add the"),
-    (
-        "preference.no_beginning",
-        {"chosen": [USER, YES], "rejected": [AGAIN, NO]},
-        "no common beginning",
-        "same messages",
-    ),
-    (
-        "preference.no_beginning",
-        {"prompt": "Hi", "chosen": [USER, YES], "rejected": "No."},
-        "no common beginning",
-        "Add the prompt",
-    ),
-    (
-        "preference.no_beginning",
-        {"prompt": "Ho", "chosen": [USER, YES], "rejected": [USER, NO]},
-        "not what both",
-        "Remove the prompt",
-    ),
-    ("preference.order", {**P, "prompt": [USER, YES]}, "ends with a turn", "beginning of both"),
-    ("preference.order", {**P, "prompt": [USER, AGAIN]}, "user, user, assistant", "take turns"),
-    ("preference.order", {**P, "rejected": [NO, AGAIN]}, "assistant, user", "take turns"),
-    ("preference.order", {**P, "prompt": [{**USER, "role": "x"}]}, 'role "x"', "Roles are"),
-    ("thumb.type", {**A, "thumb": "sideways"}, '"sideways"', "up"),
-    ("thumb.type", {**A, "thumb": 1}, "a number", "up"),
+EXAMPLES: list[tuple[str, dict[str, Any]]] = [
+    # rule, record
+    ("preference.missing", {"prompt": "Hi", "chosen": "Yes."}),
+    ("preference.missing", {"prompt": "Hi", "rejected": "No."}),
+    ("preference.missing", {"preferred_output": [YES]}),
+    ("preference.type", {**P, "chosen": 3}),
+    ("preference.type", {**P, "rejected": None}),
+    ("preference.type", {**P, "prompt": []}),
+    ("preference.type", {**P, "chosen": {"role": "assistant"}}),
+    ("preference.type", {**P, "chosen": {**YES, "tool_calls": [1]}}),
+    ("preference.type", {**P, "chosen": {"role": "assistant", "content": None, "tool_calls": [1]}}),
+    ("preference.type", {"input": [USER], "preferred_output": [YES], "non_preferred_output": [NO]}),
+    ("preference.empty", {**P, "chosen": " \n"}),
+    ("preference.empty", {**P, "prompt": ""}),
+    ("preference.empty", {"prompt": "Hi", "completion": "", "rating": 1}),
+    ("preference.empty", {"prompt": "Hi", "completion": "", "label": True}),
+    ("preference.equal", {**P, "rejected": " Yes.\n"}),
+    ("preference.equal", {**P, "chosen": "", "rejected": ""}),
+    ("preference.no_beginning", {"chosen": "Yes.", "rejected": "No."}),
+    ("preference.no_beginning", {"chosen": [USER, YES], "rejected": [AGAIN, NO]}),
+    ("preference.no_beginning", {"prompt": "Hi", "chosen": [USER, YES], "rejected": "No."}),
+    ("preference.no_beginning", {"prompt": "Ho", "chosen": [USER, YES], "rejected": [USER, NO]}),
+    ("preference.order", {**P, "prompt": [USER, YES]}),
+    ("preference.order", {**P, "prompt": [USER, AGAIN]}),
+    ("preference.order", {**P, "rejected": [NO, AGAIN]}),
+    ("preference.order", {**P, "prompt": [{**USER, "role": "x"}]}),
+    ("thumb.type", {**A, "thumb": "sideways"}),
+    ("thumb.type", {**A, "thumb": 1}),
 ]
 
 
-@pytest.mark.parametrize(("rule", "record", "message", "fix"), EXAMPLES)
-def test_each_rule(
-    rule: str, record: dict[str, Any], message: str, fix: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("rule", "record"), EXAMPLES)
+def test_each_rule(rule: str, record: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(tmp_path, record)
     (problem,) = caught.value.problems
     assert (problem.rule, problem.line) == (rule, 1)
-    assert message in problem.message and fix in problem.advice, problem
 
 
 def test_a_disliked_answer_may_be_empty(tmp_path: Path) -> None:
@@ -212,26 +184,23 @@ def test_ranked_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "rule", "message"),
+    ("record", "rule"),
     [
-        ({"ranked": ["a", "b"]}, "preference.missing", '"prompt" is missing'),
-        ({"prompt": "Hi", "ranked": "a"}, "preference.type", "is a string"),
-        ({"prompt": "Hi", "ranked": ["a"]}, "preference.type", "one answer or none"),
-        ({"prompt": "Hi", "ranked": ["a", 4]}, "preference.type", "a number"),
-        ({"prompt": "Hi", "ranked": ["a", "b", " a "]}, "preference.equal", "are the same"),
-        ({"prompt": "Hi", "ranked": ["", "a"]}, "preference.empty", "is empty"),
-        ({"prompt": "Hi", "ranked": [str(n) for n in range(65)]}, "preference.type",
-         "has 65 answers, and 64"),
-        ({"prompt": [USER, YES], "ranked": ["a", "b"]}, "preference.order", "ends with a turn"),
+        ({"ranked": ["a", "b"]}, "preference.missing"),
+        ({"prompt": "Hi", "ranked": "a"}, "preference.type"),
+        ({"prompt": "Hi", "ranked": ["a"]}, "preference.type"),
+        ({"prompt": "Hi", "ranked": ["a", 4]}, "preference.type"),
+        ({"prompt": "Hi", "ranked": ["a", "b", " a "]}, "preference.equal"),
+        ({"prompt": "Hi", "ranked": ["", "a"]}, "preference.empty"),
+        ({"prompt": "Hi", "ranked": [str(n) for n in range(65)]}, "preference.type"),
+        ({"prompt": [USER, YES], "ranked": ["a", "b"]}, "preference.order"),
     ],
 )  # fmt: skip
-def test_rankings_that_say_nothing(
-    record: dict[str, Any], rule: str, message: str, tmp_path: Path
-) -> None:
+def test_rankings_that_say_nothing(record: dict[str, Any], rule: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(tmp_path, record)
     (problem,) = caught.value.problems
-    assert problem.rule == rule and message in problem.message
+    assert problem.rule == rule
 
 
 def test_shapes_do_not_mix_in_a_file(tmp_path: Path) -> None:
@@ -292,8 +261,9 @@ def test_answers_that_cannot_be_compared(
 
 def test_thumbs_of_one_kind_teach_nothing(tmp_path: Path) -> None:
     rows = load(tmp_path, {**A, "label": False}, {**B, "label": False})
-    with pytest.raises(RowRefused, match=r"thumb\.one_kind.*have a thumb down"):
+    with pytest.raises(RowRefused) as refused:
         KTO().fit(rows, None)  # type: ignore[arg-type]
+    assert refused.value.rule == "thumb.one_kind"
 
 
 def test_every_rule_is_shown_by_an_example() -> None:

@@ -77,8 +77,9 @@ def test_each_line_of_a_text_file_is_a_prompt(tmp_path: Path) -> None:
         (1, "first\u2028still first"), (3, "second"),
     ]  # fmt: skip
     path.write_text("\n \n")
-    with pytest.raises(DataError, match=r"\[file\.empty\]"):
+    with pytest.raises(DataError) as refused:
         load_prompts(path)
+    assert refused.value.rule == "file.empty"
 
 
 def test_a_prompt_as_messages() -> None:
@@ -131,22 +132,21 @@ def test_what_models_read_is_taken_of_rows_of_any_kind(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "rule", "fix"),
+    ("row", "rule"),
     [
-        ({"question": "q", "n": 1}, "field.missing", "data.columns.text=COLUMN"),
-        ({"a": "q", "b": "r"}, "field.missing", "data.columns.text=COLUMN"),
-        ({"text": 5}, "field.type", "string"),
-        ({"text": " "}, "field.empty", "Write"),
-        ({"prompt": " ", "completion": "x"}, "field.empty", "Write"),
-        ({"tokens": []}, "tags.type", "tokens"),
-        ({"text": "a", "predicted": None}, "row.predicted", "Rename"),
+        ({"question": "q", "n": 1}, "field.missing"),
+        ({"a": "q", "b": "r"}, "field.missing"),
+        ({"text": 5}, "field.type"),
+        ({"text": " "}, "field.empty"),
+        ({"prompt": " ", "completion": "x"}, "field.empty"),
+        ({"tokens": []}, "tags.type"),
+        ({"text": "a", "predicted": None}, "row.predicted"),
     ],
 )
 def test_rows_that_nothing_can_be_read_of_are_named(
-    path: Path, row: dict[str, Any], rule: str, fix: str
+    path: Path, row: dict[str, Any], rule: str
 ) -> None:
     with pytest.raises(DataError) as refused:
         load_inputs(write(path, {"text": "fine"}, row), reserved="predicted")
     (problem,) = refused.value.problems
     assert (problem.line, problem.rule) == (2, rule)
-    assert fix in problem.advice

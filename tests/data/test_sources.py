@@ -68,30 +68,23 @@ def test_a_pattern_is_what_it_matches_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "rule", "said", "fix"),
+    ("found", "rule"),
     [
-        (["a.bin", "b.doc"], "file.directory", "only a.bin, b.doc", ".jsonl"),
-        ([], "file.directory", "no data file", "folder with images or sounds"),
-        (["a.bin", "b.png"], "file.directory", "1 .bin", "table"),
-        (["a.txt", "b.png"], "file.directory", "1 .txt", "table"),
-        (["README.md", ".x.jsonl"], "file.directory", "no data file", ".parquet"),
-        (["a.jsonl", "b.png", "c.doc"], "file.directory", "holds c.doc", "*.jsonl'"),
-        (["a.jsonl.gz", "b.xyz"], "file.directory", "b.xyz", "*.jsonl.gz'"),
-        (["a.jsonl", "b.txt"], "file.directory", "plain text: b.txt", "*.jsonl'"),
-        (["train.jsonl", "test.jsonl"], "file.directory", "test and train", "validation data"),
-        (
-            ["my-train-1.csv", "dev_x.csv"],
-            "file.directory",
-            "train and validation",
-            "validation data",
-        ),
+        (["a.bin", "b.doc"], "file.directory"),
+        ([], "file.directory"),
+        (["a.bin", "b.png"], "file.directory"),
+        (["a.txt", "b.png"], "file.directory"),
+        (["README.md", ".x.jsonl"], "file.directory"),
+        (["a.jsonl", "b.png", "c.doc"], "file.directory"),
+        (["a.jsonl.gz", "b.xyz"], "file.directory"),
+        (["a.jsonl", "b.txt"], "file.directory"),
+        (["train.jsonl", "test.jsonl"], "file.directory"),
+        (["my-train-1.csv", "dev_x.csv"], "file.directory"),
     ],
 )
-def test_a_folder_that_is_not_only_data(
-    tmp_path: Path, found: list[str], rule: str, said: str, fix: str
-) -> None:
+def test_a_folder_that_is_not_only_data(tmp_path: Path, found: list[str], rule: str) -> None:
     problem = refusal(make(tmp_path, *found))
-    assert (problem.rule, said in problem.message, fix in problem.advice) == (rule, True, True)
+    assert problem.rule == rule and problem.advice
 
 
 def test_names_that_only_look_like_splits(tmp_path: Path) -> None:

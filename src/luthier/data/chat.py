@@ -236,7 +236,10 @@ class ChatFormat:
             RecipeError: where it reads no images.
         """
         if not isinstance(self.media, ImageProcessor):
-            raise RecipeError("data.image_size is for a base model that reads images; leave it out")
+            raise RecipeError(
+                "data.image_size is for a base model that reads images; leave it out",
+                setting="data.image_size",
+            )
         return replace(self, media=self.media.with_size(size))
 
     def with_sounds(self, sampling_rate: int | None, max_seconds: float | None) -> ChatFormat:
@@ -248,18 +251,21 @@ class ChatFormat:
         if not isinstance(self.media, AudioProcessor):
             raise RecipeError(
                 "data.sampling_rate and data.max_seconds are for a base model that reads sounds; leave "
-                "them out"
+                "them out",
+                setting="data.max_seconds" if sampling_rate is None else "data.sampling_rate",
             )
         if isinstance(self.media, FeatureExtractor):
             if max_seconds and not self.media.length_is_free:
                 raise RecipeError(
                     "this base model was made for sounds of one sampling rate and length; leave "
-                    "data.sampling_rate and data.max_seconds out"
+                    "data.sampling_rate and data.max_seconds out",
+                    setting="data.max_seconds" if sampling_rate is None else "data.sampling_rate",
                 )
             if sampling_rate:
                 raise RecipeError(
                     f"this base model was made for sounds of {self.media.sampling_rate:,} samples a "
-                    "second, to which others are brought; leave data.sampling_rate out"
+                    "second, to which others are brought; leave data.sampling_rate out",
+                    setting="data.sampling_rate",
                 )
         rate = sampling_rate or self.media.sampling_rate
         seconds = max_seconds or self.media.max_seconds
@@ -340,8 +346,9 @@ class ChatFormat:
             return self
         if unread := sorted({*kwargs} - {*self.read_kwargs(kwargs)}):
             raise RecipeError(
-                f"the model's chat template reads no `{unread[0]}`; leave it out of "
-                "`data.chat_template_kwargs`, or use a model whose template has it"
+                f"the model's chat template has no option `{unread[0]}`.",
+                setting=f"data.chat_template_kwargs.{unread[0]}",
+                advice="Remove the option, or choose a model whose template has this option.",
             )
         head = template_defaults({name: each for name, each in kwargs.items() if name != DATE})
         tokenizer = copy.copy(self.tokenizer)
@@ -587,7 +594,8 @@ class ChatFormat:
             elif index == answers[-1]:
                 raise RecipeError(
                     "the chat template begins an answer in another way than it writes one, so the "
-                    "learned tokens cannot be told apart. Use single-turn rows or template=plain."
+                    "learned tokens cannot be told apart. Use single-turn rows or template=plain.",
+                    rule="template.rewrites",
                 )
             else:
                 places.append((done, done))
@@ -618,7 +626,10 @@ class ChatFormat:
     def end_id(self) -> int:
         """The token appended to texts and plain replies."""
         if not self.stop_ids:
-            raise RecipeError("this model's tokenizer names no end-of-text token (eos_token)")
+            raise RecipeError(
+                "this model's tokenizer has no end-of-text token (eos_token)",
+                rule="tokenizer.no_end_of_text",
+            )
         return self.stop_ids[0]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -787,7 +798,8 @@ class ChatFormat:
         raise RecipeError(
             "the chat template ends an assistant turn without a stop token, so the model could not "
             f"learn to stop. The stop tokens are: {names}. Add the token that ends a turn to "
-            "`eos_token_id` in generation_config.json, or name it as the tokenizer's `eos_token`"
+            "`eos_token_id` in generation_config.json, or name it as the tokenizer's `eos_token`",
+            rule="template.no_stop",
         )
 
     def render(
@@ -836,7 +848,8 @@ class ChatFormat:
                     self.render(others, reply=reply, tools=tools, kwargs=kwargs)
                     reason = f"{reason.rstrip('.')}. {SYSTEM_FIX}"
             raise RecipeError(
-                f"the model's chat template refuses this conversation: {reason}"
+                f"the model's chat template refuses this conversation: {reason}",
+                rule="template.refused",
             ) from error
         return text
 
@@ -886,7 +899,8 @@ def _check_template(tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         raise RecipeError(
             "this model's tokenizer has no chat template. Use template=plain, or a model that "
-            "was tuned on conversations."
+            "was tuned on conversations.",
+            rule="template.missing",
         )
 
 
@@ -904,7 +918,8 @@ def _check_single(messages: Sequence[Message]) -> None:
     if len(messages) != 2 or messages[1].role != "assistant":
         raise RecipeError(
             "the plain template holds one prompt and one completion; this row is a longer "
-            "conversation. Use template=chat with a model that has a chat template."
+            "conversation. Use template=chat with a model that has a chat template.",
+            rule="template.plain",
         )
 
 
@@ -912,6 +927,7 @@ def _plain_prompt(messages: Sequence[Message]) -> str:
     if len(messages) != 1:
         raise RecipeError(
             "this model was trained on plain text and has no chat template: it takes one prompt, "
-            "not a conversation"
+            "not a conversation",
+            rule="template.plain",
         )
     return messages[0].content

@@ -55,7 +55,8 @@ def format_of(target: Path) -> Format:
     if suffix[1:] in FORMATS:
         return suffix[1:]  # type: ignore[return-value]
     raise RecipeError(
-        f"{target} has no ending that tells the format; give one of --format {', '.join(FORMATS)}"
+        f"{target} has no ending that tells the format; give one of --format {', '.join(FORMATS)}",
+        setting="format",
     )
 
 
@@ -88,7 +89,7 @@ def convert(
     """
     if form not in TARGETS:
         hint = did_you_mean(form, TARGETS, f"there are {', '.join(TARGETS)}")
-        raise RecipeError(f"there is no form {form!r}; {hint}")
+        raise RecipeError(f"there is no form {form!r}; {hint}", setting="form", value=form)
     kind = format_ or format_of(target)
     check_target(target, (), [source], overwrite)
     work = _Conversion(source, target.parent, form, columns, drop_extra_keys, on_progress)

@@ -30,7 +30,8 @@ def split_rows(
         RecipeError: the shares leave nothing to train on.
     """
     if sum(shares) >= 1:
-        raise RecipeError(f"held-out shares of {sum(shares):g} in all leave nothing to train on")
+        text = f"held-out shares of {sum(shares):g} in all leave nothing to train on"
+        raise RecipeError(text, rule="split.empty")
     units = _Units(strata, groups_N, seed)
     for part, share in enumerate(shares, 1):
         if share > 0:

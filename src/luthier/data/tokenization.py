@@ -71,7 +71,8 @@ def panics_refused() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise RecipeError(
-            f"the model's tokenizer cannot take this text: {str(error)[:300]}"
+            f"the model's tokenizer cannot encode this text: {str(error)[:300]}",
+            rule="tokenizer.failed",
         ) from None
 
 

@@ -46,20 +46,22 @@ def check_target(
     """
     check_creatable(target)
     if target.is_dir():
-        raise RecipeError(f"{target} is a folder; name a file")
+        raise RecipeError(f"{target} is a folder; name a file", rule="target.folder")
     for source in sources:
         if Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
             raise RecipeError(
-                f"{target} would be read as a part of {source}; name a file elsewhere"
+                f"{target} would be read as a part of {source}; name a file elsewhere",
+                rule="target.inside_source",
             )
     read = {path.resolve() for source in sources for path in files_of(source)}
     for path in (target, *beside):
         if path.resolve() in read:
             raise RecipeError(
-                f"{path} is read from, and nothing is changed in place; name another file"
+                f"{path} is a source and would be overwritten; name another file",
+                rule="target.is_source",
             )
         if path.exists() and not replace:
-            raise RecipeError(f"{path} is there already; --overwrite replaces it")
+            raise RecipeError(f"{path} exists; --overwrite replaces the file", rule="target.exists")
 
 
 @contextmanager

@@ -117,7 +117,8 @@ def clean(
     held = dict(held or {})
     if plan.needs_held_out and not held:
         raise RecipeError(
-            "rows that leak are found beside held-out rows; name --validation or --test"
+            "rows that leak are found by comparison with held-out rows; name --validation or --test",
+            rule="clean.no_held_out",
         )
     kind = "text" if target.suffix.lower() in PLAIN_TEXT else format_of(target)
     beside = changes_path(target), summary_path(target)
@@ -220,10 +221,11 @@ class _Cleaning:
     ) -> None:
         """Refuse a source that is another than before, and a cleaning that leaves nothing."""
         if len(selection) not in (0, number):
-            raise LuthierError(f"{self.source} changed while it was read; nothing was written")
+            raise LuthierError(f"{self.source} changed during the cleaning", rule="source.changed")
         if not summary.rows_out:
             went = ", ".join(f"{rule} {count:,}" for rule, count in book.drops.items())
-            raise RecipeError(f"no row would be left of {self.source} ({went}); drop less")
+            text = f"no row would be left of {self.source} ({went}); drop less"
+            raise RecipeError(text, rule="clean.nothing_left")
 
     def _pass(self) -> EditPass:
         return EditPass(self.source, self.columns, self.context, self.on_progress)

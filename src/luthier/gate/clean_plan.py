@@ -56,7 +56,7 @@ class CleaningPlan(StrictModel):
             return CleaningPlan.model_validate(fields)
         except ValidationError as error:
             found = error.errors()
-        lines = []
+        lines, first = [], str(found[0]["loc"][0]) if found[0]["loc"] else None
         for item in found:
             # A field of two kinds is named once, without the kind that was tried.
             where = str(item["loc"][0]).replace("_", "-") if item["loc"] else ""
@@ -64,7 +64,7 @@ class CleaningPlan(StrictModel):
             if item["type"] == "extra_forbidden":
                 what = f"there is no such field; there are {', '.join(CleaningPlan.model_fields)}"
             lines.append(f"{where}: {what}" if where else what)
-        raise RecipeError("; ".join(dict.fromkeys(lines)))
+        raise RecipeError("; ".join(dict.fromkeys(lines)), rule="clean.plan", setting=first)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

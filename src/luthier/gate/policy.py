@@ -57,10 +57,14 @@ def read_policy(path: Path) -> GatePolicy:
     """The policy of a TOML file; :class:`RecipeError` for what it cannot say."""
     fields = read_toml(path, "a policy")
     if unknown := set(fields) - {"severity", "skip"}:
-        raise RecipeError(f"{path}: a policy has `severity` and `skip`, not {sorted(unknown)[0]!r}")
+        name = sorted(unknown)[0]
+        raise RecipeError(f"{path}: a policy has `severity` and `skip`, not {name!r}", setting=name)
     severity, skip = fields.get("severity", {}), fields.get("skip", [])
     if not isinstance(severity, dict) or not isinstance(skip, list):
-        raise RecipeError(f"{path}: `severity` is a table, and `skip` an array of names of checks")
+        wrong = "skip" if isinstance(severity, dict) else "severity"
+        raise RecipeError(
+            f"{path}: `severity` is a table, and `skip` an array of names of checks", setting=wrong
+        )
     return parse_policy(severity, map(str, skip))
 
 
@@ -69,17 +73,25 @@ def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> GateP
     chosen: dict[str, SeverityChoice] = {}
     for name, value in dotted_items(severity):
         if value not in CHOICES:
-            raise RecipeError(f"{name}: a severity is one of {', '.join(CHOICES)}, not {value!r}")
+            raise RecipeError(
+                f"{name}: a severity is one of {', '.join(CHOICES)}, not {value!r}",
+                setting=name,
+                value=value,
+            )
         rules = [rule for rule in rules_named(name) if rule.id not in _FIXED]
         if not rules:
             raise RecipeError(
-                f"{name}: such rows cannot be trained on, so the rule stays an error; mend them, or "
-                "remove them"
+                f"{name}: training fails on such rows, so the rule is always an error",
+                rule="policy.fixed",
+                setting=name,
+                advice="Fix the rows or remove them.",
             )
         chosen |= dict.fromkeys((rule.id for rule in rules), value)
     left = frozenset(skip)
     for name in sorted(left - set(CHECKS)):
-        raise RecipeError(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
+        raise RecipeError(
+            f"{name!r} is not a check. Choose from {', '.join(CHECKS)}", setting="skip", value=name
+        )
     return GatePolicy(chosen, left)
 
 
@@ -89,6 +101,8 @@ def parse_severity(text: str) -> dict[str, str]:
     if not equals:
         raise RecipeError(
             f"--severity takes RULE=off, note, warning or error, for example row.too_long=warning; "
-            f"got {text!r}"
+            f"got {text!r}",
+            setting="severity",
+            value=text,
         )
     return {name.strip(): value.strip()}

@@ -46,10 +46,12 @@ def split_file(
     if found != Container("jsonl"):
         raise RecipeError(
             f"{source} holds {found} and lines can only be copied from JSON Lines; `luthier convert "
-            f"{source} rows.jsonl` makes it"
+            f"{source} rows.jsonl` makes it",
+            rule="split.format",
         )
     if sum(shares.values()) >= 1:
-        raise RecipeError("the shares leave nothing to train on; they must sum to less than 1")
+        text = "the shares leave nothing to train on; they must sum to less than 1"
+        raise RecipeError(text, rule="split.empty")
     kin, strata, lines = RelatedRows(), Strata(), list[int]()
     rows = (row for row, _ in stream_rows(source, problems))
     while batch := list(islice(rows, BATCH)):

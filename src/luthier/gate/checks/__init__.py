@@ -98,7 +98,7 @@ def rules_named(name: str, also: Iterable[str] = ()) -> list[Rule]:
         found = [rules[name]] if name in rules else []
     if not found:
         hint = did_you_mean(name, [*rules, *also], "docs/reference.md lists them all")
-        raise RecipeError(f"there is no rule {name!r}; {hint}")
+        raise RecipeError(f"there is no rule {name!r}; {hint}", rule="policy.unknown", setting=name)
     return found
 
 
