@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from luthier.data.media import Media
-from luthier.media.processors import read_processor
+from luthier.data.inputs import Media, read_processor
 from luthier.models import nets
 from peer import SETTINGS, Clock
 

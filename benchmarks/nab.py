@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import luthier
-from luthier.data.media import LONGEST_WINDOW
+from luthier.data.inputs import LONGEST_WINDOW
 
 Scores = NDArray[np.float64]
 PROBATION = 0.15

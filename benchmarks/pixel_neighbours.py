@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.evaluation.retrieval import ClassRetrieval
 from luthier.media.processors import ImageProcessor
 

@@ -31,13 +31,14 @@ from torch.nn import functional as F
 import luthier
 from children import table
 from luthier.data.augmentation import Augmentation
+from luthier.data.inputs import Media, read_processor
 from luthier.data.loader import RowOrder
-from luthier.data.media import Media
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.optimizers import schedule_factor
 from luthier.library.models import find
-from luthier.media.processors import ImageProcessor, read_processor
+from luthier.media.augmentation import change_image
+from luthier.media.processors import ImageProcessor
 from luthier.models.heads import Head
 from luthier.models.load import load_model
 
@@ -93,7 +94,7 @@ class Changed(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        seen = self.augmentation.change_image(self.resized[index], self.random)
+        seen = change_image(self.augmentation, self.resized[index], self.random)
         values = (seen.astype(np.float32) / 255 - self.mean) / self.std
         return torch.from_numpy(values).permute(2, 0, 1), self.targets[index]
 

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from children import run, table
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.evaluation.linear import fit_logistic
+from luthier.media.decoding import read_samples
 from luthier.media.processors import AudioProcessor
 
 RATE = 8000
@@ -42,7 +43,7 @@ def read(data: Path) -> dict[str, bytes]:
 def features(data: bytes) -> np.ndarray:
     """The spectrogram ``[bins * FRAMES]`` of a whole word."""
     media = Media("audio", "word", data=data)
-    seconds = len(media.samples()[0]) / RATE
+    seconds = len(read_samples(media)[0]) / RATE
     values = AudioProcessor(RATE, seconds).array(media)[0]
     parts = np.array_split(values, FRAMES, axis=1)
     return np.concatenate([part.mean(1) if part.size else values[:, -1] for part in parts])

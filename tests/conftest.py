@@ -336,7 +336,8 @@ TROCR = {
 def make_image_family(name: str, folder: Path) -> None:
     """A tiny network for images of 9 x 7 (TrOCR's and CLIP's: 16 x 16, VGG's: 32 x 32), and how it
     reads them."""
-    from luthier.media.processors import ImageProcessor, save_processor
+    from luthier.data.inputs import save_processor
+    from luthier.media.processors import ImageProcessor
     from luthier.models.build import build_media
 
     if name == "stable_diffusion":

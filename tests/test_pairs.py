@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.conversations import Conversation, PromptCompletion, PromptOnly
 from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledAudio, LabelledImage

@@ -141,13 +141,11 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
         return self._loaded[name]
 
     def _check(self, name: str, part: Any) -> None:
-        own = None
-        if isinstance(part, type) and issubclass(part, self.kind):
-            own = getattr(part, "model_fields", {})["method"].default
-        elif isinstance(part, self.kind):
-            own = getattr(part, "id", None)
-        else:
+        if not (isinstance(part, type) and issubclass(part, self.kind)) and not isinstance(
+            part, self.kind
+        ):
             raise TypeError(f"{part!r} is no {self.kind.__module__}.{self.kind.__name__}")
+        own = _own_name(part)
         # Stored models and recipes find it again by the name it gives itself.
         if own != name:
             raise ValueError(f"the entry point is called {name!r}, and what it names {own!r}")
@@ -155,3 +153,10 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
 
 def _package(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _own_name(part: Any) -> object:
+    """Return the name that a class or an object gives itself, by the attribute of its kind."""
+    if "method" in getattr(part, "model_fields", {}):
+        return part.model_fields["method"].default
+    return next((getattr(part, key) for key in ("id", "name", "shape") if hasattr(part, key)), None)

@@ -16,7 +16,7 @@ from luthier.errors import Location
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from luthier.media.processors import MediaInput
+    from luthier.data.inputs import MediaInput
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]

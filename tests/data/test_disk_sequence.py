@@ -13,11 +13,11 @@ import pytest
 
 from luthier.data import disk_sequence as module
 from luthier.data.disk_sequence import concatenate, select, spool
-from luthier.data.media import Media
+from luthier.data.inputs import Media, MediaInput
 from luthier.data.shapes.media import BareImage
 from luthier.data.shapes.texts import RawText
 from luthier.errors import DiskFull
-from luthier.media.processors import ImageProcessor, MediaInput
+from luthier.media.processors import ImageProcessor
 from luthier.types import Example
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.data.media import Media
+from luthier.data.inputs import Media, read_processor
 from luthier.data.shapes.media import BareImage
 from luthier.data.shapes.texts import RawText
 from luthier.engine.train import train
@@ -22,7 +22,6 @@ from luthier.exports.onnx import ONNX_CONFIG, ONNX_FILE, README, export_onnx
 from luthier.files import hashes_of, read_json
 from luthier.inference.prediction import Predictor
 from luthier.library.models import StoredModel, custom_models, find
-from luthier.media.processors import read_processor
 from luthier.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("in_float32")

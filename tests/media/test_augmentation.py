@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from luthier.data.augmentation import Augmentation
-from luthier.data.media import Media
-from luthier.media.processors import ImageProcessor, MediaInput
+from luthier.data.inputs import Media, MediaInput
+from luthier.media.augmentation import change_image, change_sound, mask_spectrogram
+from luthier.media.processors import ImageProcessor
 from luthier.types import Example
 
 WORD_T = np.array([-1, 0, 1, 1, 2, 3, 3, 3, 4, -1])
@@ -102,7 +103,7 @@ OF_IMAGES: list[dict[str, float]] = [
 
 
 def view(seed: int, **settings: float) -> np.ndarray:
-    return Augmentation.model_validate(settings).change_image(PIXELS, np.random.default_rng(seed))
+    return change_image(Augmentation.model_validate(settings), PIXELS, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("settings", OF_IMAGES, ids=str)
@@ -128,8 +129,8 @@ def test_a_crop_cuts_no_more_than_it_may() -> None:
     slope = np.broadcast_to(np.linspace(0, 255, 100).astype(np.uint8)[None, :, None], (100, 100, 3))
     least = 1.0
     for seed in range(100):
-        part = Augmentation(crop=0.3).change_image(
-            np.ascontiguousarray(slope), np.random.default_rng(seed)
+        part = change_image(
+            Augmentation(crop=0.3), np.ascontiguousarray(slope), np.random.default_rng(seed)
         )
         assert part.shape == slope.shape
         least = min(least, (int(part.max()) - int(part.min())) / 255)
@@ -140,7 +141,7 @@ def test_a_crop_cuts_no_more_than_it_may() -> None:
 def test_grey_stays_grey_under_changes_of_colour() -> None:
     grey = np.full((8, 8, 3), 100, np.uint8)
     for seed in range(10):
-        made = Augmentation(colour=0.4).change_image(grey, np.random.default_rng(seed))
+        made = change_image(Augmentation(colour=0.4), grey, np.random.default_rng(seed))
         assert (made == made[..., :1]).all() and 30 < made.mean() < 200
 
 
@@ -148,7 +149,7 @@ def test_grey_stays_grey_under_changes_of_colour() -> None:
 def test_every_operation_of_randaugment_runs_at_both_ends(magnitude: int) -> None:
     settings = Augmentation(randaugment=10, magnitude=magnitude)
     for seed in range(30):
-        made = settings.change_image(PIXELS, np.random.default_rng(seed))
+        made = change_image(settings, PIXELS, np.random.default_rng(seed))
         assert made.shape == PIXELS.shape
 
 
@@ -156,7 +157,7 @@ def test_a_sound_is_moved_by_no_more_than_it_may() -> None:
     wanted = len(SOUND)
     moves = set()
     for seed in range(60):
-        made = Augmentation(shift=0.1).change_sound(SOUND, wanted, np.random.default_rng(seed))
+        made = change_sound(Augmentation(shift=0.1), SOUND, wanted, np.random.default_rng(seed))
         spare = len(made) - wanted
         middle = made[spare // 2 :][:wanted]  # what the processor reads
         best = int(np.argmax([np.dot(middle, np.roll(SOUND, by)) for by in range(-410, 411)])) - 410
@@ -168,7 +169,7 @@ def test_a_sound_is_moved_by_no_more_than_it_may() -> None:
 def test_a_sound_is_played_slower_or_faster_by_no_more_than_it_may() -> None:
     lengths = []
     for seed in range(40):
-        made = Augmentation(speed=0.2).change_sound(SOUND, 4000, np.random.default_rng(seed))
+        made = change_sound(Augmentation(speed=0.2), SOUND, 4000, np.random.default_rng(seed))
         pitch = int(np.argmax(np.abs(np.fft.rfft(made)))) / len(made)
         assert pitch == pytest.approx(len(SOUND) / len(made) / 9 / 2 / np.pi, rel=0.02)
         lengths.append(len(made) / len(SOUND))
@@ -178,18 +179,18 @@ def test_a_sound_is_played_slower_or_faster_by_no_more_than_it_may() -> None:
 def test_noise_is_as_strong_as_it_may_be_and_no_stronger() -> None:
     strengths = []
     for seed in range(60):
-        made = Augmentation(noise=0.1).change_sound(SOUND, 4000, np.random.default_rng(seed))
+        made = change_sound(Augmentation(noise=0.1), SOUND, 4000, np.random.default_rng(seed))
         strengths.append(float((made - SOUND).std() / SOUND.std()))
         assert made.dtype == np.float32
     assert max(strengths) < 0.105 and max(strengths) > 0.08 and min(strengths) < 0.02
     silent = np.zeros(100, np.float32)
-    assert not Augmentation(noise=0.1).change_sound(silent, 100, np.random.default_rng(0)).any()
+    assert not change_sound(Augmentation(noise=0.1), silent, 100, np.random.default_rng(0)).any()
 
 
 def test_masks_cover_bands_of_pitch_and_spans_of_time() -> None:
     covered = []
     for seed in range(60):
-        made = Augmentation(masks=1).mask_spectrogram(SPECTROGRAM, np.random.default_rng(seed))
+        made = mask_spectrogram(Augmentation(masks=1), SPECTROGRAM, np.random.default_rng(seed))
         bands, spans = (made == 0).all(1), (made == 0).all(0)
         assert bands.sum() <= 16 and spans.sum() <= 20
         same = ~((made == 0) & (bands[:, None] | spans[None, :]))

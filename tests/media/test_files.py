@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.rows import input_row, load_rows
 from luthier.data.shapes.media import BareAudio, BareImage, LabelledAudio, LabelledImage, MediaRow
 from luthier.data.shapes.texts import RawText
 from luthier.data.sources import files_of, hash_of
 from luthier.errors import DataError
+from luthier.media.decoding import read_pixels
 from luthier.types import Row
 
 
@@ -76,7 +77,7 @@ def test_the_folder_of_a_file_is_its_label(tmp_path: Path) -> None:
         "pets/dog/deep/er.png": "dog",
         "pets/à b/x.png": "à b",
     }
-    levels = {row.media.name: row.media.pixels()[0, 0, 0]
+    levels = {row.media.name: read_pixels(row.media)[0, 0, 0]
               for row in rows_of(folder) if isinstance(row, MediaRow)}  # fmt: skip
     assert levels["pets/cat/2.png"] == 0 and levels["pets/cat/1.PNG"] == 1
     assert [row.line for row in rows_of(folder)] == [1, 2, 3, 4]
@@ -165,7 +166,7 @@ def test_an_archive_is_read_as_a_folder_is(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", *names)
     assert labels_of(path) == {"a.zip/cat/1.png": "cat", "a.zip/dog/ü ö.png": "dog"}
     row = rows_of(path)[1]
-    assert isinstance(row, MediaRow) and row.media.pixels()[0, 0, 0] == 1
+    assert isinstance(row, MediaRow) and read_pixels(row.media)[0, 0, 0] == 1
     flat = rows_of(pack(tmp_path / "flat.zip", "1.png", "2.png"))
     assert [type(row) for row in flat] == [BareImage] * 2
 
@@ -211,7 +212,7 @@ def test_arrays_are_pictures(tmp_path: Path) -> None:
     np.savez(path, images=images, labels=np.array([7, 8, 7]))
     assert labels_of(path) == {"digits.npz[0]": "7", "digits.npz[1]": "8", "digits.npz[2]": "7"}
     row = rows_of(path)[1]
-    assert isinstance(row, MediaRow) and (row.media.pixels() == images[1][..., None]).all()
+    assert isinstance(row, MediaRow) and (read_pixels(row.media) == images[1][..., None]).all()
     np.savez_compressed(path, images=images.repeat(3).reshape(3, 5, 4, 3), labels=["a", "b", "é"])
     assert list(labels_of(path).values()) == ["a", "b", "é"]
     np.savez(path, images=images)
@@ -226,7 +227,7 @@ def test_arrays_of_any_number_type_are_scaled_by_type_or_by_the_range_of_the_fil
     images = np.array([[[0, 0, 0.2]], [[0, 0.4, 1]]])
     scaled = {"uint16": 65535, "int64": 255}.get(type_, 1) * images
     np.savez(tmp_path / "a.npz", images=scaled.astype(type_))
-    levels = [row.media.pixels()[0, :, 0].tolist() for row in rows_of(tmp_path / "a.npz")]  # type: ignore
+    levels = [read_pixels(row.media)[0, :, 0].tolist() for row in rows_of(tmp_path / "a.npz")]  # type: ignore
     assert levels == (
         [[0, 0, 255], [0, 255, 255]] if type_ == "bool" else [[0, 0, 51], [0, 102, 255]]
     )
@@ -332,7 +333,7 @@ def test_rows_hold_pictures_in_base64(tmp_path: Path) -> None:
     address = "data:image/png;base64," + base64.b64encode(png(7)).decode()
     path.write_text(json.dumps({"image": address, "label": "a"}) + "\n")
     (row,) = rows_of(path)
-    assert isinstance(row, LabelledImage) and row.media.pixels()[0, 0, 0] == 7
+    assert isinstance(row, LabelledImage) and read_pixels(row.media)[0, 0, 0] == 7
     for bad in ("data:image/png,plain", "data:image/png;base64,***", "data:"):
         path.write_text(json.dumps({"image": bad, "label": "a"}) + "\n")
         assert rules_of(path) == {"media.type"}
@@ -351,7 +352,7 @@ def test_tables_hold_bytes_as_hugging_face_writes_them(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": images, "label": ["a", "b", "c"]}), tmp_path / "rows.parquet")
     rows = rows_of(tmp_path / "rows.parquet")
     found = [row.media for row in rows if isinstance(row, LabelledImage)]
-    assert [int(each.pixels()[0, 0, 0]) for each in found] == [1, 2, 1]
+    assert [int(read_pixels(each)[0, 0, 0]) for each in found] == [1, 2, 1]
     assert found[0].name == "one.png" and found[2].path == str(tmp_path / "4.png")
     pq.write_table(pa.table({"audio": [b"RIFF"], "label": ["a"]}), tmp_path / "sounds.parquet")
     assert [type(row) for row in rows_of(tmp_path / "sounds.parquet")] == [LabelledAudio]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage
 from luthier.engine.train import train
 from luthier.errors import RecipeError

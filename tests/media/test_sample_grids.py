@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from luthier.data.chat import ChatFormat
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import CaptionedImage
 from luthier.engine.runs import GRIDS, METRICS
 from luthier.engine.train import train

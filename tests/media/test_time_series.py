@@ -8,19 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.data.media import LONGEST_WINDOW, Media
+from luthier.data.inputs import LONGEST_WINDOW, Media, read_processor, save_processor
 from luthier.data.rows import RowReader, load_inputs, load_rows
 from luthier.data.shapes.base import Shape
 from luthier.data.shapes.media import BareWindow
 from luthier.data.shapes.texts import RawText
 from luthier.errors import DataError
 from luthier.gate.row_keys import STRETCH, group_related
-from luthier.media.processors import (
-    LARGEST_DEVIATION,
-    WindowProcessor,
-    read_processor,
-    save_processor,
-)
+from luthier.media.processors import LARGEST_DEVIATION, WindowProcessor
 
 
 def write(folder: Path, lines: list[str], header: str = "timestamp,value") -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import CaptionedImage
 from luthier.evaluation.significance import values
 from luthier.media.transcription import (

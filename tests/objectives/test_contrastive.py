@@ -15,7 +15,7 @@ import torch
 
 import luthier
 from luthier.data.augmentation import Augmentation
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, LabelledImage
 from luthier.data.shapes.texts import TextPair
 from luthier.errors import RecipeError, RowRefused

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
-from luthier.data.media import PLURAL
+from luthier.data.inputs import PLURAL
 from luthier.data.shapes.texts import LabelledText
 from luthier.recipe import Recipe
 from luthier.workflows.advise.facts import _split_rows

@@ -133,10 +133,10 @@ def reconstruct(
     json_: Json = False,
 ) -> None:
     """Reconstruct images, or interpolate between images."""
+    from luthier.data.inputs import is_media
     from luthier.data.rows import input_row, load_inputs
     from luthier.files import write_bytes
     from luthier.library.models import check_active, find
-    from luthier.media.files import is_media
     from luthier.media.image_generation import ImageGenerator
     from luthier.media.image_grid import encode_png, grid
     from luthier.recipe import parse_columns

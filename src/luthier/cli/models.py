@@ -38,7 +38,7 @@ models_app.add(Command(export, show_export))
 @models_app.command("list")
 def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
     """List base models, custom models and interrupted runs."""
-    from luthier.data.media import PLURAL
+    from luthier.data.inputs import PLURAL
     from luthier.engine.runs import unfinished_runs
     from luthier.files import explain_unreadable_home
     from luthier.library.folders import is_base_here

@@ -166,7 +166,7 @@ def _print_written(
 
 def _holds_rows(text: str) -> bool:
     """Whether ``text`` is the path of something that holds more than one row."""
-    from luthier.media.files import is_media
+    from luthier.data.inputs import is_media
 
     try:
         path = Path(text)

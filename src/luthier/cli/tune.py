@@ -79,7 +79,7 @@ def tune(
 
 def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
-    from luthier.data.media import PLURAL
+    from luthier.data.inputs import PLURAL
     from luthier.engine.runs import GRIDS
     from luthier.library.models import find
     from luthier.media.objectives.generative import Generative

@@ -17,7 +17,7 @@ arXiv:1904.08779; its warping in time is left out).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -25,13 +25,9 @@ from luthier.validation import StrictModel
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
 
-    from luthier.data.media import MediaKind, Pixels
+    from luthier.data.inputs import MediaKind
     from luthier.types import Example
-
-SMALLEST_ASPECT = 3 / 4
-"""Of width and height of a random part, the other way round 4/3 (Szegedy et al. 2015)."""
 
 
 class Augmentation(StrictModel):
@@ -133,105 +129,3 @@ class Augmentation(StrictModel):
             weight_T=weight_T,
             word_T=example.word_T[kept],
         )
-
-    def change_image(self, pixels: Pixels, random: np.random.Generator) -> Pixels:
-        """Another view ``[H, W, 3]`` of an image of the same size."""
-        import numpy as np
-        from PIL import Image
-
-        image: Any = Image.fromarray(pixels)
-        if self.crop:
-            image = self._part(image, random)
-        if random.random() < self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.colour:
-            from PIL import ImageEnhance
-
-            for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-                factor = 1 + random.uniform(-self.colour, self.colour)
-                image = kind(image).enhance(factor)
-        for _ in range(self.randaugment):
-            image = _randaugment(image, self.magnitude / 30, random)
-        return np.asarray(image)
-
-    def _part(self, image: Any, random: np.random.Generator) -> Any:
-        """A random part of the image, brought to its size."""
-        import numpy as np
-        from PIL import Image
-
-        width, height = image.size
-        area = width * height * random.uniform(1 - self.crop, 1)
-        limits = np.log([SMALLEST_ASPECT, 1 / SMALLEST_ASPECT])
-        aspect = np.exp(random.uniform(*limits)) * width / height
-        wide = min(width, max(1, round(np.sqrt(area * aspect))))
-        high = min(height, max(1, round(np.sqrt(area / aspect))))
-        left, top = random.integers(width - wide + 1), random.integers(height - high + 1)
-        box = (left, top, left + wide, top + high)
-        return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-
-    def change_sound(
-        self, samples: NDArray[np.float32], wanted: int, random: np.random.Generator
-    ) -> NDArray[np.float32]:
-        """The sound ``[T]`` otherwise played; ``wanted`` samples of it are read."""
-        import numpy as np
-
-        if self.speed:
-            from luthier.media.processors import resample
-
-            steps = 1000  # of a rate that means nothing
-            rate = round(steps * random.uniform(1 - self.speed, 1 + self.speed))
-            samples = resample(samples, rate, steps)
-        if self.noise:
-            strength = random.uniform(0, self.noise) * float(samples.std())
-            noise = random.standard_normal(len(samples), dtype=np.float32)
-            samples = samples + np.float32(strength) * noise
-        if self.shift:
-            by = round(random.uniform(-self.shift, self.shift) * wanted)
-            # What is read is the middle: twice as much at one end moves it by so much.
-            samples = np.pad(samples, (max(0, 2 * by), max(0, -2 * by)))
-        return samples
-
-    def mask_spectrogram(
-        self, values: NDArray[np.float32], random: np.random.Generator
-    ) -> NDArray[np.float32]:
-        """``[bins, frames]`` with bands of pitch and spans of time at 0, the mean."""
-        values = values.copy()
-        for _ in range(self.masks):
-            for axis, most in ((0, 0.25), (1, 0.2)):
-                size = values.shape[axis]
-                width = int(random.integers(int(most * size) + 1))
-                start = int(random.integers(size - width + 1))
-                values.swapaxes(0, axis)[start : start + width] = 0
-        return values
-
-
-def _randaugment(image: Any, strength: float, random: np.random.Generator) -> Any:
-    """One of RandAugment's operations, at ``strength`` from 0 to 1, with either sign."""
-    from PIL import Image, ImageEnhance, ImageOps
-
-    width, height = image.size
-    signed = strength * (1 if random.random() < 0.5 else -1)
-    grey = (128, 128, 128)
-
-    def transform(*matrix: float) -> Any:
-        return image.transform(
-            image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=grey
-        )
-
-    operations = (
-        lambda: image,
-        lambda: ImageOps.autocontrast(image),
-        lambda: ImageOps.equalize(image),
-        lambda: image.rotate(30 * signed, Image.Resampling.BILINEAR, fillcolor=grey),
-        lambda: ImageOps.solarize(image, round(256 * (1 - strength))),
-        lambda: ImageOps.posterize(image, 8 - round(4 * strength)),
-        lambda: ImageEnhance.Color(image).enhance(1 + 0.9 * signed),
-        lambda: ImageEnhance.Contrast(image).enhance(1 + 0.9 * signed),
-        lambda: ImageEnhance.Brightness(image).enhance(1 + 0.9 * signed),
-        lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * signed),
-        lambda: transform(1, 0.3 * signed, 0, 0, 1, 0),
-        lambda: transform(1, 0, 0, 0.3 * signed, 1, 0),
-        lambda: transform(1, 0, 0.45 * signed * width, 0, 1, 0),
-        lambda: transform(1, 0, 0, 0, 1, 0.45 * signed * height),
-    )
-    return operations[int(random.integers(len(operations)))]()

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.media import PLURAL
+from luthier.data.inputs import PLURAL, MediaInput, Processor, is_media
 from luthier.data.parsing import quote
 from luthier.data.reasoning import (
     TAIL,
@@ -50,14 +50,6 @@ from luthier.data.tools import (
     uses_tools,
 )
 from luthier.errors import RecipeError, RowRefused
-from luthier.media.files import is_media
-from luthier.media.processors import (
-    AudioProcessor,
-    FeatureExtractor,
-    ImageProcessor,
-    MediaInput,
-    Processor,
-)
 from luthier.types import Example, IntArray, Message, Row, TemplateKwargs, Tool, map_texts
 
 Template = Literal["auto", "chat", "plain"]
@@ -229,48 +221,22 @@ class ChatFormat:
         assert self.media is not None
         return MediaInput(row.media, self.media, file=row.file, line=row.line)
 
-    def with_image_size(self, size: int) -> ChatFormat:
-        """The same for images of another size.
+    def with_media_settings(self, **settings: float | None) -> ChatFormat:
+        """Return a copy with other settings of the processor; ``None`` keeps a setting.
 
         Raises:
-            RecipeError: where it reads no images.
+            RecipeError: for a setting that the processor does not have.
         """
-        if not isinstance(self.media, ImageProcessor):
+        given = {name: value for name, value in settings.items() if value}
+        able = self.media.settings if self.media is not None else ()
+        if other := next((name for name in given if name not in able), None):
             raise RecipeError(
-                "data.image_size is for a base model that reads images; leave it out",
-                setting="data.image_size",
+                f"`data.{other}` does not apply to this base model. Remove the setting",
+                setting=f"data.{other}",
             )
-        return replace(self, media=self.media.with_size(size))
-
-    def with_sounds(self, sampling_rate: int | None, max_seconds: float | None) -> ChatFormat:
-        """The same for sounds of another sampling rate or length; ``None`` leaves one as it is.
-
-        Raises:
-            RecipeError: where it reads no sounds.
-        """
-        if not isinstance(self.media, AudioProcessor):
-            raise RecipeError(
-                "data.sampling_rate and data.max_seconds are for a base model that reads sounds; leave "
-                "them out",
-                setting="data.max_seconds" if sampling_rate is None else "data.sampling_rate",
-            )
-        if isinstance(self.media, FeatureExtractor):
-            if max_seconds and not self.media.length_is_free:
-                raise RecipeError(
-                    "this base model was made for sounds of one sampling rate and length; leave "
-                    "data.sampling_rate and data.max_seconds out",
-                    setting="data.max_seconds" if sampling_rate is None else "data.sampling_rate",
-                )
-            if sampling_rate:
-                raise RecipeError(
-                    f"this base model was made for sounds of {self.media.sampling_rate:,} samples a "
-                    "second, to which others are brought; leave data.sampling_rate out",
-                    setting="data.sampling_rate",
-                )
-        rate = sampling_rate or self.media.sampling_rate
-        seconds = max_seconds or self.media.max_seconds
-        media = replace(self.media, sampling_rate=rate, max_seconds=seconds)
-        return replace(self, media=media)
+        if self.media is None or not given:
+            return self
+        return replace(self, media=self.media.with_settings(**given))
 
     @staticmethod
     def reading(processor: Processor) -> ChatFormat:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from luthier.data.formats import KEYS
-from luthier.data.media import conversion_fix
+from luthier.data.inputs import conversion_fix, is_media
 from luthier.data.parsing import quote, read_line
 from luthier.errors import RowRefused
-from luthier.media.files import holds_media, is_media
+from luthier.files import names_below
 from luthier.media.time_series import is_series_header
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "text", "folder", "zip", "npz"]
@@ -93,7 +93,7 @@ def container_of(path: Path) -> Container:
         RowRefused: for what is no regular file, no text, or of no known kind.
         OSError: where it cannot be read.
     """
-    if path.is_dir() and holds_media(path):
+    if path.is_dir() and any(map(is_media, names_below(path))):
         return Container("folder")
     _refuse_irregular(path)
     convert = conversion_fix([path.name])

@@ -19,10 +19,9 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Any, TypeVar, overload
 
-from luthier.data.media import Media
+from luthier.data.inputs import Media, Processor
 from luthier.errors import LuthierError
 from luthier.files import disk_errors
-from luthier.media.processors import Processor
 from luthier.types import IntArray
 
 T = TypeVar("T")

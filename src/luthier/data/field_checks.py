@@ -20,13 +20,19 @@ from typing import ClassVar
 
 import numpy as np
 
-from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, MediaKind
+from luthier.data.inputs import (
+    LARGEST_VALUE,
+    LONGEST_WINDOW,
+    SINGULAR,
+    Media,
+    MediaKind,
+    object_name,
+)
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
 from luthier.data.turn_marks import read_marks
 from luthier.errors import Location, Problem, RowRefused
 from luthier.escaping import list_some, nearest_name
-from luthier.media.files import object_name
 from luthier.types import Message, Tool, ToolCall
 
 Turns = tuple[Message, ...]

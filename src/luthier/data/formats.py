@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.data.field_checks import ROLE_RENAMES, Names, Turns
-from luthier.data.media import media_kind
+from luthier.data.inputs import media_kind
 from luthier.data.parsing import Record
 from luthier.data.row_context import TOOL_KEYS, context_keys, is_blank
 from luthier.data.shapes import SHAPES

@@ -23,7 +23,7 @@ from luthier.data.field_checks import (
     rename_fix,
 )
 from luthier.data.formats import Form, extra_keys, forms_of
-from luthier.data.media import Media, media_kind
+from luthier.data.inputs import Media, media_kind
 from luthier.data.parsing import Record, quote
 from luthier.data.read import find_container, read_records, source_size
 from luthier.data.row_context import is_blank, join_context, parse_turns
@@ -38,10 +38,9 @@ from luthier.data.shapes.conversations import (
 from luthier.data.shapes.media import BARE_MEDIA, BareImage, CaptionedImage, MediaRow
 from luthier.data.shapes.preferences import JudgedAnswers, Preference
 from luthier.data.shapes.texts import RawText, TaggedWords, TextPair
-from luthier.data.sources import Source, files_of
+from luthier.data.sources import Source, files_of, media_below
 from luthier.errors import DataError, Location, Problem, RowRefused
 from luthier.escaping import list_some, nearest_name
-from luthier.media.files import media_below
 from luthier.types import Row
 
 Columns = Mapping[str, str]

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.containers import needs
+from luthier.data.inputs import is_media
 from luthier.data.sources import choose_data_files, files_of, source_refusal
 from luthier.errors import DataError
 from luthier.files import luthier_home, new_file, new_folder
-from luthier.media.files import is_media
 
 BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 """Names of buckets."""

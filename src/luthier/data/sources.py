@@ -1,7 +1,7 @@
 """What a path names: one function from a file, a folder, a pattern or an address to local files.
 
 A folder stands for the data files in it, at any depth, in the order of their names. Hidden files and
-known clutter are ignored (:func:`luthier.media.files.is_clutter`). A folder that holds
+known clutter are ignored (:func:`is_clutter`). A folder that holds
 other files too, rows beside plain text, or training beside test files, is refused with their names: a
 pattern says what is meant. Images and sounds beside rows are what the rows name; a folder of nothing
 else is one source (:mod:`luthier.media.files`).
@@ -11,21 +11,39 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from glob import glob, has_magic
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT, unpacked_name
-from luthier.data.media import conversion_fix
+from luthier.data.disk_sequence import spool
+from luthier.data.inputs import conversion_fix, is_media
 from luthier.errors import DataError, Location, Problem
 from luthier.escaping import list_some
 from luthier.files import names_below, sha256_of
-from luthier.media.files import SPLIT_NAME, are_splits, is_clutter, is_media, other_files_problem
 
 Source = str | Path
 
 _SHOWN = 8
+SPLIT_NAME = re.compile(
+    r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I
+)
+"""Names of files and folders that say what their rows are for."""
+_CLUTTER = re.compile(
+    r"""(?:^|/)(?:
+        \.(?!\.?/)                                # hidden, but not the parts "." and ".." of a path
+      | (?:__MACOSX|__pycache__|_delta_log|_temporary)/
+      | (?: thumbs\.db | desktop\.ini
+          | _success | _(?:common_)?metadata | _(?:started|committed)_\d+             # Spark
+          | dataset_infos?\.json | dataset_dict\.json | state\.json                  # Hugging Face
+          | (?:readme|licen[cs]e|notice|changelog|citation)
+            (?:\.[a-z]{2}|-[\w-]+)?(?:\.(?:md|txt|rst|html?|bib|cff))?
+        )$
+    )""",
+    re.I | re.X,
+)
 
 
 def files_of(source: Source) -> list[Path]:
@@ -185,3 +203,30 @@ def _pattern(where: str, example: str) -> str:
 def source_refusal(source: str, rule: str, message: str, fix: str) -> DataError:
     """The refusal of a source as a whole."""
     return DataError([Problem(rule, message, fix, Location(source))])
+
+
+def is_clutter(name: str) -> bool:
+    """Return whether the file at a relative path is ignored: hidden, or written by a known program."""
+    return _CLUTTER.search(name) is not None
+
+
+def other_files_problem(count: int, others: Sequence[str]) -> tuple[str, str]:
+    """Return message and fix for files that are neither image nor audio next to ``count`` that are."""
+    kinds = Counter(PurePosixPath(name.lower()).suffix or "no ending" for name in others)
+    counts = list_some((f"{times:,} {kind}" for kind, times in kinds.most_common()), _SHOWN)
+    message = (
+        f"Next to {count:,} images or sounds are other files ({counts}), which are not read: "
+        f"{list_some(others, _SHOWN)}."
+    )
+    fix = "Move such files away, or give a table of rows that name the images or sounds."
+    return message, f"{conversion_fix(others)} {fix}".strip()
+
+
+def are_splits(folders: Collection[str]) -> bool:
+    """Whether folders of images or sounds are splits, and not classes."""
+    return bool(folders) and all(SPLIT_NAME.fullmatch(name) for name in folders)
+
+
+def media_below(folder: Path) -> Sequence[str]:
+    """Return the names of all images and sounds below ``folder``, without clutter, in order."""
+    return spool(name for name in names_below(folder) if is_media(name) and not is_clutter(name))

@@ -15,8 +15,8 @@ import numpy as np
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.disk_sequence import concatenate, select, spool
+from luthier.data.inputs import PLURAL
 from luthier.data.loader import MixedSet
-from luthier.data.media import PLURAL
 from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader, load_rows
 from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow

@@ -12,8 +12,8 @@ from luthier import __version__
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
+from luthier.data.inputs import PLURAL, SINGULAR
 from luthier.data.loader import RowOrder
-from luthier.data.media import PLURAL, SINGULAR
 from luthier.data.template_kwargs import DATE
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset, prepare
@@ -225,10 +225,11 @@ def prepare_job(
         )
         reason = "the chat template prints a date; a server prints today's"
         reporter.settings([(f"data.chat_template_kwargs.{DATE}", chat.date, reason)])
-    if recipe.data.image_size:
-        chat = chat.with_image_size(recipe.data.image_size)
-    if recipe.data.sampling_rate or recipe.data.max_seconds:
-        chat = chat.with_sounds(recipe.data.sampling_rate, recipe.data.max_seconds)
+    chat = chat.with_media_settings(
+        image_size=recipe.data.image_size,
+        sampling_rate=recipe.data.sampling_rate,
+        max_seconds=recipe.data.max_seconds,
+    )
     recipe = with_reading_defaults(recipe, base, chat, reporter)
     check_vocabulary(chat, base.network.fields, base.id)
     context, room = base.network.context, base.room - recipe.adaptation.added_tokens

@@ -177,7 +177,6 @@ def preparation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = N
         return 0
     import torch
 
-    from luthier.media.networks.stable_diffusion import PIXELS_AT_ONCE
     from luthier.models.layouts import MOST_IMAGES
 
     shape = reads or input_shape(model.config)
@@ -196,8 +195,8 @@ def preparation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = N
     finally:
         for hook in hooks:
             hook.remove()
-    at_once = max(1, min(MOST_IMAGES, PIXELS_AT_ONCE // (shape[1] * shape[2])))
-    return MAPS_HELD * largest * at_once * bytes_per_number
+    at_once = max(1, min(MOST_IMAGES, model.pixels_at_once // (shape[1] * shape[2])))
+    return int(MAPS_HELD * largest * at_once * bytes_per_number)
 
 
 def disk_needed(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from luthier.data.media import PLURAL
+from luthier.data.inputs import PLURAL
 from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.job import TrainingJob, prepare_refit
 from luthier.engine.loop import row_gradients

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.chat import ChatFormat
-from luthier.data.media import PLURAL, MediaKind
+from luthier.data.inputs import PLURAL, MediaKind
 from luthier.data.rows import Columns, RowReader
 from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow

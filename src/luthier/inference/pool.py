@@ -37,7 +37,7 @@ from luthier.limits import ModelLimits
 from luthier.models.speculation import Speculation
 
 if TYPE_CHECKING:
-    from luthier.data.media import Media
+    from luthier.data.inputs import Media
     from luthier.inference.decoder import Decoder
     from luthier.inference.latency import LatencyTable
     from luthier.library.models import StoredModel

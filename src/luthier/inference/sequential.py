@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.data.chat import NoTokenizer
-from luthier.data.media import PLURAL, Media
-from luthier.data.shapes.media import BARE_MEDIA
+from luthier.data.inputs import PLURAL, Media
+from luthier.data.shapes.media import BARE_MEDIA, MediaRow
 from luthier.data.shapes.texts import RawText
 from luthier.engine.machine import release_workers
 from luthier.errors import RecipeError, RowRefused
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from luthier.library.models import StoredModel
     from luthier.media.image_generation import ImageGenerator, Reconstruction, SampledImage
     from luthier.models.network import Network
-    from luthier.types import Example, Row
+    from luthier.types import Example
 
 COPIED_AT_ONCE = 8
 """Images that go through an autoencoder in one turn: large ones take longer to decode than that."""
@@ -248,7 +248,7 @@ class SerialModel:
             raise InferenceRefused(
                 f"This model {self.purpose}, and gives none back. A vae does.", "model"
             )
-        rows: list[Row] = []
+        rows: list[MediaRow] = []
         for index, each in enumerate(images):
             try:
                 rows.append(self._media_row(each, index))
@@ -261,7 +261,7 @@ class SerialModel:
                 try:
                     found += generator.reconstruct(part)
                 except RowRefused as refused:
-                    raise _undecodable(part, refused) from refused
+                    raise self._undecodable(part, refused) from refused
         return found
 
     def sample(
@@ -331,7 +331,7 @@ class SerialModel:
             raise limit.too_long()
         return example
 
-    def _media_row(self, given: Media, index: int) -> Row:
+    def _media_row(self, given: Media, index: int) -> MediaRow:
         if given.kind != self._chat.reads:
             raise InferenceRefused(
                 f"This model {self.purpose}, and no {PLURAL[given.kind]}.", "input"
@@ -339,6 +339,16 @@ class SerialModel:
         most = {"image": self._limits.image_pixels, "audio": self._limits.sound_samples}
         media = replace(given, most=most.get(given.kind))
         return BARE_MEDIA[given.kind]("", index + 1, media)
+
+    def _undecodable(self, part: Sequence[MediaRow], refused: RowRefused) -> InferenceRefused:
+        """Return the refusal of the row of ``part`` that cannot be decoded."""
+        for row in part:
+            media = self._chat.media_input(row)
+            try:
+                media.array()
+            except RowRefused as bad:
+                return _refusal_of(row.line - 1, media.media, bad.problem.message)
+        return InferenceRefused(refused.problem.message, "inputs")
 
     def _read(self, examples: Sequence[Example], work: Work) -> list[dict[str, Any]]:
         """Answers to ``examples``; whoever has its turn reads those of others who wait as well."""
@@ -416,18 +426,6 @@ def _failure_of(work: Work) -> InferenceFailed:
 
 def _unloaded_failure() -> InferenceFailed:
     return InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
-
-
-def _undecodable(part: Sequence[Row], refused: RowRefused) -> InferenceRefused:
-    """What is told of the one of ``part`` that a reader ``refused``: it is read again to know
-    which."""
-    for row in part:
-        media: Media = row.media  # type: ignore[attr-defined]
-        try:
-            media.pixels() if media.kind == "image" else media.samples()
-        except RowRefused as bad:
-            return _refusal_of(row.line - 1, media, bad.problem.message)
-    return InferenceRefused(refused.problem.message, "inputs")
 
 
 def _refusal_of(index: int, given: ModelInput, message: str) -> InferenceRefused:

@@ -50,6 +50,7 @@ from luthier.models.base_kinds import base_kind
 from luthier.models.catalog import CATALOG, CatalogEntry, download_from_hub, pull
 from luthier.models.external import ADAPTER_CONFIG, CONFIG, check_lone_weights
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat, created_now
+from luthier.models.nets import convert_weights
 from luthier.models.pipelines import is_pipeline
 from luthier.plugins import Component, PluginTable
 
@@ -255,14 +256,12 @@ def _from_file(path: Path) -> StoredModel:
     name = f"{short_name(path.stem)}-{digest[:8]}"
     folder = base_folder(name)
     if not (folder / MANIFEST).is_file():
-        from luthier.media.networks.vgg import write_folder
-
         need_disk(folder, path.stat().st_size, f"copying {path}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with lock(folder.parent / f".{name}.lock", wait=True):
             if not (folder / MANIFEST).is_file():
                 with new_folder(folder) as fresh:
-                    write_folder(path, fresh)
+                    convert_weights(path, fresh)
                     Manifest(
                         id=name,
                         kind="image_encoder",
@@ -690,7 +689,7 @@ def _is_format_of(chat: ChatFormat, model: StoredModel) -> bool:
 
 def _read_format(model: StoredModel) -> ChatFormat:
     from luthier.data.chat import ChatFormat
-    from luthier.media.processors import read_processor
+    from luthier.data.inputs import read_processor
     from luthier.models.tokenizer import is_causal, load_chat_format, load_tokenizer
 
     stored = model.manifest.format

@@ -15,5 +15,36 @@ ENTRY_POINTS = {
         "sample_pictures": "luthier.media.training_steps:SamplePictures",
         "generative_verdict": "luthier.media.training_steps:GenerativeVerdict",
     },
+    "luthier.base_models": {
+        "efficientnet-lite0": "luthier.media.catalog:EFFICIENTNET_LITE0",
+        "small-cnn": "luthier.media.catalog:SMALL_CNN",
+        "small-audio-cnn": "luthier.media.catalog:SMALL_AUDIO_CNN",
+        "small-dcgan": "luthier.media.catalog:SMALL_DCGAN",
+        "small-unet": "luthier.media.catalog:SMALL_UNET",
+        "small-vae": "luthier.media.catalog:SMALL_VAE",
+        "small-window-vae": "luthier.media.catalog:SMALL_WINDOW_VAE",
+        "small-ocr": "luthier.media.catalog:SMALL_OCR",
+    },
+    "luthier.networks": {
+        "line_encoder": "luthier.media.networks.line_encoder",
+        "efficientnet_lite": "luthier.media.networks.efficientnet_lite",
+        "small_cnn": "luthier.media.networks.small_cnn",
+        "dcgan": "luthier.media.networks.dcgan",
+        "unet": "luthier.media.networks.unet",
+        "vae": "luthier.media.networks.vae",
+        "vgg": "luthier.media.networks.vgg",
+        "stable_diffusion": "luthier.media.networks.stable_diffusion",
+    },
+    "luthier.weight_files": {"vgg": "luthier.media.networks.vgg:write_folder"},
+    "luthier.checks": {
+        "media": "luthier.media.checks.media_files:MediaFiles",
+        "time_series": "luthier.media.checks.time_series:TimeSeries",
+    },
+    "luthier.processors": {
+        "image": "luthier.media.processors:ImageProcessor",
+        "feature_extractor": "luthier.media.processors:FeatureExtractor",
+        "audio": "luthier.media.processors:AudioProcessor",
+        "window": "luthier.media.processors:WindowProcessor",
+    },
 }
 """Parts of this package by group and name, each as ``module:class``."""

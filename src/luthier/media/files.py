@@ -10,121 +10,33 @@ the names.
 
 from __future__ import annotations
 
-import hashlib
 import lzma
 import os
-import re
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 
-from luthier.data.disk_sequence import spool
-from luthier.data.media import (
+from luthier.data.inputs import (
     MEDIA_ENDINGS,
     Media,
     MediaKind,
     conversion_fix,
+    is_media,
     media_kind,
-    scale_pixels,
-    white_of,
 )
 from luthier.data.parsing import Record, quote
+from luthier.data.sources import are_splits, is_clutter, media_below, other_files_problem
 from luthier.errors import RowRefused
 from luthier.escaping import list_some
-from luthier.files import names_below
+from luthier.media.decoding import scale_pixels, white_of
 
-SPLIT_NAME = re.compile(
-    r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I
-)
-"""Names of files and folders that say what their rows are for."""
-_CLUTTER = re.compile(
-    r"""(?:^|/)(?:
-        \.(?!\.?/)                                # hidden, but not the parts "." and ".." of a path
-      | (?:__MACOSX|__pycache__|_delta_log|_temporary)/
-      | (?: thumbs\.db | desktop\.ini
-          | _success | _(?:common_)?metadata | _(?:started|committed)_\d+             # Spark
-          | dataset_infos?\.json | dataset_dict\.json | state\.json                  # Hugging Face
-          | (?:readme|licen[cs]e|notice|changelog|citation)
-            (?:\.[a-z]{2}|-[\w-]+)?(?:\.(?:md|txt|rst|html?|bib|cff))?
-        )$
-    )""",
-    re.I | re.X,
-)
 _SHOWN = 8
 """Names of files in a message."""
 _COLOURS = ((), (1,), (3,))
-
-OBJECTS = "objects"
-"""Folder beside rows with copies of what they name by ``s3://`` addresses."""
-REFERENCES = ("image", "audio", "image-ref", "file_name", "path")
-"""Keys under which rows name an image or a sound, in our own shapes and in forms of others."""
-
-
-def object_name(address: str) -> str:
-    """Path of the copy of an object, as seen from the folder of the rows that name it.
-
-    Keys are no paths: it is called after the hash of the address, so that none leads elsewhere.
-    """
-    ending = PurePosixPath(address).suffix.lower()
-    digest = hashlib.sha256(address.encode()).hexdigest()[:32]
-    return f"{OBJECTS}/{digest}{ending if ending in MEDIA_ENDINGS else ''}"
-
-
-def media_references(record: Record, keys: Iterable[str] = REFERENCES) -> list[str]:
-    """Paths and addresses of images and sounds that a record names; what it holds itself is none."""
-    found = []
-    for key in keys:
-        value = record.get(key)
-        if isinstance(value, dict):
-            value = None if value.get("bytes") else value.get("path")
-        if key == "path" and not is_media(str(value)):
-            continue  # of a text, which is no more than said to come from there
-        if isinstance(value, str) and value.strip() and not value.startswith("data:"):
-            found.append(value)
-    return found
-
-
-def is_media(name: str) -> bool:
-    """Whether a file is an image or a sound, by its ending."""
-    return media_kind(name) is not None
-
-
-def is_clutter(name: str) -> bool:
-    """Return whether the file at a relative path is ignored: hidden, or written by a known program."""
-    return _CLUTTER.search(name) is not None
-
-
-def other_files_problem(count: int, others: Sequence[str]) -> tuple[str, str]:
-    """Return message and fix for files that are neither image nor audio next to ``count`` that are."""
-    kinds = Counter(PurePosixPath(name.lower()).suffix or "no ending" for name in others)
-    counts = list_some((f"{times:,} {kind}" for kind, times in kinds.most_common()), _SHOWN)
-    message = (
-        f"Next to {count:,} images or sounds are other files ({counts}), which are not read: "
-        f"{list_some(others, _SHOWN)}."
-    )
-    fix = "Move such files away, or give a table of rows that name the images or sounds."
-    return message, f"{conversion_fix(others)} {fix}".strip()
-
-
-def are_splits(folders: Collection[str]) -> bool:
-    """Whether folders of images or sounds are splits, and not classes."""
-    return bool(folders) and all(SPLIT_NAME.fullmatch(name) for name in folders)
-
-
-def holds_media(folder: Path) -> bool:
-    """Whether there is an image or a sound below ``folder``."""
-    return any(map(is_media, names_below(folder)))
-
-
-def media_below(folder: Path) -> Sequence[str]:
-    """Return the names of all images and sounds below ``folder``, without clutter, in order."""
-    return spool(name for name in names_below(folder) if is_media(name) and not is_clutter(name))
-
 
 OnRecord = Callable[[int, int], None]
 """Given the number of each record before it comes, and how many there are."""

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.data.media import Pixels
     from luthier.library.models import StoredModel
+    from luthier.media.decoding import Pixels
     from luthier.models.network import Network, TreeBatch
     from luthier.objectives import Objective
     from luthier.types import Row

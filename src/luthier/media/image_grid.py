@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from luthier.data.media import Pixels
+    from luthier.media.decoding import Pixels
 
 GAP = 2
 """Pixels between the images of a grid."""

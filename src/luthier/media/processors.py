@@ -16,25 +16,22 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from luthier.data.media import LONGEST_WINDOW, MOST_SECONDS, MediaKind
-from luthier.errors import CorruptFile, Location, RowRefused, UnknownModel
-from luthier.files import read_json, write_json
-from luthier.validation import describe_constraint
+from luthier.data.inputs import LONGEST_WINDOW, Media, MediaKind, Processor
+from luthier.errors import UnknownModel
+from luthier.media.augmentation import change_image, change_sound, mask_spectrogram, resample
+from luthier.media.decoding import MOST_SECONDS, read_pixels, read_samples
 
 if TYPE_CHECKING:
     from luthier.data.augmentation import Augmentation
-    from luthier.data.media import Media, Pixels
-
-PREPROCESSOR_CONFIG = "preprocessor_config.json"
+    from luthier.media.decoding import Pixels
 
 _RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3, "lanczos": 1}
 """Pillow's numbers, which ``preprocessor_config.json`` has."""
@@ -53,8 +50,11 @@ SamplingRate = Annotated[int, Field(ge=100, le=1_000_000)]
 
 
 @dataclass(frozen=True)
-class ImageProcessor:
+class ImageProcessor(Processor):
     """Pixels ``[H, W, 3]`` of any size to ``[3, height, width]``."""
+
+    name: ClassVar[str] = "image"
+    kind: ClassVar[MediaKind] = "image"
 
     height: Side
     width: Side
@@ -65,23 +65,32 @@ class ImageProcessor:
     """Size the shorter side is brought to before the middle is cut out; 0 to resize the whole."""
     pad: bool = False
     """Keep the proportions, and fill the right and the bottom with white: lines differ in length."""
-    kind: MediaKind = "image"
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of what the network reads."""
         return (3, self.height, self.width)
 
-    def with_size(self, size: int) -> ImageProcessor:
-        """The same for square images of another size."""
-        edge = round(self.shortest_edge * size / max(1, self.height)) if self.shortest_edge else 0
-        return dataclasses.replace(self, height=size, width=size, shortest_edge=edge)
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The size of square images."""
+        return ("image_size",)
+
+    def with_settings(self, *, image_size: int) -> ImageProcessor:  # type: ignore[override]
+        """Return the processor of square images of another size."""
+        edge = round(self.shortest_edge * image_size / max(1, self.height))
+        return dataclasses.replace(self, height=image_size, width=image_size, shortest_edge=edge)
+
+    @staticmethod
+    def for_shape(shape: tuple[int, int, int]) -> ImageProcessor:
+        """Return a processor with the usual settings."""
+        return ImageProcessor(*shape[1:])
 
     def resize(self, media: Media) -> Pixels:
         """The image ``[height, width, 3]``, its colours as they are."""
         from PIL import Image
 
-        image = Image.fromarray(media.pixels())
+        image = Image.fromarray(read_pixels(media))
         method = Image.Resampling(_RESAMPLE[self.resample])
         if self.pad:
             scale = min(self.width / image.width, self.height / image.height)
@@ -103,7 +112,7 @@ class ImageProcessor:
         """What the network reads, ``[3, height, width]``; changed at random with ``augmentation``."""
         pixels = RESIZED.resize(self, media)
         if augmentation is not None:
-            pixels = augmentation.change_image(pixels, np.random.default_rng(seed))
+            pixels = change_image(augmentation, pixels, np.random.default_rng(seed))
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         values: NDArray[np.float32] = (pixels.astype(np.float32) / np.float32(255) - mean) / std
         return np.ascontiguousarray(values.transpose(2, 0, 1))
@@ -136,8 +145,10 @@ class ImageProcessor:
         return fields
 
     @staticmethod
-    def of(fields: Mapping[str, Any]) -> ImageProcessor:
-        """From the contents of a published ``preprocessor_config.json``."""
+    def parse(fields: Mapping[str, Any]) -> ImageProcessor | None:
+        """Return the image processor of a published ``preprocessor_config.json``."""
+        if "image_processor_type" not in fields and "image_mean" not in fields:
+            return None
         crops, share = fields.get("do_center_crop", False), fields.get("crop_pct")
         size, crop = fields.get("size", 224), _sides(fields.get("crop_size", 0) if crops else 0)
         kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "")
@@ -248,11 +259,14 @@ MOST_NUMBERS = 1 << 28
 
 
 @dataclass(frozen=True)
-class AudioProcessor:
+class AudioProcessor(Processor):
     """A sound to the logarithm of its mel spectrogram, ``[1, num_mel_bins, frames]``.
 
     Each spectrogram is shifted and scaled to mean 0 and deviation 1, so loudness does not matter.
     """
+
+    name: ClassVar[str] = "audio"
+    kind: ClassVar[MediaKind] = "audio"
 
     sampling_rate: SamplingRate = 16_000
     max_seconds: Annotated[float, Field(gt=0, le=MOST_SECONDS)] = 1.0
@@ -262,7 +276,6 @@ class AudioProcessor:
     hop_ms: Milliseconds = 10.0
     top_db: Positive = 80.0
     """How far below its greatest power a spectrogram ends, as in Whisper (Radford et al. 2022)."""
-    kind: MediaKind = "audio"
 
     def __post_init__(self) -> None:
         samples = self.max_seconds * self.sampling_rate
@@ -272,6 +285,20 @@ class AudioProcessor:
                 f"a sound would be read as {numbers:,.0f} numbers, and {MOST_NUMBERS:,} are the most: "
                 "read fewer seconds of it, or fewer frames a second"
             )
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Sampling rate and length."""
+        return ("sampling_rate", "max_seconds")
+
+    def with_settings(self, **settings: float) -> AudioProcessor:
+        """Return the processor of audio of another sampling rate or length."""
+        return dataclasses.replace(self, **settings)  # type: ignore[arg-type]
+
+    @staticmethod
+    def for_shape(shape: tuple[int, int, int]) -> AudioProcessor:
+        """Return a processor with the usual settings, whatever the shape."""
+        return AudioProcessor()
 
     @property
     def frames(self) -> int:
@@ -300,19 +327,19 @@ class AudioProcessor:
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
         """What the network reads, ``[1, num_mel_bins, frames]``; random with ``augmentation``."""
-        samples, rate = media.samples()
+        samples, rate = read_samples(media)
         samples = resample(samples, rate, self.sampling_rate)
         random = np.random.default_rng(seed)
         wanted = self._samples
         if augmentation is not None:
-            samples = augmentation.change_sound(samples, wanted, random)
+            samples = change_sound(augmentation, samples, wanted, random)
         spare = len(samples) - wanted
         if spare > 0:
             samples = samples[spare // 2 : spare // 2 + wanted]
         samples = np.pad(samples, (max(0, -spare) // 2, max(0, -spare) - max(0, -spare) // 2))
         spectrogram = self._spectrogram(samples)
         if augmentation is not None:
-            spectrogram = augmentation.mask_spectrogram(spectrogram, random)
+            spectrogram = mask_spectrogram(augmentation, spectrogram, random)
         return spectrogram[None]
 
     def _spectrogram(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -330,6 +357,14 @@ class AudioProcessor:
         least = float(mel.max()) * 10 ** (-self.top_db / 10)
         log = np.log(np.maximum(mel, max(least, 1e-10)))
         return np.asarray((log - log.mean()) / (log.std() + 1e-5), dtype=np.float32)
+
+    @staticmethod
+    def parse(fields: Mapping[str, Any]) -> AudioProcessor | None:
+        """Return the processor that :meth:`fields` describes."""
+        if fields.get("feature_extractor_type") != "LogMelSpectrogram":
+            return None
+        names = ("sampling_rate", "max_seconds", "num_mel_bins", "window_ms", "hop_ms", "top_db")
+        return AudioProcessor(**{name: fields[name] for name in names})
 
     def fields(self) -> dict[str, Any]:
         """Contents of ``preprocessor_config.json``: a form of luthier's own."""
@@ -352,6 +387,8 @@ class FeatureExtractor(AudioProcessor):
     Without the package torchaudio, AST's spectrogram is transformers' own in numpy.
     """
 
+    name: ClassVar[str] = "feature_extractor"
+
     published: tuple[tuple[str, Any], ...] = ()
     """Contents of the published ``preprocessor_config.json``."""
 
@@ -367,19 +404,19 @@ class FeatureExtractor(AudioProcessor):
         return ("feature_extractor_type", "ASTFeatureExtractor") in self.published
 
     @property
-    def length_is_free(self) -> bool:
-        """Whether the network reads sounds of any length: AST has positions."""
-        return not self._makes_spectrogram
+    def settings(self) -> tuple[str, ...]:
+        """The length, except of AST, whose network has a position for each frame."""
+        return () if self._makes_spectrogram else ("max_seconds",)
 
     def array(
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
         """What the network reads; random with ``augmentation``."""
-        samples, rate = media.samples()
+        samples, rate = read_samples(media)
         samples = resample(samples, rate, self.sampling_rate)[: self._samples]
         random, count = np.random.default_rng(seed), len(samples)
         if augmentation is not None:
-            samples = augmentation.change_sound(samples, count, random)
+            samples = change_sound(augmentation, samples, count, random)
             spare = max(0, len(samples) - count) // 2
             samples = samples[spare : spare + count]
         extractor = _extractor(self.published)
@@ -397,7 +434,7 @@ class FeatureExtractor(AudioProcessor):
         values = extractor(samples, sampling_rate=self.sampling_rate, return_tensors="np")
         spectrogram = np.asarray(values["input_values"][0], dtype=np.float32)
         if augmentation is not None:
-            spectrogram = augmentation.mask_spectrogram(spectrogram.T, random).T
+            spectrogram = mask_spectrogram(augmentation, spectrogram.T, random).T
         return np.ascontiguousarray(spectrogram[None])
 
     def fields(self) -> dict[str, Any]:
@@ -405,8 +442,10 @@ class FeatureExtractor(AudioProcessor):
         return {**dict(self.published), "max_seconds": self.max_seconds}
 
     @staticmethod
-    def of(fields: Mapping[str, Any]) -> FeatureExtractor:
-        """From the contents of a published ``preprocessor_config.json``."""
+    def parse(fields: Mapping[str, Any]) -> FeatureExtractor | None:
+        """Return the feature extractor of a published ``preprocessor_config.json``."""
+        if fields.get("feature_extractor_type") not in FEATURE_EXTRACTORS:
+            return None
         rate = int(fields.get("sampling_rate", 16_000))
         seconds = float(fields.get("max_seconds", 1.0))
         published = {name: value for name, value in fields.items() if name != "max_seconds"}
@@ -457,30 +496,22 @@ def _mel_filters(size: int, bins: int, rate: int) -> NDArray[np.float64]:
     return found
 
 
-def resample(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:
-    """The sound ``[T]`` at another sampling rate, through its Fourier transform: no aliases."""
-    if rate == wanted or not len(samples):
-        return samples
-    count = max(1, round(len(samples) * wanted / rate))
-    spectrum = np.fft.rfft(samples)[: count // 2 + 1]
-    spectrum = np.pad(spectrum, (0, count // 2 + 1 - len(spectrum)))
-    return (np.fft.irfft(spectrum, count) * (count / len(samples))).astype(np.float32)
-
-
 LARGEST_DEVIATION = 10.0
 """Deviations from the mean that a value of a window may have: one far outlier else says all."""
 
 
 @dataclass(frozen=True)
-class WindowProcessor:
+class WindowProcessor(Processor):
     """The latest values of a time series, ``[1, 1, length]``.
 
     They are shifted and scaled by the mean and deviation of the values before the last, so that a
     series may drift. Where these hardly vary, a tenth of the deviation of all known values is added.
     """
 
+    name: ClassVar[str] = "window"
+    kind: ClassVar[MediaKind] = "window"
+
     length: Annotated[int, Field(ge=2, le=LONGEST_WINDOW)] = 48
-    kind: MediaKind = "window"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -500,94 +531,26 @@ class WindowProcessor:
         scaled = ((window - window[:-1].mean()) / scale).clip(-LARGEST_DEVIATION, LARGEST_DEVIATION)
         return np.asarray(scaled[None, None], dtype=np.float32)
 
-    def fills(self, media: Media) -> bool:
-        """Whether there are so many values."""
+    def with_settings(self, **settings: Any) -> WindowProcessor:
+        """Return this processor, which has no settings."""
+        return self
+
+    @staticmethod
+    def for_shape(shape: tuple[int, int, int]) -> WindowProcessor:
+        """Return a processor of windows of as many values as the last axis of ``shape``."""
+        return WindowProcessor(shape[-1])
+
+    def is_whole(self, media: Media) -> bool:
+        """Return whether the series has as many values before and at this one as a window."""
         return len(media.values()) >= self.length
+
+    @staticmethod
+    def parse(fields: Mapping[str, Any]) -> WindowProcessor | None:
+        """Return the processor that :meth:`fields` describes."""
+        if fields.get("feature_extractor_type") != "TimeSeriesWindow":
+            return None
+        return WindowProcessor(length=fields["length"])
 
     def fields(self) -> dict[str, Any]:
         """Contents of ``preprocessor_config.json``: a form of luthier's own."""
         return {"feature_extractor_type": "TimeSeriesWindow", "length": self.length}
-
-
-Processor = ImageProcessor | AudioProcessor | WindowProcessor
-
-
-def read_processor(folder: Path) -> Processor | None:
-    """How the network in ``folder`` reads images or sounds; ``None`` where it reads texts.
-
-    Raises:
-        UnknownModel: for a form that is not known here.
-        CorruptFile: for sizes that nothing has.
-    """
-    path = folder / PREPROCESSOR_CONFIG
-    if not path.is_file():
-        return None
-    fields = read_json(path)
-    try:
-        return _parse_processor(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name, value = ".".join(map(str, first["loc"])), str(first["input"])[:80]
-        raise CorruptFile(f"{path}: {name}={value}: {describe_constraint(first)}") from error
-    except UnknownModel as error:
-        raise UnknownModel(f"{path}: {error}") from error
-    except KeyError as error:
-        raise CorruptFile(f"{path} does not say {error}") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CorruptFile(f"{path} cannot be read: {error}") from error
-
-
-def _parse_processor(fields: Any) -> Processor:
-    if "image_processor_type" in fields or "image_mean" in fields:
-        return ImageProcessor.of(fields)
-    if fields.get("feature_extractor_type") in FEATURE_EXTRACTORS:
-        return FeatureExtractor.of(fields)
-    if fields.get("feature_extractor_type") == "LogMelSpectrogram":
-        names = ("sampling_rate", "max_seconds", "num_mel_bins", "window_ms", "hop_ms")
-        return AudioProcessor(
-            **{name: fields[name] for name in names},
-            top_db=fields.get("top_db", 80.0),  # of models that were stored before it was a setting
-        )
-    if fields.get("feature_extractor_type") == "TimeSeriesWindow":
-        return WindowProcessor(length=fields["length"])
-    kind = fields.get("feature_extractor_type", "of no kind that it names")
-    raise UnknownModel(f"a preprocessor {kind} is not known here")
-
-
-def save_processor(processor: Processor, folder: Path) -> None:
-    """Write :data:`PREPROCESSOR_CONFIG`."""
-    write_json(folder / PREPROCESSOR_CONFIG, processor.fields())
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class MediaInput:
-    """An image or a sound on its way into a network."""
-
-    media: Media
-    processor: Processor
-    augmentation: Augmentation | None = None
-    seed: tuple[int, ...] = ()
-    """Of the random changes."""
-    file: str = ""
-    """Of its row."""
-    line: int = 0
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it fills what the network reads: the first windows of a series are mirrored to."""
-        processor = self.processor
-        return not isinstance(processor, WindowProcessor) or processor.fills(self.media)
-
-    def array(self) -> NDArray[np.float32]:
-        """``[C, H, W]``.
-
-        Raises:
-            RowRefused: where the file cannot be read any more.
-        """
-        try:
-            return self.processor.array(self.media, self.augmentation, self.seed)
-        except RowRefused as bad:
-            why = bad.problem
-            raise RowRefused(
-                why.rule, why.message, why.advice, Location(self.file, self.line)
-            ) from bad

@@ -16,7 +16,7 @@ from itertools import chain, islice
 import numpy as np
 
 from luthier.data.formats import KEYS
-from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, Media
+from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, Media
 from luthier.data.parsing import Record, quote
 from luthier.errors import Location, Problem
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from luthier.data.inputs import PREPROCESSOR_CONFIG
 from luthier.data.sentence import MODULES, PROMPTS, SETTINGS
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.files import read_json
-from luthier.media.processors import PREPROCESSOR_CONFIG
 from luthier.models.tensors import tensor_headers
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"

@@ -15,9 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.media import MOST_PIXELS
+from luthier.data.inputs import MOST_PIXELS, Processor, read_processor
 from luthier.errors import ModelRefused, UnknownModel
-from luthier.media.processors import Processor, read_processor
 from luthier.models import nets
 from luthier.models.base_kinds import kind_of_family
 from luthier.models.config_errors import refuse_configuration
@@ -33,6 +32,7 @@ from luthier.models.pipelines import (
     MODEL_TYPE,
     is_pipeline,
     network_folders,
+    part_classes,
     pipeline_processor,
     read_pipeline,
 )
@@ -150,8 +150,6 @@ class ModelFolder:
 
         import_transformers()
         if self.is_pipeline:
-            from luthier.media.networks.stable_diffusion import part_classes
-
             part_classes()
         kind = self.fields.get("model_type", "of unknown type")
         message = f"the network in {self.path} ({kind}) cannot be loaded"

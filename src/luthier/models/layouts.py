@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from luthier.data.inputs import MediaInput
     from luthier.data.tree import TokenTree
-    from luthier.media.processors import MediaInput
     from luthier.models.network import Network, TreeBatch
     from luthier.types import Example, IntArray
 

@@ -9,11 +9,12 @@ lie in it (a safety checker, weights in one file) is left where it is.
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import CorruptFile, UnknownModel
-from luthier.media.processors import ImageProcessor
+from luthier.data.inputs import Processor, parse_processor
+from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.models.external import MODEL_INDEX, read_fields, read_network_fields
 
 PIPELINE = "StableDiffusionPipeline"
@@ -149,7 +150,31 @@ def noise_settings(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def pipeline_processor(fields: dict[str, Any]) -> ImageProcessor:
-    """How images are read that a pipeline of these ``fields`` makes: pixels from -1 to 1."""
+def pipeline_processor(fields: dict[str, Any]) -> Processor:
+    """Return the processor of a pipeline with these ``fields``: pixels from -1 to 1."""
     height, width = fields["image_size"]
-    return ImageProcessor(height, width, (0.5,) * 3, (0.5,) * 3, "lanczos")
+    lanczos, half = 1, [0.5] * 3
+    image = {
+        "image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width},
+        "resample": lanczos, "image_mean": half, "image_std": half,
+    }  # fmt: skip
+    return parse_processor(image, Path(MODEL_INDEX))
+
+
+def part_classes() -> dict[str, Any]:
+    """Class of each part by its name.
+
+    Raises:
+        RecipeError: where diffusers is not installed.
+    """
+    if find_spec("diffusers") is None:
+        raise RecipeError(
+            "pipelines of diffusers need its package: pip install 'luthier[diffusers]'"
+        )
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.utils import logging
+    from transformers import CLIPTextModel
+
+    logging.disable_progress_bar()
+    return {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.inputs import save_processor
 from luthier.errors import CorruptFile
 from luthier.files import write_bytes
-from luthier.media.processors import save_processor
 from luthier.models.heads import INNER_HEADS, head_weights, mark_new, task_of
 from luthier.models.pipelines import tokenizer_folder
 from luthier.models.sentence_head import sentence_head

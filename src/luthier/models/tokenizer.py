@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.chat import ChatFormat
+from luthier.data.inputs import Processor, read_processor
 from luthier.data.sentence import read_sentence_pipeline
 from luthier.data.tokenization import panics_refused
 from luthier.errors import LuthierError, RecipeError, UnknownModel
 from luthier.files import cached_sha256_of, luthier_home, read_json, write_bytes
-from luthier.media.processors import Processor, read_processor
 from luthier.models import nets
 from luthier.models.folder import ModelFolder, import_transformers
 from luthier.models.manifest import OWN_FILES

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 import numpy as np
 
 from luthier.data.disk_sequence import concatenate
-from luthier.data.media import PLURAL
+from luthier.data.inputs import PLURAL
 from luthier.data.shapes import SHAPES
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Head, Task

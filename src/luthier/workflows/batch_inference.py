@@ -31,7 +31,7 @@ from typing import BinaryIO
 import luthier
 from luthier.cancellation import on_stdin_end
 from luthier.child_python import python_command
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.parsing import text_length
 from luthier.data.shapes.media import MediaRow
 from luthier.engine.metrics import Reporter

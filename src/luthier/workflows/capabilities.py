@@ -15,13 +15,13 @@ from typing import Any
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.chat import ChatFormat
+from luthier.data.inputs import PROCESSORS
 from luthier.engine.defaults import SMALLEST_BUDGET
 from luthier.engine.machine import available_memory, choose_machine
 from luthier.engine.memory import PROCESS, sketch_training
 from luthier.errors import RefusedInput
 from luthier.library.folders import is_base_here
 from luthier.library.models import find
-from luthier.media.processors import AudioProcessor, ImageProcessor, WindowProcessor
 from luthier.models import nets
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
@@ -157,15 +157,14 @@ def format_of(config: Any) -> ChatFormat:
     """The format of a network, with a tokenizer of which only what objectives ask for is there."""
     beside = config.is_encoder_decoder
     if media_config(config) is not None:
-        channels, height, width = input_shape(config)
+        shape = input_shape(config)
         if text_config(config) is not None:
             words = SimpleNamespace(mask_token_id=None, get_vocab=dict)
-            processor = ImageProcessor(height, width)
+            processor = PROCESSORS["image"].for_shape(shape)
             return ChatFormat(words, "plain", (1,), 0 if beside else None, processor)
-        if channels == 3:
-            return ChatFormat.reading(ImageProcessor(height, width))
-        sounds = height > 1 or reads_sound(config)
-        return ChatFormat.reading(AudioProcessor() if sounds else WindowProcessor(width))
+        audio = shape[1] > 1 or reads_sound(config)
+        kind = "image" if shape[0] == 3 else "audio" if audio else "window"
+        return ChatFormat.reading(PROCESSORS[kind].for_shape(shape))
     vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if beside else {}
     if config.model_type == "elmo":
         vocabulary = character_tokenizer().get_vocab()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from luthier.data.chat import ChatFormat
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import CaptionedImage, LabelledAudio, LabelledImage
 from luthier.gate.check import CheckContext
 from luthier.gate.checks import checks_for

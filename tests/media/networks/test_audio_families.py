@@ -16,13 +16,14 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 import luthier
 from luthier.adaptations.full import Full
 from luthier.data.augmentation import Augmentation
-from luthier.data.media import Media, decode_audio
+from luthier.data.inputs import Media, read_processor
 from luthier.engine.memory import sketch_training
 from luthier.errors import RecipeError
 from luthier.exports.onnx import export_onnx
 from luthier.exports.writer import export
 from luthier.library.models import find
-from luthier.media.processors import FeatureExtractor, read_processor
+from luthier.media.decoding import decode_audio
+from luthier.media.processors import FeatureExtractor
 from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head, row_scores
 from luthier.models.layouts import read_states
@@ -135,13 +136,14 @@ def test_two_tones_are_told_apart(
 def test_a_rate_that_a_network_was_not_made_for_is_refused(family_folder: FamilyFolder) -> None:
     for family in FAMILIES:
         chat = load_chat_format(family_folder(family))
-        with pytest.raises(RecipeError, match=f"made for sounds of {RATE:,} samples a") as refused:
-            chat.with_sounds(4_000, None)
-        assert "max_seconds" not in str(refused.value)  # which is not what was asked for
-    longer = chat.with_sounds(None, 2.0).media
+        with pytest.raises(RecipeError) as refused:
+            chat.with_media_settings(sampling_rate=4_000)
+        assert refused.value.setting == "data.sampling_rate"
+    longer = chat.with_media_settings(max_seconds=2.0).media
     assert longer is not None and longer.shape == (1, 1, 2 * RATE)
-    with pytest.raises(RecipeError, match="and length; leave"):
-        load_chat_format(family_folder("ast")).with_sounds(None, 2.0)
+    with pytest.raises(RecipeError) as refused:
+        load_chat_format(family_folder("ast")).with_media_settings(max_seconds=2.0)
+    assert refused.value.setting == "data.max_seconds"
 
 
 def test_memory_is_counted_for_sounds_as_long_as_they_are_read(

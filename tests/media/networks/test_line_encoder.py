@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, VisionEncoderDecoderModel
 
+from luthier.data.inputs import read_processor
 from luthier.errors import RecipeError
 from luthier.media.networks.line_encoder import LineEncoderConfig, LineEncoderModel
-from luthier.media.processors import ImageProcessor, read_processor
+from luthier.media.processors import ImageProcessor
 from luthier.models.catalog import CATALOG, pull
 from luthier.models.characters import LETTERS, letter_tokenizer
 from luthier.models.folder import ModelFolder

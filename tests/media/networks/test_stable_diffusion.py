@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.errors import RecipeError, UnknownModel
+from luthier.media.networks.stable_diffusion import StableDiffusion
 from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head, frozen_parts, head_weights
 from luthier.models.load import load_model
@@ -65,7 +66,7 @@ def test_images_are_encoded_in_parts_that_fit(model: Any, monkeypatch: pytest.Mo
     most = []
     encoder = model.vae.encoder.register_forward_hook(lambda *call: most.append(len(call[2])))
     decoder = model.vae.decoder.register_forward_hook(lambda *call: most.append(len(call[2])))
-    monkeypatch.setattr("luthier.media.networks.stable_diffusion.PIXELS_AT_ONCE", 2 * 16 * 16)
+    monkeypatch.setattr(StableDiffusion, "pixels_at_once", 2 * 16 * 16)
     found = model.encode_images(images), model.decode_latents(latents)
     encoder.remove()
     decoder.remove()

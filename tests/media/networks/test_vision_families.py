@@ -14,11 +14,10 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 import luthier
-from luthier.data.media import Media
+from luthier.data.inputs import Media, read_processor
 from luthier.exports.onnx import export_onnx
 from luthier.exports.writer import export
 from luthier.library.models import find
-from luthier.media.processors import read_processor
 from luthier.models.heads import Head, row_scores
 from luthier.models.layouts import read_states
 from luthier.models.load import FrozenBatchNorm2d, as_network, load_model

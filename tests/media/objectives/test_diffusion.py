@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.media import Media
+from luthier.data.inputs import Media, save_processor
 from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledImage
 from luthier.errors import RecipeError, RowRefused
 from luthier.media.objectives.diffusion import DenoisingSettings, Diffusion
-from luthier.media.processors import ImageProcessor, save_processor
+from luthier.media.processors import ImageProcessor
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, LabelledImage
 from luthier.errors import RowRefused
 from luthier.media.objectives.gan import GAN, sliced_distance

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import CaptionedImage, LabelledImage
 from luthier.engine.runs import METRICS
 from luthier.engine.train import train

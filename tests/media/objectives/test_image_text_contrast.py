@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 import luthier
 from luthier.cli.tune import print_result
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import CaptionedImage
 from luthier.errors import RecipeError
 from luthier.exports.writer import export

@@ -12,7 +12,7 @@ import torch
 from transformers import VisionEncoderDecoderModel
 
 from luthier.data.chat import ChatFormat
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, CaptionedImage
 from luthier.errors import RecipeError
 from luthier.media.objectives.image_to_text import ImageToText

@@ -16,7 +16,7 @@ import torch
 
 from luthier.adaptations.lora import LoRA
 from luthier.data.chat import ChatFormat
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, CaptionedImage, LabelledImage
 from luthier.engine.memory import estimate_memory, preparation_bytes
 from luthier.errors import RecipeError

@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 
 import luthier
 from luthier.data.chat import ChatFormat
-from luthier.data.media import Media
+from luthier.data.inputs import Media
 from luthier.data.shapes.media import BareImage, BareWindow, LabelledImage
 from luthier.media.image_generation import ImageGenerator
 from luthier.media.objectives.generative import draw_noise
@@ -125,7 +125,8 @@ def test_labels_are_passed_over() -> None:
 
 def window_network(tmp_path: Path) -> tuple[Network, ChatFormat]:
     """A network of windows of six values."""
-    from luthier.media.processors import WindowProcessor, save_processor
+    from luthier.data.inputs import save_processor
+    from luthier.media.processors import WindowProcessor
     from luthier.models.build import build_media
 
     fields = {"num_channels": 1, "image_size": (1, 6), "hidden_sizes": (8,), "latent_size": 2}

@@ -22,6 +22,7 @@ from luthier.data.shapes.media import CaptionedImage, LabelledImage
 from luthier.errors import DataError, LocationRefused
 from luthier.gate.report import list_places
 from luthier.gate.rules import Place
+from luthier.media.decoding import read_pixels
 from luthier.server.jobs.data import JobData, _check_lines, fetch_data
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.jobs.submit import Submission, recipe_of
@@ -81,7 +82,7 @@ def labels(data: JobData) -> list[tuple[str, int]]:
     """Label and colour of each row, as training reads them."""
     rows = load_rows(data.source)
     assert all(isinstance(row, LabelledImage) for row in rows)
-    return [(row.label, int(row.media.pixels()[0, 0, 0])) for row in rows]  # type: ignore
+    return [(row.label, int(read_pixels(row.media)[0, 0, 0])) for row in rows]  # type: ignore
 
 
 EXPECTED = [("cat", 10), ("dog", 20), ("dog", 30)]
@@ -181,7 +182,7 @@ def test_bedrock_s_form_of_images_with_captions(bucket: Bucket) -> None:
     (row,) = load_rows(bucket.fetch(address).source)
     assert isinstance(row, CaptionedImage) and row.caption == "a grey square"
     assert row.media.name == "s3://data/images/1.png"
-    assert int(row.media.pixels()[0, 0, 0]) == 10
+    assert int(read_pixels(row.media)[0, 0, 0]) == 10
 
 
 def test_only_what_the_account_may_read_is_fetched(bucket: Bucket, tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_bases_that_read_no_texts_take_tables_on_every_face(bucket: Bucket, base
     bucket.put("lines/1.png", png(10))
     bucket.put("lines/rows.csv", b"image,caption\n1.png,one\n")
     (row,) = load_rows(bucket.fetch("s3://data/lines/rows.csv", "openai", base).source)
-    assert isinstance(row, CaptionedImage) and int(row.media.pixels()[0, 0, 0]) == 10
+    assert isinstance(row, CaptionedImage) and int(read_pixels(row.media)[0, 0, 0]) == 10
 
 
 def test_a_base_of_texts_takes_json_lines_alone(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 from luthier.data.field_checks import FieldChecker
-from luthier.data.media import MediaKind
+from luthier.data.inputs import MediaKind
 from luthier.data.parsing import Record
 from luthier.types import Row
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from luthier.errors import RecipeError
 from luthier.escaping import did_you_mean
@@ -22,8 +22,7 @@ from luthier.gate.checks.markers import Markers
 from luthier.gate.checks.privacy import Privacy
 from luthier.gate.checks.white_space import WhiteSpace
 from luthier.gate.rules import DOUBTS, READING_RULES, Rule
-from luthier.media.checks.media_files import MediaFiles
-from luthier.media.checks.time_series import TimeSeries
+from luthier.plugins import PluginTable
 
 _KINDS: tuple[type[Check], ...] = (
     Learning,
@@ -40,10 +39,10 @@ _KINDS: tuple[type[Check], ...] = (
     Language,
     BaseLanguage,
     Privacy,
-    MediaFiles,
-    TimeSeries,
 )
-CHECKS: Mapping[str, type[Check]] = {kind.name: kind for kind in _KINDS}
+CHECKS: PluginTable[type[Check]] = PluginTable(
+    "checks", Check, {kind.name: kind for kind in _KINDS}
+)
 """Checks by name. Their modules import heavy libraries only where they use them."""
 
 BASE_MISSING = Rule(

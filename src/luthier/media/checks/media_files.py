@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.media import read_place
+from luthier.data.inputs import Processor
 from luthier.data.shapes.media import MediaRow
 from luthier.errors import RowRefused
 from luthier.gate.batch_text import Spot, SpotCheck
 from luthier.gate.check import BatchLines, CheckContext, RowBatch, most_common
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.media.processors import AudioProcessor, FeatureExtractor, Processor
+from luthier.media.decoding import read_pixels, read_place, read_samples
+from luthier.media.processors import AudioProcessor, FeatureExtractor
 
 UNREADABLE = Rule(
     "media.unreadable",
@@ -192,7 +193,7 @@ class MediaFiles(SpotCheck):
         media = row.media
         if media.array is None:
             media = replace(media, data=media.read())  # once for its pixels and its metadata
-        pixels = media.pixels()
+        pixels = read_pixels(media)
         height, width = pixels.shape[:2]
         if place := read_place(media):
             spots.append(Spot(index, LOCATION.id, f"{media.name} was taken at {place}."))
@@ -210,7 +211,7 @@ class MediaFiles(SpotCheck):
         return MeasuredMedia(index, f"{width} x {height}", hashed, row.classes())
 
     def _measure_sound(self, index: int, row: MediaRow, spots: list[Spot]) -> MeasuredMedia:
-        samples, rate = row.media.samples()
+        samples, rate = read_samples(row.media)
         name, seconds = row.media.name, len(samples) / rate
         top = float(np.abs(samples).max())
         if top < SILENCE:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +21,11 @@ from luthier.errors import RecipeError
 from luthier.media.networks.image_stages import ChannelsLastGroupNorm, ImagePreTrainedModel
 from luthier.media.networks.unet import UNetOutput
 from luthier.models.external import MODEL_INDEX
-from luthier.models.pipelines import MODEL_TYPE, PIPELINE
+from luthier.models.pipelines import MODEL_TYPE, PIPELINE, part_classes
 
 if TYPE_CHECKING:
     from luthier.models.modalities import Shape
     from luthier.types import IntArray
-
-PIXELS_AT_ONCE = 1 << 20
-"""That the autoencoder works on: its maps have some hundred numbers for each."""
 
 
 class StableDiffusionConfig(PreTrainedConfig):
@@ -77,6 +73,8 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
     luthier_task = "denoising"
     frozen_parts = ("vae", "text_encoder")
     usual_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of attention, as diffusers' scripts do
+    pixels_at_once = 1 << 20
+    """Pixels that the autoencoder converts at once: its maps have some hundred numbers for each."""
     latent_bound = None
     unet: Any
     vae: Any
@@ -165,7 +163,7 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Means of what the autoencoder makes of images, scaled to a deviation of about 1."""
-        means = [self.vae.encode(part).latent_dist.mean for part in _parts(images)]
+        means = [self.vae.encode(part).latent_dist.mean for part in self._parts(images)]
         latents: Tensor = torch.cat(means) * self.vae.config.scaling_factor
         return latents
 
@@ -174,7 +172,7 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
         """The way back."""
         scaled = latents / self.vae.config.scaling_factor
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return torch.cat([self.vae.decode(part).sample for part in _parts(scaled, factor)])
+        return torch.cat([self.vae.decode(part).sample for part in self._parts(scaled, factor)])
 
     @torch.no_grad()
     def encode_conditions(self, targets: Sequence[IntArray]) -> Tensor:
@@ -205,31 +203,11 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
             time_R = torch.zeros(rows, dtype=torch.int64, device=mixture.device)
         return UNetOutput(self.unet(mixture, time_R, encoder_hidden_states=condition).sample)
 
-
-def _parts(images: Tensor, factor: int = 1) -> Sequence[Tensor]:
-    """``images`` in parts of so many pixels as are worked on at once."""
-    pixels = images.shape[2] * images.shape[3] * factor**2
-    parts: Sequence[Tensor] = images.split(max(1, PIXELS_AT_ONCE // pixels))
-    return parts
-
-
-def part_classes() -> dict[str, Any]:
-    """Class of each part by its name.
-
-    Raises:
-        RecipeError: where diffusers is not installed.
-    """
-    if find_spec("diffusers") is None:
-        raise RecipeError(
-            "pipelines of diffusers need its package: pip install 'luthier[diffusers]'"
-        )
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from diffusers.utils import logging
-    from transformers import CLIPTextModel
-
-    logging.disable_progress_bar()
-    return {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+    def _parts(self, images: Tensor, factor: int = 1) -> Sequence[Tensor]:
+        """Split ``images`` into parts of at most :attr:`pixels_at_once`."""
+        pixels = images.shape[2] * images.shape[3] * factor**2
+        parts: Sequence[Tensor] = images.split(max(1, self.pixels_at_once // pixels))
+        return parts
 
 
 def _draw_parts(config: Any) -> list[nn.Module]:

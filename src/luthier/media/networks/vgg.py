@@ -26,10 +26,11 @@ from transformers.modeling_outputs import (
     ImageClassifierOutputWithNoAttention,
 )
 
+from luthier.data.inputs import save_processor
 from luthier.errors import UnknownModel
 from luthier.files import write_json
 from luthier.media.networks.image_stages import ImagePreTrainedModel
-from luthier.media.processors import ImageProcessor, save_processor
+from luthier.media.processors import ImageProcessor
 from luthier.models.external import read_shapes
 
 DEPTHS = {

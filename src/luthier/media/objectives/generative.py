@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from luthier.data.media import PLURAL, Media
+from luthier.data.inputs import PLURAL, Media
 from luthier.errors import RecipeError
 from luthier.media.frechet import frechet_distance
 from luthier.media.processors import ImageProcessor
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.data.media import Pixels
+    from luthier.media.decoding import Pixels
     from luthier.models.network import Network
 
 MOST_COMPARED = 1_000

@@ -7,22 +7,18 @@ of its models. Once registered, a folder of one loads like any other: no code co
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+from luthier.plugins import bundled
 
 NETS = {
     "palm": "luthier.models.nets.palm",
-    "line_encoder": "luthier.media.networks.line_encoder",
-    "efficientnet_lite": "luthier.media.networks.efficientnet_lite",
     "elmo": "luthier.models.nets.elmo",
     "fasttext": "luthier.models.nets.fasttext",
-    "small_cnn": "luthier.media.networks.small_cnn",
-    "dcgan": "luthier.media.networks.dcgan",
-    "unet": "luthier.media.networks.unet",
-    "vae": "luthier.media.networks.vae",
-    "vgg": "luthier.media.networks.vgg",
-    "stable_diffusion": "luthier.media.networks.stable_diffusion",
     "transfo_xl": "luthier.models.nets.transfo_xl",
     "mean_pooling_bert": "luthier.models.nets.mean_pooling_bert",
+    **{name: point.value for name, point in bundled("luthier.networks").items()},
 }
 """Module of each network by its ``model_type`` in config.json."""
 _COMPOSED = {"line_encoder": "vision-encoder-decoder"}
@@ -49,3 +45,14 @@ def _register(name: str, net: Any) -> None:
     transformers.AutoConfig.register(name, net.Config, exist_ok=True)
     for automatic, model in net.CLASSES.items():
         getattr(transformers, automatic).register(net.Config, model, exist_ok=True)
+
+
+def convert_weights(file: Path, folder: Path) -> None:
+    """Make a model folder of a lone file with the published weights of a known network.
+
+    Raises:
+        UnknownModel: for weights of another network.
+        CorruptFile: for a file that cannot be read.
+    """
+    for point in bundled("luthier.weight_files").values():
+        point.load()(file, folder)

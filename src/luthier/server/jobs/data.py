@@ -11,12 +11,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from luthier.data.containers import Container, container_of
-from luthier.data.media import MOST_MEDIA_BYTES
+from luthier.data.inputs import (
+    MOST_MEDIA_BYTES,
+    REFERENCES,
+    is_media,
+    media_references,
+    object_name,
+)
 from luthier.data.read import read_records
 from luthier.errors import DataError, Location, LocationRefused, Problem, RowRefused
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.library.models import find
-from luthier.media.files import REFERENCES, is_media, media_references, object_name
 from luthier.models.catalog import CATALOG
 from luthier.server.jobs.folders import JobFolders
 from luthier.server.tables.jobs import Job

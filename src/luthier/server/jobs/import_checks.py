@@ -24,13 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.data.media import LONGEST_WINDOW, Media
+from luthier.data.inputs import (
+    LONGEST_WINDOW,
+    PREPROCESSOR_CONFIG,
+    Media,
+    Processor,
+    read_processor,
+)
 from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
 from luthier.files import folder_size
 from luthier.inference.inference import Chat, GenerationRequest, ImageRequest, Prompt
 from luthier.library.folders import short_name
 from luthier.library.models import StoredModel, load, text_format
-from luthier.media.processors import PREPROCESSOR_CONFIG, Processor, read_processor
 from luthier.models.external import (
     ADAPTER_CONFIG,
     CONFIG,

@@ -11,7 +11,7 @@ import numpy as np
 from fastapi import Header, Response
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
-from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, MediaKind
+from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, MediaKind
 from luthier.inference.inference import ImageRequest
 from luthier.server.http.messages import Fault, inference_faults
 from luthier.server.http.routes import MODEL_TURN, Name

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from luthier.data.chat import inputs_read
+from luthier.data.inputs import read_processor
 from luthier.errors import LuthierError, UnknownModel
 from luthier.files import luthier_home
 from luthier.inference.embeddings import gives_embeddings
 from luthier.library.folders import is_base_here
 from luthier.media.objectives.generative import Generative
 from luthier.media.objectives.vae import VAE
-from luthier.media.processors import read_processor
 from luthier.models.base_kinds import KINDS
 from luthier.models.catalog import CATALOG, CatalogEntry
 from luthier.objectives.base import predicts

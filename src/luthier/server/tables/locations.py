@@ -14,12 +14,12 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from luthier.data.media import MOST_MEDIA_BYTES
+from luthier.data.inputs import MOST_MEDIA_BYTES, is_media
 from luthier.data.s3 import connection_settings, is_file_name, local_name, split_address
+from luthier.data.sources import is_clutter, other_files_problem
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import new_file
 from luthier.limits import AccountQuotas
-from luthier.media.files import is_clutter, is_media, other_files_problem
 from luthier.server.tables.database import Database
 from luthier.server.tables.listing import page
 from luthier.server.tables.object_files import READ_SIZE, ObjectFiles

@@ -1,0 +1,362 @@
+"""Inputs of rows other than text: images, audio and windows of time series.
+
+A row stores where an input lies: a file, a member of a zip archive, bytes of a table, or an array.
+Inputs are decoded when a micro-batch needs them, so memory does not grow with the number of rows.
+:mod:`luthier.media` has the decoders and the processors; this module has the interface to both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import re
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from luthier.errors import CorruptFile, Location, RowRefused, UnknownModel
+from luthier.files import read_json, write_json
+from luthier.plugins import PluginTable
+from luthier.validation import describe_constraint
+
+if TYPE_CHECKING:
+    from luthier.data.augmentation import Augmentation
+    from luthier.data.parsing import Record
+
+MediaKind = Literal["image", "audio", "window"]
+"""A ``window`` is the latest values of a time series."""
+SINGULAR: Mapping[str, str] = {
+    "image": "image", "audio": "sound", "window": "window of a time series", "text": "text",
+}  # fmt: skip
+"""What people call each kind of input."""
+PLURAL: Mapping[str, str] = {
+    "image": "images", "audio": "sounds", "window": "windows of a time series", "text": "texts",
+}  # fmt: skip
+
+IMAGE_ENDINGS = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+    ".npy",
+)  # fmt: skip
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
+MEDIA_ENDINGS = (*IMAGE_ENDINGS, *AUDIO_ENDINGS)
+MOST_PIXELS = 64_000_000
+"""Of one image; a compressed file of some kilobytes can claim any number."""
+MOST_MEDIA_BYTES = 64 * 1024 * 1024
+"""Of one encoded image or sound."""
+LONGEST_WINDOW = 512
+"""Values of a time series that a row has at most; no network that reads windows can be longer."""
+LARGEST_VALUE = 1e100
+"""Of a time series, on both sides of 0: the squares of further ones overflow."""
+CONVERSIONS: Mapping[str, str] = {
+    **{ending: f"magick OLD{ending} NEW.jpg" for ending in (".heic", ".heif")},
+    **{ending: f"ffmpeg -i OLD{ending} NEW.flac" for ending in (".m4a", ".aac", ".wma", ".amr")},
+}
+"""Shell commands, by ending, for images and audio that neither Pillow nor libsndfile decodes."""
+
+
+def media_kind(name: str) -> MediaKind | None:
+    """Return what a file holds by its ending; ``None`` for a file that is neither image nor audio."""
+    ending = name.lower()
+    if ending.endswith(IMAGE_ENDINGS):
+        return "image"
+    return "audio" if ending.endswith(AUDIO_ENDINGS) else None
+
+
+def conversion_fix(names: Iterable[str]) -> str:
+    """Return how to convert images and audio of other formats; empty if no name has such an ending."""
+    lower = [name.lower() for name in names]
+    return " ".join(
+        f"Convert {ending} files, for example with: {command}."
+        for ending, command in CONVERSIONS.items()
+        if any(name.endswith(ending) for name in lower)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One image or sound, where it lies."""
+
+    kind: MediaKind
+    name: str
+    """As people find it: a path, ``archive.zip/member``, ``digits.npz[17]``."""
+    path: str | None = None
+    """The file, or the zip archive that has it: as text, since there may be a million of them."""
+    member: str = ""
+    """Its name in a zip archive."""
+    data: bytes | None = field(default=None, repr=False)
+    """Its encoded bytes, where a table holds them."""
+    array: NDArray[Any] | None = field(default=None, repr=False, compare=False)
+    """Its pixels ``[H, W]`` or ``[H, W, 3]``, or values ``[T]``, where they are in memory."""
+    most: int | None = None
+    """Pixels or samples that it may have; else :data:`MOST_PIXELS` or :data:`MOST_SAMPLES`."""
+    time: float | None = field(default=None, compare=False)
+    """Of the last value of a window, in seconds, or as a number where the series counts otherwise."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        """Its encoded bytes.
+
+        Raises:
+            RowRefused: where they cannot be read, or are too many.
+        """
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        try:
+            if self.member:
+                known = os.stat(self.path)
+                return self._unpack(_archive(self.path, known.st_mtime_ns, known.st_size))
+            if (size := os.stat(self.path).st_size) > MOST_MEDIA_BYTES:
+                raise _too_large(size)
+            return Path(self.path).read_bytes()
+        except (
+            OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, KeyError, RuntimeError
+        ) as error:  # fmt: skip
+            raise media_refusal("unreadable", f"it cannot be read: {reason_of(error)}.") from error
+
+    def _unpack(self, archive: zipfile.ZipFile) -> bytes:
+        size = archive.getinfo(self.member).file_size
+        if size > MOST_MEDIA_BYTES:
+            raise _too_large(size)
+        with archive.open(self.member) as stream:
+            return stream.read(MOST_MEDIA_BYTES)  # it may hold more than its directory says
+
+    def digest(self) -> str:
+        """SHA-256 of its bytes: equal files are one image, whatever they are called."""
+        if self.array is not None:
+            shape = f"{self.array.shape}{self.array.dtype}".encode()
+            return hashlib.sha256(shape + np.ascontiguousarray(self.array).tobytes()).hexdigest()
+        if (version := self.version()) is None:
+            return hashlib.sha256(self.read()).hexdigest()
+        return _file_digest(*version)
+
+    def version(self) -> tuple[str, str, int, int] | None:
+        """What tells one content of its file from another without reading it; ``None`` without one."""
+        if self.path is None:
+            return None
+        try:
+            state = os.stat(self.path)
+        except OSError as error:
+            raise media_refusal("unreadable", f"it cannot be read: {reason_of(error)}.") from error
+        return self.path, self.member, state.st_mtime_ns, state.st_size
+
+    def values(self) -> NDArray[np.float64]:
+        """The values of a time series up to the row's own, ``[T]``.
+
+        A counter that has come to billions differs from line to line in digits that float32 has not.
+        """
+        assert self.array is not None
+        return np.asarray(self.array, np.float64)
+
+
+OBJECTS = "objects"
+"""Folder beside rows with copies of what they name by ``s3://`` addresses."""
+REFERENCES = ("image", "audio", "image-ref", "file_name", "path")
+"""Keys under which rows name an image or a sound, in our own shapes and in forms of others."""
+
+
+def object_name(address: str) -> str:
+    """Path of the copy of an object, as seen from the folder of the rows that name it.
+
+    Keys are no paths: it is called after the hash of the address, so that none leads elsewhere.
+    """
+    ending = PurePosixPath(address).suffix.lower()
+    digest = hashlib.sha256(address.encode()).hexdigest()[:32]
+    return f"{OBJECTS}/{digest}{ending if ending in MEDIA_ENDINGS else ''}"
+
+
+def media_references(record: Record, keys: Iterable[str] = REFERENCES) -> list[str]:
+    """Paths and addresses of images and sounds that a record names; what it holds itself is none."""
+    found = []
+    for key in keys:
+        value = record.get(key)
+        if isinstance(value, dict):
+            value = None if value.get("bytes") else value.get("path")
+        if key == "path" and not is_media(str(value)):
+            continue  # of a text, which is no more than said to come from there
+        if isinstance(value, str) and value.strip() and not value.startswith("data:"):
+            found.append(value)
+    return found
+
+
+def is_media(name: str) -> bool:
+    """Whether a file is an image or a sound, by its ending."""
+    return media_kind(name) is not None
+
+
+@lru_cache(maxsize=1 << 18)
+def _file_digest(path: str, member: str, modified: int, size: int) -> str:
+    """SHA-256 of a file as it was last written: each check of the data asks for the hash again."""
+    return hashlib.sha256(Media("image", path, path, member).read()).hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _archive(path: str, modified: int, size: int) -> zipfile.ZipFile:
+    """An open archive, as it was last written: its directory is read once for all members."""
+    return zipfile.ZipFile(path)
+
+
+def _too_large(size: int) -> RowRefused:
+    return media_refusal(
+        "too_large", f"the file has {size:,} bytes; at most {MOST_MEDIA_BYTES:,} are read."
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error of a library, without addresses of objects."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = re.sub(r" <_io\.\w+ object at 0x\w+>", "", text)  # Pillow names the bytes in memory
+    return text.rstrip(".")[:200]
+
+
+def media_refusal(rule: str, message: str, fix: str = "") -> RowRefused:
+    """Return the error for an input that breaks ``media.RULE``."""
+    return RowRefused(
+        f"media.{rule}",
+        message,
+        fix or "Replace the file by one in a usual form, or remove it and its row.",
+    )
+
+
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
+
+
+class Processor(ABC):
+    """A conversion of inputs of one kind to the arrays that a network takes.
+
+    Implementations are immutable, comparable and picklable. They are stored with a model, and convert
+    training rows and requests alike.
+    """
+
+    name: ClassVar[str]
+    """Name in :data:`PROCESSORS`."""
+    kind: ClassVar[MediaKind]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of an array."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the settings of ``[data]`` that :meth:`with_settings` accepts."""
+        return ()
+
+    @staticmethod
+    @abstractmethod
+    def parse(fields: Mapping[str, Any]) -> Processor | None:
+        """Return the processor of a ``preprocessor_config.json``; ``None`` for another kind of file."""
+
+    @staticmethod
+    @abstractmethod
+    def for_shape(shape: tuple[int, int, int]) -> Processor:
+        """Return a processor of arrays of ``shape`` with the usual settings."""
+
+    @abstractmethod
+    def with_settings(self, **settings: Any) -> Processor:
+        """Return a copy with other :attr:`settings`."""
+
+    @abstractmethod
+    def array(
+        self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
+    ) -> NDArray[np.float32]:
+        """Return the array of one input, changed at random if ``augmentation`` is given.
+
+        Raises:
+            RowRefused: if the input cannot be decoded.
+        """
+
+    @abstractmethod
+    def fields(self) -> dict[str, Any]:
+        """Return the contents of ``preprocessor_config.json``."""
+
+    def is_whole(self, media: Media) -> bool:
+        """Return whether the input fills an array without padding that a network could notice."""
+        return True
+
+
+PROCESSORS: PluginTable[type[Processor]] = PluginTable("processors", Processor, {})
+"""Processors by name; all of them come from :mod:`luthier.media` and installed packages."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInput:
+    """An input of a row on its way into a network."""
+
+    media: Media
+    processor: Processor
+    augmentation: Augmentation | None = None
+    seed: tuple[int, ...] = ()
+    """Seed of the random changes."""
+    file: str = ""
+    """File of the row."""
+    line: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the input fills an array, unlike the first windows of a time series."""
+        return self.processor.is_whole(self.media)
+
+    def array(self) -> NDArray[np.float32]:
+        """Return the array ``[C, H, W]``.
+
+        Raises:
+            RowRefused: if the file cannot be read any more.
+        """
+        try:
+            return self.processor.array(self.media, self.augmentation, self.seed)
+        except RowRefused as bad:
+            why, row = bad.problem, Location(self.file, self.line)
+            raise RowRefused(why.rule, why.message, why.advice, row) from bad
+
+
+def read_processor(folder: Path) -> Processor | None:
+    """Return the processor of the model in ``folder``; ``None`` for a model of text alone.
+
+    Raises:
+        UnknownModel: for an unsupported processor.
+        CorruptFile: for values out of range.
+    """
+    path = folder / PREPROCESSOR_CONFIG
+    return parse_processor(read_json(path), path) if path.is_file() else None
+
+
+def parse_processor(fields: Any, path: Path) -> Processor:
+    """Return the processor that ``fields`` of the file ``path`` describe.
+
+    Raises:
+        UnknownModel, CorruptFile: as :func:`read_processor` does.
+    """
+    try:
+        for kind in PROCESSORS.values():
+            if (found := kind.parse(fields)) is not None:
+                return found
+        name = fields.get("feature_extractor_type", "without a type")
+        raise UnknownModel(f"the preprocessor {name} is not supported")
+    except UnknownModel as error:
+        raise UnknownModel(f"{path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        setting, value = ".".join(map(str, first["loc"])), str(first["input"])[:80]
+        raise CorruptFile(f"{path}: {setting}={value}: {describe_constraint(first)}") from error
+    except KeyError as error:
+        raise CorruptFile(f"{path}: {error} is missing") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
+
+
+def save_processor(processor: Processor, folder: Path) -> None:
+    """Write :data:`PREPROCESSOR_CONFIG`."""
+    write_json(folder / PREPROCESSOR_CONFIG, processor.fields())

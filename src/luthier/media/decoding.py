@@ -1,0 +1,263 @@
+"""Decoding of images to pixels and of audio to samples, within limits that are checked first."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import wave
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.inputs import MOST_PIXELS, Media, conversion_fix, media_refusal, reason_of
+from luthier.errors import RowRefused
+
+_NPY = b"\x93NUMPY"
+"""First bytes of an ``.npy`` file."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+"""What Pillow may open: formats of pixels only. EPS, for one, is a program."""
+MOST_SECONDS = 600
+"""Of one sound."""
+MOST_SAMPLES = 64_000_000
+"""Of one sound, all channels counted: silence packs to nothing."""
+_WHITES = (1.0, 255.0, 65535.0)
+"""Values of a white pixel in images whose number type does not tell the value."""
+_OVERSHOOT = 0.2
+"""Relative distance of float pixels from their range at most: resampling filters overshoot."""
+_DAMAGE = (
+    OSError, ValueError, SyntaxError, EOFError, MemoryError, KeyError, TypeError, IndexError,
+    struct.error, zlib.error,
+)  # fmt: skip
+"""What Pillow's decoders raise on damaged files."""
+
+Pixels = NDArray[np.uint8]
+"""An image ``[H, W, 3]`` in RGB."""
+
+
+def read_pixels(media: Media) -> Pixels:
+    """Return an image in RGB, upright, on white where the image is transparent.
+
+    Raises:
+        RowRefused: for a file that is no image, or too large an image.
+    """
+    if media.array is not None:
+        return _array_pixels(media.array)
+    return decode_image(media.read(), media.most)
+
+
+def read_samples(media: Media) -> tuple[NDArray[np.float32], int]:
+    """Return the mean of all audio channels, ``[T]`` from -1 to 1, and the sampling rate.
+
+    Raises:
+        RowRefused: for a file that is no audio, or too long.
+    """
+    if media.array is not None:
+        raise media_refusal("unreadable", "an array of samples names no sampling rate.")
+    return decode_audio(media.read(), media.most)
+
+
+def read_place(media: Media) -> str:
+    """Return where an image was taken by its EXIF data, to a tenth of a degree; empty if unknown.
+
+    Raises:
+        RowRefused: if the image cannot be opened.
+    """
+    from PIL.ExifTags import IFD
+
+    if media.array is not None or (data := media.read()).startswith(_NPY):
+        return ""
+    with _open_image(data, MOST_PIXELS) as image:
+        fields = image.getexif().get_ifd(IFD.GPSInfo)
+        try:
+            degrees = [float(fields[tag][0]) + float(fields[tag][1]) / 60 for tag in (2, 4)]
+            return f"{degrees[0]:.1f} {fields.get(1, '?')}, {degrees[1]:.1f} {fields.get(3, '?')}"
+        except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
+            return ""
+
+
+def decode_image(data: bytes, most: int | None = None) -> Pixels:
+    """Decode an image of at most ``most`` pixels."""
+    from PIL import Image, ImageOps
+
+    if data.startswith(_NPY):
+        return _array_pixels(_read_npy(data, most or MOST_PIXELS))
+    with _open_image(data, most or MOST_PIXELS) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            ground = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(ground, image)
+        elif image.mode.startswith("I;16") or image.mode in ("I", "F"):
+            values = np.asarray(image)
+            image = Image.fromarray(scale_pixels(values, white_of(values)))
+        return np.array(image.convert("RGB"))
+
+
+@contextmanager
+def _open_image(data: bytes, most: int) -> Iterator[Any]:
+    """An image of at most ``most`` pixels, which may be decoded in the block.
+
+    Raises:
+        RowRefused: for what is no image, or too large a one.
+    """
+    import warnings
+
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that Pillow cannot read; pixels matter
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
+                width, height = opened.size
+                if width * height > most:
+                    text = f"{width:,} x {height:,} pixels; at most {most:,} are decoded."
+                    raise media_refusal("too_large", f"it says to have {text}")
+                yield opened
+    except RowRefused:
+        raise
+    except Image.DecompressionBombError:  # Pillow's own bound, before the size can be asked
+        text = f"it says to have more pixels than the {most:,} that are decoded."
+        raise media_refusal("too_large", text) from None
+    except _DAMAGE as error:
+        message, fix = f"it is no image that can be read: {reason_of(error)}.", ""
+        if data[4:8] == b"ftyp" and b"avif" not in data[8:64]:  # cameras name such files .jpg, too
+            message = "it is a HEIC file, which Pillow cannot decode."
+            fix = conversion_fix([".heic"])
+        raise media_refusal("unreadable", message, fix) from error
+
+
+def white_of(values: NDArray[Any]) -> float:
+    """Return the value of a white pixel in an image, or in an array of images.
+
+    Booleans and unsigned integers of 8 and 16 bits have the range of their type. Other types are used
+    for several ranges: white is then the smallest of 1 (floats only), 255 and 65535 that is not below
+    the largest value.
+
+    Raises:
+        RowRefused: for values outside of all ranges, such as those of normalized pixels from -1 to 1.
+    """
+    if values.dtype.kind == "b":
+        return 1.0
+    if values.dtype.kind == "u" and values.dtype.itemsize <= 2:
+        return 2.0 ** (8 * values.dtype.itemsize) - 1
+    # fmin and fmax ignore NaN without a copy of the array.
+    low, high = (float(f.reduce(values, axis=None, initial=0)) for f in (np.fmin, np.fmax))
+    overshoot, whites = (_OVERSHOOT, _WHITES) if values.dtype.kind == "f" else (0, _WHITES[1:])
+    white = next((each for each in whites if high <= each * (1 + overshoot)), None)
+    if white is None or low < -overshoot * max(high, 1):
+        raise media_refusal(
+            "unreadable",
+            f"its pixels range from {low:g} to {high:g}; ranges that are read are 0 to 1 (floats), "
+            "0 to 255 and 0 to 65535.",
+            "Scale the pixels to one of these ranges, or save the image with 8 or 16 bits.",
+        )
+    return white
+
+
+def scale_pixels(values: NDArray[Any], white: float) -> Pixels:
+    """Scale pixels from 0..``white`` to 0..255; NaN becomes black."""
+    scaled = np.clip(np.nan_to_num(values.astype(np.float64)) / white, 0, 1)
+    return (scaled * 255).round().astype(np.uint8)
+
+
+def _read_npy(data: bytes, most: int) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+    except _DAMAGE as error:
+        raise media_refusal(
+            "unreadable", f"it is no array that can be read: {reason_of(error)}."
+        ) from error
+    if math.prod(array.shape[:2]) > most:
+        text = f"it is an array with the shape {array.shape}; at most {most:,} pixels are decoded."
+        raise media_refusal("too_large", text)
+    return array
+
+
+def _array_pixels(array: NDArray[Any]) -> Pixels:
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    is_shaped = array.ndim in (2, 3) and array.shape[2:] in ((), (3,)) and array.size
+    if array.dtype.kind not in "buif" or not is_shaped:
+        raise media_refusal(
+            "unreadable",
+            f"an array of {array.dtype} with shape {array.shape} is no image; images are numbers, "
+            "[H, W] or [H, W, 3].",
+        )
+    if array.dtype != np.uint8:
+        array = scale_pixels(array, white_of(array))
+    return np.ascontiguousarray(array if array.ndim == 3 else np.repeat(array[..., None], 3, -1))
+
+
+def decode_audio(data: bytes, most: int | None = None) -> tuple[NDArray[np.float32], int]:
+    """Decode audio of at most ``most`` samples in all channels; PCM in WAV needs no extra package."""
+    most = most or MOST_SAMPLES
+    if data[:4] == b"RIFF" and (read := _read_pcm(data, most)) is not None:
+        samples, rate = read
+    else:
+        try:
+            import soundfile
+        except ImportError:
+            raise media_refusal(
+                "unreadable",
+                "only WAV files of whole numbers are read without the package soundfile.",
+                "Install it: pip install 'luthier[audio]'.",
+            ) from None
+        try:
+            with soundfile.SoundFile(io.BytesIO(data)) as file:
+                _check_length(file.frames, file.samplerate, file.channels, most)
+                read_TC, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+            with np.errstate(invalid="ignore"):
+                samples = read_TC.mean(1)
+        except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
+            message, fix = f"it is no sound that can be read: {reason_of(error)}.", ""
+            if data[4:8] == b"ftyp":
+                message = "it is an M4A file, which libsndfile cannot decode."
+                fix = conversion_fix([".m4a"])
+            raise media_refusal("unreadable", message, fix) from error
+    if not len(samples) or not np.isfinite(samples).all():
+        raise media_refusal(
+            "unreadable", "it has no samples." if not len(samples) else "it is damaged."
+        )
+    return samples, rate
+
+
+def _read_pcm(data: bytes, most: int) -> tuple[NDArray[np.float32], int] | None:
+    """A WAV file of 8, 16, 24 or 32 bits; ``None`` for one of another kind."""
+    try:
+        with wave.open(io.BytesIO(data)) as file:
+            width, rate, channels = file.getsampwidth(), file.getframerate(), file.getnchannels()
+            if width > 4:
+                return None
+            # What was written to a pipe, or cut off, claims more than there is.
+            count = min(file.getnframes(), len(data) // (width * channels))
+            _check_length(count, rate, channels, most)
+            raw = file.readframes(count)
+    except (wave.Error, EOFError, RuntimeError):  # the last of a part that ends behind the file
+        return None
+    raw = raw[: len(raw) // (width * channels) * width * channels]
+    if width == 1:  # the only width that is unsigned
+        samples = (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
+    elif width == 3:
+        bytes_N3 = np.frombuffer(raw, np.uint8).reshape(-1, 3)
+        wide = np.zeros((len(bytes_N3), 4), np.uint8)
+        wide[:, 1:] = bytes_N3
+        samples = wide.view("<i4")[:, 0].astype(np.float32) / 2**31
+    else:
+        samples = np.frombuffer(raw, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
+    return samples.reshape(-1, channels).mean(1), rate
+
+
+def _check_length(frames: int, rate: int, channels: int, most: int) -> None:
+    if rate <= 0:
+        raise media_refusal("unreadable", "it names no sampling rate.")
+    if frames > MOST_SECONDS * rate:
+        text = f"it lasts {frames / rate:,.0f} s; at most {MOST_SECONDS} are read."
+        raise media_refusal("too_large", text)
+    if frames * channels > most:
+        text = f"it has {frames * channels:,} samples; at most {most:,} are read."
+        raise media_refusal("too_large", text)
