@@ -290,6 +290,6 @@ def test_memory_is_counted_for_the_largest_map_of_the_autoencoder(
     channels = 16
     found = preparation_bytes(model, 2, (3, side, side))
     assert found == 4 * channels * side * side * at_once * 2
-    fixed = [estimate_memory(model, 2, reads=(3, each, each)).adviceed for each in (16, side)]
+    fixed = [estimate_memory(model, 2, reads=(3, each, each)).fixed for each in (16, side)]
     assert fixed[1] - fixed[0] == found - preparation_bytes(model, 2, (3, 16, 16))
     assert preparation_bytes(ModelFolder(family_folder("unet")).sketch(Diffusion().head()), 2) == 0
