@@ -14,7 +14,7 @@ from PIL import Image
 
 import luthier
 from luthier.data.rows import load_rows
-from luthier.engine.dataset import check_sources, prepare
+from luthier.engine.dataset import OpenedData, prepare
 from luthier.errors import DataError, RecipeError
 from luthier.files import read_json
 from luthier.library.models import find
@@ -118,7 +118,7 @@ def test_columns_that_make_no_groups_are_refused(
     assert "column.missing" in missing and "keys are" in missing and "rows.jsonl:1" in missing
     assert "`data.group_column`" in missing
     with pytest.raises(DataError, match="voice"):  # before torch is there
-        check_sources(DataSpec(train=str(data), group_column="voice"), None)
+        OpenedData(DataSpec(train=str(data), group_column="voice"), None).check()
     assert "some label would not be learned from" in refusal(group_column="label")
     lines = [{**json.loads(line), "speaker": "one"} for line in data.read_text().splitlines()]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))

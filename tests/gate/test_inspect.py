@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import luthier
+from luthier.data.rows import RowReader
 from luthier.engine.dataset import prepare
 from luthier.errors import DataError, RecipeError
 from luthier.gate import inspect as gate
@@ -59,10 +60,9 @@ def test_where_no_base_is_named_the_rows_decide(
     row: dict[str, Any], objective: str | None, base: str, tmp_path: Path
 ) -> None:
     data = written(tmp_path / "rows.jsonl", row)
-    found, reason = gate.default_base(str(data), None, gate.parse_objective(objective))
+    found, reason = gate.default_base(RowReader(str(data)), gate.parse_objective(objective))
     assert found == base
     assert ("encoder" in reason) is (base == gate.READER)
-    assert gate.default_base(str(tmp_path / "missing.jsonl"))[0] == DEFAULT_BASE
 
 
 def test_labels_in_a_language_that_no_encoder_here_knows_get_words_by_their_hash(
@@ -72,7 +72,7 @@ def test_labels_in_a_language_that_no_encoder_here_knows_get_words_by_their_hash
         rows = [{"text": text, "label": name, **fields} for name in "ab" * 4]
         data = tmp_path / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return gate.default_base(str(data))
+        return gate.default_base(RowReader(str(data)))
 
     vietnamese = "Tôi muốn biết khi nào cửa hàng mở cửa vào ngày mai"
     found, reason = base_of(vietnamese)

@@ -53,12 +53,12 @@ def launch(
     check_output(output)
     with heavy_imports():
         from luthier.cluster.launch import LaunchRequest, launch_file
-        from luthier.engine.dataset import check_sources
+        from luthier.engine.dataset import OpenedData
         from luthier.engine.machine import choose_machine
         from luthier.workflows.estimate.estimate import estimate
 
     request = LaunchRequest(on, processes, nodes, gpu, image, time)
-    check_sources(recipe.data, recipe.objective)
+    OpenedData(recipe.data, recipe.objective).check()
     found = estimate(recipe, reporter)
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     text = launch_file(recipe, found, request, machine)

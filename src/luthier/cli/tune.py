@@ -59,11 +59,12 @@ def tune(
     if accept_forgetting:
         fields = {**fields, "forgetting.accept": True}
     recipe = tuning_recipe(data, fields)
-    from luthier.engine.dataset import check_sources
+    from luthier.engine.dataset import OpenedData
     from luthier.engine.metrics import Reporter
 
     reporter = reporter or Reporter()
-    check_sources(recipe.data, recipe.objective)
+    opened = OpenedData(recipe.data, recipe.objective)
+    opened.check()
     if not resume and (max_minutes is not None or max_cost is not None):
         from luthier.workflows.estimate.budget import check_limits, read_prices
         from luthier.workflows.estimate.estimate import estimate
@@ -74,7 +75,7 @@ def tune(
     with heavy_imports():
         from luthier.workflows.tuning import tune as run
 
-    return run(recipe, resume, reporter, processes)
+    return run(recipe, resume, reporter, processes, opened)
 
 
 def print_result(result: Result) -> None:

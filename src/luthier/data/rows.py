@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 from luthier.data.disk_sequence import spool
@@ -570,6 +571,8 @@ class RowReader:
         self.group_column = group_column
         self.group_of: dict[tuple[str, int], str] = {}
         """What the column for groups has in each row, by file and line."""
+        self._first: list[Row] = []
+        self._rest: Iterator[Row] | None = None
         self._containers: list[str] = []
         self._unread: dict[str, None] = {}
         self._folder = Path(str(source))
@@ -591,7 +594,19 @@ class RowReader:
         unread = tuple(self._unread | self.checker.unread_of_turns)
         return Recognition(containers, form, self.rows, len(self.files), unread)
 
+    def first(self, count: int) -> list[Row]:
+        """Return the first ``count`` rows, which the next iteration yields without reading again."""
+        self._rest = self._rest or self._read()
+        self._first += islice(self._rest, max(0, count - len(self._first)))
+        return self._first[:count]
+
     def __iter__(self) -> Iterator[Row]:
+        first, rest = self._first, self._rest or self._read()
+        self._first, self._rest = [], None
+        yield from first
+        yield from rest
+
+    def _read(self) -> Iterator[Row]:
         for path in self.files:
             container = find_container(path, self.problems)
             if container is None:

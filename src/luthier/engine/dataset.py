@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.disk_sequence import concatenate, select, spool
 from luthier.data.inputs import PLURAL
 from luthier.data.loader import MixedSet
-from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader, load_rows
+from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader
 from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow
 from luthier.data.splitting import split_rows, strata_of
@@ -76,6 +76,44 @@ class Dataset:
         return [{**each.model_dump(mode="json"), **asdict(sizes)} for each, sizes in pairs]
 
 
+FIRST_ROWS = 200
+"""Rows of a source that are checked before a base model is chosen and loaded."""
+
+
+class OpenedData:
+    """The row sources of a recipe, each opened once: first rows are checked early, all read later."""
+
+    def __init__(self, spec: DataSpec, objective: Objective | None) -> None:
+        """Find the files of ``spec``.
+
+        Raises:
+            DataError: for a source without files.
+        """
+        self.checker = checker_for(objective)
+        opened = partial(RowReader, columns=spec.columns, checker=self.checker)
+        self.train = opened(spec.train, group_column=spec.group_column)
+        self.validation = opened(spec.validation) if spec.validation else None
+        self.mix = [opened(each.train) for each in spec.mix]
+
+    def check(self, objective: Objective | None = None, chat: ChatFormat | None = None) -> None:
+        """Refuse sources whose first rows are wrong.
+
+        With the ``chat`` format of the base model, rows that ``objective`` does not learn are refused.
+
+        Raises:
+            DataError: with every problem of the source, or the first rows that are not learned.
+        """
+        held = [] if self.validation is None else [self.validation]
+        for reader in (self.train, *held, *self.mix):
+            reader.first(FIRST_ROWS)
+            if reader.problems:
+                reader.read_all()
+        if objective is not None and chat is not None:
+            train, further = self.train.first(FIRST_ROWS), [r.first(FIRST_ROWS) for r in self.mix]
+            validation = held[0].first(FIRST_ROWS) if held else ()
+            check_shapes(train, validation, concatenate(further), objective, chat)
+
+
 def prepare(
     spec: DataSpec,
     objective: Objective | None,
@@ -85,24 +123,23 @@ def prepare(
     on_progress: Callable[[int, int], None] | None = None,
     refit: bool = False,
     on_row: Callable[[int, int], None] = lambda done, count: None,
+    data: OpenedData | None = None,
 ) -> Dataset:
     """Read, check, split and encode the data of a recipe; :class:`DataError` lists what is wrong.
+
+    ``data`` are the sources of ``spec``, if they are open already.
 
     ``on_progress`` is now and then given how many bytes of how many have been read. With ``refit``
     the rows that would be held out to measure on are learned from, those for a test still are not.
     ``on_row`` is given how many rows of how many the gate has looked at.
     """
-    checker = checker_for(objective)
-    reader = RowReader(
-        spec.train,
-        spec.columns,
-        checker,
-        on_progress=on_progress,
-        group_column=spec.group_column,
-    )
+    if data is None or data.checker is not checker_for(objective):
+        data = OpenedData(spec, objective)
+    reader = data.train
+    reader.on_progress = on_progress
     rows, recognized = reader.read_all(), reader.recognition
-    held = load_rows(spec.validation, spec.columns, checker) if spec.validation else []
-    further = [load_rows(each.train, spec.columns, checker) for each in spec.mix]
+    held = [] if data.validation is None else data.validation.read_all()
+    further = [each.read_all() for each in data.mix]
     choices: list[Choice] = []
     if objective is None:
         objective = objective_for(rows[0], chat)
@@ -221,37 +258,6 @@ def _hash_named_media(spec: DataSpec, rows: Iterable[Row]) -> dict[str, str]:
     if not named:
         return {}
     return {NAMED_MEDIA: hashlib.sha256("\n".join(sorted(named)).encode()).hexdigest()}
-
-
-FIRST_ROWS = 100
-"""Rows of a source that are looked at before anything heavy is imported."""
-
-
-def check_sources(
-    spec: DataSpec, objective: Objective | None, chat: ChatFormat | None = None
-) -> None:
-    """Refuse sources whose first rows are wrong already, long before :func:`prepare` reads them.
-
-    It takes no more than reading them, where that needs torch, the model and the machine. With
-    ``chat``, the base model's, rows are refused, too, that ``objective`` does not learn from.
-
-    Raises:
-        DataError: with every problem of the source; of rows that are not learned from, the first ones.
-    """
-    checker = checker_for(objective)
-    first: list[Sequence[Row]] = []
-    for source in (spec.train, spec.validation, *(each.train for each in spec.mix)):
-        if not source:
-            first.append(())
-            continue
-        group_column = spec.group_column if source == spec.train else None
-        reader = RowReader(source, spec.columns, checker, whole=False, group_column=group_column)
-        first.append([*islice(reader, FIRST_ROWS)])
-        if reader.problems:
-            RowReader(source, spec.columns, checker, group_column=group_column).read_all()
-    if objective is not None and chat is not None:
-        rows, held, *further = first
-        check_shapes(rows, held, concatenate(further), objective, chat)
 
 
 def _split(

@@ -16,7 +16,7 @@ from luthier.data.inputs import PLURAL, SINGULAR
 from luthier.data.loader import RowOrder
 from luthier.data.template_kwargs import DATE
 from luthier.engine import defaults
-from luthier.engine.dataset import Dataset, prepare
+from luthier.engine.dataset import Dataset, OpenedData, prepare
 from luthier.engine.machine import Machine, available_memory
 from luthier.engine.memory import (
     check_memory,
@@ -137,11 +137,12 @@ class TrainingJob:
         }
 
 
-def with_base(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """The recipe with the base model that goes with its rows, where none is named."""
+def with_base(recipe: Recipe, reporter: Reporter, data: OpenedData | None = None) -> Recipe:
+    """Return the recipe with the base model for its rows, if the recipe names none."""
     if "base" in recipe.model_fields_set:
         return recipe
-    base, reason = default_base(recipe.data.train, recipe.data.columns, recipe.objective)
+    data = data or OpenedData(recipe.data, recipe.objective)
+    base, reason = default_base(data.train, recipe.objective)
     reporter.settings([("base", base, reason)])
     return recipe.model_copy(update={"base": base})
 
@@ -203,12 +204,14 @@ def prepare_job(
     refit: bool = False,
     processes: int = 1,
     stored_bytes: int = 0,
+    opened: OpenedData | None = None,
 ) -> TrainingJob:
     """Check the data against the model and return the job of ``recipe``.
 
     ``settled`` are the values of :meth:`TrainingJob.settled` of the run that is resumed, and
     ``stored_bytes`` is the size of its checkpoints. With ``refit``, no rows are held out. ``processes``
-    is the number of processes that train together.
+    is the number of processes that train together, and ``opened`` are the sources of the rows, if they
+    are open already.
     """
     settled = settled or {}
     reporter.stage("Checking the data")
@@ -252,7 +255,7 @@ def prepare_job(
             reporter.progress(done, count, f"{what} looked at")
 
     seed = recipe.training.seed
-    data = prepare(recipe.data, objective, chat, room, seed, on_progress, refit, on_row)
+    data = prepare(recipe.data, objective, chat, room, seed, on_progress, refit, on_row, opened)
     reporter.note(f"recognized: {data.recognized}")
     if recipe.forgetting is not None and data.objective.task != "causal_lm":
         raise RecipeError(

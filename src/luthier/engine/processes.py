@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.child_python import python_command
 from luthier.engine.machine import available_memory
@@ -39,6 +39,9 @@ from luthier.escaping import format_exit
 from luthier.files import read_json, write_json
 from luthier.models.process_group import ProcessGroup
 from luthier.recipe import Recipe
+
+if TYPE_CHECKING:
+    from luthier.engine.dataset import OpenedData
 
 MAX_RESTARTS = 3
 """Times that all processes are started again after one has ended by surprise."""
@@ -63,10 +66,12 @@ def train_in_processes(
     resume: bool = False,
     reporter: Reporter | None = None,
     lineage: Mapping[str, Any] | None = None,
+    data: OpenedData | None = None,
 ) -> Result:
     """Carry out ``recipe`` by so many processes of this machine; the same result as from one.
 
-    One trains in this process itself. ``lineage`` is as for :func:`luthier.engine.train.train`.
+    One trains in this process itself. ``lineage`` and ``data`` are as for
+    :func:`luthier.engine.train.train`; each of several processes opens the data itself.
 
     Raises:
         RefusedInput, Interrupted: as :func:`luthier.engine.train.train` does.
@@ -75,7 +80,7 @@ def train_in_processes(
     if processes == 1:
         from luthier.engine.train import train
 
-        return train(recipe, resume, reporter, lineage)
+        return train(recipe, resume, reporter, lineage, data)
     request = {"recipe": recipe.plain(), "resume": resume, "lineage": dict(lineage or {})}
     return run_in_processes("luthier.engine.processes", request, processes, reporter or Reporter())
 

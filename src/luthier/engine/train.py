@@ -13,7 +13,7 @@ import torch
 
 from luthier.data.tree import READING_BUDGET
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
-from luthier.engine.dataset import check_sources
+from luthier.engine.dataset import OpenedData
 from luthier.engine.job import TrainingJob, prepare_job, with_base
 from luthier.engine.loop import Loop
 from luthier.engine.machine import (
@@ -67,6 +67,7 @@ def train(
     resume: bool = False,
     reporter: Reporter | None = None,
     lineage: Mapping[str, Any] | None = None,
+    data: OpenedData | None = None,
 ) -> Result:
     """Carry out ``recipe`` and return what came out; the model is stored and verified.
 
@@ -89,11 +90,13 @@ def train(
     with group.shared_errors():
         if group.rank:
             return _train_beside(recipe, machine, group)
-        return _train_first(recipe, resume, reporter or Reporter(), lineage, machine, group)
+        data = data or OpenedData(recipe.data, recipe.objective)
+        return _train_first(recipe, data, resume, reporter or Reporter(), lineage, machine, group)
 
 
 def _train_first(
     recipe: Recipe,
+    data: OpenedData,
     resume: bool,
     reporter: Reporter,
     lineage: Mapping[str, Any] | None,
@@ -101,7 +104,7 @@ def _train_first(
     group: ProcessGroup,
 ) -> Result:
     """:func:`train` in the process that reports and writes, which mostly is the only one."""
-    recipe = with_base(recipe, reporter)
+    recipe = with_base(recipe, reporter, data)
     base = store.find(recipe.base, reporter.stage)
     clock = Clock()
     # A model tuned further keeps the name of the base model at the bottom of its lineage.
@@ -115,7 +118,9 @@ def _train_first(
     with run.lock(ORPHAN_SECONDS if has_agent() else 0.0):
         try:
             if not resume:
-                _check_free(run, recipe, base)  # before the rows are read, which can take minutes
+                _check_free(
+                    run, recipe, base, data
+                )  # before the rows are read, which can take minutes
             elif run.request_value("luthier") is None:
                 reporter.nothing_to_resume(run.model_id)
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
@@ -129,6 +134,7 @@ def _train_first(
                     settled,
                     processes=group.size,
                     stored_bytes=run.checkpoint_bytes(),
+                    opened=data,
                 )
             job = replace(job, origin={**job.origin, **(lineage or {})})
             done = run.begin(job.request(), resume, launch)
@@ -140,12 +146,12 @@ def _train_first(
         return train_first(None if done else job, run, done, resume, reporter, clock, group)
 
 
-def _check_free(run: Run, recipe: Recipe, base: store.StoredModel) -> None:
-    """Refuse a name that is taken; but first rows that no name would help."""
+def _check_free(run: Run, recipe: Recipe, base: store.StoredModel, data: OpenedData) -> None:
+    """Refuse a name that is taken, after rows that are refused under any name."""
     try:
         run.check_free()
     except RunConflict:
-        check_sources(recipe.data, recipe.objective, base.chat)
+        data.check(recipe.objective, base.chat)
         raise
 
 

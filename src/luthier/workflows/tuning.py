@@ -25,12 +25,17 @@ from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.forgetting import Forgetting, load_probes, measure_forgetting
 
 if TYPE_CHECKING:
+    from luthier.engine.dataset import OpenedData
     from luthier.engine.runs import Result
     from luthier.recipe import ForgettingLimits, Recipe
 
 
 def tune(
-    recipe: Recipe, resume: bool = False, reporter: Reporter | None = None, processes: int = 1
+    recipe: Recipe,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    processes: int = 1,
+    data: OpenedData | None = None,
 ) -> Result:
     """Carry out ``recipe``; a model that forgot more than it may is stored and withheld.
 
@@ -46,7 +51,7 @@ def tune(
     if limits is not None:
         load_probes(limits.probes)  # refused before anything is trained
     group = ProcessGroup.of_environment()
-    result = train_in_processes(recipe, processes, resume, reporter)
+    result = train_in_processes(recipe, processes, resume, reporter, data=data)
     if group.rank:
         return result  # the first process does the rest
     if limits is not None:
