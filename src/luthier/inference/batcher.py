@@ -1,9 +1,9 @@
-"""Dynamic batching for models that read: rows of all who wait go through the network together.
+"""Dynamic batching for models that predict: rows of all waiting requests share a forward pass.
 
-Nobody waits for a batch to fill. Whoever has the model's turn reads what has come while the last
-pass ran, one row of each request after the other until the pass is full: of a request of a thousand
-rows and one of a single row, the latter is answered with the next pass. Passes grow as long as they
-take less than :data:`PASS_SECONDS`, so that who comes next need not wait long for the end of one.
+No request waits for a batch to fill. The request with the model's turn reads the rows that arrived
+during the last pass, one row per request in turn until the pass is full. So a request of one row is
+answered with the next pass, next to a request of a thousand rows. Passes grow while they take less than
+:data:`PASS_SECONDS`.
 """
 
 from __future__ import annotations
@@ -30,43 +30,41 @@ if TYPE_CHECKING:
     from luthier.types import Example
 
 PASS_SECONDS = 0.2
-"""What a pass takes at most, about: one of half its size comes next, and one of twice its size
-behind one that took less than half of this."""
+"""Duration of a pass: a slower pass halves the size of the next one, and a pass of less than half of
+this time doubles the size."""
 FEWEST_TOKENS = 32
-"""Of a pass that is full: fewer take as long, as they are filled up."""
+"""Tokens of the smallest full pass: fewer tokens take as long, because they are padded."""
 
 
 class Work:
-    """What a model does for one request: in turns, and for so many seconds in all."""
+    """The time limits of one request at a model with turns."""
 
     def __init__(self, seconds: float = math.inf, queue_seconds: float = math.inf) -> None:
-        """It is given up when the client of the thread hangs up, or its first turn has not come
-        within ``queue_seconds``."""
+        """Allow ``seconds`` of the model's time, and ``queue_seconds`` before the first turn.
+
+        The work is cancelled when the client of the thread hangs up.
+        """
         self._seconds, self._used, self._began = seconds, 0.0, 0.0
         self.queue_seconds = queue_seconds
         self._turn_until = time.monotonic() + queue_seconds
         self.has_begun = False
-        """Whether its first turn has come."""
-        self._gone = threading.Event()
-        cancellable(KillHandle(self._gone.set))
+        """Whether the first turn has come."""
+        self._cancelled = threading.Event()
+        cancellable(KillHandle(self._cancelled.set))
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self._gone.is_set()
+        """Whether the client hung up."""
+        return self._cancelled.is_set()
 
     @property
     def is_late(self) -> bool:
-        """Whether it has waited too long for its first turn."""
+        """Whether the work has waited too long for its first turn."""
         return not self.has_begun and time.monotonic() > self._turn_until
 
     @contextmanager
     def count_time(self) -> Iterator[None]:
-        """Count the time of the block, unless all is used up.
-
-        Raises:
-            InferenceFailed: where it is.
-        """
+        """Count the time of the block; raise :class:`InferenceFailed` if no time is left."""
         self._began, self.has_begun = time.monotonic(), True
         self.check_within(0)
         try:
@@ -75,18 +73,18 @@ class Work:
             self.spend(time.monotonic() - self._began)
 
     def check(self) -> None:
-        """End it within a turn where it has taken too long, or nobody waits for it."""
+        """End a turn of cancelled or overdue work."""
         self.check_within(time.monotonic() - self._began)
 
     def check_within(self, seconds: float) -> None:
-        """The same, ``seconds`` after what it has spent."""
+        """Raise if the work is cancelled, or overdue after ``seconds`` more."""
         if self.is_cancelled:
             raise Cancelled
         if self._used + seconds > self._seconds:
             raise InferenceFailed(
                 "ModelTimeout",
-                f"The model has worked on this request for {self._seconds:g} seconds, which is what "
-                "one has. Ask for less at once.",
+                f"The model has worked on this request for {self._seconds:g} seconds, the limit of a "
+                "request. Request less at once.",
             )
 
     def spend(self, seconds: float) -> None:
@@ -95,7 +93,7 @@ class Work:
 
 
 class RowFailed(Exception):
-    """One row of a request could not be read; the cause says why."""
+    """A row of a request could not be read; the cause has the reason."""
 
     def __init__(self, place: int) -> None:
         super().__init__(place)
@@ -103,10 +101,10 @@ class RowFailed(Exception):
 
 
 class ReadRequest:
-    """A request while its rows are read."""
+    """A request with its unread rows and its answers."""
 
     def __init__(self, examples: Sequence[Example], work: Work) -> None:
-        """``Example.row`` is the place of each among them."""
+        """``Example.row`` is the place of each row in the request."""
         self.client, self.work = current_client(), work
         self.unread = deque(examples)
         self._answers: list[dict[str, Any]] = [{} for _ in examples]
@@ -115,11 +113,11 @@ class ReadRequest:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is an answer to each row, or none is looked for any more."""
+        """Whether every row is answered, or one failed."""
         return self._failure is not None or not self._missing
 
     def settle(self, place: int, answer: dict[str, Any] | Exception) -> None:
-        """The answer to one of its rows; with an exception the others fall away."""
+        """Store the answer to a row; an exception ends the request."""
         if isinstance(answer, Exception):
             self._failure = self._failure or (place, answer)
             self.unread.clear()
@@ -128,11 +126,11 @@ class ReadRequest:
             self._missing -= 1
 
     def answers(self) -> list[dict[str, Any]]:
-        """Those to all rows, in their order.
+        """Return the answers in the order of the rows.
 
         Raises:
-            InferenceFailed, Cancelled: where its time is used up, or nobody waits for it.
-            RowFailed: for a row that could not be read.
+            InferenceFailed, Cancelled: if the request is overdue or cancelled.
+            RowFailed: for an unreadable row.
         """
         if self._failure is not None:
             place, error = self._failure
@@ -149,16 +147,16 @@ class PassRow:
     request: ReadRequest
     example: Example
     cost: int
-    """Tokens; of an image or a sound 1."""
+    """Tokens; 1 for an image or audio clip."""
     nbytes: int
 
     def settle(self, answer: dict[str, Any] | Exception) -> None:
-        """See :meth:`ReadRequest.settle`."""
+        """Store the answer in the request."""
         self.request.settle(self.example.row, answer)
 
 
 class RowBatcher:
-    """Requests that wait to be read by one model, and what it reads next. Safe to share."""
+    """The waiting requests of one model. Safe to share between threads."""
 
     def __init__(
         self,
@@ -168,8 +166,7 @@ class RowBatcher:
         memory: CacheBudget,
         deterministic: bool = False,
     ) -> None:
-        """What a pass keeps between layers is taken from ``memory``; one row if
-        ``deterministic``."""
+        """Take the activations of a pass from ``memory``; ``deterministic`` passes have one row."""
         from luthier.models.layouts import MOST_IMAGES
 
         network = predictor.network
@@ -180,45 +177,44 @@ class RowBatcher:
         self._row_bytes = 0 if self._media else _bytes_per_token(network)
         self._fewest = 1 if self._media else FEWEST_TOKENS
         self._size = self._fewest
-        """What a full pass costs now; see :attr:`PassRow.cost`."""
+        """Cost of a full pass now."""
         self._waiting: WaitingRequests[ReadRequest] = WaitingRequests(limits.waiting_requests)
         self._lock = threading.Lock()
 
     def add(self, request: ReadRequest) -> None:
-        """Have ``request`` wait.
+        """Queue ``request``.
 
         Raises:
-            InferenceRefused: where one of its rows takes more memory than there is.
-            InferenceFailed: where too many requests of its client wait.
+            InferenceRefused: for a row that needs more memory than the budget.
+            InferenceFailed: if too many requests of the client wait.
         """
         for example in request.unread:
             needed = self._row(request, example).nbytes
             if needed > self._memory.total:
                 raise InferenceRefused(
-                    f"To read this text may need {needed >> 20} MiB of memory, and there are "
-                    f"{self._memory.total >> 20} MiB. Send a shorter one.",
+                    f"This text may need {needed >> 20} MiB of memory, and {self._memory.total >> 20} "
+                    "MiB are available. Send a shorter text.",
                     "input",
                 )
         with self._lock:
             self._waiting.add(request)
 
     def remove(self, request: ReadRequest) -> None:
-        """It waits no longer; what is not read of it is not read any more."""
+        """Remove ``request`` with its unread rows."""
         with self._lock:
             self._waiting.remove(request)
 
     @contextmanager
     def next_pass(self, first: ReadRequest) -> Iterator[list[PassRow]]:
-        """The rows that are read next, those of ``first`` among them; to be asked in the model's
-        turn.
+        """Yield the rows of the next pass, with rows of ``first``; call during the model's turn.
 
-        There are none as long as others have all the memory.
+        The list is empty while other models use the memory.
         """
         rows = self._choose(first)
         try:
             yield rows
         except BaseException:
-            for row in rows:  # else those who wait for them would wait for ever
+            for row in rows:  # or their requests would wait forever
                 row.settle(InferenceFailed("ModelError", "The model failed."))
             raise
         finally:
@@ -226,8 +222,7 @@ class RowBatcher:
                 self._memory.give(row.request.client, row.nbytes)
 
     def read(self, rows: Sequence[PassRow]) -> None:
-        """Read ``rows`` together; where that fails each by itself, as only one of them may be
-        wrong."""
+        """Read ``rows`` together, or one by one after a failure, which one row may have caused."""
         answers = self._try(rows)
         if not isinstance(answers, Exception):
             for row, answer in zip(rows, answers, strict=True):
@@ -240,11 +235,12 @@ class RowBatcher:
                     self.read([row])
 
     def _try(self, rows: Sequence[PassRow]) -> list[dict[str, Any]] | Exception:
-        """Answers to ``rows``, whose time is counted; or what went wrong."""
+        """Return the answers to ``rows`` or the error, and count the time."""
         began, cost = time.monotonic(), sum(row.cost for row in rows)
 
         def check(*_: Any) -> None:
-            # A model that takes many passes for an image is ended between two of them.
+            # Also called between the passes of a model that needs several per image. The pass ends
+            # when no request wants it any more.
             seconds, failure = time.monotonic() - began, Exception()
             for row in rows:
                 try:
@@ -296,8 +292,7 @@ class RowBatcher:
         return rows
 
     def _able(self, first: ReadRequest) -> list[ReadRequest]:
-        """Requests that may be in a pass with ``first``: of clients that are not ahead of
-        others."""
+        """Return ``first`` and the requests of clients that are not ahead of others."""
         scheduler = self._scheduler
         clients = sorted(scheduler.runnable(self._waiting.clients), key=scheduler.seconds)
         others = [
@@ -314,8 +309,7 @@ class RowBatcher:
 
 
 def _bytes_per_token(network: Network) -> int:
-    """About what a layer keeps of a token until it is done: states, queries, keys, values, and the
-    widened state twice."""
+    """Estimate a layer's activations per token: states, queries, keys, values, and the MLP twice."""
     config = network.model.config
     widened = getattr(config, "intermediate_size", None) or 4 * network.width
     return int((8 * network.width + 2 * int(widened)) * network.dtype.itemsize)

@@ -1,4 +1,4 @@
-"""The models that are in memory: loaded when they are first asked, the longest unused let go of."""
+"""The models in memory: loaded on the first request, and evicted by the longest time unused."""
 
 from __future__ import annotations
 
@@ -45,34 +45,33 @@ if TYPE_CHECKING:
     from luthier.models.sampling import Constraint
 
 LOADING_SECONDS = 300.0
-"""How long a request waits for its model to be loaded."""
+"""Seconds that a request waits for its model to load."""
 RECENT = timedelta(minutes=1)
-"""A model that was asked so lately stays where another one is loaded that nobody has asked yet."""
+"""A model with a request in this time is not evicted for a model that is loaded in advance."""
 _LOADED_TWICE = 2.5
-"""Of the weights' bytes: they are kept a second time in the kernels' order."""
+"""Memory of a model, as a multiple of its weights: the kernels have a copy in their own order."""
 _STACKED = 2.0
-"""Memory of an adapter next to its base, as a multiple of its file: weights and a slot of a
-stack."""
+"""Memory of an adapter next to its base, as a multiple of its file: weights and a slot of a stack."""
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A model that is loaded, or about to be."""
+    """A model that is loaded or loading."""
 
     id: str
     bytes: int
     ready: threading.Event = field(default_factory=threading.Event)
     model: Any = None
     base: _Entry | None = None
-    """The entry of the model whose network it shares, which it uses as long as it has a place."""
+    """Entry of the model whose network the adapter shares."""
     error: Exception | None = None
     uses: int = 0
-    """Requests that it answers, and adapters on it."""
+    """Number of running requests, and of adapters on the model."""
     loaded: datetime | None = None
     last_used: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def close(self) -> None:
-        """End its work, as far as it was loaded; once, whoever asks for it."""
+        """Close the model once."""
         model, self.model = self.model, None
         if model is not None:
             model.close()
@@ -80,7 +79,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is in memory."""
+    """A model in memory."""
 
     id: str
     bytes: int
@@ -89,15 +88,15 @@ class LoadedModel:
     """Id of the model whose network it shares."""
     loaded: datetime
     last_used: datetime
-    """When it was loaded or asked last, or ended an answer."""
+    """Time of the last load, request or finished answer."""
     requests: int
-    """Those that it answers now."""
+    """Number of running requests."""
     speculation: Speculation | None = None
-    """What was guessed for its answers that have ended; ``None`` of one that only reads."""
+    """Guessed tokens of finished answers; None for a model that predicts."""
 
 
 class ModelPool:
-    """Answers for every model of the store, by its stored id. Safe to share between threads."""
+    """Runs requests to the models of the library, by id. Safe to share between threads."""
 
     def __init__(
         self,
@@ -107,10 +106,14 @@ class ModelPool:
         latencies: LatencyTable | None = None,
         deterministic: bool = False,
     ) -> None:
-        """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
-        sequences; by default shares of the free memory. ``limits`` hold for each model. How soon
-        models write is counted in ``latencies``. Models run one sequence or row at a time if
-        ``deterministic``.
+        """Create an empty pool.
+
+        Args:
+            budget: bytes for the weights of all models; by default a share of the free memory.
+            cache: bytes for keys, values and activations; by default a share of the free memory.
+            limits: limits of each model.
+            latencies: metrics of the models.
+            deterministic: run one sequence or row at a time.
         """
         self._latencies, self._deterministic = latencies, deterministic
         self.limits = limits or ModelLimits()
@@ -118,26 +121,26 @@ class ModelPool:
         self.budget = int(self.limits.weights_share * free) if budget is None else budget
         cache = int(self.limits.cache_share * free) if cache is None else cache
         self.memory = CacheBudget(cache, self.limits.share_of(cache))
-        # Behind a beginning that was read earlier, a prompt is cut into other chunks.
+        # A cached beginning changes the chunks of a prompt, and with them the last bits.
         self._prefixes = None if deterministic else PrefixCache(self.memory)
         self._scheduler = FairScheduler()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._leaving: list[_Entry] = []
-        """What has no place any more, and answers still: its memory counts until it is closed."""
+        """Evicted models with running requests, whose memory counts until they end."""
         self._lock = threading.Lock()
-        # While transformers builds a network it changes what holds for the whole process, such as the
-        # type of new tensors: a second one beside it would lack weights, or have others.
+        # transformers changes global state, such as the type of new tensors, while it builds a network.
+        # A second network at the same time would lack weights.
         self._loading = threading.Lock()
-        # Networks that run while the interpreter ends would take it down.
+        # Networks that run while the interpreter ends would crash the process.
         self._finally = weakref.finalize(self, _close_all, self._entries, self._leaving)
 
     def submit(self, model_id: str, request: GenerationRequest) -> Stream:
-        """Begin to answer ``request`` with a model that writes.
+        """Queue ``request`` at a generative model and return its stream.
 
         Raises:
-            UnknownModel: where there is no such model.
-            InferenceRefused: for a request that is wrong.
-            InferenceFailed: where the model cannot be loaded, or too many requests wait.
+            UnknownModel: if the model does not exist.
+            InferenceRefused: for a bad request.
+            InferenceFailed: if the model cannot be loaded, or too many requests wait.
         """
         entry = self._acquire(model_id)
         try:
@@ -149,49 +152,40 @@ class ModelPool:
         return cancellable(metered_stream(stream, model_id))
 
     def encode(self, model_id: str, prompt: Prompt) -> list[int]:
-        """Tokens of ``prompt`` as the model reads it; ``TooLong`` for twice its context and
-        more."""
+        """Return the token ids of ``prompt``; raise ``TooLong`` for more than twice the context."""
         with self._borrow(model_id) as entry:
             return [int(token) for token in _writer(entry).encode(prompt)]
 
     def count(self, model_id: str, prompt: Prompt) -> int:
-        """How many those are."""
+        """Return the number of tokens of ``prompt``."""
         return len(self.encode(model_id, prompt))
 
     def token_bytes(self, model_id: str, ids: Sequence[int]) -> list[bytes]:
-        """What tokens of a model stand for; ``TooLong`` for more than a prompt may have."""
+        """Return the bytes of token ids; raise ``TooLong`` for more than a prompt may have."""
         with self._borrow(model_id) as entry:
             ids_T = _writer(entry).encode(ids).tolist()
             return [_writer(entry).constraints.token_bytes(i) for i in ids_T]
 
     def check_constraint(self, constraint: Constraint) -> None:
-        """Refuse what no model's answers can be kept to, without asking any.
-
-        Raises:
-            InferenceRefused: with the reason.
-        """
+        """Raise :class:`InferenceRefused` for a constraint that no answer can satisfy."""
         from luthier.inference.constraints import check_constraint
 
         check_constraint(constraint, self.limits.schema_characters)
 
     def writes(self, model_id: str) -> bool:
-        """Whether it writes text, and does not read it only."""
+        """Return whether the model generates text."""
         from luthier.library import models as store
 
         return store.find(model_id).writes
 
     def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
-        """Vectors of texts, or of texts as tokens.
-
-        Texts of concurrent requests are read together.
+        """Return embeddings of texts or token ids.
 
         Raises:
             UnknownModel, InferenceRefused, InferenceFailed: as :meth:`submit`.
         """
         with self._borrow(model_id) as entry:
-            encoder = _serial(
-                entry, "gives no embeddings: ask a model that does, such as an encoder"
-            )
+            encoder = _serial(entry, "has no embeddings. Use an encoder")
             examples = encoder.texts(texts)
             found = encoder.embed(examples, self._work(math.inf))
         count_tokens(model_id, sum(each.tokens for each in found))
@@ -200,16 +194,13 @@ class ModelPool:
     def predict(
         self, model_id: str, inputs: Sequence[ModelInput], top: int | None = None
     ) -> list[dict[str, Any]]:
-        """What a model that reads says of each input: ``label`` and ``scores``, ``score``, ….
+        """Return the prediction for each input: ``label`` and ``scores``, ``score``, ….
 
-        ``top`` leaves so many classes in ``scores``, the likeliest first. An image or a sound
-        counts as one token that was read. Inputs of all who ask at once are read together, as by
-        :meth:`embed`.
+        ``top`` keeps the likeliest classes in ``scores``. An image or audio clip counts as one token.
 
         Raises:
-            UnknownModel, InferenceRefused, InferenceFailed: as :meth:`submit`; ``ModelTimeout``
-            where
-                it takes more than ``image_seconds``.
+            UnknownModel, InferenceRefused, InferenceFailed: as :meth:`submit`, and ``ModelTimeout``
+                after ``image_seconds``.
         """
         self._check_count(len(inputs), "inputs")
         with self._borrow(model_id) as entry:
@@ -219,7 +210,7 @@ class ModelPool:
         return answers
 
     def reconstruct(self, model_id: str, images: Sequence[Media]) -> list[Reconstruction]:
-        """Each image as the model gives it back; read and made, it counts as two tokens."""
+        """Reconstruct each image, which counts as one input and one output token."""
         self._check_count(len(images), "images")
         with self._borrow(model_id) as entry:
             model = _serial(entry)
@@ -228,7 +219,7 @@ class ModelPool:
         return found
 
     def sample(self, model_id: str, request: ImageRequest) -> ImageSamples:
-        """New images of a model that makes them; each counts as one token that was written.
+        """Generate images; each counts as one output token.
 
         Raises:
             UnknownModel, InferenceRefused, InferenceFailed: as :meth:`predict`.
@@ -246,38 +237,33 @@ class ModelPool:
     def _check_count(self, count: int, parameter: str) -> None:
         most = self.limits.inputs
         if not 1 <= count <= most:
-            text = f"One request has from 1 to {most} of {parameter}, and this one {count:,}."
+            text = f"`{parameter}` must be 1 to {most} per request, not {count:,}."
             raise InferenceRefused(text, parameter)
 
     def _work(self, seconds: float | None = None) -> Work:
-        """What a model reads or draws for one request, for ``image_seconds`` where none are
-        given."""
+        """Return the time limits of one request, by default ``image_seconds``."""
         queue_seconds = math.inf if in_background() else self.limits.queue_seconds
         return Work(self.limits.image_seconds if seconds is None else seconds, queue_seconds)
 
     def load(self, model_id: str) -> None:
-        """Have a model in memory before it is asked.
-
-        Models that nobody has asked for :data:`RECENT` make room for it, those in use do not.
+        """Load a model in advance, without evicting models in use or with recent requests.
 
         Raises:
-            UnknownModel: where there is no such model.
-            InferenceFailed: ``ModelNotReady`` where there is no room now, ``ModelError`` where it
-                cannot be loaded.
+            UnknownModel: if the model does not exist.
+            InferenceFailed: ``ModelNotReady`` without room, ``ModelError`` if loading fails.
         """
         with self._borrow(model_id, unasked=True):
             pass
 
     def unload(self, model_id: str) -> None:
-        """Let go of a model, and of adapters on it, as soon as their last answers have ended."""
+        """Unload a model and its adapters as soon as their running answers end."""
         with self._lock:
             gone = self._take_out(model_id)
         for entry in gone:
             self._release(entry)
 
     def _take_out(self, model_id: str) -> list[_Entry]:
-        """Give up the places of a model and its adapters; called with the lock. Release them
-        after."""
+        """Move a model and its adapters to the leaving ones. Called with the lock."""
         first = self._entries.get(model_id)
         gone = [each for each in self._entries.values() if first and first in (each, each.base)]
         for entry in gone:
@@ -287,16 +273,16 @@ class ModelPool:
         return gone
 
     def close(self) -> None:
-        """End all work and let go of everything."""
+        """Close all models."""
         _close_all(self._entries, self._leaving)
 
     def loaded_ids(self) -> list[str]:
-        """Ids of the models in memory, the longest unused first."""
+        """Return the ids of the models in memory, the longest unused first."""
         with self._lock:
             return [name for name, entry in self._entries.items() if entry.model is not None]
 
     def loaded_models(self) -> list[LoadedModel]:
-        """The models in memory, the longest unused first."""
+        """Return the models in memory, the longest unused first."""
         with self._lock:
             adapters = Counter(each.base.id for each in self._entries.values() if each.base)
             return [
@@ -315,12 +301,12 @@ class ModelPool:
             ]
 
     def weight_bytes(self) -> int:
-        """Memory that the weights of the loaded models are reckoned to take."""
+        """Return the estimated memory of the weights of all loaded models."""
         with self._lock:
             return self._used_bytes()
 
     def _used_bytes(self) -> int:
-        """Of all models that have a place, or answer still. Called with the lock."""
+        """Return the memory of all loaded and leaving models. Called with the lock."""
         return sum(entry.bytes for entry in (*self._entries.values(), *self._leaving))
 
     @contextmanager
@@ -332,14 +318,14 @@ class ModelPool:
             self._release(entry)
 
     def _acquire(self, model_id: str, unasked: bool = False) -> _Entry:
-        """The loaded model, not to be let go of until it is released; see :meth:`_reserve`."""
+        """Return the loaded model, which stays in memory until :meth:`_release`."""
         with self._lock:
             entry = self._use(model_id)
         first = entry is None
         if entry is None:
             from luthier.library import models as store
 
-            # It may have to be downloaded first, which no other model waits for.
+            # Outside the lock: a download must not hold up other models.
             stored = store.find(model_id)
             base = None
             if store.shares_base(stored):
@@ -352,7 +338,7 @@ class ModelPool:
                 if base is not None:
                     self._release(base)
                 raise
-            if base is not None and not first:  # the use of the base goes with the first one's
+            if base is not None and not first:  # the other thread's entry has its own use
                 self._release(base)
         if first:
             self._load(model_id, entry)
@@ -367,7 +353,7 @@ class ModelPool:
         return entry
 
     def _use(self, model_id: str) -> _Entry | None:
-        """The model where it has a place, with one use more. Called with the lock."""
+        """Return the entry of a model with one more use. Called with the lock."""
         entry = self._entries.get(model_id)
         if entry is not None:
             entry.uses += 1
@@ -375,7 +361,7 @@ class ModelPool:
         return entry
 
     def _move_to_end(self, entry: _Entry) -> None:
-        """It is the latest in use; its base comes behind it, which has to stay for longer."""
+        """Mark the entry as just used, and its base as used after it."""
         for each in (entry, entry.base):
             if each is not None and self._entries.get(each.id) is each:
                 each.last_used = datetime.now(UTC)
@@ -384,10 +370,10 @@ class ModelPool:
     def _reserve(
         self, model_id: str, size: int, base: _Entry | None, unasked: bool
     ) -> tuple[_Entry, bool]:
-        """A place for the model, made free where needed, and whether it has to be loaded.
+        """Return the entry of the model, and whether the caller must load it.
 
-        With it goes the use of its ``base``, unless there is a place already. Where it is
-        ``unasked`` models that were asked lately keep their places.
+        Evicts other models if necessary, but for an ``unasked`` model no model with a recent request.
+        A new entry takes over the use of ``base``.
         """
         recent = datetime.now(UTC) - RECENT
         with self._lock:
@@ -395,9 +381,9 @@ class ModelPool:
             if entry is not None:
                 return entry, False
             if size > self.budget:
-                text = f"{size >> 20} MiB of memory, and {self.budget >> 20} MiB are there."
+                text = f"{size >> 20} MiB of memory, and the limit is {self.budget >> 20} MiB."
                 raise InferenceFailed("ModelNotReady", f"The model needs {text}")
-            # What is being loaded is not taken yet, and jobs may have taken what was free at the start.
+            # Loading models have not taken their memory yet, and jobs may have taken some.
             loading = sum(each.bytes for each in self._entries.values() if not each.ready.is_set())
             free = available_memory() - loading
             excess = size - min(self.budget - self._used_bytes(), free)
@@ -415,19 +401,19 @@ class ModelPool:
             if excess > 0:
                 raise InferenceFailed(
                     "ModelNotReady",
-                    f"The model needs {size >> 20} MiB of memory, {excess >> 20} MiB more than is left "
-                    "beside models at work or asked lately. Try again soon.",
+                    f"The model needs {size >> 20} MiB of memory, {excess >> 20} MiB more than the "
+                    "models in use leave. Try again soon.",
                 )
             for other in evicted:
                 del self._entries[other.id]
             self._entries[model_id] = entry = _Entry(model_id, size, base=base, uses=1)
             self._move_to_end(entry)
         for other in evicted:
-            self._close(other)  # waits for its threads
+            self._close(other)  # outside the lock: waits for threads
         return entry, True
 
     def _load(self, model_id: str, entry: _Entry) -> None:
-        """Load it once for all who wait; a failure is told to them, and not remembered."""
+        """Load the model for all waiting requests; the next request retries after a failure."""
         from luthier.library import models as store
 
         try:
@@ -446,28 +432,27 @@ class ModelPool:
                         None if self._latencies is None else self._latencies.of(stored),
                         self._deterministic,
                     )
-                    # Takes off the truncation that a tokenizer's file may name: later no two threads
-                    # may do so at once.
+                    # Removes the truncation of a tokenizer's file; no two threads may do so at once.
                     entry.model.chat.encode_whole("")
                 else:
                     entry.model = SerialModel.open(
                         stored, self.limits, self._scheduler, self.memory, self._deterministic
                     )
             if entry.base is None:
-                # A full collection looks at the 300,000 objects of libraries and base, for 0.2 s.
+                # Later full collections skip the 300,000 objects of libraries and base: 0.2 s each.
                 gc.collect()
                 gc.freeze()
         except LuthierError as error:
             entry.error = _failure(error)
         except Exception as error:
-            # What has no room now may have some later.
+            # Memory or disk space may be available later.
             short = isinstance(error, MemoryError) or waits_for_disk(error)
             entry.error = InferenceFailed(
                 "ModelNotReady" if short else "ModelError",
                 f"The model cannot be loaded: {type(error).__name__}.",
             )
             entry.error.__cause__ = error
-        release_workers()  # of the thread that asked: a decoder has its own
+        release_workers()  # of this thread: a decoder has its own thread
         if entry.error is not None:
             with self._lock:
                 if self._entries.get(model_id) is entry:
@@ -481,7 +466,7 @@ class ModelPool:
         with self._lock:
             entry.uses -= 1
             entry.last_used = datetime.now(UTC)
-            # Else it was closed with the pool.
+            # Other entries are loaded, or closed with the pool.
             last = not entry.uses and entry in self._leaving
         if last:
             try:
@@ -492,13 +477,13 @@ class ModelPool:
                         self._leaving.remove(entry)
 
     def _close(self, entry: _Entry) -> None:
-        """End the work of what has no place any more, and its use of a base."""
+        """Close an evicted entry and release its base."""
         entry.close()
         base, entry.base = entry.base, None
         if base is not None:
             self._release(base)
         else:
-            gc.unfreeze()  # else cycles of the network would stay for ever
+            gc.unfreeze()  # or cycles of the network would never be freed
 
 
 def _close_all(entries: OrderedDict[str, _Entry], leaving: list[_Entry]) -> None:
@@ -510,8 +495,8 @@ def _close_all(entries: OrderedDict[str, _Entry], leaving: list[_Entry]) -> None
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No garbage collection while a model is loaded: to make an adapter's 14,000 objects sets off a
-    full one in each eighth load, which takes three times as long as the load."""
+    """Pause garbage collection: the 14,000 objects of an adapter cause a full collection in each eighth
+    load, which takes three times as long as the load."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -522,12 +507,12 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _failure(error: LuthierError) -> InferenceFailed:
-    """Why a model cannot be loaded, without the places of this machine."""
+    """Return the error of a failed load, without paths of this machine."""
     return InferenceFailed("ModelError", f"The model cannot be loaded: {without_home(str(error))}")
 
 
 def _decoder(entry: _Entry) -> Decoder | None:
-    """What writes with a model in memory; ``None`` of one that only reads."""
+    """Return the decoder of a generative model, else None."""
     from luthier.inference.decoder import Decoder
 
     return entry.model if isinstance(entry.model, Decoder) else None
@@ -536,20 +521,21 @@ def _decoder(entry: _Entry) -> Decoder | None:
 def _writer(entry: _Entry) -> Decoder:
     decoder = _decoder(entry)
     if decoder is None:
-        raise entry.model.refusal(f"This model {entry.model.purpose} and writes no text.")
+        raise entry.model.refusal(f"This model {entry.model.purpose} and generates no text.")
     return decoder
 
 
-def _serial(entry: _Entry, lack: str = "gives no labels, and makes no images") -> SerialModel:
-    """What does one thing at a time; of what writes the refusal says its ``lack``."""
+def _serial(
+    entry: _Entry, lack: str = "predicts no labels, and generates no images"
+) -> SerialModel:
+    """Return a model with turns; the error for a generative model says its ``lack``."""
     if not isinstance(entry.model, SerialModel):
-        raise InferenceRefused(f"This model writes text: it {lack}.", "model")
+        raise InferenceRefused(f"This model generates text and {lack}.", "model")
     return entry.model
 
 
 def _weights(stored: StoredModel, shares_base: bool) -> int:
-    """Bytes that a model takes in memory, without what its sequences keep; those of the network
-    that it shares are its base's."""
+    """Return the bytes of a model's weights in memory, without the base of an adapter."""
     from luthier.engine.machine import choose_machine
     from luthier.models.save import ADAPTER
     from luthier.models.tensors import tensor_headers

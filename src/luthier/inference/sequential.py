@@ -1,10 +1,8 @@
-"""Models in memory that do one thing at a time: they read texts, images or sounds, or make images.
+"""Models in memory with one turn at a time: models that predict, and image generators.
 
-Whose turn it is, :mod:`luthier.inference.scheduler` says. What is to be read goes through the
-network together with the rows of others who wait (:mod:`luthier.inference.batcher`); images are
-made for one request after the other, and its place is given away between parts of a long one. The
-network is asked through the same objects as by the command line
-(:mod:`luthier.inference.prediction`, :mod:`luthier.media.image_generation`).
+:mod:`luthier.inference.scheduler` decides whose turn it is. Rows of waiting requests are read together
+(:mod:`luthier.inference.batcher`). Images are generated for one request after the other, with a new
+turn for each part of a long request.
 """
 
 from __future__ import annotations
@@ -51,17 +49,17 @@ if TYPE_CHECKING:
     from luthier.types import Example
 
 COPIED_AT_ONCE = 8
-"""Images that go through an autoencoder in one turn: large ones take longer to decode than that."""
+"""Images that an autoencoder reconstructs in one turn: large images take longer to decode."""
 THIS_MODEL = "This model"
-"""What refusals call it, as clients do not know its id in the store."""
+"""Name of the model in errors; clients do not know its id in the library."""
 
 ModelInput = str | Media
-"""A text, an image, a sound or a window of a time series that a model is to read."""
+"""A text, image, audio clip or window of a time series."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A text as a vector."""
+    """The embedding of a text."""
 
     vector: tuple[float, ...]
     tokens: int
@@ -69,14 +67,14 @@ class Embedding:
 
 @dataclass(frozen=True)
 class ImageSamples:
-    """New images, and the seed that gives the same ones again."""
+    """Generated images, and the seed that reproduces them."""
 
     images: Sequence[SampledImage]
     seed: int
 
 
 class SerialModel:
-    """One model in memory that does one thing at a time, for one request or for several."""
+    """A model in memory with one turn at a time."""
 
     def __init__(
         self,
@@ -87,9 +85,9 @@ class SerialModel:
         memory: CacheBudget | None = None,
         deterministic: bool = False,
     ) -> None:
-        """``predictor`` reads, ``generator`` makes images; both have the same network.
+        """Serve ``predictor``, ``generator``, or both on the same network.
 
-        What passes keep is taken from ``memory``. A pass has one row if ``deterministic``.
+        Activations are taken from ``memory``. A ``deterministic`` model reads one row at a time.
         """
         opened = predictor or generator
         assert opened is not None
@@ -101,8 +99,7 @@ class SerialModel:
             self._prompt_limit = PromptLimit(
                 predictor.chat, predictor.context, self._limits, "input"
             )
-            # Takes off the truncation that a tokenizer's file may name: no two threads may do so at
-            # once.
+            # The first call removes the truncation of a tokenizer's file; no two threads may do so.
             predictor.chat.encode_whole("")
         self._lock, self._closed = threading.Lock(), False
         self._open = ExitStack()
@@ -128,12 +125,12 @@ class SerialModel:
         from luthier.media.image_generation import ImageGenerator
 
         objective = stored.objective
-        makes = isinstance(objective, Generative)
-        if not predicts(objective) and makes:
+        generates = isinstance(objective, Generative)
+        if not predicts(objective) and generates:
             return SerialModel(None, ImageGenerator.open(stored, THIS_MODEL), limits, scheduler)
         predictor = Predictor.open(stored)
         generator = None
-        if makes and predictor.chat.reads == "image":
+        if generates and predictor.chat.reads == "image":
             generator = ImageGenerator(
                 predictor.network, predictor.objective, predictor.chat, THIS_MODEL
             )
@@ -141,41 +138,37 @@ class SerialModel:
 
     @property
     def purpose(self) -> str:
-        """What it does, behind "This model"."""
-        does = []
-        if self._predictor is not None:
-            does.append(f"reads {PLURAL[self._chat.reads]}")
-        if self.makes_images:
-            does.append("makes images")
-        return " and ".join(does)
+        """What the model does, as the rest of a sentence after "This model"."""
+        reads = [] if self._predictor is None else [f"takes {PLURAL[self._chat.reads]}"]
+        return " and ".join([*reads, *(["generates images"] if self.makes_images else [])])
 
     def refusal(self, text: str) -> InferenceRefused:
-        """``text`` says what it does not do; where it reads, the answer says what to ask it for."""
+        """Return an error with ``text``, and the request that the model supports."""
         if self._predictor is None:
             return InferenceRefused(text, "model")
         if gives_embeddings(self._predictor.objective):
-            return InferenceRefused(f"{text} Ask it for embeddings.", "model")
+            return InferenceRefused(f"{text} Request embeddings.", "model")
         return PredictionsOnly(text, "model")
 
     @property
     def makes_images(self) -> bool:
-        """Whether it makes new images."""
+        """Whether the model generates images."""
         return isinstance(self._generator and self._generator.objective, Generative)
 
     @property
     def reads(self) -> str:
-        """What it reads: ``text``, ``image``, ``audio`` or ``window``."""
+        """Kind of input: ``text``, ``image``, ``audio`` or ``window``."""
         return self._chat.reads
 
     def texts(self, given: Sequence[str | Sequence[int]]) -> list[Example]:
-        """Texts, or those that ids stand for, as tokens to :meth:`embed`.
+        """Encode texts, or token ids, for :meth:`embed`.
 
         Raises:
-            InferenceRefused: for a text without tokens, or with more than the model reads.
+            InferenceRefused: for an empty or too long text, or a model without embeddings.
         """
         predictor = self._reader()
         if not gives_embeddings(predictor.objective):
-            raise self.refusal("This model gives labels and no embeddings.")
+            raise self.refusal("This model predicts labels and has no embeddings.")
         limit, vocabulary = self._text_limit(), int(self._network.model.config.vocab_size)
         examples: list[Example] = []
         for each in given:
@@ -186,12 +179,10 @@ class SerialModel:
         return examples
 
     def embed(self, examples: Sequence[Example], work: Work | None = None) -> list[Embedding]:
-        """The vectors of ``examples``, as :meth:`texts` made them.
+        """Return the embeddings of texts that :meth:`texts` encoded.
 
         Raises:
-            InferenceFailed: where too many requests wait, its client hung up before its turn has
-            come,
-                or after :meth:`close`.
+            InferenceFailed: if too many requests wait, the client hung up, or the model is closed.
         """
         answers = self._read(examples, work or Work())
         vectors = [np.asarray(answer["embedding"], dtype=np.float32) for answer in answers]
@@ -201,10 +192,10 @@ class SerialModel:
         ]
 
     def inputs(self, given: Sequence[ModelInput]) -> tuple[list[Example], int]:
-        """What is to be read, and the tokens that it has: 1 of each image or sound.
+        """Encode inputs and count their tokens: 1 per image or audio clip.
 
         Raises:
-            InferenceRefused: for what the model does not read.
+            InferenceRefused: for an input that the model does not take.
         """
         predictor = self._reader()
         examples: list[Example] = []
@@ -215,20 +206,17 @@ class SerialModel:
                 else:
                     examples.append(self._encode_text(each, index))
             except (InferenceRefused, RowRefused) as refused:
-                message = (
-                    refused.problem.message if isinstance(refused, RowRefused) else str(refused)
-                )
-                raise _refusal_of(index, each, message) from None
+                raise _input_refusal(index, each, refused.problem.message) from None
         return examples, sum(1 if each.media is not None else len(each) for each in examples)
 
     def predict(
         self, examples: Sequence[Example], top: int | None, work: Work
     ) -> list[dict[str, Any]]:
-        """What the model says of each of ``examples``, as :meth:`inputs` made them.
+        """Return the predictions for inputs that :meth:`inputs` encoded.
 
         Raises:
-            InferenceRefused: for an image or a sound that cannot be decoded. InferenceFailed: where
-            it takes too long, too many requests wait, or nobody waits for it.
+            InferenceRefused: for an undecodable image or audio clip.
+            InferenceFailed: if the work takes too long, or too many requests wait.
         """
         from luthier.inference.prediction import keep_likeliest
 
@@ -237,23 +225,22 @@ class SerialModel:
         return answers
 
     def reconstruct(self, images: Sequence[Media], work: Work) -> list[Reconstruction]:
-        """Each image after the way through the network.
+        """Return each image after a pass through the autoencoder.
 
         Raises:
-            InferenceRefused: where the model gives no images back, or for one that cannot be
-            decoded. InferenceFailed: as :meth:`predict`.
+            InferenceRefused: for a model that is no autoencoder, or an undecodable image.
+            InferenceFailed: as :meth:`predict`.
         """
         generator = self._generator
         if generator is None or not isinstance(generator.objective, VAE):
-            raise InferenceRefused(
-                f"This model {self.purpose}, and gives none back. A vae does.", "model"
-            )
+            text = f"This model {self.purpose}, and reconstructs none. A vae does."
+            raise InferenceRefused(text, "model")
         rows: list[MediaRow] = []
         for index, each in enumerate(images):
             try:
                 rows.append(self._media_row(each, index))
             except InferenceRefused as refused:
-                raise _refusal_of(index, each, str(refused)) from None
+                raise _input_refusal(index, each, refused.problem.message) from None
         found: list[Reconstruction] = []
         for start in range(0, len(rows), COPIED_AT_ONCE):
             part = rows[start : start + COPIED_AT_ONCE]
@@ -267,26 +254,22 @@ class SerialModel:
     def sample(
         self, request: ImageRequest, seed: int, work: Work, done: Callable[[int], None]
     ) -> list[SampledImage]:
-        """New images of ``seed``.
+        """Generate images.
 
         Raises:
-            InferenceRefused: where the model makes none, or not such ones.
-            InferenceFailed: where it takes too long, or nobody waits for it.
+            InferenceRefused: for a model that generates no images, or not such images.
+            InferenceFailed: as :meth:`predict`.
         """
         generator = self._generator
         if generator is None or not isinstance(generator.objective, Generative):
-            raise InferenceRefused(f"This model {self.purpose} and makes no images.", "model")
-        objective = generator.objective
+            raise InferenceRefused(f"This model {self.purpose} and generates no images.", "model")
         label, prompt = request.label or None, None
-        if objective.reads_prompts:
+        if generator.objective.reads_prompts:
             label, prompt = None, label
-        size = generator.processor.height, generator.processor.width
-        if request.size is not None and request.size != size:
-            height, width = size
-            raise InferenceRefused(
-                f"This model makes images of {width}x{height} (width x height), and no others.",
-                "size",
-            )
+        height, width = generator.processor.height, generator.processor.width
+        if request.size is not None and request.size != (height, width):
+            text = f"This model generates images of {width}x{height} (width x height) only."
+            raise InferenceRefused(text, "size")
         settings = DenoisingSettings(
             request.steps,
             request.guidance_scale,
@@ -301,7 +284,7 @@ class SerialModel:
             raise InferenceRefused(f"{refused}.", parameter) from refused
 
     def close(self) -> None:
-        """Let go of the network."""
+        """Free the network."""
         with self._lock:
             self._closed = True
             self._open.close()
@@ -309,7 +292,7 @@ class SerialModel:
 
     def _reader(self) -> Predictor:
         if self._predictor is None:
-            raise InferenceRefused(f"This model {self.purpose} and reads none.", "model")
+            raise InferenceRefused(f"This model {self.purpose} and takes none.", "model")
         return self._predictor
 
     def _text_limit(self) -> PromptLimit:
@@ -318,7 +301,7 @@ class SerialModel:
         return self._prompt_limit
 
     def _encode_text(self, text: str, index: int) -> Example:
-        """A text that the model can read whole."""
+        """Encode a text; raise :class:`InferenceRefused` if it exceeds the context."""
         limit, predictor = self._text_limit(), self._reader()
         limit.check_text(text)
         try:
@@ -333,9 +316,8 @@ class SerialModel:
 
     def _media_row(self, given: Media, index: int) -> MediaRow:
         if given.kind != self._chat.reads:
-            raise InferenceRefused(
-                f"This model {self.purpose}, and no {PLURAL[given.kind]}.", "input"
-            )
+            text = f"This model {self.purpose}, and no {PLURAL[given.kind]}."
+            raise InferenceRefused(text, "input")
         most = {"image": self._limits.image_pixels, "audio": self._limits.sound_samples}
         media = replace(given, most=most.get(given.kind))
         return BARE_MEDIA[given.kind]("", index + 1, media)
@@ -347,15 +329,15 @@ class SerialModel:
             try:
                 media.array()
             except RowRefused as bad:
-                return _refusal_of(row.line - 1, media.media, bad.problem.message)
+                return _input_refusal(row.line - 1, media.media, bad.problem.message)
         return InferenceRefused(refused.problem.message, "inputs")
 
     def _read(self, examples: Sequence[Example], work: Work) -> list[dict[str, Any]]:
-        """Answers to ``examples``; whoever has its turn reads those of others who wait as well."""
+        """Return the answers to ``examples``, read together with rows of other requests."""
         request = ReadRequest(examples, work)
         self._batcher.add(request)
         try:
-            with suppress(Cancelled):  # others may have read it while it waited for its turn
+            with suppress(Cancelled):  # another request's turn may have read the rows
                 while not request.is_done:
                     self._read_pass(request)
             if not request.is_done:
@@ -366,7 +348,7 @@ class SerialModel:
             assert isinstance(error, Exception)
             media = examples[failed.place].media
             if isinstance(error, RowRefused) and media is not None:
-                raise _refusal_of(failed.place, media.media, error.problem.message) from error
+                raise _input_refusal(failed.place, media.media, error.problem.message) from error
             raise error from None
         except Cancelled:
             raise _unloaded_failure() from None
@@ -374,7 +356,7 @@ class SerialModel:
             self._batcher.remove(request)
 
     def _read_pass(self, request: ReadRequest) -> None:
-        """Read some of the rows that wait, those of ``request`` first, when it is its turn."""
+        """Wait for the turn of ``request`` and read the next pass."""
         with (
             self._network_turn(lambda: request.is_done or _is_over(request.work)) as parts,
             self._batcher.next_pass(request) as rows,
@@ -383,16 +365,16 @@ class SerialModel:
                 parts[row.request.client] += row.cost
             if rows:
                 self._batcher.read(rows)
-        if not rows:  # other models have the memory; they do not tell when they give it back
+        if not rows:  # other models use the memory, and do not notify when they free it
             time.sleep(RETRY_SECONDS)
 
     @contextmanager
     def _turn(self, work: Work) -> Iterator[None]:
-        """The network for one request, for as long as the block takes."""
+        """Run the block as a turn of ``work``."""
         try:
             with self._network_turn(lambda: _is_over(work)), work.count_time():
-                # A model that takes many passes for an image is ended between two of them; the passes
-                # of other turns are not those of this work.
+                # Ends overdue work between two passes of the network. Removed after the turn, because
+                # passes of other turns are not part of this work.
                 hook = self._network.model.register_forward_pre_hook(lambda *_: work.check())
                 try:
                     yield
@@ -403,8 +385,7 @@ class SerialModel:
 
     @contextmanager
     def _network_turn(self, is_over: Callable[[], bool]) -> Iterator[Counter[str]]:
-        """The network, when it is the turn of the thread's client: see
-        :meth:`FairScheduler.work`."""
+        """Run the block as a turn of the thread's client (:meth:`FairScheduler.work`)."""
         with self._scheduler.work(current_client(), self, is_over) as parts, self._lock:
             if self._closed:
                 raise _unloaded_failure()
@@ -415,12 +396,11 @@ class SerialModel:
 
 
 def _is_over(work: Work) -> bool:
-    """Whether there is no use in waiting for a turn."""
     return work.is_cancelled or work.is_late
 
 
 def _failure_of(work: Work) -> InferenceFailed:
-    """Why work was given up before it was done."""
+    """Return why unfinished work ended."""
     return InferenceFailed.busy(work.queue_seconds) if work.is_late else _unloaded_failure()
 
 
@@ -428,8 +408,7 @@ def _unloaded_failure() -> InferenceFailed:
     return InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
 
 
-def _refusal_of(index: int, given: ModelInput, message: str) -> InferenceRefused:
+def _input_refusal(index: int, given: ModelInput, message: str) -> InferenceRefused:
     member = given.kind if isinstance(given, Media) else "text"
-    return InferenceRefused(
-        f"inputs.{index}.{member}: {message[:1].lower()}{message[1:]}", f"inputs.{index}.{member}"
-    )
+    field = f"inputs.{index}.{member}"
+    return InferenceRefused(f"{field}: {message[:1].lower()}{message[1:]}", field)
