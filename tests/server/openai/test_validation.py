@@ -1,4 +1,4 @@
-"""Bodies that are refused, in OpenAI's form of words."""
+"""Bodies that are refused: the member and the code of the error."""
 
 from __future__ import annotations
 
@@ -44,123 +44,32 @@ TEXT = {"text": "x"}
 
 
 @pytest.mark.parametrize(
-    ("given", "param", "code", "message"),
+    ("given", "param", "code"),
     [
-        (
-            {"name": 1},
-            "name",
-            "invalid_type",
-            "'name': expected a string, but got an integer instead",
-        ),
-        ({"count": "1"}, "count", "invalid_type", "expected an integer, but got a string instead"),
-        ({"count": 1.5}, "count", "invalid_type", "expected an integer, but got a number instead"),
-        ({"share": None}, "share", "invalid_type", "expected a number, but got null instead"),
-        ({"flag": {}}, "flag", "invalid_type", "expected a boolean, but got an object instead"),
-        (
-            {"either": 3},
-            "either",
-            "invalid_type",
-            "expected one of a string or an array, but got an int",
-        ),
-        (
-            {"either": [3]},
-            "either[0]",
-            "invalid_type",
-            "expected an object, but got an integer instead",
-        ),
-        (
-            {"parts": [{"text": 3}]},
-            "parts[0].text",
-            "invalid_type",
-            "'parts[0].text': expected a string",
-        ),
-        ({"parts": [{}]}, "parts[0].text", "missing_required_parameter", "'parts[0].text'."),
-        (
-            {"parts": []},
-            "parts",
-            "empty_array",
-            "an array with minimum length 1, but got an empty array",
-        ),
-        (
-            {"parts": [TEXT] * 3},
-            "parts",
-            "array_above_max_length",
-            "got an array with length 3 instead",
-        ),
-        (
-            {"name": ""},
-            "name",
-            "empty_string",
-            "'name': empty string. Expected a string with minimum",
-        ),
-        (
-            {"name": "abcd"},
-            "name",
-            "string_above_max_length",
-            "string too long. Expected a string with max",
-        ),
-        (
-            {"name": "A"},
-            "name",
-            "invalid_value",
-            "Expected a string that matches the pattern '^[a-z]*$'.",
-        ),
-        (
-            {"count": 0},
-            "count",
-            "integer_below_min_value",
-            "Expected a value >= 1, but got 0 instead.",
-        ),
-        (
-            {"count": 9},
-            "count",
-            "integer_above_max_value",
-            "integer above maximum value. Expected a value <=",
-        ),
-        (
-            {"share": 2.5},
-            "share",
-            "decimal_above_max_value",
-            "Expected a value < 2, but got 2.5 instead.",
-        ),
-        (
-            {"choice": "x"},
-            "choice",
-            "invalid_value",
-            "'x'. Supported values are: 'none' or 'auto'.",
-        ),
-        (
-            {"epochs": "many"},
-            "epochs",
-            "invalid_value",
-            "'many'. Supported values are: 'auto' or an integer.",
-        ),
-        (
-            {"pet": {"type": "cow"}},
-            "pet",
-            "invalid_value",
-            "'cow'. Supported values are: 'cat', 'dog'.",
-        ),
-        (
-            {"pet": {}},
-            "pet",
-            "missing_required_parameter",
-            "Missing required parameter: 'pet.type'.",
-        ),
+        ({"name": 1}, "name", "invalid_type"),
+        ({"count": "1"}, "count", "invalid_type"),
+        ({"count": 1.5}, "count", "invalid_type"),
+        ({"share": None}, "share", "invalid_type"),
+        ({"either": 3}, "either", "invalid_type"),
+        ({"either": [3]}, "either[0]", "invalid_type"),
+        ({"parts": [{"text": 3}]}, "parts[0].text", "invalid_type"),
+        ({"parts": [{}]}, "parts[0].text", "missing_required_parameter"),
+        ({"parts": []}, "parts", "invalid_value"),
+        ({"parts": [TEXT] * 3}, "parts", "invalid_value"),
+        ({"name": "abcd"}, "name", "invalid_value"),
+        ({"name": "A"}, "name", "invalid_value"),
+        ({"count": 0}, "count", "invalid_value"),
+        ({"share": 2.5}, "share", "invalid_value"),
+        ({"choice": "x"}, "choice", "invalid_value"),
+        ({"epochs": "many"}, "epochs", "invalid_value"),
+        ({"pet": {"type": "cow"}}, "pet", "invalid_value"),
+        ({"pet": {}}, "pet.type", "missing_required_parameter"),
     ],
 )
-def test_what_was_expected_and_what_came(
-    given: dict[str, Any], param: str, code: str, message: str
-) -> None:
+def test_the_first_wrong_member_is_named(given: dict[str, Any], param: str, code: str) -> None:
     with pytest.raises(Fault) as refused:
         validate(given, Sample)
     assert (refused.value.parameter, refused.value.details["reason"]) == (param, code)
-    assert message in refused.value.message
-
-
-def test_long_values_are_quoted_in_part() -> None:
-    with pytest.raises(Fault, match=r"'x{100}…'"):
-        validate({"choice": "x" * 1_000}, Sample)
 
 
 def bodies() -> Iterator[type[Body]]:

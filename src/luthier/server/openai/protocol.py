@@ -10,8 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from luthier.server.http.messages import Fault, Response
-from luthier.server.openai.validation import describe_error
-from luthier.validation import expected_type
+from luthier.validation import describe_constraint, expected_type
 
 JsonObject = dict[str, Any]
 INVALID, SERVER = "invalid_request_error", "server_error"
@@ -20,13 +19,13 @@ METADATA_KEYS = 16
 
 @dataclass(frozen=True)
 class _Shape:
-    """How a kind of fault is told."""
+    """HTTP status, type and code of a kind of fault."""
 
     status: int
     type: str
     code: str | None = None
     retry: bool | None = None
-    """Whether the client is told to try again; ``None`` leaves that to its own rules."""
+    """Value of the header ``x-should-retry``; None for the client's own rules."""
 
 
 _UNKNOWN_KEY = _Shape(401, INVALID, "invalid_api_key")
@@ -55,7 +54,7 @@ _LATER = (429, 503)
 
 
 def refusal(fault: Fault) -> Response:
-    """``fault`` as an answer. Details: ``reason`` is OpenAI's code, ``retry_after`` seconds."""
+    """Return the response for ``fault``, whose details may have OpenAI's code as ``reason``."""
     shape = shape_of(fault)
     headers = {}
     if shape.status in _LATER and shape.retry is not False:
@@ -66,7 +65,7 @@ def refusal(fault: Fault) -> Response:
 
 
 def error_of(fault: Fault) -> dict[str, Any]:
-    """The inner object of a refusal, as streams and batches hold it too."""
+    """Return the error object of a response, a stream or a line of a batch."""
     shape = shape_of(fault)
     return {
         "message": fault.message,
@@ -77,34 +76,34 @@ def error_of(fault: Fault) -> dict[str, Any]:
 
 
 def shape_of(fault: Fault) -> _Shape:
-    """How ``fault`` is told; an unknown key is an access denied that names no action."""
+    """Return the shape of ``fault``. A wrong key is an access denied without an action."""
     if fault.code == "AccessDenied" and fault.details.get("credentials"):
         return _UNKNOWN_KEY
     return _SHAPES.get(fault.code, _UNEXPECTED)
 
 
 def invalid(message: str, parameter: str | None = None, reason: str | None = None) -> Fault:
-    """A request that cannot be carried out: 400."""
+    """Return a fault with status 400."""
     return Fault("Validation", message, parameter=parameter, reason=reason)
 
 
 def missing(member: str) -> Fault:
-    """A member that is needed and not there: 400."""
+    """Return the fault for a required member that is missing, with status 400."""
     text = f"Missing required parameter: '{member}'."
     return invalid(text, member, "missing_required_parameter")
 
 
 def absent(kind: str, identifier: str, parameter: str) -> Fault:
-    """Nothing of this account has this id: 404, the same for what is gone and what never was."""
+    """Return the fault for an id that the account does not have, with status 404."""
     return Fault("ResourceNotFound", f"No such {kind}: {identifier}", parameter=parameter)
 
 
 CHECKPOINT = ":ckpt-step-"
-"""Behind the id of a job's model, and before a step at which it was measured."""
+"""Separator of a model's id and the step of a checkpoint."""
 
 
 def model_not_found(model: str) -> Fault:
-    """No model answers to this name: 404."""
+    """Return the fault for an unknown model, with status 404."""
     text = f"The model `{model}` does not exist or you do not have access to it."
     if CHECKPOINT in model:
         text += " A checkpoint is a step at which its job was measured: ask the model of the job."
@@ -112,7 +111,7 @@ def model_not_found(model: str) -> Fault:
 
 
 class Body(BaseModel):
-    """A JSON body. Types are as sent, nothing is guessed; members we do not know are passed over."""
+    """A JSON body of strict types. Unknown members are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -122,14 +121,13 @@ _NOTHING: tuple[Any, ...] = (None, False, "", [], "none", "auto")
 
 
 class StrictBody(Body):
-    """A body of which unknown members are refused, as OpenAI does: a misspelt one would change nothing,
-    and nobody would see it."""
+    """A body that rejects unknown members, as OpenAI does: a misspelt member would have no effect."""
 
     model_config = ConfigDict(extra="forbid")
     without_effect: ClassVar[frozenset[str]] = frozenset()
-    """OpenAI's members that are taken, and change nothing here."""
+    """Members of OpenAI that are accepted without effect."""
     unsupported: ClassVar[Mapping[str, str]] = {}
-    """Those that would change what comes back; why they are refused, unless they ask for nothing."""
+    """Members of OpenAI that are rejected unless they request nothing, with the reasons."""
 
     @model_validator(mode="before")
     @classmethod
@@ -160,8 +158,19 @@ def invalid_member(errors: Sequence[Mapping[str, Any]], given: Any, under: str =
     where = _format_location([part for part in (under, *found[0]["loc"]) if part != ""])
     if not where:
         return invalid("The body of the request must be a JSON object.")
-    text, code = describe_error(found, where)
-    return invalid(text, where, code)
+    kind, context = found[0]["type"], found[0].get("ctx", {})
+    if kind == "union_tag_not_found":
+        where += f".{context['discriminator'].strip(chr(39))}"
+    if kind in ("missing", "union_tag_not_found"):
+        return missing(where)
+    if kind == "extra_forbidden":
+        return invalid(f"Unknown parameter: '{where}'.", where, "unknown_parameter")
+    if kind == "union_tag_invalid":
+        text = f"must have one of the types {context['expected_tags']}"
+    else:
+        text = " or ".join(dict.fromkeys(map(describe_constraint, found)))
+    code = "invalid_type" if all(map(expected_type, found)) else "invalid_value"
+    return invalid(f"Invalid value for '{where}': {text}.", where, code)
 
 
 def _errors_of_one_member(errors: Sequence[Mapping[str, Any]], given: Any) -> list[Any]:
