@@ -7,6 +7,8 @@ from typing import Any
 import openai
 import pytest
 
+from luthier.server.openai.routes import ROUTERS
+
 
 def asked(service: Any, method: str, path: str, body: bytes | None = None) -> tuple[int, Any, Any]:
     headers = {"Authorization": "Bearer sk-one", "Content-Type": "application/json"}
@@ -60,3 +62,12 @@ def test_both_prefixes_and_ids_on_every_answer(service: Any, client: openai.Open
         assert [each.id for each in second.models.list()] == [
             each.id for each in client.models.list()
         ]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_document_describes_every_operation(service: Any) -> None:
+    _, _, document = asked(service, "GET", "/openapi.json")
+    operations = {
+        each["operationId"] for path in document["paths"].values() for each in path.values()
+    }
+    assert {route.name for router in ROUTERS for route in router.routes} <= operations

@@ -82,7 +82,7 @@ async def _run(
     ready(f"http{'s' if server.config.is_ssl else ''}://{shown}:{port}")
     await serving
     # asyncio.run would cancel requests again while they send their last error.
-    left = asyncio.all_tasks() - {asyncio.current_task()}
+    left = server.server_state.tasks
     for task in left:
         if not task.cancelling():
             task.cancel()

@@ -243,7 +243,7 @@ def retrieve_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request
 
 
 # Older clients cancel a run by a POST to its own path.
-@router.post("/evals/{eval_id}/runs/{run_id}", name="evals.runs.cancel")
+@router.post("/evals/{eval_id}/runs/{run_id}", name="evals.runs.cancel", include_in_schema=False)
 @router.post("/evals/{eval_id}/runs/{run_id}/cancel", name="evals.runs.cancel")
 def cancel_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request) -> JsonObject:
     """Cancel a run; the results of its rows are kept."""

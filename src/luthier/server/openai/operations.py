@@ -81,6 +81,7 @@ class OpenAIRoute(ApiRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         self.operation = f"openai.{options['name']}"
         self.action = f"luthier:{self.operation}"
+        options["operation_id"] = options["operation_id"] or options["name"]
         super().__init__(path, endpoint, **options)
 
     def invalid(self, error: RequestValidationError) -> Fault:
