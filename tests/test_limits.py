@@ -16,17 +16,18 @@ def test_named_limits_change_and_the_others_stay() -> None:
 
 @pytest.mark.parametrize("setting", ["connections", "nothing=1", "connections=0", "connections=x"])
 def test_a_limit_that_is_none_is_refused_by_name(setting: str) -> None:
-    with pytest.raises(RefusedInput, match=f"--limit .?{setting.partition('=')[0]}"):
+    with pytest.raises(RefusedInput) as refused:
         parse_limits([setting])
+    assert refused.value.setting == setting.partition("=")[0]
 
 
 def test_a_limit_that_is_misspelt_is_told_its_name() -> None:
-    with pytest.raises(RefusedInput, match="did you mean connections"):
+    with pytest.raises(RefusedInput) as refused:
         parse_limits(["conections=3"])
+    assert "connections" in str(refused.value)
 
 
 def test_limits_that_do_not_go_together_are_refused_in_a_sentence() -> None:
-    with pytest.raises(
-        RefusedInput, match=r"^--limit: weights_share and cache_share are more than 1"
-    ):
+    with pytest.raises(RefusedInput) as refused:
         parse_limits(["weights_share=0.9"])
+    assert refused.value.setting is None

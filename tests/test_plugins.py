@@ -135,8 +135,9 @@ def test_a_backend_from_a_package_decodes(
     finally:
         decoder.close()
     monkeypatch.setenv("LUTHIER_BACKEND", "warp")
-    with pytest.raises(RecipeError, match=r"is 'warp', and there are torch, llama\.cpp, recomp"):
+    with pytest.raises(RecipeError) as refused:
         luthier.load(str(tiny_model_folder))
+    assert (refused.value.setting, refused.value.problem.value) == ("LUTHIER_BACKEND", "warp")
 
 
 @pytest.mark.usefixtures("installed")
@@ -146,10 +147,11 @@ def test_what_is_installed_is_listed_and_checked_as_the_rest() -> None:
     cells = {(each.objective, each.adaptation): each for each in found.verdicts}
     assert not found.here and cells["focal", "norms"].fits
     assert "cannot be a causal language model" in cells["sft", "norms"].reason
-    with pytest.raises(RecipeError, match=r"`objective.gamma`.*number"):
-        Recipe.parse({"data": {"train": "x"}, "objective": {"method": "focal", "gamma": "much"}})
-    with pytest.raises(RecipeError, match=r"belongs to objective simpo or ppo or focal"):
-        Recipe.parse({"data": {"train": "x"}, "objective": {"method": "sft", "gamma": 1}})
+    for method, gamma in (("focal", "much"), ("sft", 1)):
+        fields = {"data": {"train": "x"}, "objective": {"method": method, "gamma": gamma}}
+        with pytest.raises(RecipeError) as refused:
+            Recipe.parse(fields)
+        assert refused.value.setting == "objective.gamma"
     assert GRADERS["brief"].model_validate({"words": 3})
     assert OBJECTIVES.package_of("focal") == "luthier-sample 0.3"
     assert OBJECTIVES.package_of("sft") is None
@@ -166,8 +168,12 @@ def test_a_broken_plugin_names_its_package_and_stops_nothing_else(
         assert list(OBJECTIVES)
     (record,) = caplog.records
     assert "broken of luthier-sample 0.3 is left out: ModuleNotFoundError" in record.getMessage()
-    with pytest.raises(RecipeError, match=r"package luthier-sample 0\.3, which cannot be used"):
+    with pytest.raises(RecipeError) as refused:
         Recipe.parse({"data": {"train": "x"}, "objective": "broken"})
+    assert (refused.value.rule, refused.value.problem.value) == (
+        "plugin.broken",
+        "luthier-sample 0.3",
+    )
     # What is built in keeps its name.
     assert GRADERS["exact"] is Exact
 
@@ -191,21 +197,16 @@ def test_the_command_lists_packages(site: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "problem"),
-    [
-        (object(), "is no luthier.graders.base.Grader"),
-        (dict, "is no luthier.graders.base.Grader"),
-        (Exact, "the entry point is called 'other', and what it names 'exact'"),
-    ],
+    "part",
+    [object(), dict, Exact],
 )
-def test_what_is_no_grader_is_refused(
-    part: Any, problem: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_grader_is_refused(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     point = SimpleNamespace(name="other", value="x:y", dist=None, load=lambda: part)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
     table = plugins.PluginTable("graders", Grader, {})
-    with pytest.raises(RecipeError, match=problem):
+    with pytest.raises(RecipeError) as refused:
         table["other"]
+    assert refused.value.rule == "plugin.broken"
     assert list(table) == [] and table.get("third") is None
 
 

@@ -41,12 +41,11 @@ def parse(**fields: Any) -> Recipe:
     return Recipe.parse({"data": DATA, **fields})
 
 
-def refusal(**fields: Any) -> str:
+def refusal(**fields: Any) -> RecipeError:
     with pytest.raises(RecipeError) as caught:
         parse(**fields)
     assert caught.value.exit_code == 2
-    # Fields stand between backticks, for faces to put their own names in.
-    return str(caught.value).replace("`", "")
+    return caught.value
 
 
 def test_a_data_file_is_enough() -> None:
@@ -60,83 +59,79 @@ def test_a_data_file_is_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "where", "text"),
+    ("fields", "where", "value"),
     [
         (
             {"training": {"learning_rat": 1}},
             "training.learning_rat",
-            "did you mean training.learning_rate?",
+            "training.learning_rate",
         ),
         (
             {"training": {"batchsize": 1}},
             "training.batchsize",
-            "did you mean training.batch_size?",
+            "training.batch_size",
         ),
         (
             {"data": {**DATA, "validatoin": "x"}},
             "data.validatoin",
-            "did you mean data.validation?",
+            "data.validation",
         ),
-        ({"adaptation": {"rnk": 8}}, "rnk", "did you mean adaptation.rank?"),
+        ({"adaptation": {"rnk": 8}}, "adaptation.rnk", "adaptation.rank"),
         (
             {"adaptation": {"method": "freeze", "shar": 0.2}},
-            "shar",
-            "did you mean adaptation.share?",
+            "adaptation.shar",
+            "adaptation.share",
         ),
-        ({"objective": {"templat": "plain"}}, "templat", "did you mean objective.template?"),
-        ({"bas": "x"}, "bas", "did you mean base?"),
-        ({"epochs": 3}, "epochs", "did you mean training.epochs?"),
+        ({"objective": {"templat": "plain"}}, "objective.templat", "objective.template"),
+        ({"bas": "x"}, "bas", "base"),
+        ({"epochs": 3}, "epochs", "training.epochs"),
         (
             {"adaptation": {"method": "full", "dora": True}},
             "adaptation.dora",
-            "belongs to adaptation lora: add adaptation.method=lora",
+            "adaptation.method=lora",
         ),
-        ({"epoch": 3}, "epoch", "did you mean training.epochs?"),
-        ({"learning_rat": 3}, "learning_rat", "did you mean training.learning_rate?"),
-        ({"lr": 3}, "lr", "did you mean training.learning_rate?"),
-        ({"adaptation": "dora"}, "adaptation", "a field of lora: use adaptation.dora=true"),
-        ({"zzzzzz": 1}, "zzzzzz", "there are base, name, data"),
+        ({"epoch": 3}, "epoch", "training.epochs"),
+        ({"learning_rat": 3}, "learning_rat", "training.learning_rate"),
+        ({"lr": 3}, "lr", "training.learning_rate"),
+        ({"adaptation": "dora"}, "adaptation", "adaptation.dora=true"),
+        ({"zzzzzz": 1}, "zzzzzz", "base, name, data"),
         (
             {"adaptation": "lorra"},
             "adaptation",
-            "unknown adaptation 'lorra'; did you mean lora?",
+            "lora",
         ),
-        ({"objective": {"method": "rlhf"}}, "objective", "unknown objective 'rlhf'; there are sft"),
-        ({"training": {"epochs": 0}}, "training.epochs", "must be more than 0 (got 0)"),
-        ({"training": {"epochs": "many"}}, "training.epochs", "(got 'many')"),
+        ({"objective": {"method": "rlhf"}}, "objective", "sft"),
+        ({"training": {"epochs": 0}}, "training.epochs", "0"),
+        ({"training": {"epochs": "many"}}, "training.epochs", "many"),
         ({"training": {"schedule": "cosin"}}, "training.schedule", "'cosine'"),
-        ({"adaptation": {"rank": 0}}, "rank", "must be 1 or more (got 0)"),
-        ({"adaptation": {"dropout": 1.0}}, "dropout", "must be less than 1 (got 1.0)"),
+        ({"adaptation": {"rank": 0}}, "adaptation.rank", "1"),
+        ({"adaptation": {"dropout": 1.0}}, "adaptation.dropout", "1"),
         ({"data": {**DATA, "long_rows": "cut"}}, "data.long_rows", "'truncate'"),
-        ({"data": {}}, "data.train", "is required"),
-        ({"name": "Upper Case"}, "name", "lower-case letters"),
-        ({"training": 3}, "training", "(got 3)"),
-        ({"objective": 3}, "objective", "(got 3)"),
+        ({"data": {}}, "data.train", ""),
+        ({"name": "Upper Case"}, "name", ""),
+        ({"training": 3}, "training", "3"),
+        ({"objective": 3}, "objective", "3"),
     ],
 )
 def test_a_refusal_names_the_field_and_what_would_work(
-    fields: dict[str, Any], where: str, text: str
+    fields: dict[str, Any], where: str, value: str
 ) -> None:
-    message = refusal(**fields)
-    assert message.startswith("the recipe cannot be used:\n")
-    line = next((line for line in message.splitlines()[1:] if f"{where}:" in line), None)
-    assert line is not None, message
-    assert text in line
-    assert "pydantic" not in message
-    assert "errors.pydantic.dev" not in message
+    error = refusal(**fields)
+    assert error.setting == where and value in error.problem.message
+    assert error.problem.message in str(error) and "pydantic" not in str(error)
 
 
 def test_every_bad_field_is_named_at_once() -> None:
-    message = refusal(training={"epochs": -1, "batch_size": 0}, name="!", adaptation={"rank": 0})
-    for field in ("training.epochs", "training.batch_size", "name", "rank"):
-        assert f"{field}:" in message
+    error = refusal(training={"epochs": -1, "batch_size": 0}, name="!", adaptation={"rank": 0})
+    settings = {problem.setting for problem in error.problems}
+    assert settings == {"training.epochs", "training.batch_size", "name", "adaptation.rank"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_are_finite(value: float) -> None:
     for name in ("epochs", "learning_rate", "weight_decay", "epsilon", "max_gradient_norm"):
-        assert f"training.{name}" in refusal(training={name: value})
-    assert "alpha" in refusal(adaptation={"alpha": value})
+        assert refusal(training={name: value}).setting == f"training.{name}"
+    assert refusal(adaptation={"alpha": value}).setting == "adaptation.alpha"
 
 
 def unbounded(kind: type[BaseModel]) -> list[str]:
@@ -171,13 +166,13 @@ def test_no_number_is_without_an_upper_bound() -> None:
     kinds += [GRADERS[name] for name in GRADERS]
     assert {name for kind in kinds for name in unbounded(kind)} <= FITTED
     for value in (1e308, 10**400):
-        line = refusal(training={"epochs": value})
-        assert "training.epochs" in line and len(line) < 400
+        error = refusal(training={"epochs": value})
+        assert error.setting == "training.epochs" and len(str(error)) < 400
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_seeds_are_those_that_torch_takes(seed: int) -> None:
-    assert "training.seed" in refusal(training={"seed": seed})
+    assert refusal(training={"seed": seed}).setting == "training.seed"
 
 
 @pytest.mark.parametrize("name", ["a", "a-b", "v1.2_x", "0" * 63])
@@ -188,11 +183,11 @@ def test_good_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "-a", "a-", ".", "..", "a/b", "a:b", "A", "a b", "0" * 64])
 def test_bad_names(name: str) -> None:
-    assert "name:" in refusal(name=name)
+    assert refusal(name=name).setting == "name"
 
 
 def test_recipes_are_frozen() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(ValidationError):
         parse().base = "other"  # type: ignore[misc]
 
 
@@ -223,16 +218,18 @@ def test_set_field_reads_the_value_as_toml_where_that_works() -> None:
 
 @pytest.mark.parametrize("text", ["adaptation.rank", "=3", " =3", ""])
 def test_set_field_refuses_what_is_no_assignment(text: str) -> None:
-    with pytest.raises(RecipeError, match="KEY=VALUE"):
+    with pytest.raises(RecipeError) as refused:
         set_field({}, text)
+    assert refused.value.rule == "option.form"
 
 
 @pytest.mark.parametrize("key", ["adaptation.", ".rank", "adaptation..rank", "nowhere.at.all"])
 def test_odd_keys_are_refused_when_the_recipe_is_parsed(key: str) -> None:
     fields: dict[str, Any] = {"data": dict(DATA)}
     set_field(fields, f"{key}=3")
-    with pytest.raises(RecipeError, match="there is no such field"):
+    with pytest.raises(RecipeError) as refused:
         Recipe.parse(fields)
+    assert refused.value.rule == "recipe.unknown_field"
 
 
 def test_a_value_cannot_smuggle_in_a_second_field() -> None:
@@ -311,8 +308,9 @@ def test_further_files_in_toml_are_relative_too(tmp_path: Path) -> None:
 def test_further_files_of_another_form_are_refused(mix: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(f'[data]\ntrain = "a"\nmix = {mix}\n')
-    with pytest.raises(RecipeError, match=r"data\.mix"):
+    with pytest.raises(RecipeError) as refused:
         Recipe.read(path)
+    assert (refused.value.setting or "").startswith("data.mix")
 
 
 @pytest.mark.parametrize("content", [b"[data\n", b"\xff\xfe", b"a = 1\na = 2\n"])

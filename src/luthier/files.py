@@ -440,7 +440,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if number in _UNWRITABLE:
             why = f"{folder} cannot be written: {os.strerror(number)}"
             home = explain_unreadable_home() if folder.is_relative_to(luthier_home()) else ""
-            raise LuthierError(f"{why}. {home}" if home else why) from error
+            raise LuthierError(f"{why}. {home}".rstrip(". "), rule="file.unwritable") from error
         raise
 
 
@@ -451,18 +451,18 @@ def check_creatable(path: Path) -> None:
         RecipeError: with the reason.
     """
     if str(path) == "-":
-        raise RecipeError("- is standard output, and the result is written to a file: name a file")
+        raise RecipeError("- is standard output; name a file", rule="file.unwritable")
     try:
         # Some file systems, such as /proc, give the right to write and then make nothing.
         if _is_device(path):
             if not os.access(path, os.W_OK):
-                raise RecipeError(f"{path} cannot be written: you have no right to")
+                raise _unwritable(path, "you have no right to")
             return
         there = path.resolve()
         is_there = there.exists()
         parent = nearest_existing(there.parent)
         if not parent.is_dir():
-            raise RecipeError(f"{path} cannot be written: {parent} is not a folder")
+            raise _unwritable(path, f"{parent} is not a folder")
         if not os.access(there if is_there else parent, os.W_OK):
             read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
             why = (
@@ -470,16 +470,18 @@ def check_creatable(path: Path) -> None:
                 if read_only
                 else "you have no right to"
             )
-            raise RecipeError(f"{path} cannot be written: {why}")
+            raise _unwritable(path, why)
         with TemporaryFile(prefix=TEMPORARY, dir=parent):
             pass
     except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
         number = getattr(error, "errno", None) or errno.ELOOP
         if number in _FULL:
             return  # said when it is written
-        raise RecipeError(
-            f"{path} cannot be written: nothing can be made there ({os.strerror(number)})"
-        ) from error
+        raise _unwritable(path, os.strerror(number)) from error
+
+
+def _unwritable(path: Path, why: str) -> RecipeError:
+    return RecipeError(f"{path} cannot be written: {why}", rule="file.unwritable")
 
 
 def waits_for_disk(error: BaseException) -> bool:

@@ -136,12 +136,13 @@ def parse_limits(settings: Sequence[str]) -> ServerLimits:
         if not equals or name not in ServerLimits.model_fields:
             names = ServerLimits.model_fields
             hint = did_you_mean(name, names, f"the names are {', '.join(names)}")
-            raise RefusedInput(f"--limit {setting!r}: write NAME=VALUE; {hint}")
+            raise RefusedInput(f"--limit {setting!r}: write NAME=VALUE; {hint}", setting=name)
         values[name] = value
     try:
         return ServerLimits.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         # An error of the pair of shares has no location.
-        where = f"--limit {first['loc'][0]}={first['input']}" if first["loc"] else "--limit"
-        raise RefusedInput(f"{where}: {describe_constraint(first)}") from error
+        wrong = str(first["loc"][0]) if first["loc"] else None
+        where = f"--limit {wrong}={first['input']}" if wrong else "--limit"
+        raise RefusedInput(f"{where}: {describe_constraint(first)}", setting=wrong) from error

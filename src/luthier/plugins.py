@@ -99,7 +99,9 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
         if isinstance(part, Plugin):
             raise RecipeError(
                 f"{name} comes from the installed package {part.package}, which cannot be used: "
-                f"{part.problem}"
+                f"{part.problem}",
+                rule="plugin.broken",
+                value=part.package,
             )
         return part
 

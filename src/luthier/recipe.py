@@ -30,7 +30,7 @@ from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
 from luthier.data.sources import absolute, files_of
 from luthier.data.template_kwargs import TemplateSettings
-from luthier.errors import RecipeError
+from luthier.errors import Problem, RecipeError
 from luthier.escaping import did_you_mean, nearest_name
 from luthier.files import read_toml
 from luthier.objectives import OBJECTIVES, Objective
@@ -267,15 +267,19 @@ class Recipe(StrictModel):
 
 
 def parse(kind: type[Parsed], fields: Mapping[str, Any]) -> Parsed:
-    """A recipe of ``kind`` from plain values; :class:`RecipeError` names each bad field."""
+    """Return a recipe of ``kind``; the :class:`RecipeError` has one problem per bad field."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        setting = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(
-            _explain(error, kind), setting=setting or None, value=first["input"]
-        ) from error
+        problems = [_problem(item, kind) for item in error.errors()]
+        lines = [
+            f"  `{each.setting}`: {each.message}"
+            if "." in (each.setting or "")
+            else f"  {each.setting or 'recipe'}: {each.message}"
+            for each in problems
+        ]
+        text = "\n".join(["the recipe cannot be used:", *lines])
+        raise RecipeError.of_problems(problems, text) from error
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -324,7 +328,9 @@ def parse_setting(assignment: str) -> tuple[str, Any]:
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
         raise RecipeError(
-            f"--set takes KEY=VALUE, for example adaptation.rank=8; got {assignment!r}"
+            f"--set takes KEY=VALUE, for example adaptation.rank=8; got {assignment!r}",
+            rule="option.form",
+            value=assignment,
         )
     return key.strip(), toml_value(text)
 
@@ -345,7 +351,9 @@ def parse_mix(text: str) -> dict[str, Any]:
     if not file:
         raise RecipeError(
             "--mix takes FILE=RATIO, for example old.jsonl=0.25 for one row of old.jsonl with every "
-            f"four rows of the data; got {text!r}"
+            f"four rows of the data; got {text!r}",
+            rule="option.form",
+            value=text,
         )
     return {"train": file, "weight": weight}
 
@@ -357,7 +365,9 @@ def parse_columns(texts: Sequence[str] | None) -> dict[str, str]:
         key, equals, column = text.partition("=")
         if not equals or not key.strip():
             raise RecipeError(
-                f"--map takes KEY=COLUMN, for example prompt=question, or text= ; got {text!r}"
+                f"--map takes KEY=COLUMN, for example prompt=question, or text= ; got {text!r}",
+                rule="option.form",
+                value=text,
             )
         columns[key.strip()] = column
     return columns
@@ -451,17 +461,15 @@ _INPUT = Repr()
 _INPUT.maxstring = _INPUT.maxlong = _INPUT.maxother = 100
 
 
-def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
-    lines = ["the recipe cannot be used:"]
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "recipe"
-        message = describe_constraint(item)
-        if item["type"] == "extra_forbidden":
-            message = _unknown_field(where, kind)
-        elif item["type"] != "missing" and not isinstance(item["input"], Mapping):
-            message += f" (got {_INPUT.repr(item['input'])})"
-        lines.append(f"  `{where}`: {message}" if "." in where else f"  {where}: {message}")
-    return "\n".join(lines)
+def _problem(item: Mapping[str, Any], kind: type[BaseModel]) -> Problem:
+    """Return what is wrong with one field, from an error of pydantic."""
+    setting = ".".join(str(part) for part in item["loc"])
+    rule, message = "recipe.invalid", describe_constraint(item)
+    if item["type"] == "extra_forbidden":
+        rule, message = "recipe.unknown_field", _unknown_field(setting, kind)
+    elif item["type"] != "missing" and not isinstance(item["input"], Mapping):
+        message += f" (got {_INPUT.repr(item['input'])})"
+    return Problem(rule, message, setting=setting or None, value=item["input"])
 
 
 _SYNONYMS: Mapping[str, str] = {

@@ -66,8 +66,8 @@ def test_inspect_ends_with_what_it_found(tmp_path: Path, tiny_model_folder: Path
     assert Answer(*base, "--policy", str(policy), "--severity", "row.too_long=warning").code == 1
     assert Answer(*base, "--skip", "learning").code == 0
     assert "did you mean row.too_long" in Answer(*base, "--severity", "row.to_long=off").refused()
-    assert "stays an error" in Answer(*base, "--severity", "json.invalid=off").refused()
-    assert "no check 'x'" in Answer(*base, "--skip", "x").refused()
+    assert "policy.fixed" in Answer(*base, "--severity", "json.invalid=off").refused()
+    assert "'x'" in Answer(*base, "--skip", "x").refused()
     path.write_text("{")
     answer = Answer(*base, "--json")
     assert answer.code == 2

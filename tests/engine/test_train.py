@@ -397,8 +397,9 @@ def test_a_switch_of_the_template_is_kept(
     further = train.train(recipe(name="y", base=result.model_id))
     assert find(further.model_id).chat.prompt_text(asked)[:6] == "Think!"
     data["chat_template_kwargs"] = {"enable_thoughts": True}
-    with pytest.raises(RecipeError, match="chat template reads no `enable_thoughts`"):
+    with pytest.raises(RecipeError) as refused:
         train.train(recipe(name="z", base=str(base), data=data))
+    assert refused.value.setting == "data.chat_template_kwargs.enable_thoughts"
 
 
 def luthier_message(text: str) -> Any:

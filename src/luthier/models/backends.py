@@ -292,7 +292,8 @@ def chosen_backend() -> BackendEntry:
     """
     name = os.environ.get(SETTING) or "torch"
     if name not in BACKENDS:
-        raise RecipeError(f"{SETTING} is {name!r}, and there are {', '.join(BACKENDS)}")
+        text = f"{SETTING} is {name!r}; the backends are {', '.join(BACKENDS)}"
+        raise RecipeError(text, setting=SETTING, value=name)
     BACKENDS[name].check()
     return BACKENDS[name]
 
