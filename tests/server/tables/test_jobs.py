@@ -25,7 +25,6 @@ from luthier.server.tables.jobs import (
     STOPPING,
     TRANSITIONS,
     Job,
-    JobFilter,
     events,
     get,
     list_jobs,
@@ -133,12 +132,12 @@ def test_pages_follow_each_other_while_jobs_are_created(database: Database) -> N
     add(database, "not-mine", account=OTHER)
     seen, position = [], None
     with database.read() as session:
-        first = list_jobs(session, ACCOUNT, JobFilter(), limit=3)
+        first = list_jobs(session, ACCOUNT, limit=3)
     seen, position = [job.name for job in first], first[-1].seq
     add(database, "late")
     while True:
         with database.read() as session:
-            page = list_jobs(session, ACCOUNT, JobFilter(), limit=3, position=position)
+            page = list_jobs(session, ACCOUNT, limit=3, position=position)
         if not page:
             break
         seen, position = seen + [job.name for job in page], page[-1].seq
@@ -154,7 +153,7 @@ def test_everything_that_is_wanted_has_to_hold(database: Database) -> None:
 
     def names(**wanted: Any) -> list[str]:
         with database.read() as session:
-            found = list_jobs(session, ACCOUNT, JobFilter(**wanted), limit=9)
+            found = list_jobs(session, ACCOUNT, **wanted, limit=9)
         return [job.name for job in found]
 
     assert names(states=[QUEUED]) == ["beta%1", "Alpha-1"]

@@ -212,10 +212,10 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
 def list_jobs(call: NativeCall, page: Annotated[JobsPage, Query()]) -> JobsView:
     """List jobs, the newest first."""
     call.record("ListJobs", "*")
-    wanted = queue.JobFilter(states=(page.state,) if page.state else ())
+    states = (page.state,) if page.state else ()
     with call.context.database.read() as session:
         found = queue.list_jobs(
-            session, call.account, wanted, limit=page.limit + 1, position=page.position
+            session, call.account, states=states, limit=page.limit + 1, position=page.position
         )
     following = found[page.limit - 1].seq if len(found) > page.limit else None
     return JobsView(jobs=[_view(job) for job in found[: page.limit]], next=following)

@@ -549,7 +549,6 @@ def list_jobs(
         for key, value in request.query_params.items()
         if key.startswith("metadata[") and key.endswith("]")
     }
-    wanted = jobs.JobFilter(metadata=metadata)
     with call.context.database.read() as session:
         position = None
         if after is not None:
@@ -557,7 +556,9 @@ def list_jobs(
             if place is None:
                 raise invalid(f"No such job: {after}.", "after")
             position = place.seq
-        found = jobs.list_jobs(session, call.account, wanted, limit=limit + 1, position=position)
+        found = jobs.list_jobs(
+            session, call.account, metadata=metadata, limit=limit + 1, position=position
+        )
         seen = [_with_model(session, job) for job in found]
     return page(
         [_with_results(call, each) for each in seen], limit, lambda each: _object(call, each)

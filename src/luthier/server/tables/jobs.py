@@ -1,14 +1,12 @@
-"""Customization jobs as the database keeps them: what was asked, where each stands, what happened.
+"""Customization jobs: request, state, progress and events.
 
-A job's state changes in :func:`move` and nowhere else: one conditional update, one event, one look
-into ``TRANSITIONS``. What people ask of a job (stop, pause, resume) comes first, then what its worker
-writes by its lease (``luthier.server.tables.queue``).
+Only :func:`move` changes the state of a job: one conditional update by ``TRANSITIONS``, and one event.
+Clients stop, pause and resume jobs; workers write by their lease (:mod:`luthier.server.tables.queue`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NotRequired, TypedDict, Unpack
 
@@ -29,12 +27,12 @@ from luthier.server.tables.usage import Usage, add_usage
 QUEUED, RUNNING, PAUSED, STOPPING = "Queued", "Running", "Paused", "Stopping"
 COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
 ENDED = (COMPLETED, FAILED, STOPPED)
-"""States that nothing leaves."""
+"""Final states."""
 GOING_ON = (QUEUED, RUNNING)
-"""States of jobs that take part in turns."""
+"""States of jobs that count in the turns of accounts."""
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     QUEUED: frozenset((RUNNING, PAUSED, STOPPING, STOPPED, FAILED)),
-    # Back to the queue: its worker died, or gave it back at a checkpoint.
+    # The worker died, or gave the job back at a checkpoint.
     RUNNING: frozenset((QUEUED, PAUSED, STOPPING, COMPLETED, FAILED)),
     PAUSED: frozenset((QUEUED, STOPPING, STOPPED, FAILED)),
     STOPPING: frozenset((STOPPED,)),
@@ -42,7 +40,7 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
     FAILED: frozenset(),
     STOPPED: frozenset(),
 }
-"""Where a job may go from each state; every change of a state is looked up here."""
+"""Next states of each state."""
 
 
 MOST_CRASHES = 3
@@ -50,62 +48,61 @@ MOST_CRASHES = 3
 
 
 class JobPart(TypedDict):
-    """How far one part of the work is."""
+    """Progress of one part of the work."""
 
     status: str
-    """In Bedrock's words."""
+    """Status in Bedrock's words."""
     created: str
     modified: str
-    """Moments in ISO 8601."""
+    """Times in ISO 8601."""
 
 
 class JobProgress(TypedDict):
-    """Where the training stands."""
+    """Progress of the training."""
 
     step: int
     steps: int
     loss: float | None
-    """Of that step."""
     estimated_finish: NotRequired[str]
-    """A moment in ISO 8601; from the second step of a worker on."""
+    """Time in ISO 8601, from the second step of a worker."""
 
 
 class JobResult(TypedDict):
-    """What came of a completed job; the model's own record tells the rest."""
+    """Result of a completed job."""
 
     stored_id: str
-    """Id under which the store opens the custom model."""
+    """Id of the custom model in the library."""
     steps: int
     tokens: int
-    """Trained on, over all epochs."""
+    """Trained tokens, over all epochs."""
     train_loss: float
-    """Of the last step."""
+    """Loss of the last step."""
     validation_losses: list[float | None]
-    """One for each validator, in their order; null where it is no finite number."""
+    """Loss of each validator in order; null if not finite."""
     verdicts: NotRequired[list[str]]
-    """What the evaluation says of the model, and what to do about it."""
+    """Verdicts of the evaluation, with advice."""
     label_issues: NotRequired[dict[str, int]]
-    """Number of ``issues``, labels worth a look, and of the ``rows`` that were examined."""
+    """Number of suspicious labels (``issues``) and of examined ``rows``."""
 
 
 class JobDetails(TypedDict, total=False):
-    """What is known of a job beside its state, as its worker writes it."""
+    """Details that the worker of a job writes."""
 
     sources: list[str]
-    """Addresses of the training files, in their order."""
+    """Addresses of the training files."""
     chosen: dict[str, Any]
-    """Settings that the request left open, by their names."""
+    """Settings that the job chose, by name."""
     reasons: dict[str, str]
-    """Why they were chosen so, by the same names."""
+    """Reasons of the chosen settings, by name."""
     parts: dict[str, JobPart]
     """``validation``, ``data_processing`` and ``training``."""
     progress: JobProgress
     crashed_at: int
-    """The step of the last crash."""
+    """Step of the last crash."""
 
 
 class Job(QueuedWork, Base):
-    """One customization job. It is made by ``luthier.server.jobs.submit`` and by nobody else."""
+    """A customization job, created by :mod:`luthier.server.jobs.submit`."""
 
     __tablename__ = "jobs"
     __table_args__ = (UniqueConstraint("account", "name"),)
@@ -113,65 +110,63 @@ class Job(QueuedWork, Base):
     memory_advice = "choose a smaller batch, shorter rows or a smaller model."
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    """Order of creation."""
     id: Mapped[str] = mapped_column(unique=True)
     """Twelve letters and digits."""
     name: Mapped[str]
-    """Of the job; stays taken when the job has ended."""
+    """Name of the job, which stays taken after the end."""
     model_name: Mapped[str]
-    """Of the custom model that it is to make."""
+    """Name of the resulting custom model."""
     face: Mapped[str]
-    """``bedrock``, ``openai`` or ``native``: who asked."""
+    """API of the request: ``bedrock``, ``openai`` or ``native``."""
     customization_type: Mapped[str]
     """``FINE_TUNING``, ``CONTINUED_PRE_TRAINING``, ``DISTILLATION``, ``REINFORCEMENT_FINE_TUNING``."""
     foundation: Mapped[str]
     """``provider.name`` of the foundation model at the bottom of the lineage."""
     base_model: Mapped[str]
-    """ARN of what it starts from: that foundation model, or a custom model."""
+    """ARN of the base: the foundation model or a custom model."""
     command: Mapped[str]
-    """``tune`` or ``distil``: which kind of recipe ``recipe`` is."""
+    """Kind of the recipe: ``tune`` or ``distil``."""
     recipe: Mapped[dict[str, Any]]
-    """Plain fields of the recipe; its data are addresses, fetched by the worker."""
+    """Fields of the recipe, with addresses as data."""
     request: Mapped[dict[str, Any]]
-    """What the face was asked, to be shown again: role, hyper-parameters, locations, ..."""
+    """Members of the request that the API returns: role, hyperparameters, locations, ..."""
     output: Mapped[str | None]
-    """Address below which metrics and certificate are written; ``None`` for none."""
+    """Address below which the worker writes metrics and certificate."""
     validators: Mapped[list[Any]]
-    """Addresses of validation files, in their order."""
+    """Addresses of validation files."""
 
     state: Mapped[str] = mapped_column(default=QUEUED, index=True)
     failure: Mapped[str | None] = mapped_column(QuotingText)
-    """Why it failed: names file, line and rule where it was the data."""
+    """Reason of the failure, with file, line and rule for problems of the data."""
     result: Mapped[JobResult | None] = mapped_column(Plain)
-    """What the run gave back: losses, steps, tokens, the model's id in the store."""
     details: Mapped[JobDetails] = mapped_column(Plain, default=dict)
     attempts: Mapped[int] = mapped_column(default=0)
-    """Workers that were started for it."""
+    """Number of started workers."""
     cores: Mapped[int] = mapped_column(default=1)
-    """Threads that it computes with; part of what its bits depend on."""
+    """Number of threads, on which the bits of the model depend."""
     worked: Mapped[float] = mapped_column(default=0.0)
-    """Seconds that workers spent on it."""
+    """Seconds of work."""
     time_limit: Mapped[int | None]
-    """Seconds of work after which it is stopped and failed."""
+    """Seconds of work after which the job fails."""
     has_working_files: Mapped[bool] = mapped_column(default=False)
-    """Whether working files of it may be on disk."""
+    """Whether working files may be on the disk."""
     created: Mapped[datetime]
     modified: Mapped[datetime]
     since: Mapped[datetime] = synonym("modified")
-    """A job that waits is changed by nothing but what ends its waiting."""
+    """The last change of a waiting job is the start of the wait."""
     started: Mapped[datetime | None]
-    """When the first worker began."""
+    """Start of the first worker."""
     ended: Mapped[datetime | None]
 
     def setting(self, name: str) -> Any:
-        """A field of the recipe, such as ``training.epochs``: as it was chosen, else as given."""
+        """Return a setting such as ``training.epochs``, chosen or given."""
         group, field = name.split(".")
         given = (self.recipe.get(group) or {}).get(field)
         return self.details.get("chosen", {}).get(name, given)
 
     @property
     def suffix(self) -> str | None:
-        """Suffix that a client of the OpenAI API gave the job, to tell its jobs apart."""
+        """Suffix in the request of an OpenAI client."""
         return self.request.get("suffix") if self.face == "openai" else None
 
     @classmethod
@@ -181,11 +176,11 @@ class Job(QueuedWork, Base):
 
     @classmethod
     def ready(cls) -> tuple[ColumnElement[bool], ...]:
-        """Queued, and its memory is estimated."""
+        """Return the conditions of queued jobs whose memory is estimated."""
         return cls.state == QUEUED, cls.memory > 0
 
     def start(self, session: Session, lease: str, worker: Mapping[str, Any]) -> None:
-        """Let ``worker`` hold it by ``lease``, and say so in an event."""
+        """Give the lease to ``worker``, with an event."""
         again = " to go on with it" if self.attempts else ""
         moment = now()
         move(
@@ -202,7 +197,7 @@ class Job(QueuedWork, Base):
         )
 
     def give_back(self, session: Session, message: str) -> None:
-        """Back after a checkpoint: to the queue, or to where people wanted it meanwhile."""
+        """Release the job: to the queue, or to the state that a client requested meanwhile."""
         nobody: dict[str, Any] = {"lease": None, "lease_ends": None, "worker": None}
         token = self.lease
         if self.state == STOPPING:
@@ -210,13 +205,13 @@ class Job(QueuedWork, Base):
         elif self.state == RUNNING:
             move(session, self, QUEUED, message, holder=token, **nobody)
         else:
-            # Paused, or paused and resumed: only its worker was still there.
+            # The job was paused, or paused and resumed, while its worker still ran.
             mine = Job.id == self.id, Job.lease == token
             session.execute(update(Job).where(*mine).values(**nobody))
             session.refresh(self)
 
     def expire(self, session: Session, why: str, cause: str = "") -> str:
-        """Take the job from a worker that died; another worker resumes it.
+        """Take the job from a dead worker.
 
         The job fails after :data:`MOST_CRASHES` deaths without a step between them.
         """
@@ -239,17 +234,17 @@ class Job(QueuedWork, Base):
 
 
 def run_name(job_id: str) -> str:
-    """Name of the run and of the model of a job: no tenant's names ever meet in the store."""
+    """Return the name of a job's run and model, which is unique among all accounts."""
     return f"{JOB_PREFIX}{job_id}"
 
 
 def job_of_run(name: str) -> str:
-    """Id of the job that has the run of this name; where none has, the name."""
+    """Return the id of the job of a run; the name itself for other runs."""
     return name.removeprefix(JOB_PREFIX)
 
 
 class JobEvent(Base):
-    """Something that happened to a job; events are only ever added."""
+    """An event of a job. Events are only added."""
 
     __tablename__ = "job_events"
 
@@ -260,7 +255,7 @@ class JobEvent(Base):
     """``state``, ``message``, ``warning``, ``error`` or ``metrics``."""
     message: Mapped[str] = mapped_column(QuotingText)
     data: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """Of ``metrics``: ``step``, ``train_loss`` or ``valid_loss``, and what else the run recorded."""
+    """For ``metrics``: ``step``, ``train_loss`` or ``valid_loss``, and further metrics of the run."""
 
 
 def move(
@@ -272,14 +267,13 @@ def move(
     holder: str | None = None,
     **changes: Any,
 ) -> Job:
-    """Bring ``job`` to the state ``target``, with an event that says why; other columns with it.
+    """Change the state of ``job`` to ``target`` and other columns by ``changes``, with an event.
 
-    ``holder`` is the lease of the worker that writes. A job that failed or was stopped gives the name
-    of its model back.
+    ``holder`` is the lease of a worker. A failed or stopped job releases the name of its model.
 
     Raises:
-        WrongState: where ``TRANSITIONS`` has no such way, or somebody else moved it meanwhile.
-        LeaseLost: where another worker holds it now.
+        WrongState: if the transition is illegal, or the state changed meanwhile.
+        LeaseLost: if ``holder`` no longer holds the job.
     """
     if target not in TRANSITIONS[job.state]:
         raise WrongState(f"job {job.name} is {job.state}, which does not lead to {target}")
@@ -303,7 +297,7 @@ def move(
 
 
 def record(session: Session, job_id: str, kind: str, message: str, **data: Any) -> None:
-    """Add an event."""
+    """Add an event of a job."""
     session.add(JobEvent(job_id=job_id, at=now(), kind=kind, message=message, data=data))
     session.flush()
 
@@ -315,21 +309,19 @@ def add_events(session: Session, events: Sequence[Mapping[str, Any]]) -> None:
 
 
 def get(session: Session, account: str, identifier: str, *, lock: bool = False) -> Job | None:
-    """The account's job of this id or name; ``lock`` keeps it as it is until the transaction ends."""
+    """Return the account's job of this id or name, locked with ``lock``."""
     found = select(Job).where(Job.account == account)
     found = found.where((Job.id == identifier) | (Job.name == identifier))
-    # A name may look like another job's id: ids come first.
+    # The name of one job may be the id of another: ids come first.
     found = found.order_by((Job.id == identifier).desc()).limit(1)
     return find_row(session, found, lock=lock)
 
 
 def stop(session: Session, job: Job) -> Job:
-    """End a job without a model: at once, or as soon as its worker has let go of it.
-
-    ``job`` was read with ``lock``. One that is stopping or stopped stays as it is.
+    """Stop a job, which was read with ``lock``: now, or when its worker gives the lease back.
 
     Raises:
-        WrongState: where it is completed or failed.
+        WrongState: for a completed or failed job.
     """
     if job.state in (STOPPING, STOPPED):
         return job
@@ -341,10 +333,10 @@ def stop(session: Session, job: Job) -> Job:
 
 
 def pause(session: Session, job: Job) -> Job:
-    """Keep a job from being worked on; its worker makes a checkpoint and lets go of it.
+    """Pause a job; its worker writes a checkpoint and gives the lease back.
 
     Raises:
-        WrongState: where it is being stopped, or has ended.
+        WrongState: for a job that is stopping or has ended.
     """
     if job.state == PAUSED:
         return job
@@ -354,10 +346,10 @@ def pause(session: Session, job: Job) -> Job:
 
 
 def resume(session: Session, job: Job) -> Job:
-    """Queue a paused job again; it goes on from its last checkpoint.
+    """Queue a paused job again, to resume from its last checkpoint.
 
     Raises:
-        WrongState: where it is being stopped, or has ended.
+        WrongState: for a job that is stopping or has ended.
     """
     if job.state in (QUEUED, RUNNING):
         return job
@@ -372,13 +364,12 @@ def renew(
     lease: str,
     *,
     worked: float | None = None,
-    worker: Mapping[str, Any] | None = None,
     **details: Unpack[JobDetails],
 ) -> Job:
-    """Hear from the worker: the lease is longer, ``details`` are noted. The job, for its state.
+    """Renew the lease, store ``details`` and the seconds ``worked``, and return the job.
 
     Raises:
-        LeaseLost: where ``lease`` does not hold it.
+        LeaseLost: if ``lease`` does not hold the job.
     """
     job = renew_lease(session, Job, job_id, lease)
     if worked is not None:
@@ -386,8 +377,6 @@ def renew(
         used = Usage(training_seconds=seconds)
         add_usage(session, {(now().date(), job.account, ""): used})
         job.worked = worked
-    if worker is not None:
-        job.worker = dict(worker)
     if details:
         job.details = {**job.details, **details}
         job.modified = now()
@@ -404,17 +393,15 @@ def complete(
     defaults: AccountQuotas | None = None,
     withheld: str | None = None,
 ) -> Job:
-    """End a job whose model is stored and verified: in one transaction the model is there, too.
+    """Complete a job whose model is stored and verified, and activate the model.
 
-    A model that is ``withheld`` has failed for that reason, as it cannot be used; its files are kept.
-
-    It takes ``stored_bytes`` of the account's quota, which is that of ``defaults`` where it has none
-    of its own.
+    A ``withheld`` model fails for this reason; its files stay. ``defaults`` are the quotas of accounts
+    without own quotas.
 
     Raises:
-        QuotaExceeded: where the account has no room for it.
-        LeaseLost: where ``lease`` does not hold it.
-        WrongState: where it was stopped or paused meanwhile.
+        QuotaExceeded: if the account has no space for ``stored_bytes``.
+        LeaseLost: if ``lease`` does not hold the job.
+        WrongState: if the job was stopped or paused meanwhile.
     """
     job = hold(session, Job, job_id, lease)
     move(session, job, COMPLETED, "The job is completed.", holder=lease, result=result)
@@ -430,10 +417,10 @@ def complete(
 
 
 def fail(session: Session, job_id: str, lease: str, failure: str) -> Job:
-    """End a job that cannot be done; one that was being stopped is stopped.
+    """Fail a job, or stop a stopping job.
 
     Raises:
-        LeaseLost: where ``lease`` does not hold it.
+        LeaseLost: if ``lease`` does not hold the job.
     """
     job = hold(session, Job, job_id, lease)
     if job.state == STOPPING:
@@ -441,34 +428,24 @@ def fail(session: Session, job_id: str, lease: str, failure: str) -> Job:
     return move(session, job, FAILED, failure, holder=lease, failure=failure)
 
 
-@dataclass(frozen=True)
-class JobFilter:
-    """Which jobs a list holds; everything that is said has to hold."""
-
-    states: Sequence[str] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    """Values that ``request["metadata"]`` has."""
-
-    def conditions(self) -> list[Any]:
-        """The same for a query."""
-        wanted: list[Any] = []
-        if self.states:
-            wanted.append(Job.state.in_(self.states))
-        for key, value in self.metadata.items():
-            wanted.append(Job.request["metadata"][key].as_string() == value)
-        return wanted
-
-
 def list_jobs(
     session: Session,
     account: str,
-    wanted: JobFilter,
     *,
+    states: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
     limit: int,
     position: int | None = None,
 ) -> list[Job]:
-    """At most ``limit`` jobs, the newest first, those before the one whose ``seq`` is ``position``."""
-    query = select(Job).where(Job.account == account, *wanted.conditions())
+    """Return at most ``limit`` jobs, the newest first, that were created before ``position``.
+
+    Every value of ``metadata`` has to be in the metadata of the job's request.
+    """
+    query = select(Job).where(Job.account == account)
+    if states:
+        query = query.where(Job.state.in_(states))
+    for key, value in (metadata or {}).items():
+        query = query.where(Job.request["metadata"][key].as_string() == value)
     return page_of(session, query, Job.seq, limit=limit, position=position)
 
 
@@ -481,7 +458,7 @@ def events(
     position: int | None = None,
     ascending: bool = False,
 ) -> list[JobEvent]:
-    """At most ``limit`` events of a job, those that follow the one whose ``seq`` is ``position``."""
+    """Return at most ``limit`` events of a job that follow ``position``."""
     query = select(JobEvent).where(JobEvent.job_id == job.id)
     if kinds:
         query = query.where(JobEvent.kind.in_(kinds))

@@ -1,4 +1,4 @@
-"""Multipart uploads: parts of an object that are kept until it is completed from them."""
+"""Multipart uploads of the object store."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from luthier.server.tables.objects import (
 from luthier.server.tables.storage import FreedStorage
 
 LEAST_PART = 5 << 20
-"""Bytes of every part but the last, at least."""
+"""Minimum size of each part but the last, in bytes."""
 MOST_PARTS = 10_000
 
 
 @dataclass(frozen=True)
 class CompletedPart:
-    """A part as the client names it when it completes an upload."""
+    """A part in the request that completes an upload."""
 
     number: int
     etag: str
@@ -58,7 +58,7 @@ class MultipartUploads:
         described: ObjectMetadata,
         checksum: tuple[str, str],
     ) -> Upload:
-        """Begin; ``checksum`` is the algorithm and the type, both empty for none."""
+        """Create an upload; ``checksum`` is the algorithm and the type, or two empty strings."""
         check_key(key)
         with self.database.write() as session:
             found = get_bucket(session, account, bucket, lock=True)
@@ -83,7 +83,7 @@ class MultipartUploads:
         written: WrittenFile,
         checksums: dict[str, str],
     ) -> ObjectPiece:
-        """Keep a part; one with the same number is replaced. Raises as :meth:`Objects.put`."""
+        """Store a part, in place of a part of the same number; raises as :meth:`Objects.put`."""
         piece = ObjectPiece.of(account, number, written, checksums)
         with self.objects.name_files(account, [written.id]) as session:
             _upload(session, account, bucket, key, upload_id, lock=True)
@@ -106,7 +106,7 @@ class MultipartUploads:
     def part(
         self, account: str, bucket: str, key: str, upload_id: str, number: int
     ) -> ObjectPiece | None:
-        """The part of this number, where it has come."""
+        """Return the part of this number, if it exists."""
         with self.database.read() as session:
             _upload(session, account, bucket, key, upload_id)
             query = select(ObjectPiece).where(
@@ -125,10 +125,10 @@ class MultipartUploads:
         checksum: Callable[[Upload, Sequence[ObjectPiece]], dict[str, str]],
         check: Check | None = None,
     ) -> StoredObject:
-        """Make the object from the chosen parts, without copying them; the others are gone.
+        """Create the object of the chosen parts and remove the other parts.
 
-        ``checksum`` gives the checksums of the whole, given those of its parts; it may raise. A client
-        that asks again, because the answer did not reach it, gets the object that it made.
+        ``checksum`` returns the checksums of the object from those of the parts, and may raise. A
+        client that repeats the request, because the response was lost, gets the same object.
 
         Raises:
             ObjectRefused: ``NoSuchUpload``, ``InvalidPart``, ``InvalidPartOrder``, ``EntityTooSmall``.
@@ -166,7 +166,7 @@ class MultipartUploads:
         return made
 
     def abort(self, account: str, bucket: str, key: str, upload_id: str) -> None:
-        """Give up an upload and its parts."""
+        """Remove an upload and its parts."""
         with self.database.write() as session:
             upload = _upload(session, account, bucket, key, upload_id, lock=True)
             gone = remove_upload(session, upload)
@@ -194,7 +194,7 @@ def _upload(
 def _select_parts(
     there: Sequence[ObjectPiece], chosen: Sequence[CompletedPart]
 ) -> list[ObjectPiece]:
-    """The parts that the client names, which have to be as it says."""
+    """Return the parts that the client names, after a comparison."""
     numbers = [each.number for each in chosen]
     if numbers != sorted(set(numbers)):
         text = "The list of parts was not in ascending order. Parts must be ordered by part number."
@@ -220,7 +220,7 @@ def _select_parts(
 def _made_before(
     session: Session, bucket: Bucket, key: str, chosen: Sequence[CompletedPart]
 ) -> StoredObject | None:
-    """The object, if it is already what the chosen parts make."""
+    """Return the object if it is already made of the chosen parts."""
     try:
         etag = _etag([each.etag for each in chosen])
     except ValueError:
@@ -232,6 +232,6 @@ def _made_before(
 
 
 def _etag(parts: Sequence[str]) -> str:
-    """Of an object that is made of parts with these MD5s."""
+    """Return the ETag of an object from the MD5s of its parts."""
     digests = b"".join(bytes.fromhex(part) for part in parts)
     return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"

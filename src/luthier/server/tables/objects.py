@@ -1,8 +1,7 @@
 """The built-in object store: buckets and objects of each account.
 
-A bucket belongs to one account, and its name is that account's alone: for any other the same name is
-free. The bytes of an object are one file, or the files of its parts in their order; see
-:mod:`luthier.server.tables.object_files`.
+Two accounts may have buckets of the same name. The bytes of an object are one file, or the files of its
+parts; see :mod:`luthier.server.tables.object_files`.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from luthier.server.tables.object_files import UNNAMED_SECONDS, FileWriter, Obje
 from luthier.server.tables.storage import FreedStorage
 
 Key = Text().with_variant(Text(collation="C"), "postgresql")
-"""Names that are ordered by their UTF-8 bytes."""
+"""Text that the database orders by UTF-8 bytes."""
 UPLOADS = "luthier-files"
-"""Bucket of each account with what was uploaded through the OpenAI API."""
+"""Bucket of each account with the files of the OpenAI API."""
 KEY_BYTES = 1024
-"""Of a key in UTF-8, at most."""
+"""Maximum length of a key in UTF-8, in bytes."""
 
 
 class Bucket(Base):
@@ -50,7 +49,7 @@ class Bucket(Base):
 
 
 class StoredObject(Base):
-    """An object: what a key of a bucket names."""
+    """An object of a bucket."""
 
     __tablename__ = "objects"
     __table_args__ = (UniqueConstraint("bucket_seq", "key"),)
@@ -60,22 +59,21 @@ class StoredObject(Base):
     bucket_seq: Mapped[int] = mapped_column(ForeignKey("buckets.seq"))
     key: Mapped[str] = mapped_column(Key)
     size: Mapped[int] = mapped_column(BigInteger)
-    """Bytes."""
     etag: Mapped[str]
-    """MD5 in hexadecimal; of an object made of parts, the MD5 of their MD5s, ``-`` and their number."""
+    """MD5 in hexadecimal; for an object of parts, the MD5 of their MD5s, ``-`` and their number."""
     parts: Mapped[int] = mapped_column(default=0)
-    """Parts that it was uploaded in; 0 for one that came as a whole."""
+    """Number of parts; 0 for an object that was uploaded as a whole."""
     headers: Mapped[dict[str, Any]]
-    """``Content-Type`` and the like, to be given back as they came."""
+    """Headers such as ``Content-Type``, as sent."""
     user_metadata: Mapped[dict[str, Any]]
-    """Values of ``x-amz-meta-*`` by the rest of the name."""
+    """Values of headers ``x-amz-meta-*`` by the rest of the name."""
     checksums: Mapped[dict[str, Any]]
-    """Base64 by algorithm, such as ``crc32``; of parts, with ``-`` and their number."""
+    """Checksums in base64 by algorithm, such as ``crc32``; for parts, with ``-`` and their number."""
     modified: Mapped[datetime]
 
 
 class ObjectPiece(Base):
-    """A file of bytes: of an object, or of a part whose upload is not complete."""
+    """A file of an object, or of a part of an incomplete upload."""
 
     __tablename__ = "object_pieces"
     __table_args__ = (
@@ -89,7 +87,7 @@ class ObjectPiece(Base):
     object_seq: Mapped[int | None] = mapped_column(ForeignKey("objects.seq"))
     upload_id: Mapped[str | None] = mapped_column(ForeignKey("object_uploads.id"))
     number: Mapped[int]
-    """1 to 10,000: the order of the parts, which may leave numbers out."""
+    """Order of the parts, from 1 to 10,000, with gaps."""
     size: Mapped[int] = mapped_column(BigInteger)
     md5: Mapped[str]
     sha256: Mapped[str]
@@ -100,7 +98,7 @@ class ObjectPiece(Base):
     def of(
         account: str, number: int, written: WrittenFile, checksums: Mapping[str, str]
     ) -> ObjectPiece:
-        """A piece that nothing owns yet."""
+        """Return a piece without an owner."""
         return ObjectPiece(
             id=written.id, account=account, number=number, size=written.size, md5=written.md5,
             sha256=written.sha256, checksums=dict(checksums), modified=now(),
@@ -108,7 +106,7 @@ class ObjectPiece(Base):
 
 
 class Upload(Base):
-    """A multipart upload that was neither completed nor aborted."""
+    """An incomplete multipart upload."""
 
     __tablename__ = "object_uploads"
 
@@ -119,7 +117,7 @@ class Upload(Base):
     headers: Mapped[dict[str, Any]]
     user_metadata: Mapped[dict[str, Any]]
     checksum: Mapped[str]
-    """Algorithm of its parts' checksums, such as ``crc32``; empty for none."""
+    """Algorithm of the parts' checksums, such as ``crc32``; empty for none."""
     checksum_type: Mapped[str]
     """``COMPOSITE`` or ``FULL_OBJECT``; empty for none."""
     created: Mapped[datetime]
@@ -127,20 +125,20 @@ class Upload(Base):
 
 @dataclass(frozen=True)
 class ObjectMetadata:
-    """What a client says of an object beside its bytes."""
+    """Headers, metadata and checksums of an object."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)
-    """Verified."""
+    """Verified checksums by algorithm."""
 
 
 Check = Callable[[StoredObject | None], None]
-"""Given what a key names now; raises where the caller's condition does not hold."""
+"""Takes the current object of a key; raises if a condition of the client does not hold."""
 
 
 def get_bucket(session: Session, account: str, name: str, *, lock: bool = False) -> Bucket:
-    """The account's bucket; with ``lock``, nobody else changes what is in it meanwhile.
+    """Return the account's bucket; ``lock`` blocks other changes of its objects.
 
     Raises:
         ObjectRefused: ``NoSuchBucket``.
@@ -153,7 +151,7 @@ def get_bucket(session: Session, account: str, name: str, *, lock: bool = False)
 
 
 def remove_object(session: Session, bucket: Bucket, key: str, check: Check | None) -> FreedStorage:
-    """Remove the rows of what ``key`` names, if anything."""
+    """Remove the rows of the object of ``key``, if there is one."""
     found = session.scalar(
         select(StoredObject).where(StoredObject.bucket_seq == bucket.seq, StoredObject.key == key)
     )
@@ -176,7 +174,7 @@ def new_object(
     parts: int,
     described: ObjectMetadata,
 ) -> StoredObject:
-    """The row of an object, not yet in the database."""
+    """Return a new row of an object."""
     return StoredObject(
         account=bucket.account, bucket_seq=bucket.seq, key=key,
         size=sum(piece.size for piece in pieces), etag=etag, parts=parts,
@@ -186,7 +184,7 @@ def new_object(
 
 
 def pieces_of(session: Session, owner: StoredObject | Upload) -> list[ObjectPiece]:
-    """The files of an object, or of an upload's parts, in order."""
+    """Return the pieces of an object or an upload in order."""
     if isinstance(owner, Upload):
         own = ObjectPiece.upload_id == owner.id
     else:
@@ -195,7 +193,7 @@ def pieces_of(session: Session, owner: StoredObject | Upload) -> list[ObjectPiec
 
 
 def check_key(key: str) -> None:
-    """Refuse what cannot be a key: ``KeyTooLongError``, ``InvalidArgument``."""
+    """Raise :class:`ObjectRefused` for a text that is no key."""
     if len(key.encode()) > KEY_BYTES:
         raise ObjectRefused("KeyTooLongError", "Your key is too long")
     if not key or "\0" in key:
@@ -203,7 +201,7 @@ def check_key(key: str) -> None:
 
 
 def remove_uploads(session: Session, bucket: Bucket) -> FreedStorage:
-    """Remove the uploads of a bucket that is to go."""
+    """Remove all uploads of a bucket."""
     gone = FreedStorage()
     for upload in session.scalars(select(Upload).where(Upload.bucket_seq == bucket.seq)).all():
         gone.add(remove_upload(session, upload))
@@ -223,23 +221,23 @@ def remove_upload(session: Session, upload: Upload) -> FreedStorage:
 
 
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
-"""Names that are paths of the other faces on the same port."""
+"""Names that are paths of other APIs on the same port."""
 _FOUND_AGAIN = 5
-"""Times that an object is looked up again because it was replaced before its file was opened."""
+"""Number of attempts to open an object that is replaced at the same time."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """The bytes of an object as they were when it was opened."""
+    """An object and its bytes at the time of opening."""
 
     found: StoredObject
     pieces: Sequence[ObjectPiece]
     read: Callable[[int, int], Iterator[bytes]]
-    """Given the first byte and a number of bytes, yields them; read once."""
+    """Yields a number of bytes from a first byte."""
 
     @property
     def ids(self) -> list[str]:
-        """Names of its files, which tell it from what the key named before and names after."""
+        """Names of the files, which change when the object is replaced."""
         return [piece.id for piece in self.pieces]
 
 
@@ -252,33 +250,27 @@ class Objects:
         files: ObjectFiles | None = None,
         quotas: AccountQuotas | None = None,
     ) -> None:
-        """``files`` are below the store unless said otherwise.
-
-        ``quotas`` are those of accounts without quotas of their own.
-        """
+        """Set the files, and the quotas of accounts without own quotas."""
         self.database, self.files = database, files or ObjectFiles()
         self._defaults = quotas or AccountQuotas()
 
     def quotas(self, session: Session, account: str) -> AccountQuotas:
-        """What the account may store."""
+        """Return the quotas of the account."""
         return quotas_of(session, account, self._defaults)
 
     def check(self, account: str, stored_bytes: int) -> None:
-        """Refuse early what has no room; see :func:`luthier.server.tables.storage.check`."""
+        """Check the storage quota early; see :func:`luthier.server.tables.storage.check`."""
         with self.database.read() as session:
             quotas = self.quotas(session, account)
             storage.check(session, account, quotas, stored_bytes=stored_bytes)
 
     def begin(self, account: str, size: int | None = None, *, freed: int = 0) -> FileWriter:
-        """Return a new file for bytes of the account, to be used in a ``with`` until rows name it.
+        """Return a new file, for use in a ``with`` statement until a row names the file.
 
-        Args:
-            account: owner of the bytes.
-            size: number of bytes that will come, if known.
-            freed: bytes of the object or part that the new one replaces.
+        ``size`` is the expected number of bytes, ``freed`` that of the replaced object or part.
 
         Raises:
-            QuotaExceeded: if the account has no room.
+            QuotaExceeded: if the account has no space.
         """
         self.check(account, (1 if size is None else size) - freed)
         return self.files.begin(account)
@@ -286,7 +278,7 @@ class Objects:
     # --- buckets
 
     def create_bucket(self, account: str, name: str) -> Bucket:
-        """A new, empty bucket.
+        """Create a bucket.
 
         Raises:
             ObjectRefused: ``InvalidBucketName``, ``BucketAlreadyOwnedByYou``.
@@ -304,18 +296,18 @@ class Objects:
         return bucket
 
     def buckets(self, account: str) -> list[Bucket]:
-        """Those of the account, by name."""
+        """Return the buckets of the account by name."""
         with self.database.read() as session:
             query = select(Bucket).where(Bucket.account == account).order_by(Bucket.name)
             return list(session.scalars(query))
 
     def bucket(self, account: str, name: str) -> Bucket:
-        """The bucket; ``NoSuchBucket`` for one that is not there or is another account's."""
+        """Return the bucket; see :func:`get_bucket`."""
         with self.database.read() as session:
             return get_bucket(session, account, name)
 
     def delete_bucket(self, account: str, name: str) -> None:
-        """Remove an empty bucket, with the uploads in it that were never completed.
+        """Remove an empty bucket and its incomplete uploads.
 
         Raises:
             ObjectRefused: ``NoSuchBucket``, ``BucketNotEmpty``.
@@ -344,13 +336,13 @@ class Objects:
         check: Check | None = None,
         also: Callable[[Session], None] | None = None,
     ) -> StoredObject:
-        """Let ``key`` name what was written; what it named before is gone.
+        """Store a written file as the object ``key``, in place of the current object.
 
-        ``also`` writes what is to be there with the object or not at all.
+        ``also`` writes further rows in the same transaction.
 
         Raises:
-            ObjectRefused: ``NoSuchBucket``, ``KeyTooLongError``, or what ``check`` raises.
-            QuotaExceeded: where the account has no room for it.
+            ObjectRefused: ``NoSuchBucket``, ``KeyTooLongError``, or the error of ``check``.
+            QuotaExceeded: if the account has no space.
         """
         piece = ObjectPiece.of(account, 1, written, described.checksums)
         return self.place(account, bucket, key, [piece], written.md5, 0, described, check, also)
@@ -367,7 +359,7 @@ class Objects:
         check: Check | None = None,
         also: Callable[[Session], None] | None = None,
     ) -> StoredObject:
-        """As :meth:`put`, for new pieces that are to stand one after the other."""
+        """Store new pieces as one object; see :meth:`put`."""
         with self.name_files(account, [piece.id for piece in pieces]) as session:
             found = get_bucket(session, account, bucket, lock=True)
             check_key(key)
@@ -389,9 +381,9 @@ class Objects:
 
     @contextmanager
     def name_files(self, account: str, ids: Sequence[str]) -> Iterator[Session]:
-        """A transaction whose rows name new files, which are removed after an error.
+        """Open a transaction whose rows name new files. An error removes the files.
 
-        After a failed commit the rows may exist: :meth:`sweep` removes the files later if not.
+        After a failed commit the rows may exist; if not, :meth:`sweep` removes the files later.
         """
         committing = False
         try:
@@ -405,12 +397,12 @@ class Objects:
             raise
 
     def head(self, account: str, bucket: str, key: str) -> StoredObject:
-        """What a key names; ``NoSuchBucket`` or ``NoSuchKey`` where it names nothing."""
+        """Return the object of a key; raises ``NoSuchBucket`` or ``NoSuchKey``."""
         with self.database.read() as session:
             return _get_object(session, account, bucket, key)
 
     def open(self, account: str, bucket: str, key: str) -> Content:
-        """What a key names, with its bytes, in one consistent state; raises as :meth:`head`."""
+        """Return the object of a key with its bytes; raises as :meth:`head`."""
         with self.database.read() as session:
             found = _get_object(session, account, bucket, key)
             pieces = pieces_of(session, found)
@@ -420,13 +412,9 @@ class Objects:
     def open_range(
         self, account: str, bucket: str, key: str, span: Callable[[StoredObject], tuple[int, int]]
     ) -> tuple[StoredObject, Iterator[bytes]]:
-        """An object and some of its bytes: the first piece is read, so that the rest will come too.
+        """Return an object and a range of its bytes, whose file is open.
 
-        Args:
-            account: whose it is.
-            bucket: name.
-            key: name.
-            span: first byte and number of bytes that are wanted of the object; may raise.
+        ``span`` returns the first byte and the number of bytes of the range, and may raise.
         """
         for last in range(_FOUND_AGAIN):
             content = self.open(account, bucket, key)
@@ -434,7 +422,7 @@ class Objects:
             try:
                 first = next(pieces, b"")
             except FileNotFoundError:
-                # Replaced since it was looked up: the new one is meant then.
+                # The object was replaced after the query: open the new one.
                 if last == _FOUND_AGAIN - 1:
                     raise
                 continue
@@ -448,9 +436,9 @@ class Objects:
         target: tuple[str, str],
         described: Callable[[StoredObject], ObjectMetadata],
     ) -> StoredObject:
-        """Let ``target`` (bucket, key) name the same bytes as ``source``, without copying them.
+        """Store the bytes of ``source`` (bucket, key) as ``target`` too, without a copy of the files.
 
-        ``described`` says what the copy is described by, given the source; it may raise.
+        ``described`` returns the metadata of the copy, and may raise.
         """
         content = self.open(account, *source)
         description = described(content.found)
@@ -468,7 +456,7 @@ class Objects:
             self.files.remove(account, [piece.id for piece in pieces])
             if not isinstance(error, FileNotFoundError):
                 raise
-            # Replaced since it was looked up: the new one is meant. If not, the bytes are lost.
+            # The object was replaced after the query, or its bytes are lost.
             if self.open(account, *source).ids == content.ids:
                 raise CorruptFile(f"the bytes of {'/'.join(source)} are missing") from None
             return self.copy(account, source, target, described)
@@ -482,9 +470,9 @@ class Objects:
         keys: Sequence[str],
         also: Callable[[Session], None] | None = None,
     ) -> None:
-        """Remove what the keys name; a key that names nothing is no error.
+        """Remove the objects of ``keys``; a key without an object is no error.
 
-        ``also`` writes what is to be known when they are gone, and not before.
+        ``also`` writes further rows in the same transaction.
         """
         gone = FreedStorage()
         with self.database.write() as session:
@@ -497,7 +485,7 @@ class Objects:
         self.files.remove(account, gone.files)
 
     def sweep(self, older_than: float = UNNAMED_SECONDS) -> int:
-        """Remove files that a killed process left, and return their number."""
+        """Remove the files of killed processes and return their number."""
         return self.files.sweep(self._files_of_rows, older_than)
 
     def _files_of_rows(self, start: str) -> set[str]:
