@@ -45,7 +45,7 @@ from luthier.models.pipelines import is_pipeline
 from luthier.models.save import save_adapter, save_format, save_network, stored_bytes
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.base import add_modules
+from luthier.objectives.base import RunModels, add_modules
 from luthier.objectives.pairs import Judged
 from luthier.recipe import Training
 from luthier.types import Example, Message, Row
@@ -370,7 +370,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
     """Why a triple is refused before any weight is loaded; empty where it is not."""
     try:
         chat = objective.format(load_chat_format(folder))
-        objective.check(chat)
+        objective.bind(RunModels(chat))
         fitted = objective.fit(rows_of(objective, folder), chat)
         model = ModelFolder(folder).sketch(fitted.head())
         with torch.device("meta"):

@@ -19,6 +19,7 @@ from luthier.models.build import build_speller
 from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
+from luthier.objectives.base import RunModels
 from luthier.objectives.bilm import BiLM
 
 CPU = torch.device("cpu")
@@ -139,4 +140,4 @@ def test_a_network_from_random_weights_learns_to_predict_words(
 
 def test_other_tokenizers_are_refused(family_folder: Callable[[str], Path]) -> None:
     with pytest.raises(RecipeError, match=r"does not mark where they begin. Use causal_lm"):
-        OBJECTIVES["bilm"]().check(load_chat_format(family_folder("gpt2")))
+        OBJECTIVES["bilm"]().bind(RunModels(load_chat_format(family_folder("gpt2"))))

@@ -20,7 +20,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, Contrastive, EmbeddingDistillation
-from luthier.objectives.base import OtherModel
+from luthier.objectives.base import OtherModel, RunModels
 from luthier.objectives.embedding_distillation import project, turn
 from luthier.objectives.means import mean_loss
 from luthier.recipe import Recipe
@@ -141,6 +141,7 @@ def test_the_teacher_must_embed(family_folder: Callable[[str], Path]) -> None:
     chat = load_chat_format(family_folder("bert"))
     classifier = OtherModel(Classification(labels=("a", "b")), 32, chat)
     with pytest.raises(RecipeError, match=r"base:router is for classification.*encoder_distill"):
-        objective.bind_model("teacher", classifier, chat)
+        objective.bind(RunModels(chat, others={"teacher": classifier}))
     encoder = OtherModel(Contrastive(pooling="first"), 32, chat)
-    assert objective.bind_model("teacher", encoder, chat).teacher_pooling == "first"
+    bound = objective.bind(RunModels(chat, others={"teacher": encoder}))
+    assert bound.teacher_pooling == "first"

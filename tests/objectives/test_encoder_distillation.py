@@ -21,7 +21,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, EncoderDistillation
-from luthier.objectives.base import OtherModel, add_modules
+from luthier.objectives.base import OtherModel, RunModels, add_modules
 from luthier.objectives.means import mean_loss
 from luthier.recipe import Recipe
 from luthier.types import Example, Row
@@ -73,7 +73,7 @@ def test_the_triple_loss_row_by_row(
     chat = load_chat_format(folder)
     objective = EncoderDistillation(teacher="t", temperature=3.0, soft=0.7, hard=0.2, hidden=0.4)
     teacher = OtherModel(Classification(labels=("animal", "bank")), 32, chat)
-    objective = objective.bind_model("teacher", teacher, chat)
+    objective = objective.bind(RunModels(chat, others={"teacher": teacher}))
     objective = objective.fit(ROWS, chat)
     extra = add_modules(network.model, objective.attach(network.model))
     assert hasattr(network.model, "teacher_map") == (student == "narrow")

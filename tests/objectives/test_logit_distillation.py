@@ -20,7 +20,7 @@ from luthier.errors import RecipeError
 from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.objectives import SFT, LogitDistillation
-from luthier.objectives.base import OtherModel
+from luthier.objectives.base import OtherModel, RunModels
 from luthier.objectives.distillation import note_sizes
 from luthier.objectives.means import mean_loss
 from luthier.objectives.teacher import TopK, whole_distribution
@@ -257,9 +257,13 @@ def test_what_cannot_teach_is_refused_before_training(
         train(recipe(tiny_model_folder, data, teacher=str(swapped)), reporter=Silent())
     teacher = OtherModel(SFT(), 8, ChatFormat.of(tokens, start_id=0))
     with pytest.raises(RecipeError, match="an encoder-decoder and"):
-        objective().bind_model("teacher", teacher, ChatFormat.of(tokens, start_id=None))
+        objective().bind(
+            RunModels(ChatFormat.of(tokens, start_id=None), others={"teacher": teacher})
+        )
     plain = ChatFormat.of(tokens, "plain")
     with pytest.raises(RecipeError, match=r"objective\.template=plain"):
-        objective().bind_model("teacher", OtherModel(SFT(), 8, plain), ChatFormat.of(tokens))
+        objective().bind(
+            RunModels(ChatFormat.of(tokens), others={"teacher": OtherModel(SFT(), 8, plain)})
+        )
     with pytest.raises(RecipeError, match=r"no teacher.*objective.teacher=ID"):
         train(recipe(tiny_model_folder, data), reporter=Silent())

@@ -14,6 +14,7 @@ from luthier.data.shapes.texts import RawText
 from luthier.errors import RecipeError
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import SpanCorruption
+from luthier.objectives.base import RunModels
 from luthier.types import Example
 
 SENTINELS = tuple(range(900, 940))
@@ -111,4 +112,4 @@ def test_sentinels_come_from_the_tokenizer_and_other_networks_are_refused(
     assert names == [f"<extra_id_{n}>" for n in range(20)]
     assert fitted.start_id == chat.tokenizer.pad_token_id
     with pytest.raises(RecipeError, match="for encoder-decoders such as T5"):
-        SpanCorruption().check(load_chat_format(family_folder("gpt2")))
+        SpanCorruption().bind(RunModels(load_chat_format(family_folder("gpt2"))))

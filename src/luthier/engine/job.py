@@ -40,7 +40,7 @@ from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES, is_flat
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
-from luthier.objectives.base import OtherModel, with_completions
+from luthier.objectives.base import OtherModel, RunModels, with_completions
 from luthier.recipe import Recipe
 from luthier.types import Example
 
@@ -376,7 +376,7 @@ def resolve_job(
     size = machine.dtype.itemsize
     own = base.objective
     learned = own if base.manifest.recipe else None
-    bound = data.objective.bind_base(base.network, learned)
+    bound = data.objective.bind(RunModels(chat, base.network, learned))
     data = replace(data, objective=bound)
     config = base.network.config(data.objective.head())
     reads = chat.media.shape if chat.media is not None else None
@@ -472,13 +472,13 @@ def bind_models(
     """Return ``objective`` with the settings that follow from its other models."""
     if objective is None:
         return None
+    others = {}
     for name, each in objective.other_models.items():
         found = store.find(each, say)
         learned = found.objective
         width = width_of(found.network.sketch(learned.head()))
-        other = OtherModel(learned, width, found.chat)
-        objective = objective.bind_model(name, other, objective.format(chat))
-    return objective
+        others[name] = OtherModel(learned, width, found.chat)
+    return objective.bind(RunModels(chat, others=others))
 
 
 def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[Example]]:

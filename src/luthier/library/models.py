@@ -116,6 +116,7 @@ class StoredModel:
     def objective(self) -> Objective:
         """Objective of a custom model; of a base model, the objective that its kind is made for."""
         from luthier.objectives import OBJECTIVES
+        from luthier.objectives.base import RunModels
 
         fields = self.manifest.objective
         if fields is not None:
@@ -124,7 +125,9 @@ class StoredModel:
         kind = base_kind(self.kind or self.network.kind)
         objective = OBJECTIVES[kind.objective].model_validate({})
         # A pipeline of diffusers stores how it makes images.
-        return objective.bind_base(self.network, None) if is_pipeline(self.folder) else objective
+        if is_pipeline(self.folder):
+            return objective.bind(RunModels(self.chat, self.network))
+        return objective
 
     @cached_property
     def adaptation(self) -> Adaptation:

@@ -89,6 +89,20 @@ Changes = Literal["none", "fixed", "random"]
 
 
 @dataclass(frozen=True)
+class RunModels:
+    """The models of a run, as far as they are known, for :meth:`Objective.bind`."""
+
+    chat: ChatFormat
+    """Format of the rows of the base model."""
+    network: ModelFolder | None = None
+    """Folder of the network of the base model."""
+    learned: Objective | None = None
+    """Objective of the base model, if that is a custom model."""
+    others: Mapping[str, OtherModel] = field(default_factory=dict)
+    """Models of :attr:`Objective.other_models`, by name."""
+
+
+@dataclass(frozen=True)
 class RunStart:
     """A run before its first step, for :meth:`Objective.prepare`."""
 
@@ -201,22 +215,16 @@ class Objective(StrictModel):
 
     # 1. Before the rows are read.
 
-    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
-        """Return this objective with the settings that follow from a model of :attr:`other_models`.
+    def bind(self, models: RunModels) -> Self:
+        """Return this objective with the settings that follow from the models of a run.
 
-        Called once for each model.
+        Called whenever more of the models is known: with the format alone, to see whether a network
+        can learn the objective, then with the other models, and after :meth:`fit` with the network.
 
         Raises:
-            RecipeError: if the model was trained for another purpose or has other tokens.
+            RecipeError: if a model cannot be used with the current settings, with an alternative.
         """
         return self
-
-    def check(self, chat: ChatFormat) -> None:
-        """Reject a network that cannot learn this objective, by its tokenizer and format.
-
-        Raises:
-            RecipeError: with the reason and an alternative.
-        """
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Return the format that rows are encoded with and that the custom model is served with."""
@@ -300,18 +308,6 @@ class Objective(StrictModel):
         return examples
 
     # 3. The network, on the meta device first, and before the first step.
-
-    def bind_base(self, folder: ModelFolder, learned: Objective | None) -> Self:
-        """Return this objective with the settings that follow from the base model.
-
-        Args:
-            folder: folder of the network.
-            learned: objective of the base model, if that is a custom model.
-
-        Raises:
-            RecipeError: if the network cannot be read with the current settings.
-        """
-        return self
 
     def head(self) -> Head:
         """Return the head of the network; complete after :meth:`fit`."""
@@ -428,10 +424,13 @@ class WritesReplies(Objective):
 
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a row becomes text: the model's chat template, or prompt and reply as they are."""
+    instead_of_writing: ClassVar[str] = ""
+    """Objective to name where a network does not write, followed by ``, or ``."""
 
-    def check(self, chat: ChatFormat) -> None:
-        """Refuse networks that do not write."""
-        check_writes(self, chat)
+    def bind(self, models: RunModels) -> Self:
+        """Reject networks that do not write."""
+        check_writes(self, models.chat, self.instead_of_writing)
+        return super().bind(models)
 
     def format(self, chat: ChatFormat) -> ChatFormat:
         """Apply ``template``, keeping the base model's own choice for ``auto``."""
@@ -516,7 +515,7 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
         chat.check_decoder()
     if objective.task == "embedding":
         chat.check_sentence()
-    objective.check(chat)
+    objective.bind(RunModels(chat))
 
 
 def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> None:

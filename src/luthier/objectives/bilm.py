@@ -21,7 +21,7 @@ from luthier.data.disk_sequence import spool
 from luthier.errors import RecipeError
 from luthier.models.characters import SPECIAL, WORD_START, word_starts
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective, take_tokens
+from luthier.objectives.base import Objective, RunModels, take_tokens
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -50,14 +50,16 @@ class BiLM(Objective):
         """One score for each word."""
         return Head(self.task, self.words or ())
 
-    def check(self, chat: ChatFormat) -> None:
-        """Refuse tokenizers that do not mark words."""
+    def bind(self, models: RunModels) -> Self:
+        """Reject tokenizers that do not mark words."""
+        chat = models.chat
         known = chat.tokenizer.get_vocab()
         if any(token not in known for token in (*SPECIAL, WORD_START)):
             raise RecipeError(
                 "bilm predicts whole words, and this model's tokenizer does not mark where they "
                 "begin. Use causal_lm or masked_lm, or a network of type elmo."
             )
+        return super().bind(models)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Count the words."""

@@ -8,7 +8,7 @@ those before it in its sequence. Left out: a mask between documents of one seque
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -16,7 +16,7 @@ from pydantic import Field
 from luthier.data.disk_sequence import spool
 from luthier.data.tokens import cut_stream
 from luthier.errors import RecipeError
-from luthier.objectives.base import Objective, check_writes
+from luthier.objectives.base import Objective, RunModels, check_writes
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
@@ -34,14 +34,16 @@ class CausalLM(Objective):
     can_shard: ClassVar[bool] = True
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
-    def check(self, chat: ChatFormat) -> None:
-        """Refuse encoder-decoders, whose decoder would have nothing to read."""
+    def bind(self, models: RunModels) -> Self:
+        """Reject encoder-decoders, whose decoder would have nothing to read."""
+        chat = models.chat
         if chat.start_id is not None:
             raise RecipeError(
                 "causal_lm is for networks that go on with a text, and this one answers what its "
                 "encoder reads. Use span_corruption for raw text, or sft for prompts with replies."
             )
         check_writes(self, chat, "masked_lm for raw text, or ")
+        return super().bind(models)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The document and its end-of-text token, all of weight 1 but the first."""

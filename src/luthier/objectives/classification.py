@@ -27,6 +27,7 @@ from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
 from luthier.objectives.base import (
     Objective,
     PreparedRows,
+    RunModels,
     RunStart,
     TrainingDefaults,
     cut_text,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.folder import ModelFolder
     from luthier.models.network import Network, TreeBatch
 
 
@@ -135,8 +135,11 @@ class Classification(Objective):
             return []
         return [self.class_weights.get(name, 1.0) for name in self.labels or ()]
 
-    def bind_base(self, folder: ModelFolder, learned: Objective | None) -> Self:
-        """Read texts as the base model was trained to be read."""
+    def bind(self, models: RunModels) -> Self:
+        """Read texts with the pooling that the base model was trained with."""
+        folder, learned, bound = models.network, models.learned, super().bind(models)
+        if folder is None:
+            return bound
         kind = folder.fields.get("model_type")
         if self.pooling == "mean" and kind not in MEAN_POOLED:
             raise RecipeError(
@@ -154,7 +157,7 @@ class Classification(Objective):
         elif pooling is None:
             pooling = declared_pooling(folder.path)
         probe = pooling == "mean" if self.probe is None else self.probe
-        return self.model_copy(update={"pooling": pooling, "probe": probe})
+        return bound.model_copy(update={"pooling": pooling, "probe": probe})
 
     @property
     def starts_head(self) -> bool:

@@ -16,6 +16,7 @@ from luthier.objectives.base import (
     Objective,
     OtherModel,
     PreparedRows,
+    RunModels,
     RunStart,
     WritesReplies,
 )
@@ -41,15 +42,19 @@ class Taught(Objective):
         """The teacher."""
         return {"teacher": self.teacher} if self.teacher else {}
 
-    def check(self, chat: ChatFormat) -> None:
-        """There must be a teacher."""
+    def bind(self, models: RunModels) -> Self:
+        """Reject a missing teacher, and a teacher whose tokens are not those of the student."""
         if not self.teacher:
             raise RecipeError("there is no teacher; give one with `objective.teacher=ID`")
+        if "teacher" not in models.others:
+            return super().bind(models)
+        teacher = models.others["teacher"]
+        self.check_teacher(teacher)
+        check_same_tokens(teacher.chat, models.chat)
+        return super().bind(models)
 
-    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
-        """Reject a teacher whose tokens are not those of the student."""
-        check_same_tokens(other.chat, chat)
-        return self
+    def check_teacher(self, teacher: OtherModel) -> None:
+        """Reject a teacher that was trained for another task."""
 
     def prepare(self, start: RunStart) -> PreparedRows:
         """Print a note if the student is larger than the teacher."""
@@ -94,16 +99,22 @@ class TokenDivergence(WritesReplies):
 class Distillation(Taught, TokenDivergence):
     """A teacher, and how far a student is from it."""
 
-    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
-        """Reject a teacher that writes no text, or reads other tokens or another template."""
-        learned, theirs = other.objective, other.chat
+    def check_teacher(self, teacher: OtherModel) -> None:
+        """Reject a teacher that writes no text."""
+        learned = teacher.objective
         if learned.task != "causal_lm":
             raise RecipeError(
                 f"the teacher {self.teacher} is for {learned.method}, and gives no distribution over "
                 "the next token. Take a model that writes text; classifiers are distilled with "
                 "encoder_distillation, and encoders with embedding_distillation."
             )
-        bound = super().bind_model(name, other, chat)
+
+    def bind(self, models: RunModels) -> Self:
+        """Reject a teacher that reads rows in another way."""
+        bound = super().bind(models)
+        if "teacher" not in models.others:
+            return bound
+        theirs, chat = models.others["teacher"].chat, self.format(models.chat)
         if (theirs.start_id is None) != (chat.start_id is None):
             raise RecipeError(
                 "one of teacher and student is an encoder-decoder and the other is not, so they do not "

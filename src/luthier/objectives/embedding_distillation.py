@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
-from luthier.objectives.base import OtherModel, cut_text
+from luthier.objectives.base import OtherModel, RunModels, cut_text
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
@@ -51,17 +51,21 @@ class EmbeddingDistillation(Taught):
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair"})
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
 
-    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
-        """Use the pooling of the teacher, which must be an encoder."""
-        learned = other.objective
-        if learned.task != self.task:
+    def check_teacher(self, teacher: OtherModel) -> None:
+        """Reject a teacher that is no encoder."""
+        if teacher.objective.task != self.task:
             raise RecipeError(
-                f"the teacher {self.teacher} is for {learned.method}, and gives no embeddings of "
-                "texts. Take an encoder, such as all-minilm-l6-v2; classifiers are distilled with "
-                "encoder_distillation, models that write with logit_distillation."
+                f"the teacher {self.teacher} is for {teacher.objective.method}, and gives no "
+                "embeddings of texts. Take an encoder, such as all-minilm-l6-v2; classifiers are "
+                "distilled with encoder_distillation, models that write with logit_distillation."
             )
-        bound = super().bind_model(name, other, chat)
-        pooling = getattr(learned, "pooling", "auto")
+
+    def bind(self, models: RunModels) -> Self:
+        """Use the pooling of the teacher."""
+        bound = super().bind(models)
+        if "teacher" not in models.others:
+            return bound
+        pooling = getattr(models.others["teacher"].objective, "pooling", "auto")
         return bound.model_copy(update={"teacher_pooling": pooling})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:

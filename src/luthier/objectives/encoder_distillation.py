@@ -25,7 +25,7 @@ from pydantic import Field
 
 from luthier.data.shapes.texts import LabelledText
 from luthier.errors import RecipeError, RowRefused
-from luthier.objectives.base import Objective, OtherModel
+from luthier.objectives.base import Objective, OtherModel, RunModels
 from luthier.objectives.classification import NO_LABEL, Classification
 from luthier.objectives.distillation import Taught
 from luthier.objectives.means import mean_loss
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.folder import ModelFolder
     from luthier.models.network import Network, TreeBatch
 
 
@@ -67,15 +66,9 @@ class EncoderDistillation(Taught, Classification):
     shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
     allows_augmentation: ClassVar[bool] = False
 
-    def bind_base(self, folder: ModelFolder, learned: Objective | None) -> Self:
-        """Read texts as the student was trained to be read; rows may have no label to start from."""
-        bound = super().bind_base(folder, learned)
-        return bound.model_copy(update={"probe": bool(self.probe)})
-
-    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
-        """Learn the classes of the teacher, which must be a classifier of one label per text."""
-        learned = other.objective
-        head = learned.head()
+    def check_teacher(self, teacher: OtherModel) -> None:
+        """Reject a teacher that is no classifier of one label per text, or has other classes."""
+        learned, head = teacher.objective, teacher.objective.head()
         single = head.problem == "single_label_classification" and head.labels
         if head.task != self.task or not single:
             raise RecipeError(
@@ -88,8 +81,17 @@ class EncoderDistillation(Taught, Classification):
                 f"the teacher {self.teacher} has the classes {', '.join(head.labels)}, in this order, "
                 "and objective.labels names others. Leave it out."
             )
-        bound = super().bind_model(name, other, chat)
-        return bound.model_copy(update={"labels": head.labels, "teacher_width": other.width})
+
+    def bind(self, models: RunModels) -> Self:
+        """Learn the classes of the teacher; rows may have no label to start a head from."""
+        bound = super().bind(models)
+        if models.network is not None:
+            bound = bound.model_copy(update={"probe": bool(self.probe)})
+        if "teacher" not in models.others:
+            return bound
+        teacher = models.others["teacher"]
+        labels = teacher.objective.head().labels
+        return bound.model_copy(update={"labels": labels, "teacher_width": teacher.width})
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Read the classes of the rows, where no teacher has told them."""

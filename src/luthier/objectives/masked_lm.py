@@ -20,7 +20,7 @@ from luthier.data.disk_sequence import spool
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import Objective, take_tokens
+from luthier.objectives.base import Objective, RunModels, take_tokens
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
@@ -50,13 +50,15 @@ class MaskedLM(Objective):
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
     same_each_epoch: ClassVar[bool] = False
 
-    def check(self, chat: ChatFormat) -> None:
-        """Refuse tokenizers without a mask token."""
+    def bind(self, models: RunModels) -> Self:
+        """Reject tokenizers without a mask token."""
+        chat = models.chat
         if chat.tokenizer.mask_token_id is None:
             raise RecipeError(
                 "this model's tokenizer has no mask token, so it cannot learn to fill one in. Use "
                 "objective causal_lm, or an encoder such as all-minilm-l6-v2."
             )
+        return super().bind(models)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Find the mask token."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from luthier.data.shapes.preferences import Preference, pair_answers
 from luthier.errors import RowRefused
-from luthier.objectives.base import Changes, TrainingDefaults, WritesReplies, check_writes, cut_end
+from luthier.objectives.base import Changes, TrainingDefaults, WritesReplies, cut_end
 from luthier.types import Example, FloatArray, Message, Row, Tool
 
 if TYPE_CHECKING:
@@ -34,11 +34,8 @@ class Judged(WritesReplies):
     """
 
     can_shard: ClassVar[bool] = True
+    instead_of_writing: ClassVar[str] = "reward_model, or "
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(learning_rate_multiplier=0.1)
-
-    def check(self, chat: ChatFormat) -> None:
-        """Refuse networks that do not write; most encoders' tokenizers know no end of a text."""
-        check_writes(self, chat, "reward_model, or ")
 
     def truncate(self, example: Example, context: int) -> Example:
         """Cut the end of each text off; a row with nothing learned left on one side weighs nothing."""

@@ -27,8 +27,8 @@ from luthier.errors import RecipeError
 from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_answers
 from luthier.objectives import rollout_checks
 from luthier.objectives.base import (
-    OtherModel,
     PreparedRows,
+    RunModels,
     RunStart,
     StepReport,
     TrainingDefaults,
@@ -218,18 +218,12 @@ class Reinforcement(WritesReplies):
         """The models that grade, by their ids."""
         return {name: name for name in sorted(self.grader.models)}
 
-    def check(self, chat: ChatFormat) -> None:
-        """Refuse a grader that lacks something, and networks that do not write.
-
-        The models that the grader names are opened later.
-        """
+    def bind(self, models: RunModels) -> Self:
+        """Reject a grader that lacks something, or a model without the task that the grader needs."""
         self.grader.check()
-        super().check(chat)
-
-    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
-        """Reject a model without the task that the grader needs."""
-        check_grader_model(name, self.grader.models[name], other.objective)
-        return self
+        for name, other in models.others.items():
+            check_grader_model(name, self.grader.models[name], other.objective)
+        return super().bind(models)
 
     @property
     def _tries(self) -> int:

@@ -20,7 +20,7 @@ from luthier.data.disk_sequence import spool
 from luthier.data.tokens import cut_stream
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import Changes, Objective
+from luthier.objectives.base import Changes, Objective, RunModels
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ class SpanCorruption(Objective):
     shapes: ClassVar[frozenset[str]] = frozenset({"text"})
     same_each_epoch: ClassVar[bool] = False
 
-    def check(self, chat: ChatFormat) -> None:
-        """Refuse networks without an encoder and tokenizers without sentinels."""
+    def bind(self, models: RunModels) -> Self:
+        """Reject networks without an encoder and tokenizers without sentinels."""
+        chat = models.chat
         if chat.start_id is None:
             raise RecipeError(
                 "span_corruption is for encoder-decoders such as T5, and this network is none. Use "
@@ -63,6 +64,7 @@ class SpanCorruption(Objective):
                 "span_corruption needs tokens that stand for the spans, <extra_id_0> and so on, and "
                 "this tokenizer has none. Name others with `objective.sentinels=[ID, ...]`."
             )
+        return super().bind(models)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Find the sentinels."""

@@ -68,6 +68,7 @@ from luthier.models.build import build, read_configuration
 from luthier.models.manifest import Manifest
 from luthier.models.presets import SHAPES, configuration
 from luthier.models.process_group import ProcessGroup
+from luthier.objectives.base import RunModels
 from luthier.objectives.causal_lm import CausalLM
 from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import DataSpec, Recipe, Training
@@ -193,7 +194,7 @@ def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
     chat = start.chat.with_date()
     context = room = start.room - recipe.adaptation.added_tokens
     if recipe.network.base is not None:
-        CausalLM().check(chat)
+        CausalLM().bind(RunModels(chat))
         if (recipe.network.context or 0) > room:
             raise RecipeError(
                 f"{start.id} reads {room:,} tokens at most, and network.context is "

@@ -19,6 +19,7 @@ from luthier.media.processors import ImageProcessor
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
+from luthier.objectives.base import RunModels
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")
@@ -201,5 +202,5 @@ def test_what_is_asked_for_stands_in_for_what_was_stored() -> None:
 
 
 def test_pixels_of_another_range_are_refused() -> None:
-    with pytest.raises(RecipeError):
-        Diffusion().check(ChatFormat.reading(ImageProcessor(9, 7)))
+    with pytest.raises(RecipeError, match="image_mean"):
+        Diffusion().bind(RunModels(ChatFormat.reading(ImageProcessor(9, 7))))

@@ -26,7 +26,7 @@ from luthier.models.heads import Head
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives.base import OtherModel
+from luthier.objectives.base import OtherModel, RunModels
 from luthier.objectives.classification import Classification
 from luthier.objectives.sft import SFT
 from luthier.recipe import Recipe
@@ -110,11 +110,11 @@ def test_only_a_classifier_of_images_has_such_features(
     objective = GAN(feature_model="other")
     images, texts = (load_chat_format(family_folder(name)) for name in ("dcgan", "bert"))
     with pytest.raises(RecipeError, match="classifier of images, and other has no classes; tune"):
-        objective.bind_model("features", OtherModel(SFT(), 8, images), images)
+        objective.bind(RunModels(images, others={"features": OtherModel(SFT(), 8, images)}))
     classifier = OtherModel(Classification(), 8, images)
-    assert objective.bind_model("features", classifier, images) is objective
+    assert objective.bind(RunModels(images, others={"features": classifier})) is objective
     with pytest.raises(RecipeError, match="reads texts"):
-        objective.bind_model("features", replace(classifier, chat=texts), images)
+        objective.bind(RunModels(images, others={"features": replace(classifier, chat=texts)}))
 
 
 def test_features_are_what_the_head_of_the_classifier_reads(

@@ -19,6 +19,7 @@ from luthier.media.objectives.image_to_text import ImageToText
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
+from luthier.objectives.base import RunModels
 from luthier.objectives.means import mean_loss
 from luthier.types import Example
 
@@ -142,4 +143,4 @@ def test_an_image_alone_is_read_from_the_first_token_on(chat: ChatFormat) -> Non
 
 def test_a_network_without_a_decoder_is_refused(family_folder: Callable[[str], Path]) -> None:
     with pytest.raises(RecipeError, match="an encoder of images and a decoder"):
-        ImageToText().check(load_chat_format(family_folder("vae")))
+        ImageToText().bind(RunModels(load_chat_format(family_folder("vae"))))

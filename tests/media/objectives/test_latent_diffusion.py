@@ -25,6 +25,7 @@ from luthier.models.folder import ModelFolder
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
+from luthier.objectives.base import RunModels
 from luthier.types import Example, Row
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def prepared(family_folder: Callable[[str], Path], tmp_path: Path) -> Callable[.
         chat = load_chat_format(folder)
         objective = Diffusion(**fields).fit(ROWS, chat)
         examples = [objective.encode(row, index, chat) for index, row in enumerate(ROWS)]
-        objective = objective.bind_base(ModelFolder(folder), None)
+        objective = objective.bind(RunModels(chat, ModelFolder(folder)))
         torch.manual_seed(0)
         model = load_model(folder, torch.float32, CPU, objective.head())
         network = as_network(model, CPU, torch.float32)
@@ -191,8 +192,8 @@ def test_the_noise_and_its_use_are_those_of_the_base(prepared: Callable[..., Pre
     assert (Diffusion()._scale, Diffusion()._eta) == (2.0, 1.0)
     with pytest.raises(RecipeError, match="trained with prediction_type=epsilon"):
         prepared(prediction_type="v_prediction")
-    stored = Diffusion.model_validate(bound.model_dump())
-    assert stored.bind_base(ModelFolder(prepared().folder), None) == bound
+    stored, folder = Diffusion.model_validate(bound.model_dump()), prepared().folder
+    assert stored.bind(RunModels(load_chat_format(folder), ModelFolder(folder))) == bound
 
 
 def test_a_schedule_that_is_not_known_is_named(prepared: Callable[..., Prepared]) -> None:

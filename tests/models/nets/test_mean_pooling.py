@@ -20,7 +20,9 @@ from luthier.library import models as store
 from luthier.models.folder import ModelFolder
 from luthier.models.heads import Head, declared_pooling, head_in, score_layer
 from luthier.models.load import as_network, load_model
+from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification, Contrastive
+from luthier.objectives.base import RunModels
 
 CPU = torch.device("cpu")
 HEAD = Head("sequence_classification", ("a", "b", "c"), pooling="mean")
@@ -62,23 +64,26 @@ def test_what_a_folder_declares_decides(
 ) -> None:
     bert, roberta = (ModelFolder(family_folder(name)) for name in ("bert", "roberta"))
     encoder = ModelFolder(sentence_encoder)
+    chat = load_chat_format(bert.path)
     assert declared_pooling(sentence_encoder) == "mean"
     assert declared_pooling(bert.path) is None and declared_pooling(roberta.path) is None
-    bound = Classification().bind_base(encoder, None)
+    bound = Classification().bind(RunModels(chat, encoder))
     assert bound.pooling == "mean" and bound.probe
-    own = Classification(pooling="first", probe=False).bind_base(encoder, None)
+    own = Classification(pooling="first", probe=False).bind(RunModels(chat, encoder))
     assert own.head().pooling is None and not own.probe
-    plain = Classification().bind_base(bert, None)
+    plain = Classification().bind(RunModels(chat, bert))
     assert plain.pooling is None and not plain.probe
     # Models of earlier versions have no such field, and were trained to read the first token.
     earlier = Classification.model_validate({"method": "classification"})
     assert earlier.head().pooling is None
-    assert Classification().bind_base(encoder, earlier).pooling is None
+    assert Classification().bind(RunModels(chat, encoder, earlier)).pooling is None
     # An encoder of texts that was tuned here has no file that says so.
-    assert Classification().bind_base(bert, Contrastive()).pooling == "mean"
-    assert Classification().bind_base(bert, Contrastive(pooling="first")).pooling is None
+    assert Classification().bind(RunModels(chat, bert, Contrastive())).pooling == "mean"
+    assert (
+        Classification().bind(RunModels(chat, bert, Contrastive(pooling="first"))).pooling is None
+    )
     with pytest.raises(RecipeError):
-        Classification(pooling="mean").bind_base(roberta, None)
+        Classification(pooling="mean").bind(RunModels(chat, roberta))
     config = sentence_encoder / "1_Pooling" / "config.json"
     both = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}
     config.write_text(json.dumps(both))
@@ -109,9 +114,14 @@ def test_a_classifier_of_texts_is_trained_and_stored(
     config = ModelFolder(folder).config(Head("embedding"))
     assert config.model_type == "mean_pooling_bert"
     assert head_in(config).labels == ("card", "dog", "fox")
-    assert Classification().bind_base(ModelFolder(folder), None).pooling == "mean"
+    assert (
+        Classification().bind(RunModels(load_chat_format(folder), ModelFolder(folder))).pooling
+        == "mean"
+    )
     with pytest.raises(RecipeError, match="was trained to be read by the mean"):
-        Classification(pooling="first").bind_base(ModelFolder(folder), None)
+        Classification(pooling="first").bind(
+            RunModels(load_chat_format(folder), ModelFolder(folder))
+        )
     # Elsewhere it is unknown, and not taken for a BERT that reads the first token.
     program = (
         "import sys; from transformers import AutoModelForSequenceClassification as A; "

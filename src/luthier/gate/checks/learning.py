@@ -40,7 +40,7 @@ from luthier.gate.rules import (
     rule_of,
 )
 from luthier.objectives import Objective
-from luthier.objectives.base import room_of
+from luthier.objectives.base import RunModels, room_of
 from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, IntArray, Row
 
@@ -156,7 +156,7 @@ class Learning(SpotCheck):
         if self.objective is None:
             with suppress(DataError):
                 self.objective = objective_for(batch.rows[0], self.chat)
-                self.objective.check(self.chat)
+                self.objective.bind(RunModels(self.chat))
 
     def measure(self, batch: RowBatch) -> EncodedBatch:
         """Encode the rows."""

@@ -55,7 +55,7 @@ from luthier.models.heads import Head, Task
 from luthier.models.modalities import input_shape
 from luthier.models.pipelines import noise_settings
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import Objective, TrainingDefaults, chat_of, extra_of
+from luthier.objectives.base import RunModels, TrainingDefaults, chat_of, extra_of
 from luthier.types import Example, IntArray, Loss, Row
 from luthier.validation import describe_constraint
 
@@ -65,7 +65,6 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.media.networks.denoiser import Denoiser
-    from luthier.models.folder import ModelFolder
     from luthier.models.network import Network, TreeBatch
 
 
@@ -210,23 +209,18 @@ class Diffusion(Generative):
                 setting="prompt",
             )
 
-    def check(self, chat: ChatFormat) -> None:
-        """Images must be read as numbers from -1 to 1, as noise of deviation 1 is put on them."""
-        reads = chat.media
+    def bind(self, models: RunModels) -> Self:
+        """Check the range of pixels; use the noise that a pipeline was trained with."""
+        reads, bound = models.chat.media, super().bind(models)
+        # Noise of deviation 1 is added to the pixels.
         if isinstance(reads, ImageProcessor) and {*reads.mean, *reads.std} != {0.5}:
             raise RecipeError(
                 "diffusion learns from pixels from -1 to 1, and the base model reads others. Set "
                 "image_mean and image_std to 0.5 in its preprocessor_config.json"
             )
-
-    def bind_base(self, folder: ModelFolder, learned: Objective | None) -> Self:
-        """This objective with the noise that the base model was trained with.
-
-        Raises:
-            RecipeError: where another is asked for than a pipeline knows.
-        """
-        if not folder.is_pipeline:
-            return self
+        folder = models.network
+        if folder is None or not folder.is_pipeline:
+            return bound
         noise = noise_settings(folder.fields)
         for name, value in noise.items():
             # A recipe that was stored names all fields.

@@ -18,7 +18,7 @@ from luthier.data.inputs import PLURAL, Media
 from luthier.errors import RecipeError
 from luthier.media.frechet import frechet_distance
 from luthier.media.processors import ImageProcessor
-from luthier.objectives.base import Objective, OtherModel, chat_of
+from luthier.objectives.base import Objective, RunModels, chat_of
 from luthier.types import Example
 
 if TYPE_CHECKING:
@@ -84,20 +84,23 @@ class Generative(Objective):
         """The classifier, where one is named."""
         return {"features": self.feature_model} if self.feature_model else {}
 
-    def bind_model(self, name: str, other: OtherModel, chat: ChatFormat) -> Self:
-        """Reject a feature model that is no classifier of images, and a network of other inputs."""
+    def bind(self, models: RunModels) -> Self:
+        """Reject a feature model that does not classify images, and a network of other inputs."""
+        other = models.others.get("features")
+        if other is None:
+            return super().bind(models)
         if other.objective.task != "sequence_classification":
             raise RecipeError(
                 f"objective.feature_model is a classifier of images, and {self.feature_model} has no "
                 "classes; tune it on images with labels, and name the model that comes of it"
             )
-        for each in (other.chat, chat):
+        for each in (other.chat, models.chat):
             if each.reads != "image":
                 raise RecipeError(
                     "objective.feature_model compares images, and one of both networks reads "
                     f"{PLURAL[each.reads]}; leave it out"
                 )
-        return self
+        return super().bind(models)
 
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int

@@ -28,7 +28,7 @@ from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.errors import RecipeError
 from luthier.media.transcription import character_errors, word_errors
 from luthier.models.heads import Task
-from luthier.objectives.base import Objective, TrainingDefaults, chat_of
+from luthier.objectives.base import Objective, RunModels, TrainingDefaults, chat_of
 from luthier.objectives.means import MOST_ROW_SCORES
 from luthier.types import Example, Loss, Row
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.folder import ModelFolder
     from luthier.models.network import Network, TreeBatch
 
 CTC_LAYER = "columns_to_letters"
@@ -68,14 +67,20 @@ class ImageToText(Objective):
         min_steps=3_000,  # where to look has to be learned before any letter is
     )
 
-    def check(self, chat: ChatFormat) -> None:
-        """Refuse networks that write nothing."""
+    def bind(self, models: RunModels) -> Self:
+        """Reject networks that write nothing; choose the weight of CTC that suits the encoder."""
+        chat = models.chat
         if chat.start_id is None or chat.media is None:
             raise RecipeError(
                 "objective image_to_text trains a network with an encoder of images and a decoder of "
                 "text, and this is none. Use base=small-ocr, or a VisionEncoderDecoder of transformers "
                 "such as TrOCR"
             )
+        if models.network is None or self.ctc_weight is not None:
+            return super().bind(models)
+        encoder = models.network.fields.get("encoder", {})
+        columns = encoder.get("model_type") == "line_encoder" and models.learned is None
+        return self.model_copy(update={"ctc_weight": CTC_WEIGHT if columns else 0.0})
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """How long texts are."""
@@ -84,14 +89,6 @@ class ImageToText(Objective):
         texts = (row.caption for row in rows if isinstance(row, CaptionedImage))
         longest = max(len(chat.tokens(text, first=False)) for text in texts)
         return self.model_copy(update={"max_tokens": int(LENGTH_MARGIN * longest) + 1})
-
-    def bind_base(self, folder: ModelFolder, learned: Objective | None) -> Self:
-        """This objective with the weight of CTC that goes with the encoder."""
-        if self.ctc_weight is not None:
-            return self
-        encoder = folder.fields.get("encoder", {})
-        columns = encoder.get("model_type") == "line_encoder" and learned is None
-        return self.model_copy(update={"ctc_weight": CTC_WEIGHT if columns else 0.0})
 
     def attach(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the layer that names the letter of each column, if CTC is learned."""

@@ -42,6 +42,7 @@ from luthier.inference.reply_log import (
 from luthier.library.folders import short_name
 from luthier.library.models import StoredModel, content_hash, find
 from luthier.objectives import OBJECTIVES
+from luthier.objectives.base import RunModels
 from luthier.types import Message, Row
 from luthier.workflows.distil.insights import (
     Insight,
@@ -298,7 +299,7 @@ def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
             f"distillation by responses teaches replies to prompts, and objective {objective.method} "
             "does not learn from such rows. Leave it out, or use sft"
         )
-    objective.check(student.chat)
+    objective.bind(RunModels(student.chat))
     network = student.network.sketch(objective.head())
     weights = sum(weight.numel() for weight in network.parameters())
     with torch.device("meta"):
