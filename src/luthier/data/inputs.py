@@ -318,8 +318,9 @@ class MediaInput:
         try:
             return self.processor.array(self.media, self.augmentation, self.seed)
         except RowRefused as bad:
-            why, row = bad.problem, Location(self.file, self.line)
-            raise RowRefused(why.rule, why.message, why.advice, row) from bad
+            why, place = bad.problem, Location(self.file, self.line)
+            message = f"{self.media.name}: {why.message}"  # the file of a row may be a folder
+            raise RowRefused(why.rule, message, why.advice, place) from bad
 
 
 def read_processor(folder: Path) -> Processor | None:
