@@ -16,6 +16,7 @@ from PIL import Image
 
 import luthier
 from luthier.data.shapes.texts import RawText
+from luthier.errors import LuthierError
 from luthier.gate import scan
 from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.checks import CHECKS, checks_for
@@ -58,70 +59,34 @@ def test_the_report_does_not_depend_on_processes(
     assert told(inspect(request, processes=2)) == alone
 
 
-def test_this_process_measures_while_others_do_and_batches_stay_in_order(
+def test_batches_stay_in_order_and_a_killed_process_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     submitted: list[Future[list[Any]]] = []
 
     class Executor:
-        def __init__(self, processes: int, *_: Any) -> None:
-            assert processes == 1  # this one is the second
+        def __init__(self, *_: Any) -> None:
+            pass
 
         def submit(self, measure: Any, batch: RowBatch) -> Future[list[Any]]:
             submitted.append(Future())
             return submitted[-1]
 
-        def shutdown(self, cancel_futures: bool) -> None:
-            pass
-
     monkeypatch.setattr("luthier.gate.scan.ProcessPoolExecutor", Executor)
+    monkeypatch.setattr(scan, "AHEAD", 1)
     check = Lengths()
     pool = scan.BatchPool([check], processes=2)
-    parts = [RowBatch("train", "f", [RawText("f", n, text="a b" * n)]) for n in range(1, 6)]
-    for batch in parts[:4]:
-        assert list(pool.measure(batch)) == []  # the first is still being measured
-    assert len(submitted) == scan.AHEAD == 2
+    parts = [RowBatch("train", "f", [RawText("f", n, text="a b" * n)]) for n in range(1, 5)]
+    for batch in parts[:2]:
+        assert list(pool.measure(batch)) == []
     for future, batch in zip(submitted, parts, strict=False):
         future.set_result([check.measure(batch)])
-    assert [batch for batch, _ in pool.measure(parts[4])] == parts[:4]
-    submitted[-1].set_result([check.measure(parts[4])])
-    assert [batch for batch, _ in pool.wait()] == parts[4:]
-
-
-@pytest.mark.parametrize("where", ["waiting", "submitting"])
-def test_a_process_that_is_killed_loses_nothing(
-    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """This one measures what was with it, and all that comes then."""
-    started: list[Any] = []
-
-    class Executor:
-        def __init__(self, *_: Any) -> None:
-            started.append(self)
-
-        def submit(self, measure: Any, batch: RowBatch) -> Future[list[Any]]:
-            future: Future[list[Any]] = Future()
-            if where == "waiting":
-                future.set_exception(BrokenProcessPool("killed"))
-            elif batch.rows[0].line > 1:
-                raise BrokenProcessPool("killed")
-            return future
-
-        def shutdown(self, wait: bool) -> None:
-            assert not wait
-            for _, future in pool._waiting:
-                future.cancel()
-
-    monkeypatch.setattr("luthier.gate.scan.ProcessPoolExecutor", Executor)
-    check = Lengths()
-    pool = scan.BatchPool([check], processes=2)
-    parts = [RowBatch("train", "f", [RawText("f", n, text="a b" * n)]) for n in range(1, 6)]
-    found = [each for batch in parts for each in pool.measure(batch)]
-    found += pool.wait()
-    assert [batch for batch, _ in found] == parts
-    for batch, (measured,) in found:
-        assert pickle.dumps(measured) == pickle.dumps(check.measure(batch))
-    assert len(started) == 1 and [record.levelname for record in caplog.records] == ["WARNING"]
+    found = [batch for part in parts[2:] for batch, _ in pool.measure(part)]
+    assert found == parts[:2] and len(submitted) == 4
+    submitted[2].set_exception(BrokenProcessPool("killed"))
+    with pytest.raises(LuthierError) as killed:
+        list(pool.wait())
+    assert killed.value.rule == "process.killed"
 
 
 def test_small_sources_start_no_process(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:

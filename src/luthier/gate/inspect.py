@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +15,7 @@ from luthier.data.shapes import SHAPES, describe_shapes
 from luthier.data.shapes.media import MediaRow
 from luthier.data.shapes.texts import LabelledText
 from luthier.data.sources import Source
-from luthier.errors import DataError, DownloadError, Problem, RefusedInput
+from luthier.errors import DownloadError, Problem, RefusedInput
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import BASE_MISSING, NO_READER, checks_for
 from luthier.gate.checks.base_language import UNSPACED, language_name, main_language
@@ -30,15 +27,11 @@ from luthier.gate.scan import (
     ScanProgress,
     inspect_rows,
     inspect_sources,
-    is_large,
-    start_measuring,
 )
 from luthier.library import models as store
 from luthier.library.folders import is_base_here
-from luthier.library.models import StoredModel
 from luthier.models.base_kinds import sole_objective
 from luthier.models.catalog import CATALOG, WORD_READER, bases_for
-from luthier.models.tokenizer import is_tokenizer_stored
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base, predicts
 from luthier.recipe import DataSpec, Recipe
@@ -171,12 +164,7 @@ def inspect(
             base = default_base(reader, parse_objective(request.objective))[0]
     if base is not None:
         try:
-            readers = []
-            for source in request.sources.values() if processes > 1 else ():
-                with suppress(DataError, OSError):  # what names nothing is said when it is read
-                    readers.append(RowReader(source))
-            apart = is_large(readers)
-            known = load_context(base, request.objective, request.shown, on_stage, apart)
+            known = load_context(base, request.objective, request.shown, on_stage)
         except DownloadError as error:
             if request.base not in (AUTO, DEFAULT_BASE):
                 raise
@@ -205,46 +193,16 @@ def load_context(
     objective: str | Mapping[str, Any] | None = None,
     shown: int = 5,
     on_stage: Callable[[str], None] = lambda text: None,
-    apart: bool = False,
 ) -> CheckContext:
-    """Format, room and objective of a base model, which is fetched where it is not here.
-
-    With ``apart`` another process loads the tokenizer; see :func:`load_format`.
-    """
+    """Return format, context length and objective of a base model; download a missing base."""
     wanted = parse_objective(objective)
     stored = store.find(base, on_stage)
-    chat, room = load_format(stored, apart)
+    chat, room = stored.chat, stored.room
     if wanted is None and (own := sole_objective(stored.kind)) is not None:
         wanted = OBJECTIVES[own].model_validate({})
     if wanted is not None:
         check_base(wanted, chat)
     return CheckContext(chat, wanted, room, shown)
-
-
-def load_format(model: StoredModel, apart: bool = False) -> tuple[ChatFormat, int]:
-    """How ``model`` reads rows, and the tokens that a row may have.
-
-    With ``apart`` other processes will measure rows, and start meanwhile; where the libraries that load
-    the tokenizer take 300 MB, which would stay as long as this process, a process of its own does it: a
-    loaded tokenizer needs a sixth of that.
-
-    Raises:
-        UnknownModel, RecipeError: for a model that cannot be used.
-    """
-    light = not apart or is_tokenizer_stored(model.folder)
-    if apart and light:
-        start_measuring()
-    if light:
-        return model.chat, model.room
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        packed = pool.submit(_pickle_format, model).result()
-    # Only now, as both would be in memory while that process ends.
-    found: tuple[ChatFormat, int] = pickle.loads(packed)  # noqa: S301 - what our own child has just made
-    return found
-
-
-def _pickle_format(model: StoredModel) -> bytes:
-    return pickle.dumps(load_format(model))
 
 
 def inspect_job(

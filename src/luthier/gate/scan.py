@@ -7,14 +7,12 @@ that a report does not depend on how many measure.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import pickle
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -30,14 +28,12 @@ from luthier.data.rows import Columns, RowReader
 from luthier.data.shapes import describe_shapes
 from luthier.data.shapes.media import MediaRow
 from luthier.data.sources import Source
-from luthier.errors import DataError, Problem
+from luthier.errors import DataError, LuthierError, Problem
 from luthier.gate.batch_text import excerpt_of
 from luthier.gate.check import Check, Places, RowBatch, Split
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Findings, Place, SeverityChoice, rule_of
 from luthier.types import Row
-
-_log = logging.getLogger("luthier.gate")
 
 ROWS = 1024
 """Rows of a batch at most."""
@@ -281,54 +277,41 @@ def batches(split: Split, rows: Iterable[Row]) -> Iterator[RowBatch]:
         yield RowBatch(split, held[0].file, held)
 
 
-AHEAD = 2
-"""Batches that each other process has: one that it measures and one that waits, so that it is not idle
-while this process measures or reads."""
-WAITING = 16
-"""Batches for each process that may be measured before one that came earlier is."""
+AHEAD = 4
+"""Batches per worker process that are submitted before the first result is awaited."""
 
 MeasuredBatch = tuple[RowBatch, list[Any]]
-"""A batch, and what each check measured of it."""
+"""A batch, and the measurement of each check."""
 
 
 class BatchPool:
-    """Hands batches to the checks: of several processes this is one, and measures from the start."""
+    """Measures batches in worker processes and returns them in the order they came."""
 
     def __init__(self, checks: Sequence[Check], processes: int = 1) -> None:
-        self.checks, self.others = checks, processes - 1
+        self.checks, self.processes = checks, processes
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: deque[tuple[RowBatch, Future[list[Any]]]] = deque()
 
     def close(self) -> None:
-        """End the other processes; what is not taken yet is lost."""
+        """Stop the worker processes; pending results are lost."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
     def measure(self, batch: RowBatch) -> Iterator[MeasuredBatch]:
-        """Take a batch on; those that are measured by now, in the order they came."""
-        if self.others and self._pool is None:
-            checks = pickle.dumps(self.checks)  # They have begun by now.
-            self._pool = ProcessPoolExecutor(self.others, _context(), _set_checks, (checks,))
-        measuring = sum(not future.done() for _, future in self._waiting)
-        future: Future[list[Any]] | None = None
-        if self._pool is not None and measuring < AHEAD * self.others:
-            try:
-                future = self._pool.submit(_measure, batch)
-            except BrokenProcessPool:
-                self._go_on_alone()
-        if future is None:
-            future = Future()
-            future.set_result([check.measure(batch) for check in self.checks])
-        self._waiting.append((batch, future))
-        while self._waiting:
-            crowded = len(self._waiting) > WAITING * (self.others + 1)
-            if not (crowded or self._waiting[0][1].done()):
-                return
+        """Submit a batch; yield the batches whose results are due."""
+        if self.processes < 2:
+            yield batch, [check.measure(batch) for check in self.checks]
+            return
+        if self._pool is None:
+            checks = pickle.dumps(self.checks)  # only now: Check.begin needs the first batch
+            self._pool = ProcessPoolExecutor(self.processes, _context(), _set_checks, (checks,))
+        self._waiting.append((batch, self._pool.submit(_measure, batch)))
+        if len(self._waiting) > AHEAD * self.processes:
             yield self._next()
 
     def wait(self) -> Iterator[MeasuredBatch]:
-        """Those that are not measured yet, in order."""
+        """Yield the remaining batches in order."""
         while self._waiting:
             yield self._next()
 
@@ -336,39 +319,19 @@ class BatchPool:
         batch, future = self._waiting.popleft()
         try:
             return batch, future.result()
-        except (BrokenProcessPool, CancelledError):  # all that was with the others is lost
-            self._go_on_alone()
-            return batch, [check.measure(batch) for check in self.checks]
-
-    def _go_on_alone(self) -> None:
-        """Without the other processes, of which one was killed, for want of memory mostly."""
-        if self._pool is not None:
-            _log.warning("a process that measured rows was killed; this one goes on alone")
-            self._pool.shutdown(wait=False)  # to wait for processes that are gone may have no end
-            self._pool = None
-        self.others = 0
-
-
-def start_measuring() -> None:
-    """Have the process that others are forked from import what they need, before they are needed."""
-    if _context().get_start_method() == "forkserver":
-        from multiprocessing import forkserver
-
-        forkserver.ensure_running()
-
-
-TOKENIZERS = "transformers.tokenization_utils_tokenizers"
-"""Where transformers' own are, a heavy module that other processes need where this one does."""
+        except BrokenProcessPool as error:
+            text = "The operating system killed a process that checks rows."
+            advice = "Free some memory and run the command again."
+            raise LuthierError(text, rule="process.killed", advice=advice) from error
 
 
 def _context() -> BaseContext:
-    """Not forked from this process, as the tokenizer may hold threads; where there is none that only
-    imports, each starts anew."""
+    # Not fork: the tokenizer of this process may hold threads.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    tokenizers = [name for name in (TOKENIZERS,) if name in sys.modules]
-    context.set_forkserver_preload([*tokenizers, "luthier.gate.preload"])
+    # The server process imports the modules once for all workers.
+    context.set_forkserver_preload(["luthier.gate.preload"])
     return context
 
 
