@@ -1,7 +1,7 @@
-"""Leased work of the service: customization jobs, and imports of models from outside.
+"""Leased work of the service: customization jobs, imports and exports.
 
-submit      a request of any face becomes a row of the queue
-kinds       the kinds of work that there are
-scheduler   starts a worker process for what fits, and notices those that die
-worker      the process that does one piece of work; ``training`` and ``import_worker`` say what
+submit      puts a request of any API into the queue
+kinds       the table of the kinds of work
+scheduler   starts a worker process for each work that fits, and detects dead workers
+worker      the process of one work; ``training``, ``import_worker`` and ``export_worker`` do the work
 """

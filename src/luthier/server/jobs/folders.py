@@ -1,9 +1,9 @@
-"""What a job keeps on disk, and how all of it goes.
+"""Files of a job, and their removal.
 
-jobs/<id>/                    its data, as they were when it first ran
-teachers/<account>/           what its teacher answered, for all jobs of the account
-jobs/<id>.lock                held by the worker as long as it lives
-jobs/<id>.log                 what the worker printed
+jobs/<id>/                    data as of the first start
+teachers/<account>/           replies of teachers, for all jobs of the account
+jobs/<id>.lock                lock of the running worker
+jobs/<id>.log                 output of the workers
 runs/<base>/job-<id>/         the run: checkpoints, metrics
 distillations/<base>/job-<id>/
 models/custom/<base>/job-<id>/
@@ -28,11 +28,11 @@ from luthier.server.tables.jobs import COMPLETED, Job, run_name
 from luthier.server.tables.queue import log_file
 
 LOG_TAIL, DEATH_TAIL = 20, 5
-"""Lines of a log that clients see with a job, and those that stand in the reason of a failure."""
+"""Lines of the log in the view of a job, and in the reason of a failure."""
 
 
 class JobFolders:
-    """The places of one job."""
+    """The folders and files of one job."""
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
@@ -42,19 +42,19 @@ class JobFolders:
         self.lock_file = self.parent / f"{job_id}.lock"
 
     def hold(self) -> AbstractContextManager[bool]:
-        """Hold the only hand on the files of the job; yields whether nobody else does."""
+        """Acquire the job's file lock. Yields False if another process holds it."""
         return lock(self.lock_file)
 
     def drop_working_files(self) -> None:
-        """Free the disk of what the finished job no longer needs; its run and its model stay."""
+        """Remove working files of a finished job; run and model stay."""
         sweep(self.parent, self.job_id)
         shutil.rmtree(self.data, ignore_errors=True)
-        # Nobody waits for the files of a job that has ended.
+        # No process waits for the lock of a finished job.
         self.lock_file.unlink(missing_ok=True)
         for folder in self.below("distillations"):
             shutil.rmtree(folder, ignore_errors=True)
         for folder in self.below("runs"):
-            # No face shows them, and they hold texts of the rows, or images like those.
+            # No API returns samples, which contain text or images like those of the rows.
             (folder / SAMPLES).unlink(missing_ok=True)
             shutil.rmtree(folder / GRIDS, ignore_errors=True)
 
@@ -65,7 +65,7 @@ class JobFolders:
             shutil.rmtree(folder, ignore_errors=True)
 
     def drop_all(self) -> None:
-        """Remove everything but the log: the job has made no model."""
+        """Remove all files of a job without a model, except the log."""
         self.drop_run()
         for parent in (luthier_home() / "models" / "custom").glob("*"):
             sweep(parent, run_name(self.job_id))
@@ -73,13 +73,13 @@ class JobFolders:
             shutil.rmtree(folder, ignore_errors=True)
 
     def open_log(self) -> int:
-        """A file descriptor to append to the log by."""
+        """Return a file descriptor that appends to the log."""
         with disk_errors(self.parent):
             self.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def log_tail(self, lines: int = LOG_TAIL) -> list[str]:
-        """Return the last lines of the log on this machine, without the path of the store."""
+        """Return the last lines of the log on this machine, without paths of the server."""
         try:
             with self.log.open("rb") as file:
                 last = deque(file, lines)
@@ -89,12 +89,12 @@ class JobFolders:
         return [line.decode(errors="replace").rstrip().replace(home, "") for line in last]
 
     def below(self, place: str) -> Iterator[Path]:
-        """The folders of the job in one part of the store."""
+        """Yield the folders of the job below ``place`` of the home folder."""
         return (luthier_home() / place).glob(f"*/{run_name(self.job_id)}")
 
 
 class ImportFolders(JobFolders):
-    """The places of one import: lock and log, and the model that comes of it."""
+    """Lock, log and model folder of one import."""
 
     def __init__(self, model_id: str) -> None:
         super().__init__(imports.files_name(model_id))
@@ -102,14 +102,14 @@ class ImportFolders(JobFolders):
         self.stored_id = id_of(self.model)
 
     def drop_here(self) -> None:
-        """Remove what this machine has of the model; whoever calls holds the lock."""
+        """Remove the model folder; the caller holds the lock."""
         sweep(self.model.parent, self.model.name)
         shutil.rmtree(self.model, ignore_errors=True)
 
     def drop(self, *, model: bool) -> None:
-        """Remove what only the import needed; the ``model``, too, where none came of it.
+        """Remove working files, and the ``model`` folder of a failed import; the caller holds the lock.
 
-        Whoever calls holds the lock, which goes last: where it is, there may be something to remove.
+        The lock is removed last, because the lock marks remaining files.
         """
         sweep(self.model.parent, self.model.name)
         if model:
@@ -118,7 +118,7 @@ class ImportFolders(JobFolders):
 
 
 class ExportFolders(JobFolders):
-    """The places of one export: lock and log, and the folder that is written before it is uploaded."""
+    """Lock, log and working folder of one export."""
 
     def __init__(self, export_id: str) -> None:
         super().__init__(exports.files_name(export_id))
@@ -126,7 +126,7 @@ class ExportFolders(JobFolders):
 
 
 def tidy(database: Database, job: Job, folders: JobFolders) -> None:
-    """Remove what an ended job leaves on disk. Whoever calls holds the lock of its files."""
+    """Remove the files that an ended job does not need; the caller holds the lock."""
     if job.state == COMPLETED:
         folders.drop_working_files()
     else:

@@ -1,8 +1,8 @@
 """The kinds of leased work.
 
-A further one is a table with the columns of :class:`luthier.server.tables.queue.QueuedWork`, a
-:class:`luthier.server.jobs.worker.Worker` that says what is done, and an entry here. Turns, memory,
-leases, heartbeats, crashes and the end of a server are those of all kinds.
+A kind is a table with the columns of :class:`luthier.server.tables.queue.QueuedWork`, a subclass of
+:class:`luthier.server.jobs.worker.Worker`, and an entry of this table. All kinds share turns, memory,
+leases, heartbeats, crashes and the end of a server.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ from luthier.server.tables.jobs import ENDED, QUEUED, Job
 from luthier.server.tables.queue import QueuedWork, has_unfinished
 
 ESTIMATES = 20
-"""New jobs that are estimated at one look: those that are started next come first."""
+"""Number of new jobs that one scheduling round estimates."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WorkKind:
-    """What a scheduler has to know of one kind of work."""
+    """A kind of leased work."""
 
     name: str
-    """``luthier worker --kind NAME`` does it."""
+    """Name in ``luthier worker --kind NAME``."""
     table: type[QueuedWork]
     worker: str
-    """Module and class of its worker, which is imported where it works."""
+    """Module and class of the worker, imported only in the worker process."""
     folders: Callable[[str], JobFolders] = JobFolders
-    """Of its id: lock and log."""
+    """Returns the folders of a work by its id."""
     prepare: Callable[[Database], None] = lambda database: None
-    """Done at each look, before any is started: what dead workers left goes, memory is estimated."""
+    """Called in each scheduling round: removes files of dead workers, estimates memory."""
     at_once: int | None = None
-    """How many one machine does at a time; ``None`` for as many as it has memory and cores for."""
+    """Maximum number on one machine at a time; ``None`` for no limit but memory and cores."""
     elsewhere: bool = False
-    """Whether it may run on other machines, which share the database and the store alone."""
+    """Whether the work may run on other machines of the job runner."""
     shared: bool = False
-    """Whether several processes may share it, where a server gives each work so many."""
+    """Whether several processes may share the work."""
 
     def worker_class(self) -> Any:
-        """The class of its worker, a :class:`luthier.server.jobs.worker.Worker`."""
+        """Return the class of the worker, a :class:`luthier.server.jobs.worker.Worker`."""
         module, _, name = self.worker.partition(":")
         return getattr(importlib.import_module(module), name)
 
 
 def _prepare_jobs(database: Database) -> None:
-    """Tidy what workers left that died as their jobs ended, and estimate the memory of new jobs."""
+    """Remove files of ended jobs whose worker died, and estimate the memory of new jobs."""
     with database.read() as session:
         left = select(Job).where(Job.has_working_files, Job.state.in_(ENDED), Job.lease.is_(None))
         untidy = list(session.scalars(left))
@@ -81,7 +81,7 @@ def _prepare_jobs(database: Database) -> None:
             memory = memory_of(job.command, job.recipe)
         except Exception as error:
             _log.warning("the memory of job %s cannot be estimated: %s", job.id, error)
-            memory = 1  # its worker finds the same, and says it to whoever asked
+            memory = 1  # the worker fails with the same error, as the failure of the job
         with database.write() as session:
             found = session.get(Job, job.seq, with_for_update=True)
             if found is not None:
@@ -94,7 +94,7 @@ Folders = TypeVar("Folders", ImportFolders, ExportFolders)
 def _left_behind(
     files_name: Callable[[str], str], folders_of: Callable[[str], Folders]
 ) -> Iterator[tuple[str, Folders]]:
-    """Ids and folders of works that have a lock which no process holds; it is held meanwhile."""
+    """Yield ids and folders of works with a lock that no process holds, under that lock."""
     prefix = files_name("")
     for lock in sorted((luthier_home() / "jobs").glob(f"{prefix}*.lock")):
         work_id = lock.stem.removeprefix(prefix)
@@ -105,7 +105,7 @@ def _left_behind(
 
 
 def _prepare_imports(database: Database) -> None:
-    """Remove what processes left that died as their imports ended."""
+    """Remove files of ended imports whose worker died."""
     for model_id, folders in _left_behind(imports.files_name, ImportFolders):
         with database.read() as session:
             if has_unfinished(session, ModelImport, model_id):
@@ -117,12 +117,12 @@ def _prepare_imports(database: Database) -> None:
         except (LuthierError, OSError) as error:
             _log.warning("what model %s left stays for now: %s", model_id, error)
             continue
-        # Its process died: the model's failure says more.
+        # The worker died: the failure of the model has the reason.
         folders.log.unlink(missing_ok=True)
 
 
 def _prepare_exports(database: Database) -> None:
-    """Remove what processes left that died as their exports ended."""
+    """Remove files of ended exports whose worker died."""
     for export_id, folders in _left_behind(exports.files_name, ExportFolders):
         with database.read() as session:
             if has_unfinished(session, ModelExport, export_id):
@@ -156,4 +156,4 @@ TRAINING = WorkKind(
     shared=True,
 )
 WORK_KINDS: Mapping[str, WorkKind] = {kind.name: kind for kind in (IMPORT, EXPORT, TRAINING)}
-"""By name, in the order in which a scheduler looks at them: imports and exports are few, and short."""
+"""Kinds by name, in the order of scheduling: imports and exports are few and short."""

@@ -1,12 +1,10 @@
-"""The worker of customization jobs: from rows to a model, or to the reason why there is none.
+"""The worker of customization jobs.
 
     data → training → verification → outputs → Completed, in one transaction
 
-The next worker goes on from the last checkpoint, to the same bits. What is asked of a job meanwhile
-(stop, pause) its worker hears from its heartbeat. SIGTERM makes it give the job back at a checkpoint.
-
-Where a server gives its jobs several processes, the worker starts them for the training alone
-(:mod:`luthier.engine.processes`), and all else is as with one.
+The next worker resumes from the last checkpoint, to the same bits. The heartbeat detects a stop or a
+pause. SIGTERM makes the worker give the job back at a checkpoint. If several processes share the job,
+they only run the training (:mod:`luthier.engine.processes`).
 """
 
 from __future__ import annotations
@@ -69,7 +67,7 @@ _log = logging.getLogger(__name__)
 
 
 class JobHeartbeat(Heartbeat):
-    """Writes what the run reports, and stops the main thread at the next step where that is wanted."""
+    """Stores the reports of the run, and interrupts the main thread after a stop or a pause."""
 
     def __init__(
         self,
@@ -85,15 +83,15 @@ class JobHeartbeat(Heartbeat):
         self.limit, self.before = job.time_limit, job.worked
         self.started = self._renewed = time.monotonic()
         self.reason: str | None = None
-        """Why the work is interrupted: ``stop``, ``pause`` or ``time``; ``None`` while it is not."""
+        """Reason of the interruption: ``stop``, ``pause`` or ``time``; ``None`` before."""
 
     @property
     def seconds_worked(self) -> float:
-        """Seconds of work on the job, those of earlier workers included."""
+        """Seconds of work on the job, earlier workers included."""
         return self.before + time.monotonic() - self.started
 
     def beat(self) -> None:
-        """Write what is pending, renew the lease, and do what is wanted."""
+        """Store pending reports, renew the lease, and interrupt the work if necessary."""
         pending = self.reporter.take()
         try:
             if pending or time.monotonic() - self._renewed > RENEWAL:
@@ -118,7 +116,7 @@ class JobHeartbeat(Heartbeat):
     def _obey(self, job: Job) -> None:
         wanted = {STOPPING: "stop", PAUSED: "pause"}.get(job.state)
         if wanted is None and job.state != RUNNING:
-            wanted = "pause"  # resumed already, while this worker was still letting go
+            wanted = "pause"  # resumed before this worker had ended
         if wanted is None and self.limit is not None and self.seconds_worked > self.limit:
             wanted = "time"
         if wanted is None:
@@ -128,29 +126,29 @@ class JobHeartbeat(Heartbeat):
 
 
 class TrainingWorker(Worker[Job]):
-    """Trains one customization job."""
+    """A process that trains one customization job."""
 
     table = Job
     given_back = "The worker made a checkpoint and gave the job back."
 
     _model_bytes = 0
     _withheld: str | None = None
-    """Why the model that was made is not to be used."""
+    """Reason why the model must not be used."""
     data: JobData | None = None
 
     def remove_ended(self) -> None:
-        """Take away the lock that was made here after the job had ended and was tidied."""
+        """Remove the lock if the job had ended before this worker started."""
         with self.database.read() as session:
             job = session.scalars(select(Job).where(Job.id == self.row_id)).first()
         if job is None or (job.state in ENDED and not job.has_working_files):
             self.folders.drop_working_files()
 
     def work(self, row: Job) -> int:
-        """Train, verify, write the outputs; the exit status."""
+        """Train, verify and write the outputs. Returns the exit status."""
         reporter = JobReporter(row, self._rename)
         with self.database.read() as session:
             reporter.remember(session)
-        # A second signal would end the agent of several processes before these are at a checkpoint.
+        # A second signal would end the parent of several processes before their checkpoint.
         again = AGAIN if self.processes == 1 else SHUTDOWN_SECONDS
         heartbeat = JobHeartbeat(self.database, row, self.lease, reporter, again)
         heartbeat.start()
@@ -174,7 +172,7 @@ class TrainingWorker(Worker[Job]):
             return self._end_failed(row, heartbeat, error)
 
     def _train(self, job: Job, reporter: JobReporter) -> JobResult:
-        """Everything up to the last transaction; the result of the job."""
+        """Train and write the outputs, and return the result of the job."""
         reporter.part("validation", "InProgress")
         self.data = data = self.retry(lambda: fetch_data(job, self.folders, self.locations))
         kind = KINDS[job.command]
@@ -208,7 +206,7 @@ class TrainingWorker(Worker[Job]):
         self._model_bytes = folder_size(model.folder)
         with self.database.read() as session:
             quotas = quotas_of(session, job.account, self.quotas)
-            # Before its outputs are written: of a job that fails there is nothing.
+            # Checked before the outputs are written.
             storage.check(session, job.account, quotas, stored_bytes=self._model_bytes)
         result = JobResult(
             stored_id=model.id,
@@ -234,7 +232,7 @@ class TrainingWorker(Worker[Job]):
         return result
 
     def _count_processes(self, reporter: JobReporter) -> int:
-        """Among how many the training is shared: one, where the machine has no room for all."""
+        """Return the number of processes that share the training: 1 if memory is short."""
         if self.processes > 1:
             try:
                 check_room(self.processes)
@@ -254,7 +252,7 @@ class TrainingWorker(Worker[Job]):
 
     def _end_failed(self, job: Job, heartbeat: JobHeartbeat, error: Exception) -> int:
         if isinstance(error, WrongState):
-            # Stopped or paused in the last moment: its model waits in the store, or goes.
+            # The job was stopped or paused at the last moment.
             return self._end_interrupted(job, heartbeat, error)
         if waits_for_disk(error):
             _log.exception("what job %s writes has no place now", self.row_id)
@@ -266,7 +264,7 @@ class TrainingWorker(Worker[Job]):
         return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
 
     def _end(self, heartbeat: JobHeartbeat, change: Callable[[Session], object]) -> int:
-        """The last transaction, with what is pending; then the files that are of no more use go."""
+        """Write the last transaction with pending reports, then remove working files."""
         heartbeat.finish()
         pending = heartbeat.reporter.take()
 
@@ -288,20 +286,20 @@ class TrainingWorker(Worker[Job]):
         return 0
 
     def _rename(self, text: str) -> str:
-        """``text`` with the names that the owner of the job knows."""
+        """Return ``text`` with addresses in place of the server's paths."""
         return self.data.show_addresses(text) if self.data else text
 
 
 def explain(error: Exception) -> str:
-    """Why a job failed, in words for whoever asked for it."""
+    """Return the failure of a job for its owner."""
     if isinstance(error, UnknownModel):
-        # The store would name what there is, and with it the models of others.
+        # The error of the library names models of other accounts.
         return "a model that the job starts from, or learns from, is no longer there."
     return str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
 
 
 def recipe_fields(job: Job, data: JobData) -> dict[str, Any]:
-    """The job's recipe with its rows where they were fetched to."""
+    """Return the job's recipe with the paths of the fetched rows."""
     rows = {**job.recipe["data"], "train": data.source}
     if data.validation is not None:
         rows["validation"] = data.validation
@@ -311,10 +309,10 @@ def recipe_fields(job: Job, data: JobData) -> dict[str, Any]:
 def _validation_losses(
     model: StoredModel, job: Job, data: JobData, together: float | None
 ) -> list[float | None]:
-    """One for each validator, in their order; ``together`` is what the run measured on all of them."""
+    """Return the loss of each validator; ``together`` is the loss on all of them."""
     if len(data.validators) < 2:
         return [together] if data.validators and together is not None else []
-    # They take seconds to load, and most jobs have one validator at most.
+    # These modules take seconds to import, and most jobs have at most one validator.
     from luthier.engine.dataset import prepare
     from luthier.engine.machine import choose_machine
     from luthier.models.load import as_network

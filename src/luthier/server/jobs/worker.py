@@ -1,8 +1,8 @@
-"""The process that does one piece of leased work, of any kind (``luthier.server.jobs.kinds``).
+"""The process of one leased work of any kind (:mod:`luthier.server.jobs.kinds`).
 
-    lock of the files → lease → the work of the kind → its end, in one transaction
+    lock of the files → lease → work → end, in one transaction
 
-It may be killed anywhere: the next worker goes on. SIGTERM makes it give its work back to the queue.
+A worker may be killed anywhere: the next worker continues. SIGTERM makes a worker give its work back.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ Work = TypeVar("Work", bound=QueuedWork)
 Done = TypeVar("Done")
 
 BEAT = 1.0
-"""Seconds between two looks at work that may be stopped."""
+"""Interval between two checks whether the work was stopped, in seconds."""
 AGAIN = 60.0
-"""Seconds after which a worker that did not stop is asked again."""
+"""Time until a worker that does not stop gets a second signal, in seconds."""
 RENEWAL = 5.0
-"""Seconds between two renewals of a lease, where nothing else is to be written."""
+"""Interval between two renewals of a lease, in seconds."""
 SILENCE = 20.0
-"""A worker that could not renew its lease for so many seconds takes it for lost: sooner than others."""
+"""Time without a renewal after which a worker ends, in seconds: before its lease expires."""
 FILES_FREE = 30.0
-"""Seconds that a worker waits for the one before it to be gone."""
+"""Time limit for the end of the previous worker, in seconds."""
 TRIES = 5
-"""How often reading and writing addresses is tried where that failed in passing."""
+"""Number of attempts to read or write an address."""
 
 _log = logging.getLogger(__name__)
 
 
 class Heartbeat(threading.Thread):
-    """Keeps the lease of a worker, in a thread; when it is lost, the process ends where it stands."""
+    """A thread that renews the lease of a worker. A lost lease ends the process at once."""
 
     def __init__(
         self,
@@ -67,14 +67,14 @@ class Heartbeat(threading.Thread):
         seconds: float = RENEWAL,
         ask_again_seconds: float = AGAIN,
     ) -> None:
-        """``beat`` renews the lease, or sees that it is still held, each so many ``seconds``."""
+        """Call ``beat``, which renews or checks the lease, at an interval of ``seconds``."""
         super().__init__(name="heartbeat", daemon=True)
         self._beat, self._seconds = beat, seconds
         self._ask_again_seconds, self._asked = ask_again_seconds, -math.inf
         self._finished = threading.Event()
 
     def run(self) -> None:
-        """Beat until :meth:`finish`."""
+        """Call ``beat`` until :meth:`finish`."""
         heard = time.monotonic()
         while not self._finished.wait(self._seconds):
             try:
@@ -83,7 +83,7 @@ class Heartbeat(threading.Thread):
                 _log.error("the lease is lost; nothing more is written")
                 os._exit(LOST)
             except Exception as error:
-                # Such as a full disk: this thread must outlive every error.
+                # This thread must survive every error, such as a full disk.
                 _log.warning("the lease could not be renewed: %s", error)
                 if time.monotonic() - heard > SILENCE:
                     os._exit(LOST)
@@ -91,26 +91,26 @@ class Heartbeat(threading.Thread):
                 heard = time.monotonic()
 
     def ask_to_stop(self) -> None:
-        """Interrupt the main thread; where it was asked a moment ago, it is left in peace."""
+        """Interrupt the main thread, unless it was interrupted shortly before."""
         if time.monotonic() - self._asked > self._ask_again_seconds:
             self._asked = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
 
     def finish(self) -> None:
-        """Stop beating, before the transaction that gives the lease back: it would look lost."""
+        """Stop, before the transaction that gives the lease back."""
         self._finished.set()
         self.join()
 
 
 class Worker(ABC, Generic[Work]):
-    """One worker and the row that it holds. A kind of work says what is done."""
+    """A worker and the row that the worker holds."""
 
     table: type[Work]
     folders_type: type[JobFolders] = JobFolders
     folders: JobFolders
-    """The places of the work on disk."""
+    """Folders of the work."""
     given_back = "The worker gave it back."
-    """Why it is in the queue again, where the worker was told to end."""
+    """Message of work that is given back after a signal."""
 
     def __init__(
         self,
@@ -127,14 +127,14 @@ class Worker(ABC, Generic[Work]):
         """Prepare.
 
         Args:
-            database: where the queue is.
-            locations: reads and writes what addresses name.
-            row_id: of the work.
-            lease: token by which it is held.
-            arns: those of the server.
-            capacity: what all workers of the machine may take together.
-            quotas: of accounts without quotas of their own.
-            processes: of this machine, among which the work is shared where that can be.
+            database: database of the queue.
+            locations: data by address.
+            row_id: id of the work.
+            lease: token of the lease.
+            arns: ARNs of the server.
+            capacity: resources for all workers of the machine.
+            quotas: quotas of accounts without own quotas.
+            processes: number of processes that share the work.
         """
         self.database, self.locations = database, locations
         self.row_id, self.lease = row_id, lease
@@ -142,20 +142,17 @@ class Worker(ABC, Generic[Work]):
         self.quotas, self.processes = quotas or AccountQuotas(), processes
         self.folders = self.folders_type(row_id)
         self.ending = False
-        """Whether the work is past being interrupted."""
+        """Whether the work can no longer be interrupted."""
 
     @abstractmethod
     def work(self, row: Work) -> int:
-        """Do it, to its last transaction; the exit status."""
+        """Do the work, its last transaction included, and return the exit status."""
 
     def remove_ended(self) -> None:
-        """Take away what was made here after the work had ended and was tidied."""
+        """Remove files that this worker created after the work had ended."""
 
     def run(self) -> int:
-        """Do the work; the exit status: 0 where it ended or was given back, else what happened.
-
-        Call it from the main thread, whose signals it takes over.
-        """
+        """Do the work in the main thread and return the exit status: 0 for an end or a return."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         try:
@@ -172,7 +169,7 @@ class Worker(ABC, Generic[Work]):
             _log.error("%s", error)
             return LOST
         except (Interrupted, KeyboardInterrupt):
-            # Before there was anything to give back but the lease.
+            # The work had not begun: there is only the lease to give back.
             with suppress(LeaseLost):
                 self.write(lambda session: self.give_back(session, self.given_back))
             return 0
@@ -186,7 +183,7 @@ class Worker(ABC, Generic[Work]):
             return NO_DISK
 
     def give_back(self, session: Session, message: str) -> None:
-        """Let another worker go on, and say why."""
+        """Give the work back with a reason."""
         queue.release(session, self.table, self.row_id, self.lease, message)
 
     def _begin(self) -> Work:
@@ -200,7 +197,7 @@ class Worker(ABC, Generic[Work]):
         return self.write(begin)
 
     def _wait_for_files(self, files: ExitStack) -> bool:
-        """Hold the lock of the work until ``files`` is closed."""
+        """Acquire the lock of the work until ``files`` is closed."""
         deadline = time.monotonic() + FILES_FREE
         while time.monotonic() < deadline:
             with ExitStack() as attempt:
@@ -211,7 +208,7 @@ class Worker(ABC, Generic[Work]):
         return False
 
     def write(self, change: Callable[[Session], Done]) -> Done:
-        """One transaction, tried again for a while where the database is away."""
+        """Run one transaction, repeated for a while if the database does not answer."""
         deadline = time.monotonic() + SILENCE
         while True:
             try:
@@ -224,10 +221,10 @@ class Worker(ABC, Generic[Work]):
                 time.sleep(1)
 
     def reserve_memory(self, size: int) -> None:
-        """Let the work count ``size`` bytes among all work of this machine.
+        """Reserve ``size`` bytes of this machine for the work.
 
         Raises:
-            Interrupted: where others have them: the work is started again when it fits.
+            Interrupted: if other work has the memory: the work starts again when it fits.
         """
         with self.database.write() as session:
             left = free(session, self.capacity, but=self.row_id)
@@ -236,7 +233,7 @@ class Worker(ABC, Generic[Work]):
             raise Interrupted(f"{size >> 20:,} MiB are not free; the work waits for them")
 
     def retry(self, action: Callable[[], Done]) -> Done:
-        """``action``, tried again where it failed for a reason that may pass."""
+        """Run ``action``, repeated after failures that may be temporary."""
         for number in range(1, TRIES + 1):
             try:
                 return action()
@@ -250,13 +247,13 @@ class Worker(ABC, Generic[Work]):
         raise AssertionError
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        # A training loop has a handler of its own between steps, which makes a checkpoint first.
+        # During training the loop has its own handler, which writes a checkpoint first.
         if not self.ending:
             raise Interrupted("stopped before the next step")
 
 
 def explain_wait(error: Exception) -> str:
-    """Why work is back in the queue, and what lets it go on."""
+    """Return the message of work that waits for disk space."""
     return (
         f"The server's disk cannot take what the job writes ({str(error).rstrip('.')}). "
         "The job goes on from its last checkpoint when it can."

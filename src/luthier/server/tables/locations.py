@@ -1,6 +1,6 @@
-"""Data of the service's clients by address: ``s3://`` in the built-in object store or at an endpoint.
+"""Data of clients by ``s3://`` address, in the built-in object store or at an S3 endpoint.
 
-An account reads and writes with its own rights: a bucket of another account is not there.
+An account reads and writes with its own rights: buckets of other accounts do not exist for the account.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from luthier.server.tables.object_files import READ_SIZE, ObjectFiles
 from luthier.server.tables.objects import UPLOADS, ObjectMetadata, ObjectPiece, Objects, check_key
 
 ROWS = ".jsonl"
-"""Ending of the files that are meant by an address which ends with ``/``."""
+"""Suffix of the files that an address with a final ``/`` means."""
 NAMES_BYTES = 255
-"""Of a key, that what is written below an address may take."""
+"""Space for names below an address, in bytes of a key."""
 MOST_ENTRIES = 10_000
-"""Files below a folder at most, where all of them are looked at."""
+"""Maximum number of files below a folder."""
 MOST_MEDIA_FILES = 100_000
-"""The same of a folder of images or sounds."""
+"""Maximum number of files below a folder of images or audio."""
 
 Entry = TypeVar("Entry")
 
@@ -40,8 +40,8 @@ Entry = TypeVar("Entry")
 class Locations:
     """Reads and writes data by address.
 
-    All raise :class:`LocationRefused` for what cannot be, and :class:`luthier.errors.DownloadError`
-    where another endpoint does not answer, and trying again may help.
+    All methods raise :class:`LocationRefused` for a wrong address, and
+    :class:`luthier.errors.DownloadError` if an endpoint does not answer.
     """
 
     def __init__(
@@ -51,33 +51,32 @@ class Locations:
         files: ObjectFiles | None = None,
         quotas: AccountQuotas | None = None,
     ) -> None:
-        """``s3://`` means the buckets of this service, or of another endpoint where one is given.
+        """Set the meaning of ``s3://``: an S3 endpoint, or else the built-in object store.
 
-        ``files`` of the built-in buckets are below the store unless said otherwise; ``quotas`` are
-        those of accounts without quotas of their own.
+        ``quotas`` are those of accounts without own quotas.
         """
         self._own = BuiltInBuckets(Objects(database, files, quotas))
         self._given = ExternalBuckets(s3_endpoint) if s3_endpoint else self._own
 
     def check(self, account: str, uri: str) -> None:
-        """Refuse an address that is malformed, names nothing, or that the account cannot read."""
+        """Check that an address is well-formed and that the account can read its data."""
         self._keys(account, _address(uri))
 
     def check_writable(self, account: str, uri: str) -> None:
-        """Refuse an address below which nothing can be written, or no name has room."""
+        """Check that the account can write below an address."""
         bucket = _writable(f"{uri.rstrip('/')}/{'n' * NAMES_BYTES}").bucket
         self._buckets(bucket).check_bucket(account, bucket)
 
     def fetch(self, account: str, uri: str, folder: Path) -> list[tuple[str, Path]]:
-        """Copy what an address names into ``folder``; return each object's address and copy by key.
+        """Copy the objects of an address into ``folder`` and return their addresses and copies.
 
-        A key that ends with ``/`` means all ``.jsonl`` below it; a key below which there are
-        only images or sounds means them, in one folder with those that lie below it. Bytes of the
-        built-in store are compared with the hashes that were recorded when they came.
+        An address with a final ``/`` means all ``.jsonl`` files below. If there are only images or
+        audio below, the address means all of them, in one folder. Bytes of the built-in store are
+        compared with their recorded hashes.
 
         Raises:
-            LocationRefused: where there is nothing (any more).
-            CorruptFile: for bytes that are no longer what was stored.
+            LocationRefused: if there is no object.
+            CorruptFile: for bytes that differ from their recorded hash.
         """
         fetched: list[tuple[str, Path]] = []
         address = _address(uri)
@@ -91,13 +90,13 @@ class Locations:
         return fetched
 
     def _fetch_tree(self, account: str, address: _Address, keys: list[str], folder: Path) -> Path:
-        """A folder of the objects below an address, in folders as their keys have them."""
+        """Copy the objects below an address into a folder, in subfolders by their keys."""
         root = _free(folder, local_name(address.key.rstrip("/") or address.bucket), 0)
         names = {key: PurePosixPath(key.removeprefix(address.key)) for key in keys}
         taken = {parent for name in names.values() for parent in name.parents}
         for key, name in names.items():
             parts = key.removeprefix(address.key).split("/")
-            # Keys are no paths: one may lead elsewhere, or be a file and a folder.
+            # A key may contain "..", or name a file that is also a folder.
             if name in taken or not all(is_file_name(part) for part in parts):
                 where = f"s3://{address.bucket}/{key}"
                 raise LocationRefused(f"The key of {where} cannot be the path of a file.")
@@ -106,12 +105,10 @@ class Locations:
         return root
 
     def folder(self, account: str, uri: str) -> list[tuple[str, int]]:
-        """Names and sizes in bytes of the files right below an address, in order.
-
-        The address of a folder may end with ``/`` or not; what lies in folders below it is left out.
+        """Return the names and sizes of the files directly below an address, in order.
 
         Raises:
-            LocationRefused: where there is none, or too much to look at.
+            LocationRefused: if there is no file, or too many.
         """
         address = _address(uri)
         prefix = f"{address.key.rstrip('/')}/".lstrip("/")
@@ -127,27 +124,24 @@ class Locations:
         return found
 
     def fetch_from(self, account: str, uri: str, name: str, target: Path) -> None:
-        """Copy the file ``name`` right below an address to ``target``; see :meth:`folder`."""
+        """Copy the file ``name`` directly below an address to ``target``."""
         address = _address(uri)
         key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
         self._buckets(address.bucket).fetch(account, address.bucket, key, target)
 
     def write(self, account: str, uri: str, name: str, data: bytes | Path) -> str:
-        """Write bytes, or a file's, as ``name`` below an address; the address of what was written.
-
-        ``name`` may hold ``/``.
-        """
+        """Write bytes or a file as ``name``, a relative path, below an address. Returns the address."""
         address = _writable(uri)
         key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
         self._buckets(address.bucket).write(account, address.bucket, key, data)
         return f"s3://{address.bucket}/{key}"
 
     def _buckets(self, bucket: str) -> BuiltInBuckets | ExternalBuckets:
-        """Files that were uploaded through the OpenAI API are here, whatever ``s3://`` else means."""
+        """Return the buckets of a name. Files of the OpenAI API are always in the built-in store."""
         return self._own if bucket == UPLOADS else self._given
 
     def _keys(self, account: str, address: _Address) -> list[str]:
-        """Keys of the objects that an address names."""
+        """Return the keys of the objects of an address."""
         bucket, key = address.bucket, address.key
         buckets = self._buckets(bucket)
         buckets.check_bucket(account, bucket)
@@ -194,14 +188,14 @@ class BuiltInBuckets:
         self._objects = objects
 
     def check_bucket(self, account: str, bucket: str) -> None:
-        """Refuse a bucket that the account does not have."""
+        """Raise :class:`LocationRefused` if the account has no such bucket."""
         try:
             self._objects.bucket(account, bucket)
         except ObjectRefused:
             raise LocationRefused(f"There is no bucket {bucket}.") from None
 
     def holds(self, account: str, bucket: str, key: str) -> bool:
-        """Whether the key names an object."""
+        """Return whether the key names an object."""
         try:
             self._objects.head(account, bucket, key)
         except ObjectRefused:
@@ -211,7 +205,7 @@ class BuiltInBuckets:
     def below(
         self, account: str, bucket: str, prefix: str, most: int | None = None
     ) -> Iterator[tuple[str, int]]:
-        """The keys that begin with ``prefix``, in order, and their sizes, one page at a time."""
+        """Yield the keys with ``prefix`` in order, and their sizes."""
         start: str | None = ""
         while start is not None:
             found = page(self._objects.database, account, bucket, prefix=prefix, start=start)
@@ -219,7 +213,7 @@ class BuiltInBuckets:
             start = found.next
 
     def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
-        """Copy an object to a file, comparing its bytes with their recorded hashes."""
+        """Copy an object to a file, and compare its bytes with their recorded hashes."""
         try:
             content = self._objects.open(account, bucket, key)
             with new_file(target) as file:
@@ -229,13 +223,13 @@ class BuiltInBuckets:
         except ObjectRefused:
             raise LocationRefused(f"There is no object s3://{bucket}/{key} any more.") from None
         except FileNotFoundError:
-            # Replaced since it was looked up: the new one is meant. If not, the bytes are lost.
+            # The object was replaced after the query, or its bytes are lost.
             if self._objects.open(account, bucket, key).ids == content.ids:
                 raise CorruptFile(f"the bytes of s3://{bucket}/{key} are missing") from None
             self.fetch(account, bucket, key, target)
 
     def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
-        """Let the key name these bytes, or those of a file."""
+        """Write bytes or a file as an object."""
         self.check_bucket(account, bucket)
         try:
             check_key(key)
@@ -268,7 +262,7 @@ class _Address:
     bucket: str
     key: str
     folder: bool
-    """Whether it ends with ``/``."""
+    """Whether the address ends with ``/``."""
 
 
 def _address(uri: str) -> _Address:
@@ -286,7 +280,7 @@ def _address(uri: str) -> _Address:
 
 
 def _writable(uri: str) -> _Address:
-    """An address that jobs may write below."""
+    """Return an address that jobs may write below."""
     address = _address(uri)
     if address.bucket == UPLOADS:
         text = f"The bucket {UPLOADS} holds files of the OpenAI API alone. Name another one."
@@ -295,7 +289,7 @@ def _writable(uri: str) -> _Address:
 
 
 def _at_most(below: Iterable[Entry], what: str, most: int | None = None) -> Iterator[Entry]:
-    """All of ``below``, or a refusal where that is too much to look at."""
+    """Yield ``below``; raises :class:`LocationRefused` for more than ``most`` entries."""
     most = MOST_ENTRIES if most is None else most
     for number, each in enumerate(below, 1):
         if number > most:
@@ -304,9 +298,9 @@ def _at_most(below: Iterable[Entry], what: str, most: int | None = None) -> Iter
 
 
 def _free(folder: Path, name: str, number: int) -> Path:
-    """A free path in ``folder`` for the file with this number: two keys can end alike."""
+    """Return a free path in ``folder``: two keys may end with the same name."""
     path = folder / name
-    while path.exists():  # a key can end like the name that another one's copy was given, too
+    while path.exists():
         number += 1
         path = folder / f"{number}-{name}"
     return path
@@ -326,7 +320,7 @@ def _pieces(content: bytes | Path) -> Iterator[bytes]:
 
 
 class ExternalBuckets:
-    """What ``s3://`` means where the service was given an endpoint. Accounts share what it holds."""
+    """The buckets of an S3 endpoint, which all accounts share."""
 
     def __init__(self, endpoint: str) -> None:
         try:
@@ -337,14 +331,14 @@ class ExternalBuckets:
         self._endpoint = endpoint
 
     def check_bucket(self, account: str, bucket: str) -> None:
-        """Refuse a bucket that cannot be listed."""
+        """Raise :class:`LocationRefused` for a bucket that cannot be listed."""
         import obstore
 
         with _translate_errors(f"s3://{bucket}"):
             next(iter(obstore.list(self._store(bucket), chunk_size=1)), None)
 
     def holds(self, account: str, bucket: str, key: str) -> bool:
-        """Whether the key names an object."""
+        """Return whether the key names an object."""
         import obstore
 
         with _translate_errors(f"s3://{bucket}/{key}"):
@@ -357,10 +351,7 @@ class ExternalBuckets:
     def below(
         self, account: str, bucket: str, prefix: str, most: int | None = None
     ) -> list[tuple[str, int]]:
-        """The keys that begin with ``prefix``, which is empty or ends with ``/``, and their sizes.
-
-        With ``most``, no further ones are asked for as soon as there are so many.
-        """
+        """Return at most ``most`` keys with ``prefix``, empty or with a final ``/``, and sizes."""
         import obstore
 
         with _translate_errors(f"s3://{bucket}/{prefix}"):
@@ -370,7 +361,7 @@ class ExternalBuckets:
             return sorted(found, key=lambda each: each[0].encode())
 
     def fetch(self, account: str, bucket: str, key: str, target: Path) -> None:
-        """Copy one version of an object to a file."""
+        """Copy an object to a file."""
         import obstore
 
         with _translate_errors(f"s3://{bucket}/{key}"), new_file(target) as file:
@@ -380,7 +371,7 @@ class ExternalBuckets:
                 raise OSError(f"{answer.meta['size']} bytes were to come, and {done} came")
 
     def write(self, account: str, bucket: str, key: str, content: bytes | Path) -> None:
-        """Let the key name these bytes."""
+        """Write bytes or a file as an object."""
         import obstore
 
         with _translate_errors(f"s3://{bucket}/{key}"):
@@ -394,13 +385,13 @@ class ExternalBuckets:
 
 @contextmanager
 def _translate_errors(what: str) -> Iterator[None]:
-    """Turn what the endpoint says into an error of ours, without its address and our keys."""
+    """Translate errors of the endpoint, without its address and the server's keys."""
     from obstore.exceptions import BaseError
 
     try:
         yield
     except (BaseError, OSError) as error:
-        # Some operations have no error of their own for a status, and say it in their text alone.
+        # obstore reports the status of some operations only in the text.
         status = re.search(r"status code: (4[0-9]{2})\b", str(error))
         if isinstance(error, FileNotFoundError) or (status and status[1] == "404"):
             raise LocationRefused(f"There is nothing at {what}.") from None
