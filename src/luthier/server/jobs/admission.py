@@ -1,4 +1,4 @@
-"""What a machine can take, and what a job will take of it, by its recipe, before its rows are read."""
+"""Capacity of a machine, and the estimated memory of a job by its recipe."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import Any
 from luthier.engine.machine import total_memory
 
 SHARE = 0.9
-"""Part of the machine's memory that workers may take together."""
+"""Share of the machine's memory for all workers together."""
 TOKENS = 2048
-"""Tokens of a training micro-batch where the recipe sets none. With less free memory the engine chooses
-fewer."""
+"""Assumed tokens of a micro-batch. The engine chooses fewer if memory is short."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What workers and imports of this machine may take together."""
+    """Resources of this machine for all workers together."""
 
     memory: int = field(default_factory=lambda: int(total_memory() * SHARE))
-    """Bytes, by the estimates of jobs and imports."""
+    """Bytes."""
     cores: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Threads of jobs."""
+    """Threads."""
 
 
 def memory_of(command: str, recipe: dict[str, Any]) -> int:
@@ -38,7 +37,7 @@ def memory_of(command: str, recipe: dict[str, Any]) -> int:
         LuthierError: where the job cannot work at all, as the worker says; or where a custom model is
             not on this machine.
     """
-    # Many jobs of a queue differ in what they are called and what they read only.
+    # Many jobs of a queue differ in name and data only, and share one estimate.
     alike = {**recipe, "name": None, "data": {"train": ""}}
     return _memory_of(command, json.dumps(alike, sort_keys=True))
 
@@ -87,7 +86,7 @@ def _memory_of(command: str, fields: str) -> int:
     recipe = json.loads(fields)
     parsed = parse(KINDS[command].recipe, recipe)
     assert isinstance(parsed, Recipe)
-    # The threads of a server that answers beside it stay as they are.
+    # The estimate must not change the threads of the server.
     machine = choose_machine(parsed.training.precision, torch.get_num_threads())
     size = machine.dtype.itemsize
     objective = parsed.objective or usual_objective(parsed.base)

@@ -1,4 +1,4 @@
-"""The rows of a job: fetched once, and the same for every worker that goes on with it."""
+"""The rows of a job, which are fetched once for all workers of the job."""
 
 from __future__ import annotations
 
@@ -28,42 +28,42 @@ from luthier.server.tables.jobs import Job
 from luthier.server.tables.locations import Locations
 
 MOST_REFERENCES = 100_000
-"""Images and sounds that the rows of one file name."""
+"""Maximum number of images and audio files that the rows of one file name."""
 MOST_REFUSED = 20
-"""Of them that are named when they are not there; then no more are looked for."""
+"""Number of missing files after which the search stops."""
 _SOURCES = "sources.json"
 
 
 @dataclass(frozen=True)
 class JobData:
-    """Where the rows of a job lie, and what their owner calls them."""
+    """Paths of a job's rows, and their addresses."""
 
     folder: Path
     train: Sequence[str]
     """Names of files in ``folder``."""
     validators: Sequence[Sequence[str]]
     addresses: dict[str, str]
-    """What each file was fetched from."""
+    """Address of each file."""
 
     @property
     def source(self) -> str:
-        """The training rows as a recipe names them."""
+        """Path of the training rows for a recipe."""
         return self._source("train", self.train)
 
     @property
     def validation(self) -> str | None:
-        """All validation rows as a recipe names them."""
+        """Path of all validation rows for a recipe."""
         files = [name for each in self.validators for name in each]
         return self._source("held", files) if files else None
 
     def validator(self, number: int) -> str:
-        """The rows of one validator, counted from 0."""
+        """Return the path of the rows of one validator, counted from 0."""
         return self._source(f"held/{number + 1:02d}", self.validators[number])
 
     def show_addresses(self, text: str) -> str:
-        """``text`` with what the owner of the job calls files for where they lie here."""
+        """Return ``text`` with addresses in place of paths."""
         for name, address in self.addresses.items():
-            # A folder's is a prefix, behind which its files stand.
+            # The address of a folder is a prefix of the addresses of its files.
             text = text.replace(str(self.folder / name), address.rstrip("/"))
             own = re.escape(Path(name).name)
             text = re.sub(rf"\b{own}(?=:\d)", address.replace("\\", r"\\"), text)
@@ -76,11 +76,11 @@ class JobData:
 
 
 def fetch_data(job: Job, folders: JobFolders, locations: Locations) -> JobData:
-    """The data of ``job``, fetched unless they are here: a job never sees other rows when it goes on.
+    """Return the data of ``job``, fetched at its first start only.
 
     Raises:
-        RefusedInput: from ``locations``, for what may not or cannot be read.
-        LuthierError: the same, where trying again may help.
+        RefusedInput: for data that the account cannot read.
+        LuthierError: for failures that may be temporary.
     """
     media = base_reads_media(job.recipe["base"])
     if not (folders.data / _SOURCES).is_file():
@@ -95,14 +95,14 @@ def fetch_data(job: Job, folders: JobFolders, locations: Locations) -> JobData:
 
 
 def base_reads_media(base: str) -> bool:
-    """Whether the rows of a base model are images or sounds; no base is fetched to know."""
+    """Return whether the rows of a base model are images or audio, without fetching the base."""
     if base in CATALOG:
         return CATALOG[base].media is not None
     return find(base).network.processor is not None
 
 
 def _check_lines(data: JobData) -> None:
-    """Refuse files that are not JSON Lines, which is all that Bedrock and OpenAI take."""
+    """Reject files that are not JSON Lines, the only format of Bedrock and OpenAI."""
     problems = []
     for name, address in data.addresses.items():
         if (data.folder / name).is_dir():
@@ -159,13 +159,13 @@ def _fetch(job: Job, folder: Path, locations: Locations, media: bool) -> None:
 
 
 def _ending(path: Path) -> str:
-    """Ending of a file's name; of one without, as uploaded files have none, by what is in it."""
+    """Return the suffix of a file; for uploaded files without one, by the content."""
     if path.suffix:
         return path.suffix
     try:
         kind = container_of(path).kind
     except RowRefused:
-        return ".jsonl"  # what is wrong is said when the rows are read
+        return ".jsonl"  # reading the rows reports the problem
     return ".jsonl" if kind == "json" else f".{kind}"
 
 
@@ -176,26 +176,25 @@ def fetch_references(
     address: str,
     columns: Mapping[str, str] | None = None,
 ) -> None:
-    """Put the images and sounds that the rows of ``table`` name where they are looked for.
+    """Fetch the images and audio files that the rows of ``table`` name.
 
-    A path is seen from the folder of ``address``, where the rows are from; what stands at an ``s3://``
-    address is read with the rights of the account, as the rows themselves are.
+    A path is relative to the folder of ``address``. The account's rights apply.
 
     Args:
-        locations: reads what addresses name.
-        account: whose rights hold.
-        table: the rows on this machine; what they name is put below its folder.
-        address: of the rows.
-        columns: the file's names of our keys, by ours.
+        locations: data by address.
+        account: the account.
+        table: rows on this machine; the files are stored below its folder.
+        address: address of the rows.
+        columns: names of the columns in the file, by luthier's names.
 
     Raises:
-        DataError: naming what is not there, or too large.
+        DataError: for files that are missing or too large.
     """
     if table.suffix in (".zip", ".npz"):
-        return  # they hold all that they name
+        return  # archives contain their files
     own = {name for key, name in (columns or {}).items() if key in REFERENCES and name}
     wanted: dict[str, int] = {}
-    # What is wrong with the rows is said when they are read for training.
+    # Training reports problems of the rows.
     for line, record in read_records(table, []):
         for reference in media_references(record, (*REFERENCES, *own)):
             wanted.setdefault(reference, line)
@@ -209,7 +208,7 @@ def fetch_references(
     for reference, line in wanted.items():
         place = _place_of(reference, address)
         if place is None or (table.parent / place[1]).exists():
-            continue  # the row says so itself
+            continue  # reading the row reports the problem
         try:
             ((_, copy),) = locations.fetch(account, place[0], incoming)
             if copy.stat().st_size > MOST_MEDIA_BYTES:
@@ -231,7 +230,7 @@ def fetch_references(
 
 
 def _place_of(reference: str, address: str) -> tuple[str, str] | None:
-    """Address of what a row names, and its place as seen from the rows; ``None`` where it has none."""
+    """Return the address and the relative path of a reference; ``None`` for an invalid one."""
     if reference.startswith("s3://"):
         return None if reference.endswith("/") else (reference, object_name(reference))
     path = posixpath.normpath(reference)

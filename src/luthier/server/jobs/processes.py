@@ -1,5 +1,6 @@
-"""Processes of workers: told apart by machine, number and time of birth, as numbers come again; and
-what they inherit of the server.
+"""Processes of workers: identity by host, pid and start time, exit statuses and environment.
+
+A pid alone does not identify a process, because the system uses pids again.
 """
 
 from __future__ import annotations
@@ -18,42 +19,42 @@ from luthier.inference.prompt_limits import OWN_THREAD
 from luthier.server.tables.database import Database
 
 NO_DISK = 73
-"""Exit status of a worker that gave its job back because the disk is full or read-only."""
+"""Exit status of a worker that gave its work back because the disk is full or read-only."""
 NO_NODE = 74
-"""Exit status of a driver that gave its job back because no node of its cluster took it."""
+"""Exit status of a driver that gave its job back because no node had room."""
 NO_ROOM = (NO_DISK, NO_NODE)
-"""Those after which work is tried again, later each time."""
+"""Exit statuses after which the runner pauses."""
 LOST = 75
 """Exit status of a worker that lost its lease."""
 NODE_LOST = 76
 """Exit status of a driver whose actor, or the node below it, died."""
 BEGIN_SECONDS = 300.0
-"""Time limit for the start of a worker, in seconds: a slow disk has its libraries to read."""
+"""Time limit for the start of a worker, in seconds."""
 DATABASE = "LUTHIER_DATABASE"
-"""Variable with the address of the database: it may hold a password, which no command line may."""
+"""Variable with the URL of the database, which may contain a password."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-"""Of messages of workers."""
+"""Format of log lines."""
 _SECRETS = ("LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP")
 
 
 def this_process(processes: int = 1) -> dict[str, Any]:
-    """What a lease records of the process that holds it, and shares the work among ``processes``."""
+    """Return the record of this process for a lease."""
     among = {"processes": processes} if processes > 1 else {}
     return {"host": host(), "pid": os.getpid(), "born": psutil.Process().create_time(), **among}
 
 
 def host() -> str:
-    """Name of this machine, and of the boot it runs since: nothing lives through another one."""
+    """Return the name of this machine with the id of its boot."""
     return f"{socket.gethostname()}/{_boot()}"
 
 
 def is_here(process: Mapping[str, Any]) -> bool:
-    """Whether a process belongs to this machine, and can be asked whether it lives."""
+    """Return whether a process belongs to this machine."""
     return str(process["host"]).partition("/")[0] == socket.gethostname()
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:
-    """Whether a process of this machine still runs; one that only waits to be reaped does not."""
+    """Return whether a process of this machine runs; a zombie does not."""
     if process["host"] != host():
         return False
     try:
@@ -65,7 +66,7 @@ def is_alive(process: Mapping[str, Any]) -> bool:
 
 
 def send(process: Mapping[str, Any], number: signal.Signals) -> None:
-    """Send a signal to a process of this machine, if it still runs and is not this one."""
+    """Send a signal to a running process of this machine other than this process."""
     if is_here(process) and is_alive(process) and process["pid"] != os.getpid():
         with suppress(ProcessLookupError):
             os.kill(process["pid"], number)
@@ -80,22 +81,22 @@ def _boot() -> str:
 
 
 def database_environment(database: Database) -> dict[str, str]:
-    """The database for a worker."""
+    """Return the variables that name the database."""
     return {DATABASE: database.engine.url.render_as_string(hide_password=False)}
 
 
 def inherited_database() -> Database:
-    """The database that the server gave this process; every table is declared."""
+    """Return the database of the server that started this process."""
     from luthier.server.tables.schema import METADATA
 
-    assert METADATA.tables  # importing it has declared them
+    assert METADATA.tables  # the import declares all tables
     return Database(os.environ.get(DATABASE) or None)
 
 
 def worker_environment() -> dict[str, str]:
-    """Variables of this process that workers have, too: not those that open the service.
+    """Return the environment for workers, without secrets and without the server's own limits.
 
-    Nor the limits that a server gives itself: training has more sizes in turn, and many texts at once.
+    The limits suit single requests, and training has batches of many sizes.
     """
     limits = {*dict.fromkeys(KERNEL_CACHES, str(KERNELS)).items(), OWN_THREAD}
     kept = os.environ.items() - limits

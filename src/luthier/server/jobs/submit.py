@@ -1,5 +1,6 @@
-"""From what a face was asked to work in the queue, a job, an import or an export: names, quota, recipe,
-one transaction. A model of the command line becomes one of an account without any work.
+"""Submission of jobs, imports and exports to the queue: names, quotas and recipe, in one transaction.
+
+A model that the CLI created can be registered for an account without any work.
 """
 
 from __future__ import annotations
@@ -60,28 +61,27 @@ SETTABLE_DATA = (
     "long_rows", "validation_share", "group_column", "columns", "augmentation", "severity",
     "chat_template_kwargs",
 )  # fmt: skip
-"""Fields of a recipe that a request may set; the others name files, models or other machines."""
+"""Data fields that a request may set; other fields name files, models or machines."""
 _TEACHER = ("batch_size",)
 _NAMING = (
     "grader", "graders", "teacher", "judge", "reward", "model", "feature_model", "url",
 )  # fmt: skip
-"""Fields that name a model, an address or what grades."""
+"""Fields that name a model, an address or a grader."""
 _GRADER_PARTS = {"mix": "parts", "multi": "graders"}
-"""Graders made of others, and the field that holds them by name."""
+"""Graders of graders, and the field with the graders by name."""
 CLIENT_GRADERS = (
     "exact", "first_line", "number", "regex", "similarity", "json_schema", "string_check",
     "text_similarity", "python", *_GRADER_PARTS,
 )  # fmt: skip
-"""Graders that clients of the service may write themselves: they score texts alone, in the sandbox
-where they hold code. Others ask any model with the server's keys, or read files. Models that judge are
-named through a face, which finds them for the account; whoever runs the server can register others."""
+"""Graders that clients may define. These graders score text only, and code runs in the sandbox. Other
+graders query models with the server's keys or read files; the operator can register them."""
 MOST_CORES = 16
-"""Threads of one job where nothing is said; more hardly help networks of the sizes tuned here."""
+"""Default number of threads of a job; more threads do not help small networks."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A customization job as a face understood it: checked for form, not yet for names and quota."""
+    """A request for a customization job, checked for form, not yet for names and quotas."""
 
     account: str
     face: str
@@ -91,39 +91,39 @@ class Submission:
     customization_type: str
     """One of ``TYPES``."""
     base: AnyModel
-    """A custom model is ``Active``."""
+    """Base model; a custom model is ``Active``."""
     training: Sequence[str]
     """Addresses of the training data."""
     validators: Sequence[str] = ()
-    """Addresses of validation data; each is measured by itself."""
+    """Addresses of validation data, each measured separately."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the recipe by group: ``{"training": {"epochs": 2}, "adaptation": {"rank": 8}}``."""
     teacher: AnyModel | None = None
-    """Of a distillation."""
+    """Teacher of a distillation."""
     grader: Mapping[str, Any] | None = None
-    """Of reinforcement fine-tuning: ``method`` and fields of a grader."""
+    """Grader of reinforcement fine-tuning: ``method`` and fields."""
     output: str | None = None
     """Address below which metrics are written."""
     request: Mapping[str, Any] = field(default_factory=dict)
-    """What the face shows again, ready for JSON."""
+    """Members that the API returns, ready for JSON."""
     without_effect: Sequence[str] = ()
-    """What was asked, is shown again and changes nothing: the job's first events say so."""
+    """Warnings about members without effect, for the events of the job."""
     openai_id: str | None = None
-    """``ft:…`` id that the model is to have."""
+    """``ft:…`` id of the resulting model."""
     priority: int = 0
     time_limit: int | None = None
-    """Seconds of work at most."""
+    """Maximum seconds of work."""
 
 
 def submit(
     session: Session, submission: Submission, arns: Arns, limits: AccountQuotas | None = None
 ) -> Job:
-    """Put a job into the queue and reserve the name of its model, in the caller's transaction.
+    """Queue a job and reserve the name of its model, in the caller's transaction.
 
     Raises:
-        NameInUse: where the account has a job or a model of that name.
-        QuotaExceeded: where it has too many jobs that have not ended, or too many models.
-        RecipeError: for settings that no recipe can have.
+        NameInUse: if the account has a job or a model of that name.
+        QuotaExceeded: if the account has too many unfinished jobs or models.
+        RecipeError: for wrong settings.
     """
     limits = limits or AccountQuotas()
     lock_by_name(session, f"submit {submission.account}")
@@ -170,10 +170,10 @@ def submit(
 
 
 def check_client_grader(fields: Any) -> dict[str, Any]:
-    """``fields`` of a grader, where a client may write them.
+    """Return the fields of a grader that clients may define.
 
     Raises:
-        RecipeError: for one that asks models or addresses, or reads files.
+        RecipeError: for another grader.
     """
     if isinstance(fields, str):
         fields = {"method": fields}
@@ -202,14 +202,14 @@ def submit_import(
     limits: AccountQuotas | None = None,
     trusted: bool = False,
 ) -> CustomModel:
-    """Have a model copied from the folder ``source``, in the caller's transaction.
+    """Queue the import of a model from the folder ``source``, in the caller's transaction.
 
-    ``request`` is what the API shows again. The chat template of a ``trusted`` model, which an
+    ``request`` are the members that the API returns. The chat template of a ``trusted`` model, which an
     administrator imports, is approved.
 
     Raises:
-        NameInUse: where the account has a model of that name.
-        QuotaExceeded: where it has all the models that it may have.
+        NameInUse: if the account has a model of that name.
+        QuotaExceeded: if the account has too many models.
     """
     limits = limits or AccountQuotas()
     lock_by_name(session, f"submit {account}")
@@ -240,18 +240,17 @@ def register_model(
     arns: Arns,
     limits: AccountQuotas | None = None,
 ) -> CustomModel:
-    """Give a model that the command line made to ``account``, in the caller's transaction.
+    """Register a model of the CLI for ``account``, in the caller's transaction.
 
-    Nothing is copied: it is ``Active`` at once, and its files go when the account deletes it.
+    The files are not copied, and are removed when the account deletes the model.
 
     Raises:
-        QuotaExceeded: where it has all the models that it may have, or no room for this one.
-        WrongState: where the model belongs to an account already, or was deleted by one.
-        RecipeError: for a name that the faces do not take or that another model has, a base model, and
-            a model that is withheld.
+        QuotaExceeded: if the account has too many models, or no space for this one.
+        WrongState: if the model belongs to an account, or was deleted.
+        RecipeError: for a wrong or taken name, a base model, or a withheld model.
     """
     limits = limits or AccountQuotas()
-    # Two accounts at once, too.
+    # Two accounts may register the model at once.
     lock_by_name(session, f"register {stored.id}")
     lock_by_name(session, f"submit {account}")
     if foundation_model(name) is not None:
@@ -305,7 +304,7 @@ def register_model(
 
 
 def _base_of(session: Session, account: str, stored: StoredModel) -> AnyModel | None:
-    """What ``stored`` was made from, where ``account`` has that; else the foundation model below it."""
+    """Return the account's parent model of ``stored``; else its foundation model."""
     of_account = select(CustomModel).filter_by(account=account, stored_id=stored.manifest.parent)
     parent = session.scalar(of_account) if stored.manifest.parent else None
     return parent or foundation_model(stored.root)
@@ -320,12 +319,12 @@ def submit_export(
     merged: bool | None = None,
     quantization: str | None = None,
 ) -> ModelExport:
-    """Have ``model``, whose ARN is ``arn``, written for other software, in the caller's transaction.
+    """Queue an export of ``model``, whose ARN is ``arn``, in the caller's transaction.
 
-    Its files go below the address ``output``; the rest is as of ``luthier.exports.export``.
+    The files are written below ``output``; see :mod:`luthier.exports.export` for the other arguments.
 
     Raises:
-        RecipeError: for a model that is not ``Active``, and for settings that go with no model.
+        RecipeError: for a model that is not ``Active``, and for wrong settings.
     """
     from luthier.exports.export import check_settings
 
@@ -336,12 +335,12 @@ def submit_export(
 
 
 def recipe_of(submission: Submission, job_id: str) -> Recipe:
-    """The recipe of a job; its data are addresses.
+    """Return the recipe of a job, with addresses as data.
 
     Raises:
-        RecipeError: naming each field that cannot be used.
+        RecipeError: for fields that cannot be used.
     """
-    # All objectives and adaptations: too much for the start of a server.
+    # These modules import all objectives, which would delay the start of the server.
     from luthier.recipe import Recipe, parse
     from luthier.workflows.distil.recipe import DistilRecipe
 
@@ -350,9 +349,9 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     fields["base"] = _stored_id(submission.base)
     data = {"train": submission.training[0], **fields.get("data", {})}
     if not submission.validators:
-        # Every row is there to be learned: nobody asked to hold some out.
+        # Without validation data, train on every row.
         data.setdefault("validation_share", 0.0)
-    # What people measure on is theirs to choose: the job says so, and goes on.
+    # Validation rows that are also training rows are a warning: the client chose both.
     data["severity"] = {"leakage.many": "warning", **data.get("severity", {})}
     fields["data"] = data
     training = dict(fields.get("training", {}))
@@ -378,12 +377,12 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
         raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
     elif (own := sole_objective(kind_of(submission.base))) is not None:
         objective = {"method": own, **objective}
-    # Fine-tuning goes by its rows: what is preferred is learned by DPO.
+    # Without a method, the rows decide: preferences are trained with DPO.
     if objective:
         fields["objective"] = objective
     root = root_of(submission.base)
     if root is not None and begins_random(root.base):
-        # As the engine chooses where a recipe names none.
+        # The engine's default, stated for the view of the job.
         fields.setdefault("adaptation", {"method": "full"})
     recipe = parse(DistilRecipe if kind == DISTILLATION else Recipe, fields)
     if kind != DISTILLATION and recipe.objective is not None and recipe.objective.other_models:
@@ -392,9 +391,9 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, where only fields are set that a request may set.
+    """Return the settings of a request; raises :class:`RecipeError` for fields that it may not set.
 
-    Models, graders and teachers are never among them: whose they are is for the faces to find out.
+    The APIs resolve models, graders and teachers, because these belong to accounts.
     """
     data, teacher = given.get("data", {}), given.get("teacher", {})
     refused = [key for key in given if key not in (*_GROUPS, "data")]
@@ -412,26 +411,26 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _holds_mapping(value: Any) -> bool:
-    """Whether a value could hold a field of :data:`_NAMING` further down."""
+    """Return whether a value may contain a field of :data:`_NAMING`."""
     return isinstance(value, Mapping) or (
         isinstance(value, list | tuple) and any(isinstance(each, Mapping) for each in value)
     )
 
 
 def _check_free(session: Session, table: type[Job | CustomModel], account: str, name: str) -> None:
-    """Refuse a name that a job, or a model, of the account has."""
+    """Raise :class:`NameInUse` if a job or model of the account has the name."""
     taken = select(table.id).where(table.account == account, table.name == name)
     if session.scalar(taken) is not None:
         raise NameInUse("job" if table is Job else "model")
 
 
 def _check_model_quota(session: Session, account: str, limits: AccountQuotas) -> None:
-    """Refuse one more custom model where the account has all that it may have."""
+    """Raise :class:`QuotaExceeded` if the account can have no further model."""
     storage.check_count(
         count_rows(session, CustomModel.account == account), limits, "custom_models",
         "custom models, those in the making among them", "Delete some of them.",
     )  # fmt: skip
-    # What it makes counts as stored: who has no room left would learn so hours later.
+    # The model will count as stored: report a full quota now, not hours later.
     storage.check(session, account, limits, stored_bytes=1)
 
 
@@ -460,7 +459,7 @@ def _reserve_model(submission: Submission, job: Job) -> CustomModel:
 
 
 def _stored_id(model: AnyModel) -> str:
-    """Id under which the store opens it."""
+    """Return the id of a model in the library."""
     if isinstance(model, FoundationModel):
         return model.base
     if model.status != ACTIVE or model.stored_id is None:
