@@ -16,6 +16,7 @@ import re
 import stat
 import zipfile
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,6 @@ from luthier.data.inputs import conversion_fix, is_media
 from luthier.data.parsing import quote, read_line
 from luthier.errors import RowRefused
 from luthier.files import names_below
-from luthier.media.time_series import is_series_header
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "text", "folder", "zip", "npz"]
 Packing = Literal["", "gzip", "zstd"]
@@ -38,6 +38,8 @@ PACKED = (".gz", ".zst")
 DATA_ENDINGS = (*JSON_LINES, ".json", *TABLES, ".parquet", ".npz", *PLAIN_TEXT)
 """Endings of files that are read, each but the last kind's also with one of ``PACKED`` behind it."""
 
+TIME_COLUMNS = ("timestamp", "time", "date", "datetime", "ds")
+"""Names of the first column of a time series."""
 _HEAD_BYTES = 65536
 _DELIMITERS = "\t,;|"
 _UNQUOTED = "\t|"
@@ -307,6 +309,14 @@ def _is_table(text: str) -> bool:
     if len(rows) < 2 or len(rows[0]) < 2:
         return False
     return is_series_header(rows[0]) or any(name.strip().lower() in KEYS for name in rows[0])
+
+
+def is_series_header(columns: Sequence[str]) -> bool:
+    """Return whether a table with these columns may be a time series: a time and a value."""
+    if len(columns) != 2:
+        return False
+    time, name = (column.strip().lower() for column in columns)
+    return time in TIME_COLUMNS and name not in KEYS
 
 
 def _delimiter(text: str, kind: FileFormat) -> str:

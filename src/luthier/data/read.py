@@ -30,8 +30,7 @@ from luthier.data.parsing import PieceDecoder, Record, decode, parse_line, read_
 from luthier.data.tables import read_parquet, read_table
 from luthier.errors import Problem, RowRefused
 from luthier.files import folder_size
-from luthier.media.files import read_folder, read_npz, read_zip
-from luthier.media.time_series import read_series
+from luthier.plugins import bundled
 
 _CHUNK_BYTES = 64 * 1024
 _PROGRESS_EVERY = 256
@@ -66,8 +65,14 @@ def read_records(
         container = container or find_container(path, problems)
         if container is None:
             return
-        if container.kind in ("folder", "zip", "npz"):
-            yield from _read_media(path, container, on_progress)
+        if reader := bundled("luthier.readers").get(container.kind):
+            size = 0 if on_progress is None else source_size(path)
+
+            def on_record(number: int, total: int) -> None:
+                if on_progress is not None:  # files of a folder are taken to be of one size
+                    on_progress(size * number // total)
+
+            yield from reader.load()(path, on_record)
             return
         with path.open("rb") as raw:
             records = _records(raw, container, file, problems, whole, doubts)
@@ -83,25 +88,6 @@ def read_records(
         problems.append(damage_refusal(error).at(file, 0))
     except OSError as error:
         problems.append(_read_failure(error).at(file, 0))
-
-
-def _read_media(
-    path: Path, container: Container, on_progress: Callable[[int], None] | None
-) -> Iterator[tuple[int, Record]]:
-    """The records of what holds images or sounds, whose files are taken to be of one size."""
-    size = 0 if on_progress is None else source_size(path)
-
-    def on_record(number: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(size * number // total)
-
-    if container.kind == "folder":
-        yield from read_folder(path, on_record)
-    elif container.kind == "zip":
-        yield from read_zip(path, on_record)
-    else:
-        with path.open("rb") as raw:
-            yield from read_npz(raw, str(path), on_record)
 
 
 def source_size(path: Path) -> int:
@@ -124,7 +110,9 @@ def _records(
         return read_document(stream, file, problems)
     if container.kind in ("csv", "tsv"):
         table = read_table(stream, file, problems, container.delimiter, container.quoted, doubts)
-        return read_series(table, file, problems)
+        for reader in bundled("luthier.table_readers").values():
+            table = reader.load()(table, file, problems)
+        return table
     if container.kind == "text":
         return (_read_text if whole else _read_pieces)(stream)
     return _read_lines(stream, file, problems)

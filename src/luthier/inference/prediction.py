@@ -14,7 +14,6 @@ from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.data.shapes.texts import RawText, TextPair
 from luthier.data.tree import READING_BUDGET
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.media.objectives.generative import Generative
 from luthier.objectives.base import predicts, room_of, threshold_of
 from luthier.types import Example, Row
 
@@ -80,7 +79,7 @@ class Predictor:
         objective = stored.objective
         if predicts(objective):
             return objective
-        if isinstance(objective, Generative):
+        if objective.generates_images:
             raise RecipeError(f"{stored.id} generates images. Use luthier sample.")
         if stored.writes:
             raise RecipeError(f"{stored.id} generates text. Use luthier generate.")

@@ -36,10 +36,8 @@ from luthier.inference.memory import RETRY_SECONDS, CacheBudget
 from luthier.inference.prompt_limits import PromptLimit
 from luthier.inference.scheduler import Cancelled, FairScheduler, current_client
 from luthier.limits import ModelLimits
-from luthier.media.objectives.diffusion import DenoisingSettings
-from luthier.media.objectives.generative import Generative
-from luthier.media.objectives.vae import VAE
 from luthier.objectives.base import predicts
+from luthier.plugins import bundled
 
 if TYPE_CHECKING:
     from luthier.inference.prediction import Predictor
@@ -122,16 +120,16 @@ class SerialModel:
     ) -> SerialModel:
         """Load ``stored`` on the best device of this machine."""
         from luthier.inference.prediction import Predictor
-        from luthier.media.image_generation import ImageGenerator
 
         objective = stored.objective
-        generates = isinstance(objective, Generative)
-        if not predicts(objective) and generates:
-            return SerialModel(None, ImageGenerator.open(stored, THIS_MODEL), limits, scheduler)
+        (images,) = bundled("luthier.image_generators").values()
+        if not predicts(objective) and objective.generates_images:
+            generator = images.load().open(stored, THIS_MODEL)
+            return SerialModel(None, generator, limits, scheduler)
         predictor = Predictor.open(stored)
         generator = None
-        if generates and predictor.chat.reads == "image":
-            generator = ImageGenerator(
+        if objective.generates_images and predictor.chat.reads == "image":
+            generator = images.load()(
                 predictor.network, predictor.objective, predictor.chat, THIS_MODEL
             )
         return SerialModel(predictor, generator, limits, scheduler, memory, deterministic)
@@ -153,7 +151,7 @@ class SerialModel:
     @property
     def makes_images(self) -> bool:
         """Whether the model generates images."""
-        return isinstance(self._generator and self._generator.objective, Generative)
+        return self._generator is not None
 
     @property
     def reads(self) -> str:
@@ -232,7 +230,7 @@ class SerialModel:
             InferenceFailed: as :meth:`predict`.
         """
         generator = self._generator
-        if generator is None or not isinstance(generator.objective, VAE):
+        if generator is None or not generator.can_reconstruct:
             text = f"This model {self.purpose}, and reconstructs none. A vae does."
             raise InferenceRefused(text, "model")
         rows: list[MediaRow] = []
@@ -261,27 +259,12 @@ class SerialModel:
             InferenceFailed: as :meth:`predict`.
         """
         generator = self._generator
-        if generator is None or not isinstance(generator.objective, Generative):
+        if generator is None:
             raise InferenceRefused(f"This model {self.purpose} and generates no images.", "model")
-        label, prompt = request.label or None, None
-        if generator.objective.reads_prompts:
-            label, prompt = None, label
-        height, width = generator.processor.height, generator.processor.width
-        if request.size is not None and request.size != (height, width):
-            text = f"This model generates images of {width}x{height} (width x height) only."
-            raise InferenceRefused(text, "size")
-        settings = DenoisingSettings(
-            request.steps,
-            request.guidance_scale,
-            negative_prompt=request.negative_prompt or None,
-        )
         try:
-            return generator.sample(
-                request.count, seed, label, done, lambda: self._turn(work), settings, prompt
-            )
+            return generator.generate(request, seed, done, lambda: self._turn(work))
         except RecipeError as refused:
-            parameter = "label" if refused.setting == "prompt" else refused.setting
-            raise InferenceRefused(f"{refused}.", parameter) from refused
+            raise InferenceRefused(f"{refused}.", refused.setting) from refused
 
     def close(self) -> None:
         """Free the network."""

@@ -40,6 +40,13 @@ ENTRY_POINTS = {
         "media": "luthier.media.checks.media_files:MediaFiles",
         "time_series": "luthier.media.checks.time_series:TimeSeries",
     },
+    "luthier.readers": {
+        "folder": "luthier.media.files:read_folder",
+        "zip": "luthier.media.files:read_zip",
+        "npz": "luthier.media.files:read_npz",
+    },
+    "luthier.table_readers": {"series": "luthier.media.time_series:read_series"},
+    "luthier.image_generators": {"images": "luthier.media.image_generation:ImageGenerator"},
     "luthier.processors": {
         "image": "luthier.media.processors:ImageProcessor",
         "feature_extractor": "luthier.media.processors:FeatureExtractor",

@@ -16,7 +16,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 
@@ -128,11 +127,12 @@ def _record(media: Media, name: str, labelled: bool) -> Record:
 
 
 def read_npz(
-    stream: BinaryIO, file: str, on_record: OnRecord = lambda number, count: None
+    path: Path, on_record: OnRecord = lambda number, count: None
 ) -> Iterator[tuple[int, Record]]:
     """A record for each image of an ``.npz`` file."""
     try:
-        with np.load(stream, allow_pickle=False) as arrays:
+        # numpy leaves a file that it opened itself open if the archive is damaged.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             names = set(arrays.files)
             if "images" not in names:
                 message = (
@@ -172,11 +172,10 @@ def read_npz(
         raise RowRefused(
             "media.npz", f"`images`: {bad.problem.message}", bad.problem.advice
         ) from None
-    stem = Path(file).name
     for index, image in enumerate(images):
         if images.dtype != np.uint8:
             image = scale_pixels(image, white)
-        record: Record = {"image": Media("image", f"{stem}[{index}]", array=image)}
+        record: Record = {"image": Media("image", f"{path.name}[{index}]", array=image)}
         if labels is not None:
             record["label"] = str(labels[index])
         on_record(index + 1, len(images))

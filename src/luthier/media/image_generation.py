@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
+    from luthier.inference.inference import ImageRequest
     from luthier.library.models import StoredModel
     from luthier.media.decoding import Pixels
     from luthier.models.network import Network, TreeBatch
@@ -157,6 +158,41 @@ class ImageGenerator:
             ]
             done(len(made))
         return made
+
+    def generate(
+        self,
+        request: ImageRequest,
+        seed: int,
+        done: Callable[[int], None],
+        turn: Callable[[], AbstractContextManager[None]],
+    ) -> list[SampledImage]:
+        """Return the images that ``request`` asks for; see :meth:`sample`.
+
+        Raises:
+            RecipeError: with the field of the request that the model cannot follow.
+        """
+        objective, processor = self.objective, self.processor
+        reads_prompts = isinstance(objective, Generative) and objective.reads_prompts
+        height, width = processor.height, processor.width
+        if request.size not in (None, (height, width)):
+            text = f"{self.name} generates images of {width}x{height} (width x height) only"
+            raise RecipeError(text, setting="size")
+        settings = DenoisingSettings(
+            request.steps, request.guidance_scale, negative_prompt=request.negative_prompt or None
+        )
+        asked = request.label or None
+        label, prompt = (None, asked) if reads_prompts else (asked, None)
+        try:
+            return self.sample(request.count, seed, label, done, turn, settings, prompt)
+        except RecipeError as refused:
+            if refused.setting == "prompt":
+                raise RecipeError(str(refused), setting="label") from refused
+            raise
+
+    @property
+    def can_reconstruct(self) -> bool:
+        """Whether the model returns copies of images."""
+        return isinstance(self.objective, VAE)
 
     def reconstruct(
         self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None

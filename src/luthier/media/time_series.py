@@ -1,26 +1,24 @@
 """Time series as rows: a table of times and one number each, read as windows of the latest values.
 
-A table is a time series when it has two columns, the first is called as one of :data:`TIME_COLUMNS`,
-the second as nothing that rows of another kind have, and the first line that has a value there has a
-number. Each line is a row: the value of that time and those before it. A network decides how many of
-them it reads.
+A table is a time series if its header has a time and a value
+(:func:`~luthier.data.containers.is_series_header`) and the first value is a number. Each line is a
+row: the value of that time and the values before. A network takes the latest of these values.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import chain, islice
 
 import numpy as np
 
-from luthier.data.formats import KEYS
+from luthier.data.containers import is_series_header
 from luthier.data.inputs import LARGEST_VALUE, LONGEST_WINDOW, Media
 from luthier.data.parsing import Record, quote
 from luthier.errors import Location, Problem
 
-TIME_COLUMNS = ("timestamp", "time", "date", "datetime", "ds")
 FIRST_LINES = 1_000
 """Among them is a value, where a sensor starts late."""
 MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
@@ -44,14 +42,6 @@ def read_series(
     lines = [first, *islice(records, FIRST_LINES - 1)]
     whole = chain(lines, records)
     return _read_windows(whole, file, problems) if _has_numbers(lines) else whole
-
-
-def is_series_header(columns: Sequence[str]) -> bool:
-    """Whether a table with these columns may be a time series."""
-    if len(columns) != 2:
-        return False
-    time, name = (column.strip().lower() for column in columns)
-    return time in TIME_COLUMNS and name not in KEYS
 
 
 def _has_numbers(lines: Iterable[tuple[int, Record]]) -> bool:

@@ -187,6 +187,8 @@ class Objective(StrictModel):
     """Whether words of a row may be moved or removed without a change of its label or target."""
     can_shard: ClassVar[bool] = False
     """Whether each micro-batch is one pass that needs no other pass, so that layers can be sharded."""
+    generates_images: ClassVar[bool] = False
+    """Whether the network generates images (:mod:`luthier.media.image_generation`)."""
     measure: ClassVar[str] = "loss"
     """Metric of :meth:`validation_metrics` that chooses the weights: ``loss``, or a score where more is
     better. If the score is ``reward``, the loss is minus the reward."""

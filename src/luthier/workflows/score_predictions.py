@@ -24,8 +24,8 @@ from luthier.evaluation.retrieval import (
 )
 from luthier.evaluation.significance import RowScores
 from luthier.evaluation.thresholds import threshold_scores
+from luthier.evaluation.transcription import transcription_remarks, transcription_scores
 from luthier.inference.prediction import Predictor
-from luthier.media.transcription import transcription_remarks, transcription_scores
 from luthier.types import Row
 
 Predictions = list[dict[str, Any]]

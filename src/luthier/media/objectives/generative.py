@@ -45,6 +45,7 @@ class Generative(Objective):
     """Classifier of images, in whose features the Fréchet distance of made images is measured."""
 
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
+    generates_images: ClassVar[bool] = True
 
     @property
     def sample_labels(self) -> tuple[str, ...]:

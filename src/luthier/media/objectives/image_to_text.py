@@ -26,7 +26,7 @@ from pydantic import Field
 from luthier.data.shapes import SHAPES
 from luthier.data.shapes.media import CaptionedImage, MediaRow
 from luthier.errors import RecipeError
-from luthier.media.transcription import character_errors, word_errors
+from luthier.evaluation.transcription import character_errors, word_errors
 from luthier.models.heads import Task
 from luthier.objectives.base import Objective, RunModels, TrainingDefaults, chat_of
 from luthier.objectives.means import MOST_ROW_SCORES

@@ -7,7 +7,7 @@ import pytest
 from luthier.data.inputs import Media
 from luthier.data.shapes.media import CaptionedImage
 from luthier.evaluation.significance import values
-from luthier.media.transcription import (
+from luthier.evaluation.transcription import (
     character_errors,
     transcription_remarks,
     transcription_scores,
