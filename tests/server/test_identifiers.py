@@ -1,7 +1,4 @@
-"""What a request's name of a model means, as one small query finds it: never what was true before.
-
-Another ``Database`` on the same address stands for another server.
-"""
+"""Resolution of models and endpoints, with changes by another server on the same database."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ import pytest
 from sqlalchemy import update
 
 from luthier.server.http.messages import Fault
-from luthier.server.identifiers import find_model, invocable, invocable_model
+from luthier.server.identifiers import invocable, invocable_model
 from luthier.server.tables.arns import Arns
-from luthier.server.tables.custom_models import ACTIVE, CREATING, RESERVED, CustomModel
+from luthier.server.tables.custom_models import ACTIVE, CREATING, CustomModel
 from luthier.server.tables.database import Database, new_id, now
 from luthier.server.tables.endpoints import CREATING as BEING_CREATED
 from luthier.server.tables.endpoints import DEPLOYMENT, FAILED, PROVISIONED, READY, Endpoint
@@ -142,25 +139,3 @@ def test_endpoints_of_others_and_of_foundation_models(
     provisioned = deploy(database, ARNS.foundation_model(FOUNDATION), kind=PROVISIONED)
     arn = ARNS.of(OWN, PROVISIONED, provisioned.id)
     assert invocable(database, ARNS, OWN, arn).stored_id == "smollm2-135m-instruct"
-
-
-def test_it_is_what_the_control_plane_finds(
-    database: Database, add: Callable[..., CustomModel]
-) -> None:
-    one = add("one", openai_id="ft:tiny:org::abc")
-    add(one.id, stored_id="tiny:named-as-an-id")
-    add("ft:tiny:org::abc", stored_id="tiny:named-as-an-ft-id")
-    add("theirs", account=OTHER)
-    add("waiting", status=RESERVED, stored_id=None)
-    arn = one.arn(ARNS)
-    names = [
-        "one", one.id, "ft:tiny:org::abc", arn, arn.replace(FOUNDATION, "imported"),
-        arn.replace(OWN, OTHER), arn.replace("us-east-1", "eu-west-1"), "theirs", "waiting", "none",
-        "", "arn:aws:s3:::one",
-    ]  # fmt: skip
-    for name in names:
-        with database.read() as session:
-            model = find_model(session, ARNS, OWN, name)
-        assert stored(database, name) == (None if model is None else model.stored_id), name
-    assert [stored(database, name) for name in names[:4]] == ["tiny:one"] * 4
-    assert [stored(database, name) for name in names[4:]] == [None] * 8

@@ -1,6 +1,6 @@
-"""What clients call things by (ARN, name, id), and what that names in their account.
+"""Identifiers of clients (ARN, name, id) and the resources of the account that they name.
 
-What belongs to another account or stands in another region is not there.
+Resources of other accounts and regions do not exist for a client.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, TypeVar
 
-from sqlalchemy import BindParameter, Select, and_, bindparam, func, or_, select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from luthier.server.bedrock.shapes import matches, operation_models
@@ -26,27 +26,26 @@ _ENDPOINTS = {DEPLOYMENT: "deployment", PROVISIONED: "provisioned throughput"}
 JOB, MODEL, FOUNDATION = "model-customization-job", "custom-model", "foundation-model"
 
 Row = TypeVar("Row", Job, CustomModel, Endpoint)
-Ts = TypeVarTuple("Ts")
 Name = InstrumentedAttribute[Any]
-"""A column with names or ids that are unique in an account."""
+"""A column whose values are unique in an account."""
 _MODEL_NAMES: Sequence[Name] = (
     CustomModel.id, CustomModel.openai_id, CustomModel.stored_id, CustomModel.name
 )  # fmt: skip
-"""A model may be called as another one's id: ids come first, its one on the command line, too."""
+"""Columns in the order of the search: the name of one model may be the id of another."""
 
 
 def job_arn(arns: Arns, job: Job) -> str:
-    """Of a customization job."""
+    """Return the ARN of a customization job."""
     return arns.job(job.account, job.foundation, job.id)
 
 
 def endpoint_arn(arns: Arns, endpoint: Endpoint) -> str:
-    """Of a deployment or provisioned throughput."""
+    """Return the ARN of a deployment or provisioned throughput."""
     return arns.of(endpoint.account, endpoint.kind, endpoint.id)
 
 
 def own(arns: Arns, account: str, kind: str, text: str) -> Arn | None:
-    """The ARN ``text`` where it is one of this kind, region and account."""
+    """Return the ARN ``text`` if its kind, region and account are these."""
     arn = Arn.parse(text)
     if arn is None or (arn.region, arn.account, arn.kind) != (arns.region, account, kind):
         return None
@@ -54,7 +53,7 @@ def own(arns: Arns, account: str, kind: str, text: str) -> Arn | None:
 
 
 def find_foundation(arns: Arns, identifier: str) -> FoundationModel | None:
-    """A foundation model by id, alias or ARN."""
+    """Return a foundation model by id, alias or ARN."""
     if not identifier.startswith("arn:"):
         return foundation_model(identifier)
     arn = own(arns, "", FOUNDATION, identifier)
@@ -64,17 +63,14 @@ def find_foundation(arns: Arns, identifier: str) -> FoundationModel | None:
 def find_job(
     session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> Job | None:
-    """A customization job by ARN or name."""
+    """Return a customization job by ARN or name."""
     return _find(session, Job, job_arn, arns, account, JOB, identifier, [Job.name], lock)
 
 
 def find_model(
     session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> CustomModel | None:
-    """A custom model by ARN, id, ``ft:`` id or name: by any of them on each face.
-
-    One of a job that has not ended is not there yet.
-    """
+    """Return a custom model by ARN, id, ``ft:`` id or name; not the model of an unfinished job."""
     columns = _MODEL_NAMES
     found = _find(session, CustomModel, _model_arn, arns, account, MODEL, identifier, columns, lock)
     return found if found and found.status != RESERVED else None
@@ -83,7 +79,7 @@ def find_model(
 def find_endpoint(
     session: Session, arns: Arns, account: str, kind: str, identifier: str, *, lock: bool = False
 ) -> Endpoint | None:
-    """A deployment or provisioned throughput by ARN or name."""
+    """Return a deployment or provisioned throughput by ARN or name."""
     columns = [Endpoint.name]
     return _find(session, Endpoint, endpoint_arn, arns, account, kind, identifier, columns, lock)
 
@@ -103,7 +99,7 @@ def _find(
     columns: Sequence[Name],
     lock: bool,
 ) -> Row | None:
-    """The row with this ARN or this name. A name may look like the end of another one's ARN."""
+    """Return the row with this ARN or name."""
     query = select(table).where(table.account == account)
     arn = None
     if identifier.startswith("arn:"):
@@ -112,31 +108,27 @@ def _find(
             return None
         query = query.where(table.id == arn.id)
     else:
-        query = _where_named(query, columns, identifier)
+        query = query.where(or_(*(column == identifier for column in columns)))
+        # PostgreSQL sorts NULL, the comparison with an empty column, before true.
+        order = ((column == identifier).desc().nulls_last() for column in columns[:-1])
+        query = query.order_by(*order)
     if table is Endpoint:
         query = query.where(Endpoint.kind == kind)
     found = find_row(session, query, lock=lock)
-    # The foundation model that an ARN names has to be right, too.
+    # The ARN contains the foundation model, which has to match.
     return None if found and arn and str(arn) != arn_of(arns, found) else found
-
-
-def _where_named(query: Select[*Ts], columns: Sequence[Name], identifier: Any) -> Select[*Ts]:
-    """Rows of ``query`` that are called so, by the first of ``columns`` before those by the next."""
-    query = query.where(or_(*(column == identifier for column in columns)))
-    # PostgreSQL has what a column without a value compares to, nothing, before true.
-    return query.order_by(*((column == identifier).desc().nulls_last() for column in columns[:-1]))
 
 
 @dataclass(frozen=True)
 class Invocable:
-    """A model that can be asked."""
+    """A model that can be queried."""
 
     stored_id: str
-    """Under which ``luthier.library.models.find`` opens it."""
+    """Id of the model in the library."""
     arn: str
-    """Of what was called by ``modelId``."""
+    """ARN of the resource that ``modelId`` names."""
     model: str
-    """ARN of the foundation model or custom model that answers."""
+    """ARN of the foundation model or custom model."""
 
 
 def invoked_arn(arns: Arns, model_id: str) -> str:
@@ -145,38 +137,6 @@ def invoked_arn(arns: Arns, model_id: str) -> str:
         return model_id
     found = foundation_model(model_id)
     return arns.foundation_model(found.id if found else model_id)
-
-
-_ACCOUNT: BindParameter[str] = bindparam("account")
-_IDENTIFIER: BindParameter[str] = bindparam("identifier")
-_OWN = select(
-    CustomModel.id, CustomModel.foundation, CustomModel.status, CustomModel.stored_id
-).where(CustomModel.account == _ACCOUNT)
-_OWN_BY_ID = _OWN.where(CustomModel.id == _IDENTIFIER)
-_OWN_BY_NAME = _where_named(_OWN, _MODEL_NAMES, _IDENTIFIER)
-_ENDPOINT = (
-    select(Endpoint.status, Endpoint.model, CustomModel.stored_id)
-    .where(
-        Endpoint.account == _ACCOUNT,
-        Endpoint.kind == bindparam("kind"),
-        Endpoint.id == _IDENTIFIER,
-    )
-    .outerjoin(
-        CustomModel,
-        and_(
-            CustomModel.account == Endpoint.account,
-            # The ARN of a custom model ends with the twelve letters of its id.
-            CustomModel.id == func.substr(Endpoint.model, func.length(Endpoint.model) - 11),
-        ),
-    )
-)
-
-
-_ENDPOINT_NAMED = (
-    select(Endpoint.kind, Endpoint.id)
-    .where(Endpoint.account == _ACCOUNT, Endpoint.name == _IDENTIFIER)
-    .order_by((Endpoint.kind == DEPLOYMENT).desc())
-)
 
 
 def resolve_name(database: Database, arns: Arns, account: str, identifier: str) -> str:
@@ -188,30 +148,25 @@ def resolve_name(database: Database, arns: Arns, account: str, identifier: str) 
     """
     if not re.fullmatch(NAME, identifier) or foundation_model(identifier) is not None:
         return identifier
-    found = database.first(_ENDPOINT_NAMED, account=account, identifier=identifier)
-    return identifier if found is None else arns.of(account, found.kind, found.id)
+    named = select(Endpoint).where(Endpoint.account == account, Endpoint.name == identifier)
+    with database.read() as session:
+        found = find_row(session, named.order_by((Endpoint.kind == DEPLOYMENT).desc()))
+    return identifier if found is None else endpoint_arn(arns, found)
 
 
 def invocable_model(
     database: Database, arns: Arns, account: str, identifier: str
 ) -> Invocable | None:
-    """The account's custom model as :func:`find_model` finds it, where it can be asked.
+    """Return the account's active custom model by a name of :func:`find_model`.
 
-    Each request for a model comes here or to :func:`invocable`: one small query. What it finds is not
-    remembered, as any server on this database may delete a model, or give its name to another one.
+    The result is not cached, because another server may delete the model or give its name to another.
     """
-    named = None
-    if identifier.startswith("arn:"):
-        named = own(arns, account, MODEL, identifier)
-        if named is None:
-            return None
-        found = database.first(_OWN_BY_ID, account=account, identifier=named.id)
-    else:
-        found = database.first(_OWN_BY_NAME, account=account, identifier=identifier)
+    with database.read() as session:
+        found = find_model(session, arns, account, identifier)
     if found is None or found.status != ACTIVE or found.stored_id is None:
         return None
-    arn = arns.custom_model(account, found.foundation, found.id)
-    return Invocable(found.stored_id, arn, arn) if named is None or arn == identifier else None
+    arn = found.arn(arns)
+    return Invocable(found.stored_id, arn, arn)
 
 
 def invocable(database: Database, arns: Arns, account: str, model_id: str) -> Invocable:
@@ -220,9 +175,8 @@ def invocable(database: Database, arns: Arns, account: str, model_id: str) -> In
     Deployments and provisioned throughput have an ARN and a name; see :func:`resolve_name`.
 
     Raises:
-        Fault: ResourceNotFound for what is not there; Validation for a custom model by its own ARN,
-            which has to be deployed, and for what is no identifier; ModelNotReady while its model is
-            being made ready.
+        Fault: ResourceNotFound for an unknown model; Validation for a malformed identifier and for a
+            custom model by its own ARN, which has to be deployed; ModelNotReady during creation.
     """
     if not _well_formed(model_id):
         raise Fault("Validation", "The provided model identifier is invalid.", parameter="modelId")
@@ -243,9 +197,9 @@ def invocable(database: Database, arns: Arns, account: str, model_id: str) -> In
                 "that contains this model.",
             )
         raise _unknown(model_id)
-    found = None
-    if model_id == arns.of(account, named.kind, named.id):
-        found = database.first(_ENDPOINT, account=account, kind=named.kind, identifier=named.id)
+    with database.read() as session:
+        found = find_endpoint(session, arns, account, named.kind, model_id)
+        stored_id = stored_id_of(session, found.model) if found else None
     if found is None:
         raise _unknown(model_id)
     text = _ENDPOINTS[named.kind]
@@ -253,15 +207,13 @@ def invocable(database: Database, arns: Arns, account: str, model_id: str) -> In
         raise Fault("ModelNotReady", f"The {text} is being created. Try again in a moment.")
     if found.status == FAILED:
         raise Fault("Validation", f"The {text} is Failed and cannot answer.")
-    base = foundation_model(found.model)
-    stored_id = found.stored_id if base is None else base.base
     if stored_id is None:
         raise _unknown(model_id)
     return Invocable(stored_id, model_id, found.model)
 
 
 def stored_id_of(session: Session, model: str) -> str | None:
-    """Id in the store of a foundation model or custom model, by its ARN; of any account."""
+    """Return the library id of a foundation model or custom model of any account by its ARN."""
     arn = Arn.parse(model)
     if arn is None:
         return None
@@ -275,13 +227,13 @@ def stored_id_of(session: Session, model: str) -> str | None:
 
 @dataclass(frozen=True)
 class ModelIds:
-    """What ``modelId`` means to the operations of the runtime."""
+    """Resolution of ``modelId`` for the operations of the runtime."""
 
     database: Database
     arns: Arns
 
     def stored_id(self, account: str, model_id: str) -> str:
-        """Id in the store of what answers to ``model_id``; see :func:`invocable`."""
+        """Return the library id of ``model_id``; see :func:`invocable`."""
         return invocable(self.database, self.arns, account, model_id).stored_id
 
     def resource(self, account: str, model_id: str) -> str:
@@ -291,9 +243,9 @@ class ModelIds:
 
 
 def _well_formed(model_id: str) -> bool:
-    """By the shape of ``modelId`` in Converse; that of InvokeModel takes the same."""
+    """Return whether ``model_id`` matches the shape of ``modelId`` in Converse."""
     if model_id.startswith("arn:") and Arn.parse(model_id) is None:
-        # The shape takes letters and colons in any order.
+        # The shape accepts letters and colons in any order.
         return False
     shape = operation_models()["Converse"].input_shape.members["modelId"]
     longest = shape.metadata["max"]

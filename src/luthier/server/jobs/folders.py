@@ -96,6 +96,8 @@ class JobFolders:
 class ImportFolders(JobFolders):
     """Lock, log and model folder of one import."""
 
+    prefix = imports.files_name("")
+
     def __init__(self, model_id: str) -> None:
         super().__init__(imports.files_name(model_id))
         self.model = custom_folder(IMPORTED, imports.stored_name(model_id))
@@ -120,9 +122,15 @@ class ImportFolders(JobFolders):
 class ExportFolders(JobFolders):
     """Lock, log and working folder of one export."""
 
+    prefix = exports.files_name("")
+
     def __init__(self, export_id: str) -> None:
         super().__init__(exports.files_name(export_id))
         self.target = self.data / "export"
+
+    def drop(self, *, model: bool) -> None:
+        """Remove working files; the caller holds the lock. An export has no ``model`` of its own."""
+        self.drop_working_files()
 
 
 def tidy(database: Database, job: Job, folders: JobFolders) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 from sqlalchemy import select
 
@@ -19,7 +20,6 @@ from luthier.errors import LuthierError
 from luthier.files import luthier_home
 from luthier.server.jobs.admission import memory_of
 from luthier.server.jobs.folders import ExportFolders, ImportFolders, JobFolders, tidy
-from luthier.server.tables import exports, imports
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import Database
 from luthier.server.tables.exports import ModelExport
@@ -88,47 +88,26 @@ def _prepare_jobs(database: Database) -> None:
                 found.memory = memory
 
 
-Folders = TypeVar("Folders", ImportFolders, ExportFolders)
-
-
-def _left_behind(
-    files_name: Callable[[str], str], folders_of: Callable[[str], Folders]
-) -> Iterator[tuple[str, Folders]]:
-    """Yield ids and folders of works with a lock that no process holds, under that lock."""
-    prefix = files_name("")
+def _remove_left_behind(
+    table: type[QueuedWork], folders_of: type[ImportFolders | ExportFolders], database: Database
+) -> None:
+    """Remove the files of ended works whose worker died: those with a lock that no process holds."""
+    prefix = folders_of.prefix
     for lock in sorted((luthier_home() / "jobs").glob(f"{prefix}*.lock")):
         work_id = lock.stem.removeprefix(prefix)
         folders = folders_of(work_id)
-        with folders.hold() as free:
-            if free:
-                yield work_id, folders
-
-
-def _prepare_imports(database: Database) -> None:
-    """Remove files of ended imports whose worker died."""
-    for model_id, folders in _left_behind(imports.files_name, ImportFolders):
-        with database.read() as session:
-            if has_unfinished(session, ModelImport, model_id):
+        with folders.hold() as free, database.read() as session:
+            if not free or has_unfinished(session, table, work_id):
                 continue
-            made = select(CustomModel.id).filter_by(id=model_id, status=ACTIVE)
+            made = select(CustomModel.id).filter_by(id=work_id, status=ACTIVE)
             has_model = session.scalar(made) is not None
-        try:
-            folders.drop(model=not has_model)
-        except (LuthierError, OSError) as error:
-            _log.warning("what model %s left stays for now: %s", model_id, error)
-            continue
-        # The worker died: the failure of the model has the reason.
-        folders.log.unlink(missing_ok=True)
-
-
-def _prepare_exports(database: Database) -> None:
-    """Remove files of ended exports whose worker died."""
-    for export_id, folders in _left_behind(exports.files_name, ExportFolders):
-        with database.read() as session:
-            if has_unfinished(session, ModelExport, export_id):
+            try:
+                folders.drop(model=not has_model)
+            except (LuthierError, OSError) as error:
+                _log.warning("the files of %s stay for now: %s", folders.job_id, error)
                 continue
-        folders.drop_working_files()
-        folders.log.unlink(missing_ok=True)
+            # The reason of the death is in the failure of the work.
+            folders.log.unlink(missing_ok=True)
 
 
 IMPORT = WorkKind(
@@ -136,7 +115,7 @@ IMPORT = WorkKind(
     ModelImport,
     "luthier.server.jobs.import_worker:ImportWorker",
     ImportFolders,
-    _prepare_imports,
+    partial(_remove_left_behind, ModelImport, ImportFolders),
     at_once=1,  # each may need much of the machine's memory
 )
 EXPORT = WorkKind(
@@ -144,7 +123,7 @@ EXPORT = WorkKind(
     ModelExport,
     "luthier.server.jobs.export_worker:ExportWorker",
     ExportFolders,
-    _prepare_exports,
+    partial(_remove_left_behind, ModelExport, ExportFolders),
     at_once=1,  # as an import
 )
 TRAINING = WorkKind(

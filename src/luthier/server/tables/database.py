@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     JSON,
@@ -33,7 +33,6 @@ from sqlalchemy import (
     make_url,
     select,
 )
-from sqlalchemy import Row as RowOfColumns
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import ArgumentError, OperationalError
@@ -46,7 +45,6 @@ from luthier.ids import SMALL, random_id
 from luthier.server.tables.text import dump_storable, storable
 
 Row = TypeVar("Row")
-Ts = TypeVarTuple("Ts")
 DATABASE_FILE = "luthier.db"
 """SQLite's file in the store."""
 BUSY_SECONDS = 30
@@ -146,9 +144,6 @@ class Database:
         """
         self.url = url or default_url()
         self.engine = _engine(self.url)
-        self._statements = self.engine  # SQLite's connections begin nothing by themselves
-        if not self.is_sqlite:
-            self._statements = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         try:
             with self.engine.connect():
                 pass
@@ -187,15 +182,6 @@ class Database:
             else:
                 session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             yield session
-
-    def first(self, query: Select[*Ts], **values: str) -> RowOfColumns[*Ts] | None:
-        """The first row of ``query`` with these ``values``, as it is now; ``None`` where there is none.
-
-        For what each request asks. One statement sees one state without a transaction around it, which
-        with its objects takes several times as long as to find a row.
-        """
-        with self._statements.connect() as connection:
-            return connection.execute(query, values).first()
 
     def tables(self) -> set[str]:
         """Names of the tables that are there."""
