@@ -179,8 +179,7 @@ def test_a_stopped_command_ends_its_processes(source: Path, tmp_path: Path) -> N
 def test_a_row_that_cannot_be_answered_costs_only_its_shard(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     write(source, row_7="?", row_8="?")
-    kept = r"are kept. Mend these in their lines, and the same command goes on"
-    with pytest.raises(DataError, match=kept) as refused:
+    with pytest.raises(DataError) as refused:
         run(source, output, 1)
     assert [problem.line for problem in refused.value.problems] == [7, 8]
     assert not output.exists()

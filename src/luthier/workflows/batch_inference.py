@@ -1,16 +1,12 @@
-"""Batch inference: the rows of a file answered by several processes, here or on a cluster.
+"""Batch inference: several processes answer the rows of a file, on this machine or a cluster.
 
-    source → shards of rows → processes with the model loaded once → a file for each shard → output
+    source → shards of rows → processes with a loaded model → a file of each shard → output
 
-The rows are read one after the other and never all held, by this process to check them and by each
-of the others to answer its shards. A process takes the next shard that nobody holds or has answered
-(``flock``, so that what a killed one held is free again), and writes its answers whole or not at
-all, into a folder beside the output. A shard is named by the hash of what decides its answers: the
-rows, the settings and the files of the model. So the same command goes on where it was cut short.
-Of a row that was edited its shard is answered anew; of one that was put in or taken out, all behind
-it, too. The output is put together from the shards in the order of the rows, to the bytes of any
-other number of processes on machines of one kind: processors and graphics cards round in different
-ways.
+Rows are streamed. Each process takes the next shard that is neither answered nor locked (``flock``,
+which a killed process releases) and writes its answers atomically into a folder beside the output.
+The name of a shard includes a hash of its rows, the settings and the files of the model, so that the
+same command resumes after an interruption and answers edited rows again. The output has the answers
+in the order of the rows, with the same bytes for any number of processes on one kind of machine.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,36 +60,35 @@ from luthier.workflows.inference_tasks import (
     Answer,
     InferenceTask,
     InputRow,
-    ShardAnswer,
     parse_task,
 )
 
 LOOK_SECONDS = 1.0
-"""Between two looks at which shards are answered."""
+"""Between two checks of which shards are answered."""
 SHARDS = ".{}.shards"
-"""Name of the folder beside the output; a folder that is read as data passes over hidden names."""
+"""Name of the folder beside the output. Hidden, so that a folder of data skips it."""
 _REQUEST, _LOCK, _WORKER = "request.json", ".lock", "process-{}"
 _ANSWERS, _PROBLEMS = ".answers", ".problems.json"
-_NO_PLACE = ("/dev/", "/proc/")
-"""Where names of files mean other ones in another process."""
+_PROCESS_FILES = ("/dev/", "/proc/")
+"""Paths that name different files in each process."""
 SHARD_BYTES = 64 << 20
-"""Characters of the texts of a shard of several rows: a process holds one shard."""
+"""Most characters of a shard of several rows, because a process holds one shard in memory."""
 END_SECONDS = 15.0
-"""In which a process ends that nobody needs any more; it has nothing to store."""
+"""Time for a process to end when all shards are answered."""
 CHECK_SECONDS = 10.0
 """Between two notes of how many rows are checked."""
 
 
 class InferenceRunner(ProcessRunner):
-    """Where the processes of a batch run: on this machine, as its children."""
+    """Run the processes of a batch on this machine."""
 
     def plan_processes(self, processes: int | None, memory: int, shards: int) -> tuple[int, int]:
-        """How many processes there are, ``processes`` where it is given, and the threads of each.
+        """Return the number of processes, at most ``shards``, and the threads of each.
 
-        ``memory`` is what one takes, in bytes. There are no more than ``shards``.
+        ``memory`` is what one process needs, in bytes.
 
         Raises:
-            RecipeError: for more than this machine's memory has room for.
+            RecipeError: for more processes than this machine has memory for.
         """
         processes = processes or 1
         check_room(processes, max(memory, PROCESS_BYTES))
@@ -107,83 +102,54 @@ class FileAnswers:
 
     rows: int
     resumed_rows: int
-    """Of them those that had been answered by an earlier command that was cut short."""
+    """Rows that an earlier, interrupted command had answered."""
     processes: int
     seconds: float
     counts: dict[str, int]
-    """What the task counted, over all rows."""
+    """Counts of the task, over all rows."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows that follow each other, and the files of their answers."""
+    """Consecutive rows, and the files of their answers."""
 
     folder: Path
     name: str
-    """Its number, and the hash of what decides its answers."""
+    """Its number, and a hash of rows, settings and model."""
     rows: int
     digest: str
-    """Hash of what the rows say."""
+    """Hash of the rows."""
 
     @property
     def answers(self) -> Path:
-        """Path of the answers: a line of JSON with counts, then the text for the rows."""
+        """File of the answers: a line of JSON with counts, then the text of the rows."""
         return self.folder / f"{self.name}{_ANSWERS}"
 
     @property
     def problems(self) -> Path:
-        """Why its rows cannot be answered."""
+        """File of the reasons why its rows cannot be answered."""
         return self.folder / f"{self.name}{_PROBLEMS}"
 
     @property
     def lock(self) -> Path:
-        """Held by the process that answers it."""
+        """Locked by the process that answers it."""
         return self.folder / f"{self.name}{_LOCK}"
 
     @property
     def is_done(self) -> bool:
-        """Whether it needs no more work of this command."""
+        """Whether it is answered or refused."""
         return self.answers.exists() or self.problems.exists()
-
-    def store(self, answered: ShardAnswer) -> None:
-        """Write its answers."""
-        write_bytes(self.answers, json.dumps(answered.counts).encode() + b"\n" + answered.data)
 
     @contextmanager
     def open_answers(self) -> Iterator[tuple[dict[str, int], BinaryIO]]:
-        """What was counted, and a file of which what is written for the rows is still to be
-        read."""
+        """Return the counts, and the file at the start of the answers."""
         with self.answers.open("rb") as file:
             yield json.loads(file.readline()), file
 
 
 def shards_folder(output: Path) -> Path:
-    """Where the answers to the shards of ``output`` lie until it is whole."""
+    """Return the folder of the answers of shards until ``output`` is complete."""
     return output.with_name(SHARDS.format(output.name))
-
-
-def _make_folder(output: Path) -> Path:
-    """The folder of the shards of ``output``, made or left by an earlier command.
-
-    Raises:
-        RecipeError: if the output is no plain file, or the folder has other files.
-    """
-    folder = shards_folder(output)
-    if os.path.exists(output) and not os.path.isfile(output):
-        raise RecipeError(f"{output} is no plain file: name one for the answers")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        foreign = not (folder / _LOCK).exists() and any(folder.iterdir())
-    except OSError as error:
-        raise RecipeError(
-            f"{output} cannot be written: its folder takes no new ones ({error.strerror})"
-        ) from error
-    if foreign:
-        raise RecipeError(
-            f"{folder} holds files of something else: move it away, or name another output"
-        )
-    return folder
 
 
 def answer_file(
@@ -193,33 +159,29 @@ def answer_file(
     runner: InferenceRunner | None = None,
     reporter: Reporter | None = None,
 ) -> FileAnswers:
-    """Answer the rows of ``task`` by so many processes of ``runner`` and write them to ``output``.
+    """Answer the rows of ``task`` with ``processes`` of ``runner`` and write them to ``output``.
 
-    ``reporter`` hears how many rows are answered (``progress``), and of processes that are started
-    again.
+    ``reporter`` gets the number of answered rows and notes about restarted processes.
 
     Raises:
-        DataError: naming every row that cannot be read, before anything is answered, or that cannot
-        be
-            answered; the answers to the others are kept for the next call.
-        RunConflict: another command answers rows for the same output now.
-        Interrupted: on Ctrl-C or SIGTERM; the same call goes on.
-        LuthierError: where the processes ended before all rows were answered.
+        DataError: for rows that cannot be read, before anything is answered, or cannot be answered;
+            the other answers are kept for the next call.
+        RunConflict: while another command answers rows for the same output.
+        Interrupted: on Ctrl-C or SIGTERM; the same call resumes.
+        LuthierError: if the processes end before all rows are answered.
     """
     runner, reporter = runner or InferenceRunner(), reporter or Reporter()
     started = time.monotonic()
-    if task.source.startswith(_NO_PLACE):
+    if task.source.startswith(_PROCESS_FILES):
         raise RecipeError(
-            f"{task.source} is another file in each process: name the file itself, or write one of it"
+            f"{task.source} is another file in each process. Write it to a file first."
         )
     output = output.absolute()
     made = [parent for parent in output.parents if not parent.exists()]
     folder = _make_folder(output)
     with lock(folder / _LOCK) as free:
         if not free:
-            raise RunConflict(
-                f"another command is writing {output}: wait for its end, or name another output"
-            )
+            raise RunConflict(f"Another command writes {output}. Wait, or name another output.")
         try:
             models = task.needed_models()
             shards = [*_shards(task, models, folder, reporter)]
@@ -231,34 +193,54 @@ def answer_file(
             count = 0
             if not all(shard.is_done for shard in shards):
                 count = _answer_shards(task, models, shards, processes, runner, reporter)
-            _check_problems(shards, output)
+            _check_problems(shards)
             try:
                 counts = _write_output(task, shards, output)
             except DiskFull as error:
                 raise DiskFull(
-                    f"{error}. All rows are answered: make room for the output beside {folder}, and "
-                    "the same command writes it"
+                    f"{error}. All rows are answered. Free space beside {folder} and run the same "
+                    "command again to write the output."
                 ) from error
         except LuthierError:
-            if not any(folder.glob(f"*{_ANSWERS}")):  # else they are for the next call
+            if not any(folder.glob(f"*{_ANSWERS}")):
                 shutil.rmtree(folder)
                 for parent in made:
-                    with suppress(OSError):  # somebody else has put something into it
+                    with suppress(OSError):  # not empty any more
                         parent.rmdir()
             raise
         shutil.rmtree(folder)
     return FileAnswers(rows, resumed, count, time.monotonic() - started, counts)
 
 
+def _make_folder(output: Path) -> Path:
+    """Make the folder of the shards of ``output``, or return that of an earlier command.
+
+    Raises:
+        RecipeError: if the output is no regular file, or the folder has other files.
+    """
+    folder = shards_folder(output)
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise RecipeError(f"{output} is no regular file. Name a file for the answers.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        foreign = not (folder / _LOCK).exists() and any(folder.iterdir())
+    except OSError as error:
+        raise RecipeError(f"{output} cannot be written: {error.strerror}.") from error
+    if foreign:
+        raise RecipeError(f"{folder} has other files. Move it away, or name another output.")
+    return folder
+
+
 def _shards(
     task: InferenceTask, models: Sequence[StoredModel], folder: Path, reporter: Reporter
 ) -> Iterator[Shard]:
-    """The shards of ``task``, all rows of which are checked, as ``reporter`` hears.
+    """Check all rows of ``task`` and yield their shards.
 
     Raises:
-        DataError: naming every row that cannot be read or asked this.
+        DataError: for rows that cannot be read or that the task does not allow.
     """
-    decides = [luthier.__version__, task.settings(), [content_hash(model) for model in models]]
+    settings = [luthier.__version__, task.settings(), [content_hash(model) for model in models]]
     problems = BoundedProblems()
     checked, next_note = 0, time.monotonic() + CHECK_SECONDS
     for number, rows in enumerate(_cut(task, problems)):
@@ -272,32 +254,32 @@ def _shards(
             for problem in error.problems:
                 problems.append(problem)
             continue
-        own = hashlib.sha256(json.dumps([decides, digest]).encode()).hexdigest()
+        own = hashlib.sha256(json.dumps([settings, digest]).encode()).hexdigest()
         yield Shard(folder, f"{number:06}-{own[:32]}", len(rows), digest)
     problems.refuse()
 
 
 def _cut(task: InferenceTask, problems: list[Problem]) -> Iterator[list[InputRow]]:
-    """The rows of ``task`` in shards: of as many rows as it wants, or fewer that are long."""
+    """Yield the rows of ``task`` in shards, which have fewer rows if these are long."""
     shard, size = list[InputRow](), 0
     for row in task.rows(problems):
-        long = text_length([row.record, row.content])
-        if shard and (len(shard) == task.shard_rows or size + long > SHARD_BYTES):
+        length = text_length([row.record, row.content])
+        if shard and (len(shard) == task.shard_rows or size + length > SHARD_BYTES):
             yield shard
             shard, size = [], 0
         shard.append(row)
-        size += long
+        size += length
     if shard:
         yield shard
 
 
 def _digest(task: InferenceTask, rows: Sequence[InputRow]) -> str:
-    """SHA-256 of what rows say, and of which version the files of their images and sounds are."""
+    """Return a SHA-256 of rows and of the versions of their images and audio files."""
     digest = hashlib.sha256()
     for row, record in zip(rows, task.records(rows), strict=True):
         media = row.content.media if isinstance(row.content, MediaRow) else None
-        said = json.dumps([record, _version(media) if media else None], default=str)
-        digest.update(said.encode() + b"\n")
+        line = json.dumps([record, _version(media) if media else None], default=str)
+        digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -305,11 +287,11 @@ def _version(media: Media) -> object:
     try:
         return media.version() or media.digest()
     except RowRefused:
-        return None  # who answers the row says why it cannot be read
+        return None  # reported when the row is answered
 
 
 def _clear(folder: Path) -> None:
-    """Remove the files of an earlier command except answers, whose settings may be used again."""
+    """Remove the files of an earlier command, except answers."""
     sweep(folder)
     for path in folder.iterdir():
         if path.is_dir():
@@ -326,43 +308,39 @@ def _answer_shards(
     runner: InferenceRunner,
     reporter: Reporter,
 ) -> int:
-    """Have the shards answered; the number of processes."""
+    """Run processes until all shards are done, and return the number of processes."""
     folder = shards[0].folder
     memory = sum(map(_memory_of, models))
     left = sum(not shard.is_done for shard in shards)
     asked, (processes, threads) = processes, runner.plan_processes(processes, memory, left)
     if asked and asked > processes:
         reporter.note(
-            f"{processes} of {asked} processes are started: each answers {task.shard_rows:,} rows at a "
-            "time, and there is no more for others"
+            f"{processes} of {asked} processes are started, one for each {task.shard_rows:,} rows"
         )
-    write_json(
-        folder / _REQUEST,
-        {
-            "task": task.plain(),
-            "directory": os.getcwd(),
-            "threads": threads,
-            "shards": [[shard.name, shard.rows, shard.digest] for shard in shards],
-        },
-    )
+    request = {
+        "task": task.plain(),
+        "directory": os.getcwd(),
+        "threads": threads,
+        "shards": [[shard.name, shard.rows, shard.digest] for shard in shards],
+    }
+    write_json(folder / _REQUEST, request)
     folders = dict.fromkeys(str(each) for model in models for each in _folders_of(model))
     source = [] if "://" in task.source else [os.path.abspath(task.source)]
-    needs = [path for path in source if os.path.exists(path)]  # it may be a pattern
-    resources = Resources(threads, memory, (*needs, *folders))
+    files = [path for path in source if os.path.exists(path)]  # it may be a pattern
+    resources = Resources(threads, memory, (*files, *folders))
     workers = []
-    for number in range(processes):
-        name = _WORKER.format(number + 1)
+    for name in map(_WORKER.format, range(1, processes + 1)):
         process = python_command("luthier.workflows.batch_inference", str(folder), name)
-        goes_on = "goes on with the rows that are not answered"
-        workers.append(ChildProcess(runner, process, resources, folder / name, goes_on))
+        on_restart = "continues with the rows that are not answered"
+        workers.append(ChildProcess(runner, process, resources, folder / name, on_restart))
     progress = _Progress(shards, workers, reporter)
     try:
         codes = run_processes(workers, reporter, progress.ends, END_SECONDS)
     except Interrupted:
         progress.update()
         raise Interrupted(
-            f"stopped with {progress.answered_rows:,} of {progress.total:,} rows answered and stored; "
-            "the same command goes on with the others"
+            f"Stopped with {progress.answered_rows:,} of {progress.total:,} rows answered and stored. "
+            "Run the same command again to resume."
         ) from None
     progress.update()
     failed = [
@@ -373,16 +351,16 @@ def _answer_shards(
     if not progress.is_done:
         raise LuthierError(
             f"{progress.total - progress.answered_rows:,} of {progress.total:,} rows are not answered: "
-            f"{failed[0] if failed else 'their processes ended'}. Once that is mended, the same "
-            "command goes on with them"
+            f"{failed[0] if failed else 'the processes ended'}. Correct this and run the same command "
+            "again to resume."
         )
     for why in failed:
-        reporter.note(f"others answered its rows when it ended; {why}")
+        reporter.note(f"other processes answered the rows of {why}")
     return processes
 
 
 class _Progress(Reporter):
-    """Sees which shards are answered, hears how far others are, and tells a reporter."""
+    """Count the answered rows and report them."""
 
     def __init__(
         self, shards: Sequence[Shard], workers: Sequence[ChildProcess], reporter: Reporter
@@ -390,35 +368,34 @@ class _Progress(Reporter):
         self._folder, self._workers, self._reporter = shards[0].folder, workers, reporter
         self._left, self._refused, self._next = list(shards), list[Shard](), 0.0
         self._begun: dict[str, int] = {}
-        """Rows that are answered of shards that are not, by what was heard last."""
+        """Answered rows of unfinished shards, by name."""
         self.total = sum(shard.rows for shard in shards)
         self.update()
 
     @property
     def answered_rows(self) -> int:
-        """Rows of the shards that are answered."""
+        """Rows of the answered shards."""
         return self.total - sum(shard.rows for shard in (*self._left, *self._refused))
 
     @property
     def is_done(self) -> bool:
-        """Whether all shards are answered, or so many cannot be that no more are looked for."""
+        """Whether all shards are done, or so many are refused that the rest can wait."""
         return not self._left or len(self._refused) >= MOST_PROBLEMS
 
     def progress(self, done: int, total: int, what: str) -> None:
-        """Hear from a process how far the shard named ``what`` is."""
+        """Take a report of a process about the shard named ``what``."""
         self._begun[what] = done
 
     def ends(self) -> bool:
-        """Whether no more is to be done (:attr:`is_done`), after a look where it is time for
-        one."""
+        """Return :attr:`is_done`, updated every :data:`LOOK_SECONDS`."""
         if time.monotonic() >= self._next:
             self.update()
         return self.is_done
 
     def update(self) -> None:
-        """See which shards are answered by now."""
+        """Check which shards are done."""
         self._next = time.monotonic() + LOOK_SECONDS
-        names = set(os.listdir(self._folder))  # one call, where a stat of each is many
+        names = set(os.listdir(self._folder))  # one call instead of two for each shard
         refused = [shard for shard in self._left if shard.problems.name in names]
         left = [
             shard
@@ -436,18 +413,16 @@ class _Progress(Reporter):
 
 
 def _memory_of(model: StoredModel) -> int:
-    """Bytes that a process takes that answers with ``model``: twice its files while they are
-    loaded."""
+    """Estimate the memory of a process: twice the files of the model, while they are loaded."""
     return PROCESS_BYTES + 2 * sum(folder_size(f, ".safetensors") for f in _folders_of(model))
 
 
 def _folders_of(model: StoredModel) -> list[Path]:
-    """Folders of a model, and of those below its adapters."""
+    """Return the folders of a model and its bases."""
     return [model.folder, *(_folders_of(model.parent) if model.parent else [])]
 
 
-def _check_problems(shards: Sequence[Shard], output: Path) -> None:
-    """Refuse rows that cannot be answered, the first of them."""
+def _check_problems(shards: Sequence[Shard]) -> None:
     found = list[Problem]()
     for shard in shards:
         if shard.problems.exists() and len(found) < MOST_PROBLEMS:
@@ -462,25 +437,24 @@ def _check_problems(shards: Sequence[Shard], output: Path) -> None:
 
 
 def _write_output(task: InferenceTask, shards: Sequence[Shard], output: Path) -> dict[str, int]:
-    """Put the answers together; what was counted."""
+    """Concatenate the answers and return the total counts."""
     totals = Counter[str]()
+    rows = sum(shard.rows for shard in shards)
     with ExitStack() as stack:
         file, target = stack.enter_context(new_file(output)), None
         for shard in shards:
             with shard.open_answers() as (counts, answers):
                 if target is None:
-                    rows = sum(each.rows for each in shards)
                     width = counts.get(NUMBERS, 0) // shard.rows
-                    opening = task.open_output(file, output, rows, width)
-                    target = stack.enter_context(opening)
+                    target = stack.enter_context(task.open_output(file, output, rows, width))
                 totals.update(counts)
                 shutil.copyfileobj(answers, target, 1 << 20)
     return dict(totals)
 
 
 def main(folder: Path, name: str) -> None:
-    """Answer shards of the request in ``folder``, as the process of it that is called so."""
-    on_stdin_end(lambda: os._exit(0))  # what it was answering is answered anew
+    """Answer shards of the request in ``folder``, as its process ``name``."""
+    on_stdin_end(lambda: os._exit(0))
     request = read_json(folder / _REQUEST)
     if os.path.isdir(request["directory"]):
         os.chdir(request["directory"])
@@ -494,7 +468,7 @@ def main(folder: Path, name: str) -> None:
     shards = [Shard(folder, *each) for each in request["shards"]]
     answer, reporter = task.open(), ReportFile(folder / name / REPORTS)
     while left := [shard for shard in shards if not shard.is_done]:
-        # Another process holds what is left; should it end, its shard is to be had.
+        # Other processes hold the shards that are left; one of them may be killed.
         if any(_is_free(shard) for shard in left):
             _answer_free(task, shards[: shards.index(left[-1]) + 1], answer, reporter)
         else:
@@ -509,9 +483,8 @@ def _is_free(shard: Shard) -> bool:
 def _answer_free(
     task: InferenceTask, shards: Sequence[Shard], answer: Answer, reporter: Reporter
 ) -> None:
-    """Answer what is left of the first shards of the source, but for what other processes hold."""
-    problems = list[Problem]()
-    cut = _cut(task, problems)
+    """Answer the shards that are neither done nor locked; ``shards`` starts with the first one."""
+    cut = _cut(task, [])
     for shard in shards:
         rows = next(cut, [])
         if shard.is_done:
@@ -522,16 +495,15 @@ def _answer_free(
             if not shard.is_done:
                 if len(rows) != shard.rows or _digest(task, rows) != shard.digest:
                     raise RefusedInput(
-                        f"{task.source} changed while its rows were answered: leave it as it is, and "
-                        "run the same command again"
+                        f"{task.source} changed while its rows were answered. Leave it unchanged and "
+                        "run the same command again."
                     )
                 _answer(shard, rows, answer, reporter)
             shard.lock.unlink()
 
 
 def _answer(shard: Shard, rows: Sequence[InputRow], answer: Answer, reporter: Reporter) -> None:
-    """Write the answers to the rows of a shard, or why there are none; ``reporter`` hears how
-    far."""
+    """Write the answers to the rows of a shard, or the reasons why there are none."""
     next_report = time.monotonic() + LOOK_SECONDS
 
     def report(done: int) -> None:
@@ -541,15 +513,15 @@ def _answer(shard: Shard, rows: Sequence[InputRow], answer: Answer, reporter: Re
             reporter.progress(done, shard.rows, shard.name)
 
     try:
-        answered = answer(rows, report)
+        found = answer(rows, report)
     except DataError as error:
-        write_json(shard.problems, [asdict(problem) for problem in error.problems])
+        write_json(shard.problems, [problem.to_dict() for problem in error.problems])
         return
-    shard.store(answered)
+    write_bytes(shard.answers, json.dumps(found.counts).encode() + b"\n" + found.data)
 
 
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), sys.argv[2])
     except LuthierError as error:
-        sys.exit(" ".join(str(error).split()))  # the last line is what people are told
+        sys.exit(" ".join(str(error).split()))  # the parent shows the last line
