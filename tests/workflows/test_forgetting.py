@@ -120,7 +120,7 @@ def test_a_ruined_model_loses_a_probe_that_the_base_knew(base: str, tmp_path: Pa
     (change,) = [each for each in found.changes if each.name == "probe"]
     assert change.base.value == 1.0 and change.tuned.value < 0.5
     assert change in found.regressions
-    back = luthier.forgetting(knows, ruined, [probe])
+    back = luthier.forgetting(knows, base=ruined, probes=[probe])
     assert [each.name for each in back.improvements] == ["probe"]
 
 

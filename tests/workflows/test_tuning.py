@@ -161,7 +161,7 @@ def test_the_command_says_that_a_model_is_withheld(base: str, tmp_path: Path) ->
     assert answer.exit_code == 0, answer.output
     answer = CliRunner().invoke(app, [*run, "--name", "n", "--json"])
     answer = CliRunner().invoke(app, [*run, "--name", "o", "--accept-forgetting", "--json"])
-    assert "withheld" not in json.loads(answer.stdout)
+    assert not json.loads(answer.stdout)["withheld"]
 
 
 def test_probes_of_a_recipe_are_beside_its_file(tmp_path: Path) -> None:

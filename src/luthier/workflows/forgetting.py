@@ -1,16 +1,14 @@
-"""What tuning took away: a tuned model beside the model that it was tuned from.
+"""Forgetting: what a tuned model lost, compared with the model it was tuned from.
 
-* **Drift** without any data: the base answers general prompts of ours, drawn at temperature 1, and of
-  each token of its answers the divergence ``KL(base || tuned)`` is computed over the whole
-  vocabulary. It is 0 for the base itself, and large where the tuned model would not write such
-  answers any more.
+* **Drift**, without data: the base answers our general prompts, sampled at temperature 1. For each
+  token of the answers the divergence ``KL(base || tuned)`` is computed over the vocabulary. It is 0
+  for the base itself and large if the tuned model would not write such answers.
 * **Probes**: rows with choices, by log-likelihood (:mod:`luthier.evaluation.choices`).
 
-Both models answer the same rows, so differences are known row by row; which are more than chance is
-said with Holm's correction for all at once. One model is in memory at a time: of the base its
-states and its output head stay. Left out: bias, toxicity and refusals (lm-evaluation-harness has
-data sets of thousands of rows), languages other than English for our prompts, and changes over
-several turns.
+Both models answer the same rows, so differences are paired; Holm's correction over all of them says
+which are significant. One model is in memory at a time; the hidden states and the output head of the
+base are kept. Not measured: bias, toxicity and refusals (lm-evaluation-harness has large data sets),
+other languages than English, and several turns.
 """
 
 from __future__ import annotations
@@ -49,31 +47,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.evaluation.choices import ChoiceLikelihood
     from luthier.inference.generation import Generator
     from luthier.library.models import StoredModel
     from luthier.models.network import Network
 
 SAMPLE_TOKENS = 48
-"""Tokens of an answer of the base to a general prompt."""
+"""Most tokens of an answer of the base to a general prompt."""
 CHUNK = 128
-"""Positions of which two distributions over the vocabulary are there at once."""
+"""Positions whose distributions over the vocabulary are in memory at once."""
 OWN_PROBES = "general knowledge"
 
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """How far a model's distributions moved from its base's, on answers of the base."""
+    """Divergence of a model from its base, on answers of the base."""
 
     samples: int
     tokens: int
     kl: RowScores
-    """``KL(base || tuned)`` in nats, a mean over tokens."""
+    """``KL(base || tuned)`` in nats, averaged over tokens."""
     base_perplexity: Statistic
     tuned_perplexity: Statistic
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the drift in JSON types."""
         both = {"base": self.base_perplexity, "tuned": self.tuned_perplexity}
         found = {"samples": self.samples, "tokens": self.tokens, "kl": _plain(self.kl)}
         return found | {"perplexity": {name: _plain(each) for name, each in both.items()}}
@@ -81,7 +78,7 @@ class Drift:
 
 @dataclass(frozen=True, eq=False)
 class MetricChange:
-    """One measure of the base and of the tuned model on the same rows."""
+    """A metric of the base and of the tuned model on the same rows."""
 
     name: str
     measure: str
@@ -90,34 +87,34 @@ class MetricChange:
 
     @property
     def rows(self) -> int:
-        """Of how many rows."""
+        """Number of rows."""
         return len(self.base)
 
 
 @dataclass(frozen=True, eq=False)
 class Forgetting:
-    """A tuned model beside its base."""
+    """A tuned model compared with its base."""
 
     model: str
     base: str
     drift: Drift
     changes: list[MetricChange] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    """What was left out, and what the figures do not say."""
+    """Limits of the figures, such as truncated prompts."""
 
     @cached_property
     def differences(self) -> dict[str, Difference]:
-        """How the tuned model differs, by the names of the changes."""
+        """Paired differences, by the names of the changes."""
         return paired_differences({each.name: (each.base, each.tuned) for each in self.changes})
 
     @property
     def regressions(self) -> list[MetricChange]:
-        """What is worse than before, by more than chance."""
+        """Changes that are significantly worse."""
         return [each for each in self.changes if self._improvement(each) < 0]
 
     @property
     def improvements(self) -> list[MetricChange]:
-        """What is better than before, by more than chance."""
+        """Changes that are significantly better."""
         return [each for each in self.changes if self._improvement(each) > 0]
 
     def _improvement(self, change: MetricChange) -> float:
@@ -125,35 +122,32 @@ class Forgetting:
         return as_gain(change.measure, found.value) * found.significant
 
     def verdict(self) -> str:
-        """What tuning took away, in a few sentences."""
+        """Return a summary in a few sentences."""
         kl = self.drift.kl
         low, high = kl.interval
         before, now = self.drift.base_perplexity.value, self.drift.tuned_perplexity.value
-        said = [
-            f"Drift: {kl.value:.3f} nats a token ({low:.3f} to {high:.3f}); the perplexity of what the "
-            f"base writes went from {before:.1f} to {now:.1f}."
+        sentences = [
+            f"Drift: {kl.value:.3f} nats per token ({low:.3f} to {high:.3f}). The perplexity of the "
+            f"answers of the base changed from {before:.1f} to {now:.1f}."
         ]
         for title, changes in (("Worse", self.regressions), ("Better", self.improvements)):
             if changes:
-                said.append(f"{title} than the base: {'; '.join(map(self.describe, changes))}.")
+                sentences.append(
+                    f"{title} than the base: {'; '.join(map(self.describe, changes))}."
+                )
         if self.changes and not self.regressions:
-            count = len(self.changes)
-            said.append(
-                f"Of {count} measures beside it none is worse than before by more than chance."
-                if count > 1
-                else f"{self.changes[0].name} is not worse than before by more than chance."
-            )
-        return " ".join(said)
+            sentences.append(f"None of {len(self.changes)} probes is significantly worse.")
+        return " ".join(sentences)
 
     def describe(self, change: MetricChange) -> str:
-        """A change in words."""
+        """Return a change in words."""
         found = self.differences[change.name]
         texts = (_text(change.base), _text(change.tuned))
         apart = f"{_number(found.value, change.base, '+')} ± {_number(found.error, change.base)}"
         return f"{change.name}, {change.measure} {texts[0]} to {texts[1]} ({apart})"
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return the comparison in JSON types."""
         changes = []
         for each in self.changes:
             found = self.differences[each.name]
@@ -189,17 +183,17 @@ def measure_forgetting(
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Forgetting:
-    """Hold ``tuned`` beside ``base``.
+    """Compare ``tuned`` with ``base``.
 
     Args:
-        tuned: a model that writes.
-        base: what it was tuned from, with the same tokens.
-        probes: rows with choices, by the name of each set; ours are measured besides.
-        note: hears what is done.
-        on_progress: hears how many parts are done, and of how many.
+        tuned: a model that generates text.
+        base: the model it was tuned from, with the same vocabulary.
+        probes: rows with choices by the name of each set, in addition to ours.
+        note: gets the name of each step.
+        on_progress: gets the number of finished steps and of all steps.
 
     Raises:
-        RecipeError: for models that do not write, or with other tokens.
+        RecipeError: for models that generate no text, or have different vocabularies.
     """
     from luthier.engine.machine import open_network
     from luthier.inference.generation import Generator
@@ -208,48 +202,43 @@ def measure_forgetting(
     for each in (tuned, base):
         check_writes(
             each,
-            "so it has no distributions over texts to drift. What a model that reads forgot, `luthier "
-            "evaluate` says on rows of the earlier task",
+            "so its drift cannot be measured. Use `luthier evaluate` on rows of the earlier task",
         )
-    chats = base.chat, tuned.chat
-    if chats[0].tokenizer.get_vocab() != chats[1].tokenizer.get_vocab():
+    if base.chat.tokenizer.get_vocab() != tuned.chat.tokenizer.get_vocab():
         raise RecipeError(
-            f"{tuned.id} and {base.id} have other tokens, so their distributions are not "
-            "comparable; name the model that it was tuned from"
+            f"{tuned.id} and {base.id} have different vocabularies, so their distributions are not "
+            "comparable. Name the model that it was tuned from."
         )
     sets = {OWN_PROBES: _own_choices(), **(probes or {})}
     remarks: list[str] = []
-    sides: list[_Side] = []
     answers: list[Example] = []
-    total = 4
-    for stored, chat in zip((base, tuned), chats, strict=True):
+    states: list[_States] = []
+    accuracy: list[dict[str, RowScores]] = []
+    for stored in (base, tuned):
         note(f"Measuring {stored.id}")
-        network = open_network(stored, precise=True)
+        chat, network = stored.chat, open_network(stored, precise=True)
         try:
-            generator = Generator(network, chat)
-            if not sides:
-                answers = _answers(generator)
-                on_progress(1, total)
-            side = _Side(network, chat, sets, remarks if not sides else [])
-            side.read(answers)
-            on_progress(2 * len(sides) + 2, total)
+            if stored is base:
+                answers = _answers(Generator(network, chat))
+                on_progress(1, 4)
+            states.append(_states(network, answers))
+            accuracy.append(_accuracy(network, chat, sets, remarks if stored is base else []))
         finally:
             network.close()
-        sides.append(side)
-    on_progress(total, total)
+        on_progress(2 * len(states), 4)
+    changes = [
+        MetricChange(name, "accuracy", before, accuracy[1][name])
+        for name, before in accuracy[0].items()
+    ]
     return Forgetting(
-        tuned.id,
-        base.id,
-        _drift(sides[0].states, sides[1].states, len(answers)),
-        list(_changes(*sides)),
-        remarks,
+        tuned.id, base.id, _drift(states[0], states[1], len(answers)), changes, remarks
     )
 
 
 def load_probes(paths: Sequence[str | Path]) -> dict[str, list[MultipleChoice]]:
-    """Rows with choices of each file, parted by a column ``task`` where there is one.
+    """Read rows with choices by file, or by the values of a column ``task``.
 
-    Rows of ``text`` and ``target`` are read as clozes, which is how LAMBADA is kept.
+    Rows of ``text`` and ``target`` are clozes, as in LAMBADA.
 
     Raises:
         DataError: for rows of another shape.
@@ -261,7 +250,7 @@ def load_probes(paths: Sequence[str | Path]) -> dict[str, list[MultipleChoice]]:
         columns = {"prompt": "text", "choices": "target"} if {"text", "target"} <= keys else None
         for row in load_rows(path, columns):
             if not isinstance(row, MultipleChoice):
-                message = "the row is no prompt with choices, which a probe is made of."
+                message = "the row is no prompt with choices."
                 fix = 'Write {"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}.'
                 raise DataError([Problem("row.objective", message, fix, row.location)])
             task = records.get(row.line, {}).get("task")
@@ -282,43 +271,57 @@ def _own_choices() -> list[MultipleChoice]:
 
 
 def _answers(generator: Generator) -> list[Example]:
-    """What the base answers to our prompts, the tokens that it drew of weight 1."""
+    """Return the answers of the base to our prompts, with weight 1 for the sampled tokens."""
     from luthier.models.sampling import Sampling
 
     chat = generator.chat
     prompts = [[Message("user", str(each["prompt"]))] for each in _own_prompts()]
-    # Greedy answers stand where the base is surest; drawn ones are what the divergence is a mean over.
-    replies = generator.answers(
-        prompts, Sampling(max_tokens=SAMPLE_TOKENS, temperature=1.0, seed=7)
-    )
+    # The divergence is an expectation over sampled answers; greedy ones would underestimate it.
+    sampling = Sampling(max_tokens=SAMPLE_TOKENS, temperature=1.0, seed=7)
     found: list[Example] = []
-    for prompt, reply in zip(prompts, replies, strict=True):
-        if (
-            reply.reasoning
-        ):  # whether or not it came to an end: the template might write it otherwise
-            ids_T = np.concatenate(
-                [chat.encode_prompt(prompt), np.array(reply.ids, dtype=np.int64)]
-            )
+    for prompt, reply in zip(prompts, generator.answers(prompts, sampling), strict=True):
+        if reply.reasoning:  # the template might render it in another way
+            reply_T = np.array(reply.ids, dtype=np.int64)
+            ids_T = np.concatenate([chat.encode_prompt(prompt), reply_T])
             weight_T = np.zeros(len(ids_T), dtype=np.float32)
-            weight_T[len(ids_T) - len(reply.ids) :] = 1.0
+            weight_T[len(ids_T) - len(reply_T) :] = 1.0
             found.append(Example(ids_T, weight_T, len(found)))
-            continue
-        if not reply.text.strip():
-            continue
-        encoded = chat.encode_reply([*prompt, Message("assistant", reply.text)])
-        weight_T = encoded.learned_T.astype(np.float32)
-        if not reply.finished:
-            weight_T[np.flatnonzero(weight_T)[-1]] = 0.0  # the limit ended it, not the base
-        if weight_T.any():
-            found.append(Example(encoded.ids_T, weight_T, len(found), source_T=encoded.source_T))
+        elif reply.text.strip():
+            encoded = chat.encode_reply([*prompt, Message("assistant", reply.text)])
+            weight_T = encoded.learned_T.astype(np.float32)
+            if not reply.finished:
+                weight_T[np.flatnonzero(weight_T)[-1]] = 0.0  # the end token was not sampled
+            if weight_T.any():
+                found.append(
+                    Example(encoded.ids_T, weight_T, len(found), source_T=encoded.source_T)
+                )
     if not found:
-        raise RecipeError("the base answers nothing to any prompt, so there is nothing to compare")
+        raise RecipeError("The base answers no prompt, so there is nothing to compare.")
+    return found
+
+
+def _accuracy(
+    network: Network,
+    chat: ChatFormat,
+    sets: Mapping[str, Sequence[MultipleChoice]],
+    remarks: list[str],
+) -> dict[str, RowScores]:
+    """Return the accuracy by the name of the probes."""
+    found = dict[str, RowScores]()
+    for name, rows in sets.items():
+        fitted = fit_choices(rows, chat, network.context, "truncate")
+        if fitted.truncated:
+            remarks.append(f"{fitted.truncated:,} prompts of {name} were cut to the context")
+        likelihoods = choice_likelihoods(network, fitted.examples)
+        correct = choice_scores(rows, likelihoods)[0]["accuracy"]
+        assert isinstance(correct, RowScores)
+        found[name] = correct
     return found
 
 
 @dataclass(frozen=True, eq=False)
 class _States:
-    """Hidden states before each token of some rows, and what makes distributions of them."""
+    """Hidden states before the learned tokens of some rows, and the output head."""
 
     hidden_MH: Tensor
     target_M: Tensor
@@ -327,41 +330,8 @@ class _States:
     bias_V: Tensor | None
 
 
-class _Side:
-    """One of both models, and what it says."""
-
-    def __init__(
-        self,
-        network: Network,
-        chat: ChatFormat,
-        sets: Mapping[str, Sequence[MultipleChoice]],
-        remarks: list[str],
-    ) -> None:
-        self.network, self.chat, self.remarks = network, chat, remarks
-        self.sets = sets
-        self.states: _States
-        self.correct: dict[str, RowScores] = {}
-        """Accuracy by the name of the probes."""
-
-    def read(self, answers: Sequence[Example]) -> None:
-        """Measure drift and probes."""
-        self.states = _states(self.network, answers)
-        for name, rows in self.sets.items():
-            correct = choice_scores(rows, self._likelihoods(name, rows))[0]["accuracy"]
-            assert isinstance(correct, RowScores)
-            self.correct[name] = correct
-
-    def _likelihoods(
-        self, name: str, rows: Sequence[MultipleChoice]
-    ) -> list[list[ChoiceLikelihood]]:
-        fitted = fit_choices(rows, self.chat, self.network.context, "truncate")
-        if fitted.truncated:
-            self.remarks.append(f"{fitted.truncated:,} prompts of {name} were cut to the context")
-        return choice_likelihoods(self.network, fitted.examples)
-
-
 def _states(network: Network, rows: Sequence[Example]) -> _States:
-    """What ``network`` says before each learned token of ``rows``, one row after the other."""
+    """Compute the hidden states before the learned tokens of ``rows``, in the order of the rows."""
     import torch
 
     rows_of: list[NDArray[np.int64]] = []
@@ -375,7 +345,7 @@ def _states(network: Network, rows: Sequence[Example]) -> _States:
             states.append(hidden_SH.flatten(0, -2)[batch.edge_source_E[edge_M]])
             targets.append(batch.target_E[edge_M])
     row_M = np.concatenate(rows_of)
-    order_M = np.argsort(row_M, kind="stable")  # both models' tokens in the same order
+    order_M = np.argsort(row_M, kind="stable")  # the batches of the two models may differ
     hidden_MH, target_M = (torch.cat(each)[order_M] for each in (states, targets))
     bias_V = network.head_bias_V
     head_VH = network.head_VH.detach().clone()
@@ -385,7 +355,7 @@ def _states(network: Network, rows: Sequence[Example]) -> _States:
 
 
 def _drift(base: _States, tuned: _States, samples: int) -> Drift:
-    """Divergence and perplexities of the same tokens."""
+    """Compute the divergence and the perplexities of the same tokens."""
     import torch
 
     from luthier.objectives.logprobs import scores
@@ -396,16 +366,17 @@ def _drift(base: _States, tuned: _States, samples: int) -> Drift:
     with torch.no_grad():
         for start in range(0, size, CHUNK):
             part = slice(start, start + CHUNK)
-            both = [
+            base_CV, tuned_CV = (
                 scores(each.hidden_MH[part], each.head_VH, each.bias_V)[:, :shared].log_softmax(-1)
                 for each in (base, tuned)
-            ]
-            kl_C = (both[0].exp() * (both[0] - both[1])).sum(-1)
+            )
             target_C1 = base.target_M[part, None]
             row_C = base.row_M[part]
-            losses = [-each.gather(-1, target_C1)[:, 0] for each in both]
-            sums = zip((kl_R, base_R, tuned_R), (kl_C, *losses), strict=True)
-            for sum_R, value_C in sums:
+            for sum_R, value_C in (
+                (kl_R, (base_CV.exp() * (base_CV - tuned_CV)).sum(-1)),
+                (base_R, -base_CV.gather(-1, target_C1)[:, 0]),
+                (tuned_R, -tuned_CV.gather(-1, target_C1)[:, 0]),
+            ):
                 np.add.at(sum_R, row_C, value_C.double().cpu().numpy())
             np.add.at(tokens_R, row_C, 1.0)
 
@@ -416,17 +387,5 @@ def _drift(base: _States, tuned: _States, samples: int) -> Drift:
             is_share=False,
         )
 
-    return Drift(
-        samples,
-        size,
-        RowScores.of(kl_R, tokens_R, is_share=False),
-        perplexity(base_R),
-        perplexity(tuned_R),
-    )
-
-
-def _changes(base: _Side, tuned: _Side) -> list[MetricChange]:
-    return [
-        MetricChange(name, "accuracy", correct, tuned.correct[name])
-        for name, correct in base.correct.items()
-    ]
+    kl = RowScores.of(kl_R, tokens_R, is_share=False)
+    return Drift(samples, size, kl, perplexity(base_R), perplexity(tuned_R))
