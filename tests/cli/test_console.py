@@ -223,27 +223,15 @@ def test_the_last_measurement_is_printed_and_belongs_to_its_training(
 
 
 def test_what_is_done_soon_is_not_counted(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.show_progress(10, "predict") as done:
-        for number in range(1, 11):
-            done(number)
+    reporter = progress.LiveReporter()
+    for number in range(1, 11):
+        reporter.progress(number, 10, "predict")
     assert capsys.readouterr().err == ""
-    with progress.show_progress(400, "predict") as done:
+    reporter.progress(0, 400, "predict")
+    for done in (100, 400):
         clock.now += 30
-        done(100)
-        clock.now += 30
-        done(400)
+        reporter.progress(done, 400, "predict")
     assert capsys.readouterr().err == ("  predict 100 of 400, 90 s left\n  predict 400 of 400\n")
-
-
-def test_the_speed_leaves_out_what_was_done_before(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with progress.show_progress(0, "predict", rate="rows/s") as done:
-        done(100, 400)
-        clock.now += 30
-        done(250, 400)
-    lines = "  predict 100 of 400\n  predict 250 of 400, 30 s left: 5.0 rows/s\n"
-    assert capsys.readouterr().err == lines
 
 
 def test_a_table_is_not_wrapped_in_a_file(

@@ -48,7 +48,7 @@ def test_a_file_that_is_no_image_is_named(luthier_home: Path, tmp_path: Path) ->
 def test_copies_go_to_a_picture(luthier_home: Path, tmp_path: Path) -> None:
     copies = str(tmp_path / "copies.gif")
     answer = Answer("reconstruct", "small-vae:none", "--input", "x", "--output", copies)
-    assert answer.code == 2 and "images are written as PNG: name" in answer.err
+    assert answer.code == 2 and "copies.png" in answer.err
 
 
 def test_a_file_that_may_not_be_written_is_refused(

@@ -396,7 +396,8 @@ def test_models_are_removed_where_the_service_is_not_installed(
 ) -> None:
     specs = find_spec
     monkeypatch.setattr(
-        "luthier.cli.models.find_spec", lambda name: None if name == "sqlalchemy" else specs(name)
+        "luthier.cli.models.find_spec",
+        lambda name: None if name == "sqlalchemy" else specs(name),
     )
     for name in ("removal", "database"):
         monkeypatch.setitem(sys.modules, f"luthier.server.tables.{name}", None)

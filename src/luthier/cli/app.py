@@ -33,21 +33,21 @@ from luthier.cli.data import (
 )
 from luthier.cli.demo import demo, show_demo
 from luthier.cli.distil import distil, show_distillation, show_student, student
-from luthier.cli.embed import embed
+from luthier.cli.embed import embed, show_embeddings
 from luthier.cli.estimate import estimate, show_estimate
 from luthier.cli.evaluate import evaluate, judge, show_agreement, show_evaluation
 from luthier.cli.export import push, show_push
 from luthier.cli.forgetting import forgetting, show_forgetting
-from luthier.cli.generate import chat, generate
-from luthier.cli.images import reconstruct, sample
+from luthier.cli.generate import chat, generate, show_replies
+from luthier.cli.images import reconstruct, sample, show_images, show_reconstructions
 from luthier.cli.imports import import_app
 from luthier.cli.launch import launch, print_launch_file
 from luthier.cli.learning_curve import learning_curve, show_learning_curve
 from luthier.cli.models import models_app
-from luthier.cli.nearest import nearest
+from luthier.cli.nearest import nearest, show_neighbours
 from luthier.cli.pipeline import pipeline, show_stages
 from luthier.cli.plugins import plugins, show_plugins
-from luthier.cli.predict import predict
+from luthier.cli.predict import predict, show_predictions
 from luthier.cli.pretrain import pretrain, show_pretraining
 from luthier.cli.samples import samples, show_samples
 from luthier.cli.search import search, show_search
@@ -88,7 +88,15 @@ PANELS: dict[str, Sequence[Command | Callable[..., None] | CommandGroup]] = {
         Command(advise, show_advice),
         Command(learning_curve, show_learning_curve),
     ),
-    "Use": (generate, chat, predict, embed, nearest, sample, reconstruct),
+    "Use": (
+        Command(generate, show_replies),
+        Command(chat, has_json=False),
+        Command(predict, show_predictions),
+        Command(embed, show_embeddings),
+        Command(nearest, show_neighbours),
+        Command(sample, show_images),
+        Command(reconstruct, show_reconstructions),
+    ),
     "Evaluate": (
         Command(evaluate, show_evaluation),
         Command(compare, show_comparison),

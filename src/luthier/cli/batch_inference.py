@@ -1,60 +1,74 @@
-"""``--processes`` and ``--ray-address`` of the commands that answer the rows of a file."""
+"""Replies, labels or embeddings for the rows of a file, by this process or by several."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.cli.console import extra, heavy_imports, note
-from luthier.errors import RecipeError, RefusedInput
+from luthier.cli.console import extra
+from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 
 if TYPE_CHECKING:
-    from luthier.workflows.batch_inference import FileAnswers, InferenceRunner
+    from luthier.engine.metrics import Reporter
+    from luthier.workflows.batch_inference import InferenceRunner
     from luthier.workflows.inference_tasks import InferenceTask
 
 
 @dataclass(frozen=True)
-class BatchInference:
-    """Processes that are to answer the rows of a file."""
+class RowAnswers:
+    """Answers of a model to rows."""
 
-    output: Path
+    model: str
+    rows: int
+    seconds: float
+    output: Path | None = None
+    """File with the answers; none if ``lines`` has the answers."""
+    lines: str = ""
+    """JSON Lines of the rows with their answers."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Counts of the task, such as the number of anomalous rows."""
+    shared: Mapping[str, int] = field(default_factory=dict)
+    """Number of processes that shared the rows, and rows of an earlier, interrupted command."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the answers, or their file, as JSON values."""
+        found = {"model": self.model, "rows": self.rows, "seconds": self.seconds, **self.shared}
+        if self.output is not None:
+            return {**found, "output": str(self.output)}
+        return {**found, "answers": [json.loads(line) for line in self.lines.split("\n")[:-1]]}
+
+
+@dataclass(frozen=True)
+class RowProcesses:
+    """Processes that share the rows of a file."""
+
     processes: int | None
     ray_address: str | None
     ray_gpus: float
 
-    @staticmethod
-    def of_options(
-        source: str | Path | None,
-        output: Path | None,
-        processes: int | None,
-        ray_address: str | None,
-        ray_gpus: float,
-    ) -> BatchInference | None:
-        """What was asked for; ``None`` where the command itself is to answer.
+    def check(self, source: str | Path | None, output: Path | None) -> bool:
+        """Return whether other processes share the rows.
 
         Raises:
-            RefusedInput: for options that do not go together.
+            RefusedInput: for options that exclude each other.
         """
-        if ray_gpus and ray_address is None:
-            raise RefusedInput(
-                "--ray-gpus says what processes reserve on a cluster: give --ray-address"
-            )
-        if processes is None and ray_address is None:
-            return None
+        if self.ray_gpus and self.ray_address is None:
+            raise RefusedInput("--ray-gpus reserves GPUs on a cluster: give --ray-address, too")
+        if self.processes is None and self.ray_address is None:
+            return False
         if source is None or output is None:
             raise RecipeError(
-                "--processes and --ray-address share the rows of a file, and write one: give --input "
-                "and --output"
+                "--processes and --ray-address share the rows of a file: give --input and --output"
             )
-        return BatchInference(output, processes, ray_address, ray_gpus)
+        return True
 
-    def answer(self, task: InferenceTask) -> tuple[FileAnswers, dict[str, Any]]:
-        """Have the rows of ``task`` answered, and show how that goes; what came of it, also as JSON."""
-        with heavy_imports():
-            from luthier.cli.progress import show_progress
-            from luthier.engine.metrics import Reporter
-            from luthier.workflows.batch_inference import answer_file
+    def answer(self, task: InferenceTask, output: Path, reporter: Reporter) -> RowAnswers:
+        """Answer the rows of ``task`` by several processes, and write ``output``."""
+        from luthier.workflows.batch_inference import answer_file
 
         runner: InferenceRunner | None = None
         if self.ray_address is not None:
@@ -62,16 +76,31 @@ class BatchInference:
                 from luthier.cluster.ray_commands import RayInferenceRunner
 
             runner = RayInferenceRunner(self.ray_address, self.ray_gpus)
-        with show_progress(0, task.kind, rate="rows/s") as show:
+        found = answer_file(task, output, self.processes, runner, reporter)
+        shared = {"resumed_rows": found.resumed_rows, "processes": found.processes}
+        return RowAnswers(
+            task.model, found.rows, found.seconds, output, counts=found.counts, shared=shared
+        )
 
-            class Shown(Reporter):
-                def note(self, text: str) -> None:
-                    note(text)
 
-                def progress(self, done: int, total: int, what: str) -> None:
-                    show(done, total)
+def answer_rows(task: InferenceTask, output: Path | None, reporter: Reporter) -> RowAnswers:
+    """Answer the rows of ``task`` in this process; the result has the answers without ``output``.
 
-            answers = answer_file(task, self.output, self.processes, runner, Shown())
-        report = asdict(answers)
-        del report["counts"]
-        return answers, {"model": task.model, **report, "output": str(self.output)}
+    Raises:
+        DataError: for unreadable rows, before the model is loaded.
+    """
+    from luthier.data.writers import write_packed
+
+    problems: list[Problem] = []
+    rows = [*task.rows(problems)]
+    if problems:
+        raise DataError(problems)
+    task.records(rows)
+    answer = task.open()
+    started = time.monotonic()
+    found = answer(rows, lambda done: reporter.progress(done, len(rows), task.kind))
+    seconds = time.monotonic() - started
+    if output is not None:
+        write_packed(output, found.data)
+    lines = "" if output is not None else found.data.decode()
+    return RowAnswers(task.model, len(rows), seconds, output, lines, found.counts)

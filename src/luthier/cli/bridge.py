@@ -19,7 +19,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -55,6 +55,7 @@ class KeywordOptions:
 
     options: Mapping[str, Any]
     """An annotated type with its help text, by keyword."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: str = ""
     """Help text of ``--set KEY=VALUE``, which sets entries by dotted name; no such option if empty."""
 
@@ -88,7 +89,8 @@ class Command:
                 raise typer.Exit(getattr(result, "exit_code", 0))
 
         run.__name__ = self.function.__name__
-        run.__doc__ = _SECTION.split(inspect.getdoc(self.function) or "")[0].strip()
+        text = _SECTION.split(inspect.getdoc(self.function) or "")[0]
+        run.__doc__ = text.strip().replace("``", "`")
         shown = [*parameters.shown]
         if self.has_json:
             shown.append(_keyword("json_", Json, False))
@@ -152,7 +154,7 @@ class _Parameters:
     def _add_keywords(self, annotation: Any) -> None:
         (keywords,) = (each for each in get_args(annotation) if isinstance(each, KeywordOptions))
         for name, kind in keywords.options.items():
-            self._add(name, kind, None, True, None)
+            self._add(name, kind, keywords.defaults.get(name), True, None)
         if keywords.settings:
             option = typer.Option("--set", metavar="KEY=VALUE", help=keywords.settings)
             self.shown.append(_keyword("set_", Annotated[list[str] | None, option], None))

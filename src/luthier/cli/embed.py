@@ -3,43 +3,71 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, note, print_json, print_text
-from luthier.cli.options import Columns, InferenceProcesses, Json, Overwrite, RayAddress, RayGpus
+from luthier.cli.batch_inference import RowAnswers, RowProcesses
+from luthier.cli.console import check_output, heavy_imports, print_text
+from luthier.cli.options import Mapped, OptionalAtLeastOne, RayAddress
+
+if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A file with the embeddings of rows."""
+
+    answers: RowAnswers
+    dimension: int
+    """Numbers of an embedding."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the file and the sizes as JSON values."""
+        return {**self.answers.plain(), "dimension": self.dimension}
 
 
 def embed(
-    model: Annotated[str, typer.Argument(help="Model that gives embeddings.")],
-    data: Annotated[
-        str,
-        typer.Argument(
-            help="A file of rows in any form (of .txt each line is one), a folder or archive of images "
-            "or sounds.",
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            help="File to write: .jsonl or .parquet, the rows with `embedding` beside; .npy, an array "
-            "of float32 alone, in their order."
-        ),
-    ],
-    columns: Columns = None,
-    overwrite: Overwrite = False,
-    processes: InferenceProcesses = None,
+    model: str,
+    data: str,
+    output: Annotated[Path, typer.Option("--output")],
+    *,
+    columns: Mapped = None,
+    overwrite: bool = False,
+    processes: OptionalAtLeastOne = None,
     ray_address: RayAddress = None,
-    ray_gpus: RayGpus = 0.0,
-    json_: Json = False,
-) -> None:
-    """Write embeddings of rows, images or audio files."""
+    ray_gpus: float = 0.0,
+    reporter: Reporter | None = None,
+) -> Embeddings:
+    """Write embeddings of rows, images or audio files.
+
+    A .jsonl or .parquet file has the rows with their ``embedding``, a .npy file an array of float32 in
+    the order of the rows. With --processes or --ray-address, several processes share the rows, and the
+    same command resumes after an interruption.
+
+    Args:
+        model: Id of an embedding model.
+        data: File of rows, or folder or archive of images or audio.
+        output: File for the result: .jsonl, .parquet or .npy.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        overwrite: Replace an existing file.
+        processes: Processes that share the rows.
+        ray_address: Head of a Ray cluster that runs the processes.
+        ray_gpus: GPUs that each process reserves on a node.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The file, the number of rows and the dimension.
+
+    Raises:
+        RefusedInput: for unreadable rows, or a model without embeddings.
+    """
     with heavy_imports(model):
-        from luthier.cli.batch_inference import BatchInference
         from luthier.data.rows import load_inputs
+        from luthier.engine.metrics import Reporter
         from luthier.inference.embeddings import (
             EMBEDDING,
             check_embeds,
@@ -48,46 +76,40 @@ def embed(
             embedding_writer,
             gives_embeddings,
         )
+        from luthier.inference.prediction import Predictor
         from luthier.library.models import check_active, find
-        from luthier.recipe import parse_columns
         from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
 
+    reporter = reporter or Reporter()
     form = embedding_format(output)
-    batch = BatchInference.of_options(data, output, processes, ray_address, ray_gpus)
+    shared = RowProcesses(processes, ray_address, ray_gpus)
+    is_shared = shared.check(data, output)
     check_output(output, data, overwrite=overwrite)
-    rows = [] if batch is not None else load_inputs(data, parse_columns(columns), EMBEDDING)
+    rows = [] if is_shared else load_inputs(data, columns, EMBEDDING)
     stored = check_active(find(model, is_able=gives_embeddings))
     check_embeds(stored, stored.objective)
     for text in embedding_notes(stored):
-        note(text)
-    if batch is not None:
-        own = parse_columns(columns)
-        task = EmbedTask(model=stored.id, source=data, columns=own, form=form)
-        found, report = batch.answer(task)
-        dimension = found.counts[NUMBERS] // found.rows
-        _print_result(stored.id, found.rows, dimension, report, json_)
-        return
+        reporter.note(text)
+    if is_shared:
+        task = EmbedTask(model=stored.id, source=data, columns=columns or {}, form=form)
+        answers = shared.answer(task, output, reporter)
+        return Embeddings(answers, answers.counts[NUMBERS] // answers.rows)
     with embedding_writer(output, rows) as write:
-        with heavy_imports():
-            from luthier.cli.progress import show_progress
-            from luthier.inference.prediction import Predictor
-
-            predictor = Predictor.open(stored)
+        predictor = Predictor.open(stored)
         started = time.monotonic()
-        with show_progress(len(rows), "embed") as done:
-            row_NH = predictor.embed_rows([row for _, row in rows], done)
+        row_NH = predictor.embed_rows(
+            [row for _, row in rows], lambda done: reporter.progress(done, len(rows), "embed")
+        )
         seconds = time.monotonic() - started
         write(row_NH)
     count, dimension = row_NH.shape
-    report = {"model": stored.id, "rows": count, "seconds": seconds, "output": str(output)}
-    _print_result(stored.id, count, dimension, report, json_)
+    return Embeddings(RowAnswers(stored.id, count, seconds, output), dimension)
 
 
-def _print_result(
-    model: str, rows: int, dimension: int, report: Mapping[str, Any], as_json: bool
-) -> None:
-    if as_json:
-        print_json({**report, "dimension": dimension})
-    else:
-        text = f"{rows:,} embeddings of {dimension:,} numbers by {model} written to"
-        print_text(f"{text} {report['output']}")
+def show_embeddings(found: Embeddings) -> None:
+    """Print the file, the number of rows and the dimension."""
+    answers = found.answers
+    print_text(
+        f"{answers.rows:,} embeddings of {found.dimension:,} numbers by {answers.model} written to "
+        f"{answers.output}"
+    )

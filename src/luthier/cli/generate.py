@@ -5,185 +5,163 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from luthier.cli.batch_inference import RowAnswers, RowProcesses, answer_rows
+from luthier.cli.bridge import KeywordOptions
 from luthier.cli.console import (
     check_json_lines,
     check_output,
     heavy_imports,
     is_standard_output,
     note,
-    print_json,
     print_text,
     print_written,
     stream_reasoning,
     stream_text,
     write_json,
 )
-from luthier.cli.options import (
-    Columns,
-    InferenceProcesses,
-    Json,
-    Overwrite,
-    RayAddress,
-    RayGpus,
-    with_sampling,
-)
-from luthier.errors import DataError, Problem, RecipeError, RefusedInput
+from luthier.cli.options import Mapped, OptionalAtLeastOne, RayAddress
+from luthier.errors import RecipeError, RefusedInput
 from luthier.files import read_text
+from luthier.models.sampling import MOST_TOKENS, Sampling, limited_fields
 
 if TYPE_CHECKING:
-    from luthier.data.parsing import Record
+    from luthier.engine.metrics import Reporter
     from luthier.inference.generation import Generator, Prompt
-    from luthier.models.sampling import Sampling
     from luthier.types import Message
-    from luthier.workflows.inference_tasks import InputRow
 
-Model = Annotated[str, typer.Argument(help="Model id, local directory or hub id.")]
-ReplyTokens = Annotated[
-    int | None,
-    typer.Option(help="Tokens of a reply at most; 256, or half of a smaller context.", min=1),
-]
-Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
+SAMPLING = KeywordOptions(
+    {
+        name: Annotated[
+            kind, typer.Option(help=text, min=low, max=high if high < MOST_TOKENS else None)
+        ]
+        for name, (kind, (low, high, text)) in limited_fields(Sampling).items()
+    },
+    {name: getattr(Sampling, name) for name in limited_fields(Sampling)},
+)
+"""Options for the fields of :class:`Sampling` that have limits."""
 
 
-@with_sampling
+@dataclass(frozen=True)
+class Reply:
+    """A reply to one prompt, generated when the reply is printed."""
+
+    model: str
+    prompt: str
+    generator: Generator
+    sampling: Sampling
+
+    def plain(self) -> dict[str, Any]:
+        """Generate the reply and return it as JSON values."""
+        from luthier.workflows.inference_tasks import reasoning_of
+
+        (answer,) = self.generator.answers([self.prompt], self.sampling)
+        found = {"model": self.model, "prompt": self.prompt, "completion": answer.text}
+        return {**found, **reasoning_of(answer)}
+
+
 def generate(
-    model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
-    input_: Annotated[
-        str | None,
-        typer.Option(
-            "--input",
-            help="Many: a file of prompts or messages in any form of rows (of .txt each line is one).",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSONL of the same rows, each with its `completion`; its own is `expected`. "
-            "- for standard output."
-        ),
-    ] = None,
-    columns: Columns = None,
-    schema: Annotated[
-        Path | None, typer.Option(help="File of a JSON schema that each reply matches.")
-    ] = None,
-    regex: Annotated[
-        str | None, typer.Option(help="Regular expression that the whole of each reply matches.")
-    ] = None,
-    grammar: Annotated[
-        Path | None, typer.Option(help="File of a grammar in Lark that each reply matches.")
-    ] = None,
-    overwrite: Overwrite = False,
-    processes: InferenceProcesses = None,
+    model: str,
+    prompt: str | None = None,
+    *,
+    input: str | None = None,
+    output: Path | None = None,
+    columns: Mapped = None,
+    schema: Path | None = None,
+    regex: str | None = None,
+    grammar: Path | None = None,
+    overwrite: bool = False,
+    processes: OptionalAtLeastOne = None,
     ray_address: RayAddress = None,
-    ray_gpus: RayGpus = 0.0,
-    json_: Json = False,
-    **sampling_fields: Any,
-) -> None:
-    """Generate replies to a prompt or a file of prompts."""
+    ray_gpus: float = 0.0,
+    reporter: Reporter | None = None,
+    **sampling: Annotated[Any, SAMPLING],
+) -> Reply | RowAnswers:
+    """Generate replies to a prompt or a file of prompts.
+
+    Each row of the result has the reply as ``completion``, and the reply of the file as ``expected``.
+    With --processes or --ray-address, several processes share the rows, and the same command resumes
+    after an interruption.
+
+    Args:
+        model: Model id, local directory or hub id.
+        prompt: The prompt.
+        input: File of prompts or conversations, instead of a prompt.
+        output: File for the result (JSONL); standard output by default.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        schema: File with a JSON schema for the reply.
+        regex: Regular expression for the whole reply.
+        grammar: File with a Lark grammar for the reply.
+        overwrite: Replace an existing file.
+        processes: Processes that share the rows of a file.
+        ray_address: Head of a Ray cluster that runs the processes.
+        ray_gpus: GPUs that each process reserves on a node.
+        reporter: Receives progress; silent if not given.
+        **sampling: Fields of :class:`luthier.models.sampling.Sampling`.
+
+    Returns:
+        The reply to the prompt, or the replies to the rows.
+
+    Raises:
+        RefusedInput: for unreadable rows, or a prompt that leaves too little room for a reply.
+    """
     with heavy_imports(model):
-        from luthier.cli.batch_inference import BatchInference
-        from luthier.data.writers import write_packed
+        from luthier.engine.metrics import Reporter
         from luthier.inference.generation import Generator
         from luthier.library.models import check_active, find
-        from luthier.models.sampling import Sampling
-        from luthier.recipe import parse_columns
-        from luthier.workflows.inference_tasks import (
-            REASONING,
-            GenerateTask,
-            fitting_prompts,
-            reasoning_of,
-            reply_lines,
-        )
+        from luthier.workflows.inference_tasks import GenerateTask
 
+    reporter = reporter or Reporter()
     output = None if is_standard_output(output) else output
-    if (prompt is None) == (input_ is None):
-        raise RecipeError("give one prompt, or --input FILE with many")
+    if (prompt is None) == (input is None):
+        raise RecipeError("give one prompt, or --input FILE for several prompts")
     if prompt is not None and not prompt.strip():
         raise RecipeError("the prompt is empty")
-    if input_ is None and (output is not None or columns):
-        raise RecipeError(f"--{'map' if output is None else 'output'} goes with --input")
-    sampling = Sampling(
-        **sampling_fields,
+    if input is None and (output is not None or columns):
+        raise RecipeError(f"--{'map' if output is None else 'output'} needs --input")
+    chosen = Sampling(
+        **sampling,
         schema=None if schema is None else _read_schema(schema),
         regex=regex,
         grammar=None if grammar is None else read_text(grammar),
     )
     check_json_lines(output)
-    check_output(output, input_, overwrite=overwrite)
-    task = GenerateTask(
-        model=model,
-        source=str(input_),
-        columns=parse_columns(columns),
-        sampling=sampling,
-    )
-    batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
-    if batch is not None:
+    check_output(output, input, overwrite=overwrite)
+    shared = RowProcesses(processes, ray_address, ray_gpus)
+    if shared.check(input, output) and output is not None:
         stored = check_active(find(model, is_able=Generator.is_able))
         Generator.check(stored)
-        found, report = batch.answer(replace(task, model=stored.id))
-        if json_:
-            print_json(report)
-        else:
-            print_written(found.rows, "replies", batch.output)
-        return
-    rows: list[InputRow] = []
-    records: list[Record] = []
-    if input_ is not None:
-        problems: list[Problem] = []
-        rows = [*task.rows(problems)]
-        if problems:
-            raise DataError(problems)
-        records = task.records(rows)
+        task = GenerateTask(
+            model=stored.id, source=str(input), columns=columns or {}, sampling=chosen
+        )
+        return shared.answer(task, output, reporter)
+    if input is not None:
+        task = GenerateTask(model=model, source=input, columns=columns or {}, sampling=chosen)
+        with heavy_imports():
+            return answer_rows(task, output, reporter)
     with heavy_imports():
-        from luthier.cli.progress import show_progress
+        generator = Generator.open(check_active(find(model, is_able=Generator.is_able)))
+    return Reply(model, prompt or "", generator, chosen)
 
-        stored = check_active(find(model, is_able=Generator.is_able))
-        generator = Generator.open(stored)
-    if input_ is None:
-        if json_:
-            (answer,) = generator.answers([prompt or ""], sampling)
-            completion = {"completion": answer.text, **reasoning_of(answer)}
-            print_json({"model": model, "prompt": prompt, **completion})
-            return
-        _write_reply(generator, prompt or "", sampling)
-        return
-    started = time.monotonic()
-    with show_progress(len(rows), "generate") as done:
-        prompts = fitting_prompts(rows, generator, sampling)
-        answers = generator.answers(prompts, sampling, done=done)
-    text = reply_lines(records, answers)
-    if output is not None:
-        write_packed(output, text.encode())
-    elif not json_:
-        write_json(text)
-    if json_:
-        report = {"rows": len(answers), "seconds": time.monotonic() - started}
-        if output:
-            report["output"] = str(output)
-        else:
-            report["completions"] = [answer.text for answer in answers]
-            if any(answer.reasoning for answer in answers):
-                report[REASONING] = [answer.reasoning for answer in answers]
-        print_json(report)
-        return
-    if output is not None:
-        print_written(len(answers), "replies", output)
+
+def show_replies(found: Reply | RowAnswers) -> None:
+    """Print the reply while it is generated, or the replies to the rows of a file."""
+    if isinstance(found, Reply):
+        _write_reply(found.generator, found.prompt, found.sampling)
+    elif found.output is None:
+        write_json(found.lines)
+    else:
+        print_written(found.rows, "replies", found.output)
 
 
 def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Message:
-    """Write a reply as it is decoded, and say on standard error where the limit cut it off.
-
-    What the model thinks before stands on standard error, too.
-    """
+    """Print a reply while it is generated; reasoning and a reached limit go to standard error."""
     from luthier.types import Message
 
     thoughts: list[str] = []
@@ -214,20 +192,26 @@ def _read_schema(path: Path) -> Any:
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is no JSON: {error}") from error
+        raise RecipeError(f"{path} is not valid JSON: {error}") from error
 
 
-CHAT_HELP = "An empty line starts anew, /exit or Ctrl-D ends."
+CHAT_HELP = "An empty line starts a new conversation, /exit or Ctrl-D ends the chat."
 
 
 def chat(
-    model: Model,
-    max_tokens: ReplyTokens = None,
-    temperature: Temperature = 0.0,
+    model: str,
+    *,
+    max_tokens: OptionalAtLeastOne = None,
+    temperature: float = 0.0,
 ) -> None:
     """Chat with a model.
 
     An empty line starts a new conversation, /exit or Ctrl-D ends the program.
+
+    Args:
+        model: Model id, local directory or hub id.
+        max_tokens: Token limit of a reply.
+        temperature: Sampling temperature.
     """
     with heavy_imports(model):
         from luthier.inference.derived_gguf import check_derivable

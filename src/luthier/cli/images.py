@@ -3,90 +3,102 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, print_json, print_text, print_written
-from luthier.cli.options import Columns, Json
+from luthier.cli.console import check_output, heavy_imports, print_text, print_written
+from luthier.cli.options import AtLeastOne, Mapped
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from luthier.engine.metrics import Reporter
     from luthier.media.image_generation import SampledImage
+    from luthier.media.objectives.vae import Compression
 
-Model = Annotated[str, typer.Argument(help="Model that makes images, such as one of a vae.")]
+
+@dataclass(frozen=True)
+class Samples:
+    """Images that a model generated."""
+
+    model: str
+    images: int
+    output: Path
+    seconds: float
 
 
 def sample(
-    model: Model,
-    output: Annotated[
-        Path,
-        typer.Option(help="A .png with all images side by side, or a folder for one PNG each."),
-    ],
-    count: Annotated[int, typer.Option(min=1, help="Images to make.")] = 64,
-    label: Annotated[
-        str | None, typer.Option(help="Class to make; of each class as many when not given.")
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="What the images are to show, for models that learned captions."),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(help="Of diffusion: what they are to be unlike, for models of captions."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(help="Of diffusion: steps from noise to an image.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(help="Of diffusion: how much is made of the class; 1 is as the rows are."),
-    ] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option(
-            help="Of diffusion: new noise in each step; 0 is DDIM, 1 with all steps DDPM."
-        ),
-    ] = None,
-    json_: Json = False,
-) -> None:
+    model: str,
+    output: Annotated[Path, typer.Option("--output")],
+    *,
+    count: AtLeastOne = 64,
+    label: str | None = None,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    eta: float | None = None,
+    reporter: Reporter | None = None,
+) -> Samples:
     """Generate images.
 
-    A model with classes writes one image of each class into a folder.
-    """
-    from luthier.files import write_bytes
-    from luthier.library.models import check_active, find
-    from luthier.media.image_generation import ImageGenerator
-    from luthier.media.image_grid import encode_png, grid
-    from luthier.media.objectives.diffusion import DenoisingSettings
+    A model with classes generates the same number of images of each class.
 
+    Args:
+        model: Id of a model that generates images.
+        output: PNG file with all images, or new folder of PNG files.
+        count: Number of images.
+        label: Class of the images; all classes by default.
+        prompt: Description of the images.
+        negative_prompt: Description of unwanted content (diffusion).
+        seed: Random seed.
+        steps: Denoising steps (diffusion).
+        guidance_scale: Strength of class or prompt (diffusion).
+        eta: Noise of each step; 0 is DDIM, 1 DDPM (diffusion).
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The number of images and their file or folder.
+
+    Raises:
+        RefusedInput: for a model without images, or settings that the model does not have.
+    """
     _check_samples(output)
     with heavy_imports():
-        from luthier.cli.progress import show_progress
+        from luthier.engine.metrics import Reporter
+        from luthier.files import write_bytes
+        from luthier.library.models import check_active, find
+        from luthier.media.image_generation import ImageGenerator
+        from luthier.media.image_grid import encode_png, grid
+        from luthier.media.objectives.diffusion import DenoisingSettings
 
         generator = ImageGenerator.open(check_active(find(model, is_able=ImageGenerator.is_able)))
+    reporter = reporter or Reporter()
     settings = DenoisingSettings(steps, guidance_scale, eta, negative_prompt)
     started = time.monotonic()
-    with show_progress(count, "sample") as done:
-        made = generator.sample(count, seed, label, done, settings=settings, prompt=prompt)
+    made = generator.sample(
+        count, seed, label, lambda done: reporter.progress(done, count, "sample"),
+        settings=settings, prompt=prompt,
+    )  # fmt: skip
     if output.suffix.lower() == ".png":
         write_bytes(output, encode_png(grid([each.pixels for each in made])))
     else:
         _write_folder(made, output)
-    if json_:
-        seconds = time.monotonic() - started
-        print_json({"model": model, "images": count, "output": str(output), "seconds": seconds})
-    else:
-        print_written(count, "images", output)
+    return Samples(model, count, output, time.monotonic() - started)
+
+
+def show_images(found: Samples) -> None:
+    """Print the number of images and their file or folder."""
+    print_written(found.images, "images", found.output)
 
 
 def _check_samples(output: Path) -> None:
-    """Refuse a picture or folder that cannot be written, before images are made for it."""
+    """Reject a file or folder that cannot be written, before images are generated."""
     ending = output.suffix.lower()
     if ending == ".png":
         check_output(output)
@@ -107,7 +119,7 @@ def _check_samples(output: Path) -> None:
 
 
 def _write_folder(made: Sequence[SampledImage], folder: Path) -> None:
-    """A PNG for each image, below the name of its class where there is one."""
+    """Write a PNG file for each image, in a folder for each class."""
     from luthier.files import write_bytes
     from luthier.media.image_grid import encode_png
 
@@ -118,68 +130,98 @@ def _write_folder(made: Sequence[SampledImage], folder: Path) -> None:
         write_bytes(place / f"{number:05}.png", encode_png(each.pixels))
 
 
+@dataclass(frozen=True)
+class Reconstructions:
+    """Images with their reconstructions, or images between them."""
+
+    model: str
+    images: int
+    of: int
+    """Number of images in the source."""
+    output: Path
+    errors: list[float]
+    """Mean squared error of each image; empty for interpolations."""
+    compression: Compression | None
+
+    def plain(self) -> dict[str, Any]:
+        """Return the sizes and errors as JSON values."""
+        found: dict[str, Any] = {
+            "model": self.model, "images": self.images, "of": self.of, "output": str(self.output)
+        }  # fmt: skip
+        if self.compression is None:
+            return found
+        ratios = {"ratio": self.compression.ratio, "bytes_ratio": self.compression.bytes_ratio}
+        return {
+            **found, "error": sum(self.errors) / len(self.errors), "errors": self.errors,
+            "compression": {**asdict(self.compression), **ratios},
+        }  # fmt: skip
+
+
 def reconstruct(
-    model: Model,
-    input_: Annotated[
-        str, typer.Option("--input", help="Images: a folder, archive, .npz, or one file.")
-    ],
-    output: Annotated[Path, typer.Option(help="PNG file with all images side by side.")],
-    count: Annotated[int, typer.Option(min=1, help="Of the first so many images.")] = 32,
-    between: Annotated[
-        int | None,
-        typer.Option(min=2, help="Show so many steps from each image to the next instead."),
-    ] = None,
-    columns: Columns = None,
-    json_: Json = False,
-) -> None:
-    """Reconstruct images, or interpolate between images."""
-    from luthier.data.inputs import is_media
-    from luthier.data.rows import input_row, load_inputs
-    from luthier.files import write_bytes
-    from luthier.library.models import check_active, find
-    from luthier.media.image_generation import ImageGenerator
-    from luthier.media.image_grid import encode_png, grid
-    from luthier.recipe import parse_columns
+    model: str,
+    input: Annotated[str, typer.Option("--input")],
+    output: Annotated[Path, typer.Option("--output")],
+    *,
+    count: AtLeastOne = 32,
+    between: Annotated[int | None, typer.Option(min=2)] = None,
+    columns: Mapped = None,
+    reporter: Reporter | None = None,
+) -> Reconstructions:
+    """Reconstruct images, or interpolate between images.
 
+    Args:
+        model: Id of a model that generates images.
+        input: Images: folder, archive, .npz or one file.
+        output: PNG file with all images side by side.
+        count: Number of images, the first of the source.
+        between: Number of steps between two images; interpolates.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The errors and the compression.
+
+    Raises:
+        RefusedInput: for unreadable images, or a model that cannot encode images.
+    """
     if output.suffix.lower() != ".png":
-        raise RecipeError(f"images are written as PNG: name {output.with_suffix('.png')}")
-    check_output(output, input_)
-    if is_media(input_) and Path(input_).is_file():
-        rows = [input_row(input_, "the command line")]
-    else:
-        rows = [row for _, row in load_inputs(input_, parse_columns(columns))]
-    there, rows = len(rows), rows[:count]
+        raise RecipeError(f"the result is a PNG file: name {output.with_suffix('.png')}")
+    check_output(output, input)
     with heavy_imports():
-        from luthier.cli.progress import show_progress
+        from luthier.data.inputs import is_media
+        from luthier.data.rows import input_row, load_inputs
+        from luthier.engine.metrics import Reporter
+        from luthier.files import write_bytes
+        from luthier.library.models import check_active, find
+        from luthier.media.image_generation import ImageGenerator
+        from luthier.media.image_grid import encode_png, grid
 
-        generator = ImageGenerator.open(check_active(find(model)))
-    report: dict[str, Any] = {
-        "model": model, "images": len(rows), "of": there, "output": str(output)
-    }  # fmt: skip
+    reporter = reporter or Reporter()
+    if is_media(input) and Path(input).is_file():
+        found = [input_row(input, "the command line")]
+    else:
+        found = [row for _, row in load_inputs(input, columns)]
+    rows = found[:count]
+    generator = ImageGenerator.open(check_active(find(model)))
     if between is not None:
         ways = generator.interpolate(rows, between)
         write_bytes(output, encode_png(grid([each for way in ways for each in way], between)))
-    else:
-        with show_progress(len(rows), "reconstruct") as done:
-            found = generator.reconstruct(rows, done)
-        pairs = [pixels for each in found for pixels in (each.original, each.copy)]
-        width = 2 * max(1, round((len(found) / 2) ** 0.5))
-        write_bytes(output, encode_png(grid(pairs, width)))
-        report |= {
-            "error": sum(each.error for each in found) / len(found),
-            "errors": [each.error for each in found],
-            "compression": {
-                **asdict(found[0].compression),
-                "ratio": found[0].compression.ratio,
-                "bytes_ratio": found[0].compression.bytes_ratio,
-            },
-        }
-    if json_:
-        print_json(report)
-        return
-    if "error" in report:
-        print_text(f"mean squared error {report['error']:.5f}, of pixels from 0 to 1")
-        print_text(f"each image: {found[0].compression}")
-    if len(rows) < there:
-        print_text(f"the first {len(rows):,} of {there:,} images; --count {there} takes all")
-    print_written(len(rows), "images", output)
+        return Reconstructions(model, len(rows), len(found), output, [], None)
+    made = generator.reconstruct(
+        rows, lambda done: reporter.progress(done, len(rows), "reconstruct")
+    )
+    pairs = [pixels for each in made for pixels in (each.original, each.copy)]
+    write_bytes(output, encode_png(grid(pairs, 2 * max(1, round((len(made) / 2) ** 0.5)))))
+    errors = [each.error for each in made]
+    return Reconstructions(model, len(rows), len(found), output, errors, made[0].compression)
+
+
+def show_reconstructions(found: Reconstructions) -> None:
+    """Print the error and the compression."""
+    if found.compression is not None:
+        error = sum(found.errors) / len(found.errors)
+        print_text(f"mean squared error {error:.5f}, of pixels from 0 to 1")
+        print_text(f"each image: {found.compression}")
+    if found.images < found.of:
+        print_text(f"{found.images:,} of {found.of:,} images; --count {found.of} for all images")
+    print_written(found.images, "images", found.output)

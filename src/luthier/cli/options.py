@@ -18,7 +18,7 @@ from luthier.errors import RecipeError
 from luthier.models.sampling import MOST_TOKENS, Sampling, limited_fields
 
 if TYPE_CHECKING:
-    from luthier.cli.model import Model
+    from luthier.inference.model import Model
     from luthier.library.models import StoredModel
     from luthier.recipe import Recipe
 
@@ -93,13 +93,7 @@ InferenceProcesses = Annotated[
         "where it was cut short. On a cluster one for each node if not given.",
     ),
 ]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST:PORT",
-        help="Head of a Ray cluster that does the work; this machine has to be a node of it.",
-    ),
-]
+RayAddress = Annotated[str | None, typer.Option(metavar="HOST:PORT")]
 RayGpus = Annotated[float, typer.Option(help="GPUs that each process or trial reserves on a node.")]
 Prices = Annotated[
     Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
@@ -320,7 +314,7 @@ TUNING: Mapping[str, RecipeField] = {
 def recipe_keywords(fields: Mapping[str, RecipeField]) -> KeywordOptions:
     """Return the options of ``fields`` and ``--set`` for all other fields."""
     options = {name: field.option for name, field in fields.items()}
-    return KeywordOptions(options, "Any field of the recipe, e.g. adaptation.rank=8.")
+    return KeywordOptions(options, settings="Any field of the recipe, e.g. adaptation.rank=8.")
 
 
 TuningFields = Annotated[Any, recipe_keywords(TUNING)]

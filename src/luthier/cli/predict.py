@@ -5,167 +5,139 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from luthier.cli.batch_inference import RowAnswers, RowProcesses, answer_rows
 from luthier.cli.console import (
     check_json_lines,
     check_output,
     heavy_imports,
     is_standard_output,
-    note,
-    print_json,
     print_text,
     print_written,
     write_json,
 )
-from luthier.cli.options import Columns, InferenceProcesses, Json, Overwrite, RayAddress, RayGpus
+from luthier.cli.options import Mapped, OptionalAtLeastOne, RayAddress
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
-    from luthier.data.parsing import Record
-    from luthier.library.models import StoredModel
-    from luthier.types import Row
+    from luthier.engine.metrics import Reporter
 
 SHOWN = 5
-"""Classes, or numbers of an embedding, that a terminal shows of each text."""
+"""Number of classes, or of numbers of an embedding, that are printed for a text."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions for a text or for rows, with the model's decision threshold."""
+
+    answers: RowAnswers
+    threshold: float | None
+
+    def plain(self) -> dict[str, Any]:
+        """Return the predictions, or their file, as JSON values."""
+        return self.answers.plain()
 
 
 def predict(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Model that gives labels, ratings, tags, embeddings or text of sounds and images."
-        ),
-    ],
-    text: Annotated[
-        str | None,
-        typer.Argument(help="What to read: a text, or the path of an image or a sound."),
-    ] = None,
-    input_: Annotated[
-        str | None,
-        typer.Option(
-            "--input",
-            help="Many: a file of rows in any form (of .txt each line is one), a folder or archive of "
-            "images or sounds, a CSV of times and values.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="JSONL of the same rows, each with `predicted`; - for standard output."),
-    ] = None,
-    columns: Columns = None,
-    top: Annotated[
-        int | None,
-        typer.Option(min=1, help="Likeliest classes to show; 5 in a terminal, all in files."),
-    ] = None,
-    overwrite: Overwrite = False,
-    processes: InferenceProcesses = None,
+    model: str,
+    text: str | None = None,
+    *,
+    input: str | None = None,
+    output: Path | None = None,
+    columns: Mapped = None,
+    top: OptionalAtLeastOne = None,
+    overwrite: bool = False,
+    processes: OptionalAtLeastOne = None,
     ray_address: RayAddress = None,
-    ray_gpus: RayGpus = 0.0,
-    json_: Json = False,
-) -> None:
+    ray_gpus: float = 0.0,
+    reporter: Reporter | None = None,
+) -> Predictions:
     """Predict labels, ratings, tags or transcriptions.
 
-    Rows of a file keep all their fields.
+    Rows of a file keep all their fields, and ``predicted`` is added. With --processes or --ray-address,
+    several processes share the rows, and the same command resumes after an interruption.
+
+    Args:
+        model: Id of a classifier, tagger, encoder or reader.
+        text: A text, or the path of an image or audio file.
+        input: File of rows, media folder or time series, not a text.
+        output: File for the result (JSONL); standard output by default.
+        columns: Column of a key, e.g. prompt=question; repeatable.
+        top: Number of classes; 5 for a text, all for a file by default.
+        overwrite: Replace an existing file.
+        processes: Processes that share the rows of a file.
+        ray_address: Head of a Ray cluster that runs the processes.
+        ray_gpus: GPUs that each process reserves on a node.
+        reporter: Receives progress; silent if not given.
+
+    Returns:
+        The predictions, or the file with the predictions.
+
+    Raises:
+        RefusedInput: for unreadable rows, or a model that generates text or images.
     """
     with heavy_imports(model):
-        from luthier.cli.batch_inference import BatchInference
-        from luthier.data.rows import PREDICTED, input_row, load_inputs
-        from luthier.data.writers import json_records, write_packed
+        from luthier.data.rows import input_row
+        from luthier.engine.metrics import Reporter
         from luthier.inference.prediction import Predictor
-        from luthier.library.models import check_active, find
+        from luthier.library.models import check_active, find, leaves_classes_out
         from luthier.objectives.base import threshold_of
-        from luthier.recipe import parse_columns
-        from luthier.workflows.inference_tasks import PredictTask, anomaly_counts, prediction_lines
+        from luthier.workflows.inference_tasks import PredictTask, prediction_lines
 
-    shows_all = is_standard_output(output)
-    output = None if shows_all else output
-    if (text is None) == (input_ is None):
-        raise RecipeError("give one text, or --input FILE with many")
-    if input_ is None and (output is not None or columns):
-        raise RecipeError(f"--{'map' if output is None else 'output'} goes with --input")
+    reporter = reporter or Reporter()
+    output = None if is_standard_output(output) else output
+    if (text is None) == (input is None):
+        raise RecipeError("give one text, or --input FILE for several rows")
+    if input is None and (output is not None or columns):
+        raise RecipeError(f"--{'map' if output is None else 'output'} needs --input")
     if text is not None and not text.strip():
         raise RecipeError("the text is empty")
     if text is not None and _holds_rows(text):
-        raise RecipeError(
-            f"{text} is a file or folder of rows: give it as --input {shlex.quote(text)}"
-        )
+        raise RecipeError(f"{text} is a file or folder of rows: give --input {shlex.quote(text)}")
     check_json_lines(output)
-    check_output(output, input_, overwrite=overwrite)
-    batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
-    if batch is not None:
-        stored = check_active(find(model, is_able=Predictor.is_able))
-        objective = Predictor.check(stored)
-        _note_left_out_classes(stored)
-        own = parse_columns(columns)
-        task = PredictTask(model=stored.id, source=str(input_), columns=own, top=top)
-        found, report = batch.answer(task)
-        if json_:
-            print_json(report)
-        else:
-            _print_written(found.rows, found.counts, batch.output, threshold_of(objective))
-        return
-    rows: list[tuple[Record, Row]]
-    if input_ is None:
-        rows = [({}, input_row(text or "", "the command line"))]
-    else:
-        rows = load_inputs(input_, parse_columns(columns), PREDICTED)
-    records = json_records(rows)
-    with heavy_imports():
-        from luthier.cli.progress import show_progress
-
-        stored = check_active(find(model, is_able=Predictor.is_able))
-        predictor = Predictor.open(stored)
-    _note_left_out_classes(stored)
-    in_terminal = output is None and not shows_all and (text or sys.stdout.isatty())
-    if top is None and not json_ and in_terminal:
-        top = SHOWN
-    threshold = threshold_of(predictor.objective)
-    started = time.monotonic()
-    with show_progress(len(rows), "predict") as done:
-        answers = predictor.answers([row for _, row in rows], done, top)
-    lines = prediction_lines(records, answers)
-    if output is not None:
-        write_packed(output, lines.encode())
-    if json_:
-        seconds = time.monotonic() - started
-        report = {"model": model, "rows": len(rows), "seconds": seconds}
-        print_json(report | ({"output": str(output)} if output else {"answers": answers}))
-    elif text is not None:
-        print_text(_render(answers[0], threshold), end="")
-    elif output is None:
-        write_json(lines)
-    else:
-        _print_written(len(rows), anomaly_counts(answers), output, threshold)
-
-
-def _note_left_out_classes(stored: StoredModel) -> None:
-    from luthier.library.models import leaves_classes_out
-
+    check_output(output, input, overwrite=overwrite)
+    shared = RowProcesses(processes, ray_address, ray_gpus)
+    is_shared = shared.check(input, output)
+    stored = check_active(find(model, is_able=Predictor.is_able))
+    threshold = threshold_of(Predictor.check(stored))
     if leaves_classes_out(stored):
-        note(f"the classes of {stored.id} are left out, as no job of luthier made them: what follows "
-             "is the embedding of each row")  # fmt: skip
+        reporter.note(f"{stored.id} has classes that no luthier job made: the result is embeddings")
+    task = PredictTask(model=stored.id, source=str(input), columns=columns or {}, top=top)
+    if is_shared and output is not None:
+        return Predictions(shared.answer(task, output, reporter), threshold)
+    with heavy_imports():
+        if input is not None:
+            return Predictions(answer_rows(task, output, reporter), threshold)
+        row = input_row(text or "", "the command line")
+        found = Predictor.open(stored).answers([row], top=top)
+    return Predictions(
+        RowAnswers(stored.id, 1, 0.0, None, prediction_lines([{}], found)), threshold
+    )
 
 
-def _print_written(
-    rows: int, counts: Mapping[str, int], output: Path, threshold: float | None
-) -> None:
-    """Say where the rows are, and how many are anomalous where the model says that."""
-    print_written(rows, "rows", output)
-    if counts["verdicts"]:
-        text = f"{counts['anomalous']:,} of them are anomalous (a score above {threshold:.3f})"
-        if short := counts["not_judged"]:
-            text += f"; {short:,} have too few values before them to be judged"
-        print_text(text)
+def show_predictions(found: Predictions, text: str | None, top: int | None) -> None:
+    """Print the prediction for a text, the rows, or the name of their file."""
+    answers, threshold = found.answers, found.threshold
+    if text is not None:
+        predicted = json.loads(answers.lines)["predicted"]
+        print_text(_render(predicted, threshold, top or SHOWN), end="")
+    elif answers.output is None:
+        write_json(answers.lines)
+    else:
+        print_written(answers.rows, "rows", answers.output)
+        if answers.counts["verdicts"]:
+            above = (
+                f"{answers.counts['anomalous']:,} rows are anomalous (score above {threshold:.3f})"
+            )
+            short = answers.counts["not_judged"]
+            print_text(above + (f"; {short:,} rows have too short a history" if short else ""))
 
 
 def _holds_rows(text: str) -> bool:
-    """Whether ``text`` is the path of something that holds more than one row."""
+    """Return whether ``text`` is the path of a file or folder with rows."""
     from luthier.data.inputs import is_media
 
     try:
@@ -175,8 +147,8 @@ def _holds_rows(text: str) -> bool:
         return False
 
 
-def _render(answer: dict[str, Any], threshold: float | None) -> str:
-    """One answer for a person: the likeliest labels, the rating, or entities and where they stand."""
+def _render(answer: dict[str, Any], threshold: float | None, top: int) -> str:
+    """Return a prediction as text: the likeliest labels, the rating, or entities with positions."""
     if "tags" in answer:
         found = [
             f"{e['label']}: {json.dumps(e['text'], ensure_ascii=False)} [{e['start']}:{e['end']}]\n"
@@ -184,7 +156,7 @@ def _render(answer: dict[str, Any], threshold: float | None) -> str:
         ]
         return "".join(found) or "(no entities)\n"
     if "text" in answer:
-        return f"{answer['text'] or '(nothing was read)'}\n"
+        return f"{answer['text'] or '(no text)'}\n"
     if "embedding" in answer:
         if not sys.stdout.isatty():
             return json.dumps(answer["embedding"]) + "\n"
@@ -201,4 +173,5 @@ def _render(answer: dict[str, Any], threshold: float | None) -> str:
             for name, value in verdicts.items()
         ]
         return "  ".join([f"{answer['score']:.3f}", *said]) + "\n"
-    return "".join(f"{p:6.1%}  {name}\n" for name, p in answer["scores"].items())
+    scores = sorted(answer["scores"].items(), key=lambda item: -item[1])[:top]
+    return "".join(f"{p:6.1%}  {name}\n" for name, p in scores)

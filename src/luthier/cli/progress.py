@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.cli.console import new_console
@@ -30,12 +29,9 @@ def can_draw() -> bool:
 class ProgressLines:
     """Progress where no bar can move: a line soon, then one now and then, each with the time left."""
 
-    def __init__(self, name: str, first: float = 0.0, percent: bool = False) -> None:
-        """Of what is done within ``first`` seconds nothing is told; if 0, it begins with an update.
-
-        With ``percent`` the numbers done and in all are not shown, which people would not know.
-        """
-        self.name, self.percent = name, percent
+    def __init__(self, name: str, first: float = 0.0) -> None:
+        """Print the first line after ``first`` seconds, or with the first update if 0."""
+        self.name = name
         self._began = (time.monotonic(), 0) if first else None
         self._next = time.monotonic() + first
         self._lines, self._ended = 0, False
@@ -53,8 +49,7 @@ class ProgressLines:
         left = ""
         if first < done < total and done >= total / 100:  # less tells nothing of the time
             left = f", {format_duration((now - start) / (done - first) * (total - done))} left"
-        part = f"{done / max(1, total):.0%}" if self.percent else f"{done:,} of {total:,}"
-        shown = f"  {self.name} {part}{left}"
+        shown = f"  {self.name} {done:,} of {total:,}{left}"
         sys.stderr.write(printable(f"{shown}: {text}" if text else shown) + "\n")
         sys.stderr.flush()
         # A job of days needs no line every ten seconds.
@@ -172,7 +167,8 @@ class LiveReporter(Reporter):
         """Show that ``done`` of ``total`` are done, and how it goes."""
         if not self.draws:
             if self._lines is None:
-                self._lines = ProgressLines(name or text)
+                # A command that takes a moment prints no progress.
+                self._lines = ProgressLines(name or text, 0.0 if name else SECONDS_TO_SECOND_LINE)
             if self._lines.update(done, total, text if name else "") and name:
                 self._unprinted = ""
             return
@@ -200,39 +196,3 @@ class LiveReporter(Reporter):
         )
         self._progress.start()
         self._task = self._progress.add_task(name, total=steps, text="")
-
-
-@contextmanager
-def show_progress(total: int, text: str, rate: str = "") -> Iterator[Callable[..., None]]:
-    """Progress of ``total`` things; yields a function that takes how many are done.
-
-    Where their number shows itself on the way only, the function takes it beside. With ``rate``, such
-    as ``rows/s``, the speed is shown; what the first call says was done before.
-    """
-    began: list[tuple[float, int]] = []
-
-    def speed(done: int) -> str:
-        if not rate:
-            return ""
-        if not began:
-            began.append((time.monotonic(), done))
-        start, before = began[0]
-        seconds = time.monotonic() - start
-        return f"{(done - before) / seconds:,.1f} {rate}" if done > before else ""
-
-    if not can_draw():
-        lines = ProgressLines(text, first=0.0 if rate else SECONDS_TO_SECOND_LINE)
-
-        def print_line(done: int, of: int = total) -> None:
-            lines.update(done, of, speed(done))
-
-        yield print_line
-        return
-    from rich.progress import Progress, TextColumn
-
-    columns = [*Progress.get_default_columns(), TextColumn("{task.fields[speed]}")]
-    with Progress(*columns, console=new_console(stderr=True), transient=True) as progress:
-        task = progress.add_task(text, total=total or None, speed="")
-        yield lambda done, of=total: progress.update(
-            task, completed=done, total=of, speed=speed(done)
-        )

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from luthier.inference.generation import GeneratedReply, Generator
+    from luthier.inference.nearest import Neighbour
     from luthier.library.models import StoredModel
     from luthier.media.image_generation import ImageGenerator, Reconstruction, SampledImage
     from luthier.types import Message, Row
-    from luthier.workflows.nearest import Neighbour
 
     Conversation = Sequence[Message | Mapping[str, str]]
 
@@ -294,8 +294,8 @@ class Model:
             columns: what rows call our keys, such as ``{"text": "question"}``.
         """
         from luthier.data.rows import input_row, load_inputs
+        from luthier.inference.nearest import find_nearest
         from luthier.inference.prediction import Predictor
-        from luthier.workflows.nearest import find_nearest
 
         if not isinstance(self.opened, Predictor):
             raise RecipeError(f"{self.stored.id} gives no embeddings; name a model that does")
