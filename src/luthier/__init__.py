@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from luthier.cli.forgetting import forgetting
     from luthier.cli.launch import launch
     from luthier.cli.learning_curve import learning_curve
+    from luthier.cli.model import Model, load
     from luthier.cli.pipeline import pipeline
     from luthier.cli.pretrain import pretrain
     from luthier.cli.samples import samples
     from luthier.cli.search import search
     from luthier.cli.tune import tune
-    from luthier.inference.model import Model, load
     from luthier.migrate import import_openai, import_promptfoo
     from luthier.recipe import Recipe
 
@@ -78,7 +78,7 @@ _HOMES = {
         "cli.forgetting": ["forgetting"],
         "cli.launch": ["launch"],
         "cli.learning_curve": ["learning_curve"],
-        "inference.model": ["Model", "load"],
+        "cli.model": ["Model", "load"],
         "cli.pipeline": ["pipeline"],
         "cli.pretrain": ["pretrain"],
         "cli.samples": ["samples"],

@@ -27,8 +27,8 @@ from botocore.exceptions import ClientError
 from PIL import Image
 from served import served
 
+from luthier.cli.model import load
 from luthier.engine.train import train
-from luthier.inference.model import load
 from luthier.limits import ServerLimits
 from luthier.recipe import Recipe
 from luthier.server.service import Service

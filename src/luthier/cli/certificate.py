@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.cli.console import check_output, print_text
+from luthier.cli.model import stored_model
 from luthier.cli.options import ModelSource
 from luthier.errors import RecipeError
 from luthier.files import write_bytes
-from luthier.inference.model import stored_model
 from luthier.pages import shorten
 
 if TYPE_CHECKING:

@@ -84,8 +84,8 @@ def evaluate(
     check_output(output, data)
     check_output(html, data)
     with heavy_imports():
+        from luthier.cli.model import Model
         from luthier.engine.metrics import Reporter
-        from luthier.inference.model import Model
         from luthier.workflows.evaluate import evaluate as run
 
     reporter = reporter or Reporter()

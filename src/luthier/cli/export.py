@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from luthier.cli.console import new_table, print_table, print_text
+from luthier.cli.model import stored_model
 from luthier.cli.options import Mapped, ModelSource
 from luthier.errors import RecipeError
-from luthier.inference.model import stored_model
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter

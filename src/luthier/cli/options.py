@@ -18,7 +18,7 @@ from luthier.errors import RecipeError
 from luthier.models.sampling import MOST_TOKENS, Sampling, limited_fields
 
 if TYPE_CHECKING:
-    from luthier.inference.model import Model
+    from luthier.cli.model import Model
     from luthier.library.models import StoredModel
     from luthier.recipe import Recipe
 
