@@ -281,7 +281,7 @@ def test_cli_toml_recipe_and_sdk_give_the_same_weights(
     toml = tmp_path / "recipe.toml"
     toml.write_text("\n".join(lines))
     results.append(luthier.tune(toml))
-    plain = ["tune", str(rows), "--base", str(tiny_model_folder), "--batch-size", "8"]
+    plain = ["tune", str(rows), "--base", str(tiny_model_folder)]
     for key, value in settings.items():
         plain += ["--set", f"training.{key}={value}"]
     plain += ["--set", "data.validation_share=0.2", "--set", "adaptation.rank=4"]

@@ -21,7 +21,7 @@ from luthier.data.inputs import MediaInput, save_processor
 from luthier.data.rows import load_rows
 from luthier.engine.job import with_reading_defaults
 from luthier.engine.loop import Loop
-from luthier.errors import CorruptFile, DataError, Interrupted, RecipeError, RefusedInput
+from luthier.errors import CorruptFile, DataError, RecipeError, RefusedInput
 from luthier.library import models as store
 from luthier.media import processors
 from luthier.media.networks import small_cnn as net
@@ -184,46 +184,6 @@ def tune(pictures: Path, base: Path, name: str, **training: Any) -> Any:
             }
         )
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("steps", [0, 3])
-def test_ctrl_c_does_not_wait_for_images_to_be_decoded(
-    pictures: Path, base: Path, monkeypatch: pytest.MonkeyPatch, steps: int
-) -> None:
-    """A step of 16 images of 4000 x 4000 took ten seconds; and the run goes on to the same bits."""
-
-    def train(name: str, resume: bool = False) -> dict[str, bytes]:
-        result = luthier.tune(
-            pictures / "learn", base=str(base), name=name, adaptation="full", resume=resume,
-            data__validation=str(pictures / "test"), training__max_steps=6, training__patience=0,
-            training__precision="float32", training__threads=1, training__baseline_seconds=0,
-        )  # fmt: skip
-        files = Path(result.model_dir).rglob("*.safetensors")
-        return {path.name: path.read_bytes() for path in files}
-
-    whole, arrays = train("whole"), MediaReader.arrays
-    decoded: list[int] = []
-
-    def interrupted(self: MediaReader, tree: Any, *place: Any) -> Any:
-        if Loop.instance.progress.step == steps and Loop.instance._is_reading:
-            signal.raise_signal(signal.SIGINT)
-            decoded.append(steps)
-        return arrays(self, tree, *place)
-
-    run = Loop.run
-
-    def watched(self: Loop) -> Any:
-        Loop.instance = self
-        return run(self)
-
-    monkeypatch.setattr(Loop, "instance", None, raising=False)
-    monkeypatch.setattr(Loop, "run", watched)
-    monkeypatch.setattr(MediaReader, "arrays", interrupted)
-    with pytest.raises(Interrupted, match=f"stopped after step {steps} of 6"):
-        train("broken")
-    assert not decoded
-    monkeypatch.setattr(MediaReader, "arrays", arrays)
-    assert train("broken", resume=True) == whole != {}
 
 
 def test_features_that_are_computed_once_train_the_same_head(

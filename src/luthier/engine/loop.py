@@ -130,8 +130,6 @@ class Loop:
         self.progress = TrainingProgress()
         self._upcoming: list[Example] | None = None
         """Rows of the step to come, where they are read while one computes."""
-        self._is_reading = False
-        """Whether rows of a step are read, of which nothing is learned yet."""
         self._buffers = [*adapter_buffers(model).values()]
         """Such as statistics of norms: those of the first process, as in PyTorch's DDP."""
         self.best: dict[str, torch.Tensor] = {}
@@ -191,17 +189,13 @@ class Loop:
                     f"Measuring {len(self.validation):,} held-out rows, as it begins"
                 )
             self.evaluate()
-        with _stop_on_signal(lambda: self._is_reading) as stopped:
+        with _stop_on_signal() as stopped:
             while self.progress.step < self.until and not self._patience_spent():
-                try:
-                    self.step()
-                except _ReadingStopped:
-                    pass  # as if the step had not begun: what it draws will be drawn anew
-                else:
-                    last = self.progress.step == self.until
-                    every = self.training.evaluate_every or self.steps
-                    if last or self.progress.step % every == 0:
-                        self.evaluate()
+                self.step()
+                last = self.progress.step == self.until
+                every = self.training.evaluate_every or self.steps
+                if last or self.progress.step % every == 0:
+                    self.evaluate()
                 if self.processes.any(stopped()):
                     if self.progress.step:  # a run that has not trained begins anew
                         self.checkpoint()
@@ -258,7 +252,7 @@ class Loop:
         self.network.done = self.progress.step / self.steps
         # What is drawn in a step follows from seed and step, as its rows do.
         seed_torch(derive_seed(self.training.seed, self.progress.step))
-        with torch.no_grad(), self._reading(chosen), self.network.split_work():
+        with torch.no_grad(), self.network.split_work():
             batches = objective.annotate(self.network, chosen, self.budget)
         self._upcoming = None
         if self.progress.step + 1 < self.until and not objective.contrasts_rows:
@@ -311,23 +305,6 @@ class Loop:
             for record in report.samples:
                 line = {"step": progress.step, **record}
                 progress.sample_lines = self.samples.append(line)
-
-    @contextmanager
-    def _reading(self, rows: Sequence[Example]) -> Iterator[None]:
-        """Let Ctrl-C end what is done here at once, as if the step had not begun.
-
-        To decode large images takes most of a step, and changes no weight. What is sampled has its own
-        samples and is not ended.
-        """
-        alone = self.processes.size == 1  # others would wait for what this process leaves undone
-        if rows[0].media is None or self.objective.completions[1] or not alone:
-            yield
-            return
-        self._is_reading = True
-        try:
-            yield
-        finally:
-            self._is_reading = False
 
     def _rows(self, step: int) -> list[Example]:
         """The rows of a step from 0 on, changed as asked for: a function of seed and step alone."""
@@ -532,16 +509,9 @@ def row_gradients(
     return gradients
 
 
-class _ReadingStopped(Exception):
-    """Ctrl-C or SIGTERM while the rows of a step were read."""
-
-
 @contextmanager
-def _stop_on_signal(is_reading: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a flag that is read between steps; a second one stops at once.
-
-    While ``is_reading`` says so, they raise :class:`_ReadingStopped`, too.
-    """
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and SIGTERM into a flag that is read between steps; a second signal stops at once."""
     asked = False
 
     def ask(number: int, frame: Any) -> None:
@@ -549,8 +519,6 @@ def _stop_on_signal(is_reading: Callable[[], bool]) -> Iterator[Callable[[], boo
         if asked:
             raise KeyboardInterrupt
         asked = True
-        if is_reading():
-            raise _ReadingStopped
 
     try:
         before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -21,7 +21,6 @@ from luthier.engine.job import TrainingJob, prepare_refit
 from luthier.engine.loop import row_gradients
 from luthier.engine.machine import available_memory, return_freed_memory
 from luthier.engine.metrics import MetricsFile
-from luthier.engine.perplexity import find_unfamiliar_text
 from luthier.engine.runs import ACTIVATIONS, METRICS, PRECOMPUTED, REFIT, Run
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
 from luthier.files import need_disk
@@ -61,29 +60,6 @@ class TrainingStep:
 
     def before_storing(self, trainer: Trainer) -> None:
         """Decide about the model that is stored next; only in the process that stores."""
-
-
-class UnfamiliarText(TrainingStep):
-    """A warning if the base model hardly knows the language of the rows."""
-
-    first_process_only = True
-
-    @classmethod
-    def applies(cls, job: TrainingJob) -> bool:
-        """Return whether the network writes and the gate has not warned already."""
-        report = job.data.report
-        warned = report is not None and UNTRAINED in report.findings.rules()
-        return job.data.objective.task == "causal_lm" and not warned
-
-    def before_training(self, trainer: Trainer) -> None:
-        """Print the warning once, not again where a run is resumed."""
-        if trainer.resumes:
-            return
-        job = trainer.job
-        with trainer.clock.part("load"):
-            warning = find_unfamiliar_text(trainer.network, job.chat, job.data.train)
-        if warning:
-            trainer.reporter.note(f"warning: {warning}")
 
 
 class Preparation(TrainingStep):
@@ -368,7 +344,6 @@ STEPS: PluginTable[type[TrainingStep]] = PluginTable(
     "training_steps",
     TrainingStep,
     {
-        "unfamiliar_text": UnfamiliarText,
         "preparation": Preparation,
         "baselines": Baselines,
         "calibration": Calibration,

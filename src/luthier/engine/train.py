@@ -318,8 +318,6 @@ class Trainer:
         """Job of the stored weights, with the settings that steps choose before storing."""
         self.steps, self.clock, self.group = steps, clock or Clock(), group
         self.first_folder = first_folder or run.folder
-        self.resumes = False
-        """Whether the run began before."""
         self.found: tuple[TrainingProgress, Mapping[str, torch.Tensor]] | None = None
         """Checkpoint that the run continues from."""
         self.prepared_rows = job.data.train
@@ -380,7 +378,6 @@ class Trainer:
 
     def start(self, resume: bool) -> Loop:
         """Load the network, take the steps before training, and return the loop at its next step."""
-        self.resumes = resume
         with self.clock.part("load"):
             self._loaded = load_trained_network(self.job, self.group, self.reporter)
         self.network = self._loaded.network

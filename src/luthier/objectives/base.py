@@ -267,24 +267,11 @@ class Objective(StrictModel):
         longest = max(max(view.longest, len(view) + added) for view in views)
         if longest <= context or type(self).pack is not Objective.pack:
             return None
-        text = f"{longest} tokens are more than the model's context of {context}; "
-        if written := longest - max(view.longest for view in views):
-            text += f"{written} of them are for what the network is to write."
-            return RowRefused(
-                "row.too_long",
-                text,
-                "Shorten the prompt, write less, or choose `data.long_rows=drop`.",
-            )
-        weight = sum(view.weight for view in views)
-        if example.source_T is not None and len(example.source_T) == longest:
-            text += f"cutting the prompt would lose {1 - context / longest:.0%} of it."
-        elif max(np.count_nonzero(view.weight_T) for view in views) > 1:
-            lost = sum(float(view.weight_T[context:].sum()) for view in views) / weight
-            text += f"cutting the row would lose {lost:.0%} of what it teaches."
-        else:  # what it teaches is one label, rating or partner of the whole text
-            text += f"cutting the row would lose {1 - context / longest:.0%} of its longest text."
+        text = f"{longest} tokens are more than the model's context of {context}"
+        if added:
+            text += f"; at most {added} of them are for the completion"
         fix = "Shorten the row, or choose `data.long_rows=drop`, or `data.long_rows=truncate`."
-        return RowRefused("row.too_long", text, fix)
+        return RowRefused("row.too_long", f"{text}.", fix)
 
     def truncate(self, example: Example, context: int) -> Example:
         """Return ``example`` cut to ``context`` tokens; called for ``data.long_rows=truncate``."""

@@ -37,7 +37,6 @@ from luthier.types import Example, Loss, Message, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.errors import RowRefused
     from luthier.models.network import Network, TreeBatch
 
 REPLY = "{reply}"
@@ -88,12 +87,6 @@ class SDFT(OwnAnswers):
             unlearned = replace(shown, weight_T=np.zeros_like(shown.weight_T))
             found += [replace(example, partner=None), unlearned]
         return found
-
-    def length_problem(self, example: Example, context: int) -> RowRefused | None:
-        """Why the teacher has no room for a row: what it reads is the longer text."""
-        assert example.partner is not None
-        shown = with_answer(example.partner, answer_of(example))
-        return super().length_problem(shown, context)
 
     def truncate(self, example: Example, context: int) -> Example:
         """The row with so much less of its reply that the teacher has room for it."""

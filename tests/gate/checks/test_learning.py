@@ -63,12 +63,10 @@ def test_counts_are_those_of_training(chat: ChatFormat, tmp_path: Path) -> None:
     assert len(split["shown"]) == 5 and shown["line"] == 1
 
 
-def test_a_long_row_says_how_much_of_the_answer_would_be_lost(chat: ChatFormat) -> None:
-    whole = len(ROWS[-1].completion or "")
+def test_a_long_row_is_named(chat: ChatFormat) -> None:
     report = found(chat, ROWS, context=20)
     places = report.findings.examples["row.too_long"]
-    assert places and places[-1].place.line == 8 and whole
-    assert "of what it teaches" in places[-1].message and "context of 20" in places[-1].message
+    assert places and places[-1].place.line == 8
     assert report.findings.exit_code == 2
 
 
