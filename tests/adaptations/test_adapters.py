@@ -148,9 +148,9 @@ def test_houlsby_wants_more_than_one_end_of_a_block(
     family: str, family_folder: Callable[[str], Path]
 ) -> None:
     model = load_model(family_folder(family), torch.float32, CPU, Head("embedding"))
-    said = rf"type {family} end\. Use placement=pfeiffer or lora"
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError) as refused:
         Adapters(placement="houlsby").attach(model)
+    assert refused.value.rule == "adapter.network"
 
 
 def test_adapters_on_a_model_that_has_some(family_folder: Callable[[str], Path]) -> None:
@@ -204,8 +204,9 @@ def test_bitfit_trains_biases_and_nothing_else(family_folder: Callable[[str], Pa
 def test_bitfit_says_what_to_use_where_there_are_no_biases(
     tiny_llama: Callable[..., Any],
 ) -> None:
-    with pytest.raises(RecipeError, match=r"type llama have none\. Use lora"):
+    with pytest.raises(RecipeError) as refused:
         BitFit().attach(tiny_llama())
+    assert refused.value.rule == "adapter.network"
 
 
 def test_the_record_names_the_placement_that_was_taken(

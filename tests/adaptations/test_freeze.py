@@ -106,10 +106,9 @@ def test_every_nth_layer_trains(count: int, share: float, expected: list[int]) -
 
 @pytest.mark.parametrize("share", [0.25, 0.6])
 def test_a_share_that_no_interval_gives_is_refused(share: float) -> None:
-    with pytest.raises(
-        RecipeError, match=r"12 layers freezes a share of 0\.5, 0\.667, .* not of 0"
-    ):
+    with pytest.raises(RecipeError) as refused:
         Freeze(frozen="interval", share=share)._frozen(12)
+    assert refused.value.rule == "freeze.share"
 
 
 def test_bottom_half_is_the_default(tiny_llama: Callable[..., Any]) -> None:
@@ -168,8 +167,9 @@ def test_the_largest_stack_is_taken_and_stacks_inside_layers_are_not() -> None:
 
 
 def test_a_network_without_layers_is_refused() -> None:
-    with pytest.raises(RecipeError, match="no stack of layers"):
+    with pytest.raises(RecipeError) as refused:
         layer_names(nn.Sequential(nn.Linear(2, 2)))
+    assert refused.value.rule == "network.layers"
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

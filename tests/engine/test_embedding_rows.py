@@ -186,5 +186,5 @@ def test_which_tables_are_nothing_but_tables() -> None:
 
 def test_what_decays_is_no_table_of_rows() -> None:
     model = network()
-    with pytest.raises(ValueError, match="weights that do not decay"):
+    with pytest.raises(ValueError):
         optimizer_of(model, embedding_tables(model), weight_decay=0.1)

@@ -98,24 +98,30 @@ def test_bad_mixes_are_refused_with_file_and_fix(
         prepared(main, base, (ratings, 1))
     assert (shape.value.problems[2].file, shape.value.problems[2].line) == (str(ratings), 3)
     assert "Bring the rows into the form of text with labels" in shape.value.problems[0].advice
-    with pytest.raises(RecipeError, match=r"less than one row of .*old.jsonl.*use 0.042 or more"):
+    with pytest.raises(RecipeError) as refused:
         prepared(main, base, (old, 0.01), validation_share=0)
+    assert refused.value.rule == "data.mix_too_small"
     for weight in (0, -1, float("nan")):
-        with pytest.raises(RecipeError, match="weight"):
+        with pytest.raises(RecipeError) as refused:
             prepared(main, base, (old, weight))
+        assert refused.value.setting == "data.mix.0.weight"
     for again in (main, tmp_path / "sub" / ".." / "main.jsonl"):
-        with pytest.raises(RecipeError, match="is named twice"):
+        with pytest.raises(RecipeError) as refused:
             prepared(main, base, (again, 1))
-    with pytest.raises(RecipeError, match="is named twice"):
+        assert refused.value.setting == "data"
+    with pytest.raises(RecipeError) as refused:
         prepared(main, base, (old, 1), (old, 2))
-    with pytest.raises(RecipeError, match="is named twice"):
+    assert refused.value.setting == "data"
+    with pytest.raises(RecipeError) as refused:
         prepared(main, base, (old, 1), validation=old)
+    assert refused.value.setting == "data"
 
 
 @pytest.mark.parametrize("text", ["old.jsonl", "=1", "old.jsonl=", "old.jsonl=much"])
 def test_the_option_says_how_it_is_written(text: str) -> None:
-    with pytest.raises(RecipeError, match="takes FILE=RATIO"):
+    with pytest.raises(RecipeError) as refused:
         parse_mix(text)
+    assert refused.value.rule == "option.form"
 
 
 def test_the_option_may_name_any_file() -> None:
@@ -140,7 +146,7 @@ def test_augmentation_is_refused_where_words_are_learned(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     rows = write(tmp_path / "p.jsonl", [{"prompt": "say yes", "completion": "yes"}] * 4)
-    with pytest.raises(RefusedInput, match=r"sft learns them as they are.*classification"):
+    with pytest.raises(RefusedInput) as refused:
         luthier.tune(
             rows,
             base=str(tiny_model_folder),
@@ -148,6 +154,7 @@ def test_augmentation_is_refused_where_words_are_learned(
             data__validation_share=0,
             data__augmentation={"delete": 0.1},
         )
+    assert refused.value.rule == "data.augmentation"
 
 
 @pytest.mark.slow

@@ -324,8 +324,9 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(bad: float) -
     values["bias"][2] = bad
     give(weights, values)
     optimizer.collect()
-    with pytest.raises(Diverged, match="no longer finite"):
+    with pytest.raises(Diverged) as refused:
         optimizer.step(RATE)
+    assert refused.value.rule == "training.diverged"
     assert all(torch.equal(weights[name], before[name]) for name in weights)
 
 

@@ -104,13 +104,14 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
     luthier_home: Path, recipe: Recipes
 ) -> None:
     training = {"fully_shard": True}
-    for changes, words in (
-        ({"adaptation": {"method": "qlora"}}, "quantized weights cannot be cut"),
-        ({"adaptation": {"method": "prefix"}}, "reads the network before it trains"),
-        ({"objective": {"method": "sdft"}}, "is not made for sdft, but for.*sft, causal_lm"),
+    for changes in (
+        {"adaptation": {"method": "qlora"}},
+        {"adaptation": {"method": "prefix"}},
+        {"objective": {"method": "sdft"}},
     ):
-        with pytest.raises(RecipeError, match=words):
+        with pytest.raises(RecipeError) as refused:
             train(recipe(training=training, **changes))
+        assert refused.value.rule == "pair.impossible"
 
 
 @pytest.mark.slow
@@ -159,12 +160,14 @@ def test_what_is_wrong_is_said_once_and_by_its_name(
     data = {"train": str(bad)}
     with pytest.raises(DataError) as alone:
         train(recipe(data=data))
-    with pytest.raises(RefusedInput, match=r"completion.*must be a string") as together:
+    with pytest.raises(RefusedInput) as together:
         train_in_processes(recipe(data=data), 2)
+    assert together.value.rule == "field.type"
     assert str(together.value) == str(alone.value)
     for number in (0, 100_000):
-        with pytest.raises(RecipeError, match=f"{number} processes were asked for.*room for 1 to"):
+        with pytest.raises(RecipeError) as refused:
             train_in_processes(recipe(), number)
+        assert refused.value.rule == "machine.processes"
 
 
 @pytest.mark.slow

@@ -125,8 +125,9 @@ def test_rows_of_a_validation_file_are_never_learned_from(
         tmp_path / "held.jsonl", [{"text": f"a new dog {n}", "label": "animal"} for n in range(4)]
     )
     assert train(recipe("x", {"validation": str(held)})).refit is None
-    with pytest.raises(RecipeError, match="only measured on"):
+    with pytest.raises(RecipeError) as refused:
         train(recipe("y", {"validation": str(held)}, refit=True))
+    assert refused.value.rule == "refit.no_held_out"
 
 
 def test_where_the_start_is_kept_nothing_is_trained_once_more(

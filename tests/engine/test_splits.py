@@ -117,13 +117,14 @@ def test_columns_that_make_no_groups_are_refused(
     missing = refusal(group_column="voice")
     assert "column.missing" in missing and "keys are" in missing and "rows.jsonl:1" in missing
     assert "`data.group_column`" in missing
-    with pytest.raises(DataError, match="voice"):  # before torch is there
+    with pytest.raises(DataError) as refused:  # before torch is there
         OpenedData(DataSpec(train=str(data), group_column="voice"), None).check()
+    assert refused.value.rule == "column.missing"
     assert "some label would not be learned from" in refusal(group_column="label")
     lines = [{**json.loads(line), "speaker": "one"} for line in data.read_text().splitlines()]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "has 1 values, too few" in refusal(group_column="speaker")
-    with pytest.raises(ValueError, match="leave one of the two out"):
+    with pytest.raises(ValueError):
         DataSpec(train=str(data), validation="v.jsonl", group_column="speaker")
 
 

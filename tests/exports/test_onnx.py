@@ -193,8 +193,9 @@ def test_a_graph_that_answers_otherwise_is_refused(
 def test_networks_of_two_encoders_are_refused(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(RecipeError, match="each by an encoder of its own"):
+    with pytest.raises(RecipeError) as refused:
         export_onnx(find(str(family_folder("clip"))), tmp_path / "none")
+    assert refused.value.rule == "export.network"
 
 
 def label_texts(folder: Path, base: str, name: str, **fields: Any) -> None:
@@ -261,8 +262,9 @@ def test_onnx_gives_the_scores_of_a_classifier_of_images(tmp_path: Path) -> None
 def test_onnx_takes_the_place_of_no_files(tmp_path: Path, tiny_model_folder: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     for target in (tmp_path, tmp_path / "mine"):
-        with pytest.raises(RunConflict, match="exists already"):
+        with pytest.raises(RunConflict) as refused:
             export_onnx(find(str(tiny_model_folder)), target)
+        assert refused.value.rule == "run.conflict"
     assert (tmp_path / "mine").read_text() == "kept"
 
 
@@ -272,23 +274,28 @@ def test_onnx_is_for_models_that_read_and_whose_answers_come_out(
     family_folder: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(RecipeError, match="gives no classes, tags, ratings"):
+    with pytest.raises(RecipeError) as refused:
         export_onnx(find(str(tiny_model_folder)), tmp_path / "none")
+    assert refused.value.rule == "export.task"
     base = str(family_folder("bert"))
     label_texts(tmp_path, base, "beside", adaptation={"method": "prefix", "virtual_tokens": 2})
     stored = named("beside")
-    with pytest.raises(RecipeError, match="prefix, which cannot be merged"):
+    with pytest.raises(RecipeError) as refused:
         export_onnx(stored, tmp_path / "none")
+    assert refused.value.rule == "export.unmergeable"
     label_texts(tmp_path, str(family_folder("llama")), "unpadded")
-    with pytest.raises(RecipeError, match="no padding token"):
+    with pytest.raises(RecipeError) as refused:
         export_onnx(named("unpadded"), tmp_path / "none")
+    assert refused.value.rule == "export.padding"
     label_texts(tmp_path, base, "wrong")
     stored = named("wrong")
     with monkeypatch.context() as patch:
         patch.setattr("luthier.exports.onnx.find_spec", {"onnx": 1, "onnxscript": 1}.get)
-        with pytest.raises(RecipeError, match=r"onnxruntime: pip install 'luthier\[onnx\]'"):
+        with pytest.raises(RecipeError) as refused:
             export_onnx(stored, tmp_path / "none")
+        assert refused.value.rule == "export.extra"
     monkeypatch.setattr("luthier.exports.onnx._largest_error", lambda *given: float("nan"))
-    with pytest.raises(RecipeError, match="answers otherwise"):
+    with pytest.raises(RecipeError) as refused:
         export_onnx(stored, tmp_path / "none")
+    assert refused.value.rule == "export.differs"
     assert not (tmp_path / "none").exists()

@@ -103,8 +103,9 @@ def test_raw_text_is_measured_too(tmp_path: Path) -> None:
     found = measured("strong", texts, "q8_0")
     assert len(found.losses.whole) > 1 and found.difference.error > 0
     texts.write_text('{"text": "the quick brown fox"}\n')
-    with pytest.raises(RecipeError, match="one text is too few"):
+    with pytest.raises(RecipeError) as refused:
         measured("strong", texts, "q8_0")
+    assert refused.value.rule == "export.too_few_rows"
 
 
 @pytest.mark.parametrize(

@@ -166,11 +166,13 @@ def test_adapter_that_peft_reads_otherwise_is_refused(tmp_path: Path) -> None:
     assert layer in config["target_modules"]
     rest = [name for name in config["target_modules"] if name != layer]
     path.write_text(json.dumps({**config, "target_modules": rest}))
-    with pytest.raises(RecipeError, match=rf"modules of tiny-llama:adapter: {layer}\."):
+    with pytest.raises(RecipeError) as refused:
         check_peft(stored, folder)
+    assert refused.value.rule == "export.modules"
     path.write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
-    with pytest.raises(RecipeError, match="other outputs"):
+    with pytest.raises(RecipeError) as refused:
         check_peft(stored, folder)
+    assert refused.value.rule == "export.differs"
 
 
 def test_adapter_of_earlier_versions_is_exported_with_full_names(tmp_path: Path) -> None:
@@ -224,8 +226,9 @@ def test_what_stands_before_every_row_goes_into_peft(
     from transformers import AutoModelForCausalLM
 
     stored = find(f"tiny-llama:{name}")
-    with pytest.raises(RecipeError, match="cannot be merged"):
+    with pytest.raises(RecipeError) as refused:
         export(stored, tmp_path / "merged", merged=True)
+    assert refused.value.rule == "export.unmergeable"
     folder = export(stored, tmp_path / "out", merged=False)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     model: Any = PeftModel.from_pretrained(base, folder).eval()
@@ -249,8 +252,9 @@ def test_a_second_one_before_every_row_is_refused(name: str, tmp_path: Path) -> 
         "base": f"tiny-llama:{name}", "name": "again", "data": {"train": str(data)},
         "adaptation": name, "training": {"max_steps": 2, "precision": "float32", "threads": 1},
     }  # fmt: skip
-    with pytest.raises(RecipeError, match="already, which a second one would replace"):
+    with pytest.raises(RecipeError) as refused:
         train(Recipe.parse(fields))
+    assert refused.value.rule == "adapter.occupied"
     assert find(f"tiny-llama:{name}").added_tokens == 7
     further = Recipe.parse({**fields, "adaptation": {"method": "lora", "rank": 2}})
     train(further)
@@ -258,14 +262,16 @@ def test_a_second_one_before_every_row_is_refused(name: str, tmp_path: Path) -> 
     assert both.added_tokens == 7
     model: Any = load(both, torch.float32, CPU)
     assert len(prompt_ids(model)) + prefix_tokens(model) == 7
-    with pytest.raises(RecipeError, match=f"tuned with {name}, which cannot be merged"):
+    with pytest.raises(RecipeError) as refused:
         export(both, tmp_path / "merged", merged=True)
+    assert refused.value.rule == "export.unmergeable"
     remove_model("tiny-llama:again", json_=True)
 
 
 def test_an_adapter_on_an_adapter_is_exported_merged_only(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="tiny-llama:stacked is an adapter on the adapter"):
+    with pytest.raises(RecipeError) as refused:
         export(find("tiny-llama:stacked"), tmp_path / "out", merged=False)
+    assert refused.value.rule == "export.stacked"
     assert list(tmp_path.glob("*out*")) == []
 
 
@@ -306,10 +312,12 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     file.write_text("x")
     empty.mkdir()
     for target in (full, file):
-        with pytest.raises(RunConflict, match="exists already"):
+        with pytest.raises(RunConflict) as refused:
             export(stored, target, merged=False)
-    with pytest.raises(LuthierError, match="cannot be written"):
+        assert refused.value.rule == "run.conflict"
+    with pytest.raises(LuthierError) as refused:
         export(stored, file / "below", merged=False)
+    assert refused.value.rule == "file.unwritable"
     assert export(stored, empty, merged=False) == empty
     assert (empty / "adapter_config.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
@@ -354,8 +362,9 @@ def test_a_link_stays_one_and_a_mounted_disk_is_named_before_anything_is_written
     export(stored, link, merged=False)
     assert link.is_symlink() and (tmp_path / "elsewhere" / "adapter_config.json").is_file()
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
-    with pytest.raises(RunConflict, match="name a folder inside it"):
+    with pytest.raises(RunConflict) as refused:
         export(stored, tmp_path / "disk", merged=False)
+    assert refused.value.rule == "run.conflict"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
 
 
@@ -372,8 +381,9 @@ def test_what_came_to_be_at_the_target_meanwhile_stays(
         (target / "mine").write_text("x")
 
     monkeypatch.setattr(module, "save_format", slow)
-    with pytest.raises(RunConflict, match="meanwhile"):
+    with pytest.raises(RunConflict) as refused:
         export(find("tiny-llama:adapter"), target, merged=False)
+    assert refused.value.rule == "run.conflict"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in target.iterdir()] == ["mine"]
 
@@ -397,8 +407,9 @@ def test_files_that_are_not_those_of_the_record_are_not_exported(
     if when == "before":
         file.write_bytes(changed)
     try:
-        with pytest.raises(CorruptFile, match="is not what was stored"):
+        with pytest.raises(CorruptFile) as refused:
             export(stored, tmp_path / "out", merged=False)
+        assert refused.value.rule == "file.corrupt"
     finally:
         file.write_bytes(whole)
     assert not list(tmp_path.iterdir())
@@ -456,28 +467,26 @@ def test_a_lora_adapter_goes_alone_into_gguf(
         pytest.skip("llama.cpp is not installed")
     assert parity is not None and parity.mean_kl < 1e-4
     monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
-    with pytest.raises(RecipeError, match="answers otherwise"):
+    with pytest.raises(RecipeError) as refused:
         export_gguf(find("tiny-llama:adapter"), tmp_path / "wrong", merged=False)
+    assert refused.value.rule == "export.differs"
     assert not (tmp_path / "wrong").exists()
 
 
 def test_gguf_is_for_models_that_llama_cpp_runs(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
-    for model, words, given in (
-        ("tiny-llama:whole", "is no adapter but a whole network", {"merged": False}),
-        ("tiny-llama:stacked", "is an adapter on the adapter", {"merged": False}),
-        (
-            "tiny-llama:prefix",
-            "loads plain LoRA adapters only; export it merged",
-            {"merged": False},
-        ),
-        ("tiny-llama:adapter", "written in float32", {"merged": False, "quantization": "q8_0"}),
-        ("tiny-llama:prefix", "prefix, which cannot be merged", {}),
-        ("tiny-llama:whole", "no type 'q3' of weights", {"quantization": "q3"}),
-        (str(family_folder("bert")), "does not write, and GGUF files are of models that", {}),
-        (str(family_folder("palm")), "network of type palm, and GGUF files are written of", {}),
+    for model, rule, given in (
+        ("tiny-llama:whole", "export.no_adapter", {"merged": False}),
+        ("tiny-llama:stacked", "export.stacked", {"merged": False}),
+        ("tiny-llama:prefix", "export.unmergeable", {"merged": False}),
+        ("tiny-llama:adapter", "export.precision", {"merged": False, "quantization": "q8_0"}),
+        ("tiny-llama:prefix", "export.unmergeable", {}),
+        ("tiny-llama:whole", "gguf.type", {"quantization": "q3"}),
+        (str(family_folder("bert")), "export.task", {}),
+        (str(family_folder("palm")), "gguf.network", {}),
     ):
-        with pytest.raises(RecipeError, match=words):
+        with pytest.raises(RecipeError) as refused:
             export_gguf(find(model), tmp_path / "none", **given)
+        assert refused.value.rule == rule
     assert not (tmp_path / "none").exists()

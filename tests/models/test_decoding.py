@@ -51,10 +51,12 @@ def test_the_likeliest_token_is_the_first_of_equal_ones(dtype: torch.dtype) -> N
     assert found.pop(3) == 500, "no token is likeliest where one is not a number"
     assert found == [int(row.argmax()) for place, row in enumerate(logits_RV) if place != 3]
     samplers = [TokenSampler(Sampling(temperature=0), 0, row, SHORT) for row in range(2)]
-    with pytest.raises(RecipeError, match="no probabilities"):
+    with pytest.raises(RecipeError) as refused:
         choose_tokens(samplers, logits_RV[2:4])
-    with pytest.raises(RecipeError, match="no probabilities"):
+    assert refused.value.rule == "model.no_probabilities"
+    with pytest.raises(RecipeError) as refused:
         samplers[0].choose(logits_RV[3])
+    assert refused.value.rule == "model.no_probabilities"
 
 
 @pytest.fixture
@@ -328,8 +330,9 @@ def test_rows_choose_together_what_each_chooses_alone(settings: dict[str, float]
     assert choose_tokens(samplers(), logits_RV) == alone
     if sampling.temperature == 0:
         return
-    with pytest.raises(RecipeError, match="no probabilities"):
+    with pytest.raises(RecipeError) as refused:
         choose_tokens(samplers()[:1], torch.full((1, 5000), float("nan")))
+    assert refused.value.rule == "model.no_probabilities"
 
 
 @pytest.mark.parametrize(
@@ -350,8 +353,14 @@ def test_what_cannot_be_sampled_is_refused(
     opened: Opened, settings: dict[str, Any], message: str
 ) -> None:
     chosen = {"prompts": [SHORT], "count": 1, "max_tokens": 4, **settings}
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError) as refused:
         sampled(opened("llama"), **chosen)
+    assert refused.value.rule in {
+        "prompt.empty",
+        "prompt.too_long",
+        "sampling.range",
+        "sampling.too_few",
+    }
 
 
 @pytest.mark.parametrize("family", ["bert", "xlnet", "elmo"])
@@ -360,5 +369,6 @@ def test_networks_that_write_nothing_are_refused(
 ) -> None:
     head = Head("masked_lm" if family == "bert" else "embedding")
     model = load_model(family_folder(family), torch.float32, CPU, head)
-    with pytest.raises(RecipeError, match="do not write text"):
+    with pytest.raises(RecipeError) as refused:
         sampled(as_network(model, CPU, torch.float32), [SHORT], 1, max_tokens=2)
+    assert refused.value.rule == "model.cannot_write"

@@ -66,11 +66,13 @@ def test_shards_that_are_named_have_to_be_there(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     for name in ("two.safetensors", "../one.safetensors", None, 3):
         (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(ModelRefused, match=r"model\.shards"):
+        with pytest.raises(ModelRefused) as refused:
             check_texts(tmp_path)
+        assert refused.value.rule == "model.shards"
     (tmp_path / INDEX).write_text("[]")
-    with pytest.raises(ModelRefused, match="no JSON object"):
+    with pytest.raises(ModelRefused) as refused:
         check_texts(tmp_path)
+    assert refused.value.rule == "model.config"
 
 
 @pytest.mark.parametrize(
@@ -84,8 +86,9 @@ def test_shards_that_are_named_have_to_be_there(tmp_path: Path) -> None:
 )
 def test_too_many_layers_are_refused_at_any_depth(tmp_path: Path, config: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelRefused, match=r"layers is 1,001, and 1,000 are taken"):
+    with pytest.raises(ModelRefused) as refused:
         check_texts(tmp_path)
+    assert refused.value.rule == "model.layers"
     (tmp_path / "config.json").write_text(json.dumps(config).replace("1001", "1000"))
     check_texts(tmp_path)
 
@@ -93,20 +96,23 @@ def test_too_many_layers_are_refused_at_any_depth(tmp_path: Path, config: Any) -
 @pytest.mark.parametrize("name", ["depth", "blocks"])
 def test_too_many_layers_of_a_stage_are_refused(name: str) -> None:
     check_layers({name: 1000, "decoder": {"max_depth": 5000}})
-    with pytest.raises(ModelRefused, match=f"{name} is 1,001, and 1,000 are taken"):
+    with pytest.raises(ModelRefused) as refused:
         check_layers({"encoder": {name: 1001}})
+    assert refused.value.rule == "model.layers"
 
 
 def test_sizes_for_each_layer_are_no_numbers_of_layers() -> None:
     check_layers({"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 2048})
-    with pytest.raises(ModelRefused, match="num_kv_shared_layers is 1,001"):
+    with pytest.raises(ModelRefused) as refused:
         check_layers({"text_config": {"num_kv_shared_layers": 1001}})
+    assert refused.value.rule == "model.layers"
 
 
 def test_weights_of_few_bits_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3).to(torch.float8_e4m3fn)}, tmp_path / "one.safetensors")
-    with pytest.raises(ModelRefused, match="F8_E4M3"):
+    with pytest.raises(ModelRefused) as refused:
         check_weights(tmp_path)
+    assert refused.value.rule == "model.quantized"
 
 
 def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
@@ -118,8 +124,9 @@ def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> N
     settings.write_text(json.dumps({"gguf_file": "/srv/other/model.gguf"}))
     (tmp_path / "config.json").write_text("{}")
     for check in (check_tokenizer, check_texts):
-        with pytest.raises(ModelRefused, match="gguf_file"):
+        with pytest.raises(ModelRefused) as refused:
             check(tmp_path)
+        assert refused.value.rule == "model.tokenizer"
 
 
 PIPELINE = [

@@ -86,8 +86,9 @@ def test_configurations_of_no_network_are_refused_before_anything_is_built(
 
 def test_what_runs_otherwise_than_it_is_described_is_refused_at_its_first_pass(copy: Copy) -> None:
     folder = copy("clip", **{"text_config.eos_token_id": 10**9})
-    with pytest.raises(UnknownModel, match=r"type clip does not run as its config\.json"):
+    with pytest.raises(UnknownModel) as refused:
         as_network(load_model(folder, torch.float32, CPU, EMBEDDING), CPU, torch.float32)
+    assert refused.value.rule == "config.rejected"
 
 
 def test_a_network_is_described_once_for_each_opened_folder(
@@ -113,8 +114,9 @@ def test_weights_that_are_no_numbers_are_named(family: str, value: float, copy: 
     tensors[name].view(-1)[-1] = value
     save_file(tensors, path, metadata={"format": "pt"})
     head = {"llama": Head("causal_lm"), "vae": Head("autoencoding")}.get(family, EMBEDDING)
-    with pytest.raises(CorruptFile, match=rf"{name} in .* not finite \(nan or inf\)"):
+    with pytest.raises(CorruptFile) as refused:
         load_model(folder, torch.bfloat16, CPU, head)
+    assert refused.value.rule == "weights.not_finite"
 
 
 def plain_llama(tiny_llama: Callable[..., Any], folder: Path, **fields: Any) -> Path:
@@ -136,15 +138,18 @@ def test_weights_that_are_missing_or_damaged(
     path = folder / "model.safetensors"
     whole = load_file(path)
     save_file({n: w for n, w in whole.items() if n != "model.norm.weight"}, path)
-    with pytest.raises(UnknownModel, match=r"missing or of another shape, model\.norm\.weight"):
+    with pytest.raises(UnknownModel) as refused:
         load_model(folder, torch.float32, CPU)
+    assert refused.value.rule == "model.weights_missing"
     nan = torch.full_like(whole["model.norm.weight"], torch.nan)
     save_file(whole | {"model.norm.weight": nan}, path)
-    with pytest.raises(CorruptFile, match=r"model\.norm\.weight .* not finite"):
+    with pytest.raises(CorruptFile) as refused:
         load_model(folder, torch.float32, CPU)
+    assert refused.value.rule == "weights.not_finite"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ModelRefused, match="no whole safetensors file"):
+    with pytest.raises(ModelRefused) as refused:
         load_model(folder, torch.float32, CPU)
+    assert refused.value.rule == "model.weights"
 
 
 def test_other_weight_files_are_not_read(tiny_llama: Callable[..., Any], tmp_path: Path) -> None:
@@ -183,8 +188,9 @@ def test_a_network_whose_output_is_not_finite_is_refused(
     path = folder / "model.safetensors"
     huge = {n: w * 1e37 if "proj" in n else w for n, w in load_file(path).items()}
     save_file(huge, path, metadata={"format": "pt"})
-    with pytest.raises(CorruptFile, match="answers with numbers that are not finite"):
+    with pytest.raises(CorruptFile) as refused:
         hidden(folder)
+    assert refused.value.rule == "weights.not_finite"
 
 
 def test_a_configuration_of_more_than_is_stored_is_refused(
@@ -193,8 +199,9 @@ def test_a_configuration_of_more_than_is_stored_is_refused(
     folder = plain_llama(tiny_llama, tmp_path)
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"intermediate_size": 1 << 20}))
-    with pytest.raises(ModelRefused, match="describes a network of"):
+    with pytest.raises(ModelRefused) as refused:
         ModelFolder(folder).check()
+    assert refused.value.rule == "model.weights"
 
 
 @pytest.mark.slow

@@ -141,5 +141,6 @@ def test_many_adapters_come_and_go(family_folder: Callable[[str], Path]) -> None
 
 def test_an_adapter_on_another_network_is_refused(family_folder: Callable[[str], Path]) -> None:
     network, other = (base_network(family_folder("llama")) for _ in range(2))
-    with pytest.raises(RecipeError, match="is not a layer of the base network"):
+    with pytest.raises(RecipeError) as refused:
         FlatBackend(network, 512).with_adapter(other.with_adapter(drawn(LoRA(rank=2), 0)), 512)
+    assert refused.value.rule == "adapter.layer"

@@ -60,8 +60,9 @@ def test_a_record_that_makes_no_sense_names_the_field(
     tmp_path: Path, fields: Any, where: str
 ) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps(fields))
-    with pytest.raises(CorruptFile, match=rf"{MANIFEST} is no record of a model: {where}: "):
+    with pytest.raises(CorruptFile) as refused:
         Manifest.read(tmp_path)
+    assert refused.value.rule == "manifest.invalid"
 
 
 def test_parity_of_older_versions_is_read(tmp_path: Path) -> None:

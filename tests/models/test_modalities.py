@@ -43,19 +43,21 @@ def test_context_length(key: str) -> None:
     assert (
         context_length({"decoder": {key: 77}}) == context_length({"text_config": {key: 77}}) == 77
     )
-    with pytest.raises(RecipeError, match="context length"):
+    with pytest.raises(RecipeError) as refused:
         context_length({key: None})
+    assert refused.value.rule == "network.unsupported"
 
 
 def test_the_image_size_is_named_only_where_it_is_another_than_the_networks() -> None:
     sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "num_attention_heads": 1}
     vit = ViTModel(ViTConfig(num_hidden_layers=1, intermediate_size=8, **sizes))
-    with pytest.raises(RecipeError, match=r"Leave data\.image_size out"):
+    with pytest.raises(RecipeError) as refused:
         run_media(vit, torch.zeros(1, 3, 24, 24))
+    assert refused.value.rule == "data.image_size"
 
     def fail(**_: object) -> None:
         raise ValueError("something else")
 
     vit.forward = fail
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(ValueError):
         run_media(vit, torch.zeros(1, 3, 16, 16))

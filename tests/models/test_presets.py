@@ -75,8 +75,9 @@ def test_gpt2_starts_as_its_paper_says(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_built_is_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError) as refused:
         build(fields, 0, tmp_path)
+    assert refused.value.rule in {"config.rejected", "network.head"}
 
 
 @pytest.mark.parametrize("content", [None, "no json", "[]", "{}", '{"model_type": 3}'])
@@ -84,8 +85,9 @@ def test_a_configuration_that_is_none_is_refused(content: str | None, tmp_path: 
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(RecipeError, match=r"config\.json"):
+    with pytest.raises(RecipeError) as refused:
         read_configuration(path)
+    assert refused.value.rule in {"config.invalid", "config.missing"}
 
 
 def test_a_configuration_is_read_as_it_stands(tmp_path: Path) -> None:

@@ -172,8 +172,9 @@ def test_an_adapter_that_generates_otherwise_is_refused(monkeypatch: pytest.Monk
     lora = ADAPTATIONS["lora"].model_validate({"rank": 4})
     honest = LoraBatchLayer.update
     monkeypatch.setattr(LoraBatchLayer, "update", lambda self, x_NI: 1.5 * honest(self, x_NI))
-    with pytest.raises(RecipeError, match=r"type opt .* lora next to its base .* row 0, token 5"):
+    with pytest.raises(RecipeError) as refused:
         try_shared(network, "lora", lora.attach)
+    assert refused.value.rule == "network.unsupported"
 
 
 @pytest.mark.parametrize("family", ["phimoe", "jamba"])
@@ -191,8 +192,9 @@ def test_a_family_that_lora_does_not_fit_is_refused_before_it_trains(family: str
     mark(model, "causal_lm")
     network = as_network(model, CPU, torch.float32)
     ADAPTATIONS["lora"].model_validate({}).attach(network.model)
-    with pytest.raises(RecipeError, match=f"type {family} .* train with lora"):
+    with pytest.raises(RecipeError) as refused:
         try_training(network, "lora")
+    assert refused.value.rule == "network.unsupported"
 
 
 def test_whether_tokens_see_ahead_is_no_question_of_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,7 +316,7 @@ def test_a_fork_that_fails_leaves_nothing(
         return copies[-1]
 
     monkeypatch.setattr(Bank, "copy", copy_two)
-    with pytest.raises(RuntimeError, match="not enough"):
+    with pytest.raises(RuntimeError):
         backend.fork(state, 4)
     assert not copies[0].bank.spans
     backend.free(state)  # whoever asked still has it

@@ -139,5 +139,6 @@ def test_a_network_from_random_weights_learns_to_predict_words(
 
 
 def test_other_tokenizers_are_refused(family_folder: Callable[[str], Path]) -> None:
-    with pytest.raises(RecipeError, match=r"does not mark where they begin. Use causal_lm"):
+    with pytest.raises(RecipeError) as refused:
         OBJECTIVES["bilm"]().bind(RunModels(load_chat_format(family_folder("gpt2"))))
+    assert refused.value.rule == "objective.tokenizer"

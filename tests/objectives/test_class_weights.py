@@ -135,37 +135,39 @@ def first_step(
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "heavy"])
 def test_weights_that_are_none_are_refused(weight: Any) -> None:
-    for given, words in (
-        ({"fox": weight}, "the weight of 'fox'"),
-        (weight, "must be balanced, or"),
-    ):
-        with pytest.raises(RecipeError, match=rf"objective\.class_weights`: {words}"):
+    for given in ({"fox": weight}, weight):
+        with pytest.raises(RecipeError) as refused:
             Recipe.parse(
                 {
                     "data": {"train": "-"},
                     "objective": {"method": "classification", "class_weights": given},
                 }
             )
+        assert refused.value.setting == "objective.class_weights"
 
 
 def test_other_labels_and_several_labels_are_refused(family_folder: FamilyFolder) -> None:
     chat = load_chat_format(family_folder("bert"))
     rows = rows_of("bert")
-    with pytest.raises(RecipeError, match=r"names 'foxx', and no row has that label: .* fox\?"):
+    with pytest.raises(RecipeError) as refused:
         Classification(class_weights={"foxx": 2.0}).fit(rows, chat)
-    with pytest.raises(RecipeError, match="the labels are card, dog, fox"):
+    assert refused.value.setting == "objective.class_weights"
+    with pytest.raises(RecipeError) as refused:
         Classification(class_weights={"xyz": 2.0}).fit(rows, chat)
+    assert refused.value.setting == "objective.class_weights"
     several = [LabelledText("f", n, text="a", label=("a", "b")[: n % 3]) for n in range(4)]
-    with pytest.raises(RecipeError, match="rows of one label each"):
+    with pytest.raises(RecipeError) as refused:
         Classification(class_weights="balanced").fit(several, chat)
+    assert refused.value.setting == "objective.class_weights"
     for method in ("semi_supervised", "encoder_distillation"):
-        with pytest.raises(RecipeError, match="class_weights"):
+        with pytest.raises(RecipeError) as refused:
             Recipe.parse(
                 {
                     "data": {"train": "-"},
                     "objective": {"method": method, "class_weights": "balanced"},
                 }
             )
+        assert refused.value.setting == "objective.class_weights"
 
 
 @pytest.mark.slow

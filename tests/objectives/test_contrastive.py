@@ -148,11 +148,13 @@ def test_views_of_images_are_contrasted_with_all_others(
 
 def test_labels_that_tell_nothing_are_refused(family_folder: Callable[[str], Path]) -> None:
     chat, rows = load_chat_format(family_folder("small_cnn")), image_rows("aabbbc")
-    with pytest.raises(RowRefused, match="all rows have the label 'a'"):
+    with pytest.raises(RowRefused) as refused:
         Contrastive().fit(rows[:2], chat)
+    assert refused.value.rule == "label.one_class"
     several = replace(rows[0], label=("a", "b"))  # type: ignore[call-arg]
-    with pytest.raises(RowRefused, match="array of labels"):
+    with pytest.raises(RowRefused) as refused:
         Contrastive().encode(several, 0, chat)
+    assert refused.value.rule == "label.mixed"
 
 
 def test_views_are_drawn_in_training_and_else_always_the_same(
@@ -286,8 +288,9 @@ def test_single_texts_are_learned_under_dropout(
     vectors = luthier.load(result.model_id).embed([a for a, _ in PAIRS])
     assert vectors.shape == (len(PAIRS), 32)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(len(PAIRS)), abs=1e-3)
-    with pytest.raises(RecipeError, match="Give pairs"):
+    with pytest.raises(RecipeError) as refused:
         luthier.tune(data, base=str(family_folder("llama")), name="no", **fields)
+    assert refused.value.rule == "objective.dropout"
 
 
 def test_partners_find_each_other_after_training(
@@ -319,8 +322,9 @@ def test_a_partner_longer_than_the_context_is_seen(
     data = tmp_path / "pairs.jsonl"
     long = {"anchor": "yes", "positive": "many " * 300}
     data.write_text("".join(json.dumps(line) + "\n" for line in [long, long | {"anchor": "no"}]))
-    with pytest.raises(DataError, match="more than the model's context") as caught:
+    with pytest.raises(DataError) as caught:
         luthier.tune(data, base=str(family_folder("bert")), name="x")
+    assert caught.value.rule == "row.too_long"
     assert [problem.line for problem in caught.value.problems] == [1, 2]
 
 

@@ -140,8 +140,9 @@ def test_the_teacher_must_embed(family_folder: Callable[[str], Path]) -> None:
     objective = EmbeddingDistillation(teacher="base:router")
     chat = load_chat_format(family_folder("bert"))
     classifier = OtherModel(Classification(labels=("a", "b")), 32, chat)
-    with pytest.raises(RecipeError, match=r"base:router is for classification.*encoder_distill"):
+    with pytest.raises(RecipeError) as refused:
         objective.bind(RunModels(chat, others={"teacher": classifier}))
+    assert refused.value.rule == "teacher.task"
     encoder = OtherModel(Contrastive(pooling="first"), 32, chat)
     bound = objective.bind(RunModels(chat, others={"teacher": encoder}))
     assert bound.teacher_pooling == "first"

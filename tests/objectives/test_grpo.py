@@ -293,7 +293,7 @@ def test_several_steps_are_taken_on_the_same_completions(network: Network) -> No
 
 @pytest.mark.parametrize("fields", [{"epsilon": 1.5}, {"num_generations": 1}, {"temperature": 0}])
 def test_settings_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(fields))):
+    with pytest.raises(ValueError):
         GRPO(**fields)
 
 

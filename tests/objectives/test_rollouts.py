@@ -291,8 +291,9 @@ def test_a_grader_that_fails_names_the_row(
     method: str, tiny_model_folder: Path, rows_file: Path
 ) -> None:
     fields = {"method": method, "grader": "broken"}
-    with pytest.raises(GradingFailed, match=r"rows.jsonl:1: .*no such thing"):
+    with pytest.raises(GradingFailed) as refused:
         train(recipe_of(tiny_model_folder, rows_file, fields, max_steps=1))
+    assert refused.value.rule == "grader.raised"
 
 
 def test_a_grader_that_fails_may_score_0_and_is_counted(
@@ -311,11 +312,13 @@ def test_what_is_never_or_always_rewarded_is_refused_before_training(
     tiny_model_folder: Path, rows_file: Path, luthier_home: Path
 ) -> None:
     never = {"method": "grpo", "grader": {"method": "regex", "pattern": "impossible to write"}}
-    with pytest.raises(RecipeError, match=r"nothing to reinforce.*objective sft.*force=true"):
+    with pytest.raises(RecipeError) as refused:
         train(recipe_of(tiny_model_folder, rows_file, never, max_steps=1))
+    assert refused.value.rule == "rollouts.no_reward"
     always = {"method": "ppo", "grader": {"method": "regex", "pattern": ""}}
-    with pytest.raises(RecipeError, match=r"mean reward of 1\.00 before any training"):
+    with pytest.raises(RecipeError) as refused:
         train(recipe_of(tiny_model_folder, rows_file, always, max_steps=1))
+    assert refused.value.rule == "rollouts.no_reward"
     assert not list(luthier_home.glob("runs/*/custom"))
     notes = Notes()
     train(
@@ -362,9 +365,9 @@ def test_a_row_without_what_the_grader_compares_with_is_refused(
 ) -> None:
     chat = load_chat_format(tiny_model_folder)
     spec = DataSpec(train=rows_file, validation=rows_file, severity={"leakage.many": "note"})
-    message = r"rows.jsonl:1: \[grader.no_expected\].*also lines 2, 3"
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError) as caught:
         prepare(spec, GRPO(grader=Number()), chat, 1000, 0)
+    assert caught.value.rule == "grader.no_expected"
     assert len(caught.value.problems) == 2 * len(WORDS)
 
 
@@ -387,18 +390,21 @@ def test_the_answers_need_room_in_the_context(tiny_model_folder: Path, rows_file
     chat = load_chat_format(tiny_model_folder)
     spec = DataSpec(train=rows_file, validation_share=0)
     objective = GRPO(grader=Share(), max_completion_tokens=40)
-    with pytest.raises(DataError, match="40 of them are for what the network is to write"):
+    with pytest.raises(DataError) as refused:
         prepare(spec, objective, chat, 50, 0)
+    assert refused.value.rule == "row.too_long"
     data = prepare(spec, objective, chat, 100, 0)
     assert data.longest == 40 + max(len(example) for example in data.train)
-    with pytest.raises(DataError, match="nothing of the reply is left"):
+    with pytest.raises(DataError) as refused:
         prepare(spec.model_copy(update={"long_rows": "truncate"}), objective, chat, 50, 0)
+    assert refused.value.rule == "row.nothing_learned"
 
 
 def test_prompts_alone_choose_no_objective(tiny_model_folder: Path, rows_file: Path) -> None:
     chat = load_chat_format(tiny_model_folder)
-    with pytest.raises(DataError, match=r"`objective\.method=grpo`"):
+    with pytest.raises(DataError) as refused:
         prepare(DataSpec(train=rows_file), None, chat, 100, 0)
+    assert refused.value.rule == "row.objective"
 
 
 def test_a_reward_model_with_another_tokenizer_grades(
@@ -437,8 +443,9 @@ def test_a_grader_that_is_no_reward_model_is_refused(
     tiny_model_folder: Path, rows_file: Path
 ) -> None:
     fields = {"method": "ppo", "grader": {"method": "reward", "model": str(tiny_model_folder)}}
-    with pytest.raises(RecipeError, match="is no reward model"):
+    with pytest.raises(RecipeError) as refused:
         train(recipe_of(tiny_model_folder, rows_file, fields, max_steps=1))
+    assert refused.value.rule == "scorer.task"
 
 
 def test_objectives_name_what_they_measure() -> None:

@@ -56,7 +56,7 @@ def test_the_teacher_reads_the_reply_behind_the_prompt(chat: ChatFormat) -> None
     assert "the fox<|im_end|>" in text and "c (say the dog)<|im_end|>" in text
     assert text.endswith("<|im_start|>assistant\nthe dog<|im_end|>")
     assert teacher.weight == 0 and student.partner is None
-    with pytest.raises(ValueError, match=r"must hold \{reply\}"):
+    with pytest.raises(ValueError):
         SDFT(demonstration="look here")
 
 

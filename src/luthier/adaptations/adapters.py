@@ -77,7 +77,8 @@ class Adapters(Adaptation):
             other = "placement=pfeiffer or lora" if last else "lora"
             raise RecipeError(
                 f"{placement} adapters do not know where the sublayers of networks of type "
-                f"{family} end. Use {other}."
+                f"{family} end. Use {other}.",
+                rule="adapter.network",
             )
         model.requires_grad_(False)
         replace_modules(

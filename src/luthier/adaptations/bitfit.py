@@ -44,6 +44,7 @@ def _biases(model: nn.Module) -> list[str]:
         kind = getattr(getattr(model, "config", None), "model_type", "this type")
         raise RecipeError(
             f"bitfit trains biases, and networks of type {kind} have none. Use lora, which adds "
-            "about as few weights."
+            "about as few weights.",
+            rule="adapter.network",
         )
     return names

@@ -71,7 +71,8 @@ class Freeze(Adaptation):
             raise RecipeError(
                 f"training every n-th of {count} layers freezes a share of "
                 f"{', '.join(f'{share:.3g}' for share in shares)}, and not of {self.share:g}. Take "
-                "one of these, or frozen=alternate, which takes any."
+                "one of these, or frozen=alternate, which takes any.",
+                rule="freeze.share",
             )
         return best
 

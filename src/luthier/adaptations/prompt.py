@@ -32,7 +32,8 @@ class Prompt(VirtualTokens):
         if prompt_ids(model):
             raise RecipeError(
                 "the model to start from has a soft prompt already, which a second one would replace. "
-                "Train lora on it, or a prompt on the model below it."
+                "Train lora on it, or a prompt on the model below it.",
+                rule="adapter.occupied",
             )
         if (reach := gradient_reach(model)) is not None:
             kind = model.config.model_type  # type: ignore[union-attr]
@@ -46,7 +47,8 @@ class Prompt(VirtualTokens):
             kind = model.config.model_type  # type: ignore[union-attr]
             raise RecipeError(
                 "a soft prompt is vectors among those of the tokens, and in networks of type "
-                f"{kind} tokens have none of their own. Use full."
+                f"{kind} tokens have none of their own. Use full.",
+                rule="prompt.no_tokens",
             )
         model.requires_grad_(False)
         # An encoder-decoder has one for each side, of the same weight.

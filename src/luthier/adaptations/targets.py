@@ -63,14 +63,17 @@ def linear_targets(
         if missing:
             raise RecipeError(
                 f"no linear layer is called {', '.join(missing)}. This network has: "
-                f"{', '.join(ends)}; or use {ALL_LINEAR}."
+                f"{', '.join(ends)}; or use {ALL_LINEAR}.",
+                rule="adapter.targets",
             )
     if blocks is not None:
         inside = _in_blocks(model, blocks)
         found = [name for name in found if name.startswith(inside)]
     if not found:
         where = " in these blocks" if blocks is not None else ""
-        raise RecipeError(f"this network has no linear layers to adapt{where}")
+        raise RecipeError(
+            f"this network has no linear layers to adapt{where}", rule="adapter.network"
+        )
     return found
 
 

@@ -195,12 +195,14 @@ class _Session:
         if code in (401, 403):
             raise RecipeError(
                 f"{self.spec.url} refuses the key of {self.spec.key_env} (HTTP {code}). Set that "
-                f"variable to a valid key, or name another with {self.spec.set_by}key_env"
+                f"variable to a valid key, or name another with {self.spec.set_by}key_env",
+                rule="endpoint.key",
             )
         if code == 404:
             raise RecipeError(
                 f"{self.spec.url} has no model {self.spec.model!r}: {said}. {self.spec.url}/models "
-                f"lists those it has; name one with {self.spec.set_by}{self.spec.named_by}"
+                f"lists those it has; name one with {self.spec.set_by}{self.spec.named_by}",
+                rule="endpoint.model",
             )
         if code == 429:
             raise LuthierError(

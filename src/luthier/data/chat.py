@@ -209,7 +209,7 @@ class ChatFormat:
             RecipeError: naming the module.
         """
         if self.sentence_problem:
-            raise RecipeError(self.sentence_problem)
+            raise RecipeError(self.sentence_problem, rule="sentence.module")
 
     def media_input(self, row: MediaRow) -> MediaInput:
         """The image or sound of a row, as the network reads it.
@@ -709,7 +709,7 @@ class ChatFormat:
             RecipeError: with the fix.
         """
         if self.decoder_problem:
-            raise RecipeError(self.decoder_problem)
+            raise RecipeError(self.decoder_problem, rule="tokenizer.language")
 
     @property
     def decoder_opening(self) -> IntArray:

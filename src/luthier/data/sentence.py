@@ -197,7 +197,8 @@ def _module_name(path: Path, module: Any) -> str:
         raise _unsupported(path, kind)
     if not re.fullmatch(r"[\w-]*", str(module.get("path", ""))):  # never outside the folder
         raise RecipeError(
-            f"{path}: `path` of a module must be the name of a folder next to this file"
+            f"{path}: `path` of a module must be the name of a folder next to this file",
+            rule="sentence.path",
         )
     return kind.rpartition(".")[2]
 
@@ -205,7 +206,8 @@ def _module_name(path: Path, module: Any) -> str:
 def _unsupported(path: Path, name: str) -> RecipeError:
     return RecipeError(
         f"{path}: the module {name!r} is not supported. Supported are Transformer, Pooling, Dense and "
-        "Normalize; use another base model"
+        "Normalize; use another base model",
+        rule="sentence.module",
     )
 
 
@@ -239,7 +241,8 @@ def _pooling_modes(path: Path, fields: dict[str, Any]) -> tuple[PoolingMode, ...
         other = [mode for mode in found if mode not in known]
     if other:
         raise RecipeError(
-            f"{path}: pooling {str(other[0])!r} is not supported. Use another base model"
+            f"{path}: pooling {str(other[0])!r} is not supported. Use another base model",
+            rule="sentence.pooling",
         )
     return tuple(found) or ("mean",)
 
@@ -262,7 +265,8 @@ def _read_dense(folder: Path, place: Path) -> Dense:
     if not (place / DENSE_WEIGHTS).is_file():
         raise RecipeError(
             f"{place} has no {DENSE_WEIGHTS}. Pickled weights (pytorch_model.bin) can run code and are "
-            "never loaded: save the model again with save_pretrained(..., safe_serialization=True)"
+            "never loaded: save the model again with save_pretrained(..., safe_serialization=True)",
+            rule="sentence.weights",
         )
     kind = str(fields.get("activation_function", "torch.nn.modules.activation.Tanh"))
     name = kind.rpartition(".")[2]
@@ -276,7 +280,10 @@ def _read_dense(folder: Path, place: Path) -> Dense:
     elif (inner, outer) != ("sentence_embedding", "sentence_embedding"):
         problem = f"`module_input_name` is {inner!r}"
     if problem:
-        raise RecipeError(f"{path}: {problem}, which is not supported. Use another base model")
+        raise RecipeError(
+            f"{path}: {problem}, which is not supported. Use another base model",
+            rule="sentence.activation",
+        )
     return Dense(
         folder=place.relative_to(folder).as_posix(),
         inputs=fields["in_features"],
@@ -302,7 +309,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             continue
         raise RecipeError(
             f"{path}: `{name}` is {json.dumps(value)[:100]}, which is not supported. Use another base "
-            "model"
+            "model",
+            rule="sentence.config",
         )
     return fields
 

@@ -114,7 +114,10 @@ class Checkpoints:
             except CorruptFile as error:
                 log.warning("checkpoint %s is damaged and was skipped: %s", path.name, error)
         if paths:
-            raise CorruptFile(f"none of the {len(paths)} checkpoints in {self.folder} can be read")
+            raise CorruptFile(
+                f"none of the {len(paths)} checkpoints in {self.folder} can be read",
+                rule="checkpoint.none_readable",
+            )
         return None
 
     @staticmethod
@@ -128,7 +131,10 @@ class Checkpoints:
             ) from error
         for name, expected in hashes.items():
             if not (path / name).is_file() or sha256_of(path / name) != expected:
-                raise CorruptFile(f"{path / name} no longer has the bytes that were recorded")
+                raise CorruptFile(
+                    f"{path / name} no longer has the bytes that were recorded",
+                    rule="checkpoint.differs",
+                )
         return progress, load_tensors(path / "tensors.safetensors")
 
 

@@ -372,7 +372,8 @@ def _mix(
         if not drawn:
             raise RecipeError(
                 f"data.mix: a weight of {each.weight:g} takes less than one row of {each.train} in a "
-                f"pass over the {len(sets[0])} of {spec.train}; use {1 / len(sets[0]):.2g} or more"
+                f"pass over the {len(sets[0])} of {spec.train}; use {1 / len(sets[0]):.2g} or more",
+                rule="data.mix_too_small",
             )
         mixed.append(MixedSet(len(examples), drawn))
         parts.append(spool(replace(e, row=after + number) for number, e in enumerate(examples)))
@@ -403,7 +404,8 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
         able = [name for name, kind in OBJECTIVES.items() if kind.allows_augmentation]
         raise RecipeError(
             f"data.augmentation changes rows at random; {objective.method} learns them as they are. "
-            f"It goes with {', '.join(able)}; leave it out here"
+            f"It goes with {', '.join(able)}; leave it out here",
+            rule="data.augmentation",
         )
     if chat.reads == "text" and not chat.tokenizer.is_fast:
         raise RecipeError(

@@ -312,7 +312,7 @@ def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) ->
         except RecipeError as error:
             problem = f"needs layers of which each is sharded, and {error}"
     if problem:
-        raise RecipeError(f"`training.fully_shard` {problem}. Leave it out")
+        raise RecipeError(f"`training.fully_shard` {problem}. Leave it out", rule="pair.impossible")
 
 
 def prepare_refit(
@@ -399,7 +399,8 @@ def resolve_job(
     if recipe.training.refit and not held_out:
         raise RecipeError(
             "`training.refit` learns from the rows that were held out of the training data, and none "
-            "are: rows of a validation file are only measured on. Leave it out"
+            "are: rows of a validation file are only measured on. Leave it out",
+            rule="refit.no_held_out",
         )
     facts = defaults.DataFacts(
         data.main,

@@ -271,7 +271,9 @@ class Loop:
             try:
                 norm = self.optimizer.step(rate)
             except Diverged as error:
-                raise Diverged(f"{error} in step {self._run_step + 1}. {self._cure}") from error
+                raise Diverged(
+                    f"{error} in step {self._run_step + 1}. {self._cure}", rule="training.gradient"
+                ) from error
         self.processes.send_first(self._buffers)
         seconds = time.monotonic() - started
         counted = [batch.tree.examples for batch in batches if not batch.is_filler]
@@ -347,7 +349,7 @@ class Loop:
         found = self.objective.validation_metrics(self.network, self.validation, self.budget)
         progress = self.progress
         if not all(math.isfinite(found[name]) for name in {"loss", self.objective.measure}):
-            raise Diverged(self._no_number())
+            raise Diverged(self._no_number(), rule="training.validation")
         progress.validation_loss = found["loss"]
         measure = deciding_measure([*self.measured, found], self.objective.measure)
         before = min((cost_of(line, measure) for line in self.measured), default=math.inf)

@@ -246,7 +246,9 @@ class ModelWriter:
         """Load what was written as serving will, and compare."""
         parent = self.job.base if manifest.saved == "adapter" else None
         if parent and fingerprint(read_adapter(folder)) != manifest.trained_weights_sha256:
-            raise LuthierError("the saved adapter has not the bits of the trained one")
+            raise LuthierError(
+                "the saved adapter has not the bits of the trained one", rule="model.not_saved"
+            )
         stored = store.StoredModel(manifest.id, folder, manifest, parent)
         head = self.job.data.objective.head()
         device, dtype = self.job.machine.device, self.job.machine.dtype
@@ -281,7 +283,8 @@ class ModelWriter:
         )
         if stored.chat.stop_ids != chat.stop_ids:
             raise LuthierError(
-                "the saved tokenizer has other stop tokens than the one trained with"
+                "the saved tokenizer has other stop tokens than the one trained with",
+                rule="model.not_saved",
             )
         return parity
 

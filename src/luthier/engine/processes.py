@@ -212,7 +212,8 @@ def check_room(processes: int, each: int = PROCESS_BYTES) -> None:
         raise RecipeError(
             f"{processes} processes were asked for, and this machine has room for 1 to {room}: each "
             f"takes {each / 1e9:.1f} GB before it has read anything. Take one for each "
-            "GPU, or for each socket"
+            "GPU, or for each socket",
+            rule="machine.processes",
         )
 
 

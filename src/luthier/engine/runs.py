@@ -186,10 +186,14 @@ class Run:
                 why = f", and going on would end as it did: {reason}"
             raise RunConflict(
                 f"there is {run} {self.model_id} already{why}. {advice} another --name, or remove it "
-                f"with `luthier models remove {self.model_id}`"
+                f"with `luthier models remove {self.model_id}`",
+                rule="run.name_taken",
             )
         if stored:
-            raise RunConflict(f"there is a model {self.model_id} already; choose another --name")
+            raise RunConflict(
+                f"there is a model {self.model_id} already; choose another --name",
+                rule="run.name_taken",
+            )
 
     def _record_launch(self, launch: str) -> None:
         if launch:
@@ -377,7 +381,7 @@ def lock_folder(folder: Path, what: str, wait_seconds: float = 0.0) -> Iterator[
                 yield
                 return
         if time.monotonic() >= deadline:
-            raise RunConflict(f"another process is working on {what} now")
+            raise RunConflict(f"another process is working on {what} now", rule="run.in_use")
         time.sleep(LOOK_SECONDS)
 
 
@@ -425,7 +429,8 @@ def same_request(
         )
         raise RunConflict(
             f"{what} cannot be resumed, because something else is asked for now: {shown}. "
-            "Repeat the first command exactly, or choose another --name."
+            "Repeat the first command exactly, or choose another --name.",
+            rule="run.changed",
         )
 
 

@@ -309,7 +309,8 @@ def check_parity(
     texts = (each.difference_text(text_of) for each in far_first)
     raise LuthierError(
         f"the saved model is not the trained one: {reason}{next(filter(None, texts), '')}. It was not "
-        "stored; the run and its checkpoints are kept."
+        "stored; the run and its checkpoints are kept.",
+        rule="model.not_saved",
     )
 
 

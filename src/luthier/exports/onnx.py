@@ -267,26 +267,30 @@ def export_onnx(
         raise RecipeError(
             f"{stored.id} gives no classes, tags, ratings, rewards or embeddings, and ONNX files are "
             f"written of models that do (it is for {objective.task}); models that write text go to "
-            "llama.cpp with format gguf"
+            "llama.cpp with format gguf",
+            rule="export.task",
         )
     check_mergeable(stored, "an ONNX file holds nothing else")
     for package in ("onnx", "onnxscript", "onnxruntime"):  # before what takes long
         if find_spec(package) is None:
             raise RecipeError(
-                f"writing for ONNX needs the package {package}: pip install 'luthier[onnx]'"
+                f"writing for ONNX needs the package {package}: pip install 'luthier[onnx]'",
+                rule="export.extra",
             )
     chat = stored.chat
     network = as_network(load_merged(stored, torch.float32, _CPU, on_progress), _CPU, torch.float32)
     if is_dual_encoder(network.model.config):
         raise RecipeError(
             f"{stored.id} reads images and texts, each by an encoder of its own, and an ONNX file is "
-            "written of networks that have one"
+            "written of networks that have one",
+            rule="export.network",
         )
     pads = getattr(network.model.config, "pad_token_id", None) is not None
     if chat.media is None and objective.task == "sequence_classification" and not pads:
         # transformers finds the last token of each row by it.
         raise RecipeError(
-            f"{stored.id} has no padding token, so it cannot read texts of several lengths at once"
+            f"{stored.id} has no padding token, so it cannot read texts of several lengths at once",
+            rule="export.padding",
         )
     labels = list(objective.head().labels)
     answer = _answer_of(objective, network, labels)
@@ -307,7 +311,8 @@ def export_onnx(
             raise RecipeError(
                 f"ONNX Runtime answers otherwise: {answer.name} differs by up to {error:.2g} of "
                 f"{'the spread of ratings' if answer.unit else 'the largest number'}, where "
-                f"{ONNX_ERROR:g} is allowed"
+                f"{ONNX_ERROR:g} is allowed",
+                rule="export.differs",
             )
         model.config.save_pretrained(fresh)
         save_format(chat, fresh)

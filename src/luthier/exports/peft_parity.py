@@ -56,7 +56,8 @@ def check_peft(stored: StoredModel, folder: Path) -> None:
         more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
         raise RecipeError(
             f"PEFT does not load these modules of {stored.id}: {', '.join(lost[:NAMED])}{more}. "
-            f"{fix}"
+            f"{fix}",
+            rule="export.modules",
         )
     if not isinstance(stored.adaptation, LoRA):
         return  # QLoRA was trained on a quantized base, which PEFT does not know
@@ -68,7 +69,8 @@ def check_peft(stored: StoredModel, folder: Path) -> None:
     if change > LARGEST_ERROR * size or change > max(SMALLEST_EFFECT * effect, 1e-5 * size):
         raise RecipeError(
             f"under PEFT the adapter of {stored.id} gives other outputs (relative difference "
-            f"{change / size:.2g}). {fix}"
+            f"{change / size:.2g}). {fix}",
+            rule="export.differs",
         )
 
 

@@ -148,7 +148,10 @@ def measure_quantization(
     check_mergeable(stored, "those are what is quantized")
     texts = _encode(rows, stored.chat, stored.room) if rows else ()
     if len(texts) < 2:
-        raise RecipeError("one text is too few for the interval of a loss; give more rows")
+        raise RecipeError(
+            "one text is too few for the interval of a loss; give more rows",
+            rule="export.too_few_rows",
+        )
     above = ancestors(stored)
     base = above[0] if above and isinstance(above[0], StoredModel) else None
     losses, size = _losses(stored, kind, texts)

@@ -110,7 +110,8 @@ def export(
     if stored.parent is not None and stored.parent.parent is not None and not merged:
         raise RecipeError(
             f"{stored.id} is an adapter on the adapter {stored.parent.id}, and PEFT does not put one "
-            "on another; export it merged"
+            "on another; export it merged",
+            rule="export.stacked",
         )
     target = new_target(target)
     with new_export_folder(target, stored) as fresh:
@@ -299,7 +300,8 @@ def export_gguf(
     target = new_target(target)
     if not merged and quantization is not None:
         raise RecipeError(
-            "an adapter is written in float32: give a type of weights to its base, or export it merged"
+            "an adapter is written in float32: give a type of weights to its base, or export it merged",
+            rule="export.precision",
         )
     kind = check_quantization(quantization or "f16")
     check_writes(stored, "and GGUF files are of models that write text")
@@ -363,16 +365,21 @@ def _plain_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
         RecipeError: for a model that is not a plain LoRA adapter on a base model.
     """
     if stored.parent is None:
-        raise RecipeError(f"{stored.id} is no adapter but a whole network; export it merged")
+        raise RecipeError(
+            f"{stored.id} is no adapter but a whole network; export it merged",
+            rule="export.no_adapter",
+        )
     if stored.parent.parent is not None:
         raise RecipeError(
-            f"{stored.id} is an adapter on the adapter {stored.parent.id}; export it merged"
+            f"{stored.id} is an adapter on the adapter {stored.parent.id}; export it merged",
+            rule="export.stacked",
         )
     lora = _lora_of(stored)
     if not isinstance(lora, LoRA) or lora.dora:
         raise RecipeError(
             f"{stored.id} was tuned with {'dora' if isinstance(lora, LoRA) else lora.method}, and "
-            "llama.cpp loads plain LoRA adapters only; export it merged"
+            "llama.cpp loads plain LoRA adapters only; export it merged",
+            rule="export.unmergeable",
         )
     return lora, stored.parent
 

@@ -127,7 +127,10 @@ class LanguageModelGrader(ModelSpec, Grader):
         found = []
         for verdict in self.verdicts(conversations):
             if isinstance(verdict, Failure):
-                raise LuthierError(f"no verdict from the judge {self.model}: {verdict.reason}")
+                raise LuthierError(
+                    f"no verdict from the judge {self.model}: {verdict.reason}",
+                    rule="judge.no_verdict",
+                )
             found.append(verdict)
         return found
 

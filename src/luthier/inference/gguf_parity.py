@@ -193,7 +193,8 @@ def compare_gguf(
     if not rounded.mean_kl <= limit:
         raise RecipeError(
             f"llama.cpp answers otherwise: with the same weights, {rounded.describe()}, and more than "
-            f"{limit:g} is no rounding{rounded.difference_text(lambda token: chat.decode([token]))}"
+            f"{limit:g} is no rounding{rounded.difference_text(lambda token: chat.decode([token]))}",
+            rule="export.differs",
         )
     return GgufParity(**as_it_is.model_dump(), rounded_kl=rounded.mean_kl)
 

@@ -614,7 +614,8 @@ def check_mergeable(model: StoredModel, need: str) -> None:
             raise RecipeError(
                 f"{model.id} was tuned with {adaptation.method}, which cannot be merged into the "
                 f"network's own weights, and {need}. Use {model.parent.id}, or a model tuned with "
-                "lora or full."
+                "lora or full.",
+                rule="export.unmergeable",
             )
         model = model.parent
 
@@ -634,7 +635,7 @@ def check_writes(model: StoredModel, lack: str) -> None:
         RecipeError: always for such a one.
     """
     if not model.writes:
-        raise RecipeError(f"{model.id} does not write, {lack}")
+        raise RecipeError(f"{model.id} does not write, {lack}", rule="export.task")
 
 
 def _method(

@@ -415,7 +415,8 @@ def tree_attention(
     if sliding_window is not None and sliding_window < tree.longest:
         raise RecipeError(
             f"rows of {tree.longest} tokens exceed the attention window of {sliding_window} tokens "
-            "of this network; the token tree has no sliding window yet. Shorten the rows."
+            "of this network; the token tree has no sliding window yet. Shorten the rows.",
+            rule="row.window",
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return tree.attend(module, query, key, value, scale), None

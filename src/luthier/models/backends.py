@@ -264,7 +264,8 @@ def _check_llama_cpp() -> None:
         there = f"{found} is" if found else "it is not"
         raise RecipeError(
             f"llama.cpp needs {LLAMA_CPP} {LLAMA_CPP_VERSION}, and {there} installed: "
-            "pip install 'luthier[llama-cpp]'"
+            "pip install 'luthier[llama-cpp]'",
+            rule="backend.version",
         )
 
 

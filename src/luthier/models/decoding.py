@@ -120,7 +120,7 @@ class TokenSampler:
         else:
             token = self._draw(logits_V / self.sampling.temperature)
         if not 0 <= token < len(logits_V):
-            raise RecipeError("The model gave no probabilities.")
+            raise RecipeError("The model gave no probabilities.", rule="model.no_probabilities")
         if self._penalised or self._read is not None:
             self._written[token] += 1
         self._barred = max(0, self._barred - 1)
@@ -225,7 +225,7 @@ def choose_tokens(samplers: Sequence[TokenSampler], logits_RV: Tensor) -> list[i
 
 def _check_tokens(tokens: list[int], logits_RV: Tensor) -> list[int]:
     if max(tokens) >= logits_RV.shape[-1]:
-        raise RecipeError("The model gave no probabilities.")
+        raise RecipeError("The model gave no probabilities.", rule="model.no_probabilities")
     return tokens
 
 
@@ -371,7 +371,9 @@ def sample(
     """
     max_tokens = sampling.max_tokens
     if count < 1 or max_tokens is None:
-        raise RecipeError("the number of completions and max_tokens must be at least 1")
+        raise RecipeError(
+            "the number of completions and max_tokens must be at least 1", rule="sampling.too_few"
+        )
     if sampling.constraint is not None:
         raise RecipeError("what is sampled here follows no schema, regex or grammar")
     context = _check(network, prompts, max_tokens)
@@ -474,18 +476,22 @@ def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> in
     if heads.task_of(model) not in ("causal_lm", "image_to_text") or network.both_ways:
         raise RecipeError(
             f"networks of type {model.config.model_type} with this head do not write text, so "
-            "there is nothing to sample. Take a base model that generates."
+            "there is nothing to sample. Take a base model that generates.",
+            rule="model.cannot_write",
         )
     before, context = network.tokens_before, network.context
     beside = heads.decoder_of(model) is not None
     for index, prompt_T in enumerate(prompts):
         size = before + len(prompt_T)
         if not len(prompt_T):
-            raise RecipeError(f"prompt {index + 1} has no tokens to go on from")
+            raise RecipeError(
+                f"prompt {index + 1} has no tokens to go on from", rule="prompt.empty"
+            )
         if max_tokens > reply_room(size, context, beside):
             raise RecipeError(
                 f"prompt {index + 1} has {size} tokens; with {max_tokens} for the completion that "
-                f"is more than the model's context of {context}. Shorten it, or allow fewer tokens."
+                f"is more than the model's context of {context}. Shorten it, or allow fewer tokens.",
+                rule="prompt.too_long",
             )
     return context
 

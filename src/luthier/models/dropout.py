@@ -75,5 +75,6 @@ def _nowhere(model: Any) -> RecipeError:
     return RecipeError(
         f"networks of type {model.config.model_type} drop nothing but attention weights, and those are "
         "not dropped here: training.dropout would do nothing. Leave it out; LoRA has a dropout of its "
-        "own, `adaptation.dropout`"
+        "own, `adaptation.dropout`",
+        rule="dropout.none",
     )

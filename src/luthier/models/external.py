@@ -336,7 +336,8 @@ def check_complete(missing: Collection[str], where: str) -> None:
     if missing:
         raise UnknownModel(
             f"{where} has not all weights of the network: {len(missing)} are missing or of another "
-            f"shape, {', '.join(sorted(missing)[:3])} among them"
+            f"shape, {', '.join(sorted(missing)[:3])} among them",
+            rule="model.weights_missing",
         )
 
 

@@ -140,7 +140,8 @@ def check_writable(model_type: str, name: str) -> None:
     if model_type not in _ARCHITECTURES:
         raise RecipeError(
             f"{name} is a network of type {model_type}, and GGUF files are written of "
-            f"{', '.join(_ARCHITECTURES)} alone"
+            f"{', '.join(_ARCHITECTURES)} alone",
+            rule="gguf.network",
         )
 
 
@@ -155,11 +156,13 @@ def check_quantization(quantization: str) -> Quantization:
             if _KINDS[known][0] in _K_KINDS and llama_cpp_library() is None:
                 raise RecipeError(
                     f"{known} is computed by llama.cpp, which is not installed: pip install "
-                    "'luthier[llama-cpp]', or take q8_0 or q4_0"
+                    "'luthier[llama-cpp]', or take q8_0 or q4_0",
+                    rule="gguf.library",
                 )
             return known
     raise RecipeError(
-        f"there is no type {quantization!r} of weights; take {', '.join(QUANTIZATIONS)}"
+        f"there is no type {quantization!r} of weights; take {', '.join(QUANTIZATIONS)}",
+        rule="gguf.type",
     )
 
 
@@ -418,10 +421,14 @@ def _add_settings(writer: GGUFWriter, config: Any, name: str) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise RecipeError(f"llama.cpp does not compute the rotary embeddings of {name} ({kind})")
+        raise RecipeError(
+            f"llama.cpp does not compute the rotary embeddings of {name} ({kind})",
+            rule="gguf.rotary",
+        )
     if config.hidden_act != "silu":
         raise RecipeError(
-            f"llama.cpp does not compute the activation of {name}, {config.hidden_act}"
+            f"llama.cpp does not compute the activation of {name}, {config.hidden_act}",
+            rule="gguf.activation",
         )
     head = head_size(config)
     window = getattr(config, "sliding_window", None)
@@ -448,7 +455,8 @@ def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -
     if model.get("type") != "BPE" or (prefix is None if pieces else pre is None):
         raise RecipeError(
             f"the tokenizer of {name} cuts texts in a way that llama.cpp is not known to have; of BPE, "
-            "those of GPT-2, SmolLM, Llama and Qwen 2 are written"
+            "those of GPT-2, SmolLM, Llama and Qwen 2 are written",
+            rule="gguf.tokenizer",
         )
     marked = {each["id"]: each["special"] for each in spec["added_tokens"]}
     tokens = [f"[PAD{number}]" for number in range(size)]

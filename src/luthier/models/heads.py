@@ -139,7 +139,8 @@ def auto_class(config: Any, task: Task) -> Any:
         able = [each.words for other, each in _TASKS.items() if _class_name(config, other)]
         raise RecipeError(
             f"a network of type {config.model_type} cannot be {_TASKS[task].words}; it can be "
-            f"{', '.join(able) or 'none of what can be tuned here'}."
+            f"{', '.join(able) or 'none of what can be tuned here'}.",
+            rule="network.head",
         )
     return getattr(transformers, name)
 

@@ -85,7 +85,9 @@ def layer_names(model: nn.Module) -> list[str]:
         if not any(re.match(rf"{re.escape(other)}\.", name) for other, _ in lists)
     ]
     if not outer:
-        raise RecipeError("this network has no stack of layers to choose from")
+        raise RecipeError(
+            "this network has no stack of layers to choose from", rule="network.layers"
+        )
     _, largest = max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     stacks = [(name, stack) for name, stack in outer if type(stack[0]) is type(largest[0])]
     found = [

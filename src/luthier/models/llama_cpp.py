@@ -173,7 +173,8 @@ class _Library:
         if not known:
             raise RecipeError(
                 f"llama.cpp cannot be used: the library of {LLAMA_CPP} has other structures than those "
-                f"of {LLAMA_CPP_VERSION}"
+                f"of {LLAMA_CPP_VERSION}",
+                rule="backend.version",
             )
 
 
@@ -227,7 +228,10 @@ class LlamaCppBackend:
         size = self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(model))
         try:
             if size != vocabulary:
-                raise RecipeError(f"{file} has {size} tokens, and the network {vocabulary}")
+                raise RecipeError(
+                    f"{file} has {size} tokens, and the network {vocabulary}",
+                    rule="gguf.vocabulary",
+                )
             self._bytes = self._probe()
         except BaseException:
             self.close()
@@ -448,4 +452,4 @@ class LlamaCppBackend:
 
     def _failure(self, what: str) -> RecipeError:
         reason = f": {'; '.join(self._library.errors)}" if self._library.errors else ""
-        return RecipeError(f"llama.cpp {what} {self._file}{reason}")
+        return RecipeError(f"llama.cpp {what} {self._file}{reason}", rule="gguf.unreadable")

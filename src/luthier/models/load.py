@@ -147,7 +147,8 @@ def _check_finite(model: nn.Module, folder: Path) -> None:
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise CorruptFile(
                 f"{name} in {folder} holds numbers that are not finite (nan or inf): the file is "
-                "damaged, or what wrote it diverged. Take weights from before that"
+                "damaged, or what wrote it diverged. Take weights from before that",
+                rule="weights.not_finite",
             )
 
 
@@ -235,7 +236,8 @@ def check_decoder_input(network: Network) -> None:
         raise RecipeError(
             f"networks of type {kind} cannot be trained here yet: their decoder does not start from "
             f"token {chat.start_id}, as transformers shifts the labels in another way. Use a T5, BART "
-            "or M2M-100"
+            "or M2M-100",
+            rule="network.unsupported",
         )
 
 

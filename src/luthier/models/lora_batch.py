@@ -53,7 +53,9 @@ class Adapter:
         }
         for name, layer in layers.items():
             if base.model.get_submodule(name) is not layer.base_layer:
-                raise RecipeError(f"the adapter's {name} is not a layer of the base network")
+                raise RecipeError(
+                    f"the adapter's {name} is not a layer of the base network", rule="adapter.layer"
+                )
         return Adapter(layers)
 
     @cached_property

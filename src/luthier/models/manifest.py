@@ -394,5 +394,6 @@ class Manifest(Record):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the whole"
             raise CorruptFile(
-                f"{folder / MANIFEST} is no record of a model: {where}: {describe_constraint(first)}"
+                f"{folder / MANIFEST} is no record of a model: {where}: {describe_constraint(first)}",
+                rule="manifest.invalid",
             ) from error

@@ -115,7 +115,9 @@ def run_media(model: Any, arrays: Tensor, **texts: Tensor) -> Any:
     except ValueError as error:
         if reads_sound(model.config) or tuple(arrays.shape[1:]) == input_shape(model.config):
             raise
-        raise RecipeError(f"{str(error).rstrip('.')}. Leave data.image_size out") from error
+        raise RecipeError(
+            f"{str(error).rstrip('.')}. Leave data.image_size out", rule="data.image_size"
+        ) from error
 
 
 def context_length(config: Mapping[str, Any]) -> int:
@@ -147,7 +149,8 @@ def context_length(config: Mapping[str, Any]) -> int:
         return 1  # ResNet reads images of any size, and names none
     raise RecipeError(
         f"networks of type {config.get('model_type', 'unknown')} cannot be trained here yet: their "
-        "config.json names no context length (max_position_embeddings)"
+        "config.json names no context length (max_position_embeddings)",
+        rule="network.unsupported",
     )
 
 

@@ -66,7 +66,8 @@ def add_prefix(model: Any, places: int) -> None:
     if prefix_tokens(model):
         raise RecipeError(
             "the model to start from has a prefix already, which a second one would replace. Train "
-            "lora on it, or a prefix on the model below it."
+            "lora on it, or a prefix on the model below it.",
+            rule="adapter.occupied",
         )
     config = model.config
     layers = _attentions(model)
@@ -79,7 +80,8 @@ def add_prefix(model: Any, places: int) -> None:
     if not takes or indices != list(range(config.num_hidden_layers)):
         raise RecipeError(
             f"a prefix is keys and values for each layer, and networks of type {config.model_type} "
-            "have no place for them. Use prompt, which is tokens for the lowest one, or lora."
+            "have no place for them. Use prompt, which is tokens for the lowest one, or lora.",
+            rule="adapter.network",
         )
     heads, size = key_heads(config), head_size(config)
     like = next(model.parameters())

@@ -381,7 +381,8 @@ def check_finite(output: Tensor) -> None:
     """
     if not output.isfinite().all():
         raise CorruptFile(
-            "the network answers with numbers that are not finite: its weights are damaged"
+            "the network answers with numbers that are not finite: its weights are damaged",
+            rule="weights.not_finite",
         )
 
 
@@ -389,7 +390,8 @@ def refusal(model: Any, reason: str) -> RecipeError:
     """Return the error for a family that luthier does not run as transformers does."""
     return RecipeError(
         f"networks of type {model.config.model_type} cannot be trained here yet: {reason}. Use a base "
-        "of another family (`luthier models list`)"
+        "of another family (`luthier models list`)",
+        rule="network.unsupported",
     )
 
 

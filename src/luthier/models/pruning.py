@@ -54,7 +54,8 @@ def check_size(size: int, teachers: str, before: int, option: str) -> None:
     """Refuse a size above ``before``, which are ``teachers`` of the teacher, naming ``option``."""
     if size > before:
         raise RecipeError(
-            f"{option} {size} is more than the {teachers} of the teacher; give {before} or fewer"
+            f"{option} {size} is more than the {teachers} of the teacher; give {before} or fewer",
+            rule="student.layers",
         )
 
 

@@ -99,7 +99,7 @@ class Sampling:
     @staticmethod
     def refusal(message: str, field: str) -> Exception:
         """Return the error for a wrong value of ``field``."""
-        return RecipeError(message)
+        return RecipeError(message, rule="sampling.range")
 
     @property
     def constraint(self) -> Constraint | None:

@@ -100,7 +100,8 @@ def _load(pipeline: SentencePipeline, hidden: int, folder: Path) -> SentenceHead
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != shapes or layer.inputs != width:
             raise CorruptFile(
-                f"{path} does not fit {width} values: the file has {found}, not {shapes}"
+                f"{path} does not fit {width} values: the file has {found}, not {shapes}",
+                rule="sentence.weights",
             )
         weights.append(tensors)
         width = layer.outputs

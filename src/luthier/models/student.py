@@ -54,13 +54,19 @@ class StudentShape:
         if not given:
             raise RecipeError(
                 "say how small the student is to be: --layers, --keep, --heads, --intermediate or "
-                "--hidden"
+                "--hidden",
+                rule="student.size",
             )
         if self.layers is not None and self.keep is not None:
-            raise RecipeError("--layers and --keep both choose the layers; give one of them")
+            raise RecipeError(
+                "--layers and --keep both choose the layers; give one of them",
+                rule="student.layers",
+            )
         for name, value in given.items():
             if name != "keep" and value < 1:
-                raise RecipeError(f"--{name} {value} leaves nothing; give 1 or more")
+                raise RecipeError(
+                    f"--{name} {value} leaves nothing; give 1 or more", rule="student.layers"
+                )
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,8 @@ def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]
     if count is None or kind == "elmo":
         raise RecipeError(
             f"a student of a network of type {kind} cannot be made: its layers are no stack of equal "
-            "ones. Take a teacher of transformer layers, such as Llama, GPT-2, BERT or RoBERTa."
+            "ones. Take a teacher of transformer layers, such as Llama, GPT-2, BERT or RoBERTa.",
+            rule="student.network",
         )
     if kind == "albert":
         return {}, (count, _repeats(config, count, shape))
@@ -167,12 +174,14 @@ def _layers_to_keep(kind: str, count: int, shape: StudentShape) -> tuple[int, ..
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
         raise RecipeError(
             f"--keep {','.join(map(str, kept))}: name layers from 0 to {count - 1} of the teacher, "
-            "each once, in rising order"
+            "each once, in rising order",
+            rule="student.keep",
         )
     if kind in _TABLE_IN_FIRST and kept[0] != 0:
         raise RecipeError(
             f"layer 0 of a network of type {kind} holds the positions of all others; --keep must begin "
-            "with 0"
+            "with 0",
+            rule="student.keep",
         )
     return kept
 
@@ -182,7 +191,8 @@ def _repeats(config: Any, count: int, shape: StudentShape) -> int:
     if shape.keep is not None:
         raise RecipeError(
             "all layers of an ALBERT are one layer, repeated, so none can be chosen; --layers says how "
-            "often it is repeated"
+            "often it is repeated",
+            rule="student.keep",
         )
     if config.num_hidden_groups != 1:
         raise RecipeError(

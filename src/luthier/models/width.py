@@ -76,7 +76,8 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
         if not found:
             raise RecipeError(
                 f"this {kind} has one layer, or one that is repeated, and --intermediate cuts "
-                "stacks of several"
+                "stacks of several",
+                rule="student.intermediate",
             )
         set_size(config, found[0].field, sizes.intermediate, found[0].size, "--intermediate")
     if sizes.heads is None and sizes.hidden is None:
@@ -89,7 +90,8 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
         raise RecipeError(
             f"--heads and --hidden cut networks of type {able}, and this is "
             f"of type {kind}: there the width of a head follows from both, or layer norms subtract a "
-            "mean over all channels, which cutting some would change. Cut --layers and --intermediate."
+            "mean over all channels, which cutting some would change. Cut --layers and --intermediate.",
+            rule="student.network",
         )
     heads, groups, channels = (
         config.num_attention_heads, config.num_key_value_heads, config.hidden_size
@@ -100,7 +102,8 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
         if sizes.heads % share:
             raise RecipeError(
                 f"--heads {sizes.heads}: {share} heads share one key and value in the teacher, so "
-                f"give a multiple of {share}"
+                f"give a multiple of {share}",
+                rule="student.heads",
             )
         set_size(config, "num_attention_heads", sizes.heads, heads, "--heads")
         config.num_key_value_heads = sizes.heads // share
@@ -111,7 +114,8 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
         raise RecipeError(
             f"a hidden size of {config.hidden_size} is no multiple of {config.num_attention_heads} "
             f"heads, which transformers asks of a {kind}; give --hidden "
-            f"{nearest_multiple(config.hidden_size, config.num_attention_heads)}, or other --heads"
+            f"{nearest_multiple(config.hidden_size, config.num_attention_heads)}, or other --heads",
+            rule="student.hidden",
         )
 
 
@@ -160,7 +164,8 @@ def _mlp(model: Any, layer: str) -> _Mlp:
             )
     raise RecipeError(
         f"where the MLP of a network of type {model.config.model_type} is, is not known here, so "
-        "--intermediate cannot cut it; cut --layers"
+        "--intermediate cannot cut it; cut --layers",
+        rule="student.intermediate",
     )
 
 

@@ -51,13 +51,15 @@ def configure(config: Any, heads: int | None, hidden: int | None) -> None:
     if heads is not None:
         raise RecipeError(
             f"the heads of this {config.model_type} fill its width, {wide} channels each: give "
-            f"--hidden {wide * heads} for {heads} of them"
+            f"--hidden {wide * heads} for {heads} of them",
+            rule="student.hidden",
         )
     assert hidden is not None
     if hidden % wide or hidden < wide:
         raise RecipeError(
             f"--hidden {hidden}: the heads of this {config.model_type} have {wide} channels each; give "
-            f"a multiple, such as {nearest_multiple(hidden, wide)}"
+            f"a multiple, such as {nearest_multiple(hidden, wide)}",
+            rule="student.hidden",
         )
     before = config.num_attention_heads
     set_size(config, "hidden_size", hidden, config.hidden_size, "--hidden")

@@ -57,7 +57,8 @@ class BiLM(Objective):
         if any(token not in known for token in (*SPECIAL, WORD_START)):
             raise RecipeError(
                 "bilm predicts whole words, and this model's tokenizer does not mark where they "
-                "begin. Use causal_lm or masked_lm, or a network of type elmo."
+                "begin. Use causal_lm or masked_lm, or a network of type elmo.",
+                rule="objective.tokenizer",
             )
         return super().bind(models)
 

@@ -123,7 +123,8 @@ class Contrastive(Objective):
         if any(isinstance(row, RawText) for row in rows) and chat.tokenizer.mask_token_id is None:
             raise RecipeError(
                 "single texts are learned from two views under dropout, which this kind of network "
-                'has none of. Give pairs: {"anchor": "...", "positive": "..."}.'
+                'has none of. Give pairs: {"anchor": "...", "positive": "..."}.',
+                rule="objective.dropout",
             )
         labels = {row.label if isinstance(row, Labelled) else None for row in rows}
         if len(labels) == 1 and None not in labels:

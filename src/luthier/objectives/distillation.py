@@ -45,7 +45,9 @@ class Taught(Objective):
     def bind(self, models: RunModels) -> Self:
         """Reject a missing teacher, and a teacher whose tokens are not those of the student."""
         if not self.teacher:
-            raise RecipeError("there is no teacher; give one with `objective.teacher=ID`")
+            raise RecipeError(
+                "there is no teacher; give one with `objective.teacher=ID`", rule="teacher.missing"
+            )
         if "teacher" not in models.others:
             return super().bind(models)
         teacher = models.others["teacher"]
@@ -119,12 +121,14 @@ class Distillation(Taught, TokenDivergence):
             raise RecipeError(
                 "one of teacher and student is an encoder-decoder and the other is not, so they do not "
                 "read the same rows. Let the student learn from what the teacher writes: "
-                "`method=responses`."
+                "`method=responses`.",
+                rule="teacher.network",
             )
         if theirs.template != chat.template:
             raise RecipeError(
                 f"the teacher was tuned with template={theirs.template}, and the student is to read "
-                f"rows with template={chat.template}. Use `objective.template={theirs.template}`."
+                f"rows with template={chat.template}. Use `objective.template={theirs.template}`.",
+                rule="teacher.template",
             )
         return bound
 
@@ -138,7 +142,8 @@ def check_same_tokens(teacher: ChatFormat, student: ChatFormat) -> None:
     raise RecipeError(
         "teacher and student have different tokenizers, so their distributions are over other tokens: "
         f"{difference}. Let the student learn from what the teacher writes (`method=responses`), or "
-        "take a student of the teacher's family."
+        "take a student of the teacher's family.",
+        rule="teacher.tokenizer",
     )
 
 

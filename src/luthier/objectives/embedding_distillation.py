@@ -57,7 +57,8 @@ class EmbeddingDistillation(Taught):
             raise RecipeError(
                 f"the teacher {self.teacher} is for {teacher.objective.method}, and gives no "
                 "embeddings of texts. Take an encoder, such as all-minilm-l6-v2; classifiers are "
-                "distilled with encoder_distillation, models that write with logit_distillation."
+                "distilled with encoder_distillation, models that write with logit_distillation.",
+                rule="teacher.task",
             )
 
     def bind(self, models: RunModels) -> Self:

@@ -350,7 +350,10 @@ class Reinforcement(WritesReplies):
         rollouts = self.roll_out(start.network, chosen, self._tries, fixed_generator())
         verdict = rollout_checks.precheck(rollouts.score_PG, self.grader.is_share)
         if verdict.refused and not self.force:
-            raise RecipeError(verdict.text + " To train all the same, set `objective.force=true`")
+            raise RecipeError(
+                verdict.text + " To train all the same, set `objective.force=true`",
+                rule="rollouts.no_reward",
+            )
         start.note(verdict.text)
         return super().prepare(start)
 

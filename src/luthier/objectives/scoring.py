@@ -149,7 +149,8 @@ def check_reward_model(name: str, network: Network) -> None:
     """Refuse a model that does not give one number for a text."""
     if task_of(network.model) != "sequence_classification" or network.model.config.num_labels != 1:
         raise RecipeError(
-            f"{name} is no reward model; train one with `objective.method=reward_model`"
+            f"{name} is no reward model; train one with `objective.method=reward_model`",
+            rule="scorer.task",
         )
 
 

@@ -97,7 +97,8 @@ class SemiSupervised(Classification):
             raise RecipeError(
                 f"all {len(rows)} rows have labels, and semi_supervised learns from texts without one "
                 "too. Give a file of such rows with `data.mix=FILE=10` (ten for each labelled one), or "
-                "use objective classification"
+                "use objective classification",
+                rule="data.all_labelled",
             )
         return super().fit(labelled, chat)
 

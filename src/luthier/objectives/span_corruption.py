@@ -57,7 +57,8 @@ class SpanCorruption(Objective):
         if chat.start_id is None:
             raise RecipeError(
                 "span_corruption is for encoder-decoders such as T5, and this network is none. Use "
-                "causal_lm for networks that write, masked_lm for encoders."
+                "causal_lm for networks that write, masked_lm for encoders.",
+                rule="objective.network",
             )
         if not (self.sentinels or _sentinels(chat)):
             raise RecipeError(
@@ -89,7 +90,8 @@ class SpanCorruption(Objective):
         if (needed := self._spans(size)[1] + 1) > most:
             raise RecipeError(
                 f"pieces of {size} tokens have {needed - 1} spans, which take {needed} sentinels, and "
-                f"there are {most}. Use a smaller objective.sequence_length or longer spans."
+                f"there are {most}. Use a smaller objective.sequence_length or longer spans.",
+                rule="objective.sentinels",
             )
         pieces = enumerate(cut_stream((example.ids_T for example in examples), size))
         # The closing token of the last document alone: nothing to take out.

@@ -231,7 +231,7 @@ def test_the_sizes_of_the_paper_are_the_default() -> None:
 def test_sizes_that_make_no_network_are_refused(
     field: dict[str, Any], tiny_elmo: Callable[..., Any]
 ) -> None:
-    with pytest.raises(StrictDataclassError, match=next(iter(field))):
+    with pytest.raises(StrictDataclassError):
         tiny_elmo(**field)
 
 

@@ -111,10 +111,11 @@ def test_it_learns_labels_and_is_served_as_it_was_trained(folder: Path, tmp_path
 def test_a_soft_prompt_is_refused_as_it_would_do_nothing(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
-    with pytest.raises(RecipeError, match="type fasttext tokens have none of their own"):
+    with pytest.raises(RecipeError) as refused:
         luthier.tune(data, base=str(folder), name="prompt", adaptation="prompt")
+    assert refused.value.rule == "prompt.no_tokens"
 
 
 def test_sizes_that_make_no_network_are_refused() -> None:
-    with pytest.raises((ValueError, StrictDataclassError), match="buckets must be from 1"):
+    with pytest.raises((ValueError, StrictDataclassError)):
         FastTextModel(FastTextConfig(buckets=0))

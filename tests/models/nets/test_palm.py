@@ -135,7 +135,7 @@ def test_other_heads_are_put_on_it(
 def test_a_configuration_of_another_network_is_refused(field: dict[str, Any]) -> None:
     from luthier.models.nets.palm import PalmConfig
 
-    with pytest.raises(ValueError, match="PaLM"):
+    with pytest.raises(ValueError):
         PalmConfig(**field)
 
 

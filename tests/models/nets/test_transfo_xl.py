@@ -300,7 +300,7 @@ def test_other_heads_are_put_on_it(
 def test_sizes_that_make_no_network_are_refused(
     field: dict[str, Any], tiny_transfo_xl: Callable[..., Any]
 ) -> None:
-    with pytest.raises(StrictDataclassError, match=next(iter(field))):
+    with pytest.raises(StrictDataclassError):
         tiny_transfo_xl(**field)
 
 
