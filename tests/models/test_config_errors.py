@@ -15,9 +15,10 @@ from luthier.types import Message
 
 
 def test_a_full_gpu_is_no_fault_of_a_configuration() -> None:
-    refused = pytest.raises(UnknownModel, match="no network: no such size")
-    with refused, refuse_configuration(UnknownModel, "no network"):
+    caught = pytest.raises(UnknownModel)
+    with caught as refused, refuse_configuration(UnknownModel, "no network"):
         raise RuntimeError("no such size")
+    assert refused.value.rule == "config.rejected"
     with pytest.raises(torch.OutOfMemoryError), refuse_configuration(UnknownModel, "no network"):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
