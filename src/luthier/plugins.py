@@ -32,7 +32,8 @@ BUNDLED = ("luthier.media",)
 
 
 def bundled(group: str) -> dict[str, EntryPoint]:
-    """Return the entry points of the packages in :data:`BUNDLED` by name, for one group."""
+    """Return the entry points of the packages in :data:`BUNDLED` for ``luthier.GROUP``, by name."""
+    group = f"luthier.{group}"
     return {
         name: EntryPoint(name, value, group)
         for package in BUNDLED
@@ -65,7 +66,7 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
 
     @cached_property
     def _bundled(self) -> dict[str, EntryPoint]:
-        return bundled(self.group)
+        return bundled(self.group.removeprefix("luthier."))
 
     @cached_property
     def _points(self) -> dict[str, EntryPoint]:

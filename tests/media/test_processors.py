@@ -346,15 +346,8 @@ AST = {
         (AST, {"max_length": 10**9}, "1000000000 x 16"),
         (AST, {"max_length": "many"}, ""),
         (AST, {"sampling_rate": 0}, ""),
-        (AST, {"mean": "zz"}, ""),
         (AudioProcessor().fields(), {"hop_ms": 0}, "hop_ms=0"),
         (AudioProcessor().fields(), {"max_seconds": 1e9}, "max_seconds=1000000000"),
-        (
-            AudioProcessor().fields(),
-            {"max_seconds": 600, "sampling_rate": 10**6},
-            "1,500,025,000",
-        ),
-        (AudioProcessor().fields(), {"max_seconds": 600, "hop_ms": 0.01}, "3,840,000,400"),
         ({"feature_extractor_type": "TimeSeriesWindow"}, {"length": 10**9}, "length=1000000000"),
         ({"feature_extractor_type": "TimeSeriesWindow"}, {}, "length"),
         ([], {}, ""),
@@ -367,9 +360,3 @@ def test_sizes_that_nothing_has_are_refused(
     write_json(tmp_path / PREPROCESSOR_CONFIG, fields)
     with pytest.raises((CorruptFile, UnknownModel), match=f"{PREPROCESSOR_CONFIG}.*{name}"):
         read_processor(tmp_path)
-
-
-def test_numbers_that_are_written_as_text_are_read(tmp_path: Path) -> None:
-    write_json(tmp_path / PREPROCESSOR_CONFIG, {**AST, "max_length": "40", "num_mel_bins": "16"})
-    found = read_processor(tmp_path)
-    assert found is not None and found.array(sound(SAMPLES, 8000)).shape == (1, 40, 16)

@@ -210,24 +210,6 @@ def test_features_that_are_computed_once_train_the_same_head(
     assert one == other != {}
 
 
-def test_preparation_of_pictures_reports_progress(pictures: Path, base: Path) -> None:
-    bars: dict[str, list[float]] = {}
-
-    class Shown(Notes):
-        """Keeps what moved a bar, too."""
-
-        def progress(self, done: int, total: int, what: str) -> None:
-            bars.setdefault(what, []).append(done / total)
-
-    luthier.tune(
-        pictures / "learn", base=str(base), name="whole", adaptation="full", reporter=Shown(),
-        training__max_steps=20, training__refit=False, training__precision="float32",
-    )  # fmt: skip
-    assert {*bars} == {"images looked at", "images read"}
-    for shares in bars.values():  # what takes a minute shows how far it is
-        assert len(shares) > 1 and shares == sorted(shares) and shares[-1] == 1
-
-
 @pytest.mark.parametrize(
     ("data", "setting"),
     [

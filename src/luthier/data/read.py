@@ -65,7 +65,7 @@ def read_records(
         container = container or find_container(path, problems)
         if container is None:
             return
-        if reader := bundled("luthier.readers").get(container.kind):
+        if reader := bundled("readers").get(container.kind):
             size = 0 if on_progress is None else source_size(path)
 
             def on_record(number: int, total: int) -> None:
@@ -110,7 +110,7 @@ def _records(
         return read_document(stream, file, problems)
     if container.kind in ("csv", "tsv"):
         table = read_table(stream, file, problems, container.delimiter, container.quoted, doubts)
-        for reader in bundled("luthier.table_readers").values():
+        for reader in bundled("table_readers").values():
             table = reader.load()(table, file, problems)
         return table
     if container.kind == "text":

@@ -122,7 +122,7 @@ class SerialModel:
         from luthier.inference.prediction import Predictor
 
         objective = stored.objective
-        (images,) = bundled("luthier.image_generators").values()
+        (images,) = bundled("image_generators").values()
         if not predicts(objective) and objective.generates_images:
             generator = images.load().open(stored, THIS_MODEL)
             return SerialModel(None, generator, limits, scheduler)

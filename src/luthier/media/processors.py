@@ -254,10 +254,6 @@ RESIZED = ResizedImages()
 """Of this process."""
 
 
-MOST_NUMBERS = 1 << 28
-"""Of the samples, or of all frames, of a sound as it is read: a gigabyte."""
-
-
 @dataclass(frozen=True)
 class AudioProcessor(Processor):
     """A sound to the logarithm of its mel spectrogram, ``[1, num_mel_bins, frames]``.
@@ -276,15 +272,6 @@ class AudioProcessor(Processor):
     hop_ms: Milliseconds = 10.0
     top_db: Positive = 80.0
     """How far below its greatest power a spectrogram ends, as in Whisper (Radford et al. 2022)."""
-
-    def __post_init__(self) -> None:
-        samples = self.max_seconds * self.sampling_rate
-        numbers = max(samples, self.frames * max(self._window, self.num_mel_bins))
-        if numbers > MOST_NUMBERS:
-            raise UnknownModel(
-                f"a sound would be read as {numbers:,.0f} numbers, and {MOST_NUMBERS:,} are the most: "
-                "read fewer seconds of it, or fewer frames a second"
-            )
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -450,9 +437,6 @@ class FeatureExtractor(AudioProcessor):
         seconds = float(fields.get("max_seconds", 1.0))
         published = {name: value for name, value in fields.items() if name != "max_seconds"}
         bins = int(published.setdefault("num_mel_bins", 128))
-        for name, kind in _NUMBERS_READ.items():
-            if name in published:
-                published[name] = kind(published[name])
         if fields["feature_extractor_type"] == "ASTFeatureExtractor":
             frames = int(published.setdefault("max_length", 1024))
             if not 1 <= frames <= MOST_FRAMES or not 1 <= bins <= SHORTEST_FRAME:
@@ -469,8 +453,6 @@ class FeatureExtractor(AudioProcessor):
         )
 
 
-_NUMBERS_READ = {"max_length": int, "num_mel_bins": int, "mean": float, "std": float}
-"""Settings that transformers' extractors compute with."""
 SHORTEST_FRAME, AST_HOP = 400, 160
 """Samples in a frame of AST's spectrogram, and from one to the next."""
 MOST_FRAMES = 100_000

@@ -25,9 +25,8 @@ MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
 """What tables have for a value that was not measured."""
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
 """As programs write numbers: Python alone reads ``1_000``, and digits of all scripts."""
-_DAY = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d))?)?", re.ASCII)
 _SHORT_DAY = re.compile(r"((?:19|20)\d\d)(\d\d)(\d\d)", re.ASCII)
-"""``2026-11-23`` with or without a time of day, and ``20261123``, which is no number."""
+"""``20261123``, which is a day and no number."""
 
 
 def read_series(
@@ -62,20 +61,6 @@ def _number(value: object) -> float | None:
     return number if abs(number) <= LARGEST_VALUE else None
 
 
-def _is_no_time(time: object) -> bool:
-    """Whether a time is missing, or one that no calendar has; texts of other forms may be times."""
-    text = str(time).strip()
-    if text.lower() in MISSING or text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
-        return True
-    found = _DAY.match(text) or _SHORT_DAY.fullmatch(text)
-    if found is not None:
-        try:
-            datetime(*(int(each) for each in found.groups() if each))  # type: ignore[arg-type]
-        except ValueError:
-            return True
-    return "_" in text and bool(re.fullmatch(r"[\d_.]+", text))
-
-
 def _seconds(time: object) -> float | None:
     """A time in ISO 8601, or any number; ``None`` for others, whose days and months may be confused."""
     text = str(time).strip()
@@ -103,8 +88,8 @@ def _read_windows(
             )
             fix = "Fill in what was measured, or an estimate of it: a series has no gaps."
             problems.append(Problem("window.value", message, fix, Location(file, line)))
-        elif _is_no_time(time):
-            message = f"The time is {quote(str(time))}, which is missing or on no calendar."
+        elif str(time).strip().lower() in MISSING:
+            message = f"The time is missing: {quote(str(time))}."
             fix = "Write the time of the value, as in 2026-11-23 14:05, or remove the line."
             problems.append(Problem("window.time", message, fix, Location(file, line)))
         else:

@@ -18,7 +18,7 @@ NETS = {
     "fasttext": "luthier.models.nets.fasttext",
     "transfo_xl": "luthier.models.nets.transfo_xl",
     "mean_pooling_bert": "luthier.models.nets.mean_pooling_bert",
-    **{name: point.value for name, point in bundled("luthier.networks").items()},
+    **{name: point.value for name, point in bundled("networks").items()},
 }
 """Module of each network by its ``model_type`` in config.json."""
 _COMPOSED = {"line_encoder": "vision-encoder-decoder"}
@@ -54,5 +54,5 @@ def convert_weights(file: Path, folder: Path) -> None:
         UnknownModel: for weights of another network.
         CorruptFile: for a file that cannot be read.
     """
-    for point in bundled("luthier.weight_files").values():
+    for point in bundled("weight_files").values():
         point.load()(file, folder)
