@@ -118,8 +118,7 @@ def test_only_code_is_changed() -> None:
 
 def test_apis_name_fields_that_exist() -> None:
     fields = {f"training.{name}" for name in Training.model_fields} | set(Recipe.model_fields)
-    for each in HYPERPARAMETERS.values():
-        field = ".".join(each.field)
-        assert each.field[0] != "training" or field in fields
-        assert bedrock(field) == each.name
+    for name, field in HYPERPARAMETERS.items():
+        assert not field.startswith("training.") or field in fields
+        assert bedrock(field) == name
     assert set(Hyperparameters.model_fields) <= {openai(field) for field in fields}

@@ -89,7 +89,7 @@ def create_export(call: NativeCall, model: Name, body: NewExport) -> ExportView:
     """Have a custom model written for other software."""
     context = call.context
     with context.database.read() as session:
-        asked = call.model(session, "CreateExport", model, active=True)
+        asked = call.model(session, model, active=True)
     context.locations.check_writable(call.account, body.output)
     with context.database.write() as session:
         found = session.get(CustomModel, asked.seq, with_for_update=True)
@@ -105,7 +105,6 @@ def create_export(call: NativeCall, model: Name, body: NewExport) -> ExportView:
 @router.get("/exports")
 def list_exports(call: NativeCall, page: Annotated[ExportsPage, Query()]) -> ExportsView:
     """List exports, the newest first."""
-    call.record("ListExports", "*")
     states = (page.state,) if page.state else ()
     with call.context.database.read() as session:
         limit, position = page.limit + 1, page.position
@@ -119,7 +118,6 @@ def list_exports(call: NativeCall, page: Annotated[ExportsPage, Query()]) -> Exp
 @router.get("/exports/{export}")
 def get_export(call: NativeCall, export: Name) -> ExportView:
     """Return an export by its id."""
-    call.record("GetExport", f"model-export/{export}")
     with call.context.database.read() as session:
         found = exports.get(session, call.account, export)
     return _view(_existing(export, found))
@@ -128,7 +126,7 @@ def get_export(call: NativeCall, export: Name) -> ExportView:
 @router.post("/exports/{export}/stop")
 def stop_export(call: NativeCall, export: Name) -> ExportView:
     """Stop an export; an export that has ended is a conflict."""
-    call.record("StopExport", f"model-export/{export}")
+    call.record(f"model-export/{export}")
     with call.context.database.write() as session:
         found = exports.get(session, call.account, export, lock=True)
         view = _view(exports.stop(session, _existing(export, found)))

@@ -156,7 +156,7 @@ class ReconstructionsView(View):
 )
 def predict(call: NativeCall, model: Name, asked: PredictionRequest) -> PredictionsView:
     """Return what a model predicts for texts, images, audio or values of a time series."""
-    stored_id = _stored_id(call, model, "Predict")
+    stored_id = _stored_id(call, model)
     inputs: list[str | Media] = []
     for index, each in enumerate(asked.inputs):
         if each.image is not None:
@@ -185,7 +185,7 @@ def sample_images(
     """Return new images from a model that makes images."""
     from luthier.media.image_grid import encode_png
 
-    stored_id = _stored_id(call, model, "SampleImages")
+    stored_id = _stored_id(call, model)
     with inference_faults():
         wanted = ImageRequest(
             asked.count, asked.prompt or asked.label, asked.seed, None, asked.steps,
@@ -216,7 +216,7 @@ def reconstruct_images(
     """Return images after encoding and decoding by an autoencoder."""
     from luthier.media.image_grid import encode_png
 
-    stored_id = _stored_id(call, model, "ReconstructImages")
+    stored_id = _stored_id(call, model)
     images = [_media(each, "image", f"images.{index}") for index, each in enumerate(asked.images)]
     with inference_faults():
         found = call.context.pool.reconstruct(stored_id, images)
@@ -229,13 +229,12 @@ def reconstruct_images(
     return ReconstructionsView(model=model, images=views, compression_ratio=ratio)
 
 
-def _stored_id(call: Call, name: str, action: str) -> str:
+def _stored_id(call: Call, name: str) -> str:
     """Return the stored id of the queried model."""
     base = find_foundation(call.context.arns, name)
     if base is not None:
-        call.record_base(action, base)
         return base.base
-    return call.invoked_model(action, name).stored_id
+    return call.invoked_model(name).stored_id
 
 
 def _media(text: str, kind: MediaKind, parameter: str) -> Media:

@@ -172,7 +172,7 @@ class Since(Input):
 def create_job(call: NativeCall, body: NewJob) -> JobView:
     """Put a job into the queue."""
     context = call.context
-    call.record("CreateJob", "model-customization-job/*")
+    call.record("model-customization-job/*")
     for address in (*body.training, *body.validation):
         context.locations.check(call.account, address)
     if body.output is not None:
@@ -211,7 +211,6 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
 @router.get("/jobs")
 def list_jobs(call: NativeCall, page: Annotated[JobsPage, Query()]) -> JobsView:
     """List jobs, the newest first."""
-    call.record("ListJobs", "*")
     states = (page.state,) if page.state else ()
     with call.context.database.read() as session:
         found = queue.list_jobs(
@@ -224,14 +223,14 @@ def list_jobs(call: NativeCall, page: Annotated[JobsPage, Query()]) -> JobsView:
 @router.get("/jobs/{job}")
 def get_job(call: NativeCall, job: Name) -> JobView:
     """Return a job by its name or id."""
-    found = _find(call, job, "GetJob")
+    found = _find(call, job)
     return _view(found, JobFolders(found.id).log_tail())
 
 
 @router.delete("/jobs/{job}")
 def delete_job(call: NativeCall, job: Name) -> DeletedJobView:
     """Delete a job that has ended and whose model is deleted, with its events and files."""
-    found = _find(call, job, "DeleteJob")
+    found = _find(call, job)
     deletion.delete_job(call.context.database, call.context.arns, found)
     return DeletedJobView(job=found.id)
 
@@ -239,19 +238,19 @@ def delete_job(call: NativeCall, job: Name) -> DeletedJobView:
 @router.post("/jobs/{job}/stop")
 def stop_job(call: NativeCall, job: Name) -> JobView:
     """Stop a job; a job that has ended is a conflict."""
-    return _change(call, job, "StopJob", queue.stop)
+    return _change(call, job, queue.stop)
 
 
 @router.post("/jobs/{job}/pause")
 def pause_job(call: NativeCall, job: Name) -> JobView:
     """Pause a job; a job that has ended is a conflict."""
-    return _change(call, job, "PauseJob", queue.pause)
+    return _change(call, job, queue.pause)
 
 
 @router.post("/jobs/{job}/resume")
 def resume_job(call: NativeCall, job: Name) -> JobView:
     """Resume a job; a job that has ended is a conflict."""
-    return _change(call, job, "ResumeJob", queue.resume)
+    return _change(call, job, queue.resume)
 
 
 @router.get("/jobs/{job}/label-issues")
@@ -259,7 +258,7 @@ def list_label_issues(
     call: NativeCall, job: Name, page: Annotated[LabelIssuesPage, Query()]
 ) -> LabelIssuesView:
     """List rows whose label is worth a look."""
-    found = _find(call, job, "ListLabelIssues")
+    found = _find(call, job)
     result = found.result
     records = [] if result is None else run_of(result["stored_id"]).read_label_issues()
     if result is not None and not records and result.get("label_issues", {}).get("issues"):
@@ -277,7 +276,7 @@ def list_label_issues(
 
 
 def _read_job(call: NativeCall, job: Name) -> Job:
-    return _find(call, job, "GetJob")
+    return _find(call, job)
 
 
 @router.get("/jobs/{job}/events", response_class=EventSourceResponse, dependencies=[STREAM_TURN])
@@ -312,24 +311,24 @@ def _events(call: Call, job: Job, after: int) -> tuple[str, Sequence[JobEvent]]:
         return state, queue.events(session, job, limit=500, position=after, ascending=True)
 
 
-def _change(call: Call, name: str, action: str, act: Callable[[Session, Job], Job]) -> JobView:
+def _change(call: Call, name: str, act: Callable[[Session, Job], Job]) -> JobView:
     with call.context.database.write() as session:
         job = queue.get(session, call.account, name, lock=True)
-        view = _view(act(session, _existing(call, name, action, job)))
+        view = _view(act(session, _existing(call, name, job)))
     call.context.wake()
     return view
 
 
-def _find(call: Call, name: str, action: str) -> Job:
+def _find(call: Call, name: str) -> Job:
     with call.context.database.read() as session:
         job = queue.get(session, call.account, name)
-    return _existing(call, name, action, job)
+    return _existing(call, name, job)
 
 
-def _existing(call: Call, name: str, action: str, job: Job | None) -> Job:
+def _existing(call: Call, name: str, job: Job | None) -> Job:
     """Return the job of this name, and record its ARN for the audit log."""
     path = f"{job.foundation}/{job.id}" if job else name
-    call.record(action, f"model-customization-job/{path}")
+    call.record(f"model-customization-job/{path}")
     if job is None:
         raise not_found("job", name)
     return job

@@ -53,7 +53,6 @@ class LoadedModelsView(View):
 @router.get("/loaded-models")
 def list_loaded_models(call: NativeCall) -> LoadedModelsView:
     """List the account's models in the memory of this server."""
-    call.record("ListLoadedModels", "*")
     loaded = {each.id: each for each in call.context.pool.loaded_models()}
     own = select(CustomModel).where(
         CustomModel.account == call.account, CustomModel.stored_id.in_([*loaded])
@@ -68,7 +67,7 @@ def list_loaded_models(call: NativeCall) -> LoadedModelsView:
 @router.post("/models/{model}/load", dependencies=[MODEL_TURN])
 def load_model(call: NativeCall, model: Name) -> LoadedModelView:
     """Load a custom model into memory before its first request."""
-    found, stored_id = _find(call, model, "LoadModel")
+    found, stored_id = _find(call, model)
     with inference_faults():
         call.context.pool.load(stored_id)
     return _view(call, found)
@@ -77,23 +76,22 @@ def load_model(call: NativeCall, model: Name) -> LoadedModelView:
 @router.post("/models/{model}/unload")
 def unload_model(call: NativeCall, model: Name) -> LoadedModelView:
     """Unload a custom model once its last answer has ended."""
-    found, stored_id = _find(call, model, "UnloadModel")
+    found, stored_id = _find(call, model)
     call.context.pool.unload(stored_id)
     return _view(call, found)
 
 
-def _find(call: Call, name: str, action: str) -> tuple[CustomModel, str]:
+def _find(call: Call, name: str) -> tuple[CustomModel, str]:
     """Return the account's model and its id in the library."""
     base = find_foundation(call.context.arns, name)
     if base is not None:
-        call.record_base(action, base)
         raise Fault(
             "Validation",
             f"{name} is a foundation model, which all accounts share. Name a custom model.",
             parameter="model",
         )
     with call.context.database.read() as session:
-        model = call.model(session, action, name, active=True)
+        model = call.model(session, name, active=True)
     if model.stored_id is None:
         raise not_found("model", name)
     return model, model.stored_id

@@ -104,7 +104,6 @@ class CertificateView(View):
 @router.get("/models")
 def list_models(call: NativeCall) -> ModelsView:
     """List foundation models and the account's own models."""
-    call.record("ListModels", "*")
     own = select(CustomModel).where(
         CustomModel.account == call.account, CustomModel.status != RESERVED
     )
@@ -120,9 +119,8 @@ def get_model(call: NativeCall, model: Name) -> ModelView:
     """Return a model by id, name or ARN."""
     arns = call.context.arns
     with call.context.database.read() as session:
-        found = find_foundation(arns, model) or call.model(session, "GetModel", model)
+        found = find_foundation(arns, model) or call.model(session, model)
     if isinstance(found, FoundationModel):
-        call.record_base("GetModel", found)
         view = _foundation(arns, found)
     else:
         view = _custom(arns, found)
@@ -133,7 +131,7 @@ def get_model(call: NativeCall, model: Name) -> ModelView:
 def delete_model(call: NativeCall, model: Name) -> DeletedModelView:
     """Delete a custom model that nothing answers with and no job starts from; its job stays."""
     with call.context.database.read() as session:
-        found = call.model(session, "DeleteModel", model)
+        found = call.model(session, model)
     call.context.delete_model(found)
     return DeletedModelView(model=found.arn(call.context.arns))
 
@@ -143,7 +141,7 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
     """Return the certificate of a custom model, and its lineage."""
     lineage: list[str] = []
     with call.context.database.read() as session:
-        found = below = call.model(session, "GetModel", model)
+        found = below = call.model(session, model)
         lineage.append(below.arn(call.context.arns))
         # A whole network from outside has nothing below it.
         while below.base_model:
@@ -167,7 +165,7 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
 def download_certificate(call: NativeCall, model: Name) -> Response:
     """Return the bytes of a custom model's certificate.json, as `luthier verify` reads them."""
     with call.context.database.read() as session:
-        found = call.model(session, "GetModel", model)
+        found = call.model(session, model)
     # Its hash is of these bytes: JavaScript, which reads 32.0 and writes 32, would change them.
     headers = {"Content-Disposition": 'attachment; filename="certificate.json"'}
     text = _certificate_text(found).encode("utf-8", "replace")

@@ -192,49 +192,39 @@ class Call:
 
     context: Context
     caller: Caller
+    action: str
+    """Action of the operation in the audit log."""
 
     @property
     def account(self) -> str:
         """Account of the caller."""
         return self.caller.account
 
-    def record(self, action: str, path: str) -> None:
-        """Note ``action`` for the audit log; ``path`` is the end of an ARN, or ``*`` for everything."""
+    def record(self, path: str) -> None:
+        """Note for the audit log that the operation changes ``path``, the end of an ARN."""
         kind, _, rest = path.partition("/")
-        resource = path if path == "*" else self.context.arns.of(self.account, kind, rest)
-        record_action(f"luthier:{action}", resource)
+        record_action(self.action, self.context.arns.of(self.account, kind, rest))
 
-    def record_base(self, action: str, model: FoundationModel) -> None:
-        """Note for the audit log an action on a foundation model."""
-        record_action(f"luthier:{action}", self.context.arns.foundation_model(model.id))
-
-    def model(
-        self, session: Session, action: str, name: str, *, active: bool = False
-    ) -> CustomModel:
+    def model(self, session: Session, name: str, *, active: bool = False) -> CustomModel:
         """Return the account's model, and record its ARN for the audit log."""
         model = find_model(session, self.context.arns, self.account, name)
-        if model is not None and active and model.status != ACTIVE:
-            model = None
-        path = f"{model.foundation}/{model.id}" if model else name
-        self.record(action, f"custom-model/{path}")
-        if model is None:
+        self.record(
+            f"custom-model/{model.foundation}/{model.id}" if model else f"custom-model/{name}"
+        )
+        if model is None or (active and model.status != ACTIVE):
             raise not_found("model", name)
         return model
 
-    def invoked_model(self, action: str, name: str) -> Invocable:
-        """Return the model that answers to ``name``.
+    def invoked_model(self, name: str) -> Invocable:
+        """Return the deployment or custom model that ``name`` means.
 
-        The name is of a deployment or of a custom model; see
-        :func:`luthier.server.identifiers.resolve_name`.
+        See :func:`luthier.server.identifiers.resolve_name`.
         """
         database, arns = self.context.database, self.context.arns
         named = resolve_name(database, arns, self.account, name)
         if named != name:
-            self.record(action, named.rpartition(":")[2])
             return invocable(database, arns, self.account, named)
         found = invocable_model(database, arns, self.account, name)
-        path = f"custom-model/{name}" if found is None else found.arn.rpartition(":")[2]
-        self.record(action, path)
         if found is None:
             raise not_found("model", name)
         return found
@@ -246,7 +236,8 @@ def not_found(noun: str, name: str) -> Fault:
 
 
 async def _call(request: Request) -> Call:
-    return Call(request.app.state.context, request.state.caller)
+    route: NativeRoute = request.scope["route"]
+    return Call(request.app.state.context, request.state.caller, route.action)
 
 
 NativeCall = Annotated[Call, Depends(_call)]

@@ -90,7 +90,6 @@ class EstimateView(View):
 @router.post("/inspections")
 def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
     """Report whether data can teach a model, and what is wrong row by row."""
-    call.record("InspectData", "*")
     base = None if body.base is None else _stored_id(call, body.base)
     with _report_folder() as folder:
         media = base is None or base_reads_media(base)
@@ -112,7 +111,6 @@ def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
     """Estimate what a job will take, from a few real steps on its rows."""
     from luthier.recipe import to_toml
 
-    call.record("EstimateJob", "*")
     grader = check_client_grader(body.grader) if body.grader else None
     with call.context.database.read() as session:
         base = call.context.base(session, call.account, body.base)

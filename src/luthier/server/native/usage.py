@@ -76,7 +76,6 @@ class DaysView(View):
 @router.get("/usage")
 def get_usage(call: NativeCall) -> UsageView:
     """Return what the account stores and uses now, next to its quotas."""
-    call.record("GetUsage", "*")
     quotas = call.context.quotas(call.account)
     with call.context.database.read() as session:
         found = quota_usage(session, call.account)
@@ -89,7 +88,6 @@ def get_usage(call: NativeCall) -> UsageView:
 @router.get("/usage/days")
 def get_daily_usage(call: NativeCall, asked: Annotated[Days, Query()]) -> DaysView:
     """Return what the account used, by day and model."""
-    call.record("GetUsage", "*")
     last = asked.last or now().date()
     first = asked.first or last - timedelta(days=DAYS)
     with call.context.database.read() as session:

@@ -1,4 +1,4 @@
-"""Report about a run of an eval, as an HTML page and as JSON: scores, earlier runs, failed rows."""
+"""Report about a run of an eval: scores, earlier runs, failed rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier import __version__
 from luthier.evaluation.significance import Difference, RowScores, differences
-from luthier.pages import Table, render_page, shorten
+from luthier.pages import Table, shorten
+from luthier.server.openai.protocol import JsonObject
 from luthier.server.tables import evaluations as store
 from luthier.server.tables.evaluations import EvaluationRow, EvaluationRun
 
@@ -18,31 +18,8 @@ MOST_RUNS = 20
 MOST_ROWS = 50
 
 
-def report_page(session: Session, run: EvaluationRun) -> str:
-    """Render the report as an HTML page."""
-    return render_page(
-        "luthier.server.openai", "eval_run.html", version=__version__, **_content(session, run)
-    )
-
-
-def report_object(session: Session, run: EvaluationRun) -> dict[str, Any]:
-    """Return the report as JSON, with its tables in the order of the page."""
-    content = _content(session, run)
-    tables = [content.pop(name) for name in ("criteria", "runs", "failing", "usage")]
-    shown = [
-        {
-            "caption": table.caption,
-            "columns": [{"name": name, "kind": kind} for name, kind in table.columns],
-            "rows": [[value for value, _ in row] for row in table.rows],
-            "further": table.further,
-        }
-        for table in tables
-        if table is not None
-    ]
-    return {**content, "tables": shown}
-
-
-def _content(session: Session, run: EvaluationRun) -> dict[str, Any]:
+def report_object(session: Session, run: EvaluationRun) -> JsonObject:
+    """Return the report as JSON, with its tables in the order of the console's page."""
     counts = {"failed": run.failed, "could not be graded": run.errored}
     rows = run.passed + run.failed + run.errored
     facts = [
@@ -54,14 +31,26 @@ def _content(session: Session, run: EvaluationRun) -> dict[str, Any]:
         ),
         ("status", run.status, run.error_message or ""),
     ]
+    tables = (
+        _criterion_table(run),
+        _run_table(session, run),
+        _failing_table(session, run),
+        _usage_table(run),
+    )
     return {
         "name": run.name,
         "model": run.request["data_source"].get("model"),
         "facts": facts,
-        "criteria": _criterion_table(run),
-        "runs": _run_table(session, run),
-        "failing": _failing_table(session, run),
-        "usage": _usage_table(run),
+        "tables": [
+            {
+                "caption": table.caption,
+                "columns": [{"name": name, "kind": kind} for name, kind in table.columns],
+                "rows": [[value for value, _ in row] for row in table.rows],
+                "further": table.further,
+            }
+            for table in tables
+            if table is not None
+        ],
     }
 
 

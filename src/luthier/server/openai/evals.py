@@ -6,16 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import Query, Request, Response
+from fastapi import Request
 from pydantic import Field
 from sqlalchemy import select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
-from starlette.responses import HTMLResponse
 
 from luthier.errors import RecipeError
 from luthier.graders import JsonSchema
 from luthier.server.http.routes import GRADING_TURN, Name
-from luthier.server.openai.eval_report import report_object, report_page
+from luthier.server.openai.eval_report import report_object
 from luthier.server.openai.eval_runs import (
     MOST_CRITERIA,
     DataSource,
@@ -273,26 +272,15 @@ def delete_run(call: OpenAICall, eval_id: Name, run_id: Name) -> JsonObject:
     "/evals/{eval_id}/runs/{run_id}/report",
     name="evals.runs.retrieve",
     operation_id="evals.runs.report",
-    response_model=JsonObject,
 )
-def report(
-    call: OpenAICall,
-    eval_id: Name,
-    run_id: Name,
-    form: Annotated[Literal["html", "json"], Query(alias="format")] = "html",
-) -> JsonObject | Response:
-    """Return the report of a run as an HTML page or as JSON.
+def report(call: OpenAICall, eval_id: Name, run_id: Name) -> JsonObject:
+    """Return the report of a run.
 
     A browser has no key: :class:`luthier.server.console.routes.Console` redirects it to the console,
-    which requests the JSON with the key of its user.
+    which requests the report with the key of its user.
     """
     with call.context.database.read() as session:
-        run = _find_run(call, session, eval_id, run_id)
-        if form == "json":
-            return report_object(session, run)
-        return HTMLResponse(
-            report_page(session, run), headers={"X-Content-Type-Options": "nosniff"}
-        )
+        return report_object(session, _find_run(call, session, eval_id, run_id))
 
 
 @router.get("/evals/{eval_id}/runs/{run_id}/output_items", name="evals.runs.output_items.list")

@@ -7,7 +7,7 @@ import { Facts, Heading, Pending, Table, html, useData } from "./ui.js";
 /** The page. */
 export function EvalRun({ params }) {
   const path = `/v1/evals/${encodeURIComponent(params.eval)}/runs/${encodeURIComponent(params.run)}/report`;
-  const found = useData((signal) => call("GET", path, { query: { format: "json" }, signal }));
+  const found = useData((signal) => call("GET", path, { signal }));
   const report = found.data;
   if (!report) return html`<${Pending} title="Eval run" ...${found} />`;
   return html`
