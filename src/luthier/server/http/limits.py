@@ -75,18 +75,18 @@ def _busy() -> Fault:
 @dataclass
 class _Bucket:
     rate: float
-    """Tokens a second; infinite for no limit."""
+    """Tokens per second; infinite for no limit."""
     tokens: float
     filled: float
-    """When it was filled last."""
+    """Time of the last refill."""
     version: str
-    """Of the principals, when the rate was read."""
+    """Version of the principals when the rate was read."""
 
 
 class RateLimits:
-    """Admits callers; each account has its rate from its quota, or the server's default.
+    """Rate limits of accounts: from the quota of an account, or the server's default.
 
-    A bucket is kept by each process of its own.
+    Each process has its own buckets.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class RateLimits:
             raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
 
     def _take(self, account: str, rate: float, version: str) -> float:
-        """Take a token; tokens that are missing, 0 where there was one."""
+        """Take a token and return 0, or return the missing part of a token."""
         moment = self._clock()
         size = max(1.0, rate * BURST_SECONDS) if rate > 0 else 0.0
         bucket = self._buckets.setdefault(account, _Bucket(rate, size, moment, version))

@@ -1,9 +1,6 @@
-"""What faces receive and give: a head, who signed it, a request that is let in, and its response.
+"""Requests and responses of the APIs: heads, callers, JSON bodies with limits, and faults.
 
-A face never sees a socket. The application (``luthier.server.http.application``) reads the request,
-finds out who sent it, and hands a :class:`Request` to the face whose routes match; what comes back
-is a :class:`Response`, or a :class:`Fault` that the face writes in its own way. Nothing that a head
-tells is verified here.
+Nothing in a head is verified here.
 """
 
 from __future__ import annotations
@@ -47,15 +44,15 @@ JSON_DEPTH = 200
 JSON_VALUES = 500_000
 """Values in a body: each takes up to 200 bytes of memory."""
 PREDICTIONS = "POST /api/v1/models/NAME/predictions"
-"""How models that read are asked, of every face."""
+"""Operation that queries models which predict, embed or label."""
 _FORM = "application/x-www-form-urlencoded"
 _log = logging.getLogger("luthier.server")
 
 
 def parse_digits(text: str, most: int = 18) -> int | None:
-    """The number that ``text`` is in at most so many digits; ``None`` for what is none.
+    """Return the number in ``text``, or None for anything but 1 to ``most`` ASCII digits.
 
-    Digits of other scripts are numbers to Python, and thousands of them cost time.
+    Python also reads digits of other scripts, and takes long for thousands of digits.
     """
     return int(text) if re.fullmatch(rf"[0-9]{{1,{most}}}", text) else None
 
@@ -65,7 +62,7 @@ class Caller:
     """The sender of a request, as its signature or key proved."""
 
     account: str
-    """Twelve digits; what one account owns does not exist for another."""
+    """Account id of twelve digits."""
     user: str
     roles: tuple[str, ...]
     """Role of the user and of the key; an operation needs the permission of each."""
@@ -84,11 +81,11 @@ class RequestHead:
 
     method: str
     path: str
-    """Raw: percent-encoded as sent."""
+    """Raw path, percent-encoded as sent."""
     query: str
-    """Raw, without the question mark."""
+    """Raw query without the question mark."""
     headers: Sequence[tuple[str, str]]
-    """Names in lower case, in their order; a name that was sent twice stands here twice."""
+    """Names in lower case and values, in the order of the request."""
     tls: bool
 
     @property
@@ -98,7 +95,7 @@ class RequestHead:
 
     @property
     def body_length(self) -> int | None:
-        """Bytes of the body by what the head says of it; ``None`` where it does not say."""
+        """Size of the body in bytes; None if the head does not have the size."""
         if any(name == "transfer-encoding" for name, _ in self.headers):
             return None
         lengths = [value for name, value in self.headers if name == "content-length"]
@@ -107,16 +104,15 @@ class RequestHead:
 
 @dataclass(frozen=True)
 class Signed:
-    """A caller who was let in, and what a body that is still to come has to match."""
+    """An authenticated caller, and what the body has to match."""
 
     caller: Caller
     service: str = ""
-    """Of the credential scope: ``bedrock``, ``bedrock-mantle``, ``s3`` or ``sts``; empty for a bearer
-    key."""
+    """Service of the credential scope, such as ``s3``; empty for a bearer key."""
     payload: str = ""
     """``X-Amz-Content-SHA256`` as it was signed: hexadecimal, ``UNSIGNED-PAYLOAD``, ``STREAMING-…``."""
     signature: str = ""
-    """Hexadecimal: what the signatures of chunks go on from."""
+    """Hexadecimal signature of the head, from which the signatures of chunks continue."""
     signing_key: bytes = field(default=b"", repr=False)
     scope: str = ""
     """``yyyymmdd/region/service/aws4_request``."""
@@ -126,48 +122,42 @@ class Signed:
 
 @dataclass(frozen=True)
 class Request:
-    """One request that was let in."""
+    """A request of an authenticated caller, for a handler."""
 
     request_id: str
     caller: Caller
     method: str
     path: str
-    """As it was sent: segments still percent-encoded, without the query."""
+    """Raw path without the query."""
     query: Mapping[str, list[str]]
-    """Decoded; a key without a value has an empty one."""
+    """Decoded values by key."""
     headers: Mapping[str, str]
-    """By names in lower case."""
+    """Values by name in lower case."""
     body: bytes
     received: datetime
     params: Mapping[str, str] = field(default_factory=dict)
-    """Segments of the path by the names that the route gives them, each decoded once."""
+    """Decoded segments of the path by name."""
     address: str = ""
-    """Of the client; empty where it is not known."""
+    """Address of the client; empty if unknown."""
     signed: Signed | None = None
-    """What was signed of a body that is read as it comes; ``body`` is empty then."""
+    """Signature of the request."""
     tls: bool = False
-    """Whether it came encrypted, to this server itself."""
+    """Whether the connection to this server is encrypted."""
 
     @property
     def account(self) -> str:
-        """Whose things are meant."""
+        """Account of the caller."""
         return self.caller.account
 
     @cached_property
     def json(self) -> Any:
-        """The body as JSON; ``None`` where there is none.
-
-        Raises:
-            ValueError: for what is not JSON in UTF-8 or is nested too deeply.
-            Fault: RequestEntityTooLarge for more than ``JSON_VALUES`` values; Validation for a number
-                that is too large to hold.
-        """
+        """JSON of the body; None for an empty body. Raises as :func:`parse_json`."""
         return parse_json(self.body) if self.body.strip() else None
 
 
 def _check_texts(value: Any) -> None:
-    """Refuse text that no database keeps."""
-    # In Python, so that others run meanwhile: to write 24 MB as JSON again takes seconds at a stretch.
+    """Reject text that no database stores."""
+    # A loop in Python lets other threads run; json.dumps of 24 MB holds the interpreter for seconds.
     left = [value]
     while left:
         part = left.pop()
@@ -181,25 +171,29 @@ def _check_texts(value: Any) -> None:
 
 
 def parse_json(data: bytes) -> Any:
-    """Return a client's JSON; raises as :attr:`Request.json`.
+    """Return the JSON of a client.
 
-    Refused is, too, text that no database keeps: U+0000, and halves of surrogate pairs.
+    Raises:
+        ValueError: for text that is not JSON in UTF-8 or is nested too deeply, and for U+0000 and
+            halves of surrogate pairs, which no database stores.
+        Fault: ``RequestEntityTooLarge`` for more than ``JSON_VALUES`` values; ``Validation`` for a
+            number out of range.
     """
-    # Counted as they would be outside of texts: to tell them apart takes as long as parsing.
+    # Signs inside strings count too: telling them apart takes as long as parsing.
     if sum(map(data.count, (b",", b"[", b"{"))) > JSON_VALUES:
         raise Fault("RequestEntityTooLarge", f"The body has more than {JSON_VALUES:,} JSON values.")
     try:
-        # Given bytes, json would take UTF-16 and halves of pairs as well.
+        # json.loads accepts bytes of UTF-16, and halves of pairs.
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     try:
         found = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
         if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(found) > JSON_DEPTH:
-            # It can be read, and not written again by code that calls itself for each level.
+            # Recursive code could not write such a value again.
             raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
         if b"\\u" in data:
-            # Read first: only so are pairs whole, and backslashes told from escapes.
+            # Only parsed text has whole pairs, and backslashes apart from escapes.
             _check_texts(found)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -219,16 +213,16 @@ def _finite(text: str) -> float:
 
 @dataclass(frozen=True)
 class Response:
-    """What a face gives back: a whole body, or pieces as they come."""
+    """A response with a whole body, or with pieces that are made while they are sent."""
 
     status: int = 200
     body: bytes | Iterator[bytes] = b""
-    """Pieces are sent one by one; the iterator is closed as soon as the client has hung up."""
+    """An iterator of pieces is closed as soon as the client hangs up."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def json(value: Any, status: int = 200, **headers: str) -> Response:
-        """``value`` as JSON."""
+        """Return a response with ``value`` as JSON."""
         body = json.dumps(value, separators=(",", ":")).encode()
         return Response(status, body, {"Content-Type": "application/json", **headers})
 
@@ -240,15 +234,15 @@ _TROUBLES = {
     "read-only": "takes no writes now",
     "locked": "is busy",
 }
-"""What databases say, and what it means."""
+"""Advice by a phrase in an error of the database."""
 
 
 class Fault(LuthierError):
-    """A refusal or failure that the client is told of; each face has its own shape for it.
+    """An error that an API reports to its client in its own form.
 
     ``code`` is the name of Bedrock's exception without the word Exception, such as ``Validation``,
-    ``ResourceNotFound``, ``Conflict``, ``AccessDenied``, ``Throttling``; ``parameter`` is the member of
-    the request that is meant, where it is one.
+    ``ResourceNotFound``, ``Conflict``, ``AccessDenied`` or ``Throttling``. ``parameter`` is the wrong
+    member of the request.
     """
 
     default_rule: ClassVar[str] = ""
@@ -267,7 +261,7 @@ class Fault(LuthierError):
 
     @staticmethod
     def unavailable(error: OperationalError | ReadOnlyDisk) -> Fault:
-        """What a database or store that is away, full or read-only becomes, or such a disk."""
+        """Return the fault for a database or disk that is unreachable, full or read-only."""
         if isinstance(error, ReadOnlyDisk):
             text = "The service's disk takes no writes now: its operator mends that."
             return Fault("ServiceUnavailable", text, retry_after=30)
@@ -295,7 +289,7 @@ class Fault(LuthierError):
 
     @staticmethod
     def of_inference(failed: InferenceFailed) -> Fault:
-        """What a failure of a model becomes; who is told to come again is told when."""
+        """Return the fault for a failure of a model, with ``retry_after`` if a retry may help."""
         passes = failed.code in ("Throttling", "ModelNotReady", "ServiceUnavailable")
         details: dict[str, Any] = {"retry_after": 1} if passes else {}
         return Fault(failed.code, str(failed), **details)
@@ -334,14 +328,14 @@ def fault_of(error: BaseException, request_id: str) -> Fault:
 
 
 def refusal_text(refused: InferenceRefused) -> str:
-    """Why a model cannot be asked so, and how it can be, where that is by an operation of ours."""
+    """Return why a model cannot be queried, with the operation that can query it."""
     hint = f" Ask it by {PREDICTIONS}." if isinstance(refused, PredictionsOnly) else ""
     return f"{refused}{hint}"
 
 
 @contextmanager
 def inference_faults() -> Iterator[None]:
-    """What the engine refuses or fails at, as faults."""
+    """Raise refusals and failures of the engine as faults."""
     try:
         yield
     except InferenceRefused as refused:
@@ -353,7 +347,7 @@ def inference_faults() -> Iterator[None]:
 
 
 def head_of(scope: Scope) -> RequestHead:
-    """The request of an ASGI scope as it came over the wire."""
+    """Return the head of an ASGI scope."""
     raw = scope.get("raw_path") or scope["path"].encode()
     headers = [(k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in scope["headers"]]
     path, query = raw.decode("latin-1"), scope["query_string"].decode("latin-1")
@@ -361,7 +355,7 @@ def head_of(scope: Scope) -> RequestHead:
 
 
 def query_pairs(query: str) -> list[tuple[bytes, bytes]]:
-    """Keys and values in their order, decoded."""
+    """Return decoded keys and values in their order."""
     split = [part.partition("=") for part in query.split("&") if part]
     return [(_unquote(name), _unquote(value)) for name, _, value in split]
 
@@ -387,10 +381,10 @@ def check_head(head: RequestHead) -> None:
 
 
 def check_text(head: RequestHead) -> None:
-    """Refuse a path or a query that is not UTF-8 or holds U+0000: no database keeps such names.
+    """Reject a path or query that is not UTF-8 or has U+0000, which no database stores.
 
     Raises:
-        Fault: Validation, with ``path`` or ``query`` as ``place`` in its details.
+        Fault: ``Validation``, with ``path`` or ``query`` as ``place`` in its details.
     """
     if "%" not in head.path + head.query and (head.path + head.query).isascii():
         return
@@ -410,9 +404,9 @@ def check_text(head: RequestHead) -> None:
 
 
 def service_of(head: RequestHead) -> str:
-    """The service of the credential scope, in the header or in a presigned query; unverified.
+    """Return the unverified service of the credential scope in the header or a presigned query.
 
-    A form that nobody signed is one of STS: only its clients send such, and they read XML alone.
+    An unsigned form belongs to STS, whose clients read only XML.
     """
     form = False
     for name, value in head.headers:
@@ -428,12 +422,12 @@ def service_of(head: RequestHead) -> str:
 
 
 def timestamp(moment: datetime) -> str:
-    """``2026-01-31T12:00:00.123Z``, as AWS tells times: what is below a millisecond is cut off."""
+    """Return a time in AWS's form, such as ``2026-01-31T12:00:00.123Z``."""
     text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")
 
 
 def address_of(scope: Scope) -> str:
-    """Where the request comes from; empty where that is not known."""
+    """Return the address of the client; empty if unknown."""
     client = scope.get("client")
     return client[0] if client else ""

@@ -1,9 +1,8 @@
-"""What the people who run the service see: a line of JSON for each request, Prometheus metrics, usage.
+"""Request log as lines of JSON, Prometheus metrics, and usage of accounts.
 
-None of it holds headers, queries or bodies: keys, signatures and data never reach a log. What each
-account uses is counted in memory and written to the database once a minute: a process that is killed
-loses the counts of its last minute. Seconds of training are written by the workers themselves, as they
-renew their leases (``luthier.server.tables.jobs``).
+Logs and metrics have no headers, queries or bodies: keys, signatures and data never reach a log. The
+server writes usage to the database once a minute; a process that is killed loses its last minute.
+Workers write seconds of training themselves (``luthier.server.tables.jobs``).
 """
 
 from __future__ import annotations
@@ -33,39 +32,39 @@ if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
 WRITE_SECONDS = 60.0
-"""How often counts are written."""
+"""Interval between two writes of usage, in seconds."""
 
 _NOT_LOGGED = ("actions", "body_requested", "tokens", "of_console")
-"""Of :class:`RequestRecord`, what is not in the log."""
+"""Fields of :class:`RequestRecord` that are not in the log."""
 Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
-"""Gives values by label, by the name of the gauge; one without labels has its value under ``""``."""
+"""Return values by label and name of a gauge; a gauge without labels has the label ``""``."""
 
 _log = logging.getLogger("luthier.server")
 
 
 @dataclass
 class RequestRecord:
-    """What is told of one request."""
+    """The record of one request for the log, metrics and usage."""
 
     request_id: str
     method: str
     address: str
-    """Of the client."""
+    """Address of the client."""
     face: str = ""
     operation: str = ""
-    """Empty where nothing answers to the path: paths are chosen by clients, and would fill memory."""
+    """Name of the operation; empty for an unknown path, since clients choose paths."""
     account: str = ""
     user: str = ""
     status: int = 0
-    """499 for a client that hung up, as nginx logs it."""
+    """HTTP status; 499 for a client that hung up, as in nginx."""
     error: str = ""
     """Code of the refusal, or ``ClientDisconnected``."""
     bytes_in: int = 0
-    """Of the body of the request, as far as it was read."""
+    """Number of bytes of the request's body that were read."""
     bytes_out: int = 0
-    """Of the body of the answer."""
+    """Number of bytes of the response's body."""
     tokens: list[tuple[str, int, int]] = field(default_factory=list)
-    """Models that answered, by their stored ids, with tokens that they read and wrote."""
+    """Stored ids of queried models, with prompt and generated tokens."""
     of_console: bool = False
     """Whether a page of the console reads data: usage does not count such a request."""
     body_requested: bool = False
@@ -74,11 +73,11 @@ class RequestRecord:
     """Actions and resources that the audit log names."""
 
     def add_tokens(self, model: str, read: int, written: int) -> None:
-        """A model read and wrote so many tokens for it."""
+        """Add the prompt and generated tokens of a model."""
         self.tokens.append((model, read, written))
 
     def count_bytes(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """The same, with the bytes of both bodies counted here."""
+        """Return ``receive`` and ``send`` that count the bytes of both bodies."""
 
         async def count_received() -> Message:
             self.body_requested = True
@@ -94,7 +93,7 @@ class RequestRecord:
 
 
 class Metrics:
-    """Counts and logs requests; ``gauges`` are read when somebody looks."""
+    """Counts and logs of requests."""
 
     def __init__(
         self,
@@ -102,12 +101,12 @@ class Metrics:
         count: CountUsage | None = None,
         latencies: Collector | None = None,
     ) -> None:
-        """Begin to count.
+        """Create the metrics.
 
         Args:
-            gauges: gives values by label, by the name of the gauge: ``jobs`` by state, ...
-            count: told what each account used.
-            latencies: times of the models that write.
+            gauges: Returns the values of gauges, when they are read.
+            count: Counts the usage of accounts.
+            latencies: Latencies of models.
         """
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -126,11 +125,11 @@ class Metrics:
             self._registry.register(latencies)
 
     def count_request(self, record: RequestRecord, seconds: float) -> None:
-        """Count and log a request that was answered."""
+        """Count and log a request."""
         self._requests.labels(record.face, record.operation, str(record.status)).inc()
         self._seconds.labels(record.face, record.operation).observe(seconds)
         if self._count is not None and record.account:
-            # A request stands beside the first model that answered it.
+            # A request belongs to the first model that it queried.
             for model, read, written in record.tokens:
                 self._count(
                     record.account, model, Usage(prompt_tokens=read, generated_tokens=written)
@@ -146,20 +145,20 @@ class Metrics:
         _log.info("request", extra={"fields": fields})
 
     def exposition(self) -> tuple[bytes, dict[str, str]]:
-        """The metrics as Prometheus reads them, and their content type."""
+        """Return the metrics in Prometheus's format, and their headers."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return generate_latest(self._registry), {"Content-Type": CONTENT_TYPE_LATEST}
 
 
 class _Gauges:
-    """What is there now, asked for when it is read."""
+    """A collector of gauges that reads their values on demand."""
 
     def __init__(self, read: Gauges) -> None:
         self._read = read
 
     def collect(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
-        """Families of prometheus_client, one for each name."""
+        """Return one family of prometheus_client for each gauge."""
         from prometheus_client.core import GaugeMetricFamily
 
         families: list[GaugeMetricFamily | CounterMetricFamily] = []
@@ -173,10 +172,10 @@ class _Gauges:
 
 
 class JsonLines(logging.Formatter):
-    """One line of JSON for each record."""
+    """A formatter of log records as lines of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Time (UTC), level and message, then the record's own fields."""
+        """Return time (UTC), level, message and the fields of the record."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{moment}.{int(record.msecs):03d}Z",
@@ -192,7 +191,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Let the service's own loggers and uvicorn's write lines of JSON to standard error."""
+    """Write the logs of the service and of uvicorn as lines of JSON to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     for name, least in (("luthier", logging.INFO), ("uvicorn.error", logging.WARNING)):
@@ -202,10 +201,10 @@ def log_as_json() -> None:
 
 
 class Meter:
-    """What accounts use of this server. Close it, or the counts of its last minute are lost."""
+    """The usage of accounts on this server; :meth:`close` writes the last minute."""
 
     def __init__(self, database: Database, write_seconds: float = WRITE_SECONDS) -> None:
-        """``write_seconds`` is how often counts are written."""
+        """Write counts every ``write_seconds``."""
         self._database, self._write_seconds = database, write_seconds
         self._lock = threading.Lock()
         self._used: dict[tuple[date, str, str], Usage] = {}
@@ -214,15 +213,15 @@ class Meter:
         self._thread.start()
 
     def count(self, account: str, model: str, used: Usage) -> None:
-        """Add what ``account`` used, of the model with this stored id; empty for none.
+        """Add usage of ``account`` with a model of this stored id; empty for no model.
 
-        It is called in the event loop, and so never writes.
+        The event loop calls this method, which never writes.
         """
         with self._lock:
             self._used.setdefault((now().date(), account, model), Usage()).add(used)
 
     def write(self) -> None:
-        """Write what was counted; where that fails it is written with the next."""
+        """Write the counts; counts that fail are written the next time."""
         with self._lock:
             used, self._used = self._used, {}
         try:
@@ -241,7 +240,7 @@ class Meter:
                     self._used.setdefault(key, Usage()).add(each)
 
     def close(self) -> None:
-        """Write all that is left."""
+        """Stop the thread and write the last counts."""
         self._closing.set()
         self._thread.join()
         self.write()
