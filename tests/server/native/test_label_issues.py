@@ -54,7 +54,7 @@ def jobs(luthier_home: Path) -> Iterator[Call]:
         database, arns, nowhere, lambda account: AccountQuotas(), lambda: None,
         partial(removal.delete, database, arns), ModelPool(0),
     )  # fmt: skip
-    yield Call(context, Caller(ACCOUNT, "anna", ("administrator",)))
+    yield Call(context, Caller(ACCOUNT, "anna", ("administrator",)), "luthier:ListLabelIssues")
     database.close()
 
 
