@@ -21,7 +21,7 @@ from luthier.inference.inference import InferenceRefused
 from luthier.inference.memory import CacheBudget
 from luthier.inference.pool import ModelPool
 from luthier.library.folders import gguf_folder, remove_side_files
-from luthier.library.models import content_hash, find
+from luthier.library.models import find
 from luthier.models.backends import BACKENDS
 from luthier.models.sampling import Sampling
 from luthier.models.torch_backend import FlatBackend
@@ -80,7 +80,7 @@ def test_the_file_is_written_once_and_again_where_it_is_damaged(
 ) -> None:
     stored = find(str(tiny_model_folder))
     Generator.open(stored)
-    folder = gguf_folder(stored.id, content_hash(stored), "f32")
+    folder = gguf_folder(stored.id, stored.content_hash, "f32")
     assert folder.is_relative_to(luthier_home())
     record = read_json(folder / "parity.json")
     assert record["parity"]["agreement"] > 0.98 and record["parity"]["mean_kl"] < 1e-4
@@ -120,7 +120,7 @@ def test_a_file_that_answers_otherwise_is_not_used(
     assert [each.message for each in caplog.records if "answers otherwise" in each.message] == [
         caplog.records[0].message
     ]
-    folder = gguf_folder(stored.id, content_hash(stored), "f32")
+    folder = gguf_folder(stored.id, stored.content_hash, "f32")
     assert not (folder / "model.gguf").exists()
     monkeypatch.setattr(derived_gguf, "_derive", lambda *given: pytest.fail("written again"))
     assert isinstance(Generator.open(stored).backend, FlatBackend)

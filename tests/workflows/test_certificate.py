@@ -22,7 +22,7 @@ import luthier
 from luthier.cli.app import app
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import hashes_of, read_json, sha256_of, write_json
-from luthier.library.models import StoredModel, content_hash, find
+from luthier.library.models import StoredModel, find
 from luthier.library.reports import reports_of, write_report
 from luthier.models import gguf
 from luthier.models.catalog import CATALOG
@@ -85,7 +85,7 @@ def folder(home: Path) -> Path:
 
 
 def test_a_certificate_holds_what_is_known_and_follows_its_schema(home: Path) -> None:
-    before = content_hash(find(ID))
+    before = find(ID).content_hash
     made = luthier.certificate(ID, watts=50)
     plain = json.loads((folder(home) / "certificate.json").read_text())
     validator = jsonschema.Draft202012Validator(certificate_schema())
@@ -94,7 +94,7 @@ def test_a_certificate_holds_what_is_known_and_follows_its_schema(home: Path) ->
     with pytest.raises(jsonschema.ValidationError):
         validator.validate({**plain, "version": 2})
     assert read_certificate(find(ID)) == made
-    assert made.content_sha256 == content_hash(find(ID)) == before
+    assert made.content_sha256 == find(ID).content_hash == before
     assert made.record.data is not None and made.record.data.rows == 19
     assert [(each.id, each.part) for each in made.lineage] == [("tiny", "base")]
     assert [step for step, _ in made.curves["train"]] == [1, 2, 3, 4]
@@ -309,7 +309,7 @@ def test_commands(home: Path) -> None:
 def test_exports_stand_in_the_record_and_the_certificate(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_float32: None
 ) -> None:
-    before = content_hash(find(ID))
+    before = find(ID).content_hash
     for name, quantization in (("a", "q8_0"), ("b", "f16"), ("c", "q8_0")):
         written = luthier.export(ID, tmp_path / name, format="gguf", quantization=quantization)
         assert written.is_recorded and written.record is not None
@@ -318,7 +318,7 @@ def test_exports_stand_in_the_record_and_the_certificate(
     assert list(exports) == ["gguf f16", "gguf q8_0"] and made.record == find(ID).manifest
     assert exports["gguf q8_0"] == written.record
     assert exports["gguf q8_0"].files == hashes_of(tmp_path / "c")
-    assert luthier.verify(ID).is_intact and content_hash(find(ID)) == before
+    assert luthier.verify(ID).is_intact and find(ID).content_hash == before
     assert made.content_sha256 == before and len(made.reports) == 2
     installed = find_spec("xllamacpp") is not None
     told = "the likeliest token is the same at" if installed else "not compared"

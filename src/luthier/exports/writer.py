@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +27,6 @@ from luthier.files import (
     check_creatable,
     folder_size,
     hashes_of,
-    names_below,
     need_disk,
     new_folder,
     read_json,
@@ -44,7 +41,6 @@ from luthier.library.models import (
     check_mergeable,
     check_whole,
     check_writes,
-    content_hash,
     load,
 )
 from luthier.models.backends import LLAMA_CPP, llama_cpp_library
@@ -68,8 +64,6 @@ Phase = Literal["merge", "trace", "write", "compare"]
 OnProgress = Callable[[Phase, int, int], None]
 """Hears how much of a part is done, and how much there is: bytes of ``write``, networks of the lineage
 of ``merge``, prompts or batches of ``compare``."""
-PROGRESS_SECONDS = 0.5
-"""Between two looks at how much is written."""
 
 
 def ignore_progress(phase: Phase, done: int, total: int) -> None:
@@ -116,7 +110,7 @@ def export(
     target = new_target(target)
     with new_export_folder(target, stored) as fresh:
         if stored.parent is None and precision is None:
-            with _report_written(fresh, folder_size(stored.folder), on_progress):
+            with _report_written(folder_size(stored.folder), on_progress):
                 _copy(stored.folder, fresh)
         elif merged:
             check_mergeable(stored, "a merged export writes nothing else")
@@ -126,7 +120,7 @@ def export(
             device = machines.choose_machine().device
             model = load_merged(stored, wide, device, on_progress).to(dtype)
             size = sum(weight.nbytes for weight in model.parameters())
-            with _report_written(fresh, size, on_progress):
+            with _report_written(size, on_progress):
                 save_network(model, stored.chat, fresh)
         elif stored.network.is_pipeline:
             _write_diffusers_lora(stored, fresh)
@@ -165,33 +159,11 @@ def load_merged(
 
 
 @contextmanager
-def _report_written(folder: Path, total: int, on_progress: OnProgress) -> Iterator[None]:
-    """Tell now and then how many bytes of about ``total`` lie in ``folder``.
-
-    The files are written by libraries that say nothing meanwhile, so a thread looks at the folder.
-    """
-    total, ended = max(1, total), threading.Event()
-
-    def look() -> None:
-        while not ended.wait(PROGRESS_SECONDS):
-            with suppress(FileNotFoundError):  # a temporary file got its name meanwhile
-                on_progress("write", min(_written_size(folder), total - 1), total)
-
+def _report_written(total: int, on_progress: OnProgress) -> Iterator[None]:
+    """Report the start and the end of writing ``total`` bytes: libraries report nothing in between."""
     on_progress("write", 0, total)
-    thread = threading.Thread(target=look, name="export progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    yield
     on_progress("write", total, total)
-
-
-def _written_size(folder: Path) -> int:
-    """Bytes below ``folder`` on the disk: safetensors gives a file its size before its content."""
-    found = (os.stat(f"{folder}/{name}") for name in names_below(folder))
-    return sum(min(each.st_size, 512 * each.st_blocks) for each in found)
 
 
 def _save_sentence_head(stored: StoredModel, folder: Path) -> None:
@@ -326,7 +298,7 @@ def export_gguf(
 
     with new_export_folder(target, stored) as fresh:
         if adapter is None:
-            with _report_written(fresh, size, on_progress):
+            with _report_written(size, on_progress):
                 write_gguf(network, chat, fresh / file, kind, _general_metadata(stored))
             if llama_cpp_library() is not None:
                 parity = compare_gguf(fresh / file, network.float(), chat, kind, None, on_compared)
@@ -338,7 +310,7 @@ def export_gguf(
                 whole = load(parent, torch.float32, cpu)
                 size = file_size(whole, "f32")
                 need_disk(target, size, f"trying {stored.id} on its base")
-                with _report_written(fresh, size, on_progress):
+                with _report_written(size, on_progress):
                     write_gguf(whole, chat, base, "f32")
                 network = load_merged(stored, torch.float32, cpu, on_progress)
                 parity = compare_gguf(base, network, chat, "f32", fresh / adapter, on_compared)
@@ -397,7 +369,7 @@ def _general_metadata(stored: StoredModel) -> GeneralMetadata:
         name=stored.id,
         base=stored.root if stored.root != stored.id else None,
         licence=licences[0] if licences else None,
-        sha256=content_hash(stored),
+        sha256=stored.content_hash,
     )
 
 

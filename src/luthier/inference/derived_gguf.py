@@ -24,7 +24,7 @@ from luthier.evaluation.parity import REFERENCE_PROMPTS, compare_backends
 from luthier.files import lock, need_disk, new_folder, read_json, sha256_of, write_json
 from luthier.inference.gguf_parity import TOKENS, largest_divergence
 from luthier.library.folders import gguf_folder
-from luthier.library.models import StoredModel, check_mergeable, content_hash
+from luthier.library.models import StoredModel, check_mergeable
 from luthier.models.backends import LLAMA_CPP_VERSION, OpenFile
 from luthier.models.manifest import Record, TokenParity
 from luthier.types import Message
@@ -87,7 +87,7 @@ def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Pat
         RecipeError: where the model has none, or its file does not answer as the model does.
     """
     check_derivable(stored)
-    folder = gguf_folder(stored.id, content_hash(stored), kind)
+    folder = gguf_folder(stored.id, stored.content_hash, kind)
     with lock(folder.parent / f".{folder.name}.lock", wait=True):
         record = _read(folder)
         if record is None:

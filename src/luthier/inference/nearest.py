@@ -120,9 +120,8 @@ class EmbeddingIndex:
             RecipeError: where it belongs to another model, or to other weights.
             CorruptFile: where it cannot be read.
         """
-        from luthier.library.models import content_hash
 
-        index = EmbeddingIndex(file, stored.id, content_hash(stored))
+        index = EmbeddingIndex(file, stored.id, stored.content_hash)
         if file is not None and file.exists():
             index._read(file)
         return index

@@ -23,7 +23,7 @@ from typing import Any
 from luthier.chat_models.base import Done, Failure, ModelSpec, Reply, SamplingSpec, Writer
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import disk_errors, lock, luthier_home, write_bytes
-from luthier.library.models import content_hash, find
+from luthier.library.models import find
 from luthier.types import Message
 
 RUN = "run"
@@ -206,4 +206,4 @@ def _identity(judge: ModelSpec) -> Mapping[str, Any]:
     identity = {"role": judge.role, "model": judge.model}
     if judge.url is not None:
         return {**identity, "url": judge.url}
-    return {**identity, "sha256": content_hash(find(judge.model))}
+    return {**identity, "sha256": find(judge.model).content_hash}

@@ -157,6 +157,13 @@ class StoredModel:
         shared = self.tokenizer_from is None and _is_format_of(parent, self)
         return parent if shared else self.chat
 
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of the files that determine the model's answers, those below adapters included."""
+        files = self.manifest.files or hashes_of(self.folder)
+        below = self.parent.content_hash if self.parent else ""
+        return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
+
     @property
     def added_tokens(self) -> int:
         """Positions of the context that the adapters of the lineage take in every row."""
@@ -568,15 +575,8 @@ def _changes(model: StoredModel, parts: Sequence[str]) -> bool:
     return False
 
 
-def content_hash(model: StoredModel) -> str:
-    """SHA-256 of all that decides what a model answers: its files, and those below its adapters."""
-    files = model.manifest.files or hashes_of(model.folder)
-    below = content_hash(model.parent) if model.parent else ""
-    return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
-
-
 def ancestors(model: StoredModel) -> list[StoredModel | str]:
-    """What ``model`` was made from, the nearest first; the id alone of one that is not here.
+    """Return the models that ``model`` was made from, the nearest first; ids of absent models.
 
     Base models of the catalogue are not fetched.
     """
@@ -585,7 +585,7 @@ def ancestors(model: StoredModel) -> list[StoredModel | str]:
         try:
             if parent in CATALOG and not is_base_here(parent):
                 return [*found, parent]
-            model = find(parent)
+            model = model.parent or find(parent)
         except LuthierError:
             return [*found, parent]
         found.append(model)

@@ -2,8 +2,7 @@
 
 The wheel ``xllamacpp`` shows Python a server with templates, sampling and scheduling of its own. All of
 that is ours here, so the C functions of its shared library are called directly (``llama.h``). They take
-structures by value whose layout changes between versions: one version is known, and is proved by the
-defaults that it gives before anything else is called.
+structures by value whose layout changes between versions, so other versions of the wheel are refused.
 
 llama.cpp ends the process where it is asked for what cannot be. Lengths, ids and capacities are
 therefore checked here before each call.
@@ -27,7 +26,6 @@ from luthier.data.tree import round_up
 from luthier.errors import RecipeError
 from luthier.models.backends import (
     LLAMA_CPP,
-    LLAMA_CPP_VERSION,
     llama_cpp_library,
     read_prompts,
 )
@@ -40,8 +38,6 @@ SEQUENCES = 128
 """Sequences that are kept at most, and step together: the library keeps 256, and logits of all."""
 CHUNK = 256
 """Tokens of a prompt that are read at once; between two chunks the others take a step."""
-PROBES = 4
-"""Tokens by which it is tried whether a row has other bits by itself."""
 CELLS = 1024
 """Tokens that a context has room for at first."""
 _CELL_STEP = 256
@@ -111,11 +107,6 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
     "llama_init_from_model": (c_void_p, [c_void_p, _ContextParams]),
     "llama_free": (None, [c_void_p]),
-    "llama_n_ctx": (c_uint32, [c_void_p]),
-    "llama_n_ctx_seq": (c_uint32, [c_void_p]),
-    "llama_n_batch": (c_uint32, [c_void_p]),
-    "llama_n_seq_max": (c_uint32, [c_void_p]),
-    "llama_n_threads": (c_int32, [c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
     "llama_memory_seq_cp": (None, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
@@ -144,7 +135,6 @@ class _Library:
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
             raise RecipeError(f"llama.cpp cannot be used: {error}") from error
-        self._check_layout()
         self.errors: list[str] = []
         self._log = _LOG(self._on_log)  # kept: the library calls it as long as it is loaded
         self.llama_log_set(self._log, None)
@@ -156,26 +146,6 @@ class _Library:
     def _on_log(self, level: int, text: bytes | None, _: Any) -> None:
         if level == _ERROR_LEVEL and text:
             self.errors = [*self.errors[-3:], text.decode("utf-8", "replace").strip()]
-
-    def _check_layout(self) -> None:
-        """Refuse a library whose structures are not those declared here, by the defaults it gives."""
-        model = self.llama_model_default_params()
-        context = self.llama_context_default_params()
-        front = [getattr(context, name) for name, *_ in _ContextParams._fields_[:14]]
-        flags = [getattr(context, name) for name, *_ in _ContextParams._fields_[19:25]]
-        known = (
-            (model.devices, model.n_gpu_layers, model.split_mode) == (None, -1, 1)
-            and front == [512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, -1, -1, -1, -1]
-            and list(context.numbers) == [0.0, 0.0, -1.0, -1.0, -1.0, -1.0, 0.0, -1.0]
-            and (context.type_k, context.type_v) == (1, 1)
-            and flags == [False, True, True, True, True, False]
-        )
-        if not known:
-            raise RecipeError(
-                f"llama.cpp cannot be used: the library of {LLAMA_CPP} has other structures than those "
-                f"of {LLAMA_CPP_VERSION}",
-                rule="backend.version",
-            )
 
 
 @cache
@@ -218,7 +188,6 @@ class LlamaCppBackend:
         self._free_places = list(range(SEQUENCES))
         self._context: int | None = None
         self._cells = self._used = 0
-        self._pairs = False
         params = self._library.llama_model_default_params()
         model = self._library.llama_model_load_from_file(str(file).encode(), params)
         if not model:
@@ -232,7 +201,11 @@ class LlamaCppBackend:
                     f"{file} has {size} tokens, and the network {vocabulary}",
                     rule="gguf.vocabulary",
                 )
-            self._bytes = self._probe()
+            state = self._add(np.zeros(1, dtype=np.int64))
+            self._read(state)
+            size_of = self._library.llama_state_seq_get_size
+            self._bytes: int = size_of(self._context, state.place)
+            self.free(state)
         except BaseException:
             self.close()
             raise
@@ -359,38 +332,28 @@ class LlamaCppBackend:
         return logits_RV[0] if ends else None
 
     def _decode(self, tokens: int, outputs: Sequence[int]) -> Tensor:
-        """Run what was put; logits ``[R, V]`` behind the tokens ``outputs``.
-
-        One row alone is multiplied by another kernel than several, which rounds in another way: where
-        that is so, a second one goes with it, so that bits do not depend on what else runs.
-        """
-        rows = [*outputs]
-        if self._pairs and len(rows) == 1:
-            if tokens == 1:
-                self._put(1, 0, 0, SEQUENCES)
-                tokens = 2
-            rows = sorted([rows[0], max(1, rows[0]) - (rows[0] > 0)])
-        for index in rows:
+        """Run the tokens of the batch; return the logits ``[R, V]`` of the tokens ``outputs``."""
+        for index in outputs:
             self._batch.logits[index] = 1
         self._batch.n_tokens = tokens
         self._library.errors.clear()
         result = self._library.llama_decode(self._context, self._batch)
-        self._library.llama_memory_seq_rm(self._memory, SEQUENCES, -1, -1)
         if result:
             raise self._failure(f"gave {result} for")
-        if not rows:
+        if not outputs:
             return torch.empty(0, self.vocabulary)
         logits = self._library.llama_get_logits(self._context)
-        logits_RV = np.ctypeslib.as_array(logits, (len(rows), self.vocabulary))
-        # A copy: the next call writes over it.
-        return torch.from_numpy(logits_RV[[rows.index(index) for index in outputs]])
+        # A copy: the next call writes to the same memory.
+        return torch.from_numpy(
+            np.ctypeslib.as_array(logits, (len(outputs), self.vocabulary)).copy()
+        )
 
     def _room(self, tokens: int) -> None:
-        """Room for ``tokens`` more than are kept, and for the one that fills up.
+        """Make room for ``tokens`` more tokens.
 
-        Copies that share a prompt are counted whole, as they lie apart once the room has grown.
+        Copies that share a prompt are counted whole, as a larger room keeps each apart.
         """
-        needed = self._used + tokens + 1
+        needed = self._used + tokens
         if self._context is None:
             self._context, self._cells = self._new_context(max(CELLS, needed))
         elif needed > self._cells:
@@ -417,38 +380,19 @@ class LlamaCppBackend:
         cells = round_up(cells, _CELL_STEP)
         params = self._library.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = cells, CHUNK, CHUNK
-        params.n_seq_max = params.n_outputs_max = SEQUENCES + 1
+        params.n_seq_max = params.n_outputs_max = SEQUENCES
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = self._threads
         self._library.errors.clear()
         made = self._library.llama_init_from_model(self._model, params)
         if not made:
             raise self._failure(f"has no memory for {cells} tokens of")
-        # What it read of the structure is what was written, one cache for all sequences above all.
-        names = ("n_ctx", "n_ctx_seq", "n_batch", "n_seq_max", "n_threads")
-        found = [int(getattr(self._library, f"llama_{name}")(made)) for name in names]
-        if found != [cells, cells, CHUNK, SEQUENCES + 1, self._threads]:
-            self._library.llama_free(made)
-            raise RecipeError(f"llama.cpp made another context than it was asked for: {found}")
         return made, cells
 
     def _end_context(self) -> None:
         if self._context is not None:
             self._library.llama_free(self._context)
         self._context, self._cells = None, 0
-
-    def _probe(self) -> int:
-        """Bytes that one token takes in the cache; tries whether a row has other bits by itself."""
-        logits, size = [], 0
-        for self._pairs in (False, True):
-            for token in range(PROBES):
-                state = self._add(np.array([token % self.vocabulary]))
-                logits.append(self._read(state))
-                size = self._library.llama_state_seq_get_size(self._context, state.place)
-                self.free(state)
-        pairs = zip(logits[:PROBES], logits[PROBES:], strict=True)
-        self._pairs = not all(torch.equal(one, two) for one, two in pairs)  # type: ignore[arg-type]
-        return size
 
     def _failure(self, what: str) -> RecipeError:
         reason = f": {'; '.join(self._library.errors)}" if self._library.errors else ""

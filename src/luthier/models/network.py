@@ -138,7 +138,7 @@ class Network:
         """Whose layers it shares, where it is that network with an adapter (:meth:`with_adapter`)."""
         self.others: dict[str, Network] = {}
         """Further networks the objective asked for, by the name it gave them: a teacher, a judge."""
-        self.cache: Any = None
+        self.cache: object = None
         """What the objective computed ahead for the rows."""
         self.done = 1.0
         """Share of the run's steps before the current one, for settings that change during a run."""

@@ -15,7 +15,8 @@ free after. Left out: losses over pairs of texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.errors import RecipeError
@@ -34,6 +35,19 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 Pooling = Literal["auto", "mean", "first", "last"]
+
+
+@dataclass(frozen=True)
+class _TeacherEmbeddings:
+    """The teacher's embeddings of all rows, in the width of the student."""
+
+    index: Mapping[bytes, int]
+    """Row of ``embedding_NH`` by the bytes of the token ids."""
+    embedding_NH: Tensor
+
+    def of(self, examples: Sequence[Example]) -> Tensor:
+        """Return the embeddings of ``examples``, ``[R, H]``."""
+        return self.embedding_NH[[self.index[each.ids_T.tobytes()] for each in examples]]
 
 
 class EmbeddingDistillation(Taught):
@@ -107,13 +121,14 @@ class EmbeddingDistillation(Taught):
                 f"the teacher's {before} numbers a text are projected on the student's "
                 f"{width}, which keeps {share:.1%} of their squares"
             )
-        network.cache = (place, pad(found_NH, (0, width - found_NH.shape[-1])))
+        targets_NH = pad(found_NH, (0, width - found_NH.shape[-1]))
+        network.cache = _TeacherEmbeddings(place, targets_NH)
         teacher.close()
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed ``1 - cos`` between the student's embeddings and the teacher's."""
-        place, placed_NH = network.cache
-        target_RH = placed_NH[[place[row.ids_T.tobytes()] for row in batch.tree.examples]]
+        assert isinstance(network.cache, _TeacherEmbeddings)
+        target_RH = network.cache.of(batch.tree.examples)
         cosine_R = (self._encoder.embed(network, batch) * target_RH).sum(-1)
         return Loss((1 - cosine_R).sum(), {"cosine": float(cosine_R.detach().sum())})
 

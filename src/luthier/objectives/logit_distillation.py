@@ -64,9 +64,9 @@ class LogitDistillation(Distillation):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed divergence and cross-entropy of the learned tokens."""
-        from luthier.objectives.teacher import whole_distribution
+        from luthier.objectives.teacher import TopK, whole_distribution
 
-        if network.cache is not None:
+        if isinstance(network.cache, TopK):
             distribution: Distribution = network.cache.distribution(batch)
         else:
             teacher = network.others["teacher"]

@@ -47,7 +47,7 @@ from luthier.errors import (
     RunConflict,
 )
 from luthier.files import folder_size, lock, new_file, read_json, sweep, write_bytes, write_json
-from luthier.library.models import StoredModel, content_hash
+from luthier.library.models import StoredModel
 from luthier.workflows.child_processes import (
     REPORTS,
     ChildProcess,
@@ -240,7 +240,7 @@ def _shards(
     Raises:
         DataError: for rows that cannot be read or that the task does not allow.
     """
-    settings = [luthier.__version__, task.settings(), [content_hash(model) for model in models]]
+    settings = [luthier.__version__, task.settings(), [model.content_hash for model in models]]
     problems = BoundedProblems()
     checked, next_note = 0, time.monotonic() + CHECK_SECONDS
     for number, rows in enumerate(_cut(task, problems)):

@@ -26,7 +26,12 @@ from luthier.engine.timings import ACTUAL
 from luthier.errors import CorruptFile, RecipeError
 from luthier.escaping import finite_or_none
 from luthier.files import json_text, read_json, sha256_of, write_bytes
-from luthier.library.models import StoredModel, ancestors, content_hash, find, lock_record
+from luthier.library.models import (
+    StoredModel,
+    ancestors,
+    find,
+    lock_record,
+)
 from luthier.library.reports import ModelReport, reports_of
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record, created_now
 from luthier.validation import describe_constraint
@@ -174,7 +179,7 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
         id=model.id,
         created=created_now(),
         luthier=__version__,
-        content_sha256=content_hash(model),
+        content_sha256=model.content_hash,
         record_sha256=sha256_of(model.folder / MANIFEST),
         record=manifest,
         lineage=_lineage(model),
@@ -200,7 +205,7 @@ def _lineage(model: StoredModel) -> list[Relative]:
             Relative(
                 id=each.id,
                 part=part,
-                content_sha256=content_hash(each),
+                content_sha256=each.content_hash,
                 source=known.source,
                 source_sha256=known.source_sha256,
                 revision=known.revision,

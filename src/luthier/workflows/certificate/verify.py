@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier.errors import CorruptFile
 from luthier.files import names_below, sha256_of
-from luthier.library.models import StoredModel, ancestors, changed_files, content_hash
+from luthier.library.models import StoredModel, ancestors, changed_files
 from luthier.models.manifest import CERTIFICATE, MANIFEST, OWN_FILES, REPORTS, SIGNATURE, Manifest
 from luthier.workflows.certificate.certificate import Certificate, parse_certificate
 from luthier.workflows.certificate.endpoint import EndpointVerification
@@ -134,7 +134,7 @@ def _certificate_differences(model: StoredModel, certificate: Certificate) -> It
     for stored in ancestors(model):
         if isinstance(stored, StoredModel) and certified.get(stored.id) not in (
             None,
-            content_hash(stored),
+            stored.content_hash,
         ):
             yield f"{stored.id}, which it was made from, is not the model that was certified."
     for kept in certificate.reports:

@@ -40,7 +40,7 @@ from luthier.inference.reply_log import (
     key_of,
 )
 from luthier.library.folders import short_name
-from luthier.library.models import StoredModel, content_hash, find
+from luthier.library.models import StoredModel, find
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import RunModels
 from luthier.types import Message, Row
@@ -338,7 +338,7 @@ class LocalTeacher(ChatModel):
         self.name, self.spec, self.stored = stored.id, spec, stored
         network = stored.network.sketch(stored.objective.head())
         self.weights = sum(weight.numel() for weight in network.parameters())
-        self._digest = content_hash(stored)
+        self._digest = stored.content_hash
 
     @property
     def identity(self) -> Mapping[str, Any]:
