@@ -52,7 +52,7 @@ def test_generate_keeps_replies_to_what_they_have_to_match(home: Path, tmp_path:
         True,
         True,
     ]
-    assert "unclosed group, at character 2: (" in Answer(*ask, "--regex", "a(").refused()
+    assert "unclosed group" in Answer(*ask, "--regex", "a(").refused()
     both = Answer(*ask, "--regex", "a", "--schema", str(schema)).refused()
     assert "give only one of schema, regex and grammar" in both
     missing = Answer(*ask, "--grammar", "none.lark").refused()

