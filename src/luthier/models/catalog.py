@@ -8,6 +8,8 @@ Hugging Face directory with the hash of each file beside it.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import subprocess
 import tempfile
@@ -219,13 +221,15 @@ def _convert_gguf(name: str, folder: Path, target: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    # transformers shows this progress by tqdm itself, whatever its own setting says.
+    with contextlib.redirect_stderr(io.StringIO()):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
     # GGUF stores the number in float32.
     model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
     del model.config._model_name_or_path  # the authors' own name of the run
