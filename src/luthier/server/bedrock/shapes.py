@@ -41,10 +41,6 @@ PATTERN_SECONDS = 1.0
 _SHOWN = 200
 """Characters of a refused value that its sender is shown."""
 _ALIAS = "([0-9a-zA-Z][_-]?)+"
-_ENDPOINT = (
-    "arn:aws:bedrock:[a-z0-9-]{1,20}:[0-9]{12}:"
-    "(custom-model-deployment|provisioned-model)/[a-z0-9]{12}"
-)
 _WIDER = {
     # A model from outside, which is a base like any other here.
     "BaseModelIdentifier": (
