@@ -9,28 +9,16 @@ from pathlib import Path
 import pytest
 
 from luthier.engine import runs
-from luthier.engine.dataset import NAMED_MEDIA
 from luthier.engine.runs import Run, same_request
 from luthier.errors import RunConflict
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_changed_images_are_named(tmp_path: Path, named: bool) -> None:
-    """The command was the same, so to repeat it would change nothing."""
-    table = tmp_path / "rows.csv"
-    for path, modified in ((table, 100), (tmp_path / "1.png", 100), (tmp_path / "2.png", 300)):
-        path.write_bytes(b"")
-        os.utime(path, (modified, modified))
-    source = NAMED_MEDIA if named else str(tmp_path)
-    same = {str(table): "0"} if named else {}
-    old, new = ({"recipe": {"base": "b"}, "data": {**same, source: each}} for each in "12")
-    with pytest.raises(RunConflict) as caught:
-        same_request(old, new, "b:shapes", asked_at=200)
-    message = str(caught.value)
-    assert f"its data changed after it began: {source} (newer than the run: " in message
-    assert f"{tmp_path / '2.png'})" in message and "1.png" not in message
-    assert "begin anew, under another name" in message and "first command" not in message
-    with pytest.raises(RunConflict) as refused:
+def test_changed_data_and_changed_settings_are_named() -> None:
+    old, new = ({"recipe": {"base": "b"}, "data": {"rows.csv": each}} for each in "12")
+    same_request(old, old, "b:shapes")
+    with pytest.raises(RunConflict, match=r"rows\.csv"):
+        same_request(old, new, "b:shapes")
+    with pytest.raises(RunConflict, match=r"recipe\.base") as refused:
         same_request(old, {**new, "recipe": {"base": "c"}}, "b:shapes")
     assert refused.value.rule == "run.changed"
 

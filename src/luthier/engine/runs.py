@@ -17,10 +17,8 @@ from pydantic import TypeAdapter
 
 from luthier.data.containers import Container, container_of
 from luthier.data.sources import Source, stem_of
-from luthier.engine.dataset import NAMED_MEDIA
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import RunConflict
-from luthier.escaping import list_some
 from luthier.evaluation.baselines import Comparison
 from luthier.evaluation.label_issues import LabelIssue, LabelIssueCounts
 from luthier.files import (
@@ -31,7 +29,6 @@ from luthier.files import (
     json_lines,
     lock,
     luthier_home,
-    names_below,
     new_file,
     read_json,
     sweep,
@@ -147,7 +144,7 @@ class Run:
             write_json(self.folder / RUN_REQUEST, dict(request))
             return None
         asked = self.folder / RUN_REQUEST
-        same_request(read_json(asked), request, self.model_id, asked.stat().st_mtime)
+        same_request(read_json(asked), request, self.model_id)
         (self.folder / _FAILURE).unlink(missing_ok=True)
         self._record_launch(launch)
         return Result.parse(read_json(self.folder / RUN_RESULT)) if self.has_ended() else None
@@ -398,29 +395,20 @@ def is_resumed(path: Path, request: Mapping[str, Any], what: str, resume: bool) 
             f"there is a {what} already. --resume goes on with it; choose another --name, or remove "
             f"{path.parent}"
         )
-    same_request(read_json(path), request, f"the {what}", path.stat().st_mtime)
+    same_request(read_json(path), request, f"the {what}")
     return True
 
 
-def same_request(
-    before: Mapping[str, Any], now: Mapping[str, Any], what: str, asked_at: float | None = None
-) -> None:
-    """Raise :class:`RunConflict` where ``now`` asks for something else than ``before`` did.
-
-    ``data`` of both are SHA-256 by source. ``asked_at``, in seconds of the epoch, is when ``before``
-    was asked for: files that are newer are named where the data is no longer the same.
-    """
+def same_request(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Raise :class:`RunConflict` if two requests differ; ``data`` has the SHA-256 of each source."""
     old, new = dict(dotted_items(before)), dict(dotted_items(now))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     sources = [key for key in changed if key.startswith("data.") and key in old and key in new]
     if changed and sources == changed:
-        names = [key.removeprefix("data.") for key in sources]
-        newer = [] if asked_at is None else _newer_files([*now["data"]], asked_at)
+        names = ", ".join(key.removeprefix("data.") for key in sources)
         raise RunConflict(
-            f"{what} cannot be resumed, because its data changed after it began: {', '.join(names)}"
-            + (f" (newer than the run: {list_some(newer, 3)})" if newer else "")
-            + ". Put back what it was and repeat the command; or begin anew, under another name, to "
-            "learn from the data as it is now."
+            f"{what} cannot be resumed: its data changed ({names}). Restore the files and repeat the "
+            "command, or choose another --name to train on the new data"
         )
     if changed:
         shown = "; ".join(
@@ -428,22 +416,10 @@ def same_request(
             for key in changed[:3]
         )
         raise RunConflict(
-            f"{what} cannot be resumed, because something else is asked for now: {shown}. "
-            "Repeat the first command exactly, or choose another --name.",
+            f"{what} cannot be resumed: {shown}. Repeat the first command, or choose another --name",
             rule="run.changed",
         )
 
 
 def _describe_value(value: Any) -> str:
     return "not given" if value is None else str(value)
-
-
-def _newer_files(sources: Sequence[str], moment: float) -> list[str]:
-    """Files of ``sources`` that are newer than ``moment``; where rows name files, also those beside."""
-    paths = [Path(source) for source in sources]
-    folders = [path for path in paths if path.is_dir()]
-    if NAMED_MEDIA in sources:
-        folders += {path.parent for path in paths if path.is_file()}
-    files = {path for path in paths if path.is_file()}
-    files |= {folder / name for folder in folders for name in names_below(folder)}
-    return sorted(str(path) for path in files if path.stat().st_mtime > moment)
