@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": ["evaluate", MODEL, "rows.jsonl", "--output", "TARGET"],
     "certificate": ["certificate", MODEL, "--card", "TARGET"],
     "export": ["models", "export", MODEL, "TARGET"],
-    "import": ["import", "promptfoo", "promptfoo.json", "--output", "TARGET"],
+    "import": ["import", "promptfoo", "promptfoo.json", "TARGET"],
 }
 TARGETS = (
     "/proc/x/y.jsonl",

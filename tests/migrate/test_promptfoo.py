@@ -346,11 +346,11 @@ def test_the_command_says_where_to_go_on_and_keeps_what_is_there(
         tmp_path, tests=[{**QUESTION, "assert": [{"type": "icontains", "value": "a"}]}]
     )
     out = tmp_path / "out"
-    said = Answer("import", "promptfoo", str(config), "--output", str(out)).good().out
+    said = Answer("import", "promptfoo", str(config), str(out)).good().out
     command = said.splitlines()[-1].strip()
     assert command == f"luthier evaluate MODEL {out}/prompt-1.jsonl --grader {out}/graders.toml"
     words = command.replace("MODEL", str(tiny_model_folder)).split()[1:]
     report = Answer(*words, "--max-tokens", "4", "--json").good().json()
     assert report["rows"] == 1 and set(report["scores"]) == {"icontains"}
-    again = Answer("import", "promptfoo", str(config), "--output", str(out))
+    again = Answer("import", "promptfoo", str(config), str(out))
     assert "holds something already" in again.refused()

@@ -1,32 +1,30 @@
-"""``luthier admin``: accounts, users, keys, models, quotas and backups of a service.
+"""``luthier admin``: accounts, users, keys, jobs, models, quotas and backups of a service.
 
 Each change and its entry in the audit log are one transaction.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import fields
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from luthier.cli.audit import audit
-from luthier.cli.bridge import CommandGroup
+from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.console import note
-from luthier.cli.options import Json
 from luthier.cli.registration import service_models_app
 from luthier.cli.service import (
     FIRST,
     Account,
     OnlyAccount,
+    Record,
     ServiceDatabase,
     audited_write,
     open_database,
-    print_outcome,
-    print_records,
+    show_record,
 )
 from luthier.cli.service_jobs import service_jobs_app
 from luthier.errors import RefusedInput
@@ -34,30 +32,18 @@ from luthier.errors import RefusedInput
 if TYPE_CHECKING:
     from luthier.server.tables import principals
 
-Record = dict[str, Any]
 RATE = "requests_per_second"
-"""The one quota that no row is counted for."""
+"""The one quota that counts no stored rows."""
 MOST_DAYS = 36_500
-"""For which an API key may last."""
+"""Longest lifetime of an API key, in days."""
 USER = ("account", "name", "role", "disabled", "created")
 BUILT_IN = "built-in default"
-"""Where a limit comes from that the account has no quota of its own for."""
-
-admin_app = CommandGroup("Manage accounts, users, keys, jobs, quotas and backups.", extra="server")
-accounts_app = CommandGroup("Accounts (tenants) and their quotas.", extra="server")
-users_app = CommandGroup("Users and their roles.", extra="server")
-keys_app = CommandGroup("Access keys and API keys.", extra="server")
-for name, part in (
-    ("accounts", accounts_app), ("users", users_app), ("keys", keys_app),
-    ("jobs", service_jobs_app), ("models", service_models_app),
-):  # fmt: skip
-    admin_app.add_typer(part, name=name)
-
+"""Source of a limit for which the account has no quota of its own."""
 Role = Annotated[str, typer.Option(help="administrator, developer, invoker or read-only.")]
 
 
 def plain_record(row: Any, *names: str) -> Record:
-    """Return columns of a row as JSON has them: moments become text."""
+    """Return columns of a row as JSON values: moments become text."""
     values = {name: getattr(row, name) for name in names}
     return {
         name: value.isoformat(timespec="seconds") if isinstance(value, datetime) else value
@@ -65,17 +51,40 @@ def plain_record(row: Any, *names: str) -> Record:
     }
 
 
-admin_app.command("audit")(audit)
-
-
-@admin_app.command("backup")
-def back_up(
-    folder: Annotated[Path, typer.Argument(help="New folder for the backup.")],
-    with_key: Annotated[bool, typer.Option("--with-key", help="Include the server's key.")] = False,
+def audit(
+    *,
+    account: OnlyAccount = None,
+    user: str | None = None,
+    action: str | None = None,
+    since: datetime | None = None,
+    before: int | None = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000)] = 50,
     database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Back up a running service."""
+) -> Record:
+    """Print the audit log, newest entries first.
+
+    Args:
+        user: Only of this user.
+        action: Only actions that contain this text.
+        since: Only from this time on (UTC), e.g. 2026-01-31T12:00:00.
+        before: Only entries before this number.
+        limit: Maximum number of entries.
+    """
+    from luthier.server.tables.audit import entries, entry_values
+
+    start = since.replace(tzinfo=UTC) if since else None
+    with open_database(database) as service, service.read() as session:
+        found = entries(session, account, user, action, start, before, limit)
+        return {"entries": [entry_values(entry) for entry in found]}
+
+
+def back_up(folder: Path, *, with_key: bool = False, database: ServiceDatabase = None) -> Record:
+    """Back up a running service.
+
+    Args:
+        folder: New folder for the backup.
+        with_key: Include the server's key.
+    """
     from luthier.files import luthier_home
     from luthier.server.tables.backup import backup
     from luthier.server.tables.database import DATABASE_FILE, is_database_here
@@ -89,18 +98,16 @@ def back_up(
         files = backup(service, folder, with_key)
     if not with_key:
         note(f"  without {KEY_FILE}: keep a copy elsewhere, since access keys need the file")
-    print_outcome(json_, folder=str(folder), files=files, key=with_key)
+    return {"folder": str(folder), "files": files, "key": with_key}
 
 
-@admin_app.command("restore")
-def restore_backup(
-    folder: Annotated[Path, typer.Argument(help="A backup.")],
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
+def restore_backup(folder: Path, *, database: ServiceDatabase = None) -> Record:
     """Verify a backup and restore it into an empty LUTHIER_HOME.
 
     The backup of a service with PostgreSQL needs --database with the URL of an empty database.
+
+    Args:
+        folder: Folder of the backup.
     """
     from luthier.files import luthier_home
     from luthier.server.tables.backup import restore
@@ -110,25 +117,24 @@ def restore_backup(
     key = (luthier_home() / KEY_FILE).is_file()
     if not key:
         note(f"  put {KEY_FILE} back before the service starts")
-    print_outcome(json_, store=str(luthier_home()), files=files, key=key)
+    return {"store": str(luthier_home()), "files": files, "key": key}
 
 
-@admin_app.command("usage")
 def show_usage(
-    first: Annotated[
-        datetime | None,
-        typer.Option("--from", formats=["%Y-%m-%d"], help="First day (UTC); else 30 days back."),
-    ] = None,
-    last: Annotated[
-        datetime | None,
-        typer.Option("--to", formats=["%Y-%m-%d"], help="Last day; else today."),
-    ] = None,
-    account: Annotated[str | None, typer.Option(help="Only of this one.")] = None,
-    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
+    *,
+    first: Annotated[datetime | None, typer.Option("--from", formats=["%Y-%m-%d"])] = None,
+    last: Annotated[datetime | None, typer.Option("--to", formats=["%Y-%m-%d"])] = None,
+    account: OnlyAccount = None,
+    csv: bool = False,
     database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Report usage by account, day and model."""
+) -> Record:
+    """Report usage by account, day and model.
+
+    Args:
+        first: First day (UTC), e.g. 2026-01-31; 30 days ago by default.
+        last: Last day (UTC); today by default.
+        csv: Print comma-separated values.
+    """
     from luthier.server.tables import accounts, usage
     from luthier.server.tables.database import now
 
@@ -137,20 +143,26 @@ def show_usage(
     with open_database(database) as service, service.read() as session:
         if account is not None:
             accounts.account_of(session, account)
-        found = usage.report(session, start, end, account)
-    columns = ["day", "account", "model", *(each.name for each in fields(usage.Usage))]
-    if csv:
-        import csv as csv_files
-
-        writer = csv_files.DictWriter(sys.stdout, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-    else:
-        print_records("usage", columns, found, json_)
+        return {"usage": usage.report(session, start, end, account)}
 
 
-@accounts_app.command("list")
-def list_accounts(database: ServiceDatabase = None, json_: Json = False) -> None:
+def print_usage(found: Record, csv: bool) -> None:
+    """Print the usage as a table, or as comma-separated values."""
+    if not csv:
+        show_record(found)
+        return
+    import csv as csv_files
+    import sys
+
+    from luthier.server.tables.usage import Usage
+
+    columns = ["day", "account", "model", *(each.name for each in fields(Usage))]
+    writer = csv_files.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found["usage"])
+
+
+def list_accounts(*, database: ServiceDatabase = None) -> Record:
     """List accounts with their own quotas."""
     from luthier.server.tables import accounts
 
@@ -160,75 +172,60 @@ def list_accounts(database: ServiceDatabase = None, json_: Json = False) -> None
             | {"quotas": accounts.quota_of(session, account.id)}
             for account in accounts.accounts(session)
         ]
-    print_records("accounts", ("id", "name", "disabled", "created", "quotas"), found, json_)
+    return {"accounts": found}
 
 
-@accounts_app.command("create")
-def create_account(
-    account: str,
-    name: Annotated[str, typer.Option(help="What people call it.")] = "",
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Add an account."""
+def create_account(account: str, *, name: str = "", database: ServiceDatabase = None) -> Record:
+    """Add an account.
+
+    Args:
+        account: Twelve digits.
+        name: Name for people.
+    """
     from luthier.server.tables import accounts
 
     with audited_write(database, "accounts.create", account, "") as session:
         accounts.create_account(session, account, name)
-    print_outcome(json_, account=account, action="create")
+    return {"account": account, "action": "create"}
 
 
-@accounts_app.command("disable")
-def disable_account(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Disable all keys of an account."""
-    _change_account("disable", account, database, json_)
+def account_command(action: Literal["disable", "enable", "remove"], about: str) -> Command:
+    """Return the command that changes the state of an account."""
+
+    def run(account: str, *, database: ServiceDatabase = None) -> Record:
+        from luthier.server.tables import accounts
+
+        with audited_write(database, f"accounts.{action}", account, "") as session:
+            if action == "remove":
+                accounts.remove_account(session, account)
+            else:
+                accounts.disable_account(session, account, action == "disable")
+        return {"account": account, "action": action}
+
+    run.__doc__ = about
+    return Command(run, show_record, action)
 
 
-@accounts_app.command("enable")
-def enable_account(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Enable the keys of an account."""
-    _change_account("enable", account, database, json_)
-
-
-@accounts_app.command("remove")
-def remove_account(account: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Remove an account without users that owns nothing."""
-    _change_account("remove", account, database, json_)
-
-
-def _change_account(action: str, account: str, database: str | None, as_json: bool) -> None:
-    from luthier.server.tables import accounts
-
-    with audited_write(database, f"accounts.{action}", account, "") as session:
-        if action == "remove":
-            accounts.remove_account(session, account)
-        else:
-            accounts.disable_account(session, account, action == "disable")
-    print_outcome(as_json, account=account, action=action)
-
-
-@accounts_app.command("quota")
 def set_quotas(
     account: str,
-    quota: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME=VALUE]...",
-            help="Quotas to set, such as stored_bytes=1000000000; NAME= goes back to the server's "
-            "default. docs/guide/limits.md lists them, and requests_per_second is one as well.",
-        ),
-    ] = None,
-    reset: Annotated[
-        bool, typer.Option("--reset", help="First go back to the server's defaults.")
-    ] = False,
+    quota: Annotated[Sequence[str], typer.Argument(metavar="[NAME=VALUE]...")] = (),
+    *,
+    reset: bool = False,
     database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Set or show the quotas of an account."""
+) -> Record:
+    """Set or show the quotas of an account.
+
+    docs/access.md lists the quotas, and requests_per_second is a quota, too.
+
+    Args:
+        account: Twelve digits.
+        quota: Quotas, e.g. stored_bytes=1000000000; NAME= for the default.
+        reset: Reset all quotas to the server's defaults first.
+    """
     from luthier.server.tables import accounts
 
     values: dict[str, float | None] = dict.fromkeys(accounts.QUOTAS) if reset else {}
-    for setting in quota or ():
+    for setting in quota:
         name, equals, text = setting.partition("=")
         try:
             values[name] = None if equals and not text else float(text.replace("_", ""))
@@ -242,20 +239,19 @@ def set_quotas(
             accounts.set_quota(session, account, **values)
     with open_database(database) as service, service.read() as session:
         accounts.account_of(session, account)
-        found = accounts.quota_of(session, account)
-    print_outcome(json_, account=account, quotas=found)
+        return {"account": account, "quotas": accounts.quota_of(session, account)}
 
 
-@accounts_app.command("usage")
 def show_quotas(
-    account: Annotated[str | None, typer.Argument(help="Only this one.")] = None,
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
+    account: Annotated[str | None, typer.Argument()] = None, *, database: ServiceDatabase = None
+) -> Record:
     """Show what accounts store, with their quotas.
 
-    Where an account has no quota of its own the built-in default is shown, which is that of a server
-    without --limit and --requests-per-second; GET /api/v1/usage tells those of the running server.
+    The default of an account without a quota is the default of a server without --limit and
+    --requests-per-second. GET /api/v1/usage returns the limits of the running server.
+
+    Args:
+        account: Only this account.
     """
     from luthier.limits import AccountQuotas
     from luthier.server.tables import accounts
@@ -271,105 +267,80 @@ def show_quotas(
                 most = own.get(RATE) if name == RATE else getattr(quotas, name)
                 record = {"account": each.id, "quota": name, "used": used, "most": most}
                 found.append(record | {"from": "account" if name in own else BUILT_IN})
-    print_records("usage", ("account", "quota", "used", "most", "from"), found, json_)
-    # What a running server was given by --limit stands in no table: of it this command knows nothing.
+    # No table has the options of a running server.
     if any(record["from"] == BUILT_IN for record in found):
         note(
-            f"  {BUILT_IN}: of a server without --limit and --requests-per-second; the limits of the "
-            "running one are told by its GET /api/v1/usage"
+            f"  {BUILT_IN}: the limit of a server without --limit and --requests-per-second; "
+            "GET /api/v1/usage returns the limits of the running server"
         )
+    return {"usage": found}
 
 
-@users_app.command("list")
-def list_users(
-    account: OnlyAccount = None, database: ServiceDatabase = None, json_: Json = False
-) -> None:
+def list_users(*, account: OnlyAccount = None, database: ServiceDatabase = None) -> Record:
     """List users."""
     from luthier.server.tables import principals
 
     with open_database(database) as service, service.read() as session:
-        found = [plain_record(user, *USER) for user in principals.users(session, account)]
-    print_records("users", USER, found, json_)
+        return {"users": [plain_record(user, *USER) for user in principals.users(session, account)]}
 
 
-@users_app.command("create")
 def create_user(
     user: str,
+    *,
     account: Account = FIRST,
     role: Role = "read-only",
     database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
+) -> Record:
     """Add a user."""
     from luthier.server.tables import principals
 
     with audited_write(database, "users.create", account, user, {"role": role}) as session:
-        record = plain_record(principals.create_user(session, account, user, role), *USER)
-    print_outcome(json_, **record)
+        return plain_record(principals.create_user(session, account, user, role), *USER)
 
 
-@users_app.command("role")
 def set_role(
-    user: str,
-    role: Annotated[str, typer.Argument(help="administrator, developer, invoker or read-only.")],
-    account: Account = FIRST,
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Change the role of a user."""
+    user: str, role: str, *, account: Account = FIRST, database: ServiceDatabase = None
+) -> Record:
+    """Change the role of a user.
+
+    Args:
+        user: Name of the user.
+        role: administrator, developer, invoker or read-only.
+    """
     from luthier.server.tables import principals
 
     with audited_write(database, "users.role", account, user, {"role": role}) as session:
         found = principals.user_of(session, account, user)
         principals.set_role(session, found, role)
-        record = plain_record(found, *USER)
-    print_outcome(json_, **record)
+        return plain_record(found, *USER)
 
 
-@users_app.command("disable")
-def disable_user(
-    user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
-) -> None:
-    """Disable all keys of a user."""
-    _change_user("disable", user, account, database, json_)
+def user_command(action: Literal["disable", "enable", "remove"], about: str) -> Command:
+    """Return the command that changes the state of a user."""
+
+    def run(user: str, *, account: Account = FIRST, database: ServiceDatabase = None) -> Record:
+        from luthier.server.tables import principals
+
+        with audited_write(database, f"users.{action}", account, user) as session:
+            found = principals.user_of(session, account, user)
+            if action == "remove":
+                principals.remove_user(session, found)
+            else:
+                principals.disable_user(session, found, action == "disable")
+        return {"account": account, "user": user, "action": action}
+
+    run.__doc__ = about
+    return Command(run, show_record, action)
 
 
-@users_app.command("enable")
-def enable_user(
-    user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
-) -> None:
-    """Enable the keys of a user."""
-    _change_user("enable", user, account, database, json_)
-
-
-@users_app.command("remove")
-def remove_user(
-    user: str, account: Account = FIRST, database: ServiceDatabase = None, json_: Json = False
-) -> None:
-    """Remove a user and its keys."""
-    _change_user("remove", user, account, database, json_)
-
-
-def _change_user(action: str, user: str, account: str, database: str | None, as_json: bool) -> None:
-    from luthier.server.tables import principals
-
-    with audited_write(database, f"users.{action}", account, user) as session:
-        found = principals.user_of(session, account, user)
-        if action == "remove":
-            principals.remove_user(session, found)
-        else:
-            principals.disable_user(session, found, action == "disable")
-    print_outcome(as_json, account=account, user=user, action=action)
-
-
-@keys_app.command("list")
 def list_keys(
-    user: Annotated[str | None, typer.Option(help="Only of this user.")] = None,
-    account: Account = FIRST,
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """List keys without their secrets."""
+    *, user: str | None = None, account: Account = FIRST, database: ServiceDatabase = None
+) -> Record:
+    """List keys without their secrets.
+
+    Args:
+        user: Only of this user.
+    """
     from luthier.server.tables import principals
 
     found: list[Record] = []
@@ -378,8 +349,7 @@ def list_keys(
             if user in (None, each.name):
                 found += [_key_record(each, key) for key in principals.access_keys(session, each)]
                 found += [_key_record(each, key) for key in principals.api_keys(session, each)]
-    columns = ("id", "kind", "user", "role", "shown", "label", "disabled", "expires", "created")
-    print_records("keys", columns, found, json_)
+    return {"keys": found}
 
 
 def _key_record(user: principals.User, key: principals.AccessKey | principals.ApiKey) -> Record:
@@ -389,28 +359,34 @@ def _key_record(user: principals.User, key: principals.AccessKey | principals.Ap
     if isinstance(key, AccessKey):
         return record | {"kind": "access"}
     expires = key.expires and key.expires.isoformat(timespec="seconds")
-    further = {"shown": f"{key.shown}…", "label": key.label, "expires": expires}
-    return record | {"kind": "api", **further}
+    return record | {
+        "kind": "api", "shown": f"{key.shown}…", "label": key.label, "expires": expires
+    }  # fmt: skip
 
 
-@keys_app.command("create")
 def create_key(
     user: str,
-    kind: Annotated[str, typer.Option(help="access (signs requests) or api (sk-…).")] = "api",
+    *,
+    kind: Literal["access", "api"] = "api",
     account: Account = FIRST,
-    days: Annotated[float | None, typer.Option(help="An API key ends after these.")] = None,
-    label: Annotated[str, typer.Option(help="What an API key is for.")] = "",
-    role: Annotated[str | None, typer.Option(help="Limit the key to this role.")] = None,
+    days: float | None = None,
+    label: str = "",
+    role: str | None = None,
     database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Create a key and print the key once."""
+) -> Record:
+    """Create a key and print the key once.
+
+    Args:
+        user: Name of the user.
+        kind: access (signs requests) or api (sk-…).
+        days: Lifetime of an API key, in days.
+        label: Purpose of an API key.
+        role: Limit the key to this role.
+    """
     from luthier.server.tables import principals
     from luthier.server.tables.database import now
     from luthier.server.tables.secrets import Sealing
 
-    if kind not in ("access", "api"):
-        raise RefusedInput(f"there is no kind of key {kind!r}; there are access and api")
     if kind == "access" and days is not None:
         raise RefusedInput("access keys do not expire; disable or remove them")
     if days is not None and not 0 < days <= MOST_DAYS:
@@ -430,37 +406,73 @@ def create_key(
             issued = {"id": key.id, "api_key": text, "expires": expires and expires.isoformat()}
             given = {"id": key.id, "expires": issued["expires"], "label": label}
             details |= {name: value for name, value in given.items() if value}
-    note("  shown now and never again:")
-    print_outcome(json_, **issued)
+    note("  the key is shown only once:")
+    return issued
 
 
-@keys_app.command("disable")
-def disable_key(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Disable a key."""
-    _change_key("disable", key, database, json_)
+def key_command(action: Literal["disable", "enable", "remove"], about: str) -> Command:
+    """Return the command that changes the state of a key."""
+
+    def run(key: str, *, database: ServiceDatabase = None) -> Record:
+        from luthier.server.tables import principals
+
+        with open_database(database) as service, service.read() as session:
+            account = principals.key_of(session, key).account
+        with audited_write(database, f"keys.{action}", account, key) as session:
+            found = principals.key_of(session, key)
+            if action == "remove":
+                principals.remove_key(session, found)
+            else:
+                principals.disable_key(session, found, action == "disable")
+        return {"key": key, "action": action}
+
+    run.__doc__ = about
+    return Command(run, show_record, action)
 
 
-@keys_app.command("enable")
-def enable_key(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Enable a key."""
-    _change_key("enable", key, database, json_)
+def _group(about: str, *commands: Command) -> CommandGroup:
+    group = CommandGroup(about, extra="server")
+    for command in commands:
+        group.add(command)
+    return group
 
 
-@keys_app.command("remove")
-def remove_key(key: str, database: ServiceDatabase = None, json_: Json = False) -> None:
-    """Delete a key."""
-    _change_key("remove", key, database, json_)
-
-
-def _change_key(action: str, identifier: str, database: str | None, as_json: bool) -> None:
-    from luthier.server.tables import principals
-
-    with open_database(database) as service, service.read() as session:
-        account = principals.key_of(session, identifier).account
-    with audited_write(database, f"keys.{action}", account, identifier) as session:
-        key = principals.key_of(session, identifier)
-        if action == "remove":
-            principals.remove_key(session, key)
-        else:
-            principals.disable_key(session, key, action == "disable")
-    print_outcome(as_json, key=identifier, action=action)
+admin_app = _group(
+    "Manage accounts, users, keys, jobs, quotas and backups.",
+    Command(audit, show_record),
+    Command(back_up, show_record, "backup"),
+    Command(restore_backup, show_record, "restore"),
+    Command(show_usage, print_usage, "usage"),
+)
+accounts_app = _group(
+    "Accounts (tenants) and their quotas.",
+    Command(list_accounts, show_record, "list"),
+    Command(create_account, show_record, "create"),
+    account_command("disable", "Disable all keys of an account."),
+    account_command("enable", "Enable the keys of an account."),
+    account_command("remove", "Remove an account without users that owns nothing."),
+    Command(set_quotas, show_record, "quota"),
+    Command(show_quotas, show_record, "usage"),
+)
+users_app = _group(
+    "Users and their roles.",
+    Command(list_users, show_record, "list"),
+    Command(create_user, show_record, "create"),
+    Command(set_role, show_record, "role"),
+    user_command("disable", "Disable all keys of a user."),
+    user_command("enable", "Enable the keys of a user."),
+    user_command("remove", "Remove a user and its keys."),
+)
+keys_app = _group(
+    "Access keys and API keys.",
+    Command(list_keys, show_record, "list"),
+    Command(create_key, show_record, "create"),
+    key_command("disable", "Disable a key."),
+    key_command("enable", "Enable a key."),
+    key_command("remove", "Delete a key."),
+)
+admin_app.add_typer(accounts_app, name="accounts")
+admin_app.add_typer(users_app, name="users")
+admin_app.add_typer(keys_app, name="keys")
+admin_app.add_typer(service_jobs_app, name="jobs")
+admin_app.add_typer(service_models_app, name="models")

@@ -1,56 +1,24 @@
-"""``luthier import``: what other tools keep, as files of luthier's."""
+"""``luthier import``: data of other tools as rows, graders and recipes."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from luthier.cli.bridge import CommandGroup
-from luthier.cli.console import print_json, print_text
-from luthier.cli.options import Json
+from luthier.cli.bridge import Command, CommandGroup
+from luthier.cli.console import print_text
+from luthier.migrate import import_openai, import_promptfoo
 
 if TYPE_CHECKING:
     from luthier.migrate.files import Import
 
-import_app = CommandGroup("Import rows, graders and recipes of OpenAI or promptfoo.")
-
-Folder = Annotated[Path, typer.Option("--output", help="A new folder for what is written.")]
-Judge = Annotated[
-    str | None,
-    typer.Option(help="Model that rubrics are asked of: an id, or https://host/v1#model."),
-]
 SHOWN = 12
-"""Lines of each part of the report that are printed."""
+"""Number of printed lines of each part of the report."""
 
 
-@import_app.command("promptfoo")
-def import_promptfoo(
-    config: Path, output: Folder = Path("imported"), judge: Judge = None, json_: Json = False
-) -> None:
-    """Write the prompts, tests and assertions of a promptfooconfig.yaml as rows and graders."""
-    from luthier.migrate import import_promptfoo as run
-
-    _show(run(config, output, judge=judge), json_)
-
-
-@import_app.command("openai")
-def import_openai(
-    export: Path, output: Folder = Path("imported"), judge: Judge = None, json_: Json = False
-) -> None:
-    """Write files, jobs, evals and answers of an OpenAI account as rows, recipes and graders."""
-    from luthier.migrate import import_openai as run
-
-    _show(run(export, output, judge=judge), json_)
-
-
-def _show(result: Import, json_: bool) -> None:
+def show_import(result: Import) -> None:
+    """Print the files, and what differs or is missing."""
     from luthier.migrate.files import REPORT
 
-    if json_:
-        print_json(result.plain())
-        return
     for file in result.files:
         print_text(f"{result.folder / file.path}: {file.content}")
     for title, texts in (
@@ -65,3 +33,8 @@ def _show(result: Import, json_: bool) -> None:
             print_text(f"  {text}")
         if len(texts) > SHOWN:
             print_text(f"  … and {len(texts) - SHOWN:,} more, in {result.folder / REPORT}")
+
+
+import_app = CommandGroup("Import rows, graders and recipes of OpenAI or promptfoo.")
+import_app.add(Command(import_promptfoo, show_import, "promptfoo"))
+import_app.add(Command(import_openai, show_import, "openai"))

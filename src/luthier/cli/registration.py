@@ -1,35 +1,24 @@
-"""``luthier admin models``: custom models of accounts, and how those of the command line join and leave
-them."""
+"""``luthier admin models``: custom models of accounts; models of the store join and leave accounts."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from luthier.cli.bridge import CommandGroup
+from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.console import note
-from luthier.cli.options import Json
 from luthier.cli.service import (
     FIRST,
     Account,
     OnlyAccount,
+    Record,
     Region,
     ServiceDatabase,
     audited_write,
     open_database,
-    print_outcome,
-    print_records,
+    show_record,
 )
 from luthier.errors import RecipeError
 
-service_models_app = CommandGroup("Custom models of all accounts.", extra="server")
 
-
-@service_models_app.command("list")
-def list_service_models(
-    account: OnlyAccount = None, database: ServiceDatabase = None, json_: Json = False
-) -> None:
+def list_service_models(*, account: OnlyAccount = None, database: ServiceDatabase = None) -> Record:
     """List the custom models of accounts, with their ids in the store."""
     from sqlalchemy import select
 
@@ -50,24 +39,25 @@ def list_service_models(
             }
             for each in session.scalars(query)
         ]
-    columns = ("account", "name", "model", "status", "bytes", "created")
-    print_records("models", columns, records, json_)
+    return {"models": records}
 
 
-@service_models_app.command("register")
 def register(
-    model: Annotated[str, typer.Argument(help="Id of a custom model, as models list shows it.")],
-    name: Annotated[
-        str | None, typer.Option(help="What the account calls it; the end of its id if not given.")
-    ] = None,
+    model: str,
+    *,
+    name: str | None = None,
     account: Account = FIRST,
     region: Region = "us-east-1",
     database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Give a model of the command line to an account, whose clients can ask it at once.
+) -> Record:
+    """Give a model of the store to an account.
 
-    Nothing is copied. The model is the account's from then on: its files go when its clients delete it.
+    Clients of the account can use the model at once. No file is copied. The model then belongs to the
+    account, and its clients can delete the model.
+
+    Args:
+        model: Id of a custom model, as in `luthier models list`.
+        name: Name in the account; the end of the id by default.
     """
     from luthier.engine.runs import Run
     from luthier.library.folders import split_id
@@ -99,24 +89,20 @@ def register(
         finally:
             if not had_run:
                 run.drop_if_empty()
-    print_outcome(json_, account=account, name=name, model=model, arn=arn)
-    if not json_:
-        if stored.kind == "causal_lm":
-            note(f"  OpenAI's clients ask {name}; Bedrock's deploy the ARN first")
-        else:
-            note(f"  clients ask /api/v1/models/{name}/predictions")
-        note("  it is the account's now: its files go when a client deletes it")
+    if stored.kind == "causal_lm":
+        note(f"  OpenAI clients use the name {name}; Bedrock clients deploy the ARN first")
+    else:
+        note(f"  clients use /api/v1/models/{name}/predictions")
+    return {"account": account, "name": name, "model": model, "arn": arn}
 
 
-@service_models_app.command("trust")
-def trust(
-    model: Annotated[str, typer.Argument(help="Id of a model, as admin models list shows it.")],
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
+def trust(model: str, *, database: ServiceDatabase = None) -> Record:
     """Approve the chat template of an imported model.
 
-    Read the template before: it is a program that runs in the server for each conversation.
+    Read the template first: the server runs the template for each conversation.
+
+    Args:
+        model: Id of a model, as in `luthier admin models list`.
     """
     from sqlalchemy import select
 
@@ -134,21 +120,18 @@ def trust(
     account, name = ("", model) if found is None else (found.account, found.name)
     with audited_write(database, "models.trust", account, name, {"template_sha256": sha256}):
         trust_template(stored)
-    print_outcome(json_, model=model, template_sha256=sha256)
+    return {"model": model, "template_sha256": sha256}
 
 
-@service_models_app.command("unregister")
 def unregister(
-    model: Annotated[
-        str, typer.Argument(help="Id of a registered model, as models list shows it.")
-    ],
-    region: Region = "us-east-1",
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Take a model of the command line back from its account; refused while it is deployed or used.
+    model: str, *, region: Region = "us-east-1", database: ServiceDatabase = None
+) -> Record:
+    """Take a registered model back from its account.
 
-    Its files stay, and what was made from it. Its clients no longer find it, and its name is free.
+    A deployed or used model is an error. The files stay in the store, and the name is free again.
+
+    Args:
+        model: Id of a model, as in `luthier admin models list`.
     """
     from sqlalchemy import select
 
@@ -173,6 +156,11 @@ def unregister(
         if locked is None:
             raise RecipeError(f"account {found.account} has deleted {found.name} meanwhile")
         removal.unregister(session, locked, Arns(region))
-    print_outcome(json_, account=found.account, name=found.name, model=model)
-    if not json_:
-        note("  it is the command line's again: `luthier models remove` deletes it")
+    return {"account": found.account, "name": found.name, "model": model}
+
+
+service_models_app = CommandGroup("Custom models of all accounts.", extra="server")
+service_models_app.add(Command(list_service_models, show_record, "list"))
+service_models_app.add(Command(register, show_record))
+service_models_app.add(Command(trust, show_record))
+service_models_app.add(Command(unregister, show_record))

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import note, print_json, print_rows, print_text
+from luthier.cli.console import note, print_rows, print_text
 from luthier.errors import LuthierError
 from luthier.escaping import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from sqlalchemy.orm import Session
 
     from luthier.server.tables.database import Database
@@ -32,6 +30,7 @@ ServiceDatabase = Annotated[
         help="The service's database; LUTHIER_DATABASE, or the one in LUTHIER_HOME, if not given.",
     ),
 ]
+Record = dict[str, Any]
 Account = Annotated[str, typer.Option(help="Twelve digits.")]
 OnlyAccount = Annotated[str | None, typer.Option("--account", help="Only of this account.")]
 Region = Annotated[str, typer.Option(help="Region that ARNs name, as the server was given it.")]
@@ -95,16 +94,6 @@ def operator() -> str:
         return "cli"
 
 
-def print_records(
-    name: str, columns: Sequence[str], records: Sequence[dict[str, Any]], as_json: bool
-) -> None:
-    """Print records as a table, or as an object that holds them under ``name``."""
-    if as_json:
-        print_json({name: records})
-    else:
-        print_rows(columns, records)
-
-
 @contextmanager
 def audited_write(
     url: str | None, action: str, account: str, name: str, details: dict[str, Any] | None = None
@@ -125,12 +114,13 @@ def audited_write(
         append(session, event)
 
 
-def print_outcome(as_json: bool, **values: Any) -> None:
-    """Print what came of a change: names and values, or an object."""
-    if as_json:
-        print_json(values)
-        return
-    for name, value in values.items():
+def show_record(record: Record) -> None:
+    """Print names and values, and lists of records as tables."""
+    for name, value in record.items():
+        if isinstance(value, list) and (not value or isinstance(value[0], dict)):
+            columns = dict.fromkeys(column for each in value for column in each)
+            print_rows([*columns], value)
+            continue
         if isinstance(value, dict):
             value = ", ".join(f"{key}={each}" for key, each in value.items())
         if value not in (None, "", [], (), False):

@@ -1,34 +1,28 @@
-"""``luthier admin jobs``: customization jobs of all accounts, their failures and their logs."""
+"""``luthier admin jobs``: customization jobs of all accounts, with failures and logs."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
-
-from luthier.cli.bridge import CommandGroup
+from luthier.cli.bridge import Command, CommandGroup
 from luthier.cli.console import print_text
-from luthier.cli.options import Json
 from luthier.cli.service import (
     FIRST,
     Account,
     OnlyAccount,
+    Record,
     ServiceDatabase,
     open_database,
-    print_outcome,
-    print_records,
+    show_record,
 )
 from luthier.errors import RecipeError
 
-service_jobs_app = CommandGroup("Customization jobs of all accounts.", extra="server")
-COLUMNS = ("account", "name", "suffix", "model", "state", "created")
+if TYPE_CHECKING:
+    from luthier.server.tables.jobs import Job
 
 
-@service_jobs_app.command("list")
-def list_service_jobs(
-    account: OnlyAccount = None, database: ServiceDatabase = None, json_: Json = False
-) -> None:
-    """List the jobs of accounts, the newest first."""
+def list_service_jobs(*, account: OnlyAccount = None, database: ServiceDatabase = None) -> Record:
+    """List the jobs of accounts, newest first."""
     from sqlalchemy import select
 
     from luthier.server.tables.jobs import Job
@@ -37,18 +31,15 @@ def list_service_jobs(
     if account is not None:
         query = query.where(Job.account == account)
     with open_database(database) as service, service.read() as session:
-        records = [_record(job) for job in session.scalars(query)]
-    print_records("jobs", COLUMNS, records, json_)
+        return {"jobs": [_record(job) for job in session.scalars(query)]}
 
 
-@service_jobs_app.command("show")
-def show(
-    job: Annotated[str, typer.Argument(help="Name or id of the job.")],
-    account: Account = FIRST,
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Show a job: its state, its failure and the last lines of its log."""
+def show_job(job: str, *, account: Account = FIRST, database: ServiceDatabase = None) -> Record:
+    """Show a job: state, failure and the end of the log.
+
+    Args:
+        job: Name or id of the job.
+    """
     from luthier.server.jobs.folders import JobFolders
     from luthier.server.tables.jobs import get
 
@@ -59,13 +50,17 @@ def show(
                 f"account {account} has no job {job!r}: `luthier admin jobs list` shows the jobs"
             )
         record = {**_record(found), "id": found.id, "failure": found.failure}
-    log = JobFolders(record["id"]).log_tail()
-    print_outcome(json_, **record, **({"log": log} if json_ else {}))
-    if not json_:
-        print_text("\n".join(["", "The end of the log:", *log]) if log else "\nThe log is empty.")
+    return {**record, "log": JobFolders(record["id"]).log_tail()}
 
 
-def _record(job: Any) -> dict[str, Any]:
+def print_job(record: Record) -> None:
+    """Print the state of a job, then the end of the log."""
+    log = record["log"]
+    show_record({name: value for name, value in record.items() if name != "log"})
+    print_text("\n".join(["", "End of the log:", *log]) if log else "\nThe log is empty.")
+
+
+def _record(job: Job) -> Record:
     return {
         "account": job.account,
         "name": job.name,
@@ -74,3 +69,8 @@ def _record(job: Any) -> dict[str, Any]:
         "state": job.state,
         "created": job.created.isoformat(timespec="seconds"),
     }
+
+
+service_jobs_app = CommandGroup("Customization jobs of all accounts.", extra="server")
+service_jobs_app.add(Command(list_service_jobs, show_record, "list"))
+service_jobs_app.add(Command(show_job, print_job, "show"))

@@ -9,20 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError
-from luthier.migrate.files import Import
+
+if TYPE_CHECKING:
+    from luthier.migrate.files import Import
 
 
-def import_promptfoo(config: str | Path, folder: str | Path, *, judge: str | None = None) -> Import:
-    """Write the prompts, tests and assertions of a promptfoo configuration as rows and graders.
+def import_promptfoo(
+    config: str | Path, folder: str | Path = "imported", *, judge: str | None = None
+) -> Import:
+    """Write rows and graders of a promptfooconfig.yaml.
+
+    The configuration may name files in its folder or below.
 
     Args:
-        config: a ``promptfooconfig.yaml``, or the same as JSON. Files that it names are read where they
-            stand in its folder or below.
-        folder: a new folder.
-        judge: the model that rubrics are asked of, as an id or ``https://host/v1#model``; without one,
-            the model of OpenAI's that the tests name.
+        config: The configuration (YAML or JSON).
+        folder: New folder for the result.
+        judge: Judge for rubrics: model id, or https://host/v1#model.
 
     Returns:
         The files, with commands to go on, and what could not be carried over.
@@ -38,14 +43,18 @@ def import_promptfoo(config: str | Path, folder: str | Path, *, judge: str | Non
     return result
 
 
-def import_openai(export: str | Path, folder: str | Path, *, judge: str | None = None) -> Import:
-    """Write files, jobs, evals and answers of an OpenAI account as rows, recipes and graders.
+def import_openai(
+    export: str | Path, folder: str | Path = "imported", *, judge: str | None = None
+) -> Import:
+    """Write rows, recipes and graders of an OpenAI account.
+
+    The export has the objects of the API as ``.json`` or ``.jsonl``, and the contents of files by id or
+    name.
 
     Args:
-        export: a folder with the objects that the API lists or gives, as ``.json`` or ``.jsonl``, and
-            the contents of files by their ids or names.
-        folder: a new folder.
-        judge: the model that graders ask in place of OpenAI's, as an id or ``https://host/v1#model``.
+        export: Folder with the exported objects.
+        folder: New folder for the result.
+        judge: Judge for graders: model id, or https://host/v1#model.
 
     Returns:
         The files, with commands to go on, and what could not be carried over.
@@ -63,6 +72,7 @@ def import_openai(export: str | Path, folder: str | Path, *, judge: str | None =
 @contextmanager
 def _new_import(source: Path, folder: Path) -> Iterator[Import]:
     from luthier.files import check_creatable, new_folder
+    from luthier.migrate.files import Import
 
     check_creatable(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
