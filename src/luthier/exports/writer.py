@@ -221,8 +221,6 @@ def new_target(target: Path) -> Path:
     check_creatable(target.expanduser())
     target = target.expanduser().absolute()
     target = target.resolve() if target.is_symlink() else target
-    if target.is_mount():
-        raise RunConflict(f"{target} is where a disk is mounted; name a folder inside it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunConflict(f"{target} exists already; name a folder that does not, or an empty one")
     return target

@@ -311,8 +311,6 @@ class Manifest(Record):
     """Of the weights that moved, by name."""
     parity: Parity | None = None
     """The network as trained beside what was read back from disk."""
-    reference: list[dict[str, Any]] | None = None
-    """Replies that earlier versions recorded."""
     exports: list[ExportRecord] | None = None
     """Forms in which it was written for other software, one of each."""
     quantized: list[QuantizationRecord] | None = None
