@@ -57,7 +57,7 @@ def imported(server: Served) -> str:
     assert model["modelStatus"] == "Creating"
     with pytest.raises(ClientError, match="ConflictException"):
         server.client("bedrock").delete_custom_model(modelIdentifier=arn)
-    with pytest.raises(ClientError, match="ConflictException"):
+    with pytest.raises(ClientError, match="ValidationException"):
         deployed(server, "too-early", arn)
     found = ended(server, arn)
     assert found["modelStatus"] == "Active", found
