@@ -163,18 +163,18 @@ def test_structured_outputs_of_vllm(
     assert re.fullmatch(texts, responded.output_text)
 
 
-@pytest.mark.parametrize(("structured", "said"), [
-    ({"regex": "a("}, "unclosed group"),
-    ({"grammar": "start: b"}, "unknown name"),
-    ({"json": {"type": "objekt"}}, "JSON schema cannot be enforced"),
-    ({"regex": "a", "grammar": "b"}, "it has one of json"),
-    ({}, "it has one of json"),
-    ({"json": "{"}, "json is no JSON"),
-    ({"structural_tag": "a"}, "structural_tag"),
-    ({"choice": []}, "choice"),
+@pytest.mark.parametrize("structured", [
+    {"regex": "a("},
+    {"grammar": "start: b"},
+    {"json": {"type": "objekt"}},
+    {"regex": "a", "grammar": "b"},
+    {},
+    {"json": "{"},
+    {"structural_tag": "a"},
+    {"choice": []},
 ])  # fmt: skip
 def test_structured_outputs_that_are_refused(
-    client: openai.OpenAI, structured: dict[str, Any], said: str
+    client: openai.OpenAI, structured: dict[str, Any]
 ) -> None:
     extra = {"structured_outputs": structured}
     for ask in (
@@ -182,19 +182,21 @@ def test_structured_outputs_that_are_refused(
         lambda: client.completions.create(model="tiny", prompt="Hi", extra_body=extra),
         lambda: client.responses.create(model="tiny", input="Hi", extra_body=extra),
     ):
-        with pytest.raises(openai.BadRequestError, match=said) as refused:
+        with pytest.raises(openai.BadRequestError) as refused:
             ask()
         assert str(refused.value.param).startswith("structured_outputs")
 
 
 def test_an_answer_matches_one_form(client: openai.OpenAI) -> None:
     extra = {"structured_outputs": {"regex": "a"}}
-    with pytest.raises(openai.BadRequestError, match="send 'response_format' or"):
+    with pytest.raises(openai.BadRequestError) as refused:
         chat(client, response_format={"type": "json_object"}, extra_body=extra)
-    with pytest.raises(openai.BadRequestError, match=r"send 'text\.format' or"):
+    assert refused.value.param == "structured_outputs"
+    with pytest.raises(openai.BadRequestError) as refused:
         client.responses.create(
             model="tiny", input="Hi", text={"format": {"type": "json_object"}}, extra_body=extra
         )
+    assert refused.value.param == "structured_outputs"
 
 
 @pytest.mark.slow
@@ -380,11 +382,12 @@ def test_a_prompt_beyond_the_context(client: openai.OpenAI) -> None:
 def test_members_that_would_be_lost_are_refused(
     client: openai.OpenAI, member: str, value: Any, code: str
 ) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"Unknown parameter| here") as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         chat(client, extra_body={member: value})
     assert (refused.value.param, refused.value.code) == (member, code)
-    with pytest.raises(openai.BadRequestError, match="Supported values are: 'text'"):
+    with pytest.raises(openai.BadRequestError) as refused:
         chat(client, modalities=["audio", "text"])
+    assert (refused.value.param, refused.value.code) == ("modalities[0]", "invalid_value")
 
 
 def test_members_that_change_nothing_here_are_taken(client: openai.OpenAI) -> None:
@@ -417,8 +420,9 @@ def test_no_stop_before_min_tokens(client: openai.OpenAI, tokenizer: Any) -> Non
 
 
 def test_a_checkpoint_is_no_model(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="ask the model of the job"):
+    with pytest.raises(openai.NotFoundError) as refused:
         chat(client, model="ft:tiny:org-1:a:b:ckpt-step-24")
+    assert refused.value.code == "model_not_found"
 
 
 @pytest.mark.parametrize("model", ["gpt-4o", "ft:tiny:org-1:a:b", "arn:aws:bedrock:a", "../tiny"])
@@ -431,4 +435,4 @@ def test_an_unknown_model(client: openai.OpenAI, model: str) -> None:
 def test_models_that_only_read(client: openai.OpenAI, tiny_encoder: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, model=tiny_encoder)
-    assert refused.value.param == "model" and "Ask it for embeddings" in refused.value.message
+    assert refused.value.param == "model"

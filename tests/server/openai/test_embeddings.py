@@ -60,7 +60,7 @@ def test_requests_that_are_refused(client: openai.OpenAI) -> None:
 
 
 def test_a_model_that_writes_gives_none(client: openai.OpenAI, tiny_base: str) -> None:
-    with pytest.raises(openai.BadRequestError, match="gives no embeddings: ask a model") as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         embed(client, model=tiny_base)
     assert refused.value.param == "model"
 

@@ -362,13 +362,16 @@ def test_what_a_killed_process_has_written_stays(
 def test_a_run_is_canceled_and_deleted(client: openai.OpenAI, service: Any) -> None:
     made = created(client)
     waiting = client.evals.runs.create(made.id, data_source=asking(rows(2)))
-    with pytest.raises(openai.BadRequestError, match="cancel it first"):
+    with pytest.raises(openai.BadRequestError) as refused:
         client.evals.runs.delete(waiting.id, eval_id=made.id)
-    with pytest.raises(openai.BadRequestError, match="cancel it first"):
+    assert refused.value.code == "invalid_state"
+    with pytest.raises(openai.BadRequestError) as refused:
         client.evals.delete(made.id)
+    assert refused.value.code == "invalid_state"
     assert client.evals.runs.cancel(waiting.id, eval_id=made.id).status == "canceled"
-    with pytest.raises(openai.BadRequestError, match="is canceled"):
+    with pytest.raises(openai.BadRequestError) as refused:
         client.evals.runs.cancel(waiting.id, eval_id=made.id)
+    assert refused.value.code == "invalid_state"
     assert not service.openai.evaluations.run_once()
     # Rows that are on their way when it is canceled are dropped.
     run = client.evals.runs.create(made.id, data_source=asking(rows(3 * AT_ONCE)))
@@ -465,14 +468,16 @@ def test_another_account_sees_nothing(
         lambda: other.evals.runs.list(theirs.id, after=run.id),
         lambda: other.evals.runs.output_items.list(own.id, eval_id=theirs.id, after=item.id),
     ):
-        with pytest.raises(openai.BadRequestError, match="No such"):
+        with pytest.raises(openai.BadRequestError) as refused:
             page_behind()
+        assert refused.value.param == "after"
     with pytest.raises(openai.NotFoundError):
         other.evals.runs.output_items.retrieve(item.id, eval_id=theirs.id, run_id=own.id)
     file = client.files.create(file=("rows.jsonl", b'{"item": {}}\n'), purpose="evals")
     source: Any = {"type": "jsonl", "source": {"type": "file_id", "id": file.id}}
-    with pytest.raises(openai.BadRequestError, match="No such file"):
+    with pytest.raises(openai.BadRequestError) as refused:
         other.evals.runs.create(theirs.id, data_source=source)
+    assert refused.value.code == "file_not_found"
 
 
 @pytest.mark.parametrize(
