@@ -1,4 +1,4 @@
-"""``/batches``, and the thread that works on them, which goes on where a killed server stopped."""
+"""``/batches``, and the thread that works on batches and resumes the work of a killed server."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from luthier.server.tables.uploaded_files import UploadedFiles
 from luthier.server.tables.usage import CountUsage, Usage
 
 Answered = tuple[bool, JsonObject]
-"""Whether a line failed, and its line of the file."""
+"""Whether a line failed, and its line in the result file."""
 
 AT_ONCE = 8
-"""Lines of a batch that are answered side by side."""
+"""Number of lines of a batch that run at the same time."""
 MOST_LINES = 50_000
 LONGEST_LINE = BODY_BYTES
 MOST_ERRORS = 50
-"""What is wrong with more lines is not told."""
+"""Maximum number of errors that a batch reports."""
 router = openai_router()
 _log = logging.getLogger("luthier.server")
 _MOMENTS = {
@@ -62,7 +62,7 @@ _MOMENTS = {
 
 
 class BatchRunner(BackgroundRunner[Batch, Answered]):
-    """Answers the lines of batches. Start it with the server; several servers may share a database."""
+    """The thread that works on batches; several servers may share a database."""
 
     kind, at_once, working = Batch, AT_ONCE, store.IN_PROGRESS
     action = "luthier:openai.batches.create"
@@ -75,16 +75,16 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         count: CountUsage = lambda account, model, used: None,
         limits: ServerLimits | None = None,
     ) -> None:
-        """``count`` is told what an account used, of which model."""
+        """``count`` counts the usage of accounts."""
         super().__init__(database, count)
         self.limits, self.files, self.endpoints = limits or ServerLimits(), files, endpoints
 
     def sweep(self) -> None:
-        """Remove files whose time is over."""
+        """Remove expired files."""
         self.files.remove_expired()
 
     def work(self, batch: Batch) -> None:
-        """Look at its lines, answer those that are not answered, and write the files."""
+        """Check the lines of ``batch``, run lines without a result, and write the files."""
         row = self.files.get(batch.account, batch.input_file)
         if row is None:
             self._fail(batch, [_error("file_not_found", "The input file is gone.", None)])
@@ -103,7 +103,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                     store.enter(held, store.IN_PROGRESS)
         with self.database.read() as session:
             done = store.done_lines(session, batch.id)
-        # Read again, and line by line: files are larger than what should lie in memory.
+        # The file is read again line by line, because it may be larger than the memory.
         left = (
             each
             for each in numbered_lines(self.files.read(row), LONGEST_LINE)
@@ -113,21 +113,21 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
             self._finish(batch)
 
     def record(self, session: Session, batch: Batch, number: int, answered: Answered) -> None:
-        """Write an answer down by its line."""
+        """Store the result of a line."""
         store.record(session, batch.id, number, *answered)
 
     def state(self, batch: Batch) -> str:
-        """Its status; expired, once its time is over."""
+        """Return the status of ``batch``; ``expired`` after its time limit."""
         return store.EXPIRED if now() > batch.expires else batch.status
 
     def fail(self, batch: Batch, code: str, message: str) -> None:
-        """End it with an error that is of no line."""
+        """End ``batch`` with an error of no line."""
         self._fail(batch, [_error(code, message, None)])
 
     def _problems(
         self, lines: Iterable[tuple[int, bytes]], endpoint: str
     ) -> tuple[int, list[JsonObject]]:
-        """How many lines an input file has, and what is wrong with them."""
+        """Return the number of lines of an input file, and their errors."""
         count, found = 0, list[JsonObject]()
         first: dict[str, int] = {}
         for number, line in lines:
@@ -184,7 +184,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         }
 
     def _finish(self, batch: Batch) -> None:
-        """Write the files, then say so: whoever reads ``completed`` can read them."""
+        """Write the files, then set the status: the files of a completed batch exist."""
         with self.database.write() as session:
             held = self.lock_held(session, batch)
             if held is None:
@@ -199,7 +199,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         files: dict[str, str] = {}
         for failed, column in ((False, "output_file"), (True, "error_file")):
             if counts[failed]:
-                # By an id that follows from the batch's: written again after a crash, it is one file.
+                # The id follows from the batch's: a crash leads to no second file.
                 name = f"{batch.id}_{'error' if failed else 'output'}"
                 file_id = f"file-{name.replace('_', '')}"
                 try:
@@ -211,7 +211,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                         file_id=file_id,
                     )
                 except QuotaExceeded:
-                    # A batch that fails has no files: one without the other would be half an answer.
+                    # A failed batch has no files: one file alone would be half a result.
                     for written in files.values():
                         self.files.delete(batch.account, written)
                     raise
@@ -224,7 +224,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                 store.end(session, held, end)
 
     def _result_lines(self, batch: Batch, failed: bool) -> Iterator[bytes]:
-        """Lines of one of the files; each of a page of them is read by itself."""
+        """Yield the lines of one of the files, read page by page."""
         after = 0
         while True:
             with self.database.read() as session:
@@ -246,7 +246,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
 def _problem(
     asked: Any, endpoint: str, first: dict[str, int], number: int
 ) -> tuple[str, str, str | None]:
-    """Code, text and member of what is wrong with one line; empty where nothing is."""
+    """Return code, text and member of the error of one line; empty without an error."""
     if not isinstance(asked, dict):
         return "invalid_json_line", "The line is no JSON object.", None
     custom_id = asked.get("custom_id")
@@ -271,7 +271,7 @@ def _error(code: str, text: str, line: int | None, param: str | None = None) -> 
 
 
 class CreateBatch(Body):
-    """The body of a new batch."""
+    """Body of a new batch."""
 
     input_file_id: Annotated[str, Field(min_length=1)]
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
@@ -353,7 +353,7 @@ def _view(session: Session, batch: Batch) -> JsonObject:
 
 
 def batch_object(batch: Batch, counts: tuple[int, int]) -> JsonObject:
-    """A batch as clients see it."""
+    """Return a batch as OpenAI's object."""
     errors = {"object": "list", "data": batch.errors} if batch.errors else None
     return {
         "id": batch.id,

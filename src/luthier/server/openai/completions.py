@@ -1,4 +1,4 @@
-"""``/completions``: texts that are continued as they are, without a template."""
+"""``/completions``: prompts that are continued without a chat template."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CompletionRequest(SamplingFields):
     suffix: str | None = None
 
     def check(self) -> None:
-        """Refuse what does not belong together, and what is not done here."""
+        """Reject unsupported members, and members that contradict each other."""
         super().check()
         if self.suffix:
             raise invalid("These models do not fill gaps: 'suffix' is not taken.", "suffix")
@@ -67,11 +67,11 @@ class CompletionRequest(SamplingFields):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or several texts or lists of tokens."""
+        """Texts or lists of tokens."""
         return split_inputs(self.prompt)
 
     def generation_request(self, prompt: Prompt) -> GenerationRequest:
-        """The request for the engine."""
+        """Return the request for the engine."""
         tokens = self.max_tokens or DEFAULT_TOKENS
         return self.request(prompt, max_tokens=tokens, top_logprobs=self.logprobs)
 
@@ -174,12 +174,12 @@ def _choice(
 
 
 def _logprobs(scores: Sequence[Score], offset: int) -> JsonObject:
-    """How likely each token was, as text completions tell it; ``offset`` is where the first begins."""
+    """Return log probabilities in the form of text completions, with offsets from ``offset``."""
     offsets, tops = [], []
     for score in scores:
         offsets.append(offset)
         offset += _length(score)
-        # The token that was drawn is told with the likeliest ones, also where it is none of them.
+        # The sampled token is listed too if it is not among the most likely tokens.
         top = {_token(text): value for text, value in score.top}
         tops.append(top | {_token(score.text): score.logprob})
     return {
@@ -191,12 +191,12 @@ def _logprobs(scores: Sequence[Score], offset: int) -> JsonObject:
 
 
 def _length(score: Score) -> int:
-    """Characters that a token stands for; parts of one are shown as one."""
+    """Return the number of characters of a token; a part of a character counts as one."""
     return len(token_text(score.text))
 
 
 def _token(text: bytes) -> str:
-    """A token by its text, and by its bytes where it is no text alone: names have to differ."""
+    """Return the text of a token, or its bytes if it is a part of a character: names must differ."""
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError:

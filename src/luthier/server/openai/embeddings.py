@@ -30,11 +30,11 @@ class EmbeddingRequest(StrictBody):
 
     @property
     def texts(self) -> list[str | list[int]]:
-        """One or several texts or lists of tokens."""
+        """Texts or lists of tokens."""
         return split_inputs(self.input)
 
     def check(self) -> None:
-        """Refuse what is empty or too much."""
+        """Reject empty inputs, and too many inputs."""
         if not self.texts or not all(len(each) for each in self.texts):
             raise invalid("'input' cannot be empty, and neither can a text in it.", "input")
         if len(self.texts) > MOST_INPUTS:
@@ -74,7 +74,7 @@ def complete(inference: Inference, account: str, asked: EmbeddingRequest) -> Jso
 
 
 def _shorten(vector_D: FloatArray, dimensions: int | None) -> FloatArray:
-    """The first ``dimensions`` numbers, of length 1 again."""
+    """Return the first ``dimensions`` numbers, normalized to length 1."""
     if dimensions is None or dimensions == len(vector_D):
         return vector_D
     if dimensions > len(vector_D):
@@ -87,7 +87,7 @@ def _shorten(vector_D: FloatArray, dimensions: int | None) -> FloatArray:
 
 
 def _encode(vector_D: FloatArray, encoding: str | None) -> list[float] | str:
-    """Numbers, or base64 of little-endian float32."""
+    """Return numbers, or base64 of little-endian float32."""
     if encoding == "base64":
         return base64.b64encode(vector_D.tobytes()).decode()
     numbers: list[float] = vector_D.tolist()

@@ -1,4 +1,4 @@
-"""``/evals``: how rows are graded, runs of that on sources of rows, and what came of each row."""
+"""``/evals``: criteria for rows, runs on sources of rows, and the result of each row."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ router, graders = openai_router(), openai_router(GraderRoute)
 RunStatus = Literal["queued", "in_progress", "completed", "canceled", "failed"]
 ItemStatus = Literal["pass", "fail", "failed", "error"]
 _FILTERS = {"pass": store.PASS, "fail": store.FAIL, "failed": store.FAIL, "error": store.ERROR}
-"""``failed`` is what OpenAI's documentation says, and ``fail`` what its types do."""
+"""``failed`` is in OpenAI's documentation, and ``fail`` in its types."""
 
 
 class CustomConfig(Body):
-    """Rows of one's own."""
+    """Rows that the client sends."""
 
     type: Literal["custom"]
     item_schema: dict[str, Any]
@@ -53,13 +53,13 @@ class CustomConfig(Body):
 
 
 class LogsConfig(Body):
-    """Answers that OpenAI would have kept."""
+    """Replies that OpenAI would have stored."""
 
     type: Literal["logs", "stored_completions"]
 
 
 class CreateEval(Body):
-    """The body of a new eval."""
+    """Body of a new eval."""
 
     data_source_config: Annotated[CustomConfig | LogsConfig, Field(discriminator="type")]
     testing_criteria: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_CRITERIA)]
@@ -68,14 +68,14 @@ class CreateEval(Body):
 
 
 class UpdateEval(Body):
-    """What may be changed of an eval."""
+    """Body of a change of an eval."""
 
     name: Label | None = None
     metadata: Metadata = None
 
 
 class CreateRun(Body):
-    """The body of a new run."""
+    """Body of a new run."""
 
     data_source: DataSource
     name: Label | None = None
@@ -350,7 +350,7 @@ def _refuse_unended(run: EvaluationRun) -> None:
 
 
 def _number_in(run: EvaluationRun, item_id: str) -> int | None:
-    """The row that an output item is of; ``None`` for what is none of the run's."""
+    """Return the row number of an output item; None if the item is not of ``run``."""
     found = re.fullmatch(
         rf"outputitem_{run.id.removeprefix('evalrun_')}-([1-9][0-9]{{0,8}})", item_id
     )
@@ -358,7 +358,7 @@ def _number_in(run: EvaluationRun, item_id: str) -> int | None:
 
 
 def eval_object(row: Eval) -> JsonObject:
-    """An eval as clients see it."""
+    """Return an eval as OpenAI's object."""
     definition = row.definition
     return {
         "id": row.id,
@@ -372,7 +372,7 @@ def eval_object(row: Eval) -> JsonObject:
 
 
 def _shown_config(config: Mapping[str, Any]) -> JsonObject:
-    """The schema of what criteria can name: the item, and the sample where rows bring or get one."""
+    """Return the schema of the names in criteria: the item, and the sample if rows have one."""
     properties = {"item": config["item_schema"]}
     if config["include_sample_schema"]:
         properties["sample"] = {
@@ -385,7 +385,7 @@ def _shown_config(config: Mapping[str, Any]) -> JsonObject:
 
 
 def run_object(run: EvaluationRun, request: Request, rows: bool = False) -> JsonObject:
-    """A run as clients see it; who brought ``rows`` sees them here, and all others as output items."""
+    """Return a run as OpenAI's object; the response to a new run has its ``rows``."""
     source = dict(run.request["data_source"])
     if not rows and "content" in source["source"]:
         source["source"] = {**source["source"], "content": []}
@@ -441,7 +441,7 @@ def _report_url(run: EvaluationRun, request: Request) -> str:
 
 
 def item_object(run: EvaluationRun, row: EvaluationRow) -> JsonObject:
-    """A row as clients see it."""
+    """Return the result of a row as OpenAI's object."""
     record = row.record
     return {
         "id": f"outputitem_{run.id.removeprefix('evalrun_')}-{row.number}",

@@ -1,4 +1,4 @@
-"""Having a model answer: what chat, completions, responses and embeddings have in common."""
+"""Common parts of chat, completions, responses and embeddings: sampling, models, and streams."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ Asked = TypeVar("Asked", bound=Body, contravariant=True)
 Answers = Callable[[str, Mapping[str, Any]], JsonObject]
 """Return the response to a body of an endpoint for an account."""
 Judge = Callable[[str, str], str]
-"""Given a model's name and the member that holds it: its id in the store; raises where it has none."""
+"""Return the stored id of a model, given its name and the member that has the name."""
 MOST_STOPS = 4
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-"""Of server-sent events."""
+"""Headers of server-sent events."""
 FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
-"""What ended an answer, in OpenAI's words; all else is ``stop``."""
+"""OpenAI's finish reasons; other reasons are ``stop``."""
 _CONSTRAINT = {"messages": "response_format", "input": "text.format.schema"}
-"""Where what answers have to match stands with OpenAI, by the member that holds the prompt."""
+"""Member with the schema of replies, by the member with the prompt."""
 STRUCTURED = "structured_outputs"
-"""Where it stands with vLLM."""
+"""Member of vLLM for the form of replies."""
 _PROMPTS = ("messages", "prompt", "input")
 
 
@@ -62,19 +62,19 @@ def _stops(value: Any) -> Any:
 
 def _some(value: list[str] | None) -> list[str] | None:
     if value is not None and (len(value) > MOST_STOPS or not all(value)):
-        raise ValueError(f"at most {MOST_STOPS} texts are taken, none of them empty")
+        raise ValueError(f"at most {MOST_STOPS} strings are allowed, none of them empty")
     return value
 
 
 class StreamOptions(Body):
-    """What a stream tells beside the text."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 @with_sampling
 class SamplingFields(StrictBody):
-    """Members that chat and text completions share, OpenAI's and some of vLLM's."""
+    """Members of chat and text completions, of OpenAI and vLLM."""
 
     without_effect = frozenset({"user"})
     model: Annotated[str, Field(min_length=1)]
@@ -87,7 +87,7 @@ class SamplingFields(StrictBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
-    """vLLM's field; 0 and -1 draw from all tokens."""
+    """Field of vLLM; 0 and -1 sample from all tokens."""
     structured_outputs: StructuredOutputs | None = None
 
     @property
@@ -96,18 +96,18 @@ class SamplingFields(StrictBody):
         return self.structured_outputs.constraint if self.structured_outputs else None
 
     def check(self) -> None:
-        """Refuse what does not belong together."""
+        """Reject members that contradict each other."""
         if self.stream_options is not None and not self.stream:
-            text = "'stream_options' is only taken with 'stream'."
+            text = "'stream_options' needs 'stream'."
             raise invalid(text, "stream_options", "invalid_value")
 
     @property
     def wants_usage(self) -> bool:
-        """Whether the stream ends with what was used."""
+        """Whether the stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def request(self, prompt: Prompt, **further: Any) -> GenerationRequest:
-        """The same for the engine; what was not said has its default."""
+        """Return the request for the engine; missing members have its defaults."""
         bias = {}
         for key, value in (self.logit_bias or {}).items():
             token = parse_digits(key, 9)
@@ -166,10 +166,10 @@ class Inference:
         self._check_writes(self.target(account, name).stored_id, name, where)
 
     def check_constraint(self, constraint: Constraint, where: str) -> None:
-        """Refuse what no model's answers can be kept to, without asking any.
+        """Reject a form that no model can be constrained to, without querying a model.
 
         Raises:
-            Fault: 400, naming the member ``where``; 429 or 503 where it could not be tried now.
+            Fault: 400, naming the member ``where``; 429 or 503 if the form cannot be tried now.
         """
         try:
             self.pool.check_constraint(constraint)
@@ -207,9 +207,9 @@ class Inference:
         member: str = "messages",
         structured: bool = False,
     ) -> Stream:
-        """Begin to answer; refusals of the engine become OpenAI's, the prompt's those of ``member``.
+        """Begin to generate. Refusals of the prompt name ``member``.
 
-        ``structured`` says that what answers have to match is in vLLM's member.
+        ``structured`` says that the form of replies is in vLLM's member.
         """
         with refusals(name, member, structured):
             return self.pool.submit(target.stored_id, build())
@@ -227,7 +227,7 @@ def answers(inference: Inference, kind: type[Asked], complete: Complete[Asked]) 
 
 
 def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
-    """One or several texts or lists of tokens, as completions and embeddings take them."""
+    """Return the texts or lists of tokens of a member that may have one or several."""
     if isinstance(given, str):
         return [given]
     if given and isinstance(given[0], int):
@@ -236,7 +236,7 @@ def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[s
 
 
 def completion_head(prefix: str, kind: str, model: str) -> JsonObject:
-    """What a completion begins with, and each of its chunks; its id begins with ``prefix``."""
+    """Return the first members of a completion or chunk, with an id that begins with ``prefix``."""
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "object": kind,
@@ -247,15 +247,15 @@ def completion_head(prefix: str, kind: str, model: str) -> JsonObject:
 
 
 def check_only_form(structured: StructuredOutputs | None, member: str) -> None:
-    """Refuse vLLM's member beside OpenAI's own, which says what answers have to match, too."""
+    """Reject vLLM's member for the form of replies if OpenAI's own ``member`` has a form too."""
     if structured is not None:
-        text = f"An answer matches one thing: send '{member}' or '{STRUCTURED}'."
+        text = f"A reply has one form: send '{member}' or '{STRUCTURED}'."
         raise invalid(text, STRUCTURED, "invalid_value")
 
 
 @contextmanager
 def refusals(model: str, member: str = "messages", structured: bool = False) -> Iterator[None]:
-    """What the engine refuses, as faults; arguments as of :meth:`Inference.submit`."""
+    """Raise refusals of the engine as faults; arguments as in :meth:`Inference.submit`."""
     try:
         yield
     except TooLong as refused:
@@ -276,7 +276,7 @@ def refusals(model: str, member: str = "messages", structured: bool = False) -> 
 def stream_events(
     chunks: Iterator[Mapping[str, Any]], streams: Sequence[Stream], model: str
 ) -> StreamedResponse:
-    """Server-sent events: a chunk each, then ``[DONE]``; a failure is the last one, as an error."""
+    """Return chunks as server-sent events, then ``[DONE]``; a failure is the last event."""
 
     def pieces() -> Iterator[bytes]:
         try:
@@ -294,13 +294,13 @@ def stream_events(
 
 
 def event(value: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Return a server-sent event."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()
 
 
 def usage(streams: Iterable[Stream], completion: int, reasoning: int = 0) -> JsonObject:
-    """Tokens that were read for ``streams``, which have ended, and written, some of them reasoning."""
+    """Return the usage of ``streams``, which have ended."""
     streams = [*streams]
     prompt = sum(stream.prompt_tokens for stream in streams)
     cached = sum(stream.cached() for stream in streams)
@@ -319,12 +319,12 @@ def usage(streams: Iterable[Stream], completion: int, reasoning: int = 0) -> Jso
 
 
 def token_text(token: bytes) -> str:
-    """A token as text; parts of a character are shown as a replacement."""
+    """Return a token as text, with replacement characters for parts of a character."""
     return token.decode("utf-8", "replace")
 
 
 def chat_logprobs(scores: Sequence[Score]) -> list[JsonObject]:
-    """How likely each token was, as chat completions tell it."""
+    """Return log probabilities in the form of chat completions."""
     return [
         {
             **_token(score.text, score.logprob),

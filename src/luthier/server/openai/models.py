@@ -1,4 +1,4 @@
-"""``/models``, and which model a name of a request means."""
+"""``/models``, and the models that names in requests mean."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Raises:
 
 
 class Catalogue:
-    """The models that an account can name: base models, its own ones, and what it deployed."""
+    """The models that an account can name: base models, its own models and deployments."""
 
     def __init__(self, database: Database, arns: Arns) -> None:
         self.database, self.arns = database, arns
@@ -77,7 +77,7 @@ class Catalogue:
         return found
 
     def own(self, account: str) -> list[CustomModel]:
-        """The account's models, the oldest first."""
+        """Return the account's models, the oldest first."""
         mine = select(CustomModel).where(
             CustomModel.account == account, CustomModel.status == ACTIVE
         )
@@ -85,9 +85,9 @@ class Catalogue:
             return list(session.scalars(mine.order_by(CustomModel.seq)))
 
     def id_of(self, model: CustomModel, bases: Iterable[FoundationModel]) -> str:
-        """What an own model is called: its ``ft:`` id, or its name at Bedrock's face.
+        """Return the ``ft:`` id of a model, or its name in the Bedrock API.
 
-        Its ARN, where one of the ``bases`` answers to that name.
+        A model with the name of one of the ``bases`` has its ARN as id.
         """
         if model.openai_id is not None:
             return model.openai_id
@@ -122,7 +122,7 @@ def delete(call: OpenAICall, model: Name) -> JsonObject:
 
 
 def model_object(model: FoundationModel | CustomModel, name: str) -> JsonObject:
-    """A model as clients see it; those of the catalogue were made before all time."""
+    """Return a model as OpenAI's object; base models have the time 0."""
     owner = OWNER if isinstance(model, FoundationModel) else f"org-{model.account}"
     return {
         "id": name,

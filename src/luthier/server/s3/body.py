@@ -359,7 +359,7 @@ class SignedBody:
 
         Raises:
             Fault: where it is not as it was signed or told: what went into ``sink`` counts for nothing.
-            ClientDisconnected: where it ends too early.
+            ClientDisconnect: if the body ends early.
         """
         await body.write_to(partial(self._take, sink))
         return self._verify()
