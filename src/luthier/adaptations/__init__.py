@@ -1,4 +1,5 @@
-"""Which weights move. One file for each adaptation; this table is the map of the package."""
+"""Adaptations: the choice of trained weights. One file per adaptation, and the table of all
+adaptations."""
 
 from luthier.adaptations.adapters import Adapters
 from luthier.adaptations.base import Adaptation

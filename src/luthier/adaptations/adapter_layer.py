@@ -13,10 +13,10 @@ from luthier.models.wrapper import LayerWrapper
 
 
 class _ResidualBottleneck(LayerWrapper):
-    """A frozen layer, and after it ``y + up(activation(down(y)))``."""
+    """A frozen layer followed by ``y + up(activation(down(y)))``."""
 
     new_layer: ClassVar[Callable[..., nn.Module]]
-    """Makes one of its two layers, of inputs and outputs."""
+    """Constructor of the two layers, called with the numbers of inputs and outputs."""
     adapter_down: Any
     adapter_up: Any
 
@@ -35,7 +35,7 @@ class _ResidualBottleneck(LayerWrapper):
             self.adapter_up.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer gives of ``x``, plus the bottleneck of it."""
+        """Return the layer's output plus the bottleneck's."""
         y: Tensor = self.base_layer(x)
         narrow = self.activation(self.adapter_down(y))
         widened: Tensor = self.adapter_up(narrow)
@@ -62,7 +62,8 @@ class ConvBottleneck(_ResidualBottleneck):
 def bottleneck_after(
     base: Any, reduction_factor: float, activation: str
 ) -> Bottleneck | ConvBottleneck:
-    """One after ``base``, so many times narrower than what that gives."""
+    """Return a bottleneck after ``base`` that is ``reduction_factor`` times narrower than the
+    layer's output."""
     layer = base
     while isinstance(layer, LayerWrapper):  # the base of this model has bottlenecks of its own
         layer = layer.base_layer

@@ -1,15 +1,17 @@
 """Adapters: small bottlenecks inside a frozen network (Houlsby et al. 2019, arXiv:1902.00751).
 
-A bottleneck ``y + up(act(down(y)))`` follows the last projection of each sublayer. ``houlsby`` puts
-one after attention and one after the feed-forward part of each layer, ``pfeiffer`` (Pfeiffer et al.
-2021, arXiv:2005.00247) only the latter. In networks of convolutions it is the series adapter of
-Rebuffi et al. (2017, arXiv:1705.08045; 2018, arXiv:1803.10082), of 1 x 1 convolutions in front of the
-norm, with Houlsby's narrow middle and bend where theirs is linear and as wide as the maps: ``houlsby``
-puts one after each convolution of a residual block, as they do, ``pfeiffer`` only after the last, with
-which less is learned (docs/results.md). Convolutions of groups have none, and where there are no such
-blocks, each has one. ``up`` is zero at the start, so that training begins at the base model. Being
-non-linear they cannot be merged: served and exported models keep them. Left out: training the norms
-beside them.
+A bottleneck ``y + up(act(down(y)))`` follows the last projection of each sublayer. ``houlsby`` adds
+a bottleneck after attention and after the feed-forward part of each layer. ``pfeiffer`` (Pfeiffer
+et al. 2021, arXiv:2005.00247) adds only the second.
+
+Convolutional networks get series adapters (Rebuffi et al. 2017, arXiv:1705.08045; 2018,
+arXiv:1803.10082): 1 x 1 convolutions before the norm, but with Houlsby's narrow hidden layer and
+activation. ``houlsby`` adds an adapter after each convolution of a residual block, as the paper
+does. ``pfeiffer`` adds only the last, and learns less (docs/results.md). Grouped convolutions get
+no adapter. Without residual blocks, each convolution gets an adapter.
+
+``up`` starts at zero, so training starts at the base model. Adapters are non-linear and cannot be
+merged: served and exported models contain them. Omitted: training the norms.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ _CONVOLUTION = re.compile(
     r"(^|\.)((?P<block>layers\.\d+)\.layer\.\d+\.convolution|reduce_1x1\.convolution|project_conv"
     r"|project\.0|conv2|features\.\d+|(encoder|decoder|stages)\.\d+\.(conv|linear))$"
 )
-"""Convolutions that end a block; of those that have one in common, the last does."""
+"""Names of convolutions that end a block. If several match one block, the last counts."""
 _INNER_CONVOLUTION = re.compile(
     r"(^|\.)(layers\.\d+\.layer\.\d+\.convolution|expand_1x1\.convolution|expand_conv|expand\.0|conv1)$"
 )
@@ -53,14 +55,14 @@ class Adapters(Adaptation):
     placement: Literal["houlsby", "pfeiffer"] | None = None
     """After both sublayers and each convolution, or the last; houlsby of convolutions if not given."""
     reduction_factor: float = Field(default=16.0, gt=0, le=100_000)
-    """The bottleneck is so many times narrower than what it reads."""
+    """Ratio of the layer's width to the bottleneck's width."""
     activation: Literal["gelu", "relu"] = "gelu"
-    """What bends the bottleneck."""
+    """Activation function of the bottleneck."""
 
     mergeable: ClassVar[bool] = False
 
     def bind_network(self, model: nn.Module) -> Self:
-        """With the placement that the blocks of the network ask for."""
+        """Return the adaptation with the placement that suits the network's blocks."""
         placement = self.placement or ("houlsby" if _inner_convolutions(model) else "pfeiffer")
         return self.model_copy(update={"placement": placement})
 
@@ -88,7 +90,8 @@ class Adapters(Adaptation):
         )
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """Ten times that of full fine-tuning, inside what Houlsby et al. search (3e-5 to 3e-3)."""
+        """Return ten times the rate of full fine-tuning, inside the range of Houlsby et al. (3e-5
+        to 3e-3)."""
         reason = (
             "new bottlenecks learn faster than tuned weights: ten times the rate of full tuning"
         )
@@ -96,16 +99,14 @@ class Adapters(Adaptation):
 
 
 def _inner_convolutions(model: nn.Module) -> list[str]:
-    """Names of the convolutions of blocks that are not the last of theirs."""
+    """Return the names of convolutions that are not the last of their block."""
     last = _ends(model, _CONVOLUTION)
     return [name for name in _ends(model, _INNER_CONVOLUTION) if name not in last]
 
 
 def _ends(model: nn.Module, kind: re.Pattern[str]) -> list[str]:
-    """Names of the layers that end a sublayer of ``kind``, in the order of the network.
-
-    Heads have none, nor what only prepares what the network reads.
-    """
+    """Return the names of layers that end a sublayer of ``kind``, in network order, without heads
+    and preprocessing layers."""
     from torch import Tensor
 
     others = (*head_modules(model), *frozen_parts(model))

@@ -1,7 +1,7 @@
-"""The seam between a network and which of its weights move.
+"""The interface between a network and the choice of its trained weights.
 
-An adaptation changes a network in place and marks what trains by ``requires_grad``; everything
-else follows from that mark: what gets an optimizer state, what a checkpoint holds, what is saved.
+An adaptation changes a network in place and marks trained weights by ``requires_grad``. Optimizer
+states, checkpoints and saved files follow from this mark.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
 
 Gradients = Callable[[int], Iterator[None]]
-"""Goes through so many training rows, one at a time (batch by batch, where rows are learned against
-each other). Each time it yields, weights that require a gradient hold that of the row's summed loss in
-``grad``; it is gone when the next row is asked for."""
+"""Iterate over the given number of training rows, one row at a time (one batch at a time for
+contrastive objectives). During each iteration, ``grad`` contains the gradient of the row's summed
+loss. The next iteration overwrites ``grad``."""
 
 
 def peft_config(peft_type: str, model: nn.Module, base: str, **fields: Any) -> dict[str, Any]:
-    """``adapter_config.json`` of PEFT for an adapter of ``peft_type``, without what is its default.
+    """Return PEFT's ``adapter_config.json`` for an adapter of ``peft_type``, without default
+    values.
 
-    Versions of PEFT add fields and refuse those that they do not know: what is not there, each reads
-    as its own default. Importing PEFT to write them takes 2.6 seconds.
+    Versions of PEFT add fields and reject unknown fields, and each version fills in its own
+    defaults for missing fields. Importing PEFT to write the file would take 2.6 seconds.
     """
     from luthier.models.heads import head_modules, peft_task
 
@@ -55,41 +56,42 @@ def full_rate(hidden: int) -> float:
 
 
 class Adaptation(StrictModel):
-    """Base of all adaptations. Subclasses are final: one method, one file, one class."""
+    """Base class of all adaptations. Subclasses are final: one method, one file, one class."""
 
     method: str
     """Name of the adaptation in recipes and on the command line."""
 
     new_head_rate: ClassVar[float] = 1.0
-    """How many times faster than the other weights a head learns that starts from random numbers."""
+    """Factor of the learning rate for a new head with random weights."""
     mergeable: ClassVar[bool] = True
-    """Whether :meth:`merge` leaves a plain network; otherwise what was added stays in it."""
+    """True if :meth:`merge` returns a plain network; otherwise the added layers stay."""
     takes_media: ClassVar[bool] = True
-    """Whether it can adapt networks that read images or sounds, and not tokens alone."""
+    """True if the adaptation supports networks for images and audio."""
     head_only: ClassVar[bool] = False
-    """Whether nothing below the head trains, so that what it reads can be computed once."""
+    """True if only the head is trained, so that the head's inputs can be computed once."""
     stores_network: ClassVar[bool] = False
-    """Whether a custom model is the whole network; otherwise it is what trains, as an adapter."""
+    """True if a custom model stores the whole network; otherwise an adapter with the trained
+    weights."""
 
     @property
     def shares_base(self) -> bool:
-        """Whether models can share a base network (:mod:`luthier.models.lora_batch`)."""
+        """Return True if several models can share a base network
+        (:mod:`luthier.models.lora_batch`)."""
         return False
 
     @property
     def added_tokens(self) -> int:
-        """Tokens that every row grows by, out of the model's context."""
+        """Number of context positions that the adaptation uses in every row."""
         return 0
 
     def bind_network(self, model: nn.Module) -> Self:
-        """This adaptation with what was left open and follows from the network as it is before."""
+        """Return the adaptation with open settings chosen from the unchanged network."""
         return self
 
     def attach(self, model: nn.Module) -> None:
-        """Add what is added, and mark what trains by ``requires_grad``.
+        """Add layers and mark trained weights by ``requires_grad``.
 
-        A head that belongs to the task trains whatever the adaptation, and what only prepares what the
-        network reads does not.
+        The task's head is always trained, and preprocessing layers never.
         """
         from luthier.models.heads import frozen_parts, head_weights, is_inside
         from luthier.models.modalities import media_config
@@ -108,32 +110,33 @@ class Adaptation(StrictModel):
                 weight.requires_grad_(False)
 
     def adapt(self, model: nn.Module) -> None:
-        """What :meth:`attach` does to the network below the head."""
+        """Apply the adaptation to the network below the head; :meth:`attach` calls this method."""
         raise NotImplementedError
 
     def calibrate(self, network: Network, gradients: Gradients) -> None:
-        """Set what has to be computed with the network or learned from the rows, after :meth:`attach`.
+        """Compute or learn initial values from the network and training rows, after :meth:`attach`.
 
-        Called once, when a run begins; a resumed run has the outcome in its checkpoint. Weights may get
-        other values here, and buffers beside them, but no other shapes.
+        The trainer calls this method once per run; a resumed run restores the values from its
+        checkpoint. Values of weights and buffers may change, but not their shapes.
         """
 
     @property
     def calibration_rows(self) -> int:
-        """How many rows :meth:`calibrate` asks for at most."""
+        """Return the largest number of rows that :meth:`calibrate` uses."""
         return 0
 
     def calibration_bytes(self, model: nn.Module) -> int:
-        """Memory that :meth:`calibrate` takes beside the network, which may be on the meta device."""
+        """Return the memory of :meth:`calibrate` in bytes; ``model`` may be on the meta device."""
         return 0
 
     def merge(self, model: nn.Module) -> None:
-        """Fold what was added into the network's own weights, so that it is plain again."""
+        """Merge the added layers into the network's weights, so that the network is plain again."""
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """``adapter_config.json``, unless the whole network is stored.
+        """Return the content of ``adapter_config.json``, or an empty dictionary for a whole
+        network.
 
-        PEFT's own where PEFT has the method (:func:`peft_config`), else one of luthier.
+        The format is PEFT's (:func:`peft_config`) if PEFT has the method, otherwise luthier's.
         """
         return {"luthier": self.model_dump(mode="json"), "base_model_name_or_path": base}
 
@@ -142,20 +145,21 @@ class Adaptation(StrictModel):
         return f"base_model.model.{name}"
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """Default rate and the reason for it; ``hidden`` is the width of the network."""
+        """Return the default learning rate and its reason; ``hidden`` is the network's width."""
         raise NotImplementedError
 
 
 class VirtualTokens(Adaptation):
-    """Base of the adaptations that put something learned before every row, and touch nothing else."""
+    """Base class of adaptations that only prepend learned vectors to every row."""
 
     virtual_tokens: int = Field(default=20, ge=1, le=100_000)
-    """Vectors, or keys and values in each layer, before each row; they take room in the context."""
+    """Number of learned vectors (or keys and values per layer) before each row. The context shrinks
+    accordingly."""
 
     takes_media: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
 
     @property
     def added_tokens(self) -> int:
-        """Positions that they take of the context."""
+        """Number of context positions of the learned vectors."""
         return self.virtual_tokens

@@ -1,7 +1,7 @@
-"""Feature extraction: the network stays as it is, only a head is trained on what it gives.
+"""Feature extraction: a frozen network with a trained head (Peters, Ruder & Smith 2019, "To Tune or
+Not to Tune?").
 
-(Peters, Ruder & Smith 2019, "To Tune or Not to Tune?".) The engine computes the network's states once
-for each row, so that epochs after that cost the head alone.
+The engine computes the network's states once per row, so later epochs only compute the head.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FeatureExtraction(Adaptation):
     head_only: ClassVar[bool] = True
 
     def adapt(self, model: nn.Module) -> None:
-        """Freeze the network. A language model trains its output head, if that is its own."""
+        """Freeze the network. A language model with an untied output head trains the head."""
         model.requires_grad_(False)
         if head_weights(model):
             return
@@ -43,8 +43,9 @@ class FeatureExtraction(Adaptation):
         head.requires_grad_(True)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """Above the 1e-3 of Peters et al. (2019, arXiv:1903.05987), at which few steps do not suffice.
+        """Return a rate above the 1e-3 of Peters et al. (2019, arXiv:1903.05987), which needs too
+        many steps.
 
-        Of 1e-3 to 1e-2 on four data sets; see docs/log/defaults.md.
+        Chosen from 1e-3 to 1e-2 on four data sets (docs/log/defaults.md).
         """
         return 5e-3, "a new head on fixed features: 5e-3, as at 1e-3 few steps teach it little"

@@ -1,10 +1,9 @@
-"""Layer freezing: only some of the stacked layers move (Howard & Ruder 2018; Lee et al. 2019).
+"""Layer freezing: training a part of the stacked layers (Howard & Ruder 2018; Lee et al. 2019).
 
-``interval`` trains every ``n``-th layer, the last one among them, so that those which move lie at one
-distance from each other; ``n`` follows from the share. Not every share can be had so: what a network of
-so many layers allows is said when it is refused. ``alternate`` takes any share and spreads the *frozen*
-layers instead, at distances that differ by one; at a share of one half of an even number of layers
-both freeze the same ones.
+``interval`` trains every ``n``-th layer and the last layer, at equal distances; ``n`` follows from
+``share``. If no ``n`` gives the share, the error lists the possible shares. ``alternate`` accepts
+any share and spreads the *frozen* layers at distances that differ by at most 1. With a share of 0.5
+and an even number of layers, both freeze equal layers.
 """
 
 from __future__ import annotations
@@ -26,17 +25,18 @@ class Freeze(Adaptation):
 
     method: Literal["freeze"] = "freeze"
     frozen: Literal["bottom", "top", "alternate", "interval"] = "bottom"
-    """Which layers stay: bottom, top, spread evenly, or all but every n-th (the same at share 0.5)."""
+    """Position of the frozen layers: bottom, top, spread evenly, or all but every n-th (equal at
+    share 0.5)."""
     share: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the layers that stays frozen."""
+    """Fraction of frozen layers."""
 
     stores_network: ClassVar[bool] = True
     new_head_rate: ClassVar[float] = 10.0
 
     def adapt(self, model: nn.Module) -> None:
-        """Freeze the chosen layers, and what is below the stack unless the bottom layers train.
+        """Freeze the chosen layers, and everything below the stack unless the bottom layers train.
 
-        What stands above it (final norm, output head) trains unless the top is frozen. A head tied
+        Layers above the stack (final norm, output head) train unless the top is frozen. A head tied
         to the input embedding follows the embedding.
         """
         layers = layer_names(model)
@@ -46,7 +46,7 @@ class Freeze(Adaptation):
             weights[name].requires_grad_(min(max(position, 1), len(layers)) not in frozen)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """As for full fine-tuning: the layers that move are the network's own."""
+        """Return the rate of full fine-tuning, because trained layers are the network's own."""
         reason = f"the layers that train are the network's own: as for full tuning (width {hidden})"
         return float(f"{full_rate(hidden):.1e}"), reason
 
@@ -62,7 +62,7 @@ class Freeze(Adaptation):
         return [index for index in range(count) if index not in trained]
 
     def _interval(self, count: int) -> int:
-        """The ``n`` that leaves the share asked for to half a layer; refuses where there is none."""
+        """Return the ``n`` whose share is within half a layer of the requested share."""
         steps = range(2, count + 1)
         missed = {n: abs(count - len(_every(count, n)) - self.share * count) for n in steps}
         best = min(steps, key=missed.__getitem__)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class LoRA(Adaptation):
-    """Train two thin matrices beside each chosen linear layer."""
+    """Train two low-rank matrices next to each chosen linear layer."""
 
     method: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1, le=65_536)
@@ -36,15 +36,16 @@ class LoRA(Adaptation):
     alpha: float = Field(default=32.0, gt=0, le=1e6)
     """The update is scaled by ``alpha / rank``."""
     rslora: bool = False
-    """Scale by ``alpha / sqrt(rank)``, which suits ranks above 32."""
+    """Scale by ``alpha / sqrt(rank)``, for ranks above 32."""
     dora: bool = False
     """Train magnitudes and directions apart; slower, often better at small ranks."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the inputs of the added branch that is dropped in training."""
+    """Dropout probability of the branch's inputs in training."""
     targets: str | tuple[str, ...] | None = None
     """Layers: all-linear or ends of their names (q_proj); all, of pipelines attention if not given."""
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Numbers of the blocks to adapt, 0 the lowest; all if not given. What is below is read once."""
+    """Indices of the adapted blocks (0 is the lowest); default: all. Lower blocks are computed
+    once."""
 
     @property
     def shares_base(self) -> bool:
@@ -72,11 +73,12 @@ class LoRA(Adaptation):
 
     @property
     def scale(self) -> float:
-        """What the update is multiplied by."""
+        """Factor of the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def merge(self, model: nn.Module) -> None:
-        """Add ``(alpha / r) B A`` to each weight and take the wrappers away. Always the same bits."""
+        """Add ``(alpha / r) B A`` to each weight and remove the wrappers. The result has always the
+        same bits."""
         from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
         from luthier.models.rounding import Rounding
 
@@ -105,7 +107,8 @@ class LoRA(Adaptation):
         )
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """Ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret")."""
+        """Return ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without
+        Regret")."""
         rate = 10 * full_rate(hidden)
         reason = f"ten times that of full fine-tuning, more for small networks (width {hidden})"
         return float(f"{rate:.1e}"), reason

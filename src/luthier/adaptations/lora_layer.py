@@ -1,10 +1,10 @@
-"""The LoRA layer itself: one autograd node for the frozen product and its low-rank update.
+"""The LoRA layer: one autograd node for the frozen product and the low-rank update.
 
 The order of the two products matters in bfloat16. The update is a thousandth of the output in the
-first steps and near the end of a schedule; added to an output that is already rounded, it falls below
-half of the distance to the next number and most of it is lost (28 % of it at B = 2e-4, which is one
-step of Adam). So the update comes first and the frozen product is added to it, in float32 inside the
-matrix product, and rounded once. Same cost.
+first steps and near the end of a schedule. Added to a rounded output, most of the update is below
+half of the distance to the next number and is lost (28 % at B = 2e-4, one step of Adam). Therefore
+the update is computed first, and the frozen product is added in float32 inside the matrix product
+and rounded once, at the same cost.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from luthier.models.wrapper import LayerWrapper
 
 
 class FrozenWeight(Protocol):
-    """A layer whose weight does not train; a packed one makes ``weight_OI`` anew at each use."""
+    """A layer with a frozen weight; a packed layer computes ``weight_OI`` at each use."""
 
     @property
     def weight_OI(self) -> Tensor:
@@ -33,18 +33,18 @@ class FrozenWeight(Protocol):
 
 
 class LowRankLayer(FrozenWeight, Protocol):
-    """A frozen layer with a branch beside it."""
+    """A frozen layer with a low-rank branch."""
 
     @property
     def scale(self) -> float:
-        """What the branch is multiplied by."""
+        """Factor of the branch's output."""
         ...
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """``x W^T``, added to ``onto [N, out]`` where that is given, rounded once.
+    """``x W^T``, added to the optional ``onto [N, out]`` and rounded once.
 
-    The layer is kept for the backward pass, not its weight, which may be packed.
+    The backward pass keeps the layer instead of its weight, because the weight may be packed.
     """
 
     @staticmethod
@@ -66,10 +66,12 @@ def frozen_product(x: Tensor, layer: FrozenWeight, onto: Tensor | None = None) -
 
 
 class _LowRankLinears(torch.autograd.Function):
-    """``x W^T + b + s (x A^T) B^T`` of layers that read the same ``x [N, in]``; ``W`` and ``b`` frozen.
+    """``x W^T + b + s (x A^T) B^T`` of layers with one input ``x [N, in]``; ``W`` and ``b`` are
+    frozen.
 
-    ``A [r, in]`` of each layer, then ``B [out, r]`` of each. All ``x A^T`` are one product, and so are
-    their gradients: skinny products take as long for three layers as for one.
+    Arguments are ``A [r, in]`` of each layer, then ``B [out, r]`` of each layer. All ``x A^T`` are
+    one product, and so are their gradients: a narrow product takes as long for three layers as for
+    one.
     """
 
     @staticmethod
@@ -153,7 +155,7 @@ class LoRALinear(LayerWrapper):
 
     @property
     def weight_OI(self) -> Tensor:
-        """The frozen weight as ``[out, in]``; GPT-2's ``Conv1D`` keeps it the other way round."""
+        """The frozen weight as ``[out, in]``; GPT-2's ``Conv1D`` stores the transposed weight."""
         weight: Tensor = self.base_layer.weight
         return weight if isinstance(self.base_layer, nn.Linear) else weight.t()
 
@@ -164,12 +166,12 @@ class LoRALinear(LayerWrapper):
 
     @property
     def _drops(self) -> bool:
-        """Whether the branch reads other numbers than the frozen layer."""
+        """Return True if dropout gives the branch another input than the frozen layer."""
         return self.training and self.dropout.p > 0
 
     @property
     def _is_plain(self) -> bool:
-        """Whether its product is the one of :class:`_LowRankLinears`."""
+        """Return True if :class:`_LowRankLinears` computes the layer's product."""
         hooks = (
             self._forward_pre_hooks,
             self._forward_hooks,
@@ -201,7 +203,8 @@ class LoRALinear(LayerWrapper):
         return y if bias is None else y + bias
 
     def merge(self, rounding: Rounding) -> nn.Module:
-        """The base layer with the branch added to its weight; ``rounding`` brings it to its type."""
+        """Return the base layer with the branch added to the weight; ``rounding`` casts to the
+        weight's type."""
         with torch.no_grad():
             merged_OI = rounding(self._merged_OI(), self.weight_OI.dtype)
             # New memory: writing into weights that are mapped from their file costs a page fault
@@ -218,9 +221,10 @@ class LoRALinear(LayerWrapper):
 
 
 class LoRAConv2d(LayerWrapper):
-    """A frozen convolution with a trained low-rank branch: the kernels of ``A``, then 1 x 1 of ``B``.
+    """A frozen convolution with a trained low-rank branch: the kernels of ``A``, then 1 x 1 kernels
+    of ``B``, as in PEFT.
 
-    As PEFT has it; a convolution of groups has few weights and stays as it is.
+    Grouped convolutions have few weights and stay unchanged.
     """
 
     def __init__(self, base: nn.Conv2d, rank: int, scale: float, dropout: float) -> None:
@@ -249,7 +253,8 @@ class LoRAConv2d(LayerWrapper):
         return y
 
     def merge(self, rounding: Rounding) -> nn.Module:
-        """The base layer with the branch added to its weight; ``rounding`` brings it to its type."""
+        """Return the base layer with the branch added to the weight; ``rounding`` casts to the
+        weight's type."""
         with torch.no_grad():
             a, b = self.lora_A.weight.float(), self.lora_B.weight.float()[:, :, 0, 0]
             update = torch.einsum("or,rikl->oikl", b, a) * self.scale
@@ -260,11 +265,10 @@ class LoRAConv2d(LayerWrapper):
 
 
 class DoRALinear(LoRALinear):
-    """``y = m / |W + s B A| (W + s B A) x``, lengths taken by rows; ``m`` trains beside ``A`` and
-    ``B``.
+    """``y = m / |W + s B A| (W + s B A) x`` with row norms; ``m``, ``A`` and ``B`` are trained.
 
-    The paper's section 4.3 takes the length for a constant in the gradient, and so does this. ``m`` and
-    the quotient stay in float32: bfloat16 has no number between 1 and 1.0078.
+    The norm is a constant in the gradient, as in section 4.3 of the paper. ``m`` and the quotient
+    stay in float32: bfloat16 has no number between 1 and 1.0078.
     """
 
     def __init__(self, base: Any, rank: int, scale: float, dropout: float) -> None:
@@ -282,7 +286,8 @@ class DoRALinear(LoRALinear):
         return (y if bias is None else y + bias).to(flat.dtype)
 
     def _quotient_O(self) -> Tensor:
-        """``m / |W + s B A|``; once where nothing trains, as it takes half as long as the product."""
+        """``m / |W + s B A|``, cached during inference because the norm takes half as long as the
+        product."""
         weights = self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector
         if any(weight.requires_grad for weight in weights):
             return self.lora_magnitude_vector / self._length_O()
@@ -292,7 +297,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def _length_O(self) -> Tensor:
-        """Lengths of the rows of ``W + s B A``, without building that matrix."""
+        """Return the row norms of ``W + s B A`` without building the matrix."""
         a, b = self.lora_A.weight, self.lora_B.weight.float()
         cross_Or = torch.mm(self.weight_OI, a.t()).float()
         gram_rr = torch.mm(a.float(), a.float().t())

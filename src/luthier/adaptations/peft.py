@@ -1,7 +1,7 @@
-"""LoRA adapters that PEFT wrote, as our :class:`~luthier.adaptations.lora.LoRA`.
+"""Import of PEFT's LoRA adapters as :class:`~luthier.adaptations.lora.LoRA`.
 
-Names and shapes of the weights are the same; what has to be understood is ``adapter_config.json``. A
-setting that changes what the adapter does and that we do not have is refused by its name.
+Names and shapes of weights are equal, so the import interprets ``adapter_config.json``. A setting
+that changes the adapter's function and is not supported is rejected by name.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ _HARMLESS = frozenset(
         "runtime_config", "ensure_weight_tying", "qalora_group_size", "megatron_core",
     )
 )  # fmt: skip
-"""Of training, of loading, or without meaning where the others have their defaults."""
+"""Settings of training or loading, and settings without meaning unless others differ from their
+defaults."""
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Where the matrices started; other ways change the weights of the base model, too."""
+"""Supported initializations. Other initializations also change the base model's weights."""
 _LORA_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 
 
 def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.Module) -> LoRA:
-    """The adaptation of an adapter on ``model`` from its configuration and its weights.
+    """Return the adaptation of a PEFT adapter on ``model`` from its configuration and weights.
 
     Raises:
-        ModelRefused: for another method, settings that we do not have, and layers that are not there.
+        ModelRefused: for another method, unsupported settings, or unknown layers.
     """
     from peft import LoraConfig
 
@@ -78,12 +79,14 @@ def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.
 
 
 def target_modules(names: Iterable[str]) -> list[str]:
-    """Return the full names of the layers that a saved adapter changes, from ``names`` of weights."""
+    """Return the full names of the layers that a saved adapter changes, from the ``names`` of its
+    weights."""
     return sorted(found[1] for name in names if (found := _LORA_A.fullmatch(name)))
 
 
 def _check_rank(rank: Any, weights: Mapping[str, Tensor]) -> None:
-    """Matrices of the rank that is told are built before those that are there are put into them."""
+    """Check the rank against the weights, because matrices are allocated before the weights are
+    loaded."""
     for name, weight in weights.items():
         if _LORA_A.fullmatch(name) and (weight.dim() != 2 or weight.shape[0] != rank):
             raise ModelRefused(
@@ -94,7 +97,7 @@ def _check_rank(rank: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def _check_vocabulary(weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse an adapter that brings embeddings, as PEFT saves after ``resize_token_embeddings``."""
+    """Reject an adapter with embeddings, which PEFT saves after ``resize_token_embeddings``."""
     rows = int(getattr(model.config, "vocab_size", 0))
     for name, weight in weights.items():
         if re.search(r"(embed_tokens|word_embeddings|wte|shared|lm_head|embed_out)\.weight$", name):
@@ -108,10 +111,11 @@ def _check_vocabulary(weights: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def _targets(names: Iterable[str], model: nn.Module) -> tuple[str, ...]:
-    """The adapted layers: by the ends of their names where these mean no others, else in full.
+    """Return the adapted layers: by name endings if these match no other layers, otherwise by full
+    names.
 
-    ``target_modules`` may be a pattern, or mean layers by what PEFT knows of a family; names of
-    weights are plain.
+    ``target_modules`` may be a pattern or depend on PEFT's knowledge of a family; the names of
+    weights are unambiguous.
     """
     layers = target_modules(names)
     if not layers:

@@ -1,11 +1,13 @@
-"""Prefix tuning: learned keys and values before every row, in every layer (Li & Liang 2021).
+"""Prefix tuning: learned keys and values before every row, in every layer (Li & Liang 2021,
+arXiv:2101.00190).
 
-arXiv:2101.00190. The network stays as it is; each layer's attention sees ``virtual_tokens`` keys and
-values more, which are what trains. They start as those that tokens drawn from the vocabulary have in
-the network (the paper's section 7.4: far better on few rows than random numbers). The file and the
-numbers are PEFT's; it cannot be merged. Left out: computing the prefix from a smaller one by a network
-of two layers while training (the paper's section 4.3; Liu et al. 2022, arXiv:2110.07602, find that it
-helps some tasks and harms others), and PEFT's random start.
+The network is frozen. The attention of each layer sees ``virtual_tokens`` additional keys and
+values, which are trained. They start as the keys and values of tokens drawn from the vocabulary
+(section 7.4 of the paper: much better than random numbers with few rows). File and numbers are
+PEFT's. A prefix cannot be merged.
+
+Omitted: the reparametrization by a two-layer network (section 4.3; Liu et al. 2022,
+arXiv:2110.07602, find that the network helps some tasks and harms others), and PEFT's random start.
 """
 
 from __future__ import annotations
@@ -60,9 +62,10 @@ class Prefix(VirtualTokens):
         )
 
     def stored_name(self, name: str) -> str:
-        """PEFT keeps the prefix under one name of its own."""
+        """Return PEFT's name of the stored prefix."""
         return "prompt_embeddings" if ".key_value_prefix." in name else super().stored_name(name)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """The upper end of what Liu et al. (2022) search, as there is no network that computes it."""
+        """Return the upper end of the range of Liu et al. (2022), because no network computes the
+        prefix."""
         return 1e-2, "a prefix is a few vectors, which need large steps (Liu et al. 2022)"

@@ -1,9 +1,10 @@
-"""Prompt tuning: learned vectors before every row, the network untouched (Lester et al. 2021).
+"""Prompt tuning: learned vectors before every row of a frozen network (Lester et al. 2021,
+arXiv:2104.08691).
 
-The soft prompt is the root of the token tree: ``virtual_tokens`` ids behind the vocabulary whose
-embeddings are the prompt, so a micro-batch computes it once for all its rows. The prompt starts as the
-embeddings of tokens drawn from the vocabulary (the paper's section 3.2). It is stored in PEFT's format
-and cannot be merged. arXiv:2104.08691.
+The soft prompt is the root of the token tree: ``virtual_tokens`` ids after the vocabulary, whose
+embeddings are the prompt. A micro-batch computes the prompt once for all rows. The prompt starts as
+the embeddings of tokens drawn from the vocabulary (section 3.2). The file has PEFT's format. A
+prompt cannot be merged.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Prompt(VirtualTokens):
         )
 
     def stored_name(self, name: str) -> str:
-        """PEFT keeps the prompt under one name of its own."""
+        """Return PEFT's name of the stored prompt."""
         end = name.rpartition(".")[2]
         return end if end == "prompt_embeddings" else super().stored_name(name)
 

@@ -1,4 +1,4 @@
-"""The input embedding with a soft prompt behind its vocabulary."""
+"""The input embedding with a soft prompt after the vocabulary."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from luthier.models.wrapper import LayerWrapper
 
 
 class PromptEmbedding(LayerWrapper):
-    """Ids below the vocabulary's size are its tokens, those from there on the prompt's vectors."""
+    """Input embedding: ids below the vocabulary size are tokens, and higher ids are vectors of the
+    prompt."""
 
     def __init__(self, base: nn.Embedding, count: int) -> None:
         super().__init__(base)
         vocabulary, hidden = base.weight.shape
         self.prompt_ids = tuple(range(vocabulary, vocabulary + count))
-        """What :class:`luthier.models.network.Network` puts before each row."""
+        """Ids that :class:`luthier.models.network.Network` prepends to each row."""
         self.prompt_embeddings = nn.Parameter(base.weight.new_empty(count, hidden))
         if not base.weight.is_meta:
             drawn = torch.randint(vocabulary, (count,))

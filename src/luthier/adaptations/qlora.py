@@ -1,16 +1,17 @@
-"""QLoRA: LoRA on a base that is stored in 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
+"""QLoRA: LoRA on a base model in 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
 
-Every linear layer but the output head is quantized in blocks, to NF4 (sixteen quantiles of the normal
-distribution, section 3 of the paper), FP4 or INT8, and its plain weight is let go of, layer by layer. A
-block's scale is a float32; ``double_quantization`` stores the scales in 8 bits too. Products are taken
-with the dequantized weight in the network's type, made anew in each pass. Embeddings, norms, biases and
-the output head stay as they are.
+Every linear layer except the output head is quantized in blocks to NF4 (16 quantiles of the normal
+distribution, section 3 of the paper), FP4 or INT8, and the plain weight is freed layer by layer.
+The scale of a block is a float32; ``double_quantization`` stores scales in 8 bits. Each pass
+dequantizes the weights into the network's type. Embeddings, norms, biases and the output head stay
+unchanged.
 
-What was trained is the update beside the *quantized* base. So a custom model is loaded by quantizing
-its base again, and merging dequantizes, adds and rounds as LoRA does: the network is as large as the
-plain one then. The adapter file is LoRA's; put on the plain base, PEFT gives slightly other numbers.
+The trained update belongs to the *quantized* base model. Loading a custom model therefore quantizes
+the base model again. Merging dequantizes, adds and rounds as LoRA, and the merged network is as
+large as the plain network. The adapter file is LoRA's; on the plain base model, PEFT returns
+slightly different numbers.
 
-Left out: paged optimizers (the masters of a LoRA are small), DoRA. Needs the extra ``qlora``.
+Omitted: paged optimizers (the master weights of LoRA are small), DoRA. Needs the extra ``qlora``.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ if TYPE_CHECKING:
 
 
 class QLoRA(Adaptation):
-    """Train two thin matrices beside linear layers whose own weights are quantized."""
+    """Train two low-rank matrices next to quantized linear layers."""
 
     method: Literal["qlora"] = "qlora"
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
-    """How the base is stored: 4 bits with normal or floating-point levels, or 8 with even ones."""
+    """Storage of the base model: 4 bits with normal (nf4) or floating-point (fp4) levels, or 8 bits
+    with even levels."""
     block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
-    """Weights that share one scale."""
+    """Number of weights per scale."""
     double_quantization: bool = True
     """Store the scales in 8 bits too: 0.37 bits a weight less at blocks of 64."""
     rank: int = Field(default=16, ge=1, le=65_536)
@@ -45,15 +47,15 @@ class QLoRA(Adaptation):
     alpha: float = Field(default=32.0, gt=0, le=1e6)
     """The update is scaled by ``alpha / rank``."""
     rslora: bool = False
-    """Scale by ``alpha / sqrt(rank)``, which suits ranks above 32."""
+    """Scale by ``alpha / sqrt(rank)``, for ranks above 32."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the inputs of the added branch that is dropped in training."""
+    """Dropout probability of the branch's inputs in training."""
     targets: str | tuple[str, ...] | None = None
     """Layers with a branch: all-linear or ends of names; as of LoRA if not given. All are quantized."""
 
     @property
     def lora(self) -> LoRA:
-        """The same branches beside a plain base."""
+        """The same LoRA settings for a plain base model."""
         return LoRA(
             rank=self.rank,
             alpha=self.alpha,
@@ -63,10 +65,10 @@ class QLoRA(Adaptation):
         )
 
     def adapt(self, model: nn.Module) -> None:
-        """Quantize the linear layers, wrap the chosen ones, freeze everything else.
+        """Quantize the linear layers, wrap the chosen layers, and freeze everything else.
 
         Raises:
-            RecipeError: bitsandbytes is not installed, or ``targets`` names no layer.
+            RecipeError: if bitsandbytes is not installed, or ``targets`` names no layer.
         """
         if find_spec("bitsandbytes") is None:
             raise RecipeError(
@@ -103,5 +105,5 @@ class QLoRA(Adaptation):
         return self.lora.adapter_config(model, base)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """LoRA's; the paper finds that its settings carry over to a 4-bit base."""
+        """Return LoRA's rate; the paper finds that LoRA's settings suit a 4-bit base model."""
         return self.lora.learning_rate(hidden)

@@ -1,9 +1,9 @@
-"""Linear layers whose frozen weight is stored in 4 or 8 bits, and LoRA's branch beside them.
+"""Linear layers with a frozen weight in 4 or 8 bits, and LoRA's branch.
 
-bitsandbytes quantizes and dequantizes, on the processor and on GPUs; the products are PyTorch's, in the
-network's type. A dequantized weight lives for one product: the backward pass makes it again, since
-keeping it would keep the plain network in memory. As in ``lora_layer.py``, the update comes first and
-the frozen product is added to it, so that bfloat16 rounds once.
+bitsandbytes quantizes and dequantizes on CPU and GPU; PyTorch computes the products in the
+network's type. The backward pass dequantizes the weight again, because keeping dequantized weights
+would keep the plain network in memory. As in ``lora_layer.py``, the update is computed first and
+the frozen product is added, so that bfloat16 rounds once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from luthier.adaptations.lora_layer import LoRALinear, frozen_product
 from luthier.models.rounding import Rounding
 
 SCALES_IN_BLOCK = 256
-"""Scales that share a scale of their own in double quantization, as in the paper."""
+"""Number of scales per second-level scale in double quantization, as in the paper."""
 
 CHUNK = 1 << 18
 """Weights packed at once, whole blocks: bitsandbytes makes some 20 bytes for each on the way."""
@@ -29,7 +29,7 @@ CHUNK = 1 << 18
 
 @cache
 def _bitsandbytes() -> Any:
-    """``bitsandbytes.functional``, without the advice it logs when imported (about 2 s)."""
+    """Import ``bitsandbytes.functional`` without the advice that the package logs (about 2 s)."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes import functional
 
@@ -38,21 +38,22 @@ def _bitsandbytes() -> Any:
 
 @cache
 def _even_levels() -> Tensor:
-    """The 255 levels ``-1, -126/127 .. 1`` of INT8, as bitsandbytes wants them: 256, sorted."""
+    """Return the 255 levels ``-1, -126/127 .. 1`` of INT8 in bitsandbytes' format: 256 sorted
+    values."""
     levels: Tensor = _bitsandbytes().create_linear_map(signed=True, total_bits=8)
     return levels
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How weights are stored."""
+    """Storage format of quantized weights."""
 
     kind: str
     """``nf4``, ``fp4`` or ``int8``."""
     block_size: int
-    """Consecutive weights of ``[out, in]`` that share a scale, their largest magnitude."""
+    """Number of consecutive weights of ``[out, in]`` that share a scale, the largest magnitude."""
     double: bool
-    """Whether scales are stored in 8 bits, minus their mean, in blocks of ``SCALES_IN_BLOCK``."""
+    """True if scales are stored in 8 bits, minus their mean, in blocks of ``SCALES_IN_BLOCK``."""
 
 
 class QuantizedLinear(nn.Module):
@@ -123,11 +124,11 @@ class QuantizedLinear(nn.Module):
         }
 
     weight = None
-    """What networks ask for that want to know its type: there is no plain weight."""
+    """No plain weight. Networks read this attribute for its type."""
 
     @property
     def weight_OI(self) -> Tensor:
-        """The weight ``[out, in]`` in the network's type, dequantized anew at each use."""
+        """The weight ``[out, in]`` in the network's type, dequantized at each use."""
         if self.packed.is_meta:
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
         bnb, packing = _bitsandbytes(), self.packing
@@ -159,7 +160,7 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def plain(self, weight_OI: Tensor) -> nn.Module:
-        """A frozen layer of the kind this one stands in for, with ``weight_OI`` and the same bias."""
+        """Return a plain frozen layer of the original kind with ``weight_OI`` and an equal bias."""
         from transformers.pytorch_utils import Conv1D
 
         outputs, inputs = self.shape
@@ -173,16 +174,16 @@ class QuantizedLinear(nn.Module):
 
 
 class QLoRALinear(LoRALinear):
-    """LoRA's branch beside a :class:`QuantizedLinear`. Weight names are PEFT's."""
+    """LoRA's branch next to a :class:`QuantizedLinear`. Weight names are PEFT's."""
 
     base_layer: QuantizedLinear
 
     @property
     def weight_OI(self) -> Tensor:
-        """The frozen weight as ``[out, in]``, dequantized anew at each use."""
+        """The frozen weight as ``[out, in]``, dequantized at each use."""
         return self.base_layer.weight_OI
 
     def merge(self, rounding: Rounding) -> nn.Module:
-        """A plain layer with the dequantized weight and the branch in one."""
+        """Return a plain layer with the dequantized weight plus the branch."""
         with torch.no_grad():
             return self.base_layer.plain(rounding(self._merged_OI(), self.base_layer.dtype))

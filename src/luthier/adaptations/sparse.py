@@ -1,15 +1,14 @@
-"""Sparse tuning: a few weights of each linear layer move, the others keep their bits.
+"""Sparse tuning: training a few weights of each linear layer (Sung, Nair & Raffel 2021,
+arXiv:2111.09839).
 
-Sung, Nair & Raffel (2021, arXiv:2111.09839) train the weights under a fixed mask and store only those.
-The paper's mask is the weights of the largest Fisher information, estimated from the labels that the
-data has (the empirical Fisher): the square of the gradient of ``log p(y | x)``, summed over a number
-of training rows, one row at a time. The other mask takes the largest magnitudes, as Han et al. (2015,
-arXiv:1506.02626) keep them when they prune, and needs no data. Unlike the paper, which ranks the
-weights of the whole network against each other, each layer gets its share, so that the size of a file
-follows from the share alone.
+Only weights under a fixed mask are trained and stored. The paper's mask has the weights with the
+largest empirical Fisher information: the squared gradient of ``log p(y | x)`` with the labels of
+the data, summed over training rows, one row at a time. The other mask has the largest magnitudes
+(Han et al. 2015, arXiv:1506.02626) and needs no data. The paper ranks the weights of the whole
+network. Here each layer gets an equal share, so that the share alone determines the file size.
 
-What trains are the chosen weights themselves, from their base values, so merging puts them in their
-places: trained, reloaded and merged networks have the same bits.
+The trained weights start at their base values, and merging writes them back: trained, reloaded and
+merged networks have identical bits.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ if TYPE_CHECKING:
 
 
 class Sparse(Adaptation):
-    """Train a few weights of each chosen linear layer, the largest or those that matter most."""
+    """Train a few weights of each chosen linear layer: the largest, or the most informative."""
 
     method: Literal["sparse"] = "sparse"
     share: float = Field(default=0.005, gt=0, le=1)
-    """Share of the weights of each layer that trains; at least one."""
+    """Fraction of trained weights in each layer (at least one weight)."""
     mask: Literal["magnitude", "fisher"] = "magnitude"
-    """Which weights train: the largest, or those of the largest Fisher information on the data."""
+    """Choice of trained weights: largest magnitude, or largest Fisher information on the data."""
     fisher_rows: int = Field(default=256, ge=1, le=1_000_000)
-    """Training rows that Fisher information is estimated from."""
+    """Number of training rows for the Fisher information."""
     targets: str | tuple[str, ...] = ALL_LINEAR
-    """Linear layers to adapt: ``all-linear``, or ends of their names such as ``q_proj``."""
+    """Adapted linear layers: ``all-linear``, or name endings such as ``q_proj``."""
 
     def adapt(self, model: nn.Module) -> None:
         """Wrap the chosen layers; freeze everything else."""
@@ -50,7 +49,7 @@ class Sparse(Adaptation):
         replace_modules(model, names, lambda base: SparseLinear(base, self.share))
 
     def calibrate(self, network: Network, gradients: Gradients) -> None:
-        """Choose the weights by Fisher information, where that is the mask."""
+        """Choose the weights by Fisher information, if the mask is ``fisher``."""
         if self.mask != "fisher":
             return
         import torch
@@ -68,7 +67,7 @@ class Sparse(Adaptation):
 
     @property
     def calibration_rows(self) -> int:
-        """Those whose gradients choose the weights."""
+        """Number of rows for the Fisher information."""
         return self.fisher_rows if self.mask == "fisher" else 0
 
     def calibration_bytes(self, model: nn.Module) -> int:
@@ -85,12 +84,13 @@ class Sparse(Adaptation):
         return [module for module in model.modules() if isinstance(module, SparseLinear)]
 
     def merge(self, model: nn.Module) -> None:
-        """Put the trained weights in their places and take the wrappers away."""
+        """Write the trained weights back and remove the wrappers."""
         from luthier.adaptations.sparse_layer import SparseLinear
 
         replace_modules(model, modules_of(model, SparseLinear), SparseLinear.merge)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
-        """Ten times that of full fine-tuning; not fitted, measured in ``docs/results.md``."""
+        """Return ten times the rate of full fine-tuning; not fitted, measured in
+        ``docs/results.md``."""
         reason = "few weights must move further: ten times the rate of full fine-tuning"
         return float(f"{10 * full_rate(hidden):.1e}"), reason

@@ -1,9 +1,8 @@
-"""A linear layer of which a few weights train.
+"""A linear layer with a few trained weights.
 
-The product is taken with a copy of the frozen weight that has the trained values in their places: one
-dense product, as before, and rounding to bfloat16 is that of full fine-tuning, which the engine's
-float32 masters and stochastic rounding take care of. The copy lives for one product and is made again
-in the backward pass.
+The product uses a copy of the frozen weight with the trained values: one dense product, with the
+rounding of full fine-tuning, for which the engine has float32 master weights and stochastic
+rounding. The copy exists during one product, and the backward pass builds the copy again.
 """
 
 from __future__ import annotations
@@ -17,11 +16,12 @@ from luthier.models.wrapper import LayerWrapper
 
 
 class SparseLinear(LayerWrapper):
-    """``x W^T + b``, where the weights at ``places [k]`` are ``values [k]`` and train.
+    """``x W^T + b`` with trained weights ``values [k]`` at the flat indices ``places [k]``.
 
-    Places count through the base layer's weight as it lies in memory, ascending: those of the largest
-    magnitude, until :meth:`choose` is given other scores. They are kept beside the values, since which
-    weights are largest depends on the type a base is loaded in, and on rows that are not at hand later.
+    Indices are ascending and count through the base layer's contiguous weight. The default choice
+    is the largest magnitudes; :meth:`choose` uses other scores. Indices are stored with the values,
+    because the largest weights depend on the loaded type of the base model, and Fisher scores on
+    training rows.
     """
 
     places: Tensor
@@ -38,7 +38,8 @@ class SparseLinear(LayerWrapper):
 
     @torch.no_grad()
     def choose(self, score: Tensor) -> None:
-        """Train the weights of the highest ``score``, of the base layer's shape, from its values."""
+        """Train the weights with the highest ``score`` (shape of the base layer's weight), from
+        their base values."""
         chosen = torch.topk(score.reshape(-1), len(self.places)).indices.sort().values
         self.places.copy_(chosen)
         self.values.copy_(self.base_layer.weight.detach().reshape(-1)[chosen])
@@ -70,7 +71,8 @@ class SparseLinear(LayerWrapper):
 
 
 class _SparseProduct(torch.autograd.Function):
-    """``x W^T``; the gradient of the weight is taken whole and kept at the chosen places only."""
+    """``x W^T``; the weight's gradient is computed completely and stored at the chosen indices
+    only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, layer: SparseLinear) -> Tensor:

@@ -1,4 +1,4 @@
-"""One way to name weights: which linear layers an adaptation works on."""
+"""Names of the linear layers that an adaptation changes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ def linear_targets(
     blocks: Collection[int] | None = None,
     convolutions: bool = False,
 ) -> list[str]:
-    """Full names of the linear layers that ``targets`` names, in the order of the network.
+    """Return the full names of the linear layers that ``targets`` selects, in network order.
 
-    With ``convolutions`` those count among them that have no groups: each is a linear layer at every
-    pixel.
-
-    ``all-linear`` means every linear layer but the output head, as in PEFT. Otherwise each entry
-    is the last part of a module's name (``q_proj``) or a dotted end of it (``mlp.up_proj``). Where none
-    are named (``None``), it is those that the network's family is known by, or else all.
-    ``blocks`` are the numbers of the blocks that are meant, 0 the lowest; all when not given. As in
-    PEFT, those of encoder and decoder have the same numbers.
+    Args:
+        targets: ``all-linear`` for all linear layers except the output head (as PEFT), or last
+            parts of names (``q_proj``) or dotted endings (``mlp.up_proj``). ``None`` selects the
+            usual layers of the network's family, or all linear layers.
+        blocks: Indices of the selected blocks, 0 is the lowest; default: all. Encoder and decoder
+            blocks have equal indices, as in PEFT.
+        convolutions: Include convolutions without groups, which are linear layers at every pixel.
 
     Raises:
-        RecipeError: for a name or number that is not there, and where no layer is meant.
+        RecipeError: for an unknown name or index, or if no layer is selected.
     """
     from torch import nn
 
@@ -78,7 +77,7 @@ def linear_targets(
 
 
 def _in_blocks(model: nn.Module, numbers: Collection[int]) -> tuple[str, ...]:
-    """What the names of all modules in these blocks begin with."""
+    """Return the name prefixes of all modules in these blocks."""
     blocks = [name.rpartition(".")[::2] for name in layer_names(model)]
     there = {int(number) for _, number in blocks}
     if missing := sorted(set(numbers) - there):
