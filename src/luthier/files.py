@@ -249,7 +249,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
+        raise RecipeError(
+            f"{path} cannot be read: {error.strerror}", rule="file.unreadable"
+        ) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} cannot be read: it is not text in UTF-8") from error
 

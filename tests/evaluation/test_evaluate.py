@@ -82,13 +82,15 @@ def test_turns_that_call_are_asked_for() -> None:
         choose_turns([PAIR, CHAT], "calls")
     check([calling], {"tool_calls": ToolCalls()})
     check([PAIR, CHAT], {"tool_calls": ToolCalls()})  # where nothing is to be called, nothing is
-    with pytest.raises(RecipeError, match="turns=calls"):
+    with pytest.raises(RecipeError) as refused:
         check(rows, {"tool_calls": ToolCalls()})
+    assert refused.value.rule == "grader.no_calls"
 
 
 def test_raw_text_has_no_reply() -> None:
-    with pytest.raises(DataError, match=r"data\.jsonl:3: \[row\.no_reply\]"):
+    with pytest.raises(DataError) as refused:
         questions([PAIR, TEXT])
+    assert refused.value.rule == "row.no_reply"
 
 
 def test_rows_may_only_ask_where_a_grader_needs_no_reply(tmp_path: Path) -> None:
@@ -101,10 +103,12 @@ def test_rows_may_only_ask_where_a_grader_needs_no_reply(tmp_path: Path) -> None
         rows = load_graded(data, None, graders)
         assert grade(rows, ["Hi Ann"], {"named": named}).scores == {"named": 1.0}
     for graders in ([Exact()], [named, ToolCalls()]):
-        with pytest.raises(DataError, match=r"message\.last"):
+        with pytest.raises(DataError) as refused:
             load_graded(data, None, graders)
-    with pytest.raises(DataError, match=r"message\.last"):
+        assert refused.value.rule == "message.last"
+    with pytest.raises(DataError) as refused:
         load_graded(data, None, [named], "all")
+    assert refused.value.rule == "message.last"
     data.write_text('{"prompt": "Hi", "completion": "Ho", "name": "Ann"}\n')
     (row,) = load_graded(data, None, [named])
     assert expected([row]) == ["Ho"]
@@ -123,8 +127,9 @@ def test_bare_prompts_are_graded_as_rewards_are() -> None:
     assert grade([asks], ["= 2"], {"number": Number()}).scores == {"number": 1.0}
     found = grade([bare], ["Dear"], {"regex": Regex(pattern="^Dear$")})
     assert found.scores == {"regex": 1.0} and found.records[0]["expected"] is None
-    with pytest.raises(DataError, match=r"f:2: \[grader\.no_expected\]"):
+    with pytest.raises(DataError) as refused:
         check([asks, bare], {"exact": Exact()})
+    assert refused.value.rule == "grader.no_expected"
 
 
 def test_scores_are_means_and_every_answer_is_kept() -> None:
@@ -208,13 +213,14 @@ def test_a_reply_that_cannot_be_graded_fails_or_scores_zero() -> None:
 
 def test_rows_that_a_grader_cannot_compare_with_are_refused_before_a_model_is_loaded() -> None:
     check([PAIR, CHAT], {"exact": Exact()})
-    with pytest.raises(DataError, match=r"f:1: \[grader\.no_number\]") as caught:
+    with pytest.raises(DataError) as caught:
         check([PAIR, CHAT], {"exact": Exact(), "number": Number()})
+    assert caught.value.rule == "grader.no_number"
     assert [problem.line for problem in caught.value.problems] == [1]
 
 
 def test_there_must_be_a_reply_for_each_row() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError):
         grade([PAIR, CHAT], ["one"], {"exact": Exact()})
 
 
@@ -245,8 +251,9 @@ def test_what_cannot_be_graded_is_refused(tmp_path: Path) -> None:
         luthier.evaluate("no model", data, graders=["rouge"])
     with pytest.raises(UnknownModel):
         luthier.evaluate("no model", data)
-    with pytest.raises(DataError, match=r"file\.missing"):
+    with pytest.raises(DataError) as refused:
         luthier.evaluate("no model", tmp_path / "none.jsonl")
+    assert refused.value.rule == "file.missing"
 
 
 @pytest.mark.parametrize("method", ["vae", "gan", "diffusion"])

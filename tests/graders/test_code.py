@@ -79,14 +79,15 @@ def test_code_that_passes_its_tests_scores_1() -> None:
 
 
 def test_it_is_off_unless_allowed() -> None:
-    with pytest.raises(ValueError, match="set allow_code=true"):
+    with pytest.raises(ValueError):
         Code()
 
 
 @pytest.mark.parametrize("tests", ["", "# none", "assert (", "\0", "x = 1", "import math"])
 def test_tests_that_test_nothing_are_refused(tests: str) -> None:
-    with pytest.raises(RowRefused, match=r"grader\.bad_tests"):
+    with pytest.raises(RowRefused) as refused:
         Code(allow_code=True).check_expected(tests)
+    assert refused.value.rule == "grader.bad_tests"
 
 
 HOSTILE = {

@@ -100,10 +100,12 @@ def test_tolerance(reply: str, expected: str, tolerance: float, score: float) ->
 
 
 def test_an_expected_text_without_a_number_is_refused() -> None:
-    with pytest.raises(RowRefused, match=r"grader\.no_number"):
+    with pytest.raises(RowRefused) as refused:
         Number().check_expected("twelve")
-    with pytest.raises(RowRefused, match=r"grader\.no_expected"):
+    assert refused.value.rule == "grader.no_number"
+    with pytest.raises(RowRefused) as refused:
         Number().check_expected(None)
+    assert refused.value.rule == "grader.no_expected"
 
 
 def test_huge_replies_take_little_time() -> None:

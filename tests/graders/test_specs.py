@@ -49,7 +49,7 @@ def test_every_grader_is_its_own_frozen_configuration(name: str) -> None:
     grader = GRADERS[name].model_validate(NEEDED.get(name, {}))
     assert grader.method == name
     assert GRADERS[name].model_validate(grader.model_dump(mode="json")) == grader
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(ValidationError):
         grader.method = "other"
     with pytest.raises(ValidationError):
         GRADERS[name].model_validate({**NEEDED.get(name, {}), "nothing": 1})

@@ -219,7 +219,7 @@ def test_a_model_that_scores() -> None:
     for bad in ("no idea", "6", Failure("judge.failed", "it is gone")):
         with pytest.raises(GradingFailed):
             one(grader.with_models(Opens(bad)), "Rome")
-    with pytest.raises(ValidationError, match="range"):
+    with pytest.raises(ValidationError):
         ScoreModel.model_validate({"model": "judge", "input": turns, "range": [1, 1]})
 
 

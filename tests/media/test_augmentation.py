@@ -85,7 +85,7 @@ def test_off_unless_asked_for() -> None:
 
 def test_a_row_without_words_cannot_be_changed() -> None:
     plain = Example(np.arange(3), np.zeros(3, dtype=np.float32), 0)
-    with pytest.raises(ValueError, match="words"):
+    with pytest.raises(ValueError):
         Augmentation(delete=0.1).change(plain, np.random.default_rng(0))
     framed = Example(np.arange(2), np.zeros(2, np.float32), 0, word_T=np.array([-1, -1]))
     assert Augmentation(delete=0.9).change(framed, np.random.default_rng(0)) is framed

@@ -312,5 +312,6 @@ def test_fields_beside_prompts_are_made_json_before_anything_is_written() -> Non
     ]
     assert task.records(rows) == [{"prompt": "Hi", "when": "2026-11-26"}]
     bad = [InputRow("rows.parquet", 2, {"x": float("nan")}, PromptOnly("rows.parquet", 2, "Hi"))]
-    with pytest.raises(DataError, match=r"rows\.parquet:2"):
+    with pytest.raises(DataError) as refused:
         task.records(bad)
+    assert refused.value.rule == "convert.container"

@@ -162,14 +162,15 @@ def test_real_runs_make_a_curve_and_store_nothing(
 
 def test_shares_and_rows_that_make_no_curve(labelled: Path, family_folder: Any) -> None:
     base = str(family_folder("bert"))
-    for shares, more, said in (
-        ((0.5, 1.0), {}, "give 4 or more different shares"),
-        ((0.1, 0.2, 0.5, 1.5), {}, "give 4 or more different shares"),
-        ((0.01, 0.2, 0.5, 1.0), {}, "8 training rows in its smallest"),
-        (SHARES, {"data__validation_share": 0}, "needs held-out rows"),
+    for shares, more, rule in (
+        ((0.5, 1.0), {}, "curve.shares"),
+        ((0.1, 0.2, 0.5, 1.5), {}, "curve.shares"),
+        ((0.01, 0.2, 0.5, 1.0), {}, "curve.too_few_rows"),
+        (SHARES, {"data__validation_share": 0}, "curve.too_few_rows"),
     ):
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError) as refused:
             luthier.learning_curve(labelled, base=base, shares=shares, **more)
+        assert refused.value.rule == rule
     wrong = CliRunner().invoke(app, ["learning-curve", str(labelled), "--shares", "a,b"])
     assert wrong.exit_code == 2
     assert learning_curve is module.learning_curve

@@ -280,8 +280,9 @@ def test_bad_data_is_refused_before_the_first_trial(
 
 def test_names_that_are_taken_are_refused(recipe: Callable[..., Recipe]) -> None:
     train(recipe("taken", max_steps=1))
-    with pytest.raises(RunConflict, match="tiny-llama:taken"):
+    with pytest.raises(RunConflict) as refused:
         search(recipe("taken"), 2)
+    assert refused.value.rule == "run.name_taken"
     with pytest.raises(Broken):
         search(recipe("begun"), 2, [RATES], reporter=BreakingReporter(5))
     with pytest.raises(RunConflict):

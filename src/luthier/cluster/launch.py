@@ -254,7 +254,8 @@ def recipe_text(recipe: Recipe, name: str, moved: Mapping[str, str]) -> str:
     except UnicodeEncodeError as error:
         raise RecipeError(
             f"{one_line(text[max(0, error.start - 40) : error.end])!r} is a name that is no UTF-8, "
-            "which no recipe can hold; rename the file"
+            "which no recipe can hold; rename the file",
+            rule="recipe.encoding",
         ) from error
     # Whatever is not printable stands between quotes, where TOML has an escape for it.
     return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)

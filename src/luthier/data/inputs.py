@@ -347,15 +347,17 @@ def parse_processor(fields: Any, path: Path) -> Processor:
         name = fields.get("feature_extractor_type", "without a type")
         raise UnknownModel(f"the preprocessor {name} is not supported")
     except UnknownModel as error:
-        raise UnknownModel(f"{path}: {error}") from error
+        raise UnknownModel(f"{path}: {error}", rule="processor.unknown") from error
     except ValidationError as error:
         first = error.errors()[0]
         setting, value = ".".join(map(str, first["loc"])), str(first["input"])[:80]
-        raise CorruptFile(f"{path}: {setting}={value}: {describe_constraint(first)}") from error
+        raise CorruptFile(
+            f"{path}: {setting}={value}: {describe_constraint(first)}", rule="processor.invalid"
+        ) from error
     except KeyError as error:
-        raise CorruptFile(f"{path}: {error} is missing") from error
+        raise CorruptFile(f"{path}: {error} is missing", rule="processor.invalid") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CorruptFile(f"{path} cannot be read: {error}") from error
+        raise CorruptFile(f"{path} cannot be read: {error}", rule="processor.invalid") from error
 
 
 def save_processor(processor: Processor, folder: Path) -> None:

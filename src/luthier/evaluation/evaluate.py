@@ -270,7 +270,8 @@ def check(rows: Sequence[Row], graders: Mapping[str, Grader]) -> None:
         ):
             raise RecipeError(
                 "every row ends with words, so grader `tool_calls` would only see that nothing is "
-                "called there. Ask for the turns that call with `turns=calls`."
+                "called there. Ask for the turns that call with `turns=calls`.",
+                rule="grader.no_calls",
             )
     questions(rows)
     check_rows(list(graders.values()), [Answer.of(row, "") for row in rows])

@@ -29,8 +29,8 @@ TOP_LOGPROBS = 20
 class InferenceRefused(RefusedInput):
     """A request that cannot be answered as it is. ``parameter`` is the field that is wrong."""
 
-    def __init__(self, message: str, parameter: str | None = None) -> None:
-        super().__init__(message, location=Location(field=parameter or ""))
+    def __init__(self, message: str, parameter: str | None = None, rule: str = "") -> None:
+        super().__init__(message, rule=rule, location=Location(field=parameter or ""))
         self.parameter = parameter
 
 
@@ -48,7 +48,7 @@ class InferenceFailed(LuthierError):
     """
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message, rule=code)
         self.code = code
 
     @staticmethod

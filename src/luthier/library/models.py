@@ -495,8 +495,10 @@ def check_whole(model: StoredModel) -> None:
         if path.suffix in _PICTURES:  # they decide nothing
             continue
         if not is_there:
-            raise CorruptFile(f"{path} is missing; {_RESTORE}")
-        raise CorruptFile(f"{path} is not what was stored (its SHA-256 differs); {_RESTORE}")
+            raise CorruptFile(f"{path} is missing; {_RESTORE}", rule="file.missing")
+        raise CorruptFile(
+            f"{path} is not what was stored (its SHA-256 differs); {_RESTORE}", rule="file.changed"
+        )
 
 
 def changed_files(

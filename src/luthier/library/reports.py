@@ -113,7 +113,8 @@ def reports_of(model: StoredModel) -> list[StoredReport]:
         digest = sha256_of(path)
         if path.stem != f"{report.kind}-{digest[:16]}":
             raise CorruptFile(
-                f"{path} no longer has the bytes that were recorded (SHA-256 differs): {REMEDY}"
+                f"{path} no longer has the bytes that were recorded (SHA-256 differs): {REMEDY}",
+                rule="report.changed",
             )
         found.append(StoredReport(f"{REPORTS}/{path.name}", digest, report))
     return sorted(found, key=lambda each: (each.report.created, each.name))

@@ -206,7 +206,8 @@ def read_network_fields(folder: Path) -> dict[str, Any]:
     if not weight_files(folder):
         raise UnknownModel(
             f"{folder} has no .safetensors file. Pickled weights (.bin, .pt) can run code and are "
-            "never loaded; convert them with save_pretrained(..., safe_serialization=True)."
+            "never loaded; convert them with save_pretrained(..., safe_serialization=True).",
+            rule="pipeline.file_missing",
         )
     check_shards(folder)
     return fields
@@ -226,7 +227,8 @@ def read_fields(path: Path) -> dict[str, Any]:
                 "into its base first, as by PEFT's `merge_and_unload`"
             )
         raise UnknownModel(
-            f"{path.parent} has no {path.name}, so it is not a whole Hugging Face model folder"
+            f"{path.parent} has no {path.name}, so it is not a whole Hugging Face model folder",
+            rule="pipeline.file_missing",
         )
     fields = read_json(path)
     if not isinstance(fields, dict):
@@ -250,7 +252,8 @@ def check_shards(folder: Path) -> None:
         if odd := [each for each in named if not str(each).endswith(".safetensors")]:
             raise UnknownModel(
                 f"{path} names {odd[0]}, which is no .safetensors file. Pickled weights (.bin) can run "
-                "code and are never loaded"
+                "code and are never loaded",
+                rule="pipeline.file_missing",
             )
 
 
@@ -360,7 +363,8 @@ def check_lone_weights(path: Path) -> None:
         what, cure = "the weights of a model in a folder", f"name the folder: {path.parent}"
     raise UnknownModel(
         f"{path} holds {what}. A VGG of torchvision (features.0.weight, classifier.6.weight) is all "
-        f"that is known by its weights alone; {cure}"
+        f"that is known by its weights alone; {cure}",
+        rule="model.weights",
     )
 
 

@@ -72,7 +72,8 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
     if index.get("_class_name") != PIPELINE:
         raise UnknownModel(
             f"{folder} is a {index.get('_class_name', 'pipeline without a name')}, and of pipelines of "
-            f"diffusers {PIPELINE} (Stable Diffusion 1 and 2) can be tuned here"
+            f"diffusers {PIPELINE} (Stable Diffusion 1 and 2) can be tuned here",
+            rule="pipeline.class",
         )
     for part, known in PARTS.items():
         named = index.get(part)
@@ -80,25 +81,36 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
         if found not in known:
             raise UnknownModel(
                 f"the {part} of the pipeline in {folder} is of class {found}, and {known[0]} is known "
-                "here"
+                "here",
+                rule="pipeline.class",
             )
     unet, vae, text_encoder = (read_network_fields(folder / part) for part in NETWORKS)
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
         raise UnknownModel(
             f"the unet in {folder} reads {unet.get('in_channels')} channels, and latents have "
             f"{vae.get('latent_channels')}: one that reads more beside them (for inpainting) is not "
-            "known here"
+            "known here",
+            rule="pipeline.setting",
         )
     if odd := [name for name in ("in_channels", "out_channels") if vae.get(name, 3) != 3]:
         raise UnknownModel(f"the vae in {folder} has {odd[0]}={vae[odd[0]]}, and images have 3")
     if further := [name for name in _FURTHER_INPUTS if unet.get(name) is not None]:
-        raise UnknownModel(f"the unet in {folder} has {further[0]}, which is not known here")
+        raise UnknownModel(
+            f"the unet in {folder} has {further[0]}, which is not known here",
+            rule="pipeline.setting",
+        )
     scheduler = read_fields(folder / "scheduler" / "scheduler_config.json")
     if unread := [name for name in _UNREAD_NOISE if scheduler.get(name)]:
-        raise UnknownModel(f"the scheduler in {folder} has {unread[0]}, which is not known here")
+        raise UnknownModel(
+            f"the scheduler in {folder} has {unread[0]}, which is not known here",
+            rule="pipeline.setting",
+        )
     scale = vae.get("scaling_factor", 1)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
-        raise CorruptFile(f"the vae in {folder} has scaling_factor={scale}, not a number above 0")
+        raise CorruptFile(
+            f"the vae in {folder} has scaling_factor={scale}, not a number above 0",
+            rule="pipeline.setting",
+        )
     return {
         "model_type": MODEL_TYPE,
         "image_size": _image_size(folder, unet, vae),
@@ -116,7 +128,8 @@ def _image_size(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> list
     if not isinstance(stages, list) or not 0 < len(stages) <= _MOST_STAGES:
         raise CorruptFile(
             f"the vae in {folder} has block_out_channels={str(stages)[:80]}, not a list of at most "
-            f"{_MOST_STAGES} numbers"
+            f"{_MOST_STAGES} numbers",
+            rule="pipeline.setting",
         )
     size = unet.get("sample_size") or _LATENT_SIZE
     sides = size if isinstance(size, list) else [size, size]
@@ -126,7 +139,8 @@ def _image_size(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> list
     ):
         raise CorruptFile(
             f"the unet in {folder} has sample_size={str(size)[:80]}, not a number, or two, for images "
-            f"of at most {_LARGEST_SIDE:,} pixels a side"
+            f"of at most {_LARGEST_SIDE:,} pixels a side",
+            rule="pipeline.setting",
         )
     return [side * factor for side in sides]
 

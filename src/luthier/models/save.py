@@ -104,7 +104,10 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     odd = odd or [n for n, weight in weights.items() if weight.shape != saved[n].shape]
     if odd:
         odd = odd[:3]
-        raise CorruptFile(f"{folder / ADAPTER} does not fit the network: {', '.join(odd)} …")
+        raise CorruptFile(
+            f"{folder / ADAPTER} does not fit the network: {', '.join(odd)} …",
+            rule="weights.layers",
+        )
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved[name])

@@ -137,7 +137,8 @@ class Contrastive(Objective):
         if captions and (not chat.has_tokenizer or chat.start_id is not None):
             raise RecipeError(
                 "images with captions are learned by contrast with an encoder of images beside one of "
-                "texts. Name a CLIP by folder or hub id, such as `base=openai/clip-vit-base-patch32`"
+                "texts. Name a CLIP by folder or hub id, such as `base=openai/clip-vit-base-patch32`",
+                rule="objective.network",
             )
         if self.temperature is not None or chat.media is None or captions:
             return self

@@ -109,7 +109,10 @@ def learning_curve(
     reporter = reporter or Reporter()
     chosen = sorted(set(shares))
     if len(chosen) < FEWEST_SHARES or not 0 < chosen[0] <= chosen[-1] <= 1:
-        raise RecipeError(f"give {FEWEST_SHARES} or more different shares above 0 and up to 1")
+        raise RecipeError(
+            f"give {FEWEST_SHARES} or more different shares above 0 and up to 1",
+            rule="curve.shares",
+        )
     recipe = with_base(recipe, reporter)
     base = find(recipe.base, reporter.stage)
     parent = luthier_home() / "learning-curves"
@@ -126,7 +129,8 @@ def learning_curve(
     if round(chosen[0] * rows) < FEWEST_ROWS or not job.data.validation:
         raise RecipeError(
             f"a learning curve needs held-out rows, and {FEWEST_ROWS} training rows in its smallest "
-            f"share; there are {rows:,} training and {len(job.data.validation):,} held-out rows"
+            f"share; there are {rows:,} training and {len(job.data.validation):,} held-out rows",
+            rule="curve.too_few_rows",
         )
     with lock_folder(folder, f"the learning curve {name}"):
         points, done = [], folder / "points.json"

@@ -189,7 +189,8 @@ class _Search:
         if not is_resumed(path, asked, f"search {self.recipe.name}", resume) and started:
             raise RunConflict(
                 f"{self.run_folder.model_id} exists, and the best model would get that name; choose "
-                "another --name"
+                "another --name",
+                rule="run.name_taken",
             )
         write_json(path, request)
 

@@ -55,5 +55,6 @@ def test_networks_of_texts_are_no_players() -> None:
     from transformers import BertConfig
 
     nets.register("dcgan")
-    with pytest.raises(RecipeError, match="cannot be a generator of images with its discriminator"):
+    with pytest.raises(RecipeError) as refused:
         auto_class(BertConfig(), "adversarial")
+    assert refused.value.rule == "network.head"

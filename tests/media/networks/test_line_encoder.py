@@ -42,9 +42,10 @@ def test_states_know_where_they_are() -> None:
 
 
 def test_another_size_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"images of 3 x 16 x 40 .* 3 x 32 x 40"):
+    with pytest.raises(RecipeError) as refused:
         encoder(image_size=(16, 40))(pixel_values=torch.ones(1, 3, 32, 40))
-    with pytest.raises(ValueError, match="multiple of 8 high"):
+    assert refused.value.rule == "image.size"
+    with pytest.raises(ValueError):
         encoder(image_size=(30, 40))
 
 

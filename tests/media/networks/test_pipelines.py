@@ -80,8 +80,9 @@ def test_other_pipelines_are_refused(
     folder: Path, name: str, fields: dict[str, Any], refusal: str
 ) -> None:
     change(folder / name, **fields)
-    with pytest.raises(UnknownModel, match=refusal):
+    with pytest.raises(UnknownModel) as refused:
         ModelFolder(folder).check()
+    assert refused.value.rule in {"pipeline.class", "pipeline.setting"}
 
 
 @pytest.mark.parametrize(
@@ -101,8 +102,9 @@ def test_sizes_that_no_pipeline_has_are_refused(
     folder: Path, name: str, fields: dict[str, Any], refusal: str
 ) -> None:
     change(folder / name / "config.json", **fields)
-    with pytest.raises(CorruptFile, match=refusal):
+    with pytest.raises(CorruptFile) as refused:
         ModelFolder(folder).check()
+    assert refused.value.rule == "pipeline.setting"
 
 
 @pytest.mark.parametrize(
@@ -119,22 +121,26 @@ def test_parts_that_cannot_be_built_are_refused(
 def test_pickled_weights_are_refused_by_the_part_that_has_them(folder: Path) -> None:
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(UnknownModel, match=r"vae has no \.safetensors file.*never loaded"):
+    with pytest.raises(UnknownModel) as refused:
         ModelFolder(folder).check()
+    assert refused.value.rule == "pipeline.file_missing"
 
 
 @pytest.mark.parametrize("shards", [{"a": "x.bin"}, {"a": "x.safetensors", "b": ["y"]}, None, []])
 def test_an_index_of_pickled_weights_is_refused(folder: Path, shards: Any) -> None:
     index = folder / "text_encoder" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": shards}))
-    with pytest.raises(UnknownModel, match=r"index\.json names .*, which is no \.safetensors file"):
+    with pytest.raises(UnknownModel) as refused:
         ModelFolder(folder).check()
+    assert refused.value.rule == "pipeline.file_missing"
     alone = shutil.copytree(index.parent, folder.parent / "alone")
-    with pytest.raises(UnknownModel, match="never loaded"):
+    with pytest.raises(UnknownModel) as refused:
         ModelFolder(alone).check()
+    assert refused.value.rule == "pipeline.file_missing"
 
 
 def test_a_part_that_is_missing_is_named(folder: Path) -> None:
     shutil.rmtree(folder / "scheduler")
-    with pytest.raises(UnknownModel, match=r"scheduler has no scheduler_config\.json"):
+    with pytest.raises(UnknownModel) as refused:
         ModelFolder(folder).check()
+    assert refused.value.rule == "pipeline.file_missing"

@@ -83,8 +83,9 @@ def test_what_reads_images_and_captions_stays_as_it_is(model: Any) -> None:
 
 
 def test_sizes_that_latents_cannot_have_are_refused(model: Any) -> None:
-    with pytest.raises(RecipeError, match="multiples of 2, and these are 16 x 17"):
+    with pytest.raises(RecipeError) as refused:
         model.latent_shape((3, 16, 17))
+    assert refused.value.rule == "image.size"
 
 
 def test_a_sketch_has_the_weights_of_the_network(
@@ -125,5 +126,6 @@ def test_a_weight_that_is_missing_is_named(
     gone = next(name for name in weights if name.endswith("weight"))
     del weights[gone]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UnknownModel, match=rf"1 are missing .*{part}\."):
+    with pytest.raises(UnknownModel) as refused:
         load_model(tmp_path, torch.float32, CPU, HEAD)
+    assert refused.value.rule == "model.weights_missing"

@@ -92,34 +92,33 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     state = dict(model.state_dict())
     del state["classifier.6.bias"]
     save_file(state, file)
-    with pytest.raises(UnknownModel, match=r"no VGG with 11 layers: classifier\.bias differ"):
+    with pytest.raises(UnknownModel) as refused:
         find(str(file))
+    assert refused.value.rule == "model.weights"
     save_file({"features.0.weight": torch.zeros(2), "classifier.6.weight": torch.zeros(2)}, file)
-    with pytest.raises(UnknownModel, match=r"has 8, 10, 13, 16 convolutions .* has 0 and 0"):
+    with pytest.raises(UnknownModel) as refused:
         find(str(file))
+    assert refused.value.rule == "model.weights"
 
 
 def test_what_is_no_vgg_is_said_before_it_is_copied(tmp_path: Path, luthier_home: Path) -> None:
     file = tmp_path / "model.safetensors"
-    for names, what in (
-        ("abcd", r"holds 4 tensors \(a, b, c, …\)\. .* name a folder with its config\.json"),
-        (
-            ["q.lora_A.weight"],
-            r"holds an adapter \(q\.lora_A\.weight\)\. .* merge it into its model",
-        ),
-    ):
+    for names in ("abcd", ["q.lora_A.weight"]):
         save_file({name: torch.zeros(2) for name in names}, file)
-        with pytest.raises(UnknownModel, match=what):
+        with pytest.raises(UnknownModel) as refused:
             find(str(file))
+        assert refused.value.rule == "model.weights"
     save_file({"a": torch.zeros(2)}, file)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UnknownModel, match=f"a model in a folder.* name the folder: {tmp_path}"):
+    with pytest.raises(UnknownModel) as refused:
         find(str(file))
+    assert refused.value.rule == "model.weights"
     file.write_bytes(b"no weights")
-    with pytest.raises(CorruptFile, match="cannot be read: "):
+    with pytest.raises(CorruptFile) as refused:
         find(str(file))
+    assert refused.value.rule == "file.unreadable"
     assert not (luthier_home / "models").exists()
-    with pytest.raises(ValueError, match="11, 13, 16, 19 layers, and not 12"):
+    with pytest.raises(ValueError):
         vgg.Config(12)
 
 

@@ -110,8 +110,9 @@ def test_the_words_of_captions_are_known_and_others_are_not(prepared: Prepare) -
     wanted = torch.zeros(8)
     wanted[[0, 3, 6]] = 3**-0.5
     torch.testing.assert_close(told[0], wanted)
-    with pytest.raises(RecipeError, match="has a word of 'zebra'"):
+    with pytest.raises(RecipeError) as refused:
         objective.check_prompt("zebra")
+    assert refused.value.setting == "prompt"
     objective.check_prompt("a zebra")
     once = Diffusion().fit(ROWS["captions"][:2], None)  # type: ignore[arg-type]
     assert once.words == ("a", "red")  # a word of one caption says no more than its image
@@ -129,8 +130,9 @@ def test_rows_without_labels_are_learned_from_as_they_are(
     assert float(objective.loss(network, batch).total.detach()) > 0
     made = objective.sample(network, ["", ""], torch.Generator().manual_seed(0))
     assert made.shape == (2, 3, 9, 7)
-    with pytest.raises(RowRefused, match="no label that the training rows have"):
+    with pytest.raises(RowRefused) as refused:
         prepared()[0].encode(ROWS["images"][0], 0, load_chat_format(family_folder("unet")))
+    assert refused.value.rule == "label.unseen"
 
 
 @torch.no_grad()
@@ -181,26 +183,26 @@ def test_a_negative_prompt_stands_in_the_place_of_nothing(prepared: Prepare) -> 
 
 
 def test_a_negative_prompt_that_says_nothing_is_refused(prepared: Prepare) -> None:
-    for rows, text, words in (
-        ("labels", "cat", "for models that learned from captions"),
-        ("captions", "unheard-of", "no caption of the training rows has a word of"),
-    ):
+    for rows, text in (("labels", "cat"), ("captions", "unheard-of")):
         objective, _, _ = prepared(rows)
-        with pytest.raises(RecipeError, match=words) as refused:
+        with pytest.raises(RecipeError) as refused:
             objective.with_sampling(DenoisingSettings(negative_prompt=text))
         assert refused.value.setting == "negative_prompt"
-        with pytest.raises(RecipeError, match=words):
+        with pytest.raises(RecipeError) as refused:
             prepared(rows, negative_prompt=text)
+        assert refused.value.setting == "objective.negative_prompt"
 
 
 def test_what_is_asked_for_stands_in_for_what_was_stored() -> None:
     stored = Diffusion(num_inference_steps=7)
     asked = stored.with_sampling(DenoisingSettings(guidance_scale=3.0))
     assert (asked.num_inference_steps, asked.guidance_scale) == (7, 3.0)
-    with pytest.raises(RecipeError, match=r"eta must be 1 or less"):
+    with pytest.raises(RecipeError) as refused:
         stored.with_sampling(DenoisingSettings(eta=2.0))
+    assert refused.value.setting == "eta"
 
 
 def test_pixels_of_another_range_are_refused() -> None:
-    with pytest.raises(RecipeError, match="image_mean"):
+    with pytest.raises(RecipeError) as refused:
         Diffusion().bind(RunModels(ChatFormat.reading(ImageProcessor(9, 7))))
+    assert refused.value.rule == "image.range"

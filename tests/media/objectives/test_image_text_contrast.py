@@ -127,8 +127,9 @@ def test_a_temperature_that_is_asked_for_is_used(family_folder: Callable[[str], 
 
 def test_captions_need_an_encoder_of_texts(family_folder: Callable[[str], Path]) -> None:
     for family in ("small_cnn", "trocr"):
-        with pytest.raises(RecipeError, match="Name a CLIP by folder"):
+        with pytest.raises(RecipeError) as refused:
             Contrastive().fit(rows(), load_chat_format(family_folder(family)))
+        assert refused.value.rule == "objective.network"
 
 
 def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:

@@ -162,11 +162,13 @@ def test_images_are_those_of_diffusers_pipeline(
 def test_a_negative_prompt_must_fit_and_change_something(prepared: Callable[..., Prepared]) -> None:
     one = prepared(num_inference_steps=2)
     long = one.objective.with_sampling(DenoisingSettings(negative_prompt="a b " * 60))
-    with pytest.raises(RecipeError, match=r"the negative prompt has \d+ tokens") as refused:
+    with pytest.raises(RecipeError) as refused:
         long.sample(one.network, ["a cat"], torch.Generator().manual_seed(0))
     assert refused.value.setting == "negative_prompt"
-    with pytest.raises(RecipeError, match="changes nothing where guidance_scale is 1"):
+    assert refused.value.setting == "negative_prompt"
+    with pytest.raises(RecipeError) as refused:
         one.objective.with_sampling(DenoisingSettings(guidance_scale=1, negative_prompt="a"))
+    assert refused.value.setting == "negative_prompt"
 
 
 @torch.no_grad()
@@ -190,15 +192,17 @@ def test_the_noise_and_its_use_are_those_of_the_base(prepared: Callable[..., Pre
     assert bound.reads_prompts and bound.sample_labels == () and bound.words == ()
     assert (bound._scale, bound._eta) == (7.5, 0.0)
     assert (Diffusion()._scale, Diffusion()._eta) == (2.0, 1.0)
-    with pytest.raises(RecipeError, match="trained with prediction_type=epsilon"):
+    with pytest.raises(RecipeError) as refused:
         prepared(prediction_type="v_prediction")
+    assert refused.value.setting == "objective.prediction_type"
     stored, folder = Diffusion.model_validate(bound.model_dump()), prepared().folder
     assert stored.bind(RunModels(load_chat_format(folder), ModelFolder(folder))) == bound
 
 
 def test_a_schedule_that_is_not_known_is_named(prepared: Callable[..., Prepared]) -> None:
-    with pytest.raises(RecipeError, match="has beta_schedule=laplace, which is not known"):
+    with pytest.raises(RecipeError) as refused:
         prepared({"beta_schedule": "laplace"})
+    assert refused.value.rule == "scheduler.invalid"
 
 
 def test_what_an_image_shows_is_said_by_caption_or_label(prepared: Callable[..., Prepared]) -> None:
@@ -238,10 +242,9 @@ def test_a_caption_that_is_too_long_is_refused_or_cut(prepared: Callable[..., Pr
     assert len(cut.target) == 48 and cut.target[-1] == example.target[-1]  # type: ignore[arg-type]
     assert one.objective.length_problem(cut, 48) is None
     one.network.model.eval()
-    with pytest.raises(
-        RecipeError, match="the prompt has 62 tokens, and the text encoder reads 48"
-    ):
+    with pytest.raises(RecipeError) as refused:
         one.objective.sample(one.network, ["z" * 60], torch.Generator())
+    assert refused.value.setting == "prompt"
 
 
 def test_lora_is_on_attention_and_nothing_else_moves(prepared: Callable[..., Prepared]) -> None:

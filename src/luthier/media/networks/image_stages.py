@@ -62,7 +62,8 @@ class ImagePreTrainedConfig(PreTrainedConfig):
             read, made = (" x ".join(map(str, each)) for each in (images.shape[1:], self.shape))
             raise RecipeError(
                 f"the network is made for images of {made} (channels, height, width), and these are "
-                f"{read}. Leave data.image_size out, or build a network of that size"
+                f"{read}. Leave data.image_size out, or build a network of that size",
+                rule="image.size",
             )
 
 

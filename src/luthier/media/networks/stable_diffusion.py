@@ -155,7 +155,8 @@ class StableDiffusion(StableDiffusionPreTrainedModel):
         _, height, width = image
         if height % factor or width % factor:
             raise RecipeError(
-                f"sides of images must be multiples of {factor}, and these are {height} x {width}"
+                f"sides of images must be multiples of {factor}, and these are {height} x {width}",
+                rule="image.size",
             )
         channels = int(self.vae.config.latent_channels)
         return (channels, height // factor, width // factor)

@@ -165,7 +165,8 @@ def write_folder(file: Path, folder: Path) -> None:
     if depth not in DEPTHS or linear < len(wanted):
         raise UnknownModel(
             f"{file} is no VGG: that has {', '.join(str(each - 3) for each in DEPTHS)} convolutions "
-            f"and three linear layers, and this has {len(convolutions)} and {linear}"
+            f"and three linear layers, and this has {len(convolutions)} and {linear}",
+            rule="model.weights",
         )
     ends, sizes = 0, list[int]()
     for count in DEPTHS[depth]:
@@ -186,7 +187,10 @@ def write_folder(file: Path, folder: Path) -> None:
     counters = sorted(name for name in own.keys() - given.keys() if name.endswith(_COUNTER))
     every = (own.keys() | given.keys()) - {*counters}
     if odd := sorted(name for name in every if own.get(name) != given.get(name)):
-        raise UnknownModel(f"{file} is no VGG with {depth} layers: {', '.join(odd[:3])} differ")
+        raise UnknownModel(
+            f"{file} is no VGG with {depth} layers: {', '.join(odd[:3])} differ",
+            rule="model.weights",
+        )
     if counters:
         zeros = {name.removeprefix("vgg."): torch.tensor(0) for name in counters}
         save_file(load_file(file) | zeros, folder / "model.safetensors", {"format": "pt"})

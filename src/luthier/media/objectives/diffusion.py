@@ -216,7 +216,8 @@ class Diffusion(Generative):
         if isinstance(reads, ImageProcessor) and {*reads.mean, *reads.std} != {0.5}:
             raise RecipeError(
                 "diffusion learns from pixels from -1 to 1, and the base model reads others. Set "
-                "image_mean and image_std to 0.5 in its preprocessor_config.json"
+                "image_mean and image_std to 0.5 in its preprocessor_config.json",
+                rule="image.range",
             )
         folder = models.network
         if folder is None or not folder.is_pipeline:
@@ -236,8 +237,9 @@ class Diffusion(Generative):
             first = error.errors()[0]
             name = str(first["loc"][0])
             raise RecipeError(
-                f"the scheduler of {folder} has {name}={noise.get(name)}, which is not known here: "
-                f"{describe_constraint(first)}"
+                f"the scheduler of {folder.path} has {name}={noise.get(name)}, which is not known here: "
+                f"{describe_constraint(first)}",
+                rule="scheduler.invalid",
             ) from error
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:

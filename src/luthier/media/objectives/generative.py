@@ -93,13 +93,15 @@ class Generative(Objective):
         if other.objective.task != "sequence_classification":
             raise RecipeError(
                 f"objective.feature_model is a classifier of images, and {self.feature_model} has no "
-                "classes; tune it on images with labels, and name the model that comes of it"
+                "classes; tune it on images with labels, and name the model that comes of it",
+                rule="objective.feature_model",
             )
         for each in (other.chat, models.chat):
             if each.reads != "image":
                 raise RecipeError(
                     "objective.feature_model compares images, and one of both networks reads "
-                    f"{PLURAL[each.reads]}; leave it out"
+                    f"{PLURAL[each.reads]}; leave it out",
+                    rule="objective.feature_model",
                 )
         return super().bind(models)
 

@@ -74,7 +74,8 @@ class ImageToText(Objective):
             raise RecipeError(
                 "objective image_to_text trains a network with an encoder of images and a decoder of "
                 "text, and this is none. Use base=small-ocr, or a VisionEncoderDecoder of transformers "
-                "such as TrOCR"
+                "such as TrOCR",
+                rule="objective.network",
             )
         if models.network is None or self.ctc_weight is not None:
             return super().bind(models)

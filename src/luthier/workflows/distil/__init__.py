@@ -78,13 +78,15 @@ def _objective(recipe: DistilRecipe) -> Objective:
     if recipe.teacher.url is not None:
         raise RecipeError(
             f"method {recipe.method} compares the networks themselves, and {recipe.teacher.url} gives "
-            "texts only. Use `method=responses`, or a teacher on this machine"
+            "texts only. Use `method=responses`, or a teacher on this machine",
+            rule="teacher.network",
         )
     fields = {} if recipe.objective is None else recipe.objective.model_dump(exclude_unset=True)
     if fields.get("method", name) != name:
         raise RecipeError(
             f"method {recipe.method} trains with objective {name}, and {fields['method']} was asked "
-            "for; leave objective.method out"
+            "for; leave objective.method out",
+            rule="objective.conflict",
         )
     fields |= {"method": name, "teacher": recipe.teacher.model}
     return OBJECTIVES[name].model_validate(fields)

@@ -260,7 +260,8 @@ class _Responses:
             f"only {found.accepted} of {found.prompts} prompts are accepted, and {least} are needed: "
             f"{counts}. {self.folder / INSIGHTS} has the reason for each. Give "
             f"{', or '.join(['more prompts', *advice, 'a lower `insights.minimum`'])}. The answers "
-            "are kept and will not be asked for again"
+            "are kept and will not be asked for again",
+            rule="distil.too_few",
         )
 
     def _lineage(self, teacher: ChatModel, found: InsightSummary) -> dict[str, Any]:
