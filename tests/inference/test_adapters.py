@@ -232,7 +232,7 @@ def test_a_pool_that_closes_while_answers_are_written_gives_all_back(
     for stream in streams:
         with pytest.raises(InferenceFailed) as refused:
             stream.whole()
-        assert refused.value.code == "ModelNotReady"
+        assert refused.value.code == "ServiceUnavailable"
     assert not caplog.records
 
 
@@ -285,7 +285,7 @@ def test_a_file_that_is_not_the_stored_one_is_named(
             record.write_text(json.dumps(fields))
         with pytest.raises(InferenceFailed) as failed:
             pool.submit(NAMES[0], asked())
-        assert failed.value.code == "ModelNotReady"
+        assert failed.value.code == "ModelError"
         assert failed.value.code == "ModelError"
         with pytest.raises(CorruptFile) as refused:
             Generator.open(find(NAMES[0]))

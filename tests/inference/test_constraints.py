@@ -292,7 +292,6 @@ def test_patterns_and_grammars_that_are_refused(tokenizer: Any, kind: Any, text:
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer))
     with pytest.raises(InferenceRefused) as refused:
         constraints.matcher(Constraint(kind, text))
-    assert (getattr(refused.value, "parameter", None) or refused.value.rule) in {"grammar", "regex"}
     assert refused.value.parameter == kind and len(str(refused.value)) < 500
     assert not constraints.matcher(Constraint("regex", "a+")).is_finished
 

@@ -492,7 +492,7 @@ def test_a_closed_decoder_says_so(tiny_model_folder: Path, in_float32: None) -> 
         list(stream)
     with pytest.raises(InferenceFailed) as refused:
         made.submit(asked("Hi"))
-    assert refused.value.code == "ModelNotReady"
+    assert refused.value.code == "ServiceUnavailable"
 
 
 def test_who_waits_too_long_is_told_that_the_model_is_busy(

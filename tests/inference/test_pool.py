@@ -335,7 +335,7 @@ def test_who_hung_up_has_nothing_more_embedded(
     monkeypatch.setattr(reader._batcher, "_most", 1)
     with cancelled_by(works.append), pytest.raises(InferenceFailed) as refused:
         pool.embed(encoder, ["Hi"] * 50)
-    assert refused.value.code == "ModelNotReady"
+    assert refused.value.code == "ServiceUnavailable"
     assert len(done) == 3
 
 

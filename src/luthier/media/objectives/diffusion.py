@@ -237,7 +237,7 @@ class Diffusion(Generative):
             first = error.errors()[0]
             name = str(first["loc"][0])
             raise RecipeError(
-                f"the scheduler of {folder.path} has {name}={noise.get(name)}, which is not known here: "
+                f"the scheduler of {folder.path} has {name}={noise.get(name)}, which is unknown: "
                 f"{describe_constraint(first)}",
                 rule="scheduler.invalid",
             ) from error
