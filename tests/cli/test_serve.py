@@ -44,7 +44,7 @@ def test_a_backend_that_is_not_there_is_refused_at_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LUTHIER_BACKEND", "warp")
-    assert "LUTHIER_BACKEND is 'warp', and there" in refused()
+    assert "LUTHIER_BACKEND" in refused()
 
 
 @pytest.mark.parametrize("port", ["-1", "80000"])

@@ -363,7 +363,7 @@ def test_custom_models_are_tuned_further_and_know_where_they_come_from(
     assert four.network_folder == find("tiny-llama:three").folder
     assert len(luthier.load("tiny-llama:four").generate(["say fox"], max_tokens=4)) == 1
     with pytest.raises(RecipeError, match="tiny-llama:two was made from tiny-llama:one"):
-        remove_model("tiny-llama:one", True)
+        remove_model("tiny-llama:one")
     shutil.rmtree(find("tiny-llama:one").folder)
     # A whole network needs no ancestors, an adapter does.
     assert lineage(find("tiny-llama:three"))[-1] == "tiny-llama:two (not here)"

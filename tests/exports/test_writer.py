@@ -264,7 +264,7 @@ def test_a_second_one_before_every_row_is_refused(name: str, tmp_path: Path) -> 
     with pytest.raises(RecipeError) as refused:
         export(both, tmp_path / "merged", merged=True)
     assert refused.value.rule == "export.unmergeable"
-    remove_model("tiny-llama:again", json_=True)
+    remove_model("tiny-llama:again")
 
 
 def test_an_adapter_on_an_adapter_is_exported_merged_only(tmp_path: Path) -> None:

@@ -144,9 +144,9 @@ def test_a_base_model_comes_out_that_everything_else_takes(
     )
     assert tuned.model_id == "mine:more"
     with pytest.raises(RecipeError):
-        remove_model("mine", json_=False)
-    remove_model("mine:more", json_=False)
-    remove_model("mine", json_=False)
+        remove_model("mine")
+    remove_model("mine:more")
+    remove_model("mine")
     with pytest.raises(UnknownModel):
         find("mine")
     assert not any((luthier_home / "pretraining").glob("mine"))
@@ -222,7 +222,7 @@ def test_an_adapter_of_a_base_is_a_custom_model(
     assert luthier.load("mine:more").generate(["The fox sees"], max_tokens=8)[0]
     certificate = luthier.certificate("mine:more")
     assert certificate.curves["train"]
-    remove_model("mine:more", json_=False)
+    remove_model("mine:more")
     with pytest.raises(RecipeError):
         made(fields(adaptation="lora"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -66,7 +66,7 @@ app = CommandGroup(
 COMMAND_GROUPS = {
     import_app: "import", admin_app: "admin", models_app: "models"
 }  # fmt: skip
-PANELS: dict[str, Sequence[Command | Callable[..., None] | CommandGroup]] = {
+PANELS: dict[str, Sequence[Command | CommandGroup]] = {
     "Data": (
         Command(inspect, show_report),
         Command(clean, show_cleaning),
@@ -106,7 +106,7 @@ PANELS: dict[str, Sequence[Command | Callable[..., None] | CommandGroup]] = {
         Command(certificate, show_certificate),
         Command(verify, show_verification),
     ),
-    "Serve": (serve, admin_app),
+    "Serve": (Command(serve, has_json=False), admin_app),
     "Manage": (
         models_app,
         Command(push, show_push),
@@ -119,10 +119,8 @@ for panel, commands in PANELS.items():
     for command in commands:
         if isinstance(command, Command):
             app.add(command, panel)
-        elif isinstance(command, CommandGroup):
-            app.add_typer(command, name=COMMAND_GROUPS[command], rich_help_panel=panel)
         else:
-            app.command(rich_help_panel=panel)(command)
+            app.add_typer(command, name=COMMAND_GROUPS[command], rich_help_panel=panel)
 # What ends it by surprise goes into its log with its traceback.
 typer.Typer.command(app, "worker", hidden=True)(worker)
 

@@ -20,7 +20,6 @@ import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
@@ -257,22 +256,6 @@ class CommandGroup(typer.Typer):
             help=help, no_args_is_help=True, cls=_Group, context_settings=width, **settings
         )
         self.extra = extra
-
-    def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
-        """As of typer; the parameter ``json_`` of a command says whether a program reads."""
-        register = super().command(name, cls=_Command, **settings)
-
-        def add(function: Callable[..., None]) -> Callable[..., None]:
-            @wraps(function)
-            def run(**options: Any) -> None:
-                with errors(options.get("json_", False)), extra(self.extra):
-                    check_processes(False)
-                    function(**options)
-
-            register(run)
-            return function
-
-        return add
 
     def add(self, command: Command, panel: str | None = None) -> None:
         """Register a command under a heading of the group's help."""

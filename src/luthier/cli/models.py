@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,28 +17,28 @@ from luthier.cli.console import (
     new_console,
     new_table,
     note,
-    print_json,
     print_table,
     print_text,
 )
 from luthier.cli.export import export, show_export
-from luthier.cli.options import Json
-from luthier.cli.service import ServiceDatabase, open_database, service_names
+from luthier.cli.service import (
+    Record,
+    ServiceDatabase,
+    open_database,
+    service_names,
+    show_record,
+)
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.engine.runs import Run
     from luthier.library.models import StoredModel
     from luthier.workflows.capabilities import Capabilities
 
-models_app = CommandGroup("List, show, fetch, export and remove models.")
-models_app.add(Command(export, show_export))
 
-
-@models_app.command("list")
-def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
+def list_models(*, database: ServiceDatabase = None) -> Record:
     """List base models, custom models and interrupted runs."""
-    from luthier.data.inputs import PLURAL
     from luthier.engine.runs import unfinished_runs
     from luthier.files import explain_unreadable_home
     from luthier.library.folders import is_base_here
@@ -75,9 +75,14 @@ def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
     ]
     if unreadable := explain_unreadable_home():
         note(unreadable)
-    if json_:
-        print_json({"base": bases, "custom": custom, "unfinished": unfinished})
-        return
+    return {"base": bases, "custom": custom, "unfinished": unfinished}
+
+
+def show_list(found: Record) -> None:
+    """Print base models, custom models and interrupted runs as tables."""
+    from luthier.data.inputs import PLURAL
+
+    bases, custom, unfinished = found["base"], found["custom"], found["unfinished"]
     table = new_table("base model", "parameters", "context", "reads", "licence", "here")
     table.columns[0].no_wrap = True
     for base in bases:
@@ -196,9 +201,12 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
     }
 
 
-@models_app.command("show")
-def show_model(model: str, json_: Json = False) -> None:
-    """Show a model's record, files and integrity."""
+def show_model(model: str) -> Record:
+    """Show a model's record, files and integrity.
+
+    Args:
+        model: Model id.
+    """
     from luthier.library.folders import is_base_here
     from luthier.library.models import described_base, find
     from luthier.models.catalog import CATALOG
@@ -212,7 +220,7 @@ def show_model(model: str, json_: Json = False) -> None:
             raise
     else:
         stored = described_base(entry)
-    details = {
+    return {
         "id": stored.id,
         "folder": str(stored.folder),
         "lineage": lineage(stored),
@@ -220,13 +228,21 @@ def show_model(model: str, json_: Json = False) -> None:
         **({} if stored.folder.is_dir() else {"here": False}),
         "files": _files(stored),
     }
-    if json_:
-        print_json(details)
-        return
-    print_text(stored.id)
+
+
+def print_model(details: Record) -> None:
+    """Print the main facts of a model."""
+    from luthier.library.folders import is_base_here
+    from luthier.library.models import described_base, find
+    from luthier.models.catalog import CATALOG
+
+    model = details["id"]
+    is_here = model not in CATALOG or is_base_here(model)
+    stored = find(model) if is_here else described_base(CATALOG[model])
+    print_text(model)
     for name, text in _summary(stored, details["files"]):
         print_text(f"  {name:<13} {text}")
-    print_text(f"all that its record says: luthier models show {stored.id} --json")
+    print_text(f"the whole record: luthier models show {model} --json")
 
 
 def _run_of(model: str) -> Run | None:
@@ -367,26 +383,31 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-@models_app.command("capabilities")
-def show_capabilities(
-    model: Annotated[
-        str | None, typer.Argument(help="Model; all base models of the list when not given.")
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """List a model's objectives and adaptations that fit here."""
+@dataclass(frozen=True)
+class ModelCapabilities:
+    """What models can be trained for on this machine."""
+
+    models: list[Capabilities]
+
+
+def capabilities(model: Annotated[str | None, typer.Argument()] = None) -> ModelCapabilities:
+    """List a model's objectives and adaptations that fit here.
+
+    Args:
+        model: Model id; all base models by default.
+    """
     with heavy_imports():
         from luthier.library.models import pretrained_models
         from luthier.models.catalog import CATALOG
-        from luthier.workflows.capabilities import capabilities
+        from luthier.workflows.capabilities import capabilities as run
 
     names = [model] if model else [*CATALOG, *(each.id for each in pretrained_models())]
-    found = [capabilities(name) for name in names]
-    if json_:
-        plain = [asdict(each) for each in found]
-        print_json(plain[0] if model else {"models": plain})
-        return
-    for each in found:
+    return ModelCapabilities([run(name) for name in names])
+
+
+def show_capabilities(found: ModelCapabilities) -> None:
+    """Print a table of objectives and adaptations for each model."""
+    for each in found.models:
         _print_capabilities(each)
 
 
@@ -432,42 +453,43 @@ def _print_capabilities(found: Capabilities) -> None:
         out.print(f"  refused: {', '.join(names)}: {reason}", markup=False, soft_wrap=True)
 
 
-@models_app.command("pull")
-def pull_model(model: str, json_: Json = False) -> None:
-    """Fetch a base model."""
-    from luthier.cli.progress import LiveReporter
+def pull_model(model: str, *, reporter: Reporter | None = None) -> Record:
+    """Fetch a base model.
+
+    Args:
+        model: Id of a base model.
+        reporter: Receives progress; silent if not given.
+    """
+    from luthier.engine.metrics import Reporter
     from luthier.files import verify
     from luthier.library.models import find
     from luthier.models.catalog import CATALOG
 
-    with LiveReporter() as reporter:
+    reporter = reporter or Reporter()
+    stored = find(model, reporter.stage)
+    try:
+        verify(stored.folder, stored.manifest.files)
+    except CorruptFile:
+        if model not in CATALOG:
+            raise
+        reporter.note("a file is damaged: fetching the model again")
+        shutil.rmtree(stored.folder)
         stored = find(model, reporter.stage)
-        try:
-            verify(stored.folder, stored.manifest.files)
-        except CorruptFile:
-            if model not in CATALOG:
-                raise
-            reporter.note("a file was damaged; fetching it again")
-            shutil.rmtree(stored.folder)
-            stored = find(model, reporter.stage)
-        _ = stored.chat  # stores the tokenizer for commands that need only tokens
-    if json_:
-        print_json({"id": stored.id, "folder": str(stored.folder)})
-    else:
-        print_text(f"{stored.id} is in {stored.folder}")
+    _ = stored.chat  # stores the tokenizer for commands that need only tokens
+    return {"id": stored.id, "folder": str(stored.folder)}
 
 
-@models_app.command("accept")
-def accept_model(model: str, json_: Json = False) -> None:
-    """Activate a model withheld for forgetting too much."""
+def accept_model(model: str) -> Record:
+    """Activate a model withheld for forgetting too much.
+
+    Args:
+        model: Id of the withheld model.
+    """
     with heavy_imports():
         from luthier.workflows.tuning import accept
 
     stored = accept(model)
-    if json_:
-        print_json({"id": stored.id, "accepted": stored.manifest.accepted})
-    else:
-        print_text(f"{stored.id} is active, although {stored.manifest.accepted}")
+    return {"id": stored.id, "accepted": stored.manifest.accepted}
 
 
 def _check_no_account(model: str, database: str | None) -> None:
@@ -506,20 +528,13 @@ def _check_no_user(base: str, database: str | None) -> None:
         )
 
 
-@models_app.command("remove")
-def remove_model(
-    model: str,
-    database: ServiceDatabase = None,
-    json_: Json = False,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            help="Remove it although custom models, runs or accounts of the service use it.",
-        ),
-    ] = False,
-) -> None:
-    """Delete a model and its run."""
+def remove_model(model: str, *, force: bool = False, database: ServiceDatabase = None) -> Record:
+    """Delete a model and its run.
+
+    Args:
+        model: Model id.
+        force: Delete a model that other models, runs or accounts use.
+    """
     from luthier.engine.runs import runs_from
     from luthier.library.folders import base_folder, remove_side_files, working_folders
     from luthier.library.models import custom_models, pretrained_models, suggest_models
@@ -576,7 +591,17 @@ def remove_model(
 
         for parent in parents:
             remove_unneeded(parent)
-    if json_:
-        print_json({"id": model, "removed": True})
-    else:
-        print_text(f"{model} is gone")
+    return {"id": model, "removed": True}
+
+
+models_app = CommandGroup("List, show, fetch, export and remove models.")
+for command in (
+    Command(list_models, show_list, "list"),
+    Command(show_model, print_model, "show"),
+    Command(capabilities, show_capabilities),
+    Command(pull_model, show_record, "pull"),
+    Command(accept_model, show_record, "accept"),
+    Command(export, show_export),
+    Command(remove_model, show_record, "remove"),
+):
+    models_app.add(command)

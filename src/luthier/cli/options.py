@@ -5,205 +5,22 @@ Nothing heavy is imported here.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from luthier.cli.bridge import FromText, KeywordOptions
 from luthier.errors import RecipeError
-from luthier.models.sampling import MOST_TOKENS, Sampling, limited_fields
 
 if TYPE_CHECKING:
     from luthier.cli.model import Model
     from luthier.library.models import StoredModel
     from luthier.recipe import Recipe
 
-_OBJECTIVES = (
-    "sft, sdft, causal_lm, masked_lm, span_corruption, bilm, classification, semi_supervised, "
-    "regression, token_classification, contrastive, dpo, listwise_dpo, kto, orpo, simpo, "
-    "reward_model, grpo, ppo, vae, gan, diffusion or image_to_text; chosen by the rows when not "
-    "given. With a teacher (--set objective.teacher=ID): logit_distillation, "
-    "on_policy_distillation, encoder_distillation or embedding_distillation."
-)
-_ADAPTATIONS = (
-    "lora, qlora, full, freeze, feature_extraction, bitfit, sparse, adapters, prompt or prefix."
-)
-Data = Annotated[
-    str,
-    typer.Argument(
-        help="File, folder, 'pattern*' or s3:// with rows or text, or a recipe (.toml)."
-    ),
-]
-Validation = Annotated[str | None, typer.Option(help="Rows to measure on.")]
-Columns = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--map",
-        metavar="KEY=COLUMN",
-        help="What the data calls a key: prompt=question; text= sets a column aside. May be repeated.",
-    ),
-]
-LongRows = Annotated[
-    Literal["error", "drop", "truncate"] | None,
-    typer.Option(
-        help="What becomes of rows longer than the context: refuse all, leave them out, cut them."
-    ),
-]
-Mix = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="FILE=RATIO",
-        help="Further rows, so many for each row of the main file.",
-    ),
-]
-Base = Annotated[str | None, typer.Option(help="Model to start from.")]
-Objective = Annotated[str | None, typer.Option(help=_OBJECTIVES)]
-Adaptation = Annotated[str | None, typer.Option(help=_ADAPTATIONS)]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the rows.")]
-BatchSize = Annotated[int | None, typer.Option(help="Rows in one step.")]
-LearningRate = Annotated[float | None, typer.Option(help="Highest learning rate.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any field of the recipe, e.g. adaptation.rank=8."
-    ),
-]
-Name = Annotated[str | None, typer.Option(help="Name of the custom model.")]
-MaxTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.")]
-Documents = Annotated[
-    list[str] | None,
-    typer.Option(metavar="FILE", help="Texts that answers should be true to; again for more."),
-]
-Html = Annotated[Path | None, typer.Option(help="Write it as one HTML page.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted.")]
-Processes = Annotated[
-    int, typer.Option(min=1, help="Processes of this machine that share the rows of each step.")
-]
-InferenceProcesses = Annotated[
-    int | None,
-    typer.Option(
-        "--processes",
-        min=1,
-        help="Processes that share the rows of a file, each with the model; the same command goes on "
-        "where it was cut short. On a cluster one for each node if not given.",
-    ),
-]
 RayAddress = Annotated[str | None, typer.Option(metavar="HOST:PORT")]
-RayGpus = Annotated[float, typer.Option(help="GPUs that each process or trial reserves on a node.")]
-Prices = Annotated[
-    Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
-]
-Graders = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help="A grader's name, such as exact, or a TOML file; again for more. The first decides.",
-    ),
-]
-GraderSettings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME.FIELD=VALUE", help="A field of a grader, by its name."),
-]
-Attach = Annotated[
-    bool, typer.Option("--attach", help="Keep the result with the model, for its certificate.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-
-FIELDS: Mapping[str, str] = {
-    "base": "base",
-    "student": "base",
-    "name": "name",
-    "method": "method",
-    "objective": "objective.method",
-    "adaptation": "adaptation.method",
-    "validation": "data.validation",
-    "columns": "data.columns",
-    "mix": "data.mix",
-    "long_rows": "data.long_rows",
-    "epochs": "training.epochs",
-    "batch_size": "training.batch_size",
-    "learning_rate": "training.learning_rate",
-    "seed": "training.seed",
-    "track": "training.track",
-    "size": "network.size",
-    "family": "network.family",
-    "config": "network.config",
-    "context": "network.context",
-    "from_base": "network.base",
-    "vocabulary": "tokenizer.vocabulary",
-    "max_tokens": "sampling.max_tokens",
-    "temperature": "sampling.temperature",
-    "grader": "insights.grader",
-}
-"""Field of the recipe by the parameter of a command."""
-
-
-def recipe_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What a command was given of the recipe, by field; ``parameters`` are its ``locals()``."""
-    return {
-        field: parameters[name]
-        for name, field in FIELDS.items()
-        if parameters.get(name) is not None
-    }
-
-
-def recipe_fields(
-    data: str | Sequence[str], options: Mapping[str, Any], settings: Sequence[str] | None
-) -> dict[str, Any]:
-    """The recipe of a data file or a TOML file, with options and ``--set`` applied in this order."""
-    from luthier.recipe import assign, fields_of, parse_columns, parse_mix, set_field
-
-    fields = fields_of(data)
-    for key, value in options.items():
-        if key == "data.mix":
-            value = [parse_mix(text) for text in value]
-        elif key == "data.columns":
-            value = parse_columns(value)
-        assign(fields, key.split("."), value)
-    for setting in settings or ():
-        set_field(fields, setting)
-    return fields
-
-
-def read_recipe(data: str, options: Mapping[str, Any], settings: Sequence[str] | None) -> Recipe:
-    """The same as the recipe of a tuning.
-
-    Raises:
-        RecipeError: naming each field that cannot be used.
-    """
-    from luthier.recipe import Recipe
-
-    return Recipe.parse(recipe_fields(data, options, settings))
-
-
-Command = TypeVar("Command", bound=Callable[..., None])
-
-
-def with_sampling(command: Command) -> Command:
-    """Give ``command`` an option for each field of :class:`Sampling` that has limits.
-
-    The command receives the fields as its keywords ``**sampling_fields``.
-    """
-    own = inspect.signature(command, eval_str=True)
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=getattr(Sampling, name),
-            annotation=Annotated[
-                kind, typer.Option(help=text, min=low, max=high if high < MOST_TOKENS else None)
-            ],
-        )
-        for name, (kind, (low, high, text)) in limited_fields(Sampling).items()
-    ]
-    kept = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
-    command.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    return command
 
 
 def parse_columns(texts: list[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.console import extra, new_console
+from luthier.cli.options import RayAddress
 from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
@@ -19,93 +20,54 @@ if TYPE_CHECKING:
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on; loopback alone by default.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of all faces; 0 for a free one.")
-    ] = 8080,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
-    region: Annotated[str, typer.Option(help="Region that ARNs name.")] = "us-east-1",
-    account: Annotated[str, typer.Option(help="Account of the root user made first.")] = (
-        "000000000000"
-    ),
-    database: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LUTHIER_DATABASE",
-            help="sqlite:///FILE or postgresql://…; luthier.db in the store when not given.",
-        ),
-    ] = None,
-    s3_endpoint: Annotated[
-        str | None, typer.Option(help="Another S3 endpoint that s3:// addresses mean.")
-    ] = None,
-    grader: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=FILE",
-            help="What the Lambda function NAME stands for in rewards: its own source (a .py with "
-            "lambda_handler, run in a sandbox) or a TOML grader. May be repeated.",
-        ),
-    ] = None,
-    requests_per_second: Annotated[
-        float | None, typer.Option(help="Rate of each account that has no quota of its own.")
-    ] = None,
-    limit: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Change a limit of the server (docs/guide/limits.md). May be repeated.",
-        ),
-    ] = None,
-    deterministic: Annotated[
-        bool,
-        typer.Option(
-            "--deterministic",
-            help="Run one sequence at a time: replies do not depend on other requests.",
-        ),
-    ] = False,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ORIGIN",
-            help="Origin whose pages may call the service from a browser, such as "
-            "https://app.example; none by default. May be repeated.",
-        ),
-    ] = None,
-    runner: Annotated[
-        str, typer.Option(help="Where training runs: local, ray or a plugin's runner.")
-    ] = "local",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Head of the Ray cluster; this machine has to be a node of it.",
-        ),
-    ] = None,
-    ray_gpus: Annotated[
-        float, typer.Option(help="GPUs that each training reserves on a node.")
-    ] = 0.0,
-    job_processes: Annotated[
-        int,
-        typer.Option(
-            envvar="LUTHIER_JOB_PROCESSES",
-            help="Processes of this machine that share the training of each job.",
-        ),
-    ] = 1,
-    no_workers: Annotated[
-        bool, typer.Option("--no-workers", help="Take jobs, and leave the work to other servers.")
-    ] = False,
-    stop_workers: Annotated[
-        bool,
-        typer.Option(
-            "--stop-workers",
-            help="At the end workers write a checkpoint and their jobs wait; without it they go on.",
-        ),
-    ] = False,
+    *,
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    region: str = "us-east-1",
+    account: str = "000000000000",
+    # In a container with PostgreSQL, a command without the variable would create a second database.
+    database: Annotated[str | None, typer.Option(envvar="LUTHIER_DATABASE")] = None,
+    s3_endpoint: str | None = None,
+    grader: Annotated[Sequence[str], typer.Option(metavar="NAME=FILE")] = (),
+    requests_per_second: float | None = None,
+    limit: Annotated[Sequence[str], typer.Option(metavar="NAME=VALUE")] = (),
+    deterministic: bool = False,
+    cors_origin: Annotated[Sequence[str], typer.Option(metavar="ORIGIN")] = (),
+    runner: str = "local",
+    ray_address: RayAddress = None,
+    ray_gpus: float = 0.0,
+    job_processes: Annotated[int, typer.Option(envvar="LUTHIER_JOB_PROCESSES")] = 1,
+    no_workers: bool = False,
+    stop_workers: bool = False,
 ) -> None:
-    """Serve the Bedrock, OpenAI, S3 and native APIs."""
+    """Serve the Bedrock, OpenAI, S3 and native APIs.
+
+    A grader file is the source of a Lambda function (.py with lambda_handler, run in a sandbox), or a
+    grader (.toml).
+
+    Args:
+        host: Address to listen on.
+        port: Port of all APIs; 0 for a free port.
+        tls_cert: Certificate chain (PEM).
+        tls_key: Private key of the certificate (PEM).
+        region: Region in ARNs.
+        account: Account of the first root user.
+        database: sqlite:///FILE or postgresql://…; luthier.db by default.
+        s3_endpoint: Another S3 endpoint for s3:// addresses.
+        grader: Implementation of a Lambda grader; repeatable.
+        requests_per_second: Rate limit of accounts without a quota.
+        limit: Limit of the server (docs/guide/limits.md); repeatable.
+        deterministic: Make replies independent of other requests.
+        cors_origin: Origin that may call the APIs; repeatable.
+        runner: Where training runs: local, ray or a plugin's runner.
+        ray_address: Head of the Ray cluster.
+        ray_gpus: GPUs that each training reserves on a node.
+        job_processes: Processes of this machine for each training.
+        no_workers: Accept jobs, and leave the work to other servers.
+        stop_workers: Stop workers with the server, after a checkpoint.
+    """
     with extra("server"):
         from luthier.engine.machine import limit_kernels
         from luthier.inference.prompt_limits import tokenize_in_own_thread
@@ -141,10 +103,10 @@ def serve(
             account=account,
             database=database,
             s3_endpoint=s3_endpoint,
-            graders=parse_graders(grader or (), check=not no_workers),
+            graders=parse_graders(grader, check=not no_workers),
             requests_per_second=requests_per_second,
-            cors_origins=tuple(cors_origin or ()),
-            limits=parse_limits(limit or ()),
+            cors_origins=tuple(cors_origin),
+            limits=parse_limits(limit),
             deterministic=deterministic,
             job_processes=job_processes,
             work=not no_workers,
