@@ -27,13 +27,13 @@ ServiceDatabase = Annotated[
         # As the server has it: in a container with PostgreSQL a command would make another one.
         envvar="LUTHIER_DATABASE",
         show_envvar=False,
-        help="The service's database; LUTHIER_DATABASE, or the one in LUTHIER_HOME, if not given.",
+        help="Database of the service; LUTHIER_DATABASE by default.",
     ),
 ]
 Record = dict[str, Any]
 Account = Annotated[str, typer.Option(help="Twelve digits.")]
 OnlyAccount = Annotated[str | None, typer.Option("--account", help="Only of this account.")]
-Region = Annotated[str, typer.Option(help="Region that ARNs name, as the server was given it.")]
+Region = Annotated[str, typer.Option(help="Region in ARNs, as of the server.")]
 FIRST = "000000000000"
 """The account that the first start of a service makes."""
 
