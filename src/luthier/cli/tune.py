@@ -79,7 +79,7 @@ def tune(
 
 
 def print_result(result: Result) -> None:
-    """What a finished run came to, and what to type next."""
+    """Print the result of a run and the next command."""
     from luthier.data.inputs import PLURAL
     from luthier.engine.runs import GRIDS
     from luthier.library.models import find
@@ -151,11 +151,10 @@ def print_result(result: Result) -> None:
 
 
 def loss_figures(result: Result, held: str) -> str:
-    """What ``result`` measured, all of it with the same weights.
+    """Return the losses of a run, all of the same weights.
 
-    ``held`` is what the kept weights measured on the validation rows, if anything. The training loss is
-    that of the last step: where other weights were kept, such as those of the regression that the head
-    started from, it says nothing of them.
+    ``held`` has the measurements of the kept weights on the validation rows. The training loss belongs
+    to the last step, so the text omits the training loss if earlier weights were kept.
     """
     verdict = result.verdict
     is_last = verdict is None or (result.refit is None and verdict.kept_step == result.steps)
@@ -166,10 +165,10 @@ def loss_figures(result: Result, held: str) -> str:
 def validation_result(
     measure: str, kept: Mapping[str, float], refit_rows: int = 0, beside_loss: bool = False
 ) -> str:
-    """What the kept weights measured on the validation rows, for people; empty for nothing.
+    """Return the measurements of the kept weights on the validation rows as text, or an empty text.
 
-    ``refit_rows`` is how many the stored ones learned from, where they are others, of a refit. With
-    ``beside_loss`` the loss of the same weights is named, too.
+    ``refit_rows`` is the number of rows of a refit, whose weights are stored instead. ``beside_loss``
+    adds the loss of the same weights.
     """
     from luthier.engine.metrics import SCORES, SHARES
 
@@ -245,7 +244,7 @@ _STYLES = {
 
 
 def print_verdict(result: Result) -> None:
-    """Whether the run learned, and what to change in a further one."""
+    """Print whether the model learned, and advice for the next run."""
     from luthier.escaping import command_option, map_code
 
     if (verdict := result.verdict) is None:
