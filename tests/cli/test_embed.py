@@ -126,7 +126,7 @@ def test_rows_that_cannot_be_embedded_are_named(
     said = refusal({}, {}, {"embedding": [0.5]})
     assert 'odd.jsonl:3: [row.predicted] The row has a field "embedding"' in said
     said = refusal({}, {"other": "another text"})
-    assert "odd.jsonl:2: [row.ambiguous] The row has two sides to embed" in said
+    assert "odd.jsonl:2: [row.ambiguous]" in said
     said = refusal({}, {"text": " "})
     assert "odd.jsonl:2: [field.empty]" in said
     table = tmp_path / "out.parquet"
@@ -198,7 +198,7 @@ def test_embeddings_of_random_weights_are_remarked(
         assert "small-cnn has random weights" in Answer(*command).good().err
     model_id = tuned(photos, "small_cnn")
     assert (
-        "--overwrite replaces it"
+        "--overwrite replaces"
         in Answer("embed", model_id, str(photos), "--output", str(target)).refused()
     )
     answer = Answer("embed", model_id, str(photos), "--output", str(target), "--overwrite").good()
@@ -219,13 +219,13 @@ def test_a_pair_is_embedded_where_one_side_is_set_aside(
 @pytest.mark.parametrize("name", ["vectors.csv", "vectors.npy.gz", "vectors", "vectors.pkl"])
 def test_the_ending_names_the_form(rows: Path, tmp_path: Path, name: str) -> None:
     answer = Answer("embed", "any", str(rows), "--output", str(tmp_path / name))
-    assert answer.code == 2 and "name a file that ends with .jsonl or .parquet" in answer.err
+    assert answer.code == 2 and ".jsonl or .parquet" in answer.err
 
 
 def test_a_model_that_writes_is_refused(
     tiny_model_folder: Path, rows: Path, tmp_path: Path
 ) -> None:
     answer = Answer("embed", str(tiny_model_folder), str(rows), "--output", str(tmp_path / "x.npy"))
-    assert answer.code == 2 and "gives no embeddings; name a model that does" in answer.err
+    assert answer.code == 2 and "gives no embeddings" in answer.err
     answer = Answer("embed", "none:such", str(rows), "--output", str(tmp_path / "x.npy"))
     assert answer.code == 2 and "none:such" in answer.err

@@ -1,4 +1,4 @@
-"""Embeddings of rows, written to a file: beside the rows, or the vectors alone."""
+"""Write embeddings to a file, with or without the fields of the rows."""
 
 from __future__ import annotations
 
@@ -25,42 +25,37 @@ if TYPE_CHECKING:
     from luthier.objectives import Objective
 
 EMBEDDING = "embedding"
-"""The field that is written beside those of a row."""
+"""Field of the embedding, next to those of the row."""
 EmbeddingFormat = Literal["jsonl", "parquet", "npy"]
 EmbeddingWriter = Callable[[NDArray[np.float32]], None]
-"""Writes the embeddings ``[N, H]`` of all rows; :class:`DataError` where one cannot be written."""
+"""Writes the embeddings ``[N, H]`` of all rows; raises :class:`DataError` for NaN."""
 _GROUP_ROWS = 10_000
-"""Of Parquet, which holds the vectors of so many rows in one piece."""
+"""Rows of a row group of Parquet."""
 
 
 def gives_embeddings(objective: Objective) -> bool:
-    """Whether a model of ``objective`` gives embeddings; of one that writes, its states are
-    none."""
+    """Whether a model of ``objective`` gives embeddings."""
     return objective.task == "embedding"
 
 
 def check_embeds(stored: StoredModel, objective: Objective) -> None:
-    """Refuse a model without embeddings.
-
-    Raises:
-        RecipeError: naming the base model it was made from, where that one has them.
-    """
+    """Raise :class:`RecipeError` for a model without embeddings; names its base if that has some."""
     from luthier.library.models import find
 
     if gives_embeddings(objective):
         return
     base = stored.root
     embeds = base != stored.id and gives_embeddings(find(base).objective)
-    named = f"the base model it was made from, {base}" if embeds else "a model that does"
-    raise RecipeError(f"{stored.id} gives no embeddings; name {named}")
+    name = f"its base model {base}" if embeds else "an embedding model"
+    raise RecipeError(f"{stored.id} gives no embeddings. Use {name}.")
 
 
 def embedding_notes(stored: StoredModel) -> Iterator[str]:
     """Yield what a user should know about the embeddings of a model."""
     if stored.manifest.is_random:
         yield (
-            f"{stored.id} has random weights: how near its embeddings are says little of what rows "
-            "mean. Train it first, with luthier tune"
+            f"{stored.id} has random weights, so its embeddings say little about the meaning of rows. "
+            "Train it with luthier tune."
         )
     form = stored.manifest.format
     pipeline = read_sentence_pipeline(stored.folder) if form is None else form.sentence
@@ -68,13 +63,13 @@ def embedding_notes(stored: StoredModel) -> Iterator[str]:
         return
     if named := [repr(text) for text in pipeline.prompts.values() if text]:
         yield (
-            f"{stored.id} was trained with prompts ({', '.join(named[:5])}) and names none as default. "
-            "Write the prompt that suits each text in front of the text"
+            f"{stored.id} was trained with prompts ({', '.join(named[:5])}) and has no default. Write "
+            "the prompt that fits in front of each text."
         )
 
 
 def embedding_format(target: Path) -> EmbeddingFormat:
-    """What the ending of ``target`` names; :class:`RecipeError` where it names none."""
+    """Return the format by the extension of ``target``, or raise :class:`RecipeError`."""
     if Path(unpacked_name(target.name)).suffix in JSON_LINES:
         return "jsonl"
     ending = target.suffix.lower()
@@ -83,23 +78,21 @@ def embedding_format(target: Path) -> EmbeddingFormat:
     if ending == ".npy":
         return "npy"
     raise RecipeError(
-        f"embeddings are not written as {ending or 'a file without an ending'}: name a file that ends "
-        "with .jsonl or .parquet, for the rows with their embeddings, or .npy for these alone"
+        f"Embeddings are not written as {ending or 'a file without an extension'}. Use .jsonl or "
+        ".parquet for rows with embeddings, or .npy for embeddings alone."
     )
 
 
 @contextmanager
 def embedding_writer(target: Path, rows: Sequence[tuple[Record, Row]]) -> Iterator[EmbeddingWriter]:
-    """What writes the embeddings of ``rows`` to ``target``, which is there when the block ends
-    well.
+    """Yield a writer of the embeddings of ``rows``; ``target`` appears after the block.
 
-    JSON Lines and Parquet hold all fields of a row and its embedding, NumPy's form an array ``[N,
-    H]`` of float32 in the order of the rows. What a file cannot hold is refused here, before rows
-    are embedded.
+    JSON Lines and Parquet have the fields of each row and its embedding, ``.npy`` an array ``[N, H]``
+    of float32. Rows that a file cannot hold are refused here, before the embeddings are computed.
 
     Raises:
-        RecipeError: for an ending that names no form, or where the library that writes it is
-        missing. DataError: naming every row that has two sides, or a field that cannot be written.
+        RecipeError: for an unknown extension, or a library that is not installed.
+        DataError: for rows with two sides, or a field that cannot be written.
     """
     form = embedding_format(target)
     check_sides([row for _, row in rows])
@@ -122,11 +115,7 @@ def embedding_writer(target: Path, rows: Sequence[tuple[Record, Row]]) -> Iterat
 
 
 def embedding_line(record: Record, row: Row, row_H: NDArray[np.float32]) -> str:
-    """The line of JSON Lines of ``record`` with its embedding beside.
-
-    Raises:
-        DataError: naming ``row``, where the model gave NaN.
-    """
+    """Return the line of a row and its embedding; raises :class:`DataError` for NaN."""
     try:
         return to_json({**record, EMBEDDING: row_H.tolist()}) + "\n"
     except RowRefused as bad:
@@ -137,7 +126,7 @@ def embedding_line(record: Record, row: Row, row_H: NDArray[np.float32]) -> str:
 def _parquet(
     target: Path, records: Sequence[Record], rows: Sequence[tuple[Record, Row]]
 ) -> Iterator[EmbeddingWriter]:
-    """The same for Parquet: the columns of ``records`` are made first, so their types are known."""
+    """Write Parquet; the columns of ``records`` are built, and refused, before the embeddings."""
     problems = list[Problem]()
 
     def refuse(number: int, bad: RowRefused) -> None:
@@ -161,9 +150,9 @@ def _parquet(
 
 
 def check_sides(rows: Sequence[Row]) -> None:
-    """Refuse rows of two sides, which have an embedding each."""
-    message = "The row has two sides to embed, and one embedding is written for each row."
-    fix = "Set one aside, as with `--map other=` (empty), or write each into a row of its own."
+    """Raise :class:`DataError` for rows with two sides, which have two embeddings."""
+    message = "The row has two sides, and only one embedding is written for each row."
+    fix = "Drop one with `--map other=` (empty), or write each into its own row."
     problems = [
         Problem("row.ambiguous", message, fix, row.location)
         for row in rows

@@ -1,9 +1,7 @@
-"""A stored model that is open to write: the backend that was chosen, and what stands before
-prompts.
+"""A stored model opened for generation, with the chosen backend and its soft prompt.
 
-A backend that runs files (llama.cpp) gets the model's own (:mod:`luthier.inference.derived_gguf`),
-and its network is not loaded in torch until something asks for it. A model that it cannot run is
-run by torch, and the log says why, once.
+A backend of files (llama.cpp) opens a derived file (:mod:`luthier.inference.derived_gguf`); the network
+is loaded in torch only on demand. A model that it does not support is run by torch, with one warning.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("luthier.inference")
 _fallen_back: set[str] = set()
-"""Ids of models of which the log has said that torch runs them."""
+"""Ids of models whose warning is logged."""
 
 
 class OpenedModel:
-    """A model whose answers a backend writes. Safe to share between threads."""
+    """A model and its backend. Thread-safe."""
 
     def __init__(
         self,
@@ -39,25 +37,22 @@ class OpenedModel:
         open_network: Callable[[], Network],
         soft_T: IntArray | None = None,
     ) -> None:
-        """``open_network`` gives the network in torch; it is called once, when first asked for."""
+        """``open_network`` loads the network in torch; it is called at most once."""
         self.backend, self.vocabulary = backend, vocabulary
         self.soft_T = np.zeros(0, dtype=np.int64) if soft_T is None else soft_T
-        """A soft prompt that stands before every prompt; the backend reads it with it."""
+        """Ids of a soft prompt that precedes every prompt."""
         self._open_network = open_network
         self._network: Network | None = None
         self._lock = threading.Lock()
 
     @staticmethod
     def of(network: Network, base: OpenedModel | None = None) -> OpenedModel:
-        """A network in memory; see :data:`luthier.models.backends.OpenBackend`.
-
-        Where that is the one of ``base`` with an adapter, both are written together.
-        """
+        """Open a network in memory, which may be that of ``base`` with an adapter."""
         from luthier.models.heads import prompt_ids
         from luthier.models.prefix import prefix_tokens
 
         soft_T = np.array(prompt_ids(network.model), dtype=np.int64)
-        # A prefix takes room that no token has.
+        # A prefix takes positions of the context.
         context = network.context - prefix_tokens(network.model)
         if base is None:
             backend = backend_of(network, context)
@@ -71,14 +66,14 @@ class OpenedModel:
 
     @property
     def network(self) -> Network:
-        """The network in torch, loaded where it was not."""
+        """The network in torch, loaded on first use."""
         with self._lock:
             if self._network is None:
                 self._network = self._open_network()
             return self._network
 
     def close(self) -> None:
-        """Let go of the backend and of the network."""
+        """Free the backend and the network."""
         self.backend.close()
         with self._lock:
             if self._network is not None:
@@ -86,10 +81,10 @@ class OpenedModel:
 
 
 def open_model(stored: StoredModel, base: OpenedModel | None = None) -> OpenedModel:
-    """``stored``, which writes text, on the best device of this machine.
+    """Open ``stored``, a model that generates text, on the best device of this machine.
 
-    A LoRA adapter that can share its base stays an adapter; other adapters are merged. ``base`` is
-    its parent, if that is open.
+    A LoRA adapter that can share its base is not merged; other adapters are. ``base`` is the opened
+    parent, if any.
     """
     from luthier.engine.machine import open_network
     from luthier.library.models import attach_adapter, shares_base

@@ -1,9 +1,8 @@
-"""Prompts before they are tokens: what cannot fit into the context is refused before it costs much.
+"""Limits of prompts: text that cannot fit into the context is refused before it costs much time.
 
-Tokenizing takes about a microsecond and 200 bytes for each token, so that a body of digits takes
-seconds and gigabytes. A text is therefore judged in three steps: by its size, which no token can
-make up for; by pieces of it, which are tokenized one after the other until there are too many
-tokens; and then it is tokenized as a whole, which alone decides, and gives the ids.
+A tokenizer takes about a microsecond and 200 bytes for each token, so a large body takes seconds and
+gigabytes. A text is checked by its size first, then in pieces that are tokenized until there are too
+many tokens. Only the tokens of the whole text decide.
 """
 
 from __future__ import annotations
@@ -22,27 +21,25 @@ if TYPE_CHECKING:
     from luthier.limits import ModelLimits
 
 SLACK, CUT = 2, 128
-"""A text's pieces have at most so many times the tokens of the whole, and so many for each cut. It
-is cut where there is white space; elsewhere a few tokens are cut in two, or a word that was one
-unknown token as a whole is known in part (of word pieces that has 100 letters at most)."""
+"""The pieces of a text have at most ``SLACK`` times the tokens of the whole, plus ``CUT`` for each
+cut. Cuts are at white space if possible; elsewhere they split a few tokens or an unknown word."""
 PIECE = 1 << 13
-"""Characters of a piece at least: some 10 ms of work, between which others get their turn."""
+"""Least characters of a piece: about 10 ms of work, after which other threads run."""
 
 OWN_THREAD = ("TOKENIZERS_PARALLELISM", "false")
-"""Variable of the library tokenizers."""
+"""Environment variable of the library tokenizers."""
 
 
 def tokenize_in_own_thread() -> None:
-    """Let each request tokenize in its own thread; to be called before the first one does.
+    """Tokenize each request in its own thread; call this before the first one.
 
-    By default all share as many threads as there are cores, and a short prompt stands behind long
-    ones.
+    By default all share as many threads as cores, so that short prompts wait for long ones.
     """
     os.environ.setdefault(*OWN_THREAD)
 
 
 class PromptLimit:
-    """What a model takes of a prompt, as far as that can be said before it is tokenized."""
+    """Checks of a prompt before it is tokenized."""
 
     def __init__(
         self,
@@ -51,25 +48,18 @@ class PromptLimit:
         limits: ModelLimits,
         parameter: str = "messages",
     ) -> None:
-        """For texts that ``chat`` makes tokens of, and a model that reads ``context`` of them.
-
-        ``parameter`` is the field that errors name.
-        """
+        """``context`` is the most tokens of the model, ``parameter`` the field of errors."""
         self._chat, self._context, self._seconds = chat, context, limits.prompt_seconds
         self._parameter = parameter
         longest = chat.longest_token
-        # A tokenizer may pass over white space, or take a long word for one token: texts of the first
-        # size are never refused for it alone.
+        # A tokenizer may skip white space or map a long word to one token, so texts of up to
+        # ``prompt_bytes`` are not refused by size.
         self.bytes = max(limits.prompt_bytes, context * longest)
-        """UTF-8 bytes of a text at most."""
+        """Most UTF-8 bytes of a text."""
         self._piece = max(PIECE, 64 * longest)
 
     def check_conversation(self, chat: Chat) -> None:
-        """Refuse a conversation whose template need not be rendered to know that it is too long.
-
-        Raises:
-            TooLong: for more turns than tokens, or more text than tokens can stand for.
-        """
+        """Raise :class:`TooLong` for too many turns or too much text, before rendering the template."""
         if len(chat.turns) > SLACK * self._context:
             raise self.too_long()
         left = self.bytes
@@ -84,14 +74,12 @@ class PromptLimit:
                 raise self.too_long()
 
     def check_text(self, text: str) -> None:
-        """Refuse a text that is too long, or takes too long.
-
-        What passes may still have more tokens than the context, some :data:`SLACK` times as many.
+        """Check a text; one that passes may still have :data:`SLACK` times the context.
 
         Raises:
-            TooLong: for a text that has too many tokens.
-            InferenceRefused: for one whose pieces take more time than there is.
-            RecipeError: where the tokenizer cannot take it.
+            TooLong: for too many tokens.
+            InferenceRefused: if the tokenizer takes too long.
+            RecipeError: if the tokenizer fails.
         """
         if len(text) > self.bytes:
             raise self.too_long()
@@ -100,7 +88,7 @@ class PromptLimit:
             raise self.too_long()
         most = SLACK * self._context
         if size <= max(self._piece, most):
-            return  # as a whole it takes no more than its pieces may
+            return  # the whole is as cheap as the pieces
         until = time.monotonic() + self._seconds
         tokens = 0
         for piece in self._pieces(text):
@@ -115,24 +103,24 @@ class PromptLimit:
                 )
 
     def check_ids(self, ids: Sequence[int], vocabulary: int) -> None:
-        """Refuse a prompt as ids that is too long, though a text of fewer tokens may be made of it.
+        """Check a prompt of token ids, whose text may have fewer tokens.
 
         Raises:
-            TooLong: for more ids than may be looked at.
-            InferenceRefused: for ids that are no tokens of so many.
+            TooLong: for too many ids.
+            InferenceRefused: for ids outside the vocabulary.
         """
         if len(ids) > SLACK * self._context:
             raise self.too_long()
         if not all(0 <= token < vocabulary for token in ids):
-            raise InferenceRefused("The prompt has ids that are no tokens.", self._parameter)
+            raise InferenceRefused("The prompt has ids outside the vocabulary.", self._parameter)
 
     def too_long(self) -> TooLong:
-        """What is raised for a prompt of more tokens than the context."""
+        """Return the error of a prompt longer than the context."""
         text = f"Input is too long for requested model. Its context is {self._context:,} tokens."
         return TooLong(text, self._parameter)
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """``text`` in pieces, cut before white space where there is some in their second half."""
+        """Cut ``text`` before white space in the second half of each piece, if any."""
         start = 0
         while start < len(text):
             end = start + self._piece
@@ -145,7 +133,7 @@ class PromptLimit:
 
 
 def _json_length(value: Any) -> int:
-    """Characters of ``value`` in JSON."""
+    """Return the length of ``value`` in JSON."""
     try:
         return len(json.dumps(value, ensure_ascii=False))
     except (RecursionError, ValueError) as error:
