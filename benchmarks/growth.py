@@ -146,14 +146,14 @@ def database_of(count: int, folder: Path) -> Any:
 
 
 def list_page(count: int, folder: Path, base: str) -> Spent:
-    from luthier.server.tables.jobs import JobFilter, list_jobs
+    from luthier.server.tables.jobs import list_jobs
 
     database = database_of(count, folder)
 
     def ask() -> None:
         for number in range(100):
             with database.read() as session:
-                list_jobs(session, f"{number:012d}", JobFilter(), limit=20)
+                list_jobs(session, f"{number:012d}", limit=20)
 
     ask()
     return timed(ask, 100)

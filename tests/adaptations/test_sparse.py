@@ -168,7 +168,7 @@ def test_a_file_of_another_share_is_refused(tiny_llama: Callable[..., Any], tmp_
     save_adapter(model, SPARSE, SPARSE.adapter_config(model, "some/base"), tmp_path)
     with pytest.raises(CorruptFile) as refused:
         load_adapter(tiny_llama(), Sparse(share=0.1), tmp_path)
-    assert refused.value.rule == "file.corrupt"
+    assert refused.value.rule == "weights.layers"
 
 
 def test_networks_that_ask_for_the_type_of_a_layer_see_the_frozen_weight() -> None:

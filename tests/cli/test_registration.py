@@ -19,10 +19,8 @@ from served import served
 from luthier.cli.service import FIRST, open_database
 from luthier.server.service import Service
 from luthier.server.settings import Settings
-from luthier.server.tables.arns import Arns
 from luthier.server.tables.custom_models import ACTIVE, CustomModel
 from luthier.server.tables.database import now
-from luthier.server.tables.exports import create_export
 from luthier.server.tables.removal import count_without_account
 from luthier.server.tables.storage import stored_by
 
@@ -160,23 +158,6 @@ def test_what_the_service_made_is_not_taken_from_its_account(
     refusal = refused("models", "unregister", stored_id)
     assert "was never one of the command line" in refusal
     assert admin("models", "list")["models"]
-
-
-def test_an_export_by_another_region_is_seen(luthier_home: Path) -> None:
-    admin("accounts", "create", FIRST)
-    with open_database(None) as service, service.write() as session:
-        model = CustomModel(
-            id="abcdefghijkl", account=FIRST, name="x", foundation="luthier.x", root="luthier.x",
-            base_model="", stored_id="x:y", status=ACTIVE, created=now(),
-        )  # fmt: skip
-        session.add(model)
-        arn = model.arn(Arns("eu-west-1"))
-        create_export(
-            session, model, arn, "s3://out/", "safetensors", merged=None, quantization=None
-        )
-    assert "give `--region eu-west-1`" in refused("models", "unregister", "x:y")
-    there = refused("models", "unregister", "x:y", "--region", "eu-west-1")
-    assert "is being exported" in there
 
 
 def test_what_cannot_be_registered(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -380,7 +380,7 @@ def test_files_that_are_not_those_of_the_record_are_not_exported(
     try:
         with pytest.raises(CorruptFile) as refused:
             export(stored, tmp_path / "out", merged=False)
-        assert refused.value.rule == "file.corrupt"
+        assert refused.value.rule == "file.changed"
     finally:
         file.write_bytes(whole)
     assert not list(tmp_path.iterdir())

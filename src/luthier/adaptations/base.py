@@ -153,8 +153,7 @@ class VirtualTokens(Adaptation):
     """Base class of adaptations that only prepend learned vectors to every row."""
 
     virtual_tokens: int = Field(default=20, ge=1, le=100_000)
-    """Number of learned vectors (or keys and values per layer) before each row. The context shrinks
-    accordingly."""
+    """Learned vectors (or keys and values per layer) before each row; they use the context."""
 
     takes_media: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False

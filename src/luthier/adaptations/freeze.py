@@ -25,8 +25,7 @@ class Freeze(Adaptation):
 
     method: Literal["freeze"] = "freeze"
     frozen: Literal["bottom", "top", "alternate", "interval"] = "bottom"
-    """Position of the frozen layers: bottom, top, spread evenly, or all but every n-th (equal at
-    share 0.5)."""
+    """Frozen layers: bottom, top, spread evenly, or all but every n-th (equal at share 0.5)."""
     share: float = Field(default=0.5, gt=0, lt=1)
     """Fraction of frozen layers."""
 

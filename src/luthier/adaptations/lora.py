@@ -44,8 +44,7 @@ class LoRA(Adaptation):
     targets: str | tuple[str, ...] | None = None
     """Layers: all-linear or ends of their names (q_proj); all, of pipelines attention if not given."""
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Indices of the adapted blocks (0 is the lowest); default: all. Lower blocks are computed
-    once."""
+    """Indices of adapted blocks, 0 is the lowest (default: all). Lower blocks are computed once."""
 
     @property
     def shares_base(self) -> bool:

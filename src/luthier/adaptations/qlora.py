@@ -36,8 +36,7 @@ class QLoRA(Adaptation):
 
     method: Literal["qlora"] = "qlora"
     quantization: Literal["nf4", "fp4", "int8"] = "nf4"
-    """Storage of the base model: 4 bits with normal (nf4) or floating-point (fp4) levels, or 8 bits
-    with even levels."""
+    """Levels of the stored base model: normal or floating-point in 4 bits, or even in 8 bits."""
     block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
     """Number of weights per scale."""
     double_quantization: bool = True

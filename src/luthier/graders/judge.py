@@ -43,7 +43,7 @@ class LanguageModelGrader(ModelSpec, Grader):
 
     role: ClassVar[str] = "judge"
     set_by: ClassVar[str] = "the judge's "
-    goes_on: ClassVar[str] = "Try again later; a run continues with --resume"
+    goes_on: ClassVar[str] = "Try again later and resume the run"
     needs_expected = False
     prefers_batches: ClassVar[bool] = True  # all verdicts of a batch are requested at once
 

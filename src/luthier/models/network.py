@@ -154,6 +154,10 @@ class Network:
         self._start: list[tuple[nn.Parameter, Tensor]] = []
 
     @cached_property
+    def __getstate__(self) -> dict[str, object]:
+        # A backend has locks and caches of this network; a copy opens its own.
+        return {**self.__dict__, "backend": None}
+
     def _backbone(self) -> Any:
         return self.model.base_model
 

@@ -285,7 +285,10 @@ class Fault(LuthierError):
         kinds = ((QuotaExceeded, "ServiceQuotaExceeded"), (WrongState, "Conflict"))
         code = next((name for kind, name in kinds if isinstance(error, kind)), "Validation")
         field = error.setting or error.problem.location.field or None
-        return Fault(code, error.text, parameter=field, rule=error.rule, refused=True)
+        text = error.text
+        if error.setting and f"`{error.setting}`" not in text:
+            text = f"`{error.setting}`: {text}"
+        return Fault(code, text, parameter=field, rule=error.rule, refused=True)
 
     @staticmethod
     def of_inference(failed: InferenceFailed) -> Fault:
