@@ -231,7 +231,7 @@ def test_a_packed_base_is_smaller_and_the_sketch_knows_by_how_much(
     with torch.device("meta"):
         LoRA(rank=4).attach(beside)
     estimate = estimate_memory(drawn, 2, plain)
-    assert estimate_memory(beside, 2, plain).adviceed - estimate.fixed == before - after
+    assert estimate_memory(beside, 2, plain).fixed - estimate.fixed == before - after
     assert estimate.peak(0) >= PROCESS + plain  # it is loaded whole
 
 

@@ -245,7 +245,7 @@ def test_pickled_weights_are_refused_and_not_opened(
         (folder / name).write_bytes(pickle.dumps({"weight": Bomb()}))
     with pytest.raises(UnknownModel) as refused:
         load(find(str(folder)), torch.float32, torch.device("cpu"))
-    assert refused.value.rule == "model.unknown"
+    assert refused.value.rule == "model.file_missing"
     assert not (tmp_path / "exploded").exists()
 
 
@@ -270,7 +270,7 @@ def test_code_of_a_model_folder_is_never_run(
 def test_a_folder_that_is_no_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(UnknownModel) as refused:
         ModelFolder(tmp_path).check()
-    assert refused.value.rule == "model.unknown"
+    assert refused.value.rule == "model.file_missing"
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "a.safetensors").write_bytes(b"")
     with pytest.raises(CorruptFile):
@@ -304,14 +304,14 @@ def test_a_stored_model_of_which_a_bit_changed_is_not_loaded(tiny_model_folder: 
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(CorruptFile) as refused:
         load(stored, *machine)
-    assert refused.value.rule == "file.corrupt"
+    assert refused.value.rule == "file.changed"
     content[-1] ^= 1
     weights.write_bytes(content)
     load(stored, *machine)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CorruptFile) as refused:
         load(stored, *machine)
-    assert refused.value.rule == "file.corrupt"
+    assert refused.value.rule == "file.missing"
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(
@@ -477,4 +477,4 @@ def test_files_are_hashed_ahead_and_what_is_wrong_is_said_by_who_loads(
     assert sorted(hashed) == sorted(files)
     with pytest.raises(CorruptFile) as refused:
         store.check_whole(find(BASE))
-    assert refused.value.rule == "file.corrupt"
+    assert refused.value.rule == "file.changed"

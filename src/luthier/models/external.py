@@ -207,7 +207,7 @@ def read_network_fields(folder: Path) -> dict[str, Any]:
         raise UnknownModel(
             f"{folder} has no .safetensors file. Pickled weights (.bin, .pt) can run code and are "
             "never loaded; convert them with save_pretrained(..., safe_serialization=True).",
-            rule="pipeline.file_missing",
+            rule="model.file_missing",
         )
     check_shards(folder)
     return fields
@@ -228,7 +228,7 @@ def read_fields(path: Path) -> dict[str, Any]:
             )
         raise UnknownModel(
             f"{path.parent} has no {path.name}, so it is not a whole Hugging Face model folder",
-            rule="pipeline.file_missing",
+            rule="model.file_missing",
         )
     fields = read_json(path)
     if not isinstance(fields, dict):
@@ -253,7 +253,7 @@ def check_shards(folder: Path) -> None:
             raise UnknownModel(
                 f"{path} names {odd[0]}, which is no .safetensors file. Pickled weights (.bin) can run "
                 "code and are never loaded",
-                rule="pipeline.file_missing",
+                rule="model.file_missing",
             )
 
 

@@ -153,11 +153,11 @@ class Network:
         self._is_split = False
         self._start: list[tuple[nn.Parameter, Tensor]] = []
 
-    @cached_property
     def __getstate__(self) -> dict[str, object]:
         # A backend has locks and caches of this network; a copy opens its own.
         return {**self.__dict__, "backend": None}
 
+    @cached_property
     def _backbone(self) -> Any:
         return self.model.base_model
 

@@ -123,7 +123,7 @@ def test_pickled_weights_are_refused_by_the_part_that_has_them(folder: Path) -> 
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(UnknownModel) as refused:
         ModelFolder(folder).check()
-    assert refused.value.rule == "pipeline.file_missing"
+    assert refused.value.rule == "model.file_missing"
 
 
 @pytest.mark.parametrize("shards", [{"a": "x.bin"}, {"a": "x.safetensors", "b": ["y"]}, None, []])
@@ -132,15 +132,15 @@ def test_an_index_of_pickled_weights_is_refused(folder: Path, shards: Any) -> No
     index.write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(UnknownModel) as refused:
         ModelFolder(folder).check()
-    assert refused.value.rule == "pipeline.file_missing"
+    assert refused.value.rule == "model.file_missing"
     alone = shutil.copytree(index.parent, folder.parent / "alone")
     with pytest.raises(UnknownModel) as refused:
         ModelFolder(alone).check()
-    assert refused.value.rule == "pipeline.file_missing"
+    assert refused.value.rule == "model.file_missing"
 
 
 def test_a_part_that_is_missing_is_named(folder: Path) -> None:
     shutil.rmtree(folder / "scheduler")
     with pytest.raises(UnknownModel) as refused:
         ModelFolder(folder).check()
-    assert refused.value.rule == "pipeline.file_missing"
+    assert refused.value.rule == "model.file_missing"

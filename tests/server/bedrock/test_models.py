@@ -59,7 +59,7 @@ def test_foundation_models(bedrock: Any, bob: Any) -> None:
 )
 def test_filters_of_foundation_models(bedrock: Any, filters: Any, expected: list[str]) -> None:
     found = bedrock.list_foundation_models(**filters)["modelSummaries"]
-    assert [model["modelId"] for model in found] == expected
+    assert sorted(model["modelId"] for model in found) == sorted(expected)
 
 
 @pytest.mark.parametrize("identifier", [BASE, FOUNDATION, "smollm2-135m-instruct"])
