@@ -56,7 +56,7 @@ def test_a_series_needs_no_option(luthier_home: Path, tmp_path: Path, series: Pa
     lines = Answer("predict", "small-window-vae:load", "--input", str(series), "--output", "-").out
     assert lines == (tmp_path / "scores.jsonl").read_text() and not Path("-").exists()
     assert re.search(
-        r"\d+ of them are anomalous \(a score above [-\d.]+\); 47 have too few values before them",
+        r"\d+ rows are anomalous \(score above [-\d.]+\); 47 rows",
         scored.out + scored.err,
     )
 
