@@ -27,7 +27,7 @@ from luthier.graders import (
     TextSimilarity,
     grade_answers,
 )
-from luthier.graders.formula import names_in, parse_formula, value_of
+from luthier.graders.formula import compile_formula, names_in, parse_formula, value_of
 from luthier.types import Message
 
 MEMBERS = {"answer": "Paris", "tags": ["a", "b"], "deep": {"list": [{"x": "é"}]}, "size": 3}
@@ -271,6 +271,9 @@ def test_a_formula_of_graders() -> None:
     assert again == grader
     with pytest.raises(GradingFailed):
         one(Multi(graders=parts, calculate_output="1 / (same - same)"), "x")
+    for faulty in ("same / (1 - 1)", "same + log(0)", "sqrt(same, near)", "max(same)"):
+        with pytest.raises(ValidationError):
+            Multi(graders=parts, calculate_output=faulty)
     with pytest.raises(GradingFailed):
         one(Multi(graders={"a": StringCheck(reference="{{item.no}}")}, calculate_output="a"), "x")
 
@@ -288,7 +291,7 @@ def test_a_formula_of_graders() -> None:
     ],
 )
 def test_formulas(formula: str, value: float) -> None:
-    assert value_of(formula, {"a": 1.0, "b": 2.0}) == pytest.approx(value)
+    assert value_of(compile_formula(formula), {"a": 1.0, "b": 2.0}) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +326,7 @@ def test_a_comparison_is_a_share_and_other_formulas_may_not_be() -> None:
 
 def test_a_formula_that_is_too_large_has_no_value() -> None:
     with pytest.raises(OverflowError):
-        value_of("9 ^ 9 ^ 9 ^ 9", {})
+        value_of(compile_formula("9 ^ 9 ^ 9 ^ 9"), {})
 
 
 def test_a_formula_names_its_graders() -> None:

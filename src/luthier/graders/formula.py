@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Mapping, Sequence
+from types import CodeType
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -44,16 +45,12 @@ class Multi(CompositeGrader):
 
     @model_validator(mode="after")
     def _check_formula(self) -> Self:
-        names = names_in(parse_formula(self.calculate_output))
-        if unknown := names - self.graders.keys():
+        tree = parse_formula(self.calculate_output)
+        if unknown := names_in(tree) - self.graders.keys():
             raise ValueError(
                 f"the formula names {sorted(unknown)}; the graders are {', '.join(self.graders)}"
             )
-        if not names:
-            try:
-                value_of(self.calculate_output, {})
-            except (ArithmeticError, ValueError) as error:
-                raise ValueError(f"the formula has no value: {error}") from error
+        check_constants(tree)
         return self
 
     @property
@@ -71,13 +68,13 @@ class Multi(CompositeGrader):
         self, scores: Mapping[str, Sequence[float]], count: int, faults: dict[int, RowRefused]
     ) -> list[float]:
         """Return the values of the formula for the scores of ``count`` answers."""
-        totals = [math.nan] * count
+        code, totals = compile_formula(self.calculate_output), [math.nan] * count
         for index in range(count):
             if index in faults:
                 continue
             try:
                 own = {name: each[index] for name, each in scores.items()}
-                totals[index] = value_of(self.calculate_output, own)
+                totals[index] = value_of(code, own)
             except (ArithmeticError, ValueError) as error:
                 text = f"the formula {self.calculate_output!r} has no value: {error}."
                 faults[index] = RowRefused("grader.formula", text, "Fix the formula.")
@@ -122,18 +119,38 @@ def names_in(tree: ast.AST, depth: int = 0) -> set[str]:
     return set[str]().union(*(names_in(part, depth + 1) for part in parts))
 
 
-def value_of(formula: str, scores: Mapping[str, float]) -> float:
-    """Return the value of a formula.
+def check_constants(tree: ast.expr) -> None:
+    """Raise :class:`ValueError` for a part without a value, such as ``a / (1 - 1)``."""
+    for part in ast.walk(tree):
+        trials = [part]
+        if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Div):
+            trials.append(ast.BinOp(ast.Constant(1), ast.Div(), part.right))
+        if isinstance(part, ast.Call):  # a wrong number of arguments
+            trials.append(ast.Call(part.func, [ast.Constant(0.5)] * len(part.args), []))
+        for trial in trials:
+            if isinstance(trial, ast.expr) and not names_in(trial):
+                try:
+                    value_of(compile_formula(ast.unparse(trial)), {})
+                except (ArithmeticError, ValueError) as error:
+                    raise ValueError(f"{ast.unparse(part)} has no value: {error}") from error
 
-    Raises:
-        ArithmeticError, ValueError: if the formula has no value.
-    """
+
+def compile_formula(formula: str) -> CodeType:
+    """Return the code of a formula; raise :class:`ValueError` for anything else."""
     tree = parse_formula(formula)
     for part in ast.walk(tree):
         if isinstance(part, ast.Constant):
             assert isinstance(part.value, int | float)
             part.value = float(part.value)  # a power of ints may not end
-    code = compile(ast.Expression(tree), "formula", "eval")
+    return compile(ast.Expression(tree), "formula", "eval")
+
+
+def value_of(code: CodeType, scores: Mapping[str, float]) -> float:
+    """Return the value of a formula.
+
+    Raises:
+        ArithmeticError, ValueError: if the formula has no value.
+    """
     try:
         # The tree has only the parts that `names_in` allows, and no attribute or builtin.
         value = eval(code, {"__builtins__": {}, **_FUNCTIONS, **scores})  # noqa: S307

@@ -529,6 +529,7 @@ WRONG_EVALS: list[tuple[dict[str, Any], str]] = [
           **SCHEMA, "additionalProperties": False}}}, "testing_criteria[0].reference"),
     ({"testing_criteria": [{**BOTH, "graders": [SAME, SAME], "calculate_output": "same"}]},
      "testing_criteria[0].graders"),
+    ({"testing_criteria": [{**BOTH, "calculate_output": "same / (1 - 1)"}]}, "testing_criteria[0]"),
     ({"testing_criteria": [{**BOTH, "calculate_output": "same + log(0)"}]}, "testing_criteria[0]"),
     ({"testing_criteria": [{**BOTH, "calculate_output": "sqrt(same, near)"}]},
      "testing_criteria[0]"),
