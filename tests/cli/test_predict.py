@@ -43,11 +43,11 @@ def test_a_series_needs_no_option(luthier_home: Path, tmp_path: Path, series: Pa
     assert answer.code == 0, answer.err
     assert answer.err.count("Chosen for this run") == 1
     assert "data.augmentation" not in answer.err
-    assert re.search(r"objective.threshold=[-\d.]+ .*\d+ rows", answer.err)
+    assert re.search(r"objective.threshold=[-\d.]+ +from the scores of \d+ rows", answer.err)
     assert "luthier predict small-window-vae:load --input series.csv" in answer.out
 
     refused = Answer("predict", "small-window-vae:load", str(series))
-    assert refused.code == 2 and f"--input {series}" in refused.err
+    assert refused.code == 2 and f"give --input {series}" in refused.err
     scored = Answer(
         "predict", "small-window-vae:load", "--input", str(series), "--output",
         str(tmp_path / "scores.jsonl"),

@@ -49,7 +49,7 @@ SAMPLING = KeywordOptions(
 
 
 @dataclass(frozen=True)
-class Reply:
+class PendingReply:
     """A reply to one prompt, generated when the reply is printed."""
 
     model: str
@@ -82,7 +82,7 @@ def generate(
     ray_gpus: float = 0.0,
     reporter: Reporter | None = None,
     **sampling: Annotated[Any, SAMPLING],
-) -> Reply | RowAnswers:
+) -> PendingReply | RowAnswers:
     """Generate replies to a prompt or a file of prompts.
 
     Each row of the result has the reply as ``completion``, and the reply of the file as ``expected``.
@@ -147,12 +147,12 @@ def generate(
             return answer_rows(task, output, reporter)
     with heavy_imports():
         generator = Generator.open(check_active(find(model, is_able=Generator.is_able)))
-    return Reply(model, prompt or "", generator, chosen)
+    return PendingReply(model, prompt or "", generator, chosen)
 
 
-def show_replies(found: Reply | RowAnswers) -> None:
+def show_replies(found: PendingReply | RowAnswers) -> None:
     """Print the reply while it is generated, or the replies to the rows of a file."""
-    if isinstance(found, Reply):
+    if isinstance(found, PendingReply):
         _write_reply(found.generator, found.prompt, found.sampling)
     elif found.output is None:
         write_json(found.lines)

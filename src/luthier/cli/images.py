@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampledImages:
     """Images that a model generated."""
 
     model: str
@@ -44,7 +44,7 @@ def sample(
     guidance_scale: float | None = None,
     eta: float | None = None,
     reporter: Reporter | None = None,
-) -> Samples:
+) -> SampledImages:
     """Generate images.
 
     A model with classes generates the same number of images of each class.
@@ -89,10 +89,10 @@ def sample(
         write_bytes(output, encode_png(grid([each.pixels for each in made])))
     else:
         _write_folder(made, output)
-    return Samples(model, count, output, time.monotonic() - started)
+    return SampledImages(model, count, output, time.monotonic() - started)
 
 
-def show_images(found: Samples) -> None:
+def show_images(found: SampledImages) -> None:
     """Print the number of images and their file or folder."""
     print_written(found.images, "images", found.output)
 

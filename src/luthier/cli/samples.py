@@ -34,7 +34,7 @@ _NUMBERS = {"reward": ".3f", "step": "d", "line": "d", "tokens": "d", "kl": ".2f
 
 
 @dataclass(frozen=True)
-class Samples:
+class TrainingSamples:
     """Texts of a run with their rewards, and the course of the run."""
 
     samples: list[Line]
@@ -49,7 +49,7 @@ def samples(
     last: Annotated[int, typer.Option(min=1)] = 20,
     worst_first: bool = False,
     full: bool = False,
-) -> Samples:
+) -> TrainingSamples:
     """Show text sampled during training.
 
     Args:
@@ -90,7 +90,7 @@ def samples(
     recent = [record for record in records if record["step"] > newest - last]
     key = "reward" if all("reward" in record for record in recent) else "step"
     recent.sort(key=lambda record: record[key], reverse=not worst_first)
-    return Samples(recent[:count], trend_of(lines), length_correlation(recent))
+    return TrainingSamples(recent[:count], trend_of(lines), length_correlation(recent))
 
 
 def trend_of(lines: Sequence[Line]) -> list[Line]:
@@ -122,7 +122,7 @@ def length_correlation(records: Sequence[Line]) -> float | None:
     return statistics.correlation(rewards, lengths)
 
 
-def show_samples(found: Samples, full: bool) -> None:
+def show_samples(found: TrainingSamples, full: bool) -> None:
     """Print the texts and the course of the run."""
     from rich.table import Table
     from rich.text import Text

@@ -145,7 +145,7 @@ class Baselines(TrainingStep):
             )
 
 
-class Calibration(TrainingStep):
+class AdaptationCalibration(TrainingStep):
     """Weights that the adaptation chooses by gradients of single rows."""
 
     def before_training(self, trainer: Trainer) -> None:
@@ -332,7 +332,7 @@ class Threshold(TrainingStep):
         trainer.stored_job = replace(job, recipe=recipe, data=data, origin=origin)
 
 
-class Verdict(TrainingStep):
+class FinalVerdict(TrainingStep):
     """The verdict on the run, from its measurements."""
 
     def before_storing(self, trainer: Trainer) -> None:
@@ -346,12 +346,12 @@ STEPS: PluginTable[type[TrainingStep]] = PluginTable(
     {
         "preparation": Preparation,
         "baselines": Baselines,
-        "calibration": Calibration,
+        "calibration": AdaptationCalibration,
         "frozen_layers": FrozenLayers,
         "reference_scores": ReferenceScores,
         "refit": RefitTraining,
         "threshold": Threshold,
-        "verdict": Verdict,
+        "verdict": FinalVerdict,
     },
 )
 

@@ -26,8 +26,8 @@ SAMPLES_PER_STEP = 8
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the samples before the first step say."""
+class Precheck:
+    """Result of the check of samples before the first step."""
 
     text: str
     refused: bool = False
@@ -39,25 +39,25 @@ def sample_evenly(examples: Sequence[Example]) -> list[Example]:
     return list(examples[::every][:PROMPTS])
 
 
-def precheck(score_PG: FloatArray, is_share: bool) -> Verdict:
+def precheck(score_PG: FloatArray, is_share: bool) -> Precheck:
     """Judge the scores of some completions; ``is_share`` ones are from 0 to 1."""
     mean, what = float(score_PG.mean()), f"{score_PG.size} completions of {len(score_PG)} prompts"
     if is_share and score_PG.max() <= 0:
-        return Verdict(
+        return Precheck(
             f"none of {what} earns a reward, so there is nothing to reinforce. Tune the model on good "
             "replies first (objective sft), use an easier grader (a mix that rewards the form too), "
             "or allow more tokens (objective.max_completion_tokens).",
             refused=True,
         )
     if is_share and mean >= ENOUGH:
-        return Verdict(
+        return Precheck(
             f"{what} have a mean reward of {mean:.2f} before any training: there is next to nothing "
             "left to gain. Use the model as it is, or harder prompts.",
             refused=True,
         )
     differ = int((score_PG.max(1) > score_PG.min(1)).sum())
     text = f"before training, {what} have a mean reward of {mean:.3f}"
-    return Verdict(f"{text}; for {differ} of the prompts the rewards differ")
+    return Precheck(f"{text}; for {differ} of the prompts the rewards differ")
 
 
 def extremes(order: Sequence[int]) -> list[int]:
