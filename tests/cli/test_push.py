@@ -137,7 +137,7 @@ def test_a_public_repository_is_asked_for(hub: HubUploads) -> None:
 def test_a_private_repository_does_not_become_public(hub: HubUploads) -> None:
     hub.private[REPOSITORY] = True
     refused = push("--public").refused()
-    assert f"{REPOSITORY} is there already, and private" in refused and "--public" in refused
+    assert f"{REPOSITORY} exists and is private" in refused and "--public" in refused
     assert hub.private == {REPOSITORY: True} and not hub.files and not hub.objects
 
 

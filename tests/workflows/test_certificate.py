@@ -127,7 +127,9 @@ def test_operations_and_energy_follow_their_formulas(home: Path) -> None:
 def test_the_page_shows_lineage_curves_and_reports(home: Path) -> None:
     made = luthier.certificate(ID)
     html = page(made)
-    assert "this model" in html and "<polyline" in html
+    assert len(made.lineage) == 1 and "<polyline" in html
+    for each in made.lineage:
+        assert each.id in html and each.content_sha256 in html
     assert "with 95 % confidence" in html and "Tuning was &lt;i&gt;worth" in html
     assert "3 s" in html and "2 s to 5 s" in html
     assert "Not known" not in html and "<script" not in html

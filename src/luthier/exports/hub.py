@@ -76,13 +76,13 @@ def push(
         private = _visibility(api, repository)
     if private is False and not public:
         raise RecipeError(
-            f"{repository} exists and is public, so everybody could see the model. Set `public`, or "
+            f"{repository} exists and is public, so everybody could see the model. Give `--public` or "
             "name another repository"
         )
     if private and public:
         raise RecipeError(
-            f"{repository} exists and is private, and an upload does not change that. Leave `public` "
-            "out, publish the repository in its settings on the hub, or name another repository"
+            f"{repository} exists and is private, and an upload does not change that. Omit `--public`, "
+            "publish the repository in its settings on the hub, or name another repository"
         )
     with TemporaryDirectory() as scratch:
         note(f"Writing {stored.id} for upload")
