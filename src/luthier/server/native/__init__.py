@@ -1,1 +1,1 @@
-"""The native API, ``/api/v1``: operations that the APIs of AWS and OpenAI do not have."""
+"""The native API, ``/api/v1``: operations without an equivalent in the APIs of AWS and OpenAI."""

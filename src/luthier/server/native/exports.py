@@ -1,4 +1,4 @@
-"""Exports of the native API: the queue writes custom models for other software."""
+"""Exports of the native API: background jobs that convert custom models to other formats."""
 
 from __future__ import annotations
 
@@ -24,29 +24,30 @@ from luthier.server.tables.exports import ModelExport
 
 router = native_router()
 State = Literal["Queued", "Running", "Stopping", "Completed", "Failed", "Stopped"]
-"""Where an export may stand."""
+"""State of an export."""
 
 
 class NewExport(Input):
-    """What is to be written, and where."""
+    """Model format and destination of a new export."""
 
     output: str = Field(min_length=1, max_length=2048)
-    """Address below which a folder ``model-export-ID`` is written: ``s3://bucket/prefix``."""
+    """S3 address for the folder ``model-export-ID``: ``s3://bucket/prefix``."""
     format: Format = "safetensors"
-    """For transformers, PEFT and diffusers; ``onnx`` for ONNX Runtime; ``gguf`` for llama.cpp."""
+    """``safetensors`` for transformers, PEFT and diffusers, ``onnx`` for ONNX Runtime, ``gguf`` for
+    llama.cpp."""
     merged: bool | None = None
-    """Whether an adapter is folded into its base; else it is written alone, as safetensors if not
-    given."""
+    """Merge an adapter into the base model. The default writes a safetensors adapter without the
+    base model."""
     quantization: str | None = Field(default=None, max_length=16)
     """Type of the weights: f32, f16, bf16, or for GGUF q8_0, q6_k, q5_k_m, q4_k_m or q4_0."""
 
 
 class ExportView(View):
-    """Where an export stands."""
+    """State and result of an export."""
 
     id: str
     model: str
-    """ARN."""
+    """ARN of the model."""
     model_name: str
     format: Format
     merged: bool | None = None
@@ -57,8 +58,8 @@ class ExportView(View):
     """Progress of a running export: ``phase`` (``merge``, ``trace``, ``write``, ``compare`` or
     ``upload``), ``done`` and ``total`` (bytes of ``write`` and ``upload``)."""
     result: dict[str, Any] | None = None
-    """Of a completed one: its ``address``, its ``files`` with bytes and SHA-256, and how near their
-    answers are to those of the model (``compared``)."""
+    """Result of a completed export: ``address``, ``files`` with size and SHA-256, and ``compared``,
+    the difference between outputs of the model and of the export."""
     failure: str | None = None
     created: datetime
     started: datetime | None = None
@@ -66,27 +67,27 @@ class ExportView(View):
 
 
 class ExportsView(View):
-    """Exports, the newest first."""
+    """Exports, newest first."""
 
     exports: list[ExportView]
     next: int | None = None
-    """``position`` of the next page; none at the end."""
+    """``position`` of the next page; missing on the last page."""
 
 
 class ExportsPage(Input):
-    """Which exports are wanted."""
+    """Filters and page of a list of exports."""
 
     state: State | None = None
     model: str | None = Field(default=None, max_length=2048)
-    """ARN of the custom model whose exports are wanted, also of one that was deleted since."""
+    """ARN of the exported custom model. The model may be deleted."""
     limit: int = Field(default=100, ge=1, le=1000)
     position: int | None = Field(default=None, ge=0, le=2**62)
-    """``next`` of the page before."""
+    """``next`` of the previous page."""
 
 
 @router.post("/models/{model}/exports", status_code=201)
 def create_export(call: NativeCall, model: Name, body: NewExport) -> ExportView:
-    """Have a custom model written for other software."""
+    """Create an export of a custom model."""
     context = call.context
     with context.database.read() as session:
         asked = call.model(session, model, active=True)
@@ -104,7 +105,7 @@ def create_export(call: NativeCall, model: Name, body: NewExport) -> ExportView:
 
 @router.get("/exports")
 def list_exports(call: NativeCall, page: Annotated[ExportsPage, Query()]) -> ExportsView:
-    """List exports, the newest first."""
+    """List exports, newest first."""
     states = (page.state,) if page.state else ()
     with call.context.database.read() as session:
         limit, position = page.limit + 1, page.position
@@ -117,7 +118,7 @@ def list_exports(call: NativeCall, page: Annotated[ExportsPage, Query()]) -> Exp
 
 @router.get("/exports/{export}")
 def get_export(call: NativeCall, export: Name) -> ExportView:
-    """Return an export by its id."""
+    """Return an export."""
     with call.context.database.read() as session:
         found = exports.get(session, call.account, export)
     return _view(_existing(export, found))
@@ -125,7 +126,7 @@ def get_export(call: NativeCall, export: Name) -> ExportView:
 
 @router.post("/exports/{export}/stop")
 def stop_export(call: NativeCall, export: Name) -> ExportView:
-    """Stop an export; an export that has ended is a conflict."""
+    """Stop an export. Stopping an ended export is a conflict."""
     call.record(f"model-export/{export}")
     with call.context.database.write() as session:
         found = exports.get(session, call.account, export, lock=True)

@@ -1,4 +1,4 @@
-"""Predictions, embeddings, generated images and reconstructions of the native API."""
+"""Predictions, embeddings, image generation and reconstructions of the native API."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ router = native_router()
 PNG = "image/png"
 PICTURES: dict[int | str, dict[str, Any]] = {200: {"content": {PNG: {}}}}
 Accept = Annotated[str, Header()]
-"""A client that accepts PNG gets a picture in place of JSON."""
+"""``Accept`` header. A client that accepts ``image/png`` receives a PNG file instead of JSON."""
 WindowValue = Annotated[
     float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST_VALUE, le=LARGEST_VALUE)
 ]
 
 
 class PredictionInput(Input):
-    """A text, an image, a sound or the latest values of a time series."""
+    """Input of a prediction: text, an image, audio, or the latest values of a time series."""
 
     text: str | None = Field(default=None, min_length=1)
     image: str | None = Field(default=None, min_length=1)
-    """A file (PNG, JPEG, WebP, …) in base64, also as a ``data:`` address."""
+    """Image file (PNG, JPEG, WebP, …) in base64 or as ``data:`` URL."""
     audio: str | None = Field(default=None, min_length=1)
-    """A file (WAV, FLAC, Ogg) in base64."""
+    """Audio file (WAV, FLAC, Ogg) in base64 or as ``data:`` URL."""
     window: tuple[WindowValue, ...] | None = Field(
         default=None, min_length=1, max_length=LONGEST_WINDOW
     )
-    """Values of a time series in their order, the one that is judged last. Of fewer than the model
-    reads the score alone is told, and ``anomalous`` is null."""
+    """Values of a time series in order; the model scores the last value. With fewer values than the
+    model's window, the response has only ``score``, and ``anomalous`` is null."""
 
     @model_validator(mode="after")
     def _one(self) -> PredictionInput:
@@ -57,96 +57,97 @@ class PredictionInput(Input):
 
 
 class PredictionRequest(Input):
-    """What a model is to read."""
+    """Inputs of predictions."""
 
     inputs: tuple[PredictionInput, ...] = Field(min_length=1)
-    """Each is answered by itself; at most ``inputs`` of the server's limits."""
+    """Independent inputs; at most ``inputs`` of the server's limits."""
     top: StrictInt | None = Field(default=None, ge=1)
-    """Leave so many classes in ``scores``, the likeliest first."""
+    """Number of classes in ``scores``, most likely first."""
 
     @classmethod
     def from_file(cls, kind: str, data: bytes) -> Any:
-        """Return one input, which is the file."""
+        """Return the body for a single uploaded file."""
         return {"inputs": [{kind: _base64(data)}]}
 
 
 class PredictionsView(View):
-    """What the model says."""
+    """Predictions of a model."""
 
     model: str
-    """As it was named."""
+    """Model name of the request."""
     answers: list[dict[str, Any]]
-    """One for each input, as its objective answers: ``label`` and ``scores``, ``rating``, ``tags``,
-    ``embedding``, ``score`` and ``anomalous``, or ``text`` and ``probability``."""
+    """A prediction for each input. The fields depend on the objective: ``label`` and ``scores``,
+    ``rating``, ``tags``, ``embedding``, ``score`` and ``anomalous``, or ``text`` and
+    ``probability``."""
 
 
 class SampleRequest(Input):
-    """Which images are to be made."""
+    """Parameters of image generation."""
 
     count: StrictInt = Field(default=1, ge=1)
-    """At most ``inputs`` of the server's limits."""
+    """Number of images; at most ``inputs`` of the server's limits."""
     seed: StrictInt | None = Field(default=None, ge=0, lt=2**63)
-    """The same one gives the same images; drawn, and told, when not given."""
+    """Random seed. The response contains the seed."""
     label: str = Field(default="", max_length=1024)
-    """Name of a class; as many of each class in turn when not given."""
+    """Class of the images. The default generates an equal number of images for each class."""
     prompt: str = Field(default="", max_length=1024)
-    """What the images show, of a model that learned from captions."""
+    """Description of the images, for models trained on captions."""
     steps: StrictInt | None = Field(default=None, ge=1, le=10_000)
-    """From noise to image, of a diffusion model; as it was stored when not given."""
+    """Denoising steps of a diffusion model. The default is stored with the model."""
     guidance_scale: StrictFloat | StrictInt | None = Field(default=None, ge=0, le=100)
-    """How much such a model makes of what is asked for."""
+    """Strength of classifier-free guidance."""
     negative_prompt: str = Field(default="", max_length=1024)
-    """What the images are to be unlike, of such a model that learned from captions."""
+    """Description of unwanted content, for diffusion models trained on captions."""
 
 
 class SampleView(View):
-    """A new image."""
+    """A generated image."""
 
     png: str
-    """The file in base64."""
+    """PNG file in base64."""
     label: str | None = None
-    """The class it was made for, where the model knows classes."""
+    """Class of the image, for class-conditional models."""
 
 
 class SamplesView(View):
-    """New images."""
+    """Generated images."""
 
     model: str
     seed: int
-    """Gives the same images again."""
+    """Random seed of the images."""
     width: int
     height: int
     images: list[SampleView]
 
 
 class ReconstructionRequest(Input):
-    """Images that are to go through the network."""
+    """Images to encode and decode."""
 
     images: tuple[str, ...] = Field(min_length=1)
-    """Files in base64, also as ``data:`` addresses."""
+    """Image files in base64 or as ``data:`` URLs."""
 
     @classmethod
     def from_file(cls, kind: str, data: bytes) -> Any:
-        """Return one image, which is the file."""
+        """Return the body for a single uploaded image."""
         return {"images": [_base64(data)]}
 
 
 class ReconstructionView(View):
-    """What the model gives back of one image."""
+    """Reconstruction of an image."""
 
     png: str
-    """The file in base64."""
+    """PNG file in base64."""
     error: float
-    """Mean squared difference to what was read, of pixels from 0 to 1."""
+    """Mean squared error of the reconstruction, for pixel values from 0 to 1."""
 
 
 class ReconstructionsView(View):
-    """What the model gives back."""
+    """Reconstructions of images."""
 
     model: str
     images: list[ReconstructionView]
     compression_ratio: float
-    """Numbers of an image for each that the model keeps of it."""
+    """Size of an image divided by the size of the latent code, in numbers."""
 
 
 @router.post(
@@ -155,7 +156,7 @@ class ReconstructionsView(View):
     openapi_extra=uploads("image", "audio"),
 )
 def predict(call: NativeCall, model: Name, asked: PredictionRequest) -> PredictionsView:
-    """Return what a model predicts for texts, images, audio or values of a time series."""
+    """Return predictions for text, images, audio or time series."""
     stored_id = _stored_id(call, model)
     inputs: list[str | Media] = []
     for index, each in enumerate(asked.inputs):
@@ -182,7 +183,7 @@ def predict(call: NativeCall, model: Name, asked: PredictionRequest) -> Predicti
 def sample_images(
     call: NativeCall, model: Name, asked: SampleRequest, accept: Accept = ""
 ) -> SamplesView | Response:
-    """Return new images from a model that makes images."""
+    """Generate images."""
     from luthier.media.image_grid import encode_png
 
     stored_id = _stored_id(call, model)
@@ -213,7 +214,7 @@ def sample_images(
 def reconstruct_images(
     call: NativeCall, model: Name, asked: ReconstructionRequest, accept: Accept = ""
 ) -> ReconstructionsView | Response:
-    """Return images after encoding and decoding by an autoencoder."""
+    """Encode and decode images with an autoencoder."""
     from luthier.media.image_grid import encode_png
 
     stored_id = _stored_id(call, model)
@@ -238,7 +239,7 @@ def _stored_id(call: Call, name: str) -> str:
 
 
 def _media(text: str, kind: MediaKind, parameter: str) -> Media:
-    """An image or a sound from base64."""
+    """Return an image or audio file from base64 or a ``data:`` URL."""
     if text.startswith("data:"):
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
@@ -263,7 +264,7 @@ def _base64(data: bytes) -> str:
 
 
 def _picture(pixels: Sequence[Any], headers: dict[str, str] | None = None) -> Response:
-    """One image as it is, several side by side."""
+    """Return a PNG file of an image, or of a grid of images."""
     from luthier.media.image_grid import encode_png, grid
 
     whole = pixels[0] if len(pixels) == 1 else grid(pixels)

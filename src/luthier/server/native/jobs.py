@@ -1,4 +1,4 @@
-"""Jobs of the native API: create, read, stop and delete jobs, and stream their events."""
+"""Jobs of the native API: create, read, stop and delete jobs, and stream events."""
 
 from __future__ import annotations
 
@@ -37,45 +37,46 @@ from luthier.server.tables.jobs import ENDED, Job, JobEvent
 router = native_router()
 _NAME = r"[a-zA-Z0-9](-*[a-zA-Z0-9+\-.])*"
 POLL_SECONDS = 0.5
-"""Interval between two looks for new events of a job, in seconds."""
+"""Interval between database queries for new events of a job, in seconds."""
 State = Literal["Queued", "Running", "Paused", "Stopping", "Completed", "Failed", "Stopped"]
-"""Where a job may stand: the states of :data:`luthier.server.tables.jobs.TRANSITIONS`."""
+"""State of a job; see :data:`luthier.server.tables.jobs.TRANSITIONS`."""
 CustomizationType = Literal[
     "FINE_TUNING", "CONTINUED_PRE_TRAINING", "DISTILLATION", "REINFORCEMENT_FINE_TUNING"
 ]
 
 
 class NewJob(Input):
-    """What is to be trained, from what, and how."""
+    """Data, base model and settings of a new job."""
 
     name: str = Field(min_length=1, max_length=63, pattern=f"^{_NAME}$")
-    """Of the job; no other of the account has it, ended or not."""
+    """Name of the job, unique within the account, including ended jobs."""
     model_name: str = Field(min_length=1, max_length=LONGEST_NAME, pattern=f"^{NAME}$")
-    """Of the custom model."""
+    """Name of the custom model."""
     base: str = Field(min_length=1, max_length=2048)
-    """A foundation model's id or alias, or a custom model's name or ARN."""
+    """Base model: id or alias of a foundation model, or name or ARN of a custom model."""
     training: tuple[str, ...] = Field(min_length=1, max_length=100)
-    """Addresses of rows: ``s3://bucket/key``, a key that ends in ``/`` for all below it."""
+    """Addresses of training data: ``s3://bucket/key``, or a key that ends in ``/`` for all objects
+    below."""
     validation: tuple[str, ...] = Field(default=(), max_length=10)
-    """Addresses of rows to measure on."""
+    """Addresses of validation data."""
     customization_type: CustomizationType = "FINE_TUNING"
-    """What is made of the rows; fine-tuning goes by their shape."""
+    """Type of customization. For fine-tuning, the objective follows from the shape of the rows."""
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Fields of a recipe by group: ``{"training": {"epochs": 2}, "adaptation": {"rank": 8}}``."""
+    """Recipe fields by group: ``{"training": {"epochs": 2}, "adaptation": {"rank": 8}}``."""
     teacher: str | None = None
-    """Of a distillation: named as ``base`` is."""
+    """Teacher of a distillation, named like ``base``."""
     grader: dict[str, Any] | None = None
-    """Of reinforcement fine-tuning: ``method`` and fields of a grader."""
+    """Grader of reinforcement fine-tuning: ``method`` and fields of a grader."""
     output: str | None = None
-    """Address below which metrics and certificate are written."""
+    """Address for metrics and certificate."""
     priority: int = Field(default=0, ge=-100, le=0)
-    """Lower is started later than the jobs of others."""
+    """Priority in the queue: jobs with a lower priority start later."""
     time_limit_seconds: int | None = Field(default=None, ge=1, le=10**8)
-    """Seconds of work after which it is failed."""
+    """Time limit of the job in seconds. A job over the limit fails."""
 
 
 class JobView(View):
-    """Where a job stands."""
+    """State, settings and result of a job."""
 
     id: str
     name: str
@@ -84,7 +85,7 @@ class JobView(View):
     face: str
     customization_type: str
     base: str
-    """ARN of what it starts from."""
+    """ARN of the base model."""
     created: datetime
     modified: datetime
     started: datetime | None = None
@@ -92,36 +93,36 @@ class JobView(View):
     failure: str | None = None
     priority: int
     attempts: int
-    """Workers that were started for it."""
+    """Number of worker processes started for the job."""
     recipe: dict[str, Any]
     details: dict[str, Any]
-    """Progress, settings that were chosen and why, times of its parts."""
+    """Progress, chosen settings with reasons, and duration of phases."""
     result: dict[str, Any] | None = None
     suffix: str | None = None
     """Suffix of a job of the OpenAI API."""
     log: list[str] | None = None
-    """Last lines of the log of its workers on this server; only where one job is read."""
+    """Last lines of the worker log on this server; missing in lists."""
 
 
 class JobsView(View):
-    """Jobs, the newest first."""
+    """Jobs, newest first."""
 
     jobs: list[JobView]
     next: int | None = None
-    """``position`` of the next page; none at the end."""
+    """``position`` of the next page; missing on the last page."""
 
 
 class JobsPage(Input):
-    """Which jobs are wanted."""
+    """Filter and page of a list of jobs."""
 
     state: State | None = None
     limit: int = Field(default=100, ge=1, le=1000)
     position: int | None = Field(default=None, ge=0, le=2**62)
-    """``next`` of the page before."""
+    """``next`` of the previous page."""
 
 
 class LabelIssueView(View):
-    """A row whose label is worth a look."""
+    """A row with a likely wrong label."""
 
     file: str
     """Address of the file."""
@@ -136,23 +137,23 @@ class LabelIssueView(View):
 
 
 class DeletedJobView(View):
-    """A job that was deleted."""
+    """Response to the deletion of a job."""
 
     job: str
     """Id of the job."""
 
 
 class LabelIssuesView(View):
-    """Rows whose label is worth a look, the largest difference first."""
+    """Rows with likely wrong labels, largest difference first."""
 
     issues: list[LabelIssueView]
     total: int
     next: int | None = None
-    """``position`` of the next page; none at the end."""
+    """``position`` of the next page; missing on the last page."""
 
 
 class LabelIssuesPage(Input):
-    """The wanted page of label issues."""
+    """Page of a list of label issues."""
 
     limit: int = Field(default=100, ge=1, le=1000)
     position: int = Field(default=0, ge=0, le=2**62)
@@ -160,17 +161,17 @@ class LabelIssuesPage(Input):
 
 
 class Since(Input):
-    """Which events are wanted."""
+    """Start position and mode of an event stream."""
 
     after: int = Field(default=0, ge=0, le=2**62)
-    """``id`` of the last event that is known."""
+    """``id`` of the last received event."""
     follow: bool = True
-    """Stay until the job has ended; else only what is there now."""
+    """Keep the stream open until the job ends. Otherwise return the existing events only."""
 
 
 @router.post("/jobs", status_code=201)
 def create_job(call: NativeCall, body: NewJob) -> JobView:
-    """Put a job into the queue."""
+    """Create a job."""
     context = call.context
     call.record("model-customization-job/*")
     for address in (*body.training, *body.validation):
@@ -210,7 +211,7 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
 
 @router.get("/jobs")
 def list_jobs(call: NativeCall, page: Annotated[JobsPage, Query()]) -> JobsView:
-    """List jobs, the newest first."""
+    """List jobs, newest first."""
     states = (page.state,) if page.state else ()
     with call.context.database.read() as session:
         found = queue.list_jobs(
@@ -222,14 +223,14 @@ def list_jobs(call: NativeCall, page: Annotated[JobsPage, Query()]) -> JobsView:
 
 @router.get("/jobs/{job}")
 def get_job(call: NativeCall, job: Name) -> JobView:
-    """Return a job by its name or id."""
+    """Return a job by name or id."""
     found = _find(call, job)
     return _view(found, JobFolders(found.id).log_tail())
 
 
 @router.delete("/jobs/{job}")
 def delete_job(call: NativeCall, job: Name) -> DeletedJobView:
-    """Delete a job that has ended and whose model is deleted, with its events and files."""
+    """Delete an ended job with events and files. The trained model must be deleted first."""
     found = _find(call, job)
     deletion.delete_job(call.context.database, call.context.arns, found)
     return DeletedJobView(job=found.id)
@@ -237,19 +238,19 @@ def delete_job(call: NativeCall, job: Name) -> DeletedJobView:
 
 @router.post("/jobs/{job}/stop")
 def stop_job(call: NativeCall, job: Name) -> JobView:
-    """Stop a job; a job that has ended is a conflict."""
+    """Stop a job. Stopping an ended job is a conflict."""
     return _change(call, job, queue.stop)
 
 
 @router.post("/jobs/{job}/pause")
 def pause_job(call: NativeCall, job: Name) -> JobView:
-    """Pause a job; a job that has ended is a conflict."""
+    """Pause a job. Pausing an ended job is a conflict."""
     return _change(call, job, queue.pause)
 
 
 @router.post("/jobs/{job}/resume")
 def resume_job(call: NativeCall, job: Name) -> JobView:
-    """Resume a job; a job that has ended is a conflict."""
+    """Resume a job. Resuming an ended job is a conflict."""
     return _change(call, job, queue.resume)
 
 
@@ -257,7 +258,7 @@ def resume_job(call: NativeCall, job: Name) -> JobView:
 def list_label_issues(
     call: NativeCall, job: Name, page: Annotated[LabelIssuesPage, Query()]
 ) -> LabelIssuesView:
-    """List rows whose label is worth a look."""
+    """List rows with likely wrong labels."""
     found = _find(call, job)
     result = found.result
     records = [] if result is None else run_of(result["stored_id"]).read_label_issues()
@@ -286,7 +287,7 @@ async def job_events(
     since: Annotated[Since, Query()],
     last_event_id: Annotated[str, Header()] = "",
 ) -> AsyncIterator[ServerSentEvent]:
-    """Stream states, messages and metrics of each step as server-sent events."""
+    """Stream states, messages and metrics of a job as server-sent events."""
     known = parse_digits(last_event_id)
     # Databases hold no larger number.
     after = min(since.after if known is None else known, 2**62)
@@ -304,7 +305,7 @@ async def job_events(
 
 
 def _events(call: Call, job: Job, after: int) -> tuple[str, Sequence[JobEvent]]:
-    """Return the state of ``job`` and its events behind ``after``."""
+    """Return the state of ``job`` and the events after ``after``."""
     with call.context.database.read() as session:
         # The state is read first: events of the end are never missed.
         state = session.get_one(Job, job.seq).state
@@ -326,7 +327,7 @@ def _find(call: Call, name: str) -> Job:
 
 
 def _existing(call: Call, name: str, job: Job | None) -> Job:
-    """Return the job of this name, and record its ARN for the audit log."""
+    """Return the job with this name, and record the job's ARN for the audit log."""
     path = f"{job.foundation}/{job.id}" if job else name
     call.record(f"model-customization-job/{path}")
     if job is None:

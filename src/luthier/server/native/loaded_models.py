@@ -1,4 +1,4 @@
-"""Models in the server's memory, in the native API: an account lists, loads and unloads its own."""
+"""Models in the server's memory: list, load and unload the account's own models."""
 
 from __future__ import annotations
 
@@ -22,30 +22,29 @@ router = native_router()
 
 
 class LoadedModelView(View):
-    """A custom model, as it stands in the memory of this server."""
+    """A custom model and the model's state in memory."""
 
     id: str
     name: str
     arn: str
     loaded: bool
     base: str | None = None
-    """ARN of the model whose network it shares there, as an adapter."""
+    """ARN of the base model, if the model is an adapter that shares a loaded base model."""
     memory_bytes: int | None = None
-    """Estimated memory of its weights in bytes, without the weights of that model."""
+    """Estimated memory of the weights in bytes, without a shared base model."""
     loaded_at: datetime | None = None
     last_used: datetime | None = None
-    """When it was loaded or asked last, or ended an answer."""
+    """Time of the last load, request or end of a reply."""
     requests: int = 0
-    """Those that it answers now."""
+    """Number of active requests."""
     proposed_tokens: int | None = None
-    """Tokens of its answers that were guessed before it wrote them, since it was loaded, of those that
-    have ended; of a model that writes."""
+    """Tokens proposed by speculative decoding in completed replies since loading."""
     accepted_tokens: int | None = None
-    """Those that it then wrote."""
+    """Proposed tokens that the model accepted."""
 
 
 class LoadedModelsView(View):
-    """The account's models in memory, the longest unused first."""
+    """The account's models in memory, least recently used first."""
 
     models: list[LoadedModelView]
 
@@ -66,7 +65,7 @@ def list_loaded_models(call: NativeCall) -> LoadedModelsView:
 
 @router.post("/models/{model}/load", dependencies=[MODEL_TURN])
 def load_model(call: NativeCall, model: Name) -> LoadedModelView:
-    """Load a custom model into memory before its first request."""
+    """Load a custom model into memory."""
     found, stored_id = _find(call, model)
     with inference_faults():
         call.context.pool.load(stored_id)
@@ -75,14 +74,14 @@ def load_model(call: NativeCall, model: Name) -> LoadedModelView:
 
 @router.post("/models/{model}/unload")
 def unload_model(call: NativeCall, model: Name) -> LoadedModelView:
-    """Unload a custom model once its last answer has ended."""
+    """Unload a custom model after the active requests have ended."""
     found, stored_id = _find(call, model)
     call.context.pool.unload(stored_id)
     return _view(call, found)
 
 
 def _find(call: Call, name: str) -> tuple[CustomModel, str]:
-    """Return the account's model and its id in the library."""
+    """Return the account's model and the model's library id."""
     base = find_foundation(call.context.arns, name)
     if base is not None:
         raise Fault(

@@ -1,4 +1,4 @@
-"""What a model can be asked for, by its record and its objective, before anything of it is loaded."""
+"""Supported operations of a model, determined from metadata without loading the model."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ Reads = Literal["text", "image", "audio", "window"]
 
 @dataclass(frozen=True)
 class Abilities:
-    """What one model does."""
+    """Supported operations and inputs of a model."""
 
     method: str
-    """The objective it was trained with; of a base model that by which it answers."""
+    """Objective of the model."""
     does: tuple[Ability, ...]
     reads: tuple[Reads, ...]
     labels: tuple[str, ...] = ()
-    """Classes that new images can be asked for."""
+    """Classes for image generation."""
     reads_prompts: bool = False
-    """Whether it makes images of what a text says."""
+    """True if the model generates images from text."""
 
 
 def abilities_of_base(base: str) -> Abilities:
-    """Those of a base model by its id: one of the catalogue need not be here, and is not fetched.
+    """Return the operations of a base model. A model of the catalog is not downloaded.
 
     Raises:
-        UnknownModel: where it is neither here nor in the catalogue.
+        UnknownModel: If the model is neither on disk nor in the catalog.
     """
     from luthier.library.models import described_base, find
 
@@ -59,19 +59,20 @@ def abilities_of_base(base: str) -> Abilities:
 
 
 def abilities_of(stored: StoredModel) -> Abilities:
-    """Those of a model whose files are here.
+    """Return the operations of a model on disk.
 
     Raises:
-        RecipeError: where it was trained by a package that is not installed.
+        RecipeError: If the package of the model's objective is not installed.
     """
     return _abilities(stored, _input_of(stored))
 
 
 def writes(model: AnyModel) -> bool:
-    """Whether it answers chats: told quickly for each of thousands of models, and nothing is fetched.
+    """Return True if the model generates text.
 
-    It goes by the model's record; of one whose files are not on this machine, by what its base is
-    made for. What is damaged, or of a package that is not installed, writes nothing.
+    The result comes from the model's metadata, without downloads, and is cached for lists of
+    thousands of models. If the files are on another server, the kind of the base model decides.
+    Damaged models, and models of packages that are not installed, return False.
     """
     if isinstance(model, CustomModel) and model.stored_id is not None:
         try:
@@ -85,7 +86,8 @@ def writes(model: AnyModel) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def _stored_writes(home: Path, stored_id: str, created: datetime) -> bool:
-    """Of a model in the store ``home``; ``created`` tells it from an earlier one of its id."""
+    """Return True if a library model generates text. ``home`` and ``created`` are cache keys: ids
+    can be reused."""
     from luthier.library.models import find
 
     stored = find(stored_id)
@@ -94,7 +96,7 @@ def _stored_writes(home: Path, stored_id: str, created: datetime) -> bool:
 
 @lru_cache
 def _kind_writes(kind: str) -> bool:
-    """Of a base model of the catalogue's ``kind``."""
+    """Return True if base models of the catalog's ``kind`` generate text."""
     from luthier.objectives import OBJECTIVES
 
     objective = OBJECTIVES[KINDS[kind].objective].model_validate({})

@@ -1,4 +1,4 @@
-"""Models of the native API, their lineage and their certificates."""
+"""Models of the native API, with lineage and certificates."""
 
 from __future__ import annotations
 
@@ -32,73 +32,76 @@ router = native_router()
 
 
 class AbilitiesView(View):
-    """What a model can be asked for."""
+    """Supported operations and inputs of a model."""
 
     method: str
-    """The objective it was trained with; of a foundation model that by which it answers."""
+    """Objective of the model."""
     does: list[Ability]
-    """``write`` answers chats; ``predict`` and ``embed`` answer ``predictions``; ``make_images`` and
-    ``reconstruct`` are operations of their own. Empty where it is only a start for training."""
+    """Operations: ``write`` for chats, ``predict`` and ``embed`` for ``predictions``,
+    ``make_images`` for ``images``, ``reconstruct`` for ``reconstructions``. Empty for models that
+    are only bases for training."""
     reads: list[Reads]
     labels: list[str]
-    """Classes that new images can be asked for."""
+    """Classes for image generation."""
     reads_prompts: bool
-    """Whether it makes images of what a text says."""
+    """True if the model generates images from text."""
 
 
 class ModelView(View):
-    """One model."""
+    """A foundation model or custom model."""
 
     id: str
-    """Of a foundation model ``provider.name``; of a custom model the end of its ARN."""
+    """``provider.name`` for a foundation model, or the last part of a custom model's ARN."""
     name: str
     arn: str
     kind: str
     """``foundation`` or ``custom``."""
     status: str
     base: str | None = None
-    """ARN of what a custom model was trained from; none of a whole network from outside."""
+    """ARN of the base model of a custom model; missing for imported full models."""
     job: str | None = None
-    """Id of the job that made it; none of a model from outside."""
+    """Id of the job that trained the model; missing for imported models."""
     source: str | None = None
-    """Address that a model from outside was copied from."""
+    """Source address of an imported model."""
     failure: str | None = None
-    """Why a model from outside was not taken."""
+    """Error of a failed import."""
     created: datetime | None = None
     base_kind: str
-    """What the base model at the bottom is made for: ``causal_lm`` writes, an ``encoder`` reads texts,
-    and so on."""
+    """Kind of the foundation model: ``causal_lm`` generates text, ``encoder`` encodes text, and
+    other kinds."""
     writes: bool
-    """Whether it answers chats; what its base is made for where its files are on another server."""
+    """True if the model generates text. If the files are on another server, the base model's kind
+    decides."""
     abilities: AbilitiesView | None = None
-    """In the answer about one model; none in lists, and where its files or its package are not here."""
+    """Supported operations. Missing in lists, and if the model's files or package are not on this
+    server."""
 
 
 class ModelsView(View):
-    """Foundation models, then the account's own in the order they were made."""
+    """Foundation models, then the account's models in order of creation."""
 
     models: list[ModelView]
 
 
 class DeletedModelView(View):
-    """A model that was deleted."""
+    """Response to the deletion of a model."""
 
     model: str
-    """Its ARN."""
+    """ARN of the model."""
 
 
 class CertificateView(View):
-    """The certificate of a custom model, and what it goes back to."""
+    """Certificate and lineage of a custom model."""
 
     model: str
     certificate: dict[str, Any]
-    """As ``certificate.json`` holds it: record, lineage, curves, operations, energy, reports."""
+    """Content of ``certificate.json``: record, lineage, curves, operations, energy, reports."""
     lineage: list[str]
-    """ARNs from this model down to the foundation model."""
+    """ARNs from this model to the foundation model."""
     shares: list[str]
-    """Measures whose values are shares, which read best as percent."""
+    """Names of metrics with values from 0 to 1, for display as percent."""
     errors: list[str]
-    """Measures of which less is better."""
+    """Names of metrics with lower values being better."""
 
 
 @router.get("/models")
@@ -129,7 +132,7 @@ def get_model(call: NativeCall, model: Name) -> ModelView:
 
 @router.delete("/models/{model}")
 def delete_model(call: NativeCall, model: Name) -> DeletedModelView:
-    """Delete a custom model that nothing answers with and no job starts from; its job stays."""
+    """Delete a custom model. The model must not be deployed or the base of a running job."""
     with call.context.database.read() as session:
         found = call.model(session, model)
     call.context.delete_model(found)
@@ -138,7 +141,7 @@ def delete_model(call: NativeCall, model: Name) -> DeletedModelView:
 
 @router.get("/models/{model}/certificate")
 def get_certificate(call: NativeCall, model: Name) -> CertificateView:
-    """Return the certificate of a custom model, and its lineage."""
+    """Return the certificate and the lineage of a custom model."""
     lineage: list[str] = []
     with call.context.database.read() as session:
         found = below = call.model(session, model)
@@ -163,7 +166,7 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
 
 @router.get("/models/{model}/certificate.json")
 def download_certificate(call: NativeCall, model: Name) -> Response:
-    """Return the bytes of a custom model's certificate.json, as `luthier verify` reads them."""
+    """Download a custom model's certificate.json for `luthier verify`."""
     with call.context.database.read() as session:
         found = call.model(session, model)
     # Its hash is of these bytes: JavaScript, which reads 32.0 and writes 32, would change them.

@@ -1,4 +1,4 @@
-"""Common parts of the native API: routes of FastAPI, the authenticated call, and error responses."""
+"""Shared parts of the native API: FastAPI routes, the authenticated call, and error responses."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ STATUS = {
     "Throttling": 429, "InternalServer": 500,
     "ServiceUnavailable": 503, "ModelNotReady": 503, "ModelError": 500, "ModelTimeout": 504,
 }  # fmt: skip
-"""HTTP status of each fault; 400 for others."""
+"""HTTP status by fault code; 400 for other codes."""
 MOST_ERRORS = 10
-"""Errors of a body that a response names."""
+"""Maximum number of validation errors in a message."""
 
 
 class Input(BaseModel):
@@ -60,18 +60,18 @@ class View(BaseModel):
 
 
 class ErrorDetail(View):
-    """A refusal or failure."""
+    """Error of a request."""
 
     code: str
     message: str
     parameter: str | None = None
-    """Field of the request that has the error."""
+    """Invalid field of the request."""
     rule: str | None = None
-    """Id of the rule that the request breaks, if a check rejected the request."""
+    """Id of the violated rule, if a check rejected the request."""
 
 
 class ErrorView(View):
-    """Response to a request that is refused or fails."""
+    """Response to a rejected or failed request."""
 
     error: ErrorDetail
 
@@ -83,7 +83,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 ERRORS["4XX"] = {"model": ErrorView}  # in place of FastAPI's own form of errors
 _ABOVE = {"base": "base", "data.train": "training", "data.validation": "validation",
           "teacher.model": "teacher", "objective.grader": "grader"}  # fmt: skip
-"""What is no setting of a job but a member of its own."""
+"""Fields of a new job by recipe setting; all other settings are below ``settings``."""
 _SETTINGS = (
     "training.", "adaptation.", "objective.", "sampling.", "insights.",
     *(f"data.{name}" for name in SETTABLE_DATA),
@@ -91,7 +91,7 @@ _SETTINGS = (
 
 
 def setting_name(setting: str) -> str:
-    """Return the native API's name for a setting of a recipe, such as ``training.epochs=3``."""
+    """Return the native API's name of a recipe setting, such as ``training.epochs=3``."""
     for prefix, member in _ABOVE.items():
         if setting == prefix or setting.startswith((f"{prefix}.", f"{prefix}=")):
             return f"{member}{setting.removeprefix(prefix)}"
@@ -109,7 +109,7 @@ def refusal(fault: Fault, request_id: str) -> Answer:
 
 
 class NativeRoute(ApiRoute):
-    """A route whose function names the operation and the action that the caller's role must allow."""
+    """Route whose function name determines the operation and the IAM action."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         first, *rest = endpoint.__name__.split("_")
@@ -121,7 +121,7 @@ class NativeRoute(ApiRoute):
         )
 
     def invalid(self, error: RequestValidationError) -> Fault:
-        """Return a fault that names the first errors."""
+        """Return a fault that describes the first errors."""
         first = error.errors()[:MOST_ERRORS]
         places = [".".join(map(str, each["loc"][1:])) for each in first]
         text = "; ".join(
@@ -131,7 +131,7 @@ class NativeRoute(ApiRoute):
         return Fault("Validation", text, parameter=places[0] or None)
 
     async def parse(self, request: Request) -> Any:
-        """Return the JSON of the body, or the fields for a file in its place."""
+        """Return the JSON body, or the body for an uploaded file."""
         kind = request.headers.get("content-type", "").partition("/")[0].strip().lower()
         sent = (self.openapi_extra or {}).get("requestBody", {"content": ()})
         if self.body_field is not None and f"{kind}/*" in sent["content"]:
@@ -141,13 +141,14 @@ class NativeRoute(ApiRoute):
 
 
 def uploads(*kinds: str) -> dict[str, Any]:
-    """Allow bodies that are files of ``kinds`` (``image``, ``audio``), read by ``from_file``."""
+    """Return the OpenAPI description for file uploads of ``kinds`` (``image``, ``audio``); see
+    ``from_file``."""
     file = {"schema": {"type": "string", "format": "binary"}}
     return {"requestBody": {"content": {f"{kind}/*": file for kind in kinds}}}
 
 
 def native_router() -> APIRouter:
-    """Return an empty router of operations below ``/api/v1``."""
+    """Return an empty router for operations below ``/api/v1``."""
     key = Security(HTTPBearer(auto_error=False))  # for the document: the key is verified already
     return APIRouter(
         prefix="/api/v1", route_class=NativeRoute, dependencies=[key], responses=ERRORS
@@ -156,30 +157,30 @@ def native_router() -> APIRouter:
 
 @dataclass(frozen=True)
 class Context:
-    """Parts of the service that operations use."""
+    """Services for the operations."""
 
     database: Database
     arns: Arns
     locations: Locations
     quotas: Callable[[str], AccountQuotas]
-    """Quotas of an account."""
+    """Return the quotas of an account."""
     wake: Callable[[], None]
-    """Tells the scheduler that there is something to do."""
+    """Notify the scheduler of a new job."""
     delete_model: Callable[[CustomModel], None]
-    """Deletes a model, wherever it is; raises ``WrongState`` where it is in use."""
+    """Delete a model and the model's files; raises ``WrongState`` if the model is in use."""
     pool: ModelPool
 
     def base(
         self, session: Session, account: str, identifier: str
     ) -> FoundationModel | CustomModel:
-        """Return the foundation model, or the account's custom model, of an id, alias, name or ARN."""
+        """Return a foundation model, or a custom model of the account, by id, alias, name or ARN."""
         found = find_foundation(self.arns, identifier)
         return found or self.custom(session, account, identifier, active=True)
 
     def custom(
         self, session: Session, account: str, identifier: str, active: bool = False
     ) -> CustomModel:
-        """Return the account's custom model of this name, id, ``ft:`` id or ARN."""
+        """Return a custom model of the account by name, id, ``ft:`` id or ARN."""
         model = find_model(session, self.arns, account, identifier)
         if model is None or (active and model.status != ACTIVE):
             raise not_found("model", identifier)
@@ -201,12 +202,13 @@ class Call:
         return self.caller.account
 
     def record(self, path: str) -> None:
-        """Note for the audit log that the operation changes ``path``, the end of an ARN."""
+        """Record the resource ``path``, the last part of an ARN, as changed by the operation, for
+        the audit log."""
         kind, _, rest = path.partition("/")
         record_action(self.action, self.context.arns.of(self.account, kind, rest))
 
     def model(self, session: Session, name: str, *, active: bool = False) -> CustomModel:
-        """Return the account's model, and record its ARN for the audit log."""
+        """Return the account's model, and record the model's ARN for the audit log."""
         model = find_model(session, self.context.arns, self.account, name)
         self.record(
             f"custom-model/{model.foundation}/{model.id}" if model else f"custom-model/{name}"
@@ -216,7 +218,7 @@ class Call:
         return model
 
     def invoked_model(self, name: str) -> Invocable:
-        """Return the deployment or custom model that ``name`` means.
+        """Return the deployment or custom model with the name ``name``.
 
         See :func:`luthier.server.identifiers.resolve_name`.
         """
@@ -231,7 +233,7 @@ class Call:
 
 
 def not_found(noun: str, name: str) -> Fault:
-    """Return the fault for a name that nothing of the account has."""
+    """Return the fault for an unknown name."""
     return Fault("ResourceNotFound", f"There is no {noun} {name!r}.")
 
 

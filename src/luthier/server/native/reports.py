@@ -1,7 +1,7 @@
-"""The data gate and the estimate as operations: work of seconds to minutes, in a process of its own.
+"""Data reports and estimates, each computed by a CLI command in a child process.
 
-A report needs a tokenizer, an estimate real training steps. Neither is done in the process that
-answers everybody; at most :data:`AT_ONCE` run, and each ends after its time.
+A report needs a tokenizer, an estimate needs real training steps: both would block the server's
+other requests. At most :data:`AT_ONCE` run at the same time, each with a time limit.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from luthier.server.tables.custom_models import CustomModel
 from luthier.types import map_texts
 
 AT_ONCE = 2
-"""Reports and estimates that run at the same time; more are asked to come again."""
+"""Maximum number of concurrent reports and estimates; more requests are throttled."""
 SECONDS = 600.0
-"""Of one report or estimate at most."""
+"""Time limit of a report or estimate, in seconds."""
 router = native_router()
 _free = threading.BoundedSemaphore(AT_ONCE)
 
 
 class Inspection(Input):
-    """Rows that are to be looked at."""
+    """Data for a report."""
 
     training: str
-    """Address of rows to learn from."""
+    """Address of training data."""
     validation: str | None = None
-    """Address of held-out rows."""
+    """Address of validation data."""
     base: str | None = None
-    """Model that the rows are encoded for; they decide where none is named (``report.base``)."""
+    """Base model that provides the tokenizer. The default follows from the rows (``report.base``)."""
     objective: str | None = None
-    """What is to be learned; the rows decide where it is not given."""
+    """Training objective. The default follows from the rows."""
 
 
 class ReportView(View):
-    """What the data gate says."""
+    """Result of the data checks."""
 
     verdict: str
     """``passed``, ``warnings`` or ``refused``."""
@@ -64,32 +64,32 @@ class ReportView(View):
 
 
 class Planned(Input):
-    """A job that may be submitted."""
+    """Data and settings of a job to estimate."""
 
     training: str
-    """Address of rows to learn from."""
+    """Address of training data."""
     validation: tuple[str, ...] = Field(default=(), max_length=10)
     base: str = "smollm2-135m-instruct"
     customization_type: Literal[
         "FINE_TUNING", "REINFORCEMENT_FINE_TUNING", "CONTINUED_PRE_TRAINING"
     ] = "FINE_TUNING"
-    """What is made of the rows; what a distillation takes depends on its teacher."""
+    """Type of customization. Distillation is not supported: the cost depends on the teacher."""
     grader: dict[str, Any] | None = None
-    """Of reinforcement fine-tuning: ``method`` and fields of a grader."""
+    """Grader of reinforcement fine-tuning: ``method`` and fields of a grader."""
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Fields of a recipe by group."""
+    """Recipe fields by group."""
 
 
 class EstimateView(View):
-    """What a job will take on this machine."""
+    """Estimated cost of a job on this machine."""
 
     estimate: dict[str, Any]
-    """Tokens, steps, seconds, memory and disk, each with its interval."""
+    """Tokens, steps, seconds, memory and disk, each with an interval."""
 
 
 @router.post("/inspections")
 def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
-    """Report whether data can teach a model, and what is wrong row by row."""
+    """Check data for training, and report problems of each row."""
     base = None if body.base is None else _stored_id(call, body.base)
     with _report_folder() as folder:
         media = base is None or base_reads_media(base)
@@ -108,7 +108,7 @@ def inspect_data(call: NativeCall, body: Inspection) -> ReportView:
 
 @router.post("/estimates")
 def estimate_job(call: NativeCall, body: Planned) -> EstimateView:
-    """Estimate what a job will take, from a few real steps on its rows."""
+    """Estimate the cost of a job from a few training steps on the job's rows."""
     from luthier.recipe import to_toml
 
     grader = check_client_grader(body.grader) if body.grader else None
@@ -153,7 +153,7 @@ def _fetch_held_out(
     addresses: dict[str, str],
     media: bool,
 ) -> Path | None:
-    """Fetch the held-out rows below ``folder``, and add their files to ``addresses``."""
+    """Fetch validation data below ``folder``, and add the address of each file to ``addresses``."""
     if not named:
         return None
     folder.mkdir()
@@ -167,9 +167,9 @@ def _fetch_held_out(
 
 
 def _fetch(call: Call, address: str, folder: Path, media: bool) -> Path:
-    """Fetch the rows of an address: return a file, or a folder of several files.
+    """Fetch the rows at an address: return a file, or a folder with several files.
 
-    With ``media``, also fetch the files that the rows of a single file name.
+    With ``media``, also fetch the files that the rows of a single file refer to.
     """
     folder.mkdir()
     locations = call.context.locations
@@ -196,7 +196,7 @@ def _report_folder() -> Iterator[Path]:
 
 
 def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int, ...]) -> Any:
-    """Return the JSON output of a command, with the client's names of files and settings."""
+    """Return the JSON output of a command, with paths and settings renamed for the client."""
     whole = python_command("luthier", *command, "--json")
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The native API: a FastAPI application of all its operations, and the OpenAPI document of them."""
+"""The native API: a FastAPI application of all operations, with an OpenAPI document."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ router = native_router()
 
 
 class WhoView(View):
-    """Caller of the operation."""
+    """Identity of the caller."""
 
     account: str
     user: str
     arn: str
     roles: list[str]
-    """Role of the user, and of the key if it has its own."""
+    """Role of the user, and of the key if the key has a role."""
     permissions: list[Permission]
-    """Classes of operations that all of these roles allow."""
+    """Classes of operations that all roles allow."""
 
 
 @router.get("/whoami")
@@ -43,7 +43,7 @@ def who_am_i(call: NativeCall) -> WhoView:
 
 
 def native_api(context: Context, version: str) -> Api:
-    """Return the API of all operations."""
+    """Return the API with all operations."""
     modules = (jobs, models, exports, loaded_models, inference, reports, usage)
     routers = (router, *(module.router for module in modules))
     app = api_application(

@@ -1,4 +1,4 @@
-"""What the caller's account stores beside what it may, and what it used on each day."""
+"""Quotas and daily usage of the caller's account."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from luthier.server.tables.usage import report
 
 router = native_router()
 DAYS = 30
-"""Of a report whose first day is not named."""
+"""Default number of days of a report."""
 
 
 class QuotaView(View):
-    """One quota."""
+    """Current use of a quota."""
 
     used: int
-    """What there is of it now."""
+    """Current value."""
     quota: int
-    """What there may be; what it counts is in ``name``."""
+    """Maximum value."""
 
 
 class UsageView(View):
@@ -32,50 +32,50 @@ class UsageView(View):
 
     account: str
     quotas: dict[str, QuotaView]
-    """By name: ``stored_bytes``, ``custom_models`` and others."""
+    """Quotas by name, such as ``stored_bytes`` and ``custom_models``."""
 
 
 class Days(Input):
-    """Which days are meant, in UTC."""
+    """Range of days, in UTC."""
 
     first: date | None = Field(default=None, alias="from")
-    """30 days back when not given."""
+    """First day; 30 days ago by default."""
     last: date | None = Field(default=None, alias="to")
-    """Today when not given."""
+    """Last day; today by default."""
 
 
 class DayView(View):
-    """What was used on one day, of one model or beside models."""
+    """Usage of a model on a day."""
 
     day: date
     model: str
-    """Name of a custom model, or id of another; empty for what no model answered."""
+    """Name of a custom model, or id of a foundation model; empty for usage without a model."""
     requests: int
     prompt_tokens: int
     generated_tokens: int
     training_seconds: float
-    """Seconds on the clock that workers had jobs in hand."""
+    """Wall-clock time of training workers, in seconds."""
     bytes_in: int
-    """Of the bodies of requests."""
+    """Size of request bodies."""
     bytes_out: int
-    """Of the bodies of answers."""
+    """Size of response bodies."""
     stored_bytes: int
-    """The most that was stored that day, looked at once a minute."""
+    """Maximum storage of the day, sampled once a minute."""
 
 
 class DaysView(View):
-    """A report by day and model; counts of the last minute may be missing."""
+    """Usage by day and model. Counts of the last minute may be missing."""
 
     account: str
     first: date
-    """The days that were looked at, both with what was used on them."""
+    """Range of days, both inclusive."""
     last: date
     days: list[DayView]
 
 
 @router.get("/usage")
 def get_usage(call: NativeCall) -> UsageView:
-    """Return what the account stores and uses now, next to its quotas."""
+    """Return the account's current use of each quota."""
     quotas = call.context.quotas(call.account)
     with call.context.database.read() as session:
         found = quota_usage(session, call.account)
@@ -87,7 +87,7 @@ def get_usage(call: NativeCall) -> UsageView:
 
 @router.get("/usage/days")
 def get_daily_usage(call: NativeCall, asked: Annotated[Days, Query()]) -> DaysView:
-    """Return what the account used, by day and model."""
+    """Return the account's usage by day and model."""
     last = asked.last or now().date()
     first = asked.first or last - timedelta(days=DAYS)
     with call.context.database.read() as session:

@@ -1,4 +1,4 @@
-"""The OpenAI API: what the unmodified ``openai`` client uses. One file for each resource."""
+"""The OpenAI API for unmodified ``openai`` clients, with one file for each resource."""
 
 from __future__ import annotations
 

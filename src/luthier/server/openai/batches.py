@@ -1,4 +1,4 @@
-"""``/batches``, and the thread that works on batches and resumes the work of a killed server."""
+"""``/batches``, and the thread that runs batches and resumes the batches of a killed server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from luthier.server.tables.uploaded_files import UploadedFiles
 from luthier.server.tables.usage import CountUsage, Usage
 
 Answered = tuple[bool, JsonObject]
-"""Whether a line failed, and its line in the result file."""
+"""Result of one line: True if the request failed, and the line of the result file."""
 
 AT_ONCE = 8
 """Number of lines of a batch that run at the same time."""
@@ -62,7 +62,7 @@ _MOMENTS = {
 
 
 class BatchRunner(BackgroundRunner[Batch, Answered]):
-    """The thread that works on batches; several servers may share a database."""
+    """Thread that runs batches. Several servers may share a database."""
 
     kind, at_once, working = Batch, AT_ONCE, store.IN_PROGRESS
     action = "luthier:openai.batches.create"
@@ -75,7 +75,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         count: CountUsage = lambda account, model, used: None,
         limits: ServerLimits | None = None,
     ) -> None:
-        """``count`` counts the usage of accounts."""
+        """Create the runner; ``count`` records the usage of accounts."""
         super().__init__(database, count)
         self.limits, self.files, self.endpoints = limits or ServerLimits(), files, endpoints
 
@@ -84,7 +84,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         self.files.remove_expired()
 
     def work(self, batch: Batch) -> None:
-        """Check the lines of ``batch``, run lines without a result, and write the files."""
+        """Check the lines of ``batch``, run each line without a result, and write the result files."""
         row = self.files.get(batch.account, batch.input_file)
         if row is None:
             self._fail(batch, [_error("file_not_found", "The input file is gone.", None)])
@@ -117,11 +117,11 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         store.record(session, batch.id, number, *answered)
 
     def state(self, batch: Batch) -> str:
-        """Return the status of ``batch``; ``expired`` after its time limit."""
+        """Return the status of ``batch``, or ``expired`` after the time limit."""
         return store.EXPIRED if now() > batch.expires else batch.status
 
     def fail(self, batch: Batch, code: str, message: str) -> None:
-        """End ``batch`` with an error of no line."""
+        """End ``batch`` with an error that belongs to no line."""
         self._fail(batch, [_error(code, message, None)])
 
     def _problems(
@@ -184,7 +184,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         }
 
     def _finish(self, batch: Batch) -> None:
-        """Write the files, then set the status: the files of a completed batch exist."""
+        """Write the result files, then set the status: the files of a completed batch always exist."""
         with self.database.write() as session:
             held = self.lock_held(session, batch)
             if held is None:
@@ -224,7 +224,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                 store.end(session, held, end)
 
     def _result_lines(self, batch: Batch, failed: bool) -> Iterator[bytes]:
-        """Yield the lines of one of the files, read page by page."""
+        """Yield the lines of the output file, or of the error file if ``failed``, page by page."""
         after = 0
         while True:
             with self.database.read() as session:
@@ -246,7 +246,8 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
 def _problem(
     asked: Any, endpoint: str, first: dict[str, int], number: int
 ) -> tuple[str, str, str | None]:
-    """Return code, text and member of the error of one line; empty without an error."""
+    """Return code, message and parameter of the first error of a line. The code is empty if the
+    line is valid."""
     if not isinstance(asked, dict):
         return "invalid_json_line", "The line is no JSON object.", None
     custom_id = asked.get("custom_id")
@@ -271,7 +272,7 @@ def _error(code: str, text: str, line: int | None, param: str | None = None) -> 
 
 
 class CreateBatch(Body):
-    """Body of a new batch."""
+    """Body of a request for a new batch."""
 
     input_file_id: Annotated[str, Field(min_length=1)]
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
@@ -281,7 +282,7 @@ class CreateBatch(Body):
 
 @router.post("/batches", name="batches.create")
 def create(call: OpenAICall, body: CreateBatch) -> JsonObject:
-    """Create a batch; the server reads its lines in the background."""
+    """Create a batch. The server runs the lines in the background."""
     call.record("batch")
     context, account = call.context, call.account
     found = context.files.get(account, body.input_file_id)
@@ -310,7 +311,7 @@ def create(call: OpenAICall, body: CreateBatch) -> JsonObject:
 
 @router.get("/batches", name="batches.list")
 def list_batches(call: OpenAICall, limit: Limit = 20, after: str | None = None) -> JsonObject:
-    """List batches, the newest first."""
+    """List batches, newest first."""
     with call.context.database.read() as session:
         position = None
         if after is not None:
@@ -324,7 +325,7 @@ def list_batches(call: OpenAICall, limit: Limit = 20, after: str | None = None) 
 
 @router.get("/batches/{batch}", name="batches.retrieve")
 def retrieve(call: OpenAICall, batch: Name) -> JsonObject:
-    """Return one batch."""
+    """Return a batch."""
     with call.context.database.read() as session:
         found = store.get(session, call.account, batch)
         if found is None:
@@ -334,7 +335,7 @@ def retrieve(call: OpenAICall, batch: Name) -> JsonObject:
 
 @router.post("/batches/{batch}/cancel", name="batches.cancel")
 def cancel(call: OpenAICall, batch: Name) -> JsonObject:
-    """Cancel a batch; its files have the results of the lines that are done."""
+    """Cancel a batch; the files contain the results of completed lines."""
     call.record("batch", batch)
     with call.context.database.write() as session:
         found = store.get(session, call.account, batch, lock=True)

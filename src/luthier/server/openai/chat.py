@@ -1,4 +1,4 @@
-"""``/chat/completions``: what clients send for the engine, and answers as they read them."""
+"""``/chat/completions``: requests, completions, and streams of chunks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _ROLES: Mapping[str, Any] = {"developer": "system"}
 
 
 class ContentPart(Body):
-    """A part of a message."""
+    """A part of a message's content."""
 
     type: str
     text: str | None = None
@@ -64,14 +64,14 @@ class ContentPart(Body):
 
 
 class CalledFunction(Body):
-    """A call that an assistant asked for."""
+    """Name and JSON arguments of a tool call."""
 
     name: str
     arguments: str
 
 
 class AskedCall(Body):
-    """The same with its id."""
+    """A tool call of an assistant message."""
 
     id: str
     type: Literal["function"] = "function"
@@ -79,19 +79,20 @@ class AskedCall(Body):
 
 
 class ChatMessage(Body):
-    """One message."""
+    """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[ContentPart], Field(max_length=TURNS)] | None = None
     tool_calls: Annotated[list[AskedCall], Field(max_length=TURNS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    """Of DeepSeek and vLLM: what the assistant thought before. Templates may leave it out again."""
+    """Reasoning of an earlier reply, as DeepSeek and vLLM name the member. Chat templates may drop
+    the reasoning."""
     reasoning: str | None = None
-    """The same, as newer versions of vLLM call it."""
+    """Reasoning of an earlier reply, as newer versions of vLLM name the member."""
 
     def turn(self, where: str) -> Message:
-        """The same for the engine."""
+        """Return the engine's message; ``where`` is the message's location in the request."""
         content, reasoning = self._text(where), ""
         if self.role == "assistant":
             reasoning = self.reasoning_content or self.reasoning or ""
@@ -120,14 +121,14 @@ class ChatMessage(Body):
 
 
 class ResponseFormat(Body):
-    """The form of answers."""
+    """Output format of replies."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
 class ChatRequest(SamplingFields):
-    """The body of a chat completion."""
+    """Body of a chat completion."""
 
     without_effect = SamplingFields.without_effect | {
         "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
@@ -150,10 +151,10 @@ class ChatRequest(SamplingFields):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     modalities: list[Literal["text"]] | None = None
     chat_template_kwargs: TemplateSettings | None = None
-    """Of vLLM and others: names that the model's template reads, such as ``enable_thinking``."""
+    """Variables of the chat template, such as ``enable_thinking``. An extension of vLLM."""
 
     def check(self) -> None:
-        """Refuse what does not belong together."""
+        """Reject members that contradict each other."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
@@ -165,7 +166,7 @@ class ChatRequest(SamplingFields):
             check_only_form(self.structured_outputs, "response_format")
 
     def generation_request(self) -> GenerationRequest:
-        """The request for the engine."""
+        """Return the request for the engine."""
         turns = tuple(
             message.turn(f"messages[{index}]") for index, message in enumerate(self.messages)
         )
@@ -184,7 +185,7 @@ class ChatRequest(SamplingFields):
 
     @property
     def constraint(self) -> Constraint | None:
-        """What answers have to match."""
+        """Constraint on replies, or None for free text."""
         form = self.response_format
         if form is None or form.type == "text":
             return super().constraint
@@ -194,7 +195,7 @@ class ChatRequest(SamplingFields):
 
 
 def _check_calls(turns: Sequence[Message]) -> None:
-    """Every call has its result behind it, and nothing else has one."""
+    """Reject a tool call without a result, and a result without a call."""
     if (unmatched := find_unmatched_call(turns)) is None:
         return
     index, ids = unmatched
@@ -209,7 +210,7 @@ def _check_calls(turns: Sequence[Message]) -> None:
 
 
 def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -> str:
-    """The text of ``parts``, which are refusals or of one of ``kinds``."""
+    """Join the text of ``parts``; reject parts of a type outside of ``kinds`` and ``refusal``."""
     texts = []
     for index, part in enumerate(parts):
         text = part.refusal if part.type == "refusal" else part.text
@@ -227,7 +228,7 @@ def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -
     response_model=JsonObject,
 )
 def create(call: OpenAICall, body: ChatRequest) -> JsonObject | StreamedResponse:
-    """Continue a conversation."""
+    """Generate the next message of a conversation."""
     inference, account = call.context.inference, call.account
     if not body.stream:
         return complete(inference, account, body)
@@ -236,7 +237,7 @@ def create(call: OpenAICall, body: ChatRequest) -> JsonObject | StreamedResponse
 
 
 def complete(inference: Inference, account: str, asked: ChatRequest) -> JsonObject:
-    """Return the whole completion."""
+    """Return a whole completion."""
     return _completion(asked, _begin(inference, account, asked))
 
 
@@ -248,31 +249,36 @@ def _begin(inference: Inference, account: str, asked: ChatRequest) -> Stream:
 
 
 class InvokedChat:
-    """A body of chat completions that came through Bedrock's InvokeModel, which names the model."""
+    """A chat completion sent through Bedrock's InvokeModel. The URL contains the model, not the
+    body."""
 
     def __init__(self, model_id: str, given: Mapping[str, Any]) -> None:
-        """Check ``given``; :class:`Fault` for what is wrong in it."""
+        """Check ``given``.
+
+        Raises:
+            Fault: If a member is invalid.
+        """
         self._parameters = validate({**given, "model": model_id, "stream": False}, ChatRequest)
         self._parameters.check()
 
     def request(self) -> GenerationRequest:
-        """The request for the engine."""
+        """Return the request for the engine."""
         return self._parameters.generation_request()
 
     def answer(self, stream: Stream) -> tuple[JsonObject, int]:
-        """The whole completion, and how many tokens were written."""
+        """Return the completion and the number of generated tokens."""
         found = _completion(self._parameters, stream)
         return found, found["usage"]["completion_tokens"]
 
     def chunks(self, stream: Stream) -> Iterator[tuple[JsonObject, int]]:
-        """Its chunks, each with the tokens that are known to be written."""
+        """Yield each chunk with the number of tokens in completed replies."""
         ended = [0]
         for chunk in _Chunks(self._parameters).of(_add_up_tokens(stream, ended), stream):
             yield dict(chunk), ended[0]
 
 
 def _add_up_tokens(stream: Stream, ended: list[int]) -> Iterator[Event]:
-    """The events of ``stream``; the tokens of answers that have ended are added up in ``ended``."""
+    """Yield the events of ``stream``, and add the tokens of ended replies to ``ended[0]``."""
     for each in stream:
         if isinstance(each, FinishEvent):
             ended[0] += each.tokens
@@ -311,7 +317,7 @@ def _choice(index: int, answer: GenerationResult, parameters: ChatRequest) -> Js
 
 
 def _logprobs(scores: Sequence[Score], reasoning: Sequence[Score] = ()) -> JsonObject:
-    """How likely the tokens of a message were; DeepSeek names the member for those of its reasoning."""
+    """Return log probabilities. The name of the member for reasoning tokens is DeepSeek's."""
     logprobs: dict[str, Any] = {"content": chat_logprobs(scores), "refusal": None}
     if reasoning:
         logprobs["reasoning_content"] = chat_logprobs(reasoning)
@@ -324,7 +330,7 @@ def _call(call: ToolCall) -> JsonObject:
 
 
 class _Chunks:
-    """An answer as chunks."""
+    """Converter of engine events to the chunks of a stream."""
 
     def __init__(self, parameters: ChatRequest) -> None:
         self._parameters = parameters
@@ -332,7 +338,8 @@ class _Chunks:
         self._calls: dict[int, int] = {}
 
     def of(self, events: Iterable[Event], stream: Stream) -> Iterator[Mapping[str, Any]]:
-        """All chunks of all answers, each answer's in its order; ``events`` are those of ``stream``."""
+        """Yield the chunks for ``events`` of ``stream``. The chunks of several replies may
+        alternate."""
         written = reasoning = 0
         for index in range(self._parameters.n or 1):
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
@@ -354,7 +361,7 @@ class _Chunks:
             yield {**self._head, "choices": [], "usage": usage([stream], written, reasoning)}
 
     def _call_chunks(self, event: ToolCallEvent) -> Iterator[Mapping[str, Any]]:
-        """A call: its name first, then its arguments."""
+        """Yield a tool call as two chunks: first the name, then the arguments."""
         number = self._calls.get(event.index, 0)
         self._calls[event.index] = number + 1
         whole = _call(event.call)

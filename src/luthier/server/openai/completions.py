@@ -1,4 +1,4 @@
-"""``/completions``: prompts that are continued without a chat template."""
+"""``/completions``: text completions without a chat template."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _HEAD = ("cmpl", "text_completion")
 
 
 class CompletionRequest(SamplingFields):
-    """The body of a text completion."""
+    """Body of a text completion."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
@@ -67,7 +67,7 @@ class CompletionRequest(SamplingFields):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Texts or lists of tokens."""
+        """Prompts as text or token ids."""
         return split_inputs(self.prompt)
 
     def generation_request(self, prompt: Prompt) -> GenerationRequest:
@@ -83,7 +83,7 @@ class CompletionRequest(SamplingFields):
     response_model=JsonObject,
 )
 def create(call: OpenAICall, body: CompletionRequest) -> JsonObject | StreamedResponse:
-    """Continue one or several prompts."""
+    """Complete the prompts."""
     inference, account = call.context.inference, call.account
     if not body.stream:
         return complete(inference, account, body)
@@ -92,7 +92,7 @@ def create(call: OpenAICall, body: CompletionRequest) -> JsonObject | StreamedRe
 
 
 def complete(inference: Inference, account: str, asked: CompletionRequest) -> JsonObject:
-    """Return the whole completion."""
+    """Return a whole completion."""
     streams, echoes = _begin(inference, account, asked)
     choices: list[JsonObject] = []
     written = 0
@@ -110,7 +110,7 @@ def complete(inference: Inference, account: str, asked: CompletionRequest) -> Js
 def _begin(
     inference: Inference, account: str, asked: CompletionRequest
 ) -> tuple[list[Stream], list[str]]:
-    """Return a stream for each prompt, and the echo of each prompt."""
+    """Return a stream and an echo for each prompt."""
     target = inference.target(account, asked.model)
     asked.check()
     echoes = [_echo(inference, target, asked, prompt) for prompt in asked.prompts]
@@ -174,7 +174,7 @@ def _choice(
 
 
 def _logprobs(scores: Sequence[Score], offset: int) -> JsonObject:
-    """Return log probabilities in the form of text completions, with offsets from ``offset``."""
+    """Return log probabilities in the format of text completions; text offsets start at ``offset``."""
     offsets, tops = [], []
     for score in scores:
         offsets.append(offset)
@@ -191,12 +191,12 @@ def _logprobs(scores: Sequence[Score], offset: int) -> JsonObject:
 
 
 def _length(score: Score) -> int:
-    """Return the number of characters of a token; a part of a character counts as one."""
+    """Return the length of a token in characters; an incomplete UTF-8 sequence counts as 1."""
     return len(token_text(score.text))
 
 
 def _token(text: bytes) -> str:
-    """Return the text of a token, or its bytes if it is a part of a character: names must differ."""
+    """Return the text of a token, or escaped bytes for incomplete UTF-8, so that keys stay unique."""
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError:

@@ -20,7 +20,7 @@ MOST_INPUTS = 2048
 
 
 class EmbeddingRequest(StrictBody):
-    """The body."""
+    """Body of a request for embeddings."""
 
     without_effect = frozenset({"user"})
     model: Annotated[str, Field(min_length=1)]
@@ -30,7 +30,7 @@ class EmbeddingRequest(StrictBody):
 
     @property
     def texts(self) -> list[str | list[int]]:
-        """Texts or lists of tokens."""
+        """Inputs as text or token ids."""
         return split_inputs(self.input)
 
     def check(self) -> None:
@@ -43,12 +43,12 @@ class EmbeddingRequest(StrictBody):
 
 @router.post("/embeddings", name="embeddings.create", dependencies=[MODEL_TURN])
 def create(call: OpenAICall, body: EmbeddingRequest) -> JsonObject:
-    """Return an embedding for each text."""
+    """Return an embedding for each input."""
     return complete(call.context.inference, call.account, body)
 
 
 def complete(inference: Inference, account: str, asked: EmbeddingRequest) -> JsonObject:
-    """Return an embedding for each text."""
+    """Return an embedding for each input."""
     target = inference.target(account, asked.model)
     asked.check()
     with refusals(asked.model, "input"):
@@ -74,7 +74,7 @@ def complete(inference: Inference, account: str, asked: EmbeddingRequest) -> Jso
 
 
 def _shorten(vector_D: FloatArray, dimensions: int | None) -> FloatArray:
-    """Return the first ``dimensions`` numbers, normalized to length 1."""
+    """Return the first ``dimensions`` values, normalized to length 1."""
     if dimensions is None or dimensions == len(vector_D):
         return vector_D
     if dimensions > len(vector_D):
@@ -87,7 +87,7 @@ def _shorten(vector_D: FloatArray, dimensions: int | None) -> FloatArray:
 
 
 def _encode(vector_D: FloatArray, encoding: str | None) -> list[float] | str:
-    """Return numbers, or base64 of little-endian float32."""
+    """Return a list of numbers, or base64 of little-endian float32 values."""
     if encoding == "base64":
         return base64.b64encode(vector_D.tobytes()).decode()
     numbers: list[float] = vector_D.tolist()

@@ -1,4 +1,4 @@
-"""Report about a run of an eval: scores, earlier runs, failed rows."""
+"""Report of an eval run: scores, comparison with earlier runs, failed rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_ROWS = 50
 
 
 def report_object(session: Session, run: EvaluationRun) -> JsonObject:
-    """Return the report as JSON, with its tables in the order of the console's page."""
+    """Return the report as JSON. The console shows the tables in the same order."""
     counts = {"failed": run.failed, "could not be graded": run.errored}
     rows = run.passed + run.failed + run.errored
     facts = [
@@ -85,7 +85,7 @@ def _criterion_table(run: EvaluationRun) -> Table:
 
 
 def _run_table(session: Session, run: EvaluationRun) -> Table | None:
-    """Completed runs of the same eval; those of the same rows are compared row by row."""
+    """Return the table of completed runs of the same eval, with differences to ``run``."""
     query = select(EvaluationRun).where(
         EvaluationRun.eval_id == run.eval_id, EvaluationRun.status == store.COMPLETED
     )
@@ -115,7 +115,7 @@ def _run_table(session: Session, run: EvaluationRun) -> Table | None:
 def _differences(
     session: Session, run: EvaluationRun, others: Sequence[EvaluationRun]
 ) -> dict[str, Difference]:
-    """How the shares of rows that pass differ from that of ``run``, of runs of the same source."""
+    """Return the differences of pass rates to ``run``, for runs of the same rows."""
     own = _passes(session, run)
     source = run.request["data_source"]["source"]
     scores = {
@@ -144,7 +144,7 @@ def _words(apart: Difference | None) -> str:
 
 
 def _failing_table(session: Session, run: EvaluationRun) -> Table | None:
-    """The first rows that do not pass, those that could not be graded before the others."""
+    """Return the table of failed rows, beginning with rows that have an error."""
     found = [
         row
         for status in (store.ERROR, store.FAIL)

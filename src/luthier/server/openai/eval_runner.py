@@ -1,4 +1,4 @@
-"""Background work on runs of evals: query the model for each row, grade the reply, store the result."""
+"""Background work on eval runs: query the model for each row, grade the reply, store the result."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from luthier.server.tables.evaluations import EvaluationRun, GradedRow
 from luthier.server.tables.usage import CountUsage, Usage
 
 MOST_ROWS = 50_000
-"""Of a run."""
+"""Maximum number of rows of a run."""
 MOST_ROW_BYTES = 262_144
-"""Of a row: as much as a text that graders compare."""
+"""Maximum size of a row in bytes, equal to the size of text that graders accept."""
 MOST_PROBLEMS = 5
-"""Rows whose problems an error lists; the rest are counted."""
+"""Maximum number of invalid rows that an error describes; more rows are only counted."""
 AT_ONCE = 4
-"""Rows of a run that are graded concurrently: each may need a process for its graders."""
+"""Number of rows of a run that are graded concurrently. A row may need a process for graders."""
 CHECK_SECONDS = 60.0
-"""Time limit for checking all rows of a run: 50,000 short rows take ten seconds."""
+"""Time limit for checking all rows of a run, in seconds. 50,000 short rows need about 10 seconds."""
 _log = logging.getLogger("luthier.server")
 
 
 def parse_row(line: bytes) -> Any:
-    """A row as JSON, with at most ``most_values`` values.
+    """Return a row as JSON.
 
     Raises:
-        ValueError: which says what is wrong with it.
+        ValueError: If the row is too large or not JSON; the message describes the error.
     """
     if len(line) > MOST_ROW_BYTES:
         raise ValueError(
@@ -54,19 +54,19 @@ def parse_row(line: bytes) -> Any:
 
 
 class EvaluationTask(ABC):
-    """The work of one run; created again when a server resumes the run.
+    """Work of an eval run. A server that resumes the run creates the task again.
 
     The constructor may raise :class:`Fault`.
     """
 
     model_names: Mapping[str, str] = {}
-    """Names that the run uses for models, by their ids in the store."""
+    """Names of models in the run, by model id in the library."""
 
     def count_rows(self) -> int:
-        """Check all rows and return their number.
+        """Check all rows and return the number of rows.
 
         Raises:
-            RefusedInput: naming the rows that cannot be evaluated, with the reasons.
+            RefusedInput: If rows are invalid; the message names the rows and reasons.
         """
         count, wrong, problems, began = 0, 0, list[str](), time.monotonic()
         for name, problem in self.problems():
@@ -88,31 +88,31 @@ class EvaluationTask(ABC):
 
     @abstractmethod
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Yield each row's name and its problem; the problem of a valid row is empty."""
+        """Yield the name and the problem of each row; the problem of a valid row is empty."""
 
     @abstractmethod
     def rows(self) -> Iterable[tuple[int, Any]]:
-        """Yield the rows with their numbers, from 1."""
+        """Yield row numbers, from 1, and rows."""
 
     @abstractmethod
     def grade(self, caller: Caller, number: int, row: Any) -> GradedRow:
-        """Query the model for one row and grade the reply, with the permissions of ``caller``.
+        """Query the model for a row and grade the reply, with the permissions of ``caller``.
 
         Raises:
-            Fault: if the model does not reply.
+            Fault: If the model does not reply.
         """
 
     @abstractmethod
     def error_row(self, row: Any, fault: Fault) -> GradedRow:
-        """Return the result that is stored for a row that failed with ``fault``."""
+        """Return the result to store for a row that failed with ``fault``."""
 
 
 MakeTask = Callable[[EvaluationRun, Caller], EvaluationTask]
-"""Creates the task of a run, with the permissions of the caller who created the run."""
+"""Function that creates the task of a run, with the permissions of the run's creator."""
 
 
 class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
-    """The thread that works on runs; several servers may share one database."""
+    """Thread that works on eval runs. Several servers may share a database."""
 
     kind, at_once, working = EvaluationRun, AT_ONCE, store.IN_PROGRESS
     action = "luthier:openai.evals.runs.create"
@@ -141,7 +141,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         """Create a run of ``caller``; call :meth:`wake` after the transaction.
 
         Raises:
-            QuotaExceeded: if the account has no space.
+            QuotaExceeded: If the account has no space.
         """
         account = caller.account
         quotas = self.quotas(session, account)
@@ -157,7 +157,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         )
 
     def work(self, run: EvaluationRun) -> None:
-        """Check the rows of ``run``, grade the rows that have no result, and end the run."""
+        """Check the rows of ``run``, grade each row without a result, and end the run."""
         task = self.make_task(run, self.caller_of(run))
         if run.status == store.QUEUED:
             total = task.count_rows()
@@ -177,11 +177,11 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
             store.record(session, run, self.quotas(session, run.account), number, graded)
 
     def state(self, run: EvaluationRun) -> str:
-        """Return the status of ``run``; ``failed`` after its time limit."""
+        """Return the status of ``run``, or ``failed`` after the time limit."""
         return store.FAILED if now() > run.expires else run.status
 
     def fail(self, run: EvaluationRun, code: str, message: str) -> None:
-        """End ``run``; the results of its rows are kept."""
+        """End ``run`` with an error; results of graded rows remain."""
         self._end(run, store.FAILED, code, message)
 
     def _grade(self, run: EvaluationRun, task: EvaluationTask, piece: tuple[int, Any]) -> GradedRow:

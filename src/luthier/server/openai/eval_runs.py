@@ -1,4 +1,4 @@
-"""Runs of ``/evals``: rows of a source, a model's answers to them, and what graders say of each."""
+"""Data sources and tasks of eval runs: read rows, query the model, grade replies."""
 
 from __future__ import annotations
 
@@ -47,80 +47,80 @@ from luthier.server.tables.uploaded_files import UploadedFiles
 
 MOST_CRITERIA = 32
 MOST_MISMATCH = 300
-"""Characters of what is wrong with a row: a schema's message repeats the whole value."""
+"""Maximum length of a schema error in characters: jsonschema repeats the whole value."""
 TOKENS, TEMPERATURE, TOP_P, SEED = 2048, 1.0, 1.0, 42
-"""How answers are sampled where a run does not say."""
+"""Default sampling parameters."""
 
 Label = Annotated[str, Field(min_length=1, max_length=256)]
 """Name of an eval or a run."""
 
 
 class ContentRow(Body):
-    """A row that came with the request."""
+    """A row in the request."""
 
     item: dict[str, Any]
     sample: dict[str, Any] | None = None
 
 
 class FileContent(Body):
-    """Rows that came with the request."""
+    """Source of rows in the request."""
 
     type: Literal["file_content"]
     content: Annotated[list[ContentRow], Field(min_length=1, max_length=MOST_ROWS)]
 
 
 class FileId(Body):
-    """Rows of an uploaded file."""
+    """Source of rows in an uploaded file."""
 
     type: Literal["file_id"]
     id: Annotated[str, Field(min_length=1)]
 
 
 class Stored(Body):
-    """Answers that OpenAI would have kept."""
+    """Source of replies that OpenAI stores. Always rejected: luthier stores no replies."""
 
     type: Literal["stored_completions", "responses"]
 
 
 class TemplateMessage(Body):
-    """A message with places."""
+    """A message with template placeholders."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | dict[str, Any] | list[str | dict[str, Any]]
 
 
 class Template(Body):
-    """Messages with places, the same for all rows."""
+    """Messages with placeholders, the same for all rows."""
 
     type: Literal["template"]
     template: Annotated[list[TemplateMessage], Field(min_length=1, max_length=100)]
 
 
 class ItemReference(Body):
-    """Messages that each row brings."""
+    """Reference to the messages in each row."""
 
     type: Literal["item_reference"]
     item_reference: str
 
 
 class SamplingParameters(Body):
-    """How answers are sampled."""
+    """Sampling parameters of a run."""
 
     max_completion_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
     response_format: dict[str, Any] | None = None
-    """Of completions."""
+    """Output format, in the form of chat completions."""
     text: dict[str, Any] | None = None
-    """The same of responses, as ``format``."""
+    """Output format, in the form of responses (member ``format``)."""
     tools: list[dict[str, Any]] | None = None
     structured_outputs: dict[str, Any] | None = None
-    """Of vLLM, for both."""
+    """Output format, in vLLM's form."""
 
 
 class DataSource(Body):
-    """Where rows come from, and what a model is asked about them."""
+    """Source of rows, and the model and messages of a run."""
 
     type: Literal["jsonl", "completions", "responses"]
     source: Annotated[FileContent | FileId | Stored, Field(discriminator="type")]
@@ -130,11 +130,11 @@ class DataSource(Body):
 
     @property
     def sampling(self) -> SamplingParameters:
-        """What was said, or nothing."""
+        """Sampling parameters of the request, or the defaults."""
         return self.sampling_params or SamplingParameters()
 
     def check(self, item_schema: Mapping[str, Any]) -> None:
-        """Refuse what means nothing here, and templates that no row of the schema can fill."""
+        """Reject unsupported sources, and templates that no row of the schema can fill."""
         if isinstance(self.source, Stored):
             text = (
                 "Answers are not kept here: send rows as 'file_content', or as the 'file_id' of an "
@@ -155,7 +155,8 @@ class DataSource(Body):
         self._probe.check()
 
     def check_constraint(self, check: Callable[[Constraint, str], None]) -> None:
-        """Have ``check`` refuse a form of answers that no model can be kept to."""
+        """Call ``check`` with the constraint on replies and the constraint's location, if the run
+        has a constraint."""
         if self.type == "jsonl" or not (constraint := self._probe.constraint):
             return
         form = "text.format.schema" if self.type == "responses" else "response_format"
@@ -165,7 +166,7 @@ class DataSource(Body):
 
     @property
     def _probe(self) -> ChatRequest:
-        """A request as each row makes one."""
+        """Chat request with the parameters of the run, used to check the parameters."""
         probe = self.chat_body([{"role": "user", "content": "-"}])
         return validate(probe, ChatRequest, "data_source.sampling_params")
 
@@ -182,11 +183,11 @@ class DataSource(Body):
                 yield place, text
 
     def messages(self, row: Answer) -> list[dict[str, Any]]:
-        """What the model is asked about a row.
+        """Return the messages for a row.
 
         Raises:
-            RowRefused: where it lacks what a place names, or the text would be too long.
-            Fault: where it refers to what are no messages.
+            RowRefused: If the row lacks a value of a placeholder, or the text is too long.
+            Fault: If ``item_reference`` is not a list of messages.
         """
         scope = {"item": row.row.members or {}}
         if isinstance(self.input_messages, ItemReference):
@@ -207,7 +208,7 @@ class DataSource(Body):
         ]
 
     def chat_body(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The same as a chat completion, whichever of OpenAI's forms it came in."""
+        """Return the body of a chat completion for ``messages``."""
         sampling = self.sampling
         form, tools = sampling.response_format, sampling.tools
         if self.type == "responses":
@@ -237,10 +238,10 @@ class DataSource(Body):
 
 
 def check_places(given: Any, item_schema: Any, where: str) -> None:
-    """Refuse templates, in whatever ``given`` holds, that name what no row of the schema can have.
+    """Reject placeholders in ``given`` that no row of the schema can fill.
 
     Raises:
-        Fault: 400, naming ``where`` the template stands.
+        Fault: 400, with the location of the template below ``where``.
     """
     if isinstance(given, str):
         for place in places_in(given):
@@ -257,7 +258,7 @@ def check_places(given: Any, item_schema: Any, where: str) -> None:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A grader, and from which score on a row passes."""
+    """A grader and the pass threshold."""
 
     name: str
     type: str
@@ -265,7 +266,7 @@ class Criterion:
     threshold: float
 
     def open(self, models: GraderModels) -> Criterion:
-        """Return the criterion with its models opened."""
+        """Return the criterion with loaded models."""
         grader = self.grader.with_models(models) if self.grader.models else self.grader
         return replace(self, grader=grader)
 
@@ -273,10 +274,10 @@ class Criterion:
 def criteria_of(
     given: Sequence[Mapping[str, Any]], judge: Judge, item_schema: Mapping[str, Any]
 ) -> list[Criterion]:
-    """``testing_criteria`` as they were sent; ``judge`` finds the models that grade.
+    """Parse ``testing_criteria``; ``judge`` finds the models of graders.
 
     Raises:
-        Fault: 400, naming the criterion and what is wrong with it.
+        Fault: 400, naming the criterion and the error.
     """
     found: dict[str, Criterion] = {}
     for index, each in enumerate(given):
@@ -296,7 +297,8 @@ def criteria_of(
 
 
 def _threshold(given: Mapping[str, Any], grader: Grader, where: str) -> float:
-    """From which score on a row passes: OpenAI names no default, so it is the middle of the range."""
+    """Return the pass threshold. OpenAI documents no default; the default here is the middle of the
+    range."""
     threshold = given.get("pass_threshold")
     if given["type"] in ("string_check", "label_model"):
         return 1.0
@@ -321,22 +323,22 @@ def _threshold(given: Mapping[str, Any], grader: Grader, where: str) -> float:
 
 @dataclass(frozen=True)
 class EvalParts:
-    """What the tasks of runs stand on."""
+    """Services that eval tasks use."""
 
     files: UploadedFiles
     answers: Answers
     """Return the chat completion for a body."""
     judges: Callable[[str], Judge]
-    """Return the function that finds models of an account that grade."""
+    """Return the function that finds grading models of an account."""
     models: GraderModels
     limits: ServerLimits
 
 
 class EvalTask(EvaluationTask):
-    """The task of a run of an eval."""
+    """Task of a run of an eval."""
 
     def __init__(self, parts: EvalParts, run: EvaluationRun, caller: Caller) -> None:
-        """Raises :class:`Fault` where a model that grades is gone, or may not be asked any more."""
+        """Raise :class:`Fault` if a grading model is deleted or forbidden."""
         self.parts, self.run = parts, run
         request = run.request
         self.source = validate(request["data_source"], DataSource, "data_source")
@@ -362,16 +364,16 @@ class EvalTask(EvaluationTask):
         self.model_names = names
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Each row is compared with the schema of the eval."""
+        """Yield the result of comparing each row with the eval's schema."""
         return ((f"row {number}", self._problem(line)) for number, line in self._lines())
 
     def rows(self) -> Iterator[tuple[int, Any]]:
-        """Objects of ``item`` and ``sample``."""
+        """Yield row numbers and rows with ``item`` and ``sample``."""
         for number, line in self._lines():
             yield number, json.loads(line)
 
     def grade(self, caller: Caller, number: int, row: Any) -> GradedRow:
-        """Ask the model, where there is one, and grade what it said."""
+        """Query the model, if the run has a model, and grade the reply."""
         item = row["item"]
         answer = self._answer(number, item, "")
         if self.source.type == "jsonl":
@@ -393,7 +395,7 @@ class EvalTask(EvaluationTask):
         return GradedRow(worst or store.PASS, record, statuses)
 
     def error_row(self, row: Any, fault: Fault) -> GradedRow:
-        """What was asked, and why there is no answer."""
+        """Return a result with the error and an empty sample."""
         told = error_of(fault)
         error = {"code": told["code"] or told["type"], "message": told["message"]}
         sample = _empty_sample(self.source.model or "") | {"error": error, "finish_reason": "error"}
@@ -431,7 +433,7 @@ class EvalTask(EvaluationTask):
             yield from numbered_lines(self.parts.files.read(row), MOST_ROW_BYTES)
 
     def _problem(self, line: bytes) -> str:
-        """What is wrong with a row; empty where nothing is."""
+        """Return the problem of a row, or an empty string."""
         try:
             row = parse_row(line)
         except ValueError as error:
@@ -458,7 +460,7 @@ def _status(result: Mapping[str, Any]) -> str:
 
 
 def _empty_sample(model: str) -> dict[str, Any]:
-    """All members of a sample that nobody drew."""
+    """Return a sample with all members and no reply."""
     return {
         "input": [],
         "output": [],
@@ -476,14 +478,14 @@ def _empty_sample(model: str) -> dict[str, Any]:
 
 
 def _given_sample(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample that came with the row."""
+    """Return the sample of a row that contains a reply."""
     text = given.get("output_text")
     output = [] if text is None else [{"role": "assistant", "content": text}]
     return _empty_sample("") | {"output": output}
 
 
 def _sample(asked: Mapping[str, Any], answered: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked as a chat completion, and what was answered."""
+    """Return the sample of a chat request and completion."""
     (choice,), usage = answered["choices"], answered["usage"]
     message = choice["message"]
     output = {"role": "assistant", "content": message["content"] or ""}

@@ -1,4 +1,4 @@
-"""``/evals``: criteria for rows, runs on sources of rows, and the result of each row."""
+"""``/evals``: evals, eval runs, and the results of rows."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ router, graders = openai_router(), openai_router(GraderRoute)
 RunStatus = Literal["queued", "in_progress", "completed", "canceled", "failed"]
 ItemStatus = Literal["pass", "fail", "failed", "error"]
 _FILTERS = {"pass": store.PASS, "fail": store.FAIL, "failed": store.FAIL, "error": store.ERROR}
-"""``failed`` is in OpenAI's documentation, and ``fail`` in its types."""
+"""Row statuses by filter. OpenAI's documentation says ``failed``, the client's types ``fail``."""
 
 
 class CustomConfig(Body):
-    """Rows that the client sends."""
+    """Eval of rows that clients send with each run."""
 
     type: Literal["custom"]
     item_schema: dict[str, Any]
@@ -53,13 +53,13 @@ class CustomConfig(Body):
 
 
 class LogsConfig(Body):
-    """Replies that OpenAI would have stored."""
+    """Eval of replies that OpenAI stores. Always rejected."""
 
     type: Literal["logs", "stored_completions"]
 
 
 class CreateEval(Body):
-    """Body of a new eval."""
+    """Body of a request for a new eval."""
 
     data_source_config: Annotated[CustomConfig | LogsConfig, Field(discriminator="type")]
     testing_criteria: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_CRITERIA)]
@@ -68,14 +68,14 @@ class CreateEval(Body):
 
 
 class UpdateEval(Body):
-    """Body of a change of an eval."""
+    """Body of a request to change an eval."""
 
     name: Label | None = None
     metadata: Metadata = None
 
 
 class CreateRun(Body):
-    """Body of a new run."""
+    """Body of a request for a new run."""
 
     data_source: DataSource
     name: Label | None = None
@@ -84,7 +84,7 @@ class CreateRun(Body):
 
 @graders.post("/evals", name="evals.create", status_code=201, dependencies=[GRADING_TURN])
 def create(call: OpenAICall, body: CreateEval) -> JsonObject:
-    """Create an eval: criteria by which rows are graded."""
+    """Create an eval: a row schema and grading criteria."""
     call.record("eval")
     config = body.data_source_config
     if isinstance(config, LogsConfig):
@@ -115,7 +115,7 @@ def list_evals(
     order: Order = "asc",
     order_by: Literal["created_at", "updated_at"] = "created_at",
 ) -> JsonObject:
-    """List evals, the oldest first."""
+    """List evals, oldest first."""
     ascending = order == "asc"
     moment: InstrumentedAttribute[Any] = Eval.created if order_by == "created_at" else Eval.updated
     query = select(Eval).where(Eval.account == call.account)
@@ -134,7 +134,7 @@ def list_evals(
 
 @router.get("/evals/{eval_id}", name="evals.retrieve")
 def retrieve(call: OpenAICall, eval_id: Name) -> JsonObject:
-    """Return one eval."""
+    """Return an eval."""
     with call.context.database.read() as session:
         return eval_object(_find_eval(call, session, eval_id))
 
@@ -155,7 +155,7 @@ def update(call: OpenAICall, eval_id: Name, body: UpdateEval) -> JsonObject:
 
 @router.delete("/evals/{eval_id}", name="evals.delete")
 def delete(call: OpenAICall, eval_id: Name) -> JsonObject:
-    """Delete an eval and its runs, which must have ended."""
+    """Delete an eval and all runs of the eval. All runs must have ended."""
     call.record("eval", eval_id)
     with call.context.database.write() as session:
         row = _find_eval(call, session, eval_id, lock=True)
@@ -171,7 +171,7 @@ def delete(call: OpenAICall, eval_id: Name) -> JsonObject:
 
 @graders.post("/evals/{eval_id}/runs", name="evals.runs.create", status_code=201)
 def create_run(call: OpenAICall, eval_id: Name, body: CreateRun, request: Request) -> JsonObject:
-    """Create a run; the server reads its rows in the background."""
+    """Create a run. The server reads the rows in the background."""
     call.record("eval", eval_id)
     context = call.context
     with context.database.read() as session:
@@ -215,7 +215,7 @@ def list_runs(
     order: Order = "asc",
     status: RunStatus | None = None,
 ) -> JsonObject:
-    """List the runs of an eval, the oldest first."""
+    """List the runs of an eval, oldest first."""
     with call.context.database.read() as session:
         row = _find_eval(call, session, eval_id)
         query = select(EvaluationRun).where(EvaluationRun.eval_id == row.id)
@@ -236,7 +236,7 @@ def list_runs(
 
 @router.get("/evals/{eval_id}/runs/{run_id}", name="evals.runs.retrieve")
 def retrieve_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request) -> JsonObject:
-    """Return one run."""
+    """Return a run."""
     with call.context.database.read() as session:
         return run_object(_find_run(call, session, eval_id, run_id), request)
 
@@ -245,7 +245,7 @@ def retrieve_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request
 @router.post("/evals/{eval_id}/runs/{run_id}", name="evals.runs.cancel", include_in_schema=False)
 @router.post("/evals/{eval_id}/runs/{run_id}/cancel", name="evals.runs.cancel")
 def cancel_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request) -> JsonObject:
-    """Cancel a run; the results of its rows are kept."""
+    """Cancel a run; results of graded rows remain."""
     call.record("eval", eval_id)
     with call.context.database.write() as session:
         run = _find_run(call, session, eval_id, run_id, lock=True)
@@ -259,7 +259,7 @@ def cancel_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request) 
 
 @router.delete("/evals/{eval_id}/runs/{run_id}", name="evals.runs.delete")
 def delete_run(call: OpenAICall, eval_id: Name, run_id: Name) -> JsonObject:
-    """Delete a run that has ended, and the results of its rows."""
+    """Delete an ended run and the results of all rows."""
     call.record("eval", eval_id)
     with call.context.database.write() as session:
         run = _find_run(call, session, eval_id, run_id, lock=True)
@@ -276,8 +276,8 @@ def delete_run(call: OpenAICall, eval_id: Name, run_id: Name) -> JsonObject:
 def report(call: OpenAICall, eval_id: Name, run_id: Name) -> JsonObject:
     """Return the report of a run.
 
-    A browser has no key: :class:`luthier.server.console.routes.Console` redirects it to the console,
-    which requests the report with the key of its user.
+    A browser sends no key. :class:`luthier.server.console.routes.Console` therefore redirects
+    browsers to the console, which requests the report with the user's key.
     """
     with call.context.database.read() as session:
         return report_object(session, _find_run(call, session, eval_id, run_id))
@@ -317,7 +317,7 @@ def list_items(
     name="evals.runs.output_items.retrieve",
 )
 def retrieve_item(call: OpenAICall, eval_id: Name, run_id: Name, item: Name) -> JsonObject:
-    """Return the result of one row."""
+    """Return the result of a row."""
     with call.context.database.read() as session:
         run = _find_run(call, session, eval_id, run_id)
         number = _number_in(run, item)
@@ -350,7 +350,7 @@ def _refuse_unended(run: EvaluationRun) -> None:
 
 
 def _number_in(run: EvaluationRun, item_id: str) -> int | None:
-    """Return the row number of an output item; None if the item is not of ``run``."""
+    """Return the row number of an output item, or None if the item belongs to another run."""
     found = re.fullmatch(
         rf"outputitem_{run.id.removeprefix('evalrun_')}-([1-9][0-9]{{0,8}})", item_id
     )
@@ -372,7 +372,8 @@ def eval_object(row: Eval) -> JsonObject:
 
 
 def _shown_config(config: Mapping[str, Any]) -> JsonObject:
-    """Return the schema of the names in criteria: the item, and the sample if rows have one."""
+    """Return the schema of values that criteria can use: the item, and the sample if rows have
+    samples."""
     properties = {"item": config["item_schema"]}
     if config["include_sample_schema"]:
         properties["sample"] = {
@@ -385,7 +386,7 @@ def _shown_config(config: Mapping[str, Any]) -> JsonObject:
 
 
 def run_object(run: EvaluationRun, request: Request, rows: bool = False) -> JsonObject:
-    """Return a run as OpenAI's object; the response to a new run has its ``rows``."""
+    """Return a run as OpenAI's object; with ``rows``, include the rows of the request."""
     source = dict(run.request["data_source"])
     if not rows and "content" in source["source"]:
         source["source"] = {**source["source"], "content": []}
@@ -428,10 +429,10 @@ def run_object(run: EvaluationRun, request: Request, rows: bool = False) -> Json
 
 
 def _report_url(run: EvaluationRun, request: Request) -> str:
-    """Return the address of the report, on the host that the client used.
+    """Return the URL of the report on the host that the client used.
 
-    The address contains no key. A proxy's header about TLS is trusted here only, because only the
-    sender of the header sees the address.
+    The URL contains no key. ``X-Forwarded-Proto`` is trusted only here, because only the sender of
+    the header receives the URL.
     """
     head = request.state.body.head
     prefix, host = head.path.partition("/evals")[0], request.headers.get("host", "localhost")

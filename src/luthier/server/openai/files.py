@@ -1,4 +1,4 @@
-"""``/files``: files that clients upload, and files that jobs and batches write for clients."""
+"""``/files``: uploaded files, and result files of jobs and batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MOST = 10_000
 
 
 class UploadRoute(OpenAIRoute):
-    """The route for uploads; a form is larger than its file."""
+    """Route for uploads. A multipart form is larger than the uploaded file."""
 
     body_limit = FILE_BYTES + MIB
 
@@ -79,7 +79,7 @@ def list_files(
     purpose: str | None = None,
     order: Order = "desc",
 ) -> JsonObject:
-    """List files, the newest first."""
+    """List files, newest first."""
     found = call.context.files.list(
         call.account, limit + 1, after=after, purpose=purpose, ascending=order == "asc"
     )
@@ -90,13 +90,13 @@ def list_files(
 
 @router.get("/files/{file}", name="files.retrieve")
 def retrieve(call: OpenAICall, file: Name) -> JsonObject:
-    """Return one file."""
+    """Return the metadata of a file."""
     return file_object(_find(call, file))
 
 
 @router.delete("/files/{file}", name="files.delete")
 def delete(call: OpenAICall, file: Name) -> JsonObject:
-    """Delete a file and its bytes; jobs that have read the file continue."""
+    """Delete a file and the file's content. Jobs that have read the file continue."""
     call.record("file", file)
     if not call.context.files.delete(call.account, file):
         raise absent("File object", file, "id")
@@ -105,7 +105,7 @@ def delete(call: OpenAICall, file: Name) -> JsonObject:
 
 @router.get("/files/{file}/content", name="files.content", response_model=None)
 def content(call: OpenAICall, file: Name) -> StreamedResponse:
-    """Return the exact bytes of a file."""
+    """Return the content of a file, byte for byte."""
     row = _find(call, file)
     try:
         pieces = call.context.files.read(row)

@@ -1,6 +1,6 @@
-"""``/fine_tuning/jobs``: the customization jobs of the account, whichever API created them.
+"""``/fine_tuning/jobs``: all customization jobs of the account, including jobs of other APIs.
 
-The id of a job here is its name.
+The id of a job in the OpenAI API is the job's name.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ STATUSES = {
     jobs.FAILED: "failed",
 }
 _RULE = re.compile(r"\[[a-z_]+\.[a-z_]+\]")
-"""What the data gate names in each of its refusals."""
+"""Rule id in an error of the data checks."""
 _LEVELS = {"warning": "warn", "error": "error"}
 _COLUMNS = ("step", "train_loss", "valid_loss")
 FACE = "openai"
@@ -74,61 +74,61 @@ router = openai_router()
 _KIND = "fine-tuning-job"
 """Kind of a job in ARNs of the audit log."""
 _AT_ONCE = 1000
-"""Events that are read at once."""
+"""Page size for reading events."""
 
 
 class Hyperparameters(StrictBody):
-    """Those that every method has."""
+    """Hyperparameters of all methods."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = "auto"
-    """Passes over the training rows."""
+    """Number of passes over the training rows."""
     batch_size: Auto | Annotated[int, Field(ge=1, le=512)] = "auto"
-    """Rows in one step."""
+    """Rows per optimizer step."""
     learning_rate_multiplier: Auto | Rate = "auto"
-    """Factor of the learning rate that fits the data and the model."""
+    """Factor of the recommended learning rate."""
 
 
 class DpoHyperparameters(Hyperparameters):
-    """Those of preferences."""
+    """Hyperparameters of preference training."""
 
     beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
-    """How far the model may go from where it starts; higher is less."""
+    """Strength of the KL penalty: a higher value keeps the model closer to the base model."""
 
 
 class ReinforcementHyperparameters(Hyperparameters):
-    """Those of rewards."""
+    """Hyperparameters of reinforcement training."""
 
     compute_multiplier: Auto | Annotated[float, Field(gt=0, le=16)] = "auto"
-    """Factor of the completions that are drawn for each prompt."""
+    """Factor of the number of completions per prompt."""
     eval_interval: Auto | Count = "auto"
-    """Steps between measurements."""
+    """Steps between evaluations."""
     eval_samples: Auto | Count = "auto"
-    """Shown again, without effect: measurements draw one completion of each held-out prompt."""
+    """Returned unchanged, without effect: an evaluation samples a single completion per prompt."""
     reasoning_effort: Literal["default", "low", "medium", "high"] = "default"
-    """Shown again, without effect: no model here reasons by levels."""
+    """Returned unchanged, without effect: models here have no reasoning levels."""
 
 
 class Supervised(StrictBody):
-    """Answers that are to be learned."""
+    """Settings of supervised training."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
 class Dpo(StrictBody):
-    """Answers that are preferred to others."""
+    """Settings of preference training."""
 
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
 class ReinforcementMethod(StrictBody):
-    """Answers of the model's own, with rewards."""
+    """Settings of reinforcement training."""
 
     grader: dict[str, Any]
     hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
 
 
 class Method(StrictBody):
-    """What is learned from the rows."""
+    """Training method and settings."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised | None = None
@@ -137,7 +137,7 @@ class Method(StrictBody):
 
 
 class CreateJob(StrictBody):
-    """The body of a new job."""
+    """Body of a request for a new job."""
 
     unsupported: ClassVar[Mapping[str, str]] = {
         "integrations": "Jobs here report to nobody else: losses are in the job's events, checkpoints "
@@ -152,11 +152,11 @@ class CreateJob(StrictBody):
     metadata: Metadata = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
-    """Where supervised jobs had them before there were methods."""
+    """Hyperparameters of a supervised job, in the form that OpenAI used before ``method``."""
 
     @property
     def kind(self) -> str:
-        """The method's type."""
+        """Type of the method."""
         return self.method.type if self.method else "supervised"
 
     @property
@@ -169,7 +169,7 @@ class CreateJob(StrictBody):
         return self.hyperparameters or Hyperparameters()
 
     def check(self) -> None:
-        """Refuse a method whose parts do not belong together."""
+        """Reject settings of another method, and reinforcement without a grader."""
         if self.method is None:
             return
         for arm in ARMS:
@@ -199,13 +199,13 @@ _METHODS = {FINE_TUNING: "supervised", REINFORCEMENT: "reinforcement"}
 
 
 def setting_name(setting: str) -> str:
-    """Return OpenAI's name for a setting of a recipe, such as ``training.epochs=3``."""
+    """Return OpenAI's name of a recipe setting, such as ``training.epochs=3``."""
     name, equals, value = setting.partition("=")
     return _NAMES.get(name, name) + equals + value
 
 
 def without_effect(parameters: CreateJob) -> list[str]:
-    """What was asked and changes nothing, for the events of the job."""
+    """Return messages about hyperparameters without effect, for the events of the job."""
     chosen, found = parameters.method_hyperparameters, []
     if isinstance(chosen, ReinforcementHyperparameters):
         if chosen.reasoning_effort != "default":
@@ -222,9 +222,10 @@ def without_effect(parameters: CreateJob) -> list[str]:
 
 
 def settings_of(parameters: CreateJob, seed: int, writes: bool) -> JsonObject:
-    """Fields of the recipe by group; what is ``auto`` is left for the recipe to choose.
+    """Return recipe fields by group. ``auto`` hyperparameters are left to the recipe.
 
-    ``writes`` says whether the model writes text; for an encoder its rows say what is learned.
+    ``writes`` is True for models that generate text. The objective of an encoder follows from the
+    rows.
     """
     chosen = parameters.method_hyperparameters
     training: dict[str, Any] = {"seed": seed}
@@ -250,15 +251,15 @@ def settings_of(parameters: CreateJob, seed: int, writes: bool) -> JsonObject:
 
 
 def organization(account: str) -> str:
-    """The account, as OpenAI writes organizations."""
+    """Return OpenAI's organization id of an account."""
     return f"org-{account}"
 
 
 def job_object(job: Job, model_name: str | None = None, results: Sequence[str] = ()) -> JsonObject:
-    """Return the object of the API.
+    """Return a job as OpenAI's object.
 
-    ``model_name`` is the name of the model that the job made. Values that OpenAI's API has no word
-    for, such as an address of rows, are given as the other APIs give them.
+    ``model_name`` is the name of the trained model. Values without an equivalent in OpenAI's API,
+    such as S3 addresses, appear as in the other APIs.
     """
     status = STATUSES[job.state]
     sent = _as_sent(job)
@@ -291,9 +292,9 @@ def job_object(job: Job, model_name: str | None = None, results: Sequence[str] =
 
 
 def _as_sent(job: Job) -> Mapping[str, Any]:
-    """Return the fields of the request that created the job, or would have created it here.
+    """Return the request of a job. For a job of another API, return an equivalent request.
 
-    ``method`` is None for jobs that OpenAI's API has no method for.
+    ``method`` is None if OpenAI's API has no equivalent method.
     """
     if job.face == FACE:
         return job.request
@@ -318,14 +319,14 @@ def _kind(fields: Mapping[str, Any]) -> str:
 
 
 def _sent_hyperparameters(fields: Mapping[str, Any]) -> JsonObject:
-    """Return the hyperparameters as they were sent."""
+    """Return the hyperparameters of a request."""
     arm = (fields.get("method") or {}).get(_kind(fields), {})
     found: dict[str, Any] = arm.get("hyperparameters") or fields.get("hyperparameters") or {}
     return found
 
 
 def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> JsonObject:
-    """The same with what was chosen for the data and the model, once it has been."""
+    """Return ``given`` with ``auto`` replaced by chosen values, as soon as the values are chosen."""
     found: dict[str, Any] = {}
     if "chosen" in job.details or job.face != FACE:
         epochs = job.setting("training.epochs")
@@ -353,7 +354,8 @@ def _method(fields: Mapping[str, Any], resolved: dict[str, Any]) -> JsonObject:
 
 
 def _error(job: Job) -> dict[str, Any] | None:
-    """Why it failed; the training file's problems are told from others by the rules they name."""
+    """Return the error of a failed job. An error of the data checks names a rule and has a file
+    parameter."""
     if job.state != jobs.FAILED:
         return None
     failure = map_code(job.failure or "", setting_name) or "The job failed."
@@ -375,21 +377,21 @@ def _estimated_finish(job: Job) -> int | None:
 
 
 def event_id(event: JobEvent) -> str:
-    """Under which a list goes on."""
+    """Return the id of an event, which clients also use as the list position."""
     return f"ftevent-{event.seq}"
 
 
 def position_of(identifier: str) -> int | None:
-    """Where an event stands; ``None`` for what is no id of one."""
+    """Return the sequence number in an event id, or None if ``identifier`` is not an event id."""
     known = identifier.startswith("ftevent-")
     return parse_digits(identifier.removeprefix("ftevent-")) if known else None
 
 
 def event_object(event: JobEvent) -> JsonObject:
-    """An event as clients see it.
+    """Return an event as OpenAI's object.
 
-    What is measured before the first step has no training loss, and clients read that of every event
-    with metrics: it is told as a message.
+    Clients read ``train_loss`` of every metrics event. Events without ``train_loss``, such as the
+    evaluation before the first step, therefore have the type ``message``.
     """
     metrics = event.kind == "metrics" and "train_loss" in event.data
     return {
@@ -404,11 +406,11 @@ def event_object(event: JobEvent) -> JsonObject:
 
 
 def checkpoints(job: Job, metrics: Iterable[JobEvent], model: str) -> Iterator[JsonObject]:
-    """The end of each epoch, the newest first, of a job that made ``model``.
+    """Yield a checkpoint for the end of each epoch, newest first, of a job that trained ``model``.
 
-    The weights of the last one are the model's own. Those of earlier epochs are not kept, and their
-    names answer to nothing; what was measured there is shown. ``metrics`` are the newest first, and no
-    older ones are read than are needed.
+    The last checkpoint is the model. Weights of earlier epochs are not stored and cannot be
+    queried; the checkpoints have metrics only. ``metrics`` are newest first and are read only as
+    far as needed.
     """
     measured = (each for each in metrics if isinstance(each.data.get("step"), int))
     by_step = groupby(measured, lambda each: int(each.data["step"]))
@@ -433,7 +435,8 @@ def checkpoints(job: Job, metrics: Iterable[JobEvent], model: str) -> Iterator[J
 
 
 def result_file(metrics: Iterable[JobEvent]) -> Iterator[bytes]:
-    """CSV: ``step,train_loss,valid_loss``, and what else the run recorded; a step is one line."""
+    """Yield the CSV file of metrics: step, train_loss, valid_loss, then additional metrics. One
+    line per step."""
     steps = _steps(metrics)
     further = sorted(
         {key for values in steps.values() for key in values if key not in (*_COLUMNS, "epoch")}
@@ -448,7 +451,7 @@ def result_file(metrics: Iterable[JobEvent]) -> Iterator[bytes]:
 
 
 def _steps(metrics: Iterable[JobEvent]) -> dict[int, dict[str, Any]]:
-    """What was measured, by step; of a step that ran again after a crash, the last time."""
+    """Return metrics by step. A step that ran again after a crash has the metrics of the last run."""
     steps: dict[int, dict[str, Any]] = {}
     for event in metrics:
         step = event.data.get("step")
@@ -458,7 +461,7 @@ def _steps(metrics: Iterable[JobEvent]) -> dict[int, dict[str, Any]]:
 
 
 def _epochs(job: Job) -> int:
-    """Whole passes over the rows."""
+    """Return the number of epochs, rounded and at least 1."""
     return max(1, round(float(job.setting("training.epochs") or 1)))
 
 
@@ -468,7 +471,7 @@ def _losses(values: dict[str, Any]) -> JsonObject:
 
 @dataclass(frozen=True)
 class JobWithModel:
-    """A job with what belongs to it."""
+    """A job, the trained model and the result files."""
 
     job: Job
     model: CustomModel | None
@@ -543,7 +546,7 @@ def _check_file(call: Call, file_id: str, parameter: str) -> None:
 def list_jobs(
     call: OpenAICall, request: Request, limit: Limit = 20, after: str | None = None
 ) -> JsonObject:
-    """List the jobs of the account, the newest first; ``metadata[KEY]=VALUE`` selects jobs."""
+    """List the jobs of the account, newest first; ``metadata[KEY]=VALUE`` filters jobs."""
     metadata = {
         key[len("metadata[") : -1]: value
         for key, value in request.query_params.items()
@@ -567,19 +570,19 @@ def list_jobs(
 
 @router.get("/fine_tuning/jobs/{job}", name="fine_tuning.jobs.retrieve")
 def retrieve(call: OpenAICall, job: Name) -> JsonObject:
-    """Return one job."""
+    """Return a job."""
     return _object(call, _with_results(call, _find(call, job)))
 
 
 @router.post("/fine_tuning/jobs/{job}/cancel", name="fine_tuning.jobs.cancel")
 def cancel(call: OpenAICall, job: Name) -> JsonObject:
-    """Stop a job without a model. The job is ``running`` until its worker has ended."""
+    """Cancel a job. The job stays ``running`` until the worker has stopped."""
     return _change(call, job, "cancel", jobs.stop)
 
 
 @router.post("/fine_tuning/jobs/{job}/pause", name="fine_tuning.jobs.pause")
 def pause(call: OpenAICall, job: Name) -> JsonObject:
-    """Pause a job; its worker writes a checkpoint first."""
+    """Pause a job after the next checkpoint."""
     return _change(call, job, "pause", jobs.pause)
 
 
@@ -613,7 +616,7 @@ def _change(
 def list_events(
     call: OpenAICall, job: Name, limit: Limit = 20, after: str | None = None
 ) -> JsonObject:
-    """List the events of a job, the newest first."""
+    """List the events of a job, newest first."""
     seen = _find(call, job)
     position = None
     if after is not None:
@@ -629,7 +632,7 @@ def list_events(
 def list_checkpoints(
     call: OpenAICall, job: Name, limit: Limit = 10, after: str | None = None
 ) -> JsonObject:
-    """List the ends of epochs of a job with a model, the newest first."""
+    """List the checkpoints at the ends of epochs, newest first."""
     seen = _find(call, job)
     found: Iterator[JsonObject] = iter(())
     if seen.job.state == jobs.COMPLETED and seen.model is not None:
@@ -655,7 +658,7 @@ def _object(call: Call, seen: JobWithModel) -> JsonObject:
 
 
 def _metrics(database: Database, job: Job, *, ascending: bool = False) -> Iterator[JobEvent]:
-    """Yield the metrics of a job page by page, the newest first unless ``ascending``."""
+    """Yield the metrics of a job page by page, newest first unless ``ascending``."""
     position = None
     while True:
         with database.read() as session:
@@ -674,10 +677,10 @@ def _metrics(database: Database, job: Job, *, ascending: bool = False) -> Iterat
 
 
 def _with_results(call: Call, seen: JobWithModel) -> JobWithModel:
-    """Return ``seen`` with its result file, which the first request for the job writes.
+    """Return ``seen`` with the result file, which the first request for the job writes.
 
-    The id of the file follows from the id of the job, so that a job has one file. A deleted file is not
-    written again. Without space on the disk or in the quota, the job has no file yet.
+    The file id follows from the job id, so that a job has one file. A deleted file is not written
+    again. Without disk space or quota, the job has no file yet.
     """
     job, files = seen.job, call.context.files
     # Jobs of other APIs write their metrics to an address that their client chose.
@@ -696,7 +699,7 @@ def _with_results(call: Call, seen: JobWithModel) -> JobWithModel:
 
 
 def _job(session: Session, account: str, job_id: str, *, lock: bool = False) -> Job | None:
-    """Return the account's job of this name."""
+    """Return the account's job with this name."""
     found = jobs.get(session, account, job_id, lock=lock)
     return found if found is not None and found.name == job_id else None
 

@@ -1,4 +1,4 @@
-"""Common parts of chat, completions, responses and embeddings: sampling, models, and streams."""
+"""Shared parts of chat, completions, responses and embeddings: sampling, models, streams."""
 
 from __future__ import annotations
 
@@ -41,18 +41,19 @@ from luthier.server.structured_outputs import StructuredOutputs
 
 Asked = TypeVar("Asked", bound=Body, contravariant=True)
 Answers = Callable[[str, Mapping[str, Any]], JsonObject]
-"""Return the response to a body of an endpoint for an account."""
+"""Function of an account and a body that returns the response of an endpoint."""
 Judge = Callable[[str, str], str]
-"""Return the stored id of a model, given its name and the member that has the name."""
+"""Function of a model name and the name's location in the request. Returns the model id in the
+library."""
 MOST_STOPS = 4
 STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 """Headers of server-sent events."""
 FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
-"""OpenAI's finish reasons; other reasons are ``stop``."""
+"""OpenAI's finish reasons; all other reasons become ``stop``."""
 _CONSTRAINT = {"messages": "response_format", "input": "text.format.schema"}
 """Member with the schema of replies, by the member with the prompt."""
 STRUCTURED = "structured_outputs"
-"""Member of vLLM for the form of replies."""
+"""Member of vLLM for the output format."""
 _PROMPTS = ("messages", "prompt", "input")
 
 
@@ -74,7 +75,7 @@ class StreamOptions(Body):
 
 @with_sampling
 class SamplingFields(StrictBody):
-    """Members of chat and text completions, of OpenAI and vLLM."""
+    """Sampling members of chat and text completions, from OpenAI and vLLM."""
 
     without_effect = frozenset({"user"})
     model: Annotated[str, Field(min_length=1)]
@@ -87,12 +88,12 @@ class SamplingFields(StrictBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
-    """Field of vLLM; 0 and -1 sample from all tokens."""
+    """Member of vLLM; 0 and -1 sample from all tokens."""
     structured_outputs: StructuredOutputs | None = None
 
     @property
     def constraint(self) -> Constraint | None:
-        """What answers have to match."""
+        """Constraint on replies, or None for free text."""
         return self.structured_outputs.constraint if self.structured_outputs else None
 
     def check(self) -> None:
@@ -103,11 +104,12 @@ class SamplingFields(StrictBody):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether the stream ends with the usage."""
+        """True if the stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def request(self, prompt: Prompt, **further: Any) -> GenerationRequest:
-        """Return the request for the engine; missing members have its defaults."""
+        """Return the request for the engine. Members that the client omits have the engine's
+        defaults."""
         bias = {}
         for key, value in (self.logit_bias or {}).items():
             token = parse_digits(key, 9)
@@ -134,20 +136,20 @@ class SamplingFields(StrictBody):
 
 
 class Complete(Protocol[Asked]):
-    """A function that generates the whole response to a body."""
+    """Function that generates a whole response."""
 
     def __call__(self, inference: Inference, account: str, asked: Asked, /) -> JsonObject:
         """Return the response for an account."""
 
 
 class Inference:
-    """Finds models by the names of an account and queries them."""
+    """Resolves model names of an account, and queries models."""
 
     def __init__(self, catalogue: Catalogue, pool: ModelPool) -> None:
         self.catalogue, self.pool = catalogue, pool
 
     def target(self, account: str, name: str) -> Invocable:
-        """Return the model of ``account`` that ``name`` means.
+        """Return the model of ``account`` with the name ``name``.
 
         Raises:
             Fault: 404 ``model_not_found``.
@@ -158,18 +160,18 @@ class Inference:
         return found
 
     def check(self, account: str, name: str, where: str) -> None:
-        """Reject a model that generates no text.
+        """Reject a model that cannot generate text.
 
         Raises:
-            Fault: as :meth:`target`; 400, naming the member ``where``.
+            Fault: As in :meth:`target`; 400 for the member ``where``.
         """
         self._check_writes(self.target(account, name).stored_id, name, where)
 
     def check_constraint(self, constraint: Constraint, where: str) -> None:
-        """Reject a form that no model can be constrained to, without querying a model.
+        """Reject an unsupported constraint without querying a model.
 
         Raises:
-            Fault: 400, naming the member ``where``; 429 or 503 if the form cannot be tried now.
+            Fault: 400 for the member ``where``; 429 or 503 if the server is too busy for the check.
         """
         try:
             self.pool.check_constraint(constraint)
@@ -179,7 +181,7 @@ class Inference:
             raise Fault.of_inference(failed) from failed
 
     def judge(self, account: str) -> Judge:
-        """Return a function that finds the models of ``account`` that grade."""
+        """Return a function that finds grading models of ``account``."""
 
         def find(name: str, where: str) -> str:
             found = self.catalogue.target(account, name)
@@ -207,16 +209,17 @@ class Inference:
         member: str = "messages",
         structured: bool = False,
     ) -> Stream:
-        """Begin to generate. Refusals of the prompt name ``member``.
+        """Start generation. Errors about the prompt name ``member``.
 
-        ``structured`` says that the form of replies is in vLLM's member.
+        ``structured`` is True if the output format is in vLLM's member.
         """
         with refusals(name, member, structured):
             return self.pool.submit(target.stored_id, build())
 
 
 def answers(inference: Inference, kind: type[Asked], complete: Complete[Asked]) -> Answers:
-    """Return the function that ``complete`` is for bodies that come another way; never a stream."""
+    """Return ``complete`` as a function of unparsed bodies, for batches and evals. Streaming is
+    off."""
 
     def answer(account: str, given: Mapping[str, Any]) -> JsonObject:
         if "stream" in kind.model_fields:
@@ -227,7 +230,7 @@ def answers(inference: Inference, kind: type[Asked], complete: Complete[Asked]) 
 
 
 def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
-    """Return the texts or lists of tokens of a member that may have one or several."""
+    """Return the inputs of a member that accepts a single text or token list, or several."""
     if isinstance(given, str):
         return [given]
     if given and isinstance(given[0], int):
@@ -236,7 +239,7 @@ def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[s
 
 
 def completion_head(prefix: str, kind: str, model: str) -> JsonObject:
-    """Return the first members of a completion or chunk, with an id that begins with ``prefix``."""
+    """Return the first members of a completion or chunk; the id starts with ``prefix``."""
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "object": kind,
@@ -247,7 +250,7 @@ def completion_head(prefix: str, kind: str, model: str) -> JsonObject:
 
 
 def check_only_form(structured: StructuredOutputs | None, member: str) -> None:
-    """Reject vLLM's member for the form of replies if OpenAI's own ``member`` has a form too."""
+    """Reject requests with two output formats: vLLM's member and OpenAI's ``member``."""
     if structured is not None:
         text = f"A reply has one form: send '{member}' or '{STRUCTURED}'."
         raise invalid(text, STRUCTURED, "invalid_value")
@@ -300,7 +303,7 @@ def event(value: Mapping[str, Any]) -> bytes:
 
 
 def usage(streams: Iterable[Stream], completion: int, reasoning: int = 0) -> JsonObject:
-    """Return the usage of ``streams``, which have ended."""
+    """Return the token usage of ended ``streams``."""
     streams = [*streams]
     prompt = sum(stream.prompt_tokens for stream in streams)
     cached = sum(stream.cached() for stream in streams)
@@ -319,12 +322,12 @@ def usage(streams: Iterable[Stream], completion: int, reasoning: int = 0) -> Jso
 
 
 def token_text(token: bytes) -> str:
-    """Return a token as text, with replacement characters for parts of a character."""
+    """Return a token as text, with replacement characters for incomplete UTF-8."""
     return token.decode("utf-8", "replace")
 
 
 def chat_logprobs(scores: Sequence[Score]) -> list[JsonObject]:
-    """Return log probabilities in the form of chat completions."""
+    """Return log probabilities in the format of chat completions."""
     return [
         {
             **_token(score.text, score.logprob),

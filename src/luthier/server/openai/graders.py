@@ -1,4 +1,4 @@
-"""Graders as OpenAI writes them, and ``/fine_tuning/alpha/graders``, which tries one out."""
+"""Conversion of OpenAI's graders, and ``/fine_tuning/alpha/graders`` to test a grader."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _MEMBERS = {
     "label_model": ("model", "input", "labels", "passing_labels"),
     "multi": ("graders", "calculate_output"),
 }
-"""Members that mean something here, by type; a name is a label."""
+"""Supported members by grader type. The member ``name`` is only a label."""
 _ASKING = ("score_model", "label_model")
-"""Types that ask a model."""
+"""Grader types that query a model."""
 _SAMPLING = {"max_completions_tokens": "max_tokens", "temperature": "temperature"} | {
     "top_p": "top_p",
     "seed": "seed",
@@ -59,7 +59,7 @@ router = openai_router(GraderRoute)
 
 
 class RunGrader(Body):
-    """The body of a trial."""
+    """Body of a grader test."""
 
     grader: dict[str, Any]
     model_sample: str
@@ -67,7 +67,7 @@ class RunGrader(Body):
 
 
 class ValidateGrader(Body):
-    """The body of a check."""
+    """Body of a grader check."""
 
     grader: dict[str, Any]
 
@@ -78,7 +78,7 @@ class ValidateGrader(Body):
     dependencies=[GRADING_TURN],
 )
 def validate(call: OpenAICall, body: ValidateGrader) -> JsonObject:
-    """Check a grader and return it."""
+    """Check a grader and return the grader unchanged."""
     grader_fields(body.grader, "grader", call.context.inference.judge(call.account))
     return {"grader": body.grader}
 
@@ -89,10 +89,10 @@ def validate(call: OpenAICall, body: ValidateGrader) -> JsonObject:
     dependencies=[GRADING_TURN],
 )
 def run(call: OpenAICall, body: RunGrader) -> JsonObject:
-    """Grade one reply. The response of a grader that fails has the error and the reward 0.
+    """Grade a reply. If the grader fails, the response contains the error and the reward 0.
 
     Raises:
-        Fault: 400 for texts that are too long.
+        Fault: 400 if a text is too long.
     """
     context, given = call.context, body.grader
     grader = grader_from(grader_fields(given, "grader", context.inference.judge(call.account)))
@@ -126,7 +126,11 @@ def run(call: OpenAICall, body: RunGrader) -> JsonObject:
 def graded_once(
     grader: Grader, sample: Answer
 ) -> tuple[float, dict[str, float], RowRefused | None]:
-    """Return the reward of one reply, the rewards of a formula's graders, and the fault (then 0)."""
+    """Grade a reply.
+
+    Returns:
+        The reward (0 after an error), the rewards by name of a multi grader, and the error.
+    """
     faults: dict[int, RowRefused] = {}
     parts: dict[str, float] = {}
     score = math.nan
@@ -148,15 +152,15 @@ def graded_once(
 
 
 def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any]:
-    """A grader of the API as ``method`` and fields of luthier's own.
+    """Return an OpenAI grader as ``method`` and fields of a luthier grader.
 
     Args:
-        given: the grader as it was sent.
-        where: the member of the request that holds it.
-        judge: finds the model that a ``score_model`` asks.
+        given: OpenAI's grader.
+        where: Location of the grader in the request.
+        judge: Finds the model of a ``score_model`` or ``label_model`` grader.
 
     Raises:
-        Fault: 400 for a type that there is not, a member that is missing, a value that cannot be.
+        Fault: 400 for an unknown type, a missing member or an invalid value.
     """
     fields = _fields(given, where, judge)
     try:
@@ -184,7 +188,7 @@ def _fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any
 
 
 def _parts(given: Any, where: str) -> dict[str, Mapping[str, Any]]:
-    """Graders of a formula by name: a table, a list of named ones, or a single one."""
+    """Return the graders of a multi grader by name; accept a mapping, a list or one grader."""
     if isinstance(given, Mapping) and isinstance(given.get("type"), str):
         given = [given]
     if isinstance(given, list):
@@ -205,7 +209,7 @@ def _parts(given: Any, where: str) -> dict[str, Mapping[str, Any]]:
 
 
 def _turns_and_sampling(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Turns and sampling of a model that grades."""
+    """Return messages and sampling settings of a grader that queries a model."""
     turns = given.get("input")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise invalid("A grader that asks a model needs a list of messages.", f"{where}.input")
@@ -224,7 +228,8 @@ def _turns_and_sampling(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def text_content(given: Any) -> Any:
-    """Text of a message; blocks of text are joined, anything else is refused with its type."""
+    """Return the joined text of a message. Content with other blocks is returned unchanged, for a
+    later error."""
     blocks = given if isinstance(given, list) else [given]
     texts = [block.get("text") if isinstance(block, Mapping) else block for block in blocks]
     known = [text for text in texts if isinstance(text, str)]
@@ -265,7 +270,7 @@ def _generation_request(
     schema: Mapping[str, Any] | None,
     where: str,
 ) -> GenerationRequest:
-    """What a model that grades is asked; 400 for what no model of a server takes."""
+    """Return the generation request of a grading model; 400 for unsupported sampling settings."""
     try:
         return GenerationRequest(
             Chat(tuple(turns)),
@@ -280,23 +285,23 @@ def _generation_request(
 
 
 class PooledModels:
-    """Opens the models that graders name."""
+    """Source of grading models from the server's model pool."""
 
     def __init__(self, pool: ModelPool) -> None:
         self.pool = pool
 
     def scorer(self, model: str) -> Scorer:
-        """Reward models are none of the graders of this API."""
+        """Raise an error: OpenAI's graders use no reward models."""
         raise RecipeError("a reward model cannot be asked here")
 
     def embedder(self, model: str) -> Embedder:
-        """Nor are encoders."""
+        """Raise an error: OpenAI's graders use no encoders."""
         raise RecipeError("an encoder cannot be asked here")
 
     def writer(
         self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
     ) -> Writer:
-        """The model that writes scores, of ``schema`` where there is one."""
+        """Return a writer that queries the model ``judge`` for replies that match ``schema``."""
 
         def write(conversations: Sequence[Sequence[Message]]) -> list[str | Failure]:
             return [self._reply(judge.model, turns, sampling, schema) for turns in conversations]

@@ -18,20 +18,20 @@ from luthier.server.openai.protocol import JsonObject, StrictBody, invalid
 router = openai_router()
 MOST_IMAGES = 10
 _MEMBERS = {"label": "prompt", "count": "n"}
-"""What clients call the parts of a request."""
+"""OpenAI's member names by the engine's parameter names."""
 
 
 class ImageGenerationRequest(StrictBody):
-    """The body."""
+    """Body of a request for images."""
 
     without_effect = frozenset({"moderation", "output_compression", "partial_images", "user"})
     model: Annotated[str, Field(min_length=1)]
     prompt: Annotated[str, Field(max_length=32_000)]
-    """Name of a class that the model knows; empty for each in turn, or where it knows none."""
+    """Class name or caption. Empty for unconditional models, or for each class in turn."""
     n: Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None = None
     size: str | None = None
     seed: int | None = None
-    """Not one of OpenAI's: the same one gives the same images."""
+    """Random seed; an extension of OpenAI's API."""
     response_format: Literal["url", "b64_json"] | None = None
     output_format: str | None = None
     quality: str | None = None
@@ -40,7 +40,7 @@ class ImageGenerationRequest(StrictBody):
     stream: bool | None = None
 
     def check(self) -> None:
-        """Reject features of OpenAI's models that the models here lack."""
+        """Reject features that OpenAI's models have and local models lack."""
         if self.stream:
             raise invalid("Images are not streamed.", "stream", "unsupported_value")
         if self.response_format == "url":
@@ -59,7 +59,7 @@ class ImageGenerationRequest(StrictBody):
                 raise invalid(text, name, "unsupported_value")
 
     def request(self) -> ImageRequest:
-        """The same for the engine."""
+        """Return the request for the engine."""
         size = None
         if self.size not in (None, "auto"):
             sides = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", self.size or "")

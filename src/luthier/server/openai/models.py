@@ -1,4 +1,4 @@
-"""``/models``, and the models that names in requests mean."""
+"""``/models``, and the resolution of model names in requests."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ OWNER = "luthier"
 router = openai_router()
 
 DeleteModel = Callable[[CustomModel], None]
-"""Deletes a custom model with all that belongs to it.
+"""Function that deletes a custom model and all dependent data.
 
 Raises:
-    WrongState: where it is deployed or provisioned, or a job starts from it.
+    WrongState: If the model is deployed or provisioned, or a job starts from the model.
 """
 
 
 class Catalogue:
-    """The models that an account can name: base models, its own models and deployments."""
+    """Models that an account can name: base models, own models and deployments."""
 
     def __init__(self, database: Database, arns: Arns) -> None:
         self.database, self.arns = database, arns
 
     def target(self, account: str, name: str) -> Invocable | None:
-        """Return the model or deployment that ``name`` means, or None.
+        """Return the model or deployment with the name ``name``, or None.
 
         Raises:
-            Fault: ``ModelNotReady`` for the ARN of an endpoint that is being created.
+            Fault: ``ModelNotReady`` for the ARN of an endpoint in creation.
         """
         name = resolve_name(self.database, self.arns, account, name)
         base = find_foundation(self.arns, name)
@@ -62,7 +62,7 @@ class Catalogue:
             raise
 
     def base(self, account: str, name: str) -> FoundationModel | CustomModel:
-        """Return the base model of an alias, id or ARN, or a model of the account by any of its names.
+        """Return a base model by alias, id or ARN, or a model of the account by any name.
 
         Raises:
             Fault: 404 ``model_not_found``.
@@ -77,7 +77,7 @@ class Catalogue:
         return found
 
     def own(self, account: str) -> list[CustomModel]:
-        """Return the account's models, the oldest first."""
+        """Return the account's models, oldest first."""
         mine = select(CustomModel).where(
             CustomModel.account == account, CustomModel.status == ACTIVE
         )
@@ -85,9 +85,9 @@ class Catalogue:
             return list(session.scalars(mine.order_by(CustomModel.seq)))
 
     def id_of(self, model: CustomModel, bases: Iterable[FoundationModel]) -> str:
-        """Return the ``ft:`` id of a model, or its name in the Bedrock API.
+        """Return the ``ft:`` id of a model, or the model's name in the Bedrock API.
 
-        A model with the name of one of the ``bases`` has its ARN as id.
+        A model with the same name as one of ``bases`` has the ARN as id.
         """
         if model.openai_id is not None:
             return model.openai_id
@@ -97,7 +97,7 @@ class Catalogue:
 
 @router.get("/models", name="models.list")
 def list_models(call: OpenAICall) -> JsonObject:
-    """List all base models by their aliases, and the models of the account."""
+    """List all base models by alias, and the models of the account."""
     catalogue, bases = call.context.inference.catalogue, foundation_models()
     named: list[tuple[FoundationModel | CustomModel, str]] = [(each, each.base) for each in bases]
     named += [(each, catalogue.id_of(each, bases)) for each in catalogue.own(call.account)]
@@ -106,7 +106,7 @@ def list_models(call: OpenAICall) -> JsonObject:
 
 @router.get("/models/{model}", name="models.retrieve")
 def retrieve(call: OpenAICall, model: Name) -> JsonObject:
-    """Return a model by any of its names."""
+    """Return a model by any name of the model."""
     return model_object(call.context.inference.catalogue.base(call.account, model), model)
 
 
@@ -122,7 +122,7 @@ def delete(call: OpenAICall, model: Name) -> JsonObject:
 
 
 def model_object(model: FoundationModel | CustomModel, name: str) -> JsonObject:
-    """Return a model as OpenAI's object; base models have the time 0."""
+    """Return a model as OpenAI's object; base models have the creation time 0."""
     owner = OWNER if isinstance(model, FoundationModel) else f"org-{model.account}"
     return {
         "id": name,

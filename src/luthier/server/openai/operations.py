@@ -1,4 +1,4 @@
-"""Common parts of the OpenAI API: routes of FastAPI, the authenticated call, and pages of lists."""
+"""Shared parts of the OpenAI API: FastAPI routes, the authenticated call, and list pages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GRADER_BODY_BYTES = 4 * MIB
 
 @dataclass(frozen=True)
 class Context:
-    """Parts of the service that operations use."""
+    """Services for the operations."""
 
     database: Database
     files: UploadedFiles
@@ -44,7 +44,7 @@ class Context:
     quotas: Callable[[str], AccountQuotas]
     """Return the quotas of an account."""
     wake: Callable[[], None]
-    """Tell the scheduler that there is a job."""
+    """Notify the scheduler of a new job."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Call:
         return self.caller.account
 
     def record(self, kind: str, identifier: str = "*") -> None:
-        """Note for the audit log that the operation changes a resource of ``kind``."""
+        """Record a resource of ``kind`` as changed by the operation, for the audit log."""
         arns = self.context.inference.catalogue.arns
         record_action(self.action, arns.openai(self.account, kind, identifier))
 
@@ -76,7 +76,7 @@ OpenAICall = Annotated[Call, Depends(_call)]
 
 
 class OpenAIRoute(ApiRoute):
-    """A route whose name is the name of the operation, such as ``batches.create``."""
+    """Route with the operation's name as route name, such as ``batches.create``."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         self.operation = f"openai.{options['name']}"
@@ -85,7 +85,7 @@ class OpenAIRoute(ApiRoute):
         super().__init__(path, endpoint, **options)
 
     def invalid(self, error: RequestValidationError) -> Fault:
-        """Return a fault that names the first wrong member."""
+        """Return a fault that names the first invalid member."""
         return invalid_member(
             [{**each, "loc": each["loc"][1:]} for each in error.errors()], error.body
         )
@@ -96,13 +96,13 @@ class OpenAIRoute(ApiRoute):
 
 
 class GraderRoute(OpenAIRoute):
-    """A route for requests with graders."""
+    """Route for requests that contain graders."""
 
     body_limit = GRADER_BODY_BYTES
 
 
 def openai_router(route_class: type[OpenAIRoute] = OpenAIRoute) -> APIRouter:
-    """Return an empty router of operations below ``/v1``."""
+    """Return an empty router for operations below ``/v1``."""
     key = Security(HTTPBearer(auto_error=False))  # for the document: the key is verified already
     return APIRouter(prefix="/v1", route_class=route_class, dependencies=[key])
 
@@ -113,7 +113,8 @@ Order = Literal["asc", "desc"]
 
 
 def page(found: Sequence[Any], limit: int, shown: Callable[[Any], JsonObject] = dict) -> JsonObject:
-    """Return a list of at most ``limit`` rows; ``found`` has one more row if the list continues."""
+    """Return a list object of at most ``limit`` rows. An additional row in ``found`` means that
+    more rows follow."""
     data = [shown(each) for each in found[:limit]]
     return {
         "object": "list",

@@ -1,4 +1,4 @@
-"""OpenAI's protocol: checks of bodies, and errors."""
+"""OpenAI's protocol: validation of bodies, and error objects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Shape:
     type: str
     code: str | None = None
     retry: bool | None = None
-    """Value of the header ``x-should-retry``; None for the client's own rules."""
+    """Value of the header ``x-should-retry``; None leaves the decision to the client."""
 
 
 _UNKNOWN_KEY = _Shape(401, INVALID, "invalid_api_key")
@@ -54,7 +54,7 @@ _LATER = (429, 503)
 
 
 def refusal(fault: Fault) -> Response:
-    """Return the response for ``fault``, whose details may have OpenAI's code as ``reason``."""
+    """Return the response for ``fault``. The fault's detail ``reason`` becomes OpenAI's error code."""
     shape = shape_of(fault)
     headers = {}
     if shape.status in _LATER and shape.retry is not False:
@@ -65,7 +65,7 @@ def refusal(fault: Fault) -> Response:
 
 
 def error_of(fault: Fault) -> dict[str, Any]:
-    """Return the error object of a response, a stream or a line of a batch."""
+    """Return the error object for a response, a stream event or a batch line."""
     shape = shape_of(fault)
     return {
         "message": fault.message,
@@ -76,7 +76,8 @@ def error_of(fault: Fault) -> dict[str, Any]:
 
 
 def shape_of(fault: Fault) -> _Shape:
-    """Return the shape of ``fault``. A wrong key is an access denied without an action."""
+    """Return status, type and code of ``fault``. A wrong key is an AccessDenied fault with
+    ``credentials``."""
     if fault.code == "AccessDenied" and fault.details.get("credentials"):
         return _UNKNOWN_KEY
     return _SHAPES.get(fault.code, _UNEXPECTED)
@@ -88,13 +89,13 @@ def invalid(message: str, parameter: str | None = None, reason: str | None = Non
 
 
 def missing(member: str) -> Fault:
-    """Return the fault for a required member that is missing, with status 400."""
+    """Return the fault for a missing required member, with status 400."""
     text = f"Missing required parameter: '{member}'."
     return invalid(text, member, "missing_required_parameter")
 
 
 def absent(kind: str, identifier: str, parameter: str) -> Fault:
-    """Return the fault for an id that the account does not have, with status 404."""
+    """Return the fault for an unknown id, with status 404."""
     return Fault("ResourceNotFound", f"No such {kind}: {identifier}", parameter=parameter)
 
 
@@ -111,13 +112,13 @@ def model_not_found(model: str) -> Fault:
 
 
 class Body(BaseModel):
-    """A JSON body of strict types. Unknown members are ignored."""
+    """A JSON body with strict types. Unknown members are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
 _NOTHING: tuple[Any, ...] = (None, False, "", [], "none", "auto")
-"""Values of unsupported members that ask for nothing."""
+"""Values of unsupported members that request no feature."""
 
 
 class StrictBody(Body):
@@ -125,9 +126,9 @@ class StrictBody(Body):
 
     model_config = ConfigDict(extra="forbid")
     without_effect: ClassVar[frozenset[str]] = frozenset()
-    """Members of OpenAI that are accepted without effect."""
+    """OpenAI members that are accepted without effect."""
     unsupported: ClassVar[Mapping[str, str]] = {}
-    """Members of OpenAI that are rejected unless they request nothing, with the reasons."""
+    """Unsupported OpenAI members and reasons. Values that request no feature are accepted."""
 
     @model_validator(mode="before")
     @classmethod
@@ -153,7 +154,7 @@ def validate(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> P
 
 
 def invalid_member(errors: Sequence[Mapping[str, Any]], given: Any, under: str = "") -> Fault:
-    """Return the fault for pydantic's ``errors``, which names the first wrong member of ``given``."""
+    """Return the fault for pydantic's ``errors``, about the first invalid member of ``given``."""
     found = _errors_of_one_member(errors, given)
     where = _format_location([part for part in (under, *found[0]["loc"]) if part != ""])
     if not where:
@@ -174,9 +175,9 @@ def invalid_member(errors: Sequence[Mapping[str, Any]], given: Any, under: str =
 
 
 def _errors_of_one_member(errors: Sequence[Mapping[str, Any]], given: Any) -> list[Any]:
-    """Return all errors about the first wrong member.
+    """Return all errors about the first invalid member.
 
-    Of a member with alternatives, the error about its value precedes errors about its type.
+    For a union, an error about the value precedes errors about the type.
     """
     found = [{**each, "loc": _without_tags(each["loc"], given)} for each in errors]
     same = [each for each in found if each["loc"][:1] == found[0]["loc"][:1]]
@@ -190,7 +191,8 @@ def _errors_of_one_member(errors: Sequence[Mapping[str, Any]], given: Any) -> li
 
 
 def _without_tags(location: Sequence[str | int], given: Any) -> tuple[str | int, ...]:
-    """``location`` without what pydantic puts behind an object that is chosen by its ``type``."""
+    """Return ``location`` without the union tags that pydantic inserts after an object with a
+    ``type``."""
     kept: list[str | int] = []
     for place, part in enumerate(location):
         if isinstance(given, Mapping) and given.get("type") == part:
@@ -206,7 +208,7 @@ def _without_tags(location: Sequence[str | int], given: Any) -> tuple[str | int,
 
 
 def _format_location(location: Sequence[str | int]) -> str:
-    """``messages[0].content``; names of alternatives that pydantic puts between are left out."""
+    """Return a location such as ``messages[0].content``, without pydantic's names of union members."""
     text = ""
     for part in location:
         if isinstance(part, int):
@@ -235,5 +237,5 @@ Metadata = Annotated[dict[str, str] | None, AfterValidator(_metadata)]
 
 
 def seconds(moment: datetime | None) -> int | None:
-    """Unix time."""
+    """Return the Unix time in seconds."""
     return None if moment is None else int(moment.timestamp())

@@ -1,8 +1,8 @@
-"""``/responses``: an answer as items, at once or as events. Nothing of it is kept.
+"""``/responses``: a response as output items, or as a stream of events. Responses are not stored.
 
-Each request stands for itself: what was said before is sent along as items. Refused are members that
-would change the answer and mean nothing here: earlier responses by id, stored prompts and
-conversations, work in the background, tools that the server would have to run.
+Clients send the earlier turns of a conversation as input items. The API rejects members that would
+change the response and are not supported: earlier responses by id, stored prompts and
+conversations, background work, and tools that run on the server.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _TEXTS = ("input_text", "output_text", "reasoning_text", "text")
 
 
 class InputItem(Body):
-    """One item: a message, a call, or what came of one."""
+    """An input item: a message, a function call, a function result or reasoning."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -81,19 +81,19 @@ class InputItem(Body):
 
 
 class OutputFormat(JsonSchemaFormat):
-    """The form of the text."""
+    """Output format of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
 
 
 class TextOptions(Body):
-    """How the text is written."""
+    """Options of the output text."""
 
     format: OutputFormat | None = None
 
 
 class ResponseRequest(StrictBody):
-    """The body of a response."""
+    """Body of a request for a response."""
 
     without_effect = frozenset(
         {
@@ -129,11 +129,11 @@ class ResponseRequest(StrictBody):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether each token is told with its probability."""
+        """True if the client requests log probabilities."""
         return LOGPROBS in (self.include or ())
 
     def check(self) -> None:
-        """Refuse what means nothing here, and what does not belong together."""
+        """Reject unsupported members, and members that contradict each other."""
         check_tools(self.tools or (), self.tool_choice)
         if self.top_logprobs is not None and not self.wants_logprobs:
             raise invalid(f"'top_logprobs' needs 'include' to name {LOGPROBS}.", "top_logprobs")
@@ -144,7 +144,7 @@ class ResponseRequest(StrictBody):
             check_only_form(self.structured_outputs, "text.format")
 
     def generation_request(self) -> GenerationRequest:
-        """The request for the engine."""
+        """Return the request for the engine."""
         given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p}
         return GenerationRequest(
             Chat(self._turns(), engine_tools(self.tools or ()), engine_choice(self.tool_choice)),
@@ -175,7 +175,7 @@ class ResponseRequest(StrictBody):
 
 
 def _add(turns: list[Message], item: InputItem, where: str) -> None:
-    """Put ``item`` behind ``turns``; calls belong to the turn of the assistant before them."""
+    """Append ``item`` to ``turns``. A function call becomes part of the preceding assistant turn."""
     if item.type == "message":
         role = _require(item.role, f"{where}.role")
         content = _text(_require(item.content, f"{where}.content"), f"{where}.content")
@@ -225,7 +225,7 @@ def _text(content: str | list[ContentPart], where: str) -> str:
     "/responses", name="responses.create", dependencies=[MODEL_TURN], response_model=JsonObject
 )
 def create(call: OpenAICall, body: ResponseRequest) -> JsonObject | StreamedResponse:
-    """Return a response as items, or stream its events."""
+    """Generate a response, as an object or a stream of events."""
     inference, account = call.context.inference, call.account
     if not body.stream:
         return complete(inference, account, body)
@@ -234,7 +234,7 @@ def create(call: OpenAICall, body: ResponseRequest) -> JsonObject | StreamedResp
 
 
 def complete(inference: Inference, account: str, asked: ResponseRequest) -> JsonObject:
-    """Return the whole response."""
+    """Return a whole response."""
     response = _Response(asked, _begin(inference, account, asked))
     with refusals(asked.model, "input"):
         for _ in response.events():
@@ -252,7 +252,7 @@ def _begin(inference: Inference, account: str, asked: ResponseRequest) -> Stream
 
 
 def _pieces(parameters: ResponseRequest, stream: Stream) -> Iterator[bytes]:
-    """The events as they are sent; a failure is the last one."""
+    """Yield server-sent events. An error becomes the last event."""
     response = _Response(parameters, stream)
     try:
         try:
@@ -271,7 +271,7 @@ def _encode_event(event: Mapping[str, Any]) -> bytes:
 
 
 class _Response:
-    """One response: what is known of it so far, and the events that tell how it comes about."""
+    """State of a response during generation, and the events of the stream."""
 
     def __init__(self, parameters: ResponseRequest, stream: Stream) -> None:
         self._parameters, self._stream = parameters, stream
@@ -282,7 +282,7 @@ class _Response:
         self._items: list[JsonObject] = []
 
     def events(self) -> Iterator[JsonObject]:
-        """Every event, in the order of the specification."""
+        """Yield all events, in the order of OpenAI's specification."""
         yield self._event("response.created", response=self.to_dict())
         yield self._event("response.in_progress", response=self.to_dict())
         for event in self._stream:
@@ -304,14 +304,14 @@ class _Response:
         yield self._event(f"response.{self._status}", response=self.to_dict())
 
     def fail(self, fault: Fault) -> JsonObject:
-        """The event for ``fault``, behind which nothing follows."""
+        """Return the event for ``fault``, the last event of the stream."""
         self._status = "failed"
         error = error_of(fault)
         self._error = {"code": error["code"] or "server_error", "message": error["message"]}
         return self._event("response.failed", response=self.to_dict())
 
     def to_dict(self) -> JsonObject:
-        """The response as an object."""
+        """Return the response as OpenAI's object."""
         parameters, ended = self._parameters, self._status not in ("in_progress", "failed")
         reason = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
         form = parameters.text.format if parameters.text else None
@@ -372,12 +372,12 @@ class _Response:
 
     @property
     def _open_item(self) -> JsonObject | None:
-        """The message or the reasoning that is being written."""
+        """Message or reasoning item that is being generated, or None."""
         last = self._items[-1] if self._items else None
         return last if last and last.get("status") == "in_progress" else None
 
     def _open(self, kind: Literal["message", "reasoning"]) -> Iterator[JsonObject]:
-        """Begin a message, or the reasoning before it."""
+        """Start a message or reasoning item."""
         item: JsonObject
         if kind == "reasoning":
             item = {"type": kind, "id": f"rs_{secrets.token_hex(24)}", "summary": []}
@@ -414,7 +414,7 @@ class _Response:
         yield self._event("response.output_text.delta", **where, delta=piece.text, logprobs=scores)
 
     def _finish(self, status: str) -> Iterator[JsonObject]:
-        """End the message or the reasoning that is being written, if there is one."""
+        """End the open item, if any."""
         item = self._open_item
         if item is None:
             return

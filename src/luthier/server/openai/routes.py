@@ -1,4 +1,4 @@
-"""The OpenAI API: a FastAPI application of all its operations, and the work in the background."""
+"""The OpenAI API: a FastAPI application of all operations, and the background work."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ROUTERS = (*(module.router for module in _MODULES), files.uploads, evals.graders
 
 
 class OpenAIService:
-    """The parts of the OpenAI API. :meth:`start` begins the work in the background."""
+    """The OpenAI API with runners for batches and evals. :meth:`start` begins the background work."""
 
     def __init__(
         self,
@@ -68,17 +68,17 @@ class OpenAIService:
         wake: Callable[[], None] = lambda: None,
         count: CountUsage = lambda account, model, used: None,
     ) -> None:
-        """Put the parts together.
+        """Create and connect the parts.
 
         Args:
             database: The server's database.
             settings: Settings of the server.
             pool: Models in memory.
-            objects: The built-in object store, which has the bytes of files.
-            delete_model: Deletes a custom model with all that belongs to it.
+            objects: Built-in object store, which contains uploaded files.
+            delete_model: Deletes a custom model and all dependent data.
             quotas: Returns the quotas of an account.
-            wake: Tells the scheduler that there is a job.
-            count: Counts the usage of batches and evals.
+            wake: Notifies the scheduler of a new job.
+            count: Records the usage of batches and evals.
         """
         self.files = UploadedFiles(database, objects)
         inference = Inference(Catalogue(database, Arns(settings.region)), pool)
@@ -116,12 +116,12 @@ class OpenAIService:
         self.api = _api(context)
 
     def start(self) -> None:
-        """Begin to work on batches and evals, and resume the work of an earlier server."""
+        """Start running batches and evals, including unfinished work of an earlier server."""
         self.batches.start()
         self.evaluations.start()
 
     def close(self) -> None:
-        """Stop working on batches and evals."""
+        """Stop running batches and evals."""
         self.batches.close()
         self.evaluations.close()
 
@@ -141,5 +141,5 @@ def _api(context: Context) -> Api:
 
 
 def refusal(fault: Fault, request_id: str) -> Response:
-    """Return ``fault`` as OpenAI's error object."""
+    """Return ``fault`` as OpenAI's error response."""
     return protocol.refusal(fault.with_setting_names(fine_tuning.setting_name))

@@ -1,4 +1,4 @@
-"""Tools and JSON schemas of requests, as chat completions and responses have them."""
+"""Tools and JSON schemas of chat completions and responses."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Function(Body):
 
 
 class FunctionTool(Function):
-    """A tool of responses."""
+    """A tool in requests for responses."""
 
     type: Literal["function"]
 
 
 class ToolSpec(Body):
-    """A tool of chat completions."""
+    """A tool in requests for chat completions."""
 
     type: Literal["function"]
     function: Function
@@ -48,13 +48,13 @@ class Named(Body):
 
 
 class NamedFunction(Named):
-    """The one tool that a response has to call."""
+    """Function that a response must call."""
 
     type: Literal["function"]
 
 
 class ToolChoice(Body):
-    """The one tool that a chat completion has to call."""
+    """Function that a chat completion must call."""
 
     type: Literal["function"]
     function: Named
@@ -64,7 +64,7 @@ Choice = Literal["none", "auto", "required"] | ToolChoice | NamedFunction | None
 
 
 class JsonSchemaFormat(Body):
-    """A JSON schema that replies match."""
+    """A JSON schema for replies."""
 
     name: FunctionName | None = None
     description: str | None = None
@@ -73,7 +73,7 @@ class JsonSchemaFormat(Body):
 
 
 def check_tools(tools: Sequence[Function], choice: Choice) -> None:
-    """Reject tools with equal names, and a choice that names no tool.
+    """Reject duplicate tool names, and a choice of an unknown tool.
 
     Raises:
         Fault: 400.
@@ -93,24 +93,24 @@ def check_tools(tools: Sequence[Function], choice: Choice) -> None:
 
 
 def engine_tools(tools: Iterable[Function]) -> tuple[Tool, ...]:
-    """Return ``tools`` for the engine."""
+    """Return ``tools`` in the engine's form."""
     return tuple(
         Tool(tool.name, tool.description or "", tool.parameters or _NO_PARAMETERS) for tool in tools
     )
 
 
 def engine_choice(choice: Choice) -> str:
-    """Return ``choice`` for the engine."""
+    """Return ``choice`` in the engine's form."""
     if isinstance(choice, ToolChoice):
         return f"name:{choice.function.name}"
     return f"name:{choice.name}" if isinstance(choice, NamedFunction) else choice or "auto"
 
 
 def arguments(text: str | None, where: str) -> Mapping[str, Any]:
-    """Return the arguments of a call, which clients send as JSON text.
+    """Parse the JSON arguments of a call.
 
     Raises:
-        Fault: 400 if ``text`` is no JSON object.
+        Fault: 400 if ``text`` is not a JSON object.
     """
     try:
         found = parse_embedded(text or "{}")
@@ -122,5 +122,5 @@ def arguments(text: str | None, where: str) -> Mapping[str, Any]:
 
 
 def call_id(call: ToolCall) -> str:
-    """Return the id of a call with OpenAI's prefix."""
+    """Return the id of a call with OpenAI's prefix ``call_``."""
     return "call_" + call.id.removeprefix("tooluse_")
