@@ -1,1 +1,1 @@
-"""The data gate: what is wrong with rows, how it is told, and a data set cleaned of it."""
+"""Data checks: rules, near-duplicates, personal data, reports and cleaning."""

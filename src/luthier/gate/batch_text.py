@@ -1,4 +1,4 @@
-"""The texts of a batch as one, and excerpts for people."""
+"""Search across all texts of a batch, and masked excerpts for reports."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from luthier.gate.rules import Finding, Findings, Rule, rule_of
 from luthier.types import Row, Text
 
 BEGINNING = 100
-"""Characters of a row that people recognise it by."""
+"""Length of a row's excerpt, in characters."""
 
 
 def excerpt_of(row: Row) -> str:
-    """How a row begins, on one line; masked as :func:`excerpt` does."""
+    """Return the beginning of a row on one line, with personal data and secrets masked."""
     text = " ".join(" ".join(each.content[: 4 * BEGINNING] for each in row.texts()).split())
     text = text or row.excerpt()
     text = mask_all(text, _FINDER.find(text))  # before it is cut: half a number is not recognised
@@ -29,17 +29,17 @@ def excerpt_of(row: Row) -> str:
 
 
 WIDTH = 32
-"""Characters shown on each side of what is meant."""
+"""Context shown on each side of a match, in characters."""
 _AROUND = 2048
-"""Characters on each side in which private items are looked for."""
+"""Context searched for personal data on each side of a match, in characters."""
 _FINDER = Finder()
 _HIDDEN = {"Cc", "Cf", "Co", "Cn", "Zl", "Zp"}
 
 
 def excerpt(text: str, start: int = 0, end: int | None = None) -> str:
-    """``text`` from ``start`` to ``end`` with a little around it, on one line.
+    """Return ``text[start:end]`` with some context, on one line.
 
-    Personal data and secrets are masked whatever is being looked for: reports are passed on.
+    Personal data and secrets are always masked, because users share reports.
     """
     end = start if end is None else end
     low, high = max(0, start - WIDTH), min(len(text), min(end, start + 2 * WIDTH) + WIDTH)
@@ -56,8 +56,12 @@ def excerpt(text: str, start: int = 0, end: int | None = None) -> str:
 
 
 def private_items(texts: Iterable[str]) -> dict[str, int]:
-    """Personal data and secrets of ``texts``, without spaces and in lower case, and how many of their
-    characters may be shown."""
+    """Find personal data and secrets in ``texts``.
+
+    Returns:
+        For each item, in lower case and without white space, the number of characters that a report
+        may show.
+    """
     return {
         "".join(text[span.start : span.end].lower().split()): 0 if span.kind in SECRETS else 2
         for text in texts
@@ -66,10 +70,11 @@ def private_items(texts: Iterable[str]) -> dict[str, int]:
 
 
 def mask_pieces(pieces: Sequence[str], items: Mapping[str, int]) -> tuple[str, ...]:
-    """The pieces of a text, with stars for :func:`private_items`.
+    """Mask :func:`private_items` in the pieces of a tokenized text.
 
-    Tokenizers change case and put spaces between pieces, so that neither is compared. Of an item that
-    is not there whole, as a character of it is unknown to the tokenizer, each word is masked.
+    The comparison ignores case and white space, because tokenizers change both. An item can be
+    incomplete if the tokenizer does not know a character. Each word of an incomplete item is
+    masked.
     """
     shown = [*"".join(pieces)]
     places = [place for place, character in enumerate(shown) if not character.isspace()]
@@ -86,7 +91,7 @@ def mask_pieces(pieces: Sequence[str], items: Mapping[str, int]) -> tuple[str, .
 
 
 def escape_invisible(text: str) -> str:
-    """``text`` on one line, with every character that has no shape written as its code point."""
+    """Return ``text`` on one line, with invisible characters written as code points."""
     return "".join(_escape_character(character) for character in text)
 
 
@@ -99,12 +104,12 @@ def _escape_character(character: str) -> str:
 
 
 BETWEEN = f"\n{SEPARATOR}\n"
-"""Stands between two texts: the end of a line for patterns, and a character that none of them takes."""
+"""Separator between joined texts: a line end for patterns, and a character that no pattern matches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """One row of a batch that breaks a rule; picklable."""
+    """A row of a batch that breaks a rule. Picklable."""
 
     index: int
     rule: str
@@ -115,17 +120,18 @@ class Spot:
 
 @dataclass(frozen=True)
 class JoinedTexts:
-    """All texts of a batch, one behind the other."""
+    """All texts of a batch, joined into one string for fast pattern search."""
 
     text: str
     starts: Sequence[int]
-    """Where each text begins in ``text``."""
+    """Offset of each text in ``text``."""
     owners: Sequence[tuple[int, Text]]
-    """Index of its row in the batch, and the text."""
+    """Row index in the batch and text, for each joined text."""
 
     @staticmethod
     def of(batch: RowBatch) -> JoinedTexts:
-        """Join the texts of ``batch``; several checks look at one batch after the other."""
+        """Join the texts of ``batch``. The result is cached, because several checks use the same
+        batch."""
         global _last
         if _last is None or _last[0] is not batch:
             owners = [(index, text) for index, row in enumerate(batch.rows) for text in row.texts()]
@@ -134,23 +140,27 @@ class JoinedTexts:
 
     @staticmethod
     def join(owners: Sequence[tuple[int, Text]]) -> JoinedTexts:
-        """Join texts, each with the index of its row."""
+        """Join texts given with their row index."""
         contents = [each.content for _, each in owners]
         starts = accumulate((len(each) + len(BETWEEN) for each in contents[:-1]), initial=0)
         return JoinedTexts(BETWEEN.join(contents), list(starts) if contents else [], owners)
 
     def only(self, wanted: Callable[[str], bool]) -> JoinedTexts:
-        """The texts that are ``wanted``."""
+        """Keep the texts for which ``wanted`` is true."""
         return JoinedTexts.join([owner for owner in self.owners if wanted(owner[1].content)])
 
     def at(self, position: int) -> tuple[int, Text, int]:
-        """Row, text, and character in that text of a ``position``."""
+        """Return the row index, the text and the offset in the text of ``position``."""
         number = bisect_right(self.starts, position) - 1
         index, text = self.owners[number]
         return index, text, position - self.starts[number]
 
     def spots(self, rule: Rule, found: Iterable[tuple[int, int, str]]) -> list[Spot]:
-        """One spot for each row with anything ``found``: start, end and what it is, in words."""
+        """Return a spot for each row with a match.
+
+        Args:
+            found: start, end and description of each match.
+        """
         first: dict[int, tuple[Text, int, int, str]] = {}
         more: dict[int, int] = {}
         for start, end, what in found:
@@ -174,23 +184,23 @@ _last: tuple[RowBatch, JoinedTexts] | None = None
 
 @dataclass(frozen=True)
 class Spots:
-    """What is wrong in a batch, and what was counted beside it, by name; picklable."""
+    """Result of a check for one batch: rows that break rules, and named counts. Picklable."""
 
     spots: Sequence[Spot]
     counts: Mapping[str, Counter[str]] = field(default_factory=dict)
 
 
 class SpotCheck(Check):
-    """A check that sees what is wrong with each row by itself."""
+    """A check that judges each row on its own."""
 
     def __init__(self) -> None:
         self.rows: Counter[str] = Counter()
-        """Rows that break each rule."""
+        """Number of rows that break each rule."""
         self.counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        """What was counted beside them, by name."""
+        """Named counts for the summary."""
 
     def take(self, where: BatchLines, measured: Any, findings: Findings) -> None:
-        """Add up, and add what is wrong, of :class:`Spots`; other checks measure more."""
+        """Add the findings and the counts of a batch."""
         self.add_spots(where, measured.spots, findings)
         for name, counts in measured.counts.items():
             self.counts[name] += counts
@@ -205,9 +215,9 @@ class SpotCheck(Check):
             findings.add(Finding(rule, place, spot.message, spot.fix, spot.excerpt))
 
     def most_common_counts(self, name: str, most: int | None = None) -> dict[str, Any]:
-        """The most frequent of what was counted, for the summary."""
+        """Return the ``most`` frequent entries of a named count, for the summary."""
         return {"counts": dict(self.counts[name].most_common(most))}
 
     def rows_by_rule(self) -> dict[str, Any]:
-        """Rows that break each rule, for the summary."""
+        """Return the number of rows that break each rule, for the summary."""
         return {"counts": dict(self.rows.most_common())}

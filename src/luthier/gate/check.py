@@ -1,10 +1,9 @@
-"""The seam of the data gate: a check sees all rows in batches, and says what is wrong with them.
+"""Base class of the data checks.
 
-A check is one small file. What it computes of a batch alone (:meth:`Check.measure`) may run in
-another process, so it depends on the check's fields and the batch only, and returns what can be
-pickled. What needs the order of rows or all of them stands in :meth:`Check.take` and
-:meth:`Check.finish`, which run in the main process, batch by batch in the order of the files. Rows
-are gone after their batch: a check keeps numbers, not texts, so that a file may be larger than memory.
+A check is one small file. :meth:`Check.measure` may run in a worker process: the method depends on
+the check's fields and one batch only, and returns a picklable value. :meth:`Check.take` and
+:meth:`Check.finish` run in the main process, in the order of the files, and combine the batches.
+Batches are discarded after use. A check stores numbers, not texts, so files may exceed memory.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Split = str
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Rows that follow each other in one file."""
+    """Consecutive rows of one file."""
 
     split: Split
     file: str
@@ -44,13 +43,13 @@ class RowBatch:
 
 @dataclass(frozen=True)
 class BatchLines:
-    """Where the rows of a measured batch stand; row ``i`` of it has the number ``first + i``."""
+    """File and lines of a measured batch. Row ``i`` has the number ``first + i``."""
 
     split: Split
     file: str
     lines_N: IntArray
     first: int
-    """Number of its first row among all rows of all splits, from 0; -1 where it is not known."""
+    """Number of the first row among all rows of all splits, from 0; -1 if unknown."""
 
     def place(self, index: int) -> Place:
         """Place of the row at ``index`` of the batch."""
@@ -60,108 +59,112 @@ class BatchLines:
 
 @dataclass(frozen=True)
 class CheckContext:
-    """What is known beside the rows; checks are made from it (:meth:`Check.of`)."""
+    """Model, objective and options that checks are created from (:meth:`Check.of`)."""
 
     chat: ChatFormat | None = None
-    """Tokenizer and template of the base model; ``None`` without one."""
+    """Tokenizer and template of the base model; ``None`` without a base model."""
     objective: Objective | None = None
-    """What is to be learned; ``None`` where the rows decide."""
+    """Training objective; ``None`` to choose by the rows."""
     context: int = 0
     """Tokens the model reads at most; 0 without a model."""
     shown: int = 5
-    """Rows of each split that the report shows as the model sees them."""
+    """Number of rows per split that the report shows with tokens."""
     every: bool = False
-    """Whether every row of a large file is encoded, not one in some for its counts."""
+    """Encode every row of a large file. By default the token counts use a sample."""
     only: frozenset[str] | None = None
-    """Ids of the rules that are of interest; ``None`` for all."""
+    """Ids of the rules to check; ``None`` for all rules."""
 
 
 class Check(ABC):
-    """One kind of fault, looked for in all rows: a file in ``checks`` and a line in its table."""
+    """A data check: one file in ``checks`` and one line in the table of checks."""
 
     name: ClassVar[str]
-    """Stable name, by which a check is left out."""
+    """Stable name for ``skip`` options."""
     rules: ClassVar[tuple[Rule, ...]]
-    """Every rule it can find broken."""
+    """Every rule that the check can report."""
     needs_model: ClassVar[bool] = False
-    """Whether it can do nothing without a model."""
+    """True if the check is impossible without a base model."""
     needs_tokenizer: ClassVar[bool] = False
-    """Whether it can do nothing with a model that has none, as it reads images or sounds."""
+    """True if the check is impossible for base models without a tokenizer (images, audio)."""
     of_texts: ClassVar[bool] = False
-    """Whether it looks at texts alone; where no row has one, it is left out of the report."""
+    """True if the check reads text only. The report omits the check if no row has text."""
     in_jobs: ClassVar[bool] = True
-    """Whether it costs so little (under half a second for 10,000 short rows) that each job
-    runs it before training, and finds what encoding the rows does not find anyway."""
+    """True if every job runs the check before training. The check must take less than half a second
+    for 10,000 short rows and find faults that encoding the rows does not find."""
     measures_with: ClassVar[tuple[str, ...]] = ()
-    """The fields that :meth:`measure` reads; a copy in another process has only these."""
+    """Fields that :meth:`measure` reads. Only these fields are pickled for worker processes."""
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """The check with its defaults, for a model and an objective where there are some."""
+        """Create the check with defaults for the model and the objective of ``known``."""
         return cls()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self.measures_with}
 
     def begin(self, batch: RowBatch, rows: int = 0) -> None:  # noqa: B027 - most have nothing to learn
-        """Set the fields that :meth:`measure` needs from the first batch, before any is measured.
+        """Set the fields that :meth:`measure` needs from the first batch.
 
-        ``rows`` is about how many rows there are in all, 0 where that is not known.
+        Args:
+            rows: estimated total number of rows; 0 if unknown.
         """
 
     @abstractmethod
     def measure(self, batch: RowBatch) -> Any:
-        """What is to be known of a batch, without regard to any other; picklable."""
+        """Measure one batch, independently of all other batches. The result is picklable."""
 
     @abstractmethod
     def take(self, where: BatchLines, measured: Any, findings: Findings) -> None:
-        """Take in what was measured of a batch; batches come in order."""
+        """Combine the measured value of a batch. Batches arrive in order."""
 
     def finish(self, places: Places, findings: Findings) -> None:  # noqa: B027 - most have nothing to add
-        """Say what only all rows together show."""
+        """Add the findings that depend on all rows."""
 
     def summary(self) -> Mapping[str, Any]:
-        """What the report shows of the check beside its findings, ready for JSON.
+        """Return the check's statistics for the report, ready for JSON.
 
-        Reports draw any summary by these rules, so that a check needs no code there:
+        Reports render every summary by these rules, so a check needs no rendering code:
 
-        - A key is a title; ``_`` is shown as a space.
-        - A number, a text or a truth value is a line. A number from 0 to 1 under a key that ends
-          in ``share`` is shown in percent.
-        - ``{"bars": [{"from", "to", "count"}, ...]}`` is a histogram; numbers beside ``bars``
-          (``p50``, ``max``) are its quantiles. :meth:`Histogram.plain` gives just this.
-        - ``{"counts": {name: number}}`` is a bar for each name, the largest first; a text under
-          ``of`` beside it says what the shares are of, where that is not all there is, and ``kinds``
-          and ``total`` how many names and how many of all there are where some are left out
-          (:func:`most_common`).
-        - ``{"splits": {split: summary}}`` is the same for each split, side by side.
-        - A list of mappings with the same keys is a table; of ``{"file", "line"}``, places.
-        - Any other mapping is a group of the above.
+        - A key is a title; ``_`` is rendered as a space.
+        - A number, string or Boolean is a line. A number from 0 to 1 under a key that ends in
+          ``share``
+          is rendered in percent.
+        - ``{"bars": [{"from", "to", "count"}, ...]}`` is a histogram. Numbers next to ``bars``
+          (``p50``,
+          ``max``) are quantiles. :meth:`Histogram.plain` returns this form.
+        - ``{"counts": {name: number}}`` is a bar chart, largest bar first. An optional text ``of``
+          names the
+          population of the shares. ``kinds`` and ``total`` give the number of names and the sum if
+          names are omitted (:func:`most_common`).
+        - ``{"splits": {split: summary}}`` renders the summaries of the splits side by side.
+        - A list of mappings with equal keys is a table. A list of ``{"file", "line"}`` is a list of
+          places.
+        - Any other mapping is a group.
         """
         return {}
 
 
 def most_common(counts: Counter[str], most: int) -> dict[str, Any]:
-    """The ``most`` frequent names of a summary, as :func:`counts_of` lists them."""
+    """Return the ``most`` frequent names in the form of :func:`counts_of`."""
     return counts_of(counts, [name for name, _ in counts.most_common(most)])
 
 
 def counts_of(counts: Counter[str], names: Sequence[str]) -> dict[str, Any]:
-    """Those of ``names`` that a summary counts, and what all come to where others are left out."""
+    """Return the counts of ``names`` for a summary, with totals if names are omitted."""
     found: dict[str, Any] = {"counts": {name: counts[name] for name in names if name in counts}}
     all_listed = len(found["counts"]) == len(counts)
     return found if all_listed else found | {"kinds": len(counts), "total": counts.total()}
 
 
 class Places:
-    """Where every row stands, by its number: an entry a batch, and lines where some are left out."""
+    """File and line of every row, by row number. Consecutive lines of a batch take one integer."""
 
     def __init__(self) -> None:
         self._firsts: list[int] = []
         self._batches: list[tuple[Split, str]] = []
         self._sizes: list[int] = []
         self._lines: list[IntArray | int] = []
-        """Lines of each batch; the first one where they follow each other."""
+        """Line numbers of each batch; only the first line number if the lines are consecutive."""
         self.total = 0
 
     def add(self, split: Split, file: str, lines_N: IntArray) -> BatchLines:
@@ -197,18 +200,21 @@ class Places:
         return np.repeat(of_batches, self._sizes)
 
     def names(self) -> list[Split]:
-        """Splits that have rows, in the order they came."""
+        """Return the splits that have rows, in order of appearance."""
         return list(dict.fromkeys(split for split, _ in self._batches))
 
 
 NAMED = 100
-"""Rows of a group that a finding names."""
+"""Maximum number of rows of a group that a finding lists."""
 
 
 def group_finding(
     rule: Rule, group: IntArray, message: str, places: Places, findings: Findings
 ) -> Finding:
-    """A finding at the first of some rows, with the places of the others while it would be kept."""
+    """Create a finding at the first row of ``group``.
+
+    The finding lists the other rows only if ``findings`` still stores findings of the rule.
+    """
     further = group[1 : NAMED + 1].tolist() if findings.has_room(rule) else ()
     others = tuple(map(places.place, further))
     return Finding(rule, places.place(int(group[0])), message, others=others)

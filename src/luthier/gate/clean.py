@@ -1,12 +1,12 @@
-"""One data set to a cleaned one: what goes is found first, then the new file and its log are written.
+"""Cleaning of a data set: select the rows to drop, then write a new file and a change log.
 
-Nothing is changed in place. The source is read once for each run of the gate and once more to write;
-texts are not kept in memory. The same source, plan and seed give the same bytes.
+The source file never changes. Cleaning reads the source once for each run of the gate and once to
+write; texts are not kept in memory. Equal source, plan and seed give equal bytes.
 
-What did not change is written as it was read. Of what changed, the record is kept and its texts are
-replaced, so that whatever else it holds stays; where a text is put together of several (Alpaca's
-instruction and input), the record is written anew. Either way it is read again before it is written,
-and must give the row that was meant.
+Unchanged rows are written as read. For changed rows, the new texts replace the old texts in the
+original record, so unknown keys survive. A text may consist of several keys (Alpaca's instruction
+and input); the record is then rebuilt. Every changed record is parsed again before writing and must
+give the intended row.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ from luthier.types import Row, map_texts
 
 @dataclass
 class CleaningSummary:
-    """What was done."""
+    """Result of a cleaning."""
 
     source: str
     target: str
     changes: str
-    """The log: a line for each thing that happened to a row."""
+    """Path of the change log, with a line for each changed or dropped row."""
     form: str = ""
     rows_in: int = 0
     """Rows of the source, readable or not."""
     rows_out: int = 0
     kept: int = 0
-    """Rows of the source that are in the target, changed or not."""
+    """Rows of the source that are in the target, changed or unchanged."""
     changed: dict[str, int] = field(default_factory=dict)
-    """Rows that each edit changed and that are in the target."""
+    """Number of changed rows in the target, by edit."""
     edits: dict[str, dict[str, int]] = field(default_factory=dict)
-    """What each edit did, in all rows that were read."""
+    """Statistics of each edit over all source rows."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Rows that went, by the rule they went by."""
+    """Number of dropped rows, by rule."""
     passes: int = 0
     """Runs of the gate; the last found nothing more to drop."""
     dry_run: bool = False
@@ -76,12 +76,12 @@ class CleaningSummary:
 
 
 def changes_path(target: Path) -> Path:
-    """Where the log of ``target`` is."""
+    """Return the path of the change log of ``target``."""
     return target.with_name(f"{target.name}.changes.jsonl")
 
 
 def summary_path(target: Path) -> Path:
-    """Where the summary of ``target`` is."""
+    """Return the path of the summary of ``target``."""
     return target.with_name(f"{target.name}.summary.json")
 
 
@@ -96,23 +96,24 @@ def clean(
     on_stage: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CleaningSummary:
-    """Apply ``plan`` to the rows of ``source`` and write ``target``, its log and its summary.
+    """Apply ``plan`` to the rows of ``source`` and write ``target``, a change log and a summary.
 
     Args:
-        source: a file, a folder, a pattern or an address.
-        target: the new file; its ending names the format, and ``.gz`` or ``.zst`` packs it.
+        source: a file, a folder, a glob pattern or an address.
+        target: the new file. The extension selects the format; ``.gz`` or ``.zst`` adds
+            compression.
         plan: the fixes.
         held: sources of held-out splits, for ``leakage.*``.
-        columns: the source's name for each of our keys.
-        overwrite: replace files where there are some.
-        dry_run: find out all that would happen, and write nothing.
-        on_stage: called with what takes a while, in words.
-        on_progress: called now and then with how many bytes of how many of a pass have been read.
+        columns: the source's name of each luthier column.
+        overwrite: replace existing files.
+        dry_run: compute the summary without writing.
+        on_stage: called with the name of each slow step.
+        on_progress: called with the processed bytes and the total bytes of a pass.
 
     Raises:
-        RecipeError: for a plan or target that cannot be.
-        DataError: with every row that is neither mended nor dropped and cannot be written.
-        UnknownModel, DownloadError: for a base model that is not here.
+        RecipeError: invalid plan or target.
+        DataError: rows that are neither fixed nor dropped and cannot be written.
+        UnknownModel, DownloadError: the base model is unavailable.
     """
     held = dict(held or {})
     if plan.needs_held_out and not held:
@@ -160,7 +161,7 @@ class _DryWriter:
 
 
 class _Cleaning:
-    """Reads the source as often as it is needed."""
+    """Repeated passes over the source."""
 
     def __init__(
         self,
@@ -175,12 +176,16 @@ class _Cleaning:
         self.rules = all_rules()
 
     def rows(self) -> Iterator[Row]:
-        """All rows as edited; refused where one can be neither read nor mended nor left out."""
+        """Yield all edited rows.
+
+        Raises:
+            DataError: a row cannot be read, fixed or dropped.
+        """
         for each in self._rows_left(self._pass()):
             yield each.draft.row
 
     def names(self, selection: Selection) -> list[str]:
-        """Columns of the records that will be written, in the order of appearance."""
+        """Return the columns of the records to write, in order of appearance."""
         found, problems = ColumnNames(), BoundedProblems()
         for number, each in enumerate(self._rows_left(self._pass())):
             if not selection.why(number):
@@ -195,7 +200,7 @@ class _Cleaning:
         selection: Selection,
         summary: CleaningSummary,
     ) -> None:
-        """The last pass."""
+        """Run the last pass, which writes the target."""
         book = _ChangeLog(log)
         done = self._pass()
         number, problems = 0, BoundedProblems()
@@ -219,7 +224,7 @@ class _Cleaning:
     def _check_end(
         self, number: int, selection: Selection, summary: CleaningSummary, book: _ChangeLog
     ) -> None:
-        """Refuse a source that is another than before, and a cleaning that leaves nothing."""
+        """Reject a source that changed during the cleaning, and an empty target."""
         if len(selection) not in (0, number):
             raise LuthierError(f"{self.source} changed during the cleaning", rule="source.changed")
         if not summary.rows_out:
@@ -231,7 +236,7 @@ class _Cleaning:
         return EditPass(self.source, self.columns, self.context, self.on_progress)
 
     def _rows_left(self, done: EditPass, book: _ChangeLog | None = None) -> Iterator[EditedRow]:
-        """Rows that are not left out; of those that are, the log is told."""
+        """Yield the readable rows, and log the unreadable rows that the plan drops."""
         for each in done:
             if isinstance(each, EditedRow):
                 if not done.refused:
@@ -247,13 +252,14 @@ class _Cleaning:
         done.refused.refuse()
 
     def _about(self, why: str, selection: Selection, number: int) -> str:
-        """Why a row went; the words of the rule, as those of a finding may quote the row."""
+        """Explain why a row was dropped. Uses the text of the rule, because a finding may quote the
+        row."""
         other = selection.other(number)
         return self.rules[why].about + (f" See {other}." if other else "")
 
 
 def _write_draft(each: EditedRow, writer: Writer, problems: list[Problem]) -> None:
-    """Write the record of an edited row; note a row that cannot be written."""
+    """Write the record of an edited row, or add a problem."""
     try:
         form = each.reader.checker.form
         writer.write(write_back(each.draft, each.row, each.given, form))
@@ -262,7 +268,7 @@ def _write_draft(each: EditedRow, writer: Writer, problems: list[Problem]) -> No
 
 
 class _ChangeLog:
-    """The log, and the counts of it."""
+    """Writer of the change log, with counts."""
 
     def __init__(self, log: BinaryIO | None) -> None:
         self.log = log
@@ -271,14 +277,14 @@ class _ChangeLog:
         self.drops: Counter[str] = Counter()
 
     def log_change(self, each: EditedRow) -> None:
-        """A row that stays, with what the edits did."""
+        """Log a row that is written, with the effect of each edit."""
         self.kept += 1
         for name, detail in each.done:
             self.changes[name] += 1
             self._line(each.row.file, each.row.line, "changed", name, detail)
 
     def log_drop(self, file: str, line: int, rule: str, detail: str) -> None:
-        """A row that goes."""
+        """Log a dropped row."""
         self.drops[rule] += 1
         self._line(file, line, "dropped", rule, detail)
 
@@ -289,7 +295,7 @@ class _ChangeLog:
 
 
 def _rows_reader(source: Source) -> Callable[[], Iterable[Row]]:
-    """Held-out rows; :class:`DataError` where one cannot be read."""
+    """Return a reader of held-out rows that raises :class:`DataError` for unreadable rows."""
 
     def rows() -> Iterator[Row]:
         problems = BoundedProblems()
@@ -309,18 +315,18 @@ def _load_context(plan: CleaningPlan, on_stage: Callable[[str], None]) -> CheckC
 
 @dataclass(frozen=True)
 class EditedRow:
-    """A row that was read, and what the edits made of it."""
+    """A source row and the result of the edits."""
 
     row: Row
     draft: RowDraft
     done: tuple[tuple[str, str], ...]
-    """Edits that did something, and what, in words."""
+    """Name and effect of each edit that changed the row."""
     given: Record
     reader: RowReader
 
 
 class EditPass:
-    """Rows of the source in order, and before each what could not be read on the way to it."""
+    """Iterator over the edited rows and the problems of reading, in the order of the source."""
 
     def __init__(
         self,
@@ -333,7 +339,7 @@ class EditPass:
         self.reader = RowReader(source, columns, whole=True, on_progress=on_progress)
         self.edits: list[Edit] = edits_for(context)
         self.refused = BoundedProblems()
-        """Rows that no edit could mend, and whatever else ends the cleaning."""
+        """Problems that end the cleaning."""
 
     def __iter__(self) -> Iterator[EditedRow | list[Problem]]:
         for row in self.reader:
@@ -383,14 +389,20 @@ _BACK: Mapping[str, str] = {
     "Alpaca": "alpaca",
     "Bedrock raw text": "bedrock",
 }
-"""The target that writes a form; others can only have their texts replaced."""
+"""Writer for each form that is rebuilt from a row. All other forms only allow replaced texts."""
 
 
 def write_back(draft: RowDraft, row: Row, given: Record, form: Form | None) -> Record:
-    """The record of ``draft``, which was made of ``row``, which was read from ``given``.
+    """Return the record of ``draft``.
+
+    Args:
+        draft: the edited row.
+        row: the row before the edits.
+        given: the record of the source.
+        form: the form of the source.
 
     Raises:
-        RowRefused: where the form cannot say what became of the row.
+        RowRefused: the form cannot express the edited row.
     """
     if draft.row == row:
         return {key: draft.further.get(key, value) for key, value in given.items()}
@@ -406,7 +418,7 @@ def write_back(draft: RowDraft, row: Row, given: Record, form: Form | None) -> R
 
 
 def _replace_texts(draft: RowDraft, row: Row, given: Record) -> Record:
-    """The record as it was, with the new texts in the places of the old ones."""
+    """Replace the old texts with the new texts in the original record."""
     new = {text.field: text.content for text in draft.row.texts()}
     changed = {text.content: new[text.field] for text in row.texts() if text.field in new}
     made = {
@@ -436,7 +448,7 @@ def _rebuild(draft: RowDraft, given: Record, form: Form | None) -> Record | None
 
 
 def _reads_as(record: Record, row: Row) -> bool:
-    """Whether the record is read as the row; ids are no part of it."""
+    """Return True if the record parses to the row. Line numbers are ignored."""
     problems: list[Problem] = []
     read = Checker(row.file, problems).row(row.line, record)
     return not problems and read is not None and replace(read, line=row.line) == row

@@ -1,8 +1,7 @@
-"""What is to be cleaned: the fixes that a person chose, and the rules of the gate they name.
+"""Cleaning plan: the fixes that a user selects, and the gate rules behind the fixes.
 
-Edits come first, as they are written in :data:`luthier.gate.edits.EDITS`: a repair may make rows
-equal. What is dropped is judged by what would be
-written: rows that break the chosen rules, copies among them.
+Edits run first, in the order of :data:`luthier.gate.edits.EDITS`, because a fix can make rows
+equal. Rules and copies are then judged on the edited rows.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from luthier.gate.rules import READING_RULES
 from luthier.validation import StrictModel, describe_constraint
 
 UNREADABLE = "unreadable"
-"""Stands for every rule of reading that a single row can break."""
+"""Name for all reading rules that a single row can break."""
 _COPIES: Mapping[str | None, tuple[str, ...]] = {
     None: (),
     "exact": ("duplicate.exact",),
@@ -30,24 +29,24 @@ LEAKAGE = "leakage."
 
 
 class CleaningPlan(StrictModel):
-    """Fixes; each is off until it is asked for."""
+    """Fixes of a cleaning. Every fix is off by default."""
 
     normalize: bool = False
-    """Remove control characters, byte order marks and what else nobody sees, write CRLF as LF, and
-    put letters into their usual form (NFC)."""
+    """Remove control characters, byte order marks and invisible characters; write CRLF as LF;
+    convert to NFC."""
     merge_labels: bool = False
-    """Write labels that differ in letter case, white space or punctuation only as the most frequent of
-    them."""
+    """Replace labels that differ in case, white space or punctuation with the most frequent
+    spelling."""
     redact: tuple[str, ...] = ()
     """Replace personal data and secrets of these kinds by pseudonyms; `all` for all kinds."""
     drop: tuple[str, ...] = ()
     """Rules of the gate whose rows are removed; `unreadable` for rows that cannot be read."""
     dedupe: Literal["exact", "near"] | None = None
-    """Keep the first of rows that are the same, or nearly."""
+    """Keep only the first of exact copies, or of near-duplicates."""
     base: str | None = None
     """Model for rules that need a tokenizer, such as `row.too_long`."""
     objective: str | None = None
-    """What is to be learned; the rows decide where it is not given."""
+    """Training objective; chosen by the rows by default."""
 
     @staticmethod
     def of(fields: Mapping[str, Any]) -> CleaningPlan:
@@ -91,7 +90,7 @@ class CleaningPlan(StrictModel):
 
     @property
     def edits(self) -> tuple[str, ...]:
-        """Names of the edits that are asked for."""
+        """Names of the selected edits."""
         asked = {
             "normalize": self.normalize,
             "merge_labels": self.merge_labels,
@@ -101,18 +100,19 @@ class CleaningPlan(StrictModel):
 
     @property
     def refused_rules(self) -> frozenset[str]:
-        """Rules of reading whose rows are left out."""
+        """Ids of the reading rules whose rows are dropped."""
         return frozenset(rule for rule in self._rules() if rule in READING_RULES)
 
     @property
     def dropped_rules(self) -> tuple[str, ...]:
-        """Rules of the gate whose rows are dropped, copies included; a row goes by the first."""
+        """Ids of the gate rules whose rows are dropped, including copies. The first broken rule
+        counts."""
         named = [rule for rule in self._rules() if rule not in READING_RULES]
         return tuple(dict.fromkeys([*named, *_COPIES[self.dedupe]]))
 
     @property
     def needs_held_out(self) -> bool:
-        """Whether rows are dropped for what held-out rows have in common with them."""
+        """True if the plan drops training rows that leak held-out rows."""
         return any(rule.startswith(LEAKAGE) for rule in self.dropped_rules)
 
     def _rules(self) -> list[str]:
@@ -120,7 +120,7 @@ class CleaningPlan(StrictModel):
 
 
 def _droppable(name: str) -> list[str]:
-    """Ids of the rules that ``name`` means and that rows can be removed for."""
+    """Return the ids of the rules that ``name`` selects and that apply to single rows."""
     if name == UNREADABLE:
         return [rule.id for rule in READING_RULES.values() if not rule.whole]
     try:

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from luthier.types import IntArray
 
 MEMORY_LIMIT = 4 << 20
-"""Bytes of all columns of a table that stay in memory."""
+"""Maximum size of all columns of a table in memory, in bytes."""
 CHUNK = 1 << 20
-"""Numbers of a column that are read at once."""
+"""Number of values read at a time."""
 PART = 1 << 20
-"""Rows, about, of which all columns are in memory at once when rows are brought together by a key."""
+"""Approximate number of rows in memory when :func:`partition` groups rows by key."""
 
 
 class Column:
-    """Numbers of one type that are appended and then read."""
+    """An append-only column of numbers, in memory or in a temporary file."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = np.dtype(dtype)
@@ -36,7 +36,7 @@ class Column:
         self.length += len(values)
 
     def spill(self) -> None:
-        """Move all to the file, which has no name and is gone with the column or the process."""
+        """Move all values to an unnamed file, which disappears with the column or the process."""
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the column
             weakref.finalize(self, self._file.close)
@@ -56,7 +56,7 @@ class Column:
         return np.fromfile(self._file, self.dtype, self.length)
 
     def chunks(self, size: int = CHUNK) -> Iterator[NDArray[Any]]:
-        """All numbers in pieces of ``size``, so that a column on disk is never in memory as a whole."""
+        """Yield the values in pieces of ``size``, so that a column on disk never fills memory."""
         if self._file is None:
             whole = self.read()
             yield from (whole[start : start + size] for start in range(0, self.length, size))
@@ -69,7 +69,7 @@ class Column:
             yield np.frombuffer(os.pread(handle, count * width, start * width), self.dtype)
 
     def gather(self, starts_N: NDArray[np.int64], counts_N: NDArray[np.int64]) -> NDArray[Any]:
-        """The runs that begin at ``starts_N``, one after the other."""
+        """Return the concatenation of the runs that start at ``starts_N``."""
         if self._file is None:
             firsts_N = np.cumsum(counts_N) - counts_N
             within = np.arange(counts_N.sum()) + np.repeat(starts_N - firsts_N, counts_N)
@@ -90,7 +90,7 @@ class Column:
 
 
 class ColumnStore:
-    """Columns that go to disk together when they have grown beyond ``limit`` bytes."""
+    """Named columns that move to disk together beyond ``limit`` bytes."""
 
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self.limit = limit
@@ -98,7 +98,7 @@ class ColumnStore:
         self._held = 0
 
     def append(self, name: str, values: NDArray[Any]) -> None:
-        """Add numbers to a column, which is made when it is first named."""
+        """Append values to a column. The first call creates the column."""
         if name not in self._columns:
             self._columns[name] = Column(values.dtype)
         self._columns[name].append(values)
@@ -121,16 +121,17 @@ class ColumnStore:
 
 
 Chunks = Callable[[], Iterator[tuple[NDArray[Any], ...]]]
-"""Columns side by side in pieces, as often as they are asked for."""
+"""Function that returns an iterator over pieces of parallel columns."""
 
 
 def partition(
     chunks: Chunks, total: int, size: int = PART
 ) -> Iterator[tuple[IntArray, list[NDArray[Any]]]]:
-    """Rows in parts of about ``size``: those with the same value of the first column are in one.
+    """Partition rows by key into parts of about ``size`` rows.
 
-    Each part is the numbers of its rows, ascending, and their columns. The first column holds keys
-    whose lower bits are evenly spread; the others may be of any type.
+    Rows with equal values in the first column are in one part. Each part consists of the ascending
+    row numbers and the columns. The first column has keys with evenly distributed lower bits; the
+    remaining columns may have any type.
     """
     parts = max(1, -(-total // size))
     for part in range(parts):

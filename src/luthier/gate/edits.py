@@ -1,4 +1,4 @@
-"""The edits of a cleaning: one row to what becomes of it, and a word on what was done."""
+"""Edits of a cleaning: fix a row and describe the change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowDraft:
-    """A row on its way, with the keys that stand beside its form."""
+    """An edited row, with the keys of the record outside the row's form."""
 
     row: Row
     further: Record
@@ -32,32 +32,33 @@ class RowDraft:
 
 @dataclass(frozen=True)
 class EditContext:
-    """What edits are made from."""
+    """Plan, model and label spellings that edits are created from."""
 
     plan: CleaningPlan
     known: CheckContext
-    """The model that rows are to fit, where there is one."""
+    """Base model that the rows must fit, if given."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """For each label that is written in another way more often, that one."""
+    """Most frequent spelling of each label that has several spellings."""
 
 
 class Edit(ABC):
-    """One kind of repair. To add one: a class here, a field of the plan, and a line in :data:`EDITS`.
+    """A kind of fix.
 
-    An object serves one pass over the rows; two passes over the same rows give the same.
+    To add an edit: a class here, a field of the plan and a line in :data:`EDITS`. An object serves
+    one pass over the rows. Passes over equal rows give equal results.
     """
 
     name: ClassVar[str]
-    """The field of the plan that asks for it."""
+    """Name of the plan's field."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        """What was done in all rows, for the summary."""
+        """Statistics for the summary."""
 
     @classmethod
     @abstractmethod
     def of(cls, context: EditContext) -> Self:
-        """The edit as the plan asks for it."""
+        """Create the edit from the plan."""
 
     @abstractmethod
     def apply(self, draft: RowDraft) -> tuple[RowDraft, str]:
@@ -68,22 +69,21 @@ CHARACTERS, LINE_ENDS, FORM = "characters removed", "CRLF written as LF", "texts
 
 
 class Strip(Edit):
-    """Removes what ``encoding.control`` and ``encoding.invisible`` find; mends ``encoding.not_nfc``.
+    """Fix for ``encoding.control``, ``encoding.invisible`` and ``encoding.not_nfc``.
 
-    Marks that turn the direction of writing, lost characters and mojibake stay: removing them may
-    change what is said. Labels, tags and further keys stay as they are, and so does a text of which
-    nothing would be left.
+    Direction marks, replacement characters and mojibake stay, because removing such characters may
+    change the meaning. Labels, tags, unknown keys and texts that would become empty stay unchanged.
     """
 
     name: ClassVar[str] = "normalize"
 
     @classmethod
     def of(cls, context: EditContext) -> Self:
-        """There is nothing to choose."""
+        """Create the edit, which has no options."""
         return cls()
 
     def apply(self, draft: RowDraft) -> tuple[RowDraft, str]:
-        """Mend every text."""
+        """Fix every text of the row."""
         row, done = draft.row, Counter[str]()
         changed = row.edit_texts(lambda field, text: _strip_text(text, done))
         if not done:
@@ -94,7 +94,7 @@ class Strip(Edit):
 
 
 def _strip_text(text: str, done: Counter[str]) -> str:
-    """The text mended until nothing is left to mend: what is removed may bring marks together."""
+    """Fix the text repeatedly: a removal can join characters to a new match."""
     if text.isascii() and text.isprintable():
         return text
     found, before = Counter[str](), ""
@@ -117,8 +117,7 @@ def _strip_text(text: str, done: Counter[str]) -> str:
 
 
 class MergeLabels(Edit):
-    """Writes labels, and names of tags, as the most frequent of their spellings; mends
-    ``label.spelling``."""
+    """Fix for ``label.spelling``: write labels and tag names in the most frequent spelling."""
 
     name: ClassVar[str] = "merge_labels"
 
@@ -128,7 +127,7 @@ class MergeLabels(Edit):
 
     @classmethod
     def of(cls, context: EditContext) -> Self:
-        """As the labels of all splits say."""
+        """Create the edit from the label spellings of all splits."""
         return cls(context.labels)
 
     def apply(self, draft: RowDraft) -> tuple[RowDraft, str]:
@@ -151,12 +150,12 @@ class MergeLabels(Edit):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One replaced item; it does not hold the item."""
+    """Location and pseudonym of a replaced item, without the item."""
 
     field: str
-    """As in ``luthier.gate.batch_text``."""
+    """Field name, as in ``luthier.gate.batch_text``."""
     start: int
-    """First character in the field as it was."""
+    """Offset of the first character in the original field."""
     end: int
     kind: PiiKind
     detail: str
@@ -165,7 +164,7 @@ class Change:
 
 @dataclass
 class Redactor:
-    """Replaces items in rows; one for a whole data set."""
+    """Replaces personal data and secrets in the rows of a data set, with consistent pseudonyms."""
 
     finder: Finder = field(default_factory=Finder)
     counts: Counter[PiiKind] = field(default_factory=Counter)
@@ -176,9 +175,10 @@ class Redactor:
         self._seen: Counter[PiiKind] = Counter()
 
     def redact(self, row: Row) -> tuple[Row, tuple[Change, ...]]:
-        """``row`` with every item of its texts replaced, and what was replaced.
+        """Return ``row`` with every item replaced, and the changes.
 
-        Labels and tags stay. Tokens that an item covers together become one, with the first one's tag.
+        Labels and tags stay. Tokens covered by one item become one token with the first token's
+        tag.
         """
         changes: list[Change] = []
         edited: Row
@@ -189,7 +189,7 @@ class Redactor:
         return (edited if changes else row), tuple(changes)
 
     def text(self, text: str) -> str:
-        """A text that is in no row, with every item replaced."""
+        """Replace every item of a text outside a row."""
         return self._text(text, "text", [])
 
     def _text(self, text: str, name: str, changes: list[Change]) -> str:
@@ -228,7 +228,7 @@ class Redactor:
         return pseudonym
 
     def pseudonym(self, span: PiiSpan) -> str:
-        """What stands for an item, for good."""
+        """Return the pseudonym of an item. Equal items have equal pseudonyms."""
         item = span.kind, span.value
         if item not in self._numbers:
             self._seen[span.kind] += 1
@@ -237,7 +237,7 @@ class Redactor:
 
 
 class Redact(Edit):
-    """Runs a :class:`Redactor`; what is told of a row are fields, kinds and pseudonyms."""
+    """Fix for ``privacy.*``. The description lists fields, kinds and pseudonyms only."""
 
     name: ClassVar[str] = "redact"
 
@@ -253,7 +253,8 @@ class Redact(Edit):
         return cls(Redactor(Finder(kinds)))
 
     def apply(self, draft: RowDraft) -> tuple[RowDraft, str]:
-        """Redact the texts, and every text under further keys: a new data set is passed on whole."""
+        """Redact all texts, including unknown keys, because the new data set contains the unknown
+        keys."""
         before = Counter(self.redactor.counts)
         row, changes = self.redactor.redact(draft.row)
         further = map_texts(draft.further, self.redactor.text)
@@ -269,9 +270,9 @@ class Redact(Edit):
 
 _KINDS: tuple[type[Edit], ...] = (Strip, MergeLabels, Redact)
 EDITS: Mapping[str, type[Edit]] = {kind.name: kind for kind in _KINDS}
-"""By name. Hidden characters go first, as they may stand inside an address or a number."""
+"""Edits by name. Hidden characters go first: an address or a number may contain hidden characters."""
 
 
 def edits_for(context: EditContext) -> list[Edit]:
-    """New edits as the plan asks for them."""
+    """Create the edits of the plan."""
     return [kind.of(context) for name, kind in EDITS.items() if name in context.plan.edits]

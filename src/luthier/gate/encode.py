@@ -1,7 +1,7 @@
-"""Rows to examples for a model: what cannot be encoded, or does not fit, is refused by a rule.
+"""Encoding of rows into training examples, and rejection of rows that cannot be encoded.
 
-The check of what is learned and the jobs both encode by this, so that they refuse the same rows in the
-same words.
+The learning check and the jobs share this code, so both reject the same rows with the same
+messages.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from luthier.types import Example, Row
 
 
 class RowEncoder:
-    """Encodes rows for an objective, with the template that it asks for.
+    """Encodes rows for an objective and the objective's template.
 
     Args:
-        objective: fitted to the rows already, where rows are encoded.
+        objective: must be fitted to the rows before encoding.
         chat: tokenizer and template of the base model.
-        beside: the rows stand beside the main ones, in a file of ``data.mix``.
+        beside: True for rows of a ``data.mix`` file.
     """
 
     def __init__(self, objective: Objective, chat: ChatFormat, beside: bool = False) -> None:
@@ -43,7 +43,7 @@ class RowEncoder:
         self.dropped = self.truncated = 0
 
     def check_shape(self, row: Row) -> None:
-        """Refuse a row of a shape that is not learned from."""
+        """Raise :class:`RowRefused` if the objective does not learn from rows of this shape."""
         shape = row.shape
         if shape in self.shapes:
             return
@@ -107,9 +107,10 @@ class RowEncoder:
             raise RowRefused(PROMPT_TOKENS.id, difference, PROMPT_TOKENS.fix)
 
     def encode_all(self, rows: Sequence[Row], context: int, long_rows: str) -> Sequence[Example]:
-        """The rows of a job; ``long_rows`` says whether what does not fit is refused, dropped or cut.
+        """Encode the rows of a job; rejected rows join ``problems``.
 
-        What is refused joins ``problems``.
+        Args:
+            long_rows: ``error``, ``drop`` or ``truncate`` for rows longer than ``context``.
         """
         return spool(self._encode_each(rows, context, long_rows))
 
@@ -132,7 +133,7 @@ class RowEncoder:
                 yield example
 
     def _cut(self, example: Example, context: int) -> Example:
-        """Cut from the end; a row that loses all its learned tokens is a problem, not a row."""
+        """Truncate an example. A row without remaining learned tokens is rejected."""
         shorter = self.objective.truncate(example, context)
         if not np.any(shorter.weight_T):
             raise RowRefused(
@@ -144,7 +145,7 @@ class RowEncoder:
 
 
 def refuse_single(row: Row) -> RowRefused | None:
-    """Why one row is too few to learn from; ``None`` for raw text, which may be one."""
+    """Reject a single training row; return ``None`` for raw text, which may be one row."""
     message = "this is the only row; one example cannot show what is to be learned."
     return None if row.shape == "text" else RowRefused(TOO_FEW.id, message, TOO_FEW.fix)
 
@@ -156,15 +157,15 @@ def check_shapes(
     objective: Objective,
     chat: ChatFormat,
 ) -> None:
-    """Refuse rows of a shape that is not learned from, and a single row to learn from.
+    """Reject rows of unsupported shapes, and a single training row.
 
     Args:
-        rows: those of the main file.
-        held: those that are measured on.
-        further: those of the files of ``data.mix``, which may have more shapes.
+        rows: rows of the main file.
+        held: held-out rows.
+        further: rows of ``data.mix`` files, which may have additional shapes.
 
     Raises:
-        DataError: with each such row.
+        DataError: all rejected rows.
     """
     problems: list[Problem] = []
     if len(rows) == 1 and (bad := refuse_single(rows[0])):

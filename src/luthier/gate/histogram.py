@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 PER_DOUBLING = 24
-"""Bins between a number and its double; 2^(1/24) is 1.029."""
+"""Number of bins per doubling; 2^(1/24) is 1.029."""
 BINS = 64 * PER_DOUBLING
 
 
 class Histogram:
-    """Counts of whole numbers from 0, in bins that widen with the number."""
+    """Histogram of non-negative integers, with bins that widen logarithmically."""
 
     def __init__(self) -> None:
         self._counts_B = np.zeros(BINS, np.int64)
@@ -38,7 +38,7 @@ class Histogram:
         self.sum += int(numbers_N @ times_N)
 
     def quantile(self, share: float) -> int:
-        """The number below which ``share`` of all lie, to the width of a bin."""
+        """Return the quantile at ``share``, with the precision of a bin."""
         if not self.count:
             return 0
         below_B = np.cumsum(self._counts_B)
@@ -47,10 +47,10 @@ class Histogram:
         return max(self.smallest, min(self.largest, middle))
 
     def plain(self, bars: int = 30) -> dict[str, Any]:
-        """Quantiles, and at most ``bars`` bars from the smallest to the largest number.
+        """Return quantiles, and at most ``bars`` bars from the minimum to the maximum.
 
-        A bar counts the whole numbers ``from``-``to``, both included. Bars are about equally wide on
-        a log axis, but hold at least one number: draw them by count over width.
+        A bar counts the integers from ``from`` to ``to``, both included. Bars have about equal
+        width on a log axis and at least one integer. Plot count divided by width.
         """
         found: dict[str, Any] = {
             "count": self.count,
@@ -78,11 +78,11 @@ class Histogram:
 
 
 def merge_bars(bars: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Neighbouring bars as one."""
+    """Merge adjacent bars."""
     count = sum(bar["count"] for bar in bars)
     return {"from": bars[0]["from"], "to": bars[-1]["to"], "count": count}
 
 
 def density(bar: Mapping[str, int]) -> float:
-    """Count of a bar over its width on the log axis, on which the number n reaches from n+1 to n+2."""
+    """Return the count divided by the width on the log axis, where n covers n+1 to n+2."""
     return bar["count"] / math.log((bar["to"] + 2) / (bar["from"] + 1))

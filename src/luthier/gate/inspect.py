@@ -1,4 +1,4 @@
-"""The whole data gate, from what a person or a job asks for to the report."""
+"""Run of the data checks, from a request or a job to the report."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from luthier.types import Row
 
 DEFAULT_BASE = str(Recipe.model_fields["base"].default)
 READER = "all-minilm-l6-v2"
-"""Base model for rows that are read and not answered."""
+"""Base model for rows without a text to generate."""
 LANGUAGE_ROWS = 200
-"""Rows that tell the language."""
+"""Number of rows for language identification."""
 AUTO = "auto"
-"""In place of a base model: the one that a run would take where none is named."""
+"""Value of ``base`` for the base model that training would choose."""
 
 
 MEDIA_BASES: Mapping[MediaKind, str] = {
@@ -51,7 +51,7 @@ MEDIA_BASES: Mapping[MediaKind, str] = {
     "audio": "small-audio-cnn",
     "window": "small-window-vae",
 }
-"""Base models for rows that are no texts."""
+"""Base models for images, audio and time series."""
 
 
 def default_base(reader: RowReader, objective: Objective | None = None) -> tuple[str, str]:
@@ -87,10 +87,10 @@ def default_base(reader: RowReader, objective: Objective | None = None) -> tuple
 
 
 def _encoder_of_labels(rows: Iterable[Row]) -> tuple[str, str]:
-    """Base model for texts with labels, by their language, and why.
+    """Return the base model for labelled texts by language, and the reason.
 
-    On Vietnamese topics the English encoder is right on 48.5 % of test rows, words by their hash on
-    79 % (docs/log/defaults.md).
+    On Vietnamese topics, the English encoder is right on 48.5 % of test rows, and hashed words are
+    right on 79 % (docs/log/defaults.md).
     """
     code = main_language(rows)
     if not code or code in CATALOG[READER].languages or code in UNSPACED:
@@ -112,7 +112,7 @@ def _encoder_of_labels(rows: Iterable[Row]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class InspectionRequest:
-    """What is to be inspected, and how."""
+    """Sources and options of an inspection."""
 
     data: Source
     """Rows to learn from."""
@@ -121,20 +121,20 @@ class InspectionRequest:
     columns: Columns | None = None
     """The file's name for each of our keys."""
     base: str | None = AUTO
-    """Model that the rows are encoded for; ``None`` for none."""
+    """Base model for encoding; ``None`` to skip encoding."""
     objective: str | Mapping[str, Any] | None = None
-    """What is to be learned; the rows decide where it is not given."""
+    """Training objective; ``None`` to choose by the rows."""
     shown: int = 5
-    """Rows of each split whose tokens the report shows."""
+    """Number of rows per split that the report shows with tokens."""
     severity: Mapping[str, Any] = field(default_factory=dict)
-    """Severities by rule, over those of ``policy``."""
+    """Severities by rule. Overrides ``policy``."""
     policy: Path | None = None
     skip: Sequence[str] = ()
-    """Checks that are not run."""
+    """Names of checks to omit."""
 
     @property
     def sources(self) -> dict[Split, Source]:
-        """Where the rows of each split are."""
+        """Sources of the rows by split."""
         named = {"train": self.data, "validation": self.validation, "test": self.test}
         return {split: source for split, source in named.items() if source is not None}
 
@@ -145,15 +145,15 @@ def inspect(
     progress: Callable[[ScanProgress], None] = lambda _: None,
     processes: int = 1,
 ) -> Report:
-    """Run every check over every row, those of large sources in so many ``processes``.
+    """Run every check over every row, with up to ``processes`` worker processes for large sources.
 
-    A base model that nobody named may be absent where it cannot be fetched: the rows are then not
-    encoded, and the report warns of it.
+    If the default base model cannot be downloaded, the rows are not encoded and the report has a
+    warning.
 
     Raises:
-        RecipeError: for an objective, a rule or a check that there is not, or an objective that the
-            base model cannot learn.
-        UnknownModel, DownloadError: for another base model that is not here.
+        RecipeError: unknown objective, rule or check, or a base model that cannot learn the
+            objective.
+        UnknownModel, DownloadError: the given base model is unavailable.
     """
     decided = load_policy(request.policy, request.severity, request.skip)
     known, missing, base = CheckContext(shown=request.shown), "", request.base
@@ -213,12 +213,14 @@ def inspect_job(
     on_row: Callable[[int, int], None] = lambda done, count: None,
     doubts: Sequence[Problem] = (),
 ) -> Report:
-    """Run the checks of each job over its rows; encoding reports its own findings.
+    """Run the checks of a job over the rows. Encoding reports separate findings.
 
-    ``on_row`` is given how many rows of how many were looked at; ``doubts`` are warnings of reading.
+    Args:
+        on_row: called with the number of processed rows and the total.
+        doubts: warnings of the reader.
 
     Raises:
-        RecipeError: for a policy or severity that cannot be.
+        RecipeError: invalid policy or severity.
     """
     decided = load_policy(spec.policy, spec.severity or {})
     checks, left_out = checks_for(CheckContext(chat, objective), decided.skip, in_jobs=True)

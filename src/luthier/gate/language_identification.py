@@ -1,9 +1,9 @@
-"""Languages of many texts at once, the same as py3langid tells of each.
+"""Language identification for batches of texts, with the results of py3langid.
 
-py3langid (Barbaresi; after Lui and Baldwin 2012, langid.py) is naive Bayes on byte n-grams: offline,
-the same answer each time. Its automaton reads a text byte by byte in Python. Here numpy moves the
-automata of many texts by a byte at a time over the same tables, in a third of the time. The sums are
-added in another order, so a text whose probability is near the limit is left to py3langid itself.
+py3langid (Barbaresi; after Lui and Baldwin 2012, langid.py) is naive Bayes on byte n-grams: offline
+and deterministic. Its automaton reads a text byte by byte in Python. Here numpy advances the
+automata of many texts together over the same tables, in a third of the time. The summation order
+differs, so a text with a probability near the limit is classified by py3langid.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ import numpy as np
 from luthier.types import IntArray
 
 CERTAIN = 0.9
-"""Probability from which a language counts."""
+"""Minimum probability of an identified language."""
 NEAR = 0.01
-"""Distance from :data:`CERTAIN` within which rounding might count: it changes a probability by 0.00001
-as a rule, and by half of this in the worst case, of a text of :data:`MOST_BYTES`."""
+"""Distance from :data:`CERTAIN` within which rounding may matter. Rounding usually changes a
+probability by 0.00001, and by at most half of ``NEAR`` for a text of :data:`MOST_BYTES`."""
 NO_LANGUAGE = "zxx"
-"""What py3langid says of keys, code and numbers."""
+"""py3langid's code for keys, program code and numbers."""
 LEAST_CHARACTERS = 40
-"""Shorter texts are not told: names and single words are of every language."""
+"""Minimum length of a text, in characters. Names and single words belong to many languages."""
 GROUP = 512
-"""Texts that are read together, of like lengths."""
+"""Number of texts of similar length that are classified together."""
 LEAST_GROUP, MOST_BYTES = 32, 2048
-"""For fewer texts, or longer ones, py3langid alone takes less time or memory."""
+"""Minimum number of texts and maximum text length for numpy. Beyond, py3langid needs less time or
+memory."""
 
 
 def detect_languages(texts: Sequence[str]) -> list[str]:
-    """ISO 639 code of each text, empty where it is too short or not certain."""
+    """Return the ISO 639 code of each text; empty if the text is too short or the language
+    uncertain."""
     codes = [""] * len(texts)
     encoded = {n: _encode(text) for n, text in enumerate(texts) if len(text) >= LEAST_CHARACTERS}
     order = sorted(encoded, key=lambda n: -len(encoded[n]))
@@ -51,25 +53,25 @@ def detect_languages(texts: Sequence[str]) -> list[str]:
 
 
 def _encode(text: str) -> bytes:
-    """The bytes that py3langid reads of a text."""
     text = unicodedata.normalize("NFC", text.lower() if text.isupper() else text)
     return text.encode("utf-8", "surrogatepass")
 
 
 class LanguageIdentifier:
-    """The model of py3langid, for texts that are read together."""
+    """py3langid's model for batches of texts."""
 
     def __init__(self, single: Any) -> None:
         self.single = single
-        """py3langid's own identifier, which gives probabilities."""
+        """py3langid's identifier with probabilities."""
         self._moves = np.frombuffer(single.tk_nextmove, single.tk_nextmove.typecode)
         self._rows = np.frombuffer(single.tk_row, single.tk_row.typecode).astype(np.int64) << 8
         self._features = np.asarray(single.tk_output, np.int32)
 
     def classify(self, contents: Sequence[bytes]) -> list[tuple[str, float]]:
-        """The likeliest language of each text, and its probability.
+        """Return the most probable language of each text, and the probability.
 
-        ``contents`` are in descending order of length, and none is empty.
+        Args:
+            contents: non-empty texts, in descending order of length.
         """
         model = self.single
         features_NT = self._visit(contents)
@@ -114,7 +116,7 @@ class LanguageIdentifier:
         ]
 
     def _visit(self, contents: Sequence[bytes]) -> IntArray:
-        """``[N, T]`` features that end at each byte of each text; -1 where none does."""
+        """Return the ``[N, T]`` features that end at each byte of each text; -1 without a feature."""
         width = len(contents[0])
         padded = b"".join(content.ljust(width, b"\0") for content in contents)
         bytes_TN = np.frombuffer(padded, np.uint8).reshape(-1, width).T.astype(np.int64)

@@ -1,14 +1,14 @@
-"""Pairs of texts that resemble each other, among all rows, in memory that does not grow with texts.
+"""Search for near-duplicate texts among all rows, in bounded memory.
 
-Broder 1997, "On the resemblance and containment of documents": two texts resemble each other as far
-as the sets of their shingles overlap (Jaccard: intersection over union). Leskovec, Rajaraman and
-Ullman, *Mining of Massive Datasets*, section 3.4: rows of a MinHash signature are banded, and only
-texts that agree in a whole band are compared, by their sketches: exactly for texts of up to 256
-different shingles, by an estimate beyond. Shingles are of characters, not of words, so that
-Vietnamese, Chinese and Thai need no word splitter.
+The similarity of two texts is the Jaccard similarity of their shingle sets (Broder 1997, "On the
+resemblance and containment of documents"). MinHash signatures are split into bands, and only texts
+that agree in a whole band are compared (Leskovec, Rajaraman and Ullman, *Mining of Massive
+Datasets*, section 3.4). The comparison is exact for texts of up to 256 distinct shingles and an
+estimate for longer texts. Shingles consist of characters, not of words, because Vietnamese, Chinese
+and Thai would need a word splitter.
 
-What is kept of a text, a few hundred bytes, does not depend on its neighbours, so it may be computed in
-any batches.
+A sketch takes a few hundred bytes and does not depend on neighbouring texts, so batches may have
+any size.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from luthier.types import FloatArray, IntArray
 Words = NDArray[np.uint32]
 
 LENGTH = 5
-"""Characters of a shingle, which Leskovec et al. (section 3.2.2) take for short texts."""
+"""Length of a shingle in characters, as Leskovec et al. (section 3.2.2) recommend for short texts."""
 BANDS, ROWS = 14, 6
-"""Texts with a Jaccard similarity of 0.8 agree in a band with probability 1 - (1 - 0.8^6)^14 = 0.986,
-and at 0.3 with 0.01."""
+"""Number of bands, and hashes per band. Texts of Jaccard similarity 0.8 agree in a band with
+probability 1 - (1 - 0.8^6)^14 = 0.986; texts of similarity 0.3 with 0.01."""
 SKETCH_SIZE = 256
-"""Smallest hashes kept of a set. A set of no more is kept whole, so that similarity is exact; of a
-larger one it is estimated with a standard error of at most 0.031 (0.025 at 0.8)."""
+"""Maximum number of hashes of a sketch. Smaller sets are stored whole, and the similarity is exact.
+The standard error for larger sets is at most 0.031 (0.025 at 0.8)."""
 COMMON_SHARE = 0.5
-"""Share of the texts that hold a shingle of what they all are written in (a prompt's wording)."""
+"""Minimum share of the texts with a common shingle, such as the wording of a prompt."""
 
 _APOSTROPHES = regex.compile("['’ʼ]")
 _PUNCTUATION = regex.compile(r"\p{P}+")
@@ -49,10 +49,11 @@ _FLIPS = _rng.integers(0, 1 << 32, BANDS * ROWS, dtype=np.uint32)
 
 
 def normalize(text: str) -> str:
-    """``text`` without regard to case, width, composition of accents, punctuation and white space.
+    """Normalize case, width, accent composition, punctuation and white space.
 
-    Short texts lose most of their shingles to a comma: without this, 11 of the 29 test texts of
-    Banking77 that are in its training rows but for such marks were found. Symbols (+, $, <) stay.
+    A comma destroys most shingles of a short text. Without normalization, the search found only 11
+    of the 29 test texts of Banking77 that differ from training rows in punctuation or case. Symbols
+    (+, $, <) stay.
     """
     if text.isascii():
         bare = text.translate(_ASCII)
@@ -64,27 +65,32 @@ def normalize(text: str) -> str:
 
 @dataclass(frozen=True)
 class Sketches:
-    """What is kept of ``N`` texts."""
+    """Sketches of ``N`` texts."""
 
     rows_N: IntArray
-    """Index of each among the texts that were given."""
+    """Index of each text in the input."""
     bands_NB: Words
     """Hash of each band of the signature."""
     hashes_M: Words
-    """The smallest hashes of each text's shingles in ascending order, one text after the other."""
+    """Smallest shingle hashes of each text in ascending order, concatenated."""
     counts_N: NDArray[np.uint16]
-    """How many of ``hashes_M`` belong to each text, at most :data:`SKETCH_SIZE`."""
+    """Number of ``hashes_M`` per text, at most :data:`SKETCH_SIZE`."""
     whole_N: NDArray[np.bool_]
-    """Whether these are all shingles of the text."""
+    """True if the hashes cover all shingles of the text."""
 
 
 def sketch(texts: Sequence[str], common: Words | None = None, share: float = 1.0) -> Sketches:
-    """Sketches of :func:`normalize`d texts, shingles in ``common`` (sorted) left out.
+    """Sketch :func:`normalize`d texts.
 
-    A text shorter than a shingle is one shingle, so that "yes" resembles nothing but itself. A text of
-    common shingles only keeps them. With a ``share`` below 1 so many of the texts are kept, drawn by
-    two of their shingles, each the least in an order of its own: those of two texts are the same with
-    the square of their similarity (Broder 1997), so that texts alike mostly come or go together.
+    A text shorter than a shingle is one shingle, so "yes" is similar to "yes" only.
+
+    Args:
+        common: sorted hashes of shingles to ignore, except in texts without any other shingle.
+        share: share of the texts to sample. The sample depends on two minimum shingle hashes, which
+            agree
+            with the squared similarity of two texts (Broder 1997). Similar texts therefore usually
+                stay
+            together.
     """
     hashes_S, counts_N = _shingles(texts)
     if common is not None and len(common):
@@ -99,11 +105,11 @@ def sketch(texts: Sequence[str], common: Words | None = None, share: float = 1.0
 
 
 def common_shingles(texts: Sequence[str]) -> Words:
-    """Sorted hashes of what most of ``texts`` are written in; empty where they share little.
+    """Return sorted hashes of the shingles that most ``texts`` share; empty if few are shared.
 
-    Prompts that begin with the same instruction would all resemble each other by it. Shingles in more
-    than half of the distinct texts are common where they make a quarter of the texts or more; words
-    that any long text has do not.
+    Without the removal, all prompts with the same instruction would be similar. Shingles of more
+    than half of the distinct texts are common if they make up a quarter of the texts. Frequent
+    words of long texts stay below the quarter.
     """
     different = sorted(set(texts))
     nothing = np.zeros(0, np.uint32)
@@ -138,7 +144,7 @@ def similarity(
 
 
 def pad(hashes_M: Words, counts_N: Any) -> Words:
-    """Ragged sketches as ``[N, K]``, filled with the hash that no shingle has."""
+    """Return ragged sketches as ``[N, K]``, padded with a hash that no shingle has."""
     counts_N = counts_N.astype(np.int64)
     width = int(counts_N.max(initial=1))
     filled_NK = np.full((len(counts_N), width), _MISSING)
@@ -196,9 +202,9 @@ def _bands(hashes_S: Words, starts_N: IntArray) -> Words:
 
 
 def _draw(hashes_S: Words, counts_N: IntArray) -> FloatArray:
-    """Where each text is drawn, from 0 to 1, by its least shingles under two orders of their own.
+    """Return a hash from 0 to 1 per text, from the minimum shingles under two permutations.
 
-    One alone is the same for a third of all word problems ("how many"), which would come or go as one.
+    With a single minimum, a third of all word problems ("how many") would share one value.
     """
     starts_N = np.cumsum(counts_N) - counts_N
     drawn_N = np.zeros(len(counts_N), np.uint64)
@@ -246,7 +252,7 @@ def _smallest(
 
 
 def _remove_common(hashes_S: Words, counts_N: IntArray, common: Words) -> tuple[Words, IntArray]:
-    """Shingles that are not common, and all of a text that has no others."""
+    """Remove common shingles, except from texts without any other shingle."""
     low = np.zeros(1 << 16, np.bool_)
     low[common & np.uint32(0xFFFF)] = True
     maybe = np.flatnonzero(low[hashes_S & np.uint32(0xFFFF)])
@@ -270,7 +276,7 @@ class Groups:
         self.roots_N: IntArray = np.arange(rows)
 
     def join(self, first_P: Any, second_P: Any) -> None:
-        """Put both rows of each pair into one group."""
+        """Merge the groups of both rows of each pair."""
         while len(first_P):
             one_P, other_P = self.roots_N[first_P], self.roots_N[second_P]
             apart_P = one_P != other_P
@@ -286,11 +292,11 @@ class Groups:
                 self.roots_N = shorter_N
 
     def join_equal(self, keys_N: Any) -> None:
-        """Put rows with the same key into one group."""
+        """Merge the groups of rows with equal keys."""
         self.join(np.arange(len(keys_N)), first_rows(keys_N))
 
     def together(self, first_P: Any, second_P: Any) -> Any:
-        """``[P]`` whether both rows of each pair are in one group already."""
+        """Return ``[P]`` True for pairs in one group."""
         return self.roots_N[first_P] == self.roots_N[second_P]
 
     def members(self) -> Iterator[IntArray]:
@@ -299,7 +305,7 @@ class Groups:
 
 
 def rows_by_value(keys_N: Any) -> Iterator[IntArray]:
-    """Row numbers of each value that occurs more than once, ascending, in the order of the first."""
+    """Yield the ascending rows of each value with several rows, in the order of the first rows."""
     order = np.argsort(keys_N, kind="stable")
     sorted_N = keys_N[order]
     edges = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1], [True]]))
@@ -324,11 +330,11 @@ def first_rows(keys_N: Any) -> IntArray:
 
 
 LEAST_SIMILARITY = 0.8
-"""Jaccard similarity from which texts are near-duplicates."""
+"""Minimum Jaccard similarity of near-duplicates."""
 MARGIN = 0.01
-"""By how much an estimate may fall short: less than half its standard error of 0.025."""
+"""Tolerance for estimates: less than half the standard error of 0.025."""
 NEIGHBOURS = 8
-"""Rows that each row of a crowded bucket is compared with, beside the first of the bucket."""
+"""Number of neighbours, besides the first row, that a row of a large bucket is compared with."""
 CHUNK = 4096
 """Pairs compared at once."""
 
@@ -336,14 +342,14 @@ PairFilter = Callable[[Any, Any], Any]
 
 
 class NearDuplicates:
-    """Sketches of rows, appended in order, and the pairs of rows that are alike."""
+    """Sketches of rows in order, and the search for similar pairs."""
 
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self._table = ColumnStore(limit)
         self.rows = 0
 
     def add(self, sketches: Sketches) -> None:
-        """Take in the next rows."""
+        """Append the sketches of the next rows."""
         append = self._table.append
         for band in range(BANDS):
             append(f"band {band}", sketches.bands_NB[:, band])
@@ -353,12 +359,15 @@ class NearDuplicates:
         self.rows += len(sketches.counts_N)
 
     def find(self, keys_N: Any, wanted: PairFilter, found: Callable[[Any, Any], None]) -> None:
-        """Call ``found(first_P, second_P)`` with pairs of rows that are alike, in batches.
+        """Call ``found(first_P, second_P)`` with batches of similar pairs; ``first_P < second_P``.
 
-        Rows with the same key of ``keys_N`` (of the text, and of what else must differ for two rows to
-        be of interest) are one: only the first of them is compared. ``wanted(first_P, second_P)`` says
-        which proposed pairs are worth the comparison, so that what follows from earlier pairs is not
-        looked at again. ``first_P < second_P``.
+        Args:
+            keys_N: key of the text and of all values that must differ between the rows of a pair.
+                Only the
+                first row of each key is compared.
+            wanted: returns True for pairs worth a comparison, to skip consequences of earlier
+                pairs.
+            found: receives the similar pairs.
         """
         if not self.rows:
             return
@@ -379,7 +388,8 @@ class NearDuplicates:
                 found(one_P[alike_P], other_P[alike_P])
 
     def _propose_pairs(self, alone: IntArray) -> Iterator[tuple[Any, Any]]:
-        """Pairs that share a band: all of a small bucket, neighbours and the first of a crowded one."""
+        """Yield pairs that share a band: all pairs of a small bucket; in a large bucket, neighbours
+        and pairs with the first row."""
         following = self._table.read(f"band {BANDS - 1}")[alone]
         for band in range(BANDS):
             values = self._table.read(f"band {band}")[alone]
@@ -402,7 +412,8 @@ class NearDuplicates:
             yield rows[starts[later]], rows[later]
 
     def _possible(self, one_P: Any, other_P: Any) -> Any:
-        """Whether the sizes allow it: sets of sizes a < b resemble each other by a/b at most."""
+        """Return True if the sizes allow similarity: sets of sizes a < b have a similarity of at
+        most a/b."""
         a_P, b_P = self._counts_N[one_P].astype(np.float64), self._counts_N[other_P]
         exact_P = self._whole_N[one_P] & self._whole_N[other_P]
         return ~exact_P | (np.minimum(a_P, b_P) >= LEAST_SIMILARITY * np.maximum(a_P, b_P))

@@ -1,11 +1,11 @@
-"""Personal data and secrets inside text: where they stand, and of what kind they are.
+"""Detection of personal data and secrets in text.
 
-Keys, tokens and passwords are known by the forms that their vendors document; values that are plainly
-made up (``AKIAIOSFODNN7EXAMPLE``, ``sk-xxxx``, ``your-api-key``) are left out. Of payment cards, bank
-accounts and national ids the check is made: Luhn and the ranges of ISO/IEC 7812 issuers stand here;
-IBANs and national ids are checked by python-stdnum, where it is installed (extra ``privacy``).
-Vietnam's citizen id (CCCD), which it has not, is checked by its public structure (Decree 137/2015,
-article 13, and Circular 59/2021).
+API keys, tokens and passwords are recognized by the formats that vendors document. Obvious
+placeholders (``AKIAIOSFODNN7EXAMPLE``, ``sk-xxxx``, ``your-api-key``) are ignored. Check digits of
+payment cards (Luhn and ISO/IEC 7812 ranges) are verified here. python-stdnum verifies IBANs and
+national ids, if installed (extra ``privacy``). Vietnam's citizen id (CCCD) is missing in
+python-stdnum and verified by its public structure (Decree 137/2015, article 13, and Circular
+59/2021).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PiiKind = Literal[
     "ip",
 ]
 KINDS: tuple[PiiKind, ...] = get_args(PiiKind)
-"""Every kind; where two claim the same characters, the earlier one has them."""
+"""All kinds in order of priority: the earlier kind wins overlapping characters."""
 SECRETS: frozenset[PiiKind] = frozenset({"private_key", "api_key", "jwt", "password"})
 
 
@@ -48,13 +48,13 @@ class PiiSpan:
     end: int
     kind: PiiKind
     detail: str
-    """What it is more closely, for people: ``GitHub token``, ``VN citizen id``."""
+    """Description for people: ``GitHub token``, ``VN citizen id``."""
     value: str
-    """The item in one spelling, by which equal items are known: digits of a card, E.164 of a phone."""
+    """Normalized item: digits of a card, E.164 form of a telephone number."""
 
 
 SEPARATOR = "\x00"
-"""Stands between texts that are searched together; no item reaches across it."""
+"""Separator of joined texts. No item contains the separator."""
 
 _NUMBERED = re.compile(
     r"(?:\b(?:order|invoice|ticket|tracking|parcel|shipment|serial|isbn|issn|doi|sku|asin|item|part"
@@ -66,12 +66,12 @@ _NUMBERED = re.compile(
 
 
 def is_order_number(text: str, start: int) -> bool:
-    """Whether the words before ``start`` say that a number of an order or the like follows."""
+    """Return True if the words before ``start`` announce an order number or similar number."""
     return _NUMBERED.search(text[max(0, start - 32) : start]) is not None
 
 
 def is_preceded_by(words: re.Pattern[str], text: str, start: int, before: int = 40) -> bool:
-    """Whether one of ``words`` stands in the ``before`` characters before ``start``."""
+    """Return True if ``words`` match in the ``before`` characters before ``start``."""
     low = max(0, start - before)
     return words.search(text, max(low, text.rfind(SEPARATOR, low, start)), start) is not None
 
@@ -96,7 +96,7 @@ def matches_near(
 
 
 _BOT = ":AA"
-"""What stands inside Telegram's tokens, up to ten digits after their start."""
+"""Part of Telegram tokens, up to ten digits after the start."""
 _TOKENS: tuple[tuple[str, str, str], ...] = (
     # Name, text that must be there, pattern.
     ("AWS access key id", "AKIA", r"(?<![A-Z0-9])AKIA[A-Z2-7]{16}(?![A-Z0-9])"),
@@ -143,14 +143,14 @@ _ASSIGNED = re.compile(
     r"[\w.-]{0,24}[\"'`]?\s{0,4}(?:=>|:=|=|:|\bis\b|\blà\b)\s{0,4}[\"'`]?"
     r"(?P<value>[a-z0-9_+/=.!@$%^&*~-]{8,256})"
 )
-"""What is assigned to a name for secrets, in lower case."""
+"""Assignment to a name for secrets, in lower case."""
 _MADE_UP = re.compile(
     r"example|sample|dummy|your|change|replace|insert|placeholder|redacted|xxxx|\*\*\*|\.\.\.|<|"
     r"0000000|1234567890(?!\d)|abcdefgh|(.)\1{7}",
     re.IGNORECASE,
 )
 LEAST_BITS = 3.0
-"""Entropy, in bits a character, below which an assigned value of letters and digits is no key."""
+"""Minimum entropy of an assigned secret of letters and digits, in bits per character."""
 
 
 def secrets(text: str) -> Iterator[PiiSpan]:
@@ -187,7 +187,7 @@ def _assigned_secrets(text: str) -> Iterator[PiiSpan]:
 
 
 def _is_random(value: str) -> bool:
-    """Whether ``value`` looks drawn or chosen as a password, not written as a word or as code."""
+    """Return True if ``value`` looks random or like a password, and not like a word or code."""
     kinds = sum(
         1
         for pattern in ("[a-z]", "[A-Z]", "[0-9]", r"[^A-Za-z0-9_.\-/=]")
@@ -236,9 +236,9 @@ _RESOLVERS = frozenset({"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9", "
 _PHONE = re.compile(
     r"(?<![\w.,/$€£+=#-])(?:\+|\(\+?)?\d(?:[\s().·–-]{0,3}\d){6,16}(?![\w%]|[.,:/]\d|-\d)"
 )
-"""What may be a telephone number: 7 to 17 digits, as people group them."""
+"""Candidate for a telephone number: 7 to 17 digits with common grouping."""
 _MOST_WORDS = 7
-"""Groups of digits, apart by blanks, up to which the number may be some of them only."""
+"""Maximum number of digit groups for which parts of the candidate are tried."""
 _WORD = re.compile(r"\S+")
 CALL = re.compile(
     r"\b(?:phone|phones|tel|telephone|call|calling|called|ring|dial|fax|mobile|mob|cell|whatsapp|zalo|viber"
@@ -256,7 +256,7 @@ _DATE = re.compile(
 
 
 def emails(text: str) -> Iterator[PiiSpan]:
-    """E-mail addresses of people and offices; those reserved for examples (RFC 2606) are none."""
+    """Yield e-mail addresses, except addresses in domains reserved for examples (RFC 2606)."""
     at = text.find("@")
     while at >= 0:
         domain = _DOMAIN.match(text, at)
@@ -275,10 +275,10 @@ def emails(text: str) -> Iterator[PiiSpan]:
 
 
 def addresses(text: str) -> Iterator[PiiSpan]:
-    """Public IP addresses.
+    """Yield public IP addresses.
 
-    Left out are private, reserved and documentation ranges, well-known resolvers, and what is as likely
-    a version: four numbers of which the first is below 5.
+    Private, reserved and documentation ranges and well-known resolvers are ignored. Addresses that
+    begin with a number below 5 are ignored too, because most are version numbers.
     """
     done = 0
     for sign in _DOTTED.finditer(text):
@@ -306,11 +306,11 @@ def _public(found: re.Match[str]) -> Iterator[PiiSpan]:
 
 
 def phones(text: str, low: int, high: int, regions: Sequence[str]) -> Iterator[PiiSpan]:
-    """Telephone numbers that exist by the numbering plans (Google's libphonenumber).
+    """Yield telephone numbers that are valid in their numbering plan (Google's libphonenumber).
 
-    Numbers with a country code are found anywhere. A number in a national form must be valid in one of
-    ``regions``, and be written in groups or come after a word like "call": ten digits alone are as
-    often the number of an order.
+    Numbers with a country code are found anywhere. A national number must be valid in one of
+    ``regions``. The number must be written in groups or follow a word such as "call", because ten
+    plain digits are equally often an order number.
     """
     for found in _PHONE.finditer(text, low, high):
         if _DATE.match(found[0].lstrip("(")):
@@ -323,7 +323,7 @@ def phones(text: str, low: int, high: int, regions: Sequence[str]) -> Iterator[P
 
 
 def _parts(found: re.Match[str]) -> Iterator[tuple[int, str]]:
-    """The whole, and then without the numbers before and after it: ``24 (415) 626-4490 10``."""
+    """Yield the whole candidate and then its parts, for numbers such as ``24 (415) 626-4490 10``."""
     words = list(_WORD.finditer(found[0]))
     if len(words) > _MOST_WORDS:
         yield found.start(), found[0]
@@ -347,7 +347,7 @@ def _phone_value(text: str, start: int, written: str, regions: tuple[str, ...]) 
 
 
 def _as_written(text: str, start: int, written: str) -> bool:
-    """Whether a number without a country code is written as a telephone number, or said to be one."""
+    """Return True if a national number is written or announced as a telephone number."""
     if is_preceded_by(CALL, text, start, before=48) or _NORTH_AMERICAN.fullmatch(written):
         return True
     groups = [len(digits) for digits in re.findall(r"\d+", written)]
@@ -358,7 +358,7 @@ def _as_written(text: str, start: int, written: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _valid(written: str, regions: tuple[str, ...] | None) -> str | None:
-    """E.164 form of a number that is valid, in any of ``regions`` where it names no country."""
+    """Return the E.164 form of a valid number. ``regions`` apply to numbers without a country code."""
     import phonenumbers
 
     for region in regions if regions is not None else (None,):
@@ -372,7 +372,7 @@ def _valid(written: str, regions: tuple[str, ...] | None) -> str | None:
 
 
 _APART = r"(?<![\w.,+/-])(?:", r")(?![\w%]|[.,/-]\d)"
-"""What may not stand around a number: other digits, letters, and what makes it part of a larger one."""
+"""Boundaries of a number: no digits, letters or parts of a larger number around the match."""
 _CARD = re.compile(
     r"\d{14,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{2,4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}".join(_APART)
 )
@@ -405,7 +405,7 @@ def luhn(digits: str) -> bool:
 
 
 def issuer(digits: str) -> str | None:
-    """Who issues cards with this number."""
+    """Return the issuer of payment cards with this number."""
     for name, (low, high), lengths in _ISSUERS:
         if len(digits) in lengths and low <= int(digits[: len(str(low))]) <= high:
             return name
@@ -413,7 +413,7 @@ def issuer(digits: str) -> str | None:
 
 
 def cards(text: str, low: int, high: int) -> Iterator[PiiSpan]:
-    """Payment cards from ``low`` to ``high``: an issuer's range, its length, and the check digit."""
+    """Yield payment cards between ``low`` and ``high``, by issuer range, length and check digit."""
     for found in _CARD.finditer(text, low, high):
         digits = re.sub("[ -]", "", found[0])
         name = issuer(digits) if len(set(digits)) > 1 else None
@@ -422,7 +422,7 @@ def cards(text: str, low: int, high: int) -> Iterator[PiiSpan]:
 
 
 def can_check_ids() -> bool:
-    """Whether IBANs and national ids can be told from other numbers here."""
+    """Return True if python-stdnum is installed, which verifies IBANs and national ids."""
     return find_spec("stdnum") is not None
 
 
@@ -441,16 +441,16 @@ def ibans(text: str, low: int, high: int) -> Iterator[PiiSpan]:
 
 @dataclass(frozen=True)
 class NationalId:
-    """One country's number of a person."""
+    """Format of a country's personal identification number."""
 
     name: str
     module: str
-    """Of python-stdnum; empty where the rule is here."""
+    """Module of python-stdnum; empty if the rule is implemented here."""
     pattern: str
     words: str = ""
-    """What stands before it; needed where ``bare`` does not match."""
+    """Pattern of announcing words. Required unless ``bare`` matches."""
     bare: str = ""
-    """Form in which it is found without such words; empty for none, as the check is too weak."""
+    """Pattern of numbers without announcing words; empty if the check digit is too weak."""
 
 
 IDS: tuple[NationalId, ...] = (
@@ -502,7 +502,7 @@ _ONE_ID = [
 
 
 def national_ids(text: str, low: int, high: int) -> Iterator[PiiSpan]:
-    """Numbers that a state gave to a person, of the countries in :data:`IDS`."""
+    """Yield personal identification numbers of the countries in :data:`IDS`."""
     for each, pattern, words, bare in _ONE_ID:
         for found in pattern.finditer(text, low, high):
             said = words is not None and is_preceded_by(words, text, found.start())
@@ -525,7 +525,7 @@ def _is_id(each: NationalId, written: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _is_valid(module: str, written: str) -> bool:
-    """Whether python-stdnum's ``module`` takes the number; nothing is valid where it is missing."""
+    """Return True if python-stdnum's ``module`` accepts the number; False without the library."""
     try:
         judge = import_module(f"stdnum.{module}")
     except ModuleNotFoundError:
@@ -544,10 +544,11 @@ _PROVINCES = frozenset({
 
 
 def is_cccd(digits: str) -> bool:
-    """Whether 12 digits have the structure of a Vietnamese citizen id; it has no check digit.
+    """Return True if 12 digits have the structure of a Vietnamese citizen id. No check digit
+    exists.
 
-    Three digits of a province, one of century and sex (0 and 1 for the 20th, 2 and 3 for the 21st), two
-    of the year of birth, six of a serial number.
+    Three digits for the province, one for century and sex (0 and 1 for the 20th century, 2 and 3
+    for the 21st), two for the year of birth, six for a serial number.
     """
     if len(digits) != 12 or int(digits[:3]) not in _PROVINCES or digits[6:] == "000000":
         return False
@@ -557,7 +558,7 @@ def is_cccd(digits: str) -> bool:
 
 
 def is_nino(written: str) -> bool:
-    """Whether it can be a UK National Insurance number, by its first letters (HMRC, NIM39110)."""
+    """Return True for possible prefixes of a UK National Insurance number (HMRC, NIM39110)."""
     first, second = written[0], written[1]
     return (
         first not in "DFIQUV"
@@ -567,16 +568,16 @@ def is_nino(written: str) -> bool:
 
 
 REGIONS = ("US", "GB", "VN")
-"""Countries whose national forms of telephone numbers are known without being asked."""
+"""Default countries of national telephone numbers."""
 
 _NUMBERS = re.compile(
     r"\d(?:(?:[ ().·–-]{0,3}\d){5}(?:[ ().·–-]{0,3}\d| ?[A-D]\b)|[A-Z][0-9L-V]{2}[A-Z])"
     r"(?:[^\d\x00]{0,23}\d)*[^\d\x00]{0,24}"
 )
-"""Where all numbers of people stand: seven digits together, or six and a letter, or Italy's mixture of
-both; with what follows up to a gap without digits."""
+"""Text with candidates for numbers: seven digits, or six digits and a letter, or Italy's mixture of
+both, up to a gap without digits."""
 _BEFORE = 40
-"""Characters before those digits in which a number may begin: ``+``, letters of an IBAN."""
+"""Length of a possible prefix before the digits, in characters: ``+`` or the letters of an IBAN."""
 
 
 @dataclass(frozen=True)
@@ -584,12 +585,12 @@ class Finder:
     """Looks for personal data and secrets."""
 
     kinds: tuple[PiiKind, ...] = KINDS
-    """What is looked for."""
+    """Kinds to search for."""
     regions: tuple[str, ...] = REGIONS
-    """ISO 3166 codes of countries whose telephone numbers may stand without a country code."""
+    """ISO 3166 codes of countries for telephone numbers without a country code."""
 
     def find(self, text: str) -> list[PiiSpan]:
-        """What is in ``text``, in its order; no two items share a character."""
+        """Return the items of ``text`` in order, without overlap."""
         found = [span for span in self._all(text) if span.kind in self.kinds]
         return resolve_overlaps(found) if len(found) > 1 else found
 
@@ -607,7 +608,7 @@ class Finder:
 
 
 def resolve_overlaps(found: Iterable[PiiSpan]) -> list[PiiSpan]:
-    """Of items that overlap, the one whose kind comes first, then the longest; in their order."""
+    """Resolve overlaps: the first kind wins, then the longest item. Returns the items in order."""
     kept: list[PiiSpan] = []
     group: list[PiiSpan] = []
     end = 0
@@ -631,7 +632,7 @@ def _best(group: list[PiiSpan]) -> list[PiiSpan]:
 
 
 def replace_items(text: str, found: Iterable[PiiSpan], new: Callable[[PiiSpan], str]) -> str:
-    """``text`` with what ``new`` gives in the place of each item; items are in their order."""
+    """Replace each item of ``text`` with the result of ``new``. Items must be in order."""
     parts, done = [], 0
     for span in found:
         parts += [text[done : span.start], new(span)]
@@ -640,12 +641,12 @@ def replace_items(text: str, found: Iterable[PiiSpan], new: Callable[[PiiSpan], 
 
 
 def mask_all(text: str, found: Iterable[PiiSpan]) -> str:
-    """``text`` with its items unreadable."""
+    """Return ``text`` with all items masked."""
     return replace_items(text, found, lambda span: mask(text, span))
 
 
 def mask(text: str, span: PiiSpan) -> str:
-    """What may be shown of an item: stars, behind the first two characters of personal data."""
+    """Return a masked item. The first two characters of personal data stay visible."""
     item = text[span.start : span.end]
     shown = 0 if span.kind in SECRETS else 2
     stars = re.sub(r"\w", "*", item[shown:])

@@ -1,6 +1,6 @@
-"""Policy: which rules are errors, which warnings, and which checks are left out.
+"""Policy: severities of rules, and checks to omit.
 
-A policy is a TOML file that a team keeps beside its data::
+A policy is a TOML file next to the data::
 
     skip = ["language"]
 
@@ -8,8 +8,8 @@ A policy is a TOML file that a team keeps beside its data::
     "leakage.exact" = "error"
     "privacy.*" = "off"
 
-A name that ends in ``.*`` means every rule that begins so. The command line and a recipe say more on
-top of it, and have the last word.
+A name that ends in ``.*`` selects every rule with the prefix. Command line options and recipes
+override the file.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from luthier.gate.rules import ENCODING_RULES, READING_RULES, SEVERITIES, TOO_LO
 from luthier.types import dotted_items
 
 _FIXED = {*READING_RULES, *ENCODING_RULES} - {TOO_LONG.id}
-"""Rules that refuse training itself. What becomes of long rows is for ``data.long_rows``."""
+"""Rules that make training impossible. For long rows, ``data.long_rows`` decides."""
 CHOICES: tuple[str, ...] = ("off", *SEVERITIES)
 
 
 @dataclass(frozen=True)
 class GatePolicy:
-    """What people decided about rules and checks."""
+    """User settings for rules and checks."""
 
     severity: Mapping[str, SeverityChoice] = field(default_factory=dict)
-    """By the full id of a rule."""
+    """Severity by rule id."""
     skip: frozenset[str] = frozenset()
-    """Names of checks that are not run."""
+    """Names of checks to omit."""
 
 
 def load_policy(
     path: str | Path | None, severity: Mapping[str, Any], skip: Iterable[str] = ()
 ) -> GatePolicy:
-    """The policy of a file, where one is named, and what was said beside it, which has the last word.
+    """Combine the policy file, if given, with options, which override the file.
 
     Raises:
-        RecipeError: for what a policy cannot say.
+        RecipeError: invalid policy.
     """
     file = read_policy(Path(path)) if path else GatePolicy()
     said = parse_policy(severity, skip)
@@ -54,7 +54,11 @@ def load_policy(
 
 
 def read_policy(path: Path) -> GatePolicy:
-    """The policy of a TOML file; :class:`RecipeError` for what it cannot say."""
+    """Parse a TOML file.
+
+    Raises:
+        RecipeError: invalid policy.
+    """
     fields = read_toml(path, "a policy")
     if unknown := set(fields) - {"severity", "skip"}:
         name = sorted(unknown)[0]
@@ -69,7 +73,7 @@ def read_policy(path: Path) -> GatePolicy:
 
 
 def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> GatePolicy:
-    """A policy from plain values; dotted names may also be nested, as TOML nests them."""
+    """Parse plain values. Rule ids may be dotted or nested, because TOML allows both."""
     chosen: dict[str, SeverityChoice] = {}
     for name, value in dotted_items(severity):
         if value not in CHOICES:

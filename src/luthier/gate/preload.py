@@ -1,7 +1,7 @@
-"""What measuring processes import, once for all of them: they are forked from a process that has it.
+"""Imports of the fork server for worker processes.
 
-That process does nothing but import, so that no thread of a tokenizer is cut off by the fork, and the
-pages of libraries and of the language model are in memory once.
+The fork server only imports modules: no tokenizer thread is lost in a fork, and the worker
+processes share the memory of the libraries and of the language model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import luthier.gate.checks  # noqa: F401 - all that measures
 from luthier.gate.language_identification import load_identifier
 
 MODULES = ("phonenumbers", "stdnum.iban")
-"""Heavy modules that checks import when they are first used."""
+"""Heavy modules that checks import lazily."""
 
 for _name in MODULES:
     with suppress(ImportError):

@@ -1,4 +1,4 @@
-"""What the gate says of a data set, what to look at first, and what to do next."""
+"""Report of the data checks: findings, statistics and next steps."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ from luthier.gate.rules import (
 
 @dataclass
 class Report:
-    """What the gate says of a data set."""
+    """Result of the data checks for a data set."""
 
     files: Mapping[Split, Sequence[str]]
     rows: dict[Split, int]
     findings: Findings
     summaries: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What each check has to show, by its name."""
+    """Statistics of each check, by check name."""
     seconds: float = 0.0
     forms: Mapping[Split, str] = field(default_factory=dict)
-    """What the rows were taken for, by the first of each split."""
+    """Detected form of the rows by split, from the first row."""
     base: str | None = None
-    """Id of the model whose tokenizer and template the rows were encoded with."""
+    """Id of the base model that encoded the rows."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Checks that were not run, and why."""
+    """Omitted checks, with reasons."""
     sources: Mapping[Split, str] = field(default_factory=dict)
-    """What was asked to be inspected: files, folders, patterns or addresses."""
+    """Requested sources by split: files, folders, glob patterns or addresses."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """The data's name for each of our keys, as it was given."""
+    """The data's name of each luthier column, as given by the user."""
 
     def source(self, split: Split) -> str:
-        """What a command is to name for the rows of a split."""
+        """Return the source of a split for use in a command."""
         return self.sources.get(split) or next(iter(self.files.get(split, ())), "")
 
     def map_options(self) -> list[str]:
-        """``--map`` of a command that reads the same columns."""
+        """Return ``--map`` options for a command that reads the same columns."""
         return [word for pair in self.columns.items() for word in ("--map", "=".join(pair))]
 
     @property
     def exit_code(self) -> int:
-        """0 for nothing but notes, 1 for warnings, 2 for data that is refused."""
+        """Exit status: 0 for notes only, 1 for warnings, 2 for errors."""
         return self.findings.exit_code
 
     @property
@@ -66,7 +66,7 @@ class Report:
         return ("passed", "warnings", "refused")[self.exit_code]
 
     def html(self) -> str:
-        """The report as one page that needs nothing beside it."""
+        """Return the report as one self-contained page."""
         from luthier.gate.report_page import page
 
         return page(self)
@@ -101,16 +101,16 @@ class Report:
 
 
 TOKENS = 360
-"""Tokens of a row that are shown at most; a third from its start, the rest from its end."""
+"""Maximum number of tokens shown per row: a third from the start, the rest from the end."""
 
 
 def short_place(place: Place) -> str:
-    """A place without the folders of its file."""
+    """Format a place without the folders of the file."""
     return str(Place(Path(place.file).name, place.line))
 
 
 def format_number(value: Any, key: str = "") -> str:
-    """A value of a summary for people; ``key`` is what it is called there."""
+    """Format a value of a summary for people. ``key`` is the key of the value."""
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
     if isinstance(value, int | float) and key.endswith("share") and 0 <= value <= 1:
@@ -121,7 +121,7 @@ def format_number(value: Any, key: str = "") -> str:
 
 
 def list_places(places: Sequence[Place], count: int) -> str:
-    """The first ``count`` places; a file is named once for lines of it that follow each other."""
+    """Format the first ``count`` places. A file name appears once for consecutive lines."""
     parts, file = [], ""
     for each in places[:count]:
         parts.append(short_place(each) if each.file != file else str(each.line))
@@ -132,22 +132,22 @@ def list_places(places: Sequence[Place], count: int) -> str:
 
 @dataclass(frozen=True)
 class TokenRun:
-    """Neighbouring tokens of which all are learned, or none."""
+    """Consecutive tokens with equal loss mask."""
 
     text: str
     learned: bool
     left_out: int = 0
-    """Tokens that stand here in the row and are not shown."""
+    """Number of omitted tokens at this position."""
 
 
 def shown_place(report: Report, split: Split, row: Mapping[str, Any]) -> str:
-    """Where a row that is shown stands: its line, with its file where the split has several."""
+    """Format the line of a shown row, with the file name if the split has several files."""
     place = Place(row["file"], row["line"])
     return short_place(place) if len(report.files[split]) > 1 else f"line {row['line']}"
 
 
 def token_runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[TokenRun]:
-    """The tokens of a row in as few pieces as they have colours, with the middle of long ones cut."""
+    """Group the tokens of a row by loss mask, with the middle of long rows omitted."""
     head, tail = (len(tokens), len(tokens)) if len(tokens) <= TOKENS else (120, len(tokens) - 240)
     found: list[TokenRun] = []
     for start, stop in ((0, head), (tail, len(tokens))):
@@ -162,7 +162,7 @@ def token_runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[TokenRun]
 
 
 def worst_rows(report: Report, count: int = 10) -> list[tuple[Place, list[Finding]]]:
-    """Rows that break the most rules, of those whose places are kept."""
+    """Return the rows that break the most rules, among the stored findings."""
     rows: dict[Place, dict[str, Finding]] = {}
     for findings in report.findings.examples.values():
         for each in findings:
@@ -173,7 +173,7 @@ def worst_rows(report: Report, count: int = 10) -> list[tuple[Place, list[Findin
 
 
 def severities(report: Report) -> Counter[str]:
-    """How many findings there are of each severity."""
+    """Count the findings of each severity."""
     found: Counter[str] = Counter()
     for rule in report.findings.rules():
         found[report.findings.severity(rule)] += report.findings.counts[rule.id]
@@ -181,7 +181,7 @@ def severities(report: Report) -> Counter[str]:
 
 
 def verdict_line(report: Report) -> str:
-    """What was found, in one sentence."""
+    """Summarize the findings in one sentence."""
     count = severities(report)
     names = ("error", "warning", "note")
     parts = [f"{count[name]:,} {name}{'s' * (count[name] != 1)}" for name in names if count[name]]
@@ -190,14 +190,14 @@ def verdict_line(report: Report) -> str:
 
 
 def learning_splits(report: Report) -> Mapping[str, Mapping[str, Any]]:
-    """What the check of what is learned says of each split; empty where it was not run."""
+    """Return the statistics of the learning check by split; empty without the check."""
     summary = report.summaries.get("learning", {})
     splits: Mapping[str, Mapping[str, Any]] = summary.get("splits", {})
     return splits
 
 
 def learned_share(found: Mapping[str, Any]) -> str:
-    """How much of a split is learned; a target of the row as a whole is no share of its tokens."""
+    """Format the share of learned tokens. A target of the whole row is not a share."""
     tokens, learned = found["tokens"], found["learned_tokens"]
     if learned == found["lengths"]["count"] and not any(
         any(row["learned"]) for row in found["shown"]
@@ -207,7 +207,7 @@ def learned_share(found: Mapping[str, Any]) -> str:
 
 
 def next_steps(report: Report) -> list[tuple[str, str]]:
-    """What to do now, one after the other: in words, and a command to type where there is one."""
+    """Return the next steps in order: a description, and a command if one applies."""
     cleaning = cleaning_command(report)
     first = [("Write a new data set in which this is mended:", cleaning)] if cleaning else []
     return [*first, _training(report)]
@@ -237,7 +237,7 @@ def _training(report: Report) -> tuple[str, str]:
 
 
 def has_content(summary: Any) -> bool:
-    """Whether a check's summary holds any number but 0, or a table."""
+    """Return True if a summary has a number other than 0, or a table."""
     if isinstance(summary, Mapping):
         return any(has_content(each) for each in summary.values())
     if isinstance(summary, list):
@@ -265,7 +265,8 @@ _SAME_ENDING = (".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
 def cleaning_command(report: Report) -> str:
-    """The cleaning that mends what was found in the training rows; empty where there is none."""
+    """Return the cleaning command that fixes the findings of the training rows; empty without
+    fixes."""
     options = _options(_mendable_rules(report))
     if not options:
         return ""
@@ -282,7 +283,7 @@ def cleaning_command(report: Report) -> str:
 
 
 def target_of(source: str) -> str:
-    """A name for the cleaned data: beside a file, in the working folder for anything else."""
+    """Return a file name for the cleaned data: next to a source file, or in the working folder."""
     ending = next((each for each in _SAME_ENDING if source.lower().endswith(each)), ".jsonl")
     name = f"{stem_of(source)}-clean{ending}"
     path = Path(source)
@@ -290,7 +291,7 @@ def target_of(source: str) -> str:
 
 
 def _mendable_rules(report: Report) -> Iterable[Rule]:
-    """Rules that a fix mends and that are worth one: notes are left to people."""
+    """Yield the rules with an automatic fix. Notes are left to the user."""
     found = report.findings
     train = set(report.files.get("train", ()))
 
@@ -317,11 +318,11 @@ def _options(rules: Iterable[Rule]) -> dict[str, dict[str, None]]:
 
 
 PLACES = 3
-"""Places of each rule that a terminal names."""
+"""Number of places per rule in terminal output."""
 
 
 def refusals(report: Report) -> tuple[list[Problem], bool]:
-    """What the gate refuses, as encoding would say it, and whether there is more than is kept."""
+    """Return the errors as problems, and whether more errors exist than the report stores."""
     found = report.findings
     problems = [
         Problem(rule.id, each.message, each.closest_fix, Location(each.place.file, each.place.line))
@@ -333,7 +334,7 @@ def refusals(report: Report) -> tuple[list[Problem], bool]:
 
 
 def warnings(report: Report) -> list[str]:
-    """What to say before training: a line for each rule, and where to see more."""
+    """Return the lines to print before training: one line per rule, and the command for details."""
     found = report.findings
     lines, by_row = [], False
     for rule in found.rules():
@@ -364,7 +365,7 @@ def warnings(report: Report) -> list[str]:
 
 
 def manifest_record(report: Report) -> dict[str, Any]:
-    """What the manifest keeps: how often each rule was broken, and where first."""
+    """Return the record for the manifest: count and first places of each rule."""
     found = report.findings
     return {
         "verdict": report.verdict,

@@ -1,6 +1,6 @@
-"""The report as one HTML page.
+"""Report of the data checks as one HTML page.
 
-What is shown is chosen here; how it is written stands in ``templates/report.html``.
+This module selects the contents. ``templates/report.html`` has the markup.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from luthier.gate.rules import SEVERITIES, Place, Rule
 from luthier.pages import Table, render_page
 
 PLACES = 25
-"""Places of each rule on the page; the report as JSON has them all."""
+"""Number of places per rule on the page. The JSON report has all stored places."""
 OPEN = 2
-"""Rows of each split whose tokens are shown; further ones are folded away."""
+"""Number of rows per split with visible tokens. Additional rows are collapsed."""
 GROUPS = 12
-"""Groups of rows that belong together, of each rule."""
+"""Number of row groups per rule."""
 COUNTS = 12
-"""Counts of a summary that are shown before the rest folds away."""
+"""Number of counts before the rest is collapsed."""
 ROWS = 25
 """Rows of a table of a summary."""
 VERDICTS = {"passed": "Passed", "warnings": "Passed, with warnings", "refused": "Refused"}
 
 SummaryPart = tuple[str, Any]
-"""A part of a summary: its kind and what the template draws."""
+"""Part of a summary: kind and template data."""
 
 
 def page(report: Report) -> str:
@@ -136,7 +136,6 @@ def _rule(report: Report, rule: Rule) -> dict[str, Any]:
 
 
 def _row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A row as the model reads it."""
     source = row["source"]
     return {
         "place": place,
@@ -171,7 +170,7 @@ def _length_table(report: Report) -> Table:
 
 
 def _rows(report: Report) -> Iterator[tuple[str, Table]]:
-    """Rows to look at: those with most findings, and the longest."""
+    """Yield tables of the rows with most findings and of the longest rows."""
     if worst := worst_rows(report):
         rows: list[list[Any]] = [
             [
@@ -196,7 +195,7 @@ def _rows(report: Report) -> Iterator[tuple[str, Table]]:
 
 
 def _groups(report: Report) -> Iterator[tuple[str, Table]]:
-    """Rows that belong together: copies of each other, one text with two labels."""
+    """Yield tables of related rows: copies, and equal texts with different labels."""
     for rule in report.findings.rules():
         groups = [each for each in report.findings.examples[rule.id] if each.others]
         groups.sort(key=lambda each: -len(each.others))
@@ -274,7 +273,7 @@ def _counts(counts: Mapping[str, Any], kinds: int, total: int, title: str) -> It
 
 
 def _list(items: list[Any], key: str) -> SummaryPart:
-    """A table where the items are mappings, a line elsewhere."""
+    """Return a table for mappings, a line for plain values."""
     shown, further = items[:ROWS], max(len(items) - ROWS, 0)
     columns = list(
         dict.fromkeys(name for item in shown if isinstance(item, Mapping) for name in item)
@@ -292,7 +291,7 @@ def _list(items: list[Any], key: str) -> SummaryPart:
 
 
 def _words(value: Any, key: str) -> str:
-    """A value of a summary in one line."""
+    """Format a value of a summary on one line."""
     if isinstance(value, list):
         return ", ".join(_words(each, key) for each in value[:8]) + (" …" if len(value) > 8 else "")
     if isinstance(value, Mapping) and set(value) == {"file", "line"}:
@@ -305,13 +304,13 @@ def _words(value: Any, key: str) -> str:
 def draw_histogram(
     bars: Sequence[Mapping[str, int]], marks: Mapping[str, int], title: str, unit: str
 ) -> dict[str, Any]:
-    """Where the parts of a histogram stand: a log axis, areas that are counts, a line at each mark.
+    """Return the geometry of a histogram: a log axis, areas that are counts, a line at each mark.
 
     Args:
-        bars: as :meth:`luthier.gate.histogram.Histogram.plain` gives them.
-        marks: name and number of lines, such as the median.
-        title: what it shows, for those who do not see it.
-        unit: of the numbers.
+        bars: as returned by :meth:`luthier.gate.histogram.Histogram.plain`.
+        marks: name and value of lines, such as the median.
+        title: accessible description.
+        unit: unit of the values.
     """
     width, height, left, top = 640, 150, 8, 24
     right, floor = width - left, height - 24

@@ -1,4 +1,4 @@
-"""The report for a terminal, drawn with rich: what a newcomer needs, and what to type next."""
+"""Report of the data checks for a terminal, drawn with rich."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ VERDICTS = {
     "refused": ("✗ refused", "bold red"),
 }
 SPARKLINE = 16
-"""Characters of a histogram in one line."""
+"""Width of a histogram line, in characters."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 QUIET = frozenset(
     {"learning", "encoding", "markers", "white_space", "lengths", "contradictions", "duplicates"}
 )
-"""Checks whose summaries say what the table of rules says already; the page has all of them."""
+"""Checks whose summaries repeat the table of rules. The HTML page has all summaries."""
 NAMED = 8
-"""Counts that are shown of a table of counts."""
+"""Number of counts shown per summary."""
 
 
 def print_report(report: Report, console: Console, rows: int = 3) -> None:
@@ -66,7 +66,7 @@ def print_report(report: Report, console: Console, rows: int = 3) -> None:
 
 
 def sparkline(bars: Sequence[Mapping[str, int]]) -> str:
-    """Bars of a histogram as one line of block characters, by count over width on the log axis."""
+    """Draw histogram bars as block characters, by count divided by width on the log axis."""
     step = max(-(-len(bars) // SPARKLINE), 1)
     dense = [density(merge_bars(bars[at : at + step])) for at in range(0, len(bars), step)]
     most = max(dense, default=0.0) or 1.0
@@ -123,7 +123,7 @@ def _rules(report: Report, console: Console) -> None:
 
 
 def _about(rule: Rule, report: Report) -> Text:
-    """A rule in a few lines: what, the first places, the fix."""
+    """Describe a rule in a few lines: description, first places, fix."""
     places = report.findings.examples[rule.id]
     text = Text.assemble((rule.id, "bold"), f"  {printable(rule.about)}")
     said = rule.about
@@ -166,12 +166,12 @@ def _lengths(report: Report, console: Console) -> None:
 
 
 def _has_tokens(report: Report) -> bool:
-    """Whether rows have tokens to show: an image, a sound or a window is one, whatever it holds."""
+    """Return True if rows have tokens to show. An image, a recording or a window is one token."""
     return any(found["lengths"]["max"] > 1 for found in learning_splits(report).values())
 
 
 def _summary(value: Any, console: Console, indent: int, title: str = "") -> None:
-    """What a check has to show, by the rules of :meth:`luthier.gate.check.Check.summary`."""
+    """Print the summary of a check by the rules of :meth:`luthier.gate.check.Check.summary`."""
     pad = " " * indent
     name = title.replace("_", " ")
     if not isinstance(value, Mapping):
@@ -249,7 +249,7 @@ def _samples(report: Report, console: Console, rows: int) -> None:
 
 
 def _row(row: Mapping[str, Any], coloured: bool) -> Text:
-    """The tokens of a row; those that are learned are green, or in brackets."""
+    """Render the tokens of a row. Learned tokens are green, or in brackets without colour."""
     text = Text()
     if row["source"]:
         for run in token_runs(row["source"], [False] * len(row["source"])):

@@ -1,7 +1,7 @@
-"""What makes rows the same: keys of 64 bits for what a row asks and for what it teaches.
+"""64-bit keys of the inputs and targets of rows, and groups of related rows.
 
-Among 10 million rows, the chance that two different ones share a key is 3 in a million. Rows that ask
-nearly the same, or have one partner, are groups that a split must keep on one side.
+Among 10 million rows, two different rows share a key with a probability of 3 in a million. Rows
+with similar inputs or a common partner form groups that a split must not separate.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NUMBER, _WORD = re.compile(r"\d+"), re.compile(r"\w+")
 
 
 def hash_texts(*texts: str) -> int:
-    """64 bits that stand for ``texts`` in this order."""
+    """Return a 64-bit hash of the sequence ``texts``."""
     parts = [text.encode("utf-8", "surrogatepass") for text in texts]
     data = b"".join(each for part in parts for each in (len(part).to_bytes(8, "little"), part))
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
@@ -46,12 +46,12 @@ def key_column(values: Iterable[int], count: int) -> Keys:
 
 
 def combine_keys(first_N: Keys, second_N: Keys) -> Keys:
-    """One key of two."""
+    """Combine two keys per row into one key."""
     return (first_N * np.uint64(0x9E3779B97F4A7C15)) ^ (second_N + np.uint64(0x165667B19E3779F9))
 
 
 def question_of(row: Row) -> str:
-    """What a model is given, without the system's turns, which are often the same in all rows."""
+    """Return the model input without system turns, which are often equal in all rows."""
     inputs = row.inputs()
     if isinstance(row, TaggedWords):
         return " ".join(inputs)
@@ -61,9 +61,9 @@ def question_of(row: Row) -> str:
 
 
 def repeated_rows(rows: Sequence[Row]) -> list[int]:
-    """Numbers of the rows that ask and say word for word what an earlier one does.
+    """Return the indices of rows whose input and target repeat an earlier row verbatim.
 
-    A row without text repeats none.
+    A row without text is never a repetition.
     """
     known = set[tuple[str, str | None, int]]()
     found = []
@@ -76,9 +76,14 @@ def repeated_rows(rows: Sequence[Row]) -> list[int]:
 
 
 def match_questions(rows: Sequence[Row], train: Iterable[Row]) -> dict[int, str]:
-    """Numbers of the ``rows`` that ask what a row of ``train`` asks, each with the first one's place.
+    """Find ``rows`` whose input occurs in ``train``.
 
-    ``train`` is read once, up to the last match; a row without text asks nothing.
+    Args:
+        train: iterated once, up to the last match.
+
+    Returns:
+        Index of each row with a match, and the place of the first match. Rows without text never
+            match.
     """
     numbers: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -95,11 +100,12 @@ def match_questions(rows: Sequence[Row], train: Iterable[Row]) -> dict[int, str]
 
 
 STRETCH = 50
-"""Lines of a time series that stay together: windows next to each other have nearly all in common."""
+"""Number of consecutive lines of a time series that a split keeps together. Adjacent windows
+overlap."""
 
 
 def partner_of(row: Row) -> str:
-    """What a row has in common with all that must stay on its side of a split, beside its question."""
+    """Return a key, in addition to the input, that related rows share; empty without such a key."""
     # Histories that lead to one item are many people's, and not one that is asked twice.
     if isinstance(row, TextPair) and not isinstance(row, History):
         return normalize(row.positive)
@@ -107,15 +113,15 @@ def partner_of(row: Row) -> str:
 
 
 def mask_numbers(text: str) -> str:
-    """``text`` with a zero for each of its numbers."""
+    """Replace each number in ``text`` with 0."""
     return _NUMBER.sub("0", text)
 
 
 def comparable_texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Of each row what is asked, and all of it that is text.
+    """Return the input and the whole text of each row, normalized.
 
-    Of a text with its partner that is the text: many have one partner, a paragraph for instance, which
-    would make them alike.
+    For a text pair, the whole text is the input: many texts share a partner, such as a paragraph,
+    and would all look similar.
     """
     inputs = [normalize(question_of(row)) for row in rows]
     wholes = []
@@ -126,10 +132,10 @@ def comparable_texts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
 
 
 def target_key(row: Row) -> int:
-    """Key of what tells rows apart however alike their texts are; 0 for what is only written.
+    """Return a key of the target that separates rows with similar texts; 0 for generated text.
 
-    That is a label, tags, a rating or the words of a partner; of judged answers, the judgement and the
-    answer preferred, as rows that prefer each other's rejected answer have the same texts.
+    The target is a label, tags, a rating or the words of a partner. For judged answers, the target
+    is the judgement and the preferred answer: rows with swapped preferences have equal texts.
     """
     if row.annotated:
         return hash_texts(*row.targets())
@@ -144,18 +150,18 @@ def target_key(row: Row) -> int:
 
 BATCH = 1024
 LARGEST = 0.5
-"""Share of the rows beyond which a group is one of a template, and its rows are not kept together."""
+"""Maximum share of rows in a group. A larger group stems from a template and is not kept together."""
 
 
 class RelatedRows:
-    """Collects rows, in order; texts are not kept."""
+    """Collects rows in order, without texts, and groups related rows."""
 
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         self._near, self._table = NearDuplicates(limit), ColumnStore(limit)
         self._common: Words | None = None
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Take in the next rows; the first ones show what all are written in."""
+        """Add the next rows. The first batch determines the common shingles."""
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
             texts = [normalize(question_of(row)) for row in batch]
@@ -167,10 +173,11 @@ class RelatedRows:
             self._near.add(sketch(texts, self._common))
 
     def groups(self) -> IntArray:
-        """``[N]`` number of the first row of each row's group.
+        """Return ``[N]`` index of the first row of each row's group.
 
-        Where more than half of all rows would be one group, as of a template, only rows that ask the
-        same stay together, and not even those where half of all do: they could not be split otherwise.
+        If a group has more than half of all rows (a template), only rows with equal input stay
+        together. If half of all rows have equal input, no rows stay together, because a split would
+        be impossible.
         """
         if not self._near.rows:
             return np.zeros(0, np.int64)
@@ -188,10 +195,10 @@ class RelatedRows:
 
 
 def group_related(rows: Sequence[Row], values: Sequence[str] | None = None) -> IntArray:
-    """``[N]`` groups of rows that were read already; see :meth:`RelatedRows.groups`.
+    """Return ``[N]`` groups of rows in memory; see :meth:`RelatedRows.groups`.
 
-    Rows with one of ``values`` stay together whatever else they are. Related rows of different values
-    do too, unless more than half of all rows would then be one group.
+    Rows with equal ``values`` always stay together. Related rows of different values stay together,
+    unless a group would have more than half of all rows.
     """
     kin = RelatedRows()
     kin.add(rows)

@@ -1,8 +1,8 @@
-"""Which rows go: by the rules of the gate until it finds none broken.
+"""Selection of the rows that a cleaning drops.
 
-Rules look at rows beside each other, so that dropping some may uncover others: quartiles move, and a
-test row may be given away by two. So the gate is run on what is left until it finds nothing that was to
-be dropped; the last run is the proof. What is kept of a row are 12 bytes, never its text.
+Dropping rows can uncover new findings: quartiles move, and several training rows may leak one test
+row. The gate therefore runs on the remaining rows until no row is left to drop; the last run is the
+proof. The selection stores 12 bytes per row, and no text.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from luthier.gate.scan import Gate
 from luthier.types import Row
 
 HeldOutRows = Mapping[Split, Callable[[], Iterable[Row]]]
-"""Held-out rows, which can be read again."""
+"""Held-out rows by split, as functions that restart the iteration."""
 
 
 class Selection:
-    """Why each row goes, by its number among the rows as edited."""
+    """Reason for dropping each row, by row number after the edits."""
 
     def __init__(self, rules: Sequence[str]) -> None:
         self.reasons = ("", *rules)
@@ -36,22 +36,22 @@ class Selection:
         return len(self._why)
 
     def grow(self) -> None:
-        """Take in one more row, which stays."""
+        """Append a row that stays."""
         self._why.append(0)
         self._lines.append(0)
         self._files.append(-1)
 
     def why(self, number: int) -> str:
-        """The rule that the row goes by; empty where it stays."""
+        """Return the rule that drops the row; empty if the row stays."""
         return self.reasons[self._why[number]] if number < len(self._why) else ""
 
     def other(self, number: int) -> Place | None:
-        """The row for which it goes: of two copies the first."""
+        """Return the row that causes the drop, such as the first of two copies."""
         file = self._files[number]
         return Place(self._names[file], self._lines[number]) if file >= 0 else None
 
     def drop(self, number: int, rule: str, other: Place | None = None) -> bool:
-        """Let a row go; False where it is gone already."""
+        """Drop a row. Returns False if the row is already dropped."""
         if self._why[number]:
             return False
         self._why[number] = self.reasons.index(rule)
@@ -64,13 +64,13 @@ class Selection:
 
 
 class Selector:
-    """Runs the gate over what is left, again and again.
+    """Runs the gate over the remaining rows until no row is left to drop.
 
     Args:
-        plan: what is to be dropped.
-        known: the model, for rules that need one.
-        rows: all rows as edited; called for each pass.
-        held: rows of the other splits.
+        plan: rules to drop rows for.
+        known: base model for rules that need a tokenizer.
+        rows: returns all edited rows; called for each pass.
+        held: rows of the held-out splits.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Selector:
         return self.selection
 
     def _round(self) -> bool:
-        """One pass; whether anything was dropped."""
+        """Run one pass. Returns True if a row was dropped."""
         self.passes += 1
         wanted = self.plan.dropped_rules
         blamed = {rule: BlamedRows() for rule in wanted}
@@ -110,7 +110,7 @@ class Selector:
         return bool(dropped)
 
     def _remaining(self, alive: array[int]) -> Iterator[Row]:
-        """Rows that are not dropped yet; their numbers join ``alive``."""
+        """Yield the remaining rows and append their numbers to ``alive``."""
         for number, row in enumerate(self.rows()):
             if number == len(self.selection):
                 self.selection.grow()

@@ -1,8 +1,8 @@
-"""Rules with stable ids, and a bounded collection of what broke them.
+"""Rules with stable ids, and a bounded collection of findings.
 
-Here are the rules of reading and of encoding, which every room names; those of a check stand beside it
-(``luthier.gate.checks``). Counts are exact however much is found; of each rule only the first places
-are kept, so that a file in which every row is wrong takes no more memory than one with a few.
+This module has the rules of reading and encoding. The rules of a check are in the check's module
+(``luthier.gate.checks``). Counts are exact, but only the first findings of each rule are stored. A
+file with a fault in every row therefore needs no additional memory.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
 SeverityChoice = Severity | Literal["off"]
-"""What a policy makes of a rule."""
+"""Severity that a policy sets for a rule."""
 
 MOST_EXAMPLES = 100
-"""Findings of one rule that are kept."""
+"""Maximum number of stored findings per rule."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One thing that data can do wrong."""
+    """A requirement on the data."""
 
     id: str
     """Stable; never renamed once released."""
     severity: Severity
     """``error`` refuses the data, ``warning`` does not, ``note`` is worth knowing."""
     about: str
-    """What breaks the rule, in one sentence."""
+    """Description of the fault, in one sentence."""
     why: str = ""
-    """What it does to the model."""
+    """Effect on the model."""
     fix: str = ""
-    """How to mend it, in one sentence."""
+    """How to fix the fault, in one sentence."""
     aliases: tuple[str, ...] = ()
-    """What other validators call it."""
+    """Names of the fault in other validators."""
     whole: bool = False
-    """Whether it speaks of the data as a whole, so that no row can be removed for it."""
+    """True for faults of the data set as a whole, which no removal of rows fixes."""
     drop: bool = False
-    """Whether cleaning drops the rows that break the rule, because only a person can fix them."""
+    """True if cleaning drops the affected rows, because only a person can fix the rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A row: its file and its 1-based line there; line 0 is the file as a whole."""
+    """File and 1-based line of a row. Line 0 means the whole file."""
 
     file: str
     line: int
     number: int = field(default=-1, compare=False)
-    """Number of the row among all rows of all splits, from 0; -1 where it is not known."""
+    """Number of the row among all rows of all splits, from 0; -1 if unknown."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.line else self.file
@@ -61,26 +61,26 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One place that breaks a rule."""
+    """A place that breaks a rule."""
 
     rule: Rule
     place: Place
     message: str
-    """What is there, in one sentence."""
+    """Description of the fault at this place, in one sentence."""
     fix: str = ""
-    """How to mend this one, where it can be said closer than by the rule."""
+    """Fix for this place, if more specific than the rule's fix."""
     excerpt: str = ""
     """The text in question, short; secrets are masked."""
     others: tuple[Place, ...] = ()
-    """Further rows that belong to it: the original of a copy, the other label of a text."""
+    """Related rows: the original of a copy, the row with the contradicting label."""
 
     @property
     def closest_fix(self) -> str:
-        """How to mend this one; how to mend any of its rule, where nothing closer can be said."""
+        """Fix for this place, or the rule's fix."""
         return self.fix or self.rule.fix
 
     def plain(self) -> dict[str, Any]:
-        """The same for JSON."""
+        """Return the finding for JSON."""
         found: dict[str, Any] = {
             "rule": self.rule.id,
             "severity": self.rule.severity,
@@ -97,39 +97,39 @@ class Finding:
 
 
 class BlamedRows:
-    """Rows that break one rule, however many: 16 bytes each."""
+    """Numbers of all rows that break a rule, in 16 bytes per row."""
 
     def __init__(self) -> None:
         self.rows = array("q")
-        """Numbers of the rows, in the order they were found; one may come twice."""
+        """Row numbers in the order of the findings, possibly repeated."""
         self.others = array("q")
-        """For each, the number of the other row that it was found with; -1 for none."""
+        """Number of the related row for each entry of ``rows``; -1 without a related row."""
 
     def add(self, rows: Iterable[int], other: int) -> None:
-        """Take in ``rows`` that were found with ``other``."""
+        """Add ``rows`` with the related row ``other``."""
         self.rows.extend(rows)
         self.others.extend([other] * (len(self.rows) - len(self.others)))
 
 
 @dataclass
 class Findings:
-    """All that was found: how often each rule was broken, and the first places of each."""
+    """Exact counts per rule, and the first findings of each rule."""
 
     overrides: Mapping[str, SeverityChoice] = field(default_factory=dict)
-    """Severities that a policy sets instead of the rules' own."""
+    """Severities of a policy that replace the rules' severities."""
     examples: dict[str, list[Finding]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     blamed: dict[str, BlamedRows] = field(default_factory=dict)
-    """Rules of which every row is remembered, by its number: those that cleaning drops rows for."""
+    """Row numbers by rule, for the rules that cleaning drops rows for."""
 
     def add(self, finding: Finding, times: int = 1, rows: Iterable[int] | None = None) -> None:
-        """Count ``finding``, and keep it while its rule has room.
+        """Count ``finding``, and store the finding if the rule has room.
 
         Args:
-            finding: what is wrong, and where.
-            times: how often the rule is broken by it.
-            rows: numbers of the rows without which nothing would be wrong, where that is not the row
-                at its place: the copies of an original, the training rows that give a test row away.
+            times: number of faults that the finding represents.
+            rows: numbers of the rows to drop, if different from the finding's row: the copies of an
+                original,
+                the training rows that leak a test row.
         """
         rule = finding.rule.id
         if self.overrides.get(rule) == "off":
@@ -146,7 +146,7 @@ class Findings:
             places.append(finding)
 
     def has_room(self, rule: Rule) -> bool:
-        """Whether a further finding of ``rule`` would be kept, and not only counted."""
+        """Return True if the next finding of ``rule`` would be stored."""
         return len(self.examples.get(rule.id, ())) < MOST_EXAMPLES
 
     def extend(self, findings: Iterable[Finding]) -> None:
@@ -155,7 +155,7 @@ class Findings:
             self.add(finding)
 
     def severity(self, rule: Rule) -> Severity:
-        """How serious a broken rule is, with the policy's word taken."""
+        """Return the severity of a rule under the policy."""
         chosen = self.overrides.get(rule.id, rule.severity)
         return rule.severity if chosen == "off" else chosen
 
@@ -199,7 +199,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
         "bedrock:A conversation must start with a user message.",
     ),
 }
-"""What people know the rules by: OpenAI's keys, and texts of Bedrock's messages."""
+"""Names of the rules in other validators: OpenAI's keys and Bedrock's messages."""
 
 
 WHY: Mapping[str, str] = {
@@ -216,7 +216,7 @@ WHY: Mapping[str, str] = {
     "rating": "There is no number to learn.",
     "tags": "Tags would be learned for the wrong words.",
 }
-"""What the rules protect from, by the first part of their ids."""
+"""Purpose of the reading rules, by the first part of the id."""
 
 
 READING_RULES: Mapping[str, Rule] = {
@@ -230,7 +230,7 @@ READING_RULES: Mapping[str, Rule] = {
     )
     for id_, about in {**RULES, **PREFERENCE_RULES}.items()
 }
-"""Rules of reading and of row shapes, by id; all of them refuse the data."""
+"""Rules of reading and of row shapes, by id. All are errors."""
 
 TOO_LONG = Rule(
     "row.too_long",
@@ -309,7 +309,7 @@ ENCODING_RULES: Mapping[str, Rule] = {
         *(Rule(id_, "error", about) for id_, about in PROMPT_RULES.items()),
     )
 }
-"""Rules of objectives, which take in the rows and encode them, by id; all of them refuse the data."""
+"""Rules of objectives for fitting and encoding, by id. All are errors."""
 
 
 JOINED_ROWS = Rule(
@@ -338,10 +338,10 @@ UNNAMED_MEDIA = Rule(
     whole=True,
 )
 DOUBTS: Mapping[str, Rule] = {rule.id: rule for rule in (JOINED_ROWS, SPEAKERS, UNNAMED_MEDIA)}
-"""Rules of reading that are warnings, by id."""
+"""Warnings of the reader, by id."""
 
 
 def rule_of(id_: str) -> Rule:
-    """Return the rule of a problem of reading or encoding; an objective may have its own rules."""
+    """Return the rule of a reading or encoding problem. Objectives may define further rules."""
     known = DOUBTS.get(id_) or READING_RULES.get(id_) or ENCODING_RULES.get(id_)
     return known or Rule(id_, "error", "The objective refuses the row.")

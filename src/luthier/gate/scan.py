@@ -1,8 +1,8 @@
-"""One pass over the data with every check.
+"""One pass of all checks over the data.
 
-Memory does not grow with the files but for a few numbers a row: rows are read in batches, measured by
-each check, and let go. Batches may be measured in other processes; reading and taking stay in one, so
-that a report does not depend on how many measure.
+Memory grows only by a few numbers per row: rows are read in batches, measured by each check and
+discarded. Worker processes may measure batches. Reading and combining stay in the main process, so
+a report does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ ROWS = 1024
 CHARACTERS = 1 << 20
 """Characters of a batch, about: long rows come in smaller batches."""
 LARGE, LARGE_MEDIA = 2_500_000, 200_000_000
-"""Bytes of sources, and of those that hold nothing but images or sounds, beyond which other processes
-pay for their start of one to two seconds: 2 MB of text are measured in that, and 14 MB of images."""
+"""Minimum size of text sources and of media sources for worker processes, in bytes. The start of
+the workers takes one to two seconds, in which one process measures 2 MB of text or 14 MB of images."""
 MEDIA_ROWS = 32
-"""Images or sounds of a batch at most: to decode them takes the time."""
+"""Maximum number of images or recordings per batch, because decoding is slow."""
 KEY = 16
 """Bytes of a text's key and quotes, about."""
 NO_TEXT = "no row has a text"
-"""Why checks of texts are left out where they saw nothing but images, sounds or numbers."""
+"""Reason for omitting text checks for data without text."""
 
 
 @dataclass(frozen=True)
 class ScanProgress:
-    """How far the pass is."""
+    """Progress of the pass."""
 
     rows: int
     done_bytes: int
@@ -67,9 +67,11 @@ def inspect_rows(
     on_row: Callable[[int, int], None] = lambda done, count: None,
     doubts: Sequence[Problem] = (),
 ) -> Report:
-    """Run the checks on rows that were read already, as in a job.
+    """Run the checks on rows in memory, as in a job.
 
-    ``on_row`` is given how many rows of how many were looked at; ``doubts`` are warnings of reading.
+    Args:
+        on_row: called with the number of processed rows and the total.
+        doubts: warnings of the reader.
     """
     count = sum(map(len, splits.values()))
     with Gate(checks, Findings(overrides or {})) as gate:
@@ -88,10 +90,13 @@ def inspect_sources(
     processes: int = 1,
     known: Sequence[Finding] = (),
 ) -> Report:
-    """The gate on sources of any size; what cannot be read is found by the rules of reading.
+    """Run the checks on sources of any size. Unreadable rows become findings of the reading rules.
 
-    Sources of more than :data:`LARGE` bytes are measured by so many further processes; the report is
-    the same. ``known`` is what is wrong beside the rows.
+    Args:
+        processes: number of worker processes for sources of more than :data:`LARGE` bytes. The
+            report
+            does not depend on the number.
+        known: findings in addition to the rows.
     """
     readers: dict[Split, RowReader] = {}
     refused: list[Problem] = []
@@ -123,7 +128,7 @@ def inspect_sources(
 
 
 def is_large(readers: Iterable[RowReader]) -> bool:
-    """Whether other processes pay for their start."""
+    """Return True if the sources are large enough for worker processes."""
     media = text = 0
     for reader in readers:
         whole = all(path.is_dir() or path.suffix.lower() in _OF_MEDIA for path in reader.files)
@@ -142,7 +147,7 @@ class Gate:
     ) -> None:
         self.checks = checks
         self.size = size
-        """Bytes of all rows, about; 0 where that is not known."""
+        """Approximate size of all rows, in bytes; 0 if unknown."""
         self.pool = BatchPool(checks, processes)
         self._begun = False
         self.findings = findings
@@ -150,7 +155,7 @@ class Gate:
         self.files: dict[Split, set[str]] = {}
         self.rows: dict[Split, int] = {}
         self.has_texts = False
-        """Whether any row has a text: images and sounds may have captions, or none."""
+        """True if any row has text. Images and recordings may have captions."""
         self.forms: dict[Split, str] = {}
         self.began = time.perf_counter()
 
@@ -198,11 +203,11 @@ class Gate:
             self.forms[split] = f"{'; '.join(found.containers)}, {found.form}{unread}"
 
     def progress(self, done: int, total: int) -> ScanProgress:
-        """How far the pass is, in bytes."""
+        """Return the progress of the pass, in bytes."""
         return ScanProgress(self.places.total, done, total, sum(self.findings.counts.values()))
 
     def submit(self, batch: RowBatch) -> None:
-        """One batch on its way through all checks."""
+        """Measure a batch with all checks."""
         if not self._begun:
             self._begun = True
             for check in self.checks:
@@ -211,7 +216,7 @@ class Gate:
             self._collect(each, measured)
 
     def drain(self) -> None:
-        """Take in all that is being measured."""
+        """Wait for all batches, and combine the results."""
         for each, measured in self.pool.wait():
             self._collect(each, measured)
 
@@ -226,14 +231,14 @@ class Gate:
             check.take(where, found, self.findings)
 
     def add_problems(self, problems: list[Problem]) -> None:
-        """What reading found, as findings; the list is emptied."""
+        """Convert reading problems to findings, and clear the list."""
         for each in problems:
             place = Place(each.file, each.line)
             self.findings.add(Finding(rule_of(each.rule), place, each.message, each.advice))
         problems.clear()
 
     def report(self, files: Mapping[Split, Sequence[str]]) -> Report:
-        """What all checks say, after the last row."""
+        """Finish all checks and return the report."""
         self.pool.close()
         silent = self.places.total and not self.has_texts
         idle = {each.name: NO_TEXT for each in self.checks if silent and each.of_texts}
@@ -248,13 +253,13 @@ class Gate:
 
 
 def unpacked_size(path: Path) -> int:
-    """Bytes of a file as rows, about: packed text has a quarter of them."""
+    """Return the approximate uncompressed size of a file. Text compresses to about a quarter."""
     size = source_size(path)
     return size * 4 if path.suffix in (*PACKED, ".parquet") else size
 
 
 def estimate_rows(size: int, batch: RowBatch) -> int:
-    """About how many rows ``size`` bytes hold, if all are as those of ``batch``; 0 if unknown."""
+    """Estimate the number of rows in ``size`` bytes from the row size in ``batch``; 0 if unknown."""
     fields = [text.content for row in batch.rows for text in row.texts()]
     if not fields:  # pictures and numbers say nothing of their size
         return 0
@@ -263,7 +268,7 @@ def estimate_rows(size: int, batch: RowBatch) -> int:
 
 
 def batches(split: Split, rows: Iterable[Row]) -> Iterator[RowBatch]:
-    """Rows in batches of one file each, of bounded size."""
+    """Group rows into batches of one file each and of bounded size."""
     held: list[Row] = []
     size = 0
     for row in rows:
@@ -278,14 +283,14 @@ def batches(split: Split, rows: Iterable[Row]) -> Iterator[RowBatch]:
 
 
 AHEAD = 4
-"""Batches per worker process that are submitted before the first result is awaited."""
+"""Number of batches per worker process in progress."""
 
 MeasuredBatch = tuple[RowBatch, list[Any]]
 """A batch, and the measurement of each check."""
 
 
 class BatchPool:
-    """Measures batches in worker processes and returns them in the order they came."""
+    """Worker processes that measure batches and return results in order."""
 
     def __init__(self, checks: Sequence[Check], processes: int = 1) -> None:
         self.checks, self.processes = checks, processes
@@ -299,7 +304,7 @@ class BatchPool:
             self._pool = None
 
     def measure(self, batch: RowBatch) -> Iterator[MeasuredBatch]:
-        """Submit a batch; yield the batches whose results are due."""
+        """Submit a batch, and yield the batches with due results."""
         if self.processes < 2:
             yield batch, [check.measure(batch) for check in self.checks]
             return
@@ -356,9 +361,9 @@ QUOTED_RULES = (
     "preference.contradiction",
     "answer.",
 )
-"""Rules, by how their ids begin, whose findings quote no text."""
+"""Prefixes of rules whose findings are made without texts."""
 QUOTED_ROWS = 200_000
-"""Rows of each source that are read again at most."""
+"""Maximum number of rows per source that are read again for excerpts."""
 
 
 def quote_rows(findings: Findings, readers: Iterable[RowReader]) -> None:

@@ -1,4 +1,4 @@
-"""Training and held-out files made of one file, with a record of what is in them."""
+"""Split of a file into training and held-out files, with a record of the contents."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from luthier.types import IntArray
 
 RECORD = "split.json"
 LABELS = 1000
-"""Labels whose counts the record holds, the most frequent first."""
+"""Maximum number of labels in the record, most frequent first."""
 
 
 def split_file(
     source: Path, output: Path, shares: Mapping[str, float], seed: int
 ) -> dict[str, Any]:
-    """Write ``train.jsonl`` and a file for each of ``shares`` (by name); returns the record of it.
+    """Write ``train.jsonl`` and a file for each of ``shares`` (by name), and return the record.
 
-    Lines are copied byte for byte, in the order of the file; the last one gets a line end. Texts are
-    not kept in memory. The same file, shares and seed give the same files.
+    Lines are copied byte for byte in file order; the last line gets a line end. Texts are not kept
+    in memory. Equal file, shares and seed give equal files.
 
     Raises:
-        RunConflict: ``output`` exists. DataError: with every row that cannot be read.
-        RecipeError: another format than JSON Lines, or shares that leave nothing to train on.
+        RunConflict: ``output`` exists.
+        DataError: unreadable rows.
+        RecipeError: a format other than JSON Lines, or shares without training rows.
     """
     check_creatable(output)
     if output.exists():

@@ -1,4 +1,4 @@
-"""Every check of the gate, in the order they run; to add one, add a line."""
+"""Table of the data checks, in the order of execution. To add a check, add a line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _KINDS: tuple[type[Check], ...] = (
 CHECKS: PluginTable[type[Check]] = PluginTable(
     "checks", Check, {kind.name: kind for kind in _KINDS}
 )
-"""Checks by name. Their modules import heavy libraries only where they use them."""
+"""Checks by name. The modules of the checks import heavy libraries lazily."""
 
 BASE_MISSING = Rule(
     "base.missing",
@@ -56,18 +56,18 @@ BASE_MISSING = Rule(
 
 
 NO_READER = "needs a base model that reads texts"
-"""Why checks are left out that need a tokenizer."""
+"""Reason for omitting checks that need a tokenizer."""
 
 
 def checks_for(
     known: CheckContext, skip: Collection[str] = (), in_jobs: bool = False
 ) -> tuple[list[Check], dict[str, str]]:
-    """New checks for what is known, and why others of the table are left out.
+    """Create the applicable checks, and explain why the remaining checks are omitted.
 
     Args:
-        known: model and objective, where there are some.
-        skip: names of checks that are not wanted.
-        in_jobs: only those that each job runs.
+        known: model and objective, if given.
+        skip: names of checks to omit.
+        in_jobs: create only the checks that every job runs.
     """
     chosen, left = [], {}
     for name, kind in CHECKS.items():
@@ -85,10 +85,10 @@ def checks_for(
 
 
 def rules_named(name: str, also: Iterable[str] = ()) -> list[Rule]:
-    """The rules that ``name`` means: one, or all that begin so where it ends in ``.*``.
+    """Return the rule with the id ``name``, or all rules with the prefix of ``prefix.*``.
 
     Raises:
-        RecipeError: where there is none, with the nearest name, which may be one of ``also``.
+        RecipeError: unknown rule. The message suggests the nearest id or name in ``also``.
     """
     rules = all_rules()
     if name.endswith(".*"):

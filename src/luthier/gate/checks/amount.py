@@ -1,6 +1,7 @@
-"""Whether there are rows enough to learn from, by what a row of each shape can teach.
+"""Check that the training rows suffice for their shape.
 
-Of labels and tags the rows of each class count (``balance``), of raw text the characters.
+For labels and tags, the check ``balance`` counts the rows of each class. For raw text, the number
+of characters counts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ FEW = Rule(
     whole=True,
 )
 ENOUGH_CHARACTERS = 100_000
-"""Of raw text: some 25,000 tokens, fifty sequences of a usual length."""
+"""Required length of raw text: about 25,000 tokens, or fifty sequences of common length."""
 
 
 class Amount(Check):
@@ -32,7 +33,7 @@ class Amount(Check):
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """Where an objective is fitted to the rows, that refuses a single one."""
+        """Create the check. With a base model, fitting the objective already rejects a single row."""
         return cls(fitted=known.chat is not None)
 
     def __init__(self, fitted: bool = False) -> None:
@@ -50,14 +51,14 @@ class Amount(Check):
     def take(
         self, where: BatchLines, measured: tuple[Counter[str], int], findings: Findings
     ) -> None:
-        """Add up those of the training rows."""
+        """Add up the counts of training rows."""
         if where.split == "train":
             self._rows += measured[0]
             self._characters += measured[1]
             self._files[where.file] = None
 
     def finish(self, places: Places, findings: Findings) -> None:
-        """Say what is little."""
+        """Report a data set with few rows or little text."""
         if len(self._rows) != 1 or (self.fitted and self._rows.total() == 1):
             return
         (shape, count), one = next(iter(self._rows.items())), len(self._files) == 1

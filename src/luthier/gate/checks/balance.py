@@ -1,4 +1,4 @@
-"""How often each label comes in each split: classes too small, too frequent, misspelt or unseen."""
+"""Label distribution of each split: small, dominant, misspelt and unseen classes."""
 
 from __future__ import annotations
 
@@ -62,13 +62,14 @@ COMBINED = Rule(
     whole=True,
 )
 FEW_SEVERAL = 0.1
-"""Share of the rows up to which several labels may be a mistake."""
+"""Maximum share of rows with several labels that counts as a mistake."""
 FEWEST = 8
-"""Rows of a class: the fewest with which Tunstall et al. (SetFit, arXiv:2209.11055) report figures."""
+"""Minimum rows per class: the smallest number reported for SetFit (Tunstall et al.,
+arXiv:2209.11055)."""
 FREQUENT = 5
-"""So many times the rows of a rare label has the one that it may be a misspelling of."""
+"""Minimum ratio of rows between a frequent label and a possible misspelling."""
 MOST_COMPARED = 1000
-"""Labels up to which each rare one is compared with the frequent ones."""
+"""Maximum number of labels for the comparison of rare labels with frequent labels."""
 SHOWN = 200
 """Labels of the summary, the most frequent first."""
 
@@ -78,19 +79,19 @@ class _Labels:
     """Labels of a batch."""
 
     counts: Mapping[str, tuple[int, int]]
-    """Of each label, its rows and the index of the first."""
+    """Number of rows and index of the first row, by label."""
     rows: int
-    """Rows that have labels or tags."""
+    """Number of rows with labels or tags."""
     tagged: bool
-    """Whether these are tags."""
+    """True for tagged words, false for row labels."""
     arrays: int
-    """Rows whose labels are an array."""
+    """Number of rows with a label array."""
     several: Mapping[int, int]
-    """Labels of the rows that do not have one, by their index."""
+    """Number of labels by row index, for rows with zero or several labels."""
 
 
 class Balance(Check):
-    """Labels of texts, and names of what words are tagged as."""
+    """Check of row labels and of the names in word tags."""
 
     name: ClassVar[str] = "balance"
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -99,27 +100,27 @@ class Balance(Check):
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """Where an objective is fitted to the rows, that says what it cannot learn."""
+        """Create the check. With a base model, fitting the objective finds unlearnable labels."""
         chosen = getattr(known.objective, "multi_label", None)
         return cls(fitted=known.chat is not None, by_rows=chosen is None)
 
     def __init__(self, fitted: bool = False, by_rows: bool = True) -> None:
         self.fitted = fitted
-        """Whether labels that cannot be learned at all are found by fitting the objective."""
+        """True if fitting the objective finds labels that cannot be learned."""
         self.by_rows = by_rows
-        """Whether the rows decide that a row may have several labels."""
+        """True if the rows decide between single-label and multi-label training."""
         self.counts: dict[str, Counter[str]] = {}
         """Rows of each label, by split."""
         self._places: dict[tuple[str, str], Place] = {}
         self._rows: Counter[str] = Counter()
         self._tagged = False
         self._several: dict[str, tuple[array[int], array[int]]] = {}
-        """By split, numbers and labels of the rows that do not have one label."""
+        """Row numbers and label counts of rows with zero or several labels, by split."""
         self._arrays: Counter[str] = Counter()
-        """Rows whose labels are an array, by split."""
+        """Number of rows with a label array, by split."""
 
     def measure(self, batch: RowBatch) -> _Labels:
-        """Labels of the batch, rows that have any, and those whose labels are not one."""
+        """Count labels, labelled rows, and rows with zero or several labels."""
         counts: dict[str, tuple[int, int]] = {}
         labelled = 0
         for index, row in enumerate(batch.rows):
@@ -151,7 +152,7 @@ class Balance(Check):
             self._places.setdefault((where.split, name), where.place(first))
 
     def finish(self, places: Places, findings: Findings) -> None:
-        """Say what the counts show."""
+        """Report small, dominant, misspelt, combined and unseen labels."""
         if not any(self._rows.values()):
             return
         train = self.counts.get("train", Counter())
@@ -199,12 +200,12 @@ class Balance(Check):
 
     @property
     def _takes_several(self) -> bool:
-        """Whether the training rows say that a row may have several labels, as objectives judge it."""
+        """Return True if objectives would choose multi-label training for the training rows."""
         numbers, _ = self._several.get("train", ((), ()))
         return takes_several_labels(self._rows["train"], self._arrays["train"], len(numbers))
 
     def _find_several(self, places: Places, findings: Findings) -> None:
-        """Rows of several labels among such of one."""
+        """Report the few rows with several labels among rows with one label."""
         rows = self._rows["train"]
         numbers, labels = self._several["train"]
         if not self.by_rows or self._arrays["train"] > FEW_SEVERAL * rows:
@@ -218,7 +219,7 @@ class Balance(Check):
             findings.add(Finding(SEVERAL, places.place(number), message))
 
     def _spelling(self, findings: Findings) -> None:
-        """Find names that differ in spelling only, and names that are made of other names."""
+        """Report labels that differ in spelling only, and labels that combine other labels."""
         first: dict[str, Place] = {}
         for (_, name), place in self._places.items():
             first.setdefault(name, place)
@@ -236,7 +237,7 @@ class Balance(Check):
             findings.add(Finding(SPELLING, first[name], message, others=(first[usual[name]],)))
 
     def summary(self) -> Mapping[str, Any]:
-        """Rows of each label in each split, labelled rows, and how many labels there are."""
+        """Return the rows per label and split, the labelled rows and the number of labels."""
         if not any(self.counts.values()):
             return {}
         names = Counter[str]()
@@ -259,17 +260,17 @@ class Balance(Check):
 
 SpellingKey = tuple[str, ...]
 _SIGN = re.compile(r"(?<!\w)-(?=\d)|[#%*&]")
-"""Punctuation that makes another label: -1 is not 1, C# is not C, and 10% is not 10."""
+"""Punctuation that changes the meaning of a label: -1 and 1, C# and C, 10% and 10."""
 
 
 @lru_cache(4096)
 def spelling_key(name: str) -> SpellingKey:
-    """What names have in common that differ in letter case, white space or punctuation only."""
+    """Return a key that ignores letter case, white space and most punctuation."""
     return (normalize(name.replace("_", " ")), *_SIGN.findall(name))
 
 
 def spellings(counts: Counter[str]) -> dict[str, str]:
-    """For each name that has a more frequent spelling, that one; of equals the first."""
+    """Map each label to its most frequent spelling; the first spelling wins a tie."""
     usual: dict[SpellingKey, str] = {}
     for name, _ in counts.most_common():
         usual.setdefault(spelling_key(name), name)
@@ -277,7 +278,7 @@ def spellings(counts: Counter[str]) -> dict[str, str]:
 
 
 def labels_of(row: Row) -> Iterable[str]:
-    """Labels of a text, or names of the entities among its words."""
+    """Return the labels of a row, or the entity names in its word tags."""
     if isinstance(row, Labelled):
         return row.labels
     if isinstance(row, TaggedWords):
@@ -290,7 +291,8 @@ def _count_rows(count: int) -> str:
 
 
 def _likely_spelling(name: str, counts: Mapping[str, int]) -> str | None:
-    """A much more frequent label that is written nearly as ``name``; numbers are no misspellings."""
+    """Return a much more frequent label with a similar spelling. Names with digits have no
+    candidates."""
     if len(counts) > MOST_COMPARED or any(character.isdigit() for character in name):
         return None
     frequent = [other for other, count in counts.items() if count >= FREQUENT * counts[name]]

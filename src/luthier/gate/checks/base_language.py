@@ -1,12 +1,14 @@
-"""Whether the base model was trained on the language of the rows, as its tokenizer shows.
+"""Check that the base model was trained on the language of the rows.
 
-A tokenizer gives whole pieces to the words it has seen often. Where it has hardly seen a language,
-even its short words fall into letters or bytes: Rust et al. 2021, "How Good is Your Tokenizer?"
-(arXiv:2012.15613), who count pieces per word. Words of other languages may be longer for good reasons
-(Finnish, Turkish), so pieces are counted per letter here, against plain English of the same
-tokenizer, and a language whose short words stay whole is never warned of. Chinese, Japanese, Thai and
-others have no spaces between words, and Korean's letters are syllables: they are judged by pieces per
-character alone. docs/log/defaults.md has the table that the limits come from (21 November 2026).
+The evidence is the tokenizer. A tokenizer keeps frequent words whole. Even short words of a rarely
+seen language are cut into letters or bytes (Rust et al. 2021, "How Good is Your Tokenizer?",
+arXiv:2012.15613).
+
+The paper counts pieces per word. Finnish and Turkish words are long for good reasons, so this check
+counts pieces per letter and compares with plain English under the same tokenizer. A language with
+whole short words is never reported. Chinese, Japanese, Thai and similar languages have no spaces,
+and Korean letters are syllables: the check judges these languages by pieces per character alone.
+docs/log/defaults.md has the measurements behind the limits (21 November 2026).
 """
 
 from __future__ import annotations
@@ -50,22 +52,24 @@ ENGLISH = (
     "to the people around them long before they can read."
 )
 PIECES_PER_LETTER = 1.55
-"""Times as many as in English, from which a tokenizer may not know a language."""
+"""Minimum ratio to English of an unknown language."""
 WHOLE_SHORT_WORDS = 0.5
-"""Share of :data:`SHORT` words in one piece, from which it knows it all the same."""
+"""Minimum share of whole :data:`SHORT` words for a known language."""
 SHORT = range(3, 6)
-"""Letters of a short word. Shorter ones are whole in the tokenizers of many languages."""
+"""Length of a short word, in letters. Shorter words are whole in most tokenizers."""
 PIECES_PER_CHARACTER = 1.2
-"""The same limit for :data:`UNSPACED` languages; a tokenizer that knows them needs 1 at most."""
+"""Minimum of an unknown :data:`UNSPACED` language. A trained tokenizer needs at most 1."""
 UNSPACED = frozenset({"zh", "ja", "ko", "th", "lo", "km", "my", "bo", "dz"})
 SPELLS = 0.5
-"""Pieces per letter of English from which a tokenizer is one of letters or bytes: it tells nothing."""
+"""Minimum pieces per English letter of a character or byte tokenizer, about which the check is
+silent."""
 SHARE = 0.2
-"""Share of the samples whose language is certain that must be in the language."""
+"""Minimum share of a language among the samples with a certain language."""
 SAMPLES = 256
 LEAST_SAMPLES = 5
 SAMPLE_CHARACTERS = 120
-"""Shorter texts are joined, as the language of a few words is not certain."""
+"""Minimum length of a sample. Shorter texts are joined, because language identification needs
+context."""
 NAMES = {
     "af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "as": "Assamese", "az": "Azerbaijani",
     "ba": "Bashkir", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali", "br": "Breton",
@@ -87,13 +91,13 @@ NAMES = {
     "tr": "Turkish", "tt": "Tatar", "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek",
     "vi": "Vietnamese", "yo": "Yoruba", "yue": "Cantonese", "zh": "Chinese",
 }  # fmt: skip
-"""English names of languages by ISO 639 code. Rare ones that py3langid tells go by their code."""
+"""English language names by ISO 639 code. Rare languages are shown by their code."""
 _WORD = regex.compile(r"(?<![\p{L}\p{M}\p{N}])[\p{L}\p{M}]+(?![\p{L}\p{M}\p{N}])")
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a tokenizer writes the words of texts."""
+    """Token statistics of the words of a text."""
 
     pieces: int
     letters: int
@@ -117,14 +121,14 @@ class Spelling:
 
     @property
     def whole(self) -> float:
-        """Share of the short words that are one piece."""
+        """Share of short words that are one token."""
         return self.whole_short_words / max(1, self.short_words)
 
 
 def spelling(text: str, tokenizer: Any) -> Spelling:
-    """Count the pieces of the words of ``text``; ``tokenizer`` must be a fast one.
+    """Count the tokens of the words of ``text``. ``tokenizer`` must be a fast tokenizer.
 
-    An unknown piece hides what it stands for, so it counts as the bytes that it would fall back to.
+    An unknown token counts as the UTF-8 bytes of its characters.
     """
     unknown, spans = tokenizer.unk_token_id, token_spans(tokenizer, text)
     total, at = Spelling(0, 0, 0, 0, 0), 0
@@ -146,10 +150,10 @@ def spelling(text: str, tokenizer: Any) -> Spelling:
 def find_unknown_language(
     tokenizer: Any, samples: Iterable[str]
 ) -> tuple[str, float, Spelling] | None:
-    """The most frequent language of ``samples`` that ``tokenizer`` was hardly trained on, if any.
+    """Find the most frequent language of ``samples`` that ``tokenizer`` was hardly trained on.
 
     Returns:
-        Its ISO 639 code, its share of the samples, and how its words are written.
+        ISO 639 code, share of the samples and token statistics; ``None`` without such a language.
     """
     english = spelling(ENGLISH, tokenizer)
     if english.per_letter > SPELLS:
@@ -180,7 +184,7 @@ def find_unknown_language(
 
 
 class BaseLanguage(Check):
-    """Compares how the base's tokenizer writes the rows with how it writes English."""
+    """Comparison of the tokenizer's pieces for the rows with its pieces for English."""
 
     name: ClassVar[str] = "base_language"
     of_texts: ClassVar[bool] = True
@@ -190,7 +194,11 @@ class BaseLanguage(Check):
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """The check for a model; :class:`ValueError` without one."""
+        """Create the check.
+
+        Raises:
+            ValueError: no base model.
+        """
         if known.chat is None:
             raise ValueError("the check of the base's language needs a model's tokenizer")
         return cls(known.chat, known.objective)
@@ -200,13 +208,13 @@ class BaseLanguage(Check):
         self._samples: list[tuple[int, str]] = []
 
     def begin(self, batch: RowBatch, rows: int = 0) -> None:
-        """Choose the objective by the first row, where none was asked for and the row tells."""
+        """Choose the objective by the first row, if the user names no objective."""
         if self.objective is None:
             with suppress(DataError):
                 self.objective = objective_for(batch.rows[0], self.chat)
 
     def measure(self, batch: RowBatch) -> list[tuple[int, str]]:
-        """A random sample of the texts, the same in each run."""
+        """Draw a reproducible random sample of the texts, by hash."""
         if batch.split != "train":
             return []
         texts = samples(batch.rows)
@@ -218,7 +226,7 @@ class BaseLanguage(Check):
         self._samples = heapq.nsmallest(SAMPLES, [*self._samples, *measured])
 
     def finish(self, places: Places, findings: Findings) -> None:
-        """Say which language the base does not know, and which base does."""
+        """Report an unknown language and suggest base models for the language."""
         tokenizer = self.chat.tokenizer
         if not self._samples or not tokenizer.is_fast:
             return
@@ -256,24 +264,24 @@ class BaseLanguage(Check):
         findings.add(Finding(UNTRAINED, Place(places.place(0).file, 0), message, fix))
 
     def summary(self) -> dict[str, Any]:
-        """Nothing beside the finding."""
+        """Return an empty summary: the finding has all figures."""
         return {}
 
 
 def language_name(code: str) -> str:
-    """The English name of a language; its code where it has none here."""
+    """Return the English name of a language, or the code if the name is missing."""
     return NAMES.get(code, code)
 
 
 def main_language(rows: Iterable[Row]) -> str:
-    """ISO 639 code of the language that most of the texts of ``rows`` are in; empty where none is."""
+    """Return the ISO 639 code of the majority language of ``rows``; empty without a majority."""
     codes = [code for code in detect_languages(list(samples(rows))) if code]
     code, count = Counter(codes).most_common(1)[0] if codes else ("", 0)
     return code if 2 * count > len(codes) else ""
 
 
 def samples(rows: Iterable[Row]) -> Iterator[str]:
-    """The beginnings of the texts of ``rows``, short ones joined with those that follow."""
+    """Yield the beginnings of the texts of ``rows``, with short texts joined."""
     joined = ""
     for row in rows:
         for text in row.texts():

@@ -1,8 +1,8 @@
-"""Rows that ask the same and teach something else.
+"""Check for rows with equal input and different targets.
 
-Two labels for one text are a mistake in one of them, unless both are meant, and then the text should
-have both. Two completions of one prompt are often as good as each other, and only noted. Texts are the
-same where they differ in letter case, punctuation and white space only.
+Two labels for one text are usually a mistake; a text with two valid labels needs both. Two
+completions of one prompt are often equally good, so the check only reports a note. The comparison
+ignores letter case, punctuation and white space.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _KINDS = (LABEL, PREFERENCE, ANSWERS)
 
 
 class Contradictions(Check):
-    """What rows with the same input teach, in all splits together."""
+    """Comparison of the targets of rows with equal input, across all splits."""
 
     name: ClassVar[str] = "contradictions"
     rules: ClassVar[tuple[Rule, ...]] = _KINDS
@@ -60,7 +60,7 @@ class Contradictions(Check):
         self._summary: dict[str, Any] = {}
 
     def measure(self, batch: RowBatch) -> Mapping[str, Any]:
-        """Kind of each row, and keys of what is asked and what is taught."""
+        """Compute the kind, the input key and the target key of each row."""
         parts = [_parts(row) for row in batch.rows]
         count = len(parts)
         return {
@@ -70,12 +70,12 @@ class Contradictions(Check):
         }
 
     def take(self, where: BatchLines, measured: Mapping[str, Any], findings: Findings) -> None:
-        """Keep them; nothing can be said before the last row."""
+        """Store the keys until all rows are known."""
         for name, column in measured.items():
             self._table.append(name, column)
 
     def finish(self, places: Places, findings: Findings) -> None:
-        """Compare what rows with the same key teach."""
+        """Report inputs with different targets."""
         if not places.total:
             return
         columns = ("asked", "taught", "kind")
@@ -101,12 +101,12 @@ class Contradictions(Check):
         findings.add(finding, rows=group.tolist())
 
     def summary(self) -> Mapping[str, Any]:
-        """By rule, inputs that are concerned and their rows."""
+        """Return the affected inputs and rows of each rule."""
         return self._summary
 
 
 def _parts(row: Row) -> tuple[int, int, int]:
-    """Number of the rule that applies, and keys of the input and of what must not differ."""
+    """Return the index of the rule, the input key and the target key of a row."""
     asks = [normalize(text) for text in row.inputs()]
     if isinstance(row, JudgedAnswers):
         answers = ["\0".join(turn.whole_text for turn in answer) for answer in row.answers()]

@@ -1,4 +1,4 @@
-"""Conversations that a model would learn as plain text, and calls of functions it is not shown."""
+"""Check for conversations inside plain text, and for calls of undeclared tools."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _TURNS = re.compile(
 
 
 class Conversations(SpotCheck):
-    """Looks for conversations inside texts, and for calls without declared tools."""
+    """Check for conversations inside texts, and for tool calls without declared tools."""
 
     name: ClassVar[str] = "conversations"
     of_texts: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (IN_TEXT, UNDECLARED)
 
     def measure(self, batch: RowBatch) -> Spots:
-        """Return the rows of a batch that break a rule."""
+        """Find the rows of a batch that break a rule."""
         spots: list[Spot] = []
         for index, row in enumerate(batch.rows):
             for text in row.texts():
@@ -56,7 +56,7 @@ class Conversations(SpotCheck):
         return Spots(spots)
 
     def summary(self) -> Mapping[str, Any]:
-        """Return the rows that break each rule."""
+        """Return the number of rows that break each rule."""
         return {"rows": self.rows_by_rule()}
 
 

@@ -1,10 +1,10 @@
-"""Rows that come more than once: the same, nearly the same, or the same but for their numbers.
+"""Check for repeated rows: exact copies, near-duplicates, and copies with different numbers.
 
-A repeated row weighs double and is learned by heart first (Lee et al. 2022, "Deduplicating training
-data makes language models better"). Near means a Jaccard similarity of at least 0.8 between the sets
-of their characters five by five, letter case, punctuation and white space aside
-(``luthier.gate.near_duplicates``).
-Labelled rows are copies only with the same label: "turn on" and "turn off" are meant to look alike.
+A repeated row has double weight and is memorized first (Lee et al. 2022, "Deduplicating training
+data makes language models better"). Near-duplicates have a Jaccard similarity of at least 0.8
+between their sets of five-character shingles, without letter case, punctuation and white space
+(``luthier.gate.near_duplicates``). Labelled rows are copies only if the labels agree: "turn on" and
+"turn off" look alike on purpose.
 """
 
 from __future__ import annotations
@@ -69,22 +69,23 @@ SAMPLED = Rule(
     whole=True,
 )
 COMPARED = 500_000
-"""Rows up to which all are compared for near-duplicates, and about so many of more rows."""
+"""Maximum number of rows for the near-duplicate search. The search samples larger data."""
 LARGEST = 10
-"""Groups whose sizes the summary has."""
+"""Number of group sizes in the summary."""
 
 
 @dataclass(frozen=True)
 class DuplicateKeys:
-    """Keys of a batch, and of its rows that are compared for being alike also sketches."""
+    """Keys of all rows of a batch, and sketches of the rows in the near-duplicate search."""
 
     columns: Mapping[str, Keys]
-    """Of all rows."""
+    """Key columns of all rows."""
     inputs: Sketches
     wholes: Sketches
-    """The same object where rows are all input."""
+    """Sketches of whole rows; the object of ``inputs`` if rows have no target text."""
     sketched: Mapping[str, Keys]
-    """Of the rows of ``inputs`` (``asked``) and of ``wholes`` (the others)."""
+    """Key columns of the sketched rows: ``asked`` for ``inputs``, the remaining columns for
+    ``wholes``."""
 
 
 class Duplicates(Check):
@@ -96,15 +97,16 @@ class Duplicates(Check):
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """Every row is compared where that is asked for, and none where no near rows are wanted."""
+        """Create the check: compare every row if requested, and no row if no near rule is
+        requested."""
         near = {NEAR.id, NUMBERS.id, leakage.NEAR.id, leakage.MANY.id}
         return cls(every=known.every, alike=known.only is None or bool(known.only & near))
 
     def __init__(self, limit: int = MEMORY_LIMIT, every: bool = False, alike: bool = True) -> None:
         self.common: tuple[Words, Words] | None = None
-        """Shingles that nearly all rows share, of the inputs and of whole rows."""
+        """Shingles that nearly all inputs share, and shingles that nearly all rows share."""
         self.share = 1.0 if alike else 0.0
-        """Of the rows, so many are compared for being alike."""
+        """Share of the rows in the near-duplicate search."""
         self._every = every
         self._table, self._compared = ColumnStore(limit), ColumnStore(limit)
         self._inputs, self._wholes = NearDuplicates(limit), NearDuplicates(limit)
@@ -112,7 +114,7 @@ class Duplicates(Check):
         self._summary: dict[str, Any] = {}
 
     def begin(self, batch: RowBatch, rows: int = 0) -> None:
-        """Learn what rows are written in from the first of them, and how many can be compared."""
+        """Learn the common shingles from the first rows, and set the share of compared rows."""
         inputs, wholes = comparable_texts(batch.rows)
         self.common = (common_shingles(inputs), common_shingles(wholes))
         if self.share and not self._every and rows > COMPARED:
@@ -144,7 +146,7 @@ class Duplicates(Check):
         return DuplicateKeys(columns, asked, whole, of_chosen)
 
     def take(self, where: BatchLines, measured: DuplicateKeys, findings: Findings) -> None:
-        """Keep them; nothing can be said before the last row."""
+        """Store the keys and sketches until all rows are known."""
         for name, column in measured.columns.items():
             self._table.append(name, column)
         for name, column in measured.sketched.items():
@@ -199,7 +201,10 @@ class Duplicates(Check):
                 yield rows
 
     def _alike(self, splits_N: Any, leaks: leakage.Leaks) -> tuple[Groups, Groups]:
-        """Near groups and those of numbers, among rows compared; leaks too where rows are all input."""
+        """Group near-duplicates and rows with different numbers.
+
+        Rows without target text also contribute leaks.
+        """
         rows_S = self._compared.read("whole rows")
         split_S = splits_N[rows_S].astype(np.uint64) + np.uint64(1)
         apart_S = combine_keys(split_S, self._compared.read("said"))

@@ -1,4 +1,4 @@
-"""Replies that repeat the prompt before they answer, or instead of an answer."""
+"""Check for replies that repeat the prompt."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ REPEATED = Rule(
     drop=True,
 )
 LEAST_PROMPT = 24
-"""Characters of a prompt, without white space, from which a reply may not begin with the prompt: a
-reply to "Hello" often begins with "Hello"."""
+"""Minimum length of a prompt, without white space, for a reply that begins with the prompt. A reply
+to "Hello" often begins with "Hello"."""
 LEAST_COPY = 4
-"""Characters of a prompt, without white space, from which a reply may not equal the prompt."""
+"""Minimum length of a prompt, without white space, for a reply that equals the prompt."""
 
 
 class Echo(SpotCheck):
@@ -62,7 +62,7 @@ def _exchanges(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _find_repetition(prompt: str, reply: str) -> str | None:
-    """Describe how ``reply`` repeats ``prompt``; ``None`` if it does not."""
+    """Describe how ``reply`` repeats ``prompt``; ``None`` without repetition."""
     # Most replies begin with another character, and long texts are not copied for them.
     if prompt.lstrip()[:1].casefold() != reply.lstrip()[:1].casefold():
         return None

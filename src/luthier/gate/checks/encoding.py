@@ -1,4 +1,4 @@
-"""Text that was damaged on its way: read in the wrong encoding, cut, or carrying what nobody sees."""
+"""Check for damaged text: wrong encoding, truncated characters, invisible characters."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _INVISIBLE = re.compile(
 )
 """Joiners (U+200C, U+200D) are part of many scripts and of emoji; behind Latin letters they are not."""
 _FLAG = "\U0001f3f4"
-"""The black flag, behind which tag characters spell a region: the flags of England, Scotland, Wales."""
+"""The black flag. The flags of England, Scotland and Wales follow it with tag characters."""
 _BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 _MARKUP = re.compile(
     r"&(?:amp|lt|gt|quot|apos|nbsp|copy|reg|hellip|mdash|ndash|[lr]squo|[lr]dquo|#\d{2,6}"
@@ -157,7 +157,8 @@ class Encoding(SpotCheck):
         return joined.spots(FORMS, found)
 
     def summary(self) -> Mapping[str, Any]:
-        """Rows that break each rule; rows with other than ASCII letters in NFC and not."""
+        """Return the rows that break each rule, and the rows with and without NFC form among
+        non-ASCII rows."""
         return {
             "rows": self.rows_by_rule(),
             "normal_forms": {"counts": dict(self.counts["normal_forms"])},
@@ -165,7 +166,7 @@ class Encoding(SpotCheck):
 
 
 def _may_hold_control(joined: JoinedTexts) -> bool:
-    """Whether any control character is there beside those between the texts."""
+    """Return True if the joined text has control characters besides the separators."""
     characters = "".join(set(joined.text)).replace(SEPARATOR, "")
     between = max(0, len(joined.starts) - 1)
     return joined.text.count(SEPARATOR) > between or _CONTROL.search(characters) is not None
@@ -186,7 +187,7 @@ def _find(rule: Rule, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int
 
 
 def remove_hidden(text: str) -> tuple[str, int]:
-    """``text`` without what :data:`CONTROL` and :data:`INVISIBLE` find, and how much that was."""
+    """Remove :data:`CONTROL` and :data:`INVISIBLE` characters; return the text and their number."""
     count = 0
     for rule, pattern in ((CONTROL, _CONTROL), (INVISIBLE, _INVISIBLE)):
         parts, at = [], 0
@@ -198,7 +199,7 @@ def remove_hidden(text: str) -> tuple[str, int]:
 
 
 def describe_characters(rule: Rule, found: str) -> str:
-    """What was found, in words."""
+    """Describe the characters of a match for a message."""
     if rule is MOJIBAKE:
         return f"{found!r}, which looks like UTF-8 read as another encoding"
     character = found[0]
@@ -207,7 +208,7 @@ def describe_characters(rule: Rule, found: str) -> str:
 
 
 def _first_difference(content: str) -> int:
-    """Where the text first differs from its NFC form."""
+    """Return the offset of the first difference between the text and its NFC form."""
     other = unicodedata.normalize("NFC", content)
     pairs = enumerate(zip(content, other, strict=False))
     return next((at for at, (one, two) in pairs if one != two), min(len(content), len(other)))

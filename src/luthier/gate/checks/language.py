@@ -1,9 +1,9 @@
-"""The languages of the rows, of what is given and of what is learned, told by py3langid.
+"""Languages of inputs and targets, identified with py3langid.
 
-Its probability is trusted from 0.9; what it is less sure of counts as unknown. A row is told by the
-first 240 characters of its input and of its answer. All of the first 10,000 lines of a file are told,
-and of those after them fewer and fewer, so that it never takes most of the time; the summary says how
-many.
+Probabilities of at least 0.9 are trusted; all others count as unknown. The check reads the first
+240 characters of the input and of the target. The check covers all of the first 10,000 lines of a
+file and a decreasing share of later lines, so language identification never dominates the run time.
+The summary reports the number of checked rows.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ SPLITS = Rule(
 CHARACTERS = 240
 ALL_UNTIL = 10_000
 RARE = 0.02
-"""Share up to which a language is there by mistake, not by intent."""
+"""Maximum share of a language that counts as a mistake."""
 APART = 0.2
-"""Total variation distance of the languages of two splits that is too much."""
+"""Limit of the total variation distance between the languages of two splits."""
 LEAST_ROWS = 50
 
 
 @dataclass(frozen=True)
 class BatchLanguages:
-    """Languages of the rows that were told."""
+    """Languages of the sampled rows of a batch."""
 
     rows_N: IntArray
     """Index of each in the batch."""
     codes: tuple[tuple[str, str], ...]
-    """ISO 639 code of its input and of its target; empty where unknown or absent."""
+    """ISO 639 codes of input and target; empty if unknown or absent."""
 
 
 class Language(Check):
-    """Tells languages, and rows that are in the wrong one."""
+    """Check for rows and splits in an unexpected language."""
 
     name: ClassVar[str] = "language"
     of_texts: ClassVar[bool] = True
@@ -86,7 +86,7 @@ class Language(Check):
         self._identified: Counter[str] = Counter()
 
     def measure(self, batch: RowBatch) -> BatchLanguages:
-        """Tell the languages of a sample of the batch."""
+        """Identify the languages of a sample of the batch."""
         rows: list[int] = []
         texts: list[str] = []
         for index, row in enumerate(batch.rows):
@@ -107,7 +107,7 @@ class Language(Check):
         self._identified[where.split] += len(measured.codes)
 
     def finish(self, places: Places, findings: Findings) -> None:
-        """Find rows and splits that differ from the rest."""
+        """Report rows and splits that differ from the rest."""
         rows_N = np.concatenate(self._rows) if self._rows else np.zeros(0, np.int64)
         for side, part in enumerate(("input", "target")):
             self._strays(side, part, rows_N, places, findings)
@@ -179,7 +179,7 @@ class Language(Check):
         return found
 
     def summary(self) -> Mapping[str, Any]:
-        """Rows by language, of each split and part; rows seen, and rows whose language was told."""
+        """Return the rows per language for each split and part, and the sizes of the samples."""
         return {
             "splits": {
                 split: {
@@ -198,7 +198,7 @@ class Language(Check):
         )
 
     def _subset(self, split: str, counts: Counter[str]) -> str:
-        """The rows that ``counts`` are of, where they are not all of ``split``."""
+        """Describe the sample behind ``counts``; empty if the sample is the whole split."""
         if counts.total() == self._seen[split]:
             return ""
         looked_at = self._identified[split]
@@ -220,7 +220,10 @@ def _texts(row: Row) -> tuple[str, str]:
 
 
 def _is_sampled(row: Row, text: str) -> bool:
-    """All rows up to a line, fewer after it; by the row alone, so that batches do not matter."""
+    """Return True for all rows up to a line, and for a decreasing share of later rows.
+
+    The decision depends on the row alone, so batch borders do not matter.
+    """
     if row.line <= ALL_UNTIL:
         return True
     drawn = zlib.crc32(f"{row.line}\0{text}".encode("utf-8", "surrogatepass"))

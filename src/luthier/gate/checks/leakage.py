@@ -1,11 +1,10 @@
-"""Held-out rows that training rows give away: the same row, the same question, or nearly so.
+"""Check for held-out rows that also occur in the training rows, exactly or nearly.
 
-Questions are the same where they differ in letter case, punctuation and white space only.
+The comparison of questions ignores letter case, punctuation and white space.
 
-What is measured on such a row is memory. A few of them move a figure by no more than their share, so
-each is a warning; where a tenth of a split is given away, its figures say nothing and the data is
-refused. (A published set such as Banking77 repeats 0.8 % of its test texts: worth knowing, no reason
-to stop.)
+Leaked rows measure memory instead of skill. A few leaked rows change a score by at most their
+share, so each leak is a warning. If a tenth of a split leaks, the scores mean nothing and the gate
+rejects the data. (Banking77 repeats 0.8 % of its test texts, which is no reason to stop.)
 """
 
 from __future__ import annotations
@@ -57,18 +56,18 @@ OVERLAP = Rule(
 )
 RULES = (EXACT, INPUT, NEAR, MANY, OVERLAP)
 TOO_MANY = 0.1
-"""Share of a held-out split that may not be given away."""
+"""Maximum share of leaked rows in a held-out split."""
 FEWEST = 5
-"""Rows given away below which a share of a small split says nothing."""
+"""Minimum number of leaked rows for the share rule. Small splits have uncertain shares."""
 
 
 class Leaks:
-    """For each held-out row, the first training row that gives it away.
+    """First training row that leaks each held-out row.
 
     Args:
-        splits_N: number of each row's split.
-        train: that of the training rows.
-        chunks: keys of what each row asks and of what it teaches, in pieces.
+        splits_N: split index of each row.
+        train: split index of the training rows.
+        chunks: input keys and target keys of all rows, in pieces.
     """
 
     def __init__(self, splits_N: Any, train: int, chunks: Chunks) -> None:
@@ -80,19 +79,19 @@ class Leaks:
         self._counts: dict[str, dict[str, int]] = {}
 
     def set_rows(self, rows_S: IntArray) -> None:
-        """What follows is about pairs of these rows, by their place here."""
+        """Set the rows that later pairs refer to by position."""
         self._rows_S, self._train_S = rows_S, self._train_N[rows_S]
         self._near_S = np.full(len(rows_S), self._none)
-        """Training row that is near; ``_none`` where there is none."""
+        """Number of the near training row; ``_none`` without such a row."""
 
     def is_wanted(self, one_P: Any, other_P: Any) -> Any:
-        """Whether a pair is of both sides, and its held-out row is not given away yet."""
+        """Return True for pairs of a training row and a held-out row without a leak so far."""
         train_P = self._train_S[one_P]
         across_P = train_P != self._train_S[other_P]
         return across_P & (self._near_S[np.where(train_P, other_P, one_P)] == self._none)
 
     def add_pairs(self, one_P: Any, other_P: Any) -> None:
-        """Take in pairs that are near."""
+        """Add pairs of near-duplicates."""
         across_P = self._train_S[one_P] != self._train_S[other_P]
         one_P, other_P = one_P[across_P], other_P[across_P]
         train_P = self._train_S[one_P]
@@ -100,7 +99,7 @@ class Leaks:
         np.minimum.at(self._near_S, held_P, self._rows_S[from_P])
 
     def report(self, places: Places, findings: Findings) -> None:
-        """A finding for each held-out row that is given away, and one for a split with many."""
+        """Report each leaked held-out row, and each split with many leaks."""
         if not self.possible:
             return
         held = np.flatnonzero(~self._train_N)
@@ -123,7 +122,7 @@ class Leaks:
         self._judge(given, places, findings)
 
     def report_overlap(self, places: Places, findings: Findings) -> None:
-        """A finding for each test row whose question is a validation row's, too."""
+        """Report each test row with the question of a validation row."""
         names = places.names()
         if not {"validation", "test"} <= set(names):
             return
@@ -139,11 +138,11 @@ class Leaks:
             findings.add(finding)
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """Rows given away of each held-out split, by rule."""
+        """Return the number of leaked rows per held-out split and rule."""
         return self._counts
 
     def _keys_of(self, rows: IntArray) -> tuple[Keys, Keys]:
-        """Keys of what some rows (ascending) ask, and of that with what they teach."""
+        """Return the input keys of ``rows`` (ascending), and the combined keys of input and target."""
         inputs, both, start = [], [], 0
         for input_C, target_C in self._chunks():
             low, high = np.searchsorted(rows, (start, start + len(input_C)))
@@ -154,7 +153,8 @@ class Leaks:
         return np.concatenate(inputs), np.concatenate(both)
 
     def _nearest(self, held: IntArray, inputs_H: Keys) -> IntArray:
-        """The near training row of each held-out row; of rows that ask the same, it is the same."""
+        """Return the near training row of each held-out row. Rows with equal input share one
+        result."""
         near_H: IntArray = np.full(len(held), self._none)
         if not len(self._rows_S):
             return near_H
@@ -187,7 +187,7 @@ class Leaks:
         findings.add(finding, rows=giving)
 
     def _judge(self, given_N: Any, places: Places, findings: Findings) -> None:
-        """Refuse a split of which too much is given away."""
+        """Reject a split with too many leaked rows."""
         for number, split in enumerate(places.names()):
             rows = np.flatnonzero(self._splits_N == number)
             count = int(given_N[rows].sum())
@@ -200,7 +200,7 @@ class Leaks:
 
 
 class _KeyIndex:
-    """Training rows with certain keys, found in one pass over all rows."""
+    """Training rows with the given keys, collected in one pass over all rows."""
 
     def __init__(self, chunks: Chunks, train_N: Any, wanted: Keys, both: bool) -> None:
         known = np.unique(wanted)
@@ -217,14 +217,14 @@ class _KeyIndex:
         self._by_key, self._sorted = self._rows[order], self._keys[order]
 
     def partners(self, keys_H: Keys, none: int) -> IntArray:
-        """The first row with each key; ``none`` where there is none."""
+        """Return the first row with each key; ``none`` without a row."""
         if not len(self._sorted):
             return np.full(len(keys_H), none)
         at_H = np.minimum(np.searchsorted(self._sorted, keys_H), len(self._sorted) - 1)
         return np.where(self._sorted[at_H] == keys_H, self._by_key[at_H], none)
 
     def same_key(self, row: int) -> list[int]:
-        """All rows with the key of one of them."""
+        """Return all rows with the key of ``row``."""
         wanted = self._keys[np.searchsorted(self._rows, row)]
         low, high = (np.searchsorted(self._sorted, wanted, side) for side in ("left", "right"))
         found: list[int] = self._by_key[low:high].tolist()

@@ -1,11 +1,11 @@
-"""What a model would learn from each row: tokens, the loss mask, and what does not fit.
+"""Check of the encoded rows: tokens, loss mask and length.
 
-Rows are encoded as in training, by the objective and the model's own format, so that what is shown
-is what would be trained.
+The objective and the model's own format encode the rows as in training, so the report shows exactly
+the training input.
 
-Objectives that read their classes or the spread of ratings from the rows refuse data that has only one
-of them, and held-out rows of a class that no training row has. To ask them, it is enough to keep one
-row for each label or tag, and two different ratings.
+Objectives that derive their classes or their rating range from the rows reject data with only one
+class or rating, and held-out rows of an unknown class. One row per label or tag, and two different
+ratings, suffice for this test.
 """
 
 from __future__ import annotations
@@ -45,33 +45,33 @@ from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, IntArray, Row
 
 WHOLE = 20_000
-"""Rows of a file that are all encoded; of those after it one in :data:`EVERY` is."""
+"""Number of rows of a file that are all encoded. After that, one row in :data:`EVERY` is encoded."""
 EVERY = 16
 LONGEST = 10
-"""Longest rows that the summary names, of each split."""
+"""Number of longest rows per split in the summary."""
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row as the model sees it, for people."""
+    """A row as tokens, for the report."""
 
     file: str
     line: int
     pieces: tuple[str, ...]
-    """Its tokens as text, personal data and secrets masked."""
+    """Tokens as text, with personal data and secrets masked."""
     learned: tuple[bool, ...]
-    """Whether each is learned."""
+    """Loss mask: True for tokens that are learned."""
     source: tuple[str, ...] = ()
-    """What an encoder of its own reads, before."""
+    """Tokens of the encoder input of an encoder-decoder model."""
     taught: str = ""
-    """What is learned about the row as a whole, such as its label."""
+    """Target of the whole row, such as a label."""
 
 
 def rows_represented(row: Row, context: int) -> int:
-    """How many rows a row stands for in the counts of tokens; 0 where it is not encoded.
+    """Return the weight of a row in the token counts; 0 if the row is not encoded.
 
-    No token is less than a byte, so that a row with fewer bytes than the context has tokens fits: what
-    may be too long is always encoded. A quarter is left for what templates add.
+    A token has at least one byte, so a row with fewer bytes than the context has tokens fits. Rows
+    that may be too long are always encoded. A quarter of the context is reserved for the template.
     """
     if row.line <= WHOLE:
         return 1
@@ -82,20 +82,20 @@ def rows_represented(row: Row, context: int) -> int:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Token counts of a batch, and what is wrong with its rows."""
+    """Token counts and faults of a batch."""
 
     tokens_N: IntArray
     learned_N: IntArray
     times_N: IntArray
-    """Rows that each one stands for (:func:`rows_represented`)."""
+    """Weight of each row (:func:`rows_represented`)."""
     spots: tuple[Spot, ...]
     shown: tuple[ShownRow, ...] = ()
     longest: tuple[tuple[int, int, int, str], ...] = ()
-    """Tokens, learned tokens, line and beginning of its longest rows."""
+    """Tokens, learned tokens, line and excerpt of the longest rows."""
     kinds: Mapping[RowKind, Witness] = field(default_factory=dict)
     """A row of each class."""
     waiting: tuple[Row, ...] = ()
-    """Judged answers that are learned from beside other answers to the same prompt."""
+    """Judged answers that the objective combines with further answers to the prompt."""
 
 
 def _neighbours(row: Row) -> list[Row]:
@@ -126,7 +126,11 @@ class Learning(SpotCheck):
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """The check for a model; :class:`ValueError` without one."""
+        """Create the check.
+
+        Raises:
+            ValueError: no base model.
+        """
         if known.chat is None:
             raise ValueError("the check of what is learned needs a model's tokenizer")
         return cls(known.objective, known.chat, known.context, known.shown, known.every)
@@ -149,10 +153,11 @@ class Learning(SpotCheck):
         self.longest: dict[str, list[tuple[int, int, str, int, str]]] = {}
         self.fitting = ObjectiveFit()
         self.waiting: dict[tuple[str, str], list[Row]] = {}
-        """Kept in memory until the end, unlike other rows: their partners may come last."""
+        """Rows stored until the end by split and file, because the rows to combine with may come
+        last."""
 
     def begin(self, batch: RowBatch, rows: int = 0) -> None:
-        """Choose the objective by the first row, where none was asked for and the row tells."""
+        """Choose the objective by the first row, if the user names no objective."""
         if self.objective is None:
             with suppress(DataError):
                 self.objective = objective_for(batch.rows[0], self.chat)
@@ -226,9 +231,10 @@ class Learning(SpotCheck):
         )
 
     def _fit(self, objective: Objective, rows: list[Row]) -> Objective:
-        """The objective fitted to a batch: what it takes from the rows changes no length.
+        """Fit the objective to a batch. The fit does not change lengths.
 
-        A batch alone may hold only one class or rating, which says nothing of the whole data.
+        A batch may have only one class or rating although the data has several, so rows with other
+        targets are added if necessary.
         """
         for known in (rows, [*rows, *_neighbours(rows[0])]) if rows else ():
             try:
@@ -238,7 +244,7 @@ class Learning(SpotCheck):
         return objective
 
     def _show(self, objective: Objective, example: Example, row: Row) -> ShownRow | None:
-        """The row for people; ``None`` where what must be masked cannot be told from its tokens."""
+        """Return the row for the report; ``None`` if masking personal data is impossible."""
         private = private_items(text.content for text in row.texts())
         if private and not objective.same_each_epoch:
             return None  # random changes may stand in the middle of a number
@@ -263,7 +269,7 @@ class Learning(SpotCheck):
         )
 
     def take(self, where: BatchLines, measured: EncodedBatch, findings: Findings) -> None:
-        """Count, and add what is wrong."""
+        """Add the counts and the findings of a batch."""
         self.add_spots(where, measured.spots, findings)
         self.fitting.take(where, measured.kinds)
         if measured.waiting:
@@ -280,7 +286,7 @@ class Learning(SpotCheck):
         self.longest[where.split] = nlargest(LONGEST, longest, key=lambda row: row[0])
 
     def finish(self, places: Places, findings: Findings) -> None:
-        """What the objective refuses of all rows together."""
+        """Report the faults that the objective finds in all rows together."""
         if self.objective is None:
             return
         for (split, file), rows in self.waiting.items():
@@ -338,16 +344,16 @@ RowKind = tuple[str, ...]
 
 @dataclass
 class Witness:
-    """The first row of a kind, without its text, and how many there are."""
+    """The first row of a kind, without the text, and the number of rows of the kind."""
 
     row: Row
     index: int
-    """Its index in the batch."""
+    """Index in the batch."""
     count: int
 
 
 def find_witnesses(rows: Sequence[Row]) -> dict[RowKind, Witness]:
-    """One row for each kind of rows in a batch."""
+    """Return a row of each kind in a batch."""
     found: dict[RowKind, Witness] = {}
     for index, row in enumerate(rows):
         for kind in _kinds(row):
@@ -380,23 +386,23 @@ def _kinds(row: Row) -> Iterable[RowKind]:
 
 
 def _shorten(row: Row) -> Row:
-    """The row with a text of one letter, so that any number may be kept."""
+    """Replace the text of the row with a letter, so that any number of rows fits in memory."""
     if isinstance(row, TaggedWords):
         return replace(row, tokens=("a",) * len(row.tokens))
     return replace(row, text="a") if isinstance(row, TextRow) else row
 
 
 class ObjectiveFit:
-    """Takes in the witnesses of all batches, and lets the objective judge them at the end."""
+    """Collects the witnesses of all batches, and fits the objective at the end."""
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[RowKind, tuple[Place, Witness]]] = {}
         self._lines: Counter[str] = Counter()
         self.several_labels = False
-        """Whether the objective, fitted to the training rows, gives several labels to a row."""
+        """True if the fitted objective gives a row several labels."""
 
     def take(self, where: BatchLines, found: Mapping[RowKind, Witness]) -> None:
-        """Those of one batch."""
+        """Add the witnesses of a batch."""
         self._lines[where.split] += len(where.lines_N)
         kept = self._kept.setdefault(where.split, {})
         ratings = sum(kind[0] == "rating" for kind in kept)
@@ -408,10 +414,10 @@ class ObjectiveFit:
                 ratings += kind[0] == "rating"
 
     def judge(self, objective: Objective, chat: ChatFormat) -> list[tuple[Finding, int]]:
-        """What the objective refuses, and of how many rows.
+        """Return the rejections of the objective and the number of affected rows.
 
         Raises:
-            RecipeError: where it cannot learn such rows whatever they say.
+            RecipeError: the objective cannot learn rows of this shape.
         """
         train = self._kept.get("train", {})
         allowed = objective.shapes | objective.further_shapes
@@ -455,7 +461,7 @@ class ObjectiveFit:
 
 
 def _describe_single_class(row: Row) -> str:
-    """The message without a count of rows, as only one of each class was looked at."""
+    """Describe a single class without a row count, because only one row of each class is known."""
     match row:
         case RatedText() | RatedReply():
             return f"all rows have the rating {row.rating:g}."

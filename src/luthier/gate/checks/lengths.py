@@ -1,4 +1,4 @@
-"""Sizes that stand out, and answers that say nothing: of all rows, what each is beside the others."""
+"""Check for outliers in length, and for answers without content."""
 
 from __future__ import annotations
 
@@ -42,18 +42,19 @@ SAME_START = Rule(
     whole=True,
 )
 FENCE = 2.0
-"""Interquartile ranges beyond a quartile, on log lengths, that stand out.
+"""Distance of an outlier from a quartile of the log lengths, in interquartile ranges.
 
-Tukey 1977 has 1.5 for "outside" and 3 for "far out". Of normal log lengths 0.7 %, 0.08 % and 0.0002 %
-are beyond 1.5, 2 and 3."""
+Tukey 1977 uses 1.5 for "outside" and 3 for "far out". In a normal distribution, 0.7 %, 0.08 % and
+0.0002 % are beyond 1.5, 2 and 3.
+"""
 LEAST_SPREAD = 0.75
-"""Interquartile range of log lengths that is taken at least: rows of equal length have no outliers."""
+"""Minimum interquartile range of log lengths, so that data of equal length has no outliers."""
 LEAST_ROWS = 50
-"""Rows from which quartiles mean something."""
+"""Minimum number of rows for meaningful quartiles."""
 QUARTILES_OF = 1_000_000
-"""Rows up to which quartiles are those of all; of more, of every second, third and so on."""
+"""Maximum number of rows for exact quartiles. Larger data uses every second row, every third, etc."""
 WORDS = 4
-"""First words of an answer that are compared."""
+"""Number of first words of an answer that are compared."""
 MOSTLY = 0.5
 _COUNTED = 512
 _NOTHING = re.compile(
@@ -68,7 +69,7 @@ class BatchLengths:
     """Log lengths and openings of a batch."""
 
     log_2N: FloatArray
-    """``[2, N]`` log of 1 + characters of input and target; 0 where there is none."""
+    """``[2, N]`` log of 1 + number of characters of input and target; 0 without text."""
     words_2N: FloatArray
     starts: Counter[str]
     answers: int
@@ -76,7 +77,7 @@ class BatchLengths:
 
 
 class Lengths(SpotCheck):
-    """Looks for lengths that stand out, and for answers without content."""
+    """Check for unusual lengths, empty answers and repeated openings."""
 
     name: ClassVar[str] = "lengths"
     of_texts: ClassVar[bool] = True
@@ -118,7 +119,7 @@ class Lengths(SpotCheck):
         return BatchLengths(logs_2N, words_2N.astype(np.float32), starts, answers, tuple(spots))
 
     def take(self, where: BatchLines, measured: BatchLengths, findings: Findings) -> None:
-        """Keep 8 bytes a row, on disk once there are many, and the most frequent openings."""
+        """Store 8 bytes per row (on disk for many rows) and the most frequent openings."""
         for name, log_N in zip(_SIDES, measured.log_2N, strict=True):
             self._table.append(name, log_N)
         histograms = self._histograms.setdefault(
@@ -134,10 +135,10 @@ class Lengths(SpotCheck):
         self.add_spots(where, measured.spots, findings)
 
     def _count(self, starts: Counter[str]) -> None:
-        """Count openings in bounded memory; what stays is counted too low by at most one in 512.
+        """Count openings in bounded memory, with an error of at most one row in 512.
 
-        Misra and Gries 1982, "Finding repeated elements", for batches: all counts sink by that of the
-        first one beyond the room.
+        The algorithm is Misra and Gries 1982, "Finding repeated elements", for batches: subtract
+        the count of the first excess entry from all counts.
         """
         self._starts += starts
         if len(self._starts) > 2 * _COUNTED:
@@ -148,7 +149,7 @@ class Lengths(SpotCheck):
             )
 
     def finish(self, places: Places, findings: Findings) -> None:
-        """Rows outside the fences, and an opening that most answers share."""
+        """Report length outliers, and an opening that most answers share."""
         if not places.total:
             return
         for part in _SIDES:

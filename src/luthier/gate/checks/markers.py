@@ -1,10 +1,10 @@
-"""Marks of chat templates inside text, placeholders, and answers that refuse.
+"""Check for chat template markers inside text, placeholders and refusals.
 
-A special token written in raw text or in what the assistant writes is not read as text: the tokenizer
-turns its name into one special id. The turn then ends, or another begins, in the middle of the message;
-in an answer the model learns to stop or to speak for the user there (:data:`SPECIAL`). In the other
-turns of a conversation ``luthier.data.tokenization`` breaks such names (:data:`AS_TEXT`). With a
-model's format given, exactly the strings that its tokenizer turns into special ids are found.
+A tokenizer turns the name of a special token in raw text or in an assistant's turn into one special
+id. The id ends the turn or starts a new turn in the middle of the message. In an answer, the model
+learns to stop or to speak for the user at that point (:data:`SPECIAL`). In all other turns of a
+conversation, ``luthier.data.tokenization`` breaks the names of special tokens (:data:`AS_TEXT`). If
+the model's format is known, the check finds exactly the strings that become special ids.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ _TEMPLATE = re.compile(
     r"|U(?<![^\n]U)SER: |A(?<![^\n]A)SSISTANT: "
 )
 _STRUCK = re.compile(r"<s>[^<\n]{1,200}</s>")
-"""Struck-through text of HTML, which is no mark."""
+"""Struck-through text of HTML, which is not a marker."""
 _ROLE = re.compile(
     r"\s*(?:[*#<\[]{0,3})(?:assistant|ai|bot|chatbot|chatgpt|gpt|gpt-4|model|system|user|human|trợ lý"
     r"|người dùng)(?:[*>\]]{0,3}) ?[:：]",
@@ -113,9 +113,9 @@ _HINTS = (
     "xin lỗi",
     "là một",
 )
-"""One of them is in every refusal; looking for them is cheaper."""
+"""Strings of which every refusal has at least one. Substring search is faster than the pattern."""
 _OPENING = 300
-"""Characters of an answer in which a refusal is looked for."""
+"""Length of the beginning of an answer that is searched for a refusal, in characters."""
 
 
 class Markers(SpotCheck):
@@ -128,7 +128,7 @@ class Markers(SpotCheck):
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """With the special tokens of the model, where there is one."""
+        """Create the check with the special tokens of the base model, if given."""
         return cls(known.chat if known.chat is not None and known.chat.has_tokenizer else None)
 
     def __init__(self, chat: ChatFormat | None = None) -> None:
@@ -182,7 +182,7 @@ class Markers(SpotCheck):
                 yield *match.span(), match[0]
 
     def _is_encoded(self, content: str) -> bool:
-        """Whether the tokenizer makes a special id of any part of ``content``."""
+        """Return True if the tokenizer turns a part of ``content`` into a special id."""
         assert self.tokenizer is not None
         ids = self.tokenizer.encode(content, add_special_tokens=False)
         return not set(self.special.values()).isdisjoint(ids)
@@ -201,7 +201,7 @@ class Markers(SpotCheck):
             yield start, end, match[0].strip()
 
     def summary(self) -> Mapping[str, Any]:
-        """Rows that break each rule, marks by their text, and the share of answers that refuse."""
+        """Return the rows that break each rule, the frequent markers and the share of refusals."""
         answers = self.counts["answers"].total()
         return {
             "rows": self.rows_by_rule(),
@@ -212,7 +212,7 @@ class Markers(SpotCheck):
 
 
 def _is_asked(row: Row, text: Text) -> bool:
-    """Whether ``text`` is of a turn that is not the assistant's."""
+    """Return True if ``text`` belongs to a turn of the user or the system."""
     if text.part != "input" or not row.turns():
         return False
     name, is_turn, rest = text.field.partition("[")

@@ -1,9 +1,9 @@
-"""Personal data and secrets in the rows: what a model may learn by heart and give away.
+"""Check for personal data and secrets, which a model may memorize and reveal.
 
-Large language models give back training text word for word, rare strings among it (Carlini et al. 2021,
-"Extracting Training Data from Large Language Models"). Personal data is a warning, as it may be meant;
-keys of services and private keys are errors, as nobody means to publish them and their forms leave no
-doubt. A policy may say otherwise of each kind.
+Large language models reproduce training text verbatim, including rare strings (Carlini et al. 2021,
+"Extracting Training Data from Large Language Models"). Personal data is a warning, because the data
+may be intended. API keys and private keys are errors, because nobody publishes keys on purpose and
+the formats are unambiguous. A policy can change the severity of each kind.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _VOWEL = re.compile(r"[aeioAEIO]|[FHLMNRSX][A-Z]+\b")
 
 
 class Privacy(SpotCheck):
-    """Looks for personal data and secrets in every text; no finding holds one."""
+    """Check for personal data and secrets in every text. Findings never quote an item."""
 
     name: ClassVar[str] = "privacy"
     of_texts: ClassVar[bool] = True
@@ -87,7 +87,7 @@ class Privacy(SpotCheck):
         return Spots(spots, {"items": Counter(kinds), "details": Counter(details)})
 
     def finish(self, places: Places, findings: Findings) -> None:
-        """Say what could not be looked for."""
+        """Report that national ids and IBANs cannot be checked, if python-stdnum is missing."""
         wanted = {"iban", "national_id"} & set(self.finder.kinds)
         if wanted and places.total and not can_check_ids():
             place = Place(places.place(0).file, 0)
@@ -106,5 +106,4 @@ class Privacy(SpotCheck):
 
 
 def _with_article(detail: str) -> str:
-    """With its article, as it is said: an RSA key, a US number."""
     return f"{'an' if _VOWEL.match(detail) else 'a'} {detail}"

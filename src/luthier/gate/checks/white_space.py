@@ -1,7 +1,7 @@
-"""White space of replies that a chat template removes.
+"""Check for white space of replies that a chat template removes.
 
-Some templates trim the content of every turn. A model never learns the white space that is removed: a
-reply that continues indented code is learned, and served, without its indentation.
+Some templates trim the content of every turn, so a model never learns the white space. A reply that
+continues indented code then loses its indentation in training and in inference.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _WORD = "the reply of a probe"
 
 
 class WhiteSpace(SpotCheck):
-    """Looks for replies whose white space the chat template removes."""
+    """Check for replies that lose white space in the chat template."""
 
     name: ClassVar[str] = "white_space"
     of_texts: ClassVar[bool] = True
@@ -47,7 +47,7 @@ class WhiteSpace(SpotCheck):
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
-        """Return the check for the model's template, as the objective renders it."""
+        """Create the check for the template that the objective renders."""
         assert known.chat is not None
         objective, chat = known.objective, known.chat
         return cls(chat if objective is None else objective.format(chat))
@@ -93,7 +93,7 @@ class WhiteSpace(SpotCheck):
         return INDENTATION if is_code and not kept[indentation, ""] else TRIMMED
 
     def _keeps(self, before: str, after: str) -> bool:
-        """Return whether the template writes a reply with ``before`` and ``after`` around its text."""
+        """Return True if the template keeps ``before`` and ``after`` around a reply."""
         reply = f"{before}{_WORD}{after}"
         return self._render(reply) == self._render(_WORD).replace(_WORD, reply)
 
