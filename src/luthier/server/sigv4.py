@@ -1,9 +1,10 @@
 """Verification of AWS Signature Version 4, in the header and in the query.
 
-Source: the specification "AWS Signature Version 4 for API requests", and its published test vectors.
-What is signed is what is served: the raw path, the query as handlers will decode it, the headers, the
-bytes of the body. Where the specification lets several requests share a signature, all but the plain
-one are refused.
+The signature covers the raw path, the query as handlers decode the query, the headers and the bytes
+of the body. If the specification gives several requests one signature, only the plain request is
+accepted.
+
+Source: the specification "AWS Signature Version 4 for API requests" and its published test vectors.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ STREAMED = (
     "STREAMING-AWS4-HMAC-SHA256-PAYLOAD", "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER"
 )  # fmt: skip
 LONGEST_PRESIGNED = 604_800
-"""Seconds: a week."""
+"""Maximum validity of a presigned request, in seconds: one week."""
 
 _PRESIGNED = ("Algorithm", "Credential", "Date", "Expires", "SignedHeaders", "Signature")
 _SIGNS = frozenset({b"X-Amz-Algorithm", b"X-Amz-Credential", b"X-Amz-Signature"})
-"""Any of these in a query means that it is to be taken for a presigned one."""
+"""Query parameters of a presigned request. Any of the three marks a request as presigned."""
 _EARLY = timedelta(minutes=5)
-"""A presigned request may be used this long before its date: clocks differ."""
+"""Time before its date at which a presigned request is accepted, because clocks differ."""
 _ONCE = ("host", "date", "content-type", "content-length", "content-md5", "range")
-"""Headers with one meaning; sent twice, signer and handler could read different ones. So x-amz*."""
+"""Headers with a single value, like all ``x-amz`` headers. In a request with two values, the signer
+and the handler could read different values."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _SCOPE = re.compile(
     r"([!-.0-~]{1,128})/([0-9]{8})/([a-z0-9-]{1,64})/([a-z0-9-]{1,64})/aws4_request"
@@ -46,18 +48,18 @@ _MOMENT = "%Y%m%dT%H%M%SZ"
 
 @dataclass(frozen=True)
 class SignedService:
-    """How requests to one service are signed."""
+    """Signature rules of one service."""
 
     skew: timedelta
-    """How far the clocks may be apart."""
+    """Maximum difference between the clocks of client and server."""
     objects: bool = False
-    """Object storage: the path is signed as it is sent, and the body's hash stands in a header."""
+    """Object storage: the path is signed as sent, and a header has the body's hash."""
     path: str | None = None
-    """The only path of the service: what is signed for it opens nothing else."""
+    """The only valid path of the service, if any."""
 
     @property
     def refusal(self) -> str:
-        """Code of a signature that does not hold."""
+        """Error code of a wrong signature."""
         return "SignatureDoesNotMatch" if self.objects else "InvalidSignature"
 
 
@@ -71,7 +73,7 @@ SERVICES = {
 
 @dataclass(frozen=True)
 class Credential:
-    """What belongs to an access key."""
+    """The secret and the owner of an access key."""
 
     secret: str
     caller: Caller
@@ -82,7 +84,7 @@ class Credential:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a request says of its signature; nothing of it is proved."""
+    """The unverified signature data of a request."""
 
     access_key: str
     day: str
@@ -91,28 +93,28 @@ class Claim:
     signed_headers: tuple[str, ...]
     signature: str
     moment: str
-    """``yyyymmddThhmmssZ``"""
+    """Time of signing, in the form ``yyyymmddThhmmssZ``."""
     expires: int | None = None
-    """Seconds, of a presigned request."""
+    """Validity of a presigned request, in seconds."""
 
     @property
     def at(self) -> datetime:
-        """When it was signed."""
+        """Time of signing."""
         return datetime.strptime(self.moment, _MOMENT).replace(tzinfo=UTC)
 
     @property
     def scope(self) -> str:
-        """Of the credential."""
+        """Scope of the credential: day, region, service and terminator."""
         return f"{self.day}/{self.region}/{self.service}/{TERMINATOR}"
 
     @property
     def is_presigned(self) -> bool:
-        """Whether it stands in the query."""
+        """Whether the query has the signature."""
         return self.expires is not None
 
 
 LookUp = Callable[[str], Credential | None]
-"""Returns the credential of an access key; ``None`` for a key that is unknown or disabled."""
+"""Returns the credential of an access key; ``None`` for an unknown or disabled key."""
 
 
 def verify(
@@ -121,19 +123,18 @@ def verify(
     look_up: LookUp,
     moment: datetime,
 ) -> Signed:
-    """Who signed a request.
+    """Verify the signature of a request and return the signer.
 
     Args:
-        head: the request as it came.
-        body: the whole body; ``None`` only for ``s3``, whose body is compared as it is read.
+        head: the request head as received.
+        body: the whole body; ``None`` only for ``s3``, because S3 bodies are verified as streams.
         look_up: returns the credential of an access key.
-        moment: now.
+        moment: the current time.
 
     Raises:
         Fault: ``MissingAuthenticationToken``, ``IncompleteSignature``, ``UnrecognizedClient``,
-            ``InvalidSignature``; for ``s3`` instead of that
-            ``SignatureDoesNotMatch``, ``RequestTimeTooSkewed``, and ``AccessDenied`` for a presigned
-            request that is over.
+            ``InvalidSignature``. For ``s3`` the last code is ``SignatureDoesNotMatch``,
+            ``RequestTimeTooSkewed``, or ``AccessDenied`` for an expired presigned request.
     """
     claim, service = _valid_claim(head, body is None, moment)
     payload = _payload(head, body, claim, service)
@@ -157,9 +158,10 @@ def check_claim(
     look_up: LookUp,
     moment: datetime,
 ) -> None:
-    """Refuse a request whose body is still to come for all that its head is reason for.
+    """Check the head of a request before the body arrives: form, time, headers and access key.
 
-    Its signature is not verified: that takes the body. Arguments and faults as of :func:`verify`.
+    The signature is verified later, because the signature covers the body. Arguments and faults as
+    in :func:`verify`.
     """
     claim, _ = _valid_claim(head, False, moment)
     if look_up(claim.access_key) is None:
@@ -190,7 +192,7 @@ _WRONG = (
 
 
 def claim_of(head: RequestHead) -> Claim:
-    """What ``head`` says of its signature; raises :class:`Fault` where that is malformed."""
+    """Return the signature data of ``head``; raises :class:`Fault` for malformed data."""
     given = [value for name, value in head.headers if name == "authorization"]
     names = {name for name, _ in query_pairs(head.query)}
     in_query = not names.isdisjoint(_SIGNS)
@@ -206,7 +208,7 @@ def claim_of(head: RequestHead) -> Claim:
 
 
 def canonical_request(head: RequestHead, claim: Claim, payload: str) -> bytes:
-    """The canonical request of the specification; ``payload`` is the hash of the body."""
+    """Return the canonical request of the specification; ``payload`` is the hash of the body."""
     parts = (
         head.method.encode("latin-1"),
         canonical_path(head.path, claim.service),
@@ -221,7 +223,7 @@ def canonical_request(head: RequestHead, claim: Claim, payload: str) -> bytes:
 
 
 def canonical_path(path: str, service: str) -> bytes:
-    """The raw path as sent for object storage, for all others in normal form and encoded again."""
+    """Return the raw path for object storage, and the normalized, encoded path for other services."""
     raw = path.encode("latin-1") or b"/"
     if service in SERVICES and SERVICES[service].objects:
         return raw
@@ -229,7 +231,7 @@ def canonical_path(path: str, service: str) -> bytes:
 
 
 def normal_path(raw: bytes) -> bytes:
-    """Without empty segments, ``.`` and ``..`` (RFC 3986, section 5.2.4)."""
+    """Return a path without empty segments, ``.`` and ``..`` (RFC 3986, section 5.2.4)."""
     kept: list[bytes] = []
     for part in raw.split(b"/"):
         if part == b"..":
@@ -241,7 +243,7 @@ def normal_path(raw: bytes) -> bytes:
 
 
 def canonical_query(query: str, presigned: bool) -> bytes:
-    """Each key and value decoded as handlers decode it, encoded again, pairs sorted."""
+    """Return the query with decoded and encoded keys and values, sorted."""
     pairs = sorted(
         (quote(name, safe="-_.~"), quote(value, safe="-_.~"))
         for name, value in query_pairs(query)
@@ -251,7 +253,7 @@ def canonical_query(query: str, presigned: bool) -> bytes:
 
 
 def signing_key(secret: str, day: str, region: str, service: str) -> bytes:
-    """The key that signs requests of one day to one service in one region."""
+    """Return the signing key of one day, region and service."""
     key = f"AWS4{secret}".encode()
     for part in (day, region, service, TERMINATOR):
         key = hmac.digest(key, part.encode(), hashlib.sha256)
@@ -259,13 +261,13 @@ def signing_key(secret: str, day: str, region: str, service: str) -> bytes:
 
 
 def string_to_sign(claim: Claim, canonical: bytes) -> str:
-    """Algorithm, moment, scope and the hash of the canonical request."""
+    """Return algorithm, time, scope and hash of the canonical request."""
     digest = hashlib.sha256(canonical).hexdigest()
     return f"{ALGORITHM}\n{claim.moment}\n{claim.scope}\n{digest}"
 
 
 def signature(key: bytes, claim: Claim, canonical: bytes) -> str:
-    """The signature that ``claim`` should have, in hexadecimal."""
+    """Return the expected signature in hexadecimal."""
     return hmac.new(key, string_to_sign(claim, canonical).encode(), hashlib.sha256).hexdigest()
 
 
@@ -374,7 +376,8 @@ def _check_headers(head: RequestHead, claim: Claim, service: SignedService) -> N
 
 
 def _payload(head: RequestHead, body: bytes | None, claim: Claim, service: SignedService) -> str:
-    """The hash that was signed, as far as it can be known before a body that is still to come."""
+    """Return the signed hash of the body. For ``s3`` the hash is verified later, while the body
+    arrives."""
     payload = _value(head, "x-amz-content-sha256")
     if body is not None:
         digest = hashlib.sha256(body).hexdigest()

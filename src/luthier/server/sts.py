@@ -19,7 +19,7 @@ from luthier.server.s3.documents import Element, document
 NAMESPACE = "https://sts.amazonaws.com/doc/2011-06-15/"
 ACTION = "sts:GetCallerIdentity"
 BODY_LIMIT = 65_536
-"""Bytes of a form at most."""
+"""Maximum size of a form in bytes."""
 _ERRORS = {
     "AccessDenied": ("AccessDenied", 403),
     "IncompleteSignature": ("IncompleteSignature", 400),
@@ -34,17 +34,17 @@ _ERRORS = {
     "UnrecognizedClient": ("InvalidClientTokenId", 403),
     "Validation": ("ValidationError", 400),
 }
-"""STS's code and status of each fault of the service."""
+"""STS's code and status by error code of the server."""
 
 
 def sts_api() -> Api:
-    """Return the API that ``aws sts get-caller-identity`` calls: requests that are signed for STS."""
+    """Return the API of ``aws sts get-caller-identity``, for all requests signed for STS."""
     app = request_response(handler_endpoint(_answer, "sts", ACTION, BODY_LIMIT))
     return Api("sts", app, lambda head, service: service == "sts", refusal, "x-amzn-RequestId")
 
 
 def refusal(fault: Fault, request_id: str) -> Response:
-    """Return ``fault`` as botocore expects errors of STS."""
+    """Return ``fault`` in the form that botocore expects of STS."""
     code, status = _ERRORS.get(fault.code, (fault.code, 400))
     error: list[Element | None] = [
         ("Type", "Sender" if status < 500 else "Receiver"),
@@ -80,7 +80,7 @@ def _answer(request: Request) -> Response:
 
 
 def _action(request: Request) -> str:
-    """Return the one ``Action`` of the form or query; raises :class:`Fault` for several."""
+    """Return the single ``Action`` of the form or query; raises :class:`Fault` for several."""
     try:
         form = parse_qsl(request.body.decode(), keep_blank_values=True, errors="strict")
     except ValueError as error:

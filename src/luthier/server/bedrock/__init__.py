@@ -1,9 +1,10 @@
-"""The Bedrock face: what boto3 and the AWS CLI call ``bedrock`` and ``bedrock-runtime``.
+"""The Bedrock API: the operations that boto3 and the AWS CLI call on ``bedrock`` and
+``bedrock-runtime``.
 
-    shapes         operations and shapes of botocore's service models; members of requests, answers
-    face           the routes of the server; faults as AWS writes them
-    control        what every operation of the control plane works with, pages of lists among it
+    shapes         operations and shapes of botocore's service models: validation and rendering
+    routes         routes of the API, and errors in AWS's form
+    control        shared parts of control plane operations, such as pagination
+    runtime        Converse, InvokeModel, the streams of both, and CountTokens
 
-The operations of the control plane stand beside them, a file for each kind of resource; those of the
-runtime are in ``luthier.server.bedrock.runtime``.
+Each kind of resource of the control plane has a module with its operations.
 """

@@ -1,4 +1,4 @@
-"""Endpoints become usable: their models are checked and loaded in the background."""
+"""Activation of endpoints: models are verified and loaded in the background."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from luthier.server.tables.database import Database, find_row
 from luthier.server.tables.endpoints import Endpoint, unfinished_ids
 
 Prepare = Callable[[str], None]
-"""Makes the model of an id ready to answer; raises :class:`LuthierError` where it cannot."""
+"""Prepares the model with a stored id for requests. Raises :class:`LuthierError` on failure."""
 
 _THREADS = 2
 _log = logging.getLogger("luthier.server")
 
 
 def check_files(stored_id: str) -> None:
-    """Whether every file of a model and of those below it has the bytes that were recorded.
+    """Verify the recorded checksums of a model's files and of the files of all parent models.
 
     Raises:
-        LuthierError: where one has not, or there is no such model.
+        LuthierError: for a missing model, or missing or changed files.
     """
     found: models.StoredModel | None = models.find(stored_id)
     while found is not None:
@@ -37,12 +37,12 @@ def check_files(stored_id: str) -> None:
 
 
 def check_and_load(pool: ModelPool, stored_id: str) -> None:
-    """Check the files of a model and load the model, so that its first request does not wait.
+    """Verify the files of a model and load the model, so that the first request does not wait.
 
-    If memory is short now, the first request loads the model.
+    If memory is short, the first request loads the model instead.
 
     Raises:
-        LuthierError: as :func:`check_files`, and if the model cannot be loaded at all.
+        LuthierError: as :func:`check_files`, or if the model cannot be loaded at all.
     """
     check_files(stored_id)
     try:
@@ -54,26 +54,27 @@ def check_and_load(pool: ModelPool, stored_id: str) -> None:
 
 
 class Activation:
-    """Prepares models in the background; what comes of it is written where it was asked for."""
+    """A thread pool that prepares the models of endpoints and records the outcome in the endpoint."""
 
     def __init__(self, database: Database, prepare: Prepare = check_files) -> None:
-        """``prepare`` is :func:`check_and_load` in a server that answers."""
+        """Create the pool; ``prepare`` is :func:`check_and_load` in a server with an inference
+        pool."""
         self.database, self.prepare = database, prepare
         self._threads = ThreadPoolExecutor(_THREADS, "activation")
 
     def submit(self, endpoint_id: str) -> None:
-        """Prepare what an endpoint waits for; call it after the transaction that asks for it."""
+        """Prepare the pending model of an endpoint. Call this after the transaction is committed."""
         self._threads.submit(self._run, endpoint_id)
 
     def resume(self) -> None:
-        """Go on with what a server that was killed left behind."""
+        """Prepare the pending models that a killed server left behind."""
         with self.database.read() as session:
             waiting = unfinished_ids(session)
         for endpoint_id in waiting:
             self.submit(endpoint_id)
 
     def close(self) -> None:
-        """Wait for the models that are being prepared; the others are left for the next start."""
+        """Wait for running preparations. Waiting endpoints are resumed at the next start."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, endpoint_id: str) -> None:
@@ -94,7 +95,7 @@ class Activation:
             _log.exception("could not write what became of %s", endpoint_id)
 
     def _prepare(self, model: str) -> str | None:
-        """Prepare the model of an ARN; what its owner is told where that is not possible."""
+        """Prepare the model of an ARN and return the failure message for the owner, or ``None``."""
         try:
             with self.database.read() as session:
                 stored_id = stored_id_of(session, model)

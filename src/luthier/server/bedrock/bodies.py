@@ -1,4 +1,4 @@
-"""Bodies of the runtime's requests, and their faults."""
+"""Bodies of runtime requests: parsing and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from luthier.validation import describe_error
 
 
 class NativeBody(BaseModel):
-    """A body in the native form of a model, with strict types and without unknown members."""
+    """A body in a model's native form, with strict types and without unknown members."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -57,7 +57,7 @@ def parsed_native(kind: type[T], given: Mapping[str, Any]) -> T:
 
 
 def malformed_input(text: str) -> Fault:
-    """Return AWS's fault for a body in the native form of a model."""
+    """Return AWS's error for a body in a model's native form."""
     return Fault(
         "Validation",
         f"Malformed input request: {text.rstrip('.')}, please reformat your input and try again.",

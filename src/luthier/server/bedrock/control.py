@@ -1,4 +1,4 @@
-"""Requests to the control plane: parts of the server, idempotent creation, pages of lists."""
+"""Shared parts of control plane operations: the request, idempotent creation, pagination."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ Listed = TypeVar("Listed", Job, CustomModel, Endpoint)
 DEFAULT_RESULTS = 100
 _MILLISECOND = timedelta(milliseconds=1)
 LONGEST_FAILURE = 2048
-"""Characters of a failure message, by the shape that Bedrock has for it."""
+"""Maximum length of a failure message in characters, from Bedrock's shape."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """The parts of the server that its control plane stands on."""
+    """The parts of the server that the control plane uses."""
 
     database: Database
     arns: Arns
     locations: Locations
     activation: Activation
     delete_model: Callable[[CustomModel], None]
-    """Deletes a model, wherever it is; raises :class:`~luthier.errors.WrongState` where
-    it is in use."""
+    """Deletes a model from library and database. Raises :class:`~luthier.errors.WrongState` if the
+    model is in use."""
     grader: Callable[[str, str], Mapping[str, Any] | None]
-    """Method and fields of the grader behind the ARN of a Lambda function, for an account."""
+    """Returns method and fields of the grader with the given Lambda ARN, for an account."""
     quotas: Callable[[str], AccountQuotas]
-    """Of an account."""
+    """Returns the quotas of an account."""
     wake: Callable[[], None]
-    """Tells the scheduler that there is a job, or a model from outside, to work on."""
+    """Wakes the scheduler: a job or a model import is waiting."""
 
 
 @dataclass(frozen=True)
 class ControlRequest:
-    """One request to the control plane, checked for form."""
+    """A request to the control plane, validated against the operation's shapes."""
 
     control: Control
     operation: OperationModel
@@ -67,30 +67,37 @@ class ControlRequest:
 
     @property
     def account(self) -> str:
-        """Whose resources it is about."""
+        """Account of the caller."""
         return self.request.caller.account
 
     @property
     def arns(self) -> Arns:
-        """Of this server."""
+        """ARN builder of the server."""
         return self.control.arns
 
     def __getitem__(self, name: str) -> Any:
         return self.members[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A member that may be absent."""
+        """Return an optional member."""
         return self.members.get(name, default)
 
     def record(self, resource: str) -> None:
-        """Note for the audit log that the operation acts on ``resource``, an ARN or ``*``."""
+        """Record ``resource``, an ARN or ``*``, as the target of the operation in the audit log."""
         record_action(f"bedrock:{self.operation.name}", resource)
 
     def found(self, row: Row | None, arn: str | None, kind: str, identifier: str, noun: str) -> Row:
-        """Return the ``row`` that the client named by ``identifier``, and record its ``arn``.
+        """Return ``row`` and record ``arn`` in the audit log.
+
+        Args:
+            row: the row that the client named by ``identifier``, or ``None``.
+            arn: the ARN of the row, or ``None``.
+            kind: the kind of resource in ARNs.
+            identifier: the client's identifier: an ARN or a name.
+            noun: the kind of resource in error messages.
 
         Raises:
-            Fault: ResourceNotFound, by the ``noun``, without a row.
+            Fault: ResourceNotFound if ``row`` is ``None``.
         """
         parsed = Arn.parse(identifier)
         self.record(
@@ -101,15 +108,15 @@ class ControlRequest:
         return row
 
     def record_kind(self, kind: str) -> None:
-        """Note for the audit log that the operation makes something of this ``kind``."""
+        """Record in the audit log that the operation creates a resource of ``kind``."""
         self.record(self.arns.of(self.account, kind, "*"))
 
     def members_sent(self, names: Iterable[str]) -> dict[str, Any]:
-        """Those of the members ``names`` that were sent, to be told again."""
+        """Return the members among ``names`` that the client sent."""
         return {name: self.members[name] for name in names if name in self.members}
 
     def earlier_answer(self) -> dict[str, Any] | None:
-        """The answer to an earlier sending of this request, before anything is looked at."""
+        """Return the response to an earlier request with the same client token, if any."""
         attempt = self._attempt()
         if attempt is None:
             return None
@@ -117,9 +124,9 @@ class ControlRequest:
             return recall(session, attempt)
 
     def once(self, make: Callable[[Session], dict[str, Any]]) -> dict[str, Any]:
-        """Make something in one transaction, once for each token of the client.
+        """Create a resource in one transaction, once per client token, and return the response.
 
-        Who loses a race for a name tries again, and is told that the name is in use.
+        If two requests race for a name, the loser tries again and reports that the name is in use.
         """
         attempt = self._attempt()
         for left in range(_ATTEMPTS - 1, -1, -1):
@@ -145,11 +152,11 @@ class ControlRequest:
 
 
 Operate = Callable[[ControlRequest], Mapping[str, Any]]
-"""Carries out one operation: members of its answer by name."""
+"""An operation: returns the members of the response by name."""
 
 
 def handler(control: Control, operation: OperationModel, operate: Operate) -> Handler:
-    """What the face calls for ``operation``."""
+    """Return the HTTP handler of ``operation``."""
 
     def handle(request: Request) -> Response:
         checked = ControlRequest(control, operation, request, members_of(operation, request))
@@ -162,10 +169,10 @@ def handler(control: Control, operation: OperationModel, operate: Operate) -> Ha
 
 
 def tags_of(given: Iterable[Mapping[str, str]] | None) -> dict[str, str]:
-    """Values by key.
+    """Return tag values by key.
 
     Raises:
-        Fault: Validation, for a key that comes twice or belongs to AWS.
+        Fault: Validation for a repeated key or a key with AWS's prefix.
     """
     found: dict[str, str] = {}
     for tag in given or ():
@@ -179,17 +186,17 @@ def tags_of(given: Iterable[Mapping[str, str]] | None) -> dict[str, str]:
 
 
 def not_found(kind: str, identifier: str) -> Fault:
-    """The answer for what is not there, and for what belongs to somebody else."""
+    """Return the error for a resource that does not exist or belongs to another account."""
     return Fault("ResourceNotFound", f"Could not find {kind} {identifier}.")
 
 
 def invalid(parameter: str, text: str) -> Fault:
-    """The refusal of what the member ``parameter`` asks for."""
+    """Return a validation error for the member ``parameter``."""
     return Fault("Validation", text, parameter=parameter)
 
 
 def failure_message(text: str | None) -> str | None:
-    """Why something failed, as Bedrock tells it; ``None`` where nothing did."""
+    """Return a failure reason, cut to Bedrock's limit; ``None`` without a failure."""
     return text[:LONGEST_FAILURE] if text else None
 
 

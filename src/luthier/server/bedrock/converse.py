@@ -1,7 +1,7 @@
-"""Converse and ConverseStream: conversations as AWS checks them and the engine reads them, and answers.
+"""Converse and ConverseStream: conversion of conversations and replies.
 
-What a request may hold is in botocore's service model (``luthier.server.bedrock.shapes``). Here stands
-what no shape says: how turns follow each other, and what is not done by this server.
+Botocore's service model validates the structure of requests (``luthier.server.bedrock.shapes``).
+This module validates the rules that no shape expresses: the order of turns and unsupported content.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from luthier.server.structured_outputs import StructuredOutputs
 from luthier.types import Message, Tool, ToolCall
 
 TEMPERATURE, TOP_P = 0.5, 0.9
-"""Where a request names none: what Llama has on Bedrock."""
+"""Defaults of temperature and top-p, equal to Llama's on Bedrock."""
 STOP_REASONS: Mapping[str, str] = {
     "stop": "end_turn",
     "length": "max_tokens",
@@ -44,12 +44,12 @@ STOP_REASONS: Mapping[str, str] = {
     "context": "model_context_window_exceeded",
 }
 _FRAGMENT = 64
-"""Characters of a call's arguments in one event."""
+"""Characters of a tool call's arguments per event."""
 
 
 @with_sampling
 class Further(NativeBody):
-    """Members that only some models have: ``additionalModelRequestFields``."""
+    """Fields of ``additionalModelRequestFields``, which only some models support."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     chat_template_kwargs: TemplateSettings | None = None
@@ -57,7 +57,7 @@ class Further(NativeBody):
 
 
 def generation_request(members: Mapping[str, Any]) -> GenerationRequest:
-    """The request for the engine; ``members`` are those of Converse, checked by their shapes.
+    """Return the generation request for ``members``, the validated members of Converse.
 
     Raises:
         Fault: Validation.
@@ -95,10 +95,10 @@ def generation_request(members: Mapping[str, Any]) -> GenerationRequest:
 
 
 def chat_of(members: Mapping[str, Any]) -> Chat:
-    """The conversation for the engine, from ``messages``, ``system`` and ``toolConfig``.
+    """Return the conversation of ``messages``, ``system`` and ``toolConfig``.
 
     Raises:
-        Fault: Validation, where turns do not follow each other as they should.
+        Fault: Validation for a wrong order of turns, roles or tool calls.
     """
     messages = members.get("messages")
     if not messages:
@@ -119,7 +119,7 @@ def chat_of(members: Mapping[str, Any]) -> Chat:
 
 
 def _block_text(block: Mapping[str, Any]) -> str | None:
-    """The text of a block, ``None`` of a point to cache at; everything else is not supported."""
+    """Return the text of a block, or ``None`` for a cache point. Other blocks are not supported."""
     ((name, value),) = block.items()
     if name == "guardContent":
         ((name, value),) = value.items()
@@ -130,7 +130,7 @@ def _block_text(block: Mapping[str, Any]) -> str | None:
 
 
 def _tools(config: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
-    """The tools, and the choice between them as the engine has it."""
+    """Return the tools and the tool choice in the engine's form."""
     tools = []
     for index, item in enumerate(config["tools"]):
         ((name, spec),) = item.items()
@@ -177,7 +177,7 @@ def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
-    """A message as turns: what tools gave back stands before what is said beside it."""
+    """Return a message as turns. Tool results precede the text of the same message."""
     role = message["role"]
     # What is cached makes no difference to an answer.
     if all("cachePoint" in block for block in message["content"]):
@@ -216,7 +216,7 @@ def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
 
 
 def _result(part: Mapping[str, Any]) -> str:
-    """A part of what a tool gave back, as text."""
+    """Return a part of a tool result as text."""
     ((name, value),) = part.items()
     if name not in ("text", "json"):
         raise _unsupported_field(name)
@@ -224,7 +224,7 @@ def _result(part: Mapping[str, Any]) -> str:
 
 
 def _object(value: Any, at: str) -> dict[str, Any]:
-    """What takes any JSON to the service model, and an object here."""
+    """Return ``value`` if it is an object: the service model allows any JSON."""
     if not isinstance(value, dict):
         raise Fault("Validation", f"'{at}' has to be an object.")
     return value
@@ -241,7 +241,7 @@ def _text(text: str, at: str) -> str:
 
 
 def _check_calls(turns: Sequence[Message], tools: bool) -> None:
-    """Every call is answered in the next turn, and nothing else is."""
+    """Check that the next turn answers each tool call and nothing else."""
     if not tools and any(turn.calls or turn.role == "tool" for turn in turns):
         raise Fault(
             "Validation",
@@ -265,7 +265,7 @@ def _unsupported_field(name: str) -> Fault:
 
 
 def schema_of(text: str) -> Mapping[str, Any]:
-    """The JSON schema in ``text``."""
+    """Return the JSON schema in ``text``."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -278,12 +278,12 @@ def schema_of(text: str) -> Mapping[str, Any]:
 
 
 def usage(read: int, written: int) -> dict[str, int]:
-    """Tokens, as Converse counts them."""
+    """Return token counts in Converse's form."""
     return {"inputTokens": read, "outputTokens": written, "totalTokens": read + written}
 
 
 def message_of(answer: GenerationResult) -> dict[str, Any]:
-    """An answer as a message."""
+    """Return a reply as a message."""
     content: list[dict[str, Any]] = []
     if answer.reasoning:
         content.append({"reasoningContent": {"reasoningText": {"text": answer.reasoning}}})
@@ -294,7 +294,7 @@ def message_of(answer: GenerationResult) -> dict[str, Any]:
 
 
 def whole_members(stream: Stream, answer: GenerationResult) -> dict[str, Any]:
-    """What Converse says of an answer that is whole, and InvokeModel in its form."""
+    """Return the members of a complete reply, shared by Converse and Amazon's form of InvokeModel."""
     return {
         "output": {"message": message_of(answer)},
         "stopReason": STOP_REASONS[answer.reason],
@@ -305,7 +305,7 @@ def whole_members(stream: Stream, answer: GenerationResult) -> dict[str, Any]:
 def answer_of(
     members: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
 ) -> dict[str, Any]:
-    """The answer of Converse, once it is whole; ``latency()`` gives milliseconds."""
+    """Return the response of Converse. ``latency()`` returns milliseconds."""
     (answer,) = stream.whole()
     found = {**whole_members(stream, answer), "metrics": {"latencyMs": latency()}}
     fields = _additional_fields(
@@ -317,7 +317,7 @@ def answer_of(
 def events_of(
     members: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
 ) -> Iterator[bytes]:
-    """The events of ConverseStream on the wire."""
+    """Yield the encoded events of ConverseStream."""
     for kind, value in named_events(members.get("additionalModelResponseFieldPaths", ()), stream):
         if kind == "metadata":
             value = {**value, "metrics": {"latencyMs": latency()}}
@@ -325,7 +325,12 @@ def events_of(
 
 
 def named_events(paths: Sequence[str], stream: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The events of an answer, without the time it took; ``paths`` as the request has them."""
+    """Yield the events of a reply by name, without latency.
+
+    Args:
+        paths: ``additionalModelResponseFieldPaths`` of the request.
+        stream: the stream of the engine.
+    """
     answer, index = GenerationResult(), 0
     opened: type[TokenChunk | ReasoningChunk] | None = None
     yield "messageStart", {"role": "assistant"}
@@ -367,14 +372,14 @@ def _use(call: ToolCall) -> dict[str, str]:
 
 
 def native_stop_reason(answer: GenerationResult) -> str:
-    """Why an answer ended, as a model's own answer names it: Llama's form has two words for it."""
+    """Return the stop reason in Llama's form, which has two values."""
     return "length" if answer.reason in ("length", "context") else "stop"
 
 
 def _additional_fields(
     paths: Sequence[str], stream: Stream, answer: GenerationResult
 ) -> dict[str, Any]:
-    """The members of the model's own answer that were asked for; unknown ones are left out."""
+    """Return the requested fields of Llama's native response. Unknown fields are omitted."""
     native = {
         "generation": answer.text,
         "prompt_token_count": stream.prompt_tokens,

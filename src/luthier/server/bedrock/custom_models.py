@@ -1,4 +1,4 @@
-"""Custom models: import from outside, get, list and delete. The others are made by jobs."""
+"""Custom model operations: import, get, list and delete. Jobs create all other custom models."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from luthier.server.tables.custom_models import RESERVED, CustomModel
 from luthier.server.tables.jobs import Job
 
 _SHOWN = ("modelSourceConfig", "roleArn", "modelKmsKeyArn", "clientRequestToken")
-"""Members of a request for a model from outside that are kept with it."""
+"""Members of an import request that are stored with the model."""
 
 
 def create_model(request: ControlRequest) -> dict[str, Any]:
-    """Have a model copied from outside; it is Creating until it was tried."""
+    """Queue the import of a model. The status is Creating until a trial run of the model succeeds."""
     request.record_kind(MODEL)
     answer = request.earlier_answer()
     if answer is not None:
@@ -59,7 +59,7 @@ def create_model(request: ControlRequest) -> dict[str, Any]:
 
 
 def _source(request: ControlRequest) -> str:
-    """The folder that a model is to be copied from."""
+    """Return the URI of the folder to import."""
     if "customModelDataSource" in request.members:
         text = "Model packages of SageMaker are not supported by this server; name an S3 folder."
         raise invalid("customModelDataSource", text)
@@ -71,7 +71,7 @@ def _source(request: ControlRequest) -> str:
 
 
 def get_model(request: ControlRequest) -> dict[str, Any]:
-    """One model by ARN or name."""
+    """Return a custom model by ARN or name."""
     with request.control.database.read() as session:
         model = asked_model(request, session, request["modelIdentifier"])
         job = _jobs(session, [model]).get(str(model.job_id))
@@ -98,7 +98,7 @@ def list_models(request: ControlRequest) -> dict[str, Any]:
 
 
 def delete_model(request: ControlRequest) -> dict[str, Any]:
-    """Delete a model that nobody answers with; its job stays."""
+    """Delete a model that no endpoint serves. The model's job stays."""
     with request.control.database.read() as session:
         model = asked_model(request, session, request["modelIdentifier"])
     request.control.delete_model(model)
@@ -144,7 +144,7 @@ def _summary(request: ControlRequest, model: CustomModel, job: Job | None) -> di
 
 
 def _jobs(session: Session, models: Sequence[CustomModel]) -> dict[str, Job]:
-    """The jobs that made models, by their ids."""
+    """Return the jobs that created ``models``, by id."""
     query = select(Job).where(Job.id.in_([model.job_id for model in models if model.job_id]))
     return {job.id: job for job in session.scalars(query)}
 

@@ -1,7 +1,7 @@
-"""Custom model deployments and provisioned throughput: models that answer by ARNs of their own.
+"""Operations on custom model deployments and provisioned throughput.
 
-Bedrock has two resources for it, with members and states of their own. Here they are two kinds of one
-(``luthier.server.tables.endpoints``), and what follows puts each into its words.
+Bedrock has two resources for an endpoint, with different members and states. The database has one
+table with two kinds (``luthier.server.tables.endpoints``), and this module renders both kinds.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ _COMMITMENT = {"OneMonth": timedelta(days=30), "SixMonths": timedelta(days=182)}
 
 @dataclass(frozen=True)
 class _Kind:
-    """How one kind of endpoint is called."""
+    """Names of one kind of endpoint in requests, responses and messages."""
 
     arn: str
     identifier: str
-    """Member of a request that names one."""
+    """Request member with the identifier."""
     text: str
     resource: str
-    """As it is called where there is none."""
+    """Noun in the ResourceNotFound error."""
     in_use: str
-    """As it is called where its name is taken."""
+    """Noun in the NameInUse error."""
     quota: str
     plural: str
     ready: str
-    """State of one that answers."""
+    """Bedrock's status of a ready endpoint."""
 
 
 _DEPLOYMENT = _Kind(
@@ -81,10 +81,13 @@ _PROVISIONED = _Kind(
 def _create(
     request: ControlRequest, kind: _Kind, name: str, fields: Callable[[Session], dict[str, Any]]
 ) -> str:
-    """Make an endpoint, once for each token of the client; its ARN.
+    """Create an endpoint, once per client token, and return the ARN.
 
-    ``fields`` finds its model and says what else is in its row. It is Creating until its model was
-    prepared.
+    Args:
+        request: the request.
+        kind: the kind of endpoint.
+        name: the name of the endpoint.
+        fields: returns the columns of the row, with the model.
     """
     request.record_kind(kind.arn)
     answer = request.earlier_answer()
@@ -126,7 +129,6 @@ def _create(
 def _find(
     request: ControlRequest, session: Session, kind: _Kind, *, lock: bool = False
 ) -> Endpoint:
-    """Return the endpoint that a request names."""
     identifier = request[kind.identifier]
     found = find_endpoint(session, request.arns, request.account, kind.arn, identifier, lock=lock)
     arn = endpoint_arn(request.arns, found) if found else None
@@ -134,7 +136,7 @@ def _find(
 
 
 def _delete(request: ControlRequest, kind: _Kind) -> dict[str, Any]:
-    """Delete an endpoint; its model stays."""
+    """Delete an endpoint. The model stays."""
     with request.control.database.write() as session:
         found = _find(request, session, kind, lock=True)
         if found.status == CREATING:
@@ -159,7 +161,7 @@ def _check_name(request: ControlRequest, session: Session, kind: _Kind, name: st
 
 
 def create_deployment(request: ControlRequest) -> dict[str, Any]:
-    """Deploy a model that is Active; the deployment is Creating until its files were checked."""
+    """Deploy an Active model. The deployment is Creating until the model's files are verified."""
 
     def fields(session: Session) -> dict[str, Any]:
         model = _deployable(request, session)
@@ -174,7 +176,7 @@ def create_deployment(request: ControlRequest) -> dict[str, Any]:
 
 
 def get_deployment(request: ControlRequest) -> dict[str, Any]:
-    """One deployment by ARN or name."""
+    """Return a deployment by ARN or name."""
     with request.control.database.read() as session:
         found = _find(request, session, _DEPLOYMENT)
     update = {"modelArn": found.next_model, "updateStatus": found.update_status}
@@ -187,7 +189,7 @@ def get_deployment(request: ControlRequest) -> dict[str, Any]:
 
 
 def list_deployments(request: ControlRequest) -> dict[str, Any]:
-    """Deployments of the account by creation."""
+    """List the account's deployments in order of creation."""
     wanted: list[ColumnElement[bool]] = []
     if status := request.get("statusEquals"):
         wanted.append(Endpoint.status == (READY if status == _DEPLOYMENT.ready else status))
@@ -202,7 +204,7 @@ def list_deployments(request: ControlRequest) -> dict[str, Any]:
 
 
 def update_deployment(request: ControlRequest) -> dict[str, Any]:
-    """Let another model of the same base answer; until it is ready the old one does."""
+    """Replace the deployed model by a model of the same base. The old model serves until then."""
     with request.control.database.write() as session:
         found = _find(request, session, _DEPLOYMENT, lock=True)
         model = _deployable(request, session)
@@ -219,12 +221,12 @@ def update_deployment(request: ControlRequest) -> dict[str, Any]:
 
 
 def delete_deployment(request: ControlRequest) -> dict[str, Any]:
-    """Delete a deployment; its model stays."""
+    """Delete a deployment. The model stays."""
     return _delete(request, _DEPLOYMENT)
 
 
 def _deployable(request: ControlRequest, session: Session) -> CustomModel:
-    """The model, kept from being deleted until the transaction ends."""
+    """Return the model, locked against deletion until the transaction ends."""
     identifier = request["modelArn"]
     model = find_model(session, request.arns, request.account, identifier, lock=True)
     if model is None:
@@ -251,7 +253,7 @@ def _deployment_summary(request: ControlRequest, found: Endpoint) -> dict[str, A
 
 
 def create_provisioned(request: ControlRequest) -> dict[str, Any]:
-    """Set throughput aside for a foundation model or custom model."""
+    """Create provisioned throughput for a foundation model or custom model."""
 
     def fields(session: Session) -> dict[str, Any]:
         model, foundation = _provisionable(request, session, request["modelId"])
@@ -267,7 +269,7 @@ def create_provisioned(request: ControlRequest) -> dict[str, Any]:
 
 
 def get_provisioned(request: ControlRequest) -> dict[str, Any]:
-    """One by ARN or name."""
+    """Return provisioned throughput by ARN or name."""
     with request.control.database.read() as session:
         found = _find(request, session, _PROVISIONED)
     return {
@@ -277,7 +279,7 @@ def get_provisioned(request: ControlRequest) -> dict[str, Any]:
 
 
 def list_provisioned(request: ControlRequest) -> dict[str, Any]:
-    """Those of the account by creation."""
+    """List the account's provisioned throughput in order of creation."""
     wanted: list[ColumnElement[bool]] = []
     updating = func.coalesce(Endpoint.update_status, "") == UPDATING
     if status := request.get("statusEquals"):
@@ -296,7 +298,7 @@ def list_provisioned(request: ControlRequest) -> dict[str, Any]:
 
 
 def update_provisioned(request: ControlRequest) -> dict[str, Any]:
-    """Give it another name, or let another model of the same base answer."""
+    """Rename provisioned throughput, or replace the model by a model of the same base."""
     with request.control.database.write() as session:
         found = _find(request, session, _PROVISIONED, lock=True)
         if (status := _provisioned_status(found)) != _PROVISIONED.ready:
@@ -320,12 +322,12 @@ def update_provisioned(request: ControlRequest) -> dict[str, Any]:
 
 
 def delete_provisioned(request: ControlRequest) -> dict[str, Any]:
-    """Give throughput back, whatever was committed to."""
+    """Delete provisioned throughput, whatever the commitment."""
     return _delete(request, _PROVISIONED)
 
 
 def _provisionable(request: ControlRequest, session: Session, identifier: str) -> tuple[str, str]:
-    """ARN of a model by any of its identifiers, and ``provider.name`` of its foundation model."""
+    """Return ARN and foundation model id of the model that ``identifier`` names."""
     base = find_foundation(request.arns, identifier)
     if base is not None:
         return request.arns.foundation_model(base.id), base.id

@@ -1,8 +1,8 @@
-"""The event stream of AWS: framed messages with headers and checksums.
+"""AWS's event stream encoding: framed messages with headers and checksums.
 
 A message is ``total length u32 | headers length u32 | CRC-32 of these 8 bytes | headers | payload |
-CRC-32 of all before``, big-endian; a header is ``name length u8 | name | 7 (a string) | value length
-u16 | value``.
+CRC-32 of all before``, big-endian. A header is ``name length u8 | name | 7 (a string) | value
+length u16 | value``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _STRING = 7
 
 
 def frame(headers: Mapping[str, str], payload: bytes) -> bytes:
-    """One message."""
+    """Return an encoded message."""
     head = b""
     for name, value in headers.items():
         raw_name, raw = name.encode(), value.encode()
@@ -30,12 +30,12 @@ def frame(headers: Mapping[str, str], payload: bytes) -> bytes:
 
 
 def event(kind: str, value: Mapping[str, Any]) -> bytes:
-    """``value`` as an event, by the name of the member of the stream that it is."""
+    """Return an encoded event; ``kind`` is a member of the stream's shape."""
     return _message("event", ":event-type", kind, value)
 
 
 def exception(kind: str, message: str) -> bytes:
-    """A failure in mid-stream, such as ``modelStreamErrorException``; the stream ends with it."""
+    """Return an encoded exception, such as ``modelStreamErrorException``, which ends the stream."""
     return _message("exception", ":exception-type", kind, {"message": message})
 
 

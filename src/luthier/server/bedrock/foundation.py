@@ -1,4 +1,4 @@
-"""Foundation models: list, get, availability."""
+"""Foundation model operations: list and get."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INFERENCE = ["ON_DEMAND", "PROVISIONED"]
 
 
 def list_foundation_models(request: ControlRequest) -> dict[str, Any]:
-    """All that fit the filters; there are no pages."""
+    """List the foundation models that match the filters, without pagination."""
     request.record("*")
     found = [_model_details(request, model) for model in foundation_models()]
     if provider := request.get("byProvider"):
@@ -33,13 +33,14 @@ def list_foundation_models(request: ControlRequest) -> dict[str, Any]:
 
 
 def get_foundation_model(request: ControlRequest) -> dict[str, Any]:
-    """One by id, alias or ARN."""
+    """Return a foundation model by id, alias or ARN."""
     identifier = request["modelIdentifier"]
     return {"modelDetails": _model_details(request, _find(request, identifier))}
 
 
 def customizations(model: FoundationModel) -> tuple[str, ...]:
-    """Kinds of customization that start from ``model``, as far as Bedrock's clients know them."""
+    """Return the customization types that ``model`` supports, among the types that AWS's clients
+    know."""
     if model.modalities not in (("TEXT", "TEXT"), ("TEXT", "EMBEDDING")):
         return MEDIA_TYPES
     return WRITER_TYPES if model.writes else ENCODER_TYPES

@@ -1,10 +1,9 @@
-"""InvokeModel and its stream: bodies in the model's own form, told apart by their members.
+"""InvokeModel and its stream: bodies in native forms, recognized by members.
 
-{"prompt", …}                              Meta's: the text as it is, without a template
-{"schemaVersion": "messages-v1", …}        Amazon's: like Converse
-{"messages", …}                            OpenAI's chat completion
-{"inputText"}                              Titan's embedding
-{"taskType": "TEXT_IMAGE", …}              Titan's and Nova Canvas's images
+{"prompt", …}                              Meta: raw text, without a chat template {"schemaVersion":
+"messages-v1", …}        Amazon: like Converse {"messages", …}                            OpenAI:
+chat completion {"inputText"}                              Titan: embedding {"taskType":
+"TEXT_IMAGE", …}              Titan and Nova Canvas: images
 """
 
 from __future__ import annotations
@@ -43,32 +42,32 @@ from luthier.server.http.messages import PREDICTIONS, Fault
 from luthier.server.sampling_fields import sampling_of, with_sampling
 
 LENGTH = 512
-"""``max_gen_len`` where a request names none, as Llama's is on Bedrock."""
+"""Default of ``max_gen_len``, equal to Llama's on Bedrock."""
 
 
 class NativeForm(Protocol):
-    """One form of bodies for models that write."""
+    """A native form of text generation."""
 
     def request(self) -> GenerationRequest:
-        """The request for the engine."""
+        """Return the request for the engine."""
         ...
 
     def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
-        """The whole answer in this form, and how many tokens were written."""
+        """Return the complete response and the number of generated tokens."""
         ...
 
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
-        """The answer piece by piece, and how many tokens were written so far as is known."""
+        """Yield chunks of the response, each with the number of tokens generated so far, if known."""
         ...
 
 
 ChatForm = Callable[[str, Mapping[str, Any]], NativeForm]
-"""Reads a body of OpenAI's chat completions to a model; it is the OpenAI face that knows them."""
+"""Parses a body of OpenAI's chat completions for a model id."""
 
 
 @with_sampling
 class PromptBody(NativeBody):
-    """Meta's form."""
+    """Meta's form of text generation."""
 
     prompt: Annotated[str, Field(min_length=1)]
     max_gen_len: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = LENGTH
@@ -80,7 +79,7 @@ class PromptBody(NativeBody):
     )
 
     def request(self) -> GenerationRequest:
-        """The text as it is."""
+        """Return the request for the engine: the prompt without a chat template."""
         return GenerationRequest(
             self.prompt,
             max_tokens=self.max_gen_len,
@@ -92,12 +91,13 @@ class PromptBody(NativeBody):
         )
 
     def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
-        """All of it at once."""
+        """Return the complete response."""
         (answer,) = stream.whole()
         return _generation(answer.text, stream, answer.tokens, answer), answer.tokens
 
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
-        """A piece of ``generation`` each; the last has the reason and the counts."""
+        """Yield one chunk of ``generation`` per piece of text. The last chunk has reason and
+        counts."""
         answer = GenerationResult()
         for each in stream:
             answer.take(each)
@@ -119,7 +119,7 @@ def _generation(
 
 
 class MessagesConfig(NativeBody):
-    """How the answer is drawn, in Amazon's form."""
+    """Sampling settings of Amazon's form."""
 
     maxTokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
@@ -132,10 +132,10 @@ class MessagesConfig(NativeBody):
 
 
 class MessagesForm:
-    """Amazon's form: like Converse, with members of its own that say how the answer is drawn."""
+    """Amazon's form: a Converse request with different sampling members."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        """Check ``given``; :class:`Fault` for what is wrong in it."""
+        """Parse ``given``; raises :class:`Fault` for invalid members."""
         if given.get("schemaVersion") != "messages-v1":
             raise malformed_input("#/schemaVersion: it is messages-v1")
         self._config = parsed_native(MessagesConfig, given.get("inferenceConfig") or {})
@@ -143,7 +143,7 @@ class MessagesForm:
         self._members = body_members(operation_models()["Converse"], conversation)
 
     def request(self) -> GenerationRequest:
-        """The conversation."""
+        """Return the request for the engine."""
         config = self._config
         return GenerationRequest(
             chat_of(self._members),
@@ -155,19 +155,19 @@ class MessagesForm:
         )
 
     def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
-        """As Converse has it."""
+        """Return the response of Converse."""
         (answer,) = stream.whole()
         return whole_members(stream, answer), answer.tokens
 
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
-        """Events as ConverseStream has them, each under its name."""
+        """Yield the events of ConverseStream by name."""
         for kind, value in named_events([], stream):
             used = value["usage"]["outputTokens"] if kind == "metadata" else 0
             yield {kind: value}, used
 
 
 class EmbeddingBody(NativeBody):
-    """Titan's form."""
+    """Titan's form of embeddings."""
 
     inputText: Annotated[str, Field(min_length=1)]
     dimensions: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
@@ -176,23 +176,23 @@ class EmbeddingBody(NativeBody):
 
 
 class TextToImage(NativeBody):
-    """What images are of."""
+    """Content of the images."""
 
     text: Annotated[str, Field(max_length=1024)] = ""
-    """Name of a class that the model knows. AWS wants at least a character; here a model that knows no
-    classes takes none, and another makes each class in turn."""
+    """Name of a class that the model knows. AWS requires a character; here a model without classes
+    needs an empty text, and a model with classes generates each class in turn for an empty text."""
     negativeText: Annotated[str, Field(max_length=1024)] = ""
-    """What they are to be unlike, for a model of diffusion that learned from captions."""
+    """Negative prompt, for diffusion models trained on captions."""
 
 
 class ImageConfig(NativeBody):
-    """How they are made."""
+    """Settings of image generation."""
 
     numberOfImages: Annotated[int, Field(ge=1, le=5)] = 1
     height: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     width: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 2)] = 0
-    """As with AWS's models, a request that names none gets the same images each time."""
+    """Random seed. As with AWS's models, repeated requests without a seed return equal images."""
     quality: Literal["standard"] = "standard"
     cfgScale: Annotated[float, Field(ge=1, le=100)] | None = None
 
@@ -201,11 +201,11 @@ _WITHOUT = {
     "conditionImage": "#/textToImageParams/conditionImage: no model here is guided by an image",
     "quality": "#/imageGenerationConfig/quality: a model has one, which is standard",
 }
-"""What AWS's models can and those here cannot: who asks for it is told so by its name."""
+"""Error messages for members that AWS's models support and luthier's do not."""
 
 
 class ImageBody(NativeBody):
-    """Titan's form of new images, which Nova Canvas shares."""
+    """The form of image generation that Titan and Nova Canvas share."""
 
     taskType: Literal["TEXT_IMAGE"]
     textToImageParams: TextToImage
@@ -213,7 +213,7 @@ class ImageBody(NativeBody):
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> ImageBody:
-        """``given``, checked; :class:`Fault` for what is wrong in it, or cannot be done here."""
+        """Parse ``given``; raises :class:`Fault` for invalid or unsupported members."""
         if given.get("taskType") != "TEXT_IMAGE":
             raise malformed_input(
                 "#/taskType: images are made by TEXT_IMAGE, and none are changed by this server"
@@ -227,7 +227,7 @@ class ImageBody(NativeBody):
         return parsed_native(ImageBody, given)
 
     def request(self) -> ImageRequest:
-        """For the engine."""
+        """Return the request for the engine."""
         config = self.imageGenerationConfig
         if (config.height is None) != (config.width is None):
             raise malformed_input("#/imageGenerationConfig: height and width go together")
@@ -246,12 +246,12 @@ class ImageBody(NativeBody):
 
     @staticmethod
     def answer(files: Sequence[bytes]) -> dict[str, Any]:
-        """The images, as PNG files in base64."""
+        """Return the response: PNG files in base64."""
         return {"images": [base64.b64encode(file).decode() for file in files], "error": None}
 
     @staticmethod
     def refusal(refused: InferenceRefused) -> Fault:
-        """What the engine refuses, by the member that is meant."""
+        """Return the engine's rejection as a fault that names the member."""
         place = _IMAGE_MEMBERS.get(refused.parameter or "")
         if place is None:
             return Fault("Validation", str(refused), parameter=refused.parameter)
@@ -272,10 +272,10 @@ _IMAGE_MEMBERS = {
 def form_of(
     model_id: str, body: Mapping[str, Any], chat: ChatForm | None
 ) -> NativeForm | EmbeddingBody | ImageBody:
-    """The form that ``body``, sent to ``model_id``, is in.
+    """Return ``body``, parsed in the native form of the body.
 
     Raises:
-        Fault: Validation, where it is in none, or has what does not belong there.
+        Fault: Validation for an unknown form or invalid members.
     """
     if "taskType" in body:
         return ImageBody.of(body)
@@ -297,19 +297,20 @@ def form_of(
 
 @dataclass
 class AnswerTimer:
-    """How long an answer takes; made when its request comes."""
+    """Latency of a reply, measured from the creation of the timer."""
 
     began: float = field(default_factory=time.perf_counter)
     first_byte: int | None = None
-    """Milliseconds until its first piece came."""
+    """Milliseconds until the first chunk."""
 
     def latency(self) -> int:
-        """Milliseconds so far."""
+        """Return the milliseconds since the start."""
         return round((time.perf_counter() - self.began) * 1000)
 
 
 def frame_chunks(form: NativeForm, stream: Stream, timer: AnswerTimer) -> Iterator[bytes]:
-    """The chunks of a form on the wire; each is sent once the next is known, so the last can tell."""
+    """Yield the encoded chunks of a stream. The last chunk has the metrics, so each chunk waits for
+    the next."""
     held: dict[str, Any] | None = None
     written = 0
     for value, tokens in form.chunks(stream):

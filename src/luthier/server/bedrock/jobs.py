@@ -45,7 +45,8 @@ from luthier.server.tables.foundation import AnyModel, FoundationModel
 from luthier.server.tables.jobs import Job
 
 _CONFIGS = {DISTILLATION: "distillationConfig", REINFORCEMENT: "rftConfig"}
-"""Which member of ``customizationConfig`` a type needs; the others take none."""
+"""Required member of ``customizationConfig`` by customization type. The remaining types accept
+none."""
 _SHOWN = (
     "clientRequestToken",
     "roleArn",
@@ -56,7 +57,7 @@ _SHOWN = (
     "customizationConfig",
     "vpcConfig",
 )
-"""Members that are told again."""
+"""Members of the request that GetModelCustomizationJob returns."""
 _STATUS = {
     queue.QUEUED: "InProgress",
     queue.RUNNING: "InProgress",
@@ -76,7 +77,7 @@ _KEY_ARN = re.compile("arn:aws(-[^:]+)?:kms:[a-zA-Z0-9-]*:[0-9]{12}:key/[a-zA-Z0
 
 
 def create_job(request: ControlRequest) -> dict[str, Any]:
-    """Put a job into the queue; the same token gives the same job."""
+    """Queue a job. A repeated client token returns the same job."""
     request.record_kind(JOB)
     answer = request.earlier_answer()
     if answer is not None:
@@ -138,7 +139,7 @@ def _submission(request: ControlRequest) -> Submission:
 
 
 def _without_effect(request: ControlRequest) -> Iterator[str]:
-    """What AWS does with a job and a server of one's own does not, for the events of the job."""
+    """Yield a warning for each setting that has an effect on AWS only, for the events of the job."""
     if "customModelKmsKeyId" in request.members:
         yield (
             "customModelKmsKeyId is stored and has no effect: luthier has no KMS. Use an encrypted "
@@ -149,7 +150,7 @@ def _without_effect(request: ControlRequest) -> Iterator[str]:
 
 
 def _config(kind: str, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The member of ``customizationConfig`` that belongs to ``kind``; empty where it takes none."""
+    """Return the member of ``customizationConfig`` for ``kind``; empty if ``kind`` accepts none."""
     if kind == "IMPORTED":
         raise invalid("customizationType", "IMPORTED is of imported models; no job makes one.")
     needed = _CONFIGS.get(kind)
@@ -219,7 +220,7 @@ def _grader(request: ControlRequest, config: Mapping[str, Any]) -> Mapping[str, 
 
 
 def get_job(request: ControlRequest) -> dict[str, Any]:
-    """One job by ARN or name."""
+    """Return a job by ARN or name."""
     with request.control.database.read() as session:
         job = asked_job(request, session)
         model = _models(session, [job]).get(job.id)
@@ -239,7 +240,7 @@ def list_jobs(request: ControlRequest) -> dict[str, Any]:
 
 
 def stop_job(request: ControlRequest) -> dict[str, Any]:
-    """Stop a job: nothing more happens to one that is stopping or stopped."""
+    """Stop a job. A stopping or stopped job stays unchanged."""
     with request.control.database.write() as session:
         job = asked_job(request, session, lock=True)
         queue.stop(session, job)
@@ -255,7 +256,7 @@ def asked_job(request: ControlRequest, session: Session, *, lock: bool = False) 
 
 
 def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
-    """What is told of a job by itself."""
+    """Return the members of GetModelCustomizationJob, without the model's ARN."""
     sent = job.request
     return {
         "jobArn": job_arn(request.arns, job),
@@ -278,13 +279,13 @@ def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
 
 
 def _base_arn(request: ControlRequest, job: Job) -> str:
-    """Of the foundation model at the bottom; where that is from outside, of what the job began with."""
+    """Return the ARN of the foundation model, or of the job's base if the foundation was imported."""
     imported = job.foundation.startswith(f"luthier.{IMPORTED}")
     return job.base_model if imported else request.arns.foundation_model(job.foundation)
 
 
 def customization_details(job: Job) -> dict[str, Any]:
-    """What a job and its model both tell: how it was made, and what came of it."""
+    """Return the members that a job shares with the job's model: configuration and result."""
     asked, result = job.request, job.result
     source = next(iter(job.details.get("sources", ())), None)
     losses = result["validation_losses"] if result else ()
@@ -317,7 +318,7 @@ def _summary(request: ControlRequest, job: Job, model: CustomModel | None) -> di
 
 
 def _models(session: Session, found: Any) -> dict[str, CustomModel]:
-    """The models that jobs made, by the ids of the jobs; a deleted one is not among them."""
+    """Return models by the id of the job that created the model, without deleted models."""
     query = select(CustomModel).where(
         CustomModel.job_id.in_([job.id for job in found]), CustomModel.status != RESERVED
     )
@@ -329,7 +330,7 @@ def _model_arn(request: ControlRequest, model: CustomModel | None) -> str | None
 
 
 def _details(job: Job) -> dict[str, Any]:
-    """How far each part of the work is; a part of an ended job cannot be in progress."""
+    """Return the status of each part of the job. A part of an ended job cannot be in progress."""
     parts = job.details.get("parts", {})
     found: dict[str, Any] = {}
     for name, part in _PARTS.items():
@@ -349,7 +350,7 @@ def _details(job: Job) -> dict[str, Any]:
 
 
 def _key_arn(request: ControlRequest, key: str | None) -> str | None:
-    """A key by its ARN; an alias has none that we would know."""
+    """Return a KMS key as an ARN; ``None`` for an alias, because the server cannot resolve aliases."""
     if key and _KEY_ARN.fullmatch(key):
         return key
     if key and _KEY_ID.fullmatch(key):

@@ -1,4 +1,4 @@
-"""The Bedrock face: routes by botocore's service models, and faults as AWS writes them."""
+"""Routes of the Bedrock API, from botocore's service models, and errors in AWS's form."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CONTROL: Mapping[str, Operate] = {
     **endpoints.OPERATIONS,
     **tags.OPERATIONS,
 }
-"""The operations of the control plane by their names."""
+"""Operations of the control plane by name."""
 
 CONTROL_BODY = 2_000_000
-"""Bytes of a request to the control plane at most."""
+"""Maximum size of a request body to the control plane, in bytes."""
 _STATUS = {
     "UnknownOperation": 404,
     "Serialization": 400,
@@ -40,13 +40,13 @@ _STATUS = {
     "UnrecognizedClient": 403,
     "InvalidSignature": 403,
 }
-"""Of what every service of AWS answers, and no service model names."""
+"""Status codes of errors that every AWS service returns and no service model names."""
 
 
 class _Segment(Convertor[str]):
-    """A segment of the raw path, decoded once; an ARN in it has encoded slashes.
+    """A segment of the raw path, decoded once. An ARN in a segment has encoded slashes.
 
-    An empty segment matches too: the operation then reports an invalid identifier, as AWS does.
+    An empty segment matches too: the operation then reports an invalid identifier, like AWS.
     """
 
     regex = "[^/]*"
@@ -56,7 +56,7 @@ class _Segment(Convertor[str]):
         return unquote(value)
 
     def to_string(self, value: str) -> str:
-        """Return ``value``: no path is made from routes."""
+        """Return ``value`` unchanged: routes never generate paths."""
         return value
 
 
@@ -64,10 +64,14 @@ register_url_convertor("segment", _Segment())
 
 
 def bedrock_api(control: Control, runtime: Mapping[str, Handler]) -> Api:
-    """Return the API that clients of ``bedrock`` and ``bedrock-runtime`` call.
+    """Return the API for clients of ``bedrock`` and ``bedrock-runtime``.
 
-    ``runtime`` has the handlers of the runtime by the names of operations. The API serves all requests
-    that no other API serves.
+    Args:
+        control: the parts of the server behind the control plane.
+        runtime: handlers of the runtime by operation name.
+
+    Returns:
+        The fallback API: the API serves all requests that no other API serves.
     """
     models = operation_models()
     handlers = {name: handler(control, models[name], act) for name, act in CONTROL.items()}
@@ -79,7 +83,8 @@ def bedrock_api(control: Control, runtime: Mapping[str, Handler]) -> Api:
 
 
 def routes_of(models: Iterable[OperationModel], handlers: Mapping[str, Handler]) -> list[Route]:
-    """Return the routes of operations. A path with a fixed segment precedes a path with any text."""
+    """Return the routes of the operations. Paths with a fixed segment precede paths with a
+    parameter."""
     paths = {model.name: model.http["requestUri"].replace("}", ":segment}") for model in models}
     routes = []
     for model in sorted(
@@ -105,7 +110,7 @@ def _refuse(name: str, request: Request) -> Response:
 
 
 def refusal(fault: Fault, request_id: str) -> Response:
-    """Return ``fault`` as botocore reads it: its code in a header, its message in the body."""
+    """Return ``fault`` as botocore expects: the code in a header, the message in the body."""
     fault = fault.with_setting_names(setting_name)
     status = error_statuses().get(fault.code) or _STATUS.get(fault.code, 400)
     body: dict[str, Any] = {"message": fault.message}

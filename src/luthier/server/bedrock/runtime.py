@@ -1,4 +1,4 @@
-"""The runtime of the Bedrock face: Converse, InvokeModel, their streams, and CountTokens."""
+"""The runtime of the Bedrock API: Converse, InvokeModel, the streams of both, and CountTokens."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ _MID_STREAM = {
     "ServiceUnavailable": "serviceUnavailableException",
     "Validation": "validationException",
 }
-"""Exceptions as events; everything else is ``internalServerException``."""
+"""Event types of exceptions by error code. The default is ``internalServerException``."""
 _MID_CONVERSE = {**_MID_STREAM, "ModelTimeout": "modelStreamErrorException"}
-"""The same of ConverseStream, whose events have no word for time: clients could not read it."""
+"""Event types for ConverseStream, which has no timeout exception: clients could not parse one."""
 
 _log = logging.getLogger("luthier.server")
 
@@ -59,11 +59,13 @@ def runtime_handlers(
     resource: Callable[[str, str], str] = lambda account, model_id: model_id,
     chat: ChatForm | None = None,
 ) -> Mapping[str, Handler]:
-    """The handlers by the names of their operations; ``params`` of a call have ``modelId``.
+    """Return the handlers by operation name. ``params`` of a request have ``modelId``.
 
-    ``resolve(account, model_id)`` gives the stored id of the model that is called by ``model_id``;
-    ``resource(account, model_id)`` gives the ARN for the audit log.
-    ``chat`` reads bodies of OpenAI's chat completions.
+    Args:
+        pool: the inference pool.
+        resolve: returns the stored id for an account and a model id.
+        resource: returns the ARN for the audit log, for an account and a model id.
+        chat: parses bodies of OpenAI's chat completions.
     """
     runtime = _Runtime(pool, resolve, resource, chat)
     return {
@@ -83,7 +85,7 @@ class _Runtime:
     chat: ChatForm | None
 
     def converse(self, request: Request) -> Response:
-        """The whole answer to a conversation."""
+        """Return the complete reply to a conversation."""
         timer, stored_id = AnswerTimer(), self._model(request, INVOKE)
         members = body_members(operation_models()["Converse"], json_object(request))
         with inference_faults():
@@ -91,7 +93,7 @@ class _Runtime:
             return Response.json(converse.answer_of(members, stream, timer.latency))
 
     def converse_stream(self, request: Request) -> Response:
-        """The same as it is written."""
+        """Stream the reply to a conversation."""
         timer, stored_id = AnswerTimer(), self._model(request, STREAM)
         members = body_members(operation_models()["ConverseStream"], json_object(request))
         stream = self._begin(stored_id, partial(converse.generation_request, members))
@@ -100,7 +102,7 @@ class _Runtime:
         return Response(200, pieces, {"Content-Type": CONTENT_TYPE})
 
     def invoke(self, request: Request) -> Response:
-        """The answer to a body in the model's own form."""
+        """Return the complete reply to a body in a native form."""
         timer, stored_id = AnswerTimer(), self._model(request, INVOKE)
         form = self._form(request)
         if isinstance(form, EmbeddingBody):
@@ -121,7 +123,7 @@ class _Runtime:
         return Response(200, json.dumps(value, ensure_ascii=False).encode(), headers)
 
     def invoke_stream(self, request: Request) -> Response:
-        """The same as it is written."""
+        """Stream the reply to a body in a native form."""
         timer, stored_id = AnswerTimer(), self._model(request, STREAM)
         form = self._form(request)
         if isinstance(form, EmbeddingBody | ImageBody):
@@ -135,7 +137,7 @@ class _Runtime:
         return Response(200, GeneratedPieces(chunks, [stream]), headers)
 
     def count(self, request: Request) -> Response:
-        """How many tokens a request would be read as."""
+        """Return the number of input tokens of a request."""
         stored_id = self._model(request, COUNT)
         members = body_members(operation_models()["CountTokens"], json_object(request))
         ((kind, value),) = members["input"].items()
@@ -155,7 +157,7 @@ class _Runtime:
             return Response.json({"inputTokens": self.pool.count(stored_id, prompt)})
 
     def _model(self, request: Request, action: str) -> str:
-        """Return the stored id of the model that is called."""
+        """Return the stored id of the requested model and record the action in the audit log."""
         model_id = request.params["modelId"]
         record_action(action, self.resource(request.caller.account, model_id))
         return self.resolve(request.caller.account, model_id)
@@ -201,7 +203,7 @@ class _Runtime:
 def _with_failure(
     frames: Iterator[bytes], kinds: Mapping[str, str] = _MID_STREAM
 ) -> Iterator[bytes]:
-    """The messages of an event stream; a failure is the last one, as an exception."""
+    """Yield the frames of an event stream. After a failure the last frame is an exception."""
     try:
         yield from frames
     except InferenceFailed as failed:
@@ -212,7 +214,7 @@ def _with_failure(
 
 
 def _decode_body(body: Any) -> bytes:
-    """A body inside a body: base64."""
+    """Decode the base64 of a nested body."""
     try:
         return base64.b64decode(body, validate=True)
     except (TypeError, ValueError, binascii.Error):

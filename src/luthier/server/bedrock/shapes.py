@@ -1,7 +1,7 @@
-"""Botocore's service models: the operations of Bedrock, requests by their shapes, and answers.
+"""Botocore's service models: operations, validation of requests, rendering of responses.
 
-Clients are made from the same files, so that routes, statuses and shapes cannot differ from theirs.
-They check next to nothing before they send: no pattern, no upper limit, no enumeration.
+Clients are generated from the same files, so routes, status codes and shapes cannot differ. Clients
+validate little before a request: no pattern, no maximum, no enumeration.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from luthier.server.http.messages import Fault, Request, Response, timestamp
 from luthier.server.tables.text import check_storable
 
 SERVICES = ("bedrock", "bedrock-runtime")
-"""Their paths never collide: one table serves both."""
+"""AWS services. The paths never collide, so one routing table serves both."""
 MOST_PROBLEMS = 50
-"""What is wrong beyond is not told: a body of 25 MB may hold hundreds of thousands of wrong members."""
+"""Maximum number of reported problems: a body of 25 MB may have hundreds of thousands."""
 LONGEST_UNBOUNDED = 4096
-"""Characters of a text that has a pattern and no limit of its own."""
+"""Maximum length in characters of a string whose shape has a pattern and no maximum."""
 PATTERN_SECONDS = 1.0
-"""Time limit for one pattern on one text: some patterns of AWS take exponential time on wrong texts."""
+"""Time limit for one pattern on one text: some patterns of AWS take exponential time on wrong
+texts."""
 _SHOWN = 200
-"""Characters of a refused value that its sender is shown."""
+"""Maximum length in characters of a rejected value in an error message."""
 _ALIAS = "([0-9a-zA-Z][_-]?)+"
 _WIDER = {
     # A model from outside, which is a base like any other here.
@@ -50,13 +51,13 @@ _WIDER = {
     "GetFoundationModelIdentifier": _ALIAS,
     "BedrockModelId": _ALIAS,
 }
-"""What is taken here beyond a shape's own pattern, by the name of the shape."""
+"""Additional patterns that this server accepts, by name of the shape."""
 _BOOLEANS = {"true": True, "false": False}
 
 
 @cache
 def operation_models() -> Mapping[str, OperationModel]:
-    """Those of the installed botocore by name; read once, in about a third of a second."""
+    """Return the operations of the installed botocore by name, loaded once in about 0.3 seconds."""
     return {
         name: model.operation_model(name) for model in _models() for name in model.operation_names
     }
@@ -64,7 +65,7 @@ def operation_models() -> Mapping[str, OperationModel]:
 
 @cache
 def error_statuses() -> Mapping[str, int]:
-    """HTTP status by the name of an exception, without the word Exception."""
+    """Return HTTP status codes by exception name, without the suffix Exception."""
     return {
         shape.name.removesuffix("Exception"): shape.metadata["error"]["httpStatusCode"]
         for model in _models()
@@ -82,13 +83,13 @@ def _models() -> tuple[ServiceModel, ...]:
 
 
 class ShapeChecker:
-    """Walks through one request. What is wrong is gathered; all of it is told at once."""
+    """Validation of one request against a shape. The checker collects all problems into one error."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
 
     def finish(self) -> None:
-        """Raise what was found."""
+        """Raise the collected problems as one :class:`Fault`."""
         if self.problems:
             count = len(self.problems)
             counted = f"{count} validation error{'s' if count > 1 else ''} detected"
@@ -97,9 +98,13 @@ class ShapeChecker:
     def members(
         self, shape: StructureShape, given: Mapping[str, Any], path: str = "", located: bool = True
     ) -> dict[str, Any]:
-        """The known members of ``given`` by their names in the model; ``None`` is absent.
+        """Return the known members of ``given`` by name in the model; ``None`` counts as absent.
 
-        ``located`` says whether those are meant, too, that stand in no body.
+        Args:
+            shape: the structure.
+            given: the values by name in the protocol.
+            path: the path of the structure in the request, for error messages.
+            located: whether to include members outside the body, such as path segments.
         """
         found = {}
         for name, member in shape.members.items():
@@ -117,7 +122,7 @@ class ShapeChecker:
         return found
 
     def value(self, shape: Shape, value: Any, path: str) -> Any:
-        """``value`` as Python has it; raises :class:`Fault` where JSON has it as another type."""
+        """Return ``value`` as a Python object; raises :class:`Fault` for a wrong JSON type."""
         if isinstance(shape, StructureShape):
             if shape.is_document_type:  # any JSON
                 return value
@@ -144,7 +149,7 @@ class ShapeChecker:
         return self._scalar(shape, value, path)
 
     def _item(self, shape: Shape, value: Any, path: str) -> Any:
-        """What a list or a map holds: never null."""
+        """Return an item of a list or map, which must not be null."""
         if value is None:
             self._add_problem("null", path, "Member must not be null")
             return None
@@ -223,10 +228,10 @@ def matches(shape: Shape, value: str) -> bool:
 
 
 def moment_of(text: str, path: str) -> datetime:
-    """A time of ISO 8601, in UTC where it names no zone.
+    """Parse an ISO 8601 time. A time without a zone is in UTC.
 
     Raises:
-        Fault: Validation, where it is none.
+        Fault: Validation for any other text.
     """
     try:
         found = datetime.fromisoformat(text)
@@ -265,7 +270,7 @@ def _wrong_type(path: str, expected: str) -> Fault:
 
 
 def body_members(operation: OperationModel, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a body asks of ``operation``; raises as :func:`members_of`."""
+    """Return the validated members of a body; raises as :func:`members_of`."""
     checker = ShapeChecker()
     found = checker.members(operation.input_shape, given, located=False)
     checker.finish()
@@ -273,13 +278,13 @@ def body_members(operation: OperationModel, given: Mapping[str, Any]) -> dict[st
 
 
 def members_of(operation: OperationModel, request: Request) -> dict[str, Any]:
-    """What a request asks: segments of its path, its query and its body, by the model's names.
+    """Return the validated members of a request by name in the model: path, query, headers and
+    body.
 
-    Unknown members are left out, as a client may be newer than we are.
+    Unknown members are ignored, because a client may be newer than the server.
 
     Raises:
-        Fault: Serialization, for a body that is not what it has to be; Validation, with all that
-            breaks the model's constraints.
+        Fault: Serialization for a wrong type; Validation with all violated constraints.
     """
     if not isinstance(operation.input_shape, StructureShape):
         return {}
@@ -305,7 +310,7 @@ def members_of(operation: OperationModel, request: Request) -> dict[str, Any]:
 
 
 def answer_of(operation: OperationModel, members: Mapping[str, Any]) -> Response:
-    """``members`` as the answer of ``operation``; what is ``None`` is left out."""
+    """Return ``members`` as the response of ``operation``, without members that are ``None``."""
     status = operation.http.get("responseCode", 200)
     if operation.output_shape is None:
         return Response.json({}, status)
@@ -313,7 +318,7 @@ def answer_of(operation: OperationModel, members: Mapping[str, Any]) -> Response
 
 
 def plain(shape: Shape, value: Any) -> Any:
-    """``value`` as JSON has it. A member that the shape does not know is our mistake."""
+    """Return ``value`` as JSON. A member outside the shape is a bug and raises KeyError."""
     if isinstance(shape, StructureShape):
         found = {}
         for name, member in value.items():
@@ -331,7 +336,7 @@ def plain(shape: Shape, value: Any) -> Any:
 
 
 def _of_query(shape: Shape, values: list[str] | None, name: str) -> Any:
-    """A member of the query with the type of ``shape``."""
+    """Return a query parameter with the type of ``shape``."""
     if values is None:
         return None
     if isinstance(shape, ListShape):

@@ -1,4 +1,4 @@
-"""Tags of jobs, custom models, deployments and provisioned throughput."""
+"""Tag operations for jobs, custom models, deployments and provisioned throughput."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BY_KIND: Mapping[str, Callable[..., Job | CustomModel | None]] = {
 
 
 def tag_resource(request: ControlRequest) -> dict[str, Any]:
-    """Set tags; the same key is replaced."""
+    """Set tags. A tag replaces the value of an existing key."""
     given = tags_of(request["tags"])
     request.record(request["resourceARN"])
     with request.control.database.write() as session:
@@ -37,7 +37,7 @@ def tag_resource(request: ControlRequest) -> dict[str, Any]:
 
 
 def untag_resource(request: ControlRequest) -> dict[str, Any]:
-    """Take tags away by key."""
+    """Remove tags by key."""
     request.record(request["resourceARN"])
     with request.control.database.write() as session:
         tags.remove(session, _resource(request, session), request["tagKeys"])
@@ -45,7 +45,7 @@ def untag_resource(request: ControlRequest) -> dict[str, Any]:
 
 
 def list_tags(request: ControlRequest) -> dict[str, Any]:
-    """All tags, by key."""
+    """List the tags of a resource by key."""
     request.record(request["resourceARN"])
     with request.control.database.read() as session:
         found = tags.read(session, _resource(request, session))
@@ -53,7 +53,7 @@ def list_tags(request: ControlRequest) -> dict[str, Any]:
 
 
 def _resource(request: ControlRequest, session: Session) -> str:
-    """The ARN of something that is there, under which its tags are kept."""
+    """Return the ARN of an existing resource, the key of the tag table."""
     text = request["resourceARN"]
     arn = Arn.parse(text)
     found: object | None = None

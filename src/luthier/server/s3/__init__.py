@@ -1,1 +1,1 @@
-"""The S3-compatible face: path-style access to the built-in object store."""
+"""The S3-compatible API: path-style access to the built-in object store."""

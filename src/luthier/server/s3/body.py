@@ -1,4 +1,4 @@
-"""Bodies as they come: decoded, compared with what was signed and told, and never held whole."""
+"""Request bodies as streams: decoding and verification of signatures and checksums."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from luthier.server.sigv4 import STREAMED, STREAMED_UNSIGNED, UNSIGNED
 
 PREFIX = "x-amz-checksum-"
 _SETTINGS = ("algorithm", "type", "mode")
-"""What follows the prefix in headers that hold no checksum."""
+"""Suffixes of headers that are not checksums."""
 _WIDTHS = {"crc32": 4, "crc32c": 4, "crc64nvme": 8}
-"""Bytes of those that can be computed from the parts of a whole."""
+"""Width in bytes of the checksums that can be combined from the checksums of parts."""
 COMPOSITE, FULL_OBJECT = "COMPOSITE", "FULL_OBJECT"
 _LINE = 4096
-"""Bytes of a line between chunks at most."""
+"""Maximum length of a line between chunks, in bytes."""
 _TRAILERS = 16
 _HEAD = re.compile(r"([0-9a-fA-F]{1,12})(?:;chunk-signature=([0-9a-f]{64}))?")
 _NOTHING = hashlib.sha256(b"").hexdigest()
 _SIGNATURE = "x-amz-trailer-signature"
 OBJECT_LIMIT = 5 << 30
-"""Bytes of one request at most; larger objects come in parts."""
+"""Maximum size of one request, in bytes. Larger objects need a multipart upload."""
 
 
 class Digest(Protocol):
-    """As those of :mod:`hashlib`."""
+    """The interface of :mod:`hashlib` digests."""
 
     def update(self, data: bytes, /) -> None:
-        """Go on with ``data``."""
+        """Process ``data``."""
 
     def digest(self) -> bytes:
-        """Of all that was given."""
+        """Return the digest of all data."""
 
 
 class Cyclic:
-    """A cyclic redundancy check: a function of bytes and the value so far."""
+    """A cyclic redundancy check with the interface of a digest."""
 
     def __init__(self, function: Callable[[bytes, int], int], width: int) -> None:
         self._function, self._width, self._value = function, width, 0
 
     def update(self, data: bytes, /) -> None:
-        """Go on with ``data``."""
+        """Process ``data``."""
         self._value = self._function(data, self._value)
 
     def digest(self) -> bytes:
-        """Of all that was given, big-endian."""
+        """Return the checksum of all data, big-endian."""
         return self._value.to_bytes(self._width, "big")
 
 
 def new_digest(algorithm: str) -> Digest:
-    """A digest by S3's name for it in lower case; ``crc32c`` and ``crc64nvme`` need ``awscrt``.
+    """Return a digest by S3's name in lower case. ``crc32c`` and ``crc64nvme`` need ``awscrt``.
 
     Raises:
-        Fault: ``NotImplemented`` for one that cannot be computed here: no bytes are taken unchecked.
+        Fault: ``NotImplemented`` for any other name: no bytes are stored without verification.
     """
     if algorithm == "crc32":
         return Cyclic(zlib.crc32, 4)
@@ -72,7 +72,7 @@ def new_digest(algorithm: str) -> Digest:
 
 
 def _awscrt(name: str) -> Callable[..., int]:
-    """A function of ``awscrt.checksums``: there is no other fast one for what zlib does not have."""
+    """Return a function of ``awscrt.checksums``, because zlib has neither CRC-32C nor CRC-64."""
     try:
         from awscrt import checksums  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError:
@@ -86,7 +86,7 @@ def _not_computed(name: str) -> Fault:
 
 
 def sent_checksums(headers: Mapping[str, str]) -> dict[str, str]:
-    """Checksums (base64) by algorithm, of headers by their names in lower case."""
+    """Return base64 checksums by algorithm, from headers with lower-case names."""
     named = {
         name[len(PREFIX) :]: value for name, value in headers.items() if name.startswith(PREFIX)
     }
@@ -94,7 +94,8 @@ def sent_checksums(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def composite(algorithm: str, parts: Sequence[str]) -> str:
-    """The checksum of an object made of parts: of their checksums, with ``-`` and their number."""
+    """Return the checksum of a multipart object: the digest of the parts' checksums, ``-``, the
+    count."""
     digest = new_digest(algorithm)
     for part in parts:
         digest.update(base64.b64decode(part))
@@ -102,7 +103,7 @@ def composite(algorithm: str, parts: Sequence[str]) -> str:
 
 
 def check_type(algorithm: str, kind: str) -> None:
-    """Refuse, before any part has come, what :func:`composite` or :func:`full` could not compute."""
+    """Reject, before any part is uploaded, a checksum that the server cannot compute."""
     if kind == FULL_OBJECT and algorithm not in _WIDTHS:
         text = f"The {kind} checksum type cannot be used with the {algorithm} checksum algorithm."
         raise Fault("InvalidRequest", text)
@@ -112,7 +113,7 @@ def check_type(algorithm: str, kind: str) -> None:
 
 
 def full(algorithm: str, parts: Sequence[tuple[str, int]]) -> str:
-    """The checksum of all bytes of an object, given those of its parts and their sizes in bytes."""
+    """Return the checksum of all bytes of an object, from the parts' checksums and sizes in bytes."""
     combine, whole = _awscrt(f"combine_{algorithm}"), 0
     for part, size in parts:
         whole = combine(whole, int.from_bytes(base64.b64decode(part), "big"), size)
@@ -120,7 +121,7 @@ def full(algorithm: str, parts: Sequence[tuple[str, int]]) -> str:
 
 
 def as_headers(checksums: Mapping[str, str]) -> dict[str, str]:
-    """Headers of an answer that tells checksums, and of what kind they are."""
+    """Return the response headers for checksums and the checksum type."""
     if not checksums:
         return {}
     kind = COMPOSITE if any("-" in value for value in checksums.values()) else FULL_OBJECT
@@ -128,7 +129,7 @@ def as_headers(checksums: Mapping[str, str]) -> dict[str, str]:
 
 
 def as_elements(checksums: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The same as elements of a document."""
+    """Return the XML elements for checksums."""
     names = {"crc32": "CRC32", "crc32c": "CRC32C", "crc64nvme": "CRC64NVME"}
     return [
         (f"Checksum{names.get(name, name.upper())}", value) for name, value in checksums.items()
@@ -136,7 +137,7 @@ def as_elements(checksums: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def from_elements(values: Mapping[str, str]) -> dict[str, str]:
-    """Checksums by algorithm, of elements ``ChecksumCRC32`` and the like by name."""
+    """Return checksums by algorithm, from elements such as ``ChecksumCRC32`` by name."""
     start = "Checksum"
     return {
         name[len(start) :].lower(): value
@@ -146,12 +147,15 @@ def from_elements(values: Mapping[str, str]) -> dict[str, str]:
 
 
 class Expected:
-    """What the bytes of a request have to be like; computed as they come."""
+    """The checksums that a request announces, computed while the body arrives."""
 
     def __init__(self, headers: Mapping[str, str], sha256: str | None, of_body: bool) -> None:
-        """``headers`` by names in lower case; ``sha256`` in hexadecimal, as it was signed.
+        """Read the announced checksums.
 
-        ``of_body`` says whether the checksums in the headers are of the body.
+        Args:
+            headers: headers with lower-case names.
+            sha256: the signed hash in hexadecimal.
+            of_body: whether the checksums in the headers cover the body.
         """
         self._sha256 = sha256
         self._md5 = _base64(headers["content-md5"], 16) if "content-md5" in headers else None
@@ -164,12 +168,12 @@ class Expected:
         self._digests |= {"md5": hashlib.md5(usedforsecurity=False)} if self._md5 else {}
 
     def update(self, data: bytes) -> None:
-        """Go on with ``data``."""
+        """Process ``data``."""
         for digest in self._digests.values():
             digest.update(data)
 
     def verify(self, trailers: Mapping[str, str]) -> dict[str, str]:
-        """The checksums that were told and are right, by algorithm.
+        """Return the verified checksums by algorithm.
 
         Raises:
             Fault: ``XAmzContentSHA256Mismatch``, ``BadDigest``, ``InvalidRequest``.
@@ -200,21 +204,21 @@ def _base64(text: str, size: int) -> bytes:
 
 
 class Chunked:
-    """Decodes the aws-chunked encoding as bytes arrive.
+    """Incremental decoder of the aws-chunked encoding.
 
-    The signature of a chunk is compared at the end of the chunk, so a caller must store nothing before
-    :meth:`finish`.
+    The signature of a chunk is verified at the end of the chunk, so a caller must store nothing
+    before :meth:`finish`.
     """
 
     def __init__(self, signed: Signed | None, trailers: Sequence[str]) -> None:
-        """Set the signature of the head, if chunks are signed, and the announced trailers."""
+        """Create a decoder; ``signed`` is ``None`` for unsigned chunks."""
         self._signed, self._announced = signed, set(trailers)
         self._previous = signed.signature if signed else ""
         self._buffer, self._decoded = bytearray(), list[bytes]()
         self._lines: list[str] = []
         self._received = self._ended = False
         self.trailers: dict[str, str] = {}
-        """Trailers by their names in lower case."""
+        """Trailers with lower-case names."""
         self._parser = self._parse()
 
     def decode(self, data: bytes) -> bytes:
@@ -231,7 +235,7 @@ class Chunked:
         return b"".join(self._decoded)
 
     def finish(self) -> None:
-        """End the body; raises :class:`Fault` if the body is not complete."""
+        """End the body; raises :class:`Fault` if the body is incomplete."""
         self._received = True
         next(self._parser, None)
         if not self._ended:
@@ -239,7 +243,7 @@ class Chunked:
             raise Fault("IncompleteBody", text)
 
     def _parse(self) -> Generator[None, None, None]:
-        """Parse the body; yields when more bytes are needed."""
+        """Parse the body as a coroutine that yields for more bytes."""
         size = -1
         while size:
             head = _HEAD.fullmatch((yield from self._line()))
@@ -265,7 +269,7 @@ class Chunked:
         self._ended = True
 
     def _line(self, optional: bool = False) -> Generator[None, None, str]:
-        """Return the next line. Some clients leave out the empty last line, which is ``optional``."""
+        """Return the next line. Some clients omit the empty last line, which is ``optional``."""
         while (end := self._buffer.find(b"\r\n")) < 0:
             if len(self._buffer) > _LINE:
                 raise _broken()
@@ -298,7 +302,7 @@ class Chunked:
             self._check(signature, "AWS4-HMAC-SHA256-TRAILER", digest)
 
     def _check(self, signature: str, kind: str, *hashes: str) -> None:
-        """Compare a signature with that of the chunk, which goes on from the one before."""
+        """Verify a signature, which covers the signature of the previous chunk."""
         if self._signed is None:
             return
         given = self._signed
@@ -317,7 +321,7 @@ def _broken() -> Fault:
 
 
 class SignedBody:
-    """What the body of one request has to be; nothing of it is read before :meth:`receive`."""
+    """The requirements on the body of one request. :meth:`receive` reads the body."""
 
     def __init__(
         self,
@@ -326,14 +330,13 @@ class SignedBody:
         limit: int,
         of_body: bool,
     ) -> None:
-        """Refuse what the headers alone are reason for.
+        """Check the headers.
 
         Args:
-            headers: by names in lower case.
-            signed: what was signed of the body. That a body is not signed is refused, or let in, by
-                who verified the signature.
-            limit: bytes at most, once decoded.
-            of_body: whether the checksums in the headers are of the body.
+            headers: headers with lower-case names.
+            signed: the verified signature. ``sigv4`` has decided whether the body may be unsigned.
+            limit: maximum decoded size in bytes.
+            of_body: whether the checksums in the headers cover the body.
 
         Raises:
             Fault: ``EntityTooLarge``, ``InvalidArgument``, ``NotImplemented``, ``InvalidDigest``.
@@ -355,10 +358,11 @@ class SignedBody:
             raise _too_large()
 
     async def receive(self, body: RequestBody, sink: Callable[[bytes], Any]) -> dict[str, str]:
-        """Read the body into ``sink``, which is called in a thread; the checksums that were verified.
+        """Read the body into ``sink``, called in a thread, and return the verified checksums.
 
         Raises:
-            Fault: where it is not as it was signed or told: what went into ``sink`` counts for nothing.
+            Fault: for a wrong signature, checksum or length. The caller must discard the bytes in
+                ``sink``.
             ClientDisconnect: if the body ends early.
         """
         await body.write_to(partial(self._take, sink))

@@ -1,4 +1,4 @@
-"""Operations on buckets and their listings."""
+"""Bucket operations and listings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def list_buckets(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 
 def create_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """A new bucket; where it should be is read and passed over: there is one region."""
+    """Create a bucket. The requested location has no effect: the server has one region."""
     if body.strip():
         documents.parse(body, "CreateBucketConfiguration")
     stores.objects.create_bucket(request.account, request.bucket)
@@ -39,26 +39,26 @@ def create_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 
 def head_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """Whether it is there."""
+    """Check that a bucket exists."""
     stores.objects.bucket(request.account, request.bucket)
     return Response(200, b"", {"x-amz-bucket-region": stores.region})
 
 
 def delete_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """Remove an empty one."""
+    """Delete an empty bucket."""
     stores.objects.delete_bucket(request.account, request.bucket)
     return Response(204)
 
 
 def bucket_location(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """The region; empty for ``us-east-1``, as ever."""
+    """Return the region; empty for ``us-east-1``, as on AWS."""
     stores.objects.bucket(request.account, request.bucket)
     region = "" if stores.region == "us-east-1" else stores.region
     return xml_response("LocationConstraint", region)
 
 
 def list_objects_v2(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """A page of keys; goes on from a token, or after ``start-after``."""
+    """Return a page of keys after a token or after ``start-after``."""
     asked, encode = request.query, encoding(request)
     token, most = asked.get("continuation-token"), request.number("max-keys", MOST_KEYS, MOST_KEYS)
     marker = asked.get("start-after", "")
@@ -81,7 +81,7 @@ def list_objects_v2(stores: Stores, request: S3Request, body: bytes) -> Response
 
 
 def list_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """A page of keys as it was before: goes on after ``marker``."""
+    """Return a page of keys after ``marker``: version 1 of the operation."""
     asked, encode = request.query, encoding(request)
     most, marker = request.number("max-keys", MOST_KEYS, MOST_KEYS), asked.get("marker", "")
     found = _page(stores, request, _start(request, marker), most)
@@ -107,7 +107,8 @@ def owner(request: S3Request) -> Element:
 
 
 def encoding(request: S3Request) -> Callable[[str], str]:
-    """How keys are written: percent-encoded, where the client asks for it."""
+    """Return the encoder of keys in a document: percent-encoding if the client requests URL
+    encoding."""
     kind = request.query.get("encoding-type", "")
     if kind not in ("", "url"):
         raise Fault("InvalidArgument", "Invalid Encoding Method specified in S3Request")
@@ -115,12 +116,12 @@ def encoding(request: S3Request) -> Callable[[str], str]:
 
 
 def encoded_token(position: str) -> str:
-    """A position in a listing that clients can only give back."""
+    """Encode a position in a listing as an opaque token."""
     return base64.urlsafe_b64encode(position.encode()).decode()
 
 
 def decoded_token(token: str) -> str:
-    """The position that a token stands for."""
+    """Decode a token into a position in the listing."""
     try:
         return decode_storable(base64.b64decode(token, altchars=b"-_", validate=True))
     except ValueError:
@@ -129,7 +130,7 @@ def decoded_token(token: str) -> str:
 
 
 def _start(request: S3Request, marker: str) -> str:
-    """The first key that may come after ``marker``, which may be a common prefix."""
+    """Return the first key that may follow ``marker``, which may be a common prefix."""
     if not marker:
         return ""
     prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")

@@ -18,14 +18,14 @@ Element = tuple[str, "Content"]
 
 
 def document(name: str, content: Content, namespace: str | None = NAMESPACE) -> bytes:
-    """Return a document whose root element is ``name``."""
+    """Return a document with the root element ``name``."""
     xmlns = f' xmlns="{namespace}"' if namespace else ""
     head = '<?xml version="1.0" encoding="UTF-8"?>\n'
     return f"{head}<{name}{xmlns}>{_text(content)}</{name}>".encode()
 
 
 def xml_response(name: str, content: Content, **headers: str) -> Response:
-    """Return a response with a document of S3's namespace."""
+    """Return a response with a document in S3's namespace."""
     body = document(name, content)
     return Response(200, body, {"Content-Type": "application/xml", **headers})
 
@@ -41,10 +41,11 @@ def _text(content: Content) -> str:
 
 
 def parse(body: bytes, root: str) -> ElementTree.Element:
-    """Return the root element of a document; names have no namespace.
+    """Return the root element of a document, without namespaces.
 
     Raises:
-        Fault: ``MalformedXML``, also for another root element than ``root`` and for a document type.
+        Fault: ``MalformedXML``, also for a root element other than ``root`` and for a document
+            type.
     """
     # A document type declares entities. No client sends one.
     if b"<!DOCTYPE" in body:
@@ -61,7 +62,7 @@ def parse(body: bytes, root: str) -> ElementTree.Element:
 
 
 def malformed_xml() -> Fault:
-    """Return the fault of a document that S3 rejects."""
+    """Return the error for a document that S3 rejects."""
     text = (
         "The XML you provided was not well-formed or did not validate against our published schema"
     )

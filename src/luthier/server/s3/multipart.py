@@ -1,4 +1,4 @@
-"""Operations on multipart uploads."""
+"""Multipart upload operations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from luthier.server.tables.objects import ObjectPiece, Upload
 
 
 def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """Begin an upload."""
+    """Create an upload."""
     algorithm = request.headers.get("x-amz-checksum-algorithm", "").lower()
     kind = request.headers.get("x-amz-checksum-type", "").upper()
     if kind not in ("", COMPOSITE, FULL_OBJECT):
@@ -51,7 +51,7 @@ def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 
 def before_part(stores: Stores, request: S3Request) -> int:
-    """Check the request before its body is read; return the size of the part that it replaces."""
+    """Check the request before the body is read. Return the size in bytes of the replaced part."""
     number, upload_id = _number(request), request.query["uploadId"]
     part = stores.uploads.part(request.account, request.bucket, request.key, upload_id, number)
     return 0 if part is None else part.size
@@ -60,14 +60,14 @@ def before_part(stores: Stores, request: S3Request) -> int:
 def upload_part(
     stores: Stores, request: S3Request, written: WrittenFile, checksums: Mapping[str, str]
 ) -> Response:
-    """Keep a part."""
+    """Store a part."""
     piece = _put_part(stores, request, written, checksums)
     told = {PREFIX + name: value for name, value in piece.checksums.items()}
     return Response(200, b"", {"ETag": f'"{piece.md5}"', **told})
 
 
 def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """Keep bytes of another object as a part."""
+    """Copy a byte range of another object into a part."""
     source = copy_source(request)
     record_action("s3:GetObject", arn(*source))
     freed = before_part(stores, request)
@@ -86,7 +86,7 @@ def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 
 def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """Make the object from the parts that a document names."""
+    """Create the object from the parts that a document lists."""
     chosen = _parse_parts(body)
     expected = sent_checksums(request.headers)
 
@@ -112,7 +112,7 @@ def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response
 
 
 def abort_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """Give an upload up."""
+    """Abort an upload and delete the parts."""
     stores.uploads.abort(request.account, request.bucket, request.key, request.query["uploadId"])
     return Response(204)
 
@@ -157,7 +157,7 @@ def _parse_parts(body: bytes) -> list[CompletedPart]:
 def _of_whole(
     upload: Upload, pieces: Sequence[ObjectPiece], expected: Mapping[str, str]
 ) -> dict[str, str]:
-    """The checksum of the object, as far as it follows from those of its parts."""
+    """Return the checksum of the object if all parts have checksums."""
     name, made = upload.checksum, {}
     of_parts = [piece.checksums.get(name) for piece in pieces]
     known = [each for each in of_parts if each is not None]

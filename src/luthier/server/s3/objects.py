@@ -1,4 +1,4 @@
-"""Operations on objects, their ranges of bytes, and conditions on what an object is now (RFC 9110)."""
+"""Object operations, byte ranges, and conditional requests (RFC 9110)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _RESPONSE = "response-"
 
 
 def http_date(moment: datetime) -> str:
-    """A time as headers have it, to the second."""
+    """Return a time as an HTTP date, in seconds."""
     return format_datetime(moment.astimezone(UTC), usegmt=True)
 
 
 def span(header: str | None, size: int) -> tuple[int, int] | None:
-    """First byte and number of bytes of a ``Range``; ``None`` where the whole is meant.
+    """Return the first byte and the length of a ``Range``; ``None`` for the whole object.
 
     Raises:
-        Fault: ``InvalidRange`` where nothing of the object is in it.
+        Fault: ``InvalidRange`` if the range does not overlap the object.
     """
     found = re.fullmatch(r"\s*bytes=([0-9]{0,18})-([0-9]{0,18})\s*", header or "")
     if found is None or not (found[1] or found[2]):
@@ -48,10 +48,10 @@ def span(header: str | None, size: int) -> tuple[int, int] | None:
 
 
 def check_read(headers: Mapping[str, str], found: StoredObject, start: str = "if-") -> None:
-    """Compare an object with the conditions of a read, whose names begin with ``start``.
+    """Check the conditions of a read, in headers whose names begin with ``start``.
 
     Raises:
-        Fault: ``PreconditionFailed``, or ``NotModified`` where the client has it already.
+        Fault: ``PreconditionFailed``, or ``NotModified`` if the client has the current object.
     """
     match, none_match = headers.get(f"{start}match"), headers.get(f"{start}none-match")
     changed = headers.get(f"{start}modified-since")
@@ -75,10 +75,10 @@ def check_read(headers: Mapping[str, str], found: StoredObject, start: str = "if
 
 
 def check_write(headers: Mapping[str, str], found: StoredObject | None) -> None:
-    """Compare what a key names now with the conditions of a write.
+    """Check the conditions of a write against the current object of the key.
 
     Raises:
-        Fault: ``PreconditionFailed``; ``NoSuchKey`` where ``If-Match`` has nothing to match.
+        Fault: ``PreconditionFailed``; ``NoSuchKey`` if ``If-Match`` requires a missing object.
     """
     match, none_match = headers.get("if-match"), headers.get("if-none-match")
     if match is not None and found is None:
@@ -108,7 +108,7 @@ def _precondition_failed(condition: str) -> Fault:
 
 
 def before_put(stores: Stores, request: S3Request) -> int:
-    """Check the request before its body is read; return the size of the object that it replaces."""
+    """Check the request before the body is read. Return the size in bytes of the replaced object."""
     check_key(request.key)
     describe_object(request, {})
     try:
@@ -123,7 +123,7 @@ def before_put(stores: Stores, request: S3Request) -> int:
 def put_object(
     stores: Stores, request: S3Request, written: WrittenFile, checksums: Mapping[str, str]
 ) -> Response:
-    """Let the key name what came."""
+    """Store the received file under the key."""
     made = stores.objects.put(
         request.account,
         request.bucket,
@@ -136,7 +136,7 @@ def put_object(
 
 
 def get_object(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """An object, or a range of it."""
+    """Return an object or a byte range of an object."""
     range_header = request.headers.get("range")
 
     def choose_range(found: StoredObject) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def get_object(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 
 def head_object(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """What is told of an object."""
+    """Return the headers of an object."""
     found = stores.objects.head(request.account, request.bucket, request.key)
     check_read(request.headers, found)
     status, headers = _status_and_headers(request, found)
@@ -159,13 +159,13 @@ def head_object(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 
 def delete_object(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """Remove an object; one that is not there is no error."""
+    """Delete an object. Deleting a missing object succeeds."""
     stores.objects.delete(request.account, request.bucket, [request.key])
     return Response(204)
 
 
 def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """Remove the objects that a document names."""
+    """Delete the objects that a document lists."""
     tree = documents.parse(body, "Delete")
     named = tree.findall("Object")
     keys = [each.findtext("Key") or "" for each in named]
@@ -193,7 +193,7 @@ def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 
 def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
-    """Let the key name the bytes of another object."""
+    """Copy another object to the key."""
     source, target = copy_source(request), (request.bucket, request.key)
     record_action("s3:GetObject", arn(*source))
     directive = request.headers.get("x-amz-metadata-directive", "COPY")
@@ -217,7 +217,7 @@ def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 
 def copy_elements(etag: str, modified: datetime, checksums: Mapping[str, str]) -> list[Element]:
-    """What is told of a copy."""
+    """Return the elements that describe a copy."""
     moment = timestamp(modified)
     return [("ETag", f'"{etag}"'), ("LastModified", moment), *as_elements(checksums)]
 
@@ -246,7 +246,7 @@ def _status_and_headers(request: S3Request, found: StoredObject) -> tuple[int, d
 
 
 def _overrides(request: S3Request) -> dict[str, str]:
-    """Headers that the query of a request sets, as links to downloads do."""
+    """Return the response headers that the query sets, as download links do."""
     overrides = {
         name[len(_RESPONSE) :]: value
         for name, value in request.query.items()

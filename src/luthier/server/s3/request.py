@@ -1,4 +1,4 @@
-"""A request to the object store: what it names, and what it says beside its body."""
+"""A parsed request to the object store: bucket, key, query, headers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ DESCRIBING = (
     "cache-control", "content-disposition", "content-encoding", "content-language", "content-type",
     "expires",
 )  # fmt: skip
-"""Headers that are given back with the object as they came."""
+"""Headers that are stored with an object and returned unchanged."""
 _METADATA = "x-amz-meta-"
 _METADATA_BYTES = 2048
 _REFUSED = ("x-amz-object-lock-", "x-amz-server-side-encryption", "x-amz-tagging", "x-amz-website-")
-"""Beginnings of headers that ask for what is not done here; to pass over them would be to lie."""
+"""Prefixes of headers for unsupported features. Ignoring such a header would mislead the client."""
 _PRIVATE = ("", "private", "bucket-owner-full-control", "bucket-owner-read")
 
 
 @dataclass(frozen=True)
 class Stores:
-    """What operations work on."""
+    """The object store and the multipart uploads behind the operations."""
 
     objects: Objects
     uploads: MultipartUploads
@@ -35,30 +35,30 @@ class Stores:
 
 @dataclass(frozen=True)
 class S3Request:
-    """One request that was let in."""
+    """One authenticated request."""
 
     caller: Caller
     method: str
     bucket: str
-    """Empty for the service itself."""
+    """Name of the bucket; empty for the service."""
     key: str
-    """Empty for a bucket."""
+    """Key of the object; empty for a bucket."""
     query: Mapping[str, str]
     headers: Mapping[str, str]
-    """By names in lower case."""
+    """Headers with lower-case names."""
 
     @property
     def account(self) -> str:
-        """Whose buckets are meant."""
+        """Account of the caller, the owner of the buckets."""
         return self.caller.account
 
     @property
     def resource(self) -> str:
-        """The ARN that is acted on."""
+        """ARN of the bucket or object."""
         return arn(self.bucket, self.key)
 
     def number(self, name: str, default: int, most: int, least: int = 0) -> int:
-        """A number of the query; above ``most`` it is ``most``."""
+        """Return a number of the query, at most ``most``."""
         text = self.query.get(name, "")
         if not text:
             return default
@@ -71,14 +71,14 @@ class S3Request:
 
 
 def arn(bucket: str, key: str = "") -> str:
-    """Of a bucket or an object; ``*`` for all buckets."""
+    """Return the ARN of a bucket or object; ``*`` for all buckets."""
     if not bucket:
         return "*"
     return object_arn(bucket, key) if key else f"arn:aws:s3:::{bucket}"
 
 
 def read_request(head: RequestHead, caller: Caller) -> S3Request:
-    """The request of a head; raises :class:`Fault` for a path or query that is not UTF-8."""
+    """Parse the head of a request; raises :class:`Fault` for a path or query that is not UTF-8."""
     bucket, _, key = head.path.removeprefix("/").partition("/")
     try:
         named = unquote(bucket, errors="strict"), unquote(key, errors="strict")
@@ -94,7 +94,7 @@ def read_request(head: RequestHead, caller: Caller) -> S3Request:
 
 
 def copy_source(request: S3Request) -> tuple[str, str]:
-    """Bucket and key that ``x-amz-copy-source`` names."""
+    """Return bucket and key in ``x-amz-copy-source``."""
     text, _, query = request.headers["x-amz-copy-source"].partition("?")
     try:
         named = unquote(text, errors="strict").removeprefix("/")
@@ -111,7 +111,7 @@ def copy_source(request: S3Request) -> tuple[str, str]:
 
 
 def describe_object(request: S3Request, checksums: Mapping[str, str]) -> ObjectMetadata:
-    """What the headers of a request say of the object that it makes."""
+    """Return the metadata of the new object from the headers of a request."""
     given = request.headers
     headers = {name: given[name] for name in DESCRIBING if name in given}
     codings = [each.strip() for each in headers.pop("content-encoding", "").split(",")]

@@ -1,4 +1,4 @@
-"""The face of the object store: unlike the others it takes and gives bytes as they come."""
+"""Routes of the S3 API, with streamed request and response bodies."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ Keeps = Callable[[Stores, S3Request, WrittenFile, Mapping[str, str]], Response]
 
 @dataclass(frozen=True)
 class S3Operation:
-    """One operation, and how it is asked for."""
+    """One operation and the requests that select the operation."""
 
     name: str
-    """As botocore has it."""
+    """Name of the operation in botocore."""
     method: str
     level: str
     """``service``, ``bucket`` or ``object``."""
     action: str
-    """The action that a role has to allow."""
+    """Action that a role must allow."""
     works: Works | None = None
     keeps: Keeps | None = None
-    """Of an operation whose body is kept as a file."""
+    """Implementation of an operation that stores the body as a file."""
     before: Callable[[Stores, S3Request], int] = lambda stores, request: 0
-    """Checks the request before such a body is read, and returns the bytes that the body replaces."""
+    """Checks the request before the body is read. Returns the bytes that the new file replaces."""
     needs: frozenset[str] = frozenset()
-    """Keys of the query that are there."""
+    """Required keys of the query."""
     may: frozenset[str] = frozenset()
-    """Keys of the query that may be there too."""
+    """Optional keys of the query."""
     whole: bool = False
-    """Whether checksums in its headers are those of the object, and not of the body it has."""
+    """Whether checksums in the headers cover the object instead of the body."""
     copies: bool = False
-    """Whether another object is named in place of a body."""
+    """Whether a header names a source object in place of a body."""
 
 
 def _keys(text: str) -> frozenset[str]:
@@ -103,11 +103,12 @@ OPERATIONS = (
 
 
 def operation_of(request: S3Request) -> S3Operation:
-    """The operation that is asked for.
+    """Return the requested operation.
 
     Raises:
-        Fault: ``MethodNotAllowed``; ``NotImplemented`` where the query asks for what is not done here,
-            such as ``?acl``, which must not be taken for the operation without it.
+        Fault: ``MethodNotAllowed``. ``NotImplemented`` for an unsupported query such as ``?acl``,
+            which
+            must not select the operation without the query.
     """
     level = "object" if request.key else "bucket" if request.bucket else "service"
     there = [each for each in OPERATIONS if (each.method, each.level) == (request.method, level)]
@@ -145,7 +146,7 @@ _STATUS = {
     "SignatureDoesNotMatch": 403,
     "SlowDown": 503,
 }
-"""HTTP status of each code; of all others 400."""
+"""HTTP status by code; the default is 400."""
 _CODES = {
     "IncompleteSignature": "AuthorizationHeaderMalformed",
     "InternalServer": "InternalError",
@@ -156,11 +157,11 @@ _CODES = {
     "UnrecognizedClient": "InvalidAccessKeyId",
     "Validation": "InvalidRequest",
 }
-"""Codes of S3 by the names that the rest of the service has for the same."""
+"""S3's error codes by error codes of the server."""
 
 
 def s3_api(objects: Objects, region: str) -> Api:
-    """Return path-style S3 on the built-in object store, for all requests that are signed for S3."""
+    """Return path-style S3 on the built-in object store, for all requests signed for S3."""
     stores = Stores(objects, MultipartUploads(objects), region)
 
     async def endpoint(sent: HttpRequest) -> HttpResponse:
@@ -186,10 +187,7 @@ def s3_api(objects: Objects, region: str) -> Api:
 
 
 def refusal(fault: Fault, request_id: str) -> Response:
-    """Return ``fault`` as clients of S3 expect it.
-
-    Of its details, ``headers`` are sent with it, and ``fields`` stand in the document.
-    """
+    """Return ``fault`` in S3's form. The details have ``headers`` and ``fields`` of the document."""
     code = _CODES.get(fault.code.removesuffix("Exception"), fault.code)
     place = str(fault.details.get("place"))
     code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(place, code)
@@ -207,7 +205,7 @@ async def _respond(stores: Stores, sent: Request, received: RequestBody) -> Resp
     """Respond to a request, with all blocking work in threads.
 
     Raises:
-        Fault: for :func:`refusal`; the request changed nothing.
+        Fault: for a rejected request, which has changed nothing.
     """
     request = read_request(received.head, sent.caller)
     operation = operation_of(request)
