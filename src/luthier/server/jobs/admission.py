@@ -1,4 +1,4 @@
-"""Capacity of a machine, and the estimated memory of a job by its recipe."""
+"""Capacity of a machine, and the estimated memory of a job."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Capacity:
 
 
 def memory_of(command: str, recipe: dict[str, Any]) -> int:
-    """Return the estimated peak of a job in bytes, by the engine's own estimate.
+    """Return the estimated peak memory of a job in bytes, by the engine's estimate.
 
-    A recipe without an objective is estimated with the objective that its base model is made for. Its
-    rows decide among the objectives of that network, whose peaks differ by about 1 %.
-    The catalogue describes networks that are not on this machine; no custom model is fetched.
+    For a recipe without an objective, the estimate uses the usual objective of the base model. The
+    rows of the job can select a different objective for the same network, with a peak that differs
+    by about 1 %. The catalogue describes networks that are not on this machine. No custom model is
+    fetched.
 
     Raises:
-        LuthierError: where the job cannot work at all, as the worker says; or where a custom model is
-            not on this machine.
+        LuthierError: if the job cannot run at all, or if a custom model is not on this machine.
     """
     # Many jobs of a queue differ in name and data only, and share one estimate.
     alike = {**recipe, "name": None, "data": {"train": ""}}
@@ -59,7 +59,7 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.workflows.pipeline import KINDS
 
     def described(model_id: str) -> Any:
-        """Return the entry of the catalogue where only that describes the model."""
+        """Return the entry of the catalogue if the model is not on this machine."""
         return CATALOG.get(model_id) if not is_base_here(model_id) else None
 
     def config(model_id: str, head: Any) -> Any:

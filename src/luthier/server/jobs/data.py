@@ -1,4 +1,4 @@
-"""The rows of a job, which are fetched once for all workers of the job."""
+"""Training and validation rows of a job, fetched once for all workers of the job."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from luthier.server.tables.jobs import Job
 from luthier.server.tables.locations import Locations
 
 MOST_REFERENCES = 100_000
-"""Maximum number of images and audio files that the rows of one file name."""
+"""Maximum number of images and audio files that the rows of one file may name."""
 MOST_REFUSED = 20
 """Number of missing files after which the search stops."""
 _SOURCES = "sources.json"
@@ -57,7 +57,7 @@ class JobData:
         return self._source("held", files) if files else None
 
     def validator(self, number: int) -> str:
-        """Return the path of the rows of one validator, counted from 0."""
+        """Return the path of the rows of a validator, counted from 0."""
         return self._source(f"held/{number + 1:02d}", self.validators[number])
 
     def show_addresses(self, text: str) -> str:
@@ -102,7 +102,7 @@ def base_reads_media(base: str) -> bool:
 
 
 def _check_lines(data: JobData) -> None:
-    """Reject files that are not JSON Lines, the only format of Bedrock and OpenAI."""
+    """Reject files that are not JSON Lines, the only format of the Bedrock and OpenAI APIs."""
     problems = []
     for name, address in data.addresses.items():
         if (data.folder / name).is_dir():
@@ -159,7 +159,7 @@ def _fetch(job: Job, folder: Path, locations: Locations, media: bool) -> None:
 
 
 def _ending(path: Path) -> str:
-    """Return the suffix of a file; for uploaded files without one, by the content."""
+    """Return the suffix of a file, or the suffix for the content of a file without a suffix."""
     if path.suffix:
         return path.suffix
     try:
@@ -176,19 +176,17 @@ def fetch_references(
     address: str,
     columns: Mapping[str, str] | None = None,
 ) -> None:
-    """Fetch the images and audio files that the rows of ``table`` name.
-
-    A path is relative to the folder of ``address``. The account's rights apply.
+    """Fetch the images and audio files that the rows of ``table`` name, with the account's rights.
 
     Args:
         locations: data by address.
-        account: the account.
-        table: rows on this machine; the files are stored below its folder.
-        address: address of the rows.
-        columns: names of the columns in the file, by luthier's names.
+        account: account that owns the job.
+        table: rows on this machine. Files are stored below the same folder.
+        address: address of the rows, to which paths in the rows are relative.
+        columns: column names in the file by luthier's names.
 
     Raises:
-        DataError: for files that are missing or too large.
+        DataError: if files are missing or too large.
     """
     if table.suffix in (".zip", ".npz"):
         return  # archives contain their files
@@ -230,7 +228,7 @@ def fetch_references(
 
 
 def _place_of(reference: str, address: str) -> tuple[str, str] | None:
-    """Return the address and the relative path of a reference; ``None`` for an invalid one."""
+    """Return the address and the relative path of a reference; ``None`` for an invalid reference."""
     if reference.startswith("s3://"):
         return None if reference.endswith("/") else (reference, object_name(reference))
     path = posixpath.normpath(reference)

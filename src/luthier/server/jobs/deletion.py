@@ -1,4 +1,4 @@
-"""Deletion of a customization job: its files, then its rows."""
+"""Deletion of a customization job: files first, then database rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from luthier.server.tables.jobs import ENDED, Job, JobEvent, run_name
 
 
 def delete_job(database: Database, arns: Arns, job: Job) -> None:
-    """Delete an ended job with its run, log, events and the teacher replies that it requested.
+    """Delete an ended job with its run, log, events and requested teacher replies.
 
-    The rows go last: after a crash, a second call finds the job and deletes the remaining files.
+    The database rows go last: after a crash, a second call finds the job and deletes the remaining
+    files.
 
     Raises:
         WrongState: if the job has not ended, its model still exists, or a process uses its files.

@@ -1,9 +1,9 @@
-"""The worker of an export: writes a custom model for other software, below an address of its account.
+"""Worker of an export: converts a custom model and uploads the files below an address.
 
     lock, lease → memory → merge, write, compare → upload, ``export.json`` last → Completed
 
-The worker writes into a working folder first and may be killed anywhere: the next worker starts again
-and uploads the same names. The file ``export.json`` exists only after all other files.
+The worker writes into a working folder first and may be killed anywhere: the next worker starts
+again and uploads the same names. The file ``export.json`` exists only after all other files.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from luthier.server.tables.exports import ExportedFile, ExportProgress, ExportRe
 from luthier.server.tables.jobs import STOPPING
 
 INDEX = "export.json"
-"""File that is uploaded last: the settings of the export and the hashes of the other files."""
+"""Name of the last uploaded file, with the settings of the export and all hashes."""
 
 _log = logging.getLogger(__name__)
 
 
 class ExportWorker(Worker[ModelExport]):
-    """A process that writes one export."""
+    """Worker of one export."""
 
     table = ModelExport
     folders_type = ExportFolders

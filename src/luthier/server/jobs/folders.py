@@ -32,7 +32,7 @@ LOG_TAIL, DEATH_TAIL = 20, 5
 
 
 class JobFolders:
-    """The folders and files of one job."""
+    """Folders and files of one job."""
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
@@ -42,7 +42,7 @@ class JobFolders:
         self.lock_file = self.parent / f"{job_id}.lock"
 
     def hold(self) -> AbstractContextManager[bool]:
-        """Acquire the job's file lock. Yields False if another process holds it."""
+        """Acquire the job's file lock. Yields False if another process holds the lock."""
         return lock(self.lock_file)
 
     def drop_working_files(self) -> None:
@@ -73,7 +73,7 @@ class JobFolders:
             shutil.rmtree(folder, ignore_errors=True)
 
     def open_log(self) -> int:
-        """Return a file descriptor that appends to the log."""
+        """Return a file descriptor for appending to the log."""
         with disk_errors(self.parent):
             self.parent.mkdir(parents=True, exist_ok=True)
             return os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -104,14 +104,15 @@ class ImportFolders(JobFolders):
         self.stored_id = id_of(self.model)
 
     def drop_here(self) -> None:
-        """Remove the model folder; the caller holds the lock."""
+        """Remove the model folder. The caller holds the lock."""
         sweep(self.model.parent, self.model.name)
         shutil.rmtree(self.model, ignore_errors=True)
 
     def drop(self, *, model: bool) -> None:
-        """Remove working files, and the ``model`` folder of a failed import; the caller holds the lock.
+        """Remove working files and, for a failed import, the model folder. The caller holds the
+        lock.
 
-        The lock is removed last, because the lock marks remaining files.
+        The lock file is removed last, because a lock file marks remaining files.
         """
         sweep(self.model.parent, self.model.name)
         if model:
@@ -129,12 +130,12 @@ class ExportFolders(JobFolders):
         self.target = self.data / "export"
 
     def drop(self, *, model: bool) -> None:
-        """Remove working files; the caller holds the lock. An export has no ``model`` of its own."""
+        """Remove working files. The caller holds the lock. ``model`` has no effect on an export."""
         self.drop_working_files()
 
 
 def tidy(database: Database, job: Job, folders: JobFolders) -> None:
-    """Remove the files that an ended job does not need; the caller holds the lock."""
+    """Remove unneeded files of an ended job. The caller holds the lock."""
     if job.state == COMPLETED:
         folders.drop_working_files()
     else:

@@ -1,14 +1,13 @@
-"""Models from outside are tried before anybody can use them: they load, compute right, and answer.
+"""Acceptance tests for imported models.
 
-A folder becomes a model only where
+The server accepts a folder as a model only if
 
-- its files keep the rules of :mod:`luthier.models.external`;
-- the network has all of its weights, and its tokenizer is its own;
-- the layout that trains and serves here gives the numbers of transformers (an adapter: those of PEFT);
-- it answers through the engine that will serve it: it writes, reads a text, an image or a sound, or
-  makes an image.
+- the files satisfy the rules of :mod:`luthier.models.external`;
+- all weights of the network and the model's own tokenizer exist;
+- luthier's attention layout reproduces the outputs of transformers, or of PEFT for an adapter;
+- a trial request to the inference engine succeeds.
 
-Everything else is refused with the file, the rule and the fix.
+A rejection names the file, the rule and the fix.
 """
 
 from __future__ import annotations
@@ -59,26 +58,26 @@ if TYPE_CHECKING:
     from luthier.inference.sequential import ModelInput
 
 ANSWER = 8
-"""Tokens that a model has to write."""
+"""Number of tokens that a language model has to generate."""
 MOST_INPUT = 3 << 20
-"""Numbers of what a network reads at once: an image of 1,024 x 1,024 in three colours."""
+"""Maximum number of input values: an image of 1,024 x 1,024 pixels in three colours."""
 _STEPS = 2
-"""From noise to the image that a model has to make."""
+"""Denoising steps of the trial image."""
 _SAME = 1e-3
-"""Relative error between PEFT and our adapter in float32."""
+"""Maximum relative difference between logits of PEFT and luthier, in float32."""
 _GIB = 1 << 30
 _LOADED = 3
 """Bytes of memory for each byte of weights while a model is tried."""
 _PROCESS = _GIB // 2
-"""Bytes that the libraries take."""
+"""Memory of the imported libraries, in bytes."""
 
 
 @dataclass(frozen=True)
 class AcceptedModel:
-    """A model that was tried."""
+    """A model that passed the acceptance tests."""
 
     manifest: Manifest
-    """Its record, but for where it came from."""
+    """Manifest without source, files and versions."""
     parent: StoredModel | None
     """The base model of an adapter."""
 
@@ -86,13 +85,15 @@ class AcceptedModel:
 def memory_needed(
     folder: Path, chosen: ImportedFiles, base_of: Callable[[str], StoredModel | None]
 ) -> int:
-    """Bytes of memory that trying a model takes; of its files only the configuration is read.
+    """Return the bytes of memory that the acceptance tests need.
 
-    ``folder`` holds it; ``chosen`` tells the sizes of the weights, which need not be there yet.
-    ``base_of`` is that of :func:`accept_adapter`.
+    Args:
+        folder: folder of the model. Only the configuration is read.
+        chosen: files with sizes. The weights need not exist yet.
+        base_of: see :func:`accept_adapter`.
 
     Raises:
-        ModelRefused: for an adapter on a model that is not here.
+        ModelRefused: for an adapter on an unknown base model.
     """
     beside = 0
     if chosen.adapter:
@@ -103,14 +104,14 @@ def memory_needed(
 
 
 def accept_network(folder: Path, model_id: str, trusted: bool = False) -> AcceptedModel:
-    """Try the Hugging Face model, or the pipeline of diffusers, in ``folder``.
+    """Test the Hugging Face model or diffusers pipeline in ``folder``.
 
-    There is memory for it. Of a classifier of images or sounds the network below its classes is taken,
-    which gives embeddings and learns others. The chat template is approved if the model is ``trusted``
-    or the template is known; other templates are not run.
+    The caller reserves the memory. An image or audio classifier loses its classes and gives
+    embeddings. The server approves the chat template of a ``trusted`` model and known templates.
+    Other templates never run.
 
     Raises:
-        ModelRefused: where it cannot be taken.
+        ModelRefused: if a test fails.
     """
     from luthier.models.config_errors import bounded_memory
     from luthier.models.folder import ModelFolder, import_transformers
@@ -179,11 +180,7 @@ def accept_network(folder: Path, model_id: str, trusted: bool = False) -> Accept
 
 
 def _check_input(processor: Processor | None) -> None:
-    """Refuse inputs that would take far more memory than the weights tell of.
-
-    Raises:
-        LuthierError: for such a processor.
-    """
+    """Reject a processor whose inputs need far more memory than the weights."""
     if processor is not None and math.prod(processor.shape) > MOST_INPUT:
         height, width = processor.shape[-2:]
         raise LuthierError(
@@ -197,9 +194,9 @@ def accept_adapter(
     base_of: Callable[[str], StoredModel | None],
     trusted: bool = False,
 ) -> AcceptedModel:
-    """Try the PEFT adapter in ``folder`` on the base model that it names.
+    """Test the PEFT adapter in ``folder`` on the named base model.
 
-    ``base_of`` opens a base model of ours by its short name. See :func:`accept_network`.
+    ``base_of`` returns a base model of this server by its short name. See :func:`accept_network`.
     """
     import torch
 
@@ -251,7 +248,7 @@ def accept_adapter(
 def _base_for(
     fields: Mapping[str, Any], base_of: Callable[[str], StoredModel | None]
 ) -> StoredModel:
-    """The base model that an adapter names."""
+    """Return the base model that an adapter names."""
     named = _base_name(fields)
     base = base_of(short_name(named)) if named else None
     if base is None or base.kind != "causal_lm":
@@ -268,7 +265,7 @@ def _base_name(fields: Mapping[str, Any]) -> str:
 
 
 def _try(candidate: StoredModel) -> dict[str, Any]:
-    """Load it as it is served, compare the layout, and let it answer."""
+    """Load the model for inference, compare the layout with transformers, and run a trial request."""
     with _as("*.safetensors", "model.load", "Save the whole model anew with save_pretrained."):
         return _answers(candidate) if candidate.kind == "causal_lm" else _try_serial(candidate)
 
@@ -294,7 +291,7 @@ def _answers(candidate: StoredModel) -> dict[str, Any]:
 
 
 def _try_serial(candidate: StoredModel) -> dict[str, Any]:
-    """Let what does not write read something, or make an image."""
+    """Run an encoder on a trial input, or sample an image."""
     from luthier.inference.batcher import Work
     from luthier.inference.sequential import SerialModel
 
@@ -320,7 +317,7 @@ def _try_serial(candidate: StoredModel) -> dict[str, Any]:
 
 
 def _sample_input(kind: str) -> ModelInput:
-    """Something that a model of this kind of input reads."""
+    """Return a trial input of the given kind."""
     if kind == "text":
         return "Hello."
     values = np.sin(np.linspace(0, 440 * 2 * np.pi, 16_000))  # a second of 440 Hz
@@ -340,7 +337,7 @@ def _sample_input(kind: str) -> ModelInput:
 
 
 def _adapter_format(folder: Path, base: StoredModel) -> ChatFormat:
-    """Return the format of an adapter, and save the base's tokenizer where the adapter has none."""
+    """Return the chat format of an adapter, and save the base's tokenizer if the adapter has none."""
     from luthier.data.chat import ChatFormat
     from luthier.models.save import save_format
     from luthier.models.tokenizer import load_tokenizer
@@ -379,7 +376,7 @@ def _difference(network: Any, expected: Tensor, vocabulary: int) -> float:
 
 
 def _logits(network: Any, vocabulary: int) -> Tensor:
-    """Logits ``[1, 16, V]`` of tokens that are always the same."""
+    """Return logits ``[1, 16, V]`` of a fixed random sequence of tokens."""
     import torch
 
     ids_1T = torch.randint(vocabulary, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -401,7 +398,10 @@ def _in_folder(part: Path) -> Iterator[None]:
 
 @contextmanager
 def _as(file: str, rule: str, fix: str) -> Iterator[None]:
-    """Whatever goes wrong in the block is the model's: libraries raise all there is for odd files."""
+    """Translate every error of the block into :class:`ModelRefused`.
+
+    Libraries raise exceptions of any type for malformed files.
+    """
     try:
         yield
     except (ModelRefused, DoesNotFit, Interrupted):

@@ -1,10 +1,10 @@
-"""The worker of an import: copies, checks and tries a model, and stores it in the library.
+"""Worker of an import: copies, tests and stores a model in the library.
 
     lock, lease → names and sizes → texts → memory → weights → trial → manifest → Active
 
-The worker writes into a temporary folder, which becomes that of the model at the end, and may be killed
-anywhere: the next worker starts again. An import has a process of its own because files of a model may
-crash a library or need much memory, which must not end the server.
+The worker writes into a temporary folder and renames the folder at the end. The worker may be
+killed anywhere: the next worker starts again. An import has its own process because malformed model
+files may crash a library or exhaust memory, and the server must survive.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ from luthier.workflows.certificate.certificate import certify
 SECONDS = 3600
 """Time limit for one model, in seconds."""
 MEMORY_SECONDS = 600.0
-"""Time limit for memory that models in use hold, in seconds."""
+"""Time limit of the wait for free memory, in seconds."""
 
 _log = logging.getLogger(__name__)
 
 
 class ImportWorker(Worker[ModelImport]):
-    """A process that imports one model."""
+    """Worker of one import."""
 
     table = ModelImport
     folders_type = ImportFolders
@@ -129,7 +129,7 @@ class ImportWorker(Worker[ModelImport]):
             self.folders.log.unlink(missing_ok=True)
 
     def _store(self, found: ModelImport) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Store the model; return changed columns of its row, and its details."""
+        """Store the model. Returns changed columns and details of the model's row."""
         chosen = choose(self._entries(found))
         with self.database.read() as session:
             quotas = quotas_of(session, found.account, self.quotas)
@@ -185,11 +185,11 @@ class ImportWorker(Worker[ModelImport]):
         return accept_network(folder, self.folders.stored_id, trusted)
 
     def _have_memory(self, size: int) -> None:
-        """Reserve ``size`` bytes, and wait until so much memory is free.
+        """Reserve ``size`` bytes and wait until ``size`` bytes are free.
 
         Raises:
             ModelRefused: if the machine has less memory.
-            Interrupted: if other work has the memory: the import is queued again.
+            Interrupted: if other work uses the memory. The import is queued again.
         """
         if size > total_memory():
             raise ModelRefused(
@@ -251,13 +251,13 @@ class ImportWorker(Worker[ModelImport]):
 
 
 def _base(name: str) -> StoredModel | None:
-    """Return the base model of an adapter by its name."""
+    """Return the base model of an adapter by name."""
     known = foundation_model(name)
     return find(known.base) if known else None
 
 
 def _wait_for_memory(size: int) -> None:
-    """Wait for memory that no lease counts, such as that of models in use."""
+    """Wait for memory outside all leases, such as the memory of models that serve requests."""
     deadline = time.monotonic() + MEMORY_SECONDS
     while available_memory() < size:
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""The reporter of a job's run, which turns reports into events of the job.
+"""Reporter that turns a training run's reports into events of the job.
 
 A worker that resumes after a crash reports the steps since the last checkpoint again, with the same
 numbers. The reporter skips events that are in the database.
@@ -22,7 +22,7 @@ from luthier.server.tables.database import now
 from luthier.server.tables.jobs import Job, JobDetails, JobEvent, JobPart, JobProgress
 
 PARTS = ("validation", "data_processing", "training")
-"""Parts of a job, as Bedrock shows them."""
+"""Parts of a job in the Bedrock API."""
 _NAMES = {"train": "train_loss", "validation": "valid_loss"}
 
 
@@ -39,10 +39,10 @@ class Pending:
 
 
 class JobReporter(Reporter):
-    """Keeps the reports of a run until the heartbeat, another thread, writes them."""
+    """Buffer of a run's reports. The heartbeat thread writes the reports to the database."""
 
     def __init__(self, job: Job, rename: Callable[[str], str]) -> None:
-        """``rename`` replaces names of the server in a text by those that the owner knows."""
+        """Create the reporter; ``rename`` replaces internal names and paths by the owner's names."""
         self.job_id, self.rename = job.id, rename
         self.details = job.details.copy()
         self._pending = Pending()
@@ -91,7 +91,7 @@ class JobReporter(Reporter):
         self.part("training", "InProgress")
 
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """Report a line of the metrics, and the progress of the job by its step."""
+        """Report one line of metrics and the job's progress."""
         event, step = line["event"], int(line["step"])
         if event not in _NAMES:
             return
@@ -125,7 +125,7 @@ class JobReporter(Reporter):
             self._detail(parts=parts)
 
     def catch_up(self, lines: Sequence[Mapping[str, Any]], steps: int) -> None:
-        """Report metrics of the run that a killed worker had not stored."""
+        """Report metrics that a killed worker had not stored."""
         for line in lines:
             self.metrics(line, steps)
 

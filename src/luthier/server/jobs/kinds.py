@@ -28,7 +28,7 @@ from luthier.server.tables.jobs import ENDED, QUEUED, Job
 from luthier.server.tables.queue import QueuedWork, has_unfinished
 
 ESTIMATES = 20
-"""Number of new jobs that one scheduling round estimates."""
+"""Maximum number of jobs that one scheduling round estimates."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,15 +43,15 @@ class WorkKind:
     worker: str
     """Module and class of the worker, imported only in the worker process."""
     folders: Callable[[str], JobFolders] = JobFolders
-    """Returns the folders of a work by its id."""
+    """Constructor of the work's folders by id."""
     prepare: Callable[[Database], None] = lambda database: None
     """Called in each scheduling round: removes files of dead workers, estimates memory."""
     at_once: int | None = None
-    """Maximum number on one machine at a time; ``None`` for no limit but memory and cores."""
+    """Maximum number of simultaneous works on one machine; ``None`` for no limit."""
     elsewhere: bool = False
-    """Whether the work may run on other machines of the job runner."""
+    """Support for job runners on other machines."""
     shared: bool = False
-    """Whether several processes may share the work."""
+    """Support for several processes per work."""
 
     def worker_class(self) -> Any:
         """Return the class of the worker, a :class:`luthier.server.jobs.worker.Worker`."""
@@ -91,7 +91,7 @@ def _prepare_jobs(database: Database) -> None:
 def _remove_left_behind(
     table: type[QueuedWork], folders_of: type[ImportFolders | ExportFolders], database: Database
 ) -> None:
-    """Remove the files of ended works whose worker died: those with a lock that no process holds."""
+    """Remove files of ended works whose worker died, recognized by a free lock file."""
     prefix = folders_of.prefix
     for lock in sorted((luthier_home() / "jobs").glob(f"{prefix}*.lock")):
         work_id = lock.stem.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""What a finished job writes to the address it was given, laid out as Bedrock does."""
+"""Output files of a finished job, in Bedrock's layout."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from luthier.server.tables.jobs import Job, JobResult, run_name
 from luthier.workflows.certificate.certificate import parse_certificate, read_certificate
 
 OF_ROWS = {"train": "synthetic_data.jsonl", "insights": "prompt_insights.jsonl"}
-"""What a distillation makes of its rows: its own files, and what those are called at the address."""
+"""Output file names of a distillation, by luthier's file stems."""
 _NO_COLUMNS = frozenset(("event", "step", "loss", "best", "best_step", "measure"))
 
 
 def artifact(job_id: str, name: str) -> str:
-    """Where what the training of a job gave stands below the job's address."""
+    """Return the path of a training artifact below the job's output address."""
     return f"{_folder(job_id)}/training_artifacts/{name}"
 
 
@@ -40,9 +40,15 @@ def files(
     result: JobResult,
     data: JobData,
 ) -> Iterator[tuple[str, bytes]]:
-    """Names below the job's address, and what they hold.
+    """Yield names and contents of the files below the job's output address.
 
-    ``lines`` are the metrics of the run, which trained on ``rows`` rows.
+    Args:
+        job: finished job.
+        model: resulting model.
+        lines: metrics of the run.
+        rows: number of training rows.
+        result: result of the job.
+        data: fetched data, for addresses in place of paths.
     """
     # Raw text is packed: a pass goes over fewer examples than there are rows.
     learned = model.manifest.data
@@ -73,19 +79,19 @@ def files(
 
 
 class _Epochs:
-    """Which pass over the rows a step belongs to, counted from 0."""
+    """Mapping from training steps to epochs."""
 
     def __init__(self, model: StoredModel, rows: int) -> None:
         self.batch = int((model.manifest.recipe or {})["training"]["batch_size"])
         self.rows = max(1, rows)
 
     def of(self, step: int) -> int:
-        """Of the step with this number, counted from 0."""
+        """Return the epoch of a step; both count from 0."""
         return step // math.ceil(self.rows / self.batch)
 
 
 def training_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
-    """``step_number`` from 0, ``epoch_number``, ``training_loss``, ``perplexity``; further columns."""
+    """Return training metrics as CSV: step from 0, epoch, loss, perplexity, and other metrics."""
     train = [line for line in lines if line["event"] == "train"]
     # A mean reward is called so by those who read these files; the rest keeps its name.
     further = list(dict.fromkeys(k for line in train for k in line if k not in _NO_COLUMNS))

@@ -19,19 +19,19 @@ from luthier.inference.prompt_limits import OWN_THREAD
 from luthier.server.tables.database import Database
 
 NO_DISK = 73
-"""Exit status of a worker that gave its work back because the disk is full or read-only."""
+"""Exit status of a worker that releases its work because the disk is full or read-only."""
 NO_NODE = 74
-"""Exit status of a driver that gave its job back because no node had room."""
+"""Exit status of a driver that releases its job because no node has capacity."""
 NO_ROOM = (NO_DISK, NO_NODE)
 """Exit statuses after which the runner pauses."""
 LOST = 75
-"""Exit status of a worker that lost its lease."""
+"""Exit status of a worker whose lease was lost."""
 NODE_LOST = 76
-"""Exit status of a driver whose actor, or the node below it, died."""
+"""Exit status of a driver whose actor or node died."""
 BEGIN_SECONDS = 300.0
 """Time limit for the start of a worker, in seconds."""
 DATABASE = "LUTHIER_DATABASE"
-"""Variable with the URL of the database, which may contain a password."""
+"""Environment variable with the database URL, which may contain a password."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 """Format of log lines."""
 _SECRETS = ("LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP")
@@ -44,7 +44,7 @@ def this_process(processes: int = 1) -> dict[str, Any]:
 
 
 def host() -> str:
-    """Return the name of this machine with the id of its boot."""
+    """Return this machine's host name and boot id."""
     return f"{socket.gethostname()}/{_boot()}"
 
 
@@ -81,7 +81,7 @@ def _boot() -> str:
 
 
 def database_environment(database: Database) -> dict[str, str]:
-    """Return the variables that name the database."""
+    """Return the environment variables that name the database."""
     return {DATABASE: database.engine.url.render_as_string(hide_password=False)}
 
 

@@ -1,8 +1,8 @@
-"""Job runners: the machines that worker processes run on, and the free capacity there.
+"""Job runners: machines for worker processes, and the free capacity of the machines.
 
-Leases, heartbeats, events and ends of jobs are in the database and the same for every runner. A runner
-reports the free capacity and gives the child process of the server that stands for a worker: the child
-process lives as long as the worker and ends with its exit status.
+Leases, heartbeats, events and ends of jobs are in the database and do not depend on the runner. A
+runner reports free capacity and builds the command of the server's child process for a worker. The
+child process lives as long as the worker and ends with the worker's exit status.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class FreeCapacity:
     memory: int
     cores: int
     at_work: Counter[type[QueuedWork]]
-    """Number of works of each kind that use the machine."""
+    """Number of running works by kind."""
 
     @property
     def idle(self) -> bool:
-        """Whether no work uses the machine."""
+        """Whether the machine runs no work."""
         return not self.at_work
 
 
 class Runner(ABC):
-    """The machines that workers run on."""
+    """Machines for workers."""
 
     @abstractmethod
     def check(self, database: Database) -> None:
@@ -48,7 +48,7 @@ class Runner(ABC):
 
     @abstractmethod
     def refresh(self) -> None:
-        """Query other machines for their free capacity, before a transaction begins.
+        """Query the free capacity of other machines, before a transaction begins.
 
         Raises:
             LuthierError: if the machines do not answer.
@@ -58,12 +58,12 @@ class Runner(ABC):
     def free(self, session: Session, capacity: Capacity) -> Sequence[FreeCapacity]:
         """Return the free capacity of each machine; an empty sequence if no worker may start now.
 
-        No other server claims work before the transaction ends. ``capacity`` is that of this machine.
+        No other server claims work before the transaction ends. ``capacity`` belongs to this machine.
         """
 
     @abstractmethod
     def command(self, worker: Sequence[str], kind: WorkKind, row: QueuedWork) -> list[str]:
-        """Return the command of the child process that stands for the command ``worker``."""
+        """Return the command of the server's child process that runs the command ``worker``."""
 
 
 class LocalRunner(Runner):
@@ -90,7 +90,7 @@ class RunnerEntry:
 
     id: str
     open: Callable[[str, float], Runner]
-    """Takes the address of the machines and the number of GPUs that each worker reserves."""
+    """Constructor from the machines' address and the number of GPUs per worker."""
 
 
 RUNNERS: PluginTable[RunnerEntry] = PluginTable(
@@ -114,7 +114,7 @@ def open_runner(name: str, address: str | None, gpus: float) -> Runner:
 def free(session: Session, capacity: Capacity, but: str | None = None) -> FreeCapacity:
     """Return the part of ``capacity`` that no work on this machine uses.
 
-    No other server claims work before the transaction ends. ``but`` is the id of work to leave out.
+    No other server claims work before the transaction ends. ``but`` is the id of a work to ignore.
     """
     rows = [
         row

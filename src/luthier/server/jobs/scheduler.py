@@ -1,7 +1,7 @@
-"""The scheduler, which starts a worker process for each work that fits, and detects dead workers.
+"""Scheduler, which starts a worker process for each work that fits and detects dead workers.
 
-The state is in the database. The workers of a killed server continue, and the next server finds them by
-their leases.
+All state is in the database. The workers of a killed server continue, and the next server finds the
+workers by their leases.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from luthier.server.tables.queue import LEASE, LeaseWatch, QueuedWork
 TICK = 1.0
 """Interval between two scheduling rounds, in seconds."""
 RETURN = 60.0
-"""Time that workers have to end when the server ends, in seconds."""
+"""Time limit for the end of workers when the server ends, in seconds."""
 LATER = 10.0
 """Time until a runner starts workers again after a start failed or the disk was full, in seconds."""
 ROOM = 16_000_000
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """The thread of a server that starts a worker process for each work in the queue."""
+    """Server thread that starts a worker process for each queued work."""
 
     def __init__(
         self,
@@ -62,13 +62,13 @@ class Scheduler:
 
         Args:
             database: database of the queue.
-            capacity: resources for workers; by default those of the machine.
+            capacity: resources for workers; by default the resources of the machine.
             kinds: kinds of work, by falling priority.
-            command: command of a worker, to which ``--kind NAME --id ID --lease TOKEN`` is added.
-            options: further options of each worker, such as ``--region NAME``.
-            environment: further variables of workers.
-            runner: runner of the kinds that may run on other machines; by default this machine.
-            shared_by: number of processes for each work of the kinds that several processes can share.
+            command: command of a worker, extended by ``--kind NAME --id ID --lease TOKEN``.
+            options: additional options of each worker, such as ``--region NAME``.
+            environment: additional environment variables of workers.
+            runner: runner of kinds that support other machines; by default this machine.
+            shared_by: number of processes per work, for kinds that support several processes.
         """
         self.database, self.kinds = database, kinds
         self._local = LocalRunner()
@@ -79,10 +79,10 @@ class Scheduler:
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         """Running workers of this server by lease."""
         self._starts: dict[str, tuple[float, Runner]] = {}
-        """Time of the start and runner of these workers by lease."""
+        """Start time and runner of each running worker by lease."""
         self.watch = LeaseWatch(LEASE.total_seconds())
         self._not_before: dict[Runner, float] = {}
-        """Time at which a runner may start workers again."""
+        """Earliest time of the next worker start, by runner."""
         self._thread: threading.Thread | None = None
         self._wanted = threading.Event()
         self._ending = False
@@ -153,7 +153,7 @@ class Scheduler:
         return [row for kind in self.kinds for row in queue.leased_rows(session, kind.table)]
 
     def expire_dead(self) -> None:
-        """Take the leases of dead workers, and kill workers that do not renew their lease."""
+        """Expire the leases of dead workers, and kill workers that do not renew their lease."""
         with self.database.read() as session:
             held = self._leased_rows(session)
         ended = {lease: child.poll() for lease, child in self.children.items()}
@@ -207,7 +207,7 @@ class Scheduler:
         return True
 
     def _start_next(self, kind: WorkKind) -> bool:
-        """Start a worker for the next work of ``kind`` that fits. Returns whether one was started."""
+        """Start a worker for the next work of ``kind`` that fits. Returns False if no work starts."""
         runner = self._runner if kind.elsewhere else self._local
         if time.monotonic() < self._not_before.get(runner, 0.0):
             return False
@@ -231,7 +231,7 @@ class Scheduler:
         return True
 
     def _claim_next(self, kind: WorkKind, runner: Runner) -> QueuedWork | None:
-        """Lease the next work of ``kind`` that fits; ``None`` if there is none."""
+        """Lease the next work of ``kind`` that fits. Returns ``None`` if no work fits."""
         # The server holds the lease until the worker has started.
         among = self.shared_by if kind.shared else 1
         process = {**processes.this_process(among), "starting": True}
@@ -267,7 +267,7 @@ class Scheduler:
 
 
 def _cause_of_death(status: int | None, row: QueuedWork, folders: JobFolders) -> str:
-    """Return the reason of a death as far as the exit status and the log tell."""
+    """Return the cause of a worker's death from the exit status and the log."""
     found = []
     if status == -signal.SIGKILL:
         found.append(f"If memory was short and the system ended the worker, {row.memory_advice}")

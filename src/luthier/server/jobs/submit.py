@@ -1,6 +1,7 @@
-"""Submission of jobs, imports and exports to the queue: names, quotas and recipe, in one transaction.
+"""Submission of jobs, imports and exports to the queue: names, quotas and recipe, in one
+transaction.
 
-A model that the CLI created can be registered for an account without any work.
+The registration of a CLI model for an account needs no queue.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ SETTABLE_DATA = (
     "long_rows", "validation_share", "group_column", "columns", "augmentation", "severity",
     "chat_template_kwargs",
 )  # fmt: skip
-"""Data fields that a request may set; other fields name files, models or machines."""
+"""Data fields that a request may set. Other data fields name files, models or machines."""
 _TEACHER = ("batch_size",)
 _NAMING = (
     "grader", "graders", "teacher", "judge", "reward", "model", "feature_model", "url",
@@ -73,8 +74,11 @@ CLIENT_GRADERS = (
     "exact", "first_line", "number", "regex", "similarity", "json_schema", "string_check",
     "text_similarity", "python", *_GRADER_PARTS,
 )  # fmt: skip
-"""Graders that clients may define. These graders score text only, and code runs in the sandbox. Other
-graders query models with the server's keys or read files; the operator can register them."""
+"""Graders that clients may define: text graders, and code in the sandbox.
+
+Other graders query models with the server's keys or read files. Only the operator can register
+them.
+"""
 MOST_CORES = 16
 """Default number of threads of a job; more threads do not help small networks."""
 
@@ -89,7 +93,7 @@ class Submission:
     job_name: str
     model_name: str
     customization_type: str
-    """One of ``TYPES``."""
+    """One of :data:`TYPES`."""
     base: AnyModel
     """Base model; a custom model is ``Active``."""
     training: Sequence[str]
@@ -103,9 +107,9 @@ class Submission:
     grader: Mapping[str, Any] | None = None
     """Grader of reinforcement fine-tuning: ``method`` and fields."""
     output: str | None = None
-    """Address below which metrics are written."""
+    """Address of the output folder for metrics."""
     request: Mapping[str, Any] = field(default_factory=dict)
-    """Members that the API returns, ready for JSON."""
+    """Request members that the API returns, ready for JSON."""
     without_effect: Sequence[str] = ()
     """Warnings about members without effect, for the events of the job."""
     openai_id: str | None = None
@@ -121,7 +125,7 @@ def submit(
     """Queue a job and reserve the name of its model, in the caller's transaction.
 
     Raises:
-        NameInUse: if the account has a job or a model of that name.
+        NameInUse: if the account has a job or a model of the same name.
         QuotaExceeded: if the account has too many unfinished jobs or models.
         RecipeError: for wrong settings.
     """
@@ -170,10 +174,10 @@ def submit(
 
 
 def check_client_grader(fields: Any) -> dict[str, Any]:
-    """Return the fields of a grader that clients may define.
+    """Check a grader that a client defines, and return its fields.
 
     Raises:
-        RecipeError: for another grader.
+        RecipeError: if clients may not define the grader.
     """
     if isinstance(fields, str):
         fields = {"method": fields}
@@ -204,11 +208,11 @@ def submit_import(
 ) -> CustomModel:
     """Queue the import of a model from the folder ``source``, in the caller's transaction.
 
-    ``request`` are the members that the API returns. The chat template of a ``trusted`` model, which an
-    administrator imports, is approved.
+    ``request`` contains the members that the API returns. If ``trusted`` is set, which requires an
+    administrator, the chat template is approved.
 
     Raises:
-        NameInUse: if the account has a model of that name.
+        NameInUse: if the account has a model of the same name.
         QuotaExceeded: if the account has too many models.
     """
     limits = limits or AccountQuotas()
@@ -304,7 +308,8 @@ def register_model(
 
 
 def _base_of(session: Session, account: str, stored: StoredModel) -> AnyModel | None:
-    """Return the account's parent model of ``stored``; else its foundation model."""
+    """Return the account's parent model of ``stored``, or the foundation model if there is no
+    parent."""
     of_account = select(CustomModel).filter_by(account=account, stored_id=stored.manifest.parent)
     parent = session.scalar(of_account) if stored.manifest.parent else None
     return parent or foundation_model(stored.root)
@@ -319,12 +324,12 @@ def submit_export(
     merged: bool | None = None,
     quantization: str | None = None,
 ) -> ModelExport:
-    """Queue an export of ``model``, whose ARN is ``arn``, in the caller's transaction.
+    """Queue an export of ``model`` to the address ``output``, in the caller's transaction.
 
-    The files are written below ``output``; see :mod:`luthier.exports.export` for the other arguments.
+    ``arn`` is the model's ARN. See :mod:`luthier.exports.export` for the other arguments.
 
     Raises:
-        RecipeError: for a model that is not ``Active``, and for wrong settings.
+        RecipeError: if the model is not ``Active``, or for wrong settings.
     """
     from luthier.exports.export import check_settings
 
@@ -338,7 +343,7 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     """Return the recipe of a job, with addresses as data.
 
     Raises:
-        RecipeError: for fields that cannot be used.
+        RecipeError: for invalid fields.
     """
     # These modules import all objectives, which would delay the start of the server.
     from luthier.recipe import Recipe, parse
@@ -391,9 +396,12 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a request; raises :class:`RecipeError` for fields that it may not set.
+    """Return the settings of a request.
 
     The APIs resolve models, graders and teachers, because these belong to accounts.
+
+    Raises:
+        RecipeError: for fields that a request may not set.
     """
     data, teacher = given.get("data", {}), given.get("teacher", {})
     refused = [key for key in given if key not in (*_GROUPS, "data")]
@@ -425,7 +433,7 @@ def _check_free(session: Session, table: type[Job | CustomModel], account: str, 
 
 
 def _check_model_quota(session: Session, account: str, limits: AccountQuotas) -> None:
-    """Raise :class:`QuotaExceeded` if the account can have no further model."""
+    """Raise :class:`QuotaExceeded` if the account has reached the quota of models."""
     storage.check_count(
         count_rows(session, CustomModel.account == account), limits, "custom_models",
         "custom models, those in the making among them", "Delete some of them.",

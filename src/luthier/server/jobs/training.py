@@ -126,7 +126,7 @@ class JobHeartbeat(Heartbeat):
 
 
 class TrainingWorker(Worker[Job]):
-    """A process that trains one customization job."""
+    """Worker of one customization job."""
 
     table = Job
     given_back = "The worker made a checkpoint and gave the job back."
@@ -232,7 +232,7 @@ class TrainingWorker(Worker[Job]):
         return result
 
     def _count_processes(self, reporter: JobReporter) -> int:
-        """Return the number of processes that share the training: 1 if memory is short."""
+        """Return the number of training processes: 1 if memory is short."""
         if self.processes > 1:
             try:
                 check_room(self.processes)
@@ -291,7 +291,7 @@ class TrainingWorker(Worker[Job]):
 
 
 def explain(error: Exception) -> str:
-    """Return the failure of a job for its owner."""
+    """Return the failure message of a job for the job's owner."""
     if isinstance(error, UnknownModel):
         # The error of the library names models of other accounts.
         return "a model that the job starts from, or learns from, is no longer there."
@@ -309,7 +309,7 @@ def recipe_fields(job: Job, data: JobData) -> dict[str, Any]:
 def _validation_losses(
     model: StoredModel, job: Job, data: JobData, together: float | None
 ) -> list[float | None]:
-    """Return the loss of each validator; ``together`` is the loss on all of them."""
+    """Return the loss on each validation file; ``together`` is the loss on all files."""
     if len(data.validators) < 2:
         return [together] if data.validators and together is not None else []
     # These modules take seconds to import, and most jobs have at most one validator.

@@ -1,8 +1,9 @@
-"""The process of one leased work of any kind (:mod:`luthier.server.jobs.kinds`).
+"""Process of one leased work of any kind (:mod:`luthier.server.jobs.kinds`).
 
     lock of the files → lease → work → end, in one transaction
 
-A worker may be killed anywhere: the next worker continues. SIGTERM makes a worker give its work back.
+A worker may be killed anywhere: the next worker continues. After SIGTERM, a worker releases its
+work.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ AGAIN = 60.0
 RENEWAL = 5.0
 """Interval between two renewals of a lease, in seconds."""
 SILENCE = 20.0
-"""Time without a renewal after which a worker ends, in seconds: before its lease expires."""
+"""Time without a renewal after which a worker ends, in seconds. Shorter than a lease."""
 FILES_FREE = 30.0
 """Time limit for the end of the previous worker, in seconds."""
 TRIES = 5
@@ -59,7 +60,7 @@ _log = logging.getLogger(__name__)
 
 
 class Heartbeat(threading.Thread):
-    """A thread that renews the lease of a worker. A lost lease ends the process at once."""
+    """Thread that renews the lease of a worker. A lost lease ends the process at once."""
 
     def __init__(
         self,
@@ -91,26 +92,26 @@ class Heartbeat(threading.Thread):
                 heard = time.monotonic()
 
     def ask_to_stop(self) -> None:
-        """Interrupt the main thread, unless it was interrupted shortly before."""
+        """Interrupt the main thread, unless the last interruption was less than :data:`AGAIN` ago."""
         if time.monotonic() - self._asked > self._ask_again_seconds:
             self._asked = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
 
     def finish(self) -> None:
-        """Stop, before the transaction that gives the lease back."""
+        """Stop the thread, before the transaction that releases the lease."""
         self._finished.set()
         self.join()
 
 
 class Worker(ABC, Generic[Work]):
-    """A worker and the row that the worker holds."""
+    """Base class of workers, with the lease of one row."""
 
     table: type[Work]
     folders_type: type[JobFolders] = JobFolders
     folders: JobFolders
     """Folders of the work."""
     given_back = "The worker gave it back."
-    """Message of work that is given back after a signal."""
+    """Message of work that was released after a signal."""
 
     def __init__(
         self,
@@ -142,11 +143,11 @@ class Worker(ABC, Generic[Work]):
         self.quotas, self.processes = quotas or AccountQuotas(), processes
         self.folders = self.folders_type(row_id)
         self.ending = False
-        """Whether the work can no longer be interrupted."""
+        """Flag that disables interruptions during the last transaction."""
 
     @abstractmethod
     def work(self, row: Work) -> int:
-        """Do the work, its last transaction included, and return the exit status."""
+        """Run the work including its last transaction. Returns the exit status."""
 
     def remove_ended(self) -> None:
         """Remove files that this worker created after the work had ended."""
@@ -208,7 +209,7 @@ class Worker(ABC, Generic[Work]):
         return False
 
     def write(self, change: Callable[[Session], Done]) -> Done:
-        """Run one transaction, repeated for a while if the database does not answer."""
+        """Run one transaction, and repeat the transaction while the database is unavailable."""
         deadline = time.monotonic() + SILENCE
         while True:
             try:
@@ -233,7 +234,7 @@ class Worker(ABC, Generic[Work]):
             raise Interrupted(f"{size >> 20:,} MiB are not free; the work waits for them")
 
     def retry(self, action: Callable[[], Done]) -> Done:
-        """Run ``action``, repeated after failures that may be temporary."""
+        """Run ``action``, and repeat after failures that may be temporary."""
         for number in range(1, TRIES + 1):
             try:
                 return action()

@@ -1,1 +1,1 @@
-"""What this machine keeps: base models, custom models and their lineage."""
+"""Database tables of the service, and the built-in object store."""

@@ -1,4 +1,4 @@
-"""Accounts (tenants), their quotas, and the counter that tells caches of any change to principals."""
+"""Accounts (tenants), their quotas, and the version that invalidates caches of principals."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from luthier.server.tables.database import Base, Database, new_id, now
 from luthier.server.tables.storage import Storage
 
 FRESH_SECONDS = 1.0
-"""How long another process may go on with what was changed here; this one notices at once."""
+"""Maximum delay until other processes notice a change, in seconds."""
 _OWN = (
     "accounts", "quotas", "access_keys", "api_keys", "audit_log", "storage", "usage",
 )  # fmt: skip
-"""Tables that say who an account is or what it did, and not what it owns."""
+"""Tables with an account's identity and history, which do not count as property."""
 
 
 class Account(Base):
@@ -38,7 +38,7 @@ class Account(Base):
 
 
 class Quota(Base):
-    """What one account may have; ``None`` leaves it to the server's default."""
+    """Quotas of one account; ``None`` for the server's default."""
 
     __tablename__ = "quotas"
 
@@ -52,13 +52,13 @@ class Quota(Base):
 
 
 QUOTAS = (*AccountQuotas.model_fields, "requests_per_second")
-"""Columns of :class:`Quota`; :class:`luthier.limits.AccountQuotas` says what they mean."""
+"""Columns of :class:`Quota`; see :class:`luthier.limits.AccountQuotas`."""
 _MOST = {"stored_bytes": 2**63 - 1}
-"""What a column can hold, where that is not 32 bits."""
+"""Maximum values of columns wider than 32 bits."""
 
 
 class PrincipalsVersion(Base):
-    """One row, whose token is another one after each change to accounts, users, keys and quotas."""
+    """Table of one row with a token that changes with accounts, users, keys and quotas."""
 
     __tablename__ = "principals_version"
 
@@ -71,7 +71,8 @@ _last_commit = 0
 
 
 def invalidate_caches(session: Session) -> None:
-    """Tell caches: other processes by the row, this one as soon as ``session`` is committed."""
+    """Invalidate caches of principals: in this process at the commit, in other processes by the
+    row."""
     session.merge(PrincipalsVersion(id=1, token=new_id()))
     event.listen(session, "after_commit", _note_commit, once=True)
 
@@ -82,15 +83,14 @@ def _note_commit(session: Session) -> None:
 
 
 def version(session: Session) -> str:
-    """Token of the last change; empty where there was none."""
+    """Return the token of the last change; empty before the first change."""
     return session.scalar(select(PrincipalsVersion.token)) or ""
 
 
 class PrincipalsWatch:
-    """The version of the principals as a cache needs it: no query for most looks.
+    """Cached version of the principals, which avoids a query per request.
 
-    What :meth:`token` gives is at most ``FRESH_SECONDS`` old where another process made the change,
-    and never old where this one did.
+    The token is at most :data:`FRESH_SECONDS` old. Changes of this process are visible at once.
     """
 
     def __init__(self, database: Database) -> None:
@@ -99,7 +99,7 @@ class PrincipalsWatch:
         self._token, self._seen, self._until = "", -1, 0.0
 
     def token(self) -> str:
-        """The token of the last change that is known of."""
+        """Return the token of the last change."""
         with self._lock:
             seen = _last_commit
             if seen != self._seen or time.monotonic() >= self._until:
@@ -111,7 +111,11 @@ class PrincipalsWatch:
 
 
 def create_account(session: Session, account: str, name: str = "") -> Account:
-    """Add an account; raises :class:`RefusedInput` where it is there, or its id is not 12 digits."""
+    """Add an account.
+
+    Raises:
+        RefusedInput: if the account exists, or if its id is not 12 digits.
+    """
     if not re.fullmatch("[0-9]{12}", account):
         raise RefusedInput(f"{account!r} is no account: it has twelve digits")
     if session.get(Account, account) is not None:
@@ -124,7 +128,7 @@ def create_account(session: Session, account: str, name: str = "") -> Account:
 
 
 def account_of(session: Session, account: str) -> Account:
-    """The account; raises :class:`RefusedInput` where there is none."""
+    """Return the account; raises :class:`RefusedInput` if the account does not exist."""
     found = session.get(Account, account)
     if found is None:
         raise RefusedInput(
@@ -140,7 +144,7 @@ def accounts(session: Session) -> list[Account]:
 
 
 def disable_account(session: Session, account: str, disabled: bool = True) -> Account:
-    """Let no key of the account in any more, or let them in again."""
+    """Disable or enable an account and all its keys."""
     found = account_of(session, account)
     found.disabled = disabled
     invalidate_caches(session)
@@ -148,10 +152,12 @@ def disable_account(session: Session, account: str, disabled: bool = True) -> Ac
 
 
 def remove_account(session: Session, account: str) -> None:
-    """Remove an account that has no users and owns nothing; its audit log stays.
+    """Remove an account without users and resources. The audit log stays.
 
     Raises:
-        RefusedInput: where it has or does: who came by that number later would own it.
+        RefusedInput: if the account has users or resources, which a later account of the same
+            number would
+            inherit.
     """
     found = account_of(session, account)
     owned = {name: number for name, number in _count_owned(session, account) if number}
@@ -183,14 +189,14 @@ def set_quota(session: Session, account: str, **values: float | None) -> Quota:
 
 
 def quota_of(session: Session, account: str) -> dict[str, Any]:
-    """What the account's own quotas are, by the names of ``QUOTAS``; those that are set."""
+    """Return the account's own quotas by the names of :data:`QUOTAS`, without unset quotas."""
     quota = session.get(Quota, account)
     given = {name: getattr(quota, name) for name in QUOTAS} if quota else {}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def quotas_of(session: Session, account: str, defaults: AccountQuotas) -> AccountQuotas:
-    """What the account may have: its own quotas, and ``defaults`` where it has none."""
+    """Return the quotas of the account: its own quotas, and ``defaults`` for unset quotas."""
     own = quota_of(session, account)
     own.pop("requests_per_second", None)
     return defaults.model_copy(update=own) if own else defaults

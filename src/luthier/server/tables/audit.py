@@ -18,7 +18,7 @@ LONGEST = 2048
 
 
 class AuditEntry(Base):
-    """One entry."""
+    """Entry of the audit log."""
 
     __tablename__ = "audit_log"
 

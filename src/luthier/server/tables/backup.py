@@ -52,7 +52,7 @@ INDEX, DUMP = "backup.json", "luthier.pgdump"
 _FORMAT = 2
 _LOST = "Restore the file from an earlier backup, or delete the object or model that names it"
 _TRIES = 10
-"""Attempts to link all files of one state of the database before a client deletes one of them."""
+"""Attempts to link all files of one database state before a client deletes a file."""
 
 
 def backup(database: Database, target: Path, with_key: bool = False) -> int:
@@ -135,7 +135,7 @@ def restore(source: Path, database: str | None = None) -> int:
 
 
 def _copy(database: Database, home: Path, folder: Path) -> dict[str, str | None]:
-    """Copy one state of the database and its files; return the names with the known SHA-256."""
+    """Copy one state of the database and its files. Returns names with known SHA-256."""
     missing: set[str] = set()
     for _ in range(_TRIES):
         with suppress(FileNotFoundError), database.read() as session:
@@ -150,7 +150,7 @@ def _copy(database: Database, home: Path, folder: Path) -> dict[str, str | None]
 
 
 def _named_files(session: Session, home: Path) -> dict[str, str | None]:
-    """Return the names of the files that a backup has, with the SHA-256 if a record states it."""
+    """Return the names of the files in a backup, with the SHA-256 of recorded files."""
     files = ObjectFiles(Path("objects"))
     pieces = session.execute(select(ObjectPiece.id, ObjectPiece.account, ObjectPiece.sha256))
     named: dict[str, str | None] = {str(files.path(a, id_)): digest for id_, a, digest in pieces}
@@ -214,7 +214,7 @@ def _check(
 
 
 def _copy_database(database: Database, session: Session, folder: Path) -> None:
-    """Copy the database as the transaction of ``session`` reads it."""
+    """Copy the database in the state that the transaction of ``session`` reads."""
     if not database.is_sqlite:
         state = session.scalar(select(func.pg_export_snapshot()))
         options = "--format=custom", f"--snapshot={state}", f"--file={folder / DUMP}"

@@ -1,7 +1,7 @@
-"""Batches of the OpenAI API: files of requests that are answered in the background.
+"""Batches of the OpenAI API: files of requests that the server answers in the background.
 
-Several lines are answered at a time. Each is written down by itself, so that what a killed server had
-done is not done again, and no line is answered twice in the files.
+The server answers several lines at a time and stores each result in its own transaction. A
+restarted server does not repeat stored lines, and no line occurs twice in the output.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
 FAILED, EXPIRED, CANCELLING, CANCELLED = "failed", "expired", "cancelling", "cancelled"
 ENDED = (COMPLETED, FAILED, EXPIRED, CANCELLED)
 PAGE = 20
-"""Lines that are in memory at once when a file is written: one may have megabytes."""
+"""Number of lines in memory while a file is written. One line may have megabytes."""
 
 
 class Batch(BackgroundWork, Base):
-    """One batch."""
+    """Batch of requests."""
 
     __tablename__ = "batches"
     noun = "batch"
@@ -46,19 +46,19 @@ class Batch(BackgroundWork, Base):
     output_file: Mapped[str | None]
     error_file: Mapped[str | None]
     errors: Mapped[list[Any]] = mapped_column(default=list)
-    """What is wrong with the input file: ``code``, ``message``, ``param``, ``line``."""
+    """Errors of the input file: ``code``, ``message``, ``param``, ``line``."""
     user_metadata: Mapped[dict[str, Any]]
     total: Mapped[int] = mapped_column(default=0)
-    """Lines to answer."""
+    """Number of lines."""
     succeeded: Mapped[int] = mapped_column(default=0)
     failed: Mapped[int] = mapped_column(default=0)
-    """Lines of each kind once it has ended."""
+    """Number of completed or failed lines, set at the end of the batch."""
     moments: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """Unix time of each status that it had."""
+    """Unix time by status."""
 
 
 class BatchLine(Base):
-    """A line that is answered."""
+    """Result of one line."""
 
     __tablename__ = "batch_lines"
     __table_args__ = (UniqueConstraint("batch_id", "number"),)
@@ -81,7 +81,7 @@ def create(
     input_file: str,
     metadata: dict[str, str],
 ) -> Batch:
-    """A new batch, to be validated. Of one account they are made one after the other."""
+    """Create a batch in the state ``validating``. Creations of one account run one after another."""
     moment = now()
     batch = Batch(
         id="batch_" + random_id(24, SMALL),
@@ -115,7 +115,7 @@ def get(session: Session, account: str, batch_id: str, *, lock: bool = False) ->
 
 
 def list_batches(session: Session, account: str, limit: int, position: int | None) -> list[Batch]:
-    """``limit`` batches, the newest first, those older than the one whose ``seq`` is ``position``."""
+    """Return at most ``limit`` batches, the newest first, older than the ``seq`` ``position``."""
     query = select(Batch).where(Batch.account == account)
     return page_of(session, query, Batch.seq, limit=limit, position=position)
 
@@ -127,7 +127,7 @@ def enter(batch: Batch, status: str) -> None:
 
 
 def cancel(batch: Batch) -> bool:
-    """Ask that no further line is answered; whether there was anything to cancel."""
+    """Request the end of a batch. Returns False if the batch has ended."""
     if batch.status in (*ENDED, FINALIZING):
         return False
     if batch.status != CANCELLING:
@@ -136,14 +136,14 @@ def cancel(batch: Batch) -> bool:
 
 
 def done_lines(session: Session, batch_id: str) -> set[int]:
-    """Numbers of the lines that are answered."""
+    """Return the numbers of the lines with a result."""
     return set(session.scalars(select(BatchLine.number).where(BatchLine.batch_id == batch_id)))
 
 
 def record(
     session: Session, batch_id: str, number: int, failed: bool, result: dict[str, Any]
 ) -> None:
-    """Write an answer down."""
+    """Store the result of a line."""
     session.add(BatchLine(batch_id=batch_id, number=number, failed=failed, result=result))
     session.flush()
 
@@ -151,7 +151,7 @@ def record(
 def results(
     session: Session, batch_id: str, failed: bool, after: int
 ) -> list[tuple[int, dict[str, Any]]]:
-    """The next lines of one of the two files behind the number ``after``, in the order of the input."""
+    """Return the next results of the output or error file after line ``after``, in input order."""
     query = select(BatchLine.number, BatchLine.result).where(
         BatchLine.batch_id == batch_id, BatchLine.failed == failed, BatchLine.number > after
     )
@@ -160,7 +160,7 @@ def results(
 
 
 def counts(session: Session, batch: Batch) -> tuple[int, int]:
-    """Lines that succeeded, and that failed."""
+    """Return the numbers of succeeded and failed lines."""
     if batch.status in ENDED:
         return batch.succeeded, batch.failed
     counted = select(BatchLine.failed, func.count()).where(BatchLine.batch_id == batch.id)
@@ -169,7 +169,7 @@ def counts(session: Session, batch: Batch) -> tuple[int, int]:
 
 
 def end(session: Session, batch: Batch, status: str) -> None:
-    """End a batch; its lines are in its files by now, and are forgotten here."""
+    """End a batch and delete its line results, which are in the output files."""
     batch.succeeded, batch.failed = counts(session, batch)
     session.execute(delete(BatchLine).where(BatchLine.batch_id == batch.id))
     enter(batch, status)

@@ -1,4 +1,4 @@
-"""The first principals: from a file that a container or test gives, else a root user made once."""
+"""First principals: from a file for containers and tests, or a generated root user."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _MEMBERS = (
 
 @dataclass(frozen=True)
 class IssuedKeys:
-    """Keys as they are told once."""
+    """Keys with their secrets, which are shown only once."""
 
     account: str
     user: str
@@ -53,13 +53,13 @@ class IssuedKeys:
 
 
 def prepare(database: Database, sealing: Sealing, account: str) -> IssuedKeys | None:
-    """Make sure that somebody can use the service.
+    """Create the first principals.
 
-    With ``LUTHIER_BOOTSTRAP`` its principals are created or brought up to date; doing it again changes
-    nothing. Without it, and without any user, a root user of ``account`` is made.
+    ``LUTHIER_BOOTSTRAP`` names a file of principals to create or update; the update is idempotent.
+    Without the variable and without any user, the function creates a root user of ``account``.
 
     Returns:
-        The root user's keys, if it was made now; they cannot be told again.
+        Keys of a new root user, which cannot be shown again; ``None`` without a new root user.
     """
     named = os.environ.get(ENVIRONMENT)
     with database.write() as session:
@@ -109,7 +109,7 @@ def read(path: Path) -> list[Mapping[str, Any]]:
 
 
 def apply(session: Session, entries: list[Mapping[str, Any]], sealing: Sealing) -> None:
-    """Create or update; keys that an earlier file gave a user and this one does not are removed."""
+    """Create or update principals. Keys that only an earlier file contains are removed."""
     _forget(session, entries)
     for entry in entries:
         account, name = entry["account"], entry["user"]
@@ -160,7 +160,7 @@ def _set_api_key(session: Session, user: User, entry: Mapping[str, Any]) -> None
 
 
 def _forget(session: Session, entries: list[Mapping[str, Any]]) -> None:
-    """What an earlier file gave these users and this one does not is gone."""
+    """Remove keys of the listed users that only an earlier file contains."""
     kept: dict[tuple[str, str], set[str]] = {}
     for entry in entries:
         of_user = kept.setdefault((entry["account"], entry["user"]), set())

@@ -1,8 +1,8 @@
-"""The database of the service: SQLite in the store by default, PostgreSQL by its address.
+"""Database of the service: SQLite in the home folder by default, PostgreSQL by URL.
 
-Each part of the service declares its tables on :class:`Base` beside the functions that change them;
-``luthier.server.tables.schema`` imports them all. Every change is one transaction, and what was
-acknowledged is on disk: SQLite runs in WAL mode with ``synchronous=FULL``.
+Each module declares its tables on :class:`Base`; :mod:`luthier.server.tables.schema` imports all
+modules. Every change is one transaction, and acknowledged changes are on disk: SQLite runs in WAL
+mode with ``synchronous=FULL``.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ Row = TypeVar("Row")
 DATABASE_FILE = "luthier.db"
 """SQLite's file in the store."""
 BUSY_SECONDS = 30
-"""How long a transaction waits for another one that writes."""
+"""Maximum wait of a transaction for another writer, in seconds."""
 
 
 class Moment(TypeDecorator[datetime]):
-    """A point in time, UTC, to the microsecond; both databases give it back with its time zone."""
+    """Point in time in UTC with microseconds. Both databases return aware datetimes."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
-        """In: times of any zone, never without one."""
+        """Convert an aware datetime of any zone to UTC."""
         if value is None:
             return None
         if value.tzinfo is None:
@@ -66,12 +66,12 @@ class Moment(TypeDecorator[datetime]):
         return value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
-        """Out: SQLite keeps no zone, what it holds is UTC."""
+        """Add UTC to a datetime of SQLite, which stores no zone."""
         return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
 
 
 class QuotingText(TypeDecorator[str]):
-    """Text that may quote a row of data, and so characters that a database cannot store."""
+    """Text that may quote a row of data, and therefore characters that no database stores."""
 
     impl = String
     cache_ok = True
@@ -82,7 +82,7 @@ class QuotingText(TypeDecorator[str]):
 
 
 class JSONText(TypeDecorator[dict[str, Any]]):
-    """An object stored as the text of its JSON: JSON columns of PostgreSQL reject U+0000."""
+    """Object stored as JSON text: JSON columns of PostgreSQL reject U+0000."""
 
     impl = Text
     cache_ok = True
@@ -126,21 +126,23 @@ def default_url() -> str:
 
 
 def is_database_here(url: str | None) -> bool:
-    """Whether :class:`Database` finds the database of ``url``, and would not make it: SQLite's file is
-    there. Of a server it is not asked."""
+    """Return whether :class:`Database` opens an existing database and creates no SQLite file.
+
+    The function does not connect to a database server.
+    """
     parsed = make_url(url or default_url())
     return parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").is_file()
 
 
 class Database:
-    """One database, its connections and its transactions. Safe to share between threads."""
+    """Database with connections and transactions. Safe to share between threads."""
 
     def __init__(self, url: str | None = None) -> None:
-        """Connect to ``url``; without one, to ``luthier.db`` in the store.
+        """Connect to ``url``; by default to ``luthier.db`` in the home folder.
 
         Raises:
-            RefusedInput: for an address that is not SQLite's or PostgreSQL's.
-            LuthierError: where it cannot be reached.
+            RefusedInput: for a URL that is neither SQLite nor PostgreSQL.
+            LuthierError: if the connection fails.
         """
         self.url = url or default_url()
         self.engine = _engine(self.url)
@@ -156,15 +158,15 @@ class Database:
 
     @property
     def is_sqlite(self) -> bool:
-        """Whether it is a file beside the models, which takes one writer at a time."""
+        """Whether the database is SQLite, which allows one writer at a time."""
         return self.engine.dialect.name == "sqlite"
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A transaction that changes something: committed at the end, rolled back by an exception.
+        """Open a write transaction: committed at the end, rolled back after an exception.
 
-        On SQLite it holds the only right to write from its first line, so that what is read in it
-        cannot change before it is written. On PostgreSQL rows are locked by ``with_for_update``.
+        On SQLite the transaction is the only writer from its first statement, so that rows cannot
+        change after they were read. On PostgreSQL, ``with_for_update`` locks rows.
         """
         with Session(self.engine, expire_on_commit=False) as session:
             if self.is_sqlite:
@@ -175,7 +177,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A transaction that only reads, and sees one state throughout."""
+        """Open a read-only transaction with one consistent snapshot."""
         with Session(self.engine, expire_on_commit=False) as session:
             if self.is_sqlite:
                 session.connection().exec_driver_sql("BEGIN")
@@ -184,7 +186,7 @@ class Database:
             yield session
 
     def tables(self) -> set[str]:
-        """Names of the tables that are there."""
+        """Return the names of the existing tables."""
         return set(inspect(self.engine).get_table_names())
 
     def close(self) -> None:
@@ -222,7 +224,7 @@ def _engine(url: str) -> Engine:
 
 
 def _keep_private(path: Path) -> None:
-    """Let only its owner read SQLite's file; SQLite gives new logs beside it the same permissions."""
+    """Restrict SQLite's file to the owner. SQLite gives new log files the same permissions."""
     path = path.resolve()
     # Where this fails the file is another user's or the disk takes no writes, and opening tells.
     with suppress(OSError):
@@ -234,12 +236,12 @@ def _keep_private(path: Path) -> None:
 
 
 def count_rows(session: Session, *conditions: ColumnElement[bool]) -> int:
-    """How many rows of one table meet all ``conditions``."""
+    """Return the number of rows of one table that meet all ``conditions``."""
     return session.scalar(select(func.count()).where(*conditions)) or 0
 
 
 def find_row(session: Session, query: Select[Row], *, lock: bool = False) -> Row | None:
-    """The first row of ``query``; with ``lock`` as it is now, until the transaction ends."""
+    """Return the first row of ``query``. ``lock`` locks the current row until the transaction ends."""
     if lock:
         # What the session has read of it before may have changed since.
         query = query.with_for_update().execution_options(populate_existing=True)
@@ -255,7 +257,7 @@ def page_of(
     position: int | None = None,
     ascending: bool = False,
 ) -> list[Row]:
-    """At most ``limit`` rows by their ``number``: those that follow the one which has ``position``."""
+    """Return at most ``limit`` rows that follow ``position`` in the order of ``number``."""
     if position is not None:
         query = query.where(number > position if ascending else number < position)
     order = number.asc() if ascending else number.desc()
@@ -263,16 +265,16 @@ def page_of(
 
 
 def dialect_insert(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
-    """An ``INSERT`` that can say what happens ``ON CONFLICT``: each database has its own."""
+    """Return the dialect's ``INSERT``, which supports ``ON CONFLICT``."""
     if session.get_bind().dialect.name == "postgresql":
         return postgresql.insert(table)
     return sqlite.insert(table)
 
 
 def lock_by_name(session: Session, name: str) -> None:
-    """Keep other transactions that lock the same ``name`` waiting until this one ends.
+    """Block other transactions that lock the same ``name`` until this transaction ends.
 
-    On PostgreSQL by an advisory lock. SQLite has one writer at a time as it is.
+    PostgreSQL uses an advisory lock. SQLite allows one writer at a time anyway.
     """
     if session.get_bind().dialect.name == "postgresql":
         key = func.hashtextextended(name, 0)
@@ -289,7 +291,8 @@ def _prepare_sqlite(connection: Any, record: Any) -> None:
 
 
 def _write_ahead(connection: Any) -> None:
-    """Go to a write-ahead log; of servers that start at once, each with a new file, one does it."""
+    """Enable the write-ahead log. If several servers start at once, the first server enables the
+    log."""
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:

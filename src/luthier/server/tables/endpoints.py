@@ -1,5 +1,7 @@
-"""Endpoints: models that answer under ARNs of their own. Deployments and provisioned throughput are two
-kinds of them; what differs is how Bedrock calls their members and states.
+"""Endpoints: models that serve requests under their own ARNs.
+
+Deployments and provisioned throughput are two kinds of endpoints with different member and state
+names in Bedrock.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from luthier.server.tables.database import Base, now
 
 DEPLOYMENT, PROVISIONED = "custom-model-deployment", "provisioned-model"
-"""The kinds, as ARNs name them."""
+"""Kinds of endpoints, as in ARNs."""
 CREATING, READY, FAILED = "Creating", "Ready", "Failed"
 UPDATING, UPDATED, NOT_UPDATED = "Updating", "UpdateCompleted", "UpdateFailed"
 
 
 class Endpoint(Base):
-    """One endpoint. A deleted one has no row."""
+    """Endpoint. A deleted endpoint has no row."""
 
     __tablename__ = "endpoints"
     __table_args__ = (UniqueConstraint("account", "kind", "name"),)
@@ -31,37 +33,37 @@ class Endpoint(Base):
     """``DEPLOYMENT`` or ``PROVISIONED``."""
     name: Mapped[str]
     foundation: Mapped[str]
-    """``provider.name`` of the foundation model at the bottom; a stand-in where it is none of ours."""
+    """``provider.name`` of the foundation model, or a placeholder for a foreign root."""
     model: Mapped[str] = mapped_column(index=True)
-    """ARN of who answers: a custom model of the account or, where provisioned, a foundation model."""
+    """ARN of the serving model: a custom model, or a foundation model with provisioned throughput."""
     next_model: Mapped[str | None] = mapped_column(index=True)
-    """ARN of who is to answer, or was to in the last update."""
+    """ARN of the next model, or of the model in the last update."""
     status: Mapped[str] = mapped_column(default=CREATING)
     """``CREATING``, ``READY`` or ``FAILED``."""
     update_status: Mapped[str | None]
     """``UPDATING``, ``UPDATED`` or ``NOT_UPDATED``; none before the first update."""
     failure: Mapped[str | None]
     description: Mapped[str | None]
-    """Of a deployment."""
+    """Description of a deployment."""
     units: Mapped[int | None]
-    """Of provisioned throughput."""
+    """Model units of provisioned throughput."""
     commitment: Mapped[str | None]
-    """Of provisioned throughput, ``OneMonth`` or ``SixMonths``: recorded, it binds nobody."""
+    """Commitment of provisioned throughput: ``OneMonth`` or ``SixMonths``. Recorded without effect."""
     created: Mapped[datetime]
     modified: Mapped[datetime]
 
     @property
     def pending_model(self) -> str | None:
-        """ARN of the model that it waits for."""
+        """ARN of the model that the endpoint prepares."""
         if self.status == CREATING:
             return self.model
         return self.next_model if self.update_status == UPDATING else None
 
     def finish_update(self, model: str, failure: str | None) -> None:
-        """What came of preparing ``model``: it answers now, or ``failure`` says why not.
+        """Finish the update to ``model``, or record its ``failure``.
 
-        Nothing changes where another model is waited for meanwhile. After an update that failed the old
-        model goes on answering.
+        Nothing changes if the endpoint prepares a different model meanwhile. After a failed update,
+        the previous model continues to serve.
         """
         if self.pending_model != model:
             return
@@ -75,13 +77,13 @@ class Endpoint(Base):
 
 
 def unfinished_ids(session: Session) -> list[str]:
-    """Ids of those that wait for a model, of all accounts: a server that starts goes on with them."""
+    """Return the ids of endpoints of all accounts that prepare a model, for a starting server."""
     waits = or_(Endpoint.status == CREATING, Endpoint.update_status == UPDATING)
     return list(session.scalars(select(Endpoint.id).where(waits).order_by(Endpoint.seq)))
 
 
 def endpoint_that_uses(session: Session, model: str) -> Endpoint | None:
-    """An endpoint that answers with the ARN ``model``, or is about to; deployments first."""
+    """Return an endpoint that serves or prepares the ARN ``model``, deployments first."""
     about_to = and_(Endpoint.next_model == model, Endpoint.update_status == UPDATING)
     found = select(Endpoint).where(or_(Endpoint.model == model, about_to))
     endpoint: Endpoint | None = session.scalar(found.order_by(Endpoint.kind, Endpoint.seq).limit(1))

@@ -26,13 +26,13 @@ QUEUED, IN_PROGRESS = "queued", "in_progress"
 COMPLETED, FAILED, CANCELED = "completed", "failed", "canceled"
 ENDED = (COMPLETED, FAILED, CANCELED)
 PASS, FAIL, ERROR = "pass", "fail", "error"
-"""What became of a row: all criteria hold, some do not, or some could not be looked at."""
+"""Statuses of a graded row: all criteria pass, a criterion fails, or a criterion raises an error."""
 PATIENCE = timedelta(hours=24)
-"""How long a run may take, waiting for its turn included."""
+"""Time limit of a run, including the wait in the queue."""
 
 
 class Eval(Base):
-    """How rows are graded."""
+    """Definition of an evaluation."""
 
     __tablename__ = "evals"
 
@@ -50,7 +50,7 @@ class Eval(Base):
 
 
 class EvaluationRun(BackgroundWork, Base):
-    """One run."""
+    """Run of an evaluation."""
 
     __tablename__ = "evaluation_runs"
     noun = "evaluation"
@@ -72,15 +72,18 @@ class EvaluationRun(BackgroundWork, Base):
     failed: Mapped[int] = mapped_column(default=0)
     errored: Mapped[int] = mapped_column(default=0)
     tallies: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """``criteria``: rows that passed, failed and could not be graded, by name; ``usage``: calls, tokens
-    read and tokens written, by model."""
+    """Totals of the run.
+
+    ``criteria``: passed, failed and ungraded rows by name. ``usage``: calls, prompt tokens and
+    generated tokens by model.
+    """
     stored_bytes: Mapped[int] = mapped_column(BigInteger)
     completed: Mapped[datetime | None]
-    """When it ended."""
+    """Time of the end."""
 
 
 class EvaluationRow(Base):
-    """A row of a run that is graded."""
+    """Graded row of a run."""
 
     __tablename__ = "evaluation_rows"
     __table_args__ = (UniqueConstraint("run_id", "number"),)
@@ -88,23 +91,23 @@ class EvaluationRow(Base):
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     run_id: Mapped[str] = mapped_column(ForeignKey("evaluation_runs.id"), index=True)
     number: Mapped[int]
-    """Of the row in its source, from 1."""
+    """Number of the row in its source, from 1."""
     status: Mapped[str]
     record: Mapped[dict[str, Any]] = mapped_column(JSONText)
-    """The row as the API returns it."""
+    """Row as the API returns it."""
     graded: Mapped[datetime]
 
 
 @dataclass(frozen=True)
 class GradedRow:
-    """What came of one row."""
+    """Result of one row."""
 
     status: str
     record: dict[str, Any]
     criteria: Mapping[str, str] = field(default_factory=dict)
     """``pass``, ``fail`` or ``error`` by the name of each criterion."""
     usage: Sequence[tuple[str, int, int]] = ()
-    """Each call of a model: its name, tokens that it read, and tokens that it wrote."""
+    """Model calls: name, prompt tokens, generated tokens."""
 
 
 def create_eval(
@@ -115,10 +118,10 @@ def create_eval(
     definition: Mapping[str, Any],
     metadata: Mapping[str, str],
 ) -> Eval:
-    """A new one.
+    """Create an evaluation.
 
     Raises:
-        QuotaExceeded: where the account has no room for it.
+        QuotaExceeded: if the account has no space for the definition.
     """
     eval_id, moment, text = "eval_" + random_id(24, SMALL), now(), json.dumps(definition)
     row = Eval(
@@ -148,7 +151,7 @@ def create_run(
     metadata: Mapping[str, str],
     eval_id: str,
 ) -> EvaluationRun:
-    """Create a run in the queue. The server works on one run of an account at a time.
+    """Create a queued run. The server works on one run of an account at a time.
 
     Raises:
         QuotaExceeded: if the account has no space for the request.
@@ -193,17 +196,17 @@ def get_run(
 
 
 def done_rows(session: Session, run_id: str) -> set[int]:
-    """Numbers of the rows that are graded."""
+    """Return the numbers of the graded rows."""
     return set(session.scalars(select(EvaluationRow.number).where(EvaluationRow.run_id == run_id)))
 
 
 def record(
     session: Session, run: EvaluationRun, quotas: AccountQuotas, number: int, row: GradedRow
 ) -> None:
-    """Write down what came of a row, and count it.
+    """Store the result of a row and update the totals.
 
     Raises:
-        QuotaExceeded: where the account has no room for it.
+        QuotaExceeded: if the account has no space for the result.
     """
     text = json.dumps(row.record)
     session.add(
@@ -244,7 +247,7 @@ def rows_of(
     status: str | None = None,
     ascending: bool = True,
 ) -> list[EvaluationRow]:
-    """``limit`` rows behind the number ``position``, in the order of the source or against it."""
+    """Return at most ``limit`` rows after number ``position``, in source order or reversed."""
     query = select(EvaluationRow).where(EvaluationRow.run_id == run_id)
     if status is not None:
         query = query.where(EvaluationRow.status == status)
@@ -255,13 +258,13 @@ def rows_of(
 def end(
     run: EvaluationRun, status: str, code: str | None = None, message: str | None = None
 ) -> None:
-    """End a run that has not ended."""
+    """End an unfinished run."""
     run.status, run.completed = status, now()
     run.error_code, run.error_message = code, message
 
 
 def delete_run(session: Session, run: EvaluationRun) -> None:
-    """Forget a run, which was read with a lock, and its rows."""
+    """Delete a run, which the caller has locked, and its rows."""
     session.execute(delete(EvaluationRow).where(EvaluationRow.run_id == run.id))
     session.delete(run)
     session.flush()
