@@ -1,1 +1,1 @@
-"""How good a model is, and whether what is stored is what was trained."""
+"""Evaluation: scores, baselines, significance, and verification of saved models."""

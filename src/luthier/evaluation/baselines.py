@@ -1,8 +1,7 @@
-"""Cheap methods that a tuned model has to beat: fitted on the same rows in seconds, by the same scores.
+"""Baselines that a tuned model must beat: cheap methods fitted on the same rows in seconds.
 
-What is fitted follows from what the rows say: a label (or several), a rating, a tag for each word, the
-partner of a text.
-Some read the words alone, the others the states of the base model as it is, frozen.
+The target of the rows selects the methods: label, label set, rating, word tags or text pair. Some
+methods read words only; the remaining methods read the states of the frozen base model.
 """
 
 from __future__ import annotations
@@ -46,17 +45,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_ROWS = 10_000
-"""Rows that are learned from at most, and a fifth of it to measure on: what bounds the memory."""
+"""Maximum number of training rows. A fifth of the number limits the held-out rows. Bounds the
+memory."""
 FEW_ROWS = 30
-"""Held-out rows below which equal scores say little."""
+"""Minimum number of held-out rows for equal scores to be informative."""
 NEIGHBOURS = 5
 NEAREST = f"{NEIGHBOURS} nearest rows of the base model"
 SMOOTHING = 0.3
 """Added to each count of naive Bayes."""
 LARGEST_TABLE = 20_000_000
-"""Counts that naive Bayes holds at most; the rarest words are left out."""
+"""Maximum size of the naive Bayes table, in counts. The rarest words are dropped."""
 LINEAR_PROBE = "logistic regression on the base model"
-"""What a head starts from."""
+"""The starting point of a classification head."""
 NAIVE_BAYES = "naive Bayes on words"
 """Needs no base model, as ``fasttext`` needs none: both learn words and pairs of words."""
 _WORD = re.compile(r"\w+")
@@ -64,41 +64,41 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Baseline:
-    """One method, measured."""
+    """Scores of a fitted method."""
 
     name: str
     score: float
-    """Of the measure that is compared."""
+    """Score in the compared measure."""
     scores: dict[str, float]
-    """Of all measures that go with such rows."""
+    """Scores in all measures that apply to the rows."""
     seconds: float
-    """To fit it and to answer all rows."""
+    """Time for fitting and prediction, in seconds."""
     constant: bool = False
-    """Whether it answers every row alike."""
+    """True if the prediction is equal for all rows."""
     error: float = 0.0
-    """Standard error of the difference between the tuned model's score and its own."""
+    """Standard error of the difference from the tuned model's score."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A tuned model beside the baselines, on the same held-out rows."""
+    """Comparison of a tuned model with the baselines on the same held-out rows."""
 
     measure: str
-    """What is compared: ``accuracy``, ``mean_absolute_error``, ``entity_f1`` or ``recall_at_1``."""
+    """Compared measure: ``accuracy``, ``mean_absolute_error``, ``entity_f1`` or ``recall_at_1``."""
     rows: int
-    """Held-out rows that are measured on."""
+    """Number of held-out rows."""
     train_rows: int
     """Training rows the baselines learned from."""
     baselines: list[Baseline]
     tuned: float | None = None
-    """The tuned model's; ``None`` where it was not measured."""
+    """Score of the tuned model; ``None`` if unmeasured."""
     left_out: list[str] = field(default_factory=list)
-    """Baselines that there was no time for."""
+    """Baselines omitted for lack of time."""
     verdict: str = ""
-    """What to make of it, where a baseline does as well or better."""
+    """Interpretation, if a baseline scores as well or better."""
 
     def gain(self, baseline: Baseline) -> float:
-        """How much better than a baseline the tuned model is; below 0 where it is worse."""
+        """Return the improvement of the tuned model over a baseline; negative for a worse model."""
         return as_gain(self.measure, (self.tuned or 0.0) - baseline.score)
 
     @property
@@ -108,13 +108,13 @@ class Comparison:
 
     @property
     def uninformative(self) -> bool:
-        """Whether a baseline that answers all rows alike is no worse; of many rows, beyond chance."""
+        """True if a constant baseline is as good; for many rows, within chance."""
         chance = CHANCE if self.rows >= FEW_ROWS else 0.0
         gains = [self.gain(each) - chance * each.error for each in self.baselines if each.constant]
         return self.tuned is not None and bool(gains) and min(gains) <= 0
 
     def judge(self) -> str:
-        """The :attr:`verdict`: empty where the tuned model is better than all, beyond chance."""
+        """Return the :attr:`verdict`; empty if the tuned model beats all baselines beyond chance."""
         best = self.best
         if best is None or self.tuned is None or self.gain(best) > CHANCE * best.error:
             return ""
@@ -141,19 +141,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class FittedBaselines:
-    """Baselines that were measured, before there is a tuned model to compare with them."""
+    """Scores of the baselines before a tuned model exists."""
 
     comparison: Comparison
     row_scores: list[RowScores]
-    """Of each baseline."""
+    """Row scores of each baseline."""
     label_issues: LabelIssues | None = None
-    """Rows whose label is worth a look, if the rows were enough to judge."""
+    """Suspicious labels, if the data has enough rows."""
 
     @property
     def best_informative(self) -> Baseline | None:
-        """The best that is better than all that answer every row alike, beyond chance.
+        """Best baseline that beats all constant baselines beyond chance; ``None`` without one.
 
-        Where there is one, the rows tell their answers.
+        If such a baseline exists, the inputs predict the targets.
         """
         gain = partial(as_gain, self.comparison.measure)
         both = [*zip(self.comparison.baselines, self.row_scores, strict=True)]
@@ -179,7 +179,7 @@ class FittedBaselines:
         )
 
     def compare_with(self, tuned: RowScores) -> Comparison:
-        """The comparison with a model that scores ``tuned`` on the same rows."""
+        """Compare with the row scores of a tuned model on the same rows."""
         both = zip(self.comparison.baselines, self.row_scores, strict=True)
         baselines = [replace(each, error=tuned.difference_error(scores)) for each, scores in both]
         found = replace(self.comparison, baselines=baselines, tuned=tuned.value)
@@ -187,25 +187,25 @@ class FittedBaselines:
 
 
 def render(measure: str, score: float) -> str:
-    """A score with the name of what it measures, for people."""
+    """Format a score with the name of the measure."""
     name = measure.replace("_", " ")
     return f"{name} {score:.3g}" if measure in LESS_IS_BETTER else f"{name} {score:.1%}"
 
 
 @dataclass(frozen=True)
 class States:
-    """States of the frozen base model: one for each text, or one for each word of rows with tags."""
+    """States of the frozen base model: one per text, or one per word of tagged rows."""
 
     train_NH: Tensor
-    """Of what is learned from; of pairs none, as nothing is fitted to them."""
+    """States of the training rows; empty for pairs, to which no method is fitted."""
     held_QH: Tensor
-    """Of what is measured on."""
+    """States of the held-out rows."""
     rows: int
-    """Rows that are learned from."""
+    """Number of training rows."""
     seconds: float = 0.0
-    """What computing them took, which belongs to whatever reads them."""
+    """Computation time, added to the time of the methods that read the states, in seconds."""
     partner_QH: Tensor | None = None
-    """Of the partners, where the rows are pairs."""
+    """States of the partners of pairs."""
 
 
 Answers = Sequence[Mapping[str, Any]]
@@ -213,20 +213,20 @@ Answers = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class _Method:
-    """A name, and what answers the rows that are measured on."""
+    """A named prediction function."""
 
     name: str
     answers: Callable[[Any], Answers | NDArray[np.int64]]
-    """Those to the rows that are measured on, from the :class:`States` where it reads them; of pairs,
-    the ranks at which partners are found."""
+    """Returns the predictions for the held-out rows, or the ranks of the partners of pairs."""
     constant: bool = False
     reads_states: bool = False
-    """Whether it goes by what the base model makes of the rows, or by their words alone."""
+    """True if the method reads :class:`States`, False if the method reads words."""
 
     def measure(
         self, train: Sequence[Row], held: Sequence[Row], states: States | None
     ) -> tuple[Baseline, RowScores]:
-        """Fitted, with what it scores; said of fewer rows where not all were read."""
+        """Fit the method and score its predictions. The name mentions a subset of the training
+        rows."""
         began = time.monotonic()
         answers = self.answers(states)
         found: Mapping[str, Score] = (
@@ -245,7 +245,7 @@ class _Method:
 
 
 def is_comparable(row: Row, example: Example) -> bool:
-    """Whether a row says what it should be answered with; one with tags must not have been cut."""
+    """Return True if the row has a target. Truncated tagged rows are not comparable."""
     if isinstance(row, TaggedWords):
         return int(np.count_nonzero(example.weight_T)) == len(row.tags or ())
     return isinstance(row, Labelled | RatedText | TextPair)
@@ -253,7 +253,7 @@ def is_comparable(row: Row, example: Example) -> bool:
 
 @dataclass(frozen=True)
 class ComparedRows:
-    """Rows as they are and as they are encoded: at most so many as baselines take, in random order."""
+    """Rows and their encodings, in random order and of bounded number."""
 
     rows: Sequence[Row] = ()
     examples: Sequence[Example] = ()
@@ -265,9 +265,9 @@ class ComparedRows:
     def of(
         rows: Sequence[Row], examples: Sequence[Example], seed: int, most: int = MOST_ROWS
     ) -> ComparedRows:
-        """Those of ``rows``, each encoded as one of ``examples``, that can be compared.
+        """Select comparable rows. ``examples`` are the encodings of ``rows``.
 
-        A row that was cut says more than is read of it.
+        Truncated rows are dropped, because the row has more text than its encoding.
         """
         able_N = np.fromiter(map(is_comparable, rows, examples), np.bool_, len(rows)).nonzero()[0]
         order = able_N[np.random.default_rng(seed).permutation(len(able_N))[:most]].tolist()
@@ -281,11 +281,16 @@ def fit_and_score(
     until: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> FittedBaselines | None:
-    """Fit the baselines that go with such rows on ``train`` and measure them on ``held``.
+    """Fit the baselines for ``train`` and score predictions for ``held``.
 
-    ``None`` where there are none. ``states`` are those of both, in the same order, perhaps only of the
-    first rows of ``train``; where they are missing, what would read them is left out. No further
-    baseline is begun after the time ``until`` of ``clock``.
+    Args:
+        states: states of both, in the same order, possibly for the first rows of ``train`` only.
+            Without
+            states, methods that read states are omitted.
+        until: time of ``clock`` after which no baseline starts.
+
+    Returns:
+        The scores; ``None`` if no method applies to the rows.
     """
     if not train or not held:
         return None
@@ -305,7 +310,7 @@ def fit_and_score(
 
 
 def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
-    """Names and ways to answer ``held``, the quickest first."""
+    """Yield the applicable methods, the fastest first."""
     rows, learned = (*train, *held), len(train)
     if labelled := of_shape(Labelled, rows):
         single = all(row.has_one_label for row in labelled)
@@ -431,7 +436,7 @@ def _pair_methods(train: Sequence[TextPair], held: Sequence[TextPair]) -> Iterat
 
 
 def _frequent_tags(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) -> Answers:
-    """Each word has the tag it most often has; O where it was never seen (CoNLL-2003's baseline)."""
+    """Predict the most frequent tag of each word; O for unseen words (baseline of CoNLL-2003)."""
     seen: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
         for word, tag in zip(row.tokens, row.tags or (), strict=True):
@@ -441,9 +446,11 @@ def _frequent_tags(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) ->
 
 
 def nearest_classes(states: States, classes: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the classes of held-out rows by vote of the nearest training rows (cosine of states).
+    """Predict the classes of held-out rows by a vote of the nearest training rows (cosine of
+    states).
 
-    ``classes`` has the class of each training row, or a row ``[N, C]`` of 0 and 1.
+    Args:
+        classes: class of each training row, or indicator matrix ``[N, C]`` of 0 and 1.
     """
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.preprocessing import normalize
@@ -457,7 +464,7 @@ def nearest_classes(states: States, classes: NDArray[Any]) -> NDArray[np.int64]:
 def naive_bayes(
     texts: Sequence[str], class_N: ArrayLike, asked: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Return classes of the texts ``asked``: multinomial naive Bayes on words and pairs of words."""
+    """Predict the classes of ``asked`` by multinomial naive Bayes on words and pairs of words."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.naive_bayes import MultinomialNB
 

@@ -1,4 +1,4 @@
-"""What a score is made of: slices of the rows, labels, certainty, and the rows answered worst."""
+"""Breakdown of a score: slices of the rows, confusion matrix, calibration and worst rows."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from luthier.evaluation.significance import Interval, RowScores, Score, Statisti
 from luthier.types import Row
 
 MOST_SLICES = 30
-"""Slices of one kind; the smallest of more are one together."""
+"""Maximum number of slices of a kind. The smallest slices are merged."""
 CONFIDENCE_BINS = 15
-"""Of equal width, as in Guo et al. 2017."""
+"""Number of bins of equal width, as in Guo et al. 2017."""
 OTHERS = "all others"
 
 
@@ -27,18 +27,18 @@ class Slice:
     """Some of the rows, and how they score."""
 
     by: str
-    """What the rows have in common: ``label``, ``length``, ``language`` or a column."""
+    """Property that the rows share: ``label``, ``length``, ``language`` or a column."""
     value: str
     rows: int
     scores: dict[str, float]
     interval: Interval
-    """Of the first score."""
+    """Confidence interval of the first score."""
     stands_out: bool
-    """Whether the first score differs from that of the other rows by more than chance, looking at so
-    many slices (Bonferroni's correction)."""
+    """True if the first score differs from the remaining rows beyond chance, with Bonferroni's
+    correction for the number of slices."""
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the slice for JSON."""
         return {
             "by": self.by, "value": self.value, "rows": self.rows, "scores": self.scores,
             "interval": list(self.interval), "stands_out": self.stands_out,
@@ -46,12 +46,12 @@ class Slice:
 
 
 def slice_scores(scores: Mapping[str, Score], by: str, keys: Sequence[str]) -> list[Slice]:
-    """The scores of all rows that have a key in common, the largest slice first.
+    """Score the rows of each key, largest slice first.
 
     Args:
-        scores: of the same rows; the first is the one that slices are compared by.
-        by: what the keys say of the rows.
-        keys: one for each row.
+        scores: scores of the same rows; the first score decides :attr:`Slice.stands_out`.
+        by: name of the property.
+        keys: value of the property for each row.
     """
     counts = Counter(keys)
     largest = [name for name, _ in counts.most_common(MOST_SLICES)]
@@ -79,12 +79,12 @@ def slice_scores(scores: Mapping[str, Score], by: str, keys: Sequence[str]) -> l
 
 
 def _is_known(score: Score) -> bool:
-    """Whether there is anything that it is a share or a mean of."""
+    """Return True if the score has at least one row with a denominator."""
     return bool(score.wholes_R.any()) if isinstance(score, RowScores) else True
 
 
 def length_keys(lengths: ArrayLike) -> list[str]:
-    """Which third of the rows each is in by its length: the shortest, the middle, the longest."""
+    """Return the third of each row by length: shortest, middle or longest."""
     length_R = np.asarray(lengths)
     low, high = np.quantile(length_R, [1 / 3, 2 / 3], method="lower")
     names = [f"at most {low:,}", f"{low + 1:,} to {high:,}", f"above {high:,}"]
@@ -94,16 +94,16 @@ def length_keys(lengths: ArrayLike) -> list[str]:
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """How often each label was answered where another, or itself, was right: a confusion matrix."""
+    """Confusion matrix of single labels."""
 
     labels: list[str]
-    """Those of the rows and of the answers, the most frequent of the rows first."""
+    """Labels of rows and predictions, most frequent label of the rows first."""
     count_TA: NDArray[np.int64]
-    """Rows by the label that is right and the label that was answered."""
+    """Number of rows by true label and predicted label."""
 
     @staticmethod
     def of(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> LabelCounts | None:
-        """Count rows with one label each; ``None`` for other rows."""
+        """Count rows with one label each; ``None`` for all other rows."""
         from sklearn.metrics import confusion_matrix
 
         pairs = [(label, answer["label"]) for label, answer in single_labels(rows, answers)]
@@ -115,7 +115,8 @@ class LabelCounts:
         return LabelCounts(labels, confusion_matrix(*zip(*pairs, strict=True), labels=labels))
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """Rows, precision, recall and F1 of each label; precision is left out where none was given."""
+        """Return rows, precision, recall and F1 of each label; no precision for labels never
+        predicted."""
         wanted_L, given_L = self.count_TA.sum(1), self.count_TA.sum(0)
         right_L = self.count_TA.diagonal()
         found = {}
@@ -127,7 +128,8 @@ class LabelCounts:
         return found
 
     def mistakes(self) -> list[tuple[str, str, int]]:
-        """What was right, what was answered in its place, and how often; the most frequent first."""
+        """Return the true label, the predicted label and the count of each confusion, most frequent
+        first."""
         found = [
             (self.labels[truth], self.labels[answer], int(self.count_TA[truth, answer]))
             for truth, answer in np.argwhere(self.count_TA)
@@ -138,15 +140,15 @@ class LabelCounts:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """How often a model is right where it says how sure it is (Guo et al. 2017)."""
+    """Accuracy as a function of the model's confidence (Guo et al. 2017)."""
 
     confidence_R: NDArray[np.float64]
-    """Probability of the label that was answered."""
+    """Probability of the predicted label."""
     right_R: NDArray[np.bool_]
 
     @staticmethod
     def of(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> Calibration | None:
-        """Of rows with one label each, where answers give their labels a probability."""
+        """Calibrate rows with one label each; ``None`` if the answers have no probabilities."""
         pairs = single_labels(rows, answers)
         both = [
             (float(answer["scores"][answer["label"]]), label == answer["label"])
@@ -159,7 +161,7 @@ class Calibration:
         return Calibration(np.array(confidences), np.array(right))
 
     def bins(self) -> list[dict[str, float]]:
-        """Rows, mean confidence and accuracy of each bin that has rows, from the least sure."""
+        """Return rows, mean confidence and accuracy of each non-empty bin, lowest confidence first."""
         bin_R = np.minimum((self.confidence_R * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
         return [
             {
@@ -187,10 +189,10 @@ class Calibration:
 def worst_rows(
     score: RowScores, certainty_R: ArrayLike | None = None, less_is_better: bool = False
 ) -> NDArray[np.int64]:
-    """Numbers of the rows with the lowest score, of an error those with the highest.
+    """Return the indices of the rows with the lowest score, or with the highest error.
 
-    Rows that score the same are in the order of ``certainty_R``, what is wrong and sure first, and
-    then in their own. Rows that are not wrong are left out, and rows without a score.
+    Rows with equal scores are ordered by ``certainty_R``, confident mistakes first, and then by
+    index. Correct rows and rows without a score are excluded.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         each_R = score.parts_R / score.wholes_R

@@ -1,10 +1,10 @@
-"""Rows with choices, scored by how likely a model finds each, as lm-evaluation-harness does it.
+"""Multiple choice by log-likelihood, as in lm-evaluation-harness.
 
-The log-likelihood of a choice is that of its tokens behind the prompt (Gao et al. 2021; there
-``loglikelihood``). ``accuracy`` takes the likeliest choice; ``accuracy_norm`` (there ``acc_norm``)
-divides by the characters of the choice first, as longer ones have more tokens to pay for. A row with
-one choice is a cloze, as LAMBADA (Paperno et al. 2016): it is right where each of its tokens is the
-likeliest, and ``perplexity`` is that of whole choices.
+The log-likelihood of a choice is the sum over its tokens after the prompt (Gao et al. 2021,
+``loglikelihood``). ``accuracy`` selects the most likely choice. ``accuracy_norm`` (``acc_norm`` in
+the harness) divides by the characters of the choice, because long choices have more tokens. A row
+with one choice is a cloze test, as in LAMBADA (Paperno et al. 2016): correct if every token is the
+most likely token. ``perplexity`` is computed over whole choices.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from luthier.types import Example
 
 @dataclass(frozen=True)
 class ChoiceLikelihood:
-    """One choice under a model."""
+    """Likelihood of a choice under a model."""
 
     logp: float
-    """Log-probability of all its tokens, in nats."""
+    """Log-probability of all tokens, in nats."""
     is_greedy: bool
-    """Whether each of its tokens is the likeliest."""
+    """True if every token is the most likely token."""
 
 
 def encode_choices(row: MultipleChoice, chat: ChatFormat) -> list[Example]:
-    """Return the tokens of each choice behind its prompt, those of the choice of weight 1.
+    """Return the tokens of each choice after the prompt, with weight 1 for the choice's tokens.
 
-    Both are tokenized as one text, and the tokens after those of the prompt alone are the choice's. A
-    space stands between unless the prompt ends with one; the space belongs to the choice.
+    Prompt and choice are tokenized as one text. The tokens after the prompt's own tokens belong to
+    the choice. A space separates prompt and choice, unless the prompt ends with a space; the space
+    belongs to the choice.
 
     Raises:
-        RowRefused: where a choice gives no tokens of its own.
+        RowRefused: a choice has no tokens of its own.
     """
     examples = []
     for place, (prompt, choice) in enumerate(row.pairs):
@@ -72,7 +73,7 @@ def keep_end(text: Example, size: int) -> Example:
 
 
 def picks(row: MultipleChoice, found: Sequence[ChoiceLikelihood]) -> tuple[int, int]:
-    """Places of the likeliest choice, and of the likeliest for its characters."""
+    """Return the index of the most likely choice, without and with length normalization."""
     logps = np.array([each.logp for each in found])
     return int(logps.argmax()), int((logps / [len(choice) for choice in row.choices]).argmax())
 
@@ -80,7 +81,7 @@ def picks(row: MultipleChoice, found: Sequence[ChoiceLikelihood]) -> tuple[int, 
 def choice_scores(
     rows: Sequence[MultipleChoice], found: Sequence[Sequence[ChoiceLikelihood]]
 ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
-    """Scores of the rows, and what a model says of each, ready for JSON."""
+    """Return the scores, and a JSON record of each row."""
     right: dict[str, list[bool]] = {"accuracy": [], "accuracy_norm": []}
     records = []
     for row, each in zip(rows, found, strict=True):

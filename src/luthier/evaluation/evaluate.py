@@ -1,4 +1,4 @@
-"""Measuring a model on held-out rows: let it answer each prompt, grade each answer."""
+"""Evaluation of a model on held-out rows: generate a reply to each prompt and grade the replies."""
 
 from __future__ import annotations
 
@@ -33,77 +33,77 @@ if TYPE_CHECKING:
 
 
 TurnChoice = Literal["last", "calls", "all"]
-"""Turns of the assistant that are asked for: the last of a conversation, each that calls, or all."""
+"""Assistant turns to generate: the last turn of a conversation, each turn with calls, or all turns."""
 
 
 FEW_REPLIES = 10
-"""Below which it says little that all are the same."""
+"""Minimum number of equal replies for a remark."""
 SHOWN = 100
 """Characters of a reply in a sentence."""
 LONG_REPLY = 12
-"""Words beyond which nobody writes the expected reply to the letter, who does not know it by heart."""
+"""Minimum number of words of a reply that no model reproduces exactly without memorization."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of rows, with how sure they are, and every answer."""
+    """Scores of rows with standard errors, and the reply to every row."""
 
     row_scores: Mapping[str, Score]
-    """The first is the one that models are compared by."""
+    """Row scores by name. Models are compared by the first score."""
     rows: list[Row]
-    """Those that were measured, in the order of :attr:`records`."""
+    """Evaluated rows, in the order of :attr:`records`."""
     problems: list[Problem] = field(default_factory=list)
-    """Why answers have score 0 that a grader could not grade, where that was asked for."""
+    """Reasons for score 0 of replies that a grader could not grade."""
 
     dropped: int = 0
-    """Rows that were left out, as they are longer than the model's context."""
+    """Number of dropped rows, which are longer than the model's context."""
     truncated: int = 0
-    """Rows that were cut to the context."""
+    """Number of rows truncated to the context."""
     remarks: list[str] = field(default_factory=list)
-    """What the scores do not say, in sentences: how sure they are, and what is answered wrong."""
+    """Remarks about the uncertainty of the scores and about mistakes, in sentences."""
     records: list[dict[str, Any]] = field(default_factory=list)
-    """What was asked, expected and said of each row, ready for JSON; of raw text there are none."""
+    """Prompt, expected text and reply of each row, ready for JSON; empty for raw text."""
     is_graded: bool = False
-    """Whether records have a ``prompt``, the ``reply`` and its ``scores`` by the graders."""
+    """True if records have ``prompt``, ``reply`` and the graders' ``scores``."""
     tokens: int = 0
-    """Of raw text: tokens that were predicted."""
+    """Number of predicted tokens of raw text."""
     seconds: float = 0.0
-    """That answering and grading took."""
+    """Time for generation and grading, in seconds."""
     reply_seconds: float = 0.0
-    """Of these, until the last reply was there."""
+    """Time until the last reply, in seconds."""
     slices: list[Slice] = field(default_factory=list)
-    """Parts of the rows, where they were asked for."""
+    """Scores of parts of the rows, if requested."""
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """By the names of the graders or measures."""
+        """Scores by the name of the grader or measure."""
         return values(self.row_scores)
 
     @cached_property
     def errors(self) -> dict[str, float]:
-        """Standard errors of the scores, where there is more than one row."""
+        """Standard errors of the scores, for several rows."""
         known = {name: each.error for name, each in self.row_scores.items() if len(each) > 1}
         return {name: error for name, error in known.items() if math.isfinite(error)}
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """Where the scores lie with 95 % confidence, of those with an error."""
+        """95 % confidence intervals of the scores with a standard error."""
         return {name: self.row_scores[name].interval for name in self.errors}
 
     @cached_property
     def label_counts(self) -> LabelCounts | None:
-        """The confusion matrix, of rows with one label each."""
+        """Confusion matrix of rows with one label each."""
         return LabelCounts.of(self.rows, self.records) if self.records else None
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """Where labels were answered with probabilities."""
+        """Calibration of predicted labels with probabilities."""
         return Calibration.of(self.rows, self.records) if self.records else None
 
     def worst(self, count: int) -> list[int]:
-        """Numbers of the rows that are answered worst by the first score, what is sure and wrong first.
+        """Return the indices of the worst rows by the first score, confident mistakes first.
 
-        Empty where no score says it of single rows.
+        Empty if no score applies to single rows.
         """
         name, first = next(iter(self.row_scores.items()), ("", None))
         if not isinstance(first, RowScores) or len(first) != len(self.records):
@@ -115,7 +115,7 @@ class Evaluation:
 
     @property
     def long_rows_text(self) -> str:
-        """How many rows were longer than the context; empty if none was."""
+        """Return a remark about rows longer than the context; empty without such rows."""
         if self.dropped:
             total = len(self.rows) + self.dropped
             return f"{self.dropped} of {total} rows are longer than the context and were dropped"
@@ -124,7 +124,7 @@ class Evaluation:
         return ""
 
     def plain(self) -> dict[str, Any]:
-        """Scores, counts and slices, without the answers; what there is none of is left out."""
+        """Return scores, counts and slices without the replies. Empty parts are omitted."""
         counts = {
             "ungraded": len(self.problems), "dropped": self.dropped, "truncated": self.truncated,
             "tokens": self.tokens,
@@ -147,11 +147,11 @@ class Evaluation:
 
 
 def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
-    """Refuse rows that say nothing of what models of ``objective`` answer.
+    """Reject rows without a target for models of ``objective``.
 
     Raises:
-        DataError: with each such row.
-        RecipeError: where no rows say it.
+        DataError: all rejected rows.
+        RecipeError: no shape of row has a target for the objective.
     """
     if not objective.evaluation_shapes:
         raise RecipeError(
@@ -176,10 +176,11 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
 
 
 def questions(rows: Sequence[Row]) -> list[tuple[Message, ...]]:
-    """What is asked in each row: of a conversation, everything before the last assistant turn.
+    """Return the prompt of each row: for a conversation, all messages before the last assistant
+    turn.
 
     Raises:
-        DataError: for a row that asks nothing.
+        DataError: a row without a prompt.
     """
     asked = [row.prompt_turns() for row in rows]
     if mute := next((row for row, turns in zip(rows, asked, strict=True) if not turns), None):
@@ -199,12 +200,12 @@ def load_graded(
     graders: Iterable[Grader],
     turns: TurnChoice = "last",
 ) -> list[Row]:
-    """Rows to be answered and graded.
+    """Load rows for generation and grading.
 
-    Where a grader needs no expected reply, prompts alone will do, and it may name any member of them.
+    If no grader needs an expected reply, rows may be prompts with additional keys for the graders.
 
     Raises:
-        DataError: with every problem of the rows.
+        DataError: all problems of the rows.
         RecipeError: see :func:`choose_turns`.
     """
     chosen = list(graders)
@@ -215,10 +216,10 @@ def load_graded(
 
 
 def choose_turns(rows: Sequence[Row], turns: TurnChoice) -> list[Row]:
-    """A row for each turn that is asked for, which is its last; what comes after it is left out.
+    """Return a row per selected turn, which ends with the turn.
 
     Raises:
-        RecipeError: where no turn of ``rows`` calls tools, and those are asked for.
+        RecipeError: turns with calls are selected, and no turn of ``rows`` calls tools.
     """
     if turns == "last":
         return list(rows)
@@ -238,13 +239,15 @@ def choose_turns(rows: Sequence[Row], turns: TurnChoice) -> list[Row]:
 
 
 def median_words(replies: Iterable[str | None]) -> float:
-    """Of the replies that are expected; 0 where none is. Where scripts have no blanks, 12 characters
-    count as a word."""
+    """Return the median length of the expected replies in words; 0 without expected replies.
+
+    In scripts without blanks, 12 characters count as a word.
+    """
     return median([max(len(reply.split()), len(reply) // 12) for reply in replies if reply] or [0])
 
 
 def default_graders(rows: Sequence[Row], note: Callable[[str], None]) -> dict[str, Grader]:
-    """How replies to ``rows`` are graded where nobody says; ``note`` hears why, if not by ``exact``."""
+    """Return the default graders for ``rows``. ``note`` receives the reason if not ``exact``."""
     words = median_words(row.expected_reply() for row in rows)
     if words <= LONG_REPLY:
         return {"exact": Exact()}
@@ -257,11 +260,11 @@ def default_graders(rows: Sequence[Row], note: Callable[[str], None]) -> dict[st
 
 
 def check(rows: Sequence[Row], graders: Mapping[str, Grader]) -> None:
-    """Refuse rows and graders that do not go together, before a model is loaded.
+    """Reject incompatible rows and graders before a model is loaded.
 
     Raises:
-        DataError: naming each row without a reply, or with one that a grader cannot compare with.
-        RecipeError: from a grader that lacks something, or for calls where no asked turn has some.
+        DataError: rows without an expected reply, or with an expected reply that a grader rejects.
+        RecipeError: a grader lacks a requirement, or no selected turn has tool calls to grade.
     """
     if any(isinstance(grader, ToolCalls) for grader in graders.values()):
         conversations = [row.turns() for row in rows]
@@ -286,7 +289,7 @@ def grade(
     """Grade ``replies`` to ``rows`` with each of ``graders``.
 
     Raises:
-        GradingFailed: for an answer that a grader cannot grade, unless ``on_error`` is ``zero``.
+        GradingFailed: a grader cannot grade a reply, unless ``on_error`` is ``zero``.
     """
     questions(rows)
     answers = [Answer.of(row, reply) for row, reply in zip(rows, replies, strict=True)]

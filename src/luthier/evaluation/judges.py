@@ -1,4 +1,4 @@
-"""How far a judge agrees with people, on pairs of replies that people have judged."""
+"""Agreement of a judge with people, on pairs of replies with human preferences."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from luthier.graders.ruler import PairVerdict, Ruler, judge_pairs
 from luthier.types import Row
 
 CHUNK = 32
-"""Pairs that are judged between two looks at the progress."""
+"""Number of pairs between two progress reports."""
 
 
 @dataclass(frozen=True, eq=False)
 class JudgeAgreement:
-    """A judge beside people."""
+    """Agreement of a judge with people, consistency and bias."""
 
     agreement: RowScores
-    """Pairs of which it prefers what people chose; where the order decides, one half."""
+    """Share of pairs with the human preference; one half if the order of the replies decides."""
     consistency: RowScores
-    """Pairs of which it says the same in both orders, of those with two verdicts."""
+    """Share of pairs with equal verdicts in both orders, among pairs with two verdicts."""
     first: RowScores
-    """Of the pairs where the order decides: those in which it prefers what stands first."""
+    """Share of preferences for the first reply, among pairs where the order decides."""
     longer: RowScores
-    """Pairs in which it prefers the longer reply, of those that it decides and that have one."""
+    """Share of preferences for the longer reply, among decided pairs of different lengths."""
     people_longer: RowScores
-    """Those of them in which people chose it."""
+    """Share of human preferences for the longer reply, among the same pairs."""
     unread: int
     """Verdicts without scores."""
 
     def verdict(self) -> str:
-        """What to make of it, in words."""
+        """Summary in sentences."""
         agreement, rows = self.agreement, len(self.agreement)
         said = (
             f"The judge agrees with people on {agreement.value:.1%} of {rows:,} pairs "
@@ -59,7 +59,7 @@ class JudgeAgreement:
         return said
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Return all figures for JSON."""
         scores = {
             "agreement": self.agreement, "consistency": self.consistency, "prefers_first": self.first,
             "prefers_longer": self.longer, "people_prefer_longer": self.people_longer,
@@ -74,10 +74,11 @@ class JudgeAgreement:
 
 
 def check_pairs(rows: Sequence[Row]) -> list[tuple[Answer, Answer]]:
-    """What people chose and what they rejected in each row: of more replies the best and the worst.
+    """Return the chosen and the rejected reply of each row; of several replies the best and the
+    worst.
 
     Raises:
-        DataError: with each row in which people have not judged two replies.
+        DataError: rows without two judged replies.
     """
     problems, pairs = [], []
     for row in rows:
@@ -103,7 +104,8 @@ def measure_agreement(
     pairs: Sequence[tuple[Answer, Answer]],
     done: Callable[[int], None] = lambda count: None,
 ) -> JudgeAgreement:
-    """Let ``judge`` prefer one reply of each pair, of which people chose the first."""
+    """Ask ``judge`` for a preference between the replies of each pair. People chose the first
+    reply."""
     verdicts: list[PairVerdict] = []
     while len(verdicts) < len(pairs):
         # A judge that gives no scores shows it on the first two.

@@ -1,18 +1,17 @@
-"""Label issues: rows whose label is worth a look, by the states of a frozen network.
+"""Detection of suspicious labels, from the states of a frozen network.
 
-Two methods have to agree on the same other label:
+Two methods must agree on the same other label:
 
 * *Confident learning* (Northcutt, Jiang and Chuang 2021, arXiv:1911.00068) on out-of-sample
-  probabilities. A logistic regression on each half of the rows gives those of the other half. The
-  probability of the row's own label is below the mean for rows of that label, and the probability of
-  the other label is at least the mean for rows of that other label.
-* None of the *nearest other rows* by cosine has the row's own label.
+  probabilities. A logistic regression on each half of the rows predicts the other half. The
+  probability of the row's label is below the mean for rows of that label, and the probability of
+  the other label is at least the mean for rows of the other label.
+* None of the *nearest rows* by cosine has the row's label.
 
-Each method alone names too many rows whose label is right (``docs/log/data.md``). In data with few
-wrong labels most of the named labels are right as well: the rows lie between two classes. The result
-is therefore a list to read, not a list of errors. Labels that the regression predicts for fewer than
-half of their rows are left out. If the regression is right for fewer than half of all rows, the list
-is empty.
+Each method alone names too many correct labels (``docs/log/data.md``). In data with few wrong
+labels, most reported labels are correct too: the rows lie between two classes. The result is
+therefore a list to review, not a list of errors. Labels with a recall below one half in the
+regression are skipped. If the accuracy of the regression is below one half, the list is empty.
 """
 
 from __future__ import annotations
@@ -33,33 +32,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST_ROWS = 200
-"""Rows below which nothing is said: of 100, two of five that were named were right."""
+"""Minimum number of rows. Of 100 rows, only two of five reports were right."""
 NEIGHBOURS = 10
-"""Nearest other rows; a label with no more rows than that is left alone."""
+"""Number of nearest rows. Labels with at most as many rows are skipped."""
 LEAST_RECALL = 0.5
-"""Share of its rows in which the regression has to find a label, and share of all rows."""
+"""Minimum recall of a label, and minimum accuracy, of the regression."""
 LARGEST_TABLE = 20_000_000
-"""Probabilities that are held at most; nothing is said of more rows and labels than that."""
+"""Maximum size of the table of probabilities. Larger data is skipped."""
 
 
 @dataclass(frozen=True)
 class LabelIssue:
-    """A row whose label is worth a look."""
+    """A row with a suspicious label."""
 
     row: Labelled
     likely_label: str
-    """The label that it looks like."""
+    """Label that both methods prefer."""
     probability: float
-    """Of that one, by the regression that did not see the row."""
+    """Out-of-sample probability of the likely label."""
 
 
 @dataclass(frozen=True)
 class LabelIssueCounts:
-    """What looking for label issues came to, without the rows."""
+    """Counts of the search for label issues."""
 
     issues: int
     rows: int
-    """Rows that were looked at, of those learned from and those measured on."""
+    """Number of inspected rows, training and held-out."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +68,19 @@ class LabelIssues:
     issues: Sequence[LabelIssue]
     """The surest first."""
     rows: int
-    """Rows that were looked at."""
+    """Number of inspected rows."""
 
     @property
     def counts(self) -> LabelIssueCounts:
-        """How many there are."""
+        """Return the counts without the rows."""
         return LabelIssueCounts(len(self.issues), self.rows)
 
 
 def find_label_issues(rows: Sequence[Row], states_NH: Tensor) -> LabelIssues | None:
-    """The label issues among ``rows``, of which ``states_NH`` are the states.
+    """Find label issues among ``rows`` with states ``states_NH``.
 
-    ``None`` where there are too few rows to say, or they are not of one label each.
+    Returns:
+        ``None`` for too few rows, or for rows without exactly one label each.
     """
     labelled = of_shape(Labelled, rows)
     if len(rows) < LEAST_ROWS or not labelled or not all(row.has_one_label for row in labelled):
@@ -96,9 +96,10 @@ def find_label_issues(rows: Sequence[Row], states_NH: Tensor) -> LabelIssues | N
 def likely_classes(
     states_NH: Tensor, class_N: NDArray[np.int64], classes: int
 ) -> list[tuple[int, int, float]]:
-    """Return rows that look like another class, that class and its probability.
+    """Return rows that resemble another class, the other class and its probability.
 
-    Rows are sorted by the margin of that probability over the probability of their own class.
+    Rows are sorted by the margin between the probabilities of the other class and of the row's
+    class.
     """
     rows_N = np.arange(len(class_N))
     chance_NC = out_of_sample(states_NH, class_N, classes)

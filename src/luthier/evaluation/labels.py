@@ -1,7 +1,7 @@
-"""Scores of models that read: how often their labels, ratings and tags are those of the data.
+"""Scores of predicted labels, ratings and tags.
 
-Entities are counted as in CoNLL-2003 (Tjong Kim Sang & De Meulder 2003): right only with the right
-kind, first and last word; an I- tag that continues nothing begins an entity. seqeval counts alike.
+Entities are counted as in CoNLL-2003 (Tjong Kim Sang & De Meulder 2003) and seqeval: kind, first
+and last word must be correct. An I- tag without a preceding tag starts an entity.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from luthier.evaluation.significance import RowScores, Score, Statistic
 from luthier.types import Row
 
 SHOWN = 5
-"""Labels, or pairs of labels that were mistaken, that a remark names."""
+"""Number of labels, or pairs of confused labels, in a remark."""
 
 
 def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
-    """Scores of ``answers`` to ``rows`` that hold the truth, each from 0 to 1 but for errors.
+    """Score predictions against the labels of ``rows``. Scores range from 0 to 1, except errors.
 
-    The first is the one that models are compared by.
+    Models are compared by the first score.
     """
     if not rows:
         return {}
@@ -48,14 +48,14 @@ def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[st
 
 
 def row_scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> RowScores:
-    """The score that :func:`scores` names first."""
+    """Return the first score of :func:`scores`."""
     found = next(iter(scores(rows, answers).values()))
     assert isinstance(found, RowScores)
     return found
 
 
 def tag_scores(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> RowScores:
-    """Entity F1 of rows of tags that were given and wanted."""
+    """Return the entity F1 of pairs of predicted and true tags."""
     each = [(entities(given), entities(wanted)) for given, wanted in pairs]
     right = [len(given & wanted) for given, wanted in each]
     return RowScores.of(right, [(len(given) + len(wanted)) / 2 for given, wanted in each])
@@ -64,7 +64,8 @@ def tag_scores(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> RowScore
 def single_labels(
     rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """The label of each row, and the answer to it; empty where one of them has none, or several."""
+    """Return the label and the prediction of each row; empty unless all rows have exactly one
+    label."""
     pairs = [
         (row.labels[0], answer)
         for row, answer in zip(rows, answers, strict=True)
@@ -74,10 +75,10 @@ def single_labels(
 
 
 def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the scores of single labels do not say: how sure they are, and where the mistakes lie.
+    """Return remarks about single labels: uncertainty and frequent mistakes.
 
-    Named are the labels of the rows that the answers have no score for, which no answer can be, and the
-    labels that are mistaken for each other most often.
+    The remarks name the labels of the rows that the model cannot predict, and the labels that the
+    model confuses most often.
     """
     pairs = [(label, answer["label"]) for label, answer in single_labels(rows, answers)]
     if not pairs:
@@ -122,7 +123,7 @@ def _labels(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> dict[str,
 
 
 def _macro_f1(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Statistic:
-    """Return the mean of the F1 of each class that rows have or answers give."""
+    """Return the mean F1 over all classes of rows and predictions."""
     from sklearn.metrics import f1_score
     from sklearn.preprocessing import MultiLabelBinarizer
 

@@ -1,8 +1,8 @@
 """Linear models on fixed features, fitted by scikit-learn: a *linear probe*.
 
-Features are centred and divided by one number, not each feature by its own: directions of a network
-in which texts differ little say little (a scale for each loses on the sets of ``docs/results.md``).
-The fits are deterministic: the same rows give the same weights, on any number of threads.
+Features are centred and divided by one common number. Directions in which texts differ little carry
+little information, and a scale per feature is worse on the sets of ``docs/results.md``. The fits
+are deterministic: equal rows give equal weights, on any number of threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PENALTY = 1e-2
 """Weight of half the squared norm compared with the mean loss of a row, for features of variance 1."""
 ITERATIONS = 100
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Candidate penalties per row of ridge regression, chosen by leave-one-out error."""
+"""Candidate penalties per row of ridge regression, selected by leave-one-out error."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def fit_centroids(features_NH: Tensor, classes_N: Tensor, classes: int) -> Linea
 
 
 def fit_ridge(features_NH: Tensor, targets_N: Tensor) -> LinearModel:
-    """Fit a ridge regression of one number, with the penalty of the least leave-one-out error."""
+    """Fit a ridge regression with one output. The leave-one-out error selects the penalty."""
     from sklearn.linear_model import RidgeCV
 
     square = float((features_NH - features_NH.mean(0)).square().mean().clamp(min=1e-12))

@@ -21,7 +21,7 @@ class FittingRows:
 
     rows: list[Row]
     examples: list[list[Example]]
-    """Encoded texts of each row: one, or two for rows with two sides."""
+    """Encoded texts of each row: one, or two for pairs."""
     dropped: int = 0
     truncated: int = 0
 
@@ -45,11 +45,11 @@ def fit_rows(
     long_rows: LongRows,
     truncate: Callable[[Example, int], Example],
 ) -> FittingRows:
-    """Return the rows whose texts have at most ``context`` tokens.
+    """Return the rows whose texts fit into ``context`` tokens.
 
     Raises:
-        DataError: with every long row, if ``long_rows`` is ``error``.
-        RecipeError: if every row was dropped.
+        DataError: long rows exist, and ``long_rows`` is ``error``.
+        RecipeError: all rows are dropped.
     """
     problems: list[Problem] = []
     kept: list[tuple[Row, list[Example]]] = []

@@ -1,18 +1,19 @@
-"""The parity gate: a custom model is stored only if what is on disk is what was trained.
+"""Parity check: a custom model is stored only if the saved files compute like the trained network.
 
-The saved files are loaded as serving loads them, and held beside the network in memory:
+The saved files are loaded as in inference and compared with the network in memory:
 
-- the loss on held-out rows. A whole network must give the same. A merged adapter differs by the
-  rounding of each merged weight, half a percent of the loss at most as seen so far (rounding to
-  nearest, which forgets, gives three to eleven). The saved adapter itself is compared bit for bit, by
-  the engine;
-- of a network that writes, the probabilities of the next token at places of these rows;
-- and along what it writes greedily behind a few prompts, step by step, as it is served: merged, and
-  where serving lets the adapter stand beside its base, so, too.
+- Loss on held-out rows. A whole network must give the same loss. A merged adapter differs by the
+  rounding of each merged weight, so far by at most half a percent of the loss. (Rounding to
+      nearest,
+  which loses the adapter, gives 3 to 11 percent.) The engine compares the saved adapter bit for
+      bit.
+- Next-token probabilities at positions of the held-out rows, for decoders.
+- Greedy generation after a few prompts, step by step as in inference: merged, and with a separate
+  adapter if inference supports the adapter.
 
-A backend that computes with other kernels, or from a file with weights of another type, is compared
-with torch in the same way: :func:`compare_backends`. All of them add up their places in a
-:class:`TokenComparison`, which also finds the first place where another token is likeliest.
+:func:`compare_backends` compares a backend with other kernels or weight types with torch in the
+same way. A :class:`TokenComparison` accumulates the positions and finds the first position with a
+different most likely token.
 """
 
 from __future__ import annotations
@@ -34,30 +35,30 @@ if TYPE_CHECKING:
     from luthier.types import Example, IntArray
 
 SAME = 0.005
-"""Largest difference for a network saved as it is, in nats per token or as a share of the loss."""
+"""Maximum difference for an unmerged network, in nats per token or as a share of the loss."""
 ROUNDED = 0.03
-"""The same for an adapter that is merged into weights of fewer than 32 bits."""
+"""Maximum difference for an adapter merged into weights of fewer than 32 bits."""
 SAME_KL = 1e-3
-"""Largest mean KL divergence of the next token, in nats, for a network saved as it is; 7e-12 was seen
-of a merge in float32."""
+"""Maximum mean KL divergence of the next token for an unmerged network, in nats. A merge in float32
+measured 7e-12."""
 ROUNDED_KL = 0.03
-"""The same where merged weights are rounded: 0.0011 was seen, where the base itself is 3.2 away."""
+"""Maximum KL divergence for rounded merged weights, in nats. Measured: 0.0011; the base measures
+3.2."""
 STEPPED_KL = 5e-3
-"""The same where nothing is merged, but an adapter steps beside its base in fewer than 32 bits: 1.4e-4
-was seen."""
+"""Maximum KL divergence for a separate adapter in fewer than 32 bits, in nats. Measured: 1.4e-4."""
 OWN_ROUNDING = 10.0
-"""Times the rounding of the base itself that a custom model may be from the trained network, where that
-is more than the limits above: sharp logits carry the rounding further."""
+"""Maximum ratio between the model's divergence and the rounding of its base, if the limit is larger
+than the limits above: sharp logits amplify rounding."""
 TAIL = 10.0
-"""Times the limit that the mean divergence may be where the median place is within the limit. In
-mixtures of experts rounding gives single tokens other experts: 0.15 nats were seen on average and 0.002
-at the median place, where an adapter that is lost moves both by 0.5."""
+"""Maximum ratio between the mean divergence and the limit, if the median is within the limit. In
+mixtures of experts, rounding sends single tokens to different experts: measured 0.15 nats on
+average and 0.002 at the median. A lost adapter moves both by 0.5."""
 MOST_LOGPS = 1 << 23
-"""Log-probabilities of one network that are held for the comparison."""
+"""Maximum number of log-probabilities in memory for the comparison."""
 GREEDY_TOKENS = 16
-"""Tokens that are written behind each prompt."""
+"""Number of tokens generated after each prompt."""
 PROMPT_TOKENS = 128
-"""Tokens of a prompt that are read at most: the first ones."""
+"""Maximum length of a prompt, in tokens. Longer prompts are truncated at the end."""
 REFERENCE_PROMPTS = (
     "What is the capital of France?",
     "Write a short story about a dog that finds a key.",
@@ -66,12 +67,11 @@ REFERENCE_PROMPTS = (
     "Wie heißt der höchste Berg der Welt? Est-ce l’Everest ?",
     "北京在哪里? どこですか 🙂",
 )
-"""What every model that writes can be tried with: words, numbers, code with its spaces, other
-scripts."""
+"""Prompts for any decoder: words, numbers, code with indentation, other scripts."""
 
 
 class TokenComparison:
-    """Adds up, place by place, how a network and another find the next token."""
+    """Accumulates differences between the next-token predictions of two networks."""
 
     def __init__(self) -> None:
         self._same: list[bool] = []
@@ -86,9 +86,12 @@ class TokenComparison:
         margins: tuple[float, float | None],
         kl: float | None,
     ) -> None:
-        """A place with what both find likeliest and by how much, as :class:`TokenDifference` says.
+        """Add a position.
 
-        ``kl`` is ``None`` where the divergence is not known.
+        Args:
+            tokens: most likely token of each network.
+            margins: lead of the most likely token, as in :class:`TokenDifference`.
+            kl: KL divergence; ``None`` if unknown.
         """
         self._same.append(tokens[0] == tokens[1])
         if kl is not None:
@@ -121,11 +124,11 @@ class TokenComparison:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no divergence is known of any place."""
+        """True without any KL divergence."""
         return not self._kl
 
     def parity(self) -> TokenParity:
-        """What it comes to, of one divergence at least."""
+        """Return the accumulated differences. Requires at least one KL divergence."""
         return TokenParity(
             tokens=len(self._same),
             agreement=float(np.mean(self._same)),
@@ -138,14 +141,14 @@ class TokenComparison:
 
 @dataclass(frozen=True, eq=False)
 class LearnedLogps:
-    """Log-probabilities of the token behind places that carry loss."""
+    """Log-probabilities of the tokens that carry loss."""
 
     places: list[tuple[int, int]]
-    """Row and position of that token."""
+    """Row and position of each token."""
     logp_PV: Tensor
 
     def beside(self, other: LearnedLogps) -> TokenParity:
-        """How another network gives the same places."""
+        """Compare with the log-probabilities of another network at the same positions."""
         comparison = TokenComparison()
         comparison.add_logps(self.places, self.logp_PV, other.logp_PV)
         return comparison.parity()
@@ -154,9 +157,13 @@ class LearnedLogps:
 def learned_logps(
     network: Network, examples: Sequence[Example], budget: int
 ) -> LearnedLogps | None:
-    """Of the first places that carry loss, as many as :data:`MOST_LOGPS` allows.
+    """Compute log-probabilities at the first positions that carry loss, up to :data:`MOST_LOGPS`.
 
-    ``None`` where there are none. Micro-batches have ``budget`` tokens.
+    Args:
+        budget: number of tokens per micro-batch.
+
+    Returns:
+        ``None`` if no position carries loss.
     """
     import torch
 
@@ -179,19 +186,19 @@ def learned_logps(
 
 @dataclass(frozen=True, eq=False)
 class GreedyText:
-    """What a network writes greedily behind a few prompts, which others are held beside."""
+    """Greedy generation after a few prompts: the reference of a comparison."""
 
     prompts: Sequence[IntArray]
     tokens: list[list[int]]
-    """Behind each prompt; one that ends a reply is the last."""
+    """Tokens after each prompt, including a final stop token."""
     logps: list[Tensor]
-    """``[T, V]`` of each prompt: what the network gives each next token."""
+    """``[T, V]`` log-probabilities of each prompt's tokens."""
 
 
 def write_greedily(
     backend: Backend, prompts: Sequence[IntArray], count: int, stop_ids: Collection[int] = ()
 ) -> GreedyText:
-    """The likeliest ``count`` tokens behind each prompt, of which one of ``stop_ids`` is the last."""
+    """Generate up to ``count`` tokens greedily after each prompt. ``stop_ids`` end a sequence."""
     import torch
 
     text = GreedyText(prompts, [[] for _ in prompts], [])
@@ -209,10 +216,10 @@ def write_greedily(
 
 
 def compare_greedy(text: GreedyText, backend: Backend) -> TokenParity:
-    """How ``backend`` goes on in each place of ``text``, which it reads step by step.
+    """Compare the next-token predictions of ``backend`` at each position of ``text``, step by step.
 
-    As far as it agrees it would have written the same. Behind another token it reads on in ``text``, so
-    that one near tie counts once.
+    After a different token, the comparison continues with the token of ``text``, so one near tie
+    counts once.
     """
     comparison = TokenComparison()
     read = [0 for _ in text.prompts]
@@ -231,9 +238,10 @@ def compare_greedy(text: GreedyText, backend: Backend) -> TokenParity:
 def compare_backends(
     reference: Backend, other: Backend, prompts: Sequence[IntArray], tokens: int
 ) -> TokenParity:
-    """Both read what ``reference`` writes behind each prompt, its likeliest ``tokens`` tokens.
+    """Compare two backends on the greedy generation of ``reference``, with ``tokens`` tokens per
+    prompt.
 
-    What was opened in the backends is freed.
+    The sequences opened in the backends are freed.
     """
     return compare_greedy(write_greedily(reference, prompts, tokens), other)
 
@@ -243,7 +251,8 @@ def _follow(
     prompts: Sequence[IntArray],
     choose: Callable[[int, Tensor], int | None],
 ) -> None:
-    """Step all sequences together; ``choose`` gives the next token of a row, or ``None`` at its end."""
+    """Step all sequences together. ``choose`` returns the next token of a row, or ``None`` at the
+    end."""
     import torch
 
     from luthier.models.backends import read_prompts
@@ -265,9 +274,10 @@ def _follow(
 
 
 def greedy_prompts(examples: Sequence[Example], count: int, room: int) -> list[IntArray]:
-    """Prompts of ``examples``: what stands before the first learned token, or half of raw text.
+    """Return prompts from ``examples``: the tokens before the first learned token, or half of raw
+    text.
 
-    Different ones, ``count`` at most, each of ``room`` tokens at most.
+    The prompts are distinct: at most ``count`` prompts of at most ``room`` tokens.
     """
     found: dict[bytes, IntArray] = {}
     for example in examples:
@@ -290,14 +300,16 @@ def check_parity(
     text_of: Callable[[int], str] | None = None,
     base_rounding: Callable[[], TokenParity | None] = lambda: None,
 ) -> None:
-    """Refuse a model that does not answer as the trained network does.
+    """Reject a model that differs from the trained network.
 
-    ``text_of`` gives the text of a token for the message. ``base_rounding`` measures how far the next
-    tokens of the base are from its own in float32; it is called for a model of rounded weights beyond
-    the usual limits.
+    Args:
+        text_of: returns the text of a token, for the message.
+        base_rounding: measures the distance of the base's next tokens from float32. Called only for
+            models
+            with rounded weights beyond the usual limits.
 
     Raises:
-        LuthierError: with the difference.
+        LuthierError: the difference.
     """
     reason = _difference(parity, None)
     if reason and parity.rounded and (rounding := base_rounding()) is not None:
@@ -315,7 +327,7 @@ def check_parity(
 
 
 def _difference(parity: Parity, rounding: TokenParity | None) -> str:
-    """Return the first difference that is more than rounding; empty if there is none."""
+    """Return the first difference beyond rounding; empty without a difference."""
     own = OWN_ROUNDING * rounding.mean_kl if rounding is not None else 0.0
     allowed = max((ROUNDED if parity.rounded else SAME) * max(1.0, abs(parity.trained)), own)
     if not abs(parity.trained - parity.reloaded) <= allowed:

@@ -1,4 +1,4 @@
-"""Held-out preferences: how often a model ranks what people chose above what they rejected."""
+"""Ranking of held-out preferences: the share of chosen replies above rejected replies."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from luthier.evaluation.significance import RowScores, Score, Statistic
 
 @dataclass(frozen=True)
 class Likelihood:
-    """One answer under the model and, where there is one, under its reference."""
+    """Log-likelihood of a reply under the model and an optional reference model."""
 
     logp: float
     """Log-probability of all tokens, in nats."""
     tokens: int
     reference: float | None = None
-    """The same under the reference model."""
+    """Log-likelihood under the reference model."""
 
     @property
     def per_token(self) -> float:
@@ -28,18 +28,19 @@ class Likelihood:
 
     @property
     def ratio(self) -> float:
-        """How much likelier than under the reference, in nats: DPO's reward before ``beta``."""
+        """Log-likelihood ratio to the reference model, in nats: the reward of DPO before ``beta``."""
         assert self.reference is not None
         return self.logp - self.reference
 
     def plain(self) -> dict[str, float]:
-        """What a file of answers says of it."""
+        """Return the record for a file of replies."""
         more = {} if self.reference is None else {"ratio": self.ratio}
         return {"logp": self.logp, "tokens": self.tokens, **more}
 
 
 def ranking_scores(pairs: Iterable[tuple[float, float]], name: str) -> dict[str, RowScores]:
-    """Share of pairs in which the first has more, and the mean difference. Ties are lost."""
+    """Return the share of pairs with a larger first value, and the mean difference. Ties are
+    losses."""
     margins = [chosen - rejected for chosen, rejected in pairs]
     return {
         f"{name}_accuracy": RowScores.of([margin > 0 for margin in margins]),
@@ -57,9 +58,9 @@ def pair_scores(pairs: Sequence[tuple[Likelihood, Likelihood]]) -> dict[str, Row
 
 
 def thumb_scores(answers: Sequence[Likelihood], desirable: Sequence[bool]) -> dict[str, Score]:
-    """How well single answers are ranked: the share of all (up, down) pairs the right way round.
+    """Return the area under the ROC curve for single rated replies.
 
-    That is the area under the ROC curve; equal ones count one half.
+    The area is the share of (thumb up, thumb down) pairs in the right order; ties count one half.
     """
     by_token = [each.per_token for each in answers]
     found = _thumb_scores(by_token, desirable, "logp_per_token")

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page (``templates/report.html``)."""
+"""Evaluation as one HTML page (``templates/report.html``)."""
 
 from __future__ import annotations
 
@@ -129,7 +129,6 @@ def _reliability_table(calibration: Calibration) -> Table:
 
 
 def _worst_table(evaluation: Evaluation) -> Table | None:
-    """Return the rows with the worst answers."""
     rows = []
     for number in evaluation.worst(MOST_WORST):
         row, record = evaluation.rows[number], evaluation.records[number]

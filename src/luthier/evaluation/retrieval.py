@@ -1,11 +1,12 @@
-"""Rows by the nearness of their embeddings: the nearest, and how well what belongs together is found.
+"""Retrieval with embeddings: nearest rows, and ranks of matching rows.
 
-Scores are cosines of embeddings of length 1, exact, and a block at a time, so that memory does not
-grow with the product of both sides. Of pairs each anchor has one partner, looked for among all
-partners; of rows with classes each row is looked up among all others, as in metric learning (Oh Song
-et al. 2016, arXiv:1511.06452, section 6): recall at k is the share of rows with one of their class
-among the first k. What is as near as what is looked for counts as nearer, so that equal embeddings
-find nothing. nDCG is that of Järvelin and Kekäläinen 2002 with a gain of 1 for all that belongs.
+Scores are exact cosines of unit embeddings, computed in blocks to bound memory. In pairs, each
+anchor has one partner among all partners. In rows with classes, each row is a query among all
+remaining rows, as in metric learning (Oh Song et al. 2016, arXiv:1511.06452, section 6). Recall at
+k is the share of queries with a row of the same class among the first k.
+
+Ties count against the match, so equal embeddings find nothing. nDCG follows Järvelin and Kekäläinen
+2002 with a gain of 1 for every match.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from luthier.evaluation.significance import RowScores
 from luthier.graders.base import Embedder
 
 MOST_SCORES = 50_000_000
-"""Scores that are held at once: 200 MB."""
+"""Maximum number of scores in memory: 200 MB."""
 CUT = 10
-"""Places that nDCG looks at."""
+"""Number of ranks in nDCG."""
 DEPTH = 100
-"""Places of an order that count where several are joined."""
+"""Number of ranks per list in reciprocal rank fusion."""
 RANK_CONSTANT = 60
-"""Added to a place in reciprocal rank fusion, as its authors have it."""
+"""Constant added to a rank in reciprocal rank fusion, from the paper."""
 
 
 def number_keys(keys: Sequence[Hashable]) -> NDArray[np.int64]:
-    """A number for each of ``keys``, the same where they are equal, in the order of their first."""
+    """Number the distinct ``keys`` in order of first appearance; return the number of each key."""
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([numbers[key] for key in keys], dtype=np.int64)
 
@@ -43,10 +44,11 @@ def partner_ranks(
     texts: Sequence[str],
     others: ArrayLike | None = None,
 ) -> NDArray[np.int64]:
-    """The place of each anchor's own partner, ``[P]`` from 1, by cosine of embeddings of length 1.
+    """Return the rank of each anchor's partner, ``[P]`` from 1, by cosine of unit embeddings.
 
-    ``texts`` are those of the partners; one that stands in several pairs is one partner. ``others`` are
-    embeddings ``[N, H]`` among which it is looked for, too.
+    Args:
+        texts: texts of the partners; equal texts are one partner.
+        others: embeddings ``[N, H]`` of additional candidates.
     """
     anchor_PH, all_PH = np.asarray(anchors), np.asarray(partners)
     own_P = number_keys(texts)
@@ -87,10 +89,10 @@ def nearest(
 def pair_ranks(
     queries: ArrayLike, items: ArrayLike, query_keys: Sequence[str], item_keys: Sequence[str]
 ) -> NDArray[np.int64]:
-    """The place of the nearest item that belongs to each different query, ``[U]`` from 1, by its first.
+    """Return the rank of the nearest matching item of each distinct query, ``[U]`` from 1.
 
-    Pairs ``[P]`` say what belongs together: a query may stand in several with other items, as an image
-    with all its captions (Karpathy and Fei-Fei 2015), and an item with several queries.
+    Queries and items ``[P]`` are pairs that match. A query may match several items, such as an
+    image with several captions (Karpathy and Fei-Fei 2015), and an item several queries.
     """
     query_P, item_P = number_keys(query_keys), number_keys(item_keys)
     first_U, place_N = (np.unique(each, return_index=True)[1] for each in (query_P, item_P))
@@ -105,7 +107,7 @@ def pair_ranks(
 
 @dataclass(frozen=True)
 class ClassRetrieval:
-    """How well rows find others of their class; rows that are alone in theirs are not looked up."""
+    """Retrieval of rows of the same class. Rows without a second row of the class are no queries."""
 
     rank_R: NDArray[np.int64]
     """The place of the first row of the same class, from 1."""
@@ -114,7 +116,7 @@ class ClassRetrieval:
 
     @staticmethod
     def of(embeddings: ArrayLike, classes: Sequence[str]) -> ClassRetrieval:
-        """Each row among all others; ``embeddings`` are of length 1."""
+        """Rank all remaining rows for each row. ``embeddings`` have length 1."""
         row_RH = np.asarray(embeddings, dtype=np.float32)
         class_R = number_keys(classes)
         others_R = np.bincount(class_R)[class_R] - 1
@@ -138,7 +140,7 @@ class ClassRetrieval:
 def _ndcg(
     scores_CR: NDArray[Any], alike_CR: NDArray[np.bool_], others_C: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """nDCG at :data:`CUT`; of rows as near as each other those of the class come last."""
+    """Return nDCG at :data:`CUT`. Ties count against rows of the class."""
     # Less than two float32 numbers near 1 differ by, so it decides only between equal ones.
     scores_CR = scores_CR.astype(np.float64) - 1e-9 * alike_CR
     cut = min(CUT, scores_CR.shape[1])
@@ -153,7 +155,7 @@ def _ndcg(
 
 
 class BM25Index:
-    """BM25 (Robertson and Zaragoza 2009) over texts, by the library bm25s."""
+    """BM25 index of texts (Robertson and Zaragoza 2009), with the library bm25s."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         import bm25s
@@ -166,7 +168,7 @@ class BM25Index:
             self._index.index(words, show_progress=False)
 
     def scores(self, query: str) -> NDArray[np.float32]:
-        """How well each text answers ``query``, ``[N]``; 0 where they share no word."""
+        """Return the BM25 score of each text for ``query``, ``[N]``; 0 without a common word."""
         words = _words([query], ids=False)[0]
         if self._index is None or not words:
             return np.zeros(self.size, dtype=np.float32)
@@ -174,7 +176,7 @@ class BM25Index:
         return found
 
     def nearest(self, query: str, count: int) -> list[int]:
-        """Numbers of the ``count`` texts nearest to ``query``, the nearest first."""
+        """Return the indices of the ``count`` best texts for ``query``, best first."""
         most = min(count, self.size)
         if self._index is None:
             return [*range(most)]
@@ -183,9 +185,9 @@ class BM25Index:
 
 
 class Retriever:
-    """Texts by the words they share with a query, and with ``embed`` by what both mean, too.
+    """Text search by words and, with ``embed``, by meaning.
 
-    Both orders are joined by reciprocal rank fusion (Cormack, Clarke and Buettcher 2009).
+    Reciprocal rank fusion combines both orders (Cormack, Clarke and Buettcher 2009).
     """
 
     def __init__(self, texts: Sequence[str], embed: Embedder | None = None) -> None:
@@ -193,7 +195,7 @@ class Retriever:
         self._text_NH = None if embed is None else embed(texts)
 
     def nearest(self, queries: Sequence[str], count: int) -> list[list[int]]:
-        """Numbers of the ``count`` texts nearest to each query, the nearest first."""
+        """Return the indices of the ``count`` best texts for each query, best first."""
         if self._embed is None or self._text_NH is None:
             return [self._words.nearest(query, count) for query in queries]
         by_meaning, _ = nearest(self._embed(queries), self._text_NH, DEPTH)
@@ -220,14 +222,14 @@ def _words(texts: Sequence[str], ids: bool = True) -> Any:
 
 
 def bm25_ranks(anchors: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:
-    """As :func:`partner_ranks`, by the words they share."""
+    """Return ranks as :func:`partner_ranks`, by BM25."""
     index = BM25Index([*dict.fromkeys(texts)])
     both = zip(map(index.scores, anchors), number_keys(texts), strict=True)
     return np.array([_rank(scores_U, own) for scores_U, own in both], dtype=np.int64)
 
 
 def popularity_ranks(known: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:
-    """As :func:`partner_ranks`, by how often each text is among ``known``, whoever asks."""
+    """Return ranks as :func:`partner_ranks`, by the frequency of each text in ``known``."""
     seen = Counter(known)
     count_U = np.sort([seen[text] for text in dict.fromkeys(texts)])
     ranks_P: NDArray[np.int64] = len(count_U) - np.searchsorted(count_U, [seen[t] for t in texts])
@@ -237,10 +239,10 @@ def popularity_ranks(known: Sequence[str], texts: Sequence[str]) -> NDArray[np.i
 def item_ranks(
     histories: Sequence[Sequence[str]], asked: Sequence[Sequence[str]], texts: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Return ranks as :func:`partner_ranks`, by how often items occur together in ``histories``.
+    """Return ranks as :func:`partner_ranks`, by co-occurrence of items in ``histories``.
 
     Item-to-item collaborative filtering (Linden et al. 2003): the cosine of two items over the
-    histories that have them, summed over the items of ``asked``.
+    histories, summed over the items of ``asked``.
     """
     from sklearn.preprocessing import MultiLabelBinarizer, normalize
 
@@ -256,9 +258,11 @@ def item_ranks(
 
 
 def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[str, RowScores]:
-    """Recall at 1, 5 and 10, the mean reciprocal rank, and nDCG at 10; recall at 1 comes first.
+    """Return recall at 1, 5 and 10, the mean reciprocal rank, and nDCG at 10; recall at 1 comes
+    first.
 
-    ``ndcg`` is that of each row; of rows with one partner it follows from the ranks.
+    Args:
+        ndcg: nDCG of each row; computed from the ranks for rows with one partner.
     """
     ranks_P = np.asarray(ranks)
     if ndcg is None:
@@ -275,7 +279,7 @@ def _rank(scores_U: NDArray[Any], own: int) -> int:
 
 
 def _first_ranks(scores_CN: NDArray[Any], own_CN: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The place, from 1, of the nearest item that belongs to each query among all that do not."""
+    """Return the rank of the nearest matching item of each query, from 1, among non-matching items."""
     best_C = np.where(own_CN, scores_CN, -np.inf).max(1)
     ranks_C: NDArray[np.int64] = 1 + ((scores_CN >= best_C[:, None]) & ~own_CN).sum(1)
     return ranks_C

@@ -1,7 +1,8 @@
-"""How far scores of held-out rows may be from the truth by chance, alone and beside each other.
+"""Standard errors of scores and of score differences on held-out rows.
 
-Two models that are measured on the same rows agree on most of them, so the difference of their scores
-is known better than either score: its error comes from the rows on which they differ (McNemar 1947).
+Two models measured on the same rows agree on most rows. The difference of the scores is therefore
+more precise than either score: its error comes only from rows with different results (McNemar
+1947).
 """
 
 from __future__ import annotations
@@ -17,42 +18,42 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CHANCE = 2.0
-"""Standard errors by which scores must differ to say anything: 95 % of what chance does is less."""
+"""Minimum difference between scores in standard errors: 95 % of random differences are smaller."""
 RESAMPLES = 400
-"""Of the rows, of which the error of a :class:`Statistic` is known to 4 %."""
+"""Number of bootstrap resamples, for an error of a :class:`Statistic` that is precise to 4 %."""
 MOST_DRAWN = 40_000_000
-"""Rows that are drawn for one error at most; 50 resamples are always taken."""
+"""Maximum number of rows drawn for one error. The minimum is 50 resamples."""
 
 LESS_IS_BETTER = frozenset(
     {"mean_absolute_error", "cer", "perplexity", "loss", "gap in nats", "share of hostile endings"}
 )
-"""Errors among the scores that models are compared by."""
+"""Measures where lower is better."""
 
 Interval = tuple[float, float]
-"""Between which a score lies with 95 % confidence."""
+"""Bounds of a 95 % confidence interval."""
 
 
 def perplexity_of(nats: float) -> float:
-    """The perplexity of a loss in nats a token; one that no float could hold is cut at e**700."""
+    """Return the perplexity of a loss in nats per token, limited to e**700 to stay finite."""
     return math.exp(min(nats, 700.0))
 
 
 @dataclass(frozen=True, eq=False)
 class RowScores:
-    """A score as the sum of a part of each row over the sum of a whole of each row.
+    """A score as a ratio of sums over rows: numerators over denominators.
 
-    An accuracy has 1 or 0 over 1; an F1 the entities that are right over the mean of those given and
-    wanted (it is no mean over rows); a mean error the error over 1.
+    An accuracy has 1 or 0 over 1. An F1 has the correct entities over the mean of predicted and
+    true entities, and is no mean over rows. A mean error has the error over 1.
     """
 
     parts_R: NDArray[np.float64]
     wholes_R: NDArray[np.float64]
     is_share: bool = True
-    """Whether the score goes from 0 to 1."""
+    """True if the score ranges from 0 to 1."""
 
     @staticmethod
     def of(parts: ArrayLike, wholes: ArrayLike | None = None, is_share: bool = True) -> RowScores:
-        """Of sequences of numbers; each whole is 1 when not given."""
+        """Create a score from sequences of numbers. The default denominators are 1."""
         parts_R = np.asarray(parts, dtype=np.float64)
         wholes_R = np.ones_like(parts_R) if wholes is None else np.asarray(wholes, dtype=np.float64)
         return RowScores(parts_R, wholes_R, is_share)
@@ -67,11 +68,11 @@ class RowScores:
 
     @staticmethod
     def read(plain: Mapping[str, Any]) -> RowScores:
-        """From what :meth:`plain` gave."""
+        """Parse the result of :meth:`plain`."""
         return RowScores.of(plain["parts"], plain.get("wholes"), plain.get("is_share", True))
 
     def plain(self) -> dict[str, Any]:
-        """For JSON, without what goes without saying."""
+        """Return the score for JSON, without defaults."""
         found: dict[str, Any] = {"parts": self.parts_R.tolist()}
         if (self.wholes_R != 1).any():
             found["wholes"] = self.wholes_R.tolist()
@@ -87,41 +88,40 @@ class RowScores:
         return len(self.parts_R)
 
     def take(self, row_K: NDArray[np.int64]) -> RowScores:
-        """Of some of the rows, by their numbers."""
+        """Return the score of a subset of the rows, by index."""
         return RowScores(self.parts_R[row_K], self.wholes_R[row_K], self.is_share)
 
     @property
     def interval(self) -> Interval:
-        """Where the score lies with 95 % confidence; of a share around one of four further rows."""
+        """95 % confidence interval; for shares, centred on the score with four additional rows."""
         return _interval(self._with((1, 1, 0, 0)).value, self.error, self.is_share)
 
     @property
     def error(self) -> float:
         """Standard error of the score.
 
-        Of a share, two rows that are right and two that are wrong are added (Agresti and Coull 1998):
-        16 of 16 are no certainty.
+        For shares, two correct and two wrong rows are added (Agresti and Coull 1998): 16 of 16
+        correct rows are no certainty.
         """
         return _error(self._with((1, 1, 0, 0))._influence())
 
     def difference_error(self, other: RowScores) -> float:
-        """Standard error of the difference to another score of the same rows.
+        """Return the standard error of the difference from another score of the same rows.
 
-        Of shares, one row that only this one and one that only the other has right are added (Bonett
-        and Price 2012).
+        For shares, two rows are added, each correct in one score only (Bonett and Price 2012).
         """
         one_R, other_R = self._with((1, 0))._influence(), other._with((0, 1))._influence()
         return _error(one_R - other_R)
 
     def _with(self, right: Sequence[int]) -> RowScores:
-        """With rows of whole 1 that are right or wrong."""
+        """Return the score with additional rows of denominator 1."""
         if not self.is_share:
             return self
         wholes = np.ones(len(right))
         return RowScores(np.r_[self.parts_R, right], np.r_[self.wholes_R, wholes])
 
     def _influence(self) -> NDArray[np.float64]:
-        """By how much each row moves the score, times the number of rows (the delta method)."""
+        """Influence of each row on the score, times the number of rows (delta method)."""
         mean = float(self.wholes_R.mean()) or 1.0
         influence_R: NDArray[np.float64] = (self.parts_R - self.value * self.wholes_R) / mean
         return influence_R
@@ -131,30 +131,30 @@ class RowScores:
 class Statistic:
     """A score that is no ratio of sums over rows: macro-F1, a correlation, the area under a curve.
 
-    Its error is that of the bootstrap (Efron 1979): how far scores of as many rows spread that are
-    drawn from these with repetition. Twice it to both sides holds the truth less often than
-    95 % where there are few rows of a class (docs/log/evaluation.md).
+    The standard error is the bootstrap's (Efron 1979): the spread over resampled rows. For classes
+    with few rows, two standard errors cover the true value less often than 95 %
+    (docs/log/evaluation.md).
     """
 
     measure: Callable[[NDArray[np.int64]], float]
-    """The score of rows by their numbers ``[K]``, which may repeat; nan where it has none."""
+    """Returns the score of rows ``[K]`` by index, with repetitions; nan without a score."""
     row_R: NDArray[np.int64]
-    """The rows that are scored."""
+    """Indices of the scored rows."""
     is_share: bool = True
-    """Whether the score goes from 0 to 1."""
+    """True if the score ranges from 0 to 1."""
 
     @staticmethod
     def of(
         measure: Callable[[NDArray[np.int64]], float], rows: int, is_share: bool = True
     ) -> Statistic:
-        """Of all rows, so many."""
+        """Create a statistic of ``rows`` rows."""
         return Statistic(measure, np.arange(rows), is_share)
 
     def __len__(self) -> int:
         return len(self.row_R)
 
     def take(self, row_K: NDArray[np.int64]) -> Statistic:
-        """Of some of the rows, by their places among these."""
+        """Return the score of a subset of the rows, by position."""
         return Statistic(self.measure, self.row_R[row_K], self.is_share)
 
     @cached_property
@@ -164,9 +164,9 @@ class Statistic:
 
     @cached_property
     def error(self) -> float:
-        """Standard error of the score; the same for the same rows.
+        """Standard error of the score; deterministic.
 
-        A share that no draw moves (all rows are right) has that of an accuracy of as many rows.
+        A share that no resample changes (all rows correct) has the standard error of an accuracy.
         """
         rows = len(self.row_R)
         count = max(50, min(RESAMPLES, MOST_DRAWN // max(1, rows)))
@@ -178,16 +178,16 @@ class Statistic:
 
     @property
     def interval(self) -> Interval:
-        """Where the score lies with 95 % confidence."""
+        """95 % confidence interval."""
         return _interval(self.value, self.error, self.is_share)
 
 
 Score = RowScores | Statistic
-"""A score of rows that knows its error, and itself of a part of the rows."""
+"""A score of rows with a standard error, which can be restricted to a subset of the rows."""
 
 
 def as_gain(measure: str, value: float) -> float:
-    """A score, or a difference of two, as something to be high: minus it where less is better."""
+    """Return a score, or a difference, with the sign changed if lower is better."""
     return 0.0 - value if measure in LESS_IS_BETTER else value
 
 
@@ -198,18 +198,18 @@ def values(scores: Mapping[str, Score]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a score is from a reference's on the same rows."""
+    """Difference between a score and a reference score on the same rows."""
 
     value: float
     """Less the reference's."""
     error: float
     p_value: float
-    """Of a difference that large by chance, to either side."""
+    """Two-sided p-value."""
     significant: bool
-    """Whether it is more than chance, all that are compared considered."""
+    """True if the difference is significant after correction for multiple comparisons."""
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the difference for JSON."""
         return {
             "difference": self.value, "error": self.error, "p_value": self.p_value,
             "significant": self.significant,
@@ -219,18 +219,17 @@ class Difference:
 def differences(
     reference: RowScores, others: Mapping[str, RowScores], level: float = 0.05
 ) -> dict[str, Difference]:
-    """How others differ from ``reference``, as :func:`paired_differences`."""
+    """Compare scores with ``reference``, as :func:`paired_differences`."""
     return paired_differences({name: (reference, each) for name, each in others.items()}, level)
 
 
 def paired_differences(
     pairs: Mapping[str, tuple[RowScores, RowScores]], level: float = 0.05
 ) -> dict[str, Difference]:
-    """How the second of each pair differs from the first on the same rows, row by row (McNemar 1947,
-    where scores are shares).
+    """Compare the second score of each pair with the first, row by row (McNemar 1947 for shares).
 
-    With the correction of Holm 1979: the chance that any of them is called significant where none is
-    stays at ``level``, however many they are.
+    Holm's correction (1979) keeps the probability of any false significance at ``level``, for any
+    number of pairs.
     """
     found = {}
     for name, (reference, scores) in pairs.items():
@@ -245,9 +244,9 @@ def paired_differences(
 
 
 def significant_of(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which of several findings are more than chance, all of them considered (Holm 1979).
+    """Return the significant p-values after Holm's correction (1979).
 
-    The chance that any is called significant where none is stays at ``level``.
+    The probability of any false significance stays at ``level``.
     """
     significant = [False] * len(p_values)
     for place, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -267,12 +266,12 @@ def _error(influence_R: NDArray[np.float64]) -> float:
 
 
 def standard_error(share: float, rows: int) -> float:
-    """Standard error of a share of ``rows`` that are answered right, as :attr:`RowScores.error`."""
+    """Return the standard error of a share of correct ``rows``, as :attr:`RowScores.error`."""
     share = (share * rows + 2) / (rows + 4)
     return math.sqrt(share * (1 - share) / (rows + 4))
 
 
 def differ(share: float, other: float, rows: int) -> bool:
-    """Whether two shares, of other rows each, are further apart than by chance."""
+    """Return True if two shares of different rows differ beyond chance."""
     error = math.hypot(standard_error(share, rows), standard_error(other, rows))
     return abs(share - other) >= CHANCE * error

@@ -1,4 +1,4 @@
-"""Borders between answers from a budget of false alarms, and how often such a border is wrong."""
+"""Decision thresholds for a target false-positive rate, and the error rates of a threshold."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from luthier.evaluation.significance import RowScores
 
 
 def draw_threshold(ordinary: ArrayLike, false_alarms: float) -> float:
-    """One of the ``ordinary`` scores that at most the share ``false_alarms`` is above.
+    """Return the threshold that at most the share ``false_alarms`` of ``ordinary`` scores exceeds.
 
-    That is their quantile, and of the two scores beside it the higher one.
+    The threshold is the quantile; between two scores, the higher score.
     """
     return float(np.quantile(np.asarray(ordinary), 1 - false_alarms, method="higher"))
 
@@ -23,10 +23,12 @@ def draw_threshold(ordinary: ArrayLike, false_alarms: float) -> float:
 def are_apart(
     anchor_P: NDArray[Any], partner_P: NDArray[Any], part: slice = slice(None)
 ) -> NDArray[np.bool_]:
-    """Which anchors of ``part`` and partners ``[C, P]`` belong to pairs without a text in common.
+    """Return ``[C, P]`` True for anchors of ``part`` and partners of unrelated pairs.
 
-    ``anchor_P`` and ``partner_P`` say which text each pair has, by :func:`number_keys`: pairs of one
-    anchor, or of one partner, belong together as far as anybody knows.
+    Args:
+        anchor_P, partner_P: text number of each pair, from :func:`number_keys`. Pairs with a common
+            anchor
+            or partner are related.
     """
     apart_CP: NDArray[np.bool_] = anchor_P[part][:, None] != anchor_P
     apart_CP &= partner_P[part][:, None] != partner_P
@@ -40,9 +42,9 @@ def threshold_scores(
     partner_texts: Sequence[str],
     threshold: float,
 ) -> dict[str, RowScores]:
-    """The share of pairs whose cosine is above ``threshold``, and that of all other pairs of the rows.
+    """Return the shares of matching pairs and of unrelated pairs with a cosine above ``threshold``.
 
-    Others have neither text in common with a row of their own.
+    Unrelated pairs have no text in common.
     """
     anchor_PH, partner_PH = np.asarray(anchors), np.asarray(partners)
     anchor_P, partner_P = number_keys(anchor_texts), number_keys(partner_texts)

@@ -1,9 +1,9 @@
-"""How much of a text that was written off an image or a sound is wrong.
+"""Error rates of transcriptions of images and audio.
 
-The error rate is the number of insertions, deletions and substitutions that turn what was written into
-what is right (Levenshtein 1966), over the length of what is right: of characters CER, of words between
-white space WER. Errors and lengths are summed over all rows before they are divided. Nothing is
-normalized: case, marks and spaces count; CER can be above 1 where too much is written.
+The error rate is the number of insertions, deletions and substitutions that turn the transcription
+into the reference (Levenshtein 1966), divided by the length of the reference: CER over characters,
+WER over words between white space. Errors and lengths are summed over all rows before the division.
+Case, marks and spaces count. CER can exceed 1 for long transcriptions.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from luthier.data.shapes.media import CaptionedImage
 from luthier.evaluation.significance import RowScores
 
 Pair = tuple[str, str]
-"""What was written, and what is right."""
+"""Transcription and reference."""
 SHOWN = 5
-"""Rows that a remark names."""
+"""Number of rows in a remark."""
 
 
 def character_errors(pairs: Iterable[Pair]) -> RowScores:
@@ -31,7 +31,7 @@ def word_errors(pairs: Iterable[Pair]) -> RowScores:
 
 
 def transcription_scores(pairs: Sequence[Pair]) -> dict[str, RowScores]:
-    """``cer``, ``wer``, and ``exact``, the share of texts without any error."""
+    """Return ``cer``, ``wer``, and ``exact``, the share of texts without an error."""
     exact = RowScores.of([written == wanted for written, wanted in pairs])
     return {"cer": character_errors(pairs), "wer": word_errors(pairs), "exact": exact}
 
@@ -39,7 +39,7 @@ def transcription_scores(pairs: Sequence[Pair]) -> dict[str, RowScores]:
 def transcription_remarks(
     rows: Sequence[CaptionedImage], answers: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """The rows with the most errors, for people: what was written in the place of what is right."""
+    """Return remarks about the rows with most errors: transcription and reference."""
     each = [
         (character_errors([(answer["text"], row.caption)]).value, row, answer["text"])
         for row, answer in zip(rows, answers, strict=True)

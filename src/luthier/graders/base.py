@@ -1,4 +1,4 @@
-"""The interface between a text and its score.
+"""Interface of graders, which turn a reply into a score.
 
 A grader is one frozen object whose fields are its settings. The same object measures a model
 (``luthier evaluate``) and rewards a model in training:
@@ -8,7 +8,7 @@ A grader is one frozen object whose fields are its settings. The same object mea
     rehearse        try the models once
     check_expected  reject an expected text that cannot be compared
     grade           score a batch of answers
-    score           score one answer, for graders that look at one answer at a time
+    score           score a single answer, for graders without a batch method
 
 Callers use :func:`luthier.graders.grade.grade_answers`, which handles errors and time limits.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from luthier.models.heads import Task
 
 TOO_LONG = "grader.too_long"
-"""Rule of texts that are too long to be graded."""
+"""Rule of texts above the length limit of a grader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Answer:
     text_characters: int = TEXT_CHARACTERS
     """Maximum length of each compared or rendered text, in characters."""
     passages: Sequence[str] | None = None
-    """Texts that the reply is based on, for a judge whose rubric asks about sources."""
+    """Source texts of the reply, for judges with a rubric about sources."""
 
     @staticmethod
     def of(row: Row, reply: str) -> Answer:
@@ -56,14 +56,14 @@ class Answer:
         return Answer(row.prompt_turns(), reply, row.expected_reply(), row)
 
     def check_length(self, text: str, what: str) -> str:
-        """Return ``text``, or raise :class:`RowRefused` if it is too long to be compared."""
+        """Return ``text``, or raise :class:`RowRefused` above the length limit."""
         if len(text) > self.text_characters:
             raise too_long(what, len(text), self.text_characters)
         return text
 
 
 def too_long(what: str, characters: int, limit: int) -> RowRefused:
-    """Return the error for a text that is too long to be graded."""
+    """Return the error for a text above the length limit."""
     message = f"{what} has {characters:,} characters, and graders compare at most {limit:,}."
     return RowRefused(TOO_LONG, message, "Grade shorter texts.")
 
@@ -90,50 +90,50 @@ class GraderModels(Protocol):
 
 
 class Ungraded(LuthierError):
-    """Some answers of a batch have no score; the scores of the others are kept."""
+    """Error for a batch with ungraded answers. The scores of all graded answers are kept."""
 
     def __init__(self, scores: Sequence[float], faults: Mapping[int, RowRefused]) -> None:
-        """``scores`` has NaN for the answers that ``faults`` names by index."""
+        """``scores`` has NaN for the answers in ``faults``, by index."""
         super().__init__("; ".join(fault.problem.message for fault in faults.values()))
         self.scores, self.faults = list(scores), dict(faults)
 
 
 class Grader(StrictModel):
-    """Base of all graders: one way to score, one file, one class."""
+    """Base class of graders: one scoring method, one file, one class."""
 
     method: str
     """Name of the grader in recipes and on the command line."""
 
     needs_expected: ClassVar[bool] = True
-    """Whether the grader compares with the expected text of the row."""
+    """True if the grader compares the reply with the expected text of the row."""
 
     @property
     def is_share(self) -> bool:
-        """Whether scores are from 0 to 1."""
+        """True if scores range from 0 to 1."""
         return True
 
     @property
     def grades_prompts(self) -> bool:
-        """Whether rows may be prompts with members that templates name (``{{item.answer}}``)."""
+        """True if rows may be prompts with additional keys for templates (``{{item.answer}}``)."""
         return not self.needs_expected
 
     @property
     def prefers_batches(self) -> bool:
-        """Whether :meth:`grade` is faster with many answers, as for an endpoint or a network."""
+        """True if :meth:`grade` is faster with many answers, as for an endpoint or a network."""
         return False
 
     @property
     def has_time_limit(self) -> bool:
-        """Whether the grader may hang and runs in a thread under the caller's time limit.
+        """True if the grader may hang and needs a thread with the caller's time limit.
 
-        False for graders with limits of their own, and for graders that compute with torch: a
-        thread has its own gradient mode and OpenMP threads.
+        False for graders with their own limits, and for graders that compute with torch: a thread
+        has its own gradient mode and OpenMP threads.
         """
         return True
 
     @property
     def models(self) -> Mapping[str, Task]:
-        """Ids of models of this machine that the grader uses, and the task of each."""
+        """Local models of the grader: id and task."""
         return {}
 
     @property
@@ -146,7 +146,7 @@ class Grader(StrictModel):
         return self
 
     def rehearse(self) -> str:
-        """Grade a sample, so that an unsuitable model is found early.
+        """Grade a sample, to find an unsuitable model early.
 
         Returns:
             A warning, or an empty string.
@@ -160,7 +160,11 @@ class Grader(StrictModel):
         """Raise :class:`RecipeError` if a model, file or permission is missing."""
 
     def check_expected(self, expected: str | None) -> None:
-        """Raise :class:`RowRefused` for an expected text that cannot be compared."""
+        """Reject an expected text that cannot be compared.
+
+        Raises:
+            RowRefused: the expected text is unsuitable.
+        """
         if self.needs_expected and expected is None:
             raise RowRefused(
                 "grader.no_expected",
@@ -169,10 +173,10 @@ class Grader(StrictModel):
             )
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """Return a score for each answer; more is better.
+        """Return a score for each answer; higher is better.
 
         Raises:
-            Ungraded: if some answers have no score.
+            Ungraded: some answers have no score.
             Exception: any other error means that no answer of the batch has a score.
         """
         return [self.score(answer) for answer in answers]

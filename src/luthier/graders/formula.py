@@ -55,7 +55,7 @@ class Multi(CompositeGrader):
 
     @property
     def is_share(self) -> bool:
-        """Whether the formula is a comparison; other formulas may have any value."""
+        """True if the formula is a comparison. Any other formula may have any value."""
         return isinstance(parse_formula(self.calculate_output), ast.Compare)
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
@@ -120,7 +120,11 @@ def names_in(tree: ast.AST, depth: int = 0) -> set[str]:
 
 
 def check_constants(tree: ast.expr) -> None:
-    """Raise :class:`ValueError` for a part without a value, such as ``a / (1 - 1)``."""
+    """Reject an expression without a value, such as ``a / (1 - 1)``.
+
+    Raises:
+        ValueError: the expression has no value.
+    """
     for part in ast.walk(tree):
         trials = [part]
         if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Div):

@@ -1,4 +1,4 @@
-"""Grading with graders that may raise, hang or return nonsense, for training and evaluation."""
+"""Grading with error handling and time limits, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from luthier.graders.base import Answer, Grader, Ungraded
 
 OnError = Literal["fail", "zero"]
 TIME_LIMIT_S = 60.0
-"""Seconds per answer: a slow judge takes less, and a rule takes microseconds."""
+"""Time limit per answer, in seconds. A slow judge needs less."""
 
 Scored = tuple[list[float], dict[int, RowRefused]]
 """Scores of a batch, NaN if missing, and the fault of each missing score by index."""
@@ -23,8 +23,7 @@ Scored = tuple[list[float], dict[int, RowRefused]]
 
 @dataclass(frozen=True)
 class Grades:
-    """Scores of answers, and the faults of answers that score 0 because they could not be
-    graded."""
+    """Scores of answers, and the faults of ungraded answers, which score 0."""
 
     scores: list[float]
     problems: list[Problem] = field(default_factory=list)
@@ -41,16 +40,18 @@ def grade_answers(
     """Grade ``answers``; all scores are finite.
 
     Args:
-        grader: the grader. answers: the answers. on_error: what an answer without a score does:
-        ``fail`` raises an error, ``zero`` gives score 0
-            and an entry in :attr:`Grades.problems`.
+        grader: the grader.
+        answers: the answers.
+        on_error: for answers without a score, ``fail`` raises an error, and ``zero`` gives score 0
+            and an
+            entry in :attr:`Grades.problems`.
         time_limit_s: seconds per answer.
 
     Raises:
         GradingFailed: with ``fail``, for answers without a score.
         RecipeError: if the grader lacks a model or a valid key.
 
-    Python cannot kill a thread: a grader that hangs keeps using a core until the process ends.
+    Python cannot kill a thread: a grader that hangs occupies a core until the process ends.
     """
     if not grader.has_time_limit:
         scores, faults = attempt(grader, answers)
@@ -68,11 +69,11 @@ def grade_answers(
 
 
 def check_rows(graders: Sequence[Grader], answers: Sequence[Answer]) -> None:
-    """Reject graders that lack something, and rows that they cannot grade.
+    """Reject graders with missing requirements, and rows that the graders cannot grade.
 
     Raises:
         RecipeError: from a grader.
-        DataError: with every such row.
+        DataError: all rejected rows.
     """
     problems = []
     for grader in graders:
@@ -137,7 +138,7 @@ def _join(parts: Sequence[Scored]) -> Scored:
 def _grade_within(grader: Grader, groups: Sequence[Sequence[Answer]], limit_s: float) -> Scored:
     """Grade ``groups`` in a thread, and abandon the thread if a group hangs.
 
-    The answers of a group that hangs are tried one by one, to find the row.
+    The answers of a group that hangs are then graded separately, to find the row.
     """
     done: list[Scored] = []
     while len(done) < len(groups):

@@ -1,4 +1,4 @@
-"""Grading of replies that must be JSON of a given schema."""
+"""Grading of replies that must be valid JSON for a schema."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from luthier.graders.regex import check_pattern, matches
 
 SCHEMA_CHARACTERS, SCHEMA_DEPTH = 65_536, 100
 TIME_LIMIT_S = 5.0
-"""Seconds per reply. Nested references and alternatives can take exponential time."""
+"""Time limit per reply, in seconds. Nested references and alternatives can take exponential time."""
 VALUES = ("enum", "const", "default", "examples")
-"""Keywords with values, whose objects are not schemas."""
+"""Keywords with plain values, whose objects are not schemas."""
 _deadline: ContextVar[float] = ContextVar("deadline")
 
 
@@ -39,7 +39,11 @@ class JsonSchema(Grader):
     needs_expected = False
 
     def check(self) -> None:
-        """Raise :class:`RecipeError` for a schema that is invalid or could take unbounded time."""
+        """Reject a schema that is invalid or may take unbounded time.
+
+        Raises:
+            RecipeError: the schema is unsuitable.
+        """
         from jsonschema import SchemaError
         from referencing.exceptions import Unresolvable
 
@@ -127,7 +131,7 @@ def _bad_schema(reason: str) -> RecipeError:
 
 
 def subschemas(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield each object of a schema except the values that it compares with."""
+    """Yield each schema object, except the values that the schema compares with."""
     waiting = [value]
     while waiting:
         each = waiting.pop()
@@ -150,7 +154,7 @@ def depth_of(value: Any) -> int:
 
 
 def _check_references(schema: Any, resolver: Any) -> None:
-    """Look up each reference, which raises ``Unresolvable`` if the target is missing."""
+    """Resolve each reference, which raises ``Unresolvable`` for a missing target."""
     from referencing.jsonschema import DRAFT202012
 
     if isinstance(schema, dict):
@@ -167,7 +171,7 @@ def _check_references(schema: Any, resolver: Any) -> None:
 
 
 Keyword = Callable[[Any, Any, Any, Any], Iterator[Any] | None]
-"""A keyword as ``jsonschema`` calls it: validator, value of the keyword, instance, schema."""
+"""Keyword function of ``jsonschema``: validator, value of the keyword, instance, schema."""
 
 
 def _with_deadline(check: Keyword) -> Keyword:
@@ -189,7 +193,7 @@ def _unique(validator: Any, unique: bool, instance: Any, schema: Any) -> Iterato
 
 
 def _hashable(value: Any) -> Any:
-    """Return a value that is equal if JSON Schema says so: 1 equals 1.0 and not true."""
+    """Return a hashable value with JSON Schema's equality: 1 equals 1.0 and differs from true."""
     if isinstance(value, bool):
         return ("bool", value)
     if isinstance(value, list):

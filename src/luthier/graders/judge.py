@@ -1,4 +1,4 @@
-"""Grading by a language model: the base of all such graders, and the judge with a rubric."""
+"""Grading by a language model: base class, and the judge with a rubric."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _VERDICT = re.compile(r"\bscore\W{0,6}(10|[1-9])(?:\s*/\s*10)?(?![\w/]|\.\d)", r
 
 
 class LanguageModelGrader(ModelSpec, Grader):
-    """Base of graders that ask a language model for a verdict on each answer."""
+    """Base class of graders that query a language model for a verdict on each answer."""
 
     sampling: SamplingSpec = SamplingSpec()
     """Sampling of the verdicts: ``max_tokens``, ``temperature``, ``top_p`` and ``seed``."""
@@ -55,12 +55,12 @@ class LanguageModelGrader(ModelSpec, Grader):
 
     @property
     def has_time_limit(self) -> bool:
-        """Whether the judge is a Python function; endpoints and local models have own limits."""
+        """True if the judge is a Python function. Endpoints and local models have their own limits."""
         return not self.model
 
     @property
     def models(self) -> Mapping[str, Task]:
-        """The judge, if it is a model of this machine."""
+        """The judge, if the judge is a local model."""
         return {self.model: "causal_lm"} if self.model and self.url is None else {}
 
     @property
@@ -75,7 +75,7 @@ class LanguageModelGrader(ModelSpec, Grader):
 
     @abstractmethod
     def question(self, answer: Answer) -> list[Message]:
-        """Return the conversation that asks for the verdict."""
+        """Return the conversation that requests the verdict."""
 
     @abstractmethod
     def score_of(self, verdict: str) -> float | None:
@@ -171,7 +171,7 @@ class Judge(LanguageModelGrader):
         return None if score is None else (score - 1) / 9
 
     def question(self, answer: Answer) -> list[Message]:
-        """Return the conversation that asks for the verdict."""
+        """Return the conversation that requests the verdict."""
         parts = [*self.context(answer), quote_text("reply", answer.reply)]
         system = SYSTEM.format(rubric=self.rubric.strip())
         return [Message("system", system), Message("user", "\n\n".join(parts))]
@@ -210,7 +210,7 @@ def verdict_end(verdict: str) -> str:
 
 
 def quote_text(name: str, text: str) -> str:
-    """Return ``text`` between tags that it cannot close."""
+    """Return ``text`` between tags that the text cannot close."""
     kind = name.partition(" ")[0]
     text = re.sub(rf"</(?=\s*{kind}\b)", "<\u200b/", text, flags=re.IGNORECASE)
     return f"<{name}>\n{text}\n</{name}>"

@@ -15,7 +15,7 @@ from luthier.graders.sandbox import Limits, side_by_side, value_of
 from luthier.graders.templates import scope_of
 
 AT_ONCE = 16
-"""Answers per event: their scores fit into the output of a sandbox."""
+"""Maximum number of answers per event. The scores fit into the output of a sandbox."""
 _CALL = """
 import json as _json, math as _math, time as _time
 _given = _json.loads(%r)

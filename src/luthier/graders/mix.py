@@ -30,17 +30,17 @@ class CompositeGrader(Grader):
 
     @property
     def grades_prompts(self) -> bool:
-        """Whether a part grades prompts."""
+        """True if a part grades prompts."""
         return any(part.grades_prompts for part in self._parts.values())
 
     @property
     def prefers_batches(self) -> bool:
-        """Whether a part prefers batches."""
+        """True if a part prefers batches."""
         return any(part.prefers_batches for part in self._parts.values())
 
     @property
     def has_time_limit(self) -> bool:
-        """Whether a part has a time limit."""
+        """True if a part has a time limit."""
         return any(part.has_time_limit for part in self._parts.values())
 
     @property
@@ -115,7 +115,7 @@ class Mix(CompositeGrader):
 
     @property
     def is_share(self) -> bool:
-        """Whether the mean is normalized, of scores from 0 to 1, without a penalty."""
+        """True for a normalized mean without penalties, of scores from 0 to 1."""
         return self.normalize and all(
             part.is_share and self._weight(name) >= 0 for name, part in self.parts.items()
         )

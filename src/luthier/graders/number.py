@@ -13,7 +13,7 @@ from luthier.errors import RowRefused
 from luthier.graders.base import Answer, Grader
 
 MARKER = "####"
-"""Mark before the result in GSM8K's answers."""
+"""Marker before the result in GSM8K answers."""
 _NUMBER = re.compile(
     r"(?<![^\W_])(?<![0-9]\.)"  # not in the middle of a word or of a number
     r"(?P<sign>(?:(?<![)\]%])[-+−])?)[$€£¥]?"  # 16-3 is a difference, = -3 a negative number

@@ -34,7 +34,7 @@ except BaseException as error:
     result = f"{type(error).__name__}: {error}"[:300]
 """
 START_S = 2.0
-"""Seconds to try a source before it is used; a slower source may be correct."""
+"""Time limit for the trial run of a source, in seconds. A slower source may be correct."""
 
 
 def defined_function(source: str, name: str, arguments: str) -> ast.FunctionDef:
@@ -71,13 +71,13 @@ def _check_grade(source: str) -> str:
 
 @lru_cache(maxsize=32)
 def _error_at_start(source: str, limits: Limits) -> str:
-    """Return what ``source`` raises when it is read; empty if it raises nothing, or takes long."""
+    """Return the error of loading ``source``; empty without an error or after the time limit."""
     limits = replace(limits, seconds=min(limits.seconds, START_S))
     return str(value_of("", _START % json.dumps(source), limits) or "")
 
 
 class SandboxedFunction(Grader):
-    """Base of graders that call a function in a sandbox; scores may have any value."""
+    """Base class of graders that call a function in a sandbox. Scores may have any value."""
 
     needs_expected = False
     is_share: ClassVar[bool] = False
@@ -114,8 +114,11 @@ class PythonSource(SandboxedFunction):
     """Memory of all processes together, and address space of each, in MiB."""
 
     def check(self) -> None:
-        """Raise :class:`RecipeError` if the source cannot be isolated, or raises when it is
-        read."""
+        """Reject a source that cannot be isolated or that raises an error when loaded.
+
+        Raises:
+            RecipeError: the source is unsuitable.
+        """
         super().check()
         if error := _error_at_start(self.source, self.limits):
             raise RecipeError(

@@ -1,4 +1,4 @@
-"""Regular expressions with a time limit: some patterns take exponential time on some texts."""
+"""Grading by a regular expression, with a time limit because some patterns take exponential time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pydantic import AfterValidator
 from luthier.graders.base import Answer, Grader
 
 TIME_LIMIT_S = 1.0
-"""Seconds per search; a good pattern takes less than a millisecond on a long reply."""
+"""Time limit per search, in seconds. A good pattern takes less than a millisecond on a long reply."""
 PATTERN_CHARACTERS = 4096
 """Length of a pattern: compiling has no time limit."""
 UNROLLED_CHARACTERS = 100_000
-"""Length with all counted repeats written out, as ``regex`` compiles them: 50 ms and 25 MB."""
+"""Maximum length of a pattern with all counted repeats expanded, as ``regex`` compiles patterns.
+The maximum takes 50 ms and 25 MB."""
 _CLASS_END = re.compile(r"(?:\\.|[^\]\\])*\]", re.DOTALL)
 _ESCAPE = re.compile(r"[pPNgLkx]\{[^}]*\}|.", re.DOTALL)
 _COUNT = r"((?:[\d\s]|#[^\n]*\n)*)"  # of verbose patterns, too
@@ -45,7 +46,7 @@ def check_pattern(pattern: str) -> str:
 
 
 def unrolled_size(pattern: str) -> int:
-    """Return the length of a pattern with all counts in braces written out.
+    """Return the length of a pattern with all counts in braces expanded.
 
     Classes count as one character. Unknown syntax counts as its characters.
     """
@@ -83,10 +84,10 @@ def unrolled_size(pattern: str) -> int:
 
 
 def matches(pattern: str, text: str, whole: bool = False) -> bool:
-    """Return whether ``pattern`` matches somewhere in ``text``, or all of it with ``whole``.
+    """Return True if ``pattern`` matches in ``text``; with ``whole``, all of ``text``.
 
     Raises:
-        TimeoutError: after :data:`TIME_LIMIT_S`; the standard library's ``re`` has no time limit.
+        TimeoutError: after :data:`TIME_LIMIT_S`. The standard library's ``re`` has no time limit.
     """
     import regex
 

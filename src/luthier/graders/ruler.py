@@ -91,7 +91,7 @@ class PairVerdict:
     shown_first: int
     """Verdict with the first reply first: 1 for the first reply, -1 for the second, 0 for a tie."""
     shown_second: int
-    """The same verdict with the first reply second."""
+    """Winner when the first reply is shown second."""
     unread: int = 0
     """Number of verdicts without scores, which count as ties."""
     is_asked: bool = True
@@ -106,20 +106,20 @@ class PairVerdict:
 
     @property
     def is_consistent(self) -> bool | None:
-        """Whether both orders agree; None without two verdicts."""
+        """True if both orders agree; None without two verdicts."""
         if self.unread or not self.is_asked:
             return None
         return self.shown_first == self.shown_second
 
 
 def judge_pairs(judge: Ruler, pairs: Sequence[tuple[Answer, Answer]]) -> list[PairVerdict]:
-    """Ask ``judge`` which of two replies to each row is better.
+    """Query ``judge`` for the better of two replies to each row.
 
-    Each pair is shown in both orders, and a preference that changes with the order is a tie,
-    because judges favour the first reply (Zheng et al. 2023, section 3.4). Equal replies are a tie.
+    Each pair is shown in both orders. A preference that changes with the order is a tie, because
+    judges favour the first reply (Zheng et al. 2023, section 3.4). Equal replies are a tie.
 
     Raises:
-        LuthierError: if the judge does not answer, or gives no scores to half of all verdicts.
+        LuthierError: the judge does not answer, or half of all verdicts have no scores.
     """
     asked = [place for place, (one, other) in enumerate(pairs) if one.reply != other.reply]
     orders = [[judge.comparison(pairs[place]) for place in asked]]

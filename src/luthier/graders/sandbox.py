@@ -39,7 +39,8 @@ from luthier.errors import LuthierError, RecipeError, RowRefused
 from luthier.graders.base import Answer, Ungraded
 
 MOST_SAID = 4096
-"""Bytes that a process may write: less than any pipe holds, so that it never waits for a reader."""
+"""Maximum output of a process, in bytes. Every pipe has room for more, so the process never waits
+for a reader."""
 START_S = 10.0
 """Additional seconds to build the sandbox on a loaded machine."""
 
@@ -84,7 +85,7 @@ def value_of(code: str, call: str, limits: Limits) -> Any:
     """Return the JSON value that ``call`` stores in ``result``, or None if the code did not end.
 
     Raises:
-        SandboxError: if the sandbox could not be built.
+        SandboxError: building the sandbox failed.
     """
     said = _result_of(code, call, limits, value=True)
     try:
@@ -157,12 +158,11 @@ def side_by_side(
     grade: Callable[[Sequence[Answer]], Sequence[float | RowRefused]],
     groups: Sequence[Sequence[Answer]],
 ) -> list[float]:
-    """Grade groups of answers at the same time, one per core, and return the scores in order.
+    """Grade groups of answers in parallel, one group per core, and return the scores in order.
 
     Raises:
-        Ungraded: if some answers have no score. A batch that fails as a whole would be graded again
-        one
-            by one, and each slow answer would take its time twice.
+        Ungraded: some answers have no score. A generic error would cause a second grading of each
+            answer, with double time for each slow answer.
     """
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         # The caller's context has the handle that cancels the work.

@@ -1,9 +1,10 @@
-"""Builds the sandbox around itself, then becomes the program in it. Runs as ``python -c``, alone.
+"""Builds the sandbox around its own process and runs the program inside. Runs as ``python -c``.
 
-Three processes: this one waits, and watches how much memory all of the code's processes take
-together; ``guard`` is the first of its process namespace and keeps the time; the third is the code.
-When ``guard`` ends, the kernel kills whatever is left in the namespace. Whatever goes wrong before
-the code runs is written to standard error, which the code itself does not have.
+The sandbox has three processes. This process waits, and watches the total memory of all processes
+of the code. ``guard`` is the first process of the process namespace and enforces the time limit.
+The third process runs the code. When ``guard`` ends, the kernel kills all remaining processes of
+the namespace. Errors before the start of the code are written to standard error, which is closed to
+the code.
 """
 
 import ctypes
@@ -21,33 +22,33 @@ NEW_PROCESSES, NEW_NETWORK = 0x20000000, 0x40000000
 READ_ONLY, NO_SUID, NO_DEVICES, REMOUNT, BIND = 1, 2, 4, 32, 4096
 RECURSIVE, PRIVATE = 16384, 1 << 18
 LOCKED = NO_SUID | NO_DEVICES | 8 | 1024 | 2048
-"""Flags that a mount keeps: also no programs, no access times, none of folders."""
+"""Mount flags that a remount must keep: no-suid, no-devices, no-exec, no-atime, no-diratime."""
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store")
 PROCESSES = 16
 WATCH_SECONDS = 0.01
-"""Between two looks at the memory of all processes: a core writes some 20 MB meanwhile."""
+"""Interval of the memory check, in seconds. A core writes about 20 MB per interval."""
 DISK = 32 * 2**20
 FIRST_UID = 1_900_000_000
-"""User ids that nobody has; each sandbox of root's has its own, so that processes are counted
-apart."""
+"""First of a range of unused user ids. As root, each sandbox has a separate user id, because the
+kernel limits processes per user."""
 
 
 FAMILIES = (1, 2, 10)
-"""Sockets that code may make: AF_UNIX, AF_INET and AF_INET6. The latter two have no network here;
-others, such as AF_VSOCK, reach beyond the network namespace."""
+"""Permitted socket families: AF_UNIX, AF_INET and AF_INET6. The internet families have no network
+in the sandbox. Further families such as AF_VSOCK reach beyond the network namespace."""
 SYSCALLS = {
     "x86_64": (0xC000003E, (41, 53), (319, 447, 425, 29, 68)),
     "aarch64": (0xC00000B7, (198, 199), (279, 447, 425, 194, 186)),
 }
-"""Of each kind of processor: its name in filters; ``socket`` and ``socketpair``; and what the code
-does without: ``memfd_create``, ``memfd_secret``, ``shmget`` and ``msgget`` make memory that no
-process is seen to have, ``io_uring_setup`` makes sockets that no filter sees."""
+"""System call numbers by processor: audit architecture; ``socket`` and ``socketpair``; blocked
+calls. ``memfd_create``, ``memfd_secret``, ``shmget`` and ``msgget`` allocate memory outside the
+accounting of processes. ``io_uring_setup`` opens sockets without a filtered system call."""
 NO_SYSTEM_CALL, NO_FAMILY = 38, 97
-"""``ENOSYS`` and ``EAFNOSUPPORT``: what a kernel without these says."""
+"""``ENOSYS`` and ``EAFNOSUPPORT``, the errors of a kernel without the blocked features."""
 
 
 def main() -> None:
-    """Prepare, fork, wait."""
+    """Build the sandbox, start ``guard`` and wait."""
     settings = json.loads(sys.argv[1])
     root = os.geteuid() == 0
     proc = -1
@@ -75,8 +76,7 @@ def main() -> None:
 
 
 def watch(proc: int, first: int, memory: int) -> None:
-    """Wait for ``guard``, and kill it where the processes below it take more than ``memory``
-    bytes."""
+    """Wait for ``guard``, and kill ``guard`` if its processes use more than ``memory`` bytes."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     while os.waitpid(first, os.WNOHANG)[0] == 0:
         signal.sigtimedwait({signal.SIGCHLD}, WATCH_SECONDS)
@@ -90,10 +90,10 @@ def watch(proc: int, first: int, memory: int) -> None:
 
 
 def memory_in_use(proc: int, first: int, memory: int) -> int:
-    """Bytes of all processes below ``first``.
+    """Return the memory of all processes below ``first``, in bytes.
 
-    Pages that several share count for each of them, unless that makes more than ``memory``: to
-    divide them takes the kernel milliseconds.
+    Shared pages count for each process, unless the sum exceeds ``memory``: the kernel needs
+    milliseconds to divide shared pages.
     """
     pids, waiting = [], children(proc, first)
     while waiting:
@@ -106,7 +106,7 @@ def memory_in_use(proc: int, first: int, memory: int) -> int:
 
 
 def share(proc: int, pid: int) -> int:
-    """Bytes of a process; of a page that several have, its part."""
+    """Return the proportional memory of a process, in bytes."""
     for line in read(proc, pid, "smaps_rollup").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
@@ -114,7 +114,7 @@ def share(proc: int, pid: int) -> int:
 
 
 def children(proc: int, pid: int) -> list:  # type: ignore[type-arg]
-    """Processes that ``pid`` is the parent of; none of one that has ended."""
+    """Return the child processes of ``pid``; empty for an ended process."""
     found: list[int] = []
     try:
         tasks = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
@@ -131,7 +131,7 @@ def children(proc: int, pid: int) -> list:  # type: ignore[type-arg]
 
 
 def read(proc: int, pid: int, name: str) -> str:
-    """A file about a process; empty for one that has ended."""
+    """Read a file of a process in /proc; empty for an ended process."""
     try:
         file = os.open(f"{pid}/{name}", os.O_RDONLY, dir_fd=proc)
     except (FileNotFoundError, ProcessLookupError):
@@ -145,10 +145,10 @@ def read(proc: int, pid: int, name: str) -> str:
 
 
 def refuse_calls() -> None:
-    """Let the kernel refuse sockets and memory that the other limits do not reach (seccomp).
+    """Block sockets and memory that no other limit covers, with a seccomp filter.
 
     Raises:
-        OSError: where it cannot.
+        OSError: the kernel or the processor has no such filter.
     """
     known = SYSCALLS.get(platform.machine())
     if known is None:
@@ -186,7 +186,7 @@ def refuse_calls() -> None:
 
 
 def control(*values: int) -> None:
-    """The system call ``prctl``."""
+    """Call ``prctl``."""
     libc = ctypes.CDLL(None, use_errno=True)
     given = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[1:5]]
     if libc.prctl(values[0], *given):
@@ -194,7 +194,7 @@ def control(*values: int) -> None:
 
 
 def guard(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-arg]
-    """Start the code and wait for its end, or for the end of its time."""
+    """Start the code, and wait for its end or for the time limit."""
     child = os.fork()
     if child == 0:
         become(settings, root, uid)
@@ -210,7 +210,7 @@ def guard(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-ar
 
 
 def become(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-arg]
-    """Give up what is left, and run the program."""
+    """Drop the remaining privileges, set limits and run the program."""
     try:
         said = os.dup(2)  # closed by exec
         quiet = os.open("/null" if os.path.exists("/null") else "/dev/null", os.O_RDWR)
@@ -247,7 +247,7 @@ def become(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-a
 
 
 def isolate(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-arg]
-    """New namespaces, and a file system of which only the interpreter and libraries are known."""
+    """Create namespaces, and a file system with the interpreter and libraries only."""
     if not sys.platform.startswith("linux"):
         raise OSError("they are Linux's")
     flags = NEW_MOUNTS | NEW_IPC | NEW_PROCESSES | NEW_NETWORK | (0 if root else NEW_USERS)
@@ -288,7 +288,7 @@ def isolate(settings: dict, root: bool, uid: int) -> None:  # type: ignore[type-
 
 
 def mount(libc: ctypes.CDLL, source: str | None, target: str, flags: int, data: str = "") -> None:
-    """The system call, with an error that says what."""
+    """Call ``mount``."""
     plain = source.encode() if source else None
     kind = b"tmpfs" if source == "tmpfs" else None
     if libc.mount(plain, target.encode(), kind, ctypes.c_ulong(flags), data.encode() or None):
@@ -296,13 +296,13 @@ def mount(libc: ctypes.CDLL, source: str | None, target: str, flags: int, data: 
 
 
 def problem(what: str) -> OSError:
-    """The last error of a system call."""
+    """Return the last error of a system call."""
     number = ctypes.get_errno()
     return OSError(number, f"{what}: {os.strerror(number)}")
 
 
 def fail(text: str) -> None:
-    """Tell why, and end."""
+    """Write ``text`` to standard error and exit."""
     sys.stderr.write(text)
     sys.stderr.flush()
     os._exit(1)

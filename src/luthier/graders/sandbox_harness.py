@@ -1,4 +1,4 @@
-"""Runs in the sandbox: the code, its tests, and then the word that they are through."""
+"""Runs in the sandbox: the code and its tests, then writes a token of success."""
 
 import json
 import os
@@ -6,8 +6,7 @@ import sys
 
 
 def main(writes: int) -> None:
-    """Read what to run from standard input; write the token when it has run, and what was asked
-    for."""
+    """Read the code from standard input, run the code, and write the token and the requested value."""
     wanted = json.load(sys.stdin)
     names = {"__name__": "reply"}
     exec(compile(wanted["code"], "reply.py", "exec"), names)  # noqa: S102

@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
 
 
 class Turn(BaseModel):
-    """A message to the model that grades."""
+    """A message to the grading model."""
 
     model_config = ModelSpec.model_config
 
@@ -43,10 +43,10 @@ class PromptedModel(LanguageModelGrader):
     @property
     @abstractmethod
     def closing(self) -> str:
-        """Line after the messages that asks for the verdict."""
+        """Final line after the messages, which requests the verdict."""
 
     def question(self, answer: Answer) -> list[Message]:
-        """Return the conversation that asks for the verdict."""
+        """Return the conversation that requests the verdict."""
         scope, characters = scope_of(answer), 0
         turns = []
         for turn in self.input:
@@ -63,8 +63,8 @@ class PromptedModel(LanguageModelGrader):
 class ScoreModel(PromptedModel):
     """The last number in a model's answer to ``input``.
 
-    A line that asks for a number in ``range`` follows the messages. An answer without such a number
-    is an error.
+    A line that requests a number in ``range`` follows the messages. An answer without a number in
+    the range is an error.
     """
 
     method: Literal["score_model"] = "score_model"
@@ -79,17 +79,17 @@ class ScoreModel(PromptedModel):
 
     @property
     def is_share(self) -> bool:
-        """Whether the range is within 0 and 1."""
+        """True if the range is within 0 and 1."""
         return self.range[0] >= 0 and self.range[1] <= 1
 
     @property
     def closing(self) -> str:
-        """Line after the messages that asks for the verdict."""
+        """Final line after the messages, which requests the verdict."""
         low, high = self.range
         return f"End your answer with one number from {low:g} to {high:g}: the score."
 
     def score_of(self, verdict: str) -> float | None:
-        """Return the last number of a verdict, if it is in the range."""
+        """Return the last number of a verdict; None outside the range."""
         found = _NUMBER.findall(verdict)
         value = float(found[-1]) if found else math.nan
         return value if self.range[0] <= value <= self.range[1] else None
@@ -121,7 +121,7 @@ class LabelModel(PromptedModel):
 
     @property
     def closing(self) -> str:
-        """Line after the messages that asks for the verdict."""
+        """Final line after the messages, which requests the verdict."""
         return f"Answer with one of these labels and nothing else: {', '.join(self.labels)}."
 
     def score_of(self, verdict: str) -> float | None:

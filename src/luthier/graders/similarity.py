@@ -1,5 +1,4 @@
-"""Grading how alike two texts are: a reply and the expected text, or any two with places in
-them."""
+"""Similarity of a reply and the expected text, or of any two templates."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from luthier.graders.exact import without_punctuation
 from luthier.graders.templates import Template, fill_template, scope_of
 
 CHRF_ORDER, CHRF_BETA = 6, 2
-"""Of the metric's name in the literature: chrF2 with n-grams up to 6 characters."""
+"""Maximum n-gram length, and weight of recall: chrF2 in the literature."""
 Metric = Literal[
     "fuzzy_match", "bleu", "gleu", "meteor",
     "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l",
@@ -23,22 +22,24 @@ LONGEST_GRAM = 4
 
 
 class Similarity(Grader):
-    """How alike reply and expected text are: an F1 from 0 to 1.
+    """Similarity of reply and expected text: an F1 from 0 to 1.
 
-    - ``token_f1``: words in common, in any order, without case, punctuation and the articles a, an,
-      the (Rajpurkar et al. 2016, "SQuAD", section 6.1, and its evaluation script).
-    - ``rouge_l``: longest common subsequence of words, without case (Lin 2004, "ROUGE", section 3.1;
-      F with beta 1, as the ``rouge-score`` package has it). Not stemmed; words of all scripts
-      count.
-    - ``chrf``: n-grams of 1 to 6 characters without white space, recall counted twice (Popović 2015,
-      "chrF", as ``sacrebleu`` has it); for translations, and languages with many forms of a word.
-    - ``characters``: longest common subsequence of characters, case and all; for short answers and
+    - ``token_f1``: common words in any order, without case, punctuation and the articles a, an, the
+      (Rajpurkar et al. 2016, "SQuAD", section 6.1, and its evaluation script).
+    - ``rouge_l``: longest common subsequence of words, without case (Lin 2004, "ROUGE", section
+      3.1;
+      F with beta 1, as in the ``rouge-score`` package). No stemming; words of all scripts count.
+    - ``chrf``: n-grams of 1 to 6 characters without white space, with double weight on recall
+      (Popović
+      2015, "chrF", as in ``sacrebleu``). For translations and languages with rich morphology.
+    - ``characters``: longest common subsequence of characters, case-sensitive. For short answers
+      and
       scripts without blanks between words.
     """
 
     method: Literal["similarity"] = "similarity"
     measure: Literal["token_f1", "rouge_l", "chrf", "characters"] = "token_f1"
-    """What is compared."""
+    """Similarity measure."""
 
     def score(self, answer: Answer) -> float:
         """The F1."""
@@ -75,11 +76,11 @@ class TextSimilarity(Grader):
 
     method: Literal["text_similarity"] = "text_similarity"
     input: Template = "{{sample.output_text}}"
-    """The text that is graded."""
+    """Template of the graded text."""
     reference: Template
-    """The text it is compared with."""
+    """Template of the reference text."""
     evaluation_metric: Metric = "fuzzy_match"
-    """How they are compared."""
+    """Similarity measure."""
 
     needs_expected = False
 
@@ -111,7 +112,7 @@ class TextSimilarity(Grader):
 
 
 def chrf(given: str, wanted: str) -> float:
-    """The F of character n-grams, over the sizes that both texts have."""
+    """Return the mean F of character n-grams, over the n-gram lengths that both texts have."""
     one, other = ("".join(text.split()) for text in (given, wanted))
     if not one or not other:
         return float(one == other)
@@ -131,7 +132,7 @@ def chrf(given: str, wanted: str) -> float:
 
 
 def squad_words(text: str) -> list[str]:
-    """Words as SQuAD's script compares them."""
+    """Return the words of ``text`` as in SQuAD's evaluation script."""
     return re.sub(r"\b(a|an|the)\b", " ", without_punctuation(text.lower())).split()
 
 
@@ -140,10 +141,10 @@ def _words(text: str) -> list[str]:
 
 
 def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence of two texts, or of two lists of words.
+    """Return the length of the longest common subsequence of two texts or word lists.
 
-    By RapidFuzz, 64 items of ``second`` in one instruction (Hyyrö 2004, "Bit-parallel LCS-length
-    computation revisited"): a page against a page takes milliseconds.
+    RapidFuzz processes 64 items of ``second`` per instruction (Hyyrö 2004, "Bit-parallel LCS-length
+    computation revisited"). Two pages take milliseconds.
     """
     from rapidfuzz.distance import LCSseq
 
@@ -158,7 +159,7 @@ def common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
 
 
 def bleu(given: Sequence[str], wanted: Sequence[str]) -> float:
-    """BLEU of one sentence against one reference, smoothed for n-grams of more than one word."""
+    """Return BLEU of a sentence against a reference, smoothed for n-grams of several words."""
     logs = 0.0
     for size in range(1, LONGEST_GRAM + 1):
         grams, others = _grams(given, size), _grams(wanted, size)
@@ -180,7 +181,8 @@ def gleu(given: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def meteor(given: Sequence[str], wanted: Sequence[str]) -> float:
-    """Recall weighs nine times precision; words that are torn apart cost up to a half."""
+    """Return METEOR with exact matches. Recall has nine times the weight of precision;
+    fragmentation costs up to a half."""
     places: dict[str, list[int]] = {}
     for index in range(len(wanted) - 1, -1, -1):
         places.setdefault(wanted[index], []).append(index)
@@ -203,7 +205,7 @@ def _grams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
 
 
 def _f1(common: int, given: int, wanted: int) -> float:
-    """F1 of two texts of so many items each; 1 where neither has any."""
+    """Return F1 for texts of the given sizes; 1 for two empty texts."""
     if not given or not wanted:
         return float(given == wanted)
     return 2 * common / (given + wanted)

@@ -9,10 +9,10 @@ from luthier.graders.templates import Template, fill_template, scope_of
 
 
 class StringCheck(Grader):
-    """1 if ``operation`` holds for ``input`` and ``reference``.
+    """1 if ``operation`` is true for ``input`` and ``reference``.
 
-    Both may have placeholders: ``{{sample.output_text}}`` (the reply), ``{{item.answer}}`` (a
-    member of the row).
+    Both may have placeholders: ``{{sample.output_text}}`` (the reply), ``{{item.answer}}`` (a key
+    of the row).
     """
 
     method: Literal["string_check"] = "string_check"

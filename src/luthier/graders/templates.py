@@ -1,9 +1,8 @@
-"""Texts with places in them: ``{{item.answer}}`` of the row, ``{{sample.output_text}}`` of the
-reply.
+"""Templates with placeholders: ``{{item.answer}}`` (row) and ``{{sample.output_text}}`` (reply).
 
-As in OpenAI's graders. A place names one of the two namespaces and a path into it; texts are put in
-as they are, anything else as JSON. Nothing is executed. How long the text would be is known before
-it is put together: a short template can stand for gigabytes.
+The syntax is OpenAI's. A placeholder has one of the two namespaces and a path. Strings are inserted
+unchanged, all other values as JSON. Nothing is executed. The length of the result is computed
+before the result is built, because a short template can expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from luthier.errors import RowRefused
 from luthier.graders.base import Answer, too_long
 
 PLACES = 256
-"""Places of one template at most."""
+"""Maximum number of placeholders in a template."""
 # What is between the braces is stripped afterwards: white space that the pattern could divide in
 # several ways takes cubic time.
 _PLACE = re.compile(r"\{\{([^{}]*)\}\}")
@@ -29,16 +28,17 @@ _PART = re.compile(r"\.([A-Za-z_][\w-]*)|\[([0-9]+)\]")
 _SAMPLE = ("output_text", "output_json")
 
 _SCOPE = {"properties": {"sample": {"properties": {"output_text": {"type": "string"}}}}}
-"""What of a sample is certain, as a JSON schema."""
+"""JSON schema of the members that every sample has."""
 
 Scope = Mapping[str, Any]
-"""``item`` and ``sample`` of one answer."""
+"""Values of ``item`` and ``sample`` for an answer."""
 
 
 def check_template(template: str, *, sampled: bool = True) -> str:
-    """``template``, when all its places can be filled; :class:`ValueError` when one cannot.
+    """Return ``template``, or raise :class:`ValueError` for a placeholder that can never be filled.
 
-    ``sampled`` says whether there is a reply to name.
+    Args:
+        sampled: True if the template may name the reply.
     """
     places = places_in(template)
     if len(places) > PLACES:
@@ -61,18 +61,18 @@ def check_template(template: str, *, sampled: bool = True) -> str:
 
 
 Template = Annotated[str, AfterValidator(check_template)]
-"""A text all of whose places can be filled once there is a reply."""
+"""A string whose placeholders can be filled once a reply exists."""
 
 
 def places_in(template: str) -> list[str]:
-    """What stands between the braces."""
+    """Return the paths between the braces."""
     return [place.strip() for place in _PLACE.findall(template)]
 
 
 def names_nothing(place: str, schema: Mapping[str, Any]) -> bool:
-    """Whether no scope that the JSON ``schema`` accepts can have what ``place`` names.
+    """Return True if no scope valid for the JSON ``schema`` has a value for ``place``.
 
-    Only what is certain counts: a member may be there where the schema says nothing of it.
+    If the schema does not mention a member, the member may exist.
     """
     path = _PATH.fullmatch(place)
     if path is None or path[2] == ".messages" or path[2].startswith(".messages["):
@@ -97,8 +97,8 @@ def names_nothing(place: str, schema: Mapping[str, Any]) -> bool:
 
 
 def scope_of(answer: Answer) -> Scope:
-    """What places can name: all members of the row, and the reply as text and, if it is, as
-    JSON."""
+    """Return the values for placeholders: all members of the row, and the reply as text and as
+    JSON, if valid."""
     turns = [{"role": turn.role, "content": turn.content} for turn in answer.prompt]
     item: dict[str, Any] = {"messages": turns, **(answer.row.members or {})}
     if answer.expected is not None:
@@ -110,12 +110,12 @@ def scope_of(answer: Answer) -> Scope:
 
 
 def fill_template(template: str, scope: Scope, answer: Answer) -> str:
-    """``template`` with its places filled from the ``scope`` of ``answer``.
+    """Fill the placeholders of ``template`` from ``scope``.
 
     Raises:
-        RowRefused: for a place that names something the row or the reply does not have, and where
-        the
-            text would be longer than the answer allows; nothing is put together then.
+        RowRefused: a placeholder has no value in the row or the reply, or the result exceeds the
+            answer's
+            length limit. The result is not built in that case.
     """
     # Texts between places, and places, by turns; the same place has the same text.
     parts = _PLACE.split(template)
@@ -139,10 +139,10 @@ def fill_template(template: str, scope: Scope, answer: Answer) -> str:
 
 
 def value_at(place: str, scope: Scope) -> Any:
-    """What a place names, such as ``item.messages``.
+    """Return the value of a placeholder such as ``item.messages``.
 
     Raises:
-        RowRefused: where it is not there.
+        RowRefused: the value is missing.
     """
     path = _PATH.fullmatch(place)
     assert path is not None  # checked with the grader
