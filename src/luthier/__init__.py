@@ -92,7 +92,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are first used, so that ``import luthier`` stays instant."""
+    """Import a public name on first use, so that ``import luthier`` is fast."""
     if name not in _HOMES:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
     from importlib import import_module
@@ -101,5 +101,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, those that were not used yet included."""
+    """Return the public names, also before the first use."""
     return sorted(__all__)

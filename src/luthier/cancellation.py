@@ -1,8 +1,8 @@
-"""Work that ends when nobody waits for it any more.
+"""Cancellation of work whose client disconnected.
 
-Whoever has something done for a client sets :func:`cancelled_by`; whatever takes long and can be ended
-(a model that writes, a process) says so with :func:`cancellable`. Where nobody listens, as in training,
-nothing happens. A process whose starter is gone ends by itself (:func:`on_stdin_end`).
+A caller collects work with :func:`cancelled_by`. Long-running code (generation, a child process)
+registers with :func:`cancellable`. Without a caller, as in training, registration does nothing.
+:func:`on_stdin_end` ends a child process after its parent.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ class Cancellable(Protocol):
     """Work under way."""
 
     def close(self) -> None:
-        """End it now. Any thread may, also when it has ended."""
+        """End the work. May be called from any thread, also after the end of the work."""
 
 
 class KillHandle:
-    """Work that ``kill`` ends. Once it is finished nothing is killed: what did it, a process or its
-    number, may be another's by then.
+    """Work that ``kill`` ends.
+
+    After :meth:`finish`, :meth:`close` does nothing, because the system may have reused the process
+    id.
     """
 
     def __init__(self, kill: Callable[[], object]) -> None:
@@ -44,7 +46,7 @@ class KillHandle:
 
 
 class CancelScope:
-    """Work that is ended together by :meth:`close`: what has begun by then, and what begins later."""
+    """Group of work for a common :meth:`close`, also for work registered after :meth:`close`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -52,7 +54,7 @@ class CancelScope:
         self._closed = False
 
     def take(self, work: Cancellable) -> None:
-        """What :func:`cancelled_by` is to tell: end ``work`` with the others, or at once."""
+        """Register ``work``; after :meth:`close`, end ``work`` at once."""
         with self._lock:
             closed = self._closed
             if not closed:
@@ -61,7 +63,7 @@ class CancelScope:
             work.close()
 
     def close(self) -> None:
-        """End all of it. Any thread may."""
+        """End all work. May be called from any thread."""
         with self._lock:
             self._closed = True
         for work in self._works:
@@ -75,9 +77,7 @@ _register: ContextVar[Callable[[Cancellable], None] | None] = ContextVar("regist
 
 @contextmanager
 def cancelled_by(register: Callable[[Cancellable], None]) -> Iterator[None]:
-    """``register`` hears of all work that begins in the block, in its threads too where they have its
-    context.
-    """
+    """Pass work that starts in the block to ``register``, including threads with a copied context."""
     token = _register.set(register)
     try:
         yield
@@ -86,16 +86,16 @@ def cancelled_by(register: Callable[[Cancellable], None]) -> Iterator[None]:
 
 
 def cancellable(work: Work) -> Work:
-    """``work``, after whoever may cancel it was told of it."""
+    """Register ``work`` with the current :func:`cancelled_by` block; return ``work``."""
     if (register := _register.get()) is not None:
         register(work)
     return work
 
 
 def on_stdin_end(end: Callable[[], object]) -> None:
-    """Have ``end`` called, by a thread, when standard input ends: whoever holds its other end is gone.
+    """Call ``end`` in a thread when standard input ends, because the parent process is gone.
 
-    No signal tells a process that its starter was killed; of a pipe the kernel closes the other end.
+    No signal reports the death of a parent, but the kernel closes the parent's end of a pipe.
     """
 
     def wait() -> None:

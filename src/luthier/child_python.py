@@ -1,7 +1,7 @@
-"""Python programs that luthier starts, none of which imports from the working directory.
+"""Safe start of Python child processes, without imports from the working directory.
 
-The working directory often holds downloaded data. Without the safe path a file such as ``random.py``
-there replaces a module of the standard library in every child process.
+The working directory often contains downloaded data. Without the safe path, a file such as
+``random.py`` would replace a module of the standard library in every child process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
 
 def use_safe_path() -> None:
-    """Set the safe path for all later children, those of multiprocessing and of libraries included.
+    """Set the safe path for all children, including children of multiprocessing and libraries.
 
     Multiprocessing starts its processes with ``python -c``, which puts the working directory first.
     """

@@ -64,7 +64,7 @@ class Problem:
     """How to fix the problem."""
     location: Location = NOWHERE
     setting: str | None = None
-    """Name of the wrong setting in a recipe, such as ``training.epochs``."""
+    """Name of the invalid setting in a recipe, such as ``training.epochs``."""
     value: object = None
     """Wrong value of ``setting`` or of the field at ``location``."""
 
@@ -113,14 +113,14 @@ class LuthierError(Exception):
 
     exit_code = 1
     default_rule: ClassVar[str] = "internal"
-    """Rule of errors that are raised without a closer one."""
+    """Default of ``rule``."""
     reported = False
     """True for an error that another process of the run raised and reported."""
 
     problem: Problem
     """The first problem."""
     problems: Sequence[Problem]
-    """All problems; more than one only for errors about many rows."""
+    """All problems; several only for errors about rows."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class RefusedInput(LuthierError):
 
 
 class RowRefused(RefusedInput):
-    """One row that cannot be used. The caller adds file and line if they are known."""
+    """One invalid row. The caller adds file and line if known."""
 
     def __init__(self, rule: str, message: str, advice: str, location: Location = NOWHERE) -> None:
         super().__init__(message, rule=rule, advice=advice, location=location)
@@ -185,7 +185,7 @@ class RowRefused(RefusedInput):
 
 
 class DataError(RefusedInput):
-    """Data that training would fail on or learn nothing useful from."""
+    """Data on which training would fail or learn nothing useful."""
 
     default_rule = "data.invalid"
     capped = False
@@ -202,7 +202,7 @@ class DataError(RefusedInput):
 
 
 def _list_problems(title: str, problems: Sequence[Problem], most: int, capped: bool = False) -> str:
-    """Return ``title`` and below it the first ``most`` causes, each with the lines of the next rows."""
+    """Return ``title`` and the first ``most`` causes, each with the lines of more rows."""
     least = "at least " * capped
     lines_of_cause: dict[Problem, dict[int, None]] = {}
     for problem in problems:
@@ -221,7 +221,7 @@ def _list_problems(title: str, problems: Sequence[Problem], most: int, capped: b
 
 
 MOST_PROBLEMS = 100
-"""Number of problems after which reading stops: a file of another format may have millions."""
+"""Number of problems that stops reading: a file of another format may have millions."""
 
 
 class BoundedProblems(list[Problem]):
@@ -240,7 +240,7 @@ class BoundedProblems(list[Problem]):
 
 
 class RecipeError(RefusedInput):
-    """A recipe or option that cannot work: unknown name, impossible value or combination."""
+    """An invalid recipe or option: unknown name, impossible value or combination."""
 
     default_rule = "recipe.invalid"
 
@@ -252,7 +252,7 @@ class UnknownModel(RefusedInput):
 
 
 class ModelRefused(RefusedInput):
-    """A model that was trained elsewhere and cannot be imported."""
+    """A model from another trainer that cannot be imported."""
 
     default_rule = "model.refused"
 
@@ -274,19 +274,19 @@ class DiskFull(DoesNotFit):
 
 
 class ReadOnlyDisk(LuthierError):
-    """A disk that accepts no writes: mounted read-only, or after an error of the file system."""
+    """A read-only disk: mounted read-only, or after an error of the file system."""
 
     default_rule = "disk.read_only"
 
 
 class RunConflict(RefusedInput):
-    """A name that another run has, or a run that does not exist and cannot be resumed."""
+    """A run name in use, or a run that does not exist and cannot be resumed."""
 
     default_rule = "run.conflict"
 
 
 class NameInUse(RefusedInput):
-    """A name that is taken in this account: ``job.name_taken`` or ``model.name_taken``."""
+    """A name in use in this account: ``job.name_taken`` or ``model.name_taken``."""
 
     default_rule = "model.name_taken"
 
@@ -297,19 +297,19 @@ class NameInUse(RefusedInput):
 
 
 class QuotaExceeded(RefusedInput):
-    """A used-up quota of the account; ``setting`` is the name of the quota, if there is one."""
+    """A used-up quota of the account; ``setting`` is the name of the quota, if any."""
 
     default_rule = "quota.exceeded"
 
 
 class WrongState(RefusedInput):
-    """An operation that the state of a job or a model does not allow."""
+    """An operation that the state of a job or model does not allow."""
 
     default_rule = "state.wrong"
 
 
 class LocationRefused(RefusedInput):
-    """An address that the service cannot read or write for its clients."""
+    """An address that the service does not access for clients."""
 
     default_rule = "location.refused"
 
@@ -324,19 +324,19 @@ class ObjectRefused(RefusedInput):
 
 
 class ProcessLost(LuthierError):
-    """Another process of the run that ended, failed or hangs; a restart of all resumes."""
+    """A lost, failed or hanging process of the run; a restart of all processes resumes the run."""
 
     default_rule = "process.lost"
 
 
 class LeaseLost(LuthierError):
-    """A write of a worker that no longer holds its job; the write was rejected."""
+    """A rejected write of a worker after the loss of its job's lease."""
 
     default_rule = "lease.lost"
 
 
 class DownloadError(LuthierError):
-    """A source that cannot be read, or whose bytes differ from the pinned ones."""
+    """An unreadable source, or a source whose bytes differ from the pinned hash."""
 
     default_rule = "download.failed"
 
@@ -378,9 +378,9 @@ class Interrupted(LuthierError):
 
 
 def report_error(error: Exception, prefix: str = "") -> dict[str, Any]:
-    """Return ``error`` as JSON for another process; ``prefix`` comes before its message.
+    """Return ``error`` as JSON for another process, with ``prefix`` before the message.
 
-    The class is the first of the bases that this module defines.
+    ``error`` is the most specific class that this module defines.
     """
     known = [kind.__name__ for kind in type(error).__mro__ if globals().get(kind.__name__) is kind]
     report: dict[str, Any] = {"error": (known or [type(error).__name__])[0]}

@@ -1,10 +1,8 @@
-"""Text that others wrote, for people to read: what a terminal or a page would act on is made visible.
+"""Safe display of untrusted text, and small formatters for messages.
 
-Keys, names, messages and what a model writes may hold escape sequences, which move the cursor, change
-what stands on the screen or answer in the user's name, and turns of direction, which show other words
-than there are. Everything that a command prints goes through here (``luthier.cli.console``), and what
-a report shows. How long something takes, how a process ended, which name was meant, and the names of
-settings, are written here, too.
+Keys, names, messages and generated text may contain escape sequences, which control the terminal,
+and bidirectional overrides, which disguise text. Commands (``luthier.cli.console``) and reports
+escape both.
 """
 
 from __future__ import annotations
@@ -34,14 +32,14 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same for a name or a cell of a table: line ends and tabs are made visible, too."""
+    """Return :func:`printable` text on one line, for a name or a table cell."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def printable_json(text: str, encoding: str = "utf-8") -> str:
-    """Return a JSON document with such characters as ``\\u009b``, which leaves its values unchanged.
+    """Return a JSON document with unsafe characters as ``\\u009b``; the values stay equal.
 
-    Characters that ``encoding`` does not have are written in the same way.
+    Characters outside of ``encoding`` are also escaped.
     """
     if not text.isprintable():
         text = "".join(char if _harmless(char) else _in_json(char) for char in text)
@@ -72,7 +70,7 @@ codecs.register_error(_TEXT_ERRORS, _escape_in_text)
 
 
 def escape_unencodable(*streams: TextIO) -> None:
-    """Let streams escape what their encoding cannot write, where Python would raise an error."""
+    """Make streams escape unencodable characters instead of raising an error."""
     for stream in streams:
         encoding = (stream.encoding or "").lower().replace("-", "")
         if isinstance(stream, io.TextIOWrapper) and not encoding.startswith("utf"):
@@ -80,7 +78,7 @@ def escape_unencodable(*streams: TextIO) -> None:
 
 
 def finite_or_none(value: Any) -> Any:
-    """A JSON value with ``None`` for each number that is not finite, which JSON has no word for."""
+    """Return a JSON value with ``None`` for NaN and infinity, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, list | tuple):
@@ -91,24 +89,21 @@ def finite_or_none(value: Any) -> Any:
 
 
 def nearest_name(name: object, names: Iterable[str], cutoff: float = 0.7) -> str | None:
-    """The one of ``names`` that is spelled most like ``name``.
-
-    ``None`` where none is as much alike as ``cutoff`` of 1, as :mod:`difflib` measures it.
-    """
+    """Return the name most similar to ``name``; ``None`` below a similarity of ``cutoff`` (0 to 1)."""
     return next(iter(get_close_matches(str(name), list(names), 1, cutoff)), None)
 
 
 def did_you_mean(name: object, names: Iterable[str], otherwise: str) -> str:
-    """``did you mean NEAREST?``, and ``otherwise`` where no name is near."""
+    """Return ``did you mean NEAREST?``, or ``otherwise`` without a similar name."""
     near = nearest_name(name, names)
     return f"did you mean {near}?" if near else otherwise
 
 
 def map_code(text: str, change: Callable[[str], str]) -> str:
-    """Return ``text`` with ``change`` applied to all code, which stands between backticks.
+    """Apply ``change`` to all code between backticks.
 
-    Messages name settings as recipes do, between backticks: `` `training.epochs` `` or
-    `` `data.long_rows=drop` ``. Each API and the command line put their own names in.
+    Messages name settings in backticks, as in recipes: `` `training.epochs` `` or ``
+    `data.long_rows=drop` ``. Each API and the CLI replace the code by their own names.
     """
     parts = text.split("`")
     parts[1::2] = map(change, parts[1::2])
@@ -121,13 +116,13 @@ OPTIONS: Mapping[str, str] = {
     "adaptation.method": "--adaptation",
     "data.validation": "--validation",
 }
-"""Settings for which every command with a recipe has an option."""
+"""Command options for settings, in every command with a recipe."""
 _OWN_OPTIONS = {**OPTIONS, "long_rows": "--long-rows", "turns": "--turns", "method": "--method"}
 _GROUPS = ("training.", "adaptation.", "objective.", "data.", "teacher.", "sampling.", "insights.")
 
 
 def command_option(code: str) -> str:
-    """Return the option of a command for a setting with its value; other code unchanged."""
+    """Return the command option for a setting with its value; other code unchanged."""
     setting, equals, value = code.partition("=")
     if not equals:
         return code
@@ -139,7 +134,7 @@ def command_option(code: str) -> str:
 
 
 def list_some(names: Iterable[str], most: int) -> str:
-    """The first ``most`` names and how many more there are: ``a, b and 3 more``."""
+    """Return the first ``most`` names and the number of the rest: ``a, b and 3 more``."""
     every = list(names)
     more = f" and {len(every) - most:,} more" if len(every) > most else ""
     return ", ".join(every[:most]) + more
@@ -176,7 +171,7 @@ def _in_json(char: str) -> str:
 
 
 def format_exit(status: int | None) -> str:
-    """How a process ended, in words; a negative ``status`` is minus the signal that ended it."""
+    """Return an exit status as text; a negative ``status`` is minus the number of a signal."""
     if status is not None and status < 0:
         return f"by signal {-status} ({signal.strsignal(-status)})"
     return f"with status {status}"

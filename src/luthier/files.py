@@ -1,8 +1,8 @@
-"""Where things are kept, and how they are written: whole or not at all.
+"""Location of the store, and atomic file operations.
 
-Every file and folder of the store is first written to the same parent folder under a temporary name,
-forced to disk, and then renamed. A process that dies in the middle leaves only a name that starts with
-``.tmp-``, which nothing reads and :func:`sweep` removes.
+A file or folder of the store is written under a temporary name in the same parent folder, synced to
+disk and renamed. A killed process leaves only names that start with ``.tmp-``, which :func:`sweep`
+removes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from luthier.errors import (
 )
 
 TEMPORARY = ".tmp-"
-"""What the name of everything begins with that is not whole yet."""
+"""Prefix of incomplete files and folders."""
 _REPLACED = ".tmp-replaced"
-"""Name, in a temporary folder, of a folder that another one is about to replace."""
+"""Name of a folder under replacement, inside a temporary folder."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG,
@@ -49,9 +49,9 @@ def luthier_home() -> Path:
 
 
 def explain_unreadable_home() -> str:
-    """Why nothing is found in the store, as a sentence; empty where it can be read.
+    """Return the reason why the store cannot be read, as a sentence; empty if readable.
 
-    The default folder is made by the first command that writes: that it is missing says nothing.
+    A missing default folder is no reason, because the first write creates the folder.
     """
     home, is_named = luthier_home(), bool(os.environ.get("LUTHIER_HOME"))
     if not os.path.lexists(home):
@@ -69,7 +69,7 @@ def explain_unreadable_home() -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; of a folder, of the names and hashes in it."""
+    """Return the SHA-256 of a file's bytes, or of the names and hashes in a folder, in hexadecimal."""
     digest = hashlib.sha256()
     if path.is_dir():
         for name in names_below(path):
@@ -83,13 +83,13 @@ def sha256_of(path: Path) -> str:
 
 
 def file_version(status: os.stat_result) -> tuple[int, ...]:
-    """What differs once a file was changed."""
+    """Return a key that changes with the file's content."""
     # Whoever changes a file can set its time of modification back; not that of its change.
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def cached_sha256_of(path: Path) -> str:
-    """Return :func:`sha256_of` of a file, computed once for each of its versions by this process."""
+    """Return :func:`sha256_of` of a file, cached per version of the file."""
     return _sha256_of_version(path, file_version(path.stat()))
 
 
@@ -99,15 +99,15 @@ def _sha256_of_version(path: Path, version: tuple[int, ...]) -> str:
 
 
 def hashes_of(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:
-    """SHA-256 of each file below ``folder``, by its path relative to it."""
+    """Return the SHA-256 of each file below ``folder`` by relative path."""
     return {name: sha256_of(folder / name) for name in names_below(folder) if name not in skip}
 
 
 def names_below(folder: Path) -> Iterator[str]:
-    """Names of the files below ``folder``, relative to it, in the order of their parts.
+    """Yield the relative paths of all files below ``folder``, sorted.
 
-    Of a million files no list of paths is made, which would take 500 bytes each. Links to folders are
-    not followed, and folders that may not be read are passed over.
+    Lazy, because a list of a million paths takes 500 bytes each. Links to folders and unreadable
+    folders are skipped.
     """
     try:
         with os.scandir(folder) as entries:
@@ -122,7 +122,7 @@ def names_below(folder: Path) -> Iterator[str]:
 
 
 def verify(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Raise :class:`CorruptFile` unless each named file of ``folder`` has its recorded hash."""
+    """Raise :class:`CorruptFile` unless each named file has the recorded hash."""
     for name, expected in hashes.items():
         path = folder / name
         if not path.is_file():
@@ -134,12 +134,12 @@ def verify(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 def without_home(text: str) -> str:
-    """``text`` for clients: paths of this store begin inside of it."""
+    """Return ``text`` with store paths made relative, for clients."""
     return text.replace(f"{luthier_home()}/", "")
 
 
 def folder_size(folder: Path, ending: str = "") -> int:
-    """Bytes of the files below ``folder`` whose names end so; 0 where there is none."""
+    """Return the bytes of all files below ``folder`` with a name ending; 0 without a folder."""
     # Not by glob, which remembers each of a million paths.
     names = names_below(folder) if folder.is_dir() else ()
     return sum(os.stat(f"{folder}/{name}").st_size for name in names if name.endswith(ending))
@@ -152,9 +152,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def numbered_lines(pieces: Iterator[bytes], longest: int) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers; they end at ``\\n`` and nowhere else.
+    """Yield non-blank lines with 1-based numbers; only ``\\n`` ends a line.
 
-    One of more than ``longest`` bytes is cut off behind them, and is the last.
+    A line of more than ``longest`` bytes is truncated and the last.
     """
     rest, number = b"", 0
     for piece in pieces:
@@ -171,10 +171,11 @@ def numbered_lines(pieces: Iterator[bytes], longest: int) -> Iterator[tuple[int,
 
 @contextmanager
 def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """Fill a temporary file; when the block ends well it becomes ``path``, else it is gone.
+    """Write a temporary file, which becomes ``path`` if the block succeeds and is removed
+    otherwise.
 
-    Who may read it follows from ``mode`` and the umask, as for any new file. A link stays one, and its
-    target is replaced. What is no file, a device or a pipe, is written to.
+    Permissions follow from ``mode`` and the umask. The target of a link is replaced, not the link.
+    A device or pipe is written directly.
     """
     if _is_device(path):
         with disk_errors(path.parent), path.open("wb") as file:
@@ -198,21 +199,21 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def _is_device(path: Path) -> bool:
-    """Whether ``path`` is none of both, such as a pipe; a link to one (/dev/stdout) leads nowhere."""
+    """Return whether ``path`` is a device or pipe; a broken link (/dev/stdout) is not."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 class Sink(Protocol):
-    """What bytes are written to."""
+    """A writable binary stream."""
 
     def write(self, data: bytes, /) -> int:
-        """Add ``data``; how many bytes that were."""
+        """Write ``data``; return the number of bytes."""
 
 
 def copy_lines(source: Path, lines: Sequence[int], target: Sink) -> None:
-    """Copy the 1-based ``lines`` of a file, byte for byte and in its order; each ends with a line end.
+    """Copy the 1-based ``lines`` of a file in file order, byte for byte, each with a line end.
 
-    Lines end at ``\\n`` and nowhere else.
+    Only ``\\n`` ends a line.
     """
     wanted = set(lines)
     with source.open("rb") as file:
@@ -222,12 +223,12 @@ def copy_lines(source: Path, lines: Sequence[int], target: Sink) -> None:
 
 
 def json_text(value: Any) -> str:
-    """What a file of JSON for people and programs holds."""
+    """Return ``value`` as indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def json_lines(records: Iterable[Mapping[str, Any]]) -> str:
-    """What a file of JSON Lines holds."""
+    """Return records as JSON Lines."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
@@ -237,7 +238,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of the store; :class:`CorruptFile` if it is not one."""
+    """Read a JSON file of the store; :class:`CorruptFile` for invalid JSON."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -245,7 +246,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file of a user; :class:`RecipeError` if it cannot be read."""
+    """Read a user's text file; :class:`RecipeError` if unreadable."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -257,7 +258,7 @@ def read_text(path: Path) -> str:
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Read a TOML file of a user, which is ``what``; :class:`RecipeError` if it cannot be read."""
+    """Read a user's TOML file, described as ``what``; :class:`RecipeError` if unreadable."""
     text = read_text(path)
     try:
         return tomllib.loads(text)
@@ -267,12 +268,13 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(path: Path, private: bool = False, replace: bool = True) -> Iterator[Path]:
-    """Fill a temporary folder; when the block ends well it becomes ``path``, else it is gone.
+    """Fill a temporary folder, which becomes ``path`` if the block succeeds and is removed
+    otherwise.
 
-    An existing ``path`` is replaced; without ``replace`` only an empty folder is, and for anything else
-    that is there by then an ``OSError`` is raised (``ENOTEMPTY``, or what :func:`disk_errors` makes of
-    another). What is ``private`` only its owner may read, whatever the umask;
-    who else may read the rest follows from the umask.
+    Args:
+        path: target; an existing folder is replaced.
+        private: give access to the owner only, regardless of the umask.
+        replace: if false, an existing non-empty target raises :class:`OSError` (``ENOTEMPTY``).
     """
     with disk_errors(path.parent), temporary_folder(path, private) as temporary:
         mode = temporary.stat().st_mode & 0o666
@@ -294,9 +296,9 @@ def new_folder(path: Path, private: bool = False, replace: bool = True) -> Itera
 
 @contextmanager
 def temporary_folder(path: Path, private: bool = False) -> Iterator[Path]:
-    """Create a temporary folder next to ``path``, which is deleted after the block.
+    """Create a temporary folder next to ``path`` for the block.
 
-    Only the owner may read a ``private`` one.
+    A ``private`` folder is readable for the owner only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = _make_temporary(path, 0o700 if private else 0o777)
@@ -307,14 +309,14 @@ def temporary_folder(path: Path, private: bool = False) -> Iterator[Path]:
 
 
 def _make_temporary(path: Path, mode: int) -> Path:
-    """Create the temporary folder of ``path``, with a name by which :func:`sweep` finds it."""
+    """Create the temporary folder of ``path``, named for :func:`sweep`."""
     folder = path.parent / f"{TEMPORARY}{path.name}~{secrets.token_hex(8)}"
     folder.mkdir(mode)
     return folder
 
 
 def _replace_folder(path: Path, fresh: Path) -> None:
-    """Replace the folder ``path`` by ``fresh``; put ``path`` back if that fails."""
+    """Replace the folder ``path`` by ``fresh``; restore ``path`` after a failure."""
     doomed = _make_temporary(path, 0o700)
     os.replace(path, doomed / _REPLACED)
     try:
@@ -328,11 +330,11 @@ def _replace_folder(path: Path, fresh: Path) -> None:
 
 @contextmanager
 def lock(path: Path, wait: bool = False, create: bool = True) -> Iterator[bool]:
-    """Hold the lock file ``path``; yields whether it was free. ``wait`` waits until it is.
+    """Acquire the lock file ``path``; yields False if another process holds the lock.
 
-    The kernel lets go of it when the process ends, however it ends. Who holds it may replace or remove
-    the file, as the last thing: those that opened it before then take the new one. Without
-    ``create`` it is a ``FileNotFoundError`` where there is none.
+    ``wait`` waits for the lock. The kernel releases the lock when the process ends. The lock's
+    owner may replace or remove the file as its last step; waiting processes then lock the new file.
+    Without ``create``, a missing file raises :class:`FileNotFoundError`.
     """
     if create:
         with disk_errors(path.parent):
@@ -355,11 +357,11 @@ def lock(path: Path, wait: bool = False, create: bool = True) -> Iterator[bool]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock file ``path``.
+    """Return whether a process holds the lock file ``path``.
 
-    The kernel tells it only to who asks for the lock. It is asked for a shared one, given back at once:
-    any number of processes can look together, and who tries :func:`lock` in that instant without
-    waiting finds it held, so has to try again where somebody may look.
+    The kernel offers no query, so this function acquires and releases a shared lock. Several
+    processes can query at once. A concurrent :func:`lock` without ``wait`` may fail, so retry if
+    other processes query.
     """
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -375,7 +377,7 @@ def is_locked(path: Path) -> bool:
 
 
 def _is_open_at(handle: int, path: Path) -> bool:
-    """Whether the open file is the one at ``path``, and was not replaced."""
+    """Return whether the open file is still the file at ``path``."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -383,11 +385,10 @@ def _is_open_at(handle: int, path: Path) -> bool:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what a killed process left unfinished in ``folder``; only of ``name``, if given.
+    """Remove the remains of killed processes in ``folder``, or only of ``name``.
 
-    A folder that was about to be replaced is put back.
-
-    Only for who holds the lock on what is swept: another process may be writing there.
+    An interrupted folder replacement is rolled back. The caller must hold the lock: another process
+    may be writing.
     """
     for path in folder.glob(f"{TEMPORARY}{name}~*" if name else f"{TEMPORARY}*"):
         if path.is_dir():
@@ -404,16 +405,16 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """``path``, or what there is of it from the root on."""
+    """Return ``path``, or its nearest existing parent."""
     return next(each for each in (path, *path.parents) if each.exists())
 
 
 def need_disk(folder: Path, size: int, what: str) -> None:
-    """Refuse early when ``folder``'s disk has less than ``size`` bytes free.
+    """Raise an error if the disk of ``folder`` has less than ``size`` bytes free.
 
     Raises:
-        DiskFull: where the disk would hold so much, if other things were not on it.
-        DoesNotFit: where it never will.
+        DiskFull: if the empty disk would have enough space.
+        DoesNotFit: if the disk is too small.
     """
     existing = nearest_existing(folder)
     usage = shutil.disk_usage(existing)
@@ -428,7 +429,7 @@ def need_disk(folder: Path, size: int, what: str) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into an error that says so."""
+    """Convert the errors of a full or read-only disk to luthier's errors."""
     try:
         yield
     except Exception as error:
@@ -447,7 +448,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def check_creatable(path: Path) -> None:
-    """Refuse a path where no file or folder can be made, before the work is done that is to lie there.
+    """Reject a path that cannot be created, before the work for its content starts.
 
     Raises:
         RecipeError: with the reason.
@@ -487,20 +488,20 @@ def _unwritable(path: Path, why: str) -> RecipeError:
 
 
 def waits_for_disk(error: BaseException) -> bool:
-    """Whether work failed because its disk is full or read-only now, and not for what it is."""
+    """Return whether work failed only because the disk is full or read-only."""
     if isinstance(error, DiskFull | ReadOnlyDisk):
         return True
     return isinstance(error, Exception) and _system_error(error) in (*_FULL, errno.EROFS)
 
 
 def room(folder: Path) -> int:
-    """Bytes that can be written to the disk of ``folder`` now; none where it takes no writes."""
+    """Return the free bytes on the disk of ``folder``; 0 for a read-only disk."""
     found = os.statvfs(nearest_existing(folder))
     return 0 if found.f_flag & os.ST_RDONLY else found.f_bavail * found.f_frsize
 
 
 def _system_error(error: Exception) -> int | None:
-    """Number of the system's error; safetensors wraps it in a class of its own, as text."""
+    """Return the ``errno`` of an error; safetensors wraps the number in text."""
     if isinstance(error, OSError):
         # NumPy says it in words alone where it writes an array.
         full = error.errno is None and re.search(r"Not enough free space|requested and", str(error))

@@ -20,17 +20,17 @@ KIB, MIB = 1 << 10, 1 << 20
 BODY_BYTES = 25_000_000
 """Largest request body that is read into memory and largest line of a batch, in bytes, as on AWS."""
 TEXT_CHARACTERS = 262_144
-"""Largest text that a grader compares, in characters. The time to compare two texts is proportional to
-the product of their lengths."""
+"""Largest text for a grader, in characters. The comparison of two texts takes time proportional to
+the product of the lengths."""
 SCHEMA_CHARACTERS = 200_000
 """Largest JSON schema, regular expression or grammar of a structured output, in characters."""
 
 
 class AccountQuotas(StrictModel):
-    """Quotas of one account; ``luthier admin accounts quota`` changes them per account.
+    """Quotas of one account; ``luthier admin accounts quota`` changes the quotas of an account.
 
-    The defaults are finite so that one account (an upload loop, a leaked key) cannot fill the disk or
-    the database of the other accounts.
+    The defaults are finite so that one account (an upload loop, a leaked key) cannot fill the disk
+    or the database.
     """
 
     stored_bytes: int = Field(default=1 << 40, ge=0)
@@ -55,10 +55,10 @@ class ModelLimits(StrictModel):
     prompt_seconds: float = Field(default=20, gt=0)
     """Time to tokenize a prompt."""
     answers: int = Field(default=128, ge=1)
-    """Replies that one model generates at once; more requests wait."""
+    """Concurrent replies per model; more requests wait."""
     waiting_requests: int = Field(default=256, ge=1)
-    """Requests of one account that wait for one model, for `model_requests` or for
-    `grading_requests`; more requests get 429."""
+    """Waiting requests of one account per model, for `model_requests` or for `grading_requests`;
+    more requests get 429."""
     queue_seconds: float = Field(default=300, gt=0)
     """Time that a request waits for `model_requests`, and again for the model; then the request
     gets 429. The default is half of the `openai` client's timeout. boto3 closes a connection
@@ -69,27 +69,27 @@ class ModelLimits(StrictModel):
     `timeout`). The default is twice the time of 8,192 tokens next to 63 other streams of a 135M
     model on two cores."""
     logprobs: int = Field(default=500_000, ge=1)
-    """Log-probabilities of one request; a request that may need more gets 400."""
+    """Log-probabilities per request; a larger request gets 400."""
     inputs: int = Field(default=64, ge=1)
-    """Inputs of one request for predictions, and images that one request generates; a request
-    with more gets 400. Embeddings: 2,048 texts, as OpenAI."""
+    """Inputs per prediction request and images per generation request; more get 400. Embeddings:
+    2,048 texts, as OpenAI."""
     image_pixels: int = Field(default=16_000_000, ge=1)
     """Pixels of one image; a larger image gets 400 before it is decoded."""
     sound_samples: int = Field(default=8_000_000, ge=1)
     """Samples of one audio file, all channels together; a longer file gets 400."""
     image_seconds: float = Field(default=60, gt=0)
-    """Computing time of one request with images or audio, without waiting; a longer request is
+    """Computing time per request with images or audio, without waiting; a longer request is
     stopped."""
     schema_characters: int = Field(default=SCHEMA_CHARACTERS, ge=1)
     """Characters of the JSON schema, regular expression or grammar of a reply, or of all tool
     schemas together; a request with more gets 400."""
     account_share: float = Field(default=0.75, gt=0, le=1)
-    """Share of `answers`, cache memory, `model_requests` and `streams` that one account uses at
-    most. A single request may exceed the first two."""
+    """Largest share of `answers`, cache memory, `model_requests` and `streams` per account. A
+    single request may exceed the first two."""
     weights_share: float = Field(default=0.45, gt=0, le=1)
-    """Share of the memory that is free at the start, for the weights of models."""
+    """Share of the free memory at the start for model weights."""
     cache_share: float = Field(default=0.15, gt=0, le=1)
-    """Share of the memory that is free at the start, for keys and values and for the passes of
+    """Share of the free memory at the start for keys and values, and for forward passes of
     classifiers and embedding models."""
 
     @model_validator(mode="after")
@@ -99,7 +99,7 @@ class ModelLimits(StrictModel):
         return self
 
     def share_of(self, capacity: int) -> int:
-        """Return the part of ``capacity`` that one account uses at most."""
+        """Return the part of ``capacity`` for one account."""
         return max(1, int(self.account_share * capacity))
 
 
@@ -113,11 +113,11 @@ class ServerLimits(AccountQuotas, ModelLimits):
     shutdown_seconds: float = Field(default=30, ge=0)
     """Time for running requests when the server stops; then the requests end with an error."""
     grading_requests: int = Field(default=4, ge=1)
-    """Concurrent requests that run or validate a grader; one account uses at most a quarter,
-    and more requests wait."""
+    """Concurrent requests that run or validate a grader; one account uses at most a quarter, more
+    requests wait."""
     grading_text_characters: int = Field(default=65_536, ge=1)
-    """Characters of each text that a grader compares, and of a filled template. Comparing two
-    texts of the default size takes 0.2 s, and of 262,144 characters 3 s."""
+    """Characters of each text for a grader, and of a filled template. A comparison of two texts
+    takes 0.2 s at the default, and 3 s at 262,144 characters."""
     model_requests: int = Field(default=48, ge=1)
     """Concurrent requests that use a model; more requests wait."""
     streams: int = Field(default=256, ge=1)

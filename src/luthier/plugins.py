@@ -1,14 +1,14 @@
-"""Objectives, adaptations, graders, base models and backends that other installed packages add.
+"""Registration of objectives, adaptations, graders, base models and backends by other packages.
 
-A package names what it adds by entry points, one group for each table:
+A package declares its parts as entry points, one group per table:
 
     [project.entry-points."luthier.objectives"]
     focal = "luthier_focal:Focal"
 
-The name is that of recipes: the default of the class's ``method``, or the ``id`` of a base model
-or backend. The package is imported when the table is first looked through, or when its name is
-asked for. One that cannot be used is left out with a warning, so that it stops no other command; to
-ask for it by its name says what is wrong, and with which package.
+The name is the name in recipes: the default of the class's ``method``, or the ``id`` of a base
+model or backend. A package is imported on the first iteration of the table or lookup of its name.
+Iteration skips a broken package with a warning, so other commands keep working. A lookup raises an
+error with the reason and the package.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Component = TypeVar("Component")
 
 BUNDLED = ("luthier.media",)
-"""Packages of luthier that register their parts as installed packages do. Each has ``ENTRY_POINTS``."""
+"""Packages of luthier with ``ENTRY_POINTS``, registered like plugins."""
 
 
 def bundled(group: str) -> dict[str, EntryPoint]:
@@ -48,19 +48,19 @@ class Plugin:
     group: str
     name: str
     package: str
-    """Name and version of the distribution it came with."""
+    """Name and version of the distribution."""
     problem: str = ""
-    """Why it cannot be used; empty where it can."""
+    """Reason why the plugin is broken; empty if usable."""
 
 
 class PluginTable(Mapping[str, Component], Generic[Component]):
-    """Parts of one kind by name: built-in, then bundled, then those of installed packages.
+    """Parts of one kind by name: built-in, then bundled, then plugins.
 
-    A name that is broken is ``in`` the table and raises where it is looked up; iterating leaves it out.
+    A broken plugin is ``in`` the table and raises on lookup; iteration skips the plugin.
     """
 
     def __init__(self, group: str, kind: type, built_in: Mapping[str, Component]) -> None:
-        """``kind`` is the class that parts are subclasses or instances of."""
+        """``kind`` is the base class or the class of the parts."""
         self.group, self.kind, self.built_in = f"luthier.{group}", kind, dict(built_in)
         self._loaded: dict[str, Component | Plugin] = {}
 
@@ -75,22 +75,22 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
         return {each.name: each for each in reversed(found)}
 
     def plugins(self) -> list[Plugin]:
-        """The entry points of the group, each loaded to see whether it can be used."""
+        """Return all plugins of the table, each loaded to detect problems."""
         return [self._plugin(name) for name in self._points]
 
     def package_of(self, name: str) -> str | None:
-        """Return name and version of the package that adds ``name``; ``None`` for luthier's own."""
+        """Return name and version of the plugin's package; ``None`` for luthier's own parts."""
         return None if self._is_own(name) else _package(self._points[name])
 
     def _is_own(self, name: object) -> bool:
         return name in self.built_in or name in self._bundled
 
     def __getitem__(self, name: str) -> Component:
-        """The part called ``name``.
+        """Return the part with this name.
 
         Raises:
-            KeyError: where there is none.
-            RecipeError: where its package cannot be used, with the reason.
+            KeyError: if no part has the name.
+            RecipeError: if the plugin is broken.
         """
         if name in self.built_in:
             return self.built_in[name]
@@ -129,7 +129,7 @@ class PluginTable(Mapping[str, Component], Generic[Component]):
         return Plugin(self.group, name, _package(self._points[name]))
 
     def _load(self, name: str) -> Component | Plugin:
-        """What the entry point stands for; a :class:`Plugin` with its problem where that fails."""
+        """Return the part of an entry point, or a :class:`Plugin` with the problem."""
         if name not in self._loaded:
             point = self._points[name]
             try:
@@ -159,7 +159,7 @@ def _package(point: EntryPoint) -> str:
 
 
 def _own_name(part: Any) -> object:
-    """Return the name that a class or an object gives itself, by the attribute of its kind."""
+    """Return the part's own name, from the attribute of its kind."""
     if "method" in getattr(part, "model_fields", {}):
         return part.model_fields["method"].default
     return next((getattr(part, key) for key in ("id", "name", "shape") if hasattr(part, key)), None)

@@ -1,7 +1,7 @@
-"""What a base model is made from: text, a network and its tokenizer, and a training.
+"""The recipe of a base model: text, network, tokenizer and training.
 
-The counterpart of :class:`luthier.recipe.Recipe` for ``luthier pretrain``: read from TOML, from the
-command line and from Python, and stored with the base model.
+The counterpart of :class:`luthier.recipe.Recipe` for ``luthier pretrain``: read from TOML, the
+command line or Python, and stored with the base model.
 """
 
 from __future__ import annotations
@@ -22,43 +22,40 @@ from luthier.validation import StrictModel
 
 
 class Corpus(StrictModel):
-    """Which text is learned from and which is held out."""
+    """Training and held-out text."""
 
     train: tuple[Path, ...] = Field(min_length=1)
     """Files of raw text: .txt, .md, or JSONL with a text in each row. They may exceed the memory."""
     validation: tuple[Path, ...] = ()
-    """Files to measure on; without any, a part of the documents or the end of the text is held out."""
+    """Validation files; by default some documents or the end of the text are held out."""
     validation_share: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the text to hold out when no validation file is given; 0 for none."""
+    """Share of held-out text if no validation file is given; 0 for none."""
 
 
 class NewNetwork(StrictModel):
-    """The network that is built, or gone on with."""
+    """The network to build or to continue."""
 
     base: str | None = None
-    """A model to go on from, with its weights and its tokenizer (continued pre-training); a network of
-    random weights is built when not given."""
+    """A model for continued pre-training, with its tokenizer; by default a new network is built."""
     family: Family = "llama"
-    """Kind of network; ``palm`` has parallel layers and one key head (Chowdhery et al. 2022),
-    ``transfo_xl`` segments that remember (Dai et al. 2019). ELMo's is not among them: it reads
-    characters, and learns from both sides with ``bilm``, where pre-training makes a tokenizer and
-    writes from left to right."""
+    """Kind of network: ``llama``, ``gpt2``, ``palm`` (Chowdhery et al. 2022: parallel layers, one
+    key head) or ``transfo_xl`` (Dai et al. 2019: recurrent segments)."""
     size: Size | None = None
-    """Its size, about so many weights; chosen by the text when not given."""
+    """Approximate number of weights; by default chosen from the amount of text."""
     config: Path | None = None
     """A config.json to build from instead of family and size."""
     context: int | None = Field(default=None, ge=8)
-    """Longest input in tokens, and the length of the sequences it is trained on; of ``base`` the
-    length of the sequences alone, 512 when not given."""
+    """Longest input and training sequence in tokens; with ``base``, only the training sequence, 512
+    by default."""
 
 
 class NewTokenizer(StrictModel):
-    """The tokenizer that is trained."""
+    """The tokenizer to train."""
 
     vocabulary: int | None = Field(default=None, ge=SMALLEST)
     """Tokens at most; 256 bytes and the end-of-text token are the least."""
     sample: int = Field(default=50_000_000, ge=1)
-    """Characters of the text it is trained on at most, spread over all of it."""
+    """Most characters to train the tokenizer on, spread over the text."""
 
 
 class PretrainTraining(Training):
@@ -71,21 +68,21 @@ class PretrainTraining(Training):
 
 
 class PretrainRecipe(StrictModel):
-    """Everything that decides what a new base model becomes."""
+    """All settings of a new base model."""
 
     name: ModelName
     """Id of the base model; of an adapter, the id is ``base:name``."""
     data: Corpus
-    """What is learned from."""
+    """Training and held-out text."""
     network: NewNetwork = NewNetwork()
-    """What is built."""
+    """Network to build or to continue."""
     tokenizer: NewTokenizer = NewTokenizer()
-    """How text becomes tokens."""
+    """Tokenizer to train."""
     adaptation: SerializeAsAny[Adaptation] = Full()
-    """Which weights of ``network.base`` move: all, and the result is a base model; or an adapter beside
-    them, and the result is a custom model of that base."""
+    """Trained weights of ``network.base``: all for a new base model, or an adapter for a custom
+    model of that base."""
     training: PretrainTraining = PretrainTraining()
-    """How it is trained."""
+    """Optimization settings."""
 
     @field_validator("name")
     @classmethod
@@ -101,12 +98,12 @@ class PretrainRecipe(StrictModel):
 
     @property
     def makes_adapter(self) -> bool:
-        """Whether what is stored is an adapter of ``network.base``, and no network."""
+        """True if the result is an adapter of ``network.base``."""
         return not self.adaptation.stores_network
 
     @staticmethod
     def parse(fields: dict[str, Any]) -> PretrainRecipe:
-        """Build one from plain values; :class:`RecipeError` names each bad field."""
+        """Return the recipe for plain values; :class:`RecipeError` names each invalid field."""
         network, tokenizer = fields.get("network"), fields.get("tokenizer")
         if isinstance(network, dict) and network.get("base") is not None:
             new = [name for name in ("family", "size", "config") if name in network]
@@ -138,5 +135,5 @@ class PretrainRecipe(StrictModel):
         return self.model_dump(mode="json", exclude_none=True)
 
     def objective(self, context: int) -> CausalLM:
-        """What is learned: each token from those before it, in sequences of ``context`` tokens."""
+        """Return the training objective: next-token prediction in sequences of ``context`` tokens."""
         return CausalLM(sequence_length=context)

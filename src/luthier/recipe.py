@@ -1,8 +1,8 @@
 """The recipe: base x data x objective x adaptation x optimizer x budget, as one frozen object.
 
-A recipe is what is asked for; a field that is ``None`` is chosen later from the data and the model
-and printed with its reason. The same object is read from TOML, from the command line and from
-Python, and is stored with the custom model.
+A recipe is the user's request. A field that is ``None`` is chosen later from the data and the
+model, and printed with a reason. The same object is read from TOML, the command line and Python,
+and is stored with the custom model.
 """
 
 from __future__ import annotations
@@ -41,72 +41,72 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 NAME_RULE = "use 1-63 lower-case letters, digits, '.', '_' and '-'"
 MOST_STEPS = 1_000_000_000
-"""Optimizer steps of any run; what no machine reaches is a slip or an attack, and overflows later."""
+"""Most optimizer steps of a run; more steps are a typo or an attack and would overflow."""
 
 
 def check_name(name: str) -> str:
-    """``name`` where a model or a run can be called so; else a :class:`ValueError` with the rule."""
+    """Return ``name`` if valid for a model or run; else raise :class:`ValueError`."""
     if not NAME_PATTERN.fullmatch(name):
         raise ValueError(NAME_RULE)
     return name
 
 
 ModelName = Annotated[str, AfterValidator(check_name)]
-"""What a model or a run is called."""
+"""Name of a model or run."""
 SourceName = Annotated[
     str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)
 ]
-"""What names data: a path, a folder, a pattern or an address (``luthier.data.sources``)."""
+"""Data source: a path, a folder, a pattern or an address (``luthier.data.sources``)."""
 
 
 class MixSpec(StrictModel):
-    """A further file to learn from beside the main one, and how much of it."""
+    """An additional training file with a mixing ratio."""
 
     train: SourceName
-    """Rows; all of them are for learning, nothing is held out."""
+    """Rows to train on; no row is held out."""
     weight: float = Field(gt=0, le=1000)
-    """Rows drawn from it for each row of the main file."""
+    """Rows drawn from the file per row of the main file."""
 
 
 class DataSpec(StrictModel):
-    """Which rows are learned from and which are held out."""
+    """Training and held-out rows."""
 
     train: SourceName
     """Rows to learn from: a file, folder or pattern, or ``s3://``; JSONL, CSV, Parquet or text."""
     validation: SourceName | None = None
-    """Rows to measure on; without them, a part of the training rows is held out."""
+    """Validation rows; without a file, a part of the training rows is held out."""
     validation_share: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the training rows to hold out when no validation file is given; 0 for none."""
+    """Share of training rows to hold out if no validation file is given; 0 for none."""
     test_share: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the training rows to keep out for a later test; the run folder says which."""
+    """Share of training rows to keep for a later test; the run folder lists the rows."""
     train_share: float | None = Field(default=None, gt=0, le=1)
-    """Share of the rows left to learn from that is used, each label with its part; all if not given."""
+    """Share of the remaining training rows to use, stratified by label; all by default."""
     group_column: str | None = Field(default=None, min_length=1)
-    """Column whose rows of one value are all learned from or all held out, such as a speaker."""
+    """Column whose equal values (such as a speaker) stay on one side of the split."""
     long_rows: Literal["error", "drop", "truncate"] = "error"
-    """What to do with rows longer than the model's context."""
+    """How to handle rows longer than the context."""
     columns: dict[str, str] | None = None
-    """What the data calls our keys, as ``{prompt = "question"}``; an empty name sets a key aside."""
+    """Column names by key, as ``{prompt = "question"}``; an empty name ignores the key."""
     chat_template_kwargs: TemplateSettings | None = None
-    """What the chat template reads beside the rows, ``{enable_thinking = false}``; kept for serving."""
+    """Variables for the chat template, ``{enable_thinking = false}``; also used in serving."""
     mix: tuple[MixSpec, ...] = ()
-    """Further files to learn from, each with its ``train`` and ``weight``."""
+    """Additional training files, each with ``train`` and ``weight``."""
     policy: Path | None = None
-    """TOML file that says how serious a rule of the data gate is, and which checks to skip."""
+    """TOML file with the severity of data rules and the checks to skip."""
     severity: dict[str, Any] | None = None
     """``off``, ``note``, ``warning`` or ``error`` by rule of the data gate, over the policy's."""
     augmentation: Augmentation | None = None
-    """Random changes to training rows, drawn anew each time; off for texts when not given."""
+    """Random changes to training rows in each epoch; off for text by default."""
     image_size: int | None = Field(default=None, ge=8, le=2048)
-    """Height and width that images are brought to; those of the base model when not given."""
+    """Height and width of images in pixels; by default from the base model."""
     sampling_rate: int | None = Field(default=None, ge=1000, le=192_000)
-    """Samples a second that sounds are brought to; those of the base model when not given."""
+    """Sampling rate of audio in Hz; by default from the base model."""
     max_seconds: float | None = Field(default=None, gt=0.05, le=60)
-    """Seconds of each sound that are read, its middle; those of the base model when not given."""
+    """Seconds to use of each audio file, from the middle; by default from the base model."""
 
     @property
     def files(self) -> list[Path]:
-        """Every file that is read, those of ``s3://`` fetched."""
+        """All data files; ``s3://`` objects are downloaded."""
         given = (self.train, self.validation, *(m.train for m in self.mix))
         return [path for source in given if source for path in files_of(source)]
 
@@ -133,7 +133,6 @@ class DataSpec(StrictModel):
 
 
 def _place(source: str) -> str:
-    """One name for the same source."""
     return source if "://" in source else str(Path(source).resolve())
 
 
@@ -143,24 +142,25 @@ class Training(StrictModel):
     epochs: float | None = Field(default=None, gt=0, le=10_000)
     """Passes over the training rows."""
     max_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
-    """Stop after so many optimizer steps, whatever ``epochs`` says."""
+    """Stop after this number of optimizer steps, regardless of ``epochs``."""
     batch_size: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Rows in one optimizer step."""
+    """Rows per optimizer step."""
     # Beyond, a step is no number in float32; a rate that is only far too high diverges and says so.
     learning_rate: float | None = Field(default=None, gt=0, le=1e32)
     """Highest learning rate of the schedule."""
     learning_rate_multiplier: float = Field(default=1.0, gt=0, le=10_000)
-    """Factor of the learning rate that is chosen where none is given."""
+    """Factor of the default learning rate."""
     schedule: Literal["cosine", "linear", "constant", "step", "one_cycle"] = "cosine"
     """Learning-rate schedule after warm-up; ``one_cycle`` rises and falls."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
-    """Share of the steps in which the rate rises: 0.05 when not given, 0.45 for ``one_cycle``."""
+    """Share of warmup steps: 0.05 by default, 0.45 for ``one_cycle``."""
     warmup_steps: int | None = Field(default=None, ge=0, le=MOST_STEPS)
-    """The same as a number of steps; goes before ``warmup_ratio``."""
+    """Number of warmup steps; overrides ``warmup_ratio``."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Factor of the rate from each layer to the one below; heads have the full rate, 1 is off."""
+    """Factor of the learning rate from each layer to the next lower layer; 1 is off."""
     head_rate_multiplier: float | None = Field(default=None, gt=0, le=10_000)
-    """Factor of the rate for a head; 10 for a new one with ``full`` at its default rate, else 1."""
+    """Factor of a head's learning rate; 10 for a new head with ``full`` at its default rate, else
+    1."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
     """Decoupled weight decay, on matrices only."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -172,31 +172,31 @@ class Training(StrictModel):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Share dropped wherever the network drops hidden states; the network's own when not given."""
     max_gradient_norm: float = Field(default=1.0, ge=0, le=1e9)
-    """Gradients of a larger global norm are scaled down to it; 0 turns clipping off."""
+    """Largest global gradient norm, by scaling; 0 turns clipping off."""
     micro_batch_tokens: int | None = Field(default=None, ge=1, le=1_000_000_000)
-    """Distinct tokens computed at once; smaller takes less memory, the result is the same."""
+    """Distinct tokens per micro-batch; less saves memory with the same result."""
     evaluate_every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps between measurements on the validation rows."""
     patience: int = Field(default=3, ge=0, le=1_000_000)
-    """Stop after so many measurements further below the best than by chance; 0 never stops early."""
+    """Stop after this many measurements significantly above the best loss; 0 never stops early."""
     min_delta: float = Field(default=0.0, ge=0, lt=1)
-    """Least improvement, as a share of the best loss or error, that resets ``patience``; 0 for any."""
+    """Smallest improvement to reset ``patience``, as a share of the best loss or error; 0 for any."""
     refit: bool | None = None
-    """Train once more on all rows, held-out ones too, for as long as these showed to be right."""
+    """Train again on all rows, held-out rows included, for the best number of steps."""
     baseline_seconds: float = Field(default=60.0, ge=0, le=86_400)
-    """Seconds for simple baselines that the model is compared with, where it reads; 0 for none."""
+    """Time limit of simple baselines to compare with, in seconds; 0 for none."""
     shuffle: bool = True
-    """Take the rows in a new random order each epoch; otherwise in the order of the file."""
+    """Shuffle the rows in each epoch; otherwise use the order of the file."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the row order, of new weights and of dropout."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number type of matrix products; ``auto`` is bfloat16 where the machine has it natively."""
+    """Number type of matrix products; ``auto`` is bfloat16 on machines with native support."""
     threads: int | None = Field(default=None, ge=1, le=4096)
-    """CPU threads, which processes on one machine share; all cores when not given."""
+    """CPU threads, shared by all processes on a machine; all cores by default."""
     fully_shard: bool = False
-    """Whether several processes cut the layers into shards (FSDP2), of which each holds one."""
+    """Shard the layers over all processes (FSDP2)."""
     track: tuple[str, ...] = ()
-    """Trackers that also receive the metrics: ``mlflow``, ``tensorboard``, ``wandb`` or a plugin's."""
+    """Trackers for the metrics: ``mlflow``, ``tensorboard``, ``wandb`` or a plugin's."""
 
     @field_validator("track")
     @classmethod
@@ -209,37 +209,37 @@ class Training(StrictModel):
 
 
 class ForgettingLimits(StrictModel):
-    """How much a tuned model may forget and still be activated: one outside is stored, and withheld."""
+    """Limits of forgetting; a model outside of the limits is stored but not activated."""
 
     max_kl: float = Field(default=8.0, gt=0, le=1000)
-    """Largest drift from the base, in nats a token of what the base writes."""
+    """Largest divergence from the base model, in nats per token of the base's output."""
     max_accuracy_loss: float = Field(default=0.1, ge=0, le=1)
-    """Largest loss of accuracy on a set of probes, where it is more than chance."""
+    """Largest loss of accuracy on a probe set, beyond chance."""
     probes: tuple[SourceName, ...] = ()
-    """Files of rows with choices that are measured besides ours."""
+    """Additional probe files: rows with choices."""
     accept: bool = False
-    """Activate the model although it is outside; its record says so."""
+    """Activate the model even outside of the limits; the model record notes the override."""
 
 
 class Recipe(StrictModel):
-    """Everything that decides what a custom model becomes."""
+    """All settings of a custom model."""
 
     base: str = "smollm2-135m-instruct"
     """Base model, custom model, local directory or hub id to start from."""
     name: ModelName | None = None
-    """Name of the custom model; its id is ``base:name``."""
+    """Name of the custom model; the id is ``base:name``."""
     data: DataSpec
-    """What is learned from."""
+    """Training and held-out rows."""
     objective: SerializeAsAny[Objective] | None = None
-    """What is learned; without one, the first objective that learns from rows of this shape."""
+    """Training objective; by default the first objective for the shape of the rows."""
     adaptation: SerializeAsAny[Adaptation] = Field(
         default_factory=lambda: ADAPTATIONS["lora"](method="lora")
     )
-    """Which weights move."""
+    """Trained weights: an adapter or all weights."""
     training: Training = Training()
-    """How it is trained."""
+    """Optimization settings."""
     forgetting: ForgettingLimits | None = None
-    """What it may forget and still be activated; not measured when not given."""
+    """Limits of forgetting; not measured by default."""
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -258,7 +258,7 @@ class Recipe(StrictModel):
 
     @staticmethod
     def read(path: Path) -> Recipe:
-        """Read a TOML recipe; paths in it are relative to its folder."""
+        """Read a TOML recipe; paths are relative to the recipe's folder."""
         return Recipe.parse(read_recipe(path))
 
     def plain(self) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class Recipe(StrictModel):
 
 
 def parse(kind: type[Parsed], fields: Mapping[str, Any]) -> Parsed:
-    """Return a recipe of ``kind``; the :class:`RecipeError` has one problem per bad field."""
+    """Return a recipe of ``kind``; :class:`RecipeError` has one problem per invalid field."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -288,7 +288,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def fields_of(data: str | Path | Sequence[str | Path]) -> dict[str, Any]:
-    """Fields of a TOML recipe; of any other data those of a recipe that learns from them."""
+    """Return the fields of a TOML recipe, or of a recipe for any other data."""
     files = [data] if isinstance(data, str | Path) else list(data)
     if len(files) == 1 and str(files[0]).endswith(".toml"):
         return read_recipe(Path(files[0]))
@@ -304,7 +304,7 @@ def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def map_sources(fields: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Change what names data, a policy or probes in the plain values of a recipe, in place."""
+    """Apply ``change`` to all paths of data, policy and probes in recipe fields, in place."""
     data = fields.get("data")
     mixed = data.get("mix", []) if isinstance(data, dict) else []
     for group in (data, *(mixed if isinstance(mixed, list) else [])):
@@ -323,7 +323,7 @@ def map_sources(fields: dict[str, Any], change: Callable[[str], str]) -> dict[st
 def parse_setting(assignment: str) -> tuple[str, Any]:
     """Parse one ``KEY=VALUE`` of the command line, for example ``adaptation.rank=8``.
 
-    The value is parsed as TOML (numbers, true, lists), and is text if it is no TOML.
+    The value is parsed as TOML (numbers, true, lists), or is text if parsing fails.
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
@@ -336,7 +336,7 @@ def parse_setting(assignment: str) -> tuple[str, Any]:
 
 
 def set_field(fields: dict[str, Any], assignment: str) -> None:
-    """Set the field that ``KEY=VALUE`` names."""
+    """Set a field from ``KEY=VALUE``."""
     key, value = parse_setting(assignment)
     assign(fields, key.split("."), value)
 
@@ -374,7 +374,7 @@ def parse_columns(texts: Sequence[str] | None) -> dict[str, str]:
 
 
 def toml_value(text: str) -> Any:
-    """What ``text`` is in TOML (a number, true, a list); the text itself where it is nothing there."""
+    """Parse ``text`` as a TOML value (a number, true, a list); invalid TOML stays text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -382,12 +382,12 @@ def toml_value(text: str) -> Any:
 
 
 def to_toml(fields: Mapping[str, Any]) -> str:
-    """Plain values as TOML that :func:`read_recipe` reads back: first the values, then the groups."""
+    """Return fields as TOML for :func:`read_recipe`: values first, then groups."""
     return "\n".join(_toml_lines(fields, ())) + "\n"
 
 
 def portable(recipe: Recipe) -> dict[str, Any]:
-    """What was set of ``recipe``, for a file that works in any folder: no name, whole paths."""
+    """Return the set fields of a recipe for use in any folder: without name, with absolute paths."""
     fields = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     fields.pop("name", None)
     return map_sources(fields, absolute)
@@ -432,7 +432,7 @@ def assign(fields: dict[str, Any], path: Sequence[str], value: Any) -> None:
 
 
 def adaptation_of(value: Any) -> Any:
-    """An adaptation of a name or of its fields, for a recipe that is being read."""
+    """Return the adaptation for a name or fields, before the validation of a recipe."""
     return _from_table(value, ADAPTATIONS, "adaptation")
 
 
@@ -457,12 +457,12 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
 
 
 _INPUT = Repr()
-"""What was given is quoted in part: a number may have thousands of digits."""
+"""Truncation of values in messages: a number may have thousands of digits."""
 _INPUT.maxstring = _INPUT.maxlong = _INPUT.maxother = 100
 
 
 def _problem(item: Mapping[str, Any], kind: type[BaseModel]) -> Problem:
-    """Return what is wrong with one field, from an error of pydantic."""
+    """Return the problem of one field from a pydantic error."""
     setting = ".".join(str(part) for part in item["loc"])
     rule, message = "recipe.invalid", describe_constraint(item)
     if item["type"] == "extra_forbidden":
@@ -480,11 +480,11 @@ _SYNONYMS: Mapping[str, str] = {
     "model": "base",
     "peft": "adaptation",
 }
-"""What other trainers call fields."""
+"""Field names of other trainers."""
 
 
 def _unknown_field(where: str, kind: type[BaseModel]) -> str:
-    """That a field does not exist here, and what to write instead, by its full name."""
+    """Return the message for an unknown field, with the full name of a likely field."""
     tables: Mapping[str, Mapping[str, type[BaseModel]]] = {
         "objective": OBJECTIVES, "adaptation": ADAPTATIONS
     }  # fmt: skip

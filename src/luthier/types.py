@@ -1,4 +1,4 @@
-"""Plain data that crosses seams. No heavy imports."""
+"""Plain data types shared by all packages, without heavy imports."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ FloatArray = NDArray[np.float32]
 
 
 TemplateKwargs = Mapping[str, bool | int | float | str]
-"""What a chat template reads beside the conversation, such as ``enable_thinking``: transformers'
+"""Variables of a chat template, such as ``enable_thinking``: transformers'
 ``chat_template_kwargs``."""
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
-"""What most models that call put around a call."""
+"""Marks around a tool call in the text of most models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that a model may ask to be called."""
+    """A function that a model may call."""
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object"}, hash=False)
-    """JSON schema of its arguments."""
+    """JSON schema of the arguments."""
 
 
 Part = Literal["input", "target", "other"]
-"""What a text is to a model: ``input`` is given, ``target`` is learned or preferred, ``other`` is only
-graded against, or was rejected."""
+"""Role of a text: model ``input``, learned or preferred ``target``, or ``other`` (a grader's
+reference, a rejected answer)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,13 @@ class Text:
     """One text of a row."""
 
     field: str
-    """As people know it: ``prompt``, ``messages[2].content``, ``tokens``."""
+    """Name in messages: ``prompt``, ``messages[2].content``, ``tokens``."""
     content: str
     part: Part
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with every text in it changed; keys of objects stay."""
+    """Apply ``change`` to every string in a JSON value, except for object keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -77,7 +77,7 @@ def dotted_items(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that an assistant asks for."""
+    """A function call requested by an assistant."""
 
     id: str
     name: str
@@ -85,12 +85,12 @@ class ToolCall:
 
     @property
     def arguments_json(self) -> str:
-        """The arguments as OpenAI's form has them."""
+        """Arguments as JSON text, as in OpenAI's form."""
         return json.dumps(dict(self.arguments), ensure_ascii=False)
 
     @property
     def text(self) -> str:
-        """The call as one text, for people and for comparing."""
+        """Call as text, for display and comparison."""
         return f"{self.name} {self.arguments_json}"
 
 
@@ -102,22 +102,22 @@ class Message:
     """``system``, ``user``, ``assistant`` or ``tool``."""
     content: str = ""
     learned: bool = True
-    """False for a turn of the assistant that is only read."""
+    """False for an assistant turn that serves as context only."""
     calls: tuple[ToolCall, ...] = ()
-    """What an assistant asked to be called."""
+    """Calls requested by the assistant."""
     call_id: str = ""
-    """Which call a tool's turn answers."""
+    """Id of the call that a tool turn answers."""
     reasoning: str = ""
-    """What an assistant thought before it answered or called."""
+    """Reasoning before the assistant's answer or call."""
 
     @property
     def whole_text(self) -> str:
-        """All that the turn says, its reasoning and calls included; by it turns are the same or not."""
+        """Content, reasoning and calls, for comparison of turns."""
         further = [self.reasoning] if self.reasoning else []
         return "\n".join([self.content, *further, *(call.text for call in self.calls)])
 
     def texts(self, name: str, part: Part) -> Iterator[Text]:
-        """Every text of the turn, which people know as ``name``."""
+        """Yield all texts of the turn, with field names under ``name``."""
         if self.reasoning:
             yield Text(f"{name}.reasoning", self.reasoning, part)
         if self.content or not self.calls:
@@ -126,7 +126,8 @@ class Message:
             yield Text(f"{name}.tool_calls[{place}]", call.text, part)
 
     def edit_texts(self, name: str, change: Callable[[str, str], str]) -> Message:
-        """The turn with each text as ``change(field, text)`` gives it; of a call, its arguments."""
+        """Return the turn with each text replaced by ``change(field, text)``, including call
+        arguments."""
         reasoning = change(f"{name}.reasoning", self.reasoning) if self.reasoning else ""
         content = change(f"{name}.content", self.content)
         calls = []
@@ -137,7 +138,7 @@ class Message:
 
     @property
     def reply_text(self) -> str:
-        """What is said, and calls as JSON: what a model writes that has no other way to call."""
+        """Content with calls as JSON: the output of a model without its own call format."""
         calls = [
             json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
             for call in self.calls
@@ -151,7 +152,7 @@ class Message:
         return "\n".join([*([self.content] if self.content else []), *marked])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the turn in OpenAI's form, ready for JSON, without its training mark."""
+        """Return the turn in OpenAI's form for JSON, without the training mark."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.reasoning:
             turn["reasoning_content"] = self.reasoning
@@ -176,21 +177,21 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a data set, checked, and what everybody may ask of it whatever its shape.
+    """One checked row of a data set, with the interface of all shapes.
 
-    Each shape is a class of ``luthier.data.shapes`` with fields of its own.
+    The shapes are subclasses in ``luthier.data.shapes``.
     """
 
     shape: ClassVar[str] = ""
-    """Name of the shape, as objectives give it in ``shapes``."""
+    """Name of the shape, as in ``Objective.shapes``."""
     parts: ClassVar[Mapping[str, Part]] = {}
-    """Fields that hold texts, in the order a model reads them."""
+    """Text fields in the order of the model's input."""
     annotated: ClassVar[bool] = False
-    """Whether what it teaches is a name or a number and not a text."""
+    """True if the target is a name or a number instead of a text."""
 
     file: str
     line: int
-    """1-based line in ``file``; 1 for a plain-text file, which is one row."""
+    """1-based line in ``file``; 1 for a plain-text file."""
 
     @property
     def location(self) -> Location:
@@ -199,19 +200,19 @@ class Row:
 
     @property
     def members(self) -> Mapping[str, Any] | None:
-        """Whatever else a row says of itself whose answer is not learned; graders may look at it."""
+        """Other keys of a prompt row, for graders."""
         return None
 
     @property
     def tools(self) -> tuple[Tool, ...]:
-        """The functions that an assistant of the row may ask to be called."""
+        """Functions that the assistant may call."""
         return ()
 
     def texts(self) -> Iterator[Text]:
-        """Every text of the row, in the order a model reads them.
+        """Yield all texts of the row in the order of the model's input.
 
-        A field of :attr:`parts` is a text, words that are one, or turns, of which those of the
-        assistant are what the field is, and the others what it is given.
+        A field of :attr:`parts` is a text, a tuple of words, or turns. Assistant turns have the
+        field's role; other turns are inputs.
         """
         for name, part in self.parts.items():
             value = getattr(self, name)
@@ -226,10 +227,9 @@ class Row:
                     yield from turn.texts(f"{name}[{number}]", side)
 
     def edit_texts(self, change: Callable[[str, str], str]) -> Self:
-        """The row with each text as ``change(field, text)`` gives it, by their names in :meth:`texts`.
+        """Return the row with each text replaced by ``change(field, text)``; see :meth:`texts`.
 
-        Of words, and of several texts in one field, each is changed; of a call, each text among its
-        arguments.
+        Words, and several texts in one field, are changed one by one.
         """
         changed: dict[str, Any] = {}
         for name in self.parts:
@@ -246,60 +246,61 @@ class Row:
         return replace(self, **changed)
 
     def inputs(self) -> tuple[str, ...]:
-        """All that the model is given before it first answers; what makes two rows ask the same."""
+        """Return the inputs of the first answer; rows with equal inputs are duplicates."""
         return ()
 
     def targets(self) -> tuple[str, ...]:
-        """All that the row teaches about :meth:`inputs`; empty for raw text and bare prompts."""
+        """Return the targets for :meth:`inputs`; empty for raw text and bare prompts."""
         return ()
 
     def turns(self) -> tuple[Message, ...]:
-        """The row as a conversation, the preferred answer at its end; empty where it is none."""
+        """Return the row as a conversation that ends with the preferred answer; empty for other
+        rows."""
         return ()
 
     def prompt_turns(self) -> tuple[Message, ...]:
-        """The turns that a reply follows; empty where the row asks nothing."""
+        """Return the turns before a reply; empty for a row without a prompt."""
         turns = self.turns()
         return turns[:-1] if turns and turns[-1].role == "assistant" else turns
 
     def expected_reply(self) -> str | None:
-        """The text that a reply to :meth:`prompt_turns` is compared with, where the row has one."""
+        """Return the reference text for a reply to :meth:`prompt_turns`, if any."""
         turns = self.turns()
         return turns[-1].reply_text if turns and turns[-1].role == "assistant" else None
 
     def plain_text(self) -> str:
-        """What a network reads that knows no turns: all of it as one text."""
+        """Return the whole row as one text, for networks without a conversation format."""
         return "\n\n".join(turn.reply_text for turn in self.turns())
 
     def excerpt(self) -> str:
-        """What people know it by where it has no text: the name of an image."""
+        """Return a short description of a row without text: the name of an image."""
         return ""
 
     def classes(self) -> tuple[str, ...]:
-        """What the row counts as where rows are split in proportion: its labels, its judgement."""
+        """Return the strata of the row in a stratified split: labels or a judgement."""
         return ()
 
     def bare(self) -> Row:
-        """The row without what is to be found out about it: its label, rating, tags or partner."""
+        """Return the row without its target: label, rating, tags or partner."""
         return self
 
     def sides(self) -> list[Row]:
-        """Bare rows that a network reads for this one: itself, both texts of a pair, each answer."""
+        """Return one bare row per network input: the row itself, both texts of a pair, each answer."""
         return [self.bare()]
 
     def record(self) -> dict[str, object]:
-        """The row in the keys of its shape, as it is written to a file."""
+        """Return the row as a JSON object with the keys of its shape."""
         raise TypeError("a row of no shape cannot be written")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A row as token ids, with how much each token counts in the loss.
+    """A row as token ids with the loss weight of each token.
 
-    Where ``target`` is ``None`` the tokens are their own target: ``weight_T[t]`` is the weight of
-    predicting ``ids_T[t]`` from ``ids_T[:t]``, and ``weight_T[0]`` is 0, as the first token has
-    nothing before it. Elsewhere the objective says what ``target`` holds; ``weight_T`` is the weight
-    of each token's own target, or stands at the last token where the row has one target.
+    If ``target`` is ``None``, the tokens are the targets: ``weight_T[t]`` is the weight of
+    predicting ``ids_T[t]`` from ``ids_T[:t]``, and ``weight_T[0]`` is 0. Otherwise the objective
+    defines ``target``, and ``weight_T`` is the weight of each token's target. The weight of a
+    single target per row is at the last token.
     """
 
     ids_T: IntArray
@@ -308,30 +309,30 @@ class Example:
     """Index of the row in the data set, for messages and caching."""
     target: NDArray[Any] | None = None
     source_T: IntArray | None = None
-    """What the encoder of an encoder-decoder reads; ``ids_T`` is then the decoder's."""
+    """Input ids of the encoder in an encoder-decoder; ``ids_T`` are the decoder's."""
     word_T: IntArray | None = None
-    """Number of the word each token belongs to, -1 for tokens around the text; where it is known."""
+    """Word number of each token, -1 for special tokens around the text; ``None`` if unknown."""
     partner: Example | None = None
-    """The next text of the row, where a row is several: what was rejected, beside what was chosen."""
+    """Next text of a row with several texts, such as the rejected answer."""
     given: Row | None = None
-    """The row itself, where its texts are needed beside its tokens: to grade what the network answers,
-    or to say where in them something was found."""
+    """The original row, for objectives that need the text: graders and character positions."""
     group: int | None = None
-    """Rows with the same number are computed in one micro-batch, as their loss needs all of them."""
+    """Rows with the same number share a micro-batch, because the loss needs all of them."""
     desirable: bool | None = None
-    """Whether people want such an answer, where rows come one by one."""
+    """True for a desired answer; for objectives with single judged answers."""
     media: MediaInput | None = None
-    """The image or sound that the network reads: ``ids_T`` is then one token, a hash of it, or the
-    text that a decoder writes of it."""
+    """Image or audio input: ``ids_T`` is then one token, a hash of the input, or the decoder's
+    text."""
     reference: float | None = None
-    """Log-probability of the learned tokens under the reference model, where it is known ahead."""
+    """Precomputed log-probability of the learned tokens under the reference model."""
 
     def __len__(self) -> int:
         return len(self.ids_T)
 
     @property
     def sides(self) -> list[Example]:
-        """The texts of the row, each alone: itself, its partner, the partner of that, and so on."""
+        """All texts of the row as separate examples: the row, its partner, the partner's partner,
+        and so on."""
         chain: list[Example] = []
         side = self
         while side.partner is not None:
@@ -340,7 +341,7 @@ class Example:
 
     @staticmethod
     def of_sides(sides: Sequence[Example]) -> Example:
-        """A row of several texts, the way back from :attr:`sides`."""
+        """Return one example for several texts, the inverse of :attr:`sides`."""
         *others, example = sides
         for side in reversed(others):
             example = replace(side, partner=example)
@@ -348,21 +349,21 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the network reads, the encoder's included; an image and its text are one."""
+        """Number of input tokens, including the encoder's; an image counts as one."""
         if self.media is not None:
             return 1
         return len(self.ids_T) + (0 if self.source_T is None else len(self.source_T))
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer of both sides: what must fit into the context."""
+        """Length of the longer of encoder and decoder sequence, for the context limit."""
         return (
             len(self.ids_T) if self.source_T is None else max(len(self.ids_T), len(self.source_T))
         )
 
     @property
     def weight(self) -> float:
-        """How much the row counts in a mean over rows or tokens."""
+        """Weight of the row in a mean over rows or tokens."""
         return float(self.weight_T.sum(dtype=np.float64))
 
 
@@ -373,10 +374,10 @@ class Loss:
     total: Tensor
     """Scalar tensor with a gradient."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Further sums, divided by the same weight before they are shown."""
+    """Additional sums, divided by the same weight for display."""
     ratios: Mapping[str, tuple[ArrayLike, ArrayLike]] = field(default_factory=dict)
-    """A part and a whole for each row, whose sums are divided: F1 is no mean over rows. ``loss`` is the
-    loss of each row, where that is one number: its mean is known less well than one over tokens."""
+    """Numerator and denominator per row, summed before the division, for metrics such as F1 that
+    are not means over rows. ``loss`` is the loss per row, for the standard error of the mean."""
     states: Tensor | None = None
     """States of the rows ``[R, …]`` without a gradient, for metrics of all rows."""
 

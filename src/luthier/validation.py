@@ -1,7 +1,7 @@
-"""Groups of fields that are checked, and what is wrong with a value in the words of people.
+"""Base class of checked field groups, and messages for pydantic errors.
 
-Only this module knows the types of pydantic's errors. Recipes, files and the native face say it in
-plain English; the faces of AWS and of OpenAI have forms of words of their own.
+Only this module knows pydantic's error types. Recipes, files and the native API use these messages;
+the Bedrock and OpenAI APIs have their own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TYPES = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "object"),
     "none_required": "null",
 }
-"""JSON types, by the types of pydantic's errors about a value of another one."""
+"""Expected JSON type by pydantic's error type."""
 _WORDS = {
     "string": "a text", "integer": "a whole number", "number": "a number", "boolean": "true or false",
     "array": "an array", "object": "an object", "null": "null",
@@ -48,17 +48,17 @@ _RULES = {
 
 
 class StrictModel(BaseModel):
-    """A group of fields: frozen, strict about their names, and without numbers that are not finite."""
+    """A frozen group of fields that rejects unknown names and non-finite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @cache
 def field_docstrings(cls: type[BaseModel]) -> Mapping[str, str]:
-    """What stands below the fields of ``cls``, and of those that it extends, in their files.
+    """Return the docstrings below the fields of ``cls`` and its base classes.
 
-    pydantic's ``use_attribute_docstrings`` reads them when a class is made: for a third of a second of
-    every command.
+    pydantic's ``use_attribute_docstrings`` parses the source when a class is created, which takes a
+    third of a second at the start of every command.
     """
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__):
@@ -75,7 +75,7 @@ def field_docstrings(cls: type[BaseModel]) -> Mapping[str, str]:
 
 
 def expected_type(error: Mapping[str, Any]) -> str | None:
-    """The JSON type that a value has to be of, where it is of another; else ``None``."""
+    """Return the expected JSON type of a type error; ``None`` for other errors."""
     return _TYPES.get(error["type"])
 
 
@@ -91,17 +91,17 @@ def type_of(value: Any) -> str:
 
 
 def plain_number(value: Any) -> Any:
-    """A bound as people write it: 1 for 1.0; what is no such number as it is."""
+    """Format a float bound without a trailing zero (1 for 1.0); other values unchanged."""
     return f"{value:g}" if isinstance(value, float) else value
 
 
 def custom_message(error: Mapping[str, Any]) -> str:
-    """What a check of ours says, or pydantic where no table here knows its error."""
+    """Return the message of luthier's own validators, or pydantic's."""
     return str(error["msg"]).removeprefix("Value error, ")
 
 
 def describe_constraint(error: Mapping[str, Any]) -> str:
-    """What a value has to be, in plain words, to be read behind its name."""
+    """Return the constraint on a value, to follow the name of the field."""
     if (expected := expected_type(error)) is not None:
         return f"must be {_WORDS[expected]}"
     if (rule := _RULES.get(error["type"])) is not None:
@@ -112,6 +112,6 @@ def describe_constraint(error: Mapping[str, Any]) -> str:
 
 
 def describe_error(error: Mapping[str, Any]) -> str:
-    """The same with what joins it to a name: what a check of ours says stands behind a colon."""
+    """Return the constraint with a separator; a custom message follows a colon."""
     known = expected_type(error) is not None or error["type"] in _RULES
     return f" {describe_constraint(error)}" if known else f": {custom_message(error)}"

@@ -1,1 +1,1 @@
-"""From files to token trees."""
+"""Data pipeline from files to token trees."""

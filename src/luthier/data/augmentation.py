@@ -1,17 +1,17 @@
-"""Random changes to training rows, drawn anew each time a row is seen, for more variety than they have.
+"""Random changes to training rows, drawn again in every epoch.
 
-*Texts*: two of the four operations of EDA (Wei & Zou 2019, arXiv:1901.11196): words are left out, and
-pairs of words change places. Both keep what most texts are about, and take no resources. Left out:
-synonyms and inserted words, which need a thesaurus; the copies that EDA stores. Words are those of the
-tokenizer, so pieces of a word stay together.
+*Text*: two of the four operations of EDA (Wei & Zou 2019, arXiv:1901.11196), random deletion and
+random swap of words. Both keep the meaning of most texts and need no resources. Not included:
+synonyms and inserted words, because both need a thesaurus. Words are words of the tokenizer, so the
+pieces of a word stay together.
 
-*Images*: a random part at its old size (Szegedy et al. 2015, arXiv:1409.4842, section 6), a mirror
-image, other brightness, contrast and saturation, and RandAugment (Cubuk et al. 2020,
-arXiv:1909.13719). Left out: mixup and CutMix, which cost 4 points of accuracy on 200 pictures.
+*Images*: random crop (Szegedy et al. 2015, arXiv:1409.4842, section 6), mirror image, jitter of
+brightness, contrast and saturation, and RandAugment (Cubuk et al. 2020, arXiv:1909.13719). Not
+included: mixup and CutMix, which cost 4 points of accuracy on 200 images.
 
-*Sounds*: moved in time, played slower or faster (Ko et al. 2015, Audio augmentation for speech
-recognition), with noise added, and SpecAugment's masks over pitch and time (Park et al. 2019,
-arXiv:1904.08779; its warping in time is left out).
+*Audio*: shift in time, change of speed (Ko et al. 2015, Audio augmentation for speech recognition),
+noise, and SpecAugment's masks over pitch and time (Park et al. 2019, arXiv:1904.08779), without
+time warping.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 
 class Augmentation(StrictModel):
-    """How much of each row is changed; off when not given."""
+    """Strength of each random change; off by default."""
 
     delete: float = Field(default=0.0, ge=0, lt=1)
-    """Texts: chance of each word to be left out; EDA's vetted setting is 0.1. One word always stays."""
+    """Text: probability to delete each word; 0.1 in EDA. At least one word stays."""
     swap: float = Field(default=0.0, ge=0, le=1)
-    """Texts: pairs of words that change places, as a share of the words; EDA uses 0.1."""
+    """Text: number of swapped word pairs as a share of the words; 0.1 in EDA."""
     crop: float = Field(default=0.0, ge=0, lt=1)
     """Images: up to this share of the area is cut away; 0.92 from scratch on photographs, else 0.2."""
     flip: float = Field(default=0.0, ge=0, le=1)
-    """Images: chance to be mirrored left to right; 0.5, where that changes no class."""
+    """Images: probability of a left-right mirror image; 0.5 if that keeps all classes."""
     colour: float = Field(default=0.0, ge=0, le=1)
     """Images: how far brightness, contrast and saturation may move from 1; 0.4 is usual."""
     randaugment: int = Field(default=0, ge=0, le=10)
@@ -48,17 +48,17 @@ class Augmentation(StrictModel):
     magnitude: int = Field(default=9, ge=0, le=30)
     """Strength of RandAugment's operations, ``M`` in the paper."""
     shift: float = Field(default=0.0, ge=0, le=1)
-    """Sounds: moved in time by up to this share of the length that is read."""
+    """Audio: largest shift in time, as a share of the length."""
     speed: float = Field(default=0.0, ge=0, le=0.5)
-    """Sounds: played slower or faster by up to this share, which moves their pitch; 0.1 is usual."""
+    """Audio: largest change of speed and pitch, as a share; 0.1 is usual."""
     noise: float = Field(default=0.0, ge=0, le=1)
-    """Sounds: Gaussian noise of up to this share of the sound's own strength."""
+    """Audio: largest standard deviation of Gaussian noise, as a share of the signal's."""
     masks: int = Field(default=0, ge=0, le=10)
-    """Sounds: SpecAugment's masks over pitch, and as many over time; 2 is usual."""
+    """Audio: number of SpecAugment masks over pitch, and also over time; 2 is usual."""
 
     @property
     def kinds(self) -> set[str]:
-        """What it changes: ``text``, ``image`` or ``audio``."""
+        """Kinds of input that change: ``text``, ``image`` or ``audio``."""
         changed: dict[str, tuple[float, ...]] = {
             "text": (self.delete, self.swap),
             "image": (self.crop, self.flip, self.colour, self.randaugment),
@@ -67,12 +67,12 @@ class Augmentation(StrictModel):
         return {kind for kind, amounts in changed.items() if any(amounts)}
 
     def __bool__(self) -> bool:
-        """Whether anything is changed at all."""
+        """Return True if any change is on."""
         return bool(self.kinds)
 
     @staticmethod
     def usual(kind: MediaKind) -> Augmentation:
-        """What changes no class of most data sets, for rows that say nothing of it."""
+        """Return the default for a kind of input: changes that keep the class in most data sets."""
         if kind == "image":
             return Augmentation(crop=0.3, colour=0.2)
         if kind == "window":
@@ -81,19 +81,18 @@ class Augmentation(StrictModel):
 
     @staticmethod
     def views(kind: MediaKind) -> Augmentation:
-        """What makes two views of one row, to learn by contrast that they are the same."""
+        """Return the changes that create two views of a row for contrastive learning."""
         if kind == "image":
             return Augmentation(crop=0.7, colour=0.4)
         return Augmentation(shift=0.2, speed=0.15, noise=0.2, masks=1)
 
     def change(self, example: Example, random: np.random.Generator) -> Example:
-        """``example`` as the network is to see it this time, what it teaches unchanged.
+        """Return a randomly changed ``example`` with an unchanged target.
 
-        Special tokens, whose word is -1, stay where they are. The weight of a row that stands at its
-        last token stays there.
+        Special tokens, with word number -1, stay in place. The weight stays at the last token.
 
         Raises:
-            ValueError: for a text that does not say which words its tokens belong to.
+            ValueError: if ``example`` has a text without word numbers.
         """
         if example.media is not None:
             seed = (int(random.integers(1 << 62)),)

@@ -1,7 +1,7 @@
-"""Conversations to token ids, with a mark on each token that is learned.
+"""Conversion of conversations to token ids with a mark on each learned token.
 
-The same object encodes training rows and serving prompts, and is stored with the custom model, so
-what is served is what was trained: template, tokenizer and stop tokens included.
+One :class:`ChatFormat` encodes training rows and serving prompts, and is stored with the custom
+model. Template, tokenizer and stop tokens are therefore equal in training and serving.
 """
 
 from __future__ import annotations
@@ -57,24 +57,24 @@ Template = Literal["auto", "chat", "plain"]
 
 SYSTEM_FIX = "Put the system prompt before the text of the first user message."
 BROKEN, MOST_SHARING = "\ufffd", 8
-"""What decoding gives for a part of a character, and tokens in which whole ones are looked for."""
+"""Replacement character of decoders for part of a character, and most tokens of one character."""
 ONE_T, NO_TARGET = np.ones(1, np.float32), np.zeros(0)
-"""What all rows of one token share: of a million, an array for each would take 230 MB."""
+"""Arrays shared by all rows of one token: separate arrays take 230 MB for a million rows."""
 ONE_T.flags.writeable = NO_TARGET.flags.writeable = False
 
 
 @dataclass(frozen=True)
 class EncodedReply:
-    """Token ids of one row, and which of them are learned."""
+    """Token ids of one row with a mark on each learned token."""
 
     ids_T: IntArray
     learned_T: NDArray[np.bool_]
     source_T: IntArray | None = None
-    """What an encoder reads; ``ids_T`` is then the reply alone, behind the decoder's first token."""
+    """Token ids for the encoder, if any; ``ids_T`` then has the decoder's tokens only."""
 
 
 class NoTokenizer:
-    """Stands for the tokenizer of a network that reads no text."""
+    """Placeholder for the tokenizer of a network without text input."""
 
     chat_template = None
     eos_token_id = pad_token_id = mask_token_id = None
@@ -104,68 +104,67 @@ class NoTokenizer:
 
 
 def inputs_read(kind: InputKind, has_tokenizer: bool, has_decoder: bool) -> tuple[InputKind, ...]:
-    """What a network that is made for inputs of ``kind`` reads, with ``kind`` first.
+    """Return the kinds of input that a network accepts, starting with ``kind``.
 
-    A CLIP reads images and texts; what has a decoder of its own behind its images only writes texts.
+    A CLIP model accepts images and text. A network with a text decoder behind its images accepts
+    images only.
     """
     return (kind, "text") if kind != "text" and has_tokenizer and not has_decoder else (kind,)
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How prompts and replies become tokens for one model.
+    """Conversion of prompts and replies to tokens for one model.
 
-    ``template`` is ``chat`` (the tokenizer's own chat template) or ``plain`` (the texts as they
-    are, the end-of-text token after the reply).
+    ``template`` is ``chat`` (the tokenizer's own chat template) or ``plain`` (unchanged text, with
+    the end-of-text token after the reply).
     """
 
     tokenizer: Any
     template: Literal["chat", "plain"]
     stop_ids: tuple[int, ...]
-    """Tokens that end a reply; encoders have none."""
+    """Ids of the tokens that end a reply; empty for encoders."""
     start_id: int | None = None
-    """First token of the decoder where the network has an encoder of its own for the prompt."""
+    """First token of the decoder in an encoder-decoder; ``None`` for other networks."""
     media: Processor | None = None
-    """How images or sounds are read; ``None`` where only texts are."""
+    """Processor for images, audio or time series; ``None`` for networks with text input only."""
     date: str | None = None
-    """Date that the chat template prints, in ISO 8601; today's date if ``None``."""
+    """Date that the chat template prints, in ISO 8601; ``None`` for today's date."""
     opening_ids: tuple[int, ...] = ()
-    """Tokens between ``start_id`` and a reply, such as BART's ``<s>`` or a target language."""
+    """Ids between ``start_id`` and a reply, such as BART's ``<s>`` or a target language."""
     closing_ids: tuple[int, ...] = ()
     """Tokens after a reply in the decoder; the end-of-text token if empty."""
     decoder_problem: str = ""
     """Reason why ``opening_ids`` are unknown; empty if they are known."""
     is_causal: bool = False
-    """Whether the network is stored as a causal language model, whatever tokens its tokenizer has."""
+    """True for a stored causal language model, regardless of the tokenizer's special tokens."""
     sentence: SentencePipeline | None = None
     """Pipeline of a sentence encoder; ``None`` for other models."""
     sentence_problem: str = ""
-    """Reason why the pipeline of a sentence encoder is not supported; empty without one."""
+    """Reason to reject the pipeline of a sentence encoder; empty if supported."""
     check_template: Callable[[], None] | None = None
-    """Raises :class:`RecipeError` until the chat template is approved; ``None`` if it is."""
+    """Function that raises :class:`RecipeError` until the chat template is approved."""
 
     @property
     def fills_masks(self) -> bool:
-        """Whether raw text is learned by masking tokens: the tokenizers of Gemma and Cohere have a
-        ``<mask>``, too, and their networks are causal."""
+        """True if raw text is learned with masked tokens.
+
+        A ``<mask>`` token alone proves nothing: the tokenizers of Gemma and Cohere have one.
+        """
         return self.tokenizer.mask_token_id is not None and not self.is_causal
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether there is a tokenizer; of networks that read media, those that write have one."""
+        """False for media networks without text input or output."""
         return not isinstance(self.tokenizer, NoTokenizer)
 
     @property
     def reads(self) -> InputKind:
-        """What the network is made to read."""
+        """Kind of the network's main input."""
         return "text" if self.media is None else self.media.kind
 
     def check_reads(self, kind: InputKind) -> None:
-        """Refuse rows of a kind that the network does not read.
-
-        Raises:
-            RowRefused: saying what it reads.
-        """
+        """Raise :class:`RowRefused` if the network does not accept rows of ``kind``."""
         able = inputs_read(self.reads, self.has_tokenizer, self.start_id is not None)
         if kind not in able:
             base = " and ".join(PLURAL[each] for each in able)
@@ -176,7 +175,7 @@ class ChatFormat:
             )
 
     def encode_input(self, row: Row, index: int) -> Example:
-        """What the network reads of a row as a whole, of weight 1 in all: its text, image or sound.
+        """Return a row as one network input with total weight 1.
 
         ``index`` becomes ``Example.row``.
         """
@@ -192,7 +191,7 @@ class ChatFormat:
         return Example(ids_T, weight_T, index, target=NO_TARGET, word_T=word_T)
 
     def encode_embedded(self, row: Row, index: int) -> Example:
-        """Return ``row`` as a model of embeddings takes it: a text with the prompt of the model."""
+        """Return a row as input of an embedding model; text gets the model's prompt."""
         if self.sentence is None or isinstance(row, MediaRow):
             return self.encode_input(row, index)
         text = self.sentence.prepare(row.plain_text())
@@ -203,19 +202,15 @@ class ChatFormat:
         return context if self.sentence is None else self.sentence.longest(context)
 
     def check_sentence(self) -> None:
-        """Refuse a sentence encoder with modules that are not supported.
-
-        Raises:
-            RecipeError: naming the module.
-        """
+        """Raise :class:`RecipeError` for a sentence encoder with unsupported modules."""
         if self.sentence_problem:
             raise RecipeError(self.sentence_problem, rule="sentence.module")
 
     def media_input(self, row: MediaRow) -> MediaInput:
-        """The image or sound of a row, as the network reads it.
+        """Return the media input of a row.
 
         Raises:
-            RowRefused: where it reads no such rows.
+            RowRefused: if the network does not accept the kind.
         """
         self.check_reads(row.media.kind)
         assert self.media is not None
@@ -240,7 +235,7 @@ class ChatFormat:
 
     @staticmethod
     def reading(processor: Processor) -> ChatFormat:
-        """The format of a network that reads images or sounds and knows no texts."""
+        """Return the format of a media network without a tokenizer."""
         return ChatFormat(NoTokenizer(), "plain", (), media=processor)
 
     @staticmethod
@@ -256,7 +251,7 @@ class ChatFormat:
         is_causal: bool = False,
         sentence: SentencePipeline | None = None,
     ) -> ChatFormat:
-        """Choose the format: the model's chat template where it has one, plain text elsewhere."""
+        """Return the format with the model's chat template, or plain text if it has none."""
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "plain"
         if template == "chat":
@@ -277,7 +272,7 @@ class ChatFormat:
         )
 
     def with_template(self, template: Template) -> ChatFormat:
-        """The same model's format with another template; ``auto`` keeps the one it has."""
+        """Return the format with another template; ``auto`` keeps the current template."""
         if template == "auto":
             return self
         if template == "chat":
@@ -286,27 +281,27 @@ class ChatFormat:
 
     @property
     def prints_date(self) -> bool:
-        """Whether the chat template prints today's date."""
+        """True if the chat template prints today's date."""
         return DATE in names_read(self.template_text)
 
     def with_date(self, printed: str | None = None) -> ChatFormat:
         """Return a format whose template prints the date ``printed``, in ISO 8601.
 
-        ``None`` is today's date. A template that prints no date is returned unchanged.
+        ``None`` is today's date. A template without a date is returned unchanged.
         """
         if not self.prints_date:
             return self
         return replace(self, date=printed or date.today().isoformat())
 
     def with_template_kwargs(self, kwargs: TemplateKwargs) -> ChatFormat:
-        """Return a format with other defaults for names that the chat template reads.
+        """Return a format with other defaults for variables of the chat template.
 
-        The defaults are written into the template, so that the model is stored, exported and served
-        with the defaults. A request's own values override them. The exception is the date
-        (:data:`DATE`), which only this format prints: a server prints today's date.
+        The defaults are written into the template, so training, export and serving share the
+        defaults. Values in a request override the defaults. Exception: only this format prints the
+        given date (:data:`DATE`); a server prints today's date.
 
         Raises:
-            RecipeError: for a name that the template does not read, and for a date not in ISO 8601.
+            RecipeError: for a variable that the template does not read, or a date not in ISO 8601.
         """
         if not kwargs:
             return self
@@ -331,7 +326,7 @@ class ChatFormat:
         return replace(self, tokenizer=tokenizer, date=printed)
 
     def read_kwargs(self, kwargs: TemplateKwargs) -> TemplateKwargs:
-        """Those of ``kwargs`` that the template reads."""
+        """Return the entries of ``kwargs`` that the template reads."""
         return {
             name: value
             for name, value in kwargs.items()
@@ -342,7 +337,7 @@ class ChatFormat:
 
     @property
     def template_text(self) -> str:
-        """The chat template that is used; empty without one."""
+        """The active chat template; empty without a template."""
         template = self.tokenizer.chat_template if self.template == "chat" else ""
         if isinstance(template, dict):
             template = template.get("tool_use") or template.get("default")
@@ -372,9 +367,9 @@ class ChatFormat:
         tools: Sequence[Tool] = (),
         kwargs: TemplateKwargs | None = None,
     ) -> IntArray:
-        """Token ids that a reply to ``messages`` continues, or that the encoder reads.
+        """Return the token ids of a prompt: the decoder's context or the encoder's input.
 
-        Of ``kwargs`` the template gets those that it reads.
+        Entries of ``kwargs`` that the template does not read are ignored.
         """
         return self.prompt_tokens(self.prompt_text(messages, tools, kwargs))
 
@@ -384,7 +379,7 @@ class ChatFormat:
         tools: Sequence[Tool] = (),
         kwargs: TemplateKwargs | None = None,
     ) -> str:
-        """The text that :meth:`encode_prompt` makes tokens of."""
+        """Return the prompt as text; :meth:`encode_prompt` tokenizes this text."""
         if self.start_id is not None or self.template == "plain":
             self.check_decoder()
             return _plain_prompt(in_words(messages, tools))
@@ -392,12 +387,12 @@ class ChatFormat:
 
     @cached_property
     def reasoning_marks(self) -> ReasoningMarks | None:
-        """What the model writes around its reasoning; ``None`` where its template knows of none."""
+        """Marks around the model's reasoning; ``None`` if the template has none."""
         return None if self.start_id is not None else find_marks(self)
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether prompts have what the system says: some templates refuse it, or leave it out."""
+        """True if the template renders a system prompt; some templates reject or drop system turns."""
         said = "what the system says"
         try:
             return said in self.prompt_text((Message("system", said), Message("user", "a")))
@@ -405,7 +400,7 @@ class ChatFormat:
             return False
 
     def reply_opening(self) -> IntArray:
-        """Ids of what stands before every reply, whatever is asked: the last of each prompt."""
+        """Last token ids of every prompt: the text that opens an assistant turn."""
         one_T, other_T = (self.encode_prompt((Message("user", text),)) for text in ("a", "7 b?"))
         shorter = min(len(one_T), len(other_T))
         same_T = one_T[len(one_T) - shorter :] == other_T[len(other_T) - shorter :]
@@ -413,7 +408,7 @@ class ChatFormat:
         return one_T[len(one_T) - shorter + (differing[-1] + 1 if len(differing) else 0) :]
 
     def prompt_tokens(self, text: str) -> IntArray:
-        """Token ids of what :meth:`prompt_text` gave."""
+        """Return the token ids of a text from :meth:`prompt_text`."""
         if self.start_id is not None:
             return self.encode_whole(text)
         return self.tokens(text, first=self.template == "plain")
@@ -421,17 +416,15 @@ class ChatFormat:
     def encode_reply(
         self, messages: Sequence[Message], given: int = 0, tools: Sequence[Tool] = ()
     ) -> EncodedReply:
-        """A conversation with every assistant turn learned, its end-of-turn token included.
+        """Encode a conversation with all assistant turns learned, each with its end-of-turn token.
 
-        Turns among the first ``given`` messages are not learned, nor those that say so, nor those that
-        the template writes without a part of them once others follow, as their reasoning.
-
-        What follows the last learned token (a newline, in many templates) is left out: nothing
-        would be learned from it.
+        Not learned are the first ``given`` messages, turns with ``learned=False``, and turns that
+        the template shortens once more turns follow (for example without the reasoning). Tokens
+        after the last learned token, often a newline, are dropped.
 
         Raises:
-            RowRefused: where the template leaves out a part of a turn that would be learned.
-            RecipeError: where template and conversation do not go together at all.
+            RowRefused: if the template drops a part of a learned turn.
+            RecipeError: if the template rejects the conversation.
         """
         if self.start_id is not None:
             return self._encode_sides(in_words(messages, tools))
@@ -467,10 +460,8 @@ class ChatFormat:
 
     @cached_property
     def _turn_end(self) -> str:
-        """The stop token with which the next turn begins, in templates that end replies by that.
-
-        Such is the template of GLM 4.5: a reply ends where ``<|user|>`` begins. Empty for others.
-        """
+        """Stop token that also opens the next turn, such as GLM 4.5's ``<|user|>``; empty for other
+        templates."""
         turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
         reply, more = (self.render_turns(each, (), reply=False) for each in (turns[:2], turns))
         behind = more[len(reply) :] if more.startswith(reply) else ""
@@ -479,7 +470,7 @@ class ChatFormat:
     def prompt_difference(
         self, messages: Sequence[Message], tools: Sequence[Tool] = ()
     ) -> str | None:
-        """Return how the tokens before the last reply differ from those of the served prompt."""
+        """Return how the tokens before the last reply differ from the tokens of the served prompt."""
         row = self.encode_reply(messages, 0, tools)
         ids_T = row.ids_T if row.source_T is None else row.source_T
         prompt_T = self.encode_prompt(messages[:-1], tools)
@@ -539,10 +530,10 @@ class ChatFormat:
     def _places_in_whole(
         self, messages: Sequence[Message], answers: Sequence[int], tools: Sequence[Tool]
     ) -> list[tuple[str, str]]:
-        """Each answer as it stands in the whole conversation: the text before it, and up to its end.
+        """Return for each answer the rendered text before the answer, and the text up to its end.
 
-        For templates that write a turn otherwise once others follow. Where a turn begins cannot be
-        told for every one of them; such a turn is empty here.
+        For templates that render a turn differently once more turns follow. An answer whose start
+        is ambiguous gets empty texts.
         """
         whole = self.render_turns(messages[: answers[-1] + 1], tools, reply=False)
         stops = self.text_encoder.stop_names
@@ -572,13 +563,14 @@ class ChatFormat:
         return np.append(self.tokens(text, first=True), self.end_id)
 
     def encode_whole(self, text: str) -> IntArray:
-        """Text with whatever special tokens the model puts around it, for reading as a whole."""
+        """Return the token ids of a text with the model's special tokens around the text."""
         return self.encode_words(text)[0]
 
     def encode_words(self, text: str) -> tuple[IntArray, IntArray | None]:
-        """The same, and the number of each token's word; -1 for the special tokens around the text.
+        """Return the ids of :meth:`encode_whole` and the word number of each token; -1 for special
+        tokens.
 
-        Tokenizers that are written in Python do not know the words.
+        The word numbers are ``None`` for tokenizers written in Python.
         """
         with panics_refused():
             encoded = self.tokenizer(text, add_special_tokens=True, truncation=False)
@@ -590,7 +582,7 @@ class ChatFormat:
 
     @property
     def end_id(self) -> int:
-        """The token appended to texts and plain replies."""
+        """Id of the token after texts and plain replies."""
         if not self.stop_ids:
             raise RecipeError(
                 "this model's tokenizer has no end-of-text token (eos_token)",
@@ -610,34 +602,32 @@ class ChatFormat:
         return "".join([*texts, self.decode_tokens(ids[start:])])
 
     def decode_tokens(self, ids: Sequence[int]) -> str:
-        """Text of tokens, without any special ones."""
+        """Return the text of tokens, without special tokens."""
         with panics_refused():
             text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
     def decode_reply(self, prompt_T: IntArray, ids: Sequence[int]) -> DecodedReply:
-        """Return the reasoning and the answer of a reply to the prompt with the tokens ``prompt_T``.
-
-        The answer is what graders, comparisons and people see.
-        """
+        """Return reasoning and answer of a reply to the prompt ``prompt_T``."""
         before = self.decoding_context(prompt_T)
         text = self.decode([*before, *ids])[len(self.decode(before)) :]
         return split_reply(reasoning_after(self, prompt_T), text)
 
     def decoding_context(self, prompt_T: IntArray) -> list[int]:
-        """Return the last tokens of a raw prompt, behind which its continuation is decoded.
+        """Return the last tokens of a raw prompt, as context to decode the continuation.
 
-        A decoder of SentencePiece drops the space that begins a text; behind other tokens the space
-        is kept. Empty for chat templates and encoder-decoders, whose replies are texts of their own.
+        A SentencePiece decoder drops a leading space; the context preserves the space. Empty for
+        chat templates and encoder-decoders.
         """
         if self.template == "chat" or self.start_id is not None:
             return []
         return [int(token) for token in prompt_T[-TAIL:]]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each token, for showing the tokens one after the other.
+        """Return the text of each token, for token-by-token display.
 
-        A character that several tokens share stands whole at the first of them; the others are empty.
+        The first token of a multi-token character gets the whole character; the next tokens are
+        empty.
         """
         media = self.media is not None and len(ids) == 1 and ids[0] >= self.tokenizer.vocab_size
         if self.media is not None and (media or not self.has_tokenizer):
@@ -667,16 +657,16 @@ class ChatFormat:
 
     @cached_property
     def _piece_context(self) -> list[int]:
-        """A token behind which others are decoded; none if single tokens keep their spaces."""
+        """A context token for decoding; empty if single tokens keep their spaces."""
         ids = [int(i) for i in self.tokenizer.encode("a b", add_special_tokens=False)]
         apart = "".join(self.tokenizer.decode([i]) for i in ids)
         return [] if apart.strip() == self.tokenizer.decode(ids).strip() else ids[:1]
 
     @cached_property
     def longest_token(self) -> int:
-        """UTF-8 bytes of text that one token stands for at most, by its name.
+        """Most UTF-8 bytes of text per token, computed from the token names.
 
-        A tokenizer may drop more: white space, or the rest of a word that it does not know.
+        The tokenizer may drop more text: white space or the rest of an unknown word.
         """
         names = self.tokenizer.get_vocab()
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -690,10 +680,10 @@ class ChatFormat:
         return longest * (3 if composes else 1)
 
     def grammar_tokens(self, vocabulary: int) -> Any:
-        """The first ``vocabulary`` tokens for the library llguidance.
+        """Return the first ``vocabulary`` tokens for the library llguidance.
 
         Raises:
-            ValueError: where the tokenizer cannot say which bytes a token stands for.
+            ValueError: if the tokenizer does not expose the bytes of its tokens.
         """
         from llguidance import LLTokenizer
 
@@ -703,17 +693,13 @@ class ChatFormat:
         return LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=list(self.stop_ids))
 
     def check_decoder(self) -> None:
-        """Refuse an encoder-decoder that needs a target language and names none.
-
-        Raises:
-            RecipeError: with the fix.
-        """
+        """Raise :class:`RecipeError` for an encoder-decoder without the required target language."""
         if self.decoder_problem:
             raise RecipeError(self.decoder_problem, rule="tokenizer.language")
 
     @property
     def decoder_opening(self) -> IntArray:
-        """Token ids that the decoder reads before the first token of a reply."""
+        """Token ids of the decoder before the first token of a reply."""
         assert self.start_id is not None
         return np.array([self.start_id, *self.opening_ids], dtype=np.int64)
 
@@ -728,7 +714,7 @@ class ChatFormat:
         )
 
     def target_tokens(self, text: str) -> IntArray:
-        """Token ids of ``text`` as the decoder generates it, without special tokens."""
+        """Return the token ids of ``text`` as decoder output, without special tokens."""
         if not hasattr(self.tokenizer, "spm_target"):
             return self.tokens(text, first=False)
         with panics_refused():  # Marian has a second SentencePiece model for targets
@@ -749,10 +735,10 @@ class ChatFormat:
         return EncodedReply(np.concatenate([prompt_T, reply_T]), learned_T)
 
     def _stop_after(self, ids: list[int], first: int, last: int) -> int:
-        """Return the index behind the stop token of the reply with the tokens ``ids[first:last]``.
+        """Return the index after the stop token of the reply ``ids[first:last]``.
 
         Raises:
-            RecipeError: if neither the reply nor what follows has one.
+            RecipeError: if no stop token ends or follows the reply.
         """
         # From the end, where it usually stands. Else the next turn may begin with it.
         for index in range(last - 1, first - 1, -1):
@@ -776,11 +762,19 @@ class ChatFormat:
         tools: Sequence[Mapping[str, Any]] = (),
         kwargs: TemplateKwargs | None = None,
     ) -> str:
-        """A conversation as the chat template writes it, turns and tools in the form of transformers.
+        """Return a conversation as rendered by the chat template.
 
-        ``reply`` ends it where the assistant begins, and ``kwargs`` are further names that the template
-        reads. Names of special tokens are broken by a sentinel (:meth:`TextEncoder.break_marks`),
-        except in what the assistant wrote. Raises :class:`RecipeError` where the template refuses it.
+        A sentinel breaks the names of special tokens in all but the assistant's text
+        (:meth:`TextEncoder.break_marks`).
+
+        Args:
+            turns: turns in the form of transformers.
+            reply: end the text where the assistant's reply starts.
+            tools: tools in the form of transformers.
+            kwargs: additional template variables.
+
+        Raises:
+            RecipeError: if the template rejects the conversation.
         """
         if self.check_template is not None:
             self.check_template()
@@ -820,9 +814,9 @@ class ChatFormat:
         return text
 
     def tokens(self, text: str, *, first: bool) -> IntArray:
-        """Return the token ids ``[T]`` of ``text``, without those of sentinels.
+        """Return the token ids ``[T]`` of ``text``, without sentinels.
 
-        ``first`` puts the tokens before it with which the model's texts begin.
+        ``first`` adds the model's beginning-of-text tokens.
         """
         if not first:
             return np.asarray(self.text_encoder.ids(text), dtype=np.int64)
@@ -834,9 +828,9 @@ class ChatFormat:
         return np.asarray(ids, dtype=np.int64)
 
     def continued_tokens(self, prompt: str, text: str) -> tuple[IntArray, IntArray]:
-        """Return the token ids of a raw prompt, and those of the ``text`` that continues the prompt.
+        """Return the token ids of a raw prompt, and of the ``text`` that continues the prompt.
 
-        Both are tokenized as one text, unless the prompt's own tokens are then others.
+        Both are tokenized as one text, unless that changes the prompt's tokens.
         """
         prompt_T, whole_T = (self.tokens(each, first=True) for each in (prompt, prompt + text))
         size = len(prompt_T)
@@ -852,7 +846,7 @@ class ChatFormat:
         reply: bool,
         kwargs: TemplateKwargs | None = None,
     ) -> str:
-        """Our turns and tools as the chat template writes them; see :meth:`render`."""
+        """Return messages and tools as rendered by the chat template; see :meth:`render`."""
         if uses_tools(messages, tools) and takes_tools(self.template_text):
             described = [describe_tool(tool) for tool in tools]
             return self.render(

@@ -1,7 +1,7 @@
-"""What a file is made of, told by its bytes: its name decides only where they leave a doubt.
+"""Detection of a file's format from its bytes; the file name decides only in doubt.
 
-Containers are JSON Lines, a JSON array or object, CSV, TSV, Parquet and plain text, each but Parquet
-also packed with gzip or zstd. Images and sounds come as a folder or a zip archive of their files, or as
+Formats are JSON Lines, a JSON array or object, CSV, TSV, Parquet and plain text. All but Parquet
+may be compressed with gzip or zstd. Images and audio are a folder or zip archive of files, or
 arrays in an ``.npz`` file.
 """
 
@@ -36,14 +36,14 @@ PLAIN_TEXT = (".txt", ".md", ".text")
 TABLES = (".csv", ".tsv")
 PACKED = (".gz", ".zst")
 DATA_ENDINGS = (*JSON_LINES, ".json", *TABLES, ".parquet", ".npz", *PLAIN_TEXT)
-"""Endings of files that are read, each but the last kind's also with one of ``PACKED`` behind it."""
+"""Accepted file endings. All endings but plain text may have one of ``PACKED`` appended."""
 
 TIME_COLUMNS = ("timestamp", "time", "date", "datetime", "ds")
 """Names of the first column of a time series."""
 _HEAD_BYTES = 65536
 _DELIMITERS = "\t,;|"
 _UNQUOTED = "\t|"
-"""Delimiters of tables that programs also write without quoting: these are rare in text."""
+"""Delimiters that some programs write without quoting, because both are rare in text."""
 _QUOTED = re.compile(rb'"(?:[^"]|"")*"')
 SEPARATOR = re.compile(r'"?sep=([^\w"\s]|\t)"?\s*')
 """First line of a table that tells Excel the delimiter."""
@@ -54,7 +54,7 @@ _SUPPORTED = (
 )
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
-"""How archives begin: with their first member, or with the end of a list of none."""
+"""First bytes of a zip archive, and of an empty zip archive."""
 # Every entry is impossible at the start of UTF-8 text, so a match alone is proof.
 _MAGIC = (
     (_GZIP, "data packed twice"),
@@ -66,7 +66,7 @@ _MAGIC = (
     (b"\xfe\xff", "UTF-16 text"),
 )
 BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)
-"""What unpacking raises where the data is damaged."""
+"""Exceptions of decompressors for damaged data."""
 
 # Tab, line ends, backspace, form feed and escape do occur in text.
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\r\b\f\x1b"))
@@ -74,14 +74,14 @@ _CONTROL = bytes(set(range(32)) - set(b"\t\n\r\b\f\x1b"))
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What a file is made of."""
+    """Format of a file."""
 
     kind: FileFormat
     packing: Packing = ""
     delimiter: str = ","
     """Character between the cells of a table."""
     quoted: bool = True
-    """Whether cells of a table may be quoted; otherwise quotes are part of the text."""
+    """False for a table whose quotes are part of the text."""
 
     def __str__(self) -> str:
         kind = self.kind if self.quoted else f"{self.kind} without quoting"
@@ -89,11 +89,11 @@ class Container:
 
 
 def container_of(path: Path) -> Container:
-    """Return what the file at ``path`` is made of.
+    """Return the format of the file at ``path``.
 
     Raises:
-        RowRefused: for what is no regular file, no text, or of no known kind.
-        OSError: where it cannot be read.
+        RowRefused: if the file is not regular, not text, or of an unknown format.
+        OSError: if the file cannot be read.
     """
     if path.is_dir() and any(map(is_media, names_below(path))):
         return Container("folder")
@@ -138,7 +138,7 @@ def container_of(path: Path) -> Container:
 
 
 def unpacked_name(name: str) -> str:
-    """The name of a file in lower case, without the endings of what packs it."""
+    """Return a file name in lower case, without compression endings."""
     name = name.lower()
     for ending in PACKED:
         name = name.removesuffix(ending)
@@ -148,9 +148,9 @@ def unpacked_name(name: str) -> str:
 def _lacks_quoting(path: Path, packing: Packing, delimiter: str) -> bool:
     """Return whether the quotes of a table are plain text.
 
-    That is the case if every line has as many cells as the header, and a cell begins with a quote
-    that the same cell does not close. A quoted cell with line breaks leaves lines with fewer cells,
-    unless it holds delimiters too. Doubled quotes and a quoted header show that cells are quoted.
+    True if every line has as many cells as the header, and a cell starts with a quote without a
+    closing quote. A quoted cell with line breaks leaves lines with fewer cells, unless the cell
+    also contains delimiters. Doubled quotes and a quoted header prove quoting.
     """
     columns, is_open = 0, False
     with path.open("rb") as raw, suppress(RowRefused, *BROKEN):  # the reader reports damage
@@ -172,7 +172,8 @@ def _lacks_quoting(path: Path, packing: Packing, delimiter: str) -> bool:
 
 
 def _holds_arrays(path: Path) -> bool:
-    """Whether an archive is an ``.npz`` file: uploaded files have no ending that says so."""
+    """Return whether an archive without a file ending, such as an uploaded file, is an ``.npz``
+    file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return all(name.endswith(".npy") for name in archive.namelist())
@@ -201,20 +202,20 @@ def refuse_binary(data: bytes) -> None:
 
 
 def damage_refusal(error: Exception) -> RowRefused:
-    """The refusal of packed data that cannot be unpacked."""
+    """Return the error for compressed data that cannot be decompressed."""
     said = str(error).rstrip(".")
     message = f"The packed file is damaged or cut off: {said[:1].lower()}{said[1:]}."
     return RowRefused("file.damaged", message, "Pack or fetch the file again.")
 
 
 def needs(package: str, extra: str, what: str) -> RowRefused:
-    """The refusal of ``what`` takes an optional package."""
+    """Return the error for a missing optional package."""
     message = f"{what} needs the package {package}, which is not installed."
     return RowRefused("file.extra", message, f"Install it: pip install 'luthier[{extra}]'.")
 
 
 class _Zstd(io.RawIOBase):
-    """Frames of zstd, one behind the other; a last one that is cut off is an error, not an end."""
+    """Concatenated zstd frames; a truncated last frame raises :class:`EOFError`."""
 
     # A piece of a hostile frame may unpack to 30,000 times its size.
     _PIECE = 4096
@@ -273,7 +274,7 @@ def _refuse_irregular(path: Path) -> None:
 
 
 def _kind(text: str, suffix: str, whole: bool) -> FileFormat | None:
-    """What the text at the head of a file is; ``whole`` says that there is no more of it."""
+    """Return the format of the text at the start of a file; ``whole`` if that is all text."""
     start = text.lstrip(" \t\r\n")[:1]
     if suffix in TABLES or suffix == ".md" or (not start and suffix in PLAIN_TEXT):
         return "text" if suffix in (".md", *PLAIN_TEXT) else "csv" if suffix == ".csv" else "tsv"
@@ -295,7 +296,6 @@ def _kind(text: str, suffix: str, whole: bool) -> FileFormat | None:
 
 
 def _value(line: str) -> object | None:
-    """The JSON value that a line is, if it is one as a whole."""
     try:
         return json.loads(line)  # type: ignore[no-any-return]
     except (ValueError, RecursionError):
@@ -303,7 +303,7 @@ def _value(line: str) -> object | None:
 
 
 def _is_table(text: str) -> bool:
-    """Whether text of unknown kind has a header that names known columns, and rows as long."""
+    """Return whether text of unknown format has a header with a known column, and rows."""
     delimiter = _delimiter(text, "csv")
     rows = [row for line in text.split("\n")[:3] if (row := _cells(line, delimiter))]
     if len(rows) < 2 or len(rows[0]) < 2:
@@ -320,7 +320,7 @@ def is_series_header(columns: Sequence[str]) -> bool:
 
 
 def _delimiter(text: str, kind: FileFormat) -> str:
-    """The character that cuts the header into most cells; by the kind where several do."""
+    """Return the delimiter that gives the most header cells; the format's own on a tie."""
     header = text.split("\n", 1)[0]
     usual = "\t" if kind == "tsv" else ","
     return max(_DELIMITERS, key=lambda each: (len(_cells(header, each)), each == usual))
@@ -334,7 +334,7 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 
 def empty_refusal(what: str) -> RowRefused:
-    """Why a file without rows is refused; ``what`` it is or holds."""
+    """Return the error for a file without rows."""
     return RowRefused("file.empty", f"The file {what}.", "Add rows to it, or name another file.")
 
 

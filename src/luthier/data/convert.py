@@ -1,7 +1,7 @@
-"""One source to one file, in another form or container: streaming, whole or not at all.
+"""Conversion of a source to one file in another row form or container, as a stream.
 
-Keys that say nothing of a row's form (an id, a category) are kept beside it, or left out where that was
-asked for. A row with anything that form or container cannot say is refused.
+Keys outside of the row's form (an id, a category) are kept, or dropped on request. A row that the
+target form or container cannot represent is rejected.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _BESIDE_CALLS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was done."""
+    """Result of a conversion."""
 
     recognized: Recognition
     rows: int
     form: str
     format: Format
     kept: tuple[str, ...]
-    """Further keys that are written beside the form."""
+    """Keys outside of the form that were written."""
     left_out: tuple[str, ...]
-    """Further keys that were left out, as asked."""
+    """Keys outside of the form that were dropped."""
 
 
 def format_of(target: Path) -> Format:
-    """The container that a file's ending names; :class:`RecipeError` where it names none."""
+    """Return the container for a file ending; :class:`RecipeError` for an unknown ending."""
     suffix = Path(unpacked_name(target.name)).suffix
     if suffix in JSON_LINES:
         return "jsonl"
@@ -70,20 +70,20 @@ def convert(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
-    """Write the rows of ``source`` to ``target``, which is there whole or not at all.
+    """Write the rows of ``source`` to ``target``, completely or not at all.
 
     Args:
         source: a file, a folder, a pattern or an address.
-        target: the new file; its ending names the format, and ``.gz`` or ``.zst`` packs it.
+        target: the new file. Its ending gives the format; ``.gz`` and ``.zst`` compress.
         form: one of ``TARGETS``.
-        format_: the container, where the ending does not tell it.
-        columns: the source's name for each of our keys.
-        drop_extra_keys: leave out keys that are no part of the form.
-        overwrite: replace the file where there is one.
-        on_progress: now and then given how many bytes of how many have been read.
+        format_: the container, if the ending does not give the container.
+        columns: column names of the source by luthier's keys.
+        drop_extra_keys: drop keys outside of the form.
+        overwrite: replace an existing file.
+        on_progress: called with the bytes read so far and in total.
 
     Raises:
-        RecipeError: for a form, format or target that cannot be.
+        RecipeError: for an invalid form, format or target.
         DataError: with every row that cannot be read or written, up to
             :data:`~luthier.errors.MOST_PROBLEMS`.
     """
@@ -108,7 +108,7 @@ def convert(
 
 
 class _Conversion:
-    """Reads the source as often as it is needed."""
+    """Several passes over one source."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class _Conversion:
         self.left_out: dict[str, None] = {}
 
     def write(self, writer: Writer) -> RowReader:
-        """Write every row; nothing is kept of the file where one is refused."""
+        """Write every row; raise :class:`DataError` if any row is rejected."""
         problems = BoundedProblems()
         reader = RowReader(
             self.source, self.columns, on_progress=self.on_progress, problems=problems
@@ -178,7 +178,7 @@ class _Conversion:
 
 
 def _refuse_lost(record: Record, keeps_tools: bool) -> None:
-    """Refuse messages with keys that would not be written."""
+    """Reject messages with keys that the target form cannot represent."""
     written = _BESIDE_TEXT | (_BESIDE_CALLS if keeps_tools else frozenset())
     for key in ("messages", "conversations"):
         turns = record.get(key)

@@ -1,8 +1,7 @@
-"""Raw text for pre-training, read in memory that does not grow with its size.
+"""Raw text for pre-training, read with constant memory.
 
-Files are read one after the other, in pieces of some 64 KiB, as often as they are needed: once to
-check and count them, once for the tokenizer, once for the tokens. A document is a row of a JSONL
-file, or a plain-text file.
+Files are read in pieces of about 64 KiB, once per pass: to check and count, for the tokenizer, for
+the tokens. A document is a row of a JSONL file, or a plain-text file.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from luthier.data.sources import files_of
 from luthier.errors import BoundedProblems, Problem
 
 PIECE = 1 << 16
-"""Characters in a piece of text at most, where it has white space to be cut at."""
+"""Most characters in a piece of text, if white space allows a cut."""
 ENOUGH_DOCUMENTS = 20
-"""Documents to hold out; where the share asked for is fewer, the end of the text is held out."""
+"""Fewest held-out documents. With fewer, the end of the text is held out instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +29,23 @@ class CorpusPiece:
 
     text: str
     document: int
-    """Number of its document, from 0."""
+    """0-based number of the document."""
     start: int
-    """Characters of all files before it."""
+    """Number of characters before the piece, over all files."""
     ends: bool
-    """Whether its document ends with it."""
+    """True for the last piece of a document."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over all files found."""
+    """Counts of one pass over all files."""
 
     documents: int
     characters: int
 
 
 def pieces(paths: Sequence[Path]) -> Iterator[CorpusPiece]:
-    """All text of ``paths``; :class:`~luthier.errors.DataError` where one cannot be read as that."""
+    """Yield all text of ``paths``; :class:`~luthier.errors.DataError` for a file without text."""
     problems = BoundedProblems()
     document = start = 0
     for path in (file for source in paths for file in files_of(source)):
@@ -64,7 +63,7 @@ def pieces(paths: Sequence[Path]) -> Iterator[CorpusPiece]:
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:
-    """``text`` in parts that can be read alone, and whether each is the last."""
+    """Yield the parts of ``text`` that can be tokenized separately, each with an is-last flag."""
     begin = 0
     while len(text) - begin > PIECE:
         cut = last_cut(text[begin : begin + PIECE])
@@ -85,7 +84,7 @@ def survey(paths: Sequence[Path]) -> Survey:
 
 
 def sample(paths: Sequence[Path], size: int, characters: int) -> Iterator[str]:
-    """Every so many pieces of the text, of about ``size`` of its ``characters`` in all."""
+    """Yield evenly spaced pieces with about ``size`` of the ``characters`` in total."""
     stride = max(1, -(-characters // size))
     for number, piece in enumerate(pieces(paths)):
         if number % stride == 0:
@@ -94,9 +93,9 @@ def sample(paths: Sequence[Path], size: int, characters: int) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Which part of the text is measured on and not learned from.
+    """Choice of the held-out text.
 
-    Whole documents, drawn by seed and number alone; the end of the text where those would be few.
+    Whole documents, drawn by seed and number alone, or the end of the text if documents are few.
     """
 
     share: float
@@ -104,7 +103,7 @@ class HeldOut:
     survey: Survey
 
     def parts(self, text: Iterable[CorpusPiece]) -> Iterator[tuple[CorpusPiece, bool]]:
-        """The same text, and of each piece whether it is held out."""
+        """Yield each piece with a held-out flag."""
         drawn = self.share * self.survey.documents >= ENOUGH_DOCUMENTS
         edge = int((1 - self.share) * self.survey.characters)
         for piece in text:

@@ -1,8 +1,8 @@
-"""Sequences that go to disk when they grow: a data set need not fit into memory.
+"""Sequences that move to disk when they grow, for data sets larger than memory.
 
-A list stays a list while it is small. Beyond :data:`MEMORY_LIMIT` its items lie in a temporary file,
-which has no name and is gone with the sequence or the process, and are read when they are asked for.
-Whoever takes rows by ``Sequence`` sees no difference but that an item asked for twice is two objects.
+A small sequence is a list. Beyond :data:`MEMORY_LIMIT`, the items are pickled to an unnamed
+temporary file, which disappears with the sequence or the process. Each access of an item on disk
+returns a new object.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from luthier.types import IntArray
 
 T = TypeVar("T")
 MEMORY_LIMIT = 16 << 20
-"""Bytes, pickled, of a sequence that stays in memory, where it takes two or three times as many."""
+"""Most pickled bytes of a sequence in memory; the objects take two to three times as much."""
 SAMPLE_EVERY = 32
-"""At least one item in so many is pickled to see how large they are."""
+"""At least every N-th item is pickled to estimate the size."""
 BUFFER = 1 << 20
-"""Bytes that are written, and read in order, at once."""
+"""Bytes per write and per sequential read."""
 
 
 def spool(items: Iterable[T], limit: int | None = None) -> Sequence[T]:
-    """All ``items`` in order: a list up to about ``limit`` bytes (:data:`MEMORY_LIMIT`), else on disk.
+    """Return all ``items``: a list up to about ``limit`` bytes (:data:`MEMORY_LIMIT`), else on
+    disk.
 
     Raises:
-        DiskFull: where the temporary file finds no room.
+        DiskFull: if the temporary folder has no space.
     """
     limit = MEMORY_LIMIT if limit is None else limit
     held, size, weighed, step = list[T](), 0, 0, 1
@@ -54,14 +55,14 @@ def spool(items: Iterable[T], limit: int | None = None) -> Sequence[T]:
 
 
 def select(items: Sequence[T], rows: IntArray) -> Sequence[T]:
-    """The items at ``rows``, in that order: torch's ``Subset``."""
+    """Return a lazy view of the items at ``rows``, like torch's ``Subset``."""
     return (
         [items[row] for row in rows.tolist()] if isinstance(items, list) else _Subset(items, rows)
     )
 
 
 def concatenate(parts: Iterable[Sequence[T]]) -> Sequence[T]:
-    """The items of all ``parts``, one after the other: torch's ``ConcatDataset``."""
+    """Return a lazy concatenation of ``parts``, like torch's ``ConcatDataset``."""
     filled = [part for part in parts if len(part)]
     if len(filled) == 1:
         return filled[0]
@@ -69,7 +70,7 @@ def concatenate(parts: Iterable[Sequence[T]]) -> Sequence[T]:
 
 
 def _drain(items: list[T]) -> Iterator[T]:
-    """The items in order, each let go of when it is taken."""
+    """Yield the items in order and release each item."""
     items.reverse()
     while items:
         yield items.pop()
@@ -79,7 +80,6 @@ class _Lazy(Sequence[T]):
     """A sequence by :meth:`item`."""
 
     def item(self, index: int) -> T:
-        """The item at ``index``, which there is."""
         raise NotImplementedError
 
     @overload
@@ -125,10 +125,9 @@ class _Concat(_Lazy[T]):
 
 
 class _OnDisk(_Lazy[T]):
-    """Pickled items in a temporary file that this process alone can open.
+    """Pickled items in an unnamed temporary file.
 
-    What many items share stays in memory: processors of images and sounds, and the arrays that some of
-    those are.
+    Objects that many items share (processors, and arrays of some inputs) stay in memory.
     """
 
     def __init__(self, items: Iterable[T]) -> None:
@@ -155,7 +154,7 @@ class _OnDisk(_Lazy[T]):
         self._append(scratch)
 
     def _append(self, scratch: io.BytesIO) -> int:
-        """Move what ``scratch`` holds to the end of the file; the size of the file."""
+        """Append ``scratch`` to the file; return the file size."""
         with scratch.getbuffer() as data, disk_errors(self._folder):
             left = data[: scratch.tell()]
             while left:
@@ -193,7 +192,7 @@ class _Pickler(pickle.Pickler):
         self._shared, self._numbers = shared, numbers
 
     def persistent_id(self, obj: Any) -> int | None:
-        """The place among the shared objects of one that stays in memory."""
+        """Return the index of an object that stays in memory."""
         if not isinstance(obj, Media | Processor) or (isinstance(obj, Media) and obj.array is None):
             return None
         number = self._numbers.setdefault(id(obj), len(self._shared))
@@ -203,12 +202,12 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads what this process wrote to a file that nobody else can open."""
+    """Unpickler for the process's own unnamed file."""
 
     def __init__(self, file: IO[bytes], shared: list[Any]) -> None:
         super().__init__(file)
         self._shared = shared
 
     def persistent_load(self, pid: Any) -> Any:
-        """The object that stayed in memory."""
+        """Return an object that stayed in memory."""
         return self._shared[pid]

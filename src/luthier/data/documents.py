@@ -1,4 +1,7 @@
-"""A JSON array of rows, or objects one after the other, read as a whole and decoded row by row."""
+"""Reader for a JSON array of rows or concatenated JSON objects.
+
+The file is read as a whole and decoded row by row.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ class _Text:
         return value
 
     def _end(self, start: int) -> int:
-        """Return the end of a value with a mistake that is no syntax error."""
+        """Return the end of a value whose mistake is not a syntax error."""
         try:
             return json.JSONDecoder(parse_int=str).raw_decode(self.text, start)[1]
         except json.JSONDecodeError as error:

@@ -1,8 +1,8 @@
-"""The values under the keys of a record, checked: texts, labels, ratings, tags, turns.
+"""Checks of the values in a record: text, labels, ratings, tags, turns.
 
-What is wrong with one value alone is raised as ``RowRefused``. Where a row may have several faults
-at once (both texts of a pair, any turn of a conversation) the :class:`FieldChecker` notes each and
-goes on.
+A problem of a single value is raised as ``RowRefused``. If a row can have several problems (both
+texts of a pair, any turn of a conversation), :class:`FieldChecker` reports each problem and
+continues.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from luthier.types import Message, Tool, ToolCall
 
 Turns = tuple[Message, ...]
 Names = Mapping[str, str]
-"""What the file calls a key of ours, for messages."""
+"""Names of luthier's keys in the file, for messages."""
 
 _ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = "system, user, assistant and tool"
@@ -49,7 +49,7 @@ _FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "call": ("tool",),
     "tool": ("tool", "assistant"),
 }
-"""Roles that may come behind each, where ``call`` is an assistant that calls a tool."""
+"""Allowed next roles by role; ``call`` is an assistant turn with tool calls."""
 ROLE_RENAMES: Mapping[str, str] = {
     "human": "user",
     "gpt": "assistant",
@@ -58,7 +58,7 @@ ROLE_RENAMES: Mapping[str, str] = {
     "model": "assistant",
     "ai": "assistant",
 } | {role: role for role in _ROLES}
-"""Names that people and other tools give to roles."""
+"""Role names of other tools."""
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _BIO = re.compile(r"O|[BI]-\S+")
 
@@ -73,16 +73,16 @@ RENAMES: Mapping[str, str] = {
     "from": "role",
     "value": "content",
 } | {key: key for key in ("prompt", "completion", "messages", "text", "role", "content")}
-"""Names that people give to our keys."""
+"""Common synonyms for luthier's keys."""
 
 
 def list_keys(keys: Iterable[str]) -> str:
-    """The first ten keys, for messages."""
+    """Return the first ten keys, quoted for a message."""
     return list_some(map(quote, keys), 10)
 
 
 def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
-    """Say which near-misses to rename to the wanted keys; empty when there is none."""
+    """Return advice to rename similar keys to the wanted keys; empty without a similar key."""
     steps, absent = [], []
     for target in wanted:
         found = [key for key in holder if RENAMES.get(key.strip().lower()) == target]
@@ -100,7 +100,7 @@ def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
 
 
 def column_fix(ours: str, theirs: str) -> str:
-    """Return the advice for a column ``theirs`` whose name is similar to the key ``ours``."""
+    """Return advice for a column ``theirs`` with a name similar to the key ``ours``."""
     return (
         f'Did you mean {quote(theirs)}? Rename it to "{ours}", or say `data.columns.{ours}={theirs}` '
         "if all rows have it."
@@ -108,12 +108,12 @@ def column_fix(ours: str, theirs: str) -> str:
 
 
 def join_parts(value: object) -> object:
-    """The text of parts, one behind the other; whatever is no list of parts comes back as it is.
+    """Return the concatenated text of content parts; any other value unchanged.
 
-    Points to cache at are passed over, as they say nothing of what is said.
+    Bedrock's cache points are skipped.
 
     Raises:
-        RowRefused: for a part that is no text, as an image.
+        RowRefused: for a part without text, such as an image.
     """
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         return value
@@ -140,11 +140,11 @@ def _part_text(part: dict[str, object]) -> str:
 
 _ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?\d+"""
 _LIST = re.compile(rf"\[\s*(?:(?:{_ITEM})(?:\s*,\s*|\s+|(?=\s*\])))*\s*\]", re.S)
-"""A list as Python or numpy prints it: ``['a', 'b']``, ``['a' 'b']``, ``[1, 2]``."""
+"""A list as printed by Python or numpy: ``['a', 'b']``, ``['a' 'b']``, ``[1, 2]``."""
 
 
 def _listed(text: str) -> object:
-    """Return the labels of a list that a table or a text holds as text; other text unchanged.
+    """Return the labels of a list that is written as text; other text unchanged.
 
     Raises:
         RowRefused: for a list or an object in another notation.
@@ -169,9 +169,9 @@ def _listed(text: str) -> object:
 
 
 def read_label(value: object) -> str | tuple[str, ...]:
-    """Return one label, or all labels of a row that may have several.
+    """Return one label, or a tuple for an array of labels.
 
-    Whole numbers become text, and an array that is written as text is read as an array.
+    Integers become text, and an array written as text is parsed.
     """
     if isinstance(value, str):
         value = _listed(value)
@@ -227,7 +227,7 @@ def read_rating(value: object) -> float:
 
 
 def read_tagged(tokens: object, tags: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Words and their tags in the BIO scheme, as many of the one as of the other."""
+    """Return words and BIO tags of equal number."""
     words, names = read_words(tokens, "tokens"), read_words(tags, "tags")
     if len(words) != len(names):
         raise RowRefused(
@@ -246,7 +246,7 @@ def read_tagged(tokens: object, tags: object) -> tuple[tuple[str, ...], tuple[st
 
 
 def read_words(value: object, key: str) -> tuple[str, ...]:
-    """An array of texts under ``key``, none of them blank and at least one."""
+    """Return a non-empty array of non-blank strings under ``key``."""
     if isinstance(value, list) and value and all(isinstance(i, str) and i.strip() for i in value):
         return tuple(value)
     if value is None:
@@ -266,15 +266,15 @@ def read_words(value: object, key: str) -> tuple[str, ...]:
 
 
 class FieldChecker:
-    """Checks the values of the record in hand; what is wrong is noted with its file and line.
+    """Checker for the values of one record at a time; problems get file and line.
 
     Args:
-        file: the file in hand.
-        problems: what is wrong is appended here.
+        file: the current file.
+        problems: list for the problems.
     """
 
     other_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys that are something else than a text whose column has another name."""
+    """Keys that are never suggested as a misspelt text column."""
 
     def __init__(self, file: str, problems: list[Problem]) -> None:
         self.file = file
@@ -282,16 +282,16 @@ class FieldChecker:
         self.line = 0
         self.names: Names = {}
         self.unread_of_turns: dict[str, None] = {}
-        """Keys of turns that are not read, such as ``messages[].speaker``."""
+        """Ignored keys of turns, such as ``messages[].speaker``."""
 
     def report(self, rule: str, message: str, fix: str) -> None:
-        """Note what is wrong with the row in hand."""
+        """Add a problem of the current row."""
         self.problems.append(Problem(rule, message, fix, Location(self.file, self.line)))
 
     def text(
         self, holder: Record, key: str, number: int = 0, *, target: bool = False
     ) -> str | None:
-        """Return a text that is there and not blank; ``number`` is that of the message, if any."""
+        """Return a required, non-blank text; ``number`` is the number of the message, if any."""
         value = holder.get(key)
         if isinstance(value, str) and value and not value.isspace():
             return value
@@ -313,10 +313,10 @@ class FieldChecker:
         return None
 
     def media(self, holder: Record, kind: MediaKind) -> Media | None:
-        """The image or sound of a record, which is not opened yet.
+        """Return the unopened image or audio of a record.
 
-        It is a path below the folder of the file, bytes with or without a name as Hugging Face's data
-        sets hold them, or a ``data:`` address.
+        Accepted are a path below the file's folder, bytes with or without a name as in Hugging Face
+        data sets, and a ``data:`` address.
         """
         value = holder.get(kind)
         if isinstance(value, Media):
@@ -364,7 +364,7 @@ class FieldChecker:
         return Media(kind, value, str(path))
 
     def _window(self, value: object) -> Media | None:
-        """Values of a time series in their order, the last one last."""
+        """Return a window of a time series: values in order, the newest last."""
         numbers = value if isinstance(value, list) else []
         if numbers and all(
             type(each) in (int, float) and abs(each) <= LARGEST_VALUE for each in numbers
@@ -376,7 +376,7 @@ class FieldChecker:
         return None
 
     def _decode_data_address(self, value: str, kind: MediaKind, name: str) -> Media | None:
-        """What a ``data:`` address holds (RFC 2397), in base64."""
+        """Decode a base64 ``data:`` address (RFC 2397)."""
         head, comma, body = value.partition(",")
         try:
             if not comma or not head.endswith(";base64"):
@@ -388,12 +388,13 @@ class FieldChecker:
             return None
 
     def _column_fix(self, record: Record, key: str) -> str:
-        """Suggest the column that is spelled most like ``key``; empty if none is."""
+        """Return advice for the column with the name most similar to ``key``; empty without a
+        similar column."""
         near = nearest_name(key, (name for name in record if name not in self.other_keys))
         return column_fix(key, self.names.get(near) or near) if near else ""
 
     def messages(self, value: object, answered: bool = True) -> Turns | None:
-        """A conversation; ``answered`` wants the assistant's turn at its end."""
+        """Return a conversation; with ``answered``, the last turn must be the assistant's."""
         if not isinstance(value, list):
             called = self.names.get("messages") or "messages"
             message = f'"{called}" must be an array of objects, but is {json_kind(value)}.'
@@ -418,7 +419,7 @@ class FieldChecker:
         return messages
 
     def _message(self, number: int, item: object) -> Message | None:
-        """One turn; ``None`` when a problem was reported."""
+        """Return one turn; ``None`` after a reported problem."""
         if not isinstance(item, dict):
             message = f"Message {number} must be an object, but is {json_kind(item)}."
             fix = 'Write each message as {"role": "...", "content": "..."}.'
@@ -445,10 +446,10 @@ class FieldChecker:
         return Message(role, content, learned, calls, str(call_id or ""), reasoning.strip())
 
     def learned(self, turn: Record, key: str, of_assistant: bool = True) -> bool:
-        """Return whether a turn under ``key`` is learned, and note its keys that are not read.
+        """Return whether a turn is learned, and record the turn's ignored keys.
 
         Raises:
-            RowRefused: if a mark of the turn cannot be understood.
+            RowRefused: for an invalid mark.
         """
         learned, unread = read_marks(turn, of_assistant)
         called = self.names.get(key) or key
@@ -456,7 +457,7 @@ class FieldChecker:
         return learned
 
     def _role(self, number: int, item: Record) -> str | None:
-        """Who speaks; ``None`` when a problem was reported."""
+        """Return the role of a turn; ``None`` after a reported problem."""
         if item.get("role") in _ROLES:
             return str(item["role"])
         if item.get("role") == "developer":  # what newer models of OpenAI call system
@@ -473,10 +474,10 @@ class FieldChecker:
         return None
 
     def tools(self, record: Record) -> tuple[Tool, ...]:
-        """The tools of a conversation; none where the record names none.
+        """Return the tools of a conversation; empty if the record has none.
 
         Raises:
-            RowRefused: for tools that cannot be read.
+            RowRefused: for invalid tools.
         """
         found = [
             tools
@@ -492,7 +493,7 @@ class FieldChecker:
         return found[0] if found else ()
 
     def _check_order(self, messages: Sequence[Message], answered: bool) -> None:
-        """Report the first turn that is not where it belongs."""
+        """Report the first turn in a wrong position."""
         before = "start"
         for number, message in enumerate(messages, 1):
             if message.role not in _FOLLOWS[before] and not (
@@ -514,7 +515,6 @@ class FieldChecker:
             self.report("message.last", message_text, fix)
 
     def _report_order(self, number: int, messages: Sequence[Message]) -> None:
-        """Report turn ``number``, and how to mend the order."""
         role, before = messages[number - 1].role, messages[number - 2]
         if role == "system":
             text = f"Message {number} has the role system, which may only come first."
@@ -544,7 +544,7 @@ class FieldChecker:
 
 
 def check_calls(messages: Turns, tools: Sequence[Tool]) -> None:
-    """Refuse calls of functions that are not among the tools of the row, where it has any."""
+    """Reject calls of functions outside of the row's tools, if the row has tools."""
     names = {tool.name for tool in tools}
     for number, message in enumerate(messages, 1):
         for call in message.calls if names else ():
@@ -557,7 +557,7 @@ def check_calls(messages: Turns, tools: Sequence[Tool]) -> None:
 
 
 def read_prompt(value: object, fields: FieldChecker) -> Turns:
-    """Return the turns of a prompt, as :func:`read_turns` does; the assistant must not end it."""
+    """Return the turns of a prompt; the assistant must not be last. See :func:`read_turns`."""
     turns = read_turns(value, "prompt", "user", fields)
     if turns[-1].role == "assistant":
         raise RowRefused(
@@ -569,10 +569,10 @@ def read_prompt(value: object, fields: FieldChecker) -> Turns:
 
 
 def read_turns(value: object, key: str, role: str, fields: FieldChecker) -> Turns:
-    """Return the turns of a text (of ``role``), a message, or a list of at least one message.
+    """Return the turns of a text (of ``role``), a message, or a non-empty list of messages.
 
     Raises:
-        RowRefused: for anything else, for calls of tools, and for an answer without a learned turn.
+        RowRefused: for any other value, for tool calls, and for an answer without a learned turn.
     """
     if isinstance(value, str):
         return (Message(role, value),)

@@ -1,15 +1,14 @@
-"""The forms in which other tools keep rows: how each becomes one of our shapes, and the way back.
+"""Row forms of other tools and their conversion to and from luthier's shapes.
 
-``FORMS`` is the table of what is read: a name, the keys that tell the form, and a function that gives
-the record in the shapes of ``luthier.data.shapes``. No text is altered; an Alpaca instruction and its
-input are joined with a blank line between (the fields that the Stanford Alpaca recipe puts under its
-two headings, without the headings). ``TARGETS`` is the table of what is written; what a form has no
-place for is refused, never left out. To add a form, write one function and one line of a table.
+``FORMS`` is the table of input forms: name, identifying keys, and a function that returns the
+record in a shape of ``luthier.data.shapes``. Text is never altered. A blank line joins an Alpaca
+instruction and its input, as in the Stanford Alpaca recipe but without the headings. ``TARGETS`` is
+the table of output forms. A row that the target form cannot represent is rejected. To add a form,
+write one function and one line of a table.
 
-Considered and left out: ``query`` with lists of passages, SQuAD's nested
-answers, triplets with hard negatives, tables of sentence pairs with a score or label (they are no
-pairs that belong together). ``--map`` takes those whose columns only have other names. System prompts,
-histories and tools are joined to the turns by ``luthier.data.row_context``, for every form alike.
+Not supported: ``query`` with lists of passages, SQuAD's nested answers, triplets with hard
+negatives, and scored sentence pairs. ``--map`` accepts tables that differ only in the column names.
+``luthier.data.row_context`` joins system prompts, histories and tools to the turns, for all forms.
 """
 
 from __future__ import annotations
@@ -35,20 +34,20 @@ Converted = tuple[Record, Names]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One form of rows."""
+    """A row form of another tool."""
 
     name: str
-    """As it is shown to people."""
+    """Name for messages."""
     keys: frozenset[str]
-    """Keys that together tell the form."""
+    """Keys that identify the form."""
     convert: Callable[[Record], Converted]
-    """The same row in a shape of ours; may leave its argument changed."""
+    """Conversion to a luthier shape; may modify the argument."""
     without: frozenset[str] = frozenset()
-    """Keys beside which the row would mean something else."""
+    """Keys that exclude the form."""
     used: frozenset[str] = frozenset()
-    """Further keys that are read where they are there."""
+    """Optional keys that the form reads."""
     applies: Callable[[Record], bool] = lambda record: True
-    """Whether a record with the keys is of the form, where their values tell."""
+    """Additional check of the values, if the keys are ambiguous."""
 
 
 _OWN = frozenset(key for kind in SHAPES.values() for key in kind.keys) - {"label", "rating"}
@@ -56,7 +55,7 @@ _JUDGED = frozenset(("label", "labels", "score", "rating", "similarity", "chosen
 
 
 def _question_answer(question: str, answer: str, *more: str) -> Callable[[Record], Converted]:
-    """Rows of a question and an answer, with further text below the question where there is any."""
+    """Return the conversion of a question and an answer, with optional text below the question."""
 
     def convert(record: Record) -> Converted:
         made: Record = {}
@@ -74,20 +73,20 @@ _BESIDE_ANY = ("id", "expected", "rating", "score", "thumb", "label")
 
 
 def _above(text: object, below: list[object]) -> object:
-    """Texts one below the other; the first that is none, to be refused by name."""
+    """Join texts with blank lines; return the first non-text value for a later error."""
     parts = [text, *below]
     wrong = [part for part in parts if not isinstance(part, str)]
     return wrong[0] if wrong else "\n\n".join(map(str, parts))
 
 
 def _with_further_keys(record: Record, made: Record) -> Record:
-    """Return ``made`` with the keys of any form: id, expected answer, judgement and context."""
+    """Return ``made`` with keys common to all forms: id, expected answer, judgement, context."""
     context = context_keys(Conversation, {**record, **made})
     return made | {key: record[key] for key in record if key in _BESIDE_ANY or key in context}
 
 
 def _conversation(record: Record) -> Converted:
-    """Return a row of Bedrock's Converse: its messages and what stands next to them."""
+    """Convert a row of Bedrock's Converse API."""
     return _with_further_keys(record, {"messages": record.get("messages")}), {}
 
 
@@ -103,7 +102,7 @@ def _sharegpt(record: Record) -> Converted:
 
 
 def _sharegpt_preference(record: Record) -> Converted:
-    """Return a preference as LLaMA-Factory stores it: earlier turns and two turns to compare."""
+    """Convert a preference of LLaMA-Factory: earlier turns and two turns to compare."""
     made, names = _sharegpt(record)
     sides: Record = {key: _turn(record[key]) for key in ("chosen", "rejected")}
     names = {**names, "prompt": names["messages"]}
@@ -111,7 +110,7 @@ def _sharegpt_preference(record: Record) -> Converted:
 
 
 def _turn(item: object) -> object:
-    """A turn with ``role`` and ``content``; what is no turn stays, to be refused by name."""
+    """Return a turn with ``role`` and ``content``; an invalid turn unchanged for a later error."""
     if not isinstance(item, dict) or "from" not in item:
         return item
     role = item["from"]
@@ -125,7 +124,7 @@ def _turn(item: object) -> object:
 
 
 def _image_reference(record: Record) -> Converted:
-    """Bedrock, of image models: where an image lies, and what it shows."""
+    """Convert a row of Bedrock image models: location and caption."""
     made = {"image": record.get("image-ref")}
     if "caption" in record:
         made["caption"] = record["caption"]
@@ -133,7 +132,7 @@ def _image_reference(record: Record) -> Converted:
 
 
 def _media_paths(name: str, key: str) -> Form:
-    """Rows with the path of an image or a sound under ``key``, and a caption or a label beside it."""
+    """Return the form with a media path under ``key`` and an optional caption or label."""
 
     def convert(record: Record) -> Converted:
         path = str(record[key])
@@ -149,9 +148,10 @@ def _media_paths(name: str, key: str) -> Form:
 
 
 def _multiple_choice(record: Record) -> Converted:
-    """A question with choices, asked as ARC and BoolQ are (Gao et al. 2021, lm-evaluation-harness).
+    """Convert a multiple-choice question, with the prompt of ARC and BoolQ (Gao et al. 2021,
+    lm-evaluation-harness).
 
-    Of COPA, where a ``relation`` says what is looked for, that stands in the place of the answer.
+    COPA's ``relation`` replaces the word "Answer".
     """
     relation = record.get("relation")
     asks = {"cause": "Cause", "effect": "Effect"}.get(str(relation), "Answer")
@@ -169,7 +169,7 @@ def _has_choices(record: Record) -> bool:
 
 
 def _options(record: Record) -> Converted:
-    """WinoGrande, as it is scored: what follows is the same, and the beginnings differ."""
+    """Convert WinoGrande: one continuation for several beginnings, as in its scoring."""
     options = record["options"]
     choices = [record["continuation"]] * (len(options) if isinstance(options, list) else 1)
     made = {"prompt": options, "choices": choices, "answer": record["answer"]}
@@ -177,7 +177,7 @@ def _options(record: Record) -> Converted:
 
 
 def _rename(**names: str) -> Callable[[Record], Converted]:
-    """Rows that are ours but for the names of their keys."""
+    """Return the conversion of rows with other key names."""
 
     def convert(record: Record) -> Converted:
         made = {ours: record[theirs] for ours, theirs in names.items() if theirs in record}
@@ -265,16 +265,16 @@ FORMS: tuple[Form, ...] = (
         f"{_ELSE} system system_prompt output answer response target expected {_NO_TEXT}",
     ),
 )
-"""Every form that is not one of our own shapes, the more telling ones first."""
+"""Input forms, the most specific first."""
 
 KEYS = (_OWN | _JUDGED | {"system", "system_prompt", "history", *TOOL_KEYS}).union(
     *(form.keys | form.used for form in FORMS)
 )
-"""Every key that says something of a form or a shape."""
+"""All keys of forms and shapes."""
 
 
 def forms_of(record: Record) -> list[Form]:
-    """Forms whose keys the record has; none where it is a complete shape of our own."""
+    """Return the forms that match a record; empty for a complete luthier shape."""
     keys = record.keys()
     own = any(needed <= keys for kind in SHAPES.values() for needed in kind.complete)
     if own and keys.isdisjoint(("schemaVersion", "conversations")):
@@ -290,7 +290,7 @@ def forms_of(record: Record) -> list[Form]:
 
 
 def extra_keys(row: Row, record: Record, form: Form | None) -> Record:
-    """What stands in the record beside what the row was made of."""
+    """Return the part of a record outside of the row's form."""
     kind = SHAPES[row.shape]
     used = kind.source_keys() if form is None else form.keys | form.used | kind.beside
     used |= context_keys(kind, record)
@@ -363,7 +363,7 @@ def _to_text(row: Row) -> Record:
 
 
 FORMS_WITH_TOOLS = frozenset({"rows", "chat", "openai"})
-"""Forms that have a place for tools, calls, results, reasoning and turns that are not learned."""
+"""Output forms with tools, calls, results, reasoning and turns without learning."""
 TARGETS: Mapping[str, Callable[[Row], Record]] = {
     "rows": lambda row: row.record(),
     "prompt-completion": _to_pair,
@@ -375,12 +375,12 @@ TARGETS: Mapping[str, Callable[[Row], Record]] = {
     "alpaca": _to_alpaca,
     "text": _to_text,
 }
-"""Forms that rows can be written in; ``rows`` is our own shape of each. A record that is written and
-read again gives the same texts."""
+"""Output forms by name; ``rows`` is the shape's own form. Reading a written record gives equal
+text."""
 
 
 def _conversation_of(row: Row, form: str) -> Turns:
-    """The row as a conversation that the assistant ends."""
+    """Return a row as a conversation that ends with the assistant."""
     if isinstance(row, Conversation | PromptCompletion):
         turns = row.turns()
         agent = any(turn.calls or turn.reasoning or turn.role == "tool" for turn in turns)

@@ -1,8 +1,8 @@
-"""Inputs of rows other than text: images, audio and windows of time series.
+"""Row inputs other than text: images, audio and windows of time series.
 
-A row stores where an input lies: a file, a member of a zip archive, bytes of a table, or an array.
-Inputs are decoded when a micro-batch needs them, so memory does not grow with the number of rows.
-:mod:`luthier.media` has the decoders and the processors; this module has the interface to both.
+A row stores the location of an input: a file, a member of a zip archive, bytes in a table, or an
+array. Inputs are decoded per micro-batch, so memory does not grow with the number of rows.
+:mod:`luthier.media` has the decoders and processors; this module has the interface to both.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MediaKind = Literal["image", "audio", "window"]
 SINGULAR: Mapping[str, str] = {
     "image": "image", "audio": "sound", "window": "window of a time series", "text": "text",
 }  # fmt: skip
-"""What people call each kind of input."""
+"""Names of the input kinds for messages."""
 PLURAL: Mapping[str, str] = {
     "image": "images", "audio": "sounds", "window": "windows of a time series", "text": "texts",
 }  # fmt: skip
@@ -50,22 +50,22 @@ IMAGE_ENDINGS = (
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 MEDIA_ENDINGS = (*IMAGE_ENDINGS, *AUDIO_ENDINGS)
 MOST_PIXELS = 64_000_000
-"""Of one image; a compressed file of some kilobytes can claim any number."""
+"""Most pixels of an image; a file of a few kilobytes can claim any number."""
 MOST_MEDIA_BYTES = 64 * 1024 * 1024
-"""Of one encoded image or sound."""
+"""Most bytes of an encoded image or audio file."""
 LONGEST_WINDOW = 512
-"""Values of a time series that a row has at most; no network that reads windows can be longer."""
+"""Most values in a window of a time series; no supported network accepts more."""
 LARGEST_VALUE = 1e100
-"""Of a time series, on both sides of 0: the squares of further ones overflow."""
+"""Largest magnitude in a time series; the square of a larger value overflows."""
 CONVERSIONS: Mapping[str, str] = {
     **{ending: f"magick OLD{ending} NEW.jpg" for ending in (".heic", ".heif")},
     **{ending: f"ffmpeg -i OLD{ending} NEW.flac" for ending in (".m4a", ".aac", ".wma", ".amr")},
 }
-"""Shell commands, by ending, for images and audio that neither Pillow nor libsndfile decodes."""
+"""Shell commands by file ending, for formats that neither Pillow nor libsndfile decodes."""
 
 
 def media_kind(name: str) -> MediaKind | None:
-    """Return what a file holds by its ending; ``None`` for a file that is neither image nor audio."""
+    """Return the kind of a file by its ending; ``None`` for neither image nor audio."""
     ending = name.lower()
     if ending.endswith(IMAGE_ENDINGS):
         return "image"
@@ -73,7 +73,7 @@ def media_kind(name: str) -> MediaKind | None:
 
 
 def conversion_fix(names: Iterable[str]) -> str:
-    """Return how to convert images and audio of other formats; empty if no name has such an ending."""
+    """Return the command to convert unsupported images and audio; empty if not needed."""
     lower = [name.lower() for name in names]
     return " ".join(
         f"Convert {ending} files, for example with: {command}."
@@ -84,32 +84,32 @@ def conversion_fix(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """One image or sound, where it lies."""
+    """Location of one image, audio file or window."""
 
     kind: MediaKind
     name: str
-    """As people find it: a path, ``archive.zip/member``, ``digits.npz[17]``."""
+    """Name for messages: a path, ``archive.zip/member``, ``digits.npz[17]``."""
     path: str | None = None
-    """The file, or the zip archive that has it: as text, since there may be a million of them."""
+    """Path of the file or zip archive, as a string to save memory for a million rows."""
     member: str = ""
-    """Its name in a zip archive."""
+    """Name inside the zip archive."""
     data: bytes | None = field(default=None, repr=False)
-    """Its encoded bytes, where a table holds them."""
+    """Encoded bytes, if stored in a table."""
     array: NDArray[Any] | None = field(default=None, repr=False, compare=False)
-    """Its pixels ``[H, W]`` or ``[H, W, 3]``, or values ``[T]``, where they are in memory."""
+    """Pixels ``[H, W]`` or ``[H, W, 3]``, or values ``[T]``, if in memory."""
     most: int | None = None
-    """Pixels or samples that it may have; else :data:`MOST_PIXELS` or :data:`MOST_SAMPLES`."""
+    """Most pixels or samples; default :data:`MOST_PIXELS` or :data:`MOST_SAMPLES`."""
     time: float | None = field(default=None, compare=False)
-    """Of the last value of a window, in seconds, or as a number where the series counts otherwise."""
+    """Time of a window's last value, in seconds, or in the unit of the series."""
 
     def __str__(self) -> str:
         return self.name
 
     def read(self) -> bytes:
-        """Its encoded bytes.
+        """Return the encoded bytes.
 
         Raises:
-            RowRefused: where they cannot be read, or are too many.
+            RowRefused: if the file cannot be read or is too large.
         """
         if self.data is not None:
             return self.data
@@ -134,7 +134,7 @@ class Media:
             return stream.read(MOST_MEDIA_BYTES)  # it may hold more than its directory says
 
     def digest(self) -> str:
-        """SHA-256 of its bytes: equal files are one image, whatever they are called."""
+        """Return the SHA-256 of the bytes, so equal files with different names match."""
         if self.array is not None:
             shape = f"{self.array.shape}{self.array.dtype}".encode()
             return hashlib.sha256(shape + np.ascontiguousarray(self.array).tobytes()).hexdigest()
@@ -143,7 +143,8 @@ class Media:
         return _file_digest(*version)
 
     def version(self) -> tuple[str, str, int, int] | None:
-        """What tells one content of its file from another without reading it; ``None`` without one."""
+        """Return a key for the file's current content, without reading the file; ``None`` without a
+        file."""
         if self.path is None:
             return None
         try:
@@ -153,24 +154,24 @@ class Media:
         return self.path, self.member, state.st_mtime_ns, state.st_size
 
     def values(self) -> NDArray[np.float64]:
-        """The values of a time series up to the row's own, ``[T]``.
+        """Return the values ``[T]`` of a window.
 
-        A counter that has come to billions differs from line to line in digits that float32 has not.
+        float64: float32 loses the differences between large values of a counter.
         """
         assert self.array is not None
         return np.asarray(self.array, np.float64)
 
 
 OBJECTS = "objects"
-"""Folder beside rows with copies of what they name by ``s3://`` addresses."""
+"""Folder next to rows with copies of objects at ``s3://`` addresses."""
 REFERENCES = ("image", "audio", "image-ref", "file_name", "path")
-"""Keys under which rows name an image or a sound, in our own shapes and in forms of others."""
+"""Keys with the path of an image or audio file, in luthier's shapes and other forms."""
 
 
 def object_name(address: str) -> str:
-    """Path of the copy of an object, as seen from the folder of the rows that name it.
+    """Return the relative path of an object's copy.
 
-    Keys are no paths: it is called after the hash of the address, so that none leads elsewhere.
+    The file name is a hash of the address, because an object key may contain ``..``.
     """
     ending = PurePosixPath(address).suffix.lower()
     digest = hashlib.sha256(address.encode()).hexdigest()[:32]
@@ -178,7 +179,7 @@ def object_name(address: str) -> str:
 
 
 def media_references(record: Record, keys: Iterable[str] = REFERENCES) -> list[str]:
-    """Paths and addresses of images and sounds that a record names; what it holds itself is none."""
+    """Return the paths and addresses of images and audio in a record, without embedded data."""
     found = []
     for key in keys:
         value = record.get(key)
@@ -192,19 +193,19 @@ def media_references(record: Record, keys: Iterable[str] = REFERENCES) -> list[s
 
 
 def is_media(name: str) -> bool:
-    """Whether a file is an image or a sound, by its ending."""
+    """Return whether a file is an image or audio, by its ending."""
     return media_kind(name) is not None
 
 
 @lru_cache(maxsize=1 << 18)
 def _file_digest(path: str, member: str, modified: int, size: int) -> str:
-    """SHA-256 of a file as it was last written: each check of the data asks for the hash again."""
+    """Return the SHA-256 of one version of a file, cached because every data check needs the hash."""
     return hashlib.sha256(Media("image", path, path, member).read()).hexdigest()
 
 
 @lru_cache(maxsize=4)
 def _archive(path: str, modified: int, size: int) -> zipfile.ZipFile:
-    """An open archive, as it was last written: its directory is read once for all members."""
+    """Return an open zip archive, cached so the directory is read once for all members."""
     return zipfile.ZipFile(path)
 
 
@@ -234,10 +235,10 @@ PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 
 class Processor(ABC):
-    """A conversion of inputs of one kind to the arrays that a network takes.
+    """Base of conversions from inputs of one kind to network arrays.
 
-    Implementations are immutable, comparable and picklable. They are stored with a model, and convert
-    training rows and requests alike.
+    Implementations are immutable, comparable and picklable. A processor is stored with a model and
+    converts training rows and requests.
     """
 
     name: ClassVar[str]
@@ -251,13 +252,13 @@ class Processor(ABC):
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Names of the settings of ``[data]`` that :meth:`with_settings` accepts."""
+        """Settings of ``[data]`` that :meth:`with_settings` accepts."""
         return ()
 
     @staticmethod
     @abstractmethod
     def parse(fields: Mapping[str, Any]) -> Processor | None:
-        """Return the processor of a ``preprocessor_config.json``; ``None`` for another kind of file."""
+        """Return the processor of a ``preprocessor_config.json``; ``None`` if of another kind."""
 
     @staticmethod
     @abstractmethod
@@ -272,7 +273,7 @@ class Processor(ABC):
     def array(
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
-        """Return the array of one input, changed at random if ``augmentation`` is given.
+        """Return the array of one input, randomly changed by ``augmentation``.
 
         Raises:
             RowRefused: if the input cannot be decoded.
@@ -283,17 +284,17 @@ class Processor(ABC):
         """Return the contents of ``preprocessor_config.json``."""
 
     def is_whole(self, media: Media) -> bool:
-        """Return whether the input fills an array without padding that a network could notice."""
+        """Return whether the array of an input has no visible padding."""
         return True
 
 
 PROCESSORS: PluginTable[type[Processor]] = PluginTable("processors", Processor, {})
-"""Processors by name; all of them come from :mod:`luthier.media` and installed packages."""
+"""Processors by name, from :mod:`luthier.media` and plugins."""
 
 
 @dataclass(frozen=True, slots=True)
 class MediaInput:
-    """An input of a row on its way into a network."""
+    """An input with the processor and the random changes to apply."""
 
     media: Media
     processor: Processor
@@ -306,7 +307,7 @@ class MediaInput:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the input fills an array, unlike the first windows of a time series."""
+        """False for padded inputs, such as the first windows of a time series."""
         return self.processor.is_whole(self.media)
 
     def array(self) -> NDArray[np.float32]:
@@ -338,7 +339,7 @@ def parse_processor(fields: Any, path: Path) -> Processor:
     """Return the processor that ``fields`` of the file ``path`` describe.
 
     Raises:
-        UnknownModel, CorruptFile: as :func:`read_processor` does.
+        UnknownModel, CorruptFile: see :func:`read_processor`.
     """
     try:
         for kind in PROCESSORS.values():

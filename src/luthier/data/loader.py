@@ -1,4 +1,4 @@
-"""Which rows each step sees: a function of seed and step alone, so that a run can go on anywhere."""
+"""Row order of each step, a function of seed and step alone, so a run can resume at any step."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from numpy.typing import NDArray
 from luthier.types import IntArray
 
 _PLACES, _FURTHER = 2, 3
-"""Last numbers of seeds, which keep draws for different ends apart."""
+"""Last components of seeds, to keep random streams independent."""
 
 
 @dataclass(frozen=True)
 class MixedSet:
-    """A further set of rows, of which each pass over the main set takes a part."""
+    """An additional set of rows, of which each pass over the main set uses a part."""
 
     rows: int
     """Rows of the set."""
     drawn: int
-    """Rows of it in one pass over the main set; more than there are come more than once."""
+    """Rows used per pass over the main set; above ``rows``, rows repeat."""
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Batches of row indices; an epoch's last batch may be smaller.
+    """Batches of row indices; the last batch of an epoch may be smaller.
 
-    An epoch is one pass over the ``rows`` of the main set, with ``drawn`` rows of each further set
-    spread evenly among them, so that every batch holds the sets in proportion, to a row or two. A
-    further set is used up, in a random order, before any of its rows comes again, also over the end of
-    an epoch. Indices count through the main set and then through the others.
+    An epoch is one pass over the ``rows`` of the main set. ``drawn`` rows of each additional set
+    are spread evenly among the main rows, so every batch has the overall proportions, up to two
+    rows. Each row of an additional set is used, in random order, before any row repeats, also
+    across epochs. Indices count through the main set first, then through the additional sets.
     """
 
     rows: int
@@ -43,16 +43,16 @@ class RowOrder:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows in one pass, those of further sets included."""
+        """Rows in one pass, additional sets included."""
         return self.rows + sum(each.drawn for each in self.mixed)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the rows."""
+        """Optimizer steps per epoch."""
         return math.ceil(self.rows_per_epoch / self.batch_size)
 
     def steps(self, epochs: float) -> int:
-        """Optimizer steps in ``epochs`` passes, at least one."""
+        """Return the number of optimizer steps in ``epochs`` epochs, at least one."""
         return max(1, round(epochs * self.steps_per_epoch))
 
     def batch(self, step: int) -> list[int]:
@@ -63,14 +63,15 @@ class RowOrder:
         return chosen
 
     def places(self, rows: int, epoch: int, number: int) -> NDArray[np.float64]:
-        """Where in the epoch (0 to 1) the rows of a set stand: one in each of ``rows`` even parts."""
+        """Return each row's position in the epoch (0 to 1): one in each of ``rows`` equal
+        intervals."""
         if not self.shuffle:
             return (np.arange(rows) + 0.5) / max(1, rows)
         jitter = np.random.default_rng([self.seed, epoch, number, _PLACES]).random(rows)
         return (np.arange(rows) + jitter) / max(1, rows)
 
     def one_pass(self, rows: int, turn: int, number: int = 0) -> IntArray:
-        """One pass over ``rows`` rows; ``number`` is that of a further set, 0 for the main one."""
+        """Return one pass over ``rows`` rows of set ``number``; 0 is the main set."""
         if not self.shuffle:
             return np.arange(rows)
         key = [self.seed, turn, number, _FURTHER] if number else [self.seed, turn]
@@ -79,7 +80,7 @@ class RowOrder:
 
 @lru_cache(maxsize=2)
 def _epoch(order: RowOrder, epoch: int) -> IntArray:
-    """All rows of an epoch in order; kept, as each of its steps asks for a part of it."""
+    """Return all rows of an epoch in order, cached for the epoch's steps."""
     main = order.one_pass(order.rows, epoch)
     if not order.mixed:
         return main
@@ -94,7 +95,7 @@ def _epoch(order: RowOrder, epoch: int) -> IntArray:
 
 
 def _draw_rows(order: RowOrder, each: MixedSet, epoch: int, number: int) -> IntArray:
-    """Rows of a further set in an epoch: a stretch of one random pass over it after the other."""
+    """Return the rows of an additional set in an epoch, cut from consecutive random passes."""
     start, end = epoch * each.drawn, (epoch + 1) * each.drawn
     passes = range(start // each.rows, -(-end // each.rows))
     rows = np.concatenate([order.one_pass(each.rows, turn, number) for turn in passes])

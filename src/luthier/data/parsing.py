@@ -1,9 +1,8 @@
-"""Bytes of one JSON value to a record, and what is wrong where they are none.
+"""JSON parsing of single values, with precise error messages.
 
-The fast path is jiter, which refuses what is refused here too: repeated keys, NaN, text that is no
-UTF-8, halves of characters. What it refuses is read again by the strict parser, whose messages
-say where and how to mend it; what it takes is the same value, but for numbers too large to hold,
-which are looked for.
+The fast path is jiter, which also rejects repeated keys, NaN, invalid UTF-8 and lone surrogates.
+Values that jiter rejects are parsed again by a strict parser, whose messages name location and fix.
+Numbers too large for float64 pass jiter and are checked afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from luthier.errors import Location, RowRefused
 Record = dict[str, object]
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
-"""A longer line is refused, and skipped without being held in memory."""
+"""Most bytes of a line. A longer line is rejected and skipped with constant memory."""
 
 _PIECE_BYTES = 64 * 1024
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -37,14 +36,14 @@ def json_kind(value: object) -> str:
 
 
 def quote(text: str) -> str:
-    """Quote text from the data for a message: short, on one line, nothing unprintable."""
+    """Quote text from the data for a message: short, on one line, printable."""
     # Raw escape codes would reach the user's terminal, and a lone surrogate cannot be printed.
     clipped = text if len(text) <= 40 else text[:39] + "…"
     return f'"{repr(clipped)[1:-1]}"'
 
 
 def text_length(value: object) -> int:
-    """Letters of all texts in a value, however deep."""
+    """Return the total length of all strings in a value, in characters."""
     if isinstance(value, str):
         return len(value)
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -52,11 +51,11 @@ def text_length(value: object) -> int:
 
 
 def read_line(stream: BinaryIO, fix: str) -> bytes:
-    """The next line with its end; empty at the end of ``stream``.
+    """Return the next line with its line end; empty at the end of ``stream``.
 
     Raises:
-        RowRefused: for a line of more than :data:`MAX_LINE_BYTES`, which is read past in small pieces;
-            ``fix`` says what else may be done about it.
+        RowRefused: for a line of more than :data:`MAX_LINE_BYTES`, with the advice ``fix``. The
+            stream is then at the next line.
     """
     raw = stream.readline(MAX_LINE_BYTES + 1)
     if len(raw) <= MAX_LINE_BYTES or raw.endswith(b"\n"):
@@ -71,7 +70,7 @@ def read_line(stream: BinaryIO, fix: str) -> bytes:
 
 
 def decode(data: bytes, line: int) -> str:
-    """UTF-8 that begins on ``line``; :class:`RowRefused` names the first byte that is none."""
+    """Decode UTF-8 text that starts on ``line``; :class:`RowRefused` names the first invalid byte."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -84,7 +83,7 @@ def decode(data: bytes, line: int) -> str:
 
 
 class PieceDecoder:
-    """UTF-8 that comes in pieces, without the byte order mark at its start; errors name the line."""
+    """Incremental UTF-8 decoder without the byte order mark; errors name the line."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -92,10 +91,11 @@ class PieceDecoder:
         self._begun = False
 
     def decode(self, data: bytes, last: bool = False) -> str:
-        """The text of the next piece; a character that it ends in the middle of comes with the next.
+        """Return the text of the next piece; an incomplete last character moves to the next piece.
 
         Raises:
-            RowRefused: for what is no UTF-8, also where the ``last`` piece ends within a character.
+            RowRefused: for invalid UTF-8, or an incomplete character at the end of the ``last``
+                piece.
         """
         before = self._decoder.getstate()[0]
         try:
@@ -111,7 +111,7 @@ class PieceDecoder:
 
 
 def parse_line(raw: bytes, number: int) -> Record | None:
-    """Decode and check one line; None when it is blank."""
+    """Parse and check one line; ``None`` for a blank line."""
     try:
         value: object = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True)
     except ValueError:
@@ -120,7 +120,7 @@ def parse_line(raw: bytes, number: int) -> Record | None:
 
 
 def _all_finite(value: Record) -> bool:
-    """Whether no number in ``value`` was too large to hold."""
+    """Return whether all numbers in ``value`` fit into float64."""
     for one in value.values():
         if type(one) is not str:
             break
@@ -141,7 +141,7 @@ def _all_finite(value: Record) -> bool:
 
 
 def _strict(raw: bytes, number: int) -> Record | None:
-    """What :func:`parse_line` says, by a parser that names the place of each mistake."""
+    """Parse one line like :func:`parse_line`, with the exact location in error messages."""
     text = decode(raw, number).rstrip("\r\n")  # or columns could point past the line
     if number == 1:
         text = text.removeprefix("\ufeff")
@@ -158,12 +158,12 @@ def _strict(raw: bytes, number: int) -> Record | None:
 
 
 def may_hold_surrogates(text: str) -> bool:
-    """Whether to look: valid UTF-8 holds none, so only an escape can bring one in."""
+    """Return whether a JSON text may have surrogates: valid UTF-8 has none, only escapes do."""
     return "\\u" in text and _SURROGATE_ESCAPE.search(text) is not None
 
 
 def loads(text: str) -> object:
-    """One JSON value on one line; :class:`RowRefused` where it is none, or cannot be held."""
+    """Parse one JSON value on one line; :class:`RowRefused` for invalid JSON or huge values."""
     try:
         value: object = DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -178,7 +178,7 @@ def loads(text: str) -> object:
 
 
 def json_reason(message: str) -> str:
-    """What a JSON parser says, as a part of a sentence."""
+    """Return a JSON parser's message in lower case, as part of a sentence."""
     return message[:1].lower() + message[1:].removesuffix(" at").rstrip(": ")
 
 
@@ -210,7 +210,7 @@ def _unique(pairs: list[tuple[str, object]]) -> Record:
 
 
 def too_deep(line: int = 0) -> RowRefused:
-    """The refusal of what is nested too deeply."""
+    """Return the error for values nested too deeply."""
     message = "Arrays or objects are nested too deeply to be read."
     return RowRefused(
         "json.too_deep", message, "Flatten or remove the nested value.", Location(line=line)
@@ -218,7 +218,7 @@ def too_deep(line: int = 0) -> RowRefused:
 
 
 def too_many_digits() -> RowRefused:
-    """The refusal of an integer that Python does not convert."""
+    """Return the error for an integer with more digits than Python converts."""
     return _not_finite("A number with thousands of digits is too large to hold.")
 
 
@@ -239,7 +239,7 @@ def _finite(literal: str) -> float:
 
 
 def refuse_surrogates(record: Record) -> None:
-    """:class:`RowRefused` where a string holds half of a character."""
+    """Raise :class:`RowRefused` if a string has a lone surrogate."""
     for field, content in record.items():
         stack: list[object] = [field, content]
         while stack:
@@ -262,10 +262,10 @@ _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def parse_embedded(text: str) -> object:
-    """JSON that a text holds, as the arguments of a call do.
+    """Parse JSON inside a string, such as the arguments of a tool call.
 
     Raises:
-        ValueError: for anything else, NaN, numbers too large to hold and halves of characters.
+        ValueError: for invalid JSON, NaN, numbers beyond float64 and lone surrogates.
     """
     value, end = decode_embedded(text)
     if _WHITE_SPACE.fullmatch(text, end) is None:
@@ -274,10 +274,10 @@ def parse_embedded(text: str) -> object:
 
 
 def decode_embedded(text: str, at: int = 0) -> tuple[object, int]:
-    """The JSON value that begins at ``at``, white space aside, and where it ends.
+    """Return the JSON value at position ``at`` (after white space), and the end of the value.
 
     Raises:
-        ValueError: as :func:`parse_embedded`.
+        ValueError: see :func:`parse_embedded`.
     """
     matched = _WHITE_SPACE.match(text, at)
     start = matched.end() if matched else at

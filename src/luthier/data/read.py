@@ -1,11 +1,11 @@
-"""Bytes to records, from every container of ``luthier.data.containers``.
+r"""Reading of records from all file formats of ``luthier.data.containers``.
 
-Nothing is dropped in silence. What cannot be read becomes a ``Problem`` in the caller's list, and
-reading goes on with the next line, so that one pass finds them all. What the rules mean is listed
-in ``luthier.gate.rules``.
+No row is dropped silently. A row that cannot be read becomes a ``Problem`` in the caller's list.
+Reading continues with the next line, so one pass finds all problems. ``luthier.gate.rules`` lists
+the rules.
 
-Lines end at ``\n`` and nowhere else: text written by people holds U+2028 and U+0085, which
-``str.splitlines`` would take for line ends.
+Only ``\n`` ends a line: text may contain U+2028 and U+0085, which ``str.splitlines`` treats as line
+ends.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ def read_records(
     on_progress: Callable[[int], None] | None = None,
     doubts: list[Problem] | None = None,
 ) -> Iterator[tuple[int, Record]]:
-    """Yield ``(line, record)`` for each readable record; append to ``problems`` for the others.
+    """Yield ``(line, record)`` for each readable record; append problems to ``problems``.
 
-    Lines count from 1, in a Parquet file rows; a plain-text file is one record at line 1, or without
-    ``whole`` many, of some 64 KiB each, whose texts follow each other. No file is held in memory but
-    plain text that is read ``whole``. No error is raised for anything that a file holds.
-    ``problems`` is complete only when the iterator is exhausted.
+    Lines count from 1; in a Parquet file, rows do. A plain-text file is one record at line 1.
+    Without ``whole``, a plain-text file is a sequence of records of about 64 KiB. Memory is
+    constant, except for plain text with ``whole``. The contents of a file never raise an error.
+    ``problems`` is complete when the iterator is exhausted.
 
     Args:
         path: the file.
-        problems: what is wrong is appended here.
+        problems: list for the problems.
         whole: read plain text as one record.
-        container: what the file is made of, where it is known.
-        on_progress: now and then given how many bytes of the file have been read.
-        doubts: records that are likely read wrongly are appended here, as warnings.
+        container: format of the file, if known.
+        on_progress: called with the number of bytes read so far.
+        doubts: list for warnings about records that are probably parsed incorrectly.
     """
     file = str(path)
     try:
@@ -91,7 +91,7 @@ def read_records(
 
 
 def source_size(path: Path) -> int:
-    """Bytes of a file, or of all below a folder; 0 of what is not there."""
+    """Return the bytes of a file, or of all files below a folder; 0 if missing."""
     return folder_size(path) if path.is_dir() else path.stat().st_size if path.is_file() else 0
 
 
@@ -125,7 +125,7 @@ def _read_failure(error: OSError) -> RowRefused:
 
 
 def find_container(path: Path, problems: list[Problem]) -> Container | None:
-    """What the file at ``path`` is made of; ``None`` after its problem was appended."""
+    """Return the format of a file; ``None`` after a reported problem."""
     try:
         return container_of(path)
     except RowRefused as bad:
@@ -165,10 +165,10 @@ def _read_pieces(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
 
 
 def last_cut(text: str) -> int:
-    """The last place where ``text`` can be cut in two without another reading of either part.
+    """Return the last position to cut ``text`` without a change of tokenization; 0 if none.
 
-    That is before white space that follows something else: tokenizers split words there, and look
-    ahead from white space, never back at it. 0 where there is no such place.
+    The position is before white space that follows another character: tokenizers split words there,
+    and look ahead from white space but never back.
     """
     end = len(text)
     while (end := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) > 0:

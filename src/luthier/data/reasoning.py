@@ -1,8 +1,8 @@
-"""Reasoning in what a model writes: the marks around it, and the answer behind it.
+"""Separation of reasoning and answer in generated text.
 
-Which marks those are, and whether there are any, is read from the chat template of a model by what it
-renders, as those of Qwen3, DeepSeek-R1, QwQ, GLM 4.5 and SmolLM3: ``<think>`` and ``</think>``, or any
-other name in angle or square brackets. The text of a model whose template has none stays as it is.
+The marks around reasoning are detected from the output of the chat template, as for Qwen3,
+DeepSeek-R1, QwQ, GLM 4.5 and SmolLM3: ``<think>`` and ``</think>``, or another name in angle or
+square brackets. Without such marks in the template, text stays unchanged.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ if TYPE_CHECKING:
     from luthier.types import IntArray, TemplateKwargs
 
 _CLOSE = re.compile(r"<[|｜]?/[\w:.-]{1,40}[|｜]?>|\[/[\w:.-]{1,40}\]")
-"""What may close reasoning; what opens it is the same without the slash."""
+"""Pattern of closing marks; the opening mark is the closing mark without the slash."""
 CANDIDATES = 32
-"""Such marks of one template that are tried: a template may come from anybody."""
+"""Most candidate marks per template, because a template is untrusted input."""
 CHARACTERS = 1_000_000
-"""Of a conversation of a few words, as a template writes it, at most."""
+"""Most characters of a rendered short conversation."""
 TAIL = 32
-"""Tokens at the end of a prompt that are looked at, where it may begin or close the reasoning."""
+"""Tokens at the end of a prompt to search for an open or closed reasoning block."""
 _SWITCHES = ("enable_thinking", "thinking")
-"""Names that templates read to turn reasoning on and off."""
+"""Template variables that turn reasoning on and off."""
 _USER, _ANSWER, _THOUGHT = "a probe's question", "a probe's answer", "a probe's thought"
 
 
 @dataclass(frozen=True)
 class ReasoningMarks:
-    """What a model writes around its reasoning."""
+    """Marks around a model's reasoning."""
 
     open: str
     close: str
     open_id: int | None = None
-    """The token that is the whole mark, where there is one."""
+    """Id of the opening mark, if the mark is a single token."""
     close_id: int | None = None
     special: Mapping[int, str] = field(default_factory=dict, hash=False)
-    """Those of them that a tokenizer leaves out of a text, as it does special tokens."""
+    """Marks that the tokenizer treats as special tokens and drops from decoded text."""
 
     @property
     def empty_block(self) -> re.Pattern[str]:
-        """Pattern of the block that a template writes for a turn without reasoning.
+        """Pattern of the empty block that a template writes for a turn without reasoning.
 
-        The block ends at the line of the answer, whose indentation belongs to the answer.
+        The block ends at the answer's first line, whose indentation belongs to the answer.
         """
         return re.compile(rf"{re.escape(self.open)}\s*{re.escape(self.close)}(?:\s*\n)?")
 
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """How an answer may reason: between which marks, and whether its prompt has begun it."""
+    """Marks of a reply's reasoning, and whether the prompt already opened the reasoning."""
 
     marks: ReasoningMarks
     is_open: bool
@@ -64,18 +64,18 @@ class ReasoningFormat:
 
 @dataclass(frozen=True)
 class DecodedReply:
-    """A reply as text: what was thought, and what is said."""
+    """A decoded reply: reasoning and answer."""
 
     reasoning: str
     text: str
 
 
 def find_marks(chat: ChatFormat) -> ReasoningMarks | None:
-    """The marks that the chat template of ``chat`` writes or cuts; ``None`` where it has none.
+    """Return the reasoning marks of a chat template; ``None`` without marks.
 
-    Each way in which templates have them is tried: they write the reasoning of a turn, or an empty
-    block; the prompt begins or closes one, also by a switch; what stands before the closing mark is cut
-    out of earlier turns.
+    Tried are all known kinds of templates. They render the reasoning of a turn, render an empty
+    block, open or close a block in the prompt (also with a switch), or cut the reasoning from
+    earlier turns.
     """
     closes = list(dict.fromkeys(_CLOSE.findall(chat.template_text)))[:CANDIDATES]
     if not closes:
@@ -104,7 +104,7 @@ def _known_marks(chat: ChatFormat, opening: str, close: str) -> ReasoningMarks:
 
 
 def _renderings(chat: ChatFormat) -> Iterator[str]:
-    """A turn with and one without reasoning, then prompts by each switch that the template has."""
+    """Yield a turn with and without reasoning, then prompts with each switch of the template."""
     question = Message("user", _USER)
     for answer in (
         Message("assistant", _ANSWER, reasoning=_THOUGHT),
@@ -120,7 +120,7 @@ def _renderings(chat: ChatFormat) -> Iterator[str]:
 
 
 def _has_marks(text: str, opening: str, close: str) -> bool:
-    """Whether reasoning, or an empty block, stands in a rendered text, or begins at its end."""
+    """Return whether a rendered text has a reasoning block, or opens one at the end."""
     block = rf"{re.escape(opening)}\s*(?:{_THOUGHT}\s*)?{re.escape(close)}\s*(?:{_ANSWER}|$)"
     return text.rstrip().endswith(opening) or re.search(block, text) is not None
 
@@ -128,7 +128,7 @@ def _has_marks(text: str, opening: str, close: str) -> bool:
 def _cut_from_history(
     chat: ChatFormat, pairs: Sequence[tuple[str, str]]
 ) -> Iterator[tuple[str, str]]:
-    """Those of ``pairs`` by which a template cuts reasoning out of the content of earlier turns."""
+    """Yield the pairs whose reasoning the template cuts from the content of earlier turns."""
     turns: list[Message] = []
     for number, (_, close) in enumerate(pairs):
         said = f"{_THOUGHT} {number}.{close}{_ANSWER} {number}."
@@ -145,7 +145,7 @@ def _render(
     reply: bool = True,
     kwargs: TemplateKwargs | None = None,
 ) -> str:
-    """A conversation as the template writes it; empty where it refuses it, or writes a book."""
+    """Return a rendered conversation; empty if the template rejects it or renders too much text."""
     try:
         text = chat.render_turns(turns, (), reply=reply, kwargs=kwargs)
     except RecipeError:
@@ -154,7 +154,7 @@ def _render(
 
 
 def reasoning_after(chat: ChatFormat, prompt_T: IntArray) -> ReasoningFormat | None:
-    """How an answer to a prompt may reason; ``None`` where it does not, or the prompt has closed it."""
+    """Return the reasoning format of a reply; ``None`` without reasoning or after a closed block."""
     marks = chat.reasoning_marks
     if marks is None:
         return None
@@ -165,7 +165,7 @@ def reasoning_after(chat: ChatFormat, prompt_T: IntArray) -> ReasoningFormat | N
 
 
 def overlap(text: str, marks: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that one of ``marks`` begins with, and is longer than."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of a mark."""
     longest = max(map(len, marks), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         end = text[-size:]
@@ -175,14 +175,14 @@ def overlap(text: str, marks: Sequence[str]) -> int:
 
 
 class ReasoningSplitter:
-    """Parts the text of an answer, as it comes, into reasoning and what is said behind it.
+    """Incremental split of a reply's text into reasoning and answer.
 
-    White space around the reasoning is left out, and so are blank lines before the answer. What may be
-    a mark is held back until that is known. How the text is cut into pieces makes no difference.
+    White space around the reasoning and blank lines before the answer are dropped. Text that may
+    start a mark is buffered. The result does not depend on the pieces.
     """
 
     def __init__(self, reasoning: ReasoningFormat | None) -> None:
-        """``None`` for an answer without reasoning: all of it is said."""
+        """``None`` stands for a reply without reasoning: all text is the answer."""
         self._reasoning = reasoning
         self._state: Literal["opening", "reasoning", "closed", "answer"] = (
             "answer" if reasoning is None else "opening"
@@ -191,10 +191,10 @@ class ReasoningSplitter:
         self._came = 0
         self._shown = False
         self.answer_start: int | None = 0 if reasoning is None else None
-        """Characters before the answer, marks included; ``None`` until it has begun."""
+        """Characters before the answer, marks included; ``None`` before the answer starts."""
 
     def feed(self, text: str) -> tuple[str, str]:
-        """The next characters; what of all that is held is reasoning, and what is said."""
+        """Add text; return the new reasoning and the new part of the answer."""
         reasoning = self._reasoning
         if reasoning is None:
             return "", text
@@ -215,7 +215,7 @@ class ReasoningSplitter:
         return thought, said
 
     def end(self) -> tuple[str, str]:
-        """What is left when no more comes."""
+        """Return the buffered reasoning and answer at the end of the text."""
         reasoning, held = self._reasoning, self._held
         self._held = ""
         if reasoning is None:
@@ -239,7 +239,7 @@ class ReasoningSplitter:
                 self._begin_answer()
 
     def _reason(self, close: str) -> str:
-        """The reasoning that is known to be some."""
+        """Return the new reasoning before a possible closing mark."""
         if not self._shown:
             self._held = self._held.lstrip()
         at = self._held.find(close)

@@ -1,7 +1,7 @@
-"""System prompts, earlier turns, tools and learning marks that stand next to the turns of a row.
+"""System prompts, earlier turns, tools and learning marks in columns next to a row's turns.
 
-All forms of rows keep them under the same keys, so they are joined to the turns here, after the form
-and the shape of a row are known.
+All row forms use the same keys for this context. The context joins the turns here, after form and
+shape of the row are known.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _SYSTEM_NAMES = frozenset(
 TOOL_KEYS = frozenset(("tools", "functions", "toolConfig"))
 _CONTEXT_KEYS = TOOL_KEYS | {"history"}
 TURN_KEYS = ("messages", "conversations")
-"""Keys under which rows hold their turns."""
+"""Keys of turns."""
 
 
 def is_system_key(key: str) -> bool:
-    """Return whether a key of a row holds its system prompt."""
+    """Return whether a key is a name for the system prompt."""
     return plain_name(key) in _SYSTEM_NAMES
 
 
 def context_keys(kind: type[Shape], record: Record) -> set[str]:
-    """Return the keys of a record that :func:`join_context` reads for a row of the shape."""
+    """Return the keys of a record that :func:`join_context` reads for the shape."""
     if issubclass(kind, PromptOnly):
         return {key for key in record if is_system_key(key)}
     if not issubclass(kind, Conversation | PromptCompletion | JudgedAnswers):
@@ -53,14 +53,14 @@ def context_keys(kind: type[Shape], record: Record) -> set[str]:
 
 @lru_cache(1000)
 def _may_hold_context(keys: tuple[str, ...]) -> bool:
-    """Return whether a record with these keys can have any context; rows of a file share keys."""
+    """Return whether a record with these keys can have context, cached because rows share keys."""
     return any(
         key in _CONTEXT_KEYS or is_system_key(key) or mark_sense(key) is not None for key in keys
     )
 
 
 def parse_turns(record: Record) -> Record:
-    """Return the record with turns that are JSON text, as cells of tables are, as an array."""
+    """Return the record with turns parsed from JSON text, as in table cells."""
     for key in TURN_KEYS:
         value = record.get(key)
         if isinstance(value, str) and value.lstrip().startswith("["):
@@ -78,17 +78,17 @@ def parse_turns(record: Record) -> Record:
 def join_context(
     kind: type[Shape], record: Record, asks: bool = False
 ) -> tuple[type[Shape], Record]:
-    """Move the system prompt, history and marks of a row into its turns; return shape and record.
+    """Merge the system prompt, history and marks of a row into its turns; return shape and record.
 
     A prompt and a completion with a system prompt, earlier turns or tools become messages.
 
     Args:
-        kind: the shape of the record.
-        record: the row in the keys of the shape.
-        asks: whether a prompt without a completion becomes messages too, and marks are not read.
+        kind: shape of the record.
+        record: row with the keys of the shape.
+        asks: also convert a prompt without a completion to messages, and ignore marks.
 
     Raises:
-        RowRefused: if the context cannot be read, or differs from the turns of the row.
+        RowRefused: if the context is invalid, or contradicts the turns of the row.
     """
     if issubclass(kind, PromptCompletion) and isinstance(record.get("completion"), list):
         kind, record = _join_turn_lists(kind, record)
@@ -117,7 +117,7 @@ def join_context(
 
 
 def _join_turn_lists(kind: type[Shape], record: Record) -> tuple[type[Shape], Record]:
-    """Return a prompt and a completion that are lists of turns, as in TRL, as messages.
+    """Return a prompt and a completion as messages if both are lists of turns, as in TRL.
 
     Assistant turns of the prompt are not learned.
     """
@@ -133,7 +133,7 @@ def _join_turn_lists(kind: type[Shape], record: Record) -> tuple[type[Shape], Re
 
 
 def _as_messages(kind: type[Shape], record: Record, held: Record) -> tuple[type[Shape], Record]:
-    """Return a prompt, and its completion if there is one, as messages if anything joins them."""
+    """Return a prompt and an optional completion as messages if the row has context."""
     before = [*_system_turns(held), *_history_turns(record)]
     tools = any(record.get(key) not in (None, "", [], {}, "[]") for key in TOOL_KEYS)
     texts = [record.get("prompt")]
@@ -168,7 +168,7 @@ def _with_turns_before(record: Record, before: list[dict[str, Any]]) -> Record:
 
 
 def _is_whole(value: object) -> bool:
-    """Return whether an answer is a whole conversation, which begins before the assistant."""
+    """Return whether an answer is a whole conversation, starting before the assistant."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, Mapping) and first.get("role") != "assistant"
 
@@ -180,10 +180,10 @@ def _turns_of(value: object) -> list[object]:
 
 
 def _put_before(before: list[dict[str, Any]], turns: Iterable[object]) -> list[object]:
-    """Return the earlier turns followed by the others, without a repeated system prompt.
+    """Return the earlier turns and then the row's turns, without a repeated system prompt.
 
     Raises:
-        RowRefused: if both have a system prompt, and these differ.
+        RowRefused: for two different system prompts.
     """
     made = list(turns)
     first = made[0] if made else None
@@ -205,10 +205,10 @@ def _put_before(before: list[dict[str, Any]], turns: Iterable[object]) -> list[o
 
 
 def _system_turns(held: Record) -> list[dict[str, Any]]:
-    """Return the system prompt as a turn; no turn if there is none.
+    """Return the system prompt as a list of at most one turn.
 
     Raises:
-        RowRefused: if it is no text, or two keys hold different ones.
+        RowRefused: if the prompt is not text, or two keys have different prompts.
     """
     found: dict[str, str] = {}
     for key, value in held.items():
@@ -237,10 +237,10 @@ def _system_turns(held: Record) -> list[dict[str, Any]]:
 
 
 def _history_turns(record: Record) -> list[dict[str, Any]]:
-    """Return earlier turns: pairs of question and answer, or turns with a role.
+    """Return earlier turns, from pairs of question and answer or from turns with a role.
 
     Raises:
-        RowRefused: if the history is something else.
+        RowRefused: for any other history.
     """
     history = record.get("history")
     if isinstance(history, str) and history.lstrip().startswith("["):

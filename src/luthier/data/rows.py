@@ -1,8 +1,8 @@
-"""Sources to checked rows: shapes told apart by their keys, every mistake named.
+"""Reading and checking of rows, with the shape detected from the keys.
 
-The shapes are those of ``luthier.data.shapes``; the forms of other tools become one of them
-(``luthier.data.formats``). Text is never altered. A source with anything wrong in it is refused as a
-whole, with every problem.
+Shapes are defined in ``luthier.data.shapes``; forms of other tools are converted to a shape
+(``luthier.data.formats``). Text is never altered. A source with any problem is rejected as a whole,
+with all problems.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from luthier.escaping import list_some, nearest_name
 from luthier.types import Row
 
 Columns = Mapping[str, str]
-"""The file's name for each of our keys; an empty one sets the key aside."""
+"""Column names of the file by luthier's keys; an empty name ignores the key."""
 
 SPEAKER_COLUMNS = frozenset(
     {"speaker", "speaker_id", "speakerid", "spk", "spk_id", "client_id", "talker", "voice"}
 )
-"""Names, in lower case, of columns of audio tables that tell speakers apart."""
+"""Lower-case column names for speakers in audio tables."""
 ROWS_CHECKED = 1000
-"""Rows that are looked at for columns that nothing is read from."""
+"""Rows checked for ignored columns."""
 
 _ALL_SHAPES = ", ".join(
     title
@@ -60,27 +60,27 @@ _ALL_SHAPES = ", ".join(
     for title in ([kind.title, kind.openai_title] if kind is Preference else [kind.title])
 )
 _BESIDE_TEXT = ("label", "rating", "tags")
-"""What makes another shape of a text: misspelt, it would be left out without a word."""
+"""Keys that turn a text into another shape; a misspelt key would be ignored silently."""
 _ASKED = (PromptCompletion, PromptOnly, Conversation)
 _REPLY_KEYS = ("completion", "expected", "reference_answer")
 _VALUES_TELL = frozenset(("label", "thumb", "rating", "score"))
-"""Keys whose values tell whether an answer was judged."""
+"""Keys whose values decide whether an answer was judged."""
 _MOST_KNOWN = 100
 MOST_IDS = 1_000_000
-"""Ids of a file that are remembered: those of one that is larger than memory would not fit either."""
+"""Most ids per file to check for duplicates, to bound memory."""
 MOST_PATH = 4096
-"""Characters that a path may have, where a text could be one."""
+"""Most characters of a path, if the input may be a path or text."""
 PREDICTED = "predicted"
-"""The key under which rows get what a model says of them."""
+"""Key of predictions in output rows."""
 
 
 class Checker(FieldChecker):
-    """Checks the rows of a source in order; what it has seen is its state.
+    """Checker for the rows of a source, in order.
 
     Args:
-        file: the file in hand.
-        problems: what is wrong is appended here.
-        columns: the file's names of our keys, by ours; an empty one sets the key aside.
+        file: the current file.
+        problems: list for the problems.
+        columns: column names of the file by luthier's keys; an empty name ignores the key.
     """
 
     other_keys = frozenset(
@@ -93,22 +93,22 @@ class Checker(FieldChecker):
         self.first: tuple[str, int] | None = None
         self.first_file = file
         self.form: Form | None = None
-        """Of the first row, where it is none of our own shapes."""
+        """Form of the first row; ``None`` for a luthier shape."""
         self.names = self._names_of({})
         self.known: dict[tuple[str, ...], type[Shape]] = {}
         """Shapes by the keys of rows of our own shapes, in their order."""
         self.given: Record = {}
-        """The record in hand, its columns renamed."""
+        """Current record with renamed columns."""
         self.line_of_id: dict[str | int, int] = {}
 
     def begin(self, file: str) -> None:
-        """Go on with another file of the same source: its rows are like those before."""
+        """Continue with another file of the same source; its rows must match the rows so far."""
         self.file = file
         self.line_of_id = {}
 
     @property
     def form_name(self) -> str | None:
-        """What the rows are, for people; ``None`` before the first one."""
+        """Name of the rows' form or shape for messages; ``None`` before the first row."""
         if self.form is not None:
             return self.form.name
         return self.first[0] if self.first else None
@@ -153,10 +153,10 @@ class Checker(FieldChecker):
             return None
 
     def _check_meaning(self, kind: type[Shape]) -> None:
-        """Refuse a row with a key that makes it another task than its shape has.
+        """Reject a row with a key of another task.
 
         Raises:
-            RowRefused: naming the key.
+            RowRefused: with the key.
         """
         if kind.other_tasks.keys().isdisjoint(self.given):
             return
@@ -171,14 +171,15 @@ class Checker(FieldChecker):
                 )
 
     def own_record(self, record: Record) -> Record | None:
-        """The record in our own keys, its id checked; None only when a problem was reported."""
+        """Return the record with luthier's keys after the id check; ``None`` after a reported
+        problem."""
         own = self._from_form(record)
         if own is not None and "id" in own:
             self.check_id(own["id"])
         return own
 
     def _from_form(self, record: Record) -> Record | None:
-        """The record in one of our shapes, from its form; None when a problem was reported."""
+        """Return the record in a luthier shape; ``None`` after a reported problem."""
         columns = self._columns_beside_form(record) if self.columns else {}
         mapped = self._rename_columns(record, columns) if columns else record
         if mapped is None:
@@ -212,10 +213,10 @@ class Checker(FieldChecker):
         return made
 
     def _columns_beside_form(self, record: Record) -> Columns:
-        """The mapping without what a form gives anyhow.
+        """Return the column mapping without entries that the record's form already provides.
 
-        A form reads more columns than a mapping names (an Alpaca row's ``input``): where a mapping says
-        of an instruction and its output what their form says too, the row stays in its form.
+        A form reads more columns than a mapping has (an Alpaca row's ``input``). If the mapping
+        agrees with the form, the row stays in the form.
         """
         left = {key: value for key, value in record.items() if self.columns.get(key) != ""}
         found = forms_of(left)
@@ -232,7 +233,7 @@ class Checker(FieldChecker):
         return self.columns if clash or len(beside) == len(self.columns) else beside
 
     def _rename_columns(self, record: Record, columns: Columns) -> Record | None:
-        """The record with ``columns`` renamed as asked; None when one is not there."""
+        """Return the record with renamed ``columns``; ``None`` if a column is missing."""
         taken = {*columns.values(), *columns}
         made = {key: value for key, value in record.items() if key not in taken}
         for ours, theirs in columns.items():
@@ -251,14 +252,14 @@ class Checker(FieldChecker):
         return made
 
     def _names_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
-        """What the file calls our keys, through form and mapping."""
+        """Return the file's names for luthier's keys, after form and mapping."""
         return {
             **self.columns,
             **{ours: self.columns.get(own) or own for ours, own in names.items()},
         }
 
     def _report_mixed(self, what: str) -> None:
-        """Report a row that is not what the first row was."""
+        """Report a row that differs from the first row."""
         assert self.first is not None
         first = self.form.name if self.form else self.first[0]
         line = self.first[1]
@@ -268,7 +269,7 @@ class Checker(FieldChecker):
         self.report("row.mixed_shapes", message, fix)
 
     def check_id(self, value: object) -> None:
-        """Report an id that an earlier row has: one of the first :data:`MOST_IDS` of the file."""
+        """Report a repeated id, among the first :data:`MOST_IDS` ids of the file."""
         # By exact type: True is an int in Python and would collide with 1.
         if type(value) is not str and type(value) is not int:
             return
@@ -281,7 +282,8 @@ class Checker(FieldChecker):
             self.report("id.duplicate", message, "Give each row its own id, or remove the copy.")
 
     def shape_of(self, record: Record) -> type[Shape] | None:
-        """The shape by the record's keys, or report why there is not exactly one."""
+        """Return the shape for the keys of a record; report a problem unless exactly one shape
+        fits."""
         found: list[type[Shape]] = [k for k in SHAPES.values() if k.matches(record)]
         if judged := next((kind for kind in found if issubclass(kind, JudgedAnswers)), None):
             found = [judged]  # what people judged is more than what they wrote
@@ -323,7 +325,8 @@ class Checker(FieldChecker):
         return kind
 
     def _misspelt(self, record: Record) -> tuple[str, str] | None:
-        """A key beside a text that looks like one of ours, and that one, unless it was set aside."""
+        """Return a misspelt key next to a text, and the likely key, unless the mapping ignores that
+        key."""
         for key in record:
             # "grading" is close to "rating" as well, but starts otherwise.
             able = [each for each in _BESIDE_TEXT if each[0] == key.strip()[:1].lower()]
@@ -333,14 +336,14 @@ class Checker(FieldChecker):
         return None
 
     def _only_asks(self, record: Record) -> bool:
-        """Whether a row with a prompt is meant without a reply: none is there, misnamed or lost."""
+        """Return whether a row with a prompt has no reply on purpose, not misnamed or lost."""
         if "completion" in record or (self.first and self.first[0] == PromptCompletion.title):
             return False
         misnamed = any(RENAMES.get(key.strip().lower()) == "completion" for key in record)
         return "expected" in record or not misnamed
 
     def _report_unknown(self, record: Record) -> None:
-        """Report keys that make no shape, with what to rename."""
+        """Report a record without a known shape, with keys to rename."""
         has = f"it has the keys {list_keys(record)}" if record else "it has no keys"
         message = f"The row is of no known shape: {has}."
         wanted = (("messages",), ("prompt", "completion"), ("text",))
@@ -357,10 +360,10 @@ class Checker(FieldChecker):
 
 
 class PromptChecker(Checker):
-    """Checks rows for what they ask."""
+    """Checker for prompts."""
 
     def row(self, line: int, record: Record) -> Row | None:
-        """Return what is asked; None only when a problem was reported."""
+        """Return the prompt of a row; ``None`` after a reported problem."""
         self.line = line
         own = self.own_record(record)
         if own is None:
@@ -389,7 +392,7 @@ class PromptChecker(Checker):
         return row and replace(row, members=members)
 
     def _read_prompt(self, kind: type[Shape], record: Record) -> Conversation | PromptOnly | None:
-        """Return the prompt of a row, with the context that stands next to it."""
+        """Return the prompt of a row with its context."""
         kind, record = join_context(kind, record, asks=True)
         if kind is Conversation:
             return self._conversation(record)
@@ -421,13 +424,14 @@ class PromptChecker(Checker):
 
 
 class PromptInputChecker(PromptChecker):
-    """Checks rows for what models that write are asked, each row by itself.
+    """Checker for prompts at inference, each row by itself.
 
-    Rows may ask by prompts and by messages; ids and all other keys may be anything.
+    Rows may mix prompts and messages; ids and other keys may have any value.
     """
 
     def own_record(self, record: Record) -> Record | None:
-        """The record in our own keys, without id, and without a reply that is no text."""
+        """Return the record with luthier's keys, without an id and without a reply that is not
+        text."""
         self.first = self.form = None  # what the rows before it were does not matter
         own = self._from_form(record)
         return own and {
@@ -439,7 +443,7 @@ class PromptInputChecker(PromptChecker):
 
 
 def input_row(given: str, file: str, line: int = 1) -> Row:
-    """What a model that reads is asked about: a text, or the image or sound that it is the path of."""
+    """Return the input row for a text, or for the path of an existing image or audio file."""
     path = Path(given) if len(given) < MOST_PATH and "\0" not in given else Path()
     kind = media_kind(path.name)
     try:
@@ -451,11 +455,11 @@ def input_row(given: str, file: str, line: int = 1) -> Row:
 
 
 class InputChecker(Checker):
-    """Checks rows for what models that read take of them: a text, two texts (``text`` and ``other``, or
-    an anchor and a positive), words, a prompt with its reply, an image (and ``other``, a text) or a
-    sound.
+    """Checker for inputs of encoders and media models.
 
-    Labels and all other keys may be anything but ``reserved``, under which an answer is written.
+    Accepted are a text, two texts (``text`` and ``other``, or an anchor and a positive), words, a
+    prompt with a reply, an image (with an optional text ``other``) and audio. Labels and other keys
+    may have any value, except for ``reserved``, the key of predictions.
     """
 
     def __init__(
@@ -469,7 +473,7 @@ class InputChecker(Checker):
         self.reserved = reserved
 
     def row(self, line: int, record: Record) -> Row | None:
-        """Return what is read; None only when a problem was reported."""
+        """Return the input of a row; ``None`` after a reported problem."""
         self.line = line
         own = self._rename_columns(record, self.columns) if self.columns else record
         if own is None:
@@ -512,17 +516,16 @@ class InputChecker(Checker):
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """What a source was taken for."""
+    """Detected format of a source."""
 
     containers: tuple[str, ...]
-    """What its files are made of, each kind once."""
+    """Distinct file formats."""
     form: str
     """Form or shape of the rows."""
     rows: int
     files: int
     unread: tuple[str, ...] = ()
-    """Columns that nothing was read from: of all rows where the caller said what columns are called,
-    else of the first ones."""
+    """Ignored columns: of all rows with a column mapping, otherwise of the first rows."""
 
     def __str__(self) -> str:
         files = f" in {self.files:,} files" if self.files > 1 else ""
@@ -531,22 +534,22 @@ class Recognition:
 
 
 class RowReader:
-    """Rows of a source, one after the other, never all in memory.
+    """Iterator over the rows of a source with constant memory.
 
-    What was found (``recognition``) and how far reading is (``done`` of ``size`` bytes) can be asked at
-    any time. Problems are in ``problems``, complete when the iterator is exhausted.
+    ``recognition`` (the detected format) and the progress (``done`` of ``size`` bytes) are valid at
+    any time. ``problems`` is complete when the iterator is exhausted.
 
     Args:
         source: a file, a folder, a pattern, ``file://`` or ``s3://``.
-        columns: the file's name for each of our keys.
-        checker: what checks records and makes rows.
-        whole: read plain text as one row; otherwise as pieces that follow each other.
-        on_progress: now and then given ``done`` and ``size``.
-        group_column: the column, as the file calls it, whose values become ``group_of``.
-        problems: what is wrong is appended here.
+        columns: column names of the file by luthier's keys.
+        checker: class that checks records and creates rows.
+        whole: read plain text as one row, otherwise as consecutive pieces.
+        on_progress: called with ``done`` and ``size``.
+        group_column: column of the file with the values for ``group_of``.
+        problems: list for the problems.
 
     Raises:
-        DataError: where the source names nothing that can be read.
+        DataError: if the source has no readable file.
     """
 
     def __init__(
@@ -562,7 +565,7 @@ class RowReader:
         self.files = files_of(source)
         self.problems = [] if problems is None else problems
         self.doubts: list[Problem] = []
-        """Warnings about rows that are likely read wrongly."""
+        """Warnings about rows that are probably parsed incorrectly."""
         self.checker = checker(str(self.files[0]), self.problems, columns)
         self.whole = whole
         self.on_progress = on_progress
@@ -570,7 +573,7 @@ class RowReader:
         self.rows = 0
         self.group_column = group_column
         self.group_of: dict[tuple[str, int], str] = {}
-        """What the column for groups has in each row, by file and line."""
+        """Value of the group column by file and line."""
         self._first: list[Row] = []
         self._rest: Iterator[Row] | None = None
         self._containers: list[str] = []
@@ -583,19 +586,20 @@ class RowReader:
 
     @cached_property
     def size(self) -> int:
-        """Bytes of all files; of a folder of images, of what is below it."""
+        """Bytes of all files and media folders."""
         return sum(map(source_size, self.files))
 
     @property
     def recognition(self) -> Recognition:
-        """What the rows that were read so far are."""
+        """Detected format of the rows so far."""
         form = self.checker.form_name or ("raw text" if self.rows else "nothing")
         containers = tuple(self._containers)
         unread = tuple(self._unread | self.checker.unread_of_turns)
         return Recognition(containers, form, self.rows, len(self.files), unread)
 
     def first(self, count: int) -> list[Row]:
-        """Return the first ``count`` rows, which the next iteration yields without reading again."""
+        """Return the first ``count`` rows; the next iteration yields these rows without a second
+        read."""
         self._rest = self._rest or self._read()
         self._first += islice(self._rest, max(0, count - len(self._first)))
         return self._first[:count]
@@ -644,7 +648,7 @@ class RowReader:
             self._unnamed = set()
 
     def _add_unread(self, row: Row) -> None:
-        """Remember the columns that nothing of the row was read from, where that is asked."""
+        """Record the ignored columns of a row."""
         given, columns = self.checker.given, self.checker.columns
         looked_at = not self.problems and self.rows <= ROWS_CHECKED
         # Both columns of a time series are read.
@@ -657,7 +661,7 @@ class RowReader:
             self._unread |= new
 
     def _doubt_speakers(self, row: Row, unread: Iterable[str]) -> None:
-        """Add a warning for a column of speakers that no one has named as the group column."""
+        """Warn about a speaker column that is not the group column."""
         for name in unread:
             if name.lower() in SPEAKER_COLUMNS and name not in self._unread:
                 message = (
@@ -679,7 +683,7 @@ class RowReader:
         self.problems.append(Problem("column.missing", message, fix, row.location))
 
     def read_all(self) -> Sequence[Row]:
-        """All rows, on disk where they are many; ``DataError`` with every problem if there is any."""
+        """Return all rows, on disk if large; raise :class:`DataError` with all problems."""
         rows = spool(self)
         if self.problems:
             raise DataError(self.problems)
@@ -703,7 +707,7 @@ def _piece(path: Path, record: Record) -> Row | None:
 def load_rows(
     source: Source, columns: Columns | None = None, checker: type[Checker] = Checker
 ) -> Sequence[Row]:
-    """Read and check a whole source; raise ``DataError`` with every problem if there is any."""
+    """Read and check a whole source; raise :class:`DataError` with all problems."""
     return RowReader(source, columns, checker).read_all()
 
 
@@ -715,10 +719,10 @@ _DOCUMENT_FIX = (
 
 
 def load_documents(sources: Iterable[Source]) -> list[str]:
-    """Texts of ``sources``, one for each row or plain-text file.
+    """Return the documents of ``sources``: one text per row or plain-text file.
 
     Raises:
-        DataError: naming every file that holds no text.
+        DataError: with every file without text.
     """
     texts: list[str] = []
     problems: list[Problem] = []
@@ -742,10 +746,10 @@ def load_documents(sources: Iterable[Source]) -> list[str]:
 
 
 def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool]]:
-    """Rows of a file one after the other, never all in memory, and whether each ends a document.
+    """Yield the rows of a file with an ends-document flag, with constant memory.
 
-    A plain-text file is one document and comes as many rows (see ``read_records``). Checked is all
-    that :func:`load_rows` checks but for repeated ids, which would have to be remembered.
+    A plain-text file is one document in several rows (see ``read_records``). Checks are those of
+    :func:`load_rows`, except for repeated ids, which need memory.
     """
     container = find_container(path, problems)
     if container is None:
@@ -770,12 +774,11 @@ def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool
 
 
 def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
-    """Read a whole source for what it asks; raise ``DataError`` with every problem if there is any.
+    """Read the prompts of a whole source; raise :class:`DataError` with all problems.
 
-    Rows are of the shape ``{"prompt"}``, or ``messages`` that end with the user's turn, or of a form
-    that becomes one of these. A row's own reply, its ``completion`` or the assistant's turn at the end
-    of ``messages``, is no part of what is asked: it becomes ``expected``, unless the row has that key
-    itself. In a plain-text file each line that is not blank is a prompt.
+    Rows have a ``prompt``, ``messages`` that end with the user, or an equivalent form. A reply in
+    the row (``completion`` or a last assistant turn) becomes ``expected``, unless the row has that
+    key. In a plain-text file, each non-blank line is a prompt.
     """
     problems: list[Problem] = []
     found = _stream_lines(source, problems, PromptChecker, columns, "prompt", PromptOnly)
@@ -788,10 +791,9 @@ def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
 def stream_prompts(
     source: Source, problems: list[Problem], columns: Columns | None = None
 ) -> Iterator[tuple[Record, Row]]:
-    """Each record of a source, and what it asks a model that writes, one after the other.
+    """Yield each record of a source with its prompt; append problems to ``problems``.
 
-    As of :func:`load_prompts`, but rows may ask in different ways, and ids may repeat. Records are as
-    in the file; what is wrong is appended to ``problems``.
+    Like :func:`load_prompts`, but rows may mix shapes and repeat ids.
     """
     return _stream_lines(source, problems, PromptInputChecker, columns, "prompt", PromptOnly)
 
@@ -799,14 +801,13 @@ def stream_prompts(
 def load_inputs(
     source: Source, columns: Columns | None = None, reserved: str | None = None
 ) -> list[tuple[Record, Row]]:
-    """Read a whole source for what models that read take of it: each record, and what is read of it.
+    """Return each record of a source with its input for an encoder or media model.
 
-    That is a ``text``, the words under ``tokens``, or a ``prompt`` and its ``completion``; in a
-    plain-text file each line that is not blank is a text. Records are as in the file; none may have the
-    field ``reserved``.
+    Inputs are ``text``, words under ``tokens``, or ``prompt`` and ``completion``. In a plain-text
+    file, each non-blank line is a text. No record may have the key ``reserved``.
 
     Raises:
-        DataError: with every problem if there is any.
+        DataError: with all problems.
     """
     problems: list[Problem] = []
     found = [*stream_inputs(source, problems, columns, reserved)]
@@ -821,7 +822,8 @@ def stream_inputs(
     columns: Columns | None = None,
     reserved: str | None = None,
 ) -> Iterator[tuple[Record, Row]]:
-    """The same one after the other, never all in memory; what is wrong is appended to ``problems``."""
+    """Yield the results of :func:`load_inputs` with constant memory; append problems to
+    ``problems``."""
     checker = partial(InputChecker, reserved=reserved)
     return _stream_lines(source, problems, checker, columns, "text", RawText)
 
@@ -834,7 +836,7 @@ def _stream_lines(
     key: str,
     shape: Callable[[str, int, str], Row],
 ) -> Iterator[tuple[Record, Row]]:
-    """Records and their rows; of plain text each line is one, with its text under ``key``."""
+    """Yield records and rows; each line of plain text is a row with the text under ``key``."""
     files = files_of(source)
     checker = make_checker(str(files[0]), problems, columns)
     any_row = False

@@ -1,4 +1,4 @@
-"""What can be wrong with files and rows, by stable id; the reference is generated from it."""
+"""Rules of data checks by stable id; the reference documentation is generated from this module."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ RULES: Mapping[str, str] = {
     "choices.length": "A row has more choices than can be, or neither one prompt nor one for each.",
     "message.tool_calls": "A call has no name or no object of arguments, or names no tool of the row.",
 }
-"""Every rule of reading and checking, with what it refuses."""
+"""Rules of reading and checking."""
 
 PREFERENCE_RULES: Mapping[str, str] = {
     "preference.missing": "One of chosen and rejected, or of OpenAI's three fields, is not there.",
@@ -80,7 +80,7 @@ PREFERENCE_RULES: Mapping[str, str] = {
     "thumb.type": 'A thumb is neither true nor false, "up" nor "down".',
     "thumb.one_kind": "All thumbs point the same way.",
 }
-"""Every rule of preferences, with what it refuses."""
+"""Rules of preferences."""
 
 PROMPT_RULES: Mapping[str, str] = {
     "prompt.shape": "Prompts are asked for, and the row has neither a prompt nor messages.",
@@ -89,7 +89,7 @@ PROMPT_RULES: Mapping[str, str] = {
     "prompt.unasked": "Without its last assistant turn, a conversation asks nothing.",
     "row.predicted": "A row has the field where the answer is to stand: `predicted`, `embedding`.",
 }
-"""Rules of rows that a model is to answer; those of the texts are the same as of other rows."""
+"""Rules of prompts."""
 
 CONVERT_RULES: Mapping[str, str] = {
     "convert.form": "The form asked for has no place for something in the row.",

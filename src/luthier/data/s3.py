@@ -1,10 +1,10 @@
-"""Objects of ``s3://bucket/key`` as local files: fetched once, kept in the store by their ETag.
+"""Local copies of ``s3://bucket/key`` objects, cached in the store by ETag.
 
-A key names one object; one that ends with ``/``, or names none itself, all data files below it. Where
-there are images or sounds below it, they become one folder with the same folders in it.
-Credentials, region and endpoint come from the environment, by the names that boto3 knows
-(``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``,
-``AWS_ENDPOINT_URL`` or ``AWS_ENDPOINT_URL_S3``), or from the machine's role.
+A key names one object. An empty key or a key that ends with ``/`` names all data files below the
+prefix. If there are images or audio files, the copies keep the folder structure. Credentials,
+region and endpoint come from the environment variables of boto3 (``AWS_ACCESS_KEY_ID``,
+``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL`` or
+``AWS_ENDPOINT_URL_S3``), or from the machine's role.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ LONGEST_NAME = 255
 
 
 def split_address(address: str) -> tuple[str, str] | None:
-    """Bucket and key of ``s3://bucket/key``, the key empty where none is named; else ``None``."""
+    """Return bucket and key of an ``s3://`` address; ``None`` for any other source."""
     found = re.fullmatch(rf"s3://({BUCKET})(?:/(.*))?", address, re.DOTALL)
     return (found[1], found[2] or "") if found else None
 
 
 def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = None) -> list[Path]:
-    """Local copies of what ``address`` names, in the order of the keys.
+    """Return local copies of the objects at ``address``, in the order of the keys.
 
     Args:
         address: ``s3://bucket/key``, or a prefix.
-        on_progress: given a key, and how many bytes of how many have come.
+        on_progress: called with a key, the bytes so far, and the bytes in total.
 
     Raises:
-        DataError: where nothing is there, or it cannot be read.
+        DataError: if no object exists, or an object cannot be read.
     """
     try:
         import obstore
@@ -82,7 +82,7 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
 
 
 def connection_settings(endpoint: str | None = None) -> dict[str, Any]:
-    """What obstore does not take from the environment by itself, which ``endpoint`` overrides."""
+    """Return the settings that obstore does not read from the environment; ``endpoint`` overrides."""
     endpoint = (
         endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     )
@@ -96,12 +96,12 @@ def connection_settings(endpoint: str | None = None) -> dict[str, Any]:
 
 
 def is_file_name(part: str) -> bool:
-    """Whether a part of a key can be the name of a file."""
+    """Return whether a part of a key is a valid file name."""
     return part not in ("", ".", "..") and len(part.encode()) <= LONGEST_NAME and "\0" not in part
 
 
 def local_name(key: str) -> str:
-    """A file name for an object: keys are no paths, so only the last part is kept, for its ending."""
+    """Return a safe file name for an object: the last part of the key, for the file ending."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", key.rsplit("/", 1)[-1])[-100:].lstrip(".") or "object"
 
 
@@ -132,7 +132,7 @@ def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict
 def _make_tree(
     bucket: str, prefix: str, objects: list[dict[str, Any]], copies: list[Path], address: str
 ) -> Path:
-    """A folder with the copies of all objects below a prefix, as their keys have them."""
+    """Return a folder with the copies of all objects below a prefix, named like the keys."""
     versions = [f"{each['path']}\n{copy}" for each, copy in zip(objects, copies, strict=True)]
     digest = hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
     target = luthier_home() / "cache" / "s3" / bucket / digest / (local_name(prefix) or bucket)
@@ -163,7 +163,7 @@ def _copy(
     found: dict[str, Any],
     on_progress: Callable[[str, int, int], None],
 ) -> Path:
-    """The object in the store of this machine, fetched where this version of it is not there yet."""
+    """Return the cached copy of an object; download if this version is not cached."""
     key, size = str(found["path"]), int(found["size"])
     endpoint = connection_settings().get("endpoint", "")
     version = f"{endpoint}\n{bucket}\n{key}\n{found['e_tag']}\n{size}"
@@ -185,7 +185,7 @@ def _copy(
 
 
 def _print_progress() -> Callable[[str, int, int], None]:
-    """Tells on a terminal how far a download is."""
+    """Return a callback that prints the download progress on a terminal."""
     if not sys.stderr.isatty():
         return lambda key, done, size: None
 

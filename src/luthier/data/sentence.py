@@ -1,7 +1,7 @@
-"""Sentence encoders in the format of the library sentence-transformers.
+"""Sentence encoders in the format of sentence-transformers.
 
-``modules.json`` lists the steps from a text to its vector: the network, pooling, linear layers and
-normalization. Luthier brings every vector to length 1 after these steps.
+``modules.json`` lists the steps from a text to an embedding: network, pooling, linear layers,
+normalization. luthier always normalizes the result to length 1.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SETTINGS = "sentence_bert_config.json"
 PROMPTS = "config_sentence_transformers.json"
 DENSE_WEIGHTS = "model.safetensors"
 SENTENCE_FOLDERS = ("1_Pooling", "2_Dense", "3_Dense", "4_Dense")
-"""Folders of modules that a sentence encoder may have, as sentence-transformers names them."""
+"""Module folders of a sentence encoder, named as in sentence-transformers."""
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
-"""Names of sentence-transformers, in the order in which several modes are concatenated."""
+"""Pooling modes of sentence-transformers, in the order of concatenation."""
 _LEGACY_MODES: dict[str, PoolingMode] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -34,7 +34,7 @@ _LEGACY_MODES: dict[str, PoolingMode] = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU")
-"""Classes of ``torch.nn`` that may follow a linear layer."""
+"""Supported activation classes of ``torch.nn`` after a linear layer."""
 _PACKAGE = "sentence_transformers."
 _MOST_LENGTH = 10_000_000
 """transformers writes 1e30 for a tokenizer without a limit."""
@@ -44,7 +44,7 @@ _DEFAULT_SETTINGS: dict[str, tuple[Any, ...]] = {
     "module_output_name": ("token_embeddings",),
     "unpad_inputs": (True, False),
 }
-"""Settings of the network that change no vector, with the values that are accepted."""
+"""Settings without effect on embeddings, with the accepted values."""
 
 
 class Dense(BaseModel):
@@ -53,33 +53,33 @@ class Dense(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: str
-    """Folder of its weights, inside the folder of the model."""
+    """Folder of the weights, relative to the model's folder."""
     inputs: int
     outputs: int
     bias: bool
     activation: str
-    """One of :data:`ACTIVATIONS`."""
+    """Activation from :data:`ACTIVATIONS`."""
 
 
 class SentencePipeline(BaseModel):
-    """Steps from the states of the network to the vector of a text, and how texts are prepared."""
+    """Steps from the network's states to an embedding, with the preparation of text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pooling: tuple[PoolingMode, ...] = ("mean",)
-    """Modes whose results are concatenated."""
+    """Pooling modes; the results are concatenated."""
     steps: tuple[Dense | Literal["normalize"], ...] = ()
     """Steps after pooling, in their order."""
     max_length: int | None = None
     """Tokens of a text, special tokens included; the context of the network if ``None``."""
     lower_case: bool = False
-    """Whether text is lower-cased before tokenization."""
+    """True to lower-case text before tokenization."""
     prompts: dict[str, str] = {}
-    """Texts to put before a text, by name."""
+    """Prompts (text prefixes) by name."""
     default_prompt: str | None = None
-    """Name of the prompt that every text gets; ``None`` for no prompt."""
+    """Name of the prompt for every text; ``None`` for no prompt."""
     similarity: str | None = None
-    """Name of the similarity function, which luthier writes back."""
+    """Name of the similarity function, preserved on saving."""
 
     @property
     def dense(self) -> tuple[Dense, ...]:
@@ -87,7 +87,7 @@ class SentencePipeline(BaseModel):
         return tuple(step for step in self.steps if isinstance(step, Dense))
 
     def prepare(self, text: str) -> str:
-        """Return ``text`` with the default prompt, in lower case if the model is for that."""
+        """Return ``text`` with the default prompt, lower-cased for uncased models."""
         text = self.prompts.get(self.default_prompt or "", "") + text
         return text.lower() if self.lower_case else text
 
@@ -96,7 +96,7 @@ class SentencePipeline(BaseModel):
         return context if self.max_length is None else min(context, self.max_length)
 
     def with_pooling(self, mode: PoolingMode) -> SentencePipeline:
-        """Return a pipeline with another pooling and without the layers trained for the old one."""
+        """Return a pipeline with another pooling mode, without layers trained for the old mode."""
         return self.model_copy(update={"pooling": (mode,), "steps": ("normalize",)})
 
 
@@ -147,9 +147,10 @@ def read_sentence_pipeline(folder: Path) -> SentencePipeline | None:
 
 
 def write_sentence_pipeline(pipeline: SentencePipeline, width: int, folder: Path) -> None:
-    """Write a pipeline as sentence-transformers reads it; weights of linear layers are not written.
+    """Write a pipeline in the format of sentence-transformers, without the weights of linear
+    layers.
 
-    ``width`` is the number of values in a state of the network.
+    ``width`` is the hidden size of the network.
     """
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     for place, step in enumerate(pipeline.steps, 2):
@@ -259,7 +260,7 @@ def _read_normalize(place: Path) -> Literal["normalize"]:
 
 
 def _read_dense(folder: Path, place: Path) -> Dense:
-    """Read one linear layer; refuse settings and weights that are not supported."""
+    """Read one linear layer; reject unsupported settings and weights."""
     path = place / "config.json"
     fields = _existing(path)
     if not (place / DENSE_WEIGHTS).is_file():
@@ -294,7 +295,7 @@ def _read_dense(folder: Path, place: Path) -> Dense:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """Return how the network is used; refuse settings that would change vectors."""
+    """Return the settings of the network; reject settings that change embeddings."""
     path = folder / SETTINGS
     if not path.is_file():
         return {}
@@ -316,7 +317,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _max_length(folder: Path, settings: dict[str, Any]) -> int | None:
-    """Return the limit that sentence-transformers applies: its own, or else the tokenizer's."""
+    """Return the maximum length of sentence-transformers: its own, or else the tokenizer's."""
     length = settings.get("max_seq_length")
     path = folder / "tokenizer_config.json"
     if length is None and path.is_file():

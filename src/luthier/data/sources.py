@@ -1,10 +1,10 @@
-"""What a path names: one function from a file, a folder, a pattern or an address to local files.
+"""Resolution of a source (file, folder, pattern, address) to local files.
 
-A folder stands for the data files in it, at any depth, in the order of their names. Hidden files and
-known clutter are ignored (:func:`is_clutter`). A folder that holds
-other files too, rows beside plain text, or training beside test files, is refused with their names: a
-pattern says what is meant. Images and sounds beside rows are what the rows name; a folder of nothing
-else is one source (:mod:`luthier.media.files`).
+A folder stands for the data files inside at any depth, ordered by name. Hidden files and known
+clutter are ignored (:func:`is_clutter`). A folder with additional files is rejected: rows next to
+plain text, or training next to test files. A pattern selects files in such a folder. Media files
+next to rows are inputs of the rows. A folder of media files alone is one source
+(:mod:`luthier.media.files`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SHOWN = 8
 SPLIT_NAME = re.compile(
     r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I
 )
-"""Names of files and folders that say what their rows are for."""
+"""Split names in file and folder names."""
 _CLUTTER = re.compile(
     r"""(?:^|/)(?:
         \.(?!\.?/)                                # hidden, but not the parts "." and ".." of a path
@@ -47,10 +47,11 @@ _CLUTTER = re.compile(
 
 
 def files_of(source: Source) -> list[Path]:
-    """The files that ``source`` names, in order; those of ``s3://`` are fetched first, once.
+    """Return the files of ``source`` in order; ``s3://`` objects are downloaded once.
 
     Raises:
-        DataError: where it names nothing, or not only data; a path to one file is taken as it is.
+        DataError: if no file or not only data files match. The path of a single file is never
+            rejected.
     """
     text = str(source)
     # A Path turns s3:// into s3:/ .
@@ -77,13 +78,13 @@ def files_of(source: Source) -> list[Path]:
 
 
 def hash_of(source: Source) -> str:
-    """SHA-256 of one file; of several, of their hashes in order."""
+    """Return the SHA-256 of one file, or of the hashes of several files in order."""
     hashes = [sha256_of(path) for path in files_of(source)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def stem_of(source: Source) -> str:
-    """What a source is called, without endings: of a pattern or a folder, the last plain name."""
+    """Return a name for a source, without endings; for a pattern, the last part without wildcards."""
     parts = [part for part in re.split(r"[/\\]+", str(source)) if part not in ("", ".", "..")]
     for part in reversed(parts):
         name = part if has_magic(part) else _without_endings(part)
@@ -93,12 +94,12 @@ def stem_of(source: Source) -> str:
 
 
 def absolute(source: str) -> str:
-    """The same source from any working folder; addresses stay as they are."""
+    """Return the source as an absolute path; addresses stay unchanged."""
     return source if "://" in source else str(Path(source).absolute())
 
 
 def is_data(name: str) -> bool:
-    """Whether a file is data by its ending."""
+    """Return whether a file is data, by its ending."""
     return name.lower().endswith(_ENDINGS)
 
 
@@ -148,10 +149,10 @@ def _folder(folder: Path) -> list[Path]:
 
 
 def choose_data_files(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path]]:
-    """Return those files of a folder or prefix that are data, without clutter.
+    """Return the data files of a folder or prefix, without clutter.
 
     Raises:
-        DataError: where there are none, or they are not all of one kind.
+        DataError: if no data file exists, or files of several kinds.
     """
     files = [(name, path) for name, path in named if not is_clutter(name)]
     data = [(name, path) for name, path in files if is_data(name)]
@@ -182,7 +183,7 @@ def choose_data_files(named: Iterable[tuple[str, Path]], where: str) -> list[tup
 
 
 def _split(name: str) -> str:
-    """Whether a file is for training, for validation or for testing, as far as its name tells."""
+    """Return the split in a file name: train, validation, test or empty."""
     found = SPLIT_NAME.search(name)
     if found is None:
         return ""
@@ -211,7 +212,7 @@ def is_clutter(name: str) -> bool:
 
 
 def other_files_problem(count: int, others: Sequence[str]) -> tuple[str, str]:
-    """Return message and fix for files that are neither image nor audio next to ``count`` that are."""
+    """Return message and fix for non-media files next to ``count`` media files."""
     kinds = Counter(PurePosixPath(name.lower()).suffix or "no ending" for name in others)
     counts = list_some((f"{times:,} {kind}" for kind, times in kinds.most_common()), _SHOWN)
     message = (
@@ -223,10 +224,10 @@ def other_files_problem(count: int, others: Sequence[str]) -> tuple[str, str]:
 
 
 def are_splits(folders: Collection[str]) -> bool:
-    """Whether folders of images or sounds are splits, and not classes."""
+    """Return whether folders of media files are splits instead of classes."""
     return bool(folders) and all(SPLIT_NAME.fullmatch(name) for name in folders)
 
 
 def media_below(folder: Path) -> Sequence[str]:
-    """Return the names of all images and sounds below ``folder``, without clutter, in order."""
+    """Return the names of all media files below ``folder`` in order, without clutter."""
     return spool(name for name in names_below(folder) if is_media(name) and not is_clutter(name))

@@ -1,6 +1,6 @@
-"""Training and held-out rows: stratified, with rows that belong together on one side.
+"""Stratified split into training and held-out rows, with grouped rows on one side.
 
-A function of the rows and the seed alone, so that a run that goes on holds out the same rows.
+The split depends on rows and seed only, so a resumed run holds out the same rows.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from luthier.types import IntArray, Row
 def split_rows(
     strata: Sequence[str], groups_N: IntArray, shares: Sequence[float], seed: int
 ) -> list[IntArray]:
-    """Row numbers of the training part and of one part for each of ``shares``, ascending.
+    """Return ascending row numbers of the training part and one part per share.
 
-    Every stratum gives each part its share of rows, to one row, as far as its groups can be laid out
-    so; one group of it always stays in training. Rows with the same number in ``groups_N`` stay
-    together. A part whose share is above 0 has a row at least, unless every group left is the last one
-    of its stratum.
+    Every stratum contributes its share of rows, up to one row, as far as group sizes allow. One
+    group of each stratum stays in training. Rows with equal numbers in ``groups_N`` stay together.
+    A part with a positive share has at least one row, unless only the last groups of strata are
+    left.
 
     Raises:
-        RecipeError: the shares leave nothing to train on.
+        RecipeError: if no training rows are left.
     """
     if sum(shares) >= 1:
         text = f"held-out shares of {sum(shares):g} in all leave nothing to train on"
@@ -40,7 +40,7 @@ def split_rows(
 
 
 class _Units:
-    """Groups of rows in a random order, and the part that each is in; 0 is training."""
+    """Row groups in random order with an assigned part; 0 is training."""
 
     def __init__(self, strata: Sequence[str], groups_N: IntArray, seed: int) -> None:
         rows = len(strata)
@@ -49,7 +49,7 @@ class _Units:
         drawn = np.random.default_rng([seed, 0, 1]).permutation(len(first_U))
         self.rows = rows
         self.unit_N: IntArray = np.argsort(drawn)[unit_N]
-        """Unit of each row; units are numbered in the order in which they are drawn."""
+        """Unit of each row; units are numbered in drawing order."""
         self.size_U = np.bincount(self.unit_N, minlength=len(first_U))
         self.part_U = np.zeros(len(first_U), np.int64)
         names = {name: number for number, name in enumerate(sorted(set(strata)))}
@@ -72,7 +72,7 @@ class _Units:
         self._fill(part, goal)
 
     def _fill(self, part: int, goal: int) -> None:
-        """What strata could not give comes from any of them."""
+        """Move more units, of any stratum, until the part has ``goal`` rows."""
         missing = goal - int(self.size_U[self.part_U == part].sum())
         for unit in np.flatnonzero(self.free_U & (self.part_U == 0)).tolist():
             if self.size_U[unit] <= missing:
@@ -84,7 +84,7 @@ class _Units:
 
 
 def _quotas(wanted_S: np.ndarray, goal: int) -> IntArray:
-    """Whole numbers that sum to ``goal`` and differ from ``wanted_S`` by less than one."""
+    """Round ``wanted_S`` to integers that sum to ``goal``, each off by less than one."""
     quotas: IntArray = np.floor(wanted_S).astype(np.int64)
     order = np.argsort(quotas - wanted_S, kind="stable")
     quotas[order[: max(0, goal - int(quotas.sum()))]] += 1
@@ -92,20 +92,21 @@ def _quotas(wanted_S: np.ndarray, goal: int) -> IntArray:
 
 
 ROWS_PER_COMPLETION = 8
-"""Rows for each different completion, from which on completions are taken for labels."""
+"""Fewest rows per distinct completion for completions to count as labels."""
 MOST_COMPLETIONS = 100_000
-"""Different completions beyond which they are none, where nobody knows how many rows will come."""
+"""Most distinct completions that count as labels, if the number of rows is unknown."""
 
 
 class Strata:
-    """What rows count as, collected in order: a label, the rarest one of several, a judgement, or the
-    completion, where there are at least :data:`ROWS_PER_COMPLETION` for each different one.
+    """Incremental collection of each row's stratum.
 
-    A number is held for each row, and each different set of labels once.
+    The stratum is the label (the rarest of several), the judgement, or the completion, if there are
+    at least :data:`ROWS_PER_COMPLETION` rows per distinct completion. Memory: one number per row,
+    plus distinct label sets.
     """
 
     def __init__(self, rows: int | None = None) -> None:
-        """``rows`` is how many will come, where that is known."""
+        """``rows`` is the total number of rows, if known."""
         self._most = MOST_COMPLETIONS if rows is None else rows // ROWS_PER_COMPLETION
         self._number_N = array("L")
         self._numbers: dict[tuple[str, ...], int] = {}
@@ -113,7 +114,7 @@ class Strata:
         self._completions, self._are_texts = True, False
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Take in the next rows."""
+        """Add the next rows."""
         for row in rows:
             self._completions &= row.shape == PromptCompletion.shape
             names = () if self._are_texts else row.classes()
@@ -125,7 +126,7 @@ class Strata:
                 self._numbers = {(): 0}
 
     def names(self) -> list[str]:
-        """``[N]`` stratum of each row; empty where there is nothing to tell rows apart by."""
+        """Return the stratum ``[N]`` of each row; empty strings without strata."""
         rows = len(self._number_N)
         few = self._completions and ROWS_PER_COMPLETION * len(self._counts) > rows
         if self._are_texts or few:
@@ -138,7 +139,7 @@ class Strata:
 
 
 def strata_of(rows: Sequence[Row]) -> list[str]:
-    """:class:`Strata` of rows that are there already."""
+    """Return the stratum of each row; see :class:`Strata`."""
     strata = Strata(len(rows))
     strata.add(rows)
     return strata.names()

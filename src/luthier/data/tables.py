@@ -1,10 +1,10 @@
-"""Tables to records: CSV and TSV (RFC 4180, any of four delimiters), and Parquet.
+"""Tables to records: CSV and TSV (RFC 4180, with one of four delimiters), and Parquet.
 
-A cell of a CSV is text. Only where the column is known to hold something else is it read as that:
-``rating`` and ``score`` as a number, ``messages``, ``conversations``, ``tokens`` and ``tags`` as JSON,
-a ``label`` of ``true`` or ``false`` beside a prompt and a completion as a thumb. Whatever does not read
-so stays text, and is refused by name later. An empty cell of ``id``, ``expected`` or ``system`` is no
-value, as a table cannot leave it out; a null of Parquet in these columns is none either.
+CSV cells are text, with three exceptions. ``rating`` and ``score`` are numbers. ``messages``,
+``conversations``, ``tokens`` and ``tags`` are JSON. A ``label`` of ``true`` or ``false`` next to a
+prompt and a completion is a thumb. A cell that does not parse stays text, and a later check reports
+the cell. An empty cell of ``id``, ``expected`` or ``system`` is a missing value, as is a Parquet
+null in these columns.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def read_table(
     quoted: bool = True,
     doubts: list[Problem] | None = None,
 ) -> Iterator[tuple[int, Record]]:
-    """Yield ``(line, record)`` for each row below the header; the line is the row's first one.
+    """Yield ``(line, record)`` for each row below the header; the line is the row's first line.
 
     Args:
-        stream: the unpacked bytes.
-        file: name of the file in problems.
-        problems: rows that cannot be read are appended here.
+        stream: decompressed bytes.
+        file: name of the file for problems.
+        problems: list for rows that cannot be read.
         delimiter: character between cells.
-        quoted: whether cells may be quoted.
-        doubts: rows that may be several rows, joined by quotes that are text, are appended here.
+        quoted: False if quotes are part of the text.
+        doubts: list for rows that may be several rows, joined by unescaped quotes.
     """
     csv.field_size_limit(parsing.MAX_LINE_BYTES)
     lines = _Lines(stream, delimiter)
@@ -198,7 +198,7 @@ def _not_csv(error: csv.Error, begun: bool) -> RowRefused:
 
 
 def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
-    """Yield ``(row, record)``, rows counted from 1, some hundred in memory beside their row group."""
+    """Yield ``(row, record)`` with 1-based rows; memory is one row group."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -226,7 +226,7 @@ def read_parquet(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
 
 
 def _conversions(schema: Any) -> dict[str, Callable[[object], object]]:
-    """Return by column what a row of JSON would hold in place of Parquet's value."""
+    """Return conversions from Parquet's values to JSON's, by column."""
     from pyarrow.types import is_nested
 
     found: dict[str, Callable[[object], object]] = {
@@ -243,14 +243,14 @@ def _conversions(schema: Any) -> dict[str, Callable[[object], object]]:
 
 
 def _without_padding(value: object) -> object:
-    """Return a value without null members of structs: a column has the members of all its rows."""
+    """Return a value without null struct members, because a column has the members of all rows."""
     if isinstance(value, dict):
         return {key: _without_padding(each) for key, each in value.items() if each is not None}
     return [*map(_without_padding, value)] if isinstance(value, list) else value
 
 
 def _class_names(names: Sequence[str], value: object) -> object:
-    """Return the names of Hugging Face's class numbers; -1 is a row without a class."""
+    """Return the names of Hugging Face class numbers; -1 is a row without a class."""
     if isinstance(value, list):
         return [_class_names(names, each) for each in value]
     if type(value) is not int or value >= len(names):
@@ -259,5 +259,5 @@ def _class_names(names: Sequence[str], value: object) -> object:
 
 
 def _present(record: Record) -> Record:
-    """The record without nulls that stand for no value."""
+    """Return the record without nulls of optional columns."""
     return {k: v for k, v in record.items() if v is not None or k not in OPTIONAL_COLUMNS}

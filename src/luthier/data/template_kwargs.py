@@ -1,4 +1,4 @@
-"""What a chat template reads beside the turns and tools: further names, and today's date."""
+"""Variables and date of a chat template."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from luthier.data.parsing import quote
 from luthier.errors import RecipeError
 
 DATE = "strftime_now"
-"""Function that chat templates call for today's date. A recipe and a request set the date under the
-same name, in ISO 8601: ``{"strftime_now": "2026-11-30"}``."""
+"""Name of the template function for today's date. A recipe or request sets the date under this
+name, in ISO 8601: ``{"strftime_now": "2026-11-30"}``."""
 _DATE_CODES = (*"aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ", *(f"-{code}" for code in "dmHIMSj"))
 TEMPLATE_PARAMETERS = frozenset(
     (
@@ -30,12 +30,12 @@ TEMPLATE_PARAMETERS = frozenset(
         "sanitize_control_tokens",
     )
 )  # fmt: skip
-"""What transformers' ``apply_chat_template`` takes itself: no client may set these as if they were the
-template's. With ``chat_template`` it would bring a program of its own."""
+"""Parameters of transformers' ``apply_chat_template``; clients must not set these as variables. A
+client's ``chat_template`` would run the client's own program."""
 
 
 def _check_value(value: Any) -> Any:
-    """Return a value for a template. Dates of TOML become text; one message covers all types."""
+    """Return a value for a template; dates of TOML become text. One message covers all types."""
     if isinstance(value, date):
         return value.isoformat()
     number = isinstance(value, int | float) and math.isfinite(value)
@@ -52,7 +52,7 @@ TemplateSettings = Annotated[
 
 
 class _GenerationTag(Extension):
-    """The tag ``{% generation %}`` of transformers, around what the assistant writes."""
+    """The tag ``{% generation %}`` of transformers around the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012 - an attribute of instances in Jinja
 
@@ -63,9 +63,9 @@ class _GenerationTag(Extension):
 
 @lru_cache(maxsize=32)
 def names_read(template: str) -> frozenset[str]:
-    """Return the names that a chat template takes from its caller.
+    """Return the variables that a chat template reads from its caller.
 
-    Names that the template sets before it reads them are left out. Empty if the template is no Jinja.
+    Variables that the template sets first are excluded. Empty if the template is not valid Jinja.
     """
     environment = Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])  # noqa: S701 - only parsed
     try:
@@ -76,7 +76,7 @@ def names_read(template: str) -> frozenset[str]:
 
 
 def template_defaults(values: Mapping[str, Any]) -> str:
-    """The beginning of a chat template that sets names which its caller left out."""
+    """Return a template prefix that sets defaults for missing variables."""
     # Jinja's literals are JSON's; characters stay as they are, as it reads no pairs of surrogates.
     return "".join(
         f"{{% if {name} is not defined %}}"
@@ -86,7 +86,7 @@ def template_defaults(values: Mapping[str, Any]) -> str:
 
 
 def date_macro(printed: Any) -> str:
-    """The beginning of a chat template that prints the date ``printed`` as today's date.
+    """Return a template prefix that makes ``printed`` today's date.
 
     Raises:
         RecipeError: if ``printed`` is not a date in ISO 8601.

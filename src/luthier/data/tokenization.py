@@ -1,7 +1,7 @@
-"""Tokenization of rendered conversations: one text, its learned parts, and text that users wrote.
+"""Tokenization of rendered conversations with learned parts and untrusted user text.
 
-A rendered conversation is tokenized as one text. Tokenizers of SentencePiece begin each text with a
-space of their own, so that a conversation tokenized in parts has other tokens than a served prompt.
+A rendered conversation is tokenized as one text. SentencePiece tokenizers add a space to the start
+of each text, so separate tokenization of parts would not match the tokens of a served prompt.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import Any
 from luthier.errors import RecipeError
 
 Span = tuple[int, int, int]
-"""Id of a token, its first character and the character behind its last one."""
+"""Token id, first character, and the character after the last character."""
 
 SENTINEL = "\ufdd0"
-"""Breaks the name of a special token in text that a user wrote; a noncharacter of Unicode."""
+"""Unicode noncharacter that breaks the name of a special token in user text."""
 _LEADS = (".", "a", "0", "\n")
-"""Texts that a continuation is tokenized behind, to keep a tokenizer from adding a space to it."""
+"""Prefixes for tokenizing a continuation, so the tokenizer adds no space."""
 _CACHED, _MOST_CACHED = 64, 64
-"""Characters of a prompt's end whose tokens are remembered, and number of such ends."""
+"""Longest cached prompt end in characters, and number of cached ends."""
 _FIRST = itemgetter(1)
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the strings that ``tokenizer`` may turn into special ids, and these ids.
+    """Return the strings that ``tokenizer`` converts to special ids, with these ids.
 
-    Tokens that were added to a vocabulary as ordinary text (``<think>``) are left out.
+    Added tokens with ``special=False`` (often ``<think>``) are excluded.
     """
     known = getattr(tokenizer, "added_tokens_decoder", {})
     found = {
@@ -77,7 +77,7 @@ def panics_refused() -> Iterator[None]:
 
 
 class TextEncoder:
-    """Tokens of rendered conversations, for one tokenizer and the tokens that end a reply."""
+    """Tokenizer of rendered conversations for one model."""
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int]) -> None:
         self.tokenizer, self.stop_ids = tokenizer, tuple(stop_ids)
@@ -85,7 +85,7 @@ class TextEncoder:
 
     @cached_property
     def is_fast(self) -> bool:
-        """Whether the tokenizer gives the place of each token; those written in Python do not."""
+        """True if the tokenizer returns character offsets; tokenizers written in Python do not."""
         return bool(getattr(self.tokenizer, "is_fast", False))
 
     @cached_property
@@ -129,7 +129,7 @@ class TextEncoder:
         return [token for part in text.split(SENTINEL) for token in self.ids(part)]
 
     def behind(self, text: str) -> list[int]:
-        """Return the token ids of ``text`` as it stands behind other text."""
+        """Return the token ids of ``text`` as a continuation."""
         if not self.is_fast:
             return self.ids(text)
         return [token for token, _, _ in self._behind(text, 0)]
@@ -137,16 +137,15 @@ class TextEncoder:
     def divide(
         self, text: str, parts: Sequence[tuple[int, int]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return the token ids of a conversation, and the places of its learned parts among them.
+        """Return the token ids of a conversation, and the token ranges of its learned parts.
+
+        The ids before a learned part equal the ids of the served prompt. If the tokenizer would
+        merge characters across that border, the prompt keeps its tokens and the rest is tokenized
+        as a continuation. A border divided in this way stays divided in later prompts.
 
         Args:
             text: the conversation up to the end of its last learned part.
-            parts: first character of each learned part, and the character behind its last one.
-
-        The ids before a learned part are those of the text before it, which is the prompt that is
-        served. Where the tokenizer would merge characters across that border, the prompt keeps its
-        tokens and the rest of the part is tokenized behind them. If the part before was divided so,
-        its division stays, though the prompt of the next part has the merged token.
+            parts: character range of each learned part.
         """
         if not self.is_fast:
             return self._divide_by_prefixes(text, parts)
@@ -164,9 +163,9 @@ class TextEncoder:
 
     @cached_property
     def _separators(self) -> frozenset[int]:
-        """Ids of added tokens: the text on each side is tokenized by itself.
+        """Ids of added tokens, which separate the tokenization of the text on both sides.
 
-        Normalized ones are left out, as they are looked for in text that was normalized as a whole.
+        Normalized added tokens are excluded: the tokenizer matches these in normalized text.
         """
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(int(id_) for id_, token in added if not token.normalized)
@@ -209,7 +208,7 @@ class TextEncoder:
         return [*spans[:begin], *before, *self._behind(rest, border), *spans[end:]], index
 
     def _tail(self, text: str) -> list[Span]:
-        """Return the tokens of the end of a prompt, which is the same in many rows."""
+        """Return the tokens of a prompt's end, cached because many rows share the end."""
         found = self._tails.get(text)
         if found is None:
             found = self.spans(text)
@@ -218,7 +217,7 @@ class TextEncoder:
         return found
 
     def _behind(self, text: str, character: int) -> list[Span]:
-        """Return the tokens of ``text`` as it stands behind other text, from ``character`` on."""
+        """Return the tokens of ``text`` as a continuation that starts at ``character``."""
         for lead in self._leads:
             spans = self.spans(lead + text)
             first = bisect_left(spans, len(lead), key=_FIRST)
@@ -232,7 +231,7 @@ class TextEncoder:
     def _divide_by_prefixes(
         self, text: str, parts: Sequence[tuple[int, int]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Divide a text with a tokenizer that gives no offsets; see :meth:`divide`."""
+        """Divide a text with a tokenizer without offsets; see :meth:`divide`."""
         ids, places, done = list[int](), list[tuple[int, int]](), 0
         for start, end in parts:
             prompt, whole = self.ids(text[:start]), self.ids(text[:end])

@@ -1,10 +1,10 @@
-"""Token ids in a file, and the sequences that training reads from it.
+"""Token ids in a file, and training sequences from the file.
 
-    tokens/train.bin, tokens/validation.bin    little-endian ids of 16 or 32 bits, one after the other
-    tokens/tokens.json                         how many, of what size, and the hash of each file
+    tokens/train.bin, tokens/validation.bin    little-endian ids of 16 or 32 bits
+    tokens/tokens.json                         count, id type and hash of each file
 
-A sequence is read when it is asked for and let go of after, so memory does not grow with the file.
-It is read, not mapped: mapped pages stay in the process for as long as the system likes.
+A sequence is read on access, so memory does not grow with the file. The file is read instead of
+mapped, because mapped pages count as memory of the process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SMALL, LARGE = "<u2", "<u4"
 
 
 def id_type(vocabulary: int) -> str:
-    """The smallest type that holds the ids of ``vocabulary`` tokens."""
+    """Return the smallest integer type for the ids of ``vocabulary`` tokens."""
     return SMALL if vocabulary <= 1 << 16 else LARGE
 
 
@@ -49,41 +49,40 @@ class TokenWriter:
         self._file, self._digest = path.open("wb"), hashlib.sha256()
 
     def __enter__(self) -> Self:
-        """The file is closed when the block ends, however it ends."""
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def append(self, ids: Iterable[int]) -> None:
-        """Add ``ids``, all of which the type holds."""
+        """Append ``ids``, which must fit the id type."""
         array = np.fromiter(ids, dtype=np.int64).astype(self.kind)
         self._file.write(data := array.tobytes())
         self._digest.update(data)
         self.count += len(array)
 
     def close(self) -> dict[str, Any]:
-        """Finish the file; what :func:`open_sequences` needs to know of it."""
+        """Finish the file; return the description for :class:`TokenFile`."""
         self._file.close()
         return {"type": self.kind, "tokens": self.count, "sha256": self._digest.hexdigest()}
 
 
 @dataclass(frozen=True)
 class TokenFile(Sequence[Example]):
-    """The tokens of a file as sequences of ``length``; the last is what is left, two at least.
+    """Sequences of ``length`` tokens from a file; the last has the rest, at least two tokens.
 
-    Every token of a sequence but its first is learned, as :class:`~luthier.objectives.CausalLM` has it.
+    All tokens but the first of a sequence are learned, as in :class:`~luthier.objectives.CausalLM`.
     """
 
     path: Path
     kind: str
     tokens: int
-    """How many there are."""
+    """Number of tokens in the file."""
     length: int
 
     @staticmethod
     def open(path: Path, facts: dict[str, Any], length: int) -> TokenFile:
-        """Open what :meth:`TokenWriter.close` described; its size is checked."""
+        """Open a file described by :meth:`TokenWriter.close`; the file size is checked."""
         size = facts["tokens"] * np.dtype(facts["type"]).itemsize
         if not path.is_file() or path.stat().st_size != size:
             raise CorruptFile(f"{path} has not the {size:,} bytes that were written")

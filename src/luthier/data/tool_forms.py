@@ -1,4 +1,4 @@
-"""Tools, calls, results and thoughts as the logs of agents keep them, in one form."""
+"""Tools, tool calls, results and reasoning of agent logs, converted to one form."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from luthier.errors import RowRefused
 from luthier.types import Tool, ToolCall
 
 MOST_TOOLS = 128
-"""Of a row, as of OpenAI's requests."""
+"""Most tools of a row, as in OpenAI's API."""
 MOST_ARGUMENTS = 10_000
-"""Names and values in the arguments of a call: each is looked for in what a template writes."""
+"""Most names and values in a call's arguments; each is searched in the rendered text."""
 _CALL_ROLES = ("tool_call", "function_call")
 _RESULT_ROLES = ("function", "observation")
 _TOOL_ROLES = frozenset(("tool", *_CALL_ROLES, *_RESULT_ROLES))
@@ -26,10 +26,10 @@ _TURN_KEYS = frozenset(
 
 
 def read_tools(value: object) -> tuple[Tool, ...]:
-    """The tools of a row: OpenAI's list, functions, Bedrock's ``toolConfig``, or JSON text of one.
+    """Return the tools of a row: OpenAI's list, functions, Bedrock's ``toolConfig``, or JSON text.
 
     Raises:
-        RowRefused: for anything else, for two tools of one name and for more than 128.
+        RowRefused: for any other value, two tools of one name, or more than 128 tools.
     """
     if isinstance(value, str):
         try:
@@ -82,20 +82,21 @@ def _refusal(rule: str, text: str) -> RowRefused:
 
 
 def unify_turns(items: Sequence[object]) -> list[object]:
-    """Turns with calls, results and thoughts in OpenAI's form, from the forms they are kept in.
+    """Convert turns with calls, results and reasoning to OpenAI's form.
 
-    Those are OpenAI's own (arguments as JSON text or as an object, the older ``function_call``),
-    content blocks of Bedrock's Converse and of Anthropic (``toolUse``, ``tool_use``, ``toolResult``,
-    ``reasoningContent``, ``thinking``), and turns of their own (``tool_call`` or ``function_call``,
-    then ``tool``, ``function`` or ``observation``) as LLaMA-Factory and ShareGPT have them. A call
-    that follows words of the assistant joins their turn. Anything else comes back as it is.
+    Accepted are OpenAI's form (arguments as JSON text or object, the older ``function_call``),
+    content blocks of Bedrock's Converse and of Anthropic (``toolUse``, ``tool_use``,
+    ``toolResult``, ``reasoningContent``, ``thinking``), and separate turns of LLaMA-Factory and
+    ShareGPT (``tool_call`` or ``function_call``, then ``tool``, ``function`` or ``observation``). A
+    call after an assistant's text joins that turn. Other items stay unchanged.
 
-    Calls come as :class:`~luthier.types.ToolCall`, numbered where they have no id; a result that names
-    no call is that of the next one without a result, of the function that it names if it names one.
+    Calls become :class:`~luthier.types.ToolCall`, with generated ids if missing. A result without
+    an id belongs to the next call without a result, with equal function name if the result has a
+    name.
 
     Raises:
-        RowRefused: for a call without a name, or with arguments that are no JSON object; for thoughts
-            that are no text; for a result of a call that is not there.
+        RowRefused: for a call without a name, arguments that are not a JSON object, reasoning that
+            is not text, or a result without a call.
     """
     if not any(_is_agents(item) for item in items):
         return list(items)
@@ -110,7 +111,7 @@ def unify_turns(items: Sequence[object]) -> list[object]:
 
 
 def _is_agents(item: object) -> bool:
-    """Whether a turn has anything to do with tools or thoughts."""
+    """Return whether a turn has tool calls, results or reasoning."""
     if not isinstance(item, Mapping):
         return False
     content = item.get("content")
@@ -160,7 +161,7 @@ def _split_blocks(turn: dict[str, Any], number: int) -> list[dict[str, Any]]:
 
 
 def is_cache_point(block: object) -> bool:
-    """Whether a block of Bedrock's only says up to where a prompt is worth keeping."""
+    """Return whether a content block is Bedrock's mark for prompt caching."""
     return isinstance(block, Mapping) and block.keys() == {"cachePoint"}
 
 
@@ -172,7 +173,6 @@ def _is_tool_block(block: object) -> bool:
 
 
 def _result_text(content: object) -> object:
-    """What a tool gave back, as text."""
     if isinstance(content, list):
         parts = [
             each["text"]
@@ -185,7 +185,7 @@ def _result_text(content: object) -> object:
 
 
 def _with_calls(turn: dict[str, Any], number: int) -> dict[str, Any]:
-    """A turn whose calls are those of ``tool_calls``, and whose thoughts ``reasoning_content``."""
+    """Return a turn with calls in ``tool_calls`` and reasoning in ``reasoning_content``."""
     role, content = turn.get("role"), turn.get("content")
     calls = turn.pop("tool_calls", None) or []
     old = turn.pop("function_call", None)
@@ -274,9 +274,9 @@ def _join_turn(turns: list[object], turn: dict[str, Any]) -> None:
 
 
 def _link_results(turns: list[object]) -> list[object]:
-    """Number calls that have no id, and give results that name no call that of the next one.
+    """Add missing call ids to calls and results.
 
-    Where a result names its function, that is the next call of this function.
+    A result without an id belongs to the next call, or the next call of the named function.
     """
     waiting: list[ToolCall] = []
     ids: set[str] = set()

@@ -1,8 +1,8 @@
-"""Tools, calls and their results as chat templates write them, and the calls in what a model writes.
+"""Tools, calls and results in prompts, and parsing of generated calls.
 
-A template that has a place for tools gets them as it wants them. For other models the tools are listed
-in the system text, in JSON, and the call is asked for as JSON; what was called and what came back
-stands in the conversation as text. Training and serving write a conversation by the same functions.
+A template with tool support gets the tools in its own format. Otherwise, the system text lists the
+tools in JSON and requests calls in JSON; calls and results become text in the conversation.
+Training and serving use the same functions.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ To call one, answer with nothing but a JSON object with the members "name", the 
 
 
 def takes_tools(template: str) -> bool:
-    """Whether a chat template has a place for tools."""
+    """Return whether a chat template renders tools."""
     return re.search(r"\btools\b", template) is not None
 
 
 def uses_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
-    """Whether there is anything that a template needs that place for."""
+    """Return whether a conversation has tools, calls or results."""
     return bool(tools) or any(turn.calls or turn.role == "tool" for turn in messages)
 
 
 def find_unmatched_call(messages: Sequence[Message]) -> tuple[int, list[str]] | None:
-    """The first turn whose calls do not all have a result behind it, and the ids of those.
+    """Return the index of the first turn with unanswered calls, and the ids of these calls.
 
-    Or the first result that is that of no call of the turn before, and its id.
+    A result without a call in the turn before is also returned, with its id. ``None`` without
+    either.
     """
     asked, waiting = 0, dict[str, None]()
     for index, message in enumerate(messages):
@@ -55,7 +56,7 @@ def find_unmatched_call(messages: Sequence[Message]) -> tuple[int, list[str]] | 
 
 
 def describe_tool(tool: Tool) -> dict[str, Any]:
-    """A tool as OpenAI and transformers' templates write it."""
+    """Return a tool in the form of OpenAI and transformers."""
     function = {
         "name": tool.name,
         "description": tool.description,
@@ -65,10 +66,10 @@ def describe_tool(tool: Tool) -> dict[str, Any]:
 
 
 def template_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Turns as transformers' templates read them, without what they do not have.
+    """Return turns in the form of transformers.
 
-    Calls are numbered anew: some templates take ids of nine characters only, and a model that is to
-    write an id can learn a number.
+    Calls get new ids, because some templates accept ids of nine characters only, and a model can
+    learn to write a number.
     """
     ids: dict[str, str] = {}
     names: dict[str, str] = {}
@@ -120,7 +121,7 @@ def in_words(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message
 
 
 def missing_from(text: str, message: Message) -> str | None:
-    """What of a turn a template has left out of ``text``, for people; ``None`` where nothing."""
+    """Return the part of a turn that is missing in the rendered ``text``; ``None`` if complete."""
     for name, part in (("content", message.content), ("reasoning", message.reasoning)):
         if not any(form in text for form in _forms(part.strip())):
             return f"its {name}"
@@ -136,10 +137,10 @@ def missing_from(text: str, message: Message) -> str | None:
 
 
 def _find_end(text: str, forms: Sequence[str], at: int) -> int:
-    """Where one of ``forms`` ends in ``text``, near ``at`` if it can be; -1 where none is there.
+    """Return the end of one of ``forms`` in ``text``, near ``at`` if possible; -1 if missing.
 
-    Nearly all templates write arguments in their order: to search all of the text for each would take
-    time that grows with the square of their number.
+    Nearly all templates write arguments in order. A search of the whole text for each argument
+    would take quadratic time.
     """
     for start, span in ((at, 200), (at, len(text)), (0, len(text))):
         for form in forms:
@@ -163,7 +164,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def _forms(value: Any) -> tuple[str, ...]:
-    """A value as it is, and as JSON writes it; JSON within JSON is escaped twice."""
+    """Return possible notations of a value: raw, JSON, and JSON inside JSON (escaped twice)."""
     if not isinstance(value, str):
         return json.dumps(value), str(value)
     plain = json.dumps(value, ensure_ascii=False)[1:-1]
@@ -171,11 +172,10 @@ def _forms(value: Any) -> tuple[str, ...]:
 
 
 def parse_calls(text: str, tools: Sequence[Tool] = (), known: bool = False) -> list[ToolCall]:
-    """The calls in ``text``, without ids; none where it is anything but calls.
+    """Return the calls in a generated text, without ids; empty if the text has any other content.
 
-    They are JSON, or between tags also XML as GLM 4.5 and Qwen3-Coder write it, in which the schemas
-    of ``tools`` say what is a number and what a text. With ``known`` other functions than those of
-    ``tools`` are no calls.
+    Calls are JSON, or between tags also XML of GLM 4.5 and Qwen3-Coder, with types from the schemas
+    of ``tools``. With ``known``, functions outside of ``tools`` are not calls.
     """
     parameters = {tool.name: tool.parameters for tool in tools}
     try:
@@ -186,9 +186,10 @@ def parse_calls(text: str, tools: Sequence[Tool] = (), known: bool = False) -> l
 
 
 def parse_cut_calls(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], bool]:
-    """The whole calls of ``tools`` in a text that ends where a limit of tokens cut it off.
+    """Return the complete calls of a text that the token limit truncated, and whether a call is
+    cut.
 
-    The second is whether it ends within a call. Without either it is text.
+    A text without complete or cut calls is plain text.
     """
     parameters = {tool.name: tool.parameters for tool in tools}
     bodies, cut_off = _cut_bodies(text, parameters)
@@ -201,9 +202,9 @@ def parse_cut_calls(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], b
 
 
 def _cut_bodies(text: str, names: Iterable[str]) -> tuple[list[Any], bool]:
-    """The whole objects in JSON that may be cut off, one or a list, and whether it ends within one.
+    """Return the complete JSON objects of a truncated text, and whether an object is cut.
 
-    Neither where what follows them cannot be the beginning of another call.
+    Returns nothing if the remaining text cannot start another call.
     """
     bodies: list[Any] = []
     at = _skip_white_space(text, 0)
@@ -231,7 +232,7 @@ _FIRST_KEY = re.compile(r'\{\s*(?:"(\w*)"?\s*:?\s*)?')
 
 
 def _may_begin_call(text: str, names: Iterable[str]) -> bool:
-    """Whether ``text`` is the beginning of a JSON object that calls one of ``names``."""
+    """Return whether ``text`` is a prefix of a JSON object that calls one of ``names``."""
     if matched := _FIRST_KEY.fullmatch(text):
         return any(key.startswith(matched[1] or "") for key in _CALL_KEYS)
     try:
@@ -245,7 +246,7 @@ def _may_begin_call(text: str, names: Iterable[str]) -> bool:
 
 
 def _calls_in(bodies: Sequence[Any], known: Container[str] | None) -> list[ToolCall]:
-    """The calls that ``bodies`` are; none where one is something else or not ``known``."""
+    """Return the calls of parsed ``bodies``; empty if any body is not a call or not ``known``."""
     calls: list[ToolCall] = []
     for parsed in bodies:
         for each in parsed if isinstance(parsed, list) else [parsed]:
@@ -259,10 +260,10 @@ def _calls_in(bodies: Sequence[Any], known: Container[str] | None) -> list[ToolC
 def _tagged_bodies(
     text: str, parameters: Mapping[str, Mapping[str, Any]], cut: bool = False
 ) -> list[Any]:
-    """What stands behind each opening tag; ends with ``None`` at the first that can be no call.
+    """Return the parsed body after each opening tag; ``None`` as last item for an invalid body.
 
-    JSON is read to its own end, as its texts may hold the tags. XML shows its end by the closing tag
-    alone, which it needs where the text may be ``cut``.
+    A JSON body ends by its own syntax, because its strings may contain the tags. An XML body ends
+    at the closing tag, which is required for ``cut`` text.
     """
     bodies: list[Any] = []
     at = text.find(CALL_OPEN)
@@ -302,10 +303,10 @@ def _call_in(parsed: Any) -> ToolCall | None:
 
 
 def _read_xml(body: str, parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """A call as GLM 4.5 or Qwen3-Coder writes it; ``None`` for anything else.
+    """Parse a call in the XML of GLM 4.5 or Qwen3-Coder; ``None`` for other text.
 
-    Texts are cut at their tags and not searched by a pattern, whose time could grow with the square of
-    what a model writes.
+    String splitting instead of a pattern: the time of a pattern could be quadratic in the length of
+    generated text.
     """
     in_lines = body.startswith("<function=") and body.endswith("</function>")
     if in_lines:
@@ -334,7 +335,7 @@ def _read_xml(body: str, parameters: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 
 def _read_value(text: str, schema: Any) -> Any:
-    """What an argument written as text is by its schema; JSON, where that wants no text."""
+    """Parse an argument by its schema: JSON, unless the schema requires a string."""
     kinds = _types_in(schema)
     if "null" in kinds and text in ("null", "None"):
         return None
@@ -348,7 +349,7 @@ def _read_value(text: str, schema: Any) -> Any:
 
 
 def _types_in(schema: Any) -> list[Any]:
-    """The types that a schema names, also one of several that it allows; none where it says nothing."""
+    """Return all types that a schema allows; empty if the schema has none."""
     if not isinstance(schema, Mapping):
         return []
     several = [schema.get(name) for name in ("anyOf", "oneOf")]

@@ -2,14 +2,15 @@
 
 Rows are sorted and merged into a trie of token ids, laid out depth-first in one flat sequence of
 ``N`` nodes. A node attends to its ancestors and itself, and its position is its depth. Because a
-subtree is a contiguous range, "``a`` is an ancestor of ``q`` or ``q`` itself" is just
-``a <= q < subtree_end_N[a]``: that one array is the whole attention mask.
+subtree is a contiguous range, "``a`` is an ancestor of ``q`` or ``q`` itself" is ``a <= q <
+subtree_end_N[a]``: a single array is the whole attention mask.
 
-Loss lives on *edges* ``parent -> child``. Rows that share an edge add their weights, so gradients
-are those of the padded computation; only dropout differs, since shared nodes share their mask.
+Loss is a property of *edges* ``parent -> child``. Rows that share an edge add their weights, so
+gradients equal the gradients of the padded computation. Only dropout differs, because shared nodes
+share a dropout mask.
 
-Networks that look both ways cannot share prefixes. For them the same layout holds a chain for each
-row (``share=False``): flat, without padding, each row seeing all of itself.
+Bidirectional networks cannot share prefixes. For these networks, the layout has one chain per row
+(``share=False``): flat, without padding, with full attention inside each row.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from numpy.typing import NDArray
 from luthier.types import Example, FloatArray, IntArray
 
 READING_BUDGET = 2048
-"""Tokens computed at once where nothing is learned; in steps that learn there is less room for them."""
+"""Tokens per pass without gradients; training steps have less free memory for such a pass."""
 
 Count = TypeVar("Count", int, IntArray)
 
 
 def round_up(count: Count, step: int) -> Count:
-    """The smallest multiple of ``step`` that is not below ``count``."""
+    """Round ``count`` up to a multiple of ``step``."""
     return -(-count // step) * step
 
 
@@ -44,32 +45,32 @@ class TokenTree:
 
     ids_N: IntArray
     depth_N: IntArray
-    """Position of each node: the number of its ancestors."""
+    """Position of each node: the number of ancestors."""
     parent_N: IntArray
     """Flat index of the parent, -1 at a root."""
     subtree_end_N: IntArray
-    """One past the last descendant."""
+    """Flat index after the last descendant."""
     edge_child_E: IntArray
-    """Flat index of the node that is predicted, from its parent. Ascending."""
+    """Flat index of each predicted node, ascending."""
     edge_weight_E: FloatArray
-    """Summed weight of all rows that train this edge; never 0."""
+    """Summed weight of all rows with this edge; never 0."""
     row_R: IntArray
     """Data-set index of each row, in the order of the tree."""
     leaf_R: IntArray
     """Flat index of the last token of each row, in the same order."""
     node_M: IntArray
-    """Flat index of every token of every row, one row after the other in the order of the tree."""
+    """Flat index of every token of every row, in tree order."""
     examples: tuple[Example, ...] = ()
     """The rows themselves, in the order of the tree."""
     source_before: tuple[int, ...] = ()
-    """Ids put in front of what an encoder reads: a soft prompt. They are part of no row."""
+    """Ids before the encoder's input: a soft prompt. Not part of any row."""
 
     def __len__(self) -> int:
         return len(self.ids_N)
 
     @cached_property
     def weight(self) -> float:
-        """Sum of the weights of all rows: what the engine divides by."""
+        """Sum of all row weights, the engine's divisor."""
         return math.fsum(example.weight for example in self.examples)
 
     @cached_property
@@ -81,11 +82,11 @@ class TokenTree:
 
     @property
     def targets(self) -> list[NDArray[Any]]:
-        """What the rows are to give, in the order of the tree."""
+        """Targets of the rows, in tree order."""
         return [e.target for e in self.examples if e.target is not None]
 
     def place_of(self, node: int) -> tuple[int, int]:
-        """The data-set index of the first row that has ``node``, and the tokens before it there."""
+        """Return the data-set index of the first row with ``node``, and the node's token index."""
         row = int(np.searchsorted(self.leaf_R, node))  # nodes are laid out row by row
         return int(self.row_R[row]), int(self.depth_N[node])
 
@@ -103,8 +104,8 @@ def build_tree(
 ) -> TokenTree:
     """Merge ``examples`` (at least one, none empty) into one token tree.
 
-    Edges carry the weights of rows whose target is their next token; other rows have none. ``before``
-    are ids put in front of every row: a soft prompt. They are part of no row.
+    Edges carry the weights of rows whose target is the next token; other rows have no edges with
+    loss. ``before`` are ids in front of every row: a soft prompt.
     """
     given = tuple(sorted(examples, key=_sort_key))
     rows = [_with_prefix(example, before) for example in given] if before else list(given)
@@ -144,9 +145,9 @@ def _with_prefix(example: Example, before: tuple[int, ...]) -> Example:
 
 
 def pad_tree(tree: TokenTree, multiple: int) -> TokenTree:
-    """``tree`` with lone roots appended until its size is a multiple of ``multiple``.
+    """Append single-node trees until the size is a multiple of ``multiple``.
 
-    Matrix kernels are made for one size each; rounding up keeps their number small.
+    Matrix kernels are compiled per size; rounding limits the number of sizes.
     """
     size, extra = len(tree), -len(tree) % multiple
     zeros = np.zeros(extra, dtype=np.int64)
@@ -166,15 +167,15 @@ def split_to_budget(
     whole_rows: bool = False,
     processes: int = 1,
 ) -> list[list[Example]]:
-    """Cut a batch into micro-batches of at most ``budget`` distinct tokens each.
+    """Split a batch into micro-batches of at most ``budget`` distinct tokens each.
 
-    With ``whole_rows`` a row counts as one token, however long its text is: it may stand beside images.
-    Each of so many ``processes`` can have the same number of micro-batches, of about the same size,
-    where there are rows enough.
+    With ``whole_rows``, a row counts as one token regardless of its text, for rows with images.
+    With several ``processes``, the number of micro-batches is a multiple of ``processes``, with
+    similar sizes, if there are enough rows.
 
-    Rows are sorted first, so neighbours share their prefixes; a row longer than the budget gets a
-    micro-batch of its own, and so does a group (``Example.group``), which is never parted. The pieces
-    are evened out, as the largest decides the peak memory.
+    Rows are sorted first, so neighbours share prefixes. A row longer than the budget gets its own
+    micro-batch. A group (``Example.group``) is never split. Micro-batches have similar sizes,
+    because the largest determines the peak memory.
     """
     if not examples:
         return []
@@ -217,7 +218,7 @@ def _fill(
 
 
 def _by_group(rows: list[Example]) -> list[Example]:
-    """Sorted rows, each group moved to the place of its first row."""
+    """Move the rows of each group to the position of the group's first row."""
     if all(row.group is None for row in rows):
         return rows
     first: dict[int, int] = {}
@@ -229,7 +230,7 @@ def _by_group(rows: list[Example]) -> list[Example]:
 
 
 def _units(rows: Sequence[Example]) -> list[list[int]]:
-    """Places of the rows that stay together; a row of no group is alone."""
+    """Return indices of inseparable rows; a row without a group is alone."""
     units: list[list[int]] = []
     for place, row in enumerate(rows):
         if row.group is not None and place and rows[place - 1].group == row.group:
@@ -246,7 +247,7 @@ def _sort_key(example: Example) -> tuple[bytes, int]:
 
 
 def _shared_prefixes(rows: Sequence[Example], share: bool) -> list[int]:
-    """Length of the prefix that each sorted row shares with the row before it; 0 without sharing."""
+    """Return the length of each row's common prefix with the previous row; 0 without sharing."""
     if not share:
         return [0] * len(rows)
     shared = [0]
@@ -260,7 +261,7 @@ def _shared_prefixes(rows: Sequence[Example], share: bool) -> list[int]:
 def _link(
     rows: Sequence[Example], shared_R: Sequence[int], size: int
 ) -> tuple[IntArray, list[IntArray]]:
-    """Parents of all nodes, and for each row the nodes of its tokens."""
+    """Return the parents of all nodes, and the nodes of each row's tokens."""
     parent_N = np.full(size, -1, dtype=np.int64)
     node_of: list[IntArray] = []
     start = 0
@@ -275,7 +276,6 @@ def _link(
 
 
 def _subtree_ends(depth_N: IntArray) -> IntArray:
-    """A subtree ends at the next node that is not deeper than its root."""
     end_N = np.full(len(depth_N), len(depth_N), dtype=np.int64)
     # Inside a run of consecutive descents nothing ends; only the drops need the stack.
     open_nodes: list[int] = []

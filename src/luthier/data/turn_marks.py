@@ -1,8 +1,7 @@
-"""Marks that say which turns of a conversation are learned, and keys of turns that are not read.
+"""Marks of learned turns, and ignored keys of turns.
 
-Tools write such marks in different ways: OpenAI and Mistral ``"weight": 0``, ms-swift
-``"loss": false``, axolotl ``"train": false`` or ``"training": false``, others ``"masked": true`` or
-``"loss_mask": 0``.
+Tools use different marks: OpenAI and Mistral ``"weight": 0``, ms-swift ``"loss": false``, axolotl
+``"train": false`` or ``"training": false``, other tools ``"masked": true`` or ``"loss_mask": 0``.
 """
 
 from __future__ import annotations
@@ -54,17 +53,17 @@ def plain_name(key: str) -> str:
 
 @lru_cache(10_000)
 def mark_sense(key: str) -> bool | None:
-    """Return whether true under ``key`` means that a turn is learned; ``None`` if it is no mark."""
+    """Return the value of ``key`` that marks a learned turn; ``None`` if the key is not a mark."""
     name = plain_name(key).removeprefix("is")
     return True if name in _LEARN else False if name in _LEAVE_OUT else None
 
 
 def read_marks(turn: Record, of_assistant: bool) -> tuple[bool, list[str]]:
-    """Return whether a turn is learned, and its keys that are not read.
+    """Return whether a turn is learned, and the turn's ignored keys.
 
     Raises:
-        RowRefused: if a turn of the assistant has a mark that is neither yes nor no, marks that
-            contradict each other, or an unknown key about learning.
+        RowRefused: if an assistant turn has a mark that is not a boolean, contradictory marks, or
+            an unknown key about learning.
     """
     if turn.keys() <= _READ_OF_TURNS:
         return True, []
@@ -92,10 +91,10 @@ def read_marks(turn: Record, of_assistant: bool) -> tuple[bool, list[str]]:
 
 
 def spread_marks(record: Record, turns: Sequence[object]) -> list[object]:
-    """Return the turns with the marks that a row holds as a list, one value for each turn.
+    """Return the turns with marks from a list in the row, one value per turn.
 
     Raises:
-        RowRefused: if a list has another length than the turns.
+        RowRefused: if a list and the turns have different lengths.
     """
     made = list(turns)
     for key, value in record.items():
@@ -116,7 +115,7 @@ def spread_marks(record: Record, turns: Sequence[object]) -> list[object]:
 
 
 def check_row_marks(record: Record, may_list: bool) -> None:
-    """Refuse a row that is marked as a whole as not to be learned, or by a list without turns."""
+    """Reject a row that is marked as not learned, or has a list of marks without turns."""
     for key, value in record.items():
         sense = mark_sense(key)
         if sense is None:
@@ -132,14 +131,14 @@ def check_row_marks(record: Record, may_list: bool) -> None:
 
 
 def is_mark(key: str, value: object) -> bool:
-    """Return whether a key of a row says what is learned: a yes, a no, or a list of marks."""
+    """Return whether a key of a row is a mark: a boolean, or a list of marks."""
     return mark_sense(key) is not None and (
         _truth(value) is not None or _mark_list(value) is not None
     )
 
 
 def has_mark_list(record: Record) -> bool:
-    """Return whether a row holds marks of its turns as a list."""
+    """Return whether a row has a list of marks for its turns."""
     return any(
         mark_sense(key) is not None and _mark_list(value) is not None
         for key, value in record.items()
@@ -147,7 +146,7 @@ def has_mark_list(record: Record) -> bool:
 
 
 def _mark_list(value: object) -> list[Any] | None:
-    """Return a list that is not empty, also one in a table's cell: JSON, or ``0,0,1``."""
+    """Return a non-empty list of marks, also from a table cell: JSON, or ``0,0,1``."""
     if isinstance(value, str) and _DIGITS.fullmatch(value):
         return [*re.findall("[01]", value)]
     if isinstance(value, str) and value.lstrip().startswith("["):

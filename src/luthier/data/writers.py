@@ -24,25 +24,25 @@ _BATCH_ROWS = 1000
 
 
 class Writer(Protocol):
-    """Takes records one after the other."""
+    """Interface of record writers."""
 
     def write(self, record: Record) -> None:
-        """Write one; :class:`RowRefused` where it cannot be written."""
+        """Write one record; raise :class:`RowRefused` if the format cannot represent the record."""
 
 
 def check_target(
     target: Path, beside: Sequence[Path], sources: Sequence[Source], replace: bool
 ) -> None:
-    """Refuse to write what is read, or what is there unless it may be replaced.
+    """Reject a target that is a source, or that exists and may not be replaced.
 
     Args:
         target: the new file.
-        beside: what is written with it.
-        sources: what is read.
-        replace: whether files that are there may go.
+        beside: additional files written with the target.
+        sources: sources of the command.
+        replace: allow to replace existing files.
 
     Raises:
-        RecipeError: saying what to name instead.
+        RecipeError: with an alternative.
     """
     check_creatable(target)
     if target.is_dir():
@@ -66,7 +66,7 @@ def check_target(
 
 @contextmanager
 def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]:
-    """A writer of ``kind`` to a file that is there when the block ends well; ``names`` are columns."""
+    """Yield a writer of ``kind`` with columns ``names``; the file appears after a successful block."""
     with ExitStack() as stack:
         file = stack.enter_context(new_file(target))
         if kind == "parquet":
@@ -87,14 +87,14 @@ def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]
 
 
 def write_packed(target: Path, data: bytes) -> None:
-    """Write a file whole or not at all, packed where its ending says so."""
+    """Write a file completely or not at all, compressed according to the ending."""
     with new_file(target) as file, pack(file, target) as packed:
         packed.write(data)
 
 
 @contextmanager
 def pack(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
-    """What is written to ``file`` packed, where the ending of ``target`` says so."""
+    """Yield a stream that compresses into ``file`` according to the ending of ``target``."""
     ending = target.name.lower()
     if ending.endswith(".gz"):
         # Without name and time: the same rows are the same bytes.
@@ -120,7 +120,7 @@ class _Lines:
 
 
 class _Array:
-    """One JSON array, with a row on each line."""
+    """Writer of one JSON array with a row per line."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self.text, self.before = text, "[\n"
@@ -134,7 +134,7 @@ class _Array:
 
 
 class HasPlace(Protocol):
-    """What stands in a line of a file."""
+    """An object with a location in a file."""
 
     @property
     def file(self) -> str:
@@ -143,15 +143,15 @@ class HasPlace(Protocol):
 
     @property
     def line(self) -> int:
-        """Its number, from 1."""
+        """1-based line."""
         ...
 
 
 def json_records(rows: Sequence[tuple[Record, HasPlace]], finite: bool = True) -> list[Record]:
-    """The records with dates and the like, which a table may hold, as text.
+    """Return the records in JSON types; dates and similar values of tables become text.
 
     Raises:
-        DataError: naming every row that JSON has no place for; with ``finite`` those with NaN, too.
+        DataError: with every row that JSON cannot represent; with ``finite`` also rows with NaN.
     """
     problems, found = list[Problem](), list[Record]()
     for record, row in rows:
@@ -174,7 +174,7 @@ def json_records(rows: Sequence[tuple[Record, HasPlace]], finite: bool = True) -
 
 
 def to_json(record: Record) -> str:
-    """``record`` as one line; :class:`RowRefused` where JSON has no place for a value of it."""
+    """Return ``record`` as one line of JSON; :class:`RowRefused` for other types."""
     try:
         return json.dumps(record, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
@@ -182,7 +182,7 @@ def to_json(record: Record) -> str:
 
 
 class _Text:
-    """Plain text: of records that are nothing else, one behind the other."""
+    """Writer of plain text, for records with a text only."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
         self.text = text
@@ -208,7 +208,7 @@ class _Csv:
 
 
 def cell(name: str, value: object, record: Mapping[str, object]) -> str:
-    """What reads back as ``value``; :class:`RowRefused` where no cell does."""
+    """Return a CSV cell that reads back as ``value``; :class:`RowRefused` if impossible."""
     judged = name == "label" and "prompt" in record and "completion" in record
     if value is None and name in OPTIONAL_COLUMNS:
         return ""
@@ -231,14 +231,14 @@ def cell(name: str, value: object, record: Mapping[str, object]) -> str:
 
 
 class ColumnNames:
-    """In place of a writer: the columns that a table of the records needs."""
+    """Collector of the columns of a table, with the interface of a writer."""
 
     def __init__(self) -> None:
         self.names: dict[str, None] = {}
-        """In the order of appearance."""
+        """Column names in order of appearance."""
 
     def write(self, record: Record) -> None:
-        """Refuse objects in further columns: their own keys would differ from row to row."""
+        """Collect the columns; reject objects in additional columns, whose keys may differ per row."""
         for name, value in record.items():
             if name not in JSON_COLUMNS and name not in _OWN_OBJECTS and _holds_object(value):
                 raise _no_place("a table", f"an object in the column {quote(name)}")
@@ -246,7 +246,7 @@ class ColumnNames:
 
 
 def check_columns(record: Record, names: Sequence[str]) -> None:
-    """Refuse a row without a column that others have, unless it may be left empty."""
+    """Reject a row without a required column."""
     for name in names:
         if name not in record and name not in OPTIONAL_COLUMNS:
             raise RowRefused(
@@ -283,12 +283,12 @@ def _parquet(file: BinaryIO, names: Sequence[str]) -> Iterator[Writer]:
 def arrow_columns(
     records: Sequence[Record], refuse: Callable[[int, RowRefused], None]
 ) -> dict[str, Any]:
-    """Columns of Parquet that hold ``records``, by name, each of one type.
+    """Return Parquet columns for ``records`` by name, each with one type.
 
-    ``refuse`` hears the number of a record that has no place in them, and why.
+    ``refuse`` receives the number and the problem of each record that does not fit.
 
     Raises:
-        RecipeError: where pyarrow is missing.
+        RecipeError: if pyarrow is missing.
     """
     try:
         import pyarrow
@@ -317,7 +317,7 @@ def arrow_columns(
 
 
 def _first_misfit(values: Sequence[object], arrow: Any) -> int:
-    """The place of the first value that makes no column with those before it."""
+    """Return the index of the first value with a type that differs from the values before."""
 
     def is_refused(count: int) -> bool:
         try:
@@ -330,7 +330,7 @@ def _first_misfit(values: Sequence[object], arrow: Any) -> int:
 
 
 class _Parquet:
-    """Batches of rows; the types of the first batch hold for all."""
+    """Writer of row batches; the first batch sets the column types."""
 
     def __init__(self, file: BinaryIO, names: Sequence[str], arrow: Any) -> None:
         self.file, self.names, self.arrow = file, names, arrow

@@ -1,8 +1,8 @@
-"""The shapes of rows: of each its keys, its checks, its texts, what it teaches and how it is written.
+"""Row shapes: keys, checks, text fields, targets and output of each shape.
 
-A shape is a class with the fields it needs. :data:`SHAPES` is the table, by the names that objectives
-give in ``shapes``. To add one, write a class and put it into the table: reading, writing, tables,
-splits, the gate and the graders ask the class (:class:`luthier.types.Row` says what).
+A shape is a class with its own fields. :data:`SHAPES` is the table, with the names that objectives
+use in ``shapes``. To add a shape, write a class and add the class to the table: reading, writing,
+tables, splits, the gate and the graders use the methods of :class:`luthier.types.Row`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SHAPES: Mapping[str, type[Shape]] = {
         RatedReply,
     )
 }
-"""Every shape by its name."""
+"""Shapes by name."""
 
 
 def describe_shapes(shapes: Iterable[str]) -> str:
@@ -70,5 +70,5 @@ Kind = TypeVar("Kind", bound=Row)
 
 
 def of_shape(kind: type[Kind], rows: Sequence[Row]) -> Sequence[Kind] | None:
-    """``rows``, where all of them are of one shape."""
+    """Return ``rows`` if all rows have the shape ``kind``, else ``None``."""
     return cast(Sequence[Kind], rows) if all(isinstance(row, kind) for row in rows) else None

@@ -1,4 +1,4 @@
-"""The base of all shapes, and of those that name a class."""
+"""Base classes of row shapes."""
 
 from __future__ import annotations
 
@@ -11,72 +11,72 @@ from luthier.data.parsing import Record
 from luthier.types import Row
 
 InputKind = MediaKind | Literal["text"]
-"""What a network has to read."""
+"""Kind of a network input."""
 ENOUGH_ANSWERS = 50
-"""Rows that say what is right: the fewest with which providers of fine-tuning report a clear gain."""
+"""Fewest labelled rows with a clear gain, according to providers of fine-tuning."""
 ENOUGH_HINTS = 100
-"""Rows that only say which is better, what belongs together or what is asked: each tells less."""
+"""Fewest rows with a weaker signal: preferences, pairs, prompts."""
 
 
 class Shape(Row):
-    """Base of all shapes: how records of it are told and read."""
+    """Base of all shapes: detection, parsing and properties."""
 
     __slots__ = ()
 
     title: ClassVar[str]
-    """Its keys, for messages."""
+    """Keys of the shape, for messages."""
     words: ClassVar[str]
-    """What its rows are, for messages."""
+    """Plural noun for the rows, for messages."""
     keys: ClassVar[tuple[str, ...]]
-    """Any of these keys of a record tells the shape."""
+    """Identifying keys; any key suffices."""
     complete: ClassVar[tuple[frozenset[str], ...]] = ()
-    """Sets of keys that make a record one of this shape whatever else is there."""
+    """Key sets that identify the shape regardless of other keys."""
     further_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys that are read beside those."""
+    """Additional keys that the shape reads."""
     beside: ClassVar[frozenset[str]] = frozenset()
-    """Those of all these that records in the forms of other tools have too."""
+    """Keys of the shape that forms of other tools also have."""
     other_tasks: ClassVar[Mapping[str, str]] = {}
-    """Keys that make a row another task, with how to write that; a row with such a key is refused."""
+    """Keys of a different task, each with the advice in the error."""
     json_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys whose cells hold JSON in a table of texts."""
+    """Keys with JSON cells in a CSV table."""
     number_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys whose cells hold a number."""
+    """Keys with numeric cells in a CSV table."""
     object_keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys that may hold objects."""
+    """Keys whose values may be objects."""
     reads: ClassVar[InputKind] = "text"
-    """What a network has to read for such rows."""
+    """Kind of input that a network needs for the shape."""
     reader_text: ClassVar[str] = ""
-    """What an encoder reads such rows for; empty where it has nothing to say of them."""
+    """Targets that an encoder learns from the shape; empty if none."""
     enough: ClassVar[int] = 0
-    """Training rows with which more than their form is learned; 0 where it is not rows that count."""
+    """Fewest training rows to learn more than the output format; 0 without a limit."""
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """Whether a record has keys of this shape."""
+        """Return whether a record has keys of this shape."""
         return any(key in record for key in cls.keys)
 
     @classmethod
     def source_keys(cls) -> frozenset[str]:
-        """Keys that such a row may have been read from; others stand beside it."""
+        """Return all keys that the shape may read."""
         return cls.further_keys.union(cls.keys, *cls.complete)
 
     @classmethod
     def title_of(cls, record: Record) -> str:
-        """The keys in which a record of this shape is written."""
+        """Return the title for the keys of a record."""
         return cls.title
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """The row of a record of this shape; ``None`` where a problem was noted.
+        """Return the row of a record; ``None`` after a reported problem.
 
         Raises:
-            RowRefused: with a problem that is not noted yet.
+            RowRefused: with a problem that is not reported yet.
         """
         raise NotImplementedError
 
 
 class Labelled(Shape):
-    """Base of the shapes that say of which class something is, or of which classes."""
+    """Base of shapes with class labels."""
 
     __slots__ = ()
 
@@ -87,20 +87,18 @@ class Labelled(Shape):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Its labels, also where it is the only one."""
+        """All labels, also of a row with a single label."""
         return (self.label,) if isinstance(self.label, str) else self.label
 
     @property
     def has_one_label(self) -> bool:
-        """Whether that is one, alone or in an array; not none, and not several."""
+        """True for exactly one label, alone or in an array."""
         return isinstance(self.label, str) or len(self.label) == 1
 
     def targets(self) -> tuple[str, ...]:
-        """Its labels, sorted."""
         return tuple(sorted(self.labels))
 
     def classes(self) -> tuple[str, ...]:
-        """Its labels."""
         return self.labels
 
     def label_record(self) -> Record:
@@ -109,16 +107,18 @@ class Labelled(Shape):
 
 
 def takes_several_labels(rows: int, arrays: int, unlike_one: int) -> bool:
-    """Whether labelled rows say that a row may have several labels: one does not have one, or all are
-    arrays. An array of one label among single ones is a way to write it, no other task.
+    """Return whether the labels are multi-label: a row has not exactly one label, or all are
+    arrays.
+
+    A few arrays of one label among single labels do not make a multi-label task.
 
     Args:
-        rows: all of them.
-        arrays: those whose labels are an array.
-        unlike_one: those of them that do not have one label.
+        rows: number of rows.
+        arrays: number of rows with an array.
+        unlike_one: number of rows without exactly one label.
     """
     return unlike_one > 0 or 0 < rows == arrays
 
 
 MEDIA_KEYS: tuple[MediaKind, ...] = ("image", "audio", "window")
-"""Keys that hold an image, a sound or a time series, called as what they hold."""
+"""Keys of images, audio and time series, equal to the input kinds."""

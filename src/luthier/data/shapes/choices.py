@@ -1,4 +1,4 @@
-"""The shape of a text with what may follow it, of which one is right."""
+"""Shape of multiple-choice questions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MOST_CHOICES = 100
 
 @dataclass(frozen=True, slots=True)
 class MultipleChoice(Shape):
-    """A text and what may follow it, one of which is right; for measuring, nothing is learned from it.
+    """A prompt with several continuations, one of them correct; for evaluation only.
 
-    With one choice it is a cloze: that, and nothing else, is what should follow. The texts before may
-    differ instead, one for each choice, as in WinoGrande (Sakaguchi et al. 2020).
+    A single choice is a cloze test. Alternatively, the prompts differ and the continuation is
+    fixed, as in WinoGrande (Sakaguchi et al. 2020).
     """
 
     shape: ClassVar[str] = "choices"
@@ -34,21 +34,23 @@ class MultipleChoice(Shape):
     parts: ClassVar[Mapping[str, Part]] = {"prompts": "input", "choices": "other"}
 
     prompts: tuple[str, ...]
-    """One for all choices, or one for each."""
+    """One prompt for all choices, or one prompt per choice."""
     choices: tuple[str, ...]
     answer: int
-    """Place of the right one, from 0."""
+    """0-based index of the correct choice."""
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """Choices with the right one, or one choice alone; others stand beside what a grader reads."""
+        """Return whether a record has choices with an answer, or a single choice.
+
+        Choices without an answer may be a column for a grader.
+        """
         tells = "answer" in record or isinstance(record.get("choices"), str)
         other = {"completion", "expected", "messages", "rejected"} & record.keys()
         return "prompt" in record and "choices" in record and tells and not other
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """Texts that are not blank, and the place of the right one."""
         prompts, choices = _one_or_more(record, "prompt"), _one_or_more(record, "choices")
         answer = record.get("answer", 0 if len(choices) == 1 else None)
         if isinstance(answer, float) and answer.is_integer():
@@ -69,7 +71,7 @@ class MultipleChoice(Shape):
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Each choice behind its prompt."""
+        """Return ``(prompt, choice)`` for each choice."""
         prompts = self.prompts if len(self.prompts) > 1 else self.prompts * len(self.choices)
         return list(zip(prompts, self.choices, strict=True))
 
@@ -86,13 +88,12 @@ class MultipleChoice(Shape):
         return "\n".join(self.prompts)
 
     def record(self) -> Record:
-        """Prompt or prompts, choices, and the place of the right one."""
         prompt = self.prompts[0] if len(self.prompts) == 1 else list(self.prompts)
         return {"prompt": prompt, "choices": list(self.choices), "answer": self.answer}
 
 
 def _one_or_more(record: Record, key: str) -> tuple[str, ...]:
-    """A text, or an array of texts, none of them blank."""
+    """Return a text or an array of texts as a tuple; blank text is rejected."""
     value = record[key]
     texts = [value] if isinstance(value, str) else value
     if isinstance(texts, list) and texts and all(isinstance(t, str) and t.strip() for t in texts):

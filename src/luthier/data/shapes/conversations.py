@@ -1,4 +1,4 @@
-"""Shapes of prompts, replies and conversations: what a network that writes learns from."""
+"""Shapes of prompts, replies and conversations, for generative models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from luthier.data.tools import describe_tool
 from luthier.types import Message, Part, Tool
 
 LONGEST_CLASS = 64
-"""Characters of a completion that may be the name of a class."""
+"""Most characters of a completion that counts as a class name."""
 _REJECTED = dict.fromkeys(
     ("rejected_response", "rejected_responses", "rejected_messages"),
     'Write {"prompt", "chosen", "rejected"} to learn which answer is better.',
@@ -25,7 +25,7 @@ _PASSAGE = dict.fromkeys(
 
 
 def tool_record(tools: Sequence[Tool]) -> Record:
-    """Return the tools of a row as they are written; nothing if there are none."""
+    """Return the ``tools`` entry of a written row; empty without tools."""
     return {"tools": [describe_tool(tool) for tool in tools]} if tools else {}
 
 
@@ -47,7 +47,6 @@ class PromptCompletion(Shape):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """Both texts, neither blank."""
         prompt = fields.text(record, "prompt")
         completion = fields.text(record, "completion", target=True)
         if prompt is None or completion is None:
@@ -63,21 +62,19 @@ class PromptCompletion(Shape):
         return (self.completion,)
 
     def turns(self) -> Turns:
-        """One of the user, one of the assistant."""
         return (Message("user", self.prompt), Message("assistant", self.completion))
 
     def classes(self) -> tuple[str, ...]:
-        """The completion, where it is short enough to be the name of a class."""
+        """Return the completion, if short enough for a class name."""
         return (self.completion,) if len(self.completion) <= LONGEST_CLASS else ()
 
     def record(self) -> Record:
-        """Both texts."""
         return {"prompt": self.prompt, "completion": self.completion}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation(Shape):
-    """Turns of a conversation; those of the assistant are learned."""
+    """A conversation; assistant turns are learned."""
 
     shape: ClassVar[str] = "messages"
     title: ClassVar[str] = '{"messages"}'
@@ -92,13 +89,12 @@ class Conversation(Shape):
 
     messages: Turns
     expected: str | None = None
-    """Answer that a reply to what is only asked is graded by; it is never learned."""
+    """Reference answer for graders; never learned."""
     members: Mapping[str, Any] | None = field(default=None, kw_only=True)
     tools: tuple[Tool, ...] = field(default=(), kw_only=True)
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """Turns in their order, the assistant's at the end, and the tools that it may call."""
         messages, tools = fields.messages(record["messages"]), fields.tools(record)
         if messages is None:
             return None
@@ -106,11 +102,9 @@ class Conversation(Shape):
         return cls(fields.file, fields.line, messages, tools=tools)
 
     def inputs(self) -> tuple[str, ...]:
-        """The turns before the last of the assistant, with who speaks."""
         return tuple(f"{turn.role}: {turn.whole_text}" for turn in self.prompt_turns())
 
     def targets(self) -> tuple[str, ...]:
-        """The last turn, where it is the assistant's."""
         last = self.messages[-1]
         return (last.whole_text,) if last.role == "assistant" else ()
 
@@ -119,12 +113,11 @@ class Conversation(Shape):
         return self.messages
 
     def expected_reply(self) -> str | None:
-        """What is expected, or else the last turn of the assistant."""
+        """Return the reference answer, or else the last assistant turn."""
         last = self.messages[-1]
         return self.expected or (last.reply_text if last.role == "assistant" else None)
 
     def record(self) -> Record:
-        """Who says what, and the tools."""
         return {
             "messages": [turn.to_row() for turn in self.messages],
             **tool_record(self.tools),
@@ -133,7 +126,7 @@ class Conversation(Shape):
 
 @dataclass(frozen=True, slots=True)
 class PromptOnly(Shape):
-    """What is asked, without a reply to learn."""
+    """A prompt without a reply."""
 
     shape: ClassVar[str] = "prompt_only"
     title: ClassVar[str] = '{"prompt"}'
@@ -150,14 +143,13 @@ class PromptOnly(Shape):
 
     prompt: str
     expected: str | None = None
-    """Answer that a reply is graded by; it is never learned."""
+    """Reference answer for graders; never learned."""
     members: Mapping[str, Any] | None = field(default=None, kw_only=True)
     system: str | None = field(default=None, kw_only=True)
     """System prompt."""
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """Return the prompt, and the expected answer and the system prompt if the row has them."""
         expected = fields.text(record, "expected") if "expected" in record else None
         prompt = fields.text(record, "prompt")
         if prompt is None or (expected is None and "expected" in record):
@@ -167,20 +159,16 @@ class PromptOnly(Shape):
         return cls(fields.file, fields.line, prompt, expected, system=system)
 
     def inputs(self) -> tuple[str, ...]:
-        """Return the system prompt, if there is one, and the prompt."""
         return (self.prompt,) if self.system is None else (self.system, self.prompt)
 
     def turns(self) -> Turns:
-        """Return the turn of the user, behind the system prompt if there is one."""
         system = () if self.system is None else (Message("system", self.system),)
         return (*system, Message("user", self.prompt))
 
     def expected_reply(self) -> str | None:
-        """What is expected."""
         return self.expected
 
     def record(self) -> Record:
-        """The prompt, and what is expected."""
         expected = {} if self.expected is None else {"expected": self.expected}
         system = {} if self.system is None else {"system": self.system}
         return {**system, "prompt": self.prompt, **expected}

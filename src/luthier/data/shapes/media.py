@@ -1,4 +1,4 @@
-"""Shapes that say something of an image, a sound or a window of a time series."""
+"""Shapes of images, audio and windows of a time series."""
 
 from __future__ import annotations
 
@@ -16,55 +16,51 @@ from luthier.errors import RowRefused
 from luthier.types import Part, Row
 
 CAPTION_KEYS = ("caption", "text")
-"""Keys that hold what an image shows, or what is written on it; the first that is there is read."""
+"""Keys of captions and transcriptions, in order of preference."""
 
 
 @dataclass(frozen=True, slots=True)
 class MediaRow(Shape):
-    """Base of the shapes that say something of an image or a sound."""
+    """Base of shapes with a media input."""
 
     media: Media
 
     @classmethod
     def key(cls) -> MediaKind:
-        """The key that holds it."""
+        """Return the key of the input."""
         assert cls.reads != "text"
         return cls.reads
 
     def inputs(self) -> tuple[str, ...]:
-        """The hash of its bytes: what makes two rows the same; its name where it cannot be read."""
+        """Return the hash of the bytes, or the name of an unreadable file."""
         try:
             return (self.media.digest(),)
         except RowRefused:  # the gate says why (media/checks/media_files.py)
             return (self.media.name,)
 
     def excerpt(self) -> str:
-        """Where it lies."""
         return self.media.name
 
     def bare(self) -> MediaRow:
-        """The image or sound alone."""
         return BARE_MEDIA[self.media.kind](self.file, self.line, self.media)
 
     def record(self) -> Record:
-        """Where it lies."""
         return {self.key(): self.media.name}
 
 
 @dataclass(frozen=True, slots=True)
 class BareMedia(MediaRow):
-    """Base of the shapes of which nothing is said."""
+    """Base of media shapes without a target."""
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """What is there."""
         media = fields.media(record, cls.key())
         return None if media is None else cls(fields.file, fields.line, media)
 
 
 @dataclass(frozen=True, slots=True)
 class BareImage(BareMedia):
-    """An image of which nothing is said."""
+    """An image without a target."""
 
     shape: ClassVar[str] = "image"
     reads: ClassVar[InputKind] = "image"
@@ -74,13 +70,12 @@ class BareImage(BareMedia):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """An image, and nothing that is said of it."""
         return cls.key() in record and not any(key in record for key in ("label", *CAPTION_KEYS))
 
 
 @dataclass(frozen=True, slots=True)
 class BareAudio(BareMedia):
-    """A sound of which nothing is said."""
+    """An audio file without a target."""
 
     shape: ClassVar[str] = "audio"
     reads: ClassVar[InputKind] = "audio"
@@ -90,13 +85,12 @@ class BareAudio(BareMedia):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """A sound, and no label."""
         return cls.key() in record and "label" not in record
 
 
 @dataclass(frozen=True, slots=True)
 class BareWindow(BareMedia):
-    """A value of a time series, with those before it."""
+    """A value of a time series with the values before."""
 
     shape: ClassVar[str] = "window"
     reads: ClassVar[InputKind] = "window"
@@ -110,7 +104,7 @@ class BareWindow(BareMedia):
         return cls.key() in record
 
     def inputs(self) -> tuple[str, ...]:
-        """A hash of where it lies: times of equal values are no copies of each other."""
+        """Return a hash of the location, because windows of equal values are not duplicates."""
         return (hashlib.sha256(self.media.name.encode()).hexdigest(),)
 
 
@@ -119,12 +113,12 @@ BARE_MEDIA: Mapping[MediaKind, type[BareMedia]] = {
     "audio": BareAudio,
     "window": BareWindow,
 }
-"""Shape of what is only read, by what it is."""
+"""Shape without a target, by kind of input."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledImage(MediaRow, Labelled):
-    """An image and its class; several where it may have more than one, also none at all."""
+    """An image with its class, or with any number of classes."""
 
     shape: ClassVar[str] = "labelled_image"
     reads: ClassVar[InputKind] = "image"
@@ -142,19 +136,17 @@ class LabelledImage(MediaRow, Labelled):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """An image, and a label or an array of them."""
         media = fields.media(record, cls.key())
         label = read_label(record["label"])
         return None if media is None else cls(fields.file, fields.line, media, label)
 
     def record(self) -> Record:
-        """Where it lies, and label or array of labels."""
         return {**MediaRow.record(self), **self.label_record()}
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledAudio(LabelledImage):
-    """A sound and its class; several where it may have more than one, also none at all."""
+    """An audio file with its class, or with any number of classes."""
 
     shape: ClassVar[str] = "labelled_audio"
     reads: ClassVar[InputKind] = "audio"
@@ -166,7 +158,7 @@ class LabelledAudio(LabelledImage):
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage(MediaRow):
-    """An image and a text: what it shows, or what is written on it."""
+    """An image with a caption or transcription."""
 
     shape: ClassVar[str] = "captioned_image"
     reads: ClassVar[InputKind] = "image"
@@ -183,14 +175,13 @@ class CaptionedImage(MediaRow):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """An image and a caption; the text beside a label is a remark."""
+        """Return whether a record has a caption. A text next to a label is a comment."""
         return cls.key() in record and (
             "caption" in record or ("text" in record and "label" not in record)
         )
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """An image, and a caption that is not blank."""
         media = fields.media(record, cls.key())
         key = next(key for key in CAPTION_KEYS if key in record)
         caption = fields.text(record, key, target=True)
@@ -207,5 +198,4 @@ class CaptionedImage(MediaRow):
         return [self.bare(), RawText(self.file, self.line, self.caption)]
 
     def record(self) -> Record:
-        """Where it lies, and the caption."""
         return {**MediaRow.record(self), "caption": self.caption}

@@ -1,11 +1,16 @@
-"""Shapes of what people prefer, and the pairs that are made of judged answers.
+"""Shapes of preferences, and the conversion of judged answers to pairs.
 
-What people prefer has several spellings. ``{"prompt", "chosen", "rejected"}``, where the prompt is a
-text or a list of messages and each answer a text, a message or a list of messages; the same without
-a prompt, where both are whole conversations with a common beginning; OpenAI's form ``{"input":
-{"messages"}, "preferred_output", "non_preferred_output"}``; ``{"prompt", "completion"}`` with a
-``rating`` (or ``score``), or with ``label: true`` or ``false`` (or ``thumb: "up"`` or ``"down"``). A
-rejected answer may be empty: not to stop at once is a lesson. An empty chosen one is refused.
+Preferences have several notations:
+
+- ``{"prompt", "chosen", "rejected"}``; the prompt is a text or a list of messages, each answer a
+  text, a message or a list of messages.
+- ``{"chosen", "rejected"}``, two conversations with a common beginning.
+- OpenAI's ``{"input": {"messages"}, "preferred_output", "non_preferred_output"}``.
+- ``{"prompt", "completion"}`` with ``rating`` or ``score``, with ``label`` (true or false) or with
+  ``thumb`` ("up" or "down").
+
+A rejected answer may be empty, which teaches not to stop at once. An empty chosen answer is an
+error.
 """
 
 from __future__ import annotations
@@ -33,12 +38,12 @@ from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Part, Row, Text, Tool
 
 MOST_ANSWERS = 64
-"""Ranked answers of a row; listwise DPO computes them in one micro-batch."""
+"""Most ranked answers of a row; listwise DPO computes all answers in one micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedAnswers(Shape):
-    """Base of the shapes in which people judged answers to a prompt."""
+    """Base of shapes with judged answers to a prompt."""
 
     enough: ClassVar[int] = ENOUGH_HINTS
 
@@ -47,19 +52,18 @@ class JudgedAnswers(Shape):
     tools: tuple[Tool, ...] = field(default=(), kw_only=True)
 
     def answers(self) -> tuple[Turns, ...]:
-        """Every answer, the best first."""
+        """Return all answers, the best first."""
         raise NotImplementedError
 
     def judgement(self) -> tuple[str, ...]:
-        """What people said of the answers, in texts: where it differs, rows teach something else."""
+        """Return the judgement as text; rows with different judgements teach different targets."""
         return tuple(turn.whole_text for turn in self.answers()[0])
 
     def inputs(self) -> tuple[str, ...]:
-        """All turns of the prompt, with who speaks."""
         return tuple(f"{turn.role}: {turn.whole_text}" for turn in self.messages)
 
     def targets(self) -> tuple[str, ...]:
-        """The best answer, and the others marked as such."""
+        """Return the best answer, and the other answers with a mark."""
         best, *others = self.answers()
         rejected = (f"not: {turn.whole_text}" for answer in others for turn in answer)
         # The last word stands where single answers have their judgement: near-duplicates were counted
@@ -67,11 +71,11 @@ class JudgedAnswers(Shape):
         return (*(turn.whole_text for turn in best), *rejected, "None")
 
     def turns(self) -> Turns:
-        """The prompt with the best answer."""
+        """Return the prompt with the best answer."""
         return (*self.messages, *self.answers()[0])
 
     def sides(self) -> list[Row]:
-        """The prompt with each answer."""
+        """Return the prompt with each answer."""
         return [
             Conversation(self.file, self.line, (*self.messages, *answer), tools=self.tools)
             for answer in self.answers()
@@ -80,7 +84,7 @@ class JudgedAnswers(Shape):
 
 @dataclass(frozen=True, slots=True)
 class Preference(JudgedAnswers):
-    """Two answers to a prompt, of which people chose one."""
+    """A prompt with a chosen and a rejected answer."""
 
     shape: ClassVar[str] = "preference"
     title: ClassVar[str] = '{"prompt", "chosen", "rejected"}'
@@ -112,7 +116,7 @@ class Preference(JudgedAnswers):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """Two different answers to one prompt, which may be told by what both have in common."""
+        """Read two different answers to one prompt; the prompt may be the common beginning."""
         if cls.title_of(record) == cls.title:
             if missing := [key for key in ("chosen", "rejected") if key not in record]:
                 raise RowRefused(
@@ -161,11 +165,9 @@ class Preference(JudgedAnswers):
         return cls(fields.file, fields.line, given, *sides, tools=tools)
 
     def answers(self) -> tuple[Turns, ...]:
-        """The chosen one, then the rejected one."""
         return (self.chosen, self.rejected)
 
     def record(self) -> Record:
-        """The prompt and both answers, each a text where that says all."""
         return {
             **tool_record(self.tools),
             "prompt": _short(self.messages, "user"),
@@ -175,7 +177,7 @@ class Preference(JudgedAnswers):
 
 
 def _openai_sides(record: Record, keys: Sequence[str]) -> tuple[object, object, object]:
-    """Prompt, chosen and rejected answer in OpenAI's form."""
+    """Return prompt, chosen and rejected answer of OpenAI's form."""
     if missing := [key for key in keys if key not in record]:
         raise RowRefused(
             "preference.missing", f'"{missing[0]}" is missing.', f'Add "{missing[0]}".'
@@ -191,7 +193,7 @@ def _openai_sides(record: Record, keys: Sequence[str]) -> tuple[object, object, 
 
 
 def _common_beginning(one: Turns, other: Turns) -> Turns:
-    """Messages that both begin with, up to the last before a turn of the assistant in both."""
+    """Return the common messages, up to the last position before an assistant turn in both."""
     count = 0
     while count < min(len(one), len(other)) - 1 and one[count] == other[count]:
         count += 1
@@ -205,7 +207,7 @@ def _strip(turns: Turns) -> list[tuple[str, str, str]]:
 
 
 def _short(turns: Turns, role: str) -> object:
-    """Return the turns as people write them: a single turn of ``role`` is its text."""
+    """Return the turns in the shortest notation: a single turn of ``role`` becomes its text."""
     written = [turn.to_row() for turn in turns]
     plain = {"role": role, "content": turns[0].content}
     return turns[0].content if written == [plain] else written
@@ -213,7 +215,7 @@ def _short(turns: Turns, role: str) -> object:
 
 @dataclass(frozen=True, slots=True)
 class RankedReplies(JudgedAnswers):
-    """Answers to a prompt in the order in which people like them, the best first."""
+    """Ranked answers to a prompt, the best first."""
 
     shape: ClassVar[str] = "ranking"
     title: ClassVar[str] = '{"prompt", "ranked"}'
@@ -228,7 +230,7 @@ class RankedReplies(JudgedAnswers):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """Two or more different answers; all but the best may be empty."""
+        """Read two or more different answers; all but the best may be empty."""
         ranked = record["ranked"]
         if "prompt" not in record:
             raise RowRefused("preference.missing", '"prompt" is missing.', 'Add "prompt".')
@@ -264,7 +266,6 @@ class RankedReplies(JudgedAnswers):
         return cls(fields.file, fields.line, prompt, answers, tools=fields.tools(record))
 
     def texts(self) -> Iterator[Text]:
-        """The turns of the prompt, and of each answer from the best to the worst."""
         yield from JudgedAnswers.texts(self)
         for place, answer in enumerate(self.ranked, 1):
             part: Part = "target" if place == 1 else "other"
@@ -272,7 +273,6 @@ class RankedReplies(JudgedAnswers):
                 yield from turn.texts(f"ranked[{place}][{number}]", part)
 
     def edit_texts(self, change: Callable[[str, str], str]) -> Self:
-        """The row with each text as ``change(field, text)`` gives it."""
         answers = tuple(
             tuple(
                 turn.edit_texts(f"ranked[{place}][{number}]", change)
@@ -287,11 +287,9 @@ class RankedReplies(JudgedAnswers):
         return self.ranked
 
     def judgement(self) -> tuple[str, ...]:
-        """The answers in their order."""
         return tuple(turn.whole_text for answer in self.ranked for turn in answer)
 
     def record(self) -> Record:
-        """The prompt and the answers, each a text where that says all."""
         return {
             **tool_record(self.tools),
             "prompt": _short(self.messages, "user"),
@@ -301,7 +299,7 @@ class RankedReplies(JudgedAnswers):
 
 @dataclass(frozen=True, slots=True)
 class JudgedReply(JudgedAnswers):
-    """Base of the shapes in which people judged a single answer."""
+    """Base of shapes with a single judged answer."""
 
     keys: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[Mapping[str, Part]] = {"messages": "input", "reply": "target"}
@@ -310,14 +308,14 @@ class JudgedReply(JudgedAnswers):
 
     @property
     def worth(self) -> float:
-        """More for a better answer."""
+        """Score of the answer; higher is better."""
         raise NotImplementedError
 
     @staticmethod
     def read_reply(
         record: Record, fields: FieldChecker, may_be_empty: bool = False
     ) -> tuple[Turns, Turns]:
-        """Return prompt and answer of a record; with ``may_be_empty`` the last turn may be empty."""
+        """Return prompt and answer of a record; ``may_be_empty`` allows an empty last turn."""
         prompt = read_prompt(record["prompt"], fields)
         reply = read_turns(record["completion"], "completion", "assistant", fields)
         check_turn_order((*prompt, *reply))
@@ -325,15 +323,13 @@ class JudgedReply(JudgedAnswers):
         return prompt, reply
 
     def answers(self) -> tuple[Turns, ...]:
-        """The only one."""
         return (self.reply,)
 
     def targets(self) -> tuple[str, ...]:
-        """The answer and what was said of it."""
+        """Return the answer and the judgement."""
         return (*(turn.whole_text for turn in self.reply), *self.judgement())
 
     def record(self) -> Record:
-        """Prompt and answer, each a text where that says all."""
         return {
             **tool_record(self.tools),
             "prompt": _short(self.messages, "user"),
@@ -362,7 +358,6 @@ class RatedReply(JudgedReply):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """Return an answer that is not empty, with a finite rating."""
         prompt, reply = cls.read_reply(record, fields)
         rating = read_rating(_rating_in(record))
         tools = fields.tools(record)
@@ -378,12 +373,11 @@ class RatedReply(JudgedReply):
         return (repr(self.rating),)
 
     def record(self) -> Record:
-        """Prompt, answer and rating."""
         return {**JudgedReply.record(self), "rating": self.rating}
 
 
 def _rating_in(record: Record) -> object:
-    """Return the number, or the text of a number that cannot be read; ``None`` for anything else."""
+    """Return a rating, or a text that looks like a number; ``None`` for any other value."""
     for key in ("rating", "score"):
         value = record.get(key)
         # By exact type: True is an int in Python.
@@ -410,14 +404,15 @@ class ThumbedReply(JudgedReply):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """By a thumb, or a label that is true or false."""
+        """Return whether a record has a thumb or a boolean label."""
         if "prompt" not in record or "completion" not in record:
             return False
         return "thumb" in record or isinstance(record.get("label"), bool)
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """An answer of nothing may be disliked, as a rejected one may be empty."""
+        """Read an answer with a thumb; an answer with thumb down may be empty, like a rejected
+        answer."""
         value = record.get("thumb", record.get("label"))
         thumbs = {"up": True, "down": False}
         thumb = thumbs.get(value) if isinstance(value, str) else value
@@ -435,7 +430,7 @@ class ThumbedReply(JudgedReply):
 
     @property
     def worth(self) -> float:
-        """1 for a thumb up, 0 for one down."""
+        """1 for thumb up, 0 for thumb down."""
         return float(self.desirable)
 
     def judgement(self) -> tuple[str, ...]:
@@ -447,18 +442,17 @@ class ThumbedReply(JudgedReply):
         return (str(self.desirable),)
 
     def record(self) -> Record:
-        """Prompt, answer and thumb."""
         return {**JudgedReply.record(self), "label": self.desirable}
 
 
 def pair_answers(rows: Sequence[Row]) -> Sequence[Preference]:
-    """Judged answers as pairs; rows that are pairs stay as they are, ranked ones become all of theirs.
+    """Convert judged answers to pairs. Pairs stay unchanged; a ranking becomes all its pairs.
 
-    Every two answers to one prompt with different ratings are a pair (Ouyang et al. 2022, section
-    3.5); a thumb is a rating of 1 or 0. Pairs stand at the place of the better answer.
+    Any two answers to one prompt with different ratings form a pair (Ouyang et al. 2022, section
+    3.5); a thumb is a rating of 1 or 0. A pair has the location of the better answer.
 
     Raises:
-        DataError: for answers that nothing can be compared with.
+        DataError: for answers without a comparison.
     """
     groups: dict[Turns, list[JudgedReply]] = {}
     for row in rows:
@@ -486,7 +480,8 @@ def pair_answers(rows: Sequence[Row]) -> Sequence[Preference]:
 def _pairs(
     rows: Iterable[Row], groups: Mapping[Turns, Sequence[JudgedReply]]
 ) -> Iterator[Preference]:
-    """A pair of each better answer with each worse one; ``groups`` are single answers by prompt."""
+    """Yield a pair of each better answer and each worse answer; ``groups`` has single answers by
+    prompt."""
     for row in rows:
         if not isinstance(row, JudgedAnswers):
             continue

@@ -1,4 +1,4 @@
-"""Shapes that say something of a text: nothing, a class, a rating, tags, another text, a next item."""
+"""Shapes of text rows: raw, labelled, rated, tagged, paired, and item histories."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _JUDGED_PAIR = dict.fromkeys(
 
 @dataclass(frozen=True, slots=True)
 class TextRow(Shape):
-    """Base of the shapes that say something of a text."""
+    """Base of shapes with one main text."""
 
     text: str
 
@@ -54,7 +54,7 @@ class TextRow(Shape):
 
 @dataclass(frozen=True, slots=True)
 class RawText(TextRow):
-    """A text to learn as it is."""
+    """A text without annotations, for language modelling."""
 
     shape: ClassVar[str] = "text"
     title: ClassVar[str] = '{"text"}'
@@ -65,7 +65,6 @@ class RawText(TextRow):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """A text that is not blank."""
         text = fields.text(record, "text", target=True)
         return None if text is None else cls(fields.file, fields.line, text)
 
@@ -76,7 +75,7 @@ class RawText(TextRow):
 
 @dataclass(frozen=True, slots=True)
 class LabelledText(TextRow, Labelled):
-    """A text and its class; several where it may have more than one, also none at all."""
+    """A text with its class, or with any number of classes."""
 
     shape: ClassVar[str] = "label"
     title: ClassVar[str] = '{"text", "label"}'
@@ -91,12 +90,11 @@ class LabelledText(TextRow, Labelled):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """A label, and no image or sound that it would be of."""
+        """Return whether a record has a label and no media input."""
         return "label" in record and not any(kind in record for kind in MEDIA_KEYS)
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """A text, and a label or an array of them."""
         text = fields.text(record, "text")
         label = read_label(record["label"])
         return None if text is None else cls(fields.file, fields.line, text, label)
@@ -108,7 +106,7 @@ class LabelledText(TextRow, Labelled):
 
 @dataclass(frozen=True, slots=True)
 class RatedText(TextRow):
-    """A text and a number that belongs to it."""
+    """A text with a number to predict."""
 
     shape: ClassVar[str] = "rating"
     title: ClassVar[str] = '{"text", "rating"}'
@@ -158,11 +156,10 @@ class TaggedWords(Shape):
 
     tokens: tuple[str, ...]
     tags: tuple[str, ...] | None
-    """In the BIO scheme; ``None`` where they are to be found."""
+    """BIO tags; ``None`` for words to tag."""
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """As many words as tags."""
         tokens, tags = read_tagged(record.get("tokens"), record.get("tags"))
         return cls(fields.file, fields.line, tokens, tags)
 
@@ -189,7 +186,7 @@ class TaggedWords(Shape):
 
 @dataclass(frozen=True, slots=True)
 class TextPair(TextRow):
-    """Two texts that belong together."""
+    """Two related texts."""
 
     shape: ClassVar[str] = "pair"
     title: ClassVar[str] = '{"anchor", "positive"}'
@@ -207,7 +204,6 @@ class TextPair(TextRow):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """Both texts, neither blank."""
         anchor, positive = fields.text(record, "anchor"), fields.text(record, "positive")
         if anchor is None or positive is None:
             return None
@@ -222,7 +218,6 @@ class TextPair(TextRow):
         return [RawText(self.file, self.line, text) for text in (self.text, self.positive)]
 
     def record(self) -> Record:
-        """Both texts."""
         return {"anchor": self.text, "positive": self.positive}
 
 
@@ -232,10 +227,10 @@ MOST_ITEMS = 1_000
 
 @dataclass(frozen=True, slots=True)
 class History(TextPair):
-    """Items that somebody chose, the latest last, and the item that came next.
+    """A user's chosen items in chronological order, and the next item.
 
-    As a pair it is the items, a line for each, beside the next one. The latest stands first there: a
-    text that is too long loses its end.
+    As a pair, the anchor lists the items one per line, the latest first, because truncation removes
+    the end of a text.
     """
 
     shape: ClassVar[str] = "history"
@@ -254,7 +249,6 @@ class History(TextPair):
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """Items of one line each, at least one before the next."""
         items, item = record["history"], fields.text(record, "item")
         if not isinstance(items, list) or not 1 <= len(items) <= MOST_ITEMS:
             count = f"has {len(items):,}" if isinstance(items, list) else f"is {json_kind(items)}"
@@ -276,9 +270,8 @@ class History(TextPair):
 
     @property
     def items(self) -> list[str]:
-        """What was chosen before, the latest first."""
+        """Chosen items, the latest first."""
         return self.text.split("\n")
 
     def record(self) -> Record:
-        """The items in their order, and the next one."""
         return {"history": self.items[::-1], "item": self.positive}
