@@ -1,1 +1,1 @@
-"""Models that are asked for texts: who they are, how they are asked, and what comes back."""
+"""Chat models used as teachers and judges: local models and OpenAI-compatible endpoints."""

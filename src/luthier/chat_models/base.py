@@ -1,6 +1,6 @@
-"""Models that are asked for texts: how a recipe names them, and the seam to where they answer.
+"""Configuration and interface of chat models used as teachers and judges.
 
-A key is never a field of a recipe, only the name of the variable that holds it.
+A recipe never contains an API key, only the name of the environment variable with the key.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
 
 class ModelSpec(StrictModel):
-    """A model that is asked for texts: one of this machine, or behind an OpenAI-compatible endpoint."""
+    """A chat model: a local model, or a model at an OpenAI-compatible endpoint."""
 
     model: str
-    """Id of a local model; with ``url``, the name the endpoint knows it by."""
+    """Id of a local model; with ``url``, the model's name at the endpoint."""
     url: str | None = None
-    """Base address of an OpenAI-compatible endpoint, for example ``https://host/v1``."""
+    """Base URL of an OpenAI-compatible endpoint, such as ``https://host/v1``."""
     key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the endpoint's key; the key itself is written nowhere."""
+    """Environment variable with the endpoint's API key. The key is not stored."""
     plain_http: bool = False
-    """Allow ``http://`` to another machine: key, prompts and answers then travel unencrypted."""
+    """Allow ``http://`` to another machine: key, prompts and replies are sent unencrypted."""
     concurrency: int = Field(default=4, ge=1, le=4096)
-    """Requests under way at once."""
+    """Number of concurrent requests."""
     timeout: float = Field(default=120.0, gt=0, le=86_400)
-    """Seconds that the endpoint may stay silent."""
+    """Maximum time without data from the endpoint, in seconds."""
     deadline: float = Field(default=1800.0, gt=0, le=604_800)
-    """Seconds for a whole answer, repeats included; long waits that it asks for come on top."""
+    """Maximum time for a reply, in seconds, including retries but not long ``Retry-After`` waits."""
     retries: int = Field(default=6, ge=0, le=1000)
-    """How often a request that failed in passing is repeated, ever later."""
+    """Number of retries after transient errors, with increasing delay."""
     limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the endpoint calls the length limit; OpenAI's reasoning models know the second name only."""
+    """Name of the length limit in requests. OpenAI's reasoning models need the second name."""
     batch_size: int = Field(default=32, ge=1, le=1_000_000)
-    """Conversations that a local model answers at once."""
+    """Number of conversations in a batch of a local model."""
 
     role: ClassVar[str] = "model"
-    """What it is asked as, in messages and rules."""
+    """Role of the model in messages and rules."""
     set_by: ClassVar[str] = ""
-    """How its fields are set on the command line: what stands before their names."""
+    """Prefix of the option names on the command line."""
     named_by: ClassVar[str] = "model"
-    """The field that says what the endpoint calls it."""
+    """Option with the model's name at the endpoint."""
     goes_on: ClassVar[str] = "Try again when it answers"
-    """What to do after an outage."""
+    """Advice after an outage."""
 
     @model_validator(mode="before")
     @classmethod
     def _address(cls, fields: Any) -> Any:
-        """``model`` may be written as ``https://host/v1#model``."""
+        """Accept ``https://host/v1#model`` as ``model``."""
         if not isinstance(fields, Mapping) or not isinstance(fields.get("model"), str):
             return fields
         others = {name: value for name, value in fields.items() if name != "model"}
@@ -83,7 +83,9 @@ class ModelSpec(StrictModel):
     @field_validator("key_env")
     @classmethod
     def _name_of_a_variable(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # never shown: it may be the key
+        if not re.fullmatch(
+            r"[A-Za-z_][A-Za-z0-9_]*", name
+        ):  # never shown, because the value may be a key
             raise ValueError(
                 "this is the name of an environment variable, such as OPENAI_API_KEY, not the key"
             )
@@ -101,20 +103,20 @@ class ModelSpec(StrictModel):
 
 
 class SamplingSpec(StrictModel):
-    """How an asked model chooses its words; the defaults are those of ``luthier generate``."""
+    """Sampling parameters of a chat model, with the defaults of ``luthier generate``."""
 
     max_tokens: int = Field(default=512, ge=1, le=10_000_000)
-    """Tokens of an answer at most; what is longer is cut off."""
+    """Maximum number of tokens of a reply; longer replies are truncated."""
     temperature: float = Field(default=0.0, ge=0, le=1000)
-    """0 takes the most likely token (Kim and Rush 2016, arXiv:1606.07947, distil the mode)."""
+    """Sampling temperature; 0 selects the most likely token (Kim and Rush 2016, arXiv:1606.07947)."""
     top_p: float = Field(default=1.0, ge=0, le=1)
-    """Draw only from the most likely tokens that together have this probability."""
+    """Sample from the most likely tokens with this total probability."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of the draws; endpoints promise little about it."""
+    """Random seed. Endpoints may ignore the seed."""
 
 
 def address_fields(text: str) -> dict[str, Any]:
-    """Fields of the model that ``text`` names: a model id, or ``https://host/v1#model``."""
+    """Return the fields of a model id, or of ``https://host/v1#model``."""
     if not _ADDRESS.match(text):
         return {"model": text}
     url, _, model = text.partition("#")
@@ -133,47 +135,48 @@ Conversations = Sequence[Sequence[Message]]
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model answered, and why it stopped."""
+    """Reply of a model."""
 
     text: str
     finish: str
-    """``stop`` for a whole answer; ``length``, ``content_filter`` or what else the model says."""
+    """Finish reason: ``stop`` for a complete reply, ``length``, ``content_filter`` or another
+    value."""
     tokens: int | None = None
-    """Tokens of the answer, where they are counted."""
+    """Number of tokens of the reply, if known."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A conversation that got no answer: the rule, and the reason."""
+    """A conversation without a reply."""
 
     rule: str
-    """The role of who was asked, and ``refused`` or ``failed``: ``teacher.failed``."""
+    """Role of the model with ``refused`` or ``failed``: ``teacher.failed``."""
     reason: str
 
 
 Done = Callable[[int, Reply | Failure], None]
-"""Hears the outcome of each question as soon as there is one."""
+"""Called with the index and the outcome of each conversation, as soon as the outcome is known."""
 
 Writer = Callable[[list[Sequence[Message]]], Sequence[str | Failure]]
-"""Replies of a model to conversations, in their order: a local model or an endpoint."""
+"""Function that returns the replies of a model to conversations, in order."""
 
 
 class ChatModel:
-    """Answers conversations."""
+    """A model that replies to conversations."""
 
     name: str
-    """What people call it."""
+    """Display name."""
     weights: int | None = None
-    """How many it has, where that is known."""
+    """Number of weights, if known."""
 
     @property
     def terms(self) -> str:
-        """How it is asked, where people should know; else empty."""
+        """Conditions of the requests for the user, such as the API key that is sent; may be empty."""
         return ""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What tells it from every other one; written into journals and manifests."""
+        """Fields that identify the model in journals and manifests."""
         raise NotImplementedError
 
     def ask(
@@ -183,10 +186,11 @@ class ChatModel:
         done: Done,
         note: Callable[[str], None],
     ) -> None:
-        """Answer all questions, in any order; ``done`` is told the index and outcome of each.
+        """Query the model for all conversations, in any order; call ``done`` with each outcome.
 
         Raises:
-            LuthierError: when it is of no use to go on; what ``done`` has heard stands.
+            LuthierError: If further requests would fail too. Outcomes passed to ``done`` remain
+                valid.
         """
         raise NotImplementedError
 
@@ -194,14 +198,15 @@ class ChatModel:
 def writer_of(
     model: ChatModel, role: str, sampling: SamplingSpec, note: Callable[[str], None]
 ) -> Writer:
-    """``model`` as a function; after an outage, what got no answer has a :class:`Failure`."""
+    """Return ``model`` as a function. After an outage, unanswered conversations have a
+    :class:`Failure`."""
 
     def write(conversations: Conversations) -> list[str | Failure]:
         outcomes: dict[int, Reply | Failure] = {}
         lost = Failure(f"{role}.failed", "no answer came")
         try:
             model.ask(conversations, sampling, outcomes.__setitem__, note)
-        except RefusedInput:  # a wrong key, an unknown model: nothing that another row could mend
+        except RefusedInput:  # wrong key or unknown model: all rows would fail
             raise
         except LuthierError as error:
             lost = Failure(f"{role}.failed", str(error))
@@ -212,14 +217,14 @@ def writer_of(
 
 
 class CachedWriter:
-    """A writer that asks nothing twice: equal conversations have one answer. Failures are forgotten."""
+    """A writer with a cache: equal conversations have the same reply. Failures are not cached."""
 
     def __init__(self, write: Writer) -> None:
         self.write = write
         self._known: dict[bytes, str] = {}
 
     def __call__(self, conversations: Conversations) -> list[str | Failure]:
-        """Answers to all of them, in their order."""
+        """Return the replies in order."""
         keys = [_digest(each) for each in conversations]
         new = {
             key: each
@@ -235,6 +240,6 @@ class CachedWriter:
 
 
 def _digest(conversation: Sequence[Message]) -> bytes:
-    """32 bytes for a conversation, so that a long run holds little of what it asked."""
+    """Return a hash of a conversation, which needs less memory than the conversation."""
     text = json.dumps([turn.to_dict() for turn in conversation], ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

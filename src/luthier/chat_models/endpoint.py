@@ -1,13 +1,15 @@
-"""A model behind an OpenAI-compatible endpoint (``POST /chat/completions``), by the openai package.
+"""A chat model at an OpenAI-compatible endpoint (``POST /chat/completions``).
 
-The package repeats what fails in passing: connections that cannot be made or break in the middle of an
-answer, timeouts, 408, 409, 429 and 5xx, after 0.5 to 8 seconds, or after the ``Retry-After`` of the
-endpoint up to two minutes. Added here: a longer ``Retry-After`` is waited for, an answer whose JSON
-breaks off is asked again, and prompts that failed all the same are tried once more when the others are
-through. What fails in a row ends the run instead, and the answers so far are kept.
+The openai package retries transient errors: connection errors, timeouts, 408, 409, 429 and 5xx,
+after 0.5 to 8 seconds, or after a ``Retry-After`` of up to two minutes. This module adds:
 
-The endpoint is not trusted: how long an answer may take in all, and how large it may become unpacked,
-are bounded, and no redirect is followed, which could take the key and the prompts elsewhere.
+- longer ``Retry-After`` waits
+- retries after truncated JSON
+- a second attempt for failed prompts at the end of the run
+- an end of the run after several failures in a row; replies up to then are kept
+
+The endpoint is not trusted: time and unpacked size of a reply are limited, and redirects are not
+followed, because a redirect could send the key and the prompts to another host.
 """
 
 from __future__ import annotations
@@ -32,15 +34,16 @@ if TYPE_CHECKING:
     import openai
 
 IN_A_ROW = 5
-"""Prompts that may fail one after the other before the run ends."""
+"""Number of consecutive failures that end the run."""
 LONGEST_WAIT = 3600.0
-"""Seconds of ``Retry-After`` that are waited for."""
+"""Maximum accepted ``Retry-After``, in seconds."""
 MOST_BYTES = 64 * MIB
-"""Of one answer, unpacked: it is read whole, and an endpoint may send without end."""
+"""Maximum unpacked size of a reply in bytes. Replies are read whole, and an endpoint may send
+endless data."""
 
 
 class EndpointModel(ChatModel):
-    """Answers over the network, several questions at once."""
+    """A model at an endpoint, queried with concurrent requests."""
 
     def __init__(self, spec: ModelSpec) -> None:
         if importlib.util.find_spec("openai") is None:
@@ -52,7 +55,7 @@ class EndpointModel(ChatModel):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Address and name; what the endpoint makes of the name is its own affair."""
+        """URL and model name. The endpoint may change the model behind the name."""
         return {"url": self.spec.url, "model": self.spec.model}
 
     def ask(
@@ -62,13 +65,13 @@ class EndpointModel(ChatModel):
         done: Done,
         note: Callable[[str], None],
     ) -> None:
-        """Ask all questions, the failed ones twice."""
+        """Query the model for all conversations; retry failed conversations at the end."""
         settings = _settings(self.spec, sampling)
         _run(_Session(self.spec, self._key, questions, settings, done, note).all())
 
     @property
     def terms(self) -> str:
-        """Who is asked, with which key, and how many at once; for people."""
+        """Model, API key variable and number of concurrent requests."""
         name = self.spec.key_env
         sent = f"the key of {name} is sent" if self._key else f"{name} is not set"
         return f"{self.name}: {sent}; {self.spec.concurrency} requests at once"
@@ -79,7 +82,7 @@ class EndpointModel(ChatModel):
 
 
 class _Session:
-    """One round of questions and its connections."""
+    """State of the requests of a call of :meth:`EndpointModel.ask`."""
 
     def __init__(
         self,
@@ -98,7 +101,7 @@ class _Session:
         self.fatal: LuthierError | None = None
 
     async def all(self) -> None:
-        """Ask everything; then once more what failed."""
+        """Query all conversations, then retry the failed conversations."""
         import openai
 
         async with openai.AsyncOpenAI(
@@ -112,7 +115,7 @@ class _Session:
             if self.failed:
                 self.note(f"asking once more what got no answer: {len(self.failed)}")
                 again, self.failed = sorted(self.failed), {}
-                self.in_a_row = -len(again)  # they may all fail
+                self.in_a_row = -len(again)  # failures of the second round do not end the run
                 await self._round(client, again)
         for index, failure in self.failed.items():
             self.done(index, failure)
@@ -125,7 +128,8 @@ class _Session:
             raise self.fatal
 
     async def _work(self, client: openai.AsyncOpenAI, waiting: Iterator[int]) -> None:
-        """Take questions until there are none; one that ends the run lets the others finish theirs."""
+        """Process questions until none are left. After a fatal error, other workers finish the
+        current question."""
         for index in waiting:
             try:
                 outcome = await self._one(client, self.questions[index])
@@ -153,7 +157,7 @@ class _Session:
     async def _one(
         self, client: openai.AsyncOpenAI, messages: Sequence[Message]
     ) -> Reply | Failure:
-        """The answer to one conversation, or why there is none."""
+        """Return the reply to a conversation, or the failure."""
         import openai
 
         turns: Any = [{"role": turn.role, "content": turn.content} for turn in messages]
@@ -161,7 +165,7 @@ class _Session:
         end = clock() + self.spec.deadline
         for attempt in count(1):
             try:
-                # The package's timeout starts anew with each byte.
+                # The package's timeout restarts with each byte.
                 async with asyncio.timeout_at(end):
                     found = await client.chat.completions.create(messages=turns, **self.settings)
                 return _reply(found)
@@ -175,7 +179,7 @@ class _Session:
                 self.note(f"the endpoint asks to wait {wait:.0f} s")
                 end += wait
             except (openai.APIConnectionError, ValueError, RecursionError) as error:
-                # The package repeats what breaks on the way, but not what arrived in halves.
+                # The package retries broken connections, but not truncated JSON.
                 if isinstance(error, openai.APIConnectionError) or attempt > self.spec.retries:
                     return self._handle_broken(error)
                 wait = min(0.5 * 2**attempt, 8.0)
@@ -183,7 +187,8 @@ class _Session:
         raise AssertionError
 
     def _handle_status(self, error: openai.APIStatusError) -> Failure:
-        """An answer that is an error: of this prompt alone, or of all there will be."""
+        """Return the failure of this prompt for an error status; raise an error that affects all
+        prompts."""
         code, said = error.status_code, self._error_line(error)
         if code < 400:
             target = " ".join(error.response.headers.get("location", "nowhere").split())[:300]
@@ -212,7 +217,7 @@ class _Session:
         return Failure(f"{self.spec.role}.{kind}", f"HTTP {code}: {said}")
 
     def _handle_broken(self, error: Exception) -> Failure:
-        """No whole answer came, however often it was asked."""
+        """Return the failure of a broken or late reply; raise an error for an unreachable endpoint."""
         import openai
 
         cause = type(error.__cause__).__name__ if error.__cause__ else ""
@@ -227,7 +232,7 @@ class _Session:
         return Failure(rule, f"it broke off ({self._error_line(error.__cause__ or error)})")
 
     def _error_line(self, error: BaseException | None) -> str:
-        """The error in one line, without the key that some endpoints repeat."""
+        """Return the error as a line of text, without the API key, which some endpoints repeat."""
         body = getattr(error, "body", None)
         text = str(body.get("message") or error) if isinstance(body, dict) else str(error)
         text = " ".join(text.split())[:300] or type(error).__name__
@@ -235,7 +240,8 @@ class _Session:
 
 
 def _settings(spec: ModelSpec, sampling: SamplingSpec) -> dict[str, Any]:
-    """What is sent beside the messages. What is at its neutral value is left out: some refuse it."""
+    """Return the parameters of a request. Neutral values are omitted, because some endpoints reject
+    them."""
     settings = {"model": spec.model, spec.limit: sampling.max_tokens}
     if spec.limit == "max_tokens" or sampling.temperature > 0:
         settings["temperature"] = sampling.temperature
@@ -247,7 +253,7 @@ def _settings(spec: ModelSpec, sampling: SamplingSpec) -> dict[str, Any]:
 
 
 def _bounded_client(connections: int) -> httpx2.AsyncClient:
-    """A client that follows nowhere, and ends an answer where it grows beyond what is held of one."""
+    """Return an HTTP client without redirects that stops reading oversized responses."""
     import httpx2
 
     class BoundedClient(httpx2.AsyncClient):
@@ -257,7 +263,7 @@ def _bounded_client(connections: int) -> httpx2.AsyncClient:
             response = await super().send(request, stream=True, **settings)
             pieces, size = [], 0
             try:
-                # Unpacked a piece at a time: a few bytes of gzip may stand for gigabytes.
+                # Unpack in pieces: a few bytes of gzip may expand to gigabytes.
                 async for piece in response.aiter_bytes():
                     size += len(piece)
                     if size > MOST_BYTES:
@@ -278,8 +284,9 @@ def _bounded_client(connections: int) -> httpx2.AsyncClient:
 
 
 def _reply(found: Any) -> Reply:
-    """What came back, once it is certain to be an answer; :class:`ValueError` where it is none."""
-    # The package hands on whatever JSON it was sent, of any types.
+    """Return the reply in a response; raise :class:`ValueError` if the response is not a chat
+    completion."""
+    # The package does not validate types: any JSON may arrive.
     try:
         return _read_reply(found)
     except (AttributeError, KeyError, TypeError, IndexError):
@@ -294,7 +301,7 @@ def _read_reply(found: Any) -> Reply:
     text, finish = message.content or "", choices[0].finish_reason or "unknown"
     if getattr(message, "refusal", None):
         text, finish = message.refusal, "refusal"
-    # Half of a surrogate pair can come out of JSON, and no tokenizer takes it.
+    # JSON can contain lone surrogates, which tokenizers reject.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     written = usage.completion_tokens if usage else None
     if not isinstance(written, int | None):
@@ -303,7 +310,7 @@ def _read_reply(found: Any) -> Reply:
 
 
 def _wait_asked_for(error: openai.APIStatusError) -> float | None:
-    """Seconds of a ``Retry-After`` too long for the package's own patience."""
+    """Return the seconds of a ``Retry-After`` header that the openai package ignores as too long."""
     try:
         wait = float(error.response.headers.get("retry-after", ""))
     except ValueError:
@@ -312,7 +319,7 @@ def _wait_asked_for(error: openai.APIStatusError) -> float | None:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run to the end, also where a loop is running already, as in a notebook."""
+    """Run a coroutine, also inside a running event loop, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

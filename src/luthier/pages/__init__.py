@@ -1,6 +1,6 @@
-"""Reports as single HTML pages: no script, nothing fetched, everything from the data escaped.
+"""Reports as self-contained HTML pages: no scripts, no external resources, all data escaped.
 
-A page is a template that extends ``page.html``; tables and histograms are drawn by ``macros.html``.
+A page is a template that extends ``page.html``; ``macros.html`` renders tables and histograms.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from markupsafe import Markup
 from luthier.escaping import printable
 
 MOST_TEXT = 300
-"""Characters of a text from the data."""
+"""Maximum length of text from data, in characters."""
 
 Cell = tuple[Any, str]
-"""A value, and how it is drawn: text, code, place, number, bar or name (the heading of its row)."""
+"""A value and the kind of cell: text, code, place, number, bar or name (the row's heading)."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells under their headings."""
+    """A table of a report."""
 
     caption: str
     columns: Sequence[tuple[str, str]]
-    """Headings, and how the cells below are drawn."""
+    """Headings, with the kind of the cells below."""
     rows: Sequence[Sequence[Cell]]
     further: int = 0
-    """Rows that are left out."""
+    """Number of omitted rows."""
 
     @classmethod
     def of(
@@ -43,25 +43,25 @@ class Table:
         rows: Sequence[Sequence[Any]],
         further: int = 0,
     ) -> Table:
-        """A table of plain values, drawn as their columns say."""
+        """Create a table from plain values; ``columns`` maps headings to kinds of cells."""
         kinds = columns.values()
         drawn = [list(zip(row, kinds, strict=True)) for row in rows]
         return cls(caption, list(columns.items()), drawn, further)
 
 
 def interval_text(interval: tuple[float, float]) -> str:
-    """Both ends of an interval, for a cell."""
+    """Return both ends of an interval as text."""
     return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def shorten(value: Any) -> str:
-    """A text from the data, or another value as JSON, cut at :data:`MOST_TEXT` characters."""
+    """Return text, or another value as JSON, truncated to :data:`MOST_TEXT` characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
 
 
 def render_page(package: str, template: str, **content: Any) -> str:
-    """The whole page that a template of ``package`` makes of ``content``."""
+    """Return the page for a template of ``package``."""
     own = PackageLoader(__name__)
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package), own]),
@@ -82,12 +82,12 @@ def render_page(package: str, template: str, **content: Any) -> str:
 
 
 def _printable(value: Any) -> Any:
-    """What a template writes of a value, before it is escaped; markup is of templates only."""
+    """Return a value as text for a template, before escaping; markup passes unchanged."""
     if isinstance(value, Markup):
         return value
     return "" if value is None else printable(str(value))
 
 
 def _without_folders(place: object) -> str:
-    """``data.jsonl:3`` of a file in any folder."""
+    """Return a location such as ``data.jsonl:3`` without folders."""
     return str(place).rpartition("/")[2]

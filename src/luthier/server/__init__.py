@@ -1,1 +1,1 @@
-"""The service: one port for the Bedrock, OpenAI, S3 and native faces."""
+"""The server: the Bedrock, OpenAI, S3, STS and native APIs on one port."""

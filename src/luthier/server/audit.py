@@ -1,7 +1,7 @@
-"""Decides which requests of a running service the audit log names.
+"""Selection of requests for the audit log.
 
-The log has each change, before the response is sent, and each request that a role refuses. Requests
-that read data or query models are in the request log only.
+The log contains each change, written before the response is sent, and each request that a role
+forbids. Requests that read data or query models appear in the request log only.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ READ_ONLY = re.compile(
     r"|luthier:(Get|List|Inspect|Estimate|Predict|SampleImages|ReconstructImages)\w*"
     r"|luthier:.*\.(get|list\w*|retrieve|content|run|validate)"
 )
-"""Actions that change nothing."""
+"""Actions without changes."""
 
 FAILURES = ("InternalServer", "ServiceUnavailable")
-"""Codes of failures in the service, after which a part of the change may exist."""
+"""Codes of service errors. After such an error, a part of the change may exist."""
 
 _actions: ContextVar[list[tuple[str, str]] | None] = ContextVar("actions", default=None)
 
 
 @contextmanager
 def record_actions() -> Iterator[list[tuple[str, str]]]:
-    """Collect the calls of :func:`record_action` in the block and its threads."""
+    """Collect the calls of :func:`record_action` in the block and in threads of the block."""
     actions: list[tuple[str, str]] = []
     token = _actions.set(actions)
     try:
@@ -42,13 +42,14 @@ def record_actions() -> Iterator[list[tuple[str, str]]]:
 
 
 def record_action(action: str, resource: str) -> None:
-    """Note what a request does (``bedrock:InvokeModel``) to which ``resource`` (an ARN or ``*``)."""
+    """Record that the request performs ``action`` (``bedrock:InvokeModel``) on ``resource`` (an ARN
+    or ``*``)."""
     if (actions := _actions.get()) is not None:
         actions.append((action, resource))
 
 
 class AuditTrail:
-    """Writes the audit log of a running service."""
+    """Writer of the audit log."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -62,15 +63,15 @@ class AuditTrail:
         request_id: str = "",
         address: str = "",
     ) -> None:
-        """Write an entry for a change, a failed change or a refusal by a role.
+        """Write an entry for a change, a failed change, or a request that a role forbids.
 
         Args:
-            caller: user who sent the request.
-            action: such as ``bedrock:DeleteCustomModel``.
+            caller: Sender of the request.
+            action: Action such as ``bedrock:DeleteCustomModel``.
             resource: ARN, name or path.
             outcome: ``ok``, or the code of the fault.
-            request_id: as the client is told.
-            address: of the client.
+            request_id: Request id in the response.
+            address: IP address of the client.
         """
         changed = outcome in ("ok", *FAILURES) and not READ_ONLY.fullmatch(action)
         if changed or outcome == "AccessDenied":

@@ -1,4 +1,4 @@
-"""Who sends a request: by AWS signature, by a key issued here, or by a short-term key of Bedrock's."""
+"""Authentication by AWS signature, by API key, or by short-term Bedrock API key."""
 
 from __future__ import annotations
 
@@ -17,61 +17,61 @@ from luthier.server.tables.principals import SHORT_TERM, Principal, bearer, dige
 from luthier.server.tables.secrets import Sealing
 
 LONGEST_SHORT_TERM = 12 * 3600
-"""Seconds that a short-term key may be good for."""
+"""Maximum lifetime of a short-term key, in seconds."""
 _HOST = "bedrock.amazonaws.com"
 _ACTION = ("Action", "CallWithBearerToken")
 _MOST = 10_000
-"""Keys that are remembered, known and unknown ones."""
+"""Maximum number of cached keys, including unknown keys."""
 
 
 @dataclass(frozen=True)
 class _Entry:
     principal: Principal | None
     token: str
-    """Version of the principals that it was read at."""
+    """Version of the principals at the time of the query."""
 
 
 class Authenticator:
-    """Finds out who sends a request.
+    """Authentication of requests.
 
-    Keys that were looked up are remembered until any principal changes. A key that is disabled in this
-    process is refused at once; in another one, after a second at most
-    (:data:`luthier.server.tables.accounts.FRESH_SECONDS`).
+    Keys are cached until a principal changes. A disabled key is rejected at once in this process,
+    and within a second in other processes (:data:`luthier.server.tables.accounts.FRESH_SECONDS`).
     """
 
     def __init__(self, database: Database, key: bytes) -> None:
-        """``key`` is the server's."""
+        """Create the authenticator; ``key`` is the server's encryption key."""
         self._database = database
         self._sealing = Sealing(key)
         self._watch = PrincipalsWatch(database)
         self._lock = threading.Lock()
-        # By kind and name: an access key may be called what another kind's name looks like.
+        # The kind is part of the key: an access key id may equal the digest of an API key.
         self._known: dict[tuple[str, str], _Entry] = {}
 
     def authenticate(self, head: RequestHead, body: bytes | None) -> Signed:
-        """The caller of a request.
+        """Return the caller of a request.
 
         Args:
-            head: the request as it came.
-            body: the whole body; ``None`` for object storage, whose body is compared as it is read.
+            head: Head of the request.
+            body: Whole body; ``None`` for object storage, where the body is verified while it is
+                read.
 
         Raises:
-            Fault: as :func:`luthier.server.sigv4.verify` says; ``AccessDenied`` with
-                ``credentials=True`` in its details for a bearer key that lets nobody in.
+            Fault: As in :func:`luthier.server.sigv4.verify`; ``AccessDenied`` with the detail
+                ``credentials=True`` for an invalid bearer key.
         """
         key = _bearer_key(head)
         if key is not None:
-            # A presigned query beside a key: which of them is meant is not for us to guess.
+            # A key and a presigned query may belong to different users: reject the request.
             if "X-Amz-Signature" in head.query or body is None:
                 raise Fault("IncompleteSignature", "A request carries one authorization.")
             return Signed(self._bearer(key))
         return verify(head, body, self._credential, now())
 
     def recognize(self, head: RequestHead) -> Signed | None:
-        """The caller by the head alone; ``None`` for a signature, which covers the body still to come.
+        """Return the caller from the head alone, or ``None`` for a signature that covers the body.
 
         Raises:
-            Fault: as :meth:`authenticate`, as far as the head says it.
+            Fault: As in :meth:`authenticate`, for errors in the head.
         """
         if _bearer_key(head) is not None:
             return self.authenticate(head, b"")
@@ -93,7 +93,8 @@ class Authenticator:
         return _caller(found)
 
     def _short_term(self, text: str) -> Caller:
-        """Such a key is a presigned request that is never sent: its signature proves the signer."""
+        """Return the caller of a short-term key: a presigned request in base64, signed by the
+        caller."""
         try:
             url = base64.b64decode(text, validate=True).decode("ascii")
         except (binascii.Error, ValueError) as error:
@@ -124,7 +125,7 @@ class Authenticator:
     def _read_cached(
         self, kind: str, identifier: str, read: Callable[[], Principal | None]
     ) -> Principal | None:
-        # The version is asked for before the key is read: what is newer than it is read again.
+        # Read the version before the principal: a later change then invalidates the entry.
         token = self._watch.token()
         name = kind, identifier
         entry = self._known.get(name)
@@ -142,7 +143,7 @@ def _caller(found: Principal) -> Caller:
 
 
 def _bearer_key(head: RequestHead) -> str | None:
-    """Return the API key in the header ``Authorization``; ``None`` without one."""
+    """Return the API key in the header ``Authorization``; ``None`` without a key."""
     given = [value for name, value in head.headers if name == "authorization"]
     scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
     return key.strip() if scheme.lower() == "bearer" else None

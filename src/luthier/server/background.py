@@ -1,10 +1,10 @@
-"""Work of accounts that a server does itself, in the background: its models answer for it.
+"""Background work of accounts in the server process, such as batches and eval runs.
 
-    lease → what is left of the work, several pieces side by side → its end
+    lease → unfinished pieces, several concurrently → end
 
-Each piece is written down by itself, in a transaction that only who still holds the lease can make:
-what a killed server had done is not done again, and nothing is done twice. Several servers may share a
-database; one that falls silent loses its lease to another.
+A transaction that requires the lease stores the result of each piece. After a crash, the next
+server therefore continues without repeating completed pieces. Several servers may share a database;
+a server without lease renewal loses the lease to another server.
 """
 
 from __future__ import annotations
@@ -38,81 +38,81 @@ Piece = TypeVar("Piece")
 Done = TypeVar("Done")
 
 IDLE = 2.0
-"""Seconds between two looks for work of other servers that fell silent."""
+"""Interval between searches for work of crashed servers, in seconds."""
 LOOK = 1.0
-"""Seconds between two looks whether a row is still to be worked on: a piece may take minutes."""
+"""Interval between checks of a row's state, in seconds: a piece may take minutes."""
 MOMENT = 0.5
-"""Seconds for pieces in hand that are about to end, before they are given up."""
+"""Time for running pieces to end before they are cancelled, in seconds."""
 SLICE = 15.0
-"""Seconds that a row is worked on while others wait: then it gives way to those of other accounts."""
+"""Maximum time for a row while other accounts wait, in seconds."""
 _SWEEP = 600.0
-"""Seconds between two calls of :meth:`BackgroundRunner.sweep`."""
+"""Interval between calls of :meth:`BackgroundRunner.sweep`, in seconds."""
 _log = logging.getLogger("luthier.server")
 
 
 class BackgroundRunner(ABC, Generic[Work, Done]):
-    """Does one kind of work, one row after the other. Start it with the server."""
+    """Thread that works on rows of a kind, in sequence. Start the runner with the server."""
 
     kind: type[Work]
     at_once: int = 8
-    """Pieces of a row that are worked on side by side."""
+    """Number of concurrent pieces of a row."""
 
     def __init__(self, database: Database, count: CountUsage) -> None:
-        """``count`` is told what an account used, of which model."""
+        """Create the runner; ``count`` records the usage of accounts by model."""
         self.database, self.count = database, count
         self._token = secrets.token_hex(8)
         self.watch = LeaseWatch(self.kind.lease_time.total_seconds())
-        """Tells which servers fell silent."""
+        """Detects servers that stopped renewing leases."""
         self.renewal = min(self.kind.lease_time.total_seconds() / 3, LOOK)
-        """Seconds after which the lease is renewed where no piece is done."""
+        """Interval of lease renewal while no piece ends, in seconds."""
         self._wake, self._closed = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     @abstractmethod
     def work(self, row: Work) -> None:
-        """Do what is left of ``row``, as far as this server can."""
+        """Work on the unfinished pieces of ``row``, as far as possible on this server."""
 
     @abstractmethod
     def record(self, session: Session, row: Work, number: int, done: Done) -> None:
-        """Write down what came of the piece ``number`` of ``row``."""
+        """Store the result of the piece ``number`` of ``row``."""
 
     @abstractmethod
     def state(self, row: Work) -> str:
-        """Where ``row`` stands now; further pieces are begun in the state :attr:`working` alone."""
+        """Return the current state of ``row``. New pieces start only in the state :attr:`working`."""
 
     @abstractmethod
     def fail(self, row: Work, code: str, message: str) -> None:
-        """End ``row`` without a result; ``code`` is OpenAI's word for why."""
+        """End ``row`` without a result; ``code`` is OpenAI's error code."""
 
     action: str
-    """Action that creates such work: the role of the user has to allow it until the work ends."""
+    """Action that creates the work. The user's role must allow the action until the work ends."""
     working: str
-    """The :meth:`state` of a row whose pieces are worked on."""
+    """The :meth:`state` of a row in progress."""
     gives_up: bool = False
-    """Whether pieces in hand are ended at once, and not written down, where the server ends; else they
-    are waited for. Where the row is not worked on any more they always are."""
+    """True if running pieces are cancelled when the server stops. Otherwise the server waits for
+    running pieces. If the row's state changes, running pieces are always cancelled."""
 
     def sweep(self) -> None:
-        """What else is done every few minutes."""
+        """Clean up; called every few minutes."""
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread = threading.Thread(target=self._run, name=self.kind.noun, daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """Look for work now."""
+        """Search for work now."""
         self._wake.set()
 
     def close(self) -> None:
-        """Stop after the pieces in hand, or by giving them up; the rest can be done anywhere."""
+        """Stop after the running pieces have ended or are cancelled. Any server can do the rest."""
         self._closed.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
 
     def run_once(self) -> bool:
-        """Work on one row as far as possible; whether there was one."""
+        """Work on the next row; return False if no work exists."""
         row = self._claim()
         if row is None:
             return False
@@ -123,12 +123,12 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         except Fault as fault:
             self.fail(row, "server_error", fault.message)
         except (DoesNotFit, SQLAlchemyError):
-            # A full disk or a database that is away pass: the row keeps what is done, and waits.
+            # A full disk or unreachable database is temporary: the row keeps its results and waits.
             raise
         except LuthierError as error:
             self.fail(row, "invalid_file", str(error))
         except Exception as error:
-            # Tried again it would fail again, and all rows after it would wait for ever.
+            # A retry would fail again and block all later rows.
             _log.exception("%s failed", row.id)
             noun = self.kind.noun
             self.fail(row, "server_error", f"The {noun} failed: {type(error).__name__}.")
@@ -143,10 +143,11 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         left: Iterable[tuple[int, Piece]],
         do: Callable[[Piece], Done],
     ) -> bool:
-        """Do the pieces that are ``left``, by their numbers; whether that is all.
+        """Run ``do`` for the numbered pieces in ``left``; return True after the last piece.
 
-        It is not where another server goes on with them, or this one after a turn of other accounts: no
-        row keeps them waiting for longer than a moment, however much is left of it.
+        The result is False if another server continues, or if this server continues later, after
+        work of other accounts. A large row therefore delays other accounts only for :data:`SLICE`
+        seconds.
         """
         pieces, began, gives_way = iter(left), time.monotonic(), False
         running: dict[Future[Done], tuple[int, CancelScope]] = {}
@@ -179,17 +180,18 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         return state is not None and not self._closed.is_set()
 
     def lock_held(self, session: Session, row: Work) -> Work | None:
-        """``row`` until the transaction ends; ``None`` where this server no longer works on it."""
+        """Return ``row``, locked until the end of the transaction; ``None`` if this server lost the
+        lease."""
         with suppress(LeaseLost):
             return queue.hold(session, self.kind, row.id, self._token)
         return None
 
     def caller_of(self, row: Work) -> Caller:
-        """Return the user who created ``row``, with the role of this moment.
+        """Return the user who created ``row``, with the current role.
 
         Raises:
-            Fault: ``AccessDenied`` for a user who is disabled or removed, or whose role no longer
-                allows such work.
+            Fault: ``AccessDenied`` if the user is disabled or removed, or the role no longer allows
+                the work.
         """
         account, user = row.caller["account"], row.caller["user"]
         with self.database.read() as session:
@@ -202,7 +204,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         return caller
 
     def count_tokens(self, account: str, model: str, read: int, written: int) -> None:
-        """A model read and wrote so many tokens for ``account``."""
+        """Record the usage of tokens by ``account``."""
         self.count(account, model, Usage(prompt_tokens=read, generated_tokens=written))
 
     def _run(self) -> None:
@@ -215,7 +217,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
                 while not self._closed.is_set() and self.run_once():
                     pass
             except Exception:
-                # The database may be away, or the disk full; the row is found again.
+                # The database is unreachable or the disk is full; the row is retried later.
                 _log.exception("a %s could not be worked on", self.kind.noun)
             self._wake.wait(IDLE)
             self._wake.clear()
@@ -228,18 +230,18 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             return queue.claim_next(session, self.kind, self._token, silent)
 
     def _give_way(self, row: Work) -> bool:
-        """Whether rows of other accounts wait, before which this one does not come again."""
+        """Let waiting rows of other accounts go first; return False if no such rows exist."""
         with suppress(LeaseLost), self.database.write() as session:
             return queue.give_way(session, self.kind, row.id, self._token)
         return False
 
     def _keep(self, row: Work, done: Mapping[int, Future[Done]]) -> str | None:
-        """Go on holding the row and write down what is done, by its numbers.
+        """Renew the lease, store the results in ``done``, and return the state of the row.
 
-        Gives where the row stands now; ``None`` where another server works on it.
+        Returns None if another server works on the row.
         """
         with self.database.write() as session:
-            # Written only by who still holds the row: nothing is done twice.
+            # Only the holder of the lease stores results, so that no piece is stored twice.
             try:
                 held = queue.renew(session, self.kind, row.id, self._token)
             except LeaseLost:
@@ -250,5 +252,5 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
 
 
 def caller_fields(caller: Caller) -> dict[str, Any]:
-    """Return the caller as a row of work stores it: the role is read again when its turn comes."""
+    """Return the caller's fields for a row of work. The role is read again before each piece."""
     return {"account": caller.account, "user": caller.user}

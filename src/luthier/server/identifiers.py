@@ -1,4 +1,4 @@
-"""Identifiers of clients (ARN, name, id) and the resources of the account that they name.
+"""Resolution of client identifiers (ARN, name, id) to resources of the account.
 
 Resources of other accounts and regions do not exist for a client.
 """
@@ -27,11 +27,11 @@ JOB, MODEL, FOUNDATION = "model-customization-job", "custom-model", "foundation-
 
 Row = TypeVar("Row", Job, CustomModel, Endpoint)
 Name = InstrumentedAttribute[Any]
-"""A column whose values are unique in an account."""
+"""A column with unique values per account."""
 _MODEL_NAMES: Sequence[Name] = (
     CustomModel.id, CustomModel.openai_id, CustomModel.stored_id, CustomModel.name
 )  # fmt: skip
-"""Columns in the order of the search: the name of one model may be the id of another."""
+"""Columns in the order of the search: the name of a model may equal the id of another model."""
 
 
 def job_arn(arns: Arns, job: Job) -> str:
@@ -45,7 +45,7 @@ def endpoint_arn(arns: Arns, endpoint: Endpoint) -> str:
 
 
 def own(arns: Arns, account: str, kind: str, text: str) -> Arn | None:
-    """Return the ARN ``text`` if its kind, region and account are these."""
+    """Parse the ARN ``text``; return None unless kind, region and account match."""
     arn = Arn.parse(text)
     if arn is None or (arn.region, arn.account, arn.kind) != (arns.region, account, kind):
         return None
@@ -70,7 +70,7 @@ def find_job(
 def find_model(
     session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> CustomModel | None:
-    """Return a custom model by ARN, id, ``ft:`` id or name; not the model of an unfinished job."""
+    """Return a custom model by ARN, id, ``ft:`` id or name, except models of unfinished jobs."""
     columns = _MODEL_NAMES
     found = _find(session, CustomModel, _model_arn, arns, account, MODEL, identifier, columns, lock)
     return found if found and found.status != RESERVED else None
@@ -109,13 +109,13 @@ def _find(
         query = query.where(table.id == arn.id)
     else:
         query = query.where(or_(*(column == identifier for column in columns)))
-        # PostgreSQL sorts NULL, the comparison with an empty column, before true.
+        # PostgreSQL sorts NULL (a comparison with an empty column) before true.
         order = ((column == identifier).desc().nulls_last() for column in columns[:-1])
         query = query.order_by(*order)
     if table is Endpoint:
         query = query.where(Endpoint.kind == kind)
     found = find_row(session, query, lock=lock)
-    # The ARN contains the foundation model, which has to match.
+    # The ARN contains the foundation model, which must match too.
     return None if found and arn and str(arn) != arn_of(arns, found) else found
 
 
@@ -126,7 +126,7 @@ class Invocable:
     stored_id: str
     """Id of the model in the library."""
     arn: str
-    """ARN of the resource that ``modelId`` names."""
+    """ARN of the resource in ``modelId``."""
     model: str
     """ARN of the foundation model or custom model."""
 
@@ -140,11 +140,11 @@ def invoked_arn(arns: Arns, model_id: str) -> str:
 
 
 def resolve_name(database: Database, arns: Arns, account: str, identifier: str) -> str:
-    """Return the ARN of the endpoint named ``identifier``, or ``identifier`` where there is none.
+    """Return the ARN of the endpoint named ``identifier``, or ``identifier`` if no endpoint has the
+    name.
 
-    A name means, in this order: a base model, a deployment, provisioned throughput, a custom model.
-    A deployment comes before a custom model, so that a new model never takes over the requests of a
-    deployment.
+    Names are resolved in this order: base model, deployment, provisioned throughput, custom model.
+    A deployment precedes custom models, so that a new model never receives a deployment's requests.
     """
     if not re.fullmatch(NAME, identifier) or foundation_model(identifier) is not None:
         return identifier
@@ -157,9 +157,10 @@ def resolve_name(database: Database, arns: Arns, account: str, identifier: str) 
 def invocable_model(
     database: Database, arns: Arns, account: str, identifier: str
 ) -> Invocable | None:
-    """Return the account's active custom model by a name of :func:`find_model`.
+    """Return the account's active custom model by name; see :func:`find_model`.
 
-    The result is not cached, because another server may delete the model or give its name to another.
+    The result is not cached, because another server may delete the model or assign the name to
+    another model.
     """
     with database.read() as session:
         found = find_model(session, arns, account, identifier)
@@ -170,13 +171,14 @@ def invocable_model(
 
 
 def invocable(database: Database, arns: Arns, account: str, model_id: str) -> Invocable:
-    """Return the model behind ``modelId``: a foundation model, deployment or provisioned throughput.
+    """Return the model of a ``modelId``: foundation model, deployment or provisioned throughput.
 
     Deployments and provisioned throughput have an ARN and a name; see :func:`resolve_name`.
 
     Raises:
-        Fault: ResourceNotFound for an unknown model; Validation for a malformed identifier and for a
-            custom model by its own ARN, which has to be deployed; ModelNotReady during creation.
+        Fault: ResourceNotFound for an unknown model; Validation for a malformed identifier, and for
+            the
+            ARN of a custom model without deployment; ModelNotReady during creation.
     """
     if not _well_formed(model_id):
         raise Fault("Validation", "The provided model identifier is invalid.", parameter="modelId")
@@ -213,7 +215,7 @@ def invocable(database: Database, arns: Arns, account: str, model_id: str) -> In
 
 
 def stored_id_of(session: Session, model: str) -> str | None:
-    """Return the library id of a foundation model or custom model of any account by its ARN."""
+    """Return the library id of a foundation model or custom model, of any account, by ARN."""
     arn = Arn.parse(model)
     if arn is None:
         return None
@@ -227,7 +229,7 @@ def stored_id_of(session: Session, model: str) -> str | None:
 
 @dataclass(frozen=True)
 class ModelIds:
-    """Resolution of ``modelId`` for the operations of the runtime."""
+    """Resolution of ``modelId`` for the runtime operations."""
 
     database: Database
     arns: Arns
@@ -243,7 +245,7 @@ class ModelIds:
 
 
 def _well_formed(model_id: str) -> bool:
-    """Return whether ``model_id`` matches the shape of ``modelId`` in Converse."""
+    """Return True if ``model_id`` matches the shape of ``modelId`` in Converse."""
     if model_id.startswith("arn:") and Arn.parse(model_id) is None:
         # The shape accepts letters and colons in any order.
         return False

@@ -1,4 +1,4 @@
-"""Roles: the permission that each operation of each API needs, and the permissions of each role."""
+"""Roles: the permission for each operation of each API, and the permissions of each role."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from luthier.server.http.messages import Caller, Fault
 
 
 class Permission(StrEnum):
-    """A class of operations that roles allow together."""
+    """A class of operations that a role allows or forbids."""
 
     IDENTIFY = "identify"
     """Read the caller's identity and the list of models."""
     INVOKE = "invoke"
     """Query models."""
     READ = "read"
-    """Read everything that the account owns, contents of files included."""
+    """Read all resources of the account, including the content of files."""
     DEVELOP = "develop"
     """Create, change and delete files, jobs, models, deployments, batches and evals."""
     ADMINISTER = "administer"
-    """Delete the record of a job."""
+    """Delete jobs."""
 
 
 ROLES: Mapping[str, frozenset[Permission]] = MappingProxyType(
@@ -97,17 +97,17 @@ PERMISSIONS: Mapping[str, Permission] = MappingProxyType(
         for name in names.split()
     }
 )
-"""The permission of each action (``bedrock:CreateModelCustomizationJob``)."""
+"""Permission by action (``bedrock:CreateModelCustomizationJob``)."""
 
 
 def permissions_of(caller: Caller) -> frozenset[Permission]:
-    """Return what the roles of ``caller`` allow, that of the user and that of the key."""
+    """Return the permissions that all roles of ``caller`` have."""
     first, *further = caller.roles
     return ROLES[first].intersection(*(ROLES[role] for role in further))
 
 
 def authorize(caller: Caller, action: str, resource: str) -> None:
-    """Reject ``caller`` unless its role allows ``action``; a rejection is noted for the audit log.
+    """Check that the caller's roles allow ``action``. A rejection is recorded for the audit log.
 
     Raises:
         Fault: ``AccessDenied``.

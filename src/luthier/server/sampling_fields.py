@@ -1,4 +1,4 @@
-"""Members of request bodies that have the names of the engine's sampling fields in every API."""
+"""Sampling members with the same names in the engine and all APIs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, create_model
 from luthier.models.sampling import Sampling, limited_fields
 
 _API_NAMES = {"max_tokens", "temperature", "top_p", "seed"}
-"""Fields for which each API has a name, a range or a default of its own."""
+"""Fields for which the APIs differ in name, range or default."""
 NAMES = limited_fields(Sampling).keys() - _API_NAMES
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -18,10 +18,10 @@ Model = TypeVar("Model", bound=BaseModel)
 def with_sampling(body: type[Model]) -> type[Model]:
     """Return ``body`` with an optional member for each shared field of :class:`Sampling`.
 
-    A member that ``body`` declares itself stays as declared.
+    Members that ``body`` declares are not changed.
     """
     members: dict[str, Any] = {
-        # Optional of an annotated type: the range is that of the number.
+        # Optional of Annotated: the limits apply to the number, not to None.
         name: (Optional[Annotated[kind, Field(ge=low, le=high)]], None)  # noqa: UP045
         for name, (kind, (low, high, _)) in limited_fields(Sampling).items()
         if name in NAMES and name not in body.model_fields
@@ -30,5 +30,5 @@ def with_sampling(body: type[Model]) -> type[Model]:
 
 
 def sampling_of(body: BaseModel) -> dict[str, Any]:
-    """Return the shared sampling fields that a request gives a value."""
+    """Return the shared sampling fields with a value."""
     return body.model_dump(include=set(NAMES), exclude_none=True)

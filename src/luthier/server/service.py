@@ -1,4 +1,4 @@
-"""All that one server is made of, put together; nothing here decides anything."""
+"""The server: creates and connects all components."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ _log = logging.getLogger("luthier.server")
 LAMBDA = re.compile(
     r"arn:aws:lambda:[a-z0-9-]+:(?P<account>\d{12}):function:(?P<name>[\w-]{1,140})(:[\w$-]+)?"
 )
-"""ARN of a function, with or without a version."""
+"""ARN of a Lambda function, with or without version."""
 
 
 class Service:
-    """The parts of a server. :meth:`start` begins what works in the background."""
+    """All components of a server. :meth:`start` starts the background work."""
 
     def __init__(self, settings: Settings, runner: Runner | None = None) -> None:
-        """Open the database, upgrade its tables, and build every API.
+        """Open the database, upgrade the tables, and create the APIs.
 
-        Training runs on the machines of ``runner``, by default on this machine.
+        ``runner`` starts training workers, by default on this machine.
 
         Raises:
-            LuthierError: where the database cannot be reached, or is of a newer version.
-            CorruptFile: where there are access keys that the server's key does not open.
+            LuthierError: If the database is unreachable or has a newer schema.
+            CorruptFile: If the server's key cannot decrypt the access keys.
         """
         self.settings = settings
         self.database = Database(settings.database)
@@ -85,7 +85,7 @@ class Service:
         with self.database.read() as session:
             key = matching_server_key(session)
         self.issued = bootstrap.prepare(self.database, Sealing(key), settings.account)
-        """Keys of the root user, if it was made now: they are shown once."""
+        """Keys of the root user, if created now. The keys are shown only once."""
         self.arns = Arns(settings.region)
         self.meter = Meter(self.database)
         self.objects = Objects(self.database, quotas=settings.limits)
@@ -135,16 +135,16 @@ class Service:
                 self.application,
                 allow_origins=settings.cors_origins,
                 allow_methods=("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"),
-                # Clients send headers of their own (x-stainless-*), and S3's metadata have any name.
+                # OpenAI's clients send x-stainless-* headers, and S3 metadata headers have any name.
                 allow_headers=("*",),
                 expose_headers=("*",),
             )
 
     def start(self, work: bool = True) -> None:
-        """Go on with what an earlier server left; ``work`` on the queue, too."""
+        """Resume the work of an earlier server; with ``work``, also run jobs from the queue."""
         removal.finish_deletions(self.database)
         self._sweep()
-        # And what is too young now to be told from the files of requests that are not done.
+        # Repeat later for files that may still belong to running uploads.
         self._later.start()
         self.activation.resume()
         self.openai.start()
@@ -153,9 +153,10 @@ class Service:
             self.scheduler.start()
 
     def close(self, give_back: bool = False) -> None:
-        """End what works in the background.
+        """Stop the background work.
 
-        Workers go on, and the next server finds them; ``give_back`` makes them leave their jobs first.
+        Training workers continue for the next server; with ``give_back``, workers release the jobs
+        first.
         """
         self._later.cancel()
         self.scheduler.stop(give_back)
@@ -167,7 +168,7 @@ class Service:
         self.database.close()
 
     def missing(self) -> str | None:
-        """Why the service cannot do its work now; ``None`` where it can."""
+        """Return the reason if the service cannot work now, or ``None``."""
         try:
             with self.database.read() as session:
                 session.execute(text("SELECT 1"))
@@ -179,7 +180,7 @@ class Service:
         try:
             self.objects.sweep()
         except Exception:
-            # The database or the disk is away; nothing but room depends on it.
+            # The database or disk is unavailable; a failed cleanup only costs disk space.
             _log.exception("files of the object store could not be tidied")
 
     def _apis(self) -> Sequence[Api]:
@@ -193,7 +194,7 @@ class Service:
             quotas=self._quotas,
             wake=self.scheduler.wake,
         )
-        # The audit log names the ARN of a base model, whatever the client calls it.
+        # The audit log contains the ARN of a base model, also if the client sent an alias.
         ids = ModelIds(self.database, self.arns)
         runtime = runtime_handlers(self.pool, ids.stored_id, ids.resource, InvokedChat)
         context = Context(
@@ -226,20 +227,21 @@ class Service:
         )
 
     def _grader(self, account: str, function: str) -> Mapping[str, Any] | None:
-        """The grader that stands for a Lambda function of the account, by the function's name."""
+        """Return the grader configured for a Lambda function of the account, by the function's
+        name."""
         found = LAMBDA.fullmatch(function)
         if found is None or found["account"] != account:
             return None
         return self.settings.graders.get(found["name"])
 
     def _delete(self, model: CustomModel) -> None:
-        """Delete a custom model that nobody answers with; it leaves the memory, too."""
+        """Delete a custom model that is not in use, and unload the model."""
         removal.delete(self.database, self.arns, model)
         if model.stored_id is not None:
             self.pool.unload(model.stored_id)
 
     def _quotas(self, account: str) -> AccountQuotas:
-        """What the account may have; the server's defaults where it has no quota of its own."""
+        """Return the account's quotas, with the server's defaults for missing quotas."""
         with self.database.read() as session:
             return quotas_of(session, account, self.settings.limits)
 
@@ -263,15 +265,15 @@ class Service:
 
 
 def _metric_label(stored: StoredModel) -> str:
-    """Return the name of a model in ``/metrics``: the base model of the catalogue at its bottom.
+    """Return the label of a model in ``/metrics``: the base model of the catalog.
 
-    Any client can read ``/metrics``, and names of custom models belong to their accounts.
+    Any client can read ``/metrics``, and names of custom models are private to accounts.
     """
     return stored.root if stored.root in CATALOG else OTHER
 
 
 def _check_runner(settings: Settings, runner: Runner, database: Database) -> None:
-    """Raise :class:`RefusedInput` if no job could run."""
+    """Raise :class:`RefusedInput` if jobs cannot run."""
     if settings.job_processes != 1:
         option = f"--job-processes {settings.job_processes} (LUTHIER_JOB_PROCESSES)"
         if not isinstance(runner, LocalRunner):

@@ -1,4 +1,4 @@
-"""How one server is set up: what its command line says, as one object."""
+"""Settings of a server."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from luthier.limits import ServerLimits
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that the faces and the workers share."""
+    """Settings of the APIs and the workers."""
 
     region: str = "us-east-1"
-    """Stands in the ARNs made here."""
+    """Region in ARNs."""
     account: str = "000000000000"
-    """The account of the root user that is made at the first start."""
+    """Account id of the root user, created at the first start."""
     database: str | None = None
-    """Address of the database; ``luthier.db`` in the store where it is ``None``."""
+    """Database URL; ``None`` for ``luthier.db`` in the library."""
     s3_endpoint: str | None = None
-    """Another S3-compatible endpoint that ``s3://`` means; the built-in store where it is ``None``."""
+    """S3-compatible endpoint for ``s3://`` addresses; ``None`` for the built-in store."""
     graders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Method and fields of the graders that rewards name as Lambda functions, by function name."""
+    """Method and fields of graders, by the name of the Lambda function in requests."""
     requests_per_second: float | None = None
-    """Rate of each account that has no quota of its own; ``None`` for no limit."""
+    """Default rate limit of an account; ``None`` for no limit."""
     cors_origins: tuple[str, ...] = ()
-    """Origins whose pages may call the service from a browser; none by default."""
+    """Allowed CORS origins."""
     job_processes: int = 1
-    """Processes of this machine that share the training of each job."""
+    """Number of processes on this machine that train a job together."""
     work: bool = True
-    """Whether this server works on the queue."""
+    """True if this server runs jobs from the queue."""
     deterministic: bool = False
-    """Whether models run one sequence at a time, so that no reply depends on other requests."""
+    """True if models process a single sequence at a time, so that replies do not depend on other
+    requests."""
     limits: ServerLimits = field(default_factory=ServerLimits)
-    """What the server takes on, of one client and in all."""
+    """Limits per client and in total."""

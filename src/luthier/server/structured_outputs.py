@@ -1,4 +1,4 @@
-"""What answers have to match, in the form that vLLM has for it beside OpenAI's members."""
+"""The member ``structured_outputs`` of vLLM: constraints on replies."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from luthier.models.sampling import Constraint
 
 
 class StructuredOutputs(BaseModel):
-    """The member ``structured_outputs``: one of these. Source: vLLM's ``StructuredOutputsParams``."""
+    """Value of ``structured_outputs``, with exactly one field. Source: vLLM's
+    ``StructuredOutputsParams``."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     json_schema: dict[str, Any] | str | None = Field(default=None, alias="json")
-    """A JSON schema, or its text."""
+    """JSON schema, as object or text."""
     json_object: Literal[True] | None = None
-    """Any JSON object."""
+    """Allow any JSON object."""
     regex: str | None = None
-    """A regular expression that the whole text matches."""
+    """Regular expression for the whole text."""
     choice: Annotated[list[str], Field(min_length=1)] | None = None
-    """Texts, of which it is one."""
+    """Allowed replies."""
     grammar: str | None = None
-    """A grammar in Lark."""
+    """Lark grammar."""
 
     @model_validator(mode="after")
     def _check(self) -> StructuredOutputs:
@@ -35,7 +36,7 @@ class StructuredOutputs(BaseModel):
 
     @property
     def constraint(self) -> Constraint | None:
-        """The same for the engine."""
+        """Constraint for the engine."""
         if isinstance(self.json_schema, str):
             try:
                 found = json.loads(self.json_schema)

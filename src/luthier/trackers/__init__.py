@@ -1,6 +1,6 @@
-"""Experiment trackers: where a run reports its settings and metrics besides its own folder.
+"""Experiment trackers: external services that receive settings and metrics of runs.
 
-A tracker is one class in one file and one entry of the table :data:`TRACKERS`.
+A tracker is a class in a file and an entry in the table :data:`TRACKERS`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Status = Literal["finished", "failed", "interrupted"]
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run that begins or resumes."""
+    """A new or resumed run."""
 
     model_id: str
-    """Id of the custom model, which names the run."""
+    """Id of the custom model, used as the run's name."""
     folder: Path
-    """Folder of the run. It lasts until the run or its model is removed."""
+    """Folder of the run, which exists until the run or the model is removed."""
     settings: Mapping[str, Any]
-    """Each setting of the recipe by its dotted name."""
+    """Recipe settings by dotted name."""
 
     def stored_id(self, tracker: str, create: Callable[[], str]) -> str:
-        """Return the id that ``tracker`` has for the run, so that a resumed run keeps the id.
+        """Return the run's id in ``tracker``; a resumed run keeps the id.
 
         ``create`` returns a new id.
         """
@@ -41,15 +41,15 @@ class TrackedRun:
 
 
 class Tracker(ABC):
-    """Connection to one tracker for one run. Each method may raise any error."""
+    """Connection to a tracker for a run. Each method may raise any error."""
 
     @abstractmethod
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record ``values``, which have names such as ``train/loss``, at an optimizer step."""
+        """Record ``values``, with names such as ``train/loss``, at an optimizer step."""
 
     @abstractmethod
     def end(self, status: Status) -> None:
-        """Record how the run ended, and close the connection."""
+        """Record the final status of the run, and close the connection."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TrackerEntry:
     id: str
     open: Callable[[TrackedRun], Tracker]
     package: str = ""
-    """Import name of the library that the tracker needs."""
+    """Import name of the library, if the tracker needs a library."""
 
     def check(self) -> None:
         """Raise :class:`RecipeError` if the library is not installed."""

@@ -1,7 +1,7 @@
-"""MLflow: the run in the store that ``MLFLOW_TRACKING_URI`` names, or else in ``mlflow.db``.
+"""MLflow runs in the store ``MLFLOW_TRACKING_URI``, by default ``mlflow.db``.
 
-Source: https://mlflow.org/docs/latest/api_reference/python_api/mlflow.client.html. MLflow's own
-environment variables also name the experiment and the credentials.
+Source: https://mlflow.org/docs/latest/api_reference/python_api/mlflow.client.html. MLflow's
+environment variables also set the experiment and the credentials.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from luthier.trackers import Status, TrackedRun, Tracker
 
-# MLflow waits for a server that does not answer for minutes. Training waits as long.
+# By default MLflow waits minutes for an unreachable server, and training would wait too.
 for _name, _value in (("REQUEST_MAX_RETRIES", "2"), ("REQUEST_TIMEOUT", "20")):
     os.environ.setdefault(f"MLFLOW_HTTP_{_name}", _value)
 
@@ -20,9 +20,9 @@ from mlflow.entities import Metric, Param  # noqa: E402 - MLflow reads the varia
 from mlflow.tracking import MlflowClient  # noqa: E402
 
 MOST_PARAMETERS = 100
-"""Parameters in one request, a limit of MLflow's API."""
+"""Maximum number of parameters in a request of MLflow's API."""
 LONGEST_VALUE = 6000
-"""Characters of a parameter's value, a limit of MLflow's stores."""
+"""Maximum length of a parameter value in MLflow's stores, in characters."""
 SECONDS_BETWEEN_REQUESTS = 5.0
 _STATUS: Mapping[Status, str] = {
     "finished": "FINISHED",
@@ -42,7 +42,7 @@ class MlflowTracker(Tracker):
         self._client.update_run(self._id, "RUNNING")
 
     def _create(self, run: TrackedRun) -> str:
-        """Create the run with its parameters, and return its id."""
+        """Create a run with parameters, and return the run's id."""
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "luthier")
         found = self._client.get_experiment_by_name(name)
         experiment = self._client.create_experiment(name) if found is None else found.experiment_id

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the folder ``tensorboard`` of the run."""
+"""TensorBoard event files in the run's folder ``tensorboard``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from luthier.trackers import Status, TrackedRun, Tracker
 
 
 class TensorBoardTracker(Tracker):
-    """Writer of event files, with the settings of the run as a table."""
+    """Writer of event files, with the run's settings as a table."""
 
     def __init__(self, run: TrackedRun) -> None:
         self._writer = SummaryWriter(str(run.folder / "tensorboard"))

@@ -1,6 +1,6 @@
-"""Weights & Biases: a run in offline mode, or in the mode that ``WANDB_MODE`` names.
+"""Weights & Biases runs, offline unless ``WANDB_MODE`` sets another mode.
 
-Nothing leaves the machine unless the user sets ``WANDB_MODE=online`` or calls ``wandb sync``.
+No data leaves the machine unless the user sets ``WANDB_MODE=online`` or calls ``wandb sync``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from luthier.trackers import Status, TrackedRun, Tracker
 
 
 class WandbTracker(Tracker):
-    """A run of Weights & Biases, whose files are in the folder ``wandb`` of the run."""
+    """A run of Weights & Biases, with files in the run's folder ``wandb``."""
 
     def __init__(self, run: TrackedRun) -> None:
         self._run = wandb.init(
@@ -27,7 +27,7 @@ class WandbTracker(Tracker):
             dir=os.environ.get("WANDB_DIR", str(run.folder)),
             config=dict(run.settings),
             mode=cast("Any", os.environ.get("WANDB_MODE", "offline")),
-            # Output of the terminal is not part of the run, and the machine is nobody's business.
+            # Do not record terminal output and hardware statistics.
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
 

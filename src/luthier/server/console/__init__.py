@@ -1,1 +1,1 @@
-"""The web console: static files for a browser, which query the native and OpenAI APIs."""
+"""The web console: static files for a browser. The pages use the native and OpenAI APIs."""

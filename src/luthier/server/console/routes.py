@@ -1,8 +1,8 @@
-"""Routes of the console's static files, which contain no data and need no key.
+"""Routes of the console's static files, which contain no account data and need no key.
 
-The server reads the files once, at the start; no path of a request reaches the disk. The pages
-query ``/api/v1`` and ``/v1`` with the key of their user. The path of the console is reserved and
-cannot name a bucket. Signed or otherwise authorized requests belong to the other APIs.
+The server reads the files at the start; request paths never reach the disk. The pages call
+``/api/v1`` and ``/v1`` with the user's key. The console's path is reserved and cannot name a
+bucket. Signed or otherwise authorized requests belong to the other APIs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _TYPES = {
 }
 """Media types by suffix; other files are not served."""
 _REPORT = re.compile(r"(?:/\w+)+/evals/(?P<eval>\w+)/runs/(?P<run>\w+)/report", re.ASCII)
-"""The path of the ``report_url`` of an eval run."""
+"""Path of the ``report_url`` of an eval run."""
 HEADERS = {
-    # Scripts only of this server, no other origins, no inline code, no frames.
+    # Only scripts of this server: no other origins, no inline code, no frames.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
         "media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -35,7 +35,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # Browsers ask again each time, so that a page loaded after an update gets the new modules.
+    # Browsers revalidate each time, so that a page loaded after an update gets the new modules.
     "Cache-Control": "no-cache",
 }
 """Headers of every response."""
@@ -51,7 +51,7 @@ class StaticFile:
 
 
 def read_files() -> dict[str, StaticFile]:
-    """Return the files of the package, by the paths of requests."""
+    """Return the files of the package by request path."""
     folder = resources.files(__package__).joinpath("static")
     found = {}
     for prefix, each in (
@@ -69,7 +69,7 @@ def read_files() -> dict[str, StaticFile]:
 
 
 class Console:
-    """The API that serves browsers without authentication."""
+    """API for browsers, without authentication."""
 
     name = "console"
 
@@ -77,9 +77,9 @@ class Console:
         self._files = read_files()
 
     def serves(self, head: RequestHead, service: str) -> bool:
-        """Return whether the request is for the console and shows no authorization.
+        """Return True if the request is for the console and has no authorization.
 
-        A browser that opens the root of the server or the report of an eval is redirected.
+        Browsers that open the root of the server or the report of an eval are redirected.
         """
         if service or any(name == "authorization" for name, _ in head.headers):
             return False
@@ -88,7 +88,7 @@ class Console:
         return f"{head.path}/" == ROOT or head.path.startswith(ROOT)
 
     def respond(self, head: RequestHead) -> Response:
-        """Return the file of the path, without access to disk or database."""
+        """Return the file at the path, without access to disk or database."""
         if head.method not in ("GET", "HEAD"):
             return _text(405, "The console's files are read with GET.", Allow="GET, HEAD")
         if head.path in ("/", ROOT.rstrip("/")):
@@ -108,12 +108,12 @@ class Console:
 
 
 def _wants_page(head: RequestHead) -> bool:
-    """Return whether a browser requests a page; clients of APIs accept JSON, XML or anything."""
+    """Return True if a browser requests a page; API clients accept JSON, XML or any type."""
     return any(name == "accept" and "text/html" in value for name, value in head.headers)
 
 
 def _is_known(head: RequestHead, etag: str) -> bool:
-    """Return whether the browser has this version (RFC 9110, section 13.1.2)."""
+    """Return True if the browser has the current version (RFC 9110, section 13.1.2)."""
     given = ",".join(value for name, value in head.headers if name == "if-none-match")
     tags = {each.strip().removeprefix("W/") for each in given.split(",")}
     return etag in tags or "*" in tags

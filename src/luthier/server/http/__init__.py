@@ -1,1 +1,1 @@
-"""The layer that all faces share: connections, requests and responses, limits, and who sent what."""
+"""Shared HTTP layer of all APIs: connections, authentication, requests, responses and limits."""

@@ -1,8 +1,8 @@
-"""The ASGI application of the server: request ids, authentication, limits, the audit log and metrics.
+"""ASGI application of the server: request ids, authentication, limits, audit log and metrics.
 
-One port serves all APIs, and the head of a request alone selects the API. The application proves who
-sends a request before it calls the API, which is an ASGI application itself: FastAPI for the OpenAI and
-native APIs, routes of Starlette for the APIs of AWS.
+All APIs share one port; the head of a request selects the API. The application authenticates a
+request, then calls the API. An API is an ASGI application: FastAPI for the OpenAI and native APIs,
+Starlette routes for the AWS APIs.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from luthier.server.console.routes import Console
 
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
-"""Paths that need no key: their responses contain no data of an account."""
+"""Paths that need no key: the responses contain no account data."""
 CONSOLE_HEADER = "x-luthier-console"
-"""Header of GET requests that the console sends."""
+"""Header of the console's GET requests."""
 
 _log = logging.getLogger("luthier.server")
 
@@ -64,24 +64,25 @@ _log = logging.getLogger("luthier.server")
 class Api:
     """An API that the server mounts behind authentication.
 
-    The ASGI application finds in ``scope["state"]``: ``api``; ``caller`` and ``signed``; ``record``,
-    whose ``operation`` it sets; ``body``, whose ``limit`` it may change; and the context managers
-    ``model_turn``, ``grading_turn`` and ``stream_turn``. The path in its scope is the raw path: an ARN
-    in a path has encoded slashes.
+    The ASGI application finds in ``scope["state"]``: ``api``; ``caller`` and ``signed``;
+    ``record``, for the name of the ``operation``; ``body``, with a ``limit`` that routes may
+    change; and the context managers ``model_turn``, ``grading_turn`` and ``stream_turn``. The scope
+    contains the raw path, because an ARN in a path has encoded slashes.
     """
 
     name: str
     app: ASGIApp
     serves: Callable[[RequestHead, str], bool]
-    """Return whether a request is for the API; the second argument is the service of the signature."""
+    """Return True if a request is for the API; the second argument is the service of the signature."""
     refusal: Callable[[Fault, str], Response]
-    """Write a fault in the API's form; the second argument is the id of the request."""
+    """Return the API's response for a fault; the second argument is the request id."""
     request_id_header: str = "x-request-id"
     signs_body_hash: bool = False
-    """Whether the signed head has a hash of the body, which the API checks while it reads the body."""
+    """True if the signature covers a hash of the body. The API checks the hash while reading the
+    body."""
 
     def refuse(self, error: BaseException, record: RequestRecord) -> StarletteResponse:
-        """Return the response to a request that fails with ``error``."""
+        """Return the response to a request that failed with ``error``."""
         fault = fault_of(error, record.request_id)
         record.error = fault.code
         answer = self.refusal(fault, record.request_id)
@@ -92,17 +93,18 @@ class Api:
 
 
 def _reads_for_console(head: RequestHead) -> bool:
-    """Return whether a page of the console reads data through the native API.
+    """Return True if a console page reads data through the native API.
 
-    Pages refresh themselves every few seconds, which is no use of the API by the account. The header
-    changes the count of requests in usage only: rate limits, logs, metrics and the audit log apply.
+    Pages refresh every few seconds, without being use of the API by the account. The header removes
+    the request from the usage counts only: rate limits, logs, metrics and the audit log still
+    apply.
     """
     named = any(name == CONSOLE_HEADER for name, _ in head.headers)
     return named and head.method == "GET" and head.path.startswith("/api/")
 
 
 class Application:
-    """The ASGI application in front of all APIs."""
+    """ASGI application in front of all APIs."""
 
     def __init__(
         self,
@@ -115,17 +117,17 @@ class Application:
         limits: ServerLimits | None = None,
         console: Console | None = None,
     ) -> None:
-        """Put the parts together.
+        """Create the application.
 
         Args:
             apis: The first API that serves a request responds; the last API serves all requests.
-            authenticator: Finds out who sends a request.
-            admit: Raises :class:`Fault` for a caller above the rate limit.
+            authenticator: Authenticates requests.
+            admit: Raises :class:`Fault` if a caller exceeds the rate limit.
             metrics: Counts and logs requests.
             trail: The audit log.
-            ready: Returns why the service cannot work, or None.
+            ready: Returns the reason if the service cannot work, or None.
             limits: Limits of the server.
-            console: Files for browsers, which need no key.
+            console: Static files for browsers, without authentication.
         """
         self.limits = limits = limits or ServerLimits()
         self.apis, self.authenticator, self.admit = tuple(apis), authenticator, admit
@@ -140,7 +142,7 @@ class Application:
         self._streams = slots(limits.streams, limits.share_of(limits.streams))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond to one request."""
+        """Respond to a request."""
         head = head_of(scope)
         record = RequestRecord(str(uuid.uuid4()), head.method, address_of(scope))
         began, service = time.perf_counter(), service_of(head)
@@ -161,7 +163,7 @@ class Application:
         except ClientDisconnect:
             record.error = DISCONNECTED
         except asyncio.CancelledError:
-            # The server shuts down, and a stream ends where it is.
+            # The server shuts down during a stream.
             record.status = 503
         finally:
             if record.error == DISCONNECTED:
@@ -197,7 +199,7 @@ class Application:
                 ]
                 waits = any(name == "expect" for name, _ in head.headers)
                 if (waits and not record.body_requested) or head.has_two_lengths:
-                    # The end of the body is not certain, or the server would wait for the body.
+                    # The end of the body is unknown, or the client still waits for 100 Continue.
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}
             await send(message)
@@ -223,13 +225,13 @@ class Application:
                 raise
             except (Exception, asyncio.CancelledError) as error:
                 if record.status:
-                    raise  # the response has begun
+                    raise  # the response has started
                 await api.refuse(error, record)(scope, receive, send_audited)
 
     async def _identify(
         self, api: Api, head: RequestHead, record: RequestRecord, body: RequestBody
     ) -> Signed:
-        """Return the caller who signed the request, within the limits of the caller's account."""
+        """Authenticate the request and apply the account's rate limit."""
         check_head(head)
 
         def recognize() -> Signed | None:
@@ -243,7 +245,7 @@ class Application:
             self.admit(signed.caller)
             return signed
 
-        # The key is looked up before the body is read: strangers cannot fill the memory.
+        # Check the key before reading the body, so that unknown clients cannot fill the memory.
         signed = await run_in_threadpool(recognize)
         if signed is None:
             data = await body.read()
@@ -256,11 +258,11 @@ class Application:
     async def _turn(
         self, slots: Slots, record: RequestRecord, receive: Receive
     ) -> AsyncIterator[None]:
-        """Hold a slot, and end the work of the block when the client hangs up.
+        """Occupy a slot, and cancel the work of the block when the client disconnects.
 
         Raises:
-            Fault: if no slot is free in time.
-            ClientDisconnect: if the client hung up.
+            Fault: If no slot is free in time.
+            ClientDisconnect: If the client disconnected.
         """
         async with slots.turn(record.account, self.limits.queue_seconds):
             guard = ConnectionGuard(receive)
@@ -270,7 +272,7 @@ class Application:
             except Exception as error:
                 if not await guard.end():
                     raise
-                # The request log and the audit log have the error; no client reads the response.
+                # No client reads the response; only the logs report the error.
                 record.error = fault_of(error, record.request_id).code
                 await self._audit(record, 500)
                 raise ClientDisconnect from error
@@ -288,7 +290,7 @@ class Application:
             await run_in_threadpool(self._write_audit, record, actions, "ok")
             return
         if record.error not in FAILURES:
-            # The last action was refused. Earlier actions of the request changed nothing.
+            # The last action was rejected. Earlier actions of the request changed nothing.
             actions = actions[-1:]
         try:
             await run_in_threadpool(self._write_audit, record, actions, record.error)

@@ -1,4 +1,4 @@
-"""Limits of the server: requests that run at the same time, and requests per second of an account."""
+"""Limits of the server: concurrent requests, and requests per second of an account."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from luthier.server.tables.accounts import PrincipalsWatch, quota_of
 from luthier.server.tables.database import Database
 
 BURST_SECONDS = 2.0
-"""An account may send the requests of this many seconds at once."""
+"""Burst of an account, as seconds of the account's rate."""
 
 
 class Slots:
-    """Slots for requests that run at the same time, of which one account has a share at most.
+    """Slots for concurrent requests, with a maximum number per account.
 
     All tasks that use the slots belong to one event loop.
     """
 
     def __init__(self, capacity: int, per_account: int, waiting: int) -> None:
-        """Create ``capacity`` slots, ``per_account`` of them for one account.
+        """Create ``capacity`` slots, at most ``per_account`` for each account.
 
         At most ``waiting`` requests of an account wait for a slot.
         """
@@ -36,10 +36,11 @@ class Slots:
 
     @asynccontextmanager
     async def turn(self, account: str, seconds: float | None = None) -> AsyncIterator[None]:
-        """Hold a slot of ``account``.
+        """Occupy a slot of ``account``.
 
         Raises:
-            Fault: ``Throttling`` if too many requests of the account wait, or no slot is free within
+            Fault: ``Throttling`` if too many requests of the account wait, or no slot is free
+                within
                 ``seconds``.
         """
         own = self._own.setdefault(account, asyncio.Semaphore(self._per_account))
@@ -75,7 +76,7 @@ def _busy() -> Fault:
 @dataclass
 class _Bucket:
     rate: float
-    """Tokens per second; infinite for no limit."""
+    """Rate in tokens per second; infinite without a limit."""
     tokens: float
     filled: float
     """Time of the last refill."""
@@ -84,9 +85,9 @@ class _Bucket:
 
 
 class RateLimits:
-    """Rate limits of accounts: from the quota of an account, or the server's default.
+    """Rate limits of accounts, from the account's quota or the server's default.
 
-    Each process has its own buckets.
+    Each process has separate buckets.
     """
 
     def __init__(
@@ -95,17 +96,17 @@ class RateLimits:
         requests_per_second: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``requests_per_second`` is the default; ``None`` for no limit."""
+        """Set the default rate; ``None`` for no limit."""
         self._database, self._default, self._clock = database, requests_per_second, clock
         self._watch = PrincipalsWatch(database)
         self._lock = threading.Lock()
         self._buckets: dict[str, _Bucket] = {}
 
     def admit(self, caller: Caller) -> None:
-        """Take a token of the caller's account.
+        """Consume a token of the caller's account.
 
         Raises:
-            Fault: ``Throttling``, with whole seconds in ``retry_after`` of its details.
+            Fault: ``Throttling``, with whole seconds in the detail ``retry_after``.
         """
         version = self._watch.token()
         known = self._buckets.get(caller.account)
@@ -118,7 +119,7 @@ class RateLimits:
             raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
 
     def _take(self, account: str, rate: float, version: str) -> float:
-        """Take a token and return 0, or return the missing part of a token."""
+        """Consume a token and return 0, or return the missing part of a token."""
         moment = self._clock()
         size = max(1.0, rate * BURST_SECONDS) if rate > 0 else 0.0
         bucket = self._buckets.setdefault(account, _Bucket(rate, size, moment, version))

@@ -1,6 +1,6 @@
 """Requests and responses of the APIs: heads, callers, JSON bodies with limits, and faults.
 
-Nothing in a head is verified here.
+Heads are not verified in this module.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ from luthier.server.tables.text import check_storable, decode_storable
 HEAD_BYTES = 64 << 10
 """Maximum size of the headers of a request, in bytes."""
 JSON_DEPTH = 200
-"""Levels of objects and lists in a body."""
+"""Maximum nesting depth of a JSON body."""
 JSON_VALUES = 500_000
-"""Values in a body: each takes up to 200 bytes of memory."""
+"""Maximum number of values in a JSON body; a value needs up to 200 bytes of memory."""
 PREDICTIONS = "POST /api/v1/models/NAME/predictions"
-"""Operation that queries models which predict, embed or label."""
+"""Operation for models that predict, embed or classify."""
 _FORM = "application/x-www-form-urlencoded"
 _log = logging.getLogger("luthier.server")
 
 
 def parse_digits(text: str, most: int = 18) -> int | None:
-    """Return the number in ``text``, or None for anything but 1 to ``most`` ASCII digits.
+    """Return the number in ``text``, or None unless ``text`` is 1 to ``most`` ASCII digits.
 
-    Python also reads digits of other scripts, and takes long for thousands of digits.
+    ``int`` also accepts digits of other scripts, and is slow for thousands of digits.
     """
     return int(text) if re.fullmatch(rf"[0-9]{{1,{most}}}", text) else None
 
 
 @dataclass(frozen=True)
 class Caller:
-    """The sender of a request, as its signature or key proved."""
+    """Authenticated sender of a request."""
 
     account: str
-    """Account id of twelve digits."""
+    """Account id of 12 digits."""
     user: str
     roles: tuple[str, ...]
-    """Role of the user and of the key; an operation needs the permission of each."""
+    """Roles of the user and of the key; all must have the permission of an operation."""
     id: str = ""
-    """``AIDA…``, as AWS identifies a user."""
+    """Id of the user in AWS's format, ``AIDA…``."""
 
     @property
     def arn(self) -> str:
@@ -77,25 +77,25 @@ class Caller:
 
 @dataclass(frozen=True)
 class RequestHead:
-    """A request before its body, as it came over the wire."""
+    """Head of a request, unverified."""
 
     method: str
     path: str
-    """Raw path, percent-encoded as sent."""
+    """Raw path, percent-encoded."""
     query: str
     """Raw query without the question mark."""
     headers: Sequence[tuple[str, str]]
-    """Names in lower case and values, in the order of the request."""
+    """Lower-case names and values, in the order of the request."""
     tls: bool
 
     @property
     def has_two_lengths(self) -> bool:
-        """Whether the head has both ``Content-Length`` and ``Transfer-Encoding``."""
+        """True if the head has both ``Content-Length`` and ``Transfer-Encoding``."""
         return {"content-length", "transfer-encoding"} <= {name for name, _ in self.headers}
 
     @property
     def body_length(self) -> int | None:
-        """Size of the body in bytes; None if the head does not have the size."""
+        """Size of the body in bytes, or None for chunked bodies."""
         if any(name == "transfer-encoding" for name, _ in self.headers):
             return None
         lengths = [value for name, value in self.headers if name == "content-length"]
@@ -104,20 +104,21 @@ class RequestHead:
 
 @dataclass(frozen=True)
 class Signed:
-    """An authenticated caller, and what the body has to match."""
+    """Authenticated caller, and the data to verify the body."""
 
     caller: Caller
     service: str = ""
     """Service of the credential scope, such as ``s3``; empty for a bearer key."""
     payload: str = ""
-    """``X-Amz-Content-SHA256`` as it was signed: hexadecimal, ``UNSIGNED-PAYLOAD``, ``STREAMING-…``."""
+    """Signed value of ``X-Amz-Content-SHA256``: hexadecimal, ``UNSIGNED-PAYLOAD`` or
+    ``STREAMING-…``."""
     signature: str = ""
-    """Hexadecimal signature of the head, from which the signatures of chunks continue."""
+    """Hexadecimal signature of the head, the seed of chunk signatures."""
     signing_key: bytes = field(default=b"", repr=False)
     scope: str = ""
-    """``yyyymmdd/region/service/aws4_request``."""
+    """Credential scope: ``yyyymmdd/region/service/aws4_request``."""
     moment: str = ""
-    """``X-Amz-Date`` as it was sent."""
+    """Value of ``X-Amz-Date``."""
 
 
 @dataclass(frozen=True)
@@ -132,17 +133,17 @@ class Request:
     query: Mapping[str, list[str]]
     """Decoded values by key."""
     headers: Mapping[str, str]
-    """Values by name in lower case."""
+    """Values by lower-case name."""
     body: bytes
     received: datetime
     params: Mapping[str, str] = field(default_factory=dict)
-    """Decoded segments of the path by name."""
+    """Decoded path parameters by name."""
     address: str = ""
-    """Address of the client; empty if unknown."""
+    """IP address of the client; empty if unknown."""
     signed: Signed | None = None
     """Signature of the request."""
     tls: bool = False
-    """Whether the connection to this server is encrypted."""
+    """True if the connection to the server is encrypted."""
 
     @property
     def account(self) -> str:
@@ -151,13 +152,13 @@ class Request:
 
     @cached_property
     def json(self) -> Any:
-        """JSON of the body; None for an empty body. Raises as :func:`parse_json`."""
+        """JSON of the body; None for an empty body. Raises like :func:`parse_json`."""
         return parse_json(self.body) if self.body.strip() else None
 
 
 def _check_texts(value: Any) -> None:
-    """Reject text that no database stores."""
-    # A loop in Python lets other threads run; json.dumps of 24 MB holds the interpreter for seconds.
+    """Reject text that databases cannot store."""
+    # A Python loop releases the GIL regularly; json.dumps of 24 MB blocks all threads for seconds.
     left = [value]
     while left:
         part = left.pop()
@@ -171,29 +172,30 @@ def _check_texts(value: Any) -> None:
 
 
 def parse_json(data: bytes) -> Any:
-    """Return the JSON of a client.
+    """Parse the JSON of a client.
 
     Raises:
-        ValueError: for text that is not JSON in UTF-8 or is nested too deeply, and for U+0000 and
-            halves of surrogate pairs, which no database stores.
+        ValueError: If the text is not JSON in UTF-8, is nested too deeply, or contains U+0000 or a
+            lone
+            surrogate, which databases cannot store.
         Fault: ``RequestEntityTooLarge`` for more than ``JSON_VALUES`` values; ``Validation`` for a
             number out of range.
     """
-    # Signs inside strings count too: telling them apart takes as long as parsing.
+    # Characters in strings count too: excluding strings would be as slow as parsing.
     if sum(map(data.count, (b",", b"[", b"{"))) > JSON_VALUES:
         raise Fault("RequestEntityTooLarge", f"The body has more than {JSON_VALUES:,} JSON values.")
     try:
-        # json.loads accepts bytes of UTF-16, and halves of pairs.
+        # json.loads would also accept UTF-16 and lone surrogates.
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     try:
         found = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
         if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(found) > JSON_DEPTH:
-            # Recursive code could not write such a value again.
+            # Recursive encoders could not write the value.
             raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
         if b"\\u" in data:
-            # Only parsed text has whole pairs, and backslashes apart from escapes.
+            # Check escapes after parsing, which joins surrogate pairs and resolves backslashes.
             _check_texts(found)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -213,11 +215,11 @@ def _finite(text: str) -> float:
 
 @dataclass(frozen=True)
 class Response:
-    """A response with a whole body, or with pieces that are made while they are sent."""
+    """A response with a complete or streamed body."""
 
     status: int = 200
     body: bytes | Iterator[bytes] = b""
-    """An iterator of pieces is closed as soon as the client hangs up."""
+    """Complete body, or an iterator of pieces, which is closed when the client disconnects."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
@@ -234,15 +236,15 @@ _TROUBLES = {
     "read-only": "takes no writes now",
     "locked": "is busy",
 }
-"""Advice by a phrase in an error of the database."""
+"""Advice by a phrase in a database error."""
 
 
 class Fault(LuthierError):
-    """An error that an API reports to its client in its own form.
+    """An error that each API reports in the API's own format.
 
-    ``code`` is the name of Bedrock's exception without the word Exception, such as ``Validation``,
-    ``ResourceNotFound``, ``Conflict``, ``AccessDenied`` or ``Throttling``. ``parameter`` is the wrong
-    member of the request.
+    ``code`` is the name of a Bedrock exception without the suffix Exception, such as
+    ``Validation``, ``ResourceNotFound``, ``Conflict``, ``AccessDenied`` or ``Throttling``.
+    ``parameter`` is the invalid member of the request.
     """
 
     default_rule: ClassVar[str] = ""
@@ -272,9 +274,10 @@ class Fault(LuthierError):
 
     @staticmethod
     def of(error: RefusedInput) -> Fault:
-        """What a refusal of the parts below becomes, where a face says nothing closer."""
+        """Return the fault for an error of the lower layers, unless an API has a more specific
+        fault."""
         if isinstance(error, DoesNotFit):
-            # Names of the server's folders are not for clients.
+            # The error names folders of the server, which clients must not see.
             why = (
                 "Its disk is full: its operator frees some." if isinstance(error, DiskFull) else ""
             )
@@ -292,13 +295,13 @@ class Fault(LuthierError):
 
     @staticmethod
     def of_inference(failed: InferenceFailed) -> Fault:
-        """Return the fault for a failure of a model, with ``retry_after`` if a retry may help."""
+        """Return the fault for an inference error, with ``retry_after`` if a retry may succeed."""
         passes = failed.code in ("Throttling", "ModelNotReady", "ServiceUnavailable")
         details: dict[str, Any] = {"retry_after": 1} if passes else {}
         return Fault(failed.code, str(failed), **details)
 
     def with_setting_names(self, name: Callable[[str], str]) -> Fault:
-        """Return the fault with an API's names for settings, if it names settings as recipes do."""
+        """Return the fault with recipe settings renamed to an API's names."""
         if not self.details.get("refused"):
             return self
         text = map_code(self.message, name)
@@ -308,37 +311,37 @@ class Fault(LuthierError):
 
 
 def fault_of(error: BaseException, request_id: str) -> Fault:
-    """Return the fault that an API reports for an error, and log errors of the service."""
+    """Return the fault for an error. Errors of the service are logged."""
     if isinstance(error, Fault):
         return error
     if isinstance(error, RefusedInput):
         return Fault.of(error)
     if isinstance(error, HTTPException):
-        # Starlette found no route, or a form in the body that cannot be read.
+        # Starlette found no route, or an invalid form in the body.
         unknown = error.status_code in (404, 405)
         return Fault("UnknownOperation" if unknown else "Validation", str(error.detail))
     if isinstance(error, asyncio.CancelledError):
         text = "The service is ending. Ask again; what was asked may have been done."
         return Fault("ServiceUnavailable", text, retry_after=5)
     if isinstance(error, OperationalError | ReadOnlyDisk):
-        # The database or the disk may come back: clients are told to retry.
+        # Outages of the database or disk are temporary: clients should retry.
         _log.error("database or disk trouble", exc_info=error, extra={"request_id": request_id})
         return Fault.unavailable(error)
-    # Only the log has the details of an error inside the service.
+    # Details of internal errors appear only in the log.
     _log.error("request failed", exc_info=error, extra={"request_id": request_id})
     text = f"Something failed inside the service; its log has request {request_id}."
     return Fault("InternalServer", text)
 
 
 def refusal_text(refused: InferenceRefused) -> str:
-    """Return why a model cannot be queried, with the operation that can query it."""
+    """Return the reason of a rejected query, with the operation that supports the model."""
     hint = f" Ask it by {PREDICTIONS}." if isinstance(refused, PredictionsOnly) else ""
     return f"{refused}{hint}"
 
 
 @contextmanager
 def inference_faults() -> Iterator[None]:
-    """Raise refusals and failures of the engine as faults."""
+    """Convert errors of the engine to faults."""
     try:
         yield
     except InferenceRefused as refused:
@@ -358,7 +361,7 @@ def head_of(scope: Scope) -> RequestHead:
 
 
 def query_pairs(query: str) -> list[tuple[bytes, bytes]]:
-    """Return decoded keys and values in their order."""
+    """Return decoded keys and values in order."""
     split = [part.partition("=") for part in query.split("&") if part]
     return [(_unquote(name), _unquote(value)) for name, _, value in split]
 
@@ -370,8 +373,8 @@ def _unquote(text: str) -> bytes:
 def check_head(head: RequestHead) -> None:
     """Reject a head that is too large, and a body with two lengths.
 
-    A proxy that believes ``Content-Length`` and a server that believes ``Transfer-Encoding`` would
-    disagree where the next request begins.
+    With two lengths, a proxy that uses ``Content-Length`` and a server that uses
+    ``Transfer-Encoding`` would disagree about the start of the next request (request smuggling).
 
     Raises:
         Fault: ``RequestEntityTooLarge`` or ``Validation``.
@@ -384,10 +387,10 @@ def check_head(head: RequestHead) -> None:
 
 
 def check_text(head: RequestHead) -> None:
-    """Reject a path or query that is not UTF-8 or has U+0000, which no database stores.
+    """Reject a path or query that is not UTF-8 or contains U+0000, which databases cannot store.
 
     Raises:
-        Fault: ``Validation``, with ``path`` or ``query`` as ``place`` in its details.
+        Fault: ``Validation``, with the detail ``place`` set to ``path`` or ``query``.
     """
     if "%" not in head.path + head.query and (head.path + head.query).isascii():
         return
@@ -407,9 +410,9 @@ def check_text(head: RequestHead) -> None:
 
 
 def service_of(head: RequestHead) -> str:
-    """Return the unverified service of the credential scope in the header or a presigned query.
+    """Return the unverified service in the credential scope of the header or a presigned query.
 
-    An unsigned form belongs to STS, whose clients read only XML.
+    An unsigned form is a request for STS: STS clients expect XML.
     """
     form = False
     for name, value in head.headers:
@@ -425,12 +428,12 @@ def service_of(head: RequestHead) -> str:
 
 
 def timestamp(moment: datetime) -> str:
-    """Return a time in AWS's form, such as ``2026-01-31T12:00:00.123Z``."""
+    """Return a time in AWS's format, such as ``2026-01-31T12:00:00.123Z``."""
     text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")
 
 
 def address_of(scope: Scope) -> str:
-    """Return the address of the client; empty if unknown."""
+    """Return the IP address of the client; empty if unknown."""
     client = scope.get("client")
     return client[0] if client else ""

@@ -1,8 +1,8 @@
-"""Request log as lines of JSON, Prometheus metrics, and usage of accounts.
+"""Request log as JSON lines, Prometheus metrics, and usage of accounts.
 
-Logs and metrics have no headers, queries or bodies: keys, signatures and data never reach a log. The
-server writes usage to the database once a minute; a process that is killed loses its last minute.
-Workers write seconds of training themselves (``luthier.server.tables.jobs``).
+Logs and metrics contain no headers, queries or bodies, and therefore no keys, signatures or user
+data. The server writes usage to the database once a minute; a killed process loses the last minute.
+Training workers write training seconds themselves (``luthier.server.tables.jobs``).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ WRITE_SECONDS = 60.0
 """Interval between two writes of usage, in seconds."""
 
 _NOT_LOGGED = ("actions", "body_requested", "tokens", "of_console")
-"""Fields of :class:`RequestRecord` that are not in the log."""
+"""Fields of :class:`RequestRecord` that are not logged."""
 Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
-"""Return values by label and name of a gauge; a gauge without labels has the label ``""``."""
+"""Return the values of each gauge by label. A gauge without labels has the label ``""``."""
 
 _log = logging.getLogger("luthier.server")
 
 
 @dataclass
 class RequestRecord:
-    """The record of one request for the log, metrics and usage."""
+    """Data about a request for the log, metrics and usage."""
 
     request_id: str
     method: str
@@ -52,32 +52,32 @@ class RequestRecord:
     """Address of the client."""
     face: str = ""
     operation: str = ""
-    """Name of the operation; empty for an unknown path, since clients choose paths."""
+    """Name of the operation; empty for an unknown path, because clients choose paths."""
     account: str = ""
     user: str = ""
     status: int = 0
-    """HTTP status; 499 for a client that hung up, as in nginx."""
+    """HTTP status; 499 for a client that disconnected, as in nginx."""
     error: str = ""
-    """Code of the refusal, or ``ClientDisconnected``."""
+    """Code of the fault, or ``ClientDisconnected``."""
     bytes_in: int = 0
-    """Number of bytes of the request's body that were read."""
+    """Size of the received part of the request body, in bytes."""
     bytes_out: int = 0
-    """Number of bytes of the response's body."""
+    """Size of the response body in bytes."""
     tokens: list[tuple[str, int, int]] = field(default_factory=list)
-    """Stored ids of queried models, with prompt and generated tokens."""
+    """Library ids of queried models, with prompt and generated tokens."""
     of_console: bool = False
-    """Whether a page of the console reads data: usage does not count such a request."""
+    """True if a console page reads data. Usage does not count the request."""
     body_requested: bool = False
-    """Whether the server has begun to read the body, and so has sent ``100 Continue``."""
+    """True if the server has started to read the body, and so has sent ``100 Continue``."""
     actions: list[tuple[str, str]] = field(default_factory=list)
-    """Actions and resources that the audit log names."""
+    """Actions and resources for the audit log."""
 
     def add_tokens(self, model: str, read: int, written: int) -> None:
         """Add the prompt and generated tokens of a model."""
         self.tokens.append((model, read, written))
 
     def count_bytes(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """Return ``receive`` and ``send`` that count the bytes of both bodies."""
+        """Return ``receive`` and ``send`` functions that count body bytes."""
 
         async def count_received() -> Message:
             self.body_requested = True
@@ -93,7 +93,7 @@ class RequestRecord:
 
 
 class Metrics:
-    """Counts and logs of requests."""
+    """Counters and log of requests."""
 
     def __init__(
         self,
@@ -104,9 +104,9 @@ class Metrics:
         """Create the metrics.
 
         Args:
-            gauges: Returns the values of gauges, when they are read.
-            count: Counts the usage of accounts.
-            latencies: Latencies of models.
+            gauges: Returns the current values of gauges.
+            count: Records the usage of accounts.
+            latencies: Collector of model latencies.
         """
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -129,7 +129,7 @@ class Metrics:
         self._requests.labels(record.face, record.operation, str(record.status)).inc()
         self._seconds.labels(record.face, record.operation).observe(seconds)
         if self._count is not None and record.account:
-            # A request belongs to the first model that it queried.
+            # The request counts for the first queried model.
             for model, read, written in record.tokens:
                 self._count(
                     record.account, model, Usage(prompt_tokens=read, generated_tokens=written)
@@ -145,20 +145,20 @@ class Metrics:
         _log.info("request", extra={"fields": fields})
 
     def exposition(self) -> tuple[bytes, dict[str, str]]:
-        """Return the metrics in Prometheus's format, and their headers."""
+        """Return the metrics in Prometheus's format, and the headers."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return generate_latest(self._registry), {"Content-Type": CONTENT_TYPE_LATEST}
 
 
 class _Gauges:
-    """A collector of gauges that reads their values on demand."""
+    """Collector of gauges with values read on demand."""
 
     def __init__(self, read: Gauges) -> None:
         self._read = read
 
     def collect(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
-        """Return one family of prometheus_client for each gauge."""
+        """Return one prometheus_client family for each gauge."""
         from prometheus_client.core import GaugeMetricFamily
 
         families: list[GaugeMetricFamily | CounterMetricFamily] = []
@@ -172,10 +172,10 @@ class _Gauges:
 
 
 class JsonLines(logging.Formatter):
-    """A formatter of log records as lines of JSON."""
+    """Formatter of log records as JSON lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return time (UTC), level, message and the fields of the record."""
+        """Return time (UTC), level, message and fields of the record."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{moment}.{int(record.msecs):03d}Z",
@@ -191,7 +191,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Write the logs of the service and of uvicorn as lines of JSON to standard error."""
+    """Write the logs of the service and of uvicorn to standard error as JSON lines."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     for name, least in (("luthier", logging.INFO), ("uvicorn.error", logging.WARNING)):
@@ -201,10 +201,10 @@ def log_as_json() -> None:
 
 
 class Meter:
-    """The usage of accounts on this server; :meth:`close` writes the last minute."""
+    """Usage of accounts on this server. :meth:`close` writes the last counts."""
 
     def __init__(self, database: Database, write_seconds: float = WRITE_SECONDS) -> None:
-        """Write counts every ``write_seconds``."""
+        """Start a thread that writes counts every ``write_seconds``."""
         self._database, self._write_seconds = database, write_seconds
         self._lock = threading.Lock()
         self._used: dict[tuple[date, str, str], Usage] = {}
@@ -213,15 +213,15 @@ class Meter:
         self._thread.start()
 
     def count(self, account: str, model: str, used: Usage) -> None:
-        """Add usage of ``account`` with a model of this stored id; empty for no model.
+        """Add usage of ``account`` with a model, by library id; empty for usage without a model.
 
-        The event loop calls this method, which never writes.
+        The event loop calls this method, so the method does not access the database.
         """
         with self._lock:
             self._used.setdefault((now().date(), account, model), Usage()).add(used)
 
     def write(self) -> None:
-        """Write the counts; counts that fail are written the next time."""
+        """Write the counts to the database. After an error, the counts are kept for the next write."""
         with self._lock:
             used, self._used = self._used, {}
         try:

@@ -1,4 +1,4 @@
-"""Routes of the APIs: permissions, bodies with limits, slots for models, and errors as faults."""
+"""Routes of the APIs: permissions, body limits, slots for models, and errors as faults."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from luthier.server.roles import authorize
 from luthier.server.tables.database import now
 
 Handler = Callable[[messages.Request], messages.Response]
-"""An operation of an API of AWS."""
+"""An operation of an AWS API."""
 MOST_FIELDS, MOST_FIELD_BYTES = 64, 1 << 16
 """Limits of a form: number of fields, and size of a field in bytes."""
 
 
 class _ParsedRequest(Request):
-    """A request whose body is parsed into ``state.json``."""
+    """A request with the parsed body in ``state.json``."""
 
     async def body(self) -> bytes:
-        """Return any text: FastAPI asks for JSON if there is text."""
+        """Return any text, so that FastAPI calls :meth:`json`."""
         return b"{}"
 
     async def json(self) -> Any:
@@ -43,19 +43,19 @@ class _ParsedRequest(Request):
 
 
 class ApiRoute(APIRoute):
-    """A route of FastAPI for callers whose role allows the action of the route.
+    """FastAPI route for callers with the permission of the route's action.
 
-    The role is checked before the body is read, and JSON is parsed with the limits of the server.
+    The role is checked before the body is read. JSON is parsed with the limits of the server.
     """
 
     operation: str
     """Name of the route in the request log and metrics."""
     action: str
-    """Action that the role of the caller must allow."""
+    """Action that the caller's role must allow."""
     body_limit: ClassVar[int] = BODY_BYTES
 
     def invalid(self, error: RequestValidationError) -> Fault:
-        """Return the fault for a request that does not match the parameters of the function."""
+        """Return the fault for a request that does not match the function's parameters."""
         raise NotImplementedError
 
     def not_json(self, error: ValueError) -> Fault:
@@ -71,7 +71,7 @@ class ApiRoute(APIRoute):
             raise self.not_json(error) from error
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap FastAPI's handler, so that it raises only faults."""
+        """Return FastAPI's handler, wrapped to raise only faults."""
         handle = super().get_route_handler()
 
         async def respond(request: Request) -> Response:
@@ -83,7 +83,7 @@ class ApiRoute(APIRoute):
                 if self.body_field is None:
                     return await handle(request)
                 if isinstance(self.body_field.field_info, Form):
-                    # FastAPI finds the form that was read here, with these limits.
+                    # FastAPI reuses the parsed form, and would parse without these limits.
                     await request.form(
                         max_files=1, max_fields=MOST_FIELDS, max_part_size=MOST_FIELD_BYTES
                     )
@@ -96,7 +96,7 @@ class ApiRoute(APIRoute):
             except (Fault, ClientDisconnect, HTTPException):
                 raise
             except Exception as error:
-                # FastAPI would respond to other errors itself.
+                # FastAPI would return its own response for other errors.
                 raise fault_of(error, state.record.request_id) from error
 
         return respond
@@ -119,7 +119,7 @@ def _unknown(request: Request, status: int) -> Fault:
     path = request.scope["path"]
     if status == 404:
         return Fault("UnknownOperation", f"There is no {request.method} {path}.")
-    # Starlette names the methods of only one route.
+    # Starlette reports the methods of the first route only.
     routes = request.app.routes
     found = [each for each in routes if each.matches(request.scope)[0] is not Match.NONE]
     allow = ", ".join(sorted(set().union(*(each.methods for each in found))))
@@ -127,9 +127,9 @@ def _unknown(request: Request, status: int) -> Fault:
 
 
 def api_application(routes: Sequence[BaseRoute], context: Any, **options: Any) -> FastAPI:
-    """Return an application of FastAPI whose routes are of :class:`ApiRoute`.
+    """Return a FastAPI application for routes of the class :class:`ApiRoute`.
 
-    ``context`` is in ``app.state`` for the routes.
+    Routes find ``context`` in ``app.state``.
     """
     app = FastAPI(
         routes=list(routes),
@@ -160,19 +160,19 @@ async def _stream_turn(request: Request) -> AsyncIterator[None]:
 
 
 MODEL_TURN = Depends(_model_turn, scope="function")
-"""Waits for a slot for requests that use a model."""
+"""Dependency that occupies a slot for requests to models."""
 GRADING_TURN = Depends(_grading_turn, scope="function")
-"""Waits for a slot for requests that run a grader."""
+"""Dependency that occupies a slot for requests that run a grader."""
 STREAM_TURN = Depends(_stream_turn)
-"""Occupies a slot for streamed responses until the response is sent."""
+"""Dependency that occupies a slot for a stream until the response is sent."""
 
 
 Name = Annotated[str, Path(min_length=1), AfterValidator(unquote)]
-"""Segment of the raw path: an ARN has encoded slashes."""
+"""Decoded segment of the raw path. An ARN in a path has encoded slashes."""
 
 
 def read_head(request: Request, body: bytes = b"") -> messages.Request:
-    """Return the request for a handler of an API of AWS."""
+    """Return the request for a handler of an AWS API."""
     state, head = request.state, request.state.body.head
     return messages.Request(
         state.record.request_id,
@@ -193,14 +193,14 @@ def read_head(request: Request, body: bytes = b"") -> messages.Request:
 def handler_endpoint(
     handler: Handler, name: str, action: str, body_limit: int, uses_model: bool = False
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Return Starlette's endpoint for an operation of an API of AWS.
+    """Return a Starlette endpoint for an operation of an AWS API.
 
     Args:
-        handler: Responds to the request with its whole body, in a thread.
+        handler: Responds to the complete request, in a thread.
         name: Name of the operation in the request log and metrics.
-        action: Action that the role of the caller must allow.
+        action: Action that the caller's role must allow.
         body_limit: Maximum size of the body in bytes.
-        uses_model: Whether the request waits for a slot for requests that use a model.
+        uses_model: True if the request needs a slot for requests to models.
     """
 
     async def endpoint(request: Request) -> Response:

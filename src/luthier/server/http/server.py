@@ -1,4 +1,4 @@
-"""Runs an application with uvicorn until SIGINT or SIGTERM."""
+"""The uvicorn server: runs an application until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from luthier.limits import ServerLimits
 from luthier.server.http.messages import HEAD_BYTES
 
 LAST_SECONDS = 10.0
-"""Time limit for requests that are cut at shutdown to send their last error, in seconds."""
+"""Time limit for cancelled requests to send an error at shutdown, in seconds."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Address, port and certificate of a server."""
+    """Address, port and TLS certificate of a server."""
 
     host: str = "127.0.0.1"
     port: int = 8080
-    """0 for a free port."""
+    """Port number; 0 for a free port."""
     tls_certificate: Path | None = None
     tls_key: Path | None = None
 
     def check(self) -> None:
-        """Raise :class:`RefusedInput` for half a certificate or a missing file."""
+        """Check the certificate files.
+
+        Raises:
+            RefusedInput: If the certificate or the key is missing.
+        """
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise RefusedInput("TLS needs both --tls-cert and --tls-key")
         for path in (self.tls_certificate, self.tls_key):
@@ -43,17 +47,17 @@ class Ports:
 def run(
     application: ASGIApp, ports: Ports, limits: ServerLimits, ready: Callable[[str], None]
 ) -> None:
-    """Serve until SIGINT or SIGTERM; call ``ready`` with the address once the port is open.
+    """Serve until SIGINT or SIGTERM; call ``ready`` with the address as soon as the port is open.
 
-    Running requests then have ``shutdown_seconds``, or until a second SIGINT. Requests that take
-    longer are cut, and their clients get an error.
+    After the signal, running requests have ``shutdown_seconds``, or until a second SIGINT. Slower
+    requests are cancelled, and the clients receive an error.
 
     Raises:
-        RefusedInput: if the port is taken, or the certificate cannot be used.
+        RefusedInput: If the port is in use, or the certificate is invalid.
     """
     ports.check()
     for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn raises a signal again when it has stopped. The process then still has to clean up.
+        # uvicorn raises the signal again after its shutdown, and would end the process before cleanup.
         signal.signal(number, lambda number, frame: None)
     asyncio.run(_run(application, ports, limits, ready))
 
@@ -62,7 +66,7 @@ async def _run(
     application: ASGIApp, ports: Ports, limits: ServerLimits, ready: Callable[[str], None]
 ) -> None:
     server = uvicorn.Server(server_config(application, limits, ports))
-    # FastAPI calls functions in these threads: requests that wait for models leave some free.
+    # FastAPI runs operations in these threads; requests waiting for models must not use all threads.
     waiting = limits.model_requests + limits.grading_requests
     to_thread.current_default_thread_limiter().total_tokens += waiting
     try:
@@ -81,7 +85,7 @@ async def _run(
     shown = f"[{host}]" if ":" in host else host
     ready(f"http{'s' if server.config.is_ssl else ''}://{shown}:{port}")
     await serving
-    # asyncio.run would cancel requests again while they send their last error.
+    # asyncio.run would cancel requests a second time, while they send the error.
     left = server.server_state.tasks
     for task in left:
         if not task.cancelling():
@@ -91,10 +95,10 @@ async def _run(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; ``::`` listens on all addresses of IPv4 and IPv6.
+    """Return a listening socket; ``::`` listens on all IPv4 and IPv6 addresses.
 
     Raises:
-        OSError: if the port is taken, or the machine does not have the address.
+        OSError: If the port is in use, or the machine does not have the address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server(
@@ -103,7 +107,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def server_config(application: ASGIApp, limits: ServerLimits, ports: Ports) -> uvicorn.Config:
-    """Return the settings of uvicorn for a server."""
+    """Return uvicorn's settings."""
     return uvicorn.Config(
         application,
         # h11 limits the size of a head; httptools does not.
@@ -116,9 +120,9 @@ def server_config(application: ASGIApp, limits: ServerLimits, ports: Ports) -> u
         log_config=None,
         access_log=False,
         server_header=False,
-        # The log names the address that is connected: clients can write any X-Forwarded-For.
+        # Log the peer's address: clients can send any X-Forwarded-For.
         proxy_headers=False,
-        # Declared as whole seconds; uvicorn accepts any number.
+        # uvicorn declares int, but accepts float.
         timeout_graceful_shutdown=limits.shutdown_seconds,  # type: ignore[arg-type]
         ssl_certfile=ports.tls_certificate,
         ssl_keyfile=ports.tls_key,

@@ -1,7 +1,7 @@
-"""Bodies over a connection: requests are read up to a limit, responses are streamed in pieces.
+"""Streamed bodies: requests up to a size limit, and responses in pieces.
 
-When a client hangs up, the work for its request ends. Streamed responses are watched while they are
-sent; other responses are watched from the moment that a model or process begins to work.
+When a client disconnects, the work for the request is cancelled. The connection is watched while a
+streamed response is sent; for other responses, from the moment that a model or process starts work.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ from luthier.server.http.messages import (
 )
 
 DISCONNECTED = "ClientDisconnected"
-"""Name of the error in the request log for a client that hung up."""
+"""Error code in the request log for a client that disconnected."""
 INTERRUPTED_SECONDS = 5.0
-"""Time limit for the last pieces of a stream that the server cuts at shutdown, in seconds."""
+"""Time limit for the last pieces of a stream at shutdown, in seconds."""
 WRITE_BYTES = 1 << 20
-"""Number of bytes of a streamed body that are collected for one call in a thread."""
+"""Number of body bytes collected for each write in a thread."""
 _waiting = CapacityLimiter(math.inf)
-"""Threads that wait for models. Slots bound their number, and other requests need no such thread."""
+"""Threads that wait for models. Slots limit the number of threads, and other requests use other
+threads."""
 
 
 async def run_waiting(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``function``, which may wait for a model, in a thread."""
+    """Call a function that may wait for a model, in a thread."""
     return await to_thread.run_sync(function, *arguments, limiter=_waiting)
 
 
 class RequestBody:
-    """The body of one request, of at most ``limit`` bytes.
+    """Body of a request, with a maximum size of ``limit`` bytes.
 
-    Reading a longer body raises :class:`Fault` ``RequestEntityTooLarge``: if the head has the length,
-    before the body is read.
+    Reading a larger body raises :class:`Fault` ``RequestEntityTooLarge``, before the first byte if
+    the head contains the length.
     """
 
     def __init__(self, head: RequestHead, receive: Receive, limit: int) -> None:
@@ -56,7 +57,7 @@ class RequestBody:
         self._whole: bytes | None = None
 
     async def receive(self) -> Message:
-        """Return the next message of ASGI."""
+        """Return the next ASGI message."""
         if max(self._size, self.head.body_length or 0) > self.limit:
             raise _too_large(self.limit)
         if self._whole is not None:
@@ -69,19 +70,19 @@ class RequestBody:
         return message
 
     async def read(self) -> bytes:
-        """Return the whole body, which :meth:`receive` returns again.
+        """Return the whole body. :meth:`receive` then returns the body again.
 
         Raises:
-            ClientDisconnect: if the body ends early.
+            ClientDisconnect: If the body ends early.
         """
         self._whole = b"".join([piece async for piece in self._pieces()])
         return self._whole
 
     async def write_to(self, write: Callable[[bytes], Any]) -> None:
-        """Call ``write`` in threads with the pieces of the body as the client sends them.
+        """Call ``write`` in threads with the pieces of the body as they arrive.
 
         Raises:
-            ClientDisconnect: if the body ends early.
+            ClientDisconnect: If the body ends early.
         """
         collected = bytearray()
         async for piece in self._pieces():
@@ -108,7 +109,7 @@ def _too_large(limit: int) -> Fault:
 
 
 class GeneratedPieces:
-    """Pieces of a response that models generate. Closing the pieces ends the work of the models."""
+    """Pieces of a response that models generate. Closing the pieces cancels generation."""
 
     def __init__(self, pieces: Iterator[bytes], streams: Sequence[Stream]) -> None:
         self._pieces, self._streams = pieces, streams
@@ -120,39 +121,39 @@ class GeneratedPieces:
         return next(self._pieces)
 
     def wait(self) -> None:
-        """Block until the first stream has a piece, or is closed.
+        """Block until the first stream has a piece or is closed.
 
         Raises:
-            InferenceFailed: if the stream fails before its first piece.
+            InferenceFailed: If the stream fails before the first piece.
         """
         self._streams[0].wait()
 
     def interrupt(self) -> None:
-        """Make an error the next and last piece, because the server shuts down."""
+        """End the streams with an error as last piece, at shutdown."""
         for stream in self._streams:
             stream.interrupt()
 
     def close(self) -> None:
-        """End the work."""
+        """Cancel generation."""
         for stream in self._streams:
             stream.close()
         close_pieces(self._pieces)
 
 
 def close_pieces(pieces: Iterator[bytes]) -> None:
-    """End the work on pieces that are not read further."""
+    """Close an iterator of pieces."""
     close = getattr(pieces, "close", None)
-    # Another thread may be inside a generator, which then closes after its current piece.
+    # A generator that runs in another thread raises ValueError, and ends after the current piece.
     with suppress(ValueError):
         if close is not None:
             close()
 
 
 class StreamedResponse(StreamingResponse):
-    """A response of pieces that threads make.
+    """A response with pieces that threads produce.
 
-    A client that hangs up ends the work at once, also between two pieces: Starlette's own class would
-    wait for the next piece. A model that fails before its first piece fails with its own HTTP status.
+    A disconnecting client cancels the work immediately: Starlette's class would wait for the next
+    piece. A model that fails before the first piece determines the HTTP status.
     """
 
     def __init__(
@@ -164,11 +165,11 @@ class StreamedResponse(StreamingResponse):
         self._length = None if length is None else int(length)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the pieces while one of the slots for streams is free.
+        """Send the pieces while occupying a slot for streams.
 
         Raises:
-            Fault: if no slot is free, or a model fails before its first piece.
-            ClientDisconnect: if the client hangs up before the first piece.
+            Fault: If no slot is free, or a model fails before the first piece.
+            ClientDisconnect: If the client disconnects before the first piece.
         """
         try:
             async with scope["state"]["stream_turn"]():
@@ -193,7 +194,7 @@ class StreamedResponse(StreamingResponse):
             raise ClientDisconnect
 
     async def _send_pieces(self, receive: Receive, send: Send) -> bool:
-        """Send all pieces; return whether the client hung up before it had the whole response."""
+        """Send all pieces; return True if the client disconnected before the end of the response."""
         gone = asyncio.ensure_future(hung_up(receive))
         piece: asyncio.Future[bytes | None] | None = None
         sent = 0
@@ -224,7 +225,7 @@ class StreamedResponse(StreamingResponse):
                 await gone
 
     async def _send_rest(self, send: Send, piece: asyncio.Future[bytes | None] | None) -> None:
-        """Send the last pieces of an interrupted stream; a thread may still make ``piece``."""
+        """Send the last pieces of an interrupted stream. A thread may still produce ``piece``."""
         found: bytes | None = b""
         while found is not None:
             found = await (piece or run_waiting(partial(next, self._pieces, None)))
@@ -233,7 +234,7 @@ class StreamedResponse(StreamingResponse):
 
 
 def to_starlette(answer: Response) -> StarletteResponse:
-    """Return the response of Starlette for a response of a handler."""
+    """Return the Starlette response for a handler's response."""
     if isinstance(answer.body, bytes):
         return StarletteResponse(answer.body, answer.status, answer.headers)
     return StreamedResponse(answer.body, answer.headers, answer.status)
@@ -244,13 +245,13 @@ def _body_message(piece: bytes | None) -> Message:
 
 
 async def hung_up(receive: Receive) -> None:
-    """Return when the client has hung up."""
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class ConnectionGuard:
-    """A watch on the connection of one request that ends the request's work when the client hangs up.
+    """Watch of a connection that cancels the request's work when the client disconnects.
 
     Create the guard in the event loop. Any thread may call :meth:`take`.
     """
@@ -263,13 +264,13 @@ class ConnectionGuard:
         self._watching: asyncio.Task[None] | None = None
 
     def take(self, work: Cancellable) -> None:
-        """Close ``work`` when the client hangs up, or at once if the client has hung up."""
+        """Close ``work`` when the client disconnects, or at once if the client is disconnected."""
         self._scope.take(work)
         if self._watching is None:
             self._loop.call_soon_threadsafe(self._watch)
 
     async def end(self) -> bool:
-        """Stop watching and return whether the client hung up."""
+        """Stop watching; return True if the client disconnected."""
         self._ended = True
         if self._watching is not None:
             if not self._gone:
@@ -279,7 +280,7 @@ class ConnectionGuard:
         return self._gone
 
     def _watch(self) -> None:
-        # Several threads may have called `take` before the first watch began.
+        # Several threads may have called `take` before the first watch started.
         if not self._ended and self._watching is None:
             self._watching = asyncio.ensure_future(self._wait())
 

@@ -94,7 +94,7 @@ def create_export(call: NativeCall, model: Name, body: NewExport) -> ExportView:
     context.locations.check_writable(call.account, body.output)
     with context.database.write() as session:
         found = session.get(CustomModel, asked.seq, with_for_update=True)
-        if found is None:  # deleted meanwhile
+        if found is None:  # deleted by another request
             raise not_found("model", model)
         arn, kind = found.arn(context.arns), body.format
         made = submit_export(session, found, arn, body.output, kind, body.merged, body.quantization)

@@ -180,7 +180,9 @@ def create_job(call: NativeCall, body: NewJob) -> JobView:
         context.locations.check_writable(call.account, body.output)
     grader = check_client_grader(body.grader) if body.grader else None
     if grader is not None:
-        parse_graders({"grader": grader})  # its patterns and schemas, outside of a transaction
+        parse_graders(
+            {"grader": grader}
+        )  # compiling patterns and schemas is too slow for a transaction
     with context.database.write() as session:
         job = submit(
             session,
@@ -289,7 +291,7 @@ async def job_events(
 ) -> AsyncIterator[ServerSentEvent]:
     """Stream states, messages and metrics of a job as server-sent events."""
     known = parse_digits(last_event_id)
-    # Databases hold no larger number.
+    # The maximum of the query field; databases store 63 bits.
     after = min(since.after if known is None else known, 2**62)
     while True:
         state, found = await run_in_threadpool(_events, call, job, after)
@@ -307,7 +309,7 @@ async def job_events(
 def _events(call: Call, job: Job, after: int) -> tuple[str, Sequence[JobEvent]]:
     """Return the state of ``job`` and the events after ``after``."""
     with call.context.database.read() as session:
-        # The state is read first: events of the end are never missed.
+        # Read the state first, so that the last events cannot be missed.
         state = session.get_one(Job, job.seq).state
         return state, queue.events(session, job, limit=500, position=after, ascending=True)
 

@@ -78,7 +78,7 @@ def writes(model: AnyModel) -> bool:
         try:
             return _stored_writes(luthier_home(), model.stored_id, model.created)
         except UnknownModel:
-            pass  # on another server
+            pass  # the files are on another server
         except (LuthierError, OSError):
             return False
     return _kind_writes(kind_of(model))

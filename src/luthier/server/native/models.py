@@ -146,7 +146,7 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
     with call.context.database.read() as session:
         found = below = call.model(session, model)
         lineage.append(below.arn(call.context.arns))
-        # A whole network from outside has nothing below it.
+        # An imported full model has no base model.
         while below.base_model:
             lineage.append(below.base_model)
             if ":custom-model/" not in lineage[-1]:
@@ -154,7 +154,7 @@ def get_certificate(call: NativeCall, model: Name) -> CertificateView:
             try:
                 below = call.context.custom(session, call.account, lineage[-1])
             except Fault:
-                break  # deleted since; its ARN is all that is left of it here
+                break  # deleted, only the ARN is known
     return CertificateView(
         model=lineage[0],
         certificate=json.loads(_certificate_text(found)),
@@ -169,7 +169,7 @@ def download_certificate(call: NativeCall, model: Name) -> Response:
     """Download a custom model's certificate.json for `luthier verify`."""
     with call.context.database.read() as session:
         found = call.model(session, model)
-    # Its hash is of these bytes: JavaScript, which reads 32.0 and writes 32, would change them.
+    # The hash covers the exact bytes; a JavaScript client would write 32.0 as 32.
     headers = {"Content-Disposition": 'attachment; filename="certificate.json"'}
     text = _certificate_text(found).encode("utf-8", "replace")
     return Response(text, headers=headers, media_type="application/json")
@@ -227,5 +227,5 @@ def _abilities(model: FoundationModel | CustomModel) -> AbilitiesView | None:
         else:
             return None
     except (LuthierError, OSError):
-        return None  # its files are on another server, damaged, or of a package that is gone
+        return None  # files on another server, damaged files, or a missing package
     return AbilitiesView(**asdict(found))

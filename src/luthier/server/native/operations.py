@@ -80,7 +80,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorView, "description": f"Refused with status {status}."}
     for status in sorted(set(STATUS.values()))
 }
-ERRORS["4XX"] = {"model": ErrorView}  # in place of FastAPI's own form of errors
+ERRORS["4XX"] = {"model": ErrorView}  # replaces FastAPI's error format
 _ABOVE = {"base": "base", "data.train": "training", "data.validation": "validation",
           "teacher.model": "teacher", "objective.grader": "grader"}  # fmt: skip
 """Fields of a new job by recipe setting; all other settings are below ``settings``."""
@@ -149,7 +149,9 @@ def uploads(*kinds: str) -> dict[str, Any]:
 
 def native_router() -> APIRouter:
     """Return an empty router for operations below ``/api/v1``."""
-    key = Security(HTTPBearer(auto_error=False))  # for the document: the key is verified already
+    key = Security(
+        HTTPBearer(auto_error=False)
+    )  # for the OpenAPI document; the key is already verified
     return APIRouter(
         prefix="/api/v1", route_class=NativeRoute, dependencies=[key], responses=ERRORS
     )

@@ -161,7 +161,7 @@ def _fetch_held_out(
     for number, address in enumerate(named):
         found.append(_fetch(call, address, folder / f"{number:02d}", media))
         addresses[str(found[-1])] = address
-    # Behind those within it: what is said of all of them names them all.
+    # After the files in the folder, because the replacement of paths follows this order.
     addresses[str(folder)] = ", ".join(named)
     return found[0] if len(found) == 1 else folder
 
@@ -208,7 +208,7 @@ def _run_command(command: list[str], addresses: dict[str, str], codes: tuple[int
         raise Fault("Validation", text) from error
     out = done.stdout.strip()
     for path, address in addresses.items():
-        # As it stands in the text of JSON.
+        # Replace the JSON encoding of the path, without quotes.
         out = out.replace(json.dumps(path)[1:-1], json.dumps(address, ensure_ascii=False)[1:-1])
     answer = json.loads(out) if out else {}
     if done.returncode not in codes or not out or "error" in answer:

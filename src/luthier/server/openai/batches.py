@@ -199,7 +199,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         files: dict[str, str] = {}
         for failed, column in ((False, "output_file"), (True, "error_file")):
             if counts[failed]:
-                # The id follows from the batch's: a crash leads to no second file.
+                # The id depends on the batch only: after a crash, the file is not written twice.
                 name = f"{batch.id}_{'error' if failed else 'output'}"
                 file_id = f"file-{name.replace('_', '')}"
                 try:
@@ -211,7 +211,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
                         file_id=file_id,
                     )
                 except QuotaExceeded:
-                    # A failed batch has no files: one file alone would be half a result.
+                    # A failed batch has no files: clients could mistake one file for the whole result.
                     for written in files.values():
                         self.files.delete(batch.account, written)
                     raise
@@ -294,7 +294,7 @@ def create(call: OpenAICall, body: CreateBatch) -> JsonObject:
         raise invalid(text, "input_file_id", "invalid_file_purpose")
     with context.database.write() as session:
         quotas = context.files.objects.quotas(session, account)
-        # Results become files: an account without space learns that before the work.
+        # Results become files: reject accounts without space before the work.
         storage.check(session, account, quotas, stored_bytes=1)
         batch = store.create(
             session,

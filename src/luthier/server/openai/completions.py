@@ -179,7 +179,7 @@ def _logprobs(scores: Sequence[Score], offset: int) -> JsonObject:
     for score in scores:
         offsets.append(offset)
         offset += _length(score)
-        # The sampled token is listed too if it is not among the most likely tokens.
+        # OpenAI lists the sampled token, even if other tokens are more likely.
         top = {_token(text): value for text, value in score.top}
         tops.append(top | {_token(score.text): score.logprob})
     return {

@@ -198,7 +198,7 @@ class DataSource(Body):
                 text = f"{self.input_messages.item_reference} is no list of messages."
                 raise invalid(text, "data_source.input_messages")
             return found
-        assert self.input_messages is not None  # checked with the request
+        assert self.input_messages is not None  # see check()
         return [
             {
                 "role": each.role,
@@ -355,7 +355,7 @@ class EvalTask(EvaluationTask):
             for each in criteria_of(request["testing_criteria"], find, request["item_schema"])
         ]
         if self.source.model is not None:
-            # Rows tell by themselves where the model that is evaluated is gone.
+            # If the evaluated model is deleted, each row reports the error.
             try:
                 names[judge(self.source.model, "data_source.model")] = self.source.model
             except Fault as fault:

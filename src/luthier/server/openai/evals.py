@@ -241,7 +241,7 @@ def retrieve_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request
         return run_object(_find_run(call, session, eval_id, run_id), request)
 
 
-# Older clients cancel a run by a POST to its own path.
+# Older clients cancel a run by a POST to the path of the run.
 @router.post("/evals/{eval_id}/runs/{run_id}", name="evals.runs.cancel", include_in_schema=False)
 @router.post("/evals/{eval_id}/runs/{run_id}/cancel", name="evals.runs.cancel")
 def cancel_run(call: OpenAICall, eval_id: Name, run_id: Name, request: Request) -> JsonObject:

@@ -109,7 +109,7 @@ def content(call: OpenAICall, file: Name) -> StreamedResponse:
     row = _find(call, file)
     try:
         pieces = call.context.files.read(row)
-    except ObjectRefused as gone:  # deleted as an object of the account's bucket
+    except ObjectRefused as gone:  # deleted through the S3 API
         raise absent("File object", file, "id") from gone
     name = re.sub(r"[^A-Za-z0-9._-]", "_", row.name)
     headers = {

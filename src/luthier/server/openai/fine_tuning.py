@@ -59,7 +59,7 @@ STATUSES = {
     jobs.QUEUED: "queued",
     jobs.RUNNING: "running",
     jobs.PAUSED: "paused",
-    # Its worker still has it: who waits for the end waits until it has let go.
+    # Clients poll until the status is final, which must include the end of the worker.
     jobs.STOPPING: "running",
     jobs.STOPPED: "cancelled",
     jobs.COMPLETED: "succeeded",
@@ -683,7 +683,7 @@ def _with_results(call: Call, seen: JobWithModel) -> JobWithModel:
     again. Without disk space or quota, the job has no file yet.
     """
     job, files = seen.job, call.context.files
-    # Jobs of other APIs write their metrics to an address that their client chose.
+    # Jobs of other APIs write metrics to the address in the request.
     if job.state != jobs.COMPLETED or job.face != FACE:
         return seen
     file_id = f"file-results{job.id}"

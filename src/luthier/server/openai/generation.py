@@ -122,7 +122,7 @@ class SamplingFields(StrictBody):
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(0, self.top_k),
             "n": self.n,
-            # Any whole number is a seed; the engine's have 63 bits.
+            # OpenAI accepts any integer as seed; the engine's seeds have 63 bits.
             "seed": None if self.seed is None else self.seed % 2**63,
             **(self.constraint.fields if self.constraint else {}),
         }

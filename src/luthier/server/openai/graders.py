@@ -222,7 +222,7 @@ def _turns_and_sampling(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     sampling = {
         ours: asked[theirs] for theirs, ours in _SAMPLING.items() if asked.get(theirs) is not None
     }
-    with suppress(ValidationError):  # what is no sampling at all is refused with the grader
+    with suppress(ValidationError):  # parse_graders reports invalid sampling
         _generation_request((), SamplingSpec.model_validate(sampling), None, where)
     return {"input": made, "sampling": sampling}
 

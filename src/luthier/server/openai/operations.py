@@ -103,7 +103,9 @@ class GraderRoute(OpenAIRoute):
 
 def openai_router(route_class: type[OpenAIRoute] = OpenAIRoute) -> APIRouter:
     """Return an empty router for operations below ``/v1``."""
-    key = Security(HTTPBearer(auto_error=False))  # for the document: the key is verified already
+    key = Security(
+        HTTPBearer(auto_error=False)
+    )  # for the OpenAPI document; the key is already verified
     return APIRouter(prefix="/v1", route_class=route_class, dependencies=[key])
 
 

@@ -40,7 +40,7 @@ _SHAPES = {
     "ResourceNotFound": _Shape(404, INVALID, "not_found"),
     "UnknownOperation": _Shape(404, INVALID, "unknown_url"),
     "MethodNotAllowed": _Shape(404, INVALID, "unknown_url"),
-    # The client repeats a 409 by itself; what is in use stays so for longer than that.
+    # The openai client retries a 409. A resource stays in use for longer than the retries.
     "Conflict": _Shape(409, INVALID, "conflict", retry=False),
     "RequestEntityTooLarge": _Shape(413, INVALID, "request_too_large"),
     "Throttling": _Shape(429, "requests", "rate_limit_exceeded"),
@@ -214,7 +214,7 @@ def _format_location(location: Sequence[str | int]) -> str:
         if isinstance(part, int):
             text += f"[{part}]"
         elif part.isidentifier() or not text:
-            # The arms of a union are called after types: they are none of the client's members.
+            # pydantic inserts the type names of union members, which are not members of the body.
             if part in _ARMS or part[:1].isupper():
                 continue
             text += f".{part}" if text else part

@@ -200,7 +200,7 @@ def _add(turns: list[Message], item: InputItem, where: str) -> None:
         output = _text(_require(item.output, f"{where}.output"), f"{where}.output")
         turns.append(Message("tool", output, call_id=call_id))
     elif item.type == "reasoning":
-        # That of a model elsewhere may be encrypted, or a summary: nothing to go on from.
+        # Reasoning of OpenAI's models is encrypted or a summary, and cannot be used here.
         if reasoning := _text(item.content or "", f"{where}.content"):
             turns.append(Message("assistant", reasoning=reasoning))
     else:
@@ -338,7 +338,7 @@ class _Response:
             "temperature": 1.0 if parameters.temperature is None else parameters.temperature,
             "text": {"format": _without_none(form) if form else {"type": "text"}},
             "tool_choice": _without_none(choice) if isinstance(choice, NamedFunction) else choice,
-            # Clients read all members, given or not.
+            # OpenAI's client requires both members.
             "tools": [
                 {"description": None, "strict": True, **_without_none(tool)}
                 for tool in parameters.tools or ()
